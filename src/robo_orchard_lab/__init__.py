@@ -1,0 +1,1 @@
+"""A hook-based training system for PyTorch and Accelerate."""

@@ -1,0 +1,1 @@
+"""What scripts need beside the pipeline."""
