@@ -1,0 +1,44 @@
+"""Hooks as nested contexts: what runs around a body, in which order, and from which line.
+
+A :class:`HookContext` is a ``before`` and an ``after``. A :class:`HookContextChannel` is an
+ordered list of them around one kind of work:
+
+>>> channel = HookContextChannel[str]("on_step")
+>>> handle = channel.register(
+...     HookContext.from_callable(
+...         before=lambda args: print("before", args), after=lambda args: print("after", args)
+...     )
+... )
+>>> channel.run("step 0", lambda args: print("body of", args))
+before step 0
+body of step 0
+after step 0
+"""
+
+from robo_orchard_core.utils.hook._channel import HookContextChannel
+from robo_orchard_core.utils.hook._context import (
+    HookContext,
+    HookContextFromCallable,
+)
+from robo_orchard_core.utils.hook._errors import (
+    HookRegistrationError,
+    HookSignatureError,
+    later_errors,
+)
+from robo_orchard_core.utils.hook._function_info import FunctionInfo
+from robo_orchard_core.utils.hook._handle import RemovableHandle, RemoveableHandle
+from robo_orchard_core.utils.hook._plan import HookEntry, HookOwner
+
+__all__ = [
+    "FunctionInfo",
+    "HookContext",
+    "HookContextChannel",
+    "HookContextFromCallable",
+    "HookEntry",
+    "HookOwner",
+    "HookRegistrationError",
+    "HookSignatureError",
+    "RemovableHandle",
+    "RemoveableHandle",
+    "later_errors",
+]

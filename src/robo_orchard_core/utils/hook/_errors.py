@@ -1,0 +1,42 @@
+"""What goes wrong with hooks, and how errors of hooks are told."""
+
+from __future__ import annotations
+
+import textwrap
+import traceback
+
+_ATTRIBUTE = "__later_hook_errors__"
+
+
+class HookRegistrationError(ValueError):
+    """A hook can't be registered where it was asked to be; the message says what to do."""
+
+
+class HookSignatureError(TypeError):
+    """A callable can't serve as a hook: it can't be called with one argument."""
+
+
+def later_errors(error: BaseException) -> tuple[BaseException, ...]:
+    """The errors that hooks raised while the scopes were left that ``error`` had broken.
+
+    They are in the order in which they were raised. ``error`` carries the text of each as a
+    note, too, so that a traceback shows them.
+    """
+    return tuple(getattr(error, _ATTRIBUTE, ()))
+
+
+def attach_later(first: BaseException, later: BaseException) -> None:
+    """Keep ``later`` with ``first``, which stays the one that is raised."""
+    known = later_errors(first)
+    if later is first or any(later is error for error in known):
+        return  # an after-hook that raises ``args.exception`` adds nothing
+    setattr(first, _ATTRIBUTE, (*known, later))
+    text = "".join(traceback.format_exception(later)).rstrip()
+    first.add_note("while leaving, another error was raised:\n" + textwrap.indent(text, "  | "))
+
+
+def add_origin(error: BaseException, origin: str) -> None:
+    """Note on ``error`` which hook raised it; an error that has such a note keeps its own."""
+    prefix = "raised in hook "
+    if not any(note.startswith(prefix) for note in getattr(error, "__notes__", ())):
+        error.add_note(prefix + origin)
