@@ -49,7 +49,7 @@ class FunctionInfo:
         if inspect.isfunction(function):
             return cls("function", function.__qualname__, *_source(function))
         if isinstance(function, type):
-            return cls("class", function.__qualname__, *_source(function.__init__))
+            return cls("class", function.__qualname__, *_source(vars(function).get("__init__", object)))
         return cls("object", _instance_name(function), *_source(type(function).__call__))
 
     @property
@@ -72,7 +72,7 @@ def _instance_name(instance: object) -> str:
     return f"{type.__getattribute__(type(instance), '__name__')}(id={id(instance)})"
 
 
-def _source(function: Callable[..., Any]) -> tuple[str | None, int | None]:
+def _source(function: Any) -> tuple[str | None, int | None]:
     """File and line of a Python function, looking through ``functools.wraps``."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     return (code.co_filename, code.co_firstlineno) if inspect.iscode(code) else (None, None)
