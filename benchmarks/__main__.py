@@ -1,0 +1,79 @@
+"""Runs benchmarks, each in a process of its own, and prints their tables.
+
+Exits with 1 where a benchmark breaks or declares its own figures void. A bar that is missed is
+printed, and is no failure: timings on a busy machine prove nothing.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.printing import print_report
+from benchmarks.registry import BENCHMARKS, Benchmark
+from benchmarks.report import Report
+
+_HERE = Path(__file__).resolve().parent
+_PEERS_PYTHON = _HERE / ".venv-peers" / "bin" / "python"
+
+# Eight tiny matrix products a step: more threads only add noise.
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which to run (default: all)")
+    parser.add_argument("--list", action="store_true", help="list the benchmarks and stop")
+    parser.add_argument("--quick", action="store_true", help="seconds: few rounds, no peers")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    arguments = parser.parse_args()
+
+    if arguments.list:
+        for benchmark in BENCHMARKS.values():
+            print(f"{benchmark.name:14} {benchmark.summary}")
+        return 0
+    unknown = sorted(set(arguments.names) - set(BENCHMARKS))
+    if unknown:
+        parser.error(f"no benchmark named {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+
+    reports = []
+    broken = False
+    for name in arguments.names or BENCHMARKS:
+        report = _run_in_child(BENCHMARKS[name], quick=arguments.quick)
+        if report is None:
+            print(f"benchmark {name} broke; its error stands above", file=sys.stderr)
+            broken = True
+            continue
+        broken = broken or bool(report.faults)
+        reports.append(report)
+        if not arguments.json:
+            print_report(report)
+    if arguments.json:
+        print(json.dumps({"reports": [report.to_dict() for report in reports]}, indent=2))
+    return 1 if broken else 0
+
+
+def _run_in_child(benchmark: Benchmark, *, quick: bool) -> Report | None:
+    """The benchmark's report, or None where its process failed."""
+    beside_peers = benchmark.beside_peers and not quick and _PEERS_PYTHON.exists()
+    python = str(_PEERS_PYTHON) if beside_peers else sys.executable
+    with tempfile.TemporaryDirectory() as folder:
+        result_file = Path(folder) / "report.json"
+        command = [python, "-m", "benchmarks.child", benchmark.name, str(result_file)]
+        finished = subprocess.run(
+            [*command, "--quick"] if quick else command,
+            cwd=_HERE.parent,
+            env={**os.environ, **_ONE_THREAD},
+            stdout=sys.stderr,
+            check=False,
+        )
+        if finished.returncode != 0:
+            return None
+        return Report.from_dict(json.loads(result_file.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

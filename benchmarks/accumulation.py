@@ -1,0 +1,17 @@
+"""The overhead of one micro-step where gradients accumulate over 4 batches."""
+
+from benchmarks.overhead import HOOKS, OWN, measure
+from benchmarks.report import Report
+from benchmarks.workload import Settings
+
+BARS = {0: 1.10, HOOKS: 1.10}
+
+
+def run(*, quick: bool) -> Report:
+    return measure(
+        "accumulation",
+        Settings(steps=800 if quick else 2500, accumulate=4),
+        OWN,
+        bars=BARS,
+        rounds=6 if quick else 25,
+    )

@@ -1,0 +1,17 @@
+"""The overhead of one step under bf16 autocast, with the loss in float32."""
+
+from benchmarks.overhead import HOOKS, OWN, measure
+from benchmarks.report import Report
+from benchmarks.workload import Settings
+
+BARS = {0: 1.10, HOOKS: 1.10}
+
+
+def run(*, quick: bool) -> Report:
+    return measure(
+        "bf16",
+        Settings(steps=800 if quick else 2500, bf16=True),
+        OWN,
+        bars=BARS,
+        rounds=6 if quick else 25,
+    )

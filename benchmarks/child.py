@@ -1,0 +1,25 @@
+"""One benchmark in a process of its own: `python -m benchmarks.child NAME RESULT_FILE [--quick]`.
+
+The parent starts it so that no benchmark inherits another's imports, garbage or process-wide state
+(Accelerate, for one, keeps some), and so that what a framework prints stays out of the result.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from benchmarks.registry import BENCHMARKS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=BENCHMARKS)
+    parser.add_argument("result_file", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    report = BENCHMARKS[arguments.name].run(quick=arguments.quick)
+    arguments.result_file.write_text(json.dumps(report.to_dict()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

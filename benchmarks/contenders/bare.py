@@ -1,0 +1,35 @@
+"""The loop one writes by hand: the reference."""
+
+import torch
+
+from benchmarks.workload import Job
+
+
+def train(job: Job, hook_count: int) -> None:
+    if hook_count:
+        raise ValueError("a bare loop has no hooks")
+    model, optimizer, scheduler = job.model, job.optimizer, job.scheduler
+    accumulate = job.settings.accumulate
+    model.train()
+    if accumulate == 1 and not job.settings.bf16:
+        for inputs, labels in job.loader:
+            optimizer.zero_grad()
+            loss = job.loss(model(inputs), labels)
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's
+            optimizer.step()
+            scheduler.step()
+        return
+    for step, (inputs, labels) in enumerate(job.loader, start=1):
+        if job.settings.bf16:
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(inputs).float()
+        else:
+            logits = model(inputs)
+        loss = job.loss(logits, labels)
+        if accumulate > 1:
+            loss = loss / accumulate
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's
+        if step % accumulate == 0:
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()

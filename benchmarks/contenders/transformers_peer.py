@@ -1,0 +1,76 @@
+"""Transformers' Trainer, with callbacks as hooks."""
+
+# mypy: disallow-subclassing-any=False
+# (Transformers is not in the dev extra, so its base classes have no type there.)
+
+import tempfile
+from typing import Any
+
+import torch
+from transformers import (  # type: ignore[import-not-found]  # see above
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.utils import logging  # type: ignore[import-not-found]  # see above
+
+from benchmarks.workload import BATCH_SIZE, Batch, Job
+
+
+class JobTrainer(Trainer):
+    """The job's loss in place of a language model's."""
+
+    job: Job
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> torch.Tensor:
+        return self.job.loss(model(inputs["inputs"]), inputs["classes"])
+
+
+class NoopCallback(TrainerCallback):
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def train(job: Job, hook_count: int) -> None:
+    logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = JobTrainer(
+            model=job.model,
+            args=TrainingArguments(
+                output_dir=folder,
+                use_cpu=True,
+                num_train_epochs=1,
+                per_device_train_batch_size=BATCH_SIZE,
+                train_sampling_strategy="sequential",
+                max_grad_norm=0.0,  # no clipping, as nobody else clips
+                logging_strategy="no",
+                logging_nan_inf_filter=False,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                remove_unused_columns=False,
+            ),
+            train_dataset=job.dataset,
+            data_collator=_as_dict,
+            optimizers=(job.optimizer, job.scheduler),
+            callbacks=[NoopCallback() for _ in range(hook_count)],
+        )
+        trainer.job = job
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+
+def _as_dict(batch: Batch) -> dict[str, torch.Tensor]:
+    # Transformers takes batches as dicts only.
+    inputs, classes = batch
+    return {"inputs": inputs, "classes": classes}

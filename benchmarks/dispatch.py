@@ -1,0 +1,130 @@
+"""What a channel costs over a plain loop that calls the same bound methods.
+
+N hooks, each with a before and an after that do nothing, around a body that does nothing. The
+reference makes the same 2N + 1 calls from two lists; anything above it is bookkeeping. For a
+channel without hooks, the time of the body alone is taken away round by round, and the reference
+is the same function over two empty lists.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from benchmarks.environment import describe
+from benchmarks.report import Report, Row, Table
+from benchmarks.timing import differences, interleave, ns_per_call
+from robo_orchard_core.utils.hook import HookContext, HookContextChannel
+
+BAR_RATIO = 1.3
+BAR_EMPTY_NS = 50.0
+# BARS holds the ratio for ten hooks; the other sizes show how it grows.
+HOOK_COUNTS = (1, 10, 100, 1000)
+BAR_AT = 10
+
+Args = dict[str, int]
+Method = Callable[[Args], None]
+
+
+class NoopHook:
+    """The least a hook can be: two methods of an object."""
+
+    def before(self, args: Args) -> None:
+        pass
+
+    def after(self, args: Args) -> None:
+        pass
+
+
+def run(*, quick: bool) -> Report:
+    rounds = 15 if quick else 101
+    hook_calls = 4_000 if quick else 40_000
+    tables = [
+        _with_hooks(count, rounds=rounds, calls=max(hook_calls // count, 4))
+        for count in HOOK_COUNTS
+    ]
+    tables.append(_empty(rounds=rounds, calls=hook_calls))
+    return Report("dispatch", tables, environment=describe(["robo-orchard-hooks"]))
+
+
+def _with_hooks(count: int, *, rounds: int, calls: int) -> Table:
+    hooks = [NoopHook() for _ in range(count)]
+    bare = _bare_calls([hook.before for hook in hooks], [hook.after for hook in hooks])
+    channel = _channel(hooks)
+    args: Args = {}
+    entries: dict[str, Callable[[], object]] = {
+        "bare calls": partial(bare, args, _body),
+        "channel.run": partial(channel.run, args, _body),
+        "with channel.begin": partial(_begin, channel, args, _body),
+    }
+    samples = _interleave_calls(entries, rounds=rounds, calls=calls)
+    reference = samples["bare calls"]
+    bar = BAR_RATIO if count == BAR_AT else None
+    return Table(
+        f"{count} hook{'s' if count > 1 else ''} with before and after",
+        "ns per entry",
+        [
+            Row.of("bare calls", reference),
+            Row.of("channel.run", samples["channel.run"], reference=reference, bar=bar),
+            Row.of("with channel.begin", samples["with channel.begin"], reference=reference),
+        ],
+    )
+
+
+def _empty(*, rounds: int, calls: int) -> Table:
+    args: Args = {}
+    channel = _channel([])
+    entries: dict[str, Callable[[], object]] = {
+        "body alone": partial(_body, args),
+        "two empty lists": partial(_bare_calls([], []), args, _body),
+        "channel.run": partial(channel.run, args, _body),
+    }
+    samples = _interleave_calls(entries, rounds=rounds, calls=calls)
+    body = samples["body alone"]
+    lists = differences(samples["two empty lists"], body)
+    entered = differences(samples["channel.run"], body)
+    return Table(
+        "no hooks: time over the body alone",
+        "ns per entry",
+        [
+            Row.of("two empty lists", lists),
+            Row.of("channel.run", entered, bar=BAR_EMPTY_NS),
+        ],
+    )
+
+
+def _interleave_calls(
+    entries: Mapping[str, Callable[[], object]], *, rounds: int, calls: int
+) -> dict[str, list[float]]:
+    timed = {name: partial(ns_per_call, call, calls=calls) for name, call in entries.items()}
+    return interleave(timed, rounds=rounds)
+
+
+def _body(args: Args) -> None:
+    pass
+
+
+def _bare_calls(
+    befores: Sequence[Method], afters: Sequence[Method]
+) -> Callable[[Args, Method], None]:
+    """What one would write without channels; the afters run in reverse, as in a channel."""
+    leaving = list(reversed(afters))
+
+    def enter(args: Args, body: Method) -> None:
+        for before in befores:
+            before(args)
+        body(args)
+        for after in leaving:
+            after(args)
+
+    return enter
+
+
+def _channel(hooks: Sequence[NoopHook]) -> HookContextChannel[Args]:
+    channel: HookContextChannel[Args] = HookContextChannel("on_step")
+    for hook in hooks:
+        channel.register(HookContext.from_callable(before=hook.before, after=hook.after))
+    return channel
+
+
+def _begin(channel: HookContextChannel[Args], args: Args, body: Method) -> None:
+    with channel.begin(args):
+        body(args)

@@ -1,0 +1,210 @@
+"""What a trainer adds to the step of a tiny model, beside its peers, with and without hooks.
+
+Every contender trains the same job in the same process, in turns, and must end with the weights
+of the bare loop; what its step takes comes from marks made by the model (workload.py).
+"""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from benchmarks.environment import describe
+from benchmarks.report import Report, Row, Table
+from benchmarks.timing import differences, interleave
+from benchmarks.workload import Job, Settings
+
+HOOKS = 10
+BARS = {0: 1.08, HOOKS: 1.12}  # of the bare loop's step, by the number of hooks
+BAR_PER_HOOK_NS = 250.0
+
+BARE = "bare torch loop"
+OURS = "this trainer"
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    name: str
+    module: str
+    """In benchmarks.contenders; what it imports decides whether the contender can be measured."""
+    hook_counts: Sequence[int] = (0, HOOKS)
+
+    def label(self, hook_count: int) -> str:
+        """The name of one of its rows."""
+        return self.name if len(self.hook_counts) == 1 else f"{self.name}, {hook_count} hooks"
+
+
+OWN = (
+    Contender(BARE, "bare", (0,)),
+    Contender("Accelerate, plain loop", "accelerate_loop", (0,)),
+    Contender(OURS, "ours"),
+)
+PEERS = (
+    Contender("Ignite", "ignite_peer"),
+    Contender("Fabric", "fabric_peer"),
+    Contender("MMEngine", "mmengine_peer"),
+    Contender("Lightning", "lightning_peer"),
+    Contender("Transformers' Trainer", "transformers_peer"),
+)
+
+DISTRIBUTIONS = (
+    "robo-orchard-hooks",
+    "torch",
+    "accelerate",
+    "pytorch-ignite",
+    "mmengine",
+    "lightning",
+    "transformers",
+)
+
+
+def run(*, quick: bool) -> Report:
+    return measure(
+        "overhead",
+        Settings(steps=800 if quick else 2500),
+        OWN if quick else OWN + PEERS,
+        bars=BARS,
+        rounds=6 if quick else 25,
+    )
+
+
+def measure(
+    benchmark: str,
+    settings: Settings,
+    contenders: Sequence[Contender],
+    *,
+    bars: Mapping[int, float],
+    rounds: int,
+) -> Report:
+    """Times the step of each contender; the bars, by the number of hooks, are for ours."""
+    torch.set_num_threads(1)
+    weights: dict[str, torch.Tensor] = {}
+    trains: dict[str, Callable[[], float]] = {}
+    absent: list[Row] = []
+    for contender in contenders:
+        try:
+            timed = _timed_runs(contender, settings, weights)
+        except Exception as error:  # whatever a framework that does not fit this machine raises
+            if contender not in PEERS:
+                raise
+            first_line = str(error).partition("\n")[0]
+            absent.append(Row(contender.name, note=f"not measured: {first_line}"))
+        else:
+            trains.update(timed)
+    samples = interleave(trains, rounds=rounds)
+    steps = _step_rows(contenders, samples, bars)
+    tables = [
+        Table(
+            f"One step{_kind(settings)}",
+            "us per step",
+            [*steps, *absent],
+            [_weights_note(weights), *_beside_peers(steps)],
+        ),
+        Table(
+            "One hook's before and after, within a step",
+            "ns per hook",
+            _hook_rows(contenders, samples),
+        ),
+    ]
+    return Report(benchmark, tables, _weights_that_differ(weights), describe(DISTRIBUTIONS))
+
+
+def _timed_runs(
+    contender: Contender, settings: Settings, weights: dict[str, torch.Tensor]
+) -> dict[str, Callable[[], float]]:
+    """A timed run for each number of hooks, which keeps the weights it ends with in `weights`.
+
+    Each is tried on a few steps before, so that what can't run here raises now.
+    """
+    module = importlib.import_module(f"benchmarks.contenders.{contender.module}")
+    train: Callable[[Job, int], None] = module.train
+
+    def timed(label: str, hook_count: int) -> float:
+        job = Job(settings)
+        train(job, hook_count)
+        weights[label] = job.weights()
+        return job.ns_per_step()
+
+    runs: dict[str, Callable[[], float]] = {}
+    for hook_count in contender.hook_counts:
+        train(Job(replace(settings, steps=4 * settings.accumulate)), hook_count)
+        label = contender.label(hook_count)
+        runs[label] = partial(timed, label, hook_count)
+    return runs
+
+
+def _step_rows(
+    contenders: Sequence[Contender],
+    samples: Mapping[str, Sequence[float]],
+    bars: Mapping[int, float],
+) -> list[Row]:
+    return [
+        Row.of(
+            label,
+            samples[label],
+            reference=None if contender.name == BARE else samples[BARE],
+            bar=bars.get(hook_count) if contender.name == OURS else None,
+            scale=1e-3,
+        )
+        for contender in contenders
+        for hook_count in contender.hook_counts
+        if (label := contender.label(hook_count)) in samples
+    ]
+
+
+def _hook_rows(
+    contenders: Sequence[Contender], samples: Mapping[str, Sequence[float]]
+) -> list[Row]:
+    return [
+        Row.of(
+            contender.name,
+            differences(samples[contender.label(HOOKS)], samples[contender.label(0)]),
+            bar=BAR_PER_HOOK_NS if contender.name == OURS else None,
+            scale=1 / HOOKS,
+        )
+        for contender in contenders
+        if contender.label(HOOKS) in samples and HOOKS in contender.hook_counts
+    ]
+
+
+def _kind(settings: Settings) -> str:
+    kinds = [f"accumulation over {settings.accumulate}"] if settings.accumulate > 1 else []
+    kinds += ["bf16 autocast"] if settings.bf16 else []
+    return f", {' and '.join(kinds)}" if kinds else ""
+
+
+def _weights_that_differ(weights: Mapping[str, torch.Tensor]) -> list[str]:
+    """Those that are further from the bare loop's than rounding explains."""
+    return [
+        f"{name} ends with other weights than the bare loop, by up to {distance:.3g}"
+        for name, trained in weights.items()
+        if (distance := float((trained - weights[BARE]).abs().max())) > 1e-5
+    ]
+
+
+def _weights_note(weights: Mapping[str, torch.Tensor]) -> str:
+    inexact = {
+        name: float((trained - weights[BARE]).abs().max())
+        for name, trained in weights.items()
+        if not torch.equal(trained, weights[BARE])
+    }
+    if not inexact:
+        return "All end with the weights of the bare loop, bit for bit."
+    listed = ", ".join(f"{name} by up to {distance:.1e}" for name, distance in inexact.items())
+    return f"All end with the weights of the bare loop, bit for bit, but for: {listed}."
+
+
+def _beside_peers(rows: Sequence[Row]) -> list[str]:
+    """Says which peers are as cheap as ours, or cheaper; nothing where none was measured."""
+    ratios = {row.name: row.ratio.median for row in rows if row.ratio is not None}
+    notes = []
+    for hook_count in (0, HOOKS):
+        ours = ratios[f"{OURS}, {hook_count} hooks"]
+        peers = [label for peer in PEERS if (label := peer.label(hook_count)) in ratios]
+        cheaper = [label for label in peers if ratios[label] <= ours]
+        if peers:
+            verdict = f"NOT below {', '.join(cheaper)}" if cheaper else "below every peer measured"
+            notes.append(f"With {hook_count} hooks, this trainer is {verdict}.")
+    return notes
