@@ -1,0 +1,22 @@
+"""Training as nested scopes that hooks attach to."""
+
+from robo_orchard_lab.pipeline.batch_processor import BatchProcessor, SimpleBatchProcessor
+from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.events import CHANNEL_NAMES, PIPELINE_CHANNELS, ChannelName
+from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
+from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
+from robo_orchard_lab.pipeline.trainer import HookBasedTrainer
+
+__all__ = [
+    "CHANNEL_NAMES",
+    "PIPELINE_CHANNELS",
+    "BatchProcessor",
+    "ChannelName",
+    "HookBasedTrainer",
+    "PipelineHookArgs",
+    "PipelineHooks",
+    "PipelineHooksConfig",
+    "SimpleBatchProcessor",
+    "TrainerLimits",
+    "TrainerProgress",
+]

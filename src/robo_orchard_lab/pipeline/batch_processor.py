@@ -1,0 +1,73 @@
+"""What is done with a batch: from the model to its outputs and its loss."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+
+class BatchProcessor(Protocol):
+    """What the trainer asks of a batch processor."""
+
+    @property
+    def need_backward(self) -> bool:
+        """Whether a backward pass and an update follow."""
+        ...
+
+    def forward(self, model: Any, batch: Any) -> tuple[Any, torch.Tensor | None]:
+        """The outputs and the loss of a batch."""
+        ...
+
+
+class SimpleBatchProcessor(ABC):
+    """A batch processor of one method.
+
+    >>> class Regression(SimpleBatchProcessor):
+    ...     def forward(self, model, batch):
+    ...         outputs = model(batch["input"])
+    ...         return outputs, torch.nn.functional.mse_loss(outputs, batch["target"])
+
+    Args:
+        need_backward: with False, the trainer runs :meth:`forward` without gradients, and neither
+            a backward pass nor an update follows.
+    """
+
+    def __init__(self, need_backward: bool = True) -> None:
+        self.need_backward = need_backward
+
+    @abstractmethod
+    def forward(self, model: Any, batch: Any) -> tuple[Any, torch.Tensor | None]:
+        """The outputs and the loss of a batch.
+
+        Args:
+            model: as the trainer prepared it.
+            batch: as the data loader gave it, on the accelerator's device.
+
+        Returns:
+            The outputs, of any type, which hooks see; and the loss, a scalar tensor: the mean
+            over the samples of the batch. None where :attr:`need_backward` is False.
+        """
+
+    @staticmethod
+    def from_callable(
+        forward: Callable[[Any, Any], tuple[Any, torch.Tensor | None]],
+        need_backward: bool = True,
+    ) -> SimpleBatchProcessor:
+        """A batch processor whose forward is ``forward(model, batch)``."""
+        return _CallableBatchProcessor(forward, need_backward)
+
+
+class _CallableBatchProcessor(SimpleBatchProcessor):
+    def __init__(
+        self,
+        forward: Callable[[Any, Any], tuple[Any, torch.Tensor | None]],
+        need_backward: bool,
+    ) -> None:
+        super().__init__(need_backward)
+        self._forward = forward
+
+    def forward(self, model: Any, batch: Any) -> tuple[Any, torch.Tensor | None]:
+        return self._forward(model, batch)

@@ -1,0 +1,19 @@
+"""The errors that a pipeline raises about what it was given."""
+
+from __future__ import annotations
+
+
+class PipelineConfigError(ValueError):
+    """A trainer or hook can't be built from its arguments; the message names the one to change."""
+
+
+class BatchProcessorError(TypeError):
+    """A batch processor returned something else than ``(outputs, loss)``."""
+
+
+class DataError(RuntimeError):
+    """The data loader gave no batch where an epoch needs at least one."""
+
+
+class StateError(ValueError):
+    """A saved state does not fit what it is loaded into; nothing was changed."""

@@ -1,0 +1,254 @@
+"""A named bundle of hooks over the channels of a run, and its configuration."""
+
+from __future__ import annotations
+
+import difflib
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Generic, TypeAlias, TypeVar
+
+from robo_orchard_core.utils.config import ClassConfig
+from robo_orchard_core.utils.hook import (
+    HookContext,
+    HookContextChannel,
+    HookRegistrationError,
+    RemovableHandle,
+)
+from typing_extensions import Self
+
+from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.errors import StateError
+from robo_orchard_lab.pipeline.events import CHANNEL_NAMES, ChannelName
+
+
+class PipelineHooks:
+    """Hooks for any number of channels that belong together, with a name and a state.
+
+    A subclass registers its methods in its constructor:
+
+    >>> class Greeter(PipelineHooks):
+    ...     def __init__(self) -> None:
+    ...         super().__init__()
+    ...         self.register_hook("on_epoch", HookContext.from_callable(before=self.greet))
+    ...
+    ...     def greet(self, args: PipelineHookArgs) -> None:
+    ...         print("epoch", args.epoch_id)
+    >>> hooks = PipelineHooks.from_hooks([Greeter()])
+    >>> with hooks.begin("on_epoch", PipelineHookArgs()):
+    ...     pass
+    epoch 0
+
+    Bundles can be registered in one another; all hooks of a channel run in the order of their
+    registration. One that carries state overrides :meth:`state_dict` and :meth:`load_state_dict`.
+    """
+
+    __module__ = "robo_orchard_lab.pipeline.hooks.mixin"  # the name to import it by, and printed
+
+    _channels: dict[ChannelName, HookContextChannel[PipelineHookArgs]] | None = None
+
+    def __init__(self, name: str | None = None) -> None:
+        self._name = name
+        self._members: list[PipelineHooks] = []
+        self._channels = {
+            channel: HookContextChannel(channel, owner=self) for channel in CHANNEL_NAMES
+        }
+
+    @property
+    def name(self) -> str:
+        """The name in errors and saved states, unique in a trainer; by default the class's."""
+        return self._name if self._name is not None else type(self).__name__
+
+    @name.setter
+    def name(self, name: str) -> None:
+        self._name = name
+
+    def channel(self, name: ChannelName) -> HookContextChannel[PipelineHookArgs]:
+        """The hooks of one channel.
+
+        Raises:
+            HookRegistrationError: there is no such channel, or the subclass's constructor has not
+                called ``super().__init__()``.
+        """
+        if self._channels is None:
+            cls = type(self).__qualname__
+            raise HookRegistrationError(
+                f"{cls}.__init__ must call super().__init__() before anything else is done with it"
+            )
+        if name not in self._channels:
+            near = difflib.get_close_matches(str(name), CHANNEL_NAMES, n=1)
+            raise HookRegistrationError(
+                f"there is no channel {name!r}"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+                + f" The channels are {', '.join(CHANNEL_NAMES)}"
+            )
+        return self._channels[name]
+
+    def register_hook(
+        self, channel: ChannelName, hook: HookContext[PipelineHookArgs]
+    ) -> RemovableHandle:
+        """Add a hook to a channel, inside those that are there.
+
+        It takes effect the next time the channel is entered, also in a running trainer.
+
+        Raises:
+            HookRegistrationError: a wrong channel, the same hook twice, or something that is no
+                hook; the message says what to do.
+            HookSignatureError: its before or after can't be called with one argument.
+        """
+        return self.channel(channel).register(hook)
+
+    def register_pipeline_hooks(self, hooks: HookLike) -> RemovableHandle:
+        """Add a bundle, or the one that a configuration describes, with all its hooks.
+
+        Raises:
+            HookRegistrationError: it has a name that is taken here, or is no bundle.
+        """
+        bundle = _build(hooks)
+        bundle.channel("on_loop")  # an error here if its constructor did not call ours
+        if any(bundle is known for known in (self, *self.walk())):
+            raise HookRegistrationError(f"hook {bundle.name!r} is registered here already")
+        check_unique_names([*self.named(), *bundle.named()])
+        handles = [self.channel(name).register(bundle.channel(name)) for name in CHANNEL_NAMES]
+        self._members.append(bundle)
+
+        def remove() -> None:
+            for handle in handles:
+                handle.remove()
+            # By identity: users may define equality on their hooks.
+            self._members = [member for member in self._members if member is not bundle]
+
+        return RemovableHandle(remove)
+
+    def __iadd__(self, hooks: HookLike) -> Self:
+        self.register_pipeline_hooks(hooks)
+        return self
+
+    @classmethod
+    def from_hooks(
+        cls, hooks: HookLike | Iterable[HookLike] | Mapping[str, HookLike] | None
+    ) -> PipelineHooks:
+        """One bundle of several bundles and configurations, mixed as they come.
+
+        The keys of a mapping become the names of its hooks.
+        """
+        bundle = PipelineHooks()
+        if hooks is None:
+            return bundle
+        if isinstance(hooks, Mapping):
+            for name, hook in hooks.items():
+                named = _build(hook)
+                named.name = name
+                bundle += named
+            return bundle
+        for hook in [hooks] if isinstance(hooks, PipelineHooks | PipelineHooksConfig) else hooks:
+            bundle += hook
+        return bundle
+
+    def begin(self, channel: ChannelName, args: PipelineHookArgs) -> AbstractContextManager[None]:
+        """The hooks of a channel around the body of a ``with`` statement."""
+        return self.channel(channel).begin(args)
+
+    def unregister_all(self) -> None:
+        """Remove every hook and every bundle; their handles become void."""
+        for name in CHANNEL_NAMES:
+            self.channel(name).unregister_all()
+        self._members = []
+
+    def walk(self) -> Iterator[PipelineHooks]:
+        """Every bundle registered here, and in those, in the order of registration."""
+        for member in self._members:
+            yield member
+            yield from member.walk()
+
+    def named(self) -> Iterator[PipelineHooks]:
+        """This bundle and all in it that have an identity.
+
+        A plain ``PipelineHooks()`` without a name has none: it only holds others together.
+        """
+        return (
+            bundle
+            for bundle in (self, *self.walk())
+            if bundle._name is not None or type(bundle) is not PipelineHooks
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs, of plain values, tensors, lists and dicts.
+
+        This one holds the states of the bundles registered here, by name. A subclass that has a
+        state of its own returns that instead; the bundles in it are saved beside it.
+        """
+        return {bundle.name: bundle.state_dict() for bundle in self._stateful()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state that :meth:`state_dict` gave.
+
+        Raises:
+            StateError: a name in ``state`` is not registered here, or a registered bundle that
+                has a state is not in it; nothing is loaded then.
+        """
+        bundles = {bundle.name: bundle for bundle in self._stateful()}
+        missing = sorted(set(bundles) - set(state))
+        unexpected = sorted(set(state) - set(bundles))
+        if missing or unexpected:
+            raise StateError(
+                "the saved hook states are those of other hooks: "
+                f"registered but not saved: {', '.join(missing) or 'none'}; "
+                f"saved but not registered: {', '.join(unexpected) or 'none'}"
+            )
+        for name, bundle in bundles.items():
+            bundle.load_state_dict(state[name])
+
+    def _stateful(self) -> Iterator[PipelineHooks]:
+        own = PipelineHooks.state_dict
+        return (bundle for bundle in self.walk() if type(bundle).state_dict is not own)
+
+    def __repr__(self) -> str:
+        cls = type(self)
+        channels = "\n".join(
+            f"{name}: {channel!r}, " for name in CHANNEL_NAMES if len(channel := self.channel(name))
+        )
+        return (
+            f"<{cls.__module__}.{cls.__qualname__}(\n  hooks={{\n"
+            f"{textwrap.indent(channels, '    ')}\n  }})>"
+        )
+
+
+HooksT_co = TypeVar("HooksT_co", bound=PipelineHooks, covariant=True)
+
+
+class PipelineHooksConfig(ClassConfig[HooksT_co], Generic[HooksT_co]):
+    """The parameters of a bundle of hooks; calling it builds the bundle.
+
+    ``class_type`` names the class, ``PipelineHooksConfig[MyHook]`` declares its type.
+    """
+
+
+HookLike: TypeAlias = "PipelineHooks | PipelineHooksConfig[PipelineHooks]"
+"""A bundle of hooks, or the configuration that builds one."""
+
+
+def check_unique_names(bundles: Iterable[PipelineHooks]) -> None:
+    """Refuse two bundles of one name.
+
+    Raises:
+        HookRegistrationError: with the names, and how to give others.
+    """
+    taken = [name for name, count in Counter(b.name for b in bundles).items() if count > 1]
+    if taken:
+        raise HookRegistrationError(
+            f"two hooks have one name: {', '.join(map(repr, taken))}. A hook's state is saved by "
+            "its name, so give one of them another, by hook.name = '...' or with "
+            "hooks={'name': hook, ...}"
+        )
+
+
+def _build(hooks: HookLike) -> PipelineHooks:
+    bundle = hooks() if isinstance(hooks, PipelineHooksConfig) else hooks
+    if not isinstance(bundle, PipelineHooks):
+        raise HookRegistrationError(
+            "expected a PipelineHooks or a PipelineHooksConfig, "
+            f"got {type(bundle).__name__}; register a HookContext by register_hook(channel, hook)"
+        )
+    return bundle

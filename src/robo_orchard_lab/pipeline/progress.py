@@ -1,0 +1,114 @@
+"""How far a run has come, and where it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
+
+STATE_VERSION = 1
+
+
+@dataclass(slots=True)
+class TrainerProgress:
+    """The counters of a run. The trainer moves them; everyone else reads them.
+
+    While a step is open, the ids are those of that step, counted from 0. At a commit point, and
+    after the run, they are those of the step that would come next, that is, how many are done.
+    """
+
+    epoch_id: int = 0
+    """The epoch; a finished run of n epochs ends with n."""
+    step_id: int = 0
+    """The step in the epoch: one batch through forward and backward."""
+    global_step_id: int = 0
+    """The step in the run."""
+    optimizer_step_id: int = 0
+    """How many updates of the weights have been committed."""
+    skipped_optimizer_steps: int = 0
+    """How many updates were due and not committed, such as after an fp16 overflow."""
+
+    def finish_step(self) -> None:
+        """A batch went through forward and backward."""
+        self.step_id += 1
+        self.global_step_id += 1
+
+    def finish_epoch(self) -> None:
+        """The data has been passed over once."""
+        self.epoch_id += 1
+        self.step_id = 0
+
+    def finish_optimizer_step(self, committed: bool) -> None:
+        """An update was due: it was committed, or skipped."""
+        if committed:
+            self.optimizer_step_id += 1
+        else:
+            self.skipped_optimizer_steps += 1
+
+    def state_dict(self) -> dict[str, int]:
+        """Every counter by its name, and the version of this layout."""
+        return {"version": STATE_VERSION, **asdict(self)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over every counter.
+
+        Raises:
+            StateError: another version, or a counter missing, unknown, or not an int >= 0. The
+                counters are then as they were.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise StateError(
+                f"expected a progress state of version {STATE_VERSION}, "
+                f"found version {state.get('version')!r}"
+            )
+        names = [field.name for field in fields(self)]
+        found = {name: value for name, value in state.items() if name != "version"}
+        if set(found) != set(names):
+            raise StateError(
+                f"expected the counters {', '.join(names)} in a progress state, "
+                f"found {', '.join(found) or 'none'}"
+            )
+        for name, value in found.items():
+            if type(value) is not int or value < 0:
+                raise StateError(f"progress.{name} must be an int >= 0, found {value!r}")
+        for name, value in found.items():
+            setattr(self, name, value)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerLimits:
+    """Where a run ends: at whichever of its limits is reached first.
+
+    Raises:
+        PipelineConfigError: no limit is given, or one is not an int >= 1.
+    """
+
+    max_step: int | None = None
+    """In steps (batches) over the run."""
+    max_optimizer_step: int | None = None
+    """In committed updates of the weights."""
+    max_epoch: int | None = None
+    """In passes over the data."""
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        if not given:
+            raise PipelineConfigError(
+                "a run needs a limit: give max_step, max_optimizer_step or max_epoch"
+            )
+        for name, value in given.items():
+            if type(value) is not int or value < 1:
+                raise PipelineConfigError(f"{name} must be an int >= 1, got {value!r}")
+
+    def reached(self, progress: TrainerProgress) -> bool:
+        """Whether nothing is left to do."""
+        return (
+            (self.max_step is not None and progress.global_step_id >= self.max_step)
+            or (
+                self.max_optimizer_step is not None
+                and progress.optimizer_step_id >= self.max_optimizer_step
+            )
+            or (self.max_epoch is not None and progress.epoch_id >= self.max_epoch)
+        )

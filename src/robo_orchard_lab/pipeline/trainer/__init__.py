@@ -1,0 +1,5 @@
+"""The engine and what it needs to run."""
+
+from robo_orchard_lab.pipeline.trainer.trainer import HookBasedTrainer
+
+__all__ = ["HookBasedTrainer"]

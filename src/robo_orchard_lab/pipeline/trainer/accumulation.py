@@ -1,0 +1,88 @@
+"""Dividing a stream of batches into accumulation windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader
+
+
+class MicroBatch(NamedTuple):
+    """A batch and its part in its accumulation window."""
+
+    batch: Any
+    ends_window: bool
+    divisor: float
+    """What to divide the batch's mean loss by, so that the gradients that the window adds up are
+    those of the mean over all of its samples."""
+
+
+def micro_batches(
+    batches: Iterator[Any],
+    window: int,
+    sizes: Iterator[int] | None,
+    steps_left: int | None,
+) -> Iterator[MicroBatch]:
+    """The batches in windows of ``window``, the last of which may be shorter.
+
+    A window of n equal batches divides each loss by n; of unequal ones, each by the window's
+    samples over its own. So n micro-batches equal one batch n times as large.
+
+    Args:
+        batches: what to divide.
+        window: how many batches make a full window, >= 1.
+        sizes: how many samples each batch will have; None where that is not known ahead, which
+            costs a look-ahead over the window.
+        steps_left: how many batches to take at most; None takes all.
+    """
+    if window == 1:  # nothing to look ahead for
+        for batch in batches:
+            yield MicroBatch(batch, True, 1.0)
+        return
+    while steps_left is None or steps_left > 0:
+        count = window if steps_left is None else min(window, steps_left)
+        if sizes is not None:
+            samples = list(islice(sizes, count))
+            taken: Iterable[Any] = islice(batches, len(samples))
+        else:
+            taken = list(islice(batches, count))
+            samples = [count_samples(batch) for batch in taken]
+        if not samples:
+            return
+        total = sum(samples)
+        for index, batch in enumerate(taken):
+            ends_window = index == len(samples) - 1
+            yield MicroBatch(batch, ends_window, total / samples[index])
+        if steps_left is not None:
+            steps_left -= len(samples)
+
+
+def known_batch_sizes(dataloader: Iterable[Any]) -> list[int] | None:
+    """The number of samples of each batch of one pass, or None where it can't be known ahead."""
+    sampler = getattr(dataloader, "batch_sampler", None)
+    if type(dataloader) is not DataLoader or type(sampler) is not BatchSampler:
+        return None
+    try:
+        samples = len(sampler.sampler)  # type: ignore[arg-type]  # refused below where unsized
+    except TypeError:
+        return None
+    full, rest = divmod(samples, sampler.batch_size)
+    return [sampler.batch_size] * full + ([rest] if rest and not sampler.drop_last else [])
+
+
+def count_samples(batch: Any) -> int:
+    """The length of the first tensor in a batch, or 1 for a batch without one."""
+    return _first_length(batch) or 1
+
+
+def _first_length(value: Any) -> int | None:
+    if isinstance(value, torch.Tensor):
+        return value.shape[0] if value.dim() > 0 else None
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return None
+    return next((n for n in map(_first_length, value) if n is not None), None)

@@ -1,0 +1,87 @@
+"""Making a model, an optimizer, a schedule and data ready for the devices and processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, send_to_device
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+
+from robo_orchard_lab.pipeline.errors import PipelineConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedObjects:
+    """What the trainer works with, as Accelerate prepared it."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer | None
+    lr_scheduler: LRScheduler | None
+    dataloader: Iterable[Any]
+    place: Callable[[Any], Any] | None
+    """Moves a batch of :attr:`dataloader` to its device; None where it lies there already."""
+
+
+def prepare_objects(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    lr_scheduler: LRScheduler | None,
+    dataloader: Iterable[Any],
+) -> PreparedObjects:
+    """Let Accelerate prepare what is not prepared yet.
+
+    With one process the data loader is used as it is: Accelerate's version of it would give the
+    same batches, one batch of look-ahead and 5 us a step later.
+
+    Raises:
+        PipelineConfigError: the launcher started several processes that do not know of each other.
+    """
+    _check_world_size(accelerator)
+    given = [part for part in (model, optimizer, lr_scheduler) if part is not None]
+    prepared = iter(accelerator.prepare(*given) if len(given) > 1 else [accelerator.prepare(model)])
+    model = next(prepared)
+    optimizer = next(prepared) if optimizer is not None else None
+    lr_scheduler = next(prepared) if lr_scheduler is not None else None
+
+    place: Callable[[Any], Any] | None = None
+    if accelerator.num_processes > 1 and isinstance(dataloader, DataLoader):
+        dataloader = accelerator.prepare(dataloader)
+    elif accelerator.device.type != "cpu":
+        pinned = bool(getattr(dataloader, "pin_memory", False))
+        device = accelerator.device
+
+        def place(batch: Any) -> Any:
+            return send_to_device(batch, device, non_blocking=pinned)
+
+    return PreparedObjects(model, optimizer, lr_scheduler, dataloader, place)
+
+
+def backward_of(accelerator: Accelerator) -> Callable[[torch.Tensor], Any]:
+    """The function that runs the backward pass of a loss, without dividing it.
+
+    ``accelerator.backward`` divides every loss by the number of accumulation steps, also in a
+    last window that is shorter.
+    """
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        return accelerator.backward  # theirs counts the micro-batches itself
+    scaler = accelerator.scaler
+    if scaler is not None:
+        return lambda loss: scaler.scale(loss).backward()
+    return torch.Tensor.backward
+
+
+def _check_world_size(accelerator: Accelerator) -> None:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and accelerator.num_processes == 1:
+        raise PipelineConfigError(
+            f"the launcher started {launched} processes (WORLD_SIZE={launched}), but the "
+            "accelerator has 1, so that each would train alone; on a machine without a GPU make "
+            "it with Accelerator(cpu=True)"
+        )

@@ -1,0 +1,285 @@
+"""The engine: from a model, data and hooks to a trained model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.optim.lr_scheduler import LRScheduler
+
+from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
+from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.errors import BatchProcessorError, DataError, PipelineConfigError
+from robo_orchard_lab.pipeline.hook_set import HookLike, PipelineHooks, check_unique_names
+from robo_orchard_lab.pipeline.hooks.optimizer import OptimizerHook, ScheduleUnit
+from robo_orchard_lab.pipeline.metrics import MetricsBoard
+from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
+from robo_orchard_lab.pipeline.requests import Requests
+from robo_orchard_lab.pipeline.trainer.accumulation import (
+    MicroBatch,
+    known_batch_sizes,
+    micro_batches,
+)
+from robo_orchard_lab.pipeline.trainer.preparation import backward_of, prepare_objects
+
+logger = logging.getLogger(__name__)
+
+
+class HookBasedTrainer:
+    """Trains a model; everything beyond the loop is done by hooks.
+
+    Calling it runs this, where ``with on_x`` stands for the hooks of a channel, the first
+    registered outermost::
+
+        with on_loop:
+            while no limit is reached and no hook has asked to stop:
+                with on_epoch:
+                    for batch in dataloader:
+                        with on_step:
+                            with on_batch:
+                                with on_model_forward:
+                                    outputs, loss = batch_processor.forward(model, batch)
+                                with on_model_backward:
+                                    (loss / divisor).backward()
+                            # OptimizerHook, the outermost hook of on_step, when it is left
+                            # at an accumulation boundary:
+                            with on_optimizer_step:
+                                optimizer.step(); lr_scheduler.step(); optimizer.zero_grad()
+                        progress.finish_step()
+                        commit point
+                progress.finish_epoch()
+                commit point
+
+    With gradient accumulation (``Accelerator(gradient_accumulation_steps=n)``), ``divisor`` weighs
+    each batch by its samples in the window of up to n batches that ends in an update; the last
+    window of an epoch, and the one in which ``max_step`` is reached, may be shorter.
+
+    A model in evaluation mode is put in training mode at the start; one in training mode is left
+    as it is, so that parts that you have put in evaluation mode stay there.
+
+    Args:
+        accelerator: devices, processes and precision.
+        model: any module, also compiled; prepared here unless it is prepared already.
+        dataloader: a torch ``DataLoader`` or any iterable of batches, iterated once an epoch.
+        batch_processor: from a batch to outputs and loss.
+        optimizer: needed where the processor needs a backward pass.
+        lr_scheduler: moves once for each committed update, whatever the number of processes.
+        hooks: bundles of hooks and configurations that build them, in any mixture, or a mapping
+            that names them; the first is the outermost.
+        max_step: stop after this many batches.
+        max_optimizer_step: stop after this many committed updates.
+        max_epoch: stop after this many passes over the data.
+        schedule_every: when the schedule moves, see :class:`OptimizerHook`.
+
+    Raises:
+        PipelineConfigError: no limit, no optimizer where one is needed, or several launched
+            processes that do not know of each other.
+        HookRegistrationError: two hooks of one name, or something that is no hook.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: torch.nn.Module,
+        dataloader: Iterable[Any],
+        batch_processor: BatchProcessor,
+        optimizer: torch.optim.Optimizer | None = None,
+        lr_scheduler: LRScheduler | None = None,
+        hooks: HookLike | Iterable[HookLike] | Mapping[str, HookLike] | None = None,
+        *,
+        max_step: int | None = None,
+        max_optimizer_step: int | None = None,
+        max_epoch: int | None = None,
+        schedule_every: ScheduleUnit | None = None,
+    ) -> None:
+        self.limits = TrainerLimits(max_step, max_optimizer_step, max_epoch)
+        if batch_processor.need_backward and optimizer is None:
+            raise PipelineConfigError(
+                "the batch processor needs a backward pass, so the trainer needs an optimizer; "
+                "give one, or a batch processor with need_backward=False"
+            )
+        self.accelerator = accelerator
+        self.batch_processor = batch_processor
+        self.progress = TrainerProgress()
+        self.metrics = MetricsBoard()
+        self.requests = Requests()
+        self.hooks = PipelineHooks()
+
+        prepared = prepare_objects(accelerator, model, optimizer, lr_scheduler, dataloader)
+        self.model = prepared.model
+        self.dataloader = prepared.dataloader
+        self.optimizer = prepared.optimizer
+        self.lr_scheduler = prepared.lr_scheduler
+        self._place = prepared.place
+        self._backward = backward_of(accelerator)
+        self._optimizer_hook: OptimizerHook | None = None
+        if batch_processor.need_backward and prepared.optimizer is not None:
+            self._optimizer_hook = OptimizerHook(
+                accelerator, prepared.optimizer, prepared.lr_scheduler, self.hooks, schedule_every
+            )
+            self.optimizer = self._optimizer_hook.optimizer
+            self.lr_scheduler = self._optimizer_hook.lr_scheduler
+            self.hooks += self._optimizer_hook
+        self.hooks += PipelineHooks.from_hooks(hooks)
+
+        self._stopping = False
+        self._synchronising = accelerator.sync_gradients = True
+        self._divisor = 1.0
+        self._loss: torch.Tensor | None = None
+
+        channel = self.hooks.channel  # looked up once: the step path calls these
+        self._on_loop = channel("on_loop").run
+        self._on_epoch = channel("on_epoch").run
+        self._on_step = channel("on_step").run
+        self._on_batch = channel("on_batch").run
+        self._on_model_forward = channel("on_model_forward").run
+        self._on_model_backward = channel("on_model_backward").run
+
+    def __call__(self) -> None:
+        """Train until a limit is reached or a hook's request to stop is granted.
+
+        Called again after a limit was reached, it does nothing. An error gets a note that says
+        where in the run it happened.
+        """
+        if self._finished():
+            logger.info("nothing left to do: %s, %s", self.progress, self.limits)
+            return
+        check_unique_names(self.hooks.named())
+        if not self.model.training:
+            self.model.train()
+        if self._optimizer_hook is not None:
+            self._optimizer_hook.zero_grad()
+        try:
+            self._on_loop(self._new_args(), self._loop)
+        except BaseException as error:
+            error.add_note(f"the run was at {self.progress}")
+            raise
+
+    def _loop(self, loop_args: PipelineHookArgs) -> None:
+        while not self._finished():
+            args = self._new_args()
+            self._on_epoch(args, self._epoch)
+            if args.epoch_completed:
+                self.progress.finish_epoch()
+                self._commit()
+
+    def _epoch(self, args: PipelineHookArgs) -> None:
+        _announce_epoch(self.dataloader, self.progress.epoch_id)
+        sizes = known_batch_sizes(self.dataloader)
+        steps = micro_batches(
+            iter(self.dataloader),
+            window=self.accelerator.gradient_accumulation_steps,
+            sizes=None if sizes is None else iter(sizes),
+            steps_left=None
+            if self.limits.max_step is None
+            else self.limits.max_step - self.progress.global_step_id,
+        )
+        for micro_batch in steps:
+            self._step(micro_batch)
+            if self._finished():
+                # Without a length, only asking for one batch more could tell whether this was
+                # the last one; the epoch then counts as open.
+                args.epoch_completed = self.progress.step_id == _length(self.dataloader)
+                return
+        if self.progress.step_id == 0:
+            raise DataError(
+                f"the dataloader gave no batch in epoch {self.progress.epoch_id}; an iterator "
+                "can be read only once: pass an iterable that can be iterated every epoch"
+            )
+        args.epoch_completed = True
+
+    def _step(self, micro_batch: MicroBatch) -> None:
+        args = self._new_args()
+        args.batch = micro_batch.batch if self._place is None else self._place(micro_batch.batch)
+        args.at_accumulation_boundary = micro_batch.ends_window
+        self._divisor = micro_batch.divisor
+        self._on_step(args, self._step_body)
+        self.progress.finish_step()
+        self._commit()
+
+    def _step_body(self, args: PipelineHookArgs) -> None:
+        boundary = args.at_accumulation_boundary
+        if boundary is not self._synchronising:
+            self._synchronising = self.accelerator.sync_gradients = boundary
+        if boundary:
+            self._on_batch(args, self._batch)
+        else:  # the gradients stay on their rank: one all-reduce for each update
+            with self.accelerator.no_sync(self.model):
+                self._on_batch(args, self._batch)
+
+    def _batch(self, args: PipelineHookArgs) -> None:
+        if self.batch_processor.need_backward:
+            self._on_model_forward(args, self._forward)
+            self._on_model_backward(args, self._run_backward)
+        else:
+            with torch.no_grad():
+                self._on_model_forward(args, self._forward)
+
+    def _forward(self, args: PipelineHookArgs) -> None:
+        result = self.batch_processor.forward(self.model, args.batch)
+        try:
+            args.model_outputs, self._loss = result
+        except (TypeError, ValueError):
+            raise self._wrong_result(f"{type(result).__name__}") from None
+        if self._loss is not None:
+            args.loss = self._loss.detach()
+
+    def _run_backward(self, args: PipelineHookArgs) -> None:
+        loss, self._loss = self._loss, None  # the graph goes as soon as it is used
+        if loss is None:
+            raise self._wrong_result("a loss of None")
+        self._backward(loss if self._divisor == 1.0 else loss / self._divisor)
+
+    def _commit(self) -> None:
+        """The commit point: every scope of the step is closed, all state is consistent."""
+        request = self.requests.stop_request
+        if request is not None and not self._stopping:
+            self._stopping = True
+            logger.info(
+                "stopping at %s: %s, asked by %s", self.progress, request.reason, request.by
+            )
+
+    def _finished(self) -> bool:
+        return self._stopping or self.limits.reached(self.progress)
+
+    def _new_args(self) -> PipelineHookArgs:
+        return PipelineHookArgs(
+            self.progress,
+            self.limits,
+            self.accelerator,
+            self.model,
+            self.optimizer,
+            self.lr_scheduler,
+            self.dataloader,
+            self.metrics,
+            self.requests,
+        )
+
+    def _wrong_result(self, found: str) -> BatchProcessorError:
+        return BatchProcessorError(
+            f"{type(self.batch_processor).__name__}.forward must return (outputs, loss), with a "
+            f"loss where need_backward is True; got {found}"
+        )
+
+
+def _announce_epoch(dataloader: Iterable[Any], epoch_id: int) -> None:
+    """Tell samplers and datasets that shuffle by the epoch which one begins."""
+    loader: Any = dataloader
+    candidates = [loader]
+    if not hasattr(loader, "set_epoch"):  # one that has it tells its own parts
+        candidates += [
+            getattr(loader, name, None) for name in ("sampler", "batch_sampler", "dataset")
+        ]
+    for candidate in candidates:
+        if hasattr(candidate, "set_epoch"):
+            candidate.set_epoch(epoch_id)
+
+
+def _length(dataloader: Iterable[Any]) -> int | None:
+    try:
+        return len(dataloader)  # type: ignore[arg-type]  # refused below where it has none
+    except TypeError:
+        return None
