@@ -1,1 +1,5 @@
 """What scripts need beside the pipeline."""
+
+from robo_orchard_core.utils.logging import log_basic_config
+
+__all__ = ["log_basic_config"]

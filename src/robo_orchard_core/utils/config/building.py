@@ -1,0 +1,208 @@
+"""How a class or function is called with what its configuration holds.
+
+A class that takes a config gets the config itself. Any other gets the fields as keyword
+arguments; there, a `Buildable` among the values (or in a list, tuple or dict of them) is built,
+unless the parameter is declared as a config.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from robo_orchard_core.utils.config.base import Config
+from robo_orchard_core.utils.config.errors import ConfigBuildError
+from robo_orchard_core.utils.config.kinds import (
+    is_kind,
+    item_annotation,
+    members,
+    value_annotation,
+)
+from robo_orchard_core.utils.config.model import ConfigModel
+from robo_orchard_core.utils.config.references import reference_to
+
+R = TypeVar("R")
+
+_NAMES = ("cfg", "config")
+
+
+@runtime_checkable
+class Buildable(Protocol):
+    """A config that stands for an instance."""
+
+    class_type: type
+
+    def __call__(self) -> Any:
+        """The instance."""
+
+
+def build(config: Config, cls: type[R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
+    """An instance of ``cls``; ``args`` and ``kwargs`` go before what the config says.
+
+    Raises:
+        ConfigBuildError: The class doesn't take what it would get.
+    """
+    parameter = config_parameter(cls, config)
+    if parameter is None:
+        fields = {name: value for name, value in config._fields() if name != "class_type"}
+        return call(cls, config, fields, args, kwargs)
+    if parameter.name in kwargs:
+        return call(cls, config, {}, args, kwargs)
+    explicit = _parameters(cls)
+    changes = {
+        name: kwargs.pop(name)
+        for name in [*kwargs]
+        if name in type(config).model_fields and name not in explicit
+    }
+    if changes:
+        config = config.replace(**changes)
+    if args or parameter.kind is parameter.POSITIONAL_ONLY:
+        return call(cls, config, {}, (config, *args), kwargs)
+    return call(cls, config, {}, (), {parameter.name: config, **kwargs})
+
+
+def call(
+    code: Callable[..., R],
+    config: ConfigModel,
+    fields: Mapping[str, Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> R:
+    """What ``code`` returns for the arguments and, where they are silent, the fields."""
+    signature = _signature(code)
+    hints = _hints(code.__init__ if isinstance(code, type) else code)
+    if signature is not None:
+        kwargs = {
+            **{
+                name: _built(value, hints.get(name, Any))
+                for name, value in fields.items()
+                if name not in kwargs and name not in _filled(signature, args)
+            },
+            **kwargs,
+        }
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            names = ", ".join(_parameters(code)) or "none"
+            raise ConfigBuildError(
+                f"{_name(code)} can't be built from {type(config).__qualname__}: {error}; "
+                f"its parameters are {names}"
+            ) from error
+    else:
+        kwargs = {**{name: _built(value, Any) for name, value in fields.items()}, **kwargs}
+    try:
+        return code(*args, **kwargs)
+    except Exception as error:
+        error.add_note(f"while {type(config).__qualname__} built {_name(code)}")
+        raise
+
+
+def config_parameter(cls: type, config: Config) -> inspect.Parameter | None:
+    """The parameter through which ``cls`` takes its config, if it does.
+
+    It is required or comes first, has not the name of a field, and is declared as a config class
+    that admits this one, or is declared as nothing and named ``cfg`` or ``config``. A constructor
+    that hands ``*args`` or ``**kwargs`` on is followed to the next one in line.
+    """
+    for constructor in _constructors(cls):
+        signature = _signature(constructor)
+        if signature is None:
+            return None
+        _, *parameters = signature.parameters.values()
+        hints = _hints(constructor)
+        for index, parameter in enumerate(parameters):
+            is_candidate = index == 0 or parameter.default is parameter.empty
+            hint = hints.get(parameter.name, parameter.annotation)
+            if is_candidate and _takes(parameter, hint, config):
+                return parameter
+        if all(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+            return None
+    return None
+
+
+def _constructors(cls: type) -> Iterator[Callable[..., Any]]:
+    for base in cls.__mro__[:-1]:
+        if "__init__" in vars(base):
+            yield vars(base)["__init__"]
+
+
+def _takes(parameter: inspect.Parameter, hint: Any, config: Config) -> bool:
+    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        return False
+    if parameter.name in type(config).model_fields:
+        return False
+    if _admits(hint, config):
+        return True
+    undeclared = hint is parameter.empty or hint is Any or isinstance(hint, str)
+    return undeclared and parameter.name in _NAMES
+
+
+def _admits(hint: Any, config: ConfigModel) -> bool:
+    """Whether a parameter is declared as a config class that admits this config."""
+    if isinstance(hint, str):
+        # Its names aren't there at run time, as under TYPE_CHECKING; so the words must do.
+        bases = {base.__name__ for base in type(config).__mro__ if issubclass(base, ConfigModel)}
+        return not bases.isdisjoint(re.findall(r"\w+", hint))
+    return any(
+        isinstance(member, type)
+        and issubclass(member, ConfigModel)
+        and is_kind(type(config), member)
+        for member in members(hint)
+    )
+
+
+def _built(value: Any, hint: Any) -> Any:
+    """The value with instances in the place of the configs that stand for them."""
+    if isinstance(value, ConfigModel):
+        return value() if isinstance(value, Buildable) and not _admits(hint, value) else value
+    # A text that names a config class declares what the container holds.
+    if type(value) in (list, tuple):
+        declared = [
+            hint if isinstance(hint, str) else item_annotation(hint, i) for i in range(len(value))
+        ]
+        return type(value)(map(_built, value, declared))
+    if type(value) is dict:
+        inner = hint if isinstance(hint, str) else value_annotation(hint)
+        return {key: _built(item, inner) for key, item in value.items()}
+    return value
+
+
+def _hints(code: Any) -> dict[str, Any]:
+    """The parameters' types, as far as their names are there; else the text of each."""
+    try:
+        return typing.get_type_hints(code)
+    except Exception:  # an annotation is any expression, so it can raise anything
+        return dict(getattr(code, "__annotations__", {}))
+
+
+def _signature(code: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(code)
+    except (ValueError, TypeError):  # some builtins have none
+        return None
+
+
+def _parameters(code: Callable[..., Any]) -> list[str]:
+    signature = _signature(code)
+    return [] if signature is None else [
+        p.name
+        for p in signature.parameters.values()
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+
+
+def _filled(signature: inspect.Signature, args: tuple[Any, ...]) -> set[str]:
+    """The parameters that the positional arguments fill."""
+    positional = [
+        p.name
+        for p in signature.parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    return set(positional[: len(args)])
+
+
+def _name(code: Callable[..., Any]) -> str:
+    return reference_to(code)  # type: ignore[arg-type]  # a class or function

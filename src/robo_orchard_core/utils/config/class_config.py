@@ -1,0 +1,48 @@
+"""A config that names a class and builds it."""
+
+from __future__ import annotations
+
+from typing import Any, Generic, TypeVar
+
+from robo_orchard_core.utils.config.base import Config
+from robo_orchard_core.utils.config.building import build
+
+T = TypeVar("T")
+
+
+class ClassConfig(Config, Generic[T]):
+    """What a class is built from: name it in ``class_type``, declare its parameters as fields.
+
+    >>> class Timer:
+    ...     def __init__(self, interval_s: float) -> None:
+    ...         self.interval_s = interval_s
+    >>> class TimerConfig(ClassConfig[Timer]):
+    ...     class_type: type[Timer] = Timer
+    ...     interval_s: float = 0.5
+    >>> TimerConfig(interval_s=2)().interval_s
+    2.0
+
+    A class whose constructor takes a config (a first or required parameter that is declared as a
+    config class which admits this one, or one without a declaration that is named ``cfg`` or
+    ``config``) gets this config. Any other class gets the fields as keyword arguments, with
+    nested `ClassConfig` built, unless the parameter is declared as a config.
+
+    Attributes:
+        class_type: The class, or a subclass of the declared one.
+    """
+
+    class_type: type[T]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> T:
+        """A new instance.
+
+        Args:
+            *args: Handed to the class, after the config where it takes one.
+            **kwargs: Handed to the class, in the place of fields with the same name; for a class
+                that takes a config, those that name a field and no parameter change the field.
+
+        Raises:
+            ConfigBuildError: The class doesn't take what it would get; its name and the
+                parameter's are in the message.
+        """
+        return build(self, self.class_type, args, kwargs)

@@ -1,0 +1,182 @@
+"""From a config to the plain data of its document, with the proof that nothing was lost."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import sys
+from collections.abc import Mapping
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticSerializationError, to_jsonable_python
+
+from robo_orchard_core.utils.config.document import MAX_DEPTH, Plain
+from robo_orchard_core.utils.config.errors import (
+    ConfigError,
+    ConfigReferenceError,
+    ConfigSaveError,
+    Path,
+)
+from robo_orchard_core.utils.config.kinds import (
+    declared_code,
+    item_annotation,
+    members,
+    value_annotation,
+)
+from robo_orchard_core.utils.config.loading import CONFIG_TYPE, Loading, loading
+from robo_orchard_core.utils.config.model import ConfigModel
+from robo_orchard_core.utils.config.problems import config_error, shown
+from robo_orchard_core.utils.config.references import Code, found_in, reference_to
+from robo_orchard_core.utils.config.trust import Trust
+
+
+def encode(config: ConfigModel, *, for_toml: bool = False) -> dict[str, Plain]:
+    """The document of a config: every field, in the order of declaration.
+
+    Args:
+        config: What to write.
+        for_toml: Leave out fields that are None by default and None here, and put plain values
+            before tables, since TOML has no null and no way back out of a table.
+
+    Raises:
+        ConfigSaveError: A value would not come back exactly; its place is named.
+    """
+    encoder = _Encoder(for_toml=for_toml)
+    document = encoder.config(config, type(config), ())
+    _prove(config, document, encoder.code)
+    return document
+
+
+class _Encoder:
+    def __init__(self, *, for_toml: bool) -> None:
+        self._for_toml = for_toml
+        self.code: dict[Code, Path] = {}
+
+    def config(self, config: ConfigModel, annotation: Any, path: Path) -> dict[str, Plain]:
+        cls = type(config)
+        document: dict[str, Plain] = {}
+        admitted = [m for m in members(annotation) if m is not type(None)]
+        if admitted != [cls]:
+            document[CONFIG_TYPE] = self._reference(cls, path)
+        for name, field in cls.model_fields.items():
+            value = getattr(config, name)
+            if field.exclude or (self._for_toml and value is None and field.default is None):
+                continue
+            document[name] = self.value(value, field.annotation, (*path, name))
+        if self._for_toml:
+            return dict(sorted(document.items(), key=lambda pair: isinstance(pair[1], dict)))
+        return document
+
+    def value(self, value: Any, annotation: Any, path: Path) -> Plain:
+        if len(path) > MAX_DEPTH:
+            raise ConfigSaveError(f"nested deeper than {MAX_DEPTH} levels", path[:8])
+        if isinstance(value, ConfigModel):
+            return self.config(value, annotation, path)
+        if isinstance(value, Enum):
+            return self.value(value.value, Any, path)
+        if value is None or isinstance(value, bool | int | str):
+            return value
+        if isinstance(value, float):
+            if not math.isfinite(value):
+                raise ConfigSaveError(f"expected a finite number, found {value}", path)
+            return value
+        if isinstance(value, Mapping):
+            return self._mapping(value, value_annotation(annotation), path)
+        if isinstance(value, list | tuple | set | frozenset):
+            items = [
+                self.value(item, item_annotation(annotation, i), (*path, i))
+                for i, item in enumerate(value)
+            ]
+            # The order of a set differs from process to process; its document must not.
+            return sorted(items, key=json.dumps) if isinstance(value, set | frozenset) else items
+        if isinstance(value, type | FunctionType | BuiltinFunctionType):
+            return self._reference(value, path)
+        return self._leaf(value, path)
+
+    def _mapping(self, mapping: Mapping[Any, Any], annotation: Any, path: Path) -> Plain:
+        document: dict[str, Plain] = {}
+        for key, value in mapping.items():
+            name = key if isinstance(key, str) else self._leaf({key: None}, path)
+            name = name if isinstance(name, str) else next(iter(name))
+            document[str(name)] = self.value(value, annotation, (*path, str(name)))
+        return document
+
+    def _reference(self, code: Code, path: Path) -> str:
+        self.code.setdefault(code, path)
+        return reference_to(code)
+
+    def _leaf(self, value: Any, path: Path) -> Any:
+        try:
+            return to_jsonable_python(value)
+        except (PydanticSerializationError, UnicodeDecodeError) as error:
+            raise ConfigSaveError(f"no document can hold {shown(value)}", path) from error
+
+
+def _prove(config: ConfigModel, document: dict[str, Plain], code: dict[Code, Path]) -> None:
+    """Read the document back, without trust or import, and compare."""
+    cls = type(config)
+    declared: set[Any] = set()
+    for item, path in code.items():
+        if not _is_reachable(item):
+            declared = declared or set(declared_code(cls))
+            if item not in declared:
+                raise ConfigSaveError(
+                    f"{reference_to(item)!r} can't be found by its name; define it at the top of "
+                    "a module, or declare it as the field's type or default",
+                    path,
+                )
+    try:
+        with loading(Loading(cls, Trust(frozenset()), known=code, proving=True)):
+            loaded = cls.model_validate(document)
+    except ValidationError as error:
+        problem = config_error(error, document)
+        raise ConfigSaveError(f"would not come back: {problem.problem}", problem.path) from error
+    except ConfigError as error:
+        raise ConfigSaveError(f"would not come back: {error.problem}", error.path) from error
+    difference = _difference(config, loaded, ())
+    if difference is not None:
+        raise ConfigSaveError("the declared type would not bring this value back exactly; "
+                              "declare it more precisely", difference)
+
+
+def _is_reachable(code: Code) -> bool:
+    module = sys.modules.get(code.__module__)
+    try:
+        return module is not None and found_in(module, code.__qualname__, reference_to(code)) is code
+    except ConfigReferenceError:
+        return False
+
+
+def _difference(left: Any, right: Any, path: Path) -> Path | None:
+    """Where two values differ, in type or content; None where they are the same."""
+    if type(left) is not type(right):
+        return path
+    if isinstance(left, BaseModel):
+        names = type(left).model_fields
+        parts = [(name, getattr(left, name), getattr(right, name)) for name in names]
+    elif isinstance(left, Mapping):
+        if [(type(k), k) for k in left] != [(type(k), k) for k in right]:
+            return path
+        parts = [(str(key), left[key], right[key]) for key in left]
+    elif isinstance(left, list | tuple):
+        if len(left) != len(right):
+            return path
+        parts = [(i, a, b) for i, (a, b) in enumerate(zip(left, right, strict=True))]
+    elif isinstance(left, set | frozenset):
+        return None if {(type(i), i) for i in left} == {(type(i), i) for i in right} else path
+    else:
+        return None if _is_same(left, right) else path
+    found = (_difference(a, b, (*path, part)) for part, a, b in parts)
+    return next((difference for difference in found if difference is not None), None)
+
+
+def _is_same(left: Any, right: Any) -> bool:
+    if isinstance(left, float):
+        return repr(left) == repr(right)  # tells -0.0 from 0.0
+    if isinstance(left, datetime.datetime | datetime.time):
+        return bool(left == right) and left.utcoffset() == right.utcoffset()
+    return bool(left == right)

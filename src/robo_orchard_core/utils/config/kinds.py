@@ -1,0 +1,153 @@
+"""Questions about declared types: what may stand where, and which code a declaration names."""
+
+from __future__ import annotations
+
+import collections.abc
+import types
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+
+def bare(annotation: Any) -> Any:
+    """The annotation without ``Annotated``; a type variable stands for its bound.
+
+    >>> bare(Annotated[int, "metadata"])
+    <class 'int'>
+    """
+    while True:
+        if get_origin(annotation) is Annotated:
+            annotation = get_args(annotation)[0]
+        elif isinstance(annotation, TypeVar):
+            annotation = annotation.__bound__ or Any
+        else:
+            return annotation
+
+
+def members(annotation: Any) -> tuple[Any, ...]:
+    """What a union consists of; any other annotation is its own only member.
+
+    >>> members(int | None)
+    (<class 'int'>, <class 'NoneType'>)
+    """
+    annotation = bare(annotation)
+    if get_origin(annotation) not in (Union, types.UnionType):
+        return (annotation,)
+    return tuple(inner for arg in get_args(annotation) for inner in members(arg))
+
+
+def item_annotation(annotation: Any, index: int) -> Any:
+    """How the item of a list, tuple or set is declared; Any where nothing says it."""
+    for member in members(annotation):
+        args, origin = get_args(member), get_origin(member)
+        if origin is tuple and args and args[-1] is not Ellipsis:
+            return args[index] if index < len(args) else Any
+        if args and is_collection(origin):
+            return args[0]
+    return Any
+
+
+def value_annotation(annotation: Any) -> Any:
+    """How the value of a mapping is declared; Any where nothing says it."""
+    for member in members(annotation):
+        if is_mapping(origin := get_origin(member)) and len(args := get_args(member)) == 2:
+            return args[1] if origin is not collections.Counter else int
+    return Any
+
+
+def is_mapping(origin: Any) -> bool:
+    """Whether it is a mapping type."""
+    return isinstance(origin, type) and issubclass(origin, Mapping)
+
+
+def is_collection(origin: Any) -> bool:
+    """Whether it is a type of lists, tuples or sets."""
+    return (
+        isinstance(origin, type)
+        and issubclass(origin, collections.abc.Iterable)
+        and not issubclass(origin, Mapping | str | bytes | type)
+        and origin is not collections.abc.Callable
+    )
+
+
+def class_kinds(annotation: Any) -> tuple[type, ...]:
+    """The classes that ``type[...]`` admits, each with its subclasses.
+
+    >>> class_kinds(type[int | str])
+    (<class 'int'>, <class 'str'>)
+    """
+    args = get_args(annotation)
+    kinds = members(args[0]) if args else (object,)
+    return tuple(kind if isinstance(kind, type) else object for kind in kinds)
+
+
+def is_kind(cls: type, kind: type) -> bool:
+    """Whether instances of ``cls`` may stand where ``kind`` is declared.
+
+    Beyond ``issubclass``, a generic config counts as covariant: ``ClassConfig[MyHook]`` may stand
+    for ``ClassConfig[Hook]``, which pydantic's classes don't know of each other.
+    """
+    if issubclass(cls, kind):
+        return True
+    origin, wanted = _parametrization(kind)
+    if origin is None or not issubclass(cls, origin):
+        return False
+    arguments: dict[Any, Any] = {}
+    for base in cls.__mro__:
+        base_origin, args = _parametrization(base)
+        if base_origin is not None:
+            for parameter, arg in zip(_parameters(base_origin), args, strict=True):
+                arguments.setdefault(parameter, arguments.get(arg, arg))
+    given = [arguments.get(parameter) for parameter in _parameters(origin)]
+    return all(map(_is_argument, given, wanted))
+
+
+def _parametrization(cls: type) -> tuple[type | None, tuple[Any, ...]]:
+    metadata = getattr(cls, "__pydantic_generic_metadata__", None)
+    return (metadata["origin"], metadata["args"]) if metadata else (None, ())
+
+
+def _parameters(origin: type) -> tuple[Any, ...]:
+    parameters: tuple[Any, ...] = origin.__pydantic_generic_metadata__["parameters"]  # type: ignore[attr-defined]  # of pydantic's generic models
+    return parameters
+
+
+def _is_argument(given: Any, wanted: Any) -> bool:
+    given, wanted = bare(given), bare(wanted)
+    if isinstance(given, type) and isinstance(wanted, type):
+        return is_kind(given, wanted)
+    return wanted is Any or bool(given == wanted)
+
+
+def declared_code(model: type[BaseModel]) -> Iterator[Any]:
+    """Every class and function that a config class declares, at whatever depth.
+
+    These are the arguments of ``type[...]``, the config classes among the field types, and what
+    the fields' defaults hold. All of it was imported when the config class was.
+    """
+    seen: set[Any] = set()
+    waiting: list[Any] = [model]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, BaseModel):
+            waiting += [type(found), *(getattr(found, name) for name in type(found).model_fields)]
+        elif isinstance(found, Mapping):
+            waiting += found.values()
+        elif isinstance(found, list | tuple | set | frozenset):
+            waiting += found
+        elif get_origin(found) is not None or isinstance(found, TypeVar):
+            waiting += [a for a in (bare(found), *get_args(found)) if a is not found]
+        elif callable(found) and found not in seen:
+            seen.add(found)
+            yield found
+            if isinstance(found, type) and issubclass(found, BaseModel):
+                for field in found.model_fields.values():
+                    waiting += [field.annotation, default_of(field)]
+
+
+def default_of(field: Any) -> Any:
+    """A field's default, also one that a factory makes; None where there is none."""
+    if field.is_required() or field.default_factory_takes_validated_data:
+        return None
+    return field.get_default(call_default_factory=True)

@@ -1,0 +1,95 @@
+"""The pydantic side of a config: validation, ``__post_init__``, equality."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, model_validator
+
+from robo_orchard_core.utils.config.kinds import is_kind
+from robo_orchard_core.utils.config.loading import CONFIG_TYPE, current
+from robo_orchard_core.utils.config.problems import unknown_field
+
+
+class ConfigModel(BaseModel):
+    """Fields that are validated; `Config` adds the documents."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        extra="forbid",
+        # An assignment is validated as construction is, field by field. Rules across fields
+        # (__post_init__) are not repeated: two fields that depend on each other could never be
+        # changed one after the other.
+        validate_assignment=True,
+        # `rate: float = 1` holds 1.0, as it does once it was written to a file and read.
+        validate_default=True,
+        allow_inf_nan=False,
+        # Documents use the names of fields, whatever alias the constructor takes.
+        populate_by_name=True,
+        # `model_name` and its like are what training configs call their fields.
+        protected_namespaces=(),
+    )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if cls.model_config.get("extra") != "forbid":
+            raise TypeError(f"{cls.__qualname__}: a Config refuses unknown fields; drop `extra`")
+        if CONFIG_TYPE in cls.model_fields:
+            raise TypeError(
+                f"{cls.__qualname__}: the name {CONFIG_TYPE!r} is what documents call the class "
+                "of a config; give the field another name"
+            )
+
+    def __post_init__(self) -> None:
+        """Called when all fields are valid: the place for rules across fields.
+
+        A ValueError raised here is reported like any other wrong value, with the place of this
+        config. Fields may be assigned; the result has to stay the same when it runs again on
+        what a file holds.
+        """
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Runs `__post_init__`, but for a config that is only compared with its document."""
+        state = current()
+        if state is None or not state.proving:
+            self.__post_init__()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _validate(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if isinstance(data, ConfigModel) and not isinstance(data, cls):
+            # Pydantic would rebuild another parametrization of a generic class from its fields,
+            # and so forget what the subclass adds.
+            if is_kind(type(data), cls):
+                return data  # type: ignore[return-value]  # it stands for cls, see is_kind
+            raise ValueError(f"expected {cls.__qualname__}, found {type(data).__qualname__}")
+        state = current()
+        if state is None or not isinstance(data, dict):
+            return handler(data)
+        if CONFIG_TYPE in data:
+            path = (CONFIG_TYPE,)
+            target = state.config_class_at(data[CONFIG_TYPE], cls, path)
+            data = {key: value for key, value in data.items() if key != CONFIG_TYPE}
+            if target is not cls:
+                return target.model_validate(data)  # type: ignore[return-value]  # see is_kind
+        names = {field.alias or name: name for name, field in cls.model_fields.items()}
+        names |= {name: name for name in cls.model_fields}
+        for key in data:
+            if key not in names:
+                raise unknown_field(key, cls.model_fields, cls.__qualname__)
+        return handler(
+            {
+                key: state.restore(cls.model_fields[names[key]].annotation, value, (key,))
+                for key, value in data.items()
+            }
+        )
+
+    def _fields(self) -> Iterator[tuple[str, Any]]:
+        return ((name, getattr(self, name)) for name in type(self).model_fields)
+
+    def __eq__(self, other: object) -> bool:
+        """Same class, same values; what isn't a field doesn't count."""
+        if type(self) is not type(other) or not isinstance(other, ConfigModel):
+            return NotImplemented
+        return all(mine == theirs for (_, mine), (_, theirs) in zip(self._fields(), other._fields()))  # noqa: B905 - of one class, so equally long

@@ -1,0 +1,81 @@
+"""From pydantic's account of what is wrong to errors that name the place."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from robo_orchard_core.utils.config.errors import (
+    ConfigError,
+    ConfigFieldError,
+    ConfigReferenceError,
+    Path,
+    TrustError,
+)
+
+_SHOWN = 10
+
+
+def config_error(error: ValidationError, document: object) -> ConfigError:
+    """One error for all that pydantic found in the document, the gravest first."""
+    found = [_one(details, document) for details in error.errors(include_url=False)]
+    found.sort(key=_gravity)
+    first, *others = found
+    first.others = tuple(others[: _SHOWN - 1])
+    return first
+
+
+def _gravity(error: ConfigError) -> int:
+    return next(
+        (g for g, kind in enumerate((TrustError, ConfigReferenceError)) if isinstance(error, kind)),
+        2,
+    )
+
+
+def _one(details: ErrorDetails, document: object) -> ConfigError:
+    path = _locate(details["loc"], document, missing=details["type"] == "missing")
+    raised = details.get("ctx", {}).get("error")
+    if isinstance(raised, ConfigError):
+        return raised.under(path)
+    if raised is not None:
+        return ConfigFieldError(str(raised), path)
+    if details["type"] == "missing":
+        return ConfigFieldError("a value is required here and none is given", path)
+    return ConfigFieldError(f"{details['msg']}, found {shown(details['input'])}", path)
+
+
+def _locate(loc: Path, document: object, *, missing: bool) -> Path:
+    """The path in the document: pydantic's location without its labels for unions and wrappers."""
+    path: list[str | int] = []
+    for number, part in enumerate(loc):
+        if isinstance(document, Mapping) and part in document:
+            document = document[part]
+        elif isinstance(document, list) and isinstance(part, int) and part < len(document):
+            document = document[part]
+        elif not (missing and number == len(loc) - 1):
+            continue
+        path.append(part)
+    return tuple(path)
+
+
+def shown(value: object) -> str:
+    """The value and its type, short enough for a message.
+
+    >>> shown("abc")
+    "'abc' (str)"
+    """
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__qualname__})"
+
+
+def unknown_field(name: str, known: Iterable[str], owner: str, path: Path = ()) -> ConfigFieldError:
+    """The error for a field that ``owner`` doesn't have, with the nearest one that it has."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    advice = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}"
+    return ConfigFieldError(f"{owner} has no such field; {advice}", (*path, name))
+
+

@@ -1,0 +1,109 @@
+"""Documents as TOML 1.0.
+
+The writer is our own, since the order of keys is part of a document (hooks run in theirs) and
+a writer that moves tables behind plain values would change it. TOML has no null: None is written
+as the inline table ``{__none__ = true}``, which nothing else is written as.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator
+
+from robo_orchard_core.utils.config.document import Plain
+from robo_orchard_core.utils.config.errors import ConfigSyntaxError
+
+NONE = {"__none__": True}
+"""What stands for None."""
+
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_POSITION = re.compile(r"(.*) \(at (line \d+, column \d+|end of document)\)", re.DOTALL)
+
+
+def write(document: dict[str, Plain]) -> str:
+    """Plain values first where they stand first, then tables, all in the document's order."""
+    return "\n".join(_table(document, ())).strip("\n") + "\n"
+
+
+def _table(table: dict[str, Plain], path: tuple[str, ...]) -> Iterator[str]:
+    """The lines of one table.
+
+    Once a sub-table has begun, TOML has no way back to its parent's values; so only the tables
+    after the last plain value get a section of their own, and earlier ones are written inline.
+    """
+    items = list(table.items())
+    sections = 0
+    while sections < len(items) and _is_section(items[-1 - sections][1]):
+        sections += 1
+    split = len(items) - sections
+    for key, value in items[:split]:
+        yield f"{_key(key)} = {_inline(value)}"
+    for key, value in items[split:]:
+        header = ".".join(map(_key, (*path, key)))
+        for entry in value if isinstance(value, list) else [value]:
+            yield ""
+            yield f"[[{header}]]" if isinstance(value, list) else f"[{header}]"
+            if isinstance(entry, dict):
+                yield from _table(entry, (*path, key))
+
+
+def _is_section(value: Plain) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(i, dict) for i in value)
+    return isinstance(value, dict)
+
+
+def _key(key: str) -> str:
+    return key if _BARE_KEY.fullmatch(key) else _text(key)
+
+
+def _text(text: str) -> str:
+    # A JSON string is a TOML basic string, but for DEL, which TOML wants escaped.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007F")
+
+
+def _inline(value: Plain) -> str:
+    match value:
+        case None:
+            return _inline(dict(NONE))
+        case bool():
+            return "true" if value else "false"
+        case int() | float():
+            return repr(value)
+        case str():
+            return _text(value)
+        case list():
+            return f"[{', '.join(map(_inline, value))}]"
+        case dict():
+            pairs = (f"{_key(key)} = {_inline(item)}" for key, item in value.items())
+            return f"{{{', '.join(pairs)}}}"
+
+
+def read(text: str) -> object:
+    """What the text says; the caller checks it with `document.check`.
+
+    Raises:
+        ConfigSyntaxError: The text is no TOML (repeated keys included), or is nested too deep.
+    """
+    try:
+        return _with_none(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        found = _POSITION.fullmatch(str(error))
+        problem, position = found.groups() if found else (str(error), "")
+        raise ConfigSyntaxError(f"broken TOML: {problem}", position=position) from error
+    except RecursionError:
+        raise ConfigSyntaxError("the document is nested too deep to be read") from None
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise ConfigSyntaxError(f"broken TOML: {error}") from error
+
+
+def _with_none(value: object) -> object:
+    if isinstance(value, list):
+        return [_with_none(item) for item in value]
+    if isinstance(value, dict):
+        if value == NONE:
+            return None
+        return {key: _with_none(item) for key, item in value.items()}
+    return value
