@@ -17,7 +17,7 @@ from robo_orchard_core.utils.config.encoding import encode
 from robo_orchard_core.utils.config.errors import ConfigError, ConfigFieldError, ConfigSyntaxError
 from robo_orchard_core.utils.config.formats import Format
 from robo_orchard_core.utils.config.loading import Loading, loading
-from robo_orchard_core.utils.config.model import ConfigModel
+from robo_orchard_core.utils.config.model import ConfigModel, field_values
 from robo_orchard_core.utils.config.problems import config_error, unknown_field
 from robo_orchard_core.utils.config.trust import Trust, TrustLike
 
@@ -146,7 +146,7 @@ did you mean 'batch_size'?
         Raises:
             ConfigFieldError: A name or a value that this config doesn't admit.
         """
-        values = {name: copy.deepcopy(value) for name, value in self._fields()}
+        values = copy.deepcopy(field_values(self))
         for name, value in changes.items():
             head, _, rest = name.partition(".")
             if head not in values:

@@ -21,7 +21,7 @@ from robo_orchard_core.utils.config.kinds import (
     members,
     value_annotation,
 )
-from robo_orchard_core.utils.config.model import ConfigModel
+from robo_orchard_core.utils.config.model import ConfigModel, field_values
 from robo_orchard_core.utils.config.references import reference_to
 
 R = TypeVar("R")
@@ -47,7 +47,8 @@ def build(config: Config, cls: type[R], args: tuple[Any, ...], kwargs: dict[str,
     """
     parameter = config_parameter(cls, config)
     if parameter is None:
-        fields = {name: value for name, value in config._fields() if name != "class_type"}
+        fields = field_values(config)
+        del fields["class_type"]
         return call(cls, config, fields, args, kwargs)
     if parameter.name in kwargs:
         return call(cls, config, {}, args, kwargs)
@@ -73,7 +74,7 @@ def call(
 ) -> R:
     """What ``code`` returns for the arguments and, where they are silent, the fields."""
     signature = _signature(code)
-    hints = _hints(code.__init__ if isinstance(code, type) else code)
+    hints = _hints(getattr(code, "__init__", code) if isinstance(code, type) else code)
     if signature is not None:
         kwargs = {
             **{
@@ -187,11 +188,15 @@ def _signature(code: Callable[..., Any]) -> inspect.Signature | None:
 
 def _parameters(code: Callable[..., Any]) -> list[str]:
     signature = _signature(code)
-    return [] if signature is None else [
-        p.name
-        for p in signature.parameters.values()
-        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
+    return (
+        []
+        if signature is None
+        else [
+            p.name
+            for p in signature.parameters.values()
+            if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
+    )
 
 
 def _filled(signature: inspect.Signature, args: tuple[Any, ...]) -> set[str]:

@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 
 from robo_orchard_core.utils.config.base import Config
 from robo_orchard_core.utils.config.building import call
+from robo_orchard_core.utils.config.model import field_values
 
 R = TypeVar("R")
 
@@ -36,5 +37,6 @@ class CallableConfig(Config, Generic[R]):
         Raises:
             ConfigBuildError: The function doesn't take what it would get.
         """
-        fields = {name: value for name, value in self._fields() if name != "func"}
+        fields = field_values(self)
+        del fields["func"]
         return call(self.func, self, fields, args, kwargs)

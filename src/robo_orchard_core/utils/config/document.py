@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from robo_orchard_core.utils.config.errors import ConfigSyntaxError, Path
 
-Plain: TypeAlias = "None | bool | int | float | str | list[Plain] | dict[str, Plain]"
+Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
 
 MAX_DEPTH = 64
 """Levels of lists and dicts in a document; far above any real configuration, far below the

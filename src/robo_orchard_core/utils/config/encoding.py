@@ -51,6 +51,15 @@ def encode(config: ConfigModel, *, for_toml: bool = False) -> dict[str, Plain]:
     return document
 
 
+def encode_value(value: Any, annotation: Any) -> Plain:
+    """What stands in a document for one value of a field, without the proof.
+
+    Raises:
+        ConfigSaveError: No document can hold it.
+    """
+    return _Encoder(for_toml=False).value(value, annotation, ())
+
+
 class _Encoder:
     def __init__(self, *, for_toml: bool) -> None:
         self._for_toml = for_toml
@@ -71,7 +80,7 @@ class _Encoder:
             return dict(sorted(document.items(), key=lambda pair: isinstance(pair[1], dict)))
         return document
 
-    def value(self, value: Any, annotation: Any, path: Path) -> Plain:
+    def value(self, value: object, annotation: Any, path: Path) -> Plain:
         if len(path) > MAX_DEPTH:
             raise ConfigSaveError(f"nested deeper than {MAX_DEPTH} levels", path[:8])
         if isinstance(value, ConfigModel):
@@ -95,7 +104,8 @@ class _Encoder:
             return sorted(items, key=json.dumps) if isinstance(value, set | frozenset) else items
         if isinstance(value, type | FunctionType | BuiltinFunctionType):
             return self._reference(value, path)
-        return self._leaf(value, path)
+        leaf: Plain = self._leaf(value, path)
+        return leaf
 
     def _mapping(self, mapping: Mapping[Any, Any], annotation: Any, path: Path) -> Plain:
         document: dict[str, Plain] = {}
@@ -139,14 +149,18 @@ def _prove(config: ConfigModel, document: dict[str, Plain], code: dict[Code, Pat
         raise ConfigSaveError(f"would not come back: {error.problem}", error.path) from error
     difference = _difference(config, loaded, ())
     if difference is not None:
-        raise ConfigSaveError("the declared type would not bring this value back exactly; "
-                              "declare it more precisely", difference)
+        raise ConfigSaveError(
+            "the declared type would not bring this value back exactly; declare it more precisely",
+            difference,
+        )
 
 
 def _is_reachable(code: Code) -> bool:
     module = sys.modules.get(code.__module__)
+    if module is None:
+        return False
     try:
-        return module is not None and found_in(module, code.__qualname__, reference_to(code)) is code
+        return found_in(module, code.__qualname__, reference_to(code)) is code
     except ConfigReferenceError:
         return False
 
@@ -155,6 +169,7 @@ def _difference(left: Any, right: Any, path: Path) -> Path | None:
     """Where two values differ, in type or content; None where they are the same."""
     if type(left) is not type(right):
         return path
+    parts: list[tuple[str | int, Any, Any]]
     if isinstance(left, BaseModel):
         names = type(left).model_fields
         parts = [(name, getattr(left, name), getattr(right, name)) for name in names]

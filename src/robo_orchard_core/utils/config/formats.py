@@ -45,7 +45,7 @@ def check_format(name: str) -> Format:
     """
     for known in get_args(Format):
         if name == known:
-            return name
+            return known  # type: ignore[no-any-return]  # get_args lists formats
     raise ConfigError(f"expected a format out of {get_args(Format)}, found {name!r}")
 
 
@@ -55,7 +55,7 @@ def write(document: dict[str, Plain], format: Format) -> str:  # noqa: A002 - th
     Raises:
         ConfigSaveError: The format can't hold it, with the place of what it can't hold.
     """
-    text = _MODULES[check_format(format)].write(document)
+    text: str = _MODULES[check_format(format)].write(document)
     try:
         difference = first_difference(document, read(text, format))
     except ConfigSyntaxError as error:

@@ -7,9 +7,10 @@ config that is built in code takes no references and no ``config_type``.
 
 from __future__ import annotations
 
+import collections.abc
 import inspect
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import Enum
@@ -17,12 +18,10 @@ from functools import cached_property
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, Literal, get_args, get_origin
 
-import collections.abc
 from pydantic import BaseModel
 
 from robo_orchard_core.utils.config.errors import ConfigReferenceError, Path
 from robo_orchard_core.utils.config.kinds import (
-    bare,
     class_kinds,
     declared_code,
     is_collection,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, model_validator
@@ -85,11 +84,13 @@ class ConfigModel(BaseModel):
             }
         )
 
-    def _fields(self) -> Iterator[tuple[str, Any]]:
-        return ((name, getattr(self, name)) for name in type(self).model_fields)
-
     def __eq__(self, other: object) -> bool:
         """Same class, same values; what isn't a field doesn't count."""
         if type(self) is not type(other) or not isinstance(other, ConfigModel):
             return NotImplemented
-        return all(mine == theirs for (_, mine), (_, theirs) in zip(self._fields(), other._fields()))  # noqa: B905 - of one class, so equally long
+        return field_values(self) == field_values(other)
+
+
+def field_values(model: BaseModel) -> dict[str, Any]:
+    """The fields by name, in the order of declaration; the values themselves, not copies."""
+    return {name: getattr(model, name) for name in type(model).model_fields}

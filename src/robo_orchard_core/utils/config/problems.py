@@ -51,14 +51,24 @@ def _locate(loc: Path, document: object, *, missing: bool) -> Path:
     """The path in the document: pydantic's location without its labels for unions and wrappers."""
     path: list[str | int] = []
     for number, part in enumerate(loc):
-        if isinstance(document, Mapping) and part in document:
-            document = document[part]
-        elif isinstance(document, list) and isinstance(part, int) and part < len(document):
-            document = document[part]
+        inside = _inside(document, part)
+        if inside is not _NOTHING:
+            document = inside
         elif not (missing and number == len(loc) - 1):
             continue
         path.append(part)
     return tuple(path)
+
+
+_NOTHING = object()
+
+
+def _inside(document: object, part: str | int) -> object:
+    if isinstance(document, Mapping):
+        return document.get(part, _NOTHING)
+    if isinstance(document, list) and isinstance(part, int) and part < len(document):
+        return document[part]
+    return _NOTHING
 
 
 def shown(value: object) -> str:
@@ -77,5 +87,3 @@ def unknown_field(name: str, known: Iterable[str], owner: str, path: Path = ()) 
     near = difflib.get_close_matches(name, known, n=1)
     advice = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}"
     return ConfigFieldError(f"{owner} has no such field; {advice}", (*path, name))
-
-

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TypeAlias, Union
+from typing import TypeAlias
 
-TrustLike: TypeAlias = "Union[Trust, str, type, Iterable[str | type]]"
+TrustLike: TypeAlias = "Trust | str | type | Iterable[str | type]"
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ _INTEGER = re.compile(r"[-+]?[0-9]+")
 _PREFIXED = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-_WORDS: dict[str, Plain] = {"": None, "~": None} | {
+_WORDS: dict[str, bool | None] = {
     spelling: value
-    for word, value in (("null", None), ("true", True), ("false", False))
+    for word, value in (("", None), ("~", None), ("null", None), ("true", True), ("false", False))
     for spelling in (word, word.capitalize(), word.upper())
 }
 
