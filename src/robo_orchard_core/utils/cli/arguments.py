@@ -38,7 +38,8 @@ def pydantic_from_argparse(
     stay what they are: ``parser.parse_args()`` returns them after this call as well.
 
     The command line goes before the environment (of a `SettingConfig`, which says how its
-    variables are named), and this before the defaults. What the environment sets is logged.
+    variables are named), and this before the defaults. What the environment sets is logged, as a
+    warning where no prefix shows that it is meant for this program.
 
     >>> class Data(SettingConfig):
     ...     root: str
@@ -56,17 +57,19 @@ def pydantic_from_argparse(
     Raises:
         SystemExit: With 2, after a line that names the option; with 0, after ``--help``.
     """
-    options = list(options_of(cls, _environment_prefix(cls)))
+    prefix = _environment_prefix(cls)
+    options = list(options_of(cls, prefix))
     _add_options(parser, options, cls.__qualname__)
     typed = vars(parser.parse_args(args))
     draft = _Draft(options, parser)
     # All of the environment first: an option for a whole config replaces what is beneath it.
     for option in options:
         if option.variable in os.environ:
-            draft.put(
-                option, [os.environ[option.variable]], f"environment variable {option.variable}"
-            )
-            _log.info("%s is set by the environment variable %s", option.flag, option.variable)
+            source = f"environment variable {option.variable}"
+            draft.put(option, [os.environ[option.variable]], source)
+            # Without a prefix, the variable may be meant for another program.
+            level = logging.INFO if prefix else logging.WARNING
+            _log.log(level, "%s is set by the %s", option.flag, source)
     for option in options:
         if option.dest in typed:
             draft.put(option, typed[option.dest], f"argument {option.flag}")

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from robo_orchard_core.utils.config import Config, ConfigError, json_format
 from robo_orchard_core.utils.config.encoding import encode_value
@@ -69,6 +70,8 @@ class Option:
         return " ".join(filter(None, (self.field.description, about, variable)))
 
     def _shown_default(self) -> str:
+        if self.default is PydanticUndefined:
+            return "made when needed"
         if isinstance(self.default, Config):
             return f"a {type(self.default).__qualname__}"
         if isinstance(self.default, str):

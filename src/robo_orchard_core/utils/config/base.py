@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import secrets
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -111,6 +112,8 @@ did you mean 'batch_size'?
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
+            if target.exists():
+                shutil.copymode(target, draft)
             os.replace(draft, target)
         except BaseException:
             draft.unlink(missing_ok=True)

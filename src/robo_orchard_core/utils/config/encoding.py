@@ -110,9 +110,9 @@ class _Encoder:
     def _mapping(self, mapping: Mapping[Any, Any], annotation: Any, path: Path) -> Plain:
         document: dict[str, Plain] = {}
         for key, value in mapping.items():
-            name = key if isinstance(key, str) else self._leaf({key: None}, path)
-            name = name if isinstance(name, str) else next(iter(name))
-            document[str(name)] = self.value(value, annotation, (*path, str(name)))
+            # Pydantic knows the text of a key that is a number, a path, an enum and so on.
+            (name,) = self._leaf({key: None}, path)
+            document[name] = self.value(value, annotation, (*path, name))
         return document
 
     def _reference(self, code: Code, path: Path) -> str:
@@ -129,18 +129,17 @@ class _Encoder:
 def _prove(config: ConfigModel, document: dict[str, Plain], code: dict[Code, Path]) -> None:
     """Read the document back, without trust or import, and compare."""
     cls = type(config)
-    declared: set[Any] = set()
-    for item, path in code.items():
-        if not _is_reachable(item):
-            declared = declared or set(declared_code(cls))
-            if item not in declared:
-                raise ConfigSaveError(
-                    f"{reference_to(item)!r} can't be found by its name; define it at the top of "
-                    "a module, or declare it as the field's type or default",
-                    path,
-                )
+    hidden = {item: path for item, path in code.items() if not _is_reachable(item)}
+    for item in hidden.keys() - set(declared_code(cls) if hidden else ()):
+        raise ConfigSaveError(
+            f"{reference_to(item)!r} can't be found by its name; define it at the top of "
+            "a module, or declare it as the field's type or default",
+            hidden[item],
+        )
     try:
-        with loading(Loading(cls, Trust(frozenset()), known=code, proving=True)):
+        with loading(
+            Loading(cls, Trust(frozenset()), known=code.keys() - hidden.keys(), proving=True)
+        ):
             loaded = cls.model_validate(document)
     except ValidationError as error:
         problem = config_error(error, document)
@@ -167,7 +166,7 @@ def _is_reachable(code: Code) -> bool:
 
 def _difference(left: Any, right: Any, path: Path) -> Path | None:
     """Where two values differ, in type or content; None where they are the same."""
-    if type(left) is not type(right):
+    if type(left) is not type(right) and not _is_plainer(right, left):
         return path
     parts: list[tuple[str | int, Any, Any]]
     if isinstance(left, BaseModel):
@@ -189,9 +188,17 @@ def _difference(left: Any, right: Any, path: Path) -> Path | None:
     return next((difference for difference in found if difference is not None), None)
 
 
+def _is_plainer(plain: Any, value: Any) -> bool:
+    """Whether a number or text came back as what it is a subclass of, as NumPy's float64 is."""
+    base = type(plain)
+    return (
+        base in (int, float, str) and isinstance(value, base) and not isinstance(value, bool | Enum)
+    )
+
+
 def _is_same(left: Any, right: Any) -> bool:
     if isinstance(left, float):
-        return repr(left) == repr(right)  # tells -0.0 from 0.0
+        return float.hex(left) == float.hex(right)  # tells -0.0 from 0.0
     if isinstance(left, datetime.datetime | datetime.time):
         return bool(left == right) and left.utcoffset() == right.utcoffset()
     return bool(left == right)

@@ -6,7 +6,13 @@ import os
 from typing import Literal, get_args
 
 from robo_orchard_core.utils.config import json_format, toml_format, yaml_format
-from robo_orchard_core.utils.config.document import MAX_BYTES, Plain, check, first_difference
+from robo_orchard_core.utils.config.document import (
+    MAX_BYTES,
+    Plain,
+    check,
+    check_text,
+    first_difference,
+)
 from robo_orchard_core.utils.config.errors import (
     ConfigError,
     ConfigSaveError,
@@ -72,8 +78,9 @@ def read(text: str, format: Format) -> dict[str, Plain]:  # noqa: A002 - the pub
         ConfigSyntaxError: It holds none, or breaks a rule of `document`.
     """
     reader = _MODULES[check_format(format)]
-    # Four bytes is the most that UTF-8 spends on a character: most texts need no encoding here.
-    if len(text) * 4 > MAX_BYTES and len(text.encode(errors="replace")) > MAX_BYTES:
+    # A text that UTF-8 can't hold crashes libyaml's parser before its events come.
+    check_text(text, ())
+    if len(text.encode()) > MAX_BYTES:
         raise ConfigSyntaxError(f"the document is larger than {MAX_BYTES} bytes")
     document = check(reader.read(text))
     if not isinstance(document, dict):

@@ -8,6 +8,10 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from robo_orchard_core.utils.config.references import Code
 
 
 def bare(annotation: Any) -> Any:
@@ -21,6 +25,8 @@ def bare(annotation: Any) -> Any:
             annotation = get_args(annotation)[0]
         elif isinstance(annotation, TypeVar):
             annotation = annotation.__bound__ or Any
+        elif hasattr(annotation, "__value__"):  # an alias made by a `type` statement
+            annotation = annotation.__value__
         else:
             return annotation
 
@@ -120,7 +126,7 @@ def _is_argument(given: Any, wanted: Any) -> bool:
     return wanted is Any or bool(given == wanted)
 
 
-def declared_code(model: type[BaseModel]) -> Iterator[Any]:
+def declared_code(model: type[BaseModel]) -> Iterator[Code]:
     """Every class and function that a config class declares, at whatever depth.
 
     These are the arguments of ``type[...]``, the config classes among the field types, and what
@@ -138,7 +144,7 @@ def declared_code(model: type[BaseModel]) -> Iterator[Any]:
             waiting += found
         elif get_origin(found) is not None or isinstance(found, TypeVar):
             waiting += [a for a in (bare(found), *get_args(found)) if a is not found]
-        elif callable(found) and found not in seen:
+        elif isinstance(found, Code) and found not in seen:
             seen.add(found)
             yield found
             if isinstance(found, type) and issubclass(found, BaseModel):
@@ -146,8 +152,11 @@ def declared_code(model: type[BaseModel]) -> Iterator[Any]:
                     waiting += [field.annotation, default_of(field)]
 
 
-def default_of(field: Any) -> Any:
-    """A field's default, also one that a factory makes; None where there is none."""
-    if field.is_required() or field.default_factory_takes_validated_data:
-        return None
-    return field.get_default(call_default_factory=True)
+def default_of(field: FieldInfo) -> Any:
+    """A field's default, also one that a factory makes; PydanticUndefined where there is none."""
+    if field.default_factory_takes_validated_data:
+        return PydanticUndefined
+    try:
+        return field.get_default(call_default_factory=True)
+    except Exception:  # of the user's factory; it comes up again where its value is needed
+        return PydanticUndefined

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import Enum
 from functools import cached_property
+from itertools import chain
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, Literal, get_args, get_origin
 
@@ -44,7 +45,7 @@ class Loading:
     Args:
         model: The class that the document is for; the code that it declares needs no trust.
         trust: What the document may name beyond that.
-        known: More code that needs no trust.
+        known: More code that needs no trust, where the declared code isn't it.
         proving: The config exists already and is only compared with its document, so
             ``__post_init__``, which may touch the world, stays out of it.
     """
@@ -67,12 +68,11 @@ class Loading:
         # Only made when a reference isn't what its own field declares: it calls the factories
         # of defaults.
         by_reference: defaultdict[str, list[Code]] = defaultdict(list)
-        for code in self._known:
+        declared = chain.from_iterable(map(declared_code, self._models))
+        for code in chain(declared, self._known):
             by_reference[reference_to(code)].append(code)
-        for model in self._models:
-            for code in declared_code(model):
-                if isinstance(code, Code):
-                    by_reference[reference_to(code)].append(code)
+            # A script's own classes have another module's name once the script is imported.
+            by_reference[f"__main__:{code.__qualname__}"].append(code)
         return by_reference
 
     def _candidates(self, reference: str) -> Iterator[Code]:

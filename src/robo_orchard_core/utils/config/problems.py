@@ -22,6 +22,9 @@ _SHOWN = 10
 def config_error(error: ValidationError, document: object) -> ConfigError:
     """One error for all that pydantic found in the document, the gravest first."""
     found = [_one(details, document) for details in error.errors(include_url=False)]
+    for problem in found:
+        if not problem.path:  # the rules of the whole: name it by its class
+            problem.problem = f"{error.title}: {problem.problem}"
     found.sort(key=_gravity)
     first, *others = found
     first.others = tuple(others[: _SHOWN - 1])

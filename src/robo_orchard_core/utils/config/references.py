@@ -10,7 +10,7 @@ import importlib
 from types import BuiltinFunctionType, FunctionType, ModuleType
 
 from robo_orchard_core.utils.config.errors import ConfigReferenceError, TrustError
-from robo_orchard_core.utils.config.trust import Trust
+from robo_orchard_core.utils.config.trust import Trust, is_dotted_name
 
 Code = type | FunctionType | BuiltinFunctionType
 """What a reference can lead to."""
@@ -32,11 +32,10 @@ def split(reference: str) -> tuple[str, str]:
         ConfigReferenceError: The reference isn't written as one.
     """
     module, _, qualname = reference.partition(":")
-    for name in (module, qualname):
-        if not all(part.isidentifier() for part in name.split(".")):
-            raise ConfigReferenceError(
-                f"expected a reference like 'package.module:ClassName', found {reference!r}"
-            )
+    if not is_dotted_name(module) or not is_dotted_name(qualname):
+        raise ConfigReferenceError(
+            f"expected a reference like 'package.module:ClassName', found {reference!r}"
+        )
     return module, qualname
 
 

@@ -13,12 +13,13 @@ import tomllib
 from collections.abc import Iterator
 
 from robo_orchard_core.utils.config.document import Plain
-from robo_orchard_core.utils.config.errors import ConfigSyntaxError
+from robo_orchard_core.utils.config.errors import ConfigSyntaxError, Path
 
 NONE = {"__none__": True}
 """What stands for None."""
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_HEADER = re.compile(r"\s*\[")
 _POSITION = re.compile(r"(.*) \(at (line \d+, column \d+|end of document)\)", re.DOTALL)
 
 
@@ -92,11 +93,34 @@ def read(text: str) -> object:
     except tomllib.TOMLDecodeError as error:
         found = _POSITION.fullmatch(str(error))
         problem, position = found.groups() if found else (str(error), "")
-        raise ConfigSyntaxError(f"broken TOML: {problem}", position=position) from error
+        raise ConfigSyntaxError(
+            f"broken TOML: {problem}", _path_at(text, position), position
+        ) from error
     except RecursionError:
         raise ConfigSyntaxError("the document is nested too deep to be read") from None
     except ValueError as error:  # an integer of more digits than Python converts
         raise ConfigSyntaxError(f"broken TOML: {error}") from error
+
+
+def _path_at(text: str, position: str) -> Path:
+    """The key that is set in the line of an error; empty where the line sets none."""
+    numbers = re.findall(r"\d+", position)
+    lines = text.splitlines()[: int(numbers[0]) if numbers else None]
+    header = next((line for line in reversed(lines) if _HEADER.match(line)), "")
+    setting = "" if not lines or lines[-1] == header else f"{lines[-1].partition('=')[0]} = 0"
+    path: list[str] = []
+    for part in (header, setting):
+        try:
+            inside: object = tomllib.loads(part)
+        except tomllib.TOMLDecodeError:
+            break
+        while inside and isinstance(inside, dict | list):
+            if isinstance(inside, list):
+                inside = inside[0]
+            else:
+                key, inside = next(iter(inside.items()))
+                path.append(key)
+    return tuple(path)
 
 
 def _with_none(value: object) -> object:

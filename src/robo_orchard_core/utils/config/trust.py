@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 
 TrustLike: TypeAlias = "Trust | str | type | Iterable[str | type]"
+
+
+def is_dotted_name(name: str) -> bool:
+    """Whether it is written like the name of a module or a qualified name."""
+    return all(part.isidentifier() for part in name.split("."))
 
 
 @dataclass(frozen=True)
@@ -25,15 +30,17 @@ class Trust:
     (True, False)
     """
 
-    packages: frozenset[str] = field(
-        default_factory=lambda: frozenset({"robo_orchard_core", "robo_orchard_lab"})
-    )
+    packages: frozenset[str] = frozenset({"robo_orchard_core", "robo_orchard_lab"})
     classes: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        for name in self.packages:
-            if not all(part.isidentifier() for part in name.split(".")):
-                raise ValueError(f"expected a dotted package name to trust, found {name!r}")
+        for name in (*self.packages, *self.classes):
+            parts = name.split(":") if name in self.classes else [name]
+            if len(parts) != 1 + (name in self.classes) or not all(map(is_dotted_name, parts)):
+                raise ValueError(
+                    "expected the name of a package to trust, like 'my_team.models', or of a "
+                    f"class, like 'my_team.models:Net'; found {name!r}"
+                )
 
     def widened(self, *names: str | type) -> Trust:
         """This trust and the named packages and classes as well.

@@ -81,7 +81,8 @@ def read(text: str) -> object:
         position = _position(error.problem_mark)
         raise ConfigSyntaxError(f"broken YAML: {problem}", position=position) from error
     except yaml.YAMLError as error:
-        raise ConfigSyntaxError(f"broken YAML: {error}") from error
+        problem = " ".join(str(error).split())
+        raise ConfigSyntaxError(f"broken YAML: {problem}") from error
 
 
 def _position(mark: Any) -> str:
