@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
-import torch
 from torch.utils.data import BatchSampler, DataLoader
+
+from robo_orchard_lab.pipeline.batch_size import count_samples
 
 
 class MicroBatch(NamedTuple):
@@ -71,18 +72,3 @@ def known_batch_sizes(dataloader: Iterable[Any]) -> list[int] | None:
         return None
     full, rest = divmod(samples, sampler.batch_size)
     return [sampler.batch_size] * full + ([rest] if rest and not sampler.drop_last else [])
-
-
-def count_samples(batch: Any) -> int:
-    """The length of the first tensor in a batch, or 1 for a batch without one."""
-    return _first_length(batch) or 1
-
-
-def _first_length(value: Any) -> int | None:
-    if isinstance(value, torch.Tensor):
-        return value.shape[0] if value.dim() > 0 else None
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return None
-    return next((n for n in map(_first_length, value) if n is not None), None)
