@@ -5,5 +5,12 @@ from robo_orchard_lab.pipeline.hooks.gradient_clipping import (
     GradientClippingHookConfig,
 )
 from robo_orchard_lab.pipeline.hooks.optimizer import OptimizerHook
+from robo_orchard_lab.pipeline.hooks.progress_bar import ProgressBarHook, ProgressBarHookConfig
 
-__all__ = ["GradientClippingHook", "GradientClippingHookConfig", "OptimizerHook"]
+__all__ = [
+    "GradientClippingHook",
+    "GradientClippingHookConfig",
+    "OptimizerHook",
+    "ProgressBarHook",
+    "ProgressBarHookConfig",
+]

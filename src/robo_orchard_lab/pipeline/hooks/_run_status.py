@@ -1,0 +1,115 @@
+"""Where a run is, how fast it goes and when it ends, in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
+
+Outcome: TypeAlias = Literal["running", "finished", "stopped"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """One look at a run.
+
+    >>> status = RunStatus(2, 5, 34, 115, {"loss": 0.4231}, 512.3, 12.0, seconds_left=41.4)
+    >>> print(status)
+    epoch 2/5, step 34/115 (29 %), loss 0.4231, 512 samples/s, ETA 0:00:41
+    """
+
+    epoch: int
+    """The epoch, from 1."""
+    max_epoch: int | None
+    steps: int
+    """How many steps of the run are done."""
+    total_steps: int | None
+    """How many there are in all, or None where that can't be told."""
+    values: dict[str, float] = field(default_factory=dict)
+    samples_per_s: float | None = None
+    seconds_taken: float = 0.0
+    seconds_left: float | None = None
+    outcome: Outcome = "running"
+
+    @property
+    def position(self) -> tuple[str, str]:
+        """Epoch and step, as wide at the first step as at the last."""
+        epoch = f"epoch {self.epoch}" + (f"/{self.max_epoch}" if self.max_epoch else "")
+        if self.total_steps is None:
+            return epoch, f"step {self.steps}"
+        return epoch, f"step {self.steps:>{len(str(self.total_steps))}}/{self.total_steps}"
+
+    @property
+    def measurements(self) -> list[str]:
+        """Each value behind its name."""
+        return [f"{name} {_number(value)}" for name, value in self.values.items()]
+
+    @property
+    def pace(self) -> list[str]:
+        """The samples per second, and the time that is left or was taken, as far as known."""
+        parts = []
+        if self.samples_per_s is not None:
+            digits = 0 if self.samples_per_s >= 10 else 2
+            parts.append(f"{self.samples_per_s:,.{digits}f} samples/s")
+        if self.outcome != "running":
+            word = "took" if self.outcome == "finished" else "stopped after"
+            parts.append(f"{word} {_duration(self.seconds_taken)}")
+        elif self.seconds_left is not None:
+            parts.append(f"ETA {_duration(self.seconds_left)}")
+        return parts
+
+    def __str__(self) -> str:
+        epoch, step = self.position
+        if self.total_steps:
+            step += f" ({self.steps * 100 // self.total_steps} %)"
+        return ", ".join([epoch, step, *self.measurements, *self.pace])
+
+
+def remaining_steps(
+    limits: TrainerLimits, progress: TrainerProgress, steps_per_epoch: int | None, window: int
+) -> int | None:
+    """The steps from ``progress`` to the nearest limit, or None where that can't be told.
+
+    >>> limits = TrainerLimits(max_epoch=2)
+    >>> remaining_steps(limits, TrainerProgress(epoch_id=1, step_id=3), 10, window=1)
+    7
+
+    Args:
+        limits: the limits of the run.
+        progress: its counters between two steps.
+        steps_per_epoch: None for data without a length.
+        window: the steps in a full accumulation window.
+    """
+    found = []
+    if limits.max_step is not None:
+        found.append(limits.max_step - progress.global_step_id)
+    if limits.max_epoch is not None and steps_per_epoch is not None:
+        epochs = limits.max_epoch - progress.epoch_id
+        found.append(epochs * steps_per_epoch - progress.step_id)
+    if limits.max_optimizer_step is not None:
+        updates = limits.max_optimizer_step - progress.optimizer_step_id
+        found.append(_steps_for_updates(updates, progress.step_id, steps_per_epoch, window))
+    return max(0, min(found)) if found else None
+
+
+def _steps_for_updates(updates: int, step: int, steps_per_epoch: int | None, window: int) -> int:
+    """The steps that it takes from ``step`` of an epoch to commit so many updates."""
+    updates += step // window  # from the start of the epoch
+    if steps_per_epoch is None:
+        return updates * window - step
+    # The last window of an epoch is as short as the epoch makes it.
+    epochs, rest = divmod(updates, -(-steps_per_epoch // window))
+    return epochs * steps_per_epoch + min(rest * window, steps_per_epoch) - step
+
+
+def _number(value: float) -> str:
+    if value == 0 or 1e-3 <= abs(value) < 10:
+        return f"{value:.4f}"
+    return f"{value:.2f}" if 10 <= abs(value) < 1e5 else f"{value:.3e}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}"
