@@ -8,10 +8,11 @@ import math
 import sys
 from collections.abc import Mapping
 from enum import Enum
+from pathlib import PurePath
 from types import BuiltinFunctionType, FunctionType
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, PlainSerializer, ValidationError, WrapSerializer
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from robo_orchard_core.utils.config.document import MAX_DEPTH, Plain
@@ -73,6 +74,10 @@ class _Encoder:
             document[CONFIG_TYPE] = self._reference(cls, path)
         for name, field in cls.model_fields.items():
             value = getattr(config, name)
+            if _has_serializer(cls, name):
+                # The author says how it is written, and presumably how that is read.
+                document[name] = config.model_dump(mode="json", include={name})[name]
+                continue
             if field.exclude or (self._for_toml and value is None and field.default is None):
                 continue
             document[name] = self.value(value, field.annotation, (*path, name))
@@ -87,12 +92,8 @@ class _Encoder:
             return self.config(value, annotation, path)
         if isinstance(value, Enum):
             return self.value(value.value, Any, path)
-        if value is None or isinstance(value, bool | int | str):
-            return value
-        if isinstance(value, float):
-            if not math.isfinite(value):
-                raise ConfigSaveError(f"expected a finite number, found {value}", path)
-            return value
+        if value is None or isinstance(value, bool | int | float | str):
+            return _scalar(value, path)
         if isinstance(value, Mapping):
             return self._mapping(value, value_annotation(annotation), path)
         if isinstance(value, list | tuple | set | frozenset):
@@ -120,10 +121,50 @@ class _Encoder:
         return reference_to(code)
 
     def _leaf(self, value: Any, path: Path) -> Any:
+        if isinstance(value, PurePath):
+            return str(value)
         try:
             return to_jsonable_python(value)
         except (PydanticSerializationError, UnicodeDecodeError) as error:
             raise ConfigSaveError(f"no document can hold {shown(value)}", path) from error
+
+
+def _has_serializer(cls: type[BaseModel], name: str) -> bool:
+    """Whether the field, or a part of it, is declared with a serializer of its own."""
+    decorated = cls.__pydantic_decorators__.field_serializers.values()
+    if any(
+        name in decorator.info.fields or "*" in decorator.info.fields for decorator in decorated
+    ):
+        return True
+    field = cls.model_fields[name]
+    waiting: list[Any] = [field.annotation, *field.metadata]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, PlainSerializer | WrapSerializer):
+            return True
+        waiting += [*getattr(part, "__metadata__", ()), *get_args(part)]
+    return False
+
+
+def _scalar(value: bool | int | float | str | None, path: Path) -> Plain:
+    """The value as one of Python's own types, once a document can hold it."""
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ConfigSaveError(f"expected a finite number, found {value}", path)
+        return float(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        try:
+            str(value)
+        except ValueError as error:  # more digits than Python converts
+            raise ConfigSaveError(str(error), path) from error
+        return int(value)
+    if isinstance(value, str):
+        try:
+            return value.encode().decode()
+        except UnicodeEncodeError as error:
+            problem = f"text can't hold the lone surrogate {value[error.start]!r}"
+            raise ConfigSaveError(problem, path) from error
+    return value
 
 
 def _prove(config: ConfigModel, document: dict[str, Plain], code: dict[Code, Path]) -> None:
@@ -200,5 +241,7 @@ def _is_same(left: Any, right: Any) -> bool:
     if isinstance(left, float):
         return float.hex(left) == float.hex(right)  # tells -0.0 from 0.0
     if isinstance(left, datetime.datetime | datetime.time):
-        return bool(left == right) and left.utcoffset() == right.utcoffset()
+        # A time zone with rules (ZoneInfo) has no offset without a date, and a file holds no rules.
+        zones = [zone and zone.utcoffset(None) for zone in (left.tzinfo, right.tzinfo)]
+        return bool(left == right) and zones[0] == zones[1]
     return bool(left == right)

@@ -7,30 +7,22 @@ config that is built in code takes no references and no ``config_type``.
 
 from __future__ import annotations
 
-import collections.abc
 import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from enum import Enum
 from functools import cached_property
 from itertools import chain
 from types import BuiltinFunctionType, FunctionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
 from robo_orchard_core.utils.config.errors import ConfigReferenceError, Path
 from robo_orchard_core.utils.config.kinds import (
-    class_kinds,
     declared_code,
-    is_collection,
     is_kind,
-    is_mapping,
-    item_annotation,
-    members,
-    value_annotation,
 )
 from robo_orchard_core.utils.config.references import Code, reference_to, resolve
 from robo_orchard_core.utils.config.trust import Trust
@@ -135,58 +127,6 @@ class Loading:
                 problem = f"{reference!r} can't be called with {len(args[0])} arguments: {error}"
                 raise ConfigReferenceError(problem, path) from error
         return found
-
-    def restore(self, annotation: Any, value: Any, path: Path) -> Any:
-        """The value with code in the place of references, where the annotation declares code."""
-        if value is None:
-            return None
-        options = members(annotation)
-        if str in options or Any in options:
-            return value
-        errors: list[ConfigReferenceError] = []
-        for option in options:
-            try:
-                restored = self._restore_one(option, value, path)
-            except ConfigReferenceError as error:
-                errors.append(error)
-            else:
-                if restored is not value:
-                    return restored
-        if errors:
-            raise errors[0]
-        return value
-
-    def _restore_one(self, annotation: Any, value: Any, path: Path) -> Any:
-        origin = get_origin(annotation) or annotation
-        if origin is type and isinstance(value, str):
-            return self.class_at(value, class_kinds(annotation), path)
-        if origin is collections.abc.Callable and isinstance(value, str):
-            return self.function_at(value, annotation, path)
-        if origin is Literal:
-            return _literal(annotation, value)
-        if isinstance(value, list) and is_collection(origin):
-            items = [
-                self.restore(item_annotation(annotation, i), item, (*path, i))
-                for i, item in enumerate(value)
-            ]
-            return items if any(map(_differ, items, value)) else value
-        if isinstance(value, dict) and is_mapping(origin):
-            inner = value_annotation(annotation)
-            mapping = {key: self.restore(inner, item, (*path, key)) for key, item in value.items()}
-            return mapping if any(map(_differ, mapping.values(), value.values())) else value
-        return value
-
-
-def _differ(left: object, right: object) -> bool:
-    return left is not right
-
-
-def _literal(annotation: Any, value: Any) -> Any:
-    """The enum member among a Literal's that stands in documents as ``value``."""
-    args = get_args(annotation)
-    if value in args:
-        return value
-    return next((arg for arg in args if isinstance(arg, Enum) and arg.value == value), value)
 
 
 _current: ContextVar[Loading | None] = ContextVar("_current", default=None)

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, model_val
 from robo_orchard_core.utils.config.kinds import is_kind
 from robo_orchard_core.utils.config.loading import CONFIG_TYPE, current
 from robo_orchard_core.utils.config.problems import unknown_field
+from robo_orchard_core.utils.config.restoring import restore
 
 
 class ConfigModel(BaseModel):
@@ -79,7 +80,7 @@ class ConfigModel(BaseModel):
                 raise unknown_field(key, cls.model_fields, cls.__qualname__)
         return handler(
             {
-                key: state.restore(cls.model_fields[names[key]].annotation, value, (key,))
+                key: restore(state, cls.model_fields[names[key]].annotation, value, (key,))
                 for key, value in data.items()
             }
         )

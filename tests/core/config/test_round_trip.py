@@ -1,0 +1,416 @@
+"""Every config survives every format exactly, or is refused with the place named."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import enum
+import math
+import re
+import uuid
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, Optional, get_args
+
+import pydantic
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from robo_orchard_core.utils.config import (
+    ClassConfig,
+    Config,
+    ConfigInstanceOf,
+    ConfigSaveError,
+    Format,
+)
+
+FORMATS: tuple[Format, ...] = get_args(Format)
+HERE = (__name__,)
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.sampled_from(
+    [
+        *("on", "no", "y", "~", "null", "1e3", "0x1F", "012", "1:30", "2024-01-01", "=", "<<"),
+        *("a: b", "- a", "# a", "'", '"', "\\", "\r\n", "\0", "\x7f", "\x85", "\u2028", "\ufeff"),
+        *(" a ", "", "\t"),
+    ]
+)
+FLOATS = st.floats(allow_nan=False, allow_infinity=False) | st.sampled_from([1e300, -0.0, 5e-324])
+INTEGERS = st.integers() | st.integers(min_value=-(10**100), max_value=10**100)
+
+
+class Mode(enum.Enum):
+    FAST = "fast"
+    EXACT = 2
+
+
+class Inner(Config):
+    size: int = 1
+
+
+class Special(Inner):
+    label: str = "yes"
+    rate: float = 0.1
+
+
+class Everything(Config):
+    flag: bool
+    number: int
+    rate: float
+    text: str
+    maybe: Optional[int] = 7  # noqa: UP045 - as users write it
+    absent: str | None = None
+    either: int | str
+    pair: tuple[int, str]
+    row: tuple[float, ...]
+    names: set[str]
+    frozen: frozenset[int]
+    mode: Mode
+    choice: Literal["a", 1, Mode.EXACT]
+    path: Path
+    pure: PurePosixPath
+    when: datetime.datetime
+    day: datetime.date
+    span: datetime.timedelta
+    money: decimal.Decimal
+    identity: uuid.UUID
+    raw: bytes
+    by_number: dict[int, str]
+    by_mode: dict[Mode, float]
+    anything: Any
+    inner: Inner
+    inners: list[ConfigInstanceOf[Inner]]
+    named: dict[str, Inner | None]
+    kind: type[Inner] = Inner
+    kinds: dict[str, type[Inner]]
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | INTEGERS | FLOATS | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8,
+)
+SPECIALS = st.builds(Special, size=INTEGERS, label=TEXT, rate=FLOATS)
+INNERS = st.builds(Inner, size=INTEGERS) | SPECIALS
+TIMES = st.datetimes(timezones=st.sampled_from([datetime.UTC, None]))
+CONFIGS = st.builds(
+    Everything,
+    flag=st.booleans(),
+    number=INTEGERS,
+    rate=FLOATS,
+    text=TEXT,
+    maybe=st.none() | INTEGERS,
+    absent=st.none() | TEXT,
+    either=INTEGERS | TEXT,
+    pair=st.tuples(INTEGERS, TEXT),
+    row=st.lists(FLOATS, max_size=3).map(tuple),
+    names=st.sets(TEXT, max_size=3),
+    frozen=st.frozensets(INTEGERS, max_size=3),
+    mode=st.sampled_from(Mode),
+    choice=st.sampled_from(["a", 1, Mode.EXACT]),
+    path=st.sampled_from([Path("/a b/c"), Path(), Path("~/x")]),
+    pure=st.just(PurePosixPath("a/b")),
+    when=TIMES,
+    day=st.dates(),
+    span=st.timedeltas(datetime.timedelta(days=-9999), datetime.timedelta(days=9999)),
+    money=st.decimals(allow_nan=False, allow_infinity=False, places=3),
+    identity=st.uuids(),
+    raw=TEXT.map(str.encode),
+    by_number=st.dictionaries(INTEGERS, TEXT, max_size=3),
+    by_mode=st.dictionaries(st.sampled_from(Mode), FLOATS),
+    anything=PLAIN.filter(lambda value: "__none__" not in repr(value)),
+    inner=INNERS,
+    inners=st.lists(INNERS, max_size=3),
+    named=st.dictionaries(TEXT, st.none() | INNERS, max_size=3),
+    kind=st.sampled_from([Inner, Special]),
+    kinds=st.dictionaries(TEXT, st.sampled_from([Inner, Special]), max_size=2),
+)
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+@given(config=CONFIGS)
+def test_every_config_comes_back_exactly(format_: Format, config: Everything) -> None:
+    """A config read from its own text equals it, prints alike, and writes the same text again."""
+    text = config.to_str(format_)
+    loaded = Everything.from_str(text, format_, trust=HERE)
+    assert loaded == config
+    # Sets print in any order, and pydantic has a class of its own for the time zone of UTC.
+    plain: dict[str, Any] = {"names": set(), "frozen": (), "when": "2000-01-01T00:00:00"}
+    assert repr(loaded.replace(**plain)) == repr(config.replace(**plain))
+    assert loaded.to_str(format_) == text
+    assert Everything.from_dict(config.to_dict(), trust=HERE) == config
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_the_order_of_a_mapping_is_kept(format_: Format) -> None:
+    """Hooks run in the order of their mapping, so no format may sort it or move tables back."""
+
+    class Holder(Config):
+        things: dict[str, Any]
+
+    things = {"z": {"b": 1, "a": [{"y": 1}]}, "m": 1, "a": {}, "k": [{"x": {"q": 1}}, {}]}
+    loaded = Holder.from_str(Holder(things=things).to_str(format_), format_)
+    assert list(loaded.things) == ["z", "m", "a", "k"]
+    assert loaded.things == things
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_the_sign_of_a_zero_and_the_type_of_a_number_are_kept(format_: Format) -> None:
+    """-0.0 stays negative and a whole float stays a float."""
+
+    class Numbers(Config):
+        zero: float = -0.0
+        whole: float = 1
+
+    loaded = Numbers.from_str(Numbers().to_str(format_), format_)
+    assert math.copysign(1, loaded.zero) == -1
+    assert type(loaded.whole) is float
+
+
+def test_toml_leaves_out_only_what_is_none_by_default() -> None:
+    """None is absent from TOML where absence means None, and explicit elsewhere."""
+
+    class Optionals(Config):
+        default: int | None = None
+        other: int | None = 3
+        items: list[int | None] = pydantic.Field(default=[None, 1])
+
+    config = Optionals(other=None)
+    assert config.to_str("toml") == ("other = {__none__ = true}\nitems = [{__none__ = true}, 1]\n")
+    assert Optionals.from_str(config.to_str("toml"), "toml") == config
+
+
+def test_toml_puts_nested_configs_into_tables() -> None:
+    """A nested config is a table of its own, whatever the order of declaration."""
+
+    class Outer(Config):
+        inner: Inner = Inner()
+        rate: float = 0.5
+
+    assert Outer().to_str("toml") == "rate = 0.5\n\n[inner]\nsize = 1\n"
+
+
+def test_yaml_means_the_same_to_a_yaml_1_1_reader() -> None:
+    """Text that YAML 1.1 takes for booleans or numbers is quoted."""
+    import yaml
+
+    class Words(Config):
+        words: list[str] = pydantic.Field(
+            default=["on", "no", "1e3", "null", "12:30", "2024-01-01", "0o7", "=", "~"]
+        )
+        on: bool = True
+
+    assert yaml.safe_load(Words().to_str("yaml")) == Words().to_dict()
+
+
+def test_a_set_is_written_in_one_order() -> None:
+    """Two runs of a program write the same file, whatever their hash seeds."""
+
+    class Tags(Config):
+        tags: set[str] = pydantic.Field(default={"d", "a", "c", "b"})
+
+    assert Tags().to_dict() == {"tags": ["a", "b", "c", "d"]}
+
+
+class Odd:
+    """Nothing that a document could hold."""
+
+
+class Summer(datetime.tzinfo):
+    """A time zone with rules, as zoneinfo's are."""
+
+    def utcoffset(self, when: datetime.datetime | None) -> datetime.timedelta | None:
+        return None if when is None else datetime.timedelta(hours=1)
+
+    def dst(self, when: datetime.datetime | None) -> datetime.timedelta | None:
+        return None
+
+    def tzname(self, when: datetime.datetime | None) -> str | None:
+        return None
+
+
+class Cyclic(Config):
+    inners: list[Cyclic] = pydantic.Field(default=[])
+
+
+def scale(value: float) -> float:
+    """Something that a field can refer to."""
+    return value
+
+
+LOST: list[Any] = [
+    (Any, (1, 2), "bring this value back exactly"),
+    (Any, {1: 2}, "bring this value back exactly"),
+    (Any, Special(), "bring this value back exactly"),
+    (Any, math.inf, "expected a finite number, found inf"),
+    (Any, Odd(), "no document can hold"),
+    (Any, scale, "bring this value back exactly"),
+    (Path | str, Path("a"), "bring this value back exactly"),
+    (bytes, b"\xff", "no document can hold"),
+    (str, "\ud800", "lone surrogate"),
+    pytest.param(int, 10**5000, "4300 digits", id="digits"),
+    (pydantic.SecretStr, pydantic.SecretStr("x"), "bring this value back exactly"),
+    (Annotated[tuple[int, ...], pydantic.Field(strict=True)], (1,), "would not come back"),
+    (dict[tuple[int, int], int], {(1, 2): 3}, "would not come back"),
+    (Callable[[float], float], lambda value: value, "can't be found by its name"),
+    (list[Any], [[[1, (2,)]]], "bring this value back exactly"),
+    (Any, frozenset({1}), "bring this value back exactly"),
+    (
+        datetime.datetime,
+        datetime.datetime(2024, 1, 1, tzinfo=Summer()),
+        "bring this value back exactly",
+    ),
+]
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize(("annotation", "value", "problem"), LOST)
+def test_what_would_not_come_back_is_refused(
+    annotation: Any, value: Any, problem: str, format_: Format
+) -> None:
+    """A value that its declared type or the format would change is not written."""
+    holder = pydantic.create_model("Holder", __base__=Config, value=(annotation, ...))
+
+    class Outer(Config):
+        holders: dict[str, holder]  # type: ignore[valid-type]  # made from the parameters
+
+    config = Outer(holders={"a": holder.model_validate({"value": value})})
+    with pytest.raises(ConfigSaveError, match=re.escape(problem)) as caught:
+        config.to_str(format_)
+    assert caught.value.place.startswith("holders.a.value")
+
+
+def test_what_a_document_can_hold_but_toml_cannot_is_refused_there_only() -> None:
+    """The mapping that stands for None in TOML is an ordinary one in the other formats."""
+
+    class Holder(Config):
+        value: dict[str, Any] = pydantic.Field(default={"x": {"__none__": True}})
+
+    assert Holder.from_str(Holder().to_str("yaml"), "yaml") == Holder()
+    with pytest.raises(ConfigSaveError, match=r"value\.x: toml can't hold this value exactly"):
+        Holder().to_str("toml")
+
+
+def test_a_config_that_holds_itself_is_refused() -> None:
+    """A cycle ends in an error and not in a RecursionError."""
+    config = Cyclic()
+    config.inners.append(config)
+    with pytest.raises(ConfigSaveError, match="nested deeper than 64 levels"):
+        config.to_dict()
+
+
+def test_a_class_that_a_file_could_not_name_is_refused() -> None:
+    """A local class is written only where the config's type declares it."""
+
+    class Local(Inner):
+        pass
+
+    class Holder(Config):
+        kind: type[Inner] = Inner
+
+    class Declares(Config):
+        kind: type[Inner] = Local
+
+    assert Declares.from_str(Declares().to_str()) == Declares()
+    with pytest.raises(ConfigSaveError, match=r"kind: .*Local' can't be found by its name"):
+        Holder(kind=Local).to_str()
+
+
+def test_two_local_classes_of_one_name_are_told_apart_or_refused() -> None:
+    """A reference that would lead to another class of the same name is not written."""
+
+    def make() -> type[Inner]:
+        class Local(Inner):
+            pass
+
+        return Local
+
+    first, second = make(), make()
+
+    class Holder(Config):
+        one: type[Inner] = first
+        two: type[Inner] = second
+
+    with pytest.raises(ConfigSaveError, match="bring this value back exactly"):
+        Holder().to_str()
+
+
+def test_saving_runs_no_post_init() -> None:
+    """`__post_init__` may look at the disk; writing a config must not depend on that."""
+    calls = []
+
+    class Checked(Config):
+        def __post_init__(self) -> None:
+            calls.append("post init")
+
+    config = Checked()
+    config.to_str()
+    assert calls == ["post init"]
+
+
+def test_an_excluded_field_stays_out_of_the_document() -> None:
+    """`Field(exclude=True)` holds for documents; only its default survives that."""
+
+    class Hidden(Config):
+        cache: dict[str, int] = pydantic.Field(default={}, exclude=True)
+
+    assert Hidden().to_dict() == {}
+    with pytest.raises(ConfigSaveError, match="cache: the declared type would not bring"):
+        Hidden(cache={"a": 1}).to_dict()
+
+
+class Hook:
+    def __init__(self, cfg: HookConfig) -> None:
+        self.cfg = cfg
+
+
+class HookConfig(ClassConfig[Hook]):
+    class_type: type[Hook] = Hook
+    every_steps: int = 5
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_the_declared_class_needs_no_trust(format_: Format) -> None:
+    """`class_type: type[Hook] = Hook` survives every format without a word about trust."""
+    config = HookConfig(every_steps=3)
+    loaded = HookConfig.from_str(config.to_str(format_), format_)
+    assert loaded == config
+    assert loaded.class_type is Hook
+
+
+class Precision:
+    """A type of the user's that pydantic doesn't know, like torch's dtypes."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Precision) and other.name == self.name
+
+    __hash__ = None  # type: ignore[assignment]  # as nothing here needs one
+
+
+AnyPrecision = Annotated[
+    Precision,
+    pydantic.BeforeValidator(lambda data: Precision(data) if isinstance(data, str) else data),
+    pydantic.PlainSerializer(lambda precision: precision.name),
+]
+
+
+def test_a_serializer_of_the_users_own_is_used() -> None:
+    """A type becomes one that files can hold by a validator and a serializer beside it."""
+
+    class Model(Config):
+        model_config = pydantic.ConfigDict(arbitrary_types_allowed=True)
+
+        precision: AnyPrecision = Precision("bf16")
+        others: dict[str, list[AnyPrecision]] = pydantic.Field(default={"a": [Precision("fp32")]})
+        delay: datetime.timedelta = datetime.timedelta(seconds=90)
+
+        @pydantic.field_serializer("delay")
+        def _in_seconds(self, delay: datetime.timedelta) -> float:
+            return delay.total_seconds()
+
+    document = {"precision": "bf16", "others": {"a": ["fp32"]}, "delay": 90.0}
+    assert Model().to_dict() == document
+    assert Model.from_dict(document) == Model()
