@@ -13,6 +13,7 @@ from robo_orchard_lab.pipeline.requests import Requests
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
+    from torch.optim.lr_scheduler import LRScheduler
 
 _IN_STEP: tuple[ChannelName, ...] = (
     "on_step",
@@ -28,81 +29,142 @@ def _valid_in(*channels: ChannelName) -> dict[str, tuple[ChannelName, ...]]:
 
 
 @dataclass(slots=True, eq=False, repr=False)
+class PipelineRun:
+    """What all scopes of a run share: the trainer's objects, as hooks see them."""
+
+    progress: TrainerProgress = field(default_factory=TrainerProgress)
+    metrics: MetricsBoard = field(default_factory=MetricsBoard)
+    requests: Requests = field(default_factory=Requests)
+    # The trainer always sets the next three; only a run made by hand may lack them.
+    limits: TrainerLimits = None  # type: ignore[assignment]
+    accelerator: Accelerator = None
+    model: torch.nn.Module = None  # type: ignore[assignment]
+    optimizer: torch.optim.Optimizer | None = None
+    lr_scheduler: LRScheduler | None = None
+    dataloader: Any = None
+
+
+@dataclass(slots=True, eq=False, repr=False)
 class PipelineHookArgs:
     """What every hook is called with: one object for one scope of work.
 
-    All channels of a step share one object; the loop and each epoch have their own. The counters
-    are those of :class:`TrainerProgress` at the time of reading. Hooks read; of what they set,
-    only changes to the batch in place and to the model mean anything.
-    Fields that belong to some channels only hold their default elsewhere;
-    :meth:`channels_of` says which.
+    All channels of a step share one object; the loop and each epoch have their own. Hooks read
+    it; of what they change, only the batch's contents and the model's weights mean anything.
+    The counters are those of :class:`TrainerProgress` at the time of reading, so read what you
+    want to keep. A field that belongs to some channels has its default in the others;
+    :meth:`channels_of` says which those are.
     """
 
-    progress: TrainerProgress = field(default_factory=TrainerProgress)
-    # The trainer sets the next three always; only arguments made by hand may lack them.
-    limits: TrainerLimits = None  # type: ignore[assignment]  # see above
-    accelerator: Accelerator = None  # type: ignore[assignment]  # see above
-    model: torch.nn.Module = None  # type: ignore[assignment]  # see above
-    """As prepared: moved to its device, wrapped for several processes."""
-    optimizer: torch.optim.Optimizer | None = None
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
-    dataloader: Any = None
-    metrics: MetricsBoard = field(default_factory=MetricsBoard)
-    requests: Requests = field(default_factory=Requests)
-
-    exception: BaseException | None = None
-    """In an ``after``: the error that is on its way out of the scope, or None."""
-
+    run: PipelineRun = field(default_factory=PipelineRun)
+    """What all scopes share; the properties below read it."""
     batch: Any = field(default=None, metadata=_valid_in(*_IN_STEP))
     """The batch, on the accelerator's device."""
     at_accumulation_boundary: bool = field(default=False, metadata=_valid_in(*_IN_STEP))
     """Whether this step ends an accumulation window, so that an update is due."""
+    loss_divisor: float = field(default=1.0, metadata=_valid_in(*_IN_STEP))
+    """What the loss is divided by for the backward pass: the samples of the accumulation window
+    over those of this batch."""
     model_outputs: Any = field(default=None, metadata=_valid_in(*_IN_STEP))
     """What the batch processor returned; set when the forward body is over."""
-    loss: torch.Tensor | None = field(default=None, metadata=_valid_in(*_IN_STEP))
-    """This rank's loss of this batch, detached, not divided for accumulation, on its device (to
-    read it as a number waits for the device); set when the forward body is over."""
+    attached_loss: torch.Tensor | None = field(default=None, metadata=_valid_in(*_IN_STEP))
+    """The loss with its graph, for the backward pass; hooks read :attr:`loss`."""
     update_committed: bool | None = field(
         default=None, metadata=_valid_in("on_optimizer_step", "on_step")
     )
     """Whether the update changed the weights (True) or was skipped (False); None before it."""
     epoch_completed: bool = field(default=False, metadata=_valid_in("on_epoch"))
     """In ``after``: whether the data was passed over to its end."""
+    exception: BaseException | None = None
+    """In an ``after``: the error that is on its way out of the scope, or None."""
+
+    @property
+    def loss(self) -> torch.Tensor | None:
+        """This rank's loss of this batch: detached, not divided, on its device.
+
+        Reading it as a number waits for the device. None until the forward body is over. It is
+        detached when asked for, which saves a step without such a hook a microsecond.
+        """
+        return None if self.attached_loss is None else self.attached_loss.detach()
+
+    @property
+    def progress(self) -> TrainerProgress:
+        """All counters."""
+        return self.run.progress
 
     @property
     def epoch_id(self) -> int:
         """The epoch, from 0."""
-        return self.progress.epoch_id
+        return self.run.progress.epoch_id
 
     @property
     def step_id(self) -> int:
         """The step in the epoch, from 0."""
-        return self.progress.step_id
+        return self.run.progress.step_id
 
     @property
     def global_step_id(self) -> int:
         """The step in the run, from 0."""
-        return self.progress.global_step_id
+        return self.run.progress.global_step_id
 
     @property
     def optimizer_step_id(self) -> int:
         """How many updates have been committed."""
-        return self.progress.optimizer_step_id
+        return self.run.progress.optimizer_step_id
+
+    @property
+    def limits(self) -> TrainerLimits:
+        """Where the run ends."""
+        return self.run.limits
 
     @property
     def max_step(self) -> int | None:
         """The limit in steps, or None."""
-        return self.limits.max_step
+        return self.run.limits.max_step
 
     @property
     def max_optimizer_step(self) -> int | None:
         """The limit in committed updates, or None."""
-        return self.limits.max_optimizer_step
+        return self.run.limits.max_optimizer_step
 
     @property
     def max_epoch(self) -> int | None:
         """The limit in epochs, or None."""
-        return self.limits.max_epoch
+        return self.run.limits.max_epoch
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """Devices, processes and precision."""
+        return self.run.accelerator
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The model as prepared: on its device, wrapped for several processes."""
+        return self.run.model
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer that is stepped; None where there is no backward pass."""
+        return self.run.optimizer
+
+    @property
+    def lr_scheduler(self) -> LRScheduler | None:
+        """The schedule, or None."""
+        return self.run.lr_scheduler
+
+    @property
+    def dataloader(self) -> Any:
+        """What the batches come from."""
+        return self.run.dataloader
+
+    @property
+    def metrics(self) -> MetricsBoard:
+        """Where to publish named scalars."""
+        return self.run.metrics
+
+    @property
+    def requests(self) -> Requests:
+        """Where to ask the trainer for something."""
+        return self.run.requests
 
     @classmethod
     def channels_of(cls, name: str) -> tuple[ChannelName, ...]:
@@ -111,10 +173,14 @@ class PipelineHookArgs:
         >>> PipelineHookArgs.channels_of("epoch_completed")
         ('on_epoch',)
         """
+        if name == "loss":
+            name = "attached_loss"
         for declared in fields(cls):
             if declared.name == name:
                 channels: tuple[ChannelName, ...] = declared.metadata.get("channels", CHANNEL_NAMES)
                 return channels
+        if isinstance(getattr(cls, name, None), property):
+            return CHANNEL_NAMES
         raise AttributeError(f"{cls.__name__} has no field {name!r}")
 
     def __repr__(self) -> str:

@@ -7,7 +7,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, Self, TypeAlias, TypeVar
 
 from robo_orchard_core.utils.config import ClassConfig
 from robo_orchard_core.utils.hook import (
@@ -16,8 +16,6 @@ from robo_orchard_core.utils.hook import (
     HookRegistrationError,
     RemovableHandle,
 )
-from typing_extensions import Self
-
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.events import CHANNEL_NAMES, ChannelName
@@ -215,17 +213,17 @@ class PipelineHooks:
         )
 
 
-HooksT_co = TypeVar("HooksT_co", bound=PipelineHooks, covariant=True)
+HooksT = TypeVar("HooksT", bound=PipelineHooks)
 
 
-class PipelineHooksConfig(ClassConfig[HooksT_co], Generic[HooksT_co]):
+class PipelineHooksConfig(ClassConfig[HooksT], Generic[HooksT]):
     """The parameters of a bundle of hooks; calling it builds the bundle.
 
     ``class_type`` names the class, ``PipelineHooksConfig[MyHook]`` declares its type.
     """
 
 
-HookLike: TypeAlias = "PipelineHooks | PipelineHooksConfig[PipelineHooks]"
+HookLike: TypeAlias = "PipelineHooks | PipelineHooksConfig[Any]"
 """A bundle of hooks, or the configuration that builds one."""
 
 

@@ -22,10 +22,11 @@ class Requests:
     compare them across ranks.
     """
 
-    __slots__ = ("_stop",)
+    __slots__ = ("stop_request",)
 
     def __init__(self) -> None:
-        self._stop: Request | None = None
+        self.stop_request: Request | None = None
+        """The first request to stop, or None."""
 
     def stop(self, reason: str, by: str | None = None) -> None:
         """Ask for the run to end at the next commit point; the first request is the one told.
@@ -34,13 +35,8 @@ class Requests:
             reason: why, for the log.
             by: who asks; by default the calling function with its file and line.
         """
-        if self._stop is None:
-            self._stop = Request(reason, by or _caller())
-
-    @property
-    def stop_request(self) -> Request | None:
-        """The first request to stop, or None."""
-        return self._stop
+        if self.stop_request is None:
+            self.stop_request = Request(reason, by or _caller())
 
 
 def _caller() -> str:

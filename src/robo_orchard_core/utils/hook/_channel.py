@@ -36,6 +36,8 @@ class HookContextChannel(Generic[ArgsT]):
 
     __module__ = "robo_orchard_core.utils.hook"  # the name to import it by, which printing shows
 
+    __slots__ = ("_owner", "_parents", "_plan", "_registrations", "name")
+
     def __init__(self, name: str, owner: HookOwner | None = None) -> None:
         self.name = name
         self._owner = owner

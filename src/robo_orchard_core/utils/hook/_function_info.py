@@ -49,7 +49,9 @@ class FunctionInfo:
         if inspect.isfunction(function):
             return cls("function", function.__qualname__, *_source(function))
         if isinstance(function, type):
-            return cls("class", function.__qualname__, *_source(vars(function).get("__init__", object)))
+            return cls(
+                "class", function.__qualname__, *_source(vars(function).get("__init__", object))
+            )
         return cls("object", _instance_name(function), *_source(type(function).__call__))
 
     @property

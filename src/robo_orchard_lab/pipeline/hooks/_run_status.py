@@ -16,7 +16,7 @@ class RunStatus:
 
     >>> status = RunStatus(2, 5, 34, 115, {"loss": 0.4231}, 512.3, 12.0, seconds_left=41.4)
     >>> print(status)
-    epoch 2/5, step 34/115 (29 %), loss 0.4231, 512 samples/s, ETA 0:00:41
+    epoch 2/5, step  34/115 (29 %), loss 0.4231, 512 samples/s, ETA 0:00:41
     """
 
     epoch: int

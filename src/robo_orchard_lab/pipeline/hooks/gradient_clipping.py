@@ -6,8 +6,8 @@ from typing import Self
 
 import torch
 from pydantic import Field, model_validator
-from robo_orchard_core.utils.hook import HookContext
 
+from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 
@@ -26,11 +26,12 @@ class GradientClippingHook(PipelineHooks):
 
     def _clip(self, args: PipelineHookArgs) -> None:
         cfg, accelerator = self.cfg, args.accelerator
+        norm: torch.Tensor | None = None
         if cfg.max_norm is not None:
             norm = accelerator.clip_grad_norm_(
                 args.model.parameters(), cfg.max_norm, norm_type=cfg.norm_type
             )
-        else:
+        elif cfg.max_value is not None:
             accelerator.unscale_gradients()
             gradients = [p.grad for p in args.model.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients, cfg.norm_type)

@@ -1,7 +1,6 @@
 """What a hook is written with, under one name to import from."""
 
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle, RemoveableHandle
-
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.events import ChannelName
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig

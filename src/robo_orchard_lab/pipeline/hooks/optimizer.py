@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -11,13 +12,11 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedType
-from robo_orchard_core.utils.hook import HookContext
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
+from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
-
-logger = logging.getLogger(__name__)
 
 ScheduleUnit: TypeAlias = Literal["optimizer_step", "epoch"]
 """When the learning rate schedule moves: once for each committed update, or once an epoch."""
@@ -54,9 +53,9 @@ class OptimizerHook(PipelineHooks):
         lr_scheduler: as prepared by the accelerator, or not; None for a constant rate.
         hooks: whose ``on_optimizer_step`` to open.
         schedule_every: when the schedule moves. By default once for each committed update,
-            whatever the number of processes; ``ReduceLROnPlateau`` once an epoch, with the mean
-            loss of the epoch's steps on this rank (once for each update, it gets the loss of the
-            step that ended the window, and reading it waits for the device each time).
+            whatever the number of processes, and for ``ReduceLROnPlateau`` once an epoch. That
+            one gets the mean loss of this rank's steps since it last moved, and reading it
+            waits for the device.
     """
 
     def __init__(
@@ -75,54 +74,45 @@ class OptimizerHook(PipelineHooks):
             else lr_scheduler
         )
         self._channel = hooks.channel("on_optimizer_step")
-        # Called on the step path, so looked up once. Not every optimizer takes set_to_none.
-        takes_set_to_none = "set_to_none" in inspect.signature(self.optimizer.zero_grad).parameters
-        wrapped = isinstance(self.optimizer, AcceleratedOptimizer)  # asks by itself
-        self._zero_grad_options = {"set_to_none": True} if takes_set_to_none and not wrapped else {}
+        # With a gradient scaler and the like, Accelerate's wrapper knows whether it has stepped.
+        self._wrapper = self.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else None
+        self._zero_grad = _zero_grad_of(self.optimizer)
 
         plateau = isinstance(self.lr_scheduler, ReduceLROnPlateau)
         self.schedule_every: ScheduleUnit = schedule_every or (
             "epoch" if plateau else "optimizer_step"
         )
-        self._mean_loss = _MeanLoss() if plateau and self.schedule_every == "epoch" else None
+        self._mean_loss = _MeanLoss() if plateau else None
+        move = _move_of(self.lr_scheduler, self._mean_loss)
+        self._after_update = move if self.schedule_every == "optimizer_step" else None
+        self._after_epoch = move if self.schedule_every == "epoch" else None
 
         self.register_hook("on_step", HookContext.from_callable(after=self._optimizer_step))
         if self._mean_loss is not None:
             self.register_hook("on_batch", HookContext.from_callable(after=self._mean_loss.add))
-        if self.lr_scheduler is not None and self.schedule_every == "epoch":
-            self.register_hook("on_epoch", HookContext.from_callable(after=self._epoch_schedule))
+        if self._after_epoch is not None:
+            self.register_hook("on_epoch", HookContext.from_callable(after=self._end_epoch))
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
-        self.optimizer.zero_grad(**self._zero_grad_options)
+        self._zero_grad()
 
     def _optimizer_step(self, args: PipelineHookArgs) -> None:
         if args.at_accumulation_boundary and args.exception is None:
             self._channel.run(args, self._update)
 
     def _update(self, args: PipelineHookArgs) -> None:
-        optimizer = self.optimizer
-        optimizer.step()
-        committed = not (isinstance(optimizer, AcceleratedOptimizer) and optimizer.step_was_skipped)
-        if committed and self.lr_scheduler is not None and self.schedule_every == "optimizer_step":
-            self._move_schedule(args.loss)
-        self.zero_grad()
-        args.progress.finish_optimizer_step(committed)
+        self.optimizer.step()
+        committed = not (self._wrapper is not None and self._wrapper.step_was_skipped)
+        if committed and self._after_update is not None:
+            self._after_update()
+        self._zero_grad()
+        args.run.progress.finish_optimizer_step(committed)
         args.update_committed = committed
 
-    def _epoch_schedule(self, args: PipelineHookArgs) -> None:
-        if args.epoch_completed and args.exception is None:
-            self._move_schedule(self._mean_loss.take() if self._mean_loss else None)
-
-    def _move_schedule(self, loss: torch.Tensor | None) -> None:
-        scheduler: Any = self.lr_scheduler
-        if isinstance(scheduler, ReduceLROnPlateau):
-            assert loss is not None  # a step with a backward pass has one
-            scheduler.step(loss.item())  # waits for the device
-            return
-        if isinstance(scheduler, OneCycleLR) and scheduler.last_epoch >= scheduler.total_steps:
-            return  # it raises when moved past its end; it stays there instead
-        scheduler.step()
+    def _end_epoch(self, args: PipelineHookArgs) -> None:
+        if args.epoch_completed and args.exception is None and self._after_epoch is not None:
+            self._after_epoch()
 
     def state_dict(self) -> dict[str, Any]:
         mean_loss = self._mean_loss
@@ -146,8 +136,9 @@ class _MeanLoss:
             self._sum = loss if self._sum is None else self._sum + loss
             self._count += 1
 
-    def take(self) -> torch.Tensor | None:
-        mean = None if self._sum is None else self._sum / self._count
+    def take(self) -> torch.Tensor:
+        assert self._sum is not None  # an epoch that was completed has had a batch
+        mean = self._sum / self._count
         self._sum, self._count = None, 0
         return mean
 
@@ -171,3 +162,29 @@ def _unwrap_optimizer(
         inner: torch.optim.Optimizer = optimizer.optimizer
         return inner
     return optimizer
+
+
+def _move_of(
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None, mean_loss: _MeanLoss | None
+) -> Callable[[], Any] | None:
+    """What moves the schedule by one; None without a schedule."""
+    if isinstance(scheduler, ReduceLROnPlateau):
+        assert mean_loss is not None
+        return lambda: scheduler.step(mean_loss.take().item())  # waits for the device
+    if isinstance(scheduler, OneCycleLR):
+
+        def move_to_the_end() -> None:
+            # It raises when moved past its end, where an epoch had more updates than foreseen.
+            if scheduler.last_epoch < scheduler.total_steps:
+                scheduler.step()
+
+        return move_to_the_end
+    return None if scheduler is None else scheduler.step
+
+
+def _zero_grad_of(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """Dropping the gradients, by freeing them wherever the optimizer knows how."""
+    option = inspect.signature(optimizer.zero_grad).parameters.get("set_to_none")
+    if option is None or option.default in (True, None):  # None: Accelerate's wrapper finds out
+        return optimizer.zero_grad
+    return partial(optimizer.zero_grad, set_to_none=True)

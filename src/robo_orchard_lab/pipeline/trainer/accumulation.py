@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
-from typing import Any, NamedTuple
+from itertools import islice, repeat
+from typing import Any, TypeAlias
 
 from torch.utils.data import BatchSampler, DataLoader
 
 from robo_orchard_lab.pipeline.batch_size import count_samples
 
-
-class MicroBatch(NamedTuple):
-    """A batch and its part in its accumulation window."""
-
-    batch: Any
-    ends_window: bool
-    divisor: float
-    """What to divide the batch's mean loss by, so that the gradients that the window adds up are
-    those of the mean over all of its samples."""
+MicroBatch: TypeAlias = tuple[Any, bool, float]
+"""A batch; whether it ends its window; and what to divide its mean loss by, so that the gradients
+that the window adds up are those of the mean over all of its samples."""
 
 
 def micro_batches(
@@ -39,10 +33,14 @@ def micro_batches(
             costs a look-ahead over the window.
         steps_left: how many batches to take at most; None takes all.
     """
-    if window == 1:  # nothing to look ahead for
-        for batch in batches:
-            yield MicroBatch(batch, True, 1.0)
-        return
+    if window == 1:  # in C, since this is every step of most runs
+        return zip(batches, repeat(True), repeat(1.0))
+    return _windows(batches, window, sizes, steps_left)
+
+
+def _windows(
+    batches: Iterator[Any], window: int, sizes: Iterator[int] | None, steps_left: int | None
+) -> Iterator[MicroBatch]:
     while steps_left is None or steps_left > 0:
         count = window if steps_left is None else min(window, steps_left)
         if sizes is not None:
@@ -55,8 +53,7 @@ def micro_batches(
             return
         total = sum(samples)
         for index, batch in enumerate(taken):
-            ends_window = index == len(samples) - 1
-            yield MicroBatch(batch, ends_window, total / samples[index])
+            yield batch, index == len(samples) - 1, total / samples[index]
         if steps_left is not None:
             steps_left -= len(samples)
 

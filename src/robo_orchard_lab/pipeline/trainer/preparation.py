@@ -70,7 +70,8 @@ def backward_of(accelerator: Accelerator) -> Callable[[torch.Tensor], Any]:
     last window that is shorter.
     """
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        return accelerator.backward  # theirs counts the micro-batches itself
+        # Theirs counts the micro-batches itself.
+        return lambda loss: accelerator.backward(loss)
     scaler = accelerator.scaler
     if scaler is not None:
         return lambda loss: scaler.scale(loss).backward()

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
 
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
-from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.errors import BatchProcessorError, DataError, PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import HookLike, PipelineHooks, check_unique_names
 from robo_orchard_lab.pipeline.hooks.optimizer import OptimizerHook, ScheduleUnit
@@ -19,7 +19,6 @@ from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
 from robo_orchard_lab.pipeline.trainer.accumulation import (
-    MicroBatch,
     known_batch_sizes,
     micro_batches,
 )
@@ -111,24 +110,31 @@ class HookBasedTrainer:
         prepared = prepare_objects(accelerator, model, optimizer, lr_scheduler, dataloader)
         self.model = prepared.model
         self.dataloader = prepared.dataloader
-        self.optimizer = prepared.optimizer
-        self.lr_scheduler = prepared.lr_scheduler
         self._place = prepared.place
-        self._backward = backward_of(accelerator)
+        self._run_backward = backward_of(accelerator)
         self._optimizer_hook: OptimizerHook | None = None
         if batch_processor.need_backward and prepared.optimizer is not None:
             self._optimizer_hook = OptimizerHook(
                 accelerator, prepared.optimizer, prepared.lr_scheduler, self.hooks, schedule_every
             )
-            self.optimizer = self._optimizer_hook.optimizer
-            self.lr_scheduler = self._optimizer_hook.lr_scheduler
             self.hooks += self._optimizer_hook
         self.hooks += PipelineHooks.from_hooks(hooks)
+        self.optimizer = self._optimizer_hook.optimizer if self._optimizer_hook else None
+        self.lr_scheduler = self._optimizer_hook.lr_scheduler if self._optimizer_hook else None
 
+        self._run = PipelineRun(
+            progress=self.progress,
+            metrics=self.metrics,
+            requests=self.requests,
+            limits=self.limits,
+            accelerator=accelerator,
+            model=self.model,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            dataloader=self.dataloader,
+        )
         self._stopping = False
         self._synchronising = accelerator.sync_gradients = True
-        self._divisor = 1.0
-        self._loss: torch.Tensor | None = None
 
         channel = self.hooks.channel  # looked up once: the step path calls these
         self._on_loop = channel("on_loop").run
@@ -144,7 +150,7 @@ class HookBasedTrainer:
         Called again after a limit was reached, it does nothing. An error gets a note that says
         where in the run it happened.
         """
-        if self._finished():
+        if self._commit():
             logger.info("nothing left to do: %s, %s", self.progress, self.limits)
             return
         check_unique_names(self.hooks.named())
@@ -153,18 +159,19 @@ class HookBasedTrainer:
         if self._optimizer_hook is not None:
             self._optimizer_hook.zero_grad()
         try:
-            self._on_loop(self._new_args(), self._loop)
+            self._on_loop(PipelineHookArgs(self._run), self._loop)
         except BaseException as error:
             error.add_note(f"the run was at {self.progress}")
             raise
 
     def _loop(self, loop_args: PipelineHookArgs) -> None:
-        while not self._finished():
-            args = self._new_args()
+        over = False
+        while not over:
+            args = PipelineHookArgs(self._run)
             self._on_epoch(args, self._epoch)
             if args.epoch_completed:
                 self.progress.finish_epoch()
-                self._commit()
+            over = self._commit()
 
     def _epoch(self, args: PipelineHookArgs) -> None:
         _announce_epoch(self.dataloader, self.progress.epoch_id)
@@ -177,9 +184,12 @@ class HookBasedTrainer:
             if self.limits.max_step is None
             else self.limits.max_step - self.progress.global_step_id,
         )
-        for micro_batch in steps:
-            self._step(micro_batch)
-            if self._finished():
+        for batch, ends_window, divisor in steps:
+            if self._place is not None:
+                batch = self._place(batch)
+            self._step(PipelineHookArgs(self._run, batch, ends_window, divisor))
+            self.progress.finish_step()
+            if self._commit():
                 # Without a length, only asking for one batch more could tell whether this was
                 # the last one; the epoch then counts as open.
                 args.epoch_completed = self.progress.step_id == _length(self.dataloader)
@@ -191,29 +201,23 @@ class HookBasedTrainer:
             )
         args.epoch_completed = True
 
-    def _step(self, micro_batch: MicroBatch) -> None:
-        args = self._new_args()
-        args.batch = micro_batch.batch if self._place is None else self._place(micro_batch.batch)
-        args.at_accumulation_boundary = micro_batch.ends_window
-        self._divisor = micro_batch.divisor
-        self._on_step(args, self._step_body)
-        self.progress.finish_step()
-        self._commit()
-
-    def _step_body(self, args: PipelineHookArgs) -> None:
+    def _step(self, args: PipelineHookArgs) -> None:
         boundary = args.at_accumulation_boundary
         if boundary is not self._synchronising:
             self._synchronising = self.accelerator.sync_gradients = boundary
         if boundary:
-            self._on_batch(args, self._batch)
+            self._on_step(args, self._step_body)
         else:  # the gradients stay on their rank: one all-reduce for each update
             with self.accelerator.no_sync(self.model):
-                self._on_batch(args, self._batch)
+                self._on_step(args, self._step_body)
+
+    def _step_body(self, args: PipelineHookArgs) -> None:
+        self._on_batch(args, self._batch)
 
     def _batch(self, args: PipelineHookArgs) -> None:
         if self.batch_processor.need_backward:
             self._on_model_forward(args, self._forward)
-            self._on_model_backward(args, self._run_backward)
+            self._on_model_backward(args, self._backward)
         else:
             with torch.no_grad():
                 self._on_model_forward(args, self._forward)
@@ -221,42 +225,28 @@ class HookBasedTrainer:
     def _forward(self, args: PipelineHookArgs) -> None:
         result = self.batch_processor.forward(self.model, args.batch)
         try:
-            args.model_outputs, self._loss = result
+            args.model_outputs, args.attached_loss = result
         except (TypeError, ValueError):
             raise self._wrong_result(f"{type(result).__name__}") from None
-        if self._loss is not None:
-            args.loss = self._loss.detach()
 
-    def _run_backward(self, args: PipelineHookArgs) -> None:
-        loss, self._loss = self._loss, None  # the graph goes as soon as it is used
+    def _backward(self, args: PipelineHookArgs) -> None:
+        loss = args.attached_loss
         if loss is None:
             raise self._wrong_result("a loss of None")
-        self._backward(loss if self._divisor == 1.0 else loss / self._divisor)
+        self._run_backward(loss if args.loss_divisor == 1.0 else loss / args.loss_divisor)
 
-    def _commit(self) -> None:
-        """The commit point: every scope of the step is closed, all state is consistent."""
+    def _commit(self) -> bool:
+        """The commit point: scopes are closed, state is consistent, requests are decided.
+
+        Returns whether the run is over.
+        """
         request = self.requests.stop_request
         if request is not None and not self._stopping:
             self._stopping = True
             logger.info(
                 "stopping at %s: %s, asked by %s", self.progress, request.reason, request.by
             )
-
-    def _finished(self) -> bool:
         return self._stopping or self.limits.reached(self.progress)
-
-    def _new_args(self) -> PipelineHookArgs:
-        return PipelineHookArgs(
-            self.progress,
-            self.limits,
-            self.accelerator,
-            self.model,
-            self.optimizer,
-            self.lr_scheduler,
-            self.dataloader,
-            self.metrics,
-            self.requests,
-        )
 
     def _wrong_result(self, found: str) -> BatchProcessorError:
         return BatchProcessorError(
