@@ -1,0 +1,146 @@
+"""What hooks and channels look like when printed."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from robo_orchard_core.utils.hook import FunctionInfo, HookContext, HookContextChannel
+
+
+class Owner:
+    def method(self, args: Any) -> None: ...
+
+    @classmethod
+    def class_method(cls, args: Any) -> None: ...
+
+    @staticmethod
+    def static_method(args: Any) -> None: ...
+
+    def __call__(self, args: Any) -> None: ...
+
+
+class Initialised:
+    def __init__(self, args: Any) -> None: ...
+
+
+def function(args: Any) -> None: ...
+
+
+@functools.wraps(function)
+def wrapping(*args: Any) -> None: ...
+
+
+def line_of(text: str) -> int:
+    return Path(__file__).read_text().splitlines().index(text) + 1
+
+
+OWNER = Owner()
+HERE = os.path.relpath(__file__)
+
+
+@pytest.mark.parametrize(
+    ("described", "expected"),
+    [
+        (
+            function,
+            f"function function from {HERE}:{line_of('def function(args: Any) -> None: ...')}",
+        ),
+        (
+            OWNER.method,
+            f"bound method Owner(id={id(OWNER)}).method from {HERE}:"
+            f"{line_of('    def method(self, args: Any) -> None: ...')}",
+        ),
+        (Owner.class_method, rf"bound method Owner.class_method from {HERE}:"),
+        (Owner.static_method, f"function Owner.static_method from {HERE}:"),
+        (OWNER, f"object Owner(id={id(OWNER)}) from {HERE}:"),
+        (
+            wrapping,
+            f"function function from {HERE}:{line_of('def function(args: Any) -> None: ...')}",
+        ),
+        (functools.partial(function, 1), f"partial of function function from {HERE}:"),
+        (functools.partial(print, 1), "partial of builtin print>"),
+        (Initialised, f"class Initialised from {HERE}:"),
+        (int, "class int>"),
+        ([].append, "builtin list.append>"),
+        (functools.partial(functools.partial(OWNER.method)), "partial of bound method Owner"),
+    ],
+)
+def test_every_kind_of_callable_is_described(described: Any, expected: str) -> None:
+    """Kind, name, file and line are told, as far as Python knows them."""
+    assert repr(FunctionInfo.of(described)).startswith(f"<FunctionInfo {expected}")
+
+
+class Hostile:
+    """Whatever one asks of it, it raises."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError("don't look at me")
+
+    def __call__(self, args: Any) -> None: ...
+
+
+class HostileName(functools.partial[None]):
+    @property
+    def func(self) -> Any:
+        raise RuntimeError("nor at me")
+
+
+@pytest.mark.parametrize("make", [Hostile, lambda: HostileName(print), int])
+def test_describing_never_fails(make: Callable[[], Any]) -> None:
+    """Objects that raise when looked at, and such as can't be called, have a description too."""
+    assert repr(FunctionInfo.of(make())).startswith("<FunctionInfo ")
+
+
+def test_a_description_survives_the_loss_of_the_working_directory(tmp_path: Path) -> None:
+    """Where the working directory is gone, the absolute path is printed."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = (
+        "import os, shutil\n"
+        "from robo_orchard_core.utils.hook import FunctionInfo, RemovableHandle\n"
+        "shutil.rmtree(os.getcwd()); print(FunctionInfo.of(RemovableHandle.remove))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=gone, capture_output=True, text=True, check=True
+    )
+    assert re.search(r"from /.*_handle\.py:\d+>", done.stdout)
+
+
+def test_a_channel_prints_its_hooks_in_order() -> None:
+    """The tree names the channel and shows each hook with its place, before and after."""
+    channel = HookContextChannel[Any]("on_step")
+    channel.register(HookContext.from_callable(before=function))
+    channel.register(HookContext.from_callable(after=function, name="second"))
+    info = repr(FunctionInfo.of(function))
+    assert repr(channel).replace(", \n", ",\n").splitlines() == [
+        "<robo_orchard_core.utils.hook.HookContextChannel(",
+        "  name=on_step,",
+        "  hooks=[",
+        "    0: <robo_orchard_core.utils.hook.HookContextFromCallable(",
+        "      name=None,",
+        f"      before={info},",
+        "      after=None)>,",
+        "    1: <robo_orchard_core.utils.hook.HookContextFromCallable(",
+        "      name=second,",
+        "      before=None,",
+        f"      after={info})>",
+        "  ])>",
+    ]
+
+
+def test_importing_core_loads_neither_torch_nor_accelerate() -> None:
+    """The core package stands without torch."""
+    script = (
+        "import sys, robo_orchard_core, robo_orchard_core.utils.hook; "
+        "assert not {'torch', 'accelerate'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,0 +1,213 @@
+"""What hooks do when something fails, held against a model of it."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from robo_orchard_core.utils.hook import HookContext, HookContextChannel, later_errors
+
+
+class BoomError(Exception):
+    """Raised on purpose, at a named place."""
+
+
+class Args:
+    """Hook arguments with the one attribute that channels know of."""
+
+    def __init__(self) -> None:
+        self.exception: BaseException | None = None
+        self.trace: list[tuple[str, str | None]] = []
+
+    def visit(self, place: str, failing: frozenset[str]) -> None:
+        """Record the place and the error that is seen there; fail if asked to."""
+        self.trace.append((place, str(self.exception) if self.exception else None))
+        if place in failing:
+            raise BoomError(place)
+
+
+class Recorder(HookContext[Args]):
+    def __init__(self, number: int, failing: frozenset[str]) -> None:
+        self.name = f"hook {number}"
+        self.number = number
+        self.failing = failing
+
+    def before(self, args: Args) -> None:
+        args.visit(f"before {self.number}", self.failing)
+
+    def after(self, args: Args) -> None:
+        args.visit(f"after {self.number}", self.failing)
+
+
+def expected(hooks: int, failing: frozenset[str]) -> tuple[list[tuple[str, str | None]], list[str]]:
+    """The model: nested ``try``/``finally``, where the first error wins."""
+    trace: list[tuple[str, str | None]] = []
+    errors: list[str] = []
+
+    def visit(place: str) -> bool:
+        trace.append((place, errors[0] if errors else None))
+        if place in failing:
+            errors.append(place)
+        return place not in failing
+
+    def nest(number: int) -> None:
+        if number == hooks:
+            visit("body")
+        elif visit(f"before {number}"):
+            nest(number + 1)
+            visit(f"after {number}")
+
+    nest(0)
+    return trace, errors
+
+
+def run_in_channel(args: Args, recorders: list[Recorder], failing: frozenset[str]) -> None:
+    channel = HookContextChannel[Args]("on_step")
+    for recorder in recorders:
+        channel.register(recorder)
+    channel.run(args, lambda args: args.visit("body", failing))
+
+
+def run_in_with(args: Args, recorders: list[Recorder], failing: frozenset[str]) -> None:
+    channel = HookContextChannel[Args]("on_step")
+    for recorder in recorders:
+        channel.register(recorder)
+    with channel.begin(args):
+        args.visit("body", failing)
+
+
+def run_in_nested_channels(args: Args, recorders: list[Recorder], failing: frozenset[str]) -> None:
+    outer = HookContextChannel[Args]("on_step")
+    for recorder in recorders:
+        inner = HookContextChannel[Args]("on_step")
+        inner.register(recorder)
+        outer.register(inner)
+    outer.run(args, lambda args: args.visit("body", failing))
+
+
+def run_one_in_another(args: Args, recorders: list[Recorder], failing: frozenset[str]) -> None:
+    if not recorders:
+        args.visit("body", failing)
+        return
+    with recorders[0].begin(args):
+        run_one_in_another(args, recorders[1:], failing)
+
+
+WAYS = [run_in_channel, run_in_with, run_in_nested_channels, run_one_in_another]
+
+
+def check(hooks: int, failing: frozenset[str]) -> None:
+    for way in WAYS:
+        args = Args()
+        recorders = [Recorder(number, failing) for number in range(hooks)]
+        trace, errors = expected(hooks, failing)
+        if not errors:
+            way(args, recorders, failing)
+        else:
+            with pytest.raises(BoomError) as raised:
+                way(args, recorders, failing)
+            first = raised.value
+            assert str(first) == errors[0]
+            assert [str(error) for error in later_errors(first)] == errors[1:]
+            check_notes(first, errors)
+        assert args.trace == trace, way.__name__
+
+
+def check_notes(first: BaseException, errors: list[str]) -> None:
+    """Every error of a hook says which hook raised it; the first shows the later ones."""
+    for error in (first, *later_errors(first)):
+        place = str(error)
+        origin = (
+            [note for note in error.__notes__ if note.startswith("raised in hook")]
+            if (hasattr(error, "__notes__"))
+            else []
+        )
+        if place == "body":
+            assert origin == []
+        else:
+            role, number = place.split()
+            assert len(origin) == 1
+            assert f"'hook {number}'" in origin[0]
+            assert role in origin[0]
+            assert "test_failures.py:" in origin[0]
+    shown = "\n".join(getattr(first, "__notes__", []))
+    for place in errors[1:]:
+        assert f"BoomError: {place}" in shown
+
+
+def places(hooks: int) -> list[str]:
+    return [*(f"{role} {n}" for n in range(hooks) for role in ("before", "after")), "body"]
+
+
+@pytest.mark.parametrize("hooks", range(6))
+def test_every_pair_of_failures_leaves_what_was_entered(hooks: int) -> None:
+    """With up to five hooks, any one or two failures run just what nested contexts would run."""
+    check(hooks, frozenset())
+    for count in (1, 2):
+        for failing in combinations(places(hooks), count):
+            check(hooks, frozenset(failing))
+
+
+@given(st.data())
+def test_any_set_of_failures_leaves_what_was_entered(data: st.DataObject) -> None:
+    """However many places fail, the trace and the errors are those of nested contexts."""
+    hooks = data.draw(st.integers(0, 5))
+    check(hooks, frozenset(data.draw(st.sets(st.sampled_from(places(hooks))))))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), GeneratorExit()])
+def test_interrupts_leave_hooks_too(error: BaseException) -> None:
+    """An interrupt in the body is no exception to the rule: every hook sees it and is left."""
+
+    def body(args: Args) -> None:
+        raise error
+
+    args = Args()
+    channel = HookContextChannel[Args]("on_step")
+    channel.register(Recorder(0, frozenset()))
+    with pytest.raises(type(error)) as raised:
+        channel.run(args, body)
+    assert raised.value is error
+    assert args.exception is error
+    assert [place for place, _ in args.trace] == ["before 0", "after 0"]
+
+
+def test_raising_the_seen_error_again_attaches_nothing() -> None:
+    """An after that raises ``args.exception`` itself does not make it its own successor."""
+
+    def reraise(args: Args) -> None:
+        assert args.exception is not None
+        raise args.exception
+
+    channel = HookContextChannel[Args]("on_step")
+    channel.register(HookContext.from_callable(after=reraise))
+    with pytest.raises(BoomError) as raised:
+        channel.run(Args(), lambda args: args.visit("body", frozenset({"body"})))
+    assert later_errors(raised.value) == ()
+
+
+def test_hooks_work_on_arguments_that_cannot_hold_an_exception() -> None:
+    """Arguments without an ``exception`` attribute are passed on as they are."""
+    seen: list[int] = []
+    channel = HookContextChannel[int]("on_number")
+    channel.register(HookContext.from_callable(after=seen.append))
+    with pytest.raises(ZeroDivisionError):
+        channel.run(0, lambda number: 1 // number)
+    assert seen == [0]
+
+
+def test_an_error_keeps_the_note_of_the_hook_that_raised_it() -> None:
+    """On its way through an outer hook that opened the inner channel, it is not noted again."""
+    inner = HookContextChannel[Args]("on_optimizer_step")
+    inner.register(Recorder(1, frozenset({"after 1"})))
+    outer = HookContextChannel[Args]("on_step")
+    outer.register(
+        HookContext.from_callable(after=lambda args: inner.run(args, lambda _: None), name="owner")
+    )
+    with pytest.raises(BoomError) as raised:
+        outer.run(Args(), lambda args: None)
+    (note,) = raised.value.__notes__
+    assert note.startswith("raised in hook 'hook 1' (on_optimizer_step, after)")
