@@ -1,0 +1,100 @@
+"""The tutorial that the project is measured by runs as it is printed, but for its sizes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2].parent / "shared"
+PRINT_SCRIPT = SHARED / "tools" / "tutorial_script.py"
+PAGE = SHARED / "seeds" / "custom_hook_tutorial.rst.txt"
+
+pytestmark = pytest.mark.skipif(
+    not (PRINT_SCRIPT.exists() and PAGE.exists()),
+    reason=f"the tutorial is not part of the repository and does not lie in {SHARED}",
+)
+
+STEPS_PER_EPOCH, EPOCHS, LOGGED_EVERY = 48 // 4, 2, 5  # of `tutorial_script.py --small`
+
+
+class Run(NamedTuple):
+    """What the script left behind."""
+
+    folder: Path
+    output: str
+    log: str
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The script, run in an empty folder by a process of its own."""
+    folder = tmp_path_factory.mktemp("tutorial")
+    script = subprocess.run(
+        [sys.executable, PRINT_SCRIPT, "--small"], capture_output=True, text=True, check=True
+    ).stdout
+    (folder / "tutorial.py").write_text(script, encoding="utf-8")
+    finished = subprocess.run(
+        [sys.executable, "tutorial.py"], cwd=folder, capture_output=True, text=True, timeout=900
+    )
+    assert finished.returncode == 0, finished.stderr
+    return Run(folder, finished.stdout, finished.stderr)
+
+
+def test_hooks_of_loop_epoch_and_step_are_called_in_order(run: Run) -> None:
+    """The log has each begin and end once, nested, from the loop's to every fifth step's."""
+    expected = ["Begining loop"]
+    for epoch in range(EPOCHS):
+        expected.append(f"Begining {epoch}-th epoch")
+        for step in range(LOGGED_EVERY - 1, STEPS_PER_EPOCH, LOGGED_EVERY):
+            expected += [f"Begining {step}-th step", f"Ended {step}-th step"]
+        expected.append(f"Ended {epoch}-th epoch")
+    expected.append("Ended loop")
+    assert re.findall(r"(?:Begining|Ended) (?:loop|\d+-th \w+)", run.log) == expected
+
+
+def test_nothing_is_warned_about(run: Run) -> None:
+    """The log has no warning, neither Python's nor a logger's."""
+    assert "warning" not in run.log.lower()
+
+
+def test_the_hooks_are_printed_as_on_the_page(run: Run) -> None:
+    """The tree has the page's classes, nesting and white space, with this run's ids and files."""
+    printed = _page_output()
+    assert printed.count("\n") > 20  # the page is read as it should be
+    assert _without_places(run.output).rstrip("\n") == _without_places(printed)
+
+
+def test_the_optimizer_hook_is_the_outermost_on_step(run: Run) -> None:
+    """The first hook of on_step is the one that updates the weights."""
+    on_step = run.output[run.output.index("on_step: ") :]
+    first = on_step[on_step.index("0: <") : on_step.index("1: <")]
+    assert "OptimizerHook" in first
+
+
+def test_each_function_is_where_the_tree_says(run: Run) -> None:
+    """Every file and line of the tree, opened, has the definition of the function."""
+    functions = re.findall(r"\.(\w+) from (.+):(\d+)>", run.output)
+    assert len(functions) == 7  # three pairs of the script's and the optimizer's
+    for name, file, line in functions:
+        lines = (run.folder / file).read_text(encoding="utf-8").splitlines()
+        assert f"def {name}(" in lines[int(line) - 1], f"{file}:{line}"
+
+
+def _page_output() -> str:
+    """What the page shows as the script's output, without the page's indentation."""
+    page = PAGE.read_text(encoding="utf-8")
+    block = page[page.index("sphx-glr-script-out") :]
+    indent = " " * 4
+    lines = block[block.index(f"\n{indent}<") + 1 :].splitlines()
+    body = lines[: next(i for i, line in enumerate(lines) if not line.startswith(indent))]
+    return "\n".join(line.removeprefix(indent) for line in body)
+
+
+def _without_places(tree: str) -> str:
+    """The tree without what differs from run to run: ids, files and line numbers."""
+    return re.sub(r" from .+:\d+>", " from FILE:LINE>", re.sub(r"id=\d+", "id=ID", tree))
