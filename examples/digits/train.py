@@ -1,0 +1,217 @@
+"""Train a ResNet-18 to read handwritten digits, from images on disk to saved weights.
+
+    bash scripts/demo.sh                                       # about a minute on two CPU cores
+    python examples/digits/train.py --max_epoch 10 --batch_size 128
+    python examples/digits/train.py --dataset.pipeline_test true --max_epoch 1   # random images
+
+Every field below that is described is an option of the command line; ``--help`` lists them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from PIL import Image as PILImage
+from pydantic import Field
+from safetensors.torch import save_model
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch.utils.data import DataLoader, Dataset
+from torchvision import models
+from torchvision.datasets import FakeData, ImageFolder
+from torchvision.transforms import v2
+
+from robo_orchard_core.utils.cli import SettingConfig, pydantic_from_argparse
+from robo_orchard_core.utils.hook import HookContext
+from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
+from robo_orchard_lab.pipeline.hooks import GradientClippingHookConfig, ProgressBarHookConfig
+from robo_orchard_lab.pipeline.hooks.mixin import (
+    PipelineHookArgs,
+    PipelineHooks,
+    PipelineHooksConfig,
+)
+from robo_orchard_lab.utils import log_basic_config
+
+logger = logging.getLogger(__name__)
+
+Images: TypeAlias = Dataset[tuple[torch.Tensor, int]]
+DIGITS, SIZE = 10, 32  # how many there are; height and width of an image in pixels
+
+
+# What an experiment consists of, as fields that are checked, saved and set from the command line.
+
+
+class DatasetConfig(SettingConfig):
+    """The images to learn from and those to check with."""
+
+    data_root: str = Field(
+        default="workspace/digits/images",
+        description="Folder of the images; if missing, scikit-learn's digits go there.",
+    )
+    pipeline_test: bool = Field(
+        default=False, description="Use random images instead, to see whether everything runs."
+    )
+    dummy_train_imgs: int = Field(default=256, ge=1, description="Random images to learn from.")
+    dummy_val_imgs: int = Field(default=64, ge=1, description="Random images to check with.")
+
+    def open(self) -> tuple[Images, Images]:
+        """The images to learn from and those to check with, as float tensors around 0."""
+        tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])]
+        varied = [v2.RandomAffine(degrees=10, translate=(0.1, 0.1), scale=(0.9, 1.1))]
+        learn, check = v2.Compose([*varied, *tensor]), v2.Compose(tensor)
+        if self.pipeline_test:
+            shape = (3, SIZE, SIZE)
+            return (
+                FakeData(self.dummy_train_imgs, shape, DIGITS, learn),
+                FakeData(self.dummy_val_imgs, shape, DIGITS, check, random_offset=1_000_000),
+            )
+        root = Path(self.data_root)
+        if not root.exists():
+            write_digits(root)
+        return ImageFolder(str(root / "train"), learn), ImageFolder(str(root / "val"), check)
+
+
+class TrainerConfig(SettingConfig):
+    """The training of one model."""
+
+    dataset: DatasetConfig = Field(default=DatasetConfig(), description="The images.")
+    batch_size: int = Field(default=64, ge=2, description="Images in a batch.")
+    num_workers: int = Field(default=0, ge=0, description="Processes that load images.")
+    max_epoch: int = Field(default=5, ge=1, description="How often to go through the images.")
+    learning_rate: float = Field(default=0.05, gt=0, description="The highest of the schedule.")
+    max_grad_norm: float = Field(default=5.0, gt=0, description="Clip longer gradients to this.")
+    seed: int = Field(default=0, ge=0, description="The same seed gives the same weights.")
+    workspace_root: str = Field(
+        default="workspace/digits", description="Folder for the weights and this configuration."
+    )
+
+
+# A hook of our own: a class with what it does, and a configuration with what can be set.
+
+
+class ValidationHook(PipelineHooks):
+    """After each epoch, measures the accuracy on images that the model does not learn from."""
+
+    def __init__(self, cfg: ValidationHookConfig) -> None:
+        super().__init__()
+        _, images = cfg.dataset.open()
+        self.batches = DataLoader(images, batch_size=cfg.batch_size)
+        self.register_hook("on_epoch", HookContext.from_callable(after=self.measure))
+
+    def measure(self, args: PipelineHookArgs) -> None:
+        if not args.epoch_completed:  # stopped half-way, or failed
+            return
+        accuracy = self.accuracy(args.model, args.accelerator.device)
+        args.metrics.publish("accuracy", accuracy)
+        logger.info(
+            "epoch %d: %.2f %% of the unseen images are read right",
+            args.epoch_id + 1,
+            100 * accuracy,
+        )
+
+    @torch.no_grad()
+    def accuracy(self, model: torch.nn.Module, device: torch.device) -> float:
+        """The share of the images that the model reads right."""
+        model.eval()
+        right = seen = 0
+        for images, digits in self.batches:
+            right += int((model(images.to(device)).argmax(1) == digits.to(device)).sum())
+            seen += len(digits)
+        model.train()
+        return right / seen
+
+
+class ValidationHookConfig(PipelineHooksConfig[ValidationHook]):
+    """Which images to check with."""
+
+    class_type: type[ValidationHook] = ValidationHook
+    dataset: DatasetConfig
+    batch_size: int = Field(default=256, ge=1, description="Images in a batch.")
+
+
+class Classification(SimpleBatchProcessor):
+    """From a batch of images and their digits to scores and the loss."""
+
+    def forward(self, model: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        images, digits = batch
+        scores = model(images)
+        return scores, torch.nn.functional.cross_entropy(scores, digits)
+
+
+def train(cfg: TrainerConfig) -> HookBasedTrainer:
+    """Train a model as configured."""
+    set_seed(cfg.seed)
+    images, _ = cfg.dataset.open()
+    batches = DataLoader(
+        images, batch_size=cfg.batch_size, shuffle=True, drop_last=True, num_workers=cfg.num_workers
+    )
+    model = models.resnet18(num_classes=DIGITS)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=cfg.learning_rate, momentum=0.9, weight_decay=5e-4
+    )
+    trainer = HookBasedTrainer(
+        accelerator=Accelerator(),
+        model=model,
+        dataloader=batches,
+        batch_processor=Classification(),
+        optimizer=optimizer,
+        lr_scheduler=torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=cfg.learning_rate, total_steps=cfg.max_epoch * len(batches)
+        ),
+        hooks=[  # the first is the outermost
+            ProgressBarHookConfig(metrics=["accuracy"]),
+            GradientClippingHookConfig(max_norm=cfg.max_grad_norm),
+            ValidationHookConfig(dataset=cfg.dataset),
+        ],
+        max_epoch=cfg.max_epoch,
+    )
+    trainer()
+    return trainer
+
+
+def write_digits(folder: Path) -> None:
+    """Write scikit-learn's 1797 digits as ``train/<digit>/*.png`` and ``val/<digit>/*.png``."""
+    digits = load_digits()  # 8x8 pixels of 0 to 16
+    train_ids, val_ids = train_test_split(
+        range(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0
+    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as draft:
+        for split, ids in (("train", train_ids), ("val", val_ids)):
+            for index in ids:
+                file = Path(draft, "images", split, str(digits.target[index]), f"{index:04}.png")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                pixels = (digits.images[index] * (255 / 16)).round().astype("uint8")
+                image = PILImage.fromarray(pixels).convert("RGB")
+                image.resize((SIZE, SIZE), PILImage.Resampling.BILINEAR).save(file)
+        Path(draft, "images").rename(folder)  # now it is whole
+
+
+def main() -> None:
+    log_basic_config()
+    parser = argparse.ArgumentParser(description="Train a ResNet-18 to read handwritten digits.")
+    cfg = pydantic_from_argparse(TrainerConfig, parser)
+    trainer = train(cfg)
+
+    workspace = Path(cfg.workspace_root).resolve()
+    workspace.mkdir(parents=True, exist_ok=True)
+    weights, configuration = workspace / "model.safetensors", workspace / "config.json"
+    save_model(trainer.accelerator.unwrap_model(trainer.model), str(weights))
+    cfg.save(configuration)
+
+    images = "random" if cfg.dataset.pipeline_test else Path(cfg.dataset.data_root).resolve()
+    print(f"\nAccuracy on images it has not learned from: {trainer.metrics.latest('accuracy'):.4f}")
+    print(
+        f"  weights        {weights}\n  configuration  {configuration}\n  images         {images}"
+    )
+
+
+if __name__ == "__main__":
+    main()
