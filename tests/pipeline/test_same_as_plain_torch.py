@@ -1,0 +1,396 @@
+"""The trainer's weights, bit for bit those of a plain torch loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import equal, loss_of, make_loader, make_model, make_trainer, weights
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
+from robo_orchard_lab.pipeline.hooks import GradientClippingHookConfig
+from robo_orchard_lab.pipeline.hooks.gradient_clipping import GradientClippingHook
+from robo_orchard_lab.pipeline.hooks.mixin import HookContext, PipelineHooks
+
+MakeOptimizer = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
+MakeScheduler = Callable[[torch.optim.Optimizer], LRScheduler]
+
+OPTIMIZERS: dict[str, MakeOptimizer] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-2),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "fused_adamw": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+}
+SCHEDULERS: dict[str, MakeScheduler] = {
+    "step": lambda o: StepLR(o, step_size=2, gamma=0.5),
+    "one_cycle": lambda o: OneCycleLR(o, max_lr=0.2, total_steps=50),
+}
+
+
+def plain_loop(
+    make_optimizer: MakeOptimizer,
+    make_scheduler: MakeScheduler | None,
+    loader: DataLoader[Any],
+    epochs: int,
+    accumulate: int = 1,
+    clip: dict[str, float] | None = None,
+    model: torch.nn.Module | None = None,
+) -> tuple[list[torch.Tensor], float]:
+    """What one writes without a trainer; gives the weights and the last learning rate."""
+    model = make_model() if model is None else model
+    optimizer = make_optimizer(model.parameters())
+    scheduler = make_scheduler(optimizer) if make_scheduler else None
+    for _ in range(epochs):
+        batches = len(loader)
+        for index, batch in enumerate(loader):
+            first = index - index % accumulate
+            window = min(accumulate, batches - first)
+            _, loss = loss_of(model, batch)
+            (loss / window).backward()
+            if index == first + window - 1:
+                if clip and "max_norm" in clip:
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), clip["max_norm"])
+                elif clip:
+                    torch.nn.utils.clip_grad_value_(model.parameters(), clip["max_value"])
+                optimizer.step()
+                if scheduler is not None:
+                    scheduler.step()
+                optimizer.zero_grad()
+    return weights(model), optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("schedule", [None, *SCHEDULERS])
+@pytest.mark.parametrize("clip", [None, {"max_norm": 0.05}, {"max_value": 0.01}])
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_bit_identical(
+    optimizer: str, accumulate: int, clip: dict[str, float] | None, schedule: str | None
+) -> None:
+    """Seven shuffled batches, three epochs: the same weights and the same learning rate."""
+    make_optimizer = OPTIMIZERS[optimizer]
+    make_scheduler = SCHEDULERS[schedule] if schedule else None
+    loader = make_loader(shuffle=True)
+
+    torch.manual_seed(7)
+    model = make_model()
+    made = make_optimizer(model.parameters())
+    trainer = make_trainer(
+        [GradientClippingHookConfig(**clip)] if clip else [],  # type: ignore[arg-type]  # floats
+        model=model,
+        loader=loader,
+        optimizer=made,
+        lr_scheduler=make_scheduler(made) if make_scheduler else None,
+        accumulate=accumulate,
+        max_epoch=3,
+    )
+    torch.manual_seed(7)
+    trainer()
+
+    torch.manual_seed(7)
+    reference = make_model()
+    torch.manual_seed(7)
+    expected, rate = plain_loop(
+        make_optimizer, make_scheduler, loader, 3, accumulate, clip, model=reference
+    )
+    assert equal(weights(model), expected)
+    assert made.param_groups[0]["lr"] == rate
+    assert trainer.progress.optimizer_step_id == (21 if accumulate == 1 else 9)
+
+
+class Noisy(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Draws from torch's random state while loading, as augmentation does."""
+
+    def __len__(self) -> int:
+        return 28
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full((4,), float(index)) + torch.rand(4), torch.rand(2)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_random_numbers_are_drawn_in_the_same_order(workers: int, accumulate: int) -> None:
+    """With dropout and random augmentation, loading and training draw as in a plain loop."""
+
+    def model_with_dropout() -> torch.nn.Module:
+        return torch.nn.Sequential(make_model(), torch.nn.Dropout(0.5))
+
+    def loader() -> DataLoader[Any]:
+        return DataLoader(Noisy(), batch_size=4, shuffle=True, num_workers=workers)
+
+    model = model_with_dropout()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = make_trainer(
+        model=model, loader=loader(), optimizer=optimizer, accumulate=accumulate, max_epoch=2
+    )
+    torch.manual_seed(5)
+    trainer()
+    reference = model_with_dropout()
+    torch.manual_seed(5)
+    expected, _ = plain_loop(
+        lambda p: torch.optim.SGD(p, lr=0.1), None, loader(), 2, accumulate, model=reference
+    )
+    assert equal(weights(model), expected)
+
+
+@pytest.mark.parametrize("clip", [{"max_norm": 0.05}, {"max_value": 0.01}])
+def test_clipping_publishes_the_norm_before_clipping(clip: dict[str, float]) -> None:
+    """grad_norm on the board is the joint norm of the unclipped gradients of the last update."""
+    loader = make_loader(1)
+    model = make_model()
+    config = GradientClippingHookConfig(**clip)  # type: ignore[arg-type]  # floats
+    trainer = make_trainer(config, model=model, loader=loader, max_step=1)
+    trainer()
+    reference = make_model()
+    loss_of(reference, next(iter(loader)))[1].backward()
+    norm = torch.nn.utils.get_total_norm(
+        [p.grad for p in reference.parameters() if p.grad is not None]
+    )
+    assert trainer.metrics.latest("grad_norm") == norm.item()
+
+
+def test_clipping_needs_exactly_one_bound() -> None:
+    """No bound or two bounds are refused, and so is a bound that is not positive."""
+    with pytest.raises(ValueError, match="exactly one of max_norm and max_value"):
+        GradientClippingHookConfig()
+    with pytest.raises(ValueError, match="exactly one of max_norm and max_value"):
+        GradientClippingHookConfig(max_norm=1.0, max_value=1.0)
+    with pytest.raises(ValueError, match="max_norm"):
+        GradientClippingHookConfig(max_norm=0.0)
+    assert isinstance(GradientClippingHookConfig(max_norm=1.0)(), GradientClippingHook)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=9),
+    accumulate=st.integers(2, 4),
+    sized=st.booleans(),
+)
+def test_micro_batches_equal_one_batch(sizes: list[int], accumulate: int, sized: bool) -> None:
+    """N micro-batches of any sizes move the weights as the one batch that joins them would."""
+    if sized:  # a DataLoader's batches: equal but for the last
+        sizes = [4] * len(sizes) + ([sizes[-1]] if sizes[-1] < 4 else [])
+    inputs, targets = torch.randn(sum(sizes), 4).double(), torch.randn(sum(sizes), 2).double()
+    batches = list(zip(inputs.split(sizes), targets.split(sizes), strict=True))
+    loader: Iterable[Any] = batches
+    if sized:
+        loader = DataLoader(TensorDataset(inputs, targets), batch_size=4)
+    model = make_model().double()
+    make_trainer(model=model, loader=loader, accumulate=accumulate, max_epoch=1)()
+
+    joined = [
+        tuple(torch.cat(parts) for parts in zip(*batches[i : i + accumulate], strict=True))
+        for i in range(0, len(batches), accumulate)
+    ]
+    reference = make_model().double()
+    make_trainer(model=reference, loader=joined, max_epoch=1)()
+    for ours, theirs in zip(weights(model), weights(reference), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_a_window_that_max_step_cuts_short_is_committed() -> None:
+    """Five steps in windows of three: the second window's update weighs two batches."""
+    loader = make_loader()
+    model = make_model()
+    trainer = make_trainer(model=model, loader=loader, accumulate=3, max_step=5)
+    trainer()
+    assert trainer.progress.optimizer_step_id == 2
+    reference = make_model()
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+    for index, batch in enumerate(loader):
+        if index == 5:
+            break
+        (loss_of(reference, batch)[1] / (3 if index < 3 else 2)).backward()
+        if index in (2, 4):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert equal(weights(model), weights(reference))
+
+
+def test_one_cycle_stays_at_its_end() -> None:
+    """More updates than the schedule has steps are no error; the rate stays where it ended."""
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = OneCycleLR(optimizer, max_lr=0.2, total_steps=5)
+    trainer = make_trainer(
+        model=model, optimizer=optimizer, lr_scheduler=scheduler, max_optimizer_step=14
+    )
+    trainer()
+    assert trainer.progress.optimizer_step_id == 14
+    assert scheduler.last_epoch == 5
+
+
+def test_the_schedule_may_move_once_an_epoch() -> None:
+    """With schedule_every="epoch" it moves after each epoch that was completed, not in between."""
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = StepLR(optimizer, step_size=1, gamma=0.5)
+    trainer = make_trainer(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        schedule_every="epoch",
+        max_step=16,  # two epochs of seven, and two steps
+    )
+    trainer()
+    assert scheduler.last_epoch == 2
+    assert optimizer.param_groups[0]["lr"] == 0.025
+
+
+@pytest.mark.parametrize("unit", [None, "epoch", "optimizer_step"])
+def test_plateau_gets_the_mean_loss(unit: Any) -> None:
+    """ReduceLROnPlateau sees the mean loss since it last moved, by default once an epoch."""
+    loader = make_loader(6)
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen: list[float] = []
+
+    class Watched(ReduceLROnPlateau):
+        def step(self, metrics: Any, epoch: int | None = None) -> None:  # type: ignore[override]  # as its parent
+            seen.append(float(metrics))
+            super().step(metrics)
+
+    trainer = make_trainer(
+        model=model,
+        loader=loader,
+        optimizer=optimizer,
+        lr_scheduler=Watched(optimizer, factor=0.1, patience=0),
+        schedule_every=unit,
+        accumulate=2,
+        max_epoch=2,
+    )
+    trainer()
+
+    reference = make_model()
+    updates = torch.optim.SGD(reference.parameters(), lr=0.1)
+    plateau = ReduceLROnPlateau(updates, factor=0.1, patience=0)
+    losses: list[float] = []
+    expected: list[float] = []
+
+    def move() -> None:
+        expected.append(sum(losses) / len(losses))
+        plateau.step(expected[-1])
+        losses.clear()
+
+    for _ in range(2):
+        for index, batch in enumerate(loader):
+            loss = loss_of(reference, batch)[1]
+            losses.append(loss.item())
+            (loss / 2).backward()
+            if index % 2 == 1:
+                updates.step()
+                updates.zero_grad()
+                if unit == "optimizer_step":
+                    move()
+        if unit != "optimizer_step":
+            move()
+    assert seen == pytest.approx(expected, rel=1e-12)
+    assert equal(weights(model), weights(reference))
+
+
+class WithoutSetToNone(torch.optim.SGD):
+    def zero_grad(self) -> None:  # type: ignore[override]  # what is tested
+        super().zero_grad()
+
+
+class KeepingByDefault(torch.optim.SGD):
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        super().zero_grad(set_to_none)
+
+
+@pytest.mark.parametrize("cls", [WithoutSetToNone, KeepingByDefault])
+def test_gradients_are_freed_whatever_zero_grad_takes(cls: type[torch.optim.SGD]) -> None:
+    """An optimizer without set_to_none works, and one that keeps by default is told to free."""
+    model = make_model()
+    make_trainer(model=model, optimizer=cls(model.parameters(), lr=0.1), max_epoch=1)()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    expected, _ = plain_loop(lambda p: torch.optim.SGD(p, lr=0.1), None, make_loader(), 1)
+    assert equal(weights(model), expected)
+
+
+def test_old_gradients_do_not_enter_the_first_update() -> None:
+    """What was in the gradients before the run is dropped."""
+    model = make_model()
+    loss_of(model, next(iter(make_loader())))[1].backward()
+    make_trainer(model=model, max_epoch=1)()
+    expected, _ = plain_loop(lambda p: torch.optim.SGD(p, lr=0.1), None, make_loader(), 1)
+    assert equal(weights(model), expected)
+
+
+def test_a_compiled_model_trains_the_same() -> None:
+    """torch.compile around the model changes nothing but the speed."""
+    model = make_model()
+    compiled: Any = torch.compile(model, backend="eager")
+    make_trainer(model=compiled, max_epoch=2)()
+    expected, _ = plain_loop(lambda p: torch.optim.SGD(p, lr=0.1), None, make_loader(), 2)
+    assert equal(weights(model), expected)
+
+
+def test_bf16_is_what_autocast_gives() -> None:
+    """With mixed_precision="bf16" the model runs under autocast, and its outputs are fp32."""
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    HookBasedTrainer(
+        Accelerator(cpu=True, mixed_precision="bf16"),
+        model,
+        make_loader(),
+        SimpleBatchProcessor.from_callable(loss_of),
+        optimizer,
+        max_epoch=1,
+    )()
+    reference = make_model()
+    updates = torch.optim.SGD(reference.parameters(), lr=0.1)
+    for inputs, targets in make_loader():
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = reference(inputs)
+        torch.nn.functional.mse_loss(outputs.float(), targets).backward()
+        updates.step()
+        updates.zero_grad()
+    assert equal(weights(model), weights(reference))
+
+
+def test_an_overflow_skips_the_update_and_the_schedule() -> None:
+    """With a gradient scaler, infinite gradients commit nothing; the counters tell."""
+    accelerator = Accelerator(cpu=True)
+    # On a CPU, Accelerate makes no scaler by itself; torch's works there as on a GPU.
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=100)
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = StepLR(optimizer, step_size=1, gamma=0.5)
+    batches = list(make_loader(3))
+    batches[1][0].fill_(float("inf"))
+    committed: list[bool | None] = []
+    watching = PipelineHooks()
+    watching.register_hook(
+        "on_optimizer_step",
+        HookContext.from_callable(after=lambda args: committed.append(args.update_committed)),
+    )
+    trainer = HookBasedTrainer(
+        accelerator,
+        model,
+        batches,
+        SimpleBatchProcessor.from_callable(loss_of),
+        optimizer,
+        scheduler,
+        [watching],
+        max_epoch=1,
+    )
+    trainer()
+    assert committed == [True, False, True]
+    assert trainer.progress.optimizer_step_id == 2
+    assert trainer.progress.skipped_optimizer_steps == 1
+    assert scheduler.last_epoch == 2
+    expected, _ = plain_loop(
+        lambda p: torch.optim.SGD(p, lr=0.1),
+        lambda o: StepLR(o, step_size=1, gamma=0.5),
+        [batches[0], batches[2]],  # type: ignore[arg-type]  # a list has a length, too
+        1,
+    )
+    for ours, theirs in zip(weights(model), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
