@@ -2,8 +2,8 @@
 
 N hooks, each with a before and an after that do nothing, around a body that does nothing. The
 reference makes the same 2N + 1 calls from two lists; anything above it is bookkeeping. For a
-channel without hooks, the time of the body alone is taken away round by round, and the reference
-is the same function over two empty lists.
+channel without hooks, the time of the body alone is taken away, and beside it stands the same
+function over two empty lists.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from functools import partial
 
 from benchmarks.environment import describe
 from benchmarks.report import Report, Row, Table
-from benchmarks.timing import differences, interleave, ns_per_call
+from benchmarks.timing import Samples, interleave, ns_per_call
 from robo_orchard_core.utils.hook import HookContext, HookContextChannel
 
 BAR_RATIO = 1.3
@@ -55,16 +55,19 @@ def _with_hooks(count: int, *, rounds: int, calls: int) -> Table:
         "channel.run": partial(channel.run, args, _body),
         "with channel.begin": partial(_begin, channel, args, _body),
     }
-    samples = _interleave_calls(entries, rounds=rounds, calls=calls)
-    reference = samples["bare calls"]
+    samples = _interleave_calls(entries, reference="bare calls", rounds=rounds, calls=calls)
     bar = BAR_RATIO if count == BAR_AT else None
     return Table(
         f"{count} hook{'s' if count > 1 else ''} with before and after",
         "ns per entry",
         [
-            Row.of("bare calls", reference),
-            Row.of("channel.run", samples["channel.run"], reference=reference, bar=bar),
-            Row.of("with channel.begin", samples["with channel.begin"], reference=reference),
+            Row.of(
+                name,
+                values,
+                reference=samples.references.get(name),
+                bar=bar if name == "channel.run" else None,
+            )
+            for name, values in samples.values.items()
         ],
     )
 
@@ -77,25 +80,22 @@ def _empty(*, rounds: int, calls: int) -> Table:
         "two empty lists": partial(_bare_calls([], []), args, _body),
         "channel.run": partial(channel.run, args, _body),
     }
-    samples = _interleave_calls(entries, rounds=rounds, calls=calls)
-    body = samples["body alone"]
-    lists = differences(samples["two empty lists"], body)
-    entered = differences(samples["channel.run"], body)
+    samples = _interleave_calls(entries, reference="body alone", rounds=rounds, calls=calls)
     return Table(
         "no hooks: time over the body alone",
         "ns per entry",
         [
-            Row.of("two empty lists", lists),
-            Row.of("channel.run", entered, bar=BAR_EMPTY_NS),
+            Row.of("two empty lists", samples.overheads("two empty lists")),
+            Row.of("channel.run", samples.overheads("channel.run"), bar=BAR_EMPTY_NS),
         ],
     )
 
 
 def _interleave_calls(
-    entries: Mapping[str, Callable[[], object]], *, rounds: int, calls: int
-) -> dict[str, list[float]]:
+    entries: Mapping[str, Callable[[], object]], *, reference: str, rounds: int, calls: int
+) -> Samples:
     timed = {name: partial(ns_per_call, call, calls=calls) for name, call in entries.items()}
-    return interleave(timed, rounds=rounds)
+    return interleave(timed, reference=reference, rounds=rounds)
 
 
 def _body(args: Args) -> None:

@@ -15,7 +15,7 @@ class Row:
     value: Spread | None = None
     """In the table's unit."""
     ratio: Spread | None = None
-    """To the table's reference, taken round by round."""
+    """To the reference, taken between neighbours in time."""
     bar: float | None = None
     """The most that is allowed: of the ratio where there is one, else of the value."""
     note: str = ""

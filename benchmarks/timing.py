@@ -1,9 +1,9 @@
-"""Interleaved timing: contenders take turns, and are compared turn by turn.
+"""Interleaved timing: contenders take turns, and each is compared with its neighbour in time.
 
-A shared machine drifts: its clock, its caches and its neighbours change over seconds. So every
-round runs each contender once, one after the other (A B C, A B C, ...), a ratio is taken only
-between two runs of one round, and what is reported is the median of those ratios with the middle
-half of them as its spread.
+A shared machine drifts: its clock, its caches and its neighbours change over seconds. So the
+reference runs just before each of the others (A B, A C, A D, then the next round), a ratio is
+taken only between two such neighbours, and what is reported is the median of those ratios with
+the middle half of them as its spread.
 """
 
 import gc
@@ -30,30 +30,55 @@ class Spread:
         return cls(median(samples), low, high)
 
 
-def interleave(
-    contenders: Mapping[str, Callable[[], float]], *, rounds: int
-) -> dict[str, list[float]]:
-    """One sample of every contender a round, in the order given.
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """What interleaved runs gave, by contender: one sample a round."""
 
-    The first round is run and thrown away: it pays for imports, caches and lazy set-up.
+    values: Mapping[str, Sequence[float]]
+    """Of the reference, the samples of all its runs."""
+    references: Mapping[str, Sequence[float]]
+    """What the reference gave just before each sample; the reference has none of its own."""
+
+    def overheads(self, name: str) -> list[float]:
+        """What each sample costs more than the reference just before it."""
+        return differences(self.values[name], self.references[name])
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], float]], *, reference: str, rounds: int
+) -> Samples:
+    """Runs every contender once a round, in the order given, each just after the reference.
+
+    One more round is run before and thrown away: it pays for imports, caches and lazy set-up.
     """
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    values: dict[str, list[float]] = {name: [] for name in contenders}
+    references: dict[str, list[float]] = {name: [] for name in contenders if name != reference}
+    gc.collect()
+    gc.freeze()  # else every collection below walks all that was imported: 0.1-0.3 s a run
     for round_id in range(rounds + 1):
-        for name, measure in contenders.items():
-            gc.collect()  # so that nobody pays for the garbage of the one before
-            sample = measure()
+        for name in references:
+            before = _one_sample(contenders[reference])
+            sample = _one_sample(contenders[name])
             if round_id > 0:
-                samples[name].append(sample)
-    return samples
+                values[reference].append(before)
+                references[name].append(before)
+                values[name].append(sample)
+    gc.unfreeze()
+    return Samples(values, references)
+
+
+def _one_sample(measure: Callable[[], float]) -> float:
+    gc.collect()  # so that nobody pays for the garbage of the one before
+    return measure()
 
 
 def ratios(samples: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """Each sample divided by the reference's sample of the same round."""
+    """Each sample divided by the reference's that belongs to it."""
     return [ours / theirs for ours, theirs in zip(samples, reference, strict=True)]
 
 
 def differences(samples: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """What each sample costs more than the reference's sample of the same round."""
+    """Each sample less the reference's that belongs to it."""
     return [ours - theirs for ours, theirs in zip(samples, reference, strict=True)]
 
 

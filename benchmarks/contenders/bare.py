@@ -15,7 +15,7 @@ def train(job: Job, hook_count: int) -> None:
         for inputs, labels in job.loader:
             optimizer.zero_grad()
             loss = job.loss(model(inputs), labels)
-            loss.backward()  # type: ignore[no-untyped-call]  # torch's
+            loss.backward()
             optimizer.step()
             scheduler.step()
         return
@@ -28,7 +28,7 @@ def train(job: Job, hook_count: int) -> None:
         loss = job.loss(logits, labels)
         if accumulate > 1:
             loss = loss / accumulate
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's
+        loss.backward()
         if step % accumulate == 0:
             optimizer.step()
             scheduler.step()

@@ -21,7 +21,7 @@ def train(job: Job, hook_count: int) -> None:
         inputs, labels = batch
         optimizer.zero_grad()
         loss = job.loss(model(inputs), labels)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's
+        loss.backward()
         optimizer.step()
         scheduler.step()
         return loss
