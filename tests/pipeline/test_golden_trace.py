@@ -11,10 +11,10 @@ import os
 from pathlib import Path
 
 import pytest
-from tiny import make_loader, make_trainer
 
 from robo_orchard_lab.pipeline import CHANNEL_NAMES, ChannelName, PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext, RemovableHandle
+from tiny import make_loader, make_trainer
 
 GOLDEN = Path(__file__).parent / "golden"
 TRAINING_CHANNELS = [name for name in CHANNEL_NAMES if name != "on_evaluation"]

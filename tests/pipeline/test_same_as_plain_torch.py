@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import equal, loss_of, make_loader, make_model, make_trainer, weights
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -18,6 +17,7 @@ from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.hooks import GradientClippingHookConfig
 from robo_orchard_lab.pipeline.hooks.gradient_clipping import GradientClippingHook
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext, PipelineHooks
+from tiny import equal, loss_of, make_loader, make_model, make_trainer, weights
 
 MakeOptimizer = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], LRScheduler]

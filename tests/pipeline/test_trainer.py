@@ -1,0 +1,431 @@
+"""What the trainer takes, refuses, and does beyond the weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
+
+from robo_orchard_core.utils.hook import HookRegistrationError
+from robo_orchard_lab.pipeline import (
+    HookBasedTrainer,
+    PipelineHookArgs,
+    PipelineHooks,
+    SimpleBatchProcessor,
+    TrainerProgress,
+)
+from robo_orchard_lab.pipeline.errors import BatchProcessorError, DataError, PipelineConfigError
+from robo_orchard_lab.pipeline.events import ChannelName
+from robo_orchard_lab.pipeline.hooks.mixin import HookContext
+from tiny import equal, loss_of, make_loader, make_model, make_trainer, weights
+
+
+def on(channel: ChannelName, before: Any = None, after: Any = None) -> PipelineHooks:
+    hooks = PipelineHooks()
+    hooks.register_hook(channel, HookContext.from_callable(before, after))
+    return hooks
+
+
+class Counting(IterableDataset[torch.Tensor]):
+    """Seven samples, without a length."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(torch.arange(28.0).reshape(7, 4))
+
+
+class Batches:
+    """An iterable of batches that is no DataLoader, without a length."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(torch.arange(28.0).reshape(7, 1, 4))
+
+
+def outputs_only(model: torch.nn.Module, batch: Any) -> tuple[Any, torch.Tensor]:
+    inputs = batch["x"] if isinstance(batch, dict) else batch
+    outputs = model(inputs.float())
+    return {"outputs": outputs}, outputs.square().mean()
+
+
+SOURCES: dict[str, Any] = {
+    "iterable dataset": lambda: DataLoader(Counting(), batch_size=1),
+    "any iterable": Batches,
+    "list": lambda: list(Batches()),
+    "dicts": lambda: [{"name": "a", "x": batch} for batch in Batches()],
+    "batched by the sampler": lambda: DataLoader(
+        torch.arange(28.0).reshape(7, 4),  # type: ignore[arg-type]  # indexable is enough
+        batch_size=None,
+        sampler=BatchSampler(SequentialSampler(range(7)), 1, drop_last=False),
+    ),
+    "custom batch sampler": lambda: DataLoader(
+        torch.arange(28.0).reshape(7, 4),  # type: ignore[arg-type]  # indexable is enough
+        batch_sampler=[[index] for index in range(7)],
+    ),
+    "drop last": lambda: DataLoader(
+        torch.arange(28.0).reshape(7, 4).repeat(1, 1),  # type: ignore[arg-type]  # see above
+        batch_size=1,
+        drop_last=True,
+    ),
+}
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("source", SOURCES)
+def test_any_source_of_batches(source: str, accumulate: int) -> None:
+    """Every kind of loader gives the same seven batches, and the same weights."""
+    trained = []
+    for make in (SOURCES[source], SOURCES["list"]):
+        model = make_model()
+        trainer = make_trainer(
+            model=model,
+            loader=make(),
+            accumulate=accumulate,
+            batch_processor=SimpleBatchProcessor.from_callable(outputs_only),
+            max_epoch=2,
+        )
+        trainer()
+        assert trainer.progress.global_step_id == 14
+        assert trainer.progress.epoch_id == 2
+        trained.append(weights(model))
+    assert equal(*trained)
+
+
+def test_drop_last_is_known_to_the_windows() -> None:
+    """With a dropped rest, the last window is of full batches and ends with an update."""
+    trainer = make_trainer(loader=make_loader(7, rest=2, drop_last=True), accumulate=3, max_epoch=1)
+    trainer()
+    assert trainer.progress == TrainerProgress(1, 0, 7, 3, 0)
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        ({"max_epoch": 2}, TrainerProgress(2, 0, 14, 6)),
+        ({"max_step": 10}, TrainerProgress(1, 3, 10, 4)),
+        ({"max_step": 7}, TrainerProgress(1, 0, 7, 3)),
+        ({"max_optimizer_step": 4}, TrainerProgress(1, 3, 10, 4)),
+        ({"max_optimizer_step": 3}, TrainerProgress(1, 0, 7, 3)),
+        ({"max_step": 10, "max_epoch": 1}, TrainerProgress(1, 0, 7, 3)),
+    ],
+)
+def test_limits_count_what_they_name(limit: dict[str, Any], expected: TrainerProgress) -> None:
+    """Seven batches in windows of three: each limit ends the run by its own counter."""
+    trainer = make_trainer(accumulate=3, **limit)
+    trainer()
+    assert trainer.progress == expected
+
+
+def test_no_batch_is_loaded_beyond_the_limit() -> None:
+    """A run of three steps takes three batches, also where it looks ahead."""
+    for accumulate in (1, 2):
+        taken: list[int] = []
+
+        def batches(taken: list[int] = taken) -> Iterator[Any]:
+            for index, batch in enumerate(make_loader()):
+                taken.append(index)
+                yield batch
+
+        make_trainer(loader=batches(), accumulate=accumulate, max_step=3)()
+        assert taken == [0, 1, 2]
+
+
+def test_a_finished_run_does_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """Called again after its end, the trainer opens no scope and moves no counter."""
+    opened: list[int] = []
+    trainer = make_trainer(on("on_loop", lambda args: opened.append(1)), max_epoch=1)
+    trainer()
+    before = weights(trainer.model)
+    with caplog.at_level(logging.INFO):
+        trainer()
+    assert opened == [1]
+    assert equal(weights(trainer.model), before)
+    assert "nothing left to do" in caplog.text
+
+
+def test_a_request_to_stop_is_granted_at_the_commit_point(caplog: pytest.LogCaptureFixture) -> None:
+    """The step in which it is made is finished; the log tells who asked, and why."""
+
+    def ask(args: PipelineHookArgs) -> None:
+        if args.global_step_id == 4:
+            args.requests.stop("seen enough")
+
+    trainer = make_trainer(on("on_model_forward", ask), max_epoch=9)
+    with caplog.at_level(logging.INFO):
+        trainer()
+    assert trainer.progress == TrainerProgress(0, 5, 5, 5)
+    assert "seen enough, asked by " in caplog.text
+    assert "ask (test_trainer.py:" in caplog.text
+
+
+def test_a_request_after_the_epoch_is_granted_there() -> None:
+    """A request from the end of an epoch stops the run after that epoch has been counted."""
+    trainer = make_trainer(
+        on("on_epoch", after=lambda args: args.requests.stop("one is enough")), max_epoch=9
+    )
+    trainer()
+    assert trainer.progress == TrainerProgress(1, 0, 7, 7)
+
+
+def test_an_epoch_knows_whether_it_was_completed() -> None:
+    """Its after-hooks see True after the last batch, and False where a limit cut it short."""
+    seen: list[bool] = []
+    hooks = on("on_epoch", after=lambda args: seen.append(args.epoch_completed))
+    make_trainer(hooks, max_step=16)()
+    assert seen == [True, True, False]
+
+
+def test_a_loader_without_length_leaves_its_last_epoch_open() -> None:
+    """Without a length, a run that ends with the last batch can't know that it was the last."""
+    trainer = make_trainer(
+        loader=Batches(),
+        batch_processor=SimpleBatchProcessor.from_callable(outputs_only),
+        max_step=7,
+    )
+    trainer()
+    assert trainer.progress == TrainerProgress(0, 7, 7, 7)
+
+
+@pytest.mark.parametrize("loader", [[], iter([])])
+def test_no_batch_is_an_error(loader: Any) -> None:
+    """An epoch without a batch would never end by itself, so it is refused."""
+    with pytest.raises(DataError, match="gave no batch in epoch 0"):
+        make_trainer(loader=loader, max_step=3)()
+
+
+def test_an_iterator_lasts_one_epoch() -> None:
+    """A generator is read once; the error in the second epoch says what to pass instead."""
+    with pytest.raises(DataError, match="epoch 1; an iterator can be read only once"):
+        make_trainer(loader=iter(list(make_loader())), max_epoch=2)()
+
+
+def test_samplers_are_told_the_epoch() -> None:
+    """Whatever has set_epoch hears of each epoch: the loader, or else its parts."""
+    told: list[tuple[str, int]] = []
+
+    class Sampler(SequentialSampler):
+        def set_epoch(self, epoch: int) -> None:
+            told.append(("sampler", epoch))
+
+    class Loader:
+        def __iter__(self) -> Iterator[Any]:
+            return iter(make_loader(1))
+
+        def set_epoch(self, epoch: int) -> None:
+            told.append(("loader", epoch))
+
+    dataset = make_loader().dataset
+    make_trainer(
+        loader=DataLoader(dataset, batch_size=28, sampler=Sampler(dataset)),  # type: ignore[arg-type]  # it has a length
+        max_epoch=2,
+    )()
+    make_trainer(loader=Loader(), max_epoch=1)()
+    assert told == [("sampler", 0), ("sampler", 1), ("loader", 0)]
+
+
+def test_forward_only() -> None:
+    """Without backward there are no gradients, no updates and no channels for them."""
+    opened: list[str] = []
+    hooks = PipelineHooks()
+
+    def note(channel: str, args: PipelineHookArgs) -> None:
+        opened.append(channel)
+
+    channels: list[ChannelName] = ["on_model_forward", "on_model_backward", "on_optimizer_step"]
+    for channel in channels:
+        hooks.register_hook(
+            channel,
+            HookContext.from_callable(before=partial(note, channel)),
+        )
+    grads: list[bool] = []
+    model = make_model()
+    before = weights(model)
+
+    def forward(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, None]:
+        outputs = model(batch[0])
+        grads.append(outputs.requires_grad)
+        return outputs, None
+
+    trainer = HookBasedTrainer(
+        Accelerator(cpu=True),
+        model,
+        make_loader(2),
+        SimpleBatchProcessor.from_callable(forward, need_backward=False),
+        hooks=hooks,
+        max_epoch=1,
+    )
+    trainer()
+    assert opened == ["on_model_forward"] * 2
+    assert grads == [False, False]
+    assert equal(weights(model), before)
+    assert trainer.progress == TrainerProgress(1, 0, 2, 0)
+    assert trainer.optimizer is None
+
+
+def test_backward_needs_an_optimizer() -> None:
+    """A processor with a backward pass and no optimizer is refused when the trainer is built."""
+    with pytest.raises(PipelineConfigError, match="needs an optimizer"):
+        HookBasedTrainer(
+            Accelerator(cpu=True),
+            make_model(),
+            make_loader(),
+            SimpleBatchProcessor.from_callable(loss_of),
+            max_step=1,
+        )
+
+
+@pytest.mark.parametrize(
+    ("result", "found"),
+    [
+        (torch.ones(()), "got Tensor"),
+        (3, "got int"),
+        ((1, 2, 3), "got tuple"),
+        ((torch.ones(2), None), "got a loss of None"),
+    ],
+)
+def test_a_wrong_result_of_the_processor_is_told(result: Any, found: str) -> None:
+    """Whatever is not (outputs, loss) is an error that says what was returned."""
+    processor = SimpleBatchProcessor.from_callable(lambda model, batch: result)
+    with pytest.raises(BatchProcessorError, match=rf"must return \(outputs, loss\).*{found}"):
+        make_trainer(batch_processor=processor, max_step=1)()
+
+
+def test_hooks_see_gradients_then_weights() -> None:
+    """on_step's afters see the window's gradients; on_optimizer_step's, the new weights."""
+    model = make_model()
+    start = weights(model)
+    seen: list[tuple[str, bool, bool]] = []
+
+    def look(where: str) -> Any:
+        def hook(args: PipelineHookArgs) -> None:
+            has_gradients = all(p.grad is not None for p in model.parameters())
+            seen.append((where, has_gradients, equal(weights(model), start)))
+
+        return hook
+
+    make_trainer(
+        [on("on_step", after=look("step")), on("on_optimizer_step", look("in"), look("out"))],
+        model=model,
+        max_step=1,
+    )()
+    assert seen == [("step", True, True), ("in", True, True), ("out", False, False)]
+
+
+def test_hooks_share_one_object_in_a_step() -> None:
+    """All channels of a step get one argument object; the next step and the epoch have others."""
+    objects: dict[str, list[Any]] = {}
+
+    def keep(name: str, args: PipelineHookArgs) -> None:
+        objects.setdefault(name, []).append(args)
+
+    hooks = PipelineHooks()
+    names: list[ChannelName] = ["on_loop", "on_epoch", "on_step", "on_batch", "on_model_forward"]
+    names += ["on_model_backward", "on_optimizer_step"]
+    for name in names:
+        hooks.register_hook(
+            name,
+            HookContext.from_callable(
+                before=partial(keep, name),
+                after=partial(keep, name),
+            ),
+        )
+    make_trainer(hooks, max_step=2)()
+    first = objects["on_step"][0]
+    for name in names[2:]:
+        assert objects[name][:2] == [first, first]
+        assert objects[name][2] is objects[name][3] is not first
+    assert len({id(objects[name][0]) for name in ("on_loop", "on_epoch", "on_step")}) == 3
+    assert first.model_outputs.shape == (4, 2)
+    assert first.loss.shape == ()
+    assert first.update_committed is True
+
+
+def test_modes_of_submodules_are_kept() -> None:
+    """A model in evaluation mode is put in training mode; else its parts stay as they are."""
+    model = make_model()
+    model.eval()
+    make_trainer(model=model, max_step=1)()
+    assert all(module.training for module in model.modules())
+    model[0].eval()  # type: ignore[index]  # a Sequential
+    make_trainer(model=model, max_step=1)()
+    assert not model[0].training  # type: ignore[index]  # a Sequential
+    assert model.training
+
+
+def test_hooks_of_one_name_are_refused() -> None:
+    """Two hooks of one name are an error when the trainer is built, and when it is started."""
+    with pytest.raises(HookRegistrationError, match="two hooks have one name: 'a'"):
+        make_trainer([PipelineHooks("a"), PipelineHooks("a")], max_step=1)
+    late = PipelineHooks("b")
+    trainer = make_trainer([PipelineHooks("a"), late], max_step=1)
+    late.name = "a"
+    with pytest.raises(HookRegistrationError, match="two hooks have one name: 'a'"):
+        trainer()
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Under a launcher of two processes, an accelerator of one is an error with the remedy."""
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PipelineConfigError, match=r"started 2 processes.*Accelerator\(cpu=True\)"):
+        HookBasedTrainer(
+            accelerator,
+            make_model(),
+            make_loader(),
+            SimpleBatchProcessor.from_callable(loss_of, need_backward=False),
+            max_step=1,
+        )
+
+
+def test_prepared_objects_are_taken_as_they_are() -> None:
+    """What the user has prepared with the accelerator trains as what the trainer prepares."""
+    model = make_model()
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
+    prepared = accelerator.prepare(model, optimizer, make_loader(), scheduler)
+    trainer = HookBasedTrainer(
+        accelerator,
+        prepared[0],
+        prepared[2],
+        SimpleBatchProcessor.from_callable(loss_of),
+        prepared[1],
+        prepared[3],
+        max_epoch=2,
+    )
+    trainer()
+    assert trainer.optimizer is optimizer
+    assert trainer.lr_scheduler is scheduler
+    assert scheduler.last_epoch == 14
+    reference = make_model()
+    updates = torch.optim.SGD(reference.parameters(), lr=0.1)
+    make_trainer(
+        model=reference,
+        optimizer=updates,
+        lr_scheduler=torch.optim.lr_scheduler.StepLR(updates, 2, gamma=0.5),
+        max_epoch=2,
+    )()
+    assert equal(weights(model), weights(reference))
+
+
+def test_accelerate_knows_whether_gradients_are_complete() -> None:
+    """accelerator.sync_gradients is True just where an update is due."""
+    seen: list[tuple[bool, bool]] = []
+    trainer = make_trainer(
+        on(
+            "on_batch",
+            lambda args: seen.append(
+                (args.accelerator.sync_gradients, args.at_accumulation_boundary)
+            ),
+        ),
+        accumulate=3,
+        max_epoch=1,
+    )
+    trainer()
+    assert seen == [(boundary, boundary) for boundary in [False, False, True] * 2 + [True]]
