@@ -117,7 +117,7 @@ class _Picture:
             complete_style="bar.finished" if status.outcome == "finished" else "cyan",
             pulse=status.total_steps is None and status.outcome == "running",
         )
-        grid.add_row(_text([position]), bar, _text(beside))
+        grid.add_row(_text([position]), bar, *([_text(beside)] if beside else []))
         yield grid
         for line in below:
             if line:

@@ -1,0 +1,98 @@
+"""The example learns to read handwritten digits, from images on disk to saved weights."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_model
+from torchvision import models
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import to_tensor
+
+TRAIN = Path(__file__).resolve().parents[2] / "examples" / "digits" / "train.py"
+
+
+def _train(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, TRAIN, *options], cwd=folder, capture_output=True, text=True, timeout=1800
+    )
+
+
+def _accuracy(output: str) -> float:
+    found = re.search(r"^Accuracy .*: (\d\.\d+)$", output, re.MULTILINE)
+    assert found, output
+    return float(found[1])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """The folder of a run with the configuration as it stands, and the accuracy it printed."""
+    folder = tmp_path_factory.mktemp("digits")
+    finished = _train(folder)
+    assert finished.returncode == 0, finished.stderr
+    return folder, _accuracy(finished.stdout)
+
+
+def test_it_reads_most_unseen_digits(trained: tuple[Path, float]) -> None:
+    """After 5 epochs, at least 95 of 100 digits that it has not learned from are read right."""
+    assert trained[1] >= 0.95
+
+
+def test_images_are_written_as_an_image_folder(trained: tuple[Path, float]) -> None:
+    """All 1797 digits lie there as RGB images of 32x32 pixels, a fifth of each digit for checks."""
+    root = trained[0] / "workspace" / "digits" / "images"
+    train, val = ImageFolder(str(root / "train")), ImageFolder(str(root / "val"))
+    assert (len(train), len(val)) == (1437, 360)
+    counts = torch.bincount(torch.tensor(val.targets)) / torch.bincount(torch.tensor(train.targets))
+    assert counts == pytest.approx(0.25, abs=0.01)
+    image, _ = val[0]
+    assert (image.size, image.mode) == ((32, 32), "RGB")
+
+
+def test_the_saved_weights_are_those_that_were_measured(trained: tuple[Path, float]) -> None:
+    """The model that is loaded from the file has the accuracy that was printed."""
+    folder = trained[0] / "workspace" / "digits"
+    model = models.resnet18(num_classes=10)
+    load_model(model, folder / "model.safetensors")
+    model.eval()
+    images = ImageFolder(str(folder / "images" / "val"), lambda image: to_tensor(image) * 2 - 1)
+    pixels = torch.stack([image for image, _ in images])
+    with torch.no_grad():
+        right = (model(pixels).argmax(1) == torch.tensor(images.targets)).float().mean()
+    assert right.item() == pytest.approx(trained[1], abs=0.003)  # one image of 360
+
+
+def test_random_images_show_whether_everything_runs(tmp_path: Path) -> None:
+    """With random images and other options it runs in seconds, and keeps the options."""
+    finished = _train(
+        tmp_path,
+        *("--dataset.pipeline_test", "true", "--dataset.dummy_train_imgs", "16"),
+        *("--dataset.dummy_val_imgs", "8", "--batch_size", "8", "--max_epoch", "1"),
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "epoch 1/1, step 2/2" in finished.stderr
+    kept = json.loads((tmp_path / "workspace" / "digits" / "config.json").read_text("utf-8"))
+    assert (kept["batch_size"], kept["dataset"]["dummy_train_imgs"]) == (8, 16)
+    assert not (tmp_path / "workspace" / "digits" / "images").exists()
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
+    """Two runs of one configuration save the same bytes, one of another seed does not."""
+    weights = []
+    for name, seed in (("first", "3"), ("second", "3"), ("third", "4")):
+        finished = _train(
+            tmp_path,
+            *("--dataset.pipeline_test", "true", "--dataset.dummy_train_imgs", "16"),
+            *("--dataset.dummy_val_imgs", "8", "--batch_size", "8", "--max_epoch", "1"),
+            *("--seed", seed, "--workspace_root", name),
+        )
+        assert finished.returncode == 0, finished.stderr
+        weights.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    assert weights[0] != weights[2]

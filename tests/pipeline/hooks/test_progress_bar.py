@@ -1,0 +1,543 @@
+"""A bar in a terminal, log lines elsewhere, and neither in the way of the training."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import pty
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rich
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from rich.live import Live
+
+from robo_orchard_core.utils.hook import HookContext
+from robo_orchard_lab.pipeline import SimpleBatchProcessor, TrainerLimits, TrainerProgress
+from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.hook_set import PipelineHooks
+from robo_orchard_lab.pipeline.hooks import ProgressBarHookConfig
+from robo_orchard_lab.pipeline.hooks._run_status import RunStatus, remaining_steps
+from robo_orchard_lab.pipeline.hooks._terminal_bar import _Picture
+from tiny import loss_of, make_loader, make_model, make_trainer
+
+EVERY_STEP, NO_STEP = 1e-9, 1e6
+"""In seconds: shorter than any step, and longer than any test."""
+
+
+class AtStep(PipelineHooks):
+    """Calls a function at the end of one step."""
+
+    def __init__(self, global_step_id: int, call: Any) -> None:
+        super().__init__()
+        self.global_step_id, self.call = global_step_id, call
+        self.register_hook("on_step", HookContext.from_callable(after=self.after))
+
+    def after(self, args: PipelineHookArgs) -> None:
+        if args.global_step_id == self.global_step_id:
+            self.call(args)
+
+
+def fail(args: PipelineHookArgs) -> None:
+    raise RuntimeError("out of luck")
+
+
+def lines_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the hook logged, without what the clock decides."""
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
+    for decided, letter in ((r"\d+:\d\d:\d\d", "T"), (r"[\d.,]+(?= samples/s)", "N")):
+        lines = [re.sub(decided, letter, line) for line in lines if line.startswith("epoch")]
+    return [re.sub(r"(?<=loss )[\d.]+", "L", line) for line in lines]
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+class TestLines:
+    """Where the output is not a terminal."""
+
+    def test_each_epoch_and_the_end_has_a_line(self, log: pytest.LogCaptureFixture) -> None:
+        """A short run says where it is after each epoch, and at the end how long it took."""
+        make_trainer(ProgressBarHookConfig(refresh_seconds=NO_STEP), max_epoch=2)()
+        assert lines_of(log) == [
+            "epoch 1/2, step  7/14 (50 %), loss L, N samples/s, ETA T",
+            "epoch 2/2, step 14/14 (100 %), loss L, N samples/s, ETA T",
+            "epoch 2/2, step 14/14 (100 %), loss L, N samples/s, took T",
+        ]
+
+    def test_lines_come_at_their_interval(self, log: pytest.LogCaptureFixture) -> None:
+        """With an interval shorter than a step, each step has a line, counted from 1."""
+        make_trainer(ProgressBarHookConfig(refresh_seconds=EVERY_STEP), max_step=3)()
+        assert [line.split(",")[1].split(" (")[0] for line in lines_of(log)] == [
+            *(" step 1/3", " step 2/3", " step 3/3"),  # the steps
+            *(" step 3/3", " step 3/3"),  # the epoch that was begun, and the end
+        ]
+
+    def test_lines_go_to_stderr_where_the_log_would_hide_them(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Without a log at level INFO, the lines are printed."""
+        make_trainer(ProgressBarHookConfig(refresh_seconds=NO_STEP), max_epoch=1)()
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert [line.split(", ")[:2] for line in err.splitlines()] == [
+            ["epoch 1/1", "step 7/7 (100 %)"]
+        ] * 2
+
+    def test_an_epoch_without_a_length_has_no_end_yet(self, log: pytest.LogCaptureFixture) -> None:
+        """Of data without a length, the first pass shows no end and the next ones do."""
+
+        class Unsized:
+            def __iter__(self) -> Iterator[Any]:
+                return iter(make_loader(batches=2))
+
+        hook = ProgressBarHookConfig(refresh_seconds=EVERY_STEP)
+        make_trainer(hook, loader=Unsized(), max_epoch=2)()
+        assert [line.split(",")[1] for line in lines_of(log)] == [
+            *(" step 1", " step 2", " step 2/4 (50 %)"),
+            *(" step 3/4 (75 %)", " step 4/4 (100 %)", " step 4/4 (100 %)", " step 4/4 (100 %)"),
+        ]
+
+    def test_a_resumed_run_goes_on_from_its_counters(self, log: pytest.LogCaptureFixture) -> None:
+        """After a resume, epochs and steps are those of the run, and the rate that of the loop."""
+        trainer = make_trainer(ProgressBarHookConfig(refresh_seconds=EVERY_STEP), max_epoch=3)
+        trainer.progress.load_state_dict(
+            {**trainer.progress.state_dict(), "epoch_id": 2, "global_step_id": 14}
+        )
+        trainer()
+        lines = lines_of(log)
+        assert lines[0] == "epoch 3/3, step 15/21 (71 %), loss L, N samples/s, ETA T"
+        assert lines[-1] == "epoch 3/3, step 21/21 (100 %), loss L, N samples/s, took T"
+
+    def test_an_error_ends_with_where_it_stopped(self, log: pytest.LogCaptureFixture) -> None:
+        """When a step fails, the error is raised, and the last line has the steps that are done."""
+        trainer = make_trainer(
+            [ProgressBarHookConfig(refresh_seconds=NO_STEP), AtStep(9, fail)], max_epoch=2
+        )
+        with pytest.raises(RuntimeError, match="out of luck"):
+            trainer()
+        assert lines_of(log)[-1].startswith("epoch 2/2, step  9/14 (64 %)")
+        assert lines_of(log)[-1].endswith("stopped after T")
+
+    def test_a_stopped_run_says_so(self, log: pytest.LogCaptureFixture) -> None:
+        """When a hook asks to stop, the last line does not claim that the run is finished."""
+        stop = AtStep(2, lambda args: args.requests.stop("enough"))
+        make_trainer([ProgressBarHookConfig(refresh_seconds=NO_STEP), stop], max_epoch=2)()
+        assert lines_of(log)[-1] == (
+            "epoch 1/2, step  3/14 (21 %), loss L, N samples/s, stopped after T"
+        )
+
+    def test_a_run_that_fails_before_its_first_step(self, log: pytest.LogCaptureFixture) -> None:
+        """Without a step there is a last line, with no loss and no rate."""
+        with pytest.raises(RuntimeError, match="out of luck"):
+            make_trainer(
+                [ProgressBarHookConfig(refresh_seconds=NO_STEP), AtStep(0, fail)], max_step=2
+            )()
+        assert lines_of(log) == ["epoch 1, step 0/2 (0 %), stopped after T"]
+
+    def test_metrics_are_shown_once_they_are_published(self, log: pytest.LogCaptureFixture) -> None:
+        """A metric stands behind the loss from its first publication on."""
+        publish = AtStep(1, lambda args: args.metrics.publish("lift", torch.tensor(2.5)))
+        hook = ProgressBarHookConfig(metrics=["lift"], refresh_seconds=EVERY_STEP)
+        make_trainer([hook, publish], max_step=2)()
+        assert ["lift 2.5000" in line for line in lines_of(log)] == [False, True, True, True]
+
+    def test_a_metric_that_nobody_publishes_is_warned_about(
+        self, log: pytest.LogCaptureFixture
+    ) -> None:
+        """At the end of a run, a name that never appeared is named beside those that did."""
+        publish = AtStep(1, lambda args: args.metrics.publish("lift", 2.5))
+        make_trainer([ProgressBarHookConfig(metrics=["left"]), publish], max_step=2)()
+        assert (
+            "no hook published left, which the progress bar was to show; published: lift"
+            in log.messages
+        )
+
+    def test_force_color_makes_no_terminal_of_a_file(self, tmp_path: Path) -> None:
+        """With FORCE_COLOR, as build servers set it, a file gets lines and no control codes."""
+        script = tmp_path / "script.py"
+        script.write_text(SCRIPT, encoding="utf-8")
+        finished = subprocess.run(
+            [sys.executable, script],
+            env={**os.environ, "FORCE_COLOR": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert finished.returncode == 0, finished.stderr
+        assert "\x1b" not in finished.stderr + finished.stdout
+        assert "epoch 1/2, step  7/14 (50 %)" in finished.stderr
+
+
+class CountingReads(torch.Tensor):
+    """A tensor that counts how often one of its kind is read as a number."""
+
+    reads = 0
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.item, torch.Tensor.__float__):
+            cls.reads += 1
+        # torch does not annotate it.
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+
+def test_the_loss_is_read_only_when_it_is_shown() -> None:
+    """Steps between two looks never read the loss, which would wait for the device."""
+
+    def forward(model: Any, batch: Any) -> tuple[Any, torch.Tensor]:
+        outputs, loss = loss_of(model, batch)
+        return outputs, loss.as_subclass(CountingReads)
+
+    CountingReads.reads = 0
+    make_trainer(
+        ProgressBarHookConfig(refresh_seconds=NO_STEP),
+        batch_processor=SimpleBatchProcessor.from_callable(forward),
+        max_epoch=3,
+    )()
+    assert CountingReads.reads == 3 + 1  # each epoch's end, and the run's
+
+
+def test_the_weights_are_as_without_the_bar() -> None:
+    """Showing the progress does not change the training."""
+    with_bar, without = make_model(), make_model()
+    make_trainer(ProgressBarHookConfig(refresh_seconds=EVERY_STEP), model=with_bar, max_epoch=2)()
+    make_trainer(model=without, max_epoch=2)()
+    for one, other in zip(with_bar.parameters(), without.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@given(
+    max_step=st.none() | st.integers(1, 30),
+    max_optimizer_step=st.none() | st.integers(1, 30),
+    max_epoch=st.integers(1, 5),
+    steps_per_epoch=st.integers(1, 9),
+    window=st.integers(1, 4),
+)
+def test_remaining_steps_are_those_that_follow(
+    max_step: int | None,
+    max_optimizer_step: int | None,
+    max_epoch: int,
+    steps_per_epoch: int,
+    window: int,
+) -> None:
+    """Before each step of a run, the steps that remain are those that a plain loop then takes."""
+    limits = TrainerLimits(max_step, max_optimizer_step, max_epoch)
+    progress = TrainerProgress()
+    told = []
+    while not limits.reached(progress):
+        for step in range(steps_per_epoch):
+            told.append(remaining_steps(limits, progress, steps_per_epoch, window))
+            progress.finish_step()
+            if (step + 1) % window == 0 or step + 1 == steps_per_epoch:
+                progress.finish_optimizer_step(committed=True)
+            if limits.reached(progress):
+                break
+        if progress.step_id == steps_per_epoch:
+            progress.finish_epoch()
+    assert told == list(range(len(told), 0, -1))
+    assert remaining_steps(limits, progress, steps_per_epoch, window) == 0
+
+
+def test_remaining_steps_without_a_length() -> None:
+    """Without a length, epochs can't be counted in steps, and updates can."""
+    progress = TrainerProgress(step_id=4, global_step_id=4, optimizer_step_id=1)
+    assert remaining_steps(TrainerLimits(max_epoch=2), progress, None, 3) is None
+    assert remaining_steps(TrainerLimits(max_optimizer_step=3), progress, None, 3) == 5
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        *((0.0, "0.0000"), (0.4231, "0.4231"), (-1.5, "-1.5000"), (123.456, "123.46")),
+        *((3.2e-4, "3.200e-04"), (1.25e6, "1.250e+06"), (float("nan"), "nan")),
+    ],
+)
+def test_numbers_keep_their_width(value: float, shown: str) -> None:
+    """A value has four decimals as long as that says something."""
+    assert RunStatus(1, None, 0, None, {"loss": value}).measurements == [f"loss {shown}"]
+
+
+def test_slow_rates_and_long_times() -> None:
+    """A rate below ten has decimals, and hours are not folded into days."""
+    status = RunStatus(1, None, 3, 9, {}, samples_per_s=0.254, seconds_left=3600 * 51 + 62)
+    assert status.pace == ["0.25 samples/s", "ETA 51:01:02"]
+
+
+@pytest.mark.parametrize("width", [120, 80, 60, 40])
+def test_the_picture_fits_the_width(width: int) -> None:
+    """Nothing is wrapped or cut off; what has no room beside the bar stands below it."""
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    status = RunStatus(
+        2, 5, 34, 115, {"loss": 0.4231, "grad_norm": 1.25}, 512.3, 12.0, seconds_left=41.0
+    )
+    with console.capture() as captured:
+        console.print(_Picture(status))
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    assert all(len(line) <= width for line in lines)
+    assert lines[0].startswith("epoch 2/5  step  34/115  ━")
+    below = {
+        120: [],
+        80: ["grad_norm 1.2500"],
+        60: ["loss 0.4231  512 samples/s  ETA 0:00:41", "grad_norm 1.2500"],
+        40: ["loss 0.4231  512 samples/s  ETA 0:00:41", "grad_norm 1.2500"],
+    }[width]
+    assert lines[1:] == below
+
+
+class Terminal(io.StringIO):
+    """A terminal that keeps what is written to it, and can go away."""
+
+    gone = False
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        if self.gone:
+            raise OSError(5, "Input/output error")
+        return super().write(text)
+
+    def screen(self) -> list[str]:
+        """The lines that are to be seen, without trailing blanks."""
+        return screen(self.getvalue())
+
+
+def screen(written: str) -> list[str]:
+    """What a tall terminal shows of the control codes that rich writes."""
+    rows, row, column = [""], 0, 0
+    for code, text in re.findall(r"(\x1b\[[?\d;]*[A-Za-z]|\r|\n)|([^\x1b\r\n]+)", written):
+        if text:
+            rows[row] = rows[row][:column].ljust(column) + text + rows[row][column + len(text) :]
+            column += len(text)
+        elif code == "\n":  # as a terminal driver sends it: with a return
+            row, column = row + 1, 0
+            rows += [""] * (row + 1 - len(rows))
+        elif code == "\r":
+            column = 0
+        elif code.endswith("A"):
+            row -= int(code[2:-1] or 1)
+        elif code.endswith("K"):
+            rows[row] = ""
+        else:
+            assert code.endswith(("m", "h", "l")), repr(code)  # colours; the cursor's looks
+    return [line.rstrip() for line in rows if line.strip()]
+
+
+@contextmanager
+def a_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
+    """Standard output and error are one terminal of 80 columns."""
+    opened = Terminal()
+    with monkeypatch.context() as patch:
+        for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+            patch.delenv(name, raising=False)
+        for name, value in {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "stdout", opened)
+        patch.setattr(sys, "stderr", opened)
+        rich.reconfigure()  # the process's console looks at its terminal once, when it is made
+        yield opened
+        assert sys.stdout is sys.stderr is opened  # given back
+    rich.reconfigure()
+
+
+class TestBar:
+    """Where the output is a terminal."""
+
+    def test_the_last_state_stays(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A finished run leaves one line: all steps, the last loss, and how long it took."""
+        with a_terminal(monkeypatch) as terminal:
+            make_trainer(ProgressBarHookConfig(), max_epoch=2)()
+            (line,) = terminal.screen()
+            assert re.fullmatch(
+                r"epoch 2/2  step 14/14  ━+  loss \d\.\d{4}  [\d,]+ samples/s  took 0:00:0\d", line
+            )
+
+    def test_the_bar_is_redrawn_at_its_interval(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With an interval shorter than a step, each step is drawn; otherwise only few are."""
+        with a_terminal(monkeypatch) as terminal:
+            make_trainer(ProgressBarHookConfig(refresh_seconds=EVERY_STEP), max_epoch=2)()
+            drawn = re.findall(r"step +(\d+)/14", terminal.getvalue())
+            assert list(dict.fromkeys(drawn)) == [str(step) for step in range(15)]
+
+    def test_lines_of_others_stay_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What is printed, logged or warned while the bar is drawn stands above it, unbroken."""
+        with a_terminal(monkeypatch) as terminal:
+            kept = logging.StreamHandler(sys.stderr)  # as logging.basicConfig makes it
+            elsewhere = logging.StreamHandler(io.StringIO())
+            other = logging.getLogger("other")
+            other.addHandler(kept)
+            other.addHandler(elsewhere)
+
+            def talk(args: PipelineHookArgs) -> None:
+                print("printed")
+                print("half", end="")
+                print(" and half")
+                print("to stderr", file=sys.stderr)
+                other.warning("logged [bold]as it is[/bold]")
+
+            try:
+                make_trainer(
+                    [ProgressBarHookConfig(refresh_seconds=EVERY_STEP), AtStep(3, talk)],
+                    max_epoch=1,
+                )()
+                other.warning("logged later")
+            finally:
+                other.removeHandler(kept)
+                other.removeHandler(elsewhere)
+            *above, bar, last = terminal.screen()
+            assert above == [
+                "printed",
+                "half and half",
+                "to stderr",
+                "logged [bold]as it is[/bold]",
+            ]
+            assert bar.startswith("epoch 1/1  step 7/7  ━")
+            assert last == "logged later"
+            assert kept.stream is terminal
+            assert elsewhere.stream.getvalue().count("\n") == 2
+
+    def test_an_error_leaves_the_terminal_as_it_was(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """When a step fails, the bar stands where it stopped, and nothing is redirected."""
+        with a_terminal(monkeypatch) as terminal:
+            trainer = make_trainer([ProgressBarHookConfig(), AtStep(9, fail)], max_epoch=2)
+            with pytest.raises(RuntimeError, match="out of luck"):
+                trainer()
+            shown = "  ".join(terminal.screen())
+            assert shown.startswith("epoch 2/2  step  9/14  ━")
+            assert re.search(r"  stopped after 0:00:0\d$", shown)
+            assert terminal.getvalue().endswith("\x1b[?25h")  # the cursor is back
+
+    def test_half_a_line_is_not_lost(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What was printed without a line's end before the bar closes is to be seen."""
+        with a_terminal(monkeypatch) as terminal:
+            talk = AtStep(6, lambda args: print("no line's end", end=""))
+            make_trainer([ProgressBarHookConfig(), talk], max_epoch=1)()
+            assert terminal.screen()[0] == "no line's end"
+
+    def test_a_terminal_may_go_away(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """When the terminal is closed during the run, the run finishes all the same."""
+        with a_terminal(monkeypatch) as terminal:
+
+            def go(args: PipelineHookArgs) -> None:
+                terminal.gone = True
+
+            trainer = make_trainer(
+                [ProgressBarHookConfig(refresh_seconds=EVERY_STEP), AtStep(3, go)], max_epoch=2
+            )
+            trainer()
+            assert trainer.progress.global_step_id == 14
+
+    def test_another_live_display_keeps_the_terminal(
+        self, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+    ) -> None:
+        """Where rich draws something else already, there are lines instead of a second bar."""
+        with a_terminal(monkeypatch) as terminal:
+            with Live("mine", auto_refresh=False):
+                make_trainer(ProgressBarHookConfig(), max_epoch=1)()
+            assert lines_of(log)[-1].startswith("epoch 1/1, step 7/7")
+            assert "━" not in terminal.getvalue()
+
+    def test_plain_means_lines(
+        self, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+    ) -> None:
+        """With plain=True, a terminal gets lines as well, and nothing is redirected."""
+        with a_terminal(monkeypatch) as terminal:
+            seen: list[object] = []
+            look = AtStep(2, lambda args: seen.append(sys.stdout))
+            make_trainer([ProgressBarHookConfig(plain=True), look], max_epoch=1)()
+            assert lines_of(log)[-1].startswith("epoch 1/1, step 7/7")
+            assert seen == [terminal]
+
+    def test_only_a_terminal_is_redirected(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With standard output in a file, the bar is drawn on standard error, not in the file."""
+        with a_terminal(monkeypatch) as terminal:
+            file = io.StringIO()
+            talk = AtStep(3, lambda args: print("a result"))
+            with redirect_stdout(file):
+                make_trainer([ProgressBarHookConfig(), talk], max_epoch=1)()
+            assert file.getvalue() == "a result\n"
+            assert terminal.screen()[0].startswith("epoch 1/1  step 7/7  ━")
+
+
+SCRIPT = """
+import torch
+from accelerate import Accelerator
+from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
+from robo_orchard_lab.pipeline.hooks import ProgressBarHookConfig
+from robo_orchard_lab.utils import log_basic_config
+
+log_basic_config()
+model = torch.nn.Linear(4, 1)
+batches = [torch.ones(8, 4)] * 7
+HookBasedTrainer(
+    Accelerator(cpu=True),
+    model,
+    batches,
+    SimpleBatchProcessor.from_callable(lambda model, batch: (None, model(batch).mean())),
+    torch.optim.SGD(model.parameters(), lr=0.1),
+    hooks=ProgressBarHookConfig(),
+    max_epoch=2,
+)()
+print("after")
+"""
+
+
+def test_in_a_real_terminal(tmp_path: Path) -> None:
+    """In a pseudo-terminal, a process leaves its last state, and what it prints next below."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    here, there = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"}
+    process = subprocess.Popen(
+        [sys.executable, script], stdin=there, stdout=there, stderr=there, env=environment
+    )
+    os.close(there)
+    written = b""
+    while True:
+        try:
+            part = os.read(here, 4096)
+        except OSError:  # how Linux says that the other end is closed
+            break
+        if not part:
+            break
+        written += part
+    os.close(here)
+    assert process.wait() == 0, written.decode()
+    bar, after = screen(written.decode().replace("\r\n", "\n"))
+    assert re.match(r"epoch 2/2  step 14/14  ━+  loss ", bar)
+    assert after == "after"
+
+
+def test_only_the_main_process_shows_it(tmp_path: Path) -> None:
+    """Of two processes, one writes the lines, with the samples per second of both."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    finished = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run"),
+            *("--standalone", "--nproc-per-node", "2", "--local-addr", "127.0.0.1"),
+            script,
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.split() == ["after", "after"]
+    lines = [line for line in finished.stderr.splitlines() if "samples/s" in line]
+    assert len(lines) == 3
+    assert all("[rank 0/2]" in line for line in lines)
