@@ -30,7 +30,7 @@ check "ruff format" "$python" -m ruff format --check
 check "mypy" "$python" -m mypy src tests examples benchmarks
 check "codespell" "$environment/bin/codespell"
 check "pytest" "$python" -m pytest src tests --doctest-modules -m "$selection" \
-    --cov=robo_orchard_core --cov=robo_orchard_lab.pipeline --cov-fail-under=95
+    --cov --cov-report=term --cov-fail-under=95
 
 if [ ${#failed[@]} -gt 0 ]; then
     stop "failed: ${failed[*]}"
