@@ -480,10 +480,11 @@ from robo_orchard_lab.pipeline.hooks import ProgressBarHookConfig
 from robo_orchard_lab.utils import log_basic_config
 
 log_basic_config()
+accelerator = Accelerator(cpu=True)
 model = torch.nn.Linear(4, 1)
 batches = [torch.ones(8, 4)] * 7
 HookBasedTrainer(
-    Accelerator(cpu=True),
+    accelerator,
     model,
     batches,
     SimpleBatchProcessor.from_callable(lambda model, batch: (None, model(batch).mean())),
@@ -492,6 +493,7 @@ HookBasedTrainer(
     max_epoch=2,
 )()
 print("after")
+accelerator.end_training()  # else gloo's threads may abort the process at its exit
 """
 
 
