@@ -7,10 +7,11 @@ from typing import Any, Generic, TypeVar
 from robo_orchard_core.utils.config.base import Config
 from robo_orchard_core.utils.config.building import build
 
-T = TypeVar("T")
+# Covariant: what builds a MyHook may stand where something that builds a Hook is declared.
+T_co = TypeVar("T_co", covariant=True)
 
 
-class ClassConfig(Config, Generic[T]):
+class ClassConfig(Config, Generic[T_co]):
     """What a class is built from: name it in ``class_type``, declare its parameters as fields.
 
     >>> class Timer:
@@ -31,9 +32,9 @@ class ClassConfig(Config, Generic[T]):
         class_type: The class, or a subclass of the declared one.
     """
 
-    class_type: type[T]
+    class_type: type[T_co]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> T:
+    def __call__(self, *args: Any, **kwargs: Any) -> T_co:
         """A new instance.
 
         Args:

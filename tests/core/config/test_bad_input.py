@@ -1,0 +1,338 @@
+"""Bad input ends in a typed error that names the place."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from robo_orchard_core.utils.config import (
+    Config,
+    ConfigError,
+    ConfigFieldError,
+    ConfigSyntaxError,
+    Format,
+)
+
+
+class Stats(Config):
+    step_log_freq: int = 5
+    rate: float = 0.5
+    label: str = "é"
+
+
+class Hooks(Config):
+    stats: Stats = Stats()
+    more: dict[str, Stats] = pydantic.Field(default={})
+
+
+class Run(Config):
+    hooks: Hooks = Hooks()
+    batch_size: int = 1
+    rows: list[list[int]] = pydantic.Field(default=[])
+    extra: Any = None
+
+
+RUN = Run(hooks=Hooks(more={"a.b": Stats(label="x")}), rows=[[1], [2]])
+
+
+def refused(text: str, format_: Format) -> ConfigError:
+    """The error that reading the text ends in."""
+    with pytest.raises(ConfigError) as caught:
+        Run.from_str(text, format_)
+    return caught.value
+
+
+def test_json_cut_at_every_character_is_refused() -> None:
+    """No beginning of a JSON document is a document."""
+    text = RUN.to_str("json")
+    for end in range(len(text)):
+        assert isinstance(refused(text[:end], "json"), ConfigSyntaxError)
+
+
+def test_a_json_file_cut_at_every_byte_is_refused(tmp_path: Path) -> None:
+    """A file that was cut is refused with its name, also in the middle of a character."""
+    path = tmp_path / "run.json"
+    RUN.save(path)
+    content = path.read_bytes()
+    for end in range(len(content)):
+        path.write_bytes(content[:end])
+        with pytest.raises(ConfigSyntaxError, match=re.escape(f"{path}: ")):
+            Run.load(path)
+    path.write_bytes(content)
+    assert Run.load(path) == RUN
+
+
+@pytest.mark.parametrize("format_", ["yaml", "toml"])
+def test_other_formats_cut_anywhere_never_end_in_another_error(format_: Format) -> None:
+    """A cut YAML or TOML text is read as the shorter text that it is, or refused."""
+    text = RUN.to_str(format_)
+    for end in range(len(text)):
+        with contextlib.suppress(ConfigError):
+            Run.from_str(text[:end], format_)
+
+
+REPEATED = [
+    ("json", '{"hooks": {"stats": {"rate": 1, "rate": 2}}}', "hooks.stats.rate"),
+    ("json", '{"rows": [[], {"a": 1, "b": {}, "a": 2}]}', "rows.1.a"),
+    ("yaml", "hooks:\n  stats:\n    rate: 1\n    rate: 2\n", "hooks.stats.rate"),
+    ("toml", "[hooks.stats]\nrate = 1\nrate = 2\n", "hooks.stats.rate"),
+    ("toml", "[hooks.stats]\nrate = 1\nrate = 2", "hooks.stats.rate"),
+    ("toml", "[hooks.stats]\n[hooks.stats]\n", "hooks.stats"),
+    ("toml", "[[hooks]]\na.b = 1\na.b = 1\n", "hooks.a.b"),
+    ("toml", "a = 1\na = [\n]\n", "line 3, column 2"),
+]
+
+
+@pytest.mark.parametrize(("format_", "text", "place"), REPEATED)
+def test_a_repeated_key_is_refused(format_: Format, text: str, place: str) -> None:
+    """A key that occurs twice is an error at its place, and not the last of its values."""
+    error = refused(text, format_)
+    assert isinstance(error, ConfigSyntaxError)
+    assert error.place == place
+    assert re.search("occurs twice|Cannot (overwrite|declare)", str(error))
+
+
+NOT_FINITE = [
+    ("json", '{"hooks": {"stats": {"rate": NaN}}}'),
+    ("json", '{"hooks": {"stats": {"rate": -Infinity}}}'),
+    ("json", '{"hooks": {"stats": {"rate": 1e999}}}'),
+    ("yaml", "hooks: {stats: {rate: .nan}}"),
+    ("yaml", "hooks: {stats: {rate: -.Inf}}"),
+    ("yaml", "hooks: {stats: {rate: 1e999}}"),
+    ("toml", "hooks.stats.rate = nan"),
+    ("toml", "hooks.stats.rate = -inf"),
+]
+
+
+@pytest.mark.parametrize(("format_", "text"), NOT_FINITE)
+def test_numbers_that_are_not_finite_are_refused(format_: Format, text: str) -> None:
+    """NaN and the infinities are errors, however they are spelled."""
+    error = refused(text, format_)
+    assert error.place == "hooks.stats.rate"
+    assert "expected a finite number" in error.problem
+
+
+def test_a_text_that_says_nan_is_no_number_either() -> None:
+    """Pydantic would read the text "nan" as a number."""
+    assert refused('{"hooks": {"stats": {"rate": "nan"}}}', "json").place == "hooks.stats.rate"
+    with pytest.raises(pydantic.ValidationError, match="finite number"):
+        Stats(rate=float("nan"))
+
+
+DEEP = [
+    ("json", '{"extra": ' + "[" * 200 + "]" * 200 + "}"),
+    ("json", '{"extra": ' * 200 + "1" + "}" * 200),
+    ("json", "[" * 100_000),
+    ("yaml", "extra: " + "[" * 200 + "]" * 200),
+    ("yaml", "extra: " + "{a: " * 200 + "}" * 200),
+    ("yaml", "- " * 100_000),
+    ("toml", "extra = " + "[" * 200 + "]" * 200),
+    ("toml", "extra = " + "[" * 100_000),
+    ("toml", ".".join(["extra"] * 200) + " = 1"),
+    ("toml", ".".join(["extra"] * 100_000) + " = 1"),
+    ("toml", "extra = {" + "'a' . " * 100_000 + "a = 1}"),
+    ("toml", "[" + '"a".' * 100_000 + "a]"),
+]
+
+
+@pytest.mark.parametrize(("format_", "text"), DEEP, ids=range(len(DEEP)))
+def test_a_deep_document_is_refused(format_: Format, text: str) -> None:
+    """Depth is bounded, far below the interpreter's recursion limit."""
+    error = refused(text, format_)
+    assert isinstance(error, ConfigSyntaxError)
+    assert "deep" in error.problem
+    assert len(str(error)) < 200
+
+
+def test_dots_in_text_are_no_depth() -> None:
+    """A text of many dotted words is a text, in a file of any format."""
+    for text in ("a." * 100, "'\"" + "a." * 100, '"""' + "a." * 100, "# " + "a." * 100):
+        run = Run(extra={"x": text, text: "x"})
+        assert Run.from_str(run.to_str("toml"), "toml") == run
+
+
+def test_a_large_document_is_refused(tmp_path: Path) -> None:
+    """Size is bounded before anything is parsed."""
+    path = tmp_path / "large.json"
+    path.write_text('{"extra": "' + "x" * 2**24 + '"}')
+    with pytest.raises(ConfigSyntaxError, match="larger than 16777216 bytes"):
+        Run.load(path)
+    with pytest.raises(ConfigSyntaxError, match="larger than 16777216 bytes"):
+        Run.from_str(path.read_text())
+
+
+SYNTAX = [
+    ("yaml", "hooks: !!python/object/apply:os.system ['true']", "hooks", "tags are not read"),
+    ("yaml", "hooks: !custom {}", "hooks", "tags are not read"),
+    ("yaml", "hooks: {stats: ! 'x'}", "hooks.stats", "tags are not read"),
+    ("yaml", "!!map {}", "line 1, column 1", "tags are not read"),
+    ("yaml", "hooks: &h {}\nextra: *h", "extra", "aliases are not read"),
+    ("yaml", "{}\n---\n{}", "line 2, column 1", "found a second one"),
+    ("yaml", "1: 2", "line 1, column 1", "expected a key of text, found 1"),
+    ("yaml", "? [a]\n: 2", "line 1, column 3", "expected a key of text"),
+    ("yaml", "a: b: c", "line 1, column 5", "broken YAML"),
+    ("yaml", "a: \x00", "", "broken YAML"),
+    ("yaml", "extra: " + "9" * 5000, "extra", "4300 digits"),
+    ("yaml", "", "", "expected a mapping of fields at the top, found NoneType"),
+    ("yaml", "- 1", "", "expected a mapping of fields at the top, found list"),
+    ("json", "12", "", "expected a mapping of fields at the top, found int"),
+    ("json", '{"extra": "\\ud800"}', "extra", "lone surrogate"),
+    ("json", '{"extra": {"\\ud800": 1}}', "extra", "lone surrogate"),
+    ("json", '"\ud800"', "", "lone surrogate"),
+    ("json", '{"extra": ' + "9" * 5000 + "}", "", "4300 digits"),
+    ("json", "{'extra': 1}", "line 1, column 2", "broken JSON"),
+    ("toml", "extra = " + "9" * 5000, "", "4300 digits"),
+    ("toml", "extra = ", "extra", "broken TOML"),
+    ("toml", "= 1", "line 1, column 1", "broken TOML"),
+]
+
+
+@pytest.mark.parametrize(("format_", "text", "place", "problem"), SYNTAX, ids=range(len(SYNTAX)))
+def test_a_text_that_is_no_document_is_refused(
+    format_: Format, text: str, place: str, problem: str
+) -> None:
+    """What isn't plain data in its format is an error with the place, as far as it is known."""
+    error = refused(text, format_)
+    assert isinstance(error, ConfigSyntaxError)
+    assert error.place == place
+    assert problem in str(error)
+    assert "\n" not in str(error)
+
+
+def test_yaml_reads_plain_scalars_as_yaml_1_2() -> None:
+    """`on` is text and 1e-3 a number, whatever YAML 1.1 said."""
+    text = "extra: [on, yes, 12:30, 012, 0o17, 0x1f, 1e-3, -.5, ~, NULL, True, 1_000, 2024-01-01]"
+    expected = ["on", "yes", "12:30", 12, 15, 31, 0.001, -0.5, None, None, True, "1_000"]
+    assert Run.from_str(text, "yaml").extra == [*expected, "2024-01-01"]
+
+
+def test_toml_reads_its_own_dates_as_text() -> None:
+    """A date of TOML's own is what the other formats write: ISO 8601 text."""
+    text = "extra = [2024-01-01, 2024-01-01T01:02:03Z, 01:02:03]"
+    expected = ["2024-01-01", "2024-01-01T01:02:03+00:00", "01:02:03"]
+    assert Run.from_str(text, "toml").extra == expected
+
+
+FIELDS = [
+    ({"hooks": {"stats": {"step_log_freq": "x"}}}, "hooks.stats.step_log_freq", "valid integer"),
+    ({"hooks": {"stats": {"step_log_frq": 1}}}, "hooks.stats.step_log_frq", "'step_log_freq'?"),
+    ({"hooks": {"more": {"a.b": {"rate": []}}}}, 'hooks.more."a.b".rate', "found [] (list)"),
+    ({"hooks": {"stats": 1}}, "hooks.stats", "found 1 (int)"),
+    ({"rows": [[1], [2, "x"]]}, "rows.1.1", "valid integer"),
+    ({"zzz": 1}, "zzz", "it has batch_size, extra, hooks, rows"),
+    ({"batch_size": "x" * 99}, "batch_size", "..."),
+]
+
+
+@pytest.mark.parametrize(("document", "place", "problem"), FIELDS)
+def test_a_wrong_field_is_named(document: dict[str, Any], place: str, problem: str) -> None:
+    """Unknown fields and wrong values are named by their dotted place, in files and in dicts."""
+    error = refused(json.dumps(document), "json")
+    assert isinstance(error, ConfigFieldError)
+    assert error.place == place
+    assert str(error).startswith(f"{place}: ")
+    assert problem in error.problem
+    with pytest.raises(ConfigFieldError, match=re.escape(place)):
+        Run.from_dict(document)
+
+
+def test_all_problems_of_a_document_are_told() -> None:
+    """One error lists what else is wrong."""
+    error = refused('{"batch_size": "x", "rows": [["y"]]}', "json")
+    assert error.place == "batch_size"
+    assert [other.place for other in error.others] == ["rows.0.0"]
+    assert "\nalso rows.0.0: " in str(error)
+
+
+def test_a_missing_field_is_named() -> None:
+    """A field without a default that is absent is an error at the place where it should be."""
+
+    class Needs(Config):
+        root: str
+
+    class Outer(Config):
+        needs: Needs
+
+    with pytest.raises(ConfigFieldError, match=r"needs\.root: a value is required"):
+        Outer.from_dict({"needs": {}})
+
+
+def test_a_wrong_member_of_a_union_is_named_without_pydantics_labels() -> None:
+    """The place is that of the document, whichever member of a union was tried."""
+
+    class Cat(Config):
+        kind: Literal["cat"] = "cat"
+        age: int = 1
+
+    class Dog(Config):
+        kind: Literal["dog"] = "dog"
+        age: int = 1
+
+    class Zoo(Config):
+        pets: list[Cat | Dog]
+
+    with pytest.raises(ConfigFieldError) as caught:
+        Zoo.from_dict({"pets": [{"kind": "dog"}, {"kind": "dog", "age": "old"}]})
+    places = {error.place for error in (caught.value, *caught.value.others)}
+    assert places == {"pets.1.kind", "pets.1.age"}
+
+
+def test_a_broken_rule_across_fields_names_the_config() -> None:
+    """A ValueError of `__post_init__` is an error at the place of the config."""
+
+    class Pair(Config):
+        low: int = 0
+        high: int = 1
+
+        def __post_init__(self) -> None:
+            if self.low > self.high:
+                raise ValueError("low must not be above high")
+
+    class Outer(Config):
+        pair: Pair = Pair()
+
+    with pytest.raises(ConfigFieldError, match=r"^pair: low must not be above high$"):
+        Outer.from_dict({"pair": {"low": 2}})
+    with pytest.raises(ConfigFieldError, match=r"^Pair: low must not be above high$"):
+        Pair.from_dict({"low": 2})
+    with pytest.raises(pydantic.ValidationError, match="low must not be above high"):
+        Pair(low=2)
+
+
+@pytest.mark.parametrize("value", [(1, 2), {1}, b"x", object(), Path("x")])
+def test_a_dict_that_is_no_plain_data_is_refused(value: object) -> None:
+    """`from_dict` takes what a file can hold and nothing else."""
+    with pytest.raises(ConfigSyntaxError, match=r"extra\.0: expected plain data, found"):
+        Run.from_dict({"extra": [value]})
+
+
+def test_a_dict_with_other_keys_than_text_is_refused() -> None:
+    """The keys of a document are text."""
+    with pytest.raises(ConfigSyntaxError, match="extra: expected a key of text, found 1"):
+        Run.from_dict({"extra": {1: 2}})
+
+
+@given(text=st.text() | st.text(alphabet='{}[]",:\\ntrue0e-.=&*!#|>\'"?\n '))
+@pytest.mark.parametrize("format_", ["json", "yaml", "toml"])
+def test_no_text_ends_in_another_error(text: str, format_: Format) -> None:
+    """Whatever a text holds, reading it gives a config or a ConfigError."""
+    with contextlib.suppress(ConfigError):
+        Run.from_str(text, format_)
+
+
+def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
+    """Formats are json, yaml and toml, by name and by suffix."""
+    with pytest.raises(ConfigError, match="expected a format out of"):
+        Run().to_str("xml")  # type: ignore[arg-type]  # the error is the point
+    with pytest.raises(ConfigError, match=r"ends in \.json, \.yaml, \.yml, \.toml"):
+        Run().save(tmp_path / "run.ini")
+    with pytest.raises(ConfigError, match=r"run\.ini: expected a file name that ends in"):
+        Run.load(tmp_path / "run.ini")

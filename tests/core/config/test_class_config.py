@@ -1,0 +1,426 @@
+"""A class config builds its class, with itself or with its fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Generic, Optional, TypeVar
+
+import pydantic
+import pytest
+
+from robo_orchard_core.utils.config import (
+    CallableConfig,
+    ClassConfig,
+    ClassType,
+    Config,
+    ConfigBuildError,
+    ConfigInstanceOf,
+    ConfigReferenceError,
+)
+
+if TYPE_CHECKING:
+    from nowhere import HookConfig as Absent  # type: ignore[import-not-found]  # only a text here
+
+T = TypeVar("T")
+
+
+class Recorder:
+    """Remembers what it was built with."""
+
+    def __init__(self, **given: Any) -> None:
+        self.given = given
+
+
+class Hook:
+    def __init__(self, cfg: HookConfig) -> None:
+        self.cfg = cfg
+
+
+H = TypeVar("H", bound=Hook, covariant=True)
+
+
+class BaseHookConfig(ClassConfig[H], Generic[H]):
+    """Stands between ClassConfig and the user's, as the pipeline's own does."""
+
+
+class HookConfig(BaseHookConfig[Hook]):
+    class_type: type[Hook] = Hook
+    every_steps: int = 5
+
+
+class LoudHook(Hook):
+    """A hook of another kind that takes the same config."""
+
+
+class Timer:
+    def __init__(self, interval_s: float, unit: str = "s", *more: int, scale: int = 1) -> None:
+        self.given = (interval_s, unit, more, scale)
+
+
+class TimerConfig(ClassConfig[Timer]):
+    class_type: type[Timer] = Timer
+    interval_s: float = 0.5
+
+
+def test_a_class_that_takes_a_config_gets_it() -> None:
+    """The config itself arrives, and not a copy."""
+    config = HookConfig()
+    assert config().cfg is config
+
+
+def test_any_other_class_gets_the_fields() -> None:
+    """Fields are keyword arguments; the call's own arguments go before them."""
+    config = TimerConfig(interval_s=2)
+    assert config().given == (2.0, "s", (), 1)
+    assert config(scale=3, interval_s=1.0).given == (1.0, "s", (), 3)
+    assert config(7.0, "ms", 8).given == (7.0, "ms", (8,), 1)
+
+
+def test_arguments_change_fields_of_a_class_that_takes_a_config() -> None:
+    """A keyword that names a field and no parameter makes another config, which is validated."""
+    config = HookConfig()
+    built = config(every_steps="7")
+    assert built.cfg == HookConfig(every_steps=7)
+    assert config == HookConfig()
+    with pytest.raises(ValueError, match="every_steps: Input should be a valid integer"):
+        config(every_steps="x")
+
+
+def test_a_config_can_be_given_in_the_place_of_the_own() -> None:
+    """The parameter's name is the caller's to use."""
+    other = HookConfig(every_steps=1)
+    assert HookConfig()(cfg=other).cfg is other
+
+
+class Positional:
+    def __init__(self, config: Any, /, first: int, second: int = 2) -> None:
+        self.given = (config, first, second)
+
+
+class Untyped:
+    def __init__(self, cfg, first=0):  # type: ignore[no-untyped-def]  # as users may write it
+        self.given = (cfg, first)
+
+
+class Late:
+    def __init__(self, model: object, settings: BuildConfig) -> None:
+        self.given = (settings, model)
+
+
+class Named:
+    def __init__(self, *, settings: Optional[BuildConfig]) -> None:  # noqa: UP045 - as users do
+        self.given = (settings,)
+
+
+class OnlyText:
+    def __init__(self, cfg: Absent) -> None:
+        self.given = (cfg,)
+
+
+class OnlyWords:
+    def __init__(self, settings: BuildConfig, other: Absent = None) -> None:
+        self.given = (settings,)
+
+
+class Above:
+    def __init__(self, cfg: ClassConfig[Any]) -> None:
+        self.given = (cfg,)
+
+
+class Handing(Above):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+
+class BuildConfig(ClassConfig[Any]):
+    class_type: type[Any]
+
+
+CASES: list[tuple[type[Any], tuple[Any, ...], tuple[Any, ...]]] = [
+    (Positional, (1,), (1, 2)),
+    (Untyped, (), (0,)),
+    (Named, (), ()),
+    (OnlyText, (), ()),
+    (OnlyWords, (), ()),
+    (Above, (), ()),
+    (Handing, (), ()),
+]
+
+
+@pytest.mark.parametrize(("cls", "args", "rest"), CASES)
+def test_ways_to_take_a_config(
+    cls: type[Any], args: tuple[Any, ...], rest: tuple[Any, ...]
+) -> None:
+    """By name, by type, by a type that is only text, or handed on to a base class."""
+    config = BuildConfig(class_type=cls)
+    assert config(*args).given == (config, *rest)
+
+
+def test_a_config_that_is_not_the_first_parameter_is_found_by_its_type() -> None:
+    """Other required parameters come from the call."""
+    config = BuildConfig(class_type=Late)
+    assert config(model="m").given == (config, "m")
+
+
+class OwnConfig:
+    def __init__(self, config: dict[str, int], size: int = 1) -> None:
+        self.given = (config, size)
+
+
+class OwnConfigConfig(ClassConfig[OwnConfig]):
+    class_type: type[OwnConfig] = OwnConfig
+    config: dict[str, int] = pydantic.Field(default={"a": 1})
+
+
+def test_a_parameter_that_merely_has_the_name_gets_the_field() -> None:
+    """`config: dict` with a field of that name is an ordinary parameter."""
+    assert OwnConfigConfig()().given == ({"a": 1}, 1)
+
+
+def test_a_parameter_of_another_type_does_not_take_the_config() -> None:
+    """`config: dict` without such a field is missing, and isn't given a config."""
+
+    class Plain(ClassConfig[OwnConfig]):
+        class_type: type[OwnConfig] = OwnConfig
+
+    with pytest.raises(ConfigBuildError, match=r"OwnConfig can't be built from .*Plain: missing"):
+        Plain()()
+
+
+class Model:
+    def __init__(
+        self,
+        timer: Timer,
+        timers: list[Timer],
+        by_name: dict[str, tuple[Timer, int]],
+        kept: TimerConfig,
+        kept_too: list[TimerConfig],
+        absent: Optional[Timer] = None,  # noqa: UP045 - as users write it
+        data: object = None,
+    ) -> None:
+        self.__dict__.update({k: v for k, v in locals().items() if k != "self"})
+
+
+class Data(Config):
+    size: int = 1
+
+
+class ModelConfig(ClassConfig[Model]):
+    class_type: type[Model] = Model
+    timer: TimerConfig = TimerConfig()
+    timers: list[ConfigInstanceOf[ClassConfig[Timer]]] = pydantic.Field(default=[TimerConfig()])
+    by_name: dict[str, tuple[TimerConfig, int]] = pydantic.Field(default={"a": (TimerConfig(), 1)})
+    kept: TimerConfig = TimerConfig()
+    kept_too: list[TimerConfig] = pydantic.Field(default=[TimerConfig()])
+    absent: TimerConfig | None = None
+    data: Data = Data()
+
+
+def test_nested_configs_are_built_or_passed() -> None:
+    """A nested class config is built, in containers too, unless the parameter asks for a config."""
+    config = ModelConfig()
+    built: Any = config()
+    assert isinstance(built.timer, Timer)
+    assert [type(timer) for timer in built.timers] == [Timer]
+    assert isinstance(built.by_name["a"][0], Timer)
+    assert built.by_name["a"][1] == 1
+    assert built.kept is config.kept
+    assert built.kept_too == config.kept_too
+    assert built.absent is None
+    assert built.data is config.data
+
+
+class WordsModel:
+    def __init__(self, kept: list[TimerConfig], timer: Timer, other: Absent = None) -> None:
+        self.given = (kept, timer)
+
+
+def test_types_that_are_only_text_decide_by_their_words() -> None:
+    """Where one type isn't there at run time, the names of config classes still count."""
+
+    class WordsConfig(ClassConfig[WordsModel]):
+        class_type: type[WordsModel] = WordsModel
+        kept: list[TimerConfig] = pydantic.Field(default=[TimerConfig()])
+        timer: TimerConfig = TimerConfig()
+
+    kept, timer = WordsConfig()().given
+    assert kept == [TimerConfig()]
+    assert isinstance(timer, Timer)
+
+
+def test_a_class_without_a_signature_gets_the_fields() -> None:
+    """Some classes of C extensions can't say what they take; they get what there is."""
+
+    class DictConfig(ClassConfig[Any]):
+        class_type: type[Any] = dict
+        size: int = 1
+        timer: TimerConfig = TimerConfig()
+
+    built = DictConfig()(more=2)
+    assert (built["size"], built["more"], type(built["timer"])) == (1, 2, Timer)
+
+
+def test_what_the_class_does_not_take_is_named() -> None:
+    """Too many or too few fields name the class, the config and the parameter."""
+
+    class TooMany(ClassConfig[Timer]):
+        class_type: type[Timer] = Timer
+        interval_s: float = 1
+        colour: str = "red"
+
+    class TooFew(ClassConfig[Timer]):
+        class_type: type[Timer] = Timer
+
+    with pytest.raises(ConfigBuildError, match=r":Timer can't .*TooMany: .*'colour'") as caught:
+        TooMany()()
+    assert "its parameters are interval_s, unit, scale" in str(caught.value)
+    with pytest.raises(ConfigBuildError, match=r":Timer can't be built from .*: .*'interval_s'"):
+        TooFew()()
+    with pytest.raises(ConfigBuildError, match=r":Hook can't be built from .*: .*'colour'"):
+        HookConfig()(colour="red")
+
+
+def test_an_error_of_the_class_itself_tells_who_built_it() -> None:
+    """What a constructor raises comes through, with a note."""
+
+    class Failing:
+        def __init__(self) -> None:
+            raise RuntimeError("no device")
+
+    class FailingConfig(ClassConfig[Failing]):
+        class_type: type[Failing] = Failing
+
+    with pytest.raises(RuntimeError, match="no device") as caught:
+        FailingConfig()()
+    assert "FailingConfig built" in caught.value.__notes__[0]
+
+
+def test_the_class_can_only_be_replaced_by_a_subclass() -> None:
+    """`class_type` stays of the declared kind, in code and in files."""
+    assert type(HookConfig(class_type=LoudHook)()) is LoudHook
+    with pytest.raises(pydantic.ValidationError, match="subclass of Hook"):
+        HookConfig(class_type=Timer)  # type: ignore[arg-type]  # the error is the point
+    config = HookConfig()
+    with pytest.raises(pydantic.ValidationError, match="subclass of Hook"):
+        config.class_type = Timer  # type: ignore[assignment]  # the error is the point
+    with pytest.raises(ConfigReferenceError, match=r"class_type: expected a subclass of .*:Hook"):
+        HookConfig.from_dict({"class_type": f"{__name__}:Timer"}, trust=__name__)
+
+
+class Experiment(Config):
+    hooks: dict[str, ConfigInstanceOf[BaseHookConfig[Hook]]]
+    plain: BaseHookConfig[Hook] | None = None
+
+
+class LoudConfig(BaseHookConfig[LoudHook]):
+    class_type: type[LoudHook] = LoudHook
+    volume: int = 11
+
+
+class Bare(BaseHookConfig):  # type: ignore[type-arg]  # as users may write it
+    class_type: type[Hook] = Hook
+
+
+@pytest.mark.parametrize("format_", ["json", "yaml", "toml"])
+def test_generic_configs_stand_for_those_of_a_base_class(format_: Any) -> None:
+    """A config of a subclass is kept whole where one of the base class is declared."""
+    config = Experiment(hooks={"a": LoudConfig(volume=3), "b": HookConfig()}, plain=LoudConfig())
+    assert isinstance(config.plain, LoudConfig)
+    loaded = Experiment.from_str(config.to_str(format_), format_, trust=__name__)
+    assert loaded == config
+    assert list(loaded.hooks) == ["a", "b"]
+
+
+def test_configs_of_another_kind_are_refused() -> None:
+    """A config that builds something else is no stand-in."""
+    for other in (TimerConfig(), Data(), Bare()):
+        with pytest.raises(pydantic.ValidationError, match=r"hooks\.a"):
+            Experiment(hooks={"a": other})  # type: ignore[dict-item]  # the error is the point
+
+
+class Speaks:
+    """No config: what some configs share."""
+
+
+class Quiet(Config, Speaks):
+    words: int = 0
+
+
+class Talk(Config):
+    speaker: ConfigInstanceOf[Speaks]
+
+
+def test_a_shared_base_that_is_no_config_can_be_declared() -> None:
+    """`ConfigInstanceOf` admits any class that configs derive from; files name the config."""
+    talk = Talk(speaker=Quiet(words=3))
+    assert talk.to_dict()["speaker"]["config_type"] == f"{__name__}:Quiet"
+    assert Talk.from_str(talk.to_str(), trust=__name__) == talk
+    with pytest.raises(pydantic.ValidationError, match="expected a config that is a Speaks"):
+        Talk(speaker=Data())  # type: ignore[arg-type]  # the error is the point
+    with pytest.raises(ConfigReferenceError, match="speaker: expected 'config_type' to name"):
+        Talk.from_dict({"speaker": {"words": 1}})
+    with pytest.raises(ConfigReferenceError, match="expected a config class"):
+        Talk.from_dict({"speaker": {"config_type": f"{__name__}:Speaks"}}, trust=__name__)
+
+
+def test_a_field_of_a_base_class_keeps_what_a_subclass_adds() -> None:
+    """Also without `ConfigInstanceOf`, no field of a subclass is lost."""
+
+    class Bigger(Data):
+        more: int = 2
+
+    class Holder(Config):
+        data: Data = Bigger(more=3)
+
+    assert Holder().to_dict()["data"]["more"] == 3
+    assert Holder.from_str(Holder().to_str()) == Holder()
+
+
+def scaled(value: float, factor: float = 1.0) -> float:
+    return value * factor
+
+
+def shifted(value: float, factor: float = 1.0) -> float:
+    return value + factor
+
+
+class ScaleConfig(CallableConfig[float]):
+    func: Callable[[float], float] = scaled
+    factor: float = 3.0
+
+
+def test_a_callable_config_calls_its_function() -> None:
+    """Fields are keyword arguments; the call's own go before them."""
+    assert ScaleConfig()(2.0) == 6.0
+    assert ScaleConfig(func=shifted)(2.0, factor=1.0) == 3.0
+    with pytest.raises(ConfigBuildError, match=r":scaled can't be built from ScaleConfig: .*value"):
+        ScaleConfig()()
+
+
+@pytest.mark.parametrize("format_", ["json", "yaml", "toml"])
+def test_a_callable_config_survives_files(format_: Any) -> None:
+    """The declared function needs no trust; another one does."""
+    assert ScaleConfig.from_str(ScaleConfig().to_str(format_), format_) == ScaleConfig()
+    other = ScaleConfig(func=shifted)
+    with pytest.raises(ConfigReferenceError, match=r"func: .* outside the trusted packages"):
+        ScaleConfig.from_str(other.to_str(format_), format_)
+    assert ScaleConfig.from_str(other.to_str(format_), format_, trust=__name__) == other
+
+
+def test_class_type_is_another_spelling_of_type() -> None:
+    """`ClassType[Hook]` admits what `type[Hook]` admits."""
+
+    class Spelled(ClassConfig[Hook]):
+        class_type: ClassType[Hook] = LoudHook
+
+    assert Spelled.from_str(Spelled().to_str()) == Spelled()
+
+
+def test_a_class_defined_after_its_config_is_found() -> None:
+    """The hook may name the config and the config the hook, in either order."""
+
+    class EarlyConfig(ClassConfig[Any]):
+        class_type: type[Any] = Recorder
+        size: int = 1
+
+    assert EarlyConfig()(extra=2).given == {"size": 1, "extra": 2}

@@ -1,0 +1,115 @@
+"""Configs of a script and of a module of the user's, in processes of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+DEFINITIONS = """
+from typing import TypeVar
+
+from robo_orchard_core.utils.config import ClassConfig, Config, ConfigInstanceOf
+
+H = TypeVar("H")
+
+class Hooks:
+    pass
+
+class HooksConfig(ClassConfig[H]):
+    pass
+
+class MyHook(Hooks):
+    def __init__(self, cfg: "MyHookConfig"):
+        self.cfg = cfg
+
+class MyHookConfig(HooksConfig[MyHook]):
+    class_type: type[MyHook] = MyHook
+    log_step_freq: int = 5
+
+class Run(Config):
+    hook: ConfigInstanceOf[HooksConfig[Hooks]] = MyHookConfig()
+"""
+
+ROUND_TRIP = """
+for suffix in ("json", "yaml", "toml"):
+    for config in (MyHookConfig(log_step_freq=3), Run(hook=MyHookConfig(log_step_freq=3))):
+        config.save(f"config.{suffix}")
+        loaded = type(config).load(f"config.{suffix}")
+        assert loaded == config, loaded
+    assert loaded.hook.class_type is MyHook
+    assert loaded.hook().cfg is loaded.hook
+print("all came back")
+"""
+
+
+def run(script: Path) -> str:
+    """What the script prints, run with warnings as errors in its own directory."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", script.name],
+        cwd=script.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("future", ["", "from __future__ import annotations\n"])
+def test_a_script_reads_back_what_it_wrote(tmp_path: Path, future: str) -> None:
+    """Classes of `__main__` survive every format without being named as trusted."""
+    script = tmp_path / "train.py"
+    script.write_text(future + DEFINITIONS + ROUND_TRIP)
+    assert run(script) == "all came back\n"
+
+
+@pytest.mark.parametrize("future", ["", "from __future__ import annotations\n"])
+def test_a_module_of_the_users_needs_no_trust_either(tmp_path: Path, future: str) -> None:
+    """Classes of an imported module survive every format without being named as trusted."""
+    (tmp_path / "my_hooks.py").write_text(future + DEFINITIONS)
+    script = tmp_path / "train.py"
+    script.write_text("from my_hooks import *\n" + ROUND_TRIP)
+    assert run(script) == "all came back\n"
+
+
+def test_classes_of_a_function_need_no_trust_either(tmp_path: Path) -> None:
+    """The same holds for classes that are defined inside of a function."""
+    script = tmp_path / "train.py"
+    body = textwrap.indent(DEFINITIONS + ROUND_TRIP, "    ")
+    script.write_text(f"def main():\n{body}\nmain()\n")
+    assert run(script) == "all came back\n"
+
+
+def test_a_script_that_is_imported_later_reads_what_it_wrote_as_main(tmp_path: Path) -> None:
+    """An evaluation script imports the training script and loads its file."""
+    (tmp_path / "train.py").write_text(
+        DEFINITIONS + "if __name__ == '__main__':\n    Run().save('run.yaml')\n"
+    )
+    evaluate = tmp_path / "evaluate.py"
+    evaluate.write_text("import train\nassert train.Run.load('run.yaml') == train.Run()\n")
+    run(tmp_path / "train.py")
+    assert "__main__:MyHookConfig" in (tmp_path / "run.yaml").read_text()
+    run(evaluate)
+
+
+def test_importing_the_core_loads_nothing_heavy(tmp_path: Path) -> None:
+    """Neither torch nor accelerate, nor what only some configs need, comes with the import."""
+    script = tmp_path / "check.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys
+            import robo_orchard_core
+            import robo_orchard_core.utils.config
+            import robo_orchard_core.utils.logging
+            heavy = {"torch", "accelerate", "numpy", "yaml", "pydantic_settings", "argparse"}
+            print(sorted(heavy & set(sys.modules)))
+            """
+        )
+    )
+    assert run(script) == "[]\n"

@@ -1,0 +1,405 @@
+"""Configs from the command line and the environment."""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import logging
+import operator
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import pydantic
+import pydantic_settings
+import pytest
+from pydantic import Field
+
+from robo_orchard_core.utils.cli import SettingConfig, pydantic_from_argparse
+from robo_orchard_core.utils.config import ClassConfig, Config, ConfigInstanceOf
+
+
+class Mode(enum.Enum):
+    FAST = "fast"
+    EXACT = "exact"
+
+
+class Dataset(SettingConfig):
+    data_root: Optional[str] = Field(  # noqa: UP045 - as users write it
+        description="Where the images are; 100% of them.", default=None
+    )
+    pipeline_test: bool = Field(description="Use dummy data.", default=False)
+    sizes: list[int] = Field(description="Sizes to train at.", default=[224])
+
+    def __post_init__(self) -> None:
+        if not self.pipeline_test and self.data_root is None:
+            raise ValueError("data_root must be given unless pipeline_test is set")
+
+
+class Hook:
+    """Something that a file or an option can name."""
+
+
+class HookConfig(ClassConfig[Hook]):
+    class_type: type[Hook] = Hook
+    every_steps: int = 5
+
+
+class Trainer(SettingConfig):
+    dataset: Dataset = Field(description="The data.")
+    batch_size: int = Field(description="Images in a batch.", default=128)
+    rate: float | None = Field(description="Learning rate.", default=0.1)
+    mode: Mode = Field(description="How to train.", default=Mode.FAST)
+    optimizer: Literal["sgd", "adam"] = Field(description="Which one.", default="sgd")
+    workspace: Path = Field(description="Output directory.", default=Path("workspace"))
+    tags: dict[str, int] = Field(description="Anything.", default={})
+    hook: ConfigInstanceOf[HookConfig] = Field(
+        description="A hook.", default=HookConfig(every_steps=7)
+    )
+    anything: Any = Field(description="What you like.", default=None)
+
+
+def parse(*args: str, cls: type[Any] = Trainer, parser: Any = None) -> Any:
+    """The config that the arguments describe."""
+    return pydantic_from_argparse(cls, parser or argparse.ArgumentParser("prog"), args)
+
+
+TEST = "--dataset.pipeline_test"
+
+
+def test_defaults_hold_where_nothing_is_given() -> None:
+    """The result equals the config that code would build."""
+    assert parse(TEST) == Trainer(dataset=Dataset(pipeline_test=True))
+
+
+def test_nested_options_reach_nested_fields() -> None:
+    """Every field has an option, with a dot for each level."""
+    config = parse("--dataset.data_root", "a b", "--batch_size=4", "--hook.every_steps", "3")
+    assert config == Trainer(
+        dataset=Dataset(data_root="a b"), batch_size=4, hook=HookConfig(every_steps=3)
+    )
+
+
+def test_a_nested_option_changes_the_default_and_keeps_its_rest() -> None:
+    """A default config that differs from its class's defaults stays what it is elsewhere."""
+
+    class Outer(SettingConfig):
+        dataset: Dataset = Dataset(pipeline_test=True, sizes=[1])
+
+    config = parse("--dataset.data_root", "x", cls=Outer)
+    assert config.dataset == Dataset(pipeline_test=True, sizes=[1], data_root="x")
+
+
+VALUES: list[tuple[list[str], str, Any]] = [
+    (["--rate", "1e-3"], "rate", 0.001),
+    (["--rate", "null"], "rate", None),
+    (["--mode", "exact"], "mode", Mode.EXACT),
+    (["--optimizer", "adam"], "optimizer", "adam"),
+    (["--workspace", "/x"], "workspace", Path("/x")),
+    (["--tags", '{"a": 1}'], "tags", {"a": 1}),
+    (["--anything", "[1, null]"], "anything", [1, None]),
+    (["--anything", "text"], "anything", "text"),
+    (["--batch_size", "1", "--batch_size", "2"], "batch_size", 2),
+    (
+        ["--hook", '{"every_steps": 2}', "--hook.every_steps", "3"],
+        "hook",
+        HookConfig(every_steps=3),
+    ),
+    (["--hook", '{"every_steps": 2}'], "hook", HookConfig(every_steps=2)),
+]
+
+
+@pytest.mark.parametrize(("args", "field", "value"), VALUES)
+def test_values_are_read_by_their_declaration(args: list[str], field: str, value: Any) -> None:
+    """Text becomes what the field declares; lists, mappings and configs are JSON."""
+    assert operator.attrgetter(field)(parse(TEST, *args)) == value
+
+
+@pytest.mark.parametrize(
+    ("args", "sizes"),
+    [
+        (["--dataset.sizes", "1", "--dataset.sizes", "2"], [1, 2]),
+        (["--dataset.sizes", "[1, 2]"], [1, 2]),
+        (["--dataset.sizes", "1", "--dataset.sizes", "[]"], []),
+    ],
+)
+def test_a_list_is_given_by_items_or_whole(args: list[str], sizes: list[int]) -> None:
+    """An option that is repeated adds an item; JSON replaces them all."""
+    assert parse(TEST, *args).dataset.sizes == sizes
+
+
+@pytest.mark.parametrize(("args", "on"), [([], True), (["true"], True), (["false"], False)])
+def test_a_switch_needs_no_value(args: list[str], on: bool) -> None:
+    """A bool is switched on by its name, or set by a value."""
+    config = parse("--dataset.data_root", "x", TEST, *args)
+    assert config.dataset.pipeline_test is on
+
+
+def test_text_that_looks_like_json_stays_text_where_text_is_declared() -> None:
+    """A directory may be called `[1]` or `null`; only a field that admits None reads null."""
+
+    class Named(SettingConfig):
+        name: str
+
+    assert parse("--name", "[1]", cls=Named).name == "[1]"
+    assert parse("--name", "null", cls=Named).name == "null"
+    assert parse("--dataset.data_root", "null", TEST).dataset.data_root is None
+
+
+def test_lists_of_configs_are_json() -> None:
+    """Each item of a list may be an object."""
+
+    class Many(Config):
+        hooks: list[HookConfig] | None = None
+
+    config = parse("--hooks", '{"every_steps": 1}', "--hooks", "{}", cls=Many)
+    assert config == Many(hooks=[HookConfig(every_steps=1), HookConfig()])
+    assert parse("--hooks", "null", cls=Many) == Many()
+
+
+class Node(Config):
+    size: int = 1
+    below: Optional[Node] = None  # noqa: UP045 - as users write it
+
+
+def test_a_class_that_holds_itself_is_unrolled_once() -> None:
+    """Deeper levels are given as JSON."""
+    config = parse("--size", "2", "--below", '{"below": {"size": 3}}', cls=Node)
+    assert config == Node(size=2, below=Node(below=Node(size=3)))
+
+
+def test_the_parsers_own_arguments_stay_usable() -> None:
+    """A script's own arguments and the config's options live side by side."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("batch_size")
+    parser.add_argument("--resume", default="auto")
+    args = ["mine", "--resume", "no", TEST, "--batch_size", "4"]
+    assert parse(*args, parser=parser).batch_size == 4
+    own = parser.parse_args(args)
+    assert (own.batch_size, own.resume) == ("mine", "no")
+
+
+def test_what_was_typed_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without arguments, `sys.argv` counts."""
+    monkeypatch.setattr(sys, "argv", ["prog", TEST, "--batch_size", "9"])
+    assert pydantic_from_argparse(Trainer, argparse.ArgumentParser()).batch_size == 9
+
+
+def test_help_shows_description_type_and_default(capsys: pytest.CaptureFixture[str]) -> None:
+    """Everything that someone needs to know about a field stands in the help."""
+    parser = argparse.ArgumentParser(
+        "prog", formatter_class=lambda prog: argparse.HelpFormatter(prog, width=200)
+    )
+    with pytest.raises(SystemExit) as caught:
+        parse("--help", parser=parser)
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert text.startswith("usage: prog [-h] [--FIELD VALUE ...]\n")
+    for line in (
+        "--dataset JSON ",
+        "The data. (type: Dataset, required) [env: DATASET]",
+        "Where the images are; 100% of them. (type: str | None, default: null) "
+        "[env: DATASET__DATA_ROOT]",
+        "--dataset.pipeline_test [VALUE]",
+        "Use dummy data. (type: bool, default: false)",
+        "Sizes to train at. (type: list[int], default: [224])",
+        "Images in a batch. (type: int, default: 128)",
+        "Learning rate. (type: float | None, default: 0.1)",
+        "How to train. (type: 'fast' | 'exact', default: \"fast\")",
+        "Which one. (type: 'sgd' | 'adam', default: sgd)",
+        'Output directory. (type: Path, default: "workspace")',
+        "Anything. (type: dict[str, int], default: {})",
+        "A hook. (type: HookConfig, default: a HookConfig)",
+        '(type: type[Hook], default: "tests.core.test_cli:Hook")',
+        "(type: int, default: 7) [env: HOOK__EVERY_STEPS]",
+    ):
+        assert line in text
+
+
+def test_help_shows_defaults_that_no_file_could_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    """A default that is made later, or is odd, doesn't stop the help."""
+
+    def fails() -> Dataset:
+        return Dataset()
+
+    class Odd(Config):
+        made: Dataset = Field(default_factory=fails)
+        size: int = Field(default_factory=lambda: 3)
+        odd: Any = Field(default=float("inf"), validate_default=False)
+
+    with pytest.raises(SystemExit):
+        parse("--help", cls=Odd)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--made JSON (type: Dataset, default: made when needed)" in text
+    assert "--size VALUE (type: int, default: 3)" in text
+    assert "--odd VALUE (type: Any, default: inf)" in text
+    assert parse("--made.data_root", "x", cls=Odd).made == Dataset(data_root="x")
+
+
+WRONG = [
+    ([TEST, "--batch_size", "x"], "argument --batch_size: Input should be a valid integer"),
+    ([TEST, "--dataset.sizes", "x"], "argument --dataset.sizes: 0: Input should be a valid int"),
+    ([TEST, "--mode", "slow"], "argument --mode: Input should be 'fast' or 'exact'"),
+    ([TEST, "--tags", "{"], "argument --tags: broken JSON"),
+    ([TEST, "--tags", '{"a": 1, "a": 2}'], "argument --tags: a: the key occurs twice"),
+    ([TEST, "--dataset", '{"size": 1}'], "argument --dataset: size: Dataset has no such field"),
+    ([TEST, "--hook.class_type", "os:system"], "argument --hook.class_type: the reference"),
+    ([TEST, "--rate", "nan"], "argument --rate: Input should be a finite number"),
+    ([], "argument --dataset: a value is required here"),
+    (["--batch_size", "4"], "argument --dataset: a value is required here"),
+    (["--dataset.sizes", "4"], "argument --dataset: data_root must be given unless pipeline_test"),
+    ([TEST, "--batch_sizes", "4"], "unrecognized arguments: --batch_sizes 4"),
+    ([TEST, "--batch_size"], "argument --batch_size: expected one argument"),
+]
+
+
+@pytest.mark.parametrize(("args", "problem"), WRONG)
+def test_a_wrong_option_is_told_in_a_line(
+    args: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2 and at most two lines, which name the option."""
+    with pytest.raises(SystemExit) as caught:
+        parse(*args)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert f"prog: error: {problem}" in error
+    assert len(error.splitlines()) <= 2
+
+
+def test_a_rule_of_the_whole_is_told_with_its_class(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where no option is to blame, the config's class is named."""
+    with pytest.raises(SystemExit):
+        parse(cls=Dataset)
+    assert "prog: error: Dataset: data_root must be given" in capsys.readouterr().err
+
+
+def test_the_environment_counts_less_than_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Command line over environment over default, at every level; what is used is logged."""
+    monkeypatch.setenv("BATCH_SIZE", "2")
+    monkeypatch.setenv("RATE", "0.2")
+    monkeypatch.setenv("DATASET__DATA_ROOT", "from environment")
+    monkeypatch.setenv("DATASET__SIZES", "[5]")
+    config = parse("--rate", "0.3", "--dataset.data_root", "typed")
+    assert config == Trainer(dataset=Dataset(data_root="typed", sizes=[5]), batch_size=2, rate=0.3)
+    assert "--batch_size is set by the environment variable BATCH_SIZE" in caplog.messages
+    assert {record.levelno for record in caplog.records} == {logging.WARNING}
+    whole = parse("--dataset", '{"pipeline_test": true}')
+    assert whole.dataset == Dataset(pipeline_test=True)
+
+
+def test_a_wrong_variable_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The error names the variable, and not an option that nobody typed."""
+    monkeypatch.setenv("BATCH_SIZE", "x")
+    with pytest.raises(SystemExit) as caught:
+        parse(TEST)
+    assert caught.value.code == 2
+    assert "error: environment variable BATCH_SIZE: Input should" in capsys.readouterr().err
+
+
+def test_a_prefix_keeps_other_programs_variables_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a prefix only its variables count, and they are expected."""
+
+    class Mine(SettingConfig):
+        model_config = pydantic_settings.SettingsConfigDict(env_prefix="mine_")
+
+        size: int = 1
+        path: str = "x"
+
+    monkeypatch.setenv("SIZE", "2")
+    monkeypatch.setenv("MINE_PATH", "y")
+    with caplog.at_level(logging.INFO):
+        assert parse(cls=Mine) == Mine(path="y")
+    assert [record.levelno for record in caplog.records] == [logging.INFO]
+
+
+def test_code_and_files_never_look_at_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable that happens to be set changes no config that is built or loaded."""
+    monkeypatch.setenv("DATA_ROOT", "surprise")
+    monkeypatch.setenv("DATASET__DATA_ROOT", "surprise")
+    monkeypatch.setenv("BATCH_SIZE", "1")
+    config = Trainer(dataset=Dataset(pipeline_test=True))
+    assert (config.dataset.data_root, config.batch_size) == (None, 128)
+    assert Trainer.from_str(config.to_str("toml"), "toml") == config
+    assert Trainer.from_dict({"dataset": {"pipeline_test": True}}) == config
+    with pytest.raises(pydantic.ValidationError, match="data_root must be given"):
+        Dataset()
+
+
+def test_a_plain_config_reads_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a SettingConfig has variables; any config has options."""
+    monkeypatch.setenv("EVERY_STEPS", "9")
+    assert parse("--class_type", "tests.core.test_cli:Hook", cls=HookConfig) == HookConfig()
+
+
+def test_a_setting_config_is_a_config_and_pydantic_settings() -> None:
+    """Both halves hold, and Config's rules win."""
+    assert issubclass(SettingConfig, Config)
+    assert issubclass(SettingConfig, pydantic_settings.BaseSettings)
+    dataset = Dataset(pipeline_test=True)
+    with pytest.raises(pydantic.ValidationError):
+        dataset.pipeline_test = "perhaps"  # type: ignore[assignment]  # the error is the point
+    assert pydantic_settings.CliApp.run(Dataset, [TEST.replace("dataset.", ""), "true"]) == dataset
+
+
+def test_trust_is_the_callers_to_widen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An option may name code that the caller trusts."""
+    (tmp_path / "team_hooks.py").write_text(
+        f"import {__name__} as base\nclass TeamHook(base.Hook):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = pydantic_from_argparse(
+        HookConfig,
+        argparse.ArgumentParser(),
+        ["--class_type", "team_hooks:TeamHook"],
+        trust="team_hooks",
+    )
+    assert config.class_type.__name__ == "TeamHook"
+    del sys.modules["team_hooks"]
+
+
+SCRIPT = """
+import argparse
+from pydantic import Field
+from robo_orchard_core.utils.cli import SettingConfig, pydantic_from_argparse
+
+class Data(SettingConfig):
+    root: str = Field(description="Where.")
+
+class Train(SettingConfig):
+    data: Data
+    batch_size: int = 128
+
+print(repr(pydantic_from_argparse(Train, argparse.ArgumentParser())))
+"""
+
+
+def test_a_script_is_run_with_options(tmp_path: Path) -> None:
+    """End to end: options and variables in, a config or one line of error out."""
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-W", "error", str(script), *args],
+            env={**os.environ, "BATCH_SIZE": "3"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    good = run("--data.root", "images")
+    assert good.stdout == "Train(data=Data(root='images'), batch_size=3)\n"
+    bad = run("--batch_size", "x", "--data.root", "y")
+    assert bad.returncode == 2
+    warning, error = bad.stderr.splitlines()
+    assert warning == "--batch_size is set by the environment variable BATCH_SIZE"
+    assert error.startswith("train.py: error: argument --batch_size: ")

@@ -1,0 +1,114 @@
+"""Log lines name the rank; handlers come only when asked for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SETUP = """
+import io, logging, sys
+from robo_orchard_lab.utils import log_basic_config
+log = logging.getLogger("my.module")
+"""
+
+
+def stderr_of(code: str, **environment: str) -> str:
+    """What a fresh interpreter writes to standard error."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", SETUP + code],
+        env={**kept, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_importing_installs_no_handler() -> None:
+    """Only the call changes the root logger."""
+    code = "assert not logging.getLogger().handlers; assert not log.isEnabledFor(logging.INFO)"
+    assert stderr_of(code) == ""
+
+
+def test_a_single_process_shows_no_rank() -> None:
+    """Time, level, logger and message."""
+    text = stderr_of("log_basic_config(); log.info('hello'); log.debug('hidden')")
+    assert text.endswith(" INFO my.module: hello\n")
+    assert "rank" not in text
+    assert text.count("\n") == 1
+
+
+@pytest.mark.parametrize("environment", [{"RANK": "0", "WORLD_SIZE": "1"}, {"WORLD_SIZE": "two"}])
+def test_a_world_of_one_shows_no_rank(environment: dict[str, str]) -> None:
+    """A launcher of one process changes nothing, and neither does nonsense."""
+    assert "rank" not in stderr_of("log_basic_config(); log.info('hello')", **environment)
+
+
+def test_several_processes_show_their_rank() -> None:
+    """Each line begins with the rank and the number of processes."""
+    text = stderr_of("log_basic_config(); log.info('hello')", RANK="0", WORLD_SIZE="4")
+    assert text.startswith("[rank 0/4] ")
+
+
+def test_other_ranks_write_warnings_only_unless_asked() -> None:
+    """Four processes don't say everything four times."""
+    code = "log_basic_config(all_ranks={}); log.info('hello'); log.warning('careful')"
+    quiet = stderr_of(code.format(False), RANK="3", WORLD_SIZE="4")
+    assert "hello" not in quiet
+    assert quiet.startswith("[rank 3/4] ")
+    assert "careful" in quiet
+    assert "hello" in stderr_of(code.format(True), RANK="3", WORLD_SIZE="4")
+
+
+def test_the_format_is_the_callers_to_choose() -> None:
+    """An own format may use the rank; the level may be a name."""
+    code = (
+        "log_basic_config('DEBUG', '%(rank)d of %(world_size)d %(asctime)s %(message)s', "
+        "datefmt='today'); log.debug('hello')"
+    )
+    assert stderr_of(code, RANK="0", WORLD_SIZE="2") == "0 of 2 today hello\n"
+
+
+def test_a_second_call_changes_nothing_unless_forced() -> None:
+    """As with `logging.basicConfig`, whoever configured first keeps it."""
+    code = """
+log_basic_config(format="first %(message)s")
+log_basic_config(logging.ERROR, "second %(message)s")
+log.info("a")
+log_basic_config(logging.ERROR, "third %(message)s", force=True)
+log.info("b")
+log.error("c")
+assert len(logging.getLogger().handlers) == 1
+"""
+    assert stderr_of(code) == "first a\nthird c\n"
+
+
+def test_records_go_to_the_standard_error_of_the_moment() -> None:
+    """A live display that takes over `sys.stderr` gets the lines, and gives it back."""
+    code = """
+log_basic_config(format="%(message)s")
+log.info("before")
+sys.stderr, original = io.StringIO(), sys.stderr
+log.info("during")
+captured, sys.stderr = sys.stderr, original
+log.info("after")
+assert captured.getvalue() == "during\\n"
+"""
+    assert stderr_of(code) == "before\nafter\n"
+
+
+def test_a_missing_standard_error_is_no_error() -> None:
+    """A program without a console, whose `sys.stderr` is None, logs into nothing."""
+    code = "log_basic_config(); original = sys.stderr; sys.stderr = None; log.info('x')"
+    assert stderr_of(code + "; sys.stderr = original") == ""
+
+
+def test_logging_loads_no_torch() -> None:
+    """The rank comes from the environment, so nothing heavy is imported."""
+    assert stderr_of("log_basic_config(); assert 'torch' not in sys.modules") == ""
