@@ -17,3 +17,7 @@ class DataError(RuntimeError):
 
 class StateError(ValueError):
     """A saved state does not fit what it is loaded into; nothing was changed."""
+
+
+class PipelineStateError(RuntimeError):
+    """A trainer is asked for something that it can't do where it is."""

@@ -19,7 +19,7 @@ def micro_batches(
     batches: Iterator[Any],
     window: int,
     sizes: Iterator[int] | None,
-    steps_left: int | None,
+    limit: int | None,
 ) -> Iterator[MicroBatch]:
     """The batches in windows of ``window``, the last of which may be shorter.
 
@@ -31,18 +31,18 @@ def micro_batches(
         window: how many batches make a full window, >= 1.
         sizes: how many samples each batch will have; None where that is not known ahead, which
             costs a look-ahead over the window.
-        steps_left: how many batches to take at most; None takes all.
+        limit: how many batches to take at most; None takes all.
     """
     if window == 1:  # in C, since this is every step of most runs
         return zip(batches, repeat(True), repeat(1.0))
-    return _windows(batches, window, sizes, steps_left)
+    return _windows(batches, window, sizes, limit)
 
 
 def _windows(
-    batches: Iterator[Any], window: int, sizes: Iterator[int] | None, steps_left: int | None
+    batches: Iterator[Any], window: int, sizes: Iterator[int] | None, limit: int | None
 ) -> Iterator[MicroBatch]:
-    while steps_left is None or steps_left > 0:
-        count = window if steps_left is None else min(window, steps_left)
+    while limit is None or limit > 0:
+        count = window if limit is None else min(window, limit)
         if sizes is not None:
             samples = list(islice(sizes, count))
             taken: Iterable[Any] = islice(batches, len(samples))
@@ -54,8 +54,8 @@ def _windows(
         total = sum(samples)
         for index, batch in enumerate(taken):
             yield batch, index == len(samples) - 1, total / samples[index]
-        if steps_left is not None:
-            steps_left -= len(samples)
+        if limit is not None:
+            limit -= len(samples)
 
 
 def known_batch_sizes(dataloader: Iterable[Any]) -> list[int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,8 +12,14 @@ from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
 
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
+from robo_orchard_lab.pipeline.checkpoint import read_checkpoint, write_checkpoint
 from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
-from robo_orchard_lab.pipeline.errors import BatchProcessorError, DataError, PipelineConfigError
+from robo_orchard_lab.pipeline.errors import (
+    BatchProcessorError,
+    DataError,
+    PipelineConfigError,
+    PipelineStateError,
+)
 from robo_orchard_lab.pipeline.hook_set import HookLike, PipelineHooks, check_unique_names
 from robo_orchard_lab.pipeline.hooks.optimizer import OptimizerHook, ScheduleUnit
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
@@ -22,7 +29,13 @@ from robo_orchard_lab.pipeline.trainer.accumulation import (
     known_batch_sizes,
     micro_batches,
 )
+from robo_orchard_lab.pipeline.trainer.position import DataPosition
 from robo_orchard_lab.pipeline.trainer.preparation import backward_of, prepare_objects
+from robo_orchard_lab.pipeline.trainer.snapshot import (
+    load_gradients,
+    load_snapshot,
+    take_snapshot,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +85,14 @@ class HookBasedTrainer:
         max_optimizer_step: stop after this many committed updates.
         max_epoch: stop after this many passes over the data.
         schedule_every: when the schedule moves, see :class:`OptimizerHook`.
+        resume_from: a folder that :meth:`save_checkpoint` wrote, to go on from there.
 
     Raises:
         PipelineConfigError: no limit, no optimizer where one is needed, or several launched
             processes that do not know of each other.
         HookRegistrationError: two hooks of one name, or something that is no hook.
+        StateError: ``resume_from`` can't be read, or is that of another model, optimizer, schedule
+            or set of hooks.
     """
 
     def __init__(
@@ -93,6 +109,7 @@ class HookBasedTrainer:
         max_optimizer_step: int | None = None,
         max_epoch: int | None = None,
         schedule_every: ScheduleUnit | None = None,
+        resume_from: str | os.PathLike[str] | None = None,
     ) -> None:
         self.limits = TrainerLimits(max_step, max_optimizer_step, max_epoch)
         if batch_processor.need_backward and optimizer is None:
@@ -133,6 +150,9 @@ class HookBasedTrainer:
             lr_scheduler=self.lr_scheduler,
             dataloader=self.dataloader,
         )
+        self._position = DataPosition(self.dataloader)
+        self._gradients: dict[str, torch.Tensor] = {}  # of the window that a resumed run is in
+        self._open = False
         self._stopping = False
         self._synchronising = accelerator.sync_gradients = True
 
@@ -144,12 +164,50 @@ class HookBasedTrainer:
         self._on_model_forward = channel("on_model_forward").run
         self._on_model_backward = channel("on_model_backward").run
 
+        if resume_from is not None:
+            weights, state = read_checkpoint(resume_from)
+            load_snapshot(weights, state, self._run, self.hooks, self._position)
+            self._gradients = state["gradients"]
+
+    def save_checkpoint(self, folder: str | os.PathLike[str]) -> None:
+        """Write all that a trainer needs to go on as this one would, for ``resume_from``.
+
+        That is the model, the optimizer, the schedule, the counters, the state of every hook, the
+        random state, and the gradients of an accumulation window that is open. The weights stand
+        alone in ``model.safetensors``.
+
+        Args:
+            folder: where to write; must not exist. It appears when all of it is on the disk.
+
+        Raises:
+            PipelineStateError: the trainer is in the middle of a step, or one of several
+                processes, which each have a state of their own.
+            FileExistsError: there is something by that name.
+            StateError: a hook's or the schedule's state holds something that can't be saved.
+        """
+        if self._open:
+            raise PipelineStateError(
+                "the trainer is in the middle of a step; save after it has returned, for example "
+                "after args.requests.stop(...)"
+            )
+        if self.accelerator.num_processes > 1:
+            raise PipelineStateError("a run of several processes can't be saved yet")
+        write_checkpoint(folder, *take_snapshot(self._run, self.hooks, self._position))
+
     def __call__(self) -> None:
         """Train until a limit is reached or a hook's request to stop is granted.
 
-        Called again after a limit was reached, it does nothing. An error gets a note that says
-        where in the run it happened.
+        Called again after its end, it does nothing. An error gets a note that says where in the
+        run it happened; what was in the making then is in no state to go on from.
+
+        Raises:
+            PipelineStateError: the trainer has failed before, or is called by one of its hooks.
         """
+        if self._open:
+            raise PipelineStateError(
+                "the trainer is in the middle of a step, where it failed or was called from; "
+                "make a new one, and resume from a checkpoint"
+            )
         if self._commit():
             logger.info("nothing left to do: %s, %s", self.progress, self.limits)
             return
@@ -158,14 +216,20 @@ class HookBasedTrainer:
             self.model.train()
         if self._optimizer_hook is not None:
             self._optimizer_hook.zero_grad()
+        load_gradients(self._gradients, self._run)
+        self._gradients = {}
+        self._open = True
         try:
             self._on_loop(PipelineHookArgs(self._run), self._loop)
         except BaseException as error:
             error.add_note(f"the run was at {self.progress}")
             raise
+        self._open = False
 
     def _loop(self, loop_args: PipelineHookArgs) -> None:
         over = False
+        if self.progress.step_id == 0:
+            self._position.go_on()
         while not over:
             args = PipelineHookArgs(self._run)
             self._on_epoch(args, self._epoch)
@@ -174,29 +238,30 @@ class HookBasedTrainer:
             over = self._commit()
 
     def _epoch(self, args: PipelineHookArgs) -> None:
-        _announce_epoch(self.dataloader, self.progress.epoch_id)
+        progress, max_step = self.progress, self.limits.max_step
+        done = progress.step_id
+        _announce_epoch(self.dataloader, progress.epoch_id)
+        self._position.start_epoch(done)
         sizes = known_batch_sizes(self.dataloader)
-        steps = micro_batches(
+        windows = micro_batches(
             iter(self.dataloader),
             window=self.accelerator.gradient_accumulation_steps,
             sizes=None if sizes is None else iter(sizes),
-            steps_left=None
-            if self.limits.max_step is None
-            else self.limits.max_step - self.progress.global_step_id,
+            limit=None if max_step is None else max_step - progress.global_step_id + done,
         )
-        for batch, ends_window, divisor in steps:
+        for batch, ends_window, divisor in self._position.seek(windows, done):
             if self._place is not None:
                 batch = self._place(batch)
             self._step(PipelineHookArgs(self._run, batch, ends_window, divisor))
-            self.progress.finish_step()
+            progress.finish_step()
             if self._commit():
                 # Without a length, only asking for one batch more could tell whether this was
                 # the last one; the epoch then counts as open.
-                args.epoch_completed = self.progress.step_id == _length(self.dataloader)
+                args.epoch_completed = progress.step_id == _length(self.dataloader)
                 return
-        if self.progress.step_id == 0:
+        if progress.step_id == 0:
             raise DataError(
-                f"the dataloader gave no batch in epoch {self.progress.epoch_id}; an iterator "
+                f"the dataloader gave no batch in epoch {progress.epoch_id}; an iterator "
                 "can be read only once: pass an iterable that can be iterated every epoch"
             )
         args.epoch_completed = True

@@ -1,0 +1,56 @@
+"""The random state of a process."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from robo_orchard_lab.pipeline.errors import StateError
+
+
+def capture_random_state(generators: Mapping[str, torch.Generator]) -> dict[str, Any]:
+    """Where torch (all devices), NumPy, Python and the given generators are in their streams."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (name, [int(key) for key in keys], position, has_gauss, gauss),
+        "python": random.getstate(),
+        "generators": {name: generator.get_state() for name, generator in generators.items()},
+    }
+
+
+def check_random_state(state: Mapping[str, Any], generators: Mapping[str, torch.Generator]) -> None:
+    """Refuse a state of other generators or devices than there are.
+
+    Raises:
+        StateError: the message says what was saved and what there is.
+    """
+    if set(state["generators"]) != set(generators):
+        raise StateError(
+            f"the data loader had the random generators {sorted(state['generators'])} when it was "
+            f"saved, and has {sorted(generators)}"
+        )
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if len(state["cuda"]) != devices:
+        raise StateError(
+            f"the random state of {len(state['cuda'])} CUDA devices was saved, there are {devices}"
+        )
+
+
+def restore_random_state(
+    state: Mapping[str, Any], generators: Mapping[str, torch.Generator]
+) -> None:
+    """Go on drawing from where :func:`capture_random_state` was called."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    random.setstate(state["python"])
+    for name, generator in generators.items():
+        generator.set_state(state["generators"][name])

@@ -1,0 +1,121 @@
+"""Everything that makes up a run between two steps, to save it and to go on from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from robo_orchard_lab.pipeline.checkpoint import load_named_optimizer_state, named_optimizer_state
+from robo_orchard_lab.pipeline.context import PipelineRun
+from robo_orchard_lab.pipeline.errors import StateError
+from robo_orchard_lab.pipeline.hook_set import PipelineHooks
+from robo_orchard_lab.pipeline.progress import TrainerProgress
+from robo_orchard_lab.pipeline.trainer.position import DataPosition
+
+_COMPILED = "_orig_mod."  # what torch.compile puts into the names of what it wraps
+
+
+def plain_model(run: PipelineRun) -> torch.nn.Module:
+    """The model without the wrappers of several processes and of compilation."""
+    model: torch.nn.Module = run.accelerator.unwrap_model(run.model, keep_torch_compile=False)
+    return model
+
+
+def take_snapshot(
+    run: PipelineRun, hooks: PipelineHooks, position: DataPosition
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The model's weights by name, and the rest of the run's state."""
+    entries = {
+        name.replace(_COMPILED, ""): value for name, value in plain_model(run).state_dict().items()
+    }
+    weights = {name: value for name, value in entries.items() if isinstance(value, torch.Tensor)}
+    names = _names(run)
+    scaler = run.accelerator.scaler
+    return weights, {
+        "progress": run.progress.state_dict(),
+        "model_extra": {name: value for name, value in entries.items() if name not in weights},
+        # In the middle of an accumulation window, a part of its gradients is there.
+        "gradients": {n: p.grad for p, n in names.items() if p.grad is not None},
+        "optimizer": named_optimizer_state(run.optimizer, names) if run.optimizer else None,
+        "lr_scheduler": run.lr_scheduler.state_dict() if run.lr_scheduler else None,
+        "scaler": scaler.state_dict() if scaler else None,
+        "hooks": hooks.state_dict(),
+        "position": position.state_dict(),
+    }
+
+
+def load_snapshot(
+    weights: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+    run: PipelineRun,
+    hooks: PipelineHooks,
+    position: DataPosition,
+) -> None:
+    """Make the run that of the snapshot. Its gradients are given back by :func:`load_gradients`.
+
+    Raises:
+        StateError: the snapshot is that of another model, optimizer, schedule or set of hooks. All
+            that can be compared is compared before the first object is changed.
+    """
+    model = plain_model(run)
+    entries = {name.replace(_COMPILED, ""): name for name in model.state_dict()}
+    found = {**weights, **state["model_extra"]}
+    _check_model(model.state_dict(), {entries.get(n, n): value for n, value in found.items()})
+    for part, live in (
+        ("optimizer", run.optimizer),
+        ("lr_scheduler", run.lr_scheduler),
+        ("scaler", run.accelerator.scaler),
+    ):
+        if (state[part] is None) != (live is None):
+            raise StateError(
+                f"the saved run had {'no' if state[part] is None else 'a'} {part}, "
+                f"this one has {'none' if live is None else 'one'}"
+            )
+    TrainerProgress().load_state_dict(state["progress"])
+    position.check(state["position"])
+    optimizer_state = (
+        load_named_optimizer_state(run.optimizer, _names(run), state["optimizer"])
+        if run.optimizer
+        else None
+    )
+
+    hooks.load_state_dict(state["hooks"])  # compares names before it loads
+    run.progress.load_state_dict(state["progress"])
+    position.load_state_dict(state["position"])
+    model.load_state_dict({entries[name]: value for name, value in found.items()})
+    if run.optimizer is not None:
+        run.optimizer.load_state_dict(optimizer_state)  # type: ignore[arg-type]  # one has both
+    if run.lr_scheduler is not None:
+        run.lr_scheduler.load_state_dict(state["lr_scheduler"])
+    if run.accelerator.scaler is not None:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def load_gradients(gradients: Mapping[str, torch.Tensor], run: PipelineRun) -> None:
+    """Give the parameters the gradients that the window had added up."""
+    for parameter, name in _names(run).items():
+        if name in gradients:
+            parameter.grad = gradients[name].to(parameter.device)
+
+
+def _names(run: PipelineRun) -> dict[torch.nn.Parameter, str]:
+    return {
+        parameter: name.replace(_COMPILED, "")
+        for name, parameter in plain_model(run).named_parameters()
+    }
+
+
+def _check_model(live: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    problems = [f"missing: {name}" for name in live if name not in saved]
+    problems += [f"unexpected: {name}" for name in saved if name not in live]
+    problems += [
+        f"{name}: saved as {tuple(saved[name].shape)}, here {tuple(value.shape)}"
+        for name, value in live.items()
+        if isinstance(value, torch.Tensor)
+        and isinstance(saved.get(name), torch.Tensor)
+        and saved[name].shape != value.shape
+    ]
+    if problems:
+        raise StateError("the saved model is another one: " + "; ".join(problems))

@@ -1,0 +1,427 @@
+"""A run that is saved, given up and resumed is the run that was never touched."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR, ReduceLROnPlateau
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from robo_orchard_lab.pipeline import (
+    HookBasedTrainer,
+    PipelineHookArgs,
+    PipelineHooks,
+    SimpleBatchProcessor,
+    TrainerProgress,
+)
+from robo_orchard_lab.pipeline.errors import PipelineStateError, StateError
+from robo_orchard_lab.pipeline.hooks import GradientClippingHookConfig
+from robo_orchard_lab.pipeline.hooks.mixin import HookContext
+from tiny import equal, loss_of, make_model, make_trainer, weights
+
+STEPS = 14  # two epochs of seven batches
+
+
+class Augmented(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Draws from torch, NumPy and Python while loading."""
+
+    def __len__(self) -> int:
+        return 26  # the last batch has two samples
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        noise = torch.rand(4) + np.random.rand() + random.random()
+        return noise.float() + index / 10, torch.full((2,), float(index))
+
+
+class Losses(PipelineHooks):
+    """Writes down every loss, as its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[torch.Tensor] = []
+        self.register_hook("on_step", HookContext.from_callable(after=self.add))
+
+    def add(self, args: PipelineHookArgs) -> None:
+        if args.loss is not None:
+            self.losses.append(args.loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": self.losses}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.losses = list(state["losses"])
+
+
+def one_cycle(optimizer: torch.optim.Optimizer) -> LRScheduler:
+    return OneCycleLR(optimizer, max_lr=0.05, total_steps=30)
+
+
+SCHEDULES: dict[str, Any] = {
+    "one_cycle": one_cycle,
+    "plateau": lambda o: ReduceLROnPlateau(o, patience=0, factor=0.5),
+    "multi_step": lambda o: MultiStepLR(o, [2, 4], gamma=0.5),
+    "none": None,
+}
+
+
+def build(
+    max_step: int,
+    resume_from: Path | None = None,
+    workers: int = 0,
+    schedule: str = "one_cycle",
+    accumulate: int = 3,
+) -> tuple[HookBasedTrainer, Losses]:
+    model = torch.nn.Sequential(make_model(), torch.nn.Dropout(0.3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    losses = Losses()
+    make_scheduler = SCHEDULES[schedule]
+    torch.manual_seed(11)  # where a fresh run begins; a resumed one must not care
+    if resume_from is not None:
+        torch.manual_seed(999)
+        np.random.seed(999)
+        random.seed(999)
+    else:
+        np.random.seed(11)
+        random.seed(11)
+    trainer = HookBasedTrainer(
+        Accelerator(cpu=True, gradient_accumulation_steps=accumulate),
+        model,
+        DataLoader(
+            Augmented(),
+            batch_size=4,
+            shuffle=True,
+            num_workers=workers,
+            worker_init_fn=seed_worker,
+            generator=torch.Generator().manual_seed(3 if resume_from is None else 4),
+        ),
+        SimpleBatchProcessor.from_callable(loss_of),
+        optimizer,
+        make_scheduler and make_scheduler(optimizer),
+        [GradientClippingHookConfig(max_norm=0.5), losses],
+        max_step=max_step,
+        resume_from=resume_from,
+    )
+    return trainer, losses
+
+
+def seed_worker(worker: int) -> None:
+    seed = torch.initial_seed() % 2**32
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def outcome(trainer: HookBasedTrainer, losses: Losses) -> dict[str, Any]:
+    assert trainer.optimizer is not None
+    return {
+        "weights": weights(trainer.model),
+        "losses": losses.losses,
+        "optimizer": [
+            value
+            for state in trainer.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
+        ],
+        "rates": [torch.tensor(group["lr"]) for group in trainer.optimizer.param_groups],
+        "random": [torch.rand(3), torch.tensor([np.random.rand(), random.random()])],
+    }
+
+
+def check_same(resumed: dict[str, Any], straight: dict[str, Any]) -> None:
+    for part, expected in straight.items():
+        assert equal(resumed[part], expected), part
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", range(1, STEPS))
+def test_stopped_at_any_commit_point(stop: int, workers: int, tmp_path: Path) -> None:
+    """In and between windows and epochs, with any number of workers, the resumed run is exact."""
+    trainer, losses = build(STEPS, workers=workers)
+    trainer()
+    straight = outcome(trainer, losses)
+    progress = trainer.progress
+
+    # Stopped by a request: a limit that falls into a window would shorten the window.
+    first, _ = build(STEPS, workers=workers)
+    asking = PipelineHooks()
+
+    def ask(args: PipelineHookArgs) -> None:
+        if args.global_step_id == stop - 1:
+            args.requests.stop("time is up")
+
+    asking.register_hook("on_step", HookContext.from_callable(after=ask))
+    first.hooks += asking
+    first()
+    assert first.progress.global_step_id == stop
+    first.save_checkpoint(tmp_path / "checkpoint")
+    second, losses = build(STEPS, tmp_path / "checkpoint", workers=workers)
+    assert second.progress == first.progress
+    second()
+    assert second.progress == progress
+    check_same(outcome(second, losses), straight)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_is_resumed(schedule: str, tmp_path: Path) -> None:
+    """Whatever the schedule keeps (infinities, counters, nothing) comes back from the file."""
+    trainer, losses = build(STEPS, schedule=schedule, accumulate=1)
+    trainer()
+    straight = outcome(trainer, losses)
+    first, _ = build(9, schedule=schedule, accumulate=1)
+    first()
+    first.save_checkpoint(tmp_path / "checkpoint")
+    second, losses = build(STEPS, tmp_path / "checkpoint", schedule=schedule, accumulate=1)
+    second()
+    check_same(outcome(second, losses), straight)
+
+
+def test_a_finished_run_resumes_to_nothing(tmp_path: Path) -> None:
+    """Resumed after its end, a run opens no scope and keeps its counters and weights."""
+    first = make_trainer(max_epoch=2)
+    first()
+    first.save_checkpoint(tmp_path / "a")
+    opened: list[int] = []
+    hooks = PipelineHooks()
+    hooks.register_hook("on_loop", HookContext.from_callable(before=lambda args: opened.append(1)))
+    second = make_trainer(hooks, model=make_model(seed=5), max_epoch=2, resume_from=tmp_path / "a")
+    second()
+    assert opened == []
+    assert second.progress == TrainerProgress(2, 0, 14, 14)
+    assert equal(weights(second.model), weights(first.model))
+
+
+def test_an_epoch_that_was_left_open_is_closed(tmp_path: Path) -> None:
+    """A loader without a length: the resumed run finds no batch left and begins the next epoch."""
+
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter([(torch.ones(4), torch.ones(2))] * 3)
+
+    def trainer(**options: Any) -> HookBasedTrainer:
+        return make_trainer(loader=DataLoader(Stream()), **options)
+
+    first = trainer(max_step=3)
+    first()
+    assert first.progress.epoch_id == 0
+    first.save_checkpoint(tmp_path / "a")
+    second = trainer(max_step=4, resume_from=tmp_path / "a")
+    second()
+    assert second.progress == TrainerProgress(1, 1, 4, 4)
+
+
+def test_weights_stand_alone(tmp_path: Path) -> None:
+    """The weights load into a plain model, also those of a compiled one with tied parameters."""
+
+    def tied() -> torch.nn.Module:
+        inner = torch.nn.Linear(2, 2)
+        return torch.nn.Sequential(make_model(), inner, torch.nn.Tanh(), inner)
+
+    model = tied()
+    compiled: Any = torch.compile(model, backend="eager")
+    trainer = make_trainer(
+        model=compiled, optimizer=torch.optim.AdamW(model.parameters()), max_step=2
+    )
+    trainer()
+    trainer.save_checkpoint(tmp_path / "deep" / "a")
+    fresh = tied()
+    fresh.load_state_dict(load_file(tmp_path / "deep" / "a" / "model.safetensors"))
+    assert equal(weights(fresh), weights(model))
+    assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["a"]
+
+
+def test_groups_in_another_order_load_right(tmp_path: Path) -> None:
+    """Optimizer state goes by name: groups and parameters may have changed places."""
+
+    def trainer(flipped: bool, resume_from: Path | None = None) -> HookBasedTrainer:
+        model = make_model()
+        first, _, last = model.children()
+        groups = [
+            {"params": list(first.parameters()), "lr": 0.1},
+            {"params": list(last.parameters()), "lr": 0.2},
+        ]
+        if flipped:
+            groups = [{**group, "params": group["params"][::-1]} for group in groups[::-1]]  # type: ignore[index]  # a list
+        optimizer = torch.optim.AdamW(groups)
+        return make_trainer(
+            model=model,
+            optimizer=optimizer,
+            max_step=9 if resume_from else 5,
+            resume_from=resume_from,
+        )
+
+    straight = trainer(flipped=False)
+    straight()
+    straight.save_checkpoint(tmp_path / "a")
+    resumed = {flipped: trainer(flipped, tmp_path / "a") for flipped in (False, True)}
+    for run in resumed.values():
+        run()
+    optimizer = resumed[True].optimizer
+    assert optimizer is not None
+    assert [group["lr"] for group in optimizer.param_groups] == [0.2, 0.1]
+    assert equal(weights(resumed[True].model), weights(resumed[False].model))
+
+
+def save(folder: Path, **options: Any) -> None:
+    trainer = make_trainer(max_step=2, **options)
+    trainer()
+    trainer.save_checkpoint(folder)
+
+
+class OtherModel(torch.nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(torch.nn.Linear(4, 9), torch.nn.Tanh(), torch.nn.Linear(9, 2, bias=False))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda: {"model": OtherModel()},
+            r"another one: unexpected: 2\.bias; 0\.weight: saved as \(8, 4\), here \(9, 4\)",
+        ),
+        (lambda: {"hooks": Losses()}, "registered but not saved: Losses"),
+        (lambda: {"lr_scheduler": "step"}, "the saved run had no lr_scheduler, this one has one"),
+        (lambda: {"optimizer": "half"}, r"parameter group .* saved in other groups: 0\.bias"),
+        (lambda: {"optimizer": "two groups"}, "parameter group that was not saved"),
+        (
+            lambda: {"loader": DataLoader(Augmented(), 4, generator=torch.Generator())},
+            r"generators \[\] when it was saved, and has \['loader'\]",
+        ),
+    ],
+)
+def test_the_state_of_another_run_is_refused(change: Any, message: str, tmp_path: Path) -> None:
+    """What does not fit is named, and neither the model nor the optimizer is touched."""
+    save(tmp_path / "a")
+    options = change()
+    model = options.pop("model", None) or make_model(5)
+    kind = options.pop("optimizer", None)
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.7)
+    if kind == "half":
+        optimizer = torch.optim.SGD(next(model.children()).parameters(), lr=0.7)
+    elif kind == "two groups":
+        optimizer = torch.optim.SGD([{"params": [p]} for p in model.parameters()], lr=0.7)
+    if "lr_scheduler" in options:
+        options["lr_scheduler"] = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    before = weights(model)
+    with pytest.raises(StateError, match=message):
+        make_trainer(
+            model=model, optimizer=optimizer, max_step=3, resume_from=tmp_path / "a", **options
+        )
+    assert equal(weights(model), before)
+    assert optimizer.param_groups[0]["lr"] == 0.7
+    assert not optimizer.state
+
+
+def test_a_saved_group_that_is_gone_is_named(tmp_path: Path) -> None:
+    """An optimizer with fewer groups than were saved is refused with their parameters."""
+    model = make_model()
+    save(
+        tmp_path / "a",
+        model=model,
+        optimizer=torch.optim.SGD([{"params": [p]} for p in model.parameters()], lr=0.1),
+    )
+    model = make_model()
+    with pytest.raises(StateError, match=r"lacks saved parameter groups, with 0\.bias, 2\.bias"):
+        make_trainer(
+            model=model,
+            optimizer=torch.optim.SGD([next(model.parameters())], lr=0.1),
+            max_step=3,
+            resume_from=tmp_path / "a",
+        )
+
+
+@pytest.mark.parametrize("file", ["state.json", "model.safetensors", "tensors.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut"])
+def test_a_damaged_checkpoint_is_named(file: str, damage: str, tmp_path: Path) -> None:
+    """A file that is missing, empty or cut short is an error that names the folder."""
+    save(tmp_path / "a")
+    path = tmp_path / "a" / file
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(content[: len(content) // 2 if damage == "cut" else 0])
+    model = make_model(5)
+    before = weights(model)
+    with pytest.raises(StateError, match="a can't be read: "):
+        make_trainer(model=model, max_step=3, resume_from=tmp_path / "a")
+    assert equal(weights(model), before)
+
+
+def test_another_version_is_refused(tmp_path: Path) -> None:
+    """A checkpoint of an unknown version is refused by its number."""
+    save(tmp_path / "a")
+    file = tmp_path / "a" / "state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "version": 7}))
+    with pytest.raises(StateError, match="expected version 1, found 7"):
+        make_trainer(max_step=3, resume_from=tmp_path / "a")
+    file.write_text("[]")
+    with pytest.raises(StateError, match="expected version 1, found None"):
+        make_trainer(max_step=3, resume_from=tmp_path / "a")
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    """Nothing to resume from is an error, not a fresh start."""
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint folder .*nowhere"):
+        make_trainer(max_step=3, resume_from=tmp_path / "nowhere")
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    """Saving over something that exists is refused, and leaves it as it was."""
+    save(tmp_path / "a")
+    content = {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()}
+    with pytest.raises(FileExistsError, match="name a folder that doesn't"):
+        save(tmp_path / "a")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()} == content
+
+
+def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
+    """A state that can't be written names its place, and no file stays behind."""
+
+    class Odd(PipelineHooks):
+        def state_dict(self) -> dict[str, Any]:
+            return {"nested": [1, {2}]}
+
+    with pytest.raises(StateError, match=r"hooks\.Odd\.nested\.1 can't be saved: .*found set"):
+        save(tmp_path / "a", hooks=Odd())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of the system while writing removes what was written so far."""
+    trainer = make_trainer(max_step=2)
+    trainer()
+
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save_checkpoint(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_and_calling_are_refused_within_a_step(tmp_path: Path) -> None:
+    """A hook can neither save nor start the trainer, and one that failed can't go on."""
+    trainer = make_trainer(max_step=2)
+    hooks = PipelineHooks()
+    hooks.register_hook(
+        "on_step",
+        HookContext.from_callable(before=lambda args: trainer.save_checkpoint(tmp_path / "a")),
+    )
+    handle = trainer.hooks.register_pipeline_hooks(hooks)
+    with pytest.raises(PipelineStateError, match=r"middle of a step; save after .*requests\.stop"):
+        trainer()
+    handle.remove()
+    with pytest.raises(PipelineStateError, match="where it failed or was called from"):
+        trainer()
+    with pytest.raises(PipelineStateError, match="middle of a step"):
+        trainer.save_checkpoint(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,91 @@
+"""Nested states as JSON and tensors."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from robo_orchard_lab.pipeline.checkpoint.state_tree import decode_state, encode_state
+from robo_orchard_lab.pipeline.errors import StateError
+
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from(["$float", "$tensor", "$dict"])
+)
+tensors = st.lists(st.floats(width=32, allow_nan=False), max_size=3).map(torch.tensor)
+states = st.recursive(
+    scalars | tensors,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(scalars.filter(lambda key: key == key), inner, max_size=3)
+        | st.dictionaries(st.text(), st.integers(), max_size=3).map(Counter)
+    ),
+    max_leaves=20,
+)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal, and of the same type, all the way down."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict):
+        return same(list(a), list(b)) and same(list(a.values()), list(b.values()))
+    if isinstance(a, float):
+        return repr(a) == repr(b)
+    return bool(a == b)
+
+
+@given(states)
+def test_every_state_survives(state: Any) -> None:
+    """Through strict JSON and back, values, types and order of keys are the same."""
+    document, found = encode_state(state)
+    text = json.dumps(document, allow_nan=False)
+    assert same(decode_state(json.loads(text), found), state)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"a": [1, object()]}, r"a\.1 can't be saved: .* found object"),
+        ({1, 2}, "the state can't be saved: .* found set"),
+        ({(1, object()): 2}, r"can't be saved: .* found object"),
+    ],
+)
+def test_other_values_are_refused_with_their_place(state: Any, message: str) -> None:
+    """What has no exact form is named by its place in the state."""
+    with pytest.raises(StateError, match=message):
+        encode_state(state)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"$float": "1"},
+        {"$tensor": "nowhere"},
+        {"$other": []},
+        {"$dict": [[1]]},
+        {"$dict": 3},
+        {"$float": "inf", "b": 1},
+        {"$tuple": None},
+        {"$dict": [[[], 1]]},
+    ],
+)
+def test_unknown_documents_are_refused(document: Any) -> None:
+    """A mark that is not known or has no sense is an error, not a guess."""
+    with pytest.raises(StateError, match="unknown value"):
+        decode_state(document, {})
