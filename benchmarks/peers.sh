@@ -15,7 +15,6 @@ fi
 "$venv/bin/python" -m pip install --quiet --editable "$here/.."
 
 # One at a time: a peer that does not install leaves the others measurable, and the table says so.
-# MMEngine needs the two after it at import, without declaring them (pkg_resources, torch.distributed).
 for peer in lightning transformers pytorch-ignite mmengine; do
     if "$venv/bin/python" -m pip install --quiet "$peer"; then
         echo "peers.sh: $peer installed"
