@@ -403,3 +403,22 @@ def test_a_script_is_run_with_options(tmp_path: Path) -> None:
     warning, error = bad.stderr.splitlines()
     assert warning == "--batch_size is set by the environment variable BATCH_SIZE"
     assert error.startswith("train.py: error: argument --batch_size: ")
+
+
+def test_options_follow_the_default_that_is_there() -> None:
+    """Where a field holds a subclass by default, the subclass's fields are options too."""
+
+    class Special(HookConfig):
+        volume: int = 1
+
+    class Outer(SettingConfig):
+        hook: HookConfig = Special()
+
+    assert parse("--hook.volume", "3", cls=Outer).hook == Special(volume=3)
+
+
+def test_a_usage_of_the_parsers_own_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    """A script that says how it is used is not corrected."""
+    with pytest.raises(SystemExit):
+        parse("--nothing", parser=argparse.ArgumentParser(usage="train it"))
+    assert capsys.readouterr().err.startswith("usage: train it\n")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
+
+from robo_orchard_core.utils.logging import log_basic_config
 
 SETUP = """
 import io, logging, sys
@@ -112,3 +117,42 @@ def test_a_missing_standard_error_is_no_error() -> None:
 def test_logging_loads_no_torch() -> None:
     """The rank comes from the environment, so nothing heavy is imported."""
     assert stderr_of("log_basic_config(); assert 'torch' not in sys.modules") == ""
+
+
+@contextmanager
+def bare_root() -> Iterator[logging.Logger]:
+    """The root logger as a new process has it; pytest's own handlers come back afterwards."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    root.handlers = []
+    try:
+        yield root
+    finally:
+        root.handlers = handlers
+        root.setLevel(level)
+
+
+def test_the_handler_is_the_root_loggers_only_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One handler, which the first call installs, at the level that the rank asks for."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with bare_root() as root:
+        log_basic_config(logging.DEBUG)
+        log_basic_config(logging.ERROR)
+        assert root.level == logging.DEBUG
+        assert [handler.level for handler in root.handlers] == [logging.WARNING]
+        logging.getLogger("here").warning("hello")
+        assert capsys.readouterr().err.startswith("[rank 1/2] ")
+        log_basic_config(logging.INFO, "%(message)s", all_ranks=True, force=True)
+        assert [handler.level for handler in root.handlers] == [logging.NOTSET]
+
+
+def test_one_process_logs_without_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a launcher the handler takes every record."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with bare_root() as root:
+        log_basic_config()
+        assert [handler.level for handler in root.handlers] == [logging.NOTSET]

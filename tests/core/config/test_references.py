@@ -259,3 +259,27 @@ def test_references_and_config_types_are_for_documents_only() -> None:
         Run(kind=f"{__name__}:Hook")  # type: ignore[arg-type]  # the error is the point
     with pytest.raises(ValueError, match="Extra inputs are not permitted"):
         Run(hook={"config_type": f"{__name__}:HookConfig"})  # type: ignore[arg-type]  # as above
+
+
+def test_declared_code_of_the_wrong_kind_is_told_as_such() -> None:
+    """What the config declares elsewhere is found, and refused for its kind, not for trust."""
+    with pytest.raises(ConfigReferenceError, match=r"kind: expected a subclass of .*:Hook,"):
+        Run.from_dict({"kind": f"{__name__}:HookConfig"})
+
+
+def test_a_builtin_that_says_nothing_about_its_parameters_is_taken() -> None:
+    """Where a signature can't be read, being a function must do."""
+    loaded = Run.from_dict({"function": "builtins:max"}, trust="builtins")
+    assert loaded.to_dict()["function"] == "builtins:max"
+
+
+def test_the_classes_of_main_go_before_those_of_the_same_name() -> None:
+    """Trust in `__main__` means its own classes."""
+    main = sys.modules["__main__"]
+    mine = type("Hook", (Hook,), {"__module__": "__main__"})
+    vars(main)["Hook"] = mine
+    try:
+        assert Run.from_dict({"kind": "__main__:Hook"}, trust="__main__").kind is mine
+        assert Run.from_dict(Run(kind=mine).to_dict(), trust="__main__") == Run(kind=mine)
+    finally:
+        del vars(main)["Hook"]

@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal, Optional, get_args
 
 import pydantic
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from typing_extensions import TypeAliasType
 
 from robo_orchard_core.utils.config import (
     ClassConfig,
@@ -24,7 +25,10 @@ from robo_orchard_core.utils.config import (
     ConfigSaveError,
     Format,
 )
+from robo_orchard_core.utils.config.document import first_difference
 
+# A machine that others use as well is slow at times; that is no finding.
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 FORMATS: tuple[Format, ...] = get_args(Format)
 HERE = (__name__,)
 
@@ -128,6 +132,7 @@ CONFIGS = st.builds(
 
 
 @pytest.mark.parametrize("format_", FORMATS)
+@PATIENT
 @given(config=CONFIGS)
 def test_every_config_comes_back_exactly(format_: Format, config: Everything) -> None:
     """A config read from its own text equals it, prints alike, and writes the same text again."""
@@ -414,3 +419,74 @@ def test_a_serializer_of_the_users_own_is_used() -> None:
     document = {"precision": "bf16", "others": {"a": ["fp32"]}, "delay": 90.0}
     assert Model().to_dict() == document
     assert Model.from_dict(document) == Model()
+
+
+def test_what_a_serializer_writes_keeps_the_rules_of_documents() -> None:
+    """A serializer of the user's can't bring in what no reader would take."""
+
+    class Broken(Config):
+        rate: Annotated[float, pydantic.PlainSerializer(lambda rate: rate + 1e999)]
+
+    with pytest.raises(ConfigSaveError, match="rate: would not come back"):
+        Broken(rate=0).to_str()
+
+
+def test_a_validator_that_changes_what_it_validated_is_told() -> None:
+    """A value that would be another one after each reading is not written."""
+
+    class Grows(Config):
+        sizes: Annotated[list[int], pydantic.AfterValidator(lambda sizes: [*sizes, 0])]
+
+    with pytest.raises(ConfigSaveError, match="sizes: the declared type would not bring"):
+        Grows(sizes=[1]).to_str()
+
+
+def test_a_class_of_a_module_that_is_gone_is_refused() -> None:
+    """A reference must lead somewhere when the file is read."""
+    gone = type("Gone", (Inner,), {"__module__": "gone"})
+
+    class Holder(Config):
+        kind: type[Inner] = Inner
+
+    with pytest.raises(ConfigSaveError, match="'gone:Gone' can't be found by its name"):
+        Holder(kind=gone).to_str()
+
+
+def test_a_document_that_no_reader_would_take_is_not_written() -> None:
+    """The limit on size holds for writers too."""
+
+    class Holder(Config):
+        text: str
+
+    with pytest.raises(ConfigSaveError, match="json can't hold this: the document is larger"):
+        Holder(text="x" * 2**24).to_str()
+
+
+def test_aliases_of_types_are_looked_through() -> None:
+    """`Annotated` and `type` aliases declare what they stand for."""
+    Kinds = TypeAliasType("Kinds", list[Annotated[type[Inner], "note"]])  # noqa: N806 - a type
+
+    class Holder(Config):
+        kinds: Kinds = pydantic.Field(default=[Special])
+        made: dict[str, Any] = pydantic.Field(default_factory=lambda data: {"n": len(data)})
+
+    assert Holder.from_str(Holder().to_str()) == Holder()
+
+
+def test_the_own_name_of_a_config_is_read() -> None:
+    """`config_type` may name the declared class itself."""
+    assert Inner.from_dict({"config_type": f"{__name__}:Inner", "size": 2}) == Inner(size=2)
+
+
+def test_differences_are_found_where_they_are() -> None:
+    """Documents differ in type, order, length, value, or the sign of a zero."""
+    document: Any = {"a": [1, {"b": 0.0}], "c": "x"}
+    for other, path in (
+        ({"c": "x", "a": [1, {"b": 0.0}]}, ()),
+        ({"a": [1], "c": "x"}, ("a",)),
+        ({"a": [1.0, {"b": 0.0}], "c": "x"}, ("a", 0)),
+        ({"a": [1, {"b": -0.0}], "c": "x"}, ("a", 1, "b")),
+        ({"a": [1, {"b": 0.0}], "c": "y"}, ("c",)),
+    ):
+        assert first_difference(document, other) == path  # type: ignore[arg-type]  # plain data
+    assert first_difference(document, document) is None

@@ -57,8 +57,7 @@ def pydantic_from_argparse(
     Raises:
         SystemExit: With 2, after a line that names the option; with 0, after ``--help``.
     """
-    prefix = _environment_prefix(cls)
-    options = list(options_of(cls, prefix))
+    options = list(options_of(cls, lambda path: _variable(cls, path)))
     _add_options(parser, options, cls.__qualname__)
     typed = vars(parser.parse_args(args))
     draft = _Draft(options, parser)
@@ -68,7 +67,7 @@ def pydantic_from_argparse(
             source = f"environment variable {option.variable}"
             draft.put(option, [os.environ[option.variable]], source)
             # Without a prefix, the variable may be meant for another program.
-            level = logging.INFO if prefix else logging.WARNING
+            level = logging.INFO if cls.model_config.get("env_prefix") else logging.WARNING
             _log.log(level, "%s is set by the %s", option.flag, source)
     for option in options:
         if option.dest in typed:
@@ -79,11 +78,13 @@ def pydantic_from_argparse(
         draft.refuse(error)
 
 
-def _environment_prefix(cls: type[Config]) -> str | None:
-    """What environment variables begin with; None for a class that reads none."""
+def _variable(cls: type[Config], path: tuple[str, ...]) -> str:
+    """The environment variable of a field; empty for a class that reads none."""
     if not issubclass(cls, SettingConfig):
-        return None
-    return (cls.model_config.get("env_prefix") or "").upper()
+        return ""
+    settings = cls.model_config
+    prefix, delimiter = settings.get("env_prefix") or "", settings.get("env_nested_delimiter")
+    return (prefix + (delimiter or "__").join(path)).upper()
 
 
 def _add_options(parser: argparse.ArgumentParser, options: list[Option], title: str) -> None:

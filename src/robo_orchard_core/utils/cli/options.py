@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal, get_args, get_origin
@@ -95,7 +95,7 @@ class Option:
 
 def options_of(
     cls: type[BaseModel],
-    env_prefix: str | None,
+    variable_of: Callable[[tuple[str, ...]], str],
     path: tuple[str, ...] = (),
     holder: BaseModel | None = None,
     above: tuple[type[BaseModel], ...] = (),
@@ -106,7 +106,7 @@ def options_of(
 
     Args:
         cls: The config class.
-        env_prefix: What environment variables begin with; None: there are none.
+        variable_of: The environment variable of a path; empty: none.
         path: Of the field that holds the config.
         holder: The config that this field holds by default.
         above: The classes on the way here.
@@ -115,12 +115,13 @@ def options_of(
         here = (*path, name)
         default = default_of(field) if holder is None else getattr(holder, name)
         required = holder is None and field.is_required()
-        variable = "" if env_prefix is None else env_prefix + "__".join(here).upper()
-        yield Option(here, field, default, required, variable)
+        yield Option(here, field, default, required, variable_of(here))
         inner = _config_class(field.annotation)
         if inner is not None and inner not in (cls, *above):
             held = default if isinstance(default, inner) else None
-            yield from options_of(inner, env_prefix, here, held, (cls, *above))
+            # What is there by default may be a subclass, with options of its own.
+            kind = inner if held is None else type(held)
+            yield from options_of(kind, variable_of, here, held, (cls, *above))
 
 
 def type_name(annotation: Any) -> str:

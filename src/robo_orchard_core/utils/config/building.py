@@ -89,7 +89,7 @@ def call(
         except TypeError as error:
             names = ", ".join(_parameters(code)) or "none"
             raise ConfigBuildError(
-                f"{_name(code)} can't be built from {type(config).__qualname__}: {error}; "
+                f"{_name(code)} doesn't take what {type(config).__qualname__} gives it: {error}; "
                 f"its parameters are {names}"
             ) from error
     else:
@@ -110,9 +110,7 @@ def config_parameter(cls: type, config: Config) -> inspect.Parameter | None:
     """
     for constructor in _constructors(cls):
         signature = _signature(constructor)
-        if signature is None:
-            return None
-        _, *parameters = signature.parameters.values()
+        parameters = [] if signature is None else [*signature.parameters.values()][1:]
         hints = _hints(constructor)
         for index, parameter in enumerate(parameters):
             is_candidate = index == 0 or parameter.default is parameter.empty

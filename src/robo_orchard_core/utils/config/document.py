@@ -41,7 +41,13 @@ def check(value: object, path: Path = ()) -> Plain:
         # The first levels say enough; a place of 64 of them would hide the message.
         raise ConfigSyntaxError(f"the document is nested deeper than {MAX_DEPTH} levels", path[:8])
     match value:
-        case None | bool() | int():
+        case None | bool():
+            return value
+        case int():
+            try:
+                str(value)
+            except ValueError as error:  # it would be text in a file, and couldn't be read
+                raise ConfigSyntaxError(str(error), path) from error
             return value
         case float():
             if not math.isfinite(value):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import sys
 from collections.abc import Mapping
 from enum import Enum
@@ -13,13 +12,14 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any, get_args
 
 from pydantic import BaseModel, PlainSerializer, ValidationError, WrapSerializer
-from pydantic_core import PydanticSerializationError, to_jsonable_python
+from pydantic_core import to_jsonable_python
 
-from robo_orchard_core.utils.config.document import MAX_DEPTH, Plain
+from robo_orchard_core.utils.config.document import MAX_DEPTH, Plain, check
 from robo_orchard_core.utils.config.errors import (
     ConfigError,
     ConfigReferenceError,
     ConfigSaveError,
+    ConfigSyntaxError,
     Path,
 )
 from robo_orchard_core.utils.config.kinds import (
@@ -48,6 +48,7 @@ def encode(config: ConfigModel, *, for_toml: bool = False) -> dict[str, Plain]:
     """
     encoder = _Encoder(for_toml=for_toml)
     document = encoder.config(config, type(config), ())
+    _checked(document)
     _prove(config, document, encoder.code)
     return document
 
@@ -58,7 +59,7 @@ def encode_value(value: Any, annotation: Any) -> Plain:
     Raises:
         ConfigSaveError: No document can hold it.
     """
-    return _Encoder(for_toml=False).value(value, annotation, ())
+    return _checked(_Encoder(for_toml=False).value(value, annotation, ()))
 
 
 class _Encoder:
@@ -92,8 +93,13 @@ class _Encoder:
             return self.config(value, annotation, path)
         if isinstance(value, Enum):
             return self.value(value.value, Any, path)
-        if value is None or isinstance(value, bool | int | float | str):
-            return _scalar(value, path)
+        # Subclasses, as NumPy's float64 is one, are written as what they are subclasses of.
+        if isinstance(value, str):
+            return str.__str__(value)
+        if isinstance(value, float):
+            return float(value)
+        if value is None or isinstance(value, bool | int):
+            return value
         if isinstance(value, Mapping):
             return self._mapping(value, value_annotation(annotation), path)
         if isinstance(value, list | tuple | set | frozenset):
@@ -125,7 +131,7 @@ class _Encoder:
             return str(value)
         try:
             return to_jsonable_python(value)
-        except (PydanticSerializationError, UnicodeDecodeError) as error:
+        except ValueError as error:  # pydantic's, or of text that UTF-8 can't hold
             raise ConfigSaveError(f"no document can hold {shown(value)}", path) from error
 
 
@@ -146,25 +152,12 @@ def _has_serializer(cls: type[BaseModel], name: str) -> bool:
     return False
 
 
-def _scalar(value: bool | int | float | str | None, path: Path) -> Plain:
-    """The value as one of Python's own types, once a document can hold it."""
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ConfigSaveError(f"expected a finite number, found {value}", path)
-        return float(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        try:
-            str(value)
-        except ValueError as error:  # more digits than Python converts
-            raise ConfigSaveError(str(error), path) from error
-        return int(value)
-    if isinstance(value, str):
-        try:
-            return value.encode().decode()
-        except UnicodeEncodeError as error:
-            problem = f"text can't hold the lone surrogate {value[error.start]!r}"
-            raise ConfigSaveError(problem, path) from error
-    return value
+def _checked(document: Plain) -> Plain:
+    """The document, once it keeps the rules that its readers hold it to."""
+    try:
+        return check(document)
+    except ConfigSyntaxError as error:
+        raise ConfigSaveError(error.problem, error.path) from error
 
 
 def _prove(config: ConfigModel, document: dict[str, Plain], code: dict[Code, Path]) -> None:

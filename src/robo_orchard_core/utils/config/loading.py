@@ -63,13 +63,19 @@ class Loading:
         declared = chain.from_iterable(map(declared_code, self._models))
         for code in chain(declared, self._known):
             by_reference[reference_to(code)].append(code)
-            # A script's own classes have another module's name once the script is imported.
-            by_reference[f"__main__:{code.__qualname__}"].append(code)
         return by_reference
 
-    def _candidates(self, reference: str) -> Iterator[Code]:
-        yield from self._declared.get(reference, ())
-        yield resolve(reference, self.trust)
+    def _candidates(self, reference: str) -> Iterable[Code]:
+        """What a reference may mean: the declared code of that name, else what it leads to."""
+        if reference in self._declared:
+            return self._declared[reference]
+        module, _, qualname = reference.partition(":")
+        if module == "__main__" and not self.trust.covers(module, qualname):
+            # A script's own classes have another module's name once the script is imported.
+            declared = chain.from_iterable(self._declared.values())
+            if same := [code for code in declared if code.__qualname__ == qualname]:
+                return same
+        return [resolve(reference, self.trust)]
 
     def class_at(self, reference: str, kinds: tuple[type, ...], path: Path) -> type:
         """The class that a reference names, where one of ``kinds`` is declared.
@@ -114,7 +120,7 @@ class Loading:
     def function_at(self, reference: str, annotation: Any, path: Path) -> Code:
         """The function that a reference names, where ``Callable[...]`` is declared."""
         try:
-            found = next(self._candidates(reference))
+            found = next(iter(self._candidates(reference)))
         except ConfigReferenceError as error:
             raise error.under(path) from error.__cause__
         if not isinstance(found, FunctionType | BuiltinFunctionType):
@@ -126,6 +132,8 @@ class Loading:
             except TypeError as error:
                 problem = f"{reference!r} can't be called with {len(args[0])} arguments: {error}"
                 raise ConfigReferenceError(problem, path) from error
+            except ValueError:  # some builtins don't say what they take
+                return found
         return found
 
 

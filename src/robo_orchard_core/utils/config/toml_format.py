@@ -50,8 +50,8 @@ def _table(table: dict[str, Plain], path: tuple[str, ...]) -> Iterator[str]:
         for entry in value if isinstance(value, list) else [value]:
             yield ""
             yield f"[[{header}]]" if isinstance(value, list) else f"[{header}]"
-            if isinstance(entry, dict):
-                yield from _table(entry, (*path, key))
+            assert isinstance(entry, dict)  # or it were no section
+            yield from _table(entry, (*path, key))
 
 
 def _is_section(value: Plain) -> bool:
@@ -81,7 +81,7 @@ def _inline(value: Plain) -> str:
             return _text(value)
         case list():
             return f"[{', '.join(map(_inline, value))}]"
-        case dict():
+        case _:
             pairs = (f"{_key(key)} = {_inline(item)}" for key, item in value.items())
             return f"{{{', '.join(pairs)}}}"
 
