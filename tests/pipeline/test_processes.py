@@ -1,0 +1,50 @@
+"""Several real processes under torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+def train(folder: Path, processes: int, accumulate: int) -> list[dict[str, torch.Tensor]]:
+    """The results of each rank; the ranks together see batches of four."""
+    folder.mkdir()
+    script = [str(HERE / "train_on_ranks.py"), str(folder), str(accumulate), str(4 // processes)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run(
+        [sys.executable, *(launcher if processes > 1 else []), *script],
+        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [torch.load(file, weights_only=True) for file in sorted(folder.glob("rank*.pt"))]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_two_processes_train_like_one(accumulate: int, tmp_path: Path) -> None:
+    """The same global batches give the same weights; the schedule moves once for each update."""
+    (alone,) = train(tmp_path / "one", 1, accumulate)
+    ranks = train(tmp_path / "two", 2, accumulate)
+    assert len(ranks) == 2
+    for rank in ranks:
+        torch.testing.assert_close(rank["weights"], alone["weights"], rtol=1e-9, atol=1e-12)
+        assert rank["updates"] == alone["updates"] == (14 if accumulate == 1 else 6)
+        assert rank["moves"] == rank["updates"]
+    assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
+
+
+def test_gradients_travel_once_for_each_update(tmp_path: Path) -> None:
+    """Within an accumulation window the ranks keep their own gradients; at its end they agree."""
+    ranks = train(tmp_path / "two", 2, 3)
+    agree = [torch.equal(a, b) for a, b in zip(*(rank["gradients"] for rank in ranks), strict=True)]
+    assert agree == ([False, False, True] * 2 + [True]) * 2

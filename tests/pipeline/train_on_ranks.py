@@ -1,0 +1,53 @@
+"""What each process of ``test_processes.py`` runs: train, then save what came of it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch.optim.lr_scheduler import StepLR
+
+from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, SimpleBatchProcessor
+from robo_orchard_lab.pipeline.hooks.mixin import HookContext
+from tiny import loss_of, make_loader, make_model
+
+
+def main(folder: Path, accumulate: int, batch_size: int) -> None:
+    torch.set_default_dtype(torch.float64)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = StepLR(optimizer, step_size=1, gamma=0.9)
+    gradients: list[torch.Tensor] = []
+    hooks = PipelineHooks()
+    hooks.register_hook(
+        "on_step",
+        HookContext.from_callable(
+            after=lambda args: gradients.append(next(args.model.parameters()).grad.clone())  # type: ignore[union-attr]  # there is one
+        ),
+    )
+    trainer = HookBasedTrainer(
+        accelerator,
+        model,
+        make_loader(14, batch_size=2) if batch_size == 2 else make_loader(7, batch_size=4),
+        SimpleBatchProcessor.from_callable(loss_of),
+        optimizer,
+        scheduler,
+        [hooks],
+        max_epoch=2,
+    )
+    trainer()
+    result = {
+        "weights": torch.cat([p.detach().flatten() for p in model.parameters()]),
+        "gradients": torch.stack(gradients),
+        "moves": torch.tensor(scheduler.last_epoch),
+        "updates": torch.tensor(trainer.progress.optimizer_step_id),
+    }
+    torch.save(result, folder / f"rank{accelerator.process_index}.pt")
+    accelerator.end_training()  # a process group that is left open aborts the process at its exit
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,104 @@
+"""Imports point one way, and nobody reaches into another package."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parent.parent / "src"
+
+# Each may import those ahead of it, and itself.
+LAYERS = [
+    "robo_orchard_core.utils.hook",
+    "robo_orchard_core.utils.config",
+    "robo_orchard_core.utils.cli",
+    "robo_orchard_core.utils.logging",
+    "robo_orchard_core.utils",
+    "robo_orchard_core",
+    "robo_orchard_lab.pipeline.errors",
+    "robo_orchard_lab.pipeline.events",
+    "robo_orchard_lab.pipeline.progress",
+    "robo_orchard_lab.pipeline.requests",
+    "robo_orchard_lab.pipeline.metrics",
+    "robo_orchard_lab.pipeline.context",
+    "robo_orchard_lab.pipeline.hook_set",
+    "robo_orchard_lab.pipeline.batch_size",
+    "robo_orchard_lab.pipeline.batch_processor",
+    "robo_orchard_lab.pipeline.checkpoint",
+    "robo_orchard_lab.pipeline.hooks",
+    "robo_orchard_lab.pipeline.trainer",
+    "robo_orchard_lab.pipeline",
+    "robo_orchard_lab.utils",
+    "robo_orchard_lab",
+]
+
+FILES = sorted(SRC.rglob("*.py"))
+
+
+def module_of(file: Path) -> str:
+    parts = file.relative_to(SRC).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(file) for file in FILES}
+
+
+def imports_of(file: Path) -> Iterator[str]:
+    """The full name of everything that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a module or a name in one belongs to; None for other distributions."""
+    within = [layer for layer in LAYERS if name == layer or name.startswith(layer + ".")]
+    return LAYERS.index(max(within, key=len)) if within else None
+
+
+def package_of(module: str) -> str:
+    """The package that a module belongs to; a package belongs to itself."""
+    is_package = any(other.startswith(module + ".") for other in MODULES)
+    return module if is_package else module.rpartition(".")[0]
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_of)
+def test_imports_point_up_the_list(file: Path) -> None:
+    """A module imports only from its own layer and those ahead of it."""
+    own = layer_of(module_of(file))
+    assert own is not None, f"{module_of(file)} has no layer; give it its place in LAYERS"
+    for name in imports_of(file):
+        layer = layer_of(name)
+        assert layer is None or layer <= own, f"{module_of(file)} imports {name}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_of)
+def test_nobody_imports_anothers_underscored_names(file: Path) -> None:
+    """What starts with an underscore is imported only within its own package."""
+    for name in imports_of(file):
+        parts = name.split(".")
+        for depth, part in enumerate(parts):
+            if part.startswith("_") and part != "__future__":
+                owner = ".".join(parts[:depth])
+                owner = (
+                    owner
+                    if owner in MODULES and package_of(owner) == owner
+                    else (owner.rpartition(".")[0])
+                )
+                assert package_of(module_of(file)) == owner, f"{module_of(file)} imports {name}"
+
+
+@pytest.mark.parametrize(
+    "file",
+    [file for file in FILES if module_of(file).startswith("robo_orchard_core")],
+    ids=module_of,
+)
+def test_core_knows_no_framework(file: Path) -> None:
+    """The core package imports neither torch nor accelerate nor the lab package."""
+    roots = {name.split(".")[0] for name in imports_of(file)}
+    assert not roots & {"torch", "accelerate", "robo_orchard_lab"}
