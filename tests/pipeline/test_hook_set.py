@@ -93,7 +93,7 @@ def test_bundles_run_in_the_order_of_registration(channel: ChannelName) -> None:
 def test_configurations_build_their_hooks() -> None:
     """A configuration is as good as a hook: passed on, or spread over keyword arguments."""
     hooks = PipelineHooks.from_hooks([PlainConfig(size=5), TakesConfigConfig(), Counter()])
-    plain, takes, counter = hooks.walk()
+    plain, takes, counter = hooks.all_hooks()
     assert isinstance(plain, Plain)
     assert plain.size == 5
     assert isinstance(takes, TakesConfig)
@@ -113,7 +113,7 @@ def test_configurations_build_their_hooks() -> None:
 )
 def test_from_hooks_takes_one_many_or_named(given: Any, names: list[str]) -> None:
     """One hook, an iterable or a mapping that names them; or none."""
-    assert [hook.name for hook in PipelineHooks.from_hooks(given).walk()] == names
+    assert [hook.name for hook in PipelineHooks.from_hooks(given).all_hooks()] == names
 
 
 def test_a_removed_bundle_leaves_every_channel() -> None:
@@ -127,14 +127,14 @@ def test_a_removed_bundle_leaves_every_channel() -> None:
     for channel in CHANNEL_NAMES:
         enter(hooks, channel)
     assert marks == []
-    assert list(hooks.walk()) == []
+    assert list(hooks.all_hooks()) == []
     hooks += bundle
     enter(hooks)
     assert marks == ["a"]
     hooks.unregister_all()
     enter(hooks)
     assert marks == ["a"]
-    assert list(hooks.walk()) == []
+    assert list(hooks.all_hooks()) == []
 
 
 def test_what_a_bundle_registers_later_runs_where_it_is_registered() -> None:
@@ -163,13 +163,13 @@ def test_two_hooks_of_one_name_are_refused() -> None:
     other = Plain()
     other.name = "other"
     hooks = PipelineHooks.from_hooks([inner, other])
-    assert [hook.name for hook in hooks.named()] == ["Plain", "other"]
+    assert [hook.name for hook in hooks.named_hooks()] == ["Plain", "other"]
 
 
 def test_bundles_without_a_name_have_no_identity() -> None:
     """Plain bundles only hold others together: any number of them may be registered."""
     hooks = PipelineHooks.from_hooks([PipelineHooks(), PipelineHooks()])
-    assert list(hooks.named()) == []
+    assert list(hooks.named_hooks()) == []
     with pytest.raises(HookRegistrationError, match="'a'"):
         PipelineHooks.from_hooks([PipelineHooks("a"), PipelineHooks("a")])
 
@@ -273,7 +273,7 @@ def test_states_of_other_hooks_are_refused() -> None:
     assert counter.count == 0
 
 
-def test_a_bundle_prints_the_channels_that_have_hooks() -> None:
+def test_a_bundle_prints_the_hook_channels_that_have_hooks() -> None:
     """The tree has an entry for each such channel, in the order of the timeline."""
     hooks = PipelineHooks.from_hooks([Counter()])
     hooks.register_hook("on_epoch", HookContext.from_callable(after=print))

@@ -44,44 +44,44 @@ class PipelineHooks:
 
     __module__ = "robo_orchard_lab.pipeline.hooks.mixin"  # the name to import it by, and printed
 
-    _channels: dict[ChannelName, HookContextChannel[PipelineHookArgs]] | None = None
+    _hook_channels: dict[ChannelName, HookContextChannel[PipelineHookArgs]] | None = None
 
     def __init__(self, name: str | None = None) -> None:
-        self._name = name
-        self._members: list[PipelineHooks] = []
-        self._channels = {
+        self._hook_name = name
+        self._hook_members: list[PipelineHooks] = []
+        self._hook_channels = {
             channel: HookContextChannel(channel, owner=self) for channel in CHANNEL_NAMES
         }
 
     @property
     def name(self) -> str:
         """The name in errors and saved states, unique in a trainer; by default the class's."""
-        return self._name if self._name is not None else type(self).__name__
+        return self._hook_name if self._hook_name is not None else type(self).__name__
 
     @name.setter
     def name(self, name: str) -> None:
-        self._name = name
+        self._hook_name = name
 
-    def channel(self, name: ChannelName) -> HookContextChannel[PipelineHookArgs]:
+    def get_channel(self, name: ChannelName) -> HookContextChannel[PipelineHookArgs]:
         """The hooks of one channel.
 
         Raises:
             HookRegistrationError: there is no such channel, or the subclass's constructor has not
                 called ``super().__init__()``.
         """
-        if self._channels is None:
+        if self._hook_channels is None:
             cls = type(self).__qualname__
             raise HookRegistrationError(
                 f"{cls}.__init__ must call super().__init__() before anything else is done with it"
             )
-        if name not in self._channels:
+        if name not in self._hook_channels:
             near = difflib.get_close_matches(str(name), CHANNEL_NAMES, n=1)
             raise HookRegistrationError(
                 f"there is no channel {name!r}"
                 + (f"; did you mean {near[0]!r}?" if near else "")
                 + f" The channels are {', '.join(CHANNEL_NAMES)}"
             )
-        return self._channels[name]
+        return self._hook_channels[name]
 
     def register_hook(
         self, channel: ChannelName, hook: HookContext[PipelineHookArgs]
@@ -95,7 +95,7 @@ class PipelineHooks:
                 hook; the message says what to do.
             HookSignatureError: its before or after can't be called with one argument.
         """
-        return self.channel(channel).register(hook)
+        return self.get_channel(channel).register(hook)
 
     def register_pipeline_hooks(self, hooks: HookLike) -> RemovableHandle:
         """Add a bundle, or the one that a configuration describes, with all its hooks.
@@ -104,18 +104,20 @@ class PipelineHooks:
             HookRegistrationError: it has a name that is taken here, or is no bundle.
         """
         bundle = _build(hooks)
-        bundle.channel("on_loop")  # an error here if its constructor did not call ours
-        if any(bundle is known for known in (self, *self.walk())):
+        bundle.get_channel("on_loop")  # an error here if its constructor did not call ours
+        if any(bundle is known for known in (self, *self.all_hooks())):
             raise HookRegistrationError(f"hook {bundle.name!r} is registered here already")
-        check_unique_names([*self.named(), *bundle.named()])
-        handles = [self.channel(name).register(bundle.channel(name)) for name in CHANNEL_NAMES]
-        self._members.append(bundle)
+        check_unique_names([*self.named_hooks(), *bundle.named_hooks()])
+        handles = [
+            self.get_channel(name).register(bundle.get_channel(name)) for name in CHANNEL_NAMES
+        ]
+        self._hook_members.append(bundle)
 
         def remove() -> None:
             for handle in handles:
                 handle.remove()
             # By identity: users may define equality on their hooks.
-            self._members = [member for member in self._members if member is not bundle]
+            self._hook_members = [member for member in self._hook_members if member is not bundle]
 
         return RemovableHandle(remove)
 
@@ -146,29 +148,29 @@ class PipelineHooks:
 
     def begin(self, channel: ChannelName, args: PipelineHookArgs) -> AbstractContextManager[None]:
         """The hooks of a channel around the body of a ``with`` statement."""
-        return self.channel(channel).begin(args)
+        return self.get_channel(channel).begin(args)
 
     def unregister_all(self) -> None:
         """Remove every hook and every bundle; their handles become void."""
         for name in CHANNEL_NAMES:
-            self.channel(name).unregister_all()
-        self._members = []
+            self.get_channel(name).unregister_all()
+        self._hook_members = []
 
-    def walk(self) -> Iterator[PipelineHooks]:
+    def all_hooks(self) -> Iterator[PipelineHooks]:
         """Every bundle registered here, and in those, in the order of registration."""
-        for member in self._members:
+        for member in self._hook_members:
             yield member
-            yield from member.walk()
+            yield from member.all_hooks()
 
-    def named(self) -> Iterator[PipelineHooks]:
+    def named_hooks(self) -> Iterator[PipelineHooks]:
         """This bundle and all in it that have an identity.
 
         A plain ``PipelineHooks()`` without a name has none: it only holds others together.
         """
         return (
             bundle
-            for bundle in (self, *self.walk())
-            if bundle._name is not None or type(bundle) is not PipelineHooks
+            for bundle in (self, *self.all_hooks())
+            if bundle._hook_name is not None or type(bundle) is not PipelineHooks
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -200,12 +202,14 @@ class PipelineHooks:
 
     def _stateful(self) -> Iterator[PipelineHooks]:
         own = PipelineHooks.state_dict
-        return (bundle for bundle in self.walk() if type(bundle).state_dict is not own)
+        return (bundle for bundle in self.all_hooks() if type(bundle).state_dict is not own)
 
     def __repr__(self) -> str:
         cls = type(self)
         channels = "\n".join(
-            f"{name}: {channel!r}, " for name in CHANNEL_NAMES if len(channel := self.channel(name))
+            f"{name}: {channel!r}, "
+            for name in CHANNEL_NAMES
+            if len(channel := self.get_channel(name))
         )
         return (
             f"<{cls.__module__}.{cls.__qualname__}(\n  hooks={{\n"

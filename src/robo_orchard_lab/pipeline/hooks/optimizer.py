@@ -73,7 +73,7 @@ class OptimizerHook(PipelineHooks):
             if isinstance(lr_scheduler, AcceleratedScheduler)
             else lr_scheduler
         )
-        self._channel = hooks.channel("on_optimizer_step")
+        self._channel = hooks.get_channel("on_optimizer_step")
         # With a gradient scaler and the like, Accelerate's wrapper knows whether it has stepped.
         self._wrapper = self.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else None
         self._zero_grad = _zero_grad_of(self.optimizer)

@@ -156,7 +156,7 @@ class HookBasedTrainer:
         self._stopping = False
         self._synchronising = accelerator.sync_gradients = True
 
-        channel = self.hooks.channel  # looked up once: the step path calls these
+        channel = self.hooks.get_channel  # looked up once: the step path calls these
         self._on_loop = channel("on_loop").run
         self._on_epoch = channel("on_epoch").run
         self._on_step = channel("on_step").run
@@ -211,7 +211,7 @@ class HookBasedTrainer:
         if self._commit():
             logger.info("nothing left to do: %s, %s", self.progress, self.limits)
             return
-        check_unique_names(self.hooks.named())
+        check_unique_names(self.hooks.named_hooks())
         if not self.model.training:
             self.model.train()
         if self._optimizer_hook is not None:
