@@ -159,7 +159,7 @@ def test_ways_to_take_a_config(
 def test_a_config_that_is_not_the_first_parameter_is_found_by_its_type() -> None:
     """Other required parameters come from the call."""
     config = BuildConfig(class_type=Late)
-    assert config(model="m").given == (config, "m")
+    assert config(model="m").given == config("m").given == (config, "m")
 
 
 class OwnConfig:
@@ -175,6 +175,21 @@ class OwnConfigConfig(ClassConfig[OwnConfig]):
 def test_a_parameter_that_merely_has_the_name_gets_the_field() -> None:
     """`config: dict` with a field of that name is an ordinary parameter."""
     assert OwnConfigConfig()().given == ({"a": 1}, 1)
+
+
+class Undeclared:
+    def __init__(self, config, size=1):  # type: ignore[no-untyped-def]  # as users may write it
+        self.given = (config, size)
+
+
+def test_a_field_goes_before_the_name_of_a_parameter() -> None:
+    """Also without a declaration, a parameter gets the field that is called like it."""
+
+    class UndeclaredConfig(ClassConfig[Undeclared]):
+        class_type: type[Undeclared] = Undeclared
+        config: str = "mine"
+
+    assert UndeclaredConfig()().given == ("mine", 1)
 
 
 def test_a_parameter_of_another_type_does_not_take_the_config() -> None:

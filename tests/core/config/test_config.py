@@ -120,7 +120,7 @@ def test_replace_gives_a_validated_copy() -> None:
     other = run.replace(name="x", **{"data.batch_size": 4, "limits.high": 5})
     assert other == Run(name="x", data=Data(batch_size=4), limits=Limited(high=5))
     assert run == Run()
-    other.data.tags.append("b")
+    run.replace(name="y").data.tags.append("b")
     assert run == Run()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -106,7 +105,7 @@ did you mean 'batch_size'?
         text = self.to_str(formats.format_of(path))
         # The target of a link is replaced, not the link.
         target = Path(os.path.realpath(path))
-        draft = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+        draft = target.with_name(f".{target.name}.{os.urandom(8).hex()}.tmp")
         try:
             with open(draft, "x", encoding="utf-8", newline="\n") as file:
                 file.write(text)

@@ -60,7 +60,9 @@ def build(config: Config, cls: type[R], args: tuple[Any, ...], kwargs: dict[str,
     }
     if changes:
         config = config.replace(**changes)
-    if args or parameter.kind is parameter.POSITIONAL_ONLY:
+    # Behind *args of a constructor that hands them on, it is taken to come first as well.
+    is_first = _positional(_signature(cls))[:1] in ([], [parameter.name])
+    if parameter.kind is parameter.POSITIONAL_ONLY or (args and is_first):
         return call(cls, config, {}, (config, *args), kwargs)
     return call(cls, config, {}, (), {parameter.name: config, **kwargs})
 
@@ -75,15 +77,15 @@ def call(
     """What ``code`` returns for the arguments and, where they are silent, the fields."""
     signature = _signature(code)
     hints = _hints(getattr(code, "__init__", code) if isinstance(code, type) else code)
+    # Built only where it is needed: what a caller gives instead may be there to avoid it.
+    silent = fields.keys() - kwargs.keys() - set(_positional(signature)[: len(args)])
+    built = {
+        name: _built(value, hints.get(name, Any))
+        for name, value in fields.items()
+        if name in silent
+    }
+    kwargs = {**built, **kwargs}
     if signature is not None:
-        kwargs = {
-            **{
-                name: _built(value, hints.get(name, Any))
-                for name, value in fields.items()
-                if name not in kwargs and name not in _filled(signature, args)
-            },
-            **kwargs,
-        }
         try:
             signature.bind(*args, **kwargs)
         except TypeError as error:
@@ -92,8 +94,6 @@ def call(
                 f"{_name(code)} doesn't take what {type(config).__qualname__} gives it: {error}; "
                 f"its parameters are {names}"
             ) from error
-    else:
-        kwargs = {**{name: _built(value, Any) for name, value in fields.items()}, **kwargs}
     try:
         return code(*args, **kwargs)
     except Exception as error:
@@ -197,14 +197,13 @@ def _parameters(code: Callable[..., Any]) -> list[str]:
     )
 
 
-def _filled(signature: inspect.Signature, args: tuple[Any, ...]) -> set[str]:
-    """The parameters that the positional arguments fill."""
-    positional = [
+def _positional(signature: inspect.Signature | None) -> list[str]:
+    """The parameters that positional arguments fill, in their order."""
+    return [
         p.name
-        for p in signature.parameters.values()
+        for p in (signature.parameters.values() if signature else ())
         if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    return set(positional[: len(args)])
 
 
 def _name(code: Callable[..., Any]) -> str:
