@@ -64,7 +64,7 @@ def build(config: Config, cls: type[R], args: tuple[Any, ...], kwargs: dict[str,
     is_first = _positional(_signature(cls))[:1] in ([], [parameter.name])
     if parameter.kind is parameter.POSITIONAL_ONLY or (args and is_first):
         return call(cls, config, {}, (config, *args), kwargs)
-    return call(cls, config, {}, (), {parameter.name: config, **kwargs})
+    return call(cls, config, {}, args, {parameter.name: config, **kwargs})
 
 
 def call(
