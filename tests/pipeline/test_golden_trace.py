@@ -74,7 +74,7 @@ def test_max_step_in_the_middle_of_an_epoch() -> None:
     recorder = Recorder()
     trainer = make_trainer(recorder, loader=make_loader(2), max_step=3)
     trainer()
-    check("max_step", [*recorder.lines, str(trainer.progress)])
+    check("max_step", [*recorder.lines, repr(trainer.progress)])
 
 
 @pytest.mark.parametrize("role", ["before", "after"])
@@ -102,7 +102,7 @@ def test_an_error_in_each_channel(channel: ChannelName, role: str) -> None:
     notes = raised.value.__notes__
     assert notes[0].startswith(f"raised in hook 'failing' ({channel}, {role}): function ")
     assert notes[-1] == f"the run was at {trainer.progress}"
-    check(f"error_{role}_{channel}", [*recorder.lines, str(trainer.progress)])
+    check(f"error_{role}_{channel}", [*recorder.lines, repr(trainer.progress)])
 
 
 def test_hooks_added_and_removed_while_running() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DataLoaderConfiguration
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from robo_orchard_core.utils.hook import HookRegistrationError
@@ -429,3 +429,28 @@ def test_accelerate_knows_whether_gradients_are_complete() -> None:
     )
     trainer()
     assert seen == [(boundary, boundary) for boundary in [False, False, True] * 2 + [True]]
+
+
+def test_a_loader_that_accelerate_is_to_change_goes_through_it() -> None:
+    """With a seedable sampler asked for, the order follows from its seed alone."""
+    options = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=5)
+
+    def order(seed: int) -> list[torch.Tensor]:
+        seen: list[torch.Tensor] = []
+
+        def look(model: torch.nn.Module, batch: Any) -> tuple[None, None]:
+            seen.append(batch[0])
+            return None, None
+
+        trainer = HookBasedTrainer(
+            Accelerator(cpu=True, dataloader_config=options),
+            make_model(),
+            make_loader(shuffle=True),
+            SimpleBatchProcessor.from_callable(look, need_backward=False),
+            max_epoch=1,
+        )
+        torch.manual_seed(seed)
+        trainer()
+        return seen
+
+    assert equal(order(1), order(2))

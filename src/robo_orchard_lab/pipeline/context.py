@@ -184,4 +184,4 @@ class PipelineHookArgs:
         raise AttributeError(f"{cls.__name__} has no field {name!r}")
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.progress}>"
+        return f"<{type(self).__name__} at {self.progress}>"

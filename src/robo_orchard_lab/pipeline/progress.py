@@ -47,6 +47,12 @@ class TrainerProgress:
         else:
             self.skipped_optimizer_steps += 1
 
+    def __str__(self) -> str:
+        return (
+            f"epoch {self.epoch_id}, step {self.step_id} (global step {self.global_step_id}, "
+            f"{self.optimizer_step_id} updates committed, {self.skipped_optimizer_steps} skipped)"
+        )
+
     def state_dict(self) -> dict[str, int]:
         """Every counter by its name, and the version of this layout."""
         return {"version": STATE_VERSION, **asdict(self)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ def prepare_objects(
 ) -> PreparedObjects:
     """Let Accelerate prepare what is not prepared yet.
 
-    With one process the data loader is used as it is: Accelerate's version of it would give the
-    same batches, one batch of look-ahead and 5 us a step later.
+    With one process the data loader is used as it is, unless Accelerate is configured to change
+    it: its version would give the same batches, one batch of look-ahead and 5 us a step later.
 
     Raises:
         PipelineConfigError: the launcher started several processes that do not know of each other.
@@ -51,14 +52,19 @@ def prepare_objects(
     lr_scheduler = next(prepared) if lr_scheduler is not None else None
 
     place: Callable[[Any], Any] | None = None
-    if accelerator.num_processes > 1 and isinstance(dataloader, DataLoader):
+    config = accelerator.dataloader_config
+    changed = accelerator.num_processes > 1 or (
+        config.use_seedable_sampler or config.use_stateful_dataloader
+    )
+    if changed and isinstance(dataloader, DataLoader):
         dataloader = accelerator.prepare(dataloader)
-    elif accelerator.device.type != "cpu":
-        pinned = bool(getattr(dataloader, "pin_memory", False))
-        device = accelerator.device
-
-        def place(batch: Any) -> Any:
-            return send_to_device(batch, device, non_blocking=pinned)
+    elif accelerator.device_placement and accelerator.device.type != "cpu":
+        place = partial(
+            send_to_device,
+            device=accelerator.device,
+            # From pinned memory a batch travels while the host goes on.
+            non_blocking=config.non_blocking or getattr(dataloader, "pin_memory", False),
+        )
 
     return PreparedObjects(model, optimizer, lr_scheduler, dataloader, place)
 

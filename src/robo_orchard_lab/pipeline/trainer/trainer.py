@@ -209,7 +209,7 @@ class HookBasedTrainer:
                 "make a new one, and resume from a checkpoint"
             )
         if self._commit():
-            logger.info("nothing left to do: %s, %s", self.progress, self.limits)
+            logger.info("nothing left to do at %s; %s", self.progress, self.limits)
             return
         check_unique_names(self.hooks.named_hooks())
         if not self.model.training:
