@@ -439,3 +439,15 @@ def test_a_class_defined_after_its_config_is_found() -> None:
         size: int = 1
 
     assert EarlyConfig()(extra=2).given == {"size": 1, "extra": 2}
+
+
+def test_a_field_declared_by_a_type_variable_keeps_to_its_bound() -> None:
+    """A generic config that leaves its class open admits what the bound admits, in files too."""
+
+    class OpenConfig(BaseHookConfig):  # type: ignore[type-arg]  # open on purpose
+        every_steps: int = 1
+
+    document = {"class_type": f"{__name__}:LoudHook"}
+    assert OpenConfig.from_dict(document, trust=__name__).class_type is LoudHook
+    with pytest.raises(ConfigReferenceError, match=r"class_type: expected a subclass of .*:Hook,"):
+        OpenConfig.from_dict({"class_type": f"{__name__}:Timer"}, trust=__name__)

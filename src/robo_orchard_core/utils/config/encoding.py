@@ -16,7 +16,6 @@ from pydantic_core import to_jsonable_python
 
 from robo_orchard_core.utils.config.document import MAX_DEPTH, Plain, check
 from robo_orchard_core.utils.config.errors import (
-    ConfigError,
     ConfigReferenceError,
     ConfigSaveError,
     ConfigSyntaxError,
@@ -178,8 +177,6 @@ def _prove(config: ConfigModel, document: dict[str, Plain], code: dict[Code, Pat
     except ValidationError as error:
         problem = config_error(error, document)
         raise ConfigSaveError(f"would not come back: {problem.problem}", problem.path) from error
-    except ConfigError as error:
-        raise ConfigSaveError(f"would not come back: {error.problem}", error.path) from error
     difference = _difference(config, loaded, ())
     if difference is not None:
         raise ConfigSaveError(
