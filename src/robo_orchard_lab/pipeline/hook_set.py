@@ -217,17 +217,17 @@ class PipelineHooks:
         )
 
 
-HooksT = TypeVar("HooksT", bound=PipelineHooks)
+HooksT_co = TypeVar("HooksT_co", bound=PipelineHooks, covariant=True)
 
 
-class PipelineHooksConfig(ClassConfig[HooksT], Generic[HooksT]):
+class PipelineHooksConfig(ClassConfig[HooksT_co], Generic[HooksT_co]):
     """The parameters of a bundle of hooks; calling it builds the bundle.
 
     ``class_type`` names the class, ``PipelineHooksConfig[MyHook]`` declares its type.
     """
 
 
-HookLike: TypeAlias = "PipelineHooks | PipelineHooksConfig[Any]"
+HookLike: TypeAlias = "PipelineHooks | PipelineHooksConfig[PipelineHooks]"
 """A bundle of hooks, or the configuration that builds one."""
 
 
