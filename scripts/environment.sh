@@ -73,9 +73,9 @@ find_system_python() {
         incapable=${incapable:-$found}
     done
     if [ -n "$incapable" ]; then
-        stop "missing: the venv module of Python $incapable; install it: apt-get install python$incapable-venv"
+        stop "missing: the venv module of Python $incapable; as root: apt-get update && apt-get install -y python$incapable-venv"
     fi
-    stop "missing: Python 3.11 or newer; install it: apt-get install python3 python3-venv"
+    stop "missing: Python 3.11 or newer; as root: apt-get update && apt-get install -y python3 python3-venv"
 }
 
 # The version of a Python, such as 3.11; fails where it is too old or does not start.
