@@ -103,13 +103,13 @@ def _body(args: Args) -> None:
 
 
 def _bare_calls(
-    befores: Sequence[Method], afters: Sequence[Method]
+    entering: Sequence[Method], afters: Sequence[Method]
 ) -> Callable[[Args, Method], None]:
     """What one would write without channels; the afters run in reverse, as in a channel."""
     leaving = list(reversed(afters))
 
     def enter(args: Args, body: Method) -> None:
-        for before in befores:
+        for before in entering:
             before(args)
         body(args)
         for after in leaving:
