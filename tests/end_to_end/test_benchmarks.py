@@ -73,9 +73,9 @@ def test_all_contenders_train_alike(quick_reports: dict[str, Any], benchmark: st
 
 def test_an_unknown_name_is_refused() -> None:
     """A name that is no benchmark's is refused with the names that there are."""
-    finished = run_benchmarks("despatch")
+    finished = run_benchmarks("no_such_benchmark")
     assert finished.returncode == 2
-    assert "no benchmark named despatch; there are dispatch, overhead" in finished.stderr
+    assert "no benchmark named no_such_benchmark; there are dispatch, overhead" in finished.stderr
 
 
 def test_tables_are_plain_markdown_outside_a_terminal() -> None:
