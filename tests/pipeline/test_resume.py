@@ -288,7 +288,14 @@ class OtherModel(torch.nn.Sequential):
             r"another one: unexpected: 2\.bias; 0\.weight: saved as \(8, 4\), here \(9, 4\)",
         ),
         (lambda: {"hooks": Losses()}, "registered but not saved: Losses"),
-        (lambda: {"lr_scheduler": "step"}, "the saved run had no lr_scheduler, this one has one"),
+        (
+            lambda: {"lr_scheduler": "step"},
+            "the saved run had as lr_scheduler: none, this one has: StepLR",
+        ),
+        (
+            lambda: {"optimizer": "adam"},
+            "the saved run had as optimizer: SGD, this one has: AdamW",
+        ),
         (lambda: {"optimizer": "half"}, r"parameter group .* saved in other groups: 0\.bias"),
         (lambda: {"optimizer": "two groups"}, "parameter group that was not saved"),
         (
@@ -306,6 +313,8 @@ def test_the_state_of_another_run_is_refused(change: Any, message: str, tmp_path
     optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.7)
     if kind == "half":
         optimizer = torch.optim.SGD(next(model.children()).parameters(), lr=0.7)
+    elif kind == "adam":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.7)
     elif kind == "two groups":
         optimizer = torch.optim.SGD([{"params": [p]} for p in model.parameters()], lr=0.7)
     if "lr_scheduler" in options:
@@ -364,6 +373,9 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
         make_trainer(max_step=3, resume_from=tmp_path / "a")
     file.write_text("[]")
     with pytest.raises(StateError, match="expected version 1, found None"):
+        make_trainer(max_step=3, resume_from=tmp_path / "a")
+    file.write_text('{"version": 1, "state": {"progress": {}}}')
+    with pytest.raises(StateError, match=r"expected a state of gradients, .* found \{'progress'"):
         make_trainer(max_step=3, resume_from=tmp_path / "a")
 
 

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch.optim.lr_scheduler import StepLR
 
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, SimpleBatchProcessor
+from robo_orchard_lab.pipeline.errors import PipelineStateError
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext
 from tiny import loss_of, make_loader, make_model
 
@@ -39,7 +40,13 @@ def main(folder: Path, accumulate: int, batch_size: int) -> None:
         max_epoch=2,
     )
     trainer()
+    refused = False
+    try:
+        trainer.save_checkpoint(folder / "checkpoint")
+    except PipelineStateError:
+        refused = True
     result = {
+        "refused": torch.tensor(refused),
         "weights": torch.cat([p.detach().flatten() for p in model.parameters()]),
         "gradients": torch.stack(gradients),
         "moves": torch.tensor(scheduler.last_epoch),

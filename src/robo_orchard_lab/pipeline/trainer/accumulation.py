@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice, repeat
+from itertools import chain, islice, repeat
 from typing import Any, TypeAlias
 
 from torch.utils.data import BatchSampler, DataLoader
@@ -58,14 +58,14 @@ def _windows(
             limit -= len(samples)
 
 
-def known_batch_sizes(dataloader: Iterable[Any]) -> list[int] | None:
+def known_batch_sizes(dataloader: Iterable[Any]) -> Iterator[int] | None:
     """The number of samples of each batch of one pass, or None where it can't be known ahead."""
     sampler = getattr(dataloader, "batch_sampler", None)
     if type(dataloader) is not DataLoader or type(sampler) is not BatchSampler:
         return None
     try:
         samples = len(sampler.sampler)  # type: ignore[arg-type]  # refused below where unsized
-    except TypeError:
+    except (TypeError, NotImplementedError):
         return None
     full, rest = divmod(samples, sampler.batch_size)
-    return [sampler.batch_size] * full + ([rest] if rest and not sampler.drop_last else [])
+    return chain(repeat(sampler.batch_size, full), [rest] if rest and not sampler.drop_last else [])

@@ -14,6 +14,17 @@ from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.trainer.position import DataPosition
 
+_PARTS = {
+    "gradients",
+    "hooks",
+    "lr_scheduler",
+    "model_extra",
+    "optimizer",
+    "position",
+    "progress",
+    "scaler",
+    "types",
+}
 _COMPILED = "_orig_mod."  # what torch.compile puts into the names of what it wraps
 
 
@@ -41,6 +52,7 @@ def take_snapshot(
         "optimizer": named_optimizer_state(run.optimizer, names) if run.optimizer else None,
         "lr_scheduler": run.lr_scheduler.state_dict() if run.lr_scheduler else None,
         "scaler": scaler.state_dict() if scaler else None,
+        "types": _types(run),
         "hooks": hooks.state_dict(),
         "position": position.state_dict(),
     }
@@ -59,19 +71,17 @@ def load_snapshot(
         StateError: the snapshot is that of another model, optimizer, schedule or set of hooks. All
             that can be compared is compared before the first object is changed.
     """
+    if not isinstance(state, dict) or set(state) != _PARTS:
+        raise StateError(f"expected a state of {', '.join(sorted(_PARTS))}; found {state!r:.80}")
     model = plain_model(run)
     entries = {name.replace(_COMPILED, ""): name for name in model.state_dict()}
     found = {**weights, **state["model_extra"]}
     _check_model(model.state_dict(), {entries.get(n, n): value for n, value in found.items()})
-    for part, live in (
-        ("optimizer", run.optimizer),
-        ("lr_scheduler", run.lr_scheduler),
-        ("scaler", run.accelerator.scaler),
-    ):
-        if (state[part] is None) != (live is None):
+    for part, live in _types(run).items():
+        if state["types"][part] != live:
             raise StateError(
-                f"the saved run had {'no' if state[part] is None else 'a'} {part}, "
-                f"this one has {'none' if live is None else 'one'}"
+                f"the saved run had as {part}: {state['types'][part] or 'none'}, "
+                f"this one has: {live or 'none'}"
             )
     TrainerProgress().load_state_dict(state["progress"])
     position.check(state["position"])
@@ -98,6 +108,16 @@ def load_gradients(gradients: Mapping[str, torch.Tensor], run: PipelineRun) -> N
     for parameter, name in _names(run).items():
         if name in gradients:
             parameter.grad = gradients[name].to(parameter.device)
+
+
+def _types(run: PipelineRun) -> dict[str, str | None]:
+    """The classes of what the trainer works with, whose states mean nothing to others."""
+    parts = {
+        "optimizer": run.optimizer,
+        "lr_scheduler": run.lr_scheduler,
+        "scaler": run.accelerator.scaler,
+    }
+    return {name: None if part is None else type(part).__qualname__ for name, part in parts.items()}
 
 
 def _names(run: PipelineRun) -> dict[torch.nn.Parameter, str]:

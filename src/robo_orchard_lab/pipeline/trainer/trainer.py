@@ -165,9 +165,10 @@ class HookBasedTrainer:
         self._on_model_backward = channel("on_model_backward").run
 
         if resume_from is not None:
+            self._refuse_several_processes()
             weights, state = read_checkpoint(resume_from)
             load_snapshot(weights, state, self._run, self.hooks, self._position)
-            self._gradients = state["gradients"]
+            self._gradients = state["gradients"]  # load_snapshot has made sure that it is there
 
     def save_checkpoint(self, folder: str | os.PathLike[str]) -> None:
         """Write all that a trainer needs to go on as this one would, for ``resume_from``.
@@ -190,9 +191,15 @@ class HookBasedTrainer:
                 "the trainer is in the middle of a step; save after it has returned, for example "
                 "after args.requests.stop(...)"
             )
-        if self.accelerator.num_processes > 1:
-            raise PipelineStateError("a run of several processes can't be saved yet")
+        self._refuse_several_processes()
         write_checkpoint(folder, *take_snapshot(self._run, self.hooks, self._position))
+
+    def _refuse_several_processes(self) -> None:
+        if self.accelerator.num_processes > 1:
+            raise PipelineStateError(
+                "a run of several processes can't be saved or resumed yet: each has a random "
+                "state and a part of the data of its own; use one process"
+            )
 
     def __call__(self) -> None:
         """Train until a limit is reached or a hook's request to stop is granted.
@@ -242,11 +249,10 @@ class HookBasedTrainer:
         done = progress.step_id
         _announce_epoch(self.dataloader, progress.epoch_id)
         self._position.start_epoch(done)
-        sizes = known_batch_sizes(self.dataloader)
         windows = micro_batches(
             iter(self.dataloader),
             window=self.accelerator.gradient_accumulation_steps,
-            sizes=None if sizes is None else iter(sizes),
+            sizes=known_batch_sizes(self.dataloader),
             limit=None if max_step is None else max_step - progress.global_step_id + done,
         )
         for batch, ends_window, divisor in self._position.seek(windows, done):
@@ -289,10 +295,10 @@ class HookBasedTrainer:
 
     def _forward(self, args: PipelineHookArgs) -> None:
         result = self.batch_processor.forward(self.model, args.batch)
-        try:
-            args.model_outputs, args.attached_loss = result
-        except (TypeError, ValueError):
-            raise self._wrong_result(f"{type(result).__name__}") from None
+        # A tensor of two rows would unpack as well, hence the check of the type.
+        if not isinstance(result, (tuple, list)) or len(result) != 2:
+            raise self._wrong_result(type(result).__name__)
+        args.model_outputs, args.attached_loss = result
 
     def _backward(self, args: PipelineHookArgs) -> None:
         loss = args.attached_loss
