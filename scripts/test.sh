@@ -29,8 +29,8 @@ check "ruff check" "$python" -m ruff check
 check "ruff format" "$python" -m ruff format --check
 check "mypy" "$python" -m mypy src tests examples benchmarks
 check "codespell" "$environment/bin/codespell"
-check "pytest" "$python" -m pytest src tests --doctest-modules -m "$selection" \
-    --cov --cov-report=term --cov-fail-under=95
+check "doctests" "$python" -m pytest src --doctest-modules --quiet --cov --cov-report=
+check "tests" "$python" -m pytest tests -m "$selection" --cov --cov-append --cov-fail-under=95
 
 if [ ${#failed[@]} -gt 0 ]; then
     stop "failed: ${failed[*]}"
