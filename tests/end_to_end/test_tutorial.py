@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(
     reason=f"the tutorial is not part of the repository and does not lie in {SHARED}",
 )
 
+BEGINNING = "Begining"  # codespell:ignore begining - the tutorial spells it so
 STEPS_PER_EPOCH, EPOCHS, LOGGED_EVERY = 48 // 4, 2, 5  # of `tutorial_script.py --small`
 
 
@@ -47,14 +48,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_hooks_of_loop_epoch_and_step_are_called_in_order(run: Run) -> None:
     """The log has each begin and end once, nested, from the loop's to every fifth step's."""
-    expected = ["Begining loop"]
+    expected = [f"{BEGINNING} loop"]
     for epoch in range(EPOCHS):
-        expected.append(f"Begining {epoch}-th epoch")
+        expected.append(f"{BEGINNING} {epoch}-th epoch")
         for step in range(LOGGED_EVERY - 1, STEPS_PER_EPOCH, LOGGED_EVERY):
-            expected += [f"Begining {step}-th step", f"Ended {step}-th step"]
+            expected += [f"{BEGINNING} {step}-th step", f"Ended {step}-th step"]
         expected.append(f"Ended {epoch}-th epoch")
     expected.append("Ended loop")
-    assert re.findall(r"(?:Begining|Ended) (?:loop|\d+-th \w+)", run.log) == expected
+    assert re.findall(rf"(?:{BEGINNING}|Ended) (?:loop|\d+-th \w+)", run.log) == expected
 
 
 def test_nothing_is_warned_about(run: Run) -> None:
