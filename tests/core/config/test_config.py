@@ -125,7 +125,7 @@ def test_replace_gives_a_validated_copy() -> None:
 
 
 REPLACEMENTS: list[tuple[dict[str, Any], str]] = [
-    ({"nam": 1}, "nam: Run has no such field; did you mean 'name'?"),
+    ({"names": 1}, "names: Run has no such field; did you mean 'name'?"),
     ({"data.bach_size": 1}, "data.bach_size: Data has no such field; did you mean 'batch_size'?"),
     ({"data.batch_size": "x"}, "data.batch_size: Input should be a valid integer"),
     ({"data.root.x": 1}, "data.root: holds no config but str; replace it whole"),
