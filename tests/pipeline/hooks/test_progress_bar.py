@@ -111,15 +111,18 @@ class TestLines:
             *(" step 3/4 (75 %)", " step 4/4 (100 %)", " step 4/4 (100 %)", " step 4/4 (100 %)"),
         ]
 
-    def test_a_resumed_run_goes_on_from_its_counters(self, log: pytest.LogCaptureFixture) -> None:
-        """After a resume, epochs and steps are those of the run, and the rate that of the loop."""
-        trainer = make_trainer(ProgressBarHookConfig(refresh_seconds=EVERY_STEP), max_epoch=3)
-        trainer.progress.load_state_dict(
-            {**trainer.progress.state_dict(), "epoch_id": 2, "global_step_id": 14}
-        )
-        trainer()
+    def test_a_resumed_run_goes_on_from_its_counters(
+        self, log: pytest.LogCaptureFixture, tmp_path: Path
+    ) -> None:
+        """After a resume in the middle of an epoch, epoch and step are those of the run."""
+        hook = ProgressBarHookConfig(refresh_seconds=EVERY_STEP)
+        given_up = make_trainer(hook, max_step=10)
+        given_up()
+        given_up.save_checkpoint(tmp_path / "saved")
+        log.clear()
+        make_trainer(hook, max_epoch=3, resume_from=tmp_path / "saved")()
         lines = lines_of(log)
-        assert lines[0] == "epoch 3/3, step 15/21 (71 %), loss L, N samples/s, ETA T"
+        assert lines[0] == "epoch 2/3, step 11/21 (52 %), loss L, N samples/s, ETA T"
         assert lines[-1] == "epoch 3/3, step 21/21 (100 %), loss L, N samples/s, took T"
 
     def test_an_error_ends_with_where_it_stopped(self, log: pytest.LogCaptureFixture) -> None:
