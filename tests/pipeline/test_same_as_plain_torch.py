@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau,
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
+from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hooks import GradientClippingHookConfig
 from robo_orchard_lab.pipeline.hooks.gradient_clipping import GradientClippingHook
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext, PipelineHooks
@@ -312,6 +313,14 @@ def test_gradients_are_freed_whatever_zero_grad_takes(cls: type[torch.optim.SGD]
     assert all(parameter.grad is None for parameter in model.parameters())
     expected, _ = plain_loop(lambda p: torch.optim.SGD(p, lr=0.1), None, make_loader(), 1)
     assert equal(weights(model), expected)
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
+    """LBFGS evaluates the model within its step, which is told when the trainer is built."""
+    model = make_model()
+    optimizer = torch.optim.LBFGS(model.parameters())
+    with pytest.raises(PipelineConfigError, match=r"LBFGS\.step needs a closure"):
+        make_trainer(model=model, optimizer=optimizer, max_step=1)
 
 
 def test_old_gradients_do_not_enter_the_first_update() -> None:

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 
 ScheduleUnit: TypeAlias = Literal["optimizer_step", "epoch"]
@@ -56,6 +57,10 @@ class OptimizerHook(PipelineHooks):
             whatever the number of processes, and for ``ReduceLROnPlateau`` once an epoch. That
             one gets the mean loss of this rank's steps since it last moved, and reading it
             waits for the device.
+
+    Raises:
+        PipelineConfigError: the optimizer can't step without a closure, as LBFGS can't, which
+            evaluates the model anew within its step.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class OptimizerHook(PipelineHooks):
     ) -> None:
         super().__init__()
         self.optimizer = _unwrap_optimizer(accelerator, optimizer)
+        _refuse_closures(getattr(optimizer, "optimizer", optimizer))
         self.lr_scheduler = (
             lr_scheduler.scheduler
             if isinstance(lr_scheduler, AcceleratedScheduler)
@@ -162,6 +168,15 @@ def _unwrap_optimizer(
         inner: torch.optim.Optimizer = optimizer.optimizer
         return inner
     return optimizer
+
+
+def _refuse_closures(optimizer: torch.optim.Optimizer) -> None:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise PipelineConfigError(
+            f"{type(optimizer).__name__}.step needs a closure that evaluates the model anew, "
+            "which the trainer does not give; use an optimizer that steps on the gradients"
+        )
 
 
 def _move_of(
