@@ -245,6 +245,49 @@ def test_both_pairs_of_names_can_be_defined_and_called(cls: type[HookContext[Tra
     assert trace_of(channel) == ["before", "body", "after"]
 
 
+class Calling(Aliased):
+    def on_enter(self, args: Trace) -> None:
+        args.append("own")
+        super().on_enter(args)
+
+
+class Overriding(Aliased):
+    def before(self, args: Trace) -> None:
+        args.append("own")
+        super().before(args)  # type: ignore[safe-super]  # Aliased has it by its other name
+
+
+class Mixin:
+    def on_enter(self, args: Trace) -> None:
+        args.append("before")
+
+    def on_exit(self, args: Trace) -> None:
+        args.append("after")
+
+
+class Mixed(Mixin, HookContext[Trace]): ...
+
+
+@pytest.mark.parametrize(
+    ("cls", "expected"),
+    [
+        (Calling, ["own", "before"]),
+        (Overriding, ["own", "before"]),
+        (Mixed, ["before"]),
+    ],
+)
+def test_the_names_agree_in_subclasses(cls: Any, expected: Trace) -> None:
+    """Whichever name a subclass or a mixin defines, calls and super() reach the same methods."""
+    hook = cls()
+    for call in (hook.before, hook.on_enter):
+        trace: Trace = []
+        call(trace)
+        assert trace == expected
+    channel = HookContextChannel[Trace]("on_step")
+    channel.register(hook)
+    assert trace_of(channel) == [*expected, "body", "after"]
+
+
 def test_a_hook_needs_both_methods() -> None:
     """A class that leaves one out is abstract."""
 
@@ -287,7 +330,7 @@ async def async_generator(args: Any) -> Any:
         (3, "must be callable with one argument .* got int"),
         (coroutine, "is a coroutine function, whose body would never run"),
         (generator, "is a generator function, whose body would never run"),
-        (async_generator, "is a async generator function"),
+        (async_generator, "is a asynchronous generator function"),
     ],
 )
 def test_callables_that_cannot_serve_are_refused(function: Any, message: str) -> None:

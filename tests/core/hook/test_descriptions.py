@@ -115,6 +115,30 @@ def test_a_description_survives_the_loss_of_the_working_directory(tmp_path: Path
     assert re.search(r"from /.*_handle\.py:\d+>", done.stdout)
 
 
+class Falsy(list[Any]):
+    def __call__(self, args: Any) -> None: ...
+
+
+class HostileToInspect:
+    def __call__(self, args: Any) -> None: ...
+
+    @property
+    def __signature__(self) -> Any:
+        raise RuntimeError("nor at this")
+
+    def __bool__(self) -> bool:
+        raise RuntimeError("nor this")
+
+
+@pytest.mark.parametrize("make", [Falsy, HostileToInspect])
+def test_odd_callables_are_hooks_like_any_other(make: Callable[[], Any]) -> None:
+    """A callable that is empty, or raises when asked, is registered, run and described."""
+    hook: HookContext[Any] = HookContext.from_callable(before=make())
+    assert f"before=<FunctionInfo object {make.__name__}(id=" in repr(hook)
+    with hook.begin(None):
+        pass
+
+
 def test_a_channel_prints_its_hooks_in_order() -> None:
     """The tree names the channel and shows each hook with its place, before and after."""
     channel = HookContextChannel[Any]("on_step")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
 from itertools import combinations
 
 import pytest
@@ -171,8 +176,8 @@ def test_interrupts_leave_hooks_too(error: BaseException) -> None:
     with pytest.raises(type(error)) as raised:
         channel.run(args, body)
     assert raised.value is error
-    assert args.exception is error
     assert [place for place, _ in args.trace] == ["before 0", "after 0"]
+    assert args.trace[1][1] == str(error)
 
 
 def test_raising_the_seen_error_again_attaches_nothing() -> None:
@@ -211,3 +216,100 @@ def test_an_error_keeps_the_note_of_the_hook_that_raised_it() -> None:
         outer.run(Args(), lambda args: None)
     (note,) = raised.value.__notes__
     assert note.startswith("raised in hook 'hook 1' (on_optimizer_step, after)")
+
+
+def test_the_text_of_many_failures_stays_short() -> None:
+    """Each later error is told once: the text grows with their number, and no faster."""
+
+    def size(hooks: int) -> int:
+        channel = HookContextChannel[Args]("on_step")
+        for number in range(hooks):
+            channel.register(Recorder(number, frozenset({f"after {number}"})))
+        with pytest.raises(BoomError) as raised:
+            channel.run(Args(), lambda args: args.visit("body", frozenset({"body"})))
+        assert len(later_errors(raised.value)) == hooks
+        return len("\n".join(raised.value.__notes__))
+
+    assert size(16) < 2.2 * size(8)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenError(Exception):
+    """Takes neither a note nor an attribute."""
+
+    text: str
+
+
+def test_errors_that_take_no_notes_leave_hooks_too(caplog: pytest.LogCaptureFixture) -> None:
+    """Where an error can't carry the others, it is still the one raised, and the log has them."""
+
+    def fail(text: str) -> Callable[[Args], None]:
+        def hook(args: Args) -> None:
+            args.trace.append((text, None))
+            raise FrozenError(text)
+
+        return hook
+
+    args = Args()
+    channel = HookContextChannel[Args]("on_step")
+    channel.register(HookContext.from_callable(after=fail("outer"), name="outer"))
+    channel.register(HookContext.from_callable(before=fail("inner"), name="inner"))
+    with pytest.raises(FrozenError, match="inner"):
+        channel.run(args, lambda args: None)
+    assert [place for place, _ in args.trace] == ["inner", "outer"]
+    assert "raised in hook 'inner' (on_step, before)" in caplog.text
+    assert "another error was raised" in caplog.text
+    assert "FrozenError" in caplog.text
+
+
+class ReadOnly:
+    """Arguments whose exception can't be set."""
+
+    @property
+    def exception(self) -> None:
+        return None
+
+
+def test_arguments_that_refuse_the_error_leave_hooks_too() -> None:
+    """An ``exception`` that can't be set keeps no hook from being left."""
+    left: list[ReadOnly] = []
+    channel = HookContextChannel[ReadOnly]("on_step")
+    channel.register(HookContext.from_callable(after=left.append))
+
+    def body(args: ReadOnly) -> None:
+        raise BoomError("body")
+
+    args = ReadOnly()
+    with pytest.raises(BoomError, match="body"):
+        channel.run(args, body)
+    assert left == [args]
+
+
+def test_arguments_forget_the_error_once_the_scope_is_left() -> None:
+    """The next entry with the same arguments starts without the error of the one before."""
+    args = Args()
+    channel = HookContextChannel[Args]("on_step")
+    channel.register(Recorder(0, frozenset()))
+    with pytest.raises(BoomError):
+        channel.run(args, lambda args: args.visit("body", frozenset({"body"})))
+    args.trace.clear()
+    channel.run(args, lambda args: None)
+    assert args.trace == [("before 0", None), ("after 0", None)]
+
+
+def test_an_error_keeps_nothing_alive_that_a_plain_loop_would_let_go() -> None:
+    """Once a caught error is gone, so are the arguments, without the garbage collector."""
+    channel = HookContextChannel[Args]("on_step")
+    channel.register(Recorder(0, frozenset()))
+
+    def run() -> weakref.ref[Args]:
+        args = Args()
+        with suppress(BoomError):
+            channel.run(args, lambda args: args.visit("body", frozenset({"body"})))
+        return weakref.ref(args)
+
+    gc.disable()
+    try:
+        assert run()() is None
+    finally:
+        gc.enable()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Generic
 
@@ -19,7 +20,7 @@ class HookContext(ABC, Generic[ArgsT]):
     ``exception`` (where it has such an attribute) then holds the error. Return values are ignored.
 
     Subclasses define :meth:`before` and :meth:`after`; ``on_enter`` and ``on_exit`` are other
-    names for the two, to call and to define.
+    names for the two, to call and to define: a class that defines one has the other.
     """
 
     name: str | None = None
@@ -27,9 +28,13 @@ class HookContext(ABC, Generic[ArgsT]):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name, alias in (("before", "on_enter"), ("after", "on_exit")):
-            if alias in vars(cls) and name not in vars(cls):
-                setattr(cls, name, vars(cls)[alias])
+        ahead = cls.__mro__[: cls.__mro__.index(HookContext)]
+        for pair in (("before", "on_enter"), ("after", "on_exit")):
+            classes = (vars(c) for c in ahead if any(name in vars(c) for name in pair))
+            defined: Mapping[str, Any] = next(classes, {})
+            for name, other in (pair, pair[::-1]):
+                if name not in defined and other in defined:
+                    setattr(cls, name, defined[other])
 
     @abstractmethod
     def before(self, args: ArgsT) -> None:
@@ -69,7 +74,7 @@ class HookContext(ABC, Generic[ArgsT]):
         return HookContextFromCallable(before=before, after=after, name=name)
 
     def __repr__(self) -> str:
-        before, after = (FunctionInfo.of(f) if f else None for f in self.functions())
+        before, after = (None if f is None else FunctionInfo.of(f) for f in self.functions())
         cls = type(self)
         return (
             f"<{cls.__module__}.{cls.__qualname__}(\n"
@@ -109,6 +114,13 @@ class HookContextFromCallable(HookContext[ArgsT]):
         return self._before, self._after
 
 
+_NEVER_RUNNING = {
+    "coroutine": inspect.iscoroutinefunction,
+    "generator": inspect.isgeneratorfunction,
+    "asynchronous generator": inspect.isasyncgenfunction,
+}
+
+
 def check_signature(function: object, role: str) -> None:
     """Refuse what can't be called with one positional argument, or whose body would not run.
 
@@ -121,20 +133,16 @@ def check_signature(function: object, role: str) -> None:
             f"got {type(function).__name__}"
         )
     described = f"{role}={FunctionInfo.of(function)}"
-    for is_kind, kind in (
-        (inspect.iscoroutinefunction, "coroutine"),
-        (inspect.isgeneratorfunction, "generator"),
-        (inspect.isasyncgenfunction, "async generator"),
-    ):
-        if is_kind(function):
-            raise HookSignatureError(
-                f"{described} is a {kind} function, whose body would never run; "
-                "use a plain function"
-            )
     try:
+        kinds = [kind for kind, is_kind in _NEVER_RUNNING.items() if is_kind(function)]
         signature = inspect.signature(function)
-    except (ValueError, TypeError):
-        return  # some builtins don't tell
+    except Exception:  # some builtins don't tell, and some objects raise when looked at
+        return
+    if kinds:
+        raise HookSignatureError(
+            f"{described} is a {kinds[0]} function, whose body would never run; "
+            "use a plain function"
+        )
     try:
         signature.bind(None)
     except TypeError as error:

@@ -1,9 +1,16 @@
-"""What goes wrong with hooks, and how errors of hooks are told."""
+"""What goes wrong with hooks, and how errors of hooks are told.
+
+What is done here to an error happens while scopes are being left, so none of it may raise: not
+every exception takes a note or an attribute.
+"""
 
 from __future__ import annotations
 
+import logging
 import textwrap
 import traceback
+
+logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "__later_hook_errors__"
 
@@ -30,13 +37,20 @@ def attach_later(first: BaseException, later: BaseException) -> None:
     known = later_errors(first)
     if later is first or any(later is error for error in known):
         return  # an after-hook that raises ``args.exception`` adds nothing
-    setattr(first, _ATTRIBUTE, (*known, later))
-    text = "".join(traceback.format_exception(later)).rstrip()
-    first.add_note("while leaving, another error was raised:\n" + textwrap.indent(text, "  | "))
+    try:
+        setattr(first, _ATTRIBUTE, (*known, later))
+        # Without its context, which is the first error with all of its notes.
+        text = "".join(traceback.format_exception(later, chain=False)).rstrip()
+        first.add_note("while leaving, another error was raised:\n" + textwrap.indent(text, "  | "))
+    except Exception:
+        logger.exception("while leaving after %r, another error was raised", first, exc_info=later)
 
 
 def add_origin(error: BaseException, origin: str) -> None:
     """Note on ``error`` which hook raised it; an error that has such a note keeps its own."""
     prefix = "raised in hook "
-    if not any(note.startswith(prefix) for note in getattr(error, "__notes__", ())):
-        error.add_note(prefix + origin)
+    try:
+        if not any(note.startswith(prefix) for note in getattr(error, "__notes__", ())):
+            error.add_note(prefix + origin)
+    except Exception:
+        logger.error("%r was %s%s", error, prefix, origin)

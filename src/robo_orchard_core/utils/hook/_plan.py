@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from operator import length_hint
 from types import TracebackType
@@ -80,8 +80,8 @@ class Plan(Generic[ArgsT]):
         self, args: ArgsT, error: BaseException, to_leave: Iterable[HookEntry[ArgsT]]
     ) -> None:
         """Run the afters of ``to_leave`` with ``args.exception`` set, whatever they raise."""
-        if hasattr(args, "exception"):
-            args.exception = error
+        before = getattr(args, "exception", None)
+        _set_exception(args, error)
         for entry in to_leave:
             assert entry.after is not None
             try:
@@ -89,6 +89,9 @@ class Plan(Generic[ArgsT]):
             except BaseException as later:
                 self._note_origin(later, entry, "after")
                 attach_later(error, later)
+        # An error leads to the arguments by its traceback. If they led back to it, what they hold
+        # would live until the garbage collector came by.
+        _set_exception(args, before)
 
     def _note_origin(self, error: BaseException, entry: HookEntry[ArgsT], role: str) -> None:
         function = FunctionInfo.of(entry.before if role == "before" else entry.after)  # type: ignore[arg-type]  # the one that ran
@@ -97,6 +100,12 @@ class Plan(Generic[ArgsT]):
             f"{entry.label!r} ({self.channel}, {role}): {function.kind} {function.name}"
             + (f" from {function.location}" if function.location else ""),
         )
+
+
+def _set_exception(args: Any, error: BaseException | None) -> None:
+    if hasattr(args, "exception"):
+        with suppress(Exception):  # such as one that can't be set; leaving goes on without it
+            args.exception = error
 
 
 EMPTY: Plan[Any] = Plan("", ())
