@@ -45,10 +45,12 @@ class PipelineHooks:
     __module__ = "robo_orchard_lab.pipeline.hooks.mixin"  # the name to import it by, and printed
 
     _hook_channels: dict[ChannelName, HookContextChannel[PipelineHookArgs]] | None = None
+    _hook_name: str | None = None
+    _hook_members: tuple[PipelineHooks, ...] = ()
 
     def __init__(self, name: str | None = None) -> None:
-        self._hook_name = name
-        self._hook_members: list[PipelineHooks] = []
+        if name is not None:
+            self._hook_name = name
         self._hook_channels = {
             channel: HookContextChannel(channel, owner=self) for channel in CHANNEL_NAMES
         }
@@ -103,21 +105,22 @@ class PipelineHooks:
         Raises:
             HookRegistrationError: it has a name that is taken here, or is no bundle.
         """
+        self.get_channel("on_loop")  # an error here if a constructor did not call ours
         bundle = _build(hooks)
-        bundle.get_channel("on_loop")  # an error here if its constructor did not call ours
+        bundle.get_channel("on_loop")
         if any(bundle is known for known in (self, *self.all_hooks())):
             raise HookRegistrationError(f"hook {bundle.name!r} is registered here already")
         check_unique_names([*self.named_hooks(), *bundle.named_hooks()])
         handles = [
             self.get_channel(name).register(bundle.get_channel(name)) for name in CHANNEL_NAMES
         ]
-        self._hook_members.append(bundle)
+        self._hook_members = (*self._hook_members, bundle)
 
         def remove() -> None:
             for handle in handles:
                 handle.remove()
             # By identity: users may define equality on their hooks.
-            self._hook_members = [member for member in self._hook_members if member is not bundle]
+            self._hook_members = tuple(m for m in self._hook_members if m is not bundle)
 
         return RemovableHandle(remove)
 
@@ -151,10 +154,13 @@ class PipelineHooks:
         return self.get_channel(channel).begin(args)
 
     def unregister_all(self) -> None:
-        """Remove every hook and every bundle; their handles become void."""
+        """Remove every hook and every bundle; their handles become void.
+
+        In a trainer's hooks, that includes the one that updates the weights.
+        """
         for name in CHANNEL_NAMES:
             self.get_channel(name).unregister_all()
-        self._hook_members = []
+        self._hook_members = ()
 
     def all_hooks(self) -> Iterator[PipelineHooks]:
         """Every bundle registered here, and in those, in the order of registration."""
