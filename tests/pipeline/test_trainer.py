@@ -285,7 +285,7 @@ def test_backward_needs_an_optimizer() -> None:
         (3, "got int"),
         ((1, 2, 3), "got tuple"),
         (torch.ones(2, 3), "got Tensor"),
-        ((torch.ones(2), None), "got a loss of None"),
+        ((torch.ones(2), None), "got a loss of type NoneType"),
     ],
 )
 def test_a_wrong_result_of_the_processor_is_told(result: Any, found: str) -> None:

@@ -30,10 +30,15 @@ class SimpleBatchProcessor(ABC):
     ...         outputs = model(batch["input"])
     ...         return outputs, torch.nn.functional.mse_loss(outputs, batch["target"])
 
+    With gradient accumulation, batches weigh what they have samples. Where the trainer can't see
+    how many (it looks at the length of the first tensor), define ``count_samples(batch) -> int``.
+
     Args:
         need_backward: with False, the trainer runs :meth:`forward` without gradients, and neither
             a backward pass nor an update follows.
     """
+
+    need_backward: bool = True
 
     def __init__(self, need_backward: bool = True) -> None:
         self.need_backward = need_backward
@@ -57,6 +62,10 @@ class SimpleBatchProcessor(ABC):
         need_backward: bool = True,
     ) -> SimpleBatchProcessor:
         """A batch processor whose forward is ``forward(model, batch)``."""
+        if not callable(forward):
+            raise TypeError(
+                f"forward must be callable as forward(model, batch), got {type(forward).__name__}"
+            )
         # As a class's own method, so that a step has no call more than with a subclass.
         members = {"forward": staticmethod(forward)}
         cls = type("CallableBatchProcessor", (SimpleBatchProcessor,), members)

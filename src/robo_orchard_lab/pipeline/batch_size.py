@@ -16,10 +16,11 @@ def count_samples(batch: Any) -> int:
     >>> count_samples("text")
     1
     """
-    return _first_length(batch) or 1
+    return first_length(batch) or 1
 
 
-def _first_length(value: Any) -> int | None:
+def first_length(value: Any) -> int | None:
+    """The length of the first tensor in a nested batch, or None where there is none."""
     if isinstance(value, torch.Tensor):
         return value.shape[0] if value.dim() > 0 else None
     if isinstance(value, (list, tuple)):
@@ -29,7 +30,7 @@ def _first_length(value: Any) -> int | None:
     else:
         return None
     for part in parts:  # half the time of a generator, and hooks count every batch
-        length = _first_length(part)
+        length = first_length(part)
         if length is not None:
             return length
     return None

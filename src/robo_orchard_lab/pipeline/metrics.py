@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 
+import numpy as np
 import torch
 
 
@@ -20,8 +21,21 @@ class MetricsBoard:
         self._latest: dict[str, float | torch.Tensor] = {}
 
     def publish(self, name: str, value: float | torch.Tensor) -> None:
-        """Make ``value``, a number or a tensor of one element on any device, the latest."""
-        self._latest[name] = value.detach() if isinstance(value, torch.Tensor) else value
+        """Make ``value``, a number or a tensor of one element on any device, the latest.
+
+        Raises:
+            TypeError: it is neither; the message names the metric.
+        """
+        if isinstance(value, torch.Tensor):
+            if value.numel() != 1:
+                raise TypeError(
+                    f"metric {name!r} must be a single number, got a tensor of shape "
+                    f"{tuple(value.shape)}; reduce it first"
+                )
+            value = value.detach()
+        elif not isinstance(value, (float, int, np.number)):
+            raise TypeError(f"metric {name!r} must be a number, got {type(value).__name__}")
+        self._latest[name] = value
 
     def latest(self, name: str) -> float:
         """The latest value as a number. Reading a device tensor waits for the device.

@@ -15,10 +15,11 @@ from robo_orchard_lab.pipeline.errors import StateError
 def capture_random_state(generators: Mapping[str, torch.Generator]) -> dict[str, Any]:
     """Where torch (all devices), NumPy, Python and the given generators are in their streams."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    keys = np.asarray(keys, dtype=np.int64)
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": (name, [int(key) for key in keys], position, has_gauss, gauss),
+        "numpy": (name, torch.from_numpy(keys), position, has_gauss, gauss),
         "python": random.getstate(),
         "generators": {name: generator.get_state() for name, generator in generators.items()},
     }
@@ -50,7 +51,7 @@ def restore_random_state(
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
     name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     random.setstate(state["python"])
     for name, generator in generators.items():
         generator.set_state(state["generators"][name])

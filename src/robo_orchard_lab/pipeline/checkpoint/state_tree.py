@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from robo_orchard_lab.pipeline.errors import StateError
@@ -19,7 +20,7 @@ def encode_state(state: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     """A state as a JSON document and the tensors that it refers to by their place in it.
 
     A state is made of None, bool, int, float, str, tensors, lists, tuples, and mappings with such
-    keys; ``collections.Counter`` keeps its type.
+    keys; ``collections.Counter`` keeps its type. NumPy's numbers come back as Python's.
 
     Raises:
         StateError: anything else is in it; the message names its place.
@@ -37,8 +38,14 @@ def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
     if type(value) is float:
         return value if math.isfinite(value) else {"$float": repr(value)}
     if isinstance(value, torch.Tensor):
-        tensors[place] = value.detach()
-        return {"$tensor": place}
+        name, count = place, 1
+        while name in tensors:  # keys with dots in them, or 1 beside "1", give one place twice
+            count += 1
+            name = f"{place}#{count}"
+        tensors[name] = value.detach()
+        return {"$tensor": name}
+    if isinstance(value, (np.bool_, np.integer, np.floating)):
+        return _encode(value.item(), place, tensors)
 
     def child(key: object, item: Any) -> Any:
         return _encode(item, f"{place}.{key}" if place else str(key), tensors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from accelerate import Accelerator
@@ -55,12 +55,12 @@ class OptimizerHook(PipelineHooks):
         hooks: whose ``on_optimizer_step`` to open.
         schedule_every: when the schedule moves. By default once for each committed update,
             whatever the number of processes, and for ``ReduceLROnPlateau`` once an epoch. That
-            one gets the mean loss of this rank's steps since it last moved, and reading it
-            waits for the device.
+            one gets the mean loss of all ranks' steps since it last moved: one exchange between
+            the ranks, and waiting for the device, for each move.
 
     Raises:
-        PipelineConfigError: the optimizer can't step without a closure, as LBFGS can't, which
-            evaluates the model anew within its step.
+        PipelineConfigError: ``schedule_every`` is another word, or the optimizer can't step
+            without a closure, as LBFGS can't, which evaluates the model anew within its step.
     """
 
     def __init__(
@@ -88,7 +88,12 @@ class OptimizerHook(PipelineHooks):
         self.schedule_every: ScheduleUnit = schedule_every or (
             "epoch" if plateau else "optimizer_step"
         )
-        self._mean_loss = _MeanLoss() if plateau else None
+        if self.schedule_every not in get_args(ScheduleUnit):
+            raise PipelineConfigError(
+                f"schedule_every must be one of {', '.join(map(repr, get_args(ScheduleUnit)))}, "
+                f"got {schedule_every!r}"
+            )
+        self._mean_loss = _MeanLoss(accelerator) if plateau else None
         move = _move_of(self.lr_scheduler, self._mean_loss)
         self._after_update = move if self.schedule_every == "optimizer_step" else None
         self._after_epoch = move if self.schedule_every == "epoch" else None
@@ -130,9 +135,10 @@ class OptimizerHook(PipelineHooks):
 
 
 class _MeanLoss:
-    """The mean of the losses since it was last taken, on their device."""
+    """The mean of the losses since it was last taken, on their device, of all ranks."""
 
-    def __init__(self) -> None:
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
         self._sum: torch.Tensor | None = None
         self._count = 0
 
@@ -144,9 +150,11 @@ class _MeanLoss:
 
     def take(self) -> torch.Tensor:
         assert self._sum is not None  # an epoch that was completed has had a batch
-        mean = self._sum / self._count
+        total = torch.stack([self._sum, torch.full_like(self._sum, self._count)])
         self._sum, self._count = None, 0
-        return mean
+        if self._accelerator.num_processes > 1:
+            total = self._accelerator.reduce(total, "sum")  # a collective
+        return total[0] / total[1]
 
     def state_dict(self) -> dict[str, Any]:
         return {"sum": self._sum, "count": self._count}

@@ -2,60 +2,123 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from itertools import chain, islice, repeat
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from torch.utils.data import BatchSampler, DataLoader
 
-from robo_orchard_lab.pipeline.batch_size import count_samples
+from robo_orchard_lab.pipeline.batch_size import first_length
+from robo_orchard_lab.pipeline.errors import DataError
+
+ItemT = TypeVar("ItemT")
 
 MicroBatch: TypeAlias = tuple[Any, bool, float]
 """A batch; whether it ends its window; and what to divide its mean loss by, so that the gradients
 that the window adds up are those of the mean over all of its samples."""
 
+_END = object()
+
+logger = logging.getLogger(__name__)
+
 
 def micro_batches(
-    batches: Iterator[Any],
+    dataloader: Iterable[Any],
     window: int,
-    sizes: Iterator[int] | None,
     limit: int | None,
+    count_samples: Callable[[Any], int] | None,
+    begin_window: Callable[[int], None],
 ) -> Iterator[MicroBatch]:
-    """The batches in windows of ``window``, the last of which may be shorter.
+    """One pass over the batches in windows of ``window``, the last of which may be shorter.
 
     A window of n equal batches divides each loss by n; of unequal ones, each by the window's
     samples over its own. So n micro-batches equal one batch n times as large.
 
+    A ``DataLoader`` says ahead how many samples its batches will have. Where that is not known,
+    or ``count_samples`` is given, a window's batches are all loaded before the first is given.
+
     Args:
-        batches: what to divide.
+        dataloader: any iterable of batches.
         window: how many batches make a full window, >= 1.
-        sizes: how many samples each batch will have; None where that is not known ahead, which
-            costs a look-ahead over the window.
         limit: how many batches to take at most; None takes all.
+        count_samples: how many samples a batch has; None counts its first tensor's length.
+        begin_window: called ahead of loading a window, with the number of batches before it.
+
+    Raises:
+        DataError: while iterating, where the loader's length is not that of its batches.
     """
+    batches = iter(dataloader)
     if window == 1:  # in C, since this is every step of most runs
         return zip(batches, repeat(True), repeat(1.0))
-    return _windows(batches, window, sizes, limit)
+    sizes = known_batch_sizes(dataloader) if count_samples is None else None
+    if sizes is not None:
+        return _sized_windows(batches, window, sizes, limit)
+    return _windows_loaded_ahead(batches, window, limit, count_samples or _count, begin_window)
 
 
-def _windows(
-    batches: Iterator[Any], window: int, sizes: Iterator[int] | None, limit: int | None
+def _sized_windows(
+    batches: Iterator[Any], window: int, sizes: Iterator[int], limit: int | None
 ) -> Iterator[MicroBatch]:
-    while limit is None or limit > 0:
-        count = window if limit is None else min(window, limit)
-        if sizes is not None:
-            samples = list(islice(sizes, count))
-            taken: Iterable[Any] = islice(batches, len(samples))
-        else:
-            taken = list(islice(batches, count))
-            samples = [count_samples(batch) for batch in taken]
-        if not samples:
-            return
+    for samples in _chunks(sizes, window, limit):
         total = sum(samples)
-        for index, batch in enumerate(taken):
-            yield batch, index == len(samples) - 1, total / samples[index]
-        if limit is not None:
-            limit -= len(samples)
+        taken = 0
+        for taken, batch in enumerate(islice(batches, len(samples)), start=1):
+            yield batch, taken == len(samples), total / samples[taken - 1]
+        if taken < len(samples):
+            raise _wrong_length("fewer")
+    if limit is None and next(batches, _END) is not _END:
+        raise _wrong_length("more")
+
+
+def _windows_loaded_ahead(
+    batches: Iterator[Any],
+    window: int,
+    limit: int | None,
+    count_samples: Callable[[Any], int],
+    begin_window: Callable[[int], None],
+) -> Iterator[MicroBatch]:
+    done = 0
+    begin_window(done)
+    for loaded in _chunks(batches, window, limit):
+        sizes = [count_samples(batch) for batch in loaded]
+        for index, batch in enumerate(loaded):
+            yield batch, index == len(loaded) - 1, sum(sizes) / sizes[index]
+        done += len(loaded)
+        begin_window(done)
+
+
+def _chunks(items: Iterator[ItemT], size: int, limit: int | None) -> Iterator[list[ItemT]]:
+    """Lists of ``size`` items, the last of which may be shorter; ``limit`` items at most."""
+    limited = items if limit is None else islice(items, limit)
+    while chunk := list(islice(limited, size)):
+        yield chunk
+
+
+def _count(batch: Any) -> int:
+    length = first_length(batch)
+    if length is None:
+        _warn_uncounted(type(batch).__qualname__)
+    return length or 1
+
+
+@cache
+def _warn_uncounted(kind: str) -> None:
+    logger.warning(
+        "a batch of type %s has no tensor to count its samples by, so that it weighs 1 in its "
+        "accumulation window; define count_samples(batch) on the batch processor if batches "
+        "differ",
+        kind,
+    )
+
+
+def _wrong_length(compared: str) -> DataError:
+    return DataError(
+        f"the dataloader gave {compared} batches than its sampler's length says, by which "
+        "accumulation windows are planned; correct the length, or define count_samples(batch) on "
+        "the batch processor, so that windows are loaded ahead and counted instead"
+    )
 
 
 def known_batch_sizes(dataloader: Iterable[Any]) -> Iterator[int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,8 @@ def prepare_objects(
         PipelineConfigError: the launcher started several processes that do not know of each other.
     """
     _check_world_size(accelerator)
+    if optimizer is not None:
+        _check_parameters(model, optimizer)
     given = [part for part in (model, optimizer, lr_scheduler) if part is not None]
     prepared = iter(accelerator.prepare(*given) if len(given) > 1 else [accelerator.prepare(model)])
     model = next(prepared)
@@ -56,7 +61,16 @@ def prepare_objects(
     changed = accelerator.num_processes > 1 or (
         config.use_seedable_sampler or config.use_stateful_dataloader
     )
-    if changed and isinstance(dataloader, DataLoader):
+    # Accelerate can't divide the batches of a dataset that makes whole batches itself.
+    divisible = isinstance(dataloader, DataLoader) and dataloader.batch_size is not None
+    divisible |= getattr(dataloader, "batch_sampler", None) is not None
+    if accelerator.num_processes > 1 and not divisible and accelerator.is_main_process:
+        logger.warning(
+            "each of the %d processes reads all of the data: only a DataLoader that makes the "
+            "batches can be divided among them",
+            accelerator.num_processes,
+        )
+    if changed and divisible:
         dataloader = accelerator.prepare(dataloader)
     elif accelerator.device_placement and accelerator.device.type != "cpu":
         place = partial(
@@ -82,6 +96,17 @@ def backward_of(accelerator: Accelerator) -> Callable[[torch.Tensor], Any]:
     if scaler is not None:
         return lambda loss: scaler.scale(loss).backward()
     return torch.Tensor.backward
+
+
+def _check_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    if trainable and not trainable & held:
+        logger.warning(
+            "the optimizer holds none of the model's %d trainable parameters, so that training "
+            "leaves the model as it is",
+            len(trainable),
+        )
 
 
 def _check_world_size(accelerator: Accelerator) -> None:

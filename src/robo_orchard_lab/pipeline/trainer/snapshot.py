@@ -24,6 +24,7 @@ _PARTS = {
     "progress",
     "scaler",
     "types",
+    "window",
 }
 _COMPILED = "_orig_mod."  # what torch.compile puts into the names of what it wraps
 
@@ -48,6 +49,7 @@ def take_snapshot(
         "progress": run.progress.state_dict(),
         "model_extra": {name: value for name, value in entries.items() if name not in weights},
         # In the middle of an accumulation window, a part of its gradients is there.
+        "window": run.accelerator.gradient_accumulation_steps,
         "gradients": {n: p.grad for p, n in names.items() if p.grad is not None},
         "optimizer": named_optimizer_state(run.optimizer, names) if run.optimizer else None,
         "lr_scheduler": run.lr_scheduler.state_dict() if run.lr_scheduler else None,
@@ -65,11 +67,12 @@ def load_snapshot(
     hooks: PipelineHooks,
     position: DataPosition,
 ) -> None:
-    """Make the run that of the snapshot. Its gradients are given back by :func:`load_gradients`.
+    """Make the run that of the snapshot.
 
     Raises:
-        StateError: the snapshot is that of another model, optimizer, schedule or set of hooks. All
-            that can be compared is compared before the first object is changed.
+        StateError: the snapshot is that of another model, optimizer, schedule or set of hooks, or
+            was taken within an accumulation window of another length. All that can be compared is
+            compared before the first object is changed.
     """
     if not isinstance(state, dict) or set(state) != _PARTS:
         raise StateError(f"expected a state of {', '.join(sorted(_PARTS))}; found {state!r:.80}")
@@ -83,6 +86,12 @@ def load_snapshot(
                 f"the saved run had as {part}: {state['types'][part] or 'none'}, "
                 f"this one has: {live or 'none'}"
             )
+    window = run.accelerator.gradient_accumulation_steps
+    if state["gradients"] and state["window"] != window:
+        raise StateError(
+            f"the run was saved within an accumulation window of {state['window']} batches, which "
+            f"can't go on as one of {window}; resume with the same gradient_accumulation_steps"
+        )
     TrainerProgress().load_state_dict(state["progress"])
     position.check(state["position"])
     optimizer_state = (
@@ -101,13 +110,9 @@ def load_snapshot(
         run.lr_scheduler.load_state_dict(state["lr_scheduler"])
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
-
-
-def load_gradients(gradients: Mapping[str, torch.Tensor], run: PipelineRun) -> None:
-    """Give the parameters the gradients that the window had added up."""
     for parameter, name in _names(run).items():
-        if name in gradients:
-            parameter.grad = gradients[name].to(parameter.device)
+        gradient = state["gradients"].get(name)
+        parameter.grad = None if gradient is None else gradient.to(parameter.device)
 
 
 def _types(run: PipelineRun) -> dict[str, str | None]:

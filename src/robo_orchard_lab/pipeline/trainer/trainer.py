@@ -25,14 +25,10 @@ from robo_orchard_lab.pipeline.hooks.optimizer import OptimizerHook, ScheduleUni
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
-from robo_orchard_lab.pipeline.trainer.accumulation import (
-    known_batch_sizes,
-    micro_batches,
-)
+from robo_orchard_lab.pipeline.trainer.accumulation import micro_batches
 from robo_orchard_lab.pipeline.trainer.position import DataPosition
 from robo_orchard_lab.pipeline.trainer.preparation import backward_of, prepare_objects
 from robo_orchard_lab.pipeline.trainer.snapshot import (
-    load_gradients,
     load_snapshot,
     take_snapshot,
 )
@@ -112,6 +108,12 @@ class HookBasedTrainer:
         resume_from: str | os.PathLike[str] | None = None,
     ) -> None:
         self.limits = TrainerLimits(max_step, max_optimizer_step, max_epoch)
+        if not hasattr(batch_processor, "forward") or not hasattr(batch_processor, "need_backward"):
+            raise PipelineConfigError(
+                "batch_processor must have forward(model, batch) and need_backward, got "
+                f"{batch_processor!r:.80}; make an instance of a SimpleBatchProcessor, or wrap a "
+                "function with SimpleBatchProcessor.from_callable(...)"
+            )
         if batch_processor.need_backward and optimizer is None:
             raise PipelineConfigError(
                 "the batch processor needs a backward pass, so the trainer needs an optimizer; "
@@ -122,7 +124,7 @@ class HookBasedTrainer:
         self.progress = TrainerProgress()
         self.metrics = MetricsBoard()
         self.requests = Requests()
-        self.hooks = PipelineHooks()
+        self._hooks = PipelineHooks()
 
         prepared = prepare_objects(accelerator, model, optimizer, lr_scheduler, dataloader)
         self.model = prepared.model
@@ -151,8 +153,8 @@ class HookBasedTrainer:
             dataloader=self.dataloader,
         )
         self._position = DataPosition(self.dataloader)
-        self._gradients: dict[str, torch.Tensor] = {}  # of the window that a resumed run is in
         self._open = False
+        self._resumed = resume_from is not None
         self._stopping = False
         self._synchronising = accelerator.sync_gradients = True
         self._last_loss: torch.Tensor | None = None
@@ -169,7 +171,18 @@ class HookBasedTrainer:
             self._refuse_several_processes()
             weights, state = read_checkpoint(resume_from)
             load_snapshot(weights, state, self._run, self.hooks, self._position)
-            self._gradients = state["gradients"]  # load_snapshot has made sure that it is there
+
+    @property
+    def hooks(self) -> PipelineHooks:
+        """All hooks of the run; add to them by ``trainer.hooks += hook``."""
+        return self._hooks
+
+    @hooks.setter
+    def hooks(self, hooks: PipelineHooks) -> None:
+        if hooks is not self._hooks:  # which is what += assigns
+            raise PipelineConfigError(
+                "a trainer's hooks can't be replaced; add to them by trainer.hooks += hook"
+            )
 
     def save_checkpoint(self, folder: str | os.PathLike[str]) -> None:
         """Write all that a trainer needs to go on as this one would, for ``resume_from``.
@@ -222,10 +235,8 @@ class HookBasedTrainer:
         check_unique_names(self.hooks.named_hooks())
         if not self.model.training:
             self.model.train()
-        if self._optimizer_hook is not None:
-            self._optimizer_hook.zero_grad()
-        load_gradients(self._gradients, self._run)
-        self._gradients = {}
+        if self._optimizer_hook is not None and not self._resumed:
+            self._optimizer_hook.zero_grad()  # a resumed run may be within a window
         self._open = True
         try:
             self._on_loop(PipelineHookArgs(self._run), self._loop)
@@ -237,30 +248,32 @@ class HookBasedTrainer:
         self._open = False
 
     def _loop(self, loop_args: PipelineHookArgs) -> None:
-        over = False
         if self.progress.step_id == 0:
             self._position.go_on()
-        while not over:
+        while not self._commit():
             args = PipelineHookArgs(self._run)
             self._on_epoch(args, self._epoch)
             if args.epoch_completed:
                 self.progress.finish_epoch()
-            over = self._commit()
 
     def _epoch(self, args: PipelineHookArgs) -> None:
-        progress, max_step = self.progress, self.limits.max_step
-        done = progress.step_id
-        _announce_epoch(self.dataloader, progress.epoch_id)
-        self._position.start_epoch(done)
+        if self._commit():  # asked for by a hook that is around the epoch
+            return
+        progress, done, max_step = self.progress, self.progress.step_id, self.limits.max_step
         window = self.accelerator.gradient_accumulation_steps
-        batches = micro_batches(
-            iter(self.dataloader),
-            window=window,
-            sizes=known_batch_sizes(self.dataloader),
-            limit=None if max_step is None else max_step - progress.global_step_id + done,
-        )
         step = self._on_step if window == 1 else self._on_step_in_window
-        for batch, ends_window, divisor in self._position.seek(batches, done):
+        self._position.start_epoch(progress.epoch_id, done)
+        # Kept by no name here: an error that is kept would keep the loader's workers with it.
+        for batch, ends_window, divisor in self._position.seek(
+            micro_batches(
+                self.dataloader,
+                window,
+                limit=None if max_step is None else max_step - progress.global_step_id + done,
+                count_samples=getattr(self.batch_processor, "count_samples", None),
+                begin_window=self._position.begin_window,
+            ),
+            done,
+        ):
             if self._place is not None:
                 batch = self._place(batch)
             step(PipelineHookArgs(self._run, batch, ends_window, divisor), self._step)
@@ -310,8 +323,8 @@ class HookBasedTrainer:
 
     def _backward(self, args: PipelineHookArgs) -> None:
         loss = args.attached_loss
-        if loss is None:
-            raise self._wrong_result("a loss of None")
+        if not isinstance(loss, torch.Tensor):
+            raise self._wrong_result(f"a loss of type {type(loss).__name__}")
         self._run_backward(loss if args.loss_divisor == 1.0 else loss / args.loss_divisor)
         # As a plain loop's variable would: where the graph lives on into the next forward, the
         # parameters' nodes are not made anew, which takes 1 us of a small model's step.
@@ -335,19 +348,6 @@ class HookBasedTrainer:
             f"{type(self.batch_processor).__name__}.forward must return (outputs, loss), with a "
             f"loss where need_backward is True; got {found}"
         )
-
-
-def _announce_epoch(dataloader: Iterable[Any], epoch_id: int) -> None:
-    """Tell samplers and datasets that shuffle by the epoch which one begins."""
-    loader: Any = dataloader
-    candidates = [loader]
-    if not hasattr(loader, "set_epoch"):  # one that has it tells its own parts
-        candidates += [
-            getattr(loader, name, None) for name in ("sampler", "batch_sampler", "dataset")
-        ]
-    for candidate in candidates:
-        if hasattr(candidate, "set_epoch"):
-            candidate.set_epoch(epoch_id)
 
 
 def _length(dataloader: Iterable[Any]) -> int | None:
