@@ -13,10 +13,13 @@ import torch
 HERE = Path(__file__).parent
 
 
-def train(folder: Path, processes: int, accumulate: int) -> list[dict[str, torch.Tensor]]:
+def train(
+    folder: Path, processes: int, accumulate: int, schedule: str = "step"
+) -> list[dict[str, torch.Tensor]]:
     """The results of each rank; the ranks together see batches of four."""
     folder.mkdir()
-    script = [str(HERE / "train_on_ranks.py"), str(folder), str(accumulate), str(4 // processes)]
+    options = [str(folder), str(accumulate), str(4 // processes), schedule]
+    script = [str(HERE / "train_on_ranks.py"), *options]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
         [sys.executable, *(launcher if processes > 1 else []), *script],
@@ -49,6 +52,15 @@ def test_only_a_run_of_one_process_is_saved(tmp_path: Path) -> None:
     ranks = train(tmp_path / "two", 2, 1)
     assert [bool(result["refused"]) for result in (alone, *ranks)] == [False, True, True]
     assert not (tmp_path / "two" / "checkpoint").exists()
+
+
+def test_a_plateau_is_that_of_all_ranks(tmp_path: Path) -> None:
+    """ReduceLROnPlateau sees the mean loss of the whole job, so that the ranks keep one rate."""
+    (alone,) = train(tmp_path / "one", 1, 1, "plateau")
+    ranks = train(tmp_path / "two", 2, 1, "plateau")
+    assert alone["rate"] < 0.1
+    assert ranks[0]["rate"] == ranks[1]["rate"] == alone["rate"]
+    assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
 
 
 def test_gradients_travel_once_for_each_update(tmp_path: Path) -> None:

@@ -149,24 +149,109 @@ def test_stopped_at_any_commit_point(stop: int, workers: int, tmp_path: Path) ->
     straight = outcome(trainer, losses)
     progress = trainer.progress
 
-    # Stopped by a request: a limit that falls into a window would shorten the window.
     first, _ = build(STEPS, workers=workers)
-    asking = PipelineHooks()
-
-    def ask(args: PipelineHookArgs) -> None:
-        if args.global_step_id == stop - 1:
-            args.requests.stop("time is up")
-
-    asking.register_hook("on_step", HookContext.from_callable(after=ask))
-    first.hooks += asking
-    first()
-    assert first.progress.global_step_id == stop
+    stop_after(first, stop)
     first.save_checkpoint(tmp_path / "checkpoint")
     second, losses = build(STEPS, tmp_path / "checkpoint", workers=workers)
     assert second.progress == first.progress
     second()
     assert second.progress == progress
     check_same(outcome(second, losses), straight)
+
+
+class AugmentedStream(IterableDataset[Any]):
+    """Seven batches without a length; draws while loading, in this process."""
+
+    def __iter__(self) -> Any:
+        for index in range(26):
+            yield torch.rand(4) + index / 10, torch.full((2,), float(index))
+
+
+def build_from_stream(resume_from: Path | None = None) -> HookBasedTrainer:
+    torch.manual_seed(11 if resume_from is None else 999)
+    model = torch.nn.Sequential(make_model(1), torch.nn.Dropout(0.3))
+    torch.manual_seed(12 if resume_from is None else 999)
+    return make_trainer(
+        model=model,
+        loader=DataLoader(AugmentedStream(), batch_size=4),
+        optimizer=torch.optim.AdamW(model.parameters(), lr=0.01),
+        accumulate=3,
+        max_step=STEPS,
+        resume_from=resume_from,
+    )
+
+
+def stop_after(trainer: HookBasedTrainer, step: int) -> None:
+    """Run until so many steps are done, by a request: a limit would shorten the window."""
+
+    def ask(args: PipelineHookArgs) -> None:
+        if args.global_step_id == step - 1:
+            args.requests.stop("time is up")
+
+    asking = PipelineHooks()
+    asking.register_hook("on_step", HookContext.from_callable(after=ask))
+    handle = trainer.hooks.register_pipeline_hooks(asking)
+    trainer()
+    handle.remove()
+    assert trainer.progress.global_step_id == step
+
+
+@pytest.mark.parametrize("stop", range(1, STEPS))
+def test_windows_that_are_loaded_ahead(stop: int, tmp_path: Path) -> None:
+    """Where a window is loaded before its first step, a stop in it is as exact as any other."""
+    straight = build_from_stream()
+    straight()
+    first = build_from_stream()
+    stop_after(first, stop)
+    first.save_checkpoint(tmp_path / "a")
+    second = build_from_stream(tmp_path / "a")
+    second()
+    assert second.progress == straight.progress
+    assert equal(weights(second.model), weights(straight.model))
+
+
+@pytest.mark.parametrize("stop", [4, 7, 9])
+def test_a_resumed_run_can_be_saved_again_at_once(stop: int, tmp_path: Path) -> None:
+    """Saved before it went on, it is the run that it was resumed from, open window included."""
+    trainer, losses = build(STEPS)
+    trainer()
+    straight = outcome(trainer, losses)
+    first, _ = build(STEPS)
+    stop_after(first, stop)
+    first.save_checkpoint(tmp_path / "a")
+    build(STEPS, tmp_path / "a")[0].save_checkpoint(tmp_path / "b")
+    second, losses = build(STEPS, tmp_path / "b")
+    second()
+    check_same(outcome(second, losses), straight)
+
+
+def test_another_window_is_refused_where_one_is_open(tmp_path: Path) -> None:
+    """Within a window, the number of accumulation steps can't change; between two, it can."""
+    first, _ = build(STEPS, accumulate=3)
+    stop_after(first, 4)
+    first.save_checkpoint(tmp_path / "open")
+    with pytest.raises(StateError, match="window of 3 batches, which can't go on as one of 2"):
+        build(STEPS, tmp_path / "open", accumulate=2)
+    first, _ = build(STEPS, accumulate=3)
+    stop_after(first, 6)
+    first.save_checkpoint(tmp_path / "closed")
+    build(STEPS, tmp_path / "closed", accumulate=2)[0]()
+
+
+def test_persistent_workers_are_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their random state can't be saved, which is said when such a run is resumed."""
+
+    def trainer(resume_from: Path | None = None) -> HookBasedTrainer:
+        loader = DataLoader(Augmented(), 4, num_workers=1, persistent_workers=True)
+        return make_trainer(loader=loader, max_step=2, resume_from=resume_from)
+
+    first = trainer()
+    first()
+    first.save_checkpoint(tmp_path / "a")
+    trainer(tmp_path / "a")
+    assert "persistent workers, whose random state is not saved" in caplog.text
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau,
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
-from robo_orchard_lab.pipeline.errors import PipelineConfigError
+from robo_orchard_lab.pipeline.errors import DataError, PipelineConfigError
 from robo_orchard_lab.pipeline.hooks import GradientClippingHookConfig
 from robo_orchard_lab.pipeline.hooks.gradient_clipping import GradientClippingHook
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext, PipelineHooks
@@ -293,6 +293,73 @@ def test_plateau_gets_the_mean_loss(unit: Any) -> None:
             move()
     assert seen == pytest.approx(expected, rel=1e-12)
     assert equal(weights(model), weights(reference))
+
+
+def test_another_word_for_the_schedule_is_refused() -> None:
+    """A word that is not known is an error with those that are, not a schedule at rest."""
+    with pytest.raises(PipelineConfigError, match="one of 'optimizer_step', 'epoch', got 'step'"):
+        make_trainer(schedule_every="step", max_step=1)
+
+
+class Sample:
+    """A batch that says nothing about its size."""
+
+    def __init__(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        self.inputs, self.targets = inputs, targets
+
+
+class CountingProcessor(SimpleBatchProcessor):
+    def forward(self, model: Any, batch: Sample) -> tuple[torch.Tensor, torch.Tensor]:
+        return loss_of(model, (batch.inputs, batch.targets))
+
+    def count_samples(self, batch: Sample) -> int:
+        return len(batch.inputs)
+
+
+def test_a_processor_can_count_the_samples(caplog: pytest.LogCaptureFixture) -> None:
+    """What count_samples says is what a batch weighs; without it, batches weigh the same."""
+    inputs, targets = torch.randn(5, 4), torch.randn(5, 2)
+    batches = [Sample(inputs[:4], targets[:4]), Sample(inputs[4:], targets[4:])]
+
+    def train(processor: SimpleBatchProcessor, loader: Any, accumulate: int) -> list[torch.Tensor]:
+        model = make_model()
+        make_trainer(
+            model=model,
+            loader=loader,
+            batch_processor=processor,
+            accumulate=accumulate,
+            max_epoch=1,
+        )()
+        return weights(model)
+
+    joined = train(CountingProcessor(), [Sample(inputs, targets)], 1)
+    for ours, theirs in zip(train(CountingProcessor(), batches, 2), joined, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not caplog.text
+    uncounted = SimpleBatchProcessor.from_callable(CountingProcessor().forward)
+    train(uncounted, batches, 2)
+    assert "a batch of type Sample has no tensor to count its samples by" in caplog.text
+
+
+class LyingSampler(torch.utils.data.Sampler[int]):
+    def __init__(self, says: int, yields: int) -> None:
+        self.says, self.yields = says, yields
+
+    def __len__(self) -> int:
+        return self.says
+
+    def __iter__(self) -> Any:
+        return iter(range(self.yields))
+
+
+@pytest.mark.parametrize(("says", "yields", "compared"), [(28, 20, "fewer"), (12, 28, "more")])
+def test_a_sampler_of_another_length_is_told(says: int, yields: int, compared: str) -> None:
+    """Windows are planned by the sampler's length; one that is wrong loses no batch in silence."""
+    trainer = make_trainer(
+        loader=make_loader(sampler=LyingSampler(says, yields)), accumulate=3, max_epoch=1
+    )
+    with pytest.raises(DataError, match=f"gave {compared} batches than its sampler's length says"):
+        trainer()
 
 
 class WithoutSetToNone(torch.optim.SGD):

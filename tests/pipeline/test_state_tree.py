@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -56,6 +57,24 @@ def test_every_state_survives(state: Any) -> None:
     document, found = encode_state(state)
     text = json.dumps(document, allow_nan=False)
     assert same(decode_state(json.loads(text), found), state)
+
+
+def test_tensors_at_places_of_one_name_stay_apart() -> None:
+    """Keys with dots in them, or 1 beside "1", do not make one tensor of two."""
+    state = {
+        "a.b": torch.ones(1),
+        "a": {"b": torch.zeros(1)},
+        "c": {1: torch.ones(2), "1": torch.zeros(2)},
+    }
+    assert same(decode_state(*encode_state(state)), state)
+
+
+@pytest.mark.parametrize("value", [np.float64(0.1), np.int64(3), np.float32(0.5), np.bool_(True)])
+def test_numbers_of_numpy_become_pythons(value: Any) -> None:
+    """A best value that NumPy computed is saved as the same number."""
+    found = decode_state(*encode_state({"best": value}))["best"]
+    assert found == value
+    assert type(found) in (float, int, bool)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import multiprocessing
+import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -132,6 +136,66 @@ def test_no_batch_is_loaded_beyond_the_limit() -> None:
 
         make_trainer(loader=batches(), accumulate=accumulate, max_step=3)()
         assert taken == [0, 1, 2]
+
+
+@pytest.mark.parametrize("channel", ["on_loop", "on_epoch"])
+def test_a_request_ahead_of_the_first_step_is_granted_there(channel: ChannelName) -> None:
+    """Asked for before any batch was taken, no batch is."""
+    trainer = make_trainer(on(channel, lambda args: args.requests.stop("not today")), max_epoch=2)
+    trainer()
+    assert trainer.progress == TrainerProgress()
+
+
+def test_hooks_are_added_not_replaced() -> None:
+    """Assigning other hooks, which would never run, is refused; += adds to those that do."""
+    trainer = make_trainer(max_step=1)
+    with pytest.raises(PipelineConfigError, match=r"trainer\.hooks \+= hook"):
+        trainer.hooks = PipelineHooks()
+    ran: list[int] = []
+    trainer.hooks += on("on_step", lambda args: ran.append(1))
+    trainer()
+    assert ran == [1]
+
+
+@pytest.mark.parametrize("processor", [loss_of, SimpleBatchProcessor, 3])
+def test_what_is_no_processor_is_told(processor: Any) -> None:
+    """A function, a class or anything else is an error that says what to pass."""
+    with pytest.raises(PipelineConfigError, match=r"wrap a function with .*from_callable"):
+        make_trainer(batch_processor=processor, max_step=1)
+
+
+def test_only_a_callable_makes_a_processor() -> None:
+    """from_callable refuses what can't be called."""
+    with pytest.raises(TypeError, match=r"forward\(model, batch\), got int"):
+        SimpleBatchProcessor.from_callable(3)  # type: ignore[arg-type]  # what is tested
+
+
+def test_an_optimizer_of_another_model_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    """It would train for hours and leave the model as it is."""
+    make_trainer(optimizer=torch.optim.SGD(make_model(5).parameters(), lr=0.1), max_step=1)
+    assert "holds none of the model's 4 trainable parameters" in caplog.text
+
+
+def test_a_caught_error_keeps_neither_workers_nor_outputs() -> None:
+    """Once a caught error is gone, so is what its step held, without the garbage collector."""
+    outputs: list[weakref.ref[torch.Tensor]] = []
+
+    def fail(args: PipelineHookArgs) -> None:
+        outputs.append(weakref.ref(args.model_outputs))
+        raise KeyError("on purpose")
+
+    trainer = make_trainer(
+        on("on_model_backward", fail), loader=make_loader(num_workers=1), max_step=3
+    )
+    gc.collect()
+    gc.disable()
+    try:
+        with suppress(KeyError):
+            trainer()
+        assert outputs[0]() is None
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
 
 
 def test_a_finished_run_does_nothing(caplog: pytest.LogCaptureFixture) -> None:

@@ -131,6 +131,20 @@ def test_the_board_keeps_the_latest_value() -> None:
     assert board.names() == ["loss", "norm"]
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.ones(3), r"metric 'loss' must be a single number, got a tensor of shape \(3,\)"),
+        ("high", "metric 'loss' must be a number, got str"),
+        (None, "metric 'loss' must be a number, got NoneType"),
+    ],
+)
+def test_what_is_no_single_number_is_no_metric(value: Any, message: str) -> None:
+    """The error names the metric and what was published."""
+    with pytest.raises(TypeError, match=message):
+        MetricsBoard().publish("loss", value)
+
+
 def test_an_unknown_metric_lists_the_published_ones() -> None:
     """The error has the nearest spelling and all names, or says that there are none."""
     board = MetricsBoard()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch.optim.lr_scheduler import StepLR
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, StepLR
 
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.errors import PipelineStateError
@@ -16,12 +16,14 @@ from robo_orchard_lab.pipeline.hooks.mixin import HookContext
 from tiny import loss_of, make_loader, make_model
 
 
-def main(folder: Path, accumulate: int, batch_size: int) -> None:
+def main(folder: Path, accumulate: int, batch_size: int, schedule: str) -> None:
     torch.set_default_dtype(torch.float64)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    scheduler = StepLR(optimizer, step_size=1, gamma=0.9)
+    scheduler: LRScheduler = StepLR(optimizer, step_size=1, gamma=0.9)
+    if schedule == "plateau":
+        scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.05)
     gradients: list[torch.Tensor] = []
     hooks = PipelineHooks()
     hooks.register_hook(
@@ -38,7 +40,7 @@ def main(folder: Path, accumulate: int, batch_size: int) -> None:
         optimizer,
         scheduler,
         [hooks],
-        max_epoch=2,
+        max_epoch=2 if schedule == "step" else 8,
     )
     trainer()
     refused = False
@@ -50,6 +52,7 @@ def main(folder: Path, accumulate: int, batch_size: int) -> None:
         "refused": torch.tensor(refused),
         "weights": torch.cat([p.detach().flatten() for p in model.parameters()]),
         "gradients": torch.stack(gradients),
+        "rate": torch.tensor(optimizer.param_groups[0]["lr"]),
         "moves": torch.tensor(scheduler.last_epoch),
         "updates": torch.tensor(trainer.progress.optimizer_step_id),
     }
@@ -60,4 +63,4 @@ def main(folder: Path, accumulate: int, batch_size: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -108,7 +109,8 @@ class HookBasedTrainer:
         resume_from: str | os.PathLike[str] | None = None,
     ) -> None:
         self.limits = TrainerLimits(max_step, max_optimizer_step, max_epoch)
-        if not hasattr(batch_processor, "forward") or not hasattr(batch_processor, "need_backward"):
+        fits = all(hasattr(batch_processor, name) for name in ("forward", "need_backward"))
+        if not fits or isinstance(batch_processor, type):
             raise PipelineConfigError(
                 "batch_processor must have forward(model, batch) and need_backward, got "
                 f"{batch_processor!r:.80}; make an instance of a SimpleBatchProcessor, or wrap a "
@@ -241,7 +243,8 @@ class HookBasedTrainer:
         try:
             self._on_loop(PipelineHookArgs(self._run), self._loop)
         except BaseException as error:
-            error.add_note(f"the run was at {self.progress}")
+            with suppress(Exception):  # not every error takes notes
+                error.add_note(f"the run was at {self.progress}")
             raise
         finally:
             self._last_loss = None
