@@ -13,12 +13,12 @@ import torch
 HERE = Path(__file__).parent
 
 
-def train(
-    folder: Path, processes: int, accumulate: int, schedule: str = "step"
-) -> list[dict[str, torch.Tensor]]:
-    """The results of each rank; the ranks together see batches of four."""
+def launch(
+    folder: Path, processes: int, accumulate: int = 1, kind: str = "step"
+) -> subprocess.CompletedProcess[str]:
+    """Ranks that together see batches of four; ``kind`` is what the script varies."""
     folder.mkdir()
-    options = [str(folder), str(accumulate), str(4 // processes), schedule]
+    options = [str(folder), str(accumulate), str(4 // processes), kind]
     script = [str(HERE / "train_on_ranks.py"), *options]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
@@ -30,6 +30,14 @@ def train(
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def train(
+    folder: Path, processes: int, accumulate: int, kind: str = "step"
+) -> list[dict[str, torch.Tensor]]:
+    """What each rank saved."""
+    launch(folder, processes, accumulate, kind)
     return [torch.load(file, weights_only=True) for file in sorted(folder.glob("rank*.pt"))]
 
 
@@ -61,6 +69,13 @@ def test_a_plateau_is_that_of_all_ranks(tmp_path: Path) -> None:
     assert alone["rate"] < 0.1
     assert ranks[0]["rate"] == ranks[1]["rate"] == alone["rate"]
     assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
+
+
+def test_data_that_is_not_divided_is_warned_about(tmp_path: Path) -> None:
+    """A plain iterable is read whole by every rank, which the first one says, once."""
+    assert "each of the" not in launch(tmp_path / "one", 1, kind="list").stderr
+    told = launch(tmp_path / "two", 2, kind="list").stderr
+    assert told.count("each of the 2 processes reads all of the data") == 1
 
 
 def test_gradients_travel_once_for_each_update(tmp_path: Path) -> None:

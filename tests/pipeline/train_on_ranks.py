@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -32,15 +33,16 @@ def main(folder: Path, accumulate: int, batch_size: int, schedule: str) -> None:
             after=lambda args: gradients.append(next(args.model.parameters()).grad.clone())  # type: ignore[union-attr]  # there is one
         ),
     )
+    loader: Any = make_loader(28 // batch_size, batch_size)
     trainer = HookBasedTrainer(
         accelerator,
         model,
-        make_loader(14, batch_size=2) if batch_size == 2 else make_loader(7, batch_size=4),
+        list(loader) if schedule == "list" else loader,
         SimpleBatchProcessor.from_callable(loss_of),
         optimizer,
         scheduler,
         [hooks],
-        max_epoch=2 if schedule == "step" else 8,
+        max_epoch=8 if schedule == "plateau" else 2,
     )
     trainer()
     refused = False
