@@ -157,7 +157,6 @@ class HookBasedTrainer:
         self._position = DataPosition(self.dataloader)
         self._open = False
         self._resumed = resume_from is not None
-        self._stopping = False
         self._synchronising = accelerator.sync_gradients = True
         self._last_loss: torch.Tensor | None = None
 
@@ -231,7 +230,7 @@ class HookBasedTrainer:
                 "the trainer is in the middle of a step, where it failed or was called from; "
                 "make a new one, and resume from a checkpoint"
             )
-        if self._commit():
+        if self._is_over():
             logger.info("nothing left to do at %s; %s", self.progress, self.limits)
             return
         check_unique_names(self.hooks.named_hooks())
@@ -253,18 +252,22 @@ class HookBasedTrainer:
     def _loop(self, loop_args: PipelineHookArgs) -> None:
         if self.progress.step_id == 0:
             self._position.go_on()
-        while not self._commit():
+        while not self._is_over():
             args = PipelineHookArgs(self._run)
             self._on_epoch(args, self._epoch)
             if args.epoch_completed:
                 self.progress.finish_epoch()
+        request = self.requests.stop_request
+        if request is not None:
+            logger.info("stopped at %s: %s, asked by %s", self.progress, request.reason, request.by)
 
     def _epoch(self, args: PipelineHookArgs) -> None:
-        if self._commit():  # asked for by a hook that is around the epoch
+        if self._is_over():  # asked for by a hook that is around the epoch
             return
         progress, done, max_step = self.progress, self.progress.step_id, self.limits.max_step
         window = self.accelerator.gradient_accumulation_steps
         step = self._on_step if window == 1 else self._on_step_in_window
+        requests, reached = self.requests, self.limits.reached
         self._position.start_epoch(progress.epoch_id, done)
         # Kept by no name here: an error that is kept would keep the loader's workers with it.
         for batch, ends_window, divisor in self._position.seek(
@@ -281,7 +284,8 @@ class HookBasedTrainer:
                 batch = self._place(batch)
             step(PipelineHookArgs(self._run, batch, ends_window, divisor), self._step)
             progress.finish_step()
-            if self._commit():
+            # The commit point, as in _is_over; spelled out, since a call takes 0.5 us here.
+            if requests.stop_request is not None or reached(progress):
                 # Without a length, only asking for one batch more could tell whether this was
                 # the last one; the epoch then counts as open.
                 args.epoch_completed = progress.step_id == _length(self.dataloader)
@@ -333,18 +337,9 @@ class HookBasedTrainer:
         # parameters' nodes are not made anew, which takes 1 us of a small model's step.
         self._last_loss = loss
 
-    def _commit(self) -> bool:
-        """The commit point: scopes are closed, state is consistent, requests are decided.
-
-        Returns whether the run is over.
-        """
-        request = self.requests.stop_request
-        if request is not None and not self._stopping:
-            self._stopping = True
-            logger.info(
-                "stopping at %s: %s, asked by %s", self.progress, request.reason, request.by
-            )
-        return self._stopping or self.limits.reached(self.progress)
+    def _is_over(self) -> bool:
+        """At a commit point, where scopes are closed and state is consistent: whether to end."""
+        return self.requests.stop_request is not None or self.limits.reached(self.progress)
 
     def _wrong_result(self, found: str) -> BatchProcessorError:
         return BatchProcessorError(
