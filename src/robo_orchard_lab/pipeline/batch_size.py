@@ -1,4 +1,4 @@
-"""How many samples a batch has."""
+"""How many samples a batch has, and how many batches there are."""
 
 from __future__ import annotations
 
@@ -17,6 +17,18 @@ def count_samples(batch: Any) -> int:
     1
     """
     return first_length(batch) or 1
+
+
+def count_batches(dataloader: Any) -> int | None:
+    """How many batches one pass over the data has, or None where only passing over it tells.
+
+    >>> count_batches([1, 2, 3]), count_batches(iter([1, 2, 3]))
+    (3, None)
+    """
+    try:
+        return len(dataloader)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def first_length(value: Any) -> int | None:

@@ -42,7 +42,7 @@ def attach_later(first: BaseException, later: BaseException) -> None:
         # Without its context, which is the first error with all of its notes.
         text = "".join(traceback.format_exception(later, chain=False)).rstrip()
         first.add_note("while leaving, another error was raised:\n" + textwrap.indent(text, "  | "))
-    except Exception:
+    except Exception:  # it takes no attribute or note, so the log keeps the later one
         logger.exception("while leaving after %r, another error was raised", first, exc_info=later)
 
 
@@ -52,5 +52,5 @@ def add_origin(error: BaseException, origin: str) -> None:
     try:
         if not any(note.startswith(prefix) for note in getattr(error, "__notes__", ())):
             error.add_note(prefix + origin)
-    except Exception:
+    except Exception:  # it takes no note
         logger.error("%r was %s%s", error, prefix, origin)

@@ -7,13 +7,13 @@ import sys
 import time
 from collections import deque
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from pydantic import Field
 
 from robo_orchard_core.utils.hook import HookContext
-from robo_orchard_lab.pipeline.batch_size import count_samples
+from robo_orchard_lab.pipeline.batch_size import count_batches, count_samples
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks._run_status import Outcome, RunStatus, remaining_steps
@@ -107,7 +107,7 @@ class _RunView:
         self._display = display
         self._metrics = cfg.metrics
         self._refresh_s = cfg.refresh_seconds or display.refresh_seconds
-        self._steps_per_epoch = _length(args.dataloader)
+        self._steps_per_epoch = count_batches(args.dataloader)
         self._first_step = args.global_step_id
         self._samples = 0
         self._loss: torch.Tensor | None = None
@@ -242,10 +242,3 @@ def _display(plain: bool) -> _Display:
         if terminal is not None:
             return TerminalBar(terminal)
     return _LogLines()
-
-
-def _length(dataloader: Any) -> int | None:
-    try:
-        return len(dataloader)
-    except (TypeError, NotImplementedError):
-        return None

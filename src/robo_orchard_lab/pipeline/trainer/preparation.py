@@ -62,8 +62,7 @@ def prepare_objects(
         config.use_seedable_sampler or config.use_stateful_dataloader
     )
     # Accelerate can't divide the batches of a dataset that makes whole batches itself.
-    divisible = isinstance(dataloader, DataLoader) and dataloader.batch_size is not None
-    divisible |= getattr(dataloader, "batch_sampler", None) is not None
+    divisible = isinstance(dataloader, DataLoader) and dataloader.batch_sampler is not None
     if accelerator.num_processes > 1 and not divisible and accelerator.is_main_process:
         logger.warning(
             "each of the %d processes reads all of the data: only a DataLoader that makes the "
@@ -83,19 +82,23 @@ def prepare_objects(
     return PreparedObjects(model, optimizer, lr_scheduler, dataloader, place)
 
 
-def backward_of(accelerator: Accelerator) -> Callable[[torch.Tensor], Any]:
-    """The function that runs the backward pass of a loss, without dividing it.
+def backward_of(accelerator: Accelerator) -> Callable[[torch.Tensor, float], Any]:
+    """The function that runs the backward pass of a loss divided by a number.
 
     ``accelerator.backward`` divides every loss by the number of accumulation steps, also in a
     last window that is shorter.
     """
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        # Theirs counts the micro-batches itself.
-        return lambda loss: accelerator.backward(loss)
+        # These count the micro-batches and divide by themselves.
+        return lambda loss, divisor: accelerator.backward(loss)
     scaler = accelerator.scaler
     if scaler is not None:
-        return lambda loss: scaler.scale(loss).backward()
-    return torch.Tensor.backward
+        return lambda loss, divisor: scaler.scale(loss / divisor).backward()
+    return _divided_backward
+
+
+def _divided_backward(loss: torch.Tensor, divisor: float) -> None:
+    (loss if divisor == 1.0 else loss / divisor).backward()
 
 
 def _check_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
 
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
+from robo_orchard_lab.pipeline.batch_size import count_batches
 from robo_orchard_lab.pipeline.checkpoint import read_checkpoint, write_checkpoint
 from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.errors import (
@@ -288,7 +289,7 @@ class HookBasedTrainer:
             if requests.stop_request is not None or reached(progress):
                 # Without a length, only asking for one batch more could tell whether this was
                 # the last one; the epoch then counts as open.
-                args.epoch_completed = progress.step_id == _length(self.dataloader)
+                args.epoch_completed = progress.step_id == count_batches(self.dataloader)
                 return
         if progress.step_id == 0:
             raise DataError(
@@ -332,7 +333,7 @@ class HookBasedTrainer:
         loss = args.attached_loss
         if not isinstance(loss, torch.Tensor):
             raise self._wrong_result(f"a loss of type {type(loss).__name__}")
-        self._run_backward(loss if args.loss_divisor == 1.0 else loss / args.loss_divisor)
+        self._run_backward(loss, args.loss_divisor)
         # As a plain loop's variable would: where the graph lives on into the next forward, the
         # parameters' nodes are not made anew, which takes 1 us of a small model's step.
         self._last_loss = loss
@@ -346,10 +347,3 @@ class HookBasedTrainer:
             f"{type(self.batch_processor).__name__}.forward must return (outputs, loss), with a "
             f"loss where need_backward is True; got {found}"
         )
-
-
-def _length(dataloader: Iterable[Any]) -> int | None:
-    try:
-        return len(dataloader)  # type: ignore[arg-type]  # refused below where it has none
-    except TypeError:
-        return None
