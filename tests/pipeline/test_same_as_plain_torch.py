@@ -352,11 +352,14 @@ class LyingSampler(torch.utils.data.Sampler[int]):
         return iter(range(self.yields))
 
 
+@pytest.mark.parametrize("limit", [{"max_epoch": 1}, {"max_step": 20}])
 @pytest.mark.parametrize(("says", "yields", "compared"), [(28, 20, "fewer"), (12, 28, "more")])
-def test_a_sampler_of_another_length_is_told(says: int, yields: int, compared: str) -> None:
+def test_a_sampler_of_another_length_is_told(
+    says: int, yields: int, compared: str, limit: dict[str, Any]
+) -> None:
     """Windows are planned by the sampler's length; one that is wrong loses no batch in silence."""
     trainer = make_trainer(
-        loader=make_loader(sampler=LyingSampler(says, yields)), accumulate=3, max_epoch=1
+        loader=make_loader(sampler=LyingSampler(says, yields)), accumulate=3, **limit
     )
     with pytest.raises(DataError, match=f"gave {compared} batches than its sampler's length says"):
         trainer()

@@ -61,6 +61,7 @@ def micro_batches(
 def _sized_windows(
     batches: Iterator[Any], window: int, sizes: Iterator[int], limit: int | None
 ) -> Iterator[MicroBatch]:
+    done = 0
     for samples in _chunks(sizes, window, limit):
         total = sum(samples)
         taken = 0
@@ -68,7 +69,8 @@ def _sized_windows(
             yield batch, taken == len(samples), total / samples[taken - 1]
         if taken < len(samples):
             raise _wrong_length("fewer")
-    if limit is None and next(batches, _END) is not _END:
+        done += taken
+    if done != limit and next(batches, _END) is not _END:
         raise _wrong_length("more")
 
 
