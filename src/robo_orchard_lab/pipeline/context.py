@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.events import CHANNEL_NAMES, ChannelName
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
@@ -14,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
     from torch.optim.lr_scheduler import LRScheduler
+
+    from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
 
 _IN_STEP: tuple[ChannelName, ...] = (
     "on_step",
@@ -28,20 +34,56 @@ def _valid_in(*channels: ChannelName) -> dict[str, tuple[ChannelName, ...]]:
     return {"channels": channels}
 
 
+class WeightSet(Protocol):
+    """Other weights of the model than those that are trained, such as their moving average."""
+
+    def applied(self) -> AbstractContextManager[None]:
+        """The model with these weights, for the body of a ``with``; then its own again."""
+        ...
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers by name, as the plain model's ``state_dict`` has them."""
+        ...
+
+
 @dataclass(slots=True, eq=False, repr=False)
 class PipelineRun:
     """What all scopes of a run share: the trainer's objects, as hooks see them."""
 
     progress: TrainerProgress = field(default_factory=TrainerProgress)
-    metrics: MetricsBoard = field(default_factory=MetricsBoard)
+    metrics: MetricsBoard = None  # type: ignore[assignment]  # made below, with the progress
     requests: Requests = field(default_factory=Requests)
-    # The trainer always sets the next three; only a run made by hand may lack them.
+    evaluations: dict[str, Callable[[PipelineHookArgs], None]] = field(default_factory=dict)
+    """What carries out an evaluation that is asked for, by the name of its hook."""
+    weight_sets: dict[str, WeightSet] = field(default_factory=dict)
+    """Other weights to evaluate and to save, by the name of the hook that keeps them."""
+    # The trainer always sets the next four; only a run made by hand may lack them.
+    batch_processor: BatchProcessor = None  # type: ignore[assignment]
     limits: TrainerLimits = None  # type: ignore[assignment]
     accelerator: Accelerator = None
     model: torch.nn.Module = None  # type: ignore[assignment]
     optimizer: torch.optim.Optimizer | None = None
     lr_scheduler: LRScheduler | None = None
     dataloader: Any = None
+
+    def __post_init__(self) -> None:
+        if self.metrics is None:
+            self.metrics = MetricsBoard(self.progress)  # type: ignore[unreachable]
+
+    def weight_set(self, name: str) -> WeightSet:
+        """The weights that a hook keeps.
+
+        Raises:
+            PipelineConfigError: no hook of that name keeps weights; those that do are listed.
+        """
+        if name not in self.weight_sets:
+            near = difflib.get_close_matches(name, self.weight_sets, n=1)
+            raise PipelineConfigError(
+                f"no hook named {name!r} keeps weights"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+                + f" Those that do: {', '.join(self.weight_sets) or 'none; register an EMA'}"
+            )
+        return self.weight_sets[name]
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -68,12 +110,24 @@ class PipelineHookArgs:
     """What the batch processor returned; set when the forward body is over."""
     attached_loss: torch.Tensor | None = field(default=None, metadata=_valid_in(*_IN_STEP))
     """The loss with its graph, for the backward pass; hooks read :attr:`loss`."""
+    grad_norm: torch.Tensor | None = field(
+        default=None, metadata=_valid_in("on_optimizer_step", "on_step")
+    )
+    """The norm of all gradients ahead of clipping, on their device, from the first hook that has
+    computed it in this update; None before, and where no hook does."""
+    skip_reason: str | None = field(
+        default=None, metadata=_valid_in("on_optimizer_step", "on_step")
+    )
+    """Set by a ``before`` of ``on_optimizer_step``, on every rank alike, this has the update
+    skipped: weights, optimizer and schedule stay as they are, and the gradients go."""
     update_committed: bool | None = field(
         default=None, metadata=_valid_in("on_optimizer_step", "on_step")
     )
     """Whether the update changed the weights (True) or was skipped (False); None before it."""
     epoch_completed: bool = field(default=False, metadata=_valid_in("on_epoch"))
     """In ``after``: whether the data was passed over to its end."""
+    evaluation: str | None = field(default=None, metadata=_valid_in("on_evaluation"))
+    """The name of the hook that evaluates."""
     exception: BaseException | None = None
     """In an ``after``: the error that is on its way out of the scope, or None."""
 
@@ -110,6 +164,11 @@ class PipelineHookArgs:
     def optimizer_step_id(self) -> int:
         """How many updates have been committed."""
         return self.run.progress.optimizer_step_id
+
+    @property
+    def batch_processor(self) -> BatchProcessor:
+        """What turns a batch into outputs and loss."""
+        return self.run.batch_processor
 
     @property
     def limits(self) -> TrainerLimits:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Generic, Self, TypeAlias, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeAlias, TypeVar, overload
 
 from robo_orchard_core.utils.config import ClassConfig
 from robo_orchard_core.utils.hook import (
@@ -19,6 +19,93 @@ from robo_orchard_core.utils.hook import (
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.events import CHANNEL_NAMES, ChannelName
+from robo_orchard_lab.pipeline.schedule import Schedule, as_schedule
+from robo_orchard_lab.pipeline.scheduled_hook import ScheduledHook
+
+FunctionT = TypeVar("FunctionT", bound=Callable[[PipelineHookArgs], Any])
+
+
+class _Registrar(Protocol):
+    def register_hook(
+        self,
+        channel: ChannelName,
+        hook: HookContext[PipelineHookArgs],
+        when: Schedule | str | None = None,
+    ) -> RemovableHandle: ...
+
+
+class ChannelDecorators:
+    """Decorators that register functions on one channel of a bundle.
+
+    >>> hooks = PipelineHooks("notes")
+    >>> @hooks.on_step.after(when="100 steps")
+    ... def note(args: PipelineHookArgs) -> None:
+    ...     print("step", args.global_step_id)
+    """
+
+    def __init__(self, hooks: _Registrar, channel: ChannelName) -> None:
+        self._hooks = hooks
+        self._channel = channel
+
+    @classmethod
+    def of(cls, channel: ChannelName) -> _ChannelAttribute:
+        """The attribute of a bundle that gives these decorators."""
+        return _ChannelAttribute(channel)
+
+    @overload
+    def before(self, function: FunctionT, /) -> FunctionT: ...
+    @overload
+    def before(
+        self, *, when: Schedule | str | None = None, name: str | None = None
+    ) -> Callable[[FunctionT], FunctionT]: ...
+    def before(
+        self,
+        function: Any = None,
+        *,
+        when: Schedule | str | None = None,
+        name: str | None = None,
+    ) -> Any:
+        """Run the function ahead of the channel's body: always, or by a schedule.
+
+        Used as ``@hooks.on_step.before`` or with arguments; the function stays what it is.
+        """
+
+        def register(function: FunctionT) -> FunctionT:
+            hook = HookContext.from_callable(before=function, name=name)
+            self._hooks.register_hook(self._channel, hook, when)
+            return function
+
+        return register if function is None else register(function)
+
+    @overload
+    def after(self, function: FunctionT, /) -> FunctionT: ...
+    @overload
+    def after(
+        self, *, when: Schedule | str | None = None, name: str | None = None
+    ) -> Callable[[FunctionT], FunctionT]: ...
+    def after(
+        self,
+        function: Any = None,
+        *,
+        when: Schedule | str | None = None,
+        name: str | None = None,
+    ) -> Any:
+        """Run the function when the channel's body is over: always, or by a schedule."""
+
+        def register(function: FunctionT) -> FunctionT:
+            hook = HookContext.from_callable(after=function, name=name)
+            self._hooks.register_hook(self._channel, hook, when)
+            return function
+
+        return register if function is None else register(function)
+
+
+class _ChannelAttribute:
+    def __init__(self, channel: ChannelName) -> None:
+        self._channel = channel
+
+    def __get__(self, hooks: _Registrar, cls: type | None = None) -> ChannelDecorators:
+        return ChannelDecorators(hooks, self._channel)
 
 
 class PipelineHooks:
@@ -43,6 +130,15 @@ class PipelineHooks:
     """
 
     __module__ = "robo_orchard_lab.pipeline.hooks.mixin"  # the name to import it by, and printed
+
+    on_loop = ChannelDecorators.of("on_loop")
+    on_epoch = ChannelDecorators.of("on_epoch")
+    on_step = ChannelDecorators.of("on_step")
+    on_batch = ChannelDecorators.of("on_batch")
+    on_model_forward = ChannelDecorators.of("on_model_forward")
+    on_model_backward = ChannelDecorators.of("on_model_backward")
+    on_optimizer_step = ChannelDecorators.of("on_optimizer_step")
+    on_evaluation = ChannelDecorators.of("on_evaluation")
 
     _hook_channels: dict[ChannelName, HookContextChannel[PipelineHookArgs]] | None = None
     _hook_name: str | None = None
@@ -86,18 +182,54 @@ class PipelineHooks:
         return self._hook_channels[name]
 
     def register_hook(
-        self, channel: ChannelName, hook: HookContext[PipelineHookArgs]
+        self,
+        channel: ChannelName,
+        hook: HookContext[PipelineHookArgs],
+        when: Schedule | str | None = None,
     ) -> RemovableHandle:
         """Add a hook to a channel, inside those that are there.
 
         It takes effect the next time the channel is entered, also in a running trainer.
 
+        Args:
+            channel: its name.
+            hook: runs around what the channel is around.
+            when: the schedule by which it runs, or its text; None for always.
+
         Raises:
             HookRegistrationError: a wrong channel, the same hook twice, or something that is no
                 hook; the message says what to do.
             HookSignatureError: its before or after can't be called with one argument.
+            ScheduleError: the text can't be read, or is never due on this channel.
         """
-        return self.get_channel(channel).register(hook)
+        registered = self.get_channel(channel)
+        if when is not None and isinstance(hook, HookContext):
+            hook = ScheduledHook(hook, as_schedule(when), channel)
+        return registered.register(hook)
+
+    def register_at_commit(
+        self, ask: Callable[[PipelineHookArgs], Any], when: Schedule | str
+    ) -> RemovableHandle:
+        """Call ``ask`` ahead of each commit point at which a schedule is due, to make requests.
+
+        It is called in the ``after`` of the channel that exactly knows: of ``on_step`` for steps,
+        ``on_optimizer_step`` for committed updates, ``on_epoch`` for epochs and the end of the
+        run. Where two of these meet, it is called in each; requests that are made twice are
+        carried out once.
+
+        Raises:
+            ScheduleError: the text can't be read.
+        """
+        handles = [
+            self.register_hook(channel, HookContext.from_callable(after=ask), part)
+            for channel, part in as_schedule(when).by_commit_channel().items()
+        ]
+
+        def remove() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return RemovableHandle(remove)
 
     def register_pipeline_hooks(self, hooks: HookLike) -> RemovableHandle:
         """Add a bundle, or the one that a configuration describes, with all its hooks.

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 
 STATE_VERSION = 1
+_COUNTERS = (
+    "epoch_id",
+    "step_id",
+    "global_step_id",
+    "optimizer_step_id",
+    "skipped_optimizer_steps",
+)
 
 
 @dataclass(slots=True)
@@ -29,9 +36,20 @@ class TrainerProgress:
     """How many updates of the weights have been committed."""
     skipped_optimizer_steps: int = 0
     """How many updates were due and not committed, such as after an fp16 overflow."""
+    in_step: bool = field(default=False, compare=False, repr=False)
+    """Whether a step is open; no part of the state, since a run is saved between two steps."""
+
+    @property
+    def steps_done(self) -> int:
+        """How many steps of the run are done when the step that is open, if any, is over.
+
+        This is the step that a measurement belongs to, wherever it is taken.
+        """
+        return self.global_step_id + self.in_step
 
     def finish_step(self) -> None:
         """A batch went through forward and backward."""
+        self.in_step = False
         self.step_id += 1
         self.global_step_id += 1
 
@@ -55,7 +73,7 @@ class TrainerProgress:
 
     def state_dict(self) -> dict[str, int]:
         """Every counter by its name, and the version of this layout."""
-        return {"version": STATE_VERSION, **asdict(self)}
+        return {"version": STATE_VERSION, **{name: getattr(self, name) for name in _COUNTERS}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over every counter.
@@ -69,11 +87,10 @@ class TrainerProgress:
                 f"expected a progress state of version {STATE_VERSION}, "
                 f"found version {state.get('version')!r}"
             )
-        names = [field.name for field in fields(self)]
         found = {name: value for name, value in state.items() if name != "version"}
-        if set(found) != set(names):
+        if set(found) != set(_COUNTERS):
             raise StateError(
-                f"expected the counters {', '.join(names)} in a progress state, "
+                f"expected the counters {', '.join(_COUNTERS)} in a progress state, "
                 f"found {', '.join(found) or 'none'}"
             )
         for name, value in found.items():

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+RequestT = TypeVar("RequestT", bound="Request")
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,28 +20,98 @@ class Request:
     by: str
 
 
+@dataclass(frozen=True, slots=True)
+class LogRequest(Request):
+    """A logging point: what was published is read, reduced and told."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateRequest(Request):
+    """An evaluation to run."""
+
+    name: str | None = None
+    """Of the hook that evaluates; None for every one."""
+
+
+@dataclass(frozen=True, slots=True)
+class SaveWeightsRequest(Request):
+    """Weights to write."""
+
+    path: Path
+    """The safetensors file, replaced when it is there."""
+    weights: str | None = None
+    """The name of the hook that keeps them, such as an EMA; None for the model's own."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """What the file says about itself, beside the counters of the run."""
+
+
 class Requests:
     """Where hooks ask; nothing happens before the commit point.
 
     In a job of several processes a request is made alike on every rank: the trainer does not
-    compare them across ranks.
+    compare them across ranks. Who asks is, by default, the calling function with its file and line.
     """
 
-    __slots__ = ("stop_request",)
+    __slots__ = ("_waiting", "pending", "stop_request")
 
     def __init__(self) -> None:
+        self.pending = False
+        """Whether anything waits for the commit point; looked at after every step."""
         self.stop_request: Request | None = None
         """The first request to stop, or None."""
+        self._waiting: list[Request] = []
 
     def stop(self, reason: str, by: str | None = None) -> None:
-        """Ask for the run to end at the next commit point; the first request is the one told.
+        """Ask for the run to end at the next commit point; the first request is the one told."""
+        if self.stop_request is None:
+            self.stop_request = Request(reason, by or _caller())
+        self.pending = True
+
+    def evaluate(self, reason: str, by: str | None = None, *, name: str | None = None) -> None:
+        """Ask for an evaluation at the next commit point; several requests make one.
 
         Args:
             reason: why, for the log.
-            by: who asks; by default the calling function with its file and line.
+            by: who asks.
+            name: of the hook that evaluates; None for every one that is registered.
         """
-        if self.stop_request is None:
-            self.stop_request = Request(reason, by or _caller())
+        self._add(EvaluateRequest(reason, by or _caller(), name))
+
+    def save_weights(
+        self,
+        path: str | os.PathLike[str],
+        reason: str,
+        by: str | None = None,
+        *,
+        weights: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Ask for weights to be written at the next commit point, after what was asked to evaluate.
+
+        Args:
+            path: the safetensors file; one that is there is replaced as a whole, or not at all.
+            reason: why, for the log.
+            by: who asks.
+            weights: the name of the hook whose weights to write (an EMA's); None for the model's.
+            metadata: what the file is to say about itself.
+        """
+        by = by or _caller()
+        self._add(SaveWeightsRequest(reason, by, Path(path), weights, dict(metadata or {})))
+
+    def log(self, reason: str, by: str | None = None) -> None:
+        """Ask for a logging point: what was published is read, reduced and told."""
+        self._add(LogRequest(reason, by or _caller()))
+
+    def take(self, kind: type[RequestT]) -> list[RequestT]:
+        """The requests of one kind, in the order in which they were made; they wait no longer."""
+        taken = [request for request in self._waiting if isinstance(request, kind)]
+        self._waiting = [request for request in self._waiting if not isinstance(request, kind)]
+        self.pending = bool(self._waiting) or self.stop_request is not None
+        return taken
+
+    def _add(self, request: Request) -> None:
+        self._waiting.append(request)
+        self.pending = True
 
 
 def _caller() -> str:

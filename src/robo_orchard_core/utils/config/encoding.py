@@ -11,7 +11,7 @@ from pathlib import PurePath
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, get_args
 
-from pydantic import BaseModel, PlainSerializer, ValidationError, WrapSerializer
+from pydantic import BaseModel, PlainSerializer, TypeAdapter, ValidationError, WrapSerializer
 from pydantic_core import to_jsonable_python
 
 from robo_orchard_core.utils.config.document import MAX_DEPTH, Plain, check
@@ -129,6 +129,8 @@ class _Encoder:
         if isinstance(value, PurePath):
             return str(value)
         try:
+            if hasattr(type(value), "__get_pydantic_core_schema__"):  # says how it is written
+                return TypeAdapter(type(value)).dump_python(value, mode="json")
             return to_jsonable_python(value)
         except ValueError as error:  # pydantic's, or of text that UTF-8 can't hold
             raise ConfigSaveError(f"no document can hold {shown(value)}", path) from error

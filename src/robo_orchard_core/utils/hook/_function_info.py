@@ -47,6 +47,9 @@ class FunctionInfo:
         if inspect.isbuiltin(function):
             return cls("builtin", function.__qualname__)
         if inspect.isfunction(function):
+            wrapped: Any = getattr(function, "__wrapped__", None)
+            if callable(wrapped) and not inspect.isfunction(wrapped):  # a method, a partial
+                return cls.of(wrapped)
             return cls("function", function.__qualname__, *_source(function))
         if isinstance(function, type):
             return cls(

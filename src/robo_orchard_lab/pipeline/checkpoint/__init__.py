@@ -1,6 +1,10 @@
 """Saved states: a folder of safetensors and JSON, without pickle."""
 
-from robo_orchard_lab.pipeline.checkpoint.files import read_checkpoint, write_checkpoint
+from robo_orchard_lab.pipeline.checkpoint.files import (
+    read_checkpoint,
+    write_checkpoint,
+    write_weights,
+)
 from robo_orchard_lab.pipeline.checkpoint.optimizer_state import (
     load_named_optimizer_state,
     named_optimizer_state,
@@ -19,4 +23,5 @@ __all__ = [
     "read_checkpoint",
     "restore_random_state",
     "write_checkpoint",
+    "write_weights",
 ]

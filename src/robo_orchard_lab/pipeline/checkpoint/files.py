@@ -56,6 +56,23 @@ def write_checkpoint(
         raise
 
 
+def write_weights(
+    path: str | os.PathLike[str], weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write one safetensors file, which replaces what is there when it is on the disk."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        save_file(_portable(weights), temporary, metadata=dict(metadata))
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def read_checkpoint(folder: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], Any]:
     """The weights and the state that :func:`write_checkpoint` wrote, on the CPU.
 

@@ -39,7 +39,7 @@ class OptimizerHook(PipelineHooks):
 
     Its ``after`` opens ``on_optimizer_step`` around this::
 
-        committed = optimizer.step()
+        committed = args.skip_reason is None and optimizer.step()
         if committed: lr_scheduler.step()      # or once an epoch
         optimizer.zero_grad()
         progress.finish_optimizer_step(committed)
@@ -113,6 +113,9 @@ class OptimizerHook(PipelineHooks):
             self._channel.run(args, self._update)
 
     def _update(self, args: PipelineHookArgs) -> None:
+        if args.skip_reason is not None:
+            self._skip(args)
+            return
         self.optimizer.step()
         committed = not (self._wrapper is not None and self._wrapper.step_was_skipped)
         if committed and self._after_update is not None:
@@ -120,6 +123,15 @@ class OptimizerHook(PipelineHooks):
         self._zero_grad()
         args.run.progress.finish_optimizer_step(committed)
         args.update_committed = committed
+
+    def _skip(self, args: PipelineHookArgs) -> None:
+        scaler = args.accelerator.scaler
+        if scaler is not None:
+            args.accelerator.unscale_gradients()  # so that it has something to update from
+            scaler.update()
+        self._zero_grad()
+        args.run.progress.finish_optimizer_step(committed=False)
+        args.update_committed = False
 
     def _end_epoch(self, args: PipelineHookArgs) -> None:
         if args.epoch_completed and args.exception is None and self._after_epoch is not None:

@@ -18,6 +18,7 @@ _PARTS = {
     "gradients",
     "hooks",
     "lr_scheduler",
+    "metrics",
     "model_extra",
     "optimizer",
     "position",
@@ -35,15 +36,19 @@ def plain_model(run: PipelineRun) -> torch.nn.Module:
     return model
 
 
+def plain_weights(run: PipelineRun) -> dict[str, torch.Tensor]:
+    """The model's parameters and buffers by name."""
+    return {n: value for n, value in _entries(run).items() if isinstance(value, torch.Tensor)}
+
+
 def take_snapshot(
     run: PipelineRun, hooks: PipelineHooks, position: DataPosition
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The model's weights by name, and the rest of the run's state."""
-    entries = {
-        name.replace(_COMPILED, ""): value for name, value in plain_model(run).state_dict().items()
-    }
-    weights = {name: value for name, value in entries.items() if isinstance(value, torch.Tensor)}
+    entries = _entries(run)
+    weights = plain_weights(run)
     names = _names(run)
+    run.metrics.read_deferred(run.accelerator)
     scaler = run.accelerator.scaler
     return weights, {
         "progress": run.progress.state_dict(),
@@ -56,6 +61,7 @@ def take_snapshot(
         "scaler": scaler.state_dict() if scaler else None,
         "types": _types(run),
         "hooks": hooks.state_dict(),
+        "metrics": run.metrics.state_dict(),
         "position": position.state_dict(),
     }
 
@@ -102,6 +108,7 @@ def load_snapshot(
 
     hooks.load_state_dict(state["hooks"])  # compares names before it loads
     run.progress.load_state_dict(state["progress"])
+    run.metrics.load_state_dict(state["metrics"], run.accelerator.device)
     position.load_state_dict(state["position"])
     model.load_state_dict({entries[name]: value for name, value in found.items()})
     if run.optimizer is not None:
@@ -113,6 +120,11 @@ def load_snapshot(
     for parameter, name in _names(run).items():
         gradient = state["gradients"].get(name)
         parameter.grad = None if gradient is None else gradient.to(parameter.device)
+
+
+def _entries(run: PipelineRun) -> dict[str, Any]:
+    state = plain_model(run).state_dict()
+    return {name.replace(_COMPILED, ""): value for name, value in state.items()}
 
 
 def _types(run: PipelineRun) -> dict[str, str | None]:

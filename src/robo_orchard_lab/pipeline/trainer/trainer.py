@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,12 +29,10 @@ from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
 from robo_orchard_lab.pipeline.trainer.accumulation import micro_batches
+from robo_orchard_lab.pipeline.trainer.commit import carry_out_requests
 from robo_orchard_lab.pipeline.trainer.position import DataPosition
 from robo_orchard_lab.pipeline.trainer.preparation import backward_of, prepare_objects
-from robo_orchard_lab.pipeline.trainer.snapshot import (
-    load_snapshot,
-    take_snapshot,
-)
+from robo_orchard_lab.pipeline.trainer.snapshot import load_snapshot, take_snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +124,7 @@ class HookBasedTrainer:
         self.accelerator = accelerator
         self.batch_processor = batch_processor
         self.progress = TrainerProgress()
-        self.metrics = MetricsBoard()
+        self.metrics = MetricsBoard(self.progress)
         self.requests = Requests()
         self._hooks = PipelineHooks()
 
@@ -148,6 +147,7 @@ class HookBasedTrainer:
             progress=self.progress,
             metrics=self.metrics,
             requests=self.requests,
+            batch_processor=batch_processor,
             limits=self.limits,
             accelerator=accelerator,
             model=self.model,
@@ -168,6 +168,7 @@ class HookBasedTrainer:
         self._on_batch = channel("on_batch").run
         self._on_model_forward = channel("on_model_forward").run
         self._on_model_backward = channel("on_model_backward").run
+        self._carry_out = partial(carry_out_requests, self._run, channel("on_evaluation").run)
 
         if resume_from is not None:
             self._refuse_several_processes()
@@ -253,11 +254,14 @@ class HookBasedTrainer:
     def _loop(self, loop_args: PipelineHookArgs) -> None:
         if self.progress.step_id == 0:
             self._position.go_on()
+            self._carry_out()  # what hooks have asked for at the start
         while not self._is_over():
             args = PipelineHookArgs(self._run)
             self._on_epoch(args, self._epoch)
             if args.epoch_completed:
                 self.progress.finish_epoch()
+            self._carry_out()  # the commit point
+        self.metrics.check_subscriptions()
         request = self.requests.stop_request
         if request is not None:
             logger.info("stopped at %s: %s, asked by %s", self.progress, request.reason, request.by)
@@ -283,14 +287,20 @@ class HookBasedTrainer:
         ):
             if self._place is not None:
                 batch = self._place(batch)
+            progress.in_step = True
             step(PipelineHookArgs(self._run, batch, ends_window, divisor), self._step)
             progress.finish_step()
-            # The commit point, as in _is_over; spelled out, since a call takes 0.5 us here.
-            if requests.stop_request is not None or reached(progress):
+            # The commit point. Spelled out, since a call takes 0.5 us here.
+            if requests.pending or reached(progress):
                 # Without a length, only asking for one batch more could tell whether this was
                 # the last one; the epoch then counts as open.
-                args.epoch_completed = progress.step_id == count_batches(self.dataloader)
-                return
+                ends_epoch = progress.step_id == count_batches(self.dataloader)
+                if not ends_epoch and not self._is_over():
+                    self._carry_out()
+                # Else it waits for the commit point after the epoch, which is as near.
+                if self._is_over():
+                    args.epoch_completed = ends_epoch
+                    return
         if progress.step_id == 0:
             raise DataError(
                 f"the dataloader gave no batch in epoch {progress.epoch_id}; an iterator "

@@ -1,0 +1,363 @@
+"""The board on which hooks publish named scalars for others to read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import astuple
+from itertools import islice
+from typing import Any, TypeAlias
+
+import torch
+
+from robo_orchard_core.utils.hook import RemovableHandle
+from robo_orchard_lab.pipeline.errors import StateError
+from robo_orchard_lab.pipeline.metrics.deferred import DeferredMetrics, reduce_states
+from robo_orchard_lab.pipeline.metrics.errors import UnknownMetricError
+from robo_orchard_lab.pipeline.metrics.exchange import Exchange, Parcel
+from robo_orchard_lab.pipeline.metrics.record import MetricsRecord, MetricValue
+from robo_orchard_lab.pipeline.metrics.window import (
+    REDUCTIONS,
+    WINDOWS,
+    Number,
+    Parts,
+    Reduction,
+    Window,
+    checked_number,
+)
+from robo_orchard_lab.pipeline.progress import TrainerProgress
+
+Subscriber: TypeAlias = Callable[[MetricValue], Any]
+Listener: TypeAlias = Callable[[MetricsRecord], Any]
+
+STATE_VERSION = 1
+_NUMBER_TYPES = (float, int)
+
+
+class MetricsBoard:
+    """Named scalars, from the hooks that measure them to those that show or act on them.
+
+    What is published adds up where it lies, on the host or on a device, and nothing is read
+    before a *logging point*: then everything travels in one packed transfer and, with several
+    ranks, in one packed collective, and every rank has the values of all. The trainer makes one at
+    the commit point where a hook has asked for it (``args.requests.log``).
+
+    >>> board = MetricsBoard()
+    >>> board.publish("loss", 1.0, weight=8)
+    >>> board.publish("loss", torch.tensor(4.0), weight=4)
+    >>> board.settle(log=True).values
+    (MetricValue(name='loss', value=2.0, step=0),)
+
+    Args:
+        progress: the counters of the run, by which values know their step.
+    """
+
+    def __init__(self, progress: TrainerProgress | None = None) -> None:
+        self._progress = TrainerProgress() if progress is None else progress
+        self._windows: dict[str, Window] = {}
+        self._reductions: dict[str, Reduction] = {}  # of every name that was ever published
+        self._found: dict[str, MetricValue] = {}  # the last values that were read
+        self._deferred: list[tuple[DeferredMetrics, int]] = []
+        self._unlogged: list[MetricValue] = []  # found already, for the next record
+        self._subscribers: list[tuple[str, Subscriber, str]] = []
+        self._listeners: list[Listener] = []
+        self._collectors: list[Callable[[], Any]] = []
+        self._exchange = Exchange()
+
+    def publish(
+        self, name: str, value: Number, reduce: Reduction = "mean", weight: Number | None = None
+    ) -> None:
+        """Add a value to what the name has had since the last logging point.
+
+        Args:
+            name: by the tags ``loss/<name>``, ``lr/group<i>``, ``perf/*``, ``eval/*``, or any.
+            value: a number, or a tensor of one element, of any dtype and on any device. It is
+                not read here; a tensor may be changed afterwards.
+            reduce: how the values of a window, and those of the ranks, become one. ``last`` takes
+                that of the first rank that has any.
+            weight: what the value weighs in a mean, >= 0; 1 by default. The mean over ranks and
+                window is exact for batches of different sizes, when each weighs its samples.
+
+        Raises:
+            MetricValueError: the value is no single real number.
+            ValueError: the name was published with another ``reduce`` before, the reduction is
+                unknown, or the weight is negative or goes with another reduction than the mean.
+        """
+        window = self._windows.get(name)
+        if window is None or window.reduce != reduce:
+            window = self._open(name, reduce)
+        if type(value) not in _NUMBER_TYPES and not (
+            isinstance(value, torch.Tensor) and value.dim() == 0 and not value.is_complex()
+        ):
+            value = checked_number(name, value)
+        if weight is None:
+            weight = 1.0
+        elif type(weight) not in _NUMBER_TYPES or reduce != "mean" or not weight >= 0:
+            weight = _checked_weight(name, weight, reduce)
+        window.add(value, weight)
+        window.latest = value.detach() if isinstance(value, torch.Tensor) else value
+        window.step = self._progress.steps_done
+
+    def defer(self, metrics: DeferredMetrics) -> None:
+        """Publish metrics whose values follow from tensors, with the next logging point.
+
+        Where someone has subscribed to one of them, or nobody logs, they are read at the next
+        commit point instead.
+        """
+        self._deferred.append((metrics, self._progress.steps_done))
+
+    def subscribe(self, name: str, callback: Subscriber, who: str = "") -> RemovableHandle:
+        """Have every new value of a name told, on every rank alike.
+
+        Values are known at logging points, those of evaluations at the commit point where they
+        were made. Subscribe on every rank alike.
+
+        Args:
+            name: of the metric.
+            callback: called with each :class:`MetricValue`, in the order of their steps.
+            who: waits for it, for the error if nobody publishes it.
+        """
+        entry = (name, callback, who)
+        self._subscribers.append(entry)
+        return RemovableHandle(lambda: self._subscribers.remove(entry))
+
+    def listen(self, callback: Listener) -> RemovableHandle:
+        """Have the record of every logging point told."""
+        self._listeners.append(callback)
+        return RemovableHandle(lambda: self._listeners.remove(callback))
+
+    def before_logging(self, callback: Callable[[], Any]) -> RemovableHandle:
+        """Have a function called ahead of every logging point, to publish what it has gathered."""
+        self._collectors.append(callback)
+        return RemovableHandle(lambda: self._collectors.remove(callback))
+
+    def latest(self, name: str) -> float:
+        """What the last logging point found, or else this rank's own latest value.
+
+        The latter is the value of a name that no logging point has had yet; to read it from a
+        device waits for that.
+
+        Raises:
+            UnknownMetricError: the name was never published; the message lists those that were.
+        """
+        found = self._found.get(name)
+        if found is not None:
+            return found.value
+        window = self._windows.get(name)
+        if window is None:
+            raise UnknownMetricError(name, self.names())
+        return float(window.latest)
+
+    def names(self) -> list[str]:
+        """The published names, in the order of their first publication."""
+        return list(self._reductions | dict.fromkeys(self._found))
+
+    @property
+    def logged(self) -> bool:
+        """Whether someone listens to logging points."""
+        return bool(self._listeners)
+
+    def check_subscriptions(self) -> None:
+        """Refuse subscriptions to what nobody has published; the trainer asks at its end.
+
+        Raises:
+            UnknownMetricError: with the names that were published.
+        """
+        known = self.names()
+        for name, _, who in self._subscribers:
+            if name not in known:
+                raise UnknownMetricError(name, known, who)
+
+    def settle(self, log: bool, accelerator: Any = None) -> MetricsRecord | None:
+        """Read what is due, tell it, and give the record of a logging point.
+
+        All ranks call it alike. It takes one transfer from the device and, with several
+        processes, one collective; none where there is nothing to read.
+
+        Args:
+            log: whether this is a logging point; else only deferred metrics are read that
+                someone waits for.
+            accelerator: the processes; None for this one alone.
+
+        Raises:
+            UnknownMetricError: someone waits for a metric of an evaluation that has other ones.
+        """
+        if log:
+            for collect in tuple(self._collectors):
+                collect()
+        due = self._take_deferred(everything=log or not self._listeners)
+        values = self._read(self._windows if log else {}, due, accelerator) if log or due else []
+        if log:
+            self._windows = {}
+        for metrics, _ in due:
+            self._refuse_misspelled(metrics)
+        self._tell(values)
+        return self._record() if log else None
+
+    def read_deferred(self, accelerator: Any = None) -> None:
+        """Read all deferred metrics, so that the state holds numbers; as :meth:`settle` does."""
+        self._tell(self._read({}, self._take_deferred(everything=True), accelerator))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was published and not logged yet; call :meth:`read_deferred` first."""
+        return {
+            "version": STATE_VERSION,
+            "windows": {
+                name: {
+                    "reduce": window.reduce,
+                    "step": window.step,
+                    "latest": window.latest,
+                    "values": window.state_dict(),
+                }
+                for name, window in self._windows.items()
+            },
+            "reductions": dict(self._reductions),
+            "found": [astuple(value) for value in self._found.values()],
+            "unlogged": [astuple(value) for value in self._unlogged],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None = None) -> None:
+        """Go on from a state; its tensors go to ``device``, by default the CPU.
+
+        Raises:
+            StateError: another version.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise StateError(
+                f"expected a state of the metrics board of version {STATE_VERSION}, "
+                f"found version {state.get('version')!r}"
+            )
+        self._windows = {}
+        for name, saved in state["windows"].items():
+            window = self._windows[name] = WINDOWS[saved["reduce"]]()
+            window.step, window.latest = saved["step"], saved["latest"]
+            window.load_state_dict(saved["values"], device or torch.device("cpu"))
+        self._reductions = dict(state["reductions"])
+        self._found = {name: MetricValue(name, *rest) for name, *rest in state["found"]}
+        self._unlogged = [MetricValue(*value) for value in state["unlogged"]]
+
+    def _open(self, name: str, reduce: Reduction) -> Window:
+        if reduce not in REDUCTIONS:
+            raise ValueError(
+                f"metric {name!r}: reduce must be one of {', '.join(map(repr, REDUCTIONS))}, "
+                f"got {reduce!r}"
+            )
+        before = self._reductions.setdefault(name, reduce)
+        if before != reduce:
+            raise ValueError(
+                f"metric {name!r} was published with reduce={before!r} before, and now with "
+                f"{reduce!r}; publish it under another name"
+            )
+        window = self._windows[name] = WINDOWS[reduce]()
+        return window
+
+    def _take_deferred(self, everything: bool) -> list[tuple[DeferredMetrics, int]]:
+        """Those that are to be read now: all, or those that a subscriber may be waiting for."""
+        groups = {_group(name) for name, _, _ in self._subscribers}
+        due: list[tuple[DeferredMetrics, int]] = []
+        later: list[tuple[DeferredMetrics, int]] = []
+        for metrics, step in self._deferred:
+            awaited = not groups.isdisjoint(map(_group, metrics.names()))
+            (due if everything or awaited else later).append((metrics, step))
+        self._deferred = later
+        return due
+
+    def _read(
+        self,
+        windows: Mapping[str, Window],
+        deferred: Sequence[tuple[DeferredMetrics, int]],
+        accelerator: Any,
+    ) -> list[MetricValue]:
+        """The values of all ranks: one transfer, and with several ranks one collective."""
+        label = [
+            [name, w.reduce, len(w.numbers()), len(w.tensors())] for name, w in windows.items()
+        ]
+        numbers = [x for window in windows.values() for x in (window.step, *window.numbers())]
+        scalars = [tensor for window in windows.values() for tensor in window.tensors()]
+        states = [metrics.states() for metrics, _ in deferred]
+        flat = [tensor for own in states for tensor, _ in own]
+        parcel = Parcel(json.dumps(label), numbers, [_stacked(scalars), *flat])
+        ranks = self._exchange(parcel, accelerator)
+
+        parts: dict[str, list[Parts]] = {}
+        steps: dict[str, int] = {}
+        reductions: dict[str, Reduction] = {}
+        for rank in ranks:
+            figures, read = iter(rank.numbers), iter(rank.tensors[0].tolist())
+            for name, reduce, n_numbers, n_tensors in json.loads(rank.label):
+                steps[name] = max(steps.get(name, 0), int(next(figures)))
+                if reductions.setdefault(name, reduce) != reduce:
+                    raise ValueError(
+                        f"metric {name!r} is published with reduce={reductions[name]!r} on one "
+                        f"rank and with {reduce!r} on another"
+                    )
+                part = list(islice(figures, n_numbers)), list(islice(read, n_tensors))
+                parts.setdefault(name, []).append(part)
+        values = [
+            MetricValue(name, WINDOWS[reductions[name]].combine(of_ranks), steps[name])
+            for name, of_ranks in parts.items()
+        ]
+        for name, reduce in reductions.items():
+            self._reductions.setdefault(name, reduce)
+
+        begin = 1
+        for (metrics, step), own in zip(deferred, states, strict=True):
+            end = begin + len(own)
+            tensors = [rank.tensors[begin:end] for rank in ranks]
+            reduced = reduce_states(tensors, [reduce for _, reduce in own])
+            values += [MetricValue(n, float(v), step) for n, v in metrics.values(reduced).items()]
+            begin = end
+        return values
+
+    def _tell(self, values: Iterable[MetricValue]) -> None:
+        values = sorted(values, key=lambda value: value.step)
+        self._unlogged += values
+        self._found.update((value.name, value) for value in values)
+        for value in values:
+            for name, callback, _ in tuple(self._subscribers):
+                if name == value.name:
+                    callback(value)
+
+    def _record(self) -> MetricsRecord:
+        progress = self._progress
+        values = tuple(sorted(self._unlogged, key=lambda value: value.step))
+        self._unlogged = []
+        record = MetricsRecord(
+            progress.epoch_id, progress.steps_done, progress.optimizer_step_id, values
+        )
+        for listener in tuple(self._listeners):
+            listener(record)
+        return record
+
+    def _refuse_misspelled(self, metrics: DeferredMetrics) -> None:
+        """An evaluation has its names; a subscriber that waits for others waits in vain."""
+        names = metrics.names()
+        groups = set(map(_group, names))
+        for name, _, who in self._subscribers:
+            if _group(name) in groups and name not in names and name not in self._found:
+                raise UnknownMetricError(name, {*self.names(), *names}, who)
+
+
+def _group(name: str) -> str:
+    """All but the last part of a name; what belongs to no group is one by itself."""
+    group, _, last = name.rpartition("/")
+    return group or last
+
+
+def _stacked(scalars: Sequence[torch.Tensor]) -> torch.Tensor:
+    if not scalars:
+        return torch.zeros(0)
+    devices = {scalar.device for scalar in scalars}
+    if len(devices) > 1:
+        device = next(device for device in devices if device.type != "cpu")
+        scalars = [scalar.to(device) for scalar in scalars]
+    return torch.stack([*scalars])
+
+
+def _checked_weight(name: str, weight: Any, reduce: Reduction) -> Number:
+    if reduce != "mean":
+        raise ValueError(f"metric {name!r}: a weight goes with reduce='mean', not with {reduce!r}")
+    checked = checked_number(name, weight, "the weight of ")
+    if not isinstance(checked, torch.Tensor) and not checked >= 0:
+        raise ValueError(f"metric {name!r}: a weight must be >= 0, got {checked}")
+    return checked

@@ -1,0 +1,41 @@
+"""What a logging point finds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class MetricValue:
+    """One number, of all ranks, and the step that it belongs to."""
+
+    name: str
+    value: float
+    step: int
+    """How many steps of the run were done when it was measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsRecord:
+    """Everything that was found since the logging point before.
+
+    >>> record = MetricsRecord(0, 50, 50, (MetricValue("loss/total", 0.5, step=50),))
+    >>> record.by_step()
+    {50: {'loss/total': 0.5}}
+    """
+
+    epoch_id: int
+    """How many epochs are done."""
+    global_step_id: int
+    """How many steps are done."""
+    optimizer_step_id: int
+    """How many updates of the weights are committed."""
+    values: tuple[MetricValue, ...]
+    """In the order of their steps; a name may be there more than once, for several steps."""
+
+    def by_step(self) -> dict[int, dict[str, float]]:
+        """The values by the step that they belong to, the earliest first."""
+        steps: dict[int, dict[str, float]] = {}
+        for value in self.values:
+            steps.setdefault(value.step, {})[value.name] = value.value
+        return dict(sorted(steps.items()))

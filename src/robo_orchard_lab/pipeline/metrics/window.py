@@ -1,0 +1,303 @@
+"""What was published under one name since the last logging point, in constant memory."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
+
+import numpy as np
+import torch
+
+from robo_orchard_lab.pipeline.metrics.errors import MetricValueError
+
+Reduction: TypeAlias = Literal["mean", "sum", "max", "min", "last"]
+"""How the values of one name become one: over the window, and over the ranks."""
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+
+Number: TypeAlias = float | torch.Tensor
+Parts: TypeAlias = tuple[Sequence[float], Sequence[float]]
+"""One rank's numbers and, once they were read, tensors, as :meth:`Window.numbers` and
+:meth:`Window.tensors` gave them."""
+
+
+class WeightedSum:
+    """A sum of weighted values and the sum of their weights, in double precision.
+
+    Numbers add up on the host and tensors on their device, in place; nothing is read back. On
+    devices without double precision (MPS) tensors add up in single.
+    """
+
+    __slots__ = ("host", "host_weight", "tensor", "tensor_weight")
+
+    def __init__(self) -> None:
+        self.host = 0.0
+        self.host_weight = 0.0
+        self.tensor: torch.Tensor | None = None
+        self.tensor_weight: torch.Tensor | None = None
+
+    def add(self, value: Number, weight: Number = 1.0) -> None:
+        """Add a number, or a tensor of one element of any dtype, which may carry a graph."""
+        if not isinstance(value, torch.Tensor):
+            if isinstance(weight, torch.Tensor):
+                value = torch.as_tensor(value, dtype=torch.float64).to(weight)
+            else:
+                self.host += value * weight
+                self.host_weight += weight
+                return
+        if self.tensor is None:
+            self.tensor = _zero(value.device)
+        value = value.detach() if value.dim() == 0 else value.detach().reshape(())
+        if not isinstance(weight, torch.Tensor):
+            self.tensor.add_(value, alpha=weight)
+            self.host_weight += weight
+            return
+        if self.tensor_weight is None:
+            self.tensor_weight = _zero(value.device)
+        weight = weight.detach().reshape(()).to(self.tensor_weight)
+        self.tensor.add_(value * weight)
+        self.tensor_weight.add_(weight)
+
+    def merge(self, other: WeightedSum) -> None:
+        """Add what another one has added up."""
+        self.host += other.host
+        self.host_weight += other.host_weight
+        if other.tensor is not None:
+            self.tensor = _zero(other.tensor.device) if self.tensor is None else self.tensor
+            self.tensor.add_(other.tensor)
+        if other.tensor_weight is not None:
+            if self.tensor_weight is None:
+                self.tensor_weight = _zero(other.tensor_weight.device)
+            self.tensor_weight.add_(other.tensor_weight)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was added."""
+        return self.host_weight == 0.0 and self.tensor is None
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was added up; tensors as copies."""
+        tensors = {"tensor": self.tensor, "tensor_weight": self.tensor_weight}
+        return {
+            "host": self.host,
+            "host_weight": self.host_weight,
+            **{name: None if t is None else t.clone() for name, t in tensors.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from a state, with its tensors on ``device``."""
+        self.host, self.host_weight = state["host"], state["host_weight"]
+        for name in ("tensor", "tensor_weight"):
+            value = state[name]
+            setattr(self, name, None if value is None else value.to(device, copy=True))
+
+
+class Window(ABC):
+    """The values of one name since the last logging point."""
+
+    __slots__ = ("latest", "step")
+
+    reduce: ClassVar[Reduction]
+
+    def __init__(self) -> None:
+        self.step = 0
+        """The step that the latest value belongs to."""
+        self.latest: Number = math.nan
+        """The latest value, as it was published."""
+
+    @abstractmethod
+    def add(self, value: Number, weight: Number) -> None:
+        """Take one more value in."""
+
+    @abstractmethod
+    def numbers(self) -> list[float]:
+        """What is on the host."""
+
+    @abstractmethod
+    def tensors(self) -> list[torch.Tensor]:
+        """What is on the device: tensors of no dimensions, of one dtype."""
+
+    @staticmethod
+    @abstractmethod
+    def combine(ranks: Sequence[Parts]) -> float:
+        """One value of the parts of the ranks that have some; NaN where these have no weight."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """What was taken in."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from a state."""
+
+
+class _MeanWindow(Window):
+    __slots__ = ("_sum",)
+
+    reduce: ClassVar[Reduction] = "mean"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sum = WeightedSum()
+
+    def add(self, value: Number, weight: Number) -> None:
+        self._sum.add(value, weight)
+
+    def numbers(self) -> list[float]:
+        return [self._sum.host, self._sum.host_weight]
+
+    def tensors(self) -> list[torch.Tensor]:
+        parts = (self._sum.tensor, self._sum.tensor_weight)
+        return [part for part in parts if part is not None]
+
+    @staticmethod
+    def combine(ranks: Sequence[Parts]) -> float:
+        total = _fsum([n[0] for n, _ in ranks] + [t[0] for _, t in ranks if t])
+        weight = _fsum([n[1] for n, _ in ranks] + [t[1] for _, t in ranks if len(t) == 2])
+        return total / weight if weight else math.nan
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._sum.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self._sum.load_state_dict(state, device)
+
+
+class _SumWindow(_MeanWindow):
+    __slots__ = ()
+
+    reduce: ClassVar[Reduction] = "sum"
+
+    @staticmethod
+    def combine(ranks: Sequence[Parts]) -> float:
+        return _fsum([n[0] for n, _ in ranks] + [t[0] for _, t in ranks if t])
+
+
+class _SlotWindow(Window):
+    """A window that keeps one value of the host and one of the device."""
+
+    __slots__ = ("_host", "_tensor")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._host: float | None = None
+        self._tensor: torch.Tensor | None = None
+
+    def numbers(self) -> list[float]:
+        return [] if self._host is None else [self._host]
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [] if self._tensor is None else [self._tensor]
+
+    def state_dict(self) -> dict[str, Any]:
+        tensor = self._tensor
+        return {"host": self._host, "tensor": None if tensor is None else tensor.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self._host, tensor = state["host"], state["tensor"]
+        self._tensor = None if tensor is None else tensor.to(device, copy=True)
+
+
+class _MaxWindow(_SlotWindow):
+    """NaN, once there, stays."""
+
+    __slots__ = ()
+
+    reduce: ClassVar[Reduction] = "max"
+    _sign = 1.0
+
+    def add(self, value: Number, weight: Number) -> None:
+        if isinstance(value, torch.Tensor):
+            value = value.detach().reshape(()).to(_zero(value.device))
+            if self._tensor is None:
+                self._tensor = value.clone()
+            else:
+                pick = torch.maximum if self._sign > 0 else torch.minimum
+                pick(self._tensor, value, out=self._tensor)
+        elif self._host is None:
+            self._host = float(value)
+        else:
+            self._host = _extreme([self._host, float(value)], self._sign)
+
+    @staticmethod
+    def combine(ranks: Sequence[Parts]) -> float:
+        return _extreme([x for parts in ranks for part in parts for x in part], 1.0)
+
+
+class _MinWindow(_MaxWindow):
+    __slots__ = ()
+
+    reduce: ClassVar[Reduction] = "min"
+    _sign = -1.0
+
+    @staticmethod
+    def combine(ranks: Sequence[Parts]) -> float:
+        return _extreme([x for parts in ranks for part in parts for x in part], -1.0)
+
+
+class _LastWindow(_SlotWindow):
+    """Of several ranks' values, the one of the first rank that has any."""
+
+    __slots__ = ()
+
+    reduce: ClassVar[Reduction] = "last"
+
+    def add(self, value: Number, weight: Number) -> None:
+        if isinstance(value, torch.Tensor):
+            value = value.detach().reshape(())
+            self._tensor = _zero(value.device).copy_(value)
+            self._host = None
+        else:
+            self._host, self._tensor = float(value), None
+
+    @staticmethod
+    def combine(ranks: Sequence[Parts]) -> float:
+        return next(x for parts in ranks for part in parts for x in part)
+
+
+WINDOWS: Mapping[str, type[Window]] = {
+    kind.reduce: kind for kind in (_MeanWindow, _SumWindow, _MaxWindow, _MinWindow, _LastWindow)
+}
+
+
+def checked_number(name: str, value: Any, role: str = "") -> Number:
+    """The value if it is one real number on any device.
+
+    Raises:
+        MetricValueError: it is not; the message names the metric.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.is_complex():
+            raise MetricValueError(f"{role}metric {name!r} must be real, got {value.dtype}")
+        if value.numel() != 1:
+            raise MetricValueError(
+                f"{role}metric {name!r} must be a single number, got a tensor "
+                f"of shape {tuple(value.shape)}; reduce it first"
+            )
+        return value
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if isinstance(value, (float, int, np.number, np.bool_)) and not np.iscomplexobj(value):
+        return float(value)
+    raise MetricValueError(f"{role}metric {name!r} must be a number, got {type(value).__name__}")
+
+
+def _zero(device: torch.device) -> torch.Tensor:
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return torch.zeros((), dtype=dtype, device=device)
+
+
+def _fsum(values: Sequence[float]) -> float:
+    # fsum refuses to add inf to -inf, and a sum that overflows; the plain sum tells of both.
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):
+        return sum(values)
+
+
+def _extreme(values: Sequence[float], sign: float) -> float:
+    """The largest, or with a negative sign the smallest; NaN where one is there."""
+    if any(math.isnan(value) for value in values):
+        return math.nan
+    return sign * max(sign * value for value in values)

@@ -1,0 +1,79 @@
+"""The commit point: what hooks have asked for is carried out."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from robo_orchard_lab.pipeline.checkpoint import write_weights
+from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
+from robo_orchard_lab.pipeline.errors import PipelineStateError
+from robo_orchard_lab.pipeline.requests import EvaluateRequest, LogRequest, SaveWeightsRequest
+from robo_orchard_lab.pipeline.trainer.snapshot import plain_weights
+
+logger = logging.getLogger(__name__)
+
+OpenScope = Callable[[PipelineHookArgs, Callable[[PipelineHookArgs], Any]], Any]
+"""Runs a body inside the hooks of a channel."""
+
+
+def carry_out_requests(run: PipelineRun, on_evaluation: OpenScope) -> None:
+    """Evaluate, then log, then save, as far as it was asked for; a stop is the trainer's own.
+
+    Who is told of a value may ask for more, which is carried out as well; each evaluation runs
+    once, and there is one logging point, however many have asked.
+
+    Raises:
+        PipelineStateError: an evaluation is asked for that no hook can carry out.
+    """
+    requests = run.requests
+    if not requests.pending:
+        return
+    evaluated: set[str] = set()
+    logged = False
+    while True:
+        names = _wanted(run, requests.take(EvaluateRequest))
+        for name in names:
+            if name not in evaluated:
+                evaluated.add(name)
+                on_evaluation(PipelineHookArgs(run, evaluation=name), run.evaluations[name])
+        log = bool(requests.take(LogRequest)) and not logged
+        if not names and not log:
+            break
+        logged = logged or log
+        run.metrics.settle(log, run.accelerator)
+    for request in requests.take(SaveWeightsRequest):
+        _save(run, request)
+
+
+def _wanted(run: PipelineRun, requests: list[EvaluateRequest]) -> list[str]:
+    """The evaluations to run, in the order in which their hooks are registered."""
+    for request in requests:
+        if not run.evaluations or request.name not in (None, *run.evaluations):
+            near = difflib.get_close_matches(str(request.name), run.evaluations, n=1)
+            raise PipelineStateError(
+                f"{request.by} asked for an evaluation ({request.reason}), "
+                + (f"by {request.name!r}, " if request.name else "")
+                + "which no hook can carry out"
+                + (f"; did you mean {near[0]!r}?" if near else "; register a ValidationHook.")
+                + f" Those that can: {', '.join(run.evaluations) or 'none'}"
+            )
+        logger.debug("evaluation: %s, asked by %s", request.reason, request.by)
+    names = {request.name for request in requests}
+    return [name for name in run.evaluations if None in names or name in names]
+
+
+def _save(run: PipelineRun, request: SaveWeightsRequest) -> None:
+    if run.accelerator.is_main_process:
+        weights = run.weight_set(request.weights).weights() if request.weights else None
+        progress = run.progress
+        metadata = {
+            "epoch_id": str(progress.epoch_id),
+            "global_step_id": str(progress.global_step_id),
+            "optimizer_step_id": str(progress.optimizer_step_id),
+            **request.metadata,
+        }
+        write_weights(request.path, plain_weights(run) if weights is None else weights, metadata)
+        logger.info("saved %s: %s, asked by %s", request.path, request.reason, request.by)
