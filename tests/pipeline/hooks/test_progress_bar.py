@@ -545,7 +545,7 @@ def test_only_the_main_process_shows_it(tmp_path: Path) -> None:
         timeout=300,
     )
     assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.split() == ["after", "after"]
+    assert finished.stdout.count("after") == 2  # the two may write into one line
     lines = [line for line in finished.stderr.splitlines() if "samples/s" in line]
     assert len(lines) == 3
     assert all("[rank 0/2]" in line for line in lines)

@@ -60,6 +60,7 @@ class MetricsBoard:
         self._deferred: list[tuple[DeferredMetrics, int]] = []
         self._unlogged: list[MetricValue] = []  # found already, for the next record
         self._subscribers: list[tuple[str, Subscriber, str]] = []
+        self._expected: list[tuple[str, str]] = []
         self._listeners: list[Listener] = []
         self._collectors: list[Callable[[], Any]] = []
         self._exchange = Exchange()
@@ -121,6 +122,12 @@ class MetricsBoard:
         self._subscribers.append(entry)
         return RemovableHandle(lambda: self._subscribers.remove(entry))
 
+    def expect(self, name: str, who: str) -> RemovableHandle:
+        """Have it refused, as with :meth:`subscribe`, if nobody publishes a name."""
+        entry = (name, who)
+        self._expected.append(entry)
+        return RemovableHandle(lambda: self._expected.remove(entry))
+
     def listen(self, callback: Listener) -> RemovableHandle:
         """Have the record of every logging point told."""
         self._listeners.append(callback)
@@ -158,13 +165,13 @@ class MetricsBoard:
         return bool(self._listeners)
 
     def check_subscriptions(self) -> None:
-        """Refuse subscriptions to what nobody has published; the trainer asks at its end.
+        """Refuse to wait for what nobody has published; the trainer asks at its end.
 
         Raises:
             UnknownMetricError: with the names that were published.
         """
         known = self.names()
-        for name, _, who in self._subscribers:
+        for name, who in self._awaited():
             if name not in known:
                 raise UnknownMetricError(name, known, who)
 
@@ -329,11 +336,15 @@ class MetricsBoard:
             listener(record)
         return record
 
+    def _awaited(self) -> list[tuple[str, str]]:
+        """The names that someone waits for, and who."""
+        return [*((name, who) for name, _, who in self._subscribers), *self._expected]
+
     def _refuse_misspelled(self, metrics: DeferredMetrics) -> None:
-        """An evaluation has its names; a subscriber that waits for others waits in vain."""
+        """An evaluation has its names; who waits for others waits in vain."""
         names = metrics.names()
         groups = set(map(_group, names))
-        for name, _, who in self._subscribers:
+        for name, who in self._awaited():
             if _group(name) in groups and name not in names and name not in self._found:
                 raise UnknownMetricError(name, {*self.names(), *names}, who)
 
