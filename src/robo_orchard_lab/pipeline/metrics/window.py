@@ -41,7 +41,7 @@ class WeightedSum:
         """Add a number, or a tensor of one element of any dtype, which may carry a graph."""
         if not isinstance(value, torch.Tensor):
             if isinstance(weight, torch.Tensor):
-                value = torch.as_tensor(value, dtype=torch.float64).to(weight)
+                value = _zero(weight.device).fill_(value)
             else:
                 self.host += value * weight
                 self.host_weight += weight
