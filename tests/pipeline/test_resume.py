@@ -26,7 +26,7 @@ from robo_orchard_lab.pipeline import (
 from robo_orchard_lab.pipeline.errors import PipelineStateError, StateError
 from robo_orchard_lab.pipeline.hooks import GradientClippingHookConfig
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext
-from tiny import equal, loss_of, make_model, make_trainer, weights
+from tiny import equal, loss_of, make_loader, make_model, make_trainer, weights
 
 STEPS = 14  # two epochs of seven batches
 
@@ -522,3 +522,43 @@ def test_saving_and_calling_are_refused_within_a_step(tmp_path: Path) -> None:
     with pytest.raises(PipelineStateError, match="middle of a step"):
         trainer.save_checkpoint(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("stop", [3, 5, 10, 15])
+def test_a_stop_at_the_end_of_an_epoch_draws_what_the_epoch_would(
+    stop: int, accumulate: int, tmp_path: Path
+) -> None:
+    """Wherever a hook stops it, a loader with a generator of its own goes on in the same order."""
+
+    def run(
+        resume_from: Path | None = None, stop_at: int | None = None, max_step: int | None = None
+    ) -> tuple[HookBasedTrainer, list[float]]:
+        seen: list[float] = []
+        hooks = PipelineHooks("record")
+        hooks.on_step.before(lambda args: seen.append(args.batch[0][0, 0].item()))
+        if stop_at is not None:
+
+            @hooks.on_step.after(when=f"at steps {stop_at}")
+            def stop_here(args: PipelineHookArgs) -> None:
+                args.requests.stop("enough")
+
+        generator = torch.Generator().manual_seed(3)
+        trainer = make_trainer(
+            [hooks],
+            loader=make_loader(5, shuffle=True, generator=generator),
+            accumulate=accumulate,
+            max_epoch=4,
+            max_step=max_step,
+            resume_from=resume_from,
+        )
+        trainer()
+        return trainer, seen
+
+    _, straight = run()
+    for name in ("stop_at", "max_step"):
+        trainer, first = run(**{name: stop})  # type: ignore[arg-type]  # both are numbers
+        assert len(first) == stop
+        trainer.save_checkpoint(tmp_path / name)
+        _, rest = run(resume_from=tmp_path / name)
+        assert first + rest == straight

@@ -273,18 +273,23 @@ class HookBasedTrainer:
         window = self.accelerator.gradient_accumulation_steps
         step = self._on_step if window == 1 else self._on_step_in_window
         requests, reached = self.requests, self.limits.reached
+        length = count_batches(self.dataloader)
+        limit = None if max_step is None else max_step - progress.global_step_id + done
+        over = False
         self._position.start_epoch(progress.epoch_id, done)
         # Kept by no name here: an error that is kept would keep the loader's workers with it.
         for batch, ends_window, divisor in self._position.seek(
             micro_batches(
                 self.dataloader,
                 window,
-                limit=None if max_step is None else max_step - progress.global_step_id + done,
+                limit=None if limit == length else limit,
                 count_samples=getattr(self.batch_processor, "count_samples", None),
                 begin_window=self._position.begin_window,
             ),
             done,
         ):
+            if over:  # and there are more batches than the loader's length says
+                break
             if self._place is not None:
                 batch = self._place(batch)
             progress.in_step = True
@@ -292,14 +297,16 @@ class HookBasedTrainer:
             progress.finish_step()
             # The commit point. Spelled out, since a call takes 0.5 us here.
             if requests.pending or reached(progress):
-                # Without a length, only asking for one batch more could tell whether this was
-                # the last one; the epoch then counts as open.
-                ends_epoch = progress.step_id == count_batches(self.dataloader)
-                if not ends_epoch and not self._is_over():
+                over = self._is_over()
+                if progress.step_id == length:
+                    # What was asked for waits for the commit point after the epoch, which is as
+                    # near. Some samplers draw once more when they are asked for one batch too many.
+                    continue
+                if not over:
                     self._carry_out()
-                # Else it waits for the commit point after the epoch, which is as near.
                 if self._is_over():
-                    args.epoch_completed = ends_epoch
+                    # Without a length, only asking for one batch more could tell whether this
+                    # was the last one; the epoch then counts as open.
                     return
         if progress.step_id == 0:
             raise DataError(
