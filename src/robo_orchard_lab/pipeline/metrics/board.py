@@ -164,16 +164,17 @@ class MetricsBoard:
         """Whether someone listens to logging points."""
         return bool(self._listeners)
 
-    def check_subscriptions(self) -> None:
-        """Refuse to wait for what nobody has published; the trainer asks at its end.
-
-        Raises:
-            UnknownMetricError: with the names that were published.
-        """
+    def unmet(self) -> UnknownMetricError | None:
+        """The error to raise if someone waits for a name that nobody has published, or None."""
         known = self.names()
-        for name, who in self._awaited():
-            if name not in known:
-                raise UnknownMetricError(name, known, who)
+        return next(
+            (
+                UnknownMetricError(name, known, who)
+                for name, who in self._awaited()
+                if name not in known
+            ),
+            None,
+        )
 
     def settle(self, log: bool, accelerator: Any = None) -> MetricsRecord | None:
         """Read what is due, tell it, and give the record of a logging point.

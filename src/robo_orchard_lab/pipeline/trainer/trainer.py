@@ -25,7 +25,7 @@ from robo_orchard_lab.pipeline.errors import (
 )
 from robo_orchard_lab.pipeline.hook_set import HookLike, PipelineHooks, check_unique_names
 from robo_orchard_lab.pipeline.hooks.optimizer import OptimizerHook, ScheduleUnit
-from robo_orchard_lab.pipeline.metrics import MetricsBoard
+from robo_orchard_lab.pipeline.metrics import MetricsBoard, UnknownMetricError
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
 from robo_orchard_lab.pipeline.trainer.accumulation import micro_batches
@@ -160,6 +160,7 @@ class HookBasedTrainer:
         self._resumed = resume_from is not None
         self._synchronising = accelerator.sync_gradients = True
         self._last_loss: torch.Tensor | None = None
+        self._unmet: UnknownMetricError | None = None
 
         channel = self.hooks.get_channel  # looked up once: the step path calls these
         self._on_loop = channel("on_loop").run
@@ -226,6 +227,8 @@ class HookBasedTrainer:
 
         Raises:
             PipelineStateError: the trainer has failed before, or is called by one of its hooks.
+            UnknownMetricError: at the end, a hook has waited for a metric that nobody published;
+                the trainer can still be saved.
         """
         if self._open:
             raise PipelineStateError(
@@ -250,6 +253,8 @@ class HookBasedTrainer:
         finally:
             self._last_loss = None
         self._open = False
+        if self._unmet is not None:  # raised here, where the run is whole and can be saved
+            raise self._unmet
 
     def _loop(self, loop_args: PipelineHookArgs) -> None:
         if self.progress.step_id == 0:
@@ -261,7 +266,11 @@ class HookBasedTrainer:
             if args.epoch_completed:
                 self.progress.finish_epoch()
             self._carry_out()  # the commit point
-        self.metrics.check_subscriptions()
+            if args.epoch_completed and self._unmet is None:
+                self._unmet = self.metrics.unmet()
+                if self._unmet is not None and not self._is_over():
+                    logger.warning("after a whole epoch, %s", self._unmet)
+        self._unmet = self.metrics.unmet()
         request = self.requests.stop_request
         if request is not None:
             logger.info("stopped at %s: %s, asked by %s", self.progress, request.reason, request.by)

@@ -1,0 +1,234 @@
+"""What hooks ask for is carried out at commit points, once, and in order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
+from robo_orchard_lab.pipeline.errors import PipelineConfigError, PipelineStateError
+from robo_orchard_lab.pipeline.metrics import UnknownMetricError
+from tiny import equal, make_loader, make_trainer, weights
+
+
+class Watcher(PipelineHooks):
+    """Writes down what happens, and evaluates by publishing a number."""
+
+    def __init__(self, name: str = "watcher") -> None:
+        super().__init__(name)
+        self.events: list[str] = []
+        self.on_loop.before(self._open)
+        self.on_epoch.after(lambda args: self.events.append(f"epoch {args.epoch_id} ends"))
+        self.on_step.after(lambda args: self.events.append(f"step {args.global_step_id + 1}"))
+        self.on_evaluation.before(lambda args: self.events.append(f"begin {args.evaluation}"))
+        self.on_evaluation.after(lambda args: self.events.append(f"end {args.evaluation}"))
+
+    def _open(self, args: PipelineHookArgs) -> None:
+        args.run.evaluations[self.name] = self._evaluate
+        args.metrics.listen(lambda record: self.events.append(f"log {record.global_step_id}"))
+
+    def _evaluate(self, args: PipelineHookArgs) -> None:
+        assert not args.progress.in_step
+        self.events.append(f"evaluate at {args.global_step_id}")
+        args.metrics.publish(f"eval/{self.name}", args.global_step_id, reduce="last")
+
+
+def asking(when: str, *kinds: str, name: str | None = None) -> PipelineHooks:
+    """A hook that asks for these things on a schedule."""
+    hooks = PipelineHooks(f"asks for {kinds} {when}")
+
+    def ask(args: PipelineHookArgs) -> None:
+        for kind in kinds:
+            if kind == "evaluate":
+                args.requests.evaluate("it is time", name=name)
+            elif kind == "log":
+                args.requests.log("it is time")
+            else:
+                args.requests.stop("it is time")
+
+    hooks.register_at_commit(ask, when)
+    return hooks
+
+
+def events_of(*hooks: PipelineHooks, **options: Any) -> list[str]:
+    watcher = Watcher()
+    make_trainer([watcher, *hooks], loader=make_loader(4), **options)()
+    return watcher.events
+
+
+def test_an_evaluation_comes_before_the_log() -> None:
+    """At a commit point evaluations run first, so that the record has what they found."""
+    events = events_of(asking("2 steps", "log", "evaluate"), max_step=3)
+    assert events == [
+        *("step 1", "step 2"),
+        *("begin watcher", "evaluate at 2", "end watcher", "log 2", "step 3", "epoch 0 ends"),
+    ]
+
+
+def test_what_meets_at_the_end_of_an_epoch_is_done_once() -> None:
+    """A request by steps and one by epochs make one evaluation and one logging point."""
+    events = events_of(
+        asking("4 steps", "log", "evaluate"), asking("1 epoch", "evaluate", "log"), max_epoch=2
+    )
+    commit = ["begin watcher", "evaluate at 4", "end watcher", "log 4"]
+    assert events[:9] == ["step 1", "step 2", "step 3", "step 4", "epoch 0 ends", *commit]
+    assert events.count("log 8") == events.count("evaluate at 8") == 1
+    assert events[-1] == "log 8"
+
+
+def test_a_stop_is_granted_after_what_was_asked_for() -> None:
+    """What is asked for together with the stop is still done, outside the epoch."""
+    events = events_of(asking("2 steps", "stop", "evaluate", "log"), max_epoch=2)
+    assert events[1:] == [
+        *("step 2", "epoch 0 ends"),
+        *("begin watcher", "evaluate at 2", "end watcher", "log 2"),
+    ]
+
+
+def test_an_evaluation_is_asked_for_by_name() -> None:
+    """Only the named hook evaluates; without a name all do, in the order of the hooks."""
+    one, two = Watcher("one"), Watcher("two")
+    make_trainer(
+        [one, two, asking("at steps 1", "evaluate", name="two"), asking("at steps 2", "evaluate")],
+        max_step=3,
+    )()
+    begun = [event for event in one.events if event.startswith("begin")]
+    assert begun == ["begin two", "begin one", "begin two"]
+
+
+def test_who_is_told_may_ask_for_more() -> None:
+    """A subscriber's request is carried out at the same commit point, and ends."""
+    watcher = Watcher()
+    hooks = PipelineHooks("asks when told")
+
+    @hooks.on_loop.before
+    def subscribe(args: PipelineHookArgs) -> None:
+        def ask(value: object) -> None:
+            args.requests.evaluate("told of it")
+            args.requests.log("told of it")
+
+        args.metrics.subscribe("seen", ask)
+
+    @hooks.on_step.after(when="at steps 2")
+    def publish(args: PipelineHookArgs) -> None:
+        args.metrics.publish("seen", 1.0)
+        args.requests.log("it is time")
+
+    make_trainer([watcher, hooks], max_step=4)()
+    assert watcher.events[2:6] == ["log 2", "begin watcher", "evaluate at 2", "end watcher"]
+    assert watcher.events.count("log 2") == 1
+
+
+def test_an_evaluation_that_no_hook_can_make_is_refused() -> None:
+    """The error names who asked and who can."""
+    with pytest.raises(PipelineStateError, match=r"ask \(test_commit_point.*register a Validation"):
+        make_trainer([asking("1 steps", "evaluate")], max_step=2)()
+    with pytest.raises(PipelineStateError, match=r"by 'wacher'.*did you mean 'watcher'"):
+        events_of(asking("1 steps", "evaluate", name="wacher"), max_step=2)
+
+
+def test_waiting_for_a_metric_that_never_comes_is_an_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is warned of after the first epoch, and raised at the end, where the run can be saved."""
+    hooks = PipelineHooks("waits")
+    hooks.on_loop.before(lambda args: args.metrics.subscribe("los", print, who="waits"))
+    hooks.on_step.after(lambda args: args.metrics.publish("loss", args.loss))
+    trainer = make_trainer([hooks], loader=make_loader(2), max_epoch=3)
+    with pytest.raises(UnknownMetricError, match=r"'los'.*waits waits for; did you mean 'loss'"):
+        trainer()
+    assert trainer.progress.global_step_id == 6
+    trainer.save_checkpoint(tmp_path / "whole")
+    assert [r.getMessage() for r in caplog.records if "no metric 'los'" in r.getMessage()] == [
+        "after a whole epoch, no metric 'los' was published, which waits waits for; "
+        "did you mean 'loss'? Published: loss"
+    ]
+
+
+class Saver(PipelineHooks):
+    """Asks for the weights at every second step."""
+
+    def __init__(self, path: Path, which: str | None = None) -> None:
+        super().__init__()
+        self._path, self._which = path, which
+        self.register_at_commit(self._ask, "2 steps")
+
+    def _ask(self, args: PipelineHookArgs) -> None:
+        args.requests.save_weights(
+            self._path, "to see", weights=self._which, metadata={"why": "to see"}
+        )
+
+
+def test_weights_are_saved_when_asked_for(tmp_path: Path) -> None:
+    """The file holds the weights of that commit point by name, with the counters."""
+    kept: list[list[torch.Tensor]] = []
+    hooks = PipelineHooks("keeps")
+    hooks.on_step.before(lambda args: kept.append(weights(args.model)))
+    make_trainer([Saver(tmp_path / "new" / "model.safetensors"), hooks], max_step=3)()
+    saved = load_file(tmp_path / "new" / "model.safetensors")
+    assert list(saved) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+    first, second = saved["0.weight"], saved["0.bias"]
+    assert equal([first, second], kept[2][:2])  # what the third step began with
+    with safe_open(tmp_path / "new" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {
+            "epoch_id": "0",
+            "global_step_id": "2",
+            "optimizer_step_id": "2",
+            "why": "to see",
+        }
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["model.safetensors"]
+
+
+def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    """Where the folder can't take the file, the run fails and the old file is whole."""
+    path = tmp_path / "model.safetensors"
+    path.mkdir()  # can't be replaced by a file
+    (path / "old").touch()
+    with pytest.raises(OSError, match="model"):
+        make_trainer([Saver(path)], max_step=3)()
+    assert [file.name for file in tmp_path.rglob("*")] == ["model.safetensors", "old"]
+
+
+def test_weights_that_no_hook_keeps_are_refused(tmp_path: Path) -> None:
+    """The error says which hooks keep weights."""
+    with pytest.raises(PipelineConfigError, match="no hook named 'ema' keeps weights Those"):
+        make_trainer([Saver(tmp_path / "x.safetensors", "ema")], max_step=3)()
+
+
+@pytest.fixture
+def skipping() -> PipelineHooks:
+    hooks = PipelineHooks("skips")
+
+    @hooks.on_optimizer_step.before(when="at steps 3, 4")
+    def skip(args: PipelineHookArgs) -> None:
+        args.skip_reason = "it looks wrong"
+
+    return hooks
+
+
+def test_a_skipped_update_leaves_everything_as_it_is(skipping: PipelineHooks) -> None:
+    """Neither weights nor optimizer nor schedule move, and the counters tell."""
+    committed: list[bool | None] = []
+    skipping.on_optimizer_step.after(lambda args: committed.append(args.update_committed))
+    gradients: list[Any] = []
+    skipping.on_step.before(
+        lambda args: gradients.append(next(args.model.parameters()).grad),
+    )
+    trainer = make_trainer([skipping], max_step=6)
+    reference = make_trainer(loader=_without(make_loader(), 2, 3), max_step=4)
+    trainer()
+    reference()
+    assert equal(weights(trainer.model), weights(reference.model))
+    assert committed == [True, True, False, False, True, True]
+    assert gradients == [None] * 6
+    assert trainer.progress.optimizer_step_id == 4
+    assert trainer.progress.skipped_optimizer_steps == 2
+
+
+def _without(loader: Any, *positions: int) -> list[Any]:
+    return [batch for position, batch in enumerate(loader) if position not in positions]
