@@ -230,5 +230,37 @@ def test_a_skipped_update_leaves_everything_as_it_is(skipping: PipelineHooks) ->
     assert trainer.progress.skipped_optimizer_steps == 2
 
 
+@pytest.mark.parametrize("end", ["a limit", "a hook"])
+def test_the_rest_is_told_when_a_run_ends_between_logging_points(end: str) -> None:
+    """What was published since the last logging point is told once more, as a partial record."""
+    told: list[tuple[int, bool, dict[str, float]]] = []
+    hooks = PipelineHooks("publishes")
+
+    @hooks.on_loop.before
+    def listen(args: PipelineHookArgs) -> None:
+        args.metrics.listen(
+            lambda record: told.append(
+                (record.global_step_id, record.partial, {v.name: v.value for v in record.values})
+            )
+        )
+
+    @hooks.on_step.after
+    def publish(args: PipelineHookArgs) -> None:
+        args.metrics.publish("step", args.global_step_id + 1)
+
+    def train(steps: int) -> None:
+        stop = [asking(f"at steps {steps}", "stop")] if end == "a hook" else []
+        max_step = 9 if stop else steps
+        make_trainer(
+            [hooks, asking("4 steps", "log"), *stop], loader=make_loader(4), max_step=max_step
+        )()
+
+    train(6)
+    assert told == [(4, False, {"step": 2.5}), (6, True, {"step": 5.5})]
+    told.clear()
+    train(4)
+    assert told == [(4, False, {"step": 2.5})]
+
+
 def _without(loader: Any, *positions: int) -> list[Any]:
     return [batch for position, batch in enumerate(loader) if position not in positions]

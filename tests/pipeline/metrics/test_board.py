@@ -331,3 +331,94 @@ def test_a_state_of_another_version_is_refused() -> None:
 def test_deferred_metrics_can_be_read_without_a_board() -> None:
     """``resolve`` gives the values at once."""
     assert resolve(Evaluated("x", 1.0, 2.0)) == {"x": 3.0}
+
+
+class TestTellRest:
+    """What no logging point has had is told when the run ends, and kept for a run that goes on."""
+
+    @given(
+        before=st.lists(st.tuples(st.sampled_from(REDUCTIONS), NUMBERS, st.booleans())),
+        after=st.lists(st.tuples(st.sampled_from(REDUCTIONS), NUMBERS, st.booleans())),
+    )
+    def test_it_is_told_and_kept(
+        self,
+        before: list[tuple[Reduction, float, bool]],
+        after: list[tuple[Reduction, float, bool]],
+    ) -> None:
+        """The partial record is that of a logging point, and the next one is as without it."""
+        looked, unlooked = MetricsBoard(), MetricsBoard()
+        told: list[MetricsRecord] = []
+        looked.listen(told.append)
+
+        def publish(board: MetricsBoard, items: list[tuple[Reduction, float, bool]]) -> None:
+            for reduce, value, as_tensor in items:
+                board.publish(reduce, torch.tensor(value) if as_tensor else value, reduce)
+
+        for board in (looked, unlooked):
+            publish(board, before)
+        expected = logged(_same(looked))
+        looked.tell_rest()
+        assert [record.partial for record in told] == [True] * bool(before)
+        assert {v.name: v.value for record in told for v in record.values} == expected
+        for board in (looked, unlooked):
+            publish(board, after)
+        assert looked.settle(log=True) == unlooked.settle(log=True)
+
+    def test_evaluations_are_kept(self) -> None:
+        """Deferred metrics are told with it, and again at the next logging point."""
+        board = MetricsBoard()
+        told: list[MetricsRecord] = []
+        board.listen(told.append)
+        board.defer(Evaluated("eval", 1.0, 2.0))
+        board.tell_rest()
+        board.settle(log=True)
+        board.tell_rest()
+        assert [record.values for record in told] == [(MetricValue("eval", 3.0, 0),)] * 2
+
+    def test_what_was_gathered_is_taken_back(self) -> None:
+        """A collector that begins anew gets back what it has published."""
+        board = MetricsBoard()
+        told: list[dict[int, dict[str, float]]] = []
+        board.listen(lambda record: told.append(record.by_step()))
+        gathered = [1.0, 2.0]
+
+        def collect() -> Any:
+            taken = list(gathered)
+            board.publish("x", sum(taken))
+            gathered.clear()
+            return lambda: gathered.extend(taken)
+
+        board.before_logging(collect)
+        board.tell_rest()
+        gathered.append(4.0)
+        board.settle(log=True)
+        assert told == [{0: {"x": 3.0}}, {0: {"x": 7.0}}]
+
+    def test_who_acts_on_values_is_not_told(self) -> None:
+        """A subscriber is told at the next logging point, of the whole window."""
+        board = MetricsBoard()
+        board.listen(lambda record: None)
+        told: list[float] = []
+        board.subscribe("x", lambda value: told.append(value.value))
+        board.publish("x", 1.0)
+        board.tell_rest()
+        assert told == []
+        assert board.found("x") is None
+        board.publish("x", 2.0)
+        board.settle(log=True)
+        assert told == [1.5]
+        assert board.found("x") == 1.5
+
+    def test_nothing_is_read_where_nobody_listens(self) -> None:
+        """Without a listener there is no record, and collectors are not called."""
+        board = MetricsBoard()
+        board.before_logging(lambda: pytest.fail("called"))
+        board.publish("x", 1.0)
+        assert board.tell_rest() is None
+
+
+def _same(board: MetricsBoard) -> MetricsBoard:
+    """Another board in the same state."""
+    twin = MetricsBoard()
+    twin.load_state_dict(board.state_dict())
+    return twin

@@ -29,6 +29,7 @@ from robo_orchard_lab.pipeline.progress import TrainerProgress
 
 Subscriber: TypeAlias = Callable[[MetricValue], Any]
 Listener: TypeAlias = Callable[[MetricsRecord], Any]
+Collector: TypeAlias = Callable[[], Callable[[], Any] | None]
 
 STATE_VERSION = 1
 _NUMBER_TYPES = (float, int)
@@ -62,7 +63,7 @@ class MetricsBoard:
         self._subscribers: list[tuple[str, Subscriber, str]] = []
         self._expected: list[tuple[str, str]] = []
         self._listeners: list[Listener] = []
-        self._collectors: list[Callable[[], Any]] = []
+        self._collectors: list[Collector] = []
         self._exchange = Exchange()
 
     def publish(
@@ -133,8 +134,12 @@ class MetricsBoard:
         self._listeners.append(callback)
         return RemovableHandle(lambda: self._listeners.remove(callback))
 
-    def before_logging(self, callback: Callable[[], Any]) -> RemovableHandle:
-        """Have a function called ahead of every logging point, to publish what it has gathered."""
+    def before_logging(self, callback: Collector) -> RemovableHandle:
+        """Have a function called ahead of every logging point, to publish what it has gathered.
+
+        One that then begins anew returns a function that takes this back, so that what it had
+        gathered is there again; :meth:`tell_rest` calls it. Else it returns None.
+        """
         self._collectors.append(callback)
         return RemovableHandle(lambda: self._collectors.remove(callback))
 
@@ -154,6 +159,11 @@ class MetricsBoard:
         if window is None:
             raise UnknownMetricError(name, self.names())
         return float(window.latest)
+
+    def found(self, name: str) -> float | None:
+        """What was last read of a name, at a logging point or after an evaluation; else None."""
+        found = self._found.get(name)
+        return None if found is None else found.value
 
     def names(self) -> list[str]:
         """The published names, in the order of their first publication."""
@@ -200,7 +210,34 @@ class MetricsBoard:
         for metrics, _ in due:
             self._refuse_misspelled(metrics)
         self._tell(values)
-        return self._record() if log else None
+        if not log:
+            return None
+        values, self._unlogged = self._unlogged, []
+        return self._record(values)
+
+    def tell_rest(self, accelerator: Any = None) -> MetricsRecord | None:
+        """Tell who listens what no logging point has had, as a partial record, and keep it.
+
+        The trainer does this when it ends between two logging points: all of it is told, and a
+        run that goes on from a save still has it for its next logging point. Subscribers, which
+        act on values, are told there. All ranks call it alike; costs are those of :meth:`settle`.
+
+        Returns:
+            The record; None if there is nothing to tell, or nobody who listens.
+        """
+        if not self._listeners:
+            return None
+        windows, deferred = self._windows, self._deferred
+        self._windows = {name: window.copy() for name, window in windows.items()}
+        self._deferred = [*deferred]
+        taken_back = [collect() for collect in tuple(self._collectors)]
+        values = self._read(self._windows, self._deferred, accelerator)
+        self._windows, self._deferred = windows, deferred
+        for take_back in taken_back:
+            if take_back is not None:
+                take_back()
+        values = [*self._unlogged, *values]
+        return self._record(values, partial=True) if values else None
 
     def read_deferred(self, accelerator: Any = None) -> None:
         """Read all deferred metrics, so that the state holds numbers; as :meth:`settle` does."""
@@ -326,13 +363,12 @@ class MetricsBoard:
                 if name == value.name:
                     callback(value)
 
-    def _record(self) -> MetricsRecord:
+    def _record(self, values: Iterable[MetricValue], partial: bool = False) -> MetricsRecord:
+        """Make a record and tell who listens."""
         progress = self._progress
-        values = tuple(sorted(self._unlogged, key=lambda value: value.step))
-        self._unlogged = []
-        record = MetricsRecord(
-            progress.epoch_id, progress.steps_done, progress.optimizer_step_id, values
-        )
+        counters = progress.epoch_id, progress.steps_done, progress.optimizer_step_id
+        values = tuple(sorted(values, key=lambda value: value.step))
+        record = MetricsRecord(*counters, values, partial)
         for listener in tuple(self._listeners):
             listener(record)
         return record

@@ -32,6 +32,9 @@ class MetricsRecord:
     """How many updates of the weights are committed."""
     values: tuple[MetricValue, ...]
     """In the order of their steps; a name may be there more than once, for several steps."""
+    partial: bool = False
+    """Whether the run has ended ahead of the next logging point. A run that goes on from there
+    has these values again, in the record that its next logging point makes."""
 
     def by_step(self) -> dict[int, dict[str, float]]:
         """The values by the step that they belong to, the earliest first."""

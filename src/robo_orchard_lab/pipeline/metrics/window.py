@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, Self, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -85,12 +85,12 @@ class WeightedSum:
             **{name: None if t is None else t.clone() for name, t in tensors.items()},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Go on from a state, with its tensors on ``device``."""
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None) -> None:
+        """Go on from a state, with its tensors on ``device``; None leaves them where they are."""
         self.host, self.host_weight = state["host"], state["host_weight"]
         for name in ("tensor", "tensor_weight"):
             value = state[name]
-            setattr(self, name, None if value is None else value.to(device, copy=True))
+            setattr(self, name, None if value is None else value.to(device=device, copy=True))
 
 
 class Window(ABC):
@@ -128,8 +128,15 @@ class Window(ABC):
         """What was taken in."""
 
     @abstractmethod
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Go on from a state."""
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None) -> None:
+        """Go on from a state, with its tensors on ``device``; None leaves them where they are."""
+
+    def copy(self) -> Self:
+        """Another one, that goes on by itself."""
+        twin = type(self)()
+        twin.step, twin.latest = self.step, self.latest
+        twin.load_state_dict(self.state_dict(), None)
+        return twin
 
 
 class _MeanWindow(Window):
@@ -160,7 +167,7 @@ class _MeanWindow(Window):
     def state_dict(self) -> dict[str, Any]:
         return self._sum.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None) -> None:
         self._sum.load_state_dict(state, device)
 
 
@@ -194,9 +201,9 @@ class _SlotWindow(Window):
         tensor = self._tensor
         return {"host": self._host, "tensor": None if tensor is None else tensor.clone()}
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None) -> None:
         self._host, tensor = state["host"], state["tensor"]
-        self._tensor = None if tensor is None else tensor.to(device, copy=True)
+        self._tensor = None if tensor is None else tensor.to(device=device, copy=True)
 
 
 class _MaxWindow(_SlotWindow):

@@ -19,20 +19,23 @@ OpenScope = Callable[[PipelineHookArgs, Callable[[PipelineHookArgs], Any]], Any]
 """Runs a body inside the hooks of a channel."""
 
 
-def carry_out_requests(run: PipelineRun, on_evaluation: OpenScope) -> None:
+def carry_out_requests(run: PipelineRun, on_evaluation: OpenScope) -> bool:
     """Evaluate, then log, then save, as far as it was asked for; a stop is the trainer's own.
 
     Who is told of a value may ask for more, which is carried out as well; each evaluation runs
     once, and there is one logging point, however many have asked.
+
+    Returns:
+        Whether everything that was published until here is logged.
 
     Raises:
         PipelineStateError: an evaluation is asked for that no hook can carry out.
     """
     requests = run.requests
     if not requests.pending:
-        return
+        return False
     evaluated: set[str] = set()
-    logged = False
+    logged = all_logged = False
     while True:
         names = _wanted(run, requests.take(EvaluateRequest))
         for name in names:
@@ -42,10 +45,11 @@ def carry_out_requests(run: PipelineRun, on_evaluation: OpenScope) -> None:
         log = bool(requests.take(LogRequest)) and not logged
         if not names and not log:
             break
-        logged = logged or log
+        logged, all_logged = logged or log, log
         run.metrics.settle(log, run.accelerator)
     for request in requests.take(SaveWeightsRequest):
         _save(run, request)
+    return all_logged
 
 
 def _wanted(run: PipelineRun, requests: list[EvaluateRequest]) -> list[str]:

@@ -257,6 +257,7 @@ class HookBasedTrainer:
             raise self._unmet
 
     def _loop(self, loop_args: PipelineHookArgs) -> None:
+        all_logged = False
         if self.progress.step_id == 0:
             self._position.go_on()
             self._carry_out()  # what hooks have asked for at the start
@@ -265,11 +266,13 @@ class HookBasedTrainer:
             self._on_epoch(args, self._epoch)
             if args.epoch_completed:
                 self.progress.finish_epoch()
-            self._carry_out()  # the commit point
+            all_logged = self._carry_out()  # the commit point
             if args.epoch_completed and self._unmet is None:
                 self._unmet = self.metrics.unmet()
                 if self._unmet is not None and not self._is_over():
                     logger.warning("after a whole epoch, %s", self._unmet)
+        if not all_logged:
+            self.metrics.tell_rest(self.accelerator)
         self._unmet = self.metrics.unmet()
         request = self.requests.stop_request
         if request is not None:
