@@ -375,22 +375,29 @@ class TestTellRest:
         board.tell_rest()
         assert [record.values for record in told] == [(MetricValue("eval", 3.0, 0),)] * 2
 
-    def test_what_was_gathered_is_taken_back(self) -> None:
-        """A collector that begins anew gets back what it has published."""
+    def test_what_was_gathered_is_given_back(self) -> None:
+        """The owner of what a collector publishes gets its state back."""
         board = MetricsBoard()
         told: list[dict[int, dict[str, float]]] = []
         board.listen(lambda record: told.append(record.by_step()))
-        gathered = [1.0, 2.0]
 
-        def collect() -> Any:
-            taken = list(gathered)
-            board.publish("x", sum(taken))
-            gathered.clear()
-            return lambda: gathered.extend(taken)
+        class Gatherer:
+            gathered = 3.0
 
-        board.before_logging(collect)
+            def publish(self) -> None:
+                board.publish("x", self.gathered)
+                self.gathered = 0.0
+
+            def state_dict(self) -> dict[str, Any]:
+                return {"gathered": self.gathered}
+
+            def load_state_dict(self, state: Mapping[str, Any]) -> None:
+                self.gathered = state["gathered"]
+
+        gatherer = Gatherer()
+        board.before_logging(gatherer.publish, owner=gatherer)
         board.tell_rest()
-        gathered.append(4.0)
+        gatherer.gathered += 4.0
         board.settle(log=True)
         assert told == [{0: {"x": 3.0}}, {0: {"x": 7.0}}]
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
@@ -29,10 +29,17 @@ from robo_orchard_lab.pipeline.progress import TrainerProgress
 
 Subscriber: TypeAlias = Callable[[MetricValue], Any]
 Listener: TypeAlias = Callable[[MetricsRecord], Any]
-Collector: TypeAlias = Callable[[], Callable[[], Any] | None]
 
 STATE_VERSION = 1
 _NUMBER_TYPES = (float, int)
+
+
+class Stateful(Protocol):
+    """What gives its state and goes on from one, such as a bundle of hooks."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class MetricsBoard:
@@ -63,7 +70,7 @@ class MetricsBoard:
         self._subscribers: list[tuple[str, Subscriber, str]] = []
         self._expected: list[tuple[str, str]] = []
         self._listeners: list[Listener] = []
-        self._collectors: list[Collector] = []
+        self._collectors: list[tuple[Callable[[], Any], Stateful | None]] = []
         self._exchange = Exchange()
 
     def publish(
@@ -134,14 +141,19 @@ class MetricsBoard:
         self._listeners.append(callback)
         return RemovableHandle(lambda: self._listeners.remove(callback))
 
-    def before_logging(self, callback: Collector) -> RemovableHandle:
-        """Have a function called ahead of every logging point, to publish what it has gathered.
+    def before_logging(
+        self, callback: Callable[[], Any], owner: Stateful | None = None
+    ) -> RemovableHandle:
+        """Have a function called ahead of every logging point, to publish what was gathered.
 
-        One that then begins anew returns a function that takes this back, so that what it had
-        gathered is there again; :meth:`tell_rest` calls it. Else it returns None.
+        Args:
+            callback: publishes, and begins to gather anew.
+            owner: has gathered it. :meth:`tell_rest`, which is no logging point, gives it back the
+                state that it had. None for what has no state that is saved.
         """
-        self._collectors.append(callback)
-        return RemovableHandle(lambda: self._collectors.remove(callback))
+        entry = (callback, owner)
+        self._collectors.append(entry)
+        return RemovableHandle(lambda: self._collectors.remove(entry))
 
     def latest(self, name: str) -> float:
         """What the last logging point found, or else this rank's own latest value.
@@ -201,7 +213,7 @@ class MetricsBoard:
             UnknownMetricError: someone waits for a metric of an evaluation that has other ones.
         """
         if log:
-            for collect in tuple(self._collectors):
+            for collect, _ in tuple(self._collectors):
                 collect()
         due = self._take_deferred(everything=log or not self._listeners)
         values = self._read(self._windows if log else {}, due, accelerator) if log or due else []
@@ -230,12 +242,13 @@ class MetricsBoard:
         windows, deferred = self._windows, self._deferred
         self._windows = {name: window.copy() for name, window in windows.items()}
         self._deferred = [*deferred]
-        taken_back = [collect() for collect in tuple(self._collectors)]
+        states = [(owner, owner.state_dict()) for _, owner in self._collectors if owner is not None]
+        for collect, _ in tuple(self._collectors):
+            collect()
         values = self._read(self._windows, self._deferred, accelerator)
         self._windows, self._deferred = windows, deferred
-        for take_back in taken_back:
-            if take_back is not None:
-                take_back()
+        for owner, state in states:
+            owner.load_state_dict(state)
         values = [*self._unlogged, *values]
         return self._record(values, partial=True) if values else None
 
