@@ -12,12 +12,14 @@ from robo_orchard_lab.pipeline.checkpoint.optimizer_state import (
 from robo_orchard_lab.pipeline.checkpoint.random_state import (
     capture_random_state,
     check_random_state,
+    generators_of,
     restore_random_state,
 )
 
 __all__ = [
     "capture_random_state",
     "check_random_state",
+    "generators_of",
     "load_named_optimizer_state",
     "named_optimizer_state",
     "read_checkpoint",

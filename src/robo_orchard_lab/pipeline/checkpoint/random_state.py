@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from robo_orchard_lab.pipeline.errors import StateError
+
+
+def generators_of(dataloader: Iterable[Any]) -> dict[str, torch.Generator]:
+    """The random generators of its own that a loader draws from, by where they are."""
+    batch_sampler = getattr(dataloader, "batch_sampler", None)
+    holders = {
+        "loader": dataloader,
+        "sampler": getattr(dataloader, "sampler", None),
+        "batch_sampler": batch_sampler,
+    }
+    inner = getattr(batch_sampler, "sampler", None)
+    if inner is not holders["sampler"]:  # of a batch sampler that was given as one
+        holders["batch_sampler.sampler"] = inner
+    found = {name: getattr(holder, "generator", None) for name, holder in holders.items()}
+    return {name: value for name, value in found.items() if isinstance(value, torch.Generator)}
 
 
 def capture_random_state(generators: Mapping[str, torch.Generator]) -> dict[str, Any]:

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, TypeAlias, TypeVar
 
-import torch
-
 from robo_orchard_lab.pipeline.checkpoint import (
     capture_random_state,
     check_random_state,
+    generators_of,
     restore_random_state,
 )
 
@@ -33,7 +32,7 @@ class DataPosition:
 
     def __init__(self, dataloader: Iterable[Any]) -> None:
         self._dataloader = dataloader
-        self._generators = _generators_of(dataloader)
+        self._generators = generators_of(dataloader)
         self._epoch_start: RandomState | None = None
         self._window: dict[str, Any] | None = None  # the one that was last loaded ahead
         self._loaded: Mapping[str, Any] | None = None  # until the run goes on from there
@@ -104,12 +103,3 @@ class DataPosition:
 
     def _restore(self, state: RandomState) -> None:
         restore_random_state(state, self._generators)
-
-
-def _generators_of(dataloader: Iterable[Any]) -> dict[str, torch.Generator]:
-    """The random generators of its own that a loader draws from, by where they are."""
-    holders = {"loader": dataloader}
-    for name in ("sampler", "batch_sampler"):
-        holders[name] = getattr(dataloader, name, None)  # type: ignore[assignment]  # any object
-    found = {name: getattr(holder, "generator", None) for name, holder in holders.items()}
-    return {name: value for name, value in found.items() if isinstance(value, torch.Generator)}

@@ -1,0 +1,54 @@
+"""The generators that a data loader draws from are found wherever they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+
+from robo_orchard_lab.pipeline.checkpoint import generators_of
+from tiny import equal, make_loader, make_model, make_trainer, weights
+
+
+def sampled_in_batches(seed: int) -> DataLoader[tuple[torch.Tensor, ...]]:
+    """Shuffled by a sampler within a batch sampler, which draws from a generator of its own."""
+    data = make_loader(5).dataset
+    assert isinstance(data, TensorDataset)
+    sampler = RandomSampler(data, generator=torch.Generator().manual_seed(seed))
+    return DataLoader(data, batch_sampler=BatchSampler(sampler, batch_size=4, drop_last=False))
+
+
+@pytest.mark.parametrize(
+    ("loader", "found"),
+    [
+        ([1, 2], set()),
+        (make_loader(shuffle=True), set()),
+        (make_loader(shuffle=True, generator=torch.Generator()), {"loader", "sampler"}),
+        (sampled_in_batches(0), {"batch_sampler.sampler"}),
+    ],
+    ids=["list", "none", "loader", "batch_sampler"],
+)
+def test_generators_are_found(loader: object, found: set[str]) -> None:
+    """Those of the loader, its sampler, its batch sampler, and of the sampler within that."""
+    assert set(generators_of(loader)) == found  # type: ignore[arg-type]  # any iterable
+
+
+def test_a_batch_sampler_of_ones_own_goes_on_where_it_was(tmp_path: Path) -> None:
+    """A resumed run gets the order that the sampler within a given batch sampler had drawn."""
+    torch.manual_seed(0)
+    straight = make_trainer(loader=sampled_in_batches(3), max_step=8)
+    straight()
+    torch.manual_seed(0)
+    first = make_trainer(loader=sampled_in_batches(3), max_step=3)
+    first()
+    first.save_checkpoint(tmp_path / "saved")
+    resumed = make_trainer(
+        model=make_model(),
+        loader=sampled_in_batches(4),
+        max_step=8,
+        resume_from=tmp_path / "saved",
+    )
+    resumed()
+    assert equal(weights(resumed.model), weights(straight.model))
