@@ -271,6 +271,18 @@ def test_a_misspelled_name_is_refused_at_the_first_evaluation() -> None:
         board.settle(log=False)
 
 
+def test_other_groups_come_in_parts() -> None:
+    """Only an evaluation has all names of its group at once: others may publish theirs later."""
+    board = MetricsBoard()
+    told: list[float] = []
+    board.subscribe("train/accuracy_epoch", lambda value: told.append(value.value), who="KeepBest")
+    board.defer(Evaluated("train/accuracy", 0.5))
+    board.settle(log=True)
+    board.defer(Evaluated("train/accuracy_epoch", 0.75))
+    board.settle(log=False)
+    assert told == [0.75]
+
+
 def test_a_name_that_never_came_is_refused_at_the_end() -> None:
     """Names that are subscribed to or expected must have been published, by any reduction."""
     board = MetricsBoard()

@@ -391,9 +391,9 @@ class MetricsBoard:
         return [*((name, who) for name, _, who in self._subscribers), *self._expected]
 
     def _refuse_misspelled(self, metrics: DeferredMetrics) -> None:
-        """An evaluation has its names; who waits for others waits in vain."""
+        """An evaluation has all of its names at once; who waits for others waits in vain."""
         names = metrics.names()
-        groups = set(map(_group, names))
+        groups = {_group(name) for name in names if name.startswith("eval/")}
         for name, who in self._awaited():
             if _group(name) in groups and name not in names and name not in self._found:
                 raise UnknownMetricError(name, {*self.names(), *names}, who)
