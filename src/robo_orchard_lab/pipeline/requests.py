@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from robo_orchard_core.utils.hook import RemovableHandle
 
 RequestT = TypeVar("RequestT", bound="Request")
 
@@ -18,6 +20,11 @@ class Request:
 
     reason: str
     by: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequest(Request):
+    """The run's end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +59,22 @@ class Requests:
     compare them across ranks. Who asks is, by default, the calling function with its file and line.
     """
 
-    __slots__ = ("_waiting", "pending", "stop_request")
+    __slots__ = ("_listeners", "_waiting", "pending", "stop_request")
 
     def __init__(self) -> None:
         self.pending = False
         """Whether anything waits for the commit point; looked at after every step."""
-        self.stop_request: Request | None = None
+        self.stop_request: StopRequest | None = None
         """The first request to stop, or None."""
         self._waiting: list[Request] = []
+        self._listeners: list[Callable[[Request], Any]] = []
 
     def stop(self, reason: str, by: str | None = None) -> None:
         """Ask for the run to end at the next commit point; the first request is the one told."""
+        request = StopRequest(reason, by or _caller())
         if self.stop_request is None:
-            self.stop_request = Request(reason, by or _caller())
-        self.pending = True
+            self.stop_request = request
+        self._tell(request)
 
     def evaluate(self, reason: str, by: str | None = None, *, name: str | None = None) -> None:
         """Ask for an evaluation at the next commit point; several requests make one.
@@ -102,6 +111,11 @@ class Requests:
         """Ask for a logging point: what was published is read, reduced and told."""
         self._add(LogRequest(reason, by or _caller()))
 
+    def listen(self, callback: Callable[[Request], Any]) -> RemovableHandle:
+        """Have every request told when it is made."""
+        self._listeners.append(callback)
+        return RemovableHandle(lambda: self._listeners.remove(callback))
+
     def take(self, kind: type[RequestT]) -> list[RequestT]:
         """The requests of one kind, in the order in which they were made; they wait no longer."""
         taken = [request for request in self._waiting if isinstance(request, kind)]
@@ -111,7 +125,12 @@ class Requests:
 
     def _add(self, request: Request) -> None:
         self._waiting.append(request)
+        self._tell(request)
+
+    def _tell(self, request: Request) -> None:
         self.pending = True
+        for listener in self._listeners:
+            listener(request)
 
 
 def _caller() -> str:
