@@ -1,0 +1,29 @@
+"""Testing your own hooks: run them on a tiny model, and look at what they did."""
+
+from robo_orchard_lab.testing.assertions import (
+    assert_no_device_sync,
+    assert_state_round_trip,
+    assert_weights_unchanged,
+)
+from robo_orchard_lab.testing.call_site import Place, TracedCall
+from robo_orchard_lab.testing.collectives import count_collectives
+from robo_orchard_lab.testing.host_reads import count_host_reads
+from robo_orchard_lab.testing.recorder import Event, MadeRequest
+from robo_orchard_lab.testing.run import HookRun, run_hook
+from robo_orchard_lab.testing.setting import HookSource, RunSetting
+
+__all__ = [
+    "Event",
+    "HookRun",
+    "HookSource",
+    "MadeRequest",
+    "Place",
+    "RunSetting",
+    "TracedCall",
+    "assert_no_device_sync",
+    "assert_state_round_trip",
+    "assert_weights_unchanged",
+    "count_collectives",
+    "count_host_reads",
+    "run_hook",
+]
