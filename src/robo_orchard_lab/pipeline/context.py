@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
+from robo_orchard_lab.pipeline.batch_size import count_samples
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.events import CHANNEL_NAMES, ChannelName
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
@@ -28,6 +29,8 @@ _IN_STEP: tuple[ChannelName, ...] = (
     "on_model_backward",
     "on_optimizer_step",
 )
+_OF_FIELD = {"loss": "attached_loss", "batch_size": "batch"}
+"""The fields that properties are made of, by the names of those."""
 
 
 def _valid_in(*channels: ChannelName) -> dict[str, tuple[ChannelName, ...]]:
@@ -65,10 +68,15 @@ class PipelineRun:
     optimizer: torch.optim.Optimizer | None = None
     lr_scheduler: LRScheduler | None = None
     dataloader: Any = None
+    count_samples: Callable[[Any], int] = count_samples
+    """How many samples a batch has; the batch processor's own method where it has one."""
+    commit_seconds: float = 0.0
+    """How long evaluations, logging points and saves at commit points have taken until here."""
 
     def __post_init__(self) -> None:
         if self.metrics is None:
             self.metrics = MetricsBoard(self.progress)  # type: ignore[unreachable]
+        self.count_samples = getattr(self.batch_processor, "count_samples", self.count_samples)
 
     def weight_set(self, name: str) -> WeightSet:
         """The weights that a hook keeps.
@@ -130,6 +138,18 @@ class PipelineHookArgs:
     """The name of the hook that evaluates."""
     exception: BaseException | None = None
     """In an ``after``: the error that is on its way out of the scope, or None."""
+    _batch_size: int | None = field(default=None, init=False)
+
+    @property
+    def batch_size(self) -> int:
+        """How many samples the batch has on this rank, counted when first asked for.
+
+        The batch processor counts them where it has ``count_samples(batch)``; else it is the length
+        of the first tensor in the batch, or 1 where there is none.
+        """
+        if self._batch_size is None:
+            self._batch_size = self.run.count_samples(self.batch)
+        return self._batch_size
 
     @property
     def loss(self) -> torch.Tensor | None:
@@ -232,8 +252,7 @@ class PipelineHookArgs:
         >>> PipelineHookArgs.channels_of("epoch_completed")
         ('on_epoch',)
         """
-        if name == "loss":
-            name = "attached_loss"
+        name = _OF_FIELD.get(name, name)
         for declared in fields(cls):
             if declared.name == name:
                 channels: tuple[ChannelName, ...] = declared.metadata.get("channels", CHANNEL_NAMES)

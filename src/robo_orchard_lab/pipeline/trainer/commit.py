@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any
 
 from robo_orchard_lab.pipeline.checkpoint import write_weights
@@ -34,6 +35,7 @@ def carry_out_requests(run: PipelineRun, on_evaluation: OpenScope) -> bool:
     requests = run.requests
     if not requests.pending:
         return False
+    began_at = perf_counter()
     evaluated: set[str] = set()
     logged = all_logged = False
     while True:
@@ -49,6 +51,7 @@ def carry_out_requests(run: PipelineRun, on_evaluation: OpenScope) -> bool:
         run.metrics.settle(log, run.accelerator)
     for request in requests.take(SaveWeightsRequest):
         _save(run, request)
+    run.commit_seconds += perf_counter() - began_at
     return all_logged
 
 
