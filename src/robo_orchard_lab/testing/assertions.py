@@ -130,7 +130,7 @@ def assert_no_device_sync(hook: Hooks, *, allowed: int = 0, **setting: Unpack[Ru
     if reads.total() > allowed:
         lines = [f"  {count} x {read}" for read, count in reads.items()]
         raise AssertionError(
-            f"{_names(run)} reads {reads.total()} values from tensors in "
+            f"{_names(run)} reads from tensors {reads.total()} times in "
             f"{run.progress.global_step_id} steps, expected at most {allowed}; each waits for the "
             "device. Publish tensors as they are: they are read together at logging points\n"
             + "\n".join(lines)

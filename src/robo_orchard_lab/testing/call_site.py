@@ -6,7 +6,7 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
@@ -66,7 +66,8 @@ def trace_call(what: str) -> TracedCall:
     for index, frame in enumerate(frames):
         first = _first_argument(frame)
         if isinstance(first, PipelineHooks):
-            return TracedCall(what, _places(frames[: index + 1]), first.name, at_commit=False)
+            outermost = index + _outermost_of(first, frames[index:])
+            return TracedCall(what, _places(frames[: outermost + 1]), first.name, at_commit=False)
         if isinstance(first, HookContextChannel):
             for inner in range(index - 1, -1, -1):
                 label = _label_of(frames[inner].f_code, first)
@@ -96,6 +97,18 @@ def _places(frames: Iterable[FrameType]) -> tuple[Place, ...]:
 def _first_argument(frame: FrameType) -> Any:
     code = frame.f_code
     return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+
+
+def _outermost_of(hook: PipelineHooks, frames: Sequence[FrameType]) -> int:
+    """The index of the method by which a hook was called."""
+    outermost = 0
+    for index, frame in enumerate(frames):
+        first = _first_argument(frame)
+        if first is hook:
+            outermost = index
+        elif isinstance(first, HookContextChannel):
+            break
+    return outermost
 
 
 def _label_of(code: CodeType, channel: HookContextChannel[Any]) -> str | None:

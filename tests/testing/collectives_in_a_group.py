@@ -1,0 +1,63 @@
+"""What ``test_counting.py`` runs in a process of its own: collectives in a group of one."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import suppress
+
+import torch
+import torch.distributed as dist
+from torch.distributed import all_reduce as known_by_another_name
+
+from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
+from robo_orchard_lab.testing import count_collectives, run_hook
+
+
+def main(file: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    tensor = torch.ones(2)
+    original = dist.all_reduce
+    with count_collectives() as calls:
+        dist.all_reduce(tensor)
+        known_by_another_name(tensor)
+        dist.all_gather([torch.empty(2)], tensor)
+        dist.all_gather_into_tensor(torch.empty(2), tensor)
+        dist.all_gather_object([None], {"a": 1})
+        dist.broadcast(tensor, src=0)
+        dist.broadcast_object_list([1], src=0)
+        dist.reduce(tensor, dst=0)
+        dist.gather(tensor, [torch.empty(2)])
+        dist.scatter(tensor, [torch.ones(2)])
+        dist.barrier()
+        dist.get_world_size()
+        with suppress(TypeError):
+            dist.all_reduce("no tensor")  # fails, and is counted
+        dist.distributed_c10d.all_reduce(tensor)
+    for call in calls:
+        print(call.what, call.places[0].function)
+    assert dist.all_reduce is known_by_another_name is original
+    dist.all_reduce(tensor)
+    assert len(calls) == 13  # no more once it is over
+
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 1))
+    with count_collectives() as calls:
+        model(torch.ones(3, 2)).sum().backward()
+    print("DDP:", *(call.what for call in calls))
+
+    hooks = PipelineHooks("planted")
+
+    @hooks.on_step.after(when="2 steps")
+    def exchange(args: PipelineHookArgs) -> None:
+        assert args.loss is not None
+        dist.all_reduce(args.loss)
+
+    with count_collectives() as calls:
+        run_hook(hooks, steps=4)
+    print(*calls, sep="\n")
+    dist.destroy_process_group()
+    time.sleep(1)  # gloo aborts a process that exits within half a second of its first exchange
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,284 @@
+"""The assertions of the kit: what they let pass, and what they say of a planted fault."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
+from robo_orchard_lab.pipeline.hooks import GradientClippingHookConfig
+from robo_orchard_lab.pipeline.hooks.mixin import ChannelName, HookContext
+from robo_orchard_lab.testing import (
+    assert_no_device_sync,
+    assert_state_round_trip,
+    assert_weights_unchanged,
+)
+
+
+class Counting(PipelineHooks):
+    """Counts steps and publishes the count; with a fault, if one is planted."""
+
+    def __init__(self, fault: str = "") -> None:
+        super().__init__("counting")
+        self.fault = fault
+        self.count = 0
+        self.worst = torch.full((2,), float("nan"))
+        self.register_hook("on_loop", HookContext.from_callable(before=self._begin))
+        self.register_hook("on_step", HookContext.from_callable(after=self._count))
+
+    def _begin(self, args: PipelineHookArgs) -> None:
+        if self.fault == "asks at each start":
+            args.requests.log("start", by=self.name)
+        if self.fault == "publishes at each start":
+            args.metrics.publish("starts", 1.0)
+
+    def _count(self, args: PipelineHookArgs) -> None:
+        self.count += 1
+        args.metrics.publish("count", self.count, reduce="last")
+        if self.count == 4:
+            args.requests.log("four", by=self.name)
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.fault == "saves what can't be saved":
+            return {"count": {1, 2}}
+        return {} if self.fault == "forgets" else {"count": self.count, "worst": self.worst}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.fault == "loads wrongly":
+            self.count = state["count"] + 1
+        elif self.fault != "forgets":
+            self.count = state["count"]
+            self.worst = state["worst"]
+
+
+def test_a_state_that_is_whole_survives() -> None:
+    """Whatever step the run is stopped at, within an epoch or at its end, or in a window."""
+    assert_state_round_trip(Counting)
+    assert_state_round_trip(Counting, epochs=2, accumulate=3, log_every="3 steps", stop_at=[4, 5])
+    assert_state_round_trip([Counting, GradientClippingHookConfig(max_norm=1.0)], stop_at=2)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("forgets", r"stopped after step 1 .*\n  metric: count is 1.0 at step 2, expected is 2.0"),
+        (
+            "loads wrongly",
+            r"after step 1 .*\n  the loaded state: counting\.count is 2, expected 1\n  metric: co",
+        ),
+        ("saves what can't be saved", "state after step 1 can't be saved and loaded: .*count"),
+        (
+            "asks at each start",
+            r"request: log at step 1, asked by counting: start, expected log at step 4, .*: four",
+        ),
+        (
+            "publishes at each start",
+            r"metric: starts is 1.0 at step 1, expected has no further value",
+        ),
+    ],
+)
+def test_a_state_that_is_not_whole_is_told(fault: str, message: str) -> None:
+    """With the step at which the run was stopped, and what differs first."""
+    with pytest.raises(AssertionError, match=message):
+        assert_state_round_trip(partial(Counting, fault))
+
+
+class Drifting(PipelineHooks):
+    """Keeps to itself, and not in its state, how long to wait before it changes the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waited = 0
+        self.register_hook("on_step", HookContext.from_callable(after=self._change))
+
+    def _change(self, args: PipelineHookArgs) -> None:
+        self.waited += 1
+        if self.waited == 3:
+            with torch.no_grad():
+                args.model[0].bias.fill_(0.5)  # type: ignore[index]  # a Sequential
+
+
+def test_weights_that_a_resumed_run_trains_otherwise_are_told() -> None:
+    """With the step after which they first differ."""
+    with pytest.raises(
+        AssertionError,
+        match=r"stopped after step 2 .*\n  weights: after step 3, 0\.bias is .*, expected 0\.",
+    ):
+        assert_state_round_trip(Drifting, stop_at=2)
+
+
+def test_what_may_differ_is_ignored_by_pattern() -> None:
+    """Names of metrics, and places in states."""
+    with pytest.raises(AssertionError, match="the loaded state"):
+        assert_state_round_trip(partial(Counting, "loads wrongly"), ignore=["count"], stop_at=4)
+    assert_state_round_trip(
+        partial(Counting, "loads wrongly"), ignore=["count", "counting.cou*"], stop_at=5
+    )
+
+
+@pytest.mark.parametrize("stop_at", [0, 6, [2, 9]])
+def test_a_stop_outside_of_the_run_is_refused(stop_at: Any) -> None:
+    """There would be nothing to compare."""
+    with pytest.raises(ValueError, match="within the run, from 1 to 5, got"):
+        assert_state_round_trip(Counting, stop_at=stop_at)
+
+
+@pytest.mark.parametrize(
+    "check", [assert_state_round_trip, assert_weights_unchanged, assert_no_device_sync]
+)
+def test_a_hook_that_can_run_only_once_is_refused(check: Any) -> None:
+    """The error says to give a function that makes it."""
+    with pytest.raises(TypeError, match=r"'counting' is to run several times.*lambda: Counting\("):
+        check(Counting())
+
+
+def acting(channel: ChannelName, act: Any, role: str = "after") -> PipelineHooks:
+    """A bundle named ``acting`` with one function on one channel."""
+    hooks = PipelineHooks("acting")
+    hooks.register_hook(channel, HookContext.from_callable(**{role: act}))
+    return hooks
+
+
+def scale(args: PipelineHookArgs) -> None:
+    if args.global_step_id == 2:
+        with torch.no_grad():
+            args.model[3].weight.mul_(2.0)  # type: ignore[index]  # a Sequential
+
+
+def test_a_hook_that_only_looks_changes_nothing() -> None:
+    """Weights, buffers and counters of both runs are the same, bit for bit."""
+    assert_weights_unchanged(Counting, epochs=2, accumulate=2)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: acting("on_step", scale),
+            r"^hook 'acting' changes the weights: after step 3, 3\.weight is .* of 16 elements",
+        ),
+        (
+            lambda: acting("on_loop", scale_all, "before"),
+            r"ahead of the first step, 0\.weight is",
+        ),
+        (lambda: acting("on_epoch", scale_all), r"after step 4, 0\.weight is"),
+        (
+            lambda: acting("on_step", lambda args: torch.rand(())),
+            r"after step 2, 0\.weight is .*global generator",
+        ),
+        (
+            lambda: acting("on_step", lambda args: args.requests.stop("enough")),
+            r"changes the run: it ended at epoch 0, step 1 .*, without the hook at epoch 1, step 2",
+        ),
+    ],
+)
+def test_a_hook_that_changes_the_weights_is_told(make: Any, message: str) -> None:
+    """With the step after which a weight first differs, and its name."""
+    with pytest.raises(AssertionError, match=message):
+        assert_weights_unchanged(make)
+
+
+def scale_all(args: PipelineHookArgs) -> None:
+    with torch.no_grad():
+        args.model[0].weight.mul_(2.0)  # type: ignore[index]  # a Sequential
+
+
+def test_pythons_random_numbers_are_watched_where_the_data_draws_them() -> None:
+    """A hook that draws from Python's generator changes what the data draws from it."""
+    features, targets = torch.randn(8, 4), torch.randn(8, 2)
+
+    def drawn() -> Any:
+        class Drawn:
+            def __iter__(self) -> Any:
+                for _ in range(3):
+                    rows = random.sample(range(8), 2)
+                    yield features[rows], targets[rows]
+
+        return Drawn()
+
+    with pytest.raises(AssertionError, match="changes the weights: after step 2"):
+        assert_weights_unchanged(
+            lambda: acting("on_step", lambda args: random.random()), data=drawn
+        )
+
+
+class Reading(PipelineHooks):
+    def __init__(self, what: str) -> None:
+        super().__init__("reading")
+        self.what = what
+        self.register_hook("on_step", HookContext.from_callable(after=self._read), "2 steps")
+        self.register_hook("on_loop", HookContext.from_callable(before=self._listen))
+
+    def _read(self, args: PipelineHookArgs) -> None:
+        assert args.loss is not None
+        args.metrics.publish("x", args.loss)
+        if self.what == "latest":
+            args.metrics.latest("x")
+        elif self.what == "item":
+            self._deeper(args.loss)
+
+    def _deeper(self, loss: torch.Tensor) -> None:
+        loss.item()
+
+    def _listen(self, args: PipelineHookArgs) -> None:
+        if self.what == "collects":
+            args.metrics.before_logging(lambda: self._deeper(torch.ones(())))
+
+
+def test_publishing_and_asking_wait_for_nothing(tmp_path: Path) -> None:
+    """What is published or asked for is read by the trainer, at the commit point."""
+    assert_no_device_sync(partial(Reading, "nothing"))
+    file = tmp_path / "weights.safetensors"
+    assert_no_device_sync(
+        lambda: acting("on_step", lambda args: args.requests.save_weights(file, "planted"))
+    )
+    assert file.is_file()
+    assert_no_device_sync(GradientClippingHookConfig(max_norm=1.0), accumulate=2)
+
+
+def test_what_the_optimizer_reads_is_not_the_hooks() -> None:
+    """AdamW reads its step count, which lies on the host, in a run without the hook as well."""
+    optimizer = partial(torch.optim.AdamW, lr=0.1)
+    assert_no_device_sync(partial(Reading, "nothing"), optimizer=optimizer)
+    with pytest.raises(AssertionError, match="reads from tensors 3 times"):
+        assert_no_device_sync(partial(Reading, "item"), optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            partial(Reading, "item"),
+            r"hook 'reading' reads from tensors 3 times in 6 steps, expected at most 0;(.|\n)*"
+            r"3 x item by hook 'reading' at test_assertions\.py:\d+ in Reading\._deeper, "
+            r"called from test_assertions\.py:\d+ in Reading\._read",
+        ),
+        (
+            partial(Reading, "latest"),
+            r"1 x item by hook 'reading' at board\.py:\d+ in MetricsBoard\.latest, "
+            r"called from test_assertions\.py:\d+ in Reading\._read",
+        ),
+        (partial(Reading, "collects"), r"6 x item by hook 'reading' at .* in Reading\._deeper"),
+        (
+            lambda: acting("on_step", lambda args: args.loss.tolist()),
+            r"6 x tolist by hook 'acting' at test_assertions\.py:\d+ in .*<lambda>$",
+        ),
+    ],
+)
+def test_a_hook_that_reads_is_told(make: Any, message: str) -> None:
+    """With each line that reads, the way to it from the hook, and how often it did."""
+    with pytest.raises(AssertionError, match=message):
+        assert_no_device_sync(make)
+
+
+def test_a_hook_may_read_as_often_as_it_says() -> None:
+    """A hook that reads on a schedule is given that many."""
+    assert_no_device_sync(partial(Reading, "item"), allowed=3)
+    with pytest.raises(AssertionError, match=r"reads from tensors 4 times .* at most 3"):
+        assert_no_device_sync(partial(Reading, "item"), allowed=3, steps=8)
