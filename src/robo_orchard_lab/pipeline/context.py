@@ -123,6 +123,15 @@ class PipelineHookArgs:
     )
     """The norm of all gradients ahead of clipping, on their device, from the first hook that has
     computed it in this update; None before, and where no hook does."""
+    grad_norm_order: float | None = field(
+        default=None, metadata=_valid_in("on_optimizer_step", "on_step")
+    )
+    """The order of :attr:`grad_norm`, such as 2."""
+    gradients_changed: bool = field(
+        default=False, metadata=_valid_in("on_optimizer_step", "on_step")
+    )
+    """Whether the gradients are no longer those that :attr:`grad_norm` was measured on; set by the
+    ``before`` of ``on_optimizer_step`` that changes them, as clipping does."""
     skip_reason: str | None = field(
         default=None, metadata=_valid_in("on_optimizer_step", "on_step")
     )

@@ -9,14 +9,22 @@ from pydantic import Field, model_validator
 
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.gradient_norm import (
+    clip_gradients,
+    gradient_norm,
+    unscale_gradients,
+)
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 
 
 class GradientClippingHook(PipelineHooks):
     """Clips the gradients by norm or by value, and publishes their norm before clipping.
 
-    It runs on every rank, ahead of the update, on the gradients of the whole accumulation window,
-    and publishes ``grad_norm`` as a tensor on the device.
+    It runs on every rank, ahead of the update, on the gradients of the whole accumulation window.
+    It publishes ``grad_norm`` as a tensor on the device, which it takes from ``args.grad_norm``
+    where another hook has computed it, and else keeps there. Nothing is read from the device.
+
+    Two of them clip one after the other, each by the norm of what the one before has left.
     """
 
     def __init__(self, cfg: GradientClippingHookConfig) -> None:
@@ -25,17 +33,15 @@ class GradientClippingHook(PipelineHooks):
         self.register_hook("on_optimizer_step", HookContext.from_callable(before=self._clip))
 
     def _clip(self, args: PipelineHookArgs) -> None:
-        cfg, accelerator = self.cfg, args.accelerator
-        norm: torch.Tensor | None = None
+        cfg = self.cfg
         if cfg.max_norm is not None:
-            norm = accelerator.clip_grad_norm_(
-                args.model.parameters(), cfg.max_norm, norm_type=cfg.norm_type
-            )
-        elif cfg.max_value is not None:
-            accelerator.unscale_gradients()
-            gradients = [p.grad for p in args.model.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients, cfg.norm_type)
+            norm = clip_gradients(args, cfg.max_norm, cfg.norm_type)
+        else:
+            assert cfg.max_value is not None  # the config has checked that there is one
+            unscale_gradients(args.accelerator)
+            norm = gradient_norm(args, cfg.norm_type)
             torch.nn.utils.clip_grad_value_(args.model.parameters(), cfg.max_value)
+            args.gradients_changed = True
         if norm is not None:  # DeepSpeed clips by itself and may not tell
             args.metrics.publish("grad_norm", norm)
 

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
+from robo_orchard_lab.pipeline.gradient_norm import unscale_gradients
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 
 ScheduleUnit: TypeAlias = Literal["optimizer_step", "epoch"]
@@ -127,7 +128,7 @@ class OptimizerHook(PipelineHooks):
     def _skip(self, args: PipelineHookArgs) -> None:
         scaler = args.accelerator.scaler
         if scaler is not None:
-            args.accelerator.unscale_gradients()  # so that it has something to update from
+            unscale_gradients(args.accelerator)  # so that it has something to update from
             scaler.update()
         self._zero_grad()
         args.run.progress.finish_optimizer_step(committed=False)

@@ -1,0 +1,223 @@
+"""One gradient norm for each update, shared by all hooks, and clipping by it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, SimpleBatchProcessor
+from robo_orchard_lab.pipeline.context import PipelineRun
+from robo_orchard_lab.pipeline.gradient_norm import gradient_norm
+from robo_orchard_lab.pipeline.hook_set import HookLike
+from robo_orchard_lab.pipeline.hooks import GradientClippingHookConfig
+from robo_orchard_lab.pipeline.hooks.mixin import HookContext, PipelineHooks
+from tiny import equal, loss_of, make_loader, make_model, make_trainer, weights
+
+
+class Norms(PipelineHooks):
+    """Asks for the norm ahead of each update, as statistics do."""
+
+    def __init__(self, norm_type: float | None = None) -> None:
+        super().__init__()
+        self.norm_type = norm_type
+        self.found: list[torch.Tensor] = []
+        self.register_hook("on_optimizer_step", HookContext.from_callable(before=self.ask))
+
+    def ask(self, args: PipelineHookArgs) -> None:
+        norm = gradient_norm(args, self.norm_type)
+        assert norm is not None
+        self.found.append(norm.clone())
+
+
+class CountNorms(torch.overrides.TorchFunctionMode):
+    """Counts the norms of all gradients that are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = 0
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.norms += getattr(function, "__name__", "") == "_foreach_norm"
+        return function(*args, **(kwargs or {}))
+
+
+def plain_weights(bounds: list[tuple[str, float, float]], steps: int = 7) -> list[torch.Tensor]:
+    """A plain loop that clips one after the other, by norm (with its order) or by value."""
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for batch, _ in zip(make_loader(), range(steps), strict=False):
+        loss_of(model, batch)[1].backward()
+        for kind, bound, order in bounds:
+            if kind == "norm":
+                torch.nn.utils.clip_grad_norm_(model.parameters(), bound, order)
+            else:
+                torch.nn.utils.clip_grad_value_(model.parameters(), bound)
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights(model)
+
+
+@pytest.mark.parametrize("asked_first", [False, True])
+@pytest.mark.parametrize("order", [2.0, 1.0])
+def test_a_norm_that_is_known_is_clipped_by(asked_first: bool, order: float) -> None:
+    """Whoever asks first, clipping is bit for bit torch's, and the norm is computed once."""
+    clip, norms = GradientClippingHookConfig(max_norm=0.05, norm_type=order), Norms(order)
+    model = make_model()
+    hooks: list[HookLike] = [norms, clip] if asked_first else [clip, norms]
+    trainer = make_trainer(hooks, model=model, max_epoch=1)
+    with CountNorms() as counted:
+        trainer()
+    assert equal(weights(model), plain_weights([("norm", 0.05, order)]))
+    if asked_first:
+        assert counted.norms == 7
+    else:  # asked for by its order, it is that of the gradients as they are
+        assert all(norm <= 0.05 * 1.001 for norm in norms.found)
+
+
+def test_without_an_order_the_first_norm_is_taken() -> None:
+    """Behind clipping, the norm is the one ahead of it, and nothing is computed."""
+    norms = Norms()
+    trainer = make_trainer([GradientClippingHookConfig(max_norm=0.05), norms], max_step=3)
+    with CountNorms() as counted:
+        trainer()
+    assert counted.norms == 3
+    assert trainer.metrics.latest("grad_norm") == norms.found[-1].item() > 0.06
+
+
+def test_another_order_is_computed_beside() -> None:
+    """Clipping by another norm than the one that is known is still bit for bit torch's."""
+    model, norms = make_model(), Norms()
+    config = GradientClippingHookConfig(max_norm=0.02, norm_type=4.0)
+    trainer = make_trainer([norms, config], model=model, max_epoch=1)
+    trainer()
+    assert equal(weights(model), plain_weights([("norm", 0.02, 4.0)]))
+    assert trainer.metrics.latest("grad_norm") < norms.found[-1].item()
+
+
+@pytest.mark.parametrize("value_first", [False, True])
+def test_two_clip_one_after_the_other(value_first: bool) -> None:
+    """The second one clips by the norm of what the first has left."""
+    bounds = [("norm", 0.05, 2.0), ("norm", 0.03, 2.0)]
+    hooks = {
+        "a": GradientClippingHookConfig(max_norm=0.05),
+        "b": GradientClippingHookConfig(max_norm=0.03),
+    }
+    if value_first:
+        bounds[0] = ("value", 0.01, 2.0)
+        hooks["a"] = GradientClippingHookConfig(max_value=0.01)
+    model = make_model()
+    make_trainer(PipelineHooks.from_hooks(hooks), model=model, max_epoch=1)()
+    assert equal(weights(model), plain_weights(bounds))
+
+
+def test_the_norm_of_sparse_gradients() -> None:
+    """It is that of the added-up entries, as of the dense gradient."""
+
+    def norm(sparse: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = torch.nn.Embedding(5, 3, sparse=sparse)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        norms = Norms()
+        HookBasedTrainer(
+            Accelerator(cpu=True),
+            model,
+            [torch.tensor([1, 1, 2])],
+            SimpleBatchProcessor.from_callable(lambda model, batch: (None, model(batch).sum())),
+            optimizer,
+            hooks=norms,
+            max_epoch=1,
+        )()
+        return norms.found[0]
+
+    assert torch.equal(norm(sparse=True), norm(sparse=False))
+
+
+def fp16_trainer(hooks: Any, model: torch.nn.Module, scale: float = 1024.0) -> HookBasedTrainer:
+    """With a real gradient scaler, which Accelerate makes only for a GPU."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.state._mixed_precision = "fp16"
+    accelerator.native_amp = True
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    processor = SimpleBatchProcessor.from_callable(loss_of)
+    loader = make_loader()
+    return HookBasedTrainer(
+        accelerator, model, loader, processor, optimizer, hooks=hooks, max_epoch=1
+    )
+
+
+def skip_one(args: PipelineHookArgs) -> None:
+    if args.global_step_id == 3:
+        args.skip_reason = "a test"
+
+
+@pytest.mark.parametrize(
+    "clip", [{"max_norm": 0.05}, {"max_value": 0.01}, {"max_norm": 0.05, "norm_type": 1.0}]
+)
+def test_gradients_are_unscaled_once(clip: dict[str, float]) -> None:
+    """With a scaler, norms are of unscaled gradients, however many hooks ask, skipping included."""
+    skipping = PipelineHooks()
+    skipping.register_hook("on_optimizer_step", HookContext.from_callable(before=skip_one))
+    model, norms, later = make_model(), Norms(), Norms(3.0)
+    config = GradientClippingHookConfig(**clip)  # type: ignore[arg-type]  # floats
+    later.name = "later"
+    trainer = fp16_trainer([norms, config, later, skipping], model)
+    trainer()
+    assert trainer.progress.skipped_optimizer_steps == 1
+    assert trainer.progress.optimizer_step_id == 6
+    loss_of(reference := make_model(), next(iter(make_loader())))[1].backward()
+    gradients = [p.grad for p in reference.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    torch.testing.assert_close(norms.found[0], norm, rtol=1e-3, atol=0)  # the forward is in fp16
+
+
+def test_another_error_of_unscaling_is_told() -> None:
+    """Only a second unscaling in one update is passed over."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.state._mixed_precision = "fp16"
+    accelerator.native_amp = True
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    prepared = accelerator.prepare(model, optimizer)[0]
+    accelerator.scaler.scale(prepared(torch.ones(1, 4)).sum()).backward()
+    accelerator.scaler.unscale_(optimizer)
+    accelerator.scaler.step(optimizer)
+    with pytest.raises(RuntimeError, match=r"unscale_\(\) is being called after step"):
+        gradient_norm(PipelineHookArgs(PipelineRun(accelerator=accelerator, model=model)))
+
+
+def test_where_accelerate_decides_it_is_asked() -> None:
+    """With sharded gradients its own clipping runs, once for the norm and once to clip."""
+
+    class Sharding(Accelerator):  # type: ignore[misc]  # which has no types
+        calls: list[tuple[float, float]]
+
+        @property
+        def distributed_type(self) -> DistributedType:
+            return DistributedType.FSDP
+
+        def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+            self.calls.append((max_norm, norm_type))
+            return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+
+    accelerator = Sharding(cpu=True)
+    accelerator.calls = []
+    model = make_model()
+    loss_of(model, next(iter(make_loader())))[1].backward()
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    args = PipelineHookArgs(PipelineRun(accelerator=accelerator, model=model))
+    norm = gradient_norm(args)
+    assert equal(before, [p.grad for p in model.parameters() if p.grad is not None])
+    assert norm is not None
+    assert norm == torch.nn.utils.get_total_norm(before)
+    GradientClippingHookConfig(max_norm=0.05)().begin("on_optimizer_step", args).__enter__()
+    assert accelerator.calls == [(float("inf"), 2.0), (0.05, 2.0)]
+    assert args.grad_norm is norm
+    assert gradient_norm(args) is norm
