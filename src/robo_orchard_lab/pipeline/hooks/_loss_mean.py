@@ -1,0 +1,111 @@
+"""The mean of one loss, for the price of one small copy a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from robo_orchard_lab.pipeline.metrics import MetricsBoard, WeightedSum
+from robo_orchard_lab.pipeline.metrics.window import Number, checked_number
+
+_SLOTS = 64
+
+
+class LossMean:
+    """The weighted mean of a loss since the last logging point, and since the epoch began.
+
+    The losses of the latest steps are copied into slots on their device, and added up when these
+    are full or a mean is asked for. A copy is made at once, since a captured CUDA graph writes its
+    next loss over the last one. On a CPU it takes 0.9 us; to add to a sum in double precision takes
+    2.3 us.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._window = WeightedSum()
+        self._epoch = WeightedSum()
+        self._values: torch.Tensor | None = None  # where the slots are
+        self._slots: list[torch.Tensor] = []  # its elements
+        self._weights: list[float] = []  # of the losses that are in the slots
+
+    def add(self, loss: Number, weight: float) -> None:
+        """On the step path: take in a number, or a detached tensor of one element."""
+        if not isinstance(loss, torch.Tensor):
+            self._take(checked_number(self._name, loss), weight)
+            return
+        used = len(self._weights)
+        if used == len(self._slots):  # none is left, or there are none yet
+            self._make_room(loss.device)
+            used = 0
+        if loss.dim():
+            loss = torch.as_tensor(checked_number(self._name, loss)).reshape(())
+        self._slots[used].copy_(loss)
+        self._weights.append(weight)
+
+    def publish_window(self, board: MetricsBoard) -> None:
+        """Publish the mean since the last time, and begin anew."""
+        self._add_up()
+        _publish(board, self._name, self._window)
+        self._window = WeightedSum()
+
+    def publish_epoch(self, board: MetricsBoard) -> None:
+        """Publish the mean since the epoch began, and begin anew."""
+        self._add_up()
+        _publish(board, f"{self._name}_epoch", self._epoch)
+        self._epoch = WeightedSum()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was taken in."""
+        # Not added up ahead: the run that goes on would then round otherwise than one not saved.
+        used = len(self._weights)
+        return {
+            "window": self._window.state_dict(),
+            "epoch": self._epoch.state_dict(),
+            "values": None if self._values is None else self._values[:used].clone(),
+            "weights": list(self._weights),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from a state, with its tensors on ``device``."""
+        self._window.load_state_dict(state["window"], device)
+        self._epoch.load_state_dict(state["epoch"], device)
+        self._weights = list(state["weights"])
+        if self._weights:
+            self._make_slots(device)
+            for slot, value in zip(self._slots, state["values"], strict=False):
+                slot.copy_(value)
+
+    def _make_room(self, device: torch.device) -> None:
+        self._add_up()
+        if not self._slots:
+            self._make_slots(device)
+
+    def _make_slots(self, device: torch.device) -> None:
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._values = torch.zeros(_SLOTS, dtype=dtype, device=device)
+        self._slots = list(self._values.unbind())
+
+    def _add_up(self) -> None:
+        """Take in what is in the slots; stretches of one weight together."""
+        begin = 0
+        for weight, stretch in groupby(self._weights):
+            end = begin + len(list(stretch))
+            assert self._values is not None  # since something is in it
+            self._take(self._values[begin:end].mean(), weight * (end - begin))
+            begin = end
+        self._weights = []
+
+    def _take(self, mean: Number, weight: float) -> None:
+        self._window.add(mean, weight)
+        self._epoch.add(mean, weight)
+
+
+def _publish(board: MetricsBoard, name: str, total: WeightedSum) -> None:
+    weight = total.host_weight
+    if weight:
+        # Both, where some steps had a number and some a tensor.
+        summed = total.host if total.tensor is None else total.tensor + total.host
+        board.publish(name, summed / weight, weight=weight)

@@ -1,0 +1,316 @@
+"""The mean losses on the board are those that a plain loop adds up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks, SimpleBatchProcessor
+from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
+from robo_orchard_lab.pipeline.hooks.loss_tracker import LossTracker, LossTrackerConfig
+from robo_orchard_lab.pipeline.metrics import MetricValueError
+from robo_orchard_lab.testing import (
+    assert_no_device_sync,
+    assert_state_round_trip,
+    assert_weights_unchanged,
+    run_hook,
+)
+from tiny import make_loader, make_trainer
+
+ByStep = dict[int, float]
+
+
+class Notes(PipelineHooks):
+    """Writes down each batch's loss and samples, and what the logging points tell."""
+
+    def __init__(self, log_every: str) -> None:
+        super().__init__("notes")
+        self.losses: list[tuple[float, int]] = []
+        self.told: dict[str, ByStep] = {}
+        self.on_loop.before(lambda args: args.metrics.listen(self._tell))
+        self.on_step.after(self._note)
+        self.register_at_commit(lambda args: args.requests.log("it is time"), log_every)
+
+    def _note(self, args: PipelineHookArgs) -> None:
+        assert args.loss is not None
+        self.losses.append((args.loss.item(), len(args.batch[0])))
+
+    def _tell(self, record: Any) -> None:
+        for value in record.values:
+            if not record.partial:
+                self.told.setdefault(value.name, {})[value.step] = value.value
+
+
+def mean(losses: Iterable[tuple[float, int]]) -> float:
+    """Of samples, in the plainest way."""
+    total = samples = 0.0
+    for loss, count in losses:
+        total += loss * count
+        samples += count
+    return total / samples
+
+
+def approx(by_step: ByStep) -> Any:
+    return pytest.approx(by_step, rel=1e-12)
+
+
+@pytest.mark.parametrize("every", [1, 3, 8])
+def test_means_are_those_of_a_plain_loop(every: int) -> None:
+    """Windows across the ends of epochs and epochs across windows are exact for uneven batches."""
+    notes = Notes(f"{every} steps")
+    loader = make_loader(batches=4, batch_size=4, rest=1)  # 5 steps an epoch
+    make_trainer([notes, LossTrackerConfig()], loader=loader, max_epoch=5)()
+    losses = notes.losses
+    assert len(losses) == 25
+    windows = {end: mean(losses[end - every : end]) for end in range(every, 26, every)}
+    assert notes.told["loss/total"] == approx(windows)
+    if every <= 3:  # at most one epoch ends between two logging points
+        logged = 25 // every * every
+        epochs = {end: mean(losses[end - 5 : end]) for end in range(5, logged + 1, 5)}
+        assert notes.told["loss/total_epoch"] == approx(epochs)
+
+
+def test_a_long_window_is_exact() -> None:
+    """A window of more steps than are kept one by one has the same mean, at each of its lengths."""
+    notes = Notes("at steps 64, 129, 130, 195")
+    loader = make_loader(batches=30, batch_size=2, rest=1)
+    make_trainer([notes, LossTrackerConfig()], loader=loader, max_step=195)()
+    ends = [0, 64, 129, 130, 195]
+    assert notes.told["loss/total"] == approx(
+        {end: mean(notes.losses[a:end]) for a, end in pairwise(ends)}
+    )
+
+
+def test_an_epoch_that_was_not_completed_has_no_mean() -> None:
+    """A run that ends within its second epoch has published the mean of the first alone."""
+    told = run_hook(LossTrackerConfig(), steps=6).metrics  # 4 steps an epoch
+    assert list(told["loss/total_epoch"]) == [4]
+
+
+def test_a_loss_that_is_no_number_shows() -> None:
+    """NaN in one step makes the means of its window and of its epoch NaN, and no others."""
+
+    factors = iter([1.0, math.nan] + [1.0] * 6)
+
+    def forward(model: Any, batch: Any) -> tuple[Any, torch.Tensor]:
+        return None, model(batch[0]).square().mean() * next(factors)
+
+    processor = SimpleBatchProcessor.from_callable(forward, need_backward=False)
+    told = run_hook(LossTrackerConfig(), batch_processor=processor, epochs=2).metrics
+    assert [math.isnan(x) for x in told["loss/total"].values()] == [False, True] + [False] * 6
+    assert [math.isnan(x) for x in told["loss/total_epoch"].values()] == [True, False]
+
+
+def test_without_a_loss_there_is_no_mean() -> None:
+    """A batch processor that returns no loss, as it may without a backward pass, is tracked too."""
+    processor = SimpleBatchProcessor.from_callable(lambda m, b: (m(b[0]), None), False)
+    assert run_hook(LossTrackerConfig(), batch_processor=processor).metrics == {}
+
+
+class Counting(SimpleBatchProcessor):
+    """Says itself how many samples a batch has, and counts how often it is asked."""
+
+    asked = 0
+
+    def forward(self, model: Any, batch: Any) -> tuple[Any, torch.Tensor]:
+        return {}, model(batch["x"]).square().mean() * 0 + batch["loss"]
+
+    def count_samples(self, batch: Any) -> int:
+        self.asked += 1
+        return int(batch["count"])
+
+
+def test_the_batch_processor_counts_samples() -> None:
+    """Where it has count_samples, batches weigh that, and it is asked once a step for all hooks."""
+    x = torch.ones(2, 4)
+    data = [{"x": x, "loss": 1.0, "count": 3}, {"x": x, "loss": 5.0, "count": 1}]
+    processor = Counting()
+    trackers = [LossTrackerConfig()(), LossTrackerConfig(losses_key="")()]
+    trackers[1].name = "another"
+    run = run_hook(trackers, data=data, batch_processor=processor, steps=2, log_every="2 steps")
+    assert run.metrics["loss/total"] == {2: 2.0}
+    assert processor.asked == 2
+
+
+OUTPUTS: dict[str, tuple[Any, str]] = {
+    "a key": (lambda losses: {"boxes": [], "losses": losses}, "losses"),
+    "the outputs": (lambda losses: losses, ""),
+    "an attribute": (lambda losses: SimpleNamespace(loss_dict=losses), "loss_dict"),
+}
+
+
+def named(outputs: Any, values: Mapping[str, Any]) -> SimpleBatchProcessor:
+    """A processor whose outputs hold losses: functions of the batch's mean square."""
+
+    def forward(model: Any, batch: Any) -> tuple[Any, torch.Tensor]:
+        loss = model(batch[0]).square().mean()
+        return outputs({name: value(loss) for name, value in values.items()}), loss
+
+    return SimpleBatchProcessor.from_callable(forward)
+
+
+@pytest.mark.parametrize("where", OUTPUTS)
+def test_named_losses_are_found(where: str) -> None:
+    """In a mapping by key, in an object by attribute, or where the outputs are the losses."""
+    outputs, key = OUTPUTS[where]
+    values = {
+        "twice": lambda loss: loss * 2,  # with its graph
+        "half": lambda loss: (loss.detach() / 2).reshape(1).to(torch.bfloat16),
+        "number": lambda loss: loss.item() + 1,
+        7: lambda loss: torch.tensor(7),
+    }
+    run = run_hook(
+        LossTrackerConfig(losses_key=key),
+        batch_processor=named(outputs, values),  # type: ignore[arg-type]  # a key that is no text
+        epochs=1,
+        log_every="1 epoch",
+    )
+    told = {name: by_step[4] for name, by_step in run.metrics.items()}
+    total = told["loss/total"]
+    assert told["loss/twice"] == told["loss/twice_epoch"] == pytest.approx(2 * total)
+    assert told["loss/half"] == pytest.approx(total / 2, rel=1e-2)
+    assert told["loss/number"] == told["loss/number_epoch"] == pytest.approx(total + 1)
+    assert told["loss/7"] == 7
+    assert list(run.metrics) == [
+        *(f"loss/{n}_epoch" for n in ("total", *values)),
+        *(f"loss/{n}" for n in ("total", *values)),
+    ]
+
+
+def test_a_loss_may_be_there_in_some_steps() -> None:
+    """Its mean is that of the steps that have it, as numbers and as tensors alike."""
+
+    def forward(model: Any, batch: Any) -> tuple[Any, torch.Tensor]:
+        value = batch["aux"]
+        return {} if value is None else {"aux": value}, model(batch["x"]).square().mean()
+
+    aux = [None, 1.0, torch.tensor(4.0), None]
+    run = run_hook(
+        LossTrackerConfig(losses_key=""),
+        data=[{"x": torch.ones(1 + i, 4), "aux": a} for i, a in enumerate(aux)],
+        batch_processor=SimpleBatchProcessor.from_callable(forward),
+        epochs=1,
+        log_every="2 steps",
+    )
+    assert run.metrics["loss/aux"] == {2: 1.0, 4: 4.0}
+    assert run.metrics["loss/aux_epoch"] == {4: (2 * 1.0 + 3 * 4.0) / 5}
+
+
+def test_listed_losses_alone_are_tracked() -> None:
+    """loss_names leaves out what else is in the outputs, which may then be anything."""
+    values = {"box": lambda loss: loss, "boxes": lambda loss: torch.zeros(5, 4)}
+    cfg = LossTrackerConfig(losses_key="", loss_names=["box"])
+    told = run_hook(cfg, batch_processor=named(lambda x: x, values), steps=2).metrics
+    assert list(told) == ["loss/total", "loss/box"]
+
+
+@pytest.mark.parametrize(
+    ("cfg", "outputs", "error", "told"),
+    [
+        (
+            {"losses_key": "loses"},
+            {"losses": {}},
+            PipelineConfigError,
+            "'loses'.*dict with: losses",
+        ),
+        (
+            {"losses_key": "losses"},
+            [1],
+            PipelineConfigError,
+            "found NoneType.*a list with: no names",
+        ),
+        ({"losses_key": ""}, torch.ones(3), PipelineConfigError, "found Tensor"),
+        (
+            {"losses_key": "", "loss_names": ["boxx"]},
+            {"box": 1.0, "class": 1.0},
+            PipelineConfigError,
+            "loss_names has 'boxx'.*did you mean 'box'. They are: box, class",
+        ),
+        ({"losses_key": ""}, {"total": 1.0}, PipelineConfigError, "a loss named 'total'.*rename"),
+        ({"losses_key": ""}, {"box": torch.ones(3)}, MetricValueError, r"'loss/box'.*shape \(3,\)"),
+        ({"losses_key": ""}, {"box": "high"}, MetricValueError, "'loss/box' must be a number"),
+    ],
+)
+def test_wrong_outputs_are_refused(
+    cfg: dict[str, Any], outputs: Any, error: type[Exception], told: str
+) -> None:
+    """In the first step, ahead of the update, with the hook, the field and what there is."""
+    processor = SimpleBatchProcessor.from_callable(
+        lambda model, batch: (outputs, model(batch[0]).square().mean())
+    )
+    trainer = make_trainer(LossTrackerConfig(**cfg), batch_processor=processor, max_step=3)
+    with pytest.raises(error, match=told) as raised:
+        trainer()
+    assert "LossTracker" in "".join([str(raised.value), *raised.value.__notes__])
+    assert trainer.progress.optimizer_step_id == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"loss_names": ["box"]}, "needs losses_key"),
+        ({"losses_key": "", "loss_names": []}, "loss_names"),
+    ],
+)
+def test_wrong_fields_are_refused(fields: dict[str, Any], told: str) -> None:
+    """Names of losses need a place to look, and there must be some."""
+    with pytest.raises(ValidationError, match=told):
+        LossTrackerConfig(**fields)
+
+
+@pytest.mark.parametrize("key", [None, ""])
+def test_a_resumed_run_publishes_what_the_straight_one_does(key: str | None) -> None:
+    """Saved after any step, within a window and an epoch, it goes on exactly."""
+    values = {"twice": lambda loss: loss * 2, "number": lambda loss: loss.item()}
+    assert_state_round_trip(
+        LossTrackerConfig(losses_key=key),
+        epochs=2,
+        log_every="3 steps",
+        batch_processor=named(lambda x: x, values),
+    )
+
+
+def test_a_full_set_of_slots_survives() -> None:
+    """A run saved with as many losses waiting as there is room for goes on exactly."""
+    assert_state_round_trip(
+        LossTrackerConfig(), steps=70, log_every="70 steps", stop_at=[63, 64, 65]
+    )
+
+
+def test_a_state_that_was_not_used_yet_is_given_again() -> None:
+    """A tracker that was loaded and has not run holds the state that it was given."""
+    run = run_hook(LossTrackerConfig(), steps=3, log_every=None)
+    state = run.hook.state_dict()
+    tracker = LossTracker(LossTrackerConfig())
+    tracker.load_state_dict(state)
+    assert tracker.state_dict() == state
+
+
+def test_a_state_of_another_version_is_refused() -> None:
+    """The error names the hook and the versions."""
+    with pytest.raises(StateError, match=r"LossTracker: expected .* version 1, found version 2"):
+        LossTrackerConfig()().load_state_dict({"version": 2})
+
+
+def test_it_watches_without_a_trace() -> None:
+    """It reads nothing from the device, and the weights are those of a run without it."""
+    values = {"twice": lambda loss: loss * 2}
+    cfg, processor = LossTrackerConfig(losses_key=""), named(lambda x: x, values)
+    assert_no_device_sync(cfg, steps=70, log_every="20 steps", batch_processor=processor)
+    assert_weights_unchanged(cfg, batch_processor=processor)
+
+
+def test_two_of_them_run_side_by_side() -> None:
+    """Two trackers of different names publish each their own."""
+    first, second = LossTrackerConfig()(), LossTrackerConfig(losses_key="")()
+    second.name = "named losses"
+    processor = named(lambda x: x, {"twice": lambda loss: loss * 2})
+    told = run_hook([first, second], batch_processor=processor, steps=1).metrics
+    assert told["loss/twice"][1] == pytest.approx(2 * told["loss/total"][1])
