@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple
-from itertools import islice
 from typing import Any, Protocol, TypeAlias
 
 import torch
 
 from robo_orchard_core.utils.hook import RemovableHandle
 from robo_orchard_lab.pipeline.errors import StateError
-from robo_orchard_lab.pipeline.metrics.deferred import DeferredMetrics, reduce_states
+from robo_orchard_lab.pipeline.metrics.deferred import DeferredMetrics
 from robo_orchard_lab.pipeline.metrics.errors import UnknownMetricError
-from robo_orchard_lab.pipeline.metrics.exchange import Exchange, Parcel
+from robo_orchard_lab.pipeline.metrics.reader import Reader
 from robo_orchard_lab.pipeline.metrics.record import MetricsRecord, MetricValue
 from robo_orchard_lab.pipeline.metrics.window import (
     REDUCTIONS,
     WINDOWS,
     Number,
-    Parts,
     Reduction,
     Window,
     checked_number,
@@ -71,7 +68,7 @@ class MetricsBoard:
         self._expected: list[tuple[str, str]] = []
         self._listeners: list[Listener] = []
         self._collectors: list[tuple[Callable[[], Any], Stateful | None]] = []
-        self._exchange = Exchange()
+        self._reader = Reader()
 
     def publish(
         self, name: str, value: Number, reduce: Reduction = "mean", weight: Number | None = None
@@ -189,14 +186,10 @@ class MetricsBoard:
     def unmet(self) -> UnknownMetricError | None:
         """The error to raise if someone waits for a name that nobody has published, or None."""
         known = self.names()
-        return next(
-            (
-                UnknownMetricError(name, known, who)
-                for name, who in self._awaited()
-                if name not in known
-            ),
-            None,
-        )
+        for name, who in self._awaited():
+            if name not in known:
+                return UnknownMetricError(name, known, who)
+        return None
 
     def settle(self, log: bool, accelerator: Any = None) -> MetricsRecord | None:
         """Read what is due, tell it, and give the record of a logging point.
@@ -216,11 +209,14 @@ class MetricsBoard:
             for collect, _ in tuple(self._collectors):
                 collect()
         due = self._take_deferred(everything=log or not self._listeners)
-        values = self._read(self._windows if log else {}, due, accelerator) if log or due else []
+        windows: dict[str, Window] = {}
         if log:
-            self._windows = {}
+            windows, self._windows = self._windows, {}
+        values = self._reader.read(windows, due, accelerator) if log or due else []
         for metrics, _ in due:
             self._refuse_misspelled(metrics)
+        if log or self._listeners:
+            self._unlogged += values
         self._tell(values)
         if not log:
             return None
@@ -245,7 +241,7 @@ class MetricsBoard:
         states = [(owner, owner.state_dict()) for _, owner in self._collectors if owner is not None]
         for collect, _ in tuple(self._collectors):
             collect()
-        values = self._read(self._windows, self._deferred, accelerator)
+        values = self._reader.read(self._windows, self._deferred, accelerator)
         self._windows, self._deferred = windows, deferred
         for owner, state in states:
             owner.load_state_dict(state)
@@ -254,7 +250,9 @@ class MetricsBoard:
 
     def read_deferred(self, accelerator: Any = None) -> None:
         """Read all deferred metrics, so that the state holds numbers; as :meth:`settle` does."""
-        self._tell(self._read({}, self._take_deferred(everything=True), accelerator))
+        values = self._reader.read({}, self._take_deferred(everything=True), accelerator)
+        self._unlogged += values if self._listeners else []
+        self._tell(values)
 
     def state_dict(self) -> dict[str, Any]:
         """What was published and not logged yet; call :meth:`read_deferred` first."""
@@ -320,56 +318,9 @@ class MetricsBoard:
         self._deferred = later
         return due
 
-    def _read(
-        self,
-        windows: Mapping[str, Window],
-        deferred: Sequence[tuple[DeferredMetrics, int]],
-        accelerator: Any,
-    ) -> list[MetricValue]:
-        """The values of all ranks: one transfer, and with several ranks one collective."""
-        label = [
-            [name, w.reduce, len(w.numbers()), len(w.tensors())] for name, w in windows.items()
-        ]
-        numbers = [x for window in windows.values() for x in (window.step, *window.numbers())]
-        scalars = [tensor for window in windows.values() for tensor in window.tensors()]
-        states = [metrics.states() for metrics, _ in deferred]
-        flat = [tensor for own in states for tensor, _ in own]
-        parcel = Parcel(json.dumps(label), numbers, [_stacked(scalars), *flat])
-        ranks = self._exchange(parcel, accelerator)
-
-        parts: dict[str, list[Parts]] = {}
-        steps: dict[str, int] = {}
-        reductions: dict[str, Reduction] = {}
-        for rank in ranks:
-            figures, read = iter(rank.numbers), iter(rank.tensors[0].tolist())
-            for name, reduce, n_numbers, n_tensors in json.loads(rank.label):
-                steps[name] = max(steps.get(name, 0), int(next(figures)))
-                if reductions.setdefault(name, reduce) != reduce:
-                    raise ValueError(
-                        f"metric {name!r} is published with reduce={reductions[name]!r} on one "
-                        f"rank and with {reduce!r} on another"
-                    )
-                part = list(islice(figures, n_numbers)), list(islice(read, n_tensors))
-                parts.setdefault(name, []).append(part)
-        values = [
-            MetricValue(name, WINDOWS[reductions[name]].combine(of_ranks), steps[name])
-            for name, of_ranks in parts.items()
-        ]
-        for name, reduce in reductions.items():
-            self._reductions.setdefault(name, reduce)
-
-        begin = 1
-        for (metrics, step), own in zip(deferred, states, strict=True):
-            end = begin + len(own)
-            tensors = [rank.tensors[begin:end] for rank in ranks]
-            reduced = reduce_states(tensors, [reduce for _, reduce in own])
-            values += [MetricValue(n, float(v), step) for n, v in metrics.values(reduced).items()]
-            begin = end
-        return values
-
     def _tell(self, values: Iterable[MetricValue]) -> None:
+        """Tell who has subscribed, in the order of the steps."""
         values = sorted(values, key=lambda value: value.step)
-        self._unlogged += values
         self._found.update((value.name, value) for value in values)
         for value in values:
             for name, callback, _ in tuple(self._subscribers):
@@ -403,16 +354,6 @@ def _group(name: str) -> str:
     """All but the last part of a name; what belongs to no group is one by itself."""
     group, _, last = name.rpartition("/")
     return group or last
-
-
-def _stacked(scalars: Sequence[torch.Tensor]) -> torch.Tensor:
-    if not scalars:
-        return torch.zeros(0)
-    devices = {scalar.device for scalar in scalars}
-    if len(devices) > 1:
-        device = next(device for device in devices if device.type != "cpu")
-        scalars = [scalar.to(device) for scalar in scalars]
-    return torch.stack([*scalars])
 
 
 def _checked_weight(name: str, weight: Any, reduce: Reduction) -> Number:
