@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from robo_orchard_lab.pipeline.metrics import number_text
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 
 Outcome: TypeAlias = Literal["running", "finished", "stopped"]
@@ -43,7 +44,7 @@ class RunStatus:
     @property
     def measurements(self) -> list[str]:
         """Each value behind its name."""
-        return [f"{name} {_number(value)}" for name, value in self.values.items()]
+        return [f"{name} {number_text(value)}" for name, value in self.values.items()]
 
     @property
     def pace(self) -> list[str]:
@@ -101,12 +102,6 @@ def _steps_for_updates(updates: int, step: int, steps_per_epoch: int | None, win
     # The last window of an epoch is as short as the epoch makes it.
     epochs, rest = divmod(updates, -(-steps_per_epoch // window))
     return epochs * steps_per_epoch + min(rest * window, steps_per_epoch) - step
-
-
-def _number(value: float) -> str:
-    if value == 0 or 1e-3 <= abs(value) < 10:
-        return f"{value:.4f}"
-    return f"{value:.2f}" if 10 <= abs(value) < 1e5 else f"{value:.3e}"
 
 
 def _duration(seconds: float) -> str:

@@ -3,7 +3,7 @@
 from robo_orchard_lab.pipeline.metrics.board import MetricsBoard
 from robo_orchard_lab.pipeline.metrics.deferred import DeferredMetrics, resolve
 from robo_orchard_lab.pipeline.metrics.errors import MetricValueError, UnknownMetricError
-from robo_orchard_lab.pipeline.metrics.record import MetricsRecord, MetricValue
+from robo_orchard_lab.pipeline.metrics.record import MetricsRecord, MetricValue, number_text
 from robo_orchard_lab.pipeline.metrics.window import Reduction, WeightedSum
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "Reduction",
     "UnknownMetricError",
     "WeightedSum",
+    "number_text",
     "resolve",
 ]

@@ -251,7 +251,7 @@ class MetricsBoard:
     def read_deferred(self, accelerator: Any = None) -> None:
         """Read all deferred metrics, so that the state holds numbers; as :meth:`settle` does."""
         values = self._reader.read({}, self._take_deferred(everything=True), accelerator)
-        self._unlogged += values if self._listeners else []
+        self._unlogged += values  # also after the run, when nobody listens any more
         self._tell(values)
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,6 +15,17 @@ class MetricValue:
     """How many steps of the run were done when it was measured."""
 
 
+def number_text(value: float) -> str:
+    """A value in few characters: four decimals as long as these say something.
+
+    >>> number_text(0.42314), number_text(123.456), number_text(3.2e-4)
+    ('0.4231', '123.46', '3.200e-04')
+    """
+    if value == 0 or 1e-3 <= abs(value) < 10:
+        return f"{value:.4f}"
+    return f"{value:.2f}" if 10 <= abs(value) < 1e5 else f"{value:.3e}"
+
+
 @dataclass(frozen=True, slots=True)
 class MetricsRecord:
     """Everything that was found since the logging point before.

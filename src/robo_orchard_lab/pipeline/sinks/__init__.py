@@ -1,0 +1,26 @@
+"""Where metrics go: experiment trackers, a file of JSON lines, the log."""
+
+from robo_orchard_lab.pipeline.sinks.group import SinkGroup
+from robo_orchard_lab.pipeline.sinks.jsonl import (
+    JsonLinesSink,
+    JsonLinesSinkConfig,
+    MetricsFileError,
+    read_metrics,
+)
+from robo_orchard_lab.pipeline.sinks.log import LogSink, LogSinkConfig
+from robo_orchard_lab.pipeline.sinks.sink import MetricsSink, SinkConfig
+from robo_orchard_lab.pipeline.sinks.trackers import TrackerSink, TrackerSinkConfig
+
+__all__ = [
+    "JsonLinesSink",
+    "JsonLinesSinkConfig",
+    "LogSink",
+    "LogSinkConfig",
+    "MetricsFileError",
+    "MetricsSink",
+    "SinkConfig",
+    "SinkGroup",
+    "TrackerSink",
+    "TrackerSinkConfig",
+    "read_metrics",
+]

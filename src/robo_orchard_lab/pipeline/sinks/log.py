@@ -1,0 +1,84 @@
+"""Write metrics as lines of the log."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from pydantic import Field
+
+from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.metrics import MetricsRecord, MetricValue, number_text
+from robo_orchard_lab.pipeline.progress import TrainerProgress
+from robo_orchard_lab.pipeline.sinks.sink import SinkConfig
+
+logger = logging.getLogger(__name__)
+
+
+class LogSink:
+    """Writes a line for each record, at level INFO.
+
+    The epoch is counted from 1, the step is the number of steps done. A value that belongs to an
+    earlier step says so.
+
+    >>> from robo_orchard_lab.pipeline.context import PipelineRun
+    >>> run, sink = PipelineRun(), LogSink(names=["loss/*"])
+    >>> sink.open(PipelineHookArgs(run))
+    >>> loss, rate = MetricValue("loss/total", 0.42314, 50), MetricValue("lr/group0", 1e-4, 50)
+    >>> print(sink.line(MetricsRecord(0, 50, 50, (loss, rate))))
+    epoch 1, step 50: loss/total 0.4231
+
+    Args:
+        names: which metrics to write, as names or patterns such as ``loss/*``; None for all. A
+            record without any of them gets no line.
+    """
+
+    def __init__(self, names: Sequence[str] | None = None) -> None:
+        self._names = names
+        self._progress = TrainerProgress()
+
+    def open(self, args: PipelineHookArgs) -> None:
+        """Lines are written for the run that ``args`` are of."""
+        self._progress = args.progress
+
+    def write(self, record: MetricsRecord) -> None:
+        """Write the line of a record, if it has something to say."""
+        line = self.line(record)
+        if line:
+            logger.info("%s", line)
+
+    def close(self) -> None:
+        """Nothing is to be done."""
+
+    def line(self, record: MetricsRecord) -> str:
+        """What is written for a record; "" for nothing."""
+        shown = [value for value in record.values if self._is_shown(value)]
+        if not shown:
+            return ""
+        # At the end of an epoch the counter has moved already; at the start none is done.
+        epoch = max(1, record.epoch_id + (self._progress.step_id > 0))
+        parts = [
+            f"{value.name} {number_text(value.value)}"
+            + (f" (step {value.step})" if value.step != record.global_step_id else "")
+            for value in shown
+        ]
+        return f"epoch {epoch}, step {record.global_step_id}: {', '.join(parts)}"
+
+    def _is_shown(self, value: MetricValue) -> bool:
+        return self._names is None or any(fnmatchcase(value.name, name) for name in self._names)
+
+
+class LogSinkConfig(SinkConfig[LogSink]):
+    """Which metrics to write to the log.
+
+    >>> isinstance(LogSinkConfig(names=["loss/*", "eval/*"])(), LogSink)
+    True
+    """
+
+    class_type: type[LogSink] = LogSink
+    names: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="Names, or patterns such as 'loss/*', of the metrics to write; by default all.",
+    )
