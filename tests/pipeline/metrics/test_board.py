@@ -294,6 +294,16 @@ def test_a_name_that_never_came_is_refused_at_the_end() -> None:
     assert error in str(board.unmet())
 
 
+def test_what_nobody_logs_is_missed_with_a_remedy() -> None:
+    """Where hooks publish at logging points and nobody makes any, the error says so."""
+    board = MetricsBoard()
+    board.before_logging(lambda: board.publish("perf/eta_s", 1.0))
+    board.expect("perf/eta_s", "the bar")
+    assert str(board.unmet()).endswith("nobody makes any; register a MetricsLogger")
+    board.listen(lambda record: None)
+    assert str(board.unmet()).endswith("Published: none")
+
+
 def test_what_is_gathered_is_published_ahead_of_a_logging_point() -> None:
     """Collectors run at logging points only, until their handle is used."""
     board = MetricsBoard()
@@ -427,6 +437,16 @@ class TestTellRest:
         board.settle(log=True)
         assert told == [1.5]
         assert board.found("x") == 1.5
+
+    def test_a_name_that_it_has_was_published(self) -> None:
+        """Who waits for a metric that came too late for a logging point does not wait in vain."""
+        board = MetricsBoard()
+        board.listen(lambda record: None)
+        board.before_logging(lambda: board.defer(Evaluated("train/accuracy", 1.0)))
+        board.expect("train/accuracy", "the bar")
+        assert board.unmet() is not None
+        board.tell_rest()
+        assert board.unmet() is None
 
     def test_nothing_is_read_where_nobody_listens(self) -> None:
         """Without a listener there is no record, and collectors are not called."""

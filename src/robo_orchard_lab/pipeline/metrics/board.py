@@ -29,6 +29,9 @@ Listener: TypeAlias = Callable[[MetricsRecord], Any]
 
 STATE_VERSION = 1
 _NUMBER_TYPES = (float, int)
+_NOBODY_LOGS = (
+    "Some hooks publish at logging points alone, and nobody makes any; register a MetricsLogger"
+)
 
 
 class Stateful(Protocol):
@@ -63,6 +66,7 @@ class MetricsBoard:
         self._reductions: dict[str, Reduction] = {}  # of every name that was ever published
         self._found: dict[str, MetricValue] = {}  # the last values that were read
         self._deferred: list[tuple[DeferredMetrics, int]] = []
+        self._told: set[str] = set()  # the names in a partial record
         self._unlogged: list[MetricValue] = []  # found already, for the next record
         self._subscribers: list[tuple[str, Subscriber, str]] = []
         self._expected: list[tuple[str, str]] = []
@@ -185,10 +189,11 @@ class MetricsBoard:
 
     def unmet(self) -> UnknownMetricError | None:
         """The error to raise if someone waits for a name that nobody has published, or None."""
-        known = self.names()
+        known = {*self.names(), *self._told}
         for name, who in self._awaited():
             if name not in known:
-                return UnknownMetricError(name, known, who)
+                hint = "" if self._listeners or not self._collectors else _NOBODY_LOGS
+                return UnknownMetricError(name, known, who, hint)
         return None
 
     def settle(self, log: bool, accelerator: Any = None) -> MetricsRecord | None:
@@ -246,6 +251,7 @@ class MetricsBoard:
         for owner, state in states:
             owner.load_state_dict(state)
         values = [*self._unlogged, *values]
+        self._told.update(value.name for value in values)
         return self._record(values, partial=True) if values else None
 
     def read_deferred(self, accelerator: Any = None) -> None:

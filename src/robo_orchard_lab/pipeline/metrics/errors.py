@@ -13,7 +13,7 @@ class MetricValueError(TypeError):
 class UnknownMetricError(LookupError):
     """A name that nobody has published; the message lists those that were."""
 
-    def __init__(self, name: str, published: Iterable[str], who: str = "") -> None:
+    def __init__(self, name: str, published: Iterable[str], who: str = "", hint: str = "") -> None:
         published = sorted(published)
         near = difflib.get_close_matches(name, published, n=1)
         super().__init__(
@@ -21,4 +21,5 @@ class UnknownMetricError(LookupError):
             + (f", which {who} waits for" if who else "")
             + (f"; did you mean {near[0]!r}?" if near else ".")
             + f" Published: {', '.join(published) or 'none'}"
+            + (f". {hint}" if hint else "")
         )
