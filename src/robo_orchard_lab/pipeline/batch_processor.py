@@ -33,6 +33,14 @@ class SimpleBatchProcessor(ABC):
     With gradient accumulation, batches weigh what they have samples. Where the trainer can't see
     how many (it looks at the length of the first tensor), define ``count_samples(batch) -> int``.
 
+    Metrics are updated with what ``metric_inputs(outputs, batch)`` gives, where you define it: a
+    tuple, in the order of ``metric.update``'s parameters, or a mapping by their names. Without it,
+    a batch that is a pair (inputs, targets) gives the outputs and the targets:
+
+    >>> class Classification(Regression):
+    ...     def metric_inputs(self, outputs, batch):
+    ...         return outputs.argmax(1), batch["target"]
+
     Args:
         need_backward: with False, the trainer runs :meth:`forward` without gradients, and neither
             a backward pass nor an update follows.
