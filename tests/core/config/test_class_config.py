@@ -346,6 +346,16 @@ def test_generic_configs_stand_for_those_of_a_base_class(format_: Any) -> None:
     assert list(loaded.hooks) == ["a", "b"]
 
 
+class AnyParts(Config):
+    parts: dict[str, ConfigInstanceOf[ClassConfig[Any]]]
+
+
+def test_any_class_may_be_built_where_any_is_declared() -> None:
+    """A config of whatever class is kept whole, also through a file."""
+    config = AnyParts(parts={"hook": LoudConfig(volume=3), "timer": TimerConfig(interval_s=2)})
+    assert AnyParts.from_str(config.to_str("json"), "json", trust=__name__) == config
+
+
 def test_configs_of_another_kind_are_refused() -> None:
     """A config that builds something else is no stand-in."""
     for other in (TimerConfig(), Data(), Bare()):

@@ -121,9 +121,11 @@ def _parameters(origin: type) -> tuple[Any, ...]:
 
 def _is_argument(given: Any, wanted: Any) -> bool:
     given, wanted = bare(given), bare(wanted)
+    if wanted is Any:  # which is a class since Python 3.11
+        return True
     if isinstance(given, type) and isinstance(wanted, type):
         return is_kind(given, wanted)
-    return wanted is Any or bool(given == wanted)
+    return bool(given == wanted)
 
 
 def declared_code(model: type[BaseModel]) -> Iterator[Code]:
