@@ -9,6 +9,7 @@ import pty
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -29,6 +30,9 @@ from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.hooks import ProgressBarHookConfig
 from robo_orchard_lab.pipeline.hooks._run_status import RunStatus, remaining_steps
 from robo_orchard_lab.pipeline.hooks._terminal_bar import _Picture
+from robo_orchard_lab.pipeline.hooks.metrics_logger import MetricsLoggerConfig
+from robo_orchard_lab.pipeline.metrics import UnknownMetricError
+from robo_orchard_lab.pipeline.schedule import EverySteps
 from tiny import loss_of, make_loader, make_model, make_trainer
 
 EVERY_STEP, NO_STEP = 1e-9, 1e6
@@ -158,16 +162,17 @@ class TestLines:
         make_trainer([hook, publish], max_step=2)()
         assert ["lift 2.5000" in line for line in lines_of(log)] == [False, True, True, True]
 
-    def test_a_metric_that_nobody_publishes_is_warned_about(
+    def test_a_metric_that_nobody_publishes_is_an_error(
         self, log: pytest.LogCaptureFixture
     ) -> None:
-        """At the end of a run, a name that never appeared is named beside those that did."""
+        """When the run is over, a name that never appeared is named beside those that did."""
         publish = AtStep(1, lambda args: args.metrics.publish("lift", 2.5))
-        make_trainer([ProgressBarHookConfig(metrics=["left"]), publish], max_step=2)()
-        assert (
-            "no hook published left, which the progress bar was to show; published: lift"
-            in log.messages
-        )
+        trainer = make_trainer([ProgressBarHookConfig(metrics=["left"]), publish], max_step=2)
+        error = "'left' was published, which ProgressBarHook waits for; did you mean 'lift'"
+        with pytest.raises(UnknownMetricError, match=error):
+            trainer()
+        assert trainer.progress.global_step_id == 2
+        assert lines_of(log)[-1].startswith("epoch 1, step 2/2 (100 %)")
 
     def test_force_color_makes_no_terminal_of_a_file(self, tmp_path: Path) -> None:
         """With FORCE_COLOR, as build servers set it, a file gets lines and no control codes."""
@@ -182,6 +187,106 @@ class TestLines:
         assert finished.returncode == 0, finished.stderr
         assert "\x1b" not in finished.stderr + finished.stdout
         assert "epoch 1/2, step  7/14 (50 %)" in finished.stderr
+
+
+class Publisher(PipelineHooks):
+    """Publishes a loss in every step, and evaluates after every epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_loop.before(self.open)
+        self.on_step.after(self.publish)
+        self.register_at_commit(lambda args: args.requests.evaluate("it is time"), "1 epoch")
+
+    def open(self, args: PipelineHookArgs) -> None:
+        args.run.evaluations[self.name] = self.evaluate
+
+    def publish(self, args: PipelineHookArgs) -> None:
+        args.metrics.publish("loss/total", torch.tensor(float(args.global_step_id + 1)))
+
+    def evaluate(self, args: PipelineHookArgs) -> None:
+        args.metrics.publish("eval/accuracy", args.epoch_id / 10)
+
+
+class TestLogged:
+    """Where a hook makes logging points."""
+
+    def test_a_line_has_what_the_last_logging_point_found(
+        self, log: pytest.LogCaptureFixture
+    ) -> None:
+        """The loss is the mean of its window, until the next one."""
+        bar = ProgressBarHookConfig(refresh_seconds=EVERY_STEP)
+        make_trainer([bar, MetricsLoggerConfig(every=EverySteps(3)), Publisher()], max_step=7)()
+        shown = r".*step (\d)/7 \(\d+ %\)(.*), [\d,]+ samples/s.*", r"\1\2"
+        assert [re.sub(*shown, message) for message in log.messages] == [
+            *("1", "2", "3", "4, loss 2.0000", "5, loss 2.0000", "6, loss 2.0000"),
+            *("7, loss 5.0000", "7, loss 7.0000", "7, loss 7.0000"),  # the epoch, and the end
+        ]
+
+    @pytest.mark.parametrize("first", ["bar", "logger"])
+    def test_the_line_of_an_epoch_has_what_was_found_at_its_end(
+        self, first: str, log: pytest.LogCaptureFixture
+    ) -> None:
+        """It comes when the evaluation at the end of the epoch is there, in any order of hooks."""
+        bar = ProgressBarHookConfig(metrics=["eval/accuracy"], refresh_seconds=NO_STEP)
+        logger = MetricsLoggerConfig()
+        hooks: list[Any] = [bar, logger, Publisher()]
+        make_trainer(hooks if first == "bar" else [Publisher(), logger, bar], max_epoch=2)()
+        assert [re.sub(r", [\d,]+ samples/s.*", "", m) for m in log.messages] == [
+            "epoch 1/2, step  7/14 (50 %), loss 4.0000, eval/accuracy 0.1000",
+            "epoch 2/2, step 14/14 (100 %), loss 11.00, eval/accuracy 0.2000",
+            "epoch 2/2, step 14/14 (100 %), loss 11.00, eval/accuracy 0.2000",
+        ]
+
+    def test_an_epoch_without_a_logging_point_has_its_line(
+        self, log: pytest.LogCaptureFixture
+    ) -> None:
+        """It comes ahead of the next epoch, with what was found before."""
+        bar = ProgressBarHookConfig(refresh_seconds=NO_STEP)
+        make_trainer([bar, MetricsLoggerConfig(every=EverySteps(5)), Publisher()], max_epoch=2)()
+        assert [re.sub(r", [\d,]+ samples/s.*", "", m) for m in log.messages] == [
+            "epoch 1/2, step  7/14 (50 %), loss 3.0000",
+            "epoch 2/2, step 14/14 (100 %), loss 12.50",
+            "epoch 2/2, step 14/14 (100 %), loss 12.50",
+        ]
+
+    def test_a_resumed_run_shows_what_was_found_before(
+        self, log: pytest.LogCaptureFixture, tmp_path: Path
+    ) -> None:
+        """The loss of the last logging point is there from the first look on."""
+        hooks = [ProgressBarHookConfig(refresh_seconds=EVERY_STEP), MetricsLoggerConfig()]
+        given_up = make_trainer([*hooks, Publisher()], max_epoch=1)
+        given_up()
+        given_up.save_checkpoint(tmp_path / "saved")
+        log.clear()
+        make_trainer([*hooks, Publisher()], max_step=9, resume_from=tmp_path / "saved")()
+        assert log.messages[0].startswith("epoch 2, step 8/9 (88 %), loss 4.0000, ")
+
+    def test_a_run_that_fails_in_its_evaluation(self, log: pytest.LogCaptureFixture) -> None:
+        """The error is the evaluation's own, and the last line has the steps that are done."""
+
+        class Failing(Publisher):
+            def evaluate(self, args: PipelineHookArgs) -> None:
+                raise RuntimeError("out of luck")
+
+        bar = ProgressBarHookConfig(metrics=["eval/accuracy"], refresh_seconds=NO_STEP)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            make_trainer([bar, MetricsLoggerConfig(), Failing()], max_epoch=2)()
+        (line,) = lines_of(log)
+        assert line == "epoch 2/2, step  7/14 (50 %), N samples/s, stopped after T"
+
+    def test_the_bar_is_redrawn_at_a_logging_point(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It shows at once what was found, also where it would not look for long."""
+        with a_terminal(monkeypatch) as terminal:
+            drawn: list[str] = []
+            pause = AtStep(4, lambda args: time.sleep(0.06))
+            pause.name = "pause"
+            look = AtStep(5, lambda args: drawn.append(terminal.screen()[-1]))
+            bar = ProgressBarHookConfig(refresh_seconds=NO_STEP)
+            logger = MetricsLoggerConfig(every=EverySteps(5))
+            make_trainer([bar, logger, Publisher(), pause, look], max_epoch=1)()
+            assert re.match(r"epoch 1/1  step 5/7  ━+.*  loss 3\.0000  [\d,]+ samples/s", drawn[0])
+            assert re.match(r"epoch 1/1  step 7/7  ━+  loss 6\.5000  ", terminal.screen()[-1])
 
 
 class CountingReads(torch.Tensor):
@@ -211,6 +316,26 @@ def test_the_loss_is_read_only_when_it_is_shown() -> None:
         max_epoch=3,
     )()
     assert CountingReads.reads == 3 + 1  # each epoch's end, and the run's
+
+
+def test_nothing_is_read_where_a_hook_logs() -> None:
+    """With a logging point in every step and a look at every step, the bar reads no tensor."""
+
+    def forward(model: Any, batch: Any) -> tuple[Any, torch.Tensor]:
+        outputs, loss = loss_of(model, batch)
+        return outputs, loss.as_subclass(CountingReads)
+
+    hooks = PipelineHooks()
+    hooks.on_step.after(lambda args: args.metrics.publish("loss/total", args.loss))
+    hooks.on_step.after(lambda args: args.metrics.publish("lift", args.loss))
+    CountingReads.reads = 0
+    bar = ProgressBarHookConfig(metrics=["lift"], refresh_seconds=EVERY_STEP)
+    make_trainer(
+        [bar, MetricsLoggerConfig(every=EverySteps(1)), hooks],
+        batch_processor=SimpleBatchProcessor.from_callable(forward),
+        max_epoch=2,
+    )()
+    assert CountingReads.reads == 0
 
 
 def test_the_weights_are_as_without_the_bar() -> None:
@@ -298,6 +423,20 @@ def test_the_picture_fits_the_width(width: int) -> None:
         40: ["loss 0.4231  512 samples/s  ETA 0:00:41", "grad_norm 1.2500"],
     }[width]
     assert lines[1:] == below
+
+
+def test_many_metrics_take_several_lines() -> None:
+    """What has no room beside the bar stands below it, none of it cut off."""
+    console = Console(width=44, file=io.StringIO(), color_system=None)
+    values = {"loss": 0.4231, **{f"eval/val/metric{i}": 0.5 for i in range(3)}}
+    with console.capture() as captured:
+        console.print(_Picture(RunStatus(2, 5, 34, 115, values, 512.3, 12.0, 41.0)))
+    assert [line.rstrip() for line in captured.get().splitlines()[1:]] == [
+        "loss 0.4231  512 samples/s  ETA 0:00:41",
+        "eval/val/metric0 0.5000",
+        "eval/val/metric1 0.5000",
+        "eval/val/metric2 0.5000",
+    ]
 
 
 class Terminal(io.StringIO):

@@ -46,7 +46,8 @@ class TerminalBar:
     """
 
     refresh_seconds = 0.5
-    epoch_refresh_seconds = 0.05  # a redraw takes about 1 ms, and so may an epoch
+    quick_refresh_seconds = 0.05  # a redraw takes about 1 ms, and so may an epoch
+    redraws = True
 
     def __init__(self, console: Console) -> None:
         # Without a thread of its own, which would take time from the training at its own rate.
@@ -119,9 +120,20 @@ class _Picture:
         )
         grid.add_row(_text([position]), bar, *([_text(beside)] if beside else []))
         yield grid
-        for line in below:
-            if line:
+        for parts in below:
+            for line in _filled(parts, options.max_width):
                 yield _text(line)
+
+
+def _filled(parts: list[str], width: int) -> list[list[str]]:
+    """The parts on as few lines as they take."""
+    lines: list[list[str]] = []
+    for part in parts:
+        if lines and len(_GAP.join([*lines[-1], part])) <= width:
+            lines[-1].append(part)
+        else:
+            lines.append([part])
+    return lines
 
 
 def _text(parts: list[str]) -> Text:
