@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import suppress
-from itertools import count
 from pathlib import Path
 from typing import IO
 
@@ -66,7 +64,7 @@ class JsonLinesSink:
             data = self._file.read()
             kept, rest = _split(path, data, args.progress)
             if kept != data:
-                _replace(path, kept, rest)
+                _replace(path, kept, rest, args.progress.global_step_id)
                 self._file.close()
                 self._file = _open(path)
         except BaseException:
@@ -157,21 +155,27 @@ def _belongs(record: MetricsRecord, progress: TrainerProgress) -> bool:
     )
 
 
-def _replace(path: Path, kept: bytes, rest: bytes) -> None:
+def _replace(path: Path, kept: bytes, rest: bytes, step: int) -> None:
     """Have the file hold what is kept, and one beside it the rest; at no time is any of it lost."""
     if rest:
-        for number in count(1):
-            aside = path.with_name(f"{path.stem}.aside-{number}{path.suffix}")
-            with suppress(FileExistsError):
-                _write(aside, "xb", rest)
-                logger.info(
-                    "set aside in %s what %s has from after the step that the run begins at",
-                    *(aside, path),
-                )
-                break
+        aside = _set_aside(path, rest)
+        logger.info("moved what is after step %d of %s to %s", step, path, aside)
     temporary = path.with_name(f".{path.name}.tmp")
     _write(temporary, "wb", kept)
     os.replace(temporary, path)
+
+
+def _set_aside(path: Path, data: bytes) -> Path:
+    """Write a file beside another one, by a name that is free."""
+    number = 1
+    while True:
+        aside = path.with_name(f"{path.stem}.aside-{number}{path.suffix}")
+        try:
+            _write(aside, "xb", data)
+        except FileExistsError:
+            number += 1
+        else:
+            return aside
 
 
 def _write(path: Path, mode: str, data: bytes) -> None:
