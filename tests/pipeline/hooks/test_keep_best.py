@@ -1,0 +1,326 @@
+"""The file has the weights of the best value, also when the run is resumed in between."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from published import NAME, Evaluated, Logged
+from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, PipelineHooks
+from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
+from robo_orchard_lab.pipeline.hooks.keep_best import KeepBest, KeepBestConfig
+from robo_orchard_lab.pipeline.metrics import UnknownMetricError
+from robo_orchard_lab.testing import (
+    assert_no_device_sync,
+    assert_state_round_trip,
+    assert_weights_unchanged,
+)
+from tiny import make_trainer
+
+NAN, INF = math.nan, math.inf
+FILE = "best.safetensors"
+
+# mode, min_delta, a value for each step, the steps after which a file is written
+TABLE: dict[str, tuple[str, float, list[float | None], list[int]]] = {
+    "falling": ("min", 0, [3, 2, 1], [1, 2, 3]),
+    "rising": ("min", 0, [1, 2, 3], [1]),
+    "max": ("max", 0, [1, 3, 2, 4, 4], [1, 2, 4]),
+    "a tie is no better": ("max", 0, [1, 1, 1], [1]),
+    "delta": ("min", 0.5, [3, 2.6, 2.5, 2.4, 2, 1.95], [1, 4]),
+    "NaN": ("min", 0, [NAN, 3, NAN, 2, NAN], [2, 4]),
+    "nothing but NaN": ("max", 0, [NAN, NAN], []),
+    "inf is the worst": ("min", 0, [INF, 5, INF, 4], [2, 4]),
+    "inf is the best": ("max", 0.1, [-INF, 1, INF, INF, 2], [2, 3]),
+    "now and then": ("max", 0, [None, 1, None, 0, None, 2], [2, 6]),
+}
+SOURCES = {"logged": Logged, "evaluated": Evaluated}
+
+
+class Snapshots(PipelineHooks):
+    """Writes down the weights at the end of each step."""
+
+    def __init__(self) -> None:
+        super().__init__("snapshots")
+        self.after_step: dict[int, dict[str, torch.Tensor]] = {}
+        self.on_optimizer_step.after(self._note)
+
+    def _note(self, args: PipelineHookArgs) -> None:
+        state = args.model.state_dict()
+        self.after_step[args.progress.steps_done] = {n: t.clone() for n, t in state.items()}
+
+
+class Run:
+    """One run of a case, with the file in a folder of its own."""
+
+    def __init__(self, case: str, folder: Path, source: str = "logged", **options: Any) -> None:
+        mode, min_delta, self.values, self.writes = TABLE[case]
+        self.file = folder / FILE
+        self.keep = KeepBestConfig(monitor=NAME, mode=mode, min_delta=min_delta, path=self.file)()  # type: ignore[arg-type]  # from a table
+        self.snapshots = Snapshots()
+        self.saves: list[int] = []
+        listen = PipelineHooks("listens")
+        listen.on_loop.before(self._listen)
+        options = {"max_step": len(self.values), **options}
+        hooks = [self.keep, listen, self.snapshots, SOURCES[source](self.values)]
+        self.trainer: HookBasedTrainer = make_trainer(hooks, **options)
+
+    def _listen(self, args: PipelineHookArgs) -> None:
+        progress = args.progress
+        args.requests.listen(
+            lambda request: (
+                self.saves.append(progress.steps_done) if request.by == "KeepBest" else 0
+            )
+        )
+
+    def __call__(self) -> None:
+        with suppress(UnknownMetricError):  # where there was no value yet
+            self.trainer()
+
+    def metadata(self) -> dict[str, str] | None:
+        if not self.file.exists():
+            return None
+        with safe_open(self.file, framework="pt") as file:
+            return dict(file.metadata())
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("case", TABLE)
+def test_the_file_has_the_best_weights(case: str, source: str, tmp_path: Path) -> None:
+    """Those after the step of the best value; the file says what they are."""
+    run = Run(case, tmp_path, source)
+    run()
+    assert run.saves == run.writes
+    if not run.writes:
+        assert not run.file.exists()
+        assert run.keep.best_value is None
+        return
+    step = run.writes[-1]
+    assert (run.keep.best_value, run.keep.best_step) == (run.values[step - 1], step)
+    found, expected = load_file(run.file), run.snapshots.after_step[step]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert run.metadata() == {
+        "monitor": NAME,
+        "mode": TABLE[case][0],
+        "value": repr(float(run.keep.best_value or 0)),
+        "value_step": str(step),
+        "epoch_id": "0",
+        "global_step_id": str(step),
+        "optimizer_step_id": str(step),
+    }
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["as saved", "the file came further"])
+@pytest.mark.parametrize("case", TABLE)
+def test_a_resumed_run_ends_with_the_file_of_the_straight_one(
+    case: str, later: bool, tmp_path: Path
+) -> None:
+    """Saved after any step; also where the run went on beyond its save before it was cut off."""
+    straight = Run(case, tmp_path / "straight")
+    straight()
+    for step in range(1, len(straight.values)):
+        folder = tmp_path / str(step)
+        first = Run(case, folder, max_step=step)
+        first()
+        first.trainer.save_checkpoint(folder / "saved")
+        if later and straight.file.exists():
+            shutil.copy(straight.file, folder)
+        resumed = Run(case, folder, resume_from=folder / "saved")
+        resumed()
+        assert resumed.metadata() == straight.metadata()
+        assert resumed.keep.best_value == straight.keep.best_value
+        assert resumed.keep.best_step == straight.keep.best_step
+        if later:
+            assert resumed.saves == []
+        else:
+            assert first.saves + resumed.saves == straight.saves
+
+
+def test_a_resumed_run_says_what_it_finds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A better file stays; one that is lost, or is no file of weights, is warned of."""
+    caplog.set_level(logging.INFO, "robo_orchard_lab.pipeline.hooks.keep_best")
+    first = Run("rising", tmp_path, max_step=1)
+    first()
+    first.trainer.save_checkpoint(tmp_path / "saved")
+
+    def told() -> list[str]:
+        caplog.clear()
+        Run("rising", tmp_path, resume_from=tmp_path / "saved")()
+        return [record.getMessage() for record in caplog.records]
+
+    assert told() == []
+    keep = KeepBestConfig(monitor=NAME, mode="min", path=first.file)
+    make_trainer([keep, Logged([0.25])], max_step=1)()
+    assert told() == [
+        f"KeepBest: {first.file} has {NAME} of 0.2500 (step 1), better than the resumed run "
+        "knows of; it stays"
+    ]
+    lost = (
+        f"KeepBest: {first.file} does not have the best weights of the run that is resumed, with "
+        f"{NAME} of 1.0000; it will be written with the next better value"
+    )
+    first.file.write_bytes(b"something else")
+    assert told() == [lost]
+    first.file.unlink()
+    assert told() == [lost]
+    make_trainer([keep.replace(mode="max"), Logged([9])], max_step=1)()
+    assert told() == [lost]
+
+
+def test_a_new_run_replaces_what_an_older_one_left(tmp_path: Path) -> None:
+    """Its first value is its best, whatever the file has."""
+    Run("falling", tmp_path)()
+    run = Run("rising", tmp_path, max_step=1)
+    run()
+    metadata = run.metadata()
+    assert metadata is not None
+    assert (metadata["value"], metadata["global_step_id"]) == ("1.0", "1")
+
+
+def test_a_value_that_is_told_later_keeps_its_step(tmp_path: Path) -> None:
+    """The weights are those of the logging point, and the file has both steps."""
+    hooks = PipelineHooks("publishes")
+    publish = hooks.on_step.after(when="at steps 2")
+    publish(lambda args: args.metrics.publish(NAME, 1.0))
+    hooks.register_at_commit(lambda args: args.requests.log("it is time"), "5 steps")
+    cfg = KeepBestConfig(monitor=NAME, mode="min", path=tmp_path / FILE)
+    make_trainer([cfg, hooks], max_step=7)()
+    with safe_open(tmp_path / FILE, framework="pt") as file:
+        metadata = file.metadata()
+    assert (metadata["value_step"], metadata["global_step_id"]) == ("2", "5")
+
+
+class OtherWeights(PipelineHooks):
+    """Keeps one tensor as other weights."""
+
+    def __init__(self) -> None:
+        super().__init__("averaged")
+        self.on_loop.before(lambda args: args.run.weight_sets.update({self.name: self}))
+
+    def applied(self) -> Any:
+        raise NotImplementedError
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {"averaged": torch.arange(3.0)}
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_other_weights_are_kept_on_request(first: bool, tmp_path: Path) -> None:
+    """Those of the hook that is named, wherever it is registered."""
+    keep = KeepBestConfig(monitor=NAME, mode="min", path=tmp_path / FILE, weights="averaged")
+    pair: list[Any] = [OtherWeights(), keep] if first else [keep, OtherWeights()]
+    make_trainer([*pair, Logged([1])], max_step=1)()
+    assert load_file(tmp_path / FILE)["averaged"].tolist() == [0, 1, 2]
+
+
+def test_weights_that_nobody_keeps_are_refused(tmp_path: Path) -> None:
+    """Ahead of the first step, with the hook and the nearest name."""
+    keep = KeepBestConfig(monitor=NAME, mode="min", path=tmp_path / FILE, weights="averages")
+    trainer = make_trainer([keep, OtherWeights(), Logged([1])], max_step=1)
+    with pytest.raises(PipelineConfigError, match=r"'averages'.*did you mean 'averaged'") as raised:
+        trainer()
+    assert "KeepBest" in "".join(raised.value.__notes__)
+    assert trainer.progress.global_step_id == 0
+
+
+def test_two_of_them_keep_each_their_own(tmp_path: Path) -> None:
+    """Hooks of other names watch different metrics and write different files."""
+    lowest = KeepBestConfig(monitor=NAME, mode="min", path=tmp_path / "lowest.safetensors")
+    highest = KeepBestConfig(
+        monitor="eval/test/accuracy", mode="max", path=tmp_path / "new" / "highest.safetensors"
+    )
+    sources = [Logged([3, 2, 4]), Logged([1, 2, 3], "eval/test/accuracy")]
+    both = PipelineHooks.from_hooks({"lowest": lowest, "highest": highest})
+    make_trainer([both, *sources], max_step=3)()
+    steps = {}
+    for path in (lowest.path, highest.path):
+        with safe_open(path, framework="pt") as file:
+            steps[path.stem] = file.metadata()["global_step_id"]
+    assert steps == {"lowest": "2", "highest": "3"}
+
+
+def test_the_log_says_who_asked_and_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each file that is written has its line."""
+    caplog.set_level(logging.INFO, "robo_orchard_lab.pipeline.trainer.commit")
+    run = Run("falling", tmp_path, max_step=1)
+    run()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"saved {run.file}: {NAME} is 3.0000, the best so far, asked by KeepBest"
+    ]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_misspelled_name_is_refused(source: str, tmp_path: Path) -> None:
+    """The error names the hook and the nearest of the names that were published."""
+    keep = KeepBestConfig(monitor="eval/val/los", mode="min", path=tmp_path / FILE)
+    trainer = make_trainer([keep, SOURCES[source]([1, 2])], max_step=2)
+    with pytest.raises(
+        UnknownMetricError,
+        match=r"no metric 'eval/val/los' .*which KeepBest waits for; did you mean 'eval/val/loss'",
+    ):
+        trainer()
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"path": "best.pt"}, r"must end with \.safetensors, got 'best.pt'"),
+        ({"path": ""}, "must end with"),
+        ({"min_delta": -1}, "min_delta"),
+        ({"mode": "least"}, "mode"),
+    ],
+)
+def test_wrong_fields_are_refused(fields: dict[str, Any], told: str) -> None:
+    """Out of range, or a file that would not be what its name says."""
+    with pytest.raises(ValidationError, match=told):
+        KeepBestConfig(**{"monitor": NAME, "mode": "min", "path": FILE, **fields})
+
+
+@pytest.mark.parametrize("kind", ["json", "yaml", "toml"])
+def test_the_config_survives_a_file(kind: Any) -> None:
+    """Its path, too, in every format."""
+    cfg = KeepBestConfig(monitor=NAME, mode="min", path=Path("out") / FILE, min_delta=0.1)
+    assert KeepBestConfig.from_str(cfg.to_str(kind), kind) == cfg
+
+
+def test_a_state_of_another_version_is_refused() -> None:
+    """The error names the hook and the versions."""
+    keep = KeepBestConfig(monitor=NAME, mode="min", path=Path(FILE))()
+    with pytest.raises(StateError, match=r"KeepBest: expected .* version 1, found version 2"):
+        keep.load_state_dict({"version": 2})
+
+
+def test_it_watches_without_a_trace(tmp_path: Path) -> None:
+    """It reads nothing, changes no weights, and goes on from a save as if there had been none."""
+    values = [3.0, NAN, 3.0, 2.0, 2.0, 1.0]
+
+    def keep() -> KeepBest:
+        path = tmp_path / FILE
+        path.unlink(missing_ok=True)  # what an earlier run has found is not this one's
+        return KeepBestConfig(monitor=NAME, mode="min", path=path)()
+
+    for source in SOURCES.values():
+        beside = [partial(source, values)]
+        assert_no_device_sync(keep, beside=beside)
+        assert_weights_unchanged(keep, beside=beside)
+        assert_state_round_trip(keep, beside=beside)
+
+
+def test_a_run_that_is_over_is_watched_no_more(tmp_path: Path) -> None:
+    """After the run, the board tells the hook nothing."""
+    run = Run("falling", tmp_path)
+    run()
+    run.trainer.metrics.publish(NAME, -1, reduce="last")
+    run.trainer.metrics.settle(log=True)
+    assert run.keep.best_value == 1
