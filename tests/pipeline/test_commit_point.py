@@ -135,11 +135,11 @@ def test_an_evaluation_that_no_hook_can_make_is_refused() -> None:
 def test_waiting_for_a_metric_that_never_comes_is_an_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is warned of after the first epoch, and raised at the end, where the run can be saved."""
+    """It is warned of after a logging point and an epoch, and raised where the run can be saved."""
     hooks = PipelineHooks("waits")
     hooks.on_loop.before(lambda args: args.metrics.subscribe("los", print, who="waits"))
     hooks.on_step.after(lambda args: args.metrics.publish("loss", args.loss))
-    trainer = make_trainer([hooks], loader=make_loader(2), max_epoch=3)
+    trainer = make_trainer([hooks, asking("3 steps", "log")], loader=make_loader(2), max_epoch=3)
     with pytest.raises(UnknownMetricError, match=r"'los'.*waits waits for; did you mean 'loss'"):
         trainer()
     assert trainer.progress.global_step_id == 6

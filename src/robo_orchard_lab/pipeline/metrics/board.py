@@ -28,6 +28,7 @@ Subscriber: TypeAlias = Callable[[MetricValue], Any]
 Listener: TypeAlias = Callable[[MetricsRecord], Any]
 
 STATE_VERSION = 1
+_EVALUATIONS = "eval/"  # what the names of evaluations begin with
 _NUMBER_TYPES = (float, int)
 _NOBODY_LOGS = (
     "Some hooks publish at logging points alone, and nobody makes any; register a MetricsLogger"
@@ -187,11 +188,18 @@ class MetricsBoard:
         """Whether someone listens to logging points."""
         return bool(self._listeners)
 
-    def unmet(self) -> UnknownMetricError | None:
-        """The error to raise if someone waits for a name that nobody has published, or None."""
+    def unmet(self, at_the_end: bool = True) -> UnknownMetricError | None:
+        """The error to raise if someone waits for a name that nobody has published, or None.
+
+        Args:
+            at_the_end: with False, only of names that should have come by now: there has been a
+                logging point, and they are not of an evaluation, which may be still to come.
+        """
         known = {*self.names(), *self._told}
         for name, who in self._awaited():
-            if name not in known:
+            if name not in known and (
+                at_the_end or (self._found and not name.startswith(_EVALUATIONS))
+            ):
                 hint = "" if self._listeners or not self._collectors else _NOBODY_LOGS
                 return UnknownMetricError(name, known, who, hint)
         return None
@@ -350,7 +358,7 @@ class MetricsBoard:
     def _refuse_misspelled(self, metrics: DeferredMetrics) -> None:
         """An evaluation has all of its names at once; who waits for others waits in vain."""
         names = metrics.names()
-        groups = {_group(name) for name in names if name.startswith("eval/")}
+        groups = {_group(name) for name in names if name.startswith(_EVALUATIONS)}
         for name, who in self._awaited():
             if _group(name) in groups and name not in names and name not in self._found:
                 raise UnknownMetricError(name, {*self.names(), *names}, who)

@@ -267,9 +267,9 @@ class HookBasedTrainer:
             if args.epoch_completed:
                 self.progress.finish_epoch()
             all_logged = self._carry_out()  # the commit point
-            if args.epoch_completed and self._unmet is None:
-                self._unmet = self.metrics.unmet()
-                if self._unmet is not None and not self._is_over():
+            if args.epoch_completed and self._unmet is None and not self._is_over():
+                self._unmet = self.metrics.unmet(at_the_end=False)
+                if self._unmet is not None:
                     logger.warning("after a whole epoch, %s", self._unmet)
         if not all_logged:
             self.metrics.tell_rest(self.accelerator)
