@@ -1,0 +1,104 @@
+"""Losses, times, the best value and the end are those of the whole job, on every rank alike."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent.parent
+
+
+def launch(folder: Path, *options: str) -> list[dict[str, Any]]:
+    """What each of two ranks saved."""
+    script = [str(HERE / "track_on_ranks.py"), str(folder), *options]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node=2", *script),
+        ],
+        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    return launch(folder)
+
+
+def told(rank: dict[str, Any]) -> dict[str, dict[int, float]]:
+    values: dict[str, dict[int, float]] = {}
+    for record in rank["records"]:
+        for name, step, value in record:
+            values.setdefault(name, {})[step] = value
+    return values
+
+
+def test_ranks_are_told_the_same(ranks: list[dict[str, Any]]) -> None:
+    """Every value is that of all ranks, on each of them."""
+    assert ranks[0]["records"] == ranks[1]["records"]
+
+
+def test_losses_weigh_the_samples_of_their_rank(ranks: list[dict[str, Any]]) -> None:
+    """The mean is over all samples of the job; a loss that one rank has is that one's."""
+    values = told(ranks[0])
+    # One sample of 7, 3, 5, 7 and three that are 10 more.
+    assert values["loss/total"] == {2: 14.5, 4: 10.5, 6: 12.5, 8: 14.5}
+    assert values["loss/own"] == {2: 17, 4: 13, 6: 15, 8: 17}
+
+
+def test_rates_are_those_of_the_job(ranks: list[dict[str, Any]]) -> None:
+    """The samples per second add up over the ranks, the steps per second do not."""
+    values = told(ranks[0])
+    samples_per_step = [
+        values["perf/samples_per_s"][step] / rate
+        for step, rate in values["perf/steps_per_s"].items()
+    ]
+    # 4 where both ranks are equally fast, and never more than 3 if the mean were taken.
+    assert max(samples_per_step) > 3
+    assert all(2 <= count <= 6 for count in samples_per_step)
+
+
+def test_the_ranks_stop_together(ranks: list[dict[str, Any]]) -> None:
+    """For one reason, after the second value that is no better."""
+    for rank in ranks:
+        assert rank["steps"] == 8
+        assert rank["reason"] == (
+            "loss/total has got no better than 10.50 (step 4) in 2 evaluations"
+        )
+
+
+def test_a_logging_point_takes_one_exchange(ranks: list[dict[str, Any]]) -> None:
+    """These hooks add none to it."""
+    assert [rank["collectives"] for rank in ranks] == [4, 4]
+
+
+def test_the_first_rank_keeps_the_best(ranks: list[dict[str, Any]]) -> None:
+    """All know the best value; the file has it."""
+    assert [rank["best"] for rank in ranks] == [[10.5, 4]] * 2
+    assert [rank["saves"] for rank in ranks] == [2, 2]
+    metadata = ranks[0]["metadata"]
+    assert (metadata["value"], metadata["global_step_id"]) == ("10.5", "4")
+
+
+def test_the_first_rank_s_file_counts(ranks: list[dict[str, Any]], folder: Path) -> None:
+    """A resumed run goes by the file that the first rank sees, on every rank."""
+    resumed = launch(folder, "resumed")
+    assert [rank["best"] for rank in resumed] == [[10.5, 4]] * 2
+    assert [rank["saves"] for rank in resumed] == [0, 0]
