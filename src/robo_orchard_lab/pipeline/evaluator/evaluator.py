@@ -1,0 +1,207 @@
+"""A model's loss and metrics on whole sets of data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from itertools import chain
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, send_to_device
+
+from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
+from robo_orchard_lab.pipeline.batch_size import count_samples
+from robo_orchard_lab.pipeline.errors import BatchProcessorError, PipelineConfigError
+from robo_orchard_lab.pipeline.evaluator.loaders import EvaluationLoader, check_dataloaders
+from robo_orchard_lab.pipeline.evaluator.result import JoinedMetrics, MeanLoss
+from robo_orchard_lab.pipeline.evaluator.untouched import (
+    ddp_of,
+    evaluation_mode,
+    first_ranks_buffers,
+    untouched_random_state,
+)
+from robo_orchard_lab.pipeline.metrics import DeferredMetrics, WeightedSum, resolve
+from robo_orchard_lab.pipeline.metrics.metric_inputs import MetricArguments, MetricInputs
+from robo_orchard_lab.pipeline.metrics.torchmetrics_states import MetricsLike, TorchMetrics
+
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+class Evaluator:
+    """Measures the mean loss and metrics of a model on named loaders, each sample counted once.
+
+    >>> from robo_orchard_lab.pipeline import SimpleBatchProcessor
+    >>> def forward(model, batch):
+    ...     inputs, targets = batch
+    ...     outputs = model(inputs)
+    ...     return outputs, torch.nn.functional.l1_loss(outputs, targets)
+    >>> model = torch.nn.Linear(1, 1)
+    >>> _ = [torch.nn.init.ones_(parameter) for parameter in model.parameters()]
+    >>> batches = [(torch.zeros(3, 1), torch.zeros(3, 1)), (torch.ones(1, 1), torch.zeros(1, 1))]
+    >>> processor = SimpleBatchProcessor.from_callable(forward)
+    >>> Evaluator(model, processor, {"val": batches}).evaluate()
+    {'val/loss': 1.25}
+
+    The model is in evaluation mode and makes no gradients. Afterwards it is as it was, module by
+    module, and so is the random state, whatever happened. What is random in an evaluation is that
+    of ``seed``, the same each time.
+
+    With several processes, each evaluates its share of the batches, without padding and without
+    repeats, and all of them get the values of all; a rank may have no batch. Nothing is read from
+    the device before the end: then all travels in one transfer and one collective. A model in DDP
+    takes one more before, where it has buffers: all ranks evaluate with those of the first.
+
+    Args:
+        model: prepared by ``accelerator`` or not; it stays on its device, and batches go there.
+        batch_processor: from a batch to outputs and loss. The loss is weighed by the batch's
+            samples (its ``count_samples``, or the length of the batch's first tensor); batches
+            without one count for no loss.
+        dataloaders: by name; see :class:`EvaluationLoader` for how they are divided.
+        metrics: of torchmetrics, by name, or a collection; they are copied.
+        metric_inputs: ``metric_inputs(outputs, batch)`` gives the arguments of
+            ``metric.update``, as a tuple or a mapping by name. By default it is the processor's
+            method of that name, or of a pair (inputs, targets) the outputs and the targets.
+        accelerator: processes and precision; by default this process alone.
+        seed: of what is random in an evaluation, >= 0.
+        who: evaluates, for errors.
+
+    Raises:
+        PipelineConfigError: no loader, one that is divided among the processes already, no metric
+            of torchmetrics, or a model whose parts lie on several processes.
+        DataError: a loader is known to be empty.
+        MetricValueError: a metric's value is known to be no single number.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        batch_processor: BatchProcessor,
+        dataloaders: Mapping[str, Iterable[Any]],
+        *,
+        metrics: MetricsLike | TorchMetrics | None = None,
+        metric_inputs: MetricInputs | None = None,
+        accelerator: Accelerator | None = None,
+        seed: int = 0,
+        who: str = "Evaluator",
+    ) -> None:
+        self.model = model
+        self.batch_processor = batch_processor
+        self.seed = seed
+        if type(seed) is not int or seed < 0:
+            raise PipelineConfigError(f"{who}: seed must be an int >= 0, got {seed!r}")
+        self._accelerator = accelerator
+        self._who = who
+        rank, processes = 0, 1
+        if accelerator is not None and accelerator.num_processes > 1:
+            rank, processes = accelerator.process_index, accelerator.num_processes
+            if accelerator.distributed_type in _SHARDED:
+                raise PipelineConfigError(
+                    f"{who}: a model whose parts lie on several processes "
+                    f"({accelerator.distributed_type.value}) can't be evaluated yet, since the "
+                    "ranks may have different numbers of batches; save it, and evaluate it in one "
+                    "process"
+                )
+        if not isinstance(metrics, TorchMetrics):
+            metrics = TorchMetrics(metrics, who)
+        self._metrics = metrics
+        self._arguments = MetricArguments(metric_inputs, batch_processor, who)
+        self._count = getattr(batch_processor, "count_samples", None) or count_samples
+        self._loaders = {
+            name: EvaluationLoader(name, loader, rank, processes, who)
+            for name, loader in check_dataloaders(dataloaders, who).items()
+        }
+        self._non_blocking = {
+            name: bool(getattr(loader, "pin_memory", False)) for name, loader in dataloaders.items()
+        }
+        if "loss" in self._metrics.names():
+            raise PipelineConfigError(
+                f"{who}: a metric is named 'loss', which is the name of the mean loss; "
+                "give it another"
+            )
+
+    def evaluate(self) -> dict[str, float]:
+        """The values ``<loader>/loss`` and ``<loader>/<metric>`` of all ranks, on every rank.
+
+        Raises:
+            DataError: a loader gave no batch.
+            BatchProcessorError: the processor returned something else than outputs and loss.
+            MetricValueError: a metric computed something else than numbers.
+        """
+        return resolve(self.run(), self._accelerator)  # waits for the device; a collective
+
+    def run(self, prefix: str = "") -> DeferredMetrics:
+        """Evaluate, and leave it to the caller to read the values, named behind ``prefix``."""
+        generators = {
+            f"{name}.{key}": generator
+            for name, loader in self._loaders.items()
+            for key, generator in loader.generators.items()
+        }
+        with ExitStack() as stack:
+            stack.enter_context(untouched_random_state(generators))
+            stack.enter_context(first_ranks_buffers(ddp_of(self.model)))
+            stack.enter_context(evaluation_mode(self.model))
+            stack.enter_context(torch.no_grad())
+            parts = [
+                part
+                for name, loader in self._loaders.items()
+                for part in self._measure(
+                    loader, f"{prefix}{name}/", non_blocking=self._non_blocking[name]
+                )
+            ]
+        return JoinedMetrics(parts)
+
+    def _measure(
+        self, loader: EvaluationLoader, prefix: str, non_blocking: bool
+    ) -> Sequence[DeferredMetrics]:
+        # Without DDP, whose forward exchanges, since ranks may have different numbers of batches.
+        ddp = ddp_of(self.model)
+        model: torch.nn.Module = self.model if ddp is None else ddp.module
+        device = _device_of(model)
+        moves = self._accelerator is None or self._accelerator.device_placement
+        metrics = self._metrics
+        metrics.to(device)
+        metrics.reset()
+        loss_sum = WeightedSum()
+        for batch in loader.batches(self.seed):
+            if moves and device.type != "cpu":
+                batch = send_to_device(batch, device, non_blocking=non_blocking)
+            with self._precision(model):
+                outputs, loss = self._forward(model, batch)
+            if loss is not None:
+                loss_sum.add(loss, self._count(batch))
+            if len(metrics):
+                args, kwargs = self._arguments(outputs, batch)
+                metrics.update(*args, **kwargs)
+        mean_loss = MeanLoss(f"{prefix}loss", loss_sum, device)
+        return [mean_loss, metrics.snapshot(metrics.take(), prefix)]
+
+    def _precision(self, model: torch.nn.Module) -> AbstractContextManager[Any]:
+        """As the prepared model would run, whose forward has its precision in it."""
+        if self._accelerator is None or hasattr(model, "_original_forward"):
+            return nullcontext()
+        context: AbstractContextManager[Any] = self._accelerator.autocast()
+        return context
+
+    def _forward(self, model: torch.nn.Module, batch: Any) -> tuple[Any, torch.Tensor | None]:
+        result = self.batch_processor.forward(model, batch)
+        # A tensor of two rows would unpack as well, hence the check of the type.
+        if not isinstance(result, (tuple, list)) or len(result) != 2:
+            raise self._wrong_result(type(result).__name__)
+        outputs, loss = result
+        if loss is not None and not (isinstance(loss, torch.Tensor) and loss.numel() == 1):
+            shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else ""
+            raise self._wrong_result(f"a loss that is a {type(loss).__name__}{shape}")
+        return outputs, loss
+
+    def _wrong_result(self, found: str) -> BatchProcessorError:
+        return BatchProcessorError(
+            f"{self._who}: {type(self.batch_processor).__name__}.forward must return (outputs, "
+            f"loss), with a scalar tensor or None as loss; got {found}"
+        )
+
+
+def _device_of(model: torch.nn.Module) -> torch.device:
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
