@@ -1,0 +1,184 @@
+"""Evaluate the model while it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+from pydantic import Field
+
+from robo_orchard_core.utils.config import ClassConfig, ConfigInstanceOf
+from robo_orchard_core.utils.hook import HookContext
+from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
+from robo_orchard_lab.pipeline.evaluator import Evaluator, check_dataloaders
+from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
+from robo_orchard_lab.pipeline.metrics.metric_inputs import MetricInputs
+from robo_orchard_lab.pipeline.metrics.torchmetrics_states import MetricsLike, TorchMetrics
+from robo_orchard_lab.pipeline.schedule import EveryEpochs, Last, Schedule
+
+STATE_VERSION = 1
+
+
+class ValidationHook(PipelineHooks):
+    """Evaluates the run's model with its batch processor, on a schedule or when it is asked to.
+
+    It publishes ``eval/<loader>/loss`` and ``eval/<loader>/<metric>``, all of them with the next
+    logging point, or at once where someone waits for one. Training goes on as if there had been
+    no evaluation: see :class:`Evaluator`, also for what is done on several ranks. Any hook asks
+    for one by ``args.requests.evaluate(reason)``; at one step, it is made once.
+
+    >>> hook = ValidationHookConfig(every="100 steps | 1 epoch")(dataloaders={"val": [1, 2, 3]})
+    >>> hook.name
+    'ValidationHook'
+
+    Args:
+        cfg: when to evaluate, and what with.
+        dataloaders: by name; here or in the configuration.
+        metrics: of torchmetrics, by name, or a collection; here or in the configuration.
+        metric_inputs: ``metric_inputs(outputs, batch)`` gives the arguments of ``metric.update``;
+            by default the batch processor's method of that name.
+
+    Raises:
+        PipelineConfigError: no loaders, or loaders or metrics both here and in the configuration;
+            and what an :class:`Evaluator` raises.
+    """
+
+    def __init__(
+        self,
+        cfg: ValidationHookConfig,
+        *,
+        dataloaders: Mapping[str, Iterable[Any]] | None = None,
+        metrics: MetricsLike | None = None,
+        metric_inputs: MetricInputs | None = None,
+    ) -> None:
+        super().__init__()
+        self.cfg = cfg
+        who = self.name
+        given: Any = given_or_built(dataloaders, cfg.dataloaders, "dataloaders", who)
+        self._dataloaders = check_dataloaders({} if given is None else given, who)
+        self._metrics = TorchMetrics(given_or_built(metrics, cfg.metrics, "metrics", who), who)
+        self._metric_inputs = metric_inputs
+        self._evaluator: Evaluator | None = None
+        self._evaluated_at: int | None = None
+        """How many steps were done at the last evaluation."""
+        self.register_hook(
+            "on_loop", HookContext.from_callable(before=self._open, after=self._close)
+        )
+        if cfg.weights is not None:
+            self.register_hook("on_epoch", HookContext.from_callable(before=self._check_weights))
+        if cfg.every is not None:
+            self.register_at_commit(self._ask_by_schedule, cfg.every)
+        if cfg.at_end:
+            self.register_at_commit(self._ask_at_end, Last())
+
+    def _open(self, args: PipelineHookArgs) -> None:
+        self._evaluator = Evaluator(
+            args.model,
+            args.batch_processor,
+            self._dataloaders,
+            metrics=self._metrics,
+            metric_inputs=self._metric_inputs,
+            accelerator=args.accelerator,
+            seed=self.cfg.seed,
+            who=self.name,
+        )
+        args.run.evaluations[self.name] = self._evaluate
+        if self.cfg.at_start and args.global_step_id == 0:
+            self._ask(args, "at the start")
+
+    def _close(self, args: PipelineHookArgs) -> None:
+        args.run.evaluations.pop(self.name, None)
+        self._evaluator = None
+
+    def _check_weights(self, args: PipelineHookArgs) -> None:
+        """Every hook has opened by now, so that a wrong name is told before the first step."""
+        if self.cfg.weights is not None:
+            args.run.weight_set(self.cfg.weights)
+
+    def _ask_by_schedule(self, args: PipelineHookArgs) -> None:
+        self._ask(args, f"every {self.cfg.every}")
+
+    def _ask_at_end(self, args: PipelineHookArgs) -> None:
+        self._ask(args, "at the end")
+
+    def _ask(self, args: PipelineHookArgs, reason: str) -> None:
+        if args.exception is None and args.progress.steps_done != self._evaluated_at:
+            args.requests.evaluate(reason, by=self.name, name=self.name)
+
+    def _evaluate(self, args: PipelineHookArgs) -> None:
+        step = args.progress.steps_done
+        if self._evaluator is None or step == self._evaluated_at:
+            return
+        weights = self.cfg.weights
+        with args.run.weight_set(weights).applied() if weights is not None else nullcontext():
+            args.metrics.defer(self._evaluator.run(prefix="eval/"))
+        self._evaluated_at = step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"version": STATE_VERSION, "evaluated_at": self._evaluated_at}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state.get("version") != STATE_VERSION:
+            raise StateError(
+                f"{self.name}: expected a state of version {STATE_VERSION}, "
+                f"found version {state.get('version')!r}"
+            )
+        self._evaluated_at = state["evaluated_at"]
+
+
+class ValidationHookConfig(PipelineHooksConfig[ValidationHook]):
+    """When to evaluate, and with which weights.
+
+    >>> print(ValidationHookConfig(every="500 steps", at_start=True).every)
+    500 steps
+    """
+
+    class_type: type[ValidationHook] = ValidationHook
+    every: Schedule | None = Field(
+        default=EveryEpochs(1),
+        description="The schedule of evaluations, such as '500 steps | 1 epoch'; None for those "
+        "that are asked for alone.",
+    )
+    at_start: bool = Field(
+        default=False, description="Evaluate ahead of the first step of the run; not on resuming."
+    )
+    at_end: bool = Field(
+        default=False,
+        description="Evaluate when the run reaches one of its limits, where it is not due anyway; "
+        "not when a hook stops it.",
+    )
+    weights: str | None = Field(
+        default=None,
+        description="The name of the hook whose weights to evaluate, such as 'EMA'; None for the "
+        "model's own.",
+    )
+    seed: int = Field(
+        default=0, ge=0, description="Of what is random in an evaluation, each time the same."
+    )
+    dataloaders: dict[str, ConfigInstanceOf[ClassConfig[Any]]] | None = Field(
+        default=None,
+        description="What builds the loaders, by name, where they aren't given to the hook.",
+    )
+    metrics: dict[str, ConfigInstanceOf[ClassConfig[Any]]] | None = Field(
+        default=None,
+        description="What builds the metrics, by name, where they aren't given to the hook.",
+    )
+
+
+def given_or_built(
+    given: Any, configs: Mapping[str, ClassConfig[Any]] | None, field: str, who: str
+) -> Any:
+    """What a hook was given as an argument, or what its configuration builds; None for neither.
+
+    Raises:
+        PipelineConfigError: it was given both.
+    """
+    if given is not None and configs is not None:
+        raise PipelineConfigError(
+            f"{who}: {field} are given to the hook and in its configuration; give them once"
+        )
+    if configs is None:
+        return given
+    return {name: config() for name, config in configs.items()}
