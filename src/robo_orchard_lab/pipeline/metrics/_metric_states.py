@@ -48,12 +48,16 @@ class StateRule:
         weighted = [value * (updates / total) for value, (updates, _) in zip(values, parts)]  # noqa: B905 - one is made of the other
         return [reduce(torch.add, weighted)]
 
+    def gathered(self, elements: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The elements, or what they are as one where it makes no difference."""
+        return _concatenated(elements) if self.joining == "cat" else elements
+
     def final(self, elements: list[torch.Tensor], parts: int) -> Any:
         """What the metric itself has in the place of this state, as torchmetrics would set it."""
         if self.is_list:
             if parts > 1 and callable(self.joining):
                 return self.joining(elements)
-            return _concatenated(elements) if self.joining == "cat" else list(elements)
+            return list(self.gathered(elements))
         if self.joining == "cat":
             return _concatenated(elements)[0]
         if parts == 1 or isinstance(self.joining, str):
@@ -184,8 +188,7 @@ def pack(
             if first < index - 1:
                 header.append(-1 - first)
                 continue
-            if rule.joining == "cat":
-                elements = _concatenated(elements)
+            elements = rule.gathered(elements)
             header.append(len(elements))
             for element in elements:
                 header += [_DTYPES.index(element.dtype), element.dim(), *element.shape]

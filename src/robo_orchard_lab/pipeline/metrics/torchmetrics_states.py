@@ -172,9 +172,12 @@ class TorchMetrics:
             {
                 "updates": state.updates,
                 "parts": state.parts,
-                "states": {name: [e.clone() for e in es] for name, es in state.states.items()},
+                "states": {
+                    name: [element.clone() for element in rule.gathered(state.states[name])]
+                    for name, rule in rules.items()
+                },
             }
-            for state in gathered
+            for state, rules in zip(gathered, self._rules, strict=True)
         ]
 
     def loaded(self, saved: Sequence[Mapping[str, Any]]) -> Gathered:

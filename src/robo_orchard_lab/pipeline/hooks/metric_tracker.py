@@ -1,0 +1,201 @@
+"""Metrics of the training data, as it is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from robo_orchard_core.utils.config import ClassConfig, ConfigInstanceOf
+from robo_orchard_core.utils.hook import HookContext, RemovableHandle
+from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
+from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
+from robo_orchard_lab.pipeline.hooks.validation import given_or_built
+from robo_orchard_lab.pipeline.metrics import MetricsBoard
+from robo_orchard_lab.pipeline.metrics.metric_inputs import MetricArguments, MetricInputs
+from robo_orchard_lab.pipeline.metrics.torchmetrics_states import (
+    Gathered,
+    MetricsLike,
+    MetricsSnapshot,
+    TorchMetrics,
+)
+
+STATE_VERSION = 1
+_PREFIX = "train/"
+
+
+class MetricTracker(PipelineHooks):
+    """Updates metrics of torchmetrics with the outputs of each step, on the device.
+
+    On every rank. ``train/<metric>`` is that of all ranks since the last logging point, and is
+    published with the next; ``train/<metric>_epoch`` that of a whole epoch, at its end. Nothing is
+    read in between, unless a metric does so itself: those of classification look for wrong
+    values in each batch until they are made with ``validate_args=False``, and those that take
+    logits or probabilities look which they are. One that draws random numbers in its update
+    (``BootStrapper``) draws them from the training.
+
+    A step takes one update of each metric. Where torchmetrics can't merge the states of two parts
+    of the data, such as of a correlation, it takes two.
+
+    >>> from torchmetrics import MeanSquaredError
+    >>> MetricTrackerConfig()(metrics={"mse": MeanSquaredError()}).name
+    'MetricTracker'
+
+    Args:
+        cfg: what to publish.
+        metrics: by name, or a collection; here or in the configuration. They are copied.
+        metric_inputs: ``metric_inputs(outputs, batch)`` gives the arguments of ``metric.update``,
+            as a tuple or a mapping by name. By default it is the batch processor's method of that
+            name, or of a pair (inputs, targets) the outputs and the targets.
+
+    Raises:
+        PipelineConfigError: no metrics, both here and in the configuration, or something that is
+            none of torchmetrics.
+        MetricValueError: a metric's value is known to be no single number.
+    """
+
+    def __init__(
+        self,
+        cfg: MetricTrackerConfig,
+        *,
+        metrics: MetricsLike | None = None,
+        metric_inputs: MetricInputs | None = None,
+    ) -> None:
+        super().__init__()
+        self.cfg = cfg
+        given = given_or_built(metrics, cfg.metrics, "metrics", self.name)
+        whole = TorchMetrics(given, self.name)
+        if not len(whole):
+            raise PipelineConfigError(
+                f"{self.name}: metrics is empty, so that there is nothing to track; "
+                "write metrics={'accuracy': ...}"
+            )
+        self._merged = _MergedParts(whole.only(can_be_joined=True), cfg.each_epoch)
+        self._window = whole.only(can_be_joined=False)
+        self._epoch = whole.only(can_be_joined=False) if cfg.each_epoch else TorchMetrics(None)
+        self._metric_inputs = metric_inputs
+        self._arguments: MetricArguments | None = None
+        self._handle: RemovableHandle | None = None
+        self.register_hook(
+            "on_loop", HookContext.from_callable(before=self._open, after=self._close)
+        )
+        self.register_hook("on_batch", HookContext.from_callable(after=self._update))
+        if cfg.each_epoch:
+            self.register_hook("on_epoch", HookContext.from_callable(after=self._end_epoch))
+
+    def _open(self, args: PipelineHookArgs) -> None:
+        self._arguments = MetricArguments(self._metric_inputs, args.batch_processor, self.name)
+        for part in (self._merged, self._window, self._epoch):
+            part.to(args.accelerator.device)
+        self._handle = args.metrics.before_logging(partial(self._end_window, args.metrics), self)
+
+    def _close(self, args: PipelineHookArgs) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _update(self, args: PipelineHookArgs) -> None:
+        if args.exception is None and self._arguments is not None:
+            inputs, named = self._arguments(args.model_outputs, args.batch)
+            self._merged.live.update(*inputs, **named)
+            self._window.update(*inputs, **named)
+            self._epoch.update(*inputs, **named)
+
+    def _end_window(self, board: MetricsBoard) -> None:
+        board.defer(self._merged.end_window(_PREFIX))
+        board.defer(self._window.snapshot(self._window.take(), _PREFIX))
+
+    def _end_epoch(self, args: PipelineHookArgs) -> None:
+        if args.epoch_completed and args.exception is None:
+            args.metrics.defer(self._merged.end_epoch(_PREFIX, "_epoch"))
+            args.metrics.defer(self._epoch.snapshot(self._epoch.take(), _PREFIX, "_epoch"))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "version": STATE_VERSION,
+            "merged": self._merged.state_dict(),
+            "window": self._window.state_dict(),
+            "epoch": self._epoch.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state.get("version") != STATE_VERSION:
+            raise StateError(
+                f"{self.name}: expected a state of version {STATE_VERSION}, "
+                f"found version {state.get('version')!r}"
+            )
+        self._merged.load_state_dict(state["merged"])
+        self._window.load_state_dict(state["window"])
+        self._epoch.load_state_dict(state["epoch"])
+
+
+class MetricTrackerConfig(PipelineHooksConfig[MetricTracker]):
+    """What to publish of the metrics that are given to the hook, or built from here.
+
+    >>> MetricTrackerConfig(each_epoch=False).each_epoch
+    False
+    """
+
+    class_type: type[MetricTracker] = MetricTracker
+    each_epoch: bool = Field(
+        default=True,
+        description="Publish the metrics of each epoch too, which keeps what they gather so long.",
+    )
+    metrics: dict[str, ConfigInstanceOf[ClassConfig[Any]]] | None = Field(
+        default=None,
+        description="What builds the metrics, by name, where they aren't given to the hook.",
+    )
+
+
+class _MergedParts:
+    """Metrics that are updated once, and whose parts make up the window and the epoch.
+
+    A part ends with either of the two.
+    """
+
+    def __init__(self, live: TorchMetrics, each_epoch: bool) -> None:
+        self.live = live
+        self._each_epoch = each_epoch
+        self._window: Gathered | None = None
+        self._epoch: Gathered | None = None
+
+    def to(self, device: torch.device) -> None:
+        self.live.to(device)
+        self._window = self._window and self.live.placed(self._window)
+        self._epoch = self._epoch and self.live.placed(self._epoch)
+
+    def end_window(self, prefix: str) -> MetricsSnapshot:
+        window, epoch = self._end_part()
+        self._window, self._epoch = None, epoch if self._each_epoch else None
+        return self.live.snapshot(window, prefix)
+
+    def end_epoch(self, prefix: str, suffix: str) -> MetricsSnapshot:
+        window, epoch = self._end_part()
+        self._window, self._epoch = window, None
+        return self.live.snapshot(epoch, prefix, suffix)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "live": self.live.state_dict(),
+            "window": self.live.saved(self._window),
+            "epoch": self.live.saved(self._epoch),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.live.load_state_dict(state["live"])
+        window, epoch = state["window"], state["epoch"]
+        self._window = None if window is None else self.live.loaded(window)
+        self._epoch = None if epoch is None else self.live.loaded(epoch)
+
+    def _end_part(self) -> tuple[Gathered, Gathered]:
+        """The window and the epoch until here."""
+        part = self.live.take()
+        joined = [
+            part if before is None else self.live.join([before, part])
+            for before in (self._window, self._epoch)
+        ]
+        return joined[0], joined[1]

@@ -1,0 +1,340 @@
+"""Evaluations that tests make in one process, and in each of several under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torchmetrics import MeanSquaredError, Metric, PearsonCorrCoef
+from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
+
+from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
+from robo_orchard_lab.pipeline.evaluator import Evaluator
+from robo_orchard_lab.pipeline.hook_set import HookLike, PipelineHooks
+from robo_orchard_lab.pipeline.hooks.metric_tracker import MetricTrackerConfig
+from robo_orchard_lab.pipeline.hooks.mixin import HookContext, PipelineHookArgs
+from robo_orchard_lab.pipeline.hooks.validation import ValidationHookConfig
+from robo_orchard_lab.pipeline.metrics import MetricsRecord
+from robo_orchard_lab.pipeline.schedule import EverySteps
+from tiny import make_model
+
+HERE = Path(__file__).parent
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+SIZES = (1, 7, 64, 65)
+
+Batch = dict[str, torch.Tensor]
+
+
+class Rows(Dataset[Batch]):
+    """Samples that know which they are; with ``noise``, they are drawn anew at each reading."""
+
+    def __init__(self, size: int, noise: float = 0.0) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self.inputs = torch.randn(size, 4, generator=generator)
+        self.target = (self.inputs[:, 0] + torch.randn(size, generator=generator) > 0).long()
+        self.noise = noise
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> Batch:
+        noise = self.noise * torch.randn(4) if self.noise else 0.0
+        return {
+            "id": torch.tensor(index),
+            "inputs": self.inputs[index] + noise,
+            "target": self.target[index],
+        }
+
+
+class Stream(IterableDataset[Batch]):
+    """The same rows, without an index."""
+
+    def __init__(self, size: int) -> None:
+        self.rows = Rows(size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self.rows[index] for index in range(len(self.rows)))
+
+
+class Classify(SimpleBatchProcessor):
+    """Cross entropy, the inputs of the metrics below, and which samples it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def forward(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        self.seen += batch["id"].tolist()
+        outputs = model(batch["inputs"])
+        return outputs, torch.nn.functional.cross_entropy(outputs, batch["target"])
+
+    def metric_inputs(self, outputs: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+        score = outputs[:, 1] - outputs[:, 0]
+        return {
+            "preds": outputs.softmax(1),
+            "target": batch["target"],
+            "score": score,
+            "truth": batch["target"].to(score.dtype),
+        }
+
+
+class SquaredError(MeanSquaredError):
+    """A regression metric, whose states are summed."""
+
+    def update(self, score: torch.Tensor, truth: torch.Tensor) -> None:
+        super().update(score, truth)
+
+
+class Correlation(PearsonCorrCoef):
+    """A metric that makes one of the ranks' states only when it is computed."""
+
+    def update(self, score: torch.Tensor, truth: torch.Tensor) -> None:
+        super().update(score, truth)
+
+
+def make_metrics() -> dict[str, Metric]:
+    """Summed states, stacked ones, and AUROC without bins, which keeps every sample."""
+    return {
+        "accuracy": MulticlassAccuracy(2, average="micro"),
+        "auroc": MulticlassAUROC(2),
+        "squared_error": SquaredError(),
+        "correlation": Correlation(),
+    }
+
+
+def expected_values(model: torch.nn.Module, size: int) -> dict[str, float]:
+    """What torchmetrics and torch say of the whole set at once, in evaluation mode."""
+    rows = Rows(size)
+    batch = {"id": torch.arange(size), "inputs": rows.inputs, "target": rows.target}
+    model.eval()
+    with torch.no_grad():
+        outputs, loss = Classify().forward(model, batch)
+    model.train()
+    found = {"loss": float(loss)}
+    inputs = Classify().metric_inputs(outputs, batch)
+    for name, metric in make_metrics().items():
+        metric.sync_on_compute = metric._to_sync = False
+        own = ("score", "truth") if isinstance(metric, (SquaredError, Correlation)) else ()
+        metric.update(*(inputs[key] for key in own or ("preds", "target")))
+        found[name] = float(metric.compute())
+    return found
+
+
+def make_evaluation_loader(size: int, **options: Any) -> DataLoader[Batch]:
+    return DataLoader(Rows(size), batch_size=8, **options)
+
+
+def make_normalised() -> torch.nn.Module:
+    """A model with batch statistics, and with something random while it trains."""
+    torch.manual_seed(3)
+    return torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 2)
+    )
+
+
+def buffers_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [buffer.clone() for buffer in model.buffers()]
+
+
+class CollectiveCounter:
+    """Counts the calls into torch.distributed, which go on."""
+
+    names = ("all_gather_into_tensor", "all_gather", "all_reduce", "broadcast", "barrier")
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        for name in self.names:
+            setattr(torch.distributed, name, self._counted(name, getattr(torch.distributed, name)))
+
+    def _counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    def take(self) -> list[str]:
+        calls, self.calls = self.calls, []
+        return calls
+
+
+def by_size(accelerator: Accelerator, counter: CollectiveCounter) -> dict[str, Any]:
+    """Values, samples seen and collectives, for sets of each size and kinds of loaders."""
+    found: dict[str, Any] = {}
+    model = accelerator.prepare(make_model())
+    for size in SIZES:
+        loaders: dict[str, Any] = {
+            "plain": make_evaluation_loader(size),
+            "shuffled": make_evaluation_loader(size, shuffle=True),
+            "stream": DataLoader(Stream(size), batch_size=8),
+            "list": list(make_evaluation_loader(size)),
+            "unbatched": DataLoader(
+                Rows(size),
+                batch_size=None,
+                sampler=[torch.arange(i, min(i + 8, size)) for i in range(0, size, 8)],
+            ),
+        }
+        for kind, loader in loaders.items():
+            processor = Classify()
+            evaluator = Evaluator(
+                model, processor, {"val": loader}, metrics=make_metrics(), accelerator=accelerator
+            )
+            counter.take()
+            values = evaluator.evaluate()
+            found[f"{size} {kind}"] = {
+                "values": values,
+                "seen": processor.seen,
+                "calls": counter.take(),
+            }
+    return found
+
+
+def with_buffers(accelerator: Accelerator, counter: CollectiveCounter) -> dict[str, Any]:
+    """A model whose batch statistics differ between the ranks."""
+    found: dict[str, Any] = {}
+    for broadcast in (True, False):
+        plain = make_normalised()
+        model = DistributedDataParallel(plain, broadcast_buffers=broadcast)
+        for _ in range(3):
+            model(torch.randn(16, 4) + accelerator.process_index)
+        before = buffers_of(plain)
+        counter.take()
+        values = Evaluator(
+            model, Classify(), {"val": make_evaluation_loader(65)}, accelerator=accelerator
+        ).evaluate()
+        found[f"broadcast_buffers={broadcast}"] = {
+            "values": values,
+            "calls": counter.take(),
+            "untouched": all(map(torch.equal, before, buffers_of(plain))),
+            "alone": expected_values(plain, 65)["loss"],
+        }
+    return found
+
+
+def refused(accelerator: Accelerator, counter: CollectiveCounter) -> dict[str, Any]:
+    """The errors about loaders that can't be evaluated on."""
+    dataset = Rows(9)
+    loaders = {
+        "prepared": accelerator.prepare(DataLoader(dataset, batch_size=2)),
+        "sampler": DataLoader(dataset, sampler=DistributedSampler(dataset), batch_size=2),
+        "empty": DataLoader(Stream(0), batch_size=2),
+    }
+    errors = {}
+    for name, loader in loaders.items():
+        try:
+            Evaluator(make_model(), Classify(), {"val": loader}, accelerator=accelerator).evaluate()
+        except Exception as error:
+            errors[name] = f"{type(error).__name__}: {error}"
+    return errors
+
+
+def train(accelerator: Accelerator, hooks: list[HookLike], steps: int = 6) -> HookBasedTrainer:
+    """A training with batch statistics, dropout and augmentation."""
+    torch.manual_seed(8)
+    model = make_normalised()
+    trainer = HookBasedTrainer(
+        accelerator,
+        model,
+        make_evaluation_loader(40, shuffle=True),
+        Classify(),
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        hooks=hooks,
+        max_step=steps,
+    )
+    torch.manual_seed(9)
+    trainer()
+    return trainer
+
+
+def while_training(accelerator: Accelerator, counter: CollectiveCounter) -> dict[str, Any]:
+    """The end of a training with evaluations within accumulation windows, and of one without."""
+    validation = ValidationHookConfig(every=EverySteps(1), at_start=True)(
+        dataloaders={
+            "small": DataLoader(Rows(3, noise=0.1), batch_size=8, shuffle=True),
+            "large": DataLoader(Rows(65, noise=0.1), batch_size=8, shuffle=True),
+        },
+        metrics=make_metrics(),
+    )
+    ends = []
+    runs: list[list[HookLike]] = [[], [validation]]
+    for hooks in runs:
+        trainer = train(Accelerator(cpu=True, gradient_accumulation_steps=3), hooks)
+        state = trainer.model.state_dict()
+        ends.append([*state.values(), torch.rand(2), torch.get_rng_state()])
+    return {
+        "same": all(map(torch.equal, *ends)),
+        "values": {name: trainer.metrics.found(name) for name in trainer.metrics.names()},
+    }
+
+
+def tracked(accelerator: Accelerator, counter: CollectiveCounter) -> dict[str, Any]:
+    """What a tracker publishes, and what it was published of."""
+    batches: list[list[Any]] = []
+    records: list[dict[int, dict[str, float]]] = []
+    hooks = PipelineHooks("notes")
+
+    @hooks.on_batch.after
+    def note(args: PipelineHookArgs) -> None:
+        assert isinstance(args.batch_processor, Classify)
+        inputs = args.batch_processor.metric_inputs(args.model_outputs.detach(), args.batch)
+        batches.append([inputs["preds"].tolist(), inputs["target"].tolist()])
+
+    @hooks.on_step.after(when="2 steps")
+    def log(args: PipelineHookArgs) -> None:
+        args.requests.log("every 2 steps")
+
+    def listen(record: MetricsRecord) -> None:
+        records.append(record.by_step())
+
+    hooks.register_hook(
+        "on_loop", HookContext.from_callable(before=lambda args: args.metrics.listen(listen))
+    )
+    metrics = {"accuracy": MulticlassAccuracy(2, average="micro"), "auroc": MulticlassAUROC(2)}
+    tracker = MetricTrackerConfig()(metrics=metrics)
+    train(accelerator, [hooks, tracker])
+    return {"batches": batches, "records": records}
+
+
+RUNS: dict[str, Callable[[Accelerator, CollectiveCounter], dict[str, Any]]] = {
+    "by_size": by_size,
+    "with_buffers": with_buffers,
+    "refused": refused,
+    "while_training": while_training,
+    "tracked": tracked,
+}
+
+
+def launch(folder: Path, *runs: str) -> list[dict[str, Any]]:
+    """What each of two ranks found in some of :data:`RUNS`, by their names."""
+    done = subprocess.run(
+        [sys.executable, *LAUNCHER, __file__, str(folder), *runs],
+        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(file.read_text()) for file in sorted(folder.glob("rank*.json"))]
+
+
+def main(folder: Path, runs: list[str]) -> None:
+    accelerator, counter = Accelerator(cpu=True), CollectiveCounter()
+    found = {run: RUNS[run](accelerator, counter) for run in runs}
+    (folder / f"rank{accelerator.process_index}.json").write_text(json.dumps(found))
+    accelerator.end_training()  # a process group that is left open aborts the process at its exit
+    time.sleep(1)  # gloo aborts a process that exits within half a second of its first exchange
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,272 @@
+"""Metrics of what is trained on, of each window between logging points and of each epoch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torchmetrics import MeanSquaredError, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassPrecision
+
+from evaluate_on_ranks import Classify, launch, make_evaluation_loader, make_metrics
+from robo_orchard_core.utils.config import ClassConfig
+from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
+from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
+from robo_orchard_lab.pipeline.hooks.metric_tracker import MetricTracker, MetricTrackerConfig
+from robo_orchard_lab.pipeline.metrics import MetricsRecord, MetricValue
+from robo_orchard_lab.testing import (
+    assert_no_device_sync,
+    assert_state_round_trip,
+    assert_weights_unchanged,
+)
+from tiny import make_trainer
+
+Inputs = dict[str, torch.Tensor]
+
+
+class Notes(PipelineHooks):
+    """Logs on a schedule, and writes down what was logged and what the metrics are of."""
+
+    def __init__(self, when: str | None = "3 steps") -> None:
+        super().__init__()
+        self.inputs: list[Inputs] = []
+        self.values: dict[str, dict[int, float]] = {}
+
+        @self.on_loop.before
+        def listen(args: PipelineHookArgs) -> None:
+            args.metrics.listen(self.note)
+
+        @self.on_batch.after
+        def gather(args: PipelineHookArgs) -> None:
+            processor = args.batch_processor
+            if isinstance(processor, Classify):
+                self.inputs.append(processor.metric_inputs(args.model_outputs.detach(), args.batch))
+
+        if when is not None:
+
+            @self.on_step.after(when=when)
+            def log(args: PipelineHookArgs) -> None:
+                args.requests.log("it is time")
+
+    def note(self, record: MetricsRecord) -> None:
+        for step, values in record.by_step().items():
+            for name, value in values.items():
+                self.values.setdefault(name, {})[step] = value
+
+
+def train(*hooks: PipelineHooks, **options: Any) -> None:
+    """With 5 batches to an epoch, the last of which is short."""
+    options = {"loader": make_evaluation_loader(36, shuffle=True), "max_step": 12, **options}
+    make_trainer(hooks, batch_processor=Classify(), **options)()
+
+
+def value_of(name: str, inputs: list[Inputs]) -> float:
+    metric = make_metrics()[name]
+    keys = ("score", "truth") if name in ("squared_error", "correlation") else ("preds", "target")
+    metric.update(*(torch.cat([batch[key] for batch in inputs]) for key in keys))
+    return float(metric.compute())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_windows_and_epochs_have_values_of_their_own(accumulate: int) -> None:
+    """Both equal torchmetrics of all their batches at once, wherever they begin and end."""
+    notes = Notes()
+    tracker = MetricTrackerConfig()(metrics=make_metrics())
+    train(tracker, notes, accumulate=accumulate)
+    windows = {3: (0, 3), 6: (3, 6), 9: (6, 9), 12: (9, 12)}
+    epochs = {5: (0, 5), 10: (5, 10)}
+    assert set(notes.values) == {
+        f"train/{n}{end}" for n in make_metrics() for end in ("", "_epoch")
+    }
+    for name in make_metrics():
+        for suffix, spans in (("", windows), ("_epoch", epochs)):
+            expected = {s: value_of(name, notes.inputs[a:b]) for s, (a, b) in spans.items()}
+            found = notes.values[f"train/{name}{suffix}"]
+            assert found == pytest.approx(expected, rel=1e-4), name
+
+
+def test_two_ranks_have_the_values_of_all_batches(tmp_path: Path) -> None:
+    """A window and an epoch are those of both ranks, and both know them."""
+    ranks = [rank["tracked"] for rank in launch(tmp_path, "tracked")]
+    assert ranks[0]["records"] == ranks[1]["records"]
+    batches = list(zip(*(rank["batches"] for rank in ranks), strict=True))
+
+    def values(begin: int, end: int, suffix: str = "") -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name in ("accuracy", "auroc"):
+            metric = make_metrics()[name]
+            for preds, target in (batch for both in batches[begin:end] for batch in both):
+                metric.update(torch.tensor(preds), torch.tensor(target))
+            found[f"train/{name}{suffix}"] = pytest.approx(float(metric.compute()), rel=1e-5)
+        return found
+
+    assert ranks[0]["records"] == [
+        {"2": values(0, 2)},
+        {"3": values(0, 3, "_epoch"), "4": values(2, 4)},
+        {"6": {**values(4, 6), **values(3, 6, "_epoch")}},
+    ]
+
+
+class Counted(MeanSquaredError):  # noqa: N818 - no exception
+    """Counts updates of all copies."""
+
+    updates = 0
+
+    def update(self, preds: torch.Tensor, target: torch.Tensor) -> None:
+        type(self).updates += 1
+        assert not preds.requires_grad
+        super().update(preds, target)
+
+
+class CountedApart(Counted):
+    """Its updates may depend on those before."""
+
+    full_state_update = True
+
+
+def test_a_step_takes_one_update() -> None:
+    """And two where torchmetrics can't merge parts, unless epochs aren't wanted."""
+    for each_epoch in (True, False):
+        Counted.updates = CountedApart.updates = 0
+        notes = Notes()
+        tracker = MetricTrackerConfig(each_epoch=each_epoch)(
+            metrics={"one": Counted(), "two": CountedApart()},
+            metric_inputs=lambda outputs, batch: (outputs[:, 0], batch["inputs"][:, 0]),
+        )
+        train(tracker, notes)
+        assert Counted.updates == 12
+        assert CountedApart.updates == (24 if each_epoch else 12)
+        assert notes.values["train/one"] == pytest.approx(notes.values["train/two"])
+        assert ("train/one_epoch" in notes.values) is each_epoch
+
+
+def of_pairs() -> MetricTracker:
+    """Metrics of the test kit's regression, with and without merging."""
+    return MetricTrackerConfig()(metrics={"error": MeanSquaredError(), "apart": CountedApart()})
+
+
+def kept_samples() -> MetricTracker:
+    """A metric that keeps all samples."""
+    return MetricTrackerConfig()(
+        metrics={"auroc": MulticlassAUROC(2, validate_args=False)},
+        metric_inputs=lambda outputs, batch: (outputs.softmax(1), torch.arange(len(outputs)) % 2),
+    )
+
+
+@pytest.mark.parametrize("make", [of_pairs, kept_samples])
+@pytest.mark.parametrize("log_every", ["1 step | 1 epoch", "3 steps", None])
+def test_it_keeps_what_a_hook_promises(make: Any, log_every: str | None) -> None:
+    """It can be stopped in the middle of a window and of an epoch, and changes no weights."""
+    assert_state_round_trip(make, steps=9, log_every=log_every)
+    assert_weights_unchanged(make, steps=9, log_every=log_every)
+
+
+def test_it_reads_nothing_from_the_device() -> None:
+    """Between logging points all stays where it is, unless a metric itself looks into it."""
+    accuracy = MulticlassAccuracy(2, average="micro", validate_args=False)
+
+    def of_classes() -> MetricTracker:
+        return MetricTrackerConfig()(
+            metrics={"accuracy": accuracy},
+            metric_inputs=lambda outputs, batch: (outputs, batch[1].argmax(1)),
+        )
+
+    for make in (of_pairs, of_classes):
+        assert_no_device_sync(make, steps=9, log_every="3 steps")
+
+
+def test_a_collection_names_its_own() -> None:
+    """Its keys are the names, or stand behind the name that it is given."""
+    collection = MetricCollection([MulticlassAccuracy(2), MulticlassPrecision(2)], prefix="my_")
+    notes = Notes("5 steps")
+    given = MetricTrackerConfig()(metrics=collection)
+    named = MetricTrackerConfig()(metrics={"all": collection})
+    named.name = "named"
+    train(given, named, notes, max_step=5)
+    names = ["my_MulticlassAccuracy", "my_MulticlassPrecision"]
+    expected = [
+        f"train/{part}{n}{end}" for part in ("", "all/") for n in names for end in ("", "_epoch")
+    ]
+    assert sorted(notes.values) == sorted(expected)
+    assert len({str(values) for values in notes.values.values()}) == 2
+
+
+def test_who_waits_for_an_epoch_is_told() -> None:
+    """Values of an epoch come with the logging point after its end."""
+    told: list[MetricValue] = []
+    hooks = PipelineHooks("waiting")
+
+    @hooks.on_loop.before
+    def wait(args: PipelineHookArgs) -> None:
+        args.metrics.subscribe("train/accuracy_epoch", told.append, who="waiting")
+
+    tracker = MetricTrackerConfig()(metrics={"accuracy": MulticlassAccuracy(2)})
+    train(tracker, hooks, Notes("2 steps"))
+    assert [value.step for value in told] == [5, 10]
+
+
+class AccuracyConfig(ClassConfig[MulticlassAccuracy]):
+    class_type: type[MulticlassAccuracy] = MulticlassAccuracy
+    num_classes: int
+    average: str = "micro"
+
+
+def test_metrics_can_come_from_a_file() -> None:
+    """They are built from configurations."""
+    cfg = MetricTrackerConfig(metrics={"accuracy": AccuracyConfig(num_classes=2)})
+    loaded = MetricTrackerConfig.from_str(
+        cfg.to_str("yaml"), "yaml", trust=(__name__, "torchmetrics")
+    )
+    assert loaded == cfg
+    notes, given = Notes(), Notes()
+    torch.manual_seed(0)
+    train(loaded(), notes)
+    torch.manual_seed(0)
+    train(MetricTrackerConfig()(metrics={"accuracy": make_metrics()["accuracy"]}), given)
+    assert notes.values == given.values
+    assert len(notes.values["train/accuracy"]) == 4
+
+
+def test_wrong_arguments_are_refused_at_construction() -> None:
+    """Each error names the hook and the field."""
+    with pytest.raises(PipelineConfigError, match="MetricTracker: metrics is empty"):
+        MetricTrackerConfig()()
+    with pytest.raises(PipelineConfigError, match="MetricTracker: metrics is empty"):
+        MetricTrackerConfig()(metrics={})
+    with pytest.raises(PipelineConfigError, match="MetricTracker: metrics must be a mapping"):
+        MetricTrackerConfig()(metrics=MeanSquaredError())
+    cfg = MetricTrackerConfig(metrics={"accuracy": AccuracyConfig(num_classes=2)})
+    with pytest.raises(PipelineConfigError, match="metrics are given to the hook and in its"):
+        cfg(metrics=make_metrics())
+
+
+def test_metric_inputs_that_are_not_told_are_asked_for() -> None:
+    """A batch that is no pair needs them; the error says what to define."""
+    tracker = MetricTrackerConfig()(metrics={"error": MeanSquaredError()})
+    trainer = make_trainer(
+        [tracker],
+        loader=[(torch.zeros(2, 4), torch.zeros(2, 2), 0)],
+        batch_processor=Triple(),
+        max_step=1,
+    )
+    with pytest.raises(PipelineConfigError, match=r"MetricTracker: can't tell .* of length 3; def"):
+        trainer()
+
+
+class Triple(Classify):
+    """A batch of three parts, without metric inputs."""
+
+    metric_inputs = None  # type: ignore[assignment]  # as if it had none
+
+    def forward(self, model: Any, batch: Any) -> Any:
+        outputs = model(batch[0])
+        return outputs, torch.nn.functional.mse_loss(outputs, batch[1])
+
+
+def test_a_state_of_another_version_is_refused() -> None:
+    """An unknown one is named."""
+    state = {**of_pairs().state_dict(), "version": 7}
+    with pytest.raises(StateError, match=r"MetricTracker: .* version 1, found version 7"):
+        of_pairs().load_state_dict(state)
