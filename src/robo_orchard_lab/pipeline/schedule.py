@@ -8,19 +8,23 @@ the others. Registering a hook with a schedule binds it to the hook's channel.
 from __future__ import annotations
 
 import re
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
+from accelerate.utils import broadcast
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from robo_orchard_lab.pipeline.batch_size import count_batches
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.events import ChannelName
+from robo_orchard_lab.pipeline.progress import TrainerProgress
 
 Due: TypeAlias = Callable[[PipelineHookArgs], bool]
 """Whether a hook runs now, asked once each time its channel is entered or left."""
@@ -99,18 +103,22 @@ class Schedule(ABC):
     def __or__(self, other: Schedule) -> Schedule:
         if not isinstance(other, Schedule):
             return NotImplemented
-        return AnyOf((*_members(self), *_members(other)))
+        return AnyOf((self, other))
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(
-            as_schedule, serialization=core_schema.to_string_ser_schema()
+            as_schedule,
+            json_schema_input_schema=core_schema.str_schema(),
+            serialization=core_schema.to_string_ser_schema(),
         )
 
 
 @dataclass(frozen=True)
 class EverySteps(Schedule):
-    """After every n-th step (batch) of the run.
+    """With every n-th step (batch) of the run.
+
+    On ``on_optimizer_step``, with those among them that end in an update.
 
     Raises:
         ScheduleError: n is not an int >= 1.
@@ -169,6 +177,8 @@ class EveryOptimizerSteps(Schedule):
 class EveryEpochs(Schedule):
     """With every n-th epoch; after it, only if the data was passed over to its end.
 
+    A run that is resumed in the middle of an epoch enters it again.
+
     Raises:
         ScheduleError: n is not an int >= 1.
     """
@@ -192,7 +202,7 @@ class EveryEpochs(Schedule):
 
 @dataclass(frozen=True)
 class AtSteps(Schedule):
-    """After steps of these numbers, the first step of the run being number 1.
+    """With the steps of these numbers, the first step of the run being number 1.
 
     >>> print(AtSteps({100, 10}))
     at steps 10, 100
@@ -206,6 +216,10 @@ class AtSteps(Schedule):
     commit_channel: ClassVar[ChannelName] = "on_step"
 
     def __init__(self, steps: Iterable[int]) -> None:
+        if not isinstance(steps, Iterable):
+            raise ScheduleError(
+                f"AtSteps needs the numbers of steps, such as {{10}}, got {steps!r}"
+            )
         object.__setattr__(self, "steps", frozenset(steps))
         if not self.steps:
             raise ScheduleError("AtSteps needs at least one step")
@@ -222,7 +236,10 @@ class AtSteps(Schedule):
 
 @dataclass(frozen=True)
 class First(Schedule):
-    """With the first step of the run, or on ``on_epoch`` the first epoch; not after a resume."""
+    """With the first step of the run, or on ``on_epoch`` the first epoch.
+
+    A resumed run is past its first step; one that is resumed in its first epoch enters that again.
+    """
 
     channels: ClassVar = (*STEP_CHANNELS, "on_epoch")
     commit_channel: ClassVar[ChannelName] = "on_step"
@@ -242,8 +259,10 @@ class First(Schedule):
 class Last(Schedule):
     """With the step, or on ``on_epoch`` the epoch, in which the run reaches one of its limits.
 
-    A run that a hook stops has no last step. With ``max_epoch`` alone and data without a length,
-    no step knows that it is the last; the epoch does, in its ``after``.
+    A run that a hook stops has no last step. Only the ``after`` of ``on_epoch`` always knows. What
+    is asked earlier foresees it, from the length of the data where that is needed: with data
+    without a length, and ``max_epoch`` alone, no step knows that it is the last. Where an update
+    is then skipped, ``max_optimizer_step`` is reached later, and it is due again.
     """
 
     channels: ClassVar = (*STEP_CHANNELS, "on_epoch")
@@ -251,7 +270,7 @@ class Last(Schedule):
 
     def due_on(self, channel: ChannelName, role: Role) -> Due:
         if channel == "on_epoch":
-            return _may_end_in_epoch if role == "before" else _ended_in_epoch
+            return _ends_in_epoch if role == "before" else _ended_in_epoch
         return _ends_in_step
 
     def __str__(self) -> str:
@@ -260,15 +279,16 @@ class Last(Schedule):
 
 @dataclass(frozen=True)
 class EverySeconds(Schedule):
-    """In the first step that ends s seconds or more after the last time, or after the start.
+    """With the first step that is asked s seconds or more after the last time, or after the start.
 
-    The clock is that of the first rank. Others are told in a small exchange, which also says in
-    how many steps to ask again: after about half of the time that is left. So it takes some ten
-    exchanges each time, however long s is, and may come late by a hundredth of s and a step. The
-    clock starts anew with a resumed run.
+    The start is the first time that it is asked, also in a resumed run. The clock is that of the
+    first rank. Others are told in a small exchange, which also says in how many steps to ask
+    again: after about half of the time that is left. So it takes some ten exchanges each time,
+    however long s is, and may come late by a hundredth of s and a step; later, where steps begin
+    to take longer.
 
     Raises:
-        ScheduleError: s is not a number > 0.
+        ScheduleError: s is not a finite number > 0.
     """
 
     s: float
@@ -278,30 +298,57 @@ class EverySeconds(Schedule):
     def __post_init__(self) -> None:
         if isinstance(self.s, bool) or not isinstance(self.s, int | float) or not self.s > 0:
             raise ScheduleError(f"EverySeconds needs a number of seconds > 0, got {self.s!r}")
-        if self.s == float("inf"):
-            raise ScheduleError("EverySeconds needs a finite number of seconds; leave it out")
+        if not self.s <= sys.float_info.max:
+            raise ScheduleError(
+                f"EverySeconds needs a finite number of seconds, got {self.s!r:.60}; for never, "
+                "leave the schedule out"
+            )
         object.__setattr__(self, "s", float(self.s))
 
     def due_on(self, channel: ChannelName, role: Role) -> Due:
         return _AgreedClock(self.s).due
 
     def __str__(self) -> str:
-        for unit, seconds in (("h", 3600.0), ("min", 60.0)):
-            if self.s >= seconds and (self.s / seconds).is_integer():
-                return f"{int(self.s / seconds)} {unit}"
-        return f"{int(self.s)} s" if self.s.is_integer() else f"{self.s!r} s"
+        for unit, seconds in (("h", 3600.0), ("min", 60.0), ("s", 1.0)):
+            count = self.s / seconds
+            if count >= 1 and count.is_integer() and count * seconds == self.s:
+                return f"{int(count)} {unit}"
+        return f"{self.s!r} s"
 
 
 @dataclass(frozen=True)
 class AnyOf(Schedule):
-    """Due when one of several is; made by ``|``."""
+    """Due when one of several is; made by ``|``.
+
+    Raises:
+        ScheduleError: there are fewer than two.
+    """
 
     schedules: tuple[Schedule, ...]
 
+    def __post_init__(self) -> None:
+        flat: list[Schedule] = []
+        for part in self.schedules:
+            flat += part.schedules if isinstance(part, AnyOf) else (part,)
+        if len(flat) < 2:
+            raise ScheduleError(f"AnyOf needs two schedules or more, got {len(flat)}")
+        object.__setattr__(self, "schedules", tuple(flat))
+
     @property
     def channels(self) -> tuple[ChannelName, ...]:  # type: ignore[override]  # that of its parts
-        """Where one of them can be due."""
-        return tuple(dict.fromkeys(channel for part in self.schedules for channel in part.channels))
+        """Where each of them can be due."""
+        first, *others = self.schedules
+        return tuple(c for c in first.channels if all(c in other.channels for other in others))
+
+    def bind(self, channel: ChannelName, role: Role) -> Due:
+        for part in self.schedules:
+            if channel not in part.channels:
+                raise ScheduleError(
+                    f"{str(part)!r} in {str(self)!r} can never be due on {channel}, only on "
+                    f"{' or '.join(part.channels)}; register the hook on several channels, each "
+                    "with its part, or what makes requests by register_at_commit"
+                )
+        return self.due_on(channel, role)
 
     def by_commit_channel(self) -> dict[ChannelName, Schedule]:
         parts: dict[ChannelName, Schedule] = {}
@@ -311,14 +358,15 @@ class AnyOf(Schedule):
         return parts
 
     def due_on(self, channel: ChannelName, role: Role) -> Due:
-        dues = [part.due_on(channel, role) for part in self.schedules if channel in part.channels]
-        if len(dues) == 1:
-            return dues[0]
+        dues = [part.due_on(channel, role) for part in self.schedules]
         # All are asked: a clock has to be looked at on every rank alike.
         return lambda args: any([due(args) for due in dues])  # noqa: C419 - see above
 
     def __str__(self) -> str:
         return " | ".join(map(str, self.schedules))
+
+
+_MANY_STEPS = 1 << 31
 
 
 class _AgreedClock:
@@ -328,17 +376,22 @@ class _AgreedClock:
 
     def __init__(self, period_s: float) -> None:
         self._period_s = period_s
-        self._begun_at: float | None = None
+        self._progress: TrainerProgress | None = None  # of the run that the clock was started in
+        self._begun_at = 0.0
         self._begun_step = 0
         self._ask_at_step = 0
 
     def due(self, args: PipelineHookArgs) -> bool:
-        step = args.run.progress.steps_done
-        if self._begun_at is None or step < self._begun_step:  # the run's start, or another run
+        if args.exception is not None:
+            return False  # the other ranks may never come here, to answer
+        progress = args.run.progress
+        step = progress.steps_done
+        if progress is not self._progress:
+            self._progress = progress
+            self._ask_at_step = 0
             self._begin(step)
         accelerator = args.run.accelerator
         if accelerator is None or accelerator.num_processes == 1:
-            assert self._begun_at is not None
             due = time.monotonic() - self._begun_at >= self._period_s
         elif step < self._ask_at_step:
             return False
@@ -355,15 +408,13 @@ class _AgreedClock:
 
     def _agree(self, accelerator: Any, step: int) -> tuple[bool, int]:
         """What the first rank finds: whether it is time, and the steps until it is to be asked."""
-        from accelerate.utils import broadcast
-
-        assert self._begun_at is not None
         taken = time.monotonic() - self._begun_at
         left = self._period_s - taken
         due = left <= self._late * self._period_s
         steps_per_s = (step - self._begun_step) / taken if taken > 0 else 0.0
         wait = self._period_s if due else left
-        found = torch.tensor([int(due), max(1, int(wait / 2 * steps_per_s))])
+        wait_steps = min(max(1, wait / 2 * steps_per_s), _MANY_STEPS)
+        found = torch.tensor([int(due), int(wait_steps)])
         # A collective, and waiting for the device.
         answer = broadcast(found.to(accelerator.device)).tolist()
         return bool(answer[0]), int(answer[1])
@@ -379,21 +430,33 @@ def _ends_in_step(args: PipelineHookArgs) -> bool:
         updates = progress.optimizer_step_id
     if limits.max_optimizer_step is not None and updates >= limits.max_optimizer_step:
         return True
-    return (
-        limits.max_epoch is not None
-        and progress.epoch_id + 1 >= limits.max_epoch
-        and progress.step_id + 1 == count_batches(args.run.dataloader)
+    return _is_last_epoch(args) and progress.step_id + 1 == count_batches(args.run.dataloader)
+
+
+def _ends_in_epoch(args: PipelineHookArgs) -> bool:
+    """Whether a limit will be reached in the epoch that begins, or goes on, now."""
+    run, progress, limits = args.run, args.run.progress, args.run.limits
+    if _is_last_epoch(args):
+        return True
+    batches = count_batches(run.dataloader)
+    if batches is None:
+        return False
+    done, window = progress.step_id, run.accelerator.gradient_accumulation_steps
+    ahead = TrainerProgress(
+        global_step_id=progress.global_step_id + batches - done,
+        optimizer_step_id=progress.optimizer_step_id + ceil(batches / window) - done // window,
     )
-
-
-def _may_end_in_epoch(args: PipelineHookArgs) -> bool:
-    max_epoch = args.run.limits.max_epoch
-    return max_epoch is not None and args.run.progress.epoch_id + 1 >= max_epoch
+    return limits.reached(ahead)
 
 
 def _ended_in_epoch(args: PipelineHookArgs) -> bool:
-    completed = args.epoch_completed and _may_end_in_epoch(args)
+    completed = args.epoch_completed and _is_last_epoch(args)
     return completed or args.run.limits.reached(args.run.progress)
+
+
+def _is_last_epoch(args: PipelineHookArgs) -> bool:
+    max_epoch = args.run.limits.max_epoch
+    return max_epoch is not None and args.run.progress.epoch_id + 1 >= max_epoch
 
 
 _PATTERNS: tuple[tuple[str, Callable[[str], Schedule]], ...] = (
@@ -442,13 +505,9 @@ def as_schedule(value: Any) -> Schedule:
     raise ScheduleError(f"expected a schedule or its text, got {type(value).__name__}")
 
 
-def _members(schedule: Schedule) -> tuple[Schedule, ...]:
-    return schedule.schedules if isinstance(schedule, AnyOf) else (schedule,)
-
-
 def _check_count(name: str, n: object) -> None:
     if type(n) is not int or n < 1:
-        raise ScheduleError(f"{name} needs a number >= 1, got {n!r}")
+        raise ScheduleError(f"{name} needs an int >= 1, got {n!r}")
 
 
 def _counted(n: int, noun: str) -> str:
