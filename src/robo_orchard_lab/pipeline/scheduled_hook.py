@@ -9,7 +9,7 @@ from typing import Any
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.events import ChannelName
-from robo_orchard_lab.pipeline.schedule import Due, Schedule
+from robo_orchard_lab.pipeline.schedule import Schedule
 
 HookFunction = Callable[[PipelineHookArgs], Any]
 
@@ -31,13 +31,10 @@ class ScheduledHook(HookContext[PipelineHookArgs]):
         self.when = when
         self.name = hook.name
         before, after = hook.functions()
+        self._due = when.bind(channel, "after" if before is None else "before")
         self._entered = False
-        self._before = self._after = None
-        if before is not None:
-            self._before = self._gated_before(before, when.bind(channel, "before"))
-            self._after = after and self._gated_after(after)
-        elif after is not None:
-            self._after = _gated(after, when.bind(channel, "after"))
+        self._before = before and self._asking(before)
+        self._after = after and (self._asking(after) if before is None else self._if_entered(after))
 
     def before(self, args: PipelineHookArgs) -> None:
         if self._before is not None:
@@ -53,28 +50,19 @@ class ScheduledHook(HookContext[PipelineHookArgs]):
     def __repr__(self) -> str:
         return f"{self.hook!r} when {self.when}"
 
-    def _gated_before(self, function: HookFunction, due: Due) -> HookFunction:
+    def _asking(self, function: HookFunction) -> HookFunction:
         @functools.wraps(function)  # by which errors find its name and line
-        def before(args: PipelineHookArgs) -> None:
-            self._entered = due(args)
+        def ask(args: PipelineHookArgs) -> None:
+            self._entered = self._due(args)
             if self._entered:
                 function(args)
 
-        return before
+        return ask
 
-    def _gated_after(self, function: HookFunction) -> HookFunction:
+    def _if_entered(self, function: HookFunction) -> HookFunction:
         @functools.wraps(function)
         def after(args: PipelineHookArgs) -> None:
             if self._entered:
                 function(args)
 
         return after
-
-
-def _gated(function: HookFunction, due: Due) -> HookFunction:
-    @functools.wraps(function)
-    def after(args: PipelineHookArgs) -> None:
-        if due(args):
-            function(args)
-
-    return after
