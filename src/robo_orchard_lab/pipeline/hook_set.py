@@ -19,7 +19,7 @@ from robo_orchard_core.utils.hook import (
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.events import CHANNEL_NAMES, ChannelName
-from robo_orchard_lab.pipeline.schedule import Schedule, as_schedule
+from robo_orchard_lab.pipeline.schedule import Role, Schedule, as_schedule
 from robo_orchard_lab.pipeline.scheduled_hook import ScheduledHook
 
 FunctionT = TypeVar("FunctionT", bound=Callable[[PipelineHookArgs], Any])
@@ -43,7 +43,7 @@ class ChannelDecorators:
     ...     print("step", args.global_step_id)
     """
 
-    def __init__(self, hooks: _Registrar, channel: ChannelName) -> None:
+    def __init__(self, hooks: _Registrar | None, channel: ChannelName) -> None:
         self._hooks = hooks
         self._channel = channel
 
@@ -59,23 +59,16 @@ class ChannelDecorators:
         self, *, when: Schedule | str | None = None, name: str | None = None
     ) -> Callable[[FunctionT], FunctionT]: ...
     def before(
-        self,
-        function: Any = None,
-        *,
-        when: Schedule | str | None = None,
-        name: str | None = None,
+        self, function: Any = None, *, when: Schedule | str | None = None, name: str | None = None
     ) -> Any:
         """Run the function ahead of the channel's body: always, or by a schedule.
 
         Used as ``@hooks.on_step.before`` or with arguments; the function stays what it is.
+
+        Raises:
+            HookRegistrationError: it is used on a class, or a schedule is given without ``when=``.
         """
-
-        def register(function: FunctionT) -> FunctionT:
-            hook = HookContext.from_callable(before=function, name=name)
-            self._hooks.register_hook(self._channel, hook, when)
-            return function
-
-        return register if function is None else register(function)
+        return self._decorate("before", function, when, name)
 
     @overload
     def after(self, function: FunctionT, /) -> FunctionT: ...
@@ -84,17 +77,28 @@ class ChannelDecorators:
         self, *, when: Schedule | str | None = None, name: str | None = None
     ) -> Callable[[FunctionT], FunctionT]: ...
     def after(
-        self,
-        function: Any = None,
-        *,
-        when: Schedule | str | None = None,
-        name: str | None = None,
+        self, function: Any = None, *, when: Schedule | str | None = None, name: str | None = None
     ) -> Any:
-        """Run the function when the channel's body is over: always, or by a schedule."""
+        """Run the function when the channel's body is over; else as :meth:`before`."""
+        return self._decorate("after", function, when, name)
+
+    def _decorate(
+        self, role: Role, function: Any, when: Schedule | str | None, name: str | None
+    ) -> Any:
+        hooks, channel = self._hooks, self._channel
+        if hooks is None:
+            raise HookRegistrationError(
+                f"{channel}.{role} registers a function in one bundle: use it on an instance, "
+                f"@hooks.{channel}.{role}; a class registers its methods in its constructor, by "
+                "self.register_hook"
+            )
+        if isinstance(function, str | Schedule):
+            raise HookRegistrationError(f"write @hooks.{channel}.{role}(when={str(function)!r})")
 
         def register(function: FunctionT) -> FunctionT:
-            hook = HookContext.from_callable(after=function, name=name)
-            self._hooks.register_hook(self._channel, hook, when)
+            before, after = (function, None) if role == "before" else (None, function)
+            hook = HookContext.from_callable(before, after, name)
+            hooks.register_hook(channel, hook, when)
             return function
 
         return register if function is None else register(function)
@@ -104,7 +108,7 @@ class _ChannelAttribute:
     def __init__(self, channel: ChannelName) -> None:
         self._channel = channel
 
-    def __get__(self, hooks: _Registrar, cls: type | None = None) -> ChannelDecorators:
+    def __get__(self, hooks: _Registrar | None, cls: type | None = None) -> ChannelDecorators:
         return ChannelDecorators(hooks, self._channel)
 
 
@@ -203,7 +207,12 @@ class PipelineHooks:
             ScheduleError: the text can't be read, or is never due on this channel.
         """
         registered = self.get_channel(channel)
-        if when is not None and isinstance(hook, HookContext):
+        if when is not None:
+            if not isinstance(hook, HookContext):
+                raise HookRegistrationError(
+                    f"{channel} takes a HookContext with a schedule, got {type(hook).__name__}; "
+                    "make one with HookContext.from_callable(before=..., after=...)"
+                )
             hook = ScheduledHook(hook, as_schedule(when), channel)
         return registered.register(hook)
 
