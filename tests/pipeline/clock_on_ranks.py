@@ -1,0 +1,60 @@
+"""What each process of ``test_schedule_processes.py`` runs: hooks by unlike clocks."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
+from robo_orchard_lab.testing import count_collectives
+from tiny import make_loader, make_trainer
+
+STEPS = 400
+
+
+def main(folder: Path, kind: str) -> None:
+    clock = 0.0
+    fired: dict[str, list[int]] = {"alone": [], "joined": [], "pair": []}
+    hooks = PipelineHooks("by the clock")
+
+    @hooks.on_step.after(when="60 s")
+    def alone(args: PipelineHookArgs) -> None:
+        fired["alone"].append(args.global_step_id + 1)
+
+    @hooks.on_step.after(when="60 s | at steps 150")
+    def joined(args: PipelineHookArgs) -> None:
+        fired["joined"].append(args.global_step_id + 1)
+
+    @hooks.on_batch.before(when="90 s")
+    def pair(args: PipelineHookArgs) -> None:
+        fired["pair"].append(args.global_step_id + 1)
+
+    @hooks.on_batch.before
+    def work(args: PipelineHookArgs) -> None:
+        nonlocal clock
+        # Half a second on the first rank; the others' clocks run otherwise, and one step is slow.
+        clock += 0.5 * (1 + 3 * rank) + (10 if args.global_step_id == 250 else 0)
+        if kind == "fails" and rank == 1 and args.global_step_id == 30:
+            raise ValueError("planted on one rank")
+
+    loader = make_loader(2 * STEPS, batch_size=1)
+    trainer = make_trainer(hooks, loader=loader, max_step=STEPS)
+    rank = trainer.accelerator.process_index
+    time.monotonic = lambda: 7000.0 * rank + clock
+    with count_collectives() as calls:
+        trainer()
+    made = Counter(call.hook for call in calls)
+    asked = made.pop("by the clock", 0)
+    found = {"fired": fired, "collectives": asked, "others": made.total()}
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    trainer.accelerator.end_training()
+    if trainer.accelerator.num_processes > 1:
+        # gloo aborts a process that exits within half a second of its first exchange
+        time.sleep(1)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

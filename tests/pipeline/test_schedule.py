@@ -1,0 +1,202 @@
+"""Schedules as text, as numbers, and as fields of a config."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from robo_orchard_core.utils.cli import pydantic_from_argparse
+from robo_orchard_core.utils.config import ConfigFieldError
+from robo_orchard_lab.pipeline import PipelineHooks
+from robo_orchard_lab.pipeline.hooks.mixin import PipelineHooksConfig
+from robo_orchard_lab.pipeline.schedule import (
+    AnyOf,
+    AtSteps,
+    EveryEpochs,
+    EveryOptimizerSteps,
+    EverySeconds,
+    EverySteps,
+    First,
+    Last,
+    Schedule,
+    ScheduleError,
+)
+
+counts = st.integers(1, 10**15)
+counted = st.one_of(
+    st.builds(EverySteps, counts),
+    st.builds(EveryOptimizerSteps, counts),
+    st.builds(EveryEpochs, counts),
+    st.builds(AtSteps, st.sets(counts, min_size=1)),
+    st.just(First()),
+    st.just(Last()),
+)
+seconds = st.one_of(st.integers(1, 10**30), st.floats(0, exclude_min=True, allow_infinity=False))
+single = st.one_of(counted, st.builds(EverySeconds, seconds))
+schedules = st.one_of(
+    single, st.lists(single, min_size=2, max_size=4).map(lambda parts: AnyOf(tuple(parts)))
+)
+
+
+@given(schedules)
+@example(EverySeconds(8.444234073065329e21))  # divided by 3600 it is whole, and not exact
+@example(EverySeconds(5e-324))
+@example(EverySeconds(90))
+def test_the_text_of_a_schedule_is_read_back(schedule: Schedule) -> None:
+    """Exactly, whatever it counts and however many are joined."""
+    assert Schedule.parse(str(schedule)) == schedule
+    assert hash(Schedule.parse(str(schedule))) == hash(schedule)
+
+
+@pytest.mark.parametrize(
+    ("text", "schedule"),
+    [
+        ("100 steps", EverySteps(100)),
+        (" 1step ", EverySteps(1)),
+        ("50 Optimizer Steps", EveryOptimizerSteps(50)),
+        ("1 optimizer_step", EveryOptimizerSteps(1)),
+        ("2 epochs", EveryEpochs(2)),
+        ("30 s", EverySeconds(30)),
+        ("1.5 min", EverySeconds(90)),
+        ("0.5h", EverySeconds(1800)),
+        ("3 seconds | 1 minute|1 hour", EverySeconds(3) | EverySeconds(60) | EverySeconds(3600)),
+        ("at steps 10, 2", AtSteps([2, 10])),
+        ("at step 5", AtSteps({5})),
+        ("first | last", First() | Last()),
+    ],
+)
+def test_texts_that_people_write(text: str, schedule: Schedule) -> None:
+    """Units in the singular and the plural, any case, and with or without a space."""
+    assert Schedule.parse(text) == schedule
+
+
+@pytest.mark.parametrize(
+    ("schedule", "text"),
+    [
+        (EverySteps(1), "1 step"),
+        (EveryOptimizerSteps(2), "2 optimizer steps"),
+        (EveryEpochs(1) | EverySeconds(5400), "1 epoch | 90 min"),
+        (EverySeconds(7200), "2 h"),
+        (EverySeconds(0.25), "0.25 s"),
+        (EverySeconds(61), "61 s"),
+        (AtSteps([3, 1]), "at steps 1, 3"),
+    ],
+)
+def test_the_text_is_short(schedule: Schedule, text: str) -> None:
+    """The largest unit that gives a whole number."""
+    assert str(schedule) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "can't read '' as a schedule; write '100 steps'"),
+        ("100", "can't read '100' as a schedule"),
+        ("100 steps |", r"can't read '' in '100 steps \|' as a schedule"),
+        ("1 epoch | often", r"can't read 'often' in '1 epoch \| often'"),
+        ("1.5 steps", "can't read '1.5 steps'"),
+        ("-3 steps", "can't read '-3 steps'"),
+        ("1.2.3 s", "can't read '1.2.3 s'"),
+        ("0 steps", "'0 steps': EverySteps needs an int >= 1, got 0"),
+        ("2 epochs | 0 s", "'0 s': EverySeconds needs a number of seconds > 0, got 0"),
+        ("1e999 h", "'1e999 h': EverySeconds needs a finite number"),
+        ("at steps 1, 0", "'at steps 1, 0': AtSteps needs an int >= 1, got 0"),
+        ("at steps", "can't read 'at steps'"),
+    ],
+)
+def test_a_text_that_can_not_be_read_is_told(text: str, message: str) -> None:
+    """The error names the part, and shows what could stand there."""
+    with pytest.raises(ScheduleError, match=message):
+        Schedule.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EverySteps(0), "EverySteps needs an int >= 1, got 0"),
+        (lambda: EverySteps(2.0), "got 2.0"),  # type: ignore[arg-type]
+        (lambda: EverySteps(True), "got True"),
+        (lambda: EveryOptimizerSteps(-1), "EveryOptimizerSteps needs"),
+        (lambda: EveryEpochs("1"), "EveryEpochs needs an int >= 1, got '1'"),  # type: ignore[arg-type]
+        (lambda: EverySeconds(0), "seconds > 0, got 0"),
+        (lambda: EverySeconds(math.nan), "seconds > 0, got nan"),
+        (lambda: EverySeconds(math.inf), "finite number of seconds, got inf; for never"),
+        (lambda: EverySeconds(10**400), "finite number of seconds"),
+        (lambda: EverySeconds("5"), "seconds > 0, got '5'"),  # type: ignore[arg-type]
+        (lambda: AtSteps([]), "at least one step"),
+        (lambda: AtSteps([3, 0]), "AtSteps needs an int >= 1, got 0"),
+        (lambda: AtSteps(3), r"numbers of steps, such as \{10\}, got 3"),  # type: ignore[arg-type]
+        (lambda: AnyOf((First(),)), "two schedules or more, got 1"),
+    ],
+)
+def test_a_number_that_makes_no_sense_is_refused(make: Callable[[], Any], message: str) -> None:
+    """When the schedule is made, by its name."""
+    with pytest.raises(ScheduleError, match=message):
+        make()
+
+
+def test_joined_schedules_are_flat() -> None:
+    """However they were joined, they are one list; what is no schedule can't be joined."""
+    a, b, c = EverySteps(2), First(), Last()
+    assert (a | b) | c == a | (b | c) == AnyOf((a, AnyOf((b, c))))
+    with pytest.raises(TypeError):
+        _ = a | "1 epoch"  # type: ignore[operator]  # what is tested
+
+
+class Watching(PipelineHooks):
+    def __init__(self, cfg: WatchingConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+
+
+class WatchingConfig(PipelineHooksConfig[Watching]):
+    class_type: type[Watching] = Watching
+    every: Schedule = EverySteps(5)
+    other: Schedule | None = None
+    more: list[Schedule] = []  # noqa: RUF012 - a field
+
+
+@given(schedules, st.none() | schedules, st.lists(schedules, max_size=3))
+@settings(max_examples=50)
+def test_a_config_keeps_its_schedules(
+    every: Schedule, other: Schedule | None, more: list[Schedule]
+) -> None:
+    """Through JSON, YAML and TOML, where a schedule is its text."""
+    config = WatchingConfig(every=every, other=other, more=more)
+    for text_format in ("json", "yaml", "toml"):
+        text = config.to_str(format=text_format)
+        assert str(every) in text
+        assert WatchingConfig.from_str(text, format=text_format) == config
+
+
+def test_a_field_takes_a_text() -> None:
+    """In code, in a file and on the command line."""
+    expected = EverySteps(3) | EverySeconds(600)
+    assert WatchingConfig(every="3 steps | 10 min").every == expected  # type: ignore[arg-type]  # pydantic's
+    parser = argparse.ArgumentParser()
+    arguments = ["--class_type", f"{__name__}:Watching", "--every", "3 steps | 10 min"]
+    found = pydantic_from_argparse(WatchingConfig, parser, arguments)
+    assert found.every == expected
+    assert WatchingConfig.__pydantic_fields__["every"].default == EverySteps(5)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("5 stepps", "every: .*can't read '5 stepps' as a schedule"),
+        (7, "every: .*7 of what\\? write '7 steps' or '7 epochs'"),
+        (True, "every: .*expected a schedule or its text, got bool"),
+        (None, "every: .*expected a schedule or its text, got NoneType"),
+        (2.5, "every: .*expected a schedule or its text, got float"),
+    ],
+)
+def test_a_field_that_is_no_schedule_is_told(value: Any, message: str) -> None:
+    """With the field's place in the document."""
+    with pytest.raises(ConfigFieldError, match=message):
+        WatchingConfig.from_dict({"every": value})

@@ -1,0 +1,406 @@
+"""The steps and epochs with which a schedule is due, against what plain counting says."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from robo_orchard_lab.pipeline import CHANNEL_NAMES, ChannelName, PipelineHookArgs, PipelineHooks
+from robo_orchard_lab.pipeline.hooks.mixin import HookContext
+from robo_orchard_lab.pipeline.schedule import (
+    AnyOf,
+    AtSteps,
+    EveryEpochs,
+    EveryOptimizerSteps,
+    EverySteps,
+    First,
+    Last,
+    Role,
+    Schedule,
+)
+from tiny import make_loader, make_trainer
+
+
+class Step(NamedTuple):
+    """A step of a run as it must go, counted by hand."""
+
+    number: int
+    """From 1."""
+    epoch: int
+    """From 1."""
+    ends_epoch: bool
+    boundary: bool
+    """Whether an update is due."""
+    updates: int
+    """How many were committed before."""
+    committed: bool
+    """Whether its own was."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A run, and what happens in it, worked out by plain counting."""
+
+    batches: int = 3
+    window: int = 1
+    max_step: int | None = None
+    max_optimizer_step: int | None = None
+    max_epoch: int | None = None
+    skips: frozenset[int] = frozenset()
+    """Which of the updates that are due are skipped, from 0."""
+    sized: bool = True
+    """Whether the data tells its length."""
+
+    def steps(self) -> Iterator[Step]:
+        number = updates = due = 0
+        for epoch in range(1, 1000):
+            in_window = 0
+            for batch in range(1, self.batches + 1):
+                number, in_window = number + 1, in_window + 1
+                ends_epoch = batch == self.batches
+                boundary = in_window == self.window or ends_epoch or number == self.max_step
+                committed = boundary and due not in self.skips
+                yield Step(number, epoch, ends_epoch, boundary, updates, committed)
+                updates, due = updates + committed, due + boundary
+                in_window = 0 if boundary else in_window
+                if number == self.max_step or updates == self.max_optimizer_step:
+                    return
+            if epoch == self.max_epoch:
+                return
+
+    def epochs(self) -> list[tuple[int, bool]]:
+        """Each epoch from 1, and whether the data is known to have been passed over to its end."""
+        *_, last = steps = [*self.steps()]
+        limited = last.number == self.max_step or (
+            last.updates + last.committed == self.max_optimizer_step
+        )
+        last_completed = last.ends_epoch and (self.sized or not limited)
+        return [(e, e < last.epoch or last_completed) for e in range(1, steps[-1].epoch + 1)]
+
+    def run(self, hooks: Any, **options: Any) -> Any:
+        """The trainer of such a run, after it."""
+        skipping = PipelineHooks()
+
+        @skipping.on_optimizer_step.before
+        def skip(args: PipelineHookArgs) -> None:
+            progress = args.progress
+            if progress.optimizer_step_id + progress.skipped_optimizer_steps in self.skips:
+                args.skip_reason = "planted"
+
+        loader = make_loader(self.batches - 1, batch_size=2, rest=1)
+        trainer = make_trainer(
+            [skipping, *hooks],
+            loader=loader if self.sized else Unsized(loader),
+            accumulate=self.window,
+            max_step=self.max_step,
+            max_optimizer_step=self.max_optimizer_step,
+            max_epoch=self.max_epoch,
+            **options,
+        )
+        trainer()
+        return trainer
+
+
+class Unsized:
+    """Data that doesn't tell how much it is."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+
+def expected(when: Schedule, channel: ChannelName, role: Role, setting: Setting) -> list[int]:
+    """The numbers of the steps, or on ``on_epoch`` of the epochs, with which it must be due."""
+    if isinstance(when, AnyOf):
+        parts = [expected(part, channel, role, setting) for part in when.schedules]
+        return sorted(set().union(*parts))
+    if channel == "on_epoch":
+        ended = [(e, c or role == "before") for e, c in setting.epochs()]
+        if isinstance(when, Last):
+            return [epoch for epoch, _ in ended if ends_with(epoch, role, setting)]
+        n = when.n if isinstance(when, EveryEpochs) else 0
+        assert n or isinstance(when, First)
+        return [e for e, completed in ended if completed and (e % n == 0 if n else e == 1)]
+    updated = channel == "on_optimizer_step" and role == "after"
+
+    def is_due(step: Step) -> bool:
+        # The update with which it is due is known once it is committed, and foreseen before.
+        update = (step.committed if updated else step.boundary) and step.updates + 1
+        if isinstance(when, EverySteps):
+            return step.number % when.n == 0
+        if isinstance(when, EveryOptimizerSteps):
+            return bool(update) and update % when.n == 0
+        if isinstance(when, AtSteps):
+            return step.number in when.steps
+        if isinstance(when, First):
+            return step.number == 1
+        assert isinstance(when, Last)
+        ends_epochs = setting.sized and step.ends_epoch and step.epoch == setting.max_epoch
+        limits = setting.max_step, setting.max_optimizer_step
+        return ends_epochs or step.number == limits[0] or (bool(update) and update == limits[1])
+
+    reached = [s for s in setting.steps() if s.boundary or channel != "on_optimizer_step"]
+    return [step.number for step in reached if is_due(step)]
+
+
+def ends_with(epoch: int, role: Role, setting: Setting) -> bool:
+    """Whether an epoch is the last one, as far as it is known ahead or afterwards."""
+    last = setting.epochs()[-1][0]
+    if role == "after" or setting.sized:
+        return epoch == last
+    return epoch == setting.max_epoch
+
+
+STEP_CHANNELS: tuple[ChannelName, ...] = CHANNEL_NAMES[2:7]
+ROLES: tuple[Role, ...] = ("before", "after")
+small = st.integers(1, 5)
+due_on_steps = st.one_of(
+    st.builds(EverySteps, small),
+    st.builds(EveryOptimizerSteps, small),
+    st.builds(AtSteps, st.sets(st.integers(1, 12), min_size=1, max_size=4)),
+    st.just(First()),
+    st.just(Last()),
+)
+due_on_epochs = st.one_of(st.builds(EveryEpochs, small), st.just(First()), st.just(Last()))
+
+
+def joined(parts: st.SearchStrategy[Schedule]) -> st.SearchStrategy[Schedule]:
+    return parts | st.tuples(parts, parts).map(AnyOf)
+
+
+runs = st.builds(
+    Setting,
+    batches=small,
+    window=st.integers(1, 4),
+    max_step=st.none() | st.integers(1, 12),
+    max_optimizer_step=st.none() | small,
+    max_epoch=st.integers(1, 3),
+    skips=st.frozensets(st.integers(0, 6), max_size=3),
+    sized=st.booleans(),
+)
+
+
+class Firing(PipelineHooks):
+    """Writes down the number of the step, or the epoch, with which each of its functions ran."""
+
+    def __init__(self, schedules: list[Schedule], channels: tuple[ChannelName, ...]) -> None:
+        super().__init__()
+        self.fired: dict[tuple[Schedule, ChannelName, str], list[int]] = {}
+        for when in schedules:
+            for channel in channels:
+                self._register(when, channel, ["before"])
+                self._register(when, channel, ["after"])
+                self._register(when, channel, ["before", "after"])
+
+    def _register(self, when: Schedule, channel: ChannelName, roles: list[Role]) -> None:
+        def noting(role: str) -> Callable[[PipelineHookArgs], None]:
+            kind = role if len(roles) == 1 else f"{role} of both"
+            fired = self.fired[when, channel, kind] = []
+
+            def note(args: PipelineHookArgs) -> None:
+                fired.append(1 + (args.epoch_id if channel == "on_epoch" else args.global_step_id))
+
+            return note
+
+        functions: dict[str, Any] = {role: noting(role) for role in roles}
+        self.register_hook(channel, HookContext.from_callable(**functions), when)
+
+
+def check(firing: Firing, setting: Setting) -> None:
+    for (when, channel, kind), fired in firing.fired.items():
+        # A pair is entered by what its before finds, and left whenever it was entered.
+        role: Role = "after" if kind == "after" else "before"
+        foreseen = isinstance(when, Last) or Last() in getattr(when, "schedules", ())
+        if channel == "on_epoch" and role == "before" and setting.skips and foreseen:
+            continue  # an epoch that is foreseen as the last one may not be it
+        told = f"{when} on {channel}, {kind}, in {setting}"
+        assert fired == expected(when, channel, role, setting), told
+
+
+@given(runs, st.lists(joined(due_on_steps), min_size=1, max_size=3, unique=True))
+@settings(max_examples=60, deadline=None)
+@example(Setting(3, 2, max_epoch=2, max_optimizer_step=3, skips=frozenset({1})), [Last()])
+@example(Setting(3, 2, max_step=4, max_epoch=2), [Last(), EveryOptimizerSteps(2)])
+@example(Setting(2, 3, max_epoch=2, sized=False), [Last(), First()])
+def test_steps_are_due_as_counted(setting: Setting, schedules: list[Schedule]) -> None:
+    """On every channel of a step, before and after, in windows that end early and with skips."""
+    firing = Firing(schedules, STEP_CHANNELS)
+    trainer = setting.run([firing])
+    *_, last = setting.steps()
+    assert trainer.progress.global_step_id == last.number
+    check(firing, setting)
+
+
+@given(runs, st.lists(joined(due_on_epochs), min_size=1, max_size=3, unique=True))
+@settings(max_examples=40, deadline=None)
+@example(Setting(3, 2, max_epoch=3, max_optimizer_step=3), [Last()])
+@example(Setting(3, 1, max_epoch=3, max_step=4), [Last() | First()])
+def test_epochs_are_due_as_counted(setting: Setting, schedules: list[Schedule]) -> None:
+    """The after of an epoch that was cut short is not due, but with the end of the run."""
+    firing = Firing(schedules, ("on_epoch",))
+    setting.run([firing])
+    check(firing, setting)
+
+
+@given(runs.filter(lambda run: run.sized and not run.skips))
+@settings(max_examples=20, deadline=None)
+def test_the_last_step_is_the_last(setting: Setting) -> None:
+    """Where lengths are known and no update is skipped, it is due once: when the run ends."""
+    firing = Firing([Last()], ("on_step",))
+    trainer = setting.run([firing])
+    assert set(map(tuple, firing.fired.values())) == {(trainer.progress.global_step_id,)}
+
+
+@given(runs, joined(due_on_steps | due_on_epochs))
+@settings(max_examples=40, deadline=None)
+def test_requests_are_made_where_a_schedule_is_due(setting: Setting, when: Schedule) -> None:
+    """What is registered at the commit point is asked on the channel that knows."""
+    asked: set[tuple[str, int]] = set()
+    hooks = PipelineHooks()
+    handle = hooks.register_at_commit(
+        lambda args: asked.add(
+            ("step", args.global_step_id + 1)
+            if args.progress.in_step
+            else ("epoch", args.epoch_id + 1)
+        ),
+        when,
+    )
+    setting.run([hooks])
+    wanted: set[tuple[str, int]] = set()
+    for part in when.schedules if isinstance(when, AnyOf) else [when]:
+        channel = {
+            EveryOptimizerSteps: "on_optimizer_step",
+            EveryEpochs: "on_epoch",
+            Last: "on_epoch",
+        }.get(type(part), "on_step")
+        kind = "epoch" if channel == "on_epoch" else "step"
+        wanted |= {(kind, number) for number in expected(part, channel, "after", setting)}  # type: ignore[arg-type]  # a channel
+    assert asked == wanted
+    handle.remove()
+    handle.remove()
+    assert all(len(hooks.get_channel(channel)) == 0 for channel in CHANNEL_NAMES)
+
+
+EVERYTHING: list[Schedule] = [
+    EverySteps(2),
+    EverySteps(3) | AtSteps({5}),
+    EveryOptimizerSteps(1),
+    EveryOptimizerSteps(2),
+    AtSteps({1, 4}),
+    First(),
+    Last(),
+]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting(batches=3, window=1, max_step=7),
+        Setting(batches=5, window=2, max_epoch=2, skips=frozenset({1})),
+        Setting(batches=4, window=3, max_epoch=5, max_optimizer_step=5),
+    ],
+    ids=str,
+)
+def test_a_resumed_run_fires_where_the_straight_one_does(setting: Setting, tmp_path: Path) -> None:
+    """Whatever step it is stopped at; only an epoch that is entered again is begun again."""
+    straight = Firing(EVERYTHING, STEP_CHANNELS)
+    of_epochs = Firing([EveryEpochs(2), First(), Last()], ("on_epoch",))
+    of_epochs.name = "epochs"
+    steps = setting.run([straight, of_epochs]).progress.global_step_id
+    for stop in range(1, steps):
+        parts = []
+        for part in ("first", "second"):
+            firing = Firing(EVERYTHING, STEP_CHANNELS)
+            epochs = Firing([EveryEpochs(2), First(), Last()], ("on_epoch",))
+            epochs.name = "epochs"
+            folder = tmp_path / str(stop)
+            stopping = PipelineHooks()
+            if part == "first":
+                stopping.register_hook(
+                    "on_step",
+                    HookContext.from_callable(after=lambda args: args.requests.stop("half")),
+                    AtSteps({stop}),
+                )
+                setting.run([firing, epochs, stopping]).save_checkpoint(folder)
+            else:
+                setting.run([firing, epochs], resume_from=folder)
+            parts.append((firing.fired, epochs.fired))
+        (first, first_epochs), (second, second_epochs) = parts
+        for key, fired in straight.fired.items():
+            assert first[key] + second[key] == fired, f"{key}, stopped after step {stop}"
+        for key, fired in of_epochs.fired.items():
+            both = first_epochs[key] + second_epochs[key]
+            if key[2] == "after":
+                assert both == fired, f"{key}, stopped after step {stop}"
+            else:
+                assert sorted(set(both)) == fired, f"{key}, stopped after step {stop}"
+
+
+class Clock:
+    """A clock that a run moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+
+@pytest.mark.parametrize(
+    ("when", "steps"),
+    [
+        ("20 s", [4, 7, 10]),
+        ("20 s | at steps 5", [4, 5, 7, 10]),
+        ("at steps 4 | 20 s", [4, 7, 10]),  # the clock is looked at in step 4 as well
+    ],
+)
+def test_seconds_are_counted_from_the_last_time(
+    when: str, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the first step that ends when the time is up; a new run begins anew."""
+    clock = Clock(monkeypatch)
+    fired: list[int] = []
+    hooks = PipelineHooks()
+    timed: HookContext[PipelineHookArgs] = HookContext.from_callable(
+        after=lambda args: fired.append(args.global_step_id + 1)
+    )
+    hooks.register_hook("on_step", timed, when)
+
+    @hooks.on_batch.before
+    def wait(args: PipelineHookArgs) -> None:
+        clock.now += 30 if args.global_step_id == 6 else 8
+
+    Setting(batches=5, max_step=12).run([hooks])
+    assert fired == steps
+    fired.clear()
+    clock.now += 1000
+    Setting(batches=5, max_step=12).run([hooks])
+    assert fired == steps
+
+
+def test_a_failing_step_asks_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rank may be the only one that fails, so that nobody would answer."""
+    clock = Clock(monkeypatch)
+    fired: list[int] = []
+    hooks = PipelineHooks()
+    timed: HookContext[PipelineHookArgs] = HookContext.from_callable(
+        after=lambda args: fired.append(args.global_step_id)
+    )
+    hooks.register_hook("on_step", timed, "1 s")
+
+    @hooks.on_batch.before
+    def wait(args: PipelineHookArgs) -> None:
+        clock.now += 2
+        if args.global_step_id == 2:
+            raise ValueError("planted")
+
+    with pytest.raises(ValueError, match="planted"):
+        Setting(max_step=3).run([hooks])
+    assert fired == [1]

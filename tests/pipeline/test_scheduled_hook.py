@@ -1,0 +1,210 @@
+"""Hooks that have a schedule: pairs, errors, printing, and decorators that register them."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from robo_orchard_core.utils.hook import HookContextChannel, HookRegistrationError
+from robo_orchard_lab.pipeline import CHANNEL_NAMES, ChannelName, PipelineHookArgs, PipelineHooks
+from robo_orchard_lab.pipeline.hooks.mixin import HookContext
+from robo_orchard_lab.pipeline.schedule import (
+    EverySteps,
+    Last,
+    ScheduleError,
+)
+from tiny import make_trainer
+
+
+def test_a_pair_is_entered_and_left_together() -> None:
+    """What the before found holds for the after, also where that would find otherwise."""
+    seen: list[str] = []
+
+    def note(role: str) -> Callable[[PipelineHookArgs], None]:
+        return lambda args: seen.append(f"{role} {args.global_step_id} {args.update_committed}")
+
+    hooks = PipelineHooks()
+    pair = HookContext.from_callable(note("before"), note("after"))
+    hooks.register_hook("on_optimizer_step", pair, "2 optimizer steps")
+    alone = HookContext.from_callable(after=note("alone"))
+    hooks.register_hook("on_optimizer_step", alone, "2 optimizer steps")
+    skipping = PipelineHooks()
+
+    @skipping.on_optimizer_step.before
+    def skip(args: PipelineHookArgs) -> None:
+        args.skip_reason = "planted" if args.global_step_id == 1 else None
+
+    make_trainer([skipping, hooks], max_step=5)()
+    assert seen == [
+        *("before 1 None", "after 1 False"),  # the second update was skipped,
+        *("before 2 None", "alone 2 True", "after 2 True"),  # and came with the third step
+        *("before 4 None", "alone 4 True", "after 4 True"),
+    ]
+
+
+def test_an_entered_pair_is_left_when_the_body_fails() -> None:
+    """As with every hook: the after of one that was entered runs and sees the error."""
+    seen: list[tuple[int, str]] = []
+    hooks = PipelineHooks()
+    pair: HookContext[PipelineHookArgs] = HookContext.from_callable(
+        before=lambda args: seen.append((args.global_step_id, "before")),
+        after=lambda args: seen.append((args.global_step_id, repr(args.exception))),
+    )
+    hooks.register_hook("on_step", pair, "2 steps")
+
+    @hooks.on_batch.before
+    def fail(args: PipelineHookArgs) -> None:
+        if args.global_step_id == 3:
+            raise ValueError("planted")
+
+    with pytest.raises(ValueError, match="planted"):
+        make_trainer(hooks, max_step=5)()
+    assert seen == [(1, "before"), (1, "None"), (3, "before"), (3, "ValueError('planted')")]
+
+
+@pytest.mark.parametrize(
+    ("channel", "when", "message"),
+    [
+        (
+            "on_epoch",
+            "10 steps",
+            "10 steps can never be due on on_epoch; register .* on on_step or",
+        ),
+        ("on_loop", "first", "first can never be due on on_loop; .*on_step or .* or on_epoch"),
+        ("on_evaluation", "1 epoch", "1 epoch can never be due on on_evaluation.* on on_epoch$"),
+        ("on_step", "1 epoch", "can never be due on on_step"),
+        (
+            "on_step",
+            "10 steps | 2 epochs",
+            r"'2 epochs' in '10 steps \| 2 epochs' can never be due on on_step, only on on_epoch; "
+            ".*register_at_commit",
+        ),
+        ("on_step", "10 stepps", "can't read '10 stepps'"),
+        ("on_step", 10, "10 of what"),
+    ],
+)
+def test_a_schedule_that_is_never_due_is_refused(
+    channel: ChannelName, when: Any, message: str
+) -> None:
+    """When the hook is registered; nothing is registered then."""
+    hooks = PipelineHooks()
+    with pytest.raises(ScheduleError, match=message):
+        hooks.register_hook(channel, HookContext.from_callable(print), when)
+    assert len(hooks.get_channel(channel)) == 0
+
+
+def test_only_a_hook_context_is_given_a_schedule() -> None:
+    """A channel with a schedule is refused, not registered without it."""
+    channel = HookContextChannel[PipelineHookArgs]("mine")
+    with pytest.raises(
+        HookRegistrationError, match="HookContext with a schedule, got HookContextC"
+    ):
+        PipelineHooks().register_hook("on_step", channel, "2 steps")  # type: ignore[arg-type]
+
+
+class Stubborn(PipelineHooks):
+    def fail(self, args: PipelineHookArgs) -> None:
+        raise ValueError("planted")
+
+    def __call__(self, args: PipelineHookArgs) -> None:
+        raise ValueError("planted")
+
+
+def fail(args: PipelineHookArgs, how: str = "") -> None:
+    raise ValueError("planted")
+
+
+def line_of(function: Any) -> str:
+    return f"test_scheduled_hook.py:{function.__code__.co_firstlineno}"
+
+
+@pytest.mark.parametrize("role", ["before", "after"])
+@pytest.mark.parametrize(
+    ("function", "told", "where"),
+    [
+        (fail, "function fail", line_of(fail)),
+        (Stubborn().fail, r"bound method Stubborn\(id=\d+\)\.fail", line_of(Stubborn.fail)),
+        (functools.partial(fail, how="much"), "partial of function fail", line_of(fail)),
+        (functools.partial(Stubborn().fail), "partial of bound method", line_of(Stubborn.fail)),
+        (Stubborn(), r"object Stubborn\(id=\d+\)", line_of(Stubborn.__call__)),
+    ],
+    ids=["function", "bound method", "partial", "partial of a method", "object"],
+)
+def test_an_error_names_the_function_behind_the_schedule(
+    function: Any, told: str, where: str, role: str
+) -> None:
+    """With the line where it is defined, not that of the schedule's gate."""
+    hooks = PipelineHooks("mine")
+    functions = {role: function}
+    hooks.register_hook("on_step", HookContext.from_callable(**functions), "2 steps")
+    with pytest.raises(ValueError, match="planted") as raised:
+        make_trainer(hooks, max_step=3)()
+    note = raised.value.__notes__[0]
+    assert note.startswith(f"raised in hook 'mine' (on_step, {role}): ")
+    assert note.endswith(where)
+    assert re.search(told, note)
+
+
+def test_the_tree_shows_the_schedule() -> None:
+    """After each hook that has one, in its short text."""
+    hooks = PipelineHooks()
+    hooks.register_hook("on_step", HookContext.from_callable(after=fail), "100 steps | first")
+    hooks.register_hook("on_step", HookContext.from_callable(after=fail))
+    lines = [line.strip() for line in repr(hooks).splitlines()]
+    (scheduled,) = [line for line in lines if "when" in line]
+    assert scheduled.endswith(")> when 100 steps | first,")
+    assert scheduled.startswith("after=<FunctionInfo function fail from")
+
+
+def test_decorators_register_and_return_the_function() -> None:
+    """Bare, called without arguments, and with a schedule and a name."""
+    seen: list[str] = []
+    hooks = PipelineHooks("mine")
+
+    @hooks.on_step.before
+    def bare(args: PipelineHookArgs) -> None:
+        seen.append(f"bare {args.global_step_id}")
+
+    @hooks.on_step.after()
+    def called(args: PipelineHookArgs) -> None:
+        seen.append(f"called {args.global_step_id}")
+
+    @hooks.on_step.after(when=EverySteps(2), name="second")
+    def scheduled(args: PipelineHookArgs) -> None:
+        seen.append(f"scheduled {args.global_step_id}")
+        raise ValueError("planted")
+
+    with pytest.raises(ValueError, match="planted") as raised:
+        make_trainer(hooks, max_step=3)()
+    assert seen == ["bare 0", "called 0", "bare 1", "scheduled 1", "called 1"]
+    assert "hook 'second'" in raised.value.__notes__[0]
+    bare(PipelineHookArgs())
+    assert seen[-1] == "bare 0"
+
+
+@pytest.mark.parametrize("channel", CHANNEL_NAMES)
+def test_every_channel_has_its_decorators(channel: ChannelName) -> None:
+    """They register where their name says."""
+    hooks = PipelineHooks()
+    getattr(hooks, channel).before(fail)
+    getattr(hooks, channel).after(fail)
+    assert [len(hooks.get_channel(name)) for name in CHANNEL_NAMES] == [
+        2 * (name == channel) for name in CHANNEL_NAMES
+    ]
+
+
+def test_wrong_use_of_decorators_is_told() -> None:
+    """A schedule without its keyword, and a decorator of no bundle."""
+    with pytest.raises(HookRegistrationError, match=r"@hooks\.on_step\.after\(when='2 steps'\)"):
+        PipelineHooks().on_step.after("2 steps")  # type: ignore[call-overload]
+    with pytest.raises(HookRegistrationError, match=r"@hooks\.on_epoch\.before\(when='last'\)"):
+        PipelineHooks().on_epoch.before(Last())  # type: ignore[call-overload]
+    with pytest.raises(HookRegistrationError, match=r"on_step\.before .* on an instance"):
+
+        class Wrong(PipelineHooks):
+            @PipelineHooks.on_step.before  # type: ignore[type-var]  # what is tested
+            def run(self, args: PipelineHookArgs) -> None: ...
