@@ -64,15 +64,15 @@ def trace_call(what: str) -> TracedCall:
     """Describe the call that led here, by the stack outside of this package."""
     frames = [*_frames_outside()]
     for index, frame in enumerate(frames):
-        first = _first_argument(frame)
-        if isinstance(first, PipelineHooks):
-            outermost = index + _outermost_of(first, frames[index:])
-            return TracedCall(what, _places(frames[: outermost + 1]), first.name, at_commit=False)
-        if isinstance(first, HookContextChannel):
-            for inner in range(index - 1, -1, -1):
-                label = _label_of(frames[inner].f_code, first)
-                if label is not None:
-                    return TracedCall(what, _places(frames[: inner + 1]), label, at_commit=False)
+        owner = _owner_of(frame)
+        if isinstance(owner, PipelineHooks):
+            outermost = index + _outermost_of(owner, frames[index:])
+            return TracedCall(what, _places(frames[: outermost + 1]), owner.name, at_commit=False)
+        if isinstance(owner, HookContextChannel):
+            found = _hook_function(frames[:index], owner)
+            if found is not None:
+                inner, label = found
+                return TracedCall(what, _places(frames[: inner + 1]), label, at_commit=False)
         if frame.f_code in _AT_COMMIT:
             return TracedCall(what, _places(frames[: index + 1]), None, at_commit=True)
     return TracedCall(what, _places(frames)[:1], None, at_commit=False)
@@ -94,29 +94,39 @@ def _places(frames: Iterable[FrameType]) -> tuple[Place, ...]:
     )
 
 
-def _first_argument(frame: FrameType) -> Any:
-    code = frame.f_code
-    return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+def _owner_of(frame: FrameType) -> Any:
+    """The object whose method a frame runs, or a function that was made in one."""
+    return frame.f_locals.get("self")
 
 
 def _outermost_of(hook: PipelineHooks, frames: Sequence[FrameType]) -> int:
     """The index of the method by which a hook was called."""
     outermost = 0
     for index, frame in enumerate(frames):
-        first = _first_argument(frame)
-        if first is hook:
+        owner = _owner_of(frame)
+        if owner is hook:
             outermost = index
-        elif isinstance(first, HookContextChannel):
+        elif isinstance(owner, HookContextChannel):
             break
     return outermost
 
 
-def _label_of(code: CodeType, channel: HookContextChannel[Any]) -> str | None:
-    """The name of the hook of a channel whose before or after has this code."""
-    for entry in channel.entries():
-        if any(f is not None and _code_of(f) is code for f in (entry.before, entry.after)):
-            return entry.label
-    return None
+def _hook_function(
+    frames: Sequence[FrameType], channel: HookContextChannel[Any]
+) -> tuple[int, str] | None:
+    """Which of the frames is a hook of the channel, if any is, and the name of the hook.
+
+    It is the function's own, or else that of the schedule that is asked about it.
+    """
+    asked: tuple[int, str] | None = None
+    for index in range(len(frames) - 1, -1, -1):
+        for entry in channel.entries():
+            functions = [f for f in (entry.before, entry.after) if f is not None]
+            if any(_code_of(function) is frames[index].f_code for function in functions):
+                return index, entry.label
+            if asked is None and _owner_of(frames[index]) is entry.context:
+                asked = index, entry.label
+    return asked
 
 
 def _code_of(function: Callable[..., Any]) -> CodeType | None:

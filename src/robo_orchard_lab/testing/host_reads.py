@@ -43,8 +43,8 @@ def count_host_reads(device: str | torch.device | None = None) -> Iterator[list[
     Seen are ``item``, ``float``, ``int``, ``bool`` and comparisons in conditions, ``tolist``,
     ``numpy``, ``cpu``, printing, copies from a device to the host, ``torch.tensor`` of tensors,
     and operators that give a number or a tensor whose size follows from values (``equal``,
-    ``allclose``, ``nonzero``, ``unique``, a mask as an index). What ``cpu`` has given is on the
-    host, so that to read it further counts no more.
+    ``allclose``, ``nonzero``, ``unique``, a mask as an index). What ``cpu`` has given, and what is
+    made of that alone, is on the host, so that to read it counts no more.
 
     Not seen are ``torch.cuda.synchronize`` and waiting for events and streams, other threads, and
     ``.to("cpu")`` of a tensor that lies there.
@@ -66,11 +66,10 @@ class _Recorder:
         self._within = False
 
     def run(self, what: str, tensor: torch.Tensor, call: Callable[[], Any]) -> Any:
-        """Do a read, and record it unless it is a part of another."""
+        """Do a read, and record it unless it is a part of another, or on the host already."""
         if self._within:
             return call()
-        wanted = self._device_type in (None, tensor.device.type)
-        if wanted and (what == "cpu" or self._on_host.get(id(tensor)) is not tensor):
+        if self._device_type in (None, tensor.device.type) and not self._is_on_host(tensor):
             self.reads.append(trace_call(what))
         self._within = True
         try:
@@ -78,8 +77,27 @@ class _Recorder:
         finally:
             self._within = False
         if what == "cpu":
+            if result is tensor:  # on a device it would be another one
+                result = tensor.view_as(tensor)
             self._on_host[id(result)] = result
         return result
+
+    def follow(self, given: Any, result: Any) -> None:
+        """What is made of tensors on the host alone is on the host."""
+        tensors = [*_tensors_in(given)] if self._on_host else []
+        if tensors and all(map(self._is_on_host, tensors)):
+            self._on_host.update((id(made), made) for made in _tensors_in(result))
+
+    def _is_on_host(self, tensor: torch.Tensor) -> bool:
+        return self._on_host.get(id(tensor)) is tensor
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors_in(item)
 
 
 class _SeeCalls(TorchFunctionMode):
@@ -104,7 +122,9 @@ class _SeeCalls(TorchFunctionMode):
             inside = next((x for x in args[0] if isinstance(x, torch.Tensor)), None)
             if inside is not None:
                 return self._recorder.run("torch.tensor of tensors", inside, call)
-        return call()
+        result = call()
+        self._recorder.follow([args, [*(kwargs or {}).values()]], result)
+        return result
 
 
 class _SeeOperators(TorchDispatchMode):
