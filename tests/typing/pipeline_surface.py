@@ -16,6 +16,16 @@ from robo_orchard_lab.pipeline.hooks.mixin import (
     PipelineHooks,
     PipelineHooksConfig,
 )
+from robo_orchard_lab.pipeline.schedule import EverySeconds, EverySteps, Last, Schedule
+from robo_orchard_lab.testing import (
+    TracedCall,
+    assert_no_device_sync,
+    assert_state_round_trip,
+    assert_weights_unchanged,
+    count_collectives,
+    count_host_reads,
+    run_hook,
+)
 
 
 class MyHook(PipelineHooks):
@@ -47,6 +57,62 @@ class MyHook(PipelineHooks):
 class MyHookConfig(PipelineHooksConfig[MyHook]):
     class_type: type[MyHook] = MyHook
     every: int = 5
+
+
+class OnSchedule(PipelineHooks):
+    def __init__(self, every: Schedule | str) -> None:
+        super().__init__()
+        self.register_hook("on_step", HookContext.from_callable(after=self.note), when=every)
+        self.register_hook("on_step", HookContext.from_callable(after=self.note), when=5)  # type: ignore[arg-type]
+        assert_type(self.register_at_commit(self.note, EverySteps(5)), RemovableHandle)
+
+    def note(self, args: PipelineHookArgs) -> None: ...
+
+
+def decorate(hooks: PipelineHooks) -> None:
+    @hooks.on_step.before
+    def bare(args: PipelineHookArgs) -> int:
+        return args.step_id
+
+    @hooks.on_epoch.after()
+    def called(args: PipelineHookArgs) -> None: ...
+
+    @hooks.on_step.after(when=EverySteps(100) | EverySeconds(60), name="told")
+    def scheduled(args: PipelineHookArgs) -> str:
+        return ""
+
+    assert_type(bare(PipelineHookArgs()), int)
+    called(PipelineHookArgs())
+    assert_type(scheduled(PipelineHookArgs()), str)
+    hooks.on_step.after(when="100 steps | 1 epoch")(called)
+    hooks.on_step.after("100 steps")  # type: ignore[call-overload]
+    hooks.on_step.after(when=100)  # type: ignore[call-overload]
+
+    @hooks.on_step.before  # type: ignore[type-var]
+    def wrong(number: int) -> None: ...
+
+
+def schedules() -> None:
+    assert_type(Schedule.parse("100 steps"), Schedule)
+    assert_type(EverySteps(100) | Last(), Schedule)
+    _ = EverySteps(100) | "1 epoch"  # type: ignore[operator]
+
+
+def test_a_hook() -> None:
+    run = run_hook(MyHookConfig(every=2), steps=6, accumulate=2, model=torch.nn.Linear(4, 2))
+    assert_type(run.metrics, dict[str, dict[int, float]])
+    assert_type(run.hook, PipelineHooks)
+    run_hook(
+        [MyHookConfig, lambda: MyHookConfig()(), MyHookConfig()()], optimizer=torch.optim.AdamW
+    )
+    run_hook(MyHookConfig(), step=6)  # type: ignore[call-arg]
+    run_hook(MyHookConfig(), steps="6")  # type: ignore[arg-type]
+    assert_state_round_trip(MyHookConfig(), stop_at=[1, 2], epochs=2)
+    assert_weights_unchanged(MyHookConfig, data=[torch.ones(2)])
+    assert_no_device_sync(lambda: MyHookConfig(), allowed=2)
+    with count_host_reads() as reads, count_collectives() as calls:
+        assert_type(reads, list[TracedCall])
+        assert_type(calls, list[TracedCall])
 
 
 class Processor(SimpleBatchProcessor):
