@@ -11,6 +11,7 @@ from robo_orchard_lab.pipeline.checkpoint import load_named_optimizer_state, nam
 from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
+from robo_orchard_lab.pipeline.plain_model import plain_model, plain_name
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.trainer.position import DataPosition
 
@@ -27,13 +28,6 @@ _PARTS = {
     "types",
     "window",
 }
-_COMPILED = "_orig_mod."  # what torch.compile puts into the names of what it wraps
-
-
-def plain_model(run: PipelineRun) -> torch.nn.Module:
-    """The model without the wrappers of several processes and of compilation."""
-    model: torch.nn.Module = run.accelerator.unwrap_model(run.model, keep_torch_compile=False)
-    return model
 
 
 def plain_weights(run: PipelineRun) -> dict[str, torch.Tensor]:
@@ -83,7 +77,7 @@ def load_snapshot(
     if not isinstance(state, dict) or set(state) != _PARTS:
         raise StateError(f"expected a state of {', '.join(sorted(_PARTS))}; found {state!r:.80}")
     model = plain_model(run)
-    entries = {name.replace(_COMPILED, ""): name for name in model.state_dict()}
+    entries = {plain_name(name): name for name in model.state_dict()}
     found = {**weights, **state["model_extra"]}
     _check_model(model.state_dict(), {entries.get(n, n): value for n, value in found.items()})
     for part, live in _types(run).items():
@@ -124,7 +118,7 @@ def load_snapshot(
 
 def _entries(run: PipelineRun) -> dict[str, Any]:
     state = plain_model(run).state_dict()
-    return {name.replace(_COMPILED, ""): value for name, value in state.items()}
+    return {plain_name(name): value for name, value in state.items()}
 
 
 def _types(run: PipelineRun) -> dict[str, str | None]:
@@ -138,10 +132,7 @@ def _types(run: PipelineRun) -> dict[str, str | None]:
 
 
 def _names(run: PipelineRun) -> dict[torch.nn.Parameter, str]:
-    return {
-        parameter: name.replace(_COMPILED, "")
-        for name, parameter in plain_model(run).named_parameters()
-    }
+    return {parameter: plain_name(name) for name, parameter in plain_model(run).named_parameters()}
 
 
 def _check_model(live: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
