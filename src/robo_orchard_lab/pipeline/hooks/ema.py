@@ -1,0 +1,278 @@
+"""Keep a moving average of the weights, to evaluate and to save."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import DistributedType
+from pydantic import Field
+
+from robo_orchard_core.utils.hook import HookContext, RemovableHandle
+from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.errors import PipelineConfigError, PipelineStateError, StateError
+from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
+from robo_orchard_lab.pipeline.hooks._averaged_weights import AveragedWeights
+from robo_orchard_lab.pipeline.plain_model import plain_model
+from robo_orchard_lab.pipeline.requests import StopRequest
+from robo_orchard_lab.pipeline.schedule import Last
+
+STATE_VERSION = 1
+
+
+class EMA(PipelineHooks):
+    """The exponential moving average of the weights, moved with each committed update.
+
+    >>> import torch
+    >>> from accelerate import Accelerator
+    >>> from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> _ = torch.nn.init.zeros_(model.weight)
+    >>> processor = SimpleBatchProcessor.from_callable(lambda model, batch: (None, model(batch)))
+    >>> ema = EMAConfig(decay=0.75)()
+    >>> HookBasedTrainer(  # each update takes 1 from the weight
+    ...     Accelerator(cpu=True), model, [torch.ones(1)] * 2, processor,
+    ...     torch.optim.SGD(model.parameters(), lr=1.0), hooks=[ema], max_epoch=1,
+    ... )()
+    >>> with ema.applied():
+    ...     print(model.weight.item())  # 0.75 * (0.75 * 0 + 0.25 * -1) + 0.25 * -2
+    -0.6875
+    >>> model.weight.item()
+    -2.0
+
+    What is trained is averaged; buffers (those that a ``state_dict`` has) and whole numbers are
+    copied with each committed update; what is frozen is what it is. A skipped update moves nothing,
+    and the training is bit for bit what it would be without.
+
+    It runs on every rank, with no exchange and nothing read from the device. The averages of the
+    ranks are equal, since their weights are; buffers are those of each rank, and the first rank's
+    are written. It takes one pass over the weights for each update, and as much memory on the
+    device as what is trained; while it is applied, as much again.
+
+    A hook that evaluates or saves finds it by its name, in ``args.run.weight_sets``. When the run
+    is over, it can still be applied.
+    """
+
+    def __init__(self, cfg: EMAConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self._dtype: torch.dtype | None = cfg.shadow_dtype and getattr(torch, cfg.shadow_dtype)
+        self._updates = 0
+        self._average: AveragedWeights | None = None
+        self._loaded: Mapping[str, Any] | None = None  # until there is a model to load it for
+        self._running = False
+        self._stops: RemovableHandle | None = None
+        self._exported = False
+        self.register_hook(
+            "on_loop", HookContext.from_callable(before=self._begin, after=self._end)
+        )
+        self.register_hook(
+            "on_optimizer_step", HookContext.from_callable(before=self._follow, after=self._move)
+        )
+        if cfg.export_path is not None:
+            self.register_at_commit(self._export, Last())
+
+    def applied(self) -> AbstractContextManager[None]:
+        """The model with the average in it, for the body of a ``with``.
+
+        Afterwards, also when the body raises, the model's own weights and buffers are back bit for
+        bit, whatever the body did to them.
+
+        Raises:
+            PipelineStateError: no run has begun yet, or the average is in the model already.
+        """
+        return self._begun().applied()
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The average by the names of the plain model's ``state_dict``: copies, on the CPU.
+
+        They have the model's data types, so that they are what :meth:`applied` evaluates. Waits for
+        the device.
+
+        Raises:
+            PipelineStateError: no run has begun yet.
+        """
+        return self._begun().weights()
+
+    def _begin(self, args: PipelineHookArgs) -> None:
+        model = plain_model(args.run)
+        if self._average is None or self._average.model is not model:
+            _refuse_sharded(self.name, args, model)
+            if self._average is not None:
+                self._updates = 0  # the average was that of another trainer's model
+            self._average = AveragedWeights(model, self._dtype)
+        if self._loaded is not None:
+            self._average.load_state_dict(self._loaded)
+            self._loaded = None
+        args.run.weight_sets[self.name] = self
+        self._running = True
+        self._exported = False
+        if self.cfg.export_path is not None:
+            self._stops = args.requests.listen(
+                lambda request: self._export(args) if isinstance(request, StopRequest) else None
+            )
+
+    def _end(self, args: PipelineHookArgs) -> None:
+        self._running = False
+        args.run.weight_sets.pop(self.name, None)
+        if self._stops is not None:
+            self._stops.remove()
+
+    def _follow(self, args: PipelineHookArgs) -> None:
+        assert self._average is not None  # on_loop is around this
+        self._average.follow()
+
+    def _move(self, args: PipelineHookArgs) -> None:
+        if args.update_committed:
+            assert self._average is not None
+            self._average.move(self.cfg.decay_of(self._updates + 1))
+            self._updates += 1
+
+    def _export(self, args: PipelineHookArgs) -> None:
+        """The run ends at the commit point that is next."""
+        assert self.cfg.export_path is not None
+        if not self._exported:
+            self._exported = True
+            args.requests.save_weights(
+                self.cfg.export_path, "the run ends", self.name, weights=self.name
+            )
+
+    def _begun(self) -> AveragedWeights:
+        if self._average is None:
+            raise PipelineStateError(
+                f"{self.name} has no average yet: it begins with the run of a trainer that it is "
+                "registered in"
+            )
+        return self._average
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of updates and the tensors, not copied.
+
+        Raises:
+            PipelineStateError: the average is in the model, where it would be saved as the model.
+        """
+        if self._loaded is not None:
+            average = self._loaded
+        else:
+            average = self._average.state_dict() if self._average else {}
+        return {"version": STATE_VERSION, "updates": self._updates, **average}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state: at once while there is a run, else when it begins.
+
+        Raises:
+            StateError: another version, or the average of another model.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise StateError(
+                f"expected a state of {self.name} of version {STATE_VERSION}, "
+                f"found version {state.get('version')!r}"
+            )
+        average = {part: dict(state[part]) for part in ("shadows", "copies") if part in state}
+        if not self._running:
+            self._average, self._loaded = None, average or None
+        elif average:
+            self._begun().load_state_dict(average)
+        else:  # saved ahead of its first run
+            self._average = AveragedWeights(self._begun().model, self._dtype)
+        self._updates = state["updates"]
+
+
+class EMAConfig(PipelineHooksConfig[EMA]):
+    """How fast the average follows: by a constant ``decay``, or by the warm-up schedule.
+
+    The warm-up schedule is that of diffusion policies: with t the committed updates before this
+    one, not counting the first ``update_after_step``,
+
+        decay = clamp(1 - (1 + t / inv_gamma) ** -power, min_decay, max_decay)
+
+    Source: K. Crowson's EMAWarmup (github.com/crowsonkb/k-diffusion), as in Hugging Face's
+    diffusers and LeRobot. The EMAModel of github.com/real-stanford/diffusion_policy is one update
+    behind: its t does not count the first of these either. With ``inv_gamma`` and ``power`` 1 it
+    is the plain mean of the weights after each update.
+
+    >>> [round(EMAConfig(power=0.75).decay_of(update), 4) for update in (1, 2, 10_000)]
+    [0.0, 0.4054, 0.999]
+    >>> EMAConfig(decay=0.9999)().name
+    'EMA'
+    """
+
+    class_type: type[EMA] = EMA
+    decay: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="The part of the average that stays with each committed update; None for the "
+        "warm-up schedule.",
+    )
+    update_after_step: int = Field(
+        default=0,
+        ge=0,
+        description="In committed updates: so long the average is just the weights.",
+    )
+    inv_gamma: float = Field(
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Stretches the warm-up schedule, in committed updates.",
+    )
+    power: float = Field(
+        default=0.75,
+        gt=0,
+        allow_inf_nan=False,
+        description="How fast the warm-up schedule rises: with 3/4 to 0.999 in 10,000 updates, "
+        "with 2/3 in 31,600.",
+    )
+    min_decay: float = Field(
+        default=0.0, ge=0, lt=1, description="The least decay when warming up."
+    )
+    max_decay: float = Field(
+        default=0.9999, ge=0, le=1, description="The highest decay of the warm-up schedule."
+    )
+    shadow_dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = Field(
+        default=None,
+        description="The data type to average in; None for that of each parameter, and float32 "
+        "for those in half precision.",
+    )
+    export_path: str | None = Field(
+        default=None,
+        description="Where to write the average at the end of the run: a safetensors file, which "
+        "is replaced.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.min_decay > self.max_decay:
+            raise ValueError(
+                f"min_decay must be <= max_decay, got {self.min_decay} and {self.max_decay}"
+            )
+        idle = [
+            name
+            for name in ("inv_gamma", "power", "min_decay", "max_decay")
+            if getattr(self, name) != type(self).model_fields[name].default
+        ]
+        if self.decay is not None and idle:
+            raise ValueError(
+                f"{', '.join(idle)} shape the warm-up schedule, which decay={self.decay} replaces; "
+                "give one or the other"
+            )
+
+    def decay_of(self, update: int) -> float:
+        """The decay of one committed update, the first being number 1."""
+        before = update - 1 - self.update_after_step
+        if before < 0:
+            return 0.0
+        if self.decay is not None:
+            return self.decay
+        warmed: float = 1.0 - (1.0 + before / self.inv_gamma) ** -self.power
+        return min(max(warmed, self.min_decay), self.max_decay)
+
+
+def _refuse_sharded(name: str, args: PipelineHookArgs, model: torch.nn.Module) -> None:
+    sharded = args.accelerator.distributed_type is DistributedType.FSDP
+    if sharded or any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        raise PipelineConfigError(
+            f"{name} averages whole parameters, and those of this model are divided among the "
+            "processes (FSDP or DTensor); train it with plain data parallelism, or without EMA"
+        )

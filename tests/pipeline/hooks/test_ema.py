@@ -1,0 +1,693 @@
+"""The moving average of the weights."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from robo_orchard_lab.pipeline import (
+    HookBasedTrainer,
+    PipelineHookArgs,
+    PipelineHooks,
+    SimpleBatchProcessor,
+)
+from robo_orchard_lab.pipeline.errors import PipelineConfigError, PipelineStateError, StateError
+from robo_orchard_lab.pipeline.hooks.ema import EMA, EMAConfig
+from robo_orchard_lab.pipeline.hooks.freeze import FreezeHookConfig
+from tiny import equal, loss_of, make_loader, make_model, make_trainer, weights
+from weights_on_ranks import train_on
+
+FORMATS: tuple[Literal["json", "yaml", "toml"], ...] = ("json", "yaml", "toml")
+STEPS = 14  # two epochs of seven batches
+
+
+class Followed(PipelineHooks):
+    """Writes down the weights after each committed update, and skips some updates."""
+
+    def __init__(self, skip: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.seen: list[list[torch.Tensor]] = []
+
+        @self.on_optimizer_step.before
+        def maybe_skip(args: PipelineHookArgs) -> None:
+            if args.global_step_id in skip:
+                args.skip_reason = "not this one"
+
+        @self.on_optimizer_step.after
+        def note(args: PipelineHookArgs) -> None:
+            if args.update_committed:
+                self.seen.append([w.double() for w in weights(args.model)])
+
+
+def shadows(ema: EMA) -> list[torch.Tensor]:
+    return [tensor.double() for tensor in ema.state_dict()["shadows"].values()]
+
+
+def closed_form(seen: list[list[torch.Tensor]], decays: list[float]) -> list[torch.Tensor]:
+    """The average by the weight of each of its terms, the first being the initial weights."""
+    factors = [1.0, *(1.0 - decay for decay in decays)]
+    for index, decay in enumerate(decays, start=1):
+        factors[:index] = [factor * decay for factor in factors[:index]]
+    return [
+        torch.stack([f * w for f, w in zip(factors, tensors, strict=True)]).sum(0)
+        for tensors in zip(*seen, strict=True)
+    ]
+
+
+def with_batch_norm() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 2)
+    )
+
+
+def test_constant_decay_is_a_weighted_sum() -> None:
+    """After n updates each earlier weight counts as its share times the decays since then."""
+    decay, followed = 0.9, Followed()
+    ema = EMAConfig(decay=decay, shadow_dtype="float64")()
+    model = make_model()
+    start = [w.double() for w in weights(model)]
+    make_trainer([followed, ema], model=model, max_epoch=2)()
+    terms = [decay**STEPS, *((1 - decay) * decay ** (STEPS - i) for i in range(1, STEPS + 1))]
+    expected = [
+        sum(term * w for term, w in zip(terms, tensors, strict=True))
+        for tensors in zip(start, *followed.seen, strict=True)
+    ]
+    torch.testing.assert_close(shadows(ema), expected, rtol=1e-12, atol=0)
+
+
+def test_warm_up_follows_its_formula() -> None:
+    """The decay of each update is the clamped formula, with t counted from update_after_step."""
+    followed = Followed()
+    ema = EMAConfig(
+        update_after_step=2,
+        inv_gamma=2.0,
+        power=0.75,
+        min_decay=0.1,
+        max_decay=0.6,
+        shadow_dtype="float64",
+    )()
+    model = make_model()
+    start = [w.double() for w in weights(model)]
+    make_trainer([followed, ema], model=model, max_epoch=2)()
+    decays = [0.0, 0.0]
+    decays += [min(0.6, max(0.1, 1 - (1 + t / 2.0) ** -0.75)) for t in range(STEPS - 2)]
+    assert {0.1, 0.6} < set(decays)  # both bounds are met
+    expected = closed_form([start, *followed.seen], decays)
+    torch.testing.assert_close(shadows(ema), expected, rtol=1e-12, atol=0)
+
+
+def test_a_warm_up_of_power_one_is_the_plain_mean() -> None:
+    """With inv_gamma and power 1 the average is the mean of the weights after each update."""
+    followed = Followed()
+    ema = EMAConfig(power=1.0, max_decay=1.0, shadow_dtype="float64")()
+    make_trainer([followed, ema], max_epoch=2)()
+    expected = [torch.stack(tensors).mean(0) for tensors in zip(*followed.seen, strict=True)]
+    torch.testing.assert_close(shadows(ema), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_a_skipped_update_moves_nothing() -> None:
+    """The average, and the schedule of its decay, count committed updates alone."""
+    followed = Followed(skip=(0, 3, 4, 9))
+    ema = EMAConfig(shadow_dtype="float64")()
+    model = make_model()
+    start = [w.double() for w in weights(model)]
+    trainer = make_trainer([followed, ema], model=model, max_epoch=2)
+    trainer()
+    assert trainer.progress.skipped_optimizer_steps == 4
+    decays = [1 - (1 + t) ** -0.75 for t in range(STEPS - 4)]
+    expected = closed_form([start, *followed.seen], decays)
+    torch.testing.assert_close(shadows(ema), expected, rtol=1e-12, atol=0)
+    assert ema.state_dict()["updates"] == STEPS - 4
+
+
+def test_ahead_of_averaging_nothing_is_kept() -> None:
+    """Until update_after_step the average is the weights, also after some that were not finite."""
+    model = make_model()
+    ema = EMAConfig(decay=0.9, update_after_step=7)()
+    spoil = PipelineHooks("spoil")
+
+    @spoil.on_optimizer_step.after(when="first")
+    def spoil_the_average(args: PipelineHookArgs) -> None:
+        model.get_parameter("0.bias").data[0] = float("nan")
+
+    @spoil.on_step.before(when="at steps 2")
+    def repair(args: PipelineHookArgs) -> None:
+        assert ema.weights()["0.bias"].isnan().any()
+        model.get_parameter("0.bias").data[0] = 0.0
+
+    make_trainer([ema, spoil], model=model, max_epoch=1)()
+    assert equal(list(ema.weights().values()), weights(model))
+
+
+def test_a_constant_is_its_own_average() -> None:
+    """However close to 1 the decay is, weights that stay are not changed by averaging them."""
+    model = make_model()
+    ema = EMAConfig(decay=0.9999)()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    make_trainer([ema], model=model, optimizer=optimizer, max_epoch=3)()
+    assert equal(list(ema.weights().values()), weights(model))
+
+
+def test_buffers_are_those_of_the_last_update() -> None:
+    """BatchNorm's statistics are copied with an update, and not with the batches after it."""
+    model = with_batch_norm()
+    ema = EMAConfig(decay=0.5)()
+    statistics: dict[int, torch.Tensor] = {}
+    watcher = PipelineHooks()
+
+    @watcher.on_step.after
+    def watch(args: PipelineHookArgs) -> None:
+        statistics[args.global_step_id] = model.get_buffer("1.running_mean").clone()
+        if args.global_step_id == 2:
+            args.requests.stop("in the middle of a window")
+
+    make_trainer([ema, watcher], model=model, accumulate=2, max_epoch=1)()
+    found = ema.weights()
+    assert torch.equal(found["1.running_mean"], statistics[1])
+    assert not torch.equal(found["1.running_mean"], statistics[2])
+    assert found["1.num_batches_tracked"] == 2
+    assert model.state_dict()["1.num_batches_tracked"] == 3
+    with ema.applied():
+        assert model.state_dict()["1.num_batches_tracked"] == 2
+    assert model.state_dict()["1.num_batches_tracked"] == 3
+
+
+def test_a_buffer_may_be_replaced() -> None:
+    """A module that puts a new tensor in its buffer's place is followed, and gets it back."""
+
+    class Counting(torch.nn.Module):
+        calls: torch.Tensor
+        table: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = make_model()
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("table", torch.ones(3), persistent=False)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            self.calls = self.calls + 1
+            return self.inner(inputs)  # type: ignore[no-any-return]
+
+    model = Counting()
+    ema = EMAConfig(decay=0.5)()
+    make_trainer([ema], model=model, max_epoch=1)()
+    assert ema.weights()["calls"] == 7
+    assert list(ema.state_dict()["copies"]) == ["calls"]
+    own = model.calls
+    with ema.applied():
+        model(torch.ones(1, 4))
+    assert model.calls is own
+    assert own == 7
+
+
+@pytest.mark.parametrize("at", [4, 5])
+def test_resumed_is_straight(at: int, tmp_path: Path) -> None:
+    """Saved and resumed, also within an accumulation window, the average is bit for bit the same.
+
+    At step 5 a window is open, so that buffers are not those of the last update.
+    """
+
+    starts: list[dict[str, torch.Tensor]] = []
+
+    def run(max_step: int, resume_from: Path | None = None) -> tuple[HookBasedTrainer, EMA]:
+        ema = EMAConfig(update_after_step=1)()
+        torch.manual_seed(7)
+        stop = PipelineHooks("stop")
+
+        @stop.on_loop.before
+        def note_the_start(args: PipelineHookArgs) -> None:
+            starts.append(ema.weights())
+
+        @stop.on_step.after
+        def stop_there(args: PipelineHookArgs) -> None:
+            if args.global_step_id + 1 == max_step:
+                args.requests.stop("enough")
+
+        model = with_batch_norm()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        trainer = make_trainer(
+            [ema, stop],
+            model=model,
+            optimizer=optimizer,
+            accumulate=2,
+            max_epoch=2,
+            resume_from=resume_from,
+        )
+        trainer()
+        return trainer, ema
+
+    _, straight = run(100)
+    half, ended = run(at)
+    half.save_checkpoint(tmp_path / "half")
+    _, resumed = run(100, tmp_path / "half")
+    assert equal(list(starts[-1].values()), list(ended.weights().values()))
+    expected, found = straight.state_dict(), resumed.state_dict()
+    assert found["updates"] == expected["updates"] == 8
+    for part in ("shadows", "copies"):
+        assert list(found[part]) == list(expected[part])
+        assert equal(list(found[part].values()), list(expected[part].values()))
+
+
+def test_training_is_the_same_without() -> None:
+    """An average that is applied and read after every step leaves the training bit-identical."""
+    ema = EMAConfig()()
+    use = PipelineHooks("use")
+
+    @use.on_step.after
+    def apply(args: PipelineHookArgs) -> None:
+        with args.run.weight_set("EMA").applied():
+            watched[:2](torch.ones(2, 4))  # moves BatchNorm's statistics
+        args.run.weight_set("EMA").weights()
+
+    watched, plain = with_batch_norm(), with_batch_norm()
+    for model, hooks in ((watched, [ema, use]), (plain, [])):
+        torch.manual_seed(5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        make_trainer(hooks, model=model, optimizer=optimizer, max_epoch=1)()
+    assert equal(list(watched.state_dict().values()), list(plain.state_dict().values()))
+    assert not equal(list(ema.weights().values()), list(plain.state_dict().values()))
+
+
+def trained(config: EMAConfig, model: torch.nn.Module, **options: Any) -> EMA:
+    ema = config()
+    make_trainer([ema], model=model, max_epoch=1, **options)()
+    return ema
+
+
+def test_the_models_weights_come_back_when_the_body_raises() -> None:
+    """Whatever the body does to the model, its weights and buffers are then as they were."""
+    model = with_batch_norm()
+    ema = trained(EMAConfig(decay=0.5), model)
+    with torch.no_grad():
+        model.get_parameter("0.bias")[:2] = torch.tensor([float("nan"), -0.0])
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    average = ema.weights()
+
+    def damage() -> None:
+        with ema.applied():
+            assert equal(list(model.state_dict().values()), list(average.values()))
+            model(torch.randn(8, 4))
+            for parameter in model.parameters():
+                torch.nn.init.ones_(parameter)
+            raise KeyError("from the body")
+
+    with pytest.raises(KeyError, match="from the body"):
+        damage()
+    for name, value in model.state_dict().items():
+        assert value.numpy().tobytes() == own[name].numpy().tobytes(), name
+    assert equal(list(ema.weights().values()), list(average.values()))
+
+
+def test_what_makes_no_sense_while_applied_is_refused() -> None:
+    """Applying the average twice, saving a state and updating the weights are refused meanwhile."""
+    model = make_model()
+    ema = trained(EMAConfig(decay=0.5), model)
+    own = weights(model)
+    with ema.applied():
+        with pytest.raises(PipelineStateError, match="rules out applying it again"), ema.applied():
+            pass
+        with pytest.raises(PipelineStateError, match="rules out saving"):
+            ema.state_dict()
+    assert equal(weights(model), own)
+
+    careless = PipelineHooks()
+    scopes: list[AbstractContextManager[None]] = []  # one that nobody keeps is left at once
+
+    @careless.on_step.before
+    def forget(args: PipelineHookArgs) -> None:
+        scopes.append(args.run.weight_set("EMA").applied())
+        scopes[-1].__enter__()
+
+    with pytest.raises(PipelineStateError, match="rules out an update"):
+        make_trainer([EMAConfig()(), careless], max_step=1)()
+
+
+def test_two_averages_nest() -> None:
+    """Averages of two decays can be in use at once, the inner one being what the model has."""
+    model = make_model()
+    fast, slow = EMAConfig(decay=0.1)(), EMAConfig(decay=0.9)()
+    slow.name = "slow"
+    make_trainer([fast, slow], model=model, max_epoch=1)()
+    own, fastest = weights(model), list(fast.weights().values())
+    slowest = list(slow.weights().values())
+    assert not equal(fastest, slowest)
+    with fast.applied():
+        with slow.applied():
+            assert equal(weights(model), slowest)
+        assert equal(weights(model), fastest)
+    assert equal(weights(model), own)
+
+
+class Tied(torch.nn.Module):
+    """One matrix under two names, one that is frozen, and whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Linear(4, 4, bias=False)
+        self.second = torch.nn.Linear(4, 4, bias=False)
+        self.second.weight = self.first.weight
+        self.fixed = torch.nn.Linear(4, 2).requires_grad_(False)
+        self.seen = torch.nn.Parameter(torch.zeros(2, dtype=torch.int64), requires_grad=False)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.seen.add_(1)
+        return self.fixed(self.second(self.first(inputs)))  # type: ignore[no-any-return]
+
+
+def test_tied_frozen_and_whole_numbers(tmp_path: Path) -> None:
+    """A tied parameter is averaged once, a frozen one takes no memory, whole numbers are copied."""
+    model = Tied()
+    ema = trained(EMAConfig(decay=0.5, export_path=str(tmp_path / "ema.safetensors")), model)
+    assert list(ema.state_dict()["shadows"]) == ["first.weight"]
+    assert list(ema.state_dict()["copies"]) == ["seen"]
+    found = ema.weights()
+    assert list(found) == list(model.state_dict())
+    assert torch.equal(found["first.weight"], found["second.weight"])
+    assert torch.equal(found["fixed.weight"], model.fixed.weight)
+    assert not torch.equal(found["first.weight"], model.first.weight)
+    assert found["seen"].tolist() == [7, 7]
+    fresh = Tied()
+    fresh.load_state_dict(load_file(tmp_path / "ema.safetensors"))
+    assert equal(list(fresh.state_dict().values()), list(found.values()))
+
+
+def test_a_thawed_parameter_is_averaged_from_its_first_update() -> None:
+    """One that is frozen for a while has the average that it would have had all along."""
+    found = []
+    for early in (True, False):  # EMA entered before or after what freezes
+        model = make_model()
+        start = [w.double() for w in weights(model)]
+        followed, ema = Followed(), EMAConfig(decay=0.7, shadow_dtype="float64")()
+        freeze = FreezeHookConfig(patterns=["0.*"], until_step=4)()
+        hooks: list[PipelineHooks] = [ema, freeze] if early else [freeze, ema]
+        make_trainer([followed, *hooks], model=model, max_epoch=1)()
+        expected = closed_form([start, *followed.seen], [0.7] * 7)
+        averaged = ema.state_dict()["shadows"]
+        assert sorted(averaged) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+        by_name = dict(zip(model.state_dict(), expected, strict=True))
+        for name, value in averaged.items():
+            torch.testing.assert_close(value, by_name[name], rtol=1e-12, atol=1e-15)
+        found.append(averaged)
+    assert equal(list(found[0].values()), list(found[1].values()))
+
+
+def test_half_precision_is_averaged_in_single() -> None:
+    """Moves that are too small for bfloat16 add up in the shadow; the weights have the model's."""
+    model = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    torch.nn.init.constant_(model.weight, 256.0)
+    processor = SimpleBatchProcessor.from_callable(lambda model, batch: (None, model(batch).sum()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=2.0)
+    ema = EMAConfig(decay=0.999)()
+    make_trainer(
+        [ema],
+        model=model,
+        loader=[torch.ones(1, 1, dtype=torch.bfloat16)],
+        optimizer=optimizer,
+        batch_processor=processor,
+        max_step=100,
+    )()
+    assert model.weight == 56.0
+    (shadow,) = ema.state_dict()["shadows"].values()
+    assert shadow.dtype == torch.float32
+    expected = 256.0
+    for update in range(1, 101):
+        expected = 0.999 * expected + 0.001 * (256.0 - 2 * update)
+    torch.testing.assert_close(shadow.item(), expected, rtol=1e-6, atol=0)
+    assert ema.weights()["weight"].dtype == torch.bfloat16
+    with ema.applied():
+        assert torch.equal(model.weight, shadow.bfloat16())
+
+
+def test_complex_parameters_are_averaged() -> None:
+    """They are averaged as complex numbers, whatever the data type of the shadows is."""
+    model = torch.nn.Module()
+    model.phase = torch.nn.Parameter(torch.tensor([0j, 0j]))
+    processor = SimpleBatchProcessor.from_callable(
+        lambda model, batch: (None, ((model.phase - (2 + 4j)).abs() ** 2).sum())
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+    ema = EMAConfig(decay=0.5, shadow_dtype="float64")()
+    make_trainer(
+        [ema],
+        model=model,
+        loader=[torch.ones(1)],
+        optimizer=optimizer,
+        batch_processor=processor,
+        max_step=1,
+    )()
+    torch.testing.assert_close(ema.weights()["phase"], model.phase.detach() / 2)
+
+
+def test_names_are_those_of_the_plain_model() -> None:
+    """Compilation, of the whole model or of a part, does not show in the names."""
+    names = list(make_model().state_dict())
+    part = make_model()
+    part.add_module("0", torch.compile(part.get_submodule("0"), backend="eager"))  # type: ignore[arg-type]  # is one
+    for model in (torch.compile(make_model(), backend="eager"), part):
+        ema = EMAConfig(decay=0.5)()
+        make_trainer([ema], model=model, max_step=2)()  # type: ignore[arg-type]  # is one
+        assert list(ema.weights()) == names
+        assert list(ema.state_dict()["shadows"]) == names
+
+
+@pytest.mark.parametrize("end", ["limit", "stop", "at the end of an epoch"])
+def test_it_is_exported_at_the_end(end: str, tmp_path: Path) -> None:
+    """However the run ends, the average at its end is written, and loads into a plain model."""
+    path = tmp_path / "weights" / "ema.safetensors"
+    ema = EMAConfig(decay=0.5, export_path=str(path))()
+    stopping = PipelineHooks("stopping")
+    if end == "stop":
+
+        @stopping.on_step.after(when="at steps 3")
+        def stop(args: PipelineHookArgs) -> None:
+            args.requests.stop("enough")
+    elif end == "at the end of an epoch":
+
+        @stopping.on_loop.before
+        def offer(args: PipelineHookArgs) -> None:
+            # As early stopping does, it asks in an evaluation, when every epoch hook has been left.
+            args.run.evaluations["stopping"] = lambda args: args.requests.stop("no better")
+
+        @stopping.on_epoch.after
+        def ask(args: PipelineHookArgs) -> None:
+            args.requests.evaluate("the epoch is over")
+
+    trainer = make_trainer([ema, stopping], max_epoch=2)
+    trainer()
+    steps = {"limit": 14, "stop": 3, "at the end of an epoch": 7}[end]
+    assert trainer.progress.global_step_id == steps
+    model = make_model()
+    model.load_state_dict(load_file(path))
+    assert equal(weights(model), list(ema.weights().values()))
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["optimizer_step_id"] == str(steps)
+
+
+def test_it_is_exported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A run that is stopped in the step in which it reaches its limit writes one file."""
+    stopping = PipelineHooks("stopping")
+
+    @stopping.on_step.after(when="last")
+    def stop(args: PipelineHookArgs) -> None:
+        args.requests.stop("enough")
+
+    with caplog.at_level("INFO"):
+        make_trainer(
+            [EMAConfig(export_path=str(tmp_path / "ema.safetensors"))(), stopping], max_epoch=1
+        )()
+    assert caplog.text.count("ema.safetensors: the run ends, asked by EMA") == 1
+
+
+def test_a_run_that_fails_exports_nothing(tmp_path: Path) -> None:
+    """An error leaves no file, and takes the average out of what a run offers."""
+    path = tmp_path / "ema.safetensors"
+    failing = PipelineHooks("failing")
+    runs = []
+
+    @failing.on_step.after(when="at steps 2")
+    def fail(args: PipelineHookArgs) -> None:
+        runs.append(args.run)
+        assert args.run.weight_set("EMA") is ema
+        raise RuntimeError("planted")
+
+    ema = EMAConfig(export_path=str(path))()
+    with pytest.raises(RuntimeError, match="planted"):
+        make_trainer([ema, failing], max_epoch=1)()
+    assert not path.exists()
+    with pytest.raises(PipelineConfigError, match="no hook named 'EMA' keeps weights"):
+        runs[0].weight_set("EMA")
+
+
+def test_without_a_run_there_is_no_average() -> None:
+    """Before the first run the average can't be used, and its state says that there is none."""
+    ema = EMAConfig()()
+    with pytest.raises(PipelineStateError, match="EMA has no average yet: it begins with the run"):
+        ema.weights()
+    assert ema.state_dict() == {"version": 1, "updates": 0}
+    other = EMAConfig()()
+    other.load_state_dict(ema.state_dict())
+    make_trainer([other], max_step=1)()
+    assert other.state_dict()["updates"] == 1
+
+
+def test_another_trainers_model_has_another_average() -> None:
+    """One hook in two trainers averages the second model from its own start."""
+    ema = EMAConfig(decay=0.5)()
+    make_trainer([ema], max_epoch=1)()
+    second = make_model(seed=3)
+    make_trainer([ema], model=second, max_epoch=1)()
+    alone = EMAConfig(decay=0.5)()
+    make_trainer([alone], model=make_model(seed=3), max_epoch=1)()
+    assert equal(shadows(ema), shadows(alone))
+    assert ema.state_dict()["updates"] == 7
+
+
+def test_a_state_can_be_set_back_within_a_run() -> None:
+    """Loaded while the trainer runs, a state takes effect at once."""
+    ema = EMAConfig(decay=0.5)()
+    kept: dict[str, Any] = {}
+    back = PipelineHooks("back")
+
+    def copied(state: dict[str, Any]) -> dict[str, Any]:
+        return {
+            **state,
+            "shadows": {name: value.clone() for name, value in state["shadows"].items()},
+        }
+
+    @back.on_step.before
+    def set_back(args: PipelineHookArgs) -> None:
+        if args.global_step_id == 2:
+            kept.update(copied(ema.state_dict()))
+        if args.global_step_id == 5:
+            ema.load_state_dict(kept)
+            assert equal(list(ema.state_dict()["shadows"].values()), list(kept["shadows"].values()))
+            assert ema.state_dict()["updates"] == 2
+        if args.global_step_id == 6:
+            ema.load_state_dict({"version": 1, "updates": 0})
+            assert ema.state_dict()["shadows"] == {}
+
+    make_trainer([back, ema], max_epoch=1)()
+    assert kept
+    assert ema.state_dict()["updates"] == 1
+
+
+def test_wrong_states_are_refused() -> None:
+    """A state of another version or of another model is refused, with what differs."""
+    ema = EMAConfig()()
+    with pytest.raises(StateError, match="state of EMA of version 1, found version 2"):
+        ema.load_state_dict({"version": 2})
+    made = trained(EMAConfig(), with_batch_norm())
+    ema.load_state_dict(made.state_dict())
+    wrong = (
+        "another model: unexpected: 1.weight; .*unexpected: 3.weight.*unexpected: 1.running_mean"
+    )
+    with pytest.raises(StateError, match=wrong):
+        make_trainer([ema], max_step=1)()
+    ema.load_state_dict(trained(EMAConfig(), make_model()).state_dict())
+    wide = torch.nn.Sequential(torch.nn.Linear(4, 9), torch.nn.Tanh(), torch.nn.Linear(9, 2))
+    with pytest.raises(StateError, match=r"0.weight: saved as \(8, 4\), here \(9, 4\)"):
+        make_trainer([ema], model=wide, max_step=1)()
+    ema.load_state_dict(trained(EMAConfig(), make_model()).state_dict())
+    with pytest.raises(StateError, match=r"missing: 1\.running_mean"):
+        make_trainer([ema], model=with_batch_norm(), max_step=1)()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"decay": 1.0}, "less than 1"),
+        ({"decay": -0.1}, "greater than or equal to 0"),
+        ({"power": 0.0}, "greater than 0"),
+        ({"inv_gamma": float("inf")}, "finite"),
+        ({"update_after_step": -1}, "greater than or equal to 0"),
+        ({"min_decay": 0.9, "max_decay": 0.5}, "min_decay must be <= max_decay, got 0.9 and 0.5"),
+        ({"decay": 0.9, "power": 0.6}, "power shape the warm-up schedule, which decay=0.9"),
+        ({"shadow_dtype": "int8"}, "'float16', 'bfloat16', 'float32' or 'float64'"),
+    ],
+)
+def test_bad_configurations_are_refused(fields: dict[str, Any], message: str) -> None:
+    """A field out of range, or one that has no effect, is refused when the config is made."""
+    with pytest.raises(ValueError, match=message):
+        EMAConfig(**fields)
+
+
+def test_it_survives_a_file() -> None:
+    """A config is the same when it is read back, with a constant decay as well."""
+    for config in (EMAConfig(decay=0.99, export_path="ema.safetensors"), EMAConfig(power=0.6)):
+        for format_ in FORMATS:
+            assert EMAConfig.from_str(config.to_str(format_), format_) == config
+
+
+def test_sharded_parameters_are_refused() -> None:
+    """Parameters that are divided among processes are refused when the run begins."""
+    model = make_model()
+    model.get_parameter("0.weight").device_mesh = "as a DTensor has"  # type: ignore[attr-defined]
+    with pytest.raises(PipelineConfigError, match="EMA averages whole parameters"):
+        make_trainer([EMAConfig()()], model=model, max_step=1)()
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that are read from tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_read_from_the_device() -> None:
+    """Averaging reads no number from a tensor, which would wait for the device."""
+    with Reads() as without:
+        make_trainer(model=with_batch_norm(), max_epoch=1)()
+    with Reads() as reads:
+        make_trainer([EMAConfig()()], model=with_batch_norm(), max_epoch=1)()
+    assert reads.count == without.count
+
+
+def test_the_ranks_have_one_average(tmp_path: Path) -> None:
+    """Two processes have equal averages, which are those of one process; the first writes them."""
+    (alone,) = train_on(1, tmp_path / "one", "ema")
+    ranks = train_on(2, tmp_path / "two", "ema")
+    assert torch.equal(ranks[0]["ema"], ranks[1]["ema"])
+    torch.testing.assert_close(ranks[0]["ema"], alone["ema"], rtol=1e-9, atol=1e-12)
+    written = load_file(tmp_path / "two" / "ema.safetensors")
+    flat = torch.cat([written[name].flatten() for name in make_model().state_dict()])
+    assert torch.equal(flat, ranks[0]["ema"])
+    assert not torch.equal(flat, ranks[0]["weights"])
+
+
+def test_decays_of_the_reference() -> None:
+    """The decays that the notes on the warm-up schedule name are met."""
+    assert EMAConfig(power=2 / 3).decay_of(31_600) == pytest.approx(0.999, abs=1e-6)
+    assert EMAConfig(power=0.75).decay_of(215_400) == pytest.approx(0.9999, abs=1e-7)
+    assert EMAConfig(power=0.75).decay_of(10**7) == 0.9999
+
+
+def test_a_processor_without_a_backward_pass() -> None:
+    """Where nothing is updated, the average is the model as it is."""
+    model = make_model()
+    ema = EMAConfig()()
+    HookBasedTrainer(
+        Accelerator(cpu=True),
+        model,
+        make_loader(),
+        SimpleBatchProcessor.from_callable(loss_of, need_backward=False),
+        hooks=[ema],
+        max_epoch=1,
+    )()
+    assert equal(list(ema.weights().values()), weights(model))

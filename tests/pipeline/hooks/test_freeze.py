@@ -1,0 +1,285 @@
+"""Keeping some of the weights as they are."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, PipelineHooks
+from robo_orchard_lab.pipeline.context import PipelineRun
+from robo_orchard_lab.pipeline.errors import PipelineConfigError
+from robo_orchard_lab.pipeline.hooks.freeze import FreezeHookConfig
+from robo_orchard_lab.pipeline.hooks.gradient_clipping import GradientClippingHookConfig
+from tiny import equal, loss_of, make_loader, make_model, make_trainer, weights
+from weights_on_ranks import train_on
+
+
+def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """With momentum and weight decay, both of which would move what has a gradient of zero."""
+    return torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
+
+
+def run(
+    config: FreezeHookConfig, model: torch.nn.Module | None = None, **options: Any
+) -> HookBasedTrainer:
+    model = make_model() if model is None else model
+    hooks = [GradientClippingHookConfig(max_norm=0.1), config, *options.pop("hooks", [])]
+    trainer = make_trainer(hooks, model=model, optimizer=adamw(model), **options)
+    trainer()
+    return trainer
+
+
+def by_hand(thaw_at: int, steps: int) -> torch.nn.Module:
+    """A plain loop that freezes the first layer for so many of its steps."""
+    model = make_model()
+    optimizer = adamw(model)
+    batches = [*make_loader(), *make_loader()][:steps]
+    for step, batch in enumerate(batches):
+        for parameter in model.get_submodule("0").parameters():
+            parameter.requires_grad_(step >= thaw_at)
+        loss_of(model, (batch[0], batch[1]))[1].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("until", "thaw_at"),
+    [
+        ({"until_step": 5}, 5),
+        ({"until_optimizer_step": 4}, 4),
+        ({"until_epoch": 1}, 7),
+        ({"until_step": 9, "until_epoch": 1}, 7),
+        ({}, 100),
+    ],
+)
+def test_frozen_until_then_trained(until: dict[str, Any], thaw_at: int) -> None:
+    """The weights are bit for bit those of a plain loop that sets requires_grad at that point."""
+    trainer = run(FreezeHookConfig(patterns=["0.*"], **until), max_epoch=2)
+    assert equal(weights(trainer.model), weights(by_hand(thaw_at, 14)))
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+    first = weights(trainer.model)[0]
+    assert torch.equal(first, weights(make_model())[0]) == (thaw_at == 100)
+
+
+@pytest.mark.parametrize("at", [2, 3, 4, 5])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_resumed_is_straight(at: int, accumulate: int, tmp_path: Path) -> None:
+    """Saved before, at or after the thaw, also within a window, a run goes on as the straight one.
+
+    At step 5 a window of three batches has gradients of what is thawed.
+    """
+    config = FreezeHookConfig(patterns=["0.*"], until_step=4)
+    stop = PipelineHooks()
+
+    @stop.on_step.after(when=f"at steps {at}")
+    def stop_there(args: PipelineHookArgs) -> None:
+        args.requests.stop("enough")
+
+    straight = run(config, max_epoch=2, accumulate=accumulate)
+    half = run(config, max_epoch=2, accumulate=accumulate, hooks=[stop])
+    half.save_checkpoint(tmp_path / "half")
+    resumed = run(
+        config,
+        make_model(seed=9),
+        max_epoch=2,
+        accumulate=accumulate,
+        resume_from=tmp_path / "half",
+    )
+    assert equal(weights(resumed.model), weights(straight.model))
+
+
+def test_what_was_frozen_stays_so() -> None:
+    """A parameter that was frozen before the run is not thawed by the hook."""
+    model = make_model()
+    model.get_parameter("0.bias").requires_grad_(False)
+    before = weights(model)
+    run(FreezeHookConfig(patterns=["0.*"], until_step=2), model, max_epoch=1)
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert trainable == {"0.weight": True, "0.bias": False, "2.weight": True, "2.bias": True}
+    assert [torch.equal(a, b) for a, b in zip(before, weights(model), strict=True)] == [
+        False,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_everything_is_as_it_was_after_an_error() -> None:
+    """A run that fails leaves neither frozen parameters nor modules in evaluation mode."""
+    model = make_model()
+    failing = PipelineHooks()
+
+    @failing.on_step.after
+    def fail(args: PipelineHookArgs) -> None:
+        assert not model.get_parameter("0.weight").requires_grad
+        assert not model.get_submodule("0").training
+        raise RuntimeError("planted")
+
+    with pytest.raises(RuntimeError, match="planted"):
+        run(FreezeHookConfig(patterns=["0.*"], eval_mode=True), model, hooks=[failing], max_step=3)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(module.training for module in model.modules())
+
+
+class Backbone(torch.nn.Module):
+    """A part with statistics and dropout, and a part with one of each of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = torch.nn.Sequential(
+            torch.nn.Linear(4, 8),
+            torch.nn.BatchNorm1d(8),
+            torch.nn.BatchNorm1d(8, affine=False),
+            torch.nn.Dropout(0.5),
+        )
+        self.head = torch.nn.Sequential(torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.head(self.backbone(inputs))  # type: ignore[no-any-return]
+
+
+def test_frozen_modules_stay_in_evaluation_mode() -> None:
+    """With eval_mode, a frozen part keeps its statistics, and is trained as before once thawed."""
+    model = Backbone()
+    model.backbone[3].eval()  # not to be put in training mode by the thaw
+    watcher = PipelineHooks()
+    modes: list[list[bool]] = []
+    statistics: list[torch.Tensor] = []
+
+    @watcher.on_batch.before
+    def careless(args: PipelineHookArgs) -> None:
+        modes.append([module.training for module in model.backbone.modules()])
+        statistics.append(model.get_buffer("backbone.2.running_mean").clone())
+
+    @watcher.on_step.after
+    def put_everything_in_training_mode(args: PipelineHookArgs) -> None:
+        if args.global_step_id == 1:
+            args.model.train()
+
+    config = FreezeHookConfig(patterns=["backbone.*"], until_step=4, eval_mode=True)
+    run(config, model, hooks=[watcher], max_step=6)
+    assert modes[:4] == [[False] * 5] * 4
+    assert modes[4:] == [[True, True, True, True, False]] * 2
+    assert all(torch.equal(statistics[0], found) for found in statistics[1:5])
+    assert not torch.equal(statistics[0], statistics[5])
+    assert model.get_buffer("head.0.num_batches_tracked") == 6
+
+
+def test_only_whole_modules_are_put_in_evaluation_mode() -> None:
+    """A module of which a parameter is trained stays in training mode, also its inner ones do."""
+    model = Backbone()
+    model.get_parameter("backbone.1.bias").requires_grad_(False)  # and so frozen without a pattern
+    watcher = PipelineHooks()
+
+    @watcher.on_batch.before
+    def check(args: PipelineHookArgs) -> None:
+        off = {name for name, module in model.named_modules() if not module.training}
+        assert off == {"backbone.1"}
+
+    patterns = ["backbone.1.weight", "head.1.bias"]
+    run(FreezeHookConfig(patterns=patterns, eval_mode=True), model, hooks=[watcher], max_step=2)
+    assert all(module.training for module in model.modules())
+
+
+def test_a_tied_parameter_has_two_names() -> None:
+    """Freezing one by either of its names freezes it, and names of compiled parts are plain."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)), torch.nn.Linear(4, 2))
+    model.get_submodule("2").weight = model.get_parameter("1.weight")
+    model.add_module("0", torch.compile(model.get_submodule("0"), backend="eager"))  # type: ignore[arg-type]  # is one
+    before = weights(model)
+    run(FreezeHookConfig(patterns=["2.weight", "0.bias"]), model, max_step=2)
+    same = [torch.equal(a, b) for a, b in zip(before, weights(model), strict=True)]
+    names = [name for name, _ in model.named_parameters()]
+    assert [name for name, frozen in zip(names, same, strict=True) if frozen] == [
+        "0._orig_mod.bias",
+        "1.weight",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (["0.*", "2.wieght"], r"FreezeHook: patterns has '2.wieght', .* did you mean '2.weight'"),
+        (["0"], r"'0', which matches no parameter; that is a module; did you mean '0\.\*'"),
+        (["encoder.*"], "no parameter; the parameters are 0.weight, 0.bias, 2.weight, 2.bias"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_refused(patterns: list[str], message: str) -> None:
+    """The error comes before the first step and names what is near, or what there is."""
+    with pytest.raises(PipelineConfigError, match=message):
+        run(FreezeHookConfig(patterns=patterns), max_step=1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"patterns": []}, "at least 1 item"),
+        ({"patterns": ["*"], "until_step": 0}, "greater than or equal to 1"),
+        ({"patterns": ["*"], "until_epoch": -1}, "greater than or equal to 1"),
+        ({}, "patterns"),
+    ],
+)
+def test_bad_configurations_are_refused(fields: dict[str, Any], message: str) -> None:
+    """No pattern, or a point that is no count, is refused when the config is made."""
+    with pytest.raises(ValueError, match=message):
+        FreezeHookConfig(**fields)
+
+
+def test_freezing_everything_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """A pattern for all parameters leaves nothing to train, which the log says first."""
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(RuntimeError, match="does not require grad"),
+    ):
+        run(FreezeHookConfig(patterns=["*"]), max_step=1)
+    assert "FreezeHook has frozen all of the model's parameters" in caplog.text
+
+
+def test_a_run_that_is_set_back_freezes_again() -> None:
+    """Where the counters are set back behind the thaw, it is frozen once more."""
+    model = make_model()
+    frozen: list[bool] = []
+    back = PipelineHooks()
+
+    @back.on_step.after
+    def set_back(args: PipelineHookArgs) -> None:
+        frozen.append(not model.get_parameter("0.weight").requires_grad)
+        if len(frozen) == 4:
+            args.progress.global_step_id = 0
+
+    run(FreezeHookConfig(patterns=["0.*"], until_step=3), model, hooks=[back], max_step=5)
+    assert frozen == [True, True, True, False, True, True, False, False]
+
+
+def test_two_ranks_freeze_like_one(tmp_path: Path) -> None:
+    """Two processes freeze, clip and thaw as one does, with an optimizer that decays weights."""
+    (alone,) = train_on(1, tmp_path / "one", "freeze")
+    (free,) = train_on(1, tmp_path / "free", "ema")
+    ranks = train_on(2, tmp_path / "two", "freeze")
+    assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
+    torch.testing.assert_close(ranks[0]["weights"], alone["weights"], rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(alone["weights"], free["weights"])
+    torch.testing.assert_close(ranks[0]["ema"], alone["ema"], rtol=1e-9, atol=1e-12)
+    assert all(rank["trainable"].all() for rank in (alone, *ranks))
+
+
+def test_an_engine_that_keeps_the_gradients_is_refused() -> None:
+    """With DeepSpeed, which updates from gradients of its own, freezing is refused."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.distributed_type = DistributedType.DEEPSPEED
+    run = PipelineRun(accelerator=accelerator, model=make_model())
+    hook = FreezeHookConfig(patterns=["*"])()
+    with (
+        pytest.raises(PipelineConfigError, match="FreezeHook can't keep DEEPSPEED from updating"),
+        hook.begin("on_loop", PipelineHookArgs(run)),
+    ):
+        pass

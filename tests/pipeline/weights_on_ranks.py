@@ -1,0 +1,78 @@
+"""Two real processes that train with hooks that work on weights; also the script that they run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
+from robo_orchard_lab.pipeline.hook_set import PipelineHooks
+from robo_orchard_lab.pipeline.hooks.ema import EMA, EMAConfig
+from robo_orchard_lab.pipeline.hooks.freeze import FreezeHookConfig
+from robo_orchard_lab.pipeline.hooks.gradient_clipping import GradientClippingHookConfig
+from tiny import loss_of, make_loader, make_model
+
+HERE = Path(__file__).parent
+
+
+def train_on(processes: int, folder: Path, kind: str) -> list[dict[str, torch.Tensor]]:
+    """What each rank saved; together they see batches of four."""
+    folder.mkdir()
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            *(launcher if processes > 1 else []),
+            __file__,
+            str(folder),
+            str(4 // processes),
+            kind,
+        ],
+        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [torch.load(file, weights_only=True) for file in sorted(folder.glob("rank*.pt"))]
+
+
+def main(folder: Path, batch_size: int, kind: str) -> None:
+    torch.set_default_dtype(torch.float64)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = make_model()
+    ema: EMA = EMAConfig(power=1.0, export_path=str(folder / "ema.safetensors"))()
+    # Clipping comes ahead of freezing: its norm must not count what is frozen.
+    hooks: list[PipelineHooks] = [GradientClippingHookConfig(max_norm=0.5)()]
+    if kind == "freeze":
+        hooks.append(FreezeHookConfig(patterns=["0.*"], until_optimizer_step=5)())
+    trainer = HookBasedTrainer(
+        accelerator,
+        model,
+        make_loader(28 // batch_size, batch_size),
+        SimpleBatchProcessor.from_callable(loss_of),
+        torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1),
+        hooks=[*hooks, ema],
+        max_epoch=2,
+    )
+    trainer()
+    result = {
+        "weights": torch.cat([p.detach().flatten() for p in model.parameters()]),
+        "ema": torch.cat([value.flatten() for value in ema.weights().values()]),
+        "trainable": torch.tensor([p.requires_grad for p in model.parameters()]),
+    }
+    torch.save(result, folder / f"rank{accelerator.process_index}.pt")
+    accelerator.end_training()  # a process group that is left open aborts the process at its exit
+    if accelerator.num_processes > 1:
+        time.sleep(1)  # gloo aborts a process that exits within half a second of its first exchange
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
