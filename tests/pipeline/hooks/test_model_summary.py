@@ -1,0 +1,141 @@
+"""How large a model is, part by part."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from accelerate import Accelerator, PartialState
+
+from robo_orchard_lab.pipeline import PipelineHookArgs
+from robo_orchard_lab.pipeline.context import PipelineRun
+from robo_orchard_lab.pipeline.hooks.freeze import FreezeHookConfig
+from robo_orchard_lab.pipeline.hooks.model_summary import (
+    ModelPart,
+    ModelSummaryConfig,
+    summarize,
+)
+from tiny import make_model, make_trainer
+
+LOGGER = "robo_orchard_lab.pipeline.hooks.model_summary"
+
+
+class Policy(torch.nn.Module):
+    """A part in parts, a parameter of its own, a buffer, a tied and a half-precision part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = torch.nn.Parameter(torch.zeros(1, 8))
+        self.encoder = torch.nn.Sequential(
+            torch.nn.Linear(8, 16), torch.nn.BatchNorm1d(16), torch.nn.ReLU()
+        )
+        self.encoder[0].requires_grad_(False)
+        self.embed = torch.nn.Embedding(32, 16)
+        self.head = torch.nn.Linear(16, 32, bias=False)
+        self.head.weight = self.embed.weight
+        self.small = torch.nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)
+        self.act = torch.nn.ReLU()
+
+
+def test_parts_and_total() -> None:
+    """Each part counts once what it holds: parameters, and buffers in the size alone."""
+    size = summarize(Policy())
+    buffers = 4 * (16 + 16) + 8  # BatchNorm's statistics, and how often they were moved
+    assert size.parts == (
+        ModelPart("(itself)", "Policy", 8, 0, 32),
+        ModelPart("encoder", "Sequential", 32, 144, 4 * 176 + buffers),
+        ModelPart("embed", "Embedding", 512, 0, 2048),
+        ModelPart("small", "Linear", 16, 0, 32),
+    )
+    assert size.total == ModelPart("total", "Policy", 568, 144, 32 + 704 + buffers + 2048 + 32)
+    everything = sum(parameter.numel() for parameter in Policy().parameters())
+    assert size.total.trainable + size.total.frozen == everything
+
+
+def test_depth() -> None:
+    """Deeper levels have rows of their own, and depth 0 the total alone."""
+    assert [part.name for part in summarize(Policy(), depth=2).parts] == [
+        "(itself)",
+        "encoder.0",
+        "encoder.1",
+        "embed",
+        "small",
+    ]
+    assert summarize(Policy(), depth=0).parts == ()
+    assert {summarize(Policy(), depth=depth).total for depth in (0, 1, 2, 5)} == {
+        summarize(Policy()).total
+    }
+
+
+def test_the_table_is_aligned() -> None:
+    """Names stand to the left and numbers to the right, with separators for thousands."""
+    model = torch.nn.Sequential(torch.nn.Linear(4096, 1024), torch.nn.Linear(1024, 3))
+    assert str(summarize(model)) == (
+        "module  type        trainable  frozen    MiB\n"
+        "0       Linear      4,195,328       0  16.00\n"
+        "1       Linear          3,075       0   0.01\n"
+        "total   Sequential  4,198,403       0  16.02"
+    )
+
+
+def test_compiled_models_have_plain_names() -> None:
+    """Compilation, of the whole model or of a part, changes nothing."""
+    plain = summarize(make_model(), depth=2)
+    part = make_model()
+    part.add_module("0", torch.compile(part.get_submodule("0"), backend="eager"))  # type: ignore[arg-type]  # is one
+    whole = torch.compile(make_model(), backend="eager")
+    assert summarize(part, depth=2) == plain
+    assert summarize(whole, depth=2) == plain  # type: ignore[arg-type]  # is one
+
+
+def test_lazy_parameters_count_nothing() -> None:
+    """What has no shape before the first batch does not keep the rest from being told."""
+    model = torch.nn.Sequential(torch.nn.LazyLinear(4), torch.nn.Linear(4, 2))
+    assert summarize(model).total == ModelPart("total", "Sequential", 10, 0, 40)
+
+
+def test_an_empty_model() -> None:
+    """A model without tensors has a table with a total."""
+    assert str(summarize(torch.nn.ReLU())).splitlines()[1].split() == [
+        "total",
+        "ReLU",
+        "0",
+        "0",
+        "0.00",
+    ]
+
+
+def test_it_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A run logs one record, at its start, that counts what a hook ahead of it has frozen."""
+    with caplog.at_level(logging.INFO, logger=LOGGER):
+        make_trainer(
+            [FreezeHookConfig(patterns=["0.*"]), ModelSummaryConfig(depth=1)], max_epoch=2
+        )()
+    (record,) = [record for record in caplog.records if record.name == LOGGER]
+    assert record.getMessage().splitlines() == [
+        "the model:",
+        "module  type        trainable  frozen   MiB",
+        "0       Linear              0      40  0.00",
+        "2       Linear             18       0  0.00",
+        "total   Sequential         18      40  0.00",
+    ]
+
+
+def test_the_main_process_alone_tells(caplog: pytest.LogCaptureFixture) -> None:
+    """Other ranks log nothing."""
+    accelerator = Accelerator(cpu=True)
+    PartialState().process_index = 1
+    args = PipelineHookArgs(PipelineRun(accelerator=accelerator, model=make_model()))
+    with (
+        caplog.at_level(logging.INFO, logger=LOGGER),
+        ModelSummaryConfig()().begin("on_loop", args),
+    ):
+        pass
+    assert not caplog.records
+
+
+def test_bad_depths_are_refused() -> None:
+    """A depth that is no count is refused when the config is made."""
+    with pytest.raises(ValueError, match="greater than or equal to 0"):
+        ModelSummaryConfig(depth=-1)
