@@ -1,0 +1,140 @@
+"""Record where the time of some steps goes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch.profiler import ProfilerAction, profile
+
+from robo_orchard_core.utils.hook import HookContext
+from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
+
+logger = logging.getLogger(__name__)
+
+
+class TorchProfilerHook(PipelineHooks):
+    """Runs torch.profiler on a window of steps and writes its trace, to look at in Perfetto.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> import torch
+    >>> from accelerate import Accelerator
+    >>> from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
+    >>> model = torch.nn.Linear(1, 1)
+    >>> processor = SimpleBatchProcessor.from_callable(lambda model, batch: (None, model(batch)))
+    >>> folder = tempfile.mkdtemp()
+    >>> HookBasedTrainer(
+    ...     Accelerator(cpu=True), model, [torch.ones(1)] * 5, processor,
+    ...     torch.optim.SGD(model.parameters(), lr=1.0),
+    ...     hooks=[TorchProfilerHookConfig(folder=folder, start_step=2, steps=2)], max_epoch=1,
+    ... )()
+    >>> [str(path.relative_to(folder)) for path in Path(folder).rglob("*.json")]
+    ['rank0/steps2-3.pt.trace.json']
+
+    Each rank writes to a folder of its own. A step is recorded from its start to the start of the
+    next, so with the update, what happens between two steps, and the wait for the next batch. The
+    last one is open until then, or until the run ends. A run that ends or fails within the window
+    leaves the trace of the steps that it got to. One that is resumed within the window records the
+    rest, one that is resumed behind it does nothing.
+
+    Outside of the window it costs a comparison for each step; within it, steps are slower, and at
+    its end it waits for the device. An error of the profiler or in writing is logged, and the
+    training goes on without a trace.
+    """
+
+    def __init__(self, cfg: TorchProfilerHookConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self._profiler: Any = None
+        self._first_step = 0
+        self._last_step = 0
+        self._failed = False
+        self.register_hook("on_loop", HookContext.from_callable(after=self._close))
+        self.register_hook("on_step", HookContext.from_callable(before=self._step))
+
+    def _step(self, args: PipelineHookArgs) -> None:
+        """Ahead of each step: begin the window, go on in it, or end it."""
+        step, cfg = args.global_step_id, self.cfg
+        if self._failed or step < cfg.start_step - cfg.warmup_steps:
+            return
+        if step >= cfg.start_step + cfg.steps:
+            self._close(args)
+        elif self._profiler is None:
+            self._guarded(self._start, args)
+        else:
+            self._last_step = step
+            self._guarded(self._profiler.step)
+
+    def _start(self, args: PipelineHookArgs) -> None:
+        if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]  # has no public name
+            raise RuntimeError("another profiler is running, which this one would end")
+        cfg, step = self.cfg, args.global_step_id
+        warmup = max(0, cfg.start_step - step)
+        self._first_step, self._last_step = step + warmup, step
+        rank = Path(cfg.folder) / f"rank{args.accelerator.process_index}"
+        self._profiler = profile(
+            schedule=lambda count: (
+                ProfilerAction.WARMUP if count < warmup else ProfilerAction.RECORD
+            ),
+            on_trace_ready=lambda profiler: self._write(profiler, rank),
+            record_shapes=cfg.record_shapes,
+            profile_memory=cfg.profile_memory,
+            with_stack=cfg.with_stack,
+        )
+        self._profiler.start()
+
+    def _close(self, args: PipelineHookArgs) -> None:
+        profiler, self._profiler = self._profiler, None
+        if profiler is not None:
+            self._guarded(profiler.stop)  # waits for the device, and writes what is recorded
+
+    def _write(self, profiler: Any, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"steps{self._first_step}-{self._last_step}.pt.trace.json"
+        temporary = folder / f".{path.name}.tmp"
+        try:
+            profiler.export_chrome_trace(os.fspath(temporary))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        logger.info("%s wrote %s", self.name, path)
+
+    def _guarded(self, function: Callable[..., Any], *args: Any) -> None:
+        """Call what may fail without the training being worse for it."""
+        try:
+            function(*args)
+        except Exception:
+            logger.exception("%s gives up; the training goes on", self.name)
+            self._profiler = None
+            self._failed = True
+
+
+class TorchProfilerHookConfig(PipelineHooksConfig[TorchProfilerHook]):
+    """Which steps to record, and what of them.
+
+    >>> TorchProfilerHookConfig(folder="traces", start_step=100, steps=3)().name
+    'TorchProfilerHook'
+    """
+
+    class_type: type[TorchProfilerHook] = TorchProfilerHook
+    folder: str = Field(description="Where the traces go, in a folder for each rank.")
+    start_step: int = Field(
+        default=10, ge=0, description="The first step to record: a step of the run, from 0."
+    )
+    steps: int = Field(default=3, ge=1, description="How many steps to record.")
+    warmup_steps: int = Field(
+        default=1,
+        ge=0,
+        description="How many steps ahead of the window the profiler runs without recording, so "
+        "that its own start is not in the trace.",
+    )
+    record_shapes: bool = Field(default=False, description="Record the shapes of inputs.")
+    profile_memory: bool = Field(default=False, description="Record what is allocated and freed.")
+    with_stack: bool = Field(default=False, description="Record source lines; slow.")

@@ -1,0 +1,152 @@
+"""Recording a window of steps."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import profile
+
+from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
+from robo_orchard_lab.pipeline.hooks.torch_profiler import TorchProfilerHookConfig
+from tiny import equal, make_model, make_trainer, weights
+
+
+def config(folder: Path, **options: Any) -> TorchProfilerHookConfig:
+    return TorchProfilerHookConfig(folder=str(folder), **options)
+
+
+def traces(folder: Path) -> dict[str, list[str]]:
+    """The names of the events of each trace, by its path."""
+    return {
+        str(path.relative_to(folder)): [
+            event.get("name", "") for event in json.loads(path.read_text())["traceEvents"]
+        ]
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def updates(events: list[str]) -> int:
+    """How many updates of the weights a trace has."""
+    return sum(name.startswith("Optimizer.step#") for name in events)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 3, 9])
+def test_the_window_is_recorded(warmup: int, tmp_path: Path) -> None:
+    """The trace has the asked for steps, each with its update, whatever the warm-up is."""
+    make_trainer([config(tmp_path, start_step=4, steps=2, warmup_steps=warmup)], max_epoch=2)()
+    found = traces(tmp_path)
+    assert list(found) == ["rank0/steps4-5.pt.trace.json"]
+    (events,) = found.values()
+    assert updates(events) == 2
+    assert sum(name == "aten::mse_loss" for name in events) == 2
+    counted = min(warmup, 4)  # the profiler counts the steps since its start
+    marks = {name for name in events if name.startswith("ProfilerStep#")}
+    assert marks == {f"ProfilerStep#{counted}", f"ProfilerStep#{counted + 1}"}
+
+
+def test_from_the_first_step_to_the_last(tmp_path: Path) -> None:
+    """A window that is the whole run has all of it."""
+    make_trainer([config(tmp_path, start_step=0, steps=7)], max_epoch=1)()
+    ((name, events),) = traces(tmp_path).items()
+    assert name == "rank0/steps0-6.pt.trace.json"
+    assert updates(events) == 7
+
+
+@pytest.mark.parametrize("how", ["limit", "failure"])
+def test_a_run_that_ends_early_leaves_what_it_has(how: str, tmp_path: Path) -> None:
+    """The profiler is closed however the run ends, with the steps that were recorded."""
+    failing = PipelineHooks()
+
+    @failing.on_step.after(when="at steps 5")
+    def fail(args: PipelineHookArgs) -> None:
+        if how == "failure":
+            raise RuntimeError("planted")
+
+    trainer = make_trainer([config(tmp_path, start_step=3, steps=9), failing], max_step=5)
+    if how == "failure":
+        with pytest.raises(RuntimeError, match="planted"):
+            trainer()
+    else:
+        trainer()
+    ((name, events),) = traces(tmp_path).items()
+    assert name == "rank0/steps3-4.pt.trace.json"
+    assert updates(events) == (1 if how == "failure" else 2)
+    with profile():  # which two at once could not
+        pass
+
+
+def test_a_run_that_ends_in_the_warm_up_leaves_nothing(tmp_path: Path) -> None:
+    """Where no step was recorded, there is no trace, and the profiler is closed."""
+    make_trainer([config(tmp_path, start_step=5, warmup_steps=3)], max_step=4)()
+    assert traces(tmp_path) == {}
+    with profile():
+        pass
+
+
+@pytest.mark.parametrize(("at", "files"), [(3, ["steps3-4"]), (5, []), (6, [])])
+def test_resumed(at: int, files: list[str], tmp_path: Path) -> None:
+    """Within the window a resumed run records the rest, and behind it nothing."""
+    half = make_trainer([config(tmp_path / "half", start_step=50)], max_step=at)
+    half()
+    half.save_checkpoint(tmp_path / "saved")
+    make_trainer(
+        [config(tmp_path / "rest", start_step=2, steps=3)],
+        max_epoch=1,
+        resume_from=tmp_path / "saved",
+    )()
+    found = traces(tmp_path / "rest")
+    assert list(found) == [f"rank0/{name}.pt.trace.json" for name in files]
+    assert [updates(events) for events in found.values()] == [2] * len(files)
+
+
+def test_a_folder_that_can_not_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An error in writing is logged with its cause, and the training goes on to its end."""
+    (tmp_path / "taken").write_text("a file")
+    model, plain = make_model(), make_model()
+    with caplog.at_level(logging.ERROR):
+        make_trainer([config(tmp_path / "taken", start_step=1, steps=1)], model=model, max_step=5)()
+    assert caplog.text.count("TorchProfilerHook gives up; the training goes on") == 1
+    assert "NotADirectoryError" in caplog.text
+    make_trainer(model=plain, max_step=5)()
+    assert equal(weights(model), weights(plain))
+
+
+def test_another_profiler_is_in_the_way(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where a profiler runs already, the hook gives up, and leaves that one and the run alone."""
+    with caplog.at_level(logging.ERROR), profile() as outer:
+        trainer = make_trainer([config(tmp_path, start_step=1, steps=1)], max_step=4)
+        trainer()
+    assert trainer.progress.global_step_id == 4
+    assert caplog.text.count("TorchProfilerHook gives up") == 1
+    assert traces(tmp_path) == {}
+    assert updates([event.key for event in outer.key_averages()]) >= 1
+
+
+def test_training_is_the_same_without(tmp_path: Path) -> None:
+    """The weights are bit-identical to those of a run that is not recorded."""
+    model, plain = make_model(), make_model()
+    options = {"record_shapes": True, "profile_memory": True, "with_stack": True}
+    make_trainer([config(tmp_path, start_step=1, **options)], model=model, max_epoch=1)()
+    make_trainer(model=plain, max_epoch=1)()
+    assert equal(weights(model), weights(plain))
+    assert torch.equal(weights(model)[0], weights(plain)[0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"start_step": -1}, "greater than or equal to 0"),
+        ({"steps": 0}, "greater than or equal to 1"),
+        ({"warmup_steps": -1}, "greater than or equal to 0"),
+    ],
+)
+def test_bad_configurations_are_refused(fields: dict[str, int], message: str) -> None:
+    """A window that is none is refused when the config is made."""
+    with pytest.raises(ValueError, match=message):
+        TorchProfilerHookConfig(folder="traces", **fields)  # type: ignore[arg-type]  # ints alone
