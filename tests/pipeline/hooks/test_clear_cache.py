@@ -12,7 +12,8 @@ import torch
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.hooks.clear_cache import ClearCacheHook, ClearCacheHookConfig
 from robo_orchard_lab.pipeline.schedule import EverySteps, ScheduleError
-from tiny import equal, make_model, make_trainer, weights
+from robo_orchard_lab.testing import assert_state_round_trip, assert_weights_unchanged
+from tiny import make_trainer
 
 
 class Node:
@@ -86,10 +87,8 @@ def test_a_failing_step_is_left_alone() -> None:
 
 def test_training_is_the_same_without() -> None:
     """The weights are bit-identical to those of a run that clears nothing."""
-    model, plain = make_model(), make_model()
-    make_trainer([ClearCacheHookConfig(every=EverySteps(1))], model=model, max_epoch=1)()
-    make_trainer(model=plain, max_epoch=1)()
-    assert equal(weights(model), weights(plain))
+    assert_weights_unchanged(ClearCacheHookConfig(every=EverySteps(2), collect_garbage=True))
+    assert_state_round_trip(ClearCacheHookConfig(every=EverySteps(1)), stop_at=3)
 
 
 def test_bad_schedules_are_refused() -> None:

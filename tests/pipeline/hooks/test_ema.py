@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from robo_orchard_lab.pipeline import (
     HookBasedTrainer,
@@ -22,6 +21,11 @@ from robo_orchard_lab.pipeline import (
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, PipelineStateError, StateError
 from robo_orchard_lab.pipeline.hooks.ema import EMA, EMAConfig
 from robo_orchard_lab.pipeline.hooks.freeze import FreezeHookConfig
+from robo_orchard_lab.testing import (
+    assert_no_device_sync,
+    assert_state_round_trip,
+    assert_weights_unchanged,
+)
 from tiny import equal, loss_of, make_loader, make_model, make_trainer, weights
 from weights_on_ranks import train_on
 
@@ -638,25 +642,12 @@ def test_sharded_parameters_are_refused() -> None:
         make_trainer([EMAConfig()()], model=model, max_step=1)()
 
 
-class Reads(TorchDispatchMode):
-    """Counts the numbers that are read from tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
-def test_nothing_is_read_from_the_device() -> None:
-    """Averaging reads no number from a tensor, which would wait for the device."""
-    with Reads() as without:
-        make_trainer(model=with_batch_norm(), max_epoch=1)()
-    with Reads() as reads:
-        make_trainer([EMAConfig()()], model=with_batch_norm(), max_epoch=1)()
-    assert reads.count == without.count
+def test_it_keeps_what_hooks_promise() -> None:
+    """It survives its state, reads nothing from the device and changes no weights."""
+    config = EMAConfig(update_after_step=1)
+    assert_state_round_trip(config, model=with_batch_norm, accumulate=3)
+    assert_no_device_sync(config, model=with_batch_norm)
+    assert_weights_unchanged(config, model=with_batch_norm)
 
 
 def test_the_ranks_have_one_average(tmp_path: Path) -> None:

@@ -16,6 +16,11 @@ from robo_orchard_lab.pipeline.hooks.model_summary import (
     ModelSummaryConfig,
     summarize,
 )
+from robo_orchard_lab.testing import (
+    assert_no_device_sync,
+    assert_state_round_trip,
+    assert_weights_unchanged,
+)
 from tiny import make_model, make_trainer
 
 LOGGER = "robo_orchard_lab.pipeline.hooks.model_summary"
@@ -133,6 +138,13 @@ def test_the_main_process_alone_tells(caplog: pytest.LogCaptureFixture) -> None:
     ):
         pass
     assert not caplog.records
+
+
+def test_it_keeps_what_hooks_promise() -> None:
+    """It reads nothing from the device, changes no weights and survives its state."""
+    assert_no_device_sync(ModelSummaryConfig())
+    assert_weights_unchanged(ModelSummaryConfig())
+    assert_state_round_trip(ModelSummaryConfig(), stop_at=3)
 
 
 def test_bad_depths_are_refused() -> None:

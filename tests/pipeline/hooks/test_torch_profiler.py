@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch.profiler import profile
 
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.hooks.torch_profiler import TorchProfilerHookConfig
+from robo_orchard_lab.testing import assert_state_round_trip, assert_weights_unchanged
 from tiny import equal, make_model, make_trainer, weights
 
 
@@ -130,12 +130,10 @@ def test_another_profiler_is_in_the_way(tmp_path: Path, caplog: pytest.LogCaptur
 
 def test_training_is_the_same_without(tmp_path: Path) -> None:
     """The weights are bit-identical to those of a run that is not recorded."""
-    model, plain = make_model(), make_model()
     options = {"record_shapes": True, "profile_memory": True, "with_stack": True}
-    make_trainer([config(tmp_path, start_step=1, **options)], model=model, max_epoch=1)()
-    make_trainer(model=plain, max_epoch=1)()
-    assert equal(weights(model), weights(plain))
-    assert torch.equal(weights(model)[0], weights(plain)[0])
+    assert_weights_unchanged(config(tmp_path, start_step=1, **options))
+    assert list(traces(tmp_path)) == ["rank0/steps1-3.pt.trace.json"]
+    assert_state_round_trip(config(tmp_path, start_step=2))
 
 
 @pytest.mark.parametrize(
