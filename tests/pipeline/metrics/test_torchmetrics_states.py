@@ -73,20 +73,26 @@ class Largest(Metric):
 
 
 class Elements(Metric):
-    """A list of tensors of different shapes, which stay apart, and a mean of the updates."""
+    """A list of tensors of different shapes, which stay apart, and a mean of the updates.
+
+    Another state has its shape only with the first update.
+    """
 
     kept: list[torch.Tensor]
     mean: torch.Tensor
+    columns: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.add_state("kept", [], None)
         self.add_state("mean", torch.tensor(0.0), "mean")
+        self.add_state("columns", torch.tensor(0.0), None)
 
     def update(self, preds: torch.Tensor, target: torch.Tensor) -> None:
         self.kept += [preds[:1], target.max()]
         count = self.update_count
         self.mean = (self.mean * (count - 1) + preds.sum()) / count
+        self.columns = self.columns + preds.sum(0)
 
     def compute(self) -> dict[str, float | torch.Tensor]:
         return {
@@ -94,6 +100,7 @@ class Elements(Metric):
             "dims": float(sum(tensor.dim() for tensor in self.kept)),
             "sum": sum(float(tensor.sum()) for tensor in self.kept),
             "mean": self.mean,
+            "columns": self.columns.sum() if self.columns.dim() else self.columns,
         }
 
 
@@ -166,7 +173,7 @@ def test_states_of_all_ranks_make_the_values_of_the_whole(
     assert sets[0].names() == list(found)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 3])  # of three, one has no batch
 def test_elements_stay_apart(ranks: int) -> None:
     """A list that is not concatenated keeps its elements and shapes; a mean weighs its updates."""
     sets = [TorchMetrics({"x": Elements()}) for _ in range(ranks)]
@@ -177,6 +184,7 @@ def test_elements_stay_apart(ranks: int) -> None:
     assert found["x/count"] == 6
     assert found["x/dims"] == 6
     assert found["x/mean"] == pytest.approx(sum(float(p.sum()) for p, _ in data) / 3)
+    assert found["x/columns"] == pytest.approx(sum(float(p.sum()) for p, _ in data))
     expected = sum(float(p[:1].sum()) + float(t.max()) for p, t in data)
     assert found["x/sum"] == pytest.approx(expected)
 
@@ -289,16 +297,15 @@ class Drawn(Metric):
 
 def test_what_a_metric_draws_is_the_same_on_all_ranks() -> None:
     """Computing leaves the random state as it is, and gives every rank the same number."""
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    sets = [TorchMetrics({"drawn": Drawn()}) for _ in range(2)]
-    for metrics in sets:
+    values = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        metrics = TorchMetrics({"drawn": Drawn()})
         metrics.update(*classes(3))
-        reduced([metrics.snapshot(metrics.take())])
-    assert torch.equal(torch.get_rng_state(), before)
-    for metrics in sets:
-        metrics.update(*classes(3))
-    reduced([metrics.snapshot(metrics.take()) for metrics in sets])
+        values.append(reduced([metrics.snapshot(metrics.take())]))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert values[0] == values[1]
 
 
 def test_names_of_a_mapping_are_known_once_it_was_computed() -> None:
