@@ -541,6 +541,9 @@ def test_without_a_run_there_is_no_average() -> None:
         ema.weights()
     assert ema.state_dict() == {"version": 1, "updates": 0}
     other = EMAConfig()()
+    other.load_state_dict(trained(EMAConfig(), make_model()).state_dict())
+    assert other.state_dict()["updates"] == 7
+    assert len(other.state_dict()["shadows"]) == 4
     other.load_state_dict(ema.state_dict())
     make_trainer([other], max_step=1)()
     assert other.state_dict()["updates"] == 1
@@ -556,6 +559,17 @@ def test_another_trainers_model_has_another_average() -> None:
     make_trainer([alone], model=make_model(seed=3), max_epoch=1)()
     assert equal(shadows(ema), shadows(alone))
     assert ema.state_dict()["updates"] == 7
+
+
+def test_the_same_model_goes_on_with_its_average() -> None:
+    """One hook in two trainers of one model is as in one trainer that runs as long."""
+    ema, model = EMAConfig(decay=0.5)(), make_model()
+    make_trainer([ema], model=model, max_epoch=1)()
+    make_trainer([ema], model=model, max_epoch=1)()
+    alone = EMAConfig(decay=0.5)()
+    make_trainer([alone], max_epoch=2)()
+    assert ema.state_dict()["updates"] == 14
+    assert equal(shadows(ema), shadows(alone))
 
 
 def test_a_state_can_be_set_back_within_a_run() -> None:
