@@ -209,7 +209,7 @@ def test_a_tied_parameter_has_two_names() -> None:
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        (["0.*", "2.wieght"], r"FreezeHook: patterns has '2.wieght', .* did you mean '2.weight'"),
+        (["0.*", "2.waight"], r"FreezeHook: patterns has '2.waight', .* did you mean '2.weight'"),
         (["0"], r"'0', which matches no parameter; that is a module; did you mean '0\.\*'"),
         (["encoder.*"], "no parameter; the parameters are 0.weight, 0.bias, 2.weight, 2.bias"),
     ],
