@@ -24,6 +24,7 @@ from robo_orchard_lab.pipeline.schedule import (
     Last,
     Role,
     Schedule,
+    ScheduleError,
 )
 from tiny import make_loader, make_trainer
 
@@ -404,3 +405,24 @@ def test_a_failing_step_asks_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="planted"):
         Setting(max_step=3).run([hooks])
     assert fired == [1]
+
+
+@pytest.mark.parametrize("channel", ["on_step", "on_optimizer_step"])
+def test_epochs_are_counted_on_the_channels_of_a_step(channel: ChannelName) -> None:
+    """There, every n-th epoch is due in its last step, resumed in its middle or not."""
+    fired: list[int] = []
+    hooks = PipelineHooks("counts")
+    hook = HookContext[PipelineHookArgs].from_callable(
+        after=lambda args: fired.append(args.progress.steps_done)
+    )
+    hooks.register_hook(channel, hook, "2 epochs | at steps 4")
+    make_trainer([hooks], loader=make_loader(3), max_epoch=5)()
+    assert fired == [4, 6, 12]
+
+
+def test_the_last_step_of_data_without_a_length_is_unknown() -> None:
+    """A schedule by epochs on a step is refused there, in the first step, with the remedy."""
+    hooks = PipelineHooks("counts")
+    hooks.on_step.after(when="1 epoch")(print)
+    with pytest.raises(ScheduleError, match=r"'1 epoch': no step knows .* register .* on_epoch"):
+        make_trainer([hooks], loader=(batch for batch in make_loader(3)), max_epoch=1)()

@@ -5,17 +5,37 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.events import CHANNEL_NAMES, PIPELINE_CHANNELS, ChannelName
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
+from robo_orchard_lab.pipeline.schedule import (
+    AtSteps,
+    EveryEpochs,
+    EveryOptimizerSteps,
+    EverySeconds,
+    EverySteps,
+    First,
+    Last,
+    Schedule,
+    ScheduleField,
+)
 from robo_orchard_lab.pipeline.trainer import HookBasedTrainer
 
 __all__ = [
     "CHANNEL_NAMES",
     "PIPELINE_CHANNELS",
+    "AtSteps",
     "BatchProcessor",
     "ChannelName",
+    "EveryEpochs",
+    "EveryOptimizerSteps",
+    "EverySeconds",
+    "EverySteps",
+    "First",
     "HookBasedTrainer",
+    "Last",
     "PipelineHookArgs",
     "PipelineHooks",
     "PipelineHooksConfig",
+    "Schedule",
+    "ScheduleField",
     "SimpleBatchProcessor",
     "TrainerLimits",
     "TrainerProgress",

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.schedule import EveryEpochs, Schedule
+from robo_orchard_lab.pipeline.schedule import ScheduleField
 
 
 class ClearCacheHook(PipelineHooks):
@@ -40,7 +40,7 @@ class ClearCacheHookConfig(PipelineHooksConfig[ClearCacheHook]):
     """
 
     class_type: type[ClearCacheHook] = ClearCacheHook
-    every: Schedule = Field(default=EveryEpochs(1), description="When to do it.")
+    every: ScheduleField = Field(default="1 epoch", description="When to do it.")
     collect_garbage: bool = Field(
         default=False,
         description="First let Python find unused objects that refer to each other, which may "

@@ -14,7 +14,7 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
-from robo_orchard_lab.pipeline.schedule import Schedule
+from robo_orchard_lab.pipeline.schedule import ScheduleField
 from robo_orchard_lab.pipeline.sinks import MetricsSink, SinkConfig, SinkGroup
 
 SinkLike: TypeAlias = MetricsSink | SinkConfig[MetricsSink]
@@ -122,8 +122,8 @@ class MetricsLoggerConfig(PipelineHooksConfig[MetricsLogger]):
     """
 
     class_type: type[MetricsLogger] = MetricsLogger
-    every: Schedule = Field(
-        default=Schedule.parse("50 steps | 1 epoch"),
+    every: ScheduleField = Field(
+        default="50 steps | 1 epoch",
         description="When to make a logging point, such as '100 steps | 1 epoch | 10 min'.",
     )
     sinks: (

@@ -4,6 +4,7 @@ from robo_orchard_core.utils.hook import HookContext, RemovableHandle, Removeabl
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.events import ChannelName
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
+from robo_orchard_lab.pipeline.schedule import Schedule, ScheduleField
 
 __all__ = [
     "ChannelName",
@@ -13,4 +14,6 @@ __all__ = [
     "PipelineHooksConfig",
     "RemovableHandle",
     "RemoveableHandle",
+    "Schedule",
+    "ScheduleField",
 ]

@@ -16,7 +16,7 @@ from robo_orchard_lab.pipeline.evaluator import Evaluator, check_dataloaders
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.metrics.metric_inputs import MetricInputs
 from robo_orchard_lab.pipeline.metrics.torchmetrics_states import MetricsLike, TorchMetrics
-from robo_orchard_lab.pipeline.schedule import EveryEpochs, Last, Schedule
+from robo_orchard_lab.pipeline.schedule import Last, ScheduleField
 
 STATE_VERSION = 1
 
@@ -136,8 +136,8 @@ class ValidationHookConfig(PipelineHooksConfig[ValidationHook]):
     """
 
     class_type: type[ValidationHook] = ValidationHook
-    every: Schedule | None = Field(
-        default=EveryEpochs(1),
+    every: ScheduleField | None = Field(
+        default="1 epoch",
         description="The schedule of evaluations, such as '500 steps | 1 epoch'; None for those "
         "that are asked for alone.",
     )
