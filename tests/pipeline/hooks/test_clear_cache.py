@@ -57,7 +57,7 @@ def no_automatic_collection() -> Iterator[None]:
 def test_garbage_goes_by_the_schedule(every: str, alive: list[int]) -> None:
     """With collect_garbage, unused objects are freed in the steps and epochs that it names."""
     litter = Litter()
-    config = ClearCacheHookConfig(every=every, collect_garbage=True)  # type: ignore[arg-type]  # a text is taken
+    config = ClearCacheHookConfig(every=every, collect_garbage=True)
     make_trainer([config, litter], max_epoch=2)()
     assert litter.alive == alive
 
@@ -94,8 +94,8 @@ def test_training_is_the_same_without() -> None:
 def test_bad_schedules_are_refused() -> None:
     """A text that is no schedule is refused when the config is made, with what could stand."""
     with pytest.raises((ValueError, ScheduleError), match="write '100 steps'"):
-        ClearCacheHookConfig(every="often")  # type: ignore[arg-type]  # what is tested
-    config = ClearCacheHookConfig(every="2 epochs | 10 min")  # type: ignore[arg-type]  # a text is taken
+        ClearCacheHookConfig(every="often")
+    config = ClearCacheHookConfig(every="2 epochs | 10 min")
     assert ClearCacheHookConfig.from_str(config.to_str("yaml"), "yaml") == config
     assert isinstance(config(), ClearCacheHook)
 
