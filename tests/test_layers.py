@@ -29,8 +29,12 @@ LAYERS = [
     "robo_orchard_lab.pipeline.schedule",
     "robo_orchard_lab.pipeline.scheduled_hook",
     "robo_orchard_lab.pipeline.hook_set",
+    "robo_orchard_lab.pipeline.gradient_norm",
+    "robo_orchard_lab.pipeline.plain_model",
     "robo_orchard_lab.pipeline.checkpoint",
     "robo_orchard_lab.pipeline.evaluator",
+    "robo_orchard_lab.pipeline.quarantine",
+    "robo_orchard_lab.pipeline.sinks",
     "robo_orchard_lab.pipeline.hooks",
     "robo_orchard_lab.pipeline.trainer",
     "robo_orchard_lab.pipeline",
@@ -38,6 +42,9 @@ LAYERS = [
     "robo_orchard_lab.testing",
     "robo_orchard_lab",
 ]
+
+# What its makers document under an underscored name, and under no other.
+DOCUMENTED = {"torch.utils._python_dispatch.TorchDispatchMode"}
 
 FILES = sorted(SRC.rglob("*.py"))
 
@@ -84,7 +91,7 @@ def test_imports_point_up_the_list(file: Path) -> None:
 @pytest.mark.parametrize("file", FILES, ids=module_of)
 def test_nobody_imports_anothers_underscored_names(file: Path) -> None:
     """What starts with an underscore is imported only within its own package."""
-    for name in imports_of(file):
+    for name in set(imports_of(file)) - DOCUMENTED:
         parts = name.split(".")
         for depth, part in enumerate(parts):
             if part.startswith("_") and part != "__future__":

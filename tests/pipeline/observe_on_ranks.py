@@ -1,0 +1,38 @@
+"""What each process of ``test_observers.py`` runs: train, unwatched and watched, and count."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from observed import make_observed_trainer, observing_hooks
+from robo_orchard_lab.testing import count_collectives
+
+
+def train(hooks: list[Any]) -> Any:
+    trainer = make_observed_trainer(hooks, max_step=200, buffers=False)
+    with count_collectives() as calls:
+        trainer()
+    weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+    return trainer.accelerator, weights.tolist(), [call.what for call in calls]
+
+
+def main(folder: Path) -> None:
+    _, unwatched, without = train([])
+    accelerator, weights, collectives = train(observing_hooks(folder, "50 steps", "5 steps"))
+    added = Counter(collectives)
+    added.subtract(without)  # Accelerate has the ranks shuffle alike, once an epoch
+    result = {"added": {**+added}, "weights": weights, "unwatched": unwatched}
+    (folder / f"rank{accelerator.process_index}.json").write_text(json.dumps(result))
+    accelerator.end_training()
+    time.sleep(1)  # gloo aborts a process that exits within half a second of its first exchange
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
