@@ -31,6 +31,8 @@ class Contender:
     module: str
     """In benchmarks.contenders; what it imports decides whether the contender can be measured."""
     hook_counts: Sequence[int] = (0, HOOKS)
+    peer: bool = False
+    """Another framework, which may not run here."""
 
     def label(self, hook_count: int) -> str:
         """The name of one of its rows."""
@@ -43,11 +45,11 @@ OWN = (
     Contender(OURS, "ours", (0, HOOKS, MANY_HOOKS)),
 )
 PEERS = (
-    Contender("Ignite", "ignite_peer"),
-    Contender("Fabric", "fabric_peer"),
-    Contender("MMEngine", "mmengine_peer"),
-    Contender("Lightning", "lightning_peer"),
-    Contender("Transformers' Trainer", "transformers_peer"),
+    Contender("Ignite", "ignite_peer", peer=True),
+    Contender("Fabric", "fabric_peer", peer=True),
+    Contender("MMEngine", "mmengine_peer", peer=True),
+    Contender("Lightning", "lightning_peer", peer=True),
+    Contender("Transformers' Trainer", "transformers_peer", peer=True),
 )
 
 DISTRIBUTIONS = (
@@ -80,6 +82,60 @@ def measure(
     rounds: int,
 ) -> Report:
     """Times the step of each contender; the bars, by the number of hooks, are for ours."""
+    timed = time_steps(settings, contenders, rounds=rounds)
+    samples = timed.samples
+    steps = step_rows(contenders, samples, bars)
+    tables = [
+        Table(
+            f"One step{_kind(settings)}",
+            "us per step",
+            [*steps, *timed.absent],
+            [timed.weights_note(), *_beside_peers(steps)],
+        ),
+        Table(
+            "One hook's before and after, within a step",
+            "ns per hook",
+            _hook_rows(contenders, samples),
+        ),
+    ]
+    return Report(benchmark, tables, timed.faults(), describe(DISTRIBUTIONS))
+
+
+@dataclass(frozen=True, slots=True)
+class TimedSteps:
+    """What contenders that took turns have given."""
+
+    samples: Samples
+    weights: Mapping[str, torch.Tensor]
+    """What each ended with."""
+    absent: Sequence[Row]
+    """Peers that don't run here, and why."""
+
+    def faults(self) -> list[str]:
+        """Those whose weights are further from the bare loop's than rounding explains."""
+        return [
+            f"{name} ends with other weights than the bare loop, by up to {distance:.3g}"
+            for name, distance in self._distances().items()
+            if distance > 1e-5
+        ]
+
+    def weights_note(self) -> str:
+        """Whose weights are the bare loop's, bit for bit."""
+        inexact = {name: distance for name, distance in self._distances().items() if distance > 0}
+        if not inexact:
+            return "All end with the weights of the bare loop, bit for bit."
+        listed = ", ".join(f"{name} by up to {distance:.1e}" for name, distance in inexact.items())
+        return f"All end with the weights of the bare loop, bit for bit, but for: {listed}."
+
+    def _distances(self) -> dict[str, float]:
+        reference = self.weights[BARE]
+        return {
+            name: float((trained - reference).abs().max()) for name, trained in self.weights.items()
+        }
+
+
+def time_steps(settings: Settings, contenders: Sequence[Contender], *, rounds: int) -> TimedSteps:
+    """Runs them in turns; peers that break are told of, our own must not."""
     torch.set_num_threads(1)
     weights: dict[str, torch.Tensor] = {}
     trains: dict[str, Callable[[], float]] = {}
@@ -88,28 +144,13 @@ def measure(
         try:
             timed = _timed_runs(contender, settings, weights)
         except Exception as error:  # whatever a framework that does not fit this machine raises
-            if contender not in PEERS:
+            if not contender.peer:
                 raise
             first_line = str(error).partition("\n")[0]
             absent.append(Row(contender.name, note=f"not measured: {first_line}"))
         else:
             trains.update(timed)
-    samples = interleave(trains, reference=BARE, rounds=rounds)
-    steps = _step_rows(contenders, samples, bars)
-    tables = [
-        Table(
-            f"One step{_kind(settings)}",
-            "us per step",
-            [*steps, *absent],
-            [_weights_note(weights), *_beside_peers(steps)],
-        ),
-        Table(
-            "One hook's before and after, within a step",
-            "ns per hook",
-            _hook_rows(contenders, samples),
-        ),
-    ]
-    return Report(benchmark, tables, _weights_that_differ(weights), describe(DISTRIBUTIONS))
+    return TimedSteps(interleave(trains, reference=BARE, rounds=rounds), weights, absent)
 
 
 def _timed_runs(
@@ -136,11 +177,12 @@ def _timed_runs(
     return runs
 
 
-def _step_rows(
+def step_rows(
     contenders: Sequence[Contender],
     samples: Samples,
     bars: Mapping[int, float],
 ) -> list[Row]:
+    """The step of each contender, and its ratio to the bare loop's."""
     return [
         Row.of(
             label,
@@ -175,27 +217,6 @@ def _kind(settings: Settings) -> str:
     kinds = [f"accumulation over {settings.accumulate}"] if settings.accumulate > 1 else []
     kinds += ["bf16 autocast"] if settings.bf16 else []
     return f", {' and '.join(kinds)}" if kinds else ""
-
-
-def _weights_that_differ(weights: Mapping[str, torch.Tensor]) -> list[str]:
-    """Those that are further from the bare loop's than rounding explains."""
-    return [
-        f"{name} ends with other weights than the bare loop, by up to {distance:.3g}"
-        for name, trained in weights.items()
-        if (distance := float((trained - weights[BARE]).abs().max())) > 1e-5
-    ]
-
-
-def _weights_note(weights: Mapping[str, torch.Tensor]) -> str:
-    inexact = {
-        name: float((trained - weights[BARE]).abs().max())
-        for name, trained in weights.items()
-        if not torch.equal(trained, weights[BARE])
-    }
-    if not inexact:
-        return "All end with the weights of the bare loop, bit for bit."
-    listed = ", ".join(f"{name} by up to {distance:.1e}" for name, distance in inexact.items())
-    return f"All end with the weights of the bare loop, bit for bit, but for: {listed}."
 
 
 def _beside_peers(rows: Sequence[Row]) -> list[str]:

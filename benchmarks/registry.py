@@ -28,6 +28,7 @@ BENCHMARKS = {
     for benchmark in (
         Benchmark("dispatch", "N hooks on one channel against calling their methods in a loop"),
         Benchmark("overhead", "a tiny model's step, by this trainer and its peers", True),
+        Benchmark("observing", "what default logging adds to a step, beside two peers'", True),
         Benchmark("accumulation", "the same, accumulating gradients over 4 batches"),
         Benchmark("bf16", "the same, under bf16 autocast"),
     )

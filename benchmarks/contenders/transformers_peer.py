@@ -43,31 +43,37 @@ class NoopCallback(TrainerCallback):
 
 def train(job: Job, hook_count: int) -> None:
     logging.set_verbosity_error()
+    silent = {"logging_strategy": "no", "logging_nan_inf_filter": False, "disable_tqdm": True}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = JobTrainer(
-            model=job.model,
-            args=TrainingArguments(
-                output_dir=folder,
-                use_cpu=True,
-                num_train_epochs=1,
-                per_device_train_batch_size=BATCH_SIZE,
-                train_sampling_strategy="sequential",
-                max_grad_norm=0.0,  # no clipping, as nobody else clips
-                logging_strategy="no",
-                logging_nan_inf_filter=False,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                remove_unused_columns=False,
-            ),
-            train_dataset=job.dataset,
-            data_collator=_as_dict,
-            optimizers=(job.optimizer, job.scheduler),
-            callbacks=[NoopCallback() for _ in range(hook_count)],
-        )
-        trainer.job = job
+        trainer = make_trainer(job, folder, **silent)
+        for _ in range(hook_count):
+            trainer.add_callback(NoopCallback())
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+
+
+def make_trainer(job: Job, folder: str, **options: Any) -> JobTrainer:
+    """A trainer that is ready, with these training arguments beside those that all have."""
+    trainer = JobTrainer(
+        model=job.model,
+        args=TrainingArguments(
+            output_dir=folder,
+            use_cpu=True,
+            num_train_epochs=1,
+            per_device_train_batch_size=BATCH_SIZE,
+            train_sampling_strategy="sequential",
+            max_grad_norm=0.0,  # no clipping, as nobody else clips
+            save_strategy="no",
+            report_to="none",
+            remove_unused_columns=False,
+            **options,
+        ),
+        train_dataset=job.dataset,
+        data_collator=_as_dict,
+        optimizers=(job.optimizer, job.scheduler),
+    )
+    trainer.job = job
+    return trainer
 
 
 def _as_dict(batch: Batch) -> dict[str, torch.Tensor]:
