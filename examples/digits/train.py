@@ -10,7 +10,6 @@ Every field below that is described is an option of the command line; ``--help``
 from __future__ import annotations
 
 import argparse
-import logging
 import tempfile
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,25 +23,29 @@ from safetensors.torch import save_model
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, Dataset
+from torchmetrics.classification import MulticlassAccuracy
 from torchvision import models
 from torchvision.datasets import FakeData, ImageFolder
 from torchvision.transforms import v2
 
 from robo_orchard_core.utils.cli import SettingConfig, pydantic_from_argparse
-from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
-from robo_orchard_lab.pipeline.hooks import GradientClippingHookConfig, ProgressBarHookConfig
-from robo_orchard_lab.pipeline.hooks.mixin import (
-    PipelineHookArgs,
-    PipelineHooks,
-    PipelineHooksConfig,
+from robo_orchard_lab.pipeline.hooks import (
+    GradientClippingHookConfig,
+    KeepBestConfig,
+    LossTrackerConfig,
+    MetricsLoggerConfig,
+    MetricTrackerConfig,
+    ProgressBarHookConfig,
+    StatsMonitorConfig,
+    ValidationHookConfig,
 )
+from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig, TrackerSinkConfig
 from robo_orchard_lab.utils import log_basic_config
-
-logger = logging.getLogger(__name__)
 
 Images: TypeAlias = Dataset[tuple[torch.Tensor, int]]
 DIGITS, SIZE = 10, 32  # how many there are; height and width of an image in pixels
+VALIDATION = "eval/val/accuracy"  # the share of unseen images that are read right
 
 
 # What an experiment consists of, as fields that are checked, saved and set from the command line.
@@ -89,51 +92,8 @@ class TrainerConfig(SettingConfig):
     max_grad_norm: float = Field(default=5.0, gt=0, description="Clip longer gradients to this.")
     seed: int = Field(default=0, ge=0, description="The same seed gives the same weights.")
     workspace_root: str = Field(
-        default="workspace/digits", description="Folder for the weights and this configuration."
+        default="workspace/digits", description="Folder for the weights and what was measured."
     )
-
-
-# A hook of our own: a class with what it does, and a configuration with what can be set.
-
-
-class ValidationHook(PipelineHooks):
-    """After each epoch, measures the accuracy on images that the model does not learn from."""
-
-    def __init__(self, cfg: ValidationHookConfig) -> None:
-        super().__init__()
-        _, images = cfg.dataset.open()
-        self.batches = DataLoader(images, batch_size=cfg.batch_size)
-        self.register_hook("on_epoch", HookContext.from_callable(after=self.measure))
-
-    def measure(self, args: PipelineHookArgs) -> None:
-        if not args.epoch_completed:  # stopped half-way, or failed
-            return
-        accuracy = self.accuracy(args.model, args.accelerator.device)
-        args.metrics.publish("accuracy", accuracy)
-        logger.info(
-            "epoch %d: %.2f %% of the unseen images are read right",
-            args.epoch_id + 1,
-            100 * accuracy,
-        )
-
-    @torch.no_grad()
-    def accuracy(self, model: torch.nn.Module, device: torch.device) -> float:
-        """The share of the images that the model reads right."""
-        model.eval()
-        right = seen = 0
-        for images, digits in self.batches:
-            right += int((model(images.to(device)).argmax(1) == digits.to(device)).sum())
-            seen += len(digits)
-        model.train()
-        return right / seen
-
-
-class ValidationHookConfig(PipelineHooksConfig[ValidationHook]):
-    """Which images to check with."""
-
-    class_type: type[ValidationHook] = ValidationHook
-    dataset: DatasetConfig
-    batch_size: int = Field(default=256, ge=1, description="Images in a batch.")
 
 
 class Classification(SimpleBatchProcessor):
@@ -148,7 +108,7 @@ class Classification(SimpleBatchProcessor):
 def train(cfg: TrainerConfig) -> HookBasedTrainer:
     """Train a model as configured."""
     set_seed(cfg.seed)
-    images, _ = cfg.dataset.open()
+    images, unseen = cfg.dataset.open()
     batches = DataLoader(
         images, batch_size=cfg.batch_size, shuffle=True, drop_last=True, num_workers=cfg.num_workers
     )
@@ -156,6 +116,8 @@ def train(cfg: TrainerConfig) -> HookBasedTrainer:
     optimizer = torch.optim.SGD(
         model.parameters(), lr=cfg.learning_rate, momentum=0.9, weight_decay=5e-4
     )
+    accuracy = {"accuracy": MulticlassAccuracy(DIGITS, average="micro", validate_args=False)}
+    workspace = Path(cfg.workspace_root)
     trainer = HookBasedTrainer(
         accelerator=Accelerator(),
         model=model,
@@ -166,9 +128,24 @@ def train(cfg: TrainerConfig) -> HookBasedTrainer:
             optimizer, max_lr=cfg.learning_rate, total_steps=cfg.max_epoch * len(batches)
         ),
         hooks=[  # the first is the outermost
-            ProgressBarHookConfig(metrics=["accuracy"]),
+            ProgressBarHookConfig(metrics=["train/accuracy", VALIDATION]),
+            MetricsLoggerConfig(
+                every="5 steps | 1 epoch",
+                sinks=[
+                    JsonLinesSinkConfig(path=str(workspace / "metrics.jsonl")),
+                    TrackerSinkConfig(
+                        trackers=["tensorboard"], project="tensorboard", folder=str(workspace)
+                    ),
+                ],
+            ),
+            StatsMonitorConfig(),
+            LossTrackerConfig(),
+            MetricTrackerConfig()(metrics=accuracy),
             GradientClippingHookConfig(max_norm=cfg.max_grad_norm),
-            ValidationHookConfig(dataset=cfg.dataset),
+            ValidationHookConfig(every="1 epoch")(
+                dataloaders={"val": DataLoader(unseen, batch_size=256)}, metrics=accuracy
+            ),
+            KeepBestConfig(monitor=VALIDATION, mode="max", path=workspace / "best.safetensors"),
         ],
         max_epoch=cfg.max_epoch,
     )
@@ -202,15 +179,22 @@ def main() -> None:
 
     workspace = Path(cfg.workspace_root).resolve()
     workspace.mkdir(parents=True, exist_ok=True)
-    weights, configuration = workspace / "model.safetensors", workspace / "config.json"
-    save_model(trainer.accelerator.unwrap_model(trainer.model), str(weights))
-    cfg.save(configuration)
+    save_model(
+        trainer.accelerator.unwrap_model(trainer.model), str(workspace / "model.safetensors")
+    )
+    cfg.save(workspace / "config.json")
 
     images = "random" if cfg.dataset.pipeline_test else Path(cfg.dataset.data_root).resolve()
-    print(f"\nAccuracy on images it has not learned from: {trainer.metrics.latest('accuracy'):.4f}")
-    print(
-        f"  weights        {weights}\n  configuration  {configuration}\n  images         {images}"
-    )
+    print(f"\nAccuracy on images it has not learned from: {trainer.metrics.latest(VALIDATION):.4f}")
+    for what, where in (
+        ("weights", workspace / "model.safetensors"),
+        ("best weights", workspace / "best.safetensors"),
+        ("configuration", workspace / "config.json"),
+        ("metrics", workspace / "metrics.jsonl"),
+        ("for TensorBoard", workspace / "tensorboard"),
+        ("images", images),
+    ):
+        print(f"  {what:15}  {where}")
 
 
 if __name__ == "__main__":
