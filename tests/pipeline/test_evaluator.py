@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
@@ -32,6 +33,7 @@ from robo_orchard_lab.pipeline.errors import BatchProcessorError, DataError, Pip
 from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.evaluator.loaders import EvaluationLoader
 from robo_orchard_lab.pipeline.metrics import MetricValueError
+from robo_orchard_lab.pipeline.metrics.metric_inputs import MetricArguments
 from tiny import equal, loss_of, make_loader, make_model
 
 KINDS = ("plain", "shuffled", "stream", "list", "unbatched")
@@ -245,6 +247,32 @@ def test_a_layer_that_acts_on_its_mode_is_told_of_both() -> None:
     assert [module.training for module in model] == [True, False]
 
 
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """That of this process alone."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_in_ddp_is_evaluated_without_it(compiled: bool) -> None:
+    """Its forward, which exchanges, is not called; modes and buffers are given back."""
+    plain = make_normalised()
+    ddp = DistributedDataParallel(plain)
+    called: list[Any] = []
+    ddp.register_forward_pre_hook(lambda module, args: called.append(args))
+    model: Any = torch.compile(ddp, backend="eager") if compiled else ddp
+    before = Untouched(ddp)
+    evaluator = make_evaluator(make_evaluation_loader(20), model, metrics=make_metrics())
+    assert_close(evaluator.evaluate(), expected_values(make_normalised(), 20))
+    assert called == []
+    assert Untouched(ddp) == before
+
+
 def test_a_compiled_model_is_evaluated_in_evaluation_mode() -> None:
     """The mode reaches the module within, and is given back there."""
     plain = make_normalised()
@@ -454,6 +482,19 @@ def test_metric_inputs_that_are_not_told_are_asked_for(
         evaluator.evaluate()
 
 
+def test_metric_inputs_come_without_their_graphs() -> None:
+    """Also within lists and mappings, such as detectors have; what metrics keep holds no graph."""
+    outputs = torch.ones(2, requires_grad=True) * 2
+
+    def inputs(outputs: Any, batch: Any) -> Any:
+        return [{"boxes": outputs}, (outputs, "name")], outputs
+
+    args, kwargs = MetricArguments(inputs, None, "Hook")(outputs, None)
+    (first, (second, name)), third = args
+    assert [t.requires_grad for t in (first["boxes"], second, third)] == [False] * 3
+    assert (name, kwargs) == ("name", {})
+
+
 @pytest.mark.parametrize(
     ("result", "found"),
     [
@@ -469,7 +510,7 @@ def test_a_wrong_result_of_the_processor_is_refused(result: Any, found: str) -> 
         make_evaluator([1], processor=processor).evaluate()
 
 
-def test_a_loss_that_is_not_finite_shows(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_shows() -> None:
     """NaN in one batch is NaN in the mean."""
     processor = SimpleBatchProcessor.from_callable(lambda model, batch: (None, batch))
     values = make_evaluator([torch.tensor(1.0), torch.tensor(math.nan)], processor=processor)

@@ -143,9 +143,6 @@ class _Picked:
     def __iter__(self) -> Iterator[Any]:
         return iter(self.items)
 
-    def __len__(self) -> int:
-        return len(self.items)
-
 
 def _picking(loader: DataLoader[Any], picked: _Picked) -> DataLoader[Any]:
     """The same loader, but of the batches that are picked."""
