@@ -174,8 +174,10 @@ class Evaluator:
             if len(metrics):
                 args, kwargs = self._arguments(outputs, batch)
                 metrics.update(*args, **kwargs)
-        mean_loss = MeanLoss(f"{prefix}loss", loss_sum, device)
-        return [mean_loss, metrics.snapshot(metrics.take(), prefix)]
+        parts: list[DeferredMetrics] = [MeanLoss(f"{prefix}loss", loss_sum, device)]
+        if len(metrics):
+            parts.append(metrics.snapshot(metrics.take(), prefix))
+        return parts
 
     def _precision(self, model: torch.nn.Module) -> AbstractContextManager[Any]:
         """As the prepared model would run, whose forward has its precision in it."""

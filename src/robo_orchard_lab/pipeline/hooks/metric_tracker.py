@@ -106,13 +106,17 @@ class MetricTracker(PipelineHooks):
             self._epoch.update(*inputs, **named)
 
     def _end_window(self, board: MetricsBoard) -> None:
-        board.defer(self._merged.end_window(_PREFIX))
-        board.defer(self._window.snapshot(self._window.take(), _PREFIX))
+        if len(self._merged.live):
+            board.defer(self._merged.end_window(_PREFIX))
+        if len(self._window):
+            board.defer(self._window.snapshot(self._window.take(), _PREFIX))
 
     def _end_epoch(self, args: PipelineHookArgs) -> None:
         if args.epoch_completed and args.exception is None:
-            args.metrics.defer(self._merged.end_epoch(_PREFIX, "_epoch"))
-            args.metrics.defer(self._epoch.snapshot(self._epoch.take(), _PREFIX, "_epoch"))
+            if len(self._merged.live):
+                args.metrics.defer(self._merged.end_epoch(_PREFIX, "_epoch"))
+            if len(self._epoch):
+                args.metrics.defer(self._epoch.snapshot(self._epoch.take(), _PREFIX, "_epoch"))
 
     def state_dict(self) -> dict[str, Any]:
         return {
