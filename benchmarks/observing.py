@@ -13,6 +13,7 @@ from benchmarks.report import Report, Row, Table
 from benchmarks.timing import Samples, Spread, differences, ratios
 from benchmarks.workload import Settings
 
+LOG_EVERY_STEPS = 50  # so each block that is timed has one logging point
 BAR = 0.10  # of the bare loop's step
 LOGGING = "with default logging"
 
@@ -31,7 +32,7 @@ PEERS = (
 
 def run(*, quick: bool) -> Report:
     contenders = OWN if quick else OWN + PEERS
-    settings = Settings(steps=1000 if quick else 2000)
+    settings = Settings(steps=1000 if quick else 3000, block_steps=LOG_EVERY_STEPS)
     timed = time_steps(settings, contenders, rounds=5 if quick else 15)
     samples = timed.samples
     added = [

@@ -79,6 +79,8 @@ class Settings:
     """Steps in the run, in one epoch; each is one batch."""
     accumulate: int = 1
     bf16: bool = False
+    block_steps: int = BLOCK_STEPS
+    """What is timed together: a multiple of whatever recurs, such as logging every 50 steps."""
 
 
 class Job:
@@ -122,5 +124,5 @@ class Job:
         began = self.model.forward_began_ns
         if len(began) != self.settings.steps:
             raise RuntimeError(f"expected {self.settings.steps} forward passes, got {len(began)}")
-        marks = torch.tensor(began[WARM_UP_STEPS::BLOCK_STEPS], dtype=torch.int64)
-        return float(marks.diff().double().quantile(0.25)) / BLOCK_STEPS
+        marks = torch.tensor(began[WARM_UP_STEPS :: self.settings.block_steps], dtype=torch.int64)
+        return float(marks.diff().double().quantile(0.25)) / self.settings.block_steps
