@@ -32,6 +32,9 @@ def main(folder: Path, kind: str) -> None:
     def pair(args: PipelineHookArgs) -> None:
         fired["pair"].append(args.global_step_id + 1)
 
+    if kind == "fails":  # one that asks in every step
+        hooks.on_step.after(when="1 s")(lambda args: None)
+
     @hooks.on_batch.before
     def work(args: PipelineHookArgs) -> None:
         nonlocal clock
