@@ -12,6 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from robo_orchard_core.utils.hook import later_errors
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.hooks.loss_tracker import LossTracker, LossTrackerConfig
@@ -314,3 +315,15 @@ def test_two_of_them_run_side_by_side() -> None:
     processor = named(lambda x: x, {"twice": lambda loss: loss * 2})
     told = run_hook([first, second], batch_processor=processor, steps=1).metrics
     assert told["loss/twice"][1] == pytest.approx(2 * told["loss/total"][1])
+
+
+def test_a_step_that_fails_is_not_tracked() -> None:
+    """Its error is the one that is raised, and nothing is said of losses that it does not have."""
+
+    def forward(model: Any, batch: Any) -> Any:
+        raise RuntimeError("out of luck")
+
+    processor = SimpleBatchProcessor.from_callable(forward)
+    with pytest.raises(RuntimeError, match="out of luck") as raised:
+        run_hook(LossTrackerConfig(losses_key="losses"), batch_processor=processor)
+    assert not later_errors(raised.value)
