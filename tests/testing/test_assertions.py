@@ -64,6 +64,12 @@ def test_a_state_that_is_whole_survives() -> None:
     assert_state_round_trip([Counting, GradientClippingHookConfig(max_norm=1.0)], stop_at=2)
 
 
+def test_hooks_from_a_generator_are_in_every_run() -> None:
+    """Not only in the first, which would leave nothing to compare."""
+    with pytest.raises(AssertionError, match="the loaded state"):
+        assert_state_round_trip(make for make in [partial(Counting, "loads wrongly")])
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -113,6 +119,29 @@ def test_weights_that_a_resumed_run_trains_otherwise_are_told() -> None:
         assert_state_round_trip(Drifting, stop_at=2)
 
 
+class Ending(PipelineHooks):
+    """Keeps to itself after how many steps to stop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.register_hook("on_step", HookContext.from_callable(after=self._end))
+
+    def _end(self, args: PipelineHookArgs) -> None:
+        self.count += 1
+        if self.count == 4:
+            args.requests.stop("enough", by="Ending")
+
+
+def test_a_resumed_run_that_ends_elsewhere_is_told() -> None:
+    """With the counters of both ends."""
+    with pytest.raises(
+        AssertionError,
+        match=r"request: stop at step 6.*\n  the run ended at epoch 1, step 2 .*, expected epoch 1",
+    ):
+        assert_state_round_trip(Ending, stop_at=2)
+
+
 def test_what_may_differ_is_ignored_by_pattern() -> None:
     """Names of metrics, and places in states."""
     with pytest.raises(AssertionError, match="the loaded state"):
@@ -127,6 +156,8 @@ def test_a_stop_outside_of_the_run_is_refused(stop_at: Any) -> None:
     """There would be nothing to compare."""
     with pytest.raises(ValueError, match="within the run, from 1 to 5, got"):
         assert_state_round_trip(Counting, stop_at=stop_at)
+    with pytest.raises(ValueError, match="a run of 1 step can't be stopped within"):
+        assert_state_round_trip(Counting, steps=1)
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,15 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Unpack
+from typing import TypeAlias, Unpack
 
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.testing.differences import differences
 from robo_orchard_lab.testing.run import HookRun, train
 from robo_orchard_lab.testing.seams import seams
-from robo_orchard_lab.testing.setting import HookSource, RunSetting, completed
+from robo_orchard_lab.testing.setting import HookSource, RunSetting, completed, listed
 
-Hooks = HookSource | Iterable[HookSource]
+Hooks: TypeAlias = HookSource | Iterable[HookSource]
 
 
 def assert_state_round_trip(
@@ -26,8 +26,8 @@ def assert_state_round_trip(
 ) -> None:
     """A run that is stopped, saved and resumed with new hooks is the run that never stopped.
 
-    Compared are the hooks' states, what was published at which step, what was asked for and
-    evaluated, losses and weights, all of them exactly.
+    Compared are the hooks' states, what was published at which step, what was asked for,
+    weights and counters, all of them exactly.
 
     >>> from robo_orchard_lab.pipeline.hooks import GradientClippingHookConfig
     >>> assert_state_round_trip(GradientClippingHookConfig(max_norm=1.0), steps=3)
@@ -42,11 +42,13 @@ def assert_state_round_trip(
     Raises:
         AssertionError: the message names the step at which the run was stopped, and what differs
             first.
-        ValueError: ``stop_at`` is not within the run.
+        ValueError: ``stop_at`` is not within the run, or there is no step to stop after.
     """
-    full, ignored = completed(setting), tuple(ignore)
-    straight = train(hook, full, again=True)
+    hooks, full, ignored = listed(hook), completed(setting), tuple(ignore)
+    straight = train(hooks, full, again=True)
     last = straight.progress.global_step_id - 1
+    if last < 1:
+        raise ValueError(f"a run of {last + 1} step can't be stopped within; give it more steps")
     stops = range(1, last + 1) if stop_at is None else stop_at
     for stop in [stops] if isinstance(stops, int) else stops:
         if not 1 <= stop <= last:
@@ -57,8 +59,8 @@ def assert_state_round_trip(
         with TemporaryDirectory() as folder:
             checkpoint = Path(folder) / "checkpoint"
             try:
-                first = train(hook, full, again=True, stop_after=stop, save_to=checkpoint)
-                second = train(hook, full, again=True, resume_from=checkpoint)
+                first = train(hooks, full, again=True, stop_after=stop, save_to=checkpoint)
+                second = train(hooks, full, again=True, resume_from=checkpoint)
             except StateError as error:
                 raise AssertionError(
                     f"{_names(straight)}: the state after step {stop} can't be saved and loaded: "
@@ -88,8 +90,8 @@ def assert_weights_unchanged(hook: Hooks, **setting: Unpack[RunSetting]) -> None
     Raises:
         AssertionError: the message names the first step after which a weight differs, and which.
     """
-    full = completed(setting)
-    without, run = train([], full, again=True), train(hook, full, again=True)
+    hooks, full = listed(hook), completed(setting)
+    without, run = train([], full, again=True), train(hooks, full, again=True)
     for step, (expected, found) in enumerate(
         zip(without.weights_by_step, run.weights_by_step, strict=False)
     ):
@@ -123,9 +125,9 @@ def assert_no_device_sync(hook: Hooks, *, allowed: int = 0, **setting: Unpack[Ru
     Raises:
         AssertionError: the message lists the lines that read, and how often they did.
     """
-    full = completed(setting)
+    hooks, full = listed(hook), completed(setting)
     without = train([], full, again=True, count_reads=True)
-    run = train(hook, full, again=True, count_reads=True)
+    run = train(hooks, full, again=True, count_reads=True)
     reads = _own_reads(run) - _own_reads(without)
     if reads.total() > allowed:
         lines = [f"  {count} x {read}" for read, count in reads.items()]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-import numpy as np
 import torch
 
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
@@ -27,6 +25,7 @@ from robo_orchard_lab.testing.setting import (
     build_hooks,
     build_training,
     completed,
+    listed,
 )
 
 
@@ -114,11 +113,11 @@ def run_hook(hook: HookSource | Iterable[HookSource], **setting: Unpack[RunSetti
         TypeError: it is no hook, or there is no such setting.
         Exception: whatever the hook raises, with notes that say where.
     """
-    return train(hook, completed(setting))
+    return train(listed(hook), completed(setting))
 
 
 def train(
-    hooks: HookSource | Iterable[HookSource],
+    hooks: Iterable[HookSource],
     setting: RunSetting,
     *,
     again: bool = False,
@@ -150,10 +149,7 @@ def train(
             max_epoch=setting["epochs"],
             resume_from=resume_from,
         )
-        states = None
-        if resume_from is not None:
-            states = states_of(tested)
-            _disturb_random_state()
+        states = None if resume_from is None else states_of(tested)
         with count_host_reads() if count_reads else nullcontext() as reads:
             trainer()
         if save_to is not None:
@@ -177,10 +173,3 @@ def states_of(hooks: Iterable[PipelineHooks]) -> dict[str, Any]:
     """Copies of the hooks' states, and of those in them, by name."""
     named = (bundle for hook in hooks for bundle in (hook, *hook.all_hooks()))
     return {bundle.name: copy.deepcopy(bundle.state_dict()) for bundle in named}
-
-
-def _disturb_random_state() -> None:
-    """What a resumed run draws must come from what was saved, not from where it happens to be."""
-    torch.manual_seed(123)
-    np.random.seed(123)
-    random.seed(123)

@@ -26,8 +26,6 @@ def seams(
     yield from _first(differences(loaded, saved), ignored, "the loaded state")
     yield from _first(_metric_differences(straight, first, second), ignored, "metric")
     yield from _unlike("request", straight.requests, [*first.requests, *second.requests])
-    evaluations = [*_evaluations(first), *_evaluations(second)]
-    yield from _unlike("evaluation", _evaluations(straight), evaluations)
     yield from _unlike_weights(straight, first, second)
     yield from _first(
         differences(states_of(second.hooks), states_of(straight.hooks)), ignored, "at the end"
@@ -66,14 +64,6 @@ def _values(records: Iterable[MetricsRecord]) -> dict[str, list[tuple[int, float
 
 def _told(value: tuple[int, float] | None) -> str:
     return "has no further value" if value is None else f"is {value[1]!r} at step {value[0]}"
-
-
-def _evaluations(run: HookRun) -> list[str]:
-    return [
-        f"after step {event.global_step_id}"
-        for event in run.events
-        if event.channel == "on_evaluation" and event.role == "before"
-    ]
 
 
 def _unlike(kind: str, expected: Sequence[object], found: Sequence[object]) -> Iterator[str]:

@@ -145,18 +145,23 @@ class Training(NamedTuple):
     lr_scheduler: LRScheduler | None
 
 
-def build_hooks(hooks: HookSource | Iterable[HookSource], again: bool) -> tuple[PipelineHooks, ...]:
+def listed(hooks: HookSource | Iterable[HookSource]) -> tuple[HookSource, ...]:
+    """One hook or several, to be gone through any number of times."""
+    one = isinstance(hooks, PipelineHooks | PipelineHooksConfig) or callable(hooks)
+    return (hooks,) if one else tuple(hooks)  # type: ignore[return-value, arg-type]  # as ``one`` tells
+
+
+def build_hooks(hooks: Iterable[HookSource], again: bool) -> tuple[PipelineHooks, ...]:
     """The hooks of one run.
 
     Args:
-        hooks: one or several.
+        hooks: what they are, or are made of.
         again: whether each call must give new ones.
 
     Raises:
         TypeError: one is something else, or a hook where new ones are needed.
     """
-    one = isinstance(hooks, PipelineHooks | PipelineHooksConfig) or callable(hooks)
-    return tuple(_build(hook, again) for hook in ([hooks] if one else hooks))  # type: ignore[union-attr]  # as ``one`` tells
+    return tuple(_build(hook, again) for hook in hooks)
 
 
 def _build(source: Any, again: bool) -> PipelineHooks:
