@@ -1,0 +1,171 @@
+"""Keeping what an accumulation window needs to be run again, and writing it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.gradient_norm import REPLICATING
+from robo_orchard_lab.pipeline.hooks._finite import Finding
+from robo_orchard_lab.pipeline.plain_model import plain_model, plain_name
+from robo_orchard_lab.pipeline.progress import TrainerProgress
+from robo_orchard_lab.pipeline.quarantine import (
+    QuarantinedStep,
+    QuarantinedWindow,
+    capture_generators,
+    named_weights,
+    rank_folder,
+    sample_ids,
+    write_window,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class ObservedUpdate:
+    """An update that is due, and what went into it."""
+
+    losses: list[torch.Tensor]
+    """This rank's, of each batch of the window, on the device."""
+    norm: torch.Tensor | None
+    """Of the gradients of all ranks; None where it is not looked at."""
+    norm_order: float
+    clipped: bool
+    """Whether a hook had changed the gradients by the time that they were looked at."""
+    steps: list[QuarantinedStep]
+    """The batches, where they are kept; those since a resume within the window."""
+    progress: TrainerProgress
+    """The counters at the last step of the window."""
+
+
+class WindowRecorder:
+    """Holds on to the batches of the window that is open, with their random states.
+
+    Args:
+        folder: where the windows are written, each in a folder of its own.
+        max_windows: how many may lie there; those that come first stay.
+        ids_key: the key or index of the sample ids in a batch.
+    """
+
+    def __init__(self, folder: Path, max_windows: int, ids_key: str | int | None) -> None:
+        self._folder = folder
+        self._max_windows = max_windows
+        self._ids_key = ids_key
+        self._random: dict[str, torch.Tensor] = {}
+        self._steps: list[QuarantinedStep] = []
+
+    def before_forward(self, args: PipelineHookArgs) -> None:
+        """Note the random state, about a microsecond on the CPU."""
+        self._random = capture_generators(args.accelerator.device)
+
+    def before_backward(self, args: PipelineHookArgs, loss: torch.Tensor) -> None:
+        """Hold on to the batch, which is not copied."""
+        counters = args.epoch_id, args.step_id, args.global_step_id
+        step = QuarantinedStep(*counters, args.batch, args.loss_divisor, self._random, loss)
+        self._steps.append(step)
+
+    def take(self) -> list[QuarantinedStep]:
+        """The steps of the window, which is over."""
+        steps, self._steps = self._steps, []
+        return steps
+
+    def write(
+        self,
+        args: PipelineHookArgs,
+        update: ObservedUpdate,
+        finding: Finding,
+        parameters: Sequence[str],
+        buffers: Mapping[str, torch.Tensor] | None,
+    ) -> Path | None:
+        """Write a window; gives its folder, or None where it could not be, which the log tells.
+
+        Args:
+            args: of the update that is open.
+            update: the one to write, by now or of the window before.
+            finding: what is wrong with it.
+            parameters: those whose gradients are not finite.
+            buffers: the model's, as they were before it; None where its weights are no more.
+        """
+        accelerator, steps = args.accelerator, update.steps
+        name = f"step_{steps[-1].global_step_id:08d}"
+        folder = self._folder / rank_folder(name, accelerator.process_index)
+        try:
+            if folder.exists():
+                logger.warning("%s exists already and stays as it is", folder)
+                return folder
+            if self._count(accelerator.process_index) >= self._max_windows:
+                logger.warning(
+                    "%s holds %d windows already (max_quarantined); this one is not written",
+                    self._folder,
+                    self._max_windows,
+                )
+                return None
+            missing = len(finding.losses) - len(steps)
+            for step, loss in zip(steps, finding.losses[missing:], strict=True):
+                step.finite = abs(loss) < float("inf")
+                step.sample_ids = sample_ids(step.batch, self._ids_key)
+            window = _describe(args, update, finding, list(parameters))
+            window.steps_missing = missing
+            if buffers is not None:
+                _add_weights(args, window, buffers, alone=not finding.bad_norm)
+            lost = write_window(folder, window)
+        except Exception:  # a full disk must not end a run that could go on
+            logger.warning("could not write %s", folder, exc_info=True)
+            return None
+        if lost:
+            logger.warning("%s lacks what can't be saved: %s", folder, ", ".join(lost))
+        return folder
+
+    def _count(self, process_index: int) -> int:
+        """How many windows of this rank there are."""
+        names = [path.name for path in self._folder.glob("step_*")]
+        return sum(name == rank_folder(name, process_index) for name in names)
+
+
+def _describe(
+    args: PipelineHookArgs, update: ObservedUpdate, finding: Finding, parameters: list[str]
+) -> QuarantinedWindow:
+    accelerator, model = args.accelerator, plain_model(args.run)
+    scaler = accelerator.scaler
+    return QuarantinedWindow(
+        steps=update.steps,
+        reason=str(finding),
+        progress=update.progress.state_dict(),
+        grad_norm=update.norm,
+        grad_norm_order=update.norm_order,
+        parameters=parameters,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        mixed_precision=accelerator.mixed_precision,
+        loss_scale=None if scaler is None else scaler.get_scale(),
+        frozen=[plain_name(n) for n, p in model.named_parameters() if not p.requires_grad],
+        evaluating=[plain_name(n) for n, module in model.named_modules() if not module.training],
+    )
+
+
+def _add_weights(
+    args: PipelineHookArgs,
+    window: QuarantinedWindow,
+    buffers: Mapping[str, torch.Tensor],
+    alone: bool,
+) -> None:
+    """Add the weights, once for ranks that are copies of one another.
+
+    All ranks write a window whose gradients are not finite; one whose loss alone is not finite,
+    this rank writes alone.
+    """
+    if args.accelerator.distributed_type not in REPLICATING:
+        logger.warning("the weights are in parts on several ranks, and are not written")
+    elif window.process_index > 0 and not alone:
+        window.weights_with_first_rank = True
+    else:
+        live = named_weights(plain_model(args.run))
+        # A buffer that two modules share goes by its first name.
+        kept = {name: buffer for name, buffer in buffers.items() if name in live}
+        window.weights = {**live, **kept}

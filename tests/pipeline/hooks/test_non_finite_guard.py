@@ -1,0 +1,652 @@
+"""A guard against losses and gradients that are not finite."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch.optim.lr_scheduler import StepLR
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, SimpleBatchProcessor
+from robo_orchard_lab.pipeline.context import PipelineRun
+from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
+from robo_orchard_lab.pipeline.hook_set import HookLike
+from robo_orchard_lab.pipeline.hooks import GradientClippingHookConfig
+from robo_orchard_lab.pipeline.hooks.mixin import HookContext, PipelineHooks
+from robo_orchard_lab.pipeline.hooks.non_finite_guard import (
+    NonFiniteError,
+    NonFiniteGuard,
+    NonFiniteGuardConfig,
+)
+from robo_orchard_lab.pipeline.metrics import MetricsRecord
+from robo_orchard_lab.pipeline.quarantine import replay
+from tiny import Batch, equal, loss_of, make_loader, make_model, make_trainer
+
+MakeOptimizer = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
+
+OPTIMIZERS: dict[str, MakeOptimizer] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-2),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+}
+INFINITE_LOSS, BAD_GRADIENT = 1e6, 1e7
+"""What a batch has as its first target to give an infinite loss of finite gradients, or a finite
+loss of which one gradient is NaN."""
+
+
+def bad_loss_of(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs, targets = batch
+    outputs, loss = loss_of(model, (inputs, targets.clamp(max=100)))
+    mark = float(targets[0, 0])
+    if mark == INFINITE_LOSS:
+        loss = loss + math.inf
+    if mark == BAD_GRADIENT:
+        loss = loss + (outputs * 0).sum().sqrt()
+    return outputs, loss
+
+
+def batches_with(kind: str, bad: Iterable[int]) -> list[Batch]:
+    """Seven batches, some of which are spoilt."""
+    batches: list[Any] = [tuple(part.clone() for part in batch) for batch in make_loader()]
+    for index in bad:
+        inputs, targets = batches[index]
+        if kind == "nan in the data":
+            inputs[1, 2] = math.nan
+        else:
+            targets[0, 0] = {"infinite loss": INFINITE_LOSS, "bad gradient": BAD_GRADIENT}[kind]
+    return batches
+
+
+def normed_model() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Tanh(), torch.nn.Linear(8, 2)
+    )
+
+
+def tensors(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [tensor.detach().clone() for tensor in model.state_dict().values()]
+
+
+class Average:
+    """A moving average of all that a model has."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.values = tensors(model)
+
+    def move(self) -> None:
+        for value, now in zip(self.values, tensors(self.model), strict=True):
+            value.copy_(value + 0.1 * (now - value))
+
+
+def flat(state: Any) -> list[torch.Tensor]:
+    """All numbers of an optimizer's state."""
+    if isinstance(state, dict):
+        return [leaf for key in state for leaf in flat(state[key])]
+    if isinstance(state, (list, tuple)):
+        return [leaf for item in state for leaf in flat(item)]
+    if isinstance(state, torch.Tensor):
+        return [state]
+    return [torch.tensor(state)] if isinstance(state, (int, float)) else []
+
+
+def on(channel: Any, **functions: Any) -> PipelineHooks:
+    hooks = PipelineHooks(f"{channel} of the test")
+    hooks.register_hook(channel, HookContext.from_callable(**functions))
+    return hooks
+
+
+def train(
+    hooks: Any, batches: list[Batch], model: torch.nn.Module | None = None, **options: Any
+) -> HookBasedTrainer:
+    options.setdefault("max_epoch", 1)
+    trainer = make_trainer(
+        hooks,
+        model=make_model() if model is None else model,
+        loader=batches,
+        batch_processor=SimpleBatchProcessor.from_callable(bad_loss_of),
+        **options,
+    )
+    trainer()
+    return trainer
+
+
+@pytest.mark.parametrize("clip", [None, "ahead", "behind"])
+@pytest.mark.parametrize("kind", ["nan in the data", "infinite loss", "bad gradient"])
+@pytest.mark.parametrize(("accumulate", "bad"), [(1, [2, 5]), (3, [1])])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_skipped_update_has_never_been(
+    optimizer: str, accumulate: int, bad: list[int], kind: str, clip: str | None
+) -> None:
+    """Weights, running statistics, optimizer, schedule and average are those of a plain loop
+    that drops the windows with a bad batch."""
+    batches = batches_with(kind, bad)
+    model = normed_model()
+    made = OPTIMIZERS[optimizer](model.parameters())
+    scheduler = StepLR(made, step_size=2, gamma=0.5)
+    average = Average(model)
+    hooks: list[Any] = [
+        on(
+            "on_optimizer_step",
+            after=lambda args: average.move() if args.update_committed else None,
+        ),
+        NonFiniteGuardConfig(policy="skip"),
+    ]
+    if clip:
+        hooks.insert(1 if clip == "ahead" else 2, GradientClippingHookConfig(max_norm=0.05))
+    trainer = train(
+        hooks, batches, model, optimizer=made, lr_scheduler=scheduler, accumulate=accumulate
+    )
+
+    reference = normed_model()
+    updates = OPTIMIZERS[optimizer](reference.parameters())
+    moved = StepLR(updates, step_size=2, gamma=0.5)
+    expected = Average(reference)
+    done = skipped = 0
+    for first in range(0, len(batches), accumulate):
+        window = batches[first : first + accumulate]
+        if any(first <= index < first + accumulate for index in bad):
+            skipped += 1
+            continue
+        for batch in window:
+            (loss_of(reference, batch)[1] / len(window)).backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.05)
+        updates.step()
+        moved.step()
+        updates.zero_grad()
+        expected.move()
+        done += 1
+    assert equal(tensors(model), tensors(reference))
+    assert equal(flat(made.state_dict()), flat(updates.state_dict()))
+    assert equal(average.values, expected.values)
+    assert scheduler.state_dict() == moved.state_dict()
+    assert trainer.progress.optimizer_step_id == done
+    assert trainer.progress.skipped_optimizer_steps == skipped
+    assert trainer.metrics.latest("guard/skipped") == skipped
+
+
+def test_nothing_changes_where_all_is_finite() -> None:
+    """With a guard of each kind, a run is bit for bit the one without."""
+
+    def run(*hooks: Any) -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        model = torch.nn.Sequential(normed_model(), torch.nn.Dropout(0.5))
+        train(list(hooks), batches_with("infinite loss", []), model, max_epoch=2, accumulate=2)
+        return [*tensors(model), torch.get_rng_state()]
+
+    alone = run()
+    for read in ("now", "one update late", "at logging points"):
+        assert equal(run(NonFiniteGuardConfig(read=read)), alone)
+    assert equal(run(NonFiniteGuardConfig(policy="skip")), alone)
+
+
+def test_raising_leaves_the_weights_and_tells_all() -> None:
+    """The error names the value, the counters, the first parameters and what to do for more."""
+    model = make_model()
+    batches = batches_with("bad gradient", [3])
+    with pytest.raises(
+        NonFiniteError,
+        match=r"NonFiniteGuard: the gradient norm is nan, at epoch 0, step 3 \(global step 3, 3 "
+        r"updates committed, 0 skipped\), by the gradients of 0.weight, 0.bias, 2.weight and 1 "
+        r"more. The update was not made: .* Set quarantine to a folder",
+    ) as raised:
+        train(NonFiniteGuardConfig(), batches, model)
+    assert raised.value.parameters == ("0.weight", "0.bias", "2.weight", "2.bias")
+    assert raised.value.folder is None
+    assert isinstance(raised.value, FloatingPointError)
+    until = make_model()
+    train([], batches, until, max_step=3)
+    assert equal(tensors(model), tensors(until))
+
+
+def test_the_error_says_which_batch_of_the_window() -> None:
+    """With accumulation, it is told which of the window's batches has the bad loss."""
+    with pytest.raises(NonFiniteError, match=r"the loss is inf in batch 2 of the window's 3, at"):
+        train(NonFiniteGuardConfig(), batches_with("infinite loss", [4]), accumulate=3)
+
+
+def test_behind_clipping_no_parameter_is_named() -> None:
+    """Clipping by a NaN makes all gradients NaN, so that nobody can tell whose it was."""
+    hooks = [GradientClippingHookConfig(max_norm=1.0), NonFiniteGuardConfig()]
+    with pytest.raises(NonFiniteError, match="clipped before anyone could tell") as raised:
+        train(hooks, batches_with("bad gradient", [0]))
+    assert raised.value.parameters == ()
+
+
+def test_a_norm_that_overflows() -> None:
+    """Finite gradients whose norm is infinite are told as such."""
+
+    def enlarge(args: PipelineHookArgs) -> None:
+        for parameter in args.model.parameters():
+            assert parameter.grad is not None
+            parameter.grad.fill_(1e30)
+
+    hooks = [on("on_optimizer_step", before=enlarge), NonFiniteGuardConfig()]
+    with pytest.raises(NonFiniteError, match=r"norm is inf, at .* though each gradient is finite"):
+        train(hooks, batches_with("infinite loss", []))
+
+
+def test_only_so_many_in_a_row_are_skipped() -> None:
+    """An update that is committed starts the count anew; the one past the limit raises."""
+    guard = NonFiniteGuardConfig(policy="skip", max_skips_in_a_row=2)
+    trainer = train(guard, batches_with("infinite loss", [0, 1, 3, 4]))
+    assert trainer.progress.skipped_optimizer_steps == 4
+    with pytest.raises(
+        NonFiniteError,
+        match=r"at epoch 0, step 4 .*The 2 before it were skipped \(max_skips_in_a_row=2\)",
+    ):
+        train(guard, batches_with("infinite loss", [2, 3, 4]))
+    endless = NonFiniteGuardConfig(policy="skip", max_skips_in_a_row=None)
+    trainer = train(endless, batches_with("infinite loss", range(7)), max_epoch=2)
+    assert trainer.progress.skipped_optimizer_steps == 14
+
+
+def stop_at(step: int) -> PipelineHooks:
+    def stop(args: PipelineHookArgs) -> None:
+        if args.global_step_id == step:
+            args.requests.stop("the test", by="the test")
+
+    return on("on_step", after=stop)
+
+
+def test_the_count_survives_a_resume(tmp_path: Path) -> None:
+    """Two skipped before the save and one after it are three in a row."""
+    guard = NonFiniteGuardConfig(policy="skip", max_skips_in_a_row=2)
+    batches = batches_with("infinite loss", [2, 3, 4])
+    train([guard, stop_at(3)], batches).save_checkpoint(tmp_path / "saved")
+    with pytest.raises(NonFiniteError, match="The 2 before it were skipped"):
+        train([guard, stop_at(9)], batches, resume_from=tmp_path / "saved")
+
+
+def test_a_window_is_resumed_within(tmp_path: Path) -> None:
+    """A bad loss ahead of the save has the window skipped, and its buffers put back, after it."""
+    batches = batches_with("infinite loss", [3])  # the first of the second window
+    guard = NonFiniteGuardConfig(policy="skip")
+    straight = normed_model()
+    train([guard, stop_at(9)], batches, straight, accumulate=3)
+    stopped = train([guard, stop_at(3)], batches, normed_model(), accumulate=3)
+    stopped.save_checkpoint(tmp_path / "saved")
+    resumed = normed_model()
+    trainer = train(
+        [guard, stop_at(9)], batches, resumed, accumulate=3, resume_from=tmp_path / "saved"
+    )
+    assert trainer.progress.skipped_optimizer_steps == 1
+    assert equal(tensors(resumed), tensors(straight))
+
+
+def test_a_state_of_another_version_is_refused() -> None:
+    """The error names both versions."""
+    guard = NonFiniteGuardConfig()()
+    with pytest.raises(StateError, match="NonFiniteGuard of version 1, found version 0"):
+        guard.load_state_dict({**guard.state_dict(), "version": 0})
+
+
+def test_buffers_may_stay_where_the_forward_pass_left_them() -> None:
+    """With restore_buffers=False the statistics of a skipped window stay moved."""
+    batches = batches_with("infinite loss", [1])
+    restored, moved = normed_model(), normed_model()
+    train(NonFiniteGuardConfig(policy="skip"), batches, restored, max_step=2)
+    train(NonFiniteGuardConfig(policy="skip", restore_buffers=False), batches, moved, max_step=2)
+    buffers = [dict(model.named_buffers()) for model in (restored, moved)]
+    assert [found["1.num_batches_tracked"] for found in buffers] == [1, 2]
+    assert not torch.equal(*(found["1.running_mean"] for found in buffers))
+
+
+class Counting(torch.nn.Module):
+    """Sets new tensors in the place of its buffers, one of which grows."""
+
+    count: torch.Tensor
+    seen: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = make_model()
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("seen", torch.zeros(0))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.count = self.count + 1
+        self.seen = torch.cat([self.seen, inputs[:1, 0]])
+        outputs: torch.Tensor = self.inner(inputs)
+        return outputs
+
+
+def test_buffers_that_are_replaced_are_put_back() -> None:
+    """Also where the forward pass makes new tensors, of another shape."""
+    model = Counting()
+    batches = batches_with("infinite loss", [1, 4, 6])
+    train(NonFiniteGuardConfig(policy="skip"), batches, model)
+    good = [batches[index][0][0, 0] for index in (0, 2, 3, 5)]
+    assert model.count == 4
+    assert torch.equal(model.seen, torch.stack(good))
+
+
+def test_an_update_that_another_hook_skips_is_not_looked_at() -> None:
+    """It does no harm, so it is neither an error nor counted."""
+
+    def skip(args: PipelineHookArgs) -> None:
+        args.skip_reason = "the test" if args.global_step_id == 2 else None
+
+    for read in ("now", "one update late", "at logging points"):
+        guard = NonFiniteGuardConfig(read=read)()
+        hooks = [on("on_optimizer_step", before=skip), guard]
+        trainer = train(hooks, batches_with("infinite loss", [2]))
+        assert trainer.progress.skipped_optimizer_steps == 1
+        assert guard.skips_in_a_row == 0
+
+
+def test_what_is_skipped_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Each skip is one warning, with what, where and how many in a row."""
+    train(NonFiniteGuardConfig(policy="skip"), batches_with("infinite loss", [2, 3]))
+    told = [record.message for record in caplog.records]
+    assert [text.split(" (global")[0] for text in told] == [
+        "NonFiniteGuard skips the update, 1 in a row: the loss is inf, at epoch 0, step 2",
+        "NonFiniteGuard skips the update, 2 in a row: the loss is inf, at epoch 0, step 3",
+    ]
+
+
+@pytest.mark.parametrize(("bad", "raised_at"), [(2, 3), (6, 7)])
+def test_one_update_late(bad: int, raised_at: int) -> None:
+    """It raises ahead of the next update, or at the end, and tells the counters of the bad one."""
+    guard = NonFiniteGuardConfig(read="one update late")
+    trainer = make_trainer(
+        guard,
+        loader=batches_with("infinite loss", [bad]),
+        batch_processor=SimpleBatchProcessor.from_callable(bad_loss_of),
+        max_epoch=1,
+    )
+    with pytest.raises(
+        NonFiniteError,
+        match=rf"the loss is inf, at epoch 0, step {bad} \(global step {bad}, {bad} updates "
+        r"committed.*made before this was read \(read='one update late'\)",
+    ):
+        trainer()
+    assert trainer.progress.global_step_id == raised_at
+    assert trainer.progress.optimizer_step_id == raised_at
+
+
+def test_a_late_error_claims_no_more_than_it_knows() -> None:
+    """The gradients are gone by then, so nothing is said of each."""
+    guard = NonFiniteGuardConfig(read="one update late")
+    with pytest.raises(NonFiniteError, match=r"norm is nan, at [^)]*\)\. The update was made bef"):
+        train(guard, batches_with("bad gradient", [3]))
+
+
+class CountReads(torch.overrides.TorchFunctionMode):
+    """Counts what has the host wait for a tensor's value, by the methods that are called."""
+
+    METHODS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__format__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = 0
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.reads += getattr(function, "__name__", "") in self.METHODS
+        return function(*args, **(kwargs or {}))
+
+
+class CountScalars(TorchDispatchMode):
+    """Counts scalar reads, by the operation that torch runs for them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self.reads = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.reads += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def log_every(steps: int, records: list[MetricsRecord]) -> PipelineHooks:
+    """Asks for logging points, and notes their records."""
+    hooks = PipelineHooks("logging")
+    hooks.register_at_commit(lambda args: args.requests.log("due", by="logging"), f"{steps} steps")
+    hooks.register_hook(
+        "on_loop",
+        HookContext.from_callable(before=lambda args: args.metrics.listen(records.append)),
+    )
+    return hooks
+
+
+@pytest.mark.parametrize("plant", [None, "item", "tolist"])
+def test_between_logging_points_nothing_is_read(plant: str | None) -> None:
+    """Reads are the board's at each logging point and one at the end; a planted one shows."""
+    counted, scalars = CountReads(), CountScalars()
+    at_boundary: list[int] = []
+
+    def note(args: PipelineHookArgs) -> None:
+        if plant is not None and args.global_step_id == 4:
+            assert args.loss is not None
+            getattr(args.loss, plant)()
+        at_boundary.append(counted.reads + scalars.reads)
+
+    records: list[MetricsRecord] = []
+    hooks: list[HookLike] = [
+        log_every(5, records),
+        on("on_step", after=note),
+        GradientClippingHookConfig(max_norm=1.0),
+        NonFiniteGuardConfig(read="at logging points"),
+    ]
+    trainer = make_trainer(hooks, loader=list(make_loader(20)), max_epoch=1, accumulate=2)
+    with counted, scalars:
+        trainer()
+    assert len(records) == 4
+    per_window = [set(at_boundary[i : i + 5]) for i in range(0, 20, 5)]
+    assert [len(reads) for reads in per_window] == [2 if plant else 1, 1, 1, 1]
+    flags = [value.value for record in records for value in record.values if "guard" in value.name]
+    assert flags == [0.0] * 4
+
+
+@pytest.mark.parametrize("kind", ["nan in the data", "infinite loss", "bad gradient"])
+def test_at_logging_points(kind: str) -> None:
+    """The step behind the logging point raises and names the update; the record was told."""
+    records: list[MetricsRecord] = []
+    trainer = make_trainer(
+        [log_every(3, records), NonFiniteGuardConfig(read="at logging points")],
+        loader=batches_with(kind, [4]),
+        batch_processor=SimpleBatchProcessor.from_callable(bad_loss_of),
+        max_epoch=1,
+    )
+    # A bad gradient has spoilt the weights, and with them the next loss.
+    what = "the loss is" if kind == "infinite loss" else "the loss and the gradient norm are"
+    with pytest.raises(NonFiniteError, match=rf"{what} not finite in update 4 \(from 0, .*spoilt"):
+        trainer()
+    assert trainer.progress.global_step_id == 6
+    assert [value.value for record in records for value in record.values] == [0.0, 1.0]
+
+
+def test_behind_the_last_logging_point_the_end_of_the_run_tells() -> None:
+    """Also where the run tells its listeners what no logging point has had."""
+    records: list[MetricsRecord] = []
+    with pytest.raises(NonFiniteError, match="not finite in update 6"):
+        train(
+            [log_every(3, records), NonFiniteGuardConfig(read="at logging points")],
+            batches_with("infinite loss", [6]),
+        )
+    assert [record.partial for record in records] == [False, False, True]
+
+
+def test_without_a_logging_point_the_end_of_the_run_tells() -> None:
+    """What no logging point has told is read once, when the run is over."""
+    guard = NonFiniteGuardConfig(read="at logging points")
+    with pytest.raises(NonFiniteError, match="not finite in update 5"):
+        train(guard, batches_with("infinite loss", [5]))
+    trainer = train(guard, batches_with("infinite loss", []))
+    assert trainer.progress.optimizer_step_id == 7
+
+
+def fp16_trainer(
+    batches: list[Batch], model: torch.nn.Module, hooks: Any, scale: float
+) -> HookBasedTrainer:
+    """With a real gradient scaler, which Accelerate makes only for a GPU; forward in float32."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
+    accelerator.state._mixed_precision = "fp16"
+    trainer = HookBasedTrainer(
+        accelerator,
+        model,
+        batches,
+        SimpleBatchProcessor.from_callable(bad_loss_of),
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        hooks=hooks,
+        max_epoch=1,
+    )
+    accelerator.native_amp = True  # now, so that the model runs in float32
+    return trainer
+
+
+def test_a_bad_loss_leaves_the_scaler_alone() -> None:
+    """With fp16, the scale and its growth are those of a run that drops the update."""
+    guard = NonFiniteGuardConfig(policy="skip")
+    clip = GradientClippingHookConfig(max_norm=0.05)
+    batches = batches_with("nan in the data", [2])
+    model = make_model()
+    trainer = fp16_trainer(batches, model, [guard, clip], 1024.0)
+    trainer()
+    reference = make_model()
+    dropped = fp16_trainer(batches[:2] + batches[3:], reference, [clip], 1024.0)
+    dropped()
+    assert trainer.progress.skipped_optimizer_steps == 1
+    assert trainer.accelerator.scaler.state_dict() == dropped.accelerator.scaler.state_dict()
+    assert trainer.accelerator.scaler.get_scale() == 4096.0
+    assert equal(tensors(model), tensors(reference))
+
+
+@pytest.mark.parametrize("read", ["now", "one update late", "at logging points"])
+def test_overflows_are_the_scalers(read: Any) -> None:
+    """While it looks for its scale, gradients overflow and losses don't: the guard is silent."""
+    model = make_model()
+    guard = NonFiniteGuardConfig(read=read)
+    trainer = fp16_trainer(batches_with("infinite loss", []), model, [guard], 2.0**127)
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: gradient * 8)  # infinite until scaled by 2**124
+    trainer()
+    assert trainer.progress.skipped_optimizer_steps >= 2
+    assert trainer.progress.optimizer_step_id >= 1
+
+
+class Elsewhere(Accelerator):  # type: ignore[misc]  # which has no types
+    """One process that takes itself for another kind."""
+
+    kind = DistributedType.NO
+    ranks = 1
+
+    @property
+    def distributed_type(self) -> DistributedType:
+        return self.kind
+
+    @property
+    def num_processes(self) -> int:
+        return self.ranks
+
+
+def test_where_no_update_can_be_skipped_it_is_refused() -> None:
+    """DeepSpeed updates by itself, and fp16 hides the NaN of another rank; raising stays."""
+    accelerator = Elsewhere(cpu=True)
+    args = PipelineHookArgs(PipelineRun(accelerator=accelerator, model=make_model()))
+
+    def begin(**fields: Any) -> None:
+        with NonFiniteGuardConfig(**fields)().begin("on_loop", args):
+            pass
+
+    accelerator.kind = DistributedType.DEEPSPEED
+    with pytest.raises(PipelineConfigError, match=r"can't be kept with .*DEEPSPEED"):
+        begin(policy="skip")
+    begin(policy="raise")
+    accelerator.kind, accelerator.ranks = DistributedType.MULTI_GPU, 2
+    begin(policy="skip")
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(PipelineConfigError, match="can't be kept with fp16 on several processes"):
+        begin(policy="skip")
+    begin(policy="raise")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"policy": "skip", "read": "one update late"}, "policy='skip' needs read='now', got"),
+        ({"policy": "skip", "read": "at logging points"}, "can be skipped only while it has not"),
+        ({"read": "at logging points", "quarantine": "q"}, "the batches are gone by then"),
+        ({"policy": "roll back"}, "policy"),
+        ({"policy": "skip", "then": "roll back"}, "then"),
+        ({"max_skips_in_a_row": 0}, "max_skips_in_a_row"),
+        ({"max_quarantined": 0}, "max_quarantined"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(fields: dict[str, Any], message: str) -> None:
+    """The configuration names the field and the reason."""
+    with pytest.raises(ValueError, match=message):
+        NonFiniteGuardConfig(**fields)
+
+
+def test_the_configuration_survives_a_file(tmp_path: Path) -> None:
+    """All fields come back from JSON, the folder included, and build the guard."""
+    config = NonFiniteGuardConfig(
+        policy="skip", max_skips_in_a_row=None, quarantine=tmp_path / "q", sample_ids=2
+    )
+    config.save(tmp_path / "guard.json")
+    loaded = NonFiniteGuardConfig.load(tmp_path / "guard.json")
+    assert loaded == config
+    assert isinstance(loaded(), NonFiniteGuard)
+    assert copy.deepcopy(loaded).quarantine == tmp_path / "q"
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_two_ranks_decide_alike(accumulate: int, tmp_path: Path) -> None:
+    """Where the loss of one rank alone is infinite, with finite gradients, both skip or raise,
+    without a collective; finite runs are bit for bit those without a guard."""
+    script = Path(__file__).parent.parent / "guard_on_ranks.py"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script), str(tmp_path), str(accumulate)],
+        env={**os.environ, "PYTHONPATH": str(script.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for rank, found in enumerate(ranks):
+        assert found["calls"] == []
+        assert torch.equal(found["finite_guarded"]["weights"], found["finite"]["weights"])
+        assert torch.equal(found["guarded"]["weights"], found["known"]["weights"])
+        assert torch.equal(found["guarded"]["weights"], ranks[0]["guarded"]["weights"])
+        assert found["guarded"]["progress"] == found["known"]["progress"]
+        assert found["guarded"]["progress"]["skipped_optimizer_steps"] == 1
+        # The statistics are those that the window began with; without a guard they have moved.
+        counts = [found[kind]["buffers"][2] for kind in ("guarded", "known")]
+        assert counts == [7 - accumulate, 7]
+        for kind in ("late", "at_the_end", "raised"):
+            assert "NonFiniteGuard: " in found[kind]["error"]
+        assert f"on rank {rank} of 2" in found["raised"]["error"]
+        assert ("where the loss is finite" in found["raised"]["error"]) == (rank == 0)
+
+    step = f"step_{2 + accumulate:08d}"
+    folder = tmp_path / "quarantine"
+    assert sorted(path.name for path in folder.iterdir()) == [step, f"{step}_rank1"]
+    assert (folder / step / "model.safetensors").stat().st_size > 200
+    processor = SimpleBatchProcessor.from_callable(loss_of)
+    for name, finite in ((step, True), (f"{step}_rank1", False)):
+        model = torch.nn.Sequential(make_model(1), torch.nn.BatchNorm1d(2))
+        replayed = replay(folder / name, model, processor)
+        assert replayed.same == finite  # the processor here makes no loss infinite
+        assert [loss.isfinite() for loss in replayed.losses] == [True] * accumulate
+        assert replayed.window.steps[0].finite == finite
