@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from robo_orchard_lab.pipeline.metrics.deferred import DeferredMetrics, reduce_states
 from robo_orchard_lab.pipeline.metrics.exchange import Exchange, Parcel
 from robo_orchard_lab.pipeline.metrics.record import MetricValue
-from robo_orchard_lab.pipeline.metrics.window import WINDOWS, Parts, Window
+from robo_orchard_lab.pipeline.metrics.window import WINDOWS, Parts, Reduction, Window
+
+Layout: TypeAlias = tuple[tuple[str, Reduction, int, int], ...]
+"""Name, reduction, and how many numbers and tensors there are, of each window."""
 
 
 class Reader:
@@ -37,15 +41,17 @@ class Reader:
         Raises:
             ValueError: ranks have published one name with different reductions.
         """
-        label = [
-            [name, window.reduce, len(window.numbers()), len(window.tensors())]
-            for name, window in windows.items()
-        ]
-        numbers = [x for window in windows.values() for x in (window.step, *window.numbers())]
-        scalars = [tensor for window in windows.values() for tensor in window.tensors()]
+        layout = []
+        numbers: list[float] = []
+        scalars: list[torch.Tensor] = []
+        for name, window in windows.items():
+            own_numbers, own_tensors = window.numbers(), window.tensors()
+            layout.append((name, window.reduce, len(own_numbers), len(own_tensors)))
+            numbers += [window.step, *own_numbers]
+            scalars += own_tensors
         states = [metrics.states() for metrics, _ in deferred]
         flat = [tensor for own in states for tensor, _ in own]
-        parcel = Parcel(json.dumps(label), numbers, [_stacked(scalars), *flat])
+        parcel = Parcel(_label_of(tuple(layout)), numbers, [_stacked(scalars), *flat])
         ranks = self._exchange(parcel, accelerator)
 
         values = [*_combined(ranks)]
@@ -59,6 +65,19 @@ class Reader:
         return values
 
 
+# From one logging point to the next the names are mostly the same, and JSON takes its time.
+
+
+@lru_cache(maxsize=16)
+def _label_of(layout: Layout) -> str:
+    return json.dumps(layout)
+
+
+@lru_cache(maxsize=64)
+def _layout_of(label: str) -> Layout:
+    return tuple(tuple(entry) for entry in json.loads(label))
+
+
 def _combined(ranks: Sequence[Parcel]) -> Iterator[MetricValue]:
     """What the windows of all ranks give together."""
     reductions: dict[str, str] = {}
@@ -66,7 +85,7 @@ def _combined(ranks: Sequence[Parcel]) -> Iterator[MetricValue]:
     parts: dict[str, list[Parts]] = {}
     for rank in ranks:
         figures, read = iter(rank.numbers), iter(rank.tensors[0].tolist())
-        for name, reduce, n_numbers, n_tensors in json.loads(rank.label):
+        for name, reduce, n_numbers, n_tensors in _layout_of(rank.label):
             if reductions.setdefault(name, reduce) != reduce:
                 raise ValueError(
                     f"metric {name!r} is published with reduce={reductions[name]!r} on one rank "
