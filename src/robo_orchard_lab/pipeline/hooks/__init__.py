@@ -12,7 +12,12 @@ from robo_orchard_lab.pipeline.hooks.keep_best import KeepBest, KeepBestConfig
 from robo_orchard_lab.pipeline.hooks.loss_tracker import LossTracker, LossTrackerConfig
 from robo_orchard_lab.pipeline.hooks.metric_tracker import MetricTracker, MetricTrackerConfig
 from robo_orchard_lab.pipeline.hooks.metrics_logger import MetricsLogger, MetricsLoggerConfig
-from robo_orchard_lab.pipeline.hooks.model_summary import ModelSummary, ModelSummaryConfig
+from robo_orchard_lab.pipeline.hooks.model_summary import (
+    ModelSummary,
+    ModelSummaryConfig,
+    summarize,
+)
+from robo_orchard_lab.pipeline.hooks.non_finite_guard import NonFiniteGuard, NonFiniteGuardConfig
 from robo_orchard_lab.pipeline.hooks.optimizer import OptimizerHook
 from robo_orchard_lab.pipeline.hooks.progress_bar import ProgressBarHook, ProgressBarHookConfig
 from robo_orchard_lab.pipeline.hooks.stats_monitor import StatsMonitor, StatsMonitorConfig
@@ -43,6 +48,8 @@ __all__ = [
     "MetricsLoggerConfig",
     "ModelSummary",
     "ModelSummaryConfig",
+    "NonFiniteGuard",
+    "NonFiniteGuardConfig",
     "OptimizerHook",
     "ProgressBarHook",
     "ProgressBarHookConfig",
@@ -52,4 +59,5 @@ __all__ = [
     "TorchProfilerHookConfig",
     "ValidationHook",
     "ValidationHookConfig",
+    "summarize",
 ]
