@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed import all_reduce
 
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
-from robo_orchard_lab.testing import count_host_reads, run_hook
+from robo_orchard_lab.testing import count_collectives, count_host_reads, run_hook
 
 scalar = torch.tensor(2.0)
 vector = torch.arange(4.0)
@@ -195,6 +197,16 @@ def test_the_trainers_reads_are_its_own() -> None:
     of_model = [str(read) for read in reads if "Model.forward" in str(read)]
     assert len(of_model) == 2
     assert of_model[0].startswith("item by no hook at test_counting.py:")
+
+
+def test_collectives_are_counted_until_the_block_ends() -> None:
+    """Under every name that a module has for them; then they are what they were."""
+    original = dist.all_reduce
+    with pytest.raises(ValueError, match="process group"), count_collectives() as calls:  # noqa: PT012 - a scope
+        assert dist.all_reduce is all_reduce is not original
+        all_reduce(scalar)  # fails, and is counted
+    assert dist.all_reduce is all_reduce is original
+    assert [(call.what, call.hook) for call in calls] == [("all_reduce", None)]
 
 
 def test_collectives_are_counted(tmp_path: Path) -> None:

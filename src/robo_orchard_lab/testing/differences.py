@@ -32,8 +32,14 @@ def differences(found: Any, expected: Any, place: str = "") -> Iterator[tuple[st
             yield from differences(one, other, f"{place}[{index}]")
         if len(found) != len(expected):
             yield place, f"has {len(found)} items, expected {len(expected)}"
-    elif not (found == expected or (found != found and expected != expected)):  # NaN
+    elif _unlike(found, expected):
         yield place, f"is {found!r:.60}, expected {expected!r:.60}"
+
+
+def _unlike(found: Any, expected: Any) -> bool:
+    if isinstance(found, torch.Tensor) or isinstance(expected, torch.Tensor):
+        return True  # both of them are compared by value elsewhere
+    return not (found == expected or (found != found and expected != expected))  # NaN
 
 
 def _tensor_differences(found: torch.Tensor, expected: torch.Tensor) -> Iterator[str]:
