@@ -96,7 +96,7 @@ def test_a_logging_point_is_the_only_exchange(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
-    assert [rank["added"] for rank in ranks] == [{"all_gather_into_tensor": 4}] * 2
+    assert [rank["added"] for rank in ranks] == [{"all_gather": 4}] * 2
     assert ranks[0]["weights"] == ranks[1]["weights"] == ranks[0]["unwatched"]
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [record.global_step_id for record in records] == [50, 100, 150, 200]

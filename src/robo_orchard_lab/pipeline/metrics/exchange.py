@@ -99,9 +99,9 @@ class Exchange:
 
 
 def _gather(message: torch.Tensor, processes: int) -> list[torch.Tensor]:
-    rows = torch.empty(processes * len(message), dtype=torch.uint8, device=message.device)
-    torch.distributed.all_gather_into_tensor(rows, message)  # a collective
-    return list(rows.cpu().view(processes, -1))  # waits for the device
+    rows = torch.empty(processes, len(message), dtype=torch.uint8, device=message.device)
+    torch.distributed.all_gather(list(rows.unbind()), message)  # a collective
+    return list(rows.cpu().unbind())  # waits for the device
 
 
 def _read_back(parcel: Parcel) -> Parcel:
