@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 import time
@@ -15,10 +14,10 @@ from accelerate import Accelerator
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext, PipelineHookArgs
 from robo_orchard_lab.pipeline.hooks.non_finite_guard import NonFiniteError, NonFiniteGuardConfig
+from robo_orchard_lab.testing import count_collectives
 from tiny import loss_of, make_loader, make_model
 
 BAD_STEP = 3
-COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "gather")
 
 
 class Processor(SimpleBatchProcessor):
@@ -45,23 +44,6 @@ def skip_the_bad_step(accumulate: int) -> PipelineHooks:
     hooks = PipelineHooks("skipping")
     hooks.register_hook("on_optimizer_step", HookContext.from_callable(before=skip))
     return hooks
-
-
-def count_collectives() -> list[str]:
-    """The names of the collectives that are called from here on; not DDP's own."""
-    calls: list[str] = []
-
-    def counting(name: str, function: Any) -> Any:
-        @functools.wraps(function)
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            calls.append(name)
-            return function(*args, **kwargs)
-
-        return counted
-
-    for name in COLLECTIVES:
-        setattr(torch.distributed, name, counting(name, getattr(torch.distributed, name)))
-    return calls
 
 
 def train(accelerator: Accelerator, hooks: Any, bad_rank: int | None) -> dict[str, Any]:
@@ -96,17 +78,17 @@ def main(folder: Path, accumulate: int) -> None:
     logged = NonFiniteGuardConfig(read="at logging points")
     known = skip_the_bad_step(accumulate)
     train(accelerator, [], None)  # sets up what takes collectives of its own
-    calls = count_collectives()
-    result = {
-        "finite": train(accelerator, [], None),
-        "finite_guarded": train(accelerator, [guard], None),
-        "known": train(accelerator, [known], None),
-        "guarded": train(accelerator, [guard], 1),
-        "late": train(accelerator, [late], 1),
-        "at_the_end": train(accelerator, [logged], 1),
-        "raised": train(accelerator, [NonFiniteGuardConfig()], 1),
-        "calls": calls,
-    }
+    with count_collectives() as calls:
+        result: dict[str, Any] = {
+            "finite": train(accelerator, [], None),
+            "finite_guarded": train(accelerator, [guard], None),
+            "known": train(accelerator, [known], None),
+            "guarded": train(accelerator, [guard], 1),
+            "late": train(accelerator, [late], 1),
+            "at_the_end": train(accelerator, [logged], 1),
+            "raised": train(accelerator, [NonFiniteGuardConfig()], 1),
+        }
+    result["calls"] = [call.what for call in calls]
     torch.save(result, folder / f"rank{accelerator.process_index}.pt")
     accelerator.end_training()  # a process group that is left open aborts the process at its exit
     time.sleep(1)  # gloo aborts a process that exits within half a second of its first exchange

@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.optim.lr_scheduler import StepLR
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.context import PipelineRun
@@ -30,7 +29,13 @@ from robo_orchard_lab.pipeline.hooks.non_finite_guard import (
     NonFiniteGuardConfig,
 )
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
-from robo_orchard_lab.pipeline.quarantine import replay
+from robo_orchard_lab.pipeline.quarantine import read_window, replay
+from robo_orchard_lab.testing import (
+    assert_no_device_sync,
+    assert_state_round_trip,
+    assert_weights_unchanged,
+    count_host_reads,
+)
 from tiny import Batch, equal, loss_of, make_loader, make_model, make_trainer
 
 MakeOptimizer = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
@@ -384,36 +389,6 @@ def test_a_late_error_claims_no_more_than_it_knows() -> None:
         train(guard, batches_with("bad gradient", [3]))
 
 
-class CountReads(torch.overrides.TorchFunctionMode):
-    """Counts what has the host wait for a tensor's value, by the methods that are called."""
-
-    METHODS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__format__")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reads = 0
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        self.reads += getattr(function, "__name__", "") in self.METHODS
-        return function(*args, **(kwargs or {}))
-
-
-class CountScalars(TorchDispatchMode):
-    """Counts scalar reads, by the operation that torch runs for them."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
-        self.reads = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        self.reads += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
-
-
 def log_every(steps: int, records: list[MetricsRecord]) -> PipelineHooks:
     """Asks for logging points, and notes their records."""
     hooks = PipelineHooks("logging")
@@ -425,31 +400,48 @@ def log_every(steps: int, records: list[MetricsRecord]) -> PipelineHooks:
     return hooks
 
 
+@pytest.mark.parametrize(
+    ("fields", "reads"),
+    [
+        ({}, 3),
+        ({"policy": "skip"}, 3),
+        ({"read": "one update late"}, 3),
+        ({"read": "at logging points"}, 1),
+    ],
+)
+def test_what_is_read_and_resumed(fields: dict[str, Any], reads: int) -> None:
+    """Six steps in windows of two take a read for each update, or one at the run's end; the guard
+    can be stopped anywhere, and changes nothing."""
+    guard = NonFiniteGuardConfig(**fields)
+    for log_every in ("2 steps", None):
+        assert_no_device_sync(guard, allowed=reads, accumulate=2, log_every=log_every)
+        with pytest.raises(AssertionError, match=rf"reads from tensors {reads} times in 6 steps"):
+            assert_no_device_sync(guard, allowed=reads - 1, accumulate=2, log_every=log_every)
+    hooks = [guard, GradientClippingHookConfig(max_norm=0.05)]
+    assert_state_round_trip(hooks, accumulate=2, log_every="4 steps")
+    assert_weights_unchanged(guard, accumulate=2)
+
+
 @pytest.mark.parametrize("plant", [None, "item", "tolist"])
 def test_between_logging_points_nothing_is_read(plant: str | None) -> None:
-    """Reads are the board's at each logging point and one at the end; a planted one shows."""
-    counted, scalars = CountReads(), CountScalars()
-    at_boundary: list[int] = []
+    """All reads are those of the board and of the run's end; one that is planted shows."""
 
-    def note(args: PipelineHookArgs) -> None:
+    def read(args: PipelineHookArgs) -> None:
         if plant is not None and args.global_step_id == 4:
             assert args.loss is not None
             getattr(args.loss, plant)()
-        at_boundary.append(counted.reads + scalars.reads)
 
     records: list[MetricsRecord] = []
     hooks: list[HookLike] = [
         log_every(5, records),
-        on("on_step", after=note),
-        GradientClippingHookConfig(max_norm=1.0),
+        on("on_step", after=read),
         NonFiniteGuardConfig(read="at logging points"),
     ]
     trainer = make_trainer(hooks, loader=list(make_loader(20)), max_epoch=1, accumulate=2)
-    with counted, scalars:
+    with count_host_reads() as reads:
         trainer()
-    assert len(records) == 4
-    per_window = [set(at_boundary[i : i + 5]) for i in range(0, 20, 5)]
-    assert [len(reads) for reads in per_window] == [2 if plant else 1, 1, 1, 1]
+    by = [call.hook for call in reads if not call.at_commit]
+    assert by == [*(["on_step of the test"] if plant else []), "NonFiniteGuard"]
     flags = [value.value for record in records for value in record.values if "guard" in value.name]
     assert flags == [0.0] * 4
 
@@ -481,6 +473,21 @@ def test_behind_the_last_logging_point_the_end_of_the_run_tells() -> None:
             batches_with("infinite loss", [6]),
         )
     assert [record.partial for record in records] == [False, False, True]
+
+
+def test_what_another_rank_has_found_is_told() -> None:
+    """The flag of the board is that of all ranks; here a hook publishes for another one."""
+
+    def publish(args: PipelineHookArgs) -> None:
+        args.metrics.publish("guard/non_finite", float(args.global_step_id == 6), reduce="max")
+
+    hooks = [
+        log_every(7, []),
+        on("on_step", before=publish),
+        NonFiniteGuardConfig(read="at logging points"),
+    ]
+    with pytest.raises(NonFiniteError, match="another rank found what is not finite"):
+        train(hooks, batches_with("infinite loss", []))
 
 
 def test_without_a_logging_point_the_end_of_the_run_tells() -> None:
@@ -547,6 +554,7 @@ class Elsewhere(Accelerator):  # type: ignore[misc]  # which has no types
 
     kind = DistributedType.NO
     ranks = 1
+    deepspeed_engine_wrapped = None
 
     @property
     def distributed_type(self) -> DistributedType:
@@ -555,6 +563,52 @@ class Elsewhere(Accelerator):  # type: ignore[misc]  # which has no types
     @property
     def num_processes(self) -> int:
         return self.ranks
+
+
+def look_at(kind: DistributedType, loss: float, **fields: Any) -> PipelineHookArgs:
+    """One update of finite gradients by a guard that takes itself for one of two ranks."""
+    accelerator = Elsewhere(cpu=True)
+    accelerator.kind, accelerator.ranks = kind, 2
+    model = make_model()
+    loss_of(model, batches_with("infinite loss", [])[0])[1].backward()
+    args = PipelineHookArgs(
+        PipelineRun(accelerator=accelerator, model=model), attached_loss=torch.tensor(loss)
+    )
+    guard = NonFiniteGuardConfig(**fields)()
+    for channel in ("on_model_forward", "on_model_backward", "on_optimizer_step"):
+        with guard.begin(channel, args):
+            pass
+    return args
+
+
+def test_a_loss_that_no_gradient_shows_is_no_reason_to_skip(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Other ranks can't know of it, so that all make the update, and the log tells."""
+    args = look_at(DistributedType.MULTI_CPU, math.inf, policy="skip")
+    assert args.skip_reason is None
+    assert "the loss is inf on rank 0 at epoch 0, step 0" in caplog.text
+    assert "and no gradient shows it; the update is made" in caplog.text
+
+
+def test_weights_in_parts_are_not_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With a sharded model, the window has all but the weights."""
+    with pytest.raises(NonFiniteError, match="on rank 0 of 2") as raised:
+        look_at(DistributedType.FSDP, math.nan, quarantine=tmp_path)
+    assert raised.value.folder is not None
+    window = read_window(raised.value.folder)
+    assert window.weights == {}
+    assert window.num_processes == 2
+    assert "the weights are in parts on several ranks, and are not written" in caplog.text
+
+
+def test_an_engine_that_does_not_tell_the_norm() -> None:
+    """With DeepSpeed the losses alone are looked at."""
+    assert look_at(DistributedType.DEEPSPEED, 1.0).grad_norm is None
+    for read in ("now", "at logging points"):
+        look_at(DistributedType.DEEPSPEED, 1.0, read=read)
+    with pytest.raises(NonFiniteError, match="the loss is nan on rank 0 of 2, at"):
+        look_at(DistributedType.DEEPSPEED, math.nan)
 
 
 def test_where_no_update_can_be_skipped_it_is_refused() -> None:
@@ -650,3 +704,37 @@ def test_two_ranks_decide_alike(accumulate: int, tmp_path: Path) -> None:
         assert replayed.same == finite  # the processor here makes no loss infinite
         assert [loss.isfinite() for loss in replayed.losses] == [True] * accumulate
         assert replayed.window.steps[0].finite == finite
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("read", ["one update late", "at logging points"])
+def test_on_a_gpu_a_late_reading_does_not_wait(read: Any) -> None:
+    """Where all is finite, no step waits for the device; what is not is found all the same."""
+
+    def on_device(kind: str, bad: list[int]) -> list[Batch]:
+        return [(inputs.cuda(), targets.cuda()) for inputs, targets in batches_with(kind, bad)]
+
+    def trainer(batches: list[Batch]) -> HookBasedTrainer:
+        model = make_model()
+        return HookBasedTrainer(
+            Accelerator(),
+            model,
+            batches,
+            SimpleBatchProcessor.from_callable(loss_of),
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            hooks=[on("on_step", before=forbid), NonFiniteGuardConfig(read=read)],
+            max_epoch=1,
+        )
+
+    def forbid(args: PipelineHookArgs) -> None:
+        # The first steps set up what they like; at the end it may wait.
+        mode = "error" if 2 <= args.global_step_id < 6 else "default"
+        torch.cuda.set_sync_debug_mode(mode)
+
+    try:
+        trainer(on_device("infinite loss", []))()
+        with pytest.raises(NonFiniteError, match=r"not finite|the loss is nan"):
+            trainer(on_device("nan in the data", [5]))()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
