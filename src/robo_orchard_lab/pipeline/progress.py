@@ -36,7 +36,7 @@ class TrainerProgress:
     """How many updates of the weights have been committed."""
     skipped_optimizer_steps: int = 0
     """How many updates were due and not committed, such as after an fp16 overflow."""
-    in_step: bool = field(default=False, compare=False, repr=False)
+    in_step: bool = field(default=False, init=False, compare=False, repr=False)
     """Whether a step is open; no part of the state, since a run is saved between two steps."""
 
     @property

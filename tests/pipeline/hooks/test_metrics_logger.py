@@ -344,7 +344,7 @@ def test_a_missing_package_is_told_with_hook_and_field() -> None:
 def test_a_schedule_that_can_not_be_read_is_refused() -> None:
     """The error names the field and what could stand there."""
     with pytest.raises(ValueError, match=r"every[\s\S]*can't read '50 stps' as a schedule"):
-        MetricsLoggerConfig(every="50 stps")  # type: ignore[arg-type]  # as users write it
+        MetricsLoggerConfig(every="50 stps")
 
 
 def test_the_logging_points_are_made_by_name(caplog: pytest.LogCaptureFixture) -> None:

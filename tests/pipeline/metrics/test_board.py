@@ -261,10 +261,10 @@ def test_an_evaluation_that_nobody_waits_for_is_read_with_the_log() -> None:
 def test_a_misspelled_name_is_refused_at_the_first_evaluation() -> None:
     """Who waits for a metric that the evaluation does not have is told which it has."""
     board = MetricsBoard()
-    board.subscribe("eval/val/acuracy", print, who="EarlyStopping")
+    board.subscribe("eval/val/accurac", print, who="EarlyStopping")
     board.defer(Evaluated("eval/val/accuracy", 0.5))
     message = (
-        "no metric 'eval/val/acuracy' was published, which EarlyStopping waits for; "
+        "no metric 'eval/val/accurac' was published, which EarlyStopping waits for; "
         "did you mean 'eval/val/accuracy'"
     )
     with pytest.raises(UnknownMetricError, match=message):

@@ -34,9 +34,11 @@ class ScheduleError(ValueError):
 class Schedule(ABC):
     """When a hook runs. Two are joined by ``|``: due when either is.
 
-    >>> Schedule.parse("100 steps | 1 epoch") == EverySteps(100) | EveryEpochs(1)
+    >>> from robo_orchard_lab.pipeline import schedule
+    >>> text = "100 steps | 1 epoch"
+    >>> Schedule.parse(text) == schedule.EverySteps(100) | schedule.EveryEpochs(1)
     True
-    >>> print(EveryOptimizerSteps(50) | EverySeconds(600))
+    >>> print(schedule.EveryOptimizerSteps(50) | schedule.EverySeconds(600))
     50 optimizer steps | 10 min
 
     Counted is what is done: ``EverySteps(100)`` is due in the step that brings their number to
