@@ -17,7 +17,11 @@ from robo_orchard_lab.pipeline.hooks.model_summary import (
     ModelSummaryConfig,
     summarize,
 )
-from robo_orchard_lab.pipeline.hooks.non_finite_guard import NonFiniteGuard, NonFiniteGuardConfig
+from robo_orchard_lab.pipeline.hooks.non_finite_guard import (
+    NonFiniteError,
+    NonFiniteGuard,
+    NonFiniteGuardConfig,
+)
 from robo_orchard_lab.pipeline.hooks.optimizer import OptimizerHook
 from robo_orchard_lab.pipeline.hooks.progress_bar import ProgressBarHook, ProgressBarHookConfig
 from robo_orchard_lab.pipeline.hooks.stats_monitor import StatsMonitor, StatsMonitorConfig
@@ -48,6 +52,7 @@ __all__ = [
     "MetricsLoggerConfig",
     "ModelSummary",
     "ModelSummaryConfig",
+    "NonFiniteError",
     "NonFiniteGuard",
     "NonFiniteGuardConfig",
     "OptimizerHook",
