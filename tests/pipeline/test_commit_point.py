@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
+from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, PipelineStateError
 from robo_orchard_lab.pipeline.metrics import UnknownMetricError
-from tiny import equal, make_loader, make_trainer, weights
+from tiny import equal, loss_of, make_loader, make_trainer, weights
 
 
 class Watcher(PipelineHooks):
@@ -196,7 +196,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 
 def test_weights_that_no_hook_keeps_are_refused(tmp_path: Path) -> None:
     """The error says which hooks keep weights."""
-    with pytest.raises(PipelineConfigError, match="no hook named 'ema' keeps weights Those"):
+    with pytest.raises(PipelineConfigError, match=r"no hook named 'ema' keeps weights\. Those"):
         make_trainer([Saver(tmp_path / "x.safetensors", "ema")], max_step=3)()
 
 
@@ -264,3 +264,31 @@ def test_the_rest_is_told_when_a_run_ends_between_logging_points(end: str) -> No
 
 def _without(loader: Any, *positions: int) -> list[Any]:
     return [batch for position, batch in enumerate(loader) if position not in positions]
+
+
+def test_what_is_asked_for_too_late_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After the last commit point nothing is done any more, and the log says so."""
+    hooks = PipelineHooks("late")
+    path = tmp_path / "late.safetensors"
+    hooks.on_loop.after(lambda args: args.requests.save_weights(path, "too late", by="late"))
+    make_trainer([hooks], max_step=2)()
+    assert "late asked for something after the last commit point" in caplog.text
+    assert not path.exists()
+
+
+def test_a_stop_ahead_of_the_first_evaluation_is_no_error() -> None:
+    """A run that is asked to stop need not have come to what its hooks wait for."""
+    hooks = PipelineHooks("waits")
+    hooks.on_loop.before(lambda args: args.metrics.subscribe("eval/val/loss", print, who="waits"))
+    trainer = make_trainer([hooks, asking("2 steps", "stop")], max_step=5)
+    trainer()
+    assert trainer.progress.global_step_id == 2
+
+
+def test_updates_that_never_come_are_no_limit() -> None:
+    """A limit in updates is refused where the batch processor needs no backward pass."""
+    processor = SimpleBatchProcessor.from_callable(loss_of, need_backward=False)
+    with pytest.raises(PipelineConfigError, match="max_optimizer_step counts updates"):
+        make_trainer(batch_processor=processor, max_optimizer_step=1)

@@ -314,6 +314,14 @@ def test_what_is_drawn_belongs_to_the_batch() -> None:
         assert drawn(loader, 1, 2) == alone[1::2]
 
 
+def test_persistent_workers_draw_alike_each_time() -> None:
+    """An evaluation has workers of its own, so that augmentation in them is the same each time."""
+    loader = DataLoader(Augmented(20), 8, num_workers=1, persistent_workers=True)
+    evaluation = EvaluationLoader("val", loader, 0, 1, "test")
+    sums = [[float(b["inputs"].sum()) for b in evaluation.batches(0)] for _ in range(2)]
+    assert sums[0] == sums[1]
+
+
 def test_a_loader_that_is_being_iterated_is_not_disturbed() -> None:
     """The loader of the training may be evaluated on in the middle of its epoch."""
     loader = make_evaluation_loader(40, num_workers=1, persistent_workers=True)

@@ -16,6 +16,10 @@ def count_samples(batch: Any) -> int:
     >>> count_samples("text")
     1
     """
+    if type(batch) in (tuple, list) and batch and isinstance(batch[0], torch.Tensor):
+        first: torch.Tensor = batch[0]  # as most batches are; half the time of looking around
+        if first.dim() > 0:
+            return len(first) or 1
     return first_length(batch) or 1
 
 

@@ -58,6 +58,8 @@ class PipelineRun:
     requests: Requests = field(default_factory=Requests)
     evaluations: dict[str, Callable[[PipelineHookArgs], None]] = field(default_factory=dict)
     """What carries out an evaluation that is asked for, by the name of its hook."""
+    evaluated_loaders: dict[str, str] = field(default_factory=dict)
+    """The name of the hook that evaluates on a loader, by the loader's name."""
     weight_sets: dict[str, WeightSet] = field(default_factory=dict)
     """Other weights to evaluate and to save, by the name of the hook that keeps them."""
     # The trainer always sets the next four; only a run made by hand may lack them.
@@ -88,7 +90,7 @@ class PipelineRun:
             near = difflib.get_close_matches(name, self.weight_sets, n=1)
             raise PipelineConfigError(
                 f"no hook named {name!r} keeps weights"
-                + (f"; did you mean {near[0]!r}?" if near else "")
+                + (f"; did you mean {near[0]!r}?" if near else ".")
                 + f" Those that do: {', '.join(self.weight_sets) or 'none; register an EMA'}"
             )
         return self.weight_sets[name]

@@ -81,13 +81,23 @@ def _measure(
         unscale_gradients(accelerator)
         # Adding up the entries of a sparse gradient waits for the device.
         dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-        norm = torch.nn.utils.get_total_norm(dense, norm_type)
+        norm = _total_norm(dense, norm_type)
     elif accelerator.scaler is None:  # with one, clipping would unscale a second time, and fail
         # A bound that is never reached multiplies the gradients by 1.
         norm = _clip_by_engine(accelerator, parameters, float("inf"), norm_type)
     if args.grad_norm is None and norm is not None:
         args.grad_norm, args.grad_norm_order = norm, norm_type
     return norm
+
+
+def _total_norm(gradients: list[torch.Tensor], norm_type: float) -> torch.Tensor:
+    """What ``torch.nn.utils.get_total_norm`` gives, bit for bit."""
+    if gradients and len({(g.device, g.dtype) for g in gradients}) == 1:
+        # The same operations as there, without looking for groups, which takes 40 us.
+        norms = torch.stack(list(torch._foreach_norm(gradients, norm_type)))
+        total: torch.Tensor = torch.linalg.vector_norm(norms, norm_type)
+        return total
+    return torch.nn.utils.get_total_norm(gradients, norm_type)
 
 
 def _gradients(parameters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:

@@ -270,3 +270,18 @@ def test_a_state_of_another_version_is_refused() -> None:
     state = {**of_pairs().state_dict(), "version": 7}
     with pytest.raises(StateError, match=r"MetricTracker: .* version 1, found version 7"):
         of_pairs().load_state_dict(state)
+
+
+@pytest.mark.parametrize("logs", [None, "7 steps"])
+def test_who_waits_for_an_epoch_is_told_at_its_end(logs: str | None) -> None:
+    """Also where logging points are far apart, or nobody makes any; the last epoch included."""
+    told: list[int] = []
+    waits = PipelineHooks("waits")
+
+    @waits.on_loop.before
+    def subscribe(args: PipelineHookArgs) -> None:
+        args.metrics.subscribe("train/squared_error_epoch", lambda v: told.append(v.step), "waits")
+
+    hooks = [waits, MetricTrackerConfig()(metrics=make_metrics())]
+    train(*hooks, *([Notes(logs)] if logs is not None else []), max_step=15)
+    assert told == [5, 10, 15]

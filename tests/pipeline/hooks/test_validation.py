@@ -112,7 +112,8 @@ def test_it_evaluates_what_it_is_asked_for() -> None:
         args.requests.evaluate("because", name=name)
         args.requests.evaluate("once more", name=name)
 
-    one, two = validation("4 steps"), validation(None)
+    one = validation("4 steps", dataloaders={"val": make_evaluation_loader(11)})
+    two = validation(None, dataloaders={"second": make_evaluation_loader(11)})
     one.name, two.name = "one", "two"
     told = Told()
     train(one, two, asking, told, max_step=4)()
@@ -389,3 +390,11 @@ def test_a_state_of_another_version_is_refused() -> None:
     state: Mapping[str, Any] = {**validation().state_dict(), "version": 7}
     with pytest.raises(StateError, match=r"ValidationHook: .* version 1, found version 7"):
         validation().load_state_dict(state)
+
+
+def test_two_hooks_with_one_loader_name_are_refused() -> None:
+    """Both would publish under one name, so the run does not begin."""
+    one, two = validation(), validation()
+    one.name, two.name = "raw", "averaged"
+    with pytest.raises(PipelineConfigError, match=r"averaged: dataloaders\['val'\] .* raw has as"):
+        train(one, two, max_epoch=1)()

@@ -160,7 +160,7 @@ def _picking(loader: DataLoader[Any], picked: _Picked) -> DataLoader[Any]:
         multiprocessing_context=loader.multiprocessing_context,
         generator=loader.generator,
         prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
+        persistent_workers=False,  # their random state would outlive an evaluation
         in_order=loader.in_order,
     )
 

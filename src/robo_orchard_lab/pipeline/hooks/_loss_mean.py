@@ -48,14 +48,16 @@ class LossMean:
     def publish_window(self, board: MetricsBoard) -> None:
         """Publish the mean since the last time, and begin anew."""
         self._add_up()
-        _publish(board, self._name, self._window)
-        self._window = WeightedSum()
+        window, self._window = self._window, WeightedSum()
+        if not window.empty:
+            board.publish_total(self._name, window)
 
     def publish_epoch(self, board: MetricsBoard) -> None:
         """Publish the mean since the epoch began, and begin anew."""
         self._add_up()
-        _publish(board, f"{self._name}_epoch", self._epoch)
-        self._epoch = WeightedSum()
+        epoch, self._epoch = self._epoch, WeightedSum()
+        if not epoch.empty:
+            board.publish_total(f"{self._name}_epoch", epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """All that was taken in."""
@@ -91,8 +93,8 @@ class LossMean:
     def _add_up(self) -> None:
         """Take in what is in the slots; stretches of one weight together."""
         begin = 0
-        for weight, stretch in groupby(self._weights):
-            end = begin + len(list(stretch))
+        for weight, count in _stretches(self._weights):
+            end = begin + count
             assert self._values is not None  # since something is in it
             self._take(self._values[begin:end].mean(), weight * (end - begin))
             begin = end
@@ -103,9 +105,8 @@ class LossMean:
         self._epoch.add(mean, weight)
 
 
-def _publish(board: MetricsBoard, name: str, total: WeightedSum) -> None:
-    weight = total.host_weight
-    if weight:
-        # Both, where some steps had a number and some a tensor.
-        summed = total.host if total.tensor is None else total.tensor + total.host
-        board.publish(name, summed / weight, weight=weight)
+def _stretches(weights: list[float]) -> list[tuple[float, int]]:
+    """The weights one after the other, each with how often it follows itself."""
+    if weights and weights.count(weights[0]) == len(weights):  # as good as always, and in C
+        return [(weights[0], len(weights))]
+    return [(weight, len(list(stretch))) for weight, stretch in groupby(weights)]

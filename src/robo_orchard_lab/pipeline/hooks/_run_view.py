@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from robo_orchard_core.utils.hook import RemovableHandle
 from robo_orchard_lab.pipeline.batch_size import count_batches
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hooks._run_status import Outcome, RunStatus, remaining_steps
@@ -44,7 +45,6 @@ class RunView:
         refresh_seconds: the least time from one look to the next; None for the display's own.
         args: those of the loop.
         display: where it is shown.
-        who: shows it, for the error if nobody publishes one of the metrics.
     """
 
     def __init__(
@@ -53,7 +53,6 @@ class RunView:
         refresh_seconds: float | None,
         args: PipelineHookArgs,
         display: Display,
-        who: str,
     ) -> None:
         self._args = args
         self._display = display
@@ -66,7 +65,7 @@ class RunView:
         self._values: dict[str, float] = {}
         self._held: RunStatus | None = None  # the end of an epoch, until it is logged
         self._logged = False
-        self._handles = [args.metrics.expect(name, who) for name in metrics]
+        self._handles: list[RemovableHandle] = []
         now = time.perf_counter()
         self._started_at = self._shown_at = now
         self._next_at = now + self._refresh_s

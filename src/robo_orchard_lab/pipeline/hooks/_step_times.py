@@ -30,7 +30,7 @@ class StepClock:
     """Adds up the times of steps; its methods are hooks.
 
     Each gives the time since the one before it to what it was spent on. A look at the clock takes
-    0.05 us, and there are eight in a step.
+    0.05 us, and there are six in a step.
     """
 
     def __init__(self) -> None:

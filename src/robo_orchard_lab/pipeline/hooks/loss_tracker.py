@@ -71,9 +71,9 @@ class LossTracker(PipelineHooks):
 
     def _add_total(self, args: PipelineHookArgs) -> None:
         """On the step path."""
-        loss = args.loss
+        loss = args.attached_loss
         if loss is not None and args.exception is None:
-            self._total.add(loss, args.batch_size)
+            self._total.add(loss.data, args.batch_size)  # half the time of detach()
 
     def _add_named(self, args: PipelineHookArgs) -> None:
         """On the step path."""

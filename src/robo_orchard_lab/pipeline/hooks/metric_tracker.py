@@ -117,6 +117,10 @@ class MetricTracker(PipelineHooks):
                 args.metrics.defer(self._merged.end_epoch(_PREFIX, "_epoch"))
             if len(self._epoch):
                 args.metrics.defer(self._epoch.snapshot(self._epoch.take(), _PREFIX, "_epoch"))
+            if not args.metrics.logged:  # else it would grow with the run
+                self._merged.forget_window()
+                if len(self._window):
+                    self._window.take()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -171,6 +175,10 @@ class _MergedParts:
         self.live.to(device)
         self._window = self._window and self.live.placed(self._window)
         self._epoch = self._epoch and self.live.placed(self._epoch)
+
+    def forget_window(self) -> None:
+        """Drop what was gathered for a window that nobody will ask for."""
+        self._window = None
 
     def end_window(self, prefix: str) -> MetricsSnapshot:
         window, epoch = self._end_part()

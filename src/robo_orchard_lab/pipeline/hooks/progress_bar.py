@@ -7,7 +7,7 @@ import sys
 
 from pydantic import Field
 
-from robo_orchard_core.utils.hook import HookContext
+from robo_orchard_core.utils.hook import HookContext, RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks._run_status import RunStatus
@@ -35,6 +35,7 @@ class ProgressBarHook(PipelineHooks):
         super().__init__()
         self.cfg = cfg
         self._view: RunView | None = None
+        self._expected: list[RemovableHandle] = []
         self.register_hook(
             "on_loop", HookContext.from_callable(before=self._open, after=self._close)
         )
@@ -45,14 +46,11 @@ class ProgressBarHook(PipelineHooks):
         self.register_hook("on_step", HookContext.from_callable(after=self._finish_step))
 
     def _open(self, args: PipelineHookArgs) -> None:
+        # On every rank, so that all fail alike where nobody publishes one.
+        self._expected = [args.metrics.expect(name, self.name) for name in self.cfg.metrics]
         if args.accelerator.is_main_process:
-            self._view = RunView(
-                self.cfg.metrics,
-                self.cfg.refresh_seconds,
-                args,
-                _display(self.cfg.plain),
-                self.name,
-            )
+            display = _display(self.cfg.plain)
+            self._view = RunView(self.cfg.metrics, self.cfg.refresh_seconds, args, display)
 
     def _begin_epoch(self, args: PipelineHookArgs) -> None:
         if self._view is not None:
@@ -67,6 +65,8 @@ class ProgressBarHook(PipelineHooks):
             self._view.finish_epoch(args)
 
     def _close(self, args: PipelineHookArgs) -> None:
+        for handle in self._expected:
+            handle.remove()
         view, self._view = self._view, None
         if view is not None:
             view.close(args)

@@ -22,6 +22,7 @@ from robo_orchard_lab.pipeline.metrics import MetricsBoard
 
 STATE_VERSION = 1
 _MIB = 2**20
+_MEMORY_EVERY_S = 1.0  # asking the system takes 50 us
 
 
 class StatsMonitor(PipelineHooks):
@@ -29,10 +30,11 @@ class StatsMonitor(PipelineHooks):
 
     - ``perf/samples_per_s`` of all ranks, and ``perf/steps_per_s``
     - ``perf/data_s``, ``perf/compute_s``, ``perf/hooks_s``: what a step takes, in the mean, of
-      waiting for its batch; of ``on_model_forward``, ``on_model_backward`` and
-      ``on_optimizer_step``; and of the rest of ``on_step``, which is hooks
+      waiting for its batch; of ``on_batch`` (forward and backward pass) and ``on_optimizer_step``;
+      and of the rest of ``on_step``, which is hooks
     - ``perf/eta_s`` to the nearest limit, by what the steps of this loop took with all around them
-    - ``perf/memory_mib`` and ``perf/device_memory_mib``: what the process takes now, and the most
+    - ``perf/memory_mib`` and ``perf/device_memory_mib``: what the process takes, looked at once a
+      second at most, and the most
       that tensors have taken of the device so far, on the rank where that is most
     - ``lr/group<i>``: the learning rate of the next update
     - ``grad_norm``: see ``grad_norm`` of the configuration
@@ -71,13 +73,13 @@ class StatsMonitor(PipelineHooks):
         self._steps_per_epoch: int | None = None
         self._before_logging: RemovableHandle | None = None
         self._process = psutil.Process()
+        self._memory, self._memory_at = 0.0, -_MEMORY_EVERY_S
         clock = self._clock
         hook = HookContext.from_callable
         self.register_hook("on_loop", hook(self._begin_loop, self._end_loop))
         self.register_hook("on_epoch", hook(clock.begin_epoch, self._end_epoch))
         self.register_hook("on_step", hook(clock.begin_step, clock.end_step))
-        for channel in ("on_model_forward", "on_model_backward"):
-            self.register_hook(channel, hook(clock.begin_compute, clock.end_compute))
+        self.register_hook("on_batch", hook(clock.begin_compute, clock.end_compute))
         self.register_hook("on_optimizer_step", hook(self._begin_update, self._end_update))
 
     def _begin_loop(self, args: PipelineHookArgs) -> None:
@@ -136,7 +138,10 @@ class StatsMonitor(PipelineHooks):
             board.publish("perf/eta_s", left * (perf_counter() - self._begun_at) / done, "max")
 
     def _publish_memory(self, board: MetricsBoard) -> None:
-        board.publish("perf/memory_mib", self._process.memory_info().rss / _MIB, "max")
+        now = perf_counter()
+        if now >= self._memory_at + _MEMORY_EVERY_S:
+            self._memory_at, self._memory = now, self._process.memory_info().rss / _MIB
+        board.publish("perf/memory_mib", self._memory, "max")
         device = self._run.accelerator.device
         of_device = getattr(getattr(torch, device.type, None), "max_memory_allocated", None)
         if of_device is not None:  # the CPU has none

@@ -84,12 +84,22 @@ class ValidationHook(PipelineHooks):
             seed=self.cfg.seed,
             who=self.name,
         )
+        for loader in self._dataloaders:
+            other = args.run.evaluated_loaders.setdefault(loader, self.name)
+            if other != self.name:
+                raise PipelineConfigError(
+                    f"{self.name}: dataloaders[{loader!r}] has a name that {other} has as well, so "
+                    f"that both would publish eval/{loader}/...; name one of them otherwise"
+                )
         args.run.evaluations[self.name] = self._evaluate
         if self.cfg.at_start and args.global_step_id == 0:
             self._ask(args, "at the start")
 
     def _close(self, args: PipelineHookArgs) -> None:
         args.run.evaluations.pop(self.name, None)
+        for loader in self._dataloaders:
+            if args.run.evaluated_loaders.get(loader) == self.name:
+                del args.run.evaluated_loaders[loader]
         self._evaluator = None
 
     def _check_weights(self, args: PipelineHookArgs) -> None:

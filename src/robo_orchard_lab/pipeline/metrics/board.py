@@ -17,8 +17,10 @@ from robo_orchard_lab.pipeline.metrics.record import MetricsRecord, MetricValue
 from robo_orchard_lab.pipeline.metrics.window import (
     REDUCTIONS,
     WINDOWS,
+    MeanWindow,
     Number,
     Reduction,
+    WeightedSum,
     Window,
     checked_number,
 )
@@ -109,11 +111,24 @@ class MetricsBoard:
         window.latest = value.detach() if isinstance(value, torch.Tensor) else value
         window.step = self._progress.steps_done
 
+    def publish_total(self, name: str, total: WeightedSum) -> None:
+        """Add a weighted sum to what the name has had, as its values one by one with ``mean``.
+
+        The board takes the sum over: go on with another one.
+        """
+        window = self._windows.get(name) or self._open(name, "mean")
+        if not isinstance(window, MeanWindow):
+            raise ValueError(f"metric {name!r} is published with reduce={window.reduce!r}")
+        window.take_over(total)
+        window.step = self._progress.steps_done
+        if total.host_weight and total.tensor is None:
+            window.latest = total.host / total.host_weight
+
     def defer(self, metrics: DeferredMetrics) -> None:
         """Publish metrics whose values follow from tensors, with the next logging point.
 
         Where someone has subscribed to one of them, or nobody logs, they are read at the next
-        commit point instead.
+        commit point at which something is carried out, at the latest that after the epoch.
         """
         self._deferred.append((metrics, self._progress.steps_done))
 
@@ -139,7 +154,10 @@ class MetricsBoard:
         return RemovableHandle(lambda: self._expected.remove(entry))
 
     def listen(self, callback: Listener) -> RemovableHandle:
-        """Have the record of every logging point told."""
+        """Have the record of every logging point told.
+
+        Call it on every rank alike: whether someone listens decides when ranks exchange.
+        """
         self._listeners.append(callback)
         return RemovableHandle(lambda: self._listeners.remove(callback))
 
@@ -321,14 +339,22 @@ class MetricsBoard:
         window = self._windows[name] = WINDOWS[reduce]()
         return window
 
+    def has_due(self) -> bool:
+        """Whether deferred metrics are to be read at the next commit point; alike on all ranks."""
+        return any(self._is_due(metrics) for metrics, _ in self._deferred)
+
+    def _is_due(self, metrics: DeferredMetrics) -> bool:
+        if not self._listeners:
+            return True
+        groups = {_group(name) for name, _, _ in self._subscribers}
+        return not groups.isdisjoint(map(_group, metrics.names()))
+
     def _take_deferred(self, everything: bool) -> list[tuple[DeferredMetrics, int]]:
         """Those that are to be read now: all, or those that a subscriber may be waiting for."""
-        groups = {_group(name) for name, _, _ in self._subscribers}
         due: list[tuple[DeferredMetrics, int]] = []
         later: list[tuple[DeferredMetrics, int]] = []
         for metrics, step in self._deferred:
-            awaited = not groups.isdisjoint(map(_group, metrics.names()))
-            (due if everything or awaited else later).append((metrics, step))
+            (due if everything or self._is_due(metrics) else later).append((metrics, step))
         self._deferred = later
         return due
 

@@ -139,7 +139,9 @@ class Window(ABC):
         return twin
 
 
-class _MeanWindow(Window):
+class MeanWindow(Window):
+    """The weighted mean."""
+
     __slots__ = ("_sum",)
 
     reduce: ClassVar[Reduction] = "mean"
@@ -150,6 +152,13 @@ class _MeanWindow(Window):
 
     def add(self, value: Number, weight: Number) -> None:
         self._sum.add(value, weight)
+
+    def take_over(self, total: WeightedSum) -> None:
+        """Take a whole sum in, which is no longer the caller's."""
+        if self._sum.empty:
+            self._sum = total
+        else:
+            self._sum.merge(total)
 
     def numbers(self) -> list[float]:
         return [self._sum.host, self._sum.host_weight]
@@ -171,7 +180,7 @@ class _MeanWindow(Window):
         self._sum.load_state_dict(state, device)
 
 
-class _SumWindow(_MeanWindow):
+class _SumWindow(MeanWindow):
     __slots__ = ()
 
     reduce: ClassVar[Reduction] = "sum"
@@ -264,7 +273,7 @@ class _LastWindow(_SlotWindow):
 
 
 WINDOWS: Mapping[str, type[Window]] = {
-    kind.reduce: kind for kind in (_MeanWindow, _SumWindow, _MaxWindow, _MinWindow, _LastWindow)
+    kind.reduce: kind for kind in (MeanWindow, _SumWindow, _MaxWindow, _MinWindow, _LastWindow)
 }
 
 

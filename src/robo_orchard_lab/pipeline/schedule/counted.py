@@ -69,6 +69,8 @@ class EveryOptimizerSteps(Schedule):
 
         def due(args: PipelineHookArgs) -> bool:
             done = args.run.progress.optimizer_step_id
+            if args.run.optimizer is None:
+                return False  # there are no updates
             if args.update_committed is None:
                 return args.at_accumulation_boundary and (done + 1) % n == 0
             return args.update_committed and done % n == 0

@@ -33,7 +33,7 @@ def carry_out_requests(run: PipelineRun, on_evaluation: OpenScope) -> bool:
         PipelineStateError: an evaluation is asked for that no hook can carry out.
     """
     requests = run.requests
-    if not requests.pending:
+    if not requests.pending and not run.metrics.has_due():
         return False
     began_at = perf_counter()
     evaluated: set[str] = set()
@@ -45,7 +45,7 @@ def carry_out_requests(run: PipelineRun, on_evaluation: OpenScope) -> bool:
                 evaluated.add(name)
                 on_evaluation(PipelineHookArgs(run, evaluation=name), run.evaluations[name])
         log = bool(requests.take(LogRequest)) and not logged
-        if not names and not log:
+        if not names and not log and not run.metrics.has_due():
             break
         logged, all_logged = logged or log, log
         run.metrics.settle(log, run.accelerator)
@@ -73,8 +73,9 @@ def _wanted(run: PipelineRun, requests: list[EvaluateRequest]) -> list[str]:
 
 
 def _save(run: PipelineRun, request: SaveWeightsRequest) -> None:
+    kept = run.weight_set(request.weights) if request.weights else None  # an error on all ranks
     if run.accelerator.is_main_process:
-        weights = run.weight_set(request.weights).weights() if request.weights else None
+        weights = None if kept is None else kept.weights()
         progress = run.progress
         metadata = {
             "epoch_id": str(progress.epoch_id),

@@ -27,7 +27,7 @@ from robo_orchard_lab.pipeline.hook_set import HookLike, PipelineHooks, check_un
 from robo_orchard_lab.pipeline.hooks.optimizer import OptimizerHook, ScheduleUnit
 from robo_orchard_lab.pipeline.metrics import MetricsBoard, UnknownMetricError
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
-from robo_orchard_lab.pipeline.requests import Requests
+from robo_orchard_lab.pipeline.requests import Request, Requests
 from robo_orchard_lab.pipeline.trainer.accumulation import micro_batches
 from robo_orchard_lab.pipeline.trainer.commit import carry_out_requests
 from robo_orchard_lab.pipeline.trainer.position import DataPosition
@@ -120,6 +120,11 @@ class HookBasedTrainer:
             raise PipelineConfigError(
                 "the batch processor needs a backward pass, so the trainer needs an optimizer; "
                 "give one, or a batch processor with need_backward=False"
+            )
+        if max_optimizer_step is not None and not batch_processor.need_backward:
+            raise PipelineConfigError(
+                "max_optimizer_step counts updates, and a batch processor with "
+                "need_backward=False makes none; give max_step or max_epoch"
             )
         self.accelerator = accelerator
         self.batch_processor = batch_processor
@@ -253,6 +258,11 @@ class HookBasedTrainer:
         finally:
             self._last_loss = None
         self._open = False
+        for left in self.requests.take(Request):
+            logger.warning(
+                "%s asked for something after the last commit point, which is not done: %s",
+                *(left.by, left.reason),
+            )
         if self._unmet is not None:  # raised here, where the run is whole and can be saved
             raise self._unmet
 
@@ -273,7 +283,9 @@ class HookBasedTrainer:
                     logger.warning("after a whole epoch, %s", self._unmet)
         if not all_logged:
             self.metrics.tell_rest(self.accelerator)
-        self._unmet = self.metrics.unmet()
+        # A run that was asked to stop may not have come to its first evaluation.
+        stopped = self.requests.stop_request is not None
+        self._unmet = self.metrics.unmet(at_the_end=not stopped)
         request = self.requests.stop_request
         if request is not None:
             logger.info("stopped at %s: %s, asked by %s", self.progress, request.reason, request.by)
