@@ -292,3 +292,18 @@ def test_updates_that_never_come_are_no_limit() -> None:
     processor = SimpleBatchProcessor.from_callable(loss_of, need_backward=False)
     with pytest.raises(PipelineConfigError, match="max_optimizer_step counts updates"):
         make_trainer(batch_processor=processor, max_optimizer_step=1)
+
+
+def test_a_stop_with_a_logging_point_leaves_nothing_to_tell() -> None:
+    """Where a subscriber stops the run, the record that told it is the last one."""
+    watcher = Watcher()
+    hooks = PipelineHooks("stops")
+    hooks.on_step.after(lambda args: args.metrics.publish("loss", args.loss))
+
+    @hooks.on_loop.before
+    def subscribe(args: PipelineHookArgs) -> None:
+        args.metrics.before_logging(lambda: args.metrics.publish("gathered", 1.0))
+        args.metrics.subscribe("loss", lambda value: args.requests.stop("enough"))
+
+    make_trainer([watcher, hooks, asking("2 steps", "log")], loader=make_loader(4), max_step=9)()
+    assert watcher.events == ["step 1", "step 2", "log 2", "epoch 0 ends"]

@@ -166,6 +166,8 @@ class HookBasedTrainer:
         self._synchronising = accelerator.sync_gradients = True
         self._last_loss: torch.Tensor | None = None
         self._unmet: UnknownMetricError | None = None
+        self._logged_at: int | None = None
+        """How many steps were done at the last logging point within an epoch."""
 
         channel = self.hooks.get_channel  # looked up once: the step path calls these
         self._on_loop = channel("on_loop").run
@@ -267,7 +269,7 @@ class HookBasedTrainer:
             raise self._unmet
 
     def _loop(self, loop_args: PipelineHookArgs) -> None:
-        all_logged = False
+        all_logged = False  # whether nothing was published since the last logging point
         if self.progress.step_id == 0:
             self._position.go_on()
             self._carry_out()  # what hooks have asked for at the start
@@ -276,7 +278,9 @@ class HookBasedTrainer:
             self._on_epoch(args, self._epoch)
             if args.epoch_completed:
                 self.progress.finish_epoch()
-            all_logged = self._carry_out()  # the commit point
+            all_logged = self._carry_out() or (  # the commit point
+                self._logged_at == self.progress.global_step_id and not args.epoch_completed
+            )
             if args.epoch_completed and self._unmet is None and not self._is_over():
                 self._unmet = self.metrics.unmet(at_the_end=False)
                 if self._unmet is not None:
@@ -326,8 +330,8 @@ class HookBasedTrainer:
                     # What was asked for waits for the commit point after the epoch, which is as
                     # near. Some samplers draw once more when they are asked for one batch too many.
                     continue
-                if not over:
-                    self._carry_out()
+                if not over and self._carry_out():
+                    self._logged_at = progress.global_step_id
                 if self._is_over():
                     # Without a length, only asking for one batch more could tell whether this
                     # was the last one; the epoch then counts as open.
