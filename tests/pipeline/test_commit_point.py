@@ -307,3 +307,22 @@ def test_a_stop_with_a_logging_point_leaves_nothing_to_tell() -> None:
 
     make_trainer([watcher, hooks, asking("2 steps", "log")], loader=make_loader(4), max_step=9)()
     assert watcher.events == ["step 1", "step 2", "log 2", "epoch 0 ends"]
+
+
+def test_a_run_too_short_for_an_evaluation_is_no_error() -> None:
+    """Where a hook evaluates, and none was due, whoever waits for one is told nothing."""
+    hooks = PipelineHooks("waits")
+    hooks.on_loop.before(lambda args: args.metrics.subscribe("eval/val/loss", print, who="waits"))
+    trainer = make_trainer([Watcher(), hooks], max_step=2)
+    trainer()
+    assert trainer.progress.global_step_id == 2
+
+
+def test_a_metric_that_nobody_reads_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Who waits for what is published, in a run without logging points, waits in vain."""
+    hooks = PipelineHooks("waits")
+    hooks.on_loop.before(lambda args: args.metrics.subscribe("loss", print, who="waits"))
+    hooks.on_step.after(lambda args: args.metrics.publish("loss", args.loss))
+    make_trainer([hooks], loader=make_loader(2), max_epoch=3)()
+    assert caplog.text.count("waits waits for 'loss'") == 1
+    assert "register a MetricsLogger" in caplog.text

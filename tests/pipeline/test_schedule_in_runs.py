@@ -145,7 +145,8 @@ def expected(when: Schedule, channel: ChannelName, role: Role, setting: Setting)
         if isinstance(when, AtSteps):
             return step.number in when.steps
         if isinstance(when, First):
-            return step.number == 1
+            firsts = (s.number for s in setting.steps() if s.boundary)
+            return step.number == (next(firsts, 0) if channel == "on_optimizer_step" else 1)
         assert isinstance(when, Last)
         ends_epochs = setting.sized and step.ends_epoch and step.epoch == setting.max_epoch
         limits = setting.max_step, setting.max_optimizer_step
@@ -434,3 +435,18 @@ def test_the_last_step_of_data_without_a_length_is_unknown() -> None:
     hooks.on_step.after(when="1 epoch")(print)
     with pytest.raises(ScheduleError, match=r"'1 epoch': no step knows .* register .* on_epoch"):
         make_trainer([hooks], loader=(batch for batch in make_loader(3)), max_epoch=1)()
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_first_update_is_that_of_the_first_window(accumulate: int) -> None:
+    """On ``on_optimizer_step``, ``first`` is the first update, whatever step that is."""
+    fired: list[int] = []
+    hooks = PipelineHooks("counts")
+    for role in (hooks.on_optimizer_step.before, hooks.on_optimizer_step.after):
+
+        @role(when="first")
+        def note(args: PipelineHookArgs) -> None:
+            fired.append(args.progress.steps_done)
+
+    make_trainer([hooks], loader=make_loader(6), accumulate=accumulate, max_epoch=2)()
+    assert fired == [accumulate, accumulate]

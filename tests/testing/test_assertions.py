@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -313,3 +314,18 @@ def test_a_hook_may_read_as_often_as_it_says() -> None:
     assert_no_device_sync(partial(Reading, "item"), allowed=3)
     with pytest.raises(AssertionError, match=r"reads from tensors 4 times .* at most 3"):
         assert_no_device_sync(partial(Reading, "item"), allowed=3, steps=8)
+
+
+@pytest.mark.parametrize(("draw", "whose"), [(random.random, "Python"), (np.random.rand, "NumPy")])
+def test_draws_from_other_global_generators_are_seen(
+    draw: Callable[[], object], whose: str
+) -> None:
+    """Also where the weights of the tiny model do not depend on them."""
+
+    def drawing() -> PipelineHooks:
+        hooks = PipelineHooks("draws")
+        hooks.on_step.after(lambda args: draw())
+        return hooks
+
+    with pytest.raises(AssertionError, match=f"draws from {whose}'s global random generator"):
+        assert_weights_unchanged(drawing, steps=2)

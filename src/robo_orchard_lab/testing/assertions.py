@@ -106,6 +106,14 @@ def assert_weights_unchanged(hook: Hooks, **setting: Unpack[RunSetting]) -> None
             f"{_names(run)} changes the run: it ended at {run.progress}, "
             f"without the hook at {without.progress}"
         )
+    for name, expected_draw, found_draw in zip(
+        ("torch", "NumPy", "Python"), without.drawn_next, run.drawn_next, strict=True
+    ):
+        if found_draw != expected_draw:
+            raise AssertionError(
+                f"{_names(run)} draws from {name}'s global random generator, which changes the "
+                "order of samples and the augmentation; use a generator of its own"
+            )
 
 
 def assert_no_device_sync(hook: Hooks, *, allowed: int = 0, **setting: Unpack[RunSetting]) -> None:

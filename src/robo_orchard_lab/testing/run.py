@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
+import numpy as np
 import torch
 
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
@@ -49,6 +51,8 @@ class HookRun:
     """The trained model."""
     weights_by_step: tuple[dict[str, torch.Tensor], ...]
     """Parameters and buffers by name, at the start of each step and at the end of the run."""
+    drawn_next: tuple[float, ...] = ()
+    """What torch's, NumPy's and Python's global generators give after the run."""
     host_reads: tuple[TracedCall, ...] | None = None
     """What was read from tensors, where that was counted."""
     states_at_start: dict[str, Any] | None = None
@@ -155,6 +159,7 @@ def train(
         if save_to is not None:
             trainer.save_checkpoint(save_to)
         weights = [*recorder.weights, copied_state(trainer.model)]
+        drawn = (torch.rand(()).item(), float(np.random.rand()), random.random())
     return HookRun(
         tested,
         trainer.progress,
@@ -164,6 +169,7 @@ def train(
         tuple(float(loss) for loss in recorder.losses),
         trainer.model,
         tuple(weights),
+        drawn,
         None if reads is None else tuple(reads),
         states,
     )

@@ -324,3 +324,13 @@ def test_a_run_that_is_over_is_watched_no_more(tmp_path: Path) -> None:
     run.trainer.metrics.publish(NAME, -1, reduce="last")
     run.trainer.metrics.settle(log=True)
     assert run.keep.best_value == 1
+
+
+def test_a_folder_that_can_not_be_made_is_told_at_the_start(tmp_path: Path) -> None:
+    """Before the first step, naming the hook and the field."""
+    (tmp_path / "file").touch()
+    config = KeepBestConfig(
+        monitor="eval/val/loss", mode="min", path=tmp_path / "file" / "best.safetensors"
+    )
+    with pytest.raises(PipelineConfigError, match=r"KeepBest\.path: can't make the folder"):
+        make_trainer([config], max_step=1)()

@@ -356,3 +356,9 @@ def test_the_logging_points_are_made_by_name(caplog: pytest.LogCaptureFixture) -
     )
     make_trainer([hooks, logging_to(ListSink())], max_step=8)()
     assert asked == ["MetricsLogger"] * 2
+
+
+def test_what_is_no_sink_is_refused_when_built() -> None:
+    """The error says what a sink has."""
+    with pytest.raises(PipelineConfigError, match=r"MetricsLogger\.sinks: a sink has open"):
+        MetricsLoggerConfig()(sinks=[object()])

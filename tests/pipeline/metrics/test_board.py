@@ -461,3 +461,14 @@ def _same(board: MetricsBoard) -> MetricsBoard:
     twin = MetricsBoard()
     twin.load_state_dict(board.state_dict())
     return twin
+
+
+def test_what_is_refused_leaves_no_trace() -> None:
+    """A caller that goes on after the error has no such name, and may publish it rightly."""
+    board = MetricsBoard()
+    for value, options in ((1.0, {"weight": -1}), ("1", {}), (1.0, {"reduce": "median"})):
+        with pytest.raises((TypeError, ValueError), match="'x'"):
+            board.publish("x", value, **options)  # type: ignore[arg-type]  # what is tested
+    assert board.names() == []
+    board.publish("x", 1.0, "sum")
+    assert logged(board) == {"x": 1.0}

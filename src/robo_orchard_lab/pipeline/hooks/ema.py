@@ -254,8 +254,8 @@ class EMAConfig(PipelineHooksConfig[EMA]):
         ]
         if self.decay is not None and idle:
             raise ValueError(
-                f"{', '.join(idle)} shape the warm-up schedule, which decay={self.decay} replaces; "
-                "give one or the other"
+                f"{', '.join(idle)} would shape the warm-up schedule, which decay={self.decay} "
+                "replaces; give one or the other"
             )
 
     def decay_of(self, update: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.errors import StateError
+from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks._best_value import BestValue, Mode
 from robo_orchard_lab.pipeline.metrics import MetricValue, number_text
@@ -75,9 +76,23 @@ class KeepBest(PipelineHooks):
     def _begin(self, args: PipelineHookArgs) -> None:
         self._requests = args.requests
         self._subscription = args.metrics.subscribe(self.cfg.monitor, self._judge, who=self.name)
+        if args.accelerator.is_main_process:
+            self._check_folder()
         if self._resumed:
             self._resumed = False
             self._look_into_file(args)
+
+    def _check_folder(self) -> None:
+        """Before a device is busy, not when the first weights are to be kept."""
+        folder = self.cfg.path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PipelineConfigError(
+                f"{self.name}.path: can't make the folder {folder}: {error}"
+            ) from error
+        if not os.access(folder, os.W_OK):
+            raise PipelineConfigError(f"{self.name}.path: the folder {folder} can't be written to")
 
     def _end(self, args: PipelineHookArgs) -> None:
         if self._subscription is not None:

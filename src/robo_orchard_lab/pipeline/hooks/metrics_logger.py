@@ -70,6 +70,11 @@ class MetricsLogger(PipelineHooks):
 
     def _add(self, name: str | None, sink: SinkLike) -> None:
         built = self._built(name, sink) if isinstance(sink, SinkConfig) else sink
+        if not all(callable(getattr(built, part, None)) for part in ("open", "write", "close")):
+            raise PipelineConfigError(
+                f"{self.name}.sinks: a sink has open(args), write(record) and close(); "
+                f"got {type(built).__name__}"
+            )
         if name is None:
             kind = type(built).__name__
             names = (kind if number == 1 else f"{kind} {number}" for number in count(1))

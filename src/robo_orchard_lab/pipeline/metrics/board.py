@@ -96,9 +96,6 @@ class MetricsBoard:
             ValueError: the name was published with another ``reduce`` before, the reduction is
                 unknown, or the weight is negative or goes with another reduction than the mean.
         """
-        window = self._windows.get(name)
-        if window is None or window.reduce != reduce:
-            window = self._open(name, reduce)
         if type(value) not in _NUMBER_TYPES and not (
             isinstance(value, torch.Tensor) and value.dim() == 0 and not value.is_complex()
         ):
@@ -107,6 +104,9 @@ class MetricsBoard:
             weight = 1.0
         elif type(weight) not in _NUMBER_TYPES or reduce != "mean" or not weight >= 0:
             weight = _checked_weight(name, weight, reduce)
+        window = self._windows.get(name)
+        if window is None or window.reduce != reduce:
+            window = self._open(name, reduce)
         window.add(value, weight)
         window.latest = value.detach() if isinstance(value, torch.Tensor) else value
         window.step = self._progress.steps_done
@@ -220,6 +220,16 @@ class MetricsBoard:
             ):
                 hint = "" if self._listeners or not self._collectors else _NOBODY_LOGS
                 return UnknownMetricError(name, known, who, hint)
+        return None
+
+    def unread(self) -> str | None:
+        """What to do about a name that someone waits for and that is published, but never read."""
+        for name, _, who in self._subscribers:
+            if name in self._windows and name not in self._found and not self._listeners:
+                return (
+                    f"{who} waits for {name!r}, which is published, but nobody makes logging "
+                    "points, at which it would be told; register a MetricsLogger"
+                )
         return None
 
     def settle(self, log: bool, accelerator: Any = None) -> MetricsRecord | None:

@@ -147,7 +147,7 @@ class AtSteps(Schedule):
 
 @dataclass(frozen=True)
 class First(Schedule):
-    """With the first step of the run, or on ``on_epoch`` the first epoch.
+    """With the first step of the run; with its first update, or epoch, on the channels of those.
 
     A resumed run is past its first step; one that is resumed in its first epoch enters that again.
     """
@@ -160,6 +160,8 @@ class First(Schedule):
             if role == "before":
                 return lambda args: args.run.progress.epoch_id == 0
             return lambda args: args.epoch_completed and args.run.progress.epoch_id == 0
+        if channel == "on_optimizer_step":
+            return _is_first_update
         return lambda args: args.run.progress.global_step_id == 0
 
     def __str__(self) -> str:
@@ -186,6 +188,12 @@ class Last(Schedule):
 
     def __str__(self) -> str:
         return "last"
+
+
+def _is_first_update(args: PipelineHookArgs) -> bool:
+    progress = args.run.progress
+    due = progress.optimizer_step_id + progress.skipped_optimizer_steps
+    return due == (args.update_committed is not None)  # counted when it is over
 
 
 class _LastStepOfEpochs:

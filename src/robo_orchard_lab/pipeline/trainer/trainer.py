@@ -283,13 +283,19 @@ class HookBasedTrainer:
             )
             if args.epoch_completed and self._unmet is None and not self._is_over():
                 self._unmet = self.metrics.unmet(at_the_end=False)
-                if self._unmet is not None:
-                    logger.warning("after a whole epoch, %s", self._unmet)
+                first = self.progress.epoch_id == 1
+                problem = self._unmet or (self.metrics.unread() if first else None)
+                if problem is not None:
+                    logger.warning("after a whole epoch, %s", problem)
         if not all_logged:
             self.metrics.tell_rest(self.accelerator)
         # A run that was asked to stop may not have come to its first evaluation.
-        stopped = self.requests.stop_request is not None
-        self._unmet = self.metrics.unmet(at_the_end=not stopped)
+        # Nor may a short one, whose evaluations were not due.
+        evaluated = any(name.startswith("eval/") for name in self.metrics.names())
+        cut_short = self.requests.stop_request is not None or (
+            bool(self._run.evaluations) and not evaluated
+        )
+        self._unmet = self.metrics.unmet(at_the_end=not cut_short)
         request = self.requests.stop_request
         if request is not None:
             logger.info("stopped at %s: %s, asked by %s", self.progress, request.reason, request.by)
