@@ -312,7 +312,9 @@ class NonFiniteGuardConfig(PipelineHooksConfig[NonFiniteGuard]):
         "committed the next is not skipped any more; None for no limit.",
     )
     then: Literal["raise"] = Field(
-        default="raise", description="What is done where the limit of skips is passed."
+        default="raise",
+        description="What is done where the limit of skips is passed; going back to a checkpoint "
+        "is not offered yet.",
     )
     read: Literal["now", "one update late", "at logging points"] = Field(
         default="now",
