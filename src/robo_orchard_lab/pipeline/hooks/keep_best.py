@@ -39,8 +39,9 @@ class KeepBest(PipelineHooks):
 
     It runs on every rank; the first one writes. It costs a step nothing.
 
+    >>> from accelerate import Accelerator
     >>> from robo_orchard_lab.pipeline.context import PipelineRun
-    >>> run = PipelineRun()
+    >>> run = PipelineRun(accelerator=Accelerator(cpu=True))
     >>> keep = KeepBestConfig(monitor="eval/val/loss", mode="min", path="best.safetensors")()
     >>> with keep.begin("on_loop", PipelineHookArgs(run)):
     ...     for loss in (0.5, 0.4, 0.7):
