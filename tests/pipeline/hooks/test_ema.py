@@ -631,7 +631,7 @@ def test_wrong_states_are_refused() -> None:
         ({"inv_gamma": float("inf")}, "finite"),
         ({"update_after_step": -1}, "greater than or equal to 0"),
         ({"min_decay": 0.9, "max_decay": 0.5}, "min_decay must be <= max_decay, got 0.9 and 0.5"),
-        ({"decay": 0.9, "power": 0.6}, "power shape the warm-up schedule, which decay=0.9"),
+        ({"decay": 0.9, "power": 0.6}, "power would shape the warm-up schedule, which decay=0.9"),
         ({"shadow_dtype": "int8"}, "'float16', 'bfloat16', 'float32' or 'float64'"),
     ],
 )
