@@ -28,6 +28,7 @@ LAYERS = [
     "robo_orchard_lab.pipeline.context",
     "robo_orchard_lab.pipeline.schedule",
     "robo_orchard_lab.pipeline.scheduled_hook",
+    "robo_orchard_lab.pipeline.channel_decorators",
     "robo_orchard_lab.pipeline.hook_set",
     "robo_orchard_lab.pipeline.gradient_norm",
     "robo_orchard_lab.pipeline.plain_model",

@@ -110,7 +110,7 @@ class TorchProfilerHook(PipelineHooks):
         """Call what may fail without the training being worse for it."""
         try:
             function(*args)
-        except Exception:
+        except Exception:  # a trace that is lost is no reason to lose the run
             logger.exception("%s gives up; the training goes on", self.name)
             self._profiler = None
             self._failed = True
