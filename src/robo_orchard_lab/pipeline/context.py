@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from robo_orchard_lab.pipeline.batch_size import count_samples
@@ -70,6 +71,10 @@ class PipelineRun:
     optimizer: torch.optim.Optimizer | None = None
     lr_scheduler: LRScheduler | None = None
     dataloader: Any = None
+    folder: Path | None = None
+    """The run's own, for what it writes; None where it has none."""
+    savers: dict[str, Callable[[str], None]] = field(default_factory=dict)
+    """What writes a checkpoint that is asked for, given the reason, by the name of its hook."""
     count_samples: Callable[[Any], int] = count_samples
     """How many samples a batch has; the batch processor's own method where it has one."""
     commit_seconds: float = 0.0

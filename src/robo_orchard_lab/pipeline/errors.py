@@ -21,3 +21,11 @@ class StateError(ValueError):
 
 class PipelineStateError(RuntimeError):
     """A trainer is asked for something that it can't do where it is."""
+
+
+class RunPreempted(SystemExit):  # an exit, of which it is one kind
+    """A run was interrupted, by a signal or a time limit, and is to be started again.
+
+    As an exit that nobody catches, it ends the process with its code and without a traceback, so
+    that what follows in a script does not take the model for a trained one.
+    """

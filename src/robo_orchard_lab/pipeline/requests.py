@@ -26,6 +26,10 @@ class Request:
 class StopRequest(Request):
     """The run's end."""
 
+    exit_code: int | None = None
+    """With one the run is interrupted, not over: the process is to end with this code, and the run
+    to be started again."""
+
 
 @dataclass(frozen=True, slots=True)
 class LogRequest(Request):
@@ -38,6 +42,11 @@ class EvaluateRequest(Request):
 
     name: str | None = None
     """Of the hook that evaluates; None for every one."""
+
+
+@dataclass(frozen=True, slots=True)
+class SaveRequest(Request):
+    """A checkpoint, by every hook that writes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +78,16 @@ class Requests:
         self._waiting: list[Request] = []
         self._listeners: list[Callable[[Request], Any]] = []
 
-    def stop(self, reason: str, by: str | None = None) -> None:
-        """Ask for the run to end at the next commit point; the first request is the one told."""
-        request = StopRequest(reason, by or _caller())
+    def stop(self, reason: str, by: str | None = None, *, exit_code: int | None = None) -> None:
+        """Ask for the run to end at the next commit point; the first request is the one told.
+
+        Args:
+            reason: why, for the log.
+            by: who asks.
+            exit_code: where the run is interrupted and will be started again: what the process
+                ends with. The trainer then raises :class:`RunPreempted` when all is closed.
+        """
+        request = StopRequest(reason, by or _caller(), exit_code)
         if self.stop_request is None:
             self.stop_request = request
         self._tell(request)
@@ -85,6 +101,10 @@ class Requests:
             name: of the hook that evaluates; None for every one that is registered.
         """
         self._add(EvaluateRequest(reason, by or _caller(), name))
+
+    def save(self, reason: str, by: str | None = None) -> None:
+        """Ask for a checkpoint at the next commit point, after all else; several make one."""
+        self._add(SaveRequest(reason, by or _caller()))
 
     def save_weights(
         self,

@@ -11,7 +11,12 @@ from typing import Any
 from robo_orchard_lab.pipeline.checkpoint import write_weights
 from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.errors import PipelineStateError
-from robo_orchard_lab.pipeline.requests import EvaluateRequest, LogRequest, SaveWeightsRequest
+from robo_orchard_lab.pipeline.requests import (
+    EvaluateRequest,
+    LogRequest,
+    SaveRequest,
+    SaveWeightsRequest,
+)
 from robo_orchard_lab.pipeline.trainer.snapshot import plain_weights
 
 logger = logging.getLogger(__name__)
@@ -50,7 +55,9 @@ def carry_out_requests(run: PipelineRun, on_evaluation: OpenScope) -> bool:
         logged, all_logged = logged or log, log
         run.metrics.settle(log, run.accelerator)
     for request in requests.take(SaveWeightsRequest):
-        _save(run, request)
+        _save_weights(run, request)
+    if saves := requests.take(SaveRequest):
+        _save(run, saves)
     run.commit_seconds += perf_counter() - began_at
     return all_logged
 
@@ -72,7 +79,20 @@ def _wanted(run: PipelineRun, requests: list[EvaluateRequest]) -> list[str]:
     return [name for name in run.evaluations if None in names or name in names]
 
 
-def _save(run: PipelineRun, request: SaveWeightsRequest) -> None:
+def _save(run: PipelineRun, requests: list[SaveRequest]) -> None:
+    reason = "; ".join(
+        dict.fromkeys(f"{request.reason}, asked by {request.by}" for request in requests)
+    )
+    if not run.savers:
+        raise PipelineStateError(
+            f"a checkpoint is to be saved ({reason}), which no hook can do; register a "
+            "SaveCheckpoint"
+        )
+    for save in run.savers.values():
+        save(reason)
+
+
+def _save_weights(run: PipelineRun, request: SaveWeightsRequest) -> None:
     kept = run.weight_set(request.weights) if request.weights else None  # an error on all ranks
     if run.accelerator.is_main_process:
         weights = None if kept is None else kept.weights()

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from robo_orchard_lab.pipeline.errors import (
     DataError,
     PipelineConfigError,
     PipelineStateError,
+    RunPreempted,
 )
 from robo_orchard_lab.pipeline.hook_set import HookLike, PipelineHooks, check_unique_names
 from robo_orchard_lab.pipeline.hooks.optimizer import OptimizerHook, ScheduleUnit
@@ -82,6 +84,8 @@ class HookBasedTrainer:
         max_optimizer_step: stop after this many committed updates.
         max_epoch: stop after this many passes over the data.
         schedule_every: when the schedule moves, see :class:`OptimizerHook`.
+        run_folder: where the run keeps what it writes, by hooks that are not told otherwise; made
+            when it is needed.
         resume_from: a folder that :meth:`save_checkpoint` wrote, to go on from there.
 
     Raises:
@@ -106,6 +110,7 @@ class HookBasedTrainer:
         max_optimizer_step: int | None = None,
         max_epoch: int | None = None,
         schedule_every: ScheduleUnit | None = None,
+        run_folder: str | os.PathLike[str] | None = None,
         resume_from: str | os.PathLike[str] | None = None,
     ) -> None:
         self.limits = TrainerLimits(max_step, max_optimizer_step, max_epoch)
@@ -159,6 +164,7 @@ class HookBasedTrainer:
             optimizer=self.optimizer,
             lr_scheduler=self.lr_scheduler,
             dataloader=self.dataloader,
+            folder=None if run_folder is None else Path(run_folder),
         )
         self._position = DataPosition(self.dataloader)
         self._open = False
@@ -236,6 +242,7 @@ class HookBasedTrainer:
             PipelineStateError: the trainer has failed before, or is called by one of its hooks.
             UnknownMetricError: at the end, a hook has waited for a metric that nobody published;
                 the trainer can still be saved.
+            RunPreempted: at the end, where the request to stop had an exit code.
         """
         if self._open:
             raise PipelineStateError(
@@ -267,6 +274,9 @@ class HookBasedTrainer:
             )
         if self._unmet is not None:  # raised here, where the run is whole and can be saved
             raise self._unmet
+        stop = self.requests.stop_request
+        if stop is not None and stop.exit_code is not None:
+            raise RunPreempted(stop.exit_code)
 
     def _loop(self, loop_args: PipelineHookArgs) -> None:
         all_logged = False  # whether nothing was published since the last logging point
