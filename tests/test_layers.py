@@ -22,6 +22,7 @@ LAYERS = [
     "robo_orchard_lab.pipeline.events",
     "robo_orchard_lab.pipeline.progress",
     "robo_orchard_lab.pipeline.requests",
+    "robo_orchard_lab.pipeline.run_state",
     "robo_orchard_lab.pipeline.metrics",
     "robo_orchard_lab.pipeline.batch_size",
     "robo_orchard_lab.pipeline.batch_processor",

@@ -15,6 +15,7 @@ from robo_orchard_lab.pipeline.events import CHANNEL_NAMES, ChannelName
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
+from robo_orchard_lab.pipeline.run_state import RunStateFile
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +74,8 @@ class PipelineRun:
     dataloader: Any = None
     folder: Path | None = None
     """The run's own, for what it writes; None where it has none."""
+    state_file: RunStateFile = field(default_factory=RunStateFile)
+    """What tells those outside how the run goes; keeps no file where the run has no folder."""
     savers: dict[str, Callable[[str], None]] = field(default_factory=dict)
     """What writes a checkpoint that is asked for, given the reason, by the name of its hook."""
     count_samples: Callable[[Any], int] = count_samples

@@ -24,6 +24,7 @@ from robo_orchard_core.utils.hook._errors import (
     HookRegistrationError,
     HookSignatureError,
     later_errors,
+    origin_of,
 )
 from robo_orchard_core.utils.hook._function_info import FunctionInfo
 from robo_orchard_core.utils.hook._handle import RemovableHandle, RemoveableHandle
@@ -41,4 +42,5 @@ __all__ = [
     "RemovableHandle",
     "RemoveableHandle",
     "later_errors",
+    "origin_of",
 ]

@@ -13,6 +13,7 @@ import traceback
 logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "__later_hook_errors__"
+_ORIGIN = "raised in hook "
 
 
 class HookRegistrationError(ValueError):
@@ -48,9 +49,16 @@ def attach_later(first: BaseException, later: BaseException) -> None:
 
 def add_origin(error: BaseException, origin: str) -> None:
     """Note on ``error`` which hook raised it; an error that has such a note keeps its own."""
-    prefix = "raised in hook "
     try:
-        if not any(note.startswith(prefix) for note in getattr(error, "__notes__", ())):
-            error.add_note(prefix + origin)
+        if origin_of(error) is None:
+            error.add_note(_ORIGIN + origin)
     except Exception:  # it takes no note
-        logger.error("%r was %s%s", error, prefix, origin)
+        logger.error("%r was %s%s", error, _ORIGIN, origin)
+
+
+def origin_of(error: BaseException) -> str | None:
+    """Which hook raised ``error``, as its note says it; None where it came from no hook."""
+    for note in getattr(error, "__notes__", ()):
+        if isinstance(note, str) and note.startswith(_ORIGIN):
+            return note.removeprefix(_ORIGIN)
+    return None

@@ -30,6 +30,7 @@ from robo_orchard_lab.pipeline.hooks.optimizer import OptimizerHook, ScheduleUni
 from robo_orchard_lab.pipeline.metrics import MetricsBoard, UnknownMetricError
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Request, Requests
+from robo_orchard_lab.pipeline.run_state import RunStateFile
 from robo_orchard_lab.pipeline.trainer.accumulation import micro_batches
 from robo_orchard_lab.pipeline.trainer.commit import carry_out_requests
 from robo_orchard_lab.pipeline.trainer.position import DataPosition
@@ -165,6 +166,12 @@ class HookBasedTrainer:
             lr_scheduler=self.lr_scheduler,
             dataloader=self.dataloader,
             folder=None if run_folder is None else Path(run_folder),
+            state_file=RunStateFile(
+                run_folder,
+                self.progress,
+                rank=accelerator.process_index,
+                processes=accelerator.num_processes,
+            ),
         )
         self._position = DataPosition(self.dataloader)
         self._open = False
@@ -251,7 +258,13 @@ class HookBasedTrainer:
             )
         if self._is_over():
             logger.info("nothing left to do at %s; %s", self.progress, self.limits)
+            if self.limits.reached(self.progress):
+                self._run.state_file.nothing_left()
             return
+        with self._run.state_file.around_run(self.requests):
+            self._train()
+
+    def _train(self) -> None:
         check_unique_names(self.hooks.named_hooks())
         if not self.model.training:
             self.model.train()

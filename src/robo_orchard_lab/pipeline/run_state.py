@@ -1,0 +1,353 @@
+"""What became of a run, in a file that is true at any time."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import psutil  # type: ignore[import-untyped]  # accelerate brings it
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from robo_orchard_core.utils.hook import origin_of
+from robo_orchard_lab.pipeline.errors import RunPreempted, StateError
+from robo_orchard_lab.pipeline.progress import TrainerProgress
+from robo_orchard_lab.pipeline.requests import Requests
+
+logger = logging.getLogger(__name__)
+
+RUN_STATE_FILE = "run_state.json"
+RunOutcome: TypeAlias = Literal["running", "completed", "preempted", "failed"]
+
+_SAME_START_S = 10.0  # the system's clock may be set meanwhile
+_LONGEST_TEXT = 10_000
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunError(_Record):
+    """What has ended a run."""
+
+    type: str
+    """The error's class, or ``Killed`` where the process is gone without a word."""
+    message: str
+    rank: int
+    """Of the process that failed first, as far as that can be told."""
+    hook: str | None = None
+    """The hook that raised it, with its channel, function and source line; None where the error
+    came from no hook."""
+    location: str | None = None
+    """The file and line that raised it."""
+
+
+class SavedCheckpoint(_Record):
+    """A checkpoint that is on the disk as a whole."""
+
+    path: str
+    """From the run's folder where it is in there."""
+    step: int
+    """How many steps were done."""
+
+
+class ProcessIdentity(_Record):
+    """A process that no other one is taken for."""
+
+    pid: int
+    host: str
+    started_at: float
+    """In seconds since the epoch."""
+    namespace: str | None = None
+    """In which the pid means something; None where the system has none."""
+
+    @classmethod
+    def own(cls) -> ProcessIdentity:
+        """That of this process."""
+        process = psutil.Process()
+        return cls(
+            pid=process.pid,
+            host=socket.gethostname(),
+            started_at=process.create_time(),
+            namespace=_pid_namespace(),
+        )
+
+    def is_gone(self) -> bool:
+        """Whether it is certain that it runs no more; False where this machine can't tell."""
+        if self.host != socket.gethostname() or self.namespace != _pid_namespace():
+            return False
+        try:
+            process = psutil.Process(self.pid)
+            apart_s: float = abs(process.create_time() - self.started_at)
+            return apart_s > _SAME_START_S or bool(process.status() == psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return True
+
+
+class RunState(_Record):
+    """A run as its file tells it."""
+
+    version: Literal[1] = 1
+    state: RunOutcome
+    """``preempted`` is one that is to be started again; ``completed`` also one that a hook has
+    ended early, with its reason."""
+    progress: dict[str, int]
+    """The counters at :attr:`updated_at`: of a run that has ended, its last ones."""
+    processes: int
+    """How many take part."""
+    process: ProcessIdentity
+    """The one of the first rank."""
+    started_at: datetime
+    """When this process began with the run, or went on with it."""
+    updated_at: datetime
+    checkpoint: SavedCheckpoint | None = None
+    """The last one in the folder's history."""
+    reason: str | None = None
+    """Why it was stopped."""
+    by: str | None = None
+    """The hook that asked for that."""
+    exit_code: int | None = None
+    """What the process was to end with; None while it runs, and where an error decides."""
+    error: RunError | None = None
+
+
+def read_run_state(folder: str | os.PathLike[str]) -> RunState:
+    """What became of the run in a folder.
+
+    A file that says ``running``, of a process that is gone from this machine, is told as ``failed``
+    with the error ``Killed``. Of another machine's process, that can't be told.
+
+    Raises:
+        FileNotFoundError: no run has been started in that folder.
+        StateError: the file is damaged, or of another version.
+    """
+    path = Path(folder) / RUN_STATE_FILE
+    try:
+        state = _read(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no run has been started in {folder}: no {path}") from None
+    if state.state != "running" or not state.process.is_gone():
+        return state
+    who = state.process
+    message = f"process {who.pid} on {who.host} is gone without a word: killed, or out of memory"
+    error = RunError(type="Killed", message=message, rank=0)
+    return state.model_copy(update={"state": "failed", "error": error})
+
+
+class RunStateFile:
+    """Keeps ``run_state.json`` in the folder of a run.
+
+    It is replaced as a whole, and is on the disk, when a run begins, after each checkpoint, and
+    when the run ends. The first rank writes it; another one only where it fails, since the first
+    may then have no chance to. A file that can't be written ends no run: the log says so.
+
+    Args:
+        folder: the run's folder; None keeps no file.
+        progress: the counters of the run.
+        rank: of this process.
+        processes: how many take part.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str] | None = None,
+        progress: TrainerProgress | None = None,
+        *,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self._folder = None if folder is None else Path(folder)
+        self._progress = progress or TrainerProgress()
+        self._rank = rank
+        self._processes = processes
+        self._state: RunState | None = None  # what this process has last written
+        self._changing = threading.Lock()  # a checkpoint may be committed in another thread
+
+    @contextmanager
+    def around_run(self, requests: Requests) -> Iterator[None]:
+        """Say that the run is running, and in the end what became of it."""
+        if self._folder is None:
+            yield
+            return
+        if self._rank == 0:
+            self._begin()
+        try:
+            yield
+        except RunPreempted as stopped:
+            self._end("preempted", requests, exit_code=_exit_code(stopped))
+            raise
+        except BaseException as error:
+            self._fail(error, requests)
+            raise
+        self._end("completed", requests, exit_code=0)
+
+    def nothing_left(self) -> None:
+        """A run that was resumed at its end is completed, whatever had become of it before."""
+        if self._folder is None or self._rank != 0:
+            return
+        with suppress(OSError, StateError):
+            if _read(self._path).state == "completed":
+                return
+        self._begin()
+        self._end("completed", Requests(), exit_code=0)
+
+    def saved(self, path: str | os.PathLike[str], step: int) -> None:
+        """A checkpoint is on the disk; to be told on every rank, from any thread."""
+        if self._state is None or self._folder is None:
+            return
+        folder, target = self._folder.absolute(), Path(path).absolute()
+        inside = target.is_relative_to(folder)
+        shown = target.relative_to(folder) if inside else target
+        self._update(checkpoint=SavedCheckpoint(path=_text(shown), step=step))
+
+    @property
+    def _path(self) -> Path:
+        assert self._folder is not None
+        return self._folder / RUN_STATE_FILE
+
+    def _begin(self) -> None:
+        assert self._folder is not None
+        checkpoint = None
+        with suppress(OSError, StateError):  # there was no run before this one
+            checkpoint = _read(self._path).checkpoint
+        now = _now()
+        with self._changing:
+            self._state = RunState(
+                state="running",
+                progress=self._counters(),
+                processes=self._processes,
+                process=ProcessIdentity.own(),
+                started_at=now,
+                updated_at=now,
+                checkpoint=checkpoint,
+            )
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                for left in self._folder.glob(f".{RUN_STATE_FILE}.*.tmp"):
+                    left.unlink(missing_ok=True)  # of a run that was killed while it wrote
+            except OSError:
+                pass  # which writing will tell
+            self._write(self._state)
+
+    def _end(self, outcome: RunOutcome, requests: Requests, **found: Any) -> None:
+        stop = requests.stop_request
+        if stop is not None:
+            found |= {"reason": stop.reason, "by": stop.by}
+        if self._state is not None and not self._failed_elsewhere(self._state):
+            self._update(state=outcome, **found)
+
+    def _fail(self, error: BaseException, requests: Requests) -> None:
+        found = {
+            "exit_code": _exit_code(error),
+            "error": RunError(
+                type=type(error).__qualname__,
+                message=_text(error),
+                rank=self._rank,
+                hook=_text(origin_of(error) or "") or None,
+                location=_location(error),
+            ),
+        }
+        if self._rank == 0:
+            self._end("failed", requests, **found)
+            return
+        with suppress(OSError, StateError):  # no such file: the folder is another machine's
+            state = _read(self._path)
+            if state.state == "running":
+                self._write(state.model_copy(update={"state": "failed", **found}))
+
+    def _failed_elsewhere(self, own: RunState) -> bool:
+        """Whether another rank has told its failure, of which this rank's end follows."""
+        if self._processes == 1:
+            return False
+        with suppress(OSError, StateError):
+            told = _read(self._path)
+            return told.state == "failed" and told.process == own.process
+        return False
+
+    def _update(self, **changes: Any) -> None:
+        with self._changing:
+            if self._state is None:
+                return
+            now = {"progress": self._counters(), "updated_at": _now()}
+            self._state = self._state.model_copy(update={**changes, **now})
+            self._write(self._state)
+
+    def _counters(self) -> dict[str, int]:
+        counters = self._progress.state_dict()
+        del counters["version"]
+        return counters
+
+    def _write(self, state: RunState) -> None:
+        temporary = self._path.with_name(f".{RUN_STATE_FILE}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(state.model_dump_json(indent=2) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self._path)
+            _flush_folder(self._path.parent)
+        except OSError as error:
+            logger.error("can't write %s, which is no longer true: %s", self._path, error)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        except BaseException:  # such as a signal
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _read(path: Path) -> RunState:
+    try:
+        return RunState.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
+        )
+        raise StateError(f"{path} can't be read as the state of a run: {problems}") from error
+
+
+def _exit_code(error: BaseException) -> int | None:
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return None
+
+
+def _location(error: BaseException) -> str | None:
+    frames = traceback.extract_tb(error.__traceback__)
+    return _text(f"{frames[-1].filename}:{frames[-1].lineno}") if frames else None
+
+
+def _text(value: object) -> str:
+    """A text that can be written, whatever an error says of itself."""
+    try:
+        text = str(value)
+    except Exception as failure:
+        text = f"<no text: {type(failure).__qualname__}>"
+    return text[:_LONGEST_TEXT].encode("utf-8", "replace").decode()
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _pid_namespace() -> str | None:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
