@@ -326,3 +326,20 @@ def test_a_metric_that_nobody_reads_is_warned_of(caplog: pytest.LogCaptureFixtur
     make_trainer([hooks], loader=make_loader(2), max_epoch=3)()
     assert caplog.text.count("waits waits for 'loss'") == 1
     assert "register a MetricsLogger" in caplog.text
+
+
+def test_what_a_hook_writes_comes_last_but_one() -> None:
+    """A hook's own files are written after evaluations and the log, ahead of a checkpoint."""
+    watcher = Watcher()
+    hooks = asking("at steps 2", "evaluate", "log")
+
+    @hooks.on_step.after(when="at steps 2")
+    def ask(args: PipelineHookArgs) -> None:
+        args.run.savers["saver"] = lambda reason: watcher.events.append("save")
+        args.requests.save("to see")
+        args.requests.write(lambda: watcher.events.append("write"), "to see")
+
+    make_trainer([watcher, hooks], max_step=3)()
+    assert watcher.events[2:-2] == [
+        *("begin watcher", "evaluate at 2", "end watcher", "log 2", "write", "save")
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from robo_orchard_lab.pipeline.context import PipelineRun
@@ -23,3 +25,13 @@ def plain_name(name: str) -> str:
     'encoder.weight'
     """
     return name.replace("_orig_mod.", "")
+
+
+def plain_state(run: PipelineRun) -> dict[str, Any]:
+    """What the model's ``state_dict`` holds, by the names of the plain model; not copied."""
+    return {plain_name(name): value for name, value in plain_model(run).state_dict().items()}
+
+
+def plain_weights(run: PipelineRun) -> dict[str, torch.Tensor]:
+    """The model's parameters and buffers by the names of the plain model; not copied."""
+    return {n: value for n, value in plain_state(run).items() if isinstance(value, torch.Tensor)}

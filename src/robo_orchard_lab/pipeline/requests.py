@@ -61,6 +61,14 @@ class SaveWeightsRequest(Request):
     """What the file says about itself, beside the counters of the run."""
 
 
+@dataclass(frozen=True, slots=True)
+class WriteRequest(Request):
+    """Something to write that a hook knows how to."""
+
+    write: Callable[[], object]
+    """Called on every rank."""
+
+
 class Requests:
     """Where hooks ask; nothing happens before the commit point.
 
@@ -126,6 +134,17 @@ class Requests:
         """
         by = by or _caller()
         self._add(SaveWeightsRequest(reason, by, Path(path), weights, dict(metadata or {})))
+
+    def write(self, write: Callable[[], object], reason: str, by: str | None = None) -> None:
+        """Ask for something of your own to be written with the weights, ahead of a checkpoint.
+
+        Args:
+            write: called on every rank at the next commit point, when evaluations and the log
+                are done; what it raises ends the run.
+            reason: why, for the log.
+            by: who asks.
+        """
+        self._add(WriteRequest(reason, by or _caller(), write))
 
     def log(self, reason: str, by: str | None = None) -> None:
         """Ask for a logging point: what was published is read, reduced and told."""

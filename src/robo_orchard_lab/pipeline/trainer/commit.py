@@ -11,13 +11,14 @@ from typing import Any
 from robo_orchard_lab.pipeline.checkpoint import write_weights
 from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.errors import PipelineStateError
+from robo_orchard_lab.pipeline.plain_model import plain_weights
 from robo_orchard_lab.pipeline.requests import (
     EvaluateRequest,
     LogRequest,
     SaveRequest,
     SaveWeightsRequest,
+    WriteRequest,
 )
-from robo_orchard_lab.pipeline.trainer.snapshot import plain_weights
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,9 @@ def carry_out_requests(run: PipelineRun, on_evaluation: OpenScope) -> bool:
         run.metrics.settle(log, run.accelerator)
     for request in requests.take(SaveWeightsRequest):
         _save_weights(run, request)
+    for wanted in requests.take(WriteRequest):
+        wanted.write()
+        logger.debug("written: %s, asked by %s", wanted.reason, wanted.by)
     if saves := requests.take(SaveRequest):
         _save(run, saves)
     run.commit_seconds += perf_counter() - began_at

@@ -11,7 +11,12 @@ from robo_orchard_lab.pipeline.checkpoint import load_named_optimizer_state, nam
 from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
-from robo_orchard_lab.pipeline.plain_model import plain_model, plain_name
+from robo_orchard_lab.pipeline.plain_model import (
+    plain_model,
+    plain_name,
+    plain_state,
+    plain_weights,
+)
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.trainer.position import DataPosition
 
@@ -30,16 +35,11 @@ _PARTS = {
 }
 
 
-def plain_weights(run: PipelineRun) -> dict[str, torch.Tensor]:
-    """The model's parameters and buffers by name."""
-    return {n: value for n, value in _entries(run).items() if isinstance(value, torch.Tensor)}
-
-
 def take_snapshot(
     run: PipelineRun, hooks: PipelineHooks, position: DataPosition
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The model's weights by name, and the rest of the run's state."""
-    entries = _entries(run)
+    entries = plain_state(run)
     weights = plain_weights(run)
     names = _names(run)
     run.metrics.read_deferred(run.accelerator)
@@ -114,11 +114,6 @@ def load_snapshot(
     for parameter, name in _names(run).items():
         gradient = state["gradients"].get(name)
         parameter.grad = None if gradient is None else gradient.to(parameter.device)
-
-
-def _entries(run: PipelineRun) -> dict[str, Any]:
-    state = plain_model(run).state_dict()
-    return {plain_name(name): value for name, value in state.items()}
 
 
 def _types(run: PipelineRun) -> dict[str, str | None]:
