@@ -19,6 +19,17 @@ class StateError(ValueError):
     """A saved state does not fit what it is loaded into; nothing was changed."""
 
 
+class CheckpointError(StateError):
+    """A checkpoint can't be written or read; the message says which, why, and what to do.
+
+    What was there before a write is still there, and nothing that was loaded into is changed.
+    """
+
+
+class StoreLockedError(CheckpointError):
+    """Another process, or another store of this one, writes checkpoints into the same root."""
+
+
 class PipelineStateError(RuntimeError):
     """A trainer is asked for something that it can't do where it is."""
 

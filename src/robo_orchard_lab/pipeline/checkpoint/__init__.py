@@ -1,10 +1,18 @@
-"""Saved states: a folder of safetensors and JSON, without pickle."""
+"""Saved states: folders of safetensors and JSON, without pickle."""
 
+from robo_orchard_lab.pipeline.checkpoint.checkpoint_info import (
+    CheckpointInfo,
+    PruneDecision,
+    SavedState,
+    Verification,
+)
+from robo_orchard_lab.pipeline.checkpoint.digests import DigestName
 from robo_orchard_lab.pipeline.checkpoint.files import (
     read_checkpoint,
     write_checkpoint,
     write_weights,
 )
+from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
 from robo_orchard_lab.pipeline.checkpoint.optimizer_state import (
     load_named_optimizer_state,
     named_optimizer_state,
@@ -15,15 +23,35 @@ from robo_orchard_lab.pipeline.checkpoint.random_state import (
     generators_of,
     restore_random_state,
 )
+from robo_orchard_lab.pipeline.checkpoint.ranks import Ranks
+from robo_orchard_lab.pipeline.checkpoint.retention import Retention
+from robo_orchard_lab.pipeline.checkpoint.store import (
+    CheckpointStore,
+    PendingSave,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 __all__ = [
+    "CheckpointInfo",
+    "CheckpointStore",
+    "DigestName",
+    "PendingSave",
+    "PruneDecision",
+    "Ranks",
+    "ReadLimits",
+    "Retention",
+    "SavedState",
+    "Verification",
     "capture_random_state",
     "check_random_state",
     "generators_of",
+    "load_checkpoint",
     "load_named_optimizer_state",
     "named_optimizer_state",
     "read_checkpoint",
     "restore_random_state",
+    "save_checkpoint",
     "write_checkpoint",
     "write_weights",
 ]

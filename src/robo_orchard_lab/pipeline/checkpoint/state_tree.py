@@ -15,6 +15,9 @@ from robo_orchard_lab.pipeline.errors import StateError
 # What JSON can't say is an object with one key that starts with this.
 _MARK = "$"
 
+# What safetensors keeps for itself among the names of tensors.
+_RESERVED = "__metadata__"
+
 
 def encode_state(state: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     """A state as a JSON document and the tensors that it refers to by their place in it.
@@ -39,7 +42,8 @@ def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
         return value if math.isfinite(value) else {"$float": repr(value)}
     if isinstance(value, torch.Tensor):
         name, count = place, 1
-        while name in tensors:  # keys with dots in them, or 1 beside "1", give one place twice
+        # Keys with dots in them, or 1 beside "1", give one place twice.
+        while name in tensors or name == _RESERVED:
             count += 1
             name = f"{place}#{count}"
         tensors[name] = value.detach()

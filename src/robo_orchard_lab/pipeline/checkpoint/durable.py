@@ -1,0 +1,69 @@
+"""Files and folders that are on the disk when a call returns."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from robo_orchard_lab.pipeline.checkpoint.folder_names import temporary_name
+
+# Linux writes at most 2 GiB at once. Each write gives the interpreter to other threads, and a busy
+# one takes 5 ms to give it back.
+_PIECE_BYTES = 1 << 30
+
+
+def write_file(path: Path, data: bytes | memoryview) -> None:
+    """Write a new file and flush it.
+
+    Raises:
+        OSError: it can't be; also where there is something by that name.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        rest = memoryview(data)
+        while rest.nbytes:
+            rest = rest[os.write(descriptor, rest[:_PIECE_BYTES]) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_folder(path: Path) -> None:
+    """Have the names in a folder on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, as far as they are not there, and flush them."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    flush_folder(path.parent)
+
+
+def replace_link(path: Path, target: str) -> None:
+    """Make ``path`` a link to ``target``, in one step, where it isn't.
+
+    Raises:
+        OSError: it can't be, such as where ``path`` is a folder.
+    """
+    if path.is_symlink() and os.readlink(path) == target:
+        return
+    temporary = path.with_name(temporary_name(path.name))
+    os.symlink(target, temporary)
+    try:
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink()
+        raise
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder with all that is in it, as far as possible; what stays, is told by nobody."""
+    shutil.rmtree(path, ignore_errors=True)

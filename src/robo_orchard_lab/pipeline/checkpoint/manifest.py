@@ -1,0 +1,193 @@
+"""The manifest of a checkpoint: what there is, how large, and with which digests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from robo_orchard_lab.pipeline.checkpoint.checkpoint_info import CheckpointInfo
+from robo_orchard_lab.pipeline.checkpoint.digests import HEX_DIGITS, digest_of
+from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
+from robo_orchard_lab.pipeline.checkpoint.parts import FileName
+from robo_orchard_lab.pipeline.checkpoint.state_tree import decode_state, encode_state
+from robo_orchard_lab.pipeline.checkpoint.strict_json import JsonError, check_depth, parse_json
+from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
+
+MANIFEST_FILE = "manifest.json"
+FORMAT = "robo_orchard_lab.checkpoint"
+VERSION = 1
+_MAX_NUMBER = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A file's size in bytes and digest, as the manifest has them."""
+
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Everything that a checkpoint says of itself."""
+
+    step: int
+    serial: int
+    saved_at: datetime
+    ranks: int
+    digest_name: str
+    metrics: Mapping[str, float]
+    metadata: Mapping[str, Any]
+    files: Mapping[str, FileEntry]
+
+    def info(self, path: Path) -> CheckpointInfo:
+        """What it says of a checkpoint that lies there."""
+        return CheckpointInfo(
+            path=path,
+            step=self.step,
+            serial=self.serial,
+            saved_at=self.saved_at,
+            size_bytes=sum(entry.size for entry in self.files.values()),
+            ranks=self.ranks,
+            digest=self.digest_name,
+            metrics=self.metrics,
+            metadata=self.metadata,
+        )
+
+    def to_bytes(self) -> bytes:
+        """The file's contents, which hold their own digest.
+
+        Raises:
+            StateError: the metrics or the metadata can't be written.
+        """
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": self.step,
+            "serial": self.serial,
+            "saved_at": self.saved_at.isoformat(),
+            "ranks": self.ranks,
+            "digest_name": self.digest_name,
+            "metrics": _tree("metrics", self.metrics),
+            "metadata": _tree("metadata", self.metadata),
+            "files": {
+                name: {"size": entry.size, "digest": entry.digest}
+                for name, entry in self.files.items()
+            },
+        }
+        return _text({**document, "digest": digest_of(self.digest_name, _text(document))})
+
+    def check_writable(self, limits: ReadLimits) -> None:
+        """Refuse what could not be read again.
+
+        Raises:
+            StateError: the message says what is too much.
+        """
+        document = self.to_bytes()
+        try:
+            check_depth(json.loads(document), limits.max_json_depth)
+        except JsonError as error:
+            raise StateError(f"the metadata can't be saved: {error}") from None
+        if len(document) > limits.max_manifest_bytes or len(self.files) > limits.max_files:
+            raise StateError(
+                f"the manifest would have {len(document)} bytes and {len(self.files)} files; at "
+                f"most {limits.max_manifest_bytes} and {limits.max_files} would be read again"
+            )
+
+    def with_files(self, serial: int, files: Mapping[str, FileEntry]) -> Manifest:
+        """The same of a checkpoint with these files, saved now."""
+        now = datetime.now(UTC)
+        return replace(self, serial=serial, saved_at=now, files=dict(sorted(files.items())))
+
+
+def parse_manifest(text: bytes, limits: ReadLimits) -> Manifest:
+    """The manifest that a file's contents are.
+
+    Raises:
+        CheckpointError: it is not as it was written, is of another version, or has more than
+            ``limits`` allow.
+    """
+    try:
+        document = parse_json(text, max_depth=limits.max_json_depth)
+    except JsonError as error:
+        raise CheckpointError(f"{MANIFEST_FILE} can't be read: {error}") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise CheckpointError(f"{MANIFEST_FILE} is not that of a checkpoint")
+    if document.get("version") != VERSION:
+        raise CheckpointError(
+            f"{MANIFEST_FILE}: expected version {VERSION}, found {document.get('version')!r:.40}"
+        )
+    name = document.get("digest_name")
+    if not isinstance(name, str) or name not in HEX_DIGITS:
+        raise CheckpointError(f"{MANIFEST_FILE} names the digest {name!r:.40}, which is not known")
+    rest = {key: value for key, value in document.items() if key != "digest"}
+    if document.get("digest") != digest_of(name, _text(rest)) or _text(document) != text:
+        raise CheckpointError(f"{MANIFEST_FILE} is not as it was written: its digest is another")
+    try:
+        return _manifest(name, rest, limits)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{MANIFEST_FILE} has a wrong entry: {error!r:.200}") from error
+
+
+def _manifest(digest_name: str, document: dict[str, Any], limits: ReadLimits) -> Manifest:
+    files = document["files"]
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{MANIFEST_FILE}: files is not a mapping")
+    if len(files) > limits.max_files:
+        raise CheckpointError(
+            f"{MANIFEST_FILE} lists {len(files)} files; at most {limits.max_files} are read"
+        )
+    ranks = _number("ranks", document["ranks"])
+    metrics, metadata = (decode_state(document[key], {}) for key in ("metrics", "metadata"))
+    if not isinstance(metrics, dict) or not isinstance(metadata, dict):
+        raise CheckpointError(f"{MANIFEST_FILE}: metrics or metadata is not a mapping")
+    if not all(type(value) in (int, float) for value in metrics.values()):
+        raise CheckpointError(f"{MANIFEST_FILE}: a metric is not a number")
+    return Manifest(
+        step=_number("step", document["step"]),
+        serial=_number("serial", document["serial"]),
+        saved_at=datetime.fromisoformat(document["saved_at"]),
+        ranks=ranks,
+        digest_name=digest_name,
+        metrics=metrics,
+        metadata=metadata,
+        files={name: _entry(name, entry, digest_name, ranks) for name, entry in files.items()},
+    )
+
+
+def _entry(name: str, entry: Any, digest_name: str, ranks: int) -> FileEntry:
+    parsed = FileName.parse(name)
+    if parsed is None or (parsed.rank is not None and parsed.rank >= ranks):
+        raise CheckpointError(f"{MANIFEST_FILE} lists a file {name!r:.80}, which none is named")
+    if not isinstance(entry, dict) or set(entry) != {"size", "digest"}:
+        raise CheckpointError(f"{MANIFEST_FILE}: the entry of {name} is not its size and digest")
+    digest = entry["digest"]
+    if not isinstance(digest, str) or len(digest) != HEX_DIGITS[digest_name]:
+        raise CheckpointError(f"{MANIFEST_FILE}: the digest of {name} is not a {digest_name}")
+    return FileEntry(_number(f"the size of {name}", entry["size"]), digest)
+
+
+def _number(what: str, value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= _MAX_NUMBER:
+        raise CheckpointError(f"{MANIFEST_FILE}: {what} is {value!r:.40}, expected a number from 0")
+    return value
+
+
+def _tree(what: str, value: Mapping[str, Any]) -> Any:
+    try:
+        tree, tensors = encode_state(value)
+    except (StateError, RecursionError) as error:
+        raise StateError(f"the {what} can't be saved: {error}") from error
+    if tensors:
+        raise StateError(f"the {what} can't be saved: {', '.join(tensors)} is a tensor")
+    return tree
+
+
+def _text(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"

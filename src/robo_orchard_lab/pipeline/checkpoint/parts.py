@@ -1,0 +1,198 @@
+"""Named parts of a state as files: tensors in safetensors, the rest in JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
+from robo_orchard_lab.pipeline.checkpoint.memory_blocks import BlockPool, bytes_of
+from robo_orchard_lab.pipeline.checkpoint.state_tree import decode_state, encode_state
+from robo_orchard_lab.pipeline.checkpoint.strict_json import JsonError, check_depth, parse_json
+from robo_orchard_lab.pipeline.checkpoint.tensor_layout import TensorLayout
+from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
+
+_PART = r"[a-z][a-z0-9_]{0,63}"
+_PART_NAME = re.compile(_PART)
+_FILE_NAME = re.compile(rf"({_PART})(?:\.rank([0-9]{{5,9}}))?\.(json|safetensors)")
+_RESERVED = "manifest"
+_ALIGNMENT = 4096  # of each file in a block
+
+
+@dataclass(frozen=True, slots=True)
+class FileName:
+    """What a file of a checkpoint holds, by its name."""
+
+    part: str
+    rank: int | None
+    """None for what belongs to the whole job."""
+    is_json: bool
+
+    @classmethod
+    def parse(cls, name: str) -> FileName | None:
+        """None for a name that no file of a checkpoint has.
+
+        >>> FileName.parse("random.rank00001.json")
+        FileName(part='random', rank=1, is_json=True)
+        >>> FileName.parse("../model.json"), FileName.parse("manifest.json")
+        (None, None)
+        """
+        found = _FILE_NAME.fullmatch(name)
+        if not found or found[1] == _RESERVED:
+            return None
+        rank = None if found[2] is None else int(found[2])
+        parsed = cls(found[1], rank, found[3] == "json")
+        return parsed if str(parsed) == name else None
+
+    def __str__(self) -> str:
+        rank = "" if self.rank is None else f".rank{self.rank:05d}"
+        return f"{self.part}{rank}.{'json' if self.is_json else 'safetensors'}"
+
+
+class PartImages:
+    """The files of some parts, as bytes in memory; nothing in them is the caller's.
+
+    Tensors lie in one block, which goes back to its pool with :meth:`release`.
+    """
+
+    def __init__(
+        self, parts: Mapping[str, Any], rank: int | None, pool: BlockPool, limits: ReadLimits
+    ) -> None:
+        """Encode and copy.
+
+        Raises:
+            StateError: a part has a name or a value that can't be saved, or more than the limits
+                would let be read; the message names it.
+        """
+        self.files: dict[str, bytes | memoryview] = {}
+        self._pool = pool
+        self._block: torch.Tensor | None = None
+        found: list[tuple[str, TensorLayout, dict[str, torch.Tensor]]] = []
+        for part, value in parts.items():
+            document, tensors = _encode(part, value, limits)
+            if document is not None:
+                self.files[str(FileName(part, rank, is_json=True))] = document
+            if tensors:
+                name = str(FileName(part, rank, is_json=False))
+                layout = _in_context(part, TensorLayout.of, tensors)
+                _check_layout(part, layout, limits)
+                found.append((name, layout, tensors))
+        if found:
+            self._copy(found)
+
+    def _copy(self, found: list[tuple[str, TensorLayout, dict[str, torch.Tensor]]]) -> None:
+        size = sum(layout.size + _ALIGNMENT for _, layout, _ in found)
+        block = self._block = self._pool.take(size)
+        targets: list[torch.Tensor] = []
+        sources: list[torch.Tensor] = []
+        offset = -block.data_ptr() % _ALIGNMENT
+        try:
+            for name, layout, tensors in found:
+                image = block[offset : offset + layout.size]
+                view = self.files[name] = bytes_of(image)
+                view[: len(layout.beginning)] = layout.beginning
+                data = image[len(layout.beginning) :]
+                for place in layout.places:
+                    targets.append(place.of(data))
+                    sources.append(tensors[place.name])
+                offset += layout.size + (-layout.size % _ALIGNMENT)
+            _copy_all(targets, sources)
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Give the memory back; to be called once no file is read any more."""
+        self.files = {}
+        if self._block is not None:
+            self._pool.give_back(self._block)
+            self._block = None
+
+
+def decode_part(
+    document: bytes | None, tensors: dict[str, torch.Tensor] | None, limits: ReadLimits
+) -> Any:
+    """A part as it was saved, from the contents of its JSON file and its tensors.
+
+    Raises:
+        CheckpointError: they are not what was written, or more than ``limits`` allow.
+    """
+    if document is None:
+        return tensors
+    try:
+        tree = parse_json(document, max_depth=limits.max_json_depth)
+        return decode_state(tree, tensors or {})
+    except (JsonError, StateError) as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _encode(
+    part: str, value: Any, limits: ReadLimits
+) -> tuple[bytes | None, dict[str, torch.Tensor]]:
+    """A part's JSON, which a mapping of nothing but tensors has none of, and its tensors."""
+    if not _PART_NAME.fullmatch(part) or part == _RESERVED:
+        raise StateError(
+            f"a part can't be named {part!r}: expected up to 64 small letters, digits and "
+            f"underscores, other than {_RESERVED!r}"
+        )
+    if isinstance(value, Mapping) and value and _is_flat(value):
+        return None, {name: tensor.detach() for name, tensor in value.items()}
+    try:
+        tree, tensors = encode_state(value)
+        check_depth(tree, limits.max_json_depth)
+        document = json.dumps(tree, allow_nan=False).encode()
+    except (JsonError, RecursionError):
+        raise StateError(
+            f"the part {part!r} is nested deeper than {limits.max_json_depth}"
+        ) from None
+    except ValueError as error:  # a StateError is one; so is a number with too many digits
+        raise StateError(f"the part {part!r}: {error}") from error
+    if len(document) > limits.max_json_bytes:
+        raise StateError(
+            f"the part {part!r} has {len(document)} bytes of JSON; at most {limits.max_json_bytes} "
+            "would be read again. Save long lists of numbers as tensors, or raise "
+            "ReadLimits.max_json_bytes"
+        )
+    return document, tensors
+
+
+def _is_flat(value: Mapping[Any, Any]) -> bool:
+    return all(
+        type(name) is str and name != "__metadata__" and isinstance(tensor, torch.Tensor)
+        for name, tensor in value.items()
+    )
+
+
+def _in_context(part: str, make: Any, tensors: dict[str, torch.Tensor]) -> TensorLayout:
+    try:
+        layout: TensorLayout = make(tensors)
+    except StateError as error:
+        raise StateError(f"the part {part!r}: {error}") from error
+    return layout
+
+
+def _check_layout(part: str, layout: TensorLayout, limits: ReadLimits) -> None:
+    if len(layout.beginning) > limits.max_header_bytes or len(layout.places) > limits.max_tensors:
+        raise StateError(
+            f"the part {part!r} has {len(layout.places)} tensors, whose names and shapes take "
+            f"{len(layout.beginning)} bytes; at most {limits.max_tensors} and "
+            f"{limits.max_header_bytes} would be read again"
+        )
+
+
+def _copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy tensors to the CPU, all devices at once, and wait for them."""
+    devices = set()
+    with torch.no_grad():
+        for target, source in zip(targets, sources, strict=True):
+            on_device = source.device.type != "cpu"
+            target.copy_(source, non_blocking=on_device)
+            if on_device:
+                devices.add(source.device)
+    for device in devices:
+        torch.accelerator.synchronize(device)  # waits for the copies

@@ -1,0 +1,116 @@
+"""The processes that save and load a checkpoint together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+import torch.distributed as dist
+
+from robo_orchard_lab.pipeline.errors import CheckpointError
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """Which process of how many this one is, and how they tell one another what they did.
+
+    They exchange by groups of their own, over the CPU, so that a thread may save while the
+    training goes on exchanging: one group is used by the calls that make the caller wait, one by
+    :meth:`PendingSave.commit`.
+
+    >>> Ranks.alone()
+    Ranks(index=0, count=1)
+    """
+
+    def __init__(self, index: int, count: int, group: Any = None) -> None:
+        self.index = index
+        self.count = count
+        self._group = group
+        self.background = self
+
+    @classmethod
+    def alone(cls) -> Ranks:
+        """This process, whatever others there are."""
+        return cls(0, 1)
+
+    @classmethod
+    def of_job(cls, timeout_s: float = 1800.0) -> Ranks:
+        """All processes of the job that ``torch.distributed`` was set up for; else this one.
+
+        A collective: every process calls it. They have to see one file system.
+
+        Args:
+            timeout_s: how long one waits for the others, as for a slow disk of theirs.
+        """
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+            return cls.alone()
+
+        def with_group() -> Ranks:
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+            return cls(dist.get_rank(), dist.get_world_size(), group)
+
+        ranks, ranks.background = with_group(), with_group()
+        return ranks
+
+    def __repr__(self) -> str:
+        return f"Ranks(index={self.index}, count={self.count})"
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank gave, in their order: a collective.
+
+        Raises:
+            CheckpointError: another process is gone, or does not come.
+        """
+        if self.count == 1:
+            return [value]
+        found: list[Any] = [None] * self.count
+        try:
+            dist.all_gather_object(found, value, group=self._group)
+        except RuntimeError as error:
+            raise CheckpointError(f"another process of the job does not answer: {error}") from error
+        return found
+
+    def each(self, what: str, work: Callable[[], T]) -> list[T]:
+        """Do something on every rank: what all of them returned, or an error on all: a collective.
+
+        Args:
+            what: is in progress, for the error.
+            work: returns something small.
+
+        Raises:
+            CheckpointError: it failed on some rank; the one with the error has it as the cause.
+        """
+        result, failure = None, None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        told = self.gather((result, None if failure is None else _text(failure)))
+        if failure is not None:
+            _raise(what, failure)
+        for index, (_, text) in enumerate(told):
+            if text is not None:
+                raise CheckpointError(f"{what} failed on rank {index}: {text}")
+        return [result for result, _ in told]
+
+    def first(self, what: str, work: Callable[[], T]) -> T:
+        """Do something on the first rank: what it returned, or an error on all: a collective."""
+
+        def only_there() -> T | None:
+            return work() if self.index == 0 else None
+
+        result: Any = self.each(what, only_there)[0]
+        return result  # type: ignore[no-any-return]  # of the first rank, which did the work
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _raise(what: str, error: Exception) -> NoReturn:
+    """The error as the caller knows it."""
+    if isinstance(error, OSError) and not isinstance(error, FileExistsError):
+        raise CheckpointError(f"{what} failed: {error}") from error
+    raise error

@@ -1,0 +1,268 @@
+"""Reading a checkpoint's folder, which may be damaged or a stranger's."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]  # carries no annotations
+import torch
+
+from robo_orchard_lab.pipeline.checkpoint.checkpoint_info import SavedState
+from robo_orchard_lab.pipeline.checkpoint.digests import digest_of, new_digest
+from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
+from robo_orchard_lab.pipeline.checkpoint.manifest import (
+    MANIFEST_FILE,
+    FileEntry,
+    Manifest,
+    parse_manifest,
+)
+from robo_orchard_lab.pipeline.checkpoint.memory_blocks import bytes_of, new_block
+from robo_orchard_lab.pipeline.checkpoint.parts import FileName, decode_part
+from robo_orchard_lab.pipeline.checkpoint.tensor_layout import TensorLayout
+from robo_orchard_lab.pipeline.errors import CheckpointError
+
+_PIECE_BYTES = 1 << 26
+
+
+class OpenCheckpoint:
+    """A checkpoint's folder, held open, so that all files are of one checkpoint and none of them
+    is removed meanwhile. To be used as a context manager.
+
+    The path may lead through links to the folder; nothing in it is followed out of it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], limits: ReadLimits) -> None:
+        """Open it and read its manifest.
+
+        Raises:
+            CheckpointError: there is none, or not one that can be trusted.
+        """
+        self.path = Path(path).resolve()
+        self._limits = limits
+        self._folder = self._open_folder()
+        self._manifest: int | None = None
+        try:
+            self._manifest = self._open_file(MANIFEST_FILE, limits.max_manifest_bytes)
+            self._hold()
+            text = bytes(bytes_of(_read(self._manifest, os.fstat(self._manifest).st_size)))
+            self.manifest: Manifest = parse_manifest(text, limits)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> OpenCheckpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let it be removed again."""
+        for descriptor in (self._manifest, self._folder):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._manifest = None
+
+    def load(self, rank: int) -> SavedState:
+        """Everything that a rank needs of it: what is of the whole job, and what is its own.
+
+        Raises:
+            CheckpointError: a file is not as it was written.
+        """
+        manifest = self.manifest
+        names = {name: FileName.parse(name) for name in manifest.files}
+        wanted = {
+            name: parsed
+            for name, parsed in names.items()
+            if parsed is not None and parsed.rank in (None, rank)
+        }
+        self._check_memory(wanted)
+        documents: dict[tuple[str, int | None], bytes] = {}
+        tensors: dict[tuple[str, int | None], dict[str, torch.Tensor]] = {}
+        for name, parsed in wanted.items():
+            place = (parsed.part, parsed.rank)
+            if parsed.is_json:
+                documents[place] = self._read_json(name)
+            else:
+                tensors[place] = self._read_tensors(name)
+        found: dict[tuple[str, int | None], Any] = {}
+        for place in sorted(documents.keys() | tensors.keys(), key=lambda place: place[0]):
+            with self._in_file(place[0]):
+                found[place] = decode_part(documents.get(place), tensors.get(place), self._limits)
+        return SavedState(
+            parts={part: value for (part, of), value in found.items() if of is None},
+            of_rank={part: value for (part, of), value in found.items() if of is not None},
+            info=manifest.info(self.path),
+        )
+
+    def verify(self) -> None:
+        """Compare every file of every rank with its digest.
+
+        Raises:
+            CheckpointError: one is not as it was written.
+        """
+        buffer = memoryview(bytearray(_PIECE_BYTES))
+        for name, entry in self.manifest.files.items():
+            with self._in_file(name), _closing(self._open_entry(name, entry)) as descriptor:
+                digest = new_digest(self.manifest.digest_name)
+                rest = entry.size
+                while rest:
+                    count = os.readv(descriptor, [buffer[: min(rest, _PIECE_BYTES)]])
+                    if not count:
+                        raise CheckpointError("it was cut short while it was read")
+                    digest.update(buffer[:count])
+                    rest -= count
+                _compare(str(digest.hexdigest()), entry)
+
+    def _read_json(self, name: str) -> bytes:
+        entry = self.manifest.files[name]
+        if entry.size > self._limits.max_json_bytes:
+            raise CheckpointError(
+                f"{self.path / name} has {entry.size} bytes; at most "
+                f"{self._limits.max_json_bytes} are read (ReadLimits.max_json_bytes)"
+            )
+        return bytes(bytes_of(self._read_verified(name, entry)))
+
+    def _read_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        block = self._read_verified(name, self.manifest.files[name])
+        with self._in_file(name):
+            layout = TensorLayout.parse(bytes_of(block), self._limits)
+            data = block[len(layout.beginning) :]
+            found = {place.name: place.of(data) for place in layout.places}
+            for place in layout.places:
+                if place.dtype is torch.bool and (data[place.begin : place.end] > 1).any():
+                    raise CheckpointError(f"the tensor {place.name!r:.80} is not of truth values")
+            return found
+
+    def _read_verified(self, name: str, entry: FileEntry) -> torch.Tensor:
+        with self._in_file(name), _closing(self._open_entry(name, entry)) as descriptor:
+            block = _read(descriptor, entry.size)
+            _compare(digest_of(self.manifest.digest_name, bytes_of(block)), entry)
+            return block
+
+    def _open_entry(self, name: str, entry: FileEntry) -> int:
+        descriptor = self._open_file(name, None)
+        size = os.fstat(descriptor).st_size
+        if size != entry.size:
+            os.close(descriptor)
+            raise CheckpointError(f"expected {entry.size} bytes, found {size}")
+        return descriptor
+
+    def _open_folder(self) -> int:
+        try:
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(self.path, flags)
+        except FileNotFoundError:
+            raise CheckpointError(f"there is no checkpoint {self.path}") from None
+        except OSError as error:
+            raise CheckpointError(f"{self.path} can't be read: {error.strerror}") from error
+        try:
+            _check_owner(self.path, os.fstat(descriptor), self._limits)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _open_file(self, name: str, max_bytes: int | None) -> int:
+        """A regular file of the folder itself, of an owner who is trusted."""
+        path = self.path / name
+        try:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            descriptor = os.open(name, flags, dir_fd=self._folder)
+        except OSError as error:
+            reason = "it is a link" if error.errno == errno.ELOOP else error.strerror
+            raise CheckpointError(f"{path} can't be read: {reason}") from error
+        try:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise CheckpointError(f"{path} can't be read: it is not a regular file")
+            _check_owner(path, found, self._limits)
+            if max_bytes is not None and found.st_size > max_bytes:
+                raise CheckpointError(
+                    f"{path} has {found.st_size} bytes; at most {max_bytes} are read"
+                )
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _hold(self) -> None:
+        """Keep others from removing the checkpoint, where the file system has such locks."""
+        import fcntl  # not on Windows, where the rest of the package can be imported
+
+        assert self._manifest is not None
+        try:
+            fcntl.flock(self._manifest, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{self.path} is being removed") from None
+        except OSError:
+            pass
+
+    def _check_memory(self, names: Mapping[str, Any]) -> None:
+        needed = sum(self.manifest.files[name].size for name in names)
+        most = self._limits.max_total_bytes
+        if most is None:
+            most = psutil.virtual_memory().available
+        if needed > most:
+            raise CheckpointError(
+                f"{self.path} has {needed} bytes to read; at most {most} are, which is what "
+                "memory is available, or ReadLimits.max_total_bytes"
+            )
+
+    @contextmanager
+    def _in_file(self, name: str) -> Iterator[None]:
+        """Errors within say which file they are about."""
+        try:
+            yield
+        except CheckpointError as error:
+            if str(self.path) in str(error):
+                raise
+            raise CheckpointError(f"{self.path / name}: {error}") from error
+        except OSError as error:
+            raise CheckpointError(f"{self.path / name} can't be read: {error.strerror}") from error
+
+
+def _read(descriptor: int, size: int) -> torch.Tensor:
+    """So many bytes of a file, in new memory."""
+    block = new_block(size)
+    rest = bytes_of(block)
+    while rest.nbytes:
+        count = os.readv(descriptor, [rest])
+        if not count:
+            raise CheckpointError("it was cut short while it was read")
+        rest = rest[count:]
+    return block
+
+
+def _compare(digest: str, entry: FileEntry) -> None:
+    if digest != entry.digest:
+        raise CheckpointError(f"its digest is {digest}, expected {entry.digest}: it was changed")
+
+
+def _check_owner(path: Path, found: os.stat_result, limits: ReadLimits) -> None:
+    own = os.geteuid()
+    if found.st_uid not in (own, 0) and not limits.any_owner:
+        raise CheckpointError(
+            f"{path} belongs to user {found.st_uid}, expected {own} or root; if they are trusted, "
+            "load with ReadLimits(any_owner=True)"
+        )
+
+
+@contextmanager
+def _closing(descriptor: int) -> Iterator[int]:
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,560 @@
+"""Checkpoints in a folder: saved durably, verified when loaded, and removed by rules."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from threading import RLock
+from types import TracebackType
+from typing import Any
+
+from robo_orchard_lab.pipeline.checkpoint.checkpoint_info import (
+    CheckpointInfo,
+    PruneDecision,
+    SavedState,
+    Verification,
+)
+from robo_orchard_lab.pipeline.checkpoint.digests import DigestName, check_digest_name
+from robo_orchard_lab.pipeline.checkpoint.durable import make_folder, replace_link
+from robo_orchard_lab.pipeline.checkpoint.folder_names import BEST, LAST, step_folder, step_of
+from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
+from robo_orchard_lab.pipeline.checkpoint.listing import RootListing, check_step
+from robo_orchard_lab.pipeline.checkpoint.lock import RootLock
+from robo_orchard_lab.pipeline.checkpoint.memory_blocks import BlockPool
+from robo_orchard_lab.pipeline.checkpoint.ranks import Ranks
+from robo_orchard_lab.pipeline.checkpoint.reader import OpenCheckpoint
+from robo_orchard_lab.pipeline.checkpoint.removal import (
+    clean_leftovers,
+    put_replacing,
+    remove_checkpoint,
+)
+from robo_orchard_lab.pipeline.checkpoint.retention import Retention
+from robo_orchard_lab.pipeline.checkpoint.writer import CheckpointImage, put_new
+from robo_orchard_lab.pipeline.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointStore:
+    """The checkpoints in one folder, the root.
+
+    Each is a folder ``step_00001234`` with safetensors, JSON and a manifest, which is either there
+    as a whole, on the disk, or not at all; ``last`` and ``best`` are links to one. Whoever saves or
+    prunes opens the store first, best as a context manager: a lock keeps others out, and what a
+    crash has left is cleaned up. Loading, listing and verifying need no lock.
+
+    With ``ranks``, the calls that say so are collectives: every rank makes them, in the same
+    order, and an error on one is an error on all.
+
+    >>> import tempfile, torch
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> with CheckpointStore(folder.name, retention=Retention(keep_last=2)) as store:
+    ...     for step in (10, 20, 30):
+    ...         info = store.save(step, {"model": {"w": torch.ones(2)}, "trainer": {"step": step}})
+    >>> [info.step for info in store.list()]
+    [20, 30]
+    >>> store.load("last").parts["trainer"]
+    {'step': 30}
+    >>> folder.cleanup()
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        digest: DigestName = "xxh3_128",
+        retention: Retention | None = None,
+        limits: ReadLimits | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """Nothing is touched yet.
+
+        Args:
+            root: the folder; :meth:`open` makes it.
+            digest: verifies what is saved; loading goes by what a checkpoint says.
+            retention: what stays when another is saved; by default all.
+            limits: what is refused unread, and so is not saved, either.
+            ranks: the processes that use this store together; by default this one alone.
+
+        Raises:
+            PipelineConfigError: there is no such digest.
+        """
+        check_digest_name(digest)
+        self.root = Path(os.path.abspath(root))
+        self.digest = digest
+        self.retention = retention or Retention()
+        self.limits = limits or ReadLimits()
+        self.ranks = ranks or Ranks.alone()
+        self._listing = RootListing(self.root, self.limits)
+        self._pool = BlockPool()
+        self._writing = RLock()
+        self._is_open = False
+        self._lock: RootLock | None = None
+        self._serial = 0
+
+    def open(self) -> CheckpointStore:
+        """Make the root, lock it, and clean up after a crash: a collective.
+
+        Raises:
+            StoreLockedError: another process writes there, or another store of this one.
+            CheckpointError: the root can't be made or written to.
+        """
+        if self._is_open:
+            raise CheckpointError(f"the store of {self.root} is open already")
+        self.ranks.first(f"opening {self.root}", self._open)
+        self._is_open = True
+        return self
+
+    def close(self) -> None:
+        """Wait for a save in another thread, let others write, and give up kept memory."""
+        with self._writing:
+            self._is_open = False
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
+        self._pool.clear()
+
+    def __enter__(self) -> CheckpointStore:
+        return self.open()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def save(
+        self,
+        step: int,
+        parts: Mapping[str, Any],
+        of_rank: Mapping[str, Any] | None = None,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> CheckpointInfo:
+        """Save, durably: when it returns, all of it is on the disk. A collective.
+
+        A checkpoint of the same step is replaced. Afterwards those are removed that the retention
+        does not keep.
+
+        Args:
+            step: names the checkpoint.
+            parts: of the whole job, by name; what the first rank gives is saved. A mapping of
+                names to tensors becomes ``<part>.safetensors`` and nothing else, which
+                ``safetensors.torch.load_file`` reads; any other tree (None, bool, int, float, str,
+                tensors, lists, tuples, mappings) has a ``<part>.json`` as well.
+            of_rank: of this rank.
+            metrics: by name; the retention may know one as ``monitor``.
+            metadata: plain values, kept in the manifest.
+
+        Raises:
+            StateError: something can't be saved; the message names it.
+            CheckpointError: it can't be written, on whichever rank; what there was is still there.
+        """
+        with self.prepare(step, parts, of_rank, metrics=metrics, metadata=metadata) as pending:
+            return pending.commit()
+
+    def prepare(
+        self,
+        step: int,
+        parts: Mapping[str, Any],
+        of_rank: Mapping[str, Any] | None = None,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> PendingSave:
+        """Copy everything into memory of the store's own, to be written later: a collective.
+
+        The memory is kept from one save to the next. What is given can be changed as soon as this
+        returns.
+
+        Args:
+            step, parts, of_rank, metrics, metadata: see :meth:`save`.
+
+        Raises:
+            StateError: something can't be saved; the message names it.
+        """
+        self._check_open()
+        made: list[CheckpointImage] = []
+
+        def copy() -> None:
+            image = CheckpointImage(
+                step,
+                parts,
+                of_rank,
+                ranks=self.ranks,
+                digest=self.digest,
+                pool=self._pool,
+                limits=self.limits,
+                metrics=metrics,
+                metadata=metadata,
+            )
+            made.append(image)
+
+        try:
+            self.ranks.each(f"saving step {step}", copy)
+        except BaseException:
+            for image in made:
+                image.release()
+            raise
+        return PendingSave(self, made[0])
+
+    def load(self, which: int | str | os.PathLike[str]) -> SavedState:
+        """The state of one checkpoint, verified and on the CPU: a collective.
+
+        Args:
+            which: ``"last"``, ``"best"``, a step, or the path of any checkpoint. Another one is
+                never taken in its place.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or not all of it is as it was written.
+        """
+        path = self.ranks.first(f"looking for {which!r}", lambda: self._find(which))
+        return _load(path, self.limits, self.ranks)
+
+    def load_newest(self) -> SavedState | None:
+        """The state of the newest checkpoint that verifies: a collective.
+
+        Returns:
+            None where there is no checkpoint at all; else :attr:`SavedState.skipped` says which
+            did not verify, and why.
+
+        Raises:
+            CheckpointError: there are some, and none verifies.
+        """
+        listing = self.ranks.first(f"reading {self.root}", self._listing.read)
+        skipped: list[tuple[Path, str]] = list(listing.broken)
+        for info in reversed(listing.infos):
+            try:
+                found = _load(info.path, self.limits, self.ranks)
+            except CheckpointError as error:
+                skipped.append((info.path, str(error)))
+                continue
+            return SavedState(
+                parts=found.parts, of_rank=found.of_rank, info=found.info, skipped=tuple(skipped)
+            )
+        if not skipped:
+            return None
+        reasons = "\n".join(f"  {reason}" for _, reason in skipped)
+        raise CheckpointError(
+            f"none of the checkpoints in {self.root} verifies; repair one, or move them away to "
+            f"start anew:\n{reasons}"
+        )
+
+    def list(self) -> list[CheckpointInfo]:
+        """The checkpoints whose manifests are whole, in the order in which they were saved."""
+        return self._listing.read().infos
+
+    def verify(self, which: int | str | os.PathLike[str] | None = None) -> Sequence[Verification]:
+        """Compare every file of a checkpoint with its digest; by default of all: a collective."""
+
+        def read() -> Sequence[Verification]:
+            if which is not None:
+                return [_verified(self._find(which), self.limits)]
+            listing = self._listing.read()
+            found = [Verification(path, reason) for path, reason in listing.broken]
+            return found + [_verified(info.path, self.limits) for info in listing.infos]
+
+        return self.ranks.first(f"verifying {self.root}", read)
+
+    def prune(self, *, dry_run: bool = False) -> Sequence[PruneDecision]:
+        """Remove what the retention does not keep, or say what would be: a collective.
+
+        The newest one that verifies is kept always; to find it, checkpoints are read.
+
+        Raises:
+            CheckpointError: the store is not open, which ``dry_run`` does not need.
+        """
+        if not dry_run:
+            self._check_open()
+
+        def decide() -> Sequence[PruneDecision]:
+            with self._writing:
+                return self._prune(None, dry_run=dry_run)
+
+        return self.ranks.first(f"pruning {self.root}", decide)
+
+    def _open(self) -> None:
+        make_folder(self.root)
+        lock = RootLock(self.root)
+        try:
+            if lock.is_real:  # else another run might be writing what looks like leftovers
+                clean_leftovers(self.root, self.limits)
+            infos = self.list()
+            self._serial = max((info.serial for info in infos), default=0)
+            self._set_links()
+        except BaseException:
+            lock.release()
+            raise
+        self._lock = lock
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise CheckpointError(
+                f"the store of {self.root} is not open; use it as in `with CheckpointStore(...) as "
+                "store:`, or call open() first"
+            )
+
+    def _commit(self, image: CheckpointImage) -> CheckpointInfo:
+        with self._writing:
+            self._check_open()
+            info = image.commit(
+                self.root / step_folder(image.manifest.step),
+                self._next_serial,
+                lambda temporary: put_replacing(
+                    temporary, self.root / step_folder(image.manifest.step), self.limits
+                ),
+                self.ranks.background,
+            )
+            if self.ranks.index == 0:
+                self._tidy(info)
+            return info
+
+    def _next_serial(self) -> int:
+        self._serial += 1
+        return self._serial
+
+    def _tidy(self, new: CheckpointInfo) -> None:
+        """What follows a save, and is no reason to fail it."""
+        try:
+            self._set_links()
+            self._prune(new, dry_run=False)
+        except (OSError, CheckpointError) as error:
+            logger.warning("%s is saved; tidying up after it failed: %s", new.path, error)
+
+    def _prune(self, good: CheckpointInfo | None, *, dry_run: bool) -> Sequence[PruneDecision]:
+        """Carry out the retention; ``good`` is the newest known to be as it was written, if any."""
+        listing = self._listing.read()
+        kept = self.retention.reasons(listing.infos)
+        leaving = [info for info in listing.infos if info.serial not in kept]
+        if leaving and good is None:
+            good = self._newest_good(listing.infos)
+        if good is not None:
+            kept.setdefault(good.serial, "the newest one that verifies")
+        decisions = [
+            PruneDecision(path, False, f"it can't be told for a checkpoint: {why}")
+            for path, why in listing.broken
+        ]
+        for info in listing.infos:
+            why = kept.get(info.serial)
+            if why is None and good is None:
+                why = "no checkpoint verifies"
+            if why is None and not dry_run:
+                why = remove_checkpoint(info.path, self.limits)
+            decisions.append(PruneDecision(info.path, why is None, why or "no rule keeps it"))
+        return decisions
+
+    def _newest_good(self, infos: Sequence[CheckpointInfo]) -> CheckpointInfo | None:
+        for info in reversed(infos):
+            if _verified(info.path, self.limits).problem is None:
+                return info
+        return None
+
+    def _set_links(self) -> None:
+        """Have ``last`` and ``best`` lead to what they say, as far as links can be made here."""
+        infos = self.list()
+        best = self.retention.best(infos)
+        for name, found in ((LAST, infos[-1:]), (BEST, best[:1])):
+            link = self.root / name
+            try:
+                if found:
+                    replace_link(link, found[0].path.name)
+                elif link.is_symlink() and not link.exists():
+                    link.unlink()
+            except OSError as error:
+                logger.warning("the link %s can't be set: %s", link, error)
+
+    def _find(self, which: int | str | os.PathLike[str]) -> Path:
+        if isinstance(which, int):
+            path = self.root / step_folder(which)
+            if not os.path.lexists(path):
+                steps = ", ".join(str(info.step) for info in self.list()) or "none"
+                raise CheckpointError(f"{self.root} has no step {which}; it has: {steps}")
+            return path
+        if which == LAST:
+            return self._find_last()
+        if which == BEST:
+            return self._find_best()
+        return Path(which)
+
+    def _find_last(self) -> Path:
+        """By the serial; what is damaged is found as well, since none may be taken in its place."""
+        listing = self._listing.read()
+        linked = self._linked(LAST)
+        broken = [path for path, _ in listing.broken]
+        if linked in broken:
+            return linked
+        if not listing.infos:
+            if broken:
+                return broken[-1]
+            raise CheckpointError(f"there is no checkpoint in {self.root}")
+        newest = listing.infos[-1].path
+        if linked is None:
+            return max([newest, *broken], key=lambda path: path.name.zfill(32))
+        return newest
+
+    def _find_best(self) -> Path:
+        if self.retention.monitor is not None:
+            best = self.retention.best(self.list())
+            if not best:
+                raise CheckpointError(
+                    f"no checkpoint in {self.root} has the metric {self.retention.monitor!r}"
+                )
+            return best[0].path
+        linked = self._linked(BEST)
+        if linked is None:
+            raise CheckpointError(
+                f"{self.root} does not say which checkpoint is best; give the store a "
+                "Retention(monitor=...)"
+            )
+        return linked
+
+    def _linked(self, name: str) -> Path | None:
+        """The checkpoint in the root that a link leads to."""
+        with suppress(OSError):
+            target = os.readlink(self.root / name)
+            if step_of(target) is not None:
+                return self.root / target
+        return None
+
+
+class PendingSave:
+    """A checkpoint in memory, to be written or dropped. As a context manager, it drops itself."""
+
+    def __init__(self, store: CheckpointStore, image: CheckpointImage) -> None:
+        self._store = store
+        self._image: CheckpointImage | None = image
+        self._step = image.manifest.step
+
+    @property
+    def step(self) -> int:
+        """The step that it was prepared for."""
+        return self._step
+
+    def commit(self) -> CheckpointInfo:
+        """Write it, durably, and remove what the retention does not keep: a collective.
+
+        It may be called in another thread than :meth:`CheckpointStore.prepare`, and beside other
+        calls to the store. Of several, all ranks commit in the same order.
+
+        Raises:
+            CheckpointError: it can't be written, on whichever rank; what there was is still there.
+        """
+        image, self._image = self._image, None
+        if image is None:
+            raise CheckpointError("this save was committed or discarded already")
+        try:
+            return self._store._commit(image)
+        finally:
+            image.release()
+
+    def discard(self) -> None:
+        """Drop it; afterwards, or after a commit, it does nothing. All ranks do it, or none."""
+        if self._image is not None:
+            self._image.release()
+            self._image = None
+
+    def __enter__(self) -> PendingSave:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.discard()
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    limits: ReadLimits | None = None,
+    ranks: Ranks | None = None,
+) -> SavedState:
+    """The state of the checkpoint in a folder, verified and on the CPU: a collective of ``ranks``.
+
+    Raises:
+        CheckpointError: there is none, or not all of it is as it was written.
+    """
+    return _load(Path(path), limits or ReadLimits(), ranks or Ranks.alone(), any_name=True)
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    step: int,
+    parts: Mapping[str, Any],
+    of_rank: Mapping[str, Any] | None = None,
+    *,
+    metrics: Mapping[str, float] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    digest: DigestName = "xxh3_128",
+    ranks: Ranks | None = None,
+) -> CheckpointInfo:
+    """Write one checkpoint, durably, to a folder that is not there yet: a collective of ``ranks``.
+
+    Args:
+        folder: any path; the folders above it are made.
+        step, parts, of_rank, metrics, metadata: see :meth:`CheckpointStore.save`.
+        digest: verifies it when it is loaded.
+        ranks: the processes that save together; by default this one alone.
+
+    Raises:
+        FileExistsError: there is something by that name; it is left as it is.
+        StateError: something can't be saved; the message names it.
+        CheckpointError: it can't be written.
+    """
+    check_digest_name(digest)
+    folder = Path(os.path.abspath(folder))
+    ranks = ranks or Ranks.alone()
+    what = f"saving {folder}"
+    made: list[CheckpointImage] = []
+
+    def copy() -> None:
+        if ranks.index == 0 and os.path.lexists(folder):
+            raise FileExistsError(f"{folder} exists already; name a folder that doesn't")
+        image = CheckpointImage(
+            step,
+            parts,
+            of_rank,
+            ranks=ranks,
+            digest=digest,
+            pool=BlockPool(),
+            limits=ReadLimits(),
+            metrics=metrics,
+            metadata=metadata,
+        )
+        made.append(image)
+        if ranks.index == 0:
+            make_folder(folder.parent)
+
+    ranks.each(what, copy)
+    return made[0].commit(folder, lambda: 0, lambda temporary: put_new(temporary, folder), ranks)
+
+
+def _load(path: Path, limits: ReadLimits, ranks: Ranks, *, any_name: bool = False) -> SavedState:
+    found: list[SavedState] = []
+
+    def read() -> None:
+        with OpenCheckpoint(path, limits) as opened:
+            if not any_name:
+                check_step(path, opened)
+            found.append(opened.load(ranks.index))
+
+    ranks.each(f"loading {path}", read)
+    return found[0]
+
+
+def _verified(path: Path, limits: ReadLimits) -> Verification:
+    try:
+        with OpenCheckpoint(path, limits) as opened:
+            check_step(path, opened)
+            opened.verify()
+    except CheckpointError as error:
+        return Verification(path, str(error))
+    return Verification(path, None)

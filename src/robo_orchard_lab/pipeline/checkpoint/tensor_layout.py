@@ -1,0 +1,207 @@
+"""Where tensors lie in a safetensors file.
+
+A file is the length of the header as 8 bytes, little-endian; the header, which is JSON; and the
+tensors' bytes, each after the other without a gap.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
+from robo_orchard_lab.pipeline.checkpoint.strict_json import JsonError, parse_json
+from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
+
+DTYPES = {
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+LENGTH_BYTES = 8
+_METADATA = "__metadata__"
+_ALIGNMENT = 64  # of the first tensor, in the file and so in memory
+_MAX_DIMENSIONS = 64
+_MAX_SIZE = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlace:
+    """A tensor's name, kind, and the bytes that it takes, counted from the header's end."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    def of(self, data: torch.Tensor) -> torch.Tensor:
+        """The tensor in ``data``, which are the bytes after the header."""
+        return data[self.begin : self.end].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorLayout:
+    """The places of a file's tensors, in the order of their names, and its beginning."""
+
+    places: list[TensorPlace]
+    beginning: bytes
+    """The header and its length."""
+
+    @property
+    def size(self) -> int:
+        """Of the file, in bytes."""
+        return len(self.beginning) + max((place.end for place in self.places), default=0)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor]) -> TensorLayout:
+        """The layout of a file with these tensors, the wide types first, so that all are aligned.
+
+        Raises:
+            StateError: one is of a kind that a file can't have; the message names it.
+        """
+        for name, tensor in tensors.items():
+            _check_kind(name, tensor)
+        ends: dict[str, tuple[int, int]] = {}
+        offset = 0
+        for name in sorted(tensors, key=lambda name: -tensors[name].element_size()):
+            ends[name] = (offset, offset + tensors[name].numel() * tensors[name].element_size())
+            offset = ends[name][1]
+        places = [
+            TensorPlace(name, tensor.dtype, tuple(tensor.shape), *ends[name])
+            for name, tensor in tensors.items()
+        ]
+        header = json.dumps(
+            {
+                _METADATA: {"format": "pt"},
+                **{
+                    place.name: {
+                        "dtype": _NAMES[place.dtype],
+                        "shape": place.shape,
+                        "data_offsets": (place.begin, place.end),
+                    }
+                    for place in places
+                },
+            },
+            separators=(",", ":"),
+        ).encode()
+        header += b" " * (-(LENGTH_BYTES + len(header)) % _ALIGNMENT)
+        return cls(places, len(header).to_bytes(LENGTH_BYTES, "little") + header)
+
+    @classmethod
+    def parse(cls, file: memoryview, limits: ReadLimits) -> TensorLayout:
+        """The layout of a file whose bytes these are.
+
+        Raises:
+            CheckpointError: the header has more than ``limits`` allow, is not one, or speaks of
+                other bytes than there are.
+        """
+        if len(file) < LENGTH_BYTES:
+            raise CheckpointError(f"expected a header's length of 8 bytes, found {len(file)} bytes")
+        length = int.from_bytes(file[:LENGTH_BYTES], "little")
+        if length > limits.max_header_bytes:
+            raise CheckpointError(
+                f"its header has {length} bytes; at most {limits.max_header_bytes} are read"
+            )
+        if length > len(file) - LENGTH_BYTES:
+            raise CheckpointError(f"its header has {length} bytes, more than the file")
+        beginning = bytes(file[: LENGTH_BYTES + length])
+        try:
+            header = parse_json(beginning[LENGTH_BYTES:], max_depth=3)
+        except JsonError as error:
+            raise CheckpointError(f"its header can't be read: {error}") from error
+        if not isinstance(header, dict):
+            raise CheckpointError("its header is not a JSON object")
+        _check_metadata(header.pop(_METADATA, {}))
+        if len(header) > limits.max_tensors:
+            raise CheckpointError(
+                f"it has {len(header)} tensors; at most {limits.max_tensors} are read"
+            )
+        places = [_place(name, entry) for name, entry in header.items()]
+        _check_places(places, begin=len(beginning), end=len(file))
+        return cls(places, beginning)
+
+
+def _check_kind(name: str, tensor: torch.Tensor) -> None:
+    problem = None
+    if tensor.is_meta:
+        problem = "it is a meta tensor, without values"
+    elif tensor.layout is not torch.strided or tensor.is_nested:
+        problem = f"its layout is {tensor.layout}, expected a dense one; try .to_dense()"
+    elif type(tensor) is not torch.Tensor:
+        problem = f"it is a {type(tensor).__qualname__}, expected a plain tensor"
+    elif tensor.dtype not in _NAMES:
+        problem = f"its dtype is {tensor.dtype}, which safetensors does not have"
+    if problem:
+        raise StateError(f"{name!r} can't be saved: {problem}")
+
+
+def _check_metadata(metadata: Any) -> None:
+    if not isinstance(metadata, dict) or not all(type(v) is str for v in metadata.values()):
+        raise CheckpointError("its header's metadata is not a mapping of texts")
+
+
+def _place(name: str, entry: Any) -> TensorPlace:
+    """The place that an entry of the header speaks of, checked by itself."""
+    problem = f"the tensor {name!r:.80} has a wrong entry in the header: "
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(problem + "expected dtype, shape and data_offsets")
+    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise CheckpointError(problem + f"unknown dtype {entry['dtype']!r:.40}")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
+        raise CheckpointError(problem + f"shape {shape!r:.80}")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(problem + f"data_offsets {offsets!r:.80}")
+    if math.prod(size for size in shape if size) > _MAX_SIZE:
+        raise CheckpointError(problem + f"shape {shape!r:.80}")
+    if math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
+        raise CheckpointError(
+            problem + f"shape {shape!r:.80} of {dtype} does not take the bytes {offsets!r:.80}"
+        )
+    return TensorPlace(name, dtype, tuple(shape), *offsets)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(v) is int and 0 <= v <= _MAX_SIZE for v in value)
+
+
+def _check_places(places: list[TensorPlace], begin: int, end: int) -> None:
+    """Whether the tensors cover the file's bytes from ``begin`` to ``end``, each of them once."""
+    covered = 0
+    for place in sorted(places, key=lambda place: (place.begin, place.end)):
+        if place.begin != covered:
+            raise CheckpointError(
+                f"the tensor {place.name!r:.80} begins at byte {place.begin}, "
+                f"the one before it ends at {covered}"
+            )
+        if (begin + place.begin) % place.dtype.itemsize:
+            raise CheckpointError(f"the tensor {place.name!r:.80} is not aligned in the file")
+        covered = place.end
+    if covered != end - begin:
+        raise CheckpointError(
+            f"its tensors take {covered} bytes, the file has {end - begin} for them"
+        )

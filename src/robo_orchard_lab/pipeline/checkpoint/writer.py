@@ -1,0 +1,143 @@
+"""Writing one checkpoint's folder, by all ranks together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from robo_orchard_lab.pipeline.checkpoint.checkpoint_info import CheckpointInfo
+from robo_orchard_lab.pipeline.checkpoint.digests import digest_of
+from robo_orchard_lab.pipeline.checkpoint.durable import flush_folder, remove_folder, write_file
+from robo_orchard_lab.pipeline.checkpoint.folder_names import temporary_name
+from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
+from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE, FileEntry, Manifest
+from robo_orchard_lab.pipeline.checkpoint.memory_blocks import BlockPool
+from robo_orchard_lab.pipeline.checkpoint.parts import PartImages
+from robo_orchard_lab.pipeline.checkpoint.ranks import Ranks
+from robo_orchard_lab.pipeline.errors import StateError
+
+_MAX_STEP = 10**18
+
+
+class CheckpointImage:
+    """All that one rank will write of a checkpoint, in memory of its own."""
+
+    def __init__(
+        self,
+        step: int,
+        parts: Mapping[str, Any],
+        of_rank: Mapping[str, Any] | None,
+        *,
+        ranks: Ranks,
+        digest: str,
+        pool: BlockPool,
+        limits: ReadLimits,
+        metrics: Mapping[str, float] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Encode and copy: the first rank what is of the whole job, each rank its own.
+
+        Raises:
+            StateError: something can't be saved; the message names it.
+        """
+        if type(step) is not int or not 0 <= step < _MAX_STEP:
+            raise StateError(f"step must be a whole number from 0, got {step!r}")
+        self._images: list[PartImages] = []
+        self._limits = limits
+        self.manifest = Manifest(
+            step=step,
+            serial=0,
+            saved_at=datetime.now(UTC),
+            ranks=ranks.count,
+            digest_name=digest,
+            metrics={name: _number(name, value) for name, value in (metrics or {}).items()},
+            metadata=dict(metadata or {}),
+            files={},
+        )
+        try:
+            if ranks.index == 0:
+                self.manifest.check_writable(limits)
+                self._images.append(PartImages(parts, None, pool, limits))
+            self._images.append(PartImages(of_rank or {}, ranks.index, pool, limits))
+        except BaseException:
+            self.release()
+            raise
+
+    def write(self, folder: Path) -> dict[str, FileEntry]:
+        """Write this rank's files, flushed, and say what they are."""
+        written = {}
+        for images in self._images:
+            for name, data in images.files.items():
+                write_file(folder / name, data)
+                digest = digest_of(self.manifest.digest_name, data)
+                written[name] = FileEntry(len(data), digest)
+        return written
+
+    def release(self) -> None:
+        """Give the memory back."""
+        for images in self._images:
+            images.release()
+        self._images.clear()
+
+    def commit(
+        self, folder: Path, serial: Callable[[], int], put: Callable[[Path], None], ranks: Ranks
+    ) -> CheckpointInfo:
+        """Write all ranks' files beside ``folder``, then have the first rank put them there.
+
+        A collective. It returns when all of it is on the disk.
+
+        Args:
+            folder: where the checkpoint will be.
+            serial: gives its number; called on the first rank.
+            put: renames the complete temporary folder to ``folder``; called on the first rank.
+            ranks: that write it.
+
+        Raises:
+            CheckpointError: it failed on some rank; nothing of it is left.
+        """
+        what = f"saving {folder}"
+        made: list[Path] = []
+
+        def make() -> str:
+            made.append(folder.parent / temporary_name(folder.name))
+            made[0].mkdir()
+            return made[0].name
+
+        def finish(files: list[dict[str, FileEntry]]) -> CheckpointInfo:
+            all_files = {name: entry for of_one in files for name, entry in of_one.items()}
+            manifest = self.manifest.with_files(serial(), all_files)
+            manifest.check_writable(self._limits)
+            write_file(temporary / MANIFEST_FILE, manifest.to_bytes())
+            flush_folder(temporary)
+            put(temporary)
+            return manifest.info(folder)
+
+        try:
+            temporary = folder.parent / ranks.first(what, make)
+            files = ranks.each(what, lambda: self.write(temporary))
+            return ranks.first(what, lambda: finish(files))
+        except BaseException:
+            for path in made:
+                remove_folder(path)
+            raise
+
+
+def put_new(temporary: Path, folder: Path) -> None:
+    """Make a complete temporary folder the checkpoint, where there is nothing yet.
+
+    Raises:
+        FileExistsError: there is something by that name; it is left as it is.
+    """
+    if os.path.lexists(folder):
+        raise FileExistsError(f"{folder} exists already; name a folder that doesn't")
+    os.rename(temporary, folder)
+    flush_folder(folder.parent)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise StateError(f"the metric {name!r} must be a number, got {value!r:.80}")
+    return value
