@@ -32,9 +32,7 @@ def isolated(seed: int) -> Iterator[None]:
         # In place, since objects of the caller may hold these very dicts.
         for state in shared:
             state.clear()
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
+        seed_all(seed)
         yield
     finally:
         for state, values in zip(shared, kept, strict=True):
@@ -43,3 +41,10 @@ def isolated(seed: int) -> Iterator[None]:
         os.environ.clear()
         os.environ.update(environment)
         restore_random_state(random_state, {})
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch, NumPy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)

@@ -1,0 +1,112 @@
+"""A process of its own that runs a trainer, and writes down what it does."""
+
+from __future__ import annotations
+
+import faulthandler
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from robo_orchard_lab.pipeline.trainer import HookBasedTrainer
+from robo_orchard_lab.testing.build_source import find_function
+from robo_orchard_lab.testing.fork_server import ForkServer
+from robo_orchard_lab.testing.isolation import seed_all
+from robo_orchard_lab.testing.run_record import RunRecord, RunRecorder, read_record
+
+_LINES_TOLD = 25
+
+
+@dataclass(frozen=True, slots=True)
+class RunOrder:
+    """What a process is to do."""
+
+    build: dict[str, Any]
+    """The function that makes the trainer, as :func:`describe_function` gives it."""
+    run_folder: str
+    record: str
+    """The file to write down what it does in."""
+    resume_from: str | None = None
+    stop_after: int | None = None
+    """How many steps of the run are done when it is to stop."""
+    seed: int = 0
+    """Of torch, NumPy and Python, ahead of making the trainer."""
+    save_to: str | None = None
+    """Where to save a checkpoint when the trainer has returned."""
+    timeout_s: float = 600.0
+    sys_path: list[str] = field(default_factory=lambda: [*sys.path])
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedProcess:
+    """What came of a process."""
+
+    record: RunRecord | None
+    """What it has done; None where it did not get so far as to make the trainer."""
+    exit_code: int
+    """Minus the number of the signal that ended it, if one did."""
+    output: str
+    """The end of what it has printed."""
+    seconds: float
+
+
+def run_recorded(
+    order: RunOrder, kind: str = "", kill_when: Callable[[], bool] | None = None
+) -> RecordedProcess:
+    """Run a process, and wait for it.
+
+    When it takes longer than ``timeout_s`` it prints where it is, and ends.
+
+    Args:
+        order: what it is to do.
+        kind: processes of one kind are forked from one, and so have hashes, and with them the
+            order of sets, alike.
+        kill_when: asked every two milliseconds whether to kill it (SIGKILL).
+    """
+    server = _server_of(kind)
+    record = Path(order.record)
+    log = record.with_suffix(".log")
+    began_at = time.monotonic()
+    exit_code = server.run(asdict(order), log, order.timeout_s + 10, kill_when)
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return RecordedProcess(
+        read_record(record),
+        exit_code,
+        "\n".join(lines[-_LINES_TOLD:]),
+        time.monotonic() - began_at,
+    )
+
+
+@cache
+def _server_of(kind: str) -> ForkServer:
+    # Accelerate imports the first of these; the others take a second where they are used.
+    used = [name for name in ("torchmetrics", "torchvision") if name in sys.modules]
+    return ForkServer(run_order, ["torch._dynamo", *used])
+
+
+def run_order(order: dict[str, Any]) -> None:
+    """What the process does."""
+    sys.path[:] = order["sys_path"]
+    faulthandler.dump_traceback_later(order["timeout_s"], exit=True)
+    build = find_function(order["build"])
+    resume_from = order["resume_from"]
+    run_folder = Path(order["run_folder"])
+    if resume_from is not None and resume_from != "auto":
+        resume_from = Path(resume_from)
+    seed_all(order["seed"])
+    trainer = build(run_folder, resume_from)
+    if not isinstance(trainer, HookBasedTrainer):
+        raise TypeError(
+            f"build(run_folder, resume_from) must return a HookBasedTrainer, got {trainer!r:.80}"
+        )
+    stop_after = order["stop_after"]
+    with RunRecorder(trainer, Path(order["record"]), stop_after) as recorder:
+        done = trainer.progress.global_step_id
+        if stop_after is None or done < stop_after or trainer.limits.reached(trainer.progress):
+            trainer()
+        recorder.write_end()
+    if order["save_to"] is not None:
+        trainer.save_checkpoint(order["save_to"])

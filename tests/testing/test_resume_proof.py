@@ -1,0 +1,225 @@
+"""The proof that a resumed run is exact finds what is not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset
+
+from robo_orchard_lab.pipeline import (
+    HookBasedTrainer,
+    PipelineHookArgs,
+    PipelineHooks,
+    SimpleBatchProcessor,
+)
+from robo_orchard_lab.pipeline.hooks import EMAConfig
+from robo_orchard_lab.testing import ResumeProof, StraightRunError, prove_resume
+from robo_orchard_lab.testing.build_source import find_function
+
+_SEEN = 0
+"""What a batch processor counts outside of the run's state."""
+
+
+class Samples(Dataset[Any]):
+    """Samples with noise from torch's generator, or from one that nobody seeds."""
+
+    def __init__(self, noise: np.random.Generator | None = None) -> None:
+        self.noise = noise
+
+    def __len__(self) -> int:
+        return 14
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        noise = torch.rand(3) if self.noise is None else torch.from_numpy(self.noise.random(3))
+        return noise.float() + index, torch.full((1,), float(index))
+
+
+class Warmup(PipelineHooks):
+    """Lowers the loss's weight with the steps that it has counted; saves them if it is told to."""
+
+    def __init__(self, saves: bool) -> None:
+        super().__init__("Warmup")
+        self.seen = 0
+        self.saves = saves
+        self.on_step.before(self.count)
+
+    def count(self, args: PipelineHookArgs) -> None:
+        self.seen += 1
+        args.batch[1].mul_(1 / self.seen)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen} if self.saves else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.seen = state.get("seen", 0)
+
+
+class ByTheClock(PipelineHooks):
+    """Moves the weights by the time of day."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_step.after(self.move)
+
+    def move(self, args: PipelineHookArgs) -> None:
+        with torch.no_grad():
+            next(args.model.parameters()).add_(time.time() % 1.0)
+
+
+def squared_error(model: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    outputs = model(batch[0])
+    return outputs, torch.nn.functional.mse_loss(outputs, batch[1])
+
+
+def counted_error(model: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    global _SEEN
+    _SEEN += 1
+    outputs, loss = squared_error(model, batch)
+    return outputs, loss * _SEEN
+
+
+def build(run_folder: Path, resume_from: Any, fault: str = "") -> HookBasedTrainer:
+    """A training of two epochs of four steps, with one thing that is wrong."""
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(0.2), torch.nn.Linear(4, 1))
+    rate = 0.02 if fault == "rate" and resume_from is not None else 0.01
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    noise = np.random.default_rng() if fault == "noise" else None
+    hooks: list[Any] = [EMAConfig(decay=0.9), Warmup(saves=fault != "unsaved")]
+    if fault == "clock":
+        hooks.append(ByTheClock())
+    if fault == "raises" or (fault == "does not resume" and resume_from is not None):
+        raise OSError("the data is not there")
+    if fault == "hangs":
+        time.sleep(60)
+    trainer = HookBasedTrainer(
+        Accelerator(cpu=True, gradient_accumulation_steps=2),
+        model,
+        DataLoader(Samples(noise), batch_size=4, shuffle=True),
+        SimpleBatchProcessor.from_callable(counted_error if fault == "global" else squared_error),
+        optimizer,
+        hooks=hooks,
+        max_epoch=2,
+        resume_from=resume_from,
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    (run_folder / "who.txt").write_text(fault or "nobody", encoding="utf-8")
+    return trainer
+
+
+def prove(fault: str = "", stops: tuple[int, ...] = (3,), **options: Any) -> ResumeProof:
+    return prove_resume(partial(build, fault=fault), None, stops, **options)
+
+
+def test_an_honest_run_passes(tmp_path: Path) -> None:
+    """Stopped at every commit point and after its end, it is the straight run, which is said."""
+    proof = prove(stops=tuple(range(1, 10)), folder=tmp_path / "proof", files=["who.txt"])
+    proof.check()
+    assert proof.passed
+    assert proof.steps == 8
+    assert "resumed exactly: 8 steps, stopped at 1, 2, 3, 4, 5, 6, 7, 8, 9" in str(proof)
+    assert (tmp_path / "proof" / "resumed" / "who.txt").exists()
+    assert sorted(path.name for path in (tmp_path / "proof" / "checkpoints").iterdir()) == [
+        f"stop-{number}" for number in range(9)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fault", "step", "name", "told"),
+    [
+        ("unsaved", 3, "batch[1]", "Warmup.seen is 1 ahead of step 3, was 4"),
+        ("noise", 0, "batch[0]", "float32 (4, 3) of size"),
+        ("global", 3, "loss", "float32"),
+        ("clock", 1, "weights 0.weight", "float32 (4, 3) of size"),
+        ("rate", 3, "optimizer group 0.lr", "straight: 0.01\n    resumed:  0.02"),
+        ("does not resume", 3, "the process", "OSError: the data is not there"),
+    ],
+)
+def test_each_fault_is_found_where_it_begins(fault: str, step: int, name: str, told: str) -> None:
+    """The first difference is the first in time, with its name, both values, and what led to it."""
+    proof = prove(fault)
+    assert not proof.passed
+    assert (proof.differences[0].step, proof.differences[0].name) == (step, name)
+    assert told in str(proof)
+    assert f"first difference: step {step}: {name}" in str(proof)
+    steps = [difference.step for difference in proof.differences]
+    assert steps == sorted(steps)
+    with pytest.raises(AssertionError, match="is not the run that never stopped"):
+        proof.check()
+
+
+def test_what_may_differ_is_left_out() -> None:
+    """Names that are ignored are no difference; the run ends where ``steps`` says."""
+    names = ["batch*", "weights *", "optimizer *", "loss", "hook EMA.*", "gradients *"]
+    assert prove("noise", ignore=names).passed
+    assert prove_resume(build, 5, [5]).steps == 5
+
+
+def test_a_straight_run_that_fails_proves_nothing() -> None:
+    """What it printed is in the error, also where it takes too long."""
+    with pytest.raises(StraightRunError, match="OSError: the data is not there"):
+        prove("raises")
+    with pytest.raises(StraightRunError, match=r"(?s)Timeout.*in build"):
+        prove("hangs", timeout_s=0.5)
+
+
+@pytest.mark.parametrize(
+    ("source", "stops", "message"),
+    [
+        (build, [], "at least one"),
+        (build, [0], "from 1 to 8"),
+        (build, [9], "from 1 to 8"),
+        (lambda run_folder, resume_from: None, [1], "not a lambda"),
+        (partial(build, Path()), [1], "arguments that JSON can write"),
+        (len, [1], "another process can't find"),
+        ("build", [1], "'module:name'"),
+    ],
+)
+def test_what_can_not_be_run_is_refused(source: Any, stops: list[int], message: str) -> None:
+    """Wrong stops, and functions that no other process finds, are named before anything runs."""
+    with pytest.raises((ValueError, TypeError), match=message):
+        prove_resume(source, 8, stops)
+
+
+def test_a_function_that_is_not_there_is_told() -> None:
+    """A name that no module has is the straight run's failure."""
+    with pytest.raises(StraightRunError, match="has no function 'nobody'"):
+        prove_resume("robo_orchard_lab.testing.example_training:nobody", 2, [1])
+
+
+def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
+    """Nothing is written over."""
+    (tmp_path / "mine").write_text("keep")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        prove(folder=tmp_path)
+
+
+def test_functions_of_scripts_and_files_are_found(tmp_path: Path) -> None:
+    """``build`` may be defined in ``__main__``, which is not run again, or in a file by name."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import json\n"
+        "from robo_orchard_lab.testing import example_training\n"
+        "from robo_orchard_lab.testing.build_source import describe_function\n"
+        "def build(run_folder, resume_from):\n"
+        "    return example_training.build(run_folder, resume_from)\n"
+        "if __name__ == '__main__':\n"
+        "    print(json.dumps(describe_function(build)))\n",
+        encoding="utf-8",
+    )
+    run = [sys.executable, str(script)]
+    told = subprocess.run(run, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert find_function(json.loads(told)).__module__ == "__mp_main__"
+    assert prove_resume(f"{script}:build", 3, [1]).passed
