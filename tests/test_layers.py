@@ -27,6 +27,7 @@ LAYERS = [
     "robo_orchard_lab.pipeline.batch_size",
     "robo_orchard_lab.pipeline.batch_processor",
     "robo_orchard_lab.pipeline.context",
+    "robo_orchard_lab.pipeline.agreement",
     "robo_orchard_lab.pipeline.schedule",
     "robo_orchard_lab.pipeline.scheduled_hook",
     "robo_orchard_lab.pipeline.channel_decorators",

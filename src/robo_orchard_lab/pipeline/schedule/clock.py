@@ -5,11 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from accelerate.utils import broadcast
-
+from robo_orchard_lab.pipeline.agreement import Agreement
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.events import ChannelName
 from robo_orchard_lab.pipeline.progress import TrainerProgress
@@ -20,8 +18,6 @@ from robo_orchard_lab.pipeline.schedule.base import (
     Schedule,
     ScheduleError,
 )
-
-_MANY_STEPS = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -72,43 +68,29 @@ class _AgreedClock:
         self._period_s = period_s
         self._progress: TrainerProgress | None = None  # of the run that the clock was started in
         self._begun_at = 0.0
-        self._begun_step = 0
-        self._ask_at_step = 0
+        self._agreement = Agreement("first")
 
     def due(self, args: PipelineHookArgs) -> bool:
         if args.exception is not None:
             return False  # the other ranks may never come here, to answer
         progress = args.run.progress
-        step = progress.steps_done
         if progress is not self._progress:
             self._progress = progress
-            self._ask_at_step = 0
-            self._begin(step)
-        accelerator = args.run.accelerator
+            self._agreement = Agreement("first")
+            self._begun_at = time.monotonic()
+        accelerator, step = args.run.accelerator, progress.steps_done
         if accelerator is None or accelerator.num_processes == 1:
-            due = time.monotonic() - self._begun_at >= self._period_s
-        elif step < self._ask_at_step:
+            due = self._left_s() <= 0
+        elif not self._agreement.is_due(step):
             return False
         else:
-            due, wait_steps = self._agree(accelerator, step)
-            self._ask_at_step = step + wait_steps
+            left_s = self._left_s()
+            due = left_s <= self._late * self._period_s
+            wait_s = (self._period_s if due else left_s) / 2
+            due = bool(self._agreement.reach(step, due, accelerator, wait_s))
         if due:
-            self._begin(step)
+            self._begun_at = time.monotonic()
         return due
 
-    def _begin(self, step: int) -> None:
-        self._begun_at = time.monotonic()
-        self._begun_step = step
-
-    def _agree(self, accelerator: Any, step: int) -> tuple[bool, int]:
-        """What the first rank finds: whether it is time, and the steps until it is to be asked."""
-        taken = time.monotonic() - self._begun_at
-        left = self._period_s - taken
-        due = left <= self._late * self._period_s
-        steps_per_s = (step - self._begun_step) / taken if taken > 0 else 0.0
-        wait = self._period_s if due else left
-        wait_steps = min(max(1, wait / 2 * steps_per_s), _MANY_STEPS)
-        found = torch.tensor([int(due), int(wait_steps)])
-        # A collective, and waiting for the device.
-        answer = broadcast(found.to(accelerator.device)).tolist()
-        return bool(answer[0]), int(answer[1])
+    def _left_s(self) -> float:
+        return self._period_s - (time.monotonic() - self._begun_at)
