@@ -13,6 +13,7 @@ from robo_orchard_lab.pipeline.batch_size import count_batches
 from robo_orchard_lab.pipeline.checkpoint import generators_of
 from robo_orchard_lab.pipeline.errors import DataError, PipelineConfigError
 from robo_orchard_lab.pipeline.evaluator.untouched import seed_random_state
+from robo_orchard_lab.pipeline.worker_signals import LeavesSignals
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ def _picking(loader: DataLoader[Any], picked: _Picked) -> DataLoader[Any]:
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
+        worker_init_fn=LeavesSignals(loader.worker_init_fn),
         multiprocessing_context=loader.multiprocessing_context,
         generator=loader.generator,
         prefetch_factor=loader.prefetch_factor,

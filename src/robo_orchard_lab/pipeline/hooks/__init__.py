@@ -23,6 +23,7 @@ from robo_orchard_lab.pipeline.hooks.non_finite_guard import (
     NonFiniteGuardConfig,
 )
 from robo_orchard_lab.pipeline.hooks.optimizer import OptimizerHook
+from robo_orchard_lab.pipeline.hooks.preemption import Preemption, PreemptionConfig
 from robo_orchard_lab.pipeline.hooks.progress_bar import ProgressBarHook, ProgressBarHookConfig
 from robo_orchard_lab.pipeline.hooks.stats_monitor import StatsMonitor, StatsMonitorConfig
 from robo_orchard_lab.pipeline.hooks.torch_profiler import (
@@ -56,6 +57,8 @@ __all__ = [
     "NonFiniteGuard",
     "NonFiniteGuardConfig",
     "OptimizerHook",
+    "Preemption",
+    "PreemptionConfig",
     "ProgressBarHook",
     "ProgressBarHookConfig",
     "StatsMonitor",

@@ -1,0 +1,211 @@
+"""Save and stop when a signal says that the job has to go."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from types import FrameType
+from typing import Any
+
+from pydantic import Field, field_validator
+from torch.utils.data import DataLoader
+
+from robo_orchard_core.utils.hook import HookContext
+from robo_orchard_lab.pipeline.agreement import Agreement
+from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.errors import (
+    PipelineConfigError,
+    PipelineStateError,
+    RunPreempted,
+)
+from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
+from robo_orchard_lab.pipeline.worker_signals import LeavesSignals, taken_by_main_process
+
+logger = logging.getLogger(__name__)
+
+_SAME_REQUEST_S = 2.0
+_CAN_NOT_BE_HANDLED = {"SIGKILL", "SIGSTOP", "SIGCHLD", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL"}
+
+
+class Preemption(PipelineHooks):
+    """Has the run saved, and stopped, when the process gets a signal such as SIGTERM or Ctrl-C.
+
+    The first signal on any rank is granted by all ranks at one commit point: that after the step
+    that is open, or next. A checkpoint is saved, and the trainer raises :class:`RunPreempted`,
+    which ends the process with the exit code 128 + the signal's number (SIGTERM 143, Ctrl-C 130,
+    SIGUSR1 138), or the one that is given. Started again, the run goes on from there.
+
+    A second signal on a rank raises :class:`RunPreempted` there at once, without saving; a third
+    one does what it would without this hook. Signals within two seconds of the first are the same
+    request: launchers forward what the processes also get themselves.
+
+    A job has as long as its scheduler lets it: torchrun kills its processes 30 s after the signal,
+    SLURM by default 30 s (``KillWait``). Until then there have to be the rest of a step, the wait
+    for one batch, what else is due at that commit point (such as an evaluation), and the save.
+    Where that takes longer, have the scheduler send a signal earlier
+    (``#SBATCH --signal=SIGUSR1@120``).
+
+    The handlers are there while the loop runs, and what was there before is put back at its end.
+    Workers of the data loaders outlive the signals meanwhile.
+
+    It costs one process a comparison in each step; several of them exchange two numbers now and
+    then, which takes less than a hundredth of the time.
+
+    Raises:
+        PipelineStateError: when the loop begins, outside of the main thread, where Python handles
+            no signals.
+        PipelineConfigError: when the first epoch begins, there is no hook that saves.
+    """
+
+    def __init__(self, cfg: PreemptionConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self._signals = [signal.Signals[name] for name in cfg.signals]
+        self._received = 0  # the number of the first signal on this rank
+        self._received_at = 0.0
+        self._stopping = False  # whether the ranks have agreed on it
+        self._agreement = Agreement("any")
+        self._undo = ExitStack()
+        self.register_hook(
+            "on_loop", HookContext.from_callable(before=self._begin, after=self._end)
+        )
+        if cfg.save_checkpoint:
+            self.register_hook("on_epoch", HookContext.from_callable(before=self._check_savers))
+        self.register_hook("on_step", HookContext.from_callable(after=self._stop_if_signalled))
+
+    def _begin(self, args: PipelineHookArgs) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise PipelineStateError(
+                f"{self.name}: signals are handled in the main thread alone, and the trainer was "
+                f"called in {threading.current_thread().name!r}; call it in the main thread, or "
+                "leave the hook out"
+            )
+        self._received = 0
+        self._stopping = False
+        self._agreement = Agreement("any")
+        accelerator = args.accelerator
+        tells = accelerator is None or accelerator.is_local_main_process
+        handle = self._handler(os.getpid(), tells)
+        self._undo = ExitStack()
+        self._undo.enter_context(taken_by_main_process(self._signals))
+        self._protect_workers(args.dataloader)
+        for number in self._signals:
+            self._undo.callback(_restore, number, signal.getsignal(number))
+            signal.signal(number, handle)
+
+    def _protect_workers(self, loader: Any) -> None:
+        if isinstance(loader, DataLoader) and not isinstance(loader.worker_init_fn, LeavesSignals):
+            self._undo.callback(setattr, loader, "worker_init_fn", loader.worker_init_fn)
+            loader.worker_init_fn = LeavesSignals(loader.worker_init_fn)
+
+    def _end(self, args: PipelineHookArgs) -> None:
+        self._undo.close()
+        if self._received and not self._stopping and args.exception is None:
+            # It came after the last step. The run is over, and the process is to end all the same.
+            self._ask_to_stop(args, self._received)
+
+    def _check_savers(self, args: PipelineHookArgs) -> None:
+        if not args.run.savers:
+            raise PipelineConfigError(
+                f"{self.name}: there is no hook that saves a checkpoint when a signal comes; "
+                "register a SaveCheckpoint, or set save_checkpoint=False"
+            )
+
+    def _stop_if_signalled(self, args: PipelineHookArgs) -> None:
+        if args.exception is not None or self._stopping:
+            return
+        accelerator, received = args.run.accelerator, self._received
+        if accelerator is not None and accelerator.num_processes > 1:
+            step = args.run.progress.steps_done
+            if not self._agreement.is_due(step):
+                return
+            received = self._agreement.reach(step, received, accelerator)  # a collective
+        if received:
+            self._stopping = True
+            if self.cfg.save_checkpoint:
+                args.requests.save(self._reason(received), by=self.name)
+            self._ask_to_stop(args, received)
+
+    def _ask_to_stop(self, args: PipelineHookArgs, number: int) -> None:
+        args.requests.stop(self._reason(number), by=self.name, exit_code=self._exit_code(number))
+
+    def _reason(self, number: int) -> str:
+        return f"received {signal.Signals(number).name}"
+
+    def _exit_code(self, number: int) -> int:
+        return 128 + number if self.cfg.exit_code is None else self.cfg.exit_code
+
+    def _handler(self, main_process: int, tells: bool) -> Callable[[int, FrameType | None], None]:
+        before = {number: signal.getsignal(number) for number in self._signals}
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            # Between any two instructions of the main thread: no locks, so no log, in here.
+            if os.getpid() != main_process:  # in a fork, which is none of this hook's business
+                _restore(signal.Signals(number), before[signal.Signals(number)])
+                os.kill(os.getpid(), number)
+                return
+            now = time.monotonic()
+            if not self._received:
+                self._received, self._received_at = number, now
+                if tells:
+                    _tell(
+                        f"{self.name}: {signal.Signals(number).name}: stopping at the next commit "
+                        "point; once more to stop at once\n"
+                    )
+            elif now - self._received_at > _SAME_REQUEST_S:
+                for each in self._signals:
+                    signal.signal(each, before[each] or signal.SIG_DFL)
+                raise RunPreempted(self._exit_code(number))
+
+        return handle
+
+
+class PreemptionConfig(PipelineHooksConfig[Preemption]):
+    """Which signals to take, and how the process then ends.
+
+    >>> PreemptionConfig(signals=("SIGTERM",), exit_code=75)().name
+    'Preemption'
+    """
+
+    class_type: type[Preemption] = Preemption
+    signals: tuple[str, ...] = Field(
+        default=("SIGTERM", "SIGUSR1", "SIGINT"),
+        min_length=1,
+        description="The names of the signals; SIGINT is Ctrl-C.",
+    )
+    exit_code: int | None = Field(
+        default=None,
+        ge=0,
+        le=255,
+        description="What the process ends with; by default 128 + the signal's number. 75 "
+        "stands for 'try again' with schedulers that look for it.",
+    )
+    save_checkpoint: bool = Field(
+        default=True,
+        description="Whether a checkpoint is saved ahead of the end, by the hooks that save.",
+    )
+
+    @field_validator("signals")
+    @classmethod
+    def _can_be_handled(cls, signals: tuple[str, ...]) -> tuple[str, ...]:
+        for name in signals:
+            if name not in signal.Signals.__members__:
+                raise ValueError(f"this system has no signal {name!r}; SIGTERM, SIGUSR1 are some")
+            if name in _CAN_NOT_BE_HANDLED:
+                raise ValueError(f"{name} can't be handled; leave it out")
+        return tuple(dict.fromkeys(signals))
+
+
+def _restore(number: signal.Signals, handler: Any) -> None:
+    # None stands for a handler that was not installed by Python, which can't be put back.
+    signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _tell(text: str) -> None:
+    with suppress(OSError):
+        os.write(2, text.encode())

@@ -1,0 +1,59 @@
+"""Worker processes of data loaders that leave signals to the process that they work for.
+
+A signal that is to end a job often goes to all of its processes: Ctrl-C, a scheduler's SIGTERM. A
+worker that dies of it has its main process fail in the middle of a step, or wait for data that
+never comes, when it could have saved the run.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TypeAlias
+
+WorkerInit: TypeAlias = Callable[[int], object]
+
+_taken: tuple[int, ...] = ()  # of the whole process, as its handlers are
+
+
+@contextmanager
+def taken_by_main_process(signals: Iterable[int]) -> Iterator[None]:
+    """Have workers that are started meanwhile outlive these signals.
+
+    Only workers with a :class:`LeavesSignals` do. They ignore them, but for SIGTERM: the second one
+    ends a worker, since that is how a main process ends one that hangs.
+    """
+    global _taken
+    before, _taken = _taken, tuple(signals)
+    try:
+        yield
+    finally:
+        _taken = before
+
+
+class LeavesSignals:
+    """A ``worker_init_fn`` that leaves signals to the main process, then does what another does.
+
+    Args:
+        worker_init_fn: the one to call; None where there is none.
+    """
+
+    def __init__(self, worker_init_fn: WorkerInit | None = None) -> None:
+        self.worker_init_fn = worker_init_fn
+        self._signals: tuple[int, ...] | None = None  # set in a worker that is no fork
+
+    def __call__(self, worker_id: int) -> None:
+        for number in _taken if self._signals is None else self._signals:
+            outlives = _ignore_once if number == signal.SIGTERM else signal.SIG_IGN
+            signal.signal(number, outlives)
+        if self.worker_init_fn is not None:
+            self.worker_init_fn(worker_id)
+
+    def __reduce__(self) -> tuple[type[LeavesSignals], tuple[WorkerInit | None], object]:
+        return type(self), (self.worker_init_fn,), {"_signals": _taken}  # for another process
+
+
+def _ignore_once(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
