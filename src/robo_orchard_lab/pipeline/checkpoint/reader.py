@@ -113,7 +113,8 @@ class OpenCheckpoint:
         Raises:
             CheckpointError: one is not as it was written.
         """
-        buffer = memoryview(bytearray(_PIECE_BYTES))
+        largest = max((entry.size for entry in self.manifest.files.values()), default=0)
+        buffer = memoryview(bytearray(min(largest, _PIECE_BYTES)))
         for name, entry in self.manifest.files.items():
             with self._in_file(name), _closing(self._open_entry(name, entry)) as descriptor:
                 digest = new_digest(self.manifest.digest_name)

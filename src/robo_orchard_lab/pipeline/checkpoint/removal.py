@@ -84,11 +84,9 @@ def clean_leftovers(root: Path, limits: ReadLimits) -> None:
 
     Only to be called where nobody writes into the root.
     """
-    for name in sorted(os.listdir(root)):
-        leftover = leftover_of(name)
-        if leftover is None:
-            continue
-        path, (of, kind) = root / name, leftover
+    found = [(name, leftover_of(name)) for name in sorted(os.listdir(root))]
+    leftovers = [(root / name, *leftover) for name, leftover in found if leftover]
+    for path, of, kind in leftovers:
         if path.is_symlink():
             path.unlink(missing_ok=True)
         elif kind == "old" and not os.path.lexists(root / of) and _is_whole(path, limits):
@@ -96,7 +94,8 @@ def clean_leftovers(root: Path, limits: ReadLimits) -> None:
             logger.warning("%s was being replaced when its run ended; it is back", root / of)
         else:
             _remove_unread(path)
-    flush_folder(root)
+    if leftovers:
+        flush_folder(root)
 
 
 def _is_whole(path: Path, limits: ReadLimits) -> bool:

@@ -283,15 +283,20 @@ class CheckpointStore:
         make_folder(self.root)
         lock = RootLock(self.root)
         try:
-            if lock.is_real:  # else another run might be writing what looks like leftovers
-                clean_leftovers(self.root, self.limits)
+            self._lock = lock
+            self._clean()
             infos = self.list()
             self._serial = max((info.serial for info in infos), default=0)
             self._set_links()
         except BaseException:
+            self._lock = None
             lock.release()
             raise
-        self._lock = lock
+
+    def _clean(self) -> None:
+        """Unless another run might be writing what looks like leftovers."""
+        if self._lock is not None and self._lock.is_real:
+            clean_leftovers(self.root, self.limits)
 
     def _check_open(self) -> None:
         if not self._is_open:
@@ -324,6 +329,7 @@ class CheckpointStore:
         try:
             self._set_links()
             self._prune(new, dry_run=False)
+            self._clean()
         except (OSError, CheckpointError) as error:
             logger.warning("%s is saved; tidying up after it failed: %s", new.path, error)
 
