@@ -8,9 +8,14 @@ from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 
-from robo_orchard_lab.pipeline.errors import CheckpointError
+from robo_orchard_lab.pipeline.errors import CheckpointError, StateError, StoreLockedError
 
 T = TypeVar("T")
+
+# What every rank raises when one of them does, so that one `except` does for all.
+_KINDS = {
+    kind.__name__: kind for kind in (StateError, CheckpointError, StoreLockedError, FileExistsError)
+}
 
 
 class Ranks:
@@ -81,18 +86,20 @@ class Ranks:
 
         Raises:
             CheckpointError: it failed on some rank; the one with the error has it as the cause.
+                Where it is one of :data:`_KINDS`, all raise that.
         """
         result, failure = None, None
         try:
             result = work()
         except Exception as error:
             failure = error
-        told = self.gather((result, None if failure is None else _text(failure)))
+        told = self.gather((result, None if failure is None else _told(failure)))
         if failure is not None:
             _raise(what, failure)
-        for index, (_, text) in enumerate(told):
-            if text is not None:
-                raise CheckpointError(f"{what} failed on rank {index}: {text}")
+        for index, (_, problem) in enumerate(told):
+            if problem is not None:
+                kind, text = problem
+                raise _KINDS.get(kind, CheckpointError)(f"{what} failed on rank {index}: {text}")
         return [result for result, _ in told]
 
     def first(self, what: str, work: Callable[[], T]) -> T:
@@ -105,8 +112,8 @@ class Ranks:
         return result  # type: ignore[no-any-return]  # of the first rank, which did the work
 
 
-def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _told(error: Exception) -> tuple[str, str]:
+    return type(error).__name__, f"{type(error).__name__}: {error}"
 
 
 def _raise(what: str, error: Exception) -> NoReturn:

@@ -1,0 +1,88 @@
+"""Several real processes that save and load together."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from robo_orchard_lab.pipeline.checkpoint import load_checkpoint
+
+SCRIPT = Path(__file__).parent.parent / "store_on_ranks.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks did and wrote down."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(SCRIPT), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_each_rank_gets_its_own_back(found: list[dict[str, Any]]) -> None:
+    """What is of the job is the first rank's; the rest is each rank's own."""
+    for rank, of_rank in enumerate(found):
+        assert of_rank["saved"] == [1, 1, 2, "step_00000001"]
+        assert of_rank["loaded"] == [0, rank]
+        assert of_rank["stream"] == [rank] * 4
+        assert of_rank["one"] == rank
+
+
+def test_a_thread_saves_beside_other_exchanges(found: list[dict[str, Any]]) -> None:
+    """The exchanges of a save in the background do not mix with those of the training."""
+    assert [of_rank["exchanged"] for of_rank in found] == [100.0, 100.0]
+    assert [of_rank["second"] for of_rank in found] == [2.0 * (1 << 20)] * 2
+
+
+def test_a_failure_of_one_rank_is_one_of_all(found: list[dict[str, Any]]) -> None:
+    """A bad value and a full disk on the second rank are told on both, and nothing is left."""
+    first, second = found
+    assert [of_rank["bad_value"][0] for of_rank in found] == ["StateError"] * 2
+    assert "failed on rank 1: StateError: the part 'data'" in first["bad_value"][1]
+    assert [of_rank["cannot_write"][0] for of_rank in found] == ["CheckpointError"] * 2
+    assert "failed on rank 1: " in first["cannot_write"][1]
+    assert "File too large" in second["cannot_write"][1]
+    assert [of_rank["no_step"][0] for of_rank in found] == ["CheckpointError"] * 2
+    names = [".lock", "last", "step_00000001", "step_00000002"]
+    assert [of_rank["names"] for of_rank in found] == [names, names]
+
+
+def test_all_ranks_go_back_together(found: list[dict[str, Any]]) -> None:
+    """A file of the second rank that is damaged has both take the older checkpoint."""
+    for of_rank in found:
+        assert of_rank["newest"] == [1, ["step_00000002"]]
+        assert of_rank["verified"] == [True, False]
+        assert of_rank["pruned"] == [False, False]
+
+
+def test_refusals_are_those_of_all(found: list[dict[str, Any]]) -> None:
+    """A lock that is taken and a folder that is there are errors on both ranks."""
+    assert [of_rank["locked"] for of_rank in found] == [["StoreLockedError"]] * 2
+    assert [of_rank["exists"] for of_rank in found] == [["FileExistsError"]] * 2
+
+
+def test_another_number_of_ranks_is_seen(folder: Path, found: list[dict[str, Any]]) -> None:
+    """A rank that did not save finds nothing of its own; a single one finds the first's."""
+    assert [of_rank["fewer"] for of_rank in found] == [{"data": {"rank": 0}}, {}]
+    alone = load_checkpoint(folder / "run" / "step_00000001")
+    assert alone.info.ranks == 2
+    assert alone.of_rank["data"] == {"rank": 0}
