@@ -26,6 +26,7 @@ LAYERS = [
     "robo_orchard_lab.pipeline.run_state",
     "robo_orchard_lab.pipeline.metrics",
     "robo_orchard_lab.pipeline.batch_size",
+    "robo_orchard_lab.pipeline.data",
     "robo_orchard_lab.pipeline.batch_processor",
     "robo_orchard_lab.pipeline.context",
     "robo_orchard_lab.pipeline.agreement",

@@ -1,0 +1,139 @@
+"""Loading a batch, in a worker or in the training process, with randomness of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch.utils.data import (
+    ConcatDataset,
+    Dataset,
+    Subset,
+    TensorDataset,
+    default_collate,
+    default_convert,
+    get_worker_info,
+)
+
+from robo_orchard_lab.pipeline.data.random_keys import seed_streams
+from robo_orchard_lab.pipeline.data.streams_aside import StreamsAside
+
+
+class Task(NamedTuple):
+    """What a batch is loaded from."""
+
+    epoch_id: int
+    batch_id: int
+    """Among those of all processes in the epoch."""
+    indices: Any
+    """The dataset's: a list of them, or one that the dataset makes a whole batch of."""
+    seed: int | None
+    """Of what is drawn for the batch, or for collating it; None where nothing is drawn."""
+    sample_seeds: list[int] | None
+    """Of what is drawn for each sample, where it is keyed by sample."""
+
+
+class Fetcher(Dataset[Any]):
+    """From a task to a batch: the items of the user's dataset, put together by their collate_fn.
+
+    Args:
+        dataset: the user's.
+        collate_fn: the user's.
+        batched: whether a task has a list of indices, each of which gives a sample.
+    """
+
+    def __init__(self, dataset: Any, collate_fn: Callable[[Any], Any], batched: bool) -> None:
+        self.dataset = dataset
+        self.collate_fn = collate_fn
+        self.batched = batched
+        self.epoch_id: int | None = None
+        """The epoch that the dataset was last told of."""
+        self._aside: StreamsAside | None = None
+
+    def __getitem__(self, task: Task) -> Any:
+        if get_worker_info() is not None:
+            self._announce(task.epoch_id)
+            return self._load(task)
+        if task.seed is None:
+            return self._load(task)
+        if self._aside is None:
+            self._aside = StreamsAside()
+        with self._aside:
+            return self._load(task)
+
+    def _load(self, task: Task) -> Any:
+        seed, dataset, indices = task.seed, self.dataset, task.indices
+        try:
+            if task.sample_seeds is not None:
+                samples = self._sample_by_sample(task)
+                if seed is not None:
+                    seed_streams(seed)
+            else:
+                if seed is not None:
+                    seed_streams(seed)
+                if not self.batched:
+                    samples = dataset[indices]
+                elif getattr(dataset, "__getitems__", None):
+                    samples = dataset.__getitems__(indices)
+                else:
+                    samples = [dataset[index] for index in indices]
+            return self.collate_fn(samples)
+        except Exception as error:
+            error.add_note(
+                f"while loading batch {task.batch_id} of epoch {task.epoch_id}, "
+                f"of the dataset's indices {indices!r:.200}"
+            )
+            raise
+
+    def _sample_by_sample(self, task: Task) -> Any:
+        seeds = task.sample_seeds or []
+        if not self.batched:
+            seed_streams(seeds[0])
+            return self.dataset[task.indices]
+        samples = []
+        for index, seed in zip(task.indices, seeds, strict=True):
+            seed_streams(seed)
+            samples.append(self.dataset[index])
+        return samples
+
+    def _announce(self, epoch_id: int) -> None:
+        """Tell a worker's copy of the dataset which epoch it loads; some outlive an epoch."""
+        if epoch_id != self.epoch_id:
+            self.epoch_id = epoch_id
+            if hasattr(self.dataset, "set_epoch"):
+                self.dataset.set_epoch(epoch_id)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_aside": None}
+
+
+class WorkerStart:
+    """Makes a worker what the user's functions expect: ``get_worker_info().dataset`` is theirs."""
+
+    def __init__(self, worker_init_fn: Callable[[int], None] | None) -> None:
+        self._worker_init_fn = worker_init_fn
+
+    def __call__(self, worker_id: int) -> None:
+        info = get_worker_info()
+        if info is not None and isinstance(info.dataset, Fetcher):
+            object.__setattr__(info, "dataset", info.dataset.dataset)  # it is read-only
+        if self._worker_init_fn is not None:
+            self._worker_init_fn(worker_id)
+
+
+def as_it_is(batch: Any) -> Any:
+    """A collate_fn for what is a batch already."""
+    return batch
+
+
+def draws_nothing(dataset: Any, collate_fn: Any) -> bool:
+    """Whether nothing is drawn while loading for sure, so that seeding can be left out."""
+    return collate_fn in (default_collate, default_convert) and _holds_its_items(dataset)
+
+
+def _holds_its_items(dataset: Any) -> bool:
+    if type(dataset) is Subset:
+        return _holds_its_items(dataset.dataset)
+    if type(dataset) is ConcatDataset:
+        return all(_holds_its_items(part) for part in dataset.datasets)
+    return type(dataset) in (TensorDataset, list, tuple)

@@ -1,0 +1,82 @@
+"""The order of an epoch's samples, at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import (
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+KNOWN_SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+class IndexOrder:
+    """The dataset's indices in the order of an epoch.
+
+    Args:
+        places: which of the ``items`` comes when; these are the indices themselves where there
+            are no items.
+        items: what is chosen from.
+    """
+
+    def __init__(
+        self, places: range | Sequence[Any] | torch.Tensor, items: Sequence[Any] | None = None
+    ) -> None:
+        self._places = places
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def indices(self, numbers: Sequence[int]) -> list[Any]:
+        """Those at the given places, counted from 0."""
+        if isinstance(numbers, range):
+            part = self._places[numbers.start : numbers.stop]
+            places = part.tolist() if isinstance(part, torch.Tensor) else list(part)
+        else:
+            places = [int(self._places[number]) for number in numbers]
+        items = self._items
+        return places if items is None else [items[place] for place in places]
+
+
+def is_known(sampler: object) -> bool:
+    """Whether :func:`order_of` gives a sampler's order; those of derived classes are theirs."""
+    return type(sampler) in KNOWN_SAMPLERS
+
+
+def order_of(sampler: Any, keyed: torch.Generator) -> IndexOrder:
+    """What iterating a known sampler to its end would give, drawn from its generator alike.
+
+    One without a generator draws from ``keyed``.
+    """
+    if type(sampler) is SequentialSampler:
+        return IndexOrder(range(len(sampler)))
+    generator = keyed if sampler.generator is None else sampler.generator
+    if type(sampler) is RandomSampler:
+        return IndexOrder(_random_order(sampler, generator))
+    if type(sampler) is SubsetRandomSampler:
+        items = sampler.indices
+        return IndexOrder(torch.randperm(len(items), generator=generator), items)
+    return IndexOrder(
+        torch.multinomial(
+            sampler.weights, sampler.num_samples, sampler.replacement, generator=generator
+        )
+    )
+
+
+def _random_order(sampler: RandomSampler, generator: torch.Generator) -> torch.Tensor:
+    count, samples = len(sampler.data_source), sampler.num_samples
+    if sampler.replacement:
+        return torch.randint(count, (samples,), generator=generator)
+    full, rest = divmod(samples, count)
+    # It draws once more at its end, also where nothing is left to give.
+    rounds = [torch.randperm(count, generator=generator) for _ in range(full + 1)]
+    if full == 1 and rest == 0:
+        return rounds[0]
+    return torch.cat([*rounds[:-1], rounds[-1][:rest]])

@@ -1,0 +1,293 @@
+"""The batches of a dataset with an index: any of them is found at once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader
+
+from robo_orchard_lab.pipeline.batch_size import count_batches
+from robo_orchard_lab.pipeline.data.announcing import announce_epoch
+from robo_orchard_lab.pipeline.data.division import Division
+from robo_orchard_lab.pipeline.data.epoch_batches import (
+    BatchIndices,
+    EpochBatches,
+    IndexedBatches,
+    IteratedBatches,
+)
+from robo_orchard_lab.pipeline.data.fetching import (
+    Fetcher,
+    Task,
+    WorkerStart,
+    as_it_is,
+    draws_nothing,
+)
+from robo_orchard_lab.pipeline.data.index_order import is_known, order_of
+from robo_orchard_lab.pipeline.data.order import DataOrder
+from robo_orchard_lab.pipeline.data.random_keys import (
+    Purpose,
+    epoch_key,
+    keyed_generator,
+    numbered_seed,
+)
+from robo_orchard_lab.pipeline.data.random_sources import (
+    capture_sources,
+    check_sources,
+    random_sources_of,
+    restore_sources,
+)
+from robo_orchard_lab.pipeline.data.share import Share
+from robo_orchard_lab.pipeline.data.streams_aside import ContinuedStreams
+from robo_orchard_lab.pipeline.errors import StateError
+from robo_orchard_lab.pipeline.progress import TrainerProgress
+
+
+class MapData:
+    """A ``DataLoader``'s batches, in an order that follows from the seed and the epoch.
+
+    Args:
+        loader: the user's.
+        order: what it follows from.
+        share: of this process.
+        progress: what the run has done.
+    """
+
+    kind = "a DataLoader of a dataset with an index"
+
+    def __init__(
+        self, loader: DataLoader[Any], order: DataOrder, share: Share, progress: TrainerProgress
+    ) -> None:
+        self._user = loader
+        self._order = order
+        self._share = share
+        self._progress = progress
+        self._made_of = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+        self._listed = type(self._made_of) is BatchSampler
+        self._sampler = self._made_of.sampler if type(self._made_of) is BatchSampler else None
+        self._batched = loader.batch_sampler is not None
+        self._sources = random_sources_of(loader)
+        self._quiet = draws_nothing(loader.dataset, loader.collate_fn)
+        self._fetcher = Fetcher(loader.dataset, loader.collate_fn, self._batched)
+        self._tasks = _Tasks()
+        self._generator = torch.Generator()
+        in_process = loader.num_workers == 0 and not loader.pin_memory
+        self._loader = None if in_process else self._rebuilt()
+        self._batches: EpochBatches | None = None
+        self._epoch_id: int | None = None
+        self._start: Mapping[str, Any] | None = None
+        """The state of the random sources when the epoch began."""
+        self._loaded: Mapping[str, Any] | None = None
+        """The state that the next epoch goes on from."""
+
+    def epoch(self, seed: int, epoch_id: int, step_id: int) -> Iterator[Any]:
+        """The batches of an epoch from a step on."""
+        loaded, self._loaded = self._loaded, None
+        announce_epoch(self._user, epoch_id)
+        if loaded is not None and step_id > 0:
+            self._check_described(loaded, _DESCRIBED)
+        self._start = capture_sources(self._sources)
+        self._epoch_id = epoch_id
+        self._batches = self._epoch_batches(seed, epoch_id, loaded if step_id > 0 else None)
+        tasks = self._epoch_tasks(self._batches, seed, epoch_id, step_id)
+        if self._loader is None:
+            return map(self._fetcher.__getitem__, tasks)
+        self._tasks.current = tasks
+        self._fetcher.epoch_id = epoch_id  # as the dataset knows, which workers get as it is
+        self._generator.manual_seed(epoch_key(seed, epoch_id, Purpose.WORKERS))
+        return iter(self._loader)
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Of this process in the epoch that the run is in; None where it is not known."""
+        if self._batches is not None and self._epoch_id == self._progress.epoch_id:
+            return self._batches.steps
+        samples = self._samples()
+        if samples is not None:
+            return self._division().steps(samples)
+        batches = count_batches(self._made_of)
+        if batches is None or self._share.processes == 1:
+            return batches
+        return self._iterated(0).steps
+
+    def sizes(self, step_id: int) -> Iterator[int] | None:
+        """How many samples this process's batches have from a step on, of the epoch begun."""
+        return None if self._batches is None else self._batches.sizes(step_id)
+
+    def batch_indices(self) -> BatchIndices | None:
+        """What the batch of the step that the run is in is made of; None where there is none."""
+        return None if self._batches is None else self._batches.at_step(self._progress.step_id)
+
+    def state(self) -> Mapping[str, Any]:
+        """What the rest of the epoch follows from, beside the seed."""
+        progress = self._progress
+        if self._loaded is not None:
+            return self._loaded
+        begun = self._batches if self._epoch_id == progress.epoch_id else None
+        sources = self._start if begun is not None else None
+        return {
+            **self._description(),
+            "samples": begun.samples_before(progress.step_id) if begun is not None else 0,
+            "random": capture_sources(self._sources) if sources is None else sources,
+        }
+
+    def rank_state(self) -> dict[str, Any]:
+        """Nothing: the order is that of the whole job."""
+        return {}
+
+    def check(
+        self, state: Mapping[str, Any], rank_state: Mapping[str, Any], within_epoch: bool
+    ) -> None:
+        """Refuse what :meth:`load` could not go on from; raises ``StateError``."""
+        check_sources(state["random"], self._sources)
+        here = self._description()
+        lengths_may_change = hasattr(self._user.dataset, "set_epoch")  # when it is told the epoch
+        self._check_described(state, ["sampler"] if lengths_may_change else list(_DESCRIBED))
+        if within_epoch and state["batches_per_step"] != here["batches_per_step"]:
+            raise StateError(
+                f"a step had {state['batches_per_step']} batches of the whole job when the run "
+                f"was saved, and has {here['batches_per_step']}; with a batch sampler of your "
+                "own, the number of processes can't change within an epoch"
+            )
+        saved, now = state["samples_per_step"], here["samples_per_step"]
+        if not within_epoch or saved == now:
+            return
+        if not self._order.allow_other_batch_size:
+            raise StateError(
+                f"a step had {saved} samples of the whole job when the run was saved, and has "
+                f"{now}: within an epoch, give it the batch size that it had, or allow another "
+                "with DataOrder(allow_other_batch_size=True)"
+            )
+        if saved is None or now is None or self._sampler is None or not is_known(self._sampler):
+            raise StateError(
+                f"a step had {saved} samples of the whole job when the run was saved, and has "
+                f"{now}; within an epoch, the batch size can change only where the sampler is "
+                "one of torch's"
+            )
+
+    def load(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> None:
+        """Have the next epoch begin, and go on, as the saved run would have."""
+        restore_sources(state["random"], self._sources)
+        self._loaded = state
+        self._batches = self._start = self._epoch_id = None
+
+    def _check_described(self, state: Mapping[str, Any], names: Iterable[str]) -> None:
+        here = self._description()
+        for name in names:
+            if state[name] != here[name]:
+                raise StateError(
+                    f"the data had {_DESCRIBED[name]} {state[name]} when it was saved, and has "
+                    f"{here[name]}, which is another order of samples; give it what it had"
+                )
+
+    def _description(self) -> dict[str, Any]:
+        sampler = self._made_of if self._sampler is None else self._sampler
+        return {
+            "sampler": type(sampler).__qualname__,
+            "dataset_length": count_batches(self._user.dataset),
+            "sampler_length": count_batches(sampler),
+            "samples_per_step": self._division().samples_per_step if self._listed else None,
+            "batches_per_step": 1 if self._listed else self._share.processes,
+        }
+
+    def _samples(self) -> int | None:
+        """How many an epoch has, where batches are made of samples by torch's batch sampler."""
+        if self._sampler is not None:
+            return count_batches(self._sampler)
+        return None if self._batched else count_batches(self._made_of)
+
+    def _division(self) -> Division:
+        share, batches = self._share, self._made_of
+        if type(batches) is not BatchSampler:
+            return Division(1, processes=share.processes, rank=share.rank, even=share.even)
+        size = batches.batch_size // share.processes if share.split else batches.batch_size
+        return Division(size, batches.drop_last, share.processes, share.rank, share.even)
+
+    def _epoch_batches(
+        self, seed: int, epoch_id: int, loaded: Mapping[str, Any] | None
+    ) -> EpochBatches:
+        if self._user.generator is not None:
+            # A plain loader draws the seed of its workers first, also where it has none.
+            torch.empty((), dtype=torch.int64).random_(generator=self._user.generator)
+        sampler = self._made_of if self._sampler is None else self._sampler
+        division = self._division()
+        if not is_known(sampler):
+            return self._iterated(epoch_key(seed, epoch_id, Purpose.ORDER))
+        order = order_of(sampler, keyed_generator(seed, epoch_id, Purpose.ORDER))
+        first_step = first_sample = 0
+        if loaded is not None:
+            first_step, first_sample = self._progress.step_id, loaded["samples"]
+        return IndexedBatches(order, division, self._listed, first_step, first_sample)
+
+    def _iterated(self, key: int) -> IteratedBatches:
+        return IteratedBatches(
+            self._made_of,
+            self._division(),
+            None if self._sampler is None else count_batches(self._sampler),
+            ContinuedStreams(key),
+            self._progress,
+            batched=self._batched or self._listed,
+            split=self._share.split,
+        )
+
+    def _epoch_tasks(
+        self, batches: EpochBatches, seed: int, epoch_id: int, step_id: int
+    ) -> Iterator[Task]:
+        given = batches.from_step(step_id)
+        if self._quiet:
+            return (Task(epoch_id, batch[0], batch[2], None, None) for batch in given)
+        key = epoch_key(seed, epoch_id, Purpose.LOADING)
+        if self._order.keyed_by == "batch":
+            return (
+                Task(epoch_id, batch_id, indices, numbered_seed(key, batch_id), None)
+                for batch_id, _, indices in given
+            )
+        collating = epoch_key(seed, epoch_id, Purpose.COLLATING)
+        return (
+            Task(
+                epoch_id,
+                batch_id,
+                indices,
+                numbered_seed(collating, numbers[0]),
+                [numbered_seed(key, number) for number in numbers],
+            )
+            for batch_id, numbers, indices in given
+        )
+
+    def _rebuilt(self) -> DataLoader[Any]:
+        """The user's loader, but of tasks."""
+        user = self._user
+        with warnings.catch_warnings(action="ignore"):  # which the user's own gave already
+            return DataLoader(
+                self._fetcher,
+                batch_size=None,
+                sampler=self._tasks,
+                num_workers=user.num_workers,
+                collate_fn=as_it_is,
+                pin_memory=user.pin_memory,
+                timeout=user.timeout,
+                worker_init_fn=WorkerStart(user.worker_init_fn),
+                multiprocessing_context=user.multiprocessing_context,
+                generator=self._generator,
+                prefetch_factor=user.prefetch_factor,
+                persistent_workers=user.persistent_workers,
+            )
+
+
+_DESCRIBED = {
+    "sampler": "the sampler",
+    "dataset_length": "a dataset of length",
+    "sampler_length": "a sampler of length",
+}
+
+
+class _Tasks:
+    """A sampler of the tasks of one epoch after another."""
+
+    def __init__(self) -> None:
+        self.current: Iterator[Task] = iter(())
+
+    def __iter__(self) -> Iterator[Task]:
+        return self.current

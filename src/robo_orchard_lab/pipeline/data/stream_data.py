@@ -1,0 +1,227 @@
+"""Batches that can only be read one after another: streams, lists, loaders of one's own."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
+from itertools import count, islice
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from robo_orchard_lab.pipeline.batch_size import count_batches, count_samples
+from robo_orchard_lab.pipeline.data.announcing import announce_epoch
+from robo_orchard_lab.pipeline.data.epoch_batches import BatchIndices
+from robo_orchard_lab.pipeline.data.order import DataOrder
+from robo_orchard_lab.pipeline.data.random_keys import (
+    Purpose,
+    epoch_key,
+    numbered_seed,
+    seed_streams,
+)
+from robo_orchard_lab.pipeline.data.random_sources import (
+    capture_sources,
+    check_sources,
+    random_sources_of,
+    restore_sources,
+)
+from robo_orchard_lab.pipeline.data.share import Share
+from robo_orchard_lab.pipeline.data.streams_aside import StreamsAside
+from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
+from robo_orchard_lab.pipeline.progress import TrainerProgress
+
+_END = object()
+
+
+class StreamData:
+    """The batches of any iterable; what this process draws while reading them is keyed by batch.
+
+    Args:
+        loader: any iterable of batches that can be iterated every epoch.
+        order: what the order follows from.
+        share: of this process.
+        progress: what the run has done.
+
+    Raises:
+        PipelineConfigError: its randomness can't be keyed by sample.
+    """
+
+    kind = "an iterable of batches"
+
+    def __init__(
+        self, loader: Iterable[Any], order: DataOrder, share: Share, progress: TrainerProgress
+    ) -> None:
+        if order.keyed_by == "sample":
+            raise PipelineConfigError(
+                "DataOrder: keyed_by='sample' needs a DataLoader of a dataset with an index, got "
+                f"{type(loader).__name__}, whose samples can't be told apart; use 'batch'"
+            )
+        self._loader = loader
+        self._order = order
+        self._share = share
+        self._progress = progress
+        self._sources = random_sources_of(loader)
+        self._stateful = _stateful_part(loader)
+        self._listed = type(loader) in (list, tuple)
+        in_workers = isinstance(loader, DataLoader) and loader.num_workers > 0
+        self._quiet = self._listed or in_workers
+        self._aside = StreamsAside()
+        self._epoch_id: int | None = None
+        self._start: Mapping[str, Any] | None = None
+        self._given: deque[tuple[int, range]] = deque()
+        """The numbers of the samples of batches that were given, by step."""
+        self._begin = 0
+        """The number of the first sample that was, or will be, given."""
+        self._states: dict[int, Any] = {}
+        """Of the stateful part by step, where batches are read ahead of their steps."""
+        self._loaded: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None
+
+    def epoch(self, seed: int, epoch_id: int, step_id: int) -> Iterator[Any]:
+        """The batches of an epoch from a step on."""
+        state, rank_state = self._loaded or ({}, {})
+        self._loaded = None
+        announce_epoch(self._loader, epoch_id)
+        self._start = capture_sources(self._sources)
+        self._epoch_id = epoch_id
+        self._begin = state["samples"] if step_id > 0 and state else 0
+        self._given.clear()
+        self._states.clear()
+        if self._listed:
+            return self._noted(islice(iter(self._loader), step_id, None), step_id)
+        goes_on = step_id > 0 and "stateful" in rank_state
+        if goes_on:
+            self._stateful.load_state_dict(rank_state["stateful"])
+        first = step_id if goes_on else 0
+        key = epoch_key(seed, epoch_id, Purpose.LOADING)
+        with self._aside:
+            seed_streams(epoch_key(seed, epoch_id, Purpose.ORDER))
+            batches = iter(self._loader)
+        batches = self._keyed(batches, key, first)
+        for _ in range(step_id - first):
+            next(batches, None)
+        return self._noted(batches, step_id)
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Of this process; None where it is not known."""
+        return count_batches(self._loader)
+
+    def sizes(self, step_id: int) -> Iterator[int] | None:
+        """Not known: only loading the batches tells."""
+        return None
+
+    def batch_indices(self) -> BatchIndices | None:
+        """The numbers of the samples in the batch of the step that the run is in."""
+        step_id = self._progress.step_id
+        self._forget_before(step_id)
+        if self._share.processes > 1 or not self._given or self._given[0][0] != step_id:
+            return None
+        return BatchIndices(step_id, self._given[0][1], None)
+
+    def state(self) -> Mapping[str, Any]:
+        """What the rest of the epoch follows from, beside the seed."""
+        if self._loaded is not None:
+            return self._loaded[0]
+        begun = self._epoch_id == self._progress.epoch_id
+        start = self._start if begun else None
+        return {
+            "loader": type(self._loader).__qualname__,
+            "samples": self._samples_done() if begun else 0,
+            "random": capture_sources(self._sources) if start is None else start,
+        }
+
+    def rank_state(self) -> Mapping[str, Any]:
+        """Of the part that can save its own, within an epoch."""
+        if self._loaded is not None:
+            return self._loaded[1]
+        step_id = self._progress.step_id
+        if self._stateful is None or step_id == 0:
+            return {}
+        ahead = self._states.get(step_id)
+        return {"stateful": self._stateful.state_dict() if ahead is None else ahead}
+
+    def check(
+        self, state: Mapping[str, Any], rank_state: Mapping[str, Any], within_epoch: bool
+    ) -> None:
+        """Refuse what :meth:`load` could not go on from; raises ``StateError``."""
+        check_sources(state["random"], self._sources)
+        name = type(self._loader).__qualname__
+        if state["loader"] != name:
+            raise StateError(
+                f"the data was of type {state['loader']} when it was saved, and is {name}; give "
+                "the same"
+            )
+        saved = "stateful" in rank_state
+        if not within_epoch or self._listed or (saved and self._stateful is not None):
+            return
+        if saved:
+            raise StateError(
+                f"the data's own state was saved, and {name} has no state_dict and "
+                "load_state_dict to take it over; give the same loader"
+            )
+        if not self._order.fast_forward:
+            raise StateError(
+                f"the run was saved within an epoch, after {state['step_id']} steps of it, and "
+                f"{name} could not save its state; give data that can (torchdata's "
+                "StatefulDataLoader; without workers, a dataset with state_dict and "
+                "load_state_dict), or allow all that was done to be read and dropped, with "
+                "DataOrder(fast_forward=True)"
+            )
+
+    def load(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> None:
+        """Have the next epoch begin, and go on, as the saved run would have."""
+        restore_sources(state["random"], self._sources)
+        self._loaded = state, rank_state
+        self._epoch_id = self._start = None
+
+    def _keyed(self, batches: Iterator[Any], key: int, step_id: int) -> Iterator[Any]:
+        processes, rank = self._share.processes, self._share.rank
+        for step in count(step_id):
+            if self._stateful is not None and step > self._progress.step_id:
+                self._states[step] = deepcopy(self._stateful.state_dict())
+            if self._quiet:
+                batch = next(batches, _END)
+            else:
+                with self._aside:
+                    seed_streams(numbered_seed(key, step * processes + rank))
+                    batch = next(batches, _END)
+            if batch is _END:
+                return
+            yield batch
+
+    def _noted(self, batches: Iterator[Any], step_id: int) -> Iterator[Any]:
+        """The same batches, whose samples are numbered on the way."""
+        begin = self._begin
+        for step, batch in enumerate(batches, start=step_id):
+            self._forget_before(self._progress.step_id)
+            end = begin + count_samples(batch)
+            self._given.append((step, range(begin, end)))
+            begin = end
+            yield batch
+
+    def _samples_done(self) -> int:
+        step_id = self._progress.step_id
+        for step, numbers in self._given:
+            if step == step_id:  # read ahead
+                return numbers.start
+        return self._given[-1][1].stop if self._given else self._begin
+
+    def _forget_before(self, step_id: int) -> None:
+        # The last one stays: it tells how many samples are done.
+        while len(self._given) > 1 and self._given[0][0] < step_id:
+            self._given.popleft()
+        for step in [step for step in self._states if step < step_id]:
+            del self._states[step]
+
+
+def _stateful_part(loader: Any) -> Any:
+    """The loader, or its dataset where that is read in this process, if it can save its state."""
+    parts = [loader]
+    in_process = isinstance(loader, DataLoader) and loader.num_workers == 0
+    if in_process and isinstance(loader.dataset, IterableDataset):
+        parts.append(loader.dataset)
+    for part in parts:
+        if hasattr(part, "state_dict") and hasattr(part, "load_state_dict"):
+            return part
+    return None

@@ -1,0 +1,318 @@
+"""A DataLoader's batches in an exact order: as in a plain loop, and from anywhere on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from loaded_data import (
+    Drawing,
+    Indices,
+    data_of,
+    epochs,
+    plain_epochs,
+    resumed,
+    same,
+    streams,
+)
+from robo_orchard_lab.pipeline.data import DataOrder
+from robo_orchard_lab.pipeline.progress import TrainerProgress
+
+
+def generator(seed: int = 3) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Shuffled(Sampler[int]):
+    """A sampler of one's own, which draws from its generator or from the global streams."""
+
+    def __init__(self, length: int, generator: torch.Generator | None = None) -> None:
+        self.length = length
+        self.generator = generator
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        for _ in range(self.length):
+            yield int(torch.randint(self.length, (), generator=self.generator))
+
+
+class Buckets(Sampler[list[int]]):
+    """A batch sampler of one's own: batches of one, two, three samples and so on, drawn twice."""
+
+    def __init__(self, length: int, generator: Any = None) -> None:
+        self.length = length
+        self.generator = generator
+
+    def __iter__(self) -> Iterator[list[int]]:
+        draw = self.generator or np.random
+        first = 0
+        for size in range(1, self.length):
+            batch = list(range(first, min(first + size, self.length)))
+            if not batch:
+                return
+            draw.normal()  # an odd number of gaussians
+            yield [int(index) for index in draw.permutation(batch)] if size > 1 else batch
+            first += size
+
+
+Samplers = dict[str, Callable[[int, torch.Generator | None], Sampler[int]]]
+SAMPLERS: Samplers = {
+    "sequential": lambda n, g: SequentialSampler(range(n)),
+    "random": lambda n, g: RandomSampler(range(n), generator=g),
+    "fewer": lambda n, g: RandomSampler(range(n), num_samples=max(1, n // 2), generator=g),
+    "more": lambda n, g: RandomSampler(range(n), num_samples=2 * n + 3, generator=g),
+    "replacement": lambda n, g: RandomSampler(range(n), True, n + 40, generator=g),
+    "weighted": lambda n, g: WeightedRandomSampler(range(1, n + 1), n + 5, generator=g),
+    "subset": lambda n, g: SubsetRandomSampler(range(n - 1, n // 3, -1) if n > 1 else [0], g),
+    "custom": Shuffled,
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sampler=st.sampled_from(sorted(SAMPLERS)),
+    length=st.integers(1, 60),
+    batch_size=st.integers(1, 9),
+    drop_last=st.booleans(),
+    shared=st.booleans(),
+)
+def test_a_sampler_with_a_generator_gives_the_order_of_a_plain_loop(
+    sampler: str, length: int, batch_size: int, drop_last: bool, shared: bool
+) -> None:
+    """Three epochs are those of a plain torch loop, whether the loader shares the generator."""
+
+    def loader() -> DataLoader[int]:
+        drawn = generator()
+        return DataLoader(
+            Indices(length),
+            batch_size,
+            sampler=SAMPLERS[sampler](length, drawn),
+            drop_last=drop_last,
+            generator=drawn if shared else None,
+        )
+
+    data = data_of(loader())
+    assert same(epochs(data, 3), plain_epochs(loader(), 3))
+    assert data.steps_per_epoch == len(loader())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sampler=st.sampled_from(sorted(SAMPLERS)),
+    length=st.integers(1, 40),
+    batch_size=st.integers(1, 9),
+    drop_last=st.booleans(),
+    own=st.booleans(),
+    keyed_by=st.sampled_from(["batch", "sample"]),
+)
+def test_seeking_gives_what_iterating_gives(
+    sampler: str, length: int, batch_size: int, drop_last: bool, own: bool, keyed_by: Any
+) -> None:
+    """From every step of the second epoch on, the batches of a resumed run are the same."""
+    order = DataOrder(seed=5, keyed_by=keyed_by)
+
+    def loader() -> DataLoader[Any]:
+        drawn = SAMPLERS[sampler](length, generator() if own else None)
+        return DataLoader(Drawing(length), batch_size, sampler=drawn, drop_last=drop_last)
+
+    progress = TrainerProgress()
+    data = data_of(loader(), order, progress)
+    list(data.epoch(0))
+    progress.finish_epoch()
+    states, batches, sizes = [data.state_dict()], [], []
+    for batch in data.epoch(1):
+        batches.append(batch)
+        sizes.append(len(batch[0]))
+        assert data.sample_indices == batch[0].tolist()
+        progress.finish_step()
+        states.append(data.state_dict())
+    for step_id, state in enumerate(states):
+        again = resumed(loader(), state, order)
+        assert same(list(again.epoch(1, step_id)), batches[step_id:])
+        assert list(again.batch_sizes(step_id) or []) == sizes[step_id:]
+        assert again.steps_per_epoch == len(batches)
+
+
+def loaders_that_draw(workers: int, **options: Any) -> dict[str, DataLoader[Any]]:
+    data = Drawing()
+    options["num_workers"] = workers
+    return {
+        "shuffle": DataLoader(data, 4, shuffle=True, **options),
+        "generator": DataLoader(data, 4, shuffle=True, generator=generator(), **options),
+        "drop_last": DataLoader(data, 4, shuffle=True, drop_last=True, **options),
+        "subset": DataLoader(Subset(data, range(5, 25)), 4, shuffle=True, **options),
+        "custom": DataLoader(data, 4, sampler=Shuffled(26), **options),
+        "buckets": DataLoader(data, batch_sampler=Buckets(26), **options),
+        "whole batches": DataLoader(
+            Subset(data, range(26)), batch_size=None, shuffle=True, **options
+        ),
+    }
+
+
+@pytest.mark.parametrize("keyed_by", ["batch", "sample"])
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("kind", ["shuffle", "generator", "subset", "custom", "buckets"])
+def test_workers_change_nothing(kind: str, persistent: bool, keyed_by: Any) -> None:
+    """What is drawn while loading is the same with two workers, persistent or not, as without."""
+    order = DataOrder(seed=7, keyed_by=keyed_by)
+    alone = epochs(data_of(loaders_that_draw(0)[kind], order))
+    loader = loaders_that_draw(2, persistent_workers=persistent, prefetch_factor=3)[kind]
+    assert same(epochs(data_of(loader, order)), alone)
+    assert not same(alone[0], alone[1])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", sorted(loaders_that_draw(0)))
+def test_a_run_goes_on_as_if_it_had_not_stopped(kind: str, workers: int) -> None:
+    """Stopped after three batches of the second epoch, the rest and the next epoch are the same."""
+    progress = TrainerProgress()
+    data = data_of(loaders_that_draw(workers)[kind], progress=progress)
+    list(data.epoch(0))
+    progress.finish_epoch()
+    batches = []
+    state = None
+    for batch in data.epoch(1):
+        batches.append(batch)
+        progress.finish_step()
+        if progress.step_id == 3:
+            state = data.state_dict()
+    progress.finish_epoch()
+    third = list(data.epoch(2))
+    again = resumed(loaders_that_draw(2 - workers)[kind], state)
+    assert same(list(again.epoch(1, 3)), batches[3:])
+    assert same(list(again.epoch(2)), third)
+
+
+def test_persistent_workers_are_kept_and_go_on() -> None:
+    """An epoch that is left in its middle is followed by a whole one, by the same processes."""
+
+    def loader() -> DataLoader[Any]:
+        return DataLoader(Drawing(), 4, num_workers=1, persistent_workers=True, shuffle=True)
+
+    data = data_of(loader())
+    next(data.epoch(0))
+    assert same(list(data.epoch(1)), epochs(data_of(loader()))[1])
+
+
+@pytest.mark.parametrize("seed", [3, None])
+def test_the_order_follows_from_seed_and_epoch(seed: int | None) -> None:
+    """Without a generator, an epoch is the same whatever was drawn and done before it."""
+
+    def loader() -> DataLoader[Any]:
+        return DataLoader(Drawing(), 4, shuffle=True)
+
+    torch.manual_seed(3)
+    first = data_of(loader(), DataOrder(seed))
+    batches = epochs(first, 3)
+    torch.rand(5)
+    torch.manual_seed(3)
+    assert same(list(data_of(loader(), DataOrder(seed)).epoch(2)), batches[2])
+    torch.manual_seed(4)
+    other = list(data_of(loader(), DataOrder(seed)).epoch(2))
+    assert same(other, batches[2]) is (seed is not None)
+
+
+def test_a_run_without_a_seed_takes_over_that_of_the_run_resumed() -> None:
+    """With seed=None, the saved order goes on whatever torch was seeded with."""
+
+    def loader() -> DataLoader[Any]:
+        return DataLoader(Drawing(), 4, shuffle=True)
+
+    torch.manual_seed(3)
+    first = data_of(loader(), DataOrder())
+    torch.manual_seed(4)
+    second = resumed(loader(), first.state_dict(), DataOrder())
+    assert first.seed == second.seed == 3
+    assert same(epochs(second), epochs(first))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("odd", [0, 1])
+def test_the_process_draws_as_if_nothing_had_been_loaded(workers: int, odd: int) -> None:
+    """The streams of torch, NumPy and Python, pairs of gaussians included, are left alone."""
+    loaders = loaders_that_draw(workers)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
+    np.random.randn(odd)
+    before = streams()
+    drawn = []
+    for kind in loaders if workers == 0 else ["shuffle", "custom"]:
+        for _ in data_of(loaders[kind]).epoch(0):
+            assert same(streams(), before)
+            drawn.append(np.random.randn())
+            before = streams()
+    np.random.seed(1)
+    np.random.randn(odd)
+    assert drawn == [np.random.randn() for _ in drawn]
+
+
+class KeepsRandom(Sampler[int]):
+    """A sampler with a random generator of NumPy's or Python's own."""
+
+    def __init__(self, draw: Any) -> None:
+        self.draw = draw
+
+    def __len__(self) -> int:
+        return 20
+
+    def __iter__(self) -> Iterator[int]:
+        indices = list(range(20))
+        self.draw.shuffle(indices)
+        return iter(indices)
+
+
+@pytest.mark.parametrize(
+    "make", [random.Random, np.random.default_rng, np.random.RandomState], ids=lambda f: f.__name__
+)
+def test_generators_that_samplers_keep_are_part_of_the_state(make: Any) -> None:
+    """A sampler with a generator of NumPy's or Python's goes on where it was, too."""
+
+    def loader(seed: int) -> DataLoader[Any]:
+        return DataLoader(Indices(20), 4, sampler=KeepsRandom(make(seed)))
+
+    progress = TrainerProgress()
+    data = data_of(loader(1), progress=progress)
+    first = list(data.epoch(0))
+    progress.finish_epoch()
+    between = data.state_dict()
+    second = list(data.epoch(1))
+    progress.finish_step()
+    assert same(list(resumed(loader(2), data.state_dict()).epoch(1, 1)), second[1:])
+    assert same(list(resumed(loader(2), between).epoch(1)), second)
+    assert same(first, list(loader(1)))
+
+
+def test_a_tensor_dataset_is_read_without_seeding() -> None:
+    """Batches of tensors in memory, one by one and whole, are those of a plain loop."""
+    data = TensorDataset(torch.arange(26))
+
+    def by_batch() -> DataLoader[Any]:
+        batches = BatchSampler(RandomSampler(data, generator=generator()), 4, False)
+        return DataLoader(data, batch_size=None, sampler=batches)
+
+    assert same(epochs(data_of(by_batch())), plain_epochs(by_batch()))
+    assert same(
+        epochs(data_of(DataLoader(data, 4, shuffle=True, generator=generator()))),
+        plain_epochs(DataLoader(data, 4, shuffle=True, generator=generator())),
+    )

@@ -1,0 +1,193 @@
+"""Iterables of batches: saved where they can save themselves, else read again or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from loaded_data import data_of, epochs, resumed, same, streams
+from robo_orchard_lab.pipeline.data import DataOrder
+from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
+from robo_orchard_lab.pipeline.progress import TrainerProgress
+
+BATCHES = 7
+
+
+class Stream(IterableDataset[Any]):
+    """Shuffled by torch's stream when it begins; draws from NumPy's for each sample."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for index in torch.randperm(26).tolist():
+            yield index, np.random.randn()
+
+
+class StatefulStream(IterableDataset[Any]):
+    """One that knows how many of its samples it has given."""
+
+    def __init__(self) -> None:
+        self.given = 0
+        self.skip = 0
+        self.reads = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.given, self.skip = self.skip, 0
+        for index in range(self.given, 26):
+            self.given = index + 1
+            self.reads += 1
+            yield index, np.random.randn()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.skip = state["given"]
+
+
+class StatefulLoader:
+    """A loader of one's own, with the protocol of torchdata's."""
+
+    def __init__(self) -> None:
+        self.stream = StatefulStream()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(DataLoader(self.stream, 4))
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stream.load_state_dict(state)
+
+
+class Batches:
+    """An iterable of a class of one's own, without a length."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for index in range(BATCHES):
+            yield torch.rand(4) + index
+
+
+LOADERS: dict[str, Any] = {
+    "stateful dataset": lambda: DataLoader(StatefulStream(), 4),
+    "stateful loader": StatefulLoader,
+    "list": lambda: [torch.full((4,), float(index)) for index in range(BATCHES)],
+    "stream": lambda: DataLoader(Stream(), 4),
+    "stream in workers": lambda: DataLoader(Stream(), 4, num_workers=2),
+    "iterable": Batches,
+}
+UNABLE = ["stream", "stream in workers", "iterable"]
+
+
+def positions(make: Any, order: DataOrder) -> tuple[list[Any], list[Any], list[Any]]:
+    """The batches of an epoch, the states between them, and the batches of the next epoch."""
+    progress = TrainerProgress()
+    data = data_of(make(), order, progress)
+    batches: list[Any] = []
+    states: list[Any] = [(data.state_dict(), data.rank_state_dict())]
+    for batch in data.epoch(0):
+        batches.append(batch)
+        progress.finish_step()
+        states.append((data.state_dict(), data.rank_state_dict()))
+    progress.finish_epoch()
+    return batches, states, list(data.epoch(1))
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_run_goes_on_from_every_step(kind: str) -> None:
+    """From a saved state, or by reading again, the rest and the next epoch are the same."""
+    order = DataOrder(seed=7, fast_forward=kind in UNABLE)
+    batches, states, following = positions(LOADERS[kind], order)
+    for step_id, (state, rank_state) in enumerate(states):
+        data = resumed(LOADERS[kind](), state, order, rank_state)
+        assert same(list(data.epoch(0, step_id)), batches[step_id:])
+        assert same(list(data.epoch(1)), following)
+
+
+@pytest.mark.parametrize("kind", UNABLE)
+def test_without_a_state_a_resume_within_an_epoch_is_refused(kind: str) -> None:
+    """Reading all that was done must be asked for; between epochs there is nothing to read."""
+    order = DataOrder(seed=7)
+    _, states, _ = positions(LOADERS[kind], order)
+    with pytest.raises(StateError, match=r"after 3 steps .* DataOrder\(fast_forward=True\)"):
+        resumed(LOADERS[kind](), states[3][0], order, states[3][1])
+    resumed(LOADERS[kind](), states[0][0], order, states[0][1])
+
+
+def test_a_saved_stream_is_not_read_again() -> None:
+    """The dataset gives only what is left."""
+    _, states, _ = positions(LOADERS["stateful dataset"], DataOrder(seed=7))
+    stream = StatefulStream()
+    data = resumed(DataLoader(stream, 4), states[5][0], None, states[5][1])
+    list(data.epoch(0, 5))
+    assert stream.reads == 6
+
+
+@pytest.mark.parametrize("kind", ["stateful dataset", "stateful loader"])
+def test_a_state_is_that_of_the_step_where_batches_are_read_ahead(kind: str) -> None:
+    """Read three batches at a time, as accumulation windows are, each step has its own state."""
+    batches, states, _ = positions(LOADERS[kind], DataOrder(seed=7))
+    progress = TrainerProgress()
+    data = data_of(LOADERS[kind](), progress=progress)
+    given = data.epoch(0)
+    for _ in range(2):
+        for _ in range(3):
+            next(given)
+        for _ in range(3):
+            progress.finish_step()
+            step_id = progress.step_id
+            assert (data.state_dict(), data.rank_state_dict()) == states[step_id]
+    assert same(list(given), batches[6:])
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_the_process_draws_as_if_nothing_had_been_read(kind: str) -> None:
+    """The global streams are left alone by making the iterator and by reading."""
+    before = streams()
+    list(data_of(LOADERS[kind]()).epoch(0))
+    assert same(streams(), before)
+
+
+def test_samples_of_streams_are_numbered() -> None:
+    """They count on over the batches, also after a resume."""
+    progress = TrainerProgress()
+    data = data_of(LOADERS["stateful dataset"](), progress=progress)
+    numbers = []
+    for _ in data.epoch(0):
+        numbers.append(data.sample_numbers)
+        progress.finish_step()
+        if progress.step_id == 3:
+            state, rank_state = data.state_dict(), data.rank_state_dict()
+    assert numbers == [range(i, min(i + 4, 26)) for i in range(0, 26, 4)]
+    assert data.sample_numbers is data.sample_indices is None
+    again = resumed(LOADERS["stateful dataset"](), state, None, rank_state)
+    next(again.epoch(0, 3))
+    assert again.sample_numbers == range(12, 16)
+
+
+def test_streams_are_not_keyed_by_sample() -> None:
+    """Which is told when the trainer is built."""
+    with pytest.raises(PipelineConfigError, match="keyed_by='sample' needs a DataLoader of"):
+        data_of(Batches(), DataOrder(keyed_by="sample"))
+
+
+def test_other_data_is_refused() -> None:
+    """Another kind of loader, another type, and one that can't take over a state."""
+    _, states, _ = positions(LOADERS["stateful dataset"], DataOrder(seed=7))
+    state, rank_state = states[3]
+    with pytest.raises(StateError, match="of type DataLoader when it was saved, and is Batches"):
+        resumed(Batches(), state, None, rank_state)
+    with pytest.raises(StateError, match="DataLoader has no state_dict and load_state_dict"):
+        resumed(DataLoader(Stream(), 4), state, None, rank_state)
+    with pytest.raises(StateError, match="an iterable of batches when it was saved, and is a Data"):
+        resumed(DataLoader([1, 2]), state, None, rank_state)  # type: ignore[arg-type]  # a list has an index
+
+
+def test_an_epoch_of_a_list_is_begun_anywhere() -> None:
+    """Two epochs of a list are twice the list."""
+    batches = LOADERS["list"]()
+    assert same(epochs(data_of(batches)), [batches, batches])
