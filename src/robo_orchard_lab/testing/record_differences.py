@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import zip_longest
 
-from robo_orchard_lab.testing.run_record import Entry, Facts, RunRecord
+from robo_orchard_lab.testing.run_record import COMPLETED, Entry, Facts, RunRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,8 @@ def join_records(parts: Sequence[RunRecord]) -> tuple[RunRecord, dict[int, int]]
             ahead = joined.steps.get(part.start, [])
             joined.steps = {s: e for s, e in joined.steps.items() if s < part.start}
             steps[part.start] = _across(ahead, opened)
-        # A run that is over goes on with nothing, and so does not take up its random state.
-        idle = part.end is not None and not part.steps.get(part.start) and part.last == part.start
+        # A run that is over goes on with no step, and so does not take up its random state.
+        idle = not any(_is(e, "before on_step") for step in part.steps.values() for e in step)
         kept = {n: v for n, v in (joined.end or {}).items() if n.startswith("random ") and idle}
         joined.end = None if part.end is None else {**part.end, **kept}
         joined.steps.update(steps)
@@ -81,11 +81,14 @@ def _across(ahead: list[Entry], opened: list[Entry]) -> list[Entry]:
     if not opened:  # the run was over
         return ahead
     opened = opened[1:]  # before on_loop
-    reopened = bool(opened) and _is(opened[0], "before on_epoch") and _step_id(opened[0]) > 0
-    if reopened:
+    ends = ["before on_step", "after on_loop"]
+    if opened and _is(opened[0], "before on_epoch") and _step_id(opened[0]) > 0:
         opened = opened[1:]
-    ends = ["after on_epoch"] if reopened else ["before on_epoch"]
-    ends += ["before on_step", "after on_loop"]
+        # A stop closes the epoch, ahead of the evaluations that are due, to be opened again here.
+        ahead = [e for e in ahead if not _is(e, "after on_epoch") or str(e).endswith(COMPLETED)]
+        ends.append("after on_epoch")
+    else:
+        ends.append("before on_epoch")
     cut = next((i for i, e in enumerate(ahead) if any(_is(e, end) for end in ends)), len(ahead))
     return ahead[:cut] + opened
 

@@ -22,6 +22,8 @@ from robo_orchard_lab.testing.run_facts import (
 )
 
 NAME = "resume proof"
+COMPLETED = "completed"
+"""How the event ends in which an epoch is left whose data was passed over to its end."""
 Facts = dict[str, str]
 Entry = str | Facts
 """An event, as text, or what was found at a moment, by name."""
@@ -79,7 +81,7 @@ class RunRecorder(PipelineHooks, AbstractContextManager["RunRecorder"]):
         if args.evaluation is not None:
             words.append(args.evaluation)
         if role == "after" and args.epoch_completed:
-            words.append("completed")
+            words.append(COMPLETED)
         if args.exception is not None:
             words.append(repr(args.exception))
         self.write("event", " ".join(words))

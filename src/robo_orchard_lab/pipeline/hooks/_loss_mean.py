@@ -66,7 +66,7 @@ class LossMean:
         return {
             "window": self._window.state_dict(),
             "epoch": self._epoch.state_dict(),
-            "values": None if self._values is None else self._values[:used].clone(),
+            "values": self._values[:used].clone() if self._values is not None and used else None,
             "weights": list(self._weights),
         }
 

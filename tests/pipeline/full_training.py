@@ -1,0 +1,136 @@
+"""A training with all in it that has a state, on the CPU, for tests that stop it anywhere."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchmetrics import MeanSquaredError, PearsonCorrCoef
+
+from robo_orchard_lab.pipeline import (
+    HookBasedTrainer,
+    PipelineHookArgs,
+    PipelineHooks,
+    SimpleBatchProcessor,
+)
+from robo_orchard_lab.pipeline.hook_set import HookLike
+from robo_orchard_lab.pipeline.hooks import (
+    EarlyStoppingConfig,
+    EMAConfig,
+    GradientClippingHookConfig,
+    LossTrackerConfig,
+    MetricsLoggerConfig,
+    MetricTrackerConfig,
+    ValidationHookConfig,
+)
+from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig
+
+STEPS = 14
+"""Two epochs of seven batches, the last one of which is short."""
+
+
+class AugmentedSamples(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Draws from torch, NumPy and Python while loading."""
+
+    def __len__(self) -> int:
+        return 26
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        noise = torch.rand(4) + np.random.rand() + random.random()
+        return noise.float() + index / 10, torch.tensor([float(index % 5)])
+
+
+class NamedLosses(SimpleBatchProcessor):
+    def forward(self, model: Any, batch: Any) -> tuple[Any, torch.Tensor]:
+        inputs, targets = batch
+        outputs = model(inputs)
+        loss = torch.nn.functional.mse_loss(outputs, targets)
+        return {"outputs": outputs, "losses": {"squared": loss}}, loss
+
+    def metric_inputs(self, outputs: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return outputs["outputs"].squeeze(1), batch[1].squeeze(1)
+
+
+class StopBetweenEpochs(PipelineHooks):
+    """Asks to stop when the first epoch is left, not in its last step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_epoch.after(self.stop)
+
+    def stop(self, args: PipelineHookArgs) -> None:
+        if args.epoch_id == 0 and args.epoch_completed:
+            args.requests.stop("one epoch is enough for today")
+
+
+def build(
+    run_folder: Path,
+    resume_from: Any,
+    *,
+    workers: int = 0,
+    persistent: bool = False,
+    plateau: bool = False,
+    patience: int = 50,
+    stop_between: bool = False,
+    hooks: Iterable[HookLike] = (),
+) -> HookBasedTrainer:
+    """Dropout, batch norm, augmentation, AdamW, a schedule, clipping, accumulation over 3, a moving
+    average, two kinds of metrics, evaluations, early stopping and a log."""
+    torch.set_num_threads(1)  # of a tiny model, more only wait for each other
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 8),
+        torch.nn.BatchNorm1d(8),
+        torch.nn.Dropout(0.3),
+        torch.nn.Tanh(),
+        torch.nn.Linear(8, 1),
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    schedule: LRScheduler = (
+        ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+        if plateau
+        else OneCycleLR(optimizer, max_lr=0.05, total_steps=12)
+    )
+    unseen = torch.linspace(-1, 1, 20).reshape(5, 4), torch.arange(5.0).unsqueeze(1)
+    return HookBasedTrainer(
+        Accelerator(cpu=True, gradient_accumulation_steps=3),
+        model,
+        DataLoader(
+            AugmentedSamples(),
+            batch_size=4,
+            shuffle=True,
+            num_workers=workers,
+            persistent_workers=persistent,
+        ),
+        NamedLosses(),
+        optimizer,
+        schedule,
+        [
+            MetricsLoggerConfig(
+                every="4 steps | 1 epoch",
+                sinks=[JsonLinesSinkConfig(path=str(run_folder / "metrics.jsonl"))],
+            ),
+            GradientClippingHookConfig(max_norm=0.5),
+            LossTrackerConfig(losses_key="losses"),
+            MetricTrackerConfig()(
+                metrics={"error": MeanSquaredError(), "correlation": PearsonCorrCoef()}
+            ),
+            EMAConfig(power=0.75),
+            ValidationHookConfig(every="3 steps | 1 epoch", weights="EMA")(
+                dataloaders={"val": DataLoader(TensorDataset(*unseen), batch_size=2, shuffle=True)},
+                metrics={"error": MeanSquaredError()},
+            ),
+            EarlyStoppingConfig(monitor="eval/val/error", mode="min", patience=patience),
+            *([StopBetweenEpochs()] if stop_between and run_folder.name == "resumed" else []),
+            *hooks,
+        ],
+        max_epoch=2,
+        run_folder=run_folder,
+        resume_from=resume_from,
+    )
