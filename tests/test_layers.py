@@ -20,6 +20,7 @@ LAYERS = [
     "robo_orchard_core",
     "robo_orchard_lab.pipeline.errors",
     "robo_orchard_lab.pipeline.worker_signals",
+    "robo_orchard_lab.pipeline.duration",
     "robo_orchard_lab.pipeline.events",
     "robo_orchard_lab.pipeline.progress",
     "robo_orchard_lab.pipeline.requests",

@@ -29,6 +29,22 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
         os.close(descriptor)
 
 
+def replace_file(path: Path, data: bytes | memoryview) -> None:
+    """Write a file, which takes the place of what is there when it is on the disk.
+
+    Raises:
+        OSError: it can't be; what was there is as it was.
+    """
+    temporary = path.with_name(temporary_name(path.name))
+    try:
+        write_file(temporary, data)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
+
+
 def flush_folder(path: Path) -> None:
     """Have the names in a folder on the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -25,7 +25,9 @@ from robo_orchard_lab.pipeline.hooks.non_finite_guard import (
 from robo_orchard_lab.pipeline.hooks.optimizer import OptimizerHook
 from robo_orchard_lab.pipeline.hooks.preemption import Preemption, PreemptionConfig
 from robo_orchard_lab.pipeline.hooks.progress_bar import ProgressBarHook, ProgressBarHookConfig
+from robo_orchard_lab.pipeline.hooks.save_model import SaveModel, SaveModelConfig
 from robo_orchard_lab.pipeline.hooks.stats_monitor import StatsMonitor, StatsMonitorConfig
+from robo_orchard_lab.pipeline.hooks.time_limit import TimeLimit, TimeLimitConfig
 from robo_orchard_lab.pipeline.hooks.torch_profiler import (
     TorchProfilerHook,
     TorchProfilerHookConfig,
@@ -61,8 +63,12 @@ __all__ = [
     "PreemptionConfig",
     "ProgressBarHook",
     "ProgressBarHookConfig",
+    "SaveModel",
+    "SaveModelConfig",
     "StatsMonitor",
     "StatsMonitorConfig",
+    "TimeLimit",
+    "TimeLimitConfig",
     "TorchProfilerHook",
     "TorchProfilerHookConfig",
     "ValidationHook",

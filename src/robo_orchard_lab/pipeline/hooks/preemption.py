@@ -18,12 +18,9 @@ from torch.utils.data import DataLoader
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.agreement import Agreement
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.errors import (
-    PipelineConfigError,
-    PipelineStateError,
-    RunPreempted,
-)
+from robo_orchard_lab.pipeline.errors import PipelineStateError, RunPreempted
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
+from robo_orchard_lab.pipeline.hooks._interruption import check_savers, interrupt
 from robo_orchard_lab.pipeline.worker_signals import LeavesSignals, taken_by_main_process
 
 logger = logging.getLogger(__name__)
@@ -75,7 +72,10 @@ class Preemption(PipelineHooks):
             "on_loop", HookContext.from_callable(before=self._begin, after=self._end)
         )
         if cfg.save_checkpoint:
-            self.register_hook("on_epoch", HookContext.from_callable(before=self._check_savers))
+            self.register_hook(
+                "on_epoch",
+                HookContext.from_callable(before=lambda args: check_savers(args, self.name)),
+            )
         self.register_hook("on_step", HookContext.from_callable(after=self._stop_if_signalled))
 
     def _begin(self, args: PipelineHookArgs) -> None:
@@ -107,14 +107,7 @@ class Preemption(PipelineHooks):
         self._undo.close()
         if self._received and not self._stopping and args.exception is None:
             # It came after the last step. The run is over, and the process is to end all the same.
-            self._ask_to_stop(args, self._received)
-
-    def _check_savers(self, args: PipelineHookArgs) -> None:
-        if not args.run.savers:
-            raise PipelineConfigError(
-                f"{self.name}: there is no hook that saves a checkpoint when a signal comes; "
-                "register a SaveCheckpoint, or set save_checkpoint=False"
-            )
+            self._interrupt(args, self._received, save=False)
 
     def _stop_if_signalled(self, args: PipelineHookArgs) -> None:
         if args.exception is not None or self._stopping:
@@ -127,15 +120,11 @@ class Preemption(PipelineHooks):
             received = self._agreement.reach(step, received, accelerator)  # a collective
         if received:
             self._stopping = True
-            if self.cfg.save_checkpoint:
-                args.requests.save(self._reason(received), by=self.name)
-            self._ask_to_stop(args, received)
+            self._interrupt(args, received, save=self.cfg.save_checkpoint)
 
-    def _ask_to_stop(self, args: PipelineHookArgs, number: int) -> None:
-        args.requests.stop(self._reason(number), by=self.name, exit_code=self._exit_code(number))
-
-    def _reason(self, number: int) -> str:
-        return f"received {signal.Signals(number).name}"
+    def _interrupt(self, args: PipelineHookArgs, number: int, *, save: bool) -> None:
+        reason = f"received {signal.Signals(number).name}"
+        interrupt(args, reason, self.name, exit_code=self._exit_code(number), save=save)
 
     def _exit_code(self, number: int) -> int:
         return 128 + number if self.cfg.exit_code is None else self.cfg.exit_code

@@ -1,0 +1,164 @@
+"""Save and stop before the time is up."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import time
+from typing import Any, Literal
+
+import psutil  # type: ignore[import-untyped]  # accelerate brings it
+from pydantic import Field, field_validator
+
+from robo_orchard_core.utils.hook import HookContext
+from robo_orchard_lab.pipeline.agreement import Agreement
+from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.duration import DurationField, duration_s
+from robo_orchard_lab.pipeline.errors import PipelineConfigError
+from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
+from robo_orchard_lab.pipeline.hooks._interruption import check_savers, interrupt
+
+logger = logging.getLogger(__name__)
+
+_EARLY_S = 0.5  # by which several ranks may stop early, so that the last exchanges are few
+_LONGEST_WAIT_S = 30.0  # an evaluation, or steps that become slow, may come in between
+
+
+class TimeLimit(PipelineHooks):
+    """Has the run saved, and stopped, before a limit of wall-clock time.
+
+    At the first commit point at which less than ``margin`` is left, a checkpoint is saved, and the
+    trainer raises :class:`RunPreempted`, which ends the process with the exit code: by default 75,
+    which stands for "try again" (``EX_TEMPFAIL``). Started again, the run goes on from there.
+
+    The margin has to be long enough for a step with the wait for its batch, for what else may be
+    due at a commit point, such as an evaluation, and for the save.
+
+    The time counts from the start of the process, loading and all. With ``limit="slurm"`` it ends
+    when the job does: by ``SLURM_JOB_END_TIME`` where that is set, else by what ``squeue`` says is
+    left when the loop begins; a job without a limit is not stopped. The first rank's clock counts;
+    the others learn from it in a few exchanges.
+
+    Raises:
+        PipelineConfigError: when the loop begins, ``limit="slurm"`` outside of a SLURM job, or
+            where it can't be found out; when the first epoch begins, there is no hook that saves.
+    """
+
+    def __init__(self, cfg: TimeLimitConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self._limit_s = None if cfg.limit == "slurm" else duration_s(cfg.limit)
+        self._margin_s = duration_s(cfg.margin)
+        self._end_at = float("inf")  # in seconds since the epoch
+        self._stopping = False
+        self._agreement = Agreement("first")
+        self.register_hook("on_loop", HookContext.from_callable(before=self._begin))
+        if cfg.save_checkpoint:
+            self.register_hook(
+                "on_epoch",
+                HookContext.from_callable(before=lambda args: check_savers(args, self.name)),
+            )
+        self.register_hook("on_step", HookContext.from_callable(after=self._stop_in_time))
+
+    def _begin(self, args: PipelineHookArgs) -> None:
+        self._stopping = False
+        self._agreement = Agreement("first")
+        if args.accelerator is not None and not args.accelerator.is_main_process:
+            return  # whose clock does not count
+        if self._limit_s is None:
+            self._end_at = slurm_job_end(self.name)
+        else:
+            self._end_at = psutil.Process().create_time() + self._limit_s
+        left_s = self._end_at - time.time()
+        logger.info("%s: %.0f s left, %g of them for saving", self.name, left_s, self._margin_s)
+
+    def _stop_in_time(self, args: PipelineHookArgs) -> None:
+        if args.exception is not None or self._stopping:
+            return
+        left_s = self._end_at - self._margin_s - time.time()
+        accelerator = args.run.accelerator
+        if accelerator is None or accelerator.num_processes == 1:
+            due = left_s <= 0
+        else:
+            step = args.run.progress.steps_done
+            if not self._agreement.is_due(step):
+                return
+            wait_s = min(left_s / 2, _LONGEST_WAIT_S)
+            # A collective.
+            due = bool(self._agreement.reach(step, left_s <= _EARLY_S, accelerator, wait_s))
+        if due:
+            self._stopping = True
+            cfg = self.cfg
+            limit = (
+                "SLURM's limit" if self._limit_s is None else f"the limit of {self._limit_s:g} s"
+            )
+            reason = f"{limit} is near, with {self._margin_s:g} s kept for saving"
+            interrupt(args, reason, self.name, exit_code=cfg.exit_code, save=cfg.save_checkpoint)
+
+
+class TimeLimitConfig(PipelineHooksConfig[TimeLimit]):
+    """How long the process may run, and how it then ends.
+
+    >>> TimeLimitConfig(limit="3h30min", margin="5 min").limit
+    12600.0
+    """
+
+    class_type: type[TimeLimit] = TimeLimit
+    limit: Literal["slurm"] | float | str = Field(
+        description="The time from the start of the process, in seconds or as text, such as "
+        "'3h30min'; 'slurm' for that of the SLURM job.",
+    )
+    margin: DurationField = Field(
+        default=120.0,
+        description="How much of it is kept for saving, in seconds or as text.",
+    )
+    exit_code: int | None = Field(
+        default=75,
+        ge=0,
+        le=255,
+        description="What the process ends with; None for a run that then counts as completed.",
+    )
+    save_checkpoint: bool = Field(
+        default=True,
+        description="Whether a checkpoint is saved ahead of the end, by the hooks that save.",
+    )
+
+    @field_validator("limit", mode="before")
+    @classmethod
+    def _is_duration(cls, limit: Any) -> Any:
+        return limit if limit == "slurm" else duration_s(limit)
+
+    def __post_init__(self) -> None:
+        if self.limit != "slurm" and duration_s(self.limit) <= duration_s(self.margin):
+            raise ValueError(
+                f"the limit of {self.limit} s leaves no time beside a margin of "
+                f"{self.margin} s; give a shorter margin"
+            )
+
+
+def slurm_job_end(who: str) -> float:
+    """When this SLURM job ends, in seconds since the epoch; infinite without a limit.
+
+    Raises:
+        PipelineConfigError: this is no SLURM job, or it can't be found out.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        raise PipelineConfigError(
+            f"{who}: limit='slurm' outside of a SLURM job (there is no SLURM_JOB_ID); give a "
+            "time, such as '3h30min'"
+        )
+    end_at = os.environ.get("SLURM_JOB_END_TIME", "")
+    if end_at.isdecimal():
+        return float(end_at)
+    try:
+        asked = ["squeue", "--noheader", "--format=%L", f"--jobs={job}"]
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=60, check=True)
+        left = done.stdout.split("\n")[0].strip()
+        return float("inf") if left == "UNLIMITED" else time.time() + duration_s(left)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        raise PipelineConfigError(
+            f"{who}: can't find out when SLURM job {job} ends: SLURM_JOB_END_TIME is not set, and "
+            f"squeue fails: {error}; give a time, such as '3h30min'"
+        ) from error
