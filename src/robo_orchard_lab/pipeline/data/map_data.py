@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import BatchSampler, DataLoader
 
 from robo_orchard_lab.pipeline.batch_size import count_batches
@@ -27,6 +27,7 @@ from robo_orchard_lab.pipeline.data.fetching import (
 )
 from robo_orchard_lab.pipeline.data.index_order import is_known, order_of
 from robo_orchard_lab.pipeline.data.order import DataOrder
+from robo_orchard_lab.pipeline.data.own_loader import copy_of
 from robo_orchard_lab.pipeline.data.random_keys import (
     Purpose,
     epoch_key,
@@ -69,6 +70,9 @@ class MapData:
         self._sampler = self._made_of.sampler if type(self._made_of) is BatchSampler else None
         self._batched = loader.batch_sampler is not None
         self._sources = random_sources_of(loader)
+        if share.processes > 1 and self._sources:
+            shared = broadcast_object_list([capture_sources(self._sources)])  # a collective
+            restore_sources(shared[0], self._sources)  # which draw the same on all ranks from here
         self._quiet = draws_nothing(loader.dataset, loader.collate_fn)
         self._fetcher = Fetcher(loader.dataset, loader.collate_fn, self._batched)
         self._tasks = _Tasks()
@@ -258,22 +262,16 @@ class MapData:
 
     def _rebuilt(self) -> DataLoader[Any]:
         """The user's loader, but of tasks."""
-        user = self._user
-        with warnings.catch_warnings(action="ignore"):  # which the user's own gave already
-            return DataLoader(
-                self._fetcher,
-                batch_size=None,
-                sampler=self._tasks,
-                num_workers=user.num_workers,
-                collate_fn=as_it_is,
-                pin_memory=user.pin_memory,
-                timeout=user.timeout,
-                worker_init_fn=WorkerStart(user.worker_init_fn),
-                multiprocessing_context=user.multiprocessing_context,
-                generator=self._generator,
-                prefetch_factor=user.prefetch_factor,
-                persistent_workers=user.persistent_workers,
-            )
+        return copy_of(
+            self._user,
+            dataset=self._fetcher,
+            batch_size=None,
+            sampler=self._tasks,
+            collate_fn=as_it_is,
+            worker_init_fn=WorkerStart(self._user.worker_init_fn),
+            generator=self._generator,
+            in_order=True,
+        )
 
 
 _DESCRIBED = {

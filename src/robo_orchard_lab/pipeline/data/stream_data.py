@@ -8,6 +8,7 @@ from copy import deepcopy
 from itertools import count, islice
 from typing import Any
 
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch.utils.data import DataLoader, IterableDataset
 
 from robo_orchard_lab.pipeline.batch_size import count_batches, count_samples
@@ -127,6 +128,7 @@ class StreamData:
         start = self._start if begun else None
         return {
             "loader": type(self._loader).__qualname__,
+            "processes": self._share.processes,
             "samples": self._samples_done() if begun else 0,
             "random": capture_sources(self._sources) if start is None else start,
         }
@@ -153,6 +155,12 @@ class StreamData:
                 "the same"
             )
         saved = "stateful" in rank_state
+        if within_epoch and state["processes"] != self._share.processes:
+            raise StateError(
+                f"the data was divided among {state['processes']} processes when it was saved, "
+                f"and is among {self._share.processes}; within an epoch, data without an index "
+                "needs the same number"
+            )
         if not within_epoch or self._listed or (saved and self._stateful is not None):
             return
         if saved:
@@ -164,7 +172,8 @@ class StreamData:
             raise StateError(
                 f"the run was saved within an epoch, after {state['step_id']} steps of it, and "
                 f"{name} could not save its state; give data that can (torchdata's "
-                "StatefulDataLoader; without workers, a dataset with state_dict and "
+                "StatefulDataLoader, with several processes by DataLoaderConfiguration("
+                "use_stateful_dataloader=True); without workers, a dataset with state_dict and "
                 "load_state_dict), or allow all that was done to be read and dropped, with "
                 "DataOrder(fast_forward=True)"
             )
@@ -222,6 +231,9 @@ def _stateful_part(loader: Any) -> Any:
     if in_process and isinstance(loader.dataset, IterableDataset):
         parts.append(loader.dataset)
     for part in parts:
+        if isinstance(part, (DataLoaderShard, DataLoaderDispatcher)):
+            # Of these, all have the methods, and those of torchdata's loader have a state.
+            return part if part.use_stateful_dataloader else None
         if hasattr(part, "state_dict") and hasattr(part, "load_state_dict"):
             return part
     return None

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from robo_orchard_lab.pipeline.data.map_data import MapData
 from robo_orchard_lab.pipeline.data.order import DataOrder
-from robo_orchard_lab.pipeline.data.share import Share
+from robo_orchard_lab.pipeline.data.own_loader import has_index, own_loader
+from robo_orchard_lab.pipeline.data.share import share_in
 from robo_orchard_lab.pipeline.data.stream_data import StreamData
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.progress import TrainerProgress
@@ -39,10 +40,11 @@ class TrainingData:
     (seed, epoch, batch), or by sample, the same in workers and in this process; what the process
     itself draws is as if loading drew nothing.
 
-    With several processes, each gets the batches that Accelerate would give it, on the CPU.
+    With several processes, each gets the batches that Accelerate would give it. A loader of data
+    with an index gives them on the CPU, also where Accelerate has prepared it.
 
     Args:
-        dataloader: the user's, not prepared by Accelerate.
+        dataloader: the user's.
         order: what the order follows from.
         accelerator: the processes, and how Accelerate is asked to divide batches among them.
         progress: what the run has done; moved by the trainer, read here.
@@ -63,22 +65,13 @@ class TrainingData:
         self._progress = progress
         self.seed = _common_seed(order, accelerator)
         """What the order follows from: that of ``order``, of torch, or of the run resumed."""
-        config = accelerator.dataloader_config
-        share = Share(
-            accelerator.num_processes,
-            accelerator.process_index,
-            config.even_batches,
-            config.split_batches,
-        )
+        loader = own_loader(dataloader, accelerator)
+        share = share_in(loader, accelerator)
         self._source: MapData | StreamData
-        if (
-            isinstance(dataloader, DataLoader)
-            and type(dataloader).__iter__ is DataLoader.__iter__
-            and not isinstance(dataloader.dataset, IterableDataset)
-        ):
-            self._source = MapData(dataloader, order, share, progress)
+        if isinstance(loader, DataLoader) and has_index(loader):
+            self._source = MapData(loader, order, share, progress)
         else:
-            self._source = StreamData(dataloader, order, share, progress)
+            self._source = StreamData(loader, order, share, progress)
 
     def epoch(self, epoch_id: int, step_id: int = 0) -> Iterator[Any]:
         """This process's batches of an epoch, from a step on.

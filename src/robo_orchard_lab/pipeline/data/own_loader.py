@@ -1,0 +1,103 @@
+"""The loader that a user made, where Accelerate has made another one of it; and copies of one."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.data_loader import (
+    DataLoaderDispatcher,
+    DataLoaderShard,
+    SeedableRandomSampler,
+)
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
+
+logger = logging.getLogger(__name__)
+
+
+def has_index(loader: Any) -> bool:
+    """Whether it is a ``DataLoader``, and no class that iterates otherwise, of indexed data."""
+    return (
+        isinstance(loader, DataLoader)
+        and type(loader).__iter__ is DataLoader.__iter__
+        and not isinstance(loader.dataset, IterableDataset)
+    )
+
+
+def own_loader(loader: Iterable[Any], accelerator: Accelerator) -> Iterable[Any]:
+    """What is to be given an order: one with an index as it was before it was prepared.
+
+    Of other loaders, those that Accelerate can divide are prepared by it. Its seedable sampler
+    takes the place of a ``RandomSampler`` where it is asked for with a ``data_seed``; without one,
+    the order follows from a seed anyway. ``dispatch_batches`` means nothing to data with an
+    index, of which each process loads its own batches.
+    """
+    prepared = isinstance(loader, (DataLoaderShard, DataLoaderDispatcher))
+    if isinstance(loader, (DataLoaderShard, DataLoaderDispatcher)) and has_index(
+        loader.base_dataloader
+    ):
+        loader = _unprepared(loader.base_dataloader)
+    config = accelerator.dataloader_config
+    if isinstance(loader, DataLoader) and has_index(loader):
+        if not loader.in_order:
+            logger.warning(
+                "the data loader has in_order=False, which gives batches as workers finish them; "
+                "they are given in order, so that a resumed run finds them again"
+            )
+        if config.use_seedable_sampler and config.data_seed is not None:
+            return _with_seedable_sampler(loader, config.data_seed)
+        return loader
+    changed = accelerator.num_processes > 1 or config.use_stateful_dataloader
+    divisible = isinstance(loader, DataLoader) and loader.batch_sampler is not None
+    if changed and divisible and not prepared:
+        loader = accelerator.prepare(loader)
+    return loader
+
+
+def copy_of(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
+    """A loader with the same options; ``changes`` has the sampler or batch sampler at least."""
+    options = {
+        "dataset": loader.dataset,
+        "num_workers": loader.num_workers,
+        "collate_fn": loader.collate_fn,
+        "pin_memory": loader.pin_memory,
+        "timeout": loader.timeout,
+        "worker_init_fn": loader.worker_init_fn,
+        "multiprocessing_context": loader.multiprocessing_context,
+        "generator": loader.generator,
+        "prefetch_factor": loader.prefetch_factor,
+        "persistent_workers": loader.persistent_workers,
+        "in_order": loader.in_order,
+    }
+    with warnings.catch_warnings(action="ignore"):  # which the first one gave already
+        return DataLoader(**{**options, **changes})
+
+
+def _unprepared(loader: DataLoader[Any]) -> DataLoader[Any]:
+    batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    return _made_of(loader, getattr(batches, "batch_sampler", batches))
+
+
+def _with_seedable_sampler(loader: DataLoader[Any], data_seed: int) -> DataLoader[Any]:
+    """With the sampler that Accelerate puts in place of a ``RandomSampler``."""
+    batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    sampler = getattr(batches, "sampler", None)
+    if type(batches) is not BatchSampler or type(sampler) is not RandomSampler:
+        return loader
+    seedable = SeedableRandomSampler(
+        sampler.data_source,
+        replacement=sampler.replacement,
+        num_samples=sampler.num_samples,
+        generator=sampler.generator,
+        data_seed=data_seed,
+    )
+    return _made_of(loader, BatchSampler(seedable, batches.batch_size, batches.drop_last))
+
+
+def _made_of(loader: DataLoader[Any], batches: Any) -> DataLoader[Any]:
+    if loader.batch_sampler is None:
+        return copy_of(loader, batch_size=None, sampler=batches)
+    return copy_of(loader, batch_sampler=batches)

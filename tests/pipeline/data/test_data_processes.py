@@ -1,0 +1,82 @@
+"""Data in real processes under torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from loaded_data import Drawing, data_of
+from robo_orchard_lab.pipeline.data import DataOrder
+
+SCRIPT = Path(__file__).parent.parent / "data_on_ranks.py"
+
+
+def launch(folder: Path, processes: int) -> list[dict[str, Any]]:
+    """What each rank found."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    path = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *launcher, str(SCRIPT), str(folder)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [torch.load(file, weights_only=True) for file in sorted(folder.glob("rank*.pt"))]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return launch(tmp_path_factory.mktemp("two"), 2)
+
+
+@pytest.mark.parametrize("loader", ["sequential", "generator", "drop_last", "stream"])
+@pytest.mark.parametrize("kind", ["whole", "split"])
+def test_the_batches_of_two_processes_are_those_of_accelerate(
+    kind: str, loader: str, ranks: list[dict[str, Any]]
+) -> None:
+    """Of a plain loader, and of one that was prepared, in both epochs."""
+    for rank in ranks:
+        theirs, ours, of_prepared = rank[f"{kind} {loader}"]
+        assert theirs == ours == of_prepared
+    assert ranks[0][f"{kind} {loader}"] != ranks[1][f"{kind} {loader}"]
+
+
+def test_ranks_share_one_order(ranks: list[dict[str, Any]]) -> None:
+    """That of the first rank's seed and generators, so that every sample is given once."""
+    assert ranks[0]["unseeded"] == ranks[1]["unseeded"] == 0
+    given = [index for rank in ranks for batch in rank["own"] for index in batch]
+    assert sorted(given) == list(range(32))
+
+
+def test_augmentation_by_sample_is_that_of_one_process(
+    ranks: list[dict[str, Any]],
+) -> None:
+    """By sample, each is drawn for as in one process; by batch, no two ranks draw the same."""
+    alone = data_of(DataLoader(Drawing(32), 8, shuffle=True), DataOrder(7, "sample"))
+    drawn_for = {
+        int(index): row
+        for indices, drawn in alone.epoch(0)
+        for index, row in zip(indices, drawn, strict=True)
+    }
+    for rank in ranks:
+        for row in torch.cat(rank["by sample"]):
+            assert torch.equal(row[1:], drawn_for[int(row[0])])
+    drawn = [batch[0, 1].item() for rank in ranks for batch in rank["by batch"]]
+    assert len(set(drawn)) == len(drawn) == 8
+
+
+def test_a_sampler_that_divides_is_refused(ranks: list[dict[str, Any]]) -> None:
+    """With what to do about it."""
+    for rank in ranks:
+        assert "is a DistributedSampler, which divides the samples among 2" in rank["refused"]
+        assert "leave it out" in rank["refused"]

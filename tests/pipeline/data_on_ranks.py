@@ -1,0 +1,95 @@
+"""What each process of ``test_data_processes.py`` runs: batches, ours and Accelerate's."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from loaded_data import Drawing, Indices
+from robo_orchard_lab.pipeline.data import DataOrder, TrainingData
+from robo_orchard_lab.pipeline.data.order import KeyedBy
+from robo_orchard_lab.pipeline.errors import PipelineConfigError
+from robo_orchard_lab.pipeline.progress import TrainerProgress
+
+
+class Stream(IterableDataset[int]):
+    def __iter__(self) -> Any:
+        return iter(range(21))
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
+
+
+LOADERS: dict[str, Callable[[], Any]] = {
+    "sequential": lambda: DataLoader(Indices(26), 4),
+    "generator": lambda: DataLoader(Indices(26), 4, shuffle=True, generator=generator()),
+    "drop_last": lambda: DataLoader(Indices(27), 4, drop_last=True),
+    "stream": lambda: DataLoader(Stream(), 4),
+}
+
+
+def main(folder: Path) -> None:
+    split = DataLoaderConfiguration(split_batches=True)
+    accelerators = {
+        "whole": Accelerator(cpu=True),
+        "split": Accelerator(cpu=True, dataloader_config=split),
+    }
+    accelerator = accelerators["whole"]
+    rank = accelerator.process_index
+
+    def data_of(loader: Any, prepare: bool = False, kind: str = "whole") -> TrainingData:
+        if prepare:
+            loader = accelerators[kind].prepare(loader)
+        return TrainingData(loader, DataOrder(seed=7), accelerators[kind], TrainerProgress())
+
+    result: dict[str, Any] = {}
+    for kind, theirs in accelerators.items():
+        for name, make in LOADERS.items():
+            prepared = theirs.prepare(make())
+            ours = [data_of(make(), False, kind), data_of(make(), True, kind)]
+            result[f"{kind} {name}"] = [
+                [[batch.tolist() for batch in prepared] for _ in range(2)],
+                *([[b.tolist() for b in data.epoch(e)] for e in range(2)] for data in ours),
+            ]
+
+    torch.manual_seed(rank)  # ranks that are seeded alike learn nothing from each other
+    loader = DataLoader(Drawing(26), 4, shuffle=True, num_workers=1)
+    data = TrainingData(loader, DataOrder(), accelerator, TrainerProgress())
+    result["unseeded"] = data.seed
+    orders: tuple[KeyedBy, ...] = ("batch", "sample")
+    for keyed_by in orders:
+        loader = DataLoader(Drawing(32), 4, shuffle=True)
+        order = DataOrder(7, keyed_by)
+        data = TrainingData(loader, order, accelerator, TrainerProgress())
+        result[f"by {keyed_by}"] = [torch.stack(list(b), 1) for b in map(_columns, data.epoch(0))]
+    # An order that is drawn from a generator which every rank has seeded its own way.
+    own = torch.Generator().manual_seed(rank)
+    indices = DataLoader(Indices(32), 4, shuffle=True, generator=own)
+    data = TrainingData(indices, DataOrder(), accelerator, TrainerProgress())
+    result["own"] = [batch.tolist() for batch in data.epoch(0)]
+    try:
+        sampler: Any = DistributedSampler(Indices(26))
+        data_of(DataLoader(Indices(26), 4, sampler=sampler))
+    except PipelineConfigError as error:
+        result["refused"] = str(error)
+    torch.save(result, folder / f"rank{rank}.pt")
+    accelerator.end_training()  # a process group that is left open aborts the process at its exit
+    if accelerator.num_processes > 1:
+        time.sleep(1)  # gloo aborts a process that exits within half a second of its first exchange
+
+
+def _columns(batch: Any) -> list[torch.Tensor]:
+    indices, drawn = batch
+    return [indices.double(), *drawn.T]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
