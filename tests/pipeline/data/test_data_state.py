@@ -75,13 +75,18 @@ def test_an_unknown_version_is_refused() -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8, 30])
 @pytest.mark.parametrize("steps", [3, 7])
-def test_another_batch_size_goes_on_with_the_next_sample(steps: int, batch_size: int) -> None:
+def test_another_batch_size_goes_on_with_the_next_sample(
+    steps: int, batch_size: int, caplog: pytest.LogCaptureFixture
+) -> None:
     """Where it is allowed, every sample of the epoch is still given once."""
     order = DataOrder(seed=7, keyed_by="sample", allow_other_batch_size=True)
     whole = torch.cat([batch[1] for batch in data_of(loader(), order).epoch(0)])
     data = resumed(loader(batch_size=batch_size), state_after(steps, order=order), order)
     rest = list(data.epoch(0, steps))
     done = min(4 * steps, 26)
+    place = "a step of other epochs begins, too" if done % batch_size == 0 else "no step of other"
+    assert f"with {batch_size} samples a step, where it had 4, from sample {done}" in caplog.text
+    assert f"where {place}" in caplog.text
     assert same(torch.cat([batch[1] for batch in rest] or [whole[26:]]), whole[done:])
     assert data.steps_per_epoch == steps + len(rest)
     assert list(data.batch_sizes(steps) or []) == [len(batch[0]) for batch in rest]

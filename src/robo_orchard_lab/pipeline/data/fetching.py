@@ -107,20 +107,6 @@ class Fetcher(Dataset[Any]):
         return {**self.__dict__, "_aside": None}
 
 
-class WorkerStart:
-    """Makes a worker what the user's functions expect: ``get_worker_info().dataset`` is theirs."""
-
-    def __init__(self, worker_init_fn: Callable[[int], None] | None) -> None:
-        self._worker_init_fn = worker_init_fn
-
-    def __call__(self, worker_id: int) -> None:
-        info = get_worker_info()
-        if info is not None and isinstance(info.dataset, Fetcher):
-            object.__setattr__(info, "dataset", info.dataset.dataset)  # it is read-only
-        if self._worker_init_fn is not None:
-            self._worker_init_fn(worker_id)
-
-
 def as_it_is(batch: Any) -> Any:
     """A collate_fn for what is a batch already."""
     return batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -21,7 +22,6 @@ from robo_orchard_lab.pipeline.data.epoch_batches import (
 from robo_orchard_lab.pipeline.data.fetching import (
     Fetcher,
     Task,
-    WorkerStart,
     as_it_is,
     draws_nothing,
 )
@@ -42,8 +42,11 @@ from robo_orchard_lab.pipeline.data.random_sources import (
 )
 from robo_orchard_lab.pipeline.data.share import Share
 from robo_orchard_lab.pipeline.data.streams_aside import ContinuedStreams
+from robo_orchard_lab.pipeline.data.worker_start import WorkerStart
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.progress import TrainerProgress
+
+logger = logging.getLogger(__name__)
 
 
 class MapData:
@@ -188,12 +191,13 @@ class MapData:
 
     def _description(self) -> dict[str, Any]:
         sampler = self._made_of if self._sampler is None else self._sampler
+        own_batches = self._batched and not self._listed
         return {
             "sampler": type(sampler).__qualname__,
             "dataset_length": count_batches(self._user.dataset),
             "sampler_length": count_batches(sampler),
-            "samples_per_step": self._division().samples_per_step if self._listed else None,
-            "batches_per_step": 1 if self._listed else self._share.processes,
+            "samples_per_step": None if own_batches else self._division().samples_per_step,
+            "batches_per_step": self._share.processes if own_batches else 1,
         }
 
     def _samples(self) -> int | None:
@@ -223,7 +227,20 @@ class MapData:
         first_step = first_sample = 0
         if loaded is not None:
             first_step, first_sample = self._progress.step_id, loaded["samples"]
+            self._tell_another_batch_size(loaded, division)
         return IndexedBatches(order, division, self._listed, first_step, first_sample)
+
+    def _tell_another_batch_size(self, loaded: Mapping[str, Any], division: Division) -> None:
+        before, now, done = loaded["samples_per_step"], division.samples_per_step, loaded["samples"]
+        if before != now:
+            logger.warning(
+                "the epoch goes on with %d samples a step, where it had %d, from sample %d on, "
+                "%s; so it has another number of steps than other epochs",
+                *(now, before, done),
+                "where a step of other epochs begins, too"
+                if done % now == 0
+                else "where no step of other epochs begins",
+            )
 
     def _iterated(self, key: int) -> IteratedBatches:
         return IteratedBatches(

@@ -15,6 +15,7 @@ from robo_orchard_lab.pipeline.batch_size import count_batches, count_samples
 from robo_orchard_lab.pipeline.data.announcing import announce_epoch
 from robo_orchard_lab.pipeline.data.epoch_batches import BatchIndices
 from robo_orchard_lab.pipeline.data.order import DataOrder
+from robo_orchard_lab.pipeline.data.own_loader import copy_of
 from robo_orchard_lab.pipeline.data.random_keys import (
     Purpose,
     epoch_key,
@@ -27,8 +28,10 @@ from robo_orchard_lab.pipeline.data.random_sources import (
     random_sources_of,
     restore_sources,
 )
+from robo_orchard_lab.pipeline.data.reseeded_stream import ReseededStream
 from robo_orchard_lab.pipeline.data.share import Share
 from robo_orchard_lab.pipeline.data.streams_aside import StreamsAside
+from robo_orchard_lab.pipeline.data.worker_start import WorkerStart
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 
@@ -58,6 +61,7 @@ class StreamData:
                 "DataOrder: keyed_by='sample' needs a DataLoader of a dataset with an index, got "
                 f"{type(loader).__name__}, whose samples can't be told apart; use 'batch'"
             )
+        self._user = loader
         self._loader = loader
         self._order = order
         self._share = share
@@ -65,8 +69,11 @@ class StreamData:
         self._sources = random_sources_of(loader)
         self._stateful = _stateful_part(loader)
         self._listed = type(loader) in (list, tuple)
-        in_workers = isinstance(loader, DataLoader) and loader.num_workers > 0
-        self._quiet = self._listed or in_workers
+        self._quiet = self._listed or _reads_in_workers(loader)
+        self._reseeded: ReseededStream | None = None
+        if self._quiet and isinstance(loader, DataLoader) and loader.persistent_workers:
+            self._reseeded = ReseededStream(loader.dataset)
+            self._loader = _with_dataset(loader, self._reseeded)
         self._aside = StreamsAside()
         self._epoch_id: int | None = None
         self._start: Mapping[str, Any] | None = None
@@ -82,7 +89,7 @@ class StreamData:
         """The batches of an epoch from a step on."""
         state, rank_state = self._loaded or ({}, {})
         self._loaded = None
-        announce_epoch(self._loader, epoch_id)
+        announce_epoch(self._user, epoch_id)
         self._start = capture_sources(self._sources)
         self._epoch_id = epoch_id
         self._begin = state["samples"] if step_id > 0 and state else 0
@@ -95,6 +102,8 @@ class StreamData:
             self._stateful.load_state_dict(rank_state["stateful"])
         first = step_id if goes_on else 0
         key = epoch_key(seed, epoch_id, Purpose.LOADING)
+        if self._reseeded is not None:
+            self._reseeded.seed, self._reseeded.epoch_id = seed, epoch_id
         with self._aside:
             seed_streams(epoch_key(seed, epoch_id, Purpose.ORDER))
             batches = iter(self._loader)
@@ -106,7 +115,7 @@ class StreamData:
     @property
     def steps_per_epoch(self) -> int | None:
         """Of this process; None where it is not known."""
-        return count_batches(self._loader)
+        return count_batches(self._user)
 
     def sizes(self, step_id: int) -> Iterator[int] | None:
         """Not known: only loading the batches tells."""
@@ -222,6 +231,22 @@ class StreamData:
             self._given.popleft()
         for step in [step for step in self._states if step < step_id]:
             del self._states[step]
+
+
+def _reads_in_workers(loader: Any) -> bool:
+    """Whether only workers read, so that nothing is drawn here after the start of an epoch."""
+    plain = isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
+    return plain and loader.num_workers > 0
+
+
+def _with_dataset(loader: DataLoader[Any], dataset: IterableDataset[Any]) -> DataLoader[Any]:
+    return copy_of(
+        loader,
+        dataset=dataset,
+        batch_size=loader.batch_size,
+        drop_last=loader.drop_last,
+        worker_init_fn=WorkerStart(loader.worker_init_fn),
+    )
 
 
 def _stateful_part(loader: Any) -> Any:
