@@ -138,7 +138,7 @@ def endless() -> list[Any]:
     ("part", "value", "message"),
     [
         ("model", {"a": object()}, "the part 'model': a can't be saved: .* found object"),
-        ("model", endless(), "the part 'model' is nested deeper than 200"),
+        ("model", endless(), "the part 'model' is nested deeper than 100"),
         ("model", [10**5000], "the part 'model': Exceeds the limit"),
         ("../model", 1, "a part can't be named '../model'"),
         ("manifest", 1, "a part can't be named 'manifest'"),

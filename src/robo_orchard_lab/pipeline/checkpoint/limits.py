@@ -27,7 +27,7 @@ class ReadLimits:
     max_manifest_bytes: int = 16 * MIB
     max_json_bytes: int = 64 * MIB
     """Of one part's JSON. Reading it takes up to some 25 times as much memory."""
-    max_json_depth: int = 200
+    max_json_depth: int = 100
     """How deep lists and mappings may lie in one another."""
     max_header_bytes: int = 100_000_000
     """Of one file's list of tensors; the limit of safetensors itself."""

@@ -21,6 +21,10 @@ MANIFEST_FILE = "manifest.json"
 FORMAT = "robo_orchard_lab.checkpoint"
 VERSION = 1
 _MAX_NUMBER = 2**63 - 1
+_KEYS = {
+    *("format", "version", "step", "serial", "saved_at", "ranks", "digest_name"),
+    *("metrics", "metadata", "files"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,45 +118,44 @@ def parse_manifest(text: bytes, limits: ReadLimits) -> Manifest:
     try:
         document = parse_json(text, max_depth=limits.max_json_depth)
     except JsonError as error:
-        raise CheckpointError(f"{MANIFEST_FILE} can't be read: {error}") from error
+        raise CheckpointError(f"it can't be read: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise CheckpointError(f"{MANIFEST_FILE} is not that of a checkpoint")
+        raise CheckpointError("it is not that of a checkpoint")
     if document.get("version") != VERSION:
-        raise CheckpointError(
-            f"{MANIFEST_FILE}: expected version {VERSION}, found {document.get('version')!r:.40}"
-        )
+        raise CheckpointError(f"expected version {VERSION}, found {document.get('version')!r:.40}")
     name = document.get("digest_name")
     if not isinstance(name, str) or name not in HEX_DIGITS:
-        raise CheckpointError(f"{MANIFEST_FILE} names the digest {name!r:.40}, which is not known")
+        raise CheckpointError(f"it names the digest {name!r:.40}, which is not known")
     rest = {key: value for key, value in document.items() if key != "digest"}
     if document.get("digest") != digest_of(name, _text(rest)) or _text(document) != text:
-        raise CheckpointError(f"{MANIFEST_FILE} is not as it was written: its digest is another")
+        raise CheckpointError("it is not as it was written: its digest is another")
     try:
         return _manifest(name, rest, limits)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{MANIFEST_FILE} has a wrong entry: {error!r:.200}") from error
+        raise CheckpointError(f"it has a wrong entry: {error!r:.200}") from error
 
 
 def _manifest(digest_name: str, document: dict[str, Any], limits: ReadLimits) -> Manifest:
+    if set(document) != _KEYS:
+        wrong = ", ".join(sorted(set(document) ^ _KEYS))
+        raise CheckpointError(f"it lacks, or has besides: {wrong:.200}")
     files = document["files"]
     if not isinstance(files, dict):
-        raise CheckpointError(f"{MANIFEST_FILE}: files is not a mapping")
+        raise CheckpointError("files is not a mapping")
     if len(files) > limits.max_files:
-        raise CheckpointError(
-            f"{MANIFEST_FILE} lists {len(files)} files; at most {limits.max_files} are read"
-        )
-    ranks = _number("ranks", document["ranks"])
+        raise CheckpointError(f"it lists {len(files)} files; at most {limits.max_files} are read")
+    ranks = _number("ranks", document["ranks"], least=1)
     metrics, metadata = (decode_state(document[key], {}) for key in ("metrics", "metadata"))
     if not isinstance(metrics, dict) or not isinstance(metadata, dict):
-        raise CheckpointError(f"{MANIFEST_FILE}: metrics or metadata is not a mapping")
+        raise CheckpointError("metrics or metadata is not a mapping")
     if not all(type(value) in (int, float) for value in metrics.values()):
-        raise CheckpointError(f"{MANIFEST_FILE}: a metric is not a number")
+        raise CheckpointError("a metric is not a number")
     return Manifest(
         step=_number("step", document["step"]),
         serial=_number("serial", document["serial"]),
-        saved_at=datetime.fromisoformat(document["saved_at"]),
+        saved_at=_time(document["saved_at"]),
         ranks=ranks,
         digest_name=digest_name,
         metrics=metrics,
@@ -164,19 +167,26 @@ def _manifest(digest_name: str, document: dict[str, Any], limits: ReadLimits) ->
 def _entry(name: str, entry: Any, digest_name: str, ranks: int) -> FileEntry:
     parsed = FileName.parse(name)
     if parsed is None or (parsed.rank is not None and parsed.rank >= ranks):
-        raise CheckpointError(f"{MANIFEST_FILE} lists a file {name!r:.80}, which none is named")
+        raise CheckpointError(f"it lists a file {name!r:.80}, which none is named")
     if not isinstance(entry, dict) or set(entry) != {"size", "digest"}:
-        raise CheckpointError(f"{MANIFEST_FILE}: the entry of {name} is not its size and digest")
+        raise CheckpointError(f"the entry of {name} is not its size and digest")
     digest = entry["digest"]
     if not isinstance(digest, str) or len(digest) != HEX_DIGITS[digest_name]:
-        raise CheckpointError(f"{MANIFEST_FILE}: the digest of {name} is not a {digest_name}")
+        raise CheckpointError(f"the digest of {name} is not a {digest_name}")
     return FileEntry(_number(f"the size of {name}", entry["size"]), digest)
 
 
-def _number(what: str, value: Any) -> int:
-    if type(value) is not int or not 0 <= value <= _MAX_NUMBER:
-        raise CheckpointError(f"{MANIFEST_FILE}: {what} is {value!r:.40}, expected a number from 0")
+def _number(what: str, value: Any, *, least: int = 0) -> int:
+    if type(value) is not int or not least <= value <= _MAX_NUMBER:
+        raise CheckpointError(f"{what} is {value!r:.40}, expected a number from {least}")
     return value
+
+
+def _time(value: Any) -> datetime:
+    found = datetime.fromisoformat(value)
+    if found.tzinfo != UTC:
+        raise CheckpointError(f"saved_at is {value!r:.40}, expected a time in UTC")
+    return found
 
 
 def _tree(what: str, value: Mapping[str, Any]) -> Any:

@@ -127,6 +127,8 @@ def decode_part(
     try:
         tree = parse_json(document, max_depth=limits.max_json_depth)
         return decode_state(tree, tensors or {})
+    except RecursionError:  # the caller lies deep itself
+        raise CheckpointError("it is nested too deep to be read here") from None
     except (JsonError, StateError) as error:
         raise CheckpointError(str(error)) from error
 

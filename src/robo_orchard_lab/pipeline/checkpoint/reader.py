@@ -52,7 +52,8 @@ class OpenCheckpoint:
             self._manifest = self._open_file(MANIFEST_FILE, limits.max_manifest_bytes)
             self._hold()
             text = bytes(bytes_of(_read(self._manifest, os.fstat(self._manifest).st_size)))
-            self.manifest: Manifest = parse_manifest(text, limits)
+            with self._in_file(MANIFEST_FILE):
+                self.manifest: Manifest = parse_manifest(text, limits)
         except BaseException:
             self.close()
             raise

@@ -95,6 +95,8 @@ def decode_state(document: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
         if mark == "$tuple":
             return tuple(decoded)
         pairs = dict(decoded)
+        if len(pairs) != len(decoded):
+            raise ValueError("a key is there twice")
         return {"$dict": pairs, "$counter": Counter(pairs)}[mark]
     except (KeyError, TypeError, ValueError) as error:
         raise StateError(f"a saved state has an unknown value {document!r:.80}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 
@@ -45,17 +46,23 @@ def check_depth(value: Any, max_depth: int) -> None:
     Raises:
         JsonError: they do.
     """
-    level = [value]
-    for _ in range(max_depth + 1):
-        level = [
+    containers = _containers([value])
+    for _ in range(max_depth):
+        containers = [
             item
-            for container in level
-            if isinstance(container, (dict, list))
-            for item in (container.values() if isinstance(container, dict) else container)
+            for container in containers
+            for item in _containers(
+                container.values() if isinstance(container, dict) else container
+            )
         ]
-        if not level:
+        if not containers:
             return
-    raise JsonError(f"it is nested deeper than {max_depth}")
+    if containers:
+        raise JsonError(f"it is nested deeper than {max_depth}")
+
+
+def _containers(values: Iterable[Any]) -> list[Any]:
+    return [value for value in values if isinstance(value, (dict, list))]
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

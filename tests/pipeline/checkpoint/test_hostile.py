@@ -1,0 +1,102 @@
+"""Checkpoints of strangers who mean harm."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from time import monotonic
+
+import psutil  # type: ignore[import-untyped]  # carries no annotations
+import pytest
+import torch
+
+from hostile_checkpoints import LIMITS, WAYS, Made, make_hostile
+from robo_orchard_lab.pipeline.checkpoint import load_checkpoint, save_checkpoint
+from robo_orchard_lab.pipeline.errors import CheckpointError
+
+# What reading may take, besides what is there already: the limits' 16 MiB of tensors, and 1 MiB of
+# JSON, of which Python makes 25.
+ROOM_BYTES = 256 << 20
+SLOWEST_S = 5.0
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Made:
+    tensors = {
+        "w": torch.ones(3, 4),
+        "b": torch.zeros(5, dtype=torch.float64),
+        "flags": torch.tensor([True, False, True]),
+    }
+    save_checkpoint(
+        tmp_path / "good",
+        3,
+        {"model": tensors, "optimizer": {"lr": 0.1, "state": {0: tensors["w"]}}, "trainer": [1]},
+        {"random": {"stream": torch.arange(8), "place": 3}},
+        metrics={"loss": 0.5},
+        metadata={"versions": {"torch": "2"}},
+    )
+    assert load_checkpoint(tmp_path / "good", limits=LIMITS).info.step == 3
+    return Made.read(tmp_path / "good")
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """Whoever asks for much more than there is now gets a MemoryError."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    now = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (now + ROOM_BYTES, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def refusal_of(path: Path) -> str | None:
+    """The error's text; None where the checkpoint is loaded."""
+    try:
+        load_checkpoint(path, limits=LIMITS)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def check_all_are_refused(good: Made, folder: Path, numbers: range) -> None:
+    """Each is a CheckpointError that names the checkpoint, soon, and nothing is written."""
+    arena = folder / "arena"
+    arena.mkdir()
+    (arena / "secret").write_text("12345")
+    before = sorted(os.listdir(folder))
+    refused: Counter[str] = Counter()
+    for number in numbers:
+        way, made = make_hostile(good, number)
+        path = arena / "step_00000003"
+        made.write(path)
+        names = sorted(os.listdir(path))
+        began_at = monotonic()
+        told = refusal_of(path)
+        assert told is not None, f"number {number} was loaded: {way}"
+        assert str(path) in told, (number, way)
+        assert len(told) < 2000, (number, way)
+        assert monotonic() - began_at < SLOWEST_S, (number, way)
+        assert sorted(os.listdir(path)) == names
+        assert sorted(os.listdir(arena)) == ["secret", "step_00000003"]
+        refused[way] += 1
+        shutil.rmtree(path)
+    assert (arena / "secret").read_text() == "12345"
+    assert sorted(os.listdir(folder)) == before
+    assert len(refused) == len(WAYS)
+
+
+def test_hostile_checkpoints_are_refused(good: Made, tmp_path: Path, little_memory: None) -> None:
+    """Of 1,600 with one thing wrong each, none is loaded, none crashes, none takes long or much."""
+    check_all_are_refused(good, tmp_path, range(1_600))
+
+
+@pytest.mark.slow
+def test_ten_thousand_hostile_checkpoints_are_refused(
+    good: Made, tmp_path: Path, little_memory: None
+) -> None:
+    """The same of 10,000 others."""
+    check_all_are_refused(good, tmp_path, range(10_000, 20_000))
