@@ -1,0 +1,97 @@
+"""Processes that are killed while they save."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
+from robo_orchard_lab.pipeline.checkpoint.folder_names import step_of
+
+SCRIPT = Path(__file__).parent.parent / "save_until_killed.py"
+LONGEST_LIFE_S = 0.12
+
+
+@pytest.fixture
+def saver() -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, str(SCRIPT)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    ) as process:
+        yield process
+        process.stdin.close()  # type: ignore[union-attr]  # it is a pipe
+
+
+def words(stream: IO[str] | None) -> list[str]:
+    assert stream is not None
+    return stream.readline().split()
+
+
+def saved_before_kill(saver: subprocess.Popen[str], root: Path, start: int, life_s: float) -> int:
+    """The number of the last save that was acknowledged; ``start`` where none was."""
+    assert saver.stdin is not None
+    saver.stdin.write(f"go {root} {start}\n")
+    saver.stdin.flush()
+    kind, pid = words(saver.stdout)
+    assert kind == "pid"
+    time.sleep(life_s)
+    os.kill(int(pid), signal.SIGKILL)
+    last = start
+    while (line := words(saver.stdout)) != ["ended"]:
+        assert line[0] == "saved", line
+        last = int(line[1])
+    return last
+
+
+def check_kills(saver: subprocess.Popen[str], root: Path, kills: int) -> None:
+    chosen = random.Random(kills)
+    newest, leftovers = 0, 0
+    for _ in range(kills):
+        before = newest
+        acknowledged = saved_before_kill(saver, root, before, chosen.uniform(0, LONGEST_LIFE_S))
+        leftovers += (
+            any(name.startswith(".step") for name in os.listdir(root)) if root.exists() else 0
+        )
+        store = CheckpointStore(root)
+        with store:
+            names = set(os.listdir(root)) - {".lock", "last"}
+            assert all(step_of(name) is not None for name in names), names
+            found = store.load_newest()
+            assert all(item.problem is None for item in store.verify())
+            assert len(names) <= 4  # three are kept, and one more where the kill came ahead of it
+        if found is None:
+            assert acknowledged == 0
+            continue
+        newest = found.parts["trainer"]
+        assert found.skipped == ()
+        assert newest in (acknowledged, acknowledged + 1)  # the one after was not told of in time
+        assert found.of_rank["random"] == [newest]
+        assert found.parts["model"]["a"].eq(newest).all()
+        assert os.readlink(root / "last") == found.info.path.name
+    assert newest > kills  # else they were killed too early to tell
+    assert leftovers > 0
+
+
+def test_no_acknowledged_save_is_lost(saver: subprocess.Popen[str], tmp_path: Path) -> None:
+    """After 20 kills, each at a random instant, the newest is the last acknowledged or the one
+    after it, all of it, and nothing else is left of the save that was under way."""
+    check_kills(saver, tmp_path / "run", 20)
+
+
+@pytest.mark.slow
+def test_no_acknowledged_save_is_lost_in_many(saver: subprocess.Popen[str], tmp_path: Path) -> None:
+    """The same after 300 kills."""
+    check_kills(saver, tmp_path / "run", 300)
