@@ -157,6 +157,12 @@ def test_a_checkpoint_that_is_replaced_can_be_read_to_its_end(tmp_path: Path) ->
     assert sorted(os.listdir(tmp_path)) == [".lock", "last", "step_00000001", "step_00000002"]
 
 
+def test_the_link_to_the_best_follows_it(tmp_path: Path) -> None:
+    """Where no rule keeps the best one, the link leads to the best of those that are left."""
+    save_all(tmp_path, Retention(keep_last=1, monitor="loss"), [1.0, 2.0])
+    assert os.readlink(tmp_path / "best") == "step_00000002"
+
+
 class Runs(RuleBasedStateMachine):
     """Runs that save, go back, end and go on, while checkpoints are damaged."""
 

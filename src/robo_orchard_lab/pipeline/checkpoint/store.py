@@ -353,6 +353,8 @@ class CheckpointStore:
             if why is None and not dry_run:
                 why = remove_checkpoint(info.path, self.limits)
             decisions.append(PruneDecision(info.path, why is None, why or "no rule keeps it"))
+        if not dry_run and any(decision.removed for decision in decisions):
+            self._set_links()  # the best may be gone
         return decisions
 
     def _newest_good(self, infos: Sequence[CheckpointInfo]) -> CheckpointInfo | None:
