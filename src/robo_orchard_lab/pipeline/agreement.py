@@ -54,7 +54,7 @@ class Agreement:
         wait_steps = int(min(max(1.0, wait_s * self._steps_per_s(step, began_at)), _MANY_STEPS))
         rows = _exchange([found, wait_steps], accelerator)
         if self._last_at is not None:
-            self._costs_s = [*self._costs_s[-2:], time.monotonic() - began_at]
+            self._costs_s = [*self._costs_s[-4:], time.monotonic() - began_at]
         self._last_step, self._last_at = step, began_at
         if self._whose == "any":
             found, wait_steps = max(row[0] for row in rows), min(row[1] for row in rows)
@@ -64,8 +64,9 @@ class Agreement:
         return found
 
     def _affordable_wait_s(self) -> float:
-        # The shortest is what an exchange takes; in the others one rank has waited for another.
-        return min(min(self._costs_s, default=0.0) / _SHARE, _LONGEST_WAIT_S)
+        # The mean of the last ones, since one rank may have waited for another in one of them.
+        mean_s = sum(self._costs_s) / max(1, len(self._costs_s))
+        return min(mean_s / _SHARE, _LONGEST_WAIT_S)
 
     def _steps_per_s(self, step: int, now: float) -> float:
         taken_s = 0.0 if self._last_at is None else now - self._last_at

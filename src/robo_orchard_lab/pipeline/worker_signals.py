@@ -33,6 +33,21 @@ def taken_by_main_process(signals: Iterable[int]) -> Iterator[None]:
         _taken = before
 
 
+@contextmanager
+def workers_start() -> Iterator[None]:
+    """Around the start of workers that have a :class:`LeavesSignals`: hold the taken signals back.
+
+    Until a worker has called it, which takes a moment, it would die of them. Those that come are
+    handled at the end, in the worker as in the main process. This is of use in the thread that
+    starts the workers, which is the main thread.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _taken)  # workers inherit it
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class LeavesSignals:
     """A ``worker_init_fn`` that leaves signals to the main process, then does what another does.
 
@@ -45,9 +60,11 @@ class LeavesSignals:
         self._signals: tuple[int, ...] | None = None  # set in a worker that is no fork
 
     def __call__(self, worker_id: int) -> None:
-        for number in _taken if self._signals is None else self._signals:
+        taken = _taken if self._signals is None else self._signals
+        for number in taken:
             outlives = _ignore_once if number == signal.SIGTERM else signal.SIG_IGN
             signal.signal(number, outlives)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, taken)  # see workers_start
         if self.worker_init_fn is not None:
             self.worker_init_fn(worker_id)
 

@@ -13,7 +13,7 @@ from robo_orchard_lab.pipeline.batch_size import count_batches
 from robo_orchard_lab.pipeline.checkpoint import generators_of
 from robo_orchard_lab.pipeline.errors import DataError, PipelineConfigError
 from robo_orchard_lab.pipeline.evaluator.untouched import seed_random_state
-from robo_orchard_lab.pipeline.worker_signals import LeavesSignals
+from robo_orchard_lab.pipeline.worker_signals import LeavesSignals, workers_start
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,9 @@ class EvaluationLoader:
             order = list(self._order)  # before any rank draws anything else
             self._picked.items = order[self._rank :: self._processes]
             first, stride = self._rank, self._processes
-        batches, index = iter(self._loader), first
+        with workers_start():
+            batches = iter(self._loader)
+        index = first
         while True:
             seed_random_state(seed, stream=1 + index)
             batch = next(batches, _END)

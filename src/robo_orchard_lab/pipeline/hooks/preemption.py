@@ -45,7 +45,9 @@ class Preemption(PipelineHooks):
     SLURM by default 30 s (``KillWait``). Until then there have to be the rest of a step, the wait
     for one batch, what else is due at that commit point (such as an evaluation), and the save.
     Where that takes longer, have the scheduler send a signal earlier
-    (``#SBATCH --signal=SIGUSR1@120``).
+    (``#SBATCH --signal=SIGUSR1@120``). Of these signals torchrun passes on SIGTERM and Ctrl-C;
+    SIGUSR1 ends it, unless its environment has
+    ``TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1``.
 
     The handlers are there while the loop runs, and what was there before is put back at its end.
     Workers of the data loaders outlive the signals meanwhile.
@@ -99,6 +101,7 @@ class Preemption(PipelineHooks):
             signal.signal(number, handle)
 
     def _protect_workers(self, loader: Any) -> None:
+        loader = getattr(loader, "base_dataloader", loader)  # what Accelerate has wrapped
         if isinstance(loader, DataLoader) and not isinstance(loader.worker_init_fn, LeavesSignals):
             self._undo.callback(setattr, loader, "worker_init_fn", loader.worker_init_fn)
             loader.worker_init_fn = LeavesSignals(loader.worker_init_fn)

@@ -1,0 +1,92 @@
+"""A signal to some of the processes of a job stops all of them, at one commit point."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]  # accelerate brings it
+
+from robo_orchard_lab.pipeline.run_state import read_run_state
+
+HERE = Path(__file__).parent
+TERMINATED = 128 + signal.SIGTERM
+
+
+@contextmanager
+def launched(folder: Path, *kinds: str) -> Iterator[subprocess.Popen[str]]:
+    """Two ranks that train in turn for each of the kinds."""
+    script = [str(HERE / "preempted_on_ranks.py"), str(folder), *kinds]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    job = subprocess.Popen(
+        [sys.executable, *launcher, *script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    with job:
+        try:
+            yield job
+        finally:
+            if job.poll() is None:
+                for process in [*psutil.Process(job.pid).children(recursive=True), job]:
+                    process.kill()
+
+
+def processes_at(folder: Path, kind: str, job: subprocess.Popen[str]) -> list[int]:
+    """Those of both ranks, when both wait for the signal."""
+    files = [folder / f"{kind}.rank{rank}" for rank in range(2)]
+    end_at = time.monotonic() + 60
+    while not all(file.exists() for file in files):
+        assert time.monotonic() < end_at, kind
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.01)
+    return [int(file.read_text()) for file in files]
+
+
+def test_a_signal_anywhere_stops_all_ranks_at_one_step(tmp_path: Path) -> None:
+    """Both ranks save once, at the same step, and end by the signal's code, inside 25 s."""
+    kinds = ["one rank", "step", "save", "evaluation", "data"]
+    with launched(tmp_path, *kinds, "time", "launcher") as job:
+        for kind in kinds:
+            ranks = processes_at(tmp_path, kind, job)
+            # Those of workers, too, as a scheduler may do it; but in one case a single rank alone.
+            signalled = [psutil.Process(rank) for rank in ranks]
+            signalled += [child for rank in signalled[:] for child in rank.children()]
+            for process in signalled[1:2] if kind == "one rank" else signalled:
+                process.send_signal(signal.SIGTERM)
+            (tmp_path / f"{kind}.sent").touch()
+        processes_at(tmp_path, "launcher", job)
+        started = psutil.Process(job.pid).children(recursive=True)
+        job.terminate()
+        sent_at = time.monotonic()
+        (tmp_path / "launcher.sent").touch()
+        told = job.communicate(timeout=60)[0]
+        assert time.monotonic() - sent_at < 25
+        assert job.returncode == 1, told  # which is torchrun's own, whatever its ranks end with
+        assert len(started) >= 2
+        assert not any(process.is_running() for process in started)
+    first, second = (json.loads((tmp_path / f"found{r}.json").read_text()) for r in range(2))
+    assert first == second, told
+    assert list(first) == [*kinds, "time", "launcher"]
+    for kind, found in first.items():
+        assert found["code"] == (75 if kind == "time" else TERMINATED), kind
+        assert found["saved"][-1:] == [found["stopped"]], kind
+        assert len(found["saved"]) == (2 if kind == "save" else 1), kind
+        state = read_run_state(tmp_path / kind)
+        assert (state.state, state.exit_code) == ("preempted", found["code"]), kind
+        assert state.progress["global_step_id"] == found["stopped"], kind
+        if kind != "time":
+            assert found["stopped"] < 200, kind
+    # Steps of a millisecond or more, and exchanges that take a hundredth of the time.
+    exchanges = first["time"]["exchanges"]
+    assert 1 < exchanges["Preemption"] < first["time"]["stopped"] / 3
+    assert 1 < exchanges["TimeLimit"] < 40
