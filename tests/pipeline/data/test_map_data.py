@@ -260,11 +260,13 @@ def test_the_process_draws_as_if_nothing_had_been_loaded(workers: int, odd: int)
     for kind in loaders if workers == 0 else ["shuffle", "custom"]:
         for _ in data_of(loaders[kind]).epoch(0):
             assert same(streams(), before)
-            drawn.append(np.random.randn())
+            drawn.append((np.random.randn(), random.gauss(), torch.randn(()).item()))
             before = streams()
+    torch.manual_seed(1)
     np.random.seed(1)
+    random.seed(1)
     np.random.randn(odd)
-    assert drawn == [np.random.randn() for _ in drawn]
+    assert drawn == [(np.random.randn(), random.gauss(), torch.randn(()).item()) for _ in drawn]
 
 
 class KeepsRandom(Sampler[int]):
