@@ -31,5 +31,6 @@ BENCHMARKS = {
         Benchmark("observing", "what default logging adds to a step, beside two peers'", True),
         Benchmark("accumulation", "the same, accumulating gradients over 4 batches"),
         Benchmark("bf16", "the same, under bf16 autocast"),
+        Benchmark("loading", "an exact data order against the plain loader; a resume"),
     )
 }

@@ -1,0 +1,201 @@
+"""What an exact data order costs over the plain DataLoader, and what a resume costs over a start.
+
+Both read the same dataset, in a shuffled order, from the same options. A loader's figure is the
+time from its first batch to its last, divided by the samples between; workers have started then.
+A resume's is the time from nothing to the first batch.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import skip_first_batches
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
+
+from benchmarks.environment import describe
+from benchmarks.report import Report, Row, Table
+from benchmarks.timing import interleave
+from robo_orchard_lab.pipeline.data import DataOrder, TrainingData
+from robo_orchard_lab.pipeline.progress import TrainerProgress
+
+PLAIN = "plain DataLoader"
+OURS = "exact order"
+PREPARED = "Accelerate's loader (order not exact)"
+# A bar of 0.97 of the throughput is one of 1 / 0.97 of the time.
+BAR_IMAGES = 1 / 0.97
+BAR_TENSORS = 1 / 0.93
+BAR_RESUME = 1.1
+FAR = 1_000_000
+BATCH_SIZE = 32
+
+
+class Images(Dataset[tuple[torch.Tensor, int]]):
+    """Pictures of 256 x 256 in memory, cropped, flipped and scaled at random: 0.5 ms each."""
+
+    def __init__(self, length: int) -> None:
+        self._picture = torch.randint(0, 256, (3, 256, 256), dtype=torch.uint8)
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        top, left = random.randrange(32), random.randrange(32)
+        picture = self._picture[:, top : top + 224, left : left + 224]
+        if torch.rand(()) < 0.5:
+            picture = picture.flip(-1)
+        return (picture.float() - 120.0) / 60.0, index
+
+
+class Rows(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Rows of tensors in a dataset of one's own, of which nothing is known."""
+
+    def __init__(self, *columns: torch.Tensor) -> None:
+        self._columns = columns
+
+    def __len__(self) -> int:
+        return len(self._columns[0])
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:  # type: ignore[override]  # of any number
+        return tuple(column[index] for column in self._columns)
+
+
+class Numbers(Dataset[int]):
+    """An indexable dataset that takes no memory."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def run(*, quick: bool) -> Report:
+    rounds = 5 if quick else 25
+    count = 4_096 if quick else 16_384
+    columns = torch.randn(count, 32), torch.randint(10, (count,))
+    tensors, images = TensorDataset(*columns), Images(768 if quick else 1536)
+    tables = [
+        _throughput(
+            "Images, by 2 workers",
+            lambda: DataLoader(images, BATCH_SIZE, shuffle=True, num_workers=2),
+            bar=BAR_IMAGES,
+            rounds=3 if quick else 11,
+        ),
+        _throughput(
+            "Tensors in memory, by sample, without workers",
+            lambda: DataLoader(tensors, BATCH_SIZE, shuffle=True),
+            bar=BAR_TENSORS,
+            rounds=rounds,
+        ),
+        _throughput(
+            "Tensors in memory, by batch, without workers",
+            lambda: DataLoader(tensors, None, sampler=_shuffled_batches(tensors)),
+            bar=BAR_TENSORS,
+            rounds=rounds,
+            prepared=False,  # Accelerate can't prepare it
+        ),
+        _throughput(
+            "Tensors in a dataset of one's own, by sample, without workers",
+            lambda: DataLoader(Rows(*columns), BATCH_SIZE, shuffle=True),
+            bar=None,
+            rounds=rounds,
+            note="here, each batch is seeded for, and the process's own streams are put aside",
+        ),
+        _resumes(rounds=rounds),
+    ]
+    return Report("loading", tables, environment=describe(["robo-orchard-hooks", "torch"]))
+
+
+def _shuffled_batches(dataset: TensorDataset) -> BatchSampler:
+    return BatchSampler(RandomSampler(dataset), BATCH_SIZE, drop_last=False)
+
+
+def _throughput(
+    title: str,
+    make: Callable[[], DataLoader[Any]],
+    *,
+    bar: float | None,
+    rounds: int,
+    prepared: bool = True,
+    note: str = "",
+) -> Table:
+    contenders: dict[str, Callable[[], float]] = {
+        PLAIN: lambda: _seconds_per_sample(make()),
+        OURS: lambda: _seconds_per_sample(_ordered(make()).epoch(0)),
+    }
+    if prepared:
+        contenders[PREPARED] = lambda: _seconds_per_sample(Accelerator(cpu=True).prepare(make()))
+    samples = interleave(contenders, reference=PLAIN, rounds=rounds)
+    rows = [
+        Row.of(
+            name,
+            values,
+            reference=samples.references.get(name),
+            bar=bar if name == OURS else None,
+            scale=1e6,
+        )
+        for name, values in samples.values.items()
+    ]
+    return Table(title, "us per sample", rows, notes=[note] if note else [])
+
+
+def _seconds_per_sample(batches: Iterable[Any]) -> float:
+    given: Iterator[Any] = iter(batches)
+    next(given)
+    begin = perf_counter()
+    count = 0
+    for batch in given:
+        count += len(batch[0])
+    return (perf_counter() - begin) / count
+
+
+def _ordered(loader: DataLoader[Any], step_id: int = 0) -> TrainingData:
+    progress = TrainerProgress(step_id=step_id)
+    return TrainingData(loader, DataOrder(seed=1), Accelerator(cpu=True), progress)
+
+
+def _resumes(*, rounds: int) -> Table:
+    dataset = Numbers(2 * FAR)
+    size = 10
+
+    def loader() -> DataLoader[Any]:
+        return DataLoader(dataset, size, shuffle=True)
+
+    def ours(sample: int) -> float:
+        begin = perf_counter()
+        next(_ordered(loader()).epoch(0, sample // size))
+        return perf_counter() - begin
+
+    def theirs(sample: int) -> float:
+        begin = perf_counter()
+        next(iter(skip_first_batches(loader(), sample // size)))
+        return perf_counter() - begin
+
+    start = "from the start"
+    contenders: dict[str, Callable[[], float]] = {
+        start: partial(ours, 0),
+        "at sample 10": partial(ours, 10),
+        f"at sample {FAR:,}": partial(ours, FAR),
+        "Accelerate's skip_first_batches, 0": partial(theirs, 0),
+        f"Accelerate's skip_first_batches, {FAR:,}": partial(theirs, FAR),
+    }
+    samples = interleave(contenders, reference=start, rounds=rounds)
+    rows = [
+        Row.of(
+            name,
+            values,
+            reference=samples.references.get(name),
+            bar=BAR_RESUME if name.startswith("at ") else None,
+            scale=1e3,
+        )
+        for name, values in samples.values.items()
+    ]
+    return Table("First batch of a shuffled epoch of 2,000,000 samples", "ms", rows)
