@@ -41,6 +41,9 @@ def workers_start() -> Iterator[None]:
     handled at the end, in the worker as in the main process. This is of use in the thread that
     starts the workers, which is the main thread.
     """
+    if not _taken:
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _taken)  # workers inherit it
     try:
         yield

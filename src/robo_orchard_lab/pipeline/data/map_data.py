@@ -45,6 +45,7 @@ from robo_orchard_lab.pipeline.data.streams_aside import ContinuedStreams
 from robo_orchard_lab.pipeline.data.worker_start import WorkerStart
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.progress import TrainerProgress
+from robo_orchard_lab.pipeline.worker_signals import workers_start
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,8 @@ class MapData:
         self._tasks.current = tasks
         self._fetcher.epoch_id = epoch_id  # as the dataset knows, which workers get as it is
         self._generator.manual_seed(epoch_key(seed, epoch_id, Purpose.WORKERS))
-        return iter(self._loader)
+        with workers_start():
+            return iter(self._loader)
 
     @property
     def steps_per_epoch(self) -> int | None:

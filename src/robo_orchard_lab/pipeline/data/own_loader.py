@@ -15,6 +15,8 @@ from accelerate.data_loader import (
 )
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 
+from robo_orchard_lab.pipeline.worker_signals import LeavesSignals
+
 logger = logging.getLogger(__name__)
 
 
@@ -53,7 +55,10 @@ def own_loader(loader: Iterable[Any], accelerator: Accelerator) -> Iterable[Any]
     changed = accelerator.num_processes > 1 or config.use_stateful_dataloader
     divisible = isinstance(loader, DataLoader) and loader.batch_sampler is not None
     if changed and divisible and not prepared:
-        loader = accelerator.prepare(loader)
+        divided: Any = accelerator.prepare(loader)
+        inner = divided.base_dataloader  # a copy, which is nobody else's
+        inner.worker_init_fn = LeavesSignals(inner.worker_init_fn)
+        return divided  # type: ignore[no-any-return]  # an iterable
     return loader
 
 

@@ -34,6 +34,7 @@ from robo_orchard_lab.pipeline.data.streams_aside import StreamsAside
 from robo_orchard_lab.pipeline.data.worker_start import WorkerStart
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.progress import TrainerProgress
+from robo_orchard_lab.pipeline.worker_signals import workers_start
 
 _END = object()
 
@@ -104,7 +105,7 @@ class StreamData:
         key = epoch_key(seed, epoch_id, Purpose.LOADING)
         if self._reseeded is not None:
             self._reseeded.seed, self._reseeded.epoch_id = seed, epoch_id
-        with self._aside:
+        with self._aside, workers_start():
             seed_streams(epoch_key(seed, epoch_id, Purpose.ORDER))
             batches = iter(self._loader)
         batches = self._keyed(batches, key, first)
