@@ -76,6 +76,21 @@ def test_an_interrupted_run_is_preempted(tmp_path: Path) -> None:
     assert (state.state, state.reason, state.exit_code) == ("preempted", "SIGTERM", 143)
 
 
+def test_a_preempted_run_tells_what_went_wrong(tmp_path: Path) -> None:
+    """Such as its last save, without which it goes on from an older one."""
+
+    def stop() -> None:
+        with RunStateFile(tmp_path).around_run(Requests()):
+            raise RunPreempted(143) from OSError("no space left")
+
+    with pytest.raises(RunPreempted):
+        stop()
+    state = read_run_state(tmp_path)
+    assert state.state == "preempted"
+    assert state.error is not None
+    assert (state.error.type, state.error.message) == ("OSError", "no space left")
+
+
 def test_a_failure_is_told_with_what_and_where(tmp_path: Path) -> None:
     """The file names the error, the hook with its channel and line, and the line that raised."""
 

@@ -116,6 +116,7 @@ class RunState(_Record):
     exit_code: int | None = None
     """What the process was to end with; None while it runs, and where an error decides."""
     error: RunError | None = None
+    """What has ended the run; of a preempted one, what has gone wrong with its last save."""
 
 
 def read_run_state(folder: str | os.PathLike[str]) -> RunState:
@@ -181,7 +182,9 @@ class RunStateFile:
         try:
             yield
         except RunPreempted as stopped:
-            self._end("preempted", requests, exit_code=_exit_code(stopped))
+            cause = stopped.__cause__  # such as the last save, which has failed
+            error = None if cause is None else self._told(cause)
+            self._end("preempted", requests, exit_code=_exit_code(stopped), error=error)
             raise
         except BaseException as error:
             self._fail(error, requests)
@@ -244,16 +247,7 @@ class RunStateFile:
             self._update(state=outcome, **found)
 
     def _fail(self, error: BaseException, requests: Requests) -> None:
-        found = {
-            "exit_code": _exit_code(error),
-            "error": RunError(
-                type=type(error).__qualname__,
-                message=_text(error),
-                rank=self._rank,
-                hook=_text(origin_of(error) or "") or None,
-                location=_location(error),
-            ),
-        }
+        found = {"exit_code": _exit_code(error), "error": self._told(error)}
         if self._rank == 0:
             self._end("failed", requests, **found)
             return
@@ -261,6 +255,15 @@ class RunStateFile:
             state = _read(self._path)
             if state.state == "running":
                 self._write(state.model_copy(update={"state": "failed", **found}))
+
+    def _told(self, error: BaseException) -> RunError:
+        return RunError(
+            type=type(error).__qualname__,
+            message=_text(error),
+            rank=self._rank,
+            hook=_text(origin_of(error) or "") or None,
+            location=_location(error),
+        )
 
     def _failed_elsewhere(self, own: RunState) -> bool:
         """Whether another rank has told its failure, of which this rank's end follows."""

@@ -163,11 +163,12 @@ def test_a_signal_in_the_last_step_of_an_epoch() -> None:
     assert epochs == [1]
 
 
-def test_a_signal_after_the_last_step(tmp_path: Path) -> None:
-    """The run is over, but what follows in the script is not done; a restart finds it complete."""
+def test_a_signal_after_the_last_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The run is completed, and not started again; the log has the signal."""
     hook = planted("on_loop", "after", lambda args: send())
-    assert preempted([hook], max_step=3, run_folder=tmp_path).steps == []
-    assert read_run_state(tmp_path).state == "preempted"
+    make_trainer([PreemptionConfig(), Saver(), hook], max_step=3, run_folder=tmp_path)()
+    assert read_run_state(tmp_path).state == "completed"
+    assert "received SIGTERM when the last step was over" in caplog.text
 
 
 def test_a_signal_during_a_save() -> None:

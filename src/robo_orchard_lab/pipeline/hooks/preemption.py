@@ -39,7 +39,8 @@ class Preemption(PipelineHooks):
 
     A second signal on a rank raises :class:`RunPreempted` there at once, without saving; a third
     one does what it would without this hook. Signals within two seconds of the first are the same
-    request: launchers forward what the processes also get themselves.
+    request: launchers forward what the processes also get themselves. A run whose last step is over
+    when the signal comes is completed, and ends as such.
 
     A job has as long as its scheduler lets it: torchrun kills its processes 30 s after the signal,
     SLURM by default 30 s (``KillWait``). Until then there have to be the rest of a step, the wait
@@ -109,8 +110,10 @@ class Preemption(PipelineHooks):
     def _end(self, args: PipelineHookArgs) -> None:
         self._undo.close()
         if self._received and not self._stopping and args.exception is None:
-            # It came after the last step. The run is over, and the process is to end all the same.
-            self._interrupt(args, self._received, save=False)
+            logger.warning(
+                "%s: received %s when the last step was over; the run ends as it would without",
+                *(self.name, signal.Signals(self._received).name),
+            )
 
     def _stop_if_signalled(self, args: PipelineHookArgs) -> None:
         if args.exception is not None or self._stopping:
@@ -123,11 +126,13 @@ class Preemption(PipelineHooks):
             received = self._agreement.reach(step, received, accelerator)  # a collective
         if received:
             self._stopping = True
-            self._interrupt(args, received, save=self.cfg.save_checkpoint)
-
-    def _interrupt(self, args: PipelineHookArgs, number: int, *, save: bool) -> None:
-        reason = f"received {signal.Signals(number).name}"
-        interrupt(args, reason, self.name, exit_code=self._exit_code(number), save=save)
+            interrupt(
+                args,
+                f"received {signal.Signals(received).name}",
+                self.name,
+                exit_code=self._exit_code(received),
+                save=self.cfg.save_checkpoint,
+            )
 
     def _exit_code(self, number: int) -> int:
         return 128 + number if self.cfg.exit_code is None else self.cfg.exit_code
