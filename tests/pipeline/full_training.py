@@ -78,6 +78,7 @@ def build(
     persistent: bool = False,
     plateau: bool = False,
     patience: int = 50,
+    min_delta: float = 0.0,
     stop_between: bool = False,
     hooks: Iterable[HookLike] = (),
 ) -> HookBasedTrainer:
@@ -126,7 +127,9 @@ def build(
                 dataloaders={"val": DataLoader(TensorDataset(*unseen), batch_size=2, shuffle=True)},
                 metrics={"error": MeanSquaredError()},
             ),
-            EarlyStoppingConfig(monitor="eval/val/error", mode="min", patience=patience),
+            EarlyStoppingConfig(
+                monitor="eval/val/error", mode="min", patience=patience, min_delta=min_delta
+            ),
             *([StopBetweenEpochs()] if stop_between and run_folder.name == "resumed" else []),
             *hooks,
         ],

@@ -33,6 +33,7 @@ from robo_orchard_lab.pipeline.hooks._terminal_bar import _Picture
 from robo_orchard_lab.pipeline.hooks.metrics_logger import MetricsLoggerConfig
 from robo_orchard_lab.pipeline.metrics import UnknownMetricError
 from robo_orchard_lab.pipeline.schedule import EverySteps
+from robo_orchard_lab.testing import assert_weights_unchanged
 from tiny import loss_of, make_loader, make_model, make_trainer
 
 EVERY_STEP, NO_STEP = 1e-9, 1e6
@@ -688,3 +689,11 @@ def test_only_the_main_process_shows_it(tmp_path: Path) -> None:
     lines = [line for line in finished.stderr.splitlines() if "samples/s" in line]
     assert len(lines) == 3
     assert all("[rank 0/2]" in line for line in lines)
+
+
+def test_the_first_bar_of_a_process_draws_no_random_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing rich, as the first bar does, leaves Python's generator where it was."""
+    for name in [*sys.modules]:
+        if name.partition(".")[0] == "rich" or name.endswith("._terminal_bar"):
+            monkeypatch.delitem(sys.modules, name)
+    assert_weights_unchanged(ProgressBarHookConfig(), steps=2)

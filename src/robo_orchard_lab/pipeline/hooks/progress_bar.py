@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import sys
 
 from pydantic import Field
@@ -119,7 +120,10 @@ class _LogLines:
 def _display(plain: bool) -> Display:
     if not plain:
         # Takes 50 ms to import, which a run without a terminal, or without a bar, need not wait.
+        drawn = random.getstate()  # rich draws a number when it is imported
         from robo_orchard_lab.pipeline.hooks._terminal_bar import TerminalBar, find_terminal
+
+        random.setstate(drawn)
 
         terminal = find_terminal()
         if terminal is not None:
