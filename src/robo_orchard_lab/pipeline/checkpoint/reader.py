@@ -29,6 +29,7 @@ from robo_orchard_lab.pipeline.checkpoint.tensor_layout import TensorLayout
 from robo_orchard_lab.pipeline.errors import CheckpointError
 
 _PIECE_BYTES = 1 << 26
+_GENERATOR_STATE_BYTES = 1 << 13  # that of the CPU's has 5056
 
 
 class OpenCheckpoint:
@@ -142,7 +143,7 @@ class OpenCheckpoint:
         with self._in_file(name):
             layout = TensorLayout.parse(bytes_of(block), self._limits)
             data = block[len(layout.beginning) :]
-            found = {place.name: place.of(data) for place in layout.places}
+            found = {place.name: _with_own_memory(place.of(data)) for place in layout.places}
             for place in layout.places:
                 if place.dtype is torch.bool and (data[place.begin : place.end] > 1).any():
                     raise CheckpointError(f"the tensor {place.name!r:.80} is not of truth values")
@@ -234,6 +235,15 @@ class OpenCheckpoint:
             raise CheckpointError(f"{self.path / name}: {error}") from error
         except OSError as error:
             raise CheckpointError(f"{self.path / name} can't be read: {error.strerror}") from error
+
+
+def _with_own_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """What may be the state of a random generator, apart from the file's other tensors.
+
+    ``torch.Generator.set_state`` reads the first bytes of the memory that a tensor is a part of.
+    """
+    may_be_state = tensor.dtype is torch.uint8 and tensor.numel() <= _GENERATOR_STATE_BYTES
+    return tensor.clone() if may_be_state else tensor
 
 
 def _read(descriptor: int, size: int) -> torch.Tensor:
