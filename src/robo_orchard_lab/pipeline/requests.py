@@ -46,7 +46,10 @@ class EvaluateRequest(Request):
 
 @dataclass(frozen=True, slots=True)
 class SaveRequest(Request):
-    """A checkpoint, by every hook that writes them."""
+    """A checkpoint to write."""
+
+    name: str | None = None
+    """Of the hook that writes it; None for every one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +113,15 @@ class Requests:
         """
         self._add(EvaluateRequest(reason, by or _caller(), name))
 
-    def save(self, reason: str, by: str | None = None) -> None:
-        """Ask for a checkpoint at the next commit point, after all else; several make one."""
-        self._add(SaveRequest(reason, by or _caller()))
+    def save(self, reason: str, by: str | None = None, *, name: str | None = None) -> None:
+        """Ask for a checkpoint at the next commit point, after all else; several make one.
+
+        Args:
+            reason: why, for the log.
+            by: who asks.
+            name: of the hook that is to write it; None for every one that does.
+        """
+        self._add(SaveRequest(reason, by or _caller(), name))
 
     def save_weights(
         self,

@@ -197,6 +197,10 @@ class MetricsBoard:
         found = self._found.get(name)
         return None if found is None else found.value
 
+    def last_found(self) -> list[MetricValue]:
+        """What was last read of each name, with the step that it belongs to."""
+        return list(self._found.values())
+
     def names(self) -> list[str]:
         """The published names, in the order of their first publication."""
         return list(self._reductions | dict.fromkeys(self._found))
