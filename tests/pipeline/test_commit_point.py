@@ -340,6 +340,7 @@ def test_what_a_hook_writes_comes_last_but_one() -> None:
         args.requests.write(lambda: watcher.events.append("write"), "to see")
 
     make_trainer([watcher, hooks], max_step=3)()
-    assert watcher.events[2:-2] == [
+    assert watcher.events[2:-3] == [
         *("begin watcher", "evaluate at 2", "end watcher", "log 2", "write", "save")
     ]
+    assert watcher.events[-3:] == ["step 3", "epoch 0 ends", "save"]  # what it ends with

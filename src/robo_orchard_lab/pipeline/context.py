@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from robo_orchard_lab.pipeline.batch_size import count_samples
+from robo_orchard_lab.pipeline.batch_size import count_batches, count_samples
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.events import CHANNEL_NAMES, ChannelName
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
-from robo_orchard_lab.pipeline.requests import Requests
+from robo_orchard_lab.pipeline.requests import Request, Requests
 from robo_orchard_lab.pipeline.run_state import RunStateFile
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
     from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
+    from robo_orchard_lab.pipeline.data import TrainingData
 
 _IN_STEP: tuple[ChannelName, ...] = (
     "on_step",
@@ -31,7 +32,12 @@ _IN_STEP: tuple[ChannelName, ...] = (
     "on_model_backward",
     "on_optimizer_step",
 )
-_OF_FIELD = {"loss": "attached_loss", "batch_size": "batch"}
+_OF_FIELD = {
+    "loss": "attached_loss",
+    "batch_size": "batch",
+    "sample_numbers": "batch",
+    "sample_indices": "batch",
+}
 """The fields that properties are made of, by the names of those."""
 
 
@@ -49,6 +55,17 @@ class WeightSet(Protocol):
     def weights(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers by name, as the plain model's ``state_dict`` has them."""
         ...
+
+
+class Snapshot(NamedTuple):
+    """All that makes up a run at a commit point; its tensors are the run's own, not copies."""
+
+    parts: Mapping[str, Any]
+    """What all ranks share, by the name of the file it goes to."""
+    of_rank: Mapping[str, Any]
+    """What this rank has for itself."""
+    about: Mapping[str, Any]
+    """Which run it is, for people: counters, configuration, command, versions."""
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -72,12 +89,18 @@ class PipelineRun:
     optimizer: torch.optim.Optimizer | None = None
     lr_scheduler: LRScheduler | None = None
     dataloader: Any = None
+    data: TrainingData | None = None
+    """The batches of :attr:`dataloader` in their order; None in a run that is made by hand."""
     folder: Path | None = None
     """The run's own, for what it writes; None where it has none."""
     state_file: RunStateFile = field(default_factory=RunStateFile)
     """What tells those outside how the run goes; keeps no file where the run has no folder."""
-    savers: dict[str, Callable[[str], None]] = field(default_factory=dict)
-    """What writes a checkpoint that is asked for, given the reason, by the name of its hook."""
+    savers: dict[str, Callable[[Sequence[Request]], None]] = field(default_factory=dict)
+    """What writes a checkpoint, given the requests for it, by the name of its hook."""
+    take_snapshot: Callable[[], Snapshot] = None  # type: ignore[assignment]  # set by the trainer
+    """What a checkpoint is to hold, for a saver; called at a commit point, on all ranks alike."""
+    failures: list[Exception] = field(default_factory=list)
+    """What went wrong beside the training; the trainer raises the first when it is at its end."""
     count_samples: Callable[[Any], int] = count_samples
     """How many samples a batch has; the batch processor's own method where it has one."""
     commit_seconds: float = 0.0
@@ -87,6 +110,11 @@ class PipelineRun:
         if self.metrics is None:
             self.metrics = MetricsBoard(self.progress)  # type: ignore[unreachable]
         self.count_samples = getattr(self.batch_processor, "count_samples", self.count_samples)
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """How many steps this rank makes in an epoch; None where only its end tells."""
+        return count_batches(self.dataloader) if self.data is None else self.data.steps_per_epoch
 
     def weight_set(self, name: str) -> WeightSet:
         """The weights that a hook keeps.
@@ -253,6 +281,23 @@ class PipelineHookArgs:
     def dataloader(self) -> Any:
         """What the batches come from."""
         return self.run.dataloader
+
+    @property
+    def sample_numbers(self) -> Sequence[int] | None:
+        """The places of the batch's samples in the order of the epoch, from 0, on this rank.
+
+        They count the samples of the whole job. Valid in the channels of a step; None where the
+        data has no numbers.
+        """
+        return None if self.run.data is None else self.run.data.sample_numbers
+
+    @property
+    def sample_indices(self) -> Any:
+        """What the batch was loaded by: the dataset's indices, in a list, on this rank.
+
+        Valid in the channels of a step; None where the data has no indices.
+        """
+        return None if self.run.data is None else self.run.data.sample_indices
 
     @property
     def metrics(self) -> MetricsBoard:

@@ -25,6 +25,7 @@ from robo_orchard_lab.pipeline.hooks.non_finite_guard import (
 from robo_orchard_lab.pipeline.hooks.optimizer import OptimizerHook
 from robo_orchard_lab.pipeline.hooks.preemption import Preemption, PreemptionConfig
 from robo_orchard_lab.pipeline.hooks.progress_bar import ProgressBarHook, ProgressBarHookConfig
+from robo_orchard_lab.pipeline.hooks.save_checkpoint import SaveCheckpoint, SaveCheckpointConfig
 from robo_orchard_lab.pipeline.hooks.save_model import SaveModel, SaveModelConfig
 from robo_orchard_lab.pipeline.hooks.stats_monitor import StatsMonitor, StatsMonitorConfig
 from robo_orchard_lab.pipeline.hooks.time_limit import TimeLimit, TimeLimitConfig
@@ -63,6 +64,8 @@ __all__ = [
     "PreemptionConfig",
     "ProgressBarHook",
     "ProgressBarHookConfig",
+    "SaveCheckpoint",
+    "SaveCheckpointConfig",
     "SaveModel",
     "SaveModelConfig",
     "StatsMonitor",

@@ -11,7 +11,6 @@ from typing import Protocol
 import torch
 
 from robo_orchard_core.utils.hook import RemovableHandle
-from robo_orchard_lab.pipeline.batch_size import count_batches
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hooks._run_status import Outcome, RunStatus, remaining_steps
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
@@ -58,7 +57,7 @@ class RunView:
         self._display = display
         self._labels = {_LOSS: "loss"} | {name: name for name in metrics if name != _LOSS}
         self._refresh_s = refresh_seconds or display.refresh_seconds
-        self._steps_per_epoch = count_batches(args.dataloader)
+        self._steps_per_epoch = args.run.steps_per_epoch
         self._first_step = args.global_step_id
         self._samples = 0
         self._loss: torch.Tensor | None = None

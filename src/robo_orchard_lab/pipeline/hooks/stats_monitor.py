@@ -11,7 +11,6 @@ import torch
 from pydantic import Field
 
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
-from robo_orchard_lab.pipeline.batch_size import count_batches
 from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.gradient_norm import gradient_norm
@@ -85,7 +84,7 @@ class StatsMonitor(PipelineHooks):
     def _begin_loop(self, args: PipelineHookArgs) -> None:
         self._run = args.run
         self._first_step = args.global_step_id
-        self._steps_per_epoch = count_batches(args.dataloader)
+        self._steps_per_epoch = args.run.steps_per_epoch
         self._before_logging = args.metrics.before_logging(self._publish, self)
         self._begun_at = perf_counter()
 

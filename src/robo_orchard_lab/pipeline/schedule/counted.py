@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from math import ceil
 from typing import ClassVar
 
-from robo_orchard_lab.pipeline.batch_size import count_batches
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.events import ChannelName
 from robo_orchard_lab.pipeline.progress import TrainerProgress
@@ -213,7 +212,7 @@ class _LastStepOfEpochs:
         return progress.step_id == self._last_step
 
     def _find_last_step(self, args: PipelineHookArgs) -> int | None:
-        length = count_batches(args.run.dataloader)
+        length = args.run.steps_per_epoch
         if length is None:
             raise ScheduleError(
                 f"{str(self._schedule)!r}: no step knows that it ends an epoch of data without a "
@@ -232,7 +231,7 @@ def _ends_in_step(args: PipelineHookArgs) -> bool:
         updates = progress.optimizer_step_id
     if limits.max_optimizer_step is not None and updates >= limits.max_optimizer_step:
         return True
-    return _is_last_epoch(args) and progress.step_id + 1 == count_batches(args.run.dataloader)
+    return _is_last_epoch(args) and progress.step_id + 1 == args.run.steps_per_epoch
 
 
 def _ends_in_epoch(args: PipelineHookArgs) -> bool:
@@ -240,7 +239,7 @@ def _ends_in_epoch(args: PipelineHookArgs) -> bool:
     run, progress, limits = args.run, args.run.progress, args.run.limits
     if _is_last_epoch(args):
         return True
-    batches = count_batches(run.dataloader)
+    batches = run.steps_per_epoch
     if batches is None:
         return False
     done, window = progress.step_id, run.accelerator.gradient_accumulation_steps

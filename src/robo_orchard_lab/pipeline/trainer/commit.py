@@ -84,16 +84,14 @@ def _wanted(run: PipelineRun, requests: list[EvaluateRequest]) -> list[str]:
 
 
 def _save(run: PipelineRun, requests: list[SaveRequest]) -> None:
-    reason = "; ".join(
-        dict.fromkeys(f"{request.reason}, asked by {request.by}" for request in requests)
-    )
     if not run.savers:
         raise PipelineStateError(
-            f"a checkpoint is to be saved ({reason}), which no hook can do; register a "
-            "SaveCheckpoint"
+            f"{requests[0].by} asked for a checkpoint ({requests[0].reason}), which no hook can "
+            "write; register a SaveCheckpoint"
         )
-    for save in run.savers.values():
-        save(reason)
+    for name, save in run.savers.items():
+        if wanted := [request for request in requests if request.name in (None, name)]:
+            save(wanted)
 
 
 def _save_weights(run: PipelineRun, request: SaveWeightsRequest) -> None:

@@ -1,0 +1,305 @@
+"""Save the run on a schedule, so that it can't be lost."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from robo_orchard_core.utils.hook import HookContext, RemovableHandle
+from robo_orchard_lab.pipeline.checkpoint import (
+    CheckpointInfo,
+    CheckpointStore,
+    DigestName,
+    Ranks,
+    Retention,
+)
+from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
+from robo_orchard_lab.pipeline.errors import (
+    CheckpointError,
+    PipelineConfigError,
+    RunPreempted,
+    StateError,
+)
+from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
+from robo_orchard_lab.pipeline.hooks._background import Background
+from robo_orchard_lab.pipeline.hooks._best_value import Mode
+from robo_orchard_lab.pipeline.metrics import MetricValue, number_text
+from robo_orchard_lab.pipeline.requests import Request
+from robo_orchard_lab.pipeline.schedule import ScheduleField
+
+logger = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+FOLDER = "checkpoints"
+"""Where checkpoints go in the folder of a run."""
+
+
+class SaveCheckpoint(PipelineHooks):
+    """Writes all that a run needs to go on bit for bit, at commit points.
+
+    It does so by its schedule, at the end of the run, and when any hook asks by
+    ``args.requests.save(...)``; however many reasons meet at a commit point, there is one save.
+    Resume with ``HookBasedTrainer(..., resume_from="auto")``.
+
+    A checkpoint is a folder ``step_00001234`` of safetensors and JSON, which appears when all of
+    it is on the disk; ``last`` and ``best`` are links to the newest and to the best. Older ones go
+    when the new one is there, but for those that are to be kept.
+
+    With ``monitor`` a save is also asked for whenever the metric is among the ``keep_best`` best
+    so far, so that the best weights are kept whatever the schedules of saving and evaluating.
+
+    In the background, a step waits only while tensors are copied to memory that is kept for it,
+    about twice the size of a checkpoint; the rest runs beside the training. What fails there is
+    told at the next commit point (with several processes at the next save), and the end of the run
+    and a preemption wait for it.
+
+    Runs on every rank: each writes what it has for itself, the first one the rest and the commit.
+    If any rank fails, there is no new checkpoint, and the older ones stay.
+
+    Raises:
+        PipelineConfigError: when the run begins, neither ``folder`` nor the trainer's
+            ``run_folder`` is given.
+        StoreLockedError: when the run begins, another run saves into the same folder.
+        CheckpointError: a save has failed: at once with ``on_failure="stop"``, else at the end of
+            the run if it was the last one.
+        StateError: a state holds something that can't be saved; the message names it.
+    """
+
+    def __init__(self, cfg: SaveCheckpointConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self._store: CheckpointStore | None = None
+        self._run: PipelineRun | None = None
+        self._subscription: RemovableHandle | None = None
+        self._background = Background[CheckpointInfo]("save-checkpoint")
+        self._newest: dict[str, Any] | None = None  # the counters at the last save that was begun
+        self._best: list[float] = []  # the best values so far, the best one first
+        self._failure: CheckpointError | None = None  # of the last save, if that has failed
+        self.register_hook(
+            "on_loop", HookContext.from_callable(before=self._begin, after=self._end)
+        )
+        if cfg.every is not None:
+            self.register_at_commit(self._ask, cfg.every)
+        if cfg.in_background:
+            self.register_hook("on_step", HookContext.from_callable(after=self._look))
+
+    def root(self, run_folder: Path | None) -> Path:
+        """Where the checkpoints are, in a run of that folder.
+
+        Raises:
+            PipelineConfigError: there is no folder for them.
+        """
+        if self.cfg.folder is not None:
+            return self.cfg.folder
+        if run_folder is not None:
+            return run_folder / FOLDER
+        raise PipelineConfigError(
+            f"{self.name}.folder: there is no folder for checkpoints; give one, or give the "
+            "trainer a run_folder"
+        )
+
+    def _begin(self, args: PipelineHookArgs) -> None:
+        cfg, run = self.cfg, args.run
+        several = args.accelerator.num_processes > 1
+        self._store = CheckpointStore(
+            self.root(run.folder),
+            digest=cfg.digest,
+            retention=Retention(
+                keep_last=cfg.keep_last,
+                keep_every=cfg.keep_every,
+                keep_best=cfg.keep_best,
+                monitor=cfg.monitor,
+                mode=cfg.mode,
+            ),
+            ranks=Ranks.of_job() if several else Ranks.alone(),
+        )
+        self._store.open()
+        self._run = run
+        run.savers[self.name] = self._save
+        if cfg.monitor is not None:
+            self._subscription = args.metrics.subscribe(cfg.monitor, self._judge, who=self.name)
+
+    def _end(self, args: PipelineHookArgs) -> None:
+        args.run.savers.pop(self.name, None)
+        if self._subscription is not None:
+            self._subscription.remove()
+            self._subscription = None
+        if self._store is None:
+            return
+        try:
+            # Whoever stops at once, by a second signal, does not wait for what it left behind.
+            if not isinstance(args.exception, RunPreempted):
+                self._collect(at_the_end=True)
+        finally:
+            self._store.close()
+            self._store = None
+        if self._failure is not None:
+            args.run.failures.append(self._failure)
+            self._failure = None
+
+    def _ask(self, args: PipelineHookArgs) -> None:
+        args.requests.save(f"every {self.cfg.every}", by=self.name, name=self.name)
+
+    def _judge(self, found: MetricValue) -> None:
+        """Ask for a save if the value is one of the best so far."""
+        if not math.isfinite(found.value):
+            return
+        sign = 1.0 if self.cfg.mode == "min" else -1.0
+        ranked = sorted([*self._best, found.value], key=lambda value: sign * value)
+        kept = ranked[: self.cfg.keep_best]
+        if kept != self._best:
+            self._best = kept
+            assert self._run is not None  # it is told within a run
+            reason = f"{found.name} is {number_text(found.value)}, one of the best so far"
+            self._run.requests.save(reason, by=self.name, name=self.name)
+
+    def _look(self, args: PipelineHookArgs) -> None:
+        """Have a failure in the background surface at this step's commit point."""
+        if self._background.done and args.accelerator.num_processes == 1:
+            args.requests.write(self._collect, "a save in the background is over", by=self.name)
+
+    def _save(self, requests: Sequence[Request]) -> None:
+        """At a commit point, on all ranks alike."""
+        run, store = self._run, self._store
+        assert run is not None  # both are set while it is in run.savers
+        assert store is not None
+        counters = run.progress.state_dict()
+        if counters == self._newest and self._failure is None:
+            return  # it has just been written
+        last = run.requests.stop_request is not None or run.limits.reached(run.progress)
+        waits = last or self.cfg.when_busy == "wait" or run.accelerator.num_processes > 1
+        if self._background.busy and not waits:
+            logger.warning(
+                "%s: no save at %s: the one before is still being written",
+                *(self.name, run.progress),
+            )
+            return
+        self._collect()
+        reasons = "; ".join(dict.fromkeys(f"{r.reason}, asked by {r.by}" for r in requests))
+        self._newest = counters
+        snapshot = run.take_snapshot()
+        pending = self._attempt(
+            partial(
+                store.prepare,
+                run.progress.global_step_id,
+                snapshot.parts,
+                snapshot.of_rank,
+                metrics=self._metrics(run),
+                metadata={**snapshot.about, "reason": reasons},
+            )
+        )
+        if pending is not None and self.cfg.in_background:
+            self._background.start(pending.commit)
+        elif pending is not None:
+            self._told(self._attempt(pending.commit))
+
+    def _metrics(self, run: PipelineRun) -> dict[str, float]:
+        """The values that were measured of these very weights."""
+        step = run.progress.global_step_id
+        return {
+            found.name: found.value
+            for found in run.metrics.last_found()
+            if found.step == step and math.isfinite(found.value)
+        }
+
+    def _collect(self, at_the_end: bool = False) -> None:
+        """Wait for what runs in the background, and tell how it went."""
+        self._told(self._attempt(self._background.collect, at_the_end))
+
+    def _told(self, info: CheckpointInfo | None) -> None:
+        if info is None or self._run is None:
+            return
+        logger.info("saved %s: %s", info.path, info.metadata.get("reason", ""))
+        self._run.state_file.saved(info.path, info.step)
+
+    def _attempt(self, save: Callable[[], Any], at_the_end: bool = False) -> Any:
+        """What a function gives; None where it fails and the run is to go on all the same."""
+        try:
+            result = save()
+        except CheckpointError as error:
+            self._newest = None
+            if self.cfg.on_failure == "stop" and not at_the_end:
+                raise
+            self._failure = error
+            logger.error(
+                "%s: a save has failed; older checkpoints are as they were%s: %s",
+                *(self.name, "" if at_the_end else ", and the run goes on", error),
+            )
+            return None
+        if result is not None:
+            self._failure = None
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"version": STATE_VERSION, "best": list(self._best)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state.get("version") != STATE_VERSION:
+            raise StateError(
+                f"{self.name}: expected a state of version {STATE_VERSION}, "
+                f"found version {state.get('version')!r}"
+            )
+        self._best = list(state["best"])
+
+
+class SaveCheckpointConfig(PipelineHooksConfig[SaveCheckpoint]):
+    """When checkpoints are saved, where, and which are kept."""
+
+    class_type: type[SaveCheckpoint] = SaveCheckpoint
+    every: ScheduleField | None = Field(
+        default="1 epoch",
+        description="When, such as '1000 steps | 30 min'; None for the end of the run, and when "
+        "a hook asks, alone.",
+    )
+    folder: Path | None = Field(
+        default=None,
+        description="Where; by default 'checkpoints' in the trainer's run_folder.",
+    )
+    keep_last: int | None = Field(
+        default=3, ge=1, description="How many of the newest are kept; None for all."
+    )
+    keep_every: int | None = Field(
+        default=None, ge=1, description="Those at every so many steps are kept for good."
+    )
+    keep_best: int = Field(
+        default=0, ge=0, description="How many of those are kept at which the metric was best."
+    )
+    monitor: str | None = Field(
+        default=None, description="The metric for keep_best, such as 'eval/val/loss'."
+    )
+    mode: Mode = Field(default="min", description="Whether its smallest or largest value is best.")
+    in_background: bool = Field(
+        default=False,
+        description="Whether the training goes on while a checkpoint is written; takes memory of "
+        "about its size.",
+    )
+    when_busy: Literal["wait", "skip"] = Field(
+        default="wait",
+        description="With in_background, what to do when the save before is not over: wait for "
+        "it, or leave this one out. Saves at a stop wait; with several processes all do.",
+    )
+    on_failure: Literal["continue", "stop"] = Field(
+        default="continue",
+        description="When a save fails, as on a full disk: tell, and go on with the run, or end "
+        "it with the error.",
+    )
+    digest: DigestName = Field(
+        default="xxh3_128",
+        description="What files are checked by: 'xxh3_128' finds damage, 'sha256' tampering, too, "
+        "and takes longer.",
+    )
+
+    @model_validator(mode="after")
+    def _has_metric_for_best(self) -> Self:
+        if (self.keep_best > 0) != (self.monitor is not None):
+            raise ValueError(
+                "keep_best and monitor go together: give the metric by which the best are kept, "
+                f"got keep_best={self.keep_best} and monitor={self.monitor!r}"
+            )
+        return self
