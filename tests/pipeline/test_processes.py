@@ -54,14 +54,6 @@ def test_two_processes_train_like_one(accumulate: int, tmp_path: Path) -> None:
     assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
 
 
-def test_only_a_run_of_one_process_is_saved(tmp_path: Path) -> None:
-    """Ranks have states of their own, so that saving from one of several is refused."""
-    (alone,) = train(tmp_path / "one", 1, 1)
-    ranks = train(tmp_path / "two", 2, 1)
-    assert [bool(result["refused"]) for result in (alone, *ranks)] == [False, True, True]
-    assert not (tmp_path / "two" / "checkpoint").exists()
-
-
 def test_a_plateau_is_that_of_all_ranks(tmp_path: Path) -> None:
     """ReduceLROnPlateau sees the mean loss of the whole job, so that the ranks keep one rate."""
     (alone,) = train(tmp_path / "one", 1, 1, "plateau")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from itertools import chain, islice, repeat
+from itertools import islice, repeat
 from typing import Any, TypeAlias, TypeVar
 
-from torch.utils.data import BatchSampler, DataLoader
-
 from robo_orchard_lab.pipeline.batch_size import first_length
-from robo_orchard_lab.pipeline.errors import DataError
+from robo_orchard_lab.pipeline.errors import DataError, StateError
 
 ItemT = TypeVar("ItemT")
 
@@ -24,71 +22,104 @@ _END = object()
 logger = logging.getLogger(__name__)
 
 
-def micro_batches(
-    dataloader: Iterable[Any],
-    window: int,
-    limit: int | None,
-    count_samples: Callable[[Any], int] | None,
-    begin_window: Callable[[int], None],
-) -> Iterator[MicroBatch]:
-    """One pass over the batches in windows of ``window``, the last of which may be shorter.
+class AccumulationWindows:
+    """Divides a pass over the batches into windows, the last of which may be short.
 
     A window of n equal batches divides each loss by n; of unequal ones, each by the window's
     samples over its own. So n micro-batches equal one batch n times as large.
 
-    A ``DataLoader`` says ahead how many samples its batches will have. Where that is not known,
-    or ``count_samples`` is given, a window's batches are all loaded before the first is given.
+    Where the sizes of batches are not known ahead, or ``count_samples`` is given, a window's
+    batches are all loaded before the first is given.
 
     Args:
-        dataloader: any iterable of batches.
-        window: how many batches make a full window, >= 1.
-        limit: how many batches to take at most; None takes all.
+        length: how many batches make a full window, >= 1; windows are counted from the first
+            batch of the pass.
         count_samples: how many samples a batch has; None counts its first tensor's length.
-        begin_window: called ahead of loading a window, with the number of batches before it.
-
-    Raises:
-        DataError: while iterating, where the loader's length is not that of its batches.
     """
-    batches = iter(dataloader)
-    if window == 1:  # in C, since this is every step of most runs
-        return zip(batches, repeat(True), repeat(1.0))
-    sizes = known_batch_sizes(dataloader) if count_samples is None else None
-    if sizes is not None:
-        return _sized_windows(batches, window, sizes, limit)
-    return _windows_loaded_ahead(batches, window, limit, count_samples or _count, begin_window)
+
+    def __init__(self, length: int, count_samples: Callable[[Any], int] | None) -> None:
+        self.length = length
+        self._count_samples = count_samples
+        self._loaded_sizes: list[int] = []  # of the window that was last loaded ahead
+
+    def micro_batches(
+        self,
+        batches: Iterator[Any],
+        sizes: Callable[[int], Iterator[int] | None],
+        done: int,
+        limit: int | None,
+    ) -> Iterator[MicroBatch]:
+        """What is left of a pass.
+
+        Args:
+            batches: those that are left.
+            sizes: how many samples each batch of the pass has, from one of them on; None where
+                that is not known ahead.
+            done: how many batches of the pass are done, maybe within a window.
+            limit: how many batches of the pass to take at most; None takes all.
+
+        Raises:
+            DataError: while iterating, where there are more batches than sizes, or fewer.
+            StateError: the pass goes on within a window of which the sizes were not saved.
+        """
+        if self.length == 1:  # in C, since this is every step of most runs
+            return zip(batches, repeat(True), repeat(1.0))
+        within = done % self.length
+        begun = done - within  # the first batch of the window that is open, or next
+        if limit is not None:
+            limit -= begun
+        known = sizes(begun) if self._count_samples is None else None
+        if known is not None:
+            return _sized_windows(batches, self.length, known, within, limit)
+        if within and not self._loaded_sizes:
+            raise StateError(
+                f"the run was saved after {within} of the {self.length} batches of an accumulation "
+                "window whose sizes were known ahead, and now are not; resume it with the kind of "
+                "data loader and batch processor that it was saved with"
+            )
+        return self._loaded_ahead(batches, within, limit)
+
+    def state_dict(self, done: int) -> dict[str, Any]:
+        """What a window that is open after so many batches was planned by."""
+        return {"loaded_sizes": self._loaded_sizes if done % self.length else []}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on within a window as it was planned."""
+        self._loaded_sizes = list(state["loaded_sizes"])
+
+    def _loaded_ahead(
+        self, batches: Iterator[Any], within: int, limit: int | None
+    ) -> Iterator[MicroBatch]:
+        count_samples = self._count_samples or _count
+        if within:
+            total, rest = sum(self._loaded_sizes), self._loaded_sizes[within:]
+            for left, (size, batch) in enumerate(zip(rest, batches, strict=False), start=1):
+                yield batch, left == len(rest), total / size
+            limit = None if limit is None else limit - within - len(rest)
+        for loaded in _chunks(batches, self.length, limit):
+            sizes = self._loaded_sizes = [count_samples(batch) for batch in loaded]
+            total = sum(sizes)
+            for index, batch in enumerate(loaded):
+                yield batch, index == len(loaded) - 1, total / sizes[index]
 
 
 def _sized_windows(
-    batches: Iterator[Any], window: int, sizes: Iterator[int], limit: int | None
+    batches: Iterator[Any], window: int, sizes: Iterator[int], within: int, limit: int | None
 ) -> Iterator[MicroBatch]:
-    done = 0
+    """Windows, in the first of which so many batches are done."""
+    begun = 0
     for samples in _chunks(sizes, window, limit):
         total = sum(samples)
-        taken = 0
-        for taken, batch in enumerate(islice(batches, len(samples)), start=1):
+        taken = within
+        for batch in islice(batches, len(samples) - within):
+            taken += 1
             yield batch, taken == len(samples), total / samples[taken - 1]
         if taken < len(samples):
             raise _wrong_length("fewer")
-        done += taken
-    if done != limit and next(batches, _END) is not _END:
+        begun += taken
+        within = 0
+    if begun != limit and next(batches, _END) is not _END:
         raise _wrong_length("more")
-
-
-def _windows_loaded_ahead(
-    batches: Iterator[Any],
-    window: int,
-    limit: int | None,
-    count_samples: Callable[[Any], int],
-    begin_window: Callable[[int], None],
-) -> Iterator[MicroBatch]:
-    done = 0
-    begin_window(done)
-    for loaded in _chunks(batches, window, limit):
-        sizes = [count_samples(batch) for batch in loaded]
-        for index, batch in enumerate(loaded):
-            yield batch, index == len(loaded) - 1, sum(sizes) / sizes[index]
-        done += len(loaded)
-        begin_window(done)
 
 
 def _chunks(items: Iterator[ItemT], size: int, limit: int | None) -> Iterator[list[ItemT]]:
@@ -121,16 +152,3 @@ def _wrong_length(compared: str) -> DataError:
         "accumulation windows are planned; correct the length, or define count_samples(batch) on "
         "the batch processor, so that windows are loaded ahead and counted instead"
     )
-
-
-def known_batch_sizes(dataloader: Iterable[Any]) -> Iterator[int] | None:
-    """The number of samples of each batch of one pass, or None where it can't be known ahead."""
-    sampler = getattr(dataloader, "batch_sampler", None)
-    if type(dataloader) is not DataLoader or type(sampler) is not BatchSampler:
-        return None
-    try:
-        samples = len(sampler.sampler)  # type: ignore[arg-type]  # refused below where unsized
-    except (TypeError, NotImplementedError):
-        return None
-    full, rest = divmod(samples, sampler.batch_size)
-    return chain(repeat(sampler.batch_size, full), [rest] if rest and not sampler.drop_last else [])

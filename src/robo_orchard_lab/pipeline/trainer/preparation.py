@@ -1,4 +1,4 @@
-"""Making a model, an optimizer, a schedule and data ready for the devices and processes."""
+"""Making a model, an optimizer and a schedule ready for the devices and processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, send_to_device
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 
@@ -27,9 +26,8 @@ class PreparedObjects:
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer | None
     lr_scheduler: LRScheduler | None
-    dataloader: Iterable[Any]
     place: Callable[[Any], Any] | None
-    """Moves a batch of :attr:`dataloader` to its device; None where it lies there already."""
+    """Moves a batch to the device; None where it is there already."""
 
 
 def prepare_objects(
@@ -41,8 +39,7 @@ def prepare_objects(
 ) -> PreparedObjects:
     """Let Accelerate prepare what is not prepared yet.
 
-    With one process the data loader is used as it is, unless Accelerate is configured to change
-    it: its version would give the same batches, one batch of look-ahead and 5 us a step later.
+    The data loader is not among it: :class:`TrainingData` divides it among the processes.
 
     Raises:
         PipelineConfigError: the launcher started several processes that do not know of each other.
@@ -57,29 +54,15 @@ def prepare_objects(
     lr_scheduler = next(prepared) if lr_scheduler is not None else None
 
     place: Callable[[Any], Any] | None = None
-    config = accelerator.dataloader_config
-    changed = accelerator.num_processes > 1 or (
-        config.use_seedable_sampler or config.use_stateful_dataloader
-    )
-    # Accelerate can't divide the batches of a dataset that makes whole batches itself.
-    divisible = isinstance(dataloader, DataLoader) and dataloader.batch_sampler is not None
-    if accelerator.num_processes > 1 and not divisible and accelerator.is_main_process:
-        logger.warning(
-            "each of the %d processes reads all of the data: only a DataLoader that makes the "
-            "batches can be divided among them",
-            accelerator.num_processes,
-        )
-    if changed and divisible:
-        dataloader = accelerator.prepare(dataloader)
-    elif accelerator.device_placement and accelerator.device.type != "cpu":
+    if accelerator.device_placement and accelerator.device.type != "cpu":
         place = partial(
             send_to_device,
             device=accelerator.device,
             # From pinned memory a batch travels while the host goes on.
-            non_blocking=config.non_blocking or getattr(dataloader, "pin_memory", False),
+            non_blocking=accelerator.dataloader_config.non_blocking
+            or getattr(dataloader, "pin_memory", False),
         )
-
-    return PreparedObjects(model, optimizer, lr_scheduler, dataloader, place)
+    return PreparedObjects(model, optimizer, lr_scheduler, place)
 
 
 def backward_of(accelerator: Accelerator) -> Callable[[torch.Tensor, float], Any]:

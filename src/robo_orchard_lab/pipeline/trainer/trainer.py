@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
 
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
-from robo_orchard_lab.pipeline.batch_size import count_batches
-from robo_orchard_lab.pipeline.checkpoint import read_checkpoint, write_checkpoint
-from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
+from robo_orchard_lab.pipeline.checkpoint import Ranks, restore_random_state, save_checkpoint
+from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun, Snapshot
+from robo_orchard_lab.pipeline.data import DataOrder, TrainingData
 from robo_orchard_lab.pipeline.errors import (
     BatchProcessorError,
     DataError,
@@ -31,11 +31,16 @@ from robo_orchard_lab.pipeline.metrics import MetricsBoard, UnknownMetricError
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Request, Requests
 from robo_orchard_lab.pipeline.run_state import RunStateFile
-from robo_orchard_lab.pipeline.trainer.accumulation import micro_batches
+from robo_orchard_lab.pipeline.trainer.about import describe_run
+from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows
 from robo_orchard_lab.pipeline.trainer.commit import carry_out_requests
-from robo_orchard_lab.pipeline.trainer.position import DataPosition
 from robo_orchard_lab.pipeline.trainer.preparation import backward_of, prepare_objects
-from robo_orchard_lab.pipeline.trainer.snapshot import load_snapshot, take_snapshot
+from robo_orchard_lab.pipeline.trainer.resuming import load_saved
+from robo_orchard_lab.pipeline.trainer.snapshot import (
+    load_snapshot,
+    take_parts,
+    take_rank_state,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +80,8 @@ class HookBasedTrainer:
     Args:
         accelerator: devices, processes and precision.
         model: any module, also compiled; prepared here unless it is prepared already.
-        dataloader: a torch ``DataLoader`` or any iterable of batches, iterated once an epoch.
+        dataloader: a torch ``DataLoader`` or any iterable of batches, iterated once an epoch, in
+            the order that ``data_order`` says.
         batch_processor: from a batch to outputs and loss.
         optimizer: needed where the processor needs a backward pass.
         lr_scheduler: moves once for each committed update, whatever the number of processes.
@@ -87,14 +93,20 @@ class HookBasedTrainer:
         schedule_every: when the schedule moves, see :class:`OptimizerHook`.
         run_folder: where the run keeps what it writes, by hooks that are not told otherwise; made
             when it is needed.
-        resume_from: a folder that :meth:`save_checkpoint` wrote, to go on from there.
+        resume_from: a checkpoint's folder, to go on from there; or ``"auto"`` for the newest whole
+            one of the first ``SaveCheckpoint``, or else in ``run_folder/checkpoints``, and for a
+            fresh run where there is none yet.
+        data_order: what the order of samples and the random numbers of loading follow from.
 
     Raises:
         PipelineConfigError: no limit, no optimizer where one is needed, or several launched
             processes that do not know of each other.
         HookRegistrationError: two hooks of one name, or something that is no hook.
-        StateError: ``resume_from`` can't be read, or is that of another model, optimizer, schedule
-            or set of hooks.
+        CheckpointError: ``resume_from`` can't be read or is damaged; with ``"auto"``, there are
+            checkpoints, and all of them are.
+        StoreLockedError: with ``"auto"``, another run saves in the same folder.
+        StateError: ``resume_from`` is that of another model, optimizer, schedule, data, number of
+            processes or set of hooks.
     """
 
     def __init__(
@@ -113,6 +125,7 @@ class HookBasedTrainer:
         schedule_every: ScheduleUnit | None = None,
         run_folder: str | os.PathLike[str] | None = None,
         resume_from: str | os.PathLike[str] | None = None,
+        data_order: DataOrder | None = None,
     ) -> None:
         self.limits = TrainerLimits(max_step, max_optimizer_step, max_epoch)
         fits = all(hasattr(batch_processor, name) for name in ("forward", "need_backward"))
@@ -141,7 +154,7 @@ class HookBasedTrainer:
 
         prepared = prepare_objects(accelerator, model, optimizer, lr_scheduler, dataloader)
         self.model = prepared.model
-        self.dataloader = prepared.dataloader
+        self.dataloader = dataloader
         self._place = prepared.place
         self._run_backward = backward_of(accelerator)
         self._optimizer_hook: OptimizerHook | None = None
@@ -154,6 +167,7 @@ class HookBasedTrainer:
         self.optimizer = self._optimizer_hook.optimizer if self._optimizer_hook else None
         self.lr_scheduler = self._optimizer_hook.lr_scheduler if self._optimizer_hook else None
 
+        self._data = TrainingData(dataloader, data_order or DataOrder(), accelerator, self.progress)
         self._run = PipelineRun(
             progress=self.progress,
             metrics=self.metrics,
@@ -165,6 +179,7 @@ class HookBasedTrainer:
             optimizer=self.optimizer,
             lr_scheduler=self.lr_scheduler,
             dataloader=self.dataloader,
+            data=self._data,
             folder=None if run_folder is None else Path(run_folder),
             state_file=RunStateFile(
                 run_folder,
@@ -172,10 +187,15 @@ class HookBasedTrainer:
                 rank=accelerator.process_index,
                 processes=accelerator.num_processes,
             ),
+            take_snapshot=self._take_snapshot,
         )
-        self._position = DataPosition(self.dataloader)
+        self._windows = AccumulationWindows(
+            accelerator.gradient_accumulation_steps,
+            getattr(batch_processor, "count_samples", None),
+        )
         self._open = False
-        self._resumed = resume_from is not None
+        self._resumed = False
+        self._random: Mapping[str, Any] | None = None  # of a resumed run, until it goes on
         self._synchronising = accelerator.sync_gradients = True
         self._last_loss: torch.Tensor | None = None
         self._unmet: UnknownMetricError | None = None
@@ -192,9 +212,7 @@ class HookBasedTrainer:
         self._carry_out = partial(carry_out_requests, self._run, channel("on_evaluation").run)
 
         if resume_from is not None:
-            self._refuse_several_processes()
-            weights, state = read_checkpoint(resume_from)
-            load_snapshot(weights, state, self._run, self.hooks, self._position)
+            self._resume(resume_from)
 
     @property
     def hooks(self) -> PipelineHooks:
@@ -211,33 +229,55 @@ class HookBasedTrainer:
     def save_checkpoint(self, folder: str | os.PathLike[str]) -> None:
         """Write all that a trainer needs to go on as this one would, for ``resume_from``.
 
-        That is the model, the optimizer, the schedule, the counters, the state of every hook, the
-        random state, and the gradients of an accumulation window that is open. The weights stand
-        alone in ``model.safetensors``.
+        That is the model, the optimizer, the schedule, the counters, the place in the data, the
+        state of every hook, the random state, and the gradients of an accumulation window that is
+        open. The weights stand alone in ``model.safetensors``. All ranks call it alike. While the
+        run goes on, a ``SaveCheckpoint`` saves it.
 
         Args:
             folder: where to write; must not exist. It appears when all of it is on the disk.
 
         Raises:
-            PipelineStateError: the trainer is in the middle of a step, or one of several
-                processes, which each have a state of their own.
+            PipelineStateError: the trainer is in the middle of a step.
             FileExistsError: there is something by that name.
+            CheckpointError: it can't be written.
             StateError: a hook's or the schedule's state holds something that can't be saved.
         """
         if self._open:
             raise PipelineStateError(
-                "the trainer is in the middle of a step; save after it has returned, for example "
-                "after args.requests.stop(...)"
+                "the trainer is in the middle of a step; save after it has returned, or ask for "
+                "it with args.requests.save(...) and a SaveCheckpoint"
             )
-        self._refuse_several_processes()
-        write_checkpoint(folder, *take_snapshot(self._run, self.hooks, self._position))
+        snapshot = self._take_snapshot()
+        save_checkpoint(
+            folder,
+            self.progress.global_step_id,
+            snapshot.parts,
+            snapshot.of_rank,
+            metadata=snapshot.about,
+            ranks=self._ranks(),
+        )
 
-    def _refuse_several_processes(self) -> None:
-        if self.accelerator.num_processes > 1:
-            raise PipelineStateError(
-                "a run of several processes can't be saved or resumed yet: each has a random "
-                "state and a part of the data of its own; use one process"
-            )
+    def _take_snapshot(self) -> Snapshot:
+        state = take_rank_state(self._run, self.hooks, self._data, self._windows, self._random)
+        return Snapshot(
+            parts=take_parts(self._run, self._data, self._windows),
+            of_rank={"state": state},
+            about=describe_run(self._run, self.hooks),
+        )
+
+    def _resume(self, resume_from: str | os.PathLike[str]) -> None:
+        saved = load_saved(resume_from, self.hooks, self._run.folder, self._ranks())
+        if saved is None:
+            return
+        state = saved.of_rank["state"]
+        load_snapshot(saved.parts, state, self._run, self.hooks, self._data, self._windows)
+        self._random = state["random"]
+        self._resumed = True
+        logger.info("resumed from %s at %s", saved.info.path, self.progress)
+
+    def _ranks(self) -> Ranks:
+        return Ranks.of_job() if self.accelerator.num_processes > 1 else Ranks.alone()
 
     def __call__(self) -> None:
         """Train until a limit is reached or a hook's request to stop is granted.
@@ -287,14 +327,18 @@ class HookBasedTrainer:
             )
         if self._unmet is not None:  # raised here, where the run is whole and can be saved
             raise self._unmet
+        failure = self._run.failures[0] if self._run.failures else None
+        self._run.failures.clear()
         stop = self.requests.stop_request
-        if stop is not None and stop.exit_code is not None:
-            raise RunPreempted(stop.exit_code)
+        if stop is not None and stop.exit_code is not None and not self._is_at_limit():
+            raise RunPreempted(stop.exit_code) from failure
+        if failure is not None:
+            raise failure
 
     def _loop(self, loop_args: PipelineHookArgs) -> None:
         all_logged = False  # whether nothing was published since the last logging point
         if self.progress.step_id == 0:
-            self._position.go_on()
+            self._go_on_drawing()
             self._carry_out()  # what hooks have asked for at the start
         while not self._is_over():
             args = PipelineHookArgs(self._run)
@@ -310,6 +354,7 @@ class HookBasedTrainer:
                 problem = self._unmet or (self.metrics.unread() if first else None)
                 if problem is not None:
                     logger.warning("after a whole epoch, %s", problem)
+        self._save_the_end()
         if not all_logged:
             self.metrics.tell_rest(self.accelerator)
         # A run that was asked to stop may not have come to its first evaluation.
@@ -327,23 +372,18 @@ class HookBasedTrainer:
         if self._is_over():  # asked for by a hook that is around the epoch
             return
         progress, done, max_step = self.progress, self.progress.step_id, self.limits.max_step
-        window = self.accelerator.gradient_accumulation_steps
-        step = self._on_step if window == 1 else self._on_step_in_window
+        step = self._on_step if self._windows.length == 1 else self._on_step_in_window
         requests, reached = self.requests, self.limits.reached
-        length = count_batches(self.dataloader)
+        length = self._run.steps_per_epoch
         limit = None if max_step is None else max_step - progress.global_step_id + done
         over = False
-        self._position.start_epoch(progress.epoch_id, done)
+        self._go_on_drawing()
         # Kept by no name here: an error that is kept would keep the loader's workers with it.
-        for batch, ends_window, divisor in self._position.seek(
-            micro_batches(
-                self.dataloader,
-                window,
-                limit=None if limit == length else limit,
-                count_samples=getattr(self.batch_processor, "count_samples", None),
-                begin_window=self._position.begin_window,
-            ),
+        for batch, ends_window, divisor in self._windows.micro_batches(
+            self._data.epoch(progress.epoch_id, done),
+            self._data.batch_sizes,
             done,
+            limit=None if limit == length else limit,
         ):
             if over:  # and there are more batches than the loader's length says
                 break
@@ -412,9 +452,25 @@ class HookBasedTrainer:
         # parameters' nodes are not made anew, which takes 1 us of a small model's step.
         self._last_loss = loss
 
+    def _go_on_drawing(self) -> None:
+        """From here on, draw what the saved run would have drawn; nothing if none was loaded."""
+        if self._random is not None:
+            restore_random_state(self._random, {})
+            self._random = None
+
+    def _save_the_end(self) -> None:
+        """Have what a run that is over ends with on the disk, where a hook saves it."""
+        stop = self.requests.stop_request
+        if self._run.savers and (stop is None or stop.exit_code is None):
+            self.requests.save("the run ends", by=type(self).__name__)
+            self._carry_out()
+
     def _is_over(self) -> bool:
         """At a commit point, where scopes are closed and state is consistent: whether to end."""
-        return self.requests.stop_request is not None or self.limits.reached(self.progress)
+        return self.requests.stop_request is not None or self._is_at_limit()
+
+    def _is_at_limit(self) -> bool:
+        return self.limits.reached(self.progress)
 
     def _wrong_result(self, found: str) -> BatchProcessorError:
         return BatchProcessorError(

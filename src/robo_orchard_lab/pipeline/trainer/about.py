@@ -1,0 +1,112 @@
+"""Which run a checkpoint is of, for people who find it later."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from robo_orchard_core.utils.config import Config, ConfigSaveError
+from robo_orchard_lab.pipeline.context import PipelineRun
+from robo_orchard_lab.pipeline.hook_set import PipelineHooks
+
+_PACKAGES = ("robo-orchard-hooks", "torch", "accelerate", "numpy", "safetensors")
+_GIT_TIMEOUT_S = 5.0
+
+
+def describe_run(run: PipelineRun, hooks: PipelineHooks) -> dict[str, Any]:
+    """The resolved configuration, the command, the versions and the git state.
+
+    All of it is what JSON can say. Nothing reads it back: it decides nothing.
+    """
+    accelerator = run.accelerator
+    return {
+        "configuration": {
+            "limits": {
+                "max_step": run.limits.max_step,
+                "max_optimizer_step": run.limits.max_optimizer_step,
+                "max_epoch": run.limits.max_epoch,
+            },
+            "processes": accelerator.num_processes,
+            "mixed_precision": accelerator.mixed_precision,
+            "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
+            "batch_processor": _kind(run.batch_processor),
+            "model": _kind(accelerator.unwrap_model(run.model, keep_torch_compile=False)),
+            "optimizer": _optimizer(run),
+            "lr_scheduler": None if run.lr_scheduler is None else _kind(run.lr_scheduler),
+            "hooks": {hook.name: _configuration(hook) for hook in hooks.named_hooks()},
+        },
+        "command": shlex.join(sys.orig_argv),
+        "versions": _versions(),
+        "git": _git_state(),
+    }
+
+
+def _optimizer(run: PipelineRun) -> dict[str, Any] | None:
+    if run.optimizer is None:
+        return None
+    groups = [
+        {name: value for name, value in group.items() if isinstance(value, bool | int | str)}
+        | {name: repr(value) for name, value in group.items() if isinstance(value, float | tuple)}
+        for group in run.optimizer.param_groups
+    ]
+    inner = getattr(run.optimizer, "optimizer", run.optimizer)
+    return {"class": _kind(inner), "param_groups": groups}
+
+
+def _configuration(hook: PipelineHooks) -> Any:
+    """A hook's configuration; of one that has none, its class."""
+    configuration = getattr(hook, "cfg", None)
+    if isinstance(configuration, Config):
+        try:
+            return configuration.to_dict()
+        except ConfigSaveError:  # it holds a class that is made in a function, say
+            return repr(configuration)
+    return _kind(hook)
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__module__}:{type(value).__qualname__}"
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from its source
+            continue
+    return found
+
+
+@cache
+def _git_state() -> dict[str, Any] | None:
+    """The commit that the script is of, and whether files differ from it; None without git."""
+    script = Path(sys.argv[0]) if sys.argv and sys.argv[0] else Path()
+    folder = script.resolve().parent if script.is_file() else Path.cwd()
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=_GIT_TIMEOUT_S,
+            check=True,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        )
+        return done.stdout.strip()
+
+    try:
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return None

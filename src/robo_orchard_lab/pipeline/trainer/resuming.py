@@ -1,0 +1,70 @@
+"""Finding the checkpoint that a run goes on from."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from robo_orchard_lab.pipeline.checkpoint import (
+    CheckpointStore,
+    Ranks,
+    SavedState,
+    load_checkpoint,
+)
+from robo_orchard_lab.pipeline.errors import PipelineConfigError
+from robo_orchard_lab.pipeline.hook_set import PipelineHooks
+from robo_orchard_lab.pipeline.hooks.save_checkpoint import FOLDER, SaveCheckpoint
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+
+
+def load_saved(
+    resume_from: str | os.PathLike[str],
+    hooks: PipelineHooks,
+    run_folder: Path | None,
+    ranks: Ranks,
+) -> SavedState | None:
+    """The saved run to go on from, all of it checked and on the CPU; called by all ranks alike.
+
+    Args:
+        resume_from: a checkpoint's folder, which is the one that is loaded, or none; or ``"auto"``
+            for the newest that is whole, where the first :class:`SaveCheckpoint` keeps them.
+        hooks: of the run.
+        run_folder: where checkpoints are by default.
+        ranks: of the job.
+
+    Returns:
+        None with ``"auto"`` where there is no checkpoint yet.
+
+    Raises:
+        PipelineConfigError: with ``"auto"``, there is no folder to look in.
+        StoreLockedError: with ``"auto"``, another run saves there.
+        CheckpointError: the checkpoint can't be read or is damaged; with ``"auto"``, there are
+            some, and all of them are.
+    """
+    if os.fspath(resume_from) != AUTO:
+        return load_checkpoint(resume_from, ranks=ranks)
+    root = _root(hooks, run_folder)
+    with CheckpointStore(root, ranks=ranks) as store:  # which also repairs what a crash has left
+        saved = store.load_newest()
+    if saved is None:
+        logger.info("no checkpoint in %s; the run starts from the beginning", root)
+        return None
+    for path, why in saved.skipped:
+        logger.warning("resuming: skipped %s: %s", path, why)
+    return saved
+
+
+def _root(hooks: PipelineHooks, run_folder: Path | None) -> Path:
+    for hook in hooks.all_hooks():
+        if isinstance(hook, SaveCheckpoint):
+            return hook.root(run_folder)
+    if run_folder is None:
+        raise PipelineConfigError(
+            "resume_from='auto' has no folder to look in; register a SaveCheckpoint, or give the "
+            "trainer a run_folder"
+        )
+    return run_folder / FOLDER

@@ -1,0 +1,401 @@
+"""Checkpoints come when they should, hold what they should, and fail without harm."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, PipelineHooks
+from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, load_checkpoint
+from robo_orchard_lab.pipeline.errors import (
+    CheckpointError,
+    PipelineConfigError,
+    PipelineStateError,
+    RunPreempted,
+    StateError,
+    StoreLockedError,
+)
+from robo_orchard_lab.pipeline.hook_set import HookLike
+from robo_orchard_lab.pipeline.hooks import SaveCheckpointConfig
+from robo_orchard_lab.pipeline.run_state import read_run_state
+from tiny import equal, make_loader, make_model, make_trainer, weights
+
+
+def train(folder: Path, *hooks: HookLike, **options: Any) -> HookBasedTrainer:
+    """A run in a folder, to its end."""
+    options.setdefault("max_epoch", 2)
+    torch.manual_seed(3)
+    trainer = make_trainer(hooks, loader=make_loader(3, shuffle=True), run_folder=folder, **options)
+    trainer()
+    return trainer
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a run's folder; there is nothing else but links and lock."""
+    found = sorted((folder / "checkpoints").iterdir())
+    names = [path.name for path in found if not path.is_symlink() and path.name != ".lock"]
+    assert all(name.startswith("step_") for name in names)
+    return [int(name.removeprefix("step_")) for name in names]
+
+
+def at_step(step: int, do: Any) -> PipelineHooks:
+    hooks = PipelineHooks(f"at step {step}")
+    hooks.on_step.after(when=f"at steps {step}")(do)
+    return hooks
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"),
+    [
+        ("2 steps", [2, 4, 6]),
+        ("4 steps", [4, 6]),  # the last one at the end
+        ("1 epoch", [3, 6]),
+        ("3 steps | 1 epoch | 2 optimizer steps", [2, 3, 4, 6]),
+        (None, [6]),
+    ],
+)
+def test_it_saves_by_its_schedule_and_at_the_end(
+    every: str | None, expected: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is one save for a commit point, whatever meets there, and one at the end."""
+    caplog.set_level(logging.INFO)
+    train(tmp_path, SaveCheckpointConfig(every=every, keep_last=None))
+    assert steps_in(tmp_path) == expected
+    assert [record.msg for record in caplog.records].count("saved %s: %s") == len(expected)
+    assert (tmp_path / "checkpoints" / "last").readlink() == Path(f"step_{expected[-1]:08}")
+    told = read_run_state(tmp_path).checkpoint
+    assert told is not None
+    assert (told.path, told.step) == (f"checkpoints/step_{expected[-1]:08}", expected[-1])
+
+
+def test_seconds_are_a_schedule_too(tmp_path: Path) -> None:
+    """Saving by time saves at a step's end."""
+    train(tmp_path, SaveCheckpointConfig(every="0.000001 s", keep_last=None))
+    assert steps_in(tmp_path) == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_a_hook_asks_for_is_saved(tmp_path: Path) -> None:
+    """A request of any hook makes a checkpoint, whose metadata says who asked and why."""
+    asks = at_step(4, lambda args: args.requests.save("to see", by="me"))
+    train(tmp_path, SaveCheckpointConfig(every=None), asks)
+    assert steps_in(tmp_path) == [4, 6]
+    info = load_checkpoint(tmp_path / "checkpoints" / "step_00000004").info
+    assert info.metadata["reason"] == "to see, asked by me"
+
+
+def test_without_it_a_request_to_save_is_an_error() -> None:
+    """A save that nothing can make is not passed over in silence."""
+    asks = at_step(2, lambda args: args.requests.save("to see", by="me"))
+    with pytest.raises(PipelineStateError, match=r"me asked for a checkpoint \(to see\)"):
+        make_trainer([asks], max_step=3)()
+
+
+def test_a_checkpoint_says_which_run_it_is_of(tmp_path: Path) -> None:
+    """The manifest holds the configuration, the command and the versions, in words."""
+    train(tmp_path, SaveCheckpointConfig(every="3 steps", keep_last=7))
+    about = load_checkpoint(tmp_path / "checkpoints" / "last").info.metadata
+    configuration = about["configuration"]
+    assert configuration["hooks"]["SaveCheckpoint"]["keep_last"] == 7
+    assert configuration["limits"] == {"max_step": None, "max_optimizer_step": None, "max_epoch": 2}
+    assert configuration["optimizer"]["class"] == "torch.optim.sgd:SGD"
+    assert about["versions"]["torch"] == torch.__version__
+    assert "pytest" in about["command"]
+    json.dumps(about)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_any_checkpoint_goes_on_as_the_run_did(background: bool, tmp_path: Path) -> None:
+    """Saved by the side of the training or not, every one of them resumes to the same weights."""
+    save = SaveCheckpointConfig(every="1 steps", keep_last=None, in_background=background)
+    straight = train(tmp_path, save)
+    for step in range(1, 6):
+        path = tmp_path / "checkpoints" / f"step_{step:08}"
+        resumed = train(tmp_path / str(step), save, model=make_model(9), resume_from=path)
+        assert equal(weights(resumed.model), weights(straight.model))
+        assert steps_in(tmp_path / str(step)) == list(range(step + 1, 7))
+
+
+def test_what_is_saved_in_the_background_is_not_torn(tmp_path: Path) -> None:
+    """An update meanwhile does not get into a copy: it holds what a save in place holds."""
+    for name, background in (("in place", False), ("beside", True)):
+        save = SaveCheckpointConfig(every="1 steps", keep_last=None, in_background=background)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 100_000), torch.nn.Linear(100_000, 2))
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.01)
+        optimizer = torch.optim.AdamW(model.parameters())
+        train(tmp_path / name, save, model=model, optimizer=optimizer)
+    for step in range(1, 7):
+        saved, expected = (
+            load_checkpoint(tmp_path / name / "checkpoints" / f"step_{step:08}").parts
+            for name in ("beside", "in place")
+        )
+        for part in ("model", "optimizer"):
+            assert same(saved[part], expected[part]), (step, part)
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+class Heavy(PipelineHooks):
+    """Has a state that takes some time to write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = torch.zeros(16 << 20)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": self.state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.state = state["state"]
+
+
+def test_a_busy_background_may_leave_saves_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With when_busy='skip' no step waits for a save, but the last save is made all the same."""
+    save = SaveCheckpointConfig(
+        every="1 steps", keep_last=None, in_background=True, when_busy="skip"
+    )
+    train(tmp_path, save, Heavy())
+    steps = steps_in(tmp_path)
+    assert steps[0] == 1
+    assert steps[-1] == 6
+    assert len(steps) < 6
+    assert "no save at epoch 0, step 2" in caplog.text
+
+
+def test_auto_begins_goes_on_and_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One command for a fresh run, a resumed one, and one that is over."""
+    caplog.set_level(logging.INFO)
+    save = SaveCheckpointConfig(every="1 epoch")
+    train(tmp_path, save, max_epoch=1, resume_from="auto")
+    assert "the run starts from the beginning" in caplog.text
+    second = train(tmp_path, save, model=make_model(8), max_epoch=2, resume_from="auto")
+    assert "resumed from" in caplog.text
+    straight = train(tmp_path / "straight", save)
+    assert equal(weights(second.model), weights(straight.model))
+    before = (tmp_path / "checkpoints" / "last").stat().st_mtime_ns
+    train(tmp_path, save, max_epoch=2, resume_from="auto")
+    assert "nothing left to do" in caplog.text
+    assert steps_in(tmp_path) == [3, 6]
+    assert (tmp_path / "checkpoints" / "last").stat().st_mtime_ns == before
+
+
+def damage(checkpoint: Path) -> None:
+    path = checkpoint / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_auto_falls_back_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A damaged checkpoint is skipped with its name; if all are, that is an error."""
+    save = SaveCheckpointConfig(every="2 steps", keep_last=None)
+    straight = train(tmp_path, save)
+    root = tmp_path / "checkpoints"
+    damage(root / "step_00000006")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):  # a path never falls back
+        train(tmp_path, save, resume_from=root / "last")
+    second = train(tmp_path, save, model=make_model(8), resume_from="auto")
+    assert f"skipped {root / 'step_00000006'}" in caplog.text
+    assert equal(weights(second.model), weights(straight.model))
+    load_checkpoint(root / "step_00000006")  # written anew
+    for path in root.glob("step_*"):
+        damage(path)
+    with pytest.raises(CheckpointError, match="step_00000002"):
+        train(tmp_path, save, resume_from="auto")
+
+
+def test_auto_needs_a_place_to_look() -> None:
+    """Without a hook that saves and without a folder of the run, there is none."""
+    with pytest.raises(PipelineConfigError, match="no folder to look in"):
+        make_trainer(max_step=1, resume_from="auto")
+
+
+def test_it_needs_a_folder() -> None:
+    """Without one of its own and without one of the run, it can't begin."""
+    trainer = make_trainer(SaveCheckpointConfig(), max_step=1)
+    with pytest.raises(PipelineConfigError, match=r"SaveCheckpoint\.folder"):
+        trainer()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    """Whoever comes second is told who was first, and harms nothing."""
+
+    def start_another(args: PipelineHookArgs) -> None:
+        for resume_from in (None, "auto"):
+            with pytest.raises(StoreLockedError, match=r"process \d+"):
+                train(tmp_path, SaveCheckpointConfig(), resume_from=resume_from)
+
+    train(tmp_path, SaveCheckpointConfig(), at_step(4, start_another))
+    assert steps_in(tmp_path) == [3, 6]
+    train(tmp_path, SaveCheckpointConfig(), resume_from="auto")  # free again
+
+
+class Publisher(PipelineHooks):
+    """Publishes a value at every step, and makes every step a logging point."""
+
+    def __init__(self, values: list[float]) -> None:
+        super().__init__()
+        self.values = values
+        self.on_step.after(self.publish)
+        self.on_loop.before(lambda args: args.metrics.listen(lambda record: None))
+
+    def publish(self, args: PipelineHookArgs) -> None:
+        args.metrics.publish("score", self.values[args.global_step_id])
+        args.requests.log("each step")
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_best_are_kept_whenever_they_come(resumed: bool, tmp_path: Path) -> None:
+    """Good values are saved at the step that they are of, off the schedule, and outlive others."""
+    values = Publisher([0.3, 0.9, 0.1, float("nan"), 0.8, 0.2])
+    save = SaveCheckpointConfig(
+        every="3 steps", keep_last=1, keep_best=2, monitor="score", mode="max"
+    )
+    if resumed:
+        train(tmp_path, values, save, max_step=4)
+        train(tmp_path, values, save, model=make_model(9), resume_from="auto")
+    else:
+        train(tmp_path, values, save)
+    assert steps_in(tmp_path) == [2, 5, 6]
+    root = tmp_path / "checkpoints"
+    assert (root / "best").readlink() == Path("step_00000002")
+    assert load_checkpoint(root / "best").info.metrics["score"] == pytest.approx(0.9)
+
+
+def test_a_metric_of_other_weights_is_not_theirs(tmp_path: Path) -> None:
+    """A checkpoint has only the metrics that were measured of it, not those of a step before."""
+    hooks = at_step(2, Publisher([0.5] * 6).publish)
+    train(tmp_path, hooks, SaveCheckpointConfig(every="1 steps", keep_last=None), max_step=3)
+    found = {
+        step: dict(load_checkpoint(tmp_path / "checkpoints" / f"step_{step:08}").info.metrics)
+        for step in (1, 2, 3)
+    }
+    assert found == {1: {}, 2: {"score": 0.5}, 3: {}}
+
+
+class FullDisk(PipelineHooks):
+    """No file grows, as on a full disk, from the end of one step until another one begins."""
+
+    def __init__(self, first: int, last: int) -> None:
+        super().__init__()
+        self._limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        self.on_step.after(when=f"at steps {first}")(self.fill)
+        self.on_step.before(when=f"at steps {last}")(self.make_room)
+        self.on_loop.after(self.make_room)
+
+    def fill(self, args: PipelineHookArgs) -> None:
+        time.sleep(0.2)  # for what is written beside the training to be done
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, self._limits[1]))
+
+    def make_room(self, args: PipelineHookArgs) -> None:
+        time.sleep(0.2)  # or to meet the full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, self._limits)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_ends_no_run_that_is_to_go_on(
+    background: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is told, older checkpoints stay, and the next save with room is made."""
+    save = SaveCheckpointConfig(every="1 steps", keep_last=None, in_background=background)
+    train(tmp_path, FullDisk(2, 4), save)
+    assert steps_in(tmp_path) == [1, 4, 5, 6]
+    told = [record for record in caplog.records if "a save has failed" in record.getMessage()]
+    assert len(told) == 2
+    assert "File too large" in told[0].getMessage()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_stops_a_run_that_is_to_stop(background: bool, tmp_path: Path) -> None:
+    """The error says what could not be written, and the older checkpoint is whole."""
+    save = SaveCheckpointConfig(every="1 steps", on_failure="stop", in_background=background)
+    with pytest.raises(CheckpointError, match="step_00000002"):
+        train(tmp_path, FullDisk(2, 6), save)
+    assert steps_in(tmp_path) == [1]
+    load_checkpoint(tmp_path / "checkpoints" / "last")
+    assert read_run_state(tmp_path).state == "failed"
+
+
+def test_a_run_whose_last_save_fails_says_so_when_it_is_over(tmp_path: Path) -> None:
+    """The training is done, and can be saved elsewhere by hand."""
+    torch.manual_seed(3)
+    save = SaveCheckpointConfig(every="2 steps")
+    trainer = make_trainer([FullDisk(6, 7), save], run_folder=tmp_path, max_step=6)
+    with pytest.raises(CheckpointError, match="step_00000006"):
+        trainer()
+    assert steps_in(tmp_path) == [2, 4]
+    trainer.save_checkpoint(tmp_path / "elsewhere")
+    load_checkpoint(tmp_path / "elsewhere")
+
+
+def test_a_state_that_can_not_be_saved_ends_the_run(tmp_path: Path) -> None:
+    """It would fail each time, so it is an error at once, with the place of what is wrong."""
+
+    class Odd(PipelineHooks):
+        def state_dict(self) -> dict[str, Any]:
+            return {"file": object()}
+
+    with pytest.raises(StateError, match=r"hooks\.Odd\.file"):
+        train(tmp_path, Odd(), SaveCheckpointConfig())
+    assert steps_in(tmp_path) == []
+
+
+def test_a_preempted_run_is_saved_only_if_asked(tmp_path: Path) -> None:
+    """Who interrupts a run says whether it is to be saved; an end is saved in any case."""
+    stop = at_step(4, lambda args: args.requests.stop("time is up", exit_code=75))
+    with pytest.raises(RunPreempted) as preempted:
+        train(tmp_path, stop, SaveCheckpointConfig())
+    assert preempted.value.code == 75
+    assert steps_in(tmp_path) == [3]
+    assert read_run_state(tmp_path).state == "preempted"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"keep_best": 1},
+        {"monitor": "loss"},
+        {"keep_last": 0},
+        {"every": "7"},
+        {"on_failure": "ignore"},
+        {"digest": "md5"},
+    ],
+)
+def test_wrong_configurations_are_refused(wrong: dict[str, Any]) -> None:
+    """The error names the field."""
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        SaveCheckpointConfig(**wrong)
+
+
+def test_several_savers_have_schedules_of_their_own(tmp_path: Path) -> None:
+    """Two hooks save into two folders, each by its schedule; what others ask for, both save."""
+    often = SaveCheckpointConfig(every="2 steps", folder=tmp_path / "often", keep_last=None)()
+    rarely = SaveCheckpointConfig(every="3 steps", folder=tmp_path / "rarely", keep_last=None)()
+    often.name = "often"
+    asks = at_step(1, lambda args: args.requests.save("to see", by="me"))
+    make_trainer([often, rarely, asks], max_step=5)()
+    found = {}
+    for name in ("often", "rarely"):
+        with CheckpointStore(tmp_path / name) as store:
+            found[name] = [info.step for info in store.list()]
+    assert found == {"often": [1, 2, 4, 5], "rarely": [1, 3, 5]}

@@ -1,0 +1,84 @@
+"""What each process of ``test_resume_processes.py`` runs: a training with stops."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset
+
+from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, SimpleBatchProcessor
+from robo_orchard_lab.pipeline.hooks import EMAConfig, LossTrackerConfig, SaveCheckpointConfig
+from tiny import loss_of, make_model
+
+STEPS = 8  # two epochs of four steps on each of two ranks
+
+
+class Augmented(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Draws from torch, NumPy and Python while loading."""
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        noise = torch.rand(4) + np.random.rand() + random.random()
+        return noise.float() + index / 10, torch.full((2,), float(index))
+
+
+def train(folder: Path, seed: int, stop_at: int | None, background: bool) -> dict[str, Any]:
+    """One start of the training; what it has come to."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    model = torch.nn.Sequential(make_model(), torch.nn.BatchNorm1d(2), torch.nn.Dropout(0.3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    losses: list[torch.Tensor] = []
+    hooks = PipelineHooks()
+    hooks.on_step.after(lambda args: losses.append(args.loss))
+    if stop_at is not None:
+        hooks.on_step.after(when=f"at steps {stop_at}")(lambda args: args.requests.stop("enough"))
+    torch.manual_seed(seed + accelerator.process_index)
+    np.random.seed(seed + accelerator.process_index)
+    random.seed(seed + accelerator.process_index)
+    trainer = HookBasedTrainer(
+        accelerator,
+        model,
+        DataLoader(Augmented(), batch_size=4, shuffle=True),
+        SimpleBatchProcessor.from_callable(loss_of),
+        optimizer,
+        hooks=[
+            hooks,
+            LossTrackerConfig(),
+            EMAConfig(decay=0.5),
+            SaveCheckpointConfig(every="3 steps", in_background=background),
+        ],
+        max_step=STEPS,
+        run_folder=folder,
+        resume_from="auto",
+    )
+    trainer()
+    return {
+        "losses": losses,
+        "weights": list(trainer.model.state_dict().values()),
+        "random": [torch.rand(3), torch.tensor([np.random.rand(), random.random()])],
+        "steps": trainer.progress.global_step_id,
+    }
+
+
+def main(folder: Path, stops: list[int], background: bool) -> None:
+    found = [
+        train(folder, seed, stop, background) for seed, stop in enumerate([*stops, None], start=5)
+    ]
+    accelerator = Accelerator(cpu=True)
+    result = {**found[-1], "losses": [loss for part in found for loss in part["losses"]]}
+    torch.save(result, folder / f"rank{accelerator.process_index}.pt")
+    accelerator.end_training()
+    time.sleep(1)  # gloo aborts a process that exits within half a second of its first exchange
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), [int(stop) for stop in sys.argv[3:]], sys.argv[2] == "background")

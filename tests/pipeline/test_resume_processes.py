@@ -1,0 +1,53 @@
+"""A run of two processes that is stopped and resumed is the run that was never touched."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from robo_orchard_lab.pipeline.checkpoint import load_checkpoint
+
+HERE = Path(__file__).parent
+
+
+def train(folder: Path, *stops: int, background: bool = False) -> list[dict[str, Any]]:
+    """What each of two ranks has come to."""
+    folder.mkdir()
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            str(HERE / "resume_on_ranks.py"),
+            str(folder),
+            "background" if background else "in place",
+            *map(str, stops),
+        ],
+        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_stopped_and_resumed_on_two_ranks(background: bool, tmp_path: Path) -> None:
+    """Within windows and epochs, each rank goes on with its own data, dropout and gradients."""
+    straight = train(tmp_path / "straight")
+    stopped = train(tmp_path / "stopped", 2, 4, 7, background=background)
+    for rank in (0, 1):
+        assert stopped[rank]["steps"] == straight[rank]["steps"] == 8
+        for part in ("losses", "weights", "random"):
+            assert len(stopped[rank][part]) == len(straight[rank][part])
+            for found, expected in zip(stopped[rank][part], straight[rank][part], strict=True):
+                assert torch.equal(found, expected), (rank, part)
+    assert not torch.equal(straight[0]["losses"][0], straight[1]["losses"][0])
+    saved = load_checkpoint(tmp_path / "stopped" / "checkpoints" / "last", ranks=None)
+    assert saved.info.ranks == 2
