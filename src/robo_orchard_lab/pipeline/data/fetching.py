@@ -15,6 +15,13 @@ from torch.utils.data import (
     get_worker_info,
 )
 
+from robo_orchard_lab.pipeline.data.kept_generators import (
+    RandomSource,
+    kept_generators,
+    seed_generators,
+    set_states,
+    states_of,
+)
 from robo_orchard_lab.pipeline.data.random_keys import seed_streams
 from robo_orchard_lab.pipeline.data.streams_aside import StreamsAside
 
@@ -49,28 +56,39 @@ class Fetcher(Dataset[Any]):
         self.epoch_id: int | None = None
         """The epoch that the dataset was last told of."""
         self._aside: StreamsAside | None = None
+        self._found_in: int | None = None
+        """The epoch for which the generators below were looked for."""
+        self._kept: dict[str, RandomSource] = {}
+        """The random generators that the dataset and the collate_fn keep."""
 
     def __getitem__(self, task: Task) -> Any:
         if get_worker_info() is not None:
-            self._announce(task.epoch_id)
+            if task.epoch_id != self._found_in:
+                self._begin(task.epoch_id)
             return self._load(task)
         if task.seed is None:
             return self._load(task)
+        if task.epoch_id != self._found_in:
+            self._begin(task.epoch_id)
         if self._aside is None:
             self._aside = StreamsAside()
         with self._aside:
-            return self._load(task)
+            if not self._kept:
+                return self._load(task)
+            states = states_of(self._kept)
+            try:
+                return self._load(task)
+            finally:
+                set_states(self._kept, states)
 
     def _load(self, task: Task) -> Any:
         seed, dataset, indices = task.seed, self.dataset, task.indices
         try:
             if task.sample_seeds is not None:
                 samples = self._sample_by_sample(task)
-                if seed is not None:
-                    seed_streams(seed)
+                self._seed(seed)
             else:
-                if seed is not None:
-                    seed_streams(seed)
+                self._seed(seed)
                 if not self.batched:
                     samples = dataset[indices]
                 elif getattr(dataset, "__getitems__", None):
@@ -88,23 +106,31 @@ class Fetcher(Dataset[Any]):
     def _sample_by_sample(self, task: Task) -> Any:
         seeds = task.sample_seeds or []
         if not self.batched:
-            seed_streams(seeds[0])
+            self._seed(seeds[0])
             return self.dataset[task.indices]
         samples = []
         for index, seed in zip(task.indices, seeds, strict=True):
-            seed_streams(seed)
+            self._seed(seed)
             samples.append(self.dataset[index])
         return samples
 
-    def _announce(self, epoch_id: int) -> None:
-        """Tell a worker's copy of the dataset which epoch it loads; some outlive an epoch."""
+    def _seed(self, seed: int | None) -> None:
+        if seed is not None:
+            seed_streams(seed)
+            if self._kept:
+                seed_generators(self._kept, seed)
+
+    def _begin(self, epoch_id: int) -> None:
+        """The first batch of an epoch in this process, which may be a worker that outlives one."""
         if epoch_id != self.epoch_id:
             self.epoch_id = epoch_id
             if hasattr(self.dataset, "set_epoch"):
                 self.dataset.set_epoch(epoch_id)
+        self._found_in = epoch_id
+        self._kept = kept_generators("", (self.dataset, self.collate_fn))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_aside": None}
+        return {**self.__dict__, "_aside": None, "_found_in": None, "_kept": {}}
 
 
 def as_it_is(batch: Any) -> Any:

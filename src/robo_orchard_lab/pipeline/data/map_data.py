@@ -93,10 +93,10 @@ class MapData:
     def epoch(self, seed: int, epoch_id: int, step_id: int) -> Iterator[Any]:
         """The batches of an epoch from a step on."""
         loaded, self._loaded = self._loaded, None
+        self._start = capture_sources(self._sources)  # first: a dataset may draw when it is told
         announce_epoch(self._user, epoch_id)
         if loaded is not None and step_id > 0:
             self._check_described(loaded, _DESCRIBED)
-        self._start = capture_sources(self._sources)
         self._epoch_id = epoch_id
         self._batches = self._epoch_batches(seed, epoch_id, loaded if step_id > 0 else None)
         tasks = self._epoch_tasks(self._batches, seed, epoch_id, step_id)

@@ -1,22 +1,28 @@
-"""The random generators that a loader and its samplers keep, as state."""
+"""The random generators that a loader, its samplers and its dataset keep, as state."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 
+from robo_orchard_lab.pipeline.data.kept_generators import (
+    GENERATORS,
+    RandomSource,
+    kept_generators,
+    set_states,
+    states_of,
+)
 from robo_orchard_lab.pipeline.errors import StateError
-
-RandomSource: TypeAlias = torch.Generator | np.random.Generator | np.random.RandomState | Any
-_KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
 def random_sources_of(dataloader: Any) -> dict[str, RandomSource]:
-    """The generators of torch, NumPy and Python that a loader's order may come from, by name."""
+    """The generators of torch, NumPy and Python in this process, by name.
+
+    Of a loader and its samplers, from which the order of an epoch may come, and of its dataset.
+    """
     found: dict[str, RandomSource] = {}
     for name, source in _all_sources(dataloader):
         if not any(source is other for other in found.values()):
@@ -27,8 +33,9 @@ def random_sources_of(dataloader: Any) -> dict[str, RandomSource]:
 def _all_sources(dataloader: Any) -> Iterator[tuple[str, RandomSource]]:
     for name, holder in [("loader", dataloader), *samplers_of(dataloader)]:
         for attribute, value in getattr(holder, "__dict__", {}).items():
-            if isinstance(value, _KINDS):
+            if isinstance(value, GENERATORS):
                 yield f"{name}.{attribute}", value
+    yield from kept_generators("dataset", getattr(dataloader, "dataset", None)).items()
 
 
 def samplers_of(dataloader: Any) -> Iterator[tuple[str, Any]]:
@@ -45,7 +52,7 @@ def samplers_of(dataloader: Any) -> Iterator[tuple[str, Any]]:
 
 def capture_sources(sources: Mapping[str, RandomSource]) -> dict[str, Any]:
     """Where each is in its stream, of plain values and tensors."""
-    return {name: _capture(source) for name, source in sources.items()}
+    return dict(zip(sources, map(_plain, states_of(sources)), strict=True))
 
 
 def check_sources(state: Mapping[str, Any], sources: Iterable[str]) -> None:
@@ -59,33 +66,11 @@ def check_sources(state: Mapping[str, Any], sources: Iterable[str]) -> None:
 
 def restore_sources(state: Mapping[str, Any], sources: Mapping[str, RandomSource]) -> None:
     """Have each draw from where :func:`capture_sources` was called."""
-    for name, source in sources.items():
-        _restore(source, state[name])
-
-
-def _capture(source: RandomSource) -> Any:
-    if isinstance(source, torch.Generator):
-        return source.get_state()
-    if isinstance(source, np.random.Generator):
-        return _plain(source.bit_generator.state)
-    if isinstance(source, np.random.RandomState):
-        return _plain(source.get_state(legacy=False))
-    return source.getstate()
-
-
-def _restore(source: RandomSource, state: Any) -> None:
-    if isinstance(source, torch.Generator):
-        source.set_state(state)
-    elif isinstance(source, np.random.Generator):
-        source.bit_generator.state = _numpy(state)
-    elif isinstance(source, np.random.RandomState):
-        source.set_state(_numpy(state))
-    else:
-        source.setstate(state)
+    set_states(sources, [_numpy(state[name]) for name in sources])
 
 
 def _plain(value: Any) -> Any:
-    """With NumPy's arrays, which are of 32 or 64 bits, as pairs of a tensor and a dtype."""
+    """With NumPy's arrays, of unsigned numbers, as signed tensors and a dtype."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):

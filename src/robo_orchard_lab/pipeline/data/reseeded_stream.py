@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from robo_orchard_lab.pipeline.data.kept_generators import kept_generators, seed_generators
 from robo_orchard_lab.pipeline.data.random_keys import (
     Purpose,
     epoch_key,
@@ -32,7 +33,9 @@ class ReseededStream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         key = epoch_key(self.seed, self.epoch_id, Purpose.WORKERS)
-        seed_streams(numbered_seed(key, 0 if info is None else info.id))
+        seed = numbered_seed(key, 0 if info is None else info.id)
+        seed_streams(seed)
+        seed_generators(kept_generators("", self.dataset), seed)
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(self.epoch_id)
         self.epoch_id += 1

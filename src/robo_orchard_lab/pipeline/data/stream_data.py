@@ -90,8 +90,8 @@ class StreamData:
         """The batches of an epoch from a step on."""
         state, rank_state = self._loaded or ({}, {})
         self._loaded = None
+        self._start = capture_sources(self._sources)  # first: a dataset may draw when it is told
         announce_epoch(self._user, epoch_id)
-        self._start = capture_sources(self._sources)
         self._epoch_id = epoch_id
         self._begin = state["samples"] if step_id > 0 and state else 0
         self._given.clear()
@@ -108,6 +108,8 @@ class StreamData:
         with self._aside, workers_start():
             seed_streams(epoch_key(seed, epoch_id, Purpose.ORDER))
             batches = iter(self._loader)
+        if goes_on:
+            restore_sources(rank_state["random"], self._sources)
         batches = self._keyed(batches, key, first)
         for _ in range(step_id - first):
             next(batches, None)
@@ -151,7 +153,7 @@ class StreamData:
         if self._stateful is None or step_id == 0:
             return {}
         ahead = self._states.get(step_id)
-        return {"stateful": self._stateful.state_dict() if ahead is None else ahead}
+        return self._state_now() if ahead is None else ahead
 
     def check(
         self, state: Mapping[str, Any], rank_state: Mapping[str, Any], within_epoch: bool
@@ -194,11 +196,17 @@ class StreamData:
         self._loaded = state, rank_state
         self._epoch_id = self._start = None
 
+    def _state_now(self) -> Mapping[str, Any]:
+        return {
+            "stateful": self._stateful.state_dict(),
+            "random": capture_sources(self._sources),
+        }
+
     def _keyed(self, batches: Iterator[Any], key: int, step_id: int) -> Iterator[Any]:
         processes, rank = self._share.processes, self._share.rank
         for step in count(step_id):
             if self._stateful is not None and step > self._progress.step_id:
-                self._states[step] = deepcopy(self._stateful.state_dict())
+                self._states[step] = deepcopy(self._state_now())
             if self._quiet:
                 batch = next(batches, _END)
             else:
