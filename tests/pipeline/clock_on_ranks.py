@@ -44,7 +44,7 @@ def main(folder: Path, kind: str) -> None:
             raise ValueError("planted on one rank")
 
     loader = make_loader(2 * STEPS, batch_size=1)
-    trainer = make_trainer(hooks, loader=loader, max_step=STEPS)
+    trainer = make_trainer(hooks, loader=loader, max_step=STEPS, run_folder=folder)
     rank = trainer.accelerator.process_index
     time.monotonic = lambda: 7000.0 * rank + clock
     with count_collectives() as calls:

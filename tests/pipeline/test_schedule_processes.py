@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from robo_orchard_lab.pipeline.run_state import read_run_state
+
 HERE = Path(__file__).parent
 
 
@@ -50,3 +52,6 @@ def test_a_rank_that_fails_alone_does_not_wait_for_the_clock(tmp_path: Path) -> 
     done = launch(tmp_path, "fails")
     assert done.returncode != 0
     assert "ValueError: planted on one rank" in done.stderr
+    error = read_run_state(tmp_path).error  # which is told though the first rank is just ended
+    assert error is not None
+    assert (error.type, error.rank) == ("ValueError", 1)
