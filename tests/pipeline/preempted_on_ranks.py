@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,17 @@ import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset
 
-from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
+from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, PipelineHooks
+from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
 from robo_orchard_lab.pipeline.errors import RunPreempted
 from robo_orchard_lab.pipeline.hooks import (
     PreemptionConfig,
+    SaveCheckpointConfig,
     TimeLimitConfig,
     ValidationHookConfig,
 )
 from robo_orchard_lab.testing import count_collectives
-from tiny import make_loader, make_trainer
+from tiny import equal, make_loader, make_model, make_trainer, weights
 
 
 class Waiting(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -54,62 +58,85 @@ def wait_for_signal(folder: Path, kind: str, rank: int, process: int) -> None:
         time.sleep(0.01)
 
 
-def train(folder: Path, kind: str, rank: int) -> dict[str, Any]:
-    """Until the signal, if it comes; what was saved, and how it ended."""
-    saved: list[int] = []
+class Planted(PipelineHooks):
+    """Waits for the signal where it is to come."""
 
-    def wait() -> None:
-        wait_for_signal(folder, kind, rank, os.getpid())
+    def __init__(self, folder: Path, kind: str, rank: int) -> None:
+        super().__init__()
+        self.wait = partial(wait_for_signal, folder, kind, rank, os.getpid())
+        self.kind = kind
+        self.saves = 0
+        self.on_step.before(lambda args: time.sleep(0.001))
+        self.on_step.after(when="at steps 5")(self.at_step)
+        self.on_evaluation.before(lambda args: self.wait())
 
-    hooks = PipelineHooks("planted")
-
-    @hooks.on_loop.before
-    def open_saver(args: PipelineHookArgs) -> None:
-        def save(asked: object) -> None:
-            if kind == "save" and not saved:
-                wait()
-            saved.append(args.global_step_id)
-
-        args.run.savers["saver"] = save
-
-    @hooks.on_step.after(when="at steps 5")
-    def at_step(args: PipelineHookArgs) -> None:
-        if kind in ("step", "one rank", "launcher"):
-            wait()
-        elif kind == "save":
+    def at_step(self, args: PipelineHookArgs) -> None:
+        if self.kind in ("step", "one rank", "launcher"):
+            self.wait()
+        elif self.kind == "save":
             args.requests.save("it is time")
 
-    @hooks.on_evaluation.before
-    def evaluates(args: PipelineHookArgs) -> None:
-        wait()
+    def state_dict(self) -> dict[str, Any]:
+        self.saves += 1
+        if self.kind == "save" and self.saves == 1:
+            self.wait()
+        return {}
 
-    hooks.on_step.before(lambda args: time.sleep(0.001))
-    everything: list[Any] = [PreemptionConfig(), hooks]
-    loader: Any = make_loader(40, batch_size=2)
+    def load_state_dict(self, state: Any) -> None:
+        assert state == {}
+
+
+def make(folder: Path, kind: str, rank: int, **options: Any) -> HookBasedTrainer:
+    """A training with what the kind needs, in a folder of its own."""
+    hooks: list[Any] = [PreemptionConfig(), SaveCheckpointConfig(every=None)]
+    hooks.append(Planted(folder, kind, rank))
+    loader: Any = make_loader(40, batch_size=2, shuffle=True)
     if kind == "evaluation":
-        everything.append(
-            ValidationHookConfig(every="at steps 5")(
-                dataloaders={"val": make_loader(4, num_workers=2)}
-            )
-        )
+        val = make_loader(4, num_workers=2)
+        hooks.append(ValidationHookConfig(every="at steps 5")(dataloaders={"val": val}))
     elif kind == "data":
         loader = DataLoader(Waiting(folder, rank), batch_size=4, num_workers=2, prefetch_factor=1)
     elif kind == "time":  # of which only the first rank's counts
         age_s = time.time() - psutil.Process().create_time()
-        everything.append(TimeLimitConfig(limit="1 d" if rank else age_s + 12, margin=10))
-    trainer = make_trainer(everything, loader=loader, max_epoch=10_000, run_folder=folder / kind)
+        hooks.append(TimeLimitConfig(limit="1 d" if rank else age_s + 12, margin=10))
+    model = torch.nn.Sequential(make_model(), torch.nn.Dropout(0.5))
+    return make_trainer(hooks, loader=loader, model=model, **options)
+
+
+def train(folder: Path, kind: str, rank: int) -> dict[str, Any]:
+    """Until the signal, or the time limit; how it ended, and what was saved."""
+    run_folder = folder / kind
+    trainer = make(folder, kind, rank, max_epoch=10_000, run_folder=run_folder)
     code = None
     with count_collectives() as calls:
         try:
             trainer()
         except RunPreempted as stopped:
             code = stopped.code
+    if rank == 0:
+        (folder / "told" / kind).mkdir(parents=True)
+        shutil.copy(run_folder / "run_state.json", folder / "told" / kind)
+    stopped_at = trainer.progress.global_step_id
     return {
         "code": code,
-        "saved": saved,
-        "stopped": trainer.progress.global_step_id,
+        "stopped": stopped_at,
+        "checkpoints": [info.step for info in CheckpointStore(run_folder / "checkpoints").list()],
         "exchanges": Counter(call.hook for call in calls),
+        "resumes": resumes_exactly(folder, kind, rank, stopped_at),
     }
+
+
+def resumes_exactly(folder: Path, kind: str, rank: int, stopped_at: int) -> bool:
+    """Whether a run that goes on is that which was never stopped, five steps later."""
+    if kind == "time":
+        return True  # a new limit would stop it
+    limit = stopped_at + 5
+    straight = make(folder, kind, rank, max_step=limit, run_folder=folder / "straight" / kind)
+    straight()
+    resumed = make(folder, kind, rank, max_step=limit, run_folder=folder / kind, resume_from="auto")
+    assert resumed.progress.global_step_id == stopped_at
+    resumed()
+    return equal(weights(resumed.model), weights(straight.model))
 
 
 def main(folder: Path, kinds: list[str]) -> None:

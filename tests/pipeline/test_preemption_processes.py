@@ -53,7 +53,7 @@ def processes_at(folder: Path, kind: str, job: subprocess.Popen[str]) -> list[in
 
 
 def test_a_signal_anywhere_stops_all_ranks_at_one_step(tmp_path: Path) -> None:
-    """Both ranks save once, at the same step, and end by the signal's code, inside 25 s."""
+    """They save together, go on bit for bit when resumed, and end by its code inside 25 s."""
     kinds = ["one rank", "step", "save", "evaluation", "data"]
     with launched(tmp_path, *kinds, "time", "launcher") as job:
         for kind in kinds:
@@ -79,11 +79,13 @@ def test_a_signal_anywhere_stops_all_ranks_at_one_step(tmp_path: Path) -> None:
     assert list(first) == [*kinds, "time", "launcher"]
     for kind, found in first.items():
         assert found["code"] == (75 if kind == "time" else TERMINATED), kind
-        assert found["saved"][-1:] == [found["stopped"]], kind
-        assert len(found["saved"]) == (2 if kind == "save" else 1), kind
-        state = read_run_state(tmp_path / kind)
+        assert found["checkpoints"] == ([5] if kind == "save" else []) + [found["stopped"]], kind
+        assert found["resumes"], kind
+        state = read_run_state(tmp_path / "told" / kind)
         assert (state.state, state.exit_code) == ("preempted", found["code"]), kind
         assert state.progress["global_step_id"] == found["stopped"], kind
+        assert state.checkpoint is not None, kind
+        assert state.checkpoint.step == found["stopped"], kind
         if kind != "time":
             assert found["stopped"] < 200, kind
     # Steps of a millisecond or more, and exchanges that take a hundredth of the time.

@@ -17,18 +17,22 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
+from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.errors import (
     PipelineConfigError,
     PipelineStateError,
     RunPreempted,
 )
-from robo_orchard_lab.pipeline.hooks import PreemptionConfig, ValidationHookConfig
+from robo_orchard_lab.pipeline.hooks import (
+    PreemptionConfig,
+    SaveCheckpointConfig,
+    ValidationHookConfig,
+)
 from robo_orchard_lab.pipeline.metrics import MetricValue
 from robo_orchard_lab.pipeline.run_state import read_run_state
 from robo_orchard_lab.pipeline.worker_signals import LeavesSignals, taken_by_main_process
 from robo_orchard_lab.testing import assert_no_device_sync, assert_weights_unchanged
-from tiny import make_trainer
+from tiny import equal, make_model, make_trainer, weights
 
 HERE = Path(__file__).parent.parent
 
@@ -203,8 +207,8 @@ class Slow(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         if index == self.slow:
-            time.sleep(0.6)
-        return torch.full((4,), float(index)), torch.zeros(2)
+            time.sleep(0.4)
+        return torch.full((4,), index / 28), torch.zeros(2)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +233,7 @@ def test_a_signal_in_the_wait_for_data(
         if args.global_step_id == 2:
             timer.start()
 
-    timer = threading.Timer(0.3, lambda: send_to_all(number))
+    timer = threading.Timer(0.2, lambda: send_to_all(number))
     try:
         saver = preempted([planted("on_step", "after", wait)], loader=loader, code=128 + number)
     finally:
@@ -282,7 +286,7 @@ def test_a_signal_during_an_evaluation(workers: int) -> None:
         "on_loop", "before", lambda args: args.metrics.subscribe("eval/val/loss", found.append)
     )
     begins = planted("on_evaluation", "before", lambda args: timer.start())
-    timer = threading.Timer(0.3, send_to_all)
+    timer = threading.Timer(0.2, send_to_all)
     try:
         saver = preempted([validation, listens, begins])
     finally:
@@ -396,6 +400,66 @@ def test_it_watches_without_a_trace() -> None:
     hook = PreemptionConfig(save_checkpoint=False)
     assert_weights_unchanged(hook)
     assert_no_device_sync(hook)
+
+
+class Remembers(PipelineHooks):
+    """Sends a signal while its state is saved, at the first save."""
+
+    def __init__(self, sends: bool) -> None:
+        super().__init__()
+        self.sends = sends
+        self.on_step.after(when="at steps 4")(lambda args: args.requests.save("it is time"))
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.sends:
+            self.sends = False
+            send_to_all()
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("place", "workers"), [("step", 0), ("save", 2), ("data", 2), ("data", 0), ("evaluation", 2)]
+)
+def test_a_preempted_run_goes_on_as_if_nothing_had_been(
+    place: str, workers: int, tmp_path: Path
+) -> None:
+    """Resumed, it is bit for bit the run without a signal: within a window, within an epoch."""
+
+    def train(folder: str, sends: bool, **options: Any) -> HookBasedTrainer:
+        def send_here(args: PipelineHookArgs) -> None:
+            if sends and place == "step" and args.global_step_id == 4:
+                send_to_all()
+            elif sends and (place == "evaluation" or args.global_step_id == 4):
+                threading.Timer(0.1, send_to_all).start()
+
+        hooks: list[Any] = [PreemptionConfig(), SaveCheckpointConfig(every=None)]
+        hooks.append(ValidationHookConfig(every="at steps 5")(dataloaders={"val": slow}))
+        hooks.append(Remembers(sends and place == "save"))
+        if place != "save":
+            channel = "on_evaluation" if place == "evaluation" else "on_step"
+            hooks.append(planted(channel, "before", send_here))
+        data = Slow(13 if place == "data" else 99)
+        return make_trainer(
+            hooks,
+            model=torch.nn.Sequential(make_model(), torch.nn.Dropout(0.5)),
+            loader=DataLoader(data, batch_size=4, shuffle=True, num_workers=workers),
+            accumulate=3,
+            max_epoch=2,
+            run_folder=tmp_path / folder,
+            **options,
+        )
+
+    slow = DataLoader(Slow(2 if place == "evaluation" else 99), batch_size=4, num_workers=workers)
+    straight = train("straight", sends=False)
+    straight()
+    stopped = train("stopped", sends=True)
+    with pytest.raises(RunPreempted):
+        stopped()
+    assert 4 <= stopped.progress.global_step_id < 14
+    resumed = train("stopped", sends=False, resume_from="auto")
+    assert resumed.progress == stopped.progress
+    resumed()
+    assert equal(weights(resumed.model), weights(straight.model))
 
 
 CHILD = """
