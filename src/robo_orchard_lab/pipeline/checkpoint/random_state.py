@@ -28,12 +28,16 @@ def generators_of(dataloader: Iterable[Any]) -> dict[str, torch.Generator]:
 
 
 def capture_random_state(generators: Mapping[str, torch.Generator]) -> dict[str, Any]:
-    """Where torch (all devices), NumPy, Python and the given generators are in their streams."""
+    """Where torch, NumPy, Python and the given generators are in their streams.
+
+    Of CUDA devices, it is that of the current one, which is this process's: reading those of all
+    makes a context on each of them.
+    """
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     keys = np.asarray(keys, dtype=np.int64)
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
         "numpy": (name, torch.from_numpy(keys), position, has_gauss, gauss),
         "python": random.getstate(),
         "generators": {name: generator.get_state() for name, generator in generators.items()},
@@ -51,10 +55,11 @@ def check_random_state(state: Mapping[str, Any], generators: Mapping[str, torch.
             f"the data loader had the random generators {sorted(state['generators'])} when it was "
             f"saved, and has {sorted(generators)}"
         )
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if len(state["cuda"]) != devices:
+    if bool(state["cuda"]) != torch.cuda.is_available():
+        saved, here = ("with", "without") if state["cuda"] else ("without", "with")
         raise StateError(
-            f"the random state of {len(state['cuda'])} CUDA devices was saved, there are {devices}"
+            f"the run was saved {saved} a CUDA device and is resumed {here} one, which draws other "
+            "random numbers; resume it on the same kind of device"
         )
 
 
@@ -63,8 +68,8 @@ def restore_random_state(
 ) -> None:
     """Go on drawing from where :func:`capture_random_state` was called."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    for of_device in state["cuda"]:
+        torch.cuda.set_rng_state(of_device)
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     random.setstate(state["python"])
