@@ -7,18 +7,22 @@ a part of their own, as plain tensors by name; so is the optimizer's state.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from robo_orchard_lab.pipeline.checkpoint import (
+    Ranks,
     capture_random_state,
     check_random_state,
     load_named_optimizer_state,
     named_optimizer_state,
+    restore_random_state,
+    save_checkpoint,
 )
-from robo_orchard_lab.pipeline.context import PipelineRun
+from robo_orchard_lab.pipeline.context import PipelineRun, Snapshot
 from robo_orchard_lab.pipeline.data import TrainingData
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
@@ -29,6 +33,7 @@ from robo_orchard_lab.pipeline.plain_model import (
     plain_weights,
 )
 from robo_orchard_lab.pipeline.progress import TrainerProgress
+from robo_orchard_lab.pipeline.trainer.about import describe_run
 from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows
 
 STATE_VERSION = 2
@@ -46,130 +51,169 @@ _TRAINER = {
 _OF_RANK = {"buffers", "data", "gradients", "hooks", "metrics", "random", "window"}
 
 
-def take_parts(
-    run: PipelineRun, data: TrainingData, windows: AccumulationWindows
-) -> dict[str, Any]:
-    """What all ranks share, by the file it goes to; tensors are the run's own."""
-    weights = plain_weights(run)
-    scaler = run.accelerator.scaler
-    parts: dict[str, Any] = {
-        "model": weights,
-        "trainer": {
-            "version": STATE_VERSION,
-            "processes": run.accelerator.num_processes,
-            "progress": run.progress.state_dict(),
-            "model_extra": {n: v for n, v in plain_state(run).items() if n not in weights},
-            # In the middle of an accumulation window, a part of its gradients is there.
-            "window": windows.length,
-            "lr_scheduler": run.lr_scheduler.state_dict() if run.lr_scheduler else None,
-            "scaler": scaler.state_dict() if scaler else None,
-            "types": _types(run),
-            "data": data.state_dict(),
-        },
-    }
-    if run.optimizer is not None:
-        parts["optimizer"] = named_optimizer_state(run.optimizer, _names(run))
-    return parts
-
-
-def take_rank_state(
-    run: PipelineRun,
-    hooks: PipelineHooks,
-    data: TrainingData,
-    windows: AccumulationWindows,
-    random: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """What this rank has for itself.
+class RunSnapshots:
+    """Takes all that makes up a run, and makes a run that of a snapshot.
 
     Args:
-        random: the random state of a run that was resumed and has not gone on yet; None captures
-            that of this moment.
+        run: the trainer's objects.
+        hooks: all hooks of the run.
+        data: what it is trained on.
+        windows: how that is divided for accumulation.
     """
-    run.metrics.read_deferred(run.accelerator)
-    # DDP takes the first rank's buffers at the next forward pass, where it was not told otherwise.
-    buffers = {} if run.accelerator.is_main_process else dict(plain_model(run).named_buffers())
-    return {
-        "random": capture_random_state({}) if random is None else random,
-        "data": data.rank_state_dict(),
-        "window": windows.state_dict(run.progress.step_id),
-        "gradients": {n: p.grad for p, n in _names(run).items() if p.grad is not None},
-        "buffers": {plain_name(name): buffer for name, buffer in buffers.items()},
-        "hooks": hooks.state_dict(),
-        "metrics": run.metrics.state_dict(),
-    }
 
+    def __init__(
+        self,
+        run: PipelineRun,
+        hooks: PipelineHooks,
+        data: TrainingData,
+        windows: AccumulationWindows,
+    ) -> None:
+        self._run = run
+        self._hooks = hooks
+        self._data = data
+        self._windows = windows
+        self._random: Mapping[str, Any] | None = None  # of a resumed run, until it goes on
 
-def load_snapshot(
-    parts: Mapping[str, Any],
-    of_rank: Mapping[str, Any],
-    run: PipelineRun,
-    hooks: PipelineHooks,
-    data: TrainingData,
-    windows: AccumulationWindows,
-) -> None:
-    """Make the run that of the snapshot, but for the random state, which is set as it goes on.
+    def take(self) -> Snapshot:
+        """All of the run, at a commit point; its tensors are the run's own. All ranks call it.
 
-    Raises:
-        StateError: the snapshot is that of another model, optimizer, schedule, number of processes
-            or set of hooks, or was taken within an accumulation window of another length. All that
-            can be compared is compared before the first object is changed; where a hook refuses
-            its state, all hooks get back what they had.
-    """
-    trainer = parts.get("trainer")
-    if not isinstance(trainer, dict) or trainer.get("version") != STATE_VERSION:
-        found_version = trainer.get("version") if isinstance(trainer, dict) else None
-        raise StateError(
-            f"expected a trainer state of version {STATE_VERSION}, found {found_version!r}"
+        Takes an exchange of the ranks where metrics wait to be read.
+        """
+        return Snapshot(
+            parts=self._parts(),
+            of_rank={"state": self._rank_state()},
+            about=describe_run(self._run, self._hooks),
         )
-    _check_keys("the trainer's state", trainer, _TRAINER)
-    _check_keys("the state of a rank", of_rank, _OF_RANK)
-    if "model" not in parts or ("optimizer" in parts) != (run.optimizer is not None):
-        here = "with one" if run.optimizer else "without"
-        raise StateError(
-            f"the saved parts are {', '.join(sorted(parts))}; this run has a model and is {here} "
-            "optimizer"
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write a snapshot into a folder that does not exist yet. All ranks call it."""
+        snapshot = self.take()
+        save_checkpoint(
+            folder,
+            self._run.progress.global_step_id,
+            snapshot.parts,
+            snapshot.of_rank,
+            metadata=snapshot.about,
+            ranks=ranks_of(self._run),
         )
-    _check_alike(run, trainer)
-    if of_rank["gradients"]:
-        _check_window(windows.length, trainer["window"])
-    model = plain_model(run)
-    entries = {plain_name(name): name for name in model.state_dict()}
-    found = {**parts["model"], **trainer["model_extra"]}
-    _check_model(model.state_dict(), {entries.get(n, n): value for n, value in found.items()})
-    TrainerProgress().load_state_dict(trainer["progress"])
-    data.check(trainer["data"], of_rank["data"])
-    check_random_state(of_rank["random"], {})
-    optimizer_state = (
-        load_named_optimizer_state(run.optimizer, _names(run), parts["optimizer"])
-        if run.optimizer
-        else None
-    )
 
-    _load_hooks(hooks, of_rank["hooks"])
-    run.progress.load_state_dict(trainer["progress"])
-    run.metrics.load_state_dict(of_rank["metrics"], run.accelerator.device)
-    data.load_state_dict(trainer["data"], of_rank["data"])
-    windows.load_state_dict(of_rank["window"])
-    found |= of_rank["buffers"]
-    model.load_state_dict({entries[name]: value for name, value in found.items()})
-    if run.optimizer is not None:
-        run.optimizer.load_state_dict(optimizer_state)  # type: ignore[arg-type]  # one has both
-    if run.lr_scheduler is not None:
-        run.lr_scheduler.load_state_dict(trainer["lr_scheduler"])
-    if run.accelerator.scaler is not None:
-        run.accelerator.scaler.load_state_dict(trainer["scaler"])
-    for parameter, name in _names(run).items():
-        gradient = of_rank["gradients"].get(name)
-        parameter.grad = None if gradient is None else gradient.to(parameter.device)
+    def load(self, parts: Mapping[str, Any], of_rank: Mapping[str, Any]) -> None:
+        """Make the run that of a snapshot; :meth:`go_on_drawing` then sets the random state.
+
+        Raises:
+            StateError: the snapshot is that of another model, optimizer, schedule, number of
+                processes or set of hooks, or was taken within an accumulation window of another
+                length. All that can be compared is compared before the first object is changed;
+                where a hook refuses its state, all hooks get back what they had.
+        """
+        run, trainer, own = self._run, parts.get("trainer"), of_rank.get("state")
+        if not isinstance(trainer, dict) or trainer.get("version") != STATE_VERSION:
+            found_version = trainer.get("version") if isinstance(trainer, dict) else None
+            raise StateError(
+                f"expected a trainer state of version {STATE_VERSION}, found {found_version!r}"
+            )
+        own = own if isinstance(own, dict) else {}
+        _check_keys("the trainer's state", trainer, _TRAINER)
+        _check_keys("the state of a rank", own, _OF_RANK)
+        if "model" not in parts or ("optimizer" in parts) != (run.optimizer is not None):
+            here = "with one" if run.optimizer else "without"
+            raise StateError(
+                f"the saved parts are {', '.join(sorted(parts))}; this run has a model and is "
+                f"{here} optimizer"
+            )
+        _check_alike(run, trainer)
+        if own["gradients"]:
+            _check_window(self._windows.length, trainer["window"])
+        model = plain_model(run)
+        entries = {plain_name(name): name for name in model.state_dict()}
+        found = {**parts["model"], **trainer["model_extra"]}
+        _check_model(model.state_dict(), {entries.get(n, n): value for n, value in found.items()})
+        TrainerProgress().load_state_dict(trainer["progress"])
+        self._data.check(trainer["data"], own["data"])
+        check_random_state(own["random"], {})
+        optimizer_state = (
+            load_named_optimizer_state(run.optimizer, _names(run), parts["optimizer"])
+            if run.optimizer
+            else None
+        )
+
+        self._load_hooks(own["hooks"])
+        run.progress.load_state_dict(trainer["progress"])
+        run.metrics.load_state_dict(own["metrics"], run.accelerator.device)
+        self._data.load_state_dict(trainer["data"], own["data"])
+        self._windows.load_state_dict(own["window"])
+        found |= own["buffers"]
+        model.load_state_dict({entries[name]: value for name, value in found.items()})
+        if run.optimizer is not None:
+            run.optimizer.load_state_dict(optimizer_state)  # type: ignore[arg-type]  # one has both
+        if run.lr_scheduler is not None:
+            run.lr_scheduler.load_state_dict(trainer["lr_scheduler"])
+        if run.accelerator.scaler is not None:
+            run.accelerator.scaler.load_state_dict(trainer["scaler"])
+        for parameter, name in _names(run).items():
+            gradient = own["gradients"].get(name)
+            parameter.grad = None if gradient is None else gradient.to(parameter.device)
+        self._random = own["random"]
+
+    def go_on_drawing(self) -> None:
+        """From here on, draw what the saved run would have drawn; nothing if none was loaded."""
+        if self._random is not None:
+            restore_random_state(self._random, {})
+            self._random = None
+
+    def _parts(self) -> dict[str, Any]:
+        """What all ranks share, by the file it goes to."""
+        run = self._run
+        weights = plain_weights(run)
+        scaler = run.accelerator.scaler
+        parts: dict[str, Any] = {
+            "model": weights,
+            "trainer": {
+                "version": STATE_VERSION,
+                "processes": run.accelerator.num_processes,
+                "progress": run.progress.state_dict(),
+                "model_extra": {n: v for n, v in plain_state(run).items() if n not in weights},
+                # In the middle of an accumulation window, a part of its gradients is there.
+                "window": self._windows.length,
+                "lr_scheduler": run.lr_scheduler.state_dict() if run.lr_scheduler else None,
+                "scaler": scaler.state_dict() if scaler else None,
+                "types": _types(run),
+                "data": self._data.state_dict(),
+            },
+        }
+        if run.optimizer is not None:
+            parts["optimizer"] = named_optimizer_state(run.optimizer, _names(run))
+        return parts
+
+    def _rank_state(self) -> dict[str, Any]:
+        """What this rank has for itself."""
+        run = self._run
+        run.metrics.read_deferred(run.accelerator)
+        # DDP takes the first rank's buffers at the next forward pass, unless told otherwise.
+        first = run.accelerator.is_main_process
+        buffers = {} if first else dict(plain_model(run).named_buffers())
+        return {
+            "random": capture_random_state({}) if self._random is None else self._random,
+            "data": self._data.rank_state_dict(),
+            "window": self._windows.state_dict(run.progress.step_id),
+            "gradients": {n: p.grad for p, n in _names(run).items() if p.grad is not None},
+            "buffers": {plain_name(name): buffer for name, buffer in buffers.items()},
+            "hooks": self._hooks.state_dict(),
+            "metrics": run.metrics.state_dict(),
+        }
+
+    def _load_hooks(self, state: Mapping[str, Any]) -> None:
+        before = copy.deepcopy(self._hooks.state_dict())
+        try:
+            self._hooks.load_state_dict(state)  # compares names before it loads
+        except Exception:
+            self._hooks.load_state_dict(before)
+            raise
 
 
-def _load_hooks(hooks: PipelineHooks, state: Mapping[str, Any]) -> None:
-    before = copy.deepcopy(hooks.state_dict())
-    try:
-        hooks.load_state_dict(state)  # compares names before it loads
-    except Exception:
-        hooks.load_state_dict(before)
-        raise
+def ranks_of(run: PipelineRun) -> Ranks:
+    """The processes that save and load together: a collective where there are several."""
+    return Ranks.of_job() if run.accelerator.num_processes > 1 else Ranks.alone()
 
 
 def _check_keys(what: str, found: Mapping[str, Any], expected: set[str]) -> None:

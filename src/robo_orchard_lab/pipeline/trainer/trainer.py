@@ -15,8 +15,7 @@ from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
 
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
-from robo_orchard_lab.pipeline.checkpoint import Ranks, restore_random_state, save_checkpoint
-from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun, Snapshot
+from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.data import DataOrder, TrainingData
 from robo_orchard_lab.pipeline.errors import (
     BatchProcessorError,
@@ -31,16 +30,11 @@ from robo_orchard_lab.pipeline.metrics import MetricsBoard, UnknownMetricError
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Request, Requests
 from robo_orchard_lab.pipeline.run_state import RunStateFile
-from robo_orchard_lab.pipeline.trainer.about import describe_run
 from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows
 from robo_orchard_lab.pipeline.trainer.commit import carry_out_requests
 from robo_orchard_lab.pipeline.trainer.preparation import backward_of, prepare_objects
 from robo_orchard_lab.pipeline.trainer.resuming import load_saved
-from robo_orchard_lab.pipeline.trainer.snapshot import (
-    load_snapshot,
-    take_parts,
-    take_rank_state,
-)
+from robo_orchard_lab.pipeline.trainer.snapshot import RunSnapshots, ranks_of
 
 logger = logging.getLogger(__name__)
 
@@ -187,15 +181,15 @@ class HookBasedTrainer:
                 rank=accelerator.process_index,
                 processes=accelerator.num_processes,
             ),
-            take_snapshot=self._take_snapshot,
         )
         self._windows = AccumulationWindows(
             accelerator.gradient_accumulation_steps,
             getattr(batch_processor, "count_samples", None),
         )
+        self._snapshots = RunSnapshots(self._run, self.hooks, self._data, self._windows)
+        self._run.take_snapshot = self._snapshots.take
         self._open = False
         self._resumed = False
-        self._random: Mapping[str, Any] | None = None  # of a resumed run, until it goes on
         self._synchronising = accelerator.sync_gradients = True
         self._last_loss: torch.Tensor | None = None
         self._unmet: UnknownMetricError | None = None
@@ -248,36 +242,14 @@ class HookBasedTrainer:
                 "the trainer is in the middle of a step; save after it has returned, or ask for "
                 "it with args.requests.save(...) and a SaveCheckpoint"
             )
-        snapshot = self._take_snapshot()
-        save_checkpoint(
-            folder,
-            self.progress.global_step_id,
-            snapshot.parts,
-            snapshot.of_rank,
-            metadata=snapshot.about,
-            ranks=self._ranks(),
-        )
-
-    def _take_snapshot(self) -> Snapshot:
-        state = take_rank_state(self._run, self.hooks, self._data, self._windows, self._random)
-        return Snapshot(
-            parts=take_parts(self._run, self._data, self._windows),
-            of_rank={"state": state},
-            about=describe_run(self._run, self.hooks),
-        )
+        self._snapshots.save(folder)
 
     def _resume(self, resume_from: str | os.PathLike[str]) -> None:
-        saved = load_saved(resume_from, self.hooks, self._run.folder, self._ranks())
-        if saved is None:
-            return
-        state = saved.of_rank["state"]
-        load_snapshot(saved.parts, state, self._run, self.hooks, self._data, self._windows)
-        self._random = state["random"]
-        self._resumed = True
-        logger.info("resumed from %s at %s", saved.info.path, self.progress)
-
-    def _ranks(self) -> Ranks:
-        return Ranks.of_job() if self.accelerator.num_processes > 1 else Ranks.alone()
+        saved = load_saved(resume_from, self.hooks, self._run.folder, ranks_of(self._run))
+        if saved is not None:
+            self._snapshots.load(saved.parts, saved.of_rank)
+            self._resumed = True
+            logger.info("resumed from %s at %s", saved.info.path, self.progress)
 
     def __call__(self) -> None:
         """Train until a limit is reached or a hook's request to stop is granted.
@@ -338,7 +310,7 @@ class HookBasedTrainer:
     def _loop(self, loop_args: PipelineHookArgs) -> None:
         all_logged = False  # whether nothing was published since the last logging point
         if self.progress.step_id == 0:
-            self._go_on_drawing()
+            self._snapshots.go_on_drawing()
             self._carry_out()  # what hooks have asked for at the start
         while not self._is_over():
             args = PipelineHookArgs(self._run)
@@ -377,7 +349,7 @@ class HookBasedTrainer:
         length = self._run.steps_per_epoch
         limit = None if max_step is None else max_step - progress.global_step_id + done
         over = False
-        self._go_on_drawing()
+        self._snapshots.go_on_drawing()
         # Kept by no name here: an error that is kept would keep the loader's workers with it.
         for batch, ends_window, divisor in self._windows.micro_batches(
             self._data.epoch(progress.epoch_id, done),
@@ -451,12 +423,6 @@ class HookBasedTrainer:
         # As a plain loop's variable would: where the graph lives on into the next forward, the
         # parameters' nodes are not made anew, which takes 1 us of a small model's step.
         self._last_loss = loss
-
-    def _go_on_drawing(self) -> None:
-        """From here on, draw what the saved run would have drawn; nothing if none was loaded."""
-        if self._random is not None:
-            restore_random_state(self._random, {})
-            self._random = None
 
     def _save_the_end(self) -> None:
         """Have what a run that is over ends with on the disk, where a hook saves it."""
