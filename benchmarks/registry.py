@@ -30,6 +30,7 @@ BENCHMARKS = {
         Benchmark("overhead", "a tiny model's step, by this trainer and its peers", True),
         Benchmark("observing", "what default logging adds to a step, beside two peers'", True),
         Benchmark("accumulation", "the same, accumulating gradients over 4 batches"),
+        Benchmark("checkpoints", "saving and loading a model and its optimizer, beside others"),
         Benchmark("bf16", "the same, under bf16 autocast"),
         Benchmark("loading", "an exact data order against the plain loader; a resume"),
     )

@@ -352,3 +352,15 @@ def test_the_manifest_is_for_people_too(tmp_path: Path) -> None:
         *("model.safetensors", "optimizer.json", "optimizer.safetensors"),
         *("random.rank00000.json", "trainer.json"),
     ]
+
+
+def test_a_loaded_tensor_has_a_storage_of_its_own(tmp_path: Path) -> None:
+    """A random generator reads a whole storage, and torch.save writes it."""
+    generator = torch.Generator().manual_seed(3)
+    state = {"other": torch.ones(100), "stream": generator.get_state(), "after": torch.ones(3)}
+    save_checkpoint(tmp_path / "one", 1, {"part": state})
+    found = load_checkpoint(tmp_path / "one").parts["part"]
+    loaded = torch.Generator()
+    loaded.set_state(found["stream"])
+    assert torch.equal(torch.rand(3, generator=loaded), torch.rand(3, generator=generator))
+    assert found["other"].untyped_storage().nbytes() == 400

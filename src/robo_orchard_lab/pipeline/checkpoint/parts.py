@@ -96,7 +96,7 @@ class PartImages:
                 image = block[offset : offset + layout.size]
                 view = self.files[name] = bytes_of(image)
                 view[: len(layout.beginning)] = layout.beginning
-                data = image[len(layout.beginning) :]
+                data = view[len(layout.beginning) :]
                 for place in layout.places:
                     targets.append(place.of(data))
                     sources.append(tensors[place.name])

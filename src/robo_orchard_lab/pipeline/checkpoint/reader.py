@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +30,7 @@ from robo_orchard_lab.pipeline.checkpoint.tensor_layout import TensorLayout
 from robo_orchard_lab.pipeline.errors import CheckpointError
 
 _PIECE_BYTES = 1 << 26
-_GENERATOR_STATE_BYTES = 1 << 13  # that of the CPU's has 5056
+_READERS = 2
 
 
 class OpenCheckpoint:
@@ -93,12 +94,16 @@ class OpenCheckpoint:
         self._check_memory(wanted)
         documents: dict[tuple[str, int | None], bytes] = {}
         tensors: dict[tuple[str, int | None], dict[str, torch.Tensor]] = {}
-        for name, parsed in wanted.items():
+
+        def read(name: str, parsed: FileName) -> None:
             place = (parsed.part, parsed.rank)
             if parsed.is_json:
                 documents[place] = self._read_json(name)
             else:
                 tensors[place] = self._read_tensors(name)
+
+        with ThreadPoolExecutor(_READERS) as pool:  # copying and digesting run beside one another
+            list(pool.map(read, wanted.keys(), wanted.values()))
         found: dict[tuple[str, int | None], Any] = {}
         for place in sorted(documents.keys() | tensors.keys(), key=lambda place: place[0]):
             with self._in_file(place[0]):
@@ -142,10 +147,10 @@ class OpenCheckpoint:
         block = self._read_verified(name, self.manifest.files[name])
         with self._in_file(name):
             layout = TensorLayout.parse(bytes_of(block), self._limits)
-            data = block[len(layout.beginning) :]
-            found = {place.name: _with_own_memory(place.of(data)) for place in layout.places}
+            data = bytes_of(block)[len(layout.beginning) :]
+            found = {place.name: place.of(data) for place in layout.places}
             for place in layout.places:
-                if place.dtype is torch.bool and (data[place.begin : place.end] > 1).any():
+                if place.dtype is torch.bool and (found[place.name].view(torch.uint8) > 1).any():
                     raise CheckpointError(f"the tensor {place.name!r:.80} is not of truth values")
             return found
 
@@ -235,15 +240,6 @@ class OpenCheckpoint:
             raise CheckpointError(f"{self.path / name}: {error}") from error
         except OSError as error:
             raise CheckpointError(f"{self.path / name} can't be read: {error.strerror}") from error
-
-
-def _with_own_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """What may be the state of a random generator, apart from the file's other tensors.
-
-    ``torch.Generator.set_state`` reads the first bytes of the memory that a tensor is a part of.
-    """
-    may_be_state = tensor.dtype is torch.uint8 and tensor.numel() <= _GENERATOR_STATE_BYTES
-    return tensor.clone() if may_be_state else tensor
 
 
 def _read(descriptor: int, size: int) -> torch.Tensor:

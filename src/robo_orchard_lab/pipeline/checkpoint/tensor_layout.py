@@ -57,9 +57,16 @@ class TensorPlace:
     begin: int
     end: int
 
-    def of(self, data: torch.Tensor) -> torch.Tensor:
-        """The tensor in ``data``, which are the bytes after the header."""
-        return data[self.begin : self.end].view(self.dtype).view(self.shape)
+    def of(self, data: memoryview) -> torch.Tensor:
+        """The tensor in ``data``, which are the bytes after the header.
+
+        Its storage begins and ends with it, as ``torch.Generator.set_state`` takes for granted.
+        """
+        count = (self.end - self.begin) // self.dtype.itemsize
+        if not count:
+            return torch.empty(self.shape, dtype=self.dtype)
+        found = torch.frombuffer(data, dtype=self.dtype, count=count, offset=self.begin)
+        return found.view(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
