@@ -214,3 +214,13 @@ def test_an_epoch_of_a_list_is_begun_anywhere() -> None:
     """Two epochs of a list are twice the list."""
     batches = LOADERS["list"]()
     assert same(epochs(data_of(batches)), [batches, batches])
+
+
+def test_fast_forward_reads_again_also_where_a_state_was_saved() -> None:
+    """Since some states lack what reading again brings back."""
+    order = DataOrder(seed=7, fast_forward=True)
+    batches, states, _ = positions(LOADERS["stateful dataset"], order)
+    stream = StatefulStream()
+    data = resumed(DataLoader(stream, 4), states[5][0], order, states[5][1])
+    assert same(list(data.epoch(0, 5)), batches[5:])
+    assert stream.reads == 26

@@ -20,8 +20,10 @@ class DataOrder:
         keyed_by: what the randomness while loading belongs to. ``"batch"``: to (seed, epoch,
             batch). ``"sample"``: to (seed, epoch, sample), so that it does not depend on the batch
             size and the number of processes either; some 5 us a sample.
-        fast_forward: whether a run that is resumed within an epoch of data that can't save its
-            state may read all that was done, and drop it. Without it, that is refused.
+        fast_forward: have a run that is resumed within an epoch of data without an index read all
+            that was done, and drop it. Without it, the data must have saved its own state, and
+            what that lacks is lost: Hugging Face's leaves out the buffer that a stream is shuffled
+            in, torchdata's what workers draw at random.
         allow_other_batch_size: whether a run may be resumed within an epoch with another number
             of samples for each step of the whole job. The position in samples carries over.
 

@@ -32,7 +32,9 @@ def has_index(loader: Any) -> bool:
 def own_loader(loader: Iterable[Any], accelerator: Accelerator) -> Iterable[Any]:
     """What is to be given an order: one with an index as it was before it was prepared.
 
-    Of other loaders, those that Accelerate can divide are prepared by it. Its seedable sampler
+    One of torchdata's is taken for a plain one, since its place is known without its state, and
+    what is drawn in its workers is no part of that. Of loaders without an index, those that
+    Accelerate can divide are prepared by it. Its seedable sampler
     takes the place of a ``RandomSampler`` where it is asked for with a ``data_seed``; without one,
     the order follows from a seed anyway. ``dispatch_batches`` means nothing to data with an
     index, of which each process loads its own batches.
@@ -42,6 +44,8 @@ def own_loader(loader: Iterable[Any], accelerator: Accelerator) -> Iterable[Any]
         loader.base_dataloader
     ):
         loader = _unprepared(loader.base_dataloader)
+    elif isinstance(loader, DataLoader) and _is_torchdatas_of_an_index(loader):
+        loader = _plain(loader)
     config = accelerator.dataloader_config
     if isinstance(loader, DataLoader) and has_index(loader):
         if not loader.in_order:
@@ -75,10 +79,22 @@ def copy_of(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
         "generator": loader.generator,
         "prefetch_factor": loader.prefetch_factor,
         "persistent_workers": loader.persistent_workers,
-        "in_order": loader.in_order,
+        "in_order": getattr(loader, "in_order", True),  # torchdata's has none
     }
     with warnings.catch_warnings(action="ignore"):  # which the first one gave already
         return DataLoader(**{**options, **changes})
+
+
+def _is_torchdatas_of_an_index(loader: DataLoader[Any]) -> bool:
+    torchdatas = type(loader).__module__.startswith("torchdata.")
+    return torchdatas and not isinstance(loader.dataset, IterableDataset)
+
+
+def _plain(loader: DataLoader[Any]) -> DataLoader[Any]:
+    batches: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    if isinstance(batches, BatchSampler):
+        batches = BatchSampler(batches.sampler, batches.batch_size, batches.drop_last)
+    return _made_of(loader, batches)
 
 
 def _unprepared(loader: DataLoader[Any]) -> DataLoader[Any]:

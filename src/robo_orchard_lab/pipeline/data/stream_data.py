@@ -98,7 +98,7 @@ class StreamData:
         self._states.clear()
         if self._listed:
             return self._noted(islice(iter(self._loader), step_id, None), step_id)
-        goes_on = step_id > 0 and "stateful" in rank_state
+        goes_on = step_id > 0 and "stateful" in rank_state and not self._order.fast_forward
         if goes_on:
             self._stateful.load_state_dict(rank_state["stateful"])
         first = step_id if goes_on else 0
@@ -173,22 +173,22 @@ class StreamData:
                 f"and is among {self._share.processes}; within an epoch, data without an index "
                 "needs the same number"
             )
-        if not within_epoch or self._listed or (saved and self._stateful is not None):
+        if not within_epoch or self._listed or self._order.fast_forward:
+            return
+        if saved and self._stateful is not None:
             return
         if saved:
             raise StateError(
                 f"the data's own state was saved, and {name} has no state_dict and "
                 "load_state_dict to take it over; give the same loader"
             )
-        if not self._order.fast_forward:
-            raise StateError(
-                f"the run was saved within an epoch, after {state['step_id']} steps of it, and "
-                f"{name} could not save its state; give data that can (torchdata's "
-                "StatefulDataLoader, with several processes by DataLoaderConfiguration("
-                "use_stateful_dataloader=True); without workers, a dataset with state_dict and "
-                "load_state_dict), or allow all that was done to be read and dropped, with "
-                "DataOrder(fast_forward=True)"
-            )
+        raise StateError(
+            f"the run was saved within an epoch, after {state['step_id']} steps of it, and {name} "
+            "could not save its state; give data that can (torchdata's StatefulDataLoader, with "
+            "several processes by DataLoaderConfiguration(use_stateful_dataloader=True); without "
+            "workers, a dataset with state_dict and load_state_dict), or have all that was done "
+            "read and dropped, with DataOrder(fast_forward=True)"
+        )
 
     def load(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> None:
         """Have the next epoch begin, and go on, as the saved run would have."""

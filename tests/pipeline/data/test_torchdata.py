@@ -1,0 +1,57 @@
+"""torchdata's StatefulDataLoader, where it is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from torch.utils.data import IterableDataset
+
+from loaded_data import Drawing, data_of, resumed, same
+from robo_orchard_lab.pipeline.progress import TrainerProgress
+
+stateful: Any = pytest.importorskip("torchdata.stateful_dataloader")
+
+
+class Count(IterableDataset[int]):
+    def __init__(self) -> None:
+        self.next = 0
+
+    def __iter__(self) -> Iterator[int]:
+        while self.next < 26:
+            self.next += 1
+            yield self.next - 1
+        self.next = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.next = state["next"]
+
+
+def loader(kind: str, workers: int) -> Any:
+    options: dict[str, Any] = {"batch_size": 4, "num_workers": workers}
+    if kind == "index":
+        return stateful.StatefulDataLoader(Drawing(), shuffle=True, **options)
+    return stateful.StatefulDataLoader(Count(), **options)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["index", "stream"])
+def test_it_goes_on_from_every_step(kind: str, workers: int) -> None:
+    """By its place where it has an index, augmentation included; else by its own state."""
+    progress = TrainerProgress()
+    data = data_of(loader(kind, workers), progress=progress)
+    batches, states = [], []
+    for batch in data.epoch(0):
+        batches.append(batch)
+        progress.finish_step()
+        states.append((data.state_dict(), data.rank_state_dict()))
+    progress.finish_epoch()
+    following = list(data.epoch(1))
+    for step_id, (state, rank_state) in enumerate(states, start=1):
+        again = resumed(loader(kind, workers), state, None, rank_state)
+        assert same(list(again.epoch(0, step_id)), batches[step_id:])
+        assert same(list(again.epoch(1)), following)
