@@ -11,24 +11,27 @@ from torch.utils.data import IterableDataset
 from loaded_data import Drawing, data_of, resumed, same
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 
+pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata calls it
 stateful: Any = pytest.importorskip("torchdata.stateful_dataloader")
 
 
 class Count(IterableDataset[int]):
+    """One that knows how many of its samples it has given."""
+
     def __init__(self) -> None:
-        self.next = 0
+        self.given = self.skip = 0
 
     def __iter__(self) -> Iterator[int]:
-        while self.next < 26:
-            self.next += 1
-            yield self.next - 1
-        self.next = 0
+        self.given, self.skip = self.skip, 0
+        for index in range(self.given, 26):
+            self.given += 1
+            yield index
 
     def state_dict(self) -> dict[str, int]:
-        return {"next": self.next}
+        return {"given": self.given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.next = state["next"]
+        self.skip = state["given"]
 
 
 def loader(kind: str, workers: int) -> Any:
