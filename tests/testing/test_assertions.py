@@ -221,25 +221,6 @@ def scale_all(args: PipelineHookArgs) -> None:
         args.model[0].weight.mul_(2.0)  # type: ignore[index]  # a Sequential
 
 
-def test_pythons_random_numbers_are_watched_where_the_data_draws_them() -> None:
-    """A hook that draws from Python's generator changes what the data draws from it."""
-    features, targets = torch.randn(8, 4), torch.randn(8, 2)
-
-    def drawn() -> Any:
-        class Drawn:
-            def __iter__(self) -> Any:
-                for _ in range(3):
-                    rows = random.sample(range(8), 2)
-                    yield features[rows], targets[rows]
-
-        return Drawn()
-
-    with pytest.raises(AssertionError, match="changes the weights: after step 2"):
-        assert_weights_unchanged(
-            lambda: acting("on_step", lambda args: random.random()), data=drawn
-        )
-
-
 class Reading(PipelineHooks):
     def __init__(self, what: str) -> None:
         super().__init__("reading")

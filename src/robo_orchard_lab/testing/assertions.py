@@ -78,7 +78,7 @@ def assert_weights_unchanged(hook: Hooks, **setting: Unpack[RunSetting]) -> None
     """A run with the hook trains the very same weights as one without.
 
     That takes more than leaving the weights alone: a hook that draws from the global random
-    generators changes the order of the samples and the dropout.
+    generators changes the dropout, and whatever else the model and its loss draw.
 
     >>> from robo_orchard_lab.pipeline.hooks import ProgressBarHookConfig
     >>> assert_weights_unchanged(ProgressBarHookConfig(), steps=2)
@@ -111,8 +111,8 @@ def assert_weights_unchanged(hook: Hooks, **setting: Unpack[RunSetting]) -> None
     ):
         if found_draw != expected_draw:
             raise AssertionError(
-                f"{_names(run)} draws from {name}'s global random generator, which changes the "
-                "order of samples and the augmentation; use a generator of its own"
+                f"{_names(run)} draws from {name}'s global random generator, which changes what a "
+                "model draws from it; use a generator of its own"
             )
 
 

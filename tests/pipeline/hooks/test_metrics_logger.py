@@ -16,6 +16,7 @@ import pytest
 
 from logged_run import Publisher, StopAfter, logged_trainer
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
+from robo_orchard_lab.pipeline.data import DataOrder
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hooks.metrics_logger import MetricsLogger, MetricsLoggerConfig
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
@@ -154,6 +155,7 @@ def test_data_without_a_length(tmp_path: Path) -> None:
             return iter(make_loader())
 
     straight, resumed = tmp_path / "straight.jsonl", tmp_path / "resumed.jsonl"
+    order = DataOrder(fast_forward=True)
     logged_trainer(straight, loader=Unsized(), max_epoch=3)()
     trainer = logged_trainer(resumed, stopping(7), loader=Unsized(), max_epoch=3)
     trainer()
@@ -163,6 +165,7 @@ def test_data_without_a_length(tmp_path: Path) -> None:
         loader=Unsized(),
         max_epoch=3,
         resume_from=tmp_path / "saved",
+        data_order=order,
     )()
     assert resumed.read_bytes() == straight.read_bytes()
 

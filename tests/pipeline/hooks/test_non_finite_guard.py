@@ -679,7 +679,8 @@ def test_two_ranks_decide_alike(accumulate: int, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     for rank, found in enumerate(ranks):
-        assert found["calls"] == []
+        # Each of the trainers has told all ranks the seed of its data, and nothing more.
+        assert found["calls"] == ["broadcast_object_list"] * 7
         assert torch.equal(found["finite_guarded"]["weights"], found["finite"]["weights"])
         assert torch.equal(found["guarded"]["weights"], found["known"]["weights"])
         assert torch.equal(found["guarded"]["weights"], ranks[0]["guarded"]["weights"])

@@ -261,7 +261,7 @@ class TestLogged:
         given_up.save_checkpoint(tmp_path / "saved")
         log.clear()
         make_trainer([*hooks, Publisher()], max_step=9, resume_from=tmp_path / "saved")()
-        assert log.messages[0].startswith("epoch 2, step 8/9 (88 %), loss 4.0000, ")
+        assert log.messages[1].startswith("epoch 2, step 8/9 (88 %), loss 4.0000, ")
 
     def test_a_run_that_fails_in_its_evaluation(self, log: pytest.LogCaptureFixture) -> None:
         """The error is the evaluation's own, and the last line has the steps that are done."""
