@@ -8,14 +8,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]  # accelerate brings it
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.errors import (
@@ -196,6 +196,14 @@ def test_a_signal_during_a_save() -> None:
     assert saver.steps == [3, 4]
 
 
+class SlowStream(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
+    """The same, without an index."""
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        samples = Slow(13)
+        return (samples[index] for index in range(len(samples)))
+
+
 class Slow(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """Samples of which one takes a second."""
 
@@ -212,22 +220,21 @@ class Slow(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 @pytest.mark.parametrize(
-    ("workers", "number", "context"),
+    ("data", "workers", "number", "context"),
     [
-        (0, signal.SIGTERM, None),
-        (2, signal.SIGTERM, "fork"),
-        (2, signal.SIGINT, "fork"),
-        (2, signal.SIGUSR1, "fork"),
-        (1, signal.SIGTERM, "spawn"),
+        (Slow(13), 0, signal.SIGTERM, None),
+        (Slow(13), 2, signal.SIGTERM, "fork"),
+        (Slow(13), 2, signal.SIGINT, "fork"),
+        (Slow(13), 2, signal.SIGUSR1, "fork"),
+        (Slow(13), 1, signal.SIGTERM, "spawn"),
+        (SlowStream(), 1, signal.SIGTERM, "fork"),
     ],
 )
 def test_a_signal_in_the_wait_for_data(
-    workers: int, number: signal.Signals, context: str | None
+    data: Dataset[Any], workers: int, number: signal.Signals, context: str | None
 ) -> None:
     """Workers outlive a signal to all processes; the batch comes, and is the last one."""
-    loader = DataLoader(
-        Slow(13), batch_size=4, num_workers=workers, multiprocessing_context=context
-    )
+    loader = DataLoader(data, batch_size=4, num_workers=workers, multiprocessing_context=context)
 
     def wait(args: PipelineHookArgs) -> None:
         if args.global_step_id == 2:
@@ -298,13 +305,19 @@ def test_a_signal_during_an_evaluation(workers: int) -> None:
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     """Two seconds after the first, one more leaves the step that is open, and saves nothing."""
 
+    before = signal.getsignal(signal.SIGTERM)
+
     def wait(args: PipelineHookArgs) -> None:
         if args.global_step_id == 2:
             send()
             send()  # the same request, as from a launcher
+            assert signal.getsignal(signal.SIGTERM) is not before
             time.sleep(2.1)
-            send(signal.SIGINT)
-            time.sleep(60)
+            try:
+                send(signal.SIGINT)
+                time.sleep(60)
+            finally:  # a third one does what it always does
+                assert signal.getsignal(signal.SIGTERM) is before
 
     begun_at = time.monotonic()
     assert preempted([planted("on_step", "after", wait)], code=130, run_folder=tmp_path).steps == []

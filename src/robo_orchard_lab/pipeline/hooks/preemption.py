@@ -48,7 +48,8 @@ class Preemption(PipelineHooks):
     Where that takes longer, have the scheduler send a signal earlier
     (``#SBATCH --signal=SIGUSR1@120``). Of these signals torchrun passes on SIGTERM and Ctrl-C;
     SIGUSR1 ends it, unless its environment has
-    ``TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1``.
+    ``TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1``. It always ends with 1 itself; what
+    became of the run, with the exit code, is in ``run_state.json``.
 
     The handlers are there while the loop runs, and what was there before is put back at its end.
     Workers of the data loaders outlive the signals meanwhile.

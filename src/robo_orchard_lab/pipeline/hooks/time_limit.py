@@ -31,6 +31,7 @@ class TimeLimit(PipelineHooks):
     At the first commit point at which less than ``margin`` is left, a checkpoint is saved, and the
     trainer raises :class:`RunPreempted`, which ends the process with the exit code: by default 75,
     which stands for "try again" (``EX_TEMPFAIL``). Started again, the run goes on from there.
+    (torchrun ends with 1 whatever its processes end with; ``run_state.json`` has the code.)
 
     The margin has to be long enough for a step with the wait for its batch, for what else may be
     due at a commit point, such as an evaluation, and for the save.

@@ -1,0 +1,51 @@
+"""A run that the test signals at random instants, and starts again until it is completed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks
+from robo_orchard_lab.pipeline.hooks import (
+    PreemptionConfig,
+    SaveCheckpointConfig,
+    ValidationHookConfig,
+)
+from tiny import make_loader, make_model, make_trainer, weights
+
+
+def make(folder: Path, **options: Any) -> HookBasedTrainer:
+    """With workers, evaluations, and saves in the background."""
+    slow = PipelineHooks("slow")
+    slow.on_step.before(lambda args: time.sleep(0.01))
+    validation = ValidationHookConfig(every="7 steps")
+    hooks: list[Any] = [
+        SaveCheckpointConfig(every="3 steps", in_background=True),
+        PreemptionConfig(),
+        validation(dataloaders={"val": make_loader(4, num_workers=1)}),
+        slow,
+    ]
+    return make_trainer(
+        hooks,
+        model=torch.nn.Sequential(make_model(), torch.nn.Dropout(0.5)),
+        loader=make_loader(20, shuffle=True, num_workers=2),
+        accumulate=3,
+        max_epoch=8,
+        run_folder=folder,
+        **options,
+    )
+
+
+def main(folder: Path) -> None:
+    trainer = make(folder, resume_from="auto")
+    print("made", flush=True)
+    trainer()
+    torch.save(weights(trainer.model), folder / "weights.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
