@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 from torchmetrics import MeanSquaredError, PearsonCorrCoef
 
 from robo_orchard_lab.pipeline import (
@@ -20,7 +27,7 @@ from robo_orchard_lab.pipeline import (
     PipelineHooks,
     SimpleBatchProcessor,
 )
-from robo_orchard_lab.pipeline.hook_set import HookLike
+from robo_orchard_lab.pipeline.data import DataOrder
 from robo_orchard_lab.pipeline.hooks import (
     EarlyStoppingConfig,
     EMAConfig,
@@ -28,10 +35,12 @@ from robo_orchard_lab.pipeline.hooks import (
     LossTrackerConfig,
     MetricsLoggerConfig,
     MetricTrackerConfig,
+    SaveCheckpointConfig,
     ValidationHookConfig,
 )
 from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig
 
+DataKind: TypeAlias = Literal["shuffled", "own generator", "weighted", "batch sampler", "stream"]
 STEPS = 14
 """Two epochs of seven batches, the last one of which is short."""
 
@@ -76,14 +85,19 @@ def build(
     *,
     workers: int = 0,
     persistent: bool = False,
+    resumed_workers: int | None = None,
+    data: DataKind = "shuffled",
+    keyed_by: Literal["batch", "sample"] = "batch",
     plateau: bool = False,
     patience: int = 50,
     min_delta: float = 0.0,
+    saves: Literal["no", "every step", "in background"] = "no",
     stop_between: bool = False,
-    hooks: Iterable[HookLike] = (),
 ) -> HookBasedTrainer:
     """Dropout, batch norm, augmentation, AdamW, a schedule, clipping, accumulation over 3, a moving
     average, two kinds of metrics, evaluations, early stopping and a log."""
+    if resume_from is not None and resumed_workers is not None:
+        workers = resumed_workers
     torch.set_num_threads(1)  # of a tiny model, more only wait for each other
     model = torch.nn.Sequential(
         torch.nn.Linear(4, 8),
@@ -98,17 +112,14 @@ def build(
         if plateau
         else OneCycleLR(optimizer, max_lr=0.05, total_steps=12)
     )
+    saving = SaveCheckpointConfig(
+        every="1 step", keep_last=2, in_background=saves == "in background"
+    )
     unseen = torch.linspace(-1, 1, 20).reshape(5, 4), torch.arange(5.0).unsqueeze(1)
     return HookBasedTrainer(
         Accelerator(cpu=True, gradient_accumulation_steps=3),
         model,
-        DataLoader(
-            AugmentedSamples(),
-            batch_size=4,
-            shuffle=True,
-            num_workers=workers,
-            persistent_workers=persistent,
-        ),
+        make_loader(data, num_workers=workers, persistent_workers=persistent),
         NamedLosses(),
         optimizer,
         schedule,
@@ -130,10 +141,66 @@ def build(
             EarlyStoppingConfig(
                 monitor="eval/val/error", mode="min", patience=patience, min_delta=min_delta
             ),
+            *([] if saves == "no" else [saving]),
             *([StopBetweenEpochs()] if stop_between and run_folder.name == "resumed" else []),
-            *hooks,
         ],
         max_epoch=2,
         run_folder=run_folder,
         resume_from=resume_from,
+        data_order=DataOrder(keyed_by=keyed_by),
     )
+
+
+def make_loader(kind: DataKind, **options: Any) -> DataLoader[Any]:
+    """Seven batches of data of one kind."""
+    samples = AugmentedSamples()
+    if kind == "shuffled":
+        return DataLoader(samples, batch_size=4, shuffle=True, **options)
+    if kind == "own generator":
+        generator = torch.Generator().manual_seed(5)
+        return DataLoader(samples, batch_size=4, shuffle=True, generator=generator, **options)
+    if kind == "weighted":
+        sampler = WeightedRandomSampler([*range(1, 27)], num_samples=28)
+        return DataLoader(samples, batch_size=4, sampler=sampler, **options)
+    if kind == "batch sampler":
+        return DataLoader(samples, batch_sampler=PairsOfBatches(), **options)
+    return DataLoader(Stream(), batch_size=4, **options)
+
+
+class PairsOfBatches(Sampler[list[int]]):
+    """Batches of 3 and 5 in turn, of samples that NumPy shuffles."""
+
+    def __len__(self) -> int:
+        return 7
+
+    def __iter__(self) -> Iterator[list[int]]:
+        indices = np.random.permutation(28) % 26
+        for batch in range(7):
+            size = 3 if batch % 2 else 5
+            yield [int(index) for index in indices[batch * 4 : batch * 4 + size]]
+
+
+class Stream(IterableDataset[Any]):
+    """Augmented samples in an order of its own, which can be begun anywhere."""
+
+    def __init__(self) -> None:
+        self.epoch = self.position = 0
+        self.goes_on = False
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self.goes_on:
+            self.position = 0
+        self.goes_on = False
+        samples = AugmentedSamples()
+        while self.position < 26:
+            self.position += 1
+            yield samples[(self.position * 7 + self.epoch) % 26]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.position, self.goes_on = state["position"], True

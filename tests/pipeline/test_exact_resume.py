@@ -16,7 +16,16 @@ EVERYWHERE = range(1, STEPS + 2)
 VARIANTS: dict[str, dict[str, Any]] = {
     "no workers": {},
     "2 workers": {"workers": 2},
+    "2 persistent workers": {"workers": 2, "persistent": True},
+    "another number of workers": {"workers": 2, "resumed_workers": 0},
+}
+MORE_VARIANTS: dict[str, dict[str, Any]] = {
+    "keyed by sample": {"keyed_by": "sample"},
     "plateau": {"plateau": True},
+    "own generator": {"data": "own generator"},
+    "weighted": {"data": "weighted"},
+    "batch sampler": {"data": "batch sampler", "workers": 2},
+    "stream": {"data": "stream"},
 }
 
 
@@ -49,8 +58,15 @@ def test_stopped_between_two_epochs() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("variant", MORE_VARIANTS)
+def test_stopped_at_every_commit_point_in_more_ways(variant: str) -> None:
+    """So it is with every kind of data and of schedule."""
+    assert prove(EVERYWHERE, **MORE_VARIANTS[variant]).steps == STEPS
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", EVERYWHERE)
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "no workers"])
+@pytest.mark.parametrize("variant", [*VARIANTS, *MORE_VARIANTS][1:])
 def test_stopped_once_at_any_commit_point_in_every_way(stop: int, variant: str) -> None:
-    """So it is with workers and with every schedule."""
-    prove([stop], **VARIANTS[variant])
+    """And so it is when the run goes on to its end."""
+    prove([stop], **{**VARIANTS, **MORE_VARIANTS}[variant])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from robo_orchard_lab.pipeline import (
     PipelineHooks,
     SimpleBatchProcessor,
 )
-from robo_orchard_lab.pipeline.hooks import EMAConfig
+from robo_orchard_lab.pipeline.hooks import EMAConfig, SaveCheckpointConfig
 from robo_orchard_lab.testing import ResumeProof, StraightRunError, prove_resume
 from robo_orchard_lab.testing.build_source import find_function
 
@@ -32,17 +33,19 @@ _SEEN = 0
 
 
 class Samples(Dataset[Any]):
-    """Samples with noise from torch's generator, or from one that nobody seeds."""
+    """Samples with noise from torch's generator, or from new ones that nobody seeds."""
 
-    def __init__(self, noise: np.random.Generator | None = None) -> None:
-        self.noise = noise
+    def __init__(self, unseeded: bool) -> None:
+        self.unseeded = unseeded
 
     def __len__(self) -> int:
         return 14
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        noise = torch.rand(3) if self.noise is None else torch.from_numpy(self.noise.random(3))
-        return noise.float() + index, torch.full((1,), float(index))
+        noise = torch.rand(3)
+        if self.unseeded:
+            noise += torch.from_numpy(np.random.default_rng().random(3))
+        return noise + index, torch.full((1,), float(index))
 
 
 class Warmup(PipelineHooks):
@@ -89,13 +92,14 @@ def counted_error(model: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return outputs, loss * _SEEN
 
 
-def build(run_folder: Path, resume_from: Any, fault: str = "") -> HookBasedTrainer:
+def build(
+    run_folder: Path, resume_from: Any, fault: str = "", saves: bool = False
+) -> HookBasedTrainer:
     """A training of two epochs of four steps, with one thing that is wrong."""
     torch.manual_seed(3)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(0.2), torch.nn.Linear(4, 1))
     rate = 0.02 if fault == "rate" and resume_from is not None else 0.01
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    noise = np.random.default_rng() if fault == "noise" else None
     hooks: list[Any] = [EMAConfig(decay=0.9), Warmup(saves=fault != "unsaved")]
     if fault == "clock":
         hooks.append(ByTheClock())
@@ -103,14 +107,20 @@ def build(run_folder: Path, resume_from: Any, fault: str = "") -> HookBasedTrain
         raise OSError("the data is not there")
     if fault == "hangs":
         time.sleep(60)
+    if fault == "loses" and resume_from is not None:
+        for newest in sorted((run_folder / "checkpoints").glob("step_*"))[-2:]:
+            shutil.rmtree(newest)
+    if saves:
+        hooks.append(SaveCheckpointConfig(every="1 step"))
     trainer = HookBasedTrainer(
         Accelerator(cpu=True, gradient_accumulation_steps=2),
         model,
-        DataLoader(Samples(noise), batch_size=4, shuffle=True),
+        DataLoader(Samples(unseeded=fault == "noise"), batch_size=4, shuffle=True),
         SimpleBatchProcessor.from_callable(counted_error if fault == "global" else squared_error),
         optimizer,
         hooks=hooks,
         max_epoch=2,
+        run_folder=run_folder,
         resume_from=resume_from,
     )
     for group in optimizer.param_groups:
@@ -119,8 +129,11 @@ def build(run_folder: Path, resume_from: Any, fault: str = "") -> HookBasedTrain
     return trainer
 
 
-def prove(fault: str = "", stops: tuple[int, ...] = (3,), **options: Any) -> ResumeProof:
-    return prove_resume(partial(build, fault=fault), None, stops, **options)
+def prove(
+    fault: str = "", stops: tuple[int, ...] = (3,), kill: bool = False, **options: Any
+) -> ResumeProof:
+    trainer = partial(build, fault=fault, saves=kill)
+    return prove_resume(trainer, None, stops, kill=kill, **options)
 
 
 def test_an_honest_run_passes(tmp_path: Path) -> None:
@@ -158,6 +171,27 @@ def test_each_fault_is_found_where_it_begins(fault: str, step: int, name: str, t
     assert steps == sorted(steps)
     with pytest.raises(AssertionError, match="is not the run that never stopped"):
         proof.check()
+
+
+def test_a_killed_run_that_is_honest_passes() -> None:
+    """Killed several times in one step as well, which is said; it goes on from what it saved."""
+    proof = prove(stops=(1, 3, 3, 6), kill=True)
+    proof.check()
+    assert proof.kills  # fewer than 4, where this process is slow to look
+    assert f"resumed exactly: 8 steps, killed {proof.kills} times" in str(proof)
+
+
+def test_faults_of_killed_runs_are_found() -> None:
+    """What was not saved, and a checkpoint that was told of and is not there when it is needed."""
+    proof = prove("unsaved", stops=(4,), kill=True)
+    assert (proof.differences[0].step, proof.differences[0].name) in [
+        (step, "batch[1]") for step in (3, 4)
+    ]
+    proof = prove("loses", stops=(5,), kill=True)
+    assert "checkpoint" in [difference.name for difference in proof.differences]
+    assert "run_state.json told of one at step" in str(proof)
+    with pytest.raises(StraightRunError, match="a run that is to be killed must save"):
+        prove_resume(build, None, [3], kill=True)
 
 
 def test_what_may_differ_is_left_out() -> None:

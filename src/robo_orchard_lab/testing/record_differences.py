@@ -42,13 +42,23 @@ def record_differences(
     joined, began_at = join_records(parts)
     told: set[str] = set()
     for step in sorted({*straight.steps, *joined.steps}):
-        found = list(_of_entries(joined.steps.get(step, []), straight.steps.get(step, [])))
+        entries, due = joined.steps.get(step, []), straight.steps.get(step, [])
+        if not parts[-1].steps:  # the run was over, saved, and killed before it had closed all
+            missing = due[len(entries) :]
+            if all(
+                _is(entry, "after on_epoch") or _is(entry, "after on_loop") for entry in missing
+            ):
+                due = due[: len(entries)]
+        found = list(_of_entries(entries, due))
         if step == straight.last and straight.end is not None and joined.end is not None:
-            found += _of_facts(joined.end, straight.end)
-        for name, resumed, expected in found:
+            expected = straight.end
+            if not any(map(_is_random, joined.end)):  # it is not known
+                expected = {name: v for name, v in expected.items() if not _is_random(name)}
+            found += _of_facts(joined.end, expected)
+        for name, one, other in found:
             if name not in told and not any(fnmatchcase(name, pattern) for pattern in ignore):
                 told.add(name)
-                yield ResumeDifference(step, name, expected, resumed, began_at.get(step, 0))
+                yield ResumeDifference(step, name, other, one, began_at.get(step, 0))
 
 
 def join_records(parts: Sequence[RunRecord]) -> tuple[RunRecord, dict[int, int]]:
@@ -61,6 +71,8 @@ def join_records(parts: Sequence[RunRecord]) -> tuple[RunRecord, dict[int, int]]
     joined = RunRecord(start=0)
     began_at: dict[int, int] = {}
     for part in parts:
+        if not part.steps and part.end is None:  # it was killed before it did anything
+            continue
         steps = {step: [*entries] for step, entries in part.steps.items()}
         if joined.steps:
             opened = steps.get(part.start, [])
@@ -69,8 +81,13 @@ def join_records(parts: Sequence[RunRecord]) -> tuple[RunRecord, dict[int, int]]
             steps[part.start] = _across(ahead, opened)
         # A run that is over goes on with no step, and so does not take up its random state.
         idle = not any(_is(e, "before on_step") for step in part.steps.values() for e in step)
-        kept = {n: v for n, v in (joined.end or {}).items() if n.startswith("random ") and idle}
-        joined.end = None if part.end is None else {**part.end, **kept}
+        if idle and part.end is not None:
+            before = joined.end or {}  # unknown where that process was killed at its very end
+            kept = {name: value for name, value in before.items() if _is_random(name)}
+            rest = {name: value for name, value in part.end.items() if not _is_random(name)}
+            joined.end = {**rest, **kept}
+        else:
+            joined.end = part.end
         joined.steps.update(steps)
         began_at.update((step, part.start) for step in steps)
     return joined, began_at
@@ -91,6 +108,10 @@ def _across(ahead: list[Entry], opened: list[Entry]) -> list[Entry]:
         ends.append("before on_epoch")
     cut = next((i for i, e in enumerate(ahead) if any(_is(e, end) for end in ends)), len(ahead))
     return ahead[:cut] + opened
+
+
+def _is_random(name: str) -> bool:
+    return name.startswith("random ")
 
 
 def _is(entry: Entry, event: str) -> bool:

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from robo_orchard_lab.pipeline.hooks.save_checkpoint import SaveCheckpoint
 from robo_orchard_lab.pipeline.trainer import HookBasedTrainer
 from robo_orchard_lab.testing.build_source import find_function
 from robo_orchard_lab.testing.fork_server import ForkServer
@@ -34,6 +35,8 @@ class RunOrder:
     """How many steps of the run are done when it is to stop."""
     seed: int = 0
     """Of torch, NumPy and Python, ahead of making the trainer."""
+    saves: bool = False
+    """Whether the trainer has to have a hook that saves."""
     save_to: str | None = None
     """Where to save a checkpoint when the trainer has returned."""
     timeout_s: float = 600.0
@@ -101,6 +104,11 @@ def run_order(order: dict[str, Any]) -> None:
     if not isinstance(trainer, HookBasedTrainer):
         raise TypeError(
             f"build(run_folder, resume_from) must return a HookBasedTrainer, got {trainer!r:.80}"
+        )
+    if order["saves"] and not any(isinstance(h, SaveCheckpoint) for h in trainer.hooks.all_hooks()):
+        raise TypeError(
+            "a run that is to be killed must save: have build register a SaveCheckpoint, such as "
+            "SaveCheckpointConfig(every='1 step')"
         )
     stop_after = order["stop_after"]
     with RunRecorder(trainer, Path(order["record"]), stop_after) as recorder:

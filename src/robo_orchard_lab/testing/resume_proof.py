@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 from robo_orchard_lab.pipeline.trainer import HookBasedTrainer
 from robo_orchard_lab.testing.build_source import describe_function
-from robo_orchard_lab.testing.record_differences import (
-    ResumeDifference,
-    attribute_hints,
-    compared_values,
-    record_differences,
-)
-from robo_orchard_lab.testing.recorded_process import (
-    RecordedProcess,
-    RunOrder,
-    run_recorded,
-)
-from robo_orchard_lab.testing.run_record import RunRecord
-
-logger = logging.getLogger(__name__)
+from robo_orchard_lab.testing.proof_runs import ProofRuns
+from robo_orchard_lab.testing.record_differences import ResumeDifference, compared_values
 
 Build: TypeAlias = Callable[[Path, Any], HookBasedTrainer] | str
 """``build(run_folder, resume_from)`` makes a trainer; as a function, ``"module:name"`` or
@@ -36,10 +22,6 @@ Build: TypeAlias = Callable[[Path, Any], HookBasedTrainer] | str
 IGNORED = ("metric perf/*",)
 """What may differ by default: what is measured in seconds."""
 _TOLD = 8
-
-
-class StraightRunError(RuntimeError):
-    """The run that is not to stop has failed, so that nothing can be compared with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +36,8 @@ class ResumeProof:
     """How many steps the straight run had."""
     values: int
     """How many values and events were compared."""
+    kills: int | None = None
+    """How many processes were killed; None where they were stopped."""
     hints: tuple[str, ...] = ()
     """Attributes of hooks that a process began with other values of; often what was not saved."""
     failure: str = field(default="", repr=False)
@@ -70,15 +54,17 @@ class ResumeProof:
             raise AssertionError(str(self))
 
     def __str__(self) -> str:
-        stops = ", ".join(map(str, self.stops))
+        ended = f"stopped at {', '.join(map(str, self.stops))}"
+        if self.kills is not None:
+            ended = f"killed {self.kills} times"
         if self.passed:
             return (
-                f"resumed exactly: {self.steps} steps, stopped at {stops}; "
+                f"resumed exactly: {self.steps} steps, {ended}; "
                 f"{self.values} values and events are those of the straight run"
             )
         first, *others = self.differences
         lines = [
-            f"a run that was stopped at {stops} and resumed is not the run that never stopped",
+            f"a run that was {ended} and resumed is not the run that never stopped",
             f"first difference: {first}",
             f"    straight: {first.straight}",
             f"    resumed:  {first.resumed}",
@@ -101,6 +87,7 @@ def prove_resume(
     steps: int | None,
     stops: Iterable[int],
     *,
+    kill: bool = False,
     folder: str | os.PathLike[str] | None = None,
     files: Sequence[str] = (),
     ignore: Iterable[str] = IGNORED,
@@ -121,8 +108,14 @@ def prove_resume(
     hook, and what was published and not logged yet. All of it bit for bit. What a hook keeps and
     does not save shows in what it does.
 
+    With ``kill``, nothing is asked: the process is killed (SIGKILL) at a random instant of the step
+    that ends there, or of the commit point after it, and the next one begins with
+    ``resume_from="auto"``. The run has to save, by a ``SaveCheckpoint``, and best every step. It is
+    a difference, too, where a process begins ahead of a checkpoint that ``run_state.json`` told of.
+
     Both runs begin with the same seeds of torch, NumPy and Python; a process that resumes begins
-    with others, which ``resume_from`` has to make good.
+    with others, which ``resume_from`` has to make good (but not after a kill, which may come ahead
+    of the first save).
 
     Every step waits for the device and looks at all weights, so take a run of few steps. It runs
     in one process at a time, on the devices that ``build`` chooses.
@@ -133,7 +126,8 @@ def prove_resume(
             ``functools.partial`` with plain arguments is one, too.
         steps: after how many steps the run is over; None for where the trainer ends by itself.
         stops: after how many steps to stop, in any order. At ``steps``, or after the end of the
-            run, going on has nothing left to do.
+            run, going on has nothing left to do. To kill, a number may be there several times.
+        kill: kill processes instead of stopping them.
         folder: where the runs write, which then is kept; must not exist or be empty. By default a
             temporary one.
         files: names of files in the run folder that must be equal, byte for byte, at the end.
@@ -147,125 +141,23 @@ def prove_resume(
         FileExistsError: there is something in ``folder``.
     """
     source = describe_function(build)
-    at = sorted(set(stops))
+    at = sorted(stops) if kill else sorted(set(stops))
     if not at or at[0] < 1 or (steps is not None and at[-1] > steps):
         raise ValueError(
             f"stops must be from 1 to {steps or 'the end of the run'}, at least one; got {at}"
         )
     with nullcontext(folder) if folder is not None else TemporaryDirectory() as chosen:
-        runs = _Runs(source, Path(chosen).resolve(), steps, timeout_s)
+        runs = ProofRuns(source, Path(chosen).resolve(), steps, timeout_s)
         runs.begin()
-        straight = runs.straight()
-        processes = runs.with_stops(at)
-        differences = [*_differences(straight, processes, tuple(ignore))]
-        if not processes[-1].exit_code:
-            differences += runs.file_differences(files, straight.last)
-    parts = [process.record for process in processes if process.record is not None]
-    return ResumeProof(
-        tuple(differences),
-        tuple(at),
-        straight.last,
-        compared_values(straight),
-        tuple(attribute_hints(straight, parts)) if differences else (),
-        processes[-1].output if processes[-1].exit_code else "",
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Runs:
-    """The processes of a proof, and the files that they write."""
-
-    build: dict[str, Any]
-    root: Path
-    steps: int | None
-    timeout_s: float
-
-    def begin(self) -> None:
-        if self.root.exists() and any(self.root.iterdir()):
-            raise FileExistsError(f"{self.root} is not empty; name a folder that is, or a new one")
-        for folder in ("straight", "resumed", "records"):
-            (self.root / folder).mkdir(parents=True)
-
-    def straight(self) -> RunRecord:
-        """The run in one process."""
-        process = self._run("straight", "straight", stop_after=self.steps)
-        if process.exit_code or process.record is None:
-            raise StraightRunError(
-                f"the straight run {_ending(process)}; it printed:\n{process.output}"
-            )
-        return process.record
-
-    def with_stops(self, stops: Sequence[int]) -> list[RecordedProcess]:
-        """The run in several processes, up to the first that fails."""
-        processes: list[RecordedProcess] = []
-        checkpoint: str | None = None
-        for number, stop in enumerate([*stops, self.steps]):
-            save_to = str(self.root / "checkpoints" / f"stop-{number}")
-            processes.append(
-                self._run(
-                    f"resumed-{number}",
-                    "resumed",
-                    resume_from=checkpoint,
-                    stop_after=stop,
-                    seed=number,
-                    save_to=save_to if number < len(stops) else None,
-                )
-            )
-            if processes[-1].exit_code:
-                break
-            checkpoint = save_to
-        return processes
-
-    def _run(self, name: str, run_folder: str, **order: Any) -> RecordedProcess:
-        folder, record = self.root / run_folder, self.root / "records" / f"{name}.jsonl"
-        process = run_recorded(
-            RunOrder(self.build, str(folder), str(record), timeout_s=self.timeout_s, **order),
-            kind=run_folder,
+        straight = runs.straight(saves=kill)
+        runs.resumed(at, kill=kill)
+        differences = [*runs.differences(tuple(ignore), files)]
+        return ResumeProof(
+            tuple(differences),
+            tuple(at),
+            straight.last,
+            compared_values(straight),
+            kills=runs.kills if kill else None,
+            hints=tuple(runs.hints()) if differences else (),
+            failure=runs.failure,
         )
-        logger.info("%s: %s, in %.1f s", name, _ending(process), process.seconds)
-        return process
-
-    def file_differences(self, names: Iterable[str], step: int) -> Iterator[ResumeDifference]:
-        """Files of the two run folders that are not equal."""
-        for name in names:
-            expected, found = (
-                (self.root / run / name).read_bytes().splitlines(keepends=True)
-                if (self.root / run / name).is_file()
-                else None
-                for run in ("straight", "resumed")
-            )
-            if expected is None or found is None:
-                if expected is not found:
-                    texts = ["no such file" if x is None else "a file" for x in (expected, found)]
-                    yield ResumeDifference(step, f"file {name}", texts[0], texts[1], 0)
-                continue
-            for number, (one, other) in enumerate(zip_longest(expected, found), start=1):
-                if one != other:
-                    texts = [f"line {number} is {line!r:.160}" for line in (one, other)]
-                    yield ResumeDifference(step, f"file {name}", texts[0], texts[1], 0)
-                    break
-
-
-def _differences(
-    straight: RunRecord, processes: Sequence[RecordedProcess], ignore: Sequence[str]
-) -> Iterator[ResumeDifference]:
-    parts = [process.record for process in processes if process.record is not None]
-    last = processes[-1]
-    if not last.exit_code:
-        yield from record_differences(straight, parts, ignore)
-        return
-    failed_in = parts[-1].last if parts else 0
-    began_at = parts[-1].start if last.record is not None else failed_in
-    for difference in record_differences(straight, parts, ignore):
-        if difference.step < failed_in:
-            yield difference
-    yield ResumeDifference(failed_in, "the process", "goes on", _ending(last), began_at)
-
-
-def _ending(process: RecordedProcess) -> str:
-    """How a process ended, for people."""
-    if process.record is None:
-        done = "ended before there was a trainer"
-    else:
-        done = f"began with {process.record.start} steps done and ended at {process.record.last}"
-    return f"{done}, with exit code {process.exit_code}" if process.exit_code else done

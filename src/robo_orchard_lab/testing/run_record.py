@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ class RunRecorder(PipelineHooks, AbstractContextManager["RunRecorder"]):
         super().__init__(NAME)
         self._trainer = trainer
         self._stop_after = stop_after
+        self._began_at = time.monotonic()
         self._file: IO[str] = path.open("w", encoding="utf-8")
         for channel in CHANNEL_NAMES:
             self.register_hook(channel, self._recording(channel))
@@ -62,6 +64,7 @@ class RunRecorder(PipelineHooks, AbstractContextManager["RunRecorder"]):
     def write_end(self) -> None:
         """Write down what the run is when the trainer has returned."""
         self.write("end", state_facts(self._trainer))
+        self.write("took_s", time.monotonic() - self._began_at)
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
@@ -111,6 +114,8 @@ class RunRecord:
     """The plain attributes of hooks ahead of each step."""
     end: Facts | None = None
     """What the run was when the trainer had returned; None where it has not."""
+    took_s: float = 0.0
+    """How long the trainer ran, if it has returned."""
 
     @property
     def last(self) -> int:
@@ -132,6 +137,8 @@ def read_record(path: Path) -> RunRecord | None:
         elif kind == "end":
             record.steps.setdefault(step, [])
             record.end = value
+        elif kind == "took_s":
+            record.took_s = value
     return record
 
 

@@ -1,0 +1,249 @@
+"""The two runs that a proof compares, each in processes of its own."""
+
+from __future__ import annotations
+
+import logging
+import random
+import signal
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from robo_orchard_lab.pipeline.run_state import read_run_state
+from robo_orchard_lab.testing.record_differences import (
+    ResumeDifference,
+    attribute_hints,
+    record_differences,
+)
+from robo_orchard_lab.testing.recorded_process import RecordedProcess, RunOrder, run_recorded
+from robo_orchard_lab.testing.run_record import RunRecord
+
+logger = logging.getLogger(__name__)
+
+
+class StraightRunError(RuntimeError):
+    """The run that is not to stop has failed, so that nothing can be compared with it."""
+
+
+class ProofRuns:
+    """A run in one process, and one in several, with the files that they write.
+
+    Args:
+        build: what makes the trainer, as :func:`describe_function` gives it.
+        root: the folder for both.
+        steps: after how many steps they are over; None for their own end.
+        timeout_s: for each process.
+    """
+
+    def __init__(
+        self, build: dict[str, Any], root: Path, steps: int | None, timeout_s: float
+    ) -> None:
+        self._build = build
+        self._root = root
+        self._steps = steps
+        self._timeout_s = timeout_s
+        self._straight = RunRecord(start=0)
+        self._processes: list[RecordedProcess] = []
+        self._lost: list[ResumeDifference] = []
+
+    def begin(self) -> None:
+        """Make the folders.
+
+        Raises:
+            FileExistsError: there is something in them.
+        """
+        root = self._root
+        if root.exists() and any(root.iterdir()):
+            raise FileExistsError(f"{root} is not empty; name a folder that is, or a new one")
+        for folder in ("straight", "resumed", "records"):
+            (root / folder).mkdir(parents=True)
+
+    def straight(self, *, saves: bool) -> RunRecord:
+        """The run in one process, which has to have a hook that saves if it ``saves``.
+
+        Raises:
+            StraightRunError: it fails.
+        """
+        process = self._run("straight", "straight", stop_after=self._steps, saves=saves)
+        if process.exit_code or process.record is None:
+            raise StraightRunError(
+                f"the straight run {ending(process)}; it printed:\n{process.output}"
+            )
+        self._straight = process.record
+        return process.record
+
+    def resumed(self, stops: Sequence[int], *, kill: bool) -> None:
+        """The run in several processes, up to the first that fails."""
+        if kill:
+            self._with_kills(stops)
+        else:
+            self._with_stops(stops)
+
+    def _with_stops(self, stops: Sequence[int]) -> None:
+        checkpoint: str | None = None
+        for number, stop in enumerate([*stops, self._steps]):
+            save_to = str(self._root / "checkpoints" / f"stop-{number}")
+            process = self._run(
+                f"resumed-{number}",
+                "resumed",
+                resume_from=checkpoint,
+                stop_after=stop,
+                seed=number,
+                save_to=save_to if number < len(stops) else None,
+            )
+            self._processes.append(process)
+            if process.exit_code:
+                break
+            checkpoint = save_to
+
+    def _with_kills(self, stops: Sequence[int]) -> None:
+        step_s = self._straight.took_s / max(self._straight.last, 1)
+        acknowledged = 0
+        for number, stop in enumerate([*stops, None]):
+            name = f"resumed-{number}"
+            kill = None if stop is None else _KillInStep(self._record(name), stop, step_s)
+            process = self._run(
+                name, "resumed", resume_from="auto", stop_after=self._steps, kill_when=kill
+            )
+            self._processes.append(process)
+            begun = process.record
+            if begun is not None and begun.start < acknowledged:
+                self._lost.append(
+                    ResumeDifference(
+                        acknowledged,
+                        "checkpoint",
+                        f"run_state.json told of one at step {acknowledged}",
+                        f"the next process began with {begun.start} steps done",
+                        begun.start,
+                    )
+                )
+            if process.exit_code != -signal.SIGKILL:
+                break
+            acknowledged = self._acknowledged()
+
+    def _acknowledged(self) -> int:
+        """The step of the last checkpoint that the run itself tells of."""
+        try:
+            saved = read_run_state(self._root / "resumed").checkpoint
+        except FileNotFoundError:  # the trainer has no run folder, or did not get so far
+            return 0
+        return 0 if saved is None else saved.step
+
+    @property
+    def kills(self) -> int:
+        """How many processes were killed."""
+        return sum(process.exit_code == -signal.SIGKILL for process in self._processes)
+
+    @property
+    def failure(self) -> str:
+        """The end of what the last process printed, where it has failed."""
+        last = self._processes[-1]
+        return last.output if last.exit_code else ""
+
+    def differences(
+        self, ignore: Sequence[str], files: Iterable[str]
+    ) -> Iterator[ResumeDifference]:
+        """What is not as in the straight run, in the order of time."""
+        found = [*self._lost, *record_differences(self._straight, self._parts(), ignore)]
+        found.sort(key=lambda difference: difference.step)
+        last = self._processes[-1]
+        if not last.exit_code:
+            yield from found
+            yield from self._file_differences(files)
+            return
+        parts = self._parts()
+        failed_in = parts[-1].last if parts else 0
+        began_at = parts[-1].start if last.record is not None else failed_in
+        yield from (difference for difference in found if difference.step < failed_in)
+        yield ResumeDifference(failed_in, "the process", "goes on", ending(last), began_at)
+
+    def hints(self) -> list[str]:
+        """What resumed processes began with that may be why."""
+        return attribute_hints(self._straight, self._parts())
+
+    def _parts(self) -> list[RunRecord]:
+        return [process.record for process in self._processes if process.record is not None]
+
+    def _record(self, name: str) -> Path:
+        return self._root / "records" / f"{name}.jsonl"
+
+    def _run(
+        self, name: str, run_folder: str, *, kill_when: _KillInStep | None = None, **order: Any
+    ) -> RecordedProcess:
+        process = run_recorded(
+            RunOrder(
+                self._build,
+                str(self._root / run_folder),
+                str(self._record(name)),
+                timeout_s=self._timeout_s,
+                **order,
+            ),
+            kind=run_folder,
+            kill_when=kill_when,
+        )
+        logger.info("%s: %s, in %.1f s", name, ending(process), process.seconds)
+        return process
+
+    def _file_differences(self, names: Iterable[str]) -> Iterator[ResumeDifference]:
+        """Files of the two run folders that are not equal."""
+        for name in names:
+            expected, found = (
+                _lines(self._root / run_folder / name) for run_folder in ("straight", "resumed")
+            )
+            for number, (one, other) in enumerate(zip_longest(expected, found), start=1):
+                if one != other:
+                    told = [f"line {number} is {line!r:.160}" for line in (one, other)]
+                    last = self._straight.last
+                    yield ResumeDifference(last, f"file {name}", told[0], told[1], 0)
+                    break
+
+
+class _KillInStep:
+    """Says when to kill a process: at a random instant of a step and of what comes after it.
+
+    Args:
+        record: what the process writes down.
+        step: the one that brings their number to this.
+        step_s: how long a step takes, about.
+    """
+
+    def __init__(self, record: Path, step: int, step_s: float) -> None:
+        self._record = record
+        self._step = step
+        self._delay_s = random.Random().uniform(0, 2 * step_s)  # leaves Python's generator alone
+        self._read = 0
+        self._due_at: float | None = None
+
+    def __call__(self) -> bool:
+        step = self._newest_step()
+        if self._due_at is None and step >= self._step - 1:
+            self._due_at = time.monotonic() + self._delay_s
+        # At the latest when it goes on to the step after the next, however long a step takes here.
+        return self._due_at is not None and (time.monotonic() >= self._due_at or step > self._step)
+
+    def _newest_step(self) -> int:
+        """The step of the last line that was written since this was asked; -1 for none."""
+        if not self._record.exists():
+            return -1
+        with self._record.open("rb") as file:
+            file.seek(self._read)
+            lines = file.read().splitlines(keepends=True)
+        steps = [line for line in lines if line.endswith(b"\n")]
+        self._read += sum(map(len, steps))
+        return int(steps[-1][1:].partition(b",")[0]) if steps else -1
+
+
+def ending(process: RecordedProcess) -> str:
+    """How a process ended, for people."""
+    if process.record is None:
+        done = "ended before there was a trainer"
+    else:
+        done = f"began with {process.record.start} steps done and ended at {process.record.last}"
+    return f"{done}, with exit code {process.exit_code}" if process.exit_code else done
+
+
+def _lines(path: Path) -> list[bytes | None]:
+    """The lines of a file; as if it were one line, None, where there is no file."""
+    return [*path.read_bytes().splitlines(keepends=True)] if path.is_file() else [None]

@@ -1,0 +1,51 @@
+"""A run that saves every step is killed again and again, and is the run that nobody touched."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from full_training import STEPS, build
+from robo_orchard_lab.pipeline.run_state import read_run_state
+from robo_orchard_lab.testing import prove_resume
+
+SAVES = ["every step", "in background"]
+
+
+def kill_until(kills: int, folder: Path, **options: Any) -> None:
+    """Kill runs at random instants, each as often as it has steps, until so many were killed."""
+    done = rounds = 0
+    while done < kills:
+        rounds += 1
+        assert rounds < kills, "hardly any process lives long enough to be killed"
+        stops = sorted(random.choices(range(1, STEPS + 1), k=min(STEPS, kills - done)))
+        root = folder / str(rounds)
+        proof = prove_resume(
+            partial(build, **options), None, stops, kill=True, folder=root, files=["metrics.jsonl"]
+        )
+        proof.check()  # which no process passes that began ahead of an acknowledged checkpoint
+        assert proof.kills is not None
+        done += proof.kills
+        run_folder = root / "resumed"
+        names = {path.name for path in (run_folder / "checkpoints").iterdir()}
+        assert names == {".lock", "last", f"step_{STEPS - 1:08d}", f"step_{STEPS:08d}"}
+        assert [path for path in run_folder.rglob("*") if "tmp" in path.name] == []
+        assert read_run_state(run_folder).state == "completed"
+
+
+@pytest.mark.parametrize("saves", SAVES)
+def test_killed_at_random_instants(saves: str, tmp_path: Path) -> None:
+    """No acknowledged save is lost, the next start goes on by itself, the end is the same."""
+    kill_until(10, tmp_path, saves=saves)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("saves", SAVES)
+def test_killed_at_many_random_instants(saves: str, workers: int, tmp_path: Path) -> None:
+    """So it is after hundreds of kills."""
+    kill_until(60, tmp_path, saves=saves, workers=workers)
