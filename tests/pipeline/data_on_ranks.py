@@ -60,6 +60,20 @@ def main(folder: Path) -> None:
                 *([[b.tolist() for b in data.epoch(e)] for e in range(2)] for data in ours),
             ]
 
+    order = DataOrder(seed=7, fast_forward=True)
+    for name, make in LOADERS.items():
+        progress = TrainerProgress()
+        data = TrainingData(make(), order, accelerator, progress)
+        given = data.epoch(0)
+        next(given)
+        progress.finish_step()
+        state, rank_state = data.state_dict(), data.rank_state_dict()
+        rest = [batch.tolist() for batch in given]
+        data = TrainingData(make(), order, accelerator, progress)
+        data.check(state, rank_state)
+        data.load_state_dict(state, rank_state)
+        result[f"resumed {name}"] = [rest, [batch.tolist() for batch in data.epoch(0, 1)]]
+
     torch.manual_seed(rank)  # ranks that are seeded alike learn nothing from each other
     loader = DataLoader(Drawing(26), 4, shuffle=True, num_workers=1)
     data = TrainingData(loader, DataOrder(), accelerator, TrainerProgress())
@@ -67,8 +81,7 @@ def main(folder: Path) -> None:
     orders: tuple[KeyedBy, ...] = ("batch", "sample")
     for keyed_by in orders:
         loader = DataLoader(Drawing(32), 4, shuffle=True)
-        order = DataOrder(7, keyed_by)
-        data = TrainingData(loader, order, accelerator, TrainerProgress())
+        data = TrainingData(loader, DataOrder(7, keyed_by), accelerator, TrainerProgress())
         result[f"by {keyed_by}"] = [torch.stack(list(b), 1) for b in map(_columns, data.epoch(0))]
     # An order that is drawn from a generator which every rank has seeded its own way.
     own = torch.Generator().manual_seed(rank)

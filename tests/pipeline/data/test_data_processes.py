@@ -51,6 +51,15 @@ def test_the_batches_of_two_processes_are_those_of_accelerate(
     assert ranks[0][f"{kind} {loader}"] != ranks[1][f"{kind} {loader}"]
 
 
+@pytest.mark.parametrize("loader", ["sequential", "generator", "drop_last", "stream"])
+def test_two_processes_go_on_from_the_middle(loader: str, ranks: list[dict[str, Any]]) -> None:
+    """By position, and by reading again what the first process reads for all."""
+    for rank in ranks:
+        rest, again = rank[f"resumed {loader}"]
+        assert rest == again
+        assert len(rest) >= 2
+
+
 def test_ranks_share_one_order(ranks: list[dict[str, Any]]) -> None:
     """That of the first rank's seed and generators, so that every sample is given once."""
     assert ranks[0]["unseeded"] == ranks[1]["unseeded"] == 0

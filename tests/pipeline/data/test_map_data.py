@@ -75,7 +75,7 @@ class Buckets(Sampler[list[int]]):
             first += size
 
 
-Samplers = dict[str, Callable[[int, torch.Generator | None], Sampler[int]]]
+Samplers = dict[str, Callable[[int, torch.Generator | None], Sampler[int] | list[int]]]
 SAMPLERS: Samplers = {
     "sequential": lambda n, g: SequentialSampler(range(n)),
     "random": lambda n, g: RandomSampler(range(n), generator=g),
@@ -84,6 +84,7 @@ SAMPLERS: Samplers = {
     "replacement": lambda n, g: RandomSampler(range(n), True, n + 40, generator=g),
     "weighted": lambda n, g: WeightedRandomSampler(range(1, n + 1), n + 5, generator=g),
     "subset": lambda n, g: SubsetRandomSampler(range(n - 1, n // 3, -1) if n > 1 else [0], g),
+    "list": lambda n, g: [*range(0, n, 2), *range(n)],
     "custom": Shuffled,
 }
 

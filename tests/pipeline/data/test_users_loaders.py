@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from torch.utils.data import (
     ConcatDataset,
     DataLoader,
@@ -24,6 +24,7 @@ from torch.utils.data import (
 
 from loaded_data import Drawing, Indices, data_of, epochs, resumed, same
 from robo_orchard_lab.pipeline.data import DataOrder, TrainingData
+from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
@@ -326,6 +327,13 @@ def test_accelerates_seedable_sampler_is_used_where_it_is_asked_for() -> None:
     assert same(epochs(data), expected)
     data = TrainingData(loader(), DataOrder(), accelerator, TrainerProgress())
     assert same(list(data.epoch(1, 3)), expected[1][3:])
+
+
+def test_a_loader_that_skips_is_refused() -> None:
+    """It would skip in every epoch; a resumed run knows its place."""
+    prepared = Accelerator(cpu=True).prepare(DataLoader(Indices(26), 4))
+    with pytest.raises(PipelineConfigError, match=r"accelerate\.skip_first_batches, which skips"):
+        data_of(skip_first_batches(prepared, 2))
 
 
 def test_an_empty_dataset_gives_no_batch() -> None:

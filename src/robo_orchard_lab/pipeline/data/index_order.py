@@ -13,7 +13,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-KNOWN_SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+_KNOWN = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+_INDICES = (range, list, tuple)  # which a loader takes for a sampler, too
 
 
 class IndexOrder:
@@ -38,16 +39,18 @@ class IndexOrder:
         """Those at the given places, counted from 0."""
         if isinstance(numbers, range):
             part = self._places[numbers.start : numbers.stop]
-            places = part.tolist() if isinstance(part, torch.Tensor) else list(part)
+        elif isinstance(self._places, torch.Tensor):
+            part = self._places[list(numbers)]
         else:
-            places = [int(self._places[number]) for number in numbers]
+            part = [self._places[number] for number in numbers]
+        places = part.tolist() if isinstance(part, torch.Tensor) else list(part)
         items = self._items
         return places if items is None else [items[place] for place in places]
 
 
 def is_known(sampler: object) -> bool:
     """Whether :func:`order_of` gives a sampler's order; those of derived classes are theirs."""
-    return type(sampler) in KNOWN_SAMPLERS
+    return type(sampler) in _KNOWN + _INDICES
 
 
 def order_of(sampler: Any, keyed: torch.Generator) -> IndexOrder:
@@ -55,6 +58,8 @@ def order_of(sampler: Any, keyed: torch.Generator) -> IndexOrder:
 
     One without a generator draws from ``keyed``.
     """
+    if type(sampler) in _INDICES:
+        return IndexOrder(sampler)
     if type(sampler) is SequentialSampler:
         return IndexOrder(range(len(sampler)))
     generator = keyed if sampler.generator is None else sampler.generator

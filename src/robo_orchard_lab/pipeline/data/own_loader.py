@@ -9,12 +9,15 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.data_loader import (
+    BatchSamplerShard,
     DataLoaderDispatcher,
     DataLoaderShard,
     SeedableRandomSampler,
+    SkipBatchSampler,
 )
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 
+from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.worker_signals import LeavesSignals
 
 logger = logging.getLogger(__name__)
@@ -38,6 +41,9 @@ def own_loader(loader: Iterable[Any], accelerator: Accelerator) -> Iterable[Any]
     takes the place of a ``RandomSampler`` where it is asked for with a ``data_seed``; without one,
     the order follows from a seed anyway. ``dispatch_batches`` means nothing to data with an
     index, of which each process loads its own batches.
+
+    Raises:
+        PipelineConfigError: it was made by ``accelerate.skip_first_batches``.
     """
     prepared = isinstance(loader, (DataLoaderShard, DataLoaderDispatcher))
     if isinstance(loader, (DataLoaderShard, DataLoaderDispatcher)) and has_index(
@@ -99,7 +105,14 @@ def _plain(loader: DataLoader[Any]) -> DataLoader[Any]:
 
 def _unprepared(loader: DataLoader[Any]) -> DataLoader[Any]:
     batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-    return _made_of(loader, getattr(batches, "batch_sampler", batches))
+    if isinstance(batches, SkipBatchSampler):
+        raise PipelineConfigError(
+            "the data loader is one of accelerate.skip_first_batches, which skips the same batches "
+            "in every epoch; give the loader that it was made of: a resumed run goes to its place"
+        )
+    return _made_of(
+        loader, batches.batch_sampler if isinstance(batches, BatchSamplerShard) else batches
+    )
 
 
 def _with_seedable_sampler(loader: DataLoader[Any], data_seed: int) -> DataLoader[Any]:
