@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -15,7 +14,8 @@ import torch
 from accelerate import Accelerator
 
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, SimpleBatchProcessor
-from robo_orchard_lab.pipeline.errors import StateError
+from robo_orchard_lab.pipeline.checkpoint import load_checkpoint, save_checkpoint
+from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
 from robo_orchard_lab.pipeline.hooks import GradientClippingHookConfig
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext, PipelineHooks
 from robo_orchard_lab.pipeline.hooks.non_finite_guard import NonFiniteError, NonFiniteGuardConfig
@@ -282,11 +282,11 @@ def test_only_so_many_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     names = ["step_00000001", "step_00000003"]
     assert sorted(path.name for path in (tmp_path / "q").iterdir()) == names
     assert f"{tmp_path}/q holds 2 windows already (max_quarantined)" in caplog.text
-    before = (tmp_path / "q" / names[0] / "state.json").stat().st_mtime_ns
+    before = (tmp_path / "q" / names[0] / "window.json").stat().st_mtime_ns
     train(tmp_path / "q", make_batches([1, 4]), max_quarantined=2)
     assert f"{tmp_path}/q/step_00000001 exists already and stays" in caplog.text
     assert sorted(path.name for path in (tmp_path / "q").iterdir()) == names
-    assert (tmp_path / "q" / names[0] / "state.json").stat().st_mtime_ns == before
+    assert (tmp_path / "q" / names[0] / "window.json").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
@@ -349,12 +349,12 @@ def test_what_is_no_window_is_refused(tmp_path: Path) -> None:
     wide.second = torch.nn.Linear(8, 3)
     with pytest.raises(StateError, match=r"second.weight: saved as \(2, 8\), here \(3, 8\)"):
         replay(folder, wide, Processor())
-    document = json.loads((folder / "state.json").read_text())
-    document["state"]["quarantine_version"] = 7
-    (folder / "state.json").write_text(json.dumps(document))
+    parts = dict(load_checkpoint(folder).parts)
+    parts["window"]["quarantine_version"] = 7
+    save_checkpoint(tmp_path / "other", 2, parts)
     with pytest.raises(StateError, match="window of version 1, found version 7"):
-        replay(folder, Model(), Processor())
-    with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
+        replay(tmp_path / "other", Model(), Processor())
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
         replay(tmp_path / "q" / "step_00000003", Model(), Processor())
 
 

@@ -12,7 +12,11 @@ from types import CodeType, FrameType
 from typing import Any
 
 from robo_orchard_core.utils.hook import HookContextChannel
-from robo_orchard_lab.pipeline.checkpoint import write_checkpoint, write_weights
+from robo_orchard_lab.pipeline.checkpoint import (
+    CheckpointStore,
+    save_checkpoint,
+    write_weights,
+)
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 
@@ -23,7 +27,8 @@ _COMMIT_FUNCTIONS = (
     MetricsBoard.settle,
     MetricsBoard.tell_rest,
     MetricsBoard.read_deferred,
-    write_checkpoint,
+    CheckpointStore.prepare,
+    save_checkpoint,
     write_weights,
 )
 _AT_COMMIT = frozenset(function.__code__ for function in _COMMIT_FUNCTIONS)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from robo_orchard_lab.pipeline import TrainerProgress
-from robo_orchard_lab.pipeline.checkpoint import read_checkpoint, write_checkpoint
+from robo_orchard_lab.pipeline.checkpoint import load_checkpoint, save_checkpoint
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.metrics import (
     MetricsBoard,
@@ -335,9 +335,8 @@ def test_a_saved_window_goes_on(
     straight.defer(Evaluated("eval", 1.0))
     straight.read_deferred()
     folder = tmp_path_factory.mktemp("board") / "state"
-    write_checkpoint(folder, {}, straight.state_dict())
-    _, state = read_checkpoint(folder)
-    resumed.load_state_dict(state)
+    save_checkpoint(folder, 0, {"metrics": straight.state_dict()})
+    resumed.load_state_dict(load_checkpoint(folder).parts["metrics"])
     assert resumed.names() == straight.names()
     publish(straight, after)
     publish(resumed, after)

@@ -7,11 +7,6 @@ from robo_orchard_lab.pipeline.checkpoint.checkpoint_info import (
     Verification,
 )
 from robo_orchard_lab.pipeline.checkpoint.digests import DigestName
-from robo_orchard_lab.pipeline.checkpoint.files import (
-    read_checkpoint,
-    write_checkpoint,
-    write_weights,
-)
 from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
 from robo_orchard_lab.pipeline.checkpoint.optimizer_state import (
     load_named_optimizer_state,
@@ -31,6 +26,7 @@ from robo_orchard_lab.pipeline.checkpoint.store import (
     load_checkpoint,
     save_checkpoint,
 )
+from robo_orchard_lab.pipeline.checkpoint.weights_file import write_weights
 
 __all__ = [
     "CheckpointInfo",
@@ -49,9 +45,7 @@ __all__ = [
     "load_checkpoint",
     "load_named_optimizer_state",
     "named_optimizer_state",
-    "read_checkpoint",
     "restore_random_state",
     "save_checkpoint",
-    "write_checkpoint",
     "write_weights",
 ]

@@ -35,10 +35,13 @@ def bytes_of(block: torch.Tensor) -> memoryview:
 class BlockPool:
     """Blocks that are used again, so that a copy into them costs the copy and no new memory.
 
-    With CUDA they are pinned, so that devices copy into them at full speed.
+    Args:
+        pinned: have them pinned where there is CUDA, so that devices copy into them at full
+            speed. It takes long to make such a one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, pinned: bool) -> None:
+        self._pinned = pinned and torch.cuda.is_available()
         self._free: list[torch.Tensor] = []
         self._lock = Lock()
 
@@ -52,7 +55,7 @@ class BlockPool:
                 return found
             self._free.clear()  # too small for what is saved now
         size = max(size + size // 32, _PAGE_BYTES)  # a state that grows a little fits next time
-        if torch.cuda.is_available():
+        if self._pinned:
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
         return new_block(size)
 

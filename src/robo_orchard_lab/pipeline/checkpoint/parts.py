@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
-from robo_orchard_lab.pipeline.checkpoint.memory_blocks import BlockPool, bytes_of
+from robo_orchard_lab.pipeline.checkpoint.memory_blocks import BlockPool
 from robo_orchard_lab.pipeline.checkpoint.state_tree import decode_state, encode_state
 from robo_orchard_lab.pipeline.checkpoint.strict_json import JsonError, check_depth, parse_json
+from robo_orchard_lab.pipeline.checkpoint.tensor_image import aligned_size, write_image
 from robo_orchard_lab.pipeline.checkpoint.tensor_layout import TensorLayout
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
 
@@ -21,7 +22,6 @@ _PART = r"[a-z][a-z0-9_]{0,63}"
 _PART_NAME = re.compile(_PART)
 _FILE_NAME = re.compile(rf"({_PART})(?:\.rank([0-9]{{5,9}}))?\.(json|safetensors)")
 _RESERVED = "manifest"
-_ALIGNMENT = 4096  # of each file in a block
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class PartImages:
         self.files: dict[str, bytes | memoryview] = {}
         self._pool = pool
         self._block: torch.Tensor | None = None
-        found: list[tuple[str, TensorLayout, dict[str, torch.Tensor]]] = []
+        found: dict[str, tuple[TensorLayout, dict[str, torch.Tensor]]] = {}
         for part, value in parts.items():
             document, tensors = _encode(part, value, limits)
             if document is not None:
@@ -81,27 +81,15 @@ class PartImages:
                 name = str(FileName(part, rank, is_json=False))
                 layout = _in_context(part, TensorLayout.of, tensors)
                 _check_layout(part, layout, limits)
-                found.append((name, layout, tensors))
+                found[name] = (layout, tensors)
         if found:
             self._copy(found)
 
-    def _copy(self, found: list[tuple[str, TensorLayout, dict[str, torch.Tensor]]]) -> None:
-        size = sum(layout.size + _ALIGNMENT for _, layout, _ in found)
-        block = self._block = self._pool.take(size)
-        targets: list[torch.Tensor] = []
-        sources: list[torch.Tensor] = []
-        offset = -block.data_ptr() % _ALIGNMENT
+    def _copy(self, found: dict[str, tuple[TensorLayout, dict[str, torch.Tensor]]]) -> None:
+        files = list(found.values())
+        self._block = self._pool.take(sum(aligned_size(layout) for layout, _ in files))
         try:
-            for name, layout, tensors in found:
-                image = block[offset : offset + layout.size]
-                view = self.files[name] = bytes_of(image)
-                view[: len(layout.beginning)] = layout.beginning
-                data = view[len(layout.beginning) :]
-                for place in layout.places:
-                    targets.append(place.of(data))
-                    sources.append(tensors[place.name])
-                offset += layout.size + (-layout.size % _ALIGNMENT)
-            _copy_all(targets, sources)
+            self.files.update(zip(found, write_image(self._block, files), strict=True))
         except BaseException:
             self.release()
             raise
@@ -185,16 +173,3 @@ def _check_layout(part: str, layout: TensorLayout, limits: ReadLimits) -> None:
             f"{len(layout.beginning)} bytes; at most {limits.max_tensors} and "
             f"{limits.max_header_bytes} would be read again"
         )
-
-
-def _copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-    """Copy tensors to the CPU, all devices at once, and wait for them."""
-    devices = set()
-    with torch.no_grad():
-        for target, source in zip(targets, sources, strict=True):
-            on_device = source.device.type != "cpu"
-            target.copy_(source, non_blocking=on_device)
-            if on_device:
-                devices.add(source.device)
-    for device in devices:
-        torch.accelerator.synchronize(device)  # waits for the copies

@@ -89,7 +89,7 @@ class CheckpointStore:
         self.limits = limits or ReadLimits()
         self.ranks = ranks or Ranks.alone()
         self._listing = RootListing(self.root, self.limits)
-        self._pool = BlockPool()
+        self._pool = BlockPool(pinned=True)
         self._writing = RLock()
         self._is_open = False
         self._lock: RootLock | None = None
@@ -532,7 +532,7 @@ def save_checkpoint(
             of_rank,
             ranks=ranks,
             digest=digest,
-            pool=BlockPool(),
+            pool=BlockPool(pinned=False),
             limits=ReadLimits(),
             metrics=metrics,
             metadata=metadata,

@@ -83,7 +83,9 @@ class TensorLayout:
         return len(self.beginning) + max((place.end for place in self.places), default=0)
 
     @classmethod
-    def of(cls, tensors: Mapping[str, torch.Tensor]) -> TensorLayout:
+    def of(
+        cls, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    ) -> TensorLayout:
         """The layout of a file with these tensors, the wide types first, so that all are aligned.
 
         Raises:
@@ -102,7 +104,7 @@ class TensorLayout:
         ]
         header = json.dumps(
             {
-                _METADATA: {"format": "pt"},
+                _METADATA: {"format": "pt"} if metadata is None else dict(metadata),
                 **{
                     place.name: {
                         "dtype": _NAMES[place.dtype],
@@ -153,7 +155,9 @@ class TensorLayout:
 
 def _check_kind(name: str, tensor: torch.Tensor) -> None:
     problem = None
-    if tensor.is_meta:
+    if name == _METADATA:
+        problem = "safetensors has that name for itself"
+    elif tensor.is_meta:
         problem = "it is a meta tensor, without values"
     elif tensor.layout is not torch.strided or tensor.is_nested:
         problem = f"its layout is {tensor.layout}, expected a dense one; try .to_dense()"

@@ -67,8 +67,8 @@ def replay(
         batches: in the place of those saved, such as where these have parts that could not be.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        StateError: it can't be read, is of another model, or lacks parts of the batches.
+        CheckpointError: there is no such folder, or it is damaged.
+        StateError: it is of another model, or lacks parts of the batches.
         ValueError: the accelerator has another precision than the run, or there are more or
             fewer batches than the window has steps.
     """

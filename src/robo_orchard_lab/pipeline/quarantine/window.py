@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from robo_orchard_lab.pipeline.checkpoint import read_checkpoint, write_checkpoint
+from robo_orchard_lab.pipeline.checkpoint import load_checkpoint, save_checkpoint
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.plain_model import plain_name
 from robo_orchard_lab.pipeline.quarantine.batch_tree import pack_batch, unpack_batch
@@ -128,13 +128,13 @@ def write_window(folder: str | os.PathLike[str], window: QuarantinedWindow) -> l
     lost: list[str] = []
     try:
         batches = [pack_batch(s.batch, lost, f"steps[{i}].batch") for i, s in _numbered(window)]
-        write_checkpoint(folder, window.weights, _state(window, batches, lost))
+        _save(folder, window, batches, lost)
     except FileExistsError:
         raise
     except Exception as error:  # something in a batch that only its own code understands
         logger.warning("the batches can't be written, what else there is will be: %r", error)
         lost = [f"steps[{i}].batch" for i, _ in _numbered(window)]
-        write_checkpoint(folder, window.weights, _state(window, [_UNSAVED] * len(lost), lost))
+        _save(folder, window, [_UNSAVED] * len(lost), lost)
     return lost
 
 
@@ -144,11 +144,14 @@ def read_window(folder: str | os.PathLike[str]) -> QuarantinedWindow:
     The weights of ranks that are copies of one another are in the first rank's folder, beside.
 
     Raises:
-        FileNotFoundError: there is no such folder, or not that of the first rank.
-        StateError: a file is missing or damaged, or of another version.
+        CheckpointError: there is no such folder, or not that of the first rank, or a file is
+            missing or damaged.
+        StateError: it is of another version.
     """
     folder = Path(folder)
-    weights, state = read_checkpoint(folder)
+    parts = load_checkpoint(folder).parts
+    weights: Any = parts.get("model")
+    state: Any = parts.get("window")
     version = state.pop("quarantine_version", None) if isinstance(state, dict) else None
     if version != FORMAT_VERSION:
         raise StateError(
@@ -156,7 +159,8 @@ def read_window(folder: str | os.PathLike[str]) -> QuarantinedWindow:
             f"found version {version!r}"
         )
     if state["weights_with_first_rank"]:
-        weights, _ = read_checkpoint(folder.with_name(rank_folder(folder.name, 0)))
+        first = load_checkpoint(folder.with_name(rank_folder(folder.name, 0)))
+        weights = first.parts["model"]
     steps = [
         QuarantinedStep(**{**step, "batch": unpack_batch(step["batch"])})
         for step in state.pop("steps")
@@ -172,6 +176,17 @@ def rank_folder(name: str, process_index: int) -> str:
     """
     plain = re.sub(r"_rank\d+$", "", name)
     return f"{plain}_rank{process_index}" if process_index else plain
+
+
+def _save(
+    folder: str | os.PathLike[str],
+    window: QuarantinedWindow,
+    batches: Sequence[Any],
+    unsaved: Sequence[str],
+) -> None:
+    state = _state(window, batches, unsaved)
+    step = window.progress["global_step_id"]
+    save_checkpoint(folder, step, {"model": window.weights, "window": state})
 
 
 def _numbered(window: QuarantinedWindow) -> list[tuple[int, QuarantinedStep]]:

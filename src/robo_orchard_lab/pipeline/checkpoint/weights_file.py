@@ -1,0 +1,39 @@
+"""Weights alone, in one file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from robo_orchard_lab.pipeline.checkpoint.durable import flush_folder, make_folder, write_file
+from robo_orchard_lab.pipeline.checkpoint.folder_names import temporary_name
+from robo_orchard_lab.pipeline.checkpoint.memory_blocks import new_block
+from robo_orchard_lab.pipeline.checkpoint.tensor_image import aligned_size, write_image
+from robo_orchard_lab.pipeline.checkpoint.tensor_layout import TensorLayout
+
+
+def write_weights(
+    path: str | os.PathLike[str], weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write one safetensors file, which replaces what is there when it is on the disk.
+
+    Raises:
+        StateError: a tensor is of a kind that a file can't have; the message names it.
+        OSError: it can't be written; what is there stays.
+    """
+    path = Path(path)
+    tensors = {name: tensor.detach() for name, tensor in weights.items()}
+    layout = TensorLayout.of(tensors, metadata)
+    image = write_image(new_block(aligned_size(layout)), [(layout, tensors)])[0]
+    make_folder(path.parent)
+    temporary = path.parent / temporary_name(path.name)
+    try:
+        write_file(temporary, image)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
