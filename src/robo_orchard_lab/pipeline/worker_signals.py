@@ -8,6 +8,7 @@ never comes, when it could have saved the run.
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -41,7 +42,7 @@ def workers_start() -> Iterator[None]:
     handled at the end, in the worker as in the main process. This is of use in the thread that
     starts the workers, which is the main thread.
     """
-    if not _taken:
+    if not _taken or sys.platform == "win32":
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _taken)  # workers inherit it
@@ -67,7 +68,8 @@ class LeavesSignals:
         for number in taken:
             outlives = _ignore_once if number == signal.SIGTERM else signal.SIG_IGN
             signal.signal(number, outlives)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, taken)  # see workers_start
+        if taken and sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, taken)  # see workers_start
         if self.worker_init_fn is not None:
             self.worker_init_fn(worker_id)
 

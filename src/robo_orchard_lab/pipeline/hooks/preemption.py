@@ -76,10 +76,7 @@ class Preemption(PipelineHooks):
             "on_loop", HookContext.from_callable(before=self._begin, after=self._end)
         )
         if cfg.save_checkpoint:
-            self.register_hook(
-                "on_epoch",
-                HookContext.from_callable(before=lambda args: check_savers(args, self.name)),
-            )
+            self.register_hook("on_epoch", HookContext.from_callable(before=self._check_savers))
         self.register_hook("on_step", HookContext.from_callable(after=self._stop_if_signalled))
 
     def _begin(self, args: PipelineHookArgs) -> None:
@@ -115,6 +112,9 @@ class Preemption(PipelineHooks):
                 "%s: received %s when the last step was over; the run ends as it would without",
                 *(self.name, signal.Signals(self._received).name),
             )
+
+    def _check_savers(self, args: PipelineHookArgs) -> None:
+        check_savers(args, self.name)
 
     def _stop_if_signalled(self, args: PipelineHookArgs) -> None:
         if args.exception is not None or self._stopping:
@@ -172,7 +172,7 @@ class PreemptionConfig(PipelineHooksConfig[Preemption]):
 
     class_type: type[Preemption] = Preemption
     signals: tuple[str, ...] = Field(
-        default=("SIGTERM", "SIGUSR1", "SIGINT"),
+        default=tuple(n for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n)),
         min_length=1,
         description="The names of the signals; SIGINT is Ctrl-C.",
     )

@@ -56,10 +56,7 @@ class TimeLimit(PipelineHooks):
         self._agreement = Agreement("first")
         self.register_hook("on_loop", HookContext.from_callable(before=self._begin))
         if cfg.save_checkpoint:
-            self.register_hook(
-                "on_epoch",
-                HookContext.from_callable(before=lambda args: check_savers(args, self.name)),
-            )
+            self.register_hook("on_epoch", HookContext.from_callable(before=self._check_savers))
         self.register_hook("on_step", HookContext.from_callable(after=self._stop_in_time))
 
     def _begin(self, args: PipelineHookArgs) -> None:
@@ -73,6 +70,9 @@ class TimeLimit(PipelineHooks):
             self._end_at = psutil.Process().create_time() + self._limit_s
         left_s = self._end_at - time.time()
         logger.info("%s: %.0f s left, %g of them for saving", self.name, left_s, self._margin_s)
+
+    def _check_savers(self, args: PipelineHookArgs) -> None:
+        check_savers(args, self.name)
 
     def _stop_in_time(self, args: PipelineHookArgs) -> None:
         if args.exception is not None or self._stopping:
