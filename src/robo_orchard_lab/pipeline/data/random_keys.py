@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import random
 from enum import IntEnum
 from hashlib import blake2b
 
 import numpy as np
 import torch
+
+from robo_orchard_lab.pipeline.data.python_stream import PythonStream
+
+_python = PythonStream()
 
 
 class Purpose(IntEnum):
@@ -34,10 +37,11 @@ def numbered_seed(key: int, number: int) -> int:
 
 
 def seed_streams(seed: int) -> None:
-    """Have torch (CPU), NumPy and Python draw from the streams of a seed, which takes 5 us."""
+    """Have torch (CPU), NumPy and Python draw from the streams of a seed, which takes 4 us."""
     torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 90 us
-    np.random.seed((seed ^ 0x5DEECE66) & 0xFFFFFFFF)  # the same seed would give torch's numbers
-    random.seed(seed)
+    # The same seed would give all of them the same numbers.
+    np.random.seed((seed ^ 0x5DEECE66) & 0xFFFFFFFF)
+    _python.seed((seed ^ 0xC2B2AE35) & 0xFFFFFFFF)
 
 
 def keyed_generator(seed: int, epoch_id: int, purpose: Purpose) -> torch.Generator:
