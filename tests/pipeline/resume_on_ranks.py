@@ -31,10 +31,25 @@ class Augmented(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return noise.float() + index / 10, torch.full((2,), float(index))
 
 
+class Scaled(torch.nn.Module):
+    """Has a buffer that no saved model has."""
+
+    scale: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(0.5), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale
+
+
 def train(folder: Path, seed: int, stop_at: int | None, background: bool) -> dict[str, Any]:
     """One start of the training; what it has come to."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
-    model = torch.nn.Sequential(make_model(), torch.nn.BatchNorm1d(2), torch.nn.Dropout(0.3))
+    model = torch.nn.Sequential(
+        make_model(), torch.nn.BatchNorm1d(2), Scaled(), torch.nn.Dropout(0.3)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     losses: list[torch.Tensor] = []
     hooks = PipelineHooks()

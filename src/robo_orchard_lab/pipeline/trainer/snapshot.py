@@ -191,13 +191,14 @@ class RunSnapshots:
         run.metrics.read_deferred(run.accelerator)
         # DDP takes the first rank's buffers at the next forward pass, unless told otherwise.
         first = run.accelerator.is_main_process
-        buffers = {} if first else dict(plain_model(run).named_buffers())
+        buffers = set() if first else {plain_name(n) for n, _ in plain_model(run).named_buffers()}
         return {
             "random": capture_random_state({}) if self._random is None else self._random,
             "data": self._data.rank_state_dict(),
             "window": self._windows.state_dict(run.progress.step_id),
             "gradients": {n: p.grad for p, n in _names(run).items() if p.grad is not None},
-            "buffers": {plain_name(name): buffer for name, buffer in buffers.items()},
+            # Those alone that the model saves: the others are its own business.
+            "buffers": {n: value for n, value in plain_state(run).items() if n in buffers},
             "hooks": self._hooks.state_dict(),
             "metrics": run.metrics.state_dict(),
         }
