@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def send(number: int = signal.SIGTERM) -> None:
 def send_to_all(number: int = signal.SIGTERM) -> None:
     """As to a process group: to the workers, which are the children, and this process."""
     for child in psutil.Process().children():
-        child.send_signal(number)
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            child.send_signal(number)
     send(number)
 
 
@@ -196,63 +198,105 @@ def test_a_signal_during_a_save() -> None:
     assert saver.steps == [3, 4]
 
 
-class SlowStream(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
-    """The same, without an index."""
+class Samples(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Samples of which one is there only when the signal has been sent."""
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        samples = Slow(13)
-        return (samples[index] for index in range(len(samples)))
-
-
-class Slow(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Samples of which one takes a second."""
-
-    def __init__(self, slow: int) -> None:
-        self.slow = slow
+    def __init__(self, signalled: Path | None = None) -> None:
+        self.signalled = signalled
 
     def __len__(self) -> int:
         return 28
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if index == self.slow:
-            time.sleep(0.4)
+        if index == 13 and self.signalled is not None:
+            self.signalled.with_suffix(".awaited").touch()
+            wait_until(self.signalled.exists)
         return torch.full((4,), index / 28), torch.zeros(2)
 
 
+class Stream(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
+    """The same, without an index."""
+
+    def __init__(self, signalled: Path) -> None:
+        self.samples = Samples(signalled)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return (self.samples[index] for index in range(len(self.samples)))
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    end_at = time.monotonic() + 30
+    while not happened():
+        assert time.monotonic() < end_at
+        time.sleep(0.01)
+
+
+@contextmanager
+def signal_when_awaited(
+    signalled: Path,
+    number: int = signal.SIGTERM,
+    besides: Callable[[], bool] = lambda: True,
+) -> Iterator[None]:
+    """Meanwhile, when the sample is waited for, send a signal to all; then let it come."""
+
+    def send_it() -> None:
+        wait_until(lambda: signalled.with_suffix(".awaited").exists() and besides())
+        time.sleep(0.05)  # for the main thread to wait, too
+        send_to_all(number)
+        signalled.touch()
+
+    thread = threading.Thread(target=send_it)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
 @pytest.mark.parametrize(
-    ("data", "workers", "number", "context"),
+    ("kind", "workers", "number", "context"),
     [
-        (Slow(13), 0, signal.SIGTERM, None),
-        (Slow(13), 2, signal.SIGTERM, "fork"),
-        (Slow(13), 2, signal.SIGINT, "fork"),
-        (Slow(13), 2, signal.SIGUSR1, "fork"),
-        (Slow(13), 1, signal.SIGTERM, "spawn"),
-        (SlowStream(), 1, signal.SIGTERM, "fork"),
+        (Samples, 0, signal.SIGTERM, None),
+        (Samples, 2, signal.SIGTERM, "fork"),
+        (Samples, 2, signal.SIGINT, "fork"),
+        (Samples, 2, signal.SIGUSR1, "fork"),
+        (Samples, 1, signal.SIGTERM, "spawn"),
+        (Stream, 1, signal.SIGTERM, "fork"),
     ],
 )
 def test_a_signal_in_the_wait_for_data(
-    data: Dataset[Any], workers: int, number: signal.Signals, context: str | None
+    kind: Callable[[Path], Dataset[Any]],
+    workers: int,
+    number: signal.Signals,
+    context: str | None,
+    tmp_path: Path,
 ) -> None:
     """Workers outlive a signal to all processes; the batch comes, and is the last one."""
-    loader = DataLoader(data, batch_size=4, num_workers=workers, multiprocessing_context=context)
+    signalled = tmp_path / "signalled"
+    loader = DataLoader(
+        kind(signalled), batch_size=4, num_workers=workers, multiprocessing_context=context
+    )
+    saver, done = Saver(), threading.Event()
 
-    def wait(args: PipelineHookArgs) -> None:
-        if args.global_step_id == 2:
-            timer.start()
+    def tell(args: PipelineHookArgs) -> None:
+        if args.global_step_id == 2:  # all steps before the batch that is waited for
+            done.set()
 
-    timer = threading.Timer(0.2, lambda: send_to_all(number))
-    try:
-        saver = preempted([planted("on_step", "after", wait)], loader=loader, code=128 + number)
-    finally:
-        timer.join()
-    assert saver.steps == [4]  # three are done before the batch with the slow sample
+    hooks: list[Any] = [planted("on_step", "after", tell), PreemptionConfig(), saver]
+    with (
+        signal_when_awaited(signalled, number, besides=done.is_set),
+        pytest.raises(RunPreempted) as stopped,
+    ):
+        make_trainer(hooks, loader=loader, max_epoch=3)()
+    assert stopped.value.code == 128 + number
+    assert saver.steps == [4]
     assert loader.worker_init_fn is None  # as it was
 
 
 def test_a_worker_takes_its_own_end() -> None:
     """A second SIGTERM ends a worker, which is how torch ends one that hangs."""
     others = psutil.Process().children()
-    loader = DataLoader(Slow(99), num_workers=1, worker_init_fn=LeavesSignals(None))
+    loader = DataLoader(Samples(), num_workers=1, worker_init_fn=LeavesSignals(None))
     with taken_by_main_process([signal.SIGTERM, signal.SIGINT]):
         batches = iter(loader)
         next(batches)
@@ -277,27 +321,24 @@ def test_a_workers_own_start_is_kept() -> None:
     def start(worker_id: int) -> None:
         ready.add_(1)
 
-    loader = DataLoader(Slow(99), batch_size=4, num_workers=1, worker_init_fn=start)
+    loader = DataLoader(Samples(), batch_size=4, num_workers=1, worker_init_fn=start)
     preempted([sends_at(2)], loader=loader)
     assert ready.item() == 1
     assert loader.worker_init_fn is start
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_signal_during_an_evaluation(workers: int) -> None:
+def test_a_signal_during_an_evaluation(workers: int, tmp_path: Path) -> None:
     """The evaluation ends with its value, and one more step is done."""
-    loader = DataLoader(Slow(13), batch_size=4, num_workers=workers)
+    signalled = tmp_path / "signalled"
+    loader = DataLoader(Samples(signalled), batch_size=4, num_workers=workers)
     validation = ValidationHookConfig(every="at steps 2")(dataloaders={"val": loader})
     found: list[MetricValue] = []
     listens = planted(
         "on_loop", "before", lambda args: args.metrics.subscribe("eval/val/loss", found.append)
     )
-    begins = planted("on_evaluation", "before", lambda args: timer.start())
-    timer = threading.Timer(0.2, send_to_all)
-    try:
-        saver = preempted([validation, listens, begins])
-    finally:
-        timer.join()
+    with signal_when_awaited(signalled):
+        saver = preempted([validation, listens])
     assert saver.steps == [3]
     assert [value.step for value in found] == [2]
 
@@ -438,20 +479,20 @@ def test_a_preempted_run_goes_on_as_if_nothing_had_been(
 ) -> None:
     """Resumed, it is bit for bit the run without a signal: within a window, within an epoch."""
 
-    def train(folder: str, sends: bool, **options: Any) -> HookBasedTrainer:
-        def send_here(args: PipelineHookArgs) -> None:
-            if sends and place == "step" and args.global_step_id == 4:
-                send_to_all()
-            elif sends and (place == "evaluation" or args.global_step_id == 4):
-                threading.Timer(0.1, send_to_all).start()
+    signalled = tmp_path / "signalled"
 
-        hooks: list[Any] = [PreemptionConfig(), SaveCheckpointConfig(every=None)]
-        hooks.append(ValidationHookConfig(every="at steps 5")(dataloaders={"val": slow}))
-        hooks.append(Remembers(sends and place == "save"))
-        if place != "save":
-            channel = "on_evaluation" if place == "evaluation" else "on_step"
-            hooks.append(planted(channel, "before", send_here))
-        data = Slow(13 if place == "data" else 99)
+    def train(folder: str, sends: bool, **options: Any) -> HookBasedTrainer:
+        awaits = {place: Samples(signalled) if sends else Samples()}
+        data, val = awaits.get("data", Samples()), awaits.get("evaluation", Samples())
+        validation = ValidationHookConfig(every="at steps 5")
+        hooks: list[Any] = [
+            PreemptionConfig(),
+            SaveCheckpointConfig(every=None),
+            validation(dataloaders={"val": DataLoader(val, batch_size=4, num_workers=workers)}),
+            Remembers(sends and place == "save"),
+        ]
+        if sends and place == "step":
+            hooks.append(sends_at(5))
         return make_trainer(
             hooks,
             model=torch.nn.Sequential(make_model(), torch.nn.Dropout(0.5)),
@@ -462,13 +503,16 @@ def test_a_preempted_run_goes_on_as_if_nothing_had_been(
             **options,
         )
 
-    slow = DataLoader(Slow(2 if place == "evaluation" else 99), batch_size=4, num_workers=workers)
     straight = train("straight", sends=False)
     straight()
     stopped = train("stopped", sends=True)
-    with pytest.raises(RunPreempted):
+    awaited = place in ("data", "evaluation")
+    with (
+        signal_when_awaited(signalled) if awaited else nullcontext(),
+        pytest.raises(RunPreempted),
+    ):
         stopped()
-    assert 4 <= stopped.progress.global_step_id < 14
+    assert 1 <= stopped.progress.global_step_id < 14
     resumed = train("stopped", sends=False, resume_from="auto")
     assert resumed.progress == stopped.progress
     resumed()
