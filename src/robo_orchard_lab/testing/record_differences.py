@@ -43,11 +43,10 @@ def record_differences(
     told: set[str] = set()
     for step in sorted({*straight.steps, *joined.steps}):
         entries, due = joined.steps.get(step, []), straight.steps.get(step, [])
-        if not parts[-1].steps:  # the run was over, saved, and killed before it had closed all
-            missing = due[len(entries) :]
-            if all(
-                _is(entry, "after on_epoch") or _is(entry, "after on_loop") for entry in missing
-            ):
+        # The run was over, saved, and killed before it had closed all.
+        if not any(parts[-1].steps.values()):
+            closing = ("after on_epoch", "after on_loop")
+            if all(any(_is(entry, end) for end in closing) for entry in due[len(entries) :]):
                 due = due[: len(entries)]
         found = list(_of_entries(entries, due))
         if step == straight.last and straight.end is not None and joined.end is not None:
