@@ -25,7 +25,8 @@ from robo_orchard_lab.pipeline.worker_signals import LeavesSignals, taken_by_mai
 
 logger = logging.getLogger(__name__)
 
-_SAME_REQUEST_S = 2.0
+_SAME_REQUEST_S = 0.25
+_SAME_LAUNCHED_REQUEST_S = 2.0
 _CAN_NOT_BE_HANDLED = {"SIGKILL", "SIGSTOP", "SIGCHLD", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL"}
 
 
@@ -38,9 +39,10 @@ class Preemption(PipelineHooks):
     SIGUSR1 138), or the one that is given. Started again, the run goes on from there.
 
     A second signal on a rank raises :class:`RunPreempted` there at once, without saving; a third
-    one does what it would without this hook. Signals within two seconds of the first are the same
-    request: launchers forward what the processes also get themselves. A run whose last step is over
-    when the signal comes is completed, and ends as such.
+    one does what it would without this hook. Signals within a quarter of a second of the first are
+    the same request; within two seconds where torchrun or SLURM has launched the process, since
+    launchers forward what the processes also get themselves. A run whose last step is over when
+    the signal comes is completed, and ends as such.
 
     A job has as long as its scheduler lets it: torchrun kills its processes 30 s after the signal,
     SLURM by default 30 s (``KillWait``). Until then there have to be the rest of a step, the wait
@@ -140,6 +142,8 @@ class Preemption(PipelineHooks):
 
     def _handler(self, main_process: int, tells: bool) -> Callable[[int, FrameType | None], None]:
         before = {number: signal.getsignal(number) for number in self._signals}
+        launched = "WORLD_SIZE" in os.environ or "SLURM_JOB_ID" in os.environ
+        same_request_s = _SAME_LAUNCHED_REQUEST_S if launched else _SAME_REQUEST_S
 
         def handle(number: int, frame: FrameType | None) -> None:
             # Between any two instructions of the main thread: no locks, so no log, in here.
@@ -155,7 +159,7 @@ class Preemption(PipelineHooks):
                         f"{self.name}: {signal.Signals(number).name}: stopping at the next commit "
                         "point; once more to stop at once\n"
                     )
-            elif now - self._received_at > _SAME_REQUEST_S:
+            elif now - self._received_at > same_request_s:
                 for each in self._signals:
                     signal.signal(each, before[each] or signal.SIG_DFL)
                 raise RunPreempted(self._exit_code(number))
