@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import resource
+import sys
+import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +131,7 @@ def test_what_is_saved_in_the_background_is_not_torn(tmp_path: Path) -> None:
     """An update meanwhile does not get into a copy: it holds what a save in place holds."""
     for name, background in (("in place", False), ("beside", True)):
         save = SaveCheckpointConfig(every="1 steps", keep_last=None, in_background=background)
-        model = torch.nn.Sequential(torch.nn.Linear(4, 100_000), torch.nn.Linear(100_000, 2))
+        model = torch.nn.Sequential(torch.nn.Linear(4, 20_000), torch.nn.Linear(20_000, 2))
         torch.manual_seed(0)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.01)
@@ -399,3 +402,33 @@ def test_several_savers_have_schedules_of_their_own(tmp_path: Path) -> None:
         with CheckpointStore(tmp_path / name) as store:
             found[name] = [info.step for info in store.list()]
     assert found == {"often": [1, 2, 4, 5], "rarely": [1, 3, 5]}
+
+
+def test_who_stops_at_once_waits_for_no_save(tmp_path: Path) -> None:
+    """What is being written is left behind, and the folder is free when that is done."""
+    begun, may_go_on = threading.Event(), threading.Event()
+    root = tmp_path / "checkpoints"
+
+    def hold_up(event: str, args: tuple[Any, ...]) -> None:
+        if event == "os.mkdir" and str(args[0]).startswith(f"{root}/.step_00000002"):
+            begun.set()
+            may_go_on.wait(60)
+
+    def stop(args: PipelineHookArgs) -> None:
+        assert begun.wait(60)
+        raise RunPreempted(143)
+
+    sys.addaudithook(hold_up)  # for good, but it knows this test's folder alone
+    save = SaveCheckpointConfig(every="1 steps", keep_last=None, in_background=True)
+    with pytest.raises(RunPreempted):
+        train(tmp_path, save, at_step(3, stop))
+    store = CheckpointStore(root)
+    assert [info.step for info in store.list()] == [1]
+    with pytest.raises(StoreLockedError):
+        store.open()
+    may_go_on.set()
+    while True:
+        with suppress(StoreLockedError), store:
+            assert [info.step for info in store.list()] == [1, 2]
+            break
+        time.sleep(0.01)

@@ -21,7 +21,7 @@ class Background(Generic[ResultT]):
     """
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self.name = name
         self._thread: threading.Thread | None = None
         self._result: ResultT | None = None
         self._error: Exception | None = None
@@ -46,7 +46,7 @@ class Background(Generic[ResultT]):
             except Exception as error:
                 self._error = error
 
-        self._thread = threading.Thread(target=run, name=self._name, daemon=True)
+        self._thread = threading.Thread(target=run, name=self.name, daemon=True)
         self._thread.start()
 
     def collect(self) -> ResultT | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -55,9 +56,9 @@ class SaveCheckpoint(PipelineHooks):
     so far, so that the best weights are kept whatever the schedules of saving and evaluating.
 
     In the background, a step waits only while tensors are copied to memory that is kept for it,
-    about twice the size of a checkpoint; the rest runs beside the training. What fails there is
-    told at the next commit point (with several processes at the next save), and the end of the run
-    and a preemption wait for it.
+    about the size of a checkpoint; the rest runs beside the training. What fails there is told at
+    the next commit point (with several processes at the next save), and the end of the run and a
+    preemption wait for it; one that stops at once, by a second signal, does not.
 
     Runs on every rank: each writes what it has for itself, the first one the rest and the commit.
     If any rank fails, there is no new checkpoint, and the older ones stay.
@@ -130,15 +131,19 @@ class SaveCheckpoint(PipelineHooks):
         if self._subscription is not None:
             self._subscription.remove()
             self._subscription = None
-        if self._store is None:
+        store, self._store = self._store, None
+        if store is None:
+            return
+        if isinstance(args.exception, RunPreempted) and self._background.busy:
+            # Whoever stops at once, by a second signal, does not wait for what it leaves behind;
+            # should the process go on, the folder is free when that is done.
+            self._background = Background(self._background.name)
+            threading.Thread(target=store.close, name="close-store", daemon=True).start()
             return
         try:
-            # Whoever stops at once, by a second signal, does not wait for what it left behind.
-            if not isinstance(args.exception, RunPreempted):
-                self._collect(at_the_end=True)
+            self._collect(at_the_end=True)
         finally:
-            self._store.close()
-            self._store = None
+            store.close()
         if self._failure is not None:
             args.run.failures.append(self._failure)
             self._failure = None
