@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
-from robo_orchard_lab.pipeline.checkpoint.memory_blocks import BlockPool
 from robo_orchard_lab.pipeline.checkpoint.state_tree import decode_state, encode_state
 from robo_orchard_lab.pipeline.checkpoint.strict_json import JsonError, check_depth, parse_json
-from robo_orchard_lab.pipeline.checkpoint.tensor_image import aligned_size, write_image
+from robo_orchard_lab.pipeline.checkpoint.tensor_image import ImagePool, TensorImage
 from robo_orchard_lab.pipeline.checkpoint.tensor_layout import TensorLayout
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
 
@@ -57,11 +56,11 @@ class FileName:
 class PartImages:
     """The files of some parts, as bytes in memory; nothing in them is the caller's.
 
-    Tensors lie in one block, which goes back to its pool with :meth:`release`.
+    Tensors lie in one image, which goes back to its pool with :meth:`release`.
     """
 
     def __init__(
-        self, parts: Mapping[str, Any], rank: int | None, pool: BlockPool, limits: ReadLimits
+        self, parts: Mapping[str, Any], rank: int | None, pool: ImagePool, limits: ReadLimits
     ) -> None:
         """Encode and copy.
 
@@ -71,7 +70,7 @@ class PartImages:
         """
         self.files: dict[str, bytes | memoryview] = {}
         self._pool = pool
-        self._block: torch.Tensor | None = None
+        self._image: TensorImage | None = None
         found: dict[str, tuple[TensorLayout, dict[str, torch.Tensor]]] = {}
         for part, value in parts.items():
             document, tensors = _encode(part, value, limits)
@@ -79,7 +78,7 @@ class PartImages:
                 self.files[str(FileName(part, rank, is_json=True))] = document
             if tensors:
                 name = str(FileName(part, rank, is_json=False))
-                layout = _in_context(part, TensorLayout.of, tensors)
+                layout = _layout(part, name, tensors, pool)
                 _check_layout(part, layout, limits)
                 found[name] = (layout, tensors)
         if found:
@@ -87,9 +86,9 @@ class PartImages:
 
     def _copy(self, found: dict[str, tuple[TensorLayout, dict[str, torch.Tensor]]]) -> None:
         files = list(found.values())
-        self._block = self._pool.take(sum(aligned_size(layout) for layout, _ in files))
+        self._image = self._pool.take([layout for layout, _ in files])
         try:
-            self.files.update(zip(found, write_image(self._block, files), strict=True))
+            self.files.update(zip(found, self._image.fill(files), strict=True))
         except BaseException:
             self.release()
             raise
@@ -97,9 +96,9 @@ class PartImages:
     def release(self) -> None:
         """Give the memory back; to be called once no file is read any more."""
         self.files = {}
-        if self._block is not None:
-            self._pool.give_back(self._block)
-            self._block = None
+        if self._image is not None:
+            self._pool.give_back(self._image)
+            self._image = None
 
 
 def decode_part(
@@ -158,12 +157,13 @@ def _is_flat(value: Mapping[Any, Any]) -> bool:
     )
 
 
-def _in_context(part: str, make: Any, tensors: dict[str, torch.Tensor]) -> TensorLayout:
+def _layout(
+    part: str, name: str, tensors: dict[str, torch.Tensor], pool: ImagePool
+) -> TensorLayout:
     try:
-        layout: TensorLayout = make(tensors)
+        return pool.layout(name, tensors)
     except StateError as error:
         raise StateError(f"the part {part!r}: {error}") from error
-    return layout
 
 
 def _check_layout(part: str, layout: TensorLayout, limits: ReadLimits) -> None:

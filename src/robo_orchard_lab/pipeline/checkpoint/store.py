@@ -23,7 +23,6 @@ from robo_orchard_lab.pipeline.checkpoint.folder_names import BEST, LAST, step_f
 from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
 from robo_orchard_lab.pipeline.checkpoint.listing import RootListing, check_step
 from robo_orchard_lab.pipeline.checkpoint.lock import RootLock
-from robo_orchard_lab.pipeline.checkpoint.memory_blocks import BlockPool
 from robo_orchard_lab.pipeline.checkpoint.ranks import Ranks
 from robo_orchard_lab.pipeline.checkpoint.reader import OpenCheckpoint
 from robo_orchard_lab.pipeline.checkpoint.removal import (
@@ -32,6 +31,7 @@ from robo_orchard_lab.pipeline.checkpoint.removal import (
     remove_checkpoint,
 )
 from robo_orchard_lab.pipeline.checkpoint.retention import Retention
+from robo_orchard_lab.pipeline.checkpoint.tensor_image import ImagePool
 from robo_orchard_lab.pipeline.checkpoint.writer import CheckpointImage, put_new
 from robo_orchard_lab.pipeline.errors import CheckpointError
 
@@ -89,7 +89,7 @@ class CheckpointStore:
         self.limits = limits or ReadLimits()
         self.ranks = ranks or Ranks.alone()
         self._listing = RootListing(self.root, self.limits)
-        self._pool = BlockPool(pinned=True)
+        self._pool = ImagePool(pinned=True)
         self._writing = RLock()
         self._is_open = False
         self._lock: RootLock | None = None
@@ -532,7 +532,7 @@ def save_checkpoint(
             of_rank,
             ranks=ranks,
             digest=digest,
-            pool=BlockPool(pinned=False),
+            pool=ImagePool(pinned=False),
             limits=ReadLimits(),
             metrics=metrics,
             metadata=metadata,

@@ -1,45 +1,118 @@
-"""Tensors as the bytes of files, in one block of memory."""
+"""Tensors as the bytes of files, in memory that is kept from one save to the next."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from threading import Lock
 
 import torch
 
-from robo_orchard_lab.pipeline.checkpoint.memory_blocks import bytes_of
+from robo_orchard_lab.pipeline.checkpoint.memory_blocks import bytes_of, new_block
 from robo_orchard_lab.pipeline.checkpoint.tensor_layout import TensorLayout
 
 _ALIGNMENT = 4096  # of each file, so that it can be written past the system's cache
 
-
-def aligned_size(layout: TensorLayout) -> int:
-    """How much of a block a file takes at most."""
-    return layout.size + _ALIGNMENT
+_Signature = tuple[tuple[str, torch.dtype, torch.Size], ...]
 
 
-def write_image(
-    block: torch.Tensor, files: Sequence[tuple[TensorLayout, Mapping[str, torch.Tensor]]]
-) -> list[memoryview]:
-    """Copy tensors of any device into a block, and wait for it: the contents of each file.
+class TensorImage:
+    """A block of memory in which files of tensors lie side by side."""
+
+    def __init__(self, size: int, *, pinned: bool = False) -> None:
+        """Room for ``size`` bytes, see :meth:`size_of`; pinned for copies from a CUDA device."""
+        self._block = (
+            torch.empty(size, dtype=torch.uint8, pin_memory=True) if pinned else new_block(size)
+        )
+        self._layouts: list[TensorLayout] = []
+        self._files: list[memoryview] = []
+        self._targets: list[torch.Tensor] = []
+
+    @property
+    def size(self) -> int:
+        """How many bytes it has room for."""
+        return self._block.numel()
+
+    @staticmethod
+    def size_of(layouts: Sequence[TensorLayout]) -> int:
+        """How many bytes such files take at most."""
+        return sum(layout.size + _ALIGNMENT for layout in layouts)
+
+    def fill(
+        self, files: Sequence[tuple[TensorLayout, Mapping[str, torch.Tensor]]]
+    ) -> list[memoryview]:
+        """Copy tensors of any device into it, and wait for that: the contents of each file."""
+        layouts = [layout for layout, _ in files]
+        if [*map(id, layouts)] != [*map(id, self._layouts)]:
+            self._lay_out(layouts)
+        sources = [tensors[place.name] for layout, tensors in files for place in layout.places]
+        _copy_all(self._targets, sources)
+        return self._files
+
+    def _lay_out(self, layouts: list[TensorLayout]) -> None:
+        self._layouts, self._files, self._targets = layouts, [], []
+        offset = -self._block.data_ptr() % _ALIGNMENT
+        for layout in layouts:
+            image = bytes_of(self._block[offset : offset + layout.size])
+            image[: len(layout.beginning)] = layout.beginning
+            data = image[len(layout.beginning) :]
+            self._targets += [place.of(data) for place in layout.places]
+            self._files.append(image)
+            offset += layout.size + (-layout.size % _ALIGNMENT)
+
+
+class ImagePool:
+    """Images that are used again, so that a copy into them costs the copy and no new memory.
+
+    A state of the same names, types and shapes as the last one is not laid out anew, either.
 
     Args:
-        block: bytes on the CPU, of at least the sum of the :func:`aligned_size`.
-        files: the layout of each, and its tensors by name.
+        pinned: have them pinned where there is CUDA, so that devices copy into them at full
+            speed. It takes long to make such a one.
     """
-    images: list[memoryview] = []
-    targets: list[torch.Tensor] = []
-    sources: list[torch.Tensor] = []
-    offset = -block.data_ptr() % _ALIGNMENT
-    for layout, tensors in files:
-        image = bytes_of(block[offset : offset + layout.size])
-        image[: len(layout.beginning)] = layout.beginning
-        data = image[len(layout.beginning) :]
-        targets += [place.of(data) for place in layout.places]
-        sources += [tensors[place.name] for place in layout.places]
-        images.append(image)
-        offset += layout.size + (-layout.size % _ALIGNMENT)
-    _copy_all(targets, sources)
-    return images
+
+    def __init__(self, *, pinned: bool) -> None:
+        self._pinned = pinned and torch.cuda.is_available()
+        self._free: list[TensorImage] = []
+        self._layouts: dict[str, tuple[_Signature, TensorLayout]] = {}
+        self._lock = Lock()
+
+    def layout(self, name: str, tensors: Mapping[str, torch.Tensor]) -> TensorLayout:
+        """The layout of the file of that name, with these tensors.
+
+        Raises:
+            StateError: one is of a kind that a file can't have; the message names it.
+        """
+        signature = tuple((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
+        known = self._layouts.get(name)
+        if known is not None and known[0] == signature:
+            TensorLayout.check_kinds(tensors)
+            return known[1]
+        layout = TensorLayout.of(tensors)
+        self._layouts[name] = (signature, layout)
+        return layout
+
+    def take(self, layouts: Sequence[TensorLayout]) -> TensorImage:
+        """An image with room for these files, to be given back."""
+        size = TensorImage.size_of(layouts)
+        with self._lock:
+            fitting = [image for image in self._free if image.size >= size]
+            if fitting:
+                found = min(fitting, key=lambda image: image.size)
+                self._free.remove(found)
+                return found
+            self._free.clear()  # too small for what is saved now
+        # A state that grows a little fits next time.
+        return TensorImage(size + size // 32, pinned=self._pinned)
+
+    def give_back(self, image: TensorImage) -> None:
+        """Keep an image for the next who asks."""
+        with self._lock:
+            self._free.append(image)
+
+    def clear(self) -> None:
+        """Give up all memory that nobody uses."""
+        with self._lock:
+            self._free.clear()
 
 
 def _copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:

@@ -91,8 +91,7 @@ class TensorLayout:
         Raises:
             StateError: one is of a kind that a file can't have; the message names it.
         """
-        for name, tensor in tensors.items():
-            _check_kind(name, tensor)
+        cls.check_kinds(tensors)
         ends: dict[str, tuple[int, int]] = {}
         offset = 0
         for name in sorted(tensors, key=lambda name: -tensors[name].element_size()):
@@ -118,6 +117,16 @@ class TensorLayout:
         ).encode()
         header += b" " * (-(LENGTH_BYTES + len(header)) % _ALIGNMENT)
         return cls(places, len(header).to_bytes(LENGTH_BYTES, "little") + header)
+
+    @staticmethod
+    def check_kinds(tensors: Mapping[str, torch.Tensor]) -> None:
+        """Refuse tensors that a file can't have.
+
+        Raises:
+            StateError: the message names one.
+        """
+        for name, tensor in tensors.items():
+            _check_kind(name, tensor)
 
     @classmethod
     def parse(cls, file: memoryview, limits: ReadLimits) -> TensorLayout:

@@ -10,8 +10,7 @@ import torch
 
 from robo_orchard_lab.pipeline.checkpoint.durable import flush_folder, make_folder, write_file
 from robo_orchard_lab.pipeline.checkpoint.folder_names import temporary_name
-from robo_orchard_lab.pipeline.checkpoint.memory_blocks import new_block
-from robo_orchard_lab.pipeline.checkpoint.tensor_image import aligned_size, write_image
+from robo_orchard_lab.pipeline.checkpoint.tensor_image import TensorImage
 from robo_orchard_lab.pipeline.checkpoint.tensor_layout import TensorLayout
 
 
@@ -27,7 +26,7 @@ def write_weights(
     path = Path(path)
     tensors = {name: tensor.detach() for name, tensor in weights.items()}
     layout = TensorLayout.of(tensors, metadata)
-    image = write_image(new_block(aligned_size(layout)), [(layout, tensors)])[0]
+    (image,) = TensorImage(TensorImage.size_of([layout])).fill([(layout, tensors)])
     make_folder(path.parent)
     temporary = path.parent / temporary_name(path.name)
     try:

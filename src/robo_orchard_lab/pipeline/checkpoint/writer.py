@@ -15,9 +15,9 @@ from robo_orchard_lab.pipeline.checkpoint.durable import flush_folder, remove_fo
 from robo_orchard_lab.pipeline.checkpoint.folder_names import temporary_name
 from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
 from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE, FileEntry, Manifest
-from robo_orchard_lab.pipeline.checkpoint.memory_blocks import BlockPool
 from robo_orchard_lab.pipeline.checkpoint.parts import PartImages
 from robo_orchard_lab.pipeline.checkpoint.ranks import Ranks
+from robo_orchard_lab.pipeline.checkpoint.tensor_image import ImagePool
 from robo_orchard_lab.pipeline.errors import StateError
 
 _MAX_STEP = 10**18
@@ -34,7 +34,7 @@ class CheckpointImage:
         *,
         ranks: Ranks,
         digest: str,
-        pool: BlockPool,
+        pool: ImagePool,
         limits: ReadLimits,
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
