@@ -114,9 +114,19 @@ def test_a_damaged_checkpoint_makes_way(root: Path, caplog: pytest.LogCaptureFix
     with CheckpointStore(root) as store:
         store.save(2, {"trainer": "new"})
         assert store.load("last").parts["trainer"] == "new"
-    (aside,) = root.glob("step_00000002.damaged-*")
+    (aside,) = root.glob("step_00000002.kept-*")
     assert (aside / "trainer.json").exists()
-    assert "is damaged" in caplog.text
+    assert "what was there stays as step_00000002.kept-" in caplog.text
+
+
+def test_someones_file_in_a_checkpoint_stays(root: Path) -> None:
+    """Where a step is saved again, what was put beside its files is not lost."""
+    (root / "step_00000002" / "notes.txt").write_text("mine")
+    with CheckpointStore(root) as store:
+        store.save(2, {"trainer": "new"})
+        assert store.load("last").parts["trainer"] == "new"
+    (aside,) = root.glob("step_00000002.kept-*")
+    assert (aside / "notes.txt").read_text() == "mine"
 
 
 def test_a_file_in_the_place_of_a_checkpoint_is_refused(root: Path) -> None:

@@ -269,6 +269,9 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         store.load(2)
     with pytest.raises(CheckpointError, match=r"there is no checkpoint .*elsewhere"):
         store.load(tmp_path / "elsewhere")
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(CheckpointError, match=r"circle leads nowhere"):
+        store.load(tmp_path / "circle")
 
 
 def test_a_store_that_is_not_open_does_not_write(tmp_path: Path) -> None:

@@ -47,9 +47,9 @@ def trash_name(name: str) -> str:
     return f".{name}.{uuid.uuid4().hex}.trash"
 
 
-def damaged_name(name: str) -> str:
-    """What a damaged ``name`` is called when a new one takes its place; it is never removed."""
-    return f"{name}.damaged-{uuid.uuid4().hex[:8]}"
+def kept_name(name: str) -> str:
+    """What ``name`` is called, from when another takes its place, where it is never removed."""
+    return f"{name}.kept-{uuid.uuid4().hex[:8]}"
 
 
 def leftover_of(name: str) -> tuple[str, str] | None:

@@ -46,7 +46,10 @@ class OpenCheckpoint:
         Raises:
             CheckpointError: there is none, or not one that can be trusted.
         """
-        self.path = Path(path).resolve()
+        try:
+            self.path = Path(path).resolve()
+        except (OSError, RuntimeError) as error:  # links in a circle
+            raise CheckpointError(f"{path} leads nowhere: {error}") from error
         self._limits = limits
         self._folder = self._open_folder()
         self._manifest: int | None = None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from robo_orchard_lab.pipeline.checkpoint.durable import flush_folder, remove_folder
 from robo_orchard_lab.pipeline.checkpoint.folder_names import (
-    damaged_name,
+    kept_name,
     leftover_of,
     set_aside_name,
     trash_name,
@@ -30,14 +30,9 @@ def remove_checkpoint(path: Path, limits: ReadLimits) -> str | None:
     Raises:
         OSError: it can't be renamed.
     """
-    try:
-        with OpenCheckpoint(path, limits) as opened:
-            own = {MANIFEST_FILE, *opened.manifest.files}
-    except CheckpointError as error:
-        return f"it can't be told for a checkpoint: {error}"
-    foreign = sorted(set(os.listdir(path)) - own)
-    if foreign:
-        return f"it has files that are not of a checkpoint: {', '.join(foreign)}"
+    reason = _not_ours(path, limits)
+    if reason is not None:
+        return reason
     with _unread(path) as free:
         if not free:
             return "it is being read"
@@ -51,8 +46,8 @@ def remove_checkpoint(path: Path, limits: ReadLimits) -> str | None:
 def put_replacing(temporary: Path, folder: Path, limits: ReadLimits) -> None:
     """Make a complete temporary folder the checkpoint, also where there is one.
 
-    What was there is put aside, and removed when the new one is on the disk; something that is
-    not a whole checkpoint stays, under another name.
+    What was there is put aside, and removed when the new one is on the disk; what can't be told for
+    a checkpoint, or has files of someone's in it, stays under another name.
 
     Raises:
         FileExistsError: there is something else than a folder.
@@ -62,12 +57,11 @@ def put_replacing(temporary: Path, folder: Path, limits: ReadLimits) -> None:
         return
     if folder.is_symlink() or not folder.is_dir():
         raise FileExistsError(f"{folder} is not a checkpoint's folder; move it away")
-    try:
-        OpenCheckpoint(folder, limits).close()
-        aside = folder.with_name(set_aside_name(folder.name))
-    except CheckpointError as error:
-        aside = folder.with_name(damaged_name(folder.name))
-        logger.warning("%s is damaged (%s) and stays as %s", folder, error, aside.name)
+    reason = _not_ours(folder, limits)
+    name = set_aside_name(folder.name) if reason is None else kept_name(folder.name)
+    aside = folder.with_name(name)
+    if reason is not None:
+        logger.warning("%s is replaced, and what was there stays as %s: %s", folder, name, reason)
     os.rename(folder, aside)
     try:
         os.rename(temporary, folder)
@@ -75,7 +69,7 @@ def put_replacing(temporary: Path, folder: Path, limits: ReadLimits) -> None:
         os.rename(aside, folder)
         raise
     flush_folder(folder.parent)
-    if leftover_of(aside.name):
+    if reason is None:
         _remove_unread(aside)
 
 
@@ -96,6 +90,17 @@ def clean_leftovers(root: Path, limits: ReadLimits) -> None:
             _remove_unread(path)
     if leftovers:
         flush_folder(root)
+
+
+def _not_ours(path: Path, limits: ReadLimits) -> str | None:
+    """Why a folder may not be removed, going by its manifest; None where it may."""
+    try:
+        with OpenCheckpoint(path, limits) as opened:
+            own = {MANIFEST_FILE, *opened.manifest.files}
+    except CheckpointError as error:
+        return f"it can't be told for a checkpoint: {error}"
+    foreign = sorted(set(os.listdir(path)) - own)
+    return f"it has files that are not of a checkpoint: {', '.join(foreign)}" if foreign else None
 
 
 def _is_whole(path: Path, limits: ReadLimits) -> bool:

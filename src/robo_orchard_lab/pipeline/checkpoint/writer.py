@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,6 @@ def put_new(temporary: Path, folder: Path) -> None:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise StateError(f"the metric {name!r} must be a number, got {value!r:.80}")
-    return value
+    return int(value) if isinstance(value, Integral) else float(value)

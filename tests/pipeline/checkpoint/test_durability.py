@@ -1,0 +1,112 @@
+"""What is on the disk, and when."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from robo_orchard_lab.pipeline.checkpoint import (
+    CheckpointStore,
+    Retention,
+    durable,
+    load_checkpoint,
+    save_checkpoint,
+    write_weights,
+)
+from robo_orchard_lab.pipeline.errors import StateError
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """The flushes and renames of the system, each with the file's name, as they are made."""
+    made: list[tuple[str, str]] = []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def seen_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        made.append(("flush", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+
+    def seen_rename(source: Any, target: Any) -> None:
+        rename(source, target)
+        made.append(("rename", os.path.basename(target)))
+
+    def seen_replace(source: Any, target: Any) -> None:
+        replace(source, target)
+        made.append(("replace", os.path.basename(target)))
+
+    monkeypatch.setattr(os, "fsync", seen_fsync)
+    monkeypatch.setattr(os, "rename", seen_rename)
+    monkeypatch.setattr(os, "replace", seen_replace)
+    return made
+
+
+def test_all_is_flushed_before_the_rename_and_the_name_after_it(
+    tmp_path: Path, calls: list[tuple[str, str]]
+) -> None:
+    """Each file, the folder, the one rename, the root: only then it is acknowledged."""
+    with CheckpointStore(tmp_path / "run") as store:
+        del calls[:]
+        store.save(1, {"model": {"w": torch.ones(2)}, "trainer": 1}, {"random": [2]})
+    place = calls.index(("rename", "step_00000001"))
+    kind, folder = calls[place - 1]
+    assert kind == "flush"
+    assert folder.startswith(".step_00000001.")
+    assert sorted(calls[: place - 1]) == [
+        ("flush", "manifest.json"),
+        ("flush", "model.safetensors"),
+        ("flush", "random.rank00000.json"),
+        ("flush", "trainer.json"),
+    ]
+    assert calls[place - 2] == ("flush", "manifest.json")
+    assert calls[place + 1 :] == [("flush", "run"), ("replace", "last")]
+
+
+def test_a_removal_is_a_rename_that_is_flushed_ahead(
+    tmp_path: Path, calls: list[tuple[str, str]]
+) -> None:
+    """The old checkpoint has lost its name, on the disk, before the first of its files goes."""
+    with CheckpointStore(tmp_path / "run", retention=Retention(keep_last=1)) as store:
+        store.save(1, {})
+        del calls[:]
+        store.save(2, {})
+    (place,) = [i for i, (kind, name) in enumerate(calls) if name.endswith(".trash")]
+    assert calls.index(("rename", "step_00000002")) < place
+    assert calls[place + 1] == ("flush", "run")
+
+
+@pytest.mark.parametrize("past_cache_from", [0, 1 << 62])
+@pytest.mark.parametrize("size", [1, 4096, 300_000, 1_000_003])
+def test_a_file_is_the_same_however_it_is_written(
+    size: int, past_cache_from: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past the system's cache, as far as whole pages go, or through it."""
+    monkeypatch.setattr(durable, "_PAST_CACHE_FROM", past_cache_from)
+    tensor = torch.arange(size, dtype=torch.int64)
+    save_checkpoint(tmp_path / "one", 1, {"model": {"w": tensor}})
+    assert torch.equal(load_checkpoint(tmp_path / "one").parts["model"]["w"], tensor)
+
+
+def test_weights_replace_a_file(tmp_path: Path, calls: list[tuple[str, str]]) -> None:
+    """The new file is flushed, takes the old one's place, and has its name on the disk."""
+    path = tmp_path / "folder" / "w.safetensors"
+    write_weights(path, {"w": torch.ones(2)}, {"made": "first"})
+    del calls[:]
+    write_weights(path, {"w": torch.zeros(3)}, {"made": "second"})
+    assert [kind for kind, _ in calls] == ["flush", "replace", "flush"]
+    assert calls[1:] == [("replace", "w.safetensors"), ("flush", "folder")]
+    assert os.listdir(path.parent) == ["w.safetensors"]
+
+
+def test_weights_that_a_file_can_not_have_leave_the_old_one(tmp_path: Path) -> None:
+    """Nothing is begun with a name or a tensor that is refused."""
+    path = tmp_path / "w.safetensors"
+    write_weights(path, {"w": torch.ones(2)}, {})
+    before = path.read_bytes()
+    with pytest.raises(StateError, match="safetensors has that name for itself"):
+        write_weights(path, {"__metadata__": torch.ones(2)}, {})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["w.safetensors"]
