@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,70 @@ GENERATORS: dict[str, Any] = {
 }
 
 
+GLOBAL = np.random.default_rng(1)
+
+
+def add_global(value: torch.Tensor) -> torch.Tensor:
+    return value + GLOBAL.random()
+
+
+def calls_another(value: torch.Tensor) -> torch.Tensor:
+    return add_global(value)
+
+
+def add_from(generator: Any, value: torch.Tensor) -> torch.Tensor:
+    return value + float(generator.random())
+
+
+def add_from_default(value: torch.Tensor, generator: Any = GLOBAL) -> torch.Tensor:
+    return value + float(generator.random())
+
+
+def closure() -> Transform:
+    generator = np.random.default_rng(1)
+    return lambda value: value + generator.random()
+
+
+class Slotted:
+    __slots__ = ("generator",)
+
+    def __init__(self) -> None:
+        self.generator = random.Random(1)
+
+    def __call__(self, value: torch.Tensor) -> torch.Tensor:
+        return value + self.generator.random()
+
+
+class UsesGlobal(Transformed):
+    def __init__(self) -> None:
+        """Nothing is kept."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor(float(index), dtype=torch.float64) + GLOBAL.random()
+
+
+class OfClass(UsesGlobal):
+    generator = random.Random(1)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor(float(index), dtype=torch.float64) + self.generator.random()
+
+
+HIDING_PLACES: dict[str, Callable[[], Dataset[torch.Tensor]]] = {
+    "a partial": lambda: Transformed(partial(add_from, np.random.default_rng(1))),
+    "a keyword of a partial": lambda: Transformed(
+        partial(add_from_default, generator=random.Random(1))
+    ),
+    "a closure": lambda: Transformed(closure()),
+    "a global of a function": lambda: Transformed(add_global),
+    "a global of a function that is called": lambda: Transformed(calls_another),
+    "a default of a function": lambda: Transformed(add_from_default),
+    "a slot": lambda: Transformed(Slotted()),
+    "a global of the dataset's method": UsesGlobal,
+    "an attribute of the dataset's class": OfClass,
+}
+
+
 def noisy(kind: str, **options: Any) -> DataLoader[Any]:
     data = Transformed(Compose(Noise(GENERATORS[kind]())))
     return DataLoader(Subset(data, range(26)), 4, shuffle=True, **options)
@@ -107,6 +172,12 @@ def test_generators_that_a_dataset_keeps_are_keyed_too(kind: str) -> None:
     check_exact(lambda **options: noisy(kind, **options), persistent_workers=True)
     drawn = torch.cat(epochs(data_of(noisy(kind)), 1)[0]) % 1
     assert len(drawn.unique()) == 26
+
+
+@pytest.mark.parametrize("place", HIDING_PLACES)
+def test_generators_are_keyed_wherever_code_has_them(place: str) -> None:
+    """Also where no attribute of an object leads to them."""
+    check_exact(lambda **options: DataLoader(HIDING_PLACES[place](), 4, shuffle=True, **options))
 
 
 def test_generators_that_a_dataset_keeps_are_left_where_they_were() -> None:
