@@ -25,17 +25,28 @@ from robo_orchard_lab.pipeline import (
     HookBasedTrainer,
     PipelineHookArgs,
     PipelineHooks,
+    PipelineHooksConfig,
     SimpleBatchProcessor,
 )
 from robo_orchard_lab.pipeline.data import DataOrder
 from robo_orchard_lab.pipeline.hooks import (
+    ClearCacheHookConfig,
     EarlyStoppingConfig,
     EMAConfig,
+    FreezeHookConfig,
     GradientClippingHookConfig,
+    KeepBestConfig,
     LossTrackerConfig,
     MetricsLoggerConfig,
     MetricTrackerConfig,
+    ModelSummaryConfig,
+    NonFiniteGuardConfig,
+    PreemptionConfig,
+    ProgressBarHookConfig,
     SaveCheckpointConfig,
+    SaveModelConfig,
+    StatsMonitorConfig,
+    TimeLimitConfig,
     ValidationHookConfig,
 )
 from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig
@@ -57,10 +68,18 @@ class AugmentedSamples(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 class NamedLosses(SimpleBatchProcessor):
+    """The loss, also as a named one; no number for a batch with two targets of 0, if it fails."""
+
+    def __init__(self, fails: bool) -> None:
+        super().__init__()
+        self.fails = fails
+
     def forward(self, model: Any, batch: Any) -> tuple[Any, torch.Tensor]:
         inputs, targets = batch
         outputs = model(inputs)
         loss = torch.nn.functional.mse_loss(outputs, targets)
+        if self.fails and model.training and int((targets == 0).sum()) > 1:
+            loss = loss * float("nan")
         return {"outputs": outputs, "losses": {"squared": loss}}, loss
 
     def metric_inputs(self, outputs: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,6 +111,7 @@ def build(
     patience: int = 50,
     min_delta: float = 0.0,
     saves: Literal["no", "every step", "in background"] = "no",
+    more_hooks: bool = False,
     stop_between: bool = False,
 ) -> HookBasedTrainer:
     """Dropout, batch norm, augmentation, AdamW, a schedule, clipping, accumulation over 3, a moving
@@ -120,7 +140,7 @@ def build(
         Accelerator(cpu=True, gradient_accumulation_steps=3),
         model,
         make_loader(data, num_workers=workers, persistent_workers=persistent),
-        NamedLosses(),
+        NamedLosses(fails=more_hooks),
         optimizer,
         schedule,
         [
@@ -142,6 +162,7 @@ def build(
                 monitor="eval/val/error", mode="min", patience=patience, min_delta=min_delta
             ),
             *([] if saves == "no" else [saving]),
+            *(other_hooks(run_folder) if more_hooks else []),
             *([StopBetweenEpochs()] if stop_between and run_folder.name == "resumed" else []),
         ],
         max_epoch=2,
@@ -149,6 +170,22 @@ def build(
         resume_from=resume_from,
         data_order=DataOrder(keyed_by=keyed_by),
     )
+
+
+def other_hooks(run_folder: Path) -> list[PipelineHooksConfig[Any]]:
+    """The hooks that keep something, or only look on, beside those that every run here has."""
+    return [
+        NonFiniteGuardConfig(policy="skip"),
+        FreezeHookConfig(patterns=["0.*"], until_step=9),
+        KeepBestConfig(monitor="eval/val/error", mode="max", path=run_folder / "best.safetensors"),
+        SaveModelConfig(every="1 epoch", weights="EMA"),
+        StatsMonitorConfig(),
+        ProgressBarHookConfig(),
+        ModelSummaryConfig(),
+        ClearCacheHookConfig(every="5 steps"),
+        PreemptionConfig(),
+        TimeLimitConfig(limit="1 h"),
+    ]
 
 
 def make_loader(kind: DataKind, **options: Any) -> DataLoader[Any]:

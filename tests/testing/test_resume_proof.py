@@ -27,6 +27,7 @@ from robo_orchard_lab.pipeline import (
 from robo_orchard_lab.pipeline.hooks import EMAConfig, SaveCheckpointConfig
 from robo_orchard_lab.testing import ResumeProof, StraightRunError, prove_resume
 from robo_orchard_lab.testing.build_source import find_function
+from robo_orchard_lab.testing.proof_runs import ProofRuns
 
 _SEEN = 0
 """What a batch processor counts outside of the run's state."""
@@ -192,6 +193,23 @@ def test_faults_of_killed_runs_are_found() -> None:
     assert "run_state.json told of one at step" in str(proof)
     with pytest.raises(StraightRunError, match="a run that is to be killed must save"):
         prove_resume(build, None, [3], kill=True)
+
+
+def test_files_are_compared(tmp_path: Path) -> None:
+    """A file that differs is told with the line and the place where it does, or as missing."""
+    runs = ProofRuns({}, tmp_path, None, 1.0)
+    runs.begin()
+    (tmp_path / "straight" / "log").write_text("a\n" + "b" * 90 + "c\n")
+    (tmp_path / "resumed" / "log").write_text("a\n" + "b" * 90 + "d\n")
+    (tmp_path / "straight" / "one").write_text("a\n")
+    found = [*runs.file_differences(["log", "one", "none"])]
+    assert [str(difference) for difference in found] == ["step 0: file log", "step 0: file one"]
+    assert found[0].straight == f"line 2 has at 60: b'{'b' * 30}c\\n'"
+    assert found[0].resumed == f"line 2 has at 60: b'{'b' * 30}d\\n'"
+    assert (found[1].straight, found[1].resumed) == (
+        "line 1 has at 0: b'a\\n'",
+        "line 1 is missing",
+    )
 
 
 def test_what_may_differ_is_left_out() -> None:

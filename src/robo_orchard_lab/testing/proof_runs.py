@@ -151,7 +151,7 @@ class ProofRuns:
         last = self._processes[-1]
         if not last.exit_code:
             yield from found
-            yield from self._file_differences(files)
+            yield from self.file_differences(files)
             return
         parts = self._parts()
         failed_in = parts[-1].last if parts else 0
@@ -186,7 +186,7 @@ class ProofRuns:
         logger.info("%s: %s, in %.1f s", name, ending(process), process.seconds)
         return process
 
-    def _file_differences(self, names: Iterable[str]) -> Iterator[ResumeDifference]:
+    def file_differences(self, names: Iterable[str]) -> Iterator[ResumeDifference]:
         """Files of the two run folders that are not equal."""
         for name in names:
             expected, found = (
@@ -194,7 +194,7 @@ class ProofRuns:
             )
             for number, (one, other) in enumerate(zip_longest(expected, found), start=1):
                 if one != other:
-                    told = [f"line {number} is {line!r:.160}" for line in (one, other)]
+                    told = [f"line {number} {text}" for text in _around_difference(one, other)]
                     last = self._straight.last
                     yield ResumeDifference(last, f"file {name}", told[0], told[1], 0)
                     break
@@ -247,3 +247,11 @@ def ending(process: RecordedProcess) -> str:
 def _lines(path: Path) -> list[bytes | None]:
     """The lines of a file; as if it were one line, None, where there is no file."""
     return [*path.read_bytes().splitlines(keepends=True)] if path.is_file() else [None]
+
+
+def _around_difference(one: bytes | None, other: bytes | None) -> Iterator[str]:
+    """Two lines, from a little ahead of where they differ."""
+    pairs = enumerate(zip_longest(one or b"", other or b""))
+    begin = max(0, next((at for at, (a, b) in pairs if a != b), 0) - 30)
+    for line in (one, other):
+        yield "is missing" if line is None else f"has at {begin}: {line[begin : begin + 80]!r}"
