@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from robo_orchard_lab.pipeline.batch_size import count_batches
 from robo_orchard_lab.pipeline.checkpoint import generators_of
+from robo_orchard_lab.pipeline.data.own_loader import copy_of
 from robo_orchard_lab.pipeline.errors import DataError, PipelineConfigError
 from robo_orchard_lab.pipeline.evaluator.untouched import seed_random_state
 from robo_orchard_lab.pipeline.worker_signals import LeavesSignals, workers_start
@@ -149,22 +150,13 @@ class _Picked:
 
 def _picking(loader: DataLoader[Any], picked: _Picked) -> DataLoader[Any]:
     """The same loader, but of the batches that are picked."""
-    batched = loader.batch_sampler is not None
-    return DataLoader(
-        loader.dataset,
-        batch_size=1 if batched else None,  # 1 stands for what the batch sampler says
-        sampler=None if batched else picked,
-        batch_sampler=picked if batched else None,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
+    batches = loader.batch_sampler is not None
+    chosen = {"batch_sampler": picked} if batches else {"batch_size": None, "sampler": picked}
+    return copy_of(
+        loader,
+        **chosen,
         worker_init_fn=LeavesSignals(loader.worker_init_fn),
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator,
-        prefetch_factor=loader.prefetch_factor,
         persistent_workers=False,  # their random state would outlive an evaluation
-        in_order=loader.in_order,
     )
 
 
