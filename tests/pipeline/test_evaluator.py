@@ -154,16 +154,21 @@ class Untouched:
 
 
 class Augmented(Rows):
-    """Draws from all three sources."""
+    """Draws from all three sources, and from a generator that it keeps."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.kept = np.random.default_rng(3)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row = super().__getitem__(index)
         row["inputs"] = row["inputs"] + torch.rand(4) + float(np.random.rand()) + random.random()
+        row["inputs"] += self.kept.random()
         return row
 
 
 def test_nothing_is_left_changed() -> None:
-    """Random states, a sampler's own generator too, buffers and the mode of each module stay."""
+    """Random states, those that a loader and its data keep too, buffers and all modes stay."""
     model = make_normalised()
     model[1].eval()  # type: ignore[index]  # a Sequential; a part that is frozen
     own, nested = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
@@ -179,9 +184,10 @@ def test_nothing_is_left_changed() -> None:
         },
         metrics=make_metrics(),
     )
-    before = Untouched(model, own, nested)
+    before, kept = Untouched(model, own, nested), str(data.kept.bit_generator.state)
     first = evaluator.evaluate()
     assert Untouched(model, own, nested) == before
+    assert str(data.kept.bit_generator.state) == kept
     assert torch.is_grad_enabled()
 
     torch.rand(3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from robo_orchard_lab.pipeline.checkpoint import generators_of
+from robo_orchard_lab.pipeline.data.random_sources import random_sources_of
 from tiny import equal, make_loader, make_model, make_trainer, weights
 
 
@@ -25,14 +25,14 @@ def sampled_in_batches(seed: int) -> DataLoader[tuple[torch.Tensor, ...]]:
     [
         ([1, 2], set()),
         (make_loader(shuffle=True), set()),
-        (make_loader(shuffle=True, generator=torch.Generator()), {"loader", "sampler"}),
-        (sampled_in_batches(0), {"batch_sampler.sampler"}),
+        (make_loader(shuffle=True, generator=torch.Generator()), {"loader.generator"}),
+        (sampled_in_batches(0), {"batch_sampler.sampler.generator"}),
     ],
     ids=["list", "none", "loader", "batch_sampler"],
 )
 def test_generators_are_found(loader: object, found: set[str]) -> None:
     """Those of the loader, its sampler, its batch sampler, and of the sampler within that."""
-    assert set(generators_of(loader)) == found  # type: ignore[arg-type]  # any iterable
+    assert set(random_sources_of(loader)) == found
 
 
 def test_a_batch_sampler_of_ones_own_goes_on_where_it_was(tmp_path: Path) -> None:

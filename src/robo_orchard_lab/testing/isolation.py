@@ -22,7 +22,7 @@ def isolated(seed: int) -> Iterator[None]:
     Put back are the random states of torch, NumPy and Python, what Accelerate keeps for the whole
     process, and the environment variables.
     """
-    random_state = capture_random_state({})
+    random_state = capture_random_state()
     environment = dict(os.environ)
     shared: list[dict[str, Any]] = [
         kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)
@@ -40,7 +40,7 @@ def isolated(seed: int) -> Iterator[None]:
             state.update(values)
         os.environ.clear()
         os.environ.update(environment)
-        restore_random_state(random_state, {})
+        restore_random_state(random_state)
 
 
 def seed_all(seed: int) -> None:

@@ -103,7 +103,7 @@ def state_facts(trainer: HookBasedTrainer) -> dict[str, str]:
 
 def random_facts() -> list[tuple[str, Any]]:
     """Where torch, CUDA, NumPy and Python are in their streams."""
-    state = capture_random_state({})
+    state = capture_random_state()
     cuda = [(f"random cuda:{index}", value) for index, value in enumerate(state["cuda"])]
     kinds = [(f"random {name}", state[name]) for name in ("torch", "numpy", "python")]
     return [(name, _digest(repr(_bits(value)).encode())) for name, value in kinds + cuda]

@@ -15,7 +15,6 @@ from robo_orchard_lab.pipeline.checkpoint.optimizer_state import (
 from robo_orchard_lab.pipeline.checkpoint.random_state import (
     capture_random_state,
     check_random_state,
-    generators_of,
     restore_random_state,
 )
 from robo_orchard_lab.pipeline.checkpoint.ranks import Ranks
@@ -41,7 +40,6 @@ __all__ = [
     "Verification",
     "capture_random_state",
     "check_random_state",
-    "generators_of",
     "load_checkpoint",
     "load_named_optimizer_state",
     "named_optimizer_state",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,23 +12,8 @@ import torch
 from robo_orchard_lab.pipeline.errors import StateError
 
 
-def generators_of(dataloader: Iterable[Any]) -> dict[str, torch.Generator]:
-    """The random generators of its own that a loader draws from, by where they are."""
-    batch_sampler = getattr(dataloader, "batch_sampler", None)
-    holders = {
-        "loader": dataloader,
-        "sampler": getattr(dataloader, "sampler", None),
-        "batch_sampler": batch_sampler,
-    }
-    inner = getattr(batch_sampler, "sampler", None)
-    if inner is not holders["sampler"]:  # of a batch sampler that was given as one
-        holders["batch_sampler.sampler"] = inner
-    found = {name: getattr(holder, "generator", None) for name, holder in holders.items()}
-    return {name: value for name, value in found.items() if isinstance(value, torch.Generator)}
-
-
-def capture_random_state(generators: Mapping[str, torch.Generator]) -> dict[str, Any]:
-    """Where torch, NumPy, Python and the given generators are in their streams.
+def capture_random_state() -> dict[str, Any]:
+    """Where torch, NumPy and Python are in their streams.
 
     Of CUDA devices, it is that of the current one, which is this process's: reading those of all
     makes a context on each of them.
@@ -40,21 +25,15 @@ def capture_random_state(generators: Mapping[str, torch.Generator]) -> dict[str,
         "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
         "numpy": (name, torch.from_numpy(keys), position, has_gauss, gauss),
         "python": random.getstate(),
-        "generators": {name: generator.get_state() for name, generator in generators.items()},
     }
 
 
-def check_random_state(state: Mapping[str, Any], generators: Mapping[str, torch.Generator]) -> None:
-    """Refuse a state of other generators or devices than there are.
+def check_random_state(state: Mapping[str, Any]) -> None:
+    """Refuse a state of other devices than there are.
 
     Raises:
         StateError: the message says what was saved and what there is.
     """
-    if set(state["generators"]) != set(generators):
-        raise StateError(
-            f"the data loader had the random generators {sorted(state['generators'])} when it was "
-            f"saved, and has {sorted(generators)}"
-        )
     if bool(state["cuda"]) != torch.cuda.is_available():
         saved, here = ("with", "without") if state["cuda"] else ("without", "with")
         raise StateError(
@@ -63,9 +42,7 @@ def check_random_state(state: Mapping[str, Any], generators: Mapping[str, torch.
         )
 
 
-def restore_random_state(
-    state: Mapping[str, Any], generators: Mapping[str, torch.Generator]
-) -> None:
+def restore_random_state(state: Mapping[str, Any]) -> None:
     """Go on drawing from where :func:`capture_random_state` was called."""
     torch.set_rng_state(state["torch"])
     for of_device in state["cuda"]:
@@ -73,5 +50,3 @@ def restore_random_state(
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     random.setstate(state["python"])
-    for name, generator in generators.items():
-        generator.set_state(state["generators"][name])

@@ -133,13 +133,13 @@ class Evaluator:
 
     def run(self, prefix: str = "") -> DeferredMetrics:
         """Evaluate, and leave it to the caller to read the values, named behind ``prefix``."""
-        generators = {
-            f"{name}.{key}": generator
+        sources = {
+            f"{name}.{key}": source
             for name, loader in self._loaders.items()
-            for key, generator in loader.generators.items()
+            for key, source in loader.random_sources.items()
         }
         with ExitStack() as stack:
-            stack.enter_context(untouched_random_state(generators))
+            stack.enter_context(untouched_random_state(sources))
             stack.enter_context(first_ranks_buffers(ddp_of(self.model)))
             stack.enter_context(evaluation_mode(self.model))
             stack.enter_context(torch.no_grad())

@@ -10,8 +10,10 @@ from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from robo_orchard_lab.pipeline.batch_size import count_batches
-from robo_orchard_lab.pipeline.checkpoint import generators_of
+from robo_orchard_lab.pipeline.data.kept_generators import kept_generators, seed_generators
 from robo_orchard_lab.pipeline.data.own_loader import copy_of
+from robo_orchard_lab.pipeline.data.random_keys import numbered_seed
+from robo_orchard_lab.pipeline.data.random_sources import random_sources_of
 from robo_orchard_lab.pipeline.errors import DataError, PipelineConfigError
 from robo_orchard_lab.pipeline.evaluator.untouched import seed_random_state
 from robo_orchard_lab.pipeline.worker_signals import LeavesSignals, workers_start
@@ -91,7 +93,9 @@ class EvaluationLoader:
         self._who = who
         self._rank = rank
         self._processes = processes
-        self.generators = generators_of(loader)
+        self.random_sources = random_sources_of(loader)
+        """The random generators that it, its samplers and its dataset keep, by name."""
+        self._of_dataset = kept_generators("dataset", getattr(loader, "dataset", None))
         self._order: Iterable[Any] | None = None
         self._picked = _Picked()
         self._loader = loader
@@ -116,8 +120,7 @@ class EvaluationLoader:
             DataError: at its end, on every rank alike: there was no batch for any of them.
         """
         seed_random_state(seed, stream=0)
-        for generator in self.generators.values():
-            generator.manual_seed(seed)
+        seed_generators(self.random_sources, seed)
         first, stride = 0, 1
         if self._order is not None:
             order = list(self._order)  # before any rank draws anything else
@@ -128,6 +131,7 @@ class EvaluationLoader:
         index = first
         while True:
             seed_random_state(seed, stream=1 + index)
+            seed_generators(self._of_dataset, numbered_seed(seed, 1 + index))
             batch = next(batches, _END)
             if batch is _END:
                 break

@@ -11,6 +11,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from robo_orchard_lab.pipeline.checkpoint import capture_random_state, restore_random_state
+from robo_orchard_lab.pipeline.data.kept_generators import RandomSource, set_states, states_of
 
 
 @contextmanager
@@ -33,13 +34,14 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def untouched_random_state(generators: Mapping[str, torch.Generator]) -> Iterator[None]:
-    """Draw what one likes; then go on as if nothing had been drawn."""
-    state = capture_random_state(generators)
+def untouched_random_state(sources: Mapping[str, RandomSource]) -> Iterator[None]:
+    """Draw what one likes, also from these; then go on as if nothing had been drawn."""
+    state, states = capture_random_state(), states_of(sources)
     try:
         yield
     finally:
-        restore_random_state(state, generators)
+        restore_random_state(state)
+        set_states(sources, states)
 
 
 def seed_random_state(seed: int, stream: int) -> None:

@@ -130,7 +130,7 @@ class RunSnapshots:
         _check_model(model.state_dict(), {entries.get(n, n): value for n, value in found.items()})
         TrainerProgress().load_state_dict(trainer["progress"])
         self._data.check(trainer["data"], own["data"])
-        check_random_state(own["random"], {})
+        check_random_state(own["random"])
         optimizer_state = (
             load_named_optimizer_state(run.optimizer, _names(run), parts["optimizer"])
             if run.optimizer
@@ -158,7 +158,7 @@ class RunSnapshots:
     def go_on_drawing(self) -> None:
         """From here on, draw what the saved run would have drawn; nothing if none was loaded."""
         if self._random is not None:
-            restore_random_state(self._random, {})
+            restore_random_state(self._random)
             self._random = None
 
     def _parts(self) -> dict[str, Any]:
@@ -193,7 +193,7 @@ class RunSnapshots:
         first = run.accelerator.is_main_process
         buffers = set() if first else {plain_name(n) for n, _ in plain_model(run).named_buffers()}
         return {
-            "random": capture_random_state({}) if self._random is None else self._random,
+            "random": capture_random_state() if self._random is None else self._random,
             "data": self._data.rank_state_dict(),
             "window": self._windows.state_dict(run.progress.step_id),
             "gradients": {n: p.grad for p, n in _names(run).items() if p.grad is not None},
