@@ -68,7 +68,8 @@ class ForkServer:
     ) -> int:
         """Run one process to its end, and give its exit code; minus the signal that ended it.
 
-        It leads a process group of its own, of which nothing is left afterwards.
+        It has the working directory and the environment variables of now, and leads a process
+        group of its own, of which nothing is left afterwards.
 
         Args:
             order: what the function is called with.
@@ -79,29 +80,44 @@ class ForkServer:
         Raises:
             RuntimeError: the server has failed.
         """
+        request = {
+            "order": dict(order),
+            "output": str(output),
+            "folder": os.getcwd(),
+            "environment": dict(os.environ),
+        }
         with self._one_at_a_time:
-            return self._run({"order": dict(order), "output": str(output)}, timeout_s, kill_when)
+            output.write_bytes(b"")  # one that is killed at once makes no file
+            pid = self._begin(request)
+            try:
+                self._wait(timeout_s, kill_when)
+            finally:  # also when this is interrupted, so that the next process is not mistaken
+                if not self._can_read(0):
+                    os.kill(pid, signal.SIGKILL)  # not reaped yet, so that it is this one
+                code = self._read()
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(pid, signal.SIGKILL)  # what it has started
+        return code
 
-    def _run(
-        self, request: dict[str, Any], timeout_s: float, kill_when: Callable[[], bool] | None
-    ) -> int:
+    @property
+    def has_ended(self) -> bool:
+        """Whether the server has failed, or was closed."""
+        return self._server.poll() is not None
+
+    def _begin(self, request: dict[str, Any]) -> int:
+        """Have a process forked, and give its id."""
         assert self._server.stdin is not None
-        with suppress(BrokenPipeError):  # told below
+        with suppress(BrokenPipeError):  # told when there is nothing to read
             self._server.stdin.write(json.dumps(request).encode() + b"\n")
             self._server.stdin.flush()
-        pid = self._read()
+        return self._read()
+
+    def _wait(self, timeout_s: float, kill_when: Callable[[], bool] | None) -> None:
+        """Until the process has ended, or is to be killed."""
         ends_at = time.monotonic() + timeout_s
-        try:
-            while not self._can_read(0.002 if kill_when else 0.1):
-                if time.monotonic() > ends_at or (kill_when is not None and kill_when()):
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                    break
-            return self._read()
-        finally:
-            for kill in (os.killpg, os.kill):
-                with suppress(ProcessLookupError, PermissionError):
-                    kill(pid, signal.SIGKILL)
+        while not self._can_read(0.002 if kill_when else 0.1):
+            if time.monotonic() > ends_at or (kill_when is not None and kill_when()):
+                break
 
     def close(self) -> None:
         """End the server."""
@@ -141,12 +157,18 @@ def serve(function: Callable[[dict[str, Any]], Any]) -> None:
             warnings.simplefilter("ignore", DeprecationWarning)  # of idle threads of BLAS
             pid = os.fork()
         if pid == 0:
-            os._exit(_run(function, request["order"], request["output"]))
+            os._exit(_run(function, **request))
         print(pid, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 
-def _run(function: Callable[[dict[str, Any]], Any], order: dict[str, Any], output: str) -> int:
+def _run(
+    function: Callable[[dict[str, Any]], Any],
+    order: dict[str, Any],
+    output: str,
+    folder: str,
+    environment: dict[str, str],
+) -> int:
     """Be the process that was forked, and give its exit code.
 
     What is done at the exit of an interpreter is done here, but for taking its modules apart,
@@ -163,6 +185,9 @@ def _run(function: Callable[[dict[str, Any]], Any], order: dict[str, Any], outpu
             os.dup2(descriptor, target)
             os.close(descriptor)
         os.dup2(1, 2)
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
         function(order)
         code = 0
     except SystemExit as end:

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +82,16 @@ def run_recorded(
     )
 
 
-@cache
+_SERVERS: dict[str, ForkServer] = {}
+
+
 def _server_of(kind: str) -> ForkServer:
-    # Accelerate imports the first of these; the others take a second where they are used.
-    used = [name for name in ("torchmetrics", "torchvision") if name in sys.modules]
-    return ForkServer(run_order, ["torch._dynamo", *used])
+    server = _SERVERS.get(kind)
+    if server is None or server.has_ended:
+        # Accelerate imports the first of these; the others take a second where they are used.
+        used = [name for name in ("torchmetrics", "torchvision") if name in sys.modules]
+        server = _SERVERS[kind] = ForkServer(run_order, ["torch._dynamo", *used])
+    return server
 
 
 def run_order(order: dict[str, Any]) -> None:
