@@ -378,6 +378,8 @@ def test_a_preempted_run_is_saved_only_if_asked(tmp_path: Path) -> None:
     [
         {"keep_best": 1},
         {"monitor": "loss"},
+        {"monitor": "loss", "keep_best": 1},
+        {"mode": "min"},
         {"keep_last": 0},
         {"every": "7"},
         {"on_failure": "ignore"},

@@ -116,7 +116,7 @@ class SaveCheckpoint(PipelineHooks):
                 keep_every=cfg.keep_every,
                 keep_best=cfg.keep_best,
                 monitor=cfg.monitor,
-                mode=cfg.mode,
+                mode=cfg.mode or "min",  # given wherever there is a metric
             ),
             ranks=Ranks.of_job() if several else Ranks.alone(),
         )
@@ -278,7 +278,9 @@ class SaveCheckpointConfig(PipelineHooksConfig[SaveCheckpoint]):
     monitor: str | None = Field(
         default=None, description="The metric for keep_best, such as 'eval/val/loss'."
     )
-    mode: Mode = Field(default="min", description="Whether its smallest or largest value is best.")
+    mode: Mode | None = Field(
+        default=None, description="Whether its smallest ('min') or largest ('max') value is best."
+    )
     in_background: bool = Field(
         default=False,
         description="Whether the training goes on while a checkpoint is written; takes memory of "
@@ -302,9 +304,11 @@ class SaveCheckpointConfig(PipelineHooksConfig[SaveCheckpoint]):
 
     @model_validator(mode="after")
     def _has_metric_for_best(self) -> Self:
-        if (self.keep_best > 0) != (self.monitor is not None):
+        given = {self.keep_best > 0, self.monitor is not None, self.mode is not None}
+        if len(given) > 1:
             raise ValueError(
-                "keep_best and monitor go together: give the metric by which the best are kept, "
-                f"got keep_best={self.keep_best} and monitor={self.monitor!r}"
+                "keep_best, monitor and mode go together: how many of the best to keep, by which "
+                f"metric, and whether small or large is good; got keep_best={self.keep_best}, "
+                f"monitor={self.monitor!r} and mode={self.mode!r}"
             )
         return self

@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,6 +37,8 @@ def describe_run(run: PipelineRun, hooks: PipelineHooks) -> dict[str, Any]:
             "processes": accelerator.num_processes,
             "mixed_precision": accelerator.mixed_precision,
             "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
+            "dataloader": _kind(run.dataloader),
+            "data_order": None if run.data is None else asdict(run.data.order),
             "batch_processor": _kind(run.batch_processor),
             "model": _kind(accelerator.unwrap_model(run.model, keep_torch_compile=False)),
             "optimizer": _optimizer(run),
