@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from torchmetrics import MeanSquaredError, Metric, PearsonCorrCoef
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
+from launching import launch
 from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.hook_set import HookLike, PipelineHooks
@@ -28,8 +27,6 @@ from robo_orchard_lab.pipeline.metrics import MetricsRecord
 from robo_orchard_lab.pipeline.schedule import EverySteps
 from tiny import make_model
 
-HERE = Path(__file__).parent
-LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 SIZES = (1, 7, 64, 65)
 
 Batch = dict[str, torch.Tensor]
@@ -314,17 +311,9 @@ RUNS: dict[str, Callable[[Accelerator, CollectiveCounter], dict[str, Any]]] = {
 }
 
 
-def launch(folder: Path, *runs: str) -> list[dict[str, Any]]:
+def run_on_ranks(folder: Path, *runs: str) -> list[dict[str, Any]]:
     """What each of two ranks found in some of :data:`RUNS`, by their names."""
-    done = subprocess.run(
-        [sys.executable, *LAUNCHER, __file__, str(folder), *runs],
-        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    launch(__file__, folder, *runs)
     return [json.loads(file.read_text()) for file in sorted(folder.glob("rank*.json"))]
 
 

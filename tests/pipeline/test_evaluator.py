@@ -23,10 +23,10 @@ from evaluate_on_ranks import (
     Rows,
     Stream,
     expected_values,
-    launch,
     make_evaluation_loader,
     make_metrics,
     make_normalised,
+    run_on_ranks,
 )
 from robo_orchard_lab.pipeline import SimpleBatchProcessor
 from robo_orchard_lab.pipeline.errors import BatchProcessorError, DataError, PipelineConfigError
@@ -74,7 +74,7 @@ def test_values_are_those_of_the_whole_set(size: int, shuffle: bool, workers: in
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes found."""
-    return launch(tmp_path_factory.mktemp("ranks"), "by_size", "with_buffers", "refused")
+    return run_on_ranks(tmp_path_factory.mktemp("ranks"), "by_size", "with_buffers", "refused")
 
 
 class TestOnTwoRanks:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
+from launching import launch
 from observed import make_observed_trainer, observing_hooks
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.sinks import read_metrics
@@ -83,18 +81,7 @@ def test_a_planted_read_is_seen(tmp_path: Path) -> None:
 
 def test_a_logging_point_is_the_only_exchange(tmp_path: Path) -> None:
     """On two ranks, 200 steps with 4 logging points take 4 collectives more than without hooks."""
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *(str(HERE / "observe_on_ranks.py"), str(tmp_path)),
-        ],
-        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    launch(HERE / "observe_on_ranks.py", tmp_path)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert [rank["added"] for rank in ranks] == [{"all_gather": 4}] * 2
     assert ranks[0]["weights"] == ranks[1]["weights"] == ranks[0]["unwatched"]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]  # accelerate brings it
 
+from launching import command, environment
 from robo_orchard_lab.pipeline.run_state import read_run_state
 
 HERE = Path(__file__).parent
@@ -23,11 +22,9 @@ TERMINATED = 128 + signal.SIGTERM
 @contextmanager
 def launched(folder: Path, *kinds: str) -> Iterator[subprocess.Popen[str]]:
     """Two ranks that train in turn for each of the kinds."""
-    script = [str(HERE / "preempted_on_ranks.py"), str(folder), *kinds]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     job = subprocess.Popen(
-        [sys.executable, *launcher, *script],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        command(HERE / "preempted_on_ranks.py", folder, *kinds),
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

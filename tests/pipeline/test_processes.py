@@ -2,42 +2,31 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from launching import launch
+
 HERE = Path(__file__).parent
 
 
-def launch(
+def launch_training(
     folder: Path, processes: int, accumulate: int = 1, kind: str = "step"
 ) -> subprocess.CompletedProcess[str]:
     """Ranks that together see batches of four; ``kind`` is what the script varies."""
     folder.mkdir()
-    options = [str(folder), str(accumulate), str(4 // processes), kind]
-    script = [str(HERE / "train_on_ranks.py"), *options]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else []), *script],
-        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done
+    script = HERE / "train_on_ranks.py"
+    return launch(script, folder, accumulate, 4 // processes, kind, processes=processes)
 
 
 def train(
     folder: Path, processes: int, accumulate: int, kind: str = "step"
 ) -> list[dict[str, torch.Tensor]]:
     """What each rank saved."""
-    launch(folder, processes, accumulate, kind)
+    launch_training(folder, processes, accumulate, kind)
     return [torch.load(file, weights_only=True) for file in sorted(folder.glob("rank*.pt"))]
 
 
@@ -65,8 +54,8 @@ def test_a_plateau_is_that_of_all_ranks(tmp_path: Path) -> None:
 
 def test_data_that_is_not_divided_is_warned_about(tmp_path: Path) -> None:
     """A plain iterable is read whole by every rank, which the first one says, once."""
-    assert "each of the" not in launch(tmp_path / "one", 1, kind="list").stderr
-    told = launch(tmp_path / "two", 2, kind="list").stderr
+    assert "each of the" not in launch_training(tmp_path / "one", 1, kind="list").stderr
+    told = launch_training(tmp_path / "two", 2, kind="list").stderr
     assert told.count("each of the 2 processes reads all of the data") == 1
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from launching import launch
 from robo_orchard_lab.pipeline.checkpoint import load_checkpoint
 
 HERE = Path(__file__).parent
@@ -19,21 +17,8 @@ HERE = Path(__file__).parent
 def train(folder: Path, *stops: int, background: bool = False) -> list[dict[str, Any]]:
     """What each of two ranks has come to."""
     folder.mkdir()
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            str(HERE / "resume_on_ranks.py"),
-            str(folder),
-            "background" if background else "in place",
-            *map(str, stops),
-        ],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    kind = "background" if background else "in place"
+    launch(HERE / "resume_on_ranks.py", folder, kind, *stops)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+from launching import launch
 from robo_orchard_lab.pipeline.run_state import read_run_state
 
-HERE = Path(__file__).parent
-
-
-def launch(folder: Path, kind: str) -> subprocess.CompletedProcess[str]:
-    script = [str(HERE / "clock_on_ranks.py"), str(folder), kind]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return subprocess.run(
-        [sys.executable, *launcher, *script],
-        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+SCRIPT = Path(__file__).parent / "clock_on_ranks.py"
 
 
 def test_all_ranks_fire_at_the_same_steps(tmp_path: Path) -> None:
     """By the first rank's clock, within a hundredth of the time, after few exchanges."""
-    done = launch(tmp_path, "runs")
-    assert done.returncode == 0, done.stderr
+    launch(SCRIPT, tmp_path, "runs")
     first, second = (json.loads(file.read_text()) for file in sorted(tmp_path.glob("rank*.json")))
     assert first == second
     # Steps of half a second, the first of which starts the clock, and one that takes 20 more. Each
@@ -49,9 +33,8 @@ def test_all_ranks_fire_at_the_same_steps(tmp_path: Path) -> None:
 
 def test_a_rank_that_fails_alone_does_not_wait_for_the_clock(tmp_path: Path) -> None:
     """Its error ends the job: it does not ask others, who never answer, what time it is."""
-    done = launch(tmp_path, "fails")
-    assert done.returncode != 0
-    assert "ValueError: planted on one rank" in done.stderr
+    told = launch(SCRIPT, tmp_path, "fails", fails=True).stderr
+    assert "ValueError: planted on one rank" in told
     error = read_run_state(tmp_path).error  # which is told though the first rank is just ended
     assert error is not None
     assert (error.type, error.rank) == ("ValueError", 1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from launching import launch
 from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.hooks.ema import EMA, EMAConfig
@@ -18,29 +17,11 @@ from robo_orchard_lab.pipeline.hooks.freeze import FreezeHookConfig
 from robo_orchard_lab.pipeline.hooks.gradient_clipping import GradientClippingHookConfig
 from tiny import loss_of, make_loader, make_model
 
-HERE = Path(__file__).parent
-
 
 def train_on(processes: int, folder: Path, kind: str) -> list[dict[str, torch.Tensor]]:
     """What each rank saved; together they see batches of four."""
     folder.mkdir()
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run(
-        [
-            sys.executable,
-            *(launcher if processes > 1 else []),
-            __file__,
-            str(folder),
-            str(4 // processes),
-            kind,
-        ],
-        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    launch(__file__, folder, 4 // processes, kind, processes=processes)
     return [torch.load(file, weights_only=True) for file in sorted(folder.glob("rank*.pt"))]
 
 

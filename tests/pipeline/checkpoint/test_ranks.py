@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launching import launch
 from robo_orchard_lab.pipeline.checkpoint import load_checkpoint
 
 SCRIPT = Path(__file__).parent.parent / "store_on_ranks.py"
@@ -20,16 +18,7 @@ SCRIPT = Path(__file__).parent.parent / "store_on_ranks.py"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks did and wrote down."""
     folder = tmp_path_factory.mktemp("ranks")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    launch(SCRIPT, folder)
     return folder
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +9,22 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from launching import launch
 from loaded_data import Drawing, data_of
 from robo_orchard_lab.pipeline.data import DataOrder
 
 SCRIPT = Path(__file__).parent.parent / "data_on_ranks.py"
 
 
-def launch(folder: Path, processes: int) -> list[dict[str, Any]]:
+def run(folder: Path, processes: int) -> list[dict[str, Any]]:
     """What each rank found."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    path = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), str(folder)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    launch(SCRIPT, folder, processes=processes)
     return [torch.load(file, weights_only=True) for file in sorted(folder.glob("rank*.pt"))]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return launch(tmp_path_factory.mktemp("two"), 2)
+    return run(tmp_path_factory.mktemp("two"), 2)
 
 
 @pytest.mark.parametrize("loader", ["sequential", "generator", "drop_last", "stream"])

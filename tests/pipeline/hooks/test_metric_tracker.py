@@ -10,7 +10,7 @@ import torch
 from torchmetrics import MeanSquaredError, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassPrecision
 
-from evaluate_on_ranks import Classify, launch, make_evaluation_loader, make_metrics
+from evaluate_on_ranks import Classify, make_evaluation_loader, make_metrics, run_on_ranks
 from robo_orchard_core.utils.config import ClassConfig
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
@@ -89,7 +89,7 @@ def test_windows_and_epochs_have_values_of_their_own(accumulate: int) -> None:
 
 def test_two_ranks_have_the_values_of_all_batches(tmp_path: Path) -> None:
     """A window and an epoch are those of both ranks, and both know them."""
-    ranks = [rank["tracked"] for rank in launch(tmp_path, "tracked")]
+    ranks = [rank["tracked"] for rank in run_on_ranks(tmp_path, "tracked")]
     assert ranks[0]["records"] == ranks[1]["records"]
     batches = list(zip(*(rank["batches"] for rank in ranks), strict=True))
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launching import launch
 from logged_run import Publisher, StopAfter, logged_trainer
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.data import DataOrder
@@ -32,7 +30,7 @@ from robo_orchard_lab.pipeline.sinks import (
 )
 from tiny import equal, make_loader, make_trainer, weights
 
-HERE = Path(__file__).parent.parent
+SCRIPT = Path(__file__).parent.parent / "logged_run.py"
 
 
 class ListSink:
@@ -179,21 +177,6 @@ def begun(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(kind: str, folder: Path, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.run(
-        [
-            *(sys.executable, *(launcher if processes > 1 else [])),
-            *(str(HERE / "logged_run.py"), kind, str(folder)),
-        ],
-        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 def finish(folder: Path) -> bytes:
     """Go on from what was saved, to the end."""
     path = folder / "metrics.jsonl"
@@ -205,7 +188,7 @@ def test_a_killed_run_that_is_resumed_writes_the_straight_file(
     begun: Path, straight: bytes
 ) -> None:
     """Killed after it has logged more than was saved, and in the middle of a line."""
-    killed = run("killed", begun)
+    killed = launch(SCRIPT, "killed", begun, processes=1, fails=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     path = begun / "metrics.jsonl"
     assert read_metrics(path)[-1].global_step_id == 16
@@ -215,8 +198,7 @@ def test_a_killed_run_that_is_resumed_writes_the_straight_file(
 
 def test_a_full_disk_does_not_end_the_run(begun: Path, straight: bytes) -> None:
     """The file is reported once and dropped, and a later run can go on with it."""
-    full = run("full", begun)
-    assert full.returncode == 0, full.stderr
+    full = launch(SCRIPT, "full", begun, processes=1)
     assert full.stderr.count("MetricsLogger drops 'file', which failed with OSError") == 1
     path = begun / "metrics.jsonl"
     assert path.stat().st_size <= 1000
@@ -226,8 +208,7 @@ def test_a_full_disk_does_not_end_the_run(begun: Path, straight: bytes) -> None:
 
 def test_two_ranks_write_one_file(tmp_path: Path) -> None:
     """The file has the means of both, and both know alike that someone logs."""
-    done = run("ranks", tmp_path, processes=2)
-    assert done.returncode == 0, done.stderr
+    launch(SCRIPT, "ranks", tmp_path)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert [rank["logged"] for rank in ranks] == [[True] * 6] * 2
     records = read_metrics(tmp_path / "metrics.jsonl")

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.optim.lr_scheduler import StepLR
 
+from launching import launch
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
@@ -667,16 +665,7 @@ def test_two_ranks_decide_alike(accumulate: int, tmp_path: Path) -> None:
     """Where the loss of one rank alone is infinite, with finite gradients, both skip or raise,
     without a collective; finite runs are bit for bit those without a guard."""
     script = Path(__file__).parent.parent / "guard_on_ranks.py"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), str(tmp_path), str(accumulate)],
-        env={**os.environ, "PYTHONPATH": str(script.parent), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    launch(script, tmp_path, accumulate)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     for rank, found in enumerate(ranks):
         # Each of the trainers has told all ranks the seed of its data, and nothing more.

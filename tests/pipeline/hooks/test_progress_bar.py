@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.live import Live
 
+from launching import launch
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline import SimpleBatchProcessor, TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
@@ -673,18 +674,7 @@ def test_only_the_main_process_shows_it(tmp_path: Path) -> None:
     """Of two processes, one writes the lines, with the samples per second of both."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")
-    finished = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run"),
-            *("--standalone", "--nproc-per-node", "2", "--local-addr", "127.0.0.1"),
-            script,
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert finished.returncode == 0, finished.stderr
+    finished = launch(script)
     assert finished.stdout.count("after") == 2  # the two may write into one line
     lines = [line for line in finished.stderr.splitlines() if "samples/s" in line]
     assert len(lines) == 3

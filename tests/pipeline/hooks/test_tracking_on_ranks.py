@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launching import launch
+
 HERE = Path(__file__).parent.parent
 
 
-def launch(folder: Path, *options: str) -> list[dict[str, Any]]:
+def run(folder: Path, *options: str) -> list[dict[str, Any]]:
     """What each of two ranks saved."""
-    script = [str(HERE / "track_on_ranks.py"), str(folder), *options]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node=2", *script),
-        ],
-        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    launch(HERE / "track_on_ranks.py", folder, *options)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -39,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
-    return launch(folder)
+    return run(folder)
 
 
 def told(rank: dict[str, Any]) -> dict[str, dict[int, float]]:
@@ -99,6 +86,6 @@ def test_the_first_rank_keeps_the_best(ranks: list[dict[str, Any]]) -> None:
 
 def test_the_first_rank_s_file_counts(ranks: list[dict[str, Any]], folder: Path) -> None:
     """A resumed run goes by the file that the first rank sees, on every rank."""
-    resumed = launch(folder, "resumed")
+    resumed = run(folder, "resumed")
     assert [rank["best"] for rank in resumed] == [[10.5, 4]] * 2
     assert [rank["saves"] for rank in resumed] == [0, 0]

@@ -17,10 +17,10 @@ from evaluate_on_ranks import (
     Rows,
     Stream,
     buffers_of,
-    launch,
     make_evaluation_loader,
     make_metrics,
     make_normalised,
+    run_on_ranks,
 )
 from robo_orchard_core.utils.config import ClassConfig
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, PipelineHooks
@@ -180,7 +180,7 @@ def test_training_goes_on_as_if_there_were_none(accumulate: int) -> None:
 
 def test_two_ranks_go_on_as_if_there_were_none(tmp_path: Path) -> None:
     """Also with batch statistics that differ between ranks, within an accumulation window."""
-    first, second = (rank["while_training"] for rank in launch(tmp_path, "while_training"))
+    first, second = (rank["while_training"] for rank in run_on_ranks(tmp_path, "while_training"))
     assert first["same"]
     assert second["same"]
     assert first["values"] == second["values"]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from launching import launch
 
 SCRIPT = Path(__file__).parent / "exchange_on_ranks.py"
 
@@ -18,18 +17,7 @@ SCRIPT = Path(__file__).parent / "exchange_on_ranks.py"
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each of two ranks wrote."""
     folder = tmp_path_factory.mktemp("exchange")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *(str(SCRIPT), str(folder)),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    launch(SCRIPT, folder)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

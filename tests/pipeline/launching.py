@@ -1,0 +1,42 @@
+"""Scripts in processes of their own, such as the ranks of a job."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def command(script: Path | str, *arguments: object, processes: int = 2) -> list[str]:
+    """What runs a script: on so many ranks by torchrun, or one process by itself."""
+    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [
+        *(sys.executable, *(ranks if processes > 1 else [])),
+        *(str(script), *map(str, arguments)),
+    ]
+
+
+def environment() -> dict[str, str]:
+    """In which a script imports what the test does, and takes one thread for each process."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+
+
+def launch(
+    script: Path | str,
+    *arguments: object,
+    processes: int = 2,
+    timeout_s: float = 180,
+    fails: bool = False,
+) -> subprocess.CompletedProcess[str]:
+    """Run a script to its end, which must be a good one unless it ``fails``."""
+    done = subprocess.run(
+        command(script, *arguments, processes=processes),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    assert (done.returncode != 0) == fails, done.stderr
+    return done
