@@ -370,6 +370,19 @@ def tensor_bytes(made: Made, r: random.Random) -> None:
     _set_header(made, name, header, data)
 
 
+def hidden_bytes(made: Made, r: random.Random) -> None:
+    """Between two tensors there are bytes that belong to none."""
+    name, text, data = _tensor_file(made, r, "model.safetensors")
+    header = json.loads(text)
+    places = [header[key]["data_offsets"] for key in header if key != "__metadata__"]
+    at, more = r.choice(sorted(begin for begin, _ in places)), 8 * r.randrange(1, 20)
+    for place in places:
+        if place[0] >= at:
+            place[:] = [place[0] + more, place[1] + more]
+    data = data[:at] + bytes(more) + data[at:]
+    _set_header(made, name, json.dumps(header).encode(), data)
+
+
 def misaligned(made: Made, r: random.Random) -> None:
     """Numbers lie where none of their kind can."""
     name, header, data = _tensor_file(made, r, "model.safetensors")
@@ -407,6 +420,7 @@ WAYS: list[Callable[[Made, random.Random], None]] = [
     header_entry,
     header_many,
     tensor_bytes,
+    hidden_bytes,
     misaligned,
 ]
 

@@ -90,8 +90,8 @@ def check_all_are_refused(good: Made, folder: Path, numbers: range) -> None:
 
 
 def test_hostile_checkpoints_are_refused(good: Made, tmp_path: Path, little_memory: None) -> None:
-    """Of 1,600 with one thing wrong each, none is loaded, none crashes, none takes long or much."""
-    check_all_are_refused(good, tmp_path, range(1_600))
+    """Of 1,700 with one thing wrong each, none is loaded, none crashes, none takes long or much."""
+    check_all_are_refused(good, tmp_path, range(1_700))
 
 
 @pytest.mark.slow
