@@ -10,6 +10,12 @@ from accelerate import Accelerator
 
 from robo_orchard_core.utils.hook import HookContext, HookContextChannel, RemovableHandle
 from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
+from robo_orchard_lab.pipeline.checkpoint import (
+    CheckpointInfo,
+    CheckpointStore,
+    Retention,
+    SavedState,
+)
 from robo_orchard_lab.pipeline.hooks import GradientClippingHook, GradientClippingHookConfig
 from robo_orchard_lab.pipeline.hooks.mixin import (
     PipelineHookArgs,
@@ -143,3 +149,16 @@ def dispatch(channel: HookContextChannel[str]) -> None:
     channel.run(3, abs)  # type: ignore[arg-type]
     with channel.begin("a"):
         pass
+
+
+def keep(store: CheckpointStore) -> None:
+    with store as opened:
+        assert_type(opened, CheckpointStore)
+        assert_type(opened.save(1, {"model": {}}, metrics={"loss": 1.0}), CheckpointInfo)
+        opened.save(1, [1])  # type: ignore[arg-type]
+        pending = opened.prepare(1, {"model": {}})
+        assert_type(pending.commit(), CheckpointInfo)
+        assert_type(opened.load("last"), SavedState)
+        assert_type(opened.load_newest(), SavedState | None)
+    CheckpointStore("root", digest="md5")  # type: ignore[arg-type]
+    Retention(mode="least")  # type: ignore[arg-type]

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from robo_orchard_lab.pipeline.checkpoint.durable import flush_folder, make_folder, write_file
-from robo_orchard_lab.pipeline.checkpoint.folder_names import temporary_name
+from robo_orchard_lab.pipeline.checkpoint.durable import make_folder, replace_file
 from robo_orchard_lab.pipeline.checkpoint.tensor_image import TensorImage
 from robo_orchard_lab.pipeline.checkpoint.tensor_layout import TensorLayout
 
@@ -28,11 +27,4 @@ def write_weights(
     layout = TensorLayout.of(tensors, metadata)
     (image,) = TensorImage(TensorImage.size_of([layout])).fill([(layout, tensors)])
     make_folder(path.parent)
-    temporary = path.parent / temporary_name(path.name)
-    try:
-        write_file(temporary, image)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    flush_folder(path.parent)
+    replace_file(path, image)
