@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil  # type: ignore[import-untyped]  # accelerate brings it
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
@@ -81,6 +82,7 @@ def train(folder: Path, seed: int, stop_at: int | None, background: bool) -> dic
         "weights": list(trainer.model.state_dict().values()),
         "random": [torch.rand(3), torch.tensor([np.random.rand(), random.random()])],
         "steps": trainer.progress.global_step_id,
+        "open": psutil.Process().num_fds(),
     }
 
 
@@ -89,7 +91,11 @@ def main(folder: Path, stops: list[int], background: bool) -> None:
         train(folder, seed, stop, background) for seed, stop in enumerate([*stops, None], start=5)
     ]
     accelerator = Accelerator(cpu=True)
-    result = {**found[-1], "losses": [loss for part in found for loss in part["losses"]]}
+    result = {
+        **found[-1],
+        "losses": [loss for part in found for loss in part["losses"]],
+        "open": [part["open"] for part in found],
+    }
     torch.save(result, folder / f"rank{accelerator.process_index}.pt")
     accelerator.end_training()
     time.sleep(1)  # gloo aborts a process that exits within half a second of its first exchange

@@ -33,6 +33,8 @@ def test_stopped_and_resumed_on_two_ranks(background: bool, tmp_path: Path) -> N
             assert len(stopped[rank][part]) == len(straight[rank][part])
             for found, expected in zip(stopped[rank][part], straight[rank][part], strict=True):
                 assert torch.equal(found, expected), (rank, part)
+        opened = stopped[rank]["open"]
+        assert max(opened) == opened[0], "a run leaves no connections between the ranks behind"
     assert not torch.equal(straight[0]["losses"][0], straight[1]["losses"][0])
     saved = load_checkpoint(tmp_path / "stopped" / "checkpoints" / "last", ranks=None)
     assert saved.info.ranks == 2

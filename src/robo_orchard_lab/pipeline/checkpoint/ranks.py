@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
@@ -23,7 +24,7 @@ class Ranks:
 
     They exchange by groups of their own, over the CPU, so that a thread may save while the
     training goes on exchanging: one group is used by the calls that make the caller wait, one by
-    :meth:`PendingSave.commit`.
+    :meth:`PendingSave.commit`. :meth:`close` gives them back; as a context manager, it does so.
 
     >>> Ranks.alone()
     Ranks(index=0, count=1)
@@ -41,13 +42,14 @@ class Ranks:
         return cls(0, 1)
 
     @classmethod
-    def of_job(cls, timeout_s: float = 1800.0) -> Ranks:
+    def of_job(cls, timeout_s: float = 1800.0, *, in_background: bool = True) -> Ranks:
         """All processes of the job that ``torch.distributed`` was set up for; else this one.
 
         A collective: every process calls it. They have to see one file system.
 
         Args:
             timeout_s: how long one waits for the others, as for a slow disk of theirs.
+            in_background: whether a thread is to commit beside other calls.
         """
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return cls.alone()
@@ -56,8 +58,31 @@ class Ranks:
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
             return cls(dist.get_rank(), dist.get_world_size(), group)
 
-        ranks, ranks.background = with_group(), with_group()
+        ranks = with_group()
+        if in_background:
+            ranks.background = with_group()
         return ranks
+
+    def close(self) -> None:
+        """Give back the threads and connections of the groups; a second call does nothing.
+
+        Every process does it, when all exchanges are over.
+        """
+        for ranks in (self, self.background):
+            group, ranks._group = ranks._group, None
+            if group is not None:
+                dist.destroy_process_group(group)
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def __repr__(self) -> str:
         return f"Ranks(index={self.index}, count={self.count})"
@@ -70,6 +95,7 @@ class Ranks:
         """
         if self.count == 1:
             return [value]
+        assert self._group is not None  # else it is closed
         found: list[Any] = [None] * self.count
         try:
             dist.all_gather_object(found, value, group=self._group)

@@ -118,7 +118,7 @@ class SaveCheckpoint(PipelineHooks):
                 monitor=cfg.monitor,
                 mode=cfg.mode or "min",  # given wherever there is a metric
             ),
-            ranks=Ranks.of_job() if several else Ranks.alone(),
+            ranks=Ranks.of_job(in_background=cfg.in_background) if several else Ranks.alone(),
         )
         self._store.open()
         self._run = run
@@ -144,6 +144,7 @@ class SaveCheckpoint(PipelineHooks):
             self._collect(at_the_end=True)
         finally:
             store.close()
+            store.ranks.close()
         if self._failure is not None:
             args.run.failures.append(self._failure)
             self._failure = None

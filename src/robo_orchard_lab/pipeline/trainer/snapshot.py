@@ -88,14 +88,15 @@ class RunSnapshots:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a snapshot into a folder that does not exist yet. All ranks call it."""
         snapshot = self.take()
-        save_checkpoint(
-            folder,
-            self._run.progress.global_step_id,
-            snapshot.parts,
-            snapshot.of_rank,
-            metadata=snapshot.about,
-            ranks=ranks_of(self._run),
-        )
+        with ranks_of(self._run) as ranks:
+            save_checkpoint(
+                folder,
+                self._run.progress.global_step_id,
+                snapshot.parts,
+                snapshot.of_rank,
+                metadata=snapshot.about,
+                ranks=ranks,
+            )
 
     def load(self, parts: Mapping[str, Any], of_rank: Mapping[str, Any]) -> None:
         """Make the run that of a snapshot; :meth:`go_on_drawing` then sets the random state.
@@ -214,7 +215,8 @@ class RunSnapshots:
 
 def ranks_of(run: PipelineRun) -> Ranks:
     """The processes that save and load together: a collective where there are several."""
-    return Ranks.of_job() if run.accelerator.num_processes > 1 else Ranks.alone()
+    several = run.accelerator.num_processes > 1
+    return Ranks.of_job(in_background=False) if several else Ranks.alone()
 
 
 def _check_keys(what: str, found: Mapping[str, Any], expected: set[str]) -> None:

@@ -245,7 +245,8 @@ class HookBasedTrainer:
         self._snapshots.save(folder)
 
     def _resume(self, resume_from: str | os.PathLike[str]) -> None:
-        saved = load_saved(resume_from, self.hooks, self._run.folder, ranks_of(self._run))
+        with ranks_of(self._run) as ranks:
+            saved = load_saved(resume_from, self.hooks, self._run.folder, ranks)
         if saved is not None:
             self._snapshots.load(saved.parts, saved.of_rank)
             self._resumed = True
