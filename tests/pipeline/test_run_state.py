@@ -188,6 +188,45 @@ def test_a_killed_run_is_told_as_failed(tmp_path: Path) -> None:
     assert read_run_state(tmp_path).state == "completed"
 
 
+def test_the_file_of_a_run_that_is_running_is_left_to_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A second run in its folder writes none, whether it ends or fails."""
+    here = str(Path(__file__).parent)
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(tmp_path), here], stdout=subprocess.PIPE, text=True
+    )
+    with child:
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "waiting\n"
+            state = read_run_state(tmp_path)
+            make_trainer(max_step=3, run_folder=tmp_path)()
+            assert f"process {child.pid} on " in caplog.text
+            with pytest.raises(ValueError, match="planted"):
+                make_trainer(at_step(2, _raise), max_step=3, run_folder=tmp_path)()
+            assert read_run_state(tmp_path) == state
+        finally:
+            child.kill()
+
+
+def _raise(*args: Any) -> None:
+    raise ValueError("planted")
+
+
+def test_a_rank_does_not_tell_its_failure_for_another_run(tmp_path: Path) -> None:
+    """One that began before this process was there is not its own."""
+    with RunStateFile(tmp_path).around_run(Requests()):
+        file = tmp_path / "run_state.json"
+        document = json.loads(file.read_text())
+        document["started_at"] = "2001-01-01T00:00:00Z"
+        file.write_text(json.dumps(document))
+        other = RunStateFile(tmp_path, rank=1, processes=2)
+        with pytest.raises(ValueError, match="planted"), other.around_run(Requests()):
+            _raise()
+        assert read_run_state(tmp_path).state == "running"
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [({"host": "elsewhere"}, "running"), ({"started_at": 0.0}, "failed"), ({}, "running")],

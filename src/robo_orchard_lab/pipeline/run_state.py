@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 RUN_STATE_FILE = "run_state.json"
 RunOutcome: TypeAlias = Literal["running", "completed", "preempted", "failed"]
 
+_CLOCKS_APART_S = 60.0  # those of two machines
 _SAME_START_S = 10.0  # the system's clock may be set meanwhile
 _LONGEST_TEXT = 10_000
 
@@ -81,14 +82,21 @@ class ProcessIdentity(_Record):
 
     def is_gone(self) -> bool:
         """Whether it is certain that it runs no more; False where this machine can't tell."""
+        return self._runs() is False
+
+    def is_another_that_runs(self) -> bool:
+        """Whether it is certain that it runs, and is not this one."""
+        return self._runs() is True and self.pid != os.getpid()
+
+    def _runs(self) -> bool | None:
         if self.host != socket.gethostname() or self.namespace != _pid_namespace():
-            return False
+            return None
         try:
             process = psutil.Process(self.pid)
             apart_s: float = abs(process.create_time() - self.started_at)
-            return apart_s > _SAME_START_S or bool(process.status() == psutil.STATUS_ZOMBIE)
+            return apart_s <= _SAME_START_S and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
-            return True
+            return False
 
 
 class RunState(_Record):
@@ -147,7 +155,8 @@ class RunStateFile:
 
     It is replaced as a whole, and is on the disk, when a run begins, after each checkpoint, and
     when the run ends. The first rank writes it; another one only where it fails, since the first
-    may then have no chance to. A file that can't be written ends no run: the log says so.
+    may then have no chance to. A file that can't be written, or that another process still keeps,
+    ends no run: the log says so.
 
     Args:
         folder: the run's folder; None keeps no file.
@@ -219,7 +228,15 @@ class RunStateFile:
         assert self._folder is not None
         checkpoint = None
         with suppress(OSError, StateError):  # there was no run before this one
-            checkpoint = _read(self._path).checkpoint
+            before = _read(self._path)
+            checkpoint = before.checkpoint
+            if before.state == "running" and before.process.is_another_that_runs():
+                logger.error(
+                    "%s is that of a run that still goes on, by process %d on %s; it is left to "
+                    "that one, and does not tell of this one; give each run a folder of its own",
+                    *(self._path, before.process.pid, before.process.host),
+                )
+                return
         now = _now()
         with self._changing:
             self._state = RunState(
@@ -253,7 +270,7 @@ class RunStateFile:
             return
         with suppress(OSError, StateError):  # no such file: the folder is another machine's
             state = _read(self._path)
-            if state.state == "running":
+            if state.state == "running" and _began_with_this_process(state):
                 self._write(state.model_copy(update={"state": "failed", **found}))
 
     def _told(self, error: BaseException) -> RunError:
@@ -303,6 +320,12 @@ class RunStateFile:
         except BaseException:  # such as a signal
             temporary.unlink(missing_ok=True)
             raise
+
+
+def _began_with_this_process(state: RunState) -> bool:
+    """Whether it is the run of this rank, and not one that has this folder already."""
+    process_began_at = psutil.Process().create_time()
+    return state.started_at.timestamp() > process_began_at - _CLOCKS_APART_S
 
 
 def _read(path: Path) -> RunState:
