@@ -324,7 +324,7 @@ class RunStateFile:
 
 def _began_with_this_process(state: RunState) -> bool:
     """Whether it is the run of this rank, and not one that has this folder already."""
-    process_began_at = psutil.Process().create_time()
+    process_began_at: float = psutil.Process().create_time()
     return state.started_at.timestamp() > process_began_at - _CLOCKS_APART_S
 
 
