@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -50,8 +50,11 @@ from robo_orchard_lab.pipeline.hooks import (
     ValidationHookConfig,
 )
 from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig
+from saves_until_killed import DieAt
 
-DataKind: TypeAlias = Literal["shuffled", "own generator", "weighted", "batch sampler", "stream"]
+DataKind: TypeAlias = Literal[
+    "shuffled", "own generator", "weighted", "batch sampler", "stream", "full batches", "a list"
+]
 STEPS = 14
 """Two epochs of seven batches, the last one of which is short."""
 
@@ -108,14 +111,22 @@ def build(
     data: DataKind = "shuffled",
     keyed_by: Literal["batch", "sample"] = "batch",
     plateau: bool = False,
+    accumulate: int = 3,
     patience: int = 50,
     min_delta: float = 0.0,
     saves: Literal["no", "every step", "in background"] = "no",
     more_hooks: bool = False,
+    dies: int = 0,
     stop_between: bool = False,
 ) -> HookBasedTrainer:
     """Dropout, batch norm, augmentation, AdamW, a schedule, clipping, accumulation over 3, a moving
     average, two kinds of metrics, evaluations, early stopping and a log."""
+    if dies and run_folder.name == "resumed":
+        starts = run_folder / "starts"
+        with starts.open("a") as file:
+            file.write(".")
+        if starts.stat().st_size <= dies:
+            DieAt(random.Random().randrange(250))  # of the file system; a save makes some 25
     if resume_from is not None and resumed_workers is not None:
         workers = resumed_workers
     torch.set_num_threads(1)  # of a tiny model, more only wait for each other
@@ -137,7 +148,7 @@ def build(
     )
     unseen = torch.linspace(-1, 1, 20).reshape(5, 4), torch.arange(5.0).unsqueeze(1)
     return HookBasedTrainer(
-        Accelerator(cpu=True, gradient_accumulation_steps=3),
+        Accelerator(cpu=True, gradient_accumulation_steps=accumulate),
         model,
         make_loader(data, num_workers=workers, persistent_workers=persistent),
         NamedLosses(fails=more_hooks),
@@ -188,8 +199,8 @@ def other_hooks(run_folder: Path) -> list[PipelineHooksConfig[Any]]:
     ]
 
 
-def make_loader(kind: DataKind, **options: Any) -> DataLoader[Any]:
-    """Seven batches of data of one kind."""
+def make_loader(kind: DataKind, **options: Any) -> Iterable[Any]:
+    """Seven batches of data of one kind; eight where all are full."""
     samples = AugmentedSamples()
     if kind == "shuffled":
         return DataLoader(samples, batch_size=4, shuffle=True, **options)
@@ -201,6 +212,12 @@ def make_loader(kind: DataKind, **options: Any) -> DataLoader[Any]:
         return DataLoader(samples, batch_size=4, sampler=sampler, **options)
     if kind == "batch sampler":
         return DataLoader(samples, batch_sampler=PairsOfBatches(), **options)
+    if kind == "full batches":
+        return DataLoader(samples, batch_size=3, shuffle=True, drop_last=True, **options)
+    if kind == "a list":
+        generator = torch.Generator().manual_seed(5)
+        sizes = (4, 4, 1, 4, 3, 4, 4)
+        return [(torch.randn(n + 1, 4, generator=generator), torch.ones(n + 1, 1)) for n in sizes]
     return DataLoader(Stream(), batch_size=4, **options)
 
 

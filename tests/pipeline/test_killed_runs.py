@@ -16,17 +16,19 @@ from robo_orchard_lab.testing import prove_resume
 SAVES = ["every step", "in background"]
 
 
-def kill_until(kills: int, folder: Path, **options: Any) -> None:
-    """Kill runs at random instants, each as often as it has steps, until so many were killed."""
+def kill_until(kills: int, folder: Path, *, dies: bool = False, **options: Any) -> None:
+    """Kill runs at random instants, each as often as it has steps, until so many were killed.
+
+    With ``dies``, processes kill themselves ahead of some call of the file system.
+    """
     done = rounds = 0
     while done < kills:
         rounds += 1
         assert rounds < kills, "hardly any process lives long enough to be killed"
         stops = sorted(random.choices(range(1, STEPS + 1), k=min(STEPS, kills - done)))
         root = folder / str(rounds)
-        proof = prove_resume(
-            partial(build, **options), None, stops, kill=True, folder=root, files=["metrics.jsonl"]
-        )
+        trainer = partial(build, dies=len(stops) if dies else 0, **options)
+        proof = prove_resume(trainer, None, stops, kill=True, folder=root, files=["metrics.jsonl"])
         proof.check()  # which no process passes that began ahead of an acknowledged checkpoint
         assert proof.kills is not None
         done += proof.kills
@@ -43,9 +45,21 @@ def test_killed_at_random_instants(saves: str, tmp_path: Path) -> None:
     kill_until(10, tmp_path, saves=saves)
 
 
+def test_killed_at_calls_of_the_file_system(tmp_path: Path) -> None:
+    """Each process kills itself ahead of opening, renaming or removing something."""
+    kill_until(8, tmp_path, saves="in background", dies=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("saves", SAVES)
 def test_killed_at_many_random_instants(saves: str, workers: int, tmp_path: Path) -> None:
     """So it is after hundreds of kills."""
     kill_until(60, tmp_path, saves=saves, workers=workers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saves", SAVES)
+def test_killed_at_many_calls_of_the_file_system(saves: str, tmp_path: Path) -> None:
+    """So it is after many such kills."""
+    kill_until(40, tmp_path, saves=saves, dies=True)
