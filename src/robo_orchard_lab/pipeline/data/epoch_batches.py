@@ -80,15 +80,28 @@ class IndexedBatches:
         self.steps = first_step + division.steps(len(order) - first_sample)
 
     def samples_before(self, step_id: int) -> int:
-        begun = self._first_sample + (step_id - self._first_step) * self._division.samples_per_step
-        return min(begun, len(self._order))
+        return min(self._start_of(step_id), len(self._order))
 
     def sizes(self, step_id: int) -> Iterator[int]:
         rest = len(self._order) - self._first_sample
         return self._division.sizes(rest, step_id - self._first_step)
 
     def from_step(self, step_id: int) -> Iterator[BatchIndices]:
-        return map(self._batch, range(step_id, self.steps))
+        # Spelled out for full batches, since this is on the path of every step.
+        division, order, samples = self._division, self._order, len(self._order)
+        size, stride = division.batch_size, division.samples_per_step
+        begin = self._start_of(step_id) + division.rank * size
+        for batch_id in range(
+            step_id * division.processes + division.rank,
+            self.steps * division.processes,
+            division.processes,
+        ):
+            if begin + size <= samples and self._batched:
+                indices = order.indices_between(begin, begin + size)
+                yield BatchIndices(batch_id, range(begin, begin + size), indices)
+            else:
+                yield self._batch(batch_id // division.processes)
+            begin += stride
 
     def at_step(self, step_id: int) -> BatchIndices | None:
         return self._batch(step_id) if step_id < self.steps else None
@@ -100,8 +113,10 @@ class IndexedBatches:
         return BatchIndices(batch_id, numbers, indices if self._batched else indices[0])
 
     def _numbers(self, step_id: int) -> Sequence[int]:
-        start = self._first_sample + (step_id - self._first_step) * self._division.samples_per_step
-        return self._division.numbers(len(self._order), start)
+        return self._division.numbers(len(self._order), self._start_of(step_id))
+
+    def _start_of(self, step_id: int) -> int:
+        return self._first_sample + (step_id - self._first_step) * self._division.samples_per_step
 
 
 class IteratedBatches:

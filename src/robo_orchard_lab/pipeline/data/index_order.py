@@ -30,6 +30,7 @@ class IndexOrder:
         self, places: range | Sequence[Any] | torch.Tensor, items: Sequence[Any] | None = None
     ) -> None:
         self._places = places
+        self._tensor = isinstance(places, torch.Tensor)
         self._items = items
 
     def __len__(self) -> int:
@@ -38,12 +39,17 @@ class IndexOrder:
     def indices(self, numbers: Sequence[int]) -> list[Any]:
         """Those at the given places, counted from 0."""
         if isinstance(numbers, range):
-            part = self._places[numbers.start : numbers.stop]
-        elif isinstance(self._places, torch.Tensor):
-            part = self._places[list(numbers)]
-        else:
-            part = [self._places[number] for number in numbers]
-        places = part.tolist() if isinstance(part, torch.Tensor) else list(part)
+            return self.indices_between(numbers.start, numbers.stop)
+        if isinstance(self._places, torch.Tensor):
+            return self._of(self._places[list(numbers)].tolist())
+        return self._of([self._places[number] for number in numbers])
+
+    def indices_between(self, begin: int, end: int) -> list[Any]:
+        """Those from one place on to another, exclusive."""
+        part = self._places[begin:end]
+        return self._of(part.tolist() if self._tensor else list(part))  # type: ignore[union-attr]  # a tensor's
+
+    def _of(self, places: list[Any]) -> list[Any]:
         items = self._items
         return places if items is None else [items[place] for place in places]
 

@@ -41,6 +41,7 @@ class StreamsAside:
         self._torch_state: torch.Tensor | None = None
         self._python_state: object = None
         self._numpy_state: Any = None
+        self._gaussian_waits = False  # in NumPy's state, for the next draw
 
     def note(self) -> bool:
         """Remember where the streams are; False where they can be drawn from without a trace."""
@@ -48,9 +49,9 @@ class StreamsAside:
             self._numpy = get_bit_generator()
             self._looks, self._seen = stream_looks(self._numpy), None
         look = None if self._looks is None else self._looks.now()
-        if look is None or look != self._seen or self._numpy_state["has_gauss"]:
+        if look != self._seen or self._gaussian_waits or look is None:
             self._copy_what_moved(look)
-        return look is not None and not self._numpy_state["has_gauss"]
+        return look is not None and not self._gaussian_waits
 
     def moved(self) -> bool:
         """Whether anything was drawn since :meth:`note`, where that returned True."""
@@ -75,7 +76,7 @@ class StreamsAside:
     ) -> None:
         set_bit_generator(self._numpy)
         # The change has dropped the second of two gaussians, which waits outside of a generator.
-        if self._numpy_state["has_gauss"]:
+        if self._gaussian_waits:
             np.random.set_state(self._numpy_state)
         self._put_back_others()
 
@@ -91,8 +92,9 @@ class StreamsAside:
             self._torch_state = torch.get_rng_state()
         if everything or look[3:] != seen[3:]:  # type: ignore[index]
             self._python_state = self._python.state()
-        if everything or look[2] != seen[2] or self._numpy_state["has_gauss"]:  # type: ignore[index]
+        if everything or look[2] != seen[2] or self._gaussian_waits:  # type: ignore[index]
             self._numpy_state = np.random.get_state(legacy=False)
+            self._gaussian_waits = bool(self._numpy_state["has_gauss"])
 
 
 class ContinuedStreams:
