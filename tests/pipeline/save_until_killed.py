@@ -25,7 +25,7 @@ def save_again_and_again(root: str, number: int) -> None:
     with CheckpointStore(root, retention=Retention(keep_last=3)) as store:
         while True:
             number += 1
-            weights = {"a": torch.full((200_000,), float(number)), "b": torch.tensor(number)}
+            weights = {"a": torch.full((400_000,), float(number)), "b": torch.tensor(number)}
             pending = store.prepare(
                 number % STEPS, {"model": weights, "trainer": number}, {"random": [number]}
             )
