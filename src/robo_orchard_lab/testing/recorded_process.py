@@ -122,3 +122,4 @@ def run_order(order: dict[str, Any]) -> None:
         recorder.write_end()
     if order["save_to"] is not None:
         trainer.save_checkpoint(order["save_to"])
+    faulthandler.cancel_dump_traceback_later()
