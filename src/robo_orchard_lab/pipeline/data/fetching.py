@@ -43,9 +43,6 @@ class Task(NamedTuple):
 class Fetcher(Dataset[Any]):
     """From a task to a batch: the items of the user's dataset, put together by their collate_fn.
 
-    Outside of workers, batches are seeded for from the first one on that draws anything, which is
-    put back and loaded again.
-
     Args:
         dataset: the user's.
         collate_fn: the user's.
@@ -59,8 +56,6 @@ class Fetcher(Dataset[Any]):
         self.epoch_id: int | None = None
         """The epoch that the dataset was last told of."""
         self._aside: StreamsAside | None = None
-        self._draws = False
-        """Whether anything was ever drawn for a batch in this process, and not in a worker."""
         self._found_in: int | None = None
         """The epoch for which the generators below were looked for."""
         self._kept: dict[str, RandomSource] = {}
@@ -70,50 +65,33 @@ class Fetcher(Dataset[Any]):
         if get_worker_info() is not None:
             if task.epoch_id != self._found_in:
                 self._begin(task.epoch_id)
-            return self._load(task, task.seed)
-        return self.load_in_process(task)
-
-    def load_in_process(self, task: Task) -> Any:
-        """The batch, where a model draws, too."""
+            return self._load(task)
         if task.seed is None:
-            return self._load(task, None)
+            return self._load(task)
         if task.epoch_id != self._found_in:
             self._begin(task.epoch_id)
         if self._aside is None:
             self._aside = StreamsAside()
-        aside = self._aside
-        if not self._draws and not self._kept and aside.note():
-            try:
-                batch = self._load(task, None)
-            except Exception:
-                if not aside.moved():
-                    raise
-            else:
-                if not aside.moved():
-                    return batch
-            aside.put_back()
-            self._draws = True
-        with aside:
+        with self._aside:
             if not self._kept:
-                return self._load(task, task.seed)
+                return self._load(task)
             states = states_of(self._kept)
             try:
-                return self._load(task, task.seed)
+                return self._load(task)
             finally:
                 set_states(self._kept, states)
 
-    def _load(self, task: Task, seed: int | None) -> Any:
-        dataset, indices = self.dataset, task.indices
+    def _load(self, task: Task) -> Any:
+        seed, dataset, indices = task.seed, self.dataset, task.indices
         try:
-            if seed is not None and task.sample_seeds is not None:
-                samples = self._sample_by_sample(task.indices, task.sample_seeds)
+            if task.sample_seeds is not None:
+                samples = self._sample_by_sample(task)
                 self._seed(seed)
             else:
-                if seed is not None:
-                    self._seed(seed)
+                self._seed(seed)
                 if not self.batched:
                     samples = dataset[indices]
-                elif task.sample_seeds is None and getattr(dataset, "__getitems__", None):
+                elif getattr(dataset, "__getitems__", None):
                     samples = dataset.__getitems__(indices)
                 else:
                     samples = [dataset[index] for index in indices]
@@ -125,20 +103,22 @@ class Fetcher(Dataset[Any]):
             )
             raise
 
-    def _sample_by_sample(self, indices: Any, seeds: list[int]) -> Any:
+    def _sample_by_sample(self, task: Task) -> Any:
+        seeds = task.sample_seeds or []
         if not self.batched:
             self._seed(seeds[0])
-            return self.dataset[indices]
+            return self.dataset[task.indices]
         samples = []
-        for index, seed in zip(indices, seeds, strict=True):
+        for index, seed in zip(task.indices, seeds, strict=True):
             self._seed(seed)
             samples.append(self.dataset[index])
         return samples
 
-    def _seed(self, seed: int) -> None:
-        seed_streams(seed)
-        if self._kept:
-            seed_generators(self._kept, seed)
+    def _seed(self, seed: int | None) -> None:
+        if seed is not None:
+            seed_streams(seed)
+            if self._kept:
+                seed_generators(self._kept, seed)
 
     def _begin(self, epoch_id: int) -> None:
         """The first batch of an epoch in this process, which may be a worker that outlives one."""

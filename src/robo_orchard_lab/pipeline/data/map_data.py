@@ -101,7 +101,7 @@ class MapData:
         self._batches = self._epoch_batches(seed, epoch_id, loaded if step_id > 0 else None)
         tasks = self._epoch_tasks(self._batches, seed, epoch_id, step_id)
         if self._loader is None:
-            return map(self._fetcher.load_in_process, tasks)
+            return map(self._fetcher.__getitem__, tasks)
         self._tasks.current = tasks
         self._fetcher.epoch_id = epoch_id  # as the dataset knows, which workers get as it is
         self._generator.manual_seed(epoch_key(seed, epoch_id, Purpose.WORKERS))

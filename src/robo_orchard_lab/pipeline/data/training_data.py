@@ -40,8 +40,6 @@ class TrainingData:
     (seed, epoch, batch), or by sample, the same in workers and in this process; what the process
     itself draws is as if loading drew nothing.
 
-    Without workers, seeding is left out until a batch draws something; that one is loaded twice.
-
     With several processes, each gets the batches that Accelerate would give it. A loader of data
     with an index gives them on the CPU, also where Accelerate has prepared it.
 
