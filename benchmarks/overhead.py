@@ -43,6 +43,7 @@ OWN = (
     Contender(BARE, "bare", (0,)),
     Contender("Accelerate, plain loop", "accelerate_loop", (0,)),
     Contender(OURS, "ours", (0, HOOKS, MANY_HOOKS)),
+    Contender(f"{OURS}, seeding for each batch", "ours_keyed", (0,)),
 )
 PEERS = (
     Contender("Ignite", "ignite_peer", peer=True),

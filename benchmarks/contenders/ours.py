@@ -7,6 +7,7 @@ from benchmarks.workload import Batch, Job
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline import HookBasedTrainer
 from robo_orchard_lab.pipeline.batch_processor import SimpleBatchProcessor
+from robo_orchard_lab.pipeline.data import DataOrder, KeyedBy
 from robo_orchard_lab.pipeline.hooks.mixin import PipelineHookArgs, PipelineHooks
 
 
@@ -28,8 +29,8 @@ def train(job: Job, hook_count: int) -> None:
     make_trainer(job, hook_count)()
 
 
-def make_trainer(job: Job, hook_count: int) -> HookBasedTrainer:
-    """A trainer that is ready to be called."""
+def make_trainer(job: Job, hook_count: int, keyed_by: KeyedBy = "none") -> HookBasedTrainer:
+    """A trainer that is ready to be called, and knows that loading draws no random numbers."""
 
     def forward(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, labels = batch
@@ -45,4 +46,5 @@ def make_trainer(job: Job, hook_count: int) -> HookBasedTrainer:
         lr_scheduler=job.scheduler,
         hooks=[NoopHook(f"noop_{position}") for position in range(hook_count)],
         max_epoch=1,
+        data_order=DataOrder(keyed_by=keyed_by),
     )

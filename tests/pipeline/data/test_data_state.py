@@ -133,7 +133,7 @@ def test_a_state_that_was_loaded_can_be_saved_again(steps: int) -> None:
         ({"seed": -1}, r"seed must be an int from 0 .* got -1"),
         ({"seed": 2**64}, "seed must be an int"),
         ({"seed": True}, "seed must be an int"),
-        ({"keyed_by": "epoch"}, "keyed_by must be 'batch' or 'sample', got 'epoch'"),
+        ({"keyed_by": "epoch"}, "keyed_by must be 'batch', 'sample' or 'none', got 'epoch'"),
         ({"fast_forward": 1}, "fast_forward must be True or False, got 1"),
     ],
 )

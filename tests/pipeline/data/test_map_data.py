@@ -319,3 +319,17 @@ def test_a_tensor_dataset_is_read_without_seeding() -> None:
         epochs(data_of(DataLoader(data, 4, shuffle=True, generator=generator()))),
         plain_epochs(DataLoader(data, 4, shuffle=True, generator=generator())),
     )
+
+
+def test_nothing_is_seeded_for_data_that_draws_nothing() -> None:
+    """With keyed_by='none' the order is the same, and what is drawn is the process's."""
+    order = DataOrder(seed=3, keyed_by="none")
+
+    def indices() -> DataLoader[int]:
+        return DataLoader(Indices(26), 4, shuffle=True)
+
+    quiet, keyed = data_of(indices(), order), data_of(indices(), DataOrder(seed=3))
+    assert same(epochs(quiet), epochs(keyed))
+    state = torch.get_rng_state()
+    next(data_of(DataLoader(Drawing(26), 4), order).epoch(0))
+    assert not torch.equal(torch.get_rng_state(), state)

@@ -77,7 +77,7 @@ class MapData:
         if share.processes > 1 and self._sources:
             shared = broadcast_object_list([capture_sources(self._sources)])  # a collective
             restore_sources(shared[0], self._sources)  # which draw the same on all ranks from here
-        self._quiet = draws_nothing(loader.dataset, loader.collate_fn)
+        self._quiet = order.keyed_by == "none" or draws_nothing(loader.dataset, loader.collate_fn)
         self._fetcher = Fetcher(loader.dataset, loader.collate_fn, self._batched)
         self._tasks = _Tasks()
         self._generator = torch.Generator()

@@ -70,7 +70,7 @@ class StreamData:
         self._sources = random_sources_of(loader)
         self._stateful = _stateful_part(loader)
         self._listed = type(loader) in (list, tuple)
-        self._quiet = self._listed or _reads_in_workers(loader)
+        self._quiet = order.keyed_by == "none" or self._listed or _reads_in_workers(loader)
         self._reseeded: ReseededStream | None = None
         if self._quiet and isinstance(loader, DataLoader) and loader.persistent_workers:
             self._reseeded = ReseededStream(loader.dataset)
