@@ -55,7 +55,7 @@ class Images(Dataset[tuple[torch.Tensor, int]]):
         return (picture.float() - 120.0) / 60.0, index
 
 
-class Rows(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+class Rows(Dataset[tuple[torch.Tensor, ...]]):
     """Rows of tensors in a dataset of one's own, of which nothing is known."""
 
     def __init__(self, *columns: torch.Tensor) -> None:
@@ -64,8 +64,16 @@ class Rows(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     def __len__(self) -> int:
         return len(self._columns[0])
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:  # type: ignore[override]  # of any number
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
         return tuple(column[index] for column in self._columns)
+
+
+class NoisyRows(Rows):
+    """The same, with noise."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        first, *others = super().__getitem__(index)
+        return first + torch.randn(()), *others
 
 
 class Numbers(Dataset[int]):
@@ -109,6 +117,12 @@ def run(*, quick: bool) -> Report:
         _throughput(
             "Tensors in a dataset of one's own, by sample, without workers",
             lambda: DataLoader(Rows(*columns), BATCH_SIZE, shuffle=True),
+            bar=BAR_TENSORS,
+            rounds=rounds,
+        ),
+        _throughput(
+            "The same with noise, without workers",
+            lambda: DataLoader(NoisyRows(*columns), BATCH_SIZE, shuffle=True),
             bar=None,
             rounds=rounds,
             note="here, each batch is seeded for, and the process's own streams are put aside",
