@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from robo_orchard_lab.pipeline import durable
 from robo_orchard_lab.pipeline.checkpoint import (
     CheckpointStore,
     Retention,
-    durable,
     load_checkpoint,
     save_checkpoint,
     write_weights,

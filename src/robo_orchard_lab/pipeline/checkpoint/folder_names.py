@@ -10,6 +10,7 @@ LAST = "last"
 BEST = "best"
 
 _STEP = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,18})")
+# With what is named by durable.temporary_name.
 _LEFTOVER = re.compile(r"\.(step_[0-9]{8,19}|last|best)\.[0-9a-f]{32}\.(tmp|old|trash)")
 
 
@@ -30,11 +31,6 @@ def step_of(name: str) -> int | None:
     """
     found = _STEP.fullmatch(name)
     return int(found[1]) if found else None
-
-
-def temporary_name(name: str) -> str:
-    """Where what will be ``name`` is written."""
-    return f".{name}.{uuid.uuid4().hex}.tmp"
 
 
 def set_aside_name(name: str) -> str:

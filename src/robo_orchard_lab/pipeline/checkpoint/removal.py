@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from robo_orchard_lab.pipeline.checkpoint.durable import flush_folder, remove_folder
 from robo_orchard_lab.pipeline.checkpoint.folder_names import (
     kept_name,
     leftover_of,
@@ -19,6 +18,7 @@ from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
 from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE
 from robo_orchard_lab.pipeline.checkpoint.reader import OpenCheckpoint
 from robo_orchard_lab.pipeline.checkpoint.writer import put_new
+from robo_orchard_lab.pipeline.durable import flush_folder, remove_folder
 from robo_orchard_lab.pipeline.errors import CheckpointError
 
 logger = logging.getLogger(__name__)

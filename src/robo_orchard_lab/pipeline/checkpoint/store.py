@@ -18,7 +18,6 @@ from robo_orchard_lab.pipeline.checkpoint.checkpoint_info import (
     Verification,
 )
 from robo_orchard_lab.pipeline.checkpoint.digests import DigestName, check_digest_name
-from robo_orchard_lab.pipeline.checkpoint.durable import make_folder, replace_link
 from robo_orchard_lab.pipeline.checkpoint.folder_names import BEST, LAST, step_folder, step_of
 from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
 from robo_orchard_lab.pipeline.checkpoint.listing import RootListing, check_step
@@ -33,6 +32,7 @@ from robo_orchard_lab.pipeline.checkpoint.removal import (
 from robo_orchard_lab.pipeline.checkpoint.retention import Retention
 from robo_orchard_lab.pipeline.checkpoint.tensor_image import ImagePool
 from robo_orchard_lab.pipeline.checkpoint.writer import CheckpointImage, put_new
+from robo_orchard_lab.pipeline.durable import make_folder, replace_link
 from robo_orchard_lab.pipeline.errors import CheckpointError
 
 logger = logging.getLogger(__name__)

@@ -12,13 +12,17 @@ from typing import Any
 
 from robo_orchard_lab.pipeline.checkpoint.checkpoint_info import CheckpointInfo
 from robo_orchard_lab.pipeline.checkpoint.digests import digest_of
-from robo_orchard_lab.pipeline.checkpoint.durable import flush_folder, remove_folder, write_file
-from robo_orchard_lab.pipeline.checkpoint.folder_names import temporary_name
 from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
 from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE, FileEntry, Manifest
 from robo_orchard_lab.pipeline.checkpoint.parts import PartImages
 from robo_orchard_lab.pipeline.checkpoint.ranks import Ranks
 from robo_orchard_lab.pipeline.checkpoint.tensor_image import ImagePool
+from robo_orchard_lab.pipeline.durable import (
+    flush_folder,
+    remove_folder,
+    temporary_name,
+    write_file,
+)
 from robo_orchard_lab.pipeline.errors import StateError
 
 _MAX_STEP = 10**18

@@ -15,8 +15,8 @@ from pydantic import Field
 
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
 from robo_orchard_lab.pipeline.checkpoint import write_weights
-from robo_orchard_lab.pipeline.checkpoint.durable import replace_file
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.durable import replace_file
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.plain_model import plain_model, plain_weights

@@ -6,17 +6,21 @@ import errno
 import os
 import shutil
 import sys
+import uuid
 from pathlib import Path
 
 import numpy as np
-
-from robo_orchard_lab.pipeline.checkpoint.folder_names import temporary_name
 
 # Linux writes at most 2 GiB at once. Each write gives the interpreter to other threads, and a busy
 # one takes 5 ms to give it back.
 _PIECE_BYTES = 1 << 30
 _PAGE_BYTES = 4096
 _PAST_CACHE_FROM = 1 << 20
+
+
+def temporary_name(name: str) -> str:
+    """Where what will be ``name`` is written, in the same folder."""
+    return f".{name}.{uuid.uuid4().hex}.tmp"
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
