@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks, TrainerProgress
+from robo_orchard_lab.pipeline.durable import temporary_name
 from robo_orchard_lab.pipeline.errors import RunPreempted, StateError
 from robo_orchard_lab.pipeline.requests import Requests
 from robo_orchard_lab.pipeline.run_state import RunState, RunStateFile, read_run_state
@@ -334,7 +335,7 @@ def test_a_rank_on_another_machine_writes_no_file_of_its_own(tmp_path: Path) -> 
 
 def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
     """While it is replaced again and again, each reading finds a whole one; no leftovers stay."""
-    (tmp_path / ".run_state.json.1234.tmp").touch()  # of a run that was killed while it wrote
+    (tmp_path / temporary_name("run_state.json")).touch()  # of a run that was killed while it wrote
     file = RunStateFile(tmp_path)
     over = threading.Event()
     steps: list[int] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
 import sys
@@ -23,21 +24,27 @@ def temporary_name(name: str) -> str:
     return f".{name}.{uuid.uuid4().hex}.tmp"
 
 
+def remove_leftovers(path: Path) -> None:
+    """Remove what a process that was killed while it wrote a file has left beside it.
+
+    Only to be called where nobody writes that file.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}.tmp"):
+        left.unlink(missing_ok=True)
+
+
 def write_file(path: Path, data: bytes | memoryview) -> None:
     """Write a new file and flush it.
 
     Raises:
         OSError: it can't be; also where there is something by that name.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
+    with path.open("xb", buffering=0) as file:
         rest = memoryview(data)
-        rest = rest[_write_past_cache(descriptor, rest) :]
+        rest = rest[_write_past_cache(file.fileno(), rest) :]
         while rest.nbytes:
-            rest = rest[os.write(descriptor, rest[:_PIECE_BYTES]) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            rest = rest[os.write(file.fileno(), rest[:_PIECE_BYTES]) :]
+        os.fsync(file.fileno())
 
 
 def replace_file(path: Path, data: bytes | memoryview) -> None:
@@ -88,7 +95,9 @@ def _write_past_cache(descriptor: int, data: memoryview) -> int:
 
 def flush_folder(path: Path) -> None:
     """Have the names in a folder on the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    if sys.platform == "win32":  # which has no such call
+        return
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

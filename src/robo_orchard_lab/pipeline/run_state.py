@@ -17,6 +17,7 @@ import psutil  # type: ignore[import-untyped]  # accelerate brings it
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from robo_orchard_core.utils.hook import origin_of
+from robo_orchard_lab.pipeline.durable import remove_leftovers, replace_file
 from robo_orchard_lab.pipeline.errors import RunPreempted, StateError
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
@@ -250,8 +251,7 @@ class RunStateFile:
             )
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                for left in self._folder.glob(f".{RUN_STATE_FILE}.*.tmp"):
-                    left.unlink(missing_ok=True)  # of a run that was killed while it wrote
+                remove_leftovers(self._path)
             except OSError:
                 pass  # which writing will tell
             self._write(self._state)
@@ -305,21 +305,10 @@ class RunStateFile:
         return counters
 
     def _write(self, state: RunState) -> None:
-        temporary = self._path.with_name(f".{RUN_STATE_FILE}.{os.getpid()}.tmp")
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(state.model_dump_json(indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self._path)
-            _flush_folder(self._path.parent)
+            replace_file(self._path, state.model_dump_json(indent=2).encode() + b"\n")
         except OSError as error:
             logger.error("can't write %s, which is no longer true: %s", self._path, error)
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        except BaseException:  # such as a signal
-            temporary.unlink(missing_ok=True)
-            raise
 
 
 def _began_with_this_process(state: RunState) -> bool:
@@ -369,11 +358,3 @@ def _pid_namespace() -> str | None:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
         return None
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

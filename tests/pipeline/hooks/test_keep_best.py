@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from published import NAME, Evaluated, Logged
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, PipelineHooks
+from robo_orchard_lab.pipeline.durable import temporary_name
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.hooks.keep_best import KeepBest, KeepBestConfig
 from robo_orchard_lab.pipeline.metrics import UnknownMetricError
@@ -179,10 +180,13 @@ def test_a_resumed_run_says_what_it_finds(tmp_path: Path, caplog: pytest.LogCapt
 
 
 def test_a_new_run_replaces_what_an_older_one_left(tmp_path: Path) -> None:
-    """Its first value is its best, whatever the file has."""
+    """Its first value is its best, whatever the file has; what a kill has left goes."""
     Run("falling", tmp_path)()
     run = Run("rising", tmp_path, max_step=1)
+    left = run.file.with_name(temporary_name(FILE))
+    left.touch()
     run()
+    assert not left.exists()
     metadata = run.metadata()
     assert metadata is not None
     assert (metadata["value"], metadata["global_step_id"]) == ("1.0", "1")

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from robo_orchard_core.utils.config import Config
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
+from robo_orchard_lab.pipeline.durable import temporary_name
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, RunPreempted
 from robo_orchard_lab.pipeline.hooks import EMAConfig, SaveModelConfig
 from robo_orchard_lab.testing import assert_no_device_sync, assert_weights_unchanged
@@ -78,7 +79,7 @@ def test_it_follows_a_schedule(tmp_path: Path) -> None:
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     (folder / "README.md").write_text("mine")
-    (folder / ".model.safetensors.0123.tmp").touch()  # of a run that was killed
+    (folder / temporary_name("model.safetensors")).touch()  # of a run that was killed
     kept: list[list[torch.Tensor]] = []
     found: list[list[torch.Tensor]] = []
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from robo_orchard_lab.pipeline import PipelineHookArgs
 from robo_orchard_lab.pipeline.context import PipelineRun
+from robo_orchard_lab.pipeline.durable import temporary_name
 from robo_orchard_lab.pipeline.metrics import MetricsRecord, MetricValue
 from robo_orchard_lab.pipeline.sinks import (
     JsonLinesSink,
@@ -125,9 +126,12 @@ def test_a_resumed_run_goes_on_from_its_step(path: Path) -> None:
 def test_a_new_run_sets_all_aside(path: Path) -> None:
     """A run that begins anew begins with an empty file, also ahead of an evaluation at step 0."""
     write(path, at(0), MetricsRecord(0, 0, 0, ()), record(5))
+    path.with_name(temporary_name(path.name)).touch()  # of a run that was killed while it wrote
     write(path, at(0))
     assert steps(path) == []
-    assert steps(path.with_name("metrics.aside-1.jsonl")) == [0, 5]
+    aside = path.with_name("metrics.aside-1.jsonl")
+    assert steps(aside) == [0, 5]
+    assert {*path.parent.iterdir()} == {path, aside}
 
 
 def test_partial_records_are_those_of_runs_that_went_on(path: Path) -> None:

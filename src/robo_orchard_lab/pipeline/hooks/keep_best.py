@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.durable import remove_leftovers
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks._best_value import BestValue, Mode
@@ -79,6 +80,7 @@ class KeepBest(PipelineHooks):
         self._subscription = args.metrics.subscribe(self.cfg.monitor, self._judge, who=self.name)
         if args.accelerator.is_main_process:
             self._check_folder()
+            remove_leftovers(self.cfg.path)
         if self._resumed:
             self._resumed = False
             self._look_into_file(args)

@@ -16,7 +16,7 @@ from pydantic import Field
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
 from robo_orchard_lab.pipeline.checkpoint import write_weights
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.durable import replace_file
+from robo_orchard_lab.pipeline.durable import remove_leftovers, replace_file
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.plain_model import plain_model, plain_weights
@@ -82,8 +82,7 @@ class SaveModel(PipelineHooks):
         self._config = config_text(plain_model(args.run), self.name)  # an error comes early
         if args.accelerator.is_main_process:
             for name in (WEIGHTS_FILE, CONFIG_FILE):
-                for left in self._folder.glob(f".{name}.*.tmp"):
-                    left.unlink(missing_ok=True)  # of a run that was killed while it wrote
+                remove_leftovers(self._folder / name)
         if self.cfg.at_end:
             self._stops = args.requests.listen(lambda request: self._ask_if_over(args, request))
 

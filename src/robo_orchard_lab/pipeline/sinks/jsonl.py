@@ -10,6 +10,7 @@ from typing import IO
 from pydantic import Field
 
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.durable import remove_leftovers, replace_file, write_file
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.sinks._json_line import is_torn, line_of, record_of
@@ -60,6 +61,7 @@ class JsonLinesSink:
             raise MetricsFileError(f"{path} is no regular file; write to another path")
         self._file = _open(path)
         try:
+            remove_leftovers(path)
             self._file.seek(0)
             data = self._file.read()
             kept, rest = _split(path, data, args.progress)
@@ -160,9 +162,7 @@ def _replace(path: Path, kept: bytes, rest: bytes, step: int) -> None:
     if rest:
         aside = _set_aside(path, rest)
         logger.info("moved what is after step %d of %s to %s", step, path, aside)
-    temporary = path.with_name(f".{path.name}.tmp")
-    _write(temporary, "wb", kept)
-    os.replace(temporary, path)
+    replace_file(path, kept)
 
 
 def _set_aside(path: Path, data: bytes) -> Path:
@@ -171,16 +171,8 @@ def _set_aside(path: Path, data: bytes) -> Path:
     while True:
         aside = path.with_name(f"{path.stem}.aside-{number}{path.suffix}")
         try:
-            _write(aside, "xb", data)
+            write_file(aside, data)
         except FileExistsError:
             number += 1
         else:
             return aside
-
-
-def _write(path: Path, mode: str, data: bytes) -> None:
-    """Write a whole file, to the disk."""
-    with path.open(mode) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
