@@ -45,11 +45,27 @@ class Scaled(torch.nn.Module):
         return x * self.scale
 
 
+class Centred(torch.nn.Module):
+    """Takes off a running mean, so that a forward pass depends on the buffers of its rank."""
+
+    mean: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        centred = x - self.mean
+        if self.training:
+            self.mean.lerp_(x.detach().mean(0), 0.5)
+        return centred
+
+
 def train(folder: Path, seed: int, stop_at: int | None, background: bool) -> dict[str, Any]:
     """One start of the training; what it has come to."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
     model = torch.nn.Sequential(
-        make_model(), torch.nn.BatchNorm1d(2), Scaled(), torch.nn.Dropout(0.3)
+        make_model(), Centred(), torch.nn.BatchNorm1d(2), Scaled(), torch.nn.Dropout(0.3), Centred()
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     losses: list[torch.Tensor] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from robo_orchard_lab.pipeline.context import PipelineRun
 
@@ -16,6 +17,12 @@ def plain_model(run: PipelineRun) -> torch.nn.Module:
     """
     model: torch.nn.Module = run.accelerator.unwrap_model(run.model, keep_torch_compile=False)
     return model
+
+
+def ddp_of(model: torch.nn.Module) -> DistributedDataParallel | None:
+    """The DDP that a model is in, also where that is compiled; None where there is none."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, DistributedDataParallel) else None
 
 
 def plain_name(name: str) -> str:

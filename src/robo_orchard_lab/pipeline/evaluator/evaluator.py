@@ -17,7 +17,6 @@ from robo_orchard_lab.pipeline.errors import BatchProcessorError, PipelineConfig
 from robo_orchard_lab.pipeline.evaluator.loaders import EvaluationLoader, check_dataloaders
 from robo_orchard_lab.pipeline.evaluator.result import JoinedMetrics, MeanLoss
 from robo_orchard_lab.pipeline.evaluator.untouched import (
-    ddp_of,
     evaluation_mode,
     first_ranks_buffers,
     untouched_random_state,
@@ -25,6 +24,7 @@ from robo_orchard_lab.pipeline.evaluator.untouched import (
 from robo_orchard_lab.pipeline.metrics import DeferredMetrics, WeightedSum, resolve
 from robo_orchard_lab.pipeline.metrics.metric_inputs import MetricArguments, MetricInputs
 from robo_orchard_lab.pipeline.metrics.torchmetrics_states import MetricsLike, TorchMetrics
+from robo_orchard_lab.pipeline.plain_model import ddp_of
 
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 

@@ -54,12 +54,6 @@ def seed_random_state(seed: int, stream: int) -> None:
     random.seed(value)
 
 
-def ddp_of(model: torch.nn.Module) -> DistributedDataParallel | None:
-    """The DDP that a model is in, also where that is compiled; None where there is none."""
-    inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, DistributedDataParallel) else None
-
-
 @contextmanager
 def first_ranks_buffers(ddp: DistributedDataParallel | None) -> Iterator[None]:
     """The buffers of the first rank in the models of all ranks; then their own again.

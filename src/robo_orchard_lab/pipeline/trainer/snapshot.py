@@ -27,6 +27,7 @@ from robo_orchard_lab.pipeline.data import TrainingData
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.plain_model import (
+    ddp_of,
     plain_model,
     plain_name,
     plain_state,
@@ -154,6 +155,10 @@ class RunSnapshots:
         for parameter, name in _names(run).items():
             gradient = own["gradients"].get(name)
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
+        ddp = ddp_of(run.model)
+        if ddp is not None and own["gradients"]:
+            # After a pass without exchange, DDP leaves each rank its buffers in the next one.
+            ddp.require_forward_param_sync = False
         self._random = own["random"]
 
     def go_on_drawing(self) -> None:
