@@ -12,6 +12,7 @@ from robo_orchard_lab.pipeline.checkpoint.optimizer_state import (
     load_named_optimizer_state,
     named_optimizer_state,
 )
+from robo_orchard_lab.pipeline.checkpoint.pending_save import PendingSave
 from robo_orchard_lab.pipeline.checkpoint.random_state import (
     capture_random_state,
     check_random_state,
@@ -19,12 +20,11 @@ from robo_orchard_lab.pipeline.checkpoint.random_state import (
 )
 from robo_orchard_lab.pipeline.checkpoint.ranks import Ranks
 from robo_orchard_lab.pipeline.checkpoint.retention import Retention
-from robo_orchard_lab.pipeline.checkpoint.store import (
-    CheckpointStore,
-    PendingSave,
+from robo_orchard_lab.pipeline.checkpoint.single_checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from robo_orchard_lab.pipeline.checkpoint.store import CheckpointStore
 from robo_orchard_lab.pipeline.checkpoint.weights_file import write_weights
 
 __all__ = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
@@ -18,20 +17,22 @@ from robo_orchard_lab.pipeline.checkpoint.checkpoint_info import (
     Verification,
 )
 from robo_orchard_lab.pipeline.checkpoint.digests import DigestName, check_digest_name
-from robo_orchard_lab.pipeline.checkpoint.folder_names import BEST, LAST, step_folder, step_of
+from robo_orchard_lab.pipeline.checkpoint.finding import find_checkpoint
+from robo_orchard_lab.pipeline.checkpoint.folder_names import BEST, LAST, step_folder
 from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
-from robo_orchard_lab.pipeline.checkpoint.listing import RootListing, check_step
+from robo_orchard_lab.pipeline.checkpoint.listing import RootListing
 from robo_orchard_lab.pipeline.checkpoint.lock import RootLock
+from robo_orchard_lab.pipeline.checkpoint.pending_save import PendingSave
+from robo_orchard_lab.pipeline.checkpoint.pruning import prune
 from robo_orchard_lab.pipeline.checkpoint.ranks import Ranks
-from robo_orchard_lab.pipeline.checkpoint.reader import OpenCheckpoint
-from robo_orchard_lab.pipeline.checkpoint.removal import (
-    clean_leftovers,
-    put_replacing,
-    remove_checkpoint,
-)
+from robo_orchard_lab.pipeline.checkpoint.removal import clean_leftovers, put_replacing
 from robo_orchard_lab.pipeline.checkpoint.retention import Retention
+from robo_orchard_lab.pipeline.checkpoint.single_checkpoint import (
+    load_on_ranks,
+    verify_checkpoint,
+)
 from robo_orchard_lab.pipeline.checkpoint.tensor_image import ImagePool
-from robo_orchard_lab.pipeline.checkpoint.writer import CheckpointImage, put_new
+from robo_orchard_lab.pipeline.checkpoint.writer import CheckpointImage
 from robo_orchard_lab.pipeline.durable import make_folder, replace_link
 from robo_orchard_lab.pipeline.errors import CheckpointError
 
@@ -202,7 +203,7 @@ class CheckpointStore:
             for image in made:
                 image.release()
             raise
-        return PendingSave(self, made[0])
+        return PendingSave(made[0], self._commit)
 
     def load(self, which: int | str | os.PathLike[str]) -> SavedState:
         """The state of one checkpoint, verified and on the CPU: a collective.
@@ -215,7 +216,7 @@ class CheckpointStore:
             CheckpointError: there is no such checkpoint, or not all of it is as it was written.
         """
         path = self.ranks.first(f"looking for {which!r}", lambda: self._find(which))
-        return _load(path, self.limits, self.ranks)
+        return load_on_ranks(path, self.limits, self.ranks)
 
     def load_newest(self) -> SavedState | None:
         """The state of the newest checkpoint that verifies: a collective.
@@ -231,7 +232,7 @@ class CheckpointStore:
         skipped: list[tuple[Path, str]] = list(listing.broken)
         for info in reversed(listing.infos):
             try:
-                found = _load(info.path, self.limits, self.ranks)
+                found = load_on_ranks(info.path, self.limits, self.ranks)
             except CheckpointError as error:
                 skipped.append((info.path, str(error)))
                 continue
@@ -255,10 +256,10 @@ class CheckpointStore:
 
         def read() -> Sequence[Verification]:
             if which is not None:
-                return [_verified(self._find(which), self.limits)]
+                return [verify_checkpoint(self._find(which), self.limits)]
             listing = self._listing.read()
             found = [Verification(path, reason) for path, reason in listing.broken]
-            return found + [_verified(info.path, self.limits) for info in listing.infos]
+            return found + [verify_checkpoint(info.path, self.limits) for info in listing.infos]
 
         return self.ranks.first(f"verifying {self.root}", read)
 
@@ -334,34 +335,14 @@ class CheckpointStore:
             logger.warning("%s is saved; tidying up after it failed: %s", new.path, error)
 
     def _prune(self, good: CheckpointInfo | None, *, dry_run: bool) -> Sequence[PruneDecision]:
-        """Carry out the retention; ``good`` is the newest known to be as it was written, if any."""
         listing = self._listing.read()
-        kept = self.retention.reasons(listing.infos)
-        leaving = [info for info in listing.infos if info.serial not in kept]
-        if leaving and good is None:
-            good = self._newest_good(listing.infos)
-        if good is not None:
-            kept.setdefault(good.serial, "the newest one that verifies")
-        decisions = [
-            PruneDecision(path, False, f"it can't be told for a checkpoint: {why}")
-            for path, why in listing.broken
-        ]
-        for info in listing.infos:
-            why = kept.get(info.serial)
-            if why is None and good is None:
-                why = "no checkpoint verifies"
-            if why is None and not dry_run:
-                why = remove_checkpoint(info.path, self.limits)
-            decisions.append(PruneDecision(info.path, why is None, why or "no rule keeps it"))
+        decisions = prune(listing, self.retention, self.limits, good=good, dry_run=dry_run)
         if not dry_run and any(decision.removed for decision in decisions):
             self._set_links()  # the best may be gone
         return decisions
 
-    def _newest_good(self, infos: Sequence[CheckpointInfo]) -> CheckpointInfo | None:
-        for info in reversed(infos):
-            if _verified(info.path, self.limits).problem is None:
-                return info
-        return None
+    def _find(self, which: int | str | os.PathLike[str]) -> Path:
+        return find_checkpoint(which, self.root, self._listing.read(), self.retention)
 
     def _set_links(self) -> None:
         """Have ``last`` and ``best`` lead to what they say, as far as links can be made here."""
@@ -376,193 +357,3 @@ class CheckpointStore:
                     link.unlink()
             except OSError as error:
                 logger.warning("the link %s can't be set: %s", link, error)
-
-    def _find(self, which: int | str | os.PathLike[str]) -> Path:
-        if isinstance(which, int):
-            path = self.root / step_folder(which)
-            if not os.path.lexists(path):
-                steps = ", ".join(str(info.step) for info in self.list()) or "none"
-                raise CheckpointError(f"{self.root} has no step {which}; it has: {steps}")
-            return path
-        if which == LAST:
-            return self._find_last()
-        if which == BEST:
-            return self._find_best()
-        return Path(which)
-
-    def _find_last(self) -> Path:
-        """By the serial; what is damaged is found as well, since none may be taken in its place."""
-        listing = self._listing.read()
-        linked = self._linked(LAST)
-        broken = [path for path, _ in listing.broken]
-        if linked in broken:
-            return linked
-        if not listing.infos:
-            if broken:
-                return broken[-1]
-            raise CheckpointError(f"there is no checkpoint in {self.root}")
-        newest = listing.infos[-1].path
-        if linked is None:
-            return max([newest, *broken], key=lambda path: path.name.zfill(32))
-        return newest
-
-    def _find_best(self) -> Path:
-        if self.retention.monitor is not None:
-            best = self.retention.best(self.list())
-            if not best:
-                raise CheckpointError(
-                    f"no checkpoint in {self.root} has the metric {self.retention.monitor!r}"
-                )
-            return best[0].path
-        linked = self._linked(BEST)
-        if linked is None:
-            raise CheckpointError(
-                f"{self.root} does not say which checkpoint is best; give the store a "
-                "Retention(monitor=...)"
-            )
-        return linked
-
-    def _linked(self, name: str) -> Path | None:
-        """The checkpoint in the root that a link leads to."""
-        with suppress(OSError):
-            target = os.readlink(self.root / name)
-            if step_of(target) is not None:
-                return self.root / target
-        return None
-
-
-class PendingSave:
-    """A checkpoint in memory, to be written or dropped. As a context manager, it drops itself."""
-
-    def __init__(self, store: CheckpointStore, image: CheckpointImage) -> None:
-        self._store = store
-        self._image: CheckpointImage | None = image
-        self._step = image.manifest.step
-
-    @property
-    def step(self) -> int:
-        """The step that it was prepared for."""
-        return self._step
-
-    def commit(self) -> CheckpointInfo:
-        """Write it, durably, and remove what the retention does not keep: a collective.
-
-        It may be called in another thread than :meth:`CheckpointStore.prepare`, and beside other
-        calls to the store. Of several, all ranks commit in the same order.
-
-        Raises:
-            CheckpointError: it can't be written, on whichever rank; what there was is still there.
-        """
-        image, self._image = self._image, None
-        if image is None:
-            raise CheckpointError("this save was committed or discarded already")
-        try:
-            return self._store._commit(image)
-        finally:
-            image.release()
-
-    def discard(self) -> None:
-        """Drop it; afterwards, or after a commit, it does nothing. All ranks do it, or none."""
-        if self._image is not None:
-            self._image.release()
-            self._image = None
-
-    def __enter__(self) -> PendingSave:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.discard()
-
-
-def load_checkpoint(
-    path: str | os.PathLike[str],
-    *,
-    limits: ReadLimits | None = None,
-    ranks: Ranks | None = None,
-) -> SavedState:
-    """The state of the checkpoint in a folder, verified and on the CPU: a collective of ``ranks``.
-
-    Raises:
-        CheckpointError: there is none, or not all of it is as it was written.
-    """
-    return _load(Path(path), limits or ReadLimits(), ranks or Ranks.alone(), any_name=True)
-
-
-def save_checkpoint(
-    folder: str | os.PathLike[str],
-    step: int,
-    parts: Mapping[str, Any],
-    of_rank: Mapping[str, Any] | None = None,
-    *,
-    metrics: Mapping[str, float] | None = None,
-    metadata: Mapping[str, Any] | None = None,
-    digest: DigestName = "xxh3_128",
-    ranks: Ranks | None = None,
-) -> CheckpointInfo:
-    """Write one checkpoint, durably, to a folder that is not there yet: a collective of ``ranks``.
-
-    Args:
-        folder: any path; the folders above it are made.
-        step, parts, of_rank, metrics, metadata: see :meth:`CheckpointStore.save`.
-        digest: verifies it when it is loaded.
-        ranks: the processes that save together; by default this one alone.
-
-    Raises:
-        FileExistsError: there is something by that name; it is left as it is.
-        StateError: something can't be saved; the message names it.
-        CheckpointError: it can't be written.
-    """
-    check_digest_name(digest)
-    folder = Path(os.path.abspath(folder))
-    ranks = ranks or Ranks.alone()
-    what = f"saving {folder}"
-    made: list[CheckpointImage] = []
-
-    def copy() -> None:
-        if ranks.index == 0 and os.path.lexists(folder):
-            raise FileExistsError(f"{folder} exists already; name a folder that doesn't")
-        image = CheckpointImage(
-            step,
-            parts,
-            of_rank,
-            ranks=ranks,
-            digest=digest,
-            pool=ImagePool(pinned=False),
-            limits=ReadLimits(),
-            metrics=metrics,
-            metadata=metadata,
-        )
-        made.append(image)
-        if ranks.index == 0:
-            make_folder(folder.parent)
-
-    ranks.each(what, copy)
-    return made[0].commit(folder, lambda: 0, lambda temporary: put_new(temporary, folder), ranks)
-
-
-def _load(path: Path, limits: ReadLimits, ranks: Ranks, *, any_name: bool = False) -> SavedState:
-    found: list[SavedState] = []
-
-    def read() -> None:
-        with OpenCheckpoint(path, limits) as opened:
-            if not any_name:
-                check_step(path, opened)
-            found.append(opened.load(ranks.index))
-
-    ranks.each(f"loading {path}", read)
-    return found[0]
-
-
-def _verified(path: Path, limits: ReadLimits) -> Verification:
-    try:
-        with OpenCheckpoint(path, limits) as opened:
-            check_step(path, opened)
-            opened.verify()
-    except CheckpointError as error:
-        return Verification(path, str(error))
-    return Verification(path, None)
