@@ -302,9 +302,9 @@ class HookBasedTrainer:
             raise self._unmet
         failure = self._run.failures[0] if self._run.failures else None
         self._run.failures.clear()
-        stop = self.requests.stop_request
-        if stop is not None and stop.exit_code is not None and not self._is_at_limit():
-            raise RunPreempted(stop.exit_code) from failure
+        exit_code = self._interrupted_by()
+        if exit_code is not None:
+            raise RunPreempted(exit_code) from failure
         if failure is not None:
             raise failure
 
@@ -427,14 +427,18 @@ class HookBasedTrainer:
 
     def _save_the_end(self) -> None:
         """Have what a run that is over ends with on the disk, where a hook saves it."""
-        stop = self.requests.stop_request
-        if self._run.savers and (stop is None or stop.exit_code is None):
+        if self._run.savers and self._interrupted_by() is None:
             self.requests.save("the run ends", by=type(self).__name__)
             self._carry_out()
 
     def _is_over(self) -> bool:
         """At a commit point, where scopes are closed and state is consistent: whether to end."""
         return self.requests.stop_request is not None or self._is_at_limit()
+
+    def _interrupted_by(self) -> int | None:
+        """The code to exit with where the run is to be started again; None where it is over."""
+        stop = self.requests.stop_request
+        return None if stop is None or self._is_at_limit() else stop.exit_code
 
     def _is_at_limit(self) -> bool:
         return self.limits.reached(self.progress)
