@@ -200,12 +200,8 @@ def test_a_signal_during_a_save() -> None:
 
 def test_a_run_that_is_over_is_saved_though_a_signal_came(tmp_path: Path) -> None:
     """In its last step, the signal changes nothing, whether or not it would save by itself."""
-    hooks = [
-        PreemptionConfig(save_checkpoint=False),
-        SaveCheckpointConfig(every=None),
-        sends_at(3),
-    ]
-    make_trainer(hooks, max_step=3, run_folder=tmp_path)()
+    preemption, save = PreemptionConfig(save_checkpoint=False), SaveCheckpointConfig(every=None)
+    make_trainer([preemption, save, sends_at(3)], max_step=3, run_folder=tmp_path)()
     state = read_run_state(tmp_path)
     assert state.state == "completed"
     assert state.checkpoint is not None
