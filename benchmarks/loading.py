@@ -21,11 +21,12 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, T
 from benchmarks.environment import describe
 from benchmarks.report import Report, Row, Table
 from benchmarks.timing import interleave
-from robo_orchard_lab.pipeline.data import DataOrder, TrainingData
+from robo_orchard_lab.pipeline.data import DataOrder, KeyedBy, TrainingData
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 
 PLAIN = "plain DataLoader"
 OURS = "exact order"
+TOLD = "exact order, nothing drawn"
 PREPARED = "Accelerate's loader (order not exact)"
 # A bar of 0.97 of the throughput is one of 1 / 0.97 of the time.
 BAR_IMAGES = round(1 / 0.97, 3)
@@ -66,14 +67,6 @@ class Rows(Dataset[tuple[torch.Tensor, ...]]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
         return tuple(column[index] for column in self._columns)
-
-
-class NoisyRows(Rows):
-    """The same, with noise."""
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
-        first, *others = super().__getitem__(index)
-        return first + torch.randn(()), *others
 
 
 class Numbers(Dataset[int]):
@@ -119,13 +112,9 @@ def run(*, quick: bool) -> Report:
             lambda: DataLoader(Rows(*columns), BATCH_SIZE, shuffle=True),
             bar=BAR_TENSORS,
             rounds=rounds,
-        ),
-        _throughput(
-            "The same with noise, without workers",
-            lambda: DataLoader(NoisyRows(*columns), BATCH_SIZE, shuffle=True),
-            bar=None,
-            rounds=rounds,
-            note="here, each batch is seeded for, and the process's own streams are put aside",
+            told=True,
+            note="it may draw, so that each batch is seeded for, and the process's own random "
+            'streams are put aside, unless keyed_by="none" says that it does not',
         ),
         _resumes(rounds=rounds),
     ]
@@ -140,15 +129,18 @@ def _throughput(
     title: str,
     make: Callable[[], DataLoader[Any]],
     *,
-    bar: float | None,
+    bar: float,
     rounds: int,
     prepared: bool = True,
+    told: bool = False,
     note: str = "",
 ) -> Table:
     contenders: dict[str, Callable[[], float]] = {
         PLAIN: lambda: _seconds_per_sample(make()),
         OURS: lambda: _seconds_per_sample(_ordered(make()).epoch(0)),
     }
+    if told:
+        contenders[TOLD] = lambda: _seconds_per_sample(_ordered(make(), "none").epoch(0))
     if prepared:
         contenders[PREPARED] = lambda: _seconds_per_sample(Accelerator(cpu=True).prepare(make()))
     samples = interleave(contenders, reference=PLAIN, rounds=rounds)
@@ -181,9 +173,9 @@ def _seconds_per_sample(batches: Iterable[Any]) -> float:
     return quantiles(blocks, n=4, method="inclusive")[0]
 
 
-def _ordered(loader: DataLoader[Any], step_id: int = 0) -> TrainingData:
-    progress = TrainerProgress(step_id=step_id)
-    return TrainingData(loader, DataOrder(seed=1), Accelerator(cpu=True), progress)
+def _ordered(loader: DataLoader[Any], keyed_by: KeyedBy = "batch") -> TrainingData:
+    order = DataOrder(seed=1, keyed_by=keyed_by)
+    return TrainingData(loader, order, Accelerator(cpu=True), TrainerProgress())
 
 
 def _resumes(*, rounds: int) -> Table:
