@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, SimpleBatchProcessor
+from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.hooks import EMAConfig, LossTrackerConfig, SaveCheckpointConfig
 from tiny import loss_of, make_model
 
@@ -61,7 +63,24 @@ class Centred(torch.nn.Module):
         return centred
 
 
-def train(folder: Path, seed: int, stop_at: int | None, background: bool) -> dict[str, Any]:
+class Choosy(PipelineHooks):
+    """On one rank alone, it may not take the state that it has saved."""
+
+    def __init__(self, refuses: bool) -> None:
+        super().__init__()
+        self.refuses = refuses
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"any": "state"}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.refuses:
+            raise StateError("not this one")
+
+
+def train(
+    folder: Path, seed: int, stop_at: int | None, background: bool, refuses: bool = False
+) -> dict[str, Any]:
     """One start of the training; what it has come to."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
     model = torch.nn.Sequential(
@@ -86,6 +105,7 @@ def train(folder: Path, seed: int, stop_at: int | None, background: bool) -> dic
             hooks,
             LossTrackerConfig(),
             EMAConfig(decay=0.5),
+            Choosy(refuses and accelerator.process_index == 1),
             SaveCheckpointConfig(every="3 steps", in_background=background),
         ],
         max_step=STEPS,
@@ -106,11 +126,17 @@ def main(folder: Path, stops: list[int], background: bool) -> None:
     found = [
         train(folder, seed, stop, background) for seed, stop in enumerate([*stops, None], start=5)
     ]
+    refused = ""
+    try:
+        train(folder, 4, None, background, refuses=True)
+    except StateError as error:
+        refused = str(error)
     accelerator = Accelerator(cpu=True)
     result = {
         **found[-1],
         "losses": [loss for part in found for loss in part["losses"]],
         "open": [part["open"] for part in found],
+        "refused": refused,
     }
     torch.save(result, folder / f"rank{accelerator.process_index}.pt")
     accelerator.end_training()

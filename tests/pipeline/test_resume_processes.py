@@ -22,10 +22,24 @@ def train(folder: Path, *stops: int, background: bool = False) -> list[dict[str,
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return train(tmp_path_factory.mktemp("ranks") / "straight")
+
+
+def test_what_one_rank_can_not_load_stops_all(straight: list[dict[str, Any]]) -> None:
+    """All ranks have the same kind of error, and none waits for those that are gone."""
+    assert [rank["refused"] for rank in straight] == [
+        "resuming failed on rank 1: StateError: not this one",
+        "not this one",
+    ]
+
+
 @pytest.mark.parametrize("background", [False, True])
-def test_stopped_and_resumed_on_two_ranks(background: bool, tmp_path: Path) -> None:
+def test_stopped_and_resumed_on_two_ranks(
+    background: bool, straight: list[dict[str, Any]], tmp_path: Path
+) -> None:
     """Within windows and epochs, each rank goes on with its own data, dropout and gradients."""
-    straight = train(tmp_path / "straight")
     stopped = train(tmp_path / "stopped", 2, 4, 7, background=background)
     for rank in (0, 1):
         assert stopped[rank]["steps"] == straight[rank]["steps"] == 8

@@ -247,10 +247,12 @@ class HookBasedTrainer:
     def _resume(self, resume_from: str | os.PathLike[str]) -> None:
         with ranks_of(self._run) as ranks:
             saved = load_saved(resume_from, self.hooks, self._run.folder, ranks)
-        if saved is not None:
-            self._snapshots.load(saved.parts, saved.of_rank)
-            self._resumed = True
-            logger.info("resumed from %s at %s", saved.info.path, self.progress)
+            if saved is None:
+                return
+            parts, of_rank = saved.parts, saved.of_rank
+            ranks.each("resuming", lambda: self._snapshots.load(parts, of_rank))
+        self._resumed = True
+        logger.info("resumed from %s at %s", saved.info.path, self.progress)
 
     def __call__(self) -> None:
         """Train until a limit is reached or a hook's request to stop is granted.
