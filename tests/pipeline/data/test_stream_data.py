@@ -192,6 +192,15 @@ def test_samples_of_streams_are_numbered() -> None:
     assert again.sample_numbers == range(12, 16)
 
 
+def test_a_loader_that_iterates_in_its_own_way_keeps_it() -> None:
+    """Also with lasting workers, and where it is said that nothing is drawn."""
+    numbers: Any = torch.arange(12.0)
+    options: dict[str, Any] = {"num_workers": 1, "persistent_workers": True}
+    loader = Repeating(numbers, 4, **options)
+    batches = list(data_of(loader, DataOrder(keyed_by="none")).epoch(0))
+    assert [len(batch) for batch in batches] == [4] * 6
+
+
 def test_streams_are_not_keyed_by_sample() -> None:
     """Which is told when the trainer is built."""
     with pytest.raises(PipelineConfigError, match="keyed_by='sample' needs a DataLoader of"):

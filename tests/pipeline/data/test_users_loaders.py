@@ -241,6 +241,24 @@ def test_a_collate_function_may_draw(keyed_by: Any) -> None:
     check_exact(make)
 
 
+class SeedsEachSample(Drawing):
+    """Makes a generator for each sample, from the seed of the process, and draws nothing of it."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        draw = np.random.default_rng([torch.initial_seed(), index])
+        return torch.tensor(index), torch.tensor(draw.random())
+
+
+def test_a_seed_that_is_read_belongs_to_the_batch() -> None:
+    """torch.initial_seed() is that of the batch, in workers and without."""
+    check_exact(lambda **options: DataLoader(SeedsEachSample(), 4, shuffle=True, **options))
+    torch.manual_seed(1)
+    first = epochs(data_of(DataLoader(SeedsEachSample(), 4)))
+    torch.manual_seed(2)
+    assert same(epochs(data_of(DataLoader(SeedsEachSample(), 4))), first)
+    assert torch.initial_seed() == 2
+
+
 class ByBatch(Drawing):
     """A dataset that makes the samples of a batch at once."""
 

@@ -72,7 +72,7 @@ class StreamData:
         self._listed = type(loader) in (list, tuple)
         self._quiet = order.keyed_by == "none" or self._listed or _reads_in_workers(loader)
         self._reseeded: ReseededStream | None = None
-        if self._quiet and isinstance(loader, DataLoader) and loader.persistent_workers:
+        if isinstance(loader, DataLoader) and loader.persistent_workers and _is_plain(loader):
             self._reseeded = ReseededStream(loader.dataset)
             self._loader = _with_dataset(loader, self._reseeded)
         self._aside = StreamsAside()
@@ -244,8 +244,11 @@ class StreamData:
 
 def _reads_in_workers(loader: Any) -> bool:
     """Whether only workers read, so that nothing is drawn here after the start of an epoch."""
-    plain = isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
-    return plain and loader.num_workers > 0
+    return _is_plain(loader) and loader.num_workers > 0
+
+
+def _is_plain(loader: Any) -> bool:
+    return isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
 
 
 def _with_dataset(loader: DataLoader[Any], dataset: IterableDataset[Any]) -> DataLoader[Any]:
