@@ -122,7 +122,7 @@ def build(
         hooks=hooks,
         max_epoch=2,
         run_folder=run_folder,
-        resume_from=resume_from,
+        resume_from=None if fault == "begins anew" else resume_from,
     )
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -159,6 +159,7 @@ def test_an_honest_run_passes(tmp_path: Path) -> None:
         ("clock", 1, "weights 0.weight", "float32 (4, 3) of size"),
         ("rate", 3, "optimizer group 0.lr", "straight: 0.01\n    resumed:  0.02"),
         ("does not resume", 3, "the process", "OSError: the data is not there"),
+        ("begins anew", 0, "resume_from", "does build hand on its resume_from?"),
     ],
 )
 def test_each_fault_is_found_where_it_begins(fault: str, step: int, name: str, told: str) -> None:

@@ -93,10 +93,26 @@ class ProofRuns:
                 seed=number,
                 save_to=save_to if number < len(stops) else None,
             )
+            self._check_start(process.record)
             self._processes.append(process)
             if process.exit_code:
                 break
             checkpoint = save_to
+
+    def _check_start(self, begun: RunRecord | None) -> None:
+        """Whoever does all again from the beginning does the same, too, and has resumed nothing."""
+        before = self._parts()
+        if begun is None or not before or begun.start == before[-1].last:
+            return
+        self._lost.append(
+            ResumeDifference(
+                min(begun.start, before[-1].last),  # ahead of all that follows from it
+                "resume_from",
+                f"the process before it has saved a run with {before[-1].last} steps done",
+                f"it began with {begun.start} steps done; does build hand on its resume_from?",
+                begun.start,
+            )
+        )
 
     def _with_kills(self, stops: Sequence[int]) -> None:
         step_s = self._straight.took_s / max(self._straight.last, 1)
