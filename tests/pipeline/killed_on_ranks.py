@@ -1,0 +1,63 @@
+"""What each rank of ``test_exact_ranks.py`` does: a training that saves every step."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from full_training import AugmentedSamples
+from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
+from robo_orchard_lab.pipeline.hooks import EMAConfig, LossTrackerConfig, SaveCheckpointConfig
+from robo_orchard_lab.testing.run_record import RunRecorder
+from tiny import loss_of, make_model
+
+STEPS = 8
+
+
+def run(order: dict[str, Any]) -> None:
+    """One start of one rank, which writes down what it does."""
+    rank = str(order["rank"])
+    os.environ.update(
+        RANK=rank,
+        LOCAL_RANK=rank,
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(order["port"]),
+    )
+    torch.set_num_threads(1)
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(5 + order["rank"])
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    model = torch.nn.Sequential(make_model(), torch.nn.BatchNorm1d(2), torch.nn.Dropout(0.3))
+    trainer = HookBasedTrainer(
+        accelerator,
+        model,
+        DataLoader(AugmentedSamples(), batch_size=3, shuffle=True, drop_last=True),
+        SimpleBatchProcessor.from_callable(narrowed_loss),
+        torch.optim.AdamW(model.parameters(), lr=0.01),
+        hooks=[
+            LossTrackerConfig(),
+            EMAConfig(decay=0.5),
+            SaveCheckpointConfig(every="1 step", keep_last=2, in_background=order["in_background"]),
+        ],
+        max_epoch=2,
+        run_folder=order["folder"],
+        resume_from="auto",
+    )
+    with RunRecorder(trainer, Path(order["record"]), order.get("stop_after")) as recorder:
+        trainer()
+        recorder.write_end()
+    accelerator.end_training()
+
+
+def narrowed_loss(model: torch.nn.Module, batch: Any) -> Any:
+    inputs, targets = batch
+    return loss_of(model, (inputs, targets.expand(-1, 2)))

@@ -1,0 +1,140 @@
+"""A run of two processes that is stopped or killed is, on each, the run that nobody touched."""
+
+from __future__ import annotations
+
+import random
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import killed_on_ranks
+from killed_on_ranks import STEPS
+from robo_orchard_lab.pipeline.run_state import read_run_state
+from robo_orchard_lab.testing.fork_server import ForkServer
+from robo_orchard_lab.testing.record_differences import record_differences
+from robo_orchard_lab.testing.run_record import RunRecord, read_record
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[list[ForkServer]]:
+    servers = [ForkServer(killed_on_ranks.run, ["torch._dynamo"]) for _ in range(2)]
+    yield servers
+    for server in servers:
+        server.close()
+
+
+class Death:
+    """Kills one rank when a step has begun, after a while, and the other one soon after."""
+
+    def __init__(self, record: Path, step: int, victim: int) -> None:
+        self.victim = victim
+        self._record = record
+        self._step = step
+        self._after_s = [random.uniform(0, 0.1), random.uniform(0, 0.3)]
+        self._began_at: float | None = None
+
+    def is_due(self, rank: int) -> bool:
+        if self._began_at is None:
+            if rank == self.victim and newest_step(self._record) >= self._step:
+                self._began_at = time.monotonic()
+            return False
+        waits = self._after_s[0] + (self._after_s[1] if rank != self.victim else 0.0)
+        return time.monotonic() >= self._began_at + waits
+
+
+def newest_step(record: Path) -> int:
+    lines = record.read_bytes().splitlines(keepends=True)[-2:] if record.exists() else []
+    whole = [line for line in lines if line.endswith(b"\n")]
+    return int(whole[-1][1:].partition(b",")[0]) if whole else -1
+
+
+def start(
+    servers: list[ForkServer], folder: Path, name: str, death: Death | None = None, **order: Any
+) -> list[int]:
+    """Both ranks, until they have ended; their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        order["port"] = free.getsockname()[1]
+
+    def run(rank: int) -> int:
+        record = folder / f"{name}-{rank}.jsonl"
+        mine = {"rank": rank, "folder": str(folder), "record": str(record), **order}
+        kill = None if death is None else lambda: death.is_due(rank)
+        return servers[rank].run(mine, record.with_suffix(".log"), 120, kill)
+
+    folder.mkdir(exist_ok=True, parents=True)
+    with ThreadPoolExecutor(2) as threads:
+        return [*threads.map(run, range(2))]
+
+
+def records(folder: Path, name: str, rank: int) -> list[RunRecord]:
+    paths = sorted(folder.glob(f"{name}-{rank}.jsonl"))
+    return [record for path in paths if (record := read_record(path)) is not None]
+
+
+def run_straight(servers: list[ForkServer], folder: Path, **order: Any) -> None:
+    codes = start(servers, folder, "run", **order)
+    assert codes == [0, 0], (folder / "run-0.log").read_text()
+
+
+def check_alike(straight: Path, folder: Path) -> None:
+    """Each rank has done in its processes what it did in one."""
+    for rank in range(2):
+        (expected,) = records(straight, "run", rank)
+        found = [*record_differences(expected, records(folder, "run*", rank), ())]
+        assert [f"{d}: {d.straight} {d.resumed}" for d in found] == [], rank
+
+
+def test_ranks_are_stopped(servers: list[ForkServer], tmp_path: Path) -> None:
+    """In and between windows and epochs, each rank has what it would have, buffers included."""
+    run_straight(servers, tmp_path / "straight", in_background=False)
+    folder = tmp_path / "stopped"
+    for number, stop in enumerate([1, 2, 4, 7, 8, None]):
+        codes = start(servers, folder, f"run{number}", stop_after=stop, in_background=False)
+        assert codes == [0, 0], (folder / f"run{number}-0.log").read_text()
+    check_alike(tmp_path / "straight", folder)
+
+
+def kill_again_and_again(
+    servers: list[ForkServer], tmp_path: Path, kills: int, in_background: bool
+) -> None:
+    straight, folder = tmp_path / "straight", tmp_path / "killed"
+    run_straight(servers, straight, in_background=in_background)
+    acknowledged = 0
+    steps = sorted(random.choices(range(STEPS - 1), k=kills))
+    for number, step in enumerate(steps):
+        victim = random.randrange(2)
+        record = folder / f"run{number:03d}-{victim}.jsonl"
+        death = Death(record, step, victim)
+        start(servers, folder, f"run{number:03d}", death, in_background=in_background)
+        for rank in range(2):
+            for begun in records(folder, f"run{number:03d}", rank):
+                assert begun.start >= acknowledged, "an acknowledged checkpoint was lost"
+        saved = read_run_state(folder).checkpoint if (folder / "run_state.json").exists() else None
+        acknowledged = saved.step if saved else 0
+    codes = start(servers, folder, f"run{kills:03d}", in_background=in_background)
+    assert codes == [0, 0], (folder / f"run{kills:03d}-0.log").read_text()
+    check_alike(straight, folder)
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert names == {".lock", "last", f"step_{STEPS - 1:08d}", f"step_{STEPS:08d}"}
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_ranks_are_killed(in_background: bool, servers: list[ForkServer], tmp_path: Path) -> None:
+    """Whichever rank dies first, wherever the other is, the next start of both is exact."""
+    kill_again_and_again(servers, tmp_path, 3, in_background)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_background", [False, True])
+def test_ranks_are_killed_often(
+    in_background: bool, servers: list[ForkServer], tmp_path: Path
+) -> None:
+    """So it is after many kills."""
+    for number in range(3):
+        kill_again_and_again(servers, tmp_path / str(number), 8, in_background)
