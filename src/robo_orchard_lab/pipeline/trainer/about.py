@@ -16,6 +16,7 @@ from typing import Any
 from robo_orchard_core.utils.config import Config, ConfigSaveError
 from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
+from robo_orchard_lab.pipeline.plain_model import plain_model
 
 _PACKAGES = ("robo-orchard-hooks", "torch", "accelerate", "numpy", "safetensors")
 _GIT_TIMEOUT_S = 5.0
@@ -40,7 +41,7 @@ def describe_run(run: PipelineRun, hooks: PipelineHooks) -> dict[str, Any]:
             "dataloader": _kind(run.dataloader),
             "data_order": None if run.data is None else asdict(run.data.order),
             "batch_processor": _kind(run.batch_processor),
-            "model": _kind(accelerator.unwrap_model(run.model, keep_torch_compile=False)),
+            "model": _kind(plain_model(run)),
             "optimizer": _optimizer(run),
             "lr_scheduler": None if run.lr_scheduler is None else _kind(run.lr_scheduler),
             "hooks": {hook.name: _configuration(hook) for hook in hooks.named_hooks()},
