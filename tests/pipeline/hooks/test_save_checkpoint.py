@@ -301,18 +301,18 @@ class FullDisk(PipelineHooks):
 
     def __init__(self, first: int, last: int) -> None:
         super().__init__()
-        self._limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        self.limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         self.on_step.after(when=f"at steps {first}")(self.fill)
         self.on_step.before(when=f"at steps {last}")(self.make_room)
         self.on_loop.after(self.make_room)
 
     def fill(self, args: PipelineHookArgs) -> None:
         time.sleep(0.2)  # for what is written beside the training to be done
-        resource.setrlimit(resource.RLIMIT_FSIZE, (64, self._limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, self.limits[1]))
 
     def make_room(self, args: PipelineHookArgs) -> None:
         time.sleep(0.2)  # or to meet the full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, self._limits)
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -349,6 +349,26 @@ def test_a_run_whose_last_save_fails_says_so_when_it_is_over(tmp_path: Path) -> 
     assert steps_in(tmp_path) == [2, 4]
     trainer.save_checkpoint(tmp_path / "elsewhere")
     load_checkpoint(tmp_path / "elsewhere")
+
+
+def test_a_last_save_that_fails_in_the_background_is_made_again(tmp_path: Path) -> None:
+    """By its schedule it fails, the log tells it, someone makes room, and the end is saved."""
+    disk = FullDisk(6, 7)
+
+    class MakesRoom(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "a save has failed" in record.getMessage():
+                resource.setrlimit(resource.RLIMIT_FSIZE, disk.limits)
+
+    reader = MakesRoom()
+    logging.getLogger("robo_orchard_lab").addHandler(reader)
+    try:
+        save = SaveCheckpointConfig(every="3 steps", in_background=True)
+        train(tmp_path, disk, save, max_step=6, max_epoch=None)
+    finally:
+        logging.getLogger("robo_orchard_lab").removeHandler(reader)
+    assert steps_in(tmp_path) == [3, 6]
+    assert read_run_state(tmp_path).state == "completed"
 
 
 def test_a_state_that_can_not_be_saved_ends_the_run(tmp_path: Path) -> None:

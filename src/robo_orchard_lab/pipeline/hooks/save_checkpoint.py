@@ -175,10 +175,12 @@ class SaveCheckpoint(PipelineHooks):
         run, store = self._run, self._store
         assert run is not None  # both are set while it is in run.savers
         assert store is not None
+        last = run.requests.stop_request is not None or run.limits.reached(run.progress)
+        if last:
+            self._collect()  # one of this very step may have failed
         counters = run.progress.state_dict()
         if counters == self._newest and self._failure is None:
             return  # it has just been written
-        last = run.requests.stop_request is not None or run.limits.reached(run.progress)
         waits = last or self.cfg.when_busy == "wait" or run.accelerator.num_processes > 1
         if self._background.busy and not waits:
             logger.warning(
