@@ -109,6 +109,12 @@ class Preemption(PipelineHooks):
 
     def _end(self, args: PipelineHookArgs) -> None:
         self._undo.close()
+        stopped = args.exception
+        if isinstance(stopped, RunPreempted) and self._received and not self._stopping:
+            # Nothing follows of it any more, but the reason is told.
+            first = signal.Signals(self._received).name
+            reason = f"received {first}, and a signal to stop at once"
+            args.requests.stop(reason, by=self.name, exit_code=self._exit_code(self._received))
         if self._received and not self._stopping and args.exception is None:
             logger.warning(
                 "%s: received %s when the last step was over; the run ends as it would without",
