@@ -26,7 +26,7 @@ from robo_orchard_lab.pipeline import (
 from robo_orchard_lab.pipeline.checkpoint import load_checkpoint, save_checkpoint
 from robo_orchard_lab.pipeline.data import DataOrder
 from robo_orchard_lab.pipeline.errors import CheckpointError, PipelineStateError, StateError
-from robo_orchard_lab.pipeline.hooks import GradientClippingHookConfig
+from robo_orchard_lab.pipeline.hooks import GradientClippingHookConfig, SaveCheckpointConfig
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext
 from tiny import equal, loss_of, make_loader, make_model, make_trainer, weights
 
@@ -503,6 +503,34 @@ def test_hooks_get_their_states_back_when_one_refuses(tmp_path: Path) -> None:
         make_trainer([first, second], model=model, max_step=3, resume_from=tmp_path / "a")
     assert first.losses == second.losses == []
     assert equal(weights(model), before)
+
+
+def test_a_hook_that_takes_no_state_at_all_is_named(tmp_path: Path) -> None:
+    """The error is the first one, with the hook's name, also where it refuses what it had."""
+
+    class Refusing(Losses):
+        def load_state_dict(self, state: Mapping[str, Any]) -> None:
+            raise ValueError(f"not {len(state['losses'])} losses")
+
+    save(tmp_path / "a", hooks=[Losses(), Refusing()])
+    first = Losses()
+    with pytest.raises(ValueError, match="not 2 losses") as raised:
+        make_trainer([first, Refusing()], max_step=3, resume_from=tmp_path / "a")
+    assert "while the hook 'Refusing' took over its saved state" in raised.value.__notes__
+    assert first.losses == []
+
+
+@pytest.mark.parametrize("folder", ["", "checkpoints"])
+def test_the_folder_of_a_run_is_no_checkpoint(folder: str, tmp_path: Path) -> None:
+    """Nor is that of its checkpoints; the error says what is."""
+    make_trainer(SaveCheckpointConfig(), max_step=2, run_folder=tmp_path)()
+    meant = tmp_path / "checkpoints" / "last"
+    with pytest.raises(
+        CheckpointError, match=f"No such file or directory; did you mean {meant}\\?"
+    ):
+        make_trainer(max_step=3, resume_from=tmp_path / folder)
+    trainer = make_trainer(SaveCheckpointConfig(), max_step=3, resume_from=meant)
+    assert trainer.progress.global_step_id == 2
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

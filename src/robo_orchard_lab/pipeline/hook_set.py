@@ -257,7 +257,11 @@ class PipelineHooks:
                 f"saved but not registered: {', '.join(unexpected) or 'none'}"
             )
         for name, bundle in bundles.items():
-            bundle.load_state_dict(state[name])
+            try:
+                bundle.load_state_dict(state[name])
+            except Exception as error:
+                error.add_note(f"while the hook {name!r} took over its saved state")
+                raise
 
     def _stateful(self) -> Iterator[PipelineHooks]:
         own = PipelineHooks.state_dict

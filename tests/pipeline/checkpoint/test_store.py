@@ -288,6 +288,13 @@ def test_a_store_that_is_not_open_does_not_write(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == [".lock"]
 
 
+def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    """By an error of the store's own, which says so."""
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"opening .*file failed: it is no folder"):
+        CheckpointStore(tmp_path / "file").open()
+
+
 def test_wrong_settings_are_refused() -> None:
     """Settings are checked before anything is touched."""
     with pytest.raises(PipelineConfigError, match=r"digest must be one of .*, got 'md5'"):

@@ -186,6 +186,13 @@ class OpenCheckpoint:
             raise
         return descriptor
 
+    def _checkpoints_in_it(self) -> str:
+        """A hint for whoever names the folder of a run, or of its checkpoints."""
+        found = sorted(self.path.glob("last/manifest.json")) or sorted(
+            self.path.glob("*/last/manifest.json")
+        )
+        return f"; did you mean {found[0].parent}?" if found else ""
+
     def _open_file(self, name: str, max_bytes: int | None) -> int:
         """A regular file of the folder itself, of an owner who is trusted."""
         path = self.path / name
@@ -194,7 +201,8 @@ class OpenCheckpoint:
             descriptor = os.open(name, flags, dir_fd=self._folder)
         except OSError as error:
             reason = "it is a link" if error.errno == errno.ELOOP else error.strerror
-            raise CheckpointError(f"{path} can't be read: {reason}") from error
+            hint = self._checkpoints_in_it() if name == MANIFEST_FILE else ""
+            raise CheckpointError(f"{path} can't be read: {reason}{hint}") from error
         try:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
@@ -267,7 +275,7 @@ def _check_owner(path: Path, found: os.stat_result, limits: ReadLimits) -> None:
     if found.st_uid not in (own, 0) and not limits.any_owner:
         raise CheckpointError(
             f"{path} belongs to user {found.st_uid}, expected {own} or root; if they are trusted, "
-            "load with ReadLimits(any_owner=True)"
+            "take a copy of your own, or load with ReadLimits(any_owner=True)"
         )
 
 

@@ -281,7 +281,10 @@ class CheckpointStore:
         return self.ranks.first(f"pruning {self.root}", decide)
 
     def _open(self) -> None:
-        make_folder(self.root)
+        try:
+            make_folder(self.root)
+        except FileExistsError as error:
+            raise CheckpointError(f"opening {self.root} failed: it is no folder") from error
         lock = RootLock(self.root)
         try:
             self._lock = lock

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -214,7 +215,10 @@ class RunSnapshots:
         try:
             self._hooks.load_state_dict(state)  # compares names before it loads
         except Exception:
-            self._hooks.load_state_dict(before)
+            for hook in self._hooks.named_hooks():
+                if hook.name in before:
+                    with suppress(Exception):  # the one that has failed may fail again
+                        hook.load_state_dict(before[hook.name])
             raise
 
 
