@@ -21,6 +21,7 @@ from torch.utils.data import (
 )
 from torchmetrics import MeanSquaredError, PearsonCorrCoef
 
+from dies_at_a_call import DieAt
 from robo_orchard_lab.pipeline import (
     HookBasedTrainer,
     PipelineHookArgs,
@@ -50,7 +51,6 @@ from robo_orchard_lab.pipeline.hooks import (
     ValidationHookConfig,
 )
 from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig
-from saves_until_killed import DieAt
 
 DataKind: TypeAlias = Literal[
     "shuffled", "own generator", "weighted", "batch sampler", "stream", "full batches", "a list"

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-import saves_until_killed
+import dies_at_a_call
+from dies_at_a_call import RETENTION, contents
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
 from robo_orchard_lab.testing.fork_server import ForkServer
-from saves_until_killed import RETENTION, contents
 
 BEGUN = [(1, 1), (2, 2)]
 """What is saved when a process begins: the step, and a mark."""
@@ -26,7 +26,7 @@ SAVES = [(3, 3), (3, 4), (2, 5)]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ForkServer]:
-    server = ForkServer(saves_until_killed.run)
+    server = ForkServer(dies_at_a_call.run)
     yield server
     server.close()
 
