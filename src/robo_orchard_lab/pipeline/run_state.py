@@ -258,7 +258,8 @@ class RunStateFile:
 
     def _end(self, outcome: RunOutcome, requests: Requests, **found: Any) -> None:
         stop = requests.stop_request
-        if stop is not None:
+        # A run that is completed all the same was not interrupted.
+        if stop is not None and (outcome != "completed" or stop.exit_code is None):
             found |= {"reason": stop.reason, "by": stop.by}
         if self._state is not None and not self._failed_elsewhere(self._state):
             self._update(state=outcome, **found)

@@ -203,7 +203,7 @@ def test_a_run_that_is_over_is_saved_though_a_signal_came(tmp_path: Path) -> Non
     preemption, save = PreemptionConfig(save_checkpoint=False), SaveCheckpointConfig(every=None)
     make_trainer([preemption, save, sends_at(3)], max_step=3, run_folder=tmp_path)()
     state = read_run_state(tmp_path)
-    assert state.state == "completed"
+    assert (state.state, state.reason, state.by) == ("completed", None, None)
     assert state.checkpoint is not None
     assert state.checkpoint.step == 3
 
