@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
 
 from robo_orchard_lab.pipeline.checkpoint.checkpoint_info import CheckpointInfo
 from robo_orchard_lab.pipeline.checkpoint.writer import CheckpointImage
@@ -52,10 +51,5 @@ class PendingSave:
     def __enter__(self) -> PendingSave:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.discard()

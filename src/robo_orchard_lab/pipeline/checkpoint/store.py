@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import RLock
-from types import TracebackType
 from typing import Any
 
 from robo_orchard_lab.pipeline.checkpoint.checkpoint_info import (
@@ -121,12 +120,7 @@ class CheckpointStore:
     def __enter__(self) -> CheckpointStore:
         return self.open()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def save(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from ctypes import c_int32, c_uint32
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -33,12 +32,7 @@ class StreamsAside:
         self._python.put_aside()
         self._numpy.put_aside()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._torch is not None:
             torch.set_rng_state(self._torch)
         self._python.take_back()
@@ -66,15 +60,10 @@ class ContinuedStreams:
             torch.set_rng_state(self._torch)
             random.setstate(self._python)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._torch = torch.get_rng_state()
         self._python = random.getstate()
-        self._aside.__exit__(kind, error, traceback)
+        self._aside.__exit__(*error)
 
     @staticmethod
     def between() -> None:
