@@ -27,8 +27,8 @@ def run(order: dict[str, Any]) -> None:
     os.environ.update(
         RANK=rank,
         LOCAL_RANK=rank,
-        WORLD_SIZE="2",
-        LOCAL_WORLD_SIZE="2",
+        WORLD_SIZE=str(order["ranks"]),
+        LOCAL_WORLD_SIZE=str(order["ranks"]),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(order["port"]),
     )
@@ -36,7 +36,9 @@ def run(order: dict[str, Any]) -> None:
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed(5 + order["rank"])
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
-    model = torch.nn.Sequential(make_model(), torch.nn.BatchNorm1d(2), torch.nn.Dropout(0.3))
+    model = torch.nn.Sequential(
+        Disordered(), make_model(), torch.nn.BatchNorm1d(2), torch.nn.Dropout(0.3)
+    )
     trainer = HookBasedTrainer(
         accelerator,
         model,
@@ -48,7 +50,7 @@ def run(order: dict[str, Any]) -> None:
             EMAConfig(decay=0.5),
             SaveCheckpointConfig(every="1 step", keep_last=2, in_background=order["in_background"]),
         ],
-        max_epoch=2,
+        max_step=STEPS,
         run_folder=order["folder"],
         resume_from="auto",
     )
@@ -56,6 +58,20 @@ def run(order: dict[str, Any]) -> None:
         trainer()
         recorder.write_end()
     accelerator.end_training()
+
+
+class Disordered(torch.nn.Module):
+    """Has its layers in another order than it uses them in, and enough weights for two buckets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = torch.nn.Linear(300, 4)
+        self.first = torch.nn.Linear(4, 300)
+        self.middle = torch.nn.Linear(300, 300)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.middle(torch.tanh(self.first(inputs))))
+        return inputs + torch.tanh(self.last(hidden))
 
 
 def narrowed_loss(model: torch.nn.Module, batch: Any) -> Any:

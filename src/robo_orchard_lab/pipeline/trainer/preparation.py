@@ -15,6 +15,8 @@ from accelerate.utils import DistributedType, send_to_device
 from torch.optim.lr_scheduler import LRScheduler
 
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
+from robo_orchard_lab.pipeline.plain_model import ddp_of
+from robo_orchard_lab.pipeline.trainer.gradient_buckets import settle_buckets
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,9 @@ def prepare_objects(
     model = next(prepared)
     optimizer = next(prepared) if optimizer is not None else None
     lr_scheduler = next(prepared) if lr_scheduler is not None else None
+    ddp = ddp_of(model)
+    if ddp is not None and accelerator.num_processes > 2:  # two round alike in any order
+        settle_buckets(ddp)
 
     place: Callable[[Any], Any] | None = None
     if accelerator.device_placement and accelerator.device.type != "cpu":
