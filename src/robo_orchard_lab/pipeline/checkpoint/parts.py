@@ -14,7 +14,7 @@ from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
 from robo_orchard_lab.pipeline.checkpoint.state_tree import decode_state, encode_state
 from robo_orchard_lab.pipeline.checkpoint.strict_json import JsonError, check_depth, parse_json
 from robo_orchard_lab.pipeline.checkpoint.tensor_image import ImagePool, TensorImage
-from robo_orchard_lab.pipeline.checkpoint.tensor_layout import TensorLayout
+from robo_orchard_lab.pipeline.checkpoint.tensor_layout import RESERVED_NAME, TensorLayout
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
 
 _PART = r"[a-z][a-z0-9_]{0,63}"
@@ -152,7 +152,7 @@ def _encode(
 
 def _is_flat(value: Mapping[Any, Any]) -> bool:
     return all(
-        type(name) is str and name != "__metadata__" and isinstance(tensor, torch.Tensor)
+        type(name) is str and name != RESERVED_NAME and isinstance(tensor, torch.Tensor)
         for name, tensor in value.items()
     )
 

@@ -10,13 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from robo_orchard_lab.pipeline.checkpoint.tensor_layout import RESERVED_NAME
 from robo_orchard_lab.pipeline.errors import StateError
 
 # What JSON can't say is an object with one key that starts with this.
 _MARK = "$"
-
-# What safetensors keeps for itself among the names of tensors.
-_RESERVED = "__metadata__"
 
 
 def encode_state(state: Any) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -43,7 +41,7 @@ def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         name, count = place, 1
         # Keys with dots in them, or 1 beside "1", give one place twice.
-        while name in tensors or name == _RESERVED:
+        while name in tensors or name == RESERVED_NAME:
             count += 1
             name = f"{place}#{count}"
         tensors[name] = value.detach()

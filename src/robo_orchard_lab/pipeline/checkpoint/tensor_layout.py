@@ -41,7 +41,8 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 LENGTH_BYTES = 8
-_METADATA = "__metadata__"
+RESERVED_NAME = "__metadata__"
+"""What safetensors keeps for itself among the names of tensors."""
 _ALIGNMENT = 64  # of the first tensor, in the file and so in memory
 _MAX_DIMENSIONS = 64
 _MAX_SIZE = 2**63 - 1
@@ -103,7 +104,7 @@ class TensorLayout:
         ]
         header = json.dumps(
             {
-                _METADATA: {"format": "pt"} if metadata is None else dict(metadata),
+                RESERVED_NAME: {"format": "pt"} if metadata is None else dict(metadata),
                 **{
                     place.name: {
                         "dtype": _NAMES[place.dtype],
@@ -152,7 +153,7 @@ class TensorLayout:
             raise CheckpointError(f"its header can't be read: {error}") from error
         if not isinstance(header, dict):
             raise CheckpointError("its header is not a JSON object")
-        _check_metadata(header.pop(_METADATA, {}))
+        _check_metadata(header.pop(RESERVED_NAME, {}))
         if len(header) > limits.max_tensors:
             raise CheckpointError(
                 f"it has {len(header)} tensors; at most {limits.max_tensors} are read"
@@ -164,7 +165,7 @@ class TensorLayout:
 
 def _check_kind(name: str, tensor: torch.Tensor) -> None:
     problem = None
-    if name == _METADATA:
+    if name == RESERVED_NAME:
         problem = "safetensors has that name for itself"
     elif tensor.is_meta:
         problem = "it is a meta tensor, without values"
