@@ -66,12 +66,13 @@ class ImagePool:
     A state of the same names, types and shapes as the last one is not laid out anew, either.
 
     Args:
-        pinned: have them pinned where there is CUDA, so that devices copy into them at full
-            speed. It takes long to make such a one.
+        pinned: have them pinned where tensors are on CUDA devices, which then copy into them at
+            full speed. It takes long to make such a one.
     """
 
     def __init__(self, *, pinned: bool) -> None:
-        self._pinned = pinned and torch.cuda.is_available()
+        self._pinned = pinned
+        self._from_devices = False
         self._free: list[TensorImage] = []
         self._layouts: dict[str, tuple[_Signature, TensorLayout]] = {}
         self._lock = Lock()
@@ -82,6 +83,7 @@ class ImagePool:
         Raises:
             StateError: one is of a kind that a file can't have; the message names it.
         """
+        self._from_devices = self._from_devices or any(map(_is_on_device, tensors.values()))
         signature = tuple((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
         known = self._layouts.get(name)
         if known is not None and known[0] == signature:
@@ -102,7 +104,7 @@ class ImagePool:
                 return found
             self._free.clear()  # too small for what is saved now
         # A state that grows a little fits next time.
-        return TensorImage(size + size // 32, pinned=self._pinned)
+        return TensorImage(size + size // 32, pinned=self._pinned and self._from_devices)
 
     def give_back(self, image: TensorImage) -> None:
         """Keep an image for the next who asks."""
@@ -125,3 +127,7 @@ def _copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
                 devices.add(source.device)
     for device in devices:
         torch.accelerator.synchronize(device)  # waits for the copies
+
+
+def _is_on_device(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda
