@@ -85,7 +85,8 @@ class TimeLimit(PipelineHooks):
             step = args.run.progress.steps_done
             if not self._agreement.is_due(step):
                 return
-            wait_s = min(left_s / 2, _LONGEST_WAIT_S)
+            # Steps may get slower meanwhile: where the end is near, ask as often as it is cheap.
+            wait_s = min(left_s / 2, _LONGEST_WAIT_S) if left_s > 10 * _LONGEST_WAIT_S else None
             # A collective.
             due = bool(self._agreement.reach(step, left_s <= _EARLY_S, accelerator, wait_s))
         if due:
