@@ -259,6 +259,38 @@ def test_persistent_workers_are_exact_too(stop: int, tmp_path: Path) -> None:
     assert equal(weights(second.model), weights(straight.model))
 
 
+class Counting(torch.nn.Module):
+    """Scales by how often it was called, in a buffer that is left out of its state."""
+
+    calls: torch.Tensor
+    cache: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = make_model()
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+        self.register_buffer("cache", torch.zeros(0), persistent=False)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.cache = torch.ones(int(self.calls))
+        outputs: torch.Tensor = self.inner(inputs)
+        return outputs / self.calls
+
+
+def test_buffers_that_a_model_leaves_out_go_on(tmp_path: Path) -> None:
+    """What changes in training is restored, where it is alike in kind; a cache may have grown."""
+    straight = make_trainer(model=Counting(), max_step=6)
+    straight()
+    first = make_trainer(model=Counting(), max_step=3)
+    first()
+    first.save_checkpoint(tmp_path / "a")
+    second = make_trainer(model=Counting(), max_step=6, resume_from=tmp_path / "a")
+    second()
+    assert equal(weights(second.model), weights(straight.model))
+    assert "calls" not in load_checkpoint(tmp_path / "a").parts["model"]
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_is_resumed(schedule: str, tmp_path: Path) -> None:
     """Whatever the schedule keeps (infinities, counters, nothing) comes back from the file."""

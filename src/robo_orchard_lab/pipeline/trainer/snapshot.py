@@ -10,6 +10,7 @@ import copy
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -84,8 +85,13 @@ class RunSnapshots:
         return Snapshot(
             parts=self._parts(),
             of_rank={"state": self._rank_state()},
-            about=describe_run(self._run, self._hooks),
+            about=self._about,
         )
+
+    @cached_property
+    def _about(self) -> dict[str, Any]:
+        """Which run it is: as it stands at the first snapshot, since it takes milliseconds."""
+        return describe_run(self._run, self._hooks)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a snapshot into a folder that does not exist yet. All ranks call it."""
@@ -145,8 +151,9 @@ class RunSnapshots:
         run.metrics.load_state_dict(own["metrics"], run.accelerator.device)
         self._data.load_state_dict(trainer["data"], own["data"])
         self._windows.load_state_dict(own["window"])
-        found |= own["buffers"]
+        found |= {name: value for name, value in own["buffers"].items() if name in entries}
         model.load_state_dict({entries[name]: value for name, value in found.items()})
+        self._load_unsaved_buffers(own["buffers"])
         if run.optimizer is not None:
             run.optimizer.load_state_dict(optimizer_state)  # type: ignore[arg-type]  # one has both
         if run.lr_scheduler is not None:
@@ -197,18 +204,28 @@ class RunSnapshots:
         run = self._run
         run.metrics.read_deferred(run.accelerator)
         # DDP takes the first rank's buffers at the next forward pass, unless told otherwise.
-        first = run.accelerator.is_main_process
-        buffers = set() if first else {plain_name(n) for n, _ in plain_model(run).named_buffers()}
+        shared = set(plain_state(run)) if run.accelerator.is_main_process else set()
+        buffers = {plain_name(name): value for name, value in plain_model(run).named_buffers()}
         return {
             "random": capture_random_state() if self._random is None else self._random,
             "data": self._data.rank_state_dict(),
             "window": self._windows.state_dict(run.progress.step_id),
             "gradients": {n: p.grad for p, n in _names(run).items() if p.grad is not None},
-            # Those alone that the model saves: the others are its own business.
-            "buffers": {n: value for n, value in plain_state(run).items() if n in buffers},
+            "buffers": {name: value for name, value in buffers.items() if name not in shared},
             "hooks": self._hooks.state_dict(),
             "metrics": run.metrics.state_dict(),
         }
+
+    def _load_unsaved_buffers(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Of the buffers that the model leaves out of its state, those that are alike in kind.
+
+        Others are caches, as of positions, that have grown since they were made.
+        """
+        with torch.no_grad():
+            for name, buffer in plain_model(self._run).named_buffers():
+                value = saved.get(plain_name(name))
+                if value is not None and _kind(value) == _kind(buffer):
+                    buffer.copy_(value)
 
     def _load_hooks(self, state: Mapping[str, Any]) -> None:
         before = copy.deepcopy(self._hooks.state_dict())
