@@ -227,6 +227,14 @@ def test_auto_falls_back_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFi
         train(tmp_path, save, resume_from="auto")
 
 
+def test_a_folder_of_checkpoints_is_not_taken_for_one(tmp_path: Path) -> None:
+    """Given the run's folder, or that of all its checkpoints, it says what to give."""
+    train(tmp_path, SaveCheckpointConfig())
+    for folder in (tmp_path, tmp_path / "checkpoints"):
+        with pytest.raises(CheckpointError, match=r"give one of them, such as .*/last, or resume"):
+            train(tmp_path, SaveCheckpointConfig(), resume_from=folder)
+
+
 def test_auto_needs_a_place_to_look() -> None:
     """Without a hook that saves and without a folder of the run, there is none."""
     with pytest.raises(PipelineConfigError, match="no folder to look in"):

@@ -12,7 +12,9 @@ from robo_orchard_lab.pipeline.checkpoint import (
     SavedState,
     load_checkpoint,
 )
-from robo_orchard_lab.pipeline.errors import PipelineConfigError
+from robo_orchard_lab.pipeline.checkpoint.folder_names import LAST
+from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE
+from robo_orchard_lab.pipeline.errors import CheckpointError, PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.hooks.save_checkpoint import FOLDER, SaveCheckpoint
 
@@ -46,7 +48,9 @@ def load_saved(
             some, and all of them are.
     """
     if os.fspath(resume_from) != AUTO:
-        return load_checkpoint(resume_from, ranks=ranks)
+        path = Path(resume_from)
+        ranks.first(f"looking for {path}", lambda: _check_is_one(path))
+        return load_checkpoint(path, ranks=ranks)
     root = _root(hooks, run_folder)
     with CheckpointStore(root, ranks=ranks) as store:  # which also repairs what a crash has left
         saved = store.load_newest()
@@ -56,6 +60,16 @@ def load_saved(
     for path, why in saved.skipped:
         logger.warning("resuming: skipped %s: %s", path, why)
     return saved
+
+
+def _check_is_one(path: Path) -> None:
+    """Refuse a folder that has checkpoints in it, in place of the files of one."""
+    for root in (path, path / FOLDER):
+        if (root / LAST).exists() and not (path / MANIFEST_FILE).exists():
+            raise CheckpointError(
+                f"{path} is not a checkpoint, but has some: give one of them, such as "
+                f"{root / LAST}, or resume_from={AUTO!r}"
+            )
 
 
 def _root(hooks: PipelineHooks, run_folder: Path | None) -> Path:
