@@ -500,7 +500,11 @@ def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
         ("trainer", {"extra": 1}, r"expected in the trainer's state: .*; found: data, extra"),
         ("trainer", {"processes": 2}, "saved by 2 processes, and this job has 1"),
         ("trainer", {"progress": {"version": 9}}, "progress state of version 1, found version 9"),
-        ("state", {"extra": 1}, "expected in the state of a rank: .*; found: buffers, data, extra"),
+        (
+            "state",
+            {"extra": 1},
+            "in the state of a rank: .*; found: beside, buffers, data, extra",
+        ),
         ("state", {"hooks": {"Other": {}}}, "saved but not registered: Other"),
     ],
 )
@@ -663,3 +667,52 @@ def test_a_stop_at_the_end_of_an_epoch_draws_what_the_epoch_would(
         trainer.save_checkpoint(tmp_path / name)
         _, rest = run(resume_from=tmp_path / name)
         assert first + rest == straight
+
+
+class LearnedLoss(SimpleBatchProcessor):
+    """Weighs its loss by a parameter of its own, which no model has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, model: torch.nn.Module, batch: Any) -> Any:
+        outputs, loss = loss_of(model, batch)
+        return outputs, loss * self.weight - self.weight.log()
+
+
+def learned(resume_from: Path | None = None, **options: Any) -> tuple[HookBasedTrainer, Any]:
+    model, processor = make_model(), LearnedLoss()
+    groups = [{"params": [*model.parameters()]}, {"params": [processor.weight]}]
+    trainer = make_trainer(
+        model=model,
+        batch_processor=processor,
+        optimizer=torch.optim.AdamW(groups, lr=0.05),
+        accumulate=3,
+        resume_from=resume_from,
+        **options,
+    )
+    return trainer, processor
+
+
+@pytest.mark.parametrize("stop", [3, 4])
+def test_parameters_beside_the_model_are_resumed(stop: int, tmp_path: Path) -> None:
+    """A loss that is learned goes on with what it has learned, within a window as between two."""
+    straight, expected = learned(max_step=8)
+    straight()
+    first, _ = learned(max_step=8)
+    stop_after(first, stop)
+    first.save_checkpoint(tmp_path / "a")
+    second, found = learned(tmp_path / "a", max_step=8)
+    second()
+    assert equal([found.weight], [expected.weight])
+    assert found.weight != 1.0
+    assert equal(weights(second.model), weights(straight.model))
+    with pytest.raises(StateError, match=r"parameter groups, with group1\.param0"):
+        make_trainer(
+            optimizer=torch.optim.AdamW((model := make_model()).parameters()),
+            model=model,
+            accumulate=3,
+            max_step=8,
+            resume_from=tmp_path / "a",
+        )

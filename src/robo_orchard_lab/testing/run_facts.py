@@ -10,7 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from robo_orchard_lab.pipeline.checkpoint import capture_random_state, named_optimizer_state
+from robo_orchard_lab.pipeline.checkpoint import (
+    capture_random_state,
+    named_optimizer_state,
+    parameters_beside,
+)
 from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.plain_model import plain_model, plain_name
@@ -85,6 +89,10 @@ def state_facts(trainer: HookBasedTrainer) -> dict[str, str]:
     found: list[tuple[str, Any]] = [
         (f"weights {plain_name(name)}", value) for name, value in model.state_dict().items()
     ]
+    if trainer.optimizer is not None:
+        beside = parameters_beside(trainer.optimizer, parameters)
+        found += [(f"weights {name}", parameter) for parameter, name in beside.items()]
+        parameters |= beside
     found += [(f"gradients {n}", p.grad) for p, n in parameters.items() if p.grad is not None]
     if trainer.optimizer is not None:
         state = named_optimizer_state(trainer.optimizer, parameters)

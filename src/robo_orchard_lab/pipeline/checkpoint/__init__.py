@@ -11,6 +11,7 @@ from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
 from robo_orchard_lab.pipeline.checkpoint.optimizer_state import (
     load_named_optimizer_state,
     named_optimizer_state,
+    parameters_beside,
 )
 from robo_orchard_lab.pipeline.checkpoint.pending_save import PendingSave
 from robo_orchard_lab.pipeline.checkpoint.random_state import (
@@ -43,6 +44,7 @@ __all__ = [
     "load_checkpoint",
     "load_named_optimizer_state",
     "named_optimizer_state",
+    "parameters_beside",
     "restore_random_state",
     "save_checkpoint",
     "write_weights",

@@ -69,13 +69,27 @@ def load_named_optimizer_state(
     }
 
 
+def parameters_beside(
+    optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str]
+) -> dict[torch.nn.Parameter, str]:
+    """The parameters that an optimizer has and a model has not, by their places in its groups.
+
+    Args:
+        optimizer: any torch optimizer.
+        names: of the model's parameters.
+    """
+    return {
+        parameter: f"group{i}.param{j}"
+        for i, group in enumerate(optimizer.param_groups)
+        for j, parameter in enumerate(group["params"])
+        if parameter not in names
+    }
+
+
 def _names_by_number(
     optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str]
 ) -> dict[int, str]:
     """The names in the order in which the optimizer numbers its parameters."""
-    ordered = [
-        names.get(parameter, f"group{i}.param{j}")
-        for i, group in enumerate(optimizer.param_groups)
-        for j, parameter in enumerate(group["params"])
-    ]
+    known = {**parameters_beside(optimizer, names), **names}
+    ordered = [known[p] for group in optimizer.param_groups for p in group["params"]]
     return dict(enumerate(ordered))

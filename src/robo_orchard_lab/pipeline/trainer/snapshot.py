@@ -21,6 +21,7 @@ from robo_orchard_lab.pipeline.checkpoint import (
     check_random_state,
     load_named_optimizer_state,
     named_optimizer_state,
+    parameters_beside,
     restore_random_state,
     save_checkpoint,
 )
@@ -51,7 +52,7 @@ _TRAINER = {
     "version",
     "window",
 }
-_OF_RANK = {"buffers", "data", "gradients", "hooks", "metrics", "random", "window"}
+_OF_RANK = {"beside", "buffers", "data", "gradients", "hooks", "metrics", "random", "window"}
 
 
 class RunSnapshots:
@@ -136,7 +137,11 @@ class RunSnapshots:
         model = plain_model(run)
         entries = {plain_name(name): name for name in model.state_dict()}
         found = {**parts["model"], **trainer["model_extra"]}
-        _check_model(model.state_dict(), {entries.get(n, n): value for n, value in found.items()})
+        _check_tensors(
+            "the saved model is another one",
+            model.state_dict(),
+            {entries.get(n, n): value for n, value in found.items()},
+        )
         TrainerProgress().load_state_dict(trainer["progress"])
         self._data.check(trainer["data"], own["data"])
         check_random_state(own["random"])
@@ -144,6 +149,12 @@ class RunSnapshots:
             load_named_optimizer_state(run.optimizer, _names(run), parts["optimizer"])
             if run.optimizer
             else None
+        )
+        beside = _beside(run)
+        _check_tensors(
+            "the optimizer's parameters beside the model are others",
+            {name: parameter for parameter, name in beside.items()},
+            own["beside"],
         )
 
         self._load_hooks(own["hooks"])
@@ -154,6 +165,9 @@ class RunSnapshots:
         found |= {name: value for name, value in own["buffers"].items() if name in entries}
         model.load_state_dict({entries[name]: value for name, value in found.items()})
         self._load_unsaved_buffers(own["buffers"])
+        for parameter, name in beside.items():
+            with torch.no_grad():
+                parameter.copy_(own["beside"][name])
         if run.optimizer is not None:
             run.optimizer.load_state_dict(optimizer_state)  # type: ignore[arg-type]  # one has both
         if run.lr_scheduler is not None:
@@ -212,6 +226,8 @@ class RunSnapshots:
             "window": self._windows.state_dict(run.progress.step_id),
             "gradients": {n: p.grad for p, n in _names(run).items() if p.grad is not None},
             "buffers": {name: value for name, value in buffers.items() if name not in shared},
+            # Such as of a loss that is learned; nothing keeps the ranks' alike.
+            "beside": {name: parameter for parameter, name in _beside(run).items()},
             "hooks": self._hooks.state_dict(),
             "metrics": run.metrics.state_dict(),
         }
@@ -287,10 +303,20 @@ def _types(run: PipelineRun) -> dict[str, str | None]:
 
 
 def _names(run: PipelineRun) -> dict[torch.nn.Parameter, str]:
+    """Of all parameters that are trained, the model's and others."""
+    return {**_names_of_model(run), **_beside(run)}
+
+
+def _names_of_model(run: PipelineRun) -> dict[torch.nn.Parameter, str]:
     return {parameter: plain_name(name) for name, parameter in plain_model(run).named_parameters()}
 
 
-def _check_model(live: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+def _beside(run: PipelineRun) -> dict[torch.nn.Parameter, str]:
+    """Parameters that the optimizer has, and the model has not."""
+    return {} if run.optimizer is None else parameters_beside(run.optimizer, _names_of_model(run))
+
+
+def _check_tensors(what: str, live: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     problems = [f"missing: {name}" for name in live if name not in saved]
     problems += [f"unexpected: {name}" for name in saved if name not in live]
     problems += [
@@ -301,7 +327,7 @@ def _check_model(live: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         and (saved[name].shape, saved[name].dtype) != (value.shape, value.dtype)
     ]
     if problems:
-        raise StateError("the saved model is another one: " + "; ".join(problems))
+        raise StateError(f"{what}: " + "; ".join(problems))
 
 
 def _kind(tensor: torch.Tensor) -> str:
