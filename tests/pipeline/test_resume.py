@@ -561,9 +561,7 @@ def test_the_folder_of_a_run_is_no_checkpoint(folder: str, tmp_path: Path) -> No
     """Nor is that of its checkpoints; the error says what is."""
     make_trainer(SaveCheckpointConfig(), max_step=2, run_folder=tmp_path)()
     meant = tmp_path / "checkpoints" / "last"
-    with pytest.raises(
-        CheckpointError, match=f"No such file or directory; did you mean {meant}\\?"
-    ):
+    with pytest.raises(CheckpointError, match=f"is not a checkpoint, but has some: .* {meant}"):
         make_trainer(max_step=3, resume_from=tmp_path / folder)
     trainer = make_trainer(SaveCheckpointConfig(), max_step=3, resume_from=meant)
     assert trainer.progress.global_step_id == 2
