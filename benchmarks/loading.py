@@ -116,7 +116,7 @@ def run(*, quick: bool) -> Report:
             note="it may draw, so that each batch is seeded for, and the process's own random "
             'streams are put aside, unless keyed_by="none" says that it does not',
         ),
-        _resumes(rounds=rounds),
+        _resumes(rounds=2 if quick else 25),
     ]
     return Report("loading", tables, environment=describe(["robo-orchard-hooks", "torch"]))
 
