@@ -44,10 +44,15 @@ def send(number: int = signal.SIGTERM) -> None:
 
 
 def send_to_all(number: int = signal.SIGTERM) -> None:
-    """As to a process group: to the workers, which are the children, and this process."""
+    """As to a process group: to the workers, which are the children, and this process.
+
+    Python's tracker of shared memory is left out: it is of the whole test session, and where it
+    dies, the next one who shares memory warns.
+    """
     for child in psutil.Process().children():
         with suppress(psutil.NoSuchProcess):  # it has just ended
-            child.send_signal(number)
+            if not any("resource_tracker" in part for part in child.cmdline()):
+                child.send_signal(number)
     send(number)
 
 

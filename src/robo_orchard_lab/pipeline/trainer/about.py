@@ -13,12 +13,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from robo_orchard_core.utils.config import Config, ConfigSaveError
 from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.plain_model import plain_model
 
-_PACKAGES = ("robo-orchard-hooks", "torch", "accelerate", "numpy", "safetensors")
+_PACKAGES = ("robo-orchard-hooks", "accelerate", "numpy", "safetensors")
 _GIT_TIMEOUT_S = 5.0
 
 
@@ -81,7 +83,7 @@ def _kind(value: Any) -> str:
 
 @cache
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "torch": torch.__version__}  # with its build
     for package in _PACKAGES:
         try:
             found[package] = version(package)
