@@ -18,8 +18,8 @@ from robo_orchard_lab.testing import prove_resume
 from tiny import loss_of, make_loader, make_model
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "RMSprop", "Rprop"), {}),
-    **dict.fromkeys(("NAdam", "RAdam", "Adamax", "ASGD", "Adafactor"), {}),
+    **{name: {} for name in ("SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "RMSprop", "Rprop")},
+    **{name: {} for name in ("NAdam", "RAdam", "Adamax", "ASGD", "Adafactor")},
     "SGD nesterov": {"momentum": 0.9, "nesterov": True},
     "AdamW amsgrad": {"amsgrad": True},
     "AdamW fused": {"fused": True},
