@@ -306,6 +306,69 @@ def test_generators_that_samplers_keep_are_part_of_the_state(make: Any) -> None:
     assert same(first, list(loader(1)))
 
 
+class Keeps(Sampler[Any]):
+    """A sampler that goes on, epoch by epoch, from what it has kept."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.count = 0
+        self.indices = list(range(20))
+        self.array = np.arange(20)
+        self.tensor = torch.arange(20)
+        self.batches = [[0, 1, 2, 3, 4, 5], [6, 7, 8], [9], [10, 11, 12, 13, 14], [15, 16]]
+
+    def __len__(self) -> int:
+        return 5 if self.kind == "batches" else 20
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.kind == "count":
+            self.count += 1
+            order = torch.randperm(20, generator=torch.Generator().manual_seed(self.count))
+            return iter(order.tolist())
+        if self.kind == "indices":
+            random.shuffle(self.indices)
+        elif self.kind == "array":
+            np.random.shuffle(self.array)
+        elif self.kind == "tensor":
+            self.tensor = self.tensor[torch.randperm(20)]
+        else:
+            random.shuffle(self.batches)
+        kept = getattr(self, self.kind)
+        return iter(kept if isinstance(kept, list) else kept.tolist())
+
+
+@pytest.mark.parametrize("kind", ["count", "indices", "array", "tensor", "batches"])
+def test_what_samplers_keep_is_part_of_the_state(kind: str) -> None:
+    """A sampler's own count of epochs, or its order of the last one, goes on where it was."""
+
+    def loader() -> DataLoader[Any]:
+        if kind == "batches":
+            return DataLoader(Indices(20), batch_sampler=Keeps(kind))
+        return DataLoader(Indices(20), 4, sampler=Keeps(kind))
+
+    order, progress = DataOrder(seed=7), TrainerProgress()
+    data = data_of(loader(), order, progress)
+    list(data.epoch(0))
+    progress.finish_epoch()
+    between = data.state_dict()
+    second = list(data.epoch(1))
+    progress.finish_step()
+    assert same(list(resumed(loader(), data.state_dict(), order).epoch(1, 1)), second[1:])
+    assert same(list(resumed(loader(), between, order).epoch(1)), second)
+    again = resumed(loader(), data.state_dict(), order)
+    list(again.epoch(1, 1))
+    assert same(list(again.epoch(2)), list(data.epoch(2)))
+
+
+def test_what_a_sampler_is_made_with_may_change() -> None:
+    """What it has not changed itself is its configuration, not its state."""
+    state = data_of(DataLoader(Indices(20), 4, sampler=Keeps("count"))).state_dict()
+    sampler = Keeps("count")
+    sampler.indices = [3]
+    resumed(DataLoader(Indices(20), 4, sampler=sampler), state)
+    assert sampler.indices == [3]
+
+
 def test_a_tensor_dataset_is_read_without_seeding() -> None:
     """Batches of tensors in memory, one by one and whole, are those of a plain loop."""
     data = TensorDataset(torch.arange(26))

@@ -40,6 +40,7 @@ from robo_orchard_lab.pipeline.data.random_sources import (
     random_sources_of,
     restore_sources,
 )
+from robo_orchard_lab.pipeline.data.sampler_state import SamplerState
 from robo_orchard_lab.pipeline.data.share import Share
 from robo_orchard_lab.pipeline.data.streams_aside import ContinuedStreams
 from robo_orchard_lab.pipeline.data.worker_start import WorkerStart
@@ -74,6 +75,7 @@ class MapData:
         self._sampler = self._made_of.sampler if type(self._made_of) is BatchSampler else None
         self._batched = loader.batch_sampler is not None
         self._sources = random_sources_of(loader)
+        self._samplers = SamplerState(loader)
         if share.processes > 1 and self._sources:
             shared = broadcast_object_list([capture_sources(self._sources)])  # a collective
             restore_sources(shared[0], self._sources)  # which draw the same on all ranks from here
@@ -86,14 +88,14 @@ class MapData:
         self._batches: EpochBatches | None = None
         self._epoch_id: int | None = None
         self._start: Mapping[str, Any] | None = None
-        """The state of the random sources when the epoch began."""
+        """What random sources and samplers kept when the epoch began."""
         self._loaded: Mapping[str, Any] | None = None
         """The state that the next epoch goes on from."""
 
     def epoch(self, seed: int, epoch_id: int, step_id: int) -> Iterator[Any]:
         """The batches of an epoch from a step on."""
         loaded, self._loaded = self._loaded, None
-        self._start = capture_sources(self._sources)  # first: a dataset may draw when it is told
+        self._start = self._kept()  # first: a dataset may draw when it is told
         announce_epoch(self._user, epoch_id)
         if loaded is not None and step_id > 0:
             self._check_described(loaded, _DESCRIBED)
@@ -135,12 +137,16 @@ class MapData:
         if self._loaded is not None:
             return self._loaded
         begun = self._batches if self._epoch_id == progress.epoch_id else None
-        sources = self._start if begun is not None else None
+        kept = self._start if begun is not None else None
         return {
             **self._description(),
             "samples": begun.samples_before(progress.step_id) if begun is not None else 0,
-            "random": capture_sources(self._sources) if sources is None else sources,
+            **(self._kept() if kept is None else kept),
         }
+
+    def _kept(self) -> dict[str, Any]:
+        """What the order of the epochs to come follows from, where it is not the seed alone."""
+        return {"random": capture_sources(self._sources), "samplers": self._samplers.capture()}
 
     def rank_state(self) -> dict[str, Any]:
         """Nothing: the order is that of the whole job."""
@@ -179,6 +185,7 @@ class MapData:
     def load(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> None:
         """Have the next epoch begin, and go on, as the saved run would have."""
         restore_sources(state["random"], self._sources)
+        self._samplers.restore(state.get("samplers", {}))
         self._loaded = state
         self._batches = self._start = self._epoch_id = None
 
