@@ -83,7 +83,7 @@ def _kind(value: Any) -> str:
 
 @cache
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}  # with its build
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}  # with its build
     for package in _PACKAGES:
         try:
             found[package] = version(package)
