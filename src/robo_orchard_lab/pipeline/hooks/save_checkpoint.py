@@ -223,7 +223,8 @@ class SaveCheckpoint(PipelineHooks):
     def _told(self, info: CheckpointInfo | None) -> None:
         if info is None or self._run is None:
             return
-        logger.info("saved %s: %s", info.path, info.metadata.get("reason", ""))
+        if self._run.accelerator.is_main_process:
+            logger.info("saved %s: %s", info.path, info.metadata.get("reason", ""))
         self._run.state_file.saved(info.path, info.step)
 
     def _attempt(self, save: Callable[[], Any], at_the_end: bool = False) -> Any:
