@@ -29,8 +29,13 @@ def run(order: dict[str, Any]) -> None:
         LOCAL_RANK=rank,
         WORLD_SIZE=str(order["ranks"]),
         LOCAL_WORLD_SIZE=str(order["ranks"]),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(order["port"]),
+    )
+    # By a file, since a port that is free now may not be when the first rank comes to it.
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{order['meeting']}",
+        rank=order["rank"],
+        world_size=order["ranks"],
     )
     torch.set_num_threads(1)
     for seed in (torch.manual_seed, np.random.seed, random.seed):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -63,9 +62,7 @@ def start(
 ) -> list[int]:
     """All ranks, until they have ended; their exit codes."""
     order["ranks"] = ranks
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        order["port"] = free.getsockname()[1]
+    order["meeting"] = str(folder / f"{name}.meeting")
 
     def run(rank: int) -> int:
         record = folder / f"{name}-{rank}.jsonl"
