@@ -131,7 +131,9 @@ def kill_again_and_again(
     assert codes == [0, 0], (folder / f"run{kills:03d}-0.log").read_text()
     check_alike(straight, folder)
     names = {path.name for path in (folder / "checkpoints").iterdir()}
-    assert names == {".lock", "last", f"step_{STEPS - 1:08d}", f"step_{STEPS:08d}"}
+    kept = {".lock", "last", f"step_{STEPS - 1:08d}", f"step_{STEPS:08d}"}
+    # Killed between its last save and its last removal, it leaves one more, and is over.
+    assert kept <= names <= {*kept, f"step_{STEPS - 2:08d}"}
 
 
 @pytest.mark.parametrize("in_background", [False, True])
