@@ -247,7 +247,7 @@ class RunSnapshots:
         before = copy.deepcopy(self._hooks.state_dict())
         try:
             self._hooks.load_state_dict(state)  # compares names before it loads
-        except Exception:
+        except Exception:  # whatever a hook of the user's raises; raised again below
             for hook in self._hooks.named_hooks():
                 if hook.name in before:
                     with suppress(Exception):  # the one that has failed may fail again

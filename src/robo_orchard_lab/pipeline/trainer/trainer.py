@@ -273,7 +273,7 @@ class HookBasedTrainer:
             )
         if self._is_over():
             logger.info("nothing left to do at %s; %s", self.progress, self.limits)
-            if self.limits.reached(self.progress):
+            if self._is_at_limit():
                 self._run.state_file.nothing_left()
             return
         with self._run.state_file.around_run(self.requests):
