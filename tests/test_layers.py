@@ -27,6 +27,7 @@ LAYERS = [
     "robo_orchard_lab.pipeline.requests",
     "robo_orchard_lab.pipeline.run_state",
     "robo_orchard_lab.pipeline.metrics",
+    "robo_orchard_lab.pipeline.host_group",
     "robo_orchard_lab.pipeline.batch_size",
     "robo_orchard_lab.pipeline.data",
     "robo_orchard_lab.pipeline.batch_processor",

@@ -8,6 +8,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.distributed
 
+from robo_orchard_lab.pipeline.host_group import host_group
+
 Whose: TypeAlias = Literal["first", "any"]
 
 _MANY_STEPS = 1 << 31
@@ -77,19 +79,5 @@ def _exchange(numbers: list[int], accelerator: Any) -> list[list[int]]:
     """The numbers of each rank."""
     own = torch.tensor(numbers)
     rows = torch.empty(accelerator.num_processes, len(own), dtype=own.dtype)
-    torch.distributed.all_gather(list(rows.unbind()), own, group=_host_group())  # a collective
+    torch.distributed.all_gather(list(rows.unbind()), own, group=host_group())  # a collective
     return [[int(number) for number in row] for row in rows.tolist()]
-
-
-_made: tuple[Any, Any] | None = None
-
-
-def _host_group() -> Any:
-    """The processes of the job, connected for what lies in the host's memory."""
-    global _made
-    world = torch.distributed.group.WORLD
-    if "cpu:" in torch.distributed.get_backend_config():
-        return world
-    if _made is None or _made[0] is not world:
-        _made = (world, torch.distributed.new_group(backend="gloo"))  # a collective, once
-    return _made[1]
