@@ -11,7 +11,6 @@ import os
 import shutil
 import sys
 import time
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,7 +120,7 @@ def train(folder: Path, kind: str, rank: int) -> dict[str, Any]:
         "code": code,
         "stopped": stopped_at,
         "checkpoints": [info.step for info in CheckpointStore(run_folder / "checkpoints").list()],
-        "exchanges": Counter(call.hook for call in calls),
+        "exchanges": sum(call.places[-1].function == "Agreement.settle" for call in calls),
         "resumes": resumes_exactly(folder, kind, rank, stopped_at),
     }
 

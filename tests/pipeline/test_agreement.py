@@ -3,66 +3,143 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch.distributed
 
+from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.agreement import Agreement
+from robo_orchard_lab.pipeline.errors import PipelineConfigError, PipelineStateError
+from robo_orchard_lab.pipeline.requests import Requests, StopRequest
 from robo_orchard_lab.testing import count_collectives
+from tiny import make_trainer
 
-ALONE = SimpleNamespace(num_processes=1)
 
-
-@pytest.fixture(params=["gloo", "cuda:gloo"])
+@pytest.fixture(params=["gloo"])
 def job(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A job of one process, with a way for what lies in the host's memory, and without one."""
+    """A job of one process, which takes part in collectives."""
     meet = f"file://{tmp_path / 'meet'}"
     torch.distributed.init_process_group(request.param, meet, rank=0, world_size=1)
     yield request.param
     torch.distributed.destroy_process_group()
 
 
-def exchanged_at(agreement: Agreement, steps: range, step_s: float, **options: float) -> list[int]:
+def agreement_of_many(**options: int) -> Agreement:
+    """What a rank of a job has."""
+    return Agreement(processes=2, **options)
+
+
+def exchanged_at(
+    agreement: Agreement, steps: range, step_s: float, wait_s: Callable[[], float] | None = None
+) -> list[int]:
     """The steps with an exchange, where each takes so long."""
-    found = []
-    for step in steps:
-        if agreement.is_due(step):
-            assert agreement.reach(step, step, ALONE, **options) == step
-            found.append(step)
+    found: list[int] = []
+    current = 0
+    agreement.topic("step", find=lambda: current + 1, tell=found.append, wait_s=wait_s)
+    for current in steps:
+        if current >= agreement.due_at:
+            agreement.settle(current)
         time.sleep(step_s)
-    return found
+    return [step - 1 for step in found]
 
 
+@pytest.mark.parametrize("job", ["gloo", "cuda:gloo"], indirect=True)
 def test_the_numbers_go_through_the_hosts_memory(job: str) -> None:
     """Where the job's own group only has the device, one more is made, once."""
     with count_collectives() as calls:
-        assert Agreement("any").reach(0, 7, ALONE) == 7
-        assert Agreement("first").reach(0, 8, ALONE) == 8
+        exchanged_at(agreement_of_many(every=1), range(1, 3), 0)
     assert [call.what for call in calls] == ["all_gather", "all_gather"]
 
 
-@pytest.mark.parametrize("job", ["gloo"], indirect=True)
+def test_all_topics_share_an_exchange(job: str) -> None:
+    """However many there are, in the order in which they came; 0 is not told."""
+    agreement = agreement_of_many(every=1)
+    told: list[tuple[int, int]] = []
+    for number in range(40):
+        agreement.topic(
+            f"topic {number}",
+            find=lambda number=number: number % 3,  # type: ignore[misc]  # bound to the number
+            tell=lambda agreed, number=number: told.append((number, agreed)),  # type: ignore[misc]
+        )
+    with count_collectives() as calls:
+        agreement.settle(1)
+    assert [call.what for call in calls] == ["all_gather"]
+    assert told == [(number, number % 3) for number in range(40) if number % 3]
+
+
 def test_slow_steps_have_an_exchange_each(job: str) -> None:
     """Where an exchange takes less than a hundredth of a step, nobody has to wait for the next."""
-    found = exchanged_at(Agreement("any"), range(3, 9), 0.1)
+    found = exchanged_at(agreement_of_many(), range(3, 9), 0.1)
     assert found[:3] == [3, 4, 5]
     assert len(found) > 4  # all of them, but for a busy machine
 
 
-@pytest.mark.parametrize("job", ["gloo"], indirect=True)
 def test_fast_steps_share_one(job: str) -> None:
     """The first three learn what a step and an exchange take; then they are rare."""
-    found = exchanged_at(Agreement("any"), range(2000), 0.0)
+    found = exchanged_at(agreement_of_many(), range(2000), 0.0)
     assert found[:3] == [0, 1, 2]
     assert len(found) < 500
 
 
-@pytest.mark.parametrize("job", ["gloo"], indirect=True)
 def test_a_time_to_ask_again_is_kept(job: str) -> None:
     """It is told in steps, at the pace that they had."""
-    found = exchanged_at(Agreement("first"), range(30), 0.01, wait_s=0.1)
+    found = exchanged_at(agreement_of_many(), range(30), 0.01, wait_s=lambda: 0.1)
     assert found[:2] == [0, 1]
     assert 2 <= len(found) <= 8
+
+
+def test_an_interval_may_be_declared(job: str) -> None:
+    """It is counted from the run's first step, also where the run goes on from another."""
+    assert exchanged_at(agreement_of_many(every=5), range(7, 23), 0.0) == [10, 15, 20]
+    with pytest.raises(PipelineConfigError, match=r"agree_every must be an int >= 1.* got 0"):
+        make_trainer(max_step=1, agree_every=0)
+
+
+def test_an_error_says_what_it_was_about(job: str) -> None:
+    """Of those that have something to find, or do something about what was found."""
+    for agreement in (Agreement(), agreement_of_many()):
+        agreement.topic("luck", find=lambda: 1 // 0, tell=print)
+        with pytest.raises(ZeroDivisionError) as error:
+            agreement.settle(1)
+        assert error.value.__notes__ == ["while the ranks agreed on 'luck'"]
+
+
+def test_one_process_has_its_answer_with_each_step() -> None:
+    """There is nothing to exchange."""
+    steps: list[int] = []
+    hooks = PipelineHooks()
+
+    @hooks.on_loop.before
+    def begin(args: PipelineHookArgs) -> None:
+        args.run.agreement.topic("step", find=lambda: args.global_step_id, tell=steps.append)
+
+    make_trainer(hooks, max_step=3)()
+    assert steps == [1, 2, 3]
+
+
+def test_one_process_asks_alone_as_it_does_otherwise() -> None:
+    """The request is made at once; but it has to be declared, as several processes need it."""
+    requests = Requests()
+    for ask in (requests.stop, requests.save, requests.evaluate, requests.log):
+        with pytest.raises(PipelineStateError, match=r"call args\.requests\.declare_alone\(\) on"):
+            ask("why not", alone=True)
+    assert not requests.pending
+    requests.declare_alone()
+    requests.stop("why not", "me", alone=True)
+    assert requests.stop_request == StopRequest("why not", "me")
+
+
+def test_what_is_asked_alone_waits_for_the_exchange(job: str) -> None:
+    """Then all ranks are asked, once, with who asked on which rank."""
+    agreement = agreement_of_many(every=3)
+    requests = Requests(agreement)
+    requests.declare_alone()
+    requests.declare_alone()
+    for step in range(1, 5):
+        requests.stop("the disk is full", "Watch", alone=True)
+        agreement.settle(step)
+        assert requests.pending is (step >= 3)
+    assert requests.stop_request == StopRequest("the disk is full", "Watch on rank 0")
+    assert requests.take_alone() == [StopRequest("the disk is full", "Watch")]  # asked for again

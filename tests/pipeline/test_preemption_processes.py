@@ -86,6 +86,4 @@ def test_a_signal_anywhere_stops_all_ranks_at_one_step(tmp_path: Path) -> None:
         if kind != "time":
             assert found["stopped"] < 200, kind
     # Steps of a millisecond or more, and exchanges that take a hundredth of the time.
-    steps, exchanges = first["time"]["stopped"], first["time"]["exchanges"]
-    assert 1 <= exchanges["Preemption"] <= 10 + steps / 3
-    assert 1 <= exchanges["TimeLimit"] < 40
+    assert 1 <= first["time"]["exchanges"] <= 10 + first["time"]["stopped"] / 3

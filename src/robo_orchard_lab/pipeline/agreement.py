@@ -3,81 +3,184 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Literal, TypeAlias
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
-import torch
-import torch.distributed
-
-from robo_orchard_lab.pipeline.host_group import host_group
+from robo_orchard_lab.pipeline.errors import PipelineConfigError, PipelineStateError
+from robo_orchard_lab.pipeline.host_group import gather_numbers, gather_objects
 
 Whose: TypeAlias = Literal["first", "any"]
 
 _MANY_STEPS = 1 << 31
 _SHARE = 0.01  # of the time, at most, that goes into exchanges
 _LONGEST_WAIT_S = 5.0
+_ROW = 16  # numbers, or a multiple of it, so that ranks whose topics differ can tell each other
+
+
+@dataclass(frozen=True, slots=True)
+class _Topic:
+    name: str
+    find: Callable[[], int]
+    tell: Callable[[int], object]
+    whose: Whose
+    wait_s: Callable[[], float] | None
 
 
 class Agreement:
-    """A number that ranks agree on now and then: a clock's answer, a signal that came.
+    """Numbers that ranks agree on now and then: a clock's answer, a signal that came.
 
-    Only at some steps, known to all ranks alike, is it exchanged; each exchange also settles when
-    the next one is due. Where nobody says in what time that is, exchanges take up a hundredth of
-    the time, and are at most some five seconds apart; with steps that are slow beside an exchange,
-    each step has one. They go through memory of the host, so that the device is not waited for.
+    Whoever needs one adds a topic, on every rank alike. The trainer then has all topics exchanged
+    together, in one small collective after a step, ahead of its commit point; without topics there
+    is none. It is known to all ranks alike with which steps: with every ``every``-th one, or, by
+    default, each exchange settles when the next one is due. Exchanges then take up a hundredth of
+    the time, and are at most some five seconds apart, or as far as the topics allow; with steps
+    that are slow beside an exchange, each step has one. They go through memory of the host, so
+    that the device is not waited for.
+
+    In one process there is nothing to exchange, and each step has its answer.
+
+    >>> agreement = Agreement()
+    >>> agreement.topic("luck", find=lambda: 7, tell=print)
+    >>> agreement.settle(step=1)
+    7
 
     Args:
-        whose: the number of the first rank, or the highest of ``any`` rank.
+        rank: of this process.
+        processes: how many the job has.
+        every: in steps of the run, >= 1; None for as often as is cheap.
+
+    Raises:
+        PipelineConfigError: ``every`` is no such number.
     """
 
-    def __init__(self, whose: Whose) -> None:
-        self._whose = whose
-        self._due_at_step = 0
+    def __init__(self, rank: int = 0, processes: int = 1, every: int | None = None) -> None:
+        if every is not None and (type(every) is not int or every < 1):
+            raise PipelineConfigError(f"agree_every must be an int >= 1, or None, got {every!r}")
+        self.several = processes > 1
+        """Whether there is anyone to agree with."""
+        self.due_at = 0
+        """With which step there may be an exchange; not ahead of it."""
+        self._is_first = rank == 0
+        self._every = every
+        self._topics: list[_Topic] = []
         self._last_step = 0
         self._last_at: float | None = None
         self._costs_s: list[float] = []  # of the last exchanges, without the first, which connects
 
-    def is_due(self, step: int) -> bool:
-        """Whether the ranks exchange with this step; the same on all of them."""
-        return step >= self._due_at_step
+    @property
+    def is_needed(self) -> bool:
+        """Whether there is something to agree on, or may be in the middle of an epoch."""
+        return self.several or bool(self._topics)
 
-    def reach(self, step: int, found: int, accelerator: Any, wait_s: float | None = None) -> int:
-        """What the ranks agree on. All of them have to call it, with the same step: a collective.
+    def topic(
+        self,
+        name: str,
+        *,
+        find: Callable[[], int],
+        tell: Callable[[int], object],
+        whose: Whose = "any",
+        wait_s: Callable[[], float] | None = None,
+    ) -> None:
+        """Have a number agreed on from now on, with each exchange; called on every rank alike.
+
+        In one process it counts from the next epoch on, so that the first is had by a call in a
+        ``before`` of ``on_loop``.
 
         Args:
-            step: how many steps are done.
-            found: what this rank has found.
-            accelerator: the processes that take part.
-            wait_s: in what time to ask again, at the pace of the steps since the last exchange;
-                the first rank's, or the shortest of ``any`` rank.
+            name: for errors.
+            find: this rank's number; 0 for nothing.
+            tell: called on every rank with the number that is agreed on, unless that is 0; it may
+                make requests, for the commit point after this step.
+            whose: the highest number of ``any`` rank, or that of the ``first``.
+            wait_s: in what time to ask again, at the pace of the steps since the last exchange:
+                the shortest of all topics and ranks, or, where ``whose`` is "first", of that rank.
+                None for as soon as is cheap.
         """
+        self._topics.append(_Topic(name, find, tell, whose, wait_s))
+        self.due_at = 0
+
+    def settle(self, step: int) -> None:
+        """Exchange, if it is due with this step, and tell what is agreed on: a collective.
+
+        Args:
+            step: how many steps of the run are done.
+
+        Raises:
+            PipelineStateError: the ranks have come here with unlike steps or topics.
+        """
+        if not self._topics:
+            self.due_at = _MANY_STEPS
+            return
+        if not self.several:
+            for topic in tuple(self._topics):
+                with _named(topic):
+                    _tell(topic, topic.find())
+            return
+        if self._every is not None:
+            self.due_at = (step // self._every + 1) * self._every
+            if step % self._every:
+                return
         began_at = time.monotonic()
-        if wait_s is None:
-            wait_s = self._affordable_wait_s()
-        wait_steps = int(min(max(1.0, wait_s * self._steps_per_s(step, began_at)), _MANY_STEPS))
-        rows = _exchange([found, wait_steps], accelerator)
+        topics = tuple(self._topics)
+        found = []
+        for topic in topics:
+            with _named(topic):
+                found.append(topic.find())
+        rows = self._exchange(step, [self._wait_steps(step, began_at), *found])
         if self._last_at is not None:
             self._costs_s = [*self._costs_s[-4:], time.monotonic() - began_at]
         self._last_step, self._last_at = step, began_at
-        if self._whose == "any":
-            found, wait_steps = max(row[0] for row in rows), min(row[1] for row in rows)
-        else:
-            found, wait_steps = rows[0]
-        self._due_at_step = step + wait_steps
-        return found
+        if self._every is None:
+            self.due_at = step + min(row[0] for row in rows)
+        for topic, *numbers in zip(topics, *(row[1:] for row in rows), strict=True):
+            with _named(topic):
+                _tell(topic, max(numbers) if topic.whose == "any" else numbers[0])
 
-    def _affordable_wait_s(self) -> float:
+    def _exchange(self, step: int, numbers: list[int]) -> list[list[int]]:
+        """The numbers of each rank."""
+        names = [topic.name for topic in self._topics]
+        head = [step, zlib.crc32("\n".join(names).encode())]
+        row = [*head, *numbers]
+        rows = gather_numbers(row + [0] * (-len(row) % _ROW))  # a collective
+        if any(other[:2] != head for other in rows):
+            told = gather_objects(f"step {step}, {', '.join(names)}")
+            raise PipelineStateError(
+                "the ranks have come to an exchange at unlike steps, or about unlike topics: "
+                + "; ".join(f"rank {rank}: {of_rank}" for rank, of_rank in enumerate(told))
+                + ". A hook has done something on some ranks alone, such as asking for an "
+                "evaluation; it has to do so on every rank, or ask with alone=True"
+            )
+        return [other[2 : len(row)] for other in rows]
+
+    def _wait_steps(self, step: int, now: float) -> int:
+        """In how many steps this rank wants the next exchange."""
         # The mean of the last ones, since one rank may have waited for another in one of them.
-        mean_s = sum(self._costs_s) / max(1, len(self._costs_s))
-        return min(mean_s / _SHARE, _LONGEST_WAIT_S)
-
-    def _steps_per_s(self, step: int, now: float) -> float:
+        cost_s = sum(self._costs_s) / max(1, len(self._costs_s))
+        affordable_s = min(cost_s / _SHARE, _LONGEST_WAIT_S)
+        waits_s = [
+            affordable_s if topic.wait_s is None else topic.wait_s()
+            for topic in self._topics
+            if topic.whose == "any" or self._is_first
+        ]
+        wait_s = max(affordable_s, min([*waits_s, _MANY_STEPS]))
         taken_s = 0.0 if self._last_at is None else now - self._last_at
-        return (step - self._last_step) / taken_s if taken_s > 0 else 0.0
+        pace = (step - self._last_step) / taken_s if taken_s > 0 else 0.0
+        return int(min(max(1.0, wait_s * pace), _MANY_STEPS))
 
 
-def _exchange(numbers: list[int], accelerator: Any) -> list[list[int]]:
-    """The numbers of each rank."""
-    own = torch.tensor(numbers)
-    rows = torch.empty(accelerator.num_processes, len(own), dtype=own.dtype)
-    torch.distributed.all_gather(list(rows.unbind()), own, group=host_group())  # a collective
-    return [[int(number) for number in row] for row in rows.tolist()]
+def _tell(topic: _Topic, agreed: int) -> None:
+    if agreed:
+        topic.tell(agreed)
+
+
+@contextmanager
+def _named(topic: _Topic) -> Iterator[None]:
+    """Have an error say what it was about."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"while the ranks agreed on {topic.name!r}")
+        raise

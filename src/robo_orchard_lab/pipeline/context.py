@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from robo_orchard_lab.pipeline.agreement import Agreement
 from robo_orchard_lab.pipeline.batch_size import count_batches, count_samples
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.events import CHANNEL_NAMES, ChannelName
@@ -75,6 +76,8 @@ class PipelineRun:
     progress: TrainerProgress = field(default_factory=TrainerProgress)
     metrics: MetricsBoard = None  # type: ignore[assignment]  # made below, with the progress
     requests: Requests = field(default_factory=Requests)
+    agreement: Agreement = field(default_factory=Agreement)
+    """What one rank finds out by itself, known to all at the same step."""
     evaluations: dict[str, Callable[[PipelineHookArgs], None]] = field(default_factory=dict)
     """What carries out an evaluation that is asked for, by the name of its hook."""
     evaluated_loaders: dict[str, str] = field(default_factory=dict)

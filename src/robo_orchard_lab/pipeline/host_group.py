@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed
 
@@ -23,3 +24,21 @@ def host_group() -> Any:
     if _made is None or _made[0] is not world:
         _made = (world, torch.distributed.new_group(backend="gloo"))  # a collective, once
     return _made[1]
+
+
+def gather_numbers(numbers: list[int]) -> list[list[int]]:
+    """The numbers of each rank, as many on all of them, in the order of the ranks: a collective."""
+    # Arrays, since no tensor is to be read from: that would look like waiting for a device.
+    own = np.array(numbers, dtype=np.int64)
+    rows = np.empty((torch.distributed.get_world_size(), len(own)), dtype=np.int64)
+    parts = [torch.from_numpy(row) for row in rows]
+    torch.distributed.all_gather(parts, torch.from_numpy(own), group=host_group())
+    found: list[list[int]] = rows.tolist()
+    return found
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """What each rank gave, in the order of the ranks; pickled on its way: a collective."""
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value, group=host_group())
+    return found

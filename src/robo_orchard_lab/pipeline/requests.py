@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from robo_orchard_core.utils.hook import RemovableHandle
+from robo_orchard_lab.pipeline.agreement import Agreement
+from robo_orchard_lab.pipeline.errors import PipelineStateError
+from robo_orchard_lab.pipeline.host_group import gather_objects
 
 RequestT = TypeVar("RequestT", bound="Request")
 
@@ -75,21 +78,75 @@ class WriteRequest(Request):
 class Requests:
     """Where hooks ask; nothing happens before the commit point.
 
-    In a job of several processes a request is made alike on every rank: the trainer does not
-    compare them across ranks. Who asks is, by default, the calling function with its file and line.
+    In a job of several processes, a request is made alike on every rank, which costs nothing; or
+    by one rank, whatever the others do, with ``alone=True``. That is for a hook that has called
+    :meth:`declare_alone` on every rank when the run began: the ranks then exchange now and then
+    whether one has asked, see :class:`Agreement`, and all of them are asked alike at one commit
+    point. In one process, ``alone`` makes no difference.
+
+    A request that some ranks make, and not ``alone``, is a mistake of the hook's. The others go on
+    training meanwhile, so that the ranks wait for one another in different places: the next
+    exchange, if they come to one, names the steps; else the job's timeout ends it.
+
+    Who asks is, by default, the calling function with its file and line.
+
+    Args:
+        agreement: of the run.
     """
 
-    __slots__ = ("_listeners", "_waiting", "pending", "stop_request")
+    __slots__ = (
+        "_agreement",
+        "_alone",
+        "_declared",
+        "_listeners",
+        "_waiting",
+        "pending",
+        "stop_request",
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, agreement: Agreement | None = None) -> None:
         self.pending = False
         """Whether anything waits for the commit point; looked at after every step."""
         self.stop_request: StopRequest | None = None
         """The first request to stop, or None."""
         self._waiting: list[Request] = []
         self._listeners: list[Callable[[Request], Any]] = []
+        self._agreement = Agreement() if agreement is None else agreement
+        self._declared = False
+        self._alone: list[Request] = []  # made by this rank, and not known to the others yet
 
-    def stop(self, reason: str, by: str | None = None, *, exit_code: int | None = None) -> None:
+    def declare_alone(self) -> None:
+        """Allow requests that one rank makes alone; a second call changes nothing.
+
+        Called on every rank alike, in a ``before`` of ``on_loop``:
+
+        >>> from robo_orchard_lab.pipeline import PipelineHooks
+        >>> hooks = PipelineHooks("disk watch")
+        >>> @hooks.on_loop.before
+        ... def declare(args):
+        ...     args.requests.declare_alone()
+        >>> @hooks.on_step.after(when="100 steps")
+        ... def look(args):
+        ...     if is_full("/scratch"):
+        ...         args.requests.stop("the disk of this machine is full", alone=True)
+        """
+        if not self._declared:
+            self._declared = True
+            if self._agreement.several:
+                self._agreement.topic(
+                    "requests that one rank makes alone",
+                    find=lambda: len(self._alone),
+                    tell=self._grant_alone,
+                )
+
+    def stop(
+        self,
+        reason: str,
+        by: str | None = None,
+        *,
+        exit_code: int | None = None,
+        alone: bool = False,
+    ) -> None:
         """Ask for the run to end at the next commit point; the first request is the one told.
 
         Args:
@@ -97,31 +154,48 @@ class Requests:
             by: who asks.
             exit_code: where the run is interrupted and will be started again: what the process
                 ends with. The trainer then raises :class:`RunPreempted` when all is closed.
-        """
-        request = StopRequest(reason, by or _caller(), exit_code)
-        if self.stop_request is None:
-            self.stop_request = request
-        self._tell(request)
+            alone: whether this rank asks by itself, and not all of them alike; see the class.
 
-    def evaluate(self, reason: str, by: str | None = None, *, name: str | None = None) -> None:
+        Raises:
+            PipelineStateError: ``alone``, and no hook has declared it.
+        """
+        self._ask(StopRequest(reason, by or _caller(), exit_code), alone)
+
+    def evaluate(
+        self,
+        reason: str,
+        by: str | None = None,
+        *,
+        name: str | None = None,
+        alone: bool = False,
+    ) -> None:
         """Ask for an evaluation at the next commit point; several requests make one.
 
         Args:
             reason: why, for the log.
             by: who asks.
             name: of the hook that evaluates; None for every one that is registered.
+            alone: as for :meth:`stop`.
         """
-        self._add(EvaluateRequest(reason, by or _caller(), name))
+        self._ask(EvaluateRequest(reason, by or _caller(), name), alone)
 
-    def save(self, reason: str, by: str | None = None, *, name: str | None = None) -> None:
+    def save(
+        self,
+        reason: str,
+        by: str | None = None,
+        *,
+        name: str | None = None,
+        alone: bool = False,
+    ) -> None:
         """Ask for a checkpoint at the next commit point, after all else; several make one.
 
         Args:
             reason: why, for the log.
             by: who asks.
             name: of the hook that is to write it; None for every one that does.
+            alone: as for :meth:`stop`.
         """
-        self._add(SaveRequest(reason, by or _caller(), name))
+        self._ask(SaveRequest(reason, by or _caller(), name), alone)
 
     def save_weights(
         self,
@@ -131,6 +205,7 @@ class Requests:
         *,
         weights: str | None = None,
         metadata: Mapping[str, str] | None = None,
+        alone: bool = False,
     ) -> None:
         """Ask for weights to be written at the next commit point, after what was asked to evaluate.
 
@@ -140,9 +215,10 @@ class Requests:
             by: who asks.
             weights: the name of the hook whose weights to write (an EMA's); None for the model's.
             metadata: what the file is to say about itself.
+            alone: as for :meth:`stop`.
         """
         by = by or _caller()
-        self._add(SaveWeightsRequest(reason, by, Path(path), weights, dict(metadata or {})))
+        self._ask(SaveWeightsRequest(reason, by, Path(path), weights, dict(metadata or {})), alone)
 
     def write(self, write: Callable[[], object], reason: str, by: str | None = None) -> None:
         """Ask for something of your own to be written with the weights, ahead of a checkpoint.
@@ -153,11 +229,17 @@ class Requests:
             reason: why, for the log.
             by: who asks.
         """
-        self._add(WriteRequest(reason, by or _caller(), write))
+        self._make(WriteRequest(reason, by or _caller(), write))
 
-    def log(self, reason: str, by: str | None = None) -> None:
-        """Ask for a logging point: what was published is read, reduced and told."""
-        self._add(LogRequest(reason, by or _caller()))
+    def log(self, reason: str, by: str | None = None, *, alone: bool = False) -> None:
+        """Ask for a logging point: what was published is read, reduced and told.
+
+        Args:
+            reason: why, for the log.
+            by: who asks.
+            alone: as for :meth:`stop`.
+        """
+        self._ask(LogRequest(reason, by or _caller()), alone)
 
     def listen(self, callback: Callable[[Request], Any]) -> RemovableHandle:
         """Have every request told when it is made."""
@@ -171,11 +253,33 @@ class Requests:
         self.pending = bool(self._waiting) or self.stop_request is not None
         return taken
 
-    def _add(self, request: Request) -> None:
-        self._waiting.append(request)
-        self._tell(request)
+    def take_alone(self) -> list[Request]:
+        """What this rank has asked for alone, and the others have not been told; nor will they."""
+        taken, self._alone = self._alone, []
+        return taken
 
-    def _tell(self, request: Request) -> None:
+    def _ask(self, request: Request, alone: bool) -> None:
+        if alone and not self._declared:
+            raise PipelineStateError(
+                f"{request.by} makes a request with alone=True, for which the ranks have to be "
+                "ready: call args.requests.declare_alone() on every rank, in a before of on_loop"
+            )
+        if not alone or not self._agreement.several:
+            self._make(request)
+        elif request not in self._alone:  # asked for in each step until it is granted
+            self._alone.append(request)
+
+    def _grant_alone(self, asked: int) -> None:
+        """Make the requests of all ranks on this one, as each of them does: a collective."""
+        for rank, requests in enumerate(gather_objects(self.take_alone())):
+            for request in requests:
+                self._make(replace(request, by=f"{request.by} on rank {rank}"))
+
+    def _make(self, request: Request) -> None:
+        if not isinstance(request, StopRequest):
+            self._waiting.append(request)
+        elif self.stop_request is None:
+            self.stop_request = request
         self.pending = True
         for listener in self._listeners:
             listener(request)

@@ -12,6 +12,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 from robo_orchard_core.utils.hook import HookContextChannel
+from robo_orchard_lab.pipeline.agreement import Agreement
 from robo_orchard_lab.pipeline.checkpoint import (
     CheckpointStore,
     save_checkpoint,
@@ -24,6 +25,7 @@ _HERE = os.path.dirname(__file__)
 # Who calls through these wants to be shown the own line, not theirs.
 _LIBRARIES = frozenset({"accelerate", "contextlib", "functools", "numpy", "torch", "torchmetrics"})
 _COMMIT_FUNCTIONS = (
+    Agreement.settle,
     MetricsBoard.settle,
     MetricsBoard.tell_rest,
     MetricsBoard.read_deferred,
@@ -58,7 +60,8 @@ class TracedCall:
     hook: str | None
     """The name of the hook in whose function it was made, the innermost one; None outside."""
     at_commit: bool
-    """Whether the trainer made it, to read the metrics of a logging point or to save."""
+    """Whether the trainer made it at a commit point: to agree with other ranks, to read the metrics
+    of a logging point, or to save."""
 
     def __str__(self) -> str:
         by = f"hook {self.hook!r}" if self.hook else "the trainer" if self.at_commit else "no hook"

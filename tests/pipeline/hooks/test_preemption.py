@@ -149,7 +149,7 @@ def test_without_saving() -> None:
         ("on_epoch", "before", [1]),
         ("on_epoch", "after", [8]),  # 7 batches make an epoch
         ("on_model_forward", "before", [1]),
-        ("on_optimizer_step", "after", [2]),  # what follows on_step's afters
+        ("on_optimizer_step", "after", [1]),
     ],
 )
 def test_a_signal_around_steps(channel: str, role: str, steps: list[int]) -> None:

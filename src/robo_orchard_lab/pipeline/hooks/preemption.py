@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -16,7 +17,6 @@ from pydantic import Field, field_validator
 from torch.utils.data import DataLoader
 
 from robo_orchard_core.utils.hook import HookContext
-from robo_orchard_lab.pipeline.agreement import Agreement
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineStateError, RunPreempted
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
@@ -56,8 +56,8 @@ class Preemption(PipelineHooks):
     The handlers are there while the loop runs, and what was there before is put back at its end.
     Workers of the data loaders outlive the signals meanwhile.
 
-    It costs one process a comparison in each step; several of them exchange two numbers now and
-    then, which takes less than a hundredth of the time.
+    It costs one process a comparison in each step; several of them exchange numbers now and then
+    (:class:`Agreement`), which takes less than a hundredth of the time.
 
     Raises:
         PipelineStateError: when the loop begins, outside of the main thread, where Python handles
@@ -72,14 +72,12 @@ class Preemption(PipelineHooks):
         self._received = 0  # the number of the first signal on this rank
         self._received_at = 0.0
         self._stopping = False  # whether the ranks have agreed on it
-        self._agreement = Agreement("any")
         self._undo = ExitStack()
         self.register_hook(
             "on_loop", HookContext.from_callable(before=self._begin, after=self._end)
         )
         if cfg.save_checkpoint:
             self.register_hook("on_epoch", HookContext.from_callable(before=self._check_savers))
-        self.register_hook("on_step", HookContext.from_callable(after=self._stop_if_signalled))
 
     def _begin(self, args: PipelineHookArgs) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -90,7 +88,6 @@ class Preemption(PipelineHooks):
             )
         self._received = 0
         self._stopping = False
-        self._agreement = Agreement("any")
         accelerator = args.accelerator
         tells = accelerator is None or accelerator.is_local_main_process
         handle = self._handler(os.getpid(), tells)
@@ -100,6 +97,9 @@ class Preemption(PipelineHooks):
         for number in self._signals:
             self._undo.callback(_restore, number, signal.getsignal(number))
             signal.signal(number, handle)
+        args.run.agreement.topic(
+            self.name, find=lambda: self._received, tell=partial(self._stop, args)
+        )
 
     def _protect_workers(self, loader: Any) -> None:
         loader = getattr(loader, "base_dataloader", loader)  # what Accelerate has wrapped
@@ -124,16 +124,9 @@ class Preemption(PipelineHooks):
     def _check_savers(self, args: PipelineHookArgs) -> None:
         check_savers(args, self.name)
 
-    def _stop_if_signalled(self, args: PipelineHookArgs) -> None:
-        if args.exception is not None or self._stopping:
-            return
-        accelerator, received = args.run.accelerator, self._received
-        if accelerator is not None and accelerator.num_processes > 1:
-            step = args.run.progress.steps_done
-            if not self._agreement.is_due(step):
-                return
-            received = self._agreement.reach(step, received, accelerator)  # a collective
-        if received:
+    def _stop(self, args: PipelineHookArgs, received: int) -> None:
+        """On all ranks alike, when one of them has received a signal."""
+        if not self._stopping:
             self._stopping = True
             interrupt(
                 args,

@@ -6,13 +6,13 @@ import logging
 import os
 import subprocess
 import time
+from functools import partial
 from typing import Any, Literal
 
 import psutil  # type: ignore[import-untyped]  # accelerate brings it
 from pydantic import Field, field_validator
 
 from robo_orchard_core.utils.hook import HookContext
-from robo_orchard_lab.pipeline.agreement import Agreement
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.duration import DurationField, duration_s
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
@@ -39,7 +39,7 @@ class TimeLimit(PipelineHooks):
     The time counts from the start of the process, loading and all. With ``limit="slurm"`` it ends
     when the job does: by ``SLURM_JOB_END_TIME`` where that is set, else by what ``squeue`` says is
     left when the loop begins; a job without a limit is not stopped. The first rank's clock counts;
-    the others learn from it in a few exchanges.
+    the others learn from it in a few of the run's exchanges (:class:`Agreement`).
 
     Raises:
         PipelineConfigError: when the loop begins, ``limit="slurm"`` outside of a SLURM job, or
@@ -53,15 +53,19 @@ class TimeLimit(PipelineHooks):
         self._margin_s = duration_s(cfg.margin)
         self._end_at = float("inf")  # in seconds since the epoch
         self._stopping = False
-        self._agreement = Agreement("first")
         self.register_hook("on_loop", HookContext.from_callable(before=self._begin))
         if cfg.save_checkpoint:
             self.register_hook("on_epoch", HookContext.from_callable(before=self._check_savers))
-        self.register_hook("on_step", HookContext.from_callable(after=self._stop_in_time))
 
     def _begin(self, args: PipelineHookArgs) -> None:
         self._stopping = False
-        self._agreement = Agreement("first")
+        args.run.agreement.topic(
+            self.name,
+            find=lambda: self._left_s() <= (_EARLY_S if args.run.agreement.several else 0.0),
+            tell=partial(self._stop, args),
+            whose="first",
+            wait_s=self._wait_s,
+        )
         if args.accelerator is not None and not args.accelerator.is_main_process:
             return  # whose clock does not count
         if self._limit_s is None:
@@ -74,22 +78,17 @@ class TimeLimit(PipelineHooks):
     def _check_savers(self, args: PipelineHookArgs) -> None:
         check_savers(args, self.name)
 
-    def _stop_in_time(self, args: PipelineHookArgs) -> None:
-        if args.exception is not None or self._stopping:
-            return
-        left_s = self._end_at - self._margin_s - time.time()
-        accelerator = args.run.accelerator
-        if accelerator is None or accelerator.num_processes == 1:
-            due = left_s <= 0
-        else:
-            step = args.run.progress.steps_done
-            if not self._agreement.is_due(step):
-                return
-            # Steps may get slower meanwhile: where the end is near, ask as often as it is cheap.
-            wait_s = min(left_s / 2, _LONGEST_WAIT_S) if left_s > 10 * _LONGEST_WAIT_S else None
-            # A collective.
-            due = bool(self._agreement.reach(step, left_s <= _EARLY_S, accelerator, wait_s))
-        if due:
+    def _left_s(self) -> float:
+        return self._end_at - self._margin_s - time.time()
+
+    def _wait_s(self) -> float:
+        # Steps may get slower meanwhile: where the end is near, ask as often as it is cheap.
+        left_s = self._left_s()
+        return min(left_s / 2, _LONGEST_WAIT_S) if left_s > 10 * _LONGEST_WAIT_S else 0.0
+
+    def _stop(self, args: PipelineHookArgs, due: int) -> None:
+        """On all ranks alike, when the first one's clock says so."""
+        if not self._stopping:
             self._stopping = True
             cfg = self.cfg
             limit = (

@@ -7,10 +7,8 @@ import time
 from dataclasses import dataclass
 from typing import ClassVar
 
-from robo_orchard_lab.pipeline.agreement import Agreement
-from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.events import ChannelName
-from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.schedule.base import (
     STEP_CHANNELS,
     Due,
@@ -25,10 +23,10 @@ class EverySeconds(Schedule):
     """With the first step that is asked s seconds or more after the last time, or after the start.
 
     The start is the first time that it is asked, also in a resumed run. The clock is that of the
-    first rank. Others are told in a small exchange, which also says in how many steps to ask
-    again: after about half of the time that is left. So it takes some ten exchanges each time,
-    however long s is, and may come late by a hundredth of s and a step; later, where steps begin
-    to take longer.
+    first rank. Others learn from it in the run's exchanges (:class:`Agreement`), one of which is
+    due after about half of the time that is left. So it takes some ten of them each time, however
+    long s is, and may be early by a hundredth of s, and late by a step or two; later, where steps
+    begin to take longer, or where exchanges are to be further apart.
 
     Raises:
         ScheduleError: s is not a finite number > 0.
@@ -49,7 +47,7 @@ class EverySeconds(Schedule):
         object.__setattr__(self, "s", float(self.s))
 
     def due_on(self, channel: ChannelName, role: Role) -> Due:
-        return _AgreedClock(self.s).due
+        return _AgreedClock(self.s, str(self)).due
 
     def __str__(self) -> str:
         for unit, seconds in (("h", 3600.0), ("min", 60.0), ("s", 1.0)):
@@ -62,35 +60,43 @@ class EverySeconds(Schedule):
 class _AgreedClock:
     """Whether the time is up on the first rank's clock, known to all ranks."""
 
-    _late = 0.01  # the share of the period by which it may be late, which bounds the exchanges
+    _early = 0.01  # the share of the period by which it may be early, which bounds the exchanges
 
-    def __init__(self, period_s: float) -> None:
+    def __init__(self, period_s: float, name: str) -> None:
         self._period_s = period_s
-        self._progress: TrainerProgress | None = None  # of the run that the clock was started in
+        self._name = name
+        self._run: PipelineRun | None = None  # that the clock was started in
         self._begun_at = 0.0
-        self._agreement = Agreement("first")
+        self._rings = False  # as the ranks have agreed
 
     def due(self, args: PipelineHookArgs) -> bool:
-        if args.exception is not None:
-            return False  # the other ranks may never come here, to answer
-        progress = args.run.progress
-        if progress is not self._progress:
-            self._progress = progress
-            self._agreement = Agreement("first")
-            self._begun_at = time.monotonic()
-        accelerator, step = args.run.accelerator, progress.steps_done
-        if accelerator is None or accelerator.num_processes == 1:
-            due = self._left_s() <= 0
-        elif not self._agreement.is_due(step):
-            return False
-        else:
-            left_s = self._left_s()
-            due = left_s <= self._late * self._period_s
-            wait_s = (self._period_s if due else left_s) / 2
-            due = bool(self._agreement.reach(step, due, accelerator, wait_s))
+        run = args.run
+        if run is not self._run:
+            self._begin(run)
+        due = self._rings if run.agreement.several else self._left_s() <= 0
         if due:
-            self._begun_at = time.monotonic()
+            self._rings, self._begun_at = False, time.monotonic()
         return due
+
+    def _begin(self, run: PipelineRun) -> None:
+        self._run, self._rings, self._begun_at = run, False, time.monotonic()
+        if run.agreement.several:
+            run.agreement.topic(
+                f"every {self._name}",
+                find=self._is_up,
+                tell=self._ring,
+                whose="first",
+                wait_s=self._wait_s,
+            )
+
+    def _ring(self, up: int) -> None:
+        self._rings = True
+
+    def _is_up(self) -> bool:
+        return not self._rings and self._left_s() <= self._early * self._period_s
+
+    def _wait_s(self) -> float:
+        return (self._period_s if self._rings or self._is_up() else self._left_s()) / 2
 
     def _left_s(self) -> float:
         return self._period_s - (time.monotonic() - self._begun_at)

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
 
+from robo_orchard_lab.pipeline.agreement import Agreement
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
 from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.data import DataOrder, TrainingData
@@ -91,6 +92,9 @@ class HookBasedTrainer:
             one of the first ``SaveCheckpoint``, or else in ``run_folder/checkpoints``, and for a
             fresh run where there is none yet.
         data_order: what the order of samples and the random numbers of loading follow from.
+        agree_every: with how many steps ranks exchange what one of them may have found out alone,
+            such as a signal, see :class:`Agreement`; None for as often as takes a hundredth of
+            the time. Where no hook needs it, they don't.
 
     Raises:
         PipelineConfigError: no limit, no optimizer where one is needed, or several launched
@@ -120,6 +124,7 @@ class HookBasedTrainer:
         run_folder: str | os.PathLike[str] | None = None,
         resume_from: str | os.PathLike[str] | None = None,
         data_order: DataOrder | None = None,
+        agree_every: int | None = None,
     ) -> None:
         self.limits = TrainerLimits(max_step, max_optimizer_step, max_epoch)
         fits = all(hasattr(batch_processor, name) for name in ("forward", "need_backward"))
@@ -143,7 +148,8 @@ class HookBasedTrainer:
         self.batch_processor = batch_processor
         self.progress = TrainerProgress()
         self.metrics = MetricsBoard(self.progress)
-        self.requests = Requests()
+        agreement = Agreement(accelerator.process_index, accelerator.num_processes, agree_every)
+        self.requests = Requests(agreement)
         self._hooks = PipelineHooks()
 
         prepared = prepare_objects(accelerator, model, optimizer, lr_scheduler, dataloader)
@@ -166,6 +172,7 @@ class HookBasedTrainer:
             progress=self.progress,
             metrics=self.metrics,
             requests=self.requests,
+            agreement=agreement,
             batch_processor=batch_processor,
             limits=self.limits,
             accelerator=accelerator,
@@ -300,6 +307,12 @@ class HookBasedTrainer:
                 "%s asked for something after the last commit point, which is not done: %s",
                 *(left.by, left.reason),
             )
+        for left in self.requests.take_alone():
+            logger.warning(
+                "%s asked for something on this rank alone after the last exchange of the ranks, "
+                "which is not done: %s",
+                *(left.by, left.reason),
+            )
         if self._unmet is not None:  # raised here, where the run is whole and can be saved
             raise self._unmet
         failure = self._run.failures[0] if self._run.failures else None
@@ -349,6 +362,7 @@ class HookBasedTrainer:
         progress, done, max_step = self.progress, self.progress.step_id, self.limits.max_step
         step = self._on_step if self._windows.length == 1 else self._on_step_in_window
         requests, reached = self.requests, self.limits.reached
+        agreement = self._run.agreement if self._run.agreement.is_needed else None
         length = self._run.steps_per_epoch
         limit = None if max_step is None else max_step - progress.global_step_id + done
         over = False
@@ -367,6 +381,8 @@ class HookBasedTrainer:
             progress.in_step = True
             step(PipelineHookArgs(self._run, batch, ends_window, divisor), self._step)
             progress.finish_step()
+            if agreement is not None and progress.global_step_id >= agreement.due_at:
+                agreement.settle(progress.global_step_id)  # a collective, with several processes
             # The commit point. Spelled out, since a call takes 0.5 us here.
             if requests.pending or reached(progress):
                 over = self._is_over()

@@ -1,0 +1,133 @@
+"""What each process of ``test_agreement_processes.py`` runs: one training after another."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
+from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
+from robo_orchard_lab.pipeline.errors import RunPreempted
+from robo_orchard_lab.pipeline.hooks import (
+    MetricsLoggerConfig,
+    PreemptionConfig,
+    SaveCheckpointConfig,
+    TimeLimitConfig,
+    ValidationHookConfig,
+)
+from robo_orchard_lab.testing import count_collectives, count_host_reads
+from tiny import make_loader, make_trainer
+
+STEPS = 48
+
+
+class AsksAlone(PipelineHooks):
+    """On its own rank, at steps of its own, for everything that there is."""
+
+    def __init__(self, rank: int, folder: Path) -> None:
+        super().__init__()
+        self.rank, self.folder = rank, folder
+        self.done: list[str] = []
+        self.on_loop.before(self.declare)
+        self.on_step.after(self.ask)
+        self.on_evaluation.before(lambda args: self.done.append(f"evaluation {args.evaluation}"))
+
+    def declare(self, args: PipelineHookArgs) -> None:
+        args.requests.declare_alone()
+        args.requests.listen(
+            lambda asked: self.done.append(
+                f"{args.global_step_id}: {asked.reason}, {re.sub(':[0-9]+', '', asked.by)}"
+            )
+        )
+
+    def ask(self, args: PipelineHookArgs) -> None:
+        asks, done = args.requests, args.global_step_id + 1
+        if (self.rank, done) == (1, 2):
+            asks.save("saved alone", alone=True)
+            asks.log("logged alone", alone=True)
+            asks.save_weights(self.folder / "w.safetensors", "weights alone", "Me", alone=True)
+        if (self.rank, done) == (0, 4):
+            asks.evaluate("evaluated alone", "First", name="ValidationHook", alone=True)
+        if (self.rank, done) == (1, 12):
+            asks.stop("stopped alone", "Second", alone=True)
+
+
+def alone(folder: Path, rank: int) -> dict[str, Any]:
+    asks = AsksAlone(rank, folder)
+    hooks: list[Any] = [
+        asks,
+        SaveCheckpointConfig(every=None),
+        ValidationHookConfig(every="at steps 1000")(dataloaders={"val": make_loader(2)}),
+    ]
+    trainer = make_trainer(hooks, max_epoch=90, run_folder=folder / "alone", agree_every=5)
+    trainer()
+    saved = CheckpointStore(folder / "alone" / "checkpoints").list()
+    return {
+        "done": asks.done,
+        "stopped": trainer.progress.global_step_id,
+        "checkpoints": [info.step for info in saved],
+        "weights": (folder / "w.safetensors").exists(),
+    }
+
+
+def everything(folder: Path, rank: int, agree_every: int | None) -> dict[str, Any]:
+    """All that has to agree, beside what observes."""
+    hooks = PipelineHooks("by the clock")
+    fired: list[int] = []
+    hooks.on_step.after(when="1 h")(lambda args: fired.append(args.global_step_id))
+    hooks.on_epoch.before(when="2 h")(lambda args: fired.append(args.global_step_id))
+    hooks.on_loop.before(lambda args: args.requests.declare_alone())
+
+    @hooks.on_step.after(when="at steps 33")
+    def send(args: PipelineHookArgs) -> None:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    configured = [
+        PreemptionConfig(save_checkpoint=False),
+        TimeLimitConfig(limit="1 d", save_checkpoint=False),
+        MetricsLoggerConfig(every="20 steps"),
+    ]
+    loader = make_loader(2 * STEPS)
+    trainer = make_trainer(
+        [*configured, hooks], loader=loader, max_step=STEPS, agree_every=agree_every
+    )
+    code = None
+    with count_collectives() as calls, count_host_reads() as reads:
+        try:
+            trainer()
+        except RunPreempted as stopped:
+            code = stopped.code
+    return {
+        "code": code,
+        "stopped": trainer.progress.global_step_id,
+        "fired": fired,
+        "collectives": [str(call) for call in calls],
+        "reads": [str(read) for read in reads],
+    }
+
+
+def main(folder: Path) -> None:
+    rank = PartialState(cpu=True).process_index
+    found = {
+        "alone": alone(folder, rank),
+        "declared": everything(folder, rank, 8),
+        "automatic": everything(folder, rank, None),
+    }
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    time.sleep(1)  # gloo aborts a process that exits within half a second of its first exchange
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,67 @@
+"""What ranks agree on, in real processes."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launching import launch
+
+SCRIPT = Path(__file__).parent / "agree_on_ranks.py"
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What each rank has found, which is the same on all of them."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launch(SCRIPT, folder, processes=request.param)
+    first, *others = (json.loads(file.read_text()) for file in sorted(folder.glob("rank*.json")))
+    assert len(others) == request.param - 1
+    assert all(other == first for other in others)
+    return first
+
+
+def test_what_one_rank_asks_for_is_done_by_all(found: Any) -> None:
+    """At one commit point, with who has asked and on which rank; here with every fifth step."""
+    asked_at = {
+        "5: evaluated alone, First on rank 0",
+        "5: saved alone, AsksAlone.ask (agree_on_ranks.py) on rank 1",
+        "5: logged alone, AsksAlone.ask (agree_on_ranks.py) on rank 1",
+        "5: weights alone, Me on rank 1",
+        "evaluation ValidationHook",
+        "15: stopped alone, Second on rank 1",
+        "15: the run ends, HookBasedTrainer",
+    }
+    assert set(found["alone"]["done"]) == asked_at
+    assert found["alone"]["stopped"] == 15
+    assert found["alone"]["checkpoints"] == [5, 15]
+    assert found["alone"]["weights"]
+
+
+def is_logging(call: str) -> bool:
+    """Whether something was done for a logging point, or for the record at the end."""
+    return call.endswith(("MetricsBoard.settle", "MetricsBoard.tell_rest"))
+
+
+@pytest.mark.parametrize("kind", ["declared", "automatic"])
+def test_all_that_has_to_agree_shares_one_exchange(kind: str, found: Any) -> None:
+    """Signals, the time limit, clocks and requests alone: with the declared steps, and no others.
+
+    A logging point has one of its own; nothing waits for a device beside it.
+    """
+    run = found[kind]
+    exchanges = [call for call in run["collectives"] if call.endswith("Agreement.settle")]
+    logged = [call for call in run["collectives"] if is_logging(call)]
+    assert len(exchanges) + len(logged) == len(run["collectives"])
+    if kind == "declared":  # every 8 steps; the signal came in step 33
+        assert (run["stopped"], len(exchanges), len(logged)) == (40, 5, 2)
+        assert run["code"] == 128 + signal.SIGTERM
+    else:  # it learns first what one takes
+        assert 3 <= len(exchanges) < 40
+    assert run["fired"] == []
+    assert len(run["reads"]) == len(logged)
+    assert all(map(is_logging, run["reads"]))
