@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import psutil  # type: ignore[import-untyped]  # accelerate brings it
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from robo_orchard_core.utils.hook import origin_of
@@ -33,7 +32,8 @@ _LONGEST_TEXT = 10_000
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Built when first used, which who only imports the trainer need not wait for.
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class RunError(_Record):
@@ -73,6 +73,8 @@ class ProcessIdentity(_Record):
     @classmethod
     def own(cls) -> ProcessIdentity:
         """That of this process."""
+        import psutil  # type: ignore[import-untyped]  # here, since it takes 6 ms
+
         process = psutil.Process()
         return cls(
             pid=process.pid,
@@ -92,6 +94,8 @@ class ProcessIdentity(_Record):
     def _runs(self) -> bool | None:
         if self.host != socket.gethostname() or self.namespace != _pid_namespace():
             return None
+        import psutil
+
         try:
             process = psutil.Process(self.pid)
             apart_s: float = abs(process.create_time() - self.started_at)
@@ -314,6 +318,8 @@ class RunStateFile:
 
 def _began_with_this_process(state: RunState) -> bool:
     """Whether it is the run of this rank, and not one that has this folder already."""
+    import psutil
+
     process_began_at: float = psutil.Process().create_time()
     return state.started_at.timestamp() > process_began_at - _CLOCKS_APART_S
 

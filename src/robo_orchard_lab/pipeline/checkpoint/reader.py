@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]  # carries no annotations
 import torch
 
 from robo_orchard_lab.pipeline.checkpoint.checkpoint_info import SavedState
@@ -227,6 +226,8 @@ class OpenCheckpoint:
         needed = sum(self.manifest.files[name].size for name in names)
         most = self._limits.max_total_bytes
         if most is None:
+            import psutil  # type: ignore[import-untyped]  # here, since it takes 6 ms
+
             most = psutil.virtual_memory().available
         if needed > most:
             raise CheckpointError(
