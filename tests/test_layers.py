@@ -24,6 +24,7 @@ LAYERS = [
     "robo_orchard_lab.pipeline.duration",
     "robo_orchard_lab.pipeline.events",
     "robo_orchard_lab.pipeline.progress",
+    "robo_orchard_lab.pipeline.redistribution",
     "robo_orchard_lab.pipeline.host_group",
     "robo_orchard_lab.pipeline.agreement",
     "robo_orchard_lab.pipeline.requests",

@@ -8,7 +8,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,10 @@ def error_of(call: Callable[[], Any]) -> list[str]:
 
 def own(rank: int) -> dict[str, Any]:
     return {"random": {"stream": torch.full((4,), rank)}, "data": {"rank": rank}}
+
+
+def told(index: int, count: int, of_rank: Mapping[str, Any]) -> list[int]:
+    return [index, count, of_rank["data"]["rank"]]
 
 
 def in_the_background(store: CheckpointStore, rank: int) -> float:
@@ -97,8 +101,9 @@ def main(folder: Path) -> None:
     if rank == 0:
         save_checkpoint(folder / "of_one", 5, {"trainer": 1}, own(0))
     dist.barrier()
-    found["fewer"] = dict(load_checkpoint(folder / "of_one", ranks=ranks).of_rank)
-    found["fewer"].pop("random", None)
+    fewer = load_checkpoint(folder / "of_one", ranks=ranks, each_rank=told)
+    found["fewer"] = {"data": fewer.of_rank["data"]}
+    found["of_ranks"] = list(fewer.of_ranks)
     store = CheckpointStore(root, ranks=ranks, retention=Retention(keep_last=1))
     with store:
         found["pruned"] = [decision.removed for decision in store.prune()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Generic, Self, TypeAlias, TypeVar
 
@@ -42,7 +42,8 @@ class PipelineHooks:
     epoch 0
 
     Bundles can be registered in one another; all hooks of a channel run in the order of their
-    registration. One that carries state overrides :meth:`state_dict` and :meth:`load_state_dict`.
+    registration. One that carries state overrides :meth:`state_dict` and :meth:`load_state_dict`,
+    and :meth:`redistribute_states` where that differs from rank to rank.
     """
 
     __module__ = "robo_orchard_lab.pipeline.hooks.mixin"  # the name to import it by, and printed
@@ -262,6 +263,25 @@ class PipelineHooks:
             except Exception as error:
                 error.add_note(f"while the hook {name!r} took over its saved state")
                 raise
+
+    def redistribute_states(
+        self, states: Sequence[Mapping[str, Any]], processes: int
+    ) -> Sequence[Mapping[str, Any]]:
+        """The states to go on from in another number of processes than they were saved by.
+
+        By default each process gets that of its number, and those that are more get the last one:
+        right for a state that is alike on all ranks. Override it where each rank has a part of a
+        whole, such as a sum: then that of the whole has to come out again. It is called on every
+        rank, ahead of :meth:`load_state_dict`, with all states, which are not to be changed.
+
+        Args:
+            states: of the ranks that saved, in their order.
+            processes: how many states are wanted.
+
+        Raises:
+            StateError: it can't be done, as the message says.
+        """
+        return [states[min(rank, len(states) - 1)] for rank in range(processes)]
 
     def _stateful(self) -> Iterator[PipelineHooks]:
         own = PipelineHooks.state_dict

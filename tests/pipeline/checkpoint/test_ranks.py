@@ -10,6 +10,7 @@ import pytest
 
 from launching import launch
 from robo_orchard_lab.pipeline.checkpoint import load_checkpoint
+from robo_orchard_lab.pipeline.errors import CheckpointError
 
 SCRIPT = Path(__file__).parent.parent / "store_on_ranks.py"
 
@@ -70,8 +71,21 @@ def test_refusals_are_those_of_all(found: list[dict[str, Any]]) -> None:
 
 
 def test_another_number_of_ranks_is_seen(folder: Path, found: list[dict[str, Any]]) -> None:
-    """A rank that did not save finds nothing of its own; a single one finds the first's."""
-    assert [of_rank["fewer"] for of_rank in found] == [{"data": {"rank": 0}}, {}]
-    alone = load_checkpoint(folder / "run" / "step_00000001")
+    """A rank that did not save finds what the last one had; all that each had can be asked for."""
+    assert [of_rank["fewer"] for of_rank in found] == [{"data": {"rank": 0}}] * 2
+    assert [of_rank["of_ranks"] for of_rank in found] == [[[0, 1, 0]]] * 2
+    alone = load_checkpoint(
+        folder / "run" / "step_00000001",
+        each_rank=lambda index, count, own: (index, count, own["data"]["rank"]),
+    )
     assert alone.info.ranks == 2
     assert alone.of_rank["data"] == {"rank": 0}
+    assert alone.of_ranks == ((0, 2, 0), (1, 2, 1))
+
+
+def test_what_another_rank_had_is_verified_where_it_is_asked_for(folder: Path) -> None:
+    """One process reads its own state alone, or that of all ranks, one of which is damaged."""
+    damaged = folder / "run" / "step_00000002"
+    with pytest.raises(CheckpointError, match=r"rank00001\.json"):
+        load_checkpoint(damaged, each_rank=lambda index, count, own: own)
+    assert load_checkpoint(damaged).info.step == 2

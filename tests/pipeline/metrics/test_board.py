@@ -345,7 +345,7 @@ def test_a_saved_window_goes_on(
 
 def test_a_state_of_another_version_is_refused() -> None:
     """The error says which was expected and which was found."""
-    with pytest.raises(StateError, match="board of version 1, found version 7"):
+    with pytest.raises(StateError, match="board of version 2, found version 7"):
         MetricsBoard().load_state_dict({"version": 7})
 
 

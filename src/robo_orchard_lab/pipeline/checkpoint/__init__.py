@@ -2,6 +2,7 @@
 
 from robo_orchard_lab.pipeline.checkpoint.checkpoint_info import (
     CheckpointInfo,
+    EachRank,
     PruneDecision,
     SavedState,
     Verification,
@@ -17,6 +18,7 @@ from robo_orchard_lab.pipeline.checkpoint.pending_save import PendingSave
 from robo_orchard_lab.pipeline.checkpoint.random_state import (
     capture_random_state,
     check_random_state,
+    keyed_random_state,
     restore_random_state,
 )
 from robo_orchard_lab.pipeline.checkpoint.ranks import Ranks
@@ -32,6 +34,7 @@ __all__ = [
     "CheckpointInfo",
     "CheckpointStore",
     "DigestName",
+    "EachRank",
     "PendingSave",
     "PruneDecision",
     "Ranks",
@@ -41,6 +44,7 @@ __all__ = [
     "Verification",
     "capture_random_state",
     "check_random_state",
+    "keyed_random_state",
     "load_checkpoint",
     "load_named_optimizer_state",
     "named_optimizer_state",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +30,11 @@ class CheckpointInfo:
     metadata: Mapping[str, Any]
 
 
+EachRank: TypeAlias = Callable[[int, int, Mapping[str, Any]], Any]
+"""Called with the number of a rank, of how many that saved, and what it had for itself; gives what
+is to be kept of that."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedState:
     """What was saved, verified and read to the CPU.
@@ -40,8 +45,10 @@ class SavedState:
     parts: Mapping[str, Any]
     """Of the whole job, by name."""
     of_rank: Mapping[str, Any]
-    """Of the rank that has the number of this one; empty where so many did not save."""
+    """Of the rank that has the number of this one; where fewer saved, of the last."""
     info: CheckpointInfo
+    of_ranks: tuple[Any, ...] = ()
+    """Where as many ranks saved as load, or nobody asked: nothing. Else what ``each_rank`` gave."""
     skipped: tuple[tuple[Path, str], ...] = ()
     """Newer checkpoints that did not verify, and why."""
 

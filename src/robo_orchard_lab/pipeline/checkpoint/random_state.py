@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,27 @@ def capture_random_state() -> dict[str, Any]:
     Of CUDA devices, it is that of the current one, which is this process's: reading those of all
     makes a context on each of them.
     """
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    keys = np.asarray(keys, dtype=np.int64)
     return {
         "torch": torch.get_rng_state(),
         "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
-        "numpy": (name, torch.from_numpy(keys), position, has_gauss, gauss),
+        "numpy": _plain(np.random.get_state(legacy=True)),
         "python": random.getstate(),
+    }
+
+
+def keyed_random_state(key: str) -> dict[str, Any]:
+    """A state such as :func:`capture_random_state` gives, at the beginning of streams of a key.
+
+    Those of other keys have nothing to do with them.
+    """
+    digest = blake2b(key.encode(), digest_size=32).digest()
+    seeds = [int.from_bytes(digest[begin : begin + 8], "little") for begin in range(0, 32, 8)]
+    devices = ["cuda"] if torch.cuda.is_available() else []
+    return {
+        "torch": torch.Generator().manual_seed(seeds[0]).get_state(),
+        "cuda": [torch.Generator(name).manual_seed(seeds[1]).get_state() for name in devices],
+        "numpy": _plain(np.random.RandomState(seeds[2] & 0xFFFFFFFF).get_state(legacy=True)),
+        "python": random.Random(seeds[3]).getstate(),
     }
 
 
@@ -50,3 +65,9 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     random.setstate(state["python"])
+
+
+def _plain(state: Any) -> tuple[Any, ...]:
+    """NumPy's, as what can be saved."""
+    name, keys, *rest = state
+    return (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest)

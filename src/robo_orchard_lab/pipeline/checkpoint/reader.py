@@ -80,12 +80,34 @@ class OpenCheckpoint:
         Raises:
             CheckpointError: a file is not as it was written.
         """
-        manifest = self.manifest
-        names = {name: FileName.parse(name) for name in manifest.files}
+        own = min(rank, self.manifest.ranks - 1)
+        found = self._parts_of(None, own)
+        return SavedState(
+            parts={part: value for (part, of), value in found.items() if of is None},
+            of_rank={part: value for (part, of), value in found.items() if of is not None},
+            info=self.manifest.info(self.path),
+        )
+
+    def ranks(self) -> Iterator[Mapping[str, Any]]:
+        """What each rank that saved had for itself, one after the other; read when it is due.
+
+        Raises:
+            CheckpointError: a file is not as it was written, or a rank has none.
+        """
+        parsed = map(FileName.parse, self.manifest.files)
+        there = {name.rank for name in parsed if name is not None}
+        for rank in range(self.manifest.ranks):
+            if rank not in there:
+                raise CheckpointError(f"{self.path} has nothing of rank {rank}, which saved it")
+            yield {part: value for (part, _), value in self._parts_of(rank).items()}
+
+    def _parts_of(self, *ranks: int | None) -> dict[tuple[str, int | None], Any]:
+        """The parts of some ranks, and with None those of the whole job; by name and rank."""
+        names = {name: FileName.parse(name) for name in self.manifest.files}
         wanted = {
             name: parsed
             for name, parsed in names.items()
-            if parsed is not None and parsed.rank in (None, rank)
+            if parsed is not None and parsed.rank in ranks
         }
         self._check_memory(wanted)
         documents: dict[tuple[str, int | None], bytes] = {}
@@ -104,11 +126,7 @@ class OpenCheckpoint:
         for place in sorted(documents.keys() | tensors.keys(), key=lambda place: place[0]):
             with self._in_file(place[0]):
                 found[place] = decode_part(documents.get(place), tensors.get(place), self._limits)
-        return SavedState(
-            parts={part: value for (part, of), value in found.items() if of is None},
-            of_rank={part: value for (part, of), value in found.items() if of is not None},
-            info=manifest.info(self.path),
-        )
+        return found
 
     def verify(self) -> None:
         """Compare every file of every rank with its digest.

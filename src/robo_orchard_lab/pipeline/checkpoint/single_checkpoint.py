@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from robo_orchard_lab.pipeline.checkpoint.checkpoint_info import (
     CheckpointInfo,
+    EachRank,
     SavedState,
     Verification,
 )
@@ -28,14 +30,23 @@ def load_checkpoint(
     *,
     limits: ReadLimits | None = None,
     ranks: Ranks | None = None,
+    each_rank: EachRank | None = None,
 ) -> SavedState:
     """The state of the checkpoint in a folder, verified and on the CPU: a collective of ``ranks``.
+
+    Args:
+        path: of the folder.
+        limits: what is refused unread.
+        ranks: that load it together; by default this process alone.
+        each_rank: where another number of ranks saved it, called with what each of them had; see
+            :attr:`SavedState.of_ranks`.
 
     Raises:
         CheckpointError: there is none, or not all of it is as it was written.
     """
     path, ranks = Path(path), ranks or Ranks.alone()
-    return load_on_ranks(path, limits or ReadLimits(), ranks, any_name=True)
+    limits = limits or ReadLimits()
+    return load_on_ranks(path, limits, ranks, any_name=True, each_rank=each_rank)
 
 
 def save_checkpoint(
@@ -91,12 +102,18 @@ def save_checkpoint(
 
 
 def load_on_ranks(
-    path: Path, limits: ReadLimits, ranks: Ranks, *, any_name: bool = False
+    path: Path,
+    limits: ReadLimits,
+    ranks: Ranks,
+    *,
+    any_name: bool = False,
+    each_rank: EachRank | None = None,
 ) -> SavedState:
     """What each rank needs of a checkpoint: a collective.
 
     Args:
         any_name: also where the folder is named for another step.
+        each_rank: see :func:`load_checkpoint`.
 
     Raises:
         CheckpointError: some rank can't have it.
@@ -107,7 +124,12 @@ def load_on_ranks(
         with OpenCheckpoint(path, limits) as opened:
             if not any_name:
                 check_step(path, opened)
-            found.append(opened.load(ranks.index))
+            saved = opened.load(ranks.index)
+            count = saved.info.ranks
+            if each_rank is not None and count != ranks.count:
+                kept = [each_rank(i, count, own) for i, own in enumerate(opened.ranks())]
+                saved = replace(saved, of_ranks=tuple(kept))
+            found.append(saved)
 
     ranks.each(f"loading {path}", read)
     return found[0]

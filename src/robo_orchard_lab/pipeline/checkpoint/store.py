@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
 from robo_orchard_lab.pipeline.checkpoint.checkpoint_info import (
     CheckpointInfo,
+    EachRank,
     PruneDecision,
     SavedState,
     Verification,
@@ -212,8 +214,11 @@ class CheckpointStore:
         path = self.ranks.first(f"looking for {which!r}", lambda: self._find(which))
         return load_on_ranks(path, self.limits, self.ranks)
 
-    def load_newest(self) -> SavedState | None:
+    def load_newest(self, each_rank: EachRank | None = None) -> SavedState | None:
         """The state of the newest checkpoint that verifies: a collective.
+
+        Args:
+            each_rank: see :func:`load_checkpoint`.
 
         Returns:
             None where there is no checkpoint at all; else :attr:`SavedState.skipped` says which
@@ -226,13 +231,11 @@ class CheckpointStore:
         skipped: list[tuple[Path, str]] = list(listing.broken)
         for info in reversed(listing.infos):
             try:
-                found = load_on_ranks(info.path, self.limits, self.ranks)
+                found = load_on_ranks(info.path, self.limits, self.ranks, each_rank=each_rank)
             except CheckpointError as error:
                 skipped.append((info.path, str(error)))
                 continue
-            return SavedState(
-                parts=found.parts, of_rank=found.of_rank, info=found.info, skipped=tuple(skipped)
-            )
+            return replace(found, skipped=tuple(skipped))
         if not skipped:
             return None
         reasons = "\n".join(f"  {reason}" for _, reason in skipped)

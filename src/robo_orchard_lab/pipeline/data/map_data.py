@@ -172,7 +172,7 @@ class MapData:
         if not self._order.allow_other_batch_size:
             raise StateError(
                 f"a step had {saved} samples of the whole job when the run was saved, and has "
-                f"{now}: within an epoch, give it the batch size that it had, or allow another "
+                f"{now}: within an epoch, {self._as_many_samples(saved)}, or allow another number "
                 "with DataOrder(allow_other_batch_size=True)"
             )
         if saved is None or now is None or self._sampler is None or not is_known(self._sampler):
@@ -181,6 +181,13 @@ class MapData:
                 f"{now}; within an epoch, the batch size can change only where the sampler is "
                 "one of torch's"
             )
+
+    def _as_many_samples(self, saved: int | None) -> str:
+        """What to do to have as many samples in a step as there were."""
+        processes = 1 if self._share.split else self._share.processes
+        if saved is None or saved % processes:
+            return f"give it as many, which {processes} processes can't have"
+        return f"give the loader batch_size={saved // processes}, as many as it had"
 
     def load(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> None:
         """Have the next epoch begin, and go on, as the saved run would have."""

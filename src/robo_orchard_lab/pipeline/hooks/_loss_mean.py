@@ -80,6 +80,13 @@ class LossMean:
             for slot, value in zip(self._slots, state["values"], strict=False):
                 slot.copy_(value)
 
+    def merge(self, other: LossMean) -> None:
+        """Take in what another one, of a later rank, has taken in."""
+        for mean in (self, other):
+            mean._add_up()
+        self._window.merge(other._window)
+        self._epoch.merge(other._epoch)
+
     def _make_room(self, device: torch.device) -> None:
         self._add_up()
         if not self._slots:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfi
 from robo_orchard_lab.pipeline.hooks._loss_mean import LossMean
 from robo_orchard_lab.pipeline.hooks._named_losses import named_losses
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
+from robo_orchard_lab.pipeline.redistribution import parts_for_rank
 
 STATE_VERSION = 1
 _TOTAL = "total"
@@ -122,6 +123,26 @@ class LossTracker(PipelineHooks):
                 f"found version {state.get('version')!r}"
             )
         self._loaded = state
+
+    def redistribute_states(
+        self, states: Sequence[Mapping[str, Any]], processes: int
+    ) -> Sequence[Mapping[str, Any]]:
+        """Each mean is that of all ranks' samples, whichever rank has taken them in."""
+        found = []
+        for rank in range(processes):
+            whole = LossTracker(self.cfg)
+            for part in parts_for_rank(states, rank, processes):
+                whole._merge(part)
+            found.append(whole.state_dict())
+        return found
+
+    def _merge(self, state: Mapping[str, Any]) -> None:
+        other = LossTracker(self.cfg)
+        other.load_state_dict(state)
+        other._place(state, torch.device("cpu"))
+        self._total.merge(other._total)
+        for name, mean in other._named.items():
+            (self._named.get(name) or self._open(name)).merge(mean)
 
     def _place(self, state: Mapping[str, Any], device: torch.device) -> None:
         self._total.load_state_dict(state["total"], device)

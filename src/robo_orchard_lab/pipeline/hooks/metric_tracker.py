@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from robo_orchard_lab.pipeline.metrics.torchmetrics_states import (
     MetricsSnapshot,
     TorchMetrics,
 )
+from robo_orchard_lab.pipeline.redistribution import parts_for_rank
 
 STATE_VERSION = 1
 _PREFIX = "train/"
@@ -140,6 +141,23 @@ class MetricTracker(PipelineHooks):
         self._window.load_state_dict(state["window"])
         self._epoch.load_state_dict(state["epoch"])
 
+    def redistribute_states(
+        self, states: Sequence[Mapping[str, Any]], processes: int
+    ) -> Sequence[Mapping[str, Any]]:
+        """Each metric is that of all ranks' samples, whichever rank has taken them in."""
+        found = []
+        for rank in range(processes):
+            parts = parts_for_rank(states, rank, processes)
+            found.append(
+                {
+                    "version": STATE_VERSION,
+                    "merged": self._merged.joined_states([part["merged"] for part in parts]),
+                    "window": self._window.joined_states([part["window"] for part in parts]),
+                    "epoch": self._epoch.joined_states([part["epoch"] for part in parts]),
+                }
+            )
+        return found
+
 
 class MetricTrackerConfig(PipelineHooksConfig[MetricTracker]):
     """What to publish of the metrics that are given to the hook, or built from here.
@@ -202,6 +220,15 @@ class _MergedParts:
         window, epoch = state["window"], state["epoch"]
         self._window = None if window is None else self.live.loaded(window)
         self._epoch = None if epoch is None else self.live.loaded(epoch)
+
+    def joined_states(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """One state of those of several ranks."""
+        live = self.live.joined_states([state["live"] for state in states])
+        ended: dict[str, Any] = {}
+        for name in ("window", "epoch"):
+            parts = [self.live.loaded(s[name]) for s in states if s[name] is not None]
+            ended[name] = self.live.saved(self.live.join(parts)) if parts else None
+        return {"live": live, **ended}
 
     def _end_part(self) -> tuple[Gathered, Gathered]:
         """The window and the epoch until here."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -19,6 +19,7 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.gradient_norm import unscale_gradients
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
+from robo_orchard_lab.pipeline.redistribution import parts_for_rank
 
 ScheduleUnit: TypeAlias = Literal["optimizer_step", "epoch"]
 """When the learning rate schedule moves: once for each committed update, or once an epoch."""
@@ -146,6 +147,18 @@ class OptimizerHook(PipelineHooks):
         if self._mean_loss:
             self._mean_loss.load_state_dict(state["mean_loss"])
 
+    def redistribute_states(
+        self, states: Sequence[Mapping[str, Any]], processes: int
+    ) -> Sequence[Mapping[str, Any]]:
+        """The mean of the losses is that of all ranks', whichever rank has taken them in."""
+        if self._mean_loss is None:
+            return [{}] * processes
+        sums = [state["mean_loss"] for state in states]
+        return [
+            {"mean_loss": _MeanLoss.joined(parts_for_rank(sums, rank, processes))}
+            for rank in range(processes)
+        ]
+
 
 class _MeanLoss:
     """The mean of the losses since it was last taken, on their device, of all ranks."""
@@ -168,6 +181,15 @@ class _MeanLoss:
         if self._accelerator.num_processes > 1:
             total = self._accelerator.reduce(total, "sum")  # a collective
         return total[0] / total[1]
+
+    @staticmethod
+    def joined(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """One state of those of several ranks."""
+        sums = [state["sum"] for state in states if state["sum"] is not None]
+        return {
+            "sum": torch.stack(sums).sum(0) if sums else None,
+            "count": sum(state["count"] for state in states),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {"sum": self._sum, "count": self._count}

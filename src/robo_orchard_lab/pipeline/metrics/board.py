@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple
 from typing import Any, Protocol, TypeAlias
 
@@ -25,11 +26,12 @@ from robo_orchard_lab.pipeline.metrics.window import (
     checked_number,
 )
 from robo_orchard_lab.pipeline.progress import TrainerProgress
+from robo_orchard_lab.pipeline.redistribution import parts_for_rank
 
 Subscriber: TypeAlias = Callable[[MetricValue], Any]
 Listener: TypeAlias = Callable[[MetricsRecord], Any]
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 _EVALUATIONS = "eval/"  # what the names of evaluations begin with
 _NUMBER_TYPES = (float, int)
 _NOBODY_LOGS = (
@@ -100,6 +102,7 @@ class MetricsBoard:
             isinstance(value, torch.Tensor) and value.dim() == 0 and not value.is_complex()
         ):
             value = checked_number(name, value)
+        weighted = weight is not None
         if weight is None:
             weight = 1.0
         elif type(weight) not in _NUMBER_TYPES or reduce != "mean" or not weight >= 0:
@@ -107,6 +110,7 @@ class MetricsBoard:
         window = self._windows.get(name)
         if window is None or window.reduce != reduce:
             window = self._open(name, reduce)
+            window.weighted = weighted
         window.add(value, weight)
         window.latest = value.detach() if isinstance(value, torch.Tensor) else value
         window.step = self._progress.steps_done
@@ -120,6 +124,7 @@ class MetricsBoard:
         if not isinstance(window, MeanWindow):
             raise ValueError(f"metric {name!r} is published with reduce={window.reduce!r}")
         window.take_over(total)
+        window.weighted = True
         window.step = self._progress.steps_done
         if total.host_weight and total.tensor is None:
             window.latest = total.host / total.host_weight
@@ -309,6 +314,7 @@ class MetricsBoard:
                     "reduce": window.reduce,
                     "step": window.step,
                     "latest": window.latest,
+                    "weighted": window.weighted,
                     "values": window.state_dict(),
                 }
                 for name, window in self._windows.items()
@@ -333,10 +339,49 @@ class MetricsBoard:
         for name, saved in state["windows"].items():
             window = self._windows[name] = WINDOWS[saved["reduce"]]()
             window.step, window.latest = saved["step"], saved["latest"]
+            window.weighted = saved["weighted"]
             window.load_state_dict(saved["values"], device or torch.device("cpu"))
         self._reductions = dict(state["reductions"])
         self._found = {name: MetricValue(name, *rest) for name, *rest in state["found"]}
         self._unlogged = [MetricValue(*value) for value in state["unlogged"]]
+
+    @staticmethod
+    def redistribute_states(
+        states: Sequence[Mapping[str, Any]], processes: int
+    ) -> list[dict[str, Any]]:
+        """States for another number of processes, in which all that was published is once.
+
+        What every rank has published without a weight, which is as many values as there are ranks,
+        weighs what as many as there are now would have.
+
+        Args:
+            states: of the ranks that saved, in their order.
+            processes: how many states are wanted.
+        """
+        publishing = Counter(name for state in states for name in state["windows"])
+        found = []
+        for rank in range(processes):
+            nearest = states[min(rank, len(states) - 1)]
+            board = MetricsBoard()
+            board.load_state_dict({**nearest, "windows": {}})  # the rest is alike on all ranks
+            for part in parts_for_rank(states, rank, processes):
+                other = MetricsBoard()
+                other.load_state_dict(part)
+                board._take_in(other)
+            for name, window in board._windows.items():
+                if publishing[name] == len(states):
+                    window.spread(processes / len(states))
+            found.append(board.state_dict())
+        return found
+
+    def _take_in(self, other: MetricsBoard) -> None:
+        """Add what was published on a later rank."""
+        for name, window in other._windows.items():
+            own = self._windows.setdefault(name, window)
+            if own is not window:
+                own.merge(window)
+                own.step = max(own.step, window.step)
+        self._reductions = {**other._reductions, **self._reductions}
 
     def _open(self, name: str, reduce: Reduction) -> Window:
         if reduce not in REDUCTIONS:

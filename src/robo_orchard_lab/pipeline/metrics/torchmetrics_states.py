@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -85,11 +85,18 @@ class TorchMetrics:
 
     def only(self, can_be_joined: bool) -> TorchMetrics:
         """A set of those of these metrics whose states :meth:`join` can join, or of the others."""
+        return self._copy_of(
+            name
+            for name, metric in self._metrics.items()
+            if all(map(parts_make_the_whole, metrics_within(metric))) is can_be_joined
+        )
+
+    def _copy_of(self, names: Iterable[str]) -> TorchMetrics:
+        """Some of these metrics, which have gathered nothing."""
         other = TorchMetrics(None, self._who)
-        for name, metric in self._metrics.items():
-            if all(map(parts_make_the_whole, metrics_within(metric))) is can_be_joined:
-                other._metrics[name] = metric.clone()
-                other._computed[name] = self._computed[name]
+        for name in names:
+            other._metrics[name] = self._metrics[name].clone()
+            other._computed[name] = self._computed[name]
         other.reset()
         other._find_parts()
         return other
@@ -154,15 +161,42 @@ class TorchMetrics:
         Raises:
             StateError: it is that of other metrics, or of another version.
         """
+        gathered = self._gathered(state)
+        for (metric, rules), of_metric in zip(self._parts, gathered, strict=True):
+            put_state(metric, of_metric, rules)
+            metric._update_count = of_metric.updates
+
+    def _gathered(self, state: Mapping[str, Any]) -> Gathered:
         if state.get("version") != STATE_VERSION:
             raise StateError(
                 f"expected a state of {self._who}'s metrics of version {STATE_VERSION}, "
                 f"found version {state.get('version')!r}"
             )
-        gathered = self.loaded(state["metrics"])
-        for (metric, rules), of_metric in zip(self._parts, gathered, strict=True):
-            put_state(metric, of_metric, rules)
-            metric._update_count = of_metric.updates
+        return self.loaded(state["metrics"])
+
+    def joined_states(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """One state of those of several ranks; of none, that of metrics that begin anew.
+
+        Raises:
+            StateError: it is that of other metrics, or of another version, or a metric that has
+                gathered on several ranks can't go on as one.
+        """
+        if not states:
+            return self._copy_of(self._metrics).state_dict()
+        parts = [self._gathered(state) for state in states]
+        self._refuse_apart(parts)
+        return {"version": STATE_VERSION, "metrics": self.saved(self.join(parts))}
+
+    def _refuse_apart(self, parts: Sequence[Gathered]) -> None:
+        for number, (metric, _) in enumerate(self._parts):
+            updated = sum(part[number].updates > 0 for part in parts)
+            if updated > 1 and not parts_make_the_whole(metric):
+                raise StateError(
+                    f"{self._who}: {type(metric).__name__} was gathering on {updated} ranks, and "
+                    "can't go on with their samples on one; resume with as many processes as "
+                    "before, or more, or from a checkpoint of a moment at which it gathers "
+                    "nothing, such as the end of an epoch at which there is a logging point"
+                )
 
     def saved(self, gathered: Gathered | None) -> list[dict[str, Any]] | None:
         """What was gathered as plain values and copies of tensors."""

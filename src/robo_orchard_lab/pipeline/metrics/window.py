@@ -59,6 +59,14 @@ class WeightedSum:
         self.tensor.add_(value * weight)
         self.tensor_weight.add_(weight)
 
+    def scale(self, factor: float) -> None:
+        """Have all that was added weigh so many times as much."""
+        self.host *= factor
+        self.host_weight *= factor
+        for tensor in (self.tensor, self.tensor_weight):
+            if tensor is not None:
+                tensor.mul_(factor)
+
     def merge(self, other: WeightedSum) -> None:
         """Add what another one has added up."""
         self.host += other.host
@@ -96,7 +104,7 @@ class WeightedSum:
 class Window(ABC):
     """The values of one name since the last logging point."""
 
-    __slots__ = ("latest", "step")
+    __slots__ = ("latest", "step", "weighted")
 
     reduce: ClassVar[Reduction]
 
@@ -105,10 +113,21 @@ class Window(ABC):
         """The step that the latest value belongs to."""
         self.latest: Number = math.nan
         """The latest value, as it was published."""
+        self.weighted = False
+        """Whether values came with weights, such as numbers of samples; else each rank's count as
+        much as those of another one."""
 
     @abstractmethod
     def add(self, value: Number, weight: Number) -> None:
         """Take one more value in."""
+
+    @abstractmethod
+    def merge(self, other: Self) -> None:
+        """Take in what the same name has had on a later rank."""
+
+    @abstractmethod
+    def spread(self, factor: float) -> None:
+        """Go on among so many times as many ranks, each of which publishes."""
 
     @abstractmethod
     def numbers(self) -> list[float]:
@@ -134,7 +153,7 @@ class Window(ABC):
     def copy(self) -> Self:
         """Another one, that goes on by itself."""
         twin = type(self)()
-        twin.step, twin.latest = self.step, self.latest
+        twin.step, twin.latest, twin.weighted = self.step, self.latest, self.weighted
         twin.load_state_dict(self.state_dict(), None)
         return twin
 
@@ -159,6 +178,13 @@ class MeanWindow(Window):
             self._sum = total
         else:
             self._sum.merge(total)
+
+    def merge(self, other: Self) -> None:
+        self._sum.merge(other._sum)
+
+    def spread(self, factor: float) -> None:
+        if not self.weighted:
+            self._sum.scale(factor)
 
     def numbers(self) -> list[float]:
         return [self._sum.host, self._sum.host_weight]
@@ -185,6 +211,9 @@ class _SumWindow(MeanWindow):
 
     reduce: ClassVar[Reduction] = "sum"
 
+    def spread(self, factor: float) -> None:
+        """Nothing: a sum stays what it is."""
+
     @staticmethod
     def combine(ranks: Sequence[Parts]) -> float:
         return _fsum([n[0] for n, _ in ranks] + [t[0] for _, t in ranks if t])
@@ -199,6 +228,9 @@ class _SlotWindow(Window):
         super().__init__()
         self._host: float | None = None
         self._tensor: torch.Tensor | None = None
+
+    def spread(self, factor: float) -> None:
+        """Nothing: how many ranks publish makes no difference."""
 
     def numbers(self) -> list[float]:
         return [] if self._host is None else [self._host]
@@ -236,6 +268,11 @@ class _MaxWindow(_SlotWindow):
         else:
             self._host = _extreme([self._host, float(value)], self._sign)
 
+    def merge(self, other: Self) -> None:
+        for value in (other._host, other._tensor):
+            if value is not None:
+                self.add(value, 1.0)
+
     @staticmethod
     def combine(ranks: Sequence[Parts]) -> float:
         return _extreme([x for parts in ranks for part in parts for x in part], 1.0)
@@ -266,6 +303,9 @@ class _LastWindow(_SlotWindow):
             self._host = None
         else:
             self._host, self._tensor = float(value), None
+
+    def merge(self, other: Self) -> None:
+        """What is here came from an earlier rank, and stays."""
 
     @staticmethod
     def combine(ranks: Sequence[Parts]) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from robo_orchard_lab.pipeline.checkpoint import (
     CheckpointStore,
+    EachRank,
     Ranks,
     SavedState,
     load_checkpoint,
@@ -28,6 +29,7 @@ def load_saved(
     hooks: PipelineHooks,
     run_folder: Path | None,
     ranks: Ranks,
+    each_rank: EachRank,
 ) -> SavedState | None:
     """The saved run to go on from, all of it checked and on the CPU; called by all ranks alike.
 
@@ -37,6 +39,7 @@ def load_saved(
         hooks: of the run.
         run_folder: where checkpoints are by default.
         ranks: of the job.
+        each_rank: where another number of ranks saved, says what to keep of the state of each.
 
     Returns:
         None with ``"auto"`` where there is no checkpoint yet.
@@ -50,10 +53,10 @@ def load_saved(
     if os.fspath(resume_from) != AUTO:
         path = Path(resume_from)
         ranks.first(f"looking for {path}", lambda: _check_is_one(path))
-        return load_checkpoint(path, ranks=ranks)
+        return load_checkpoint(path, ranks=ranks, each_rank=each_rank)
     root = _root(hooks, run_folder)
     with CheckpointStore(root, ranks=ranks) as store:  # which also repairs what a crash has left
-        saved = store.load_newest()
+        saved = store.load_newest(each_rank)
     if saved is None:
         logger.info("no checkpoint in %s; the run starts from the beginning", root)
         return None

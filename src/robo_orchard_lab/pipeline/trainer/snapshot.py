@@ -13,6 +13,7 @@ from typing import Any
 
 from robo_orchard_lab.pipeline.checkpoint import (
     Ranks,
+    SavedState,
     load_named_optimizer_state,
     named_optimizer_state,
     save_checkpoint,
@@ -37,6 +38,7 @@ from robo_orchard_lab.pipeline.trainer.fitting import (
     check_window,
     types_of,
 )
+from robo_orchard_lab.pipeline.trainer.other_processes import OtherProcesses
 from robo_orchard_lab.pipeline.trainer.rank_state import RankStates, checked_rank_state
 from robo_orchard_lab.pipeline.trainer.trained_names import trained_names
 
@@ -76,6 +78,10 @@ class RunSnapshots:
         self._data = data
         self._windows = windows
         self._of_rank = RankStates(run, hooks, data, windows)
+        accelerator = run.accelerator
+        self._other_processes = OtherProcesses(
+            hooks, accelerator.process_index, accelerator.num_processes
+        )
 
     def take(self) -> Snapshot:
         """All of the run, at a commit point; its tensors are the run's own. All ranks call it.
@@ -106,25 +112,39 @@ class RunSnapshots:
                 ranks=ranks,
             )
 
-    def load(self, parts: Mapping[str, Any], of_rank: Mapping[str, Any]) -> None:
+    def part_of_rank(self, index: int, count: int, of_rank: Mapping[str, Any]) -> dict[str, Any]:
+        """What to keep of each rank's state where another number of ranks has saved the run."""
+        return self._other_processes.part_of(index, count, of_rank)
+
+    def load(self, saved: SavedState) -> None:
         """Make the run that of a snapshot; :meth:`go_on_drawing` then sets the random state.
 
+        Args:
+            saved: read with :meth:`part_of_rank`.
+
         Raises:
-            StateError: the snapshot is that of another model, optimizer, schedule, number of
-                processes or set of hooks, or was taken within an accumulation window of another
-                length. All that can be compared is compared before the first object is changed;
-                where a hook refuses its state, all hooks get back what they had.
+            StateError: the snapshot is that of another model, optimizer, schedule or set of hooks,
+                was taken within an accumulation window of another length, or can't go on in this
+                number of processes. All that can be compared is compared before the first object
+                is changed; where a hook refuses its state, all hooks get back what they had.
         """
-        run = self._run
+        run, parts = self._run, saved.parts
         trainer = _checked_trainer_state(parts)
-        own = checked_rank_state(of_rank)
+        own = checked_rank_state(saved.of_rank)
         if "model" not in parts or ("optimizer" in parts) != (run.optimizer is not None):
             here = "with one" if run.optimizer else "without"
             raise StateError(
                 f"the saved parts are {', '.join(sorted(parts))}; this run has a model and is "
                 f"{here} optimizer"
             )
-        _check_processes(trainer["processes"], run.accelerator.num_processes)
+        if trainer["processes"] != saved.info.ranks:
+            raise StateError(
+                f"the run had {trainer['processes']} processes, and {saved.info.ranks} have saved "
+                "it; all of them call save_checkpoint"
+            )
+        if saved.of_ranks:
+            key = f"{trainer['data']['seed']}/{saved.info.step}"
+            own = self._other_processes.state(own, saved.of_ranks, key)
         check_types(run, trainer["types"])
         if own["gradients"]:
             check_window(self._windows.length, trainer["window"])
@@ -200,11 +220,3 @@ def _checked_trainer_state(parts: Mapping[str, Any]) -> Mapping[str, Any]:
         )
     check_keys("the trainer's state", trainer, _KEYS)
     return trainer
-
-
-def _check_processes(saved: int, here: int) -> None:
-    if saved != here:
-        raise StateError(
-            f"the run was saved by {saved} processes, and this job has {here}; "
-            f"resume it with {saved}"
-        )

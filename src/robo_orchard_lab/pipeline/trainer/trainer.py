@@ -103,8 +103,8 @@ class HookBasedTrainer:
         CheckpointError: ``resume_from`` can't be read or is damaged; with ``"auto"``, there are
             checkpoints, and all of them are.
         StoreLockedError: with ``"auto"``, another run saves in the same folder.
-        StateError: ``resume_from`` is that of another model, optimizer, schedule, data, number of
-            processes or set of hooks.
+        StateError: ``resume_from`` is that of another model, optimizer, schedule, data or set of
+            hooks, or, within an epoch, of another number of samples a step.
     """
 
     def __init__(
@@ -253,13 +253,18 @@ class HookBasedTrainer:
 
     def _resume(self, resume_from: str | os.PathLike[str]) -> None:
         with ranks_of(self._run) as ranks:
-            saved = load_saved(resume_from, self.hooks, self._run.folder, ranks)
+            snapshots = self._snapshots
+            saved = load_saved(
+                resume_from, self.hooks, self._run.folder, ranks, snapshots.part_of_rank
+            )
             if saved is None:
                 return
-            parts, of_rank = saved.parts, saved.of_rank
-            ranks.each("resuming", lambda: self._snapshots.load(parts, of_rank))
+            ranks.each("resuming", partial(snapshots.load, saved))
         self._resumed = True
         logger.info("resumed from %s at %s", saved.info.path, self.progress)
+        before, now = saved.info.ranks, self.accelerator.num_processes
+        if before != now:
+            logger.info("the run was saved by %d processes, and goes on with %d", before, now)
 
     def __call__(self) -> None:
         """Train until a limit is reached or a hook's request to stop is granted.

@@ -1,0 +1,182 @@
+"""What each rank of ``test_other_processes.py`` does: a part of a training, in any number of ranks.
+
+A step has six samples of the whole job, so that the samples, the updates and what is logged are
+those of one process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchmetrics import MeanSquaredError, PearsonCorrCoef
+
+from robo_orchard_core.utils.hook import HookContext
+from robo_orchard_lab.pipeline import (
+    HookBasedTrainer,
+    PipelineHookArgs,
+    PipelineHooks,
+    SimpleBatchProcessor,
+)
+from robo_orchard_lab.pipeline.data import DataOrder
+from robo_orchard_lab.pipeline.events import CHANNEL_NAMES, ChannelName
+from robo_orchard_lab.pipeline.hooks import (
+    EMAConfig,
+    GradientClippingHookConfig,
+    LossTrackerConfig,
+    MetricsLoggerConfig,
+    MetricTrackerConfig,
+    SaveCheckpointConfig,
+    ValidationHookConfig,
+)
+from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig
+
+SAMPLES_PER_STEP = 6
+SAMPLES = 24
+EPOCHS = 2
+
+
+class Augmented(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Draws from torch, NumPy and Python while loading."""
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        noise = torch.rand(4, dtype=torch.float64) + np.random.rand() + random.random()
+        return noise + index / 10, torch.tensor([float(index % 5)], dtype=torch.float64)
+
+
+class NamedLosses(SimpleBatchProcessor):
+    """The loss, also as a named one."""
+
+    def forward(self, model: Any, batch: Any) -> tuple[Any, torch.Tensor]:
+        inputs, targets = batch
+        outputs = model(inputs)
+        loss = torch.nn.functional.mse_loss(outputs, targets)
+        return {"outputs": outputs, "losses": {"squared": loss}}, loss
+
+    def metric_inputs(self, outputs: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return outputs["outputs"].squeeze(1), batch[1].squeeze(1)
+
+
+class Watcher(PipelineHooks):
+    """Writes down all events, the samples of each step and what this rank draws; may stop."""
+
+    def __init__(self, path: Path, stop_after: int | None) -> None:
+        super().__init__()
+        self._file = path.open("w")
+        self._stop_after = stop_after
+        for channel in CHANNEL_NAMES:
+            self.register_hook(channel, self._telling(channel))
+        self.on_step.after(self.end_step)
+
+    def _telling(self, channel: ChannelName) -> HookContext[PipelineHookArgs]:
+        def tell(role: str, args: PipelineHookArgs) -> None:
+            counters = [args.epoch_id, args.step_id, args.global_step_id, args.optimizer_step_id]
+            self.write("event", args.global_step_id, [role, channel, *counters, args.evaluation])
+
+        return HookContext.from_callable(
+            lambda args: tell("before", args), lambda args: tell("after", args)
+        )
+
+    def end_step(self, args: PipelineHookArgs) -> None:
+        inputs, _ = args.batch
+        rows = [row.numpy().tobytes().hex() for row in inputs]
+        samples = [[*pair] for pair in zip(args.sample_indices, rows, strict=False)]
+        self.write("samples", args.global_step_id, samples)
+        self.write("drawn", args.global_step_id, [random.getrandbits(32), np.random.rand()])
+        if args.global_step_id + 1 == self._stop_after:
+            args.requests.stop("enough for today")
+
+    def write(self, *line: Any) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+
+def build(order: dict[str, Any]) -> HookBasedTrainer:
+    """A training that logs losses, metrics and evaluations of an average, with a schedule."""
+    folder, ranks = Path(order["folder"]), order["ranks"]
+    torch.manual_seed(3)  # of the weights
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+    ).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    schedule: LRScheduler = (
+        ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+        if order.get("plateau")
+        else OneCycleLR(optimizer, max_lr=0.05, total_steps=20)
+    )
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(order.get("seed", 5) * 100 + order["rank"])
+    generator = torch.Generator().manual_seed(5)
+    unseen = (torch.randn(n, d, generator=generator).double() for n, d in ((7, 4), (7, 1)))
+    workers = order.get("workers", 0)
+    return HookBasedTrainer(
+        Accelerator(cpu=True, gradient_accumulation_steps=order.get("accumulate", 3)),
+        model,
+        DataLoader(
+            Augmented(),
+            batch_size=order.get("batch_size", SAMPLES_PER_STEP // ranks),
+            shuffle=True,
+            num_workers=workers,
+        ),
+        NamedLosses(),
+        optimizer,
+        schedule,
+        [
+            MetricsLoggerConfig(
+                every="3 steps | 1 epoch",
+                sinks=[JsonLinesSinkConfig(path=str(folder / "metrics.jsonl"))],
+            ),
+            GradientClippingHookConfig(max_norm=0.5),
+            LossTrackerConfig(losses_key="losses"),
+            MetricTrackerConfig()(metrics={"error": MeanSquaredError()}),
+            MetricTrackerConfig()(metrics={"correlation": PearsonCorrCoef()})
+            if order.get("unjoinable")
+            else PipelineHooks(),
+            EMAConfig(power=0.75),
+            ValidationHookConfig(every="2 steps | 1 epoch", weights="EMA")(
+                dataloaders={"val": DataLoader(TensorDataset(*unseen), batch_size=2)},
+                metrics={"error": MeanSquaredError()},
+            ),
+            SaveCheckpointConfig(every="1 step", keep_last=None),
+            Watcher(folder / f"{order['name']}-{order['rank']}.jsonl", order.get("stop_after")),
+        ],
+        max_epoch=EPOCHS,
+        run_folder=folder,
+        resume_from=order.get("resume_from", "auto"),
+        data_order=DataOrder(
+            seed=order.get("data_seed", 11),
+            keyed_by=order.get("keyed_by", "sample"),
+            allow_other_batch_size=order.get("allow", False),
+        ),
+    )
+
+
+def run(order: dict[str, Any]) -> None:
+    """One start of one rank; what it has come to lies in the folder afterwards."""
+    rank, ranks = order["rank"], order["ranks"]
+    torch.set_num_threads(1)
+    if ranks > 1:
+        of_job = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        os.environ.update({name: str(value) for name, value in of_job.items()})
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{order['meeting']}", rank=rank, world_size=ranks
+        )
+    trainer = build(order)
+    trainer()
+    ended = {"weights": trainer.accelerator.unwrap_model(trainer.model).state_dict()}
+    torch.save(
+        {**ended, "progress": trainer.progress.state_dict()},
+        Path(order["folder"]) / f"{order['name']}-{rank}.pt",
+    )
+    trainer.accelerator.end_training()
