@@ -14,9 +14,9 @@ import pytest
 import killed_on_ranks
 from killed_on_ranks import STEPS
 from robo_orchard_lab.pipeline.run_state import read_run_state
-from robo_orchard_lab.testing.fork_server import ForkServer
-from robo_orchard_lab.testing.record_differences import record_differences
-from robo_orchard_lab.testing.run_record import RunRecord, read_record
+from robo_orchard_lab.testing.resume.fork_server import ForkServer
+from robo_orchard_lab.testing.resume.record_differences import record_differences
+from robo_orchard_lab.testing.resume.run_record import RunRecord, read_record
 
 
 @pytest.fixture(scope="module")

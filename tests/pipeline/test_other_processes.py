@@ -13,7 +13,7 @@ import torch
 
 import elastic_run
 from robo_orchard_lab.pipeline.sinks import read_metrics
-from robo_orchard_lab.testing.fork_server import ForkServer
+from robo_orchard_lab.testing.resume.fork_server import ForkServer
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import psutil  # type: ignore[import-untyped]  # has no types
 import pytest
 
 import forked
-from robo_orchard_lab.testing.fork_server import ForkServer
+from robo_orchard_lab.testing.resume.fork_server import ForkServer
 
 
 @pytest.fixture(scope="module")

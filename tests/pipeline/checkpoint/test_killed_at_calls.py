@@ -16,7 +16,7 @@ import torch
 import dies_at_a_call
 from dies_at_a_call import RETENTION, contents
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
-from robo_orchard_lab.testing.fork_server import ForkServer
+from robo_orchard_lab.testing.resume.fork_server import ForkServer
 
 BEGUN = [(1, 1), (2, 2)]
 """What is saved when a process begins: the step, and a mark."""

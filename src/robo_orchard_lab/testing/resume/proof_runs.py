@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from robo_orchard_lab.pipeline.run_state import read_run_state
-from robo_orchard_lab.testing.record_differences import (
+from robo_orchard_lab.testing.resume.record_differences import (
     ResumeDifference,
     attribute_hints,
     record_differences,
 )
-from robo_orchard_lab.testing.recorded_process import RecordedProcess, RunOrder, run_recorded
-from robo_orchard_lab.testing.run_record import RunRecord
+from robo_orchard_lab.testing.resume.recorded_process import RecordedProcess, RunOrder, run_recorded
+from robo_orchard_lab.testing.resume.run_record import RunRecord
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import zip_longest
 
-from robo_orchard_lab.testing.run_record import COMPLETED, Entry, Facts, RunRecord
+from robo_orchard_lab.testing.resume.run_record import COMPLETED, Entry, Facts, RunRecord
 
 
 @dataclass(frozen=True, slots=True)

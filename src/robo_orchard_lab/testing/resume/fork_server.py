@@ -22,7 +22,7 @@ from typing import Any
 _BOOT = (
     "import sys; sys.path[:] = {sys_path!r}; import importlib; "
     "[importlib.import_module(name) for name in {preload!r}]; "
-    "from robo_orchard_lab.testing.fork_server import serve; "
+    "from robo_orchard_lab.testing.resume.fork_server import serve; "
     "serve(importlib.import_module({module!r}).{function})"
 )
 

@@ -15,7 +15,7 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.events import CHANNEL_NAMES, ChannelName
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.trainer import HookBasedTrainer
-from robo_orchard_lab.testing.run_facts import (
+from robo_orchard_lab.testing.resume.run_facts import (
     attribute_facts,
     batch_facts,
     state_facts,

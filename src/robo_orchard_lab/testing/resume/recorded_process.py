@@ -12,10 +12,10 @@ from typing import Any
 
 from robo_orchard_lab.pipeline.hooks.save_checkpoint import SaveCheckpoint
 from robo_orchard_lab.pipeline.trainer import HookBasedTrainer
-from robo_orchard_lab.testing.build_source import find_function
-from robo_orchard_lab.testing.fork_server import ForkServer
 from robo_orchard_lab.testing.isolation import seed_all
-from robo_orchard_lab.testing.run_record import RunRecord, RunRecorder, read_record
+from robo_orchard_lab.testing.resume.build_source import find_function
+from robo_orchard_lab.testing.resume.fork_server import ForkServer
+from robo_orchard_lab.testing.resume.run_record import RunRecord, RunRecorder, read_record
 
 _LINES_TOLD = 25
 
