@@ -134,6 +134,19 @@ def test_an_exit_code_of_ones_own() -> None:
     assert stopped.value.code == 75
 
 
+def test_an_ignored_interrupt_stays_ignored() -> None:
+    """A job in the background of a shell is not stopped by a Ctrl-C at its terminal."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        interrupts = planted("on_batch", "before", lambda args: send(signal.SIGINT))
+        trainer = make_trainer([PreemptionConfig(), Saver(), interrupts], max_step=9)
+        trainer()
+        assert trainer.progress.global_step_id == 9
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_without_saving() -> None:
     """A run whose hooks save by themselves, or not at all, just stops."""
     trainer = make_trainer([PreemptionConfig(save_checkpoint=False), sends_at(3)], max_step=9)

@@ -53,7 +53,8 @@ class Preemption(PipelineHooks):
     ``TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1``. It always ends with 1 itself; what
     became of the run, with the exit code, is in ``run_state.json``.
 
-    The handlers are there while the loop runs, and what was there before is put back at its end.
+    The handlers are there while the loop runs, and what was there before is put back at its end. A
+    Ctrl-C that the process ignores, as what a shell has started in the background, stays ignored.
     Workers of the data loaders outlive the signals meanwhile.
 
     It costs one process a comparison in each step; several of them exchange numbers now and then
@@ -92,9 +93,10 @@ class Preemption(PipelineHooks):
         tells = accelerator is None or accelerator.is_local_main_process
         handle = self._handler(os.getpid(), tells)
         self._undo = ExitStack()
-        self._undo.enter_context(taken_by_main_process(self._signals))
+        taken = [number for number in self._signals if not _is_left_alone(number)]
+        self._undo.enter_context(taken_by_main_process(taken))
         self._protect_workers(args.dataloader)
-        for number in self._signals:
+        for number in taken:
             self._undo.callback(_restore, number, signal.getsignal(number))
             signal.signal(number, handle)
         args.run.agreement.topic(
@@ -200,6 +202,14 @@ class PreemptionConfig(PipelineHooksConfig[Preemption]):
             if name in _CAN_NOT_BE_HANDLED:
                 raise ValueError(f"{name} can't be handled; leave it out")
         return tuple(dict.fromkeys(signals))
+
+
+def _is_left_alone(number: signal.Signals) -> bool:
+    """Whether it is a Ctrl-C that is not meant for this process, as a job in a shell's background.
+
+    Its parent then has it ignored, which Python leaves so, too.
+    """
+    return number == signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN
 
 
 def _restore(number: signal.Signals, handler: Any) -> None:
