@@ -19,6 +19,7 @@ LAYERS = [
     "robo_orchard_core.utils",
     "robo_orchard_core",
     "robo_orchard_lab.pipeline.errors",
+    "robo_orchard_lab.pipeline.job_log",
     "robo_orchard_lab.pipeline.durable",
     "robo_orchard_lab.pipeline.worker_signals",
     "robo_orchard_lab.pipeline.duration",

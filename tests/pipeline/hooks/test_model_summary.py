@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 
 from robo_orchard_lab.pipeline import PipelineHookArgs
 from robo_orchard_lab.pipeline.context import PipelineRun
@@ -127,11 +127,13 @@ def test_it_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
-def test_the_main_process_alone_tells(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_main_process_alone_tells(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Other ranks log nothing."""
-    accelerator = Accelerator(cpu=True)
-    PartialState().process_index = 1
-    args = PipelineHookArgs(PipelineRun(accelerator=accelerator, model=make_model()))
+    args = PipelineHookArgs(PipelineRun(accelerator=Accelerator(cpu=True), model=make_model()))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
     with (
         caplog.at_level(logging.INFO, logger=LOGGER),
         ModelSummaryConfig()().begin("on_loop", args),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -45,10 +44,11 @@ from robo_orchard_lab.pipeline.data.share import Share
 from robo_orchard_lab.pipeline.data.streams_aside import ContinuedStreams
 from robo_orchard_lab.pipeline.data.worker_start import WorkerStart
 from robo_orchard_lab.pipeline.errors import StateError
+from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.worker_signals import workers_start
 
-logger = logging.getLogger(__name__)
+logger = job_logger(__name__)
 
 
 class MapData:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -18,9 +17,10 @@ from accelerate.data_loader import (
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
+from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.worker_signals import LeavesSignals
 
-logger = logging.getLogger(__name__)
+logger = job_logger(__name__)
 
 
 def has_index(loader: Any) -> bool:

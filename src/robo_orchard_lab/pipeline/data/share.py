@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +11,9 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 from robo_orchard_lab.pipeline.data.own_loader import has_index
 from robo_orchard_lab.pipeline.data.random_sources import samplers_of
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
+from robo_orchard_lab.pipeline.job_log import job_logger
 
-logger = logging.getLogger(__name__)
+logger = job_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +59,11 @@ def share_in(loader: Any, accelerator: Accelerator) -> Share:
             )
     batches = _batch_sampler_of(loader)
     if batches is None:
-        if accelerator.is_main_process:
-            logger.warning(
-                "each of the %d processes reads all of the data: only a DataLoader that makes the "
-                "batches can be divided among them",
-                accelerator.num_processes,
-            )
+        logger.warning(
+            "each of the %d processes reads all of the data: only a DataLoader that makes the "
+            "batches can be divided among them",
+            accelerator.num_processes,
+        )
         return Share()
     size = getattr(batches, "batch_size", None)
     if has_index(loader) and share.split and (size is None or size % share.processes != 0):

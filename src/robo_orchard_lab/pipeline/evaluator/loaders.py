@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,9 +15,10 @@ from robo_orchard_lab.pipeline.data.random_keys import numbered_seed
 from robo_orchard_lab.pipeline.data.random_sources import random_sources_of
 from robo_orchard_lab.pipeline.errors import DataError, PipelineConfigError
 from robo_orchard_lab.pipeline.evaluator.untouched import seed_random_state
+from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.worker_signals import LeavesSignals, workers_start
 
-logger = logging.getLogger(__name__)
+logger = job_logger(__name__)
 
 _END = object()
 

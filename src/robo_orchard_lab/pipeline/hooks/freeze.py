@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 from fnmatch import fnmatchcase
 
 import torch
@@ -14,10 +13,11 @@ from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
+from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.plain_model import plain_model, plain_name
 from robo_orchard_lab.pipeline.progress import TrainerLimits
 
-logger = logging.getLogger(__name__)
+logger = job_logger(__name__)
 
 # These keep gradients where no hook can drop them.
 _OWN_GRADIENTS = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Mapping
@@ -19,10 +18,11 @@ from robo_orchard_lab.pipeline.durable import remove_leftovers
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks._best_value import BestValue, Mode
+from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricValue, number_text
 from robo_orchard_lab.pipeline.requests import Requests
 
-logger = logging.getLogger(__name__)
+logger = job_logger(__name__)
 
 STATE_VERSION = 1
 _SUFFIX = ".safetensors"

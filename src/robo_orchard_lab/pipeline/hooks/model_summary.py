@@ -13,9 +13,10 @@ from torch.nn.parameter import is_lazy
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
+from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.plain_model import plain_model, plain_name
 
-logger = logging.getLogger(__name__)
+logger = job_logger(__name__)
 
 _ROOT = "(itself)"  # what belongs to no part
 
@@ -37,7 +38,7 @@ class ModelSummary(PipelineHooks):
         self.register_hook("on_loop", HookContext.from_callable(before=self._tell))
 
     def _tell(self, args: PipelineHookArgs) -> None:
-        if args.accelerator.is_main_process:
+        if logger.isEnabledFor(logging.INFO):
             logger.info("the model:\n%s", summarize(plain_model(args.run), self.cfg.depth))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -30,11 +29,12 @@ from robo_orchard_lab.pipeline.errors import (
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks._background import Background
 from robo_orchard_lab.pipeline.hooks._best_value import Mode
+from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricValue, number_text
 from robo_orchard_lab.pipeline.requests import Request
 from robo_orchard_lab.pipeline.schedule import ScheduleField
 
-logger = logging.getLogger(__name__)
+logger = job_logger(__name__)
 
 STATE_VERSION = 1
 FOLDER = "checkpoints"
@@ -223,8 +223,7 @@ class SaveCheckpoint(PipelineHooks):
     def _told(self, info: CheckpointInfo | None) -> None:
         if info is None or self._run is None:
             return
-        if self._run.accelerator.is_main_process:
-            logger.info("saved %s: %s", info.path, info.metadata.get("reason", ""))
+        logger.info("saved %s: %s", info.path, info.metadata.get("reason", ""))
         self._run.state_file.saved(info.path, info.step)
 
     def _attempt(self, save: Callable[[], Any], at_the_end: bool = False) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,12 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.durable import remove_leftovers, replace_file
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
+from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.plain_model import plain_model, plain_weights
 from robo_orchard_lab.pipeline.requests import Request, StopRequest
 from robo_orchard_lab.pipeline.schedule import Last, ScheduleField
 
-logger = logging.getLogger(__name__)
+logger = job_logger(__name__)
 
 MODEL_FOLDER = "pretrained_model"
 WEIGHTS_FILE = "model.safetensors"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import time
@@ -18,8 +17,9 @@ from robo_orchard_lab.pipeline.duration import DurationField, duration_s
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks._interruption import check_savers, interrupt
+from robo_orchard_lab.pipeline.job_log import job_logger
 
-logger = logging.getLogger(__name__)
+logger = job_logger(__name__)
 
 _EARLY_S = 0.5  # by which several ranks may stop early, so that the last exchanges are few
 _LONGEST_WAIT_S = 30.0  # an evaluation, or steps that become slow, may come in between

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from itertools import islice, repeat
@@ -10,6 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from robo_orchard_lab.pipeline.batch_size import first_length
 from robo_orchard_lab.pipeline.errors import DataError, StateError
+from robo_orchard_lab.pipeline.job_log import job_logger
 
 ItemT = TypeVar("ItemT")
 
@@ -19,7 +19,7 @@ that the window adds up are those of the mean over all of its samples."""
 
 _END = object()
 
-logger = logging.getLogger(__name__)
+logger = job_logger(__name__)
 
 
 class AccumulationWindows:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from robo_orchard_lab.pipeline.checkpoint import write_weights
 from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.errors import PipelineStateError
+from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.plain_model import plain_weights
 from robo_orchard_lab.pipeline.requests import (
     EvaluateRequest,
@@ -20,7 +20,7 @@ from robo_orchard_lab.pipeline.requests import (
     WriteRequest,
 )
 
-logger = logging.getLogger(__name__)
+logger = job_logger(__name__)
 
 OpenScope = Callable[[PipelineHookArgs, Callable[[PipelineHookArgs], Any]], Any]
 """Runs a body inside the hooks of a channel."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,10 +14,11 @@ from accelerate.utils import DistributedType, send_to_device
 from torch.optim.lr_scheduler import LRScheduler
 
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
+from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.plain_model import ddp_of
 from robo_orchard_lab.pipeline.trainer.gradient_buckets import settle_buckets
 
-logger = logging.getLogger(__name__)
+logger = job_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

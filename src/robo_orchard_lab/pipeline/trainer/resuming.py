@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 
@@ -18,8 +17,9 @@ from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE
 from robo_orchard_lab.pipeline.errors import CheckpointError, PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.hooks.save_checkpoint import FOLDER, SaveCheckpoint
+from robo_orchard_lab.pipeline.job_log import job_logger
 
-logger = logging.getLogger(__name__)
+logger = job_logger(__name__)
 
 AUTO = "auto"
 

@@ -27,6 +27,7 @@ from robo_orchard_lab.pipeline.errors import (
 )
 from robo_orchard_lab.pipeline.hook_set import HookLike, PipelineHooks, check_unique_names
 from robo_orchard_lab.pipeline.hooks.optimizer import OptimizerHook, ScheduleUnit
+from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricsBoard, UnknownMetricError
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Request, Requests
@@ -37,7 +38,7 @@ from robo_orchard_lab.pipeline.trainer.preparation import backward_of, prepare_o
 from robo_orchard_lab.pipeline.trainer.resuming import load_saved
 from robo_orchard_lab.pipeline.trainer.snapshot import RunSnapshots, ranks_of
 
-logger = logging.getLogger(__name__)
+logger = job_logger(__name__)
 
 
 class HookBasedTrainer:
@@ -313,10 +314,10 @@ class HookBasedTrainer:
                 *(left.by, left.reason),
             )
         for left in self.requests.take_alone():
-            logger.warning(
-                "%s asked for something on this rank alone after the last exchange of the ranks, "
+            logging.getLogger(__name__).warning(
+                "%s asked for something on rank %d alone, after the last exchange of the ranks, "
                 "which is not done: %s",
-                *(left.by, left.reason),
+                *(left.by, self.accelerator.process_index, left.reason),
             )
         if self._unmet is not None:  # raised here, where the run is whole and can be saved
             raise self._unmet

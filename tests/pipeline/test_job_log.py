@@ -1,0 +1,62 @@
+"""What the ranks of a job do together is logged once, whatever handlers there are."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from launching import launch
+from robo_orchard_lab.pipeline.job_log import job_logger
+
+SCRIPT = Path(__file__).parent / "log_on_ranks.py"
+
+# What is logged in two runs, of which the second one goes on with the first one, and how often.
+EVENTS = {
+    "the optimizer holds none of the model's 4 trainable parameters": 2,
+    "each of the 2 processes reads all of the data": 2,
+    "the run starts from the beginning": 1,
+    "INFO resumed from ": 1,
+    "INFO the model:": 2,
+    "has frozen all of the model's parameters": 2,
+    "s left, 120 of them for saving": 2,
+    "has drop_last=True": 2,
+    "step 5: eval/val/loss": 1,
+    "best.safetensors: eval/val/loss is": 1,
+    "step_00000005: every 5 steps": 1,
+    "step_00000008: the run ends": 1,
+    "SaveModel: wrote": 2,
+    ": it is enough, asked by": 2,
+    "stopped after": 2,
+    "asked for something after the last commit point, which is not done: too late": 2,
+    "asked for something on rank 1 alone, after the last exchange": 2,
+    "INFO nothing left to do": 2,
+}
+
+
+def test_an_event_is_one_line(tmp_path: Path) -> None:
+    """In a run with evaluations and saves that is stopped, and in one that goes on with it."""
+    told = launch(SCRIPT, tmp_path).stderr
+    lines = [line for line in told.splitlines() if line.startswith("robo_orchard_lab")]
+    assert {event: sum(event in line for line in lines) for event in EVENTS} == EVENTS
+    assert max(Counter(lines).values()) == 2  # one in each run
+
+
+@pytest.mark.parametrize(
+    ("rank", "processes", "writes"), [("0", "2", True), ("1", "2", False), ("1", "1", True)]
+)
+def test_before_the_processes_are_connected(
+    rank: str,
+    processes: str,
+    writes: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The launcher's word counts."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    with caplog.at_level(logging.INFO):
+        job_logger("job").info("it is %s", "done")
+    assert [record.getMessage() for record in caplog.records] == ["it is done"] * writes
