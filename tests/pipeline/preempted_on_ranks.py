@@ -18,6 +18,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]  # accelerate brings it
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader, Dataset
 
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, PipelineHooks
@@ -97,7 +98,8 @@ def make(folder: Path, kind: str, rank: int, **options: Any) -> HookBasedTrainer
         loader = DataLoader(Waiting(folder, rank), batch_size=4, num_workers=2, prefetch_factor=1)
     elif kind == "time":  # of which only the first rank's counts
         age_s = time.time() - psutil.Process().create_time()
-        hooks.append(TimeLimitConfig(limit="1 d" if rank else age_s + 12, margin=10))
+        limit_s = round(age_s) + 12  # alike on both ranks, which were started together
+        hooks.append(TimeLimitConfig(limit=broadcast_object_list([limit_s])[0], margin=10))
     model = torch.nn.Sequential(make_model(), torch.nn.Dropout(0.5))
     return make_trainer(hooks, loader=loader, model=model, **options)
 

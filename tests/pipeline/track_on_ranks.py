@@ -58,7 +58,11 @@ def main(folder: Path) -> None:
     file = folder / "best.safetensors"
     keep = KeepBestConfig(monitor="loss/total", mode="min", path=file)()
     if len(sys.argv) > 2:  # as if resumed: what the first rank finds in its file counts
-        keep.cfg.path = file if rank == 0 else folder / "unseen.safetensors"
+
+        @hooks.on_loop.before
+        def look_elsewhere(args: PipelineHookArgs) -> None:
+            keep.cfg.path = file if rank == 0 else folder / "unseen.safetensors"
+
         keep.load_state_dict({"version": 1, "best": {"value": 11.0, "step": 1, "since": 0}})
     trainer = HookBasedTrainer(
         accelerator,
@@ -88,7 +92,7 @@ def main(folder: Path) -> None:
         "reason": request and request.reason,
         "best": [keep.best_value, keep.best_step],
         "metadata": metadata,
-        "collectives": len(calls),
+        "collectives": len(calls) - 1,  # that at the start compares the hooks
         "saves": asked.count("KeepBest"),
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(result))

@@ -668,8 +668,10 @@ def test_two_ranks_decide_alike(accumulate: int, tmp_path: Path) -> None:
     launch(script, tmp_path, accumulate)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     for rank, found in enumerate(ranks):
-        # Each of the trainers has told all ranks the seed of its data, and nothing more.
-        assert found["calls"] == ["broadcast_object_list"] * 7
+        # Each of the trainers has compared what it is made of, told all ranks the seed of its
+        # data, and compared its hooks; nothing more.
+        at_the_start = ["all_gather_object", "broadcast_object_list", "all_gather_object"]
+        assert found["calls"] == at_the_start * 7
         assert torch.equal(found["finite_guarded"]["weights"], found["finite"]["weights"])
         assert torch.equal(found["guarded"]["weights"], found["known"]["weights"])
         assert torch.equal(found["guarded"]["weights"], ranks[0]["guarded"]["weights"])

@@ -49,7 +49,7 @@ def describe_run(run: PipelineRun, hooks: PipelineHooks) -> dict[str, Any]:
             "hooks": {hook.name: _configuration(hook) for hook in hooks.named_hooks()},
         },
         "command": shlex.join(sys.orig_argv),
-        "versions": _versions(),
+        "versions": versions(),
         "git": _git_state(),
     }
 
@@ -82,7 +82,8 @@ def _kind(value: Any) -> str:
 
 
 @cache
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python, torch and what else a run's numbers may depend on, by the package's name."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}  # with its build
     for package in _PACKAGES:
         try:

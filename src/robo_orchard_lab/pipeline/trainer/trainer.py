@@ -33,6 +33,7 @@ from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Request, Requests
 from robo_orchard_lab.pipeline.run_state import RunStateFile
 from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows
+from robo_orchard_lab.pipeline.trainer.alike import check_alike, hook_text, setup_texts
 from robo_orchard_lab.pipeline.trainer.commit import carry_out_requests
 from robo_orchard_lab.pipeline.trainer.preparation import backward_of, prepare_objects
 from robo_orchard_lab.pipeline.trainer.resuming import load_saved
@@ -98,8 +99,9 @@ class HookBasedTrainer:
             the time. Where no hook needs it, they don't.
 
     Raises:
-        PipelineConfigError: no limit, no optimizer where one is needed, or several launched
-            processes that do not know of each other.
+        PipelineConfigError: no limit, no optimizer where one is needed, several launched
+            processes that do not know of each other, or ranks that differ in what has to be alike
+            on all of them: the message shows in what, and which.
         HookRegistrationError: two hooks of one name, or something that is no hook.
         CheckpointError: ``resume_from`` can't be read or is damaged; with ``"auto"``, there are
             checkpoints, and all of them are.
@@ -153,6 +155,17 @@ class HookBasedTrainer:
         self.requests = Requests(agreement)
         self._hooks = PipelineHooks()
 
+        if accelerator.num_processes > 1:
+            given = setup_texts(
+                *(accelerator, model, optimizer, lr_scheduler, dataloader, batch_processor),
+                limits=self.limits,
+                schedule_every=schedule_every,
+                run_folder=run_folder,
+                resume_from=resume_from,
+                data_order=data_order,
+                agree_every=agree_every,
+            )
+            check_alike(accelerator, given)  # ahead of the first collective that relies on it
         prepared = prepare_objects(accelerator, model, optimizer, lr_scheduler, dataloader)
         self.model = prepared.model
         self.dataloader = dataloader
@@ -253,6 +266,7 @@ class HookBasedTrainer:
         self._snapshots.save(folder)
 
     def _resume(self, resume_from: str | os.PathLike[str]) -> None:
+        self._check_hooks_alike()
         with ranks_of(self._run) as ranks:
             snapshots = self._snapshots
             saved = load_saved(
@@ -275,6 +289,7 @@ class HookBasedTrainer:
 
         Raises:
             PipelineStateError: the trainer has failed before, or is called by one of its hooks.
+            PipelineConfigError: the ranks have unlike hooks; the message shows those of each.
             UnknownMetricError: at the end, a hook has waited for a metric that nobody published;
                 the trainer can still be saved.
             RunPreempted: at the end, where the request to stop had an exit code.
@@ -289,8 +304,13 @@ class HookBasedTrainer:
             if self._is_at_limit():
                 self._run.state_file.nothing_left()
             return
+        self._check_hooks_alike()
         with self._run.state_file.around_run(self.requests):
             self._train()
+
+    def _check_hooks_alike(self) -> None:
+        if self.accelerator.num_processes > 1:
+            check_alike(self.accelerator, {"hooks": hook_text(self.hooks)})
 
     def _train(self) -> None:
         check_unique_names(self.hooks.named_hooks())

@@ -1,0 +1,88 @@
+"""Ranks that are unlike where they have to be alike are refused at the start, with what differs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launching import launch
+
+SCRIPT = Path(__file__).parent / "alike_on_ranks.py"
+
+# By what differs on rank 1: the part that is named, and lines of the two ranks.
+PARTS = {
+    "model": ("model", "", "+3.weight: parameter (2, 2) torch.float32"),
+    "frozen": ("model", "-0.bias: parameter (8,)", "+0.bias: frozen parameter (8,)"),
+    "type": ("model", "-0.bias: parameter (8,) torch.float32", "+0.bias: parameter (8,) torch.f"),
+    "rate": ("optimizer", '"lr": 0.1', '"lr": 0.2'),
+    "optimizer": ("optimizer", "-torch.optim.sgd.SGD", "+torch.optim.adam.Adam"),
+    "order of parameters": ("optimizer", "-  2.bias", "+  2.bias"),
+    "schedule": ("schedule", '"step_size": 1', '"step_size": 2'),
+    "length": ("data", "-8 batches of 4 samples", "+6 batches of 4 samples"),
+    "sampler": ("data", "sampler.SequentialSampler", "sampler.RandomSampler"),
+    "accumulation": ("settings", "-gradient_accumulation_steps: 1", "_accumulation_steps: 2"),
+    "limit": ("settings", "max_step=4", "max_step=5"),
+    "seed": ("settings", "DataOrder(seed=1", "DataOrder(seed=2"),
+    "folder": ("settings", "-run_folder: ", "+run_folder: "),
+    "resume": ("settings", "-resume_from: None", "+resume_from: auto"),
+}
+PLANS = {
+    "hooks": ("", "+GradientClippingHook: {"),
+    "hook": ('"every": "5 steps"', '"every": "7 steps"'),
+    "order of hooks": ("+watch: ", "-watch: "),
+}
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """How each rank was refused, which is the same on all of them; and what was seen at the end."""
+    folder = tmp_path_factory.mktemp("ranks")
+    kinds = [*PARTS, *PLANS, "stream"]
+    done = launch(SCRIPT, folder, *kinds, processes=request.param, fails=True)
+    first, *others = (json.loads(file.read_text()) for file in sorted(folder.glob("rank*.json")))
+    assert len(others) == request.param - 1
+    assert all(other == first for other in others)
+    return {**first, "seen": done.stderr, "others": "ranks 0, 2" if others[1:] else "rank 0"}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_unlike_parts_are_refused_where_the_trainer_is_made(kind: str, found: Any) -> None:
+    """On every rank, within seconds, with the part's name and what it is on each of them."""
+    part, first, second = PARTS[kind]
+    place, text = found[kind]
+    assert place == "made"
+    assert text.startswith(
+        f"the ranks of this job differ in what has to be alike on all of them: the {part}.\n"
+    )
+    assert f"--- {found['others']}\n+++ rank 1\n" in text
+    assert first in text
+    assert second in text
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_unlike_hooks_are_refused_when_the_run_begins(kind: str, found: Any) -> None:
+    """With both plans in full, on every rank, and the lines in which they differ."""
+    place, text = found[kind]
+    assert place == "called"
+    assert "differ in what has to be alike on all of them: the hooks.\n" in text
+    for who in (found["others"], "rank 1"):
+        plan = text.partition(f"--- {who}:\n")[2].partition("\n---")[0]
+        assert "OptimizerHook: robo" in plan
+        assert "watch, after make.<locals>.<lambda> (alike_on_ranks.py:" in plan
+        assert "when 3 steps" in plan
+    assert all(line in text for line in PLANS[kind])
+    assert text.endswith("can look at args.accelerator.process_index")
+
+
+def test_both_ranks_end_with_it(found: Any) -> None:
+    """Where nobody catches the error, it is what is seen."""
+    assert found["seen"].count("PipelineConfigError: the ranks of this job differ") >= 2
+
+
+@pytest.mark.parametrize("kind", ["nothing", "stream"])
+def test_what_is_alike_runs(kind: str, found: Any) -> None:
+    """So do streams of unlike lengths."""
+    assert found[kind] == ["runs", ""]
