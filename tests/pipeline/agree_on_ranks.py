@@ -15,8 +15,9 @@ import torch
 from accelerate import PartialState
 
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
+from robo_orchard_lab.pipeline.agreement import Agreement
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
-from robo_orchard_lab.pipeline.errors import RunPreempted
+from robo_orchard_lab.pipeline.errors import PipelineStateError, RunPreempted
 from robo_orchard_lab.pipeline.hooks import (
     MetricsLoggerConfig,
     PreemptionConfig,
@@ -122,9 +123,26 @@ def everything(folder: Path, rank: int, agree_every: int | None) -> dict[str, An
     }
 
 
+def unlike(rank: int, processes: int, kind: str) -> str:
+    """What is said where the ranks come to an exchange at unlike steps, or about unlike topics."""
+    agreement = Agreement(rank, processes)
+    agreement.topic("a clock", find=lambda: 0, tell=print)
+    if kind == "topics" and rank == 1:
+        agreement.topic("a signal", find=lambda: 0, tell=print)
+    try:
+        agreement.settle(7 + (kind == "steps" and rank == 1))
+    except PipelineStateError as error:
+        return str(error)
+    return "agreed"
+
+
 def main(folder: Path) -> None:
-    rank = PartialState(cpu=True).process_index
-    found = {
+    state = PartialState(cpu=True)
+    rank = state.process_index
+    found: dict[str, Any] = {
+        kind: unlike(rank, state.num_processes, kind) for kind in ("nothing", "steps", "topics")
+    }
+    found |= {
         "alone": alone(folder, rank),
         "declared": everything(folder, rank, 8),
         "automatic": everything(folder, rank, None),

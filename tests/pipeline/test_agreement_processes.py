@@ -65,3 +65,11 @@ def test_all_that_has_to_agree_shares_one_exchange(kind: str, found: Any) -> Non
     assert run["fired"] == []
     assert len(run["reads"]) == len(logged)
     assert all(map(is_logging, run["reads"]))
+
+
+def test_ranks_that_went_apart_are_found(found: Any) -> None:
+    """An exchange of unlike things is no agreement; all ranks say what each has come with."""
+    assert found["nothing"] == "agreed"
+    assert "rank 0: step 7, a clock; rank 1: step 8, a clock" in found["steps"]
+    assert "rank 0: step 7, a clock; rank 1: step 7, a clock, a signal" in found["topics"]
+    assert found["steps"].endswith("on every rank, or ask with alone=True")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -111,33 +110,35 @@ class Agreement:
         Raises:
             PipelineStateError: the ranks have come here with unlike steps or topics.
         """
-        if not self._topics:
-            self.due_at = _MANY_STEPS
-            return
-        if not self.several:
-            for topic in tuple(self._topics):
-                with _named(topic):
-                    _tell(topic, topic.find())
-            return
-        if self._every is not None:
-            self.due_at = (step // self._every + 1) * self._every
-            if step % self._every:
-                return
-        began_at = time.monotonic()
         topics = tuple(self._topics)
-        found = []
-        for topic in topics:
-            with _named(topic):
-                found.append(topic.find())
+        if not topics:
+            self.due_at = _MANY_STEPS
+        elif not self.several:
+            _tell(topics, _find(topics))
+        elif self._every is None:
+            self._settle(topics, step)
+        else:
+            self.due_at = (step // self._every + 1) * self._every
+            if step % self._every == 0:
+                self._settle(topics, step)
+
+    def _settle(self, topics: tuple[_Topic, ...], step: int) -> None:
+        began_at = time.monotonic()
+        found = _find(topics)
         rows = self._exchange(step, [self._wait_steps(step, began_at), *found])
         if self._last_at is not None:
             self._costs_s = [*self._costs_s[-4:], time.monotonic() - began_at]
         self._last_step, self._last_at = step, began_at
         if self._every is None:
             self.due_at = step + min(row[0] for row in rows)
-        for topic, *numbers in zip(topics, *(row[1:] for row in rows), strict=True):
-            with _named(topic):
-                _tell(topic, max(numbers) if topic.whose == "any" else numbers[0])
+        by_topic = [*zip(*(row[1:] for row in rows), strict=True)]
+        _tell(
+            topics,
+            [
+                max(numbers) if topic.whose == "any" else numbers[0]
+                for topic, numbers in zip(topics, by_topic, strict=True)
+            ],
+        )
 
     def _exchange(self, step: int, numbers: list[int]) -> list[list[int]]:
         """The numbers of each rank."""
@@ -171,16 +172,26 @@ class Agreement:
         return int(min(max(1.0, wait_s * pace), _MANY_STEPS))
 
 
-def _tell(topic: _Topic, agreed: int) -> None:
-    if agreed:
-        topic.tell(agreed)
+def _find(topics: tuple[_Topic, ...]) -> list[int]:
+    found = []
+    for topic in topics:
+        try:
+            found.append(topic.find())
+        except Exception as error:
+            _note(error, topic)
+            raise
+    return found
 
 
-@contextmanager
-def _named(topic: _Topic) -> Iterator[None]:
-    """Have an error say what it was about."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"while the ranks agreed on {topic.name!r}")
-        raise
+def _tell(topics: tuple[_Topic, ...], agreed: list[int]) -> None:
+    for topic, number in zip(topics, agreed, strict=True):
+        if number:
+            try:
+                topic.tell(number)
+            except Exception as error:
+                _note(error, topic)
+                raise
+
+
+def _note(error: Exception, topic: _Topic) -> None:
+    error.add_note(f"while the ranks agreed on {topic.name!r}")
