@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
@@ -36,6 +37,7 @@ _IN_STEP: tuple[ChannelName, ...] = (
 _OF_FIELD = {
     "loss": "attached_loss",
     "batch_size": "batch",
+    "is_filler": "loss_divisor",
     "sample_numbers": "batch",
     "sample_indices": "batch",
 }
@@ -153,8 +155,8 @@ class PipelineHookArgs:
     at_accumulation_boundary: bool = field(default=False, metadata=_valid_in(*_IN_STEP))
     """Whether this step ends an accumulation window, so that an update is due."""
     loss_divisor: float = field(default=1.0, metadata=_valid_in(*_IN_STEP))
-    """What the loss is divided by for the backward pass: the samples of the accumulation window
-    over those of this batch."""
+    """What the loss is divided by for the backward pass: the samples of the accumulation window,
+    in the mean of all ranks, over those of this batch. Infinite for a filler."""
     model_outputs: Any = field(default=None, metadata=_valid_in(*_IN_STEP))
     """What the batch processor returned; set when the forward body is over."""
     attached_loss: torch.Tensor | None = field(default=None, metadata=_valid_in(*_IN_STEP))
@@ -191,14 +193,25 @@ class PipelineHookArgs:
     _batch_size: int | None = field(default=None, init=False)
 
     @property
+    def is_filler(self) -> bool:
+        """Whether this rank has no data left for this step, in which other ranks have some.
+
+        It then takes part with a batch that weighs nothing: ``batch_size`` is 0, there are no
+        ``sample_numbers``, the gradients are zeros, and buffers and random states are as if it had
+        not been passed through the model. ``model_outputs`` and ``loss`` are that batch's, to be
+        left out of what is measured. Every rank makes the same steps.
+        """
+        return self.loss_divisor == math.inf
+
+    @property
     def batch_size(self) -> int:
         """How many samples the batch has on this rank, counted when first asked for.
 
         The batch processor counts them where it has ``count_samples(batch)``; else it is the length
-        of the first tensor in the batch, or 1 where there is none.
+        of the first tensor in the batch, or 1 where there is none. A filler has 0.
         """
         if self._batch_size is None:
-            self._batch_size = self.run.count_samples(self.batch)
+            self._batch_size = 0 if self.is_filler else self.run.count_samples(self.batch)
         return self._batch_size
 
     @property
@@ -289,17 +302,21 @@ class PipelineHookArgs:
     def sample_numbers(self) -> Sequence[int] | None:
         """The places of the batch's samples in the order of the epoch, from 0, on this rank.
 
-        They count the samples of the whole job. Valid in the channels of a step; None where the
-        data has no numbers.
+        They count the samples of the whole job. Valid in the channels of a step; empty for a
+        filler, None where the data has no numbers.
         """
+        if self.is_filler:
+            return []
         return None if self.run.data is None else self.run.data.sample_numbers
 
     @property
     def sample_indices(self) -> Any:
         """What the batch was loaded by: the dataset's indices, in a list, on this rank.
 
-        Valid in the channels of a step; None where the data has no indices.
+        Valid in the channels of a step; empty for a filler, None where the data has no indices.
         """
+        if self.is_filler:
+            return []
         return None if self.run.data is None else self.run.data.sample_indices
 
     @property

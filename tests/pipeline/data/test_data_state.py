@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, WeightedRandomSampler
 
-from loaded_data import Drawing, Indices, data_of, epochs, resumed, same, streams
+from loaded_data import Drawing, Indices, data_of, epochs, own_sizes, resumed, same, streams
 from robo_orchard_lab.pipeline.data import DataOrder
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.progress import TrainerProgress
@@ -89,7 +89,7 @@ def test_another_batch_size_goes_on_with_the_next_sample(
     assert f"where {place}" in caplog.text
     assert same(torch.cat([batch[1] for batch in rest] or [whole[26:]]), whole[done:])
     assert data.steps_per_epoch == steps + len(rest)
-    assert list(data.batch_sizes(steps) or []) == [len(batch[0]) for batch in rest]
+    assert own_sizes(data, steps) == [len(batch[0]) for batch in rest]
 
 
 def test_between_epochs_the_batch_size_may_change() -> None:

@@ -1,11 +1,11 @@
-"""Several processes get the batches that Accelerate's ``BatchSamplerShard`` gives them."""
+"""Several processes share a step's samples as evenly as can be, and repeat none."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
-from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
@@ -34,23 +34,44 @@ class OwnBatches(Sampler[list[int]]):
         return iter(self.batches)
 
 
-def passed_over(batch_sampler: Any, length: int, share: Share) -> tuple[list[Any], list[Any]]:
-    """The batches of an epoch, and the numbers of their samples."""
-    loader = DataLoader(Indices(length), batch_sampler=batch_sampler)
+def passed_over(
+    loader: DataLoader[Any], share: Share, seed: int = 0
+) -> list[tuple[list[int], float]]:
+    """Of each step of an epoch: what is this rank's own, and how many samples the job has."""
     progress = TrainerProgress()
     data = MapData(loader, DataOrder(), Share(1, share.rank), progress)
     data._share = share  # else the processes would have to be there
     steps = data.steps_per_epoch
-    batches, numbers = [], []
-    for batch in data.epoch(0, 0, 0):
-        batches.append(batch.tolist())
-        made_of = data.batch_indices()
+    result = []
+    batches = data.epoch(seed, 0, 0)
+    ahead = data.sizes(0, ahead=True)
+    told = None if share.processes == 1 else data.sizes(0, ahead=False)
+    for batch in batches:
+        made_of = data.batch_indices(progress.step_id)
         assert made_of is not None
-        numbers.append(list(made_of.numbers))
-        assert next(data.sizes(progress.step_id) or iter([len(batch)])) == len(batch)
+        loaded = [batch] if isinstance(batch, int) else batch.tolist()
+        assert loaded  # also a filler is a batch of samples
+        own = [] if made_of.is_filler else loaded
+        job = len(own) if told is None else next(told).job
+        if made_of.sizes is not None:
+            assert made_of.sizes == (len(own), job)
+        if ahead is not None:
+            assert next(ahead) == (len(own), job)
+        result.append((own, job))
         progress.finish_step()
-    assert steps == len(batches)
-    return batches, numbers
+    assert steps == len(result)
+    assert ahead is None or next(ahead, None) is None
+    return result
+
+
+def together(loader_of: Any, processes: int, split: bool = False) -> list[list[list[int]]]:
+    """Of each step, what is each rank's own; checked to be alike in number for all."""
+    ranks = [passed_over(loader_of(), Share(processes, rank, split)) for rank in range(processes)]
+    assert len({len(rank) for rank in ranks}) == 1
+    steps = [list(step) for step in zip(*ranks, strict=True)]
+    for step in steps:
+        assert {job for _, job in step} == {sum(len(own) for own, _ in step)}
+    return [[own for own, _ in step] for step in steps]
 
 
 @settings(max_examples=200, deadline=None)
@@ -58,52 +79,61 @@ def passed_over(batch_sampler: Any, length: int, share: Share) -> tuple[list[Any
     length=st.integers(1, 40),
     batch_size=st.integers(1, 6),
     processes=st.integers(2, 4),
-    own=st.booleans(),
+    sampler=st.sampled_from([SequentialSampler, OwnSampler, RandomSampler]),
     split=st.booleans(),
     drop_last=st.booleans(),
-    even=st.booleans(),
 )
-def test_the_batches_are_those_of_accelerate(
-    length: int,
-    batch_size: int,
-    processes: int,
-    own: bool,
-    split: bool,
-    drop_last: bool,
-    even: bool,
+def test_steps_are_those_of_one_process(
+    length: int, batch_size: int, processes: int, sampler: Any, split: bool, drop_last: bool
 ) -> None:
-    """Each rank's, whole or split, evened out or not, of torch's sampler or one's own."""
-    if split:
-        batch_size *= processes
-    sampler = (OwnSampler if own else SequentialSampler)(range(length))
-    given: dict[int, int] = {}
-    for rank in range(processes):
-        batches, numbers = passed_over(
-            BatchSampler(sampler, batch_size, drop_last),
-            length,
-            Share(processes, rank, even, split),
-        )
-        expected = BatchSamplerShard(
-            BatchSampler(range(length), batch_size, drop_last), processes, rank, split, even
-        )
-        assert batches == numbers == list(expected)
-        for number in (number for batch in numbers for number in batch):
-            given[number] = given.get(number, 0) + 1
-    if not drop_last:
-        assert sorted(given) == list(range(length))
+    """A step's samples, joined, are the batch of one process; each rank has as many or one less."""
+    per_step = batch_size * processes
+
+    def loader(size: int) -> DataLoader[Any]:
+        batches = BatchSampler(sampler(range(length)), size, drop_last)
+        return DataLoader(Indices(length), batch_sampler=batches)
+
+    alone = [own for own, _ in passed_over(loader(per_step), Share())]
+    steps = together(lambda: loader(per_step if split else batch_size), processes, split)
+    assert [list(chain(*step)) for step in steps] == alone
+    for step in steps:
+        sizes = [len(own) for own in step]
+        assert sizes == sorted(sizes, reverse=True)
+        assert sizes[0] - sizes[-1] <= 1
 
 
 @settings(max_examples=50, deadline=None)
-@given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=9), processes=st.integers(2, 3))
-def test_batches_of_any_size_are_dealt_out(sizes: list[int], processes: int) -> None:
-    """A batch sampler without a batch size: whole batches, the first again where some lack."""
+@given(
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=9),
+    processes=st.integers(2, 3),
+    split=st.booleans(),
+)
+def test_batches_of_any_size_are_dealt_out(sizes: list[int], processes: int, split: bool) -> None:
+    """Those of a batch sampler of one's own go whole to the ranks in turn, or each is cut."""
     batches, begin = [], 0
     for size in sizes:
         batches.append(list(range(begin, begin + size)))
         begin += size
-    for rank in range(processes):
-        found, numbers = passed_over(OwnBatches(batches), begin, Share(processes, rank))
-        assert found == numbers == list(BatchSamplerShard(OwnBatches(batches), processes, rank))
+    steps = together(
+        lambda: DataLoader(Indices(begin), batch_sampler=OwnBatches(batches)), processes, split
+    )
+    if split:
+        assert [list(chain(*step)) for step in steps] == batches
+        assert all(len(step[0]) - len(step[-1]) <= 1 for step in steps)
+    else:
+        assert [own for step in steps for own in step if own] == batches
+
+
+@settings(max_examples=50, deadline=None)
+@given(length=st.integers(1, 9), processes=st.integers(2, 4), own=st.booleans())
+def test_whole_batches_of_a_dataset_are_dealt_out(length: int, processes: int, own: bool) -> None:
+    """Where a dataset makes a batch of each index, the ranks take the indices in turn."""
+    sampler = (OwnSampler if own else SequentialSampler)(range(length))
+    steps = together(
+        lambda: DataLoader(Indices(length), batch_size=None, sampler=sampler), processes
+    )
+    assert [index for step in steps for own in step for index in own] == list(range(length))
+    assert all(len(own) == 1 for step in steps[:-1] for own in step)
 
 
 @settings(max_examples=60, deadline=None)
@@ -128,9 +158,11 @@ def test_another_number_of_processes_sees_the_same_order(
     joined: list[list[int]] = [[] for _ in batches[progress.step_id :]]
     for rank in range(processes):
         data = MapData(loader(8 // processes), DataOrder(), Share(), progress)
-        data._share = Share(processes, rank, even=False)
+        data._share = Share(processes, rank)
         data.check(state, {}, within_epoch=progress.step_id > 0)
         data.load(state, {})
         for step, batch in enumerate(data.epoch(1, 0, progress.step_id)):
-            joined[step] += batch.tolist()
+            made_of = data.batch_indices(progress.step_id + step)
+            if made_of is not None and not made_of.is_filler:
+                joined[step] += batch.tolist()
     assert joined == batches[progress.step_id :]

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import count
+from itertools import accumulate, count, islice
 from typing import Any, NamedTuple, Protocol
 
-from accelerate.data_loader import BatchSamplerShard
-
 from robo_orchard_lab.pipeline.batch_size import count_batches
-from robo_orchard_lab.pipeline.data.division import Division
+from robo_orchard_lab.pipeline.data.division import Division, StepSizes, even_share
 from robo_orchard_lab.pipeline.data.index_order import IndexOrder
 from robo_orchard_lab.pipeline.data.streams_aside import ContinuedStreams
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 
 
 class BatchIndices(NamedTuple):
-    """What one process's batch of a step is made of."""
+    """What one process's batch of a step is loaded from."""
 
     batch_id: int
     """Among those of all processes in the epoch, from 0."""
@@ -25,6 +23,14 @@ class BatchIndices(NamedTuple):
     """Of its samples in the order of the epoch, from 0."""
     indices: Any
     """Of its samples in the dataset."""
+    sizes: StepSizes | None = None
+    """Of the step, where they come with the batch. A batch that is no part of the process's share,
+    which is 0 then, is a filler."""
+
+    @property
+    def is_filler(self) -> bool:
+        """Whether the process has no share in the step; what it loads is another's."""
+        return self.sizes is not None and self.sizes.own == 0
 
 
 class EpochBatches(Protocol):
@@ -39,8 +45,11 @@ class EpochBatches(Protocol):
         """How many samples of the whole job are done when a step begins; None: not known."""
         ...
 
-    def sizes(self, step_id: int) -> Iterator[int] | None:
-        """How many samples each batch has from a step on; None where that is not known ahead."""
+    def sizes(self, step_id: int, ahead: bool) -> Iterator[StepSizes] | None:
+        """How many samples the steps have from one on; None where that is not known.
+
+        ``ahead``, or of each step when its batch was given.
+        """
         ...
 
     def from_step(self, step_id: int) -> Iterator[BatchIndices]:
@@ -82,7 +91,7 @@ class IndexedBatches:
     def samples_before(self, step_id: int) -> int:
         return min(self._start_of(step_id), len(self._order))
 
-    def sizes(self, step_id: int) -> Iterator[int]:
+    def sizes(self, step_id: int, ahead: bool) -> Iterator[StepSizes]:
         rest = len(self._order) - self._first_sample
         return self._division.sizes(rest, step_id - self._first_step)
 
@@ -91,12 +100,13 @@ class IndexedBatches:
         division, order, samples = self._division, self._order, len(self._order)
         size, stride = division.batch_size, division.samples_per_step
         begin = self._start_of(step_id) + division.rank * size
+        last_full = samples - stride + division.rank * size
         for batch_id in range(
             step_id * division.processes + division.rank,
             self.steps * division.processes,
             division.processes,
         ):
-            if begin + size <= samples and self._batched:
+            if begin <= last_full and self._batched:
                 indices = order.indices_between(begin, begin + size)
                 yield BatchIndices(batch_id, range(begin, begin + size), indices)
             else:
@@ -107,13 +117,14 @@ class IndexedBatches:
         return self._batch(step_id) if step_id < self.steps else None
 
     def _batch(self, step_id: int) -> BatchIndices:
-        numbers = self._numbers(step_id)
+        division, samples, start = self._division, len(self._order), self._start_of(step_id)
+        numbers = division.numbers(samples, start)
+        sizes = StepSizes(len(numbers), min(samples - start, division.samples_per_step))
+        if not numbers:
+            numbers = range(start, start + 1)
         indices = self._order.indices(numbers)
-        batch_id = step_id * self._division.processes + self._division.rank
-        return BatchIndices(batch_id, numbers, indices if self._batched else indices[0])
-
-    def _numbers(self, step_id: int) -> Sequence[int]:
-        return self._division.numbers(len(self._order), self._start_of(step_id))
+        batch_id = step_id * division.processes + division.rank
+        return BatchIndices(batch_id, numbers, indices if self._batched else indices[0], sizes)
 
     def _start_of(self, step_id: int) -> int:
         return self._first_sample + (step_id - self._first_step) * self._division.samples_per_step
@@ -122,15 +133,21 @@ class IndexedBatches:
 class IteratedBatches:
     """Batches of a sampler that is iterated, with random streams of its own.
 
+    Those of torch's ``BatchSampler``, as many as there are processes, are put together to a step,
+    of which each process has its even share; so are those that are to be split. Others are dealt
+    out as they are. A process that has no share in the last step loads what another one has.
+
     Args:
         batches: a batch sampler, or a sampler whose items each give a whole batch.
-        division: the processes among which the batches are dealt out, and how many samples a
+        division: the processes among which the batches are divided, and how many samples a
             batch has where that is known.
         samples: how many samples there are where that is known, and they are divided as
             ``division`` says.
         streams: what the sampler draws from.
         batched: whether a batch is made of a list of indices; else of one.
-        split: whether each batch is cut into one for each process.
+        joined: whether a step is one list of indices, of which each process has a part; else each
+            process has a batch of its own.
+        split: whether a step is made of one batch; else of one for each process.
         progress: what the run has done.
     """
 
@@ -141,25 +158,31 @@ class IteratedBatches:
         samples: int | None,
         streams: ContinuedStreams,
         progress: TrainerProgress,
+        *,
         batched: bool = True,
+        joined: bool = False,
         split: bool = False,
     ) -> None:
+        self._batches = batches
         self._division = division
         self._samples = samples
         self._streams = streams
         self._progress = progress
         self._batched = batched
+        self._joined = joined or split
+        self._drops_last = division.drop_last and joined and not split
+        self._batches_per_step = 1 if split else division.processes
         self._given: deque[tuple[int, BatchIndices]] = deque()
-        if division.processes > 1:
-            batches = BatchSamplerShard(
-                _Numbered(batches),
-                division.processes,
-                division.rank,
-                split_batches=split,
-                even_batches=division.even,
-            )
-        self._batches = batches
-        self.steps = count_batches(batches)
+        self.steps = self._count_steps()
+
+    def _count_steps(self) -> int | None:
+        if self._samples is not None:
+            return self._division.steps(self._samples)
+        batches = count_batches(self._batches)
+        if batches is None:
+            return None
+        full, rest = divmod(batches, self._batches_per_step)
+        return full + 1 if rest and not self._drops_last else full
 
     def samples_before(self, step_id: int) -> int | None:
         """How many samples of the whole job are done when a step begins; None: not known."""
@@ -167,8 +190,16 @@ class IteratedBatches:
             return None
         return min(step_id * self._division.samples_per_step, self._samples)
 
-    def sizes(self, step_id: int) -> Iterator[int] | None:
+    def sizes(self, step_id: int, ahead: bool) -> Iterator[StepSizes] | None:
+        if not ahead and self._division.processes > 1:
+            return map(self._given_sizes, count(step_id))
         return None if self._samples is None else self._division.sizes(self._samples, step_id)
+
+    def _given_sizes(self, step_id: int) -> StepSizes:
+        batch = self.at_step(step_id)
+        assert batch is not None  # since it was given
+        assert batch.sizes is not None
+        return batch.sizes
 
     def from_step(self, step_id: int) -> Iterator[BatchIndices]:
         """The batches from a step on; the indices of those before are passed over."""
@@ -181,8 +212,11 @@ class IteratedBatches:
         return self._under_streams(numbered, step_id)
 
     def at_step(self, step_id: int) -> BatchIndices | None:
-        self._forget_before(step_id)
-        return self._given[0][1] if self._given and self._given[0][0] == step_id else None
+        self._forget_before(self._progress.step_id)
+        for step, batch in self._given:
+            if step == step_id:
+                return batch
+        return None
 
     def _forget_before(self, step_id: int) -> None:
         while self._given and self._given[0][0] < step_id:
@@ -201,31 +235,41 @@ class IteratedBatches:
             yield batch
 
     def _numbered(self) -> Iterator[BatchIndices]:
-        processes, rank = self._division.processes, self._division.rank
+        if self._division.processes > 1:
+            yield from self._shares()
+            return
         begin = 0
         for step, batch in enumerate(self._batches):
-            if processes > 1:
-                numbers, indices = map(list, zip(*batch, strict=True))
-                yield BatchIndices(step * processes + rank, numbers, indices)
+            size = len(batch) if self._batched else 1
+            yield BatchIndices(step, range(begin, begin + size), batch)
+            begin += size
+
+    def _shares(self) -> Iterator[BatchIndices]:
+        """This process's of each step, where there are several."""
+        processes, rank = self._division.processes, self._division.rank
+        batches, begin = iter(self._batches), 0
+        for step in count():
+            in_step = [self._listed(batch) for batch in islice(batches, self._batches_per_step)]
+            indices = [index for batch in in_step for index in batch]
+            total = len(indices)
+            if not in_step or (self._drops_last and total < self._division.samples_per_step):
+                return
+            if self._joined:
+                own = even_share(total, processes, rank)
+                filler = range(1)
             else:
-                size = len(batch) if self._batched else 1
-                yield BatchIndices(step, range(begin, begin + size), batch)
-                begin += size
+                ends = [0, *accumulate(map(len, in_step))]
+                own = range(*ends[rank : rank + 2]) if rank < len(in_step) else range(0)
+                filler = range(ends[1])
+            loaded = own or filler
+            picked = indices[loaded.start : loaded.stop]
+            yield BatchIndices(
+                step * processes + rank,
+                range(begin + loaded.start, begin + loaded.stop),
+                picked if self._batched else picked[0],
+                StepSizes(len(own), total),
+            )
+            begin += total
 
-
-class _Numbered:
-    """A batch sampler's batches, as lists of (number, index)."""
-
-    def __init__(self, batches: Any) -> None:
-        self._batches = batches
-        for name in ("batch_size", "drop_last"):
-            if hasattr(batches, name):
-                setattr(self, name, getattr(batches, name))
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[list[tuple[int, Any]]]:
-        numbers = count()
-        for batch in self._batches:
-            yield [(next(numbers), index) for index in batch]
+    def _listed(self, batch: Any) -> list[Any]:
+        return list(batch) if self._batched else [batch]

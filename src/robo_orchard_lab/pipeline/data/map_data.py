@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from robo_orchard_lab.pipeline.batch_size import count_batches
 from robo_orchard_lab.pipeline.data.announcing import announce_epoch
-from robo_orchard_lab.pipeline.data.division import Division
+from robo_orchard_lab.pipeline.data.division import Division, StepSizes
 from robo_orchard_lab.pipeline.data.epoch_batches import (
     BatchIndices,
     EpochBatches,
@@ -123,13 +123,13 @@ class MapData:
             return batches
         return self._iterated(0).steps
 
-    def sizes(self, step_id: int) -> Iterator[int] | None:
-        """How many samples this process's batches have from a step on, of the epoch begun."""
-        return None if self._batches is None else self._batches.sizes(step_id)
+    def sizes(self, step_id: int, ahead: bool) -> Iterator[StepSizes] | None:
+        """How many samples the steps have from one on, of the epoch begun."""
+        return None if self._batches is None else self._batches.sizes(step_id, ahead)
 
-    def batch_indices(self) -> BatchIndices | None:
-        """What the batch of the step that the run is in is made of; None where there is none."""
-        return None if self._batches is None else self._batches.at_step(self._progress.step_id)
+    def batch_indices(self, step_id: int) -> BatchIndices | None:
+        """What the batch of a step is made of; None where there is none."""
+        return None if self._batches is None else self._batches.at_step(step_id)
 
     def state(self) -> Mapping[str, Any]:
         """What the rest of the epoch follows from, beside the seed."""
@@ -225,9 +225,9 @@ class MapData:
     def _division(self) -> Division:
         share, batches = self._share, self._made_of
         if type(batches) is not BatchSampler:
-            return Division(1, processes=share.processes, rank=share.rank, even=share.even)
+            return Division(1, processes=share.processes, rank=share.rank)
         size = batches.batch_size // share.processes if share.split else batches.batch_size
-        return Division(size, batches.drop_last, share.processes, share.rank, share.even)
+        return Division(size, batches.drop_last, share.processes, share.rank)
 
     def _epoch_batches(
         self, seed: int, epoch_id: int, loaded: Mapping[str, Any] | None
@@ -266,6 +266,7 @@ class MapData:
             ContinuedStreams(key),
             self._progress,
             batched=self._batched or self._listed,
+            joined=self._listed,
             split=self._share.split,
         )
 
@@ -279,7 +280,7 @@ class MapData:
         if self._order.keyed_by == "batch":
             return (
                 Task(epoch_id, batch_id, indices, numbered_seed(key, batch_id), None)
-                for batch_id, _, indices in given
+                for batch_id, _, indices, _ in given
             )
         collating = epoch_key(seed, epoch_id, Purpose.COLLATING)
         return (
@@ -290,7 +291,7 @@ class MapData:
                 numbered_seed(collating, numbers[0]),
                 [numbered_seed(key, number) for number in numbers],
             )
-            for batch_id, numbers, indices in given
+            for batch_id, numbers, indices, _ in given
         )
 
     def _rebuilt(self) -> DataLoader[Any]:

@@ -23,8 +23,6 @@ class Share:
     processes: int = 1
     """Among which the batches are dealt out."""
     rank: int = 0
-    even: bool = True
-    """Whether each has as many batches, all of them full, by repeating the first samples."""
     split: bool = False
     """Whether each batch is cut into one for each process; else whole ones are dealt out."""
 
@@ -38,7 +36,7 @@ def share_of(accelerator: Accelerator) -> Share:
         rank //= size.get("tp", 1) * size.get("cp", 1)
         processes = size.get("dp_shard", 1) * size.get("dp_replicate", 1)
     config = accelerator.dataloader_config
-    return Share(processes, rank, config.even_batches, config.split_batches)
+    return Share(processes, rank, config.split_batches)
 
 
 def share_in(loader: Any, accelerator: Accelerator) -> Share:
@@ -58,7 +56,7 @@ def share_in(loader: Any, accelerator: Accelerator) -> Share:
                 "loader that one process would have: it is divided here"
             )
     batches = _batch_sampler_of(loader)
-    if batches is None:
+    if batches is None and not has_index(loader):
         logger.warning(
             "each of the %d processes reads all of the data: only a DataLoader that makes the "
             "batches can be divided among them",

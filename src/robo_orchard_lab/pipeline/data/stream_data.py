@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from robo_orchard_lab.pipeline.batch_size import count_batches, count_samples
 from robo_orchard_lab.pipeline.data.announcing import announce_epoch
+from robo_orchard_lab.pipeline.data.division import StepSizes
 from robo_orchard_lab.pipeline.data.epoch_batches import BatchIndices
 from robo_orchard_lab.pipeline.data.order import DataOrder
 from robo_orchard_lab.pipeline.data.own_loader import copy_of
@@ -120,13 +121,12 @@ class StreamData:
         """Of this process; None where it is not known."""
         return count_batches(self._user)
 
-    def sizes(self, step_id: int) -> Iterator[int] | None:
+    def sizes(self, step_id: int, ahead: bool) -> Iterator[StepSizes] | None:
         """Not known: only loading the batches tells."""
         return None
 
-    def batch_indices(self) -> BatchIndices | None:
+    def batch_indices(self, step_id: int) -> BatchIndices | None:
         """The numbers of the samples in the batch of the step that the run is in."""
-        step_id = self._progress.step_id
         self._forget_before(step_id)
         if self._share.processes > 1 or not self._given or self._given[0][0] != step_id:
             return None

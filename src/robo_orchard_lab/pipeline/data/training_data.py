@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 
+from robo_orchard_lab.pipeline.data.division import StepSizes
 from robo_orchard_lab.pipeline.data.map_data import MapData
 from robo_orchard_lab.pipeline.data.order import DataOrder
 from robo_orchard_lab.pipeline.data.own_loader import has_index, own_loader
@@ -40,8 +41,12 @@ class TrainingData:
     (seed, epoch, batch), or by sample, the same in workers and in this process; what the process
     itself draws is as if loading drew nothing.
 
-    With several processes, each gets the batches that Accelerate would give it. A loader of data
-    with an index gives them on the CPU, also where Accelerate has prepared it.
+    With several processes, a step of data with an index has the samples that one process with a
+    batch that many times as large would have; each process has the next part of them, as even as
+    can be, and none is repeated, whatever ``even_batches`` says. A process that has no part in the
+    last step is given another's sample: a filler. The batches of a batch sampler of one's own are
+    dealt out whole. A loader of data with an index gives batches on the CPU, also where Accelerate
+    has prepared it.
 
     Args:
         dataloader: the user's.
@@ -67,6 +72,8 @@ class TrainingData:
         """What the order follows from: that of ``order``, of torch, or of the run resumed."""
         loader = own_loader(dataloader, accelerator)
         share = share_in(loader, accelerator)
+        self.processes = share.processes
+        """Among how many the batches are divided; 1 where each process reads its own."""
         self._source: MapData | StreamData
         if isinstance(loader, DataLoader) and has_index(loader):
             self._source = MapData(loader, order, share, progress)
@@ -91,32 +98,41 @@ class TrainingData:
             raise TypeError("the training data has no length: its sampler or dataset has none")
         return steps
 
-    def batch_sizes(self, step_id: int) -> Iterator[int] | None:
-        """How many samples this process's batches have, from a step of the begun epoch on.
+    def step_sizes(self, step_id: int, *, ahead: bool) -> Iterator[StepSizes] | None:
+        """How many samples the steps have, from one of the begun epoch on.
 
-        None where only loading them tells.
+        Args:
+            step_id: the first one.
+            ahead: whether that of a step is asked for before its batch was given.
+
+        Returns:
+            None where only looking into the batches tells.
         """
-        return self._source.sizes(step_id)
+        return self._source.sizes(step_id, ahead)
 
     @property
     def sample_numbers(self) -> Sequence[int] | None:
         """Of the samples in the batch of the current step: their places in the epoch's order.
 
-        They count from 0 the samples of the whole job in the epoch. A sample that completes the
-        last batches of several processes has the number of what it repeats. None where samples
-        have no numbers.
+        They count from 0 the samples of the whole job in the epoch. Empty for a filler; None where
+        samples have no numbers.
         """
-        batch = self._source.batch_indices()
-        return None if batch is None else batch.numbers
+        batch = self._source.batch_indices(self._progress.step_id)
+        if batch is None:
+            return None
+        return [] if batch.is_filler else batch.numbers
 
     @property
     def sample_indices(self) -> Any:
         """What the batch of the current step was loaded by: a list of the dataset's indices.
 
-        One index where the dataset makes whole batches; None where there are no indices.
+        One index where the dataset makes whole batches; empty for a filler; None where there are
+        no indices.
         """
-        batch = self._source.batch_indices()
-        return None if batch is None else batch.indices
+        batch = self._source.batch_indices(self._progress.step_id)
+        if batch is None:
+            return None
+        return [] if batch.is_filler else batch.indices
 
     def state_dict(self) -> dict[str, Any]:
         """Where the whole job is in its data; of plain values and tensors, alike on all ranks."""

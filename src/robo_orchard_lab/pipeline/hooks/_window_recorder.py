@@ -93,7 +93,7 @@ class WindowRecorder:
             buffers: the model's, as they were before it; None where its weights are no more.
         """
         accelerator, steps = args.accelerator, update.steps
-        name = f"step_{steps[-1].global_step_id:08d}"
+        name = f"step_{update.progress.global_step_id:08d}"
         folder = self._folder / rank_folder(name, accelerator.process_index)
         try:
             if folder.exists():

@@ -73,12 +73,12 @@ class LossTracker(PipelineHooks):
     def _add_total(self, args: PipelineHookArgs) -> None:
         """On the step path."""
         loss = args.attached_loss
-        if loss is not None and args.exception is None:
+        if loss is not None and args.exception is None and not args.is_filler:
             self._total.add(loss.data, args.batch_size)  # half the time of detach()
 
     def _add_named(self, args: PipelineHookArgs) -> None:
         """On the step path."""
-        if args.exception is not None:
+        if args.exception is not None or args.is_filler:
             return
         cfg, weight = self.cfg, args.batch_size
         assert cfg.losses_key is not None  # else this is not registered

@@ -169,13 +169,16 @@ class _MeanLoss:
         self._count = 0
 
     def add(self, args: PipelineHookArgs) -> None:
-        if args.loss is not None:
+        if args.loss is not None and not args.is_filler:
             loss = args.loss.double() if args.loss.device.type != "mps" else args.loss
             self._sum = loss if self._sum is None else self._sum + loss
             self._count += 1
 
     def take(self) -> torch.Tensor:
-        assert self._sum is not None  # an epoch that was completed has had a batch
+        if self._sum is None:  # of a rank that had no data
+            device = self._accelerator.device
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self._sum = torch.zeros((), dtype=dtype, device=device)
         total = torch.stack([self._sum, torch.full_like(self._sum, self._count)])
         self._sum, self._count = None, 0
         if self._accelerator.num_processes > 1:

@@ -35,6 +35,7 @@ from robo_orchard_lab.pipeline.run_state import RunStateFile
 from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows
 from robo_orchard_lab.pipeline.trainer.alike import check_alike, hook_text, setup_texts
 from robo_orchard_lab.pipeline.trainer.commit import carry_out_requests
+from robo_orchard_lab.pipeline.trainer.filler import as_if_not_passed
 from robo_orchard_lab.pipeline.trainer.preparation import backward_of, prepare_objects
 from robo_orchard_lab.pipeline.trainer.resuming import load_saved
 from robo_orchard_lab.pipeline.trainer.snapshot import RunSnapshots, ranks_of
@@ -206,6 +207,7 @@ class HookBasedTrainer:
         self._windows = AccumulationWindows(
             accelerator.gradient_accumulation_steps,
             getattr(batch_processor, "count_samples", None),
+            self._data.processes,
         )
         self._snapshots = RunSnapshots(self._run, self.hooks, self._data, self._windows)
         self._run.take_snapshot = self._snapshots.take
@@ -224,6 +226,8 @@ class HookBasedTrainer:
         self._on_batch = channel("on_batch").run
         self._on_model_forward = channel("on_model_forward").run
         self._on_model_backward = channel("on_model_backward").run
+        several = accelerator.num_processes > 1
+        self._in_step = self._step_or_filler if several else self._step
         self._carry_out = partial(carry_out_requests, self._run, channel("on_evaluation").run)
 
         if resume_from is not None:
@@ -396,7 +400,7 @@ class HookBasedTrainer:
         # Kept by no name here: an error that is kept would keep the loader's workers with it.
         for batch, ends_window, divisor in self._windows.micro_batches(
             self._data.epoch(progress.epoch_id, done),
-            self._data.batch_sizes,
+            self._data.step_sizes,
             done,
             limit=None if limit == length else limit,
         ):
@@ -405,7 +409,7 @@ class HookBasedTrainer:
             if self._place is not None:
                 batch = self._place(batch)
             progress.in_step = True
-            step(PipelineHookArgs(self._run, batch, ends_window, divisor), self._step)
+            step(PipelineHookArgs(self._run, batch, ends_window, divisor), self._in_step)
             progress.finish_step()
             if agreement is not None and progress.global_step_id >= agreement.due_at:
                 agreement.settle(progress.global_step_id)  # a collective, with several processes
@@ -441,6 +445,14 @@ class HookBasedTrainer:
         else:
             with self.accelerator.no_sync(self.model):
                 self._on_step(args, body)
+
+    def _step_or_filler(self, args: PipelineHookArgs) -> None:
+        """``_step`` where there are several ranks, of which one may have no data left."""
+        if not args.is_filler:
+            self._step(args)
+        else:
+            with as_if_not_passed(self.model):
+                self._step(args)
 
     def _step(self, args: PipelineHookArgs) -> None:
         self._on_batch(args, self._batch)

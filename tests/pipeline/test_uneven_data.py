@@ -1,0 +1,64 @@
+"""Several processes train like one, also on data that does not divide evenly among them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launching import launch
+from uneven_on_ranks import TRAININGS
+
+SCRIPT = Path(__file__).parent / "uneven_on_ranks.py"
+
+Results = dict[int, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What each rank found, by the number of processes."""
+    found: Results = {}
+    for processes in (1, 2, 3):
+        folder = tmp_path_factory.mktemp(f"{processes}_processes")
+        launch(SCRIPT, folder, processes=processes)
+        files = [folder / f"rank{rank}.pt" for rank in range(processes)]
+        found[processes] = [torch.load(file, weights_only=False) for file in files]
+    return found
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_train_like_one(processes: int, name: str, results: Results) -> None:
+    """The same samples in each step, none twice; the same counters, weights and mean losses."""
+    (alone,) = (rank[name][0] for rank in results[1])
+    ranks = [rank[name][0] for rank in results[processes]]
+    for rank in ranks:
+        assert len(rank["steps"]) == len(alone["steps"]) > 0
+        assert rank["progress"] == alone["progress"]
+        torch.testing.assert_close(rank["weights"], alone["weights"], rtol=1e-9, atol=1e-12)
+        assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-9)
+    for expected, *found in zip(alone["steps"], *(rank["steps"] for rank in ranks), strict=True):
+        for part in ("numbers", "indices"):
+            assert [n for step in found for n in step[part]] == expected[part]
+        assert sum(step["size"] for step in found) == expected["size"]
+        assert all(step["filler"] == (step["size"] == 0) for step in found)
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_two_runs_are_alike_bit_for_bit(name: str, results: Results) -> None:
+    """On every rank, and the ranks among themselves."""
+    for ranks in results.values():
+        first = ranks[0][name][0]["weights"]
+        for rank in ranks:
+            assert all(torch.equal(run["weights"], first) for run in rank[name])
+
+
+def test_a_rank_without_data_has_a_filler(results: Results) -> None:
+    """Only there, and it has no samples."""
+    steps = [rank["fewer samples than ranks"][0]["steps"][0] for rank in results[3]]
+    assert [step["filler"] for step in steps] == [False, True, True]
+    assert [step["numbers"] for step in steps] == [[0], [], []]
+    steps = [rank["short last batch"][0]["steps"][6] for rank in results[3]]
+    assert [step["size"] for step in steps] == [1, 1, 0]
