@@ -57,6 +57,8 @@ DataKind: TypeAlias = Literal[
 ]
 STEPS = 14
 """Two epochs of seven batches, the last one of which is short."""
+STEPS_OF_TWO = 8
+"""The same in two processes."""
 
 
 class AugmentedSamples(Dataset[tuple[torch.Tensor, torch.Tensor]]):

@@ -75,3 +75,16 @@ def test_every_optimizer_is_resumed(optimizer: str) -> None:
 def test_every_schedule_is_resumed(schedule: str) -> None:
     """So is what their schedules keep, those that are made of others included."""
     prove_resume(partial(build, schedule=schedule), None, [1, 2, 4, 5, 7]).check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_is_resumed_on_two_ranks(optimizer: str) -> None:
+    """So it is where the gradients are those of two ranks."""
+    prove_resume(partial(build, optimizer=optimizer), None, [1, 2, 4, 5], processes=2).check()
+
+
+@pytest.mark.slow
+def test_a_schedule_is_resumed_on_two_ranks() -> None:
+    """It moves once for each update of both."""
+    prove_resume(partial(build, schedule="one cycle"), None, [1, 2, 4, 5], processes=2).check()

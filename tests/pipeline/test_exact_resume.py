@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from full_training import STEPS, build
+from full_training import STEPS, STEPS_OF_TWO, build
 from robo_orchard_lab.testing import ResumeProof, prove_resume
 
 EVERYWHERE = range(1, STEPS + 2)
 """In and between windows and epochs, in the last step of an epoch, at the end and after it."""
+ON_TWO_RANKS = range(1, STEPS_OF_TWO + 2)
+"""The same, where each step has a batch for each of two ranks."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "no workers": {},
     "2 workers": {"workers": 2},
@@ -34,10 +36,11 @@ MORE_VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def prove(stops: Iterable[int], **options: Any) -> ResumeProof:
+def prove(stops: Iterable[int], processes: int = 1, **options: Any) -> ResumeProof:
     # What StatsMonitor measures in seconds is in the log, too.
     files = [] if options.get("more_hooks") else ["metrics.jsonl"]
-    proof = prove_resume(partial(build, **options), None, stops, files=files)
+    trainer = partial(build, **options)
+    proof = prove_resume(trainer, None, stops, files=files, processes=processes)
     proof.check()
     return proof
 
@@ -46,6 +49,17 @@ def prove(stops: Iterable[int], **options: Any) -> ResumeProof:
 def test_stopped_at_every_commit_point(variant: str) -> None:
     """Fifteen processes, each of which does one step, do what one process does."""
     assert prove(EVERYWHERE, **VARIANTS[variant]).steps == STEPS
+
+
+def test_two_ranks_are_stopped_at_every_commit_point() -> None:
+    """So it is on two ranks, each of which has gradients, buffers and random states of its own."""
+    assert prove(ON_TWO_RANKS, processes=2).steps == STEPS_OF_TWO
+
+
+def test_two_ranks_with_workers_are_stopped() -> None:
+    """Within and between windows, and between epochs, also where workers load ahead."""
+    half = STEPS_OF_TWO // 2
+    prove([1, 3, half, STEPS_OF_TWO - 1], processes=2, workers=2, persistent=True)
 
 
 @pytest.mark.parametrize("stop", [2, 3, 4, 7, 12, 14])
@@ -77,3 +91,19 @@ def test_stopped_at_every_commit_point_in_more_ways(variant: str) -> None:
 def test_stopped_once_at_any_commit_point_in_every_way(stop: int, variant: str) -> None:
     """And so it is when the run goes on to its end."""
     prove([stop], **{**VARIANTS, **MORE_VARIANTS}[variant])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [*VARIANTS, *MORE_VARIANTS])
+def test_two_ranks_are_stopped_at_every_commit_point_in_every_way(variant: str) -> None:
+    """And so it is on two ranks."""
+    options = {**VARIANTS, **MORE_VARIANTS}[variant]
+    assert prove(ON_TWO_RANKS, processes=2, **options).steps >= STEPS_OF_TWO
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", ON_TWO_RANKS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_ranks_are_stopped_once(stop: int, variant: str) -> None:
+    """Also where they go on to their end."""
+    prove([stop], processes=2, **VARIANTS[variant])

@@ -9,34 +9,44 @@ from typing import Any
 
 import pytest
 
-from full_training import STEPS, build
+from full_training import STEPS, STEPS_OF_TWO, build
 from robo_orchard_lab.pipeline.run_state import read_run_state
 from robo_orchard_lab.testing import prove_resume
 
 SAVES = ["every step", "in background"]
 
 
-def kill_until(kills: int, folder: Path, *, dies: bool = False, **options: Any) -> None:
+def kill_until(
+    kills: int, folder: Path, *, dies: bool = False, processes: int = 1, **options: Any
+) -> None:
     """Kill runs at random instants, each as often as it has steps, until so many were killed.
 
     With ``dies``, processes kill themselves ahead of some call of the file system.
     """
+    steps = STEPS if processes == 1 else STEPS_OF_TWO
     done = rounds = 0
     while done < kills:
         rounds += 1
         assert rounds < kills, "hardly any process lives long enough to be killed"
-        stops = sorted(random.choices(range(1, STEPS + 1), k=min(STEPS, kills - done)))
+        stops = sorted(random.choices(range(1, steps + 1), k=min(steps, kills - done)))
         root = folder / str(rounds)
-        trainer = partial(build, dies=len(stops) if dies else 0, **options)
-        proof = prove_resume(trainer, None, stops, kill=True, folder=root, files=["metrics.jsonl"])
+        proof = prove_resume(
+            partial(build, dies=len(stops) * processes if dies else 0, **options),
+            None,
+            stops,
+            kill=True,
+            folder=root,
+            files=["metrics.jsonl"],
+            processes=processes,
+        )
         proof.check()  # which no process passes that began ahead of an acknowledged checkpoint
         assert proof.kills is not None
         done += proof.kills
         run_folder = root / "resumed"
         names = {path.name for path in (run_folder / "checkpoints").iterdir()}
-        kept = {".lock", "last", f"step_{STEPS - 1:08d}", f"step_{STEPS:08d}"}
+        kept = {".lock", "last", f"step_{steps - 1:08d}", f"step_{steps:08d}"}
         # Killed between its last save and its last removal, it leaves one more, and is over.
-        assert kept <= names <= {*kept, f"step_{STEPS - 2:08d}"}
+        assert kept <= names <= {*kept, f"step_{steps - 2:08d}"}
         assert [path for path in run_folder.rglob("*") if "tmp" in path.name] == []
         assert read_run_state(run_folder).state == "completed"
 
@@ -50,6 +60,20 @@ def test_killed_at_random_instants(saves: str, tmp_path: Path) -> None:
 def test_killed_at_calls_of_the_file_system(tmp_path: Path) -> None:
     """Each process kills itself ahead of opening, renaming or removing something."""
     kill_until(8, tmp_path, saves="in background", dies=True)
+
+
+@pytest.mark.parametrize("dies", [False, True], ids=["at any instant", "at a call"])
+def test_two_ranks_are_killed(dies: bool, tmp_path: Path) -> None:
+    """So it is where one of two ranks is killed, or kills itself, and the other one soon after."""
+    kill_until(4, tmp_path, saves="in background", dies=dies, processes=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [False, True], ids=["at any instant", "at a call"])
+@pytest.mark.parametrize("saves", SAVES)
+def test_two_ranks_are_killed_often(saves: str, dies: bool, tmp_path: Path) -> None:
+    """So it is after many kills of two ranks."""
+    kill_until(24, tmp_path, saves=saves, dies=dies, processes=2, workers=0 if dies else 2)
 
 
 @pytest.mark.slow

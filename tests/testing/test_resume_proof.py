@@ -101,7 +101,9 @@ def build(
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(0.2), torch.nn.Linear(4, 1))
     rate = 0.02 if fault == "rate" and resume_from is not None else 0.01
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    hooks: list[Any] = [EMAConfig(decay=0.9), Warmup(saves=fault != "unsaved")]
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    loses = fault == ("unsaved on rank 1" if accelerator.process_index else "unsaved")
+    hooks: list[Any] = [EMAConfig(decay=0.9), Warmup(saves=not loses)]
     if fault == "clock":
         hooks.append(ByTheClock())
     if fault == "raises" or (fault == "does not resume" and resume_from is not None):
@@ -114,7 +116,7 @@ def build(
     if saves:
         hooks.append(SaveCheckpointConfig(every="1 step"))
     trainer = HookBasedTrainer(
-        Accelerator(cpu=True, gradient_accumulation_steps=2),
+        accelerator,
         model,
         DataLoader(Samples(unseeded=fault == "noise"), batch_size=4, shuffle=True),
         SimpleBatchProcessor.from_callable(counted_error if fault == "global" else squared_error),
@@ -173,6 +175,24 @@ def test_each_fault_is_found_where_it_begins(fault: str, step: int, name: str, t
     assert steps == sorted(steps)
     with pytest.raises(AssertionError, match="is not the run that never stopped"):
         proof.check()
+
+
+def test_each_of_several_ranks_is_looked_at() -> None:
+    """Two ranks that go on exactly pass; what one of them alone loses is told with its number."""
+    proof = prove(stops=(1, 2, 3), processes=2)
+    proof.check()
+    assert proof.steps == 4
+    lost = prove("unsaved on rank 1", processes=2)
+    assert (lost.differences[0].step, lost.differences[0].name) == (3, "rank 1: batch[1]")
+    assert "rank 1: Warmup.seen is 1 ahead of step 3, was 4" in str(lost)
+
+
+def test_a_rank_that_fails_is_told() -> None:
+    """What it printed is in the error."""
+    with pytest.raises(StraightRunError, match="OSError: the data is not there"):
+        prove("raises", processes=2)
+    with pytest.raises(ValueError, match="processes must be at least 1, got 0"):
+        prove(processes=0)
 
 
 def test_a_killed_run_that_is_honest_passes() -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import faulthandler
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from robo_orchard_lab.pipeline.hooks.save_checkpoint import SaveCheckpoint
 from robo_orchard_lab.pipeline.trainer import HookBasedTrainer
@@ -38,6 +43,10 @@ class RunOrder:
     """Whether the trainer has to have a hook that saves."""
     save_to: str | None = None
     """Where to save a checkpoint when the trainer has returned."""
+    rank: int = 0
+    ranks: int = 1
+    meeting: str = ""
+    """The file by which several ranks find each other; must not exist."""
     timeout_s: float = 600.0
     sys_path: list[str] = field(default_factory=lambda: [*sys.path])
 
@@ -68,7 +77,7 @@ def run_recorded(
             order of sets, alike.
         kill_when: asked every two milliseconds whether to kill it (SIGKILL).
     """
-    server = _server_of(kind)
+    server = _server_of(f"{kind}{order.rank}")
     record = Path(order.record)
     log = record.with_suffix(".log")
     began_at = time.monotonic()
@@ -80,6 +89,24 @@ def run_recorded(
         "\n".join(lines[-_LINES_TOLD:]),
         time.monotonic() - began_at,
     )
+
+
+def run_ranks(
+    orders: Sequence[RunOrder], kind: str = "", kill_when: Callable[[int], bool] | None = None
+) -> list[RecordedProcess]:
+    """Run all ranks of a job, as :func:`run_recorded`, and wait for them.
+
+    Args:
+        orders: of the ranks.
+        kind: of the job.
+        kill_when: asked for each rank whether to kill it.
+    """
+
+    def run(order: RunOrder) -> RecordedProcess:
+        return run_recorded(order, kind, kill_when and partial(kill_when, order.rank))
+
+    with ThreadPoolExecutor(len(orders)) as threads:
+        return [*threads.map(run, orders)]
 
 
 _SERVERS: dict[str, ForkServer] = {}
@@ -103,6 +130,7 @@ def run_order(order: dict[str, Any]) -> None:
     run_folder = Path(order["run_folder"])
     if resume_from is not None and resume_from != "auto":
         resume_from = Path(resume_from)
+    join_job(order["rank"], order["ranks"], order["meeting"])
     seed_all(order["seed"])
     trainer = build(run_folder, resume_from)
     if not isinstance(trainer, HookBasedTrainer):
@@ -122,4 +150,22 @@ def run_order(order: dict[str, Any]) -> None:
         recorder.write_end()
     if order["save_to"] is not None:
         trainer.save_checkpoint(order["save_to"])
+    if order["ranks"] > 1:
+        trainer.accelerator.end_training()
     faulthandler.cancel_dump_traceback_later()
+
+
+def join_job(rank: int, ranks: int, meeting: str) -> None:
+    """Be one of several ranks, as torchrun would have it; nothing where there is one."""
+    if ranks == 1:
+        return
+    of_job = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    os.environ.update({name: str(value) for name, value in of_job.items()})
+    on_devices = torch.cuda.device_count() >= ranks
+    # By a file, since a port that is free now may not be when the first rank comes to it.
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_devices else "gloo",
+        init_method=f"file://{meeting}",
+        rank=rank,
+        world_size=ranks,
+    )

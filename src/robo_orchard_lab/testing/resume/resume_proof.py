@@ -31,13 +31,13 @@ class ResumeProof:
     differences: tuple[ResumeDifference, ...]
     """What is not as in the straight run, in the order of time; each name once."""
     stops: tuple[int, ...]
-    """At how many steps done the run was stopped, and gone on with by another process."""
+    """At how many steps done the run was stopped, and gone on with by other processes."""
     steps: int
     """How many steps the straight run had."""
     values: int
     """How many values and events were compared."""
     kills: int | None = None
-    """How many processes were killed; None where they were stopped."""
+    """How many starts were killed; None where they were stopped."""
     hints: tuple[str, ...] = ()
     """Attributes of hooks that a process began with other values of; often what was not saved."""
     failure: str = field(default="", repr=False)
@@ -92,6 +92,7 @@ def prove_resume(
     files: Sequence[str] = (),
     ignore: Iterable[str] = IGNORED,
     timeout_s: float = 600.0,
+    processes: int = 1,
 ) -> ResumeProof:
     """Run a training straight through, and with stops in processes of their own, and compare them.
 
@@ -117,8 +118,11 @@ def prove_resume(
     with others, which ``resume_from`` has to make good (but not after a kill, which may come ahead
     of the first save).
 
+    With several ``processes``, each start is a job of so many ranks, as torchrun would start them;
+    what is compared is that of each rank. To kill, one is killed, and the others soon after it.
+
     Every step waits for the device and looks at all weights, so take a run of few steps. It runs
-    in one process at a time, on the devices that ``build`` chooses.
+    on the devices that ``build`` chooses.
 
     Args:
         build: ``build(run_folder, resume_from)`` makes the trainer, with a fresh model, data and
@@ -133,11 +137,12 @@ def prove_resume(
         files: names of files in the run folder that must be equal, byte for byte, at the end.
         ignore: patterns of the names of what may differ, as they are in a difference.
         timeout_s: how long each process may take, in seconds.
+        processes: how many ranks the run has.
 
     Raises:
         StraightRunError: the straight run fails or takes too long; with the end of its output.
         TypeError: other processes can't find ``build``.
-        ValueError: no stop, or one that is not within the run.
+        ValueError: no stop, or one that is not within the run; no process.
         FileExistsError: there is something in ``folder``.
     """
     source = describe_function(build)
@@ -146,8 +151,10 @@ def prove_resume(
         raise ValueError(
             f"stops must be from 1 to {steps or 'the end of the run'}, at least one; got {at}"
         )
+    if processes < 1:
+        raise ValueError(f"processes must be at least 1, got {processes}")
     with nullcontext(folder) if folder is not None else TemporaryDirectory() as chosen:
-        runs = ProofRuns(source, Path(chosen).resolve(), steps, timeout_s)
+        runs = ProofRuns(source, Path(chosen).resolve(), steps, timeout_s, processes)
         runs.begin()
         straight = runs.straight(saves=kill)
         runs.resumed(at, kill=kill)
@@ -155,8 +162,8 @@ def prove_resume(
         return ResumeProof(
             tuple(differences),
             tuple(at),
-            straight.last,
-            compared_values(straight),
+            straight[0].last,
+            sum(map(compared_values, straight)),
             kills=runs.kills if kill else None,
             hints=tuple(runs.hints()) if differences else (),
             failure=runs.failure,
