@@ -32,6 +32,7 @@ PARTS = {
 PLANS = {
     "hooks": ("", "+GradientClippingHook: {"),
     "hook": ('"every": "5 steps"', '"every": "7 steps"'),
+    "loaders": ('{"dataloaders": ["val"]}', '{"dataloaders": ["test"]}'),
     "order of hooks": ("+watch: ", "-watch: "),
 }
 

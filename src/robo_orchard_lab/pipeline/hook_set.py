@@ -283,6 +283,13 @@ class PipelineHooks:
         """
         return [states[min(rank, len(states) - 1)] for rank in range(processes)]
 
+    def alike_on_ranks(self) -> Any:
+        """What has to be the same on every rank, beside the configuration; by default nothing.
+
+        Plain values, lists and dicts, which the ranks of a job compare when its run begins.
+        """
+        return None
+
     def _stateful(self) -> Iterator[PipelineHooks]:
         own = PipelineHooks.state_dict
         return (bundle for bundle in self.all_hooks() if type(bundle).state_dict is not own)

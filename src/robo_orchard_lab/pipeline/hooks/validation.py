@@ -126,6 +126,10 @@ class ValidationHook(PipelineHooks):
             args.metrics.defer(self._evaluator.run(prefix="eval/"))
         self._evaluated_at = step
 
+    def alike_on_ranks(self) -> dict[str, list[str]]:
+        """The names of the loaders, on which the ranks evaluate together."""
+        return {"dataloaders": [*self._dataloaders]}
+
     def state_dict(self) -> dict[str, Any]:
         return {"version": STATE_VERSION, "evaluated_at": self._evaluated_at}
 

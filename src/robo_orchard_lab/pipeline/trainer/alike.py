@@ -111,7 +111,7 @@ def setup_texts(
 
 def hook_text(hooks: PipelineHooks) -> str:
     """Which hooks there are, with their configurations, and what runs in each channel."""
-    lines = [f"{hook.name}: {_configuration(hook)}" for hook in hooks.named_hooks()]
+    lines = [f"{hook.name}: {_description(hook)}" for hook in hooks.named_hooks()]
     for name in CHANNEL_NAMES:
         for entry in hooks.get_channel(name).entries():
             when = f" when {entry.context.when}" if isinstance(entry.context, ScheduledHook) else ""
@@ -127,6 +127,12 @@ def _function(function: Callable[..., Any]) -> str:
         return info.name
     # Without the folder: each machine may have its own.
     return f"{info.name} ({os.path.basename(info.file)}:{info.line})"
+
+
+def _description(hook: PipelineHooks) -> str:
+    beside = hook.alike_on_ranks()
+    text = _configuration(hook)
+    return text if beside is None else f"{text}, {json.dumps(beside, default=repr)}"
 
 
 def _configuration(hook: PipelineHooks) -> str:
