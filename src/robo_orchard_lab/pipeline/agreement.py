@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Literal, TypeAlias
 
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, PipelineStateError
 from robo_orchard_lab.pipeline.host_group import gather_numbers, gather_objects
 
-Whose: TypeAlias = Literal["first", "any"]
+Whose: TypeAlias = Literal["first", "any", "all"]
 
+_AGREE: dict[Whose, Callable[[Sequence[int]], int]] = {
+    "first": itemgetter(0),
+    "any": max,
+    "all": min,
+}
 _MANY_STEPS = 1 << 31
 _SHARE = 0.01  # of the time, at most, that goes into exchanges
 _LONGEST_WAIT_S = 5.0
@@ -93,7 +99,7 @@ class Agreement:
             find: this rank's number; 0 for nothing.
             tell: called on every rank with the number that is agreed on, unless that is 0; it may
                 make requests, for the commit point after this step.
-            whose: the highest number of ``any`` rank, or that of the ``first``.
+            whose: the highest number of ``any`` rank, the lowest of ``all``, or the ``first``'s.
             wait_s: in what time to ask again, at the pace of the steps since the last exchange:
                 the shortest of all topics and ranks, or, where ``whose`` is "first", of that rank.
                 None for as soon as is cheap.
@@ -131,13 +137,10 @@ class Agreement:
         self._last_step, self._last_at = step, began_at
         if self._every is None:
             self.due_at = step + min(row[0] for row in rows)
-        by_topic = [*zip(*(row[1:] for row in rows), strict=True)]
+        by_topic = zip(*(row[1:] for row in rows), strict=True)
         _tell(
             topics,
-            [
-                max(numbers) if topic.whose == "any" else numbers[0]
-                for topic, numbers in zip(topics, by_topic, strict=True)
-            ],
+            [_AGREE[topic.whose](numbers) for topic, numbers in zip(topics, by_topic, strict=True)],
         )
 
     def _exchange(self, step: int, numbers: list[int]) -> list[list[int]]:
@@ -164,7 +167,7 @@ class Agreement:
         waits_s = [
             affordable_s if topic.wait_s is None else topic.wait_s()
             for topic in self._topics
-            if topic.whose == "any" or self._is_first
+            if topic.whose != "first" or self._is_first
         ]
         wait_s = max(affordable_s, min([*waits_s, _MANY_STEPS]))
         taken_s = 0.0 if self._last_at is None else now - self._last_at

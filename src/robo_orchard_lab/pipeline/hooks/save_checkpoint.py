@@ -57,8 +57,9 @@ class SaveCheckpoint(PipelineHooks):
 
     In the background, a step waits only while tensors are copied to memory that is kept for it,
     about the size of a checkpoint; the rest runs beside the training. What fails there is told at
-    the next commit point (with several processes at the next save), and the end of the run and a
-    preemption wait for it; one that stops at once, by a second signal, does not.
+    the next commit point, with several processes after the next exchange (:class:`Agreement`), and
+    the end of the run and a preemption wait for it; one that stops at once, by a second signal,
+    does not.
 
     Runs on every rank: each writes what it has for itself, the first one the rest and the commit.
     If any rank fails, there is no new checkpoint, and the older ones stay.
@@ -87,8 +88,6 @@ class SaveCheckpoint(PipelineHooks):
         )
         if cfg.every is not None:
             self.register_at_commit(self._ask, cfg.every)
-        if cfg.in_background:
-            self.register_hook("on_step", HookContext.from_callable(after=self._look))
 
     def root(self, run_folder: Path | None) -> Path:
         """Where the checkpoints are, in a run of that folder.
@@ -123,6 +122,15 @@ class SaveCheckpoint(PipelineHooks):
         self._store.open()
         self._run = run
         run.savers[self.name] = self._save
+        if cfg.in_background:  # what it did is told, and how it failed, when it is over
+            run.agreement.topic(
+                self.name,
+                find=lambda: self._background.done,
+                tell=lambda done: run.requests.write(
+                    self._collect, "a save in the background is over", by=self.name
+                ),
+                whose="all",
+            )
         if cfg.monitor is not None:
             self._subscription = args.metrics.subscribe(cfg.monitor, self._judge, who=self.name)
 
@@ -164,11 +172,6 @@ class SaveCheckpoint(PipelineHooks):
             assert self._run is not None  # it is told within a run
             reason = f"{found.name} is {number_text(found.value)}, one of the best so far"
             self._run.requests.save(reason, by=self.name, name=self.name)
-
-    def _look(self, args: PipelineHookArgs) -> None:
-        """Have a failure in the background surface at this step's commit point."""
-        if self._background.done and args.accelerator.num_processes == 1:
-            args.requests.write(self._collect, "a save in the background is over", by=self.name)
 
     def _save(self, requests: Sequence[Request]) -> None:
         """At a commit point, on all ranks alike."""
