@@ -8,6 +8,7 @@ from robo_orchard_lab.pipeline.checkpoint.checkpoint_info import (
     Verification,
 )
 from robo_orchard_lab.pipeline.checkpoint.digests import DigestName
+from robo_orchard_lab.pipeline.checkpoint.export import export_weights
 from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
 from robo_orchard_lab.pipeline.checkpoint.optimizer_state import (
     load_named_optimizer_state,
@@ -23,6 +24,7 @@ from robo_orchard_lab.pipeline.checkpoint.random_state import (
 )
 from robo_orchard_lab.pipeline.checkpoint.ranks import Ranks
 from robo_orchard_lab.pipeline.checkpoint.retention import Retention
+from robo_orchard_lab.pipeline.checkpoint.shards import Region, ShareOf, TensorShare
 from robo_orchard_lab.pipeline.checkpoint.single_checkpoint import (
     load_checkpoint,
     save_checkpoint,
@@ -39,11 +41,15 @@ __all__ = [
     "PruneDecision",
     "Ranks",
     "ReadLimits",
+    "Region",
     "Retention",
     "SavedState",
+    "ShareOf",
+    "TensorShare",
     "Verification",
     "capture_random_state",
     "check_random_state",
+    "export_weights",
     "keyed_random_state",
     "load_checkpoint",
     "load_named_optimizer_state",

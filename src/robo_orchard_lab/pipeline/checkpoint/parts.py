@@ -11,15 +11,18 @@ from typing import Any
 import torch
 
 from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
+from robo_orchard_lab.pipeline.checkpoint.ranks import Ranks
+from robo_orchard_lab.pipeline.checkpoint.shards import shards_to_write
 from robo_orchard_lab.pipeline.checkpoint.state_tree import decode_state, encode_state
 from robo_orchard_lab.pipeline.checkpoint.strict_json import JsonError, check_depth, parse_json
 from robo_orchard_lab.pipeline.checkpoint.tensor_image import ImagePool, TensorImage
 from robo_orchard_lab.pipeline.checkpoint.tensor_layout import RESERVED_NAME, TensorLayout
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
+from robo_orchard_lab.pipeline.sharded_tensors import is_sharded
 
 _PART = r"[a-z][a-z0-9_]{0,63}"
 _PART_NAME = re.compile(_PART)
-_FILE_NAME = re.compile(rf"({_PART})(?:\.rank([0-9]{{5,9}}))?\.(json|safetensors)")
+_FILE_NAME = re.compile(rf"({_PART})(?:\.(rank|shard)([0-9]{{5,9}}))?\.(json|safetensors)")
 _RESERVED = "manifest"
 
 
@@ -29,40 +32,60 @@ class FileName:
 
     part: str
     rank: int | None
-    """None for what belongs to the whole job."""
+    """The process that wrote it; None for what belongs to the whole job."""
     is_json: bool
+    is_shards: bool = False
+    """Whether it holds shards of a part's tensors, which belong to the whole job or to all ranks'
+    parts of that name."""
 
     @classmethod
     def parse(cls, name: str) -> FileName | None:
         """None for a name that no file of a checkpoint has.
 
         >>> FileName.parse("random.rank00001.json")
-        FileName(part='random', rank=1, is_json=True)
+        FileName(part='random', rank=1, is_json=True, is_shards=False)
         >>> FileName.parse("../model.json"), FileName.parse("manifest.json")
         (None, None)
         """
         found = _FILE_NAME.fullmatch(name)
         if not found or found[1] == _RESERVED:
             return None
-        rank = None if found[2] is None else int(found[2])
-        parsed = cls(found[1], rank, found[3] == "json")
-        return parsed if str(parsed) == name else None
+        rank = None if found[3] is None else int(found[3])
+        parsed = cls(found[1], rank, found[4] == "json", found[2] == "shard")
+        return parsed if str(parsed) == name and not (parsed.is_json and parsed.is_shards) else None
 
     def __str__(self) -> str:
-        rank = "" if self.rank is None else f".rank{self.rank:05d}"
+        kind = "shard" if self.is_shards else "rank"
+        rank = "" if self.rank is None else f".{kind}{self.rank:05d}"
         return f"{self.part}{rank}.{'json' if self.is_json else 'safetensors'}"
 
 
 class PartImages:
     """The files of some parts, as bytes in memory; nothing in them is the caller's.
 
-    Tensors lie in one image, which goes back to its pool with :meth:`release`.
+    Tensors lie in one image, which goes back to its pool with :meth:`release`. Of sharded tensors
+    there is what this process has, in a file beside the part's others.
     """
 
     def __init__(
-        self, parts: Mapping[str, Any], rank: int | None, pool: ImagePool, limits: ReadLimits
+        self,
+        parts: Mapping[str, Any],
+        rank: int | None,
+        pool: ImagePool,
+        limits: ReadLimits,
+        *,
+        ranks: Ranks,
+        shards_only: bool = False,
     ) -> None:
         """Encode and copy.
+
+        Args:
+            parts: by name.
+            rank: whose they are; None for those of the whole job.
+            pool: where the image comes from.
+            limits: of what would be read again.
+            ranks: who saves.
+            shards_only: whether the rest is another process's to write.
 
         Raises:
             StateError: a part has a name or a value that can't be saved, or more than the limits
@@ -72,15 +95,28 @@ class PartImages:
         self._pool = pool
         self._image: TensorImage | None = None
         found: dict[str, tuple[TensorLayout, dict[str, torch.Tensor]]] = {}
+
+        def add(name: FileName, tensors: dict[str, torch.Tensor], about: Any = None) -> None:
+            if tensors:
+                layout = _layout(name, tensors, about, pool)
+                _check_layout(name.part, layout, limits)
+                found[str(name)] = (layout, tensors)
+
         for part, value in parts.items():
-            document, tensors = _encode(part, value, limits)
+            if shards_only:
+                document, tensors = None, _tensors(value)
+            else:
+                document, tensors = _encode(part, value, limits)
+            sharded = {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)}
+            if sharded:
+                tensors = {name: t for name, t in tensors.items() if name not in sharded}
+                shards, about = _shards(part, sharded, ranks.count)
+                add(FileName(part, ranks.index, is_json=False, is_shards=True), shards, about)
+            if shards_only:
+                continue
             if document is not None:
                 self.files[str(FileName(part, rank, is_json=True))] = document
-            if tensors:
-                name = str(FileName(part, rank, is_json=False))
-                layout = _layout(part, name, tensors, pool)
-                _check_layout(part, layout, limits)
-                found[name] = (layout, tensors)
+            add(FileName(part, rank, is_json=False), tensors)
         if found:
             self._copy(found)
 
@@ -150,6 +186,12 @@ def _encode(
     return document, tensors
 
 
+def _tensors(value: Any) -> dict[str, torch.Tensor]:
+    if isinstance(value, Mapping) and value and _is_flat(value):
+        return {name: tensor.detach() for name, tensor in value.items()}
+    return encode_state(value)[1]
+
+
 def _is_flat(value: Mapping[Any, Any]) -> bool:
     return all(
         type(name) is str and name != RESERVED_NAME and isinstance(tensor, torch.Tensor)
@@ -157,13 +199,22 @@ def _is_flat(value: Mapping[Any, Any]) -> bool:
     )
 
 
-def _layout(
-    part: str, name: str, tensors: dict[str, torch.Tensor], pool: ImagePool
-) -> TensorLayout:
+def _shards(
+    part: str, sharded: Mapping[str, torch.Tensor], processes: int
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
-        return pool.layout(name, tensors)
+        return shards_to_write(sharded, processes)
     except StateError as error:
         raise StateError(f"the part {part!r}: {error}") from error
+
+
+def _layout(
+    name: FileName, tensors: dict[str, torch.Tensor], about: dict[str, str] | None, pool: ImagePool
+) -> TensorLayout:
+    try:
+        return pool.layout(str(name), tensors, about)
+    except StateError as error:
+        raise StateError(f"the part {name.part!r}: {error}") from error
 
 
 def _check_layout(part: str, layout: TensorLayout, limits: ReadLimits) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from robo_orchard_lab.pipeline.checkpoint.manifest import (
 )
 from robo_orchard_lab.pipeline.checkpoint.memory_blocks import bytes_of, new_block
 from robo_orchard_lab.pipeline.checkpoint.parts import FileName, decode_part
-from robo_orchard_lab.pipeline.checkpoint.tensor_layout import TensorLayout
+from robo_orchard_lab.pipeline.checkpoint.shard_reading import ShardReading
+from robo_orchard_lab.pipeline.checkpoint.shards import SavedShard, ShareOf, cut, shards_of
+from robo_orchard_lab.pipeline.checkpoint.tensor_layout import LENGTH_BYTES, TensorLayout
 from robo_orchard_lab.pipeline.errors import CheckpointError
 
 _PIECE_BYTES = 1 << 26
@@ -51,6 +54,7 @@ class OpenCheckpoint:
         self._limits = limits
         self._folder = self._open_folder()
         self._manifest: int | None = None
+        self._sharded: dict[str, dict[str, torch.Tensor]] = {}  # what was read, by part
         try:
             self._manifest = self._open_file(MANIFEST_FILE, limits.max_manifest_bytes)
             self._hold()
@@ -74,22 +78,32 @@ class OpenCheckpoint:
                 os.close(descriptor)
         self._manifest = None
 
-    def load(self, rank: int) -> SavedState:
+    def load(
+        self, rank: int, share_of: ShareOf | None = None, only: str | None = None
+    ) -> SavedState:
         """Everything that a rank needs of it: what is of the whole job, and what is its own.
+
+        Args:
+            rank: whose own it is.
+            share_of: what this rank needs of each tensor, sharded or not; by default all of it.
+            only: the one part to read; by default all.
 
         Raises:
             CheckpointError: a file is not as it was written.
         """
         own = min(rank, self.manifest.ranks - 1)
-        found = self._parts_of(None, own)
+        found = self._parts_of(None, own, share_of=share_of, only=only)
         return SavedState(
             parts={part: value for (part, of), value in found.items() if of is None},
             of_rank={part: value for (part, of), value in found.items() if of is not None},
             info=self.manifest.info(self.path),
         )
 
-    def ranks(self) -> Iterator[Mapping[str, Any]]:
+    def ranks(self, share_of: ShareOf | None = None) -> Iterator[Mapping[str, Any]]:
         """What each rank that saved had for itself, one after the other; read when it is due.
+
+        Args:
+            share_of: see :meth:`load`.
 
         Raises:
             CheckpointError: a file is not as it was written, or a rank has none.
@@ -99,16 +113,27 @@ class OpenCheckpoint:
         for rank in range(self.manifest.ranks):
             if rank not in there:
                 raise CheckpointError(f"{self.path} has nothing of rank {rank}, which saved it")
-            yield {part: value for (part, _), value in self._parts_of(rank).items()}
+            found = self._parts_of(rank, share_of=share_of)
+            yield {part: value for (part, _), value in found.items()}
 
-    def _parts_of(self, *ranks: int | None) -> dict[tuple[str, int | None], Any]:
+    def _parts_of(
+        self, *ranks: int | None, share_of: ShareOf | None, only: str | None = None
+    ) -> dict[tuple[str, int | None], Any]:
         """The parts of some ranks, and with None those of the whole job; by name and rank."""
-        names = {name: FileName.parse(name) for name in self.manifest.files}
-        wanted = {
-            name: parsed
-            for name, parsed in names.items()
-            if parsed is not None and parsed.rank in ranks
-        }
+        names = [(name, FileName.parse(name)) for name in self.manifest.files]
+        wanted: dict[str, FileName] = {}
+        shards: dict[str, list[str]] = {}  # the files of each part
+        of_ranks: set[str] = set()  # parts that each rank has for itself
+        for name, parsed in names:
+            if parsed is None or only not in (None, parsed.part):
+                continue
+            if parsed.is_shards:
+                shards.setdefault(parsed.part, []).append(name)
+                continue
+            if parsed.rank is not None:
+                of_ranks.add(parsed.part)
+            if parsed.rank in ranks:
+                wanted[name] = parsed
         self._check_memory(wanted)
         documents: dict[tuple[str, int | None], bytes] = {}
         tensors: dict[tuple[str, int | None], dict[str, torch.Tensor]] = {}
@@ -118,15 +143,47 @@ class OpenCheckpoint:
             if parsed.is_json:
                 documents[place] = self._read_json(name)
             else:
-                tensors[place] = self._read_tensors(name)
+                found = self._read_tensors(name)
+                tensors[place] = found if share_of is None else _shares(found, share_of)
 
         with ThreadPoolExecutor(_READERS) as pool:  # copying and digesting run beside one another
             list(pool.map(read, wanted.keys(), wanted.values()))
+        for part, files in shards.items():
+            places = [(part, rank) for rank in ranks if (rank is not None) == (part in of_ranks)]
+            for place in places:
+                self._add_shards(part, files, share_of, tensors.setdefault(place, {}))
         found: dict[tuple[str, int | None], Any] = {}
         for place in sorted(documents.keys() | tensors.keys(), key=lambda place: place[0]):
             with self._in_file(place[0]):
                 found[place] = decode_part(documents.get(place), tensors.get(place), self._limits)
         return found
+
+    def _add_shards(
+        self, part: str, files: Sequence[str], share_of: ShareOf | None, to: dict[str, torch.Tensor]
+    ) -> None:
+        if part not in self._sharded:  # once, however many ranks' states have them
+            found = {name: self._shards_in(name) for name in files}
+            with self._in_file(part):
+                reading = ShardReading(chain.from_iterable(found.values()), share_of)
+                self._check_bytes(reading.size + max(self.manifest.files[n].size for n in files))
+                for name, shards in found.items():
+                    if reading.wants(shards):
+                        reading.add(shards, self._read_tensors(name))
+                self._sharded[part] = reading.tensors()
+        if both := sorted(to.keys() & self._sharded[part].keys()):
+            raise CheckpointError(
+                f"{self.path / part}: the tensor {both[0]!r:.80} is there whole and in shards"
+            )
+        to.update(self._sharded[part])
+
+    def _shards_in(self, name: str) -> list[SavedShard]:
+        """The shards in a file, by its header alone."""
+        entry = self.manifest.files[name]
+        with self._in_file(name), _closing(self._open_entry(name, entry)) as descriptor:
+            begin = os.pread(descriptor, LENGTH_BYTES, 0)
+            length = TensorLayout.beginning_length(begin, entry.size, self._limits)
+            beginning = bytes(bytes_of(_read(descriptor, length)))
+            return shards_of(TensorLayout.parse_beginning(beginning, entry.size, self._limits))
 
     def verify(self) -> None:
         """Compare every file of every rank with its digest.
@@ -241,7 +298,9 @@ class OpenCheckpoint:
             pass
 
     def _check_memory(self, names: Mapping[str, Any]) -> None:
-        needed = sum(self.manifest.files[name].size for name in names)
+        self._check_bytes(sum(self.manifest.files[name].size for name in names))
+
+    def _check_bytes(self, needed: int) -> None:
         most = self._limits.max_total_bytes
         if most is None:
             import psutil  # type: ignore[import-untyped]  # here, since it takes 6 ms
@@ -276,6 +335,14 @@ def _read(descriptor: int, size: int) -> torch.Tensor:
             raise CheckpointError("it was cut short while it was read")
         rest = rest[count:]
     return block
+
+
+def _is_of_rank(name: FileName) -> bool:
+    return name.rank is not None and not name.is_shards
+
+
+def _shares(tensors: Mapping[str, torch.Tensor], share_of: ShareOf) -> dict[str, torch.Tensor]:
+    return {name: cut(t, share_of(name, tuple(t.shape))) for name, t in tensors.items()}
 
 
 def _compare(digest: str, entry: FileEntry) -> None:

@@ -19,6 +19,7 @@ from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
 from robo_orchard_lab.pipeline.checkpoint.listing import check_step
 from robo_orchard_lab.pipeline.checkpoint.ranks import Ranks
 from robo_orchard_lab.pipeline.checkpoint.reader import OpenCheckpoint
+from robo_orchard_lab.pipeline.checkpoint.shards import ShareOf
 from robo_orchard_lab.pipeline.checkpoint.tensor_image import ImagePool
 from robo_orchard_lab.pipeline.checkpoint.writer import CheckpointImage, put_new
 from robo_orchard_lab.pipeline.durable import make_folder
@@ -30,6 +31,7 @@ def load_checkpoint(
     *,
     limits: ReadLimits | None = None,
     ranks: Ranks | None = None,
+    share_of: ShareOf | None = None,
     each_rank: EachRank | None = None,
 ) -> SavedState:
     """The state of the checkpoint in a folder, verified and on the CPU: a collective of ``ranks``.
@@ -38,6 +40,8 @@ def load_checkpoint(
         path: of the folder.
         limits: what is refused unread.
         ranks: that load it together; by default this process alone.
+        share_of: what this process needs of tensors; by default all of them, also of those that
+            several processes have saved in shards.
         each_rank: where another number of ranks saved it, called with what each of them had; see
             :attr:`SavedState.of_ranks`.
 
@@ -46,7 +50,7 @@ def load_checkpoint(
     """
     path, ranks = Path(path), ranks or Ranks.alone()
     limits = limits or ReadLimits()
-    return load_on_ranks(path, limits, ranks, any_name=True, each_rank=each_rank)
+    return load_on_ranks(path, limits, ranks, share_of, any_name=True, each_rank=each_rank)
 
 
 def save_checkpoint(
@@ -105,6 +109,7 @@ def load_on_ranks(
     path: Path,
     limits: ReadLimits,
     ranks: Ranks,
+    share_of: ShareOf | None = None,
     *,
     any_name: bool = False,
     each_rank: EachRank | None = None,
@@ -112,6 +117,7 @@ def load_on_ranks(
     """What each rank needs of a checkpoint: a collective.
 
     Args:
+        share_of: what this rank needs of tensors; by default all of them.
         any_name: also where the folder is named for another step.
         each_rank: see :func:`load_checkpoint`.
 
@@ -124,10 +130,11 @@ def load_on_ranks(
         with OpenCheckpoint(path, limits) as opened:
             if not any_name:
                 check_step(path, opened)
-            saved = opened.load(ranks.index)
+            saved = opened.load(ranks.index, share_of)
             count = saved.info.ranks
             if each_rank is not None and count != ranks.count:
-                kept = [each_rank(i, count, own) for i, own in enumerate(opened.ranks())]
+                of_each = opened.ranks(share_of)
+                kept = [each_rank(i, count, own) for i, own in enumerate(of_each)]
                 saved = replace(saved, of_ranks=tuple(kept))
             found.append(saved)
 

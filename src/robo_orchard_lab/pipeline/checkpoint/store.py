@@ -28,6 +28,7 @@ from robo_orchard_lab.pipeline.checkpoint.pruning import prune
 from robo_orchard_lab.pipeline.checkpoint.ranks import Ranks
 from robo_orchard_lab.pipeline.checkpoint.removal import clean_leftovers, put_replacing
 from robo_orchard_lab.pipeline.checkpoint.retention import Retention
+from robo_orchard_lab.pipeline.checkpoint.shards import ShareOf
 from robo_orchard_lab.pipeline.checkpoint.single_checkpoint import (
     load_on_ranks,
     verify_checkpoint,
@@ -144,7 +145,9 @@ class CheckpointStore:
             parts: of the whole job, by name; what the first rank gives is saved. A mapping of
                 names to tensors becomes ``<part>.safetensors`` and nothing else, which
                 ``safetensors.torch.load_file`` reads; any other tree (None, bool, int, float, str,
-                tensors, lists, tuples, mappings) has a ``<part>.json`` as well.
+                tensors, lists, tuples, mappings) has a ``<part>.json`` as well. Of a tensor that
+                is sharded (a ``DTensor``, also in ``of_rank``) every rank saves what it has, as
+                ``<part>.shard<rank>.safetensors``.
             of_rank: of this rank.
             metrics: by name; the retention may know one as ``monitor``.
             metadata: plain values, kept in the manifest.
@@ -201,23 +204,30 @@ class CheckpointStore:
             raise
         return PendingSave(made[0], self._commit)
 
-    def load(self, which: int | str | os.PathLike[str]) -> SavedState:
+    def load(
+        self, which: int | str | os.PathLike[str], share_of: ShareOf | None = None
+    ) -> SavedState:
         """The state of one checkpoint, verified and on the CPU: a collective.
 
         Args:
             which: ``"last"``, ``"best"``, a step, or the path of any checkpoint. Another one is
                 never taken in its place.
+            share_of: what this rank needs of tensors; by default all of them, also of those that
+                several have saved in shards.
 
         Raises:
             CheckpointError: there is no such checkpoint, or not all of it is as it was written.
         """
         path = self.ranks.first(f"looking for {which!r}", lambda: self._find(which))
-        return load_on_ranks(path, self.limits, self.ranks)
+        return load_on_ranks(path, self.limits, self.ranks, share_of)
 
-    def load_newest(self, each_rank: EachRank | None = None) -> SavedState | None:
+    def load_newest(
+        self, share_of: ShareOf | None = None, each_rank: EachRank | None = None
+    ) -> SavedState | None:
         """The state of the newest checkpoint that verifies: a collective.
 
         Args:
+            share_of: see :meth:`load`.
             each_rank: see :func:`load_checkpoint`.
 
         Returns:
@@ -231,7 +241,9 @@ class CheckpointStore:
         skipped: list[tuple[Path, str]] = list(listing.broken)
         for info in reversed(listing.infos):
             try:
-                found = load_on_ranks(info.path, self.limits, self.ranks, each_rank=each_rank)
+                found = load_on_ranks(
+                    info.path, self.limits, self.ranks, share_of, each_rank=each_rank
+                )
             except CheckpointError as error:
                 skipped.append((info.path, str(error)))
                 continue

@@ -12,7 +12,7 @@ from robo_orchard_lab.pipeline.checkpoint.tensor_layout import TensorLayout
 
 _ALIGNMENT = 4096  # of each file, so that it can be written past the system's cache
 
-_Signature = tuple[tuple[str, torch.dtype, torch.Size], ...]
+_Signature = tuple[dict[str, str] | None, tuple[tuple[str, torch.dtype, torch.Size], ...]]
 
 
 class TensorImage:
@@ -77,19 +77,25 @@ class ImagePool:
         self._layouts: dict[str, tuple[_Signature, TensorLayout]] = {}
         self._lock = Lock()
 
-    def layout(self, name: str, tensors: Mapping[str, torch.Tensor]) -> TensorLayout:
-        """The layout of the file of that name, with these tensors.
+    def layout(
+        self,
+        name: str,
+        tensors: Mapping[str, torch.Tensor],
+        metadata: dict[str, str] | None = None,
+    ) -> TensorLayout:
+        """The layout of the file of that name, with these tensors and this in its header.
 
         Raises:
             StateError: one is of a kind that a file can't have; the message names it.
         """
         self._from_devices = self._from_devices or any(map(_is_on_device, tensors.values()))
-        signature = tuple((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
+        kinds = tuple((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
+        signature = (metadata, kinds)
         known = self._layouts.get(name)
         if known is not None and known[0] == signature:
             TensorLayout.check_kinds(tensors)
             return known[1]
-        layout = TensorLayout.of(tensors)
+        layout = TensorLayout.of(tensors, metadata)
         self._layouts[name] = (signature, layout)
         return layout
 

@@ -77,6 +77,8 @@ class TensorLayout:
     places: list[TensorPlace]
     beginning: bytes
     """The header and its length."""
+    metadata: Mapping[str, str]
+    """What the header says about the file."""
 
     @property
     def size(self) -> int:
@@ -102,9 +104,10 @@ class TensorLayout:
             TensorPlace(name, tensor.dtype, tuple(tensor.shape), *ends[name])
             for name, tensor in tensors.items()
         ]
+        about = {"format": "pt"} if metadata is None else dict(metadata)
         header = json.dumps(
             {
-                RESERVED_NAME: {"format": "pt"} if metadata is None else dict(metadata),
+                RESERVED_NAME: about,
                 **{
                     place.name: {
                         "dtype": _NAMES[place.dtype],
@@ -117,7 +120,7 @@ class TensorLayout:
             separators=(",", ":"),
         ).encode()
         header += b" " * (-(LENGTH_BYTES + len(header)) % _ALIGNMENT)
-        return cls(places, len(header).to_bytes(LENGTH_BYTES, "little") + header)
+        return cls(places, len(header).to_bytes(LENGTH_BYTES, "little") + header, about)
 
     @staticmethod
     def check_kinds(tensors: Mapping[str, torch.Tensor]) -> None:
@@ -137,30 +140,48 @@ class TensorLayout:
             CheckpointError: the header has more than ``limits`` allow, is not one, or speaks of
                 other bytes than there are.
         """
-        if len(file) < LENGTH_BYTES:
-            raise CheckpointError(f"expected a header's length of 8 bytes, found {len(file)} bytes")
-        length = int.from_bytes(file[:LENGTH_BYTES], "little")
+        length = cls.beginning_length(file[:LENGTH_BYTES], len(file), limits)
+        return cls.parse_beginning(bytes(file[:length]), len(file), limits)
+
+    @staticmethod
+    def beginning_length(begin: bytes | memoryview, size: int, limits: ReadLimits) -> int:
+        """How many bytes a file's header takes with its length, by the first 8 of all ``size``.
+
+        Raises:
+            CheckpointError: there are less, more than ``limits`` allow, or more than the file has.
+        """
+        if len(begin) < LENGTH_BYTES:
+            raise CheckpointError(f"expected a header's length of 8 bytes, found {size} bytes")
+        length = int.from_bytes(begin, "little")
         if length > limits.max_header_bytes:
             raise CheckpointError(
                 f"its header has {length} bytes; at most {limits.max_header_bytes} are read"
             )
-        if length > len(file) - LENGTH_BYTES:
+        if length > size - LENGTH_BYTES:
             raise CheckpointError(f"its header has {length} bytes, more than the file")
-        beginning = bytes(file[: LENGTH_BYTES + length])
+        return LENGTH_BYTES + length
+
+    @classmethod
+    def parse_beginning(cls, beginning: bytes, size: int, limits: ReadLimits) -> TensorLayout:
+        """The layout of a file of so many bytes, which begins like this.
+
+        Raises:
+            CheckpointError: see :meth:`parse`.
+        """
         try:
             header = parse_json(beginning[LENGTH_BYTES:], max_depth=3)
         except JsonError as error:
             raise CheckpointError(f"its header can't be read: {error}") from error
         if not isinstance(header, dict):
             raise CheckpointError("its header is not a JSON object")
-        _check_metadata(header.pop(RESERVED_NAME, {}))
+        metadata = _metadata(header.pop(RESERVED_NAME, {}))
         if len(header) > limits.max_tensors:
             raise CheckpointError(
                 f"it has {len(header)} tensors; at most {limits.max_tensors} are read"
             )
         places = [_place(name, entry) for name, entry in header.items()]
-        _check_places(places, begin=len(beginning), end=len(file))
-        return cls(places, beginning)
+        _check_places(places, begin=len(beginning), end=size)
+        return cls(places, beginning, metadata)
 
 
 def _check_kind(name: str, tensor: torch.Tensor) -> None:
@@ -179,9 +200,10 @@ def _check_kind(name: str, tensor: torch.Tensor) -> None:
         raise StateError(f"{name!r} can't be saved: {problem}")
 
 
-def _check_metadata(metadata: Any) -> None:
+def _metadata(metadata: Any) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(type(v) is str for v in metadata.values()):
         raise CheckpointError("its header's metadata is not a mapping of texts")
+    return metadata
 
 
 def _place(name: str, entry: Any) -> TensorPlace:

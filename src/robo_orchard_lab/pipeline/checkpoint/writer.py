@@ -14,7 +14,7 @@ from robo_orchard_lab.pipeline.checkpoint.checkpoint_info import CheckpointInfo
 from robo_orchard_lab.pipeline.checkpoint.digests import digest_of
 from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
 from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE, FileEntry, Manifest
-from robo_orchard_lab.pipeline.checkpoint.parts import PartImages
+from robo_orchard_lab.pipeline.checkpoint.parts import FileName, PartImages
 from robo_orchard_lab.pipeline.checkpoint.ranks import Ranks
 from robo_orchard_lab.pipeline.checkpoint.tensor_image import ImagePool
 from robo_orchard_lab.pipeline.durable import (
@@ -44,7 +44,8 @@ class CheckpointImage:
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        """Encode and copy: the first rank what is of the whole job, each rank its own.
+        """Encode and copy: the first rank what is of the whole job, each rank its own, and what it
+        has of sharded tensors.
 
         Raises:
             StateError: something can't be saved; the message names it.
@@ -63,14 +64,27 @@ class CheckpointImage:
             metadata=dict(metadata or {}),
             files={},
         )
+        of_rank = of_rank or {}
         try:
-            if ranks.index == 0:
+            first = ranks.index == 0
+            if first:
                 self.manifest.check_writable(limits)
-                self._images.append(PartImages(parts, None, pool, limits))
-            self._images.append(PartImages(of_rank or {}, ranks.index, pool, limits))
+            images = PartImages(parts, None, pool, limits, ranks=ranks, shards_only=not first)
+            self._images.append(images)
+            images = PartImages(of_rank, ranks.index, pool, limits, ranks=ranks)
+            self._images.append(images)
+            if both := sorted(self._sharded_parts() & set(parts) & set(of_rank)):
+                raise StateError(
+                    f"parts and of_rank both have {both[0]!r}, with sharded tensors; name one "
+                    "otherwise"
+                )
         except BaseException:
             self.release()
             raise
+
+    def _sharded_parts(self) -> set[str]:
+        names = [FileName.parse(name) for images in self._images for name in images.files]
+        return {name.part for name in names if name is not None and name.is_shards}
 
     def write(self, folder: Path) -> dict[str, FileEntry]:
         """Write this rank's files, flushed, and say what they are."""
