@@ -311,7 +311,7 @@ def test_what_is_drawn_belongs_to_the_batch() -> None:
 
     def drawn(loader: Any, rank: int, processes: int) -> list[tuple[float, float]]:
         loader = EvaluationLoader("val", loader, rank, processes, "test")
-        return [(float(batch["inputs"].sum()), random.random()) for batch in loader.batches(0)]
+        return [(float(batch["inputs"].sum()), random.random()) for batch, _ in loader.batches(0)]
 
     for loader in (DataLoader(Augmented(30), 8, shuffle=True), list(make_evaluation_loader(30))):
         alone = drawn(loader, 0, 1)
@@ -324,7 +324,7 @@ def test_persistent_workers_draw_alike_each_time() -> None:
     """An evaluation has workers of its own, so that augmentation in them is the same each time."""
     loader = DataLoader(Augmented(20), 8, num_workers=1, persistent_workers=True)
     evaluation = EvaluationLoader("val", loader, 0, 1, "test")
-    sums = [[float(b["inputs"].sum()) for b in evaluation.batches(0)] for _ in range(2)]
+    sums = [[float(b["inputs"].sum()) for b, _ in evaluation.batches(0)] for _ in range(2)]
     assert sums[0] == sums[1]
 
 

@@ -648,14 +648,6 @@ def test_it_survives_a_file() -> None:
             assert EMAConfig.from_str(config.to_str(format_), format_) == config
 
 
-def test_sharded_parameters_are_refused() -> None:
-    """Parameters that are divided among processes are refused when the run begins."""
-    model = make_model()
-    model.get_parameter("0.weight").device_mesh = "as a DTensor has"  # type: ignore[attr-defined]
-    with pytest.raises(PipelineConfigError, match="EMA averages whole parameters"):
-        make_trainer([EMAConfig()()], model=model, max_step=1)()
-
-
 def test_it_keeps_what_hooks_promise() -> None:
     """It survives its state, reads nothing from the device and changes no weights."""
     config = EMAConfig(update_after_step=1)

@@ -25,8 +25,9 @@ from robo_orchard_lab.pipeline.metrics import DeferredMetrics, WeightedSum, reso
 from robo_orchard_lab.pipeline.metrics.metric_inputs import MetricArguments, MetricInputs
 from robo_orchard_lab.pipeline.metrics.torchmetrics_states import MetricsLike, TorchMetrics
 from robo_orchard_lab.pipeline.plain_model import ddp_of
+from robo_orchard_lab.pipeline.sharded_model import is_sharded_model, reshard
 
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+_DIVIDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 class Evaluator:
@@ -51,7 +52,9 @@ class Evaluator:
     With several processes, each evaluates its share of the batches, without padding and without
     repeats, and all of them get the values of all; a rank may have no batch. Nothing is read from
     the device before the end: then all travels in one transfer and one collective. A model in DDP
-    takes one more before, where it has buffers: all ranks evaluate with those of the first.
+    takes one more before, where it has buffers: all ranks evaluate with those of the first. So does
+    a sharded one (FSDP2), whose forward passes exchange: a rank that has a batch less than another
+    one takes part with one of the other's, which does not count.
 
     Args:
         model: prepared by ``accelerator`` or not; it stays on its device, and batches go there.
@@ -96,13 +99,14 @@ class Evaluator:
         rank, processes = 0, 1
         if accelerator is not None and accelerator.num_processes > 1:
             rank, processes = accelerator.process_index, accelerator.num_processes
-            if accelerator.distributed_type in _SHARDED:
+            if accelerator.distributed_type in _DIVIDING and not accelerator.is_fsdp2:
                 raise PipelineConfigError(
                     f"{who}: a model whose parts lie on several processes "
-                    f"({accelerator.distributed_type.value}) can't be evaluated yet, since the "
-                    "ranks may have different numbers of batches; save it, and evaluate it in one "
-                    "process"
+                    f"({accelerator.distributed_type.value}) can't be evaluated, since the ranks "
+                    "may have different numbers of batches; save it, and evaluate it in one "
+                    "process, or shard it by FSDP's second version"
                 )
+        self._sharded = processes > 1 and is_sharded_model(model)
         if not isinstance(metrics, TorchMetrics):
             metrics = TorchMetrics(metrics, who)
         self._metrics = metrics
@@ -140,8 +144,10 @@ class Evaluator:
         }
         with ExitStack() as stack:
             stack.enter_context(untouched_random_state(sources))
-            stack.enter_context(first_ranks_buffers(ddp_of(self.model)))
+            stack.enter_context(first_ranks_buffers(self._module_of_all_ranks()))
             stack.enter_context(evaluation_mode(self.model))
+            stack.callback(reshard, self.model)
+            # Not inference_mode: compiled and sharded models keep tensors for the training.
             stack.enter_context(torch.no_grad())
             parts = [
                 part
@@ -151,6 +157,11 @@ class Evaluator:
                 )
             ]
         return JoinedMetrics(parts)
+
+    def _module_of_all_ranks(self) -> torch.nn.Module | None:
+        """The model, where each rank has one; without DDP."""
+        ddp = ddp_of(self.model)
+        return ddp.module if ddp is not None else self.model if self._sharded else None
 
     def _measure(
         self, loader: EvaluationLoader, prefix: str, non_blocking: bool
@@ -164,11 +175,13 @@ class Evaluator:
         metrics.to(device)
         metrics.reset()
         loss_sum = WeightedSum()
-        for batch in loader.batches(self.seed):
+        for batch, counts in loader.batches(self.seed, even=self._sharded):
             if moves and device.type != "cpu":
                 batch = send_to_device(batch, device, non_blocking=non_blocking)
             with self._precision(model):
                 outputs, loss = self._forward(model, batch)
+            if not counts:  # it took part in what the ranks do together within the model
+                continue
             if loss is not None:
                 loss_sum.add(loss, self._count(batch))
             if len(metrics):

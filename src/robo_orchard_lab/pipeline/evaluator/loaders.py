@@ -111,10 +111,15 @@ class EvaluationLoader:
                 name,
             )
 
-    def batches(self, seed: int) -> Iterator[Any]:
-        """This rank's batches, which may be none.
+    def batches(self, seed: int, *, even: bool = False) -> Iterator[tuple[Any, bool]]:
+        """This rank's batches, which may be none, each with whether it counts.
 
         The random state is moved; that is for the caller to restore.
+
+        Args:
+            seed: of what is random.
+            even: whether every rank is to have the same number of batches; one that has a batch
+                less gets another rank's at the end, which does not count.
 
         Raises:
             DataError: at its end, on every rank alike: there was no batch for any of them.
@@ -125,21 +130,35 @@ class EvaluationLoader:
         if self._order is not None:
             order = list(self._order)  # before any rank draws anything else
             self._picked.items = order[self._rank :: self._processes]
+            if even and self._lacks_one(len(order)):
+                self._picked.items.append(order[0])
             first, stride = self._rank, self._processes
         with workers_start():
             batches = iter(self._loader)
         index = first
+        other: Any = None
         while True:
             seed_random_state(seed, stream=1 + index)
             seed_generators(self._of_dataset, numbered_seed(seed, 1 + index))
             batch = next(batches, _END)
             if batch is _END:
                 break
-            if stride > 1 or index % self._processes == self._rank:
-                yield batch
+            if self._order is not None:
+                yield batch, index < len(order)
+            elif index % self._processes == self._rank:
+                yield batch, True
+            elif even:
+                other = batch
             index += stride
-        if (index if self._order is None else len(order)) == 0:
+        count = index if self._order is None else len(order)
+        if count == 0:
             raise empty_loader(self._name, self._who)
+        if even and self._order is None and self._lacks_one(count):
+            yield other, False
+
+    def _lacks_one(self, batches: int) -> bool:
+        """Whether another rank has one more of so many batches of all."""
+        return 0 < batches % self._processes <= self._rank
 
 
 class _Picked:

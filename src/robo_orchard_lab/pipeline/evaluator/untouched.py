@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from robo_orchard_lab.pipeline.checkpoint import capture_random_state, restore_random_state
 from robo_orchard_lab.pipeline.data.kept_generators import RandomSource, set_states, states_of
@@ -55,13 +54,13 @@ def seed_random_state(seed: int, stream: int) -> None:
 
 
 @contextmanager
-def first_ranks_buffers(ddp: DistributedDataParallel | None) -> Iterator[None]:
+def first_ranks_buffers(model: torch.nn.Module | None) -> Iterator[None]:
     """The buffers of the first rank in the models of all ranks; then their own again.
 
-    Each rank's batch statistics are its own between two of DDP's broadcasts. Takes one collective
-    where there are buffers; None is a model without DDP, whose buffers stay as they are.
+    Each rank's batch statistics are its own, with DDP between two of its broadcasts. Takes one
+    collective where there are buffers; None is a model of one process, whose buffers stay.
     """
-    buffers = [] if ddp is None else list(ddp.module.buffers())
+    buffers = [] if model is None else list(model.buffers())
     if not buffers:
         yield
         return

@@ -11,6 +11,8 @@ import torch
 
 from robo_orchard_lab.pipeline.errors import PipelineStateError, StateError
 from robo_orchard_lab.pipeline.plain_model import plain_name
+from robo_orchard_lab.pipeline.sharded_model import reshard
+from robo_orchard_lab.pipeline.sharded_tensors import gather_whole, has_sharded, local_part
 
 _Group: TypeAlias = tuple[list[torch.Tensor], list[torch.Tensor]]
 """Shadows and their parameters."""
@@ -25,6 +27,8 @@ class AveragedWeights:
       with its value ahead of that update. One that is frozen has no shadow: its average is what it
       is. A tied parameter is one parameter.
     - Persistent buffers, and parameters that are no floating numbers, are copied.
+
+    Of a sharded model each process averages its shards, and the shadows are sharded as it is.
 
     Args:
         model: the plain model; its tensors' names are those of its ``state_dict``.
@@ -45,6 +49,7 @@ class AveragedWeights:
         self._groups: list[_Group] = []
         self._places = dict(_places(model, {id(p) for p in self._parameters.values()}))
         self._copies = [tensor.detach().clone() for tensor in self._others()]
+        self._sharded = has_sharded(self._parameters.values())
         self._in_model = False
 
     def follow(self) -> None:
@@ -67,6 +72,8 @@ class AveragedWeights:
         """
         self.refuse_in_model("an update of the weights")
         for shadows, parameters in self._groups:
+            if self._sharded:  # each process averages what it has
+                shadows, parameters = [*map(local_part, shadows)], [*map(local_part, parameters)]
             if decay == 0.0:  # also rids the average of what is not finite
                 torch._foreach_copy_(shadows, parameters)
                 continue
@@ -91,6 +98,7 @@ class AveragedWeights:
             PipelineStateError: the average is in the model already.
         """
         self.refuse_in_model("applying it again")
+        reshard(self.model)
         others = self._others()
         tensors = [*(self._parameters[name] for name in self._shadows), *others]
         own = [tensor.detach().clone() for tensor in tensors]
@@ -99,6 +107,7 @@ class AveragedWeights:
             _copy(tensors, [*self._shadows.values(), *self._copies])
             yield
         finally:
+            reshard(self.model)
             for (owner, key), tensor in zip(self._places.values(), others, strict=True):
                 owner[key] = tensor  # the body may have put another one there
             _copy(tensors, own)
@@ -107,14 +116,13 @@ class AveragedWeights:
     def weights(self) -> dict[str, torch.Tensor]:
         """What the model's ``state_dict`` holds with the average in it: copies, on the CPU.
 
-        Takes the memory of a copy of the model on its device, and waits for it.
+        Takes the memory of a copy of the model on its device, and waits for it. A collective where
+        the model is sharded.
         """
         with self.applied():
-            return {
-                plain_name(name): value.detach().to("cpu", copy=True)
-                for name, value in self.model.state_dict().items()
-                if isinstance(value, torch.Tensor)
-            }
+            state = self.model.state_dict()
+            tensors = {n: value for n, value in state.items() if isinstance(value, torch.Tensor)}
+            return {plain_name(n): v for n, v in gather_whole(tensors, keep=True).items()}
 
     def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
         """The shadows and the copies by name, not copied."""

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed
 
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hooks._finite import Finding
 from robo_orchard_lab.pipeline.hooks._window_recorder import ObservedUpdate
 from robo_orchard_lab.pipeline.plain_model import plain_model, plain_name
+from robo_orchard_lab.pipeline.sharded_tensors import has_sharded, local_part
 
 _SHOWN = 3  # of the names and ids in a message
 
@@ -33,17 +35,21 @@ class NonFiniteError(FloatingPointError):
 def bad_gradients(args: PipelineHookArgs) -> list[str] | None:
     """The parameters whose gradients are not finite, in the model's order; reads from the device.
 
-    None where that is not known: clipping by a norm that is NaN makes all of them NaN.
+    A collective where they are sharded. None where that is not known: clipping by a norm that is
+    NaN makes all of them NaN.
     """
     if args.gradients_changed:
         return None
     parameters = plain_model(args.run).named_parameters()
     named = [(plain_name(name), p.grad) for name, p in parameters if p.grad is not None]
     flags = [
-        (gradient.coalesce().values() if gradient.is_sparse else gradient).isfinite().all()
-        for _, gradient in named
+        (local.coalesce().values() if local.is_sparse else local).isfinite().all()
+        for local in (local_part(gradient) for _, gradient in named)
     ]
-    finite = torch.stack(flags).tolist() if flags else []  # waits for the device
+    packed = torch.stack(flags).int() if flags else torch.ones(0)
+    if has_sharded(gradient for _, gradient in named):
+        torch.distributed.all_reduce(packed, torch.distributed.ReduceOp.MIN)  # a collective
+    finite = packed.tolist()  # waits for the device
     return [name for (name, _), is_finite in zip(named, finite, strict=True) if not is_finite]
 
 

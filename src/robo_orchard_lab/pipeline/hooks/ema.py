@@ -48,8 +48,9 @@ class EMA(PipelineHooks):
 
     It runs on every rank, with no exchange and nothing read from the device. The averages of the
     ranks are equal, since their weights are; buffers are those of each rank, and the first rank's
-    are written. It takes one pass over the weights for each update, and as much memory on the
-    device as what is trained; while it is applied, as much again.
+    are written. Of a sharded model (FSDP2) each rank averages its shards. It takes one pass over
+    the weights for each update, and as much memory on the device as what is trained; while it is
+    applied, as much again.
 
     A hook that evaluates or saves finds it by its name, in ``args.run.weight_sets``. When the run
     is over, it can still be applied.
@@ -89,7 +90,7 @@ class EMA(PipelineHooks):
         """The average by the names of the plain model's ``state_dict``: copies, on the CPU.
 
         They have the model's data types, so that they are what :meth:`applied` evaluates. Waits for
-        the device.
+        the device; a collective where the model is sharded.
 
         Raises:
             PipelineStateError: no run has begun yet.
@@ -99,7 +100,7 @@ class EMA(PipelineHooks):
     def _begin(self, args: PipelineHookArgs) -> None:
         model = plain_model(args.run)
         if self._average is None or self._average.model is not model:
-            _refuse_sharded(self.name, args, model)
+            _refuse_flat(self.name, args)
             if self._average is not None:
                 self._updates = 0  # the average was that of another trainer's model
             self._average = AveragedWeights(model, self._dtype)
@@ -269,10 +270,10 @@ class EMAConfig(PipelineHooksConfig[EMA]):
         return min(max(warmed, self.min_decay), self.max_decay)
 
 
-def _refuse_sharded(name: str, args: PipelineHookArgs, model: torch.nn.Module) -> None:
-    sharded = args.accelerator.distributed_type is DistributedType.FSDP
-    if sharded or any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+def _refuse_flat(name: str, args: PipelineHookArgs) -> None:
+    accelerator = args.accelerator
+    if accelerator.distributed_type is DistributedType.FSDP and not accelerator.is_fsdp2:
         raise PipelineConfigError(
-            f"{name} averages whole parameters, and those of this model are divided among the "
-            "processes (FSDP or DTensor); train it with plain data parallelism, or without EMA"
+            f"{name} averages parameters by name, and FSDP's first version has put those of this "
+            "model together in flat ones; use FullyShardedDataParallelPlugin(fsdp_version=2)"
         )

@@ -16,6 +16,7 @@ from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfi
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.plain_model import plain_model, plain_name
 from robo_orchard_lab.pipeline.progress import TrainerLimits
+from robo_orchard_lab.pipeline.sharded_model import is_sharded_model
 
 logger = job_logger(__name__)
 
@@ -45,11 +46,11 @@ class FreezeHook(PipelineHooks):
     thaw comes is decided from the counters, so that a resumed run is exact. What was frozen before
     the run stays frozen. When the run is over, also by an error, everything is trainable that was.
 
-    It runs on every rank, and costs a look at the counters for each step. With one process, no
-    gradients are computed for what is frozen. With several, they are computed, exchanged and then
-    dropped: the engine that exchanges them was set up for all that was trainable when the trainer
-    was made, and would wait for them. To save that, freeze with ``requires_grad_(False)`` ahead of
-    making the trainer what is never to be trained.
+    It runs on every rank, and costs a look at the counters for each step. With one process, and in
+    a sharded model (FSDP2), no gradients are computed for what is frozen. With DDP, they are
+    computed, exchanged and then dropped: the engine that exchanges them was set up for all that was
+    trainable when the trainer was made, and would wait for them. To save that, freeze with
+    ``requires_grad_(False)`` ahead of making the trainer what is never to be trained.
     """
 
     def __init__(self, cfg: FreezeHookConfig) -> None:
@@ -78,7 +79,8 @@ class FreezeHook(PipelineHooks):
         self._parameters = [parameter for parameter in matched if parameter.requires_grad]
         if self.cfg.eval_mode:
             self._modules = _modules_of(model, set(matched))
-        self._drops_gradients = args.accelerator.num_processes > 1
+        several = args.accelerator.num_processes > 1
+        self._drops_gradients = several and not is_sharded_model(model)
         if not self._is_over(args):
             self._freeze()
         left = sum(parameter.requires_grad for parameter in model.parameters())

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Self
 
-import torch
 from pydantic import Field, model_validator
 
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.gradient_norm import (
+    clip_gradient_values,
     clip_gradients,
     gradient_norm,
     unscale_gradients,
@@ -40,8 +40,7 @@ class GradientClippingHook(PipelineHooks):
             assert cfg.max_value is not None  # the config has checked that there is one
             unscale_gradients(args.accelerator)
             norm = gradient_norm(args, cfg.norm_type)
-            torch.nn.utils.clip_grad_value_(args.model.parameters(), cfg.max_value)
-            args.gradients_changed = True
+            clip_gradient_values(args, cfg.max_value)
         if norm is not None:  # DeepSpeed clips by itself and may not tell
             args.metrics.publish("grad_norm", norm)
 

@@ -15,6 +15,7 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.plain_model import plain_model, plain_name
+from robo_orchard_lab.pipeline.sharded_model import plain_class
 
 logger = job_logger(__name__)
 
@@ -130,17 +131,18 @@ def summarize(model: torch.nn.Module, depth: int = 1) -> ModelSize:
         depth: the levels of modules that have a row each; deeper ones count in theirs.
 
     A tensor that is used in several places counts in the first. One that gets its shape from the
-    first batch counts nothing. Buffers count in the size alone, whether they are saved or not.
+    first batch counts nothing. Buffers count in the size alone, whether they are saved or not. Of a
+    sharded model the whole tensors count, not the shards.
     """
     model = getattr(model, "_orig_mod", model)
     parts: dict[str, ModelPart] = {}
-    total = ModelPart("total", type(model).__name__)
+    total = ModelPart("total", plain_class(model).__name__)
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         path = plain_name(name).split(".")[:-1][:depth]
         part = ".".join(path)
         if part not in parts:
             module = model.get_submodule(part)
-            kind = type(getattr(module, "_orig_mod", module)).__name__
+            kind = plain_class(getattr(module, "_orig_mod", module)).__name__
             parts[part] = ModelPart(part or _ROOT, kind)
         parts[part] = parts[part].plus(tensor)
         total = total.plus(tensor)

@@ -19,9 +19,10 @@ from robo_orchard_lab.pipeline.durable import remove_leftovers, replace_file
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.job_log import job_logger
-from robo_orchard_lab.pipeline.plain_model import plain_model, plain_weights
+from robo_orchard_lab.pipeline.plain_model import plain_model
 from robo_orchard_lab.pipeline.requests import Request, StopRequest
 from robo_orchard_lab.pipeline.schedule import Last, ScheduleField
+from robo_orchard_lab.pipeline.sharded_model import whole_weights
 
 logger = job_logger(__name__)
 
@@ -42,7 +43,8 @@ class SaveModel(PipelineHooks):
     for good; not where the run is interrupted. Each file is replaced as a whole, the weights last;
     other files in the folder stay.
 
-    It runs on every rank; the first one writes. It costs a step nothing.
+    It runs on every rank; the first one writes. It costs a step nothing. Of a sharded model the
+    weights are gathered one by one, on the first rank.
 
     Raises:
         PipelineConfigError: when the loop begins, there is no folder, or the configuration can't
@@ -107,9 +109,9 @@ class SaveModel(PipelineHooks):
     def _write(self, args: PipelineHookArgs) -> None:
         run, name = args.run, self.cfg.weights
         kept = None if name is None else run.weight_set(name)
-        if not run.accelerator.is_main_process:
+        weights = whole_weights(run, kept)
+        if weights is None:  # another rank's to write
             return
-        weights: Mapping[str, torch.Tensor] = plain_weights(run) if kept is None else kept.weights()
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._config is not None:
             replace_file(self._folder / CONFIG_FILE, self._config.encode())

@@ -11,7 +11,6 @@ from robo_orchard_lab.pipeline.checkpoint import write_weights
 from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.errors import PipelineStateError
 from robo_orchard_lab.pipeline.job_log import job_logger
-from robo_orchard_lab.pipeline.plain_model import plain_weights
 from robo_orchard_lab.pipeline.requests import (
     EvaluateRequest,
     LogRequest,
@@ -19,6 +18,7 @@ from robo_orchard_lab.pipeline.requests import (
     SaveWeightsRequest,
     WriteRequest,
 )
+from robo_orchard_lab.pipeline.sharded_model import whole_weights
 
 logger = job_logger(__name__)
 
@@ -96,8 +96,8 @@ def _save(run: PipelineRun, requests: list[SaveRequest]) -> None:
 
 def _save_weights(run: PipelineRun, request: SaveWeightsRequest) -> None:
     kept = run.weight_set(request.weights) if request.weights else None  # an error on all ranks
-    if run.accelerator.is_main_process:
-        weights = None if kept is None else kept.weights()
+    weights = whole_weights(run, kept)
+    if weights is not None:
         progress = run.progress
         metadata = {
             "epoch_id": str(progress.epoch_id),
@@ -105,5 +105,5 @@ def _save_weights(run: PipelineRun, request: SaveWeightsRequest) -> None:
             "optimizer_step_id": str(progress.optimizer_step_id),
             **request.metadata,
         }
-        write_weights(request.path, plain_weights(run) if weights is None else weights, metadata)
+        write_weights(request.path, weights, metadata)
         logger.info("saved %s: %s, asked by %s", request.path, request.reason, request.by)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.plain_model import ddp_of
+from robo_orchard_lab.pipeline.sharded_model import is_sharded_model, set_gradient_sync
 from robo_orchard_lab.pipeline.trainer.gradient_buckets import settle_buckets
 
 logger = job_logger(__name__)
@@ -41,19 +43,34 @@ def prepare_objects(
 ) -> PreparedObjects:
     """Let Accelerate prepare what is not prepared yet.
 
-    The data loader is not among it: :class:`TrainingData` divides it among the processes.
+    The data loader is not among it: :class:`TrainingData` divides it among the processes. A model
+    that is divided among them already, or in DDP, stays so, and gets its precision alone.
 
     Raises:
-        PipelineConfigError: the launcher started several processes that do not know of each other.
+        PipelineConfigError: the launcher started several processes that do not know of each other,
+            or Accelerate was to shard the model and does not, or the optimizer was made of the
+            parameters that a model had before it was sharded.
     """
     _check_world_size(accelerator)
+    several = accelerator.num_processes > 1
+    sharded = is_sharded_model(model)
+    if several and not sharded:
+        _check_sharding(accelerator)
     if optimizer is not None:
-        _check_parameters(model, optimizer)
-    given = [part for part in (model, optimizer, lr_scheduler) if part is not None]
-    prepared = iter(accelerator.prepare(*given) if len(given) > 1 else [accelerator.prepare(model)])
-    model = next(prepared)
-    optimizer = next(prepared) if optimizer is not None else None
-    lr_scheduler = next(prepared) if lr_scheduler is not None else None
+        _check_parameters(model, optimizer, sharded=sharded)
+    if sharded or (several and ddp_of(model) is not None):
+        model = accelerator.prepare_model(model, evaluation_mode=True)
+        optimizer = accelerator.prepare_optimizer(optimizer) if optimizer is not None else None
+        if lr_scheduler is not None:
+            lr_scheduler = accelerator.prepare_scheduler(lr_scheduler)
+    else:
+        given = [part for part in (model, optimizer, lr_scheduler) if part is not None]
+        prepared = iter(
+            accelerator.prepare(*given) if len(given) > 1 else [accelerator.prepare(model)]
+        )
+        model = next(prepared)
+        optimizer = next(prepared) if optimizer is not None else None
+        lr_scheduler = next(prepared) if lr_scheduler is not None else None
     ddp = ddp_of(model)
     if ddp is not None and accelerator.num_processes > 2:  # two round alike in any order
         settle_buckets(ddp)
@@ -89,10 +106,54 @@ def _divided_backward(loss: torch.Tensor, divisor: float) -> None:
     (loss if divisor == 1.0 else loss / divisor).backward()
 
 
-def _check_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def no_sync_of(
+    accelerator: Accelerator, model: torch.nn.Module
+) -> Callable[[], AbstractContextManager[Any]] | None:
+    """What keeps the gradients of a micro-batch from being added up among the processes.
+
+    None where nothing does that before the update.
+    """
+    if accelerator.num_processes == 1:
+        return None
+    if is_sharded_model(model):
+        return partial(_unreduced, model)
+    return lambda: accelerator.no_sync(model)
+
+
+@contextmanager
+def _unreduced(model: torch.nn.Module) -> Iterator[None]:
+    set_gradient_sync(model, False)
+    try:
+        yield
+    finally:
+        set_gradient_sync(model, True)
+
+
+def _check_sharding(accelerator: Accelerator) -> None:
+    # Accelerate sets this where it is given a plugin, and reads it where a launcher has set it.
+    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if wanted and accelerator.distributed_type is not DistributedType.FSDP:
+        raise PipelineConfigError(
+            "the accelerator was configured for FSDP, and runs with "
+            f"{accelerator.distributed_type.value} all the same, as Accelerate does where there is "
+            "no device for each process; shard the model yourself ahead of making the optimizer, "
+            "by torch.distributed.fsdp.fully_shard(model, mesh=init_device_mesh('cpu', (n,))) for "
+            "n processes, or leave the plugin out (and ACCELERATE_USE_FSDP) for plain data "
+            "parallelism"
+        )
+
+
+def _check_parameters(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, sharded: bool
+) -> None:
     trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     if trainable and not trainable & held:
+        if sharded:
+            raise PipelineConfigError(
+                "the optimizer holds none of the sharded model's parameters: fully_shard replaces "
+                "a model's parameters; make the optimizer of model.parameters() after it"
+            )
         logger.warning(
             "the optimizer holds none of the model's %d trainable parameters, so that training "
             "leaves the model as it is",

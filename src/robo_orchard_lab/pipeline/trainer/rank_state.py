@@ -18,6 +18,7 @@ from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.data import TrainingData
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.plain_model import ddp_of, plain_model, plain_name, plain_state
+from robo_orchard_lab.pipeline.sharded_model import set_unreduced_gradients, unreduced_gradients
 from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows
 from robo_orchard_lab.pipeline.trainer.fitting import check_keys, check_tensors, kind_of
 from robo_orchard_lab.pipeline.trainer.trained_names import names_beside, trained_names
@@ -63,7 +64,7 @@ class RankStates:
             "random": capture_random_state() if self._random is None else self._random,
             "data": self._data.rank_state_dict(),
             "window": self._windows.state_dict(run.progress.step_id),
-            "gradients": gradients,
+            "gradients": {**gradients, **unreduced_gradients(plain_model(run))},
             "buffers": {name: value for name, value in buffers.items() if name not in shared},
             # Nothing keeps the ranks' alike.
             "beside": {name: parameter for parameter, name in names_beside(run).items()},
@@ -114,6 +115,7 @@ class RankStates:
         for parameter, name in trained_names(run).items():
             gradient = state["gradients"].get(name)
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
+        set_unreduced_gradients(plain_model(run), state["gradients"])
         ddp = ddp_of(run.model)
         if ddp is not None and state["gradients"]:
             # After a pass without exchange, DDP leaves each rank its buffers in the next one.

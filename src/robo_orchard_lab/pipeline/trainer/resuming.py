@@ -10,6 +10,7 @@ from robo_orchard_lab.pipeline.checkpoint import (
     EachRank,
     Ranks,
     SavedState,
+    ShareOf,
     load_checkpoint,
 )
 from robo_orchard_lab.pipeline.checkpoint.folder_names import LAST
@@ -30,6 +31,7 @@ def load_saved(
     run_folder: Path | None,
     ranks: Ranks,
     each_rank: EachRank,
+    share_of: ShareOf | None = None,
 ) -> SavedState | None:
     """The saved run to go on from, all of it checked and on the CPU; called by all ranks alike.
 
@@ -40,6 +42,7 @@ def load_saved(
         run_folder: where checkpoints are by default.
         ranks: of the job.
         each_rank: where another number of ranks saved, says what to keep of the state of each.
+        share_of: what this rank needs of tensors; by default all of them.
 
     Returns:
         None with ``"auto"`` where there is no checkpoint yet.
@@ -53,10 +56,10 @@ def load_saved(
     if os.fspath(resume_from) != AUTO:
         path = Path(resume_from)
         ranks.first(f"looking for {path}", lambda: _check_is_one(path))
-        return load_checkpoint(path, ranks=ranks, each_rank=each_rank)
+        return load_checkpoint(path, ranks=ranks, share_of=share_of, each_rank=each_rank)
     root = _root(hooks, run_folder)
     with CheckpointStore(root, ranks=ranks) as store:  # which also repairs what a crash has left
-        saved = store.load_newest(each_rank)
+        saved = store.load_newest(share_of, each_rank)
     if saved is None:
         logger.info("no checkpoint in %s; the run starts from the beginning", root)
         return None

@@ -29,6 +29,7 @@ from robo_orchard_lab.pipeline.plain_model import (
     plain_weights,
 )
 from robo_orchard_lab.pipeline.progress import TrainerProgress
+from robo_orchard_lab.pipeline.sharded_model import reshard
 from robo_orchard_lab.pipeline.trainer.about import describe_run
 from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows
 from robo_orchard_lab.pipeline.trainer.fitting import (
@@ -88,6 +89,7 @@ class RunSnapshots:
 
         Takes an exchange of the ranks where metrics wait to be read.
         """
+        reshard(plain_model(self._run))
         return Snapshot(
             parts=self._parts(),
             of_rank={"state": self._of_rank.take()},

@@ -29,14 +29,20 @@ from robo_orchard_lab.pipeline.hook_set import HookLike, PipelineHooks, check_un
 from robo_orchard_lab.pipeline.hooks.optimizer import OptimizerHook, ScheduleUnit
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricsBoard, UnknownMetricError
+from robo_orchard_lab.pipeline.plain_model import plain_model
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Request, Requests
 from robo_orchard_lab.pipeline.run_state import RunStateFile
+from robo_orchard_lab.pipeline.sharded_model import shares_of_model
 from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows
 from robo_orchard_lab.pipeline.trainer.alike import check_alike, hook_text, setup_texts
 from robo_orchard_lab.pipeline.trainer.commit import carry_out_requests
 from robo_orchard_lab.pipeline.trainer.filler import as_if_not_passed
-from robo_orchard_lab.pipeline.trainer.preparation import backward_of, prepare_objects
+from robo_orchard_lab.pipeline.trainer.preparation import (
+    backward_of,
+    no_sync_of,
+    prepare_objects,
+)
 from robo_orchard_lab.pipeline.trainer.resuming import load_saved
 from robo_orchard_lab.pipeline.trainer.snapshot import RunSnapshots, ranks_of
 
@@ -77,7 +83,9 @@ class HookBasedTrainer:
 
     Args:
         accelerator: devices, processes and precision.
-        model: any module, also compiled; prepared here unless it is prepared already.
+        model: any module, also compiled; prepared here unless it is prepared already. One that
+            torch's ``fully_shard`` has divided among the processes stays so; the optimizer is made
+            after it.
         dataloader: a torch ``DataLoader`` or any iterable of batches, iterated once an epoch, in
             the order that ``data_order`` says.
         batch_processor: from a batch to outputs and loss.
@@ -172,6 +180,7 @@ class HookBasedTrainer:
         self.dataloader = dataloader
         self._place = prepared.place
         self._run_backward = backward_of(accelerator)
+        self._no_sync = no_sync_of(accelerator, prepared.model)
         self._optimizer_hook: OptimizerHook | None = None
         if batch_processor.need_backward and prepared.optimizer is not None:
             self._optimizer_hook = OptimizerHook(
@@ -274,7 +283,12 @@ class HookBasedTrainer:
         with ranks_of(self._run) as ranks:
             snapshots = self._snapshots
             saved = load_saved(
-                resume_from, self.hooks, self._run.folder, ranks, snapshots.part_of_rank
+                resume_from,
+                self.hooks,
+                self._run.folder,
+                ranks,
+                snapshots.part_of_rank,
+                shares_of_model(plain_model(self._run)),
             )
             if saved is None:
                 return
@@ -440,10 +454,10 @@ class HookBasedTrainer:
         boundary = args.at_accumulation_boundary
         if boundary is not self._synchronising:
             self._synchronising = self.accelerator.sync_gradients = boundary
-        if boundary or self.accelerator.num_processes == 1:
+        if boundary or self._no_sync is None:
             self._on_step(args, body)
         else:
-            with self.accelerator.no_sync(self.model):
+            with self._no_sync():
                 self._on_step(args, body)
 
     def _step_or_filler(self, args: PipelineHookArgs) -> None:

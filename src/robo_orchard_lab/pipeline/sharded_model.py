@@ -1,0 +1,175 @@
+"""A model that torch's FSDP2 (``fully_shard``) has divided among the processes.
+
+What stands here goes through all of a model's modules; nothing of it is on the way of a step but
+:func:`set_gradient_sync`, which accumulation calls where a window begins and where it ends.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from robo_orchard_lab.pipeline.checkpoint import Region, ShareOf, TensorShare
+from robo_orchard_lab.pipeline.context import PipelineRun, WeightSet
+from robo_orchard_lab.pipeline.errors import StateError
+from robo_orchard_lab.pipeline.plain_model import plain_name, plain_weights
+from robo_orchard_lab.pipeline.sharded_tensors import gather_whole, has_sharded, is_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
+
+def is_sharded_model(model: torch.nn.Module) -> bool:
+    """Whether a model, also a compiled one, is divided by FSDP2 or has parameters that are."""
+    return next(_sharding_modules(model), None) is not None or has_sharded(model.parameters())
+
+
+def plain_class(module: torch.nn.Module) -> type[torch.nn.Module]:
+    """The class of a module as its author named it; ``fully_shard`` puts one of its own before."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kind = type(module)
+    if fsdp is not None and kind.__bases__[:1] == (fsdp.FSDPModule,):
+        return kind.__bases__[1]
+    return kind
+
+
+def set_gradient_sync(model: torch.nn.Module, synchronise: bool) -> None:
+    """Have the gradients of the backward passes from here on reduced among the processes, or kept.
+
+    Until they are reduced, each process keeps them whole, beside what they add up to.
+    """
+    for module in _sharding_modules(model):
+        module.set_requires_gradient_sync(synchronise, recurse=False)
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Have each process keep its shards alone, and the model those as its parameters.
+
+    After a forward pass without a backward one, the outermost parts of a model are left whole, and
+    would be taken for what the shards hold, also when that has changed. No exchange is made.
+    """
+    for module in _sharding_modules(model):
+        module.reshard()
+
+
+def shares_of_model(model: torch.nn.Module) -> ShareOf | None:
+    """What this process needs of a saved state that has the model's tensors in it, or some like
+    them, as optimizers and averages keep; None where no parameter is sharded.
+
+    A tensor is taken for one that is divided as a parameter is if it has the parameter's whole
+    shape, and its place the parameter's name in it, as in ``state.<name>.exp_avg``.
+    """
+    live = {plain_name(name): p for name, p in model.named_parameters() if is_sharded(p)}
+    if not live:
+        return None
+    from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
+
+    shares = {}
+    for item in create_default_local_save_plan(dict(live), is_coordinator=True).items:
+        data = item.tensor_data
+        assert data is not None  # all of these are tensors
+        region = Region(tuple(data.chunk.offsets), tuple(data.chunk.sizes))
+        shares[item.index.fqn] = TensorShare(region, _like(live[item.index.fqn]))
+
+    def share_of(place: str, shape: tuple[int, ...]) -> TensorShare | None:
+        words = place.split(".")
+        for length in range(len(words), 0, -1):
+            for begin in range(len(words) - length + 1):
+                name = ".".join(words[begin : begin + length])
+                if name in shares and tuple(live[name].shape) == shape:
+                    return shares[name]
+        return None
+
+    return share_of
+
+
+def whole_weights(run: PipelineRun, kept: WeightSet | None) -> dict[str, torch.Tensor] | None:
+    """The weights for the first rank to write, by the names of the plain model; None on others.
+
+    All ranks call it: of a sharded model, it gathers one tensor after the other, on the CPU of the
+    first rank. Others are not copied.
+
+    Args:
+        run: whose weights.
+        kept: those of a hook, in place of the model's own.
+    """
+    first = run.accelerator.is_main_process
+    if not is_sharded_model(run.model):
+        if not first:
+            return None
+        return plain_weights(run) if kept is None else kept.weights()
+    with nullcontext() if kept is None else kept.applied():
+        whole = gather_whole(plain_weights(run), keep=first)
+    return whole if first else None
+
+
+def unreduced_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The gradients that this process keeps whole in an accumulation window that is open.
+
+    Their names are not those of parameters, so that none is taken for one that is divided.
+
+    Raises:
+        StateError: this version of torch keeps them elsewhere.
+    """
+    found = {}
+    for name, holder in _gradient_holders(model):
+        gradient = holder.unsharded_accumulated_grad
+        if gradient is None and hasattr(holder, "_unsharded_param"):
+            gradient = holder._unsharded_param.grad
+        if gradient is not None:
+            found[_unreduced(name)] = gradient
+    return found
+
+
+def set_unreduced_gradients(model: torch.nn.Module, gradients: Mapping[str, torch.Tensor]) -> None:
+    """Have the backward passes that follow add to gradients as :func:`unreduced_gradients` gave."""
+    for name, holder in _gradient_holders(model):
+        if hasattr(holder, "_unsharded_param"):
+            holder._unsharded_param.grad = None
+        gradient = gradients.get(_unreduced(name))
+        device = holder.sharded_param.device
+        holder.unsharded_accumulated_grad = None if gradient is None else gradient.to(device)
+
+
+def _unreduced(name: str) -> str:
+    return "unreduced\x1f" + name.replace(".", "\x1f")
+
+
+def _like(parameter: torch.Tensor) -> Any:
+    """What makes of this process's part of a tensor one that is divided as a parameter is."""
+
+    def make(part: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            made = torch.empty_like(parameter, dtype=part.dtype, requires_grad=False)
+            assert is_sharded(made)
+            made.to_local().copy_(part)
+        return made
+
+    return make
+
+
+def _sharding_modules(model: torch.nn.Module) -> Iterator[FSDPModule]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # else nobody has sharded anything
+    if fsdp is not None:
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                yield module
+
+
+def _gradient_holders(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """What FSDP2 keeps of each parameter, with its name. Torch gives no public way to it."""
+    names = {id(p): plain_name(name) for name, p in model.named_parameters()}
+    try:
+        for module in _sharding_modules(model):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                for holder in group.fsdp_params:
+                    yield names[id(holder.sharded_param)], holder
+    except (AttributeError, KeyError) as error:
+        raise StateError(
+            "the gradients of an open accumulation window can't be found in a sharded model with "
+            f"torch {torch.__version__}; save where no window is open"
+        ) from error

@@ -1,0 +1,250 @@
+"""What each process of ``test_sharded_processes.py`` runs: trainings of a model in shards."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
+
+from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, SimpleBatchProcessor
+from robo_orchard_lab.pipeline.errors import PipelineConfigError
+from robo_orchard_lab.pipeline.hook_set import HookLike
+from robo_orchard_lab.pipeline.hooks import (
+    EMAConfig,
+    FreezeHookConfig,
+    GradientClippingHookConfig,
+    NonFiniteGuardConfig,
+    SaveCheckpointConfig,
+    SaveModelConfig,
+)
+from robo_orchard_lab.pipeline.hooks.model_summary import summarize
+from robo_orchard_lab.pipeline.sharded_tensors import gather_whole
+from tiny import loss_of, make_loader
+
+ENDED_GLOO_S = 1  # a process that ends sooner after its first exchange may be aborted
+
+
+SAMPLES_PER_STEP = 6  # of the job, where it has one process, two or three
+
+
+def make_model(norm: type[torch.nn.Module] = torch.nn.BatchNorm1d) -> torch.nn.Module:
+    """Sizes that can't be divided by two or three, and buffers."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Linear(4, 7), torch.nn.Tanh(), norm(7), torch.nn.Linear(7, 2)
+    )
+
+
+def shard(model: torch.nn.Module, mesh: DeviceMesh) -> torch.nn.Module:
+    for block in (model[0], model[3]):  # type: ignore[index]  # a Sequential
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+class Training:
+    """One training, of a model in shards or in DDP, and what it came to."""
+
+    def __init__(
+        self,
+        *,
+        sharded: bool = True,
+        accumulate: int = 1,
+        hooks: list[HookLike] | None = None,
+        stop_at: int | None = None,
+        wrap: Callable[[torch.nn.Module], torch.nn.Module] = lambda model: model,
+        model: torch.nn.Module | None = None,
+        batch_size: int = 2,
+        **options: Any,
+    ) -> None:
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
+        self.model = make_model() if model is None else model
+        if sharded:
+            shard(self.model, init_device_mesh("cpu", (accelerator.num_processes,)))
+        self.losses: list[torch.Tensor] = []
+        watch = PipelineHooks()
+        watch.on_step.after(lambda args: self.losses.append(args.loss))
+        self.samples: list[list[int]] = []
+        watch.on_step.after(lambda args: self.samples.append(list(args.sample_indices)))
+        if stop_at is not None:
+            when = f"at steps {stop_at}"
+            watch.on_step.after(when=when)(lambda args: args.requests.stop("enough"))
+        self.trainer = HookBasedTrainer(
+            accelerator,
+            wrap(self.model),
+            make_loader(60 // batch_size, batch_size, shuffle=True),
+            SimpleBatchProcessor.from_callable(loss_of),
+            torch.optim.AdamW(self.model.parameters(), lr=0.05),
+            hooks=[watch, *(hooks or [])],
+            max_step=options.pop("max_step", 9),
+            **options,
+        )
+        self.trainer()
+
+    def result(self) -> dict[str, Any]:
+        weights = gather_whole(self.model.state_dict(), keep=True)
+        # FSDP2 leaves each rank its buffers, where DDP takes the first rank's.
+        first = self.trainer.accelerator.is_main_process
+        return {
+            "weights": {name: v for name, v in weights.items() if first or "running" not in name},
+            "losses": torch.stack(self.losses),
+            "samples": self.samples,
+            "progress": self.trainer.progress.state_dict(),
+        }
+
+
+def saving(folder: Path, **options: Any) -> list[HookLike]:
+    """Hooks that keep something, and those that write."""
+    return [
+        EMAConfig(decay=0.5, export_path=str(folder / "ema.safetensors")),
+        GradientClippingHookConfig(max_norm=0.5),
+        SaveModelConfig(folder=folder / "model"),
+        SaveCheckpointConfig(folder=folder / "checkpoints", keep_last=None, **options),
+    ]
+
+
+def straight_and_resumed(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, sharded in (("sharded", True), ("ddp", False)):
+        for accumulate in (1, 3):
+            part = folder / f"{name}{accumulate}"
+            options: dict[str, Any] = {"sharded": sharded, "accumulate": accumulate}
+            found[f"{name}{accumulate}"] = Training(hooks=saving(part), **options).result()
+            Training(hooks=saving(part / "stopped"), stop_at=4, **options)  # within a window of 3
+            last = part / "stopped" / "checkpoints" / "last"
+            hooks = saving(part / "resumed")
+            resumed = Training(hooks=hooks, resume_from=last, **options)
+            found[f"{name}{accumulate} resumed"] = resumed.result()
+    last = folder / "sharded1" / "stopped" / "checkpoints" / "last"
+    crossed = Training(sharded=False, hooks=saving(folder / "to_ddp"), resume_from=last)
+    found["sharded to ddp"] = crossed.result()
+    last = folder / "ddp1" / "stopped" / "checkpoints" / "last"
+    crossed = Training(hooks=saving(folder / "to_sharded"), resume_from=last)
+    found["ddp to sharded"] = crossed.result()
+    hooks = saving(folder / "background", every="2 steps", in_background=True)
+    found["background"] = Training(hooks=hooks).result()
+    return found
+
+
+def in_any_number(folder: Path, stop_at: int | None, resume_from: Path | None) -> dict[str, Any]:
+    """A training that is the same in any number of processes; of one, it is a plain one."""
+    processes = Accelerator(cpu=True).num_processes
+    return Training(
+        sharded=processes > 1,
+        model=make_model(torch.nn.LayerNorm),
+        batch_size=SAMPLES_PER_STEP // processes,
+        hooks=saving(folder),
+        stop_at=stop_at,
+        resume_from=resume_from,
+    ).result()
+
+
+def other_hooks(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, sharded in (("sharded", True), ("ddp", False)):
+        frozen = FreezeHookConfig(patterns=["0.*"], until_optimizer_step=4)
+        found[f"{name} frozen"] = Training(sharded=sharded, hooks=[frozen]).result()
+        clip = GradientClippingHookConfig(max_value=0.01)
+        found[f"{name} by value"] = Training(sharded=sharded, hooks=[clip]).result()
+        clip = GradientClippingHookConfig(max_norm=0.1, norm_type=3.0)
+        found[f"{name} by another norm"] = Training(sharded=sharded, hooks=[clip]).result()
+        spoil = PipelineHooks()
+        spoil.on_batch.before(when="at steps 3")(spoil_on_the_second_rank)
+        guarded = Training(sharded=sharded, hooks=[spoil, NonFiniteGuardConfig(policy="skip")])
+        found[f"{name} skipped"] = guarded.result()
+    try:
+        Training(hooks=[spoil, NonFiniteGuardConfig()])
+    except FloatingPointError as error:
+        found["not finite"] = str(error)
+    return found
+
+
+def spoil_on_the_second_rank(args: Any) -> None:
+    if args.accelerator.process_index == 1:
+        args.batch[0][0] = torch.nan
+
+
+def exchanges() -> dict[str, Any]:
+    """How often gradients travel in each step of windows of three; the exchanges of updates."""
+    counted: list[int] = []
+    modes: list[CommDebugMode] = []
+
+    def begin(args: Any) -> None:
+        modes.append(CommDebugMode())
+        modes[-1].__enter__()
+
+    def end(args: Any) -> None:
+        modes[-1].__exit__(None, None, None)
+        counts = modes[-1].get_comm_counts()
+        counted.append(sum(n for what, n in counts.items() if "reduce_scatter" in str(what)))
+
+    watch = PipelineHooks()
+    watch.on_model_backward.before(begin)
+    watch.on_model_backward.after(end)
+    Training(accumulate=3, hooks=[watch], max_step=7)
+    updates: list[int] = []
+
+    def end_update(args: Any) -> None:
+        modes[-1].__exit__(None, None, None)
+        updates.append(modes[-1].get_total_counts())
+
+    watch = PipelineHooks()
+    watch.on_optimizer_step.before(begin)
+    watch.on_optimizer_step.after(end_update)
+    clip = GradientClippingHookConfig(max_norm=0.1)
+    Training(hooks=[watch, NonFiniteGuardConfig(), clip], max_step=3)
+    return {"gradients": counted, "updates": updates}
+
+
+def refusals() -> dict[str, Any]:
+    accelerator = Accelerator(cpu=True)
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    processor = SimpleBatchProcessor.from_callable(loss_of)
+    found = {"summary": str(summarize(shard(make_model(), init_device_mesh("cpu", (2,)))))}
+    os.environ["ACCELERATE_USE_FSDP"] = "true"  # as Accelerate does where it is given a plugin
+    try:
+        HookBasedTrainer(accelerator, model, make_loader(), processor, optimizer, max_step=1)
+    except PipelineConfigError as error:
+        found["not sharded"] = str(error)
+    del os.environ["ACCELERATE_USE_FSDP"]
+    shard(model, init_device_mesh("cpu", (2,)))
+    try:
+        HookBasedTrainer(accelerator, model, make_loader(), processor, optimizer, max_step=1)
+    except PipelineConfigError as error:
+        found["stale optimizer"] = str(error)
+    return found
+
+
+def main(folder: Path) -> None:
+    torch.set_default_dtype(torch.float64)
+    accelerator = Accelerator(cpu=True)
+    stopped = folder / "of two" / "checkpoints" / "last"
+    if accelerator.num_processes == 2:
+        found = {
+            **straight_and_resumed(folder),
+            **other_hooks(folder),
+            "exchanges": exchanges(),
+            "refusals": refusals(),
+            "any": in_any_number(folder / "any", None, None),
+            "stopped": in_any_number(folder / "of two", 4, None),
+        }
+    else:
+        found = {"any": in_any_number(folder / "of three", None, stopped)}
+    count, index = accelerator.num_processes, accelerator.process_index
+    torch.save(found, folder / f"rank{index} of {count}.pt")
+    time.sleep(ENDED_GLOO_S)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
