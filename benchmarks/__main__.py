@@ -6,21 +6,17 @@ printed, and is no failure: timings on a busy machine prove nothing.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from time import perf_counter
 
 from benchmarks.printing import print_report
+from benchmarks.pythons import HERE, python_of, variables
 from benchmarks.registry import BENCHMARKS, Benchmark
 from benchmarks.report import Report
-
-_HERE = Path(__file__).resolve().parent
-_PEERS_PYTHON = _HERE / ".venv-peers" / "bin" / "python"
-
-# Eight tiny matrix products a step: more threads only add noise.
-_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+from benchmarks.results import PAGE, keep
 
 
 def main() -> int:
@@ -29,12 +25,15 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="list the benchmarks and stop")
     parser.add_argument("--quick", action="store_true", help="seconds: few rounds, no peers")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--write", action="store_true", help=f"write benchmarks/{PAGE.name}")
     arguments = parser.parse_args()
 
     if arguments.list:
         for benchmark in BENCHMARKS.values():
-            print(f"{benchmark.name:14} {benchmark.summary}")
+            print(f"{benchmark.name:17} {benchmark.summary}")
         return 0
+    if arguments.write and arguments.quick:
+        parser.error("--write is for whole runs, without --quick")
     unknown = sorted(set(arguments.names) - set(BENCHMARKS))
     if unknown:
         parser.error(f"no benchmark named {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
@@ -42,7 +41,9 @@ def main() -> int:
     reports = []
     broken = False
     for name in arguments.names or BENCHMARKS:
+        began_at = perf_counter()
         report = _run_in_child(BENCHMARKS[name], quick=arguments.quick)
+        print(f"{name}: {perf_counter() - began_at:.0f} s", file=sys.stderr)
         if report is None:
             print(f"benchmark {name} broke; its error stands above", file=sys.stderr)
             broken = True
@@ -51,6 +52,8 @@ def main() -> int:
         reports.append(report)
         if not arguments.json:
             print_report(report)
+        if arguments.write:
+            keep([report])  # one by one: what was measured stays if the next is interrupted
     if arguments.json:
         print(json.dumps({"reports": [report.to_dict() for report in reports]}, indent=2))
     return 1 if broken else 0
@@ -58,15 +61,16 @@ def main() -> int:
 
 def _run_in_child(benchmark: Benchmark, *, quick: bool) -> Report | None:
     """The benchmark's report, or None where its process failed."""
-    beside_peers = benchmark.beside_peers and not quick and _PEERS_PYTHON.exists()
-    python = str(_PEERS_PYTHON) if beside_peers else sys.executable
+    where = "own" if quick or python_of(benchmark.where) is None else benchmark.where
+    python = python_of(where)
+    assert python is not None  # this process has one
     with tempfile.TemporaryDirectory() as folder:
         result_file = Path(folder) / "report.json"
         command = [python, "-m", "benchmarks.child", benchmark.name, str(result_file)]
         finished = subprocess.run(
             [*command, "--quick"] if quick else command,
-            cwd=_HERE.parent,
-            env={**os.environ, **_ONE_THREAD},
+            cwd=HERE.parent,
+            env=variables(where),
             stdout=sys.stderr,
             check=False,
         )

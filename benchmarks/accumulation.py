@@ -10,8 +10,8 @@ BARS = {0: 1.10, HOOKS: 1.10}
 def run(*, quick: bool) -> Report:
     return measure(
         "accumulation",
-        Settings(steps=500 if quick else 2000, accumulate=4),
+        Settings(steps=300 if quick else 2000, accumulate=4),
         OWN,
         bars=BARS,
-        rounds=4 if quick else 25,
+        rounds=2 if quick else 25,
     )

@@ -10,8 +10,8 @@ BARS = {0: 1.10, HOOKS: 1.10}
 def run(*, quick: bool) -> Report:
     return measure(
         "bf16",
-        Settings(steps=500 if quick else 2000, bf16=True),
+        Settings(steps=300 if quick else 2000, bf16=True),
         OWN,
         bars=BARS,
-        rounds=4 if quick else 25,
+        rounds=2 if quick else 15,
     )

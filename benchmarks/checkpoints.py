@@ -32,14 +32,13 @@ _PLAIN_SAVE, _PLAIN_LOAD = "torch.save", "torch.load, weights_only"
 def run(*, quick: bool) -> Report:
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:  # on a disk, where /tmp is not
         bench = _Bench(Path(folder), small=quick)
-        rounds = 2 if quick else 15
+        rounds = 1 if quick else 15
         tables = [
             _saving(bench, rounds),
-            _loading(
-                bench, max(rounds, 6)
-            ),  # the first ones take memory that is new to the machine
+            # The first ones take memory that is new to the machine.
+            _loading(bench, rounds if quick else max(rounds, 6)),
             _holding(bench, rounds),
-            _training_meanwhile(bench, 3 if quick else 15),
+            _training_meanwhile(bench, 1 if quick else 15),
         ]
         faults = bench.faults()
         bench.close()

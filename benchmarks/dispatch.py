@@ -35,7 +35,7 @@ class NoopHook:
 
 
 def run(*, quick: bool) -> Report:
-    rounds = 15 if quick else 75
+    rounds = 8 if quick else 75
     hook_calls = 2_000  # some 0.1 ms a block
     tables = [
         _with_hooks(count, rounds=rounds, calls=max(hook_calls // count, 2))
@@ -70,6 +70,14 @@ def _with_hooks(count: int, *, rounds: int, calls: int) -> Table:
             for name, values in samples.values.items()
         ],
     )
+
+
+def bare_and_channel(count: int) -> tuple[Callable[[], object], Callable[[], object]]:
+    """One entry of so many hooks: by bare calls, and by a channel."""
+    hooks = [NoopHook() for _ in range(count)]
+    args: Args = {}
+    bare = _bare_calls([hook.before for hook in hooks], [hook.after for hook in hooks])
+    return partial(bare, args, _body), partial(_channel(hooks).run, args, _body)
 
 
 def _empty(*, rounds: int, calls: int) -> Table:

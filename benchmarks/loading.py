@@ -83,16 +83,16 @@ class Numbers(Dataset[int]):
 
 
 def run(*, quick: bool) -> Report:
-    rounds = 5 if quick else 25
-    count = 4_096 if quick else 16_384
+    rounds = 2 if quick else 25
+    count = 2_048 if quick else 16_384
     columns = torch.randn(count, 32), torch.randint(10, (count,))
-    tensors, images = TensorDataset(*columns), Images(1_600 if quick else 3_200)
+    tensors, images = TensorDataset(*columns), Images(1_216 if quick else 3_200)
     tables = [
         _throughput(
             "Images, by 2 workers",
             lambda: DataLoader(images, BATCH_SIZE, shuffle=True, num_workers=2),
             bar=BAR_IMAGES,
-            rounds=3 if quick else 11,
+            rounds=1 if quick else 11,
         ),
         _throughput(
             "Tensors in memory, by sample, without workers",
@@ -116,7 +116,7 @@ def run(*, quick: bool) -> Report:
             note="it may draw, so that each batch is seeded for, and the process's own random "
             'streams are put aside, unless keyed_by="none" says that it does not',
         ),
-        _resumes(rounds=2 if quick else 25),
+        _resumes(rounds=1 if quick else 25),
     ]
     return Report("loading", tables, environment=describe(["robo-orchard-hooks", "torch"]))
 

@@ -32,8 +32,8 @@ PEERS = (
 
 def run(*, quick: bool) -> Report:
     contenders = OWN if quick else OWN + PEERS
-    settings = Settings(steps=1000 if quick else 3000, block_steps=LOG_EVERY_STEPS)
-    timed = time_steps(settings, contenders, rounds=5 if quick else 15)
+    settings = Settings(steps=500 if quick else 3000, block_steps=LOG_EVERY_STEPS)
+    timed = time_steps(settings, contenders, rounds=2 if quick else 11)
     samples = timed.samples
     added = [
         _added(contender.name, samples)

@@ -1,24 +1,41 @@
 #!/usr/bin/env bash
-# Builds benchmarks/.venv-peers: the project (editable) and the frameworks it is measured beside,
-# in one environment, so that one process can run them side by side. Safe to run again.
+# Builds what the project is measured beside. Safe to run again; PYTHON names the Python to use.
+#
+#     benchmarks/.venv-peers               the project (editable) and the frameworks, in one
+#                                          environment, so that one process runs them side by side
+#     benchmarks/.venv-robo-orchard-lab    RoboOrchardLab, which has the same import names
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-venv="$here/.venv-peers"
+peers="$here/.venv-peers"
+robo_orchard_lab="$here/.venv-robo-orchard-lab"
 
-if [ ! -x "$venv/bin/python" ]; then
-    "${PYTHON:-python3}" -m venv "$venv" || {
-        echo "peers.sh: python3 with the venv module is missing (Debian: apt-get install python3-venv)" >&2
-        exit 1
-    }
-fi
-"$venv/bin/python" -m pip install --quiet --editable "$here/.."
+make() {
+    if [ ! -x "$1/bin/python" ]; then
+        "${PYTHON:-python3}" -m venv "$1" || {
+            echo "peers.sh: python3 with the venv module is missing (Debian: apt-get install python3-venv)" >&2
+            exit 1
+        }
+    fi
+}
 
 # One at a time: a peer that does not install leaves the others measurable, and the table says so.
-for peer in lightning transformers pytorch-ignite mmengine; do
-    if "$venv/bin/python" -m pip install --quiet "$peer"; then
+install() {
+    local venv=$1 peer=$2
+    shift 2
+    if "$venv/bin/python" -m pip install --quiet "$@"; then
         echo "peers.sh: $peer installed"
     else
         echo "peers.sh: $peer does NOT install here; its rows will say so" >&2
     fi
+}
+
+make "$peers"
+"$peers/bin/python" -m pip install --quiet --editable "$here/..[metrics]"
+for peer in lightning transformers pytorch-ignite mmengine; do
+    install "$peers" "$peer" "$peer"
 done
+
+# It imports Transformers, which it does not bring; 4 is of its time.
+make "$robo_orchard_lab"
+install "$robo_orchard_lab" RoboOrchardLab robo-orchard-lab==0.4.0 "transformers<5"

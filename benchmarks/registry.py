@@ -4,6 +4,7 @@ import importlib
 from dataclasses import dataclass
 from types import ModuleType
 
+from benchmarks.pythons import Where
 from benchmarks.report import Report
 
 
@@ -13,8 +14,8 @@ class Benchmark:
 
     name: str
     summary: str
-    beside_peers: bool = False
-    """Whether it is worth running in the environment that peers.sh builds."""
+    where: Where = "own"
+    """The environment that its process belongs in, where that is built and it is not quick."""
 
     def run(self, *, quick: bool) -> Report:
         """Measures in this process; `quick` trades precision for seconds."""
@@ -27,11 +28,21 @@ BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
         Benchmark("dispatch", "N hooks on one channel against calling their methods in a loop"),
-        Benchmark("overhead", "a tiny model's step, by this trainer and its peers", True),
-        Benchmark("observing", "what default logging adds to a step, beside two peers'", True),
-        Benchmark("accumulation", "the same, accumulating gradients over 4 batches"),
+        Benchmark("overhead", "a tiny model's step, by this trainer and its peers", "peers"),
+        Benchmark(
+            "robo_orchard_lab", "the same by RoboOrchardLab, in its own place", "robo_orchard_lab"
+        ),
+        Benchmark("observing", "what default logging adds to a step, beside two peers'", "peers"),
+        Benchmark("accumulation", "a tiny step, accumulating gradients over 4 batches"),
+        Benchmark("bf16", "a tiny step, under bf16 autocast"),
+        Benchmark("two_processes", "a tiny step in two processes, which exchange gradients"),
+        Benchmark(
+            "evaluation", "a pass over a set with a metric, beside a loop and peers", "peers"
+        ),
         Benchmark("checkpoints", "saving and loading a model and its optimizer, beside others"),
-        Benchmark("bf16", "the same, under bf16 autocast"),
         Benchmark("loading", "an exact data order against the plain loader; a resume"),
+        Benchmark("startup", "imports, and the time to the end of the first step, beside peers'"),
+        Benchmark("footprint", "distributions and bytes that an installation brings"),
+        Benchmark("endurance", "memory and time of a step over 10,000 steps with every hook on"),
     )
 }

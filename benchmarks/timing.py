@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from statistics import median, quantiles
-from time import perf_counter_ns
+from time import perf_counter, perf_counter_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +44,29 @@ class Samples:
         return differences(self.values[name], self.references[name])
 
 
+LEAST_ROUNDS = 3
+
+
 def interleave(
-    contenders: Mapping[str, Callable[[], float]], *, reference: str, rounds: int
+    contenders: Mapping[str, Callable[[], float]],
+    *,
+    reference: str,
+    rounds: int,
+    at_most_s: float = 120.0,
+    warm_up: bool = True,
 ) -> Samples:
     """Runs every contender once a round, in the order given, each just after the reference.
 
-    One more round is run before and thrown away: it pays for imports, caches and lazy set-up.
+    One more round is run before and thrown away, unless `warm_up` is False: it pays for imports,
+    caches and lazy set-up. On a slow machine it stops early, after the round in which it has taken
+    `at_most_s` seconds, but not before the third.
     """
+    stop_at = perf_counter() + at_most_s
     values: dict[str, list[float]] = {name: [] for name in contenders}
     references: dict[str, list[float]] = {name: [] for name in contenders if name != reference}
     gc.collect()
     gc.freeze()  # else every collection below walks all that was imported: 0.1-0.3 s a run
-    for round_id in range(rounds + 1):
+    for round_id in range(0 if warm_up else 1, rounds + 1):
         for name in references:
             before = _one_sample(contenders[reference])
             sample = _one_sample(contenders[name])
@@ -63,6 +74,8 @@ def interleave(
                 values[reference].append(before)
                 references[name].append(before)
                 values[name].append(sample)
+        if round_id >= LEAST_ROUNDS and perf_counter() > stop_at:
+            break
     gc.unfreeze()
     return Samples(values, references)
 

@@ -33,9 +33,11 @@ class TinyModel(torch.nn.Sequential):
             torch.nn.Linear(FEATURES, CLASSES),
         )
         self.forward_began_ns: list[int] = []
+        self.clock = perf_counter_ns
+        """What it is noted by."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # the base class's name
-        self.forward_began_ns.append(perf_counter_ns())
+        self.forward_began_ns.append(self.clock())
         logits: torch.Tensor = super().forward(input)  # type: ignore[no-untyped-call]  # torch's
         return logits
 
@@ -89,7 +91,7 @@ class Job:
     def __init__(self, settings: Settings) -> None:
         torch.manual_seed(0)
         self.settings = settings
-        self.model = TinyModel()
+        self.model = self.make_model()
         self.optimizer = self.make_optimizer()
         self.scheduler = torch.optim.lr_scheduler.StepLR(
             self.optimizer, step_size=SCHEDULE_STEP_SIZE, gamma=SCHEDULE_GAMMA
@@ -100,6 +102,10 @@ class Job:
             batch_size=BATCH_SIZE,
             collate_fn=as_it_is,  # type: ignore[arg-type]  # __getitems__ gives no list
         )
+
+    def make_model(self) -> TinyModel:
+        """The model, with the weights that every run begins with."""
+        return TinyModel()
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Another optimizer like the job's."""
@@ -113,7 +119,7 @@ class Job:
         """All weights of the model in one copied row."""
         return torch.cat([weight.detach().flatten() for weight in self.model.parameters()])
 
-    def ns_per_step(self) -> float:
+    def ns_per_step(self, quantile: float = 0.25) -> float:
         """What a step took: the lower quartile over blocks of steps, after some to warm up.
 
         From one forward pass to the one a block later: a whole number of steps, whatever a
@@ -125,4 +131,4 @@ class Job:
         if len(began) != self.settings.steps:
             raise RuntimeError(f"expected {self.settings.steps} forward passes, got {len(began)}")
         marks = torch.tensor(began[WARM_UP_STEPS :: self.settings.block_steps], dtype=torch.int64)
-        return float(marks.diff().double().quantile(0.25)) / self.settings.block_steps
+        return float(marks.diff().double().quantile(quantile)) / self.settings.block_steps

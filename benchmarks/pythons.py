@@ -1,0 +1,32 @@
+"""The environments that benchmarks run in; `peers.sh` builds those beside the project's own."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+Where: TypeAlias = Literal["own", "peers", "robo_orchard_lab"]
+
+HERE = Path(__file__).resolve().parent
+_FOLDERS = {"peers": ".venv-peers", "robo_orchard_lab": ".venv-robo-orchard-lab"}
+
+# Eight tiny matrix products a step: more threads only add noise.
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def python_of(where: Where) -> str | None:
+    """The interpreter of an environment; None where it has not been built."""
+    if where == "own":
+        return sys.executable
+    built_in = Path(os.environ.get("BENCHMARKS_ENVIRONMENTS", HERE))
+    path = built_in / _FOLDERS[where] / "bin" / "python"
+    return str(path) if path.exists() else None
+
+
+def variables(where: Where) -> dict[str, str]:
+    """The environment variables of a process there: one thread, compiled modules kept."""
+    kept = {**os.environ, **_ONE_THREAD}
+    kept.pop("PYTHONDONTWRITEBYTECODE", None)  # else every start compiles what is not installed
+    if where == "robo_orchard_lab":
+        kept.pop("PYTHONPATH", None)  # its import names are ours
+    return kept

@@ -1,0 +1,123 @@
+"""A short subset for CI: `python -m benchmarks.regression` fails where speed was lost.
+
+It compares a few ratios with those in stored_ratios.json, which `--store` writes anew, and exits
+with 1 where one is more than 25 % above. A ratio is taken between the fastest of many short blocks
+of each contender, which took turns, by what they took of the processor, not by the clock on the
+wall: whatever else runs on the machine only ever adds to that, and seldom to all blocks. What seems
+lost is measured once more before it counts.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from time import thread_time_ns
+
+import torch
+
+from benchmarks.contenders import bare, ours, ours_observed
+from benchmarks.dispatch import bare_and_channel
+from benchmarks.pythons import HERE, variables
+from benchmarks.timing import ns_per_call
+from benchmarks.workload import Job, Settings
+
+STORED = HERE / "stored_ratios.json"
+ALLOWED = 1.25
+"""How much of a stored ratio a new one may be."""
+ROUNDS = 15
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.regression", description=__doc__)
+    parser.add_argument("--store", action="store_true", help=f"write benchmarks/{STORED.name}")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with suppress(AttributeError, PermissionError):  # only some systems have it, or allow it
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))  # ahead of what else runs
+    if arguments.store:
+        found = {name: round(measure(), 3) for name, measure in MEASURED.items()}
+        STORED.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        print(STORED.read_text(encoding="utf-8"), end="")
+        return 0
+    lost = compare(MEASURED, json.loads(STORED.read_text(encoding="utf-8")))
+    print(*lost or ["as fast as stored"], sep="\n")
+    return 1 if lost else 0
+
+
+def compare(measured: Mapping[str, Callable[[], float]], stored: Mapping[str, float]) -> list[str]:
+    """What has become slower by more than is allowed, in words; it is measured twice then."""
+    lost = []
+    for name, measure in measured.items():
+        most = stored[name] * ALLOWED
+        found = measure()
+        if found > most:
+            found = min(found, measure())
+        if found > most:
+            more = found / stored[name] - 1
+            lost.append(f"{name}: {found:.3f}, stored as {stored[name]:.3f}, {more:.0%} more")
+    return lost
+
+
+def dispatch() -> float:
+    """Of ten hooks on a channel, to the same calls in a loop."""
+    plain, channel = bare_and_channel(10)
+    pairs = [
+        (ns_per_call(plain, calls=200), ns_per_call(channel, calls=200)) for _ in range(ROUNDS)
+    ]
+    return _fastest(pairs)
+
+
+def step(train: Callable[[Job], None]) -> float:
+    """Of one step, to the bare loop's."""
+    settings = Settings(steps=300, block_steps=50)
+
+    def fastest(contender: Callable[[Job], None]) -> float:
+        job = Job(settings)
+        job.model.clock = thread_time_ns
+        contender(job)
+        return job.ns_per_step(quantile=0.05)
+
+    fastest(train)  # pays for imports and the like
+    pairs = [(fastest(partial(bare.train, hook_count=0)), fastest(train)) for _ in range(ROUNDS)]
+    return _fastest(pairs)
+
+
+def importing() -> float:
+    """Of the processor's time that the import of the trainer takes, to that of Accelerate's."""
+    names = ("accelerate", "robo_orchard_lab.pipeline")
+    pairs = [(_import_seconds(names[0]), _import_seconds(names[1])) for _ in range(2)]
+    return _fastest(pairs)
+
+
+def _fastest(pairs: Sequence[tuple[float, float]]) -> float:
+    """The least of what was measured second, to the least of what was measured first."""
+    return min(second for _, second in pairs) / min(first for first, _ in pairs)
+
+
+def _import_seconds(name: str) -> float:
+    program = f"import time, {name}; print(time.process_time())"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=HERE.parent,
+        env=variables("own"),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return float(done.stdout.splitlines()[-1])
+
+
+MEASURED: dict[str, Callable[[], float]] = {
+    "dispatch of 10 hooks": dispatch,
+    "step without hooks": partial(step, partial(ours.train, hook_count=0)),
+    "step with 10 hooks": partial(step, partial(ours.train, hook_count=10)),
+    "step with default logging": partial(step, partial(ours_observed.train, hook_count=0)),
+    "import of the trainer": importing,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

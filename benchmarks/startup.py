@@ -1,0 +1,161 @@
+"""How long one waits for an import, and for the end of a training's first step.
+
+Each sample is a process of its own; the contenders take turns. An import is timed within its
+process, the first step from when the process is started, the interpreter's own start included.
+"""
+
+import subprocess
+from collections.abc import Callable, Mapping
+from functools import partial
+from time import perf_counter_ns
+
+from benchmarks.environment import describe
+from benchmarks.overhead import DISTRIBUTIONS
+from benchmarks.pythons import HERE, Where, python_of, variables
+from benchmarks.report import Report, Row, Table
+from benchmarks.timing import Samples, interleave
+
+BAR_CORE_MS, BAR_IMPORT = 150.0, 1.15
+LONGEST_S = 120
+CORE, PIPELINE, REFERENCE = "robo_orchard_core", "robo_orchard_lab.pipeline", "accelerate"
+
+# What is imported, and where. Each is the module that one trains with.
+IMPORTS: Mapping[str, tuple[str, Where]] = {
+    REFERENCE: ("import accelerate", "own"),
+    CORE: ("import robo_orchard_core", "own"),
+    "robo_orchard_core.utils.config": ("import robo_orchard_core.utils.config", "own"),
+    "torch": ("import torch", "own"),
+    PIPELINE: ("import robo_orchard_lab.pipeline", "own"),
+}
+PEER_IMPORTS: Mapping[str, tuple[str, Where]] = {
+    REFERENCE: ("import accelerate", "own"),
+    "Ignite": ("import ignite.engine", "peers"),
+    "MMEngine": ("import mmengine.runner", "peers"),
+    "Lightning": ("import lightning", "peers"),
+    "Transformers' Trainer": ("from transformers import Trainer", "peers"),
+    "RoboOrchardLab": ("import robo_orchard_lab.pipeline", "robo_orchard_lab"),
+}
+FIRST_STEPS: Mapping[str, tuple[str, Where]] = {
+    "Accelerate, plain loop": ("accelerate_loop", "own"),
+    "bare torch loop": ("bare", "own"),
+    "this trainer": ("ours", "own"),
+}
+PEER_FIRST_STEPS: Mapping[str, tuple[str, Where]] = {
+    "Accelerate, plain loop": ("accelerate_loop", "own"),
+    "Ignite": ("ignite_peer", "peers"),
+    "Fabric": ("fabric_peer", "peers"),
+    "MMEngine": ("mmengine_peer", "peers"),
+    "Lightning": ("lightning_peer", "peers"),
+    "Transformers' Trainer": ("transformers_peer", "peers"),
+    "RoboOrchardLab": ("robo_orchard_lab_peer", "robo_orchard_lab"),
+}
+
+
+def run(*, quick: bool) -> Report:
+    loads_torch = _loads_torch()
+    few = (REFERENCE, CORE, PIPELINE, "Accelerate, plain loop", "this trainer")
+    imports = _table(
+        "Imports",
+        {name: what for name, what in IMPORTS.items() if name in few or not quick},
+        _import_seconds,
+        rounds=1 if quick else 11,
+        bars={CORE: BAR_CORE_MS, PIPELINE: BAR_IMPORT},
+        note="robo_orchard_core loads torch."
+        if loads_torch
+        else "robo_orchard_core loads no torch.",
+    )
+    steps = _table(
+        "From the start of the process to the end of the first step",
+        {name: what for name, what in FIRST_STEPS.items() if name in few or not quick},
+        _first_step_seconds,
+        rounds=1 if quick else 7,
+    )
+    tables = [imports, steps]
+    if not quick:
+        tables += [
+            _table("Imports of peers", PEER_IMPORTS, _import_seconds, rounds=3),
+            _table("First steps of peers", PEER_FIRST_STEPS, _first_step_seconds, rounds=3),
+        ]
+    faults = ["importing robo_orchard_core loads torch"] if loads_torch else []
+    return Report("startup", tables, faults, describe(DISTRIBUTIONS))
+
+
+def _table(
+    title: str,
+    contenders: Mapping[str, tuple[str, Where]],
+    measure: Callable[[str, Where], float],
+    *,
+    rounds: int,
+    bars: Mapping[str, float] | None = None,
+    note: str = "",
+) -> Table:
+    reference = next(iter(contenders))
+    timed: dict[str, Callable[[], float]] = {}
+    absent: list[Row] = []
+    for name, (what, where) in contenders.items():
+        why = _why_not(measure, what, where)
+        if why is None:
+            timed[name] = partial(measure, what, where)
+        else:
+            absent.append(Row(name, note=f"not measured: {why}"))
+    samples = interleave(
+        timed, reference=reference, rounds=rounds, at_most_s=90, warm_up=rounds > 1
+    )
+    rows = [_row(name, samples, bars or {}) for name in samples.values]
+    return Table(title, "ms", [*rows, *absent], [note] if note else [])
+
+
+def _row(name: str, samples: Samples, bars: Mapping[str, float]) -> Row:
+    """The core's bar is one of seconds, not of a ratio."""
+    reference = None if name == CORE else samples.references.get(name)
+    return Row.of(name, samples.values[name], reference=reference, bar=bars.get(name), scale=1e3)
+
+
+def _why_not(measure: Callable[[str, Where], float], what: str, where: Where) -> str | None:
+    """Why something can't be measured here, in one line; tried where it is another's."""
+    if where == "own":
+        return None
+    if python_of(where) is None:
+        return "needs the environment that peers.sh builds"
+    try:
+        measure(what, where)
+    except subprocess.CalledProcessError as error:
+        return (str(error.stderr).strip().splitlines() or ["failed"])[-1]
+    return None
+
+
+def _import_seconds(statement: str, where: Where) -> float:
+    program = (
+        f"import time; begin = time.perf_counter(); {statement}; "
+        "print('\\nseconds', time.perf_counter() - begin)"
+    )
+    return _seconds_told_by(where, "-c", program)
+
+
+def _first_step_seconds(module: str, where: Where) -> float:
+    return _seconds_told_by(where, "-m", "benchmarks.first_step", module, str(perf_counter_ns()))
+
+
+def _seconds_told_by(where: Where, *arguments: str) -> float:
+    lines = _output(where, *arguments).splitlines()
+    told = next(line for line in reversed(lines) if line.startswith("seconds "))
+    return float(told.removeprefix("seconds "))
+
+
+def _loads_torch() -> bool:
+    program = "import sys, robo_orchard_core; print('torch' in sys.modules)"
+    return _output("own", "-c", program).strip() == "True"
+
+
+def _output(where: Where, *arguments: str) -> str:
+    python = python_of(where)
+    assert python is not None  # what can't run was left out
+    return subprocess.run(
+        [python, *arguments],
+        cwd=HERE.parent,
+        env=variables(where),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=LONGEST_S,
+    ).stdout
