@@ -125,6 +125,17 @@ def everything(folder: Path, rank: int, agree_every: int | None) -> dict[str, An
     }
 
 
+def told(rank: int, processes: int) -> list[int]:
+    """What is agreed on where each rank has found another number."""
+    agreement = Agreement(rank, processes)
+    agreed: list[int] = []
+    for whose in ("first", "any", "all"):
+        agreement.topic("number", find=lambda: (rank + 1) % 2 + 1, tell=agreed.append, whose=whose)
+    agreement.topic("nothing", find=lambda: rank, tell=agreed.append, whose="all")
+    agreement.settle(1)
+    return agreed
+
+
 def unlike(rank: int, processes: int, kind: str) -> str:
     """What is said where the ranks come to an exchange at unlike steps, or about unlike topics."""
     agreement = Agreement(rank, processes)
@@ -145,6 +156,7 @@ def main(folder: Path) -> None:
         kind: unlike(rank, state.num_processes, kind) for kind in ("nothing", "steps", "topics")
     }
     found |= {
+        "told": told(rank, state.num_processes),
         "alone": alone(folder, rank),
         "declared": everything(folder, rank, 8),
         "automatic": everything(folder, rank, None),

@@ -74,6 +74,11 @@ def test_all_that_has_to_agree_shares_one_exchange(kind: str, found: Any) -> Non
     assert all(map(is_logging, run["reads"]))
 
 
+def test_it_is_said_whose_number_counts(found: Any) -> None:
+    """The first rank's, the highest, or the lowest, which is not told where it is 0."""
+    assert found["told"] == [2, 2, 1]
+
+
 def test_ranks_that_went_apart_are_found(found: Any) -> None:
     """An exchange of unlike things is no agreement; all ranks say what each has come with."""
     assert found["nothing"] == "agreed"

@@ -98,6 +98,7 @@ def setup_texts(
         f"{batch_processor.need_backward}",
         "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
         "mixed_precision": accelerator.mixed_precision,
+        "dataloader_config": accelerator.dataloader_config,
     }
     return {
         "versions": _lines(versions()),
