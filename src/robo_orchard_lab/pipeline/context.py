@@ -15,6 +15,7 @@ from robo_orchard_lab.pipeline.batch_size import count_batches, count_samples
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.events import CHANNEL_NAMES, ChannelName
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
+from robo_orchard_lab.pipeline.peers import failing
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Request, Requests
 from robo_orchard_lab.pipeline.run_state import RunStateFile
@@ -328,6 +329,10 @@ class PipelineHookArgs:
     def requests(self) -> Requests:
         """Where to ask the trainer for something."""
         return self.run.requests
+
+    def failing(self, error: BaseException) -> None:
+        """Tell the other ranks; channels that an error leaves call it ahead of any ``after``."""
+        failing(error)
 
     @classmethod
     def channels_of(cls, name: str) -> tuple[ChannelName, ...]:

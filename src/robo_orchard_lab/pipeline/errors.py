@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 
 class PipelineConfigError(ValueError):
     """A trainer or hook can't be built from its arguments; the message names the one to change."""
@@ -40,3 +42,36 @@ class RunPreempted(SystemExit):  # an exit, of which it is one kind
     As an exit that nobody catches, it ends the process with its code and without a traceback, so
     that what follows in a script does not take the model for a trained one.
     """
+
+
+@dataclass(frozen=True, slots=True)
+class RankFailure:
+    """What has ended one process of a job, and with it all of them."""
+
+    rank: int
+    type: str
+    """The error's class; ``Killed`` of a process that is gone without a word, ``Stalled`` where
+    the job has made no progress for too long."""
+    message: str
+    hook: str | None = None
+    """The hook that raised it, with its channel, function and source line."""
+    location: str | None = None
+    """The file and line that raised it."""
+
+    def __str__(self) -> str:
+        if self.type == "Stalled":
+            return f"the run has stalled, as rank {self.rank} found: {self.message}"
+        where = f", raised in hook {self.hook}" if self.hook else ""
+        return f"rank {self.rank} failed first: {self.type}: {self.message}{where}"
+
+
+class RankFailed(RuntimeError):  # noqa: N818 - says what happened, as RunPreempted does
+    """Another process of the job failed first, so that this one can't go on.
+
+    The message is that of the other one's error; what it had this process run into, such as a
+    connection that is closed, is the cause of this one. :attr:`failure` tells it in parts.
+    """
+
+    def __init__(self, failure: RankFailure) -> None:
+        super().__init__(str(failure))
+        self.failure = failure

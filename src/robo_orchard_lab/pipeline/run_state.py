@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import threading
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from robo_orchard_core.utils.hook import origin_of
 from robo_orchard_lab.pipeline.durable import remove_leftovers, replace_file
-from robo_orchard_lab.pipeline.errors import RunPreempted, StateError
+from robo_orchard_lab.pipeline.errors import RankFailure, RunPreempted, StateError
+from robo_orchard_lab.pipeline.peers import before_hard_end, failure_of, plain_text
+from robo_orchard_lab.pipeline.process_identity import ProcessIdentity
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
 
@@ -27,8 +27,6 @@ RUN_STATE_FILE = "run_state.json"
 RunOutcome: TypeAlias = Literal["running", "completed", "preempted", "failed"]
 
 _CLOCKS_APART_S = 60.0  # those of two machines
-_SAME_START_S = 10.0  # the system's clock may be set meanwhile
-_LONGEST_TEXT = 10_000
 
 
 class _Record(BaseModel):
@@ -58,50 +56,6 @@ class SavedCheckpoint(_Record):
     """From the run's folder where it is in there."""
     step: int
     """How many steps were done."""
-
-
-class ProcessIdentity(_Record):
-    """A process that no other one is taken for."""
-
-    pid: int
-    host: str
-    started_at: float
-    """In seconds since the epoch."""
-    namespace: str | None = None
-    """In which the pid means something; None where the system has none."""
-
-    @classmethod
-    def own(cls) -> ProcessIdentity:
-        """That of this process."""
-        import psutil  # type: ignore[import-untyped]  # here, since it takes 6 ms
-
-        process = psutil.Process()
-        return cls(
-            pid=process.pid,
-            host=socket.gethostname(),
-            started_at=process.create_time(),
-            namespace=_pid_namespace(),
-        )
-
-    def is_gone(self) -> bool:
-        """Whether it is certain that it runs no more; False where this machine can't tell."""
-        return self._runs() is False
-
-    def is_another_that_runs(self) -> bool:
-        """Whether it is certain that it runs, and is not this one."""
-        return self._runs() is True and self.pid != os.getpid()
-
-    def _runs(self) -> bool | None:
-        if self.host != socket.gethostname() or self.namespace != _pid_namespace():
-            return None
-        import psutil
-
-        try:
-            process = psutil.Process(self.pid)
-            apart_s: float = abs(process.create_time() - self.started_at)
-            return apart_s <= _SAME_START_S and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
 
 
 class RunState(_Record):
@@ -193,8 +147,13 @@ class RunStateFile:
             return
         if self._rank == 0:
             self._begin()
+
+        def tell(failure: RankFailure) -> None:
+            self._failed(requests, exit_code=1, error=RunError(**asdict(failure)))
+
         try:
-            yield
+            with before_hard_end(tell):
+                yield
         except RunPreempted as stopped:
             cause = stopped.__cause__  # such as the last save, which has failed
             error = None if cause is None else self._told(cause)
@@ -222,7 +181,7 @@ class RunStateFile:
         folder, target = self._folder.absolute(), Path(path).absolute()
         inside = target.is_relative_to(folder)
         shown = target.relative_to(folder) if inside else target
-        self._update(checkpoint=SavedCheckpoint(path=_text(shown), step=step))
+        self._update(checkpoint=SavedCheckpoint(path=plain_text(shown), step=step))
 
     @property
     def _path(self) -> Path:
@@ -269,7 +228,9 @@ class RunStateFile:
             self._update(state=outcome, **found)
 
     def _fail(self, error: BaseException, requests: Requests) -> None:
-        found = {"exit_code": _exit_code(error), "error": self._told(error)}
+        self._failed(requests, exit_code=_exit_code(error), error=self._told(error))
+
+    def _failed(self, requests: Requests, **found: Any) -> None:
         if self._rank == 0:
             self._end("failed", requests, **found)
             return
@@ -279,13 +240,7 @@ class RunStateFile:
                 self._write(state.model_copy(update={"state": "failed", **found}))
 
     def _told(self, error: BaseException) -> RunError:
-        return RunError(
-            type=type(error).__qualname__,
-            message=_text(error),
-            rank=self._rank,
-            hook=_text(origin_of(error) or "") or None,
-            location=_location(error),
-        )
+        return RunError(**asdict(failure_of(error, self._rank)))
 
     def _failed_elsewhere(self, own: RunState) -> bool:
         """Whether another rank has told its failure, of which this rank's end follows."""
@@ -318,7 +273,7 @@ class RunStateFile:
 
 def _began_with_this_process(state: RunState) -> bool:
     """Whether it is the run of this rank, and not one that has this folder already."""
-    import psutil
+    import psutil  # type: ignore[import-untyped]  # here, since it takes 6 ms
 
     process_began_at: float = psutil.Process().create_time()
     return state.started_at.timestamp() > process_began_at - _CLOCKS_APART_S
@@ -342,26 +297,5 @@ def _exit_code(error: BaseException) -> int | None:
     return None
 
 
-def _location(error: BaseException) -> str | None:
-    frames = traceback.extract_tb(error.__traceback__)
-    return _text(f"{frames[-1].filename}:{frames[-1].lineno}") if frames else None
-
-
-def _text(value: object) -> str:
-    """A text that can be written, whatever an error says of itself."""
-    try:
-        text = str(value)
-    except Exception as failure:
-        text = f"<no text: {type(failure).__qualname__}>"
-    return text[:_LONGEST_TEXT].encode("utf-8", "replace").decode()
-
-
 def _now() -> datetime:
     return datetime.now(UTC)
-
-
-def _pid_namespace() -> str | None:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return None

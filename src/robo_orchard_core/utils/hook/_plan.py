@@ -79,9 +79,15 @@ class Plan(Generic[ArgsT]):
     def unwind(
         self, args: ArgsT, error: BaseException, to_leave: Iterable[HookEntry[ArgsT]]
     ) -> None:
-        """Run the afters of ``to_leave`` with ``args.exception`` set, whatever they raise."""
+        """Run the afters of ``to_leave`` with ``args.exception`` set, whatever they raise.
+
+        Where ``args`` has a method ``failing``, it is told first, since the afters may take long.
+        """
         before = getattr(args, "exception", None)
         _set_exception(args, error)
+        if (tell := getattr(args, "failing", None)) is not None:
+            with suppress(Exception):  # leaving goes on, whoever is told
+                tell(error)
         for entry in to_leave:
             assert entry.after is not None
             try:

@@ -29,6 +29,7 @@ from robo_orchard_lab.pipeline.checkpoint.shard_reading import ShardReading
 from robo_orchard_lab.pipeline.checkpoint.shards import SavedShard, ShareOf, cut, shards_of
 from robo_orchard_lab.pipeline.checkpoint.tensor_layout import LENGTH_BYTES, TensorLayout
 from robo_orchard_lab.pipeline.errors import CheckpointError
+from robo_orchard_lab.pipeline.signs_of_life import sign_of_life
 
 _PIECE_BYTES = 1 << 26
 _READERS = 2
@@ -334,6 +335,7 @@ def _read(descriptor: int, size: int) -> torch.Tensor:
         if not count:
             raise CheckpointError("it was cut short while it was read")
         rest = rest[count:]
+        sign_of_life()
     return block
 
 

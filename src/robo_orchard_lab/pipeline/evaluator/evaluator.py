@@ -26,6 +26,7 @@ from robo_orchard_lab.pipeline.metrics.metric_inputs import MetricArguments, Met
 from robo_orchard_lab.pipeline.metrics.torchmetrics_states import MetricsLike, TorchMetrics
 from robo_orchard_lab.pipeline.plain_model import ddp_of
 from robo_orchard_lab.pipeline.sharded_model import is_sharded_model, reshard
+from robo_orchard_lab.pipeline.signs_of_life import sign_of_life
 
 _DIVIDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -187,6 +188,7 @@ class Evaluator:
             if len(metrics):
                 args, kwargs = self._arguments(outputs, batch)
                 metrics.update(*args, **kwargs)
+            sign_of_life()
         parts: list[DeferredMetrics] = [MeanLoss(f"{prefix}loss", loss_sum, device)]
         if len(metrics):
             parts.append(metrics.snapshot(metrics.take(), prefix))

@@ -21,6 +21,7 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineStateError, RunPreempted
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks._interruption import check_savers, interrupt
+from robo_orchard_lab.pipeline.peers import another_failed
 from robo_orchard_lab.pipeline.worker_signals import LeavesSignals, taken_by_main_process
 
 logger = logging.getLogger(__name__)
@@ -151,6 +152,8 @@ class Preemption(PipelineHooks):
             if os.getpid() != main_process:  # in a fork, which is none of this hook's business
                 _restore(signal.Signals(number), before[signal.Signals(number)])
                 os.kill(os.getpid(), number)
+                return
+            if another_failed():  # the launcher ends this process, which ends already
                 return
             now = time.monotonic()
             if not self._received:

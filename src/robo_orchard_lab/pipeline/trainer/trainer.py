@@ -29,6 +29,7 @@ from robo_orchard_lab.pipeline.hook_set import HookLike, PipelineHooks, check_un
 from robo_orchard_lab.pipeline.hooks.optimizer import OptimizerHook, ScheduleUnit
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricsBoard, UnknownMetricError
+from robo_orchard_lab.pipeline.peers import StallClock, end_together
 from robo_orchard_lab.pipeline.plain_model import plain_model
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Request, Requests
@@ -106,6 +107,11 @@ class HookBasedTrainer:
         agree_every: with how many steps ranks exchange what one of them may have found out alone,
             such as a signal, see :class:`Agreement`; None for as often as takes a hundredth of
             the time. Where no hook needs it, they don't.
+        stall_timeout_s: where the run makes no progress for so long, every rank writes the stacks
+            of its threads to ``run_folder/stalled`` (without a folder, to the standard error
+            output), and the processes end with 1. Steps, updates, batches of evaluations and files
+            of checkpoints are progress; a first step that compiles the model, a long commit point
+            of a hook's, or a debugger is none, so give it more than the longest of these.
 
     Raises:
         PipelineConfigError: no limit, no optimizer where one is needed, several launched
@@ -119,6 +125,7 @@ class HookBasedTrainer:
             hooks, or, within an epoch, of another number of samples a step.
     """
 
+    @end_together()
     def __init__(
         self,
         accelerator: Accelerator,
@@ -137,6 +144,7 @@ class HookBasedTrainer:
         resume_from: str | os.PathLike[str] | None = None,
         data_order: DataOrder | None = None,
         agree_every: int | None = None,
+        stall_timeout_s: float | None = None,
     ) -> None:
         self.limits = TrainerLimits(max_step, max_optimizer_step, max_epoch)
         fits = all(hasattr(batch_processor, name) for name in ("forward", "need_backward"))
@@ -160,6 +168,11 @@ class HookBasedTrainer:
         self.batch_processor = batch_processor
         self.progress = TrainerProgress()
         self.metrics = MetricsBoard(self.progress)
+        self._stall_clock = (
+            None
+            if stall_timeout_s is None
+            else StallClock(stall_timeout_s, self.progress, run_folder, accelerator.process_index)
+        )
         agreement = Agreement(accelerator.process_index, accelerator.num_processes, agree_every)
         self.requests = Requests(agreement)
         self._hooks = PipelineHooks()
@@ -240,7 +253,8 @@ class HookBasedTrainer:
         self._carry_out = partial(carry_out_requests, self._run, channel("on_evaluation").run)
 
         if resume_from is not None:
-            self._resume(resume_from)
+            with end_together(self._stall_clock):
+                self._resume(resume_from)
 
     @property
     def hooks(self) -> PipelineHooks:
@@ -276,7 +290,8 @@ class HookBasedTrainer:
                 "the trainer is in the middle of a step; save after it has returned, or ask for "
                 "it with args.requests.save(...) and a SaveCheckpoint"
             )
-        self._snapshots.save(folder)
+        with end_together(self._stall_clock):
+            self._snapshots.save(folder)
 
     def _resume(self, resume_from: str | os.PathLike[str]) -> None:
         self._check_hooks_alike()
@@ -322,8 +337,8 @@ class HookBasedTrainer:
             if self._is_at_limit():
                 self._run.state_file.nothing_left()
             return
-        self._check_hooks_alike()
-        with self._run.state_file.around_run(self.requests):
+        with self._run.state_file.around_run(self.requests), end_together(self._stall_clock):
+            self._check_hooks_alike()
             self._train()
 
     def _check_hooks_alike(self) -> None:

@@ -1,0 +1,18 @@
+"""The processes of a job, which end together when one of them fails."""
+
+from robo_orchard_lab.pipeline.peers.ending import before_hard_end
+from robo_orchard_lab.pipeline.peers.group_end import leave_group_at_exit
+from robo_orchard_lab.pipeline.peers.sections import another_failed, end_together, failing
+from robo_orchard_lab.pipeline.peers.stall_clock import StallClock
+from robo_orchard_lab.pipeline.peers.telling import failure_of, plain_text
+
+__all__ = [
+    "StallClock",
+    "another_failed",
+    "before_hard_end",
+    "end_together",
+    "failing",
+    "failure_of",
+    "leave_group_at_exit",
+    "plain_text",
+]

@@ -1,0 +1,108 @@
+"""What the processes of a job tell one another beside their collectives."""
+
+from __future__ import annotations
+
+import json
+import threading
+import uuid
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # documented
+
+from robo_orchard_lab.pipeline.errors import RankFailure
+from robo_orchard_lab.pipeline.host_group import gather_objects
+from robo_orchard_lab.pipeline.process_identity import ProcessIdentity
+
+_TIMEOUT_S = 5.0  # of one request; the answer is there already, or nobody will give it
+
+
+class JobBoard:
+    """Signs of life and failures, in the store by which the processes have met.
+
+    Only short requests are made, which wait for no other process; any thread may make them.
+
+    What is failed, or left, is a *section*: a call that all ranks make alike, by its number.
+    """
+
+    def __init__(self, store: Any, rank: int, processes: list[ProcessIdentity]) -> None:
+        self.rank = rank
+        self.processes = processes
+        self._store = store
+        self._one_at_a_time = threading.Lock()
+        self._beats = 0
+        self._left = 0
+        self._acknowledged = 0
+
+    @classmethod
+    def of_job(cls) -> JobBoard | None:
+        """That of this job: a collective.
+
+        None where torch's process group does not give its store away, as before torch 2.7.
+        """
+        world: Any = dist.group.WORLD
+        if not hasattr(world, "get_group_store") or not hasattr(Store, "clone"):
+            return None
+        rank, count = dist.get_rank(), dist.get_world_size()
+        # A connection of its own, since one that waits for a key keeps other requests waiting.
+        store = world.get_group_store().clone()
+        store.set_timeout(timedelta(seconds=_TIMEOUT_S))
+        # The store may still have what an earlier start of the job has written.
+        board = uuid.uuid4().hex
+        if rank == 0:
+            for other in range(count):
+                PrefixStore(board, store).set(f"beat/{other}", "0 0")
+        told = gather_objects((board, ProcessIdentity.own().model_dump()))
+        processes = [ProcessIdentity(**process) for _, process in told]
+        return cls(PrefixStore(told[0][0], store), rank, processes)
+
+    def beat(self) -> None:
+        """This process lives."""
+        with self._one_at_a_time:
+            self._beats += 1
+            self._store.set(f"beat/{self.rank}", f"{self._beats} {self._left}")
+
+    def leave(self, section: int) -> None:
+        """This process is no longer in that section, nor in one ahead of it."""
+        self._left = section
+        self.beat()
+        self.acknowledge(section)
+
+    def beats(self, ranks: list[int]) -> list[tuple[int, int]]:
+        """Of each of the ranks, a number that changes while it lives, and the section it left."""
+        with self._one_at_a_time:
+            told = self._store.multi_get([f"beat/{rank}" for rank in ranks])
+        return [tuple(map(int, beat.split())) for beat in told]  # type: ignore[misc]
+
+    def fail(self, section: int, failure: RankFailure) -> tuple[RankFailure, bool]:
+        """Tell the failure of a section: the first one that was told, and whether it is this."""
+        text = json.dumps({"by": self.rank, **asdict(failure)})
+        with self._one_at_a_time:
+            first = self._store.compare_set(f"failed/{section}", "", text)
+        return _read(first), first.decode() == text
+
+    def failure(self, section: int) -> RankFailure | None:
+        """The first one of a section, or None."""
+        key = f"failed/{section}"
+        with self._one_at_a_time:
+            return _read(self._store.get(key)) if self._store.check([key]) else None
+
+    def acknowledge(self, section: int) -> None:
+        """This process knows the failure of a section; it may be said twice."""
+        with self._one_at_a_time:
+            if self._acknowledged != section:
+                self._acknowledged = section
+                self._store.add(f"known/{section}", 1)
+
+    def all_know(self, section: int) -> bool:
+        """Whether all processes know the failure of a section, or have left it."""
+        with self._one_at_a_time:
+            return bool(self._store.add(f"known/{section}", 0) >= len(self.processes))
+
+
+def _read(text: bytes) -> RankFailure:
+    told = json.loads(text)
+    del told["by"]
+    return RankFailure(**told)

@@ -1,0 +1,60 @@
+"""Processes that are gone without a word."""
+
+from __future__ import annotations
+
+from robo_orchard_lab.pipeline.errors import RankFailure
+from robo_orchard_lab.pipeline.peers.job_board import JobBoard
+
+_SILENT_LOOKS = 60  # half a minute, for a thread that another one keeps from running
+
+
+class LostRanks:
+    """Finds them by their process, on this machine, and by their silence, on others.
+
+    Each rank looks for the process of the next one on its machine, so that each is looked for by
+    some rank that lives. The first rank listens to all, the others to the first and the next.
+    Looks are counted, not the time, so that a process that is suspended and goes on finds nobody
+    missing who was suspended with it.
+    """
+
+    def __init__(self, board: JobBoard) -> None:
+        self._board = board
+        count, own = len(board.processes), board.rank
+        here = [rank for rank in range(count) if board.processes[rank].is_here()]
+        self._next = here[(here.index(own) + 1) % len(here)] if own in here else own
+        listened = range(count) if own == 0 else {0, self._next}
+        self._ranks = sorted(set(listened) - {own})
+        self._heard: dict[int, int] = {}
+        self._silent_for = dict.fromkeys(self._ranks, 0)
+
+    def look(self, section: int) -> RankFailure | None:
+        """A process that is gone, and has not left the section; None where all are there."""
+        # Ahead of what it has written, which then was its last word.
+        gone = self._next != self._board.rank and self._board.processes[self._next].is_gone()
+        for rank, (beat, left) in zip(self._ranks, self._board.beats(self._ranks), strict=True):
+            if beat != self._heard.get(rank):
+                self._heard[rank], self._silent_for[rank] = beat, 0
+            else:
+                self._silent_for[rank] += 1
+            silent = self._silent_for[rank] >= _SILENT_LOOKS
+            if left < section and (silent or (gone and rank == self._next)):
+                # It may have told why in a section that this rank had left by then.
+                return self._board.failure(left + 1) or self._as_failure(rank)
+        return None
+
+    def all_left(self, section: int) -> bool:
+        """Whether all others have left the section, or are known to be gone."""
+        beats = self._board.beats(self._ranks)
+        return all(
+            left >= section or self._board.processes[rank].is_gone()
+            for rank, (_, left) in zip(self._ranks, beats, strict=True)
+        )
+
+    def _as_failure(self, rank: int) -> RankFailure:
+        process = self._board.processes[rank]
+        return RankFailure(
+            rank=rank,
+            type="Killed",
+            message=f"process {process.pid} on {process.host} is gone without a word: killed, or "
+            "out of memory, or ended outside of the trainer",
+        )

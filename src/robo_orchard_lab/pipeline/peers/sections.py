@@ -1,0 +1,73 @@
+"""Calls that all processes of a job make alike, and that end together where one fails."""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from robo_orchard_lab.pipeline.peers.group_end import leave_group_at_exit
+from robo_orchard_lab.pipeline.peers.job_board import JobBoard
+from robo_orchard_lab.pipeline.peers.stall_clock import StallClock
+from robo_orchard_lab.pipeline.peers.watch import Watch
+
+_watch: Watch | None = None
+
+
+@contextmanager
+def end_together(clock: StallClock | None = None) -> Iterator[None]:
+    """Around a call that all ranks make: an error on one of them ends it on all, within seconds.
+
+    The first error is told to the other ranks, whose own errors, of exchanges that it has broken,
+    become a :class:`RankFailed` with its text. A process whose main thread does not come out, such
+    as one that waits for a device, is ended by a thread. So it is where a process is gone.
+
+    With one process and no clock, nothing is done at all.
+
+    Args:
+        clock: when the call has stalled; the job then fails, and stacks are written on all ranks.
+    """
+    watch = _watch_of_job(clock)
+    if watch is None:
+        yield
+        return
+    with watch.section(clock):
+        yield
+
+
+def failing(error: BaseException) -> None:
+    """This rank has failed, if it is within :func:`end_together`; what follows may take long."""
+    if _watch is not None:
+        _watch.tell(error)
+
+
+def another_failed() -> bool:
+    """Whether the job is at its end since some rank has failed, this one or another."""
+    return _watch is not None and _watch.failure is not None
+
+
+def _watch_of_job(clock: StallClock | None) -> Watch | None:
+    """The one of this process, made where there is something to watch: a collective, once."""
+    global _watch
+    world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    if _watch is not None and _watch.world is not world:
+        _end_watch()
+    if _watch is None:
+        board = None
+        if world is not None and dist.get_world_size() > 1:
+            leave_group_at_exit()
+            board = JobBoard.of_job()
+        if board is not None or clock is not None:
+            _watch = Watch(board, world)
+            atexit.unregister(_end_watch)
+            atexit.register(_end_watch)  # after the group's, so that it comes ahead of it
+    return _watch
+
+
+def _end_watch() -> None:
+    global _watch
+    if _watch is not None:
+        _watch.stop()
+    _watch = None

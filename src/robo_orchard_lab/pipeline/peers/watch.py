@@ -1,0 +1,212 @@
+"""The thread that sees to it that a process ends when another one of the job has failed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from robo_orchard_lab.pipeline.errors import RankFailed, RankFailure, RunPreempted
+from robo_orchard_lab.pipeline.peers.broken_exchange import is_broken_exchange
+from robo_orchard_lab.pipeline.peers.ending import end_hard
+from robo_orchard_lab.pipeline.peers.job_board import JobBoard
+from robo_orchard_lab.pipeline.peers.lost_ranks import LostRanks
+from robo_orchard_lab.pipeline.peers.stall_clock import StallClock
+from robo_orchard_lab.pipeline.peers.telling import failure_of
+
+logger = logging.getLogger(__name__)
+
+STALLED = "Stalled"
+
+_LOOK_S = 0.5
+_WAIT_S = 3.0  # for other processes to tell, or to know, what has failed
+_GRACE_S = 3.0  # for the main thread to come out by itself when another process has failed
+_OWN_GRACE_S = 8.0  # when this one has: its hooks' afters run
+_DEAF_S = 3.0  # without an answer of the store
+
+
+class Watch:
+    """Looks twice a second at what the other processes tell, and at the run's progress.
+
+    Between two calls of the trainer nothing is done but to tell that this process lives.
+
+    Args:
+        board: of the job; None where there is one process.
+        world: the process group that it belongs to.
+    """
+
+    def __init__(self, board: JobBoard | None, world: Any) -> None:
+        self.world = world
+        self.failure: RankFailure | None = None
+        """What has failed in the section that is open, on whichever rank."""
+        self._board = board
+        self._lost = None if board is None else LostRanks(board)
+        self._section = 0  # how many there were
+        self._open = False
+        self._told = False
+        self._clock: StallClock | None = None
+        self._failed_for_s = 0.0
+        self._deaf_for_s = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._look_on, name="peers", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread, ahead of the interpreter, in which it could not go on.
+
+        Where this process keeps the store, it waits for those that are still at work.
+        """
+        keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+        if keeps_store and self._board is not None and self._board.rank == 0 and not self.failure:
+            with suppress(Exception):  # a store that is gone needs no keeper
+                self._wait_until(lambda: self._lost_or_left(), 30.0)
+        self._stop.set()
+        self._thread.join(10.0)
+
+    @contextmanager
+    def section(self, clock: StallClock | None) -> Iterator[None]:
+        """A call that all ranks make alike. Within another one, only the clock is its own."""
+        outer = self._clock
+        if clock is not None:
+            clock.start()
+            self._clock = clock
+        if self._open:
+            try:
+                yield
+            finally:
+                self._clock = outer
+            return
+        self._section += 1
+        self.failure, self._told, self._failed_for_s, self._open = None, False, 0.0, True
+        try:
+            yield
+        except BaseException as error:
+            self._clock = None
+            if (first := self._first_of(error)) is not None:
+                raise RankFailed(first) from error
+            raise
+        finally:
+            self._clock, self._open = outer, False
+            if self._board is not None:
+                with suppress(Exception):  # the store may be gone
+                    self._board.leave(self._section)
+
+    def tell(self, error: BaseException) -> None:
+        """This process has failed, unless that follows of another one's failure."""
+        board = self._board
+        if board is None or self._told or not self._open or is_broken_exchange(error):
+            return
+        self._told = True
+        self._claim(self._section, failure_of(error, board.rank))
+
+    def _first_of(self, error: BaseException) -> RankFailure | None:
+        """The failure of another rank that this error follows of; None where it does not.
+
+        Returns when the others know, or have had time for it.
+        """
+        board = self._board
+        if board is None or (isinstance(error, RunPreempted) and not self._told):
+            return None  # preempted at the end of a run, as all ranks are
+        follows = not self._told and is_broken_exchange(error)
+        if follows:
+            self._wait_until(lambda: self.failure is not None, _WAIT_S)
+        if not self._told:
+            self._told = True
+            self._claim(self._section, failure_of(error, board.rank))
+        first = self.failure
+        if first is None or first.rank == board.rank:
+            with suppress(Exception):  # the store may be gone
+                self._wait_until(lambda: board.all_know(self._section), _WAIT_S)
+            return None
+        if follows:
+            return first
+        own = failure_of(error, board.rank)
+        if (own.type, own.message) != (first.type, first.message):
+            with suppress(Exception):  # not every error takes notes
+                error.add_note(str(first))
+        return None
+
+    def _claim(self, section: int, failure: RankFailure) -> None:
+        """Tell a failure, and learn which one was the first."""
+        assert self._board is not None
+        first, is_own = failure, True
+        with suppress(Exception):  # without a store, it is all that this process knows
+            first, is_own = self._board.fail(section, failure)
+            self._board.acknowledge(section)
+        self._set(section, first)
+        if is_own:
+            logger.error("%s", first)
+
+    def _wait_until(self, is_so: Callable[[], bool], longest_s: float) -> None:
+        end_at = time.monotonic() + longest_s
+        while not is_so() and time.monotonic() < end_at:
+            time.sleep(0.02)
+
+    def _look_on(self) -> None:
+        while not self._stop.wait(_LOOK_S):
+            try:
+                self._look()
+                self._deaf_for_s = 0.0
+            except Exception as error:  # of the store, in as many kinds as there are stores
+                self._deaf_for_s += _LOOK_S
+                if self._open and self._deaf_for_s >= _DEAF_S and self.failure is None:
+                    self.failure = _store_gone(error)
+            self._end_if_due()
+
+    def _look(self) -> None:
+        board, section = self._board, self._section
+        if board is not None:
+            board.beat()
+        if not self._open:
+            return
+        if self.failure is None and board is not None:
+            assert self._lost is not None
+            if (told := board.failure(section)) is not None:
+                board.acknowledge(section)
+                self._set(section, told)
+            elif (lost := self._lost.look(section)) is not None:
+                self._claim(section, lost)
+        if self.failure is None and self._clock is not None and self._clock.look(_LOOK_S):
+            rank = 0 if board is None else board.rank
+            stalled = RankFailure(rank, STALLED, self._clock.reason())
+            if board is None:
+                self._set(section, stalled)
+            else:
+                self._claim(section, stalled)
+
+    def _set(self, section: int, failure: RankFailure) -> None:
+        if self._open and section == self._section:
+            self.failure = failure
+
+    def _end_if_due(self) -> None:
+        failure, board = self.failure, self._board
+        if failure is None or not self._open:
+            return
+        rank = 0 if board is None else board.rank
+        if failure.type == STALLED:
+            if self._clock is not None:
+                self._clock.write_stacks()
+            if board is not None:
+                with suppress(Exception):
+                    self._wait_until(lambda: board.all_know(self._section), _WAIT_S)
+            end_hard(failure, rank)
+        self._failed_for_s += _LOOK_S
+        if self._failed_for_s >= (_OWN_GRACE_S if failure.rank == rank else _GRACE_S):
+            end_hard(failure, rank)
+
+    def _lost_or_left(self) -> bool:
+        assert self._lost is not None
+        return self._lost.all_left(self._section)
+
+
+def _store_gone(error: Exception) -> RankFailure:
+    return RankFailure(
+        rank=0,
+        type="Killed",
+        message="the store by which the processes of the job meet is gone, as when the launcher "
+        f"or the first rank is killed ({type(error).__name__})",
+    )

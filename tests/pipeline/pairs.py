@@ -1,0 +1,128 @@
+"""Launches pairs of ranks as torchrun does, each forked from one process that has imported all.
+
+``python pairs.py FOLDER CASE...`` runs ``fails_on_ranks.py`` for each case, which is a place and,
+behind a ``+``, options; ``FOLDER/CASE.json`` then says how its ranks ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]  # accelerate brings it
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented
+
+import fails_on_ranks
+
+LONGEST_S = 30.0
+
+
+def run_pair(folder: Path, case: str) -> dict[str, Any]:
+    """Both ranks until they have ended; the second one is told to when the first one has."""
+    place, _, options = case.partition("+")
+    keeper, port = keep_store()
+    failed_at = folder / f"{case}.failed_at"
+    ranks = [
+        fork(
+            lambda: fails_on_ranks.main(folder / case, place, options),
+            folder / f"{case}.{rank}.txt",
+            RANK=rank,
+            LOCAL_RANK=rank,
+            WORLD_SIZE=2,
+            LOCAL_WORLD_SIZE=2,
+            MASTER_ADDR="localhost",
+            MASTER_PORT=port,
+            TORCHELASTIC_USE_AGENT_STORE="True",
+            FAILED_AT=failed_at,
+        )
+        for rank in range(2)
+    ]
+    started: set[psutil.Process] = set()
+    codes: dict[int, int] = {}
+    began_at = time.monotonic()
+    terminated = False
+    while len(codes) < 2:
+        for rank, pid in enumerate(ranks):
+            if rank in codes:
+                continue
+            with suppress(psutil.NoSuchProcess):
+                started.update(psutil.Process(pid).children(recursive=True))
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                codes[rank] = os.waitstatus_to_exitcode(status)
+        if not terminated and any(codes.values()):
+            terminated = True
+            for rank in {0, 1} - set(codes):
+                os.kill(ranks[rank], signal.SIGTERM)
+        if time.monotonic() - began_at > LONGEST_S:
+            for rank in {0, 1} - set(codes):
+                os.kill(ranks[rank], signal.SIGKILL)
+        time.sleep(0.02)
+    took_s = time.monotonic() - float(failed_at.read_text()) if failed_at.exists() else 0.0
+    os.kill(keeper, signal.SIGKILL)
+    os.waitpid(keeper, 0)
+    left_at = time.monotonic() + 8  # a worker sees after 5 s that it is alone
+    while (
+        left := [each for each in started if not has_ended(each)]
+    ) and time.monotonic() < left_at:
+        time.sleep(0.1)
+    return {
+        "codes": [codes[rank] for rank in range(2)],
+        "seconds": took_s,
+        "orphans": [process.pid for process in left],
+        "told": [(folder / f"{case}.{rank}.txt").read_text() for rank in range(2)],
+    }
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Also where nobody asks for its exit code, as for an orphan's in a container."""
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    return True
+
+
+def keep_store() -> tuple[int, int]:
+    """A process that keeps a store, as the launcher does, and its port."""
+    reads, writes = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        os.write(writes, str(store.port).encode())
+        time.sleep(2 * LONGEST_S)
+        os._exit(0)
+    port = int(os.read(reads, 10))
+    os.close(reads)
+    os.close(writes)
+    return pid, port
+
+
+def fork(do: Any, output: Path, **environment: object) -> int:
+    """A process that does it and comes to an end as any other, its interpreter with it."""
+    pid = os.fork()
+    if pid:
+        return pid
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ |= {name: str(value) for name, value in environment.items()}
+    try:
+        do()
+    except SystemExit:
+        raise
+    except BaseException:
+        traceback.print_exc()
+        sys.exit(1)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    to = Path(sys.argv[1])
+    for each in sys.argv[2:]:
+        (to / f"{each}.json").write_text(json.dumps(run_pair(to, each)))

@@ -1,0 +1,176 @@
+"""What goes wrong on one rank ends all of them, within seconds, and is told first and last."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from fails_on_ranks import FAILS_AT
+from launching import environment, launch
+from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
+from robo_orchard_lab.pipeline.events import CHANNEL_NAMES
+from robo_orchard_lab.pipeline.run_state import RunState, read_run_state
+
+HERE = Path(__file__).parent
+KILLED = -9
+LONGEST_S = 10.0
+IN_CHANNELS = [f"{role} {channel}" for channel in CHANNEL_NAMES for role in ("before", "after")]
+AT_THE_END = {"after on_loop"}  # where the other rank has come to its end, too
+
+
+class Ended(NamedTuple):
+    """How both ranks of a pair ended."""
+
+    codes: list[int]
+    seconds: float
+    orphans: list[int]
+    told: list[str]
+    folder: Path
+
+    @property
+    def state(self) -> RunState:
+        return read_run_state(self.folder)
+
+
+def run_pairs(folder: Path, *cases: str) -> list[Ended]:
+    """A pair of ranks for each case; a case is a place and, behind a ``+``, options."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "pairs.py"), str(folder), *cases],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=40 * len(cases),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [
+        Ended(**json.loads((folder / f"{case}.json").read_text()), folder=folder / case)
+        for case in cases
+    ]
+
+
+def check_ended(ended: Ended, error: str, hook: str | None = None) -> None:
+    """Both ranks are gone, nothing is left, and rank 1's error is what they tell."""
+    told = "\n".join(ended.told)
+    assert ended.codes[1] != 0, told
+    assert ended.seconds < LONGEST_S, told
+    assert not ended.orphans, told
+    first = ended.told[1].lstrip().splitlines()[0]
+    assert first.startswith(f"rank 1 failed first: {error}"), told
+    if hook is not None:
+        assert f"raised in hook {hook}" in first, told
+    store = CheckpointStore(ended.folder / "checkpoints")
+    assert all(found.problem is None for found in store.verify()), told
+
+
+def check_place(ended: Ended, place: str) -> None:
+    role, _, channel = place.partition(" ")
+    check_ended(ended, "ValueError: planted", f"'Planted' ({channel}, {role})")
+    if place in AT_THE_END:
+        return
+    assert ended.codes[0] != 0
+    state = ended.state
+    assert state.state == "failed"
+    assert state.error is not None
+    assert (state.error.rank, state.error.type) == (1, "ValueError")
+    assert state.error.hook is not None
+    assert state.error.hook.startswith(f"'Planted' ({channel}, {role})")
+
+
+def check_last_word(ended: Ended) -> None:
+    """Where rank 0 had the time to say something, it says what was first."""
+    lines = ended.told[0].strip().splitlines()
+    if lines and ended.codes[0] == 1:
+        assert "rank 1 failed first: " in lines[-1], ended.told[0]
+
+
+def test_an_error_on_one_rank_ends_all(tmp_path: Path) -> None:
+    """In a hook, with and without a handler of the launcher's signal; the state file says which."""
+    cases = ["before on_step", "after on_model_backward+preemption"]
+    for case, ended in zip(cases, run_pairs(tmp_path, *cases), strict=True):
+        check_place(ended, case.partition("+")[0])
+        check_last_word(ended)
+
+
+def test_a_killed_rank_ends_all(tmp_path: Path) -> None:
+    """Where the launcher's signal does not end a rank at once, it says that the other is gone."""
+    (ended,) = run_pairs(tmp_path, "killed+preemption")
+    assert ended.codes[1] == KILLED
+    assert ended.codes[0] == 1, ended.told[0]
+    assert ended.seconds < LONGEST_S
+    assert not ended.orphans
+    assert "rank 1 failed first: Killed: process" in ended.told[0].strip().splitlines()[-1]
+    state = ended.state
+    assert state.state == "failed"
+    assert state.error is not None
+    assert (state.error.rank, state.error.type) == (1, "Killed")
+
+
+def test_a_run_without_progress_tells_where_it_stands(tmp_path: Path) -> None:
+    """Every rank writes its threads' stacks, also those that only wait, and the run has failed."""
+    (ended,) = run_pairs(tmp_path, "stalled")
+    assert ended.codes == [1, 1], ended.told
+    assert ended.seconds < LONGEST_S
+    assert not ended.orphans
+    first, second = (
+        (ended.folder / "stalled" / f"rank{rank:05}.txt").read_text() for rank in range(2)
+    )
+    assert "in go_wrong" in second
+    assert "in go_wrong" not in first
+    assert "in _backward" in first or "in settle" in first or "in _forward" in first, first
+    state = ended.state
+    assert state.state == "failed"
+    assert state.error is not None
+    assert state.error.type == "Stalled"
+    assert f"no progress for 2 s at epoch 0, step {FAILS_AT}" in state.error.message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["", "+preemption"])
+def test_errors_in_every_channel(options: str, tmp_path: Path) -> None:
+    """Before and after each stage."""
+    cases = [place + options for place in IN_CHANNELS]
+    for place, ended in zip(IN_CHANNELS, run_pairs(tmp_path, *cases), strict=True):
+        check_place(ended, place)
+        check_last_word(ended)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["", "+preemption"])
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("forward", "ValueError: planted"),
+        ("loader", "ValueError: Caught ValueError in DataLoader worker"),
+        ("evaluation", "ValueError: planted"),
+        ("constructor", "PipelineConfigError: max_step must be"),
+    ],
+)
+def test_errors_elsewhere(place: str, error: str, options: str, tmp_path: Path) -> None:
+    """In the model, the data, an evaluation and the making of a trainer."""
+    (ended,) = run_pairs(tmp_path, place + options)
+    check_ended(ended, error)
+    assert ended.codes[0] != 0
+    check_last_word(ended)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["", "+preemption"])
+def test_an_error_ends_hooks_that_wait_for_all(options: str, tmp_path: Path) -> None:
+    """An ``after`` that exchanges with ranks that never come there keeps nobody."""
+    (ended,) = run_pairs(tmp_path, f"step+waits{options}")
+    check_ended(ended, "ValueError: planted", "'Planted' (on_step, before)")
+    assert ended.codes[0] != 0
+
+
+@pytest.mark.slow
+def test_torchrun_ends_with_the_first_error(tmp_path: Path) -> None:
+    """Also what it prints itself: rank 1 is what it calls the root cause."""
+    done = launch(HERE / "fails_on_ranks.py", tmp_path / "run", "step", fails=True)
+    assert "rank 1 failed first: ValueError: planted" in done.stderr
+    assert done.stderr.rindex("rank      : 1") > done.stderr.index("Root Cause")
