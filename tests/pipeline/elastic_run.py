@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics import MeanSquaredError, PearsonCorrCoef
 
 from robo_orchard_core.utils.hook import HookContext
@@ -27,6 +28,7 @@ from robo_orchard_lab.pipeline import (
     SimpleBatchProcessor,
 )
 from robo_orchard_lab.pipeline.data import DataOrder
+from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.events import CHANNEL_NAMES, ChannelName
 from robo_orchard_lab.pipeline.hooks import (
     EMAConfig,
@@ -40,7 +42,7 @@ from robo_orchard_lab.pipeline.hooks import (
 from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig
 
 SAMPLES_PER_STEP = 6
-SAMPLES = 24
+SAMPLES = 26
 EPOCHS = 2
 
 
@@ -68,6 +70,53 @@ class NamedLosses(SimpleBatchProcessor):
         return outputs["outputs"].squeeze(1), batch[1].squeeze(1)
 
 
+class Counted(PipelineHooks):
+    """Has a state on each rank: how many samples it has seen, which a new rank begins anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.samples = 0
+        self.on_step.after(self.count)
+
+    def count(self, args: PipelineHookArgs) -> None:
+        self.samples += args.batch_size
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"samples": self.samples}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.samples = state["samples"]
+
+    def redistribute_states(
+        self, states: Sequence[Mapping[str, Any]], processes: int
+    ) -> Sequence[Mapping[str, Any]]:
+        whole = sum(state["samples"] for state in states)
+        if whole == 0:
+            raise StateError("there is nothing to share")
+        return [{"samples": whole if rank == 0 else 0} for rank in range(processes)]
+
+
+class Numbered(PipelineHooks):
+    """Has a state on each rank that is taken over as it is."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.begun_as = rank
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"begun_as": self.begun_as}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.begun_as = state["begun_as"]
+
+
+class Stream(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
+    """The samples one after the other, all of them on every rank."""
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return map(Augmented().__getitem__, range(SAMPLES))
+
+
 class Watcher(PipelineHooks):
     """Writes down all events, the samples of each step and what this rank draws; may stop."""
 
@@ -91,7 +140,7 @@ class Watcher(PipelineHooks):
     def end_step(self, args: PipelineHookArgs) -> None:
         inputs, _ = args.batch
         rows = [row.numpy().tobytes().hex() for row in inputs]
-        samples = [[*pair] for pair in zip(args.sample_indices, rows, strict=False)]
+        samples = [[*pair] for pair in zip(args.sample_indices or [], rows, strict=False)]
         self.write("samples", args.global_step_id, samples)
         self.write("drawn", args.global_step_id, [random.getrandbits(32), np.random.rand()])
         if args.global_step_id + 1 == self._stop_after:
@@ -119,16 +168,20 @@ def build(order: dict[str, Any]) -> HookBasedTrainer:
         seed(order.get("seed", 5) * 100 + order["rank"])
     generator = torch.Generator().manual_seed(5)
     unseen = (torch.randn(n, d, generator=generator).double() for n, d in ((7, 4), (7, 1)))
-    workers = order.get("workers", 0)
+    streams = order.get("streams", False)
+    data: Any = Stream() if streams else Augmented()
+    loader = DataLoader(
+        data,
+        batch_size=order.get("batch_size", SAMPLES_PER_STEP // ranks),
+        shuffle=None if streams else True,
+        num_workers=order.get("workers", 0),
+    )
+    correlation = MetricTrackerConfig()(metrics={"correlation": PearsonCorrCoef()})
+    correlation.name = "correlation"
     return HookBasedTrainer(
         Accelerator(cpu=True, gradient_accumulation_steps=order.get("accumulate", 3)),
         model,
-        DataLoader(
-            Augmented(),
-            batch_size=order.get("batch_size", SAMPLES_PER_STEP // ranks),
-            shuffle=True,
-            num_workers=workers,
-        ),
+        loader,
         NamedLosses(),
         optimizer,
         schedule,
@@ -140,22 +193,21 @@ def build(order: dict[str, Any]) -> HookBasedTrainer:
             GradientClippingHookConfig(max_norm=0.5),
             LossTrackerConfig(losses_key="losses"),
             MetricTrackerConfig()(metrics={"error": MeanSquaredError()}),
-            MetricTrackerConfig()(metrics={"correlation": PearsonCorrCoef()})
-            if order.get("unjoinable")
-            else PipelineHooks(),
+            *([correlation] if order.get("unjoinable") else []),
             EMAConfig(power=0.75),
             ValidationHookConfig(every="2 steps | 1 epoch", weights="EMA")(
                 dataloaders={"val": DataLoader(TensorDataset(*unseen), batch_size=2)},
                 metrics={"error": MeanSquaredError()},
             ),
-            SaveCheckpointConfig(every="1 step", keep_last=None),
+            SaveCheckpointConfig(every="1 step | 1 epoch", keep_last=None),
+            Counted(),
+            Numbered(order["rank"]),
             Watcher(folder / f"{order['name']}-{order['rank']}.jsonl", order.get("stop_after")),
         ],
         max_epoch=EPOCHS,
         run_folder=folder,
         resume_from=order.get("resume_from", "auto"),
         data_order=DataOrder(
-            seed=order.get("data_seed", 11),
             keyed_by=order.get("keyed_by", "sample"),
             allow_other_batch_size=order.get("allow", False),
         ),
@@ -174,9 +226,13 @@ def run(order: dict[str, Any]) -> None:
         )
     trainer = build(order)
     trainer()
-    ended = {"weights": trainer.accelerator.unwrap_model(trainer.model).state_dict()}
+    hooks = {hook.name: hook for hook in trainer.hooks.all_hooks()}
     torch.save(
-        {**ended, "progress": trainer.progress.state_dict()},
+        {
+            "weights": trainer.accelerator.unwrap_model(trainer.model).state_dict(),
+            "progress": trainer.progress.state_dict(),
+            "hooks": {name: hooks[name].state_dict() for name in ("Counted", "Numbered")},
+        },
         Path(order["folder"]) / f"{order['name']}-{rank}.pt",
     )
     trainer.accelerator.end_training()

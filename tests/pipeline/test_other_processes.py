@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import elastic_run
+from robo_orchard_lab.pipeline.checkpoint import load_checkpoint, save_checkpoint
 from robo_orchard_lab.pipeline.sinks import read_metrics
 from robo_orchard_lab.testing.resume.fork_server import ForkServer
 
@@ -97,9 +98,11 @@ def straight(servers: list[ForkServer], tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.parametrize(
     ("ranks", "stops"),
     [
-        pytest.param([1, 2, 1], [1, 5], id="within windows, 1 -> 2 -> 1"),
-        pytest.param([2, 3, 2], [2, 4], id="within a window and between epochs, 2 -> 3 -> 2"),
-        pytest.param([3, 1, 3], [3, 7], id="between windows, 3 -> 1 -> 3"),
+        pytest.param([1, 2, 1], [1, 7], id="within windows, 1 -> 2 -> 1"),
+        pytest.param([2, 3, 2], [2, 5], id="within a window and between epochs, 2 -> 3 -> 2"),
+        pytest.param(
+            [3, 1, 3], [3, 9], id="between windows and ahead of the last step, 3 -> 1 -> 3"
+        ),
     ],
 )
 def test_goes_on_in_other_numbers_of_processes(
@@ -112,3 +115,154 @@ def test_goes_on_in_other_numbers_of_processes(
     """Samples, augmentation, counters, weights and lines of metrics are those of one process."""
     run_in_parts(servers, tmp_path / "parts", ranks, stops)
     check_like(straight, tmp_path / "parts")
+
+
+def test_two_processes_are_one(servers: list[ForkServer], straight: Path, tmp_path: Path) -> None:
+    """With accumulation, clipping, a schedule, an average, evaluations and metrics: the same
+    events on both ranks, the same samples, counters and lines of metrics, the same weights."""
+    run_in_parts(servers, tmp_path / "two", [2], [])
+    check_like(straight, tmp_path / "two")
+    expected = [event for _, _, _, event in lines(straight, "event")]
+    for rank in range(2):
+        assert [e for _, r, _, e in lines(tmp_path / "two", "event") if r == rank] == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"workers": 2}, {"plateau": True}, {"accumulate": 1}],
+    ids=["workers", "plateau", "no accumulation"],
+)
+def test_other_numbers_of_processes_in_other_ways(
+    options: dict[str, Any], servers: list[ForkServer], tmp_path: Path
+) -> None:
+    """So it is with workers, with a schedule that follows the loss, and without accumulation."""
+    run_in_parts(servers, tmp_path / "straight", [1], [], **options)
+    run_in_parts(servers, tmp_path / "parts", [2, 1, 2], [4, 8], **options)
+    check_like(tmp_path / "straight", tmp_path / "parts")
+
+
+def test_what_is_drawn_for_a_batch_is_another(
+    servers: list[ForkServer], straight: Path, tmp_path: Path
+) -> None:
+    """Keyed by batch, the samples are the same, and so is their order, but not what is drawn."""
+    run_in_parts(servers, tmp_path / "parts", [1, 2], [3], keyed_by="batch")
+    found, expected = samples(tmp_path / "parts"), samples(straight)
+    for step, due in expected.items():
+        assert [index for index, _ in found[step]] == [index for index, _ in due]
+    assert found[0] != expected[0]
+
+
+def test_a_new_rank_draws_from_streams_of_its_own(
+    servers: list[ForkServer], straight: Path, tmp_path: Path
+) -> None:
+    """The first goes on as it would have; the others draw as neither it nor one another."""
+    folder = tmp_path / "parts"
+    run_in_parts(servers, folder, [1, 3], [4])
+    (first, *of_new) = (
+        [value for part, r, _, value in lines(folder, "drawn") if part == 1 and r == rank]
+        for rank in range(3)
+    )
+    assert first == [value for _, _, step, value in lines(straight, "drawn") if step >= 4]
+    drawn = [number for rank in (first, *of_new) for step in rank for number in step]
+    assert len({*drawn}) == len(drawn)
+
+
+def ended(folder: Path, part: int) -> list[dict[str, Any]]:
+    """The states of hooks with which the ranks of a part have ended."""
+    return [
+        torch.load(path, weights_only=True)["hooks"]
+        for path in sorted(folder.glob(f"part{part}-*.pt"))
+    ]
+
+
+def test_states_of_hooks(servers: list[ForkServer], tmp_path: Path) -> None:
+    """A hook's own rule holds; else each rank takes over that of its number, or the last one."""
+    folder = tmp_path / "parts"
+    run_in_parts(servers, folder, [2, 3, 1], [3, 8])
+    for part, total in enumerate([18, 26 + 18, 52]):
+        states = ended(folder, part)
+        assert sum(state["Counted"]["samples"] for state in states) == total
+        assert [state["Numbered"]["begun_as"] for state in states] == [[0, 1], [0, 1, 1], [0]][part]
+
+
+def test_a_hook_can_refuse(servers: list[ForkServer], tmp_path: Path) -> None:
+    """Its error is that of all ranks, with its name."""
+    (tmp_path / "a").mkdir()
+    assert start(servers, tmp_path / "a", 1, stop_after=1) == ""
+    empty = tmp_path / "a" / "checkpoints" / "step_00000001"
+    saved = load_checkpoint(empty)
+    state = saved.of_rank["state"]
+    hooks = {**state["hooks"], "Counted": {"samples": 0}}
+    save_checkpoint(tmp_path / "b", 1, saved.parts, {"state": {**state, "hooks": hooks}})
+    told = start(servers, tmp_path / "c", 2, resume_from=str(tmp_path / "b"))
+    assert "StateError: there is nothing to share" in told
+    assert "while the states of the hook 'Counted' were redistributed" in told
+
+
+def test_another_number_of_samples_a_step(servers: list[ForkServer], tmp_path: Path) -> None:
+    """Within an epoch it is refused with both remedies, or allowed; no sample is lost then."""
+    folder = tmp_path / "parts"
+    run_in_parts(servers, folder, [1], [])
+    at_two = str(folder / "checkpoints" / "step_00000002")
+    told = start(servers, tmp_path / "refused", 2, resume_from=at_two, batch_size=4)
+    assert "had 6 samples of the whole job when the run was saved, and has 8" in told
+    assert "give the loader batch_size=3" in told
+    assert "allow another number with DataOrder(allow_other_batch_size=True)" in told
+    other = tmp_path / "allowed"
+    assert start(servers, other, 2, resume_from=at_two, batch_size=4, allow=True) == ""
+    first = [index for step in (0, 1) for index, _ in samples(folder)[step]]
+    rest = [index for step in (2, 3) for index, _ in samples(other)[step]]
+    order = [index for step in range(5) for index, _ in samples(folder)[step]]
+    assert first + rest == order
+    between = str(folder / "checkpoints" / "step_00000005")
+    assert start(servers, tmp_path / "between", 3, resume_from=between, batch_size=4) == ""
+
+
+def test_metrics_that_can_not_be_joined(servers: list[ForkServer], tmp_path: Path) -> None:
+    """They go on among more ranks; among fewer where they hold nothing of several, else refused."""
+    straight, folder = tmp_path / "straight", tmp_path / "parts"
+    run_in_parts(servers, straight, [1], [], unjoinable=True)
+    run_in_parts(servers, folder, [1, 2], [2], unjoinable=True)
+    one, other = (
+        [
+            value.value
+            for record in read_metrics(path / "metrics.jsonl")
+            for value in record.values
+            if value.name == "train/correlation_epoch"
+        ]
+        for path in (straight, folder)
+    )
+    assert other[0] == pytest.approx(one[0], rel=1e-4)  # which adds up in single precision
+    told = start(servers, folder / "a", 1, resume_from=checkpoint(folder, 7), unjoinable=True)
+    assert "PearsonCorrCoef was gathering on 2 ranks, and can't go on" in told
+    ended = start(servers, folder / "b", 1, resume_from=checkpoint(folder, 10), unjoinable=True)
+    assert ended == ""
+
+
+def checkpoint(folder: Path, step: int) -> str:
+    return str(folder / "checkpoints" / f"step_{step:08d}")
+
+
+def test_streams_go_on_between_epochs(servers: list[ForkServer], tmp_path: Path) -> None:
+    """Within an epoch, data without an index needs the number of processes that it had."""
+    folder = tmp_path / "parts"
+    options: dict[str, Any] = {"streams": True, "keyed_by": "batch", "batch_size": 3}
+    run_in_parts(servers, folder, [2], [], **options)
+    steps = 1 + max(step for _, _, step, _ in lines(folder, "drawn"))
+    between, within = (checkpoint(folder, step) for step in (steps // 2, steps // 2 + 1))
+    told = start(servers, tmp_path / "within", 1, resume_from=within, **options)
+    assert "was divided among 2 processes when it was saved, and is among 1" in told
+    assert start(servers, tmp_path / "between", 1, resume_from=between, **options) == ""
+
+
+def test_what_a_rank_had_that_is_no_more_is_verified(
+    servers: list[ForkServer], tmp_path: Path
+) -> None:
+    """A file of a rank that is no more is damaged: the checkpoint before it is taken, and said."""
+    folder = tmp_path / "parts"
+    run_in_parts(servers, folder, [3], [])
+    newest = sorted((folder / "checkpoints").glob("step_*"))[-1]
+    (newest / "state.rank00002.json").write_text("{}")
+    assert start(servers, folder, 1) == ""
+    assert "state.rank00002.json: expected" in max(folder.glob("part*-0.log")).read_text()
+    assert [step for part, _, step, _ in lines(folder, "samples") if part == 1] == [9]

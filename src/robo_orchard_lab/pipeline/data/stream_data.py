@@ -139,7 +139,7 @@ class StreamData:
         begun = self._epoch_id == self._progress.epoch_id
         start = self._start if begun else None
         return {
-            "loader": type(self._loader).__qualname__,
+            "loader": _name_of(self._loader),
             "processes": self._share.processes,
             "samples": self._samples_done() if begun else 0,
             "random": capture_sources(self._sources) if start is None else start,
@@ -160,7 +160,7 @@ class StreamData:
     ) -> None:
         """Refuse what :meth:`load` could not go on from; raises ``StateError``."""
         check_sources(state["random"], self._sources)
-        name = type(self._loader).__qualname__
+        name = _name_of(self._loader)
         if state["loader"] != name:
             raise StateError(
                 f"the data was of type {state['loader']} when it was saved, and is {name}; give "
@@ -259,6 +259,11 @@ def _with_dataset(loader: DataLoader[Any], dataset: IterableDataset[Any]) -> Dat
         drop_last=loader.drop_last,
         worker_init_fn=WorkerStart(loader.worker_init_fn),
     )
+
+
+def _name_of(loader: Any) -> str:
+    """Its class, without what Accelerate has wrapped around it for several processes."""
+    return type(getattr(loader, "base_dataloader", loader)).__qualname__
 
 
 def _stateful_part(loader: Any) -> Any:
