@@ -26,6 +26,7 @@ from robo_orchard_lab.pipeline.scheduled_hook import ScheduledHook
 from robo_orchard_lab.pipeline.trainer.about import versions
 
 _ADDRESS = re.compile(r"\(id=\d+\)| at 0x[0-9a-f]+")
+_SAME_VERSIONS = ("torch", "accelerate", "robo-orchard-hooks")
 _HINT = {
     "hooks": "Register the same hooks with the same configuration on every rank; one that is to "
     "act on some ranks only can look at args.accelerator.process_index"
@@ -101,7 +102,7 @@ def setup_texts(
         "dataloader_config": accelerator.dataloader_config,
     }
     return {
-        "versions": _lines(versions()),
+        "versions": _lines({n: v for n, v in versions().items() if n in _SAME_VERSIONS}),
         "settings": _lines(settings),
         "model": "\n".join([_kind(model), *_tensors_of(model)]),
         "optimizer": "\n".join(_optimizer(optimizer, model)),
