@@ -605,6 +605,17 @@ class TestBar:
             assert lines_of(log)[-1].startswith("epoch 1/1, step 7/7")
             assert seen == [terminal]
 
+    def test_without_rich_there_are_lines(
+        self, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+    ) -> None:
+        """Where rich is not installed, a terminal gets lines, and is told what a bar needs."""
+        monkeypatch.setitem(sys.modules, "rich", None)
+        monkeypatch.delitem(sys.modules, "robo_orchard_lab.pipeline.hooks._terminal_bar")
+        with a_terminal(monkeypatch):
+            make_trainer(ProgressBarHookConfig(), max_epoch=1)()
+        assert log.messages[0].endswith('pip install "robo-orchard-hooks[terminal]"')
+        assert lines_of(log)[-1].startswith("epoch 1/1, step 7/7")
+
     def test_only_a_terminal_is_redirected(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """With standard output in a file, the bar is drawn on standard error, not in the file."""
         with a_terminal(monkeypatch) as terminal:
@@ -686,4 +697,6 @@ def test_the_first_bar_of_a_process_draws_no_random_number(monkeypatch: pytest.M
     for name in [*sys.modules]:
         if name.partition(".")[0] == "rich" or name.endswith("._terminal_bar"):
             monkeypatch.delitem(sys.modules, name)
-    assert_weights_unchanged(ProgressBarHookConfig(), steps=2)
+    with a_terminal(monkeypatch):
+        assert_weights_unchanged(ProgressBarHookConfig(), steps=2)
+    assert "rich" in sys.modules

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 class ProgressBarHook(PipelineHooks):
     """A progress bar in a terminal, log lines elsewhere: epoch, step, loss, samples/s, time left.
 
+    The bar needs rich, which the extra ``terminal`` brings; without it there are lines as well.
+
     Register it first: then it shows at the end of an epoch what the other hooks have measured.
 
     Only the main process shows anything. Where a hook logs metrics (``MetricsLogger``), the loss is
@@ -118,14 +120,16 @@ class _LogLines:
 
 
 def _display(plain: bool) -> Display:
-    if not plain:
-        # Takes 50 ms to import, which a run without a terminal, or without a bar, need not wait.
-        drawn = random.getstate()  # rich draws a number when it is imported
+    if plain or not (sys.stdout.isatty() or sys.stderr.isatty()):
+        return _LogLines()
+    # Takes 50 ms to import, which a run without a terminal, or without a bar, need not wait.
+    drawn = random.getstate()  # rich draws a number when it is imported
+    try:
         from robo_orchard_lab.pipeline.hooks._terminal_bar import TerminalBar, find_terminal
-
+    except ImportError:
+        logger.info('a progress bar needs rich: pip install "robo-orchard-hooks[terminal]"')
+        return _LogLines()
+    finally:
         random.setstate(drawn)
-
-        terminal = find_terminal()
-        if terminal is not None:
-            return TerminalBar(terminal)
-    return _LogLines()
+    terminal = find_terminal()
+    return _LogLines() if terminal is None else TerminalBar(terminal)
