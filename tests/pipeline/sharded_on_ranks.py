@@ -15,18 +15,26 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 
-from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, SimpleBatchProcessor
+from robo_orchard_lab.pipeline import (
+    HookBasedTrainer,
+    PipelineHookArgs,
+    PipelineHooks,
+    SimpleBatchProcessor,
+)
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import HookLike
 from robo_orchard_lab.pipeline.hooks import (
     EMAConfig,
     FreezeHookConfig,
     GradientClippingHookConfig,
+    KeepBestConfig,
     NonFiniteGuardConfig,
     SaveCheckpointConfig,
     SaveModelConfig,
+    ValidationHookConfig,
 )
 from robo_orchard_lab.pipeline.hooks.model_summary import summarize
+from robo_orchard_lab.pipeline.metrics import MetricValue
 from robo_orchard_lab.pipeline.sharded_tensors import gather_whole
 from tiny import loss_of, make_loader
 
@@ -59,14 +67,17 @@ class Training:
         *,
         sharded: bool = True,
         accumulate: int = 1,
-        hooks: list[HookLike] | None = None,
+        hooks: list[HookLike] | dict[str, HookLike] | None = None,
         stop_at: int | None = None,
-        wrap: Callable[[torch.nn.Module], torch.nn.Module] = lambda model: model,
+        wrap: Callable[[Accelerator, Any], Any] = lambda accelerator, model: model,
         model: torch.nn.Module | None = None,
         batch_size: int = 2,
+        precision: str = "no",
         **options: Any,
     ) -> None:
-        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
+        accelerator = Accelerator(
+            cpu=True, gradient_accumulation_steps=accumulate, mixed_precision=precision
+        )
         self.model = make_model() if model is None else model
         if sharded:
             shard(self.model, init_device_mesh("cpu", (accelerator.num_processes,)))
@@ -80,11 +91,11 @@ class Training:
             watch.on_step.after(when=when)(lambda args: args.requests.stop("enough"))
         self.trainer = HookBasedTrainer(
             accelerator,
-            wrap(self.model),
+            wrap(accelerator, self.model),
             make_loader(60 // batch_size, batch_size, shuffle=True),
             SimpleBatchProcessor.from_callable(loss_of),
             torch.optim.AdamW(self.model.parameters(), lr=0.05),
-            hooks=[watch, *(hooks or [])],
+            hooks={"watch": watch, **hooks} if isinstance(hooks, dict) else [watch, *(hooks or [])],
             max_step=options.pop("max_step", 9),
             **options,
         )
@@ -168,6 +179,51 @@ def other_hooks(folder: Path) -> dict[str, Any]:
     return found
 
 
+def evaluations(folder: Path) -> dict[str, Any]:
+    """Of an average and of the model itself, on data that ranks have unequal shares of."""
+    found: dict[str, Any] = {}
+    for name, sharded in (("sharded", True), ("ddp", False)):
+        values: list[tuple[str, int, float]] = []
+
+        class Told(PipelineHooks):
+            def __init__(self, *names: str) -> None:
+                super().__init__()
+
+                @self.on_loop.before
+                def subscribe(args: PipelineHookArgs) -> None:
+                    for name in names:
+                        args.metrics.subscribe(name, self.note, who="Told")
+
+            def note(self, value: MetricValue) -> None:
+                values.append((value.name, value.step, value.value))  # noqa: B023  # of this turn
+
+        loaders: dict[str, Any] = {
+            "odd": make_loader(3, 2),
+            "one": make_loader(1, 4),
+            "stream": list(make_loader(5, 2)),
+            "even": make_loader(4, 2),
+        }
+        told = Told(*(f"eval/{loader}/loss" for loader in loaders))
+        config = ValidationHookConfig(every="2 steps", weights="EMA")
+        own = ValidationHookConfig(every="3 steps")(dataloaders={"own": make_loader(3, 2)})
+        best = KeepBestConfig(
+            monitor="eval/own/loss", mode="min", path=folder / f"{name}.safetensors"
+        )
+        training = Training(
+            sharded=sharded,
+            hooks={
+                "EMA": EMAConfig(decay=0.5),
+                "told": told,
+                "own": own,
+                "averaged": config(dataloaders=loaders),
+                "best": best,
+            },
+        )
+        found[f"{name} evaluated"] = training.result()
+        found[f"{name} values"] = values
+    return found
+
+
 def spoil_on_the_second_rank(args: Any) -> None:
     if args.accelerator.process_index == 1:
         args.batch[0][0] = torch.nan
@@ -233,6 +289,7 @@ def main(folder: Path) -> None:
         found = {
             **straight_and_resumed(folder),
             **other_hooks(folder),
+            **evaluations(folder),
             "exchanges": exchanges(),
             "refusals": refusals(),
             "any": in_any_number(folder / "any", None, None),

@@ -175,6 +175,18 @@ def test_hooks_do_as_with_ddp(found: list[dict[str, Any]], what: str) -> None:
     assert one["progress"]["skipped_optimizer_steps"] == (what == "skipped")
 
 
+def test_evaluations_are_those_of_ddp(folder: Path, found: list[dict[str, Any]]) -> None:
+    """Of an average, of unequal shares, and between updates, which go on as without them."""
+    for of_rank in found:
+        assert [v[:2] for v in of_rank["sharded values"]] == [v[:2] for v in of_rank["ddp values"]]
+        for one, other in zip(of_rank["sharded values"], of_rank["ddp values"], strict=True):
+            assert one[2] == pytest.approx(other[2], rel=1e-9)
+        assert len({value for *_, value in of_rank["sharded values"]}) == 4 * 4
+        assert_close(of_rank["sharded evaluated"], of_rank["ddp evaluated"])
+    one, other = (load_file(folder / f"{name}.safetensors") for name in ("sharded", "ddp"))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
 def test_who_is_not_finite(found: list[dict[str, Any]]) -> None:
     """Every rank names the parameters, of whoever's shards."""
     for of_rank in found:
