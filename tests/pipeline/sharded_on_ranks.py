@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from robo_orchard_lab.pipeline.hooks import (
     SaveModelConfig,
     ValidationHookConfig,
 )
+from robo_orchard_lab.pipeline.hooks.ema import EMA
 from robo_orchard_lab.pipeline.hooks.model_summary import summarize
 from robo_orchard_lab.pipeline.metrics import MetricValue
 from robo_orchard_lab.pipeline.sharded_tensors import gather_whole
@@ -52,8 +53,10 @@ def make_model(norm: type[torch.nn.Module] = torch.nn.BatchNorm1d) -> torch.nn.M
     )
 
 
-def shard(model: torch.nn.Module, mesh: DeviceMesh) -> torch.nn.Module:
-    for block in (model[0], model[3]):  # type: ignore[index]  # a Sequential
+def shard(
+    model: torch.nn.Module, mesh: DeviceMesh, blocks: Iterable[torch.nn.Module] | None = None
+) -> torch.nn.Module:
+    for block in blocks or (model[0], model[3]):  # type: ignore[index]  # a Sequential
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
@@ -71,6 +74,7 @@ class Training:
         stop_at: int | None = None,
         wrap: Callable[[Accelerator, Any], Any] = lambda accelerator, model: model,
         model: torch.nn.Module | None = None,
+        blocks: Iterable[torch.nn.Module] | None = None,
         batch_size: int = 2,
         precision: str = "no",
         **options: Any,
@@ -80,7 +84,7 @@ class Training:
         )
         self.model = make_model() if model is None else model
         if sharded:
-            shard(self.model, init_device_mesh("cpu", (accelerator.num_processes,)))
+            shard(self.model, init_device_mesh("cpu", (accelerator.num_processes,)), blocks)
         self.losses: list[torch.Tensor] = []
         watch = PipelineHooks()
         watch.on_step.after(lambda args: self.losses.append(args.loss))
@@ -209,10 +213,11 @@ def evaluations(folder: Path) -> dict[str, Any]:
         best = KeepBestConfig(
             monitor="eval/own/loss", mode="min", path=folder / f"{name}.safetensors"
         )
+        ema = EMAConfig(decay=0.5)()
         training = Training(
             sharded=sharded,
             hooks={
-                "EMA": EMAConfig(decay=0.5),
+                "EMA": ema,
                 "told": told,
                 "own": own,
                 "averaged": config(dataloaders=loaders),
@@ -221,7 +226,19 @@ def evaluations(folder: Path) -> dict[str, Any]:
         )
         found[f"{name} evaluated"] = training.result()
         found[f"{name} values"] = values
+        found[f"{name} by hand"] = by_hand(training.model, ema)
     return found
+
+
+@torch.no_grad()
+def by_hand(model: torch.nn.Module, ema: EMA) -> list[torch.Tensor]:
+    """What a model gives with its own weights, with the average, and with its own again."""
+    model.eval()
+    inputs = torch.ones(1, 4)
+    outputs = [model(inputs)]
+    with ema.applied():
+        outputs.append(model(inputs))
+    return [*outputs, model(inputs)]
 
 
 def spoil_on_the_second_rank(args: Any) -> None:

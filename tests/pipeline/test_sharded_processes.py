@@ -187,6 +187,14 @@ def test_evaluations_are_those_of_ddp(folder: Path, found: list[dict[str, Any]])
     torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
 
 
+def test_the_average_is_what_the_model_computes_with(found: list[dict[str, Any]]) -> None:
+    """Also where a forward pass before it has left the model with whole weights."""
+    for one, other, again in (of_rank["sharded by hand"] for of_rank in found):
+        assert torch.equal(one, again)
+        assert not torch.allclose(one, other)
+    torch.testing.assert_close(found[0]["sharded by hand"], found[0]["ddp by hand"])
+
+
 def test_who_is_not_finite(found: list[dict[str, Any]]) -> None:
     """Every rank names the parameters, of whoever's shards."""
     for of_rank in found:

@@ -1,0 +1,108 @@
+"""Compiled models, gradient checkpointing and bf16: in two real processes, and in one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compiled_on_ranks import WAYS, WITHOUT_DDP, Dropped, train
+from launching import launch
+from robo_orchard_lab.pipeline.checkpoint import load_checkpoint
+
+SCRIPT = Path(__file__).parent / "compiled_on_ranks.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compiled")
+    launch(SCRIPT, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.fixture
+def doubles() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch._dynamo.reset()
+
+
+def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = load_checkpoint(checkpoint / "last").parts["model"]
+    return weights
+
+
+def assert_close(one: Any, other: Any, within: float = 1e-12) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=within)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_compiled_in_either_order(found: list[dict[str, Any]], folder: Path, way: str) -> None:
+    """Losses and weights, by their plain names, are those of the model as it is."""
+    for of_rank in found:
+        assert_close(of_rank[way]["losses"], of_rank["plain"]["losses"])
+        assert of_rank[way]["compiled"] == ("compiled" in way)
+        assert of_rank[way]["progress"] == of_rank["plain"]["progress"]
+    assert_close(weights_of(folder / way), weights_of(folder / "plain"))
+
+
+def test_compiled_in_shards(found: list[dict[str, Any]], folder: Path) -> None:
+    """A sharded model that is compiled trains as the one in DDP."""
+    for of_rank in found:
+        assert_close(of_rank["sharded, then compiled"]["losses"], of_rank["plain"]["losses"])
+    assert_close(weights_of(folder / "sharded"), weights_of(folder / "plain"))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "sharded"])
+def test_activations_that_are_computed_twice(found: list[dict[str, Any]], kind: str) -> None:
+    """Gradient checkpointing changes nothing, dropout included."""
+    for of_rank in found:
+        once, twice = (of_rank[f"{kind} dropped {twice}"] for twice in (False, True))
+        assert torch.equal(once["losses"], twice["losses"])
+        assert all(torch.equal(once["weights"][n], twice["weights"][n]) for n in once["weights"])
+        assert_close(once["losses"], of_rank["ddp dropped False"]["losses"])
+
+
+def test_bf16(found: list[dict[str, Any]]) -> None:
+    """Autocast is on, in DDP and in shards, with the same result up to its precision."""
+    for of_rank in found:
+        in_ddp, sharded = of_rank["ddp bf16"]["losses"], of_rank["sharded bf16"]["losses"]
+        assert not torch.allclose(in_ddp, of_rank["single"]["losses"], rtol=0, atol=1e-6)
+        assert_close(in_ddp, of_rank["single"]["losses"], within=0.05)
+        assert_close(in_ddp, sharded, within=1e-2)
+
+
+@pytest.mark.parametrize("way", ["in DDP", "in DDP, then compiled"])
+def test_gradients_travel_once_a_window(found: list[dict[str, Any]], way: str) -> None:
+    """Where a window of three ends, and the last one, which is short."""
+    for of_rank in found:
+        assert of_rank["reductions"][way] == [2, 5, 6]
+
+
+@pytest.mark.usefixtures("doubles")
+@pytest.mark.parametrize("way", WITHOUT_DDP)
+def test_compiled_in_one_process(tmp_path: Path, way: str) -> None:
+    """In either order, too."""
+    plain = train(tmp_path, "plain", sharded=False)
+    compiled = train(tmp_path, way, sharded=False, wrap=WAYS[way])
+    assert_close(compiled["losses"], plain["losses"])
+    assert_close(weights_of(tmp_path / way), weights_of(tmp_path / "plain"))
+
+
+@pytest.mark.usefixtures("doubles")
+def test_activations_are_computed_twice_in_one_process(tmp_path: Path) -> None:
+    """Gradient checkpointing changes nothing."""
+    once, twice = (
+        train(tmp_path, str(twice), sharded=False, model=Dropped(twice=twice))
+        for twice in (False, True)
+    )
+    assert torch.equal(once["losses"], twice["losses"])
