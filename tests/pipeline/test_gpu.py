@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.hooks import GradientClippingHookConfig
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext
+from robo_orchard_lab.pipeline.trainer.placement import CopyStream
 from tiny import equal, loss_of, make_loader, make_model, weights
 
 pytestmark = [
@@ -80,3 +81,31 @@ def test_the_step_path_never_waits_for_the_device() -> None:
         train(make_model(), [checked, GradientClippingHookConfig(max_norm=1.0)])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_copies_run_beside_the_steps() -> None:
+    """A batch from pinned memory is copied while the device is busy with earlier steps."""
+    place = CopyStream(torch.device("cuda", torch.cuda.current_device()))
+    host = torch.ones(2**20).pin_memory()
+    place([host])  # sets up what it needs
+    torch.cuda.synchronize()
+    copied = torch.cuda.Event()
+    torch.cuda._sleep(10**9)  # some half a second of the stream of the steps
+    placed = place({"inputs": host})["inputs"]
+    copied.record(place.stream)
+    copied.synchronize()
+    assert not torch.cuda.current_stream().query()  # which is still asleep
+    assert float(placed.sum()) == 2**20
+    torch.cuda.synchronize()
+
+
+def test_memory_of_a_batch_stays_until_its_step_is_over() -> None:
+    """A batch that is dropped while its step waits on the device is not overwritten by the next."""
+    place = CopyStream(torch.device("cuda", torch.cuda.current_device()))
+    totals = []
+    for value in range(20):
+        batch = place(torch.full((2**20,), float(value)).pin_memory())
+        torch.cuda._sleep(10**6)
+        totals.append(batch.sum())  # launched, and the batch is dropped
+        del batch
+    assert [float(total) / 2**20 for total in totals] == list(range(20))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, send_to_device
+from accelerate.utils import DistributedType
 from torch.optim.lr_scheduler import LRScheduler
 
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
@@ -19,6 +19,7 @@ from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.plain_model import ddp_of
 from robo_orchard_lab.pipeline.sharded_model import is_sharded_model, set_gradient_sync
 from robo_orchard_lab.pipeline.trainer.gradient_buckets import settle_buckets
+from robo_orchard_lab.pipeline.trainer.placement import placement_of
 
 logger = job_logger(__name__)
 
@@ -75,15 +76,7 @@ def prepare_objects(
     if ddp is not None and accelerator.num_processes > 2:  # two round alike in any order
         settle_buckets(ddp)
 
-    place: Callable[[Any], Any] | None = None
-    if accelerator.device_placement and accelerator.device.type != "cpu":
-        place = partial(
-            send_to_device,
-            device=accelerator.device,
-            # From pinned memory a batch travels while the host goes on.
-            non_blocking=accelerator.dataloader_config.non_blocking
-            or getattr(dataloader, "pin_memory", False),
-        )
+    place = placement_of(accelerator, dataloader)
     return PreparedObjects(model, optimizer, lr_scheduler, place)
 
 

@@ -1,0 +1,31 @@
+"""Which batches go to a device, and how; what needs one is in test_gpu.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from robo_orchard_lab.pipeline.trainer.placement import movable_in, placement_of, tensors_in
+
+
+class MovesByItself(dict[str, Any]):
+    """A mapping with a method of its own, as tokenizers give."""
+
+    def to(self, device: Any) -> MovesByItself:
+        return self
+
+
+def test_nothing_is_moved_on_the_cpu() -> None:
+    """Where all is on the host, a step has nothing to place."""
+    assert placement_of(Accelerator(cpu=True), []) is None
+
+
+def test_tensors_are_found_in_nested_batches() -> None:
+    """Lists, tuples and mappings are looked into, and what moves by itself is not."""
+    first, second, third = torch.zeros(1), torch.zeros(2), torch.zeros(3)
+    own = MovesByItself(x=third)
+    batch = {"a": first, "b": [(second, None), "text", 3, own]}
+    assert [*map(id, movable_in(batch))] == [id(first), id(second), id(own)]
+    assert [*map(id, tensors_in(batch))] == [id(first), id(second)]
