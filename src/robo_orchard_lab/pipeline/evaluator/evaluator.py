@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import chain
 from typing import Any
@@ -176,10 +176,11 @@ class Evaluator:
         metrics.to(device)
         metrics.reset()
         loss_sum = WeightedSum()
+        in_precision = self._precision(model)
         for batch, counts in loader.batches(self.seed, even=self._sharded):
             if moves and device.type != "cpu":
                 batch = send_to_device(batch, device, non_blocking=non_blocking)
-            with self._precision(model):
+            with in_precision():
                 outputs, loss = self._forward(model, batch)
             if not counts:  # it took part in what the ranks do together within the model
                 continue
@@ -194,12 +195,13 @@ class Evaluator:
             parts.append(metrics.snapshot(metrics.take(), prefix))
         return parts
 
-    def _precision(self, model: torch.nn.Module) -> AbstractContextManager[Any]:
-        """As the prepared model would run, whose forward has its precision in it."""
-        if self._accelerator is None or hasattr(model, "_original_forward"):
-            return nullcontext()
-        context: AbstractContextManager[Any] = self._accelerator.autocast()
-        return context
+    def _precision(self, model: torch.nn.Module) -> Callable[[], AbstractContextManager[Any]]:
+        """Makes a context in which it runs as prepared, whose forward has its precision in it."""
+        accelerator = self._accelerator
+        if accelerator is None or hasattr(model, "_original_forward"):
+            return nullcontext
+        # A context that changes nothing takes it 3 us.
+        return accelerator.autocast if accelerator.native_amp else nullcontext
 
     def _forward(self, model: torch.nn.Module, batch: Any) -> tuple[Any, torch.Tensor | None]:
         result = self.batch_processor.forward(model, batch)
