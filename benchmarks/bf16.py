@@ -13,5 +13,5 @@ def run(*, quick: bool) -> Report:
         Settings(steps=300 if quick else 2000, bf16=True),
         OWN,
         bars=BARS,
-        rounds=2 if quick else 15,
+        rounds=2 if quick else 11,
     )

@@ -58,7 +58,7 @@ def run(*, quick: bool) -> Report:
         "Imports",
         {name: what for name, what in IMPORTS.items() if name in few or not quick},
         _import_seconds,
-        rounds=1 if quick else 11,
+        rounds=1 if quick else 7,
         bars={CORE: BAR_CORE_MS, PIPELINE: BAR_IMPORT},
         note="robo_orchard_core loads torch."
         if loads_torch
@@ -68,13 +68,13 @@ def run(*, quick: bool) -> Report:
         "From the start of the process to the end of the first step",
         {name: what for name, what in FIRST_STEPS.items() if name in few or not quick},
         _first_step_seconds,
-        rounds=1 if quick else 7,
+        rounds=1 if quick else 5,
     )
     tables = [imports, steps]
     if not quick:
         tables += [
-            _table("Imports of peers", PEER_IMPORTS, _import_seconds, rounds=3),
-            _table("First steps of peers", PEER_FIRST_STEPS, _first_step_seconds, rounds=3),
+            _table("Imports of peers", PEER_IMPORTS, _import_seconds, rounds=2),
+            _table("First steps of peers", PEER_FIRST_STEPS, _first_step_seconds, rounds=2),
         ]
     faults = ["importing robo_orchard_core loads torch"] if loads_torch else []
     return Report("startup", tables, faults, describe(DISTRIBUTIONS))
@@ -98,9 +98,8 @@ def _table(
             timed[name] = partial(measure, what, where)
         else:
             absent.append(Row(name, note=f"not measured: {why}"))
-    samples = interleave(
-        timed, reference=reference, rounds=rounds, at_most_s=90, warm_up=rounds > 1
-    )
+    # Where there are few rounds, each was tried already, or it is a rough answer.
+    samples = interleave(timed, reference=reference, rounds=rounds, warm_up=rounds > 2)
     rows = [_row(name, samples, bars or {}) for name in samples.values]
     return Table(title, "ms", [*rows, *absent], [note] if note else [])
 
