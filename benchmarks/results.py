@@ -134,11 +134,12 @@ def _remarks(path: Path) -> dict[str, dict[str, str]]:
 
 
 def _commit() -> str:
-    told = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    return told or "unknown"
+    commit = _git("rev-parse", "--short", "HEAD") or "unknown"
+    return f"{commit}, changed since" if _git("status", "--porcelain", "../src") else commit
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=HERE, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()
