@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -64,8 +65,11 @@ STEPS_OF_TWO = 8
 class AugmentedSamples(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """Draws from torch, NumPy and Python while loading."""
 
+    def __init__(self, length: int = 26) -> None:
+        self.length = length
+
     def __len__(self) -> int:
-        return 26
+        return self.length
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         noise = torch.rand(4) + np.random.rand() + random.random()
@@ -202,8 +206,12 @@ def other_hooks(run_folder: Path) -> list[PipelineHooksConfig[Any]]:
 
 
 def make_loader(kind: DataKind, **options: Any) -> Iterable[Any]:
-    """Seven batches of data of one kind; eight where all are full."""
-    samples = AugmentedSamples()
+    """Seven batches of data of one kind; eight where all are full.
+
+    Of two ranks, each has two samples in the last step, which batch normalisation needs.
+    """
+    length = 26 if os.environ.get("WORLD_SIZE", "1") == "1" else 28
+    samples = AugmentedSamples(length)
     if kind == "shuffled":
         return DataLoader(samples, batch_size=4, shuffle=True, **options)
     if kind == "own generator":
@@ -220,7 +228,7 @@ def make_loader(kind: DataKind, **options: Any) -> Iterable[Any]:
         generator = torch.Generator().manual_seed(5)
         sizes = (4, 4, 1, 4, 3, 4, 4)
         return [(torch.randn(n + 1, 4, generator=generator), torch.ones(n + 1, 1)) for n in sizes]
-    return DataLoader(Stream(), batch_size=4, **options)
+    return DataLoader(Stream(length), batch_size=4, **options)
 
 
 class PairsOfBatches(Sampler[list[int]]):
@@ -239,7 +247,8 @@ class PairsOfBatches(Sampler[list[int]]):
 class Stream(IterableDataset[Any]):
     """Augmented samples in an order of its own, which can be begun anywhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, length: int) -> None:
+        self.samples = AugmentedSamples(length)
         self.epoch = self.position = 0
         self.goes_on = False
 
@@ -250,10 +259,10 @@ class Stream(IterableDataset[Any]):
         if not self.goes_on:
             self.position = 0
         self.goes_on = False
-        samples = AugmentedSamples()
-        while self.position < 26:
+        length = len(self.samples)
+        while self.position < length:
             self.position += 1
-            yield samples[(self.position * 7 + self.epoch) % 26]
+            yield self.samples[(self.position * 9 + self.epoch) % length]
 
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position}
