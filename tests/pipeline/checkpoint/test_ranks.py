@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launching import launch
-from robo_orchard_lab.pipeline.checkpoint import load_checkpoint
+from robo_orchard_lab.pipeline.checkpoint import ReadLimits, load_checkpoint, save_checkpoint
+from robo_orchard_lab.pipeline.checkpoint.manifest import parse_manifest
 from robo_orchard_lab.pipeline.errors import CheckpointError
 
 SCRIPT = Path(__file__).parent.parent / "store_on_ranks.py"
@@ -89,3 +91,13 @@ def test_what_another_rank_had_is_verified_where_it_is_asked_for(folder: Path) -
     with pytest.raises(CheckpointError, match=r"rank00001\.json"):
         load_checkpoint(damaged, each_rank=lambda index, count, own: own)
     assert load_checkpoint(damaged).info.step == 2
+
+
+def test_ranks_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    """A manifest may say that any number of ranks have saved; the first without a file is told."""
+    path = tmp_path / "saved"
+    save_checkpoint(path, 1, {"trainer": 1}, {"data": 1})
+    manifest = parse_manifest((path / "manifest.json").read_bytes(), ReadLimits())
+    (path / "manifest.json").write_bytes(replace(manifest, ranks=10**15).to_bytes())
+    with pytest.raises(CheckpointError, match="nothing of rank 1, which saved it"):
+        load_checkpoint(path, each_rank=lambda index, count, own: own)

@@ -144,10 +144,10 @@ class RunSnapshots:
                 f"the run had {trainer['processes']} processes, and {saved.info.ranks} have saved "
                 "it; all of them call save_checkpoint"
             )
+        check_types(run, trainer["types"])
         if saved.of_ranks:
             key = f"{trainer['data']['seed']}/{saved.info.step}"
             own = self._other_processes.state(own, saved.of_ranks, key)
-        check_types(run, trainer["types"])
         if own["gradients"]:
             check_window(self._windows.length, trainer["window"])
         model = plain_model(run)

@@ -1,0 +1,166 @@
+"""What ranks have parts of is whole, and there once, in whatever number of ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torchmetrics import MeanSquaredError, PearsonCorrCoef
+
+from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
+from robo_orchard_lab.pipeline.context import PipelineRun
+from robo_orchard_lab.pipeline.errors import StateError
+from robo_orchard_lab.pipeline.hooks import LossTrackerConfig, MetricTrackerConfig, OptimizerHook
+from robo_orchard_lab.pipeline.metrics import MetricsBoard, resolve
+from robo_orchard_lab.pipeline.metrics.torchmetrics_states import TorchMetrics
+from robo_orchard_lab.pipeline.metrics.window import WINDOWS
+from tiny import make_model
+
+NUMBERS = [(1, 2), (2, 1), (3, 2), (2, 3), (4, 1)]
+
+
+def combined(states: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What a logging point of all ranks finds."""
+    boards = []
+    for state in states:
+        boards.append(MetricsBoard())
+        boards[-1].load_state_dict(state)
+    names = {name: window.reduce for board in boards for name, window in board._windows.items()}
+    return {
+        name: WINDOWS[reduce].combine(
+            [
+                (board._windows[name].numbers(), [float(t) for t in board._windows[name].tensors()])
+                for board in boards
+                if name in board._windows
+            ]
+        )
+        for name, reduce in sorted(names.items())
+    }
+
+
+def publish(board: MetricsBoard, rank: int, on_device: bool) -> None:
+    value: Any = torch.tensor(rank + 1.0) if on_device else rank + 1.0
+    board.publish("weighted", value, weight=rank + 1)
+    board.publish("plain", value)
+    for reduce in ("sum", "max", "min", "last"):
+        board.publish(reduce, value, reduce=reduce)
+    if rank == 0:
+        board.publish("of the first", value)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize(("saved", "now"), NUMBERS)
+def test_published_values(saved: int, now: int, on_device: bool) -> None:
+    """A logging point finds the same; what all publish on goes on as if they always had."""
+    boards = [MetricsBoard() for _ in range(saved)]
+    for rank, board in enumerate(boards):
+        publish(board, rank, on_device)
+    before = [board.state_dict() for board in boards]
+    after = MetricsBoard.redistribute_states(before, now)
+    assert len(after) == now
+    assert combined(after) == pytest.approx(combined(before))
+    mean = combined(before)["plain"]
+    later = []
+    for state in after:
+        later.append(MetricsBoard())
+        later[-1].load_state_dict(state)
+        later[-1].publish("plain", 10.0)
+    found = combined([board.state_dict() for board in later])
+    assert found["plain"] == pytest.approx((mean + 10.0) / 2)
+
+
+def take_in(hook: PipelineHooks, losses: Sequence[float], run: PipelineRun) -> None:
+    with hook.begin("on_loop", PipelineHookArgs(run)):
+        for loss in losses:
+            args = PipelineHookArgs(run, torch.ones(int(loss), 1), attached_loss=torch.tensor(loss))
+            with hook.begin("on_step", args), hook.begin("on_batch", args):
+                pass
+
+
+@pytest.mark.parametrize(("saved", "now"), NUMBERS)
+def test_mean_losses(saved: int, now: int) -> None:
+    """Each sample counts once in the mean, in slots or added up, whichever rank has seen it."""
+    states = []
+    for rank in range(saved):
+        tracker = LossTrackerConfig()()
+        take_in(tracker, [rank + 1.0, rank + 2.0], PipelineRun())
+        states.append(tracker.state_dict())
+    found = LossTrackerConfig()().redistribute_states(states, now)
+    boards = []
+    for state in found:
+        run, tracker = PipelineRun(accelerator=Accelerator(cpu=True)), LossTrackerConfig()()
+        tracker.load_state_dict(state)
+        with tracker.begin("on_loop", PipelineHookArgs(run)):
+            tracker._publish_windows()
+        boards.append(run.metrics.state_dict())
+    losses = [rank + more for rank in range(saved) for more in (1.0, 2.0)]
+    expected = math.fsum(x * x for x in losses) / math.fsum(losses)
+    assert combined(boards) == {"loss/total": pytest.approx(expected)}
+
+
+@pytest.mark.parametrize(("saved", "now"), NUMBERS)
+def test_the_loss_that_a_schedule_follows(saved: int, now: int) -> None:
+    """Sums and counts are those of all ranks."""
+    optimizer = torch.optim.SGD(make_model().parameters(), lr=0.1)
+    hook = OptimizerHook(
+        Accelerator(cpu=True), optimizer, ReduceLROnPlateau(optimizer), PipelineHooks()
+    )
+    states: list[Any] = [
+        {"mean_loss": {"sum": torch.tensor(rank + 1.0) if rank else None, "count": rank}}
+        for rank in range(saved)
+    ]
+    found = [state["mean_loss"] for state in hook.redistribute_states(states, now)]
+    assert len(found) == now
+    assert sum(state["count"] for state in found) == sum(range(saved))
+    total = sum(float(state["sum"]) for state in found if state["sum"] is not None)
+    assert total == sum(rank + 1.0 for rank in range(1, saved))
+
+
+def gathered(metric: Any, *parts: int) -> TorchMetrics:
+    """A metric that has seen some parts of the data."""
+    metrics = TorchMetrics({"m": metric})
+    for part in parts:
+        metrics.update(torch.arange(4.0) ** (part + 1), torch.tensor([1.0, 2.0, 0.0, 1.0]))
+    return metrics
+
+
+def test_metrics_that_can_be_joined() -> None:
+    """They go on as one that has seen all; a rank that was not there begins with nothing."""
+    hook = MetricTrackerConfig()(metrics={"m": MeanSquaredError()})
+    empty = hook.state_dict()
+    states = [
+        {
+            **empty,
+            "merged": {**empty["merged"], "live": gathered(MeanSquaredError(), n).state_dict()},
+        }
+        for n in range(2)
+    ]
+    (one,) = hook.redistribute_states(states, 1)
+    metrics = TorchMetrics({"m": MeanSquaredError()})
+    metrics.load_state_dict(one["merged"]["live"])
+    whole = gathered(MeanSquaredError(), 0, 1)
+    found, due = (resolve(m.snapshot(m.take())) for m in (metrics, whole))
+    assert found == pytest.approx(due)
+    *_, new = hook.redistribute_states(states, 3)
+    metrics.load_state_dict(new["merged"]["live"])
+    assert resolve(metrics.snapshot(metrics.take())) == {}
+
+
+def test_metrics_that_can_not_be_joined() -> None:
+    """They go on where one of the ranks has gathered, and are refused where several have."""
+    hook = MetricTrackerConfig()(metrics={"m": PearsonCorrCoef()})
+    idle = hook.state_dict()
+    first, second = (
+        {**idle, "window": gathered(PearsonCorrCoef(), n).state_dict()} for n in range(2)
+    )
+    for states in ([first, idle], [idle, first]):
+        (found,) = hook.redistribute_states(states, 1)
+        (metric,) = found["window"]["metrics"]
+        assert metric["updates"] == 1
+    with pytest.raises(StateError, match="PearsonCorrCoef was gathering on 2 ranks"):
+        hook.redistribute_states([first, second], 1)
