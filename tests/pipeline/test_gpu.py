@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
+from launching import launch
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, SimpleBatchProcessor
-from robo_orchard_lab.pipeline.hooks import GradientClippingHookConfig
+from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, export_weights, load_checkpoint
+from robo_orchard_lab.pipeline.checkpoint.tensor_image import ImagePool
+from robo_orchard_lab.pipeline.hooks import (
+    EMAConfig,
+    GradientClippingHookConfig,
+    LossTrackerConfig,
+    MetricsLoggerConfig,
+    NonFiniteGuardConfig,
+    SaveCheckpointConfig,
+    StatsMonitorConfig,
+)
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext
 from robo_orchard_lab.pipeline.trainer.placement import CopyStream
 from tiny import equal, loss_of, make_loader, make_model, weights
@@ -109,3 +122,118 @@ def test_memory_of_a_batch_stays_until_its_step_is_over() -> None:
         totals.append(batch.sum())  # launched, and the batch is dropped
         del batch
     assert [float(total) / 2**20 for total in totals] == list(range(20))
+
+
+def test_batches_are_placed() -> None:
+    """Every tensor of a batch is on the device when a step begins, with the values it was given."""
+    placed: list[Any] = []
+    watch = PipelineHooks()
+    watch.on_step.before(lambda args: placed.append(args.batch))
+    train(make_model(), [watch])
+    expected = [batch for _ in range(2) for batch in make_loader()]
+    for batch, given in zip(placed, expected, strict=True):
+        assert all(tensor.is_cuda for tensor in batch)
+        assert equal([tensor.cpu() for tensor in batch], list(given))
+
+
+def test_nothing_waits_between_logging_points() -> None:
+    """With the hooks that look on and those that act on weights, and gradient accumulation."""
+    watch = PipelineHooks()
+
+    @watch.on_step.before(when="at steps 4")
+    def forbid(args: Any) -> None:  # the first update may set up what it likes
+        torch.cuda.set_sync_debug_mode("error")
+
+    @watch.on_epoch.after
+    def allow(args: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+    hooks = [
+        watch,
+        LossTrackerConfig(),
+        StatsMonitorConfig(),
+        NonFiniteGuardConfig(read="at logging points"),
+        GradientClippingHookConfig(max_norm=0.1),
+        EMAConfig(decay=0.5),
+        MetricsLoggerConfig(every="1000 steps"),
+    ]
+    try:
+        train(make_model(), hooks, gradient_accumulation_steps=2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_devices_random_numbers_go_on(tmp_path: Path) -> None:
+    """A run with dropout on the GPU that is stopped and goes on is as the straight one."""
+
+    def run(stop_at: int | None, **options: Any) -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        model = torch.nn.Sequential(make_model(), torch.nn.Dropout(0.5))
+        watch = PipelineHooks()
+        if stop_at is not None:
+            when = f"at steps {stop_at}"
+            watch.on_step.after(when=when)(lambda args: args.requests.stop("enough"))
+        HookBasedTrainer(
+            Accelerator(),
+            model,
+            make_loader(),
+            SimpleBatchProcessor.from_callable(loss_of),
+            torch.optim.AdamW(model.parameters(), lr=0.01),
+            hooks=[watch, SaveCheckpointConfig(folder=tmp_path / str(stop_at), every=None)],
+            max_epoch=2,
+            **options,
+        )()
+        return weights(model)
+
+    straight = run(None)
+    run(3)
+    torch.rand(5, device="cuda")
+    assert equal(straight, run(None, resume_from=tmp_path / "3" / "last"))
+
+
+def test_saves_in_the_background(tmp_path: Path) -> None:
+    """They hold what the weights were at their step, though the training has changed them since."""
+    kept: dict[int, list[torch.Tensor]] = {}
+    watch = PipelineHooks()
+
+    @watch.on_optimizer_step.after
+    def keep(args: Any) -> None:
+        kept[args.global_step_id + 1] = weights(args.model)
+
+    saves = SaveCheckpointConfig(
+        folder=tmp_path, every="5 steps", in_background=True, keep_last=None
+    )
+    trainer = train(make_model(), [watch, saves])
+    names = [name for name, _ in trainer.model.named_parameters()]
+    infos = CheckpointStore(tmp_path).list()
+    assert [info.step for info in infos] == [5, 10, 14]
+    for info in infos:
+        found = load_checkpoint(info.path).parts["model"]
+        assert equal([found[name] for name in names], [w.cpu() for w in kept[info.step]])
+
+
+def test_copies_for_the_background_are_pinned() -> None:
+    """Memory that a device copies into at full speed, and which is used again."""
+    pool = ImagePool(pinned=True)
+    tensors = {"w": torch.arange(5.0, device="cuda")}
+    layout = pool.layout("model.safetensors", tensors)
+    image = pool.take([layout])
+    (file,) = image.fill([(layout, tensors)])
+    assert torch.frombuffer(file, dtype=torch.uint8).is_pinned()
+    assert torch.equal(layout.places[0].of(file[len(layout.beginning) :]), torch.arange(5.0))
+    pool.give_back(image)
+    assert pool.take([layout]) is image
+
+
+@pytest.mark.parametrize("kind", ["ddp", "sharded", "plugin"])
+def test_a_group_of_one_with_nccl(kind: str, tmp_path: Path) -> None:
+    """DDP, FSDP2, and FSDP2 by Accelerate train, save and resume, and nothing waits in a step."""
+    launch(Path(__file__).parent / "gpu_group.py", kind, tmp_path, processes=1, timeout_s=400)
+    found = torch.load(tmp_path / "found.pt")
+    straight, resumed = found["straight"], found["resumed"]
+    assert equal(list(straight["weights"].values()), list(resumed["weights"].values()))
+    assert torch.equal(straight["losses"][-4:], resumed["losses"])
+    export_weights(tmp_path / "straight" / "last", tmp_path / "model.safetensors")
+    exported = load_file(tmp_path / "model.safetensors")
+    assert exported.keys() == straight["weights"].keys()
+    assert all(torch.equal(exported[name], straight["weights"][name]) for name in exported)
