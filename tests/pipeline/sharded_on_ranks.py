@@ -69,6 +69,7 @@ class Training:
         self,
         *,
         sharded: bool = True,
+        mesh: tuple[int, ...] | None = None,
         accumulate: int = 1,
         hooks: list[HookLike] | dict[str, HookLike] | None = None,
         stop_at: int | None = None,
@@ -84,7 +85,9 @@ class Training:
         )
         self.model = make_model() if model is None else model
         if sharded:
-            shard(self.model, init_device_mesh("cpu", (accelerator.num_processes,)), blocks)
+            names = ("replicas", "shards")[-len(mesh or "1") :]
+            sizes = mesh or (accelerator.num_processes,)
+            shard(self.model, init_device_mesh("cpu", sizes, mesh_dim_names=names), blocks)
         self.losses: list[torch.Tensor] = []
         watch = PipelineHooks()
         watch.on_step.after(lambda args: self.losses.append(args.loss))
@@ -145,6 +148,7 @@ def straight_and_resumed(folder: Path) -> dict[str, Any]:
     last = folder / "ddp1" / "stopped" / "checkpoints" / "last"
     crossed = Training(hooks=saving(folder / "to_sharded"), resume_from=last)
     found["ddp to sharded"] = crossed.result()
+    found["replicas"] = Training(mesh=(2, 1), hooks=saving(folder / "replicas")).result()
     hooks = saving(folder / "background", every="2 steps", in_background=True)
     found["background"] = Training(hooks=hooks).result()
     return found

@@ -119,6 +119,19 @@ def test_each_process_writes_its_shards(folder: Path) -> None:
     }
 
 
+def test_replicas_of_shards_are_written_once(folder: Path, found: list[dict[str, Any]]) -> None:
+    """Where two processes have the same shards, it trains the same, and the first one saves."""
+    for of_rank in found:
+        assert_close(of_rank["replicas"], of_rank["sharded1"])
+    checkpoint = folder / "replicas" / "checkpoints" / "last"
+    assert [path.name for path in checkpoint.glob("model.shard*")] == [
+        "model.shard00000.safetensors"
+    ]
+    export_weights(checkpoint, folder / "replicas.safetensors")
+    exported = load_file(folder / "replicas.safetensors")
+    torch.testing.assert_close(exported, found[0]["replicas"]["weights"], rtol=0, atol=0)
+
+
 def test_a_full_export(folder: Path, found: list[dict[str, Any]], tmp_path: Path) -> None:
     """One process makes one file of it, with the weights that the run ended with."""
     weights = found[0]["sharded1"]["weights"]

@@ -90,7 +90,9 @@ class HookBasedTrainer:
         dataloader: a torch ``DataLoader`` or any iterable of batches, iterated once an epoch, in
             the order that ``data_order`` says.
         batch_processor: from a batch to outputs and loss.
-        optimizer: needed where the processor needs a backward pass.
+        optimizer: needed where the processor needs a backward pass. On devices torch takes its
+            ``foreach`` implementation by itself; ``fused=True`` takes one kernel for all of an
+            update, also of a sharded model.
         lr_scheduler: moves once for each committed update, whatever the number of processes.
         hooks: bundles of hooks and configurations that build them, in any mixture, or a mapping
             that names them; the first is the outermost.
