@@ -299,6 +299,13 @@ def refusals() -> dict[str, Any]:
         HookBasedTrainer(accelerator, model, make_loader(), processor, optimizer, max_step=1)
     except PipelineConfigError as error:
         found["stale optimizer"] = str(error)
+    model = make_model()
+    fully_shard(model[0], mesh=init_device_mesh("cpu", (2,)))  # type: ignore[index]  # a Sequential
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    try:
+        HookBasedTrainer(accelerator, model, make_loader(), processor, optimizer, max_step=1)
+    except PipelineConfigError as error:
+        found["in part"] = str(error)
     return found
 
 

@@ -227,9 +227,11 @@ def test_one_exchange_for_the_norm(found: list[dict[str, Any]]) -> None:
 
 
 def test_what_is_refused(found: list[dict[str, Any]]) -> None:
-    """Silent DDP in the place of FSDP, and an optimizer of the parameters before."""
+    """Silent DDP in the place of FSDP, an optimizer of the parameters before, and half a model."""
     for of_rank in found:
         refused = of_rank["refusals"]
         assert "configured for FSDP, and runs with MULTI_CPU" in refused["not sharded"]
         assert "make the optimizer of model.parameters() after it" in refused["stale optimizer"]
+        told = "2.weight, 2.bias, 3.weight, ... (4 trainable parameters) are in no sharded part"
+        assert told in refused["in part"]
         assert "total   Sequential          65       0" in refused["summary"]

@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.plain_model import ddp_of
-from robo_orchard_lab.pipeline.sharded_model import is_sharded_model, set_gradient_sync
+from robo_orchard_lab.pipeline.sharded_model import is_sharded_model, reshard, set_gradient_sync
+from robo_orchard_lab.pipeline.sharded_tensors import is_sharded
 from robo_orchard_lab.pipeline.trainer.gradient_buckets import settle_buckets
 from robo_orchard_lab.pipeline.trainer.placement import placement_of
 
@@ -49,13 +50,15 @@ def prepare_objects(
 
     Raises:
         PipelineConfigError: the launcher started several processes that do not know of each other,
-            or Accelerate was to shard the model and does not, or the optimizer was made of the
-            parameters that a model had before it was sharded.
+            or Accelerate was to shard the model and does not, or parts of a sharded model are in no
+            shard, or the optimizer was made of the parameters that a model had before it was.
     """
     _check_world_size(accelerator)
     several = accelerator.num_processes > 1
     sharded = is_sharded_model(model)
-    if several and not sharded:
+    if several and sharded:
+        _check_all_sharded(model)
+    elif several:
         _check_sharding(accelerator)
     if optimizer is not None:
         _check_parameters(model, optimizer, sharded=sharded)
@@ -133,6 +136,17 @@ def _check_sharding(accelerator: Accelerator) -> None:
             "by torch.distributed.fsdp.fully_shard(model, mesh=init_device_mesh('cpu', (n,))) for "
             "n processes, or leave the plugin out (and ACCELERATE_USE_FSDP) for plain data "
             "parallelism"
+        )
+
+
+def _check_all_sharded(model: torch.nn.Module) -> None:
+    reshard(model)  # it may have been evaluated
+    whole = [n for n, p in model.named_parameters() if p.requires_grad and not is_sharded(p)]
+    if whole:
+        raise PipelineConfigError(
+            f"{', '.join(whole[:3])}{', ...' if len(whole) > 3 else ''} ({len(whole)} trainable "
+            "parameters) are in no sharded part of the model, so that each process would train its "
+            "own; call fully_shard(model) of the whole model after that of its parts"
         )
 
 

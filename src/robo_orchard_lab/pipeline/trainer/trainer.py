@@ -275,8 +275,9 @@ class HookBasedTrainer:
 
         That is the model, the optimizer, the schedule, the counters, the place in the data, the
         state of every hook, the random state, and the gradients of an accumulation window that is
-        open. The weights stand alone in ``model.safetensors``. All ranks call it alike. While the
-        run goes on, a ``SaveCheckpoint`` saves it.
+        open. The weights stand alone in ``model.safetensors``, those of a sharded model in
+        ``model.shard<rank>.safetensors``. All ranks call it alike. While the run goes on, a
+        ``SaveCheckpoint`` saves it.
 
         Args:
             folder: where to write; must not exist. It appears when all of it is on the disk.
