@@ -43,7 +43,7 @@ def go_wrong(place: str) -> None:
 class Planted(PipelineHooks):
     """Goes wrong in one place of one channel, when it is saved, or when it is loaded."""
 
-    def __init__(self, place: str, here: bool) -> None:
+    def __init__(self, place: str, here: bool, slowly: bool) -> None:
         super().__init__("Planted")
         self.place = place
         self.here = here  # hooks are alike on all ranks
@@ -52,7 +52,9 @@ class Planted(PipelineHooks):
             for role in ("before", "after"):
                 if place == f"{role} {channel}":
                     getattr(decorators, role)(self.fail)
-        if place in ("step", "killed", "stalled", "killed later"):
+        if slowly:
+            self.on_step.before(lambda args: time.sleep(0.15))
+        if place in ("step", "killed", "stalled"):
             self.on_step.before(when=f"at steps {FAILS_AT + 1}")(self.fail)
 
     def fail(self, args: PipelineHookArgs) -> None:
@@ -112,14 +114,15 @@ def forward_of(place: str) -> Any:
 
 
 def main(folder: Path, place: str, options: str) -> None:
-    mine = place if os.environ["RANK"] == "1" else "nowhere"
+    victim = "0" if "first" in options else "1"
+    mine = place if os.environ["RANK"] == victim else "nowhere"
     hooks: list[Any] = [LossTrackerConfig(), SaveCheckpointConfig(every="2 steps", keep_last=2)]
     if "preemption" in options:
         hooks.append(PreemptionConfig())
     if "waits" in options:
         hooks.append(WaitsAfterwards())
     hooks += [
-        Planted(place, mine == place),
+        Planted(place, mine == place, "slowly" in options),
         ValidationHookConfig(every="at steps 4")(dataloaders={"val": make_loader(2)}),
     ]
     trainer = make_trainer(

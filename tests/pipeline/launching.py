@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 
-def command(script: Path | str, *arguments: object, processes: int = 2) -> list[str]:
+def command(
+    script: Path | str, *arguments: object, processes: int = 2, restarts: int = 0
+) -> list[str]:
     """What runs a script: on so many ranks by torchrun, or one process by itself."""
     ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    ranks += [f"--max-restarts={restarts}"] if restarts else []
     return [
         *(sys.executable, *(ranks if processes > 1 else [])),
         *(str(script), *map(str, arguments)),

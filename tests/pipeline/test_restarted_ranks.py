@@ -1,0 +1,76 @@
+"""A job whose launcher restarts it ends with the weights of one that nothing has happened to."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import time
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]  # accelerate brings it
+import pytest
+import torch
+
+from launching import command, environment
+from robo_orchard_lab.pipeline.run_state import read_run_state
+
+HERE = Path(__file__).parent
+SCRIPT = HERE / "restarted_on_ranks.py"
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(SCRIPT, folder, *arguments, restarts=1),
+        env={**environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def check_as_straight(folder: Path, job: subprocess.Popen[str]) -> None:
+    told = job.communicate(timeout=240)[0]
+    assert job.returncode == 0, told
+    assert "keeps its store" not in told
+    straight, found = (
+        torch.load(folder / name / "end.pt", weights_only=True) for name in ("straight", "run")
+    )
+    assert straight.keys() == found.keys()
+    assert all(torch.equal(straight[name], found[name]) for name in straight), told
+    state = read_run_state(folder / "run")
+    assert (state.state, state.progress["global_step_id"]) == ("completed", 8)
+    assert "start 1" in told
+
+
+def test_ranks_are_restarted_after_a_kill(tmp_path: Path) -> None:
+    """Of rank 1, in the middle of a step: the same weights, bit for bit."""
+    check_as_straight(tmp_path, start(tmp_path, "killed", "preemption"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["preemption", "", "first"])
+@pytest.mark.parametrize("place", ["killed", "step", "save", "evaluation"])
+def test_ranks_are_restarted(place: str, options: str, tmp_path: Path) -> None:
+    """After a kill and after errors, on either rank."""
+    check_as_straight(tmp_path, start(tmp_path, place, options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(6))
+def test_ranks_are_restarted_after_a_kill_at_any_instant(number: int, tmp_path: Path) -> None:
+    """Of either rank, from its first step on to its end."""
+    rank = number % 2
+    job = start(tmp_path, "nowhere", "slowly")
+    while not (tmp_path / "run" / "run_state.json").exists():
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.005)
+    time.sleep(random.uniform(0, 1.5))
+    ranks = [
+        process
+        for process in psutil.Process(job.pid).children()
+        if process.environ().get("RANK") == str(rank)
+    ]
+    assert len(ranks) == 1
+    os.kill(ranks[0].pid, 9)
+    check_as_straight(tmp_path, job)
