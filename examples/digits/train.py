@@ -2,6 +2,7 @@
 
     bash scripts/demo.sh                                       # about a minute on two CPU cores
     python examples/digits/train.py --max_epoch 10 --batch_size 128
+    torchrun --standalone --nproc-per-node=2 examples/digits/train.py --batch_size 32
     python examples/digits/train.py --dataset.pipeline_test true --max_epoch 1   # random images
 
 Every field below that is described is an option of the command line; ``--help`` lists them.
@@ -10,6 +11,7 @@ Every field below that is described is an option of the command line; ``--help``
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -85,7 +87,7 @@ class TrainerConfig(SettingConfig):
     """The training of one model."""
 
     dataset: DatasetConfig = Field(default=DatasetConfig(), description="The images.")
-    batch_size: int = Field(default=64, ge=2, description="Images in a batch.")
+    batch_size: int = Field(default=64, ge=2, description="Images in a batch, of each process.")
     num_workers: int = Field(default=0, ge=0, description="Processes that load images.")
     max_epoch: int = Field(default=5, ge=1, description="How often to go through the images.")
     learning_rate: float = Field(default=0.05, gt=0, description="The highest of the schedule.")
@@ -108,7 +110,9 @@ class Classification(SimpleBatchProcessor):
 def train(cfg: TrainerConfig) -> HookBasedTrainer:
     """Train a model as configured."""
     set_seed(cfg.seed)
-    images, unseen = cfg.dataset.open()
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    with accelerator.main_process_first():  # which writes the images
+        images, unseen = cfg.dataset.open()
     batches = DataLoader(
         images, batch_size=cfg.batch_size, shuffle=True, drop_last=True, num_workers=cfg.num_workers
     )
@@ -118,14 +122,15 @@ def train(cfg: TrainerConfig) -> HookBasedTrainer:
     )
     accuracy = {"accuracy": MulticlassAccuracy(DIGITS, average="micro", validate_args=False)}
     workspace = Path(cfg.workspace_root)
+    updates = cfg.max_epoch * math.ceil(len(batches) / accelerator.num_processes)
     trainer = HookBasedTrainer(
-        accelerator=Accelerator(),
+        accelerator=accelerator,
         model=model,
         dataloader=batches,
         batch_processor=Classification(),
         optimizer=optimizer,
         lr_scheduler=torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=cfg.learning_rate, total_steps=cfg.max_epoch * len(batches)
+            optimizer, max_lr=cfg.learning_rate, total_steps=updates
         ),
         hooks=[  # the first is the outermost
             ProgressBarHookConfig(metrics=["train/accuracy", VALIDATION]),
@@ -176,6 +181,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train a ResNet-18 to read handwritten digits.")
     cfg = pydantic_from_argparse(TrainerConfig, parser)
     trainer = train(cfg)
+    if not trainer.accelerator.is_main_process:
+        return
 
     workspace = Path(cfg.workspace_root).resolve()
     workspace.mkdir(parents=True, exist_ok=True)

@@ -96,3 +96,20 @@ def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
         weights.append((tmp_path / name / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
     assert weights[0] != weights[2]
+
+
+@pytest.mark.slow
+def test_it_runs_on_two_processes(tmp_path: Path) -> None:
+    """Under torchrun, where the first process alone writes the images, the weights and the end."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    finished = subprocess.run(
+        [sys.executable, *torchrun, TRAIN, "--max_epoch", "1", "--batch_size", "32"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert len(re.findall("^Accuracy ", finished.stdout, re.MULTILINE)) == 1
+    _accuracy(finished.stdout)
+    assert (tmp_path / "workspace" / "digits" / "model.safetensors").exists()

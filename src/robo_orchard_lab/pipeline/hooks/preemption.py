@@ -49,10 +49,11 @@ class Preemption(PipelineHooks):
     SLURM by default 30 s (``KillWait``). Until then there have to be the rest of a step, the wait
     for one batch, what else is due at that commit point (such as an evaluation), and the save.
     Where that takes longer, have the scheduler send a signal earlier
-    (``#SBATCH --signal=SIGUSR1@120``). Of these signals torchrun passes on SIGTERM and Ctrl-C;
-    SIGUSR1 ends it, unless its environment has
-    ``TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1``. It always ends with 1 itself; what
-    became of the run, with the exit code, is in ``run_state.json``.
+    (``#SBATCH --signal=SIGUSR1@120``), and torchrun wait longer (``--shutdown-timeout``). Of these
+    signals torchrun passes on SIGTERM and Ctrl-C; SIGUSR1 ends it, unless it is started with
+    ``--signals-to-handle=SIGTERM,SIGINT,SIGUSR1``. ``examples/slurm/train.sbatch`` does all that.
+    torchrun always ends with 1 itself; what became of the run, with the exit code, is in
+    ``run_state.json``.
 
     The handlers are there while the loop runs, and what was there before is put back at its end. A
     Ctrl-C that the process ignores, as what a shell has started in the background, stays ignored.

@@ -1,0 +1,126 @@
+"""The SLURM script has a job run again until its training is over, and only then."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]  # accelerate brings it
+import pytest
+import torch
+
+from launching import environment
+from robo_orchard_lab.pipeline.run_state import read_run_state
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+SCRIPT = ROOT / "examples" / "slurm" / "train.sbatch"
+TRAINING = ROOT / "tests" / "pipeline" / "fails_on_ranks.py"
+
+
+class Job:
+    """A job of two nodes with a process each, which its stand-ins start here."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.requeued = folder / "requeued"
+        self.number = random.randrange(10_000)
+        folder.mkdir()
+        self.requeued.touch()
+
+    def start(self, place: str, options: str, starts: int = 0) -> subprocess.Popen[str]:
+        """A start of the job, the first or one that the queue has made."""
+        arguments = [self.folder / "run", TRAINING, self.folder / "run", place, options]
+        return subprocess.Popen(
+            ["bash", str(SCRIPT), *map(str, arguments)],
+            env={
+                **environment(),
+                "PATH": f"{HERE / 'slurm_stand_in'}{os.pathsep}{os.environ['PATH']}",
+                "PYTHON": sys.executable,
+                "PROCESSES_PER_NODE": "1",
+                "MAX_RESTARTS": "0",
+                "MAX_REQUEUES": "2",
+                "SLURM_JOB_ID": str(self.number),
+                "SLURM_JOB_NODELIST": "node[1-2]",
+                "SLURM_JOB_NUM_NODES": "2",
+                "SLURM_RESTART_COUNT": str(starts),
+                "REQUEUED": str(self.requeued),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def preempt(self, starts: int = 0, number: int = signal.SIGUSR1) -> tuple[int, str]:
+        """Start it, and send the script a signal when the training goes on."""
+        script = self.start("nowhere", "preemption,slowly", starts)
+        state = self.folder / "run" / "run_state.json"
+        before = state.stat().st_mtime_ns if state.exists() else 0
+        while not state.exists() or state.stat().st_mtime_ns == before:
+            assert script.poll() is None, script.communicate()[0]
+            time.sleep(0.01)
+        time.sleep(0.3)
+        script.send_signal(number)
+        return self.end(script)
+
+    def end(self, script: subprocess.Popen[str]) -> tuple[int, str]:
+        """The script's exit code, and what it has printed."""
+        started = psutil.Process(script.pid).children(recursive=True)
+        told = script.communicate(timeout=120)[0]
+        assert not any(process.is_running() for process in started), told
+        return script.returncode, told
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = torch.load(folder / "run" / "end.pt", weights_only=True)
+    return found
+
+
+def test_a_job_is_requeued_until_it_is_completed(tmp_path: Path) -> None:
+    """It ends with the weights of a job that nobody has interrupted."""
+    job = Job(tmp_path / "preempted")
+    code, told = job.preempt()
+    assert (code, job.requeued.read_text()) == (0, f"{job.number}\n"), told
+    state = read_run_state(job.folder / "run")
+    assert (state.state, state.exit_code) == ("preempted", 128 + signal.SIGUSR1)
+    assert 0 < state.progress["global_step_id"] < 8
+    code, told = job.end(job.start("nowhere", "preemption,slowly", starts=1))
+    assert (code, job.requeued.read_text()) == (0, f"{job.number}\n"), told
+    assert "start 1: the run is completed" in told
+    straight = Job(tmp_path / "straight")
+    code, told = straight.end(straight.start("nowhere", "preemption"))
+    assert (code, straight.requeued.read_text()) == (0, ""), told
+    expected, found = weights(straight.folder), weights(job.folder)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_is_not_requeued(tmp_path: Path) -> None:
+    """Nor is one that fails ahead of the training, after a start that was preempted."""
+    job = Job(tmp_path / "failed")
+    code, told = job.end(job.start("step", "preemption"))
+    assert (code != 0, job.requeued.read_text()) == (True, ""), told
+    assert "the run is failed" in told
+    other = Job(tmp_path / "other")
+    assert other.preempt()[0] == 0
+    other.requeued.write_text("")
+    code, told = other.end(other.start("constructor", "preemption", starts=1))
+    assert (code != 0, other.requeued.read_text()) == (True, ""), told
+    assert "the run is unknown" in told
+
+
+@pytest.mark.slow
+def test_a_job_is_not_requeued_for_ever(tmp_path: Path) -> None:
+    """Nor where somebody has cancelled it."""
+    job = Job(tmp_path / "often")
+    code, told = job.preempt(starts=2)
+    assert (code, job.requeued.read_text()) == (1, ""), told
+    job = Job(tmp_path / "cancelled")
+    code, told = job.preempt(number=signal.SIGTERM)
+    assert (code, job.requeued.read_text()) == (0, ""), told
+    assert "the job was cancelled" in told
