@@ -37,10 +37,16 @@ LOADERS: dict[str, Callable[[], Any]] = {
 
 
 def main(folder: Path) -> None:
-    split = DataLoaderConfiguration(split_batches=True)
     accelerators = {
-        "whole": Accelerator(cpu=True),
-        "split": Accelerator(cpu=True, dataloader_config=split),
+        kind: Accelerator(
+            cpu=True,
+            dataloader_config=DataLoaderConfiguration(
+                split_batches="split" in kind,
+                # Else each rank reads all of a stream.
+                dispatch_batches=True if "stream" in kind else None,
+            ),
+        )
+        for kind in ("whole", "split", "whole stream", "split stream")
     }
     accelerator = accelerators["whole"]
     rank = accelerator.process_index
@@ -51,10 +57,12 @@ def main(folder: Path) -> None:
         return TrainingData(loader, DataOrder(seed=7), accelerators[kind], TrainerProgress())
 
     result: dict[str, Any] = {}
-    for kind, theirs in accelerators.items():
+    for kind in ("whole", "split"):
         for name, make in LOADERS.items():
+            of_kind = f"{kind} stream" if name == "stream" else kind
+            theirs = accelerators[of_kind]
             prepared = theirs.prepare(make())
-            ours = [data_of(make(), False, kind), data_of(make(), True, kind)]
+            ours = [data_of(make(), False, of_kind), data_of(make(), True, of_kind)]
             result[f"{kind} {name}"] = [
                 [[batch.tolist() for batch in prepared] for _ in range(2)],
                 *([_own(data, e) for e in range(2)] for data in ours),
@@ -63,13 +71,14 @@ def main(folder: Path) -> None:
     order = DataOrder(seed=7, fast_forward=True)
     for name, make in LOADERS.items():
         progress = TrainerProgress()
-        data = TrainingData(make(), order, accelerator, progress)
+        of_kind = accelerators["whole stream" if name == "stream" else "whole"]
+        data = TrainingData(make(), order, of_kind, progress)
         given = data.epoch(0)
         next(given)
         progress.finish_step()
         state, rank_state = data.state_dict(), data.rank_state_dict()
         rest = [batch.tolist() for batch in given]
-        data = TrainingData(make(), order, accelerator, progress)
+        data = TrainingData(make(), order, of_kind, progress)
         data.check(state, rank_state)
         data.load_state_dict(state, rank_state)
         result[f"resumed {name}"] = [rest, [batch.tolist() for batch in data.epoch(0, 1)]]

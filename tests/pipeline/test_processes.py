@@ -53,10 +53,10 @@ def test_a_plateau_is_that_of_all_ranks(tmp_path: Path) -> None:
 
 
 def test_data_that_is_not_divided_is_warned_about(tmp_path: Path) -> None:
-    """A plain iterable is read whole by every rank, which the first one says, once."""
+    """Each rank reads an iterable of its own, maybe all of it, which the first one says, once."""
     assert "each of the" not in launch_training(tmp_path / "one", 1, kind="list").stderr
     told = launch_training(tmp_path / "two", 2, kind="list").stderr
-    assert told.count("each of the 2 processes reads all of the data") == 1
+    assert told.count("each of the 2 processes trains on all that its own loader gives") == 1
 
 
 def test_gradients_travel_once_for_each_update(tmp_path: Path) -> None:

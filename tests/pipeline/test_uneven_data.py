@@ -40,15 +40,16 @@ def test_several_processes_train_like_one(processes: int, name: str, results: Re
         torch.testing.assert_close(rank["weights"], alone["weights"], rtol=1e-9, atol=1e-12)
         assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-9)
     for expected, *found in zip(alone["steps"], *(rank["steps"] for rank in ranks), strict=True):
-        for part in ("numbers", "indices"):
+        for part in ("numbers", "indices") if expected["indices"] is not None else ():
             assert [n for step in found for n in step[part]] == expected[part]
         assert sum(step["size"] for step in found) == expected["size"]
+        assert len({step["total"] for step in found}) == 1
         assert all(step["filler"] == (step["size"] == 0) for step in found)
 
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_two_runs_are_alike_bit_for_bit(name: str, results: Results) -> None:
-    """On every rank, and the ranks among themselves."""
+    """On every rank, and the ranks among themselves; also where they were stopped on the way."""
     for ranks in results.values():
         first = ranks[0][name][0]["weights"]
         for rank in ranks:
@@ -62,3 +63,13 @@ def test_a_rank_without_data_has_a_filler(results: Results) -> None:
     assert [step["numbers"] for step in steps] == [[0], [], []]
     steps = [rank["short last batch"][0]["steps"][6] for rank in results[3]]
     assert [step["size"] for step in steps] == [1, 1, 0]
+
+
+def test_ranks_with_five_and_seven_batches_make_seven_steps(results: Results) -> None:
+    """The one that has none left, or none at all, takes part in the others with fillers."""
+    for name in ("stream", "stateful stream", "list"):
+        for processes in (2, 3):
+            first, second, *others = (rank[name][0]["steps"] for rank in results[processes])
+            fillers = [[step["filler"] for step in steps[:7]] for steps in (first, second, *others)]
+            assert fillers == [[False] * 5 + [True] * 2, [False] * 7, [True] * 7][:processes]
+            assert len(first) == len(second) == 14

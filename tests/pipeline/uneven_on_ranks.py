@@ -6,12 +6,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch.utils.data import DataLoader, Sampler
+from accelerate import Accelerator, PartialState
+from torch.utils.data import DataLoader, IterableDataset, Sampler, Subset, default_collate
 
 from robo_orchard_lab.pipeline import (
     HookBasedTrainer,
@@ -19,6 +20,7 @@ from robo_orchard_lab.pipeline import (
     PipelineHooks,
     SimpleBatchProcessor,
 )
+from robo_orchard_lab.pipeline.data import DataOrder
 from robo_orchard_lab.pipeline.hooks import (
     GradientClippingHookConfig,
     LossTrackerConfig,
@@ -35,14 +37,17 @@ OPTIMIZERS: dict[str, Optimizer] = {
 }
 
 
-class TwoAtATime(Sampler[list[int]]):
-    """A batch sampler of one's own: batches of two, the last of which may be of one."""
+class SixOf(Sampler[list[int]]):
+    """A batch sampler of one's own: six samples in batches that one or more ranks take in turn."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, dataset: Any) -> None:
+        self.samples = len(dataset)
 
     def __iter__(self) -> Any:
-        return iter([list(range(n, min(n + 2, self.count))) for n in range(0, self.count, 2)])
+        size = 6 // PartialState().num_processes
+        return iter(
+            [list(range(n, min(n + size, self.samples))) for n in range(0, self.samples, size)]
+        )
 
 
 @dataclass
@@ -58,6 +63,82 @@ class Training:
         dataset, batch_size, shuffle=True
     )
     processor: Callable[[], Any] = lambda: SimpleBatchProcessor.from_callable(loss_of)
+    resumes: bool = False
+    """Whether it is also stopped and gone on with, after each number of steps."""
+
+
+def shared_out(dataset: Any, batch_size: int) -> Any:
+    """Whole batches of the job's data, of which each rank reads its own by itself."""
+    rank, ranks = PartialState().process_index, PartialState().num_processes
+    return [
+        default_collate([dataset[n] for n in range(begin, min(begin + size, len(dataset)))])
+        for begin, size in parts_of(len(dataset), rank, ranks)
+    ]
+
+
+def parts_of(samples: int, rank: int, ranks: int) -> list[tuple[int, int]]:
+    """Of steps of six samples: where this rank's begin, and how many it has; the first has most."""
+    parts = []
+    for step in range(0, samples, 6):
+        size = 6 if ranks == 1 else (3, 2, 1)[rank] if ranks == 3 else (4, 2)[rank]
+        begin = step + (0 if ranks == 1 else (0, 3, 5)[rank] if ranks == 3 else (0, 4)[rank])
+        if begin < samples:
+            parts.append((begin, size))
+    return parts
+
+
+class Shard(IterableDataset[Any]):
+    """Ten samples for the first rank, fourteen for the second, none for others; keeps its place."""
+
+    def __init__(self, dataset: Any, stateful: bool) -> None:
+        rank = PartialState().process_index
+        self.samples = [dataset[n] for n in (range(10), range(10, 24), ())[rank]]
+        self.place = 0
+        if stateful:
+            self.state_dict = lambda: {"place": self.place}
+            self.load_state_dict = lambda state: setattr(self, "place", state["place"])
+
+    def __iter__(self) -> Any:
+        while self.place < len(self.samples):
+            self.place += 1
+            yield self.samples[self.place - 1]
+        self.place = 0
+
+
+def five_and_seven(kind: str) -> Callable[[Any, int], Any]:
+    """Five batches of two for the first rank, and seven for the second."""
+
+    def make(dataset: Any, batch_size: int) -> Any:
+        if PartialState().num_processes == 1:
+            firsts, seconds = (
+                DataLoader(Subset(dataset, r), 2) for r in (range(10), range(10, 24))
+            )
+            pairs = zip_longest(map(tuple, firsts), map(tuple, seconds))
+            return [tuple(map(torch.cat, zip(*filter(None, pair), strict=True))) for pair in pairs]
+        loader = DataLoader(Shard(dataset, kind == "stateful"), 2)
+        return list(loader) if kind == "list" else loader
+
+    return make
+
+
+class Shuffled(IterableDataset[Any]):
+    """Samples in an order that is drawn, of which each rank takes its part by itself."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Any:
+        rank, ranks = PartialState().process_index, PartialState().num_processes
+        order = torch.randperm(len(self.dataset)).tolist()
+        return iter([self.dataset[n] for n in order[rank::ranks]])
+
+
+class Counting(SimpleBatchProcessor):
+    def forward(self, model: Any, batch: Any) -> Any:
+        return loss_of(model, batch)
+
+    def count_samples(self, batch: Any) -> int:
+        return len(batch[0])
 
 
 TRAININGS = {
@@ -67,13 +148,33 @@ TRAININGS = {
     "short last batch, adamw": Training(38, accumulate=3, optimizer="adamw"),
     "one step of two": Training(37, accumulate=1, optimizer="adamw"),
     "fewer samples than ranks": Training(1),
+    "counted": Training(38, accumulate=3, processor=Counting),
+    "counted one by one": Training(37, processor=Counting),
+    "own batches": Training(
+        37, accumulate=2, make_loader=lambda data, size: DataLoader(data, batch_sampler=SixOf(data))
+    ),
+    "lists": Training(38, accumulate=3, make_loader=shared_out),
+    "lists one by one": Training(38, make_loader=shared_out),
+    "nothing for some ranks": Training(2, make_loader=shared_out),
+    "stateful stream": Training(24, make_loader=five_and_seven("stateful"), resumes=True),
+    "stream": Training(24, accumulate=2, make_loader=five_and_seven("stream"), resumes=True),
+    "list": Training(24, accumulate=3, make_loader=five_and_seven("list"), resumes=True),
+    "shuffled stream": Training(
+        36, make_loader=lambda data, size: DataLoader(Shuffled(data), size)
+    ),
     "drop_last": Training(
         28, make_loader=lambda data, size: DataLoader(data, size, drop_last=True)
     ),
 }
 
 
-def train(training: Training, accelerator: Accelerator, folder: Path) -> dict[str, Any]:
+def train(
+    training: Training,
+    accelerator: Accelerator,
+    folder: Path,
+    stop: int | None = None,
+    resume_from: Path | None = None,
+) -> dict[str, Any]:
     """What came of it on this rank."""
     torch.manual_seed(3)  # the seed of the order
     loader = make_loader(1, training.samples)
@@ -89,17 +190,17 @@ def train(training: Training, accelerator: Accelerator, folder: Path) -> dict[st
                 "indices": args.sample_indices,
                 "filler": args.is_filler,
                 "size": args.batch_size,
+                "total": args.run.steps_per_epoch,
             }
         )
+        if args.global_step_id + 1 == stop:
+            args.requests.stop("to be gone on with", by="test")
 
     losses: list[Any] = []
     hooks = PipelineHooks("notes")
     hooks.register_hook("on_step", HookContext.from_callable(after=note))
     hooks.register_hook(
-        "on_loop",
-        HookContext.from_callable(
-            before=lambda args: args.metrics.listen(lambda record: losses.append(record))
-        ),
+        "on_loop", HookContext.from_callable(before=lambda args: args.metrics.listen(losses.append))
     )
     accelerator.gradient_accumulation_steps = training.accumulate
     trainer = HookBasedTrainer(
@@ -115,9 +216,12 @@ def train(training: Training, accelerator: Accelerator, folder: Path) -> dict[st
             GradientClippingHookConfig(max_norm=0.5),
         ],
         max_epoch=2,
-        run_folder=folder / "run",
+        resume_from=resume_from,
+        data_order=DataOrder(fast_forward=True),
     )
     trainer()
+    if stop is not None:
+        trainer.save_checkpoint(folder)
     return {
         "weights": torch.cat([p.detach().flatten() for p in model.parameters()]),
         "steps": steps,
@@ -125,9 +229,17 @@ def train(training: Training, accelerator: Accelerator, folder: Path) -> dict[st
             value.name: value.value
             for value in losses[-1].values
             if value.name.startswith(("loss", "grad"))
-        },
+        }
+        if losses
+        else {},
         "progress": trainer.progress.state_dict(),
     }
+
+
+def go_on(training: Training, accelerator: Accelerator, folder: Path, stop: int) -> dict[str, Any]:
+    """The same, stopped after some steps on the way."""
+    train(training, accelerator, folder, stop)
+    return train(training, accelerator, folder, resume_from=folder)
 
 
 def main(folder: Path) -> None:
@@ -137,6 +249,12 @@ def main(folder: Path) -> None:
         name: [train(training, accelerator, folder) for _ in range(2)]
         for name, training in TRAININGS.items()
     }
+    if accelerator.num_processes > 1:
+        for name, training in TRAININGS.items():
+            if training.resumes:
+                for stop in (3, 4, 6):
+                    at = folder / f"{name} {stop}"
+                    results[name].append(go_on(training, accelerator, at, stop))
     torch.save(results, folder / f"rank{accelerator.process_index}.pt")
     accelerator.end_training()  # a process group that is left open aborts the process at its exit
     if accelerator.num_processes > 1:

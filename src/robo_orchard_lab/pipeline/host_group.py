@@ -28,13 +28,36 @@ def host_group() -> Any:
 
 def gather_numbers(numbers: list[int]) -> list[list[int]]:
     """The numbers of each rank, as many on all of them, in the order of the ranks: a collective."""
-    # Arrays, since no tensor is to be read from: that would look like waiting for a device.
-    own = np.array(numbers, dtype=np.int64)
-    rows = np.empty((torch.distributed.get_world_size(), len(own)), dtype=np.int64)
-    parts = [torch.from_numpy(row) for row in rows]
-    torch.distributed.all_gather(parts, torch.from_numpy(own), group=host_group())
-    found: list[list[int]] = rows.tolist()
-    return found
+    return GatheredNumbers(numbers).wait()
+
+
+class GatheredNumbers:
+    """The numbers of each rank, as many on all of them, on their way: a collective."""
+
+    def __init__(self, numbers: list[int]) -> None:
+        # Arrays, since no tensor is to be read from: that would look like waiting for a device.
+        self._own = np.array(numbers, dtype=np.int64)
+        shape = torch.distributed.get_world_size(), len(numbers)
+        self._rows = np.empty(shape, dtype=np.int64)
+        self._work = torch.distributed.all_gather(
+            [torch.from_numpy(row) for row in self._rows],
+            torch.from_numpy(self._own),
+            group=host_group(),
+            async_op=True,
+        )
+
+    def wait(self) -> list[list[int]]:
+        """All of them, in the order of the ranks."""
+        self._work.wait()
+        found: list[list[int]] = self._rows.tolist()
+        return found
+
+
+def broadcast_object(value: Any, rank: int) -> Any:
+    """What a rank gives, to all ranks; pickled on its way: a collective."""
+    shared = [value]
+    torch.distributed.broadcast_object_list(shared, src=rank, group=host_group())
+    return shared[0]
 
 
 def gather_objects(value: Any) -> list[Any]:

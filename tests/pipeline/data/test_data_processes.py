@@ -55,7 +55,7 @@ def test_the_steps_of_two_processes_are_those_of_one(
 def test_the_batches_of_a_stream_are_those_of_accelerate(
     kind: str, ranks: list[dict[str, Any]]
 ) -> None:
-    """Of a plain loader, and of one that was prepared, in both epochs."""
+    """Where it is asked to divide them; of a plain loader and a prepared one, in both epochs."""
     for rank in ranks:
         theirs, ours, of_prepared = rank[f"{kind} stream"]
         assert theirs == ours == of_prepared

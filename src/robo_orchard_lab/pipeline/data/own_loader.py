@@ -13,6 +13,7 @@ from accelerate.data_loader import (
     DataLoaderShard,
     SeedableRandomSampler,
     SkipBatchSampler,
+    prepare_data_loader,
 )
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 
@@ -36,11 +37,13 @@ def own_loader(loader: Iterable[Any], accelerator: Accelerator) -> Iterable[Any]
     """What is to be given an order: one with an index as it was before it was prepared.
 
     One of torchdata's is taken for a plain one, since its place is known without its state, and
-    what is drawn in its workers is no part of that. Of loaders without an index, those that
-    Accelerate can divide are prepared by it. Its seedable sampler
-    takes the place of a ``RandomSampler`` where it is asked for with a ``data_seed``; without one,
-    the order follows from a seed anyway. ``dispatch_batches`` means nothing to data with an
-    index, of which each process loads its own batches.
+    what is drawn in its workers is no part of that. Loaders without an index are left as they are,
+    so that each process reads what its own gives, unless Accelerate is asked to divide the batches
+    (``dispatch_batches``) or to save their state (``use_stateful_dataloader``).
+
+    Its seedable sampler takes the place of a ``RandomSampler`` where it is asked for with a
+    ``data_seed``; without one, the order follows from a seed anyway. ``dispatch_batches`` means
+    nothing to data with an index, of which each process loads its own batches.
 
     Raises:
         PipelineConfigError: it was made by ``accelerate.skip_first_batches``.
@@ -62,14 +65,21 @@ def own_loader(loader: Iterable[Any], accelerator: Accelerator) -> Iterable[Any]
         if config.use_seedable_sampler and config.data_seed is not None:
             return _with_seedable_sampler(loader, config.data_seed)
         return loader
-    changed = accelerator.num_processes > 1 or config.use_stateful_dataloader
+    several = accelerator.num_processes > 1
+    divides = several and config.dispatch_batches is not None
     divisible = isinstance(loader, DataLoader) and loader.batch_sampler is not None
-    if changed and divisible and not prepared:
-        divided: Any = accelerator.prepare(loader)
-        inner = divided.base_dataloader  # a copy, which is nobody else's
-        inner.worker_init_fn = LeavesSignals(inner.worker_init_fn)
-        return divided  # type: ignore[no-any-return]  # an iterable
-    return loader
+    if prepared or not divisible or not (divides or config.use_stateful_dataloader):
+        return loader
+    changed: Any
+    if divides or not several:
+        changed = accelerator.prepare(loader)
+    else:
+        changed = prepare_data_loader(
+            loader, num_processes=1, process_index=0, use_stateful_dataloader=True
+        )
+    inner = changed.base_dataloader  # a copy, which is nobody else's
+    inner.worker_init_fn = LeavesSignals(inner.worker_init_fn)
+    return changed  # type: ignore[no-any-return]  # an iterable
 
 
 def copy_of(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
+from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
+from torch.utils.data import BatchSampler, DistributedSampler
 
 from robo_orchard_lab.pipeline.data.own_loader import has_index
 from robo_orchard_lab.pipeline.data.random_sources import samplers_of
@@ -40,7 +41,7 @@ def share_of(accelerator: Accelerator) -> Share:
 
 
 def share_in(loader: Any, accelerator: Accelerator) -> Share:
-    """This process's share in the batches of a loader; all of them where they can't be divided.
+    """This process's share in the batches of a loader; all of them where it has no index.
 
     Raises:
         PipelineConfigError: the sampler divides them already, or batches can't be split evenly.
@@ -48,6 +49,16 @@ def share_in(loader: Any, accelerator: Accelerator) -> Share:
     share = share_of(accelerator)
     if share.processes == 1:
         return share
+    if not has_index(loader):
+        if _is_divided(loader):
+            return share
+        logger.warning(
+            "each of the %d processes trains on all that its own loader gives: data without an "
+            "index has to divide itself among them, by rank; or have Accelerate do so, by "
+            "DataLoaderConfiguration(dispatch_batches=True)",
+            accelerator.num_processes,
+        )
+        return Share()
     for name, sampler in samplers_of(loader):
         if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
             raise PipelineConfigError(
@@ -55,16 +66,11 @@ def share_in(loader: Any, accelerator: Accelerator) -> Share:
                 f"among {sampler.num_replicas} processes already; leave it out, and give the "
                 "loader that one process would have: it is divided here"
             )
-    batches = _batch_sampler_of(loader)
-    if batches is None and not has_index(loader):
-        logger.warning(
-            "each of the %d processes reads all of the data: only a DataLoader that makes the "
-            "batches can be divided among them",
-            accelerator.num_processes,
-        )
-        return Share()
+    batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    if loader.batch_sampler is None and not isinstance(batches, BatchSampler):
+        return Share(share.processes, share.rank)  # the dataset makes batches, which can't be cut
     size = getattr(batches, "batch_size", None)
-    if has_index(loader) and share.split and (size is None or size % share.processes != 0):
+    if share.split and (size is None or size % share.processes != 0):
         raise PipelineConfigError(
             f"split_batches=True needs a batch size that the {share.processes} processes can "
             f"divide evenly, got {size}; change it, or leave out split_batches"
@@ -72,9 +78,8 @@ def share_in(loader: Any, accelerator: Accelerator) -> Share:
     return share
 
 
-def _batch_sampler_of(loader: Any) -> Any:
-    if not isinstance(loader, DataLoader):
-        return None
-    if loader.batch_sampler is not None or isinstance(loader.dataset, IterableDataset):
-        return loader.batch_sampler
-    return loader.sampler if isinstance(loader.sampler, BatchSampler) else None
+def _is_divided(loader: Any) -> bool:
+    """Whether Accelerate gives each process batches of its own."""
+    return isinstance(loader, DataLoaderDispatcher) or isinstance(
+        getattr(loader, "dataset", None), IterableDatasetShard
+    )

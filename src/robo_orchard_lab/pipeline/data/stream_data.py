@@ -34,6 +34,7 @@ from robo_orchard_lab.pipeline.data.share import Share
 from robo_orchard_lab.pipeline.data.streams_aside import StreamsAside
 from robo_orchard_lab.pipeline.data.worker_start import WorkerStart
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
+from robo_orchard_lab.pipeline.host_group import gather_numbers
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.worker_signals import workers_start
 
@@ -43,11 +44,15 @@ _END = object()
 class StreamData:
     """The batches of any iterable; what this process draws while reading them is keyed by batch.
 
+    Several processes each read what their own loader gives, and draw alike while they do, so that
+    they shuffle alike what each then takes its part of. They may have different numbers of batches.
+
     Args:
         loader: any iterable of batches that can be iterated every epoch.
         order: what the order follows from.
-        share: of this process.
+        share: of this process, where Accelerate divides the batches.
         progress: what the run has done.
+        processes: of the job.
 
     Raises:
         PipelineConfigError: its randomness can't be keyed by sample.
@@ -56,7 +61,12 @@ class StreamData:
     kind = "an iterable of batches"
 
     def __init__(
-        self, loader: Iterable[Any], order: DataOrder, share: Share, progress: TrainerProgress
+        self,
+        loader: Iterable[Any],
+        order: DataOrder,
+        share: Share,
+        progress: TrainerProgress,
+        processes: int = 1,
     ) -> None:
         if order.keyed_by == "sample":
             raise PipelineConfigError(
@@ -67,6 +77,7 @@ class StreamData:
         self._loader = loader
         self._order = order
         self._share = share
+        self._processes = processes
         self._progress = progress
         self._sources = random_sources_of(loader)
         self._stateful = _stateful_part(loader)
@@ -76,6 +87,7 @@ class StreamData:
         if isinstance(loader, DataLoader) and loader.persistent_workers and _is_plain(loader):
             self._reseeded = ReseededStream(loader.dataset)
             self._loader = _with_dataset(loader, self._reseeded)
+        self._length = self._agreed_length()
         self._aside = StreamsAside()
         self._epoch_id: int | None = None
         self._start: Mapping[str, Any] | None = None
@@ -85,6 +97,8 @@ class StreamData:
         """The number of the first sample that was, or will be, given."""
         self._states: dict[int, Any] = {}
         """Of the stateful part by step, where batches are read ahead of their steps."""
+        self._ended_at: int | None = None
+        """The step for which there was no batch left."""
         self._loaded: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None
 
     def epoch(self, seed: int, epoch_id: int, step_id: int) -> Iterator[Any]:
@@ -97,6 +111,8 @@ class StreamData:
         self._begin = state["samples"] if step_id > 0 and state else 0
         self._given.clear()
         self._states.clear()
+        self._ended_at = None
+        self._length = self._agreed_length()
         if self._listed:
             return self._noted(islice(iter(self._loader), step_id, None), step_id)
         goes_on = step_id > 0 and "stateful" in rank_state and not self._order.fast_forward
@@ -118,8 +134,16 @@ class StreamData:
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Of this process; None where it is not known."""
-        return count_batches(self._user)
+        """Of the job; None where it is not known."""
+        return count_batches(self._user) if self._processes == 1 else self._length
+
+    def _agreed_length(self) -> int | None:
+        """That of the rank with the most batches, where there are several: a collective."""
+        if self._processes == 1:
+            return None
+        own = count_batches(self._user)
+        lengths = [length for [length] in gather_numbers([-1 if own is None else own])]
+        return None if min(lengths) < 0 else max(lengths)
 
     def sizes(self, step_id: int, ahead: bool) -> Iterator[StepSizes] | None:
         """Not known: only loading the batches tells."""
@@ -128,7 +152,7 @@ class StreamData:
     def batch_indices(self, step_id: int) -> BatchIndices | None:
         """The numbers of the samples in the batch of the step that the run is in."""
         self._forget_before(step_id)
-        if self._share.processes > 1 or not self._given or self._given[0][0] != step_id:
+        if self._processes > 1 or not self._given or self._given[0][0] != step_id:
             return None
         return BatchIndices(step_id, self._given[0][1], None)
 
@@ -140,7 +164,7 @@ class StreamData:
         start = self._start if begun else None
         return {
             "loader": _name_of(self._loader),
-            "processes": self._share.processes,
+            "processes": self._processes,
             "samples": self._samples_done() if begun else 0,
             "random": capture_sources(self._sources) if start is None else start,
         }
@@ -152,7 +176,8 @@ class StreamData:
         step_id = self._progress.step_id
         if self._stateful is None or step_id == 0:
             return {}
-        ahead = self._states.get(step_id)
+        ended = self._ended_at  # a state of later might be that of the next epoch
+        ahead = self._states.get(step_id if ended is None else min(step_id, ended))
         return self._state_now() if ahead is None else ahead
 
     def check(
@@ -167,10 +192,10 @@ class StreamData:
                 "the same"
             )
         saved = "stateful" in rank_state
-        if within_epoch and state["processes"] != self._share.processes:
+        if within_epoch and state["processes"] != self._processes:
             raise StateError(
-                f"the data was divided among {state['processes']} processes when it was saved, "
-                f"and is among {self._share.processes}; within an epoch, data without an index "
+                f"the data was read by {state['processes']} processes when it was saved, "
+                f"and is by {self._processes}; within an epoch, data without an index "
                 "needs the same number"
             )
         if not within_epoch or self._listed or self._order.fast_forward:
@@ -184,8 +209,7 @@ class StreamData:
             )
         raise StateError(
             f"the run was saved within an epoch, after {state['step_id']} steps of it, and {name} "
-            "could not save its state; give data that can (torchdata's StatefulDataLoader, with "
-            "several processes by DataLoaderConfiguration(use_stateful_dataloader=True); without "
+            "could not save its state; give data that can (torchdata's StatefulDataLoader; without "
             "workers, a dataset with state_dict and load_state_dict), or have all that was done "
             "read and dropped, with DataOrder(fast_forward=True)"
         )
@@ -205,7 +229,8 @@ class StreamData:
     def _keyed(self, batches: Iterator[Any], key: int, step_id: int) -> Iterator[Any]:
         processes, rank = self._share.processes, self._share.rank
         for step in count(step_id):
-            if self._stateful is not None and step > self._progress.step_id:
+            ahead = step > self._progress.step_id or self._processes > 1
+            if self._stateful is not None and ahead:
                 self._states[step] = deepcopy(self._state_now())
             if self._quiet:
                 batch = next(batches, _END)
@@ -214,6 +239,7 @@ class StreamData:
                     seed_streams(numbered_seed(key, step * processes + rank))
                     batch = next(batches, _END)
             if batch is _END:
+                self._ended_at = step
                 return
             yield batch
 
@@ -238,7 +264,7 @@ class StreamData:
         # The last one stays: it tells how many samples are done.
         while len(self._given) > 1 and self._given[0][0] < step_id:
             self._given.popleft()
-        for step in [step for step in self._states if step < step_id]:
+        for step in [step for step in self._states if step < step_id and step != self._ended_at]:
             del self._states[step]
 
 

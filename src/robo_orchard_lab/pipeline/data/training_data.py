@@ -78,7 +78,7 @@ class TrainingData:
         if isinstance(loader, DataLoader) and has_index(loader):
             self._source = MapData(loader, order, share, progress)
         else:
-            self._source = StreamData(loader, order, share, progress)
+            self._source = StreamData(loader, order, share, progress, accelerator.num_processes)
 
     def epoch(self, epoch_id: int, step_id: int = 0) -> Iterator[Any]:
         """This process's batches of an epoch, from a step on.

@@ -12,6 +12,7 @@ from robo_orchard_lab.pipeline.batch_size import first_length
 from robo_orchard_lab.pipeline.data import StepSizes
 from robo_orchard_lab.pipeline.errors import DataError, StateError
 from robo_orchard_lab.pipeline.job_log import job_logger
+from robo_orchard_lab.pipeline.trainer.joint_windows import JointWindows
 
 ItemT = TypeVar("ItemT")
 
@@ -43,19 +44,28 @@ class AccumulationWindows:
     Where the sizes of batches are not known ahead, or ``count_samples`` is given, a window's
     batches are all loaded before the first is given.
 
+    Where the sizes of the other ranks' batches are not known at all, as of streams and by
+    ``count_samples``, :class:`JointWindows` has the ranks tell each other.
+
     Args:
         length: how many batches make a full window, >= 1; windows are counted from the first
             batch of the pass.
         count_samples: how many samples a batch has; None counts its first tensor's length.
-        processes: of how many ranks the gradients are averaged.
+        processes: among how many the data is divided, if it is.
+        ranks: how many there are in the job.
     """
 
     def __init__(
-        self, length: int, count_samples: Callable[[Any], int] | None, processes: int = 1
+        self,
+        length: int,
+        count_samples: Callable[[Any], int] | None,
+        processes: int = 1,
+        ranks: int = 1,
     ) -> None:
         self.length = length
         self._count_samples = count_samples
         self._processes = processes
+        self._ranks = ranks
         self._loaded: list[StepSizes] = []  # of the window that was last loaded ahead
 
     def micro_batches(
@@ -73,17 +83,18 @@ class AccumulationWindows:
             DataError: while iterating, where there are more batches than sizes, or fewer.
             StateError: the pass goes on within a window of which the sizes were not saved.
         """
-        counted = self._count_samples is not None
-        if self.length == 1:  # in C, since this is every step of most runs
-            several = self._processes > 1
-            in_turn = sizes(done, ahead=False) if several else None
-            divisors = repeat(1.0) if in_turn is None else map(self._divisor, in_turn)
-            return zip(batches, repeat(True), divisors)
         within = done % self.length
         begun = done - within  # the first batch of the window that is open, or next
+        rest = len(self._loaded) - within if within and self._loaded else 0
+        counted = self._count_samples is not None
+        known = None if counted else sizes(begun, ahead=True)
+        given = sizes(done + rest, ahead=False) if self._processes > 1 else None
+        joint = self._ranks > 1 and (counted or (known is None and given is None))
+        if self.length == 1 and not joint:  # in C, since this is every step of most runs
+            divisors = repeat(1.0) if given is None else map(self._divisor, given)
+            return zip(batches, repeat(True), divisors)
         if limit is not None:
             limit -= begun
-        known = None if counted else sizes(begun, ahead=True)
         if known is not None:
             return self._sized_windows(batches, known, within, limit)
         if within and not self._loaded:
@@ -92,10 +103,9 @@ class AccumulationWindows:
                 "window whose sizes were known ahead, and now are not; resume it with the kind of "
                 "data loader and batch processor that it was saved with"
             )
-        given: Iterator[StepSizes] | None = None
-        if self._processes > 1:
-            rest = len(self._loaded) - within if within else 0
-            given = sizes(done + rest, ahead=False)
+        if joint:
+            given = sizes(done, ahead=False) if self._processes > 1 else None
+            return self._joint_windows(batches, given, done, limit)
         return self._loaded_ahead(batches, given, within, limit)
 
     def state_dict(self, done: int) -> dict[str, Any]:
@@ -113,12 +123,7 @@ class AccumulationWindows:
 
     def _divisor(self, sizes: StepSizes) -> float:
         """Of a batch that is a window by itself."""
-        own, job = sizes
-        return job / (own * self._processes) if own else math.inf
-
-    def _divisors(self, window: Sequence[StepSizes]) -> list[float]:
-        total = sum(sizes.job for sizes in window)
-        return [self._divisor(StepSizes(sizes.own, total)) for sizes in window]
+        return _divisor(sizes.own, sizes.job, self._processes)
 
     def _sized_windows(
         self, batches: Iterator[Any], sizes: Iterator[StepSizes], within: int, limit: int | None
@@ -126,7 +131,7 @@ class AccumulationWindows:
         """Windows, in the first of which so many batches are done."""
         begun = 0
         for window in _chunks(sizes, self.length, limit):
-            divisors = self._divisors(window)
+            divisors = _divisors(window, self._processes)
             taken = within
             for batch in islice(batches, len(window) - within):
                 taken += 1
@@ -148,23 +153,50 @@ class AccumulationWindows:
         """Windows of which the sizes are known when all batches are loaded."""
         if within:
             rest = islice(batches, len(self._loaded) - within)
-            yield from self._window(list(rest), within)
+            yield from self._window(list(rest), within, self._processes)
             limit = None if limit is None else max(limit - len(self._loaded), 0)
         for loaded in _chunks(batches, self.length, limit):
             if given is None:
                 self._loaded = [StepSizes(size, size) for size in map(self._count, loaded)]
             else:
                 self._loaded = list(islice(given, len(loaded)))
-            yield from self._window(loaded, 0)
+            yield from self._window(loaded, 0, self._processes)
 
-    def _window(self, loaded: Sequence[Any], within: int) -> Iterator[MicroBatch]:
+    def _joint_windows(
+        self,
+        batches: Iterator[Any],
+        given: Iterator[StepSizes] | None,
+        done: int,
+        limit: int | None,
+    ) -> Iterator[MicroBatch]:
+        """Windows of which the ranks tell each other."""
+        joint = JointWindows(self.length, self._own_size)
+        for loaded, sizes in joint.windows(batches, given, self._loaded, done, limit):
+            self._loaded = sizes
+            yield from self._window(loaded, len(sizes) - len(loaded), self._ranks)
+
+    def _window(self, loaded: Sequence[Any], within: int, processes: int) -> Iterator[MicroBatch]:
         """The batches of a window that were loaded, the first of which comes after others."""
-        divisors = self._divisors(self._loaded)
+        divisors = _divisors(self._loaded, processes)
         for index, batch in enumerate(loaded, start=within):
             yield batch, index == len(divisors) - 1, divisors[index]
 
     def _count(self, batch: Any) -> int:
         return (self._count_samples or _count)(batch)
+
+    def _own_size(self, batch: Any, sizes: StepSizes | None) -> int:
+        filler = sizes is not None and sizes.own == 0
+        return 0 if filler else self._count(batch)
+
+
+def _divisor(own: float, total: float, processes: int) -> float:
+    """What makes the mean of the ranks' gradients that over so many samples."""
+    return total / (own * processes) if own > 0 else math.inf
+
+
+def _divisors(window: Sequence[StepSizes], processes: int) -> list[float]:
+    total = sum(sizes.job for sizes in window)
+    return [_divisor(sizes.own, total, processes) for sizes in window]
 
 
 def _chunks(items: Iterator[ItemT], size: int, limit: int | None) -> Iterator[list[ItemT]]:

@@ -232,6 +232,7 @@ class HookBasedTrainer:
             accelerator.gradient_accumulation_steps,
             getattr(batch_processor, "count_samples", None),
             self._data.processes,
+            accelerator.num_processes,
         )
         self._snapshots = RunSnapshots(self._run, self.hooks, self._data, self._windows)
         self._run.take_snapshot = self._snapshots.take
