@@ -135,6 +135,7 @@ def build(
             DieAt(random.Random().randrange(250))  # of the file system; a save makes some 25
     if resume_from is not None and resumed_workers is not None:
         workers = resumed_workers
+    several = in_several_processes()
     torch.set_num_threads(1)  # of a tiny model, more only wait for each other
     model = torch.nn.Sequential(
         torch.nn.Linear(4, 8),
@@ -185,8 +186,13 @@ def build(
         max_epoch=2,
         run_folder=run_folder,
         resume_from=resume_from,
-        data_order=DataOrder(keyed_by=keyed_by),
+        # Accelerate divides a stream by a loader that leaves out the state of the dataset.
+        data_order=DataOrder(keyed_by=keyed_by, fast_forward=data == "stream" and several),
     )
+
+
+def in_several_processes() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def other_hooks(run_folder: Path) -> list[PipelineHooksConfig[Any]]:
@@ -210,7 +216,7 @@ def make_loader(kind: DataKind, **options: Any) -> Iterable[Any]:
 
     Of two ranks, each has two samples in the last step, which batch normalisation needs.
     """
-    length = 26 if os.environ.get("WORLD_SIZE", "1") == "1" else 28
+    length = 28 if in_several_processes() else 26
     samples = AugmentedSamples(length)
     if kind == "shuffled":
         return DataLoader(samples, batch_size=4, shuffle=True, **options)
