@@ -129,7 +129,7 @@ def main(folder: Path, place: str, options: str) -> None:
         hooks,
         model=torch.nn.Sequential(make_model(), torch.nn.Dropout(0.3)),
         loader=DataLoader(
-            Samples(mine == "loader"), batch_size=4, shuffle=mine != "loader", num_workers=1
+            Samples(mine == "loader"), batch_size=4, shuffle=place != "loader", num_workers=1
         ),
         batch_processor=SimpleBatchProcessor.from_callable(forward_of(mine)),
         max_step=-1 if mine == "constructor" else 8,
