@@ -85,8 +85,9 @@ class Requests:
     point. In one process, ``alone`` makes no difference.
 
     A request that some ranks make, and not ``alone``, is a mistake of the hook's. The others go on
-    training meanwhile, so that the ranks wait for one another in different places: the next
-    exchange, if they come to one, names the steps; else the job's timeout ends it.
+    training meanwhile, so that the ranks wait for one another in different places. Where it is to
+    stop, save or evaluate, that is found within seconds, and ends the job with who has asked for
+    what; else the job's timeouts do, or ``stall_timeout_s``.
 
     Who asks is, by default, the calling function with its file and line.
 
@@ -99,6 +100,7 @@ class Requests:
         "_alone",
         "_declared",
         "_listeners",
+        "_together",
         "_waiting",
         "pending",
         "stop_request",
@@ -113,6 +115,7 @@ class Requests:
         self._listeners: list[Callable[[Request], Any]] = []
         self._agreement = Agreement() if agreement is None else agreement
         self._declared = False
+        self._together = (0, 0, "")
         self._alone: list[Request] = []  # made by this rank, and not known to the others yet
 
     def declare_alone(self) -> None:
@@ -257,6 +260,22 @@ class Requests:
         """What this rank has asked for alone, and the others have not been told; nor will they."""
         taken, self._alone = self._alone, []
         return taken
+
+    @property
+    def together(self) -> tuple[int, int, str]:
+        """At how many commit points all ranks had something to do together: to evaluate, to save or
+        to stop; after how many steps the last time, and what."""
+        return self._together
+
+    def begin_commit(self, step: int) -> None:
+        """What waits is now carried out, after so many steps."""
+        common = [r for r in self._waiting if isinstance(r, EvaluateRequest | SaveRequest)]
+        stop = [] if self.stop_request is None else [self.stop_request]
+        if common or stop:
+            asked = "; ".join(
+                f"{type(r).__name__}: {r.reason}, asked by {r.by}" for r in [*common, *stop]
+            )
+            self._together = (self._together[0] + 1, step, asked)
 
     def _ask(self, request: Request, alone: bool) -> None:
         if alone and not self._declared:

@@ -14,6 +14,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  
 
 from robo_orchard_lab.pipeline.errors import RankFailure
 from robo_orchard_lab.pipeline.host_group import gather_objects
+from robo_orchard_lab.pipeline.peers.strays import Place
 from robo_orchard_lab.pipeline.process_identity import ProcessIdentity
 
 _TIMEOUT_S = 5.0  # of one request; the answer is there already, or nobody will give it
@@ -35,6 +36,7 @@ class JobBoard:
         self._beats = 0
         self._left = 0
         self._acknowledged = 0
+        self._place = Place()
 
     @classmethod
     def of_job(cls) -> JobBoard | None:
@@ -54,6 +56,7 @@ class JobBoard:
         if rank == 0:
             for other in range(count):
                 PrefixStore(board, store).set(f"beat/{other}", "0 0")
+                PrefixStore(board, store).set(f"place/{other}", json.dumps(Place()))
         told = gather_objects((board, ProcessIdentity.own().model_dump()))
         processes = [ProcessIdentity(**process) for _, process in told]
         return cls(PrefixStore(told[0][0], store), rank, processes)
@@ -75,6 +78,20 @@ class JobBoard:
         with self._one_at_a_time:
             told = self._store.multi_get([f"beat/{rank}" for rank in ranks])
         return [tuple(map(int, beat.split())) for beat in told]  # type: ignore[misc]
+
+    def tell_place(self, place: Place) -> None:
+        """How far this process is."""
+        with self._one_at_a_time:
+            if place != self._place:
+                self._store.set(f"place/{self.rank}", json.dumps(place))
+                self._place = place
+
+    def places(self, ranks: list[int]) -> dict[int, Place]:
+        """How far this process is, and others."""
+        with self._one_at_a_time:
+            told = self._store.multi_get([f"place/{rank}" for rank in ranks])
+        others = {rank: Place(*json.loads(text)) for rank, text in zip(ranks, told, strict=True)}
+        return {**others, self.rank: self._place}
 
     def fail(self, section: int, failure: RankFailure) -> tuple[RankFailure, bool]:
         """Tell the failure of a section: the first one that was told, and whether it is this."""

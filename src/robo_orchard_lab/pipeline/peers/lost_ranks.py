@@ -23,15 +23,16 @@ class LostRanks:
         here = [rank for rank in range(count) if board.processes[rank].is_here()]
         self._next = here[(here.index(own) + 1) % len(here)] if own in here else own
         listened = range(count) if own == 0 else {0, self._next}
-        self._ranks = sorted(set(listened) - {own})
+        self.ranks = sorted(set(listened) - {own})
+        """Those that this one listens to."""
         self._heard: dict[int, int] = {}
-        self._silent_for = dict.fromkeys(self._ranks, 0)
+        self._silent_for = dict.fromkeys(self.ranks, 0)
 
     def look(self, section: int) -> RankFailure | None:
         """A process that is gone, and has not left the section; None where all are there."""
         # Ahead of what it has written, which then was its last word.
         gone = self._next != self._board.rank and self._board.processes[self._next].is_gone()
-        for rank, (beat, left) in zip(self._ranks, self._board.beats(self._ranks), strict=True):
+        for rank, (beat, left) in zip(self.ranks, self._board.beats(self.ranks), strict=True):
             if beat != self._heard.get(rank):
                 self._heard[rank], self._silent_for[rank] = beat, 0
             else:
@@ -44,10 +45,10 @@ class LostRanks:
 
     def all_left(self, section: int) -> bool:
         """Whether all others have left the section, or are known to be gone."""
-        beats = self._board.beats(self._ranks)
+        beats = self._board.beats(self.ranks)
         return all(
             left >= section or self._board.processes[rank].is_gone()
-            for rank, (_, left) in zip(self._ranks, beats, strict=True)
+            for rank, (_, left) in zip(self.ranks, beats, strict=True)
         )
 
     def _as_failure(self, rank: int) -> RankFailure:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
@@ -18,7 +18,10 @@ _watch: Watch | None = None
 
 
 @contextmanager
-def end_together(clock: StallClock | None = None) -> Iterator[None]:
+def end_together(
+    clock: StallClock | None = None,
+    place: Callable[[], tuple[int, int, int, str]] | None = None,
+) -> Iterator[None]:
     """Around a call that all ranks make: an error on one of them ends it on all, within seconds.
 
     The first error is told to the other ranks, whose own errors, of exchanges that it has broken,
@@ -29,12 +32,15 @@ def end_together(clock: StallClock | None = None) -> Iterator[None]:
 
     Args:
         clock: when the call has stalled; the job then fails, and stacks are written on all ranks.
+        place: how many steps are done or open; at how many commit points there was something for
+            all ranks to do together; after how many steps that was the last time, and what. Asked
+            by another thread, it finds ranks that do such things by themselves.
     """
     watch = _watch_of_job(clock)
     if watch is None:
         yield
         return
-    with watch.section(clock):
+    with watch.section(clock, place):
         yield
 
 

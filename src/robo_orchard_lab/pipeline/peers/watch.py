@@ -16,6 +16,7 @@ from robo_orchard_lab.pipeline.peers.ending import end_hard
 from robo_orchard_lab.pipeline.peers.job_board import JobBoard
 from robo_orchard_lab.pipeline.peers.lost_ranks import LostRanks
 from robo_orchard_lab.pipeline.peers.stall_clock import StallClock
+from robo_orchard_lab.pipeline.peers.strays import Place, stray_among
 from robo_orchard_lab.pipeline.peers.telling import failure_of
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Watch:
         self._open = False
         self._told = False
         self._clock: StallClock | None = None
+        self._place: Callable[[], tuple[int, int, int, str]] | None = None
         self._failed_for_s = 0.0
         self._deaf_for_s = 0.0
         self._stop = threading.Event()
@@ -68,7 +70,9 @@ class Watch:
         self._thread.join(10.0)
 
     @contextmanager
-    def section(self, clock: StallClock | None) -> Iterator[None]:
+    def section(
+        self, clock: StallClock | None, place: Callable[[], tuple[int, int, int, str]] | None
+    ) -> Iterator[None]:
         """A call that all ranks make alike. Within another one, only the clock is its own."""
         outer = self._clock
         if clock is not None:
@@ -81,6 +85,7 @@ class Watch:
                 self._clock = outer
             return
         self._section += 1
+        self._place = place
         self.failure, self._told, self._failed_for_s, self._open = None, False, 0.0, True
         try:
             yield
@@ -93,7 +98,12 @@ class Watch:
             self._clock, self._open = outer, False
             if self._board is not None:
                 with suppress(Exception):  # the store may be gone
+                    self._tell_place(self._board)
                     self._board.leave(self._section)
+
+    def _tell_place(self, board: JobBoard) -> None:
+        if self._place is not None:
+            board.tell_place(Place(self._section, *self._place()))
 
     def tell(self, error: BaseException) -> None:
         """This process has failed, unless that follows of another one's failure."""
@@ -170,6 +180,10 @@ class Watch:
                 self._set(section, told)
             elif (lost := self._lost.look(section)) is not None:
                 self._claim(section, lost)
+            elif self._place is not None:
+                self._tell_place(board)
+                if (stray := stray_among(board.places(self._lost.ranks), section)) is not None:
+                    self._claim(section, stray)
         if self.failure is None and self._clock is not None and self._clock.look(_LOOK_S):
             rank = 0 if board is None else board.rank
             stalled = RankFailure(rank, STALLED, self._clock.reason())

@@ -42,6 +42,8 @@ def carry_out_requests(run: PipelineRun, on_evaluation: OpenScope) -> bool:
     if not requests.pending and not run.metrics.has_due():
         return False
     began_at = perf_counter()
+    if run.agreement.several:
+        requests.begin_commit(run.progress.global_step_id)
     evaluated: set[str] = set()
     logged = all_logged = False
     while True:

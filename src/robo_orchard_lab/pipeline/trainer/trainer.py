@@ -341,9 +341,14 @@ class HookBasedTrainer:
             if self._is_at_limit():
                 self._run.state_file.nothing_left()
             return
-        with self._run.state_file.around_run(self.requests), end_together(self._stall_clock):
+        together = end_together(self._stall_clock, self._place_in_run)
+        with self._run.state_file.around_run(self.requests), together:
             self._check_hooks_alike()
             self._train()
+
+    def _place_in_run(self) -> tuple[int, int, int, str]:
+        steps = self.progress.steps_done  # first: what they were asked for ahead of it is known
+        return (steps, *self.requests.together)
 
     def _check_hooks_alike(self) -> None:
         if self.accelerator.num_processes > 1:

@@ -1,0 +1,41 @@
+"""What one rank does by itself and all have to do together is found, and ends the job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launching import launch
+from robo_orchard_lab.pipeline.peers.strays import Place, stray_among
+
+SCRIPT = Path(__file__).parent / "strays_on_ranks.py"
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank"),
+    [
+        ("stop", 1),
+        pytest.param("stop", 0, marks=pytest.mark.slow),
+        pytest.param("save", 0, marks=pytest.mark.slow),
+        pytest.param("evaluate", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_request_on_some_ranks_only_ends_the_job(kind: str, rank: int, tmp_path: Path) -> None:
+    """Within seconds, with who asked for what and where, in place of a hang."""
+    told = launch(SCRIPT, tmp_path, kind, rank, fails=True, timeout_s=90).stderr
+    assert f"rank {rank} failed first: PipelineStateError: after step 3 it was asked for" in told
+    assert f"rank {1 - rank} went on to step 4 without" in told
+    assert "it seemed right here, asked by main.<locals>.ask (strays_on_ranks.py:" in told
+
+
+def test_ranks_that_go_together_are_no_strays() -> None:
+    """Some are slower: they are at an earlier step, or at the same commit point."""
+    ahead = Place(2, 10, 3, 10, "SaveRequest: it is time")
+    assert stray_among({0: ahead, 1: Place(2, 10, 2, 5), 2: Place(2, 4, 1, 2)}, 2) is None
+    assert stray_among({0: ahead, 1: Place(2, 11, 3, 10)}, 2) is None
+    assert stray_among({0: ahead, 1: Place(1, 90, 1, 2)}, 2) is None  # of another run
+    assert stray_among({}, 2) is None
+    found = stray_among({0: ahead, 1: Place(2, 11, 2, 5)}, 2)
+    assert found is not None
+    assert found.rank == 0
