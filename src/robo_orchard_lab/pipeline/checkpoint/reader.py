@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from robo_orchard_lab.pipeline.checkpoint.checkpoint_info import SavedState
 from robo_orchard_lab.pipeline.checkpoint.digests import digest_of, new_digest
+from robo_orchard_lab.pipeline.checkpoint.held_folder import HeldFolder
 from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
 from robo_orchard_lab.pipeline.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -48,16 +46,13 @@ class OpenCheckpoint:
         Raises:
             CheckpointError: there is none, or not one that can be trusted.
         """
-        try:
-            self.path = Path(path).resolve()
-        except (OSError, RuntimeError) as error:  # links in a circle
-            raise CheckpointError(f"{path} leads nowhere: {error}") from error
+        self._folder = HeldFolder(path, limits)
+        self.path = self._folder.path
         self._limits = limits
-        self._folder = self._open_folder()
         self._manifest: int | None = None
         self._sharded: dict[str, dict[str, torch.Tensor]] = {}  # what was read, by part
         try:
-            self._manifest = self._open_file(MANIFEST_FILE, limits.max_manifest_bytes)
+            self._manifest = self._folder.open_file(MANIFEST_FILE, limits.max_manifest_bytes)
             self._hold()
             text = bytes(bytes_of(_read(self._manifest, os.fstat(self._manifest).st_size)))
             with self._in_file(MANIFEST_FILE):
@@ -74,10 +69,10 @@ class OpenCheckpoint:
 
     def close(self) -> None:
         """Let it be removed again."""
-        for descriptor in (self._manifest, self._folder):
-            if descriptor is not None:
-                os.close(descriptor)
-        self._manifest = None
+        if self._manifest is not None:
+            os.close(self._manifest)
+            self._manifest = None
+        self._folder.close()
 
     def load(
         self, rank: int, share_of: ShareOf | None = None, only: str | None = None
@@ -233,57 +228,11 @@ class OpenCheckpoint:
             return block
 
     def _open_entry(self, name: str, entry: FileEntry) -> int:
-        descriptor = self._open_file(name, None)
+        descriptor = self._folder.open_file(name)
         size = os.fstat(descriptor).st_size
         if size != entry.size:
             os.close(descriptor)
             raise CheckpointError(f"expected {entry.size} bytes, found {size}")
-        return descriptor
-
-    def _open_folder(self) -> int:
-        try:
-            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-            descriptor = os.open(self.path, flags)
-        except FileNotFoundError:
-            raise CheckpointError(f"there is no checkpoint {self.path}") from None
-        except OSError as error:
-            raise CheckpointError(f"{self.path} can't be read: {error.strerror}") from error
-        try:
-            _check_owner(self.path, os.fstat(descriptor), self._limits)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return descriptor
-
-    def _checkpoints_in_it(self) -> str:
-        """A hint for whoever names the folder of a run, or of its checkpoints."""
-        found = sorted(self.path.glob("last/manifest.json")) or sorted(
-            self.path.glob("*/last/manifest.json")
-        )
-        return f"; did you mean {found[0].parent}?" if found else ""
-
-    def _open_file(self, name: str, max_bytes: int | None) -> int:
-        """A regular file of the folder itself, of an owner who is trusted."""
-        path = self.path / name
-        try:
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            descriptor = os.open(name, flags, dir_fd=self._folder)
-        except OSError as error:
-            reason = "it is a link" if error.errno == errno.ELOOP else error.strerror
-            hint = self._checkpoints_in_it() if name == MANIFEST_FILE else ""
-            raise CheckpointError(f"{path} can't be read: {reason}{hint}") from error
-        try:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode):
-                raise CheckpointError(f"{path} can't be read: it is not a regular file")
-            _check_owner(path, found, self._limits)
-            if max_bytes is not None and found.st_size > max_bytes:
-                raise CheckpointError(
-                    f"{path} has {found.st_size} bytes; at most {max_bytes} are read"
-                )
-        except BaseException:
-            os.close(descriptor)
-            raise
         return descriptor
 
     def _hold(self) -> None:
@@ -350,15 +299,6 @@ def _shares(tensors: Mapping[str, torch.Tensor], share_of: ShareOf) -> dict[str,
 def _compare(digest: str, entry: FileEntry) -> None:
     if digest != entry.digest:
         raise CheckpointError(f"its digest is {digest}, expected {entry.digest}: it was changed")
-
-
-def _check_owner(path: Path, found: os.stat_result, limits: ReadLimits) -> None:
-    own = os.geteuid()
-    if found.st_uid not in (own, 0) and not limits.any_owner:
-        raise CheckpointError(
-            f"{path} belongs to user {found.st_uid}, expected {own} or root; if they are trusted, "
-            "take a copy of your own, or load with ReadLimits(any_owner=True)"
-        )
 
 
 @contextmanager
