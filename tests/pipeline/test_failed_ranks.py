@@ -44,7 +44,7 @@ def run_pairs(folder: Path, *cases: str) -> list[Ended]:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=40 * len(cases),
+        timeout=30 + 100 * len(cases),
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -89,17 +89,36 @@ def check_last_word(ended: Ended) -> None:
         assert "rank 1 failed first: " in lines[-1], ended.told[0]
 
 
-def test_an_error_on_one_rank_ends_all(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """What is not slow, launched together."""
+    cases = [
+        "nowhere",
+        "before on_step",
+        "after on_model_backward+preemption",
+        "killed+preemption",
+        "stalled",
+    ]
+    return dict(zip(cases, run_pairs(tmp_path_factory.mktemp("pairs"), *cases), strict=True))
+
+
+def test_a_plain_script_ends_well(pairs: dict[str, Ended]) -> None:
+    """Which ends nothing, destroys nothing and waits for nothing after its training."""
+    ended = pairs["nowhere"]
+    assert ended.codes == [0, 0], ended.told
+    assert ended.told == ["ended\n"] * 2
+
+
+@pytest.mark.parametrize("case", ["before on_step", "after on_model_backward+preemption"])
+def test_an_error_on_one_rank_ends_all(case: str, pairs: dict[str, Ended]) -> None:
     """In a hook, with and without a handler of the launcher's signal; the state file says which."""
-    cases = ["before on_step", "after on_model_backward+preemption"]
-    for case, ended in zip(cases, run_pairs(tmp_path, *cases), strict=True):
-        check_place(ended, case.partition("+")[0])
-        check_last_word(ended)
+    check_place(pairs[case], case.partition("+")[0])
+    check_last_word(pairs[case])
 
 
-def test_a_killed_rank_ends_all(tmp_path: Path) -> None:
+def test_a_killed_rank_ends_all(pairs: dict[str, Ended]) -> None:
     """Where the launcher's signal does not end a rank at once, it says that the other is gone."""
-    (ended,) = run_pairs(tmp_path, "killed+preemption")
+    ended = pairs["killed+preemption"]
     assert ended.codes[1] == KILLED
     assert ended.codes[0] == 1, ended.told[0]
     assert ended.seconds < LONGEST_S
@@ -111,9 +130,9 @@ def test_a_killed_rank_ends_all(tmp_path: Path) -> None:
     assert (state.error.rank, state.error.type) == (1, "Killed")
 
 
-def test_a_run_without_progress_tells_where_it_stands(tmp_path: Path) -> None:
+def test_a_run_without_progress_tells_where_it_stands(pairs: dict[str, Ended]) -> None:
     """Every rank writes its threads' stacks, also those that only wait, and the run has failed."""
-    (ended,) = run_pairs(tmp_path, "stalled")
+    ended = pairs["stalled"]
     assert ended.codes == [1, 1], ended.told
     assert ended.seconds < LONGEST_S
     assert not ended.orphans
