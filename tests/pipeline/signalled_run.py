@@ -15,10 +15,11 @@ from robo_orchard_lab.pipeline.hooks import (
     SaveCheckpointConfig,
     ValidationHookConfig,
 )
+from robo_orchard_lab.testing.resume.recorded_process import join_job
 from tiny import make_loader, make_model, make_trainer, weights
 
 
-def make(folder: Path, **options: Any) -> HookBasedTrainer:
+def make(folder: Path, ranks: int = 1, **options: Any) -> HookBasedTrainer:
     """With workers, evaluations, and saves in the background."""
     slow = PipelineHooks("slow")
     slow.on_step.before(lambda args: time.sleep(0.01))
@@ -32,7 +33,7 @@ def make(folder: Path, **options: Any) -> HookBasedTrainer:
     return make_trainer(
         hooks,
         model=torch.nn.Sequential(make_model(), torch.nn.Dropout(0.5)),
-        loader=make_loader(20, shuffle=True, num_workers=2),
+        loader=make_loader(20 * ranks, shuffle=True, num_workers=2),
         accumulate=3,
         max_epoch=8,
         run_folder=folder,
@@ -40,12 +41,16 @@ def make(folder: Path, **options: Any) -> HookBasedTrainer:
     )
 
 
-def main(folder: Path) -> None:
-    trainer = make(folder, resume_from="auto")
+def main(folder: Path, rank: int, ranks: int, meeting: str) -> None:
+    join_job(rank, ranks, meeting)
+    trainer = make(folder, ranks, resume_from="auto")
     print("made", flush=True)
     trainer()
-    torch.save(weights(trainer.model), folder / "weights.pt")
+    torch.save(weights(trainer.model), folder / f"weights{rank}.pt")
+    trainer.accelerator.end_training()
+    if ranks > 1:
+        time.sleep(1)  # gloo aborts a process that exits within half a second of its first exchange
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -1,4 +1,4 @@
-"""Signals to all processes of a run at random instants, until it is completed."""
+"""Signals to processes of a run at random instants, until it is completed."""
 
 from __future__ import annotations
 
@@ -14,44 +14,79 @@ import pytest
 import torch
 
 from robo_orchard_lab.pipeline.run_state import read_run_state
-from signalled_run import make
-from tiny import equal, weights
+from tiny import equal
 
 HERE = Path(__file__).parent
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-@pytest.mark.slow
-def test_a_run_that_is_preempted_again_and_again_is_the_straight_one(tmp_path: Path) -> None:
-    """Each time it is saved and ends by the signal's code; in the end the weights are the same."""
-    straight = make(tmp_path / "straight")
-    straight()
-    folder = tmp_path / "signalled"
-    chance = random.Random(1)
-    preempted = 0
-    for _ in range(80):
-        number = chance.choice(SIGNALS)
-        child = subprocess.Popen(
-            [sys.executable, str(HERE / "signalled_run.py"), str(folder)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+def start(folder: Path, ranks: int, number: int) -> list[subprocess.Popen[str]]:
+    """All ranks, each the leader of a group of processes."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    folder.mkdir(exist_ok=True)
+    meeting = folder.with_name(f"{folder.name}-{number}.meeting")
+    script = str(HERE / "signalled_run.py")
+    return [
+        subprocess.Popen(
+            [sys.executable, script, str(folder), str(rank), str(ranks), str(meeting)],
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
-        with child:
-            assert child.stdout is not None
-            assert child.stdout.readline() == "made\n"
-            time.sleep(chance.uniform(0.0, 0.6))
-            os.killpg(child.pid, number)
-            told = child.communicate(timeout=60)[0]
-        if child.returncode == 128 + number:
+        for rank in range(ranks)
+    ]
+
+
+def wait_until_made(processes: list[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
+        assert any(line == "made\n" for line in lines)
+
+
+def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    """The exit codes of all, and what they have told."""
+    told = [process.communicate(timeout=120)[0] for process in processes]
+    return [(process.returncode, text) for process, text in zip(processes, told, strict=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_is_preempted_again_and_again_is_the_straight_one(
+    ranks: int, tmp_path: Path
+) -> None:
+    """Each time it is saved and ends by the signal's code; in the end the weights are the same.
+
+    Of two ranks, all processes get the signal, or those of one rank alone.
+    """
+    assert [code for code, _ in ended(start(tmp_path / "straight", ranks, 0))] == [0] * ranks
+    folder = tmp_path / "signalled"
+    chance = random.Random(1)
+    preempted = 0
+    for attempt in range(80):
+        number = chance.choice(SIGNALS)
+        processes = start(folder, ranks, attempt)
+        wait_until_made(processes)
+        time.sleep(chance.uniform(0.0, 0.6))
+        signalled = processes if chance.random() < 0.5 else [chance.choice(processes)]
+        for process in signalled:
+            if process.poll() is None:
+                os.killpg(process.pid, number)
+        found = ended(processes)
+        codes = {code for code, _ in found}
+        if codes == {128 + number}:
             assert read_run_state(folder).state == "preempted"
             preempted += 1
-        else:  # before the loop, or after it, where a signal does what it always does
-            assert child.returncode in (0, -number), told
-        if (folder / "weights.pt").exists():
+        elif ranks == 1:  # before the loop, or after it, where a signal does what it always does
+            assert codes <= {0, -number}, found
+        if all((folder / f"weights{rank}.pt").exists() for rank in range(ranks)):
             break
     assert preempted > 5
-    assert equal(torch.load(folder / "weights.pt"), weights(straight.model))
+    for rank in range(ranks):
+        one, other = (
+            torch.load(path / f"weights{rank}.pt") for path in (folder, tmp_path / "straight")
+        )
+        assert equal(one, other)
     assert not list(folder.rglob("*.tmp"))
