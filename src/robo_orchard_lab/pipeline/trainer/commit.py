@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any
@@ -14,6 +15,7 @@ from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.requests import (
     EvaluateRequest,
     LogRequest,
+    Request,
     SaveRequest,
     SaveWeightsRequest,
     WriteRequest,
@@ -66,6 +68,21 @@ def carry_out_requests(run: PipelineRun, on_evaluation: OpenScope) -> bool:
         _save(run, saves)
     run.commit_seconds += perf_counter() - began_at
     return all_logged
+
+
+def tell_what_is_left(run: PipelineRun) -> None:
+    """Warn of what was asked for when there was no commit point any more."""
+    for left in run.requests.take(Request):
+        logger.warning(
+            "%s asked for something after the last commit point, which is not done: %s",
+            *(left.by, left.reason),
+        )
+    for left in run.requests.take_alone():
+        logging.getLogger(__name__).warning(
+            "%s asked for something on rank %d alone, after the last exchange of the ranks, "
+            "which is not done: %s",
+            *(left.by, run.accelerator.process_index, left.reason),
+        )
 
 
 def _wanted(run: PipelineRun, requests: list[EvaluateRequest]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Making a model, an optimizer and a schedule ready for the devices and processes."""
+"""Whether what a trainer is given goes together, and making it ready for devices and processes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.plain_model import ddp_of
+from robo_orchard_lab.pipeline.progress import TrainerLimits
 from robo_orchard_lab.pipeline.sharded_model import is_sharded_model, reshard, set_gradient_sync
 from robo_orchard_lab.pipeline.sharded_tensors import is_sharded
 from robo_orchard_lab.pipeline.trainer.gradient_buckets import settle_buckets
@@ -34,6 +35,33 @@ class PreparedObjects:
     lr_scheduler: LRScheduler | None
     place: Callable[[Any], Any] | None
     """Moves a batch to the device; None where it is there already."""
+
+
+def check_processor(
+    batch_processor: Any, optimizer: torch.optim.Optimizer | None, limits: TrainerLimits
+) -> None:
+    """Refuse a batch processor that is none, or that needs or lacks what would make updates.
+
+    Raises:
+        PipelineConfigError: says which.
+    """
+    fits = all(hasattr(batch_processor, name) for name in ("forward", "need_backward"))
+    if not fits or isinstance(batch_processor, type):
+        raise PipelineConfigError(
+            "batch_processor must have forward(model, batch) and need_backward, got "
+            f"{batch_processor!r:.80}; make an instance of a SimpleBatchProcessor, or wrap a "
+            "function with SimpleBatchProcessor.from_callable(...)"
+        )
+    if batch_processor.need_backward and optimizer is None:
+        raise PipelineConfigError(
+            "the batch processor needs a backward pass, so the trainer needs an optimizer; "
+            "give one, or a batch processor with need_backward=False"
+        )
+    if limits.max_optimizer_step is not None and not batch_processor.need_backward:
+        raise PipelineConfigError(
+            "max_optimizer_step counts updates, and a batch processor with "
+            "need_backward=False makes none; give max_step or max_epoch"
+        )
 
 
 def prepare_objects(

@@ -1,8 +1,9 @@
-"""Finding the checkpoint that a run goes on from."""
+"""Going on from a checkpoint: which one, and how."""
 
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 from robo_orchard_lab.pipeline.checkpoint import (
@@ -15,23 +16,66 @@ from robo_orchard_lab.pipeline.checkpoint import (
 )
 from robo_orchard_lab.pipeline.checkpoint.folder_names import LAST
 from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE
+from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.errors import CheckpointError, PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.hooks.save_checkpoint import FOLDER, SaveCheckpoint
 from robo_orchard_lab.pipeline.job_log import job_logger
+from robo_orchard_lab.pipeline.plain_model import plain_model
+from robo_orchard_lab.pipeline.sharded_model import shares_of_model
+from robo_orchard_lab.pipeline.trainer.snapshot import RunSnapshots, ranks_of
 
 logger = job_logger(__name__)
 
 AUTO = "auto"
 
 
-def load_saved(
+def resume(
+    run: PipelineRun,
+    hooks: PipelineHooks,
+    snapshots: RunSnapshots,
+    resume_from: str | os.PathLike[str],
+) -> bool:
+    """Make the run that of a checkpoint; called by all ranks alike.
+
+    Args:
+        run: the trainer's objects.
+        hooks: of the run.
+        snapshots: of the run; they load what was read.
+        resume_from: a checkpoint's folder, or ``"auto"``.
+
+    Returns:
+        Whether there was one; with a folder there is, or it fails.
+
+    Raises:
+        Exception: as :class:`HookBasedTrainer` tells.
+    """
+    with ranks_of(run) as ranks:
+        saved = _load_saved(
+            resume_from,
+            hooks,
+            run.folder,
+            ranks,
+            snapshots.part_of_rank,
+            shares_of_model(plain_model(run)),
+        )
+        if saved is None:
+            return False
+        ranks.each("resuming", partial(snapshots.load, saved))
+    logger.info("resumed from %s at %s", saved.info.path, run.progress)
+    before, now = saved.info.ranks, run.accelerator.num_processes
+    if before != now:
+        logger.info("the run was saved by %d processes, and goes on with %d", before, now)
+    return True
+
+
+def _load_saved(
     resume_from: str | os.PathLike[str],
     hooks: PipelineHooks,
     run_folder: Path | None,
     ranks: Ranks,
     each_rank: EachRank,
-    share_of: ShareOf | None = None,
+    share_of: ShareOf | None,
 ) -> SavedState | None:
     """The saved run to go on from, all of it checked and on the CPU; called by all ranks alike.
 
@@ -42,7 +86,7 @@ def load_saved(
         run_folder: where checkpoints are by default.
         ranks: of the job.
         each_rank: where another number of ranks saved, says what to keep of the state of each.
-        share_of: what this rank needs of tensors; by default all of them.
+        share_of: what this rank needs of tensors; None for all of them.
 
     Returns:
         None with ``"auto"`` where there is no checkpoint yet.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -30,22 +29,21 @@ from robo_orchard_lab.pipeline.hooks.optimizer import OptimizerHook, ScheduleUni
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricsBoard, UnknownMetricError
 from robo_orchard_lab.pipeline.peers import StallClock, end_together
-from robo_orchard_lab.pipeline.plain_model import plain_model
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
-from robo_orchard_lab.pipeline.requests import Request, Requests
+from robo_orchard_lab.pipeline.requests import Requests
 from robo_orchard_lab.pipeline.run_state import RunStateFile
-from robo_orchard_lab.pipeline.sharded_model import shares_of_model
 from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows
 from robo_orchard_lab.pipeline.trainer.alike import check_alike, hook_text, setup_texts
-from robo_orchard_lab.pipeline.trainer.commit import carry_out_requests
+from robo_orchard_lab.pipeline.trainer.commit import carry_out_requests, tell_what_is_left
 from robo_orchard_lab.pipeline.trainer.filler import as_if_not_passed
 from robo_orchard_lab.pipeline.trainer.preparation import (
     backward_of,
+    check_processor,
     no_sync_of,
     prepare_objects,
 )
-from robo_orchard_lab.pipeline.trainer.resuming import load_saved
-from robo_orchard_lab.pipeline.trainer.snapshot import RunSnapshots, ranks_of
+from robo_orchard_lab.pipeline.trainer.resuming import resume
+from robo_orchard_lab.pipeline.trainer.snapshot import RunSnapshots
 
 logger = job_logger(__name__)
 
@@ -149,23 +147,7 @@ class HookBasedTrainer:
         stall_timeout_s: float | None = None,
     ) -> None:
         self.limits = TrainerLimits(max_step, max_optimizer_step, max_epoch)
-        fits = all(hasattr(batch_processor, name) for name in ("forward", "need_backward"))
-        if not fits or isinstance(batch_processor, type):
-            raise PipelineConfigError(
-                "batch_processor must have forward(model, batch) and need_backward, got "
-                f"{batch_processor!r:.80}; make an instance of a SimpleBatchProcessor, or wrap a "
-                "function with SimpleBatchProcessor.from_callable(...)"
-            )
-        if batch_processor.need_backward and optimizer is None:
-            raise PipelineConfigError(
-                "the batch processor needs a backward pass, so the trainer needs an optimizer; "
-                "give one, or a batch processor with need_backward=False"
-            )
-        if max_optimizer_step is not None and not batch_processor.need_backward:
-            raise PipelineConfigError(
-                "max_optimizer_step counts updates, and a batch processor with "
-                "need_backward=False makes none; give max_step or max_epoch"
-            )
+        check_processor(batch_processor, optimizer, self.limits)
         self.accelerator = accelerator
         self.batch_processor = batch_processor
         self.progress = TrainerProgress()
@@ -179,7 +161,8 @@ class HookBasedTrainer:
         self.requests = Requests(agreement)
         self._hooks = PipelineHooks()
 
-        if accelerator.num_processes > 1:
+        several = accelerator.num_processes > 1
+        if several:
             given = setup_texts(
                 *(accelerator, model, optimizer, lr_scheduler, dataloader, batch_processor),
                 limits=self.limits,
@@ -251,13 +234,13 @@ class HookBasedTrainer:
         self._on_batch = channel("on_batch").run
         self._on_model_forward = channel("on_model_forward").run
         self._on_model_backward = channel("on_model_backward").run
-        several = accelerator.num_processes > 1
         self._in_step = self._step_or_filler if several else self._step
         self._carry_out = partial(carry_out_requests, self._run, channel("on_evaluation").run)
 
         if resume_from is not None:
             with end_together(self._stall_clock):
-                self._resume(resume_from)
+                self._check_hooks_alike()
+                self._resumed = resume(self._run, self.hooks, self._snapshots, resume_from)
 
     @property
     def hooks(self) -> PipelineHooks:
@@ -296,27 +279,6 @@ class HookBasedTrainer:
             )
         with end_together(self._stall_clock):
             self._snapshots.save(folder)
-
-    def _resume(self, resume_from: str | os.PathLike[str]) -> None:
-        self._check_hooks_alike()
-        with ranks_of(self._run) as ranks:
-            snapshots = self._snapshots
-            saved = load_saved(
-                resume_from,
-                self.hooks,
-                self._run.folder,
-                ranks,
-                snapshots.part_of_rank,
-                shares_of_model(plain_model(self._run)),
-            )
-            if saved is None:
-                return
-            ranks.each("resuming", partial(snapshots.load, saved))
-        self._resumed = True
-        logger.info("resumed from %s at %s", saved.info.path, self.progress)
-        before, now = saved.info.ranks, self.accelerator.num_processes
-        if before != now:
-            logger.info("the run was saved by %d processes, and goes on with %d", before, now)
 
     def __call__(self) -> None:
         """Train until a limit is reached or a hook's request to stop is granted.
@@ -370,17 +332,7 @@ class HookBasedTrainer:
         finally:
             self._last_loss = None
         self._open = False
-        for left in self.requests.take(Request):
-            logger.warning(
-                "%s asked for something after the last commit point, which is not done: %s",
-                *(left.by, left.reason),
-            )
-        for left in self.requests.take_alone():
-            logging.getLogger(__name__).warning(
-                "%s asked for something on rank %d alone, after the last exchange of the ranks, "
-                "which is not done: %s",
-                *(left.by, self.accelerator.process_index, left.reason),
-            )
+        tell_what_is_left(self._run)
         if self._unmet is not None:  # raised here, where the run is whole and can be saved
             raise self._unmet
         failure = self._run.failures[0] if self._run.failures else None
