@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import time
-import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -113,13 +112,7 @@ def fork(do: Any, output: Path, **environment: object) -> int:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ |= {name: str(value) for name, value in environment.items()}
-    try:
-        do()
-    except SystemExit:
-        raise
-    except BaseException:
-        traceback.print_exc()
-        sys.exit(1)
+    do()
     sys.exit(0)
 
 
