@@ -347,7 +347,8 @@ def test_backward_needs_an_optimizer() -> None:
     [
         (torch.ones(()), "got Tensor"),
         (3, "got int"),
-        ((1, 2, 3), "got tuple"),
+        ((1, 2, 3), "got a loss of type int with a weight"),
+        ((1, 2, 3, 4), "got tuple"),
         (torch.ones(2, 3), "got Tensor"),
         ((torch.ones(2), None), "got a loss of type NoneType"),
     ],

@@ -141,7 +141,37 @@ class Counting(SimpleBatchProcessor):
         return len(batch[0])
 
 
+class Weighted(SimpleBatchProcessor):
+    """Samples weigh very differently, and batches what theirs add up to."""
+
+    def forward(self, model: Any, batch: Any) -> Any:
+        inputs, targets = batch
+        outputs = model(inputs)
+        each = (outputs - targets).square().mean(1)
+        weights = torch.exp(4 * inputs[:, 0])
+        weight = weights.sum()
+        return outputs, (each * weights).sum() / weight, weight
+
+
+class Masked(SimpleBatchProcessor):
+    """Few samples count at all; the mean over none is no number. The weight is a plain one."""
+
+    def forward(self, model: Any, batch: Any) -> Any:
+        inputs, _ = batch
+        outputs = model(inputs)
+        classes = torch.where(inputs[:, 0] > 1, 1, -100)
+        loss = torch.nn.functional.cross_entropy(outputs, classes)
+        return outputs, loss, int((classes != -100).sum())
+
+
 TRAININGS = {
+    "weighted": Training(37, processor=Weighted),
+    "weighted, accumulated": Training(38, accumulate=3, processor=Weighted, resumes=True),
+    "weighted stream": Training(
+        24, accumulate=3, processor=Weighted, make_loader=five_and_seven("stream"), resumes=True
+    ),
+    "masked": Training(38, processor=Masked),
+    "masked, accumulated": Training(38, accumulate=2, processor=Masked, optimizer="adamw"),
     "even": Training(24),
     # Seven batches, the last of which has two samples: one rank of three has none of them.
     "short last batch": Training(38, accumulate=3),

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
+
+ForwardResult: TypeAlias = (
+    tuple[Any, torch.Tensor | None] | tuple[Any, torch.Tensor, float | torch.Tensor]
+)
+"""Outputs and loss, and maybe what the loss weighs."""
 
 
 class BatchProcessor(Protocol):
@@ -17,8 +22,8 @@ class BatchProcessor(Protocol):
         """Whether a backward pass and an update follow."""
         ...
 
-    def forward(self, model: Any, batch: Any) -> tuple[Any, torch.Tensor | None]:
-        """The outputs and the loss of a batch."""
+    def forward(self, model: Any, batch: Any) -> ForwardResult:
+        """The outputs and the loss of a batch, and maybe what that weighs."""
         ...
 
 
@@ -52,8 +57,8 @@ class SimpleBatchProcessor(ABC):
         self.need_backward = need_backward
 
     @abstractmethod
-    def forward(self, model: Any, batch: Any) -> tuple[Any, torch.Tensor | None]:
-        """The outputs and the loss of a batch.
+    def forward(self, model: Any, batch: Any) -> ForwardResult:
+        """The outputs and the loss of a batch, and maybe what that weighs.
 
         Args:
             model: as the trainer prepared it.
@@ -62,11 +67,17 @@ class SimpleBatchProcessor(ABC):
         Returns:
             The outputs, of any type, which hooks see; and the loss, a scalar tensor: the mean
             over the samples of the batch. None where :attr:`need_backward` is False.
+
+            Where it is the mean over something else, such as the tokens of texts that differ in
+            length, return ``(outputs, loss, weight)`` with how many there are: a number >= 0, or a
+            tensor of one element that stays on its device. An update then is that of the mean over
+            all of its micro-batches and processes. A loss that weighs 0 does not count, and may be
+            NaN, as long as its gradient is not. Return a weight in every step, or in none.
         """
 
     @staticmethod
     def from_callable(
-        forward: Callable[[Any, Any], tuple[Any, torch.Tensor | None]],
+        forward: Callable[[Any, Any], ForwardResult],
         need_backward: bool = True,
     ) -> SimpleBatchProcessor:
         """A batch processor whose forward is ``forward(model, batch)``."""

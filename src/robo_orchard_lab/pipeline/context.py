@@ -39,6 +39,7 @@ _OF_FIELD = {
     "loss": "attached_loss",
     "batch_size": "batch",
     "is_filler": "loss_divisor",
+    "loss_weight": "given_loss_weight",
     "sample_numbers": "batch",
     "sample_indices": "batch",
 }
@@ -162,6 +163,9 @@ class PipelineHookArgs:
     """What the batch processor returned; set when the forward body is over."""
     attached_loss: torch.Tensor | None = field(default=None, metadata=_valid_in(*_IN_STEP))
     """The loss with its graph, for the backward pass; hooks read :attr:`loss`."""
+    given_loss_weight: torch.Tensor | None = field(default=None, metadata=_valid_in(*_IN_STEP))
+    """What the batch processor says that its loss weighs, on the device; hooks read
+    :attr:`loss_weight`."""
     grad_norm: torch.Tensor | None = field(
         default=None, metadata=_valid_in("on_optimizer_step", "on_step")
     )
@@ -214,6 +218,16 @@ class PipelineHookArgs:
         if self._batch_size is None:
             self._batch_size = 0 if self.is_filler else self.run.count_samples(self.batch)
         return self._batch_size
+
+    @property
+    def loss_weight(self) -> float | torch.Tensor:
+        """What the loss of this batch weighs in a mean of losses, on this rank; a filler's is 0.
+
+        What the batch processor has returned beside it, as a tensor on its device, or else the
+        samples of the batch.
+        """
+        weight = self.given_loss_weight
+        return self.batch_size if weight is None else weight
 
     @property
     def loss(self) -> torch.Tensor | None:

@@ -181,11 +181,15 @@ class Evaluator:
             if moves and device.type != "cpu":
                 batch = send_to_device(batch, device, non_blocking=non_blocking)
             with in_precision():
-                outputs, loss = self._forward(model, batch)
+                outputs, loss, weight = self._forward(model, batch)
             if not counts:  # it took part in what the ranks do together within the model
                 continue
             if loss is not None:
-                loss_sum.add(loss, self._count(batch))
+                if weight is None:
+                    loss_sum.add(loss, self._count(batch))
+                else:  # the mean over nothing may be NaN
+                    weight = torch.as_tensor(weight, device=loss.device).detach()
+                    loss_sum.add(torch.where(weight > 0, loss, 0.0), weight)
             if len(metrics):
                 args, kwargs = self._arguments(outputs, batch)
                 metrics.update(*args, **kwargs)
@@ -203,16 +207,17 @@ class Evaluator:
         # A context that changes nothing takes it 3 us.
         return accelerator.autocast if accelerator.native_amp else nullcontext
 
-    def _forward(self, model: torch.nn.Module, batch: Any) -> tuple[Any, torch.Tensor | None]:
+    def _forward(self, model: torch.nn.Module, batch: Any) -> tuple[Any, Any, Any]:
+        """Outputs, loss, and what that weighs where the processor says so."""
         result = self.batch_processor.forward(model, batch)
         # A tensor of two rows would unpack as well, hence the check of the type.
-        if not isinstance(result, (tuple, list)) or len(result) != 2:
+        if not isinstance(result, (tuple, list)) or len(result) not in (2, 3):
             raise self._wrong_result(type(result).__name__)
-        outputs, loss = result
+        outputs, loss, weight = (*result, None)[:3]
         if loss is not None and not (isinstance(loss, torch.Tensor) and loss.numel() == 1):
             shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else ""
             raise self._wrong_result(f"a loss that is a {type(loss).__name__}{shape}")
-        return outputs, loss
+        return outputs, loss, weight
 
     def _wrong_result(self, found: str) -> BatchProcessorError:
         return BatchProcessorError(

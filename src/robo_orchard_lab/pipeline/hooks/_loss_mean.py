@@ -31,8 +31,13 @@ class LossMean:
         self._slots: list[torch.Tensor] = []  # its elements
         self._weights: list[float] = []  # of the losses that are in the slots
 
-    def add(self, loss: Number, weight: float) -> None:
+    def add(self, loss: Number, weight: Number) -> None:
         """On the step path: take in a number, or a detached tensor of one element."""
+        if isinstance(weight, torch.Tensor):
+            if not isinstance(loss, torch.Tensor) or loss.dim():
+                loss = torch.as_tensor(checked_number(self._name, loss), device=weight.device)
+            self._take(loss.reshape(()), weight)
+            return
         if not isinstance(loss, torch.Tensor):
             self._take(checked_number(self._name, loss), weight)
             return
@@ -107,7 +112,7 @@ class LossMean:
             begin = end
         self._weights = []
 
-    def _take(self, mean: Number, weight: float) -> None:
+    def _take(self, mean: Number, weight: Number) -> None:
         self._window.add(mean, weight)
         self._epoch.add(mean, weight)
 

@@ -26,8 +26,8 @@ class LossTracker(PipelineHooks):
 
     ``loss/total`` is the loss that the batch processor returns, ``loss/<name>`` one of the named
     losses in its outputs; ``loss/total_epoch`` and the like are published when an epoch is
-    completed. The means are over samples: each batch weighs ``args.batch_size``. A loss that is no
-    number makes its means NaN, also where a guard has skipped the update.
+    completed. Each batch weighs ``args.loss_weight``: its samples, or what the processor says. A
+    loss that is no number makes its means NaN, also where a guard has skipped the update.
 
     It runs on every rank and takes 3 us a step on a CPU, 2.2 us more for each named loss. Nothing
     is read from the device; the means of the ranks meet at the logging point.
@@ -74,13 +74,13 @@ class LossTracker(PipelineHooks):
         """On the step path."""
         loss = args.attached_loss
         if loss is not None and args.exception is None and not args.is_filler:
-            self._total.add(loss.data, args.batch_size)  # half the time of detach()
+            self._total.add(loss.data, args.loss_weight)  # half the time of detach()
 
     def _add_named(self, args: PipelineHookArgs) -> None:
         """On the step path."""
         if args.exception is not None or args.is_filler:
             return
-        cfg, weight = self.cfg, args.batch_size
+        cfg, weight = self.cfg, args.loss_weight
         assert cfg.losses_key is not None  # else this is not registered
         for name, loss in named_losses(args.model_outputs, cfg.losses_key, cfg.loss_names):
             mean = self._named.get(name)

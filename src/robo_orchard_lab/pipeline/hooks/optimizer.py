@@ -161,26 +161,31 @@ class OptimizerHook(PipelineHooks):
 
 
 class _MeanLoss:
-    """The mean of the losses since it was last taken, on their device, of all ranks."""
+    """The weighted mean of the losses since it was last taken, on their device, of all ranks."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self._sum: torch.Tensor | None = None
-        self._count = 0
+        self._weight: float | torch.Tensor = 0
 
     def add(self, args: PipelineHookArgs) -> None:
         if args.loss is not None and not args.is_filler:
             loss = args.loss.double() if args.loss.device.type != "mps" else args.loss
+            weight = args.loss_weight
+            loss = loss * weight
             self._sum = loss if self._sum is None else self._sum + loss
-            self._count += 1
+            self._weight = self._weight + weight
 
     def take(self) -> torch.Tensor:
         if self._sum is None:  # of a rank that had no data
             device = self._accelerator.device
             dtype = torch.float32 if device.type == "mps" else torch.float64
             self._sum = torch.zeros((), dtype=dtype, device=device)
-        total = torch.stack([self._sum, torch.full_like(self._sum, self._count)])
-        self._sum, self._count = None, 0
+        weight = self._weight
+        if not isinstance(weight, torch.Tensor):
+            weight = torch.full_like(self._sum, weight)
+        total = torch.stack([self._sum, weight.to(self._sum)])
+        self._sum, self._weight = None, 0
         if self._accelerator.num_processes > 1:
             total = self._accelerator.reduce(total, "sum")  # a collective
         return total[0] / total[1]
@@ -195,10 +200,10 @@ class _MeanLoss:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sum": self._sum, "count": self._count}
+        return {"sum": self._sum, "count": self._weight}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._sum, self._count = state["sum"], state["count"]
+        self._sum, self._weight = state["sum"], state["count"]
 
 
 def _unwrap_optimizer(

@@ -86,7 +86,7 @@ def replay(
     try:
         for step, batch in zip(window.steps, batches, strict=True):
             restore_generators(step.random, device)
-            _, loss = batch_processor.forward(model, send_to_device(batch, device))
+            _, loss, *_ = batch_processor.forward(model, send_to_device(batch, device))
             assert loss is not None  # the run had one
             losses.append(loss.detach())
             _run_backward(loss, step.loss_divisor, window.loss_scale)

@@ -8,11 +8,14 @@ from functools import cache
 from itertools import islice, repeat
 from typing import Any, Protocol, TypeAlias, TypeVar
 
+import torch
+
 from robo_orchard_lab.pipeline.batch_size import first_length
 from robo_orchard_lab.pipeline.data import StepSizes
 from robo_orchard_lab.pipeline.errors import DataError, StateError
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.trainer.joint_windows import JointWindows
+from robo_orchard_lab.pipeline.trainer.loss_weights import LossWeights
 
 ItemT = TypeVar("ItemT")
 
@@ -53,15 +56,18 @@ class AccumulationWindows:
         count_samples: how many samples a batch has; None counts its first tensor's length.
         processes: among how many the data is divided, if it is.
         ranks: how many there are in the job.
+        weights: what losses weigh that come with a weight.
     """
 
     def __init__(
         self,
         length: int,
         count_samples: Callable[[Any], int] | None,
-        processes: int = 1,
-        ranks: int = 1,
+        processes: int,
+        ranks: int,
+        weights: LossWeights,
     ) -> None:
+        self._weights = weights
         self.length = length
         self._count_samples = count_samples
         self._processes = processes
@@ -109,15 +115,18 @@ class AccumulationWindows:
         return self._loaded_ahead(batches, given, within, limit)
 
     def state_dict(self, done: int) -> dict[str, Any]:
-        """What a window that is open after so many batches was planned by."""
+        """What a window that is open after so many batches was planned by, and weighs so far."""
         loaded = self._loaded if done % self.length else []
         return {
             "loaded_sizes": [sizes.own for sizes in loaded],
             "job_sizes": [sizes.job for sizes in loaded],
+            "loss_weights": self._weights.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Go on within a window as it was planned."""
+        if "loss_weights" in state:
+            self._weights.load_state_dict(state["loss_weights"], device)
         own = state["loaded_sizes"]
         self._loaded = list(map(StepSizes, own, state.get("job_sizes", own)))
 

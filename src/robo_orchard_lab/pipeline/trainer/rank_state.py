@@ -107,7 +107,7 @@ class RankStates:
         run = self._run
         run.metrics.load_state_dict(state["metrics"], run.accelerator.device)
         self._data.load_state_dict(of_data, state["data"])
-        self._windows.load_state_dict(state["window"])
+        self._windows.load_state_dict(state["window"], run.accelerator.device)
         self._load_unsaved_buffers(state["buffers"])
         with torch.no_grad():
             for parameter, name in names_beside(run).items():

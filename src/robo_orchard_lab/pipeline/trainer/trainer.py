@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows
 from robo_orchard_lab.pipeline.trainer.alike import check_alike, hook_text, setup_texts
 from robo_orchard_lab.pipeline.trainer.commit import carry_out_requests, tell_what_is_left
 from robo_orchard_lab.pipeline.trainer.filler import as_if_not_passed
+from robo_orchard_lab.pipeline.trainer.loss_weights import LossWeights
 from robo_orchard_lab.pipeline.trainer.preparation import (
     backward_of,
     check_processor,
@@ -75,7 +76,9 @@ class HookBasedTrainer:
 
     With gradient accumulation (``Accelerator(gradient_accumulation_steps=n)``), ``divisor`` weighs
     each batch by its samples in the window of up to n batches that ends in an update; the last
-    window of an epoch, and the one in which ``max_step`` is reached, may be shorter.
+    window of an epoch, and the one in which ``max_step`` is reached, may be shorter. With several
+    processes, the window is that of all of them. Where the processor returns
+    ``(outputs, loss, weight)``, the update is that of the mean over these weights instead.
 
     A model in evaluation mode is put in training mode at the start; one in training mode is left
     as it is, so that parts that you have put in evaluation mode stay there.
@@ -211,11 +214,15 @@ class HookBasedTrainer:
                 processes=accelerator.num_processes,
             ),
         )
+        self._weights = LossWeights(
+            accelerator, accelerator.gradient_accumulation_steps, self._trained_parameters
+        )
         self._windows = AccumulationWindows(
             accelerator.gradient_accumulation_steps,
             getattr(batch_processor, "count_samples", None),
             self._data.processes,
             accelerator.num_processes,
+            self._weights,
         )
         self._snapshots = RunSnapshots(self._run, self.hooks, self._data, self._windows)
         self._run.take_snapshot = self._snapshots.take
@@ -223,6 +230,8 @@ class HookBasedTrainer:
         self._resumed = False
         self._synchronising = accelerator.sync_gradients = True
         self._last_loss: torch.Tensor | None = None
+        self._weighted = False
+        """Whether losses come with weights."""
         self._unmet: UnknownMetricError | None = None
         self._logged_at: int | None = None
         """How many steps were done at the last logging point within an epoch."""
@@ -459,17 +468,50 @@ class HookBasedTrainer:
         result = self.batch_processor.forward(self.model, args.batch)
         # A tensor of two rows would unpack as well, hence the check of the type.
         if not isinstance(result, (tuple, list)) or len(result) != 2:
+            self._take_weighted(args, result)
+        else:
+            args.model_outputs, args.attached_loss = result
+
+    def _take_weighted(self, args: PipelineHookArgs, result: Any) -> None:
+        """Outputs, a loss and what that weighs."""
+        if not isinstance(result, (tuple, list)) or len(result) != 3:
             raise self._wrong_result(type(result).__name__)
-        args.model_outputs, args.attached_loss = result
+        args.model_outputs, loss, weight = result
+        if not isinstance(loss, torch.Tensor):
+            raise self._wrong_result(f"a loss of type {type(loss).__name__} with a weight")
+        if not self._weighted and self._last_loss is not None:
+            raise self._wrong_result("a weight in this step, and none in those before it")
+        self._weighted = True
+        weight = self._weights.checked(0.0 if args.is_filler else weight, loss)
+        # The mean over nothing may be NaN.
+        args.attached_loss = torch.where(weight > 0, loss, 0.0)
+        args.given_loss_weight = weight
 
     def _backward(self, args: PipelineHookArgs) -> None:
         loss = args.attached_loss
         if not isinstance(loss, torch.Tensor):
             raise self._wrong_result(f"a loss of type {type(loss).__name__}")
-        self._run_backward(loss, args.loss_divisor)
+        if self._weighted:
+            self._weighted_backward(args, loss)
+        else:
+            self._run_backward(loss, args.loss_divisor)
         # As a plain loop's variable would: where the graph lives on into the next forward, the
         # parameters' nodes are not made anew, which takes 1 us of a small model's step.
         self._last_loss = loss
+
+    def _weighted_backward(self, args: PipelineHookArgs, loss: torch.Tensor) -> None:
+        weight = args.given_loss_weight
+        if weight is None:
+            raise self._wrong_result("no weight in this step, and some in those before it")
+        self._run_backward(self._weights.add(loss, weight), 1.0)
+        if args.at_accumulation_boundary:
+            self._weights.end_window()
+
+    def _trained_parameters(self) -> Iterator[torch.nn.Parameter]:
+        """The model's, and those that the optimizer has beside."""
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        held = (parameter for group in groups for parameter in group["params"])
+        return iter(dict.fromkeys([*self.model.parameters(), *held]))
 
     def _save_the_end(self) -> None:
         """Have what a run that is over ends with on the disk, where a hook saves it."""
@@ -492,5 +534,6 @@ class HookBasedTrainer:
     def _wrong_result(self, found: str) -> BatchProcessorError:
         return BatchProcessorError(
             f"{type(self.batch_processor).__name__}.forward must return (outputs, loss), with a "
-            f"loss where need_backward is True; got {found}"
+            "loss where need_backward is True, or (outputs, loss, weight), in every step alike; "
+            f"got {found}"
         )

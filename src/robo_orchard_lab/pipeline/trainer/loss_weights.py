@@ -1,0 +1,129 @@
+"""Losses that come with weights: the mean over the whole job, from what each micro-batch adds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from robo_orchard_lab.pipeline.errors import BatchProcessorError, StateError
+
+
+class LossWeights:
+    """Makes the gradients of an update those of the weighted mean over its window, of all ranks.
+
+    How much all of them weigh together is known when the last micro-batch has had its forward pass.
+    So each loss is multiplied by its weight, and the gradients are divided by the sum of all
+    weights at the end of the window: one exchange of a number for each update, where there are
+    several ranks, and one more multiplication of all gradients. Nothing is read from the device.
+
+    Losses are multiplied by their weights over a reference, which is near the first weights, so
+    that half precision holds them. It is a power of two, by which nothing is rounded.
+
+    Args:
+        accelerator: the ranks, and what engine updates the weights.
+        window: how many micro-batches make one.
+        parameters: whose gradients to divide.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        window: int,
+        parameters: Callable[[], Iterable[torch.nn.Parameter]],
+    ) -> None:
+        self._ranks = accelerator.num_processes
+        self._engine = accelerator.distributed_type
+        self._alone = window == 1 and self._ranks == 1  # a micro-batch is the whole mean
+        self._parameters = parameters
+        self._reference: torch.Tensor | None = None
+        self._total: torch.Tensor | None = None
+        """Of this rank in the window that is open."""
+
+    def checked(self, weight: Any, loss: torch.Tensor) -> torch.Tensor:
+        """A weight as a tensor on the loss's device.
+
+        Raises:
+            BatchProcessorError: it is no weight, or the engine divides the losses by itself.
+        """
+        if self._engine in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+            raise BatchProcessorError(
+                f"{self._engine.value} updates the weights within the backward pass, so that "
+                "losses can't be weighted; return (outputs, loss)"
+            )
+        dtype = torch.float32 if loss.device.type == "mps" else torch.float64
+        if isinstance(weight, torch.Tensor) and weight.numel() == 1:
+            return weight.detach().reshape(()).to(device=loss.device, dtype=dtype)
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not number or not 0 <= weight < math.inf:
+            raise BatchProcessorError(
+                "the weight of a loss must be a number >= 0 or a tensor of one, such as how many "
+                f"tokens it is the mean of; got {weight!r:.80}"
+            )
+        return torch.full((), weight, dtype=dtype, device=loss.device)
+
+    def add(self, loss: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """What to run the backward pass of, in the place of a mean loss of such a weight."""
+        if self._alone:
+            return loss
+        if self._reference is None:
+            self._reference = self._agreed_reference(weight)
+        self._total = weight if self._total is None else self._total + weight
+        return loss * (weight / self._reference).to(loss.dtype)
+
+    def end_window(self) -> None:
+        """Divide the gradients by all that the window weighs; zeros where that is nothing."""
+        if self._alone:
+            return
+        total, self._total = self._total, None
+        assert total is not None  # since a micro-batch was added
+        assert self._reference is not None
+        if self._ranks > 1:
+            total = total.clone()
+            torch.distributed.all_reduce(total)  # a collective
+        factor = torch.where(total > 0, self._reference * self._ranks / total, 0.0)
+        by_device: dict[torch.device, list[torch.Tensor]] = {}
+        for parameter in self._parameters():
+            if parameter.grad is not None:
+                gradient: Any = parameter.grad
+                local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+                by_device.setdefault(local.device, []).append(local)
+        with torch.no_grad():
+            for device, gradients in by_device.items():
+                torch._foreach_mul_(gradients, factor.to(device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of a window that is open."""
+        return {"total": self._total, "reference": self._reference, "ranks": self._ranks}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on within a window, or begin one.
+
+        Raises:
+            StateError: within a window, of another number of ranks.
+        """
+        total, reference = state["total"], state["reference"]
+        if total is not None and state["ranks"] != self._ranks:
+            raise StateError(
+                f"the run was saved within an accumulation window of weighted losses by "
+                f"{state['ranks']} processes, which {self._ranks} can't go on with; give as many, "
+                "or a checkpoint that was saved after an update"
+            )
+        self._total = None if total is None else total.to(device)
+        self._reference = None if reference is None else reference.to(device)
+
+    def _agreed_reference(self, weight: torch.Tensor) -> torch.Tensor:
+        """The power of two above the highest weight of the ranks; 1 where there is none."""
+        highest = weight.clone()
+        if self._ranks > 1:
+            torch.distributed.all_reduce(  # a collective, once in a run
+                highest, op=torch.distributed.ReduceOp.MAX
+            )
+        _, exponent = torch.frexp(highest)
+        one = torch.ones_like(highest)
+        return torch.where(highest > 0, torch.ldexp(one, exponent), one)
