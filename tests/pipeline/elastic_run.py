@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics import MeanSquaredError, PearsonCorrCoef
@@ -39,6 +41,7 @@ from robo_orchard_lab.pipeline.hooks import (
     SaveCheckpointConfig,
     ValidationHookConfig,
 )
+from robo_orchard_lab.pipeline.sharded_tensors import gather_whole
 from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig
 
 SAMPLES_PER_STEP = 6
@@ -158,6 +161,10 @@ def build(order: dict[str, Any]) -> HookBasedTrainer:
     model = torch.nn.Sequential(
         torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
     ).double()
+    if order.get("sharded"):
+        mesh = init_device_mesh("cpu", (ranks,))
+        for part in (model[0], model[3], model):
+            fully_shard(part, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     schedule: LRScheduler = (
         ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
@@ -218,7 +225,7 @@ def run(order: dict[str, Any]) -> None:
     """One start of one rank; what it has come to lies in the folder afterwards."""
     rank, ranks = order["rank"], order["ranks"]
     torch.set_num_threads(1)
-    if ranks > 1:
+    if ranks > 1 or order.get("sharded"):
         of_job = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         os.environ.update({name: str(value) for name, value in of_job.items()})
         torch.distributed.init_process_group(
@@ -229,7 +236,9 @@ def run(order: dict[str, Any]) -> None:
     hooks = {hook.name: hook for hook in trainer.hooks.all_hooks()}
     torch.save(
         {
-            "weights": trainer.accelerator.unwrap_model(trainer.model).state_dict(),
+            "weights": gather_whole(
+                trainer.accelerator.unwrap_model(trainer.model).state_dict(), keep=True
+            ),
             "progress": trainer.progress.state_dict(),
             "hooks": {name: hooks[name].state_dict() for name in ("Counted", "Numbered")},
         },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,17 @@ def start(servers: list[ForkServer], folder: Path, ranks: int, **order: Any) -> 
 
 
 def run_in_parts(
-    servers: list[ForkServer], folder: Path, ranks: list[int], stops: list[int], **order: Any
+    servers: list[ForkServer],
+    folder: Path,
+    ranks: list[int],
+    stops: list[int],
+    sharded: Sequence[int] = (),
+    **order: Any,
 ) -> None:
-    """Each part in as many ranks as said, up to a stop, the last to the end."""
-    for seed, (count, stop) in enumerate(zip(ranks, [*stops, None], strict=True), start=5):
-        assert start(servers, folder, count, stop_after=stop, seed=seed, **order) == ""
+    """Each part in as many ranks as said, up to a stop, the last to the end; some in shards."""
+    for part, (count, stop) in enumerate(zip(ranks, [*stops, None], strict=True)):
+        order |= {"stop_after": stop, "seed": 5 + part, "sharded": part in sharded}
+        assert start(servers, folder, count, **order) == ""
 
 
 def lines(folder: Path, kind: str) -> Iterator[tuple[int, int, int, Any]]:
@@ -114,6 +120,27 @@ def test_goes_on_in_other_numbers_of_processes(
 ) -> None:
     """Samples, augmentation, counters, weights and lines of metrics are those of one process."""
     run_in_parts(servers, tmp_path / "parts", ranks, stops)
+    check_like(straight, tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stops", "sharded"),
+    [
+        pytest.param([2, 1, 2], [1, 7], [0, 2], id="2 in shards -> 1 -> 2 in shards"),
+        pytest.param([1, 3, 2], [2, 6], [0, 1], id="1 in shards -> 3 in shards -> 2"),
+        pytest.param([2, 1, 1], [4, 7], [1], id="2 -> 1 in shards -> 1"),
+    ],
+)
+def test_goes_on_with_a_model_in_shards(
+    ranks: list[int],
+    stops: list[int],
+    sharded: list[int],
+    servers: list[ForkServer],
+    straight: Path,
+    tmp_path: Path,
+) -> None:
+    """Within a window, what was added up of it goes on from shards to whole weights and back."""
+    run_in_parts(servers, tmp_path / "parts", ranks, stops, sharded)
     check_like(straight, tmp_path / "parts")
 
 
@@ -197,6 +224,18 @@ def test_a_hook_can_refuse(servers: list[ForkServer], tmp_path: Path) -> None:
     told = start(servers, tmp_path / "c", 2, resume_from=str(tmp_path / "b"))
     assert "StateError: there is nothing to share" in told
     assert "while the states of the hook 'Counted' were redistributed" in told
+
+
+def test_no_gradient_is_dropped(servers: list[ForkServer], tmp_path: Path) -> None:
+    """One that was added up for a parameter which this run has not is refused, by its name."""
+    assert start(servers, tmp_path / "a", 1, stop_after=1) == ""
+    saved = load_checkpoint(checkpoint(tmp_path / "a", 1))
+    state = saved.of_rank["state"]
+    state["gradients"]["gone.weight"] = torch.ones(2)
+    save_checkpoint(tmp_path / "b", 1, saved.parts, {"state": state})
+    told = start(servers, tmp_path / "c", 1, resume_from=str(tmp_path / "b"))
+    assert "StateError: the run was saved within an accumulation window" in told
+    assert "the gradients of gone.weight have no place" in told
 
 
 def test_another_number_of_samples_a_step(servers: list[ForkServer], tmp_path: Path) -> None:

@@ -108,35 +108,41 @@ def whole_weights(run: PipelineRun, kept: WeightSet | None) -> dict[str, torch.T
 
 
 def unreduced_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The gradients that this process keeps whole in an accumulation window that is open.
-
-    Their names are not those of parameters, so that none is taken for one that is divided.
+    """The gradients that this process keeps whole in an accumulation window that is open, by the
+    names of their parameters.
 
     Raises:
         StateError: this version of torch keeps them elsewhere.
     """
     found = {}
-    for name, holder in _gradient_holders(model):
+    for name, holder, _ in _gradient_holders(model):
         gradient = holder.unsharded_accumulated_grad
         if gradient is None and hasattr(holder, "_unsharded_param"):
             gradient = holder._unsharded_param.grad
         if gradient is not None:
-            found[_unreduced(name)] = gradient
+            found[name] = gradient
     return found
+
+
+def names_of_unreduced(model: torch.nn.Module) -> set[str]:
+    """The names that :func:`set_unreduced_gradients` takes."""
+    return {name for name, _, _ in _gradient_holders(model)}
 
 
 def set_unreduced_gradients(model: torch.nn.Module, gradients: Mapping[str, torch.Tensor]) -> None:
     """Have the backward passes that follow add to gradients as :func:`unreduced_gradients` gave."""
-    for name, holder in _gradient_holders(model):
+    for name, holder, dtype in _gradient_holders(model):
         if hasattr(holder, "_unsharded_param"):
             holder._unsharded_param.grad = None
-        gradient = gradients.get(_unreduced(name))
-        device = holder.sharded_param.device
-        holder.unsharded_accumulated_grad = None if gradient is None else gradient.to(device)
+        gradient = gradients.get(name)
+        holder.unsharded_accumulated_grad = (
+            None if gradient is None else gradient.to(holder.device, dtype)
+        )
 
 
-def _unreduced(name: str) -> str:
-    return "unreduced\x1f" + name.replace(".", "\x1f")
+def whole_like(parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Values for all of a parameter that this process has all of, in the form that it has."""
+    return _like(parameter)(values) if is_sharded(parameter) else values
 
 
 def _like(parameter: torch.Tensor) -> Any:
@@ -160,14 +166,18 @@ def _sharding_modules(model: torch.nn.Module) -> Iterator[FSDPModule]:
                 yield module
 
 
-def _gradient_holders(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """What FSDP2 keeps of each parameter, with its name. Torch gives no public way to it."""
+def _gradient_holders(model: torch.nn.Module) -> Iterator[tuple[str, Any, torch.dtype]]:
+    """What FSDP2 keeps of each parameter, with its name, and the type in which it adds up
+    gradients. Torch gives no public way to it."""
     names = {id(p): plain_name(name) for name, p in model.named_parameters()}
     try:
         for module in _sharding_modules(model):
             for group in module._get_fsdp_state()._fsdp_param_groups:
+                policy = group.mp_policy
                 for holder in group.fsdp_params:
-                    yield names[id(holder.sharded_param)], holder
+                    own = holder.sharded_param
+                    dtype = policy.reduce_dtype or policy.param_dtype or own.dtype
+                    yield names[id(own)], holder, dtype
     except (AttributeError, KeyError) as error:
         raise StateError(
             "the gradients of an open accumulation window can't be found in a sharded model with "

@@ -11,6 +11,7 @@ from robo_orchard_lab.pipeline.checkpoint import keyed_random_state
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.redistribution import parts_for_rank
+from robo_orchard_lab.pipeline.sharded_tensors import is_sharded
 from robo_orchard_lab.pipeline.trainer.rank_state import checked_rank_state
 
 
@@ -75,11 +76,13 @@ class OtherProcesses:
     def _gradients(
         self, nearest: Mapping[str, torch.Tensor], parts: Sequence[Mapping[str, torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
-        """Such that their mean over the ranks is what it was."""
+        """Such that their mean over the ranks is what it was; what is in shards is that already."""
         scale = self._processes / len(parts)
-        found = {name: torch.zeros_like(gradient) for name, gradient in nearest.items()}
+        found = {n: g if is_sharded(g) else torch.zeros_like(g) for n, g in nearest.items()}
         for part in parts:
             for name, gradient in part.items():
+                if is_sharded(gradient):
+                    continue
                 if name in found:
                     found[name].add_(gradient, alpha=scale)
                 else:

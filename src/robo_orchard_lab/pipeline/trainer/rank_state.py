@@ -18,10 +18,14 @@ from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.data import TrainingData
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.plain_model import ddp_of, plain_model, plain_name, plain_state
-from robo_orchard_lab.pipeline.sharded_model import set_unreduced_gradients, unreduced_gradients
 from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows
 from robo_orchard_lab.pipeline.trainer.fitting import check_keys, check_tensors, kind_of
-from robo_orchard_lab.pipeline.trainer.trained_names import names_beside, trained_names
+from robo_orchard_lab.pipeline.trainer.open_gradients import (
+    check_open_gradients,
+    open_gradients,
+    set_open_gradients,
+)
+from robo_orchard_lab.pipeline.trainer.trained_names import names_beside
 
 _KEYS = {"beside", "buffers", "data", "gradients", "hooks", "metrics", "random", "window"}
 
@@ -59,12 +63,11 @@ class RankStates:
         # DDP takes the first rank's buffers at the next forward pass, unless told otherwise.
         shared = set(plain_state(run)) if run.accelerator.is_main_process else set()
         buffers = {plain_name(name): value for name, value in plain_model(run).named_buffers()}
-        gradients = {n: p.grad for p, n in trained_names(run).items() if p.grad is not None}
         return {
             "random": capture_random_state() if self._random is None else self._random,
             "data": self._data.rank_state_dict(),
             "window": self._windows.state_dict(run.progress.step_id),
-            "gradients": {**gradients, **unreduced_gradients(plain_model(run))},
+            "gradients": open_gradients(run),
             "buffers": {name: value for name, value in buffers.items() if name not in shared},
             # Nothing keeps the ranks' alike.
             "beside": {name: parameter for parameter, name in names_beside(run).items()},
@@ -84,6 +87,7 @@ class RankStates:
         """
         self._data.check(of_data, state["data"])
         check_random_state(state["random"])
+        check_open_gradients(self._run, state["gradients"])
         check_tensors(
             "the optimizer's parameters beside the model are others",
             {name: parameter for parameter, name in names_beside(self._run).items()},
@@ -112,10 +116,7 @@ class RankStates:
         with torch.no_grad():
             for parameter, name in names_beside(run).items():
                 parameter.copy_(state["beside"][name])
-        for parameter, name in trained_names(run).items():
-            gradient = state["gradients"].get(name)
-            parameter.grad = None if gradient is None else gradient.to(parameter.device)
-        set_unreduced_gradients(plain_model(run), state["gradients"])
+        set_open_gradients(run, state["gradients"])
         ddp = ddp_of(run.model)
         if ddp is not None and state["gradients"]:
             # After a pass without exchange, DDP leaves each rank its buffers in the next one.
