@@ -290,7 +290,7 @@ def test_streams_go_on_between_epochs(servers: list[ForkServer], tmp_path: Path)
     steps = 1 + max(step for _, _, step, _ in lines(folder, "drawn"))
     between, within = (checkpoint(folder, step) for step in (steps // 2, steps // 2 + 1))
     told = start(servers, tmp_path / "within", 1, resume_from=within, **options)
-    assert "was divided among 2 processes when it was saved, and is among 1" in told
+    assert "was read by 2 processes when it was saved, and is by 1" in told
     assert start(servers, tmp_path / "between", 1, resume_from=between, **options) == ""
 
 
