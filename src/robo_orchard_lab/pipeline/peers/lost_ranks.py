@@ -5,22 +5,24 @@ from __future__ import annotations
 from robo_orchard_lab.pipeline.errors import RankFailure
 from robo_orchard_lab.pipeline.peers.job_board import JobBoard
 
-_SILENT_LOOKS = 60  # half a minute, for a thread that another one keeps from running
+_SILENT_LOOKS = 60  # half a minute, for a network that is gone for a while, or a busy process
 
 
 class LostRanks:
     """Finds them by their process, on this machine, and by their silence, on others.
 
     Each rank looks for the process of the next one on its machine, so that each is looked for by
-    some rank that lives. The first rank listens to all, the others to the first and the next.
-    Looks are counted, not the time, so that a process that is suspended and goes on finds nobody
-    missing who was suspended with it.
+    some rank that lives. The first rank listens to all, the others to the first and the next. One
+    that runs on this machine is there, however long it is silent, as while one of its threads keeps
+    the others waiting. Looks are counted, not the time, so that a process that is suspended and
+    goes on finds nobody missing who was suspended with it.
     """
 
     def __init__(self, board: JobBoard) -> None:
         self._board = board
         count, own = len(board.processes), board.rank
         here = [rank for rank in range(count) if board.processes[rank].is_here()]
+        self._here = frozenset(here)
         self._next = here[(here.index(own) + 1) % len(here)] if own in here else own
         listened = range(count) if own == 0 else {0, self._next}
         self.ranks = sorted(set(listened) - {own})
@@ -37,7 +39,7 @@ class LostRanks:
                 self._heard[rank], self._silent_for[rank] = beat, 0
             else:
                 self._silent_for[rank] += 1
-            silent = self._silent_for[rank] >= _SILENT_LOOKS
+            silent = rank not in self._here and self._silent_for[rank] >= _SILENT_LOOKS
             if left < section and (silent or (gone and rank == self._next)):
                 # It may have told why in a section that this rank had left by then.
                 return self._board.failure(left + 1) or self._as_failure(rank)
