@@ -7,16 +7,23 @@ never comes, when it could have saved the run.
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import TypeAlias
 
 WorkerInit: TypeAlias = Callable[[int], object]
 
+_LAST_WAIT_S = 1.0  # for processes that clean up when they are told to end
+
 _taken: tuple[int, ...] = ()  # of the whole process, as its handlers are
+_started: set[BaseProcess] = set()  # while signals were taken, and not ended with that
 
 
 @contextmanager
@@ -24,14 +31,20 @@ def taken_by_main_process(signals: Iterable[int]) -> Iterator[None]:
     """Have workers that are started meanwhile outlive these signals.
 
     Only workers with a :class:`LeavesSignals` do. They ignore them, but for SIGTERM: the second one
-    ends a worker, since that is how a main process ends one that hangs.
+    ends a worker, since that is how a main process ends one that hangs. Workers that are still
+    there when this process ends, such as persistent ones, are ended with it.
     """
     global _taken
     before, _taken = _taken, tuple(signals)
+    others = multiprocessing.active_children()
     try:
         yield
     finally:
         _taken = before
+        _started.update(child for child in multiprocessing.active_children() if child.daemon)
+        _started.difference_update(others)
+        atexit.unregister(_end_started)
+        atexit.register(_end_started)
 
 
 @contextmanager
@@ -79,3 +92,18 @@ class LeavesSignals:
 
 def _ignore_once(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)
+
+
+def _end_started() -> None:
+    """At the interpreter's end, ahead of multiprocessing's, which tells each once, and waits."""
+    left = _started.intersection(multiprocessing.active_children())
+    if not left:
+        return
+    if sys.platform != "win32":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises where a worker is killed
+    for child in left:
+        child.terminate()
+    end_at = time.monotonic() + _LAST_WAIT_S
+    for child in left:
+        child.join(max(0.0, end_at - time.monotonic()))
+        child.kill()

@@ -342,6 +342,30 @@ def end_and_wait(worker: psutil.Process) -> None:
     time.sleep(5)  # until the worker's end interrupts it
 
 
+SCRIPT_WITH_WORKERS = """
+from robo_orchard_lab.pipeline.hooks import PreemptionConfig
+from tiny import make_loader, make_trainer
+
+loader = make_loader(num_workers=2, persistent_workers=True)
+trainer = make_trainer(PreemptionConfig(save_checkpoint=False), loader=loader, max_epoch=2)
+trainer()
+"""
+
+
+@pytest.mark.parametrize(("last", "code"), [("", 0), ("raise ValueError('planted')", 1)])
+def test_a_script_ends_with_its_persistent_workers(last: str, code: int) -> None:
+    """Also where its loader and trainer are there to the last, and where it fails."""
+    ended = subprocess.run(
+        [sys.executable, "-c", SCRIPT_WITH_WORKERS + last],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == code, ended.stderr
+    assert "killed by signal" not in ended.stderr
+
+
 def test_a_workers_own_start_is_kept() -> None:
     """What the user's worker_init_fn sets is what holds."""
     ready = torch.zeros(1).share_memory_()
