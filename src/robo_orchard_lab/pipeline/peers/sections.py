@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from robo_orchard_lab.pipeline.peers.group_end import leave_group_at_exit
 from robo_orchard_lab.pipeline.peers.job_board import JobBoard
-from robo_orchard_lab.pipeline.peers.restarts import warn_of_kept_store
 from robo_orchard_lab.pipeline.peers.stall_clock import StallClock
 from robo_orchard_lab.pipeline.peers.watch import Watch
 
@@ -66,8 +65,6 @@ def _watch_of_job(clock: StallClock | None) -> Watch | None:
         if world is not None and dist.get_world_size() > 1:
             leave_group_at_exit()
             board = JobBoard.of_job()
-            if dist.get_rank() == 0:
-                warn_of_kept_store()
         if board is not None or clock is not None:
             _watch = Watch(board, world)
             atexit.unregister(_end_watch)
