@@ -32,6 +32,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "sequential": lambda: DataLoader(Indices(25), 4),
     "generator": lambda: DataLoader(Indices(27), 4, shuffle=True, generator=generator()),
     "drop_last": lambda: DataLoader(Indices(27), 4, drop_last=True),
+    "shuffled": lambda: DataLoader(Indices(27), 4, shuffle=True),
     "stream": lambda: DataLoader(Stream(), 4),
 }
 

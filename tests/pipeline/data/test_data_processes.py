@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from data_on_ranks import LOADERS
 from launching import launch
-from loaded_data import Drawing, data_of
+from loaded_data import Drawing, Indices, data_of
 from robo_orchard_lab.pipeline.data import DataOrder
 
 SCRIPT = Path(__file__).parent.parent / "data_on_ranks.py"
@@ -49,6 +49,17 @@ def test_the_steps_of_two_processes_are_those_of_one(
             for epoch in zip(*(rank[f"{kind} {loader}"][ours] for rank in ranks), strict=True)
         ]
         assert joined == expected
+
+
+@pytest.mark.parametrize("kind", ["whole", "split"])
+def test_the_order_is_that_of_the_seed(kind: str, ranks: list[dict[str, Any]]) -> None:
+    """As in one process, also where Accelerate has given the sampler a generator."""
+    size = 8 if kind == "whole" else 4
+    alone = data_of(DataLoader(Indices(27), size, shuffle=True), DataOrder(seed=7))
+    expected = [[batch.tolist() for batch in alone.epoch(epoch_id)] for epoch_id in range(2)]
+    for ours in (1, 2):
+        epochs = zip(*(rank[f"{kind} shuffled"][ours] for rank in ranks), strict=True)
+        assert [[a + b for a, b in zip(*epoch, strict=True)] for epoch in epochs] == expected
 
 
 @pytest.mark.parametrize("kind", ["whole", "split"])

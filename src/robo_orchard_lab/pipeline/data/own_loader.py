@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.data_loader import (
     BatchSamplerShard,
@@ -15,13 +17,22 @@ from accelerate.data_loader import (
     SkipBatchSampler,
     prepare_data_loader,
 )
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.worker_signals import LeavesSignals
 
 logger = job_logger(__name__)
+
+_DRAWING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 def has_index(loader: Any) -> bool:
@@ -120,9 +131,28 @@ def _unprepared(loader: DataLoader[Any]) -> DataLoader[Any]:
             "the data loader is one of accelerate.skip_first_batches, which skips the same batches "
             "in every epoch; give the loader that it was made of: a resumed run goes to its place"
         )
-    return _made_of(
-        loader, batches.batch_sampler if isinstance(batches, BatchSamplerShard) else batches
-    )
+    if isinstance(batches, BatchSamplerShard):
+        batches = _without_accelerates_generator(batches.batch_sampler, loader)
+    return _made_of(loader, batches)
+
+
+def _without_accelerates_generator(batches: Any, loader: DataLoader[Any]) -> Any:
+    """With the sampler as it was: Accelerate gives each that has no generator one, of many ranks.
+
+    It has a seed of 63 bits, drawn, where a user's has the default or a number of 32 bits.
+    """
+    sampler = getattr(batches, "sampler", None)
+    if type(batches) is not BatchSampler or type(sampler) not in _DRAWING:
+        return batches
+    given: torch.Generator | None = sampler.generator  # type: ignore[attr-defined]
+    if given is None or loader.generator is not None:
+        return batches
+    seed = given.initial_seed()
+    if seed == torch.Generator().initial_seed() or seed < 2**32:
+        return batches
+    plain: Any = copy.copy(sampler)
+    plain.generator = None
+    return BatchSampler(plain, batches.batch_size, batches.drop_last)
 
 
 def _with_seedable_sampler(loader: DataLoader[Any], data_seed: int) -> DataLoader[Any]:
