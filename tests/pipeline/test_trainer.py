@@ -520,3 +520,12 @@ def test_a_loader_that_accelerate_is_to_change_goes_through_it() -> None:
         return seen
 
     assert equal(order(1), order(2))
+
+
+def test_a_batch_norm_that_is_left_one_sample() -> None:
+    """Torch's error, and what to do about it."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.BatchNorm1d(2))
+    trainer = make_trainer(model=model, loader=make_loader(2, rest=1), max_epoch=1)
+    with pytest.raises(ValueError, match="more than 1 value per channel") as failed:
+        trainer()
+    assert "drop_last=True in the data loader" in failed.value.__notes__[-1]

@@ -141,10 +141,10 @@ def _without_accelerates_generator(batches: Any, loader: DataLoader[Any]) -> Any
 
     It has a seed of 63 bits, drawn, where a user's has the default or a number of 32 bits.
     """
-    sampler = getattr(batches, "sampler", None)
+    sampler: Any = getattr(batches, "sampler", None)
     if type(batches) is not BatchSampler or type(sampler) not in _DRAWING:
         return batches
-    given: torch.Generator | None = sampler.generator  # type: ignore[attr-defined]
+    given: torch.Generator | None = sampler.generator
     if given is None or loader.generator is not None:
         return batches
     seed = given.initial_seed()

@@ -48,6 +48,11 @@ from robo_orchard_lab.pipeline.trainer.snapshot import RunSnapshots
 
 logger = job_logger(__name__)
 
+_ONE_SAMPLE = (
+    "such a layer can't be trained on a batch of one sample, which the last step of an epoch may "
+    "leave to a process; drop_last=True in the data loader leaves that step out"
+)
+
 
 class HookBasedTrainer:
     """Trains a model; everything beyond the loop is done by hooks.
@@ -337,6 +342,8 @@ class HookBasedTrainer:
         except BaseException as error:
             with suppress(Exception):  # not every error takes notes
                 error.add_note(f"the run was at {self.progress}")
+                if "Expected more than 1 value per channel when training" in str(error):
+                    error.add_note(_ONE_SAMPLE)
             raise
         finally:
             self._last_loss = None
