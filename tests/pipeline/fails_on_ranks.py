@@ -114,6 +114,13 @@ def forward_of(place: str) -> Any:
 
 
 def main(folder: Path, place: str, options: str) -> None:
+    if place == "resume":
+        train(folder, "nowhere", options, max_step=2)
+    train(folder, place, options, max_step=8)
+    print("ended", flush=True)
+
+
+def train(folder: Path, place: str, options: str, max_step: int) -> None:
     victim = "0" if "first" in options else "1"
     mine = place if os.environ["RANK"] == victim else "nowhere"
     hooks: list[Any] = [LossTrackerConfig(), SaveCheckpointConfig(every="2 steps", keep_last=2)]
@@ -132,7 +139,7 @@ def main(folder: Path, place: str, options: str) -> None:
             Samples(mine == "loader"), batch_size=4, shuffle=place != "loader", num_workers=1
         ),
         batch_processor=SimpleBatchProcessor.from_callable(forward_of(mine)),
-        max_step=-1 if mine == "constructor" else 8,
+        max_step=-1 if mine == "constructor" else max_step,
         run_folder=folder,
         resume_from="auto",
         stall_timeout_s=2.0 if place == "stalled" else None,
@@ -140,7 +147,6 @@ def main(folder: Path, place: str, options: str) -> None:
     trainer()
     if trainer.accelerator.is_main_process:
         torch.save(trainer.accelerator.unwrap_model(trainer.model).state_dict(), folder / "end.pt")
-    print("ended", flush=True)
 
 
 if __name__ == "__main__":

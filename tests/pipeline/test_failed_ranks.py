@@ -98,6 +98,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
         "before on_step",
         "after on_model_backward+preemption",
         "killed+preemption",
+        "resume",
+        "save",
         "stalled",
     ]
     return dict(zip(cases, run_pairs(tmp_path_factory.mktemp("pairs"), *cases), strict=True))
@@ -115,6 +117,22 @@ def test_an_error_on_one_rank_ends_all(case: str, pairs: dict[str, Ended]) -> No
     """In a hook, with and without a handler of the launcher's signal; the state file says which."""
     check_place(pairs[case], case.partition("+")[0])
     check_last_word(pairs[case])
+
+
+@pytest.mark.parametrize(
+    ("place", "function"), [("save", "state_dict"), ("resume", "load_state_dict")]
+)
+def test_an_error_with_states_ends_all(place: str, function: str, pairs: dict[str, Ended]) -> None:
+    """Of a hook that is saved or resumed: it is the first on either rank, and in the state file."""
+    ended = pairs[place]
+    check_ended(ended, "ValueError: planted", f"'Planted' ({function})")
+    if ended.codes[0] == 1:
+        assert "rank 1 failed first: ValueError: planted" in ended.told[0].splitlines()[-1]
+    assert "rank 0 failed first" not in "".join(ended.told)
+    state = ended.state
+    assert state.state == "failed"
+    assert state.error is not None
+    assert (state.error.rank, state.error.hook) == (1, f"'Planted' ({function})")
 
 
 def test_a_killed_rank_ends_all(pairs: dict[str, Ended]) -> None:

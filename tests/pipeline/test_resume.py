@@ -552,7 +552,7 @@ def test_a_hook_that_takes_no_state_at_all_is_named(tmp_path: Path) -> None:
     first = Losses()
     with pytest.raises(ValueError, match="not 2 losses") as raised:
         make_trainer([first, Refusing()], max_step=3, resume_from=tmp_path / "a")
-    assert "while the hook 'Refusing' took over its saved state" in raised.value.__notes__
+    assert "raised in hook 'Refusing' (load_state_dict)" in raised.value.__notes__
     assert first.losses == []
 
 

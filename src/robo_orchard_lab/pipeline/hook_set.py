@@ -15,6 +15,7 @@ from robo_orchard_core.utils.hook import (
     HookContextChannel,
     HookRegistrationError,
     RemovableHandle,
+    add_origin,
 )
 from robo_orchard_lab.pipeline.channel_decorators import ChannelDecorators
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
@@ -239,7 +240,14 @@ class PipelineHooks:
         This one holds the states of the bundles registered here, by name. A subclass that has a
         state of its own returns that instead; the bundles in it are saved beside it.
         """
-        return {bundle.name: bundle.state_dict() for bundle in self._stateful()}
+        state = {}
+        for bundle in self._stateful():
+            try:
+                state[bundle.name] = bundle.state_dict()
+            except Exception as error:
+                add_origin(error, f"{bundle.name!r} (state_dict)")
+                raise
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state that :meth:`state_dict` gave.
@@ -261,7 +269,7 @@ class PipelineHooks:
             try:
                 bundle.load_state_dict(state[name])
             except Exception as error:
-                error.add_note(f"while the hook {name!r} took over its saved state")
+                add_origin(error, f"{name!r} (load_state_dict)")
                 raise
 
     def redistribute_states(

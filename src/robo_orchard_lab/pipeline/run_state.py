@@ -113,9 +113,9 @@ class RunStateFile:
     """Keeps ``run_state.json`` in the folder of a run.
 
     It is replaced as a whole, and is on the disk, when a run begins, after each checkpoint, and
-    when the run ends. The first rank writes it; another one only where it fails, since the first
-    may then have no chance to. A file that can't be written, or that another process still keeps,
-    ends no run: the log says so.
+    when the run ends, also where it can't be resumed. The first rank writes it; another one only
+    where it fails, since the first may then have no chance to. A file that can't be written, or
+    that another process still keeps, ends no run: the log says so.
 
     Args:
         folder: the run's folder; None keeps no file.
@@ -163,6 +163,24 @@ class RunStateFile:
             self._fail(error, requests)
             raise
         self._end("completed", requests, exit_code=0)
+
+    @contextmanager
+    def around_resume(self) -> Iterator[None]:
+        """Say that a run has failed which can't go on from what was saved; else nothing."""
+        if self._folder is None or self._rank != 0:
+            yield
+            return
+
+        def tell(failure: RankFailure, exit_code: int | None = 1) -> None:
+            self._begin()
+            self._end("failed", Requests(), exit_code=exit_code, error=RunError(**asdict(failure)))
+
+        try:
+            with before_hard_end(tell):
+                yield
+        except BaseException as error:
+            tell(failure_of(error, self._rank), _exit_code(error))
+            raise
 
     def nothing_left(self) -> None:
         """A run that was resumed at its end is completed, whatever had become of it before."""

@@ -23,6 +23,7 @@ from robo_orchard_core.utils.hook._context import (
 from robo_orchard_core.utils.hook._errors import (
     HookRegistrationError,
     HookSignatureError,
+    add_origin,
     later_errors,
     origin_of,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "HookSignatureError",
     "RemovableHandle",
     "RemoveableHandle",
+    "add_origin",
     "later_errors",
     "origin_of",
 ]

@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeVar
 import torch.distributed as dist
 
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError, StoreLockedError
+from robo_orchard_lab.pipeline.peers import failed_elsewhere
 
 T = TypeVar("T")
 
@@ -119,7 +120,8 @@ class Ranks:
         for index, (_, problem) in enumerate(told):
             if problem is not None:
                 kind, text = problem
-                raise _KINDS.get(kind, CheckpointError)(f"{what} failed on rank {index}: {text}")
+                failed = _KINDS.get(kind, CheckpointError)
+                raise failed_elsewhere(failed(f"{what} failed on rank {index}: {text}"))
         return [result for result, _ in told]
 
     def first(self, what: str, work: Callable[[], T]) -> T:

@@ -1,5 +1,6 @@
 """The processes of a job, which end together when one of them fails."""
 
+from robo_orchard_lab.pipeline.peers.broken_exchange import failed_elsewhere
 from robo_orchard_lab.pipeline.peers.ending import before_hard_end
 from robo_orchard_lab.pipeline.peers.group_end import leave_group_at_exit
 from robo_orchard_lab.pipeline.peers.restarts import leave_addresses_behind
@@ -12,6 +13,7 @@ __all__ = [
     "another_failed",
     "before_hard_end",
     "end_together",
+    "failed_elsewhere",
     "failing",
     "failure_of",
     "leave_addresses_behind",

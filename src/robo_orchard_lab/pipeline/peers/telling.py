@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import traceback
+from contextlib import suppress
 
 from robo_orchard_core.utils.hook import origin_of
 from robo_orchard_lab.pipeline.errors import RankFailed, RankFailure
 
+_FIRST = "__first_failure__"
 _LONGEST_TEXT = 10_000
 
 
@@ -14,6 +16,9 @@ def failure_of(error: BaseException, rank: int) -> RankFailure:
     """What has failed, and where: the error of this rank, or the other one's that it follows of."""
     if isinstance(error, RankFailed):
         return error.failure
+    first = getattr(error, _FIRST, None)
+    if isinstance(first, RankFailure):
+        return first
     return RankFailure(
         rank=rank,
         type=type(error).__qualname__,
@@ -21,6 +26,13 @@ def failure_of(error: BaseException, rank: int) -> RankFailure:
         hook=plain_text(origin_of(error) or "") or None,
         location=_location(error),
     )
+
+
+def note_first(error: BaseException, first: RankFailure) -> None:
+    """Have an error say which failure of another rank it follows of, and stay what it is."""
+    with suppress(Exception):  # not every error takes notes
+        error.add_note(str(first))
+        setattr(error, _FIRST, first)
 
 
 def plain_text(value: object) -> str:

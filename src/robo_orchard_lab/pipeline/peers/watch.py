@@ -8,16 +8,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 from robo_orchard_lab.pipeline.errors import RankFailed, RankFailure, RunPreempted
-from robo_orchard_lab.pipeline.peers.broken_exchange import is_broken_exchange
+from robo_orchard_lab.pipeline.peers.broken_exchange import (
+    is_broken_exchange,
+    is_failed_elsewhere,
+)
 from robo_orchard_lab.pipeline.peers.ending import end_hard
 from robo_orchard_lab.pipeline.peers.job_board import JobBoard
 from robo_orchard_lab.pipeline.peers.lost_ranks import LostRanks
 from robo_orchard_lab.pipeline.peers.stall_clock import StallClock
 from robo_orchard_lab.pipeline.peers.strays import Place, stray_among
-from robo_orchard_lab.pipeline.peers.telling import failure_of
+from robo_orchard_lab.pipeline.peers.telling import failure_of, note_first
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +84,8 @@ class Watch:
         if self._open:
             try:
                 yield
+            except BaseException as error:
+                self._raise_first(error)
             finally:
                 self._clock = outer
             return
@@ -91,9 +96,7 @@ class Watch:
             yield
         except BaseException as error:
             self._clock = None
-            if (first := self._first_of(error)) is not None:
-                raise RankFailed(first) from error
-            raise
+            self._raise_first(error)
         finally:
             self._clock, self._open = outer, False
             if self._board is not None:
@@ -112,6 +115,11 @@ class Watch:
             return
         self._told = True
         self._claim(self._section, failure_of(error, board.rank))
+
+    def _raise_first(self, error: BaseException) -> NoReturn:
+        if (first := self._first_of(error)) is not None:
+            raise RankFailed(first) from error
+        raise error
 
     def _first_of(self, error: BaseException) -> RankFailure | None:
         """The failure of another rank that this error follows of; None where it does not.
@@ -132,12 +140,11 @@ class Watch:
             with suppress(Exception):  # the store may be gone
                 self._wait_until(lambda: board.all_know(self._section), _WAIT_S)
             return None
-        if follows:
+        if follows and not is_failed_elsewhere(error):
             return first
         own = failure_of(error, board.rank)
         if (own.type, own.message) != (first.type, first.message):
-            with suppress(Exception):  # not every error takes notes
-                error.add_note(str(first))
+            note_first(error, first)
         return None
 
     def _claim(self, section: int, failure: RankFailure) -> None:

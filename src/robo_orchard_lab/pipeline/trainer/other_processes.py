@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from robo_orchard_core.utils.hook import add_origin
 from robo_orchard_lab.pipeline.checkpoint import keyed_random_state
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
@@ -98,7 +99,7 @@ class OtherProcesses:
             try:
                 found[name] = hook.redistribute_states(states, self._processes)[self._rank]
             except Exception as error:
-                error.add_note(f"while the states of the hook {name!r} were redistributed")
+                add_origin(error, f"{name!r} (redistribute_states)")
                 raise
         return found
 

@@ -252,7 +252,7 @@ class HookBasedTrainer:
         self._carry_out = partial(carry_out_requests, self._run, channel("on_evaluation").run)
 
         if resume_from is not None:
-            with end_together(self._stall_clock):
+            with self._run.state_file.around_resume(), end_together(self._stall_clock):
                 self._check_hooks_alike()
                 self._resumed = resume(self._run, self.hooks, self._snapshots, resume_from)
 
