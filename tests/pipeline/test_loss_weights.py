@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,8 +47,8 @@ def plain(given: Weights, accumulate: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_an_update_is_that_of_the_weighted_mean(accumulate: int) -> None:
-    """Of numbers and tensors, from 0 to a million, also where a whole window weighs nothing."""
-    given = [2, 0.0, torch.tensor(1e6), torch.tensor([0.0]), 0, 0, 7.5]
+    """Of numbers of any kind and tensors, from 0 to a million; a whole window may weigh nothing."""
+    given = [np.float32(2), 0.0, torch.tensor(1e6), torch.tensor([0.0]), np.int64(0), 0, 7.5]
     model = make_model()
     make_trainer(
         model=model,

@@ -123,12 +123,14 @@ class AccumulationWindows:
             "loss_weights": self._weights.state_dict(),
         }
 
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Refuse a window that can't be gone on with; raises ``StateError``, changes nothing."""
+        self._weights.check(state["loss_weights"])
+
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Go on within a window as it was planned."""
-        if "loss_weights" in state:
-            self._weights.load_state_dict(state["loss_weights"], device)
-        own = state["loaded_sizes"]
-        self._loaded = list(map(StepSizes, own, state.get("job_sizes", own)))
+        self._weights.load_state_dict(state["loss_weights"], device)
+        self._loaded = list(map(StepSizes, state["loaded_sizes"], state["job_sizes"]))
 
     def _divisor(self, sizes: StepSizes) -> float:
         """Of a batch that is a window by itself."""

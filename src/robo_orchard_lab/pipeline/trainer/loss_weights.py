@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -59,13 +60,13 @@ class LossWeights:
         dtype = torch.float32 if loss.device.type == "mps" else torch.float64
         if isinstance(weight, torch.Tensor) and weight.numel() == 1:
             return weight.detach().reshape(()).to(device=loss.device, dtype=dtype)
-        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        number = isinstance(weight, Real) and not isinstance(weight, bool)  # NumPy's as well
         if not number or not 0 <= weight < math.inf:
             raise BatchProcessorError(
                 "the weight of a loss must be a number >= 0 or a tensor of one, such as how many "
                 f"tokens it is the mean of; got {weight!r:.80}"
             )
-        return torch.full((), weight, dtype=dtype, device=loss.device)
+        return torch.full((), float(weight), dtype=dtype, device=loss.device)
 
     def add(self, loss: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """What to run the backward pass of, in the place of a mean loss of such a weight."""
@@ -101,19 +102,22 @@ class LossWeights:
         """Of a window that is open."""
         return {"total": self._total, "reference": self._reference, "ranks": self._ranks}
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Go on within a window, or begin one.
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Refuse what :meth:`load_state_dict` could not go on from.
 
         Raises:
-            StateError: within a window, of another number of ranks.
+            StateError: it is that within a window, of another number of ranks.
         """
-        total, reference = state["total"], state["reference"]
-        if total is not None and state["ranks"] != self._ranks:
+        if state["total"] is not None and state["ranks"] != self._ranks:
             raise StateError(
                 f"the run was saved within an accumulation window of weighted losses by "
                 f"{state['ranks']} processes, which {self._ranks} can't go on with; give as many, "
                 "or a checkpoint that was saved after an update"
             )
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on within a window, or begin one."""
+        total, reference = state["total"], state["reference"]
         self._total = None if total is None else total.to(device)
         self._reference = None if reference is None else reference.to(device)
 

@@ -87,6 +87,7 @@ class RankStates:
         """
         self._data.check(of_data, state["data"])
         check_random_state(state["random"])
+        self._windows.check(state["window"])
         check_open_gradients(self._run, state["gradients"])
         check_tensors(
             "the optimizer's parameters beside the model are others",
