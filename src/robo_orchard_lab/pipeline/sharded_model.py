@@ -172,7 +172,7 @@ def _gradient_holders(model: torch.nn.Module) -> Iterator[tuple[str, Any, torch.
     names = {id(p): plain_name(name) for name, p in model.named_parameters()}
     try:
         for module in _sharding_modules(model):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
+            for group in _parameter_groups(module):
                 policy = group.mp_policy
                 for holder in group.fsdp_params:
                     own = holder.sharded_param
@@ -183,3 +183,10 @@ def _gradient_holders(model: torch.nn.Module) -> Iterator[tuple[str, Any, torch.
             "the gradients of an open accumulation window can't be found in a sharded model with "
             f"torch {torch.__version__}; save where no window is open"
         ) from error
+
+
+def _parameter_groups(module: Any) -> list[Any]:
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [state._fsdp_param_group] if state._fsdp_param_group else []  # as in torch 2.8

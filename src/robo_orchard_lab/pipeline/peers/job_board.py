@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # documented
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # documented
 
 from robo_orchard_lab.pipeline.errors import RankFailure
 from robo_orchard_lab.pipeline.host_group import gather_objects
@@ -39,17 +39,11 @@ class JobBoard:
         self._place = Place()
 
     @classmethod
-    def of_job(cls) -> JobBoard | None:
-        """That of this job: a collective.
-
-        None where torch's process group does not give its store away, as before torch 2.7.
-        """
-        world: Any = dist.group.WORLD
-        if not hasattr(world, "get_group_store") or not hasattr(Store, "clone"):
-            return None
+    def of_job(cls) -> JobBoard:
+        """That of this job: a collective."""
         rank, count = dist.get_rank(), dist.get_world_size()
         # A connection of its own, since one that waits for a key keeps other requests waiting.
-        store = world.get_group_store().clone()
+        store = _store_of_job().clone()
         store.set_timeout(timedelta(seconds=_TIMEOUT_S))
         # The store may still have what an earlier start of the job has written.
         board = uuid.uuid4().hex
@@ -117,6 +111,15 @@ class JobBoard:
         """Whether all processes know the failure of a section, or have left it."""
         with self._one_at_a_time:
             return bool(self._store.add(f"known/{section}", 0) >= len(self.processes))
+
+
+def _store_of_job() -> Any:
+    world: Any = dist.group.WORLD
+    if hasattr(world, "get_group_store"):
+        return world.get_group_store()
+    from torch.distributed.distributed_c10d import _get_default_store  # as of torch 2.8
+
+    return _get_default_store()
 
 
 def _read(text: bytes) -> RankFailure:
