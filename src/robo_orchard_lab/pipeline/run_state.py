@@ -105,6 +105,8 @@ def read_run_state(folder: str | os.PathLike[str]) -> RunState:
         return state
     who = state.process
     message = f"process {who.pid} on {who.host} is gone without a word: killed, or out of memory"
+    if state.processes > 1:
+        message += f", or ended by the launcher when another one of the {state.processes} was"
     error = RunError(type="Killed", message=message, rank=0)
     return state.model_copy(update={"state": "failed", "error": error})
 
