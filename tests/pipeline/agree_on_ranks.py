@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -25,6 +26,7 @@ from robo_orchard_lab.pipeline.hooks import (
     TimeLimitConfig,
     ValidationHookConfig,
 )
+from robo_orchard_lab.pipeline.host_group import gather_objects
 from robo_orchard_lab.testing import count_collectives, count_host_reads
 from tiny import make_loader, make_trainer
 
@@ -72,10 +74,18 @@ def alone(folder: Path, rank: int) -> dict[str, Any]:
         ValidationHookConfig(every="at steps 1000")(dataloaders={"val": make_loader(2)}),
     ]
     trainer = make_trainer(hooks, max_epoch=900, run_folder=folder / "alone", agree_every=5)
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    requests_log = logging.getLogger("robo_orchard_lab.pipeline.requests")
+    requests_log.setLevel(logging.INFO)
+    requests_log.addHandler(handler)
     trainer()
+    requests_log.removeHandler(handler)
     saved = CheckpointStore(folder / "alone" / "checkpoints").list()
     return {
         "done": asks.done,
+        "told": [line for of_rank in gather_objects(told) for line in of_rank],
         "stopped": trainer.progress.global_step_id,
         "checkpoints": [info.step for info in saved],
         "weights": (folder / "w.safetensors").exists(),

@@ -13,6 +13,9 @@ from robo_orchard_core.utils.hook import RemovableHandle
 from robo_orchard_lab.pipeline.agreement import Agreement
 from robo_orchard_lab.pipeline.errors import PipelineStateError
 from robo_orchard_lab.pipeline.host_group import gather_objects
+from robo_orchard_lab.pipeline.job_log import job_logger
+
+logger = job_logger(__name__)
 
 RequestT = TypeVar("RequestT", bound="Request")
 
@@ -292,7 +295,12 @@ class Requests:
         """Make the requests of all ranks on this one, as each of them does: a collective."""
         for rank, requests in enumerate(gather_objects(self.take_alone())):
             for request in requests:
-                self._make(replace(request, by=f"{request.by} on rank {rank}"))
+                by = f"{request.by} on rank {rank}"
+                # Others are told when they are done.
+                if isinstance(request, EvaluateRequest | LogRequest):
+                    what = "an evaluation" if isinstance(request, EvaluateRequest) else "a log"
+                    logger.info("%s asked for %s: %s", by, what, request.reason)
+                self._make(replace(request, by=by))
 
     def _make(self, request: Request) -> None:
         if not isinstance(request, StopRequest):
