@@ -14,7 +14,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    SequentialSampler,
+    TensorDataset,
+)
 
 from robo_orchard_core.utils.hook import HookRegistrationError
 from robo_orchard_lab.pipeline import (
@@ -259,6 +265,13 @@ def test_no_batch_is_an_error(loader: Any) -> None:
     """An epoch without a batch would never end by itself, so it is refused."""
     with pytest.raises(DataError, match="gave no batch in epoch 0"):
         make_trainer(loader=loader, max_step=3)()
+
+
+def test_less_than_a_step_is_dropped() -> None:
+    """Where drop_last is why an epoch has no batch, the error says so."""
+    data = TensorDataset(torch.zeros(3, 4), torch.zeros(3, 2))
+    with pytest.raises(DataError, match=r"its 3 samples are less than one step .* drop_last=False"):
+        make_trainer(loader=DataLoader(data, batch_size=4, drop_last=True), max_step=3)()
 
 
 def test_an_iterator_lasts_one_epoch() -> None:

@@ -44,6 +44,22 @@ def has_index(loader: Any) -> bool:
     )
 
 
+def why_no_batch(loader: Any) -> str:
+    """What to look at where a pass over the data has had no batch."""
+    loader = getattr(loader, "base_dataloader", loader)
+    if has_index(loader):
+        batches = loader if loader.batch_sampler is None else loader.batch_sampler
+        size = getattr(batches, "batch_size", None)
+        if getattr(batches, "drop_last", False):
+            return (
+                f"its {len(loader.dataset)} samples are less than one step of all processes takes, "
+                f"of {size} samples on each, and drop_last=True drops them: give drop_last=False, "
+                "a smaller batch_size or more data"
+            )
+        return "its dataset or its sampler gives no sample"
+    return "an iterator can be read only once: pass an iterable that can be iterated every epoch"
+
+
 def own_loader(loader: Iterable[Any], accelerator: Accelerator) -> Iterable[Any]:
     """What is to be given an order: one with an index as it was before it was prepared.
 

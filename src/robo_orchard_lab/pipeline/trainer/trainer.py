@@ -17,6 +17,7 @@ from robo_orchard_lab.pipeline.agreement import Agreement
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
 from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.data import DataOrder, TrainingData
+from robo_orchard_lab.pipeline.data.own_loader import why_no_batch
 from robo_orchard_lab.pipeline.errors import (
     BatchProcessorError,
     DataError,
@@ -434,8 +435,8 @@ class HookBasedTrainer:
                     return
         if progress.step_id == 0:
             raise DataError(
-                f"the dataloader gave no batch in epoch {progress.epoch_id}; an iterator "
-                "can be read only once: pass an iterable that can be iterated every epoch"
+                f"the dataloader gave no batch in epoch {progress.epoch_id}; "
+                + why_no_batch(self.dataloader)
             )
         args.epoch_completed = True
 
