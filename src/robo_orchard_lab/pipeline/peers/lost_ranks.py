@@ -45,6 +45,10 @@ class LostRanks:
                 return self._board.failure(left + 1) or self._as_failure(rank)
         return None
 
+    def have_left(self, section: int) -> bool:
+        """Whether those that this one listens to say that they have left the section."""
+        return all(left >= section for _, left in self._board.beats(self.ranks))
+
     def all_left(self, section: int) -> bool:
         """Whether all others have left the section, or are known to be gone."""
         beats = self._board.beats(self.ranks)

@@ -33,7 +33,8 @@ def end_together(
         clock: when the call has stalled; the job then fails, and stacks are written on all ranks.
         place: how many steps are done or open; at how many commit points there was something for
             all ranks to do together; after how many steps that was the last time, and what. Asked
-            by another thread, it finds ranks that do such things by themselves.
+            by another thread, it finds ranks that do such things by themselves. A call with it
+            that ends well waits for the other ranks' ends, for three seconds at the most.
     """
     watch = _watch_of_job(clock)
     if watch is None:

@@ -97,12 +97,31 @@ class Watch:
         except BaseException as error:
             self._clock = None
             self._raise_first(error)
+        else:
+            self._clock = None
+            if place is not None and (failed := self._failed_at_the_end()) is not None:
+                raise RankFailed(failed)
         finally:
             self._clock, self._open = outer, False
-            if self._board is not None:
-                with suppress(Exception):  # the store may be gone
-                    self._tell_place(self._board)
-                    self._board.leave(self._section)
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._board is not None:
+            with suppress(Exception):  # the store may be gone
+                self._tell_place(self._board)
+                self._board.leave(self._section)
+
+    def _failed_at_the_end(self) -> RankFailure | None:
+        """Another rank's failure, where this one is done; None when all are, or one takes long."""
+        board, lost, section = self._board, self._lost, self._section
+        if board is None or lost is None:
+            return None
+        self._leave()
+        told: RankFailure | None = None
+        with suppress(Exception):  # the store may be gone, with a process that is done
+            self._wait_until(lambda: self.failure is not None or lost.have_left(section), _WAIT_S)
+            told = self.failure or board.failure(section)
+        return None if told is None or told.rank == board.rank else told
 
     def _tell_place(self, board: JobBoard) -> None:
         if self._place is not None:
