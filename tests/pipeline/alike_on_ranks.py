@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch.optim.lr_scheduler import StepLR
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 
-from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks
+from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.data import DataOrder
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hooks import (
@@ -21,7 +21,11 @@ from robo_orchard_lab.pipeline.hooks import (
     SaveCheckpointConfig,
     ValidationHookConfig,
 )
-from tiny import make_loader, make_model, make_trainer
+from tiny import loss_of, make_loader, make_model, make_trainer
+
+
+def other_loss(model: Any, batch: Any) -> Any:
+    return loss_of(model, batch)
 
 
 class Numbers(IterableDataset[Any]):
@@ -58,18 +62,26 @@ def make(kind: str, other: bool, folder: Path) -> HookBasedTrainer:
     hooks.insert(0 if differs == "order of hooks" else 1, watch)
     if kind == "loaders":
         name = "test" if other else "val"
-        hooks.append(ValidationHookConfig()(dataloaders={name: make_loader(2)}))
+        hooks.append(ValidationHookConfig()(dataloaders={name: make_loader(3 if other else 2)}))
     if differs == "hooks":
         hooks.append(GradientClippingHookConfig(max_norm=1.0))
     loader: Any = make_loader(6 if differs == "length" else 8, shuffle=differs == "sampler")
     if kind == "stream":
         loader = DataLoader(Numbers(16 if other else 20), batch_size=2)
+    if kind == "weights":
+        weights = torch.ones(32, dtype=torch.float64)
+        weights[0] += other
+        sampler = WeightedRandomSampler(weights.tolist(), 32)
+        loader = DataLoader(make_loader(8).dataset, batch_size=4, sampler=sampler)
     return make_trainer(
         hooks,
         model=model,
         loader=loader,
         optimizer=optimizer,
         lr_scheduler=StepLR(optimizer, 2 if differs == "schedule" else 1),
+        batch_processor=SimpleBatchProcessor.from_callable(
+            other_loss if differs == "processor" else loss_of
+        ),
         accumulate=2 if differs == "accumulation" else 1,
         max_step=5 if differs == "limit" else 4,
         data_order=DataOrder(seed=2 if differs == "seed" else 1),

@@ -22,6 +22,12 @@ PARTS = {
     "order of parameters": ("optimizer", "-  2.bias", "+  2.bias"),
     "schedule": ("schedule", '"step_size": 1', '"step_size": 2'),
     "length": ("data", "-8 batches of 4 samples", "+6 batches of 4 samples"),
+    "weights": (
+        "data",
+        "-sampler: torch.utils.data.sampler.BatchSampler, ",
+        "weights e140b3e269b3",
+    ),
+    "processor": ("settings", "loss_of (tiny.py:", "other_loss (alike_on_ranks.py:"),
     "sampler": ("data", "sampler.SequentialSampler", "sampler.RandomSampler"),
     "accumulation": ("settings", "-gradient_accumulation_steps: 1", "_accumulation_steps: 2"),
     "limit": ("settings", "max_step=4", "max_step=5"),
@@ -32,7 +38,10 @@ PARTS = {
 PLANS = {
     "hooks": ("", "+GradientClippingHook: {"),
     "hook": ('"every": "5 steps"', '"every": "7 steps"'),
-    "loaders": ('{"dataloaders": ["val"]}', '{"dataloaders": ["test"]}'),
+    "loaders": (
+        '{"dataloaders": {"val": "8 samples in batches of 4"}}',
+        '{"dataloaders": {"test": "12 samples in batches of 4"}}',
+    ),
     "order of hooks": ("+watch: ", "-watch: "),
 }
 

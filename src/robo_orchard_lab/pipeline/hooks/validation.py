@@ -10,7 +10,9 @@ from pydantic import Field
 
 from robo_orchard_core.utils.config import ClassConfig, ConfigInstanceOf
 from robo_orchard_core.utils.hook import HookContext
+from robo_orchard_lab.pipeline.batch_size import count_batches
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.data.own_loader import has_index
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.evaluator import Evaluator, check_dataloaders
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
@@ -126,9 +128,10 @@ class ValidationHook(PipelineHooks):
             args.metrics.defer(self._evaluator.run(prefix="eval/"))
         self._evaluated_at = step
 
-    def alike_on_ranks(self) -> dict[str, list[str]]:
-        """The names of the loaders, on which the ranks evaluate together."""
-        return {"dataloaders": [*self._dataloaders]}
+    def alike_on_ranks(self) -> dict[str, dict[str, str]]:
+        """The loaders on which the ranks evaluate together, with their samples where they have an
+        index."""
+        return {"dataloaders": {name: _size(each) for name, each in self._dataloaders.items()}}
 
     def state_dict(self) -> dict[str, Any]:
         return {"version": STATE_VERSION, "evaluated_at": self._evaluated_at}
@@ -179,6 +182,13 @@ class ValidationHookConfig(PipelineHooksConfig[ValidationHook]):
         default=None,
         description="What builds the metrics, by name, where they aren't given to the hook.",
     )
+
+
+def _size(loader: Any) -> str:
+    loader = getattr(loader, "base_dataloader", loader)
+    if not has_index(loader):
+        return "a stream"
+    return f"{count_batches(loader.dataset)} samples in batches of {loader.batch_size}"
 
 
 def given_or_built(

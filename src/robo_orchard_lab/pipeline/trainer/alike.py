@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import RandomSampler, WeightedRandomSampler
 
 from robo_orchard_core.utils.config import Config, ConfigSaveError
 from robo_orchard_core.utils.hook import FunctionInfo
@@ -95,7 +96,7 @@ def setup_texts(
     """
     settings = {
         **options,
-        "batch_processor": f"{_kind(batch_processor)}, need_backward="
+        "batch_processor": f"{_processor(batch_processor)}, need_backward="
         f"{batch_processor.need_backward}",
         "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
         "mixed_precision": accelerator.mixed_precision,
@@ -188,9 +189,28 @@ def _data(dataloader: Any) -> Iterator[str]:
     yield f"dataset: {_kind(loader.dataset)} of {count_batches(loader.dataset)} samples"
     batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     samplers = [batches, getattr(batches, "sampler", None)]
-    yield f"sampler: {', '.join(_kind(each) for each in samplers if each is not None)}"
+    yield f"sampler: {', '.join(_sampler(each) for each in samplers if each is not None)}"
     size, drop_last = (getattr(batches, name, None) for name in ("batch_size", "drop_last"))
     yield f"{count_batches(loader)} batches of {size} samples, drop_last={drop_last}"
+
+
+def _processor(processor: Any) -> str:
+    """Its class, or the function that it was made of."""
+    forward = vars(type(processor)).get("forward")
+    if not isinstance(forward, staticmethod):
+        return _kind(processor)
+    return f"{_kind(processor)} of {_ADDRESS.sub('', _function(forward.__func__))}"
+
+
+def _sampler(sampler: Any) -> str:
+    """Its class; of torch's own that draw, also how many they draw, and by which weights."""
+    text = _kind(sampler)
+    if type(sampler) in (RandomSampler, WeightedRandomSampler):
+        text += f" of {sampler.num_samples}, replacement={sampler.replacement}"
+    if type(sampler) is WeightedRandomSampler:
+        digest = hashlib.sha256(sampler.weights.numpy(force=True).tobytes()).hexdigest()
+        text += f", weights {digest[:12]}"
+    return text
 
 
 def _plain(values: Mapping[str, Any]) -> str:
