@@ -117,9 +117,7 @@ def _store_of_job() -> Any:
     world: Any = dist.group.WORLD
     if hasattr(world, "get_group_store"):
         return world.get_group_store()
-    from torch.distributed.distributed_c10d import _get_default_store  # as of torch 2.8
-
-    return _get_default_store()
+    return dist.distributed_c10d._get_default_store()  # as of torch 2.8
 
 
 def _read(text: bytes) -> RankFailure:
