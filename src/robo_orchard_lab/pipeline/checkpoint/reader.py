@@ -288,10 +288,6 @@ def _read(descriptor: int, size: int) -> torch.Tensor:
     return block
 
 
-def _is_of_rank(name: FileName) -> bool:
-    return name.rank is not None and not name.is_shards
-
-
 def _shares(tensors: Mapping[str, torch.Tensor], share_of: ShareOf) -> dict[str, torch.Tensor]:
     return {name: cut(t, share_of(name, tuple(t.shape))) for name, t in tensors.items()}
 

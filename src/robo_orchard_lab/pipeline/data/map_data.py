@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch.utils.data import BatchSampler, DataLoader
 
 from robo_orchard_lab.pipeline.batch_size import count_batches
@@ -44,6 +43,7 @@ from robo_orchard_lab.pipeline.data.share import Share
 from robo_orchard_lab.pipeline.data.streams_aside import ContinuedStreams
 from robo_orchard_lab.pipeline.data.worker_start import WorkerStart
 from robo_orchard_lab.pipeline.errors import StateError
+from robo_orchard_lab.pipeline.host_group import broadcast_object
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.worker_signals import workers_start
@@ -77,8 +77,8 @@ class MapData:
         self._sources = random_sources_of(loader)
         self._samplers = SamplerState(loader)
         if share.processes > 1 and self._sources:
-            shared = broadcast_object_list([capture_sources(self._sources)])  # a collective
-            restore_sources(shared[0], self._sources)  # which draw the same on all ranks from here
+            shared = broadcast_object(capture_sources(self._sources), 0)  # a collective
+            restore_sources(shared, self._sources)  # which draw the same on all ranks from here
         self._quiet = order.keyed_by == "none" or draws_nothing(loader.dataset, loader.collate_fn)
         self._fetcher = Fetcher(loader.dataset, loader.collate_fn, self._batched)
         self._tasks = _Tasks()

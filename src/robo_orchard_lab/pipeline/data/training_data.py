@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 
 from robo_orchard_lab.pipeline.data.division import StepSizes
@@ -17,6 +16,7 @@ from robo_orchard_lab.pipeline.data.own_loader import has_index, own_loader
 from robo_orchard_lab.pipeline.data.share import share_in
 from robo_orchard_lab.pipeline.data.stream_data import StreamData
 from robo_orchard_lab.pipeline.errors import StateError
+from robo_orchard_lab.pipeline.host_group import broadcast_object
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 
 STATE_VERSION = 1
@@ -191,4 +191,4 @@ def _common_seed(order: DataOrder, accelerator: Accelerator) -> int:
     seed = torch.initial_seed() % 2**64 if order.seed is None else order.seed
     if accelerator.num_processes == 1:
         return seed
-    return int(broadcast_object_list([seed])[0])  # a collective
+    return int(broadcast_object(seed, 0))  # a collective
