@@ -111,12 +111,12 @@ def test_the_loss_that_a_schedule_follows(saved: int, now: int) -> None:
         Accelerator(cpu=True), optimizer, ReduceLROnPlateau(optimizer), PipelineHooks()
     )
     states: list[Any] = [
-        {"mean_loss": {"sum": torch.tensor(rank + 1.0) if rank else None, "count": rank}}
+        {"mean_loss": {"sum": torch.tensor(rank + 1.0) if rank else None, "weight": rank}}
         for rank in range(saved)
     ]
     found = [state["mean_loss"] for state in hook.redistribute_states(states, now)]
     assert len(found) == now
-    assert sum(state["count"] for state in found) == sum(range(saved))
+    assert sum(state["weight"] for state in found) == sum(range(saved))
     total = sum(float(state["sum"]) for state in found if state["sum"] is not None)
     assert total == sum(rank + 1.0 for rank in range(1, saved))
 

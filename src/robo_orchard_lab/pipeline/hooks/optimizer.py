@@ -196,14 +196,14 @@ class _MeanLoss:
         sums = [state["sum"] for state in states if state["sum"] is not None]
         return {
             "sum": torch.stack(sums).sum(0) if sums else None,
-            "count": sum(state["count"] for state in states),
+            "weight": sum(state["weight"] for state in states),
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sum": self._sum, "count": self._weight}
+        return {"sum": self._sum, "weight": self._weight}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._sum, self._weight = state["sum"], state["count"]
+        self._sum, self._weight = state["sum"], state["weight"]
 
 
 def _unwrap_optimizer(
