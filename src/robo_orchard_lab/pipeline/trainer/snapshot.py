@@ -43,7 +43,7 @@ from robo_orchard_lab.pipeline.trainer.other_processes import OtherProcesses
 from robo_orchard_lab.pipeline.trainer.rank_state import RankStates, checked_rank_state
 from robo_orchard_lab.pipeline.trainer.trained_names import trained_names
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 _KEYS = {
     "data",
     "lr_scheduler",
@@ -218,7 +218,8 @@ def _checked_trainer_state(parts: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(trainer, dict) or trainer.get("version") != STATE_VERSION:
         found_version = trainer.get("version") if isinstance(trainer, dict) else None
         raise StateError(
-            f"expected a trainer state of version {STATE_VERSION}, found {found_version!r}"
+            f"expected a trainer state of version {STATE_VERSION}, found {found_version!r}; resume "
+            "with the release that wrote it"
         )
     check_keys("the trainer's state", trainer, _KEYS)
     return trainer
