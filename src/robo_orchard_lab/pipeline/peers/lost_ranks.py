@@ -5,6 +5,9 @@ from __future__ import annotations
 from robo_orchard_lab.pipeline.errors import RankFailure
 from robo_orchard_lab.pipeline.peers.job_board import JobBoard
 
+KILLED = "Killed"
+"""The type of failure of a process that is gone, or taken to be."""
+
 _SILENT_LOOKS = 60  # half a minute, for a network that is gone for a while, or a busy process
 
 
@@ -61,7 +64,7 @@ class LostRanks:
         process = self._board.processes[rank]
         return RankFailure(
             rank=rank,
-            type="Killed",
+            type=KILLED,
             message=f"process {process.pid} on {process.host} is gone without a word: killed, or "
             "out of memory, or ended outside of the trainer",
         )

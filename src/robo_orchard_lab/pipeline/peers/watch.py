@@ -17,7 +17,7 @@ from robo_orchard_lab.pipeline.peers.broken_exchange import (
 )
 from robo_orchard_lab.pipeline.peers.ending import end_hard
 from robo_orchard_lab.pipeline.peers.job_board import JobBoard
-from robo_orchard_lab.pipeline.peers.lost_ranks import LostRanks
+from robo_orchard_lab.pipeline.peers.lost_ranks import KILLED, LostRanks
 from robo_orchard_lab.pipeline.peers.stall_clock import StallClock
 from robo_orchard_lab.pipeline.peers.strays import Place, stray_among
 from robo_orchard_lab.pipeline.peers.telling import failure_of, note_first
@@ -31,6 +31,8 @@ _WAIT_S = 3.0  # for other processes to tell, or to know, what has failed
 _GRACE_S = 3.0  # for the main thread to come out by itself when another process has failed
 _OWN_GRACE_S = 8.0  # when this one has: its hooks' afters run
 _DEAF_S = 3.0  # without an answer of the store
+_FOLLOW_S = 4.0  # for the one that failed first to end; its interpreter may take three seconds
+_SEEN_S = 0.5  # for a launcher to see that it has ended
 
 
 class Watch:
@@ -63,8 +65,11 @@ class Watch:
     def stop(self) -> None:
         """End the thread, ahead of the interpreter, in which it could not go on.
 
-        Where this process keeps the store, it waits for those that are still at work.
+        Where this process keeps the store, it waits for those that are still at work. Where it
+        follows of another one's failure, that one ends first.
         """
+        if self.failure is not None:
+            self._let_first_end(self.failure, lambda: False)
         keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
         if keeps_store and self._board is not None and self._board.rank == 0 and not self.failure:
             with suppress(Exception):  # a store that is gone needs no keeper
@@ -236,7 +241,29 @@ class Watch:
             end_hard(failure, rank)
         self._failed_for_s += _LOOK_S
         if self._failed_for_s >= (_OWN_GRACE_S if failure.rank == rank else _GRACE_S):
-            end_hard(failure, rank)
+            self._let_first_end(failure, lambda: not self._open or not self._has_left(failure.rank))
+            if self._open:
+                end_hard(failure, rank)
+
+    def _let_first_end(self, failure: RankFailure, is_vain: Callable[[], bool]) -> None:
+        """Ahead of this process, so that a launcher finds which one has failed first.
+
+        Not where it runs on another machine, with a launcher of its own.
+        """
+        if self._board is None or failure.rank == self._board.rank or failure.type == KILLED:
+            return
+        first = self._board.processes[failure.rank]
+        if first.is_here():
+            self._wait_until(lambda: first.is_gone() or is_vain(), _FOLLOW_S)
+            if first.is_gone():
+                time.sleep(_SEEN_S)
+
+    def _has_left(self, rank: int) -> bool:
+        """Whether a process is done with the section, so that it waits for none of the others."""
+        assert self._board is not None
+        with suppress(Exception):  # the store may be gone
+            return self._board.beats([rank])[0][1] >= self._section
+        return False
 
     def _lost_or_left(self) -> bool:
         assert self._lost is not None
@@ -246,7 +273,7 @@ class Watch:
 def _store_gone(error: Exception) -> RankFailure:
     return RankFailure(
         rank=0,
-        type="Killed",
+        type=KILLED,
         message="the store by which the processes of the job meet is gone, as when the launcher "
         f"or the first rank is killed ({type(error).__name__})",
     )
