@@ -1,14 +1,18 @@
-"""A script of a user's whose hook asks for something on one rank, and not alone."""
+"""A script of a user's that does something on one rank only.
+
+Its hook asks for something, and not alone; or a batch processor weighs its losses.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
+from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.hooks import SaveCheckpointConfig, ValidationHookConfig
-from tiny import make_loader, make_trainer
+from tiny import loss_of, make_loader, make_trainer
 
 
 def main(folder: Path, kind: str, rank: int) -> None:
@@ -16,9 +20,13 @@ def main(folder: Path, kind: str, rank: int) -> None:
 
     @hooks.on_step.after(when="at steps 3")
     def ask(args: PipelineHookArgs) -> None:
-        if args.accelerator.process_index == rank:
+        if kind != "weight" and args.accelerator.process_index == rank:
             asks: Any = getattr(args.requests, kind)
             asks("it seemed right here")
+
+    def loss(model: Any, batch: Any) -> Any:
+        weighs = kind == "weight" and int(os.environ["RANK"]) == rank
+        return (*loss_of(model, batch), *([4] if weighs else []))
 
     trainer = make_trainer(
         [
@@ -26,6 +34,7 @@ def main(folder: Path, kind: str, rank: int) -> None:
             SaveCheckpointConfig(every="2 steps"),
             ValidationHookConfig(every="2 steps")(dataloaders={"val": make_loader(2)}),
         ],
+        batch_processor=SimpleBatchProcessor.from_callable(loss),
         max_epoch=30,
         run_folder=folder / "run",
     )

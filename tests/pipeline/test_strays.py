@@ -29,6 +29,14 @@ def test_a_request_on_some_ranks_only_ends_the_job(kind: str, rank: int, tmp_pat
     assert "it seemed right here, asked by main.<locals>.ask (strays_on_ranks.py:" in told
 
 
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_weights_on_some_ranks_only_end_the_job(rank: int, tmp_path: Path) -> None:
+    """In the first step, ahead of the exchange to which a rank without weights does not come."""
+    told = launch(SCRIPT, tmp_path, "weight", rank, fails=True, timeout_s=90).stderr
+    assert f"rank {rank} failed first: PipelineStateError: its batch processor returns a" in told
+    assert f"that of rank {1 - rank} none; return (outputs, loss, weight) on every rank" in told
+
+
 def test_ranks_that_go_together_are_no_strays() -> None:
     """Some are slower: they are at an earlier step, or at the same commit point."""
     ahead = Place(2, 10, 3, 10, "SaveRequest: it is time")
@@ -36,6 +44,8 @@ def test_ranks_that_go_together_are_no_strays() -> None:
     assert stray_among({0: ahead, 1: Place(2, 11, 3, 10)}, 2) is None
     assert stray_among({0: ahead, 1: Place(1, 90, 1, 2)}, 2) is None  # of another run
     assert stray_among({}, 2) is None
+    weighs = Place(2, 1, weighted=True)
+    assert stray_among({0: weighs, 1: Place(2, 1), 2: weighs}, 2) is None  # one is slower
     found = stray_among({0: ahead, 1: Place(2, 11, 2, 5)}, 2)
     assert found is not None
     assert found.rank == 0

@@ -4,7 +4,12 @@ from robo_orchard_lab.pipeline.peers.broken_exchange import failed_elsewhere
 from robo_orchard_lab.pipeline.peers.ending import before_hard_end
 from robo_orchard_lab.pipeline.peers.group_end import leave_group_at_exit
 from robo_orchard_lab.pipeline.peers.restarts import leave_addresses_behind
-from robo_orchard_lab.pipeline.peers.sections import another_failed, end_together, failing
+from robo_orchard_lab.pipeline.peers.sections import (
+    another_failed,
+    end_together,
+    failing,
+    meet_others,
+)
 from robo_orchard_lab.pipeline.peers.stall_clock import StallClock
 from robo_orchard_lab.pipeline.peers.telling import failure_of, plain_text
 
@@ -18,5 +23,6 @@ __all__ = [
     "failure_of",
     "leave_addresses_behind",
     "leave_group_at_exit",
+    "meet_others",
     "plain_text",
 ]

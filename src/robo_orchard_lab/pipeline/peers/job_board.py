@@ -107,6 +107,16 @@ class JobBoard:
                 self._acknowledged = section
                 self._store.add(f"known/{section}", 1)
 
+    def arrive(self, section: int, where: str) -> None:
+        """This process has come to a place where all are to meet; said once."""
+        with self._one_at_a_time:
+            self._store.add(f"met/{section}/{where}", 1)
+
+    def all_arrived(self, section: int, where: str) -> bool:
+        """Whether all processes have come there."""
+        with self._one_at_a_time:
+            return bool(self._store.add(f"met/{section}/{where}", 0) >= len(self.processes))
+
     def all_know(self, section: int) -> bool:
         """Whether all processes know the failure of a section, or have left it."""
         with self._one_at_a_time:

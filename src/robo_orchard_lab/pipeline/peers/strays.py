@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeAlias
 
 from robo_orchard_lab.pipeline.errors import RankFailure
+
+PlaceInRun: TypeAlias = Callable[[], tuple[int, int, int, str, bool | None]]
+"""Gives all of a :class:`Place` but the section."""
 
 
 class Place(NamedTuple):
@@ -20,11 +23,21 @@ class Place(NamedTuple):
     """How many steps were done at the last of them."""
     asked: str = ""
     """What it had to do, and who asked."""
+    weighted: bool | None = None
+    """Whether its losses come with weights; None where it has had none yet."""
 
 
 def stray_among(places: Mapping[int, Place], section: int) -> RankFailure | None:
     """The rank that has begun what another one has passed by; None where they go together."""
     here = {rank: place for rank, place in places.items() if place.section == section}
+    weighs = {place.weighted: rank for rank, place in here.items()}
+    if True in weighs and False in weighs:
+        return RankFailure(
+            weighs[True],
+            "PipelineStateError",
+            "its batch processor returns a weight with the loss, and that of rank "
+            f"{weighs[False]} none; return (outputs, loss, weight) on every rank, or on none",
+        )
     ahead = max(here, key=lambda rank: here[rank].commits, default=None)
     if ahead is None:
         return None

@@ -10,7 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
-from robo_orchard_lab.pipeline.errors import RankFailed, RankFailure, RunPreempted
+from robo_orchard_lab.pipeline.errors import (
+    PipelineStateError,
+    RankFailed,
+    RankFailure,
+    RunPreempted,
+)
 from robo_orchard_lab.pipeline.peers.broken_exchange import (
     is_broken_exchange,
     is_failed_elsewhere,
@@ -19,7 +24,7 @@ from robo_orchard_lab.pipeline.peers.ending import end_hard
 from robo_orchard_lab.pipeline.peers.job_board import JobBoard
 from robo_orchard_lab.pipeline.peers.lost_ranks import KILLED, LostRanks
 from robo_orchard_lab.pipeline.peers.stall_clock import StallClock
-from robo_orchard_lab.pipeline.peers.strays import Place, stray_among
+from robo_orchard_lab.pipeline.peers.strays import Place, PlaceInRun, stray_among
 from robo_orchard_lab.pipeline.peers.telling import failure_of, note_first
 
 logger = logging.getLogger(__name__)
@@ -55,7 +60,7 @@ class Watch:
         self._open = False
         self._told = False
         self._clock: StallClock | None = None
-        self._place: Callable[[], tuple[int, int, int, str]] | None = None
+        self._place: PlaceInRun | None = None
         self._failed_for_s = 0.0
         self._deaf_for_s = 0.0
         self._stop = threading.Event()
@@ -78,9 +83,7 @@ class Watch:
         self._thread.join(10.0)
 
     @contextmanager
-    def section(
-        self, clock: StallClock | None, place: Callable[[], tuple[int, int, int, str]] | None
-    ) -> Iterator[None]:
+    def section(self, clock: StallClock | None, place: PlaceInRun | None) -> Iterator[None]:
         """A call that all ranks make alike. Within another one, only the clock is its own."""
         outer = self._clock
         if clock is not None:
@@ -131,6 +134,21 @@ class Watch:
     def _tell_place(self, board: JobBoard) -> None:
         if self._place is not None:
             board.tell_place(Place(self._section, *self._place()))
+
+    def meet(self, where: str) -> None:
+        """Wait until all ranks have come here, however long, or until one has failed."""
+        board, section = self._board, self._section
+        if board is None or not self._open:
+            return
+        board.arrive(section, where)
+        pause_s = 0.002
+        while not board.all_arrived(section, where):
+            if self.failure is not None and self.failure.rank == board.rank:
+                raise PipelineStateError(self.failure.message)
+            if self.failure is not None:
+                raise RuntimeError("another process of the job has failed")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LOOK_S)
 
     def tell(self, error: BaseException) -> None:
         """This process has failed, unless that follows of another one's failure."""

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from robo_orchard_lab.pipeline.errors import BatchProcessorError, StateError
+from robo_orchard_lab.pipeline.peers import meet_others
 
 
 class LossWeights:
@@ -42,6 +43,7 @@ class LossWeights:
         self._engine = accelerator.distributed_type
         self._alone = window == 1 and self._ranks == 1  # a micro-batch is the whole mean
         self._parameters = parameters
+        self._met = False
         self._reference: torch.Tensor | None = None
         self._total: torch.Tensor | None = None
         """Of this rank in the window that is open."""
@@ -72,6 +74,9 @@ class LossWeights:
         """What to run the backward pass of, in the place of a mean loss of such a weight."""
         if self._alone:
             return loss
+        if not self._met:  # without weights, another rank would not come to the exchanges
+            self._met = True
+            meet_others("loss weights")
         if self._reference is None:
             self._reference = self._agreed_reference(weight)
         self._total = weight if self._total is None else self._total + weight

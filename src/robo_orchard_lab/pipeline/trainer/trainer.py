@@ -236,8 +236,8 @@ class HookBasedTrainer:
         self._resumed = False
         self._synchronising = accelerator.sync_gradients = True
         self._last_loss: torch.Tensor | None = None
-        self._weighted = False
-        """Whether losses come with weights."""
+        self._weighted: bool | None = None
+        """Whether losses come with weights; None where there was none yet."""
         self._unmet: UnknownMetricError | None = None
         self._logged_at: int | None = None
         """How many steps were done at the last logging point within an epoch."""
@@ -318,14 +318,15 @@ class HookBasedTrainer:
             if self._is_at_limit():
                 self._run.state_file.nothing_left()
             return
+        self._weighted = self._weighted or None  # ahead of where other ranks are told
         together = end_together(self._stall_clock, self._place_in_run)
         with self._run.state_file.around_run(self.requests), together:
             self._check_hooks_alike()
             self._train()
 
-    def _place_in_run(self) -> tuple[int, int, int, str]:
+    def _place_in_run(self) -> tuple[int, int, int, str, bool | None]:
         steps = self.progress.steps_done  # first: what they were asked for ahead of it is known
-        return (steps, *self.requests.together)
+        return (steps, *self.requests.together, self._weighted)
 
     def _check_hooks_alike(self) -> None:
         if self.accelerator.num_processes > 1:
@@ -487,7 +488,7 @@ class HookBasedTrainer:
         args.model_outputs, loss, weight = result
         if not isinstance(loss, torch.Tensor):
             raise self._wrong_result(f"a loss of type {type(loss).__name__} with a weight")
-        if not self._weighted and self._last_loss is not None:
+        if self._weighted is False:
             raise self._wrong_result("a weight in this step, and none in those before it")
         self._weighted = True
         weight = self._weights.checked(0.0 if args.is_filler else weight, loss)
@@ -502,6 +503,7 @@ class HookBasedTrainer:
         if self._weighted:
             self._weighted_backward(args, loss)
         else:
+            self._weighted = False
             self._run_backward(loss, args.loss_divisor)
         # As a plain loop's variable would: where the graph lives on into the next forward, the
         # parameters' nodes are not made anew, which takes 1 us of a small model's step.
