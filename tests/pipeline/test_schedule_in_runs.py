@@ -396,7 +396,7 @@ def test_seconds_are_counted_from_the_last_time(
 
 
 def test_a_failing_step_asks_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its rank may be the only one that fails, so that nobody would answer."""
+    """What is due by the time waits for a step that is whole."""
     clock = Clock(monkeypatch)
     fired: list[int] = []
     hooks = PipelineHooks()

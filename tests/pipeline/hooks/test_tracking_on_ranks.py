@@ -72,8 +72,10 @@ def test_the_ranks_stop_together(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_a_logging_point_takes_one_exchange(ranks: list[dict[str, Any]]) -> None:
-    """These hooks add none to it."""
-    assert [rank["collectives"] for rank in ranks] == [4, 4]
+    """These hooks add none to it, nor to those that tell of each step's batches ahead of it."""
+    at_the_start, steps, logging_points = 2, 8, 4
+    expected = at_the_start + (steps + 1) + logging_points
+    assert [rank["collectives"] for rank in ranks] == [expected, expected]
 
 
 def test_the_first_rank_keeps_the_best(ranks: list[dict[str, Any]]) -> None:

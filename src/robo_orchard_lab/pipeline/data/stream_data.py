@@ -34,7 +34,7 @@ from robo_orchard_lab.pipeline.data.share import Share
 from robo_orchard_lab.pipeline.data.streams_aside import StreamsAside
 from robo_orchard_lab.pipeline.data.worker_start import WorkerStart
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
-from robo_orchard_lab.pipeline.host_group import gather_numbers
+from robo_orchard_lab.pipeline.host_group import gather_numbers, gather_objects
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.worker_signals import workers_start
 
@@ -88,6 +88,8 @@ class StreamData:
             self._reseeded = ReseededStream(loader.dataset)
             self._loader = _with_dataset(loader, self._reseeded)
         self._length = self._agreed_length()
+        self._sizes: list[StepSizes] | None = None
+        """Of the steps of the epoch, where all ranks have lists of as many batches."""
         self._aside = StreamsAside()
         self._epoch_id: int | None = None
         self._start: Mapping[str, Any] | None = None
@@ -113,6 +115,7 @@ class StreamData:
         self._states.clear()
         self._ended_at = None
         self._length = self._agreed_length()
+        self._sizes = self._agreed_sizes()
         if self._listed:
             return self._noted(islice(iter(self._loader), step_id, None), step_id)
         goes_on = step_id > 0 and "stateful" in rank_state and not self._order.fast_forward
@@ -145,9 +148,19 @@ class StreamData:
         lengths = [length for [length] in gather_numbers([-1 if own is None else own])]
         return None if min(lengths) < 0 else max(lengths)
 
+    def _agreed_sizes(self) -> list[StepSizes] | None:
+        """A collective, where there are several processes and lists."""
+        if self._processes == 1 or not self._listed:
+            return None
+        own = [count_samples(batch) for batch in self._user]
+        ranks = gather_objects(own)
+        if any(len(sizes) != len(own) for sizes in ranks):
+            return None
+        return list(map(StepSizes, own, map(sum, zip(*ranks, strict=True))))
+
     def sizes(self, step_id: int, ahead: bool) -> Iterator[StepSizes] | None:
-        """Not known: only loading the batches tells."""
-        return None
+        """Of lists as long on all ranks; else not known, since only loading the batches tells."""
+        return None if self._sizes is None else islice(self._sizes, step_id, None)
 
     def batch_indices(self, step_id: int) -> BatchIndices | None:
         """The numbers of the samples in the batch of the step that the run is in."""

@@ -72,13 +72,14 @@ class TrainingData:
         """What the order follows from: that of ``order``, of torch, or of the run resumed."""
         loader = own_loader(dataloader, accelerator)
         share = share_in(loader, accelerator)
-        self.processes = share.processes
-        """Among how many the batches are divided; 1 where each process reads its own."""
         self._source: MapData | StreamData
         if isinstance(loader, DataLoader) and has_index(loader):
+            self.processes = share.processes
+            """How many have samples of their own in a step."""
             self._source = MapData(loader, order, share, progress)
         else:
-            self._source = StreamData(loader, order, share, progress, accelerator.num_processes)
+            self.processes = accelerator.num_processes
+            self._source = StreamData(loader, order, share, progress, self.processes)
 
     def epoch(self, epoch_id: int, step_id: int = 0) -> Iterator[Any]:
         """This process's batches of an epoch, from a step on.

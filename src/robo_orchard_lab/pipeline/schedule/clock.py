@@ -70,6 +70,8 @@ class _AgreedClock:
         self._rings = False  # as the ranks have agreed
 
     def due(self, args: PipelineHookArgs) -> bool:
+        if args.exception is not None:
+            return False  # whoever hears it has something else to do
         run = args.run
         if run is not self._run:
             self._begin(run)

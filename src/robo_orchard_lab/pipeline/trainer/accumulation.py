@@ -47,14 +47,15 @@ class AccumulationWindows:
     Where the sizes of batches are not known ahead, or ``count_samples`` is given, a window's
     batches are all loaded before the first is given.
 
-    Where the sizes of the other ranks' batches are not known at all, as of streams and by
-    ``count_samples``, :class:`JointWindows` has the ranks tell each other.
+    Where the sizes of the other ranks' batches are not known at all, as of streams (but of lists
+    as long on all ranks) and by ``count_samples``, :class:`JointWindows` has the ranks tell each
+    other.
 
     Args:
         length: how many batches make a full window, >= 1; windows are counted from the first
             batch of the pass.
         count_samples: how many samples a batch has; None counts its first tensor's length.
-        processes: among how many the data is divided, if it is.
+        processes: how many have samples of their own in a step.
         ranks: how many there are in the job.
         weights: what losses weigh that come with a weight.
     """
