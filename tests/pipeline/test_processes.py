@@ -59,6 +59,14 @@ def test_data_that_is_not_divided_is_warned_about(tmp_path: Path) -> None:
     assert told.count("each of the 2 processes trains on all that its own loader gives") == 1
 
 
+def test_steps_on_what_is_known_ahead_take_no_exchange(tmp_path: Path) -> None:
+    """Of a dataset with an index, nor of lists, whose batches are told when an epoch begins."""
+    at_the_start, epochs = 1, 2
+    for kind, in_an_epoch in (("step", 0), ("list", 2)):
+        for rank in train(tmp_path / kind, 2, 1, kind):
+            assert rank["collectives"] == at_the_start + epochs * in_an_epoch
+
+
 def test_gradients_travel_once_for_each_update(tmp_path: Path) -> None:
     """Within an accumulation window the ranks keep their own gradients; at its end they agree."""
     ranks = train(tmp_path / "two", 2, 3)

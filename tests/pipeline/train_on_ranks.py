@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, StepLR
 
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext
+from robo_orchard_lab.testing import count_collectives
 from tiny import loss_of, make_loader, make_model
 
 
@@ -43,13 +44,15 @@ def main(folder: Path, accumulate: int, batch_size: int, schedule: str) -> None:
         [hooks],
         max_epoch=8 if schedule == "plateau" else 2,
     )
-    trainer()
+    with count_collectives() as calls:
+        trainer()
     result = {
         "weights": torch.cat([p.detach().flatten() for p in model.parameters()]),
         "gradients": torch.stack(gradients),
         "rate": torch.tensor(optimizer.param_groups[0]["lr"]),
         "moves": torch.tensor(scheduler.last_epoch),
         "updates": torch.tensor(trainer.progress.optimizer_step_id),
+        "collectives": torch.tensor(len(calls)),
     }
     torch.save(result, folder / f"rank{accelerator.process_index}.pt")
     accelerator.end_training()  # a process group that is left open aborts the process at its exit
