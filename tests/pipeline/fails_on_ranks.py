@@ -5,6 +5,7 @@ What it does is what a user's does: nothing is ended, destroyed or waited for.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -114,6 +115,8 @@ def forward_of(place: str) -> Any:
 
 
 def main(folder: Path, place: str, options: str) -> None:
+    if "late" in options and os.environ["RANK"] == "1":
+        atexit.register(time.sleep, 5.0)  # behind the end of the process group
     if place == "resume":
         train(folder, "nowhere", options, max_step=2)
     train(folder, place, options, max_step=8)

@@ -212,7 +212,7 @@ def test_an_error_ends_hooks_that_wait_for_all(options: str, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_torchrun_ends_with_the_first_error(tmp_path: Path) -> None:
-    """Also what it prints itself: rank 1 is what it calls the root cause."""
-    done = launch(HERE / "fails_on_ranks.py", tmp_path / "run", "step", fails=True)
+    """Also what it prints itself: rank 1 is what it calls the root cause, however late it ends."""
+    done = launch(HERE / "fails_on_ranks.py", tmp_path / "run", "step", "late", fails=True)
     assert "rank 1 failed first: ValueError: planted" in done.stderr
     assert done.stderr.rindex("rank      : 1") > done.stderr.index("Root Cause")
