@@ -23,7 +23,15 @@ def before_hard_end(tell: Callable[[RankFailure], object]) -> Iterator[None]:
     try:
         yield
     finally:
-        _before.remove(tell)
+        with suppress(ValueError):  # it was told
+            _before.remove(tell)
+
+
+def tell_hard_end(failure: RankFailure) -> None:
+    """Tell all that is to be told ahead of the end, once."""
+    while _before:
+        with suppress(Exception):
+            _before.pop()(failure)
 
 
 def end_hard(failure: RankFailure, rank: int) -> None:
@@ -35,9 +43,7 @@ def end_hard(failure: RankFailure, rank: int) -> None:
     faulthandler.dump_traceback_later(_STUCK_S, exit=True)
     with suppress(OSError):
         os.write(2, f"rank {rank}: ends, for {failure}\n".encode(errors="replace"))
-    for tell in _before[::-1]:
-        with suppress(Exception):
-            tell(failure)
+    tell_hard_end(failure)
     for process in multiprocessing.active_children():
         with suppress(Exception):
             process.kill()

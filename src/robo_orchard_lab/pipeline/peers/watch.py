@@ -20,7 +20,7 @@ from robo_orchard_lab.pipeline.peers.broken_exchange import (
     is_broken_exchange,
     is_failed_elsewhere,
 )
-from robo_orchard_lab.pipeline.peers.ending import end_hard
+from robo_orchard_lab.pipeline.peers.ending import end_hard, tell_hard_end
 from robo_orchard_lab.pipeline.peers.job_board import JobBoard
 from robo_orchard_lab.pipeline.peers.lost_ranks import KILLED, LostRanks
 from robo_orchard_lab.pipeline.peers.stall_clock import StallClock
@@ -195,7 +195,8 @@ class Watch:
         first, is_own = failure, True
         with suppress(Exception):  # without a store, it is all that this process knows
             first, is_own = self._board.fail(section, failure)
-            self._board.acknowledge(section)
+            if first.type != STALLED:  # whose stacks come first
+                self._board.acknowledge(section)
         self._set(section, first)
         if is_own:
             logger.error("%s", first)
@@ -225,7 +226,8 @@ class Watch:
         if self.failure is None and board is not None:
             assert self._lost is not None
             if (told := board.failure(section)) is not None:
-                board.acknowledge(section)
+                if told.type != STALLED:
+                    board.acknowledge(section)
                 self._set(section, told)
             elif (lost := self._lost.look(section)) is not None:
                 self._claim(section, lost)
@@ -253,8 +255,11 @@ class Watch:
         if failure.type == STALLED:
             if self._clock is not None:
                 self._clock.write_stacks()
+            tell_hard_end(failure)
             if board is not None:
                 with suppress(Exception):
+                    # All that this process has to write is written: a launcher may end it.
+                    board.acknowledge(self._section)
                     self._wait_until(lambda: board.all_know(self._section), _WAIT_S)
             end_hard(failure, rank)
         self._failed_for_s += _LOOK_S
