@@ -12,6 +12,7 @@ import torch.distributed
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import BatchProcessorError, StateError
 from robo_orchard_lab.pipeline.peers import meet_others
 
@@ -43,10 +44,49 @@ class LossWeights:
         self._engine = accelerator.distributed_type
         self._alone = window == 1 and self._ranks == 1  # a micro-batch is the whole mean
         self._parameters = parameters
+        self.given: bool | None = None
+        """Whether losses come with weights; None ahead of the first step."""
         self._met = False
         self._reference: torch.Tensor | None = None
         self._total: torch.Tensor | None = None
         """Of this rank in the window that is open."""
+
+    def take(self, args: PipelineHookArgs, result: Any) -> None:
+        """What a processor has returned that is no pair: outputs, a loss and what that weighs.
+
+        Raises:
+            BatchProcessorError: it is something else, or the steps before had no weights.
+        """
+        if not isinstance(result, (tuple, list)) or len(result) != 3:
+            raise wrong_result(args, type(result).__name__)
+        args.model_outputs, loss, weight = result
+        if not isinstance(loss, torch.Tensor):
+            raise wrong_result(args, f"a loss of type {type(loss).__name__} with a weight")
+        if self.given is False:
+            raise wrong_result(args, "a weight in this step, and none in those before it")
+        self.given = True
+        weight = self.checked(0.0 if args.is_filler else weight, loss)
+        # The mean over nothing may be NaN.
+        args.attached_loss = torch.where(weight > 0, loss, 0.0)
+        args.given_loss_weight = weight
+
+    def backward(
+        self,
+        args: PipelineHookArgs,
+        loss: torch.Tensor,
+        run_backward: Callable[[torch.Tensor, float], Any],
+    ) -> None:
+        """The backward pass of a loss with a weight; at the end of its window, of the whole mean.
+
+        Raises:
+            BatchProcessorError: it has none.
+        """
+        weight = args.given_loss_weight
+        if weight is None:
+            raise wrong_result(args, "no weight in this step, and some in those before it")
+        run_backward(self.add(loss, weight), 1.0)
+        if args.at_accumulation_boundary:
+            self.end_window()
 
     def checked(self, weight: Any, loss: torch.Tensor) -> torch.Tensor:
         """A weight as a tensor on the loss's device.
@@ -136,3 +176,12 @@ class LossWeights:
         _, exponent = torch.frexp(highest)
         one = torch.ones_like(highest)
         return torch.where(highest > 0, torch.ldexp(one, exponent), one)
+
+
+def wrong_result(args: PipelineHookArgs, found: str) -> BatchProcessorError:
+    """The error that a batch processor returns something else than it should."""
+    return BatchProcessorError(
+        f"{type(args.batch_processor).__name__}.forward must return (outputs, loss), with a "
+        "loss where need_backward is True, or (outputs, loss, weight), in every step alike; "
+        f"got {found}"
+    )

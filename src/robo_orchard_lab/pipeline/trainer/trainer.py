@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,6 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.data import DataOrder, TrainingData
 from robo_orchard_lab.pipeline.data.own_loader import why_no_batch
 from robo_orchard_lab.pipeline.errors import (
-    BatchProcessorError,
     DataError,
     PipelineConfigError,
     PipelineStateError,
@@ -37,7 +36,7 @@ from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows
 from robo_orchard_lab.pipeline.trainer.alike import check_alike, hook_text, setup_texts
 from robo_orchard_lab.pipeline.trainer.commit import carry_out_requests, tell_what_is_left
 from robo_orchard_lab.pipeline.trainer.filler import as_if_not_passed
-from robo_orchard_lab.pipeline.trainer.loss_weights import LossWeights
+from robo_orchard_lab.pipeline.trainer.loss_weights import LossWeights, wrong_result
 from robo_orchard_lab.pipeline.trainer.preparation import (
     backward_of,
     check_processor,
@@ -46,6 +45,7 @@ from robo_orchard_lab.pipeline.trainer.preparation import (
 )
 from robo_orchard_lab.pipeline.trainer.resuming import resume
 from robo_orchard_lab.pipeline.trainer.snapshot import RunSnapshots
+from robo_orchard_lab.pipeline.trainer.trained_names import trained_names
 
 logger = job_logger(__name__)
 
@@ -221,7 +221,7 @@ class HookBasedTrainer:
             ),
         )
         self._weights = LossWeights(
-            accelerator, accelerator.gradient_accumulation_steps, self._trained_parameters
+            accelerator, accelerator.gradient_accumulation_steps, partial(trained_names, self._run)
         )
         self._windows = AccumulationWindows(
             accelerator.gradient_accumulation_steps,
@@ -236,7 +236,6 @@ class HookBasedTrainer:
         self._resumed = False
         self._synchronising = accelerator.sync_gradients = True
         self._last_loss: torch.Tensor | None = None
-        self._weighted: bool | None = None
         """Whether losses come with weights; None where there was none yet."""
         self._unmet: UnknownMetricError | None = None
         self._logged_at: int | None = None
@@ -318,7 +317,7 @@ class HookBasedTrainer:
             if self._is_at_limit():
                 self._run.state_file.nothing_left()
             return
-        self._weighted = self._weighted or None  # ahead of where other ranks are told
+        self._weights.given = self._weights.given or None  # ahead of where other ranks are told
         together = end_together(self._stall_clock, self._place_in_run)
         with self._run.state_file.around_run(self.requests), together:
             self._check_hooks_alike()
@@ -326,7 +325,7 @@ class HookBasedTrainer:
 
     def _place_in_run(self) -> tuple[int, int, int, str, bool | None]:
         steps = self.progress.steps_done  # first: what they were asked for ahead of it is known
-        return (steps, *self.requests.together, self._weighted)
+        return (steps, *self.requests.together, self._weights.given)
 
     def _check_hooks_alike(self) -> None:
         if self.accelerator.num_processes > 1:
@@ -477,51 +476,22 @@ class HookBasedTrainer:
         result = self.batch_processor.forward(self.model, args.batch)
         # A tensor of two rows would unpack as well, hence the check of the type.
         if not isinstance(result, (tuple, list)) or len(result) != 2:
-            self._take_weighted(args, result)
+            self._weights.take(args, result)
         else:
             args.model_outputs, args.attached_loss = result
-
-    def _take_weighted(self, args: PipelineHookArgs, result: Any) -> None:
-        """Outputs, a loss and what that weighs."""
-        if not isinstance(result, (tuple, list)) or len(result) != 3:
-            raise self._wrong_result(type(result).__name__)
-        args.model_outputs, loss, weight = result
-        if not isinstance(loss, torch.Tensor):
-            raise self._wrong_result(f"a loss of type {type(loss).__name__} with a weight")
-        if self._weighted is False:
-            raise self._wrong_result("a weight in this step, and none in those before it")
-        self._weighted = True
-        weight = self._weights.checked(0.0 if args.is_filler else weight, loss)
-        # The mean over nothing may be NaN.
-        args.attached_loss = torch.where(weight > 0, loss, 0.0)
-        args.given_loss_weight = weight
 
     def _backward(self, args: PipelineHookArgs) -> None:
         loss = args.attached_loss
         if not isinstance(loss, torch.Tensor):
-            raise self._wrong_result(f"a loss of type {type(loss).__name__}")
-        if self._weighted:
-            self._weighted_backward(args, loss)
+            raise wrong_result(args, f"a loss of type {type(loss).__name__}")
+        if self._weights.given:
+            self._weights.backward(args, loss, self._run_backward)
         else:
-            self._weighted = False
+            self._weights.given = False
             self._run_backward(loss, args.loss_divisor)
         # As a plain loop's variable would: where the graph lives on into the next forward, the
         # parameters' nodes are not made anew, which takes 1 us of a small model's step.
         self._last_loss = loss
-
-    def _weighted_backward(self, args: PipelineHookArgs, loss: torch.Tensor) -> None:
-        weight = args.given_loss_weight
-        if weight is None:
-            raise self._wrong_result("no weight in this step, and some in those before it")
-        self._run_backward(self._weights.add(loss, weight), 1.0)
-        if args.at_accumulation_boundary:
-            self._weights.end_window()
-
-    def _trained_parameters(self) -> Iterator[torch.nn.Parameter]:
-        """The model's, and those that the optimizer has beside."""
-        groups = self.optimizer.param_groups if self.optimizer is not None else []
-        held = (parameter for group in groups for parameter in group["params"])
-        return iter(dict.fromkeys([*self.model.parameters(), *held]))
 
     def _save_the_end(self) -> None:
         """Have what a run that is over ends with on the disk, where a hook saves it."""
@@ -540,10 +510,3 @@ class HookBasedTrainer:
 
     def _is_at_limit(self) -> bool:
         return self.limits.reached(self.progress)
-
-    def _wrong_result(self, found: str) -> BatchProcessorError:
-        return BatchProcessorError(
-            f"{type(self.batch_processor).__name__}.forward must return (outputs, loss), with a "
-            "loss where need_backward is True, or (outputs, loss, weight), in every step alike; "
-            f"got {found}"
-        )
