@@ -7,17 +7,37 @@ import subprocess
 import sys
 from pathlib import Path
 
+import coverage
+
 
 def command(
-    script: Path | str, *arguments: object, processes: int = 2, restarts: int = 0
+    script: Path | str,
+    *arguments: object,
+    processes: int = 2,
+    restarts: int = 0,
+    measured: bool = False,
 ) -> list[str]:
-    """What runs a script: on so many ranks by torchrun, or one process by itself."""
+    """What runs a script: on so many ranks by torchrun, or one process by itself.
+
+    ``measured``, it counts for the coverage of the tests, where that is measured.
+    """
     ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     ranks += [f"--max-restarts={restarts}"] if restarts else []
     return [
         *(sys.executable, *(ranks if processes > 1 else [])),
+        *(_measuring() if measured else []),
         *(str(script), *map(str, arguments)),
     ]
+
+
+def _measuring() -> list[str]:
+    """What runs a script behind it so that its lines are counted with those of this process."""
+    current = coverage.Coverage.current()
+    if current is None:
+        return []
+    data_file = os.path.abspath(current.config.data_file)
+    settings = [f"--rcfile={current.config.config_file}", f"--data-file={data_file}"]
+    return ["-m", "coverage", "run", "--parallel-mode", *settings]
 
 
 def environment() -> dict[str, str]:
@@ -34,7 +54,7 @@ def launch(
 ) -> subprocess.CompletedProcess[str]:
     """Run a script to its end, which must be a good one unless it ``fails``."""
     done = subprocess.run(
-        command(script, *arguments, processes=processes),
+        command(script, *arguments, processes=processes, measured=True),
         env=environment(),
         capture_output=True,
         text=True,
