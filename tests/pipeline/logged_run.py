@@ -114,8 +114,10 @@ def main(kind: str, folder: Path) -> None:
         kill = StopAfter(18, lambda args: os.kill(os.getpid(), signal.SIGKILL))
         logged_trainer(path, kill, max_epoch=4, resume_from=folder / "saved")()
     elif kind == "full":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
         logged_trainer(path, max_epoch=4, resume_from=folder / "saved")()
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)  # other files are written at the exit
     elif kind == "ranks":
         stop = StopAfter(6, lambda args: args.requests.stop("enough"))
         trainer = logged_trainer(path, stop, max_epoch=4)
