@@ -11,9 +11,11 @@ from robo_orchard_lab.pipeline.peers.sections import (
     meet_others,
 )
 from robo_orchard_lab.pipeline.peers.stall_clock import StallClock
+from robo_orchard_lab.pipeline.peers.strays import Place
 from robo_orchard_lab.pipeline.peers.telling import failure_of, plain_text
 
 __all__ = [
+    "Place",
     "StallClock",
     "another_failed",
     "before_hard_end",

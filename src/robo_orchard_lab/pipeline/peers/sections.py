@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from robo_orchard_lab.pipeline.peers.group_end import leave_group_at_exit
 from robo_orchard_lab.pipeline.peers.job_board import JobBoard
 from robo_orchard_lab.pipeline.peers.stall_clock import StallClock
-from robo_orchard_lab.pipeline.peers.strays import PlaceInRun
+from robo_orchard_lab.pipeline.peers.strays import Place
 from robo_orchard_lab.pipeline.peers.watch import Watch
 
 _watch: Watch | None = None
@@ -20,7 +20,7 @@ _watch: Watch | None = None
 @contextmanager
 def end_together(
     clock: StallClock | None = None,
-    place: PlaceInRun | None = None,
+    place: Callable[[int], Place] | None = None,
 ) -> Iterator[None]:
     """Around a call that all ranks make: an error on one of them ends it on all, within seconds.
 
@@ -32,11 +32,9 @@ def end_together(
 
     Args:
         clock: when the call has stalled; the job then fails, and stacks are written on all ranks.
-        place: how many steps are done or open; at how many commit points there was something for
-            all ranks to do together; after how many steps that was the last time, and what; whether
-            losses come with weights, None as long as that is open. Asked by another thread, it
-            finds ranks that do such things by themselves. A call with it that ends well waits for
-            the other ranks' ends, for three seconds at the most.
+        place: how far the call has come, given the number of its section; asked by another thread,
+            which finds ranks that do by themselves what all do together. A call with it that ends
+            well waits for the other ranks' ends, for three seconds at the most.
     """
     watch = _watch_of_job(clock)
     if watch is None:

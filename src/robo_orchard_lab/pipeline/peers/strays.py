@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeAlias
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from robo_orchard_lab.pipeline.errors import RankFailure
-
-PlaceInRun: TypeAlias = Callable[[], tuple[int, int, int, str, bool | None]]
-"""Gives all of a :class:`Place` but the section."""
 
 
 class Place(NamedTuple):
     """How far a rank has come in a section."""
 
     section: int = 0
+    """Which one, by its number."""
     steps: int = 0
     """How many are done or open."""
     commits: int = 0

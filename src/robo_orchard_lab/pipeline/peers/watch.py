@@ -24,7 +24,7 @@ from robo_orchard_lab.pipeline.peers.ending import end_hard, tell_hard_end
 from robo_orchard_lab.pipeline.peers.job_board import JobBoard
 from robo_orchard_lab.pipeline.peers.lost_ranks import KILLED, LostRanks
 from robo_orchard_lab.pipeline.peers.stall_clock import StallClock
-from robo_orchard_lab.pipeline.peers.strays import Place, PlaceInRun, stray_among
+from robo_orchard_lab.pipeline.peers.strays import Place, stray_among
 from robo_orchard_lab.pipeline.peers.telling import failure_of, note_first
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Watch:
         self._open = False
         self._told = False
         self._clock: StallClock | None = None
-        self._place: PlaceInRun | None = None
+        self._place: Callable[[int], Place] | None = None
         self._failed_for_s = 0.0
         self._deaf_for_s = 0.0
         self._stop = threading.Event()
@@ -83,7 +83,9 @@ class Watch:
         self._thread.join(10.0)
 
     @contextmanager
-    def section(self, clock: StallClock | None, place: PlaceInRun | None) -> Iterator[None]:
+    def section(
+        self, clock: StallClock | None, place: Callable[[int], Place] | None
+    ) -> Iterator[None]:
         """A call that all ranks make alike. Within another one, only the clock is its own."""
         outer = self._clock
         if clock is not None:
@@ -133,7 +135,7 @@ class Watch:
 
     def _tell_place(self, board: JobBoard) -> None:
         if self._place is not None:
-            board.tell_place(Place(self._section, *self._place()))
+            board.tell_place(self._place(self._section))
 
     def meet(self, where: str) -> None:
         """Wait until all ranks have come here, however long, or until one has failed."""

@@ -28,7 +28,7 @@ from robo_orchard_lab.pipeline.hook_set import HookLike, PipelineHooks, check_un
 from robo_orchard_lab.pipeline.hooks.optimizer import OptimizerHook, ScheduleUnit
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricsBoard, UnknownMetricError
-from robo_orchard_lab.pipeline.peers import StallClock, end_together
+from robo_orchard_lab.pipeline.peers import Place, StallClock, end_together
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
 from robo_orchard_lab.pipeline.run_state import RunStateFile
@@ -323,9 +323,9 @@ class HookBasedTrainer:
             self._check_hooks_alike()
             self._train()
 
-    def _place_in_run(self) -> tuple[int, int, int, str, bool | None]:
+    def _place_in_run(self, section: int) -> Place:
         steps = self.progress.steps_done  # first: what they were asked for ahead of it is known
-        return (steps, *self.requests.together, self._weights.given)
+        return Place(section, steps, *self.requests.together, self._weights.given)
 
     def _check_hooks_alike(self) -> None:
         if self.accelerator.num_processes > 1:
