@@ -10,7 +10,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # documented
 
-from robo_orchard_lab.pipeline.peers.job_board import JobBoard
+from robo_orchard_lab.pipeline.peers.job_store import JobStore
 from robo_orchard_lab.pipeline.peers.lost_ranks import LostRanks
 from robo_orchard_lab.pipeline.process_identity import ProcessIdentity
 
@@ -29,7 +29,7 @@ def looking(other: ProcessIdentity) -> LostRanks:
     store = HashStore()
     for rank in range(2):
         store.set(f"beat/{rank}", "0 0")
-    return LostRanks(JobBoard(store, 0, [ProcessIdentity.own(), other]))
+    return LostRanks(JobStore(store, 0, [ProcessIdentity.own(), other]))
 
 
 def identity(process: subprocess.Popen[bytes]) -> ProcessIdentity:

@@ -1,8 +1,7 @@
 """The processes of a job, which end together when one of them fails."""
 
-from robo_orchard_lab.pipeline.peers.broken_exchange import failed_elsewhere
-from robo_orchard_lab.pipeline.peers.ending import before_hard_end
-from robo_orchard_lab.pipeline.peers.group_end import leave_group_at_exit
+from robo_orchard_lab.pipeline.peers.ending import before_hard_end, leave_group_at_exit
+from robo_orchard_lab.pipeline.peers.failures import failed_elsewhere, failure_of, plain_text
 from robo_orchard_lab.pipeline.peers.restarts import leave_addresses_behind
 from robo_orchard_lab.pipeline.peers.sections import (
     another_failed,
@@ -12,7 +11,6 @@ from robo_orchard_lab.pipeline.peers.sections import (
 )
 from robo_orchard_lab.pipeline.peers.stall_clock import StallClock
 from robo_orchard_lab.pipeline.peers.strays import Place
-from robo_orchard_lab.pipeline.peers.telling import failure_of, plain_text
 
 __all__ = [
     "Place",

@@ -1,7 +1,8 @@
-"""The end of a process whose main thread does not come to it."""
+"""How a process ends: with its process group, or at once, whatever its main thread waits for."""
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import multiprocessing
 import os
@@ -9,10 +10,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+import torch.distributed as dist
+
 from robo_orchard_lab.pipeline.errors import RankFailure
 
-_STUCK_S = 5.0
+_STUCK_S = 5.0  # of what is done ahead of an end at once
+_GROUP_STUCK_S = 30.0
+_LONGEST_END_S = 3.0  # of an interpreter; on other ranks, somebody may wait for this one
 
+_registered = False
 _before: list[Callable[[RankFailure], object]] = []
 
 
@@ -51,3 +57,27 @@ def end_hard(failure: RankFailure, rank: int) -> None:
         with suppress(Exception):
             stream.flush()
     os._exit(1)
+
+
+def leave_group_at_exit() -> None:
+    """Have the process group destroyed when the process ends, where nobody has done it by then.
+
+    Threads of gloo may hold tensors of what they have exchanged until then, and abort a process
+    whose interpreter is gone when they let go of them. A process that an error ends is not kept by
+    what its interpreter still has to take apart.
+    """
+    global _registered
+    if not _registered:
+        _registered = True
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        faulthandler.dump_traceback_later(_GROUP_STUCK_S, exit=True)  # where it waits for a device
+        with suppress(Exception):  # a group that is broken has ended, too
+            dist.destroy_process_group()
+        faulthandler.cancel_dump_traceback_later()
+    if hasattr(sys, "last_value"):  # an error that nobody has caught, so that the code is 1 as well
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        faulthandler.dump_traceback_later(_LONGEST_END_S, exit=True, file=nowhere)

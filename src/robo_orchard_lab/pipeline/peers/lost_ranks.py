@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from robo_orchard_lab.pipeline.errors import RankFailure
-from robo_orchard_lab.pipeline.peers.job_board import JobBoard
+from robo_orchard_lab.pipeline.peers.job_store import JobStore
 
 KILLED = "Killed"
 """The type of failure of a process that is gone, or taken to be."""
@@ -21,10 +21,10 @@ class LostRanks:
     goes on finds nobody missing who was suspended with it.
     """
 
-    def __init__(self, board: JobBoard) -> None:
-        self._board = board
-        count, own = len(board.processes), board.rank
-        here = [rank for rank in range(count) if board.processes[rank].is_here()]
+    def __init__(self, store: JobStore) -> None:
+        self._store = store
+        count, own = len(store.processes), store.rank
+        here = [rank for rank in range(count) if store.processes[rank].is_here()]
         self._here = frozenset(here)
         self._next = here[(here.index(own) + 1) % len(here)] if own in here else own
         listened = range(count) if own == 0 else {0, self._next}
@@ -36,8 +36,8 @@ class LostRanks:
     def look(self, section: int) -> RankFailure | None:
         """A process that is gone, and has not left the section; None where all are there."""
         # Ahead of what it has written, which then was its last word.
-        gone = self._next != self._board.rank and self._board.processes[self._next].is_gone()
-        for rank, (beat, left) in zip(self.ranks, self._board.beats(self.ranks), strict=True):
+        gone = self._next != self._store.rank and self._store.processes[self._next].is_gone()
+        for rank, (beat, left) in zip(self.ranks, self._store.beats(self.ranks), strict=True):
             if beat != self._heard.get(rank):
                 self._heard[rank], self._silent_for[rank] = beat, 0
             else:
@@ -45,23 +45,23 @@ class LostRanks:
             silent = rank not in self._here and self._silent_for[rank] >= _SILENT_LOOKS
             if left < section and (silent or (gone and rank == self._next)):
                 # It may have told why in a section that this rank had left by then.
-                return self._board.failure(left + 1) or self._as_failure(rank)
+                return self._store.failure(left + 1) or self._as_failure(rank)
         return None
 
     def have_left(self, section: int) -> bool:
         """Whether those that this one listens to say that they have left the section."""
-        return all(left >= section for _, left in self._board.beats(self.ranks))
+        return all(left >= section for _, left in self._store.beats(self.ranks))
 
     def all_left(self, section: int) -> bool:
         """Whether all others have left the section, or are known to be gone."""
-        beats = self._board.beats(self.ranks)
+        beats = self._store.beats(self.ranks)
         return all(
-            left >= section or self._board.processes[rank].is_gone()
+            left >= section or self._store.processes[rank].is_gone()
             for rank, (_, left) in zip(self.ranks, beats, strict=True)
         )
 
     def _as_failure(self, rank: int) -> RankFailure:
-        process = self._board.processes[rank]
+        process = self._store.processes[rank]
         return RankFailure(
             rank=rank,
             type=KILLED,

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from robo_orchard_lab.pipeline.peers.group_end import leave_group_at_exit
-from robo_orchard_lab.pipeline.peers.job_board import JobBoard
+from robo_orchard_lab.pipeline.peers.ending import leave_group_at_exit
+from robo_orchard_lab.pipeline.peers.job_store import JobStore
 from robo_orchard_lab.pipeline.peers.stall_clock import StallClock
 from robo_orchard_lab.pipeline.peers.strays import Place
 from robo_orchard_lab.pipeline.peers.watch import Watch
@@ -79,12 +79,12 @@ def _watch_of_job(clock: StallClock | None) -> Watch | None:
     if _watch is not None and _watch.world is not world:
         _end_watch()
     if _watch is None:
-        board = None
+        store = None
         if world is not None and dist.get_world_size() > 1:
             leave_group_at_exit()
-            board = JobBoard.of_job()
-        if board is not None or clock is not None:
-            _watch = Watch(board, world)
+            store = JobStore.of_job()
+        if store is not None or clock is not None:
+            _watch = Watch(store, world)
             atexit.unregister(_end_watch)
             atexit.register(_end_watch)  # after the group's, so that it comes ahead of it
     return _watch

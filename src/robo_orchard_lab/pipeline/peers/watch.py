@@ -16,16 +16,17 @@ from robo_orchard_lab.pipeline.errors import (
     RankFailure,
     RunPreempted,
 )
-from robo_orchard_lab.pipeline.peers.broken_exchange import (
+from robo_orchard_lab.pipeline.peers.ending import end_hard, tell_hard_end
+from robo_orchard_lab.pipeline.peers.failures import (
+    failure_of,
     is_broken_exchange,
     is_failed_elsewhere,
+    note_first,
 )
-from robo_orchard_lab.pipeline.peers.ending import end_hard, tell_hard_end
-from robo_orchard_lab.pipeline.peers.job_board import JobBoard
+from robo_orchard_lab.pipeline.peers.job_store import JobStore
 from robo_orchard_lab.pipeline.peers.lost_ranks import KILLED, LostRanks
 from robo_orchard_lab.pipeline.peers.stall_clock import StallClock
 from robo_orchard_lab.pipeline.peers.strays import Place, stray_among
-from robo_orchard_lab.pipeline.peers.telling import failure_of, note_first
 
 logger = logging.getLogger(__name__)
 
@@ -46,16 +47,16 @@ class Watch:
     Between two calls of the trainer nothing is done but to tell that this process lives.
 
     Args:
-        board: of the job; None where there is one process.
+        store: of the job; None where there is one process.
         world: the process group that it belongs to.
     """
 
-    def __init__(self, board: JobBoard | None, world: Any) -> None:
+    def __init__(self, store: JobStore | None, world: Any) -> None:
         self.world = world
         self.failure: RankFailure | None = None
         """What has failed in the section that is open, on whichever rank."""
-        self._board = board
-        self._lost = None if board is None else LostRanks(board)
+        self._store = store
+        self._lost = None if store is None else LostRanks(store)
         self._section = 0  # how many there were
         self._open = False
         self._told = False
@@ -76,7 +77,7 @@ class Watch:
         if self.failure is not None:
             self._let_first_end(self.failure, lambda: False)
         keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
-        if keeps_store and self._board is not None and self._board.rank == 0 and not self.failure:
+        if keeps_store and self._store is not None and self._store.rank == 0 and not self.failure:
             with suppress(Exception):  # a store that is gone needs no keeper
                 self._wait_until(lambda: self._lost_or_left(), 30.0)
         self._stop.set()
@@ -116,36 +117,36 @@ class Watch:
             self._leave()
 
     def _leave(self) -> None:
-        if self._board is not None:
+        if self._store is not None:
             with suppress(Exception):  # the store may be gone
-                self._tell_place(self._board)
-                self._board.leave(self._section)
+                self._tell_place(self._store)
+                self._store.leave(self._section)
 
     def _failed_at_the_end(self) -> RankFailure | None:
         """Another rank's failure, where this one is done; None when all are, or one takes long."""
-        board, lost, section = self._board, self._lost, self._section
-        if board is None or lost is None:
+        store, lost, section = self._store, self._lost, self._section
+        if store is None or lost is None:
             return None
         self._leave()
         told: RankFailure | None = None
         with suppress(Exception):  # the store may be gone, with a process that is done
             self._wait_until(lambda: self.failure is not None or lost.have_left(section), _WAIT_S)
-            told = self.failure or board.failure(section)
-        return None if told is None or told.rank == board.rank else told
+            told = self.failure or store.failure(section)
+        return None if told is None or told.rank == store.rank else told
 
-    def _tell_place(self, board: JobBoard) -> None:
+    def _tell_place(self, store: JobStore) -> None:
         if self._place is not None:
-            board.tell_place(self._place(self._section))
+            store.tell_place(self._place(self._section))
 
     def meet(self, where: str) -> None:
         """Wait until all ranks have come here, however long, or until one has failed."""
-        board, section = self._board, self._section
-        if board is None or not self._open:
+        store, section = self._store, self._section
+        if store is None or not self._open:
             return
-        board.arrive(section, where)
+        store.arrive(section, where)
         pause_s = 0.002
-        while not board.all_arrived(section, where):
-            if self.failure is not None and self.failure.rank == board.rank:
+        while not store.all_arrived(section, where):
+            if self.failure is not None and self.failure.rank == store.rank:
                 raise PipelineStateError(self.failure.message)
             if self.failure is not None:
                 raise RuntimeError("another process of the job has failed")
@@ -154,11 +155,11 @@ class Watch:
 
     def tell(self, error: BaseException) -> None:
         """This process has failed, unless that follows of another one's failure."""
-        board = self._board
-        if board is None or self._told or not self._open or is_broken_exchange(error):
+        store = self._store
+        if store is None or self._told or not self._open or is_broken_exchange(error):
             return
         self._told = True
-        self._claim(self._section, failure_of(error, board.rank))
+        self._claim(self._section, failure_of(error, store.rank))
 
     def _raise_first(self, error: BaseException) -> NoReturn:
         if (first := self._first_of(error)) is not None:
@@ -170,35 +171,35 @@ class Watch:
 
         Returns when the others know, or have had time for it.
         """
-        board = self._board
-        if board is None or (isinstance(error, RunPreempted) and not self._told):
+        store = self._store
+        if store is None or (isinstance(error, RunPreempted) and not self._told):
             return None  # preempted at the end of a run, as all ranks are
         follows = not self._told and is_broken_exchange(error)
         if follows:
             self._wait_until(lambda: self.failure is not None, _WAIT_S)
         if not self._told:
             self._told = True
-            self._claim(self._section, failure_of(error, board.rank))
+            self._claim(self._section, failure_of(error, store.rank))
         first = self.failure
-        if first is None or first.rank == board.rank:
+        if first is None or first.rank == store.rank:
             with suppress(Exception):  # the store may be gone
-                self._wait_until(lambda: board.all_know(self._section), _WAIT_S)
+                self._wait_until(lambda: store.all_know(self._section), _WAIT_S)
             return None
         if follows and not is_failed_elsewhere(error):
             return first
-        own = failure_of(error, board.rank)
+        own = failure_of(error, store.rank)
         if (own.type, own.message) != (first.type, first.message):
             note_first(error, first)
         return None
 
     def _claim(self, section: int, failure: RankFailure) -> None:
         """Tell a failure, and learn which one was the first."""
-        assert self._board is not None
+        assert self._store is not None
         first, is_own = failure, True
         with suppress(Exception):  # without a store, it is all that this process knows
-            first, is_own = self._board.fail(section, failure)
+            first, is_own = self._store.fail(section, failure)
             if first.type != STALLED:  # whose stacks come first
-                self._board.acknowledge(section)
+                self._store.acknowledge(section)
         self._set(section, first)
         if is_own:
             logger.error("%s", first)
@@ -220,27 +221,27 @@ class Watch:
             self._end_if_due()
 
     def _look(self) -> None:
-        board, section = self._board, self._section
-        if board is not None:
-            board.beat()
+        store, section = self._store, self._section
+        if store is not None:
+            store.beat()
         if not self._open:
             return
-        if self.failure is None and board is not None:
+        if self.failure is None and store is not None:
             assert self._lost is not None
-            if (told := board.failure(section)) is not None:
+            if (told := store.failure(section)) is not None:
                 if told.type != STALLED:
-                    board.acknowledge(section)
+                    store.acknowledge(section)
                 self._set(section, told)
             elif (lost := self._lost.look(section)) is not None:
                 self._claim(section, lost)
             elif self._place is not None:
-                self._tell_place(board)
-                if (stray := stray_among(board.places(self._lost.ranks), section)) is not None:
+                self._tell_place(store)
+                if (stray := stray_among(store.places(self._lost.ranks), section)) is not None:
                     self._claim(section, stray)
         if self.failure is None and self._clock is not None and self._clock.look(_LOOK_S):
-            rank = 0 if board is None else board.rank
+            rank = 0 if store is None else store.rank
             stalled = RankFailure(rank, STALLED, self._clock.reason())
-            if board is None:
+            if store is None:
                 self._set(section, stalled)
             else:
                 self._claim(section, stalled)
@@ -250,19 +251,19 @@ class Watch:
             self.failure = failure
 
     def _end_if_due(self) -> None:
-        failure, board = self.failure, self._board
+        failure, store = self.failure, self._store
         if failure is None or not self._open:
             return
-        rank = 0 if board is None else board.rank
+        rank = 0 if store is None else store.rank
         if failure.type == STALLED:
             if self._clock is not None:
                 self._clock.write_stacks()
             tell_hard_end(failure)
-            if board is not None:
+            if store is not None:
                 with suppress(Exception):
                     # All that this process has to write is written: a launcher may end it.
-                    board.acknowledge(self._section)
-                    self._wait_until(lambda: board.all_know(self._section), _WAIT_S)
+                    store.acknowledge(self._section)
+                    self._wait_until(lambda: store.all_know(self._section), _WAIT_S)
             end_hard(failure, rank)
         self._failed_for_s += _LOOK_S
         if self._failed_for_s >= (_OWN_GRACE_S if failure.rank == rank else _GRACE_S):
@@ -275,9 +276,9 @@ class Watch:
 
         Not where it runs on another machine, with a launcher of its own.
         """
-        if self._board is None or failure.rank == self._board.rank or failure.type == KILLED:
+        if self._store is None or failure.rank == self._store.rank or failure.type == KILLED:
             return
-        first = self._board.processes[failure.rank]
+        first = self._store.processes[failure.rank]
         if first.is_here():
             self._wait_until(lambda: first.is_gone() or is_vain(), _FOLLOW_S)
             if first.is_gone():
@@ -285,9 +286,9 @@ class Watch:
 
     def _has_left(self, rank: int) -> bool:
         """Whether a process is done with the section, so that it waits for none of the others."""
-        assert self._board is not None
+        assert self._store is not None
         with suppress(Exception):  # the store may be gone
-            return self._board.beats([rank])[0][1] >= self._section
+            return self._store.beats([rank])[0][1] >= self._section
         return False
 
     def _lost_or_left(self) -> bool:

@@ -20,7 +20,7 @@ from robo_orchard_lab.pipeline.process_identity import ProcessIdentity
 _TIMEOUT_S = 5.0  # of one request; the answer is there already, or nobody will give it
 
 
-class JobBoard:
+class JobStore:
     """Signs of life and failures, in the store by which the processes have met.
 
     Only short requests are made, which wait for no other process; any thread may make them.
@@ -39,19 +39,19 @@ class JobBoard:
         self._place = Place()
 
     @classmethod
-    def of_job(cls) -> JobBoard:
+    def of_job(cls) -> JobStore:
         """That of this job: a collective."""
         rank, count = dist.get_rank(), dist.get_world_size()
         # A connection of its own, since one that waits for a key keeps other requests waiting.
         store = _store_of_job().clone()
         store.set_timeout(timedelta(seconds=_TIMEOUT_S))
         # The store may still have what an earlier start of the job has written.
-        board = uuid.uuid4().hex
+        prefix = uuid.uuid4().hex
         if rank == 0:
             for other in range(count):
-                PrefixStore(board, store).set(f"beat/{other}", "0 0")
-                PrefixStore(board, store).set(f"place/{other}", json.dumps(Place()))
-        told = gather_objects((board, ProcessIdentity.own().model_dump()))
+                PrefixStore(prefix, store).set(f"beat/{other}", "0 0")
+                PrefixStore(prefix, store).set(f"place/{other}", json.dumps(Place()))
+        told = gather_objects((prefix, ProcessIdentity.own().model_dump()))
         processes = [ProcessIdentity(**process) for _, process in told]
         return cls(PrefixStore(told[0][0], store), rank, processes)
 
