@@ -60,8 +60,11 @@ def broadcast_object(value: Any, rank: int) -> Any:
     return shared[0]
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """What each rank gave, in the order of the ranks; pickled on its way: a collective."""
+def gather_objects(value: Any, group: Any = None) -> list[Any]:
+    """What each rank gave, in the order of the ranks; pickled on its way: a collective.
+
+    By default of :func:`host_group`; ``group`` is another one of all ranks.
+    """
     found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, value, group=host_group())
+    torch.distributed.all_gather_object(found, value, group=group or host_group())
     return found

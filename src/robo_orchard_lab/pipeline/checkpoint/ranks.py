@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeVar
 import torch.distributed as dist
 
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError, StoreLockedError
+from robo_orchard_lab.pipeline.host_group import gather_objects
 from robo_orchard_lab.pipeline.peers import failed_elsewhere
 
 T = TypeVar("T")
@@ -91,12 +92,10 @@ class Ranks:
         if self.count == 1:
             return [value]
         assert self._group is not None  # else it is closed
-        found: list[Any] = [None] * self.count
         try:
-            dist.all_gather_object(found, value, group=self._group)
+            return gather_objects(value, self._group)
         except RuntimeError as error:
             raise CheckpointError(f"another process of the job does not answer: {error}") from error
-        return found
 
     def each(self, what: str, work: Callable[[], T]) -> list[T]:
         """Do something on every rank: what all of them returned, or an error on all: a collective.
