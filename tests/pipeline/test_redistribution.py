@@ -16,7 +16,7 @@ from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.hooks import LossTrackerConfig, MetricTrackerConfig, OptimizerHook
-from robo_orchard_lab.pipeline.metrics import MetricsBoard, resolve
+from robo_orchard_lab.pipeline.metrics import MetricsBoard, WeightedSum, resolve
 from robo_orchard_lab.pipeline.metrics.torchmetrics_states import TorchMetrics
 from robo_orchard_lab.pipeline.metrics.window import WINDOWS
 from tiny import make_model
@@ -110,15 +110,38 @@ def test_the_loss_that_a_schedule_follows(saved: int, now: int) -> None:
     hook = OptimizerHook(
         Accelerator(cpu=True), optimizer, ReduceLROnPlateau(optimizer), PipelineHooks()
     )
-    states: list[Any] = [
-        {"mean_loss": {"sum": torch.tensor(rank + 1.0) if rank else None, "weight": rank}}
-        for rank in range(saved)
-    ]
-    found = [state["mean_loss"] for state in hook.redistribute_states(states, now)]
+    states: list[Any] = []
+    for rank in range(saved):
+        taken = WeightedSum()
+        if rank:  # the first had no data
+            taken.add(torch.tensor(rank + 1.0), rank)
+        states.append({"mean_loss": taken.state_dict()})
+    found = hook.redistribute_states(states, now)
     assert len(found) == now
-    assert sum(state["weight"] for state in found) == sum(range(saved))
-    total = sum(float(state["sum"]) for state in found if state["sum"] is not None)
-    assert total == sum(rank + 1.0 for rank in range(1, saved))
+    totals = torch.zeros(2, dtype=torch.float64)
+    for state in found:
+        taken = WeightedSum()
+        taken.load_state_dict(state["mean_loss"], None)
+        totals += taken.on_device(torch.device("cpu"))
+    ranks = range(saved)
+    assert totals.tolist() == [sum(rank * (rank + 1) for rank in ranks), sum(ranks)]
+
+
+def test_the_loss_that_a_schedule_follows_goes_on_on_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A loaded sum lies where the ranks exchange it, also ahead of the first loss."""
+    optimizer = torch.optim.SGD(make_model().parameters(), lr=0.1)
+    taken = WeightedSum()
+    taken.add(torch.tensor(3.0), torch.tensor(2.0))
+    device = torch.device("meta")
+    monkeypatch.setattr(Accelerator, "device", device)
+    hook = OptimizerHook(
+        Accelerator(cpu=True), optimizer, ReduceLROnPlateau(optimizer), PipelineHooks()
+    )
+    hook.load_state_dict({"mean_loss": taken.state_dict()})
+    kept = hook.state_dict()["mean_loss"]
+    assert {kept["tensor"].device, kept["tensor_weight"].device} == {device}
 
 
 def gathered(metric: Any, *parts: int) -> TorchMetrics:

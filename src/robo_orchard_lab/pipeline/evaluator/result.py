@@ -19,19 +19,16 @@ class MeanLoss:
     def __init__(self, name: str, loss_sum: WeightedSum, device: torch.device) -> None:
         self._name = name
         self._names = [name]
-        total, weight = loss_sum.tensor, loss_sum.tensor_weight
-        zero = torch.zeros((), dtype=_sum_dtype(device), device=device)
-        self._on_host = torch.tensor([loss_sum.host, loss_sum.host_weight], dtype=torch.float64)
-        self._on_device = torch.stack([zero if t is None else t.to(zero) for t in (total, weight)])
+        self._total = loss_sum.on_device(device)
 
     def names(self) -> Sequence[str]:
         return self._names
 
     def states(self) -> Sequence[tuple[torch.Tensor, StateReduction]]:
-        return [(self._on_host, "sum"), (self._on_device, "sum")]
+        return [(self._total, "sum")]
 
     def values(self, reduced: Sequence[torch.Tensor]) -> Mapping[str, float]:
-        total, weight = (reduced[0] + reduced[1]).tolist()
+        total, weight = reduced[0].tolist()
         values = {self._name: total / weight} if weight else {}
         self._names = list(values)
         return values
@@ -57,7 +54,3 @@ class JoinedMetrics:
             values.update(part.values(reduced[begin:end]))
             begin = end
         return values
-
-
-def _sum_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
@@ -19,6 +20,7 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.gradient_norm import unscale_gradients
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
+from robo_orchard_lab.pipeline.metrics import WeightedSum
 from robo_orchard_lab.pipeline.redistribution import parts_for_rank
 
 ScheduleUnit: TypeAlias = Literal["optimizer_step", "epoch"]
@@ -165,45 +167,36 @@ class _MeanLoss:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
-        self._sum: torch.Tensor | None = None
-        self._weight: float | torch.Tensor = 0
+        self._sum = WeightedSum()
 
     def add(self, args: PipelineHookArgs) -> None:
         if args.loss is not None and not args.is_filler:
-            loss = args.loss.double() if args.loss.device.type != "mps" else args.loss
-            weight = args.loss_weight
-            loss = loss * weight
-            self._sum = loss if self._sum is None else self._sum + loss
-            self._weight = self._weight + weight
+            self._sum.add(args.loss, args.loss_weight)
 
-    def take(self) -> torch.Tensor:
-        if self._sum is None:  # of a rank that had no data
-            device = self._accelerator.device
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            self._sum = torch.zeros((), dtype=dtype, device=device)
-        weight = self._weight
-        if not isinstance(weight, torch.Tensor):
-            weight = torch.full_like(self._sum, weight)
-        total = torch.stack([self._sum, weight.to(self._sum)])
-        self._sum, self._weight = None, 0
-        if self._accelerator.num_processes > 1:
-            total = self._accelerator.reduce(total, "sum")  # a collective
-        return total[0] / total[1]
+    def take(self) -> float:
+        accelerator = self._accelerator
+        total = self._sum.on_device(accelerator.device)
+        self._sum = WeightedSum()
+        if accelerator.num_processes > 1:
+            total = accelerator.reduce(total, "sum")  # a collective
+        loss, weight = total.tolist()  # waits for the device
+        return loss / weight if weight else math.nan
 
     @staticmethod
     def joined(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """One state of those of several ranks."""
-        sums = [state["sum"] for state in states if state["sum"] is not None]
-        return {
-            "sum": torch.stack(sums).sum(0) if sums else None,
-            "weight": sum(state["weight"] for state in states),
-        }
+        whole = WeightedSum()
+        for state in states:
+            part = WeightedSum()
+            part.load_state_dict(state, None)
+            whole.merge(part)
+        return whole.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sum": self._sum, "weight": self._weight}
+        return self._sum.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._sum, self._weight = state["sum"], state["weight"]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._sum.load_state_dict(state, self._accelerator.device)
 
 
 def _unwrap_optimizer(
@@ -236,7 +229,7 @@ def _move_of(
     """What moves the schedule by one; None without a schedule."""
     if isinstance(scheduler, ReduceLROnPlateau):
         assert mean_loss is not None
-        return lambda: scheduler.step(mean_loss.take().item())  # waits for the device
+        return lambda: scheduler.step(mean_loss.take())  # waits for the device
     if isinstance(scheduler, OneCycleLR):
 
         def move_to_the_end() -> None:

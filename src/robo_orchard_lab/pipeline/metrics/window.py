@@ -84,6 +84,12 @@ class WeightedSum:
         """Whether nothing was added."""
         return self.host_weight == 0.0 and self.tensor is None
 
+    def on_device(self, device: torch.device) -> torch.Tensor:
+        """The sum and that of the weights, all that was added, as a tensor of two on a device."""
+        parts = (self.tensor, self.host), (self.tensor_weight, self.host_weight)
+        zero = _zero(device)
+        return torch.stack([(zero if t is None else t.to(zero)) + number for t, number in parts])
+
     def state_dict(self) -> dict[str, Any]:
         """All that was added up; tensors as copies."""
         tensors = {"tensor": self.tensor, "tensor_weight": self.tensor_weight}

@@ -43,7 +43,7 @@ from robo_orchard_lab.pipeline.trainer.other_processes import OtherProcesses
 from robo_orchard_lab.pipeline.trainer.rank_state import RankStates, checked_rank_state
 from robo_orchard_lab.pipeline.trainer.trained_names import trained_names
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 _KEYS = {
     "data",
     "lr_scheduler",
