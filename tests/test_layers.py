@@ -24,6 +24,7 @@ LAYERS = [
     "robo_orchard_lab.pipeline.process_identity",
     "robo_orchard_lab.pipeline.durable",
     "robo_orchard_lab.pipeline.sharded_tensors",
+    "robo_orchard_lab.pipeline.weighted_loss",
     "robo_orchard_lab.pipeline.worker_signals",
     "robo_orchard_lab.pipeline.duration",
     "robo_orchard_lab.pipeline.events",

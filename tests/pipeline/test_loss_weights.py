@@ -97,18 +97,53 @@ def test_an_evaluation_weighs_by_it() -> None:
     assert found["val/loss"] == pytest.approx((losses[0] + 3 * losses[1]) / 4)
 
 
+def test_a_processor_may_write_all_weights_into_one_tensor() -> None:
+    """Each loss weighs what the tensor held when it was returned."""
+    weight = torch.zeros((), dtype=torch.float64)
+    given = [3.0, 5.0, 1.0]
+    left = list(given)
+
+    def forward(model: Any, batch: Any) -> Any:
+        return *loss_of(model, batch), weight.fill_(left.pop(0))
+
+    model = make_model()
+    make_trainer(
+        model=model,
+        loader=make_loader(3),
+        batch_processor=SimpleBatchProcessor.from_callable(forward),
+        accumulate=3,
+        max_epoch=1,
+    )()
+    for ours, theirs in zip(weights(model), plain(given, 3), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([-1], "must be a number >= 0 or a tensor of one.*got -1"),
-        ([float("nan")], "got nan"),
-        ([torch.ones(2)], "got tensor"),
-        ([True], "got True"),
+        (-1, "must be a number >= 0 or a tensor of one.*got -1"),
+        (float("nan"), "got nan"),
+        ("many", "got 'many'"),
+        (torch.ones(2), "got tensor"),
+        (True, "got True"),
+    ],
+)
+def test_what_is_no_weight_is_refused(given: Any, message: str) -> None:
+    """With what is expected, in training and in an evaluation."""
+    with pytest.raises(BatchProcessorError, match=message):
+        make_trainer(batch_processor=weighted([given]), max_step=1)()
+    with pytest.raises(BatchProcessorError, match=message):
+        Evaluator(make_model(), weighted([given]), {"val": make_loader(1)}).evaluate()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
         ([1, None], "in every step alike; got no weight in this step"),
         ([None, 1], "in every step alike; got a weight in this step, and none in those before"),
     ],
 )
-def test_what_is_no_weight_is_refused(given: Weights, message: str) -> None:
+def test_weights_in_some_steps_only_are_refused(given: Weights, message: str) -> None:
     """With what is expected."""
     with pytest.raises(BatchProcessorError, match=message):
         make_trainer(batch_processor=weighted(given), max_step=2)()

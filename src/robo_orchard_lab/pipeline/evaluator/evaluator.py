@@ -27,6 +27,7 @@ from robo_orchard_lab.pipeline.metrics.torchmetrics_states import MetricsLike, T
 from robo_orchard_lab.pipeline.plain_model import ddp_of
 from robo_orchard_lab.pipeline.sharded_model import is_sharded_model, reshard
 from robo_orchard_lab.pipeline.signs_of_life import sign_of_life
+from robo_orchard_lab.pipeline.weighted_loss import checked_weight, counted_loss
 
 _DIVIDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -60,8 +61,8 @@ class Evaluator:
     Args:
         model: prepared by ``accelerator`` or not; it stays on its device, and batches go there.
         batch_processor: from a batch to outputs and loss. The loss is weighed by the batch's
-            samples (its ``count_samples``, or the length of the batch's first tensor); batches
-            without one count for no loss.
+            samples (its ``count_samples``, or the length of the batch's first tensor), or by what
+            the processor returns beside it; batches without one count for no loss.
         dataloaders: by name; see :class:`EvaluationLoader` for how they are divided.
         metrics: of torchmetrics, by name, or a collection; they are copied.
         metric_inputs: ``metric_inputs(outputs, batch)`` gives the arguments of
@@ -131,7 +132,8 @@ class Evaluator:
 
         Raises:
             DataError: a loader gave no batch.
-            BatchProcessorError: the processor returned something else than outputs and loss.
+            BatchProcessorError: the processor returned something else than outputs and loss, and
+                maybe what that weighs.
             MetricValueError: a metric computed something else than numbers.
         """
         return resolve(self.run(), self._accelerator)  # waits for the device; a collective
@@ -185,11 +187,7 @@ class Evaluator:
             if not counts:  # it took part in what the ranks do together within the model
                 continue
             if loss is not None:
-                if weight is None:
-                    loss_sum.add(loss, self._count(batch))
-                else:  # the mean over nothing may be NaN
-                    weight = torch.as_tensor(weight, device=loss.device).detach()
-                    loss_sum.add(torch.where(weight > 0, loss, 0.0), weight)
+                loss_sum.add(loss, self._count(batch) if weight is None else weight)
             if len(metrics):
                 args, kwargs = self._arguments(outputs, batch)
                 metrics.update(*args, **kwargs)
@@ -217,12 +215,16 @@ class Evaluator:
         if loss is not None and not (isinstance(loss, torch.Tensor) and loss.numel() == 1):
             shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else ""
             raise self._wrong_result(f"a loss that is a {type(loss).__name__}{shape}")
+        if loss is not None and weight is not None:
+            weight = checked_weight(weight, loss)
+            loss = counted_loss(loss, weight)
         return outputs, loss, weight
 
     def _wrong_result(self, found: str) -> BatchProcessorError:
         return BatchProcessorError(
             f"{self._who}: {type(self.batch_processor).__name__}.forward must return (outputs, "
-            f"loss), with a scalar tensor or None as loss; got {found}"
+            "loss), with a scalar tensor or None as loss, or (outputs, loss, weight); got "
+            f"{found}"
         )
 
 

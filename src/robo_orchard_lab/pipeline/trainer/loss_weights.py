@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Real
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from accelerate.utils import DistributedType
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import BatchProcessorError, StateError
 from robo_orchard_lab.pipeline.peers import meet_others
+from robo_orchard_lab.pipeline.weighted_loss import checked_weight, counted_loss
 
 
 class LossWeights:
@@ -55,7 +54,8 @@ class LossWeights:
         """What a processor has returned that is no pair: outputs, a loss and what that weighs.
 
         Raises:
-            BatchProcessorError: it is something else, or the steps before had no weights.
+            BatchProcessorError: it is something else, the steps before had no weights, or the
+                engine divides the losses by itself.
         """
         if not isinstance(result, (tuple, list)) or len(result) != 3:
             raise wrong_result(args, type(result).__name__)
@@ -65,9 +65,13 @@ class LossWeights:
         if self.given is False:
             raise wrong_result(args, "a weight in this step, and none in those before it")
         self.given = True
-        weight = self.checked(0.0 if args.is_filler else weight, loss)
-        # The mean over nothing may be NaN.
-        args.attached_loss = torch.where(weight > 0, loss, 0.0)
+        if self._engine in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+            raise BatchProcessorError(
+                f"{self._engine.value} updates the weights within the backward pass, so that "
+                "losses can't be weighted; return (outputs, loss)"
+            )
+        weight = checked_weight(0.0 if args.is_filler else weight, loss)
+        args.attached_loss = counted_loss(loss, weight)
         args.given_loss_weight = weight
 
     def backward(
@@ -87,28 +91,6 @@ class LossWeights:
         run_backward(self.add(loss, weight), 1.0)
         if args.at_accumulation_boundary:
             self.end_window()
-
-    def checked(self, weight: Any, loss: torch.Tensor) -> torch.Tensor:
-        """A weight as a tensor on the loss's device.
-
-        Raises:
-            BatchProcessorError: it is no weight, or the engine divides the losses by itself.
-        """
-        if self._engine in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-            raise BatchProcessorError(
-                f"{self._engine.value} updates the weights within the backward pass, so that "
-                "losses can't be weighted; return (outputs, loss)"
-            )
-        dtype = torch.float32 if loss.device.type == "mps" else torch.float64
-        if isinstance(weight, torch.Tensor) and weight.numel() == 1:
-            return weight.detach().reshape(()).to(device=loss.device, dtype=dtype)
-        number = isinstance(weight, Real) and not isinstance(weight, bool)  # NumPy's as well
-        if not number or not 0 <= weight < math.inf:
-            raise BatchProcessorError(
-                "the weight of a loss must be a number >= 0 or a tensor of one, such as how many "
-                f"tokens it is the mean of; got {weight!r:.80}"
-            )
-        return torch.full((), float(weight), dtype=dtype, device=loss.device)
 
     def add(self, loss: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """What to run the backward pass of, in the place of a mean loss of such a weight."""
