@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from launching import environment
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.peers import StallClock
 from robo_orchard_lab.pipeline.progress import TrainerProgress
@@ -56,3 +59,46 @@ def test_only_a_time_is_taken(timeout_s: object) -> None:
     """In seconds, more than none."""
     with pytest.raises(PipelineConfigError, match="stall_timeout_s must be > 0 seconds"):
         StallClock(timeout_s, TrainerProgress())  # type: ignore[arg-type]  # that is the point
+
+
+ON_A_DISK_THAT_HANGS = """
+import logging, sys, time
+from torch.distributed import HashStore
+from robo_orchard_lab.pipeline import run_state
+from robo_orchard_lab.pipeline.peers import StallClock, ending, watch
+from robo_orchard_lab.pipeline.peers.job_store import JobStore
+from robo_orchard_lab.pipeline.process_identity import ProcessIdentity
+from robo_orchard_lab.pipeline.progress import TrainerProgress
+from robo_orchard_lab.pipeline.requests import Requests
+
+class Saves(logging.Handler):
+    def emit(self, record):
+        state.saved("step_1", 1)
+
+ending._STUCK_S = watch._WAIT_S = watch._LOG_S = 0.5  # of 5, 3 and 1
+progress, store = TrainerProgress(), HashStore()
+state = run_state.RunStateFile(sys.argv[1], progress)
+for rank in range(2):
+    store.set(f"beat/{rank}", "0 0")
+job = watch.Watch(JobStore(store, 0, [ProcessIdentity.own()] * 2), None)
+with state.around_run(Requests()), job.section(StallClock(1.0, progress), None):
+    run_state.replace_file = lambda *to_write: time.sleep(60)
+    logging.getLogger().addHandler(Saves())
+    logging.error("which takes the lock of the log, and of the state's file, and keeps them")
+"""
+
+
+def test_a_run_that_waits_for_a_disk_is_ended(tmp_path: Path) -> None:
+    """Though the file of the run's state and the log are locked by the thread that waits."""
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_DISK_THAT_HANGS, str(tmp_path)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("rank 0: ends, for the run has stalled, as rank 0 found: no prog")
+    assert "Timeout (0:00:01)!" in done.stderr  # of the guard of the end itself
+    assert "in saved" in done.stderr.partition("Timeout")[2]

@@ -40,15 +40,29 @@ def tell_hard_end(failure: RankFailure) -> None:
             _before.pop()(failure)
 
 
-def end_hard(failure: RankFailure, rank: int) -> None:
+def end_hard(
+    failure: RankFailure,
+    rank: int,
+    first: Callable[[], object] | None = None,
+    first_s: float = 0.0,
+) -> None:
     """End this process at once, whatever its threads wait for: with 1, without a clean-up.
 
     What it has started goes first, and what it has printed comes out.
+
+    Args:
+        failure: for which it ends.
+        rank: of this process.
+        first: what is done ahead of the end.
+        first_s: how long that may wait for others, in seconds.
     """
-    # Also where something below waits for a lock that a stuck thread has.
-    faulthandler.dump_traceback_later(_STUCK_S, exit=True)
+    # Also where something below waits for a lock that a stuck thread has, or for a disk.
+    faulthandler.dump_traceback_later(_STUCK_S + first_s, exit=True)
     with suppress(OSError):
         os.write(2, f"rank {rank}: ends, for {failure}\n".encode(errors="replace"))
+    if first is not None:
+        with suppress(Exception):
+            first()
     tell_hard_end(failure)
     for process in multiprocessing.active_children():
         with suppress(Exception):

@@ -36,6 +36,7 @@ _LOOK_S = 0.5
 _WAIT_S = 3.0  # for other processes to tell, or to know, what has failed
 _GRACE_S = 3.0  # for the main thread to come out by itself when another process has failed
 _OWN_GRACE_S = 8.0  # when this one has: its hooks' afters run
+_LOG_S = 1.0  # to come into the log
 _DEAF_S = 3.0  # without an answer of the store
 _FOLLOW_S = 4.0  # for the one that failed first to end; its interpreter may take three seconds
 _SEEN_S = 0.5  # for a launcher to see that it has ended
@@ -202,7 +203,7 @@ class Watch:
                 self._store.acknowledge(section)
         self._set(section, first)
         if is_own:
-            logger.error("%s", first)
+            _log(first)
 
     def _wait_until(self, is_so: Callable[[], bool], longest_s: float) -> None:
         end_at = time.monotonic() + longest_s
@@ -256,20 +257,24 @@ class Watch:
             return
         rank = 0 if store is None else store.rank
         if failure.type == STALLED:
-            if self._clock is not None:
-                self._clock.write_stacks()
-            tell_hard_end(failure)
-            if store is not None:
-                with suppress(Exception):
-                    # All that this process has to write is written: a launcher may end it.
-                    store.acknowledge(self._section)
-                    self._wait_until(lambda: store.all_know(self._section), _WAIT_S)
-            end_hard(failure, rank)
+            end_hard(failure, rank, lambda: self._write_stall(failure), _WAIT_S)
         self._failed_for_s += _LOOK_S
         if self._failed_for_s >= (_OWN_GRACE_S if failure.rank == rank else _GRACE_S):
             self._let_first_end(failure, lambda: not self._open or not self._has_left(failure.rank))
             if self._open:
                 end_hard(failure, rank)
+
+    def _write_stall(self, failure: RankFailure) -> None:
+        """Write all that this process has to, and wait until the others have, too.
+
+        A launcher may end them as soon as one has ended.
+        """
+        if self._clock is not None:
+            self._clock.write_stacks()
+        tell_hard_end(failure)
+        if (store := self._store) is not None:
+            store.acknowledge(self._section)
+            self._wait_until(lambda: store.all_know(self._section), _WAIT_S)
 
     def _let_first_end(self, failure: RankFailure, is_vain: Callable[[], bool]) -> None:
         """Ahead of this process, so that a launcher finds which one has failed first.
@@ -294,6 +299,13 @@ class Watch:
     def _lost_or_left(self) -> bool:
         assert self._lost is not None
         return self._lost.all_left(self._section)
+
+
+def _log(failure: RankFailure) -> None:
+    """Have it in the log, where no stuck thread keeps that, such as one that writes to a disk."""
+    thread = threading.Thread(target=logger.error, args=("%s", failure), daemon=True)
+    thread.start()
+    thread.join(_LOG_S)
 
 
 def _store_gone(error: Exception) -> RankFailure:
