@@ -56,3 +56,16 @@ def test_a_silent_process_of_another_machine_is_lost(child: subprocess.Popen[byt
     looks = [lost.look(section=1) for _ in range(MANY_LOOKS)]
     assert looks[0] is None
     assert looks[-1] is not None
+
+
+def test_setting_the_clock_loses_nobody(
+    child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By which all processes then began an hour later; one that is killed is found as before."""
+    lost = looking(identity(child))
+    boot_at = psutil.boot_time()
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: boot_at + 3600.0)
+    assert lost.look(section=1) is None
+    child.kill()
+    child.wait()
+    assert lost.look(section=1) is not None

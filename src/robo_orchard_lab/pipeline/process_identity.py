@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+from functools import lru_cache
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-_SAME_START_S = 10.0  # the system's clock may be set meanwhile
+_SAME_START_S = 10.0  # the system's clock may be set until a process is first looked for
 
 
 class ProcessIdentity(BaseModel):
@@ -39,6 +41,10 @@ class ProcessIdentity(BaseModel):
         """Whether this process can tell of it."""
         return self.host == socket.gethostname() and self.namespace == _pid_namespace()
 
+    def keep_in_sight(self) -> None:
+        """Know it from here on, however the system's clock is set."""
+        self._runs()
+
     def is_gone(self) -> bool:
         """Whether it is certain that it runs no more; False where this machine can't tell."""
         return self._runs() is False
@@ -53,11 +59,23 @@ class ProcessIdentity(BaseModel):
         import psutil
 
         try:
-            process = psutil.Process(self.pid)
-            apart_s: float = abs(process.create_time() - self.started_at)
-            return apart_s <= _SAME_START_S and process.status() != psutil.STATUS_ZOMBIE
+            process = _find(self)
+            runs: bool = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+            return runs
         except psutil.NoSuchProcess:
             return False
+
+
+@lru_cache
+def _find(identity: ProcessIdentity) -> Any:
+    """The process, which psutil then tells from others by the time since the system has started."""
+    import psutil
+
+    process = psutil.Process(identity.pid)
+    # When it began moves with the system's clock.
+    if abs(process.create_time() - identity.started_at) > _SAME_START_S:
+        raise psutil.NoSuchProcess(identity.pid)
+    return process
 
 
 def _pid_namespace() -> str | None:

@@ -25,6 +25,8 @@ class LostRanks:
         self._store = store
         count, own = len(store.processes), store.rank
         here = [rank for rank in range(count) if store.processes[rank].is_here()]
+        for rank in here:
+            store.processes[rank].keep_in_sight()
         self._here = frozenset(here)
         self._next = here[(here.index(own) + 1) % len(here)] if own in here else own
         listened = range(count) if own == 0 else {0, self._next}
