@@ -81,6 +81,15 @@ class Watch(PipelineHooks):
         self.norms.append(args.grad_norm)
 
 
+class WeightedProcessor(Processor):
+    """Says what each batch's loss weighs; NaN of one that weighs nothing."""
+
+    def forward(self, model: Any, batch: Any) -> Any:
+        outputs, loss = super().forward(model, batch)
+        weight = batch["weight"]
+        return outputs, loss if weight > 0 else loss + math.nan, weight
+
+
 def train(
     folder: Path,
     batches: Any,
@@ -88,6 +97,7 @@ def train(
     accumulate: int = 1,
     precision: str = "no",
     model: torch.nn.Module | None = None,
+    processor: type[SimpleBatchProcessor] = Processor,
     **fields: Any,
 ) -> HookBasedTrainer:
     model = Model() if model is None else model
@@ -96,7 +106,7 @@ def train(
         Accelerator(cpu=True, gradient_accumulation_steps=accumulate, mixed_precision=precision),
         model,
         batches,
-        Processor(),
+        processor(),
         torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01),
         hooks=[*hooks, guard],
         max_epoch=1,
@@ -150,6 +160,26 @@ def test_a_replay_gives_what_happened(bad: dict[str, Any], clip: bool, tmp_path:
     assert steps[1].sample_ids == [4, 5, 6, 7]
     assert [step.loss_divisor for step in steps] == [3.0] * 3
     assert replayed.window.progress["optimizer_step_id"] == 1
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_losses_are_replayed_with_their_weights(accumulate: int, tmp_path: Path) -> None:
+    """As numbers and tensors, of which some are zero: losses and gradients are those of the run."""
+    batches = make_batches([4])
+    for batch, weight in zip(batches, [1, 1, 1, 7.0, torch.tensor(300), 0, 1], strict=True):
+        batch["weight"] = weight
+    watch = Watch()
+    train(tmp_path, batches, watch, accumulate=accumulate, processor=WeightedProcessor)
+    (folder,) = tmp_path.iterdir()
+    replayed = replay(folder, other_model(), WeightedProcessor())
+    assert replayed.same
+    norm = watch.norms[4 // accumulate]
+    assert norm is not None
+    assert norm.isfinite()
+    assert torch.equal(replayed.grad_norm, norm)
+    given = [step.loss_weight for step in replayed.window.steps]
+    expected = [7.0, 300.0, 0.0] if accumulate == 3 else [300.0]
+    assert [weight.item() for weight in given if weight is not None] == expected
 
 
 def test_a_replay_that_differs_says_so(tmp_path: Path) -> None:
@@ -352,7 +382,7 @@ def test_what_is_no_window_is_refused(tmp_path: Path) -> None:
     parts = dict(load_checkpoint(folder).parts)
     parts["window"]["quarantine_version"] = 7
     save_checkpoint(tmp_path / "other", 2, parts)
-    with pytest.raises(StateError, match="window of version 1, found version 7"):
+    with pytest.raises(StateError, match="window of version 2, found version 7"):
         replay(tmp_path / "other", Model(), Processor())
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         replay(tmp_path / "q" / "step_00000003", Model(), Processor())

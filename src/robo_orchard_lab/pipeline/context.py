@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
     from robo_orchard_lab.pipeline.data import TrainingData
+    from robo_orchard_lab.pipeline.weighted_loss import LossWeighting
 
 _IN_STEP: tuple[ChannelName, ...] = (
     "on_step",
@@ -166,6 +167,11 @@ class PipelineHookArgs:
     given_loss_weight: torch.Tensor | None = field(default=None, metadata=_valid_in(*_IN_STEP))
     """What the batch processor says that its loss weighs, on the device; hooks read
     :attr:`loss_weight`."""
+    loss_weighting: LossWeighting | None = field(
+        default=None, metadata=_valid_in("on_optimizer_step", "on_step")
+    )
+    """How the losses of the window were weighed, where the batch processor says what each weighs;
+    None also where the window is one batch of one process."""
     grad_norm: torch.Tensor | None = field(
         default=None, metadata=_valid_in("on_optimizer_step", "on_step")
     )

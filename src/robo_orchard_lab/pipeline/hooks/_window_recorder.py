@@ -23,6 +23,7 @@ from robo_orchard_lab.pipeline.quarantine import (
     sample_ids,
     write_window,
 )
+from robo_orchard_lab.pipeline.weighted_loss import LossWeighting
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ class ObservedUpdate:
     """The batches, where they are kept; those since a resume within the window."""
     progress: TrainerProgress
     """The counters at the last step of the window."""
+    weighting: LossWeighting | None
+    """How its losses were weighed, where they come with weights."""
 
 
 class WindowRecorder:
@@ -67,7 +70,14 @@ class WindowRecorder:
     def before_backward(self, args: PipelineHookArgs, loss: torch.Tensor) -> None:
         """Hold on to the batch, which is not copied."""
         counters = args.epoch_id, args.step_id, args.global_step_id
-        step = QuarantinedStep(*counters, args.batch, args.loss_divisor, self._random, loss)
+        step = QuarantinedStep(
+            *counters,
+            batch=args.batch,
+            loss_divisor=args.loss_divisor,
+            loss_weight=args.given_loss_weight,
+            random=self._random,
+            loss=loss,
+        )
         self._steps.append(step)
 
     def take(self) -> list[QuarantinedStep]:
@@ -132,7 +142,7 @@ def _describe(
     args: PipelineHookArgs, update: ObservedUpdate, finding: Finding, parameters: list[str]
 ) -> QuarantinedWindow:
     accelerator, model = args.accelerator, plain_model(args.run)
-    scaler = accelerator.scaler
+    scaler, weighting = accelerator.scaler, update.weighting
     return QuarantinedWindow(
         steps=update.steps,
         reason=str(finding),
@@ -144,6 +154,8 @@ def _describe(
         num_processes=accelerator.num_processes,
         mixed_precision=accelerator.mixed_precision,
         loss_scale=None if scaler is None else scaler.get_scale(),
+        weight_reference=None if weighting is None else weighting.reference,
+        gradient_factor=None if weighting is None else weighting.gradient_factor,
         frozen=[plain_name(n) for n, p in model.named_parameters() if not p.requires_grad],
         evaluating=[plain_name(n) for n, module in model.named_modules() if not module.training],
     )

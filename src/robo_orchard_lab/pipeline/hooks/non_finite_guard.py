@@ -169,7 +169,9 @@ class NonFiniteGuard(PipelineHooks):
             return None
         norm = None if args.accelerator.scaler is not None else gradient_norm(args)
         order = args.grad_norm_order or 2.0
-        return ObservedUpdate(losses, norm, order, args.gradients_changed, steps, args.progress)
+        return ObservedUpdate(
+            losses, norm, order, args.gradients_changed, steps, args.progress, args.loss_weighting
+        )
 
     def _look_now(self, args: PipelineHookArgs) -> None:
         update = self._observe(args)

@@ -16,11 +16,17 @@ from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.plain_model import plain_name
 from robo_orchard_lab.pipeline.quarantine.window import (
+    QuarantinedStep,
     QuarantinedWindow,
     capture_generators,
     named_weights,
     read_window,
     restore_generators,
+)
+from robo_orchard_lab.pipeline.weighted_loss import (
+    counted_loss,
+    multiply_gradients,
+    weighed_loss,
 )
 
 logger = logging.getLogger(__name__)
@@ -31,7 +37,7 @@ class Replay:
     """What came of running a window again."""
 
     losses: tuple[torch.Tensor, ...]
-    """Of each step, not divided, on the model's device."""
+    """Of each step, not divided, on the model's device; zero where it weighs nothing."""
     grad_norm: torch.Tensor
     """Of the gradients of this window, before clipping; they are in the model."""
     same: bool
@@ -88,8 +94,12 @@ def replay(
             restore_generators(step.random, device)
             _, loss, *_ = batch_processor.forward(model, send_to_device(batch, device))
             assert loss is not None  # the run had one
+            if step.loss_weight is not None:
+                loss = counted_loss(loss, step.loss_weight.to(loss.device))
             losses.append(loss.detach())
-            _run_backward(loss, step.loss_divisor, window.loss_scale)
+            _run_backward(_share_of_window(loss, step, window), window.loss_scale)
+        if window.gradient_factor is not None:
+            multiply_gradients(plain.parameters(), window.gradient_factor)
     finally:
         restore_generators(before, device)
     norm = _unscaled_norm(plain, window)
@@ -151,8 +161,19 @@ def _load(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
             tensor.copy_(weights[name])
 
 
-def _run_backward(loss: torch.Tensor, divisor: float, scale: float | None) -> None:
-    loss = loss if divisor == 1.0 else loss / divisor
+def _share_of_window(
+    loss: torch.Tensor, step: QuarantinedStep, window: QuarantinedWindow
+) -> torch.Tensor:
+    """What the backward pass was run of."""
+    if step.loss_weight is None:
+        return loss if step.loss_divisor == 1.0 else loss / step.loss_divisor
+    if window.weight_reference is None:
+        return loss
+    weight, reference = step.loss_weight, window.weight_reference
+    return weighed_loss(loss, weight.to(loss.device), reference.to(loss.device))
+
+
+def _run_backward(loss: torch.Tensor, scale: float | None) -> None:
     (loss if scale is None else loss * scale).backward()
 
 

@@ -19,7 +19,7 @@ from robo_orchard_lab.pipeline.quarantine.batch_tree import pack_batch, unpack_b
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _UNSAVED = {"lost": "batch"}
 
 
@@ -33,6 +33,9 @@ class QuarantinedStep:
     batch: Any
     """None in the place of what could not be saved."""
     loss_divisor: float
+    """Of a loss that comes without a weight."""
+    loss_weight: torch.Tensor | None
+    """What the batch processor said that the loss weighs; None where it said nothing."""
     random: Mapping[str, torch.Tensor]
     """What :func:`capture_generators` gave ahead of the forward pass."""
     loss: torch.Tensor
@@ -66,6 +69,11 @@ class QuarantinedWindow:
     """By the name that Accelerate gives it."""
     loss_scale: float | None = None
     """What the losses were multiplied by for the backward pass, by an fp16 scaler."""
+    weight_reference: torch.Tensor | None = None
+    """What the weights of losses were divided by for the backward pass; None where losses have no
+    weights, and where the window was one batch of one process, which is the whole mean."""
+    gradient_factor: torch.Tensor | None = None
+    """What the gradients were multiplied by after the last backward pass, of weighted losses."""
     frozen: list[str] = field(default_factory=list)
     """The parameters that took no gradient."""
     evaluating: list[str] = field(default_factory=list)

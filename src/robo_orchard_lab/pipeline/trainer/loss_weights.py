@@ -13,7 +13,13 @@ from accelerate.utils import DistributedType
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import BatchProcessorError, StateError
 from robo_orchard_lab.pipeline.peers import meet_others
-from robo_orchard_lab.pipeline.weighted_loss import checked_weight, counted_loss
+from robo_orchard_lab.pipeline.weighted_loss import (
+    LossWeighting,
+    checked_weight,
+    counted_loss,
+    multiply_gradients,
+    weighed_loss,
+)
 
 
 class LossWeights:
@@ -90,7 +96,7 @@ class LossWeights:
             raise wrong_result(args, "no weight in this step, and some in those before it")
         run_backward(self.add(loss, weight), 1.0)
         if args.at_accumulation_boundary:
-            self.end_window()
+            args.loss_weighting = self.end_window()
 
     def add(self, loss: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """What to run the backward pass of, in the place of a mean loss of such a weight."""
@@ -102,12 +108,16 @@ class LossWeights:
         if self._reference is None:
             self._reference = self._agreed_reference(weight)
         self._total = weight if self._total is None else self._total + weight
-        return loss * (weight / self._reference).to(loss.dtype)
+        return weighed_loss(loss, weight, self._reference)
 
-    def end_window(self) -> None:
-        """Divide the gradients by all that the window weighs; zeros where that is nothing."""
+    def end_window(self) -> LossWeighting | None:
+        """Divide the gradients by all that the window weighs; zeros where that is nothing.
+
+        Returns:
+            None where a micro-batch is the whole mean.
+        """
         if self._alone:
-            return
+            return None
         total, self._total = self._total, None
         assert total is not None  # since a micro-batch was added
         assert self._reference is not None
@@ -115,15 +125,8 @@ class LossWeights:
             total = total.clone()
             torch.distributed.all_reduce(total)  # a collective
         factor = torch.where(total > 0, self._reference * self._ranks / total, 0.0)
-        by_device: dict[torch.device, list[torch.Tensor]] = {}
-        for parameter in self._parameters():
-            if parameter.grad is not None:
-                gradient: Any = parameter.grad
-                local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-                by_device.setdefault(local.device, []).append(local)
-        with torch.no_grad():
-            for device, gradients in by_device.items():
-                torch._foreach_mul_(gradients, factor.to(device))
+        multiply_gradients(self._parameters(), factor)
+        return LossWeighting(self._reference, factor)
 
     def state_dict(self) -> dict[str, Any]:
         """Of a window that is open."""
