@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from robo_orchard_lab.pipeline.peers.ending import leave_group_at_exit
+from robo_orchard_lab.pipeline.peers.forks import let_threads_pass_ahead_of_forks
 from robo_orchard_lab.pipeline.peers.job_store import JobStore
 from robo_orchard_lab.pipeline.peers.stall_clock import StallClock
 from robo_orchard_lab.pipeline.peers.strays import Place
@@ -82,6 +83,7 @@ def _watch_of_job(clock: StallClock | None) -> Watch | None:
         store = None
         if world is not None and dist.get_world_size() > 1:
             leave_group_at_exit()
+            let_threads_pass_ahead_of_forks()
             store = JobStore.of_job()
         if store is not None or clock is not None:
             _watch = Watch(store, world)

@@ -1,0 +1,38 @@
+"""A process is forked when its other threads are out of the interpreter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from launching import environment
+
+SCRIPT = """
+import os, sys, threading
+from robo_orchard_lab.pipeline.peers.forks import let_threads_pass_ahead_of_forks
+
+if sys.argv[1] == "waits":
+    let_threads_pass_ahead_of_forks()
+sys.setswitchinterval(10)  # this thread keeps the interpreter until it waits for something
+go, passed = threading.Event(), []
+thread = threading.Thread(target=lambda: (go.wait(), passed.append(True)))
+thread.start()
+go.set()
+child = os.fork()
+if child == 0:
+    os._exit(len(passed))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="forks of newer ones are safe")
+@pytest.mark.parametrize(("how", "passed"), [("waits", "1"), ("does not", "0")])
+def test_a_thread_that_waits_for_the_interpreter_passes_ahead_of_a_fork(
+    how: str, passed: str
+) -> None:
+    """One that was woken before has done its work in the child; without the pause it has not."""
+    command = [sys.executable, "-c", SCRIPT, how]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [passed]
