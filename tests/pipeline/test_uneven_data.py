@@ -73,3 +73,22 @@ def test_ranks_with_five_and_seven_batches_make_seven_steps(results: Results) ->
             fillers = [[step["filler"] for step in steps[:7]] for steps in (first, second, *others)]
             assert fillers == [[False] * 5 + [True] * 2, [False] * 7, [True] * 7][:processes]
             assert len(first) == len(second) == 14
+
+
+@pytest.mark.parametrize("name", ["list, cut", "weighted stream, cut"])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_ranks_go_on_from_a_window_that_a_limit_cut(
+    processes: int, name: str, results: Results
+) -> None:
+    """To where it would have ended, with what its own samples weigh; and the same, bit for bit,
+    wherever they are stopped then."""
+    ranks = [rank[name] for rank in results[processes]]
+    for straight, *stopped in ranks:
+        assert [step["ends"] for step in straight["steps"]] == [
+            *(False, True, True),  # steps 4 to 6 of seven, in windows of three
+            *(False, False, True, False, False, True, True),
+        ]
+        for run in stopped:
+            assert torch.equal(run["weights"], straight["weights"])
+    weight = sum(1 / step["divisor"] for rank in ranks for step in rank[0]["steps"][:2])
+    assert weight / processes == pytest.approx(1.0)

@@ -204,8 +204,9 @@ def train(
     folder: Path,
     stop: int | None = None,
     resume_from: Path | None = None,
+    max_step: int | None = None,
 ) -> dict[str, Any]:
-    """What came of it on this rank."""
+    """What came of it on this rank; saved, where it is stopped or has such a limit."""
     torch.manual_seed(3)  # the seed of the order
     loader = make_loader(1, training.samples)
     model = make_model()
@@ -221,6 +222,8 @@ def train(
                 "filler": args.is_filler,
                 "size": args.batch_size,
                 "total": args.run.steps_per_epoch,
+                "ends": args.at_accumulation_boundary,
+                "divisor": args.loss_divisor,
             }
         )
         if args.global_step_id + 1 == stop:
@@ -245,12 +248,13 @@ def train(
             MetricsLoggerConfig(every="1 epoch"),
             GradientClippingHookConfig(max_norm=0.5),
         ],
+        max_step=max_step,
         max_epoch=2,
         resume_from=resume_from,
         data_order=DataOrder(fast_forward=True),
     )
     trainer()
-    if stop is not None:
+    if stop is not None or max_step is not None:
         trainer.save_checkpoint(folder)
     return {
         "weights": torch.cat([p.detach().flatten() for p in model.parameters()]),
@@ -272,6 +276,20 @@ def go_on(training: Training, accelerator: Accelerator, folder: Path, stop: int)
     return train(training, accelerator, folder, resume_from=folder)
 
 
+def go_on_from_a_cut(
+    training: Training, accelerator: Accelerator, folder: Path
+) -> list[dict[str, Any]]:
+    """From where a limit has cut a window, straight on and stopped after some more steps."""
+    cut = folder / "cut"
+    train(training, accelerator, cut, max_step=4)
+    runs = [train(training, accelerator, folder, resume_from=cut)]
+    for stop in (5, 6, 8):
+        at = folder / f"cut {stop}"
+        train(training, accelerator, at, stop, resume_from=cut)
+        runs.append(train(training, accelerator, folder, resume_from=at))
+    return runs
+
+
 def main(folder: Path) -> None:
     torch.set_default_dtype(torch.float64)
     accelerator = Accelerator(cpu=True)
@@ -285,6 +303,8 @@ def main(folder: Path) -> None:
                 for stop in (3, 4, 6):
                     at = folder / f"{name} {stop}"
                     results[name].append(go_on(training, accelerator, at, stop))
+        for name in ("list", "weighted stream"):  # in windows of three
+            results[f"{name}, cut"] = go_on_from_a_cut(TRAININGS[name], accelerator, folder / name)
     torch.save(results, folder / f"rank{accelerator.process_index}.pt")
     accelerator.end_training()  # a process group that is left open aborts the process at its exit
     if accelerator.num_processes > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import islice, repeat
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -73,7 +73,12 @@ class AccumulationWindows:
         self._count_samples = count_samples
         self._processes = processes
         self._ranks = ranks
-        self._loaded: list[StepSizes] = []  # of the window that was last loaded ahead
+        self._within = 0
+        """How many batches of the open window are given; 0 between two windows."""
+        self._planned = 0
+        """How many batches the open window has."""
+        self._loaded: list[StepSizes] = []
+        """Of the open window, where its batches were loaded ahead."""
 
     def micro_batches(
         self, batches: Iterator[Any], sizes: SizesOfSteps, done: int, limit: int | None
@@ -90,37 +95,37 @@ class AccumulationWindows:
             DataError: while iterating, where there are more batches than sizes, or fewer.
             StateError: the pass goes on within a window of which the sizes were not saved.
         """
-        within = done % self.length
+        if done == 0:  # whatever the pass before has left open
+            self._within, self._loaded = 0, []
+        within = self._within
         begun = done - within  # the first batch of the window that is open, or next
-        rest = len(self._loaded) - within if within and self._loaded else 0
         counted = self._count_samples is not None
         known = None if counted else sizes(begun, ahead=True)
-        given = sizes(done + rest, ahead=False) if self._processes > 1 else None
+        given = sizes(done, ahead=False) if self._processes > 1 else None
         joint = self._ranks > 1 and (counted or (known is None and given is None))
         if self.length == 1 and not joint:  # in C, since this is every step of most runs
             divisors = repeat(1.0) if given is None else map(self._divisor, given)
             return zip(batches, repeat(True), divisors)
-        if limit is not None:
-            limit -= begun
+        lengths = self._lengths(begun, limit)
         if known is not None:
-            return self._sized_windows(batches, known, within, limit)
+            return self._sized_windows(batches, known, lengths, begun, limit)
         if within and not self._loaded:
             raise StateError(
-                f"the run was saved after {within} of the {self.length} batches of an accumulation "
-                "window whose sizes were known ahead, and now are not; resume it with the kind of "
-                "data loader and batch processor that it was saved with"
+                f"the run was saved after {within} of the {self._planned} batches of an "
+                "accumulation window whose sizes were known ahead, and now are not; resume it with "
+                "the kind of data loader and batch processor that it was saved with"
             )
         if joint:
-            given = sizes(done, ahead=False) if self._processes > 1 else None
-            return self._joint_windows(batches, given, done, limit)
-        return self._loaded_ahead(batches, given, within, limit)
+            return self._joint_windows(batches, given, lengths, from_start=done == 0)
+        return self._loaded_ahead(batches, given, lengths)
 
-    def state_dict(self, done: int) -> dict[str, Any]:
-        """What a window that is open after so many batches was planned by, and weighs so far."""
-        loaded = self._loaded if done % self.length else []
+    def state_dict(self) -> dict[str, Any]:
+        """What the open window, if there is one, was planned by, and weighs so far."""
         return {
-            "loaded_sizes": [sizes.own for sizes in loaded],
-            "job_sizes": [sizes.job for sizes in loaded],
+            "within": self._within,
+            "planned": self._planned,
+            "loaded_sizes": [sizes.own for sizes in self._loaded],
+            "job_sizes": [sizes.job for sizes in self._loaded],
             "loss_weights": self._weights.state_dict(),
         }
 
@@ -131,67 +136,88 @@ class AccumulationWindows:
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Go on within a window as it was planned."""
         self._weights.load_state_dict(state["loss_weights"], device)
+        self._within, self._planned = state["within"], state["planned"]
         self._loaded = list(map(StepSizes, state["loaded_sizes"], state["job_sizes"]))
 
     def _divisor(self, sizes: StepSizes) -> float:
         """Of a batch that is a window by itself."""
         return _divisor(sizes.own, sizes.job, self._processes)
 
+    def _lengths(self, begun: int, limit: int | None) -> Iterator[int]:
+        """How many batches the windows have from batch ``begun`` on, without end or up to a limit.
+
+        The pass may be over before.
+        """
+        if self._within:
+            yield self._planned
+            begun += self._planned
+        while limit is None or begun < limit:
+            end = begun + self.length - begun % self.length
+            end = end if limit is None else min(end, limit)
+            yield end - begun
+            begun = end
+
     def _sized_windows(
-        self, batches: Iterator[Any], sizes: Iterator[StepSizes], within: int, limit: int | None
+        self,
+        batches: Iterator[Any],
+        sizes: Iterator[StepSizes],
+        lengths: Iterator[int],
+        begun: int,
+        limit: int | None,
     ) -> Iterator[MicroBatch]:
-        """Windows, in the first of which so many batches are done."""
-        begun = 0
-        for window in _chunks(sizes, self.length, limit):
-            divisors = _divisors(window, self._processes)
-            taken = within
-            for batch in islice(batches, len(window) - within):
-                taken += 1
-                yield batch, taken == len(window), divisors[taken - 1]
-            if taken < len(window):
+        """Windows of which the sizes are known ahead."""
+        for window in _chunks(sizes, lengths):
+            rest = islice(batches, len(window) - self._within)
+            yield from self._window(rest, self._within, window, self._processes)
+            if self._within:
                 raise _wrong_length("fewer")
-            begun += taken
-            within = 0
+            begun += len(window)
         if begun != limit and next(batches, _END) is not _END:
             raise _wrong_length("more")
 
     def _loaded_ahead(
-        self,
-        batches: Iterator[Any],
-        given: Iterator[StepSizes] | None,
-        within: int,
-        limit: int | None,
+        self, batches: Iterator[Any], given: Iterator[StepSizes] | None, lengths: Iterator[int]
     ) -> Iterator[MicroBatch]:
         """Windows of which the sizes are known when all batches are loaded."""
-        if within:
-            rest = islice(batches, len(self._loaded) - within)
-            yield from self._window(list(rest), within, self._processes)
-            limit = None if limit is None else max(limit - len(self._loaded), 0)
-        for loaded in _chunks(batches, self.length, limit):
+        for length in lengths:
+            within, done = self._within, self._loaded[: self._within]
+            loaded = list(islice(batches, length - within))
+            if not loaded:
+                return
             if given is None:
-                self._loaded = [StepSizes(size, size) for size in map(self._count, loaded)]
+                sizes = [StepSizes(size, size) for size in map(self._count, loaded)]
             else:
-                self._loaded = list(islice(given, len(loaded)))
-            yield from self._window(loaded, 0, self._processes)
+                sizes = list(islice(given, len(loaded)))
+            self._loaded = [*done, *sizes]
+            yield from self._window(loaded, within, self._loaded, self._processes)
 
     def _joint_windows(
         self,
         batches: Iterator[Any],
         given: Iterator[StepSizes] | None,
-        done: int,
-        limit: int | None,
+        lengths: Iterator[int],
+        from_start: bool,
     ) -> Iterator[MicroBatch]:
         """Windows of which the ranks tell each other."""
         joint = JointWindows(self.length, self._own_size)
-        for loaded, sizes in joint.windows(batches, given, self._loaded, done, limit):
+        begun, within = self._loaded, self._within
+        for loaded, sizes in joint.windows(batches, given, lengths, begun, within, from_start):
             self._loaded = sizes
-            yield from self._window(loaded, len(sizes) - len(loaded), self._ranks)
+            yield from self._window(loaded, self._within, sizes, self._ranks)
 
-    def _window(self, loaded: Sequence[Any], within: int, processes: int) -> Iterator[MicroBatch]:
-        """The batches of a window that were loaded, the first of which comes after others."""
-        divisors = _divisors(self._loaded, processes)
-        for index, batch in enumerate(loaded, start=within):
-            yield batch, index == len(divisors) - 1, divisors[index]
+    def _window(
+        self, batches: Iterable[Any], within: int, sizes: Sequence[StepSizes], processes: int
+    ) -> Iterator[MicroBatch]:
+        """The batches of a window of such sizes that come after so many others."""
+        divisors = _divisors(sizes, processes)
+        self._planned = len(divisors)
+        for taken, batch in enumerate(batches, start=within + 1):
+            ends = taken == len(divisors)
+            if ends:
+                self._within, self._loaded = 0, []
+            else:
+                self._within = taken
+            yield batch, ends, divisors[taken - 1]
 
     def _count(self, batch: Any) -> int:
         return (self._count_samples or _count)(batch)
@@ -211,10 +237,12 @@ def _divisors(window: Sequence[StepSizes], processes: int) -> list[float]:
     return [_divisor(sizes.own, total, processes) for sizes in window]
 
 
-def _chunks(items: Iterator[ItemT], size: int, limit: int | None) -> Iterator[list[ItemT]]:
-    """Lists of ``size`` items, the last of which may be shorter; ``limit`` items at most."""
-    limited = items if limit is None else islice(items, limit)
-    while chunk := list(islice(limited, size)):
+def _chunks(items: Iterator[ItemT], lengths: Iterator[int]) -> Iterator[list[ItemT]]:
+    """Lists of so many items each, the last of which may be shorter."""
+    for length in lengths:
+        chunk = list(islice(items, length))
+        if not chunk:
+            return
         yield chunk
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -57,51 +56,62 @@ class JointWindows:
         self,
         batches: Iterator[Any],
         given: Iterator[StepSizes] | None,
+        lengths: Iterator[int],
         begun: Sequence[StepSizes],
-        done: int,
-        limit: int | None,
+        within: int,
+        from_start: bool,
     ) -> Iterator[tuple[list[Any], list[StepSizes]]]:
         """What is left of a pass: the batches that are left of each window, and all its sizes.
 
         Args:
             batches: those that are left to this rank.
             given: what the data says of each, when it was given.
+            lengths: how many steps to make in each window at most, those of the open one included.
             begun: the sizes of the window that is open, if one is.
-            done: how many steps of the pass are done.
-            limit: how many steps to make at most, those of the open window included.
+            within: how many of its steps are done.
+            from_start: whether nothing of the pass is done.
         """
-        left = math.inf if limit is None else limit
         self._filler = []
-        window = None
-        within = done % self._length
-        if within == len(begun):  # it was over when a limit was reached
-            left, within = left - within, 0
-        if within:
-            rest = sum(sizes.own != _NONE for sizes in begun[within:])
-            window = self._load(batches, given, rest, skipped=within)
-            window.sizes = list(begun)
-        while left > 0:
-            window = window or self._load(batches, given, min(self._length, left))
-            self._agree(window, within, from_start=done == 0)
-            left -= len(window.sizes)
+        windows = self._loaded(batches, given, lengths, begun, within)
+        window = next(windows, None)
+        while window is not None:
+            self._agree(window, within, from_start)
             if not window.sizes:
                 return
             filler = self._filler
-            ahead = self._load(batches, given, 1) if self._length == 1 and left > 0 else None
+            ahead = next(windows, None) if self._length == 1 else None
             missing = len(window.sizes) - within - len(window.batches)
             yield window.batches + filler * missing, window.sizes
             within = 0
-            window = ahead
+            window = ahead or next(windows, None)
+
+    def _loaded(
+        self,
+        batches: Iterator[Any],
+        given: Iterator[StepSizes] | None,
+        lengths: Iterator[int],
+        begun: Sequence[StepSizes],
+        within: int,
+    ) -> Iterator[JointWindow]:
+        """What this rank has for each window, loaded and told when it is asked for."""
+        if within:
+            next(lengths)
+            rest = sum(sizes.own != _NONE for sizes in begun[within:])
+            window = self._load(batches, given, rest, skipped=within)
+            window.sizes = list(begun)
+            yield window
+        for length in lengths:
+            yield self._load(batches, given, length)
 
     def _load(
         self,
         batches: Iterator[Any],
         given: Iterator[StepSizes] | None,
-        count: float,
+        count: int,
         skipped: int = 0,
     ) -> JointWindow:
         loaded, own = [], [_NONE] * self._length
-        for step, batch in enumerate(islice(batches, int(count)), start=skipped):
+        for step, batch in enumerate(islice(batches, count), start=skipped):
             loaded.append(batch)
             own[step] = self._count(batch, None if given is None else next(given))
         if loaded:

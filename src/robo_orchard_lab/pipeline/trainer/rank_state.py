@@ -66,7 +66,7 @@ class RankStates:
         return {
             "random": capture_random_state() if self._random is None else self._random,
             "data": self._data.rank_state_dict(),
-            "window": self._windows.state_dict(run.progress.step_id),
+            "window": self._windows.state_dict(),
             "gradients": open_gradients(run),
             "buffers": {name: value for name, value in buffers.items() if name not in shared},
             # Nothing keeps the ranks' alike.
@@ -119,7 +119,7 @@ class RankStates:
                 parameter.copy_(state["beside"][name])
         set_open_gradients(run, state["gradients"])
         ddp = ddp_of(run.model)
-        if ddp is not None and state["gradients"]:
+        if ddp is not None and state["window"]["within"]:
             # After a pass without exchange, DDP leaves each rank its buffers in the next one.
             ddp.require_forward_param_sync = False
         self._random = state["random"]

@@ -148,7 +148,7 @@ class RunSnapshots:
         if saved.of_ranks:
             key = f"{trainer['data']['seed']}/{saved.info.step}"
             own = self._other_processes.state(own, saved.of_ranks, key)
-        if own["gradients"]:
+        if own["window"]["within"]:
             check_window(self._windows.length, trainer["window"])
         model = plain_model(run)
         entries = {plain_name(name): name for name in model.state_dict()}

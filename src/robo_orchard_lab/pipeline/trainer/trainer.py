@@ -81,10 +81,11 @@ class HookBasedTrainer:
                 commit point
 
     With gradient accumulation (``Accelerator(gradient_accumulation_steps=n)``), ``divisor`` weighs
-    each batch by its samples in the window of up to n batches that ends in an update; the last
-    window of an epoch, and the one in which ``max_step`` is reached, may be shorter. With several
-    processes, the window is that of all of them. Where the processor returns
-    ``(outputs, loss, weight)``, the update is that of the mean over these weights instead.
+    each batch by its samples in the window of up to n batches that ends in an update. The last
+    window of an epoch may be shorter; so may the one in which ``max_step`` is reached, and in a run
+    that goes on from there the first, which ends where that one would have. With several processes,
+    the window is that of all of them. Where the processor returns ``(outputs, loss, weight)``, the
+    update is that of the mean over these weights instead.
 
     A model in evaluation mode is put in training mode at the start; one in training mode is left
     as it is, so that parts that you have put in evaluation mode stay there.
