@@ -61,6 +61,26 @@ def test_an_update_is_that_of_the_weighted_mean(accumulate: int) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+def test_parameters_beside_the_model_take_the_mean_too() -> None:
+    """One that only the optimizer has, such as of a learned loss, moves by the weighted mean."""
+    factor = torch.nn.Parameter(torch.ones(()))
+    left = [2.0, 6.0]
+
+    def forward(model: Any, batch: Any) -> Any:
+        outputs, loss = loss_of(model, batch)
+        losses.append(loss.item())
+        return outputs, loss * factor, left.pop(0)
+
+    losses: list[float] = []
+    make_trainer(
+        optimizer=torch.optim.SGD([factor], lr=1.0),
+        batch_processor=SimpleBatchProcessor.from_callable(forward),
+        accumulate=2,
+        max_step=2,
+    )()
+    assert factor.item() == pytest.approx(1 - (2 * losses[0] + 6 * losses[1]) / 8)
+
+
 def test_a_loss_that_weighs_nothing_may_be_no_number() -> None:
     """It leaves the weights, and the mean loss, as they are."""
     model = make_model()

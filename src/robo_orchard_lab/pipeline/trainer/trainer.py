@@ -45,7 +45,7 @@ from robo_orchard_lab.pipeline.trainer.preparation import (
 )
 from robo_orchard_lab.pipeline.trainer.resuming import resume
 from robo_orchard_lab.pipeline.trainer.snapshot import RunSnapshots
-from robo_orchard_lab.pipeline.trainer.trained_names import trained_names
+from robo_orchard_lab.pipeline.trainer.trained_names import trained_parameters
 
 logger = job_logger(__name__)
 
@@ -222,7 +222,9 @@ class HookBasedTrainer:
             ),
         )
         self._weights = LossWeights(
-            accelerator, accelerator.gradient_accumulation_steps, partial(trained_names, self._run)
+            accelerator,
+            accelerator.gradient_accumulation_steps,
+            partial(trained_parameters, self._run),
         )
         self._windows = AccumulationWindows(
             accelerator.gradient_accumulation_steps,
