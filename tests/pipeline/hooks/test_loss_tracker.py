@@ -89,6 +89,35 @@ def test_a_long_window_is_exact() -> None:
     )
 
 
+class Weighing(SimpleBatchProcessor):
+    """Says what each loss weighs; NaN are those that weigh nothing."""
+
+    def forward(self, model: Any, batch: Any) -> Any:
+        loss = model(batch[0]).square().mean()
+        weight = (batch[0][0, 0].abs() * 10).int() % 4
+        loss = torch.where(weight > 0, loss, loss + math.nan)
+        return {"half": loss / 2}, loss, weight
+
+
+def test_means_are_those_over_the_weights() -> None:
+    """Over more steps than are kept one by one; what weighs nothing is left out."""
+    notes = Notes("at steps 64, 129, 130, 195")
+    weighed: list[tuple[float, int]] = []
+    notes.on_step.after(lambda args: weighed.append((args.loss.item(), int(args.loss_weight))))
+    make_trainer(
+        [notes, LossTrackerConfig(losses_key="")],
+        loader=make_loader(batches=30, batch_size=2, rest=1),
+        batch_processor=Weighing(),
+        max_step=195,
+    )()
+    assert {weight for _, weight in weighed} == {0, 1, 2, 3}
+    ends = [0, 64, 129, 130, 195]
+    expected = {end: mean(weighed[a:end]) for a, end in pairwise(ends)}
+    assert notes.told["loss/total"] == approx(expected)
+    halves = {end: value / 2 for end, value in expected.items()}
+    assert notes.told["loss/half"] == pytest.approx(halves, rel=1e-6)
+
+
 def test_an_epoch_that_was_not_completed_has_no_mean() -> None:
     """A run that ends within its second epoch has published the mean of the first alone."""
     told = run_hook(LossTrackerConfig(), steps=6).metrics  # 4 steps an epoch
@@ -266,6 +295,13 @@ def test_wrong_fields_are_refused(fields: dict[str, Any], told: str) -> None:
         LossTrackerConfig(**fields)
 
 
+def test_weights_of_losses_survive() -> None:
+    """A run that is resumed within a window of weighted losses goes on exactly."""
+    assert_state_round_trip(
+        LossTrackerConfig(losses_key=""), log_every="3 steps", batch_processor=Weighing()
+    )
+
+
 @pytest.mark.parametrize("key", [None, ""])
 def test_a_resumed_run_publishes_what_the_straight_one_does(key: str | None) -> None:
     """Saved after any step, within a window and an epoch, it goes on exactly."""
@@ -296,8 +332,8 @@ def test_a_state_that_was_not_used_yet_is_given_again() -> None:
 
 def test_a_state_of_another_version_is_refused() -> None:
     """The error names the hook and the versions."""
-    with pytest.raises(StateError, match=r"LossTracker: expected .* version 1, found version 2"):
-        LossTrackerConfig()().load_state_dict({"version": 2})
+    with pytest.raises(StateError, match=r"LossTracker: expected .* version 2, found version 3"):
+        LossTrackerConfig()().load_state_dict({"version": 3})
 
 
 def test_it_watches_without_a_trace() -> None:

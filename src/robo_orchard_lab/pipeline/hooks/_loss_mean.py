@@ -18,26 +18,27 @@ class LossMean:
     """The weighted mean of a loss since the last logging point, and since the epoch began.
 
     The losses of the latest steps are copied into slots on their device, and added up when these
-    are full or a mean is asked for. A copy is made at once, since a captured CUDA graph writes its
-    next loss over the last one. On a CPU it takes 0.9 us; to add to a sum in double precision takes
-    2.3 us.
+    are full or a mean is asked for; so are weights that are tensors. A copy is made at once, since
+    a captured CUDA graph writes its next loss over the last one. On a CPU it takes 0.9 us; to add
+    to a sum in double precision takes 2.3 us.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._window = WeightedSum()
         self._epoch = WeightedSum()
-        self._values: torch.Tensor | None = None  # where the slots are
-        self._slots: list[torch.Tensor] = []  # its elements
-        self._weights: list[float] = []  # of the losses that are in the slots
+        self._rows: torch.Tensor | None = None  # where the slots are
+        self._slots: list[torch.Tensor] = []  # of losses
+        self._weight_slots: list[torch.Tensor] = []  # of those weights that are tensors
+        self._weights: list[float | None] = []  # of the losses in the slots; None of a tensor
 
     def add(self, loss: Number, weight: Number) -> None:
-        """On the step path: take in a number, or a detached tensor of one element."""
-        if isinstance(weight, torch.Tensor):
-            if not isinstance(loss, torch.Tensor) or loss.dim():
-                loss = torch.as_tensor(checked_number(self._name, loss), device=weight.device)
-            self._take(loss.reshape(()), weight)
-            return
+        """On the step path: take in a number, or a detached tensor of one element.
+
+        Args:
+            loss: on any device.
+            weight: a number, or a tensor without dimensions.
+        """
         if not isinstance(loss, torch.Tensor):
             self._take(checked_number(self._name, loss), weight)
             return
@@ -48,7 +49,11 @@ class LossMean:
         if loss.dim():
             loss = torch.as_tensor(checked_number(self._name, loss)).reshape(())
         self._slots[used].copy_(loss)
-        self._weights.append(weight)
+        if isinstance(weight, torch.Tensor):
+            self._weight_slots[used].copy_(weight)
+            self._weights.append(None)
+        else:
+            self._weights.append(weight)
 
     def publish_window(self, board: MetricsBoard) -> None:
         """Publish the mean since the last time, and begin anew."""
@@ -71,7 +76,7 @@ class LossMean:
         return {
             "window": self._window.state_dict(),
             "epoch": self._epoch.state_dict(),
-            "values": self._values[:used].clone() if self._values is not None and used else None,
+            "rows": self._rows[:, :used].clone() if self._rows is not None and used else None,
             "weights": list(self._weights),
         }
 
@@ -81,9 +86,7 @@ class LossMean:
         self._epoch.load_state_dict(state["epoch"], device)
         self._weights = list(state["weights"])
         if self._weights:
-            self._make_slots(device)
-            for slot, value in zip(self._slots, state["values"], strict=False):
-                slot.copy_(value)
+            self._make_slots(device)[:, : len(self._weights)].copy_(state["rows"])
 
     def merge(self, other: LossMean) -> None:
         """Take in what another one, of a later rank, has taken in."""
@@ -97,18 +100,25 @@ class LossMean:
         if not self._slots:
             self._make_slots(device)
 
-    def _make_slots(self, device: torch.device) -> None:
+    def _make_slots(self, device: torch.device) -> torch.Tensor:
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._values = torch.zeros(_SLOTS, dtype=dtype, device=device)
-        self._slots = list(self._values.unbind())
+        self._rows = torch.zeros(2, _SLOTS, dtype=dtype, device=device)
+        self._slots, self._weight_slots = (list(row.unbind()) for row in self._rows)
+        return self._rows
 
     def _add_up(self) -> None:
         """Take in what is in the slots; stretches of one weight together."""
         begin = 0
         for weight, count in _stretches(self._weights):
             end = begin + count
-            assert self._values is not None  # since something is in it
-            self._take(self._values[begin:end].mean(), weight * (end - begin))
+            assert self._rows is not None  # since something is in it
+            losses, weights = self._rows[:, begin:end]
+            if weight is None:
+                # The mean over nothing may be NaN.
+                products = torch.where(weights > 0, losses * weights, 0.0)
+                self._merge(products.sum(), weights.sum())
+            else:
+                self._take(losses.mean(), weight * count)
             begin = end
         self._weights = []
 
@@ -116,8 +126,14 @@ class LossMean:
         self._window.add(mean, weight)
         self._epoch.add(mean, weight)
 
+    def _merge(self, total: torch.Tensor, weight: torch.Tensor) -> None:
+        part = WeightedSum()
+        part.tensor, part.tensor_weight = total, weight
+        self._window.merge(part)
+        self._epoch.merge(part)
 
-def _stretches(weights: list[float]) -> list[tuple[float, int]]:
+
+def _stretches(weights: list[float | None]) -> list[tuple[float | None, int]]:
     """The weights one after the other, each with how often it follows itself."""
     if weights and weights.count(weights[0]) == len(weights):  # as good as always, and in C
         return [(weights[0], len(weights))]
