@@ -139,6 +139,20 @@ def make_normalised() -> torch.nn.Module:
     )
 
 
+class Counted(torch.nn.Module):
+    """Counts its passes in a new tensor each."""
+
+    passes: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.passes = self.passes + 1
+        return inputs
+
+
 def buffers_of(model: torch.nn.Module) -> list[torch.Tensor]:
     return [buffer.clone() for buffer in model.buffers()]
 
@@ -200,7 +214,7 @@ def with_buffers(accelerator: Accelerator, counter: CollectiveCounter) -> dict[s
     """A model whose batch statistics differ between the ranks."""
     found: dict[str, Any] = {}
     for broadcast in (True, False):
-        plain = make_normalised()
+        plain = torch.nn.Sequential(make_normalised(), Counted())
         model = DistributedDataParallel(plain, broadcast_buffers=broadcast)
         for _ in range(3):
             model(torch.randn(16, 4) + accelerator.process_index)

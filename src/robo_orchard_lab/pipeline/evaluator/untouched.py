@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from robo_orchard_lab.pipeline.buffers import BufferKeeper
 from robo_orchard_lab.pipeline.checkpoint import capture_random_state, restore_random_state
 from robo_orchard_lab.pipeline.data.kept_generators import RandomSource, set_states, states_of
 
@@ -61,18 +62,18 @@ def first_ranks_buffers(model: torch.nn.Module | None) -> Iterator[None]:
     collective where there are buffers; None is a model of one process, whose buffers stay.
     """
     buffers = [] if model is None else list(model.buffers())
-    if not buffers:
+    if model is None or not buffers:
         yield
         return
-    before = [buffer.clone() for buffer in buffers]
+    own = BufferKeeper()
+    own.attach(model)
+    own.keep()
     try:
         with torch.no_grad():
             _broadcast(buffers)
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
+        own.restore()
 
 
 def _broadcast(tensors: list[torch.Tensor]) -> None:

@@ -13,11 +13,11 @@ from accelerate.utils import DistributedType
 from pydantic import Field
 
 from robo_orchard_core.utils.hook import HookContext
+from robo_orchard_lab.pipeline.buffers import BufferKeeper
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.gradient_norm import gradient_norm
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.hooks._buffer_keeper import BufferKeeper
 from robo_orchard_lab.pipeline.hooks._finite import LateReading, pack, unpack
 from robo_orchard_lab.pipeline.hooks._finite_tally import LoggingPointCheck
 from robo_orchard_lab.pipeline.hooks._non_finite_error import (

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from robo_orchard_lab.pipeline.buffers import BufferKeeper
 from robo_orchard_lab.pipeline.evaluator.untouched import untouched_random_state
 
 
@@ -20,7 +21,9 @@ def as_if_not_passed(model: torch.nn.Module) -> Iterator[None]:
     count the filler; parameters that are sharded take their gradients from it as they are, which
     are zeros unless the batch gives NaN.
     """
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = BufferKeeper()
+    buffers.attach(model)
+    buffers.keep()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handles = [parameter.register_hook(torch.zeros_like) for parameter in trained]
     try:
@@ -29,6 +32,4 @@ def as_if_not_passed(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        buffers.restore()

@@ -1,4 +1,4 @@
-"""The buffers of a model as they were before a window."""
+"""The buffers of a model as they were."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class BufferKeeper:
         self._loaded: Mapping[str, torch.Tensor] | None = None
 
     def attach(self, model: torch.nn.Module) -> None:
-        """Look up where the buffers are; in the plain model, whose names they get."""
+        """Look up where the buffers are; :meth:`named` has the names of the plain model."""
         self._places = [
             (module, name, plain_name(f"{path}.{name}" if path else name))
             for path, module in model.named_modules()
@@ -53,7 +53,7 @@ class BufferKeeper:
         """Put the buffers back as they were when they were last copied."""
         for (module, name, _), copy in zip(self._places, self._copies or (), strict=False):
             live = getattr(module, name)
-            if live.shape == copy.shape:
+            if live is not None and live.shape == copy.shape:
                 live.copy_(copy)
             else:
                 setattr(module, name, copy.clone())
