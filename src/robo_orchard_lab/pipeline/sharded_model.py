@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from robo_orchard_lab.pipeline.checkpoint import Region, ShareOf, TensorShare
+from robo_orchard_lab.pipeline.checkpoint import ShareOf, TensorShare
+from robo_orchard_lab.pipeline.checkpoint.shards import local_regions
 from robo_orchard_lab.pipeline.context import PipelineRun, WeightSet
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.plain_model import plain_name, plain_weights
@@ -62,18 +63,16 @@ def shares_of_model(model: torch.nn.Module) -> ShareOf | None:
 
     A tensor is taken for one that is divided as a parameter is if it has the parameter's whole
     shape, and its place the parameter's name in it, as in ``state.<name>.exp_avg``.
+
+    Raises:
+        StateError: a process has a parameter in several pieces.
     """
     live = {plain_name(name): p for name, p in model.named_parameters() if is_sharded(p)}
     if not live:
         return None
-    from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
-
-    shares = {}
-    for item in create_default_local_save_plan(dict(live), is_coordinator=True).items:
-        data = item.tensor_data
-        assert data is not None  # all of these are tensors
-        region = Region(tuple(data.chunk.offsets), tuple(data.chunk.sizes))
-        shares[item.index.fqn] = TensorShare(region, _like(live[item.index.fqn]))
+    shares = {
+        name: TensorShare(region, _like(live[name])) for name, region in local_regions(live).items()
+    }
 
     def share_of(place: str, shape: tuple[int, ...]) -> TensorShare | None:
         words = place.split(".")

@@ -98,6 +98,28 @@ class SavedShard:
     """Of the whole tensor."""
 
 
+def local_regions(tensors: Mapping[str, torch.Tensor]) -> dict[str, Region]:
+    """What this process has of sharded tensors, as torch's own writer of checkpoints would say it.
+
+    Args:
+        tensors: by name; each a ``DTensor``. One that is none of this process's is left out.
+
+    Raises:
+        StateError: a process has one in several pieces.
+    """
+    from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
+
+    regions: dict[str, Region] = {}
+    for item in create_default_local_save_plan(dict(tensors), is_coordinator=True).items:
+        name, data = item.index.fqn, item.tensor_data
+        if data is None or name in regions:
+            raise StateError(
+                f"{name!r} can be neither saved nor loaded: a process has it in several pieces"
+            )
+        regions[name] = Region(tuple(data.chunk.offsets), tuple(data.chunk.sizes))
+    return regions
+
+
 def shards_to_write(
     tensors: Mapping[str, torch.Tensor], processes: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -112,16 +134,7 @@ def shards_to_write(
     Raises:
         StateError: one is divided in a way that is not known, or among more processes.
     """
-    from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
-
-    # Where this process's part begins is what torch's own writer would have it be.
-    plan = create_default_local_save_plan(dict(tensors), is_coordinator=True)
-    regions: dict[str, Region] = {}
-    for item in plan.items:
-        name, data = item.index.fqn, item.tensor_data
-        if data is None or name in regions:
-            raise StateError(f"{name!r} can't be saved: a process has it in several pieces")
-        regions[name] = Region(tuple(data.chunk.offsets), tuple(data.chunk.sizes))
+    regions = local_regions(tensors)
     parts: dict[str, torch.Tensor] = {}
     info: dict[str, Any] = {}
     for name, tensor in tensors.items():
