@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,29 @@ def shard(
     return model
 
 
+class OwnValues(PipelineHooks):
+    """Has a whole tensor on each rank that has the name and the shape of a parameter, and is none;
+    each step adds 1 to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = {"0.weight": self.first_of(int(os.environ.get("RANK", "0")))}
+
+        @self.on_step.after
+        def count(args: PipelineHookArgs) -> None:
+            self.values["0.weight"] += 1
+
+    @staticmethod
+    def first_of(rank: int) -> torch.Tensor:
+        return torch.arange(28.0).reshape(7, 4) + 100 * rank
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": self.values}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.values = dict(state["values"])
+
+
 class Training:
     """One training, of a model in shards or in DDP, and what it came to."""
 
@@ -89,6 +112,7 @@ class Training:
             sizes = mesh or (accelerator.num_processes,)
             shard(self.model, init_device_mesh("cpu", sizes, mesh_dim_names=names), blocks)
         self.losses: list[torch.Tensor] = []
+        self.own_values = OwnValues()
         watch = PipelineHooks()
         watch.on_step.after(lambda args: self.losses.append(args.loss))
         self.samples: list[list[int]] = []
@@ -102,7 +126,11 @@ class Training:
             make_loader(60 // batch_size, batch_size, shuffle=True),
             SimpleBatchProcessor.from_callable(loss_of),
             torch.optim.AdamW(self.model.parameters(), lr=0.05),
-            hooks={"watch": watch, **hooks} if isinstance(hooks, dict) else [watch, *(hooks or [])],
+            hooks=(
+                {"watch": watch, "own": self.own_values, **hooks}
+                if isinstance(hooks, dict)
+                else [watch, self.own_values, *(hooks or [])]
+            ),
             max_step=options.pop("max_step", 9),
             **options,
         )
@@ -117,6 +145,7 @@ class Training:
             "losses": torch.stack(self.losses),
             "samples": self.samples,
             "progress": self.trainer.progress.state_dict(),
+            "own values": self.own_values.values["0.weight"],
         }
 
 

@@ -231,7 +231,7 @@ def test_no_gradient_is_dropped(servers: list[ForkServer], tmp_path: Path) -> No
     assert start(servers, tmp_path / "a", 1, stop_after=1) == ""
     saved = load_checkpoint(checkpoint(tmp_path / "a", 1))
     state = saved.of_rank["state"]
-    state["gradients"]["gone.weight"] = torch.ones(2)
+    state["own_gradients"]["gone.weight"] = torch.ones(2)
     save_checkpoint(tmp_path / "b", 1, saved.parts, {"state": state})
     told = start(servers, tmp_path / "c", 1, resume_from=str(tmp_path / "b"))
     assert "StateError: the run was saved within an accumulation window" in told

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from launching import launch
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, export_weights, load_checkpoint
-from sharded_on_ranks import in_any_number
+from sharded_on_ranks import OwnValues, in_any_number
 
 SCRIPT = Path(__file__).parent / "sharded_on_ranks.py"
 
@@ -71,6 +71,18 @@ def test_a_checkpoint_crosses(found: list[dict[str, Any]]) -> None:
     for of_rank in found:
         for name in ("sharded to ddp", "ddp to sharded"):
             assert_close(of_rank[name], end_of(of_rank["sharded1"], steps=5))
+
+
+def test_what_a_hook_has_whole_stays_so(folder: Path, found: list[dict[str, Any]]) -> None:
+    """Each rank gets back its own tensor, though it has a parameter's name and shape."""
+    for rank, of_rank in enumerate(found):
+        expected = OwnValues.first_of(rank).double() + 9
+        resumed = ("sharded1 resumed", "sharded3 resumed", "sharded to ddp", "ddp to sharded")
+        for name in ("sharded1", *resumed):
+            torch.testing.assert_close(of_rank[name]["own values"], expected, rtol=0, atol=0)
+    for rank, of_rank in enumerate(results(folder, of=3)):
+        expected = OwnValues.first_of(min(rank, 1)).double() + 9
+        torch.testing.assert_close(of_rank["any"]["own values"], expected, rtol=0, atol=0)
 
 
 def test_it_resumes_on_three(folder: Path, found: list[dict[str, Any]]) -> None:
@@ -156,12 +168,13 @@ def test_torch_reads_the_shards(folder: Path, found: list[dict[str, Any]]) -> No
 
 
 def test_the_average_is_that_of_ddp(folder: Path) -> None:
-    """Each process averages its shards; together they are the average that DDP has, and resume."""
-    sharded, ddp, resumed = (
+    """Each process averages its shards of what DDP averages, and each resumes the other."""
+    sharded, resumed, *others = (
         load_file(folder / name / "ema.safetensors")
-        for name in ("sharded1", "ddp1", "sharded1/resumed")
+        for name in ("sharded1", "sharded1/resumed", "ddp1", "to_sharded", "to_ddp")
     )
-    torch.testing.assert_close(sharded, ddp, rtol=0, atol=1e-9)
+    for other in others:
+        torch.testing.assert_close(sharded, other, rtol=0, atol=1e-9)
     torch.testing.assert_close(sharded, resumed, rtol=0, atol=0)
 
 

@@ -239,6 +239,10 @@ class PipelineHooks:
 
         This one holds the states of the bundles registered here, by name. A subclass that has a
         state of its own returns that instead; the bundles in it are saved beside it.
+
+        Each rank gets back its own tensors as they were. One that is divided among the ranks comes
+        back divided as the parameter whose name its place in the state has in it, if it has its
+        shape, and else whole; where the model is not sharded, it always comes back whole.
         """
         state = {}
         for bundle in self._stateful():

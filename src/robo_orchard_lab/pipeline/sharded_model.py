@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from robo_orchard_lab.pipeline.checkpoint import ShareOf, TensorShare
-from robo_orchard_lab.pipeline.checkpoint.shards import local_regions
+from robo_orchard_lab.pipeline.checkpoint.shards import cut, local_regions
 from robo_orchard_lab.pipeline.context import PipelineRun, WeightSet
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.plain_model import plain_name, plain_weights
@@ -139,9 +139,17 @@ def set_unreduced_gradients(model: torch.nn.Module, gradients: Mapping[str, torc
         )
 
 
-def whole_like(parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Values for all of a parameter that this process has all of, in the form that it has."""
-    return _like(parameter)(values) if is_sharded(parameter) else values
+def share_like(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Values for all of a tensor, divided as it is: of them, this process's share.
+
+    Args:
+        tensor: of a model, sharded or not.
+        values: whole, which all processes have, or what is divided already; that is left as it is.
+    """
+    if not is_sharded(tensor) or is_sharded(values):
+        return values
+    region = local_regions({"tensor": tensor})["tensor"]
+    return cut(values, TensorShare(region, _like(tensor)))
 
 
 def _like(parameter: torch.Tensor) -> Any:

@@ -81,7 +81,8 @@ class OpenCheckpoint:
 
         Args:
             rank: whose own it is.
-            share_of: what this rank needs of each tensor, sharded or not; by default all of it.
+            share_of: what this rank needs of each tensor that is the job's, or in shards; by
+                default all of it. What a rank has saved whole for itself is read whole.
             only: the one part to read; by default all.
 
         Raises:
@@ -140,7 +141,8 @@ class OpenCheckpoint:
                 documents[place] = self._read_json(name)
             else:
                 found = self._read_tensors(name)
-                tensors[place] = found if share_of is None else _shares(found, share_of)
+                of_job = parsed.rank is None
+                tensors[place] = _shares(found, share_of) if share_of and of_job else found
 
         with ThreadPoolExecutor(_READERS) as pool:  # copying and digesting run beside one another
             list(pool.map(read, wanted.keys(), wanted.values()))

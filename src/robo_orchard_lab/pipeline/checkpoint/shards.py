@@ -85,7 +85,9 @@ class TensorShare:
 
 
 ShareOf: TypeAlias = Callable[[str, tuple[int, ...]], TensorShare | None]
-"""What to take of a tensor, by its place in a state and its whole shape; None for all of it."""
+"""What to take of a tensor, by its place in a state and its whole shape; None for all of it.
+
+It is asked about what is the job's, and about what was saved in shards."""
 
 
 @dataclass(frozen=True, slots=True)

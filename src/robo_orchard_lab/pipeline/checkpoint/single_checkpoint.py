@@ -40,8 +40,8 @@ def load_checkpoint(
         path: of the folder.
         limits: what is refused unread.
         ranks: that load it together; by default this process alone.
-        share_of: what this process needs of tensors; by default all of them, also of those that
-            several processes have saved in shards.
+        share_of: what this process needs of tensors that are the job's, or that several processes
+            have saved in shards; by default all of them.
         each_rank: where another number of ranks saved it, called with what each of them had; see
             :attr:`SavedState.of_ranks`.
 

@@ -212,8 +212,8 @@ class CheckpointStore:
         Args:
             which: ``"last"``, ``"best"``, a step, or the path of any checkpoint. Another one is
                 never taken in its place.
-            share_of: what this rank needs of tensors; by default all of them, also of those that
-                several have saved in shards.
+            share_of: what this rank needs of tensors that are the job's, or that several have
+                saved in shards; by default all of them.
 
         Raises:
             CheckpointError: there is no such checkpoint, or not all of it is as it was written.

@@ -11,7 +11,7 @@ import torch
 
 from robo_orchard_lab.pipeline.errors import PipelineStateError, StateError
 from robo_orchard_lab.pipeline.plain_model import plain_name
-from robo_orchard_lab.pipeline.sharded_model import reshard
+from robo_orchard_lab.pipeline.sharded_model import reshard, share_like
 from robo_orchard_lab.pipeline.sharded_tensors import gather_whole, has_sharded, local_part
 
 _Group: TypeAlias = tuple[list[torch.Tensor], list[torch.Tensor]]
@@ -133,7 +133,7 @@ class AveragedWeights:
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Take over a state, in copies.
+        """Take over a state, in copies; where it is whole and the model sharded, a share of it.
 
         Raises:
             StateError: it is that of another model; nothing is changed then.
@@ -155,7 +155,9 @@ class AveragedWeights:
             name: self._shadow(self._parameters[name], value) for name, value in shadows.items()
         }
         self._frozen = {n: p for n, p in self._parameters.items() if n not in shadows}
-        self._copies = [torch.empty_like(t).copy_(copies[name]) for name, t in others.items()]
+        self._copies = [
+            torch.empty_like(t).copy_(share_like(t, copies[name])) for name, t in others.items()
+        ]
         self._group()
 
     def refuse_in_model(self, what: str) -> None:
@@ -176,7 +178,8 @@ class AveragedWeights:
             dtype = self._dtype
         elif dtype in _HALF:
             dtype = torch.float32
-        return torch.empty_like(parameter, dtype=dtype, requires_grad=False).copy_(value.detach())
+        shadow = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        return shadow.copy_(share_like(parameter, value.detach()))
 
     def _group(self) -> None:
         """Lists of tensors that are alike, which the device handles in few launches."""

@@ -12,51 +12,54 @@ from robo_orchard_lab.pipeline.plain_model import plain_model
 from robo_orchard_lab.pipeline.sharded_model import (
     names_of_unreduced,
     set_unreduced_gradients,
+    share_like,
     unreduced_gradients,
-    whole_like,
 )
 from robo_orchard_lab.pipeline.sharded_tensors import is_sharded, local_part
 from robo_orchard_lab.pipeline.trainer.trained_names import trained_names
 
-_OWN = "own\x1f"
-"""Begins the names of a rank's own gradients, which no one takes for those of parameters, and so
-for something to divide as the parameter is."""
+
+def own_gradients(run: PipelineRun) -> dict[str, torch.Tensor]:
+    """What this rank alone has added up, whole, by the names of the parameters: the same of plain
+    models and of those in shards. The job's are the mean of them."""
+    found = {
+        name: local_part(parameter.grad)
+        for parameter, name in trained_names(run).items()
+        if parameter.grad is not None and not _is_divided(parameter.grad)
+    }
+    return found | unreduced_gradients(plain_model(run))
 
 
-def open_gradients(run: PipelineRun) -> dict[str, torch.Tensor]:
-    """What this rank has added up, the same of plain models and of those in shards.
-
-    A rank's own gradients are whole, and the job's are the mean of them. Those that the ranks have
-    reduced already, which in shards stay so, are those of parameters that no update takes.
-    """
-    found: dict[str, torch.Tensor] = {}
-    for parameter, name in trained_names(run).items():
-        gradient = parameter.grad
-        if gradient is not None:
-            is_own = not _is_divided(gradient)
-            found[_own(name) if is_own else name] = local_part(gradient) if is_own else gradient
-    for name, gradient in unreduced_gradients(plain_model(run)).items():
-        found[_own(name)] = gradient
-    return found
+def reduced_gradients(run: PipelineRun) -> dict[str, torch.Tensor]:
+    """Those that the ranks have reduced already, which in shards stay so: of parameters that no
+    update takes."""
+    return {
+        name: parameter.grad
+        for parameter, name in trained_names(run).items()
+        if parameter.grad is not None and _is_divided(parameter.grad)
+    }
 
 
-def check_open_gradients(run: PipelineRun, saved: Mapping[str, torch.Tensor]) -> None:
+def check_open_gradients(
+    run: PipelineRun, own: Mapping[str, torch.Tensor], reduced: Mapping[str, torch.Tensor]
+) -> None:
     """Refuse gradients that :func:`set_open_gradients` would find no place for.
 
     Raises:
         StateError: they are those of other parameters, which it names.
     """
     live = {name: parameter for parameter, name in trained_names(run).items()}
-    unreduced = names_of_unreduced(plain_model(run)) if saved else set()
-    lost = []
-    for key, gradient in saved.items():
-        name = _name(key)
-        parameter = live.get(name)
-        fits = parameter is not None and parameter.shape == gradient.shape
-        if fits and key != name and parameter is not None and _is_divided(parameter):
-            fits = name in unreduced
-        if not fits:
-            lost.append(name)
+    unreduced = names_of_unreduced(plain_model(run)) if own else set()
+
+    def fits(name: str, gradient: torch.Tensor) -> bool:
+        return name in live and live[name].shape == gradient.shape
+
+    lost = [name for name, gradient in reduced.items() if not fits(name, gradient)]
+    lost += [
+        name
+        for name, gradient in own.items()
+        if not fits(name, gradient) or (_is_divided(live[name]) and name not in unreduced)
+    ]
     if lost:
         raise StateError(
             "the run was saved within an accumulation window, and the gradients of "
@@ -65,27 +68,21 @@ def check_open_gradients(run: PipelineRun, saved: Mapping[str, torch.Tensor]) ->
         )
 
 
-def set_open_gradients(run: PipelineRun, saved: Mapping[str, torch.Tensor]) -> None:
-    """Have the backward passes that follow add to what :func:`open_gradients` gave."""
+def set_open_gradients(
+    run: PipelineRun, own: Mapping[str, torch.Tensor], reduced: Mapping[str, torch.Tensor]
+) -> None:
+    """Have the backward passes that follow add to what was open."""
     unreduced: dict[str, torch.Tensor] = {}
     for parameter, name in trained_names(run).items():
-        gradient, own = saved.get(name), saved.get(_own(name))
-        if own is not None and _is_divided(parameter):
-            unreduced[name] = own
-        elif own is not None:
-            own = whole_like(parameter, own)
-            gradient = own if gradient is None else gradient + own
+        gradient, of_rank = reduced.get(name), own.get(name)
+        if of_rank is not None and _is_divided(parameter):
+            unreduced[name] = of_rank
+        elif of_rank is not None:
+            of_rank = share_like(parameter, of_rank)
+            gradient = of_rank if gradient is None else gradient + of_rank
         parameter.grad = None if gradient is None else gradient.to(parameter)
     set_unreduced_gradients(plain_model(run), unreduced)
 
 
 def _is_divided(tensor: torch.Tensor) -> bool:
     return is_sharded(tensor) and tensor.device_mesh.size() > 1
-
-
-def _own(name: str) -> str:
-    return _OWN + name.replace(".", "\x1f")
-
-
-def _name(key: str) -> str:
-    return key.removeprefix(_OWN).replace("\x1f", ".") if key.startswith(_OWN) else key

@@ -12,7 +12,6 @@ from robo_orchard_lab.pipeline.checkpoint import keyed_random_state
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.redistribution import parts_for_rank
-from robo_orchard_lab.pipeline.sharded_tensors import is_sharded
 from robo_orchard_lab.pipeline.trainer.rank_state import checked_rank_state
 
 
@@ -44,7 +43,7 @@ class OtherProcesses:
         state = checked_rank_state(of_rank)
         mine = index in parts_for_rank(range(count), self._rank, self._processes)
         return {
-            "gradients": state["gradients"] if mine else {},
+            "own_gradients": state["own_gradients"] if mine else {},
             "hooks": {n: s for n, s in state["hooks"].items() if n in self._redistributing()},
             "metrics": state["metrics"],
         }
@@ -69,21 +68,21 @@ class OtherProcesses:
         return {
             **nearest,
             "random": keyed_random_state(f"{key}/{self._rank}") if new else nearest["random"],
-            "gradients": self._gradients(nearest["gradients"], [p["gradients"] for p in parts]),
+            "own_gradients": self._own_gradients(
+                nearest["own_gradients"], [part["own_gradients"] for part in parts]
+            ),
             "hooks": {**nearest["hooks"], **self._hook_states([p["hooks"] for p in parts])},
             "metrics": metrics[self._rank],
         }
 
-    def _gradients(
+    def _own_gradients(
         self, nearest: Mapping[str, torch.Tensor], parts: Sequence[Mapping[str, torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
-        """Such that their mean over the ranks is what it was; what is in shards is that already."""
+        """Such that their mean over the ranks is what it was."""
         scale = self._processes / len(parts)
-        found = {n: g if is_sharded(g) else torch.zeros_like(g) for n, g in nearest.items()}
+        found = {name: torch.zeros_like(gradient) for name, gradient in nearest.items()}
         for part in parts:
             for name, gradient in part.items():
-                if is_sharded(gradient):
-                    continue
                 if name in found:
                     found[name].add_(gradient, alpha=scale)
                 else:

@@ -22,12 +22,23 @@ from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows
 from robo_orchard_lab.pipeline.trainer.fitting import check_keys, check_tensors, kind_of
 from robo_orchard_lab.pipeline.trainer.open_gradients import (
     check_open_gradients,
-    open_gradients,
+    own_gradients,
+    reduced_gradients,
     set_open_gradients,
 )
 from robo_orchard_lab.pipeline.trainer.trained_names import names_beside
 
-_KEYS = {"beside", "buffers", "data", "gradients", "hooks", "metrics", "random", "window"}
+_KEYS = {
+    "beside",
+    "buffers",
+    "data",
+    "hooks",
+    "metrics",
+    "own_gradients",
+    "random",
+    "reduced_gradients",
+    "window",
+}
 
 
 class RankStates:
@@ -67,7 +78,8 @@ class RankStates:
             "random": capture_random_state() if self._random is None else self._random,
             "data": self._data.rank_state_dict(),
             "window": self._windows.state_dict(),
-            "gradients": open_gradients(run),
+            "own_gradients": own_gradients(run),
+            "reduced_gradients": reduced_gradients(run),
             "buffers": {name: value for name, value in buffers.items() if name not in shared},
             # Nothing keeps the ranks' alike.
             "beside": {name: parameter for parameter, name in names_beside(run).items()},
@@ -88,7 +100,7 @@ class RankStates:
         self._data.check(of_data, state["data"])
         check_random_state(state["random"])
         self._windows.check(state["window"])
-        check_open_gradients(self._run, state["gradients"])
+        check_open_gradients(self._run, state["own_gradients"], state["reduced_gradients"])
         check_tensors(
             "the optimizer's parameters beside the model are others",
             {name: parameter for parameter, name in names_beside(self._run).items()},
@@ -117,7 +129,7 @@ class RankStates:
         with torch.no_grad():
             for parameter, name in names_beside(run).items():
                 parameter.copy_(state["beside"][name])
-        set_open_gradients(run, state["gradients"])
+        set_open_gradients(run, state["own_gradients"], state["reduced_gradients"])
         ddp = ddp_of(run.model)
         if ddp is not None and state["window"]["within"]:
             # After a pass without exchange, DDP leaves each rank its buffers in the next one.
