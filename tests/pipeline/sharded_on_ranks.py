@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from robo_orchard_lab.pipeline import (
@@ -21,6 +22,7 @@ from robo_orchard_lab.pipeline import (
     PipelineHooks,
     SimpleBatchProcessor,
 )
+from robo_orchard_lab.pipeline.checkpoint import Ranks, save_checkpoint
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import HookLike
 from robo_orchard_lab.pipeline.hooks import (
@@ -338,11 +340,24 @@ def refusals() -> dict[str, Any]:
     return found
 
 
+def stored(folder: Path) -> None:
+    """What needs no model: sharded tensors, one of them empty, of the job and of each rank."""
+    mesh = init_device_mesh("cpu", (2,))
+    rows, nothing = (
+        distribute_tensor(value, mesh, [Shard(0)])
+        for value in (torch.arange(3.0), torch.ones(0, 2))
+    )
+    parts = {"model": {"rows": rows, "nothing": nothing}}
+    with Ranks.of_job(in_background=False) as ranks:
+        save_checkpoint(folder / "stored", 1, parts, {"own": {"rows": rows}}, ranks=ranks)
+
+
 def main(folder: Path) -> None:
     torch.set_default_dtype(torch.float64)
     accelerator = Accelerator(cpu=True)
     stopped = folder / "of two" / "checkpoints" / "last"
     if accelerator.num_processes == 2:
+        stored(folder)
         found = {
             **straight_and_resumed(folder),
             **other_hooks(folder),

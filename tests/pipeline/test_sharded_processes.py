@@ -12,7 +12,13 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from launching import launch
-from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, export_weights, load_checkpoint
+from robo_orchard_lab.pipeline.checkpoint import (
+    CheckpointStore,
+    ReadLimits,
+    export_weights,
+    load_checkpoint,
+)
+from robo_orchard_lab.pipeline.checkpoint.reader import OpenCheckpoint
 from sharded_on_ranks import OwnValues, in_any_number
 
 SCRIPT = Path(__file__).parent / "sharded_on_ranks.py"
@@ -155,6 +161,16 @@ def test_a_full_export(folder: Path, found: list[dict[str, Any]], tmp_path: Path
         exported = load_file(path)
         assert exported.keys() == weights.keys()
         assert all(torch.equal(exported[name], weights[name]) for name in weights)
+
+
+def test_what_ranks_have_in_shards_stays_theirs(folder: Path) -> None:
+    """A part of nothing but sharded tensors is the job's if the job saved it, and else a rank's."""
+    for rank in (0, 1):
+        with OpenCheckpoint(folder / "stored", ReadLimits()) as opened:
+            saved = opened.load(rank)
+        assert saved.parts.keys() == {"model"}
+        assert saved.of_rank.keys() == {"own"}
+        assert saved.of_rank["own"]["rows"].tolist() == [0, 1, 2]
 
 
 def test_torch_reads_the_shards(folder: Path, found: list[dict[str, Any]]) -> None:

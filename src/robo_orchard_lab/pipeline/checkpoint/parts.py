@@ -18,7 +18,7 @@ from robo_orchard_lab.pipeline.checkpoint.strict_json import JsonError, check_de
 from robo_orchard_lab.pipeline.checkpoint.tensor_image import ImagePool, TensorImage
 from robo_orchard_lab.pipeline.checkpoint.tensor_layout import RESERVED_NAME, TensorLayout
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
-from robo_orchard_lab.pipeline.sharded_tensors import is_sharded
+from robo_orchard_lab.pipeline.sharded_tensors import has_sharded, is_sharded
 
 _PART = r"[a-z][a-z0-9_]{0,63}"
 _PART_NAME = re.compile(_PART)
@@ -106,7 +106,7 @@ class PartImages:
             if shards_only:
                 document, tensors = None, _tensors(value)
             else:
-                document, tensors = _encode(part, value, limits)
+                document, tensors = _encode(part, value, limits, of_rank=rank is not None)
             sharded = {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)}
             if sharded:
                 tensors = {name: t for name, t in tensors.items() if name not in sharded}
@@ -157,15 +157,17 @@ def decode_part(
 
 
 def _encode(
-    part: str, value: Any, limits: ReadLimits
+    part: str, value: Any, limits: ReadLimits, *, of_rank: bool
 ) -> tuple[bytes | None, dict[str, torch.Tensor]]:
-    """A part's JSON, which a mapping of nothing but tensors has none of, and its tensors."""
+    """A part's JSON and its tensors. A mapping of nothing but tensors has no JSON, unless it is a
+    rank's and has sharded ones: it is by the JSON that their files are known for those of ranks."""
     if not _PART_NAME.fullmatch(part) or part == _RESERVED:
         raise StateError(
             f"a part can't be named {part!r}: expected up to 64 small letters, digits and "
             f"underscores, other than {_RESERVED!r}"
         )
-    if isinstance(value, Mapping) and value and _is_flat(value):
+    flat = isinstance(value, Mapping) and value and _is_flat(value)
+    if flat and not (of_rank and has_sharded(value.values())):
         return None, {name: tensor.detach() for name, tensor in value.items()}
     try:
         tree, tensors = encode_state(value)

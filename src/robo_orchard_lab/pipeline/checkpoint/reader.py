@@ -120,7 +120,7 @@ class OpenCheckpoint:
         names = [(name, FileName.parse(name)) for name in self.manifest.files]
         wanted: dict[str, FileName] = {}
         shards: dict[str, list[str]] = {}  # the files of each part
-        of_ranks: set[str] = set()  # parts that each rank has for itself
+        of_ranks: set[str] = set()  # parts that ranks have for themselves
         for name, parsed in names:
             if parsed is None or only not in (None, parsed.part):
                 continue
@@ -147,7 +147,10 @@ class OpenCheckpoint:
         with ThreadPoolExecutor(_READERS) as pool:  # copying and digesting run beside one another
             list(pool.map(read, wanted.keys(), wanted.values()))
         for part, files in shards.items():
-            places = [(part, rank) for rank in ranks if (rank is not None) == (part in of_ranks)]
+            if part in of_ranks:
+                places = [place for place in documents if place[0] == part and place[1] is not None]
+            else:
+                places = [(part, None)] if None in ranks else []
             for place in places:
                 self._add_shards(part, files, share_of, tensors.setdefault(place, {}))
         found: dict[tuple[str, int | None], Any] = {}
