@@ -173,6 +173,13 @@ def test_what_ranks_have_in_shards_stays_theirs(folder: Path) -> None:
         assert saved.of_rank["own"]["rows"].tolist() == [0, 1, 2]
 
 
+def test_a_sharded_tensor_may_be_empty(folder: Path) -> None:
+    """One without elements is saved and loaded with its shape, as any other."""
+    found = load_checkpoint(folder / "stored").parts["model"]
+    assert found["rows"].tolist() == [0, 1, 2]
+    assert found["nothing"].shape == (0, 2)
+
+
 def test_torch_reads_the_shards(folder: Path, found: list[dict[str, Any]]) -> None:
     """They are files of torch's distributed checkpoint."""
     weights = found[0]["sharded1"]["weights"]

@@ -150,7 +150,7 @@ def shards_to_write(
         for placement in tensor.placements:
             if not (placement.is_replicate() or placement.is_shard()):
                 raise StateError(f"{name!r} can't be saved: it is placed as {placement}")
-        if name not in regions or not regions[name].count or not _is_first_copy(tensor):
+        if name not in regions or not _is_to_write(tensor, regions[name]):
             continue
         parts[name] = tensor.to_local()
         info[name] = {_OFFSETS: regions[name].offsets, _SHAPE: tuple(tensor.shape)}
@@ -200,10 +200,15 @@ def cut(tensor: torch.Tensor, share: TensorShare | None) -> torch.Tensor:
     return share.make(part.clone(memory_format=torch.contiguous_format))
 
 
-def _is_first_copy(tensor: Any) -> bool:
-    """Whether this process is the first of those that have the same part."""
+def _is_to_write(tensor: Any, region: Region) -> bool:
+    """Whether this process is the first of those that have the same part, and that is not empty.
+
+    Of a tensor without elements the first process writes its part, by which it is known.
+    """
     coordinate = tensor.device_mesh.get_coordinate()
-    return coordinate is not None and not any(
+    if not tensor.numel():
+        return not any(coordinate)
+    return bool(region.count) and not any(
         index and placement.is_replicate()
         for index, placement in zip(coordinate, tensor.placements, strict=True)
     )
