@@ -213,9 +213,45 @@ def test_an_error_ends_hooks_that_wait_for_all(options: str, tmp_path: Path) -> 
     assert ended.codes[0] != 0
 
 
+AT_EXIT = """
+import atexit, time
+from robo_orchard_lab.pipeline.peers import ending
+
+def flush(seconds):
+    time.sleep(seconds)
+    print(f"flushed {seconds}", flush=True)
+
+ending._TAKEN_APART_S, ending.LONGEST_EXIT_S = 1.0, 4.0  # of 3 and 10
+atexit.register(flush, 60.0)
+atexit.register(flush, 2.0)
+ending.leave_group_at_exit()
+raise ValueError("planted")
+"""
+
+
+def test_functions_at_exit_have_their_time() -> None:
+    """Longer than the interpreter has to be taken apart, and not for ever; who takes it is told."""
+    done = subprocess.run(
+        [sys.executable, "-c", AT_EXIT],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stdout == "flushed 2.0\n"
+    assert "ValueError: planted" in done.stderr.partition("Timeout (0:00:01)!")[0]
+    assert "in flush" in done.stderr
+
+
 @pytest.mark.slow
 def test_torchrun_ends_with_the_first_error(tmp_path: Path) -> None:
-    """Also what it prints itself: rank 1 is what it calls the root cause, however late it ends."""
+    """Also what it prints itself: rank 1 is what it calls the root cause, however late it ends.
+
+    It has the time for what others have registered to be done at its exit.
+    """
     done = launch(HERE / "fails_on_ranks.py", tmp_path / "run", "step", "late", fails=True)
+    assert "flushed" in done.stdout
     assert "rank 1 failed first: ValueError: planted" in done.stderr
     assert done.stderr.rindex("rank      : 1") > done.stderr.index("Root Cause")

@@ -7,6 +7,8 @@ import faulthandler
 import multiprocessing
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -16,7 +18,9 @@ from robo_orchard_lab.pipeline.errors import RankFailure
 
 _STUCK_S = 5.0  # of what is done ahead of an end at once
 _GROUP_STUCK_S = 30.0
-_LONGEST_END_S = 3.0  # of an interpreter; on other ranks, somebody may wait for this one
+_TAKEN_APART_S = 3.0  # an interpreter; on other ranks, somebody may wait for this one
+LONGEST_EXIT_S = 10.0
+"""From when the process group is gone, of a process that an error ends, in seconds."""
 
 _registered = False
 _before: list[Callable[[RankFailure], object]] = []
@@ -77,8 +81,9 @@ def leave_group_at_exit() -> None:
     """Have the process group destroyed when the process ends, where nobody has done it by then.
 
     Threads of gloo may hold tensors of what they have exchanged until then, and abort a process
-    whose interpreter is gone when they let go of them. A process that an error ends is not kept by
-    what its interpreter still has to take apart.
+    whose interpreter is gone when they let go of them. What else is to be done at the exit of a
+    process that an error ends, such as to send what was tracked, has ten seconds, and three of them
+    to take the interpreter apart, since its launcher and the other ranks wait for it.
     """
     global _registered
     if not _registered:
@@ -94,4 +99,15 @@ def _leave() -> None:
         faulthandler.cancel_dump_traceback_later()
     if hasattr(sys, "last_value"):  # an error that nobody has caught, so that the code is 1 as well
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        faulthandler.dump_traceback_later(_LONGEST_END_S, exit=True, file=nowhere)
+        faulthandler.dump_traceback_later(_TAKEN_APART_S, exit=True, file=nowhere)
+        with suppress(RuntimeError):  # Python 3.12.0 starts no thread any more
+            threading.Thread(target=_put_off_end, args=(nowhere,), daemon=True).start()
+
+
+def _put_off_end(nowhere: int) -> None:
+    """As long as functions are called at exit: when all is taken apart, threads don't go on."""
+    ends_at = time.monotonic() + LONGEST_EXIT_S - _TAKEN_APART_S
+    while time.monotonic() < ends_at:
+        time.sleep(0.5)
+        faulthandler.dump_traceback_later(_TAKEN_APART_S, exit=True, file=nowhere)
+    faulthandler.dump_traceback_later(_TAKEN_APART_S, exit=True)  # telling what takes so long

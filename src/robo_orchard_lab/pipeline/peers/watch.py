@@ -16,7 +16,7 @@ from robo_orchard_lab.pipeline.errors import (
     RankFailure,
     RunPreempted,
 )
-from robo_orchard_lab.pipeline.peers.ending import end_hard, tell_hard_end
+from robo_orchard_lab.pipeline.peers.ending import LONGEST_EXIT_S, end_hard, tell_hard_end
 from robo_orchard_lab.pipeline.peers.failures import (
     failure_of,
     is_broken_exchange,
@@ -38,7 +38,7 @@ _GRACE_S = 3.0  # for the main thread to come out by itself when another process
 _OWN_GRACE_S = 8.0  # when this one has: its hooks' afters run
 _LOG_S = 1.0  # to come into the log
 _DEAF_S = 3.0  # without an answer of the store
-_FOLLOW_S = 4.0  # for the one that failed first to end; its interpreter may take three seconds
+_FOLLOW_S = LONGEST_EXIT_S + 1.0  # for the one that failed first to end
 _SEEN_S = 0.5  # for a launcher to see that it has ended
 
 
