@@ -10,7 +10,7 @@ from robo_orchard_lab.pipeline.trainer.filler import as_if_not_passed
 
 
 class Counting(torch.nn.Module):
-    """Changes one buffer, sets new tensors in the place of others, one of which grows, and draws."""
+    """Changes a buffer, sets new tensors in the place of others, one of which grows, and draws."""
 
     mean: torch.Tensor
     count: torch.Tensor

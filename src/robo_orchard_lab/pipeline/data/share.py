@@ -28,8 +28,8 @@ class Share:
     """Whether each batch is cut into one for each process; else whole ones are dealt out."""
 
 
-def share_of(accelerator: Accelerator) -> Share:
-    """This process's, as Accelerate is configured; tensor parallel ones share theirs."""
+def _configured_share(accelerator: Accelerator) -> Share:
+    """This process's, by what Accelerate is told; tensor parallel ones share theirs."""
     processes, rank = accelerator.num_processes, accelerator.process_index
     mesh = getattr(accelerator, "torch_device_mesh", None)
     if mesh is not None and mesh.mesh_dim_names:
@@ -46,7 +46,7 @@ def share_in(loader: Any, accelerator: Accelerator) -> Share:
     Raises:
         PipelineConfigError: the sampler divides them already, or batches can't be split evenly.
     """
-    share = share_of(accelerator)
+    share = _configured_share(accelerator)
     if share.processes == 1:
         return share
     if not has_index(loader):

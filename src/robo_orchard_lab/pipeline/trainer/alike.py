@@ -34,20 +34,17 @@ _HINT = {
 }
 
 
-def check_alike(accelerator: Accelerator, parts: Mapping[str, str]) -> None:
+def check_alike(parts: Mapping[str, str]) -> None:
     """Refuse to go on where ranks differ in something: a collective, over the host's memory.
 
     They exchange digests, and texts only where those differ.
 
     Args:
-        accelerator: the processes; one alone is like itself.
         parts: what is compared, as text that is the same on all ranks, by a name for people.
 
     Raises:
         PipelineConfigError: on every rank; it says in what which ranks differ, and shows all.
     """
-    if accelerator.num_processes == 1 or not torch.distributed.is_initialized():
-        return
     own = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in parts.items()}
     digests: list[dict[str, str]] = gather_objects(own)
     names = dict.fromkeys(name for of_rank in digests for name in of_rank)

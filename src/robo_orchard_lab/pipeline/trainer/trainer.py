@@ -182,7 +182,7 @@ class HookBasedTrainer:
                 data_order=data_order,
                 agree_every=agree_every,
             )
-            check_alike(accelerator, given)  # ahead of the first collective that relies on it
+            check_alike(given)  # ahead of the first collective that relies on it
         prepared = prepare_objects(accelerator, model, optimizer, lr_scheduler, dataloader)
         self.model = prepared.model
         self.dataloader = dataloader
@@ -332,7 +332,7 @@ class HookBasedTrainer:
 
     def _check_hooks_alike(self) -> None:
         if self.accelerator.num_processes > 1:
-            check_alike(self.accelerator, {"hooks": hook_text(self.hooks)})
+            check_alike({"hooks": hook_text(self.hooks)})
 
     def _train(self) -> None:
         check_unique_names(self.hooks.named_hooks())
