@@ -63,6 +63,11 @@ def page(measured: Mapping[str, Measured], remarks: Mapping[str, Mapping[str, st
     missed = list(_missed(measured, remarks))
     if missed:
         parts += ["## Missed", *missed]
+    parts += [
+        f"## {title.capitalize()}\n\n{remark['text']}"
+        for title, remark in remarks.items()
+        if title not in BENCHMARKS
+    ]
     for name, found in measured.items():
         parts += _section(name, found, remarks.get(name, {}).get("text", ""))
     return "\n\n".join(part.strip() for part in parts) + "\n"
