@@ -15,7 +15,7 @@ from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfi
 from robo_orchard_lab.pipeline.hooks._loss_mean import LossMean
 from robo_orchard_lab.pipeline.hooks._named_losses import named_losses
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
-from robo_orchard_lab.pipeline.redistribution import parts_for_rank
+from robo_orchard_lab.pipeline.redistribution import joined_by_rank
 
 STATE_VERSION = 2
 _TOTAL = "total"
@@ -129,13 +129,13 @@ class LossTracker(PipelineHooks):
         self, states: Sequence[Mapping[str, Any]], processes: int
     ) -> Sequence[Mapping[str, Any]]:
         """Each mean is that of all ranks' samples, whichever rank has taken them in."""
-        found = []
-        for rank in range(processes):
-            whole = LossTracker(self.cfg)
-            for part in parts_for_rank(states, rank, processes):
-                whole._merge(part)
-            found.append(whole.state_dict())
-        return found
+        return joined_by_rank(states, processes, self._joined)
+
+    def _joined(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        whole = LossTracker(self.cfg)
+        for state in states:
+            whole._merge(state)
+        return whole.state_dict()
 
     def _merge(self, state: Mapping[str, Any]) -> None:
         other = LossTracker(self.cfg)

@@ -23,7 +23,7 @@ from robo_orchard_lab.pipeline.metrics.torchmetrics_states import (
     MetricsSnapshot,
     TorchMetrics,
 )
-from robo_orchard_lab.pipeline.redistribution import parts_for_rank
+from robo_orchard_lab.pipeline.redistribution import joined_by_rank
 
 STATE_VERSION = 1
 _PREFIX = "train/"
@@ -145,18 +145,15 @@ class MetricTracker(PipelineHooks):
         self, states: Sequence[Mapping[str, Any]], processes: int
     ) -> Sequence[Mapping[str, Any]]:
         """Each metric is that of all ranks' samples, whichever rank has taken them in."""
-        found = []
-        for rank in range(processes):
-            parts = parts_for_rank(states, rank, processes)
-            found.append(
-                {
-                    "version": STATE_VERSION,
-                    "merged": self._merged.joined_states([part["merged"] for part in parts]),
-                    "window": self._window.joined_states([part["window"] for part in parts]),
-                    "epoch": self._epoch.joined_states([part["epoch"] for part in parts]),
-                }
-            )
-        return found
+        return joined_by_rank(states, processes, self._joined)
+
+    def _joined(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return {
+            "version": STATE_VERSION,
+            "merged": self._merged.joined_states([state["merged"] for state in states]),
+            "window": self._window.joined_states([state["window"] for state in states]),
+            "epoch": self._epoch.joined_states([state["epoch"] for state in states]),
+        }
 
 
 class MetricTrackerConfig(PipelineHooksConfig[MetricTracker]):

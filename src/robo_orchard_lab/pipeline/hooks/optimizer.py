@@ -21,7 +21,7 @@ from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.gradient_norm import unscale_gradients
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.metrics import WeightedSum
-from robo_orchard_lab.pipeline.redistribution import parts_for_rank
+from robo_orchard_lab.pipeline.redistribution import joined_by_rank
 
 ScheduleUnit: TypeAlias = Literal["optimizer_step", "epoch"]
 """When the learning rate schedule moves: once for each committed update, or once an epoch."""
@@ -153,13 +153,12 @@ class OptimizerHook(PipelineHooks):
         self, states: Sequence[Mapping[str, Any]], processes: int
     ) -> Sequence[Mapping[str, Any]]:
         """The mean of the losses is that of all ranks', whichever rank has taken them in."""
+        return joined_by_rank(states, processes, self._joined)
+
+    def _joined(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if self._mean_loss is None:
-            return [{}] * processes
-        sums = [state["mean_loss"] for state in states]
-        return [
-            {"mean_loss": _MeanLoss.joined(parts_for_rank(sums, rank, processes))}
-            for rank in range(processes)
-        ]
+            return {}
+        return {"mean_loss": self._mean_loss.joined([state["mean_loss"] for state in states])}
 
 
 class _MeanLoss:

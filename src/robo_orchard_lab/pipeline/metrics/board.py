@@ -26,7 +26,7 @@ from robo_orchard_lab.pipeline.metrics.window import (
     checked_number,
 )
 from robo_orchard_lab.pipeline.progress import TrainerProgress
-from robo_orchard_lab.pipeline.redistribution import parts_for_rank
+from robo_orchard_lab.pipeline.redistribution import joined_by_rank
 
 Subscriber: TypeAlias = Callable[[MetricValue], Any]
 Listener: TypeAlias = Callable[[MetricsRecord], Any]
@@ -359,20 +359,21 @@ class MetricsBoard:
             processes: how many states are wanted.
         """
         publishing = Counter(name for state in states for name in state["windows"])
-        found = []
-        for rank in range(processes):
-            nearest = states[min(rank, len(states) - 1)]
+
+        def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+            nearest = parts[0] if parts else states[-1]
             board = MetricsBoard()
             board.load_state_dict({**nearest, "windows": {}})  # the rest is alike on all ranks
-            for part in parts_for_rank(states, rank, processes):
+            for part in parts:
                 other = MetricsBoard()
                 other.load_state_dict(part)
                 board._take_in(other)
             for name, window in board._windows.items():
                 if publishing[name] == len(states):
                     window.spread(processes / len(states))
-            found.append(board.state_dict())
-        return found
+            return board.state_dict()
+
+        return joined_by_rank(states, processes, joined)
 
     def _take_in(self, other: MetricsBoard) -> None:
         """Add what was published on a later rank."""
