@@ -102,12 +102,10 @@ def _measure(
         unscale_gradients(accelerator)
         if has_sharded(gradients):
             norm = _sharded_norm(gradients, norm_type)
-            if args.grad_norm is None:
-                args.grad_norm, args.grad_norm_order = norm, norm_type
-            return norm
-        # Adding up the entries of a sparse gradient waits for the device.
-        dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-        norm = _total_norm(dense, norm_type)
+        else:
+            # Adding up the entries of a sparse gradient waits for the device.
+            dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+            norm = _total_norm(dense, norm_type)
     elif accelerator.scaler is None:  # with one, clipping would unscale a second time, and fail
         # A bound that is never reached multiplies the gradients by 1.
         norm = _clip_by_engine(accelerator, parameters, float("inf"), norm_type)

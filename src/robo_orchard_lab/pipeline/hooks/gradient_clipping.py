@@ -12,7 +12,6 @@ from robo_orchard_lab.pipeline.gradient_norm import (
     clip_gradient_values,
     clip_gradients,
     gradient_norm,
-    unscale_gradients,
 )
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 
@@ -38,7 +37,6 @@ class GradientClippingHook(PipelineHooks):
             norm = clip_gradients(args, cfg.max_norm, cfg.norm_type)
         else:
             assert cfg.max_value is not None  # the config has checked that there is one
-            unscale_gradients(args.accelerator)
             norm = gradient_norm(args, cfg.norm_type)
             clip_gradient_values(args, cfg.max_value)
         if norm is not None:  # DeepSpeed clips by itself and may not tell
