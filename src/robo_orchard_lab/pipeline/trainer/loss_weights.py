@@ -36,6 +36,7 @@ class LossWeights:
     Args:
         accelerator: the ranks, and what engine updates the weights.
         window: how many micro-batches make one.
+        run_backward: runs the backward pass of a loss divided by a number.
         parameters: whose gradients to divide.
     """
 
@@ -43,11 +44,13 @@ class LossWeights:
         self,
         accelerator: Accelerator,
         window: int,
+        run_backward: Callable[[torch.Tensor, float], Any],
         parameters: Callable[[], Iterable[torch.nn.Parameter]],
     ) -> None:
         self._ranks = accelerator.num_processes
         self._engine = accelerator.distributed_type
         self._alone = window == 1 and self._ranks == 1  # a micro-batch is the whole mean
+        self._run_backward = run_backward
         self._parameters = parameters
         self.given: bool | None = None
         """Whether losses come with weights; None ahead of the first step."""
@@ -80,21 +83,20 @@ class LossWeights:
         args.attached_loss = counted_loss(loss, weight)
         args.given_loss_weight = weight
 
-    def backward(
-        self,
-        args: PipelineHookArgs,
-        loss: torch.Tensor,
-        run_backward: Callable[[torch.Tensor, float], Any],
-    ) -> None:
-        """The backward pass of a loss with a weight; at the end of its window, of the whole mean.
+    def backward(self, args: PipelineHookArgs, loss: torch.Tensor) -> None:
+        """The backward pass of a loss; with weights, at the end of its window, of the whole mean.
 
         Raises:
-            BatchProcessorError: it has none.
+            BatchProcessorError: it has no weight, and those before it had some.
         """
         weight = args.given_loss_weight
         if weight is None:
-            raise wrong_result(args, "no weight in this step, and some in those before it")
-        run_backward(self.add(loss, weight), 1.0)
+            if self.given:
+                raise wrong_result(args, "no weight in this step, and some in those before it")
+            self.given = False
+            self._run_backward(loss, args.loss_divisor)
+            return
+        self._run_backward(self.add(loss, weight), 1.0)
         if args.at_accumulation_boundary:
             args.loss_weighting = self.end_window()
 

@@ -187,7 +187,6 @@ class HookBasedTrainer:
         self.model = prepared.model
         self.dataloader = dataloader
         self._place = prepared.place
-        self._run_backward = backward_of(accelerator)
         self._no_sync = no_sync_of(accelerator, prepared.model)
         self._optimizer_hook: OptimizerHook | None = None
         if batch_processor.need_backward and prepared.optimizer is not None:
@@ -224,6 +223,7 @@ class HookBasedTrainer:
         self._weights = LossWeights(
             accelerator,
             accelerator.gradient_accumulation_steps,
+            backward_of(accelerator),
             partial(trained_parameters, self._run),
         )
         self._windows = AccumulationWindows(
@@ -239,7 +239,6 @@ class HookBasedTrainer:
         self._resumed = False
         self._synchronising = accelerator.sync_gradients = True
         self._last_loss: torch.Tensor | None = None
-        """Whether losses come with weights; None where there was none yet."""
         self._unmet: UnknownMetricError | None = None
         self._logged_at: int | None = None
         """How many steps were done at the last logging point within an epoch."""
@@ -320,7 +319,6 @@ class HookBasedTrainer:
             if self._is_at_limit():
                 self._run.state_file.nothing_left()
             return
-        self._weights.given = self._weights.given or None  # ahead of where other ranks are told
         together = end_together(self._stall_clock, self._place_in_run)
         with self._run.state_file.around_run(self.requests), together:
             self._check_hooks_alike()
@@ -487,11 +485,7 @@ class HookBasedTrainer:
         loss = args.attached_loss
         if not isinstance(loss, torch.Tensor):
             raise wrong_result(args, f"a loss of type {type(loss).__name__}")
-        if self._weights.given:
-            self._weights.backward(args, loss, self._run_backward)
-        else:
-            self._weights.given = False
-            self._run_backward(loss, args.loss_divisor)
+        self._weights.backward(args, loss)
         # As a plain loop's variable would: where the graph lives on into the next forward, the
         # parameters' nodes are not made anew, which takes 1 us of a small model's step.
         self._last_loss = loss
