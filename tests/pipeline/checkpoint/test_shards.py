@@ -169,6 +169,16 @@ def test_a_tensor_that_is_too_large_is_refused_unread(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "b", limits=ReadLimits(max_total_bytes=200))
 
 
+def test_all_that_is_read_counts_together(tmp_path: Path) -> None:
+    """What is whole, what the shards make up, and the largest file of shards while it is read."""
+    two_shards(tmp_path / "a").write(tmp_path / "b")
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "b").iterdir()}
+    total = sizes["model.safetensors"] + sizes["trainer.json"] + WHOLE.nbytes + sizes[FIRST]
+    load_checkpoint(tmp_path / "b", limits=ReadLimits(max_total_bytes=total))
+    with pytest.raises(CheckpointError, match=f"{total} bytes to read; at most {total - 1} are"):
+        load_checkpoint(tmp_path / "b", limits=ReadLimits(max_total_bytes=total - 1))
+
+
 def test_shards_in_two_directions(tmp_path: Path) -> None:
     """Four corners make up a tensor, and three do not, nor do four of which two are one."""
     save_checkpoint(tmp_path / "a", 3, {"trainer": {}})

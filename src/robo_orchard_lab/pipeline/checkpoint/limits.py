@@ -34,7 +34,8 @@ class ReadLimits:
     max_tensors: int = 1_000_000
     """In one file."""
     max_total_bytes: int | None = None
-    """Of all that one rank reads; None: as much as the machine has memory available."""
+    """Of all that one rank reads, the job's and ranks' together; None: as much as the machine has
+    memory available."""
     any_owner: bool = False
     """Whether to read what belongs neither to the own user nor to root."""
 

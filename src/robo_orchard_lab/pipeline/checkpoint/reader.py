@@ -51,6 +51,7 @@ class OpenCheckpoint:
         self._limits = limits
         self._manifest: int | None = None
         self._sharded: dict[str, dict[str, torch.Tensor]] = {}  # what was read, by part
+        self._read_bytes = 0  # of all that was read
         try:
             self._manifest = self._folder.open_file(MANIFEST_FILE, limits.max_manifest_bytes)
             self._hold()
@@ -131,7 +132,7 @@ class OpenCheckpoint:
                 of_ranks.add(parsed.part)
             if parsed.rank in ranks:
                 wanted[name] = parsed
-        self._check_memory(wanted)
+        self._check_bytes(sum(self.manifest.files[name].size for name in wanted))
         documents: dict[tuple[str, int | None], bytes] = {}
         tensors: dict[tuple[str, int | None], dict[str, torch.Tensor]] = {}
 
@@ -166,7 +167,7 @@ class OpenCheckpoint:
             found = {name: self._shards_in(name) for name in files}
             with self._in_file(part):
                 reading = ShardReading(chain.from_iterable(found.values()), share_of)
-                self._check_bytes(reading.size + max(self.manifest.files[n].size for n in files))
+                self._check_bytes(reading.size, max(self.manifest.files[n].size for n in files))
                 for name, shards in found.items():
                     if reading.wants(shards):
                         reading.add(shards, self._read_tensors(name))
@@ -252,12 +253,18 @@ class OpenCheckpoint:
         except OSError:
             pass
 
-    def _check_memory(self, names: Mapping[str, Any]) -> None:
-        self._check_bytes(sum(self.manifest.files[name].size for name in names))
+    def _check_bytes(self, kept: int, passing: int = 0) -> None:
+        """Refuse to read what is too much, with what was read before.
 
-    def _check_bytes(self, needed: int) -> None:
-        most = self._limits.max_total_bytes
-        if most is None:
+        Args:
+            kept: how many bytes there will be of it.
+            passing: how many more there are meanwhile.
+        """
+        needed, most = kept + passing, self._limits.max_total_bytes
+        if most is not None:
+            needed += self._read_bytes
+            self._read_bytes += kept
+        else:  # what was read before is no longer available
             import psutil  # type: ignore[import-untyped]  # here, since it takes 6 ms
 
             most = psutil.virtual_memory().available
