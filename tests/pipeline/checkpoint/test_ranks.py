@@ -85,6 +85,18 @@ def test_another_number_of_ranks_is_seen(folder: Path, found: list[dict[str, Any
     assert alone.of_ranks == ((0, 2, 0), (1, 2, 1))
 
 
+def test_what_each_rank_had_is_read_once(folder: Path) -> None:
+    """With the number of its bytes as the limit, all of it is read, and with one byte less not."""
+    path = folder / "run" / "step_00000001"
+    size = load_checkpoint(path).info.size_bytes
+    all_of_it = ReadLimits(max_total_bytes=size)
+    own = load_checkpoint(path, limits=all_of_it, each_rank=lambda index, count, own: own)
+    assert [state["data"]["rank"] for state in own.of_ranks] == [0, 1]
+    less = ReadLimits(max_total_bytes=size - 1)
+    with pytest.raises(CheckpointError, match=f"{size} bytes to read; at most {size - 1} are"):
+        load_checkpoint(path, limits=less, each_rank=lambda index, count, own: own)
+
+
 def test_what_another_rank_had_is_verified_where_it_is_asked_for(folder: Path) -> None:
     """One process reads its own state alone, or that of all ranks, one of which is damaged."""
     damaged = folder / "run" / "step_00000002"

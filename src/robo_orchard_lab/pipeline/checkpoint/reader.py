@@ -76,12 +76,12 @@ class OpenCheckpoint:
         self._folder.close()
 
     def load(
-        self, rank: int, share_of: ShareOf | None = None, only: str | None = None
+        self, rank: int | None, share_of: ShareOf | None = None, only: str | None = None
     ) -> SavedState:
         """Everything that a rank needs of it: what is of the whole job, and what is its own.
 
         Args:
-            rank: whose own it is.
+            rank: whose own it is; None for nobody's, which leaves what is of the whole job.
             share_of: what this rank needs of each tensor that is the job's, or in shards; by
                 default all of it. What a rank has saved whole for itself is read whole.
             only: the one part to read; by default all.
@@ -89,13 +89,17 @@ class OpenCheckpoint:
         Raises:
             CheckpointError: a file is not as it was written.
         """
-        own = min(rank, self.manifest.ranks - 1)
-        found = self._parts_of(None, own, share_of=share_of, only=only)
+        wanted = (None,) if rank is None else (None, self.saved_as(rank))
+        found = self._parts_of(*wanted, share_of=share_of, only=only)
         return SavedState(
             parts={part: value for (part, of), value in found.items() if of is None},
             of_rank={part: value for (part, of), value in found.items() if of is not None},
             info=self.manifest.info(self.path),
         )
+
+    def saved_as(self, rank: int) -> int:
+        """The rank that saved what this one goes on from: where fewer saved, the last."""
+        return min(rank, self.manifest.ranks - 1)
 
     def ranks(self, share_of: ShareOf | None = None) -> Iterator[Mapping[str, Any]]:
         """What each rank that saved had for itself, one after the other; read when it is due.

@@ -130,13 +130,17 @@ def load_on_ranks(
         with OpenCheckpoint(path, limits) as opened:
             if not any_name:
                 check_step(path, opened)
-            saved = opened.load(ranks.index, share_of)
-            count = saved.info.ranks
-            if each_rank is not None and count != ranks.count:
-                of_each = opened.ranks(share_of)
-                kept = [each_rank(i, count, own) for i, own in enumerate(of_each)]
-                saved = replace(saved, of_ranks=tuple(kept))
-            found.append(saved)
+            count = opened.manifest.ranks
+            if each_rank is None or count == ranks.count:
+                found.append(opened.load(ranks.index, share_of))
+                return
+            saved = opened.load(None, share_of)
+            kept = []
+            for index, state in enumerate(opened.ranks(share_of)):
+                if index == opened.saved_as(ranks.index):
+                    saved = replace(saved, of_rank=state)
+                kept.append(each_rank(index, count, state))
+            found.append(replace(saved, of_ranks=tuple(kept)))
 
     ranks.each(f"loading {path}", read)
     return found[0]
