@@ -104,7 +104,7 @@ class PartImages:
 
         for part, value in parts.items():
             if shards_only:
-                document, tensors = None, _tensors(value)
+                document, tensors = None, encode_state(value)[1]
             else:
                 document, tensors = _encode(part, value, limits, of_rank=rank is not None)
             sharded = {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)}
@@ -186,12 +186,6 @@ def _encode(
             "ReadLimits.max_json_bytes"
         )
     return document, tensors
-
-
-def _tensors(value: Any) -> dict[str, torch.Tensor]:
-    if isinstance(value, Mapping) and value and _is_flat(value):
-        return {name: tensor.detach() for name, tensor in value.items()}
-    return encode_state(value)[1]
 
 
 def _is_flat(value: Mapping[Any, Any]) -> bool:
