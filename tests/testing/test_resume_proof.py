@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -246,6 +249,20 @@ def test_a_straight_run_that_fails_proves_nothing() -> None:
         prove("raises")
     with pytest.raises(StraightRunError, match=r"(?s)Timeout.*in build"):
         prove("hangs", timeout_s=0.5)
+
+
+def test_ctrl_c_ends_a_proof() -> None:
+    """At once, with the processes that are at work, each in a server of its own."""
+    pressed_at: list[float] = []
+
+    def press() -> None:
+        pressed_at.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Timer(1.0, press).start()
+    with pytest.raises(KeyboardInterrupt):
+        prove("hangs", processes=2)
+    assert time.monotonic() - pressed_at[0] < 40.0  # of 60, where servers have to start
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -96,17 +97,28 @@ def run_ranks(
 ) -> list[RecordedProcess]:
     """Run all ranks of a job, as :func:`run_recorded`, and wait for them.
 
+    Where this is interrupted, as by a Ctrl-C, or fails for one of them, all are killed.
+
     Args:
         orders: of the ranks.
         kind: of the job.
         kill_when: asked for each rank whether to kill it.
     """
 
+    interrupted = threading.Event()
+
+    def is_to_be_killed(rank: int) -> bool:
+        return interrupted.is_set() or (kill_when is not None and kill_when(rank))
+
     def run(order: RunOrder) -> RecordedProcess:
-        return run_recorded(order, kind, kill_when and partial(kill_when, order.rank))
+        return run_recorded(order, kind, partial(is_to_be_killed, order.rank))
 
     with ThreadPoolExecutor(len(orders)) as threads:
-        return [*threads.map(run, orders)]
+        try:
+            return [*threads.map(run, orders)]
+        except BaseException:
+            interrupted.set()
+            raise
 
 
 _SERVERS: dict[str, ForkServer] = {}
