@@ -132,8 +132,7 @@ def kill_again_and_again(
     check_alike(straight, folder)
     names = {path.name for path in (folder / "checkpoints").iterdir()}
     kept = {".lock", "last", f"step_{STEPS - 1:08d}", f"step_{STEPS:08d}"}
-    # Killed between its last save and its last removal, it leaves one more, and is over.
-    assert kept <= names <= {*kept, f"step_{STEPS - 2:08d}"}
+    assert names == kept  # also where kills have kept processes from removing some
 
 
 @pytest.mark.parametrize("in_background", [False, True])

@@ -202,6 +202,17 @@ def test_auto_begins_goes_on_and_ends(tmp_path: Path, caplog: pytest.LogCaptureF
     assert (tmp_path / "checkpoints" / "last").stat().st_mtime_ns == before
 
 
+def test_auto_removes_what_a_killed_run_has_left(tmp_path: Path) -> None:
+    """What is kept no longer goes when a start has gone on, also one with nothing left to do."""
+    train(tmp_path, SaveCheckpointConfig(every="1 step", keep_last=None))
+    save = SaveCheckpointConfig(every="1 step", keep_last=2)
+    with pytest.raises(StateError):
+        train(tmp_path, save, model=torch.nn.Linear(4, 2), resume_from="auto")
+    assert steps_in(tmp_path) == [1, 2, 3, 4, 5, 6]  # of a run that it is not the next start of
+    train(tmp_path, save, resume_from="auto")
+    assert steps_in(tmp_path) == [5, 6]
+
+
 def damage(checkpoint: Path) -> None:
     path = checkpoint / "model.safetensors"
     content = bytearray(path.read_bytes())

@@ -50,7 +50,8 @@ class SaveCheckpoint(PipelineHooks):
 
     A checkpoint is a folder ``step_00001234`` of safetensors and JSON, which appears when all of
     it is on the disk; ``last`` and ``best`` are links to the newest and to the best. Older ones go
-    when the new one is there, but for those that are to be kept.
+    when the new one is there, but for those that are to be kept; those that a killed run has left
+    go when ``"auto"`` has resumed, also where nothing is left to do.
 
     With ``monitor`` a save is also asked for whenever the metric is among the ``keep_best`` best
     so far, so that the best weights are kept whatever the schedules of saving and evaluating.
@@ -104,11 +105,15 @@ class SaveCheckpoint(PipelineHooks):
             "trainer a run_folder"
         )
 
-    def _begin(self, args: PipelineHookArgs) -> None:
-        cfg, run = self.cfg, args.run
-        several = args.accelerator.num_processes > 1
-        self._store = CheckpointStore(
-            self.root(run.folder),
+    def store(self, run_folder: Path | None, ranks: Ranks) -> CheckpointStore:
+        """The checkpoints of a run of that folder, of which those stay that are to be kept.
+
+        Raises:
+            PipelineConfigError: there is no folder for them.
+        """
+        cfg = self.cfg
+        return CheckpointStore(
+            self.root(run_folder),
             digest=cfg.digest,
             retention=Retention(
                 keep_last=cfg.keep_last,
@@ -117,8 +122,14 @@ class SaveCheckpoint(PipelineHooks):
                 monitor=cfg.monitor,
                 mode=cfg.mode or "min",  # given wherever there is a metric
             ),
-            ranks=Ranks.of_job(in_background=cfg.in_background) if several else Ranks.alone(),
+            ranks=ranks,
         )
+
+    def _begin(self, args: PipelineHookArgs) -> None:
+        cfg, run = self.cfg, args.run
+        several = args.accelerator.num_processes > 1
+        ranks = Ranks.of_job(in_background=cfg.in_background) if several else Ranks.alone()
+        self._store = self.store(run.folder, ranks)
         self._store.open()
         self._run = run
         run.savers[self.name] = self._save

@@ -62,6 +62,8 @@ def resume(
         if saved is None:
             return False
         ranks.each("resuming", partial(snapshots.load, saved))
+        if os.fspath(resume_from) == AUTO:
+            _prune(hooks, run.folder, ranks)
     logger.info("resumed from %s at %s", saved.info.path, run.progress)
     before, now = saved.info.ranks, run.accelerator.num_processes
     if before != now:
@@ -110,6 +112,17 @@ def _load_saved(
     for path, why in saved.skipped:
         logger.warning("resuming: skipped %s: %s", path, why)
     return saved
+
+
+def _prune(hooks: PipelineHooks, run_folder: Path | None, ranks: Ranks) -> None:
+    """Remove what a run that was killed would have; no reason to fail the next one."""
+    for hook in hooks.all_hooks():
+        if isinstance(hook, SaveCheckpoint):
+            try:
+                with hook.store(run_folder, ranks) as store:
+                    store.prune()
+            except CheckpointError as error:
+                logger.warning("resumed; removing older checkpoints failed: %s", error)
 
 
 def _check_is_one(path: Path) -> None:
