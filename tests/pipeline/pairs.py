@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import signal
 import sys
@@ -65,7 +66,7 @@ def run_pair(folder: Path, case: str) -> dict[str, Any]:
             for rank in {0, 1} - set(codes):
                 os.kill(ranks[rank], signal.SIGKILL)
         time.sleep(0.02)
-    took_s = time.monotonic() - float(failed_at.read_text()) if failed_at.exists() else 0.0
+    took_s = time.monotonic() - float(failed_at.read_text()) if failed_at.exists() else math.inf
     os.kill(keeper, signal.SIGKILL)
     os.waitpid(keeper, 0)
     left_at = time.monotonic() + 8  # a worker sees after 5 s that it is alone

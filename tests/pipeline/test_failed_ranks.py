@@ -28,6 +28,7 @@ class Ended(NamedTuple):
 
     codes: list[int]
     seconds: float
+    """From what went wrong on; infinite where that noted no time."""
     orphans: list[int]
     told: list[str]
     folder: Path
