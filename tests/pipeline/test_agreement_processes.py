@@ -71,8 +71,8 @@ def test_all_that_has_to_agree_shares_one_exchange(kind: str, found: Any) -> Non
     if kind == "declared":  # every 8 steps; the signal came in step 33
         assert (run["stopped"], len(exchanges), len(logged)) == (40, 5, 2)
         assert run["code"] == 128 + signal.SIGTERM
-    else:  # it learns first what one takes
-        assert 3 <= len(exchanges) < 40
+    else:  # how far they are apart, test_agreement.py holds
+        assert len(exchanges) >= 3
     assert run["fired"] == []
     assert len(run["reads"]) == len(logged)
     assert all(map(is_logging, run["reads"]))
