@@ -3,8 +3,8 @@
 It compares a few ratios with those in stored_ratios.json, which `--store` writes anew, and exits
 with 1 where one is more than 25 % above. A ratio is taken between the fastest of many short blocks
 of each contender, which took turns, by what they took of the processor, not by the clock on the
-wall: whatever else runs on the machine only ever adds to that, and seldom to all blocks. What seems
-lost is measured once more before it counts.
+wall, except for `dispatch`, which takes that: whatever else runs on the machine only ever adds to
+either, and seldom to all blocks. What seems lost is measured once more before it counts.
 """
 
 import argparse
