@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -299,6 +299,15 @@ def exchanges() -> dict[str, Any]:
     watch.on_model_backward.before(begin)
     watch.on_model_backward.after(end)
     Training(accumulate=3, hooks=[watch], max_step=7)
+    told: list[bool] = []
+    model: Any = make_model()
+
+    def note(synchronise: bool, recurse: bool) -> None:
+        told.append(synchronise)
+        FSDPModule.set_requires_gradient_sync(model, synchronise, recurse=recurse)
+
+    model.set_requires_gradient_sync = note
+    Training(accumulate=3, model=model, stop_at=5)
     updates: list[int] = []
 
     def end_update(args: Any) -> None:
@@ -310,7 +319,7 @@ def exchanges() -> dict[str, Any]:
     watch.on_optimizer_step.after(end_update)
     clip = GradientClippingHookConfig(max_norm=0.1)
     Training(hooks=[watch, NonFiniteGuardConfig(), clip], max_step=3)
-    return {"gradients": counted, "updates": updates}
+    return {"gradients": counted, "told": told, "updates": updates}
 
 
 def refusals() -> dict[str, Any]:

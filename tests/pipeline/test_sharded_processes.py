@@ -256,6 +256,12 @@ def test_gradients_travel_once_a_window(found: list[dict[str, Any]]) -> None:
         assert of_rank["exchanges"]["gradients"] == [0, 0, 3, 0, 0, 3, 3]
 
 
+def test_shards_are_told_once_whether_to_exchange(found: list[dict[str, Any]]) -> None:
+    """Where a window begins and where it ends, and at the end of a run that stops within one."""
+    for of_rank in found:
+        assert of_rank["exchanges"]["told"] == [False, True, False, True]
+
+
 def test_one_exchange_for_the_norm(found: list[dict[str, Any]]) -> None:
     """The guard and clipping share one."""
     for of_rank in found:

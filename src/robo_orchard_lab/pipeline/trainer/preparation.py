@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -133,24 +133,26 @@ def _divided_backward(loss: torch.Tensor, divisor: float) -> None:
 def no_sync_of(
     accelerator: Accelerator, model: torch.nn.Module
 ) -> Callable[[], AbstractContextManager[Any]] | None:
-    """What keeps the gradients of a micro-batch from being added up among the processes.
+    """What keeps DDP from adding up the gradients of a micro-batch among the processes.
 
-    None where nothing does that before the update.
+    None where nothing does that before the update, and of a model in shards, which
+    :func:`synchroniser_of` tells.
     """
-    if accelerator.num_processes == 1:
+    if accelerator.num_processes == 1 or is_sharded_model(model):
         return None
-    if is_sharded_model(model):
-        return partial(_unreduced, model)
     return lambda: accelerator.no_sync(model)
 
 
-@contextmanager
-def _unreduced(model: torch.nn.Module) -> Iterator[None]:
-    set_gradient_sync(model, False)
-    try:
-        yield
-    finally:
-        set_gradient_sync(model, True)
+def synchroniser_of(
+    accelerator: Accelerator, model: torch.nn.Module
+) -> Callable[[bool], None] | None:
+    """What tells a model in shards whether to add up gradients among the processes from here on.
+
+    None where the model is in no shards of several processes.
+    """
+    if accelerator.num_processes == 1 or not is_sharded_model(model):
+        return None
+    return partial(set_gradient_sync, model)
 
 
 def _check_sharding(accelerator: Accelerator) -> None:

@@ -42,6 +42,7 @@ from robo_orchard_lab.pipeline.trainer.preparation import (
     check_processor,
     no_sync_of,
     prepare_objects,
+    synchroniser_of,
 )
 from robo_orchard_lab.pipeline.trainer.resuming import resume
 from robo_orchard_lab.pipeline.trainer.snapshot import RunSnapshots
@@ -188,6 +189,7 @@ class HookBasedTrainer:
         self.dataloader = dataloader
         self._place = prepared.place
         self._no_sync = no_sync_of(accelerator, prepared.model)
+        self._tell_shards = synchroniser_of(accelerator, prepared.model)
         self._optimizer_hook: OptimizerHook | None = None
         if batch_processor.need_backward and prepared.optimizer is not None:
             self._optimizer_hook = OptimizerHook(
@@ -349,6 +351,8 @@ class HookBasedTrainer:
             raise
         finally:
             self._last_loss = None
+            if not self._synchronising:  # as the model was given
+                self._synchronise(True)
         self._open = False
         tell_what_is_left(self._run)
         if self._unmet is not None:  # raised here, where the run is whole and can be saved
@@ -447,12 +451,17 @@ class HookBasedTrainer:
         """``on_step`` with gradients that travel between ranks only where a window ends."""
         boundary = args.at_accumulation_boundary
         if boundary is not self._synchronising:
-            self._synchronising = self.accelerator.sync_gradients = boundary
+            self._synchronise(boundary)
         if boundary or self._no_sync is None:
             self._on_step(args, body)
         else:
             with self._no_sync():
                 self._on_step(args, body)
+
+    def _synchronise(self, synchronise: bool) -> None:
+        self._synchronising = self.accelerator.sync_gradients = synchronise
+        if self._tell_shards is not None:  # which goes through all modules
+            self._tell_shards(synchronise)
 
     def _step_or_filler(self, args: PipelineHookArgs) -> None:
         """``_step`` where there are several ranks, of which one may have no data left."""
