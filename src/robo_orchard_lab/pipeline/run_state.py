@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from robo_orchard_lab.pipeline.durable import remove_leftovers, replace_file
 from robo_orchard_lab.pipeline.errors import RankFailure, RunPreempted, StateError
-from robo_orchard_lab.pipeline.peers import before_hard_end, failure_of, plain_text
+from robo_orchard_lab.pipeline.peers import before_hard_end, failure_of, killed, plain_text
 from robo_orchard_lab.pipeline.process_identity import ProcessIdentity
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
@@ -47,6 +47,11 @@ class RunError(_Record):
     came from no hook."""
     location: str | None = None
     """The file and line that raised it."""
+
+    @classmethod
+    def of(cls, failure: RankFailure) -> RunError:
+        """What has failed on a rank, as the file tells it."""
+        return cls(**asdict(failure))
 
 
 class SavedCheckpoint(_Record):
@@ -103,12 +108,9 @@ def read_run_state(folder: str | os.PathLike[str]) -> RunState:
         raise FileNotFoundError(f"no run has been started in {folder}: no {path}") from None
     if state.state != "running" or not state.process.is_gone():
         return state
-    who = state.process
-    message = f"process {who.pid} on {who.host} is gone without a word: killed, or out of memory"
-    if state.processes > 1:
-        message += f", or ended by the launcher when another one of the {state.processes} was"
-    error = RunError(type="Killed", message=message, rank=0)
-    return state.model_copy(update={"state": "failed", "error": error})
+    of_others = f"ended by the launcher when another one of the {state.processes} was"
+    failure = killed(0, state.process, of_others if state.processes > 1 else "")
+    return state.model_copy(update={"state": "failed", "error": RunError.of(failure)})
 
 
 class RunStateFile:
@@ -151,7 +153,7 @@ class RunStateFile:
             self._begin()
 
         def tell(failure: RankFailure) -> None:
-            self._failed(requests, exit_code=1, error=RunError(**asdict(failure)))
+            self._failed(requests, exit_code=1, error=RunError.of(failure))
 
         try:
             with before_hard_end(tell):
@@ -175,7 +177,7 @@ class RunStateFile:
 
         def tell(failure: RankFailure, exit_code: int | None = 1) -> None:
             self._begin()
-            self._end("failed", Requests(), exit_code=exit_code, error=RunError(**asdict(failure)))
+            self._end("failed", Requests(), exit_code=exit_code, error=RunError.of(failure))
 
         try:
             with before_hard_end(tell):
@@ -260,7 +262,7 @@ class RunStateFile:
                 self._write(state.model_copy(update={"state": "failed", **found}))
 
     def _told(self, error: BaseException) -> RunError:
-        return RunError(**asdict(failure_of(error, self._rank)))
+        return RunError.of(failure_of(error, self._rank))
 
     def _failed_elsewhere(self, own: RunState) -> bool:
         """Whether another rank has told its failure, of which this rank's end follows."""
@@ -293,10 +295,7 @@ class RunStateFile:
 
 def _began_with_this_process(state: RunState) -> bool:
     """Whether it is the run of this rank, and not one that has this folder already."""
-    import psutil  # type: ignore[import-untyped]  # here, since it takes 6 ms
-
-    process_began_at: float = psutil.Process().create_time()
-    return state.started_at.timestamp() > process_began_at - _CLOCKS_APART_S
+    return state.started_at.timestamp() > ProcessIdentity.own().started_at - _CLOCKS_APART_S
 
 
 def _read(path: Path) -> RunState:

@@ -10,8 +10,12 @@ import torch.distributed as dist
 
 from robo_orchard_core.utils.hook import origin_of
 from robo_orchard_lab.pipeline.errors import RankFailed, RankFailure
+from robo_orchard_lab.pipeline.process_identity import ProcessIdentity
 
 ErrorT = TypeVar("ErrorT", bound=BaseException)
+
+KILLED = "Killed"
+"""The type of failure of a process that is gone, or taken to be."""
 
 _WORDS = (
     "gloo",
@@ -40,6 +44,16 @@ def failure_of(error: BaseException, rank: int) -> RankFailure:
         message=plain_text(error),
         hook=plain_text(origin_of(error) or "") or None,
         location=_location(error),
+    )
+
+
+def killed(rank: int, process: ProcessIdentity, or_else: str = "") -> RankFailure:
+    """That a process is gone without a word, with what else may have become of it."""
+    return RankFailure(
+        rank=rank,
+        type=KILLED,
+        message=f"process {process.pid} on {process.host} is gone without a word: killed, or out "
+        f"of memory{or_else and f', or {or_else}'}",
     )
 
 

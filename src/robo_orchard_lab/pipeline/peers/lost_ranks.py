@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from robo_orchard_lab.pipeline.errors import RankFailure
+from robo_orchard_lab.pipeline.peers.failures import killed
 from robo_orchard_lab.pipeline.peers.job_store import JobStore
-
-KILLED = "Killed"
-"""The type of failure of a process that is gone, or taken to be."""
 
 _SILENT_LOOKS = 60  # half a minute, for a network that is gone for a while, or a busy process
 
@@ -63,10 +61,4 @@ class LostRanks:
         )
 
     def _as_failure(self, rank: int) -> RankFailure:
-        process = self._store.processes[rank]
-        return RankFailure(
-            rank=rank,
-            type=KILLED,
-            message=f"process {process.pid} on {process.host} is gone without a word: killed, or "
-            "out of memory, or ended outside of the trainer",
-        )
+        return killed(rank, self._store.processes[rank], "ended outside of the trainer")

@@ -18,13 +18,14 @@ from robo_orchard_lab.pipeline.errors import (
 )
 from robo_orchard_lab.pipeline.peers.ending import LONGEST_EXIT_S, end_hard, tell_hard_end
 from robo_orchard_lab.pipeline.peers.failures import (
+    KILLED,
     failure_of,
     is_broken_exchange,
     is_failed_elsewhere,
     note_first,
 )
 from robo_orchard_lab.pipeline.peers.job_store import JobStore
-from robo_orchard_lab.pipeline.peers.lost_ranks import KILLED, LostRanks
+from robo_orchard_lab.pipeline.peers.lost_ranks import LostRanks
 from robo_orchard_lab.pipeline.peers.stall_clock import StallClock
 from robo_orchard_lab.pipeline.peers.strays import Place, stray_among
 
