@@ -80,8 +80,10 @@ class Watch:
             self._let_first_end(self.failure, lambda: False)
         keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
         if keeps_store and self._store is not None and self._store.rank == 0 and not self.failure:
+            lost = self._lost
+            assert lost is not None
             with suppress(Exception):  # a store that is gone needs no keeper
-                self._wait_until(lambda: self._lost_or_left(), 30.0)
+                self._wait_until(lambda: lost.all_left(self._section), 30.0)
         self._stop.set()
         self._thread.join(10.0)
 
@@ -296,10 +298,6 @@ class Watch:
         with suppress(Exception):  # the store may be gone
             return self._store.beats([rank])[0][1] >= self._section
         return False
-
-    def _lost_or_left(self) -> bool:
-        assert self._lost is not None
-        return self._lost.all_left(self._section)
 
 
 def _log(failure: RankFailure) -> None:
