@@ -73,6 +73,13 @@ class NamedLosses(SimpleBatchProcessor):
         return outputs["outputs"].squeeze(1), batch[1].squeeze(1)
 
 
+class CountedLosses(NamedLosses):
+    """The same, whose batches are counted, so that windows are loaded ahead."""
+
+    def count_samples(self, batch: Any) -> int:
+        return len(batch[0])
+
+
 class Counted(PipelineHooks):
     """Has a state on each rank: how many samples it has seen, which a new rank begins anew."""
 
@@ -189,7 +196,7 @@ def build(order: dict[str, Any]) -> HookBasedTrainer:
         Accelerator(cpu=True, gradient_accumulation_steps=order.get("accumulate", 3)),
         model,
         loader,
-        NamedLosses(),
+        CountedLosses() if order.get("counted") else NamedLosses(),
         optimizer,
         schedule,
         [

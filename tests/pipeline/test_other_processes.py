@@ -156,13 +156,14 @@ def test_two_processes_are_one(servers: list[ForkServer], straight: Path, tmp_pa
 
 @pytest.mark.parametrize(
     "options",
-    [{"workers": 2}, {"plateau": True}, {"accumulate": 1}],
-    ids=["workers", "plateau", "no accumulation"],
+    [{"workers": 2}, {"plateau": True}, {"accumulate": 1}, {"counted": True}],
+    ids=["workers", "plateau", "no accumulation", "counted"],
 )
 def test_other_numbers_of_processes_in_other_ways(
     options: dict[str, Any], servers: list[ForkServer], tmp_path: Path
 ) -> None:
-    """So it is with workers, with a schedule that follows the loss, and without accumulation."""
+    """So it is with workers, with a schedule that follows the loss, without accumulation, and with
+    windows that are loaded ahead."""
     run_in_parts(servers, tmp_path / "straight", [1], [], **options)
     run_in_parts(servers, tmp_path / "parts", [2, 1, 2], [4, 8], **options)
     check_like(tmp_path / "straight", tmp_path / "parts")

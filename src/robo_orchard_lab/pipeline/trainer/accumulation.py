@@ -89,7 +89,8 @@ class AccumulationWindows:
             batches: those that are left.
             sizes: how many samples the steps of the pass have.
             done: how many batches of the pass are done, maybe within a window.
-            limit: how many batches of the pass to take at most; None takes all.
+            limit: how many batches of the pass to take at most, or to the end of the window that
+                is open; None takes all.
 
         Raises:
             DataError: while iterating, where there are more batches than sizes, or fewer.
