@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
@@ -172,9 +171,6 @@ def main(folder: Path) -> None:
         "automatic": everything(folder, rank, None),
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    time.sleep(1)  # gloo aborts a process that exits within half a second of its first exchange
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from robo_orchard_lab.pipeline import PipelineHooks
 from robo_orchard_lab.pipeline.hooks import EMAConfig, SaveCheckpointConfig
-from sharded_on_ranks import ENDED_GLOO_S, Training, make_model
+from sharded_on_ranks import Training, make_model
 
 Wrap = Callable[[Accelerator, Any], Any]
 
@@ -143,8 +142,6 @@ def main(folder: Path) -> None:
             folder, f"{kind} bf16", sharded=sharded, model=normed, precision="bf16"
         )
     torch.save(found, folder / f"rank{accelerator.process_index}.pt")
-    time.sleep(ENDED_GLOO_S)
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from launching import end_group
 from loaded_data import Drawing, Indices
 from robo_orchard_lab.pipeline.data import DataOrder, TrainingData
 from robo_orchard_lab.pipeline.data.order import KeyedBy
@@ -104,9 +104,7 @@ def main(folder: Path) -> None:
     except PipelineConfigError as error:
         result["refused"] = str(error)
     torch.save(result, folder / f"rank{rank}.pt")
-    accelerator.end_training()  # a process group that is left open aborts the process at its exit
-    if accelerator.num_processes > 1:
-        time.sleep(1)  # gloo aborts a process that exits within half a second of its first exchange
+    end_group()
 
 
 def _own(data: TrainingData, epoch_id: int) -> list[list[int]]:

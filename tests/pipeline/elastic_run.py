@@ -251,4 +251,3 @@ def run(order: dict[str, Any]) -> None:
         },
         Path(order["folder"]) / f"{order['name']}-{rank}.pt",
     )
-    trainer.accelerator.end_training()

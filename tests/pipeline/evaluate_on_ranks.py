@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from torchmetrics import MeanSquaredError, Metric, PearsonCorrCoef
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
-from launching import launch
+from launching import end_group, launch
 from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.hook_set import HookLike, PipelineHooks
@@ -335,8 +334,7 @@ def main(folder: Path, runs: list[str]) -> None:
     accelerator, counter = Accelerator(cpu=True), CollectiveCounter()
     found = {run: RUNS[run](accelerator, counter) for run in runs}
     (folder / f"rank{accelerator.process_index}.json").write_text(json.dumps(found))
-    accelerator.end_training()  # a process group that is left open aborts the process at its exit
-    time.sleep(1)  # gloo aborts a process that exits within half a second of its first exchange
+    end_group()
 
 
 if __name__ == "__main__":

@@ -62,7 +62,6 @@ def run(order: dict[str, Any]) -> None:
     with RunRecorder(trainer, Path(order["record"]), order.get("stop_after")) as recorder:
         trainer()
         recorder.write_end()
-    accelerator.end_training()
 
 
 class Disordered(torch.nn.Module):

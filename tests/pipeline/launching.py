@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import coverage
+import torch.distributed
 
 
 def command(
@@ -63,3 +65,13 @@ def launch(
     )
     assert (done.returncode != 0) == fails, done.stderr
     return done
+
+
+def end_group() -> None:
+    """End the process group of a script in which no trainer runs, which would see to it.
+
+    A process that exits within half a second of gloo's first exchange may be aborted.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        time.sleep(1)

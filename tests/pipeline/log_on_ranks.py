@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +77,6 @@ def main(folder: Path) -> None:
         trainer = make(folder, rank, stop_at)
         trainer()
         trainer()
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    time.sleep(1)  # gloo aborts a process that exits within half a second of its first exchange
 
 
 if __name__ == "__main__":

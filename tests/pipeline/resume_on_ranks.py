@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -139,8 +138,6 @@ def main(folder: Path, stops: list[int], background: bool) -> None:
         "refused": refused,
     }
     torch.save(result, folder / f"rank{accelerator.process_index}.pt")
-    accelerator.end_training()
-    time.sleep(1)  # gloo aborts a process that exits within half a second of its first exchange
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,9 +39,6 @@ from robo_orchard_lab.pipeline.hooks.model_summary import summarize
 from robo_orchard_lab.pipeline.metrics import MetricValue
 from robo_orchard_lab.pipeline.sharded_tensors import gather_whole
 from tiny import loss_of, make_loader
-
-ENDED_GLOO_S = 1  # a process that ends sooner after its first exchange may be aborted
-
 
 SAMPLES_PER_STEP = 6  # of the job, where it has one process, two or three
 
@@ -380,8 +376,6 @@ def main(folder: Path) -> None:
         found = {"any": in_any_number(folder / "of three", None, stopped)}
     count, index = accelerator.num_processes, accelerator.process_index
     torch.save(found, folder / f"rank{index} of {count}.pt")
-    time.sleep(ENDED_GLOO_S)
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

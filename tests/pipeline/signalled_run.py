@@ -47,9 +47,6 @@ def main(folder: Path, rank: int, ranks: int, meeting: str) -> None:
     print("made", flush=True)
     trainer()
     torch.save(weights(trainer.model), folder / f"weights{rank}.pt")
-    trainer.accelerator.end_training()
-    if ranks > 1:
-        time.sleep(1)  # gloo aborts a process that exits within half a second of its first exchange
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import os
 import resource
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launching import end_group
 from robo_orchard_lab.pipeline.checkpoint import (
     CheckpointStore,
     Ranks,
@@ -108,8 +108,7 @@ def main(folder: Path) -> None:
     with store:
         found["pruned"] = [decision.removed for decision in store.prune()]
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
-    time.sleep(1)  # gloo aborts a process that exits within half a second of its first exchange
+    end_group()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +95,6 @@ def main(folder: Path) -> None:
         "saves": asked.count("KeepBest"),
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(result))
-    accelerator.end_training()
-    time.sleep(1)  # gloo aborts a process that exits within half a second of its first exchange
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -306,9 +305,6 @@ def main(folder: Path) -> None:
         for name in ("list", "weighted stream"):  # in windows of three
             results[f"{name}, cut"] = go_on_from_a_cut(TRAININGS[name], accelerator, folder / name)
     torch.save(results, folder / f"rank{accelerator.process_index}.pt")
-    accelerator.end_training()  # a process group that is left open aborts the process at its exit
-    if accelerator.num_processes > 1:
-        time.sleep(1)  # gloo aborts a process that exits within half a second of its first exchange
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-import time
 from contextlib import suppress
 
 import torch
 import torch.distributed as dist
 from torch.distributed import all_reduce as known_by_another_name
 
+from launching import end_group
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.testing import count_collectives, run_hook
 
@@ -55,8 +55,7 @@ def main(file: str) -> None:
     with count_collectives() as calls:
         run_hook(hooks, steps=4)
     print(*calls, sep="\n")
-    dist.destroy_process_group()
-    time.sleep(1)  # gloo aborts a process that exits within half a second of its first exchange
+    end_group()
 
 
 if __name__ == "__main__":

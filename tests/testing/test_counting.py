@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import all_reduce
 
+from launching import environment
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.testing import count_collectives, count_host_reads, run_hook
@@ -214,6 +215,7 @@ def test_collectives_are_counted(tmp_path: Path) -> None:
     script = Path(__file__).with_name("collectives_in_a_group.py")
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(script), str(tmp_path / "store")],
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=120,

@@ -628,8 +628,6 @@ class TestBar:
 
 
 SCRIPT = """
-import time
-
 import torch
 from accelerate import Accelerator
 from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
@@ -650,8 +648,6 @@ HookBasedTrainer(
     max_epoch=2,
 )()
 print("after")
-if accelerator.num_processes > 1:
-    time.sleep(1)  # gloo (torch 2.13) aborts a process that exits just after its first collectives
 """
 
 

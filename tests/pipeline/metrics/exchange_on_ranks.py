@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from launching import end_group
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.metrics.deferred import StateReduction
 
@@ -87,8 +87,7 @@ def main(folder: Path) -> None:
         board.publish(f"many/{index}", torch.tensor(float(rank)))
     logging_point()
     (folder / f"rank{rank}.json").write_text(json.dumps({"points": points, "told": told}))
-    accelerator.end_training()
-    time.sleep(1)  # gloo aborts a process that exits within half a second of its first exchange
+    end_group()
 
 
 def _counted(function: Any, calls: list[str]) -> Any:
