@@ -19,15 +19,15 @@ from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics import MeanSquaredError, PearsonCorrCoef
 
+from full_training import AugmentedSamples, NamedLosses
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline import (
     HookBasedTrainer,
     PipelineHookArgs,
     PipelineHooks,
-    SimpleBatchProcessor,
 )
 from robo_orchard_lab.pipeline.data import DataOrder
 from robo_orchard_lab.pipeline.errors import StateError
@@ -45,36 +45,12 @@ from robo_orchard_lab.pipeline.sharded_tensors import gather_whole
 from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig
 
 SAMPLES_PER_STEP = 6
-SAMPLES = 26
+SAMPLES = AugmentedSamples(dtype=torch.float64)
 EPOCHS = 2
 
 
-class Augmented(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Draws from torch, NumPy and Python while loading."""
-
-    def __len__(self) -> int:
-        return SAMPLES
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        noise = torch.rand(4, dtype=torch.float64) + np.random.rand() + random.random()
-        return noise + index / 10, torch.tensor([float(index % 5)], dtype=torch.float64)
-
-
-class NamedLosses(SimpleBatchProcessor):
-    """The loss, also as a named one."""
-
-    def forward(self, model: Any, batch: Any) -> tuple[Any, torch.Tensor]:
-        inputs, targets = batch
-        outputs = model(inputs)
-        loss = torch.nn.functional.mse_loss(outputs, targets)
-        return {"outputs": outputs, "losses": {"squared": loss}}, loss
-
-    def metric_inputs(self, outputs: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return outputs["outputs"].squeeze(1), batch[1].squeeze(1)
-
-
 class CountedLosses(NamedLosses):
-    """The same, whose batches are counted, so that windows are loaded ahead."""
+    """Those of a training whose batches are counted, so that windows are loaded ahead."""
 
     def count_samples(self, batch: Any) -> int:
         return len(batch[0])
@@ -124,7 +100,7 @@ class Stream(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
     """The samples one after the other, all of them on every rank."""
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return map(Augmented().__getitem__, range(SAMPLES))
+        return map(SAMPLES.__getitem__, range(len(SAMPLES)))
 
 
 class Watcher(PipelineHooks):
@@ -183,7 +159,7 @@ def build(order: dict[str, Any]) -> HookBasedTrainer:
     generator = torch.Generator().manual_seed(5)
     unseen = (torch.randn(n, d, generator=generator).double() for n, d in ((7, 4), (7, 1)))
     streams = order.get("streams", False)
-    data: Any = Stream() if streams else Augmented()
+    data: Any = Stream() if streams else SAMPLES
     loader = DataLoader(
         data,
         batch_size=order.get("batch_size", SAMPLES_PER_STEP // ranks),

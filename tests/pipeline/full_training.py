@@ -65,21 +65,22 @@ STEPS_OF_TWO = 8
 class AugmentedSamples(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """Draws from torch, NumPy and Python while loading."""
 
-    def __init__(self, length: int = 26) -> None:
+    def __init__(self, length: int = 26, dtype: torch.dtype = torch.float32) -> None:
         self.length = length
+        self.dtype = dtype
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        noise = torch.rand(4) + np.random.rand() + random.random()
-        return noise.float() + index / 10, torch.tensor([float(index % 5)])
+        noise = torch.rand(4, dtype=self.dtype) + np.random.rand() + random.random()
+        return noise + index / 10, torch.tensor([float(index % 5)], dtype=self.dtype)
 
 
 class NamedLosses(SimpleBatchProcessor):
     """The loss, also as a named one; no number for a batch with two targets of 0, if it fails."""
 
-    def __init__(self, fails: bool) -> None:
+    def __init__(self, fails: bool = False) -> None:
         super().__init__()
         self.fails = fails
 
