@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader
 from full_training import AugmentedSamples
 from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.hooks import EMAConfig, LossTrackerConfig, SaveCheckpointConfig
+from robo_orchard_lab.testing.resume.recorded_process import join_job
 from robo_orchard_lab.testing.resume.run_record import RunRecorder
 from tiny import loss_of, make_model
 
@@ -23,20 +23,7 @@ STEPS = 8
 
 def run(order: dict[str, Any]) -> None:
     """One start of one rank, which writes down what it does."""
-    rank = str(order["rank"])
-    os.environ.update(
-        RANK=rank,
-        LOCAL_RANK=rank,
-        WORLD_SIZE=str(order["ranks"]),
-        LOCAL_WORLD_SIZE=str(order["ranks"]),
-    )
-    # By a file, since a port that is free now may not be when the first rank comes to it.
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{order['meeting']}",
-        rank=order["rank"],
-        world_size=order["ranks"],
-    )
+    join_job(order["rank"], order["ranks"], order["meeting"])
     torch.set_num_threads(1)
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed(5 + order["rank"])

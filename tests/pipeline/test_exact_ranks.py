@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ import killed_on_ranks
 from killed_on_ranks import STEPS
 from robo_orchard_lab.pipeline.run_state import read_run_state
 from robo_orchard_lab.testing.resume.fork_server import ForkServer
+from robo_orchard_lab.testing.resume.killing import Killing
 from robo_orchard_lab.testing.resume.record_differences import record_differences
 from robo_orchard_lab.testing.resume.run_record import RunRecord, read_record
+
+STEP_S = 0.05  # about
 
 
 @pytest.fixture(scope="module")
@@ -27,36 +30,11 @@ def servers() -> Iterator[list[ForkServer]]:
         server.close()
 
 
-class Death:
-    """Kills one rank when a step has begun, after a while, and the other one soon after."""
-
-    def __init__(self, record: Path, step: int, victim: int) -> None:
-        self.victim = victim
-        self._record = record
-        self._step = step
-        self._after_s = [random.uniform(0, 0.1), random.uniform(0, 0.3)]
-        self._began_at: float | None = None
-
-    def is_due(self, rank: int) -> bool:
-        if self._began_at is None:
-            if rank == self.victim and newest_step(self._record) >= self._step:
-                self._began_at = time.monotonic()
-            return False
-        waits = self._after_s[0] + (self._after_s[1] if rank != self.victim else 0.0)
-        return time.monotonic() >= self._began_at + waits
-
-
-def newest_step(record: Path) -> int:
-    lines = record.read_bytes().splitlines(keepends=True)[-2:] if record.exists() else []
-    whole = [line for line in lines if line.endswith(b"\n")]
-    return int(whole[-1][1:].partition(b",")[0]) if whole else -1
-
-
 def start(
     servers: list[ForkServer],
     folder: Path,
     name: str,
-    death: Death | None = None,
+    kill_when: Killing | None = None,
     ranks: int = 2,
     **order: Any,
 ) -> list[int]:
@@ -67,7 +45,7 @@ def start(
     def run(rank: int) -> int:
         record = folder / f"{name}-{rank}.jsonl"
         mine = {"rank": rank, "folder": str(folder), "record": str(record), **order}
-        kill = None if death is None else lambda: death.is_due(rank)
+        kill = None if kill_when is None else partial(kill_when, rank)
         return servers[rank].run(mine, record.with_suffix(".log"), 120, kill)
 
     folder.mkdir(exist_ok=True, parents=True)
@@ -116,12 +94,11 @@ def kill_again_and_again(
     straight, folder = tmp_path / "straight", tmp_path / "killed"
     run_straight(servers, straight, in_background=in_background)
     acknowledged = 0
-    steps = sorted(random.choices(range(STEPS - 1), k=kills))
+    steps = sorted(random.choices(range(1, STEPS), k=kills))
     for number, step in enumerate(steps):
-        victim = random.randrange(2)
-        record = folder / f"run{number:03d}-{victim}.jsonl"
-        death = Death(record, step, victim)
-        start(servers, folder, f"run{number:03d}", death, in_background=in_background)
+        written = [folder / f"run{number:03d}-{rank}.jsonl" for rank in range(2)]
+        killing = Killing(written, step, STEP_S)
+        start(servers, folder, f"run{number:03d}", killing, in_background=in_background)
         for rank in range(2):
             for begun in records(folder, f"run{number:03d}", rank):
                 assert begun.start >= acknowledged, "an acknowledged checkpoint was lost"
