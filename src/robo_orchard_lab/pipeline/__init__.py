@@ -1,6 +1,10 @@
 """Training as nested scopes that hooks attach to."""
 
-from robo_orchard_lab.pipeline.batch_processor import BatchProcessor, SimpleBatchProcessor
+from robo_orchard_lab.pipeline.batch_processor import (
+    BatchProcessor,
+    SimpleBatchProcessor,
+    SupervisedProcessor,
+)
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.events import CHANNEL_NAMES, PIPELINE_CHANNELS, ChannelName
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
@@ -38,6 +42,7 @@ __all__ = [
     "Schedule",
     "ScheduleField",
     "SimpleBatchProcessor",
+    "SupervisedProcessor",
     "TrainerLimits",
     "TrainerProgress",
 ]

@@ -8,6 +8,8 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
+from robo_orchard_lab.pipeline.errors import BatchProcessorError
+
 ForwardResult: TypeAlias = (
     tuple[Any, torch.Tensor | None] | tuple[Any, torch.Tensor, float | torch.Tensor]
 )
@@ -90,3 +92,50 @@ class SimpleBatchProcessor(ABC):
         cls = type("CallableBatchProcessor", (SimpleBatchProcessor,), members)
         processor: SimpleBatchProcessor = cls(need_backward)
         return processor
+
+
+class SupervisedProcessor(SimpleBatchProcessor):
+    """Of batches that are pairs (inputs, targets): ``loss(model(inputs), targets)``.
+
+    >>> processor = SupervisedProcessor(torch.nn.MSELoss())
+    >>> model = torch.nn.Identity()
+    >>> outputs, loss = processor.forward(model, (torch.ones(2, 1), torch.zeros(2, 1)))
+    >>> loss
+    tensor(1.)
+
+    The outputs are the model's. Metrics are updated with these and the targets.
+
+    Args:
+        loss: from outputs and targets to the mean over the samples, a scalar tensor; a function or
+            a module of ``torch.nn``. One with tensors of its own, such as weights of classes, is
+            moved to the device of the outputs; it is not trained.
+    """
+
+    def __init__(self, loss: Callable[[Any, Any], torch.Tensor]) -> None:
+        super().__init__()
+        if not callable(loss):
+            raise TypeError(
+                f"loss must be callable as loss(outputs, targets), got {type(loss).__name__}"
+            )
+        self.loss = loss
+        has_tensors = isinstance(loss, torch.nn.Module) and bool(loss.state_dict())
+        self._module: Any = loss if has_tensors else None
+
+    def forward(self, model: Any, batch: Any) -> tuple[Any, torch.Tensor]:
+        """The model's outputs, and their loss.
+
+        Raises:
+            BatchProcessorError: the batch is no pair.
+        """
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            length = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+            raise BatchProcessorError(
+                "SupervisedProcessor takes batches that are pairs (inputs, targets), got a "
+                f"{type(batch).__name__}{length}; change what the dataset gives, or write a "
+                "SimpleBatchProcessor of your own"
+            )
+        inputs, targets = batch
+        outputs = model(inputs)
+        if self._module is not None:
+            self._module.to(outputs.device)
+        return outputs, self.loss(outputs, targets)
