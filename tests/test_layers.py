@@ -56,6 +56,7 @@ LAYERS = [
     "robo_orchard_lab.pipeline.trainer",
     "robo_orchard_lab.pipeline",
     "robo_orchard_lab.utils",
+    "robo_orchard_lab.experiment",
     "robo_orchard_lab.testing",
     "robo_orchard_lab",
 ]

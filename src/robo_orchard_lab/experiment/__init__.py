@@ -1,0 +1,1 @@
+"""Training runs as files: described, checked, built and repeated."""
