@@ -1,0 +1,113 @@
+"""Which code a run was started from, as far as git tells."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+
+MAX_DIFF_BYTES = 4 << 20
+MAX_NAMES = 200
+TIMEOUT_S = 5.0
+
+# Nothing that a repository's settings name is run for it, as far as git can be told so.
+_OPTIONS = ("-c", "core.fsmonitor=false", "-c", "color.ui=false", "-c", "core.quotePath=false")
+_POLL_S = 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class GitState:
+    """A repository as it stood."""
+
+    commit: str | None
+    """None where nothing was committed yet."""
+    branch: str | None
+    """None where none is checked out."""
+    changed: tuple[str, ...]
+    """Files that differ from the commit, as ``git status`` tells them; at most `MAX_NAMES`."""
+    diff: bytes | None
+    """The changes to the commit's files, for ``git apply``; None where there are none."""
+    left_out: str | None = None
+    """What is not in here, and why; None where nothing is left out."""
+
+
+def git_state(folder: str | os.PathLike[str], timeout_s: float = TIMEOUT_S) -> GitState | None:
+    """The state of the repository that a folder lies in.
+
+    Args:
+        folder: any folder.
+        timeout_s: how long all of it may take, in seconds.
+
+    Returns:
+        None where there is no git, no repository, or no answer in time.
+    """
+    git = _Git(Path(folder), time.monotonic() + timeout_s)
+    top = git.line("rev-parse", "--show-toplevel")
+    if top is None:
+        return None
+    commit = git.line("rev-parse", "--verify", "--quiet", "HEAD")
+    branch = git.line("symbolic-ref", "--short", "--quiet", "HEAD")
+    git = _Git(Path(top), git.ends_at)  # of all of it, wherever in it the run is started
+    left_out = []
+    diff: bytes | None = b""
+    if commit is not None:
+        diff = git("diff", "--binary", "--no-ext-diff", "--no-textconv", "HEAD")
+    if diff is None:
+        left_out.append(f"the diff, which took too long or has more than {MAX_DIFF_BYTES} bytes")
+    status = git("status", "--porcelain", "-z", "--no-renames")
+    if status is None:
+        left_out.append("the names of changed files, which took too long")
+    names = [entry.decode("utf-8", "replace") for entry in (status or b"").split(b"\0") if entry]
+    if len(names) > MAX_NAMES:
+        left_out.append(f"the names of {len(names) - MAX_NAMES} changed files")
+    return GitState(
+        commit, branch, tuple(names[:MAX_NAMES]), diff or None, "; ".join(left_out) or None
+    )
+
+
+class _Git:
+    """Runs git in a folder, until a time."""
+
+    def __init__(self, folder: Path, ends_at: float) -> None:
+        self._folder = folder
+        self.ends_at = ends_at
+
+    def line(self, *arguments: str) -> str | None:
+        """The one line that it prints; None for nothing."""
+        printed = self(*arguments)
+        return (printed or b"").decode("utf-8", "surrogateescape").rstrip("\n") or None
+
+    def __call__(self, *arguments: str) -> bytes | None:
+        """What it prints; None where it fails, takes too long, or prints too much."""
+        with TemporaryFile() as printed:
+            try:
+                process = subprocess.Popen(
+                    ["git", "-C", str(self._folder), *_OPTIONS, *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=printed,
+                    stderr=subprocess.DEVNULL,
+                    env={**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"},
+                    start_new_session=True,
+                )
+            except OSError:
+                return None
+            try:
+                while (code := process.poll()) is None and self._may_go_on(printed.fileno()):
+                    time.sleep(_POLL_S)
+            finally:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)  # with what it has started
+                process.wait()
+            size = os.fstat(printed.fileno()).st_size
+            if code != 0 or size > MAX_DIFF_BYTES:
+                return None
+            printed.seek(0)
+            return printed.read()
+
+    def _may_go_on(self, printed: int) -> bool:
+        return time.monotonic() < self.ends_at and os.fstat(printed).st_size <= MAX_DIFF_BYTES

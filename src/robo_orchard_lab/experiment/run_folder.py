@@ -1,0 +1,170 @@
+"""What the folder of a run says of the run: its configuration, and how it was started.
+
+::
+
+    runs/digits/
+      config.yaml          the experiment, all of it, as it was last started
+      starts/0001.json     the command, versions, host and git state of each start
+      starts/0001.diff     what the repository had beside its commit, for ``git apply``
+      run_state.json       what became of it
+      checkpoints/         see CheckpointStore
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from robo_orchard_lab.experiment.git_state import git_state
+
+CONFIG_FILE = "config.yaml"
+STARTS = "starts"
+_PACKAGES = ("torch", "accelerate", "numpy", "safetensors", "robo-orchard-hooks")
+_MANIFEST = "manifest.json"
+_LEVELS = 3  # a checkpoint lies in RUN/checkpoints/step_00000001
+_START = re.compile(r"([0-9]{4,9})\.json")
+
+
+class NoRunError(ValueError):
+    """A path that leads to no run; the message says what was expected there."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlace:
+    """A run, by the path that someone gave of it."""
+
+    folder: Path
+    """Of the run, with `CONFIG_FILE` in it."""
+    checkpoint: Path | None = None
+    """The checkpoint that was meant, if it was one."""
+
+    @property
+    def config(self) -> Path:
+        """The file of its configuration."""
+        return self.folder / CONFIG_FILE
+
+
+def run_at(path: str | os.PathLike[str]) -> RunPlace:
+    """The run that is meant by a folder, the `CONFIG_FILE` in it, or a checkpoint in it.
+
+    Raises:
+        NoRunError: it is none of these.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise NoRunError(f"there is no {path}; {_EXPECTED}")
+    if path.is_file():
+        if path.name in (CONFIG_FILE, _MANIFEST):
+            return run_at(path.parent if path.parent.parts else Path())
+        raise NoRunError(f"{path} is a file; {_EXPECTED}")
+    if (path / CONFIG_FILE).is_file():
+        return RunPlace(path)
+    is_checkpoint = (path / _MANIFEST).is_file()
+    for above in [*path.absolute().parents][:_LEVELS]:
+        if (above / CONFIG_FILE).is_file():
+            folder = Path(os.path.relpath(above)) if not path.is_absolute() else above
+            return RunPlace(folder, path if is_checkpoint else None)
+    if is_checkpoint:
+        raise NoRunError(
+            f"{path} is a checkpoint, and no folder above it is that of a run, with a "
+            f"{CONFIG_FILE} of what made it"
+        )
+    raise NoRunError(f"{path} is not the folder of a run: it has no {CONFIG_FILE}; {_EXPECTED}")
+
+
+_EXPECTED = (
+    f"expected the folder of a run, the {CONFIG_FILE} in it, or one of its checkpoints, such as "
+    "runs/digits/checkpoints/last"
+)
+
+
+def config_of_run(folder: str | os.PathLike[str]) -> Path | None:
+    """The file that says what was run in a folder; None where nothing was."""
+    path = Path(folder) / CONFIG_FILE
+    return path if path.is_file() else None
+
+
+def record_start(
+    folder: str | os.PathLike[str],
+    config: str,
+    *,
+    processes: int = 1,
+    changes: tuple[Mapping[str, Any], ...] = (),
+) -> Path:
+    """Write down with what a run is started, durably; to be called by one process of the job.
+
+    Environment variables are left out, but what stands on the command line and in the
+    configuration is there.
+
+    Args:
+        folder: of the run; made where it isn't there.
+        config: the whole configuration, as YAML.
+        processes: how many take part.
+        changes: in what the configuration differs from the one before, as plain data.
+
+    Returns:
+        The file of this start.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    from robo_orchard_lab.pipeline.durable import flush_folder, make_folder, write_file
+    from robo_orchard_lab.pipeline.durable import replace_file as replace
+
+    folder = Path(folder)
+    make_folder(folder / STARTS)
+    state = git_state(Path.cwd())
+    path = _next_start(folder / STARTS)
+    record: dict[str, Any] = {
+        "version": 1,
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.orig_argv),
+        "folder": os.getcwd(),
+        "host": socket.gethostname(),
+        "processes": processes,
+        "versions": versions(),
+        "git": None,
+        "changes": [*changes],
+    }
+    if state is not None:
+        diff = path.with_suffix(".diff")
+        if state.diff is not None:
+            replace(diff, state.diff)
+        record["git"] = {
+            "commit": state.commit,
+            "branch": state.branch,
+            "changed": [*state.changed],
+            "diff": None if state.diff is None else diff.name,
+            "left_out": state.left_out,
+        }
+    write_file(path, json.dumps(record, indent=2).encode() + b"\n")
+    flush_folder(path.parent)
+    replace(folder / CONFIG_FILE, config.encode())
+    return path
+
+
+def versions() -> dict[str, str]:
+    """Of Python and what a run's numbers may depend on, by the names of the packages."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from its source
+            continue
+    return found
+
+
+def _next_start(starts: Path) -> Path:
+    numbers = [int(found[1]) for name in os.listdir(starts) if (found := _START.fullmatch(name))]
+    return starts / f"{max(numbers, default=0) + 1:04d}.json"

@@ -1,0 +1,198 @@
+"""What a run's folder says of it, and by which paths it is found."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from robo_orchard_lab.experiment import git_state as git_module
+from robo_orchard_lab.experiment.git_state import MAX_NAMES, git_state
+from robo_orchard_lab.experiment.run_folder import (
+    NoRunError,
+    config_of_run,
+    record_start,
+    run_at,
+)
+from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE
+
+
+def git(folder: Path, *arguments: str) -> str:
+    who = ["-c", "user.name=Someone", "-c", "user.email=someone@example.org"]
+    done = subprocess.run(
+        ["git", "-C", str(folder), *who, *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One with a commit, in which the test runs."""
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    git(folder, "init", "-q", "-b", "work")
+    (folder / "train.py").write_text("steps = 1\n")
+    git(folder, "add", ".")
+    git(folder, "commit", "-q", "-m", "Begin")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_a_start_tells_what_is_needed_to_repeat_it(repository: Path) -> None:
+    """It has the command, the versions and the git state; the diff applies to the commit."""
+    (repository / "train.py").write_text("steps = 2\n")
+    (repository / "new.py").write_text("")
+    (repository / "sub").mkdir()
+    os.chdir(repository / "sub")  # the diff is that of the whole repository all the same
+    run = repository.parent / "runs" / "first"
+    path = record_start(run, "seed: 0\n", processes=2, changes=({"path": "seed"},))
+    record = json.loads(path.read_text())
+    assert path == run / "starts" / "0001.json"
+    assert record["processes"] == 2
+    assert record["changes"] == [{"path": "seed"}]
+    assert {"python", "torch", "accelerate"} <= record["versions"].keys()
+    assert record["command"]
+    assert record["git"]["commit"] == git(repository, "rev-parse", "HEAD")
+    assert record["git"]["branch"] == "work"
+    assert record["git"]["changed"] == [" M train.py", "?? new.py"]
+    assert record["git"]["left_out"] is None
+    git(repository, "checkout", "-q", "train.py")
+    git(repository, "apply", str(run / "starts" / record["git"]["diff"]))
+    assert (repository / "train.py").read_text() == "steps = 2\n"
+    assert (run / "config.yaml").read_text() == "seed: 0\n"
+
+
+def test_starts_are_numbered(repository: Path) -> None:
+    """Each start has a file of its own, and the configuration is that of the last."""
+    run = repository / "run"
+    assert [record_start(run, f"seed: {n}\n").name for n in range(2)] == ["0001.json", "0002.json"]
+    assert config_of_run(run) == run / "config.yaml"
+    assert (run / "config.yaml").read_text() == "seed: 1\n"
+    assert not list(run.glob("starts/*.diff"))  # nothing differs from the commit
+
+
+def test_environment_variables_are_not_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of the environment gets into the folder, as keys that are in there."""
+    monkeypatch.setenv("SOME_API_KEY", "do-not-tell")
+    record_start(tmp_path / "run", "seed: 0\n")
+    told = b"".join(file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file())
+    assert b"do-not-tell" not in told
+    assert b"SOME_API_KEY" not in told
+
+
+def test_without_git_a_run_starts_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no git, or no repository, the record says so and nothing fails."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert git_state(tmp_path) is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert json.loads(record_start(tmp_path / "run", "").read_text())["git"] is None
+
+
+def test_a_git_that_hangs_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A git that does not answer costs the time it is given, and no process stays behind."""
+    script = tmp_path / "git"
+    script.write_text('#!/bin/sh\nsleep 60 &\necho $! > "$0.pid"\nwait\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    began_at = time.monotonic()
+    assert git_state(tmp_path, timeout_s=0.5) is None
+    assert time.monotonic() - began_at < 5
+    left = Path("/proc") / (tmp_path / "git.pid").read_text().strip() / "cmdline"
+    while left.exists() and left.read_bytes():  # one that nobody has waited for has none
+        assert time.monotonic() - began_at < 10
+        time.sleep(0.01)
+
+
+def test_large_changes_are_left_out(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A diff above the bound, and names above it, are not kept, and that is told."""
+    monkeypatch.setattr(git_module, "MAX_DIFF_BYTES", 20_000)
+    (repository / "train.py").write_text("x\n" * 20_000)
+    for number in range(MAX_NAMES + 1):
+        (repository / f"{number}.txt").write_text("")
+    state = git_state(repository)
+    assert state is not None
+    assert state.diff is None
+    assert len(state.changed) == MAX_NAMES
+    assert state.left_out is not None
+    assert "diff" in state.left_out
+    assert "2 changed files" in state.left_out
+
+
+def test_a_repository_without_a_commit_has_a_state(tmp_path: Path) -> None:
+    """Nothing to differ from, and no branch that exists: still no error."""
+    git(tmp_path, "init", "-q", "-b", "work")
+    (tmp_path / "train.py").write_text("")
+    state = git_state(tmp_path)
+    assert state is not None
+    assert (state.commit, state.branch, state.diff) == (None, "work", None)
+
+
+def test_a_repositorys_settings_run_nothing(repository: Path) -> None:
+    """Programs that a repository names for its diffs and its watching are not started."""
+    (repository / "tool").write_text(f"#!/bin/sh\ntouch {repository.parent}/ran\n")
+    (repository / "tool").chmod(0o755)
+    for setting in ("diff.external", "core.fsmonitor", "diff.py.textconv"):
+        git(repository, "config", setting, str(repository / "tool"))
+    (repository / ".gitattributes").write_text("*.py diff=py\n")
+    (repository / "train.py").write_text("steps = 3\n")
+    state = git_state(repository)
+    assert state is not None
+    assert state.diff is not None
+    assert b"steps = 3" in state.diff
+    assert not (repository.parent / "ran").exists()
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run with a checkpoint, given by a relative path."""
+    monkeypatch.chdir(tmp_path)
+    step = tmp_path / "runs" / "first" / "checkpoints" / "step_00000004"
+    step.mkdir(parents=True)
+    (step / MANIFEST_FILE).write_text("{}")
+    (step.parent / "last").symlink_to(step.name)
+    (tmp_path / "runs" / "first" / "config.yaml").write_text("seed: 0\n")
+    return Path("runs/first")
+
+
+@pytest.mark.parametrize("inside", ["", "config.yaml", "checkpoints"])
+def test_a_run_is_found_by_its_folder(run: Path, inside: str) -> None:
+    """The folder, the file in it and the folder of its checkpoints all mean the run."""
+    found = run_at(run / inside)
+    assert (found.folder, found.checkpoint) == (run, None)
+    assert found.config == run / "config.yaml"
+
+
+@pytest.mark.parametrize("name", ["step_00000004", "last", "step_00000004/manifest.json"])
+def test_a_checkpoint_is_found_with_its_run(run: Path, name: str) -> None:
+    """A checkpoint means itself, and the run that it lies in."""
+    found = run_at(run / "checkpoints" / name)
+    assert found.folder == run
+    assert found.checkpoint == run / "checkpoints" / name.split("/")[0]
+    absolute = run_at((run / "checkpoints" / name).absolute())
+    assert absolute.folder == run.absolute()
+
+
+def test_what_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
+    """The message says what was expected at the path."""
+    with pytest.raises(NoRunError, match=r"there is no runs/second; expected the folder of a run"):
+        run_at("runs/second")
+    with pytest.raises(NoRunError, match=r"runs is not the folder of a run: it has no config.yaml"):
+        run_at("runs")
+    (tmp_path / "file.txt").write_text("")
+    with pytest.raises(NoRunError, match=r"file.txt is a file; expected"):
+        run_at("file.txt")
+    lone = tmp_path / "lone"
+    lone.mkdir()
+    (lone / MANIFEST_FILE).write_text("{}")
+    with pytest.raises(NoRunError, match="lone is a checkpoint, and no folder above it"):
+        run_at("lone")
