@@ -7,7 +7,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Generic, Self, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar
 
 from robo_orchard_core.utils.config import ClassConfig
 from robo_orchard_core.utils.hook import (
@@ -57,6 +57,10 @@ class PipelineHooks:
     on_model_backward = ChannelDecorators.of("on_model_backward")
     on_optimizer_step = ChannelDecorators.of("on_optimizer_step")
     on_evaluation = ChannelDecorators.of("on_evaluation")
+
+    keeps_trajectory: ClassVar[bool] = False
+    """Whether the weights after each step are what they would be without it, however it is set, so
+    that a run may go on with other settings of it; it may end the run."""
 
     _hook_channels: dict[ChannelName, HookContextChannel[PipelineHookArgs]] | None = None
     _hook_name: str | None = None

@@ -22,6 +22,8 @@ class ClearCacheHook(PipelineHooks):
     ['on_step', 'on_epoch']
     """
 
+    keeps_trajectory = True
+
     def __init__(self, cfg: ClearCacheHookConfig) -> None:
         super().__init__()
         self.cfg = cfg

@@ -38,6 +38,8 @@ class EarlyStopping(PipelineHooks):
     'eval/val/loss has got no better than 0.5000 (step 0) in 2 evaluations'
     """
 
+    keeps_trajectory = True
+
     def __init__(self, cfg: EarlyStoppingConfig) -> None:
         super().__init__()
         self.cfg = cfg

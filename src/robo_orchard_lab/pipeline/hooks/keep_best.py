@@ -52,6 +52,8 @@ class KeepBest(PipelineHooks):
     0.4
     """
 
+    keeps_trajectory = True
+
     def __init__(self, cfg: KeepBestConfig) -> None:
         super().__init__()
         self.cfg = cfg

@@ -44,6 +44,8 @@ class LossTracker(PipelineHooks):
     (MetricValue(name='loss/total', value=1.5, step=0),)
     """
 
+    keeps_trajectory = True
+
     def __init__(self, cfg: LossTrackerConfig) -> None:
         super().__init__()
         self.cfg = cfg

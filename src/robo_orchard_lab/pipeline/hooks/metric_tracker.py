@@ -59,6 +59,8 @@ class MetricTracker(PipelineHooks):
         MetricValueError: a metric's value is known to be no single number.
     """
 
+    keeps_trajectory = True
+
     def __init__(
         self,
         cfg: MetricTrackerConfig,

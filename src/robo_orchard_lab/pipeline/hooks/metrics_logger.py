@@ -49,6 +49,8 @@ class MetricsLogger(PipelineHooks):
         PipelineConfigError: a sink can't be built, or two have one name.
     """
 
+    keeps_trajectory = True
+
     def __init__(
         self,
         cfg: MetricsLoggerConfig,

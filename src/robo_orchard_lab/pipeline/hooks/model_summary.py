@@ -33,6 +33,8 @@ class ModelSummary(PipelineHooks):
     1
     """
 
+    keeps_trajectory = True
+
     def __init__(self, cfg: ModelSummaryConfig) -> None:
         super().__init__()
         self.cfg = cfg

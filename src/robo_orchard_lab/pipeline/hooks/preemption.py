@@ -68,6 +68,8 @@ class Preemption(PipelineHooks):
         PipelineConfigError: when the first epoch begins, there is no hook that saves.
     """
 
+    keeps_trajectory = True
+
     def __init__(self, cfg: PreemptionConfig) -> None:
         super().__init__()
         self.cfg = cfg

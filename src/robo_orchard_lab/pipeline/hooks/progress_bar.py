@@ -34,6 +34,8 @@ class ProgressBarHook(PipelineHooks):
     A named metric that nobody publishes is an error when the run is over.
     """
 
+    keeps_trajectory = True
+
     def __init__(self, cfg: ProgressBarHookConfig) -> None:
         super().__init__()
         self.cfg = cfg

@@ -74,6 +74,8 @@ class SaveCheckpoint(PipelineHooks):
         StateError: a state holds something that can't be saved; the message names it.
     """
 
+    keeps_trajectory = True
+
     def __init__(self, cfg: SaveCheckpointConfig) -> None:
         super().__init__()
         self.cfg = cfg

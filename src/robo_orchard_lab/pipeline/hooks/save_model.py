@@ -52,6 +52,8 @@ class SaveModel(PipelineHooks):
             to be written.
     """
 
+    keeps_trajectory = True
+
     def __init__(self, cfg: SaveModelConfig) -> None:
         super().__init__()
         self.cfg = cfg

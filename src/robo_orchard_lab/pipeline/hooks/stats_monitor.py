@@ -60,6 +60,8 @@ class StatsMonitor(PipelineHooks):
     ['perf/samples_per_s', 'perf/steps_per_s']
     """
 
+    keeps_trajectory = True
+
     def __init__(self, cfg: StatsMonitorConfig) -> None:
         super().__init__()
         self.cfg = cfg

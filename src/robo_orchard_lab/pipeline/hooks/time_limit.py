@@ -46,6 +46,8 @@ class TimeLimit(PipelineHooks):
             where it can't be found out; when the first epoch begins, there is no hook that saves.
     """
 
+    keeps_trajectory = True
+
     def __init__(self, cfg: TimeLimitConfig) -> None:
         super().__init__()
         self.cfg = cfg

@@ -49,6 +49,8 @@ class TorchProfilerHook(PipelineHooks):
     training goes on without a trace.
     """
 
+    keeps_trajectory = True
+
     def __init__(self, cfg: TorchProfilerHookConfig) -> None:
         super().__init__()
         self.cfg = cfg

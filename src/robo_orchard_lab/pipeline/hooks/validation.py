@@ -47,6 +47,8 @@ class ValidationHook(PipelineHooks):
             and what an :class:`Evaluator` raises.
     """
 
+    keeps_trajectory = True
+
     def __init__(
         self,
         cfg: ValidationHookConfig,

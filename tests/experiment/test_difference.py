@@ -1,0 +1,165 @@
+"""What becomes of a run that goes on by another configuration."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from robo_orchard_lab.experiment.difference import MISSING, Resume, differences
+
+HOOKS = "robo_orchard_lab.pipeline.hooks"
+STATS = {"class_type": f"{HOOKS}.stats_monitor:StatsMonitor", "every": "50 steps"}
+BAR = {"class_type": f"{HOOKS}.progress_bar:ProgressBarHook"}
+CLIP = {"class_type": f"{HOOKS}.gradient_clipping:GradientClippingHook", "max_norm": 1.0}
+
+
+def document() -> dict[str, Any]:
+    return {
+        "name": "digits",
+        "seed": 0,
+        "run_folder": "runs/digits",
+        "model": {"func": "torchvision.models.resnet:resnet18", "num_classes": 10},
+        "data": {
+            "train": {
+                "dataset": {"class_type": "digits_parts:Digits", "train": True},
+                "batch_size": 64,
+                "shuffle": True,
+                "num_workers": 0,
+                "sampler": None,
+            },
+            "evaluation": {"val": {"dataset": {"class_type": "digits_parts:Digits"}}},
+            "order": {"keyed_by": "batch"},
+        },
+        "optimizer": {
+            "class_type": "torch.optim.sgd:SGD",
+            "lr": 0.1,
+            "groups": {"head": {"parameters": ["fc.*"], "lr": 0.5}},
+        },
+        "schedule": {"class_type": "torch.optim.lr_scheduler:StepLR", "step_size": 3},
+        "hooks": {"stats": STATS, "bar": BAR, "clip": CLIP},
+        "trainer": {"max_epoch": 5, "max_step": None},
+        "accelerator": {"mixed_precision": "no", "gradient_accumulation_steps": 1},
+        "checkpoint": {"every": "1 epoch", "keep_last": 2, "folder": None},
+        "resume": "auto",
+    }
+
+
+def changed(*keys: str, to: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The document, and the same with another value; `MISSING` removes it."""
+    after = copy.deepcopy(document())
+    *above, last = keys
+    at = after
+    for key in above:
+        at = at[key]
+    if to is MISSING:
+        del at[last]
+    else:
+        at[last] = to
+    return document(), after
+
+
+CHANGES: list[tuple[str, Any, Resume]] = [
+    ("name", "other", "harmless"),
+    ("run_folder", "elsewhere", "harmless"),
+    ("seed", 1, "impossible"),
+    ("model", {"class_type": "my:Net"}, "impossible"),
+    ("model.func", "torchvision.models.resnet:resnet34", "impossible"),
+    ("model.num_classes", 11, "trajectory"),
+    ("data.train.dataset.train", False, "trajectory"),
+    ("data.train.dataset.class_type", "mine:Letters", "trajectory"),
+    ("data.train.batch_size", 32, "trajectory"),
+    ("data.train.shuffle", False, "impossible"),
+    ("data.train.sampler", {"class_type": "mine:Sampler"}, "impossible"),
+    ("data.train.num_workers", 2, "harmless"),
+    ("data.evaluation.test", {"dataset": {"class_type": "mine:Letters"}}, "harmless"),
+    ("data.order.keyed_by", "sample", "impossible"),
+    ("optimizer.lr", 0.2, "impossible"),
+    ("optimizer.class_type", "torch.optim.adamw:AdamW", "impossible"),
+    ("optimizer.groups.head.lr", 0.1, "impossible"),
+    ("schedule", None, "impossible"),
+    ("schedule.step_size", 4, "impossible"),
+    ("schedule.every", "epoch", "trajectory"),
+    ("schedule.lr_lambda", "mine:decay", "trajectory"),
+    ("hooks.stats.every", "10 steps", "harmless"),
+    ("hooks.stats", MISSING, "impossible"),
+    ("hooks.bar", MISSING, "harmless"),
+    ("hooks.summary", {"class_type": f"{HOOKS}.model_summary:ModelSummary"}, "harmless"),
+    ("hooks.clip.max_norm", 2.0, "trajectory"),
+    ("hooks.clip", MISSING, "trajectory"),
+    ("hooks.mine", {"class_type": "mine:Hook"}, "trajectory"),
+    ("hooks.stats.class_type", f"{HOOKS}.ema:EMA", "impossible"),
+    ("trainer.max_epoch", 10, "harmless"),
+    ("trainer.max_step", 10, "harmless"),
+    ("accelerator.mixed_precision", "bf16", "trajectory"),
+    ("accelerator.gradient_accumulation_steps", 2, "trajectory"),
+    ("checkpoint.keep_last", 5, "harmless"),
+    ("checkpoint.folder", "elsewhere", "impossible"),
+    ("checkpoint", None, "impossible"),
+]
+
+
+@pytest.mark.parametrize(("place", "to", "resume"), CHANGES, ids=[place for place, *_ in CHANGES])
+def test_each_change_is_told_for_what_it_does(place: str, to: Any, resume: Resume) -> None:
+    """A change of one value is one difference, at its place, of its class."""
+    before, after = changed(*place.split("."), to=to)
+    (found,) = differences(before, after)
+    assert (found.place, found.resume) == (place, resume)
+    assert found.after == to
+
+
+def test_equal_documents_do_not_differ() -> None:
+    """A document has no difference from itself, and 1 is not True."""
+    assert differences(document(), document()) == []
+    assert len(differences({"a": 1}, {"a": True})) == 1
+
+
+def test_another_length_of_an_automatic_schedule_is_impossible() -> None:
+    """What stands for auto follows from the limits, and stays in the checkpoint what it was."""
+    before, after = changed("trainer", "max_epoch", to=10)
+    for each in (before, after):
+        each["schedule"] = {
+            "class_type": "torch.optim.lr_scheduler:OneCycleLR",
+            "total_steps": "auto",
+        }
+    (found,) = differences(before, after)
+    assert found.resume == "impossible"
+    assert "auto" in found.why
+
+
+def test_workers_matter_where_they_draw_for_themselves() -> None:
+    """Without keyed randomness, another number of workers changes what is drawn."""
+    before, after = changed("data", "train", "num_workers", to=2)
+    for each in (before, after):
+        each["data"]["order"]["keyed_by"] = "none"
+    assert [found.resume for found in differences(before, after)] == ["trajectory"]
+
+
+def test_workers_matter_to_an_iterable_dataset() -> None:
+    """Each worker has its own part of a stream."""
+    import torch.utils.data
+
+    before, after = changed("data", "train", "num_workers", to=2)
+    for each in (before, after):
+        name = f"{torch.utils.data.IterableDataset.__module__}:IterableDataset"
+        each["data"]["train"]["dataset"] = {"class_type": name}
+    assert [found.resume for found in differences(before, after)] == ["trajectory"]
+
+
+def test_hooks_in_another_order_are_told() -> None:
+    """The order of hooks is one difference; of those that leave the trajectory, a harmless one."""
+    before, after = document(), document()
+    after["hooks"] = {"bar": BAR, "clip": CLIP, "stats": STATS}
+    (found,) = differences(before, after)
+    assert (found.place, found.resume) == ("hooks", "trajectory")
+    before["hooks"], after["hooks"] = {"stats": STATS, "bar": BAR}, {"bar": BAR, "stats": STATS}
+    assert [found.resume for found in differences(before, after)] == ["harmless"]
+
+
+def test_the_worst_comes_first() -> None:
+    """Differences are sorted by what they do to the run."""
+    before, after = changed("name", to="other")
+    after["seed"], after["hooks"]["clip"]["max_norm"] = 3, 5.0
+    found = [difference.resume for difference in differences(before, after)]
+    assert found == ["impossible", "trajectory", "harmless"]
