@@ -3,6 +3,7 @@
 from robo_orchard_core.utils.config.base import Config
 from robo_orchard_core.utils.config.callable_config import CallableConfig
 from robo_orchard_core.utils.config.class_config import ClassConfig
+from robo_orchard_core.utils.config.derived import config_class_of, config_of
 from robo_orchard_core.utils.config.errors import (
     ConfigBuildError,
     ConfigError,
@@ -14,9 +15,11 @@ from robo_orchard_core.utils.config.errors import (
 )
 from robo_orchard_core.utils.config.fields import ClassType, ConfigInstanceOf
 from robo_orchard_core.utils.config.formats import Format
+from robo_orchard_core.utils.config.parts import Anything, FieldsOf, Function, Part
 from robo_orchard_core.utils.config.trust import Trust, TrustLike
 
 __all__ = [
+    "Anything",
     "CallableConfig",
     "ClassConfig",
     "ClassType",
@@ -28,8 +31,13 @@ __all__ = [
     "ConfigReferenceError",
     "ConfigSaveError",
     "ConfigSyntaxError",
+    "FieldsOf",
     "Format",
+    "Function",
+    "Part",
     "Trust",
     "TrustError",
     "TrustLike",
+    "config_class_of",
+    "config_of",
 ]

@@ -7,11 +7,12 @@ unless the parameter is declared as a config.
 
 from __future__ import annotations
 
+import collections.abc
 import inspect
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar, get_origin, runtime_checkable
 
 from robo_orchard_core.utils.config.base import Config
 from robo_orchard_core.utils.config.errors import ConfigBuildError
@@ -73,10 +74,14 @@ def call(
     fields: Mapping[str, Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
+    further: Iterable[Any] = (),
 ) -> R:
-    """What ``code`` returns for the arguments and, where they are silent, the fields."""
+    """What ``code`` returns for the arguments and, where they are silent, the fields.
+
+    ``further`` are built and handed on behind ``args``.
+    """
     signature = _signature(code)
-    hints = _hints(getattr(code, "__init__", code) if isinstance(code, type) else code)
+    hints = hints_of(code)
     # Built only where it is needed: what a caller gives instead may be there to avoid it.
     silent = fields.keys() - kwargs.keys() - set(_positional(signature)[: len(args)])
     built = {
@@ -85,6 +90,7 @@ def call(
         if name in silent
     }
     kwargs = {**built, **kwargs}
+    args = (*args, *(_built(value, Any) for value in further))
     if signature is not None:
         try:
             signature.bind(*args, **kwargs)
@@ -156,7 +162,11 @@ def _admits(hint: Any, config: ConfigModel) -> bool:
 def _built(value: Any, hint: Any) -> Any:
     """The value with instances in the place of the configs that stand for them."""
     if isinstance(value, ConfigModel):
-        return value() if isinstance(value, Buildable) and not _admits(hint, value) else value
+        makes = isinstance(value, Buildable) or (
+            getattr(value, "makes", False) and not _is_callable(hint)
+        )
+        made: Any = value
+        return made() if makes and not _admits(hint, value) else value
     # A text that names a config class declares what the container holds.
     if type(value) in (list, tuple):
         declared = [
@@ -167,6 +177,16 @@ def _built(value: Any, hint: Any) -> Any:
         inner = hint if isinstance(hint, str) else value_annotation(hint)
         return {key: _built(item, inner) for key, item in value.items()}
     return value
+
+
+def _is_callable(hint: Any) -> bool:
+    """Whether something to call is declared."""
+    return any(collections.abc.Callable in (member, get_origin(member)) for member in members(hint))
+
+
+def hints_of(code: Any) -> dict[str, Any]:
+    """The types that a function or a class's constructor declares, see `_hints`."""
+    return _hints(getattr(code, "__init__", code) if isinstance(code, type) else code)
 
 
 def _hints(code: Any) -> dict[str, Any]:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Generic, TypeVar
 
+from pydantic import BaseModel
+
 from robo_orchard_core.utils.config.base import Config
 from robo_orchard_core.utils.config.building import build
+from robo_orchard_core.utils.config.kinds import class_kinds, declared_config_class
+from robo_orchard_core.utils.config.loading import CONFIG_TYPE, Loading
 
 # Covariant: what builds a MyHook may stand where something that builds a Hook is declared.
 T_co = TypeVar("T_co", covariant=True)
@@ -33,6 +37,25 @@ class ClassConfig(Config, Generic[T_co]):
     """
 
     class_type: type[T_co]
+
+    @classmethod
+    def _class_named_in(cls, state: Loading, document: dict[str, Any]) -> type[BaseModel]:
+        """Where no class is the default, the config class of the one that is named."""
+        reference = document.get("class_type")
+        if (
+            CONFIG_TYPE in document
+            or not isinstance(reference, str)
+            or not cls.model_fields["class_type"].is_required()
+            or cls.only_what_is_set
+        ):
+            return super()._class_named_in(state, document)
+        from robo_orchard_core.utils.config.derived import config_class_of
+
+        kinds = class_kinds(cls.model_fields["class_type"].annotation)
+        named = state.class_at(reference, kinds, ("class_type",))
+        if document.keys() <= cls.model_fields.keys():  # may be one of this very class
+            return declared_config_class(named, cls) or cls
+        return config_class_of(named, cls)
 
     def __call__(self, *args: Any, **kwargs: Any) -> T_co:
         """A new instance.

@@ -23,12 +23,13 @@ from robo_orchard_core.utils.config.errors import (
 )
 from robo_orchard_core.utils.config.kinds import (
     declared_code,
+    declared_config_class,
     item_annotation,
     members,
     value_annotation,
 )
 from robo_orchard_core.utils.config.loading import CONFIG_TYPE, Loading, loading
-from robo_orchard_core.utils.config.model import ConfigModel
+from robo_orchard_core.utils.config.model import ConfigModel, field_values
 from robo_orchard_core.utils.config.problems import config_error, shown
 from robo_orchard_core.utils.config.references import Code, found_in, reference_to
 from robo_orchard_core.utils.config.trust import Trust
@@ -70,10 +71,13 @@ class _Encoder:
         cls = type(config)
         document: dict[str, Plain] = {}
         admitted = [m for m in members(annotation) if m is not type(None)]
-        if admitted != [cls]:
+        if admitted != [cls] and not (cls.only_what_is_set or _is_named_by_class(config, admitted)):
             document[CONFIG_TYPE] = self._reference(cls, path)
-        for name, field in cls.model_fields.items():
-            value = getattr(config, name)
+        for name, value in field_values(config).items():
+            field = cls.model_fields.get(name)
+            if field is None:
+                document[name] = self.value(value, Any, (*path, name))
+                continue
             if _has_serializer(cls, name):
                 # The author says how it is written, and presumably how that is read.
                 document[name] = config.model_dump(mode="json", include={name})[name]
@@ -134,6 +138,12 @@ class _Encoder:
             return to_jsonable_python(value)
         except ValueError as error:  # pydantic's, or of text that UTF-8 can't hold
             raise ConfigSaveError(f"no document can hold {shown(value)}", path) from error
+
+
+def _is_named_by_class(config: ConfigModel, admitted: list[Any]) -> bool:
+    """Whether it is a part, and of the config class that stands beside the class it names."""
+    cls = getattr(config, "class_type", None)
+    return cls is not None and Any in admitted and declared_config_class(cls) is type(config)
 
 
 def _has_serializer(cls: type[BaseModel], name: str) -> bool:
@@ -203,8 +213,10 @@ def _difference(left: Any, right: Any, path: Path) -> Path | None:
         return path
     parts: list[tuple[str | int, Any, Any]]
     if isinstance(left, BaseModel):
-        names = type(left).model_fields
-        parts = [(name, getattr(left, name), getattr(right, name)) for name in names]
+        values, others = field_values(left), field_values(right)
+        if [*values] != [*others]:
+            return path
+        parts = [(name, values[name], others[name]) for name in values]
     elif isinstance(left, Mapping):
         if [(type(k), k) for k in left] != [(type(k), k) for k in right]:
             return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections.abc
+import sys
 import types
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -85,7 +86,7 @@ def class_kinds(annotation: Any) -> tuple[type, ...]:
     """
     args = get_args(annotation)
     kinds = members(args[0]) if args else (object,)
-    return tuple(kind if isinstance(kind, type) else object for kind in kinds)
+    return tuple(k if isinstance(k, type) and k is not Any else object for k in kinds)
 
 
 def is_kind(cls: type, kind: type) -> bool:
@@ -126,6 +127,23 @@ def _is_argument(given: Any, wanted: Any) -> bool:
     if isinstance(given, type) and isinstance(wanted, type):
         return is_kind(given, wanted)
     return bool(given == wanted)
+
+
+def declared_config_class(cls: type, base: type[BaseModel] = BaseModel) -> type[BaseModel] | None:
+    """The config class whose ``class_type`` is this class by default, from the class's own module;
+    of several, the one that is named like it."""
+    origin, _ = _parametrization(base)
+    found = [
+        config
+        for config in vars(sys.modules.get(cls.__module__, object)).values()
+        if isinstance(config, type)
+        and issubclass(config, BaseModel)
+        and issubclass(config, origin or base)
+        and config.__module__ == cls.__module__
+        and "class_type" in config.model_fields
+        and config.model_fields["class_type"].default is cls
+    ]
+    return min(found, key=lambda c: c.__name__ != f"{cls.__name__}Config", default=None)
 
 
 def declared_code(model: type[BaseModel]) -> Iterator[Code]:

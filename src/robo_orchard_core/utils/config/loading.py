@@ -117,6 +117,14 @@ class Loading:
             self.__dict__.pop("_declared", None)
         return found
 
+    def code_at(self, reference: str) -> Code:
+        """The function or class that a reference names.
+
+        Raises:
+            ConfigReferenceError: It leads to nothing, or isn't trusted.
+        """
+        return next(iter(self._candidates(reference)))
+
     def function_at(self, reference: str, annotation: Any, path: Path) -> Code:
         """The function that a reference names, where ``Callable[...]`` is declared."""
         try:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, model_validator
 
 from robo_orchard_core.utils.config.kinds import is_kind
-from robo_orchard_core.utils.config.loading import CONFIG_TYPE, current
+from robo_orchard_core.utils.config.loading import CONFIG_TYPE, Loading, current
 from robo_orchard_core.utils.config.problems import unknown_field
 from robo_orchard_core.utils.config.restoring import restore
 
@@ -30,10 +30,26 @@ class ConfigModel(BaseModel):
         protected_namespaces=(),
     )
 
+    only_what_is_set: ClassVar[bool] = False
+    """Whether it stands for the fields that were set alone, see `DerivedConfig`."""
+
+    @classmethod
+    def parameter_declaration(cls, declaration: Any) -> Any:
+        """How a parameter of a class is declared in configs that derive from this one and the
+        class's signature; by default, as it is there."""
+        return declaration
+
+    @classmethod
+    def _class_named_in(cls, state: Loading, document: dict[str, Any]) -> type[BaseModel]:
+        """The config class that a document names, where this one is declared."""
+        if CONFIG_TYPE in document:
+            return state.config_class_at(document[CONFIG_TYPE], cls, (CONFIG_TYPE,))
+        return cls
+
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
-        if cls.model_config.get("extra") != "forbid":
+        if cls.model_config.get("extra") != "forbid" and not cls.only_what_is_set:
             raise TypeError(f"{cls.__qualname__}: a Config refuses unknown fields; drop `extra`")
         if CONFIG_TYPE in cls.model_fields:
             raise TypeError(
@@ -58,6 +74,11 @@ class ConfigModel(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _validate(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if isinstance(data, ConfigModel) and data.only_what_is_set and not cls.only_what_is_set:
+            values = field_values(data)
+            if [*values] == ["class_type"]:
+                # It says no more than this class can: a document couldn't tell the two.
+                return handler(values)
         if isinstance(data, ConfigModel) and not isinstance(data, cls):
             # Pydantic would rebuild another parametrization of a generic class from its fields,
             # and so forget what the subclass adds.
@@ -67,20 +88,20 @@ class ConfigModel(BaseModel):
         state = current()
         if state is None or not isinstance(data, dict):
             return handler(data)
-        if CONFIG_TYPE in data:
-            path = (CONFIG_TYPE,)
-            target = state.config_class_at(data[CONFIG_TYPE], cls, path)
-            data = {key: value for key, value in data.items() if key != CONFIG_TYPE}
-            if target is not cls:
-                return target.model_validate(data)  # type: ignore[return-value]  # see is_kind
+        target = cls._class_named_in(state, data)
+        data = {key: value for key, value in data.items() if key != CONFIG_TYPE}
+        if target is not cls:
+            return target.model_validate(data)  # type: ignore[return-value]  # see is_kind
         names = {field.alias or name: name for name, field in cls.model_fields.items()}
         names |= {name: name for name in cls.model_fields}
-        for key in data:
+        for key in data if cls.model_config.get("extra") == "forbid" else ():
             if key not in names:
                 raise unknown_field(key, cls.model_fields, cls.__qualname__)
         return handler(
             {
                 key: restore(state, cls.model_fields[names[key]].annotation, value, (key,))
+                if key in names
+                else value
                 for key, value in data.items()
             }
         )
@@ -93,5 +114,12 @@ class ConfigModel(BaseModel):
 
 
 def field_values(model: BaseModel) -> dict[str, Any]:
-    """The fields by name, in the order of declaration; the values themselves, not copies."""
-    return {name: getattr(model, name) for name in type(model).model_fields}
+    """The fields by name, in the order of declaration; the values themselves, not copies.
+
+    Of a config that stands for what was set alone, these fields, and the arguments beside them.
+    """
+    values = {name: getattr(model, name) for name in type(model).model_fields}
+    if isinstance(model, ConfigModel) and model.only_what_is_set:
+        values = {name: v for name, v in values.items() if name in model.model_fields_set}
+        values |= model.__pydantic_extra__ or {}
+    return values

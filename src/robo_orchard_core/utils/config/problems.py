@@ -25,7 +25,10 @@ def config_error(error: ValidationError, document: object) -> ConfigError:
     for problem in found:
         if not problem.path:  # the rules of the whole: name it by its class
             problem.problem = f"{error.title}: {problem.problem}"
-    found.sort(key=_gravity)
+    order = [problem.path[:1] for problem in found]
+    # Where a union admits several, what is wrong within one of them says the most.
+    found.sort(key=lambda problem: len(problem.path), reverse=True)
+    found.sort(key=lambda problem: (_gravity(problem), order.index(problem.path[:1])))
     first, *others = found
     first.others = tuple(others[: _SHOWN - 1])
     return first

@@ -1,0 +1,183 @@
+"""Configs of classes and functions that have none: their parameters become the fields.
+
+The config of torch's SGD refuses an unknown name, or a text for a number, as one that someone has
+declared does. What isn't given isn't kept: it stays whatever the class itself has as a default.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any, ClassVar, TypeVar, cast
+
+from pydantic import create_model
+
+from robo_orchard_core.utils.config.base import Config
+from robo_orchard_core.utils.config.building import call, hints_of
+from robo_orchard_core.utils.config.callable_config import CallableConfig
+from robo_orchard_core.utils.config.class_config import ClassConfig
+from robo_orchard_core.utils.config.errors import ConfigReferenceError
+from robo_orchard_core.utils.config.kinds import declared_config_class
+from robo_orchard_core.utils.config.loading import CONFIG_TYPE
+from robo_orchard_core.utils.config.model import field_values
+from robo_orchard_core.utils.config.parameter_types import field_annotation
+from robo_orchard_core.utils.config.parts import Anything
+from robo_orchard_core.utils.config.references import reference_to
+
+T = TypeVar("T")
+
+_RESERVED = frozenset({CONFIG_TYPE, "class_type", "func"})
+
+
+class DerivedConfig(Config):
+    """What configs that are made of a signature have in common.
+
+    Two of them are equal where they hold the same code and the same arguments. Documents hold the
+    arguments that were given, and no others.
+    """
+
+    only_what_is_set: ClassVar[bool] = True
+    several: ClassVar[str | None] = None
+    """The parameter that takes any number of positional arguments, if there is one."""
+    required: ClassVar[tuple[str, ...]] = ()
+    """The parameters without a default, which whoever calls it may give as well."""
+    makes: ClassVar[bool] = False
+    """Of a function's: whether its return annotation names a class, so that it stands for one of
+    its instances, as a class does."""
+    declared: ClassVar[frozenset[str]] = frozenset()
+    """Fields that are no arguments, but those of the declared class that this one belongs to."""
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that were given, by name; configs among them are not built."""
+        no_arguments = self.declared | {"class_type", "func"}
+        return {k: value for k, value in field_values(self).items() if k not in no_arguments}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the class or function returns; ``args`` and ``kwargs`` go before the arguments.
+
+        Raises:
+            ConfigBuildError: It doesn't take what it would get.
+        """
+        given = self.arguments()
+        further = given.pop(self.several, ()) if self.several else ()
+        return call(code_of(self), self, given, args, kwargs, further)
+
+    def __repr_args__(self) -> Any:
+        return [*field_values(self).items()]
+
+
+class _OpenDerivedConfig(DerivedConfig):
+    """Of a signature that takes any keyword arguments."""
+
+    __pydantic_extra__: dict[str, Anything]
+
+
+def code_of(config: Config) -> Any:
+    """The class or function that a config stands for."""
+    return getattr(config, "class_type", None) or getattr(config, "func", None)
+
+
+def config_of(code: Callable[..., T], /, **arguments: Any) -> Config:
+    """The config of a class or function with these arguments.
+
+    For a class, it is of the config class that is declared beside it, or of one made of its
+    constructor's signature; calling it makes an instance. For a function, calling it calls that.
+
+    >>> from fractions import Fraction
+    >>> half = config_of(Fraction, numerator=1, denominator=2)
+    >>> half
+    FractionConfig(class_type=<class 'fractions.Fraction'>, numerator=1, denominator=2)
+    >>> half()
+    Fraction(1, 2)
+
+    Raises:
+        ValueError: pydantic's, where an argument is unknown or of another type.
+    """
+    made: Any
+    if isinstance(code, type):
+        key, made = "class_type", config_class_of(code)
+    else:
+        key, made = "func", function_config_class(code)
+    return cast(Config, made(**{key: code}, **arguments))
+
+
+def config_class_of(cls: type, base: type[Config] = ClassConfig) -> type[Config]:
+    """The config class of a class: the one declared in its module, or one made of its signature.
+
+    Args:
+        cls: Any class.
+        base: What the config class has to be a subclass of; its fields come first, and parameters
+            of the same names are left to them.
+    """
+    return cast(type[Config], declared_config_class(cls, base) or _derived(cls, base))
+
+
+@cache
+def _derived(cls: type, base: type[Config]) -> type[Config]:
+    return _config_class(cls, f"{cls.__name__}Config", base, class_type=(type[cls], ...))
+
+
+@cache
+def function_config_class(function: Callable[..., Any]) -> type[Config]:
+    """The config class of a function, made of its signature."""
+    name = "".join(word.capitalize() for word in function.__name__.split("_"))
+    field = (Callable[..., Any], ...)
+    made: Any = _config_class(function, f"{name}Config", CallableConfig, func=field)
+    result = hints_of(function).get("return")
+    made.makes = isinstance(result, type) and result is not type(None)
+    return cast(type[Config], made)
+
+
+def _config_class(code: Any, name: str, base: type[Config], **fields: Any) -> type[Config]:
+    """A subclass of ``base`` with a field for each parameter, behind the given ones."""
+    declared = frozenset(base.model_fields) - fields.keys()
+    several, is_open, required = None, False, []
+    hints = hints_of(code)
+    for parameter in parameters_of(code):
+        name_ = parameter.name
+        annotation = base.parameter_declaration(
+            field_annotation(hints.get(name_, parameter.annotation))
+        )
+        if parameter.kind is parameter.VAR_KEYWORD or _is_no_field(name_):
+            is_open = True
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            several = name_
+            fields[name_] = (list[annotation], [])  # type: ignore[valid-type]
+        elif name_ not in declared and parameter.kind is not parameter.POSITIONAL_ONLY:
+            is_required = parameter.default is parameter.empty
+            required += [name_] if is_required else []
+            fields[name_] = (annotation, None if is_required else parameter.default)
+    config_class: Any = create_model(
+        name,
+        __base__=(_OpenDerivedConfig if is_open else DerivedConfig, base),
+        __module__=code.__module__,
+        __doc__=f"The parameters of {reference_to(code)}.",
+        __cls_kwargs__={"extra": "allow" if is_open else "forbid", "validate_default": False},
+        **fields,
+    )
+    config_class.several, config_class.declared = several, declared
+    config_class.required = tuple(required)
+    return cast(type[Config], config_class)
+
+
+def _is_no_field(name: str) -> bool:
+    """Whether pydantic has the name for itself, or none that begins like it."""
+    return name.startswith("_") or hasattr(Config, name)
+
+
+def parameters_of(code: Any) -> list[inspect.Parameter]:
+    """The parameters of a function, or of a class's constructor.
+
+    Raises:
+        ConfigReferenceError: It doesn't say them, or has one of a name that documents need.
+    """
+    try:
+        parameters = [*inspect.signature(code).parameters.values()]
+    except (ValueError, TypeError) as error:
+        problem = f"{reference_to(code)!r} doesn't say which parameters it has"
+        raise ConfigReferenceError(problem) from error
+    if taken := _RESERVED.intersection(parameter.name for parameter in parameters):
+        problem = f"{reference_to(code)!r} has a parameter {min(taken)!r}, a word of documents"
+        raise ConfigReferenceError(problem)
+    return parameters

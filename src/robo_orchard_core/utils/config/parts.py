@@ -1,0 +1,246 @@
+"""Fields for parts: what a document describes and a run is built of.
+
+In a document, a part is a mapping with ``class_type`` (a class; the other keys are parameters of
+its constructor, or fields of the config class that is declared beside it), with ``func`` (a
+function and keyword arguments for it), or with ``config_type`` (as configs write themselves).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from robo_orchard_core.utils.config.errors import ConfigFieldError, ConfigReferenceError
+from robo_orchard_core.utils.config.kinds import is_kind
+from robo_orchard_core.utils.config.loading import CONFIG_TYPE, Loading, current
+from robo_orchard_core.utils.config.model import ConfigModel, field_values
+from robo_orchard_core.utils.config.problems import shown
+from robo_orchard_core.utils.config.references import reference_to
+
+KEYS = ("class_type", "func", CONFIG_TYPE)
+"""The keys of which a mapping has one if it is a part."""
+
+
+def is_part(data: object) -> bool:
+    """Whether a value of a document is a part."""
+    return isinstance(data, dict) and any(key in data for key in KEYS)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What stands in ``Annotated`` for a field that takes configs of instances of some classes.
+
+    >>> from robo_orchard_core.utils.config import Config
+    >>> class Scale(Config):
+    ...     factor: Annotated[Any, Part("fractions:Fraction")]
+    >>> scale = Scale.from_str(
+    ...     '{"factor": {"class_type": "fractions:Fraction", "numerator": 3}}', trust="fractions"
+    ... )
+    >>> scale.factor()
+    Fraction(3, 1)
+
+    Attributes:
+        kinds: The classes, one or several. A reference (``"torch.nn.modules.module:Module"``) is
+            imported when a value is validated.
+        base: The config class that each such part belongs to, `ClassConfig` by default: what it
+            declares are fields of every part.
+        functions: What a function is there for: to ``make`` an instance, which its return
+            annotation has to say, or to be called as it is, with further arguments.
+        given: Parameters that whoever makes it has arguments for.
+    """
+
+    kinds: type | str | tuple[type | str, ...]
+    base: type | str = "robo_orchard_core.utils.config.class_config:ClassConfig"
+    functions: Literal["make", "are called"] = "make"
+    given: tuple[str, ...] = ()
+
+    @cached_property
+    def classes(self) -> tuple[type, ...]:
+        """The kinds, imported."""
+        kinds = self.kinds if isinstance(self.kinds, tuple) else (self.kinds,)
+        return tuple(map(_imported, kinds))
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.validated)
+
+    def validated(self, data: Any) -> ConfigModel:
+        """The config; made of a mapping where a document is being loaded.
+
+        Raises:
+            ValueError: It is no part of this kind; a `ConfigReferenceError` where that is found
+                out by what it names.
+        """
+        state = current()
+        if state is not None and isinstance(data, dict):
+            data = self._loaded(state, data)
+        if not isinstance(data, ConfigModel):
+            raise ValueError(f"expected {self._wanted()}, found {shown(data)}")
+        config = self._of_own_class(data)
+        self._check(config)
+        if hasattr(config, "func") <= (self.functions == "make"):
+            self._check_is_complete(config)
+        return config
+
+    def _of_own_class(self, config: ConfigModel) -> ConfigModel:
+        """The same as the class's own config, where it says nothing but which class that is."""
+        from robo_orchard_core.utils.config.derived import config_class_of
+
+        cls = getattr(config, "class_type", None)
+        if cls is None or [*field_values(config)] != ["class_type"] or config.only_what_is_set:
+            return config
+        named: ConfigModel = config_class_of(cls, _imported(self.base)).model_validate(
+            {"class_type": cls}
+        )
+        return named
+
+    def _loaded(self, state: Loading, data: dict[str, Any]) -> ConfigModel:
+        from robo_orchard_core.utils.config.derived import config_class_of, function_config_class
+
+        named = [key for key in KEYS if key in data]
+        if not named:
+            raise ValueError(f"expected {self._wanted()}, found the keys {', '.join(data)!r}")
+        if CONFIG_TYPE in named:
+            target: Any = state.config_class_at(data[CONFIG_TYPE], ConfigModel, (CONFIG_TYPE,))
+        elif len(named) == 2:
+            raise ValueError("expected one of 'class_type' and 'func', found both")
+        elif not isinstance(data[named[0]], str):
+            raise ConfigReferenceError(
+                f"expected a name like 'package.module:Name', found {shown(data[named[0]])}",
+                (named[0],),
+            )
+        elif named == ["class_type"]:
+            found = state.class_at(data["class_type"], self.classes, ("class_type",))
+            target = config_class_of(found, _imported(self.base))
+        else:
+            function = state.function_at(data["func"], Callable, ("func",))
+            target = function_config_class(function)
+        loaded = target.model_validate({k: v for k, v in data.items() if k != CONFIG_TYPE})
+        assert isinstance(loaded, ConfigModel)
+        return loaded
+
+    def _check(self, config: ConfigModel) -> None:
+        """That what it builds is of one of the kinds; nothing is called for it."""
+        if (cls := getattr(config, "class_type", None)) is not None:
+            if not any(is_kind(cls, kind) for kind in self.classes):
+                problem = f"expected {self._names()}, found {reference_to(cls)!r}"
+                raise ConfigReferenceError(problem, ("class_type",))
+        elif (function := getattr(config, "func", None)) is None:
+            raise ValueError(f"expected {self._wanted()}, found a {type(config).__qualname__}")
+        elif self.functions == "make" and self.classes != (object,):
+            self._check_result(function)
+
+    def _check_is_complete(self, config: ConfigModel) -> None:
+        values = field_values(config)
+        for name in self.given:
+            if name in values and getattr(config, "only_what_is_set", False):
+                raise ConfigFieldError("is given when it is built; leave it out", (name,))
+        for name in getattr(config, "required", ()):
+            if name not in values and name not in self.given:
+                raise ConfigFieldError("a value is required here and none is given", (name,))
+
+    def _check_result(self, function: Any) -> None:
+        from robo_orchard_core.utils.config.building import hints_of
+
+        result = hints_of(function).get("return")
+        if not (isinstance(result, type) and any(is_kind(result, k) for k in self.classes)):
+            says = "nothing" if result is None else repr(result)
+            raise ConfigReferenceError(
+                f"expected a function that returns {self._names()} by its return annotation; "
+                f"that of {reference_to(function)!r} says {says}",
+                ("func",),
+            )
+
+    def _names(self) -> str:
+        return " or ".join(f"a {kind.__qualname__}" for kind in self.classes)
+
+    def _wanted(self) -> str:
+        names = "something" if self.classes == (object,) else self._names()
+        return f"{names}: a mapping with 'class_type' or 'func'"
+
+
+@dataclass(frozen=True)
+class FieldsOf:
+    """What stands in ``Annotated`` for a field of a config class that is imported when a value is
+    validated; documents hold its fields.
+
+    >>> from robo_orchard_core.utils.config import Config
+    >>> class Run(Config):
+    ...     more: Annotated[Any, FieldsOf("robo_orchard_core.utils.config.base:Config")] = {}
+    >>> Run().more
+    Config()
+    """
+
+    reference: str
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.validated)
+
+    @cached_property
+    def config_class(self) -> type[ConfigModel]:
+        """The class, imported."""
+        return _imported(self.reference)
+
+    def validated(self, data: Any) -> ConfigModel:
+        """A config of this class.
+
+        Raises:
+            ValueError: pydantic's, where it has no such fields.
+        """
+        return self.config_class.model_validate(data)
+
+
+def _imported(code: type | str) -> type:
+    """A class from its reference, which is one of ours."""
+    if isinstance(code, type):
+        return code
+    module, _, name = code.partition(":")
+    found: type = getattr(importlib.import_module(module), name)
+    return found
+
+
+class _Anything:
+    """Plain data, with parts anywhere in it."""
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.validated)
+
+    def validated(self, data: Any) -> Any:
+        if current() is None:
+            return data
+        if is_part(data):
+            return _ANY_PART.validated(data)
+        if isinstance(data, dict):
+            return {key: self.validated(value) for key, value in data.items()}
+        return [self.validated(item) for item in data] if isinstance(data, list) else data
+
+
+class _Function(_Anything):
+    """A function or class by its name, or a part that is or makes something to call."""
+
+    def validated(self, data: Any) -> Any:
+        state = current()
+        if state is not None and isinstance(data, str):
+            return state.code_at(data)
+        if is_part(data) or callable(data):
+            return super().validated(data)
+        raise ValueError(
+            f"expected a function: its name, like 'package.module:name', or a mapping with 'func' "
+            f"or 'class_type'; found {shown(data)}"
+        )
+
+
+_ANY_PART = Part(object, functions="are called")
+Anything = Annotated[Any, _Anything()]
+Function = Annotated[Any, _Function()]
