@@ -1,1 +1,5 @@
-"""Training runs as files: described, checked, built and repeated."""
+"""Training runs as values and files: described, checked, built and repeated."""
+
+from robo_orchard_lab.experiment.config import ExperimentConfig
+
+__all__ = ["ExperimentConfig"]

@@ -1,0 +1,88 @@
+"""A whole training run as one validated value, which files can hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from robo_orchard_core.utils.config import Config
+from robo_orchard_lab.experiment.parts import (
+    AcceleratorConfig,
+    BatchProcessorPart,
+    CheckpointPart,
+    DataConfig,
+    HooksPart,
+    ModelPart,
+    OptimizerPart,
+    SchedulePart,
+    TrainerConfig,
+)
+
+
+class ExperimentConfig(Config):
+    """A whole training run: what is trained, on what, how, and what goes on around it.
+
+    In code, parts are configs, which `config_of` makes of any class or function:
+
+    >>> import torch
+    >>> from robo_orchard_core.utils.config import config_of
+    >>> from robo_orchard_lab.experiment.parts import DataConfig, LoaderConfig, TrainerConfig
+    >>> from robo_orchard_lab.pipeline import SimpleBatchProcessor
+    >>> class Squares(SimpleBatchProcessor):
+    ...     def forward(self, model, batch):
+    ...         return None, model(batch).square().mean()
+    >>> class Points(torch.utils.data.Dataset):
+    ...     def __init__(self, size: int) -> None:
+    ...         self.points = torch.arange(2.0 * size).reshape(size, 2)
+    >>> experiment = ExperimentConfig(
+    ...     model=config_of(torch.nn.Linear, in_features=2, out_features=1),
+    ...     data=DataConfig(train=LoaderConfig(dataset=config_of(Points, size=8), batch_size=4)),
+    ...     batch_processor=config_of(Squares),
+    ...     optimizer=config_of(torch.optim.SGD, lr=0.1),
+    ...     trainer=TrainerConfig(max_epoch=2),
+    ... )
+    >>> experiment.replace(**{"optimizer.lr": 0.5}).optimizer.lr
+    0.5
+
+    In files, they are mappings with ``class_type`` or ``func``.
+    """
+
+    name: str = Field(default="experiment", min_length=1, description="What people call it.")
+    seed: int = Field(
+        default=0, ge=0, lt=2**32, description="Of weights, of the order of data, of noise."
+    )
+    run_folder: str | None = Field(
+        default=None,
+        description="Where the run keeps what it writes; null: runs/NAME. From a file, below the "
+        "folder one starts in.",
+    )
+    model: ModelPart = Field(description="What is trained: any module.")
+    data: DataConfig = Field(description="What is trained on, and what it is evaluated on.")
+    batch_processor: BatchProcessorPart = Field(
+        description="From a batch to outputs and loss; a function is forward(model, batch)."
+    )
+    optimizer: OptimizerPart | None = Field(
+        default=None, description="What updates the parameters, in groups if need be."
+    )
+    schedule: SchedulePart | None = Field(
+        default=None, description="How learning rates change; counts may be auto."
+    )
+    hooks: dict[str, HooksPart] = Field(
+        default={}, description="What goes on around the stages, by name; the first is outermost."
+    )
+    trainer: TrainerConfig = Field(description="When the run ends, and what its trainer is told.")
+    accelerator: AcceleratorConfig = Field(
+        default=AcceleratorConfig(), description="Devices, precision and accumulation."
+    )
+    checkpoint: CheckpointPart | None = Field(
+        default={}, description="How the run is saved (SaveCheckpoint's fields); null: not at all."
+    )
+    resume: Literal["auto", "never"] = Field(
+        default="auto", description="Whether to go on from the newest checkpoint, if there is one."
+    )
+
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path("runs", self.name) if self.run_folder is None else Path(self.run_folder)

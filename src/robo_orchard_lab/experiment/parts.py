@@ -1,0 +1,219 @@
+"""The parts of an experiment, as they are described in its file.
+
+Nothing here imports torch: the kinds are named, and looked up once a value is validated.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+import robo_orchard_lab.experiment.tensor_values  # noqa: F401 - how they stand in files
+from robo_orchard_core.utils.config import ClassConfig, Config, FieldsOf, Function, Part
+from robo_orchard_core.utils.config.parameter_types import DECLARATIONS
+from robo_orchard_core.utils.config.problems import config_error, unknown_field
+from robo_orchard_core.utils.config.references import reference_to
+
+AUTO = "auto"
+Auto: TypeAlias = Literal["auto"]
+
+ModelPart: TypeAlias = Annotated[Any, Part("torch.nn.modules.module:Module")]
+"""A module, by its class or by a function that returns one."""
+
+DatasetPart: TypeAlias = Annotated[
+    Any, Part(("torch.utils.data.dataset:Dataset", "collections.abc:Iterable"))
+]
+"""A dataset of torch's, or anything that can be iterated."""
+
+SamplerPart: TypeAlias = Annotated[
+    Any, Part("torch.utils.data.sampler:Sampler", given=("data_source",))
+]
+"""A sampler of indices; a ``data_source`` that it takes is the dataset."""
+
+BatchProcessorPart: TypeAlias = Annotated[
+    Any,
+    Part(
+        "robo_orchard_lab.pipeline.batch_processor:SimpleBatchProcessor",
+        functions="are called",
+    ),
+]
+"""A batch processor; a function is ``forward(model, batch)``."""
+
+HooksPart: TypeAlias = Annotated[Any, Part("robo_orchard_lab.pipeline.hook_set:PipelineHooks")]
+"""A bundle of hooks."""
+
+OptimizerPart: TypeAlias = Annotated[
+    Any,
+    Part(
+        "torch.optim.optimizer:Optimizer",
+        base="robo_orchard_lab.experiment.parts:OptimizerConfig",
+        given=("params",),
+    ),
+]
+"""An optimizer, with groups of parameters."""
+
+SchedulePart: TypeAlias = Annotated[
+    Any,
+    Part(
+        "torch.optim.lr_scheduler:LRScheduler",
+        base="robo_orchard_lab.experiment.parts:ScheduleConfig",
+        given=("optimizer",),
+    ),
+]
+"""A schedule of learning rates, which may hold others."""
+
+DECLARATIONS["torch.optim.lr_scheduler:LRScheduler"] = SchedulePart
+
+CheckpointPart: TypeAlias = Annotated[
+    Any, FieldsOf("robo_orchard_lab.pipeline.hooks.save_checkpoint:SaveCheckpointConfig")
+]
+"""The fields of ``SaveCheckpoint``."""
+
+
+class LoaderConfig(Config):
+    """Batches of a dataset, as torch's ``DataLoader`` makes them."""
+
+    dataset: DatasetPart = Field(description="What there is to load.")
+    batch_size: int | None = Field(
+        default=1, ge=1, description="Samples in a batch of one process; null: the dataset's own."
+    )
+    shuffle: bool = Field(default=False, description="Whether each epoch has an order of its own.")
+    drop_last: bool = Field(default=False, description="Leave out a last batch that is smaller.")
+    num_workers: int = Field(default=0, ge=0, description="Loading processes, beside each process.")
+    sampler: SamplerPart | None = Field(default=None, description="In the place of shuffle.")
+    batch_sampler: SamplerPart | None = Field(
+        default=None, description="In the place of batch_size, shuffle, sampler and drop_last."
+    )
+    collate_fn: Function | None = Field(default=None, description="From samples to a batch.")
+    pin_memory: bool = Field(default=False, description="Whether batches lie in pinned memory.")
+    timeout: float = Field(default=0, ge=0, description="Seconds to wait for a worker; 0: no end.")
+    prefetch_factor: int | None = Field(default=None, ge=1, description="Batches ahead, a worker.")
+    persistent_workers: bool = Field(default=False, description="Workers outlive an epoch.")
+
+
+class DataOrderConfig(Config):
+    """What the order of samples follows from, beside the experiment's seed; see ``DataOrder``."""
+
+    keyed_by: Literal["batch", "sample", "none"] = Field(
+        default="batch", description="What the randomness of loading belongs to."
+    )
+    fast_forward: bool = Field(
+        default=False, description="Read what was done again, where data has no index nor state."
+    )
+    allow_other_batch_size: bool = Field(
+        default=False, description="Whether a run may go on with other batches within an epoch."
+    )
+
+
+class DataConfig(Config):
+    """What is trained on, and what it is evaluated on."""
+
+    train: LoaderConfig = Field(description="The batches to learn from.")
+    evaluation: dict[str, LoaderConfig] = Field(
+        default={}, description="Sets to evaluate on, by name; each ValidationHook takes them."
+    )
+    order: DataOrderConfig = Field(
+        default=DataOrderConfig(), description="What the order of samples follows from."
+    )
+
+
+class ParameterGroup(Config):
+    """Some of a model's parameters, and the optimizer's options for them alone.
+
+    Beside ``parameters``, any option of the optimizer that it takes by group: ``lr``,
+    ``weight_decay``, ``betas`` ....
+    """
+
+    only_what_is_set: ClassVar[bool] = True
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow")
+
+    __pydantic_extra__: dict[str, Any]
+
+    parameters: list[str] | Literal["norms_and_biases"] = Field(
+        description="Patterns of names, such as 'backbone.*', or norms_and_biases."
+    )
+
+    def options(self) -> dict[str, Any]:
+        """The optimizer's options for this group."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class OptimizerConfig(ClassConfig[Any]):
+    """What every optimizer has beside its own parameters."""
+
+    groups: dict[str, ParameterGroup] = Field(
+        default={}, description="Parameters with options of their own; the first match counts."
+    )
+
+    @model_validator(mode="after")
+    def _knows_the_options(self) -> OptimizerConfig:
+        """That each group has options that the optimizer has, of their types."""
+        cls = type(self)
+        if cls.model_config.get("extra") == "allow":
+            return self
+        known = cls.model_fields.keys() - OptimizerConfig.model_fields.keys() - {"params"}
+        for group_name, group in self.groups.items():
+            for name, value in group.options().items():
+                path = ("groups", group_name)
+                if name not in known:
+                    raise unknown_field(name, known, reference_to(self.class_type), path)
+                try:
+                    annotation: Any = cls.model_fields[name].annotation
+                    TypeAdapter(annotation).validate_python(value)
+                except ValidationError as error:
+                    raise config_error(error, value).under((*path, name)) from error
+        return self
+
+
+class ScheduleConfig(ClassConfig[Any]):
+    """What every schedule has beside its own parameters.
+
+    A whole number among these may be ``auto``: how often the schedule moves in the run.
+    """
+
+    every: Literal["optimizer_step", "epoch"] | None = Field(
+        default=None,
+        description="When it moves; null: as its class does, most with each committed update.",
+    )
+
+    @classmethod
+    def parameter_declaration(cls, declaration: Any) -> Any:
+        """Whole numbers may be ``auto``."""
+        from robo_orchard_core.utils.config.kinds import members
+
+        return declaration | Auto if int in members(declaration) else declaration
+
+
+class TrainerConfig(Config):
+    """When a run ends, and what its trainer is told; see ``HookBasedTrainer``."""
+
+    max_epoch: int | None = Field(default=None, ge=1, description="Passes over the data.")
+    max_step: int | None = Field(default=None, ge=1, description="Batches.")
+    max_optimizer_step: int | None = Field(default=None, ge=1, description="Committed updates.")
+    agree_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps between exchanges of ranks; null: as often as is cheap.",
+    )
+    stall_timeout_s: float | None = Field(
+        default=None, gt=0, description="End a run that makes no progress for so many seconds."
+    )
+
+
+class AcceleratorConfig(Config):
+    """Devices, precision and accumulation; see Accelerate's ``Accelerator``."""
+
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field(
+        default="no", description="The precision of forward and backward passes."
+    )
+    gradient_accumulation_steps: int = Field(
+        default=1, ge=1, description="Batches whose gradients one update takes together."
+    )
+    cpu: bool | Auto = Field(
+        default="auto", description="Train on the CPU; auto: where there is no other device."
+    )
+    find_unused_parameters: bool = Field(
+        default=False,
+        description="With several processes, for models that don't use every parameter each time.",
+    )
