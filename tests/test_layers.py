@@ -46,6 +46,7 @@ LAYERS = [
     "robo_orchard_lab.pipeline.hook_set",
     "robo_orchard_lab.pipeline.gradient_norm",
     "robo_orchard_lab.pipeline.plain_model",
+    "robo_orchard_lab.pipeline.parameter_names",
     "robo_orchard_lab.pipeline.buffers",
     "robo_orchard_lab.pipeline.checkpoint",
     "robo_orchard_lab.pipeline.sharded_model",

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from fnmatch import fnmatchcase
-
 import torch
 from accelerate.utils import DistributedType
 from pydantic import Field
@@ -14,7 +11,8 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.job_log import job_logger
-from robo_orchard_lab.pipeline.plain_model import plain_model, plain_name
+from robo_orchard_lab.pipeline.parameter_names import all_names, matching, nearest_names
+from robo_orchard_lab.pipeline.plain_model import plain_model
 from robo_orchard_lab.pipeline.progress import TrainerLimits
 from robo_orchard_lab.pipeline.sharded_model import is_sharded_model
 
@@ -89,21 +87,16 @@ class FreezeHook(PipelineHooks):
 
     def _match(self, model: torch.nn.Module) -> list[torch.nn.Parameter]:
         """The parameters that a pattern names, by any of their names, where they are tied."""
-        named = [
-            (plain_name(name), parameter)
-            for name, parameter in model.named_parameters(remove_duplicate=False)
-        ]
+        named = all_names(model)
+        found: list[torch.nn.Parameter] = []
         for pattern in self.cfg.patterns:
-            if not any(fnmatchcase(name, pattern) for name, _ in named):
+            matched = matching(pattern, named)
+            if not matched:
                 raise PipelineConfigError(
                     f"{self.name}: patterns has {pattern!r}, which matches no parameter; "
-                    f"{_nearest(pattern, [name for name, _ in named])}"
+                    f"{nearest_names(pattern, named)}"
                 )
-        found = [
-            parameter
-            for name, parameter in named
-            if any(fnmatchcase(name, pattern) for pattern in self.cfg.patterns)
-        ]
+            found += matched
         return list(dict.fromkeys(found))
 
     def _look(self, args: PipelineHookArgs) -> None:
@@ -192,14 +185,3 @@ def _modules_of(model: torch.nn.Module, matched: set[torch.nn.Parameter]) -> lis
             found.append(module)
             inner.update(module.modules())
     return found
-
-
-def _nearest(pattern: str, names: list[str]) -> str:
-    parts = [name.split(".") for name in names]
-    modules = {".".join(part[:depth]) for part in parts for depth in range(1, len(part))}
-    if pattern in modules:
-        return f"that is a module; did you mean '{pattern}.*'?"
-    near = difflib.get_close_matches(pattern, [*names, *(f"{m}.*" for m in sorted(modules))], n=3)
-    if near:
-        return f"did you mean {' or '.join(map(repr, near))}?"
-    return f"the parameters are {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
