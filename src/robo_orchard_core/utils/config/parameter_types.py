@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapter
+from pydantic import BaseModel, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter
 
 from robo_orchard_core.utils.config.kinds import bare, is_collection, is_mapping, members
 from robo_orchard_core.utils.config.parts import Anything, Function, Part
@@ -21,7 +21,7 @@ from robo_orchard_core.utils.config.references import reference_to
 
 _PLAIN = (
     *(int, float, str, bool, PurePath, Enum),
-    *(datetime.date, datetime.time, datetime.timedelta),
+    *(datetime.date, datetime.time, datetime.timedelta, BaseModel),
 )
 
 DECLARATIONS: dict[str, Any] = {}

@@ -85,7 +85,7 @@ class Part:
             raise ValueError(f"expected {self._wanted()}, found {shown(data)}")
         config = self._of_own_class(data)
         self._check(config)
-        if hasattr(config, "func") <= (self.functions == "make"):
+        if self.functions == "make" or not hasattr(config, "func"):
             self._check_is_complete(config)
         return config
 

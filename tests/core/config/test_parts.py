@@ -1,0 +1,321 @@
+"""Parts of a document are made of any trusted class or function, as its signature says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Annotated, Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from robo_orchard_core.utils.config import (
+    ClassConfig,
+    Config,
+    ConfigError,
+    ConfigFieldError,
+    ConfigInstanceOf,
+    ConfigReferenceError,
+    FieldsOf,
+    Format,
+    Function,
+    Part,
+    TrustError,
+    config_of,
+)
+
+HERE = __name__
+FORMATS: tuple[Format, ...] = ("yaml", "toml", "json")
+
+
+class Shape:
+    """What fields ask for."""
+
+
+class Square(Shape):
+    def __init__(
+        self, side: float, *, colour: Literal["red", "blue"] = "red", name: str | None = None
+    ) -> None:
+        self.given = (side, colour, name)
+
+
+class Group(Shape):
+    def __init__(self, *members: Shape, spaced: float = 1.0) -> None:
+        self.members, self.spaced = members, spaced
+
+
+class Open(Shape):
+    def __init__(self, corners: int, **more: Any) -> None:
+        self.corners, self.more = corners, more
+
+
+class Passing(Square):
+    def __init__(self, **more: Any) -> None:
+        super().__init__(side=1, **more)
+
+
+class Undeclared(Shape):
+    def __init__(self, inner, times=2):  # type: ignore[no-untyped-def]  # as much code is
+        self.inner, self.times = inner, times
+
+
+class Mapped(Shape):
+    def __init__(self, via: Callable[[int], int], layers: Sequence[Shape]) -> None:
+        self.via, self.layers = via, layers
+
+
+class Configured(Shape):
+    def __init__(self, cfg: ConfiguredConfig) -> None:
+        self.cfg = cfg
+
+
+class ConfiguredConfig(ClassConfig[Configured]):
+    class_type: type[Configured] = Configured
+    corners: int = 3
+
+
+class Stretched(Shape):
+    """Gets the shape to stretch when it is built."""
+
+    def __init__(self, shape: Shape, factor: float) -> None:
+        self.shape, self.factor = shape, factor
+
+
+class Size(Enum):
+    SMALL = 1
+    LARGE = 2
+
+
+class Sized(Shape):
+    def __init__(self, size: Size, spots: tuple[int, int] = (0, 0)) -> None:
+        self.size, self.spots = size, spots
+
+
+class Rock:
+    """No shape."""
+
+
+class Loud(Shape):
+    made = 0
+
+    def __init__(self) -> None:
+        Loud.made += 1
+
+
+def unit_square(side: float = 1.0) -> Square:
+    return Square(side)
+
+
+def a_rock() -> Rock:
+    return Rock()
+
+
+def undeclared_square():  # type: ignore[no-untyped-def]
+    return Square(1)
+
+
+def double(value: int, times: int = 2) -> int:
+    return value * times
+
+
+class Drawing(Config):
+    shape: Annotated[Any, Part(Shape)]
+    more: dict[str, Annotated[Any, Part(f"{HERE}:Shape")]] = {}
+    later: Annotated[Any, Part(Shape, given=("shape",))] | None = None
+    act: Annotated[Any, Part(Shape, functions="are called")] | None = None
+    function: Function | None = None
+    settings: Annotated[Any, FieldsOf(f"{HERE}:ConfiguredConfig")] = {}
+
+
+def drawing(shape: Any, **more: Any) -> Drawing:
+    return Drawing.from_dict({"shape": shape, **more}, trust=HERE)
+
+
+def refused(shape: Any, **more: Any) -> ConfigError:
+    with pytest.raises(ConfigError) as found:
+        drawing(shape, **more)
+    return found.value
+
+
+def part(of: type | Callable[..., Any], **arguments: Any) -> dict[str, Any]:
+    key = "class_type" if isinstance(of, type) else "func"
+    return {key: f"{HERE}:{of.__qualname__}", **arguments}
+
+
+def test_a_class_is_built_with_the_arguments_that_the_document_gives() -> None:
+    """What isn't given stays the class's own default."""
+    assert drawing(part(Square, side=2)).shape().given == (2.0, "red", None)
+
+
+def test_a_function_that_returns_the_kind_makes_one() -> None:
+    """Its return annotation is what counts."""
+    assert drawing(part(unit_square)).shape().given == (1.0, "red", None)
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_parts_survive_files(format_: Format) -> None:
+    """A document that holds parts comes back as an equal config, and is written the same."""
+    mine = drawing(
+        part(Group, members=[part(Square, side=1), part(Configured, corners=4)], spaced=2),
+        more={"open": part(Open, corners=3, weight=0.5, inner=part(Loud)), "bare": part(Loud)},
+        later=part(Stretched, factor=2),
+        act=part(double, times=3),
+        function=f"{HERE}:double",
+    )
+    again = Drawing.from_str(mine.to_str(format_), format_, trust=HERE)
+    assert again == mine
+    assert again.to_str(format_) == mine.to_str(format_)
+
+
+def test_documents_hold_the_arguments_that_were_given_and_no_others() -> None:
+    """So a default that the class changes later counts, as it does in a script."""
+    document = drawing(part(Square, side=2)).to_dict()
+    assert document["shape"] == {"class_type": f"{HERE}:Square", "side": 2.0}
+
+
+def test_a_config_class_beside_the_class_is_taken() -> None:
+    """Its fields are those of the mapping, and it is written without ``config_type``."""
+    config = drawing(part(Configured, corners=5))
+    assert config.shape == ConfiguredConfig(corners=5)
+    assert config.to_dict()["shape"] == {"class_type": f"{HERE}:Configured", "corners": 5}
+    assert config.shape().cfg.corners == 5
+
+
+def test_in_code_config_of_makes_the_same_part() -> None:
+    """A part from code equals the one that a document describes."""
+    assert Drawing(shape=config_of(Square, side=2)) == drawing(part(Square, side=2))
+    assert Drawing(shape=config_of(Loud)) == drawing(part(Loud))
+    assert Drawing(shape=config_of(unit_square)) == drawing(part(unit_square))
+
+
+def test_parts_within_parts_are_built_where_they_are_needed() -> None:
+    """In lists and mappings, for undeclared parameters, and behind ``*args``."""
+    group = drawing(part(Group, members=[part(Square, side=1), part(unit_square)])).shape()
+    assert [type(member) for member in group.members] == [Square, Square]
+    undeclared = drawing(part(Undeclared, inner={"a": [part(Square, side=3)], "b": 1})).shape()
+    assert undeclared.inner["a"][0].given[0] == 3
+    assert undeclared.inner["b"] == 1
+
+
+def test_what_is_declared_as_callable_takes_names_functions_with_arguments_and_parts() -> None:
+    """A function with arguments is handed on to be called later; a name is the function itself."""
+    named = drawing(part(Mapped, via=f"{HERE}:double", layers=[part(Square, side=1)])).shape()
+    assert named.via(4) == 8
+    assert type(named.layers[0]) is Square
+    tuned = drawing(part(Mapped, via=part(double, times=5), layers=[])).shape()
+    assert tuned.via(4) == 20
+
+
+def test_enum_members_and_tuples_come_out_of_documents() -> None:
+    """A parameter's declared type is what it gets."""
+    sized = drawing(part(Sized, size=2, spots=[3, 4])).shape()
+    assert (sized.size, sized.spots) == (Size.LARGE, (3, 4))
+
+
+def test_what_is_called_later_takes_arguments() -> None:
+    """A function that is called as it is needs no return annotation."""
+    act = drawing(part(Loud), act=part(double, times=3)).act
+    assert act(5) == 15
+
+
+def test_fields_of_a_named_config_class_stand_in_the_document() -> None:
+    """Their class is fixed, and imported when it is needed."""
+    assert drawing(part(Loud), settings={"corners": 7}).settings == ConfiguredConfig(corners=7)
+    assert refused(part(Loud), settings={"korners": 7}).place == "settings.korners"
+
+
+@pytest.mark.parametrize(
+    ("shape", "place", "says"),
+    [
+        (part(Square, sid=1), "shape.sid", "did you mean 'side'?"),
+        (part(Square), "shape.side", "a value is required"),
+        (part(Square, side="wide"), "shape.side", "valid number"),
+        (part(Square, side=1, colour="pink"), "shape.colour", "'red' or 'blue'"),
+        (part(Group, members=[part(Square, sid=1)]), "shape.members.0.sid", "'side'"),
+        (part(Group, members=[part(Rock)]), "shape.members.0.class_type", "Shape"),
+        ({"side": 1}, "shape", "'class_type' or 'func'"),
+        ({**part(Square), "func": "a:b"}, "shape", "found both"),
+        ({"class_type": 3}, "shape.class_type", "expected a name"),
+        ("Square", "shape", "a mapping with"),
+    ],
+)
+def test_errors_name_the_place_and_what_is_expected(shape: Any, place: str, says: str) -> None:
+    """As those of declared fields do."""
+    error = refused(shape)
+    assert error.place == place
+    assert says in str(error)
+
+
+def test_another_kind_is_refused_before_anything_is_called() -> None:
+    """A class by its bases, a function by what it says that it returns."""
+    before = Loud.made
+    for other in (part(Rock), part(a_rock), part(undeclared_square), part(double)):
+        assert isinstance(refused(other), ConfigReferenceError)
+    drawing(part(Loud))
+    assert Loud.made == before
+
+
+def test_what_is_not_trusted_is_not_reached_at_any_depth() -> None:
+    """Neither as the part itself nor within another."""
+    for shape in (
+        {"class_type": "antigravity:Shape"},
+        {"func": "os:system", "command": "true"},
+        part(Undeclared, inner=[{"x": {"func": "os:system", "command": "true"}}]),
+        part(Mapped, via="os:system", layers=[]),
+        part(Open, corners=3, more={"class_type": "antigravity:Shape"}),
+    ):
+        assert isinstance(refused(shape), TrustError)
+
+
+def test_arguments_that_are_given_when_it_is_built_stay_out_of_the_document() -> None:
+    """They are neither required nor admitted there."""
+    later = drawing(part(Loud), later=part(Stretched, factor=2)).later
+    assert later(shape=Square(1)).factor == 2
+    error = refused(part(Loud), later=part(Stretched, factor=2, shape=part(Loud)))
+    assert error.place == "later.shape"
+
+
+def test_what_a_class_does_not_take_after_all_is_told_when_it_is_built() -> None:
+    """Where a signature admits any keyword, the class itself has the last word."""
+    with pytest.raises(TypeError, match="'wide'") as found:
+        drawing(part(Passing, wide=1)).shape()
+    assert found.value.__notes__ == [f"while PassingConfig built {HERE}:Passing"]
+
+
+def test_lists_of_a_base_config_take_classes_by_their_name_alone() -> None:
+    """Where a config of any subclass is declared, ``class_type`` says enough."""
+
+    class Album(Config):
+        shapes: list[ConfigInstanceOf[ClassConfig[Shape]]]
+
+    album = Album.from_dict(
+        {"shapes": [part(Square, side=1), part(Configured, corners=4), part(Loud)]}, trust=HERE
+    )
+    assert [type(config()) for config in album.shapes] == [Square, Configured, Loud]
+    assert Album.from_dict(album.to_dict(), trust=HERE) == album
+    with pytest.raises(ConfigFieldError, match="did you mean 'side'"):
+        Album.from_dict({"shapes": [part(Square, sid=1)]}, trust=HERE)
+
+
+def test_code_is_held_to_the_same_rules() -> None:
+    """A config of another kind, or an unknown argument, is refused in code as well."""
+    with pytest.raises(ValidationError, match="expected a Shape"):
+        Drawing(shape=config_of(Rock))
+    with pytest.raises(ValidationError, match="sid"):
+        config_of(Square, sid=1)
+
+
+@given(
+    side=st.floats(allow_nan=False, allow_infinity=False),
+    colour=st.sampled_from(["red", "blue", None]),
+    name=st.none() | st.text(st.characters(codec="utf-8"), max_size=8),
+)
+def test_any_arguments_survive(side: float, colour: str | None, name: str | None) -> None:
+    """Whatever is given is what comes back and what the class gets."""
+    arguments = {"side": side, "name": name} | ({"colour": colour} if colour else {})
+    mine = Drawing(shape=config_of(Square, **arguments))
+    again = Drawing.from_str(mine.to_str(), trust=HERE)
+    assert again == mine
+    assert again.shape().given == (side, colour or "red", name)
