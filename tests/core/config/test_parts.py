@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from robo_orchard_core.utils.config import (
     ClassConfig,
@@ -122,11 +122,11 @@ def double(value: int, times: int = 2) -> int:
 
 class Drawing(Config):
     shape: Annotated[Any, Part(Shape)]
-    more: dict[str, Annotated[Any, Part(f"{HERE}:Shape")]] = {}
+    more: dict[str, Annotated[Any, Part(f"{HERE}:Shape")]] = Field(default={})
     later: Annotated[Any, Part(Shape, given=("shape",))] | None = None
     act: Annotated[Any, Part(Shape, functions="are called")] | None = None
     function: Function | None = None
-    settings: Annotated[Any, FieldsOf(f"{HERE}:ConfiguredConfig")] = {}
+    settings: Annotated[Any, FieldsOf(f"{HERE}:ConfiguredConfig")] = Field(default={})
 
 
 def drawing(shape: Any, **more: Any) -> Drawing:
@@ -217,6 +217,7 @@ def test_enum_members_and_tuples_come_out_of_documents() -> None:
 def test_what_is_called_later_takes_arguments() -> None:
     """A function that is called as it is needs no return annotation."""
     act = drawing(part(Loud), act=part(double, times=3)).act
+    assert act is not None
     assert act(5) == 15
 
 
@@ -272,6 +273,7 @@ def test_what_is_not_trusted_is_not_reached_at_any_depth() -> None:
 def test_arguments_that_are_given_when_it_is_built_stay_out_of_the_document() -> None:
     """They are neither required nor admitted there."""
     later = drawing(part(Loud), later=part(Stretched, factor=2)).later
+    assert later is not None
     assert later(shape=Square(1)).factor == 2
     error = refused(part(Loud), later=part(Stretched, factor=2, shape=part(Loud)))
     assert error.place == "later.shape"
