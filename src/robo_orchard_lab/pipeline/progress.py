@@ -135,3 +135,40 @@ class TrainerLimits:
             )
             or (self.max_epoch is not None and progress.epoch_id >= self.max_epoch)
         )
+
+
+def remaining_steps(
+    limits: TrainerLimits, progress: TrainerProgress, steps_per_epoch: int | None, window: int
+) -> int | None:
+    """The steps from ``progress`` to the nearest limit, or None where that can't be told.
+
+    >>> limits = TrainerLimits(max_epoch=2)
+    >>> remaining_steps(limits, TrainerProgress(epoch_id=1, step_id=3), 10, window=1)
+    7
+
+    Args:
+        limits: the limits of the run.
+        progress: its counters between two steps.
+        steps_per_epoch: None for data without a length.
+        window: the steps in a full accumulation window.
+    """
+    found = []
+    if limits.max_step is not None:
+        found.append(limits.max_step - progress.global_step_id)
+    if limits.max_epoch is not None and steps_per_epoch is not None:
+        epochs = limits.max_epoch - progress.epoch_id
+        found.append(epochs * steps_per_epoch - progress.step_id)
+    if limits.max_optimizer_step is not None:
+        updates = limits.max_optimizer_step - progress.optimizer_step_id
+        found.append(_steps_for_updates(updates, progress.step_id, steps_per_epoch, window))
+    return max(0, min(found)) if found else None
+
+
+def _steps_for_updates(updates: int, step: int, steps_per_epoch: int | None, window: int) -> int:
+    """The steps that it takes from ``step`` of an epoch to commit so many updates."""
+    updates += step // window  # from the start of the epoch
+    if steps_per_epoch is None:
+        return updates * window - step
+    # The last window of an epoch is as short as the epoch makes it.
+    epochs, rest = divmod(updates, -(-steps_per_epoch // window))
+    return epochs * steps_per_epoch + min(rest * window, steps_per_epoch) - step

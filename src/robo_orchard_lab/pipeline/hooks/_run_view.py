@@ -12,9 +12,9 @@ import torch
 
 from robo_orchard_core.utils.hook import RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.hooks._run_status import Outcome, RunStatus, remaining_steps
+from robo_orchard_lab.pipeline.hooks._run_status import Outcome, RunStatus
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
-from robo_orchard_lab.pipeline.progress import TrainerProgress
+from robo_orchard_lab.pipeline.progress import TrainerProgress, remaining_steps
 
 _RATE_WINDOW_S = 10.0
 _LOSS = "loss/total"

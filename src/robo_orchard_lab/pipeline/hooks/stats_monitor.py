@@ -15,9 +15,9 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.gradient_norm import gradient_norm
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.hooks._run_status import remaining_steps
 from robo_orchard_lab.pipeline.hooks._step_times import StepClock
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
+from robo_orchard_lab.pipeline.progress import remaining_steps
 
 STATE_VERSION = 1
 _MIB = 2**20
