@@ -1,0 +1,144 @@
+"""How often a schedule moves, counted ahead and in the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.utils.data import IterableDataset
+
+from launching import launch
+from robo_orchard_lab.experiment.auto_steps import count_moves
+from robo_orchard_lab.pipeline import TrainerLimits
+from robo_orchard_lab.pipeline.errors import DataError, PipelineConfigError
+from robo_orchard_lab.pipeline.hooks.optimizer import ScheduleUnit
+from tiny import make_loader, make_model, make_trainer
+
+SCRIPT = Path(__file__).parent / "moves_on_ranks.py"
+
+
+class Stream(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Five samples, and no word about how many."""
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return iter([(torch.ones(4), torch.ones(2))] * 5)
+
+
+LOADERS: dict[str, Any] = {
+    "five full batches": lambda: make_loader(5),
+    "a rest": lambda: make_loader(5, rest=3),
+    "a rest that is dropped": lambda: make_loader(5, rest=3, drop_last=True),
+    "a list": lambda: list(make_loader(3)),
+    "a loader of batches": lambda: torch.utils.data.DataLoader(Stream(), batch_size=None),
+}
+LIMITS: list[dict[str, Any]] = [
+    {"max_epoch": 2},
+    {"max_step": 1},
+    {"max_step": 7},
+    {"max_step": 10},
+    {"max_step": 12},
+    {"max_optimizer_step": 5},
+    {"max_step": 8, "max_epoch": 2},
+    {"max_step": 11, "max_optimizer_step": 4},
+    {"max_step": 6, "max_optimizer_step": 9, "max_epoch": 3},
+]
+UNITS: list[ScheduleUnit] = ["optimizer_step", "epoch"]
+
+
+def moves_in_a_run(
+    loader: Any, limits: dict[str, Any], accumulate: int, every: ScheduleUnit
+) -> int:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    trainer = make_trainer(
+        model=model,
+        loader=loader,
+        optimizer=optimizer,
+        lr_scheduler=schedule,
+        accumulate=accumulate,
+        schedule_every=every,
+        **limits,
+    )
+    trainer()
+    return schedule.last_epoch
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+@pytest.mark.parametrize("every", UNITS)
+@pytest.mark.parametrize("loader", LOADERS)
+def test_it_is_how_often_the_schedule_moves(
+    loader: str, every: ScheduleUnit, accumulate: int
+) -> None:
+    """For data of any kind and whatever ends the run, where it can be told ahead."""
+    known = 0
+    for limits in LIMITS:
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
+        data = LOADERS[loader]()
+        try:
+            counted = count_moves(data, accelerator, TrainerLimits(**limits), every)
+        except PipelineConfigError:
+            assert "loader of batches" in loader, "the others have a length"
+            continue
+        known += 1
+        assert counted == moves_in_a_run(LOADERS[loader](), limits, accumulate, every), limits
+    assert known == len(LIMITS) or "loader of batches" in loader
+    assert known > 0
+
+
+@pytest.mark.parametrize(
+    ("limits", "accumulate", "every", "expected"),
+    [
+        ({"max_step": 7}, 1, "optimizer_step", 7),
+        ({"max_optimizer_step": 4}, 3, "optimizer_step", 4),
+        ({"max_step": 7, "max_optimizer_step": 4}, 1, "optimizer_step", 4),
+        ({"max_epoch": 3}, 1, "epoch", 3),
+        ({"max_epoch": 3}, 1, "optimizer_step", None),
+        ({"max_step": 7}, 2, "optimizer_step", None),
+        ({"max_step": 7}, 1, "epoch", None),
+        ({"max_optimizer_step": 4, "max_epoch": 3}, 1, "optimizer_step", None),
+    ],
+)
+def test_without_a_length_the_limits_may_tell(
+    limits: dict[str, Any], accumulate: int, every: ScheduleUnit, expected: int | None
+) -> None:
+    """A stream has as many moves as its limits say, or the error asks for a number."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
+    if expected is not None:
+        assert count_moves(loader, accelerator, TrainerLimits(**limits), every) == expected
+        return
+    with pytest.raises(PipelineConfigError, match=r"\(DataLoader\) has no length; write a number"):
+        count_moves(loader, accelerator, TrainerLimits(**limits), every)
+
+
+def test_data_without_a_batch_is_refused() -> None:
+    """The error says what to look at, as that of the run would."""
+    loader = make_loader(0, rest=2, drop_last=True)
+    with pytest.raises(DataError, match="2 samples are less than one step"):
+        count_moves(loader, Accelerator(cpu=True), TrainerLimits(max_epoch=1))
+
+
+def test_the_model_draws_the_same_as_without_counting() -> None:
+    """Counting draws no random numbers, and leaves a loader's generator as it is."""
+    generator = torch.Generator().manual_seed(3)
+    loader = make_loader(shuffle=True, generator=generator)
+    before = torch.get_rng_state(), generator.get_state()
+    count_moves(loader, Accelerator(cpu=True), TrainerLimits(max_epoch=1))
+    after = torch.get_rng_state(), generator.get_state()
+    assert all(map(torch.equal, before, after))
+
+
+def test_ranks_count_together(tmp_path: Path) -> None:
+    """On two ranks, with data that is divided, dealt out, or as each rank has it."""
+    launch(SCRIPT, tmp_path)
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0] == ranks[1]
+    assert len(ranks[0]) == 18
+    for case, (counted, moved) in ranks[0].items():
+        assert counted == moved, case
