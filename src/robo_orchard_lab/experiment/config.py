@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from robo_orchard_core.utils.config import Config
+from robo_orchard_core.utils.config import Config, ConfigFieldError
 from robo_orchard_lab.experiment.parts import (
     AcceleratorConfig,
     BatchProcessorPart,
@@ -19,6 +19,9 @@ from robo_orchard_lab.experiment.parts import (
     SchedulePart,
     TrainerConfig,
 )
+
+CHECKPOINT = "checkpoint"
+"""The name of the hook that the field of this name describes."""
 
 
 class ExperimentConfig(Config):
@@ -82,6 +85,22 @@ class ExperimentConfig(Config):
     resume: Literal["auto", "never"] = Field(
         default="auto", description="Whether to go on from the newest checkpoint, if there is one."
     )
+
+    def __post_init__(self) -> None:
+        limits = ("max_epoch", "max_step", "max_optimizer_step")
+        if all(getattr(self.trainer, limit) is None for limit in limits):
+            raise ConfigFieldError(
+                f"the run has no end; set one of {', '.join(limits)}", ("trainer",)
+            )
+        if self.checkpoint is not None and CHECKPOINT in self.hooks:
+            raise ConfigFieldError(
+                "this is the name of the hook that `checkpoint` describes; give it another",
+                ("hooks", CHECKPOINT),
+            )
+        if self.schedule is not None and self.optimizer is None:
+            raise ConfigFieldError(
+                "there is no optimizer whose learning rates could change", ("schedule",)
+            )
 
     def folder(self) -> Path:
         """The run's folder."""

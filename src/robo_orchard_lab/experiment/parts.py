@@ -10,7 +10,14 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 import robo_orchard_lab.experiment.tensor_values  # noqa: F401 - how they stand in files
-from robo_orchard_core.utils.config import ClassConfig, Config, FieldsOf, Function, Part
+from robo_orchard_core.utils.config import (
+    ClassConfig,
+    Config,
+    ConfigFieldError,
+    FieldsOf,
+    Function,
+    Part,
+)
 from robo_orchard_core.utils.config.parameter_types import DECLARATIONS
 from robo_orchard_core.utils.config.problems import config_error, unknown_field
 from robo_orchard_core.utils.config.references import reference_to
@@ -90,6 +97,23 @@ class LoaderConfig(Config):
     timeout: float = Field(default=0, ge=0, description="Seconds to wait for a worker; 0: no end.")
     prefetch_factor: int | None = Field(default=None, ge=1, description="Batches ahead, a worker.")
     persistent_workers: bool = Field(default=False, description="Workers outlive an epoch.")
+
+    def __post_init__(self) -> None:
+        taken = {
+            "batch_sampler": ("shuffle", "sampler", "drop_last"),
+            "sampler": ("shuffle",),
+        }
+        for name, others in taken.items():
+            for other in others:
+                if getattr(self, name) is not None and getattr(self, other):
+                    raise ValueError(
+                        f"{name} stands in the place of {other}; leave one of them out"
+                    )
+        if self.num_workers == 0:
+            for name in ("prefetch_factor", "persistent_workers"):
+                if getattr(self, name):
+                    problem = "is for loading processes; set num_workers above 0"
+                    raise ConfigFieldError(problem, (name,))
 
 
 class DataOrderConfig(Config):
