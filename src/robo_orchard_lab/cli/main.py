@@ -1,0 +1,152 @@
+"""``robo-orchard-lab``: its commands, and the process around one of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from types import FrameType
+from typing import NoReturn
+
+import click
+from click.shell_completion import shell_complete
+
+from robo_orchard_core.utils.logging import log_basic_config
+from robo_orchard_lab.cli.errors import ExitCode, exit_code_of, lines_of
+from robo_orchard_lab.cli.lazy_group import LazyGroup
+from robo_orchard_lab.cli.names import COMPLETE_VARIABLE, DISTRIBUTION, PROGRAM
+from robo_orchard_lab.cli.output import discard_output, note, reader_is_gone, styled
+
+_MODULES = "robo_orchard_lab.cli.commands"
+COMMANDS = {
+    "This installation": {
+        "doctor": ("Show versions, devices, and what is missing.", f"{_MODULES}.doctor"),
+        "completion": ("Print what completes commands in a shell.", f"{_MODULES}.completion"),
+    },
+}
+
+_ABOUT = """Train what a file describes, and look at files, runs and checkpoints.
+
+\b
+  robo-orchard-lab config init experiment.yaml
+  robo-orchard-lab train experiment.yaml --trainer.max_epoch 3
+
+Every field of a file is an option as well (`train --help` lists them). Under torchrun, write
+`torchrun --nproc-per-node 2 -m robo_orchard_lab train FILE`.
+"""
+_EXIT_CODES = """\b
+Exit codes:
+  0    done
+  1    what was asked for has failed
+  2    wrong use, or a bad file; nothing was done
+  75   a run was saved and stopped, and is to be started again
+  130  Ctrl-C
+  143  SIGTERM
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the arguments say, and tell of what goes wrong.
+
+    Args:
+        argv: without the program's name; None is what was typed.
+
+    Returns:
+        What the process is to end with: see `ExitCode`.
+    """
+    arguments = [*(sys.argv[1:] if argv is None else argv)]
+    debug = "--debug" in arguments
+    with _terminated():
+        try:
+            if COMPLETE_VARIABLE in os.environ:
+                instruction = os.environ[COMPLETE_VARIABLE]
+                return shell_complete(_program(), {}, PROGRAM, COMPLETE_VARIABLE, instruction)
+            log_basic_config()
+            code = _run(arguments)
+            sys.stdout.flush()  # an error of it belongs here, not to the interpreter's end
+        except BaseException as error:
+            if isinstance(error, BrokenPipeError) and reader_is_gone():
+                discard_output()
+                return ExitCode.DONE
+            _tell(error, debug)
+            if argv is None and isinstance(error, Exception):
+                # As of an error that nobody catches: what is done at exit then has its limits.
+                sys.last_value = error
+            return exit_code_of(error)
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    program = _program()
+    # Not click's own main: it takes each broken pipe of a training for one of standard output.
+    try:
+        with program.make_context(PROGRAM, arguments) as context:
+            returned = program.invoke(context)
+    except click.exceptions.Exit as ended:
+        return ended.exit_code
+    return returned if isinstance(returned, int) else ExitCode.DONE
+
+
+def _program() -> click.Command:
+    group = LazyGroup(PROGRAM, COMMANDS, _ABOUT)
+    group.epilog = _EXIT_CODES
+    group.params.append(
+        click.Option(
+            ["--version"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_print_version,
+            help="Show the version and stop.",
+        )
+    )
+    return group
+
+
+def _print_version(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        try:
+            click.echo(f"{DISTRIBUTION} {version(DISTRIBUTION)}")
+        except PackageNotFoundError:
+            click.echo(f"{DISTRIBUTION}, not installed: run from its sources")
+        context.exit()
+
+
+def _tell(error: BaseException, debug: bool) -> None:
+    if debug and not isinstance(error, SystemExit | click.ClickException):
+        traceback.print_exception(error)
+        return
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    rank = f"[rank {os.environ.get('RANK', '0')}] " if several else ""
+    for line in lines_of(error):
+        head, mark, rest = line.partition("error:")
+        note(f"{rank}{styled(mark, 'red', sys.stderr)}{rest}" if not head else f"{rank}{line}")
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """Have SIGTERM end what runs inside as an exit does, so that all that is open is closed.
+
+    A second one ends the process at once. Hooks that take signals themselves do so meanwhile.
+    """
+    process = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if os.getpid() != process:  # a fork of this one, which is to end as any other
+            os.kill(os.getpid(), number)
+        raise SystemExit(ExitCode.TERMINATED)
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not the main thread, which has the signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)

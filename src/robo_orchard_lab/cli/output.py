@@ -1,0 +1,131 @@
+"""What goes to standard output: text and tables that suit a terminal and a file, or JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TextIO
+
+import click
+
+Style = Literal["bold", "dim", "red", "green", "yellow", "cyan"]
+
+_CODES: dict[Style, int] = {
+    "bold": 1,
+    "dim": 2,
+    "red": 31,
+    "green": 32,
+    "yellow": 33,
+    "cyan": 36,
+}
+_GAP = "  "
+_NARROWEST = 20  # of the last column, below which it is left to the terminal to break lines
+
+json_option = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print JSON to standard output, and nothing else there.",
+)
+"""``--json``, which a command that prints a table gets as ``as_json``."""
+
+
+def say(text: str = "") -> None:
+    """Print a line that was asked for."""
+    print(text)
+
+
+def note(text: str) -> None:
+    """Print a line to standard error, which is no part of what was asked for."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_json(data: Any) -> None:
+    """Print plain data as JSON, indented."""
+    print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print rows beneath their headings, in columns.
+
+    In a terminal the last column is broken where the line ends, and the headings are bold; a file
+    or another program gets each row as one line.
+    """
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    first, *others = table_lines(headings, rows, width)
+    print(styled(first, "bold"))
+    for line in others:
+        print(line)
+
+
+def table_lines(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], width: int | None = None
+) -> list[str]:
+    """The lines of a table, the headings' first.
+
+    >>> for line in table_lines(["hook", "does"], [["EMA", "averages"], ["FreezeHook", ""]]):
+    ...     print(line)
+    HOOK        DOES
+    EMA         averages
+    FreezeHook
+
+    Args:
+        headings: of the columns.
+        rows: with a text for each column; lines within a text stay lines.
+        width: at which lines of the last column are broken; None breaks none.
+    """
+    whole = [[heading.upper() for heading in headings], *rows]
+    widths = [
+        max(len(line) for row in whole for line in row[column].splitlines() or [""])
+        for column in range(len(headings))
+    ]
+    left = sum(widths[:-1]) + len(_GAP) * (len(headings) - 1)
+    if width is not None and width - left >= _NARROWEST:
+        whole = [[*row[:-1], _broken(row[-1], width - left)] for row in whole]
+    return [line for row in whole for line in _row_lines(row, widths)]
+
+
+def _broken(text: str, width: int) -> str:
+    return "\n".join(
+        part for line in text.splitlines() for part in textwrap.wrap(line, width) or [""]
+    )
+
+
+def _row_lines(row: Sequence[str], widths: Sequence[int]) -> Iterable[str]:
+    cells = [cell.splitlines() for cell in row]
+    for number in range(max(1, *(len(cell) for cell in cells))):
+        parts = [cell[number] if number < len(cell) else "" for cell in cells]
+        yield _GAP.join(f"{part:{w}}" for part, w in zip(parts, widths, strict=True)).rstrip()
+
+
+def styled(text: str, style: Style, stream: TextIO | None = None) -> str:
+    """The text in a style, where the stream (default: standard output) shows any."""
+    return f"\x1b[{_CODES[style]}m{text}\x1b[0m" if shows_style(stream or sys.stdout) else text
+
+
+def shows_style(stream: TextIO) -> bool:
+    """Whether it is a terminal of somebody who doesn't mind colours (https://no-color.org)."""
+    plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+    return stream.isatty() and not plain
+
+
+def reader_is_gone() -> bool:
+    """Whether nobody reads standard output any more, as behind ``| head``."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # there is no poll, or no such stream
+        return False
+
+
+def discard_output() -> None:
+    """Have what is left to be written to standard output go nowhere, without an error at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

@@ -1,0 +1,79 @@
+"""The command line as users run it: a process, in a terminal or not, or a call in this process."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+PROGRAM = "import sys; from robo_orchard_lab.cli.main import main; sys.exit(main())"
+"""What the installed ``robo-orchard-lab`` does."""
+
+START = [sys.executable, "-c", PROGRAM]
+LONGEST_S = 120
+Variables = Mapping[str, str]
+EMPTY: Variables = {}
+_LEFT_OUT = ("NO_COLOR", "COLUMNS", "TERM", "WORLD_SIZE", "RANK")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What came of a command."""
+
+    code: int
+    out: str
+    err: str = ""
+
+
+def environment(variables: Variables = EMPTY) -> dict[str, str]:
+    """This process's, with these variables, and none that changes what is printed."""
+    kept = {name: value for name, value in os.environ.items() if name not in _LEFT_OUT}
+    return {**kept, **variables}
+
+
+def run(*arguments: str, cwd: Path | None = None, variables: Variables = EMPTY) -> Ended:
+    """The program in a process of its own, whose output is read by another program."""
+    done = subprocess.run(
+        [*START, *arguments],
+        cwd=cwd,
+        env=environment(variables),
+        capture_output=True,
+        text=True,
+        timeout=LONGEST_S,
+        check=False,
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def run_in_terminal(
+    *arguments: str, cwd: Path | None = None, columns: int = 100, variables: Variables = EMPTY
+) -> Ended:
+    """The program in a terminal, which shows both of its outputs."""
+    ours, its = pty.openpty()
+    size = {"COLUMNS": str(columns), "LINES": "40", "TERM": "xterm-256color"}
+    started = subprocess.Popen(
+        [*START, *arguments],
+        cwd=cwd,
+        env=environment({**size, **variables}),
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        close_fds=True,
+    )
+    os.close(its)
+    shown = b""
+    while select.select([ours], [], [], LONGEST_S)[0]:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # its end is closed
+            break
+        if not part:
+            break
+        shown += part
+    os.close(ours)
+    return Ended(started.wait(LONGEST_S), shown.decode().replace("\r\n", "\n"))

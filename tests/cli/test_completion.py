@@ -1,0 +1,65 @@
+"""What ``completion`` prints, a shell loads, and it completes commands and files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.cli.running import PROGRAM, environment
+
+from robo_orchard_lab.cli.main import main
+
+BASH = """
+source <(robo-orchard-lab completion bash)
+complete -p robo-orchard-lab >/dev/null || exit 9
+complete_words() {
+    COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=()
+    _robo_orchard_lab_completion robo-orchard-lab
+    echo "${COMPREPLY[@]}"
+}
+"""
+
+
+@pytest.fixture
+def path_with_program(tmp_path: Path) -> str:
+    """A PATH on which the program is found by its name."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    script = tmp_path / "robo-orchard-lab"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} {tmp_path}/program.py "$@"\n')
+    script.chmod(0o755)
+    return f"{tmp_path}:{os.environ['PATH']}"
+
+
+def completed(words: str, path: str, cwd: Path) -> str:
+    done = subprocess.run(
+        ["bash", "-c", f"{BASH}\ncomplete_words {words}"],
+        env=environment({"PATH": path}),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    return done.stdout.strip()
+
+
+def test_bash_completes_commands(path_with_program: str, tmp_path: Path) -> None:
+    """A command and an option are completed in bash, from the script that is printed."""
+    assert completed("robo-orchard-lab doc", path_with_program, tmp_path) == "doctor"
+    assert completed("robo-orchard-lab doctor --js", path_with_program, tmp_path) == "--json"
+    assert completed("robo-orchard-lab completion z", path_with_program, tmp_path) == "zsh"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_each_shell_takes_its_script(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The script is about the program; a shell that is there finds no mistake in it."""
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "robo-orchard-lab" in script
+    assert f"_ROBO_ORCHARD_LAB_COMPLETE={shell}_complete" in script
+    if (found := shutil.which(shell)) is not None:
+        subprocess.run([found, "-n", "-c", script], check=True, capture_output=True)

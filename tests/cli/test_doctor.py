@@ -1,0 +1,64 @@
+"""``doctor`` tells what there is, also where something is missing or broken."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from tests.cli.running import run
+
+from robo_orchard_lab.cli.commands import doctor
+from robo_orchard_lab.cli.installation import Requirement, install_command
+from robo_orchard_lab.cli.main import main
+
+
+def test_what_is_there_is_told_as_json() -> None:
+    """Where nothing is missing, it ends with 0, after Python, packages, extras and devices."""
+    done = run("doctor", "--json")
+    told = json.loads(done.out)
+    assert (done.code, told["ok"], told["devices"][0]["device"]) == (0, True, "cpu")
+    assert "torch" in {one["name"] for one in told["packages"] if one["ok"]}
+    assert {"metrics", "terminal", "trackers", "vision"} <= set(told["extras"])
+    assert "gloo" in told["distributed"]
+
+
+@pytest.mark.parametrize(
+    ("torch", "said"),
+    [
+        (
+            "raise OSError('libcudart.so.13: gone')",
+            "OSError: libcudart.so.13: gone",
+        ),
+        ("import os; os.abort()", "the process that looked into it ended with -6"),
+    ],
+)
+def test_a_broken_torch_is_told(torch: str, said: str, tmp_path: Path) -> None:
+    """A torch that can't be imported, or ends its process, is told, and the code is 1."""
+    (tmp_path / "torch.py").write_text(torch)
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    done = run("doctor", variables={"PYTHONPATH": path})
+    assert (done.code, done.err) == (1, "")
+    assert f"torch can't be used: {said}" in done.out
+    assert done.out.count("can't be used") == 1
+
+
+def test_what_is_missing_is_told_with_what_installs_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A requirement that isn't met fails; an extra's is a suggestion."""
+    old, new = Requirement("torch", ">=2.8", "2.5.1"), Requirement("rich", ">=13", None)
+    there = Requirement("psutil", "", "7")
+    assert (old.is_met, new.is_met, there.is_met) == (False, False, True)
+    assert install_command([old, new]) == 'pip install "torch>=2.8" "rich>=13"'
+    monkeypatch.setattr(doctor, "_probed", dict)
+    monkeypatch.setattr(doctor, "requirements", lambda: [there])
+    monkeypatch.setattr(doctor, "extras", lambda: {"terminal": [new], "other": [there]})
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "INCOMPLETE EXTRA  WHAT INSTALLS THE REST" in shown
+    assert 'terminal          pip install "rich>=13"\n' in shown
+    monkeypatch.setattr(doctor, "requirements", lambda: [old, there])
+    assert main(["doctor"]) == 1
+    assert 'missing or of another version: pip install "torch>=2.8"' in capsys.readouterr().out

@@ -1,0 +1,285 @@
+"""The program around its commands: help, wrong use, errors, exit codes, signals, the terminal."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import click
+import pytest
+from tests.cli.running import environment
+
+from robo_orchard_core.utils.config.errors import ConfigFieldError
+from robo_orchard_lab.cli import main as program
+from robo_orchard_lab.cli.errors import CommandError, ExitCode, exit_code_of, lines_of
+from robo_orchard_lab.cli.main import COMMANDS, main
+from robo_orchard_lab.pipeline.errors import (
+    PipelineConfigError,
+    RankFailed,
+    RankFailure,
+    RunPreempted,
+)
+
+EVERY_COMMAND = [
+    (name, module) for section in COMMANDS.values() for name, (_, module) in section.items()
+]
+
+
+def raising(error: BaseException) -> Callable[[list[str]], int]:
+    def body(arguments: list[str]) -> int:
+        raise error
+
+    return body
+
+
+def test_help_comes_without_torch() -> None:
+    """Help of the program is printed by a process that has not imported torch."""
+    told = "print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; from robo_orchard_lab.cli.main import main; "
+         f"main(['--help']); {told}"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=True,
+    )  # fmt: skip
+    assert done.stdout.startswith("Usage: robo-orchard-lab [OPTIONS] COMMAND ...")
+    for name, _ in EVERY_COMMAND:
+        assert re.search(rf"^  {name}  +[A-Z].*\.$", done.stdout, re.MULTILINE), name
+    assert not {"torch", "accelerate"} & set(done.stderr.split())
+
+
+@pytest.mark.parametrize(("name", "module"), EVERY_COMMAND)
+def test_each_command_has_help(name: str, module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A command's help tells how it is used, what it does, and its options."""
+    command = import_module(module).command
+    assert command.name == name
+    assert main([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"Usage: robo-orchard-lab {name}")
+    assert "--debug" in shown
+    assert "-h, --help" in shown
+    for option in command.params:
+        if isinstance(option, click.Option):
+            assert option.help, f"{name} {option.opts[0]} says nothing about itself"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["docter"], "error: there is no command 'docter'; did you mean 'doctor'?\n"),
+        (["x"], "error: there is no command 'x'; there are "),
+        (["--versoin"], "error: no such option"),
+        (["completion"], "error: missing argument"),
+        (["completion", "csh"], "'csh' is not one of 'bash', 'zsh', 'fish'"),
+        (["completion", "bash", "zsh"], "error: got unexpected extra argument (zsh)"),
+    ],
+)
+def test_wrong_use_is_told_shortly(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wrong use ends with 2, after what is wrong and where help is, and without output."""
+    assert main(arguments) == ExitCode.USAGE
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert said in shown.err
+    *_, last = shown.err.splitlines()
+    assert last.endswith("--help` shows how")
+
+
+def test_no_command_is_wrong_use_that_help_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a command, help goes to standard error, and the code is 2."""
+    assert main([]) == ExitCode.USAGE
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.startswith("Usage: robo-orchard-lab")) == ("", True)
+
+
+def test_version_names_the_distribution(capsys: pytest.CaptureFixture[str]) -> None:
+    """The version is that of the distribution."""
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("robo-orchard-hooks")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "lines"),
+    [
+        (CommandError("no run here", "start one"), 2, ["error: no run here", "       start one"]),
+        (CommandError("gone", exit_code=ExitCode.FAILED), 1, ["error: gone"]),
+        (click.BadParameter("Must be more."), 2, ["error: invalid value: Must be more"]),
+        (ConfigFieldError("must be >= 1", ("a", "b")), 2, ["error: a.b: must be >= 1"]),
+        (PipelineConfigError("max_epoch must be given"), 2, ["error: max_epoch must be given"]),
+        (RunPreempted(75), 75, []),
+        (RunPreempted(143), 143, []),
+        (SystemExit("bye"), 1, ["error: bye"]),
+        (SystemExit(None), 0, []),
+        (KeyboardInterrupt(), 130, ["error: interrupted"]),
+        (
+            RankFailed(RankFailure(1, "ValueError", "bad")),
+            1,
+            ["error: rank 1 failed first: ValueError: bad"],
+        ),
+    ],
+)
+def test_errors_have_their_code_and_their_lines(
+    error: BaseException, code: int, lines: list[str]
+) -> None:
+    """Each kind of error has its exit code, and is told in at most two lines."""
+    assert (exit_code_of(error), lines_of(error)) == (code, lines)
+
+
+def test_many_errors_of_a_file_are_told_in_two_lines() -> None:
+    """Of many errors in a file, the first is told, and how many more there are."""
+    error = ConfigFieldError("first", ("a",))
+    error.source = "x.yaml"
+    error.others = (ConfigFieldError("second", ("b",)),)
+    assert lines_of(error) == ["error: x.yaml: a: first", "       also b: second"]
+    error.others *= 3
+    assert lines_of(error) == [
+        "error: x.yaml: a: first",
+        "       and 3 more; `robo-orchard-lab config check` lists them all",
+    ]
+
+
+def test_an_error_of_code_is_told_with_its_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """An error of somebody's code is told with its file, line and hook; --debug has all of it."""
+    error = ValueError("shapes differ:\n  one\n  two")
+    error.add_note("raised in hook 'stats' (on_step, before): function f from x.py:1")
+    monkeypatch.setattr(program, "_run", raising(error))
+    monkeypatch.chdir(Path(__file__).parent)
+    assert main(["doctor"]) == ExitCode.FAILED
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "error: ValueError: shapes differ: ..."
+    assert re.fullmatch(
+        r" {7}raised at test_main.py:\d+, in hook 'stats' \(on_step, before\): function f from "
+        r"x.py:1; --debug shows the traceback",
+        second,
+    )
+    assert main(["doctor", "--debug"]) == ExitCode.FAILED
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_ranks_say_which_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a job of several processes, each line of an error says which of them says it."""
+    monkeypatch.setattr(program, "_run", raising(CommandError("no", "yes")))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    main([])
+    assert capsys.readouterr().err == "[rank 1] error: no\n[rank 1]        yes\n"
+
+
+def python(body: str) -> list[str]:
+    """A program whose command is this body, in the place of what arguments say."""
+    return [
+        sys.executable,
+        "-c",
+        "import sys, time\nfrom robo_orchard_lab.cli import main as program\n"
+        f"def body(arguments):\n{textwrap.indent(textwrap.dedent(body), '    ')}\n"
+        "program._run = body\nsys.exit(program.main())\n",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (signal.SIGTERM, ExitCode.TERMINATED, ""),
+        (signal.SIGINT, ExitCode.INTERRUPTED, "error: interrupted\n"),
+    ],
+)
+def test_signals_end_it_in_order(number: int, code: int, said: str) -> None:
+    """SIGTERM and Ctrl-C leave what is open, end with their codes, and print no traceback."""
+    waits = """
+        try:
+            print("open", flush=True)
+            time.sleep(60)
+        finally:
+            print("closed", flush=True)
+    """
+    started = subprocess.Popen(
+        python(waits), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    assert started.stdout is not None
+    assert started.stdout.readline() == "open\n"
+    started.send_signal(number)
+    out, err = started.communicate(timeout=30)
+    assert (started.returncode, out, err) == (code, "closed\n", said)
+
+
+def test_a_second_sigterm_ends_it_at_once() -> None:
+    """Who does not want to wait for what is being closed sends SIGTERM again."""
+    waits = """
+        try:
+            print("open", flush=True)
+            time.sleep(60)
+        finally:
+            print("closing", flush=True)
+            time.sleep(60)
+    """
+    started = subprocess.Popen(python(waits), stdout=subprocess.PIPE, text=True, env=environment())
+    assert started.stdout is not None
+    for expected in ("open\n", "closing\n"):
+        assert started.stdout.readline() == expected
+        started.send_signal(signal.SIGTERM)
+    started.communicate(timeout=30)
+    assert started.returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("lines", [1, 10_000])
+def test_nobody_reads_on(lines: int) -> None:
+    """Where the reader is gone, as behind ``| head``, it ends quietly."""
+    prints = f"""
+        time.sleep(0.3)
+        for number in range({lines}):
+            print("x" * 100)
+    """
+    with subprocess.Popen(
+        python(prints), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    ) as started:
+        assert started.stdout is not None
+        assert started.stderr is not None
+        started.stdout.close()
+        assert (started.wait(30), started.stderr.read()) == (0, "")
+
+
+def test_another_broken_pipe_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pipe of a training that breaks is no matter of standard output, and is told."""
+    monkeypatch.setattr(program, "_run", raising(BrokenPipeError("of a queue")))
+    assert main([]) == ExitCode.FAILED
+    assert "BrokenPipeError: of a queue" in capsys.readouterr().err
+
+
+def test_in_a_thread_signals_are_left_alone() -> None:
+    """Called in another thread, it works without a handler, which only the main thread can set."""
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(main(["--version"])))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+def test_the_folder_one_starts_in_is_not_looked_into(tmp_path: Path) -> None:
+    """``python -m`` takes no module of ours or of others from files beside whoever starts it."""
+    for name in ("click", "yaml", "torch", "pydantic", "typing_extensions"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported a stranger')")
+    done = subprocess.run(
+        [sys.executable, "-m", "robo_orchard_lab", "completion", "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Usage: robo-orchard-lab completion")

@@ -1,0 +1,53 @@
+"""Tables and styles suit where they go: a terminal, or a file."""
+
+from __future__ import annotations
+
+import pytest
+from tests.cli.running import run, run_in_terminal
+
+from robo_orchard_lab.cli.output import table_lines
+
+ROWS = [["a", "x", "one two three four five six seven"], ["long", "", "first\nsecond"]]
+
+
+def test_a_table_in_a_file_has_a_line_for_a_row() -> None:
+    """Columns are aligned, nothing is cut off, and only lines of a text break it."""
+    assert table_lines(["name", "is", "about"], ROWS) == [
+        "NAME  IS  ABOUT",
+        "a     x   one two three four five six seven",
+        "long      first",
+        "          second",
+    ]
+
+
+def test_a_table_in_a_terminal_is_as_wide_as_that() -> None:
+    """The last column is broken between words where the line ends."""
+    lines = table_lines(["name", "is", "about"], ROWS, width=30)
+    assert lines[1:4] == [
+        "a     x   one two three four",
+        "          five six seven",
+        "long      first",
+    ]
+    assert max(map(len, lines)) <= 30
+
+
+def test_a_table_without_rows_has_its_headings() -> None:
+    """An empty table is still a table."""
+    assert table_lines(["name", "about"], []) == ["NAME  ABOUT"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "has_styles"),
+    [({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True), ({"TERM": "dumb"}, False)],
+)
+def test_styles_are_for_terminals(variables: dict[str, str], has_styles: bool) -> None:
+    """A terminal shows styles, unless NO_COLOR says something or it can't."""
+    ended = run_in_terminal("completion", "csh", variables=variables)
+    assert ended.code == 2
+    assert ended.out.startswith("\x1b[31merror:\x1b[0m " if has_styles else "error: ")
+
+
+def test_a_file_gets_no_styles() -> None:
+    """What another program reads has no escape sequences."""
+    ended = run("completion", "csh")
+    assert ended.err.startswith("error: invalid value")
