@@ -11,27 +11,21 @@ Every field below that is described is an option of the command line; ``--help``
 from __future__ import annotations
 
 import argparse
-import math
-import tempfile
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from PIL import Image as PILImage
 from pydantic import Field
 from safetensors.torch import save_model
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision import models
-from torchvision.datasets import FakeData, ImageFolder
-from torchvision.transforms import v2
 
+from digits_parts import DIGITS, Digits
 from robo_orchard_core.utils.cli import SettingConfig, pydantic_from_argparse
-from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
+from robo_orchard_lab.experiment.auto_steps import count_moves
+from robo_orchard_lab.pipeline import HookBasedTrainer, SupervisedProcessor, TrainerLimits
 from robo_orchard_lab.pipeline.hooks import (
     GradientClippingHookConfig,
     KeepBestConfig,
@@ -45,8 +39,6 @@ from robo_orchard_lab.pipeline.hooks import (
 from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig, TrackerSinkConfig
 from robo_orchard_lab.utils import log_basic_config
 
-Images: TypeAlias = Dataset[tuple[torch.Tensor, int]]
-DIGITS, SIZE = 10, 32  # how many there are; height and width of an image in pixels
 VALIDATION = "eval/val/accuracy"  # the share of unseen images that are read right
 
 
@@ -66,21 +58,13 @@ class DatasetConfig(SettingConfig):
     dummy_train_imgs: int = Field(default=256, ge=1, description="Random images to learn from.")
     dummy_val_imgs: int = Field(default=64, ge=1, description="Random images to check with.")
 
-    def open(self) -> tuple[Images, Images]:
-        """The images to learn from and those to check with, as float tensors around 0."""
-        tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])]
-        varied = [v2.RandomAffine(degrees=10, translate=(0.1, 0.1), scale=(0.9, 1.1))]
-        learn, check = v2.Compose([*varied, *tensor]), v2.Compose(tensor)
-        if self.pipeline_test:
-            shape = (3, SIZE, SIZE)
-            return (
-                FakeData(self.dummy_train_imgs, shape, DIGITS, learn),
-                FakeData(self.dummy_val_imgs, shape, DIGITS, check, random_offset=1_000_000),
-            )
-        root = Path(self.data_root)
-        if not root.exists():
-            write_digits(root)
-        return ImageFolder(str(root / "train"), learn), ImageFolder(str(root / "val"), check)
+    def open(self) -> tuple[Digits, Digits]:
+        """The images to learn from and those to check with."""
+        train, val = self.dummy_train_imgs, self.dummy_val_imgs
+        return (
+            Digits(self.data_root, train=True, random_images=train if self.pipeline_test else None),
+            Digits(self.data_root, train=False, random_images=val if self.pipeline_test else None),
+        )
 
 
 class TrainerConfig(SettingConfig):
@@ -98,15 +82,6 @@ class TrainerConfig(SettingConfig):
     )
 
 
-class Classification(SimpleBatchProcessor):
-    """From a batch of images and their digits to scores and the loss."""
-
-    def forward(self, model: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        images, digits = batch
-        scores = model(images)
-        return scores, torch.nn.functional.cross_entropy(scores, digits)
-
-
 def train(cfg: TrainerConfig) -> HookBasedTrainer:
     """Train a model as configured."""
     set_seed(cfg.seed)
@@ -122,12 +97,12 @@ def train(cfg: TrainerConfig) -> HookBasedTrainer:
     )
     accuracy = {"accuracy": MulticlassAccuracy(DIGITS, average="micro", validate_args=False)}
     workspace = Path(cfg.workspace_root)
-    updates = cfg.max_epoch * math.ceil(len(batches) / accelerator.num_processes)
+    updates = count_moves(batches, accelerator, TrainerLimits(max_epoch=cfg.max_epoch))
     trainer = HookBasedTrainer(
         accelerator=accelerator,
         model=model,
         dataloader=batches,
-        batch_processor=Classification(),
+        batch_processor=SupervisedProcessor(torch.nn.CrossEntropyLoss()),
         optimizer=optimizer,
         lr_scheduler=torch.optim.lr_scheduler.OneCycleLR(
             optimizer, max_lr=cfg.learning_rate, total_steps=updates
@@ -156,24 +131,6 @@ def train(cfg: TrainerConfig) -> HookBasedTrainer:
     )
     trainer()
     return trainer
-
-
-def write_digits(folder: Path) -> None:
-    """Write scikit-learn's 1797 digits as ``train/<digit>/*.png`` and ``val/<digit>/*.png``."""
-    digits = load_digits()  # 8x8 pixels of 0 to 16
-    train_ids, val_ids = train_test_split(
-        range(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0
-    )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as draft:
-        for split, ids in (("train", train_ids), ("val", val_ids)):
-            for index in ids:
-                file = Path(draft, "images", split, str(digits.target[index]), f"{index:04}.png")
-                file.parent.mkdir(parents=True, exist_ok=True)
-                pixels = (digits.images[index] * (255 / 16)).round().astype("uint8")
-                image = PILImage.fromarray(pixels).convert("RGB")
-                image.resize((SIZE, SIZE), PILImage.Resampling.BILINEAR).save(file)
-        Path(draft, "images").rename(folder)  # now it is whole
 
 
 def main() -> None:
