@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from robo_orchard_core.utils.config import formats
 from robo_orchard_core.utils.config.document import MAX_BYTES, check
 from robo_orchard_core.utils.config.encoding import encode
-from robo_orchard_core.utils.config.errors import ConfigError, ConfigFieldError, ConfigSyntaxError
+from robo_orchard_core.utils.config.errors import ConfigError, ConfigFieldError
 from robo_orchard_core.utils.config.formats import Format
 from robo_orchard_core.utils.config.loading import Loading, loading
 from robo_orchard_core.utils.config.model import ConfigModel, field_values
@@ -130,7 +130,7 @@ did you mean 'batch_size'?
             format_ = formats.format_of(path)
             with open(path, "rb") as file:
                 content = file.read(MAX_BYTES + 1)
-            return cls.from_str(_decoded(content), format_, trust=trust)
+            return cls.from_str(formats.decoded(content), format_, trust=trust)
         except ConfigError as error:
             error.source = os.fspath(path)
             raise
@@ -168,12 +168,3 @@ did you mean 'batch_size'?
             return type(self)(**values)
         except ValidationError as error:
             raise config_error(error, values) from error
-
-
-def _decoded(content: bytes) -> str:
-    if len(content) > MAX_BYTES:
-        raise ConfigSyntaxError(f"the document is larger than {MAX_BYTES} bytes")
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigSyntaxError(f"expected UTF-8: {error}") from error

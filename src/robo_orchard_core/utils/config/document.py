@@ -21,6 +21,13 @@ MAX_BYTES = 16 * 2**20
 """Size of a document in UTF-8; what is larger is data, and belongs in a file of its own."""
 
 
+Lines: TypeAlias = dict[Path, int]
+"""The line, counted from 1, in which the value at a path begins, or the key that it belongs to."""
+
+MAX_LINES = 20_000
+"""Of how many values a reader tells the lines; the rest belong to what is above them."""
+
+
 class RepeatedKey(dict[str, Plain]):
     """What a parser returns for a mapping that holds a key twice: the checker knows the path."""
 

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from robo_orchard_core.utils.config import json_format, toml_format, yaml_format
 from robo_orchard_core.utils.config.document import (
     MAX_BYTES,
+    Lines,
     Plain,
     check,
     check_text,
@@ -71,8 +72,31 @@ def write(document: dict[str, Plain], format: Format) -> str:  # noqa: A002 - th
     return text
 
 
-def read(text: str, format: Format) -> dict[str, Plain]:  # noqa: A002 - the public word
+def decoded(content: bytes) -> str:
+    """The text of a document's file.
+
+    Raises:
+        ConfigSyntaxError: It is no UTF-8, or larger than `MAX_BYTES`.
+    """
+    if len(content) > MAX_BYTES:
+        raise ConfigSyntaxError(f"the document is larger than {MAX_BYTES} bytes")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigSyntaxError(f"expected UTF-8: {error}") from error
+
+
+def read(
+    text: str,
+    format: Format,  # noqa: A002 - the public word
+    lines: Lines | None = None,
+) -> dict[str, Plain]:
     """The document that the text holds.
+
+    Args:
+        text: The document.
+        format: What it is written in.
+        lines: Is given the line in which each value begins, by its path, as far as it is known.
 
     Raises:
         ConfigSyntaxError: It holds none, or breaks a rule of `document`.
@@ -82,7 +106,7 @@ def read(text: str, format: Format) -> dict[str, Plain]:  # noqa: A002 - the pub
     check_text(text, ())
     if len(text.encode()) > MAX_BYTES:
         raise ConfigSyntaxError(f"the document is larger than {MAX_BYTES} bytes")
-    document = check(reader.read(text))
+    document = check(reader.read(text, lines))
     if not isinstance(document, dict):
         found = type(document).__qualname__
         raise ConfigSyntaxError(f"expected a mapping of fields at the top, found {found}")

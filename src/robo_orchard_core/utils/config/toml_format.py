@@ -12,7 +12,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 
-from robo_orchard_core.utils.config.document import MAX_DEPTH, Plain
+from robo_orchard_core.utils.config.document import MAX_DEPTH, MAX_LINES, Lines, Plain
 from robo_orchard_core.utils.config.errors import ConfigSyntaxError, Path
 
 NONE = {"__none__": True}
@@ -23,6 +23,12 @@ _QUOTED = re.compile(
     r'''"""(?:[^\\]|\\.)*?"""|'{3}.*?'{3}|"(?:[^"\\\n]|\\.)*"|'[^'\n]*'|\#[^\n]*''', re.DOTALL
 )
 _DEEP_KEY = re.compile(rf"""(?<![\w-])(?:(?:[\w-]++|"")[ \t]*\.[ \t]*){{{MAX_DEPTH}}}""")
+_PART = r"""(?:[\w-]++|"(?:[^"\\]|\\.)*+"|'[^']*+')"""
+_DOTTED = rf"{_PART}(?:[ \t]*\.[ \t]*{_PART})*+"
+_LINE = re.compile(
+    rf"[ \t]*(?:(?P<brackets>\[\[?)[ \t]*(?P<table>{_DOTTED})[ \t]*\]"
+    rf"|(?P<setting>{_DOTTED})[ \t]*=)"
+)
 _HEADER = re.compile(r"\s*\[")
 _POSITION = re.compile(r"(.*) \(at (line \d+, column \d+|end of document)\)", re.DOTALL)
 
@@ -86,8 +92,12 @@ def _inline(value: Plain) -> str:
             return f"{{{', '.join(pairs)}}}"
 
 
-def read(text: str) -> object:
+def read(text: str, lines: Lines | None = None) -> object:
     """What the text says; the caller checks it with `document.check`.
+
+    Args:
+        text: The document.
+        lines: Is given the line of each value that has a line of its own, by its path.
 
     Raises:
         ConfigSyntaxError: The text is no TOML (repeated keys included), or is nested too deep.
@@ -96,7 +106,7 @@ def read(text: str) -> object:
     if _DEEP_KEY.search(_QUOTED.sub('""', text)):
         raise ConfigSyntaxError(f"the document is nested deeper than {MAX_DEPTH} levels")
     try:
-        return _with_none(tomllib.loads(text))
+        value = _with_none(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         found = _POSITION.fullmatch(str(error))
         problem, position = found.groups() if found else (str(error), "")
@@ -107,6 +117,57 @@ def read(text: str) -> object:
         raise ConfigSyntaxError("the document is nested too deep to be read") from None
     except ValueError as error:  # an integer of more digits than Python converts
         raise ConfigSyntaxError(f"broken TOML: {error}") from error
+    if lines is not None:
+        lines.update(_lines(text))
+    return value
+
+
+def _lines(text: str) -> Lines:
+    """Where tables and settings stand; the parser doesn't tell."""
+    lines: Lines = {}
+    table: Path = ()
+    entries: dict[Path, int] = {}  # of arrays of tables, the index of the last
+
+    def path_of(above: Path, keys: Path) -> Path:
+        for key in keys:
+            above = (*above, key)
+            if above in entries:
+                above = (*above, entries[above])
+        return above
+
+    for number, line in enumerate(_QUOTED.sub(_in_one_line, text).split("\n"), 1):
+        if (match := _LINE.match(line)) is None:
+            continue
+        if len(lines) == MAX_LINES:
+            break
+        keys = _keys(match["table"] or match["setting"])
+        if match["setting"]:
+            path = path_of(table, keys)
+        elif match["brackets"] == "[[":
+            array = (*path_of((), keys[:-1]), keys[-1])
+            entries[array] = entries.get(array, -1) + 1
+            lines.setdefault(array, number)
+            path = table = (*array, entries[array])
+        else:
+            path = table = path_of((), keys)
+        lines.setdefault(path, number)
+    return lines
+
+
+def _in_one_line(text: re.Match[str]) -> str:
+    """A text of several lines as an empty one that is followed by as many ends of lines."""
+    newlines = text[0].count("\n")
+    return '""' + newlines * "\n" if newlines else text[0]
+
+
+def _keys(text: str) -> tuple[str, ...]:
+    """The keys of a dotted key."""
+    inside: object = tomllib.loads(f"{text} = 0")
+    keys: list[str] = []
+    while isinstance(inside, dict):
+        ((key, inside),) = inside.items()
+        keys.append(key)
+    return tuple(keys)
 
 
 def _path_at(text: str, position: str) -> Path:

@@ -12,7 +12,13 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from robo_orchard_core.utils.config.document import MAX_DEPTH, Plain, RepeatedKey
+from robo_orchard_core.utils.config.document import (
+    MAX_DEPTH,
+    MAX_LINES,
+    Lines,
+    Plain,
+    RepeatedKey,
+)
 from robo_orchard_core.utils.config.errors import ConfigSyntaxError, Path
 
 if TYPE_CHECKING:
@@ -63,8 +69,32 @@ def _is_bare_key(key: str) -> bool:
     return re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key) is not None and key.lower() not in reserved
 
 
-def read(text: str) -> object:
+def scalar(text: str) -> Plain:
+    """What the text means without quotes, by the core schema of YAML 1.2 (its section 10.3).
+
+    >>> scalar("1e-3"), scalar("50 steps"), scalar("null")
+    (0.001, '50 steps', None)
+
+    Raises:
+        ValueError: It says infinity or no number, or has more digits than Python converts.
+    """
+    if text in _WORDS:
+        return _WORDS[text]
+    if _NOT_FINITE.fullmatch(text):
+        raise ValueError(f"expected a finite number, found {text}")
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    if _PREFIXED.fullmatch(text):
+        return int(text, 0)
+    return float(text) if _FLOAT.fullmatch(text) else text
+
+
+def read(text: str, lines: Lines | None = None) -> object:
     """What the text says; the caller checks it with `document.check`.
+
+    Args:
+        text: The document.
+        lines: Is given the line of each value, by its path.
 
     Raises:
         ConfigSyntaxError: The text is no YAML, or holds a tag, an alias or a second document,
@@ -75,7 +105,7 @@ def read(text: str) -> object:
     # libyaml where PyYAML was built with it: ten times faster, the same events.
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        return _Reader(yaml.parse(text, Loader=loader)).document()
+        return _Reader(yaml.parse(text, Loader=loader), lines).document()
     except yaml.MarkedYAMLError as error:
         problem = " ".join(filter(None, (error.context, error.problem)))
         position = _position(error.problem_mark)
@@ -96,8 +126,9 @@ def _refused(problem: str, path: Path, event: yaml.Event) -> ConfigSyntaxError:
 class _Reader:
     """Plain data out of a stream of events, one value for each call of `_value`."""
 
-    def __init__(self, events: Iterator[yaml.Event]) -> None:
+    def __init__(self, events: Iterator[yaml.Event], lines: Lines | None) -> None:
         self._events = events
+        self._lines = lines
 
     def document(self) -> Plain:
         import yaml
@@ -115,12 +146,13 @@ class _Reader:
     def _value(self, event: yaml.Event, path: Path) -> Plain:
         import yaml
 
+        self._note(path, event)
         if isinstance(event, yaml.AliasEvent):
             raise _refused("YAML aliases are not read; write the value out", path, event)
         if getattr(event, "tag", None) is not None:
             raise _refused("YAML tags are not read; write plain data", path, event)
         if isinstance(event, yaml.ScalarEvent):
-            return event.value if event.style else _plain_scalar(event, path)
+            return event.value if event.style else _scalar(event, path)
         if len(path) >= MAX_DEPTH:
             raise _refused(
                 f"the document is nested deeper than {MAX_DEPTH} levels", path[:8], event
@@ -128,6 +160,11 @@ class _Reader:
         if isinstance(event, yaml.SequenceStartEvent):
             return self._list(path)
         return self._mapping(path)
+
+    def _note(self, path: Path, event: yaml.Event) -> None:
+        mark = event.start_mark
+        if self._lines is not None and path and mark and len(self._lines) < MAX_LINES:
+            self._lines.setdefault(path, mark.line + 1)
 
     def _list(self, path: Path) -> list[Plain]:
         import yaml
@@ -148,22 +185,13 @@ class _Reader:
                 raise _refused(f"expected a key of text, found {key!r}; quote it", path, event)
             if key in mapping:
                 repeated = repeated or RepeatedKey(key)
+            self._note((*path, key), event)
             mapping[key] = self._value(next(self._events), (*path, key))
         return mapping if repeated is None else repeated
 
 
-def _plain_scalar(event: yaml.ScalarEvent, path: Path) -> Plain:
-    """A scalar without quotes, by the core schema of YAML 1.2 (its section 10.3)."""
-    text: str = event.value
-    if text in _WORDS:
-        return _WORDS[text]
-    if _NOT_FINITE.fullmatch(text):
-        raise _refused(f"expected a finite number, found {text}", path, event)
+def _scalar(event: yaml.ScalarEvent, path: Path) -> Plain:
     try:
-        if _INTEGER.fullmatch(text):
-            return int(text)
-        if _PREFIXED.fullmatch(text):
-            return int(text, 0)
-    except ValueError as error:  # more digits than Python converts
+        return scalar(event.value)
+    except ValueError as error:
         raise _refused(str(error), path, event) from error
-    return float(text) if _FLOAT.fullmatch(text) else text
