@@ -24,7 +24,11 @@ _PLAIN = (
     *(datetime.date, datetime.time, datetime.timedelta, BaseModel),
 )
 
-DECLARATIONS: dict[str, Any] = {}
+DECLARATIONS: dict[str, Any] = {
+    "numbers:Number": int | float,
+    "numbers:Real": int | float,
+    "numbers:Integral": int,
+}
 """How fields are declared for instances of a class, by its reference, where they are something
 else than parts of this kind: texts for the data types of tensors, None for what no document holds,
 such as tensors."""
