@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import pytest
 from hypothesis import given
@@ -27,6 +27,7 @@ from robo_orchard_core.utils.config import (
 )
 
 HERE = __name__
+T = TypeVar("T")
 FORMATS: tuple[Format, ...] = ("yaml", "toml", "json")
 
 
@@ -93,6 +94,10 @@ class Sized(Shape):
         self.size, self.spots = size, spots
 
 
+class Box(Shape, Generic[T]):
+    pass
+
+
 class Rock:
     """No shape."""
 
@@ -106,6 +111,10 @@ class Loud(Shape):
 
 def unit_square(side: float = 1.0) -> Square:
     return Square(side)
+
+
+def shelf() -> Box[int]:
+    return Box()
 
 
 def a_rock() -> Rock:
@@ -152,6 +161,7 @@ def test_a_class_is_built_with_the_arguments_that_the_document_gives() -> None:
 def test_a_function_that_returns_the_kind_makes_one() -> None:
     """Its return annotation is what counts."""
     assert drawing(part(unit_square)).shape().given == (1.0, "red", None)
+    assert type(drawing(part(shelf)).shape()) is Box
 
 
 @pytest.mark.parametrize("format_", FORMATS)

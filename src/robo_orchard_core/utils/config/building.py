@@ -189,6 +189,13 @@ def hints_of(code: Any) -> dict[str, Any]:
     return _hints(getattr(code, "__init__", code) if isinstance(code, type) else code)
 
 
+def returned_class(function: Callable[..., Any]) -> type | None:
+    """The class whose instances a function returns, if its annotation names one."""
+    result = hints_of(function).get("return")
+    result = get_origin(result) or result
+    return result if isinstance(result, type) and result is not type(None) else None
+
+
 def _hints(code: Any) -> dict[str, Any]:
     """The parameters' types, as far as their names are there; else the text of each."""
     try:

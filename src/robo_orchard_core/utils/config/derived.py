@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar, cast
 from pydantic import create_model
 
 from robo_orchard_core.utils.config.base import Config
-from robo_orchard_core.utils.config.building import call, hints_of
+from robo_orchard_core.utils.config.building import call, hints_of, returned_class
 from robo_orchard_core.utils.config.callable_config import CallableConfig
 from robo_orchard_core.utils.config.class_config import ClassConfig
 from robo_orchard_core.utils.config.errors import ConfigReferenceError
@@ -124,8 +124,7 @@ def function_config_class(function: Callable[..., Any]) -> type[Config]:
     name = "".join(word.capitalize() for word in function.__name__.split("_"))
     field = (Callable[..., Any], ...)
     made: Any = _config_class(function, f"{name}Config", CallableConfig, func=field)
-    result = hints_of(function).get("return")
-    made.makes = isinstance(result, type) and result is not type(None)
+    made.makes = returned_class(function) is not None
     return cast(type[Config], made)
 
 

@@ -147,14 +147,14 @@ class Part:
                 raise ConfigFieldError("a value is required here and none is given", (name,))
 
     def _check_result(self, function: Any) -> None:
-        from robo_orchard_core.utils.config.building import hints_of
+        from robo_orchard_core.utils.config.building import returned_class
 
-        result = hints_of(function).get("return")
-        if not (isinstance(result, type) and any(is_kind(result, k) for k in self.classes)):
-            says = "nothing" if result is None else repr(result)
+        result = returned_class(function)
+        if result is None or not any(is_kind(result, kind) for kind in self.classes):
+            says = "none" if result is None else repr(reference_to(result))
             raise ConfigReferenceError(
                 f"expected a function that returns {self._names()} by its return annotation; "
-                f"that of {reference_to(function)!r} says {says}",
+                f"that of {reference_to(function)!r} names {says}",
                 ("func",),
             )
 
