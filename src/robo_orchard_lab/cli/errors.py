@@ -99,7 +99,7 @@ def _told(error: BaseException) -> tuple[str, list[str]]:
             return _of_config(error)
         case _ if _is_of_pipeline(error, "PipelineConfigError"):
             return _first_line(error), []
-        case _ if _is_of_pipeline(error, "RankFailed"):
+        case _ if _is_of_pipeline(error, "RankFailed") or _is_of_pipeline(error, "StateError"):
             return _first_line(error), []
     return _of_others(error)
 

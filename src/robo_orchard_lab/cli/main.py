@@ -23,6 +23,12 @@ from robo_orchard_lab.cli.output import discard_output, note, reader_is_gone, st
 
 _MODULES = "robo_orchard_lab.cli.commands"
 COMMANDS = {
+    "Runs": {
+        "checkpoint": (
+            "List, show, verify, export and prune checkpoints.",
+            f"{_MODULES}.checkpoint",
+        ),
+    },
     "This installation": {
         "doctor": ("Show versions, devices, and what is missing.", f"{_MODULES}.doctor"),
         "completion": ("Print what completes commands in a shell.", f"{_MODULES}.completion"),

@@ -26,6 +26,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from robo_orchard_core.utils.config.errors import ConfigError
 from robo_orchard_lab.experiment.git_state import git_state
 
 CONFIG_FILE = "config.yaml"
@@ -36,7 +37,7 @@ _LEVELS = 3  # a checkpoint lies in RUN/checkpoints/step_00000001
 _START = re.compile(r"([0-9]{4,9})\.json")
 
 
-class NoRunError(ValueError):
+class NoRunError(ConfigError):
     """A path that leads to no run; the message says what was expected there."""
 
 

@@ -184,12 +184,32 @@ class OpenCheckpoint:
 
     def _shards_in(self, name: str) -> list[SavedShard]:
         """The shards in a file, by its header alone."""
+        layout = self.layout(name)
+        with self._in_file(name):
+            return shards_of(layout)
+
+    def layout(self, name: str) -> TensorLayout:
+        """Which tensors are in one of its safetensors files, by its header, which is not verified.
+
+        Raises:
+            CheckpointError: the file has another size than it was written with, or no such header.
+        """
         entry = self.manifest.files[name]
         with self._in_file(name), _closing(self._open_entry(name, entry)) as descriptor:
             begin = os.pread(descriptor, LENGTH_BYTES, 0)
             length = TensorLayout.beginning_length(begin, entry.size, self._limits)
             beginning = bytes(bytes_of(_read(descriptor, length)))
-            return shards_of(TensorLayout.parse_beginning(beginning, entry.size, self._limits))
+            return TensorLayout.parse_beginning(beginning, entry.size, self._limits)
+
+    def check_sizes(self) -> None:
+        """See whether all files are there, with as many bytes as they were written with.
+
+        Raises:
+            CheckpointError: one isn't.
+        """
+        for name, entry in self.manifest.files.items():
+            with self._in_file(name):
+                os.close(self._open_entry(name, entry))
 
     def verify(self) -> None:
         """Compare every file of every rank with its digest.

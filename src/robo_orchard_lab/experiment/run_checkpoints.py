@@ -1,0 +1,111 @@
+"""The checkpoints of a run, found by whatever path someone gives of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from robo_orchard_core.utils.config.errors import ConfigError
+from robo_orchard_core.utils.config.formats import read
+from robo_orchard_lab.experiment.run_folder import NoRunError, run_at
+from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, Retention
+from robo_orchard_lab.pipeline.checkpoint.folder_names import BEST, LAST, step_of
+from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE
+from robo_orchard_lab.pipeline.errors import CheckpointError
+from robo_orchard_lab.pipeline.hooks.save_checkpoint import FOLDER
+from robo_orchard_lab.pipeline.job_log import job_logger
+
+logger = job_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointPlace:
+    """Where checkpoints are, and which one is meant."""
+
+    root: Path
+    """The folder that has them."""
+    chosen: Path | None = None
+    """The one that was named; None where all were."""
+    policy: Mapping[str, Any] = field(default_factory=dict)
+    """What the run's file says of its checkpoints: fields of ``SaveCheckpoint``."""
+
+    def retention(self, **given: Any) -> Retention:
+        """What the run keeps, or what is given instead.
+
+        Raises:
+            PipelineConfigError: these don't go together.
+        """
+        names = ("keep_last", "keep_every", "keep_best", "monitor", "mode")
+        said = {name: self.policy[name] for name in names if self.policy.get(name) is not None}
+        return Retention(**{**said, **given})
+
+    def pick(self, *, best: bool = False) -> Path:
+        """The one that is meant: that which was named, the best, or the newest that is whole.
+
+        Which ones are passed over since they are not as they were written, the log says.
+
+        Raises:
+            NoRunError: nothing says which one is best.
+            CheckpointError: there is none, or the best one is not as it was written.
+        """
+        if self.chosen is not None and not best:
+            return self.chosen
+        if best and "monitor" not in self.policy and not (self.root / BEST).is_symlink():
+            raise NoRunError(
+                f"nothing says which checkpoint in {self.root} is best: the run has no "
+                "checkpoint.monitor"
+            )
+        store = CheckpointStore(self.root, retention=self.retention())
+        if best:
+            [found] = store.verify(BEST)
+            if found.problem is not None:
+                raise CheckpointError(found.problem)
+            return found.path
+        for info in reversed(store.list()):
+            [found] = store.verify(info.path)
+            if found.problem is None:
+                return info.path
+            logger.warning("passed over %s: %s", info.path, found.problem)
+        raise CheckpointError(f"there is no whole checkpoint in {self.root}")
+
+
+def checkpoints_at(path: str | os.PathLike[str]) -> CheckpointPlace:
+    """Where the checkpoints are that are meant by a run, the folder of them, or one of them.
+
+    Raises:
+        NoRunError: it is none of these.
+        ConfigError: the run's file can't be read.
+    """
+    path = Path(path)
+    if path.is_dir() and not (path / MANIFEST_FILE).is_file() and _has_some(path):
+        return CheckpointPlace(path, policy=_policy(path.parent))
+    if (path / MANIFEST_FILE).is_file():
+        root = path.resolve().parent if path.is_symlink() else path.parent
+        return CheckpointPlace(root, path, _policy(root.absolute().parent))
+    place = run_at(path)
+    policy = _policy(place.folder)
+    root = place.folder / Path(policy.get("folder") or FOLDER)
+    if not root.is_dir():
+        raise NoRunError(f"the run in {place.folder} has no checkpoints: there is no {root}")
+    return CheckpointPlace(root, place.checkpoint, policy)
+
+
+def _has_some(folder: Path) -> bool:
+    return any(step_of(name) is not None or name == LAST for name in os.listdir(folder))
+
+
+def _policy(run_folder: Path) -> Mapping[str, Any]:
+    """As it stands in the file; nothing of it is built, so it needs no trust."""
+    try:
+        file = run_at(run_folder).config
+    except NoRunError:
+        return {}
+    try:
+        policy = read(file.read_text(encoding="utf-8"), "yaml").get("checkpoint")
+    except ConfigError as error:
+        error.source = os.fspath(file)
+        raise
+    return policy if isinstance(policy, dict) else {}

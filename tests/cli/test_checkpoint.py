@@ -1,0 +1,209 @@
+"""``checkpoint``: its commands, on the checkpoints of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from importlib import import_module
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.cli.running import run
+
+from robo_orchard_lab.cli.commands.checkpoint import command as group
+from robo_orchard_lab.cli.main import main
+from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, Retention
+
+SUBCOMMANDS = ["list", "show", "verify", "export", "prune"]
+
+
+@pytest.fixture(scope="module")
+def kept_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with four checkpoints, of which that of step 20 is the best."""
+    folder = tmp_path_factory.mktemp("run")
+    retention = Retention(keep_best=1, monitor="loss")
+    with CheckpointStore(folder / "checkpoints", retention=retention) as store:
+        for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, 4.0)):
+            weights = {"weight": torch.full((2, 3), float(step)), "bias": torch.zeros(2)}
+            progress = {"version": 1, "epoch_id": step // 20, "global_step_id": step}
+            parts = {"model": weights, "trainer": {"progress": progress}}
+            about = {"command": "train.py", "reason": "every 10 steps"}
+            store.save(step, parts, metrics={"loss": loss}, metadata=about)
+    text = "checkpoint: {keep_last: 3, keep_best: 1, monitor: loss, mode: min}\n"
+    (folder / "config.yaml").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def kept(kept_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, named by a relative path."""
+    shutil.copytree(kept_run, tmp_path / "runs" / "first", symlinks=True)
+    monkeypatch.chdir(tmp_path)
+    return Path("runs/first")
+
+
+def damage(run_folder: Path, step: int) -> None:
+    """Change a byte of the weights, and nothing of the size."""
+    file = run_folder / "checkpoints" / f"step_{step:08d}" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_each_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A command's help tells how it is used, what it does, and its options."""
+    assert main(["checkpoint", name, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"Usage: robo-orchard-lab checkpoint {name}")
+    command = import_module(f"robo_orchard_lab.cli.commands.checkpoint.{name}").command
+    assert all(option.help for option in command.params if isinstance(option, click.Option))
+    assert [*group.list_commands(click.Context(group))] == SUBCOMMANDS
+
+
+def test_help_comes_without_torch() -> None:
+    """Help is printed by a process that has not imported torch."""
+    done = run("checkpoint", "list", "--help", variables={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert done.code == 0
+    assert "| torch" not in done.err
+
+
+def test_list_shows_each_checkpoint(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line for each, with its step, epoch, size, age, state and metrics."""
+    assert main(["checkpoint", "list", str(kept)]) == 0
+    headings, *lines = capsys.readouterr().out.splitlines()
+    assert headings.split() == ["STEP", "EPOCH", "SIZE", "SAVED", "STATE", "METRICS"]
+    assert [line.split()[0] for line in lines] == ["10", "20", "30", "40"]
+    assert [line.split()[1] for line in lines] == ["0", "1", "1", "2"]
+    assert "complete, best" in lines[1]
+    assert "complete, last" in lines[3]
+    assert lines[3].endswith("loss 4")
+
+
+def test_list_tells_what_is_not_whole(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that lacks bytes, and a manifest that can't be read, show in the list."""
+    root = kept / "checkpoints"
+    file = root / "step_00000010" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    (root / "step_00000030" / "manifest.json").write_text("{}")
+    assert main(["checkpoint", "list", str(root), "--json"]) == 0
+    found = {Path(each["path"]).name: each for each in json.loads(capsys.readouterr().out)}
+    size = file.stat().st_size
+    expected = f"model.safetensors: expected {size + 1} bytes, found {size}"
+    assert expected in found["step_00000010"]["problem"]
+    assert found["step_00000020"]["problem"] is None
+    assert "not that of a checkpoint" in found["step_00000030"]["problem"]
+    assert main(["checkpoint", "list", str(root)]) == 0
+    assert "damaged: " in capsys.readouterr().out
+
+
+def test_show_tells_what_is_inside(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The newest one's step, command and files, and with --tensors every tensor."""
+    assert main(["checkpoint", "show", str(kept), "--tensors"]) == 0
+    shown = capsys.readouterr().out
+    assert "step:        40" in shown
+    assert "command:     train.py" in shown
+    assert "2 tensors, 8 numbers" in shown
+    assert "model.safetensors  weight  float32  [2, 3]" in shown
+    assert main(["checkpoint", "show", str(kept), "--best", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["step"], found["metrics"]) == (20, {"loss": 1.0})
+    [model] = [file for file in found["files"] if file["part"] == "model"]
+    assert {tensor["name"] for tensor in model["tensors"]} == {"weight", "bias"}
+
+
+def test_verify_finds_a_changed_byte(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All whole: 0; a changed byte: 1, and which file it is in."""
+    assert main(["checkpoint", "verify", str(kept)]) == 0
+    assert capsys.readouterr().out.count(": whole") == 4
+    damage(kept, 30)
+    assert main(["checkpoint", "verify", str(kept), "--json"]) == 1
+    problems = [each["problem"] for each in json.loads(capsys.readouterr().out)]
+    assert [problem is None for problem in problems] == [True, True, False, True]
+    assert main(["checkpoint", "verify", str(kept / "checkpoints" / "last")]) == 0
+    assert main(["checkpoint", "verify", str(kept / "checkpoints" / "step_00000030")]) == 1
+    assert "step_00000030/model.safetensors: its digest is" in capsys.readouterr().out
+
+
+def test_export_writes_plain_safetensors(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The newest whole weights, the best, or those of one checkpoint, for plain safetensors."""
+    assert main(["checkpoint", "export", str(kept)]) == 0
+    assert "step_00000040 are in model.safetensors" in capsys.readouterr().out
+    assert load_file("model.safetensors")["weight"].eq(40).all()
+    for path, options, step in (
+        (kept, ["--best"], 20),
+        (kept / "checkpoints/step_00000010", [], 10),
+    ):
+        assert (
+            main(["checkpoint", "export", str(path), "other.safetensors", "--force", *options]) == 0
+        )
+        assert load_file("other.safetensors")["weight"].eq(step).all()
+
+
+def test_export_passes_over_what_is_damaged(kept: Path) -> None:
+    """A damaged newest one is passed over; one that is named is not."""
+    damage(kept, 40)
+    assert main(["checkpoint", "export", str(kept)]) == 0
+    assert load_file("model.safetensors")["weight"].eq(30).all()
+    named = str(kept / "checkpoints" / "step_00000040")
+    assert main(["checkpoint", "export", named, "other.safetensors"]) == 1
+    assert not os.path.exists("other.safetensors")
+
+
+def test_prune_goes_by_the_runs_file(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run's own rules count, and what is given in their place; a dry run removes nothing."""
+    assert main(["checkpoint", "prune", str(kept), "--keep-last", "1", "--dry-run", "--json"]) == 0
+    found = {Path(d["path"]).name[-2:]: d["removed"] for d in json.loads(capsys.readouterr().out)}
+    assert found == {"10": True, "20": False, "30": True, "40": False}
+    assert len([*(kept / "checkpoints").glob("step_*")]) == 4
+    assert main(["checkpoint", "prune", str(kept)]) == 0
+    shown = capsys.readouterr().out
+    assert "step_00000010  removed  no rule keeps it" in shown
+    assert "number 1 by loss" in shown
+    assert sorted(path.name[-2:] for path in (kept / "checkpoints").glob("step_*")) == [
+        *("20", "30", "40")
+    ]
+
+
+def test_prune_leaves_a_run_alone_that_goes_on(
+    kept: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While another one writes there, nothing is removed."""
+    with CheckpointStore(kept / "checkpoints"):
+        assert main(["checkpoint", "prune", str(kept), "--keep-last", "1"]) == 1
+    assert "is being written to by" in capsys.readouterr().err
+    assert len([*(kept / "checkpoints").glob("step_*")]) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["list", "runs/second"], "there is no runs/second; expected the folder of a run"),
+        (["list", "."], "not the folder of a run: it has no config.yaml"),
+        (["show"], "missing argument 'PATH'"),
+        (["prune", "runs/first/checkpoints", "--keep-last", "0"], "0 is not in the range x>=1"),
+        (["export", "runs/first", "model.bin"], "expected a name that ends in .safetensors"),
+        (["export", "runs/first", "nowhere/model.safetensors"], "there is no folder nowhere"),
+        (["export", "runs/first", "there.safetensors"], "there.safetensors is there already"),
+        (["export", "runs/plain", "--best"], "nothing says which checkpoint in runs/plain"),
+        (["prune", "runs/plain"], "nothing says how many checkpoints"),
+        (["list", "runs/empty"], "the run in runs/empty has no checkpoints"),
+        (["list", "runs/broken"], "runs/broken/config.yaml"),
+        (["lst", "runs/first"], "there is no command 'lst'; did you mean 'list'?"),
+    ],
+)
+def test_wrong_use_is_told(
+    kept: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wrong use ends with 2 and says what was expected, without output."""
+    Path("there.safetensors").write_bytes(b"")
+    shutil.copytree(kept, "runs/plain", ignore=shutil.ignore_patterns("best"), symlinks=True)
+    Path("runs/plain/config.yaml").write_text("checkpoint: {}\n")
+    for name, text in (("empty", "seed: 0\n"), ("broken", "seed: [\n")):
+        Path("runs", name).mkdir()
+        Path("runs", name, "config.yaml").write_text(text)
+    assert main(["checkpoint", *arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert said in shown.err
