@@ -52,6 +52,7 @@ LAYERS = [
     "robo_orchard_lab.pipeline.sharded_model",
     "robo_orchard_lab.pipeline.evaluator",
     "robo_orchard_lab.pipeline.quarantine",
+    "robo_orchard_lab.pipeline.run_path",
     "robo_orchard_lab.pipeline.sinks",
     "robo_orchard_lab.pipeline.hooks",
     "robo_orchard_lab.pipeline.trainer",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate.utils import DistributedType
@@ -17,6 +17,7 @@ from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfi
 from robo_orchard_lab.pipeline.hooks._averaged_weights import AveragedWeights
 from robo_orchard_lab.pipeline.plain_model import plain_model
 from robo_orchard_lab.pipeline.requests import StopRequest
+from robo_orchard_lab.pipeline.run_path import RunPath
 from robo_orchard_lab.pipeline.schedule import Last
 
 STATE_VERSION = 1
@@ -237,7 +238,7 @@ class EMAConfig(PipelineHooksConfig[EMA]):
         description="The data type to average in; None for that of each parameter, and float32 "
         "for those in half precision.",
     )
-    export_path: str | None = Field(
+    export_path: Annotated[str | None, RunPath()] = Field(
         default=None,
         description="Where to write the average at the end of the run: a safetensors file, which "
         "is replaced.",

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, field_validator
@@ -21,6 +21,7 @@ from robo_orchard_lab.pipeline.hooks._best_value import BestValue, Mode
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricValue, number_text
 from robo_orchard_lab.pipeline.requests import Requests
+from robo_orchard_lab.pipeline.run_path import RunPath
 
 logger = job_logger(__name__)
 
@@ -163,7 +164,9 @@ class KeepBestConfig(PipelineHooksConfig[KeepBest]):
     class_type: type[KeepBest] = KeepBest
     monitor: str = Field(description="The name of the metric, such as 'eval/val/loss'.")
     mode: Mode = Field(description="Whether the smallest ('min') or largest ('max') is best.")
-    path: Path = Field(description="The file to write, *.safetensors; its folder is made.")
+    path: Annotated[Path, RunPath()] = Field(
+        description="The file to write, *.safetensors; its folder is made."
+    )
     min_delta: float = Field(
         default=0.0, ge=0, description="Better is what is better by more than this."
     )

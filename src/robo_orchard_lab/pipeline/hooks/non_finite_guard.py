@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import torch
 from accelerate.utils import DistributedType
@@ -27,6 +27,7 @@ from robo_orchard_lab.pipeline.hooks._non_finite_error import (
 )
 from robo_orchard_lab.pipeline.hooks._window_recorder import ObservedUpdate, WindowRecorder
 from robo_orchard_lab.pipeline.plain_model import plain_model
+from robo_orchard_lab.pipeline.run_path import RunPath
 
 __all__ = ["NonFiniteError", "NonFiniteGuard", "NonFiniteGuardConfig"]
 
@@ -329,7 +330,7 @@ class NonFiniteGuardConfig(PipelineHooksConfig[NonFiniteGuard]):
         description="With policy='skip': put the model's buffers back as they were before the "
         "window, for the price of copying them ahead of each.",
     )
-    quarantine: Path | None = Field(
+    quarantine: Annotated[Path | None, RunPath()] = Field(
         default=None,
         description="The folder in which windows that are not finite are written, each as "
         "step_<its last global step>, for a replay; None writes none.",

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -32,6 +32,7 @@ from robo_orchard_lab.pipeline.hooks._best_value import Mode
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricValue, number_text
 from robo_orchard_lab.pipeline.requests import Request
+from robo_orchard_lab.pipeline.run_path import RunPath
 from robo_orchard_lab.pipeline.schedule import ScheduleField
 
 logger = job_logger(__name__)
@@ -281,7 +282,7 @@ class SaveCheckpointConfig(PipelineHooksConfig[SaveCheckpoint]):
         description="When, such as '1000 steps | 30 min'; None for the end of the run, and when "
         "a hook asks, alone.",
     )
-    folder: Path | None = Field(
+    folder: Annotated[Path | None, RunPath()] = Field(
         default=None,
         description="Where; by default 'checkpoints' in the trainer's run_folder.",
     )

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 import torch
@@ -21,6 +21,7 @@ from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfi
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.plain_model import plain_model
 from robo_orchard_lab.pipeline.requests import Request, StopRequest
+from robo_orchard_lab.pipeline.run_path import RunPath
 from robo_orchard_lab.pipeline.schedule import Last, ScheduleField
 from robo_orchard_lab.pipeline.sharded_model import whole_weights
 
@@ -137,7 +138,7 @@ class SaveModelConfig(PipelineHooksConfig[SaveModel]):
         default=None, description="The schedule by which it is written, such as '1 epoch'."
     )
     at_end: bool = Field(default=True, description="Whether it is written at the end of the run.")
-    folder: Path | None = Field(
+    folder: Annotated[Path | None, RunPath()] = Field(
         default=None,
         description=f"The folder to write to; by default {MODEL_FOLDER}/ in the run's folder.",
     )

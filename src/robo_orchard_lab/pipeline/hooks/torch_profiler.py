@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -15,6 +15,7 @@ from torch.profiler import ProfilerAction, profile
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
+from robo_orchard_lab.pipeline.run_path import RunPath
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +127,9 @@ class TorchProfilerHookConfig(PipelineHooksConfig[TorchProfilerHook]):
     """
 
     class_type: type[TorchProfilerHook] = TorchProfilerHook
-    folder: str = Field(description="Where the traces go, in a folder for each rank.")
+    folder: Annotated[str, RunPath()] = Field(
+        description="Where the traces go, in a folder for each rank."
+    )
     start_step: int = Field(
         default=10, ge=0, description="The first step to record: a step of the run, from 0."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import IO
+from typing import IO, Annotated
 
 from pydantic import Field
 
@@ -13,6 +13,7 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.durable import remove_leftovers, replace_file, write_file
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
 from robo_orchard_lab.pipeline.progress import TrainerProgress
+from robo_orchard_lab.pipeline.run_path import RunPath
 from robo_orchard_lab.pipeline.sinks._json_line import is_torn, line_of, record_of
 from robo_orchard_lab.pipeline.sinks._locked_file import open_to_append
 from robo_orchard_lab.pipeline.sinks.sink import SinkConfig
@@ -94,7 +95,7 @@ class JsonLinesSinkConfig(SinkConfig[JsonLinesSink]):
     """
 
     class_type: type[JsonLinesSink] = JsonLinesSink
-    path: str = Field(
+    path: Annotated[str, RunPath()] = Field(
         default="metrics.jsonl",
         min_length=1,
         description="The file, from the working directory; missing folders are made.",

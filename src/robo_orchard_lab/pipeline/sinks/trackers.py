@@ -6,7 +6,7 @@ import importlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from pydantic import Field
@@ -14,6 +14,7 @@ from pydantic import Field
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
+from robo_orchard_lab.pipeline.run_path import RunPath
 from robo_orchard_lab.pipeline.sinks.group import SinkGroup
 from robo_orchard_lab.pipeline.sinks.sink import MetricsSink, SinkConfig
 
@@ -138,10 +139,10 @@ class TrackerSinkConfig(SinkConfig[TrackerSink]):
         description="Names of trackers, such as 'tensorboard', 'wandb', 'mlflow' or 'trackio'; "
         "by default those that the Accelerator was made with.",
     )
-    project: str = Field(
+    project: Annotated[str, RunPath(joined=False)] = Field(
         default="training", min_length=1, description="The name to log under in each tracker."
     )
-    folder: str | None = Field(
+    folder: Annotated[str | None, RunPath()] = Field(
         default=None,
         min_length=1,
         description="Where trackers that write files put them; by default the Accelerator's "

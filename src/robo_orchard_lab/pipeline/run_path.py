@@ -1,0 +1,99 @@
+"""Paths of what a run writes: in an experiment's file, they lie in the run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any, TypeVar
+
+from robo_orchard_core.utils.config import Config, ConfigFieldError
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+@dataclass(frozen=True)
+class RunPath:
+    """What stands in ``Annotated`` for a config's field that names a file or folder to write.
+
+    Where a hook is built by a script, such a path is that of the script, from the working
+    directory. In an experiment it is one in the run's folder, and can't lead out of it.
+
+    >>> from typing import Annotated
+    >>> class Dump(Config):
+    ...     path: Annotated[str, RunPath()] = "dump.txt"
+    >>> in_run_folder(Dump(), Path("runs/first")).path
+    'runs/first/dump.txt'
+
+    Attributes:
+        joined: whether the run's folder comes in front of it; else something else does that lies
+            in there, and the path is only checked.
+    """
+
+    joined: bool = True
+
+
+def check_run_paths(config: Config) -> None:
+    """That all such paths in a config, and in those within, stay in the run's folder.
+
+    Raises:
+        ConfigFieldError: one of them does not, and where it is.
+    """
+    for _ in _walked(config, Path()):
+        pass
+
+
+def in_run_folder(config: ConfigT, folder: Path) -> ConfigT:
+    """The same config with all such paths, and those of configs within, in a run's folder.
+
+    Raises:
+        ConfigFieldError: one of them leads out of it, and where it is.
+    """
+    changes = dict(_walked(config, folder))
+    return config.model_copy(update=changes) if changes else config
+
+
+def _walked(config: Config, folder: Path) -> Iterator[tuple[str, Any]]:
+    """The fields that have another value in the folder."""
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        marks = [mark for mark in field.metadata if isinstance(mark, RunPath)]
+        try:
+            inside = _placed(value, folder, marks[0]) if marks else _within(value, folder)
+        except ConfigFieldError as error:
+            raise error.under((name,)) from error.__cause__
+        if inside is not value:
+            yield name, inside
+
+
+def _within(value: Any, folder: Path) -> Any:
+    """A value with what it has of configs in the folder; itself where that is the same."""
+    if isinstance(value, Config):
+        return in_run_folder(value, folder)
+    if isinstance(value, dict):
+        parts: list[tuple[Any, Any]] = list(value.items())
+    elif isinstance(value, (list, tuple)):
+        parts = list(enumerate(value))
+    else:
+        return value
+    inside = {}
+    for key, part in parts:
+        try:
+            inside[key] = _within(part, folder)
+        except ConfigFieldError as error:
+            raise error.under((key,)) from error.__cause__
+    if all(inside[key] is part for key, part in parts):
+        return value
+    return inside if isinstance(value, dict) else type(value)(inside.values())
+
+
+def _placed(value: Any, folder: Path, mark: RunPath) -> Any:
+    if value is None:
+        return None
+    path = PurePath(value)
+    if path.is_absolute() or ".." in path.parts or "\0" in str(path):
+        raise ConfigFieldError(
+            f"expected a path within the run's folder, from there on, found {str(path)!r}; leave "
+            "out a leading '/' and any '..'"
+        )
+    return type(value)(folder / path) if mark.joined else value
