@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from robo_orchard_core.utils.config import Config, ConfigFieldError
+from robo_orchard_core.utils.config import Config, ConfigError, ConfigFieldError, TrustLike
+from robo_orchard_core.utils.config.document import check
+from robo_orchard_lab.experiment.catalogue import with_definitions
+from robo_orchard_lab.experiment.document import ExperimentDocument, read_experiment
+from robo_orchard_lab.experiment.overrides import Override, from_mapping
 from robo_orchard_lab.experiment.parts import (
     AcceleratorConfig,
     BatchProcessorPart,
@@ -101,6 +107,69 @@ class ExperimentConfig(Config):
             raise ConfigFieldError(
                 "there is no optimizer whose learning rates could change", ("schedule",)
             )
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any], *, trust: TrustLike = ()) -> Self:
+        """The experiment that plain data describes; short and public names of code count.
+
+        Args:
+            document: Fields and their values.
+            trust: Packages and classes that it may name, beside those of the catalogue.
+
+        Raises:
+            ConfigError: Of the kind that says what is wrong, with the place.
+        """
+        plain = check(dict(document))
+        assert isinstance(plain, dict)
+        named = {key: with_definitions(value, (key,)) for key, value in plain.items()}
+        return super().from_dict(named, trust=trust)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        trust: TrustLike = (),
+        overrides: Mapping[str, Any] | Iterable[Override] = (),
+        environ: Mapping[str, str] | None = None,
+    ) -> Self:
+        """The experiment that a file describes, with the files that it builds on.
+
+        Args:
+            path: YAML, TOML or JSON, as its suffix says.
+            trust: Packages and classes that it may name, beside those of the catalogue.
+            overrides: What counts more than the file: values by their dotted paths.
+            environ: Environment variables whose overrides count more than those; none by default.
+
+        Raises:
+            ConfigError: Of the kind that says what is wrong, with the file, the line and the place.
+            OSError: The file can't be read.
+        """
+        given = from_mapping(overrides) if isinstance(overrides, Mapping) else overrides
+        return cls.from_document(read_experiment(path, overrides=given, environ=environ), trust)
+
+    @classmethod
+    def from_document(cls, document: ExperimentDocument, trust: TrustLike = ()) -> Self:
+        """The experiment that was read by `read_experiment`.
+
+        What was typed as a value counts as text where the field wants text.
+
+        Raises:
+            ConfigError: Of the kind that says what is wrong, with the file, the line and the place.
+        """
+        refused: ConfigFieldError | None = None
+        while True:
+            try:
+                return super().from_dict(document.document, trust=trust)
+            except ConfigFieldError as error:
+                as_text = document.with_text(error.path)
+                if refused is not None and refused.path == error.path:
+                    as_text, error = None, refused
+                if as_text is None:
+                    raise document.located(error) from error.__cause__
+                refused, document = error, as_text
+            except ConfigError as error:
+                raise document.located(error) from error.__cause__
 
     def folder(self) -> Path:
         """The run's folder."""
