@@ -1,0 +1,158 @@
+"""What commands take that are about an experiment: a file, trust, and fields over what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from robo_orchard_lab.cli import main as program
+from robo_orchard_lab.cli.errors import CommandError, lines_of
+from robo_orchard_lab.cli.experiment_arguments import (
+    ExperimentArguments,
+    ExperimentCommand,
+    file_argument,
+)
+from robo_orchard_lab.cli.main import main
+
+got: list[tuple[Path, bool, str | None, ExperimentArguments]] = []
+
+
+@click.command("take", cls=ExperimentCommand, lists_fields=True)
+@file_argument
+@click.option("--flag", is_flag=True, help="A flag.")
+@click.option("-o", "--output", help="A text.")
+def take(file: Path, flag: bool, output: str | None, experiment: ExperimentArguments) -> None:
+    """Take all that there is."""
+    got.append((file, flag, output, experiment))
+
+
+@pytest.fixture(autouse=True)
+def _only_this_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    got.clear()
+    monkeypatch.setattr(program, "_program", lambda: take)
+
+
+def taken(*arguments: str) -> tuple[Path, bool, str | None, ExperimentArguments]:
+    assert main(arguments) == 0
+    return got.pop()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["a.yaml", "--seed", "3", "--hooks.bar=null", "--flag", "--trust", "x", "--trust=y"],
+        ["--seed=3", "--trust", "x", "--hooks.bar", "null", "--flag", "a.yaml", "--trust", "y"],
+        ["--flag", "--trust=x", "--seed", "3", "--trust", "y", "--hooks.bar=null", "--", "a.yaml"],
+    ],
+)
+def test_fields_and_options_stand_in_any_order(arguments: list[str]) -> None:
+    """Fields, with a space or an equals sign, options and the file are told apart anywhere."""
+    file, flag, output, experiment = taken(*arguments)
+    assert (file, flag, output) == (Path("a.yaml"), True, None)
+    assert experiment.trust_names == ("x", "y")
+    assert [(o.path, o.value) for o in experiment.overrides] == [
+        (("seed",), 3),
+        (("hooks", "bar"), None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        (["--optimizer.lr", "-1"], -1),
+        (["--optimizer.lr", "-1e-3"], -1e-3),
+        (["--name=--odd"], "--odd"),
+        (["--name", "a b"], "a b"),
+        (["--data.evaluation", "{}"], {}),
+        (["--name=a=b"], "a=b"),
+        (["--name="], None),
+    ],
+)
+def test_values_may_look_like_options(typed: list[str], value: Any) -> None:
+    """A value may begin with one dash, and behind an equals sign be anything."""
+    *_, experiment = taken("a.yaml", *typed)
+    assert [override.value for override in experiment.overrides] == [value]
+
+
+def test_options_keep_their_values() -> None:
+    """The value of one of the command's own options is no field, whatever it looks like."""
+    _, _, output, experiment = taken("a.yaml", "--output", "--seed", "-o", "--seed")
+    assert (output, experiment.overrides) == ("--seed", ())
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["--sed", "3"], "there is no option or field --sed; did you mean --seed?"),
+        (["--flagg"], "there is no option or field --flagg; did you mean --flag?"),
+        (
+            ["--trainr.max_epoch=3"],
+            "--trainr.max_epoch; did you mean --trainer.max_epoch?",
+        ),
+        (
+            ["--hoks.bar.every", "x"],
+            "--hoks.bar.every; did you mean --hooks.bar.every?",
+        ),
+        (
+            ["--run-folder", "x"],
+            "--run-folder; did you mean --run_folder?",
+        ),
+        (["--zzz"], "there is no option or field --zzz; see --help"),
+        (["--seed"], "--seed needs a value, as in --seed=VALUE"),
+        (["--seed", "--flag"], "--seed needs a value, as in --seed=VALUE"),
+        (["--output"], "option '--output' requires an argument"),
+        (["--trainer..x=3"], "expected keys with dots between them"),
+        (["--seed=[1"], "command line: --seed: seed: "),
+    ],
+)
+def test_what_is_misspelt_is_told_with_the_nearest(
+    typed: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A misspelt option or field is told with the nearest of both; nothing is done."""
+    assert main(["a.yaml", *typed]) == 2
+    assert said in capsys.readouterr().err
+    assert got == []
+
+
+def test_help_lists_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    """Help has each field of an experiment with what it is, takes, and is by default."""
+    assert main(["--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Usage: robo-orchard-lab [OPTIONS] [--FIELD VALUE ...] FILE" in shown
+    assert "--seed Of weights, of the order of data, of noise. (int; default: 0)" in shown
+    assert "--model What is trained: any module. (Module; required)" in shown
+    assert "--data.train.batch_size Samples in a batch of one process; null: the dataset" in shown
+    assert "('batch' | 'sample' | 'none'; default: batch)" in shown
+    assert "(SaveCheckpoint's fields | null; default: {})" in shown
+
+
+def test_a_file_that_is_not_there_is_told_with_the_nearest(tmp_path: Path) -> None:
+    """A misspelt file's name is told with that of one that is there."""
+    (tmp_path / "digits.yaml").write_text("name: x")
+    (tmp_path / "digits.txt").write_text("name: x")
+    with pytest.raises(CommandError) as caught:
+        ExperimentArguments().read(tmp_path / "digit.yml")
+    assert lines_of(caught.value) == [
+        f"error: there is no file {tmp_path}/digit.yml",
+        f"       did you mean {tmp_path}/digits.yaml?",
+    ]
+
+
+def test_what_is_typed_goes_over_the_environment_and_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command line is stronger than the environment, which is stronger than the file."""
+    (tmp_path / "a.yaml").write_text("name: file\nseed: 1\nresume: auto\n")
+    monkeypatch.setenv("ROBO_ORCHARD_LAB__SEED", "2")
+    monkeypatch.setenv("ROBO_ORCHARD_LAB__NAME", "environment")
+    *_, experiment = taken(str(tmp_path / "a.yaml"), "--seed", "3")
+    read = experiment.read(tmp_path / "a.yaml")
+    assert read.document == {"name": "environment", "seed": 3, "resume": "auto"}
+    assert [str(read.origins[(name,)]) for name in ("seed", "name", "resume")] == [
+        "command line: --seed",
+        "environment: ROBO_ORCHARD_LAB__NAME",
+        f"{tmp_path}/a.yaml:3",
+    ]
