@@ -24,6 +24,7 @@ from robo_orchard_core.utils.config import (
     Part,
     TrustError,
     config_of,
+    function_of,
 )
 
 HERE = __name__
@@ -193,6 +194,29 @@ def test_a_config_class_beside_the_class_is_taken() -> None:
     assert config.shape().cfg.corners == 5
 
 
+class Times:
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+
+    def __call__(self, value: int) -> int:
+        return self.factor * value
+
+
+def total(*numbers: int) -> int:
+    return sum(numbers)
+
+
+class Bounds:
+    def __init__(self, bound: int, required: bool = True) -> None:
+        self.bound, self.required = bound, required
+
+
+def test_a_parameter_may_have_any_name() -> None:
+    """Also one by which configs have something of their own."""
+    made: Any = config_of(Bounds, bound=3, required=False)
+    assert made().bound == 3
+
+
 def test_in_code_config_of_makes_the_same_part() -> None:
     """A part from code equals the one that a document describes."""
     assert Drawing(shape=config_of(Square, side=2)) == drawing(part(Square, side=2))
@@ -216,6 +240,16 @@ def test_what_is_declared_as_callable_takes_names_functions_with_arguments_and_p
     assert type(named.layers[0]) is Square
     tuned = drawing(part(Mapped, via=part(double, times=5), layers=[])).shape()
     assert tuned.via(4) == 20
+    assert tuned.via.func is double  # with nothing to look up in a call
+
+
+def test_what_a_field_of_a_function_holds_is_called_as_it_is_or_with_its_arguments() -> None:
+    """A function by its name or with arguments, and an instance of a class that can be called."""
+    assert function_of(double) is double
+    assert function_of(drawing(part(Loud), act=part(double)).act) is double
+    assert function_of(drawing(part(Loud), act=part(double, times=3)).act)(5) == 15
+    assert function_of(config_of(Times, factor=3))(5) == 15
+    assert function_of(config_of(total, numbers=[1, 2]))(5) == 8
 
 
 def test_enum_members_and_tuples_come_out_of_documents() -> None:

@@ -3,7 +3,7 @@
 from robo_orchard_core.utils.config.base import Config
 from robo_orchard_core.utils.config.callable_config import CallableConfig
 from robo_orchard_core.utils.config.class_config import ClassConfig
-from robo_orchard_core.utils.config.derived import config_class_of, config_of
+from robo_orchard_core.utils.config.derived import config_class_of, config_of, function_of
 from robo_orchard_core.utils.config.errors import (
     ConfigBuildError,
     ConfigError,
@@ -40,4 +40,5 @@ __all__ = [
     "TrustLike",
     "config_class_of",
     "config_of",
+    "function_of",
 ]

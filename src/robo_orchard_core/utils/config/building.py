@@ -81,14 +81,9 @@ def call(
     ``further`` are built and handed on behind ``args``.
     """
     signature = _signature(code)
-    hints = hints_of(code)
     # Built only where it is needed: what a caller gives instead may be there to avoid it.
     silent = fields.keys() - kwargs.keys() - set(_positional(signature)[: len(args)])
-    built = {
-        name: _built(value, hints.get(name, Any))
-        for name, value in fields.items()
-        if name in silent
-    }
+    built = built_arguments(code, {n: value for n, value in fields.items() if n in silent})
     kwargs = {**built, **kwargs}
     args = (*args, *(_built(value, Any) for value in further))
     if signature is not None:
@@ -105,6 +100,12 @@ def call(
     except Exception as error:
         error.add_note(f"while {type(config).__qualname__} built {_name(code)}")
         raise
+
+
+def built_arguments(code: Callable[..., Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for ``code``, with instances in the place of the configs that stand for them."""
+    hints = hints_of(code)
+    return {name: _built(value, hints.get(name, Any)) for name, value in fields.items()}
 
 
 def config_parameter(cls: type, config: Config) -> inspect.Parameter | None:
@@ -166,7 +167,11 @@ def _built(value: Any, hint: Any) -> Any:
             getattr(value, "makes", False) and not _is_callable(hint)
         )
         made: Any = value
-        return made() if makes and not _admits(hint, value) else value
+        if _admits(hint, value):
+            return value
+        if makes:
+            return made()
+        return made.bound() if value.only_what_is_set and hasattr(value, "func") else value
     # A text that names a config class declares what the container holds.
     if type(value) in (list, tuple):
         declared = [

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar, TypeVar, cast
 
 from pydantic import create_model
 
 from robo_orchard_core.utils.config.base import Config
-from robo_orchard_core.utils.config.building import call, hints_of, returned_class
+from robo_orchard_core.utils.config.building import built_arguments, call, hints_of, returned_class
 from robo_orchard_core.utils.config.callable_config import CallableConfig
 from robo_orchard_core.utils.config.class_config import ClassConfig
 from robo_orchard_core.utils.config.errors import ConfigReferenceError
@@ -63,6 +63,14 @@ class DerivedConfig(Config):
         further = given.pop(self.several, ()) if self.several else ()
         return call(code_of(self), self, given, args, kwargs, further)
 
+    def bound(self) -> Callable[..., Any]:
+        """The class or function with the arguments, built now, for many calls of it."""
+        code, given = code_of(self), self.arguments()
+        if self.several and given.get(self.several):
+            return self
+        arguments = built_arguments(code, given)
+        return partial(code, **arguments) if arguments else cast(Callable[..., Any], code)
+
     def __repr_args__(self) -> Any:
         return [*field_values(self).items()]
 
@@ -76,6 +84,19 @@ class _OpenDerivedConfig(DerivedConfig):
 def code_of(config: Config) -> Any:
     """The class or function that a config stands for."""
     return getattr(config, "class_type", None) or getattr(config, "func", None)
+
+
+def function_of(value: Any) -> Callable[..., Any]:
+    """What a field that is declared as `Function` holds, to be called.
+
+    A config of a function is that with its arguments; one of a class an instance.
+    """
+    if not isinstance(value, Config):
+        return cast(Callable[..., Any], value)
+    function: Any = value
+    if isinstance(value, DerivedConfig) and hasattr(value, "func"):
+        return value.bound()
+    return cast(Callable[..., Any], function() if hasattr(value, "class_type") else function)
 
 
 def config_of(code: Callable[..., T], /, **arguments: Any) -> Config:
@@ -162,7 +183,7 @@ def _config_class(code: Any, name: str, base: type[Config], **fields: Any) -> ty
 
 def _is_no_field(name: str) -> bool:
     """Whether pydantic has the name for itself, or none that begins like it."""
-    return name.startswith("_") or hasattr(Config, name)
+    return name.startswith("_") or hasattr(DerivedConfig, name)
 
 
 def parameters_of(code: Any) -> list[inspect.Parameter]:
