@@ -1,5 +1,23 @@
 """Training runs as values and files: described, checked, built and repeated."""
 
+from robo_orchard_core.utils.config import config_of
 from robo_orchard_lab.experiment.config import ExperimentConfig
+from robo_orchard_lab.experiment.parts import (
+    AcceleratorConfig,
+    DataConfig,
+    DataOrderConfig,
+    LoaderConfig,
+    ParameterGroup,
+    TrainerConfig,
+)
 
-__all__ = ["ExperimentConfig"]
+__all__ = [
+    "AcceleratorConfig",
+    "DataConfig",
+    "DataOrderConfig",
+    "ExperimentConfig",
+    "LoaderConfig",
+    "ParameterGroup",
+    "TrainerConfig",
+    "config_of",
+]

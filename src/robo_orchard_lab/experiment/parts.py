@@ -18,6 +18,7 @@ from robo_orchard_core.utils.config import (
     Function,
     Part,
 )
+from robo_orchard_core.utils.config.derived import BASES
 from robo_orchard_core.utils.config.parameter_types import DECLARATIONS
 from robo_orchard_core.utils.config.problems import config_error, unknown_field
 from robo_orchard_core.utils.config.references import reference_to
@@ -52,21 +53,13 @@ HooksPart: TypeAlias = Annotated[Any, Part("robo_orchard_lab.pipeline.hook_set:P
 
 OptimizerPart: TypeAlias = Annotated[
     Any,
-    Part(
-        "torch.optim.optimizer:Optimizer",
-        base="robo_orchard_lab.experiment.parts:OptimizerConfig",
-        given=("params",),
-    ),
+    Part("torch.optim.optimizer:Optimizer", given=("params",)),
 ]
 """An optimizer, with groups of parameters."""
 
 SchedulePart: TypeAlias = Annotated[
     Any,
-    Part(
-        "torch.optim.lr_scheduler:LRScheduler",
-        base="robo_orchard_lab.experiment.parts:ScheduleConfig",
-        given=("optimizer",),
-    ),
+    Part("torch.optim.lr_scheduler:LRScheduler", given=("optimizer",)),
 ]
 """A schedule of learning rates, which may hold others."""
 
@@ -106,9 +99,8 @@ class LoaderConfig(Config):
         for name, others in taken.items():
             for other in others:
                 if getattr(self, name) is not None and getattr(self, other):
-                    raise ValueError(
-                        f"{name} stands in the place of {other}; leave one of them out"
-                    )
+                    problem = f"stands in the place of {other}; leave one of them out"
+                    raise ConfigFieldError(problem, (name,))
         if self.num_workers == 0:
             for name in ("prefetch_factor", "persistent_workers"):
                 if getattr(self, name):
@@ -207,6 +199,10 @@ class ScheduleConfig(ClassConfig[Any]):
         from robo_orchard_core.utils.config.kinds import members
 
         return declaration | Auto if int in members(declaration) else declaration
+
+
+BASES["torch.optim.optimizer:Optimizer"] = OptimizerConfig
+BASES["torch.optim.lr_scheduler:LRScheduler"] = ScheduleConfig
 
 
 class TrainerConfig(Config):

@@ -27,6 +27,10 @@ from robo_orchard_core.utils.config.references import reference_to
 
 T = TypeVar("T")
 
+BASES: dict[str, type[Config]] = {}
+"""What configs of a class and its subclasses derive from, by its reference, where that is something
+else than `ClassConfig`."""
+
 _RESERVED = frozenset({CONFIG_TYPE, "class_type", "func"})
 
 
@@ -123,14 +127,17 @@ def config_of(code: Callable[..., T], /, **arguments: Any) -> Config:
     return cast(Config, made(**{key: code}, **arguments))
 
 
-def config_class_of(cls: type, base: type[Config] = ClassConfig) -> type[Config]:
+def config_class_of(cls: type, base: type[Config] | None = None) -> type[Config]:
     """The config class of a class: the one declared in its module, or one made of its signature.
 
     Args:
         cls: Any class.
-        base: What the config class has to be a subclass of; its fields come first, and parameters
-            of the same names are left to them.
+        base: What the config class has to be a subclass of, by default what `BASES` says, or
+            `ClassConfig`; its fields come first, and parameters of the same names are left to them.
     """
+    if base is None:
+        found = (BASES.get(reference_to(ancestor)) for ancestor in cls.__mro__)
+        base = next(filter(None, found), ClassConfig)
     return cast(type[Config], declared_config_class(cls, base) or _derived(cls, base))
 
 

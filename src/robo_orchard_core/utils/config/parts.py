@@ -48,15 +48,12 @@ class Part:
     Attributes:
         kinds: The classes, one or several. A reference (``"torch.nn.modules.module:Module"``) is
             imported when a value is validated.
-        base: The config class that each such part belongs to, `ClassConfig` by default: what it
-            declares are fields of every part.
         functions: What a function is there for: to ``make`` an instance, which its return
             annotation has to say, or to be called as it is, with further arguments.
         given: Parameters that whoever makes it has arguments for.
     """
 
     kinds: type | str | tuple[type | str, ...]
-    base: type | str = "robo_orchard_core.utils.config.class_config:ClassConfig"
     functions: Literal["make", "are called"] = "make"
     given: tuple[str, ...] = ()
 
@@ -90,16 +87,16 @@ class Part:
         return config
 
     def _of_own_class(self, config: ConfigModel) -> ConfigModel:
-        """The same as the class's own config, where it says nothing but which class that is."""
+        """The same, of the class that a document of it would be read as."""
         from robo_orchard_core.utils.config.derived import config_class_of
 
-        cls = getattr(config, "class_type", None)
-        if cls is None or [*field_values(config)] != ["class_type"] or config.only_what_is_set:
+        cls, values = getattr(config, "class_type", None), field_values(config)
+        if cls is None or not (config.only_what_is_set or [*values] == ["class_type"]):
             return config
-        named: ConfigModel = config_class_of(cls, _imported(self.base)).model_validate(
-            {"class_type": cls}
-        )
-        return named
+        own = config_class_of(cls)
+        remade = config if type(config) is own else own(**values)
+        assert isinstance(remade, ConfigModel)
+        return remade
 
     def _loaded(self, state: Loading, data: dict[str, Any]) -> ConfigModel:
         from robo_orchard_core.utils.config.derived import config_class_of, function_config_class
@@ -118,7 +115,7 @@ class Part:
             )
         elif named == ["class_type"]:
             found = state.class_at(data["class_type"], self.classes, ("class_type",))
-            target = config_class_of(found, _imported(self.base))
+            target = config_class_of(found)
         else:
             function = state.function_at(data["func"], Callable, ("func",))
             target = function_config_class(function)

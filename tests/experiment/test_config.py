@@ -1,0 +1,235 @@
+"""An experiment is a value: it is checked, compared, changed, written and read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from robo_orchard_core.utils.config import ConfigError, ConfigFieldError
+from robo_orchard_lab.experiment import (
+    DataConfig,
+    ExperimentConfig,
+    LoaderConfig,
+    TrainerConfig,
+    config_of,
+)
+from robo_orchard_lab.experiment.overrides import from_arguments
+from robo_orchard_lab.experiment.samples import MLP, Spirals
+from robo_orchard_lab.pipeline import SupervisedProcessor
+from robo_orchard_lab.pipeline.hooks import EMAConfig, StatsMonitorConfig
+
+SAMPLES = "robo_orchard_lab.experiment.samples"
+PROCESSORS = "robo_orchard_lab.pipeline.batch_processor"
+TRUST = ("torch", "torchmetrics")
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    """Of an experiment that could be run."""
+    return {
+        "name": "spirals",
+        "model": {"class_type": f"{SAMPLES}:MLP", "inputs": 2, "hidden": [8], "outputs": 3},
+        "data": {"train": {"dataset": {"class_type": f"{SAMPLES}:Spirals", "size": 32}}},
+        "batch_processor": {
+            "class_type": f"{PROCESSORS}:SupervisedProcessor",
+            "loss": {"class_type": "torch.nn.modules.loss:CrossEntropyLoss"},
+        },
+        "optimizer": {"class_type": "torch.optim.sgd:SGD", "lr": 0.1},
+        "hooks": {"stats": {"class_type": "StatsMonitor", "grad_norm": False}},
+        "trainer": {"max_epoch": 2},
+        **changes,
+    }
+
+
+def described(**changes: Any) -> ExperimentConfig:
+    return ExperimentConfig.from_dict(document(**changes), trust=TRUST)
+
+
+def in_code(**changes: Any) -> ExperimentConfig:
+    """The same as `document` describes."""
+    return ExperimentConfig(
+        **{
+            "name": "spirals",
+            "model": config_of(MLP, inputs=2, hidden=[8], outputs=3),
+            "data": DataConfig(train=LoaderConfig(dataset=config_of(Spirals, size=32))),
+            "batch_processor": config_of(
+                SupervisedProcessor, loss=config_of(torch.nn.CrossEntropyLoss)
+            ),
+            "optimizer": config_of(torch.optim.SGD, lr=0.1),
+            "hooks": {"stats": StatsMonitorConfig(grad_norm=False)},
+            "trainer": TrainerConfig(max_epoch=2),
+            **changes,
+        }
+    )
+
+
+def written(folder: Path, name: str = "spirals.yaml", **changes: Any) -> Path:
+    described().save(folder / name)
+    return folder / name
+
+
+def test_code_and_files_describe_equal_experiments() -> None:
+    """A value from code equals the one from a document, and differs once a field does."""
+    assert in_code() == described()
+    assert in_code(seed=1) != described()
+    assert in_code(hooks={"stats": StatsMonitorConfig(), "ema": EMAConfig()}) != described()
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "toml", "json"])
+def test_files_of_every_format_bring_it_back(suffix: str, tmp_path: Path) -> None:
+    """What is saved is loaded as the same value."""
+    path = tmp_path / f"spirals.{suffix}"
+    in_code().save(path)
+    assert ExperimentConfig.load(path, trust=TRUST) == in_code()
+
+
+def test_replace_reaches_into_parts() -> None:
+    """Dotted names change a copy, the original stays."""
+    first = in_code()
+    second = first.replace(**{"optimizer.lr": 0.5, "trainer.max_epoch": 7})
+    assert second == in_code(
+        optimizer=config_of(torch.optim.SGD, lr=0.5), trainer=TrainerConfig(max_epoch=7)
+    )
+    assert first == in_code()
+
+
+def test_its_repr_shows_what_was_said() -> None:
+    """Classes and the arguments that were given, not all that could be."""
+    text = repr(in_code())
+    assert "SGDConfig(class_type=<class 'torch.optim.sgd.SGD'>, lr=0.1)" in text
+    assert "amsgrad" not in repr(in_code(optimizer=config_of(torch.optim.Adam)))
+
+
+def test_what_is_typed_for_a_text_is_text(tmp_path: Path) -> None:
+    """``--name 3`` names it "3", while ``--trainer.max_epoch 3`` is a number."""
+    overrides, _ = from_arguments(["--name", "3", "--trainer.max_epoch", "3"])
+    loaded = ExperimentConfig.load(written(tmp_path), trust=TRUST, overrides=overrides)
+    assert (loaded.name, loaded.trainer.max_epoch) == ("3", 3)
+
+
+def test_overrides_reach_fields_of_whatever_class_is_there(tmp_path: Path) -> None:
+    """Also when the class itself is another by the same overrides, in any order."""
+    file = written(tmp_path)
+    changed = ExperimentConfig.load(
+        file, trust=TRUST, overrides={"hooks.stats.grad_norm": True, "optimizer.momentum": 0.9}
+    )
+    assert changed.hooks["stats"].grad_norm is True
+    assert changed.optimizer == config_of(torch.optim.SGD, lr=0.1, momentum=0.9)
+    for order in (1, -1):
+        other = {"optimizer.betas": [0.8, 0.9], "optimizer.class_type": "torch.optim.adam:Adam"}
+        overrides = dict([*other.items()][::order])
+        adam = ExperimentConfig.load(file, trust=TRUST, overrides=overrides).optimizer
+        assert adam == config_of(torch.optim.Adam, betas=(0.8, 0.9))
+
+
+def test_null_removes_a_hook(tmp_path: Path) -> None:
+    """As `hooks.stats=null` on the command line."""
+    loaded = ExperimentConfig.load(
+        written(tmp_path), trust=TRUST, overrides=from_arguments(["--hooks.stats=null"])[0]
+    )
+    assert loaded.hooks == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "place", "says"),
+    [
+        ({"trainer": {}}, "trainer", "set one of max_epoch, max_step, max_optimizer_step"),
+        ({"modle": {}}, "modle", "did you mean 'model'?"),
+        ({"hooks": {"checkpoint": {"class_type": "StatsMonitor"}}}, "hooks.checkpoint", "name"),
+        ({"optimizer": None, "schedule": {"class_type": "x:Y"}}, "schedule.class_type", "trusted"),
+        (
+            {
+                "optimizer": None,
+                "schedule": {"class_type": "torch.optim.lr_scheduler:ConstantLR"},
+            },
+            "schedule",
+            "no optimizer",
+        ),
+        ({"checkpoint": {"evry": "1 epoch"}}, "checkpoint.evry", "did you mean 'every'?"),
+        ({"hooks": {"s": {"class_type": "torch.nn.modules.linear:Linear"}}}, "hooks.s.class_type",
+         "PipelineHooks"),
+        ({"seed": -1}, "seed", "greater than or equal to 0"),
+        ({"accelerator": {"mixed_precision": "fp8"}}, "accelerator.mixed_precision", "'bf16'"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_field(changes: dict[str, Any], place: str, says: str) -> None:
+    """And what is expected there."""
+    with pytest.raises(ConfigError) as found:
+        described(**changes)
+    assert found.value.place == place
+    assert says in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("loader", "place"),
+    [
+        ({"shuffle": True, "sampler": {"class_type": "torch.utils.data.sampler:RandomSampler"}},
+         "sampler"),
+        ({"prefetch_factor": 2}, "prefetch_factor"),
+        ({"persistent_workers": True}, "persistent_workers"),
+        ({"batch_size": 0}, "batch_size"),
+    ],
+)  # fmt: skip
+def test_fields_of_a_loader_that_exclude_each_other_are_told(
+    loader: dict[str, Any], place: str
+) -> None:
+    """Before any data is opened."""
+    dataset = {"class_type": f"{SAMPLES}:Spirals"}
+    with pytest.raises(ConfigFieldError) as found:
+        described(data={"train": {"dataset": dataset, **loader}})
+    assert found.value.place == f"data.train.{place}"
+
+
+@pytest.mark.parametrize(
+    ("group", "place", "says"),
+    [
+        ({"parameters": ["fc.*"], "weight_dekay": 0}, "weight_dekay", "'weight_decay'"),
+        ({"parameters": ["fc.*"], "lr": "fast"}, "lr", "valid number"),
+        ({"lr": 0.1}, "parameters", "required"),
+        ({"parameters": "norms"}, "parameters", "norms_and_biases"),
+    ],
+)
+def test_groups_of_parameters_have_options_of_the_optimizer(
+    group: dict[str, Any], place: str, says: str
+) -> None:
+    """Of its types, and no others."""
+    with pytest.raises(ConfigFieldError) as found:
+        described(optimizer={"class_type": "torch.optim.sgd:SGD", "groups": {"head": group}})
+    assert found.value.place == f"optimizer.groups.head.{place}"
+    assert says in str(found.value)
+
+
+def test_whole_numbers_of_a_schedule_may_be_auto() -> None:
+    """Also those of schedules within one."""
+    lr = "torch.optim.lr_scheduler"
+    schedule = described(
+        schedule={
+            "class_type": f"{lr}:SequentialLR",
+            "schedulers": [
+                {"class_type": f"{lr}:LinearLR", "total_iters": 5},
+                {"class_type": f"{lr}:CosineAnnealingLR", "T_max": "auto"},
+            ],
+            "milestones": [5],
+        }
+    ).schedule
+    assert schedule is not None
+    assert schedule.schedulers[1].T_max == "auto"
+    with pytest.raises(ConfigFieldError):
+        described(schedule={"class_type": f"{lr}:ExponentialLR", "gamma": "auto"})
+
+
+def test_code_is_held_to_the_rules_of_files() -> None:
+    """By pydantic's error, as any config."""
+    with pytest.raises(ValidationError, match="the run has no end"):
+        in_code(trainer=TrainerConfig())
+    with pytest.raises(ValidationError, match="expected a Optimizer"):
+        in_code(optimizer=config_of(torch.nn.Linear, in_features=1, out_features=1))
+
+
+def test_the_run_folder_follows_from_the_name() -> None:
+    """Unless it is said."""
+    assert in_code().folder() == Path("runs/spirals")
+    assert in_code(run_folder="elsewhere").folder() == Path("elsewhere")
