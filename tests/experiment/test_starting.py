@@ -1,0 +1,129 @@
+"""Starting a run in a folder that may have one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from robo_orchard_lab.experiment.config import ExperimentConfig
+from robo_orchard_lab.experiment.starting import (
+    ChangedRunError,
+    RunBefore,
+    check_changes,
+    record,
+    run_before,
+)
+from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
+
+TRUST = ("torch",)
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> ExperimentConfig:
+    hooks = "robo_orchard_lab.pipeline.hooks"
+    samples = "robo_orchard_lab.experiment.samples"
+    return ExperimentConfig.from_dict(
+        {
+            "run_folder": str(tmp_path / "run"),
+            "model": {
+                "class_type": f"{samples}:MLP",
+                "inputs": 2,
+                "hidden": [4],
+                "outputs": 3,
+            },
+            "data": {
+                "train": {"dataset": {"class_type": f"{samples}:Spirals", "size": 12}},
+            },
+            "batch_processor": {
+                "class_type": "robo_orchard_lab.pipeline.batch_processor:SupervisedProcessor",
+                "loss": {"class_type": "torch.nn.modules.loss:CrossEntropyLoss"},
+            },
+            "optimizer": {"class_type": "torch.optim.sgd:SGD", "lr": 0.1},
+            "hooks": {
+                "stats": {"class_type": f"{hooks}.stats_monitor:StatsMonitor"},
+                "clip": {
+                    "class_type": f"{hooks}.gradient_clipping:GradientClippingHook",
+                    "max_norm": 1.0,
+                },
+            },
+            "trainer": {"max_epoch": 2},
+        },
+        trust=TRUST,
+    )
+
+
+def begun(experiment: ExperimentConfig) -> RunBefore:
+    """What is found of a run that was started by this, and has saved once."""
+    record(experiment, processes=1)
+    with CheckpointStore(experiment.folder() / "checkpoints") as store:
+        store.save(3, {"trainer": {}})
+    found = run_before(experiment.folder())
+    assert found is not None
+    return found
+
+
+def test_a_folder_tells_of_its_run(experiment: ExperimentConfig) -> None:
+    """Nothing before a start; then its file, how many checkpoints, and what became of it."""
+    folder = experiment.folder()
+    assert run_before(folder) is None
+    record(experiment, processes=1)
+    found = run_before(folder)
+    assert found is not None
+    assert (found.config, found.checkpoints, found.state) == (folder / "config.yaml", 0, None)
+    assert begun(experiment).checkpoints == 1
+
+
+def test_the_file_in_the_folder_is_the_experiment(experiment: ExperimentConfig) -> None:
+    """What is written is the whole experiment, but for the folder, which is where it lies."""
+    record(experiment, processes=1)
+    kept = ExperimentConfig.load(experiment.folder() / "config.yaml", trust=TRUST)
+    assert kept == experiment.replace(run_folder=None)
+
+
+def test_a_run_goes_on_unchanged_from_anywhere(
+    experiment: ExperimentConfig, tmp_path: Path
+) -> None:
+    """Neither the folder's path nor whether to resume is a difference."""
+    before = begun(experiment)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = run_before(tmp_path / "moved")
+    assert moved is not None
+    same = experiment.replace(run_folder=str(tmp_path / "moved"), resume="never")
+    assert check_changes(same, moved, TRUST) == []
+    assert before.checkpoints == moved.checkpoints
+
+
+def test_changes_need_to_be_allowed_by_what_they_do(experiment: ExperimentConfig) -> None:
+    """Harmless ones pass and are recorded, a trajectory needs a word, what can't be is refused."""
+    before = begun(experiment)
+    longer = experiment.replace(**{"trainer.max_epoch": 5})
+    harmless = check_changes(longer, before, TRUST)
+    assert [(each.place, each.before, each.after) for each in harmless] == [
+        ("trainer.max_epoch", 2, 5)
+    ]
+    start = json.loads(record(longer, processes=1, changes=harmless).read_text())
+    assert start["changes"] == [
+        {"path": "trainer.max_epoch", "before": 2, "after": 5, "resume": "harmless"}
+    ]
+    hooks = dict(longer.hooks, clip=longer.hooks["clip"].replace(max_norm=3.0))
+    other = longer.replace(hooks=hooks)
+    with pytest.raises(ChangedRunError, match=r"would be another with other hooks\.clip\.max_norm"):
+        check_changes(other, before, TRUST)
+    assert len(check_changes(other, before, TRUST, allow="trajectory")) == 1
+    never = other.replace(seed=3)
+    with pytest.raises(ChangedRunError, match="can't go on with other seed") as refused:
+        check_changes(never, before, TRUST, allow="trajectory")
+    assert [each.place for each in refused.value.changes] == ["seed", "hooks.clip.max_norm"]
+
+
+def test_a_file_that_can_no_longer_be_loaded_is_compared_as_it_is(
+    experiment: ExperimentConfig,
+) -> None:
+    """Where the old file names what is gone, that is a difference, and no other error."""
+    before = begun(experiment)
+    text = before.config.read_text()
+    before.config.write_text(text.replace("samples:MLP", "samples:GoneMLP"))
+    with pytest.raises(ChangedRunError, match=r"with other model\.class_type"):
+        check_changes(experiment, before, TRUST)
