@@ -1,0 +1,115 @@
+"""How long a run will be, and when its hooks will do something, told ahead of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+
+from robo_orchard_lab.pipeline.data import DataOrder, TrainingData
+from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress, remaining_steps
+from robo_orchard_lab.pipeline.schedule import (
+    AtSteps,
+    EveryEpochs,
+    EveryOptimizerSteps,
+    EverySteps,
+    First,
+    Last,
+    Schedule,
+)
+from robo_orchard_lab.pipeline.schedule.base import AnyOf
+
+_MOST_COUNTED = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class RunLength:
+    """How long a run is that nothing stops ahead of its limits."""
+
+    steps: int
+    """Batches of each process."""
+    steps_per_epoch: int
+    window: int
+    """Batches of an update."""
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the data, of which the last may be cut short."""
+        return -(-self.steps // self.steps_per_epoch)
+
+    @property
+    def updates(self) -> int:
+        """Updates of the weights, if none is skipped."""
+        whole, rest = divmod(self.steps, self.steps_per_epoch)
+        return whole * self.updates_per_epoch + -(-rest // self.window)
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Updates of a whole epoch."""
+        return -(-self.steps_per_epoch // self.window)
+
+    def step_of_update(self, number: int) -> int:
+        """The number of the step that ends in an update, both from 1."""
+        epochs, within = divmod(number - 1, self.updates_per_epoch)
+        in_epoch = min((within + 1) * self.window, self.steps_per_epoch)
+        return min(epochs * self.steps_per_epoch + in_epoch, self.steps)
+
+
+def run_length(
+    dataloader: Iterable[Any], accelerator: Accelerator, limits: TrainerLimits
+) -> RunLength | None:
+    """How long a run of these is, from its beginning; None where only running it tells.
+
+    Called on all ranks alike; nothing is loaded.
+    """
+    progress = TrainerProgress()
+    per_epoch = TrainingData(dataloader, DataOrder(), accelerator, progress).steps_per_epoch
+    if not per_epoch:
+        return None
+    window = accelerator.gradient_accumulation_steps
+    steps = remaining_steps(limits, progress, per_epoch, window)
+    return None if steps is None else RunLength(steps, per_epoch, window)
+
+
+def times_due(schedule: Schedule, length: RunLength) -> int | None:
+    """How often a schedule is due in a run; None where that follows from the clock.
+
+    >>> length = RunLength(steps=100, steps_per_epoch=30, window=4)
+    >>> [times_due(Schedule.parse(text), length) for text in ("10 steps", "1 epoch", "10 min")]
+    [10, 3, None]
+    >>> times_due(Schedule.parse("10 steps | 1 epoch | last"), length)
+    10
+    """
+    parts = schedule.schedules if isinstance(schedule, AnyOf) else (schedule,)
+    found = [_steps_due(part, length) for part in parts]
+    if any(steps is None for steps in found):
+        return None
+    known = [steps for steps in found if steps is not None]
+    if len(known) == 1 or sum(map(len, known)) > _MOST_COUNTED:
+        return max(map(len, known))
+    return len(set().union(*known))
+
+
+def _steps_due(schedule: Schedule, length: RunLength) -> range | list[int] | None:
+    """After which steps, counted from 1."""
+    steps = length.steps
+    match schedule:
+        case EverySteps(n=n):
+            return range(n, steps + 1, n)
+        case EveryEpochs(n=n):
+            every = n * length.steps_per_epoch
+            return range(every, steps + 1, every)
+        case EveryOptimizerSteps(n=n):
+            numbers = range(n, length.updates + 1, n)
+            if len(numbers) > _MOST_COUNTED:
+                return numbers
+            return [length.step_of_update(number) for number in numbers]
+        case AtSteps(steps=at):
+            return [step for step in at if step <= steps]
+        case First():
+            return range(1, 2)
+        case Last():
+            return range(steps, steps + 1)
+    return None

@@ -1,0 +1,71 @@
+"""What is foretold of a run, against the run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+
+from robo_orchard_lab.experiment.run_plan import run_length, times_due
+from robo_orchard_lab.pipeline import PipelineHooks, TrainerLimits
+from robo_orchard_lab.pipeline.schedule import Schedule
+from tiny import make_loader, make_trainer
+
+SCHEDULES = [
+    *("3 steps", "2 epochs", "2 optimizer steps", "at steps 1, 4, 1000", "first", "last"),
+    *("3 steps | 1 epoch | last", "3 optimizer steps | 2 steps"),
+]
+
+
+@pytest.mark.parametrize("limits", [{"max_epoch": 3}, {"max_step": 17}, {"max_optimizer_step": 5}])
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_run_is_as_long_as_foretold_and_hooks_are_as_often_due(
+    limits: dict[str, Any], window: int
+) -> None:
+    """Steps, epochs, updates and how often each schedule is due are those of the run itself."""
+    counted = dict.fromkeys(SCHEDULES, 0)
+    bundle = PipelineHooks("counting")
+
+    def count(text: str) -> None:
+        counted[text] += 1
+
+    at = set[tuple[str, int]]()
+    for text in SCHEDULES:
+
+        def asked(args: object, text: str = text) -> None:
+            at.add((text, trainer.progress.steps_done))
+
+        bundle.register_at_commit(asked, Schedule.parse(text))
+    trainer = make_trainer([bundle], loader=make_loader(7), accumulate=window, **limits)
+    trainer()
+    for text, _ in at:
+        count(text)
+    length = run_length(
+        make_loader(7),
+        Accelerator(cpu=True, gradient_accumulation_steps=window),
+        TrainerLimits(**limits),
+    )
+    assert length is not None
+    progress = trainer.progress
+    assert length.steps == progress.global_step_id
+    assert length.updates == progress.optimizer_step_id
+    assert length.epochs == progress.epoch_id + (progress.step_id > 0)
+    assert {text: times_due(Schedule.parse(text), length) for text in SCHEDULES} == counted
+
+
+def test_what_nobody_can_foretell_is_not() -> None:
+    """Neither the clock, nor the length of a stream."""
+    accelerator = Accelerator(cpu=True)
+    length = run_length(make_loader(7), accelerator, TrainerLimits(max_epoch=1))
+    assert length is not None
+    assert times_due(Schedule.parse("10 min | 1 epoch"), length) is None
+    assert run_length(iter([1, 2]), accelerator, TrainerLimits(max_epoch=1)) is None
+
+
+def test_a_long_run_is_counted_at_once() -> None:
+    """Of millions of steps, nothing is listed."""
+    length = run_length(make_loader(7), Accelerator(cpu=True), TrainerLimits(max_step=10**9))
+    assert length is not None
+    assert times_due(Schedule.parse("1 step"), length) == 10**9
+    assert times_due(Schedule.parse("1 optimizer step"), length) == 10**9
