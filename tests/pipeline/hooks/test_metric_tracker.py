@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,30 @@ def test_wrong_arguments_are_refused_at_construction() -> None:
     cfg = MetricTrackerConfig(metrics={"accuracy": AccuracyConfig(num_classes=2)})
     with pytest.raises(PipelineConfigError, match="metrics are given to the hook and in its"):
         cfg(metrics=make_metrics())
+    cfg = MetricTrackerConfig(metric_inputs=logits_of_class_one)
+    with pytest.raises(PipelineConfigError, match="metric_inputs is given to the hook and in its"):
+        cfg(metrics=make_metrics(), metric_inputs=logits_of_class_one)
+
+
+def logits_of_class_one(outputs: torch.Tensor, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return outputs[:, 1], batch["target"].float()
+
+
+def test_the_configuration_may_say_what_metrics_get() -> None:
+    """A function there is used as one that is given to the hook, and survives a file."""
+    configured = MetricTrackerConfig(metric_inputs=logits_of_class_one)
+    loaded = MetricTrackerConfig.from_str(
+        configured.to_str("yaml"), "yaml", trust=[logits_of_class_one.__module__]
+    )
+    assert loaded == configured
+    values = []
+    for make in (loaded, partial(MetricTrackerConfig(), metric_inputs=logits_of_class_one)):
+        notes = Notes()
+        torch.manual_seed(0)
+        train(make(metrics={"error": MeanSquaredError()}), notes)
+        values.append(notes.values)
+    assert values[0] == values[1]
+    assert values[0]
 
 
 def test_metric_inputs_that_are_not_told_are_asked_for() -> None:

@@ -81,6 +81,19 @@ def validation(every: str | None = "1 epoch", **options: Any) -> ValidationHook:
     return ValidationHookConfig(every=schedule, **options)(dataloaders=dataloaders, **live)
 
 
+def test_it_evaluates_on_the_sets_that_are_named() -> None:
+    """Of the loaders that it is given, in the order of their names there."""
+    loaders = {name: make_evaluation_loader(11) for name in ("a", "b", "c")}
+    trainer = train(validation(dataloaders=loaders, sets=["c", "a"]), max_epoch=1)
+    trainer()
+    evaluated = [name for name in trainer.metrics.names() if name.startswith("eval/")]
+    assert sorted(evaluated) == ["eval/a/loss", "eval/c/loss"]
+    with pytest.raises(PipelineConfigError, match=r"sets names 'vall', .*; did you mean 'val'\?"):
+        validation(sets=["vall"])
+    with pytest.raises(PipelineConfigError, match=r"sets names 'x', .* loaders: a, b, c"):
+        validation(dataloaders=loaders, sets=["x"])
+
+
 @pytest.mark.parametrize(
     ("options", "steps"),
     [

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from robo_orchard_core.utils.config import ClassConfig, ConfigInstanceOf
+from robo_orchard_core.utils.config import ClassConfig, ConfigInstanceOf, Function
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.hooks.validation import given_or_built
+from robo_orchard_lab.pipeline.hooks.validation import function_given, given_or_built
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.metrics.metric_inputs import MetricArguments, MetricInputs
 from robo_orchard_lab.pipeline.metrics.torchmetrics_states import (
@@ -50,12 +50,13 @@ class MetricTracker(PipelineHooks):
         cfg: what to publish.
         metrics: by name, or a collection; here or in the configuration. They are copied.
         metric_inputs: ``metric_inputs(outputs, batch)`` gives the arguments of ``metric.update``,
-            as a tuple or a mapping by name. By default it is the batch processor's method of that
-            name, or of a pair (inputs, targets) the outputs and the targets.
+            as a tuple or a mapping by name; here or in the configuration. By default it is the
+            batch processor's method of that name, or of a pair (inputs, targets) the outputs and
+            the targets.
 
     Raises:
-        PipelineConfigError: no metrics, both here and in the configuration, or something that is
-            none of torchmetrics.
+        PipelineConfigError: no metrics, something both here and in the configuration, or something
+            that is none of torchmetrics.
         MetricValueError: a metric's value is known to be no single number.
     """
 
@@ -80,7 +81,9 @@ class MetricTracker(PipelineHooks):
         self._merged = _MergedParts(whole.only(can_be_joined=True), cfg.each_epoch)
         self._window = whole.only(can_be_joined=False)
         self._epoch = whole.only(can_be_joined=False) if cfg.each_epoch else TorchMetrics(None)
-        self._metric_inputs = metric_inputs
+        self._metric_inputs: MetricInputs | None = function_given(
+            metric_inputs, cfg.metric_inputs, "metric_inputs", self.name
+        )
         self._arguments: MetricArguments | None = None
         self._handle: RemovableHandle | None = None
         self.register_hook(
@@ -173,6 +176,11 @@ class MetricTrackerConfig(PipelineHooksConfig[MetricTracker]):
     metrics: dict[str, ConfigInstanceOf[ClassConfig[Any]]] | None = Field(
         default=None,
         description="What builds the metrics, by name, where they aren't given to the hook.",
+    )
+    metric_inputs: Function | None = Field(
+        default=None,
+        description="metric_inputs(outputs, batch) gives the arguments of metric.update, where "
+        "it isn't given to the hook; None: as the batch processor says.",
     )
 
 

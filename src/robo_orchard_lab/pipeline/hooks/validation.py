@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 from pydantic import Field
 
-from robo_orchard_core.utils.config import ClassConfig, ConfigInstanceOf
+from robo_orchard_core.utils.config import ClassConfig, ConfigInstanceOf, Function, function_of
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.batch_size import count_batches
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
@@ -40,11 +41,11 @@ class ValidationHook(PipelineHooks):
         dataloaders: by name; here or in the configuration.
         metrics: of torchmetrics, by name, or a collection; here or in the configuration.
         metric_inputs: ``metric_inputs(outputs, batch)`` gives the arguments of ``metric.update``;
-            by default the batch processor's method of that name.
+            by default the batch processor's method of that name; here or in the configuration.
 
     Raises:
-        PipelineConfigError: no loaders, or loaders or metrics both here and in the configuration;
-            and what an :class:`Evaluator` raises.
+        PipelineConfigError: no loaders, something both here and in the configuration, or a set
+            that isn't among the loaders; and what an :class:`Evaluator` raises.
     """
 
     keeps_trajectory = True
@@ -61,9 +62,12 @@ class ValidationHook(PipelineHooks):
         self.cfg = cfg
         who = self.name
         given: Any = given_or_built(dataloaders, cfg.dataloaders, "dataloaders", who)
-        self._dataloaders = check_dataloaders({} if given is None else given, who)
+        loaders = check_dataloaders({} if given is None else given, who)
+        self._dataloaders = loaders if cfg.sets is None else _picked(loaders, cfg.sets, who)
         self._metrics = TorchMetrics(given_or_built(metrics, cfg.metrics, "metrics", who), who)
-        self._metric_inputs = metric_inputs
+        self._metric_inputs: MetricInputs | None = function_given(
+            metric_inputs, cfg.metric_inputs, "metric_inputs", who
+        )
         self._evaluator: Evaluator | None = None
         self._evaluated_at: int | None = None
         """How many steps were done at the last evaluation."""
@@ -180,10 +184,33 @@ class ValidationHookConfig(PipelineHooksConfig[ValidationHook]):
         default=None,
         description="What builds the loaders, by name, where they aren't given to the hook.",
     )
+    sets: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="Which of the loaders to evaluate on, by their names; None for all of them.",
+    )
     metrics: dict[str, ConfigInstanceOf[ClassConfig[Any]]] | None = Field(
         default=None,
         description="What builds the metrics, by name, where they aren't given to the hook.",
     )
+    metric_inputs: Function | None = Field(
+        default=None,
+        description="metric_inputs(outputs, batch) gives the arguments of metric.update, where "
+        "it isn't given to the hook; None: as the batch processor says.",
+    )
+
+
+def _picked(
+    loaders: Mapping[str, Iterable[Any]], names: Iterable[str], who: str
+) -> dict[str, Iterable[Any]]:
+    for name in names:
+        if name not in loaders:
+            near = difflib.get_close_matches(name, loaders, n=1)
+            raise PipelineConfigError(
+                f"{who}: sets names {name!r}, which is none of the loaders"
+                + (f"; did you mean {near[0]!r}?" if near else f": {', '.join(loaders)}")
+            )
+    return {name: loaders[name] for name in names}
 
 
 def _size(loader: Any) -> str:
@@ -208,3 +235,16 @@ def given_or_built(
     if configs is None:
         return given
     return {name: config() for name, config in configs.items()}
+
+
+def function_given(given: Any, configured: Any, field: str, who: str) -> Any:
+    """The function that a hook was given as an argument, or by its configuration, or None.
+
+    Raises:
+        PipelineConfigError: it was given both.
+    """
+    if given is not None and configured is not None:
+        raise PipelineConfigError(
+            f"{who}: {field} is given to the hook and in its configuration; give it once"
+        )
+    return given if configured is None else function_of(configured)
