@@ -21,8 +21,14 @@ def dotted(path: Iterable[str | int]) -> str:
     >>> dotted(("lr", "layer1.weight"))
     'lr."layer1.weight"'
     """
-    parts = (str(part) for part in path)
-    return ".".join(p if _BARE.fullmatch(p) else json.dumps(p, ensure_ascii=False) for p in parts)
+    return ".".join(_written(str(part)) for part in path)
+
+
+def _written(key: str) -> str:
+    # What a terminal would obey instead of showing it, and what can't be seen, is escaped.
+    if _BARE.fullmatch(key) and key.isprintable():
+        return key
+    return json.dumps(key, ensure_ascii=not key.isprintable())
 
 
 class ConfigError(ValueError):
