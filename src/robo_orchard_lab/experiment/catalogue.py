@@ -1,38 +1,96 @@
-"""What an experiment's file may name without further trust."""
+"""What an experiment's file may name without further trust.
+
+Whoever sends a file chooses among these classes and functions, and all of their arguments. So
+only that is listed of which no argument, whatever it is, and no call that a run makes can
+
+- run code that the file brings along, or that isn't listed or trusted itself,
+- unpickle anything, or take archives apart,
+- download anything, but the weights that torchvision's makers publish (from their host, with
+  their digest),
+- write anywhere but where a path of ours is held to the run's folder.
+
+That leaves out, among others, `torch.load` and everything in `torch.utils`, but loaders, samplers
+and datasets of datasets; torchvision's datasets that download or unpickle (MNIST, CIFAR10);
+metrics that fetch networks or tokenizers (FID, LPIPS, BERTScore); what builds networks of several
+processes. Who needs one of them trusts it by name, as in
+``--trust torchvision.datasets.mnist:MNIST``.
+"""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterator, Mapping
+
 from robo_orchard_core.utils.config.document import Plain
 from robo_orchard_core.utils.config.errors import Path
+from robo_orchard_lab.experiment.catalogued_names import (
+    ALSO_IN_TORCHMETRICS,
+    OURS,
+    TORCH,
+    TORCHMETRICS,
+    TORCHVISION,
+)
 from robo_orchard_lab.experiment.merging import PART_KEYS
 
-_HOOKS = {
-    "clear_cache": "ClearCacheHook",
-    "early_stopping": "EarlyStopping",
-    "ema": "EMA",
-    "freeze": "FreezeHook",
-    "gradient_clipping": "GradientClippingHook",
-    "keep_best": "KeepBest",
-    "loss_tracker": "LossTracker",
-    "metric_tracker": "MetricTracker",
-    "metrics_logger": "MetricsLogger",
-    "model_summary": "ModelSummary",
-    "non_finite_guard": "NonFiniteGuard",
-    "optimizer": "OptimizerHook",
-    "preemption": "Preemption",
-    "progress_bar": "ProgressBarHook",
-    "save_checkpoint": "SaveCheckpoint",
-    "save_model": "SaveModel",
-    "stats_monitor": "StatsMonitor",
-    "time_limit": "TimeLimit",
-    "torch_profiler": "TorchProfilerHook",
-    "validation": "ValidationHook",
-}
 
-CATALOGUE: dict[str, str] = {
-    name: f"robo_orchard_lab.pipeline.hooks.{module}:{name}" for module, name in _HOOKS.items()
-}
-"""From each name that files may use for a class to the place where it is defined."""
+def _definitions(table: Mapping[str, Mapping[str, str]]) -> Iterator[tuple[str, str, str]]:
+    """Public module, name and definition of each entry."""
+    for public, modules in table.items():
+        for module, names in modules.items():
+            defined_in = f"{public}.{module}" if module else public
+            for name in names.split():
+                yield public, name, f"{defined_in}:{name}"
+
+
+def _catalogue() -> dict[str, str]:
+    catalogue: dict[str, str] = {}
+    for table in (OURS, TORCH, TORCHVISION, TORCHMETRICS):
+        for public, name, definition in _definitions(table):
+            if table is OURS:
+                catalogue[name] = definition
+            catalogue[f"{public}:{name}"] = catalogue[definition] = definition
+            if table is TORCHMETRICS and name in _ALSO_IN_TORCHMETRICS:
+                catalogue[f"torchmetrics:{name}"] = definition
+    return catalogue
+
+
+_ALSO_IN_TORCHMETRICS = frozenset(ALSO_IN_TORCHMETRICS.split())
+
+CATALOGUE: dict[str, str] = _catalogue()
+"""From each name that files may use for a class or function to the place where it is defined.
+
+These are a short name (``StatsMonitor``, for ours alone), the name that people import it by
+(``torch.optim:SGD``), and the place itself (``torch.optim.sgd:SGD``).
+"""
+
+CATALOGUED = frozenset(CATALOGUE.values())
+"""The places."""
+
+
+def named(reference: str) -> str:
+    """The place where it is defined; the reference itself where the catalogue doesn't have it.
+
+    >>> named("StatsMonitor")
+    'robo_orchard_lab.pipeline.hooks.stats_monitor:StatsMonitor'
+    >>> named("torch.optim:SGD"), named("my_team.models:Net")
+    ('torch.optim.sgd:SGD', 'my_team.models:Net')
+    """
+    return CATALOGUE.get(reference, reference)
+
+
+def nearest(reference: str) -> str | None:
+    """The name in the catalogue that is most like a reference, where one is very like it.
+
+    >>> nearest("StatMonitor"), nearest("torch.optim:SDG"), nearest("AdmW"), nearest("os:system")
+    ('StatsMonitor', 'torch.optim:SGD', 'torch.optim:AdamW', None)
+    """
+    # Without a module, whatever a module of the catalogue has under such a name.
+    known = CATALOGUE if ":" in reference else _PUBLIC
+    near = difflib.get_close_matches(reference, known, n=1, cutoff=0.85)
+    return (near[0] if ":" in reference else _PUBLIC[near[0]]) if near else None
+
+
+_PUBLIC = {name.rpartition(":")[2]: name for name in reversed(CATALOGUE)}
 
 
 def with_definitions(value: Plain, path: Path = ()) -> Plain:
@@ -47,5 +105,5 @@ def with_definitions(value: Plain, path: Path = ()) -> Plain:
     if isinstance(value, list):
         return [with_definitions(item, (*path, index)) for index, item in enumerate(value)]
     if isinstance(value, str) and (":" in value or (path and path[-1] in PART_KEYS)):
-        return CATALOGUE.get(value, value)
+        return named(value)
     return value

@@ -1,0 +1,133 @@
+"""What a file may name without further trust is there, where it is said to be."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import warnings
+
+import pytest
+import torch
+
+import robo_orchard_lab.pipeline.hooks
+import robo_orchard_lab.pipeline.sinks
+from robo_orchard_core.utils.config import Config, Trust
+from robo_orchard_core.utils.config.building import hints_of
+from robo_orchard_core.utils.config.references import resolve
+from robo_orchard_lab.experiment.catalogue import CATALOGUE, CATALOGUED, with_definitions
+from robo_orchard_lab.pipeline import PipelineHooks
+
+# Made by the trainer, of live objects that no file can hold.
+NOT_FROM_FILES = {"OptimizerHook"}
+
+# What newer versions have than the oldest that we support.
+NEWER = {
+    "torch.optim:Muon",
+    "torchmetrics.classification.eer:",
+    "torchmetrics.classification.logauc:",
+    "torchmetrics.clustering.cluster_accuracy:",
+}
+
+
+def may_be_missing(reference: str) -> bool:
+    """Whether the oldest versions that we support don't have it."""
+    return any(reference.startswith(newer) for newer in NEWER)
+
+
+@pytest.mark.parametrize("package", ["robo_orchard_lab", "torch", "torchvision", "torchmetrics"])
+def test_each_entry_is_defined_where_it_says(package: str) -> None:
+    """A file that names it gets it, and nothing that only looks like it."""
+    trust = Trust(frozenset(), CATALOGUED)
+    entries = [name for name in sorted(CATALOGUED) if name.split(".")[0] == package]
+    assert entries
+    pytest.importorskip(package)
+    for reference in entries:
+        try:
+            found = resolve(reference, trust)
+        except ValueError:
+            assert may_be_missing(reference), reference
+            continue
+        assert inspect.isclass(found) or isinstance(hints_of(found).get("return"), type), (
+            f"{reference} doesn't say what it returns, so no file can have it called"
+        )
+
+
+def test_each_name_leads_to_what_people_import_by_it() -> None:
+    """The public names are those of the packages."""
+    for name, definition in CATALOGUE.items():
+        module, _, qualname = name.rpartition(":")
+        if not module or name == definition:
+            continue
+        with warnings.catch_warnings(action="ignore"):
+            try:
+                found = getattr(importlib.import_module(module), qualname)
+            except (ImportError, AttributeError):
+                assert may_be_missing(definition), name
+                continue
+        places = {
+            f"{cls.__module__}:{cls.__qualname__}" for cls in getattr(found, "__mro__", [found])
+        }
+        assert definition in places, name  # torchmetrics keeps deprecated subclasses at its top
+
+
+def test_every_hook_and_sink_is_listed() -> None:
+    """A new one can't be forgotten, nor its configuration."""
+    for module in (robo_orchard_lab.pipeline.hooks, robo_orchard_lab.pipeline.sinks):
+        for name in set(module.__all__) - NOT_FROM_FILES:
+            found = getattr(module, name)
+            is_part = inspect.isclass(found) and (
+                issubclass(found, PipelineHooks | Config) or name.endswith("Sink")
+            )
+            if is_part and not name.startswith(("MetricsSink", "SinkConfig")):
+                assert f"{found.__module__}:{name}" in CATALOGUED
+                assert CATALOGUE[name] == f"{found.__module__}:{name}"
+
+
+def test_nothing_else_of_ours_is_listed() -> None:
+    """What removes folders, starts processes or reads checkpoints is out of a file's reach."""
+    for reference in CATALOGUED:
+        if reference.startswith("robo_orchard"):
+            cls = resolve(reference, Trust(frozenset(), CATALOGUED))
+            assert inspect.isclass(cls)
+            part = (PipelineHooks, Config, torch.utils.data.Dataset, torch.nn.Module)
+            name = cls.__name__
+            assert issubclass(cls, part) or name.endswith(("Sink", "Processor")), reference
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "torch.serialization:load",
+        "torch.hub:load",
+        "torch.jit._serialization:load",
+        "torch.utils.cpp_extension:load_inline",
+        "torchvision.datasets.mnist:MNIST",
+        "torchvision.datasets.cifar:CIFAR10",
+        "torchvision.datasets.folder:DatasetFolder",
+        "torchmetrics.image.fid:FrechetInceptionDistance",
+        "torchvision.transforms.v2._misc:Lambda",
+        "robo_orchard_lab.pipeline.durable:remove_tree",
+        "robo_orchard_core.utils.config.callable_config:CallableConfig",
+    ],
+)
+def test_what_loads_downloads_or_removes_is_not_listed(reference: str) -> None:
+    """A few that would break the rule."""
+    assert reference not in CATALOGUED
+
+
+def test_names_are_replaced_where_they_name_code() -> None:
+    """Short names under the keys of parts alone, others wherever they stand as a whole."""
+    sgd = "torch.optim.sgd:SGD"
+    assert with_definitions(
+        {
+            "class_type": "EMA",
+            "name": "EMA",
+            "a": [{"func": "torch.optim:SGD"}, "torch.optim:SGD", "like torch.optim:SGD"],
+            "b": {"class_type": sgd, "c": 1},
+        }
+    ) == {
+        "class_type": "robo_orchard_lab.pipeline.hooks.ema:EMA",
+        "name": "EMA",
+        "a": [{"func": sgd}, sgd, "like torch.optim:SGD"],
+        "b": {"class_type": sgd, "c": 1},
+    }
