@@ -9,7 +9,8 @@ evaluation set, a parameter group.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 from robo_orchard_core.utils.config.document import Plain
 from robo_orchard_core.utils.config.errors import ConfigFieldError, Path
@@ -75,6 +76,16 @@ def paths(value: Plain, path: Path = ()) -> Iterator[Path]:
             yield from paths(item, (*path, index))
 
 
+def listed(names: Iterable[str]) -> str:
+    """The first of some names that a document has, for a message.
+
+    >>> listed(["a", "b"]), listed([])
+    ("'a', 'b'", 'none')
+    """
+    first = [repr(name) for name in islice(names, 11)]
+    return ", ".join([*first[:10], *["..."] * (len(first) > 10)]) or "none"
+
+
 class _Merger:
     def __init__(self, beneath: Origins, above: Origins) -> None:
         self._beneath = beneath
@@ -126,7 +137,7 @@ class _Merger:
         self, name: str, beneath: dict[str, Plain], path: Path
     ) -> ConfigFieldError:
         near = difflib.get_close_matches(name, beneath, n=1)
-        known = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(beneath) or 'none'}"
+        known = f"did you mean {near[0]!r}?" if near else f"there is {listed(beneath)}"
         error = ConfigFieldError(f"null removes an entry, and none has this name; {known}", path)
         if path in self._above:
             error.source = str(self._above[path])

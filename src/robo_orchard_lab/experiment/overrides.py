@@ -15,7 +15,7 @@ from robo_orchard_core.utils.config.errors import (
     ConfigFieldError,
     ConfigSyntaxError,
 )
-from robo_orchard_lab.experiment.merging import PART_KEYS, paths
+from robo_orchard_lab.experiment.merging import PART_KEYS, listed, paths
 from robo_orchard_lab.experiment.origins import Origin
 
 ENVIRONMENT_PREFIX = "ROBO_ORCHARD_LAB__"
@@ -134,7 +134,7 @@ def _path_of_variable(levels: str, document: Plain | Mapping[str, Plain]) -> tup
         same = [key for key in keys if key.lower() == level.lower()]
         if len(same) > 1 and level not in same:
             raise ConfigFieldError(
-                f"{level!r} may be any of {', '.join(same)}; say it on the command line", path
+                f"{level!r} may be any of {listed(same)}; say it on the command line", path
             )
         key = level if level in same else same[0] if same else level.lower()
         path = (*path, key)

@@ -107,7 +107,7 @@ def _parsed(path: Path, content: bytes) -> ReadFile:
     lines: Lines = {}
     try:
         document = formats.read(formats.decoded(content), formats.format_of(path), lines)
-        _check_bounds(document)
+        check_bounds(document)
     except ConfigError as error:
         error.source = os.fspath(path)
         if error.path in lines:
@@ -124,7 +124,12 @@ def _parsed(path: Path, content: bytes) -> ReadFile:
     return file
 
 
-def _check_bounds(document: Mapping[str, Plain]) -> None:
+def check_bounds(document: Mapping[str, Plain]) -> None:
+    """Refuse a document of more values or longer keys than any experiment has.
+
+    Raises:
+        ConfigSyntaxError: It is one.
+    """
     waiting: list[Plain] = [dict(document)]
     seen = 0
     while waiting:

@@ -1,0 +1,206 @@
+"""What is refused of an experiment's document ahead of the first import.
+
+Nothing here looks at code: names are compared with names, paths with the folder one is in. What
+needs the code (fields of parts, kinds, types) is refused when the document is validated.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Literal
+
+from robo_orchard_core.utils.config import Trust
+from robo_orchard_core.utils.config.document import Plain, check
+from robo_orchard_core.utils.config.errors import (
+    ConfigError,
+    ConfigFieldError,
+    ConfigReferenceError,
+    Path,
+    TrustError,
+)
+from robo_orchard_core.utils.config.problems import shown, unknown_field
+from robo_orchard_core.utils.config.references import split
+from robo_orchard_lab.experiment.catalogue import nearest
+from robo_orchard_lab.experiment.document import ExperimentDocument
+from robo_orchard_lab.experiment.merging import NAMED_ENTRIES, PART_KEYS
+from robo_orchard_lab.experiment.origins import origin_of
+from robo_orchard_lab.experiment.reading import check_bounds
+
+MAX_REFERENCE = 300
+"""Characters of a name of code."""
+
+
+@dataclass(frozen=True)
+class TopField:
+    """What a document holds at its top.
+
+    Attributes:
+        kind: A mapping, or anything else, which validation looks at.
+        required: Whether it has to be there.
+        nullable: Whether a mapping may be null.
+    """
+
+    kind: Literal["mapping", "value"] = "mapping"
+    required: bool = False
+    nullable: bool = False
+
+
+TOP_FIELDS = {
+    "name": TopField("value"),
+    "seed": TopField("value"),
+    "run_folder": TopField("value"),
+    "model": TopField(required=True),
+    "data": TopField(required=True),
+    "batch_processor": TopField(required=True),
+    "optimizer": TopField(nullable=True),
+    "schedule": TopField(nullable=True),
+    "hooks": TopField(),
+    "trainer": TopField(required=True),
+    "accelerator": TopField(),
+    "checkpoint": TopField(nullable=True),
+    "resume": TopField("value"),
+}
+"""The fields of ``ExperimentConfig``."""
+
+_TRACKER_SINKS = {
+    f"robo_orchard_lab.pipeline.sinks.trackers:{name}"
+    for name in ("TrackerSink", "TrackerSinkConfig")
+}
+
+
+def screen(document: ExperimentDocument, trust: Trust) -> None:
+    """Refuse what can be refused without importing anything.
+
+    Args:
+        document: As it was read.
+        trust: Whose code it may name; `ExperimentTrust` makes it.
+
+    Raises:
+        ConfigError: Of the kind that says what is wrong, with the place, and the file and line,
+            the option or the variable that it comes from.
+    """
+    fields = document.document
+    try:
+        check(fields)
+        check_bounds(fields)
+        _check_top(fields)
+        for path, value in _values(fields):
+            if path in NAMED_ENTRIES:
+                _check_named_entries(path, value)
+            if _is_reference(path, value):
+                _check_reference(path, value, trust)
+            if isinstance(value, dict) and any(value.get(k) in _TRACKER_SINKS for k in PART_KEYS):
+                _check_trackers(path, value, trust)
+        _check_run_folder(document)
+    except ConfigError as error:
+        raise document.located(error) from None
+
+
+def _values(value: Plain, path: Path = ()) -> Iterator[tuple[Path, Plain]]:
+    yield path, value
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _values(item, (*path, key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _values(item, (*path, index))
+
+
+def _check_top(fields: dict[str, Plain]) -> None:
+    for name, value in fields.items():
+        if name == "trust":
+            raise ConfigFieldError(
+                "no file says whom to trust; say --trust, or trust in your own pyproject.toml",
+                (name,),
+            )
+        if name not in TOP_FIELDS:
+            raise unknown_field(name, TOP_FIELDS, "an experiment")
+        field = TOP_FIELDS[name]
+        is_mapping = isinstance(value, dict) or (value is None and field.nullable)
+        if field.kind == "mapping" and not is_mapping:
+            raise ConfigFieldError(f"expected a mapping, found {shown(value)}", (name,))
+    for name, field in TOP_FIELDS.items():
+        if field.required and name not in fields:
+            raise ConfigFieldError("a value is required here and none is given", (name,))
+
+
+def _check_named_entries(path: Path, value: Plain) -> None:
+    if value is not None and not isinstance(value, dict):
+        raise ConfigFieldError(f"expected a mapping of names, found {shown(value)}", path)
+    for name, entry in (value or {}).items():
+        if not isinstance(entry, dict):
+            raise ConfigFieldError(f"expected a mapping, found {shown(entry)}", (*path, name))
+
+
+def _is_reference(path: Path, value: Plain) -> bool:
+    """Whether it names code; some functions stand alone, as in ``collate_fn: my_data:collate``."""
+    key = path[-1] if path else ""
+    return key in PART_KEYS or (str(key).endswith("_fn") and isinstance(value, str))
+
+
+def _check_reference(path: Path, reference: Plain, trust: Trust) -> None:
+    if not isinstance(reference, str):
+        problem = f"expected a name like 'package.module:Name', found {shown(reference)}"
+        raise ConfigReferenceError(problem, path)
+    if len(reference) > MAX_REFERENCE:
+        raise ConfigReferenceError(f"expected a name, found {len(reference)} characters", path)
+    try:
+        module, qualname = split(reference)
+    except ConfigReferenceError as error:
+        if near := nearest(reference):
+            error.problem += f"; did you mean {near!r}?"
+        raise error.under(path) from None
+    if not trust.covers(module, qualname):
+        raise TrustError(f"{reference!r} is not trusted{_advice(reference, module)}", path)
+    if any(name.startswith("__") for name in (*module.split("."), *qualname.split("."))):
+        # To import a __main__ is to run a command.
+        raise ConfigReferenceError(f"{reference!r} is nothing that a document names", path)
+
+
+def _advice(reference: str, module: str) -> str:
+    """What to do about code that isn't trusted; of Python's own, no experiment needs any."""
+    if near := nearest(reference):
+        return f"; did you mean {near!r}?"
+    top = module.partition(".")[0]
+    known = top in sys.stdlib_module_names or top == "__main__"
+    return "" if known else f"; if you trust its code, say --trust {top}"
+
+
+def _check_trackers(path: Path, sink: dict[str, Plain], trust: Trust) -> None:
+    """Trackers are packages that send what they get to somebody."""
+    trackers = sink.get("trackers")
+    for index, name in enumerate(trackers if isinstance(trackers, list) else ()):
+        is_known = name == "tensorboard" or not isinstance(name, str)  # or refused by validation
+        if not is_known and not trust.covers(str(name), ""):
+            raise TrustError(
+                f"the tracker {shown(name)} is not trusted; if you want it to be told of the run, "
+                f"say --trust {name}",
+                (*path, "trackers", index),
+            )
+
+
+def _check_run_folder(document: ExperimentDocument) -> None:
+    """That no file has its run write elsewhere than below the current folder."""
+    field = "name" if document.document.get("run_folder") is None else "run_folder"
+    value = document.document.get(field)
+    if not isinstance(value, str) or origin_of((field,), document.origins).layer != "file":
+        return
+    folder = FilePath("runs", value) if field == "name" else FilePath(value)
+    for kind in (PurePosixPath, PureWindowsPath):
+        path = kind(folder)
+        leads_out = path.drive or path.root or ".." in path.parts or not path.parts
+        if leads_out or not value.isprintable():
+            raise ConfigFieldError(
+                "a file can only have its run in a folder below the current one; found "
+                f"{shown(value)}; say --run_folder for any other",
+                (field,),
+            )
+    for link in (folder, *folder.parents):
+        if os.path.islink(link):
+            problem = f"a file can't have its run behind the link {str(link)!r}; say --run_folder"
+            raise ConfigFieldError(problem, (field,))

@@ -1,0 +1,171 @@
+"""What is refused of a document ahead of the first import."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from robo_orchard_core.utils.config import ConfigError, Trust, TrustError
+from robo_orchard_core.utils.config.document import Plain
+from robo_orchard_lab.experiment import ExperimentConfig
+from robo_orchard_lab.experiment.document import ExperimentDocument, read_experiment
+from robo_orchard_lab.experiment.overrides import from_arguments, from_mapping
+from robo_orchard_lab.experiment.screening import TOP_FIELDS, screen
+from robo_orchard_lab.experiment.trust_settings import ExperimentTrust
+
+TRUST = ExperimentTrust(("my_parts",)).trust
+PLAIN = """\
+model: {class_type: MLP, features: [2, 16, 2]}
+data:
+  train:
+    dataset: {class_type: Spirals}
+    collate_fn: my_parts:collate
+batch_processor: {class_type: SupervisedProcessor, loss: {class_type: torch.nn:CrossEntropyLoss}}
+optimizer: {class_type: torch.optim:SGD, lr: 0.1}
+hooks:
+  stats: {class_type: StatsMonitor, every: 5 steps}
+trainer: {max_epoch: 1}
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def read(text: str = "", *options: str, **changes: Any) -> ExperimentDocument:
+    """The plain document with more lines, options of a command line and values from code."""
+    Path("a.yaml").write_text(PLAIN + text)
+    overrides = from_arguments(options)[0] + from_mapping(changes)
+    return read_experiment("a.yaml", overrides=overrides)
+
+
+def refused(document: ExperimentDocument, trust: Trust = TRUST) -> ConfigError:
+    """The error that screening it ends in."""
+    with pytest.raises(ConfigError) as caught:
+        screen(document, trust)
+    return caught.value
+
+
+def test_an_experiment_passes() -> None:
+    """The catalogue and the user's package are all that it names."""
+    screen(read(), TRUST)
+    error = refused(read(), ExperimentTrust().trust)
+    assert isinstance(error, TrustError)
+    assert str(error) == (
+        "a.yaml:5: data.train.collate_fn: 'my_parts:collate' is not trusted; "
+        "if you trust its code, say --trust my_parts"
+    )
+
+
+def test_the_fields_are_those_of_experiments() -> None:
+    """What is known here without torch is what the config declares."""
+    declared = ExperimentConfig.model_fields
+    assert [*declared] == [*TOP_FIELDS]
+    for name, field in TOP_FIELDS.items():
+        assert declared[name].is_required() == field.required, name
+
+
+@pytest.mark.parametrize(
+    ("option", "problem"),
+    [
+        ("--modl={}", "modl: an experiment has no such field; did you mean 'model'?"),
+        ("--trust=[os]", "trust: no file says whom to trust; say --trust"),
+        ("--model=null", "model: expected a mapping, found None (NoneType)"),
+        ("--data=3", "data: expected a mapping, found 3 (int)"),
+        ("--hooks=[]", "hooks: expected a mapping, found [] (list)"),
+        ("--hooks.x=3", "hooks.x: expected a mapping, found 3 (int)"),
+        ("--data.evaluation=[]", "data.evaluation: expected a mapping of names, found [] (list)"),
+        ("--optimizer.groups.a=1", "optimizer.groups.a: expected a mapping, found 1 (int)"),
+        ("--model.class_type=3", "expected a name like 'package.module:Name', found 3 (int)"),
+        ("--model.class_type=MPL", "expected a reference like 'package.module:ClassName', found"),
+        ("--hooks.stats.class_type=StatMonitor", "did you mean 'StatsMonitor'?"),
+        ("--optimizer.class_type=torch.optim:SDG", "did you mean 'torch.optim:SGD'?"),
+        ("--model.class_type=os:system", "model.class_type: 'os:system' is not trusted"),
+        ("--model.class_type=my_parts.__main__:x", "is nothing that a document names"),
+        ("--model.class_type=my_parts:f.__globals__", "is nothing that a document names"),
+        (f"--model.class_type=my_parts:{'x' * 300}", "expected a name, found 309 characters"),
+        (
+            "--data.train.dataset.x=[{a: {func: 'my:f'}}]",
+            "data.train.dataset.x.0.a.func: 'my:f' is",
+        ),
+    ],
+)
+def test_what_is_wrong_is_refused_with_its_place(option: str, problem: str) -> None:
+    """In one line, with the option, the path and what to say instead."""
+    error = str(refused(read("", option)))
+    assert error.startswith(f"command line: {option.partition('=')[0]}")
+    assert problem in error
+    assert "\n" not in error
+
+
+@pytest.mark.parametrize("name", [name for name, field in TOP_FIELDS.items() if field.required])
+def test_what_is_required_has_to_be_there(name: str) -> None:
+    """A file that lacks it is named."""
+    text = re.sub(rf"(?m)^{name}:.*\n( .*\n)*", "", PLAIN)
+    Path("a.yaml").write_text(text)
+    error = refused(read_experiment("a.yaml"))
+    assert str(error) == f"a.yaml: {name}: a value is required here and none is given"
+
+
+OUTSIDE = ["/tmp/x", "..", "../x", "a/../../x", ".", "", "a\0b", "a\nb", "\\x", "c:\\x", "a\\..\\x"]
+
+
+@pytest.mark.parametrize("folder_name", OUTSIDE)
+@pytest.mark.parametrize("field", ["run_folder", "name"])
+def test_a_file_has_its_run_below_the_current_folder(field: str, folder_name: str) -> None:
+    """A run without a folder is in one of its name, so a name is held to the same."""
+    if field == "name" and folder_name in (".", ""):
+        return  # runs itself
+    quoted = folder_name.encode("unicode_escape").decode()
+    error = refused(read(f'{field}: "{quoted}"\n'))
+    assert str(error).startswith(f"a.yaml:11: {field}: a file can only have its run in a folder")
+    if folder_name != "a\0b":
+        screen(read("", **{field: folder_name}), TRUST)  # in code, any may be said
+
+
+def test_a_file_does_not_have_its_run_behind_a_link(folder: Path) -> None:
+    """Whoever made the link may have made the file."""
+    (folder / "outside").mkdir()
+    (folder / "runs").symlink_to(folder / "outside")
+    (folder / "mine").mkdir()
+    screen(read("run_folder: mine/new/run\n"), TRUST)
+    for text in ("run_folder: runs\n", "run_folder: runs/a/b\n", "name: a\n"):
+        assert "behind the link 'runs'" in str(refused(read(text)))
+    screen(read("", "--run_folder=runs/a"), TRUST)
+    screen(read("name: a\n", "--run_folder=runs/a"), TRUST)
+
+
+@pytest.mark.parametrize(
+    "cls", ["TrackerSink", "robo_orchard_lab.pipeline.sinks:TrackerSinkConfig"]
+)
+def test_trackers_that_send_what_they_get_need_trust(cls: str) -> None:
+    """TensorBoard writes files; the others are packages with accounts."""
+    key = "config_type" if cls.endswith("Config") else "class_type"
+    text = f"  log: {{class_type: MetricsLogger, sinks: [{{{key}: '{cls}', trackers: [%s]}}]}}\n"
+
+    def document(trackers: str) -> ExperimentDocument:
+        Path("a.yaml").write_text(PLAIN.replace("trainer:", text % trackers + "trainer:"))
+        return read_experiment("a.yaml")
+
+    screen(document("tensorboard"), TRUST)
+    error = refused(document("tensorboard, wandb"))
+    assert isinstance(error, TrustError)
+    assert "hooks.log.sinks.0.trackers.1: the tracker 'wandb' (str) is not trusted" in str(error)
+    screen(document("tensorboard, wandb"), ExperimentTrust(("my_parts", "wandb")).trust)
+
+
+def test_what_overrides_add_is_bounded_as_well() -> None:
+    """A document doesn't grow beyond bounds behind its file."""
+    deep: Plain = 0
+    for _ in range(60):
+        deep = [deep]
+    with pytest.raises(ConfigError, match="deeper than 64 levels"):
+        read("", **{"model.a.b.c.d.e": deep})
+    assert "more than 20000 values" in str(refused(read("", model={"a": [0] * 20_000})))
+    assert "keys of at most 200" in str(refused(read("", model={"k" * 201: 0})))
