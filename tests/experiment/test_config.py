@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from robo_orchard_core.utils.config import ConfigError, ConfigFieldError
+from robo_orchard_core.utils.config import ConfigError, ConfigFieldError, TrustError
 from robo_orchard_lab.experiment import (
     DataConfig,
     ExperimentConfig,
@@ -24,7 +24,6 @@ from robo_orchard_lab.pipeline.hooks import EMAConfig, StatsMonitorConfig
 
 SAMPLES = "robo_orchard_lab.experiment.samples"
 PROCESSORS = "robo_orchard_lab.pipeline.batch_processor"
-TRUST = ("torch", "torchmetrics")
 
 
 def document(**changes: Any) -> dict[str, Any]:
@@ -45,7 +44,7 @@ def document(**changes: Any) -> dict[str, Any]:
 
 
 def described(**changes: Any) -> ExperimentConfig:
-    return ExperimentConfig.from_dict(document(**changes), trust=TRUST)
+    return ExperimentConfig.from_dict(document(**changes))
 
 
 def in_code(**changes: Any) -> ExperimentConfig:
@@ -83,7 +82,7 @@ def test_files_of_every_format_bring_it_back(suffix: str, tmp_path: Path) -> Non
     """What is saved is loaded as the same value."""
     path = tmp_path / f"spirals.{suffix}"
     in_code().save(path)
-    assert ExperimentConfig.load(path, trust=TRUST) == in_code()
+    assert ExperimentConfig.load(path) == in_code()
 
 
 def test_replace_reaches_into_parts() -> None:
@@ -106,7 +105,7 @@ def test_its_repr_shows_what_was_said() -> None:
 def test_what_is_typed_for_a_text_is_text(tmp_path: Path) -> None:
     """``--name 3`` names it "3", while ``--trainer.max_epoch 3`` is a number."""
     overrides, _ = from_arguments(["--name", "3", "--trainer.max_epoch", "3"])
-    loaded = ExperimentConfig.load(written(tmp_path), trust=TRUST, overrides=overrides)
+    loaded = ExperimentConfig.load(written(tmp_path), overrides=overrides)
     assert (loaded.name, loaded.trainer.max_epoch) == ("3", 3)
 
 
@@ -114,21 +113,21 @@ def test_overrides_reach_fields_of_whatever_class_is_there(tmp_path: Path) -> No
     """Also when the class itself is another by the same overrides, in any order."""
     file = written(tmp_path)
     changed = ExperimentConfig.load(
-        file, trust=TRUST, overrides={"hooks.stats.grad_norm": True, "optimizer.momentum": 0.9}
+        file, overrides={"hooks.stats.grad_norm": True, "optimizer.momentum": 0.9}
     )
     assert changed.hooks["stats"].grad_norm is True
     assert changed.optimizer == config_of(torch.optim.SGD, lr=0.1, momentum=0.9)
     for order in (1, -1):
         other = {"optimizer.betas": [0.8, 0.9], "optimizer.class_type": "torch.optim.adam:Adam"}
         overrides = dict([*other.items()][::order])
-        adam = ExperimentConfig.load(file, trust=TRUST, overrides=overrides).optimizer
+        adam = ExperimentConfig.load(file, overrides=overrides).optimizer
         assert adam == config_of(torch.optim.Adam, betas=(0.8, 0.9))
 
 
 def test_null_removes_a_hook(tmp_path: Path) -> None:
     """As `hooks.stats=null` on the command line."""
     loaded = ExperimentConfig.load(
-        written(tmp_path), trust=TRUST, overrides=from_arguments(["--hooks.stats=null"])[0]
+        written(tmp_path), overrides=from_arguments(["--hooks.stats=null"])[0]
     )
     assert loaded.hooks == {}
 
@@ -233,3 +232,16 @@ def test_the_run_folder_follows_from_the_name() -> None:
     """Unless it is said."""
     assert in_code().folder() == Path("runs/spirals")
     assert in_code(run_folder="elsewhere").folder() == Path("elsewhere")
+
+
+def test_only_the_catalogue_is_trusted_without_more(tmp_path: Path) -> None:
+    """What else is ours, or anybody's, has to be named in the trust."""
+    other = {"class_type": f"{__name__}:Net"}
+    for reference in ("robo_orchard_lab.pipeline.durable:remove_tree", f"{__name__}:Net"):
+        with pytest.raises(TrustError):
+            described(model={"func" if "durable" in reference else "class_type": reference})
+    assert ExperimentConfig.from_dict(document(model=other), trust=__name__).model() is not None
+
+
+class Net(torch.nn.Module):
+    """A model of the user's."""

@@ -9,7 +9,13 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from robo_orchard_core.utils.config import Config, ConfigError, ConfigFieldError, TrustLike
+from robo_orchard_core.utils.config import (
+    Config,
+    ConfigError,
+    ConfigFieldError,
+    Trust,
+    TrustLike,
+)
 from robo_orchard_core.utils.config.document import check
 from robo_orchard_lab.experiment.catalogue import with_definitions
 from robo_orchard_lab.experiment.document import ExperimentDocument, read_experiment
@@ -25,6 +31,8 @@ from robo_orchard_lab.experiment.parts import (
     SchedulePart,
     TrainerConfig,
 )
+from robo_orchard_lab.experiment.screening import screen
+from robo_orchard_lab.experiment.trust_settings import ExperimentTrust
 
 CHECKPOINT = "checkpoint"
 """The name of the hook that the field of this name describes."""
@@ -114,7 +122,8 @@ class ExperimentConfig(Config):
 
         Args:
             document: Fields and their values.
-            trust: Packages and classes that it may name, beside those of the catalogue.
+            trust: Packages and classes that it may name, beside those of the catalogue; a `Trust`
+                stands for itself, without the catalogue.
 
         Raises:
             ConfigError: Of the kind that says what is wrong, with the place.
@@ -122,6 +131,8 @@ class ExperimentConfig(Config):
         plain = check(dict(document))
         assert isinstance(plain, dict)
         named = {key: with_definitions(value, (key,)) for key, value in plain.items()}
+        if not isinstance(trust, Trust):
+            trust = ExperimentTrust.of(trust, pyproject=False).trust
         return super().from_dict(named, trust=trust)
 
     @classmethod
@@ -137,7 +148,8 @@ class ExperimentConfig(Config):
 
         Args:
             path: YAML, TOML or JSON, as its suffix says.
-            trust: Packages and classes that it may name, beside those of the catalogue.
+            trust: Packages and classes that it may name, beside those of the catalogue and those
+                that the pyproject.toml of the current folder trusts.
             overrides: What counts more than the file: values by their dotted paths.
             environ: Environment variables whose overrides count more than those; none by default.
 
@@ -150,13 +162,18 @@ class ExperimentConfig(Config):
 
     @classmethod
     def from_document(cls, document: ExperimentDocument, trust: TrustLike = ()) -> Self:
-        """The experiment that was read by `read_experiment`.
+        """The experiment that was read by `read_experiment`; `load` says what ``trust`` means.
 
         What was typed as a value counts as text where the field wants text.
 
         Raises:
             ConfigError: Of the kind that says what is wrong, with the file, the line and the place.
         """
+        if not isinstance(trust, Trust):
+            trusted = ExperimentTrust.of(trust)
+            trusted.find_local_modules()
+            trust = trusted.trust
+        screen(document, trust)
         refused: ConfigFieldError | None = None
         while True:
             try:
