@@ -35,8 +35,12 @@ def _as_text(value: Any) -> str:
     return str(value).removeprefix("torch.")
 
 
-DataType = Annotated[Any, PlainValidator(_data_type), PlainSerializer(_as_text)]
-Device = Annotated[Any, PlainValidator(_device), PlainSerializer(_as_text)]
+DataType = Annotated[
+    Any, PlainValidator(_data_type, json_schema_input_type=str), PlainSerializer(_as_text)
+]
+Device = Annotated[
+    Any, PlainValidator(_device, json_schema_input_type=str), PlainSerializer(_as_text)
+]
 
 DECLARATIONS["torch:dtype"] = DataType
 DECLARATIONS["torch:device"] = Device

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BeforeValidator, GetCoreSchemaHandler
+from pydantic import BeforeValidator, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
@@ -169,5 +169,16 @@ def as_schedule(value: Any) -> Schedule:
     raise ScheduleError(f"expected a schedule or its text, got {type(value).__name__}")
 
 
-ScheduleField: TypeAlias = Annotated[Schedule | str, BeforeValidator(as_schedule)]
+class _AsText:
+    """What JSON Schema says of a field."""
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        from robo_orchard_lab.pipeline.schedule.text import JSON_SCHEMA
+
+        return JSON_SCHEMA.copy()
+
+
+ScheduleField: TypeAlias = Annotated[Schedule | str, BeforeValidator(as_schedule), _AsText()]
 """How a configuration declares a schedule: it is given as one or as its text, and held as one."""

@@ -36,6 +36,20 @@ _PATTERNS: tuple[tuple[str, Callable[[str], Schedule]], ...] = (
 )
 
 
+_ANY_PART = rf"\s*(?:{'|'.join(pattern for pattern, _ in _PATTERNS)})\s*"
+_KINDS = (
+    "'100 steps', '50 optimizer steps', '1 epoch', '30 s', '10 min', '2 h', 'at steps 10, 20', "
+    "'first' or 'last', several joined by '|'"
+)
+JSON_SCHEMA = {
+    "type": "string",
+    "pattern": rf"^{_ANY_PART}(?:\|{_ANY_PART})*$",  # which has no way to say: in either case
+    "examples": ["100 steps | 1 epoch", "50 optimizer steps", "10 min", "at steps 10, 20", "last"],
+    "patternErrorMessage": f"write {_KINDS}",  # which editors show
+}
+"""What JSON Schema says of the text of a schedule."""
+
+
 def _parse_part(part: str, text: str) -> Schedule:
     for pattern, make in _PATTERNS:
         found = re.fullmatch(pattern, part, re.IGNORECASE)
@@ -49,6 +63,5 @@ def _parse_part(part: str, text: str) -> Schedule:
     raise ScheduleError(
         f"can't read {part!r}"
         + (f" in {text!r}" if part != text else "")
-        + " as a schedule; write '100 steps', '50 optimizer steps', '1 epoch', '30 s', '10 min', "
-        "'2 h', 'at steps 10, 20', 'first' or 'last', several joined by '|'"
+        + f" as a schedule; write {_KINDS}"
     )
