@@ -1,0 +1,302 @@
+"""The JSON Schema of experiment files says what the loader says."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+from pydantic import ValidationError
+from tests.experiment.hook_entries import ENTRIES, experiment
+
+from robo_orchard_core.utils.config import Config, ConfigError, ConfigReferenceError, Trust
+from robo_orchard_lab.experiment import ExperimentConfig
+from robo_orchard_lab.experiment.catalogue import CATALOGUE, CATALOGUED, with_definitions
+from robo_orchard_lab.experiment.schema import experiment_schema
+from robo_orchard_lab.pipeline import PipelineHooks, PipelineHooksConfig, hooks
+
+TRUST = Trust(packages=frozenset(), classes=CATALOGUED)
+NAMED = [(name, entry) for name, entries in ENTRIES.items() for entry in entries]
+
+
+@cache
+def schema() -> dict[str, Any]:
+    return experiment_schema()
+
+
+@cache
+def validator() -> Draft202012Validator:
+    return Draft202012Validator(schema())
+
+
+def refused_at(document: Any) -> str | None:
+    """The place that the schema finds at fault; None where it finds none."""
+    error = best_match(validator().iter_errors(document))
+    return None if error is None else ".".join(map(str, error.absolute_path))
+
+
+def changed(document: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
+    document = copy.deepcopy(document)
+    inner: Any = document
+    *above, last = place.split(".")
+    for key in above:
+        inner = inner[int(key)] if isinstance(inner, list) else inner.setdefault(key, {})
+    inner[int(last) if isinstance(inner, list) else last] = value
+    return document
+
+
+def load(document: dict[str, Any]) -> ExperimentConfig:
+    plain = with_definitions(document)
+    assert isinstance(plain, dict)
+    return ExperimentConfig.from_dict(plain, trust=TRUST)
+
+
+def test_it_is_a_schema_of_a_size_that_editors_load() -> None:
+    """It keeps the rules of its dialect, and has less than a megabyte."""
+    Draft202012Validator.check_schema(schema())
+    assert schema()["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert len(json.dumps(schema())) < 2**20
+
+
+def builtin_hooks() -> Iterator[tuple[str, type[Config]]]:
+    for name in hooks.__all__:
+        found = getattr(hooks, name)
+        if isinstance(found, type) and issubclass(found, PipelineHooksConfig):
+            yield found.model_fields["class_type"].default.__name__, found
+
+
+@pytest.mark.parametrize(("name", "config"), [*builtin_hooks()])
+def test_every_field_of_every_hook_is_in_it(name: str, config: type[Config]) -> None:
+    """Each built-in hook can be named in each way, with all of its fields and their
+    descriptions."""
+    definitions = schema()["$defs"]
+    names = definitions["class_type.PipelineHooks"]["anyOf"][0]["enum"]
+    assert {key for key, place in CATALOGUE.items() if place == CATALOGUE[name]} <= {*names}
+    properties = definitions[name]["properties"]
+    assert properties.keys() - {"config_type"} == config.model_fields.keys()
+    for field, declared in config.model_fields.items():
+        if field != "class_type":
+            assert properties[field]["description"] == declared.description
+
+
+@pytest.mark.parametrize(("name", "entry"), NAMED, ids=[name for name, _ in NAMED])
+def test_entries_of_hooks_pass(name: str, entry: dict[str, Any]) -> None:
+    """What sets every field of a hook is taken by the schema, in each form of its name."""
+    spellings = [key for key, place in CATALOGUE.items() if place == CATALOGUE[name]]
+    assert len(spellings) == 3
+    for spelling in spellings:
+        document = experiment(it={"class_type": spelling, **entry})
+        assert refused_at(document) is None
+
+
+def test_what_configs_write_passes() -> None:
+    """The document that an experiment with all hooks writes of itself is taken."""
+    document = experiment(
+        **{f"{name} {n}": {"class_type": name, **entry} for n, (name, entry) in enumerate(NAMED)}
+    )
+    assert refused_at(load(document).to_dict()) is None
+
+
+ANYTHING: st.SearchStrategy[Any] = st.sampled_from(
+    [None, True, 0, 3, -1.5, "", "text", "3 steps", [], ["a"], [1], {}, {"a": 1}, {"a": []}]
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.data())
+def test_what_the_loader_refuses_by_type_is_refused(data: st.DataObject) -> None:
+    """Any value of a type that a hook's field doesn't take is refused, at the same place."""
+    name, entry = data.draw(st.sampled_from(NAMED))
+    fields = data.draw(st.lists(st.sampled_from([*entry]), unique=True))
+    document = experiment(it={"class_type": name, **{key: entry[key] for key in fields}})
+    field = data.draw(st.sampled_from([*entry]))
+    document["hooks"]["it"][field] = data.draw(ANYTHING)
+    try:
+        load(document)
+    except ConfigError as error:
+        cause = error.__cause__
+        own = isinstance(cause, ValidationError) and any(
+            details["type"] not in ("value_error", "missing") for details in cause.errors()
+        )
+        event(f"of another type: {own}")
+        if own:
+            assert refused_at(document) is not None
+    else:
+        # Texts of numbers, and numbers as truth values, are read; the schema wants them as such.
+        lax = document["hooks"]["it"][field]
+        assert isinstance(lax, bool | int | str) or refused_at(document) is None
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_what_the_loader_takes_passes(data: st.DataObject) -> None:
+    """Hooks with any of their fields are refused only where the loader refuses them, too."""
+    document = experiment()
+    for number, (name, entry) in enumerate(data.draw(st.lists(st.sampled_from(NAMED)))):
+        fields = data.draw(st.lists(st.sampled_from([*entry]), unique=True))
+        document["hooks"][str(number)] = {"class_type": name, **{k: entry[k] for k in fields}}
+    place = refused_at(document)
+    if place is not None:
+        with pytest.raises(ConfigError):
+            load(document)
+
+
+HOOKS = experiment(
+    stats={"class_type": "StatsMonitor"},
+    log={"class_type": "MetricsLogger", "sinks": [{"class_type": "JsonLinesSink"}]},
+)
+GROUPS = {"class_type": "torch.optim:AdamW", "groups": {"norms": {"parameters": ["a.*"]}}}
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("trainr", {}),
+        ("trust", ["my_team"]),
+        ("seed", -1),
+        ("seed", "text"),
+        ("trainer.max_epochs", 3),
+        ("trainer.max_epoch", "three"),
+        ("accelerator.mixed_precision", "bf8"),
+        ("data.test", {}),
+        ("data.train.batch_size", [8]),
+        ("data.train.dataset.sizes", 8),
+        ("data.train.dataset.size", "many"),
+        ("data.train.dataset.class_type", "MLP"),
+        ("data.evaluation.val.batchsize", 8),
+        ("model.class_type", "StatsMonitor"),
+        ("model.class_type", "torch.nn:Lienar"),
+        ("model.class_type", "Net"),
+        ("model.hidden.0", "eight"),
+        ("batch_processor.loss.weight_", 8),
+        ("batch_processor.loss.class_type", "torch.serialization:load"),
+        ("optimizer.momentom", 0.9),
+        ("optimizer.lr", "fast"),
+        ("optimizer.params", []),
+        ("hooks.stats.grad_normal", 3),
+        ("hooks.stats.grad_norm", "often"),
+        ("hooks.log.every", "often"),
+        ("hooks.log.every", 50),
+        ("hooks.log.sinks.0.pth", "x"),
+        ("hooks.log.sinks.0.path", 3),
+        ("hooks.log.sinks.0.class_type", "StatsMonitor"),
+        ("hooks.stats.class_type", "StatMonitor"),
+        ("hooks.stats.class_type", "robo_orchard_lab.pipeline.durable:remove_tree"),
+        ("checkpoint.kep_last", 3),
+        ("checkpoint.keep_last", "all"),
+        ("resume", "maybe"),
+    ],
+)
+def test_a_fault_is_told_at_its_place(place: str, value: Any) -> None:
+    """A misspelt name, or a value of another type, is told where it stands."""
+    assert refused_at(HOOKS) is None
+    found = refused_at(changed(HOOKS, place, value))
+    parent = place.rpartition(".")[0]
+    assert found is not None
+    assert found in (place, parent)  # unknown names are told of what has them
+    with pytest.raises(ConfigError):
+        load(changed(HOOKS, place, value))
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("optimizer", {"class_type": "torch.optim:AdamW", "betas": [0.9, 0.99]}),
+        ("optimizer", GROUPS),
+        ("optimizer", {**GROUPS, "groups": {"norms": {"parameters": "norms_and_biases"}}}),
+        ("optimizer", {"class_type": "my_team.optim:Lion", "anything": {}}),
+        ("model", {"func": "my_team.models:net", "depth": 3}),
+        ("model", {"func": "torchvision.models.resnet:resnet18", "num_classes": 10}),
+        ("schedule", {"class_type": "torch.optim.lr_scheduler:StepLR", "step_size": 3}),
+        (
+            "schedule",
+            {
+                "class_type": "torch.optim.lr_scheduler:OneCycleLR",
+                "max_lr": 0.1,
+                "total_steps": "auto",
+            },
+        ),
+        ("hooks.mine", {"class_type": "my_team.hooks:Mine", "anything": 3}),
+        ("hooks.mine", {"config_type": "my_team.hooks:MineConfig"}),
+        ("batch_processor", {"func": "my_team.parts:forward"}),
+        ("checkpoint", None),
+        ("schedule", None),
+        ("run_folder", None),
+        ("$schema", "experiment.schema.json"),
+        ("accelerator", {"cpu": "auto", "gradient_accumulation_steps": 4}),
+    ],
+)
+def test_what_files_may_say_passes(place: str, value: Any) -> None:
+    """Other classes, those of users' packages, groups, counts that are auto, and null."""
+    assert refused_at(changed(HOOKS, place, value)) is None
+
+
+@pytest.mark.parametrize("missing", ["model", "data", "batch_processor", "trainer"])
+def test_what_is_required_has_to_be_there(missing: str) -> None:
+    """A file without a base has everything that has no default."""
+    document = {key: value for key, value in HOOKS.items() if key != missing}
+    assert refused_at(document) == ""
+    assert refused_at({**document, "base": "other.yaml"}) is None
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("data", {}),
+        ("data.train", {"batch_size": 3}),
+        ("hooks.stats", {"grad_norm": False}),
+        ("hooks.stats", {"class_type": "FreezeHook"}),
+        ("optimizer", {"lr": 0.5}),
+        ("optimizer", GROUPS | {"groups": {"norms": {"lr": 3}}}),
+    ],
+)
+def test_a_variant_says_only_what_differs(place: str, value: Any) -> None:
+    """What a file with a base leaves out is in its base; without one it is missing."""
+    assert refused_at(changed({"base": "other.yaml"}, place, value)) is None
+    assert refused_at(changed(HOOKS, place, value)) is not None
+
+
+def test_null_removes_entries_of_the_base_alone() -> None:
+    """A hook, an evaluation set and a parameter group may be null where there is a base."""
+    for place in ("hooks.stats", "data.evaluation.val", "optimizer.groups.norms"):
+        assert refused_at(changed({"base": "other.yaml"}, place, None)) is None
+        assert refused_at(changed(HOOKS, place, None)) is not None
+
+
+@pytest.mark.parametrize("base", ["../other.yaml", "a/b.yaml", "\\other.yaml", 3])
+def test_a_base_lies_beside_the_file(base: Any) -> None:
+    """The name of a base has no folder in it."""
+    assert refused_at({"base": base}) == "base"
+
+
+def test_users_classes_have_their_fields_where_they_are_named() -> None:
+    """A class that is trusted by its name is in the schema with its fields; of a package, any."""
+    name = f"{__name__}:Greeter"
+    narrow = Draft202012Validator(experiment_schema({}, trust=[name, "my_team"]))
+
+    def fits(**entry: Any) -> bool:
+        document = {"base": "other.yaml", "hooks": {"it": entry}}
+        return bool(narrow.is_valid(document))
+
+    assert fits(class_type=name, text="hello")
+    assert not fits(class_type=name, txt="hello")
+    assert not fits(class_type=name, text=3)
+    assert fits(class_type="my_team.hooks:Any", txt=3)
+    assert not fits(class_type="other_team.hooks:Any")
+    with pytest.raises(ConfigReferenceError, match="'nobody:Has'"):
+        experiment_schema({}, trust=["nobody:Has"])
+
+
+class Greeter(PipelineHooks):
+    """Says something."""
+
+    def __init__(self, text: str = "hi") -> None:
+        super().__init__()
+        self.text = text
