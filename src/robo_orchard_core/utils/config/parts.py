@@ -201,7 +201,11 @@ def _imported(code: type | str) -> type:
     if isinstance(code, type):
         return code
     module, _, name = code.partition(":")
-    found: type = getattr(importlib.import_module(module), name)
+    try:
+        found: type = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        package = (error.name or module).partition(".")[0]
+        raise ConfigReferenceError(f"this needs the package {package!r}; install it") from error
     return found
 
 
