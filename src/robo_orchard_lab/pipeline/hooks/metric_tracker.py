@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from robo_orchard_core.utils.config import ClassConfig, ConfigInstanceOf, Function
+from robo_orchard_core.utils.config import Function
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.hooks.validation import function_given, given_or_built
+from robo_orchard_lab.pipeline.hooks.validation import MetricPart, function_given, given_or_built
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.metrics.metric_inputs import MetricArguments, MetricInputs
 from robo_orchard_lab.pipeline.metrics.torchmetrics_states import (
@@ -173,7 +173,7 @@ class MetricTrackerConfig(PipelineHooksConfig[MetricTracker]):
         default=True,
         description="Publish the metrics of each epoch too, which keeps what they gather so long.",
     )
-    metrics: dict[str, ConfigInstanceOf[ClassConfig[Any]]] | None = Field(
+    metrics: dict[str, MetricPart] | None = Field(
         default=None,
         description="What builds the metrics, by name, where they aren't given to the hook.",
     )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 from pydantic import Field
 
-from robo_orchard_core.utils.config import ClassConfig, ConfigInstanceOf, Function, function_of
+from robo_orchard_core.utils.config import ClassConfig, Function, Part, function_of
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.batch_size import count_batches
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
@@ -22,6 +22,11 @@ from robo_orchard_lab.pipeline.metrics.torchmetrics_states import MetricsLike, T
 from robo_orchard_lab.pipeline.schedule import Last, ScheduleField
 
 STATE_VERSION = 1
+
+LoaderPart: TypeAlias = Annotated[Any, Part("collections.abc:Iterable")]
+"""A loader, or anything else that can be iterated, as a configuration builds it."""
+MetricPart: TypeAlias = Annotated[Any, Part("torchmetrics.metric:Metric")]
+"""A metric of torchmetrics, as a configuration builds it."""
 
 
 class ValidationHook(PipelineHooks):
@@ -180,7 +185,7 @@ class ValidationHookConfig(PipelineHooksConfig[ValidationHook]):
     seed: int = Field(
         default=0, ge=0, description="Of what is random in an evaluation, each time the same."
     )
-    dataloaders: dict[str, ConfigInstanceOf[ClassConfig[Any]]] | None = Field(
+    dataloaders: dict[str, LoaderPart] | None = Field(
         default=None,
         description="What builds the loaders, by name, where they aren't given to the hook.",
     )
@@ -189,7 +194,7 @@ class ValidationHookConfig(PipelineHooksConfig[ValidationHook]):
         min_length=1,
         description="Which of the loaders to evaluate on, by their names; None for all of them.",
     )
-    metrics: dict[str, ConfigInstanceOf[ClassConfig[Any]]] | None = Field(
+    metrics: dict[str, MetricPart] | None = Field(
         default=None,
         description="What builds the metrics, by name, where they aren't given to the hook.",
     )
