@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field
 
@@ -33,6 +33,9 @@ from robo_orchard_lab.experiment.parts import (
 )
 from robo_orchard_lab.experiment.screening import screen
 from robo_orchard_lab.experiment.trust_settings import ExperimentTrust
+
+if TYPE_CHECKING:  # with torch
+    from robo_orchard_lab.experiment.build import BuiltExperiment
 
 CHECKPOINT = "checkpoint"
 """The name of the hook that the field of this name describes."""
@@ -75,10 +78,13 @@ class ExperimentConfig(Config):
         description="Where the run keeps what it writes; null: runs/NAME. From a file, below the "
         "folder one starts in.",
     )
-    model: ModelPart = Field(description="What is trained: any module.")
+    model: ModelPart | None = Field(
+        description="What is trained: any module; null: given to build()."
+    )
     data: DataConfig = Field(description="What is trained on, and what it is evaluated on.")
-    batch_processor: BatchProcessorPart = Field(
-        description="From a batch to outputs and loss; a function is forward(model, batch)."
+    batch_processor: BatchProcessorPart | None = Field(
+        description="From a batch to outputs and loss; a function is forward(model, batch); null: "
+        "given to build()."
     )
     optimizer: OptimizerPart | None = Field(
         default=None, description="What updates the parameters, in groups if need be."
@@ -115,6 +121,22 @@ class ExperimentConfig(Config):
             raise ConfigFieldError(
                 "there is no optimizer whose learning rates could change", ("schedule",)
             )
+        self._check_what_is_written()
+
+    def _check_what_is_written(self) -> None:
+        """That all that hooks write lies in the run's folder."""
+        written: dict[tuple[str, ...], Any] = {
+            ("hooks", name): hook for name, hook in self.hooks.items()
+        }
+        if self.checkpoint is not None:
+            written[CHECKPOINT,] = self.checkpoint
+        if written:
+            from robo_orchard_lab.pipeline.run_path import check_run_paths  # with torch
+        for path, hook in written.items():
+            try:
+                check_run_paths(hook)
+            except ConfigFieldError as error:
+                raise error.under(path) from error.__cause__
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any], *, trust: TrustLike = ()) -> Self:
@@ -191,3 +213,17 @@ class ExperimentConfig(Config):
     def folder(self) -> Path:
         """The run's folder."""
         return Path("runs", self.name) if self.run_folder is None else Path(self.run_folder)
+
+    def build(self, **live: Any) -> BuiltExperiment:
+        """The prepared trainer and the objects that it has, on every rank alike.
+
+        Args:
+            **live: What to take in the place of what is described, see `build_experiment`.
+
+        Raises:
+            ConfigError: A part can't be built, with its place.
+            Exception: What code that is described raises, and what the trainer does.
+        """
+        from robo_orchard_lab.experiment.build import build_experiment
+
+        return build_experiment(self, **live)

@@ -5,7 +5,7 @@ Nothing here imports torch: the kinds are named, and looked up once a value is v
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
@@ -38,6 +38,8 @@ SamplerPart: TypeAlias = Annotated[
     Any, Part("torch.utils.data.sampler:Sampler", given=("data_source",))
 ]
 """A sampler of indices; a ``data_source`` that it takes is the dataset."""
+
+DECLARATIONS["torch.utils.data.sampler:Sampler"] = SamplerPart
 
 BatchProcessorPart: TypeAlias = Annotated[
     Any,
@@ -125,7 +127,9 @@ class DataOrderConfig(Config):
 class DataConfig(Config):
     """What is trained on, and what it is evaluated on."""
 
-    train: LoaderConfig = Field(description="The batches to learn from.")
+    train: LoaderConfig | None = Field(
+        description="The batches to learn from; null: given to build()."
+    )
     evaluation: dict[str, LoaderConfig] = Field(
         default={}, description="Sets to evaluate on, by name; each ValidationHook takes them."
     )
@@ -149,6 +153,12 @@ class ParameterGroup(Config):
     parameters: list[str] | Literal["norms_and_biases"] = Field(
         description="Patterns of names, such as 'backbone.*', or norms_and_biases."
     )
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self, *, parameters: list[str] | Literal["norms_and_biases"], **options: Any
+        ) -> None: ...
 
     def options(self) -> dict[str, Any]:
         """The optimizer's options for this group."""

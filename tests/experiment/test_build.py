@@ -1,0 +1,537 @@
+"""An experiment builds what a script would have made by hand, and takes what a script gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.optim import lr_scheduler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
+from torchmetrics.classification import MulticlassAccuracy
+
+from robo_orchard_core.utils.config import ConfigBuildError, ConfigError, ConfigFieldError
+from robo_orchard_lab.experiment import (
+    AcceleratorConfig,
+    DataConfig,
+    DataOrderConfig,
+    ExperimentConfig,
+    LoaderConfig,
+    ParameterGroup,
+    TrainerConfig,
+    config_of,
+)
+from robo_orchard_lab.experiment.parameter_groups import parameter_groups
+from robo_orchard_lab.experiment.samples import MLP, Spirals
+from robo_orchard_lab.pipeline import (
+    HookBasedTrainer,
+    PipelineHooks,
+    SimpleBatchProcessor,
+    SupervisedProcessor,
+)
+from robo_orchard_lab.pipeline.errors import DataError
+from robo_orchard_lab.pipeline.hooks import (
+    KeepBestConfig,
+    LossTrackerConfig,
+    MetricsLoggerConfig,
+    MetricTrackerConfig,
+    SaveCheckpointConfig,
+    StatsMonitorConfig,
+    ValidationHook,
+    ValidationHookConfig,
+)
+from robo_orchard_lab.pipeline.hooks.mixin import HookContext
+from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig
+from tiny import equal, weights
+
+
+@pytest.fixture(autouse=True)
+def below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each test starts in a folder of its own, where runs are."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+class Noisy(MLP):
+    """With dropout, so that the model draws, too."""
+
+    def __init__(self) -> None:
+        super().__init__(2, [8], 3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.nn.functional.dropout(inputs, 0.2, self.training))
+
+
+def spirals(size: int = 30, batch_size: int = 4, seed: int = 0, **options: Any) -> LoaderConfig:
+    dataset = config_of(Spirals, size=size, seed=seed)
+    return LoaderConfig(dataset=dataset, batch_size=batch_size, **options)
+
+
+def experiment(**changes: Any) -> ExperimentConfig:
+    """Eight steps an epoch, for two epochs, without checkpoints."""
+    return ExperimentConfig(
+        **{
+            "seed": 3,
+            "model": config_of(Noisy),
+            "data": DataConfig(train=spirals(shuffle=True)),
+            "batch_processor": config_of(
+                SupervisedProcessor, loss=config_of(torch.nn.CrossEntropyLoss)
+            ),
+            "optimizer": config_of(torch.optim.SGD, lr=0.1),
+            "trainer": TrainerConfig(max_epoch=2),
+            "accelerator": AcceleratorConfig(cpu=True),
+            "checkpoint": None,
+            **changes,
+        }
+    )
+
+
+def trained(config: ExperimentConfig, **live: Any) -> list[torch.Tensor]:
+    built = config.build(**live)
+    built.trainer()
+    return weights(built.model)
+
+
+def test_it_trains_what_a_script_does() -> None:
+    """Made in the documented order with the same seed, the weights are the same bits."""
+    described = trained(
+        experiment(
+            optimizer=config_of(
+                torch.optim.AdamW,
+                lr=0.01,
+                groups={"no_decay": ParameterGroup(parameters="norms_and_biases", weight_decay=0)},
+            ),
+            schedule=config_of(lr_scheduler.OneCycleLR, max_lr=0.01, total_steps="auto"),
+            hooks={
+                "log": MetricsLoggerConfig(every="3 steps"),
+                "losses": LossTrackerConfig(),
+                "val": ValidationHookConfig(),
+            },
+            data=DataConfig(
+                train=spirals(shuffle=True, drop_last=True, num_workers=1),
+                evaluation={"val": spirals(seed=1)},
+            ),
+            accelerator=AcceleratorConfig(cpu=True, gradient_accumulation_steps=2),
+            checkpoint=SaveCheckpointConfig(),
+        )
+    )
+
+    set_seed(3)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    loader = DataLoader(Spirals(30), batch_size=4, shuffle=True, drop_last=True)
+    model = Noisy()
+    groups = {"no_decay": {"parameters": "norms_and_biases", "weight_decay": 0}}
+    optimizer = torch.optim.AdamW(parameter_groups(model, groups), lr=0.01)
+    HookBasedTrainer(
+        accelerator,
+        model,
+        loader,
+        SupervisedProcessor(torch.nn.CrossEntropyLoss()),
+        optimizer,
+        lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=2 * 4),
+        hooks=[LossTrackerConfig()],
+        max_epoch=2,
+    )()
+    assert equal(weights(model), described)
+
+
+def test_another_seed_trains_other_weights() -> None:
+    """The seed is that of weights, order and noise."""
+    assert equal(trained(experiment()), trained(experiment()))
+    assert not equal(trained(experiment()), trained(experiment(seed=4)))
+
+
+def test_what_a_script_gives_takes_the_place_of_what_is_described() -> None:
+    """Every object may be given; its part is not built then, and may be null."""
+    model = MLP(2, [4], 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    given: dict[str, Any] = {
+        "accelerator": Accelerator(cpu=True),
+        "dataloader": DataLoader(Spirals(8), batch_size=2),
+        "model": model,
+        "optimizer": optimizer,
+        "lr_scheduler": lr_scheduler.StepLR(optimizer, 2),
+        "batch_processor": SupervisedProcessor(torch.nn.functional.cross_entropy),
+    }
+    config = experiment(
+        model=None,
+        data=DataConfig(train=None),
+        batch_processor=None,
+        optimizer=None,
+        trainer=TrainerConfig(max_step=3),
+    )
+    built = config.build(
+        **given,
+        evaluation={"val": [1], "other": None},
+        hooks={"stats": StatsMonitorConfig()},
+        run_folder="elsewhere",
+        resume="never",
+    )
+    assert {name: getattr(built, name) for name in given} == given
+    assert built.evaluation == {"val": [1]}
+    assert [*built.hooks] == ["stats"]
+    assert built.run_folder == Path("elsewhere")
+    built.trainer()
+    assert built.trainer.progress.global_step_id == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "place", "name"),
+    [
+        ({"model": None}, "model", "model"),
+        ({"batch_processor": None}, "batch_processor", "batch_processor"),
+        ({"data": DataConfig(train=None)}, "data.train", "dataloader"),
+    ],
+)
+def test_what_is_null_has_to_be_given(changes: dict[str, Any], place: str, name: str) -> None:
+    """The error says as what."""
+    with pytest.raises(ConfigFieldError, match=rf"build\({name}=\.\.\.\)") as error:
+        experiment(**changes).build()
+    assert error.value.place == place
+
+
+def test_hooks_come_in_their_order_and_the_checkpoint_last() -> None:
+    """Those that a script gives replace those of their names, or come behind; None removes."""
+    config = experiment(
+        hooks={"a": StatsMonitorConfig(), "b": LossTrackerConfig(), "c": MetricsLoggerConfig()},
+        checkpoint=SaveCheckpointConfig(),
+    )
+    own, more = PipelineHooks(), PipelineHooks()
+    built = config.build(hooks={"b": own, "c": None, "d": more})
+    assert [*built.hooks] == ["a", "b", "d", "checkpoint"]
+    assert (built.hooks["b"], built.hooks["d"]) == (own, more)
+    names = [hook.name for hook in built.trainer.hooks.all_hooks()]
+    assert names[-4:] == ["a", "b", "d", "checkpoint"]
+    assert "checkpoint" not in config.build(hooks={"checkpoint": None}).hooks
+
+
+def test_what_hooks_write_lies_in_the_run_folder(below: Path) -> None:
+    """Also by sinks within them; checkpoints are there as well."""
+    trained(
+        experiment(
+            name="spiral",
+            hooks={
+                "log": MetricsLoggerConfig(sinks=[JsonLinesSinkConfig(path="a/m.jsonl")]),
+                "losses": LossTrackerConfig(),
+                "val": ValidationHookConfig(),
+                "best": KeepBestConfig(
+                    monitor="eval/val/loss", mode="min", path=Path("best.safetensors")
+                ),
+            },
+            data=DataConfig(train=spirals(), evaluation={"val": spirals(seed=1)}),
+            checkpoint=SaveCheckpointConfig(folder=Path("saves")),
+        )
+    )
+    assert {path.name for path in below.iterdir()} == {"runs"}
+    run = below / "runs" / "spiral"
+    written = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    assert {"a/m.jsonl", "best.safetensors", "saves/step_00000016/manifest.json"} <= written
+
+
+def test_a_path_out_of_the_run_folder_is_refused_when_the_experiment_is_made() -> None:
+    """Not when it is built; the error names the place."""
+    for sinks, place in (
+        ([JsonLinesSinkConfig(path="../m")], "hooks.log.sinks.0.path"),
+        ({"x": JsonLinesSinkConfig(path="/m")}, "hooks.log.sinks.x.path"),
+    ):
+        document = experiment().to_dict()
+        document["hooks"] = {"log": MetricsLoggerConfig(sinks=sinks).to_dict()}
+        with pytest.raises(ConfigError, match="within the run's folder") as error:
+            ExperimentConfig.from_dict(document, trust=("torch", __name__))
+        assert error.value.place == place
+
+
+def test_evaluation_sets_go_to_hooks_without_loaders_of_their_own() -> None:
+    """All, or those that are named; a hook with its own keeps those."""
+    config = experiment(
+        hooks={
+            "all": ValidationHookConfig(sets=["near"]),
+            "some": ValidationHookConfig(
+                sets=["far"],
+                metrics={"accuracy": config_of(MulticlassAccuracy, num_classes=3)},
+            ),
+            "own": ValidationHookConfig(
+                dataloaders={
+                    "mine": config_of(DataLoader, dataset=config_of(Spirals, size=4), batch_size=2)
+                }
+            ),
+        },
+        data=DataConfig(
+            train=spirals(), evaluation={"near": spirals(seed=1), "far": spirals(seed=2)}
+        ),
+    )
+    built = config.build()
+    built.trainer()
+    evaluated = {name for name in built.trainer.metrics.names() if name.startswith("eval/")}
+    assert evaluated == {
+        *("eval/near/loss", "eval/far/loss", "eval/far/accuracy", "eval/mine/loss"),
+    }
+
+
+def test_without_sets_there_is_nothing_to_evaluate_on() -> None:
+    """A ValidationHook with neither is refused at its place."""
+    with pytest.raises(ConfigFieldError, match=r"describe sets in data\.evaluation") as error:
+        experiment(hooks={"val": ValidationHookConfig()}).build()
+    assert error.value.place == "hooks.val"
+
+
+def test_metrics_may_stand_in_the_experiment() -> None:
+    """Of training and of evaluation; a file holds them."""
+    accuracy = {"accuracy": config_of(MulticlassAccuracy, num_classes=3)}
+    config = experiment(
+        hooks={
+            "log": MetricsLoggerConfig(),
+            "train": MetricTrackerConfig(metrics=accuracy),
+            "val": ValidationHookConfig(metrics=accuracy),
+        },
+        data=DataConfig(train=spirals(), evaluation={"val": spirals(seed=1)}),
+    )
+    again = ExperimentConfig.from_str(
+        config.to_str("toml"), "toml", trust=("torch", "torchmetrics", __name__)
+    )
+    assert again == config
+    built = again.build()
+    built.trainer()
+    names = built.trainer.metrics.names()
+    assert {"train/accuracy", "eval/val/accuracy", "eval/val/loss"} <= {*names}
+
+
+def test_auto_is_how_often_the_schedule_moves() -> None:
+    """In updates, or in epochs where it moves once in each."""
+    one_cycle = config_of(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps="auto")
+    cosine = config_of(lr_scheduler.CosineAnnealingLR, T_max="auto", every="epoch")
+    accumulating = AcceleratorConfig(cpu=True, gradient_accumulation_steps=3)
+    built = experiment(schedule=one_cycle, accelerator=accumulating).build()
+    assert isinstance(built.lr_scheduler, lr_scheduler.OneCycleLR)
+    assert built.lr_scheduler.total_steps == 2 * 3
+    built.trainer()
+    assert built.lr_scheduler.last_epoch == 2 * 3
+    built = experiment(schedule=cosine).build()
+    assert isinstance(built.lr_scheduler, lr_scheduler.CosineAnnealingLR)
+    assert built.lr_scheduler.T_max == 2
+    built.trainer()
+    assert built.lr_scheduler.last_epoch == 2
+
+
+def test_schedules_within_schedules_get_the_optimizer() -> None:
+    """One after another, or together; numbers in them may be auto, too."""
+    linear = config_of(lr_scheduler.LinearLR, total_iters=4)
+    cosine = config_of(lr_scheduler.CosineAnnealingLR, T_max="auto")
+    sequence = config_of(lr_scheduler.SequentialLR, schedulers=[linear, cosine], milestones=[4])
+    chain = config_of(lr_scheduler.ChainedScheduler, schedulers=[linear, sequence])
+    built = experiment(schedule=chain).build()
+    built.trainer()
+    assert isinstance(built.lr_scheduler, lr_scheduler.ChainedScheduler)
+    first, second = built.lr_scheduler._schedulers
+    assert isinstance(first, lr_scheduler.LinearLR)
+    assert isinstance(second, lr_scheduler.SequentialLR)
+    assert second._schedulers[1].T_max == 16  # type: ignore[attr-defined]
+    assert first.optimizer is second.optimizer is built.optimizer
+
+
+def test_a_plateau_is_watched_once_an_epoch() -> None:
+    """As its class has it by default; auto counts so as well."""
+    config = config_of(lr_scheduler.ReduceLROnPlateau, patience="auto")
+    built = experiment(schedule=config).build()
+    assert isinstance(built.lr_scheduler, lr_scheduler.ReduceLROnPlateau)
+    assert built.lr_scheduler.patience == 2
+
+
+class Endless(IterableDataset[tuple[torch.Tensor, int]]):
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+        while True:
+            yield torch.ones(2), 0
+
+
+def test_where_it_cant_be_counted_a_number_is_asked_for() -> None:
+    """Of data without a length; the error names the parameter."""
+    schedule = config_of(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps="auto")
+    endless = DataConfig(train=LoaderConfig(dataset=config_of(Endless)))
+    with pytest.raises(ConfigError, match=r"has no length; write a number") as error:
+        experiment(schedule=schedule, data=endless).build()
+    assert error.value.place == "schedule.total_steps"
+    limited = TrainerConfig(max_step=5)
+    built = experiment(schedule=schedule, data=endless, trainer=limited).build()
+    assert built.lr_scheduler is not None
+    assert built.lr_scheduler.total_steps == 5  # type: ignore[attr-defined]
+    empty = DataConfig(train=spirals(2, drop_last=True))
+    with pytest.raises(DataError, match="2 samples are less than one step") as no_data:
+        experiment(schedule=schedule, data=empty).build()
+    assert no_data.value.__notes__ == [
+        "while total_steps was built",
+        "while schedule was built",
+    ]
+
+
+def test_only_the_outermost_schedule_says_when_it_moves() -> None:
+    """One within can't move at another time."""
+    step = config_of(lr_scheduler.StepLR, step_size=2, every="epoch")
+    schedule = config_of(lr_scheduler.ChainedScheduler, schedulers=[step])
+    with pytest.raises(ConfigFieldError, match="beside the outermost") as error:
+        experiment(schedule=schedule).build()
+    assert error.value.place == "schedule.schedulers.0.every"
+
+
+def doubled(samples: list[tuple[torch.Tensor, int]], times: int = 1) -> Any:
+    inputs, arms = zip(*samples * times, strict=True)
+    return torch.stack(inputs), torch.tensor(arms)
+
+
+def test_loaders_take_what_torchs_do() -> None:
+    """Samplers get the dataset where they take one, also within a batch sampler."""
+    drawn = config_of(RandomSampler, num_samples=6)
+    sampled = spirals(sampler=drawn, collate_fn=config_of(doubled, times=2)).model_copy()
+    built = experiment(data=DataConfig(train=sampled)).build()
+    assert isinstance(built.dataloader, DataLoader)
+    assert [len(arms) for _, arms in built.dataloader] == [8, 4]
+    batches = config_of(BatchSampler, sampler=drawn, batch_size=3, drop_last=False)
+    dataset = config_of(Spirals, size=30)
+    in_batches = LoaderConfig(dataset=dataset, batch_sampler=batches, num_workers=1)
+    built = experiment(data=DataConfig(train=in_batches)).build()
+    assert isinstance(built.dataloader, DataLoader)
+    assert isinstance(built.dataloader.batch_sampler, BatchSampler)
+    sampler: Any = built.dataloader.batch_sampler.sampler
+    assert sampler.data_source is built.dataloader.dataset
+    assert [len(arms) for _, arms in built.dataloader] == [3, 3]
+
+
+def forward(model: Any, batch: Any, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs, arms = batch
+    outputs = model(inputs)
+    return outputs, scale * torch.nn.functional.cross_entropy(outputs, arms)
+
+
+def make_processor(scale: float) -> SimpleBatchProcessor:
+    return SimpleBatchProcessor.from_callable(lambda model, batch: forward(model, batch, scale))
+
+
+def test_a_batch_processor_may_be_a_function() -> None:
+    """Of a model and a batch, with further arguments; or one that makes a batch processor."""
+    expected = trained(experiment())
+    assert equal(trained(experiment(batch_processor=config_of(forward))), expected)
+    assert equal(trained(experiment(batch_processor=config_of(make_processor, scale=1))), expected)
+    scaled = trained(experiment(batch_processor=config_of(forward, scale=2.0)))
+    made = trained(experiment(batch_processor=config_of(make_processor, scale=2)))
+    assert equal(scaled, made)
+    assert not equal(scaled, expected)
+
+
+def make_sgd(params: Any, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=lr)
+
+
+def test_an_optimizer_may_come_from_a_function() -> None:
+    """It gets the model's parameters."""
+    made = trained(experiment(optimizer=config_of(make_sgd, lr=0.1)))
+    assert equal(made, trained(experiment()))
+
+
+def test_parameters_have_the_options_of_their_group() -> None:
+    """Those that no pattern matches come first, with the optimizer's own."""
+    groups = {
+        "biases": ParameterGroup(parameters=["*.bias"], weight_decay=0.0),
+        "head": ParameterGroup(parameters=["layers.2.*"], lr=0.5),
+    }
+    optimizer = config_of(torch.optim.SGD, lr=0.1, weight_decay=0.01, groups=groups)
+    built = experiment(optimizer=optimizer).build()
+    assert built.optimizer is not None
+    found = [
+        (len(group["params"]), group["lr"], group["weight_decay"])
+        for group in built.optimizer.param_groups
+    ]
+    assert found == [(1, 0.1, 0.01), (2, 0.1, 0.0), (1, 0.5, 0.01)]
+    groups["head"] = ParameterGroup(parameters=["layer.2.*"])
+    with pytest.raises(ConfigFieldError, match=r"did you mean 'layers\.2\.\*'") as error:
+        experiment(optimizer=optimizer.replace(groups=groups)).build()
+    assert error.value.place == "optimizer.groups.head.parameters"
+
+
+def test_a_run_goes_on_where_it_was_stopped() -> None:
+    """From the newest checkpoint, by default; or from the beginning, or from another one."""
+    config = experiment(checkpoint=SaveCheckpointConfig(every="3 steps", keep_last=None))
+    stopped = config.replace(**{"trainer.max_epoch": None, "trainer.max_step": 5}).build()
+    stopped.trainer()
+    third = stopped.run_folder / "checkpoints" / "step_00000003"
+    steps = [
+        config.build(resume=resume).trainer.progress.global_step_id
+        for resume in (None, "never", third)
+    ]
+    assert steps == [5, 0, 3]
+    never = config.replace(resume="never").build()
+    assert never.trainer.progress.global_step_id == 0
+    resumed = config.build()
+    resumed.trainer()
+    assert equal(weights(resumed.model), trained(config, resume="never"))
+
+
+def test_the_trainer_is_told_what_the_experiment_says() -> None:
+    """Limits, the order of data, precision, and how ranks agree."""
+    config = experiment(
+        data=DataConfig(train=spirals(), order=DataOrderConfig(keyed_by="sample")),
+        trainer=TrainerConfig(max_optimizer_step=3, agree_every=7),
+        accelerator=AcceleratorConfig(
+            cpu=True, mixed_precision="bf16", find_unused_parameters=True
+        ),
+    )
+    built = config.build()
+    assert built.trainer.limits.max_optimizer_step == 3
+    assert built.accelerator.mixed_precision == "bf16"
+    assert built.accelerator.ddp_handler is not None
+    assert built.accelerator.ddp_handler.find_unused_parameters
+    built.trainer()
+    assert built.trainer.progress.optimizer_step_id == 3
+
+
+class Missing(Spirals):
+    def __init__(self) -> None:
+        raise FileNotFoundError("no such folder: 'images'")
+
+
+class Broken(PipelineHooks):
+    def __init__(self) -> None:
+        raise KeyError("a mistake in it")
+
+
+def test_errors_of_what_is_built_say_where_it_is_described() -> None:
+    """A wrong argument or a missing file is an error of the experiment; a mistake gets a note."""
+    missing = DataConfig(train=LoaderConfig(dataset=config_of(Missing)))
+    with pytest.raises(ConfigBuildError, match="no such folder: 'images'") as error:
+        experiment(data=missing).build()
+    assert error.value.place == "data.train.dataset"
+    assert isinstance(error.value.__cause__, FileNotFoundError)
+    wrong = spirals(sampler=config_of(RandomSampler, num_samples=-1))
+    evaluation = DataConfig(train=spirals(), evaluation={"a": wrong})
+    with pytest.raises(ConfigBuildError, match="num_samples should be") as error:
+        experiment(data=evaluation).build()
+    assert error.value.place == "data.evaluation.a.sampler"
+    with pytest.raises(KeyError) as mistake:
+        experiment(hooks={"mine": config_of(Broken)}).build()
+    assert mistake.value.__notes__[-1] == "while hooks.mine was built"
+
+
+class Counting(PipelineHooks):
+    """A hook of a user's own, without a configuration class."""
+
+    def __init__(self, every: int = 1) -> None:
+        super().__init__()
+        self.every, self.seen = every, 0
+        self.register_hook("on_step", HookContext.from_callable(after=self.count))
+
+    def count(self, args: Any) -> None:
+        self.seen += args.global_step_id % self.every == 0
+
+
+def test_a_hook_of_ones_own_needs_no_configuration_class() -> None:
+    """Its constructor's parameters are its fields."""
+    built = experiment(hooks={"mine": config_of(Counting, every=4)}).build()
+    built.trainer()
+    mine = built.hooks["mine"]
+    assert isinstance(mine, Counting)
+    assert mine.seen == 4
+    assert mine.name == "mine"
+    assert isinstance(built.trainer, HookBasedTrainer)
+    assert not isinstance(mine, ValidationHook)
