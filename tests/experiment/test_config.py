@@ -136,7 +136,7 @@ def test_null_removes_a_hook(tmp_path: Path) -> None:
     ("changes", "place", "says"),
     [
         ({"trainer": {}}, "trainer", "set one of max_epoch, max_step, max_optimizer_step"),
-        ({"modle": {}}, "modle", "did you mean 'model'?"),
+        ({"models": {}}, "models", "did you mean 'model'?"),
         ({"hooks": {"checkpoint": {"class_type": "StatsMonitor"}}}, "hooks.checkpoint", "name"),
         ({"optimizer": None, "schedule": {"class_type": "x:Y"}}, "schedule.class_type", "trusted"),
         (
@@ -147,7 +147,7 @@ def test_null_removes_a_hook(tmp_path: Path) -> None:
             "schedule",
             "no optimizer",
         ),
-        ({"checkpoint": {"evry": "1 epoch"}}, "checkpoint.evry", "did you mean 'every'?"),
+        ({"checkpoint": {"everys": "1 epoch"}}, "checkpoint.everys", "did you mean 'every'?"),
         ({"hooks": {"s": {"class_type": "torch.nn.modules.linear:Linear"}}}, "hooks.s.class_type",
          "PipelineHooks"),
         ({"seed": -1}, "seed", "greater than or equal to 0"),
@@ -240,7 +240,8 @@ def test_only_the_catalogue_is_trusted_without_more(tmp_path: Path) -> None:
     for reference in ("robo_orchard_lab.pipeline.durable:remove_tree", f"{__name__}:Net"):
         with pytest.raises(TrustError):
             described(model={"func" if "durable" in reference else "class_type": reference})
-    assert ExperimentConfig.from_dict(document(model=other), trust=__name__).model() is not None
+    trusted: Any = ExperimentConfig.from_dict(document(model=other), trust=__name__)
+    assert isinstance(trusted.model(), Net)
 
 
 class Net(torch.nn.Module):
