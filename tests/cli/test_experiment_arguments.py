@@ -52,7 +52,7 @@ def test_fields_and_options_stand_in_any_order(arguments: list[str]) -> None:
     """Fields, with a space or an equals sign, options and the file are told apart anywhere."""
     file, flag, output, experiment = taken(*arguments)
     assert (file, flag, output) == (Path("a.yaml"), True, None)
-    assert experiment.trust_names == ("x", "y")
+    assert experiment.trust == ("x", "y")
     assert [(o.path, o.value) for o in experiment.overrides] == [
         (("seed",), 3),
         (("hooks", "bar"), None),
@@ -123,7 +123,8 @@ def test_help_lists_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
     shown = " ".join(capsys.readouterr().out.split())
     assert "Usage: robo-orchard-lab [OPTIONS] [--FIELD VALUE ...] FILE" in shown
     assert "--seed Of weights, of the order of data, of noise. (int; default: 0)" in shown
-    assert "--model What is trained: any module. (Module; required)" in shown
+    assert "--model What is trained: any module;" in shown
+    assert "(Module | null; required)" in shown
     assert "--data.train.batch_size Samples in a batch of one process; null: the dataset" in shown
     assert "('batch' | 'sample' | 'none'; default: batch)" in shown
     assert "(SaveCheckpoint's fields | null; default: {})" in shown

@@ -23,6 +23,7 @@ from robo_orchard_lab.cli.lazy_group import Command
 from robo_orchard_lab.experiment.field_help import experiment_fields
 
 if TYPE_CHECKING:
+    from robo_orchard_lab.experiment.config import ExperimentConfig
     from robo_orchard_lab.experiment.document import ExperimentDocument
     from robo_orchard_lab.experiment.overrides import Override
 
@@ -45,7 +46,8 @@ _SUFFIXES = (".yaml", ".yml", ".toml", ".json")
 class ExperimentArguments:
     """What was typed about an experiment, beside its file."""
 
-    trust_names: tuple[str, ...] = ()
+    trust: tuple[str, ...] = ()
+    """Of ``--trust``; what the user's own pyproject.toml trusts comes to it."""
     overrides: tuple[Override, ...] = ()
 
     def read(self, file: Path) -> ExperimentDocument:
@@ -60,6 +62,25 @@ class ExperimentArguments:
         if not file.exists() and not file.is_symlink():
             raise CommandError(f"there is no file {file}", _nearest_file(file))
         return read_experiment(file, overrides=self.overrides, environ=os.environ)
+
+    def load(self, file: Path) -> ExperimentConfig:
+        """The experiment of a file, validated.
+
+        Raises:
+            CommandError: there is no such file.
+            ConfigError: it, or what was typed, is no experiment, or is not trusted.
+        """
+        return self.validated(self.read(file))
+
+    def validated(self, document: ExperimentDocument) -> ExperimentConfig:
+        """The experiment of a document.
+
+        Raises:
+            ConfigError: it is none, or is not trusted.
+        """
+        from robo_orchard_lab.experiment.config import ExperimentConfig
+
+        return ExperimentConfig.from_document(document, self.trust)
 
 
 class ExperimentCommand(Command):

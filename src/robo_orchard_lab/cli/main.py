@@ -29,6 +29,10 @@ COMMANDS = {
             f"{_MODULES}.checkpoint",
         ),
     },
+    "Files of experiments": {
+        "config": ("Begin, check, show and compare files.", f"{_MODULES}.config"),
+        "hooks": ("Look at hooks, and at which run for a file.", f"{_MODULES}.hooks"),
+    },
     "This installation": {
         "doctor": ("Show versions, devices, and what is missing.", f"{_MODULES}.doctor"),
         "completion": ("Print what completes commands in a shell.", f"{_MODULES}.completion"),

@@ -1,0 +1,196 @@
+"""``config``: files are begun, checked, shown and compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from tests.cli.running import run, run_in_terminal
+
+from robo_orchard_lab.cli.experiment_arguments import ExperimentArguments
+from robo_orchard_lab.cli.main import main
+from robo_orchard_lab.cli.readable_yaml import readable_yaml
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a starting file in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["config", "init"]) == 0
+    return "experiment.yaml"
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(arguments) == 0
+    return capsys.readouterr().out
+
+
+def test_a_starting_file_is_an_experiment(tmp_path: Path) -> None:
+    """What init writes is checked and found right, without any trust, and says what is next."""
+    done = run("config", "init", "first.yaml", cwd=tmp_path)
+    assert (done.code, done.err) == (0, "")
+    assert done.out == "wrote first.yaml; to train it: robo-orchard-lab train first.yaml\n"
+    text = (tmp_path / "first.yaml").read_text()
+    assert "experiment.yaml" not in text
+    assert text.count("#") > 15
+    checked = run("config", "check", "first.yaml", cwd=tmp_path)
+    assert (checked.code, checked.out, checked.err) == (0, "first.yaml: ok\n", "")
+
+
+def test_a_file_that_is_there_is_left(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """init replaces nothing, and writes YAML alone."""
+    Path(file).write_text("mine")
+    capsys.readouterr()
+    assert main(["config", "init"]) == 2
+    assert "experiment.yaml is there already, and is left as it is" in capsys.readouterr().err
+    assert Path(file).read_text() == "mine"
+    assert main(["config", "init", "x.toml"]) == 2
+    assert "name it x.yaml" in capsys.readouterr().err
+    assert main(["config", "init", "not/there/x.yaml"]) == 2
+    assert "can't be written: No such file or directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("format_", ["yaml", "toml", "json"])
+def test_a_file_is_shown_whole_in_each_format(
+    file: str, format_: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """What show prints, with what is typed, is a file of the same experiment."""
+    text = shown(capsys, "config", "show", file, "--trainer.max_epoch", "3", "--format", format_)
+    (tmp_path / f"all.{format_}").write_text(text)
+    same = ExperimentArguments().load(tmp_path / f"all.{format_}")
+    assert same == ExperimentArguments().load(Path(file)).replace(**{"trainer.max_epoch": 3})
+
+
+def test_text_is_shown_as_people_write_it(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """YAML has quotes only where they are needed, by this version and by older ones."""
+    text = shown(capsys, "config", "show", file)
+    assert "    class_type: robo_orchard_lab.experiment.samples:Spirals\n" in text
+    assert "    every: 50 steps | 1 epoch\n" in text
+    assert '  mixed_precision: "no"\n' in text
+
+
+def test_quotes_stay_where_they_are_needed() -> None:
+    """Text that would be read as something else without quotes keeps them."""
+    texts = ["12:30", "a: b", "a #b", "- x", "", "x ", "a\nb", "é", "NULL", "x:", "1e3", "*", "1 2"]
+    document = {"texts": [*texts, "x y", "m:N", "fc.*", "3 epochs"], "on": {"y": "on"}}
+    written = readable_yaml(document)  # type: ignore[arg-type]  # lists aren't covariant
+    assert yaml.safe_load(written) == document
+    assert [line for line in written.splitlines() if '"' not in line] == [
+        "texts:", "- x y", "- m:N", "- fc.*", "- 3 epochs"
+    ]  # fmt: skip
+
+
+def test_each_value_is_shown_with_its_origin(tmp_path: Path) -> None:
+    """--origins tells file and line, base, environment, option or default of each value."""
+    run("config", "init", "base.yaml", cwd=tmp_path)
+    (tmp_path / "mine.yaml").write_text("base: base.yaml\nname: mine\nhooks:\n  stats: null\n")
+    typed = ("--hooks.log.every", "10 steps", "--trainer.max_epoch=2")
+    variables = {"ROBO_ORCHARD_LAB__SEED": "7"}
+    done = run(
+        "config", "show", "mine.yaml", "--origins", *typed, cwd=tmp_path, variables=variables
+    )
+    assert done.code == 0, done.err
+    rows = {line.split("  ")[0]: line.split("  ")[-1].strip() for line in done.out.splitlines()}
+    assert rows["FIELD"] == "FROM"
+    assert rows["name"] == "mine.yaml:2"
+    assert rows["resume"].startswith("base.yaml:")
+    assert rows["seed"] == "environment: ROBO_ORCHARD_LAB__SEED"
+    assert rows["hooks.log.every"] == "command line: --hooks.log.every"
+    assert rows["trainer.max_epoch"] == "command line: --trainer.max_epoch"
+    assert rows["trainer.max_step"] == "default"
+    assert rows["model.hidden"].startswith("base.yaml:")
+    assert rows["hooks.bar.metrics"].startswith("base.yaml:")
+    assert rows["hooks.bar.plain"] == "default"
+    assert not any(field.startswith("hooks.stats") for field in rows)
+
+
+def test_origins_are_plain_data_with_json(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """--json has field, value, layer and place of each."""
+    told = json.loads(shown(capsys, "config", "show", file, "--origins", "--json", "--seed", "3"))
+    seed = next(each for each in told if each["field"] == "seed")
+    assert seed == {"field": "seed", "value": 3, "layer": "command line", "from": "--seed"}
+    whole = json.loads(shown(capsys, "config", "show", file, "--json", "--seed", "3"))
+    assert whole["seed"] == 3
+
+
+def test_origins_have_no_format(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A table is no TOML."""
+    assert main(["config", "show", file, "--origins", "--format", "toml"]) == 2
+    assert "--origins is a table" in capsys.readouterr().err
+
+
+def test_all_that_is_wrong_is_told(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """check tells every error of every file with its line and field, and ends with 2."""
+    text = Path(file).read_text()
+    Path("wrong.yaml").write_text(
+        text.replace("max_epoch: 20", "max_epoch: many").replace("shuffle: true", "shuffle: 3")
+    )
+    Path("broken.yaml").write_text("name: [")
+    capsys.readouterr()
+    assert main(["config", "check", file, "wrong.yaml", "broken.yaml", "gone.yaml"]) == 2
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "experiment.yaml: ok"
+    assert any(line.startswith("wrong.yaml:30: error: data.train.shuffle: ") for line in out)
+    assert any(": error: trainer.max_epoch: " in line for line in out)
+    assert any(line.startswith("broken.yaml") and "broken YAML" in line for line in out)
+    assert out[-1] == "gone.yaml: error: there is no file gone.yaml"
+    assert main(["config", "check", file, "wrong.yaml", "--json"]) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert [each["ok"] for each in told] == [True, False]
+    assert {each["field"] for each in told[1]["errors"]} >= {"data.train.shuffle"}
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["--trainer.max_epochs", "3"], "trainer.max_epochs: TrainerConfig has no such field; did"),
+        (["--hooks.bar.class_type", "ProgresBarHook"], "did you mean 'ProgressBarHook'"),
+        (["--hooks.bar.class_type", "os:system"], "os:system"),
+        (["--seed", "many"], "command line: --seed: seed: "),
+        (["--run_folder", "runs/x", "--resume", "maybe"], "command line: --resume: resume: "),
+    ],
+)
+def test_what_is_typed_wrong_is_told_with_the_option(
+    file: str, typed: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What an option makes wrong is told in a line or two, with the option and the nearest."""
+    capsys.readouterr()
+    assert main(["config", "show", file, *typed]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert said in told.err
+    assert len(told.err.splitlines()) <= 2
+
+
+def test_differences_have_what_they_mean_for_a_run(
+    file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """diff tells values that differ, and whether a run can go on so."""
+    Path("variant.yaml").write_text("base: experiment.yaml\nname: other\nhooks: {bar: null}\n")
+    assert shown(capsys, "config", "diff", file, file) == "no difference\n"
+    text = shown(capsys, "config", "diff", file, "variant.yaml", "--seed", "4")
+    rows = [line.split() for line in text.splitlines()]
+    assert rows[0] == ["FIELD", "BEFORE", "AFTER", "RESUME", "BECAUSE"]
+    assert rows[1][:4] == ["seed", "0", "4", "impossible"]
+    assert ["name", "spirals", "other", "harmless"] in rows
+    assert "ProgressBarHook ..." in text
+    told = json.loads(shown(capsys, "config", "diff", file, "variant.yaml", "--json"))
+    assert {each["field"]: each["resume"] for each in told} == {
+        "name": "harmless",
+        "hooks.bar": "harmless",
+    }
+
+
+def test_a_table_suits_the_terminal(tmp_path: Path) -> None:
+    """In a terminal the heading is bold, and nothing is wider than it can be."""
+    run("config", "init", cwd=tmp_path)
+    ended = run_in_terminal(
+        "config", "show", "experiment.yaml", "--origins", cwd=tmp_path, columns=130
+    )
+    assert ended.code == 0
+    lines = ended.out.splitlines()
+    assert lines[0].startswith("\x1b[1mFIELD")
+    assert max(map(len, lines[1:])) <= 130

@@ -1,0 +1,116 @@
+"""``hooks``: what there is, with its fields, and what runs in an experiment."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from robo_orchard_lab.cli.main import main
+from robo_orchard_lab.pipeline import hooks as built_in
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(arguments) == 0
+    return capsys.readouterr().out
+
+
+def test_all_built_in_hooks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each hook with a configuration is listed, with a line about it."""
+    lines = shown(capsys, "hooks", "list").splitlines()
+    assert lines[0].split() == ["HOOK", "DOES"]
+    listed = [line.split()[0] for line in lines[1:]]
+    configured = {name.removesuffix("Config") for name in built_in.__all__ if "Config" in name}
+    assert set(listed) == configured
+    assert all(len(line.split()) > 3 for line in lines[1:])
+    told = json.loads(shown(capsys, "hooks", "list", "--json"))
+    assert [each["name"] for each in told] == listed
+
+
+def test_a_hook_is_shown_with_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    """show tells what it does, its channels, each field, and an entry for a file."""
+    text = shown(capsys, "hooks", "show", "KeepBest")
+    assert text.startswith("KeepBest  robo_orchard_lab.pipeline.hooks.keep_best:KeepBest\nAsks the")
+    assert ">>>" not in text
+    assert "Runs on on_loop.\n" in text
+    rows = [" ".join(line.split()) for line in text.splitlines()]
+    assert "FIELD TYPE DEFAULT IS" in rows
+    assert (
+        "mode 'min' | 'max' required Whether the smallest ('min') or largest ('max') is best."
+        in rows
+    )
+    assert "min_delta float 0.0 Better is what is better by more than this." in rows
+    entry = yaml.safe_load(text[text.index("  hooks:\n") :])
+    assert entry["hooks"]["keep_best"]["class_type"] == "KeepBest"
+    told = json.loads(shown(capsys, "hooks", "show", "KeepBest", "--json"))
+    assert (told["channels"], told["fields"][0]["path"]) == (["on_loop"], "monitor")
+
+
+def test_a_hook_of_ones_own_is_shown(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hook of a package that is trusted is shown as ours are; another one isn't imported."""
+    (tmp_path / "my_shown_hooks.py").write_text(
+        "from robo_orchard_lab.pipeline.hooks.mixin import *\n"
+        "print('imported')\n"
+        "class Mine(PipelineHooks):\n"
+        '    """Does what I want."""\n'
+        "    def __init__(self, often: int, name: str = 'x') -> None:\n"
+        "        super().__init__()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["hooks", "show", "my_shown_hooks:Mine"]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err == (
+        "error: 'my_shown_hooks:Mine' is code that is not trusted; if you do, say --trust "
+        "my_shown_hooks\n"
+    )
+    text = shown(capsys, "hooks", "show", "my_shown_hooks:Mine", "--trust", "my_shown_hooks")
+    assert "Does what I want.\n" in text
+    rows = [" ".join(line.split()) for line in text.splitlines()]
+    assert "often int required" in rows
+    assert "name str x" in rows
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("StatMonitor", "error: there is no hook 'StatMonitor'; did you mean 'StatsMonitor'?\n"),
+        ("zzz", "error: there is no hook 'zzz'; there are ClearCacheHook, EarlyStopping, EMA, "),
+        ("torch.optim:SGD", "error: 'torch.optim:SGD' is no hook, which is a PipelineHooks\n"),
+    ],
+)
+def test_what_is_no_hook_is_told(name: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A misspelt name is told with the nearest, what is none as such."""
+    assert main(["hooks", "show", name]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_plan_of_a_file_has_each_hook_in_its_place(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """plan tells channels, order, schedules, lines of file and code, and writes nothing."""
+    monkeypatch.chdir(tmp_path)
+    main(["config", "init"])
+    typed = ["--hooks.log.every", "7 steps", "--hooks.loss=null"]
+    told = json.loads(shown(capsys, "hooks", "plan", "experiment.yaml", "--json", *typed))
+    on_step = [each for each in told if each["channel"] == "on_step"]
+    assert [each["hook"] for each in on_step] == ["OptimizerHook", "bar", "log", "stats"]
+    assert [each["position"] for each in on_step] == [0, 1, 2, 3]
+    assert on_step[0]["said_in"] == "the trainer"
+    log = on_step[2]
+    assert (log["when"], log["class_name"], log["before"]) == ("7 steps", "MetricsLogger", None)
+    assert log["said_in"].startswith("experiment.yaml:")
+    assert "metrics_logger.py:" in log["after"]
+    innermost = [each for each in told if each["channel"] == "on_loop"][-1]
+    assert (innermost["hook"], innermost["class_name"]) == ("checkpoint", "SaveCheckpoint")
+    text = shown(capsys, "hooks", "plan", "experiment.yaml")
+    assert text.splitlines()[0].split() == [
+        "CHANNEL", "HOOK", "CLASS", "WHEN", "CALLS", "SAID", "IN", "CODE"
+    ]  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["experiment.yaml"]
