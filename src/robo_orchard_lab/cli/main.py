@@ -31,6 +31,7 @@ COMMANDS = {
     },
     "Files of experiments": {
         "config": ("Begin, check, show and compare files.", f"{_MODULES}.config"),
+        "schema": ("Write the JSON Schema of the files, for editors.", f"{_MODULES}.schema"),
         "hooks": ("Look at hooks, and at which run for a file.", f"{_MODULES}.hooks"),
     },
     "This installation": {
