@@ -6,6 +6,7 @@
     python examples/digits/train.py --dataset.pipeline_test true --max_epoch 1   # random images
 
 Every field below that is described is an option of the command line; ``--help`` lists them.
+``digits.yaml`` is the same training as a file.
 """
 
 from __future__ import annotations
