@@ -53,7 +53,7 @@ class CheckpointPlace:
         """
         if self.chosen is not None and not best:
             return self.chosen
-        if best and "monitor" not in self.policy and not (self.root / BEST).is_symlink():
+        if best and self.policy.get("monitor") is None and not (self.root / BEST).is_symlink():
             raise NoRunError(
                 f"nothing says which checkpoint in {self.root} is best: the run has no "
                 "checkpoint.monitor"

@@ -1,0 +1,262 @@
+"""Trying an experiment out: what it would do, and that each part of it works, with nothing kept."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.utils.data import RandomSampler, SequentialSampler, Subset
+
+from robo_orchard_core.utils.config import Config
+from robo_orchard_core.utils.config.model import field_values
+from robo_orchard_lab.experiment.build import BuiltExperiment
+from robo_orchard_lab.experiment.build_parts import building, make_loader
+from robo_orchard_lab.experiment.config import CHECKPOINT, ExperimentConfig
+from robo_orchard_lab.experiment.parts import TrainerConfig
+from robo_orchard_lab.experiment.run_plan import RunLength, run_length, times_due
+from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks
+from robo_orchard_lab.pipeline.data.own_loader import copy_of, has_index
+from robo_orchard_lab.pipeline.evaluator import Evaluator
+from robo_orchard_lab.pipeline.schedule import EverySteps, Schedule
+
+STEPS = 2
+"""How many of everything a fast run does."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedHook:
+    """When something of a hook is due in the run."""
+
+    hook: str
+    field: str
+    schedule: str
+    times: int | None
+    """None where that can't be told ahead."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """What a process takes, in bytes."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    """Its state, as it is after an update."""
+    peak: int
+    """The most that was in use while one batch was computed, on the device; without one, of the
+    whole process."""
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What a run would be, after one batch of it."""
+
+    run_folder: Path
+    device: str
+    processes: int
+    parameters: int
+    trained_parameters: int
+    length: RunLength | None
+    """None where only the run itself tells."""
+    loss: float | None
+    """Of the first batch."""
+    evaluated: Mapping[str, float]
+    """The loss of the first batch of each evaluation set."""
+    hooks: tuple[PlannedHook, ...]
+    memory: MemoryUse
+
+
+def dry_run(experiment: ExperimentConfig) -> DryRun:
+    """Build all of an experiment, compute one batch of it, and one of each evaluation set.
+
+    The update of that batch is made, with no hook around it. What is written, if anything, goes to
+    a folder that is removed.
+
+    Raises:
+        ConfigError: a part can't be built.
+        Exception: what the parts raise.
+    """
+    with TemporaryDirectory(prefix="dry-run-") as folder:
+        built = experiment.build(run_folder=folder, resume="never")
+        length = run_length(built.dataloader, built.accelerator, built.trainer.limits)
+        losses: list[float] = []
+        trainer = _trainer_of_one_step(built, losses)
+        if built.accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(built.accelerator.device)
+        trainer()
+        memory = _memory(trainer)
+        first = {name: list(islice(iter(loader), 1)) for name, loader in built.evaluation.items()}
+        evaluated: dict[str, float] = {}
+        if first:
+            evaluator = Evaluator(
+                trainer.model, built.batch_processor, first, accelerator=built.accelerator
+            )
+            evaluated = {k.removesuffix("/loss"): v for k, v in evaluator.evaluate().items()}
+    parameters = [*built.model.parameters()]
+    return DryRun(
+        experiment.folder(),
+        str(built.accelerator.device),
+        built.accelerator.num_processes,
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in parameters if p.requires_grad),
+        length,
+        losses[0] if losses else None,
+        evaluated,
+        tuple(_planned(experiment, length)),
+        memory,
+    )
+
+
+def fast_run(experiment: ExperimentConfig) -> list[str]:
+    """Run two steps of everything, save and load them, and leave nothing behind.
+
+    An epoch has two batches, as each evaluation set has, and what hooks do by a schedule they do
+    with every step. Then the run is built anew, goes on from what it has saved, and makes a third
+    step.
+
+    Returns:
+        What was done, in a few lines.
+
+    Raises:
+        ConfigError: a part can't be built.
+        Exception: what the parts raise.
+    """
+    fast = _fast(experiment)
+    done: list[str] = []
+    with TemporaryDirectory(prefix="debug-fast-") as folder:
+        run_folder = Path(folder)
+        first = fast.build(run_folder=run_folder, resume="never", **_short_data(fast))
+        first.trainer()
+        done.append(f"trained to {first.trainer.progress}")
+        found = {value.name: value.value for value in first.trainer.metrics.last_found()}
+        done += [f"found {name} = {value:.6g}" for name, value in sorted(found.items())]
+        written = sorted(
+            str(path.relative_to(run_folder)) for path in run_folder.rglob("*") if path.is_file()
+        )
+        tops = sorted({Path(path).parts[0] for path in written})
+        done.append(f"wrote {len(written)} files: {', '.join(tops)}")
+        if fast.checkpoint is not None:
+            longer = fast.replace(trainer=fast.trainer.replace(max_step=STEPS + 1))
+            again = longer.build(run_folder=run_folder, resume="auto", **_short_data(fast))
+            resumed_at = again.trainer.progress.global_step_id
+            again.trainer()
+            done.append(
+                f"saved, and went on from step {resumed_at} to "
+                f"{again.trainer.progress.global_step_id}"
+            )
+    return done
+
+
+def _trainer_of_one_step(built: BuiltExperiment, losses: list[float]) -> HookBasedTrainer:
+    """One that makes an update of the first batch, without the hooks of the run."""
+    bundle = PipelineHooks("dry_run")
+
+    @bundle.on_step.after
+    def tell(args: Any) -> None:
+        if args.loss is not None:
+            losses.append(float(args.loss))
+
+    return HookBasedTrainer(
+        built.accelerator,
+        built.trainer.model,
+        built.dataloader,
+        built.batch_processor,
+        built.trainer.optimizer,
+        hooks=[bundle],
+        max_step=1,
+    )
+
+
+def _memory(trainer: HookBasedTrainer) -> MemoryUse:
+    parameters = [*trainer.model.parameters()]
+    state = [] if trainer.optimizer is None else [*trainer.optimizer.state.values()]
+    device = trainer.accelerator.device
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return MemoryUse(
+        sum(map(_bytes, parameters)),
+        sum(_bytes(p) for p in parameters if p.requires_grad),
+        sum(
+            _bytes(value)
+            for of_parameter in state
+            for value in of_parameter.values()
+            if isinstance(value, torch.Tensor)
+        ),
+        peak,
+    )
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _planned(experiment: ExperimentConfig, length: RunLength | None) -> Iterator[PlannedHook]:
+    hooks = dict(experiment.hooks)
+    if experiment.checkpoint is not None:
+        hooks[CHECKPOINT] = experiment.checkpoint
+    for name, config in hooks.items():
+        for field, value in _schedules(config):
+            times = None if length is None else times_due(value, length)
+            yield PlannedHook(name, field, str(value), times)
+
+
+def _schedules(config: Config) -> Iterator[tuple[str, Schedule]]:
+    for name, value in field_values(config).items():
+        if isinstance(value, Schedule):
+            yield name, value
+
+
+def _fast(experiment: ExperimentConfig) -> ExperimentConfig:
+    """The same in a few steps, with hooks that do something in each of them."""
+    hooks = {name: _in_every_step(config) for name, config in experiment.hooks.items()}
+    checkpoint = experiment.checkpoint
+    return experiment.replace(
+        hooks=hooks,
+        checkpoint=None if checkpoint is None else _in_every_step(checkpoint),
+        trainer=TrainerConfig(
+            max_step=STEPS,
+            agree_every=experiment.trainer.agree_every,
+            stall_timeout_s=experiment.trainer.stall_timeout_s,
+        ),
+    )
+
+
+def _short_data(experiment: ExperimentConfig) -> dict[str, Any]:
+    """Loaders of two batches each; of data for training that has no index, all of it."""
+    evaluation: dict[str, Iterable[Any]] = {}
+    for name, config in experiment.data.evaluation.items():
+        with building("data", "evaluation", name):
+            evaluation[name] = [*islice(make_loader(config), STEPS)]
+    train = experiment.data.train
+    if train is None:  # which building it will refuse
+        return {"evaluation": evaluation}
+    with building("data", "train"):
+        dataloader = make_loader(train)
+    is_plain = has_index(dataloader) and train.sampler is None and train.batch_sampler is None
+    if is_plain and train.batch_size is not None:
+        samples = min(len(dataloader.dataset), STEPS * train.batch_size)  # type: ignore[arg-type]
+        sampler = RandomSampler if train.shuffle else SequentialSampler
+        few = Subset(dataloader.dataset, range(samples))
+        dataloader = copy_of(
+            dataloader,
+            dataset=few,
+            batch_size=train.batch_size,
+            sampler=sampler(few),
+            drop_last=train.drop_last,
+        )
+    return {"dataloader": dataloader, "evaluation": evaluation}
+
+
+def _in_every_step(config: Any) -> Any:
+    changes = {name: EverySteps(1) for name, _ in _schedules(config)}
+    return config.replace(**changes) if changes else config

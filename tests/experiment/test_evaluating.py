@@ -1,0 +1,144 @@
+"""Measuring what a run has saved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torchmetrics.classification import MulticlassAccuracy
+
+from robo_orchard_core.utils.config import ConfigFieldError
+from robo_orchard_lab.experiment import (
+    DataConfig,
+    ExperimentConfig,
+    LoaderConfig,
+    TrainerConfig,
+    config_of,
+)
+from robo_orchard_lab.experiment.evaluating import SavedWeights, best_weights, evaluate
+from robo_orchard_lab.experiment.run_checkpoints import checkpoints_at
+from robo_orchard_lab.experiment.run_folder import NoRunError
+from robo_orchard_lab.experiment.samples import MLP, Spirals
+from robo_orchard_lab.experiment.starting import record
+from robo_orchard_lab.pipeline import SupervisedProcessor
+from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
+from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
+from robo_orchard_lab.pipeline.hooks import EMAConfig, KeepBestConfig, ValidationHookConfig
+
+
+def spirals(size: int, seed: int) -> LoaderConfig:
+    return LoaderConfig(dataset=config_of(Spirals, size=size, seed=seed), batch_size=8)
+
+
+ACCURACY = {"accuracy": config_of(MulticlassAccuracy, num_classes=3)}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
+    """A run with an average of its weights, which one of two evaluations is made with."""
+    import torch
+
+    experiment = ExperimentConfig(
+        run_folder=str(tmp_path_factory.mktemp("runs") / "first"),
+        model=config_of(MLP, inputs=2, hidden=[8], outputs=3),
+        data=DataConfig(
+            train=spirals(48, 0), evaluation={"val": spirals(20, 1), "test": spirals(12, 2)}
+        ),
+        batch_processor=config_of(SupervisedProcessor, loss=config_of(torch.nn.CrossEntropyLoss)),
+        optimizer=config_of(torch.optim.SGD, lr=0.5),
+        hooks={
+            "average": EMAConfig(decay=0.5),
+            "own": ValidationHookConfig(every="2 steps", metrics=ACCURACY, sets=["val"]),
+            "averaged": ValidationHookConfig(every="2 steps", weights="average", sets=["test"]),
+            "best": KeepBestConfig(
+                monitor="eval/val/loss", mode="max", path=Path("best.safetensors")
+            ),
+        },
+        checkpoint={"every": "2 steps", "keep_last": None},
+        trainer=TrainerConfig(max_step=8),
+    )
+    built = experiment.build()
+    record(experiment, processes=1)
+    built.trainer()
+    return experiment
+
+
+def test_it_finds_what_the_run_has_found(trained: ExperimentConfig) -> None:
+    """Of each checkpoint, loss and metrics are those that the run had there, with its averages."""
+    place = checkpoints_at(trained.folder())
+    for info in CheckpointStore(place.root).list():
+        found = evaluate(trained, SavedWeights.of_checkpoint(info.path))
+        assert found == dict(info.metrics)
+        assert {*found} == {"eval/val/loss", "eval/val/accuracy", "eval/test/loss"}
+
+
+def test_some_sets_are_measured_alone(trained: ExperimentConfig) -> None:
+    """Those that are named, with what their hook measures; a name that is none is told."""
+    saved = SavedWeights.of_checkpoint(checkpoints_at(trained.folder()).pick())
+    assert {*evaluate(trained, saved, ["test"])} == {"eval/test/loss"}
+    with pytest.raises(ConfigFieldError, match=r"data\.evaluation\.tset: .* did you mean 'test'"):
+        evaluate(trained, saved, ["tset"])
+
+
+def test_without_hooks_it_is_the_loss(trained: ExperimentConfig) -> None:
+    """Where no hook says how to measure, it is the mean loss of the model's own weights."""
+    saved = SavedWeights.of_checkpoint(checkpoints_at(trained.folder()).pick())
+    found = evaluate(trained.replace(hooks={}), saved)
+    assert {*found} == {"eval/val/loss", "eval/test/loss"}
+    assert found["eval/val/loss"] == evaluate(trained, saved)["eval/val/loss"]
+    assert found["eval/test/loss"] != evaluate(trained, saved)["eval/test/loss"]
+    bare = trained.replace(hooks={}, data=DataConfig(train=spirals(8, 0)))
+    with pytest.raises(ConfigFieldError, match="nothing to evaluate on"):
+        evaluate(bare, saved)
+
+
+def test_the_best_are_those_that_were_kept(trained: ExperimentConfig) -> None:
+    """What a KeepBest has written, or else the checkpoint that is best by the run's own rule."""
+    place = checkpoints_at(trained.folder())
+    kept = best_weights(trained, trained.folder(), place)
+    assert kept.path == trained.folder() / "best.safetensors"
+    values = [info.metrics["eval/val/loss"] for info in CheckpointStore(place.root).list()]
+    assert evaluate(trained, kept)["eval/val/loss"] == max(values)
+    without = trained.replace(hooks={})
+    with pytest.raises(NoRunError, match="nothing says which weights"):
+        best_weights(without, trained.folder(), place)
+    monitored = place.__class__(
+        place.root, policy={"keep_best": 1, "monitor": "eval/val/loss", "mode": "min"}
+    )
+    best = best_weights(without, trained.folder(), monitored)
+    assert evaluate(trained, best)["eval/val/loss"] == min(values)
+
+
+def test_nothing_is_written(trained: ExperimentConfig) -> None:
+    """The run's folder is as it was."""
+
+    def look() -> dict[str, Any]:
+        files = [path for path in trained.folder().rglob("*") if path.is_file()]
+        return {str(path): path.stat().st_mtime_ns for path in files}
+
+    before = look()
+    evaluate(trained, SavedWeights.of_checkpoint(checkpoints_at(trained.folder()).pick()))
+    assert look() == before
+
+
+def test_weights_of_another_model_are_refused(trained: ExperimentConfig, tmp_path: Path) -> None:
+    """The names and shapes that differ are told, and what is no trainer's checkpoint is refused."""
+    saved = SavedWeights.of_checkpoint(checkpoints_at(trained.folder()).pick())
+    other = trained.replace(model=config_of(MLP, inputs=2, hidden=[9], outputs=3))
+    with pytest.raises(StateError, match=r"another model: .*saved as float32\[8, 2\]"):
+        evaluate(other, saved)
+    with CheckpointStore(tmp_path) as store:
+        info = store.save(1, {"model": {}})
+    with pytest.raises(CheckpointError, match="not a checkpoint of a trainer"):
+        SavedWeights.of_checkpoint(info.path)
+
+
+def test_the_file_of_the_run_is_enough(trained: ExperimentConfig) -> None:
+    """What is measured by the configuration in the folder is what is measured by that in code."""
+    own = ExperimentConfig.load(trained.folder() / "config.yaml").replace(
+        run_folder=str(trained.folder())
+    )
+    saved = SavedWeights.of_checkpoint(checkpoints_at(trained.folder()).pick())
+    assert json.dumps(evaluate(own, saved)) == json.dumps(evaluate(trained, saved))
