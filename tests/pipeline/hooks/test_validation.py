@@ -22,7 +22,7 @@ from evaluate_on_ranks import (
     make_normalised,
     run_on_ranks,
 )
-from robo_orchard_core.utils.config import ClassConfig
+from robo_orchard_core.utils.config import ClassConfig, ConfigReferenceError
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.errors import DataError, PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.evaluator import Evaluator
@@ -411,3 +411,16 @@ def test_two_hooks_with_one_loader_name_are_refused() -> None:
     one.name, two.name = "raw", "averaged"
     with pytest.raises(PipelineConfigError, match=r"averaged: dataloaders\['val'\] .* raw has as"):
         train(one, two, max_epoch=1)()
+
+
+@pytest.mark.parametrize(
+    ("field", "kind"),
+    [("metrics", "torchmetrics.metric:Metric"), ("dataloaders", "collections.abc:Iterable")],
+)
+def test_what_builds_something_else_is_refused_before_it_is_built(field: str, kind: str) -> None:
+    """A document can't have a class called that makes no metric, or no loader, in their places."""
+    document = {field: {"it": {"class_type": "fractions:Fraction", "numerator": 1}}}
+    with pytest.raises(ConfigReferenceError) as refused:
+        ValidationHookConfig.from_dict(document, trust="fractions")
+    assert refused.value.place == f"{field}.it.class_type"
+    assert f"expected a subclass of {kind}" in refused.value.problem

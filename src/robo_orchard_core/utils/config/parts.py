@@ -59,9 +59,16 @@ class Part:
 
     @cached_property
     def classes(self) -> tuple[type, ...]:
-        """The kinds, imported."""
+        """The kinds, imported.
+
+        Raises:
+            ConfigReferenceError: One is of a package that isn't installed.
+        """
         kinds = self.kinds if isinstance(self.kinds, tuple) else (self.kinds,)
-        return tuple(map(_imported, kinds))
+        try:
+            return tuple(map(_imported, kinds))
+        except ImportError as error:
+            raise ConfigReferenceError(f"needs a package that isn't installed: {error}") from error
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler

@@ -49,9 +49,10 @@ def resolve(reference: str, trust: Trust) -> Code:
     """
     module_name, qualname = split(reference)
     if not trust.covers(module_name, qualname):
+        packages = f" ({', '.join(sorted(trust.packages))})" if trust.packages else ""
         raise TrustError(
-            f"the reference {reference!r} lies outside the trusted packages "
-            f"({', '.join(sorted(trust.packages))}); if you trust its code, widen the trust by "
+            f"the reference {reference!r} lies outside the trusted packages{packages}; "
+            "if you trust its code, widen the trust by "
             f"name, as in trust=({module_name.partition('.')[0]!r},)"
         )
     if module_name.endswith(".__main__"):

@@ -25,7 +25,9 @@ STATE_VERSION = 1
 
 LoaderPart: TypeAlias = Annotated[Any, Part("collections.abc:Iterable")]
 """A loader, or anything else that can be iterated, as a configuration builds it."""
-MetricPart: TypeAlias = Annotated[Any, Part("torchmetrics.metric:Metric")]
+MetricPart: TypeAlias = Annotated[
+    Any, Part(("torchmetrics.metric:Metric", "torchmetrics.collections:MetricCollection"))
+]
 """A metric of torchmetrics, as a configuration builds it."""
 
 
