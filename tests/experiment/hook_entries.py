@@ -12,6 +12,9 @@ _ACCURACY = {
     "num_classes": 3,
 }
 
+TRUST = (f"{__name__}:of_pairs",)
+"""What of these is not in the catalogue."""
+
 ENTRIES: dict[str, list[dict[str, Any]]] = {
     "ClearCacheHook": [{"every": "50 steps", "collect_garbage": True}],
     "EarlyStopping": [
@@ -55,7 +58,13 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
         }
     ],
     "LossTracker": [{"losses_key": "losses", "loss_names": ["box", "class"]}],
-    "MetricTracker": [{"each_epoch": False, "metrics": {"accuracy": _ACCURACY}}],
+    "MetricTracker": [
+        {
+            "each_epoch": False,
+            "metrics": {"accuracy": _ACCURACY},
+            "metric_inputs": f"{__name__}:of_pairs",
+        }
+    ],
     "MetricsLogger": [
         {
             "every": "at steps 1, 5 | last",
@@ -121,6 +130,8 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
             "weights": "ema",
             "seed": 7,
             "metrics": {"accuracy": _ACCURACY},
+            "sets": ["more"],
+            "metric_inputs": f"{__name__}:of_pairs",
             "dataloaders": {
                 "more": {
                     "class_type": "torch.utils.data.dataloader:DataLoader",
@@ -132,6 +143,14 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
         {"every": None, "at_end": True},
     ],
 }
+
+NAMED = [(name, entry) for name, entries in ENTRIES.items() for entry in entries]
+"""The entries one by one, with the names of their hooks."""
+
+
+def of_pairs(outputs: Any, batch: Any) -> tuple[Any, Any]:
+    """What metrics are updated with, of batches that are pairs (inputs, targets)."""
+    return outputs, batch[1]
 
 
 def experiment(**hooks: dict[str, Any]) -> dict[str, Any]:

@@ -14,16 +14,13 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 from pydantic import ValidationError
-from tests.experiment.hook_entries import ENTRIES, experiment
+from tests.experiment.hook_entries import NAMED, TRUST, experiment
 
-from robo_orchard_core.utils.config import Config, ConfigError, ConfigReferenceError, Trust
+from robo_orchard_core.utils.config import Config, ConfigError, ConfigReferenceError
 from robo_orchard_lab.experiment import ExperimentConfig
-from robo_orchard_lab.experiment.catalogue import CATALOGUE, CATALOGUED, with_definitions
+from robo_orchard_lab.experiment.catalogue import CATALOGUE
 from robo_orchard_lab.experiment.schema import experiment_schema
 from robo_orchard_lab.pipeline import PipelineHooks, PipelineHooksConfig, hooks
-
-TRUST = Trust(packages=frozenset(), classes=CATALOGUED)
-NAMED = [(name, entry) for name, entries in ENTRIES.items() for entry in entries]
 
 
 @cache
@@ -53,9 +50,7 @@ def changed(document: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
 
 
 def load(document: dict[str, Any]) -> ExperimentConfig:
-    plain = with_definitions(document)
-    assert isinstance(plain, dict)
-    return ExperimentConfig.from_dict(plain, trust=TRUST)
+    return ExperimentConfig.from_dict(document, trust=TRUST)
 
 
 def test_it_is_a_schema_of_a_size_that_editors_load() -> None:
