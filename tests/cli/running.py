@@ -14,7 +14,7 @@ from pathlib import Path
 PROGRAM = "import sys; from robo_orchard_lab.cli.main import main; sys.exit(main())"
 """What the installed ``robo-orchard-lab`` does."""
 
-START = [sys.executable, "-c", PROGRAM]
+START = [sys.executable, "-P", "-c", PROGRAM]  # -P: scripts have their own folder ahead, not this
 LONGEST_S = 120
 Variables = Mapping[str, str]
 EMPTY: Variables = {}
@@ -36,10 +36,19 @@ def environment(variables: Variables = EMPTY) -> dict[str, str]:
     return {**kept, **variables}
 
 
+def run_module(*arguments: str, cwd: Path) -> Ended:
+    """The program as ``python -m robo_orchard_lab``."""
+    return _ended([sys.executable, "-m", "robo_orchard_lab", *arguments], cwd, EMPTY)
+
+
 def run(*arguments: str, cwd: Path | None = None, variables: Variables = EMPTY) -> Ended:
     """The program in a process of its own, whose output is read by another program."""
+    return _ended([*START, *arguments], cwd, variables)
+
+
+def _ended(command: list[str], cwd: Path | None, variables: Variables) -> Ended:
     done = subprocess.run(
-        [*START, *arguments],
+        command,
         cwd=cwd,
         env=environment(variables),
         capture_output=True,

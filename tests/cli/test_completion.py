@@ -54,6 +54,34 @@ def test_bash_completes_commands(path_with_program: str, tmp_path: Path) -> None
     assert completed("robo-orchard-lab completion z", path_with_program, tmp_path) == "zsh"
 
 
+def test_bash_completes_hooks_fields_and_files(path_with_program: str, tmp_path: Path) -> None:
+    """A hook's name, a field of an experiment and a file's name are completed in bash."""
+    (tmp_path / "digits.yaml").write_text("")
+
+    def of(words: str) -> str:
+        return completed(f"robo-orchard-lab {words}", path_with_program, tmp_path)
+
+    assert of("hooks show Stat") == "StatsMonitor"
+    assert of("config show --trainer.max_s") == "--trainer.max_step"
+    assert of("config show --trust x --origins --hook") == "--hooks"
+    # bash completes files itself, which it is told to by an empty answer of this kind.
+    answer = subprocess.run(
+        ["robo-orchard-lab"],
+        env=environment(
+            {
+                "PATH": path_with_program,
+                "COMP_WORDS": "robo-orchard-lab config show dig",
+                "COMP_CWORD": "3",
+                "_ROBO_ORCHARD_LAB_COMPLETE": "bash_complete",
+            }
+        ),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert answer.stdout == "file,dig\n"
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_each_shell_takes_its_script(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The script is about the program; a shell that is there finds no mistake in it."""

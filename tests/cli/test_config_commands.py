@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.cli.running import run, run_in_terminal
+from tests.cli.running import run, run_in_terminal, run_module
 
 from robo_orchard_lab.cli.experiment_arguments import ExperimentArguments
 from robo_orchard_lab.cli.main import main
@@ -133,9 +133,9 @@ def test_all_that_is_wrong_is_told(file: str, capsys: pytest.CaptureFixture[str]
     assert main(["config", "check", file, "wrong.yaml", "broken.yaml", "gone.yaml"]) == 2
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "experiment.yaml: ok"
-    assert any(line.startswith("wrong.yaml:30: error: data.train.shuffle: ") for line in out)
-    assert any(": error: trainer.max_epoch: " in line for line in out)
-    assert any(line.startswith("broken.yaml") and "broken YAML" in line for line in out)
+    assert any(line.startswith("error: wrong.yaml:30: data.train.shuffle: ") for line in out)
+    assert any(line.startswith("error: wrong.yaml:68: trainer.max_epoch: ") for line in out)
+    assert any(line.startswith("error: broken.yaml") and "broken YAML" in line for line in out)
     assert out[-1] == "gone.yaml: error: there is no file gone.yaml"
     assert main(["config", "check", file, "wrong.yaml", "--json"]) == 2
     told = json.loads(capsys.readouterr().out)
@@ -146,11 +146,11 @@ def test_all_that_is_wrong_is_told(file: str, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        (["--trainer.max_epochs", "3"], "trainer.max_epochs: TrainerConfig has no such field; did"),
+        (["--trainer.max_epochs", "3"], "--trainer.max_epochs: TrainerConfig has no such field"),
         (["--hooks.bar.class_type", "ProgresBarHook"], "did you mean 'ProgressBarHook'"),
         (["--hooks.bar.class_type", "os:system"], "os:system"),
-        (["--seed", "many"], "command line: --seed: seed: "),
-        (["--run_folder", "runs/x", "--resume", "maybe"], "command line: --resume: resume: "),
+        (["--seed", "many"], "error: --seed: "),
+        (["--run_folder", "runs/x", "--resume", "maybe"], "error: --resume: "),
     ],
 )
 def test_what_is_typed_wrong_is_told_with_the_option(
@@ -194,3 +194,30 @@ def test_a_table_suits_the_terminal(tmp_path: Path) -> None:
     lines = ended.out.splitlines()
     assert lines[0].startswith("\x1b[1mFIELD")
     assert max(map(len, lines[1:])) <= 130
+
+
+def test_modules_beside_oneself_are_found_if_they_are_trusted(tmp_path: Path) -> None:
+    """A trusted module of the current folder is found, by the program and by python -m alike."""
+    run("config", "init", cwd=tmp_path)
+    (tmp_path / "own_parts.py").write_text(
+        "import pathlib, torch\n"
+        "pathlib.Path('imported').touch()\n"
+        "class Net(torch.nn.Linear):\n"
+        "    def __init__(self, width: int) -> None:\n"
+        "        super().__init__(2, width)\n"
+    )
+    (tmp_path / "torch.py").write_text("raise SystemExit('a stranger')")
+    (tmp_path / "own.yaml").write_text(
+        "base: experiment.yaml\nmodel: {class_type: own_parts:Net, width: 3}\n"
+    )
+    refused = run("config", "check", "own.yaml", cwd=tmp_path)
+    assert refused.code == 2
+    assert "'own_parts:Net' is not trusted; if you trust its code, say --trust own_parts" in (
+        refused.out
+    )
+    assert not (tmp_path / "imported").exists()
+    arguments = ("config", "check", "own.yaml", "--trust", "own_parts")
+    assert run(*arguments, cwd=tmp_path).out == "own.yaml: ok\n"
+    assert run_module(*arguments, cwd=tmp_path).out == "own.yaml: ok\n"
+    (tmp_path / "pyproject.toml").write_text('[tool.robo_orchard_lab]\ntrust = ["own_parts"]\n')
+    assert run("config", "check", "own.yaml", cwd=tmp_path).out == "own.yaml: ok\n"

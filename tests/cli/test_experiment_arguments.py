@@ -100,12 +100,13 @@ def test_options_keep_their_values() -> None:
             ["--run-folder", "x"],
             "--run-folder; did you mean --run_folder?",
         ),
+        (["--base", "x.yaml"], "there is no option or field --base; see --help"),
         (["--zzz"], "there is no option or field --zzz; see --help"),
         (["--seed"], "--seed needs a value, as in --seed=VALUE"),
         (["--seed", "--flag"], "--seed needs a value, as in --seed=VALUE"),
         (["--output"], "option '--output' requires an argument"),
         (["--trainer..x=3"], "expected keys with dots between them"),
-        (["--seed=[1"], "command line: --seed: seed: "),
+        (["--seed=[1"], "error: --seed: "),
     ],
 )
 def test_what_is_misspelt_is_told_with_the_nearest(

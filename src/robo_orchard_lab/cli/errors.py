@@ -83,6 +83,25 @@ def lines_of(error: BaseException) -> list[str]:
     return [*lines, *(_INDENT + line for line in advice)]
 
 
+def line_of(error: ConfigError) -> str:
+    """The error alone, with where it is said and the field.
+
+    >>> error = ConfigError("must be >= 1", ("trainer", "max_epoch"))
+    >>> error.source = "digits.yaml:12"
+    >>> line_of(error)
+    'digits.yaml:12: trainer.max_epoch: must be >= 1'
+    >>> error.source = "command line: --trainer.max_epoch"
+    >>> line_of(error)
+    '--trainer.max_epoch: must be >= 1'
+    """
+    source, option = error.source or "", f"--{error.place}"
+    if source == f"command line: {option}":
+        source, place = "", option
+    else:
+        place = error.place
+    return ": ".join(filter(None, (source, place, error.problem)))
+
+
 def _told(error: BaseException) -> tuple[str, list[str]]:
     match error:
         case SystemExit():
@@ -113,10 +132,12 @@ def _of_click(error: click.ClickException) -> tuple[str, list[str]]:
 
 
 def _of_config(error: ConfigError) -> tuple[str, list[str]]:
-    first, *others = str(error).splitlines() or [type(error).__qualname__]
-    if len(others) > 1:
-        others = [f"and {len(others)} more; `robo-orchard-lab config check` lists them all"]
-    return first, others
+    if not error.others:
+        return line_of(error), []
+    if len(error.others) == 1:
+        return line_of(error), [f"also {line_of(error.others[0])}"]
+    more = f"and {len(error.others)} more; `robo-orchard-lab config check` lists them all"
+    return line_of(error), [more]
 
 
 def _of_others(error: BaseException) -> tuple[str, list[str]]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
+from robo_orchard_core.utils.config.errors import ConfigError
 from robo_orchard_lab.cli.errors import CommandError
 from robo_orchard_lab.cli.lazy_group import Command
 from robo_orchard_lab.experiment.field_help import experiment_fields
@@ -80,7 +81,12 @@ class ExperimentArguments:
         """
         from robo_orchard_lab.experiment.config import ExperimentConfig
 
-        return ExperimentConfig.from_document(document, self.trust)
+        try:
+            return ExperimentConfig.from_document(document, self.trust)
+        except ConfigError as error:
+            for other in error.others:
+                document.located(other)
+            raise
 
 
 class ExperimentCommand(Command):
@@ -190,13 +196,13 @@ def _top_fields() -> set[str]:
 
 
 def _nearest(name: str, options: list[str]) -> str:
-    near = difflib.get_close_matches(
-        name, [*options, *(f"--{field.path}" for field in experiment_fields())], n=1
-    )
-    if not near and "." in name:  # the field of a part, whose name alone is known
-        first, _, rest = name.removeprefix("--").partition(".")
-        near = [f"--{top}.{rest}" for top in difflib.get_close_matches(first, _top_fields(), n=1)]
-    return f"did you mean {near[0]}?" if near else "see --help"
+    word = name.removeprefix("--")
+    known = [option.removeprefix("--") for option in options]
+    near = difflib.get_close_matches(word, [*known, *(f.path for f in experiment_fields())], n=1)
+    if not near and "." in word:  # the field of a part, whose name alone is known
+        first, _, rest = word.partition(".")
+        near = [f"{top}.{rest}" for top in difflib.get_close_matches(first, _top_fields(), n=1)]
+    return f"did you mean --{near[0]}?" if near else "see --help"
 
 
 def _overrides(fields: list[str]) -> tuple[Override, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from robo_orchard_core.utils.config import ConfigError
-from robo_orchard_lab.cli.errors import CommandError, ExitCode
+from robo_orchard_lab.cli.errors import CommandError, ExitCode, line_of
 from robo_orchard_lab.cli.experiment_arguments import ExperimentArguments, ExperimentCommand
 from robo_orchard_lab.cli.output import json_option, print_json, say, styled
 
@@ -57,7 +57,6 @@ def _print(file: Path, errors: list[ConfigError | CommandError]) -> None:
     for error in errors:
         if isinstance(error, CommandError):
             say(f"{file}: {styled('error:', 'red')} {error.problem}")
-            continue
-        at = error.source or str(file)
-        field = f"{error.place}: " if error.place else ""
-        say(f"{at}: {styled('error:', 'red')} {field}{error.problem}")
+        else:
+            at = "" if (error.source or "").startswith(str(file)) else f"{file}: "
+            say(f"{at}{styled('error:', 'red')} {line_of(error)}")
