@@ -209,6 +209,16 @@ def test_hooks_come_in_their_order_and_the_checkpoint_last() -> None:
     assert "checkpoint" not in config.build(hooks={"checkpoint": None}).hooks
 
 
+def test_a_hook_that_a_script_configures_gets_the_sets_but_no_folder() -> None:
+    """Its paths are those of the script, and what it evaluates on may be the experiment's."""
+    best = KeepBestConfig(monitor="eval/val/loss", mode="min", path=Path("best.safetensors"))
+    built = experiment(data=DataConfig(train=spirals(), evaluation={"val": spirals(seed=1)})).build(
+        hooks={"val": ValidationHookConfig(), "best": best}
+    )
+    built.trainer()
+    assert Path("best.safetensors").exists()
+
+
 def test_what_hooks_write_lies_in_the_run_folder(below: Path) -> None:
     """Also by sinks within them; checkpoints are there as well."""
     trained(

@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from robo_orchard_lab.experiment.run_plan import RunLength
 from robo_orchard_lab.pipeline.data import DataOrder, TrainingData
 from robo_orchard_lab.pipeline.data.own_loader import why_no_batch
 from robo_orchard_lab.pipeline.errors import DataError, PipelineConfigError
@@ -55,10 +56,9 @@ def _known_moves(
         return _moves_without_length(limits, window, every)
     steps = remaining_steps(limits, TrainerProgress(), steps_per_epoch, window)
     assert steps is not None  # with a length, each limit gives one
-    epochs, rest = divmod(steps, steps_per_epoch)
     if every == "epoch":
-        return epochs
-    return epochs * -(-steps_per_epoch // window) + -(-rest // window)
+        return steps // steps_per_epoch
+    return RunLength(steps, steps_per_epoch, window).updates
 
 
 def _moves_without_length(limits: TrainerLimits, window: int, every: ScheduleUnit) -> int | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from accelerate import Accelerator
@@ -26,11 +27,27 @@ from robo_orchard_lab.experiment.build_parts import (
 )
 from robo_orchard_lab.experiment.config import CHECKPOINT, ExperimentConfig
 from robo_orchard_lab.experiment.parts import AUTO, AcceleratorConfig
-from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, PipelineHooksConfig
+from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
 from robo_orchard_lab.pipeline.data import DataOrder
 from robo_orchard_lab.pipeline.hook_set import HookLike
+from robo_orchard_lab.pipeline.peers import end_together
 from robo_orchard_lab.pipeline.progress import TrainerLimits
+
+
+class LiveObjects(TypedDict, total=False):
+    """What a script may give in the place of what is described; see `build_experiment`."""
+
+    accelerator: Accelerator | None
+    dataloader: Iterable[Any] | None
+    evaluation: Mapping[str, Iterable[Any] | None] | None
+    model: torch.nn.Module | None
+    optimizer: torch.optim.Optimizer | None
+    lr_scheduler: LRScheduler | None
+    batch_processor: BatchProcessor | None
+    hooks: Mapping[str, HookLike | None] | None
+    run_folder: str | os.PathLike[str] | None
+    resume: str | os.PathLike[str] | None
 
 
 @dataclass(frozen=True)
@@ -94,7 +111,8 @@ def build_experiment(
         lr_scheduler: of the optimizer; it moves as ``schedule.every`` says, if that is there.
         batch_processor: from a batch to outputs and loss.
         hooks: in the place of those of the same names; others come behind the described ones. None
-            leaves one out. Paths in their configurations are as they are there.
+            leaves one out. A configuration is built as the described ones are, but with its paths
+            as they are.
         run_folder: the run's folder; by default that of the experiment.
         resume: ``"auto"``, ``"never"`` or a checkpoint's folder; by default as the experiment says.
 
@@ -106,31 +124,30 @@ def build_experiment(
     set_seed(experiment.seed)
     if accelerator is None:
         accelerator = make_accelerator(experiment.accelerator, folder)
-    with accelerator.main_process_first():  # which may write or fetch the data
-        if dataloader is None:
-            with building("data", "train"):
-                dataloader = make_loader(_described(experiment.data.train, "dataloader"))
-        loaders = _make_evaluation(experiment, evaluation or {})
-    if model is None:
-        with building("model"):
-            model = _described(experiment.model, "model")()
-    assert model is not None
-    if optimizer is None and experiment.optimizer is not None:
-        with building("optimizer"):
-            optimizer = make_optimizer(experiment.optimizer, model)
     schedule, limits = experiment.schedule, _limits(experiment)
-    if lr_scheduler is None and schedule is not None:
-        with building("schedule"):
-            assert optimizer is not None  # as the experiment has checked
-            unit = schedule_unit(schedule)
-            lr_scheduler = make_schedule(
-                schedule, optimizer, lambda: count_moves(dataloader, accelerator, limits, unit)
-            )
-    if batch_processor is None:
-        with building("batch_processor"):
-            part = _described(experiment.batch_processor, "batch_processor")
-            batch_processor = make_processor(part)
-    built_hooks = _build_hooks(experiment, hooks or {}, loaders, folder)
+    with end_together():
+        with accelerator.main_process_first():  # which may write or fetch the data
+            if dataloader is None:
+                with building("data", "train"):
+                    dataloader = make_loader(_described(experiment.data.train, "dataloader"))
+            loaders = _make_evaluation(experiment, evaluation or {})
+        if model is None:
+            with building("model"):
+                model = _made_model(_described(experiment.model, "model"))
+        if optimizer is None and experiment.optimizer is not None:
+            with building("optimizer"):
+                optimizer = make_optimizer(experiment.optimizer, model)
+        if lr_scheduler is None and schedule is not None:
+            with building("schedule"):
+                assert optimizer is not None  # as the experiment has checked
+                unit = schedule_unit(schedule)
+                moves = partial(count_moves, dataloader, accelerator, limits, unit)
+                lr_scheduler = make_schedule(schedule, optimizer, moves)
+        if batch_processor is None:
+            with building("batch_processor"):
+                described = _described(experiment.batch_processor, "batch_processor")
+                batch_processor = make_processor(described)
+        built_hooks = _build_hooks(experiment, hooks or {}, loaders, folder)
     resume = experiment.resume if resume is None else resume
     trainer = HookBasedTrainer(
         accelerator,
@@ -143,7 +160,7 @@ def build_experiment(
         max_step=limits.max_step,
         max_optimizer_step=limits.max_optimizer_step,
         max_epoch=limits.max_epoch,
-        schedule_every=None if schedule is None else schedule.every,
+        schedule_every=getattr(schedule, "every", None),
         run_folder=folder,
         resume_from=None if resume == "never" else resume,
         data_order=DataOrder(seed=experiment.seed, **dict(experiment.data.order)),
@@ -205,8 +222,10 @@ def _build_hooks(
         is_checkpoint = name == CHECKPOINT
         if name in given:
             hook = given[name]
-            if hook is not None:
-                built[name] = hook() if isinstance(hook, PipelineHooksConfig) else hook
+            if isinstance(hook, PipelineHooks):
+                built[name] = hook
+            elif hook is not None:
+                built[name] = make_hook(hook, None, evaluation)
             continue
         part = experiment.checkpoint if is_checkpoint else experiment.hooks[name]
         if part is not None:
@@ -218,6 +237,11 @@ def _build_hooks(
 def _limits(experiment: ExperimentConfig) -> TrainerLimits:
     trainer = experiment.trainer
     return TrainerLimits(trainer.max_step, trainer.max_optimizer_step, trainer.max_epoch)
+
+
+def _made_model(part: Any) -> torch.nn.Module:
+    model: torch.nn.Module = part()
+    return model
 
 
 def _described(part: Any, name: str) -> Any:

@@ -123,16 +123,17 @@ def make_processor(config: Any) -> BatchProcessor:
 
 
 def make_hook(
-    config: Any, run_folder: Path, evaluation: Mapping[str, Iterable[Any]]
+    config: Any, run_folder: Path | None, evaluation: Mapping[str, Iterable[Any]]
 ) -> PipelineHooks:
     """A bundle of hooks that writes to the run's folder; one that evaluates gets the sets.
 
     Args:
         config: of the hook.
-        run_folder: where the paths in ``config`` begin.
+        run_folder: where the paths in ``config`` begin; None leaves them as they are.
         evaluation: loaders by name, for a ``ValidationHook`` without any of its own.
     """
-    config = in_run_folder(config, run_folder)
+    if run_folder is not None:
+        config = in_run_folder(config, run_folder)
     if isinstance(config, ValidationHookConfig) and config.dataloaders is None:
         if not evaluation:
             raise ConfigFieldError(

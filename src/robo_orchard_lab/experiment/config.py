@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 from pydantic import Field
 
@@ -35,7 +35,7 @@ from robo_orchard_lab.experiment.screening import screen
 from robo_orchard_lab.experiment.trust_settings import ExperimentTrust
 
 if TYPE_CHECKING:  # with torch
-    from robo_orchard_lab.experiment.build import BuiltExperiment
+    from robo_orchard_lab.experiment.build import BuiltExperiment, LiveObjects
 
 CHECKPOINT = "checkpoint"
 """The name of the hook that the field of this name describes."""
@@ -214,7 +214,7 @@ class ExperimentConfig(Config):
         """The run's folder."""
         return Path("runs", self.name) if self.run_folder is None else Path(self.run_folder)
 
-    def build(self, **live: Any) -> BuiltExperiment:
+    def build(self, **live: Unpack[LiveObjects]) -> BuiltExperiment:
         """The prepared trainer and the objects that it has, on every rank alike.
 
         Args:

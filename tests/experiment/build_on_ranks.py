@@ -1,0 +1,102 @@
+"""What each process of ``test_build_processes.py`` runs: an experiment, and the script of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import set_seed
+from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader
+
+from robo_orchard_lab.experiment import (
+    AcceleratorConfig,
+    DataConfig,
+    ExperimentConfig,
+    LoaderConfig,
+    TrainerConfig,
+    config_of,
+)
+from robo_orchard_lab.experiment.samples import MLP, Spirals
+from robo_orchard_lab.pipeline import HookBasedTrainer, SupervisedProcessor
+from robo_orchard_lab.pipeline.hooks import (
+    LossTrackerConfig,
+    MetricsLoggerConfig,
+    ValidationHookConfig,
+)
+from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig
+from tiny import equal, weights
+
+
+class MissingOnTheFirst(Spirals):
+    """Data that the first process, which would fetch it, does not find."""
+
+    def __init__(self) -> None:
+        if PartialState().is_main_process:
+            raise FileNotFoundError("no such folder: 'images'")
+        super().__init__(8)
+
+
+def spirals(**options: Any) -> LoaderConfig:
+    return LoaderConfig(dataset=config_of(Spirals, size=39, **options), batch_size=4, shuffle=True)
+
+
+def experiment(folder: Path) -> ExperimentConfig:
+    return ExperimentConfig(
+        run_folder=str(folder / "run"),
+        seed=3,
+        model=config_of(MLP, inputs=2, hidden=[8], outputs=3),
+        data=DataConfig(train=spirals(), evaluation={"val": spirals(seed=1)}),
+        batch_processor=config_of(SupervisedProcessor, loss=config_of(torch.nn.CrossEntropyLoss)),
+        optimizer=config_of(torch.optim.SGD, lr=0.1),
+        schedule=config_of(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps="auto"),
+        hooks={
+            "log": MetricsLoggerConfig(sinks=[JsonLinesSinkConfig()]),
+            "losses": LossTrackerConfig(),
+            "val": ValidationHookConfig(),
+        },
+        trainer=TrainerConfig(max_epoch=2),
+        accelerator=AcceleratorConfig(cpu=True, gradient_accumulation_steps=2),
+    )
+
+
+def by_script() -> torch.nn.Module:
+    set_seed(3)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    loader = DataLoader(Spirals(39), batch_size=4, shuffle=True)
+    model = MLP(2, [8], 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    HookBasedTrainer(
+        accelerator,
+        model,
+        loader,
+        SupervisedProcessor(torch.nn.CrossEntropyLoss()),
+        optimizer,
+        lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=2 * 3),
+        max_epoch=2,
+    )()
+    return model
+
+
+def main(folder: Path) -> None:
+    config = experiment(folder)
+    built = config.build()
+    built.trainer()
+    found = {
+        "same": equal(weights(built.model), weights(by_script())),
+        "moves": [built.lr_scheduler.last_epoch, built.lr_scheduler.total_steps],  # type: ignore[union-attr]
+        "updates": built.trainer.progress.optimizer_step_id,
+        "loss": built.trainer.metrics.latest("eval/val/loss"),
+    }
+    rank = PartialState().process_index
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    missing = LoaderConfig(dataset=config_of(MissingOnTheFirst))
+    config.replace(data=DataConfig(train=missing)).build()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
