@@ -340,3 +340,11 @@ def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
         Run().save(tmp_path / "run.ini")
     with pytest.raises(ConfigError, match=r"run\.ini: expected a file name that ends in"):
         Run.load(tmp_path / "run.ini")
+
+
+@pytest.mark.parametrize("text", ["[a]: 1", "{a: 1}: 1", "? [a]\n: 1", "? " * 50_000])
+def test_keys_that_are_collections_are_refused_where_they_begin(text: str) -> None:
+    """Keys within keys are levels as well, and nobody counts them."""
+    error = refused(text, "yaml")
+    assert isinstance(error, ConfigSyntaxError)
+    assert error.problem == "expected a key of text, found a collection"

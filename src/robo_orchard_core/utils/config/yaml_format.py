@@ -180,6 +180,9 @@ class _Reader:
         mapping: dict[str, Plain] = {}
         repeated: RepeatedKey | None = None
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
+            # Not looked into: keys within keys would be levels that nobody counts.
+            if isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
+                raise _refused("expected a key of text, found a collection", path, event)
             key = self._value(event, path)
             if not isinstance(key, str):
                 raise _refused(f"expected a key of text, found {key!r}; quote it", path, event)
