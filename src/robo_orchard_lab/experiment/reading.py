@@ -11,17 +11,18 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from robo_orchard_core.utils.config import formats
 from robo_orchard_core.utils.config.document import Lines, Plain
 from robo_orchard_core.utils.config.errors import ConfigError, ConfigFieldError, ConfigSyntaxError
+from robo_orchard_core.utils.config.problems import shown
 from robo_orchard_lab.experiment.merging import paths
 from robo_orchard_lab.experiment.origins import Origin, Origins, origin_of
 
-MAX_FILE_BYTES = 2**18
+MAX_FILE_BYTES = 2**17
 """Of an experiment's file with all that it builds on; real ones have a few thousand."""
 
 MAX_VALUES = 20_000
 """Of a file, lists and mappings included; far above any real one."""
 
 MAX_KEY = 200
-"""Characters of a key."""
+"""Characters of a key, and of a file's name."""
 
 MAX_BASES = 16
 """Files that one builds on, one on the other."""
@@ -112,6 +113,8 @@ def _parsed(path: Path, content: bytes) -> ReadFile:
         error.source = os.fspath(path)
         if error.path in lines:
             error.source += f":{lines[error.path]}"
+            if isinstance(error, ConfigSyntaxError):
+                error.position = ""  # is in that line
         raise
     at_line = {where: Origin("file", f"{path}:{line}") for where, line in lines.items()}
     at_line.setdefault((), Origin("file", os.fspath(path)))
@@ -150,13 +153,14 @@ def check_bounds(document: Mapping[str, Plain]) -> None:
 
 def _check_base(file: ReadFile, base: Plain) -> None:
     if not isinstance(base, str):
-        raise _wrong_base(file, f"expected the name of a file beside this one, found {base!r}")
+        raise _wrong_base(file, f"expected the name of a file beside this one, found {shown(base)}")
     is_plain = base.isprintable() and all(
         kind(base).name == base for kind in (PurePosixPath, PureWindowsPath)
     )
-    if not is_plain or base in ("", ".", ".."):
+    if not is_plain or base in ("", ".", "..") or len(base) > MAX_KEY:
         raise _wrong_base(
-            file, f"expected the name of a file beside this one, without a folder; found {base!r}"
+            file,
+            f"expected the name of a file beside this one, without a folder; found {shown(base)}",
         )
 
 

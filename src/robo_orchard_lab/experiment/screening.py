@@ -25,7 +25,7 @@ from robo_orchard_core.utils.config.errors import (
 )
 from robo_orchard_core.utils.config.problems import shown, unknown_field
 from robo_orchard_core.utils.config.references import split
-from robo_orchard_lab.experiment.catalogue import nearest
+from robo_orchard_lab.experiment.catalogue import CATALOGUED, nearest
 from robo_orchard_lab.experiment.document import ExperimentDocument
 from robo_orchard_lab.experiment.merging import NAMED_ENTRIES, PART_KEYS
 from robo_orchard_lab.experiment.origins import origin_of
@@ -67,6 +67,10 @@ TOP_FIELDS = {
 }
 """The fields of ``ExperimentConfig``."""
 
+_MAX_FOLDER = 255  # bytes of a folder's name, in the file systems that are in use
+
+_LISTED_TOPS = {name.partition(".")[0] for name in CATALOGUED}
+
 _TRACKER_SINKS = {
     f"robo_orchard_lab.pipeline.sinks.trackers:{name}"
     for name in ("TrackerSink", "TrackerSinkConfig")
@@ -94,7 +98,7 @@ def screen(document: ExperimentDocument, trust: Trust) -> None:
                 _check_named_entries(path, value)
             if _is_reference(path, value):
                 _check_reference(path, value, trust)
-            if isinstance(value, dict) and any(value.get(k) in _TRACKER_SINKS for k in PART_KEYS):
+            if isinstance(value, dict) and _is_tracker_sink(value):
                 _check_trackers(path, value, trust)
         _check_run_folder(document)
     except ConfigError as error:
@@ -167,8 +171,15 @@ def _advice(reference: str, module: str) -> str:
     if near := nearest(reference):
         return f"; did you mean {near!r}?"
     top = module.partition(".")[0]
-    known = top in sys.stdlib_module_names or top == "__main__"
-    return "" if known else f"; if you trust its code, say --trust {top}"
+    if top in sys.stdlib_module_names or top == "__main__":
+        return ""
+    # Of a package that is listed in part, the rest was left out for a reason.
+    return f"; if you trust its code, say --trust {reference if top in _LISTED_TOPS else top}"
+
+
+def _is_tracker_sink(part: dict[str, Plain]) -> bool:
+    names = (part.get(key) for key in PART_KEYS)
+    return any(isinstance(name, str) and name in _TRACKER_SINKS for name in names)
 
 
 def _check_trackers(path: Path, sink: dict[str, Plain], trust: Trust) -> None:
@@ -200,6 +211,8 @@ def _check_run_folder(document: ExperimentDocument) -> None:
                 f"{shown(value)}; say --run_folder for any other",
                 (field,),
             )
+    if any(len(part.encode()) > _MAX_FOLDER for part in folder.parts):
+        raise ConfigFieldError(f"expected names of at most {_MAX_FOLDER} bytes", (field,))
     for link in (folder, *folder.parents):
         if os.path.islink(link):
             problem = f"a file can't have its run behind the link {str(link)!r}; say --run_folder"

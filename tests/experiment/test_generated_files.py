@@ -1,0 +1,150 @@
+"""Whatever a file holds, it is an experiment or is refused with an error of ours."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.experiment.hostile.corpus import experiment
+from tests.experiment.hostile.texts import JSON_AND_TOML, YAML
+
+from robo_orchard_core.utils.config import ConfigError, formats
+from robo_orchard_core.utils.config.document import Plain
+from robo_orchard_lab.experiment.document import read_experiment
+from robo_orchard_lab.experiment.merging import PART_KEYS
+from robo_orchard_lab.experiment.overrides import from_arguments, from_environment
+from robo_orchard_lab.experiment.screening import TOP_FIELDS, screen
+from robo_orchard_lab.experiment.trust_settings import ExperimentTrust
+
+TRUST = ExperimentTrust(("trusted_parts",)).trust
+
+HARMLESS = formats.read(experiment(), "yaml")
+TEXTS = [each.content for each in (*YAML, *JSON_AND_TOML) if len(each.content) < 2000]
+PIECES = [
+    *(text if isinstance(text, bytes) else text.encode() for text in TEXTS),
+    *(b"[ ] { } : - , \n \r \t & * ! !! # | > ' \" % @ ` ? << ~ \\ \0 \xff \xc0\xae".split(b" ")),
+]
+
+WITHIN = [
+    "class_type",
+    "func",
+    "config_type",
+    "groups",
+    "evaluation",
+    "train",
+    "sinks",
+    "trackers",
+    "collate_fn",
+]
+KEYS = st.sampled_from(
+    [*TOP_FIELDS, *WITHIN, "base", "trust", "$schema", "", ".", "__class__", "a.b", "\x1b"]
+)
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=20)
+    | st.sampled_from(
+        [
+            "os:system",
+            "MLP",
+            "torch.optim:SGD",
+            "trusted_parts:Net",
+            "trusted_parts:f.__globals__",
+            "TrackerSink",
+            "wandb",
+            "auto",
+            "experiment.yaml",
+            "other.yaml",
+            "..",
+            "/etc",
+        ]
+    )
+)
+VALUES: st.SearchStrategy[Plain] = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An empty current folder."""
+    path, before = tmp_path_factory.mktemp("generated"), Path.cwd()
+    os.chdir(path)
+    yield path
+    os.chdir(before)
+
+
+def is_admitted(content: bytes, suffix: str) -> bool:
+    """Whether a file passes; anything but an error of ours is one of the test."""
+    file = Path(f"experiment.{suffix}")
+    file.write_bytes(content)
+    try:
+        screen(read_experiment(file), TRUST)
+    except ConfigError as error:
+        text = str(error)
+        assert text.startswith(str(file))
+        assert text.isprintable()
+        assert len(text) < 1000
+        return False
+    return True
+
+
+@given(st.binary(max_size=300), st.sampled_from(["yaml", "json", "toml"]))
+def test_any_bytes(content: bytes, suffix: str) -> None:
+    """Bytes that mean nothing are refused."""
+    assert not is_admitted(content, suffix)
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12), st.sampled_from(["yaml", "json", "toml"]))
+def test_any_pieces_of_hostile_files(pieces: list[bytes], suffix: str) -> None:
+    """What chokes a parser or is obeyed by one, in any order."""
+    is_admitted(b"".join(pieces), suffix)
+
+
+@given(st.integers(0, len(experiment())), st.integers(0, 40), st.sampled_from(PIECES))
+def test_a_harmless_file_with_something_in_the_middle(start: int, cut: int, piece: bytes) -> None:
+    """A file that was damaged, or into which something was put."""
+    text = experiment().encode()
+    is_admitted(text[:start] + piece + text[start + cut :], "yaml")
+
+
+@given(st.dictionaries(KEYS, VALUES, max_size=6))
+def test_any_fields(changes: dict[str, Plain]) -> None:
+    """Any values of any fields; what passes names nothing that isn't trusted."""
+    document = {**HARMLESS, **changes}
+    text = json.dumps(document)
+    if is_admitted(text.encode(), "json"):
+        assert "os:system" not in _named(document)
+        assert not {"trust", "__class__", "a.b"} & document.keys()
+
+
+def _named(value: Plain) -> set[str]:
+    """What is named as code anywhere."""
+    found: set[str] = set()
+    if isinstance(value, dict):
+        found.update(str(name) for key, name in value.items() if key in PART_KEYS)
+        value = [*value.values()]
+    return found.union(*map(_named, value if isinstance(value, list) else []))
+
+
+@given(st.lists(st.text(max_size=30) | KEYS, max_size=4), st.text(max_size=30))
+def test_any_overrides(keys: list[str], text: str) -> None:
+    """On the command line and in the environment, too."""
+    Path("experiment.yaml").write_text(experiment())
+    with contextlib.suppress(ConfigError):
+        found, _ = from_arguments([f"--{'.'.join(keys)}={text}"])
+        screen(read_experiment("experiment.yaml", overrides=found), TRUST)
+    with contextlib.suppress(ConfigError):
+        name = "__".join(["ROBO_ORCHARD_LAB", *keys])
+        found = from_environment({name: text}, HARMLESS)
+        screen(read_experiment("experiment.yaml", overrides=found), TRUST)
