@@ -141,9 +141,17 @@ class _Encoder:
 
 
 def _is_named_by_class(config: ConfigModel, admitted: list[Any]) -> bool:
-    """Whether it is a part, and of the config class that stands beside the class it names."""
+    """Whether it is read as what it is where its ``class_type`` is all that names it: of the config
+    class that stands beside that class, where a part or a config of any class is declared."""
     cls = getattr(config, "class_type", None)
-    return cls is not None and Any in admitted and declared_config_class(cls) is type(config)
+    if cls is None or declared_config_class(cls) is not type(config):
+        return False
+    return any(kind is Any or _leaves_class_open(kind) for kind in admitted)
+
+
+def _leaves_class_open(kind: Any) -> bool:
+    fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+    return "class_type" in fields and fields["class_type"].is_required()
 
 
 def _has_serializer(cls: type[BaseModel], name: str) -> bool:
