@@ -27,6 +27,7 @@ from robo_orchard_lab.experiment.parameter_groups import parameter_groups
 from robo_orchard_lab.experiment.parts import AUTO, LoaderConfig, ScheduleConfig
 from robo_orchard_lab.pipeline import PipelineHooks, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
+from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hooks import ValidationHookConfig
 from robo_orchard_lab.pipeline.hooks.optimizer import ScheduleUnit
 from robo_orchard_lab.pipeline.run_path import in_run_folder
@@ -44,7 +45,9 @@ def building(*path: str | int) -> Iterator[None]:
     except ConfigError as error:
         raise error.under(path) from error.__cause__
     except (TypeError, ValueError, OSError) as error:
-        raise ConfigBuildError(f"{type(error).__name__}: {error}", path) from error
+        ours = isinstance(error, PipelineConfigError)
+        problem = str(error) if ours else f"{type(error).__name__}: {error}"
+        raise ConfigBuildError(problem, path) from error
     except Exception as error:
         error.add_note(f"while {dotted(path)} was built")
         raise
