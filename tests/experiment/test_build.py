@@ -460,6 +460,21 @@ def test_parameters_have_the_options_of_their_group() -> None:
     assert error.value.place == "optimizer.groups.head.parameters"
 
 
+def test_options_of_groups_have_the_types_of_the_optimizers() -> None:
+    """As its own options have: numbers that are written as texts, and tuples as lists."""
+    document = experiment().to_dict()
+    document["optimizer"] = {
+        "class_type": "torch.optim:AdamW",
+        "groups": {"all": {"parameters": ["*"], "lr": "0.5", "betas": [0.8, 0.9]}},
+    }
+    config = ExperimentConfig.from_dict(document, trust=__name__)
+    built = config.build()
+    assert built.optimizer is not None
+    [group] = built.optimizer.param_groups
+    assert (group["lr"], group["betas"]) == (0.5, (0.8, 0.9))
+    assert ExperimentConfig.from_dict(config.to_dict(), trust=__name__) == config
+
+
 def test_a_run_goes_on_where_it_was_stopped() -> None:
     """From the newest checkpoint, by default; or from the beginning, or from another one."""
     config = experiment(checkpoint=SaveCheckpointConfig(every="3 steps", keep_last=None))

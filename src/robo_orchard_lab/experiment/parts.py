@@ -21,7 +21,6 @@ from robo_orchard_core.utils.config import (
 from robo_orchard_core.utils.config.derived import BASES
 from robo_orchard_core.utils.config.parameter_types import DECLARATIONS
 from robo_orchard_core.utils.config.problems import config_error, unknown_field
-from robo_orchard_core.utils.config.references import reference_to
 
 AUTO = "auto"
 Auto: TypeAlias = Literal["auto"]
@@ -174,22 +173,30 @@ class OptimizerConfig(ClassConfig[Any]):
 
     @model_validator(mode="after")
     def _knows_the_options(self) -> OptimizerConfig:
-        """That each group has options that the optimizer has, of their types."""
+        """That each group has options that the optimizer has; they become of their types."""
         cls = type(self)
         if cls.model_config.get("extra") == "allow":
             return self
-        known = cls.model_fields.keys() - OptimizerConfig.model_fields.keys() - {"params"}
+        converted = {}
         for group_name, group in self.groups.items():
-            for name, value in group.options().items():
-                path = ("groups", group_name)
-                if name not in known:
-                    raise unknown_field(name, known, reference_to(self.class_type), path)
-                try:
-                    annotation: Any = cls.model_fields[name].annotation
-                    TypeAdapter(annotation).validate_python(value)
-                except ValidationError as error:
-                    raise config_error(error, value).under((*path, name)) from error
+            options = group.options()
+            for name, value in options.items():
+                options[name] = self._as_declared(name, value, ("groups", group_name))
+            converted[group_name] = ParameterGroup(parameters=group.parameters, **options)
+        if converted != self.groups:
+            self.groups = converted
         return self
+
+    @classmethod
+    def _as_declared(cls, name: str, value: Any, path: tuple[str, ...]) -> Any:
+        known = cls.model_fields.keys() - OptimizerConfig.model_fields.keys() - {"params"}
+        if name not in known:
+            raise unknown_field(name, known, cls.__name__.removesuffix("Config"), path)
+        try:
+            annotation: Any = cls.model_fields[name].annotation
+            return TypeAdapter(annotation).validate_python(value)
+        except ValidationError as error:
+            raise config_error(error, value).under((*path, name)) from error
 
 
 class ScheduleConfig(ClassConfig[Any]):
