@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 from tests.experiment.hook_entries import NAMED, TRUST, experiment
 
 from robo_orchard_core.utils.config import Config, ConfigError, ConfigReferenceError
+from robo_orchard_core.utils.config.formats import read
 from robo_orchard_lab.experiment import ExperimentConfig
 from robo_orchard_lab.experiment.catalogue import CATALOGUE
 from robo_orchard_lab.experiment.schema import experiment_schema
@@ -89,6 +91,16 @@ def test_entries_of_hooks_pass(name: str, entry: dict[str, Any]) -> None:
     for spelling in spellings:
         document = experiment(it={"class_type": spelling, **entry})
         assert refused_at(document) is None
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["examples/digits/digits.yaml", "src/robo_orchard_lab/cli/starting_file.yaml"],
+)
+def test_our_own_files_pass(path: str) -> None:
+    """The example's file and that which `config init` writes are taken."""
+    text = (Path(__file__).parents[2] / path).read_text("utf-8")
+    assert refused_at(read(text, "yaml")) is None
 
 
 def test_what_configs_write_passes() -> None:

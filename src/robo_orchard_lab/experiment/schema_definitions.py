@@ -50,11 +50,11 @@ class Definitions:
         self._choices: dict[str, dict[str, Json]] = {}
         self._packages = [name for name in trust if ":" not in name]
         self._spellings: dict[str, list[str]] = {}
-        single = {name: name for name in trust if ":" in name}
-        for name, definition in {**names, **single}.items():
+        self._single = {name: name for name in trust if ":" in name}
+        for name, definition in {**names, **self._single}.items():
             self._spellings.setdefault(definition, [definition]).append(name)
         code = {reference: _imported(reference) for reference in self._spellings}
-        for reference in single:
+        for reference in self._single:
             if code[reference] is None:
                 raise ConfigReferenceError(f"the module of {reference!r} can't be imported")
         self._code = {reference: item for reference, item in code.items() if item is not None}
@@ -147,6 +147,8 @@ class Definitions:
         name = "-without-".join([self._short(code), *without])
         fields = fields_of(cls, self, code, part.given)
         required = fields.pop("required", [])
+        if part.functions == "are called" and not isinstance(code, type):
+            required = []  # whoever calls it gives them
         reference = self._defined(name, lambda: fields)
         return reference | ({"required": required} if required else {})
 
@@ -156,10 +158,18 @@ class Definitions:
             try:
                 if isinstance(code, type) and _is_of(code, part):
                     yield code, config_class_of(code)
-                elif not isinstance(code, type) and _makes(code, part):
+                elif not isinstance(code, type) and self._stands_for(code, part):
                     yield code, function_config_class(code)
             except (ConfigReferenceError, ImportError):
                 continue  # it doesn't say its parameters; or the kind's package isn't there
+
+    def _stands_for(self, function: Code, part: Part) -> bool:
+        """Whether a function stands for such a part, as far as that can be told."""
+        if part.functions == "are called":
+            # Those of the catalogue make models: they are no batch processors.
+            return part.classes == (object,) or reference_to(function) in self._single
+        result = returned_class(function)
+        return result is not None and any(is_kind(result, kind) for kind in part.classes)
 
     def _users(self) -> Json:
         """How code of the user's own packages is named."""
@@ -191,18 +201,6 @@ def _is_of(cls: type, part: Part) -> bool:
     if part.functions == "are called" and part.classes == (object,):
         return any("__call__" in vars(base) for base in cls.__mro__)  # its instances are
     return any(is_kind(cls, kind) for kind in part.classes)
-
-
-def _makes(function: Any, part: Part) -> bool:
-    """Whether a function stands for such a part, by what it says that it returns."""
-    if part.classes == (object,):
-        return True
-    result = returned_class(function)
-    return (
-        part.functions == "make"
-        and result is not None
-        and any(is_kind(result, kind) for kind in part.classes)
-    )
 
 
 def _one_of(names: list[str]) -> Json:
