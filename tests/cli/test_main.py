@@ -178,6 +178,19 @@ def test_ranks_say_which_they_are(
     assert capsys.readouterr().err == "[rank 1] error: no\n[rank 1]        yes\n"
 
 
+def test_wrong_use_is_told_once_by_the_ranks_of_a_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What each rank finds in the file is told by the first of them, and all end with 2."""
+    monkeypatch.setattr(program, "_run", raising(CommandError("no")))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert main([]) == ExitCode.USAGE
+    assert capsys.readouterr().err == "[rank 0] error: no\n"
+
+
 def python(body: str) -> list[str]:
     """A program whose command is this body, in the place of what arguments say."""
     return [

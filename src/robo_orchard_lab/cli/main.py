@@ -24,6 +24,13 @@ from robo_orchard_lab.cli.output import discard_output, note, reader_is_gone, st
 _MODULES = "robo_orchard_lab.cli.commands"
 COMMANDS = {
     "Runs": {
+        "train": ("Train what a file describes.", f"{_MODULES}.train"),
+        "resume": ("Go on with a run from its newest checkpoint.", f"{_MODULES}.resume"),
+        "evaluate": ("Measure what a run has saved.", f"{_MODULES}.evaluate"),
+        "prove-resume": (
+            "Prove that a run goes on exactly where it stopped.",
+            f"{_MODULES}.prove_resume",
+        ),
         "checkpoint": (
             "List, show, verify, export and prune checkpoints.",
             f"{_MODULES}.checkpoint",
@@ -132,6 +139,8 @@ def _tell(error: BaseException, debug: bool) -> None:
         traceback.print_exception(error)
         return
     several = os.environ.get("WORLD_SIZE", "1") != "1"
+    if exit_code_of(error) == ExitCode.USAGE and os.environ.get("LOCAL_RANK", "0") != "0":
+        return  # what is wrong with a file or its use, each rank finds; one of a machine says it
     rank = f"[rank {os.environ.get('RANK', '0')}] " if several else ""
     for line in lines_of(error):
         head, mark, rest = line.partition("error:")

@@ -63,11 +63,11 @@ class CheckpointPlace:
             [found] = store.verify(BEST)
             if found.problem is not None:
                 raise CheckpointError(found.problem)
-            return found.path
+            return self.root / found.path.name
         for info in reversed(store.list()):
             [found] = store.verify(info.path)
             if found.problem is None:
-                return info.path
+                return self.root / info.path.name
             logger.warning("passed over %s: %s", info.path, found.problem)
         raise CheckpointError(f"there is no whole checkpoint in {self.root}")
 

@@ -1,0 +1,142 @@
+"""Training that a command has asked for: in its folder, with what is told before and after it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from robo_orchard_lab.cli.errors import CommandError
+from robo_orchard_lab.cli.names import PROGRAM
+from robo_orchard_lab.cli.output import note, print_json, say, table_lines
+from robo_orchard_lab.experiment.difference import Difference, Resume
+
+if TYPE_CHECKING:
+    from robo_orchard_lab.cli.experiment_arguments import ExperimentArguments
+    from robo_orchard_lab.experiment.config import ExperimentConfig
+    from robo_orchard_lab.experiment.starting import RunBefore
+
+_SHORTEST = 60  # of a value in a table, in characters
+
+
+def train(
+    experiment: ExperimentConfig,
+    arguments: ExperimentArguments,
+    *,
+    allow: str | None,
+    resume_from: Path | None = None,
+    repeats: bool = False,
+    as_json: bool = False,
+) -> None:
+    """Train what is described, from the newest checkpoint in its folder if it is to go on.
+
+    Args:
+        experiment: what is to be trained.
+        arguments: what was typed about it.
+        allow: the worst change by which a run may go on, if a harmless one is not all.
+        resume_from: the checkpoint to go on from, instead of the newest.
+        repeats: whether it is the file of the run in its folder, so that it would be repeated.
+        as_json: whether to tell in JSON what became of it.
+
+    Raises:
+        CommandError: the run in the folder can't go on as this, or is completed.
+        RunPreempted: it was saved and stopped.
+    """
+    from robo_orchard_lab.experiment.starting import record, run_before
+
+    folder = experiment.folder()
+    before = run_before(folder)
+    changes: list[Difference] = []
+    if before is not None and before.checkpoints and experiment.resume == "auto":
+        changes = _changes(experiment, before, arguments, allow)
+        if repeats and before.is_completed and not changes:
+            raise CommandError(
+                f"the run in {folder} is completed",
+                f"--run_folder FOLDER repeats it there; `{PROGRAM} evaluate {folder}` measures it",
+            )
+    given: dict[str, Any] = {} if resume_from is None else {"resume": resume_from}
+    built = experiment.build(**given)
+    if is_first():
+        record(experiment, processes=built.accelerator.num_processes, changes=changes)
+    try:
+        built.trainer()
+    except BaseException:
+        if is_first():
+            _tell_stopped(folder, arguments)
+        raise
+    if is_first():
+        _tell_end(folder, arguments, as_json)
+
+
+def is_first() -> bool:
+    """Whether this process is the first of its job, or all of it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _changes(
+    experiment: ExperimentConfig,
+    before: RunBefore,
+    arguments: ExperimentArguments,
+    allow: str | None,
+) -> list[Difference]:
+    from robo_orchard_lab.experiment.starting import ChangedRunError, check_changes
+
+    worst: Resume = "trajectory" if allow == "trajectory" else "harmless"
+    try:
+        return check_changes(experiment, before, arguments.trust, allow=worst)
+    except ChangedRunError as error:
+        rows = [
+            [change.resume, change.place, _short(change.before), _short(change.after), change.why]
+            for change in error.changes
+        ]
+        table = table_lines(["", "field", "was", "is", ""], rows)
+        if error.worst == "impossible":
+            advice = "--run_folder FOLDER starts a run of its own"
+        else:
+            advice = "--allow trajectory goes on all the same; --run_folder FOLDER starts another"
+        raise CommandError("\n       ".join([error.problem, *table]), advice) from None
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _SHORTEST else text[: _SHORTEST - 3] + "..."
+
+
+def _tell_end(folder: Path, arguments: ExperimentArguments, as_json: bool) -> None:
+    from robo_orchard_lab.pipeline.run_state import read_run_state
+
+    state = read_run_state(folder)
+    if as_json:
+        print_json({"run_folder": str(folder), **state.model_dump(mode="json")})
+        return
+    steps = state.progress.get("global_step_id", 0)
+    why = "" if state.reason is None else f", stopped by {state.by}: {state.reason}"
+    say(f"{folder}: {state.state} after {steps} steps{why}")
+    if state.checkpoint is not None:
+        say(f"  newest checkpoint  {Path(folder, state.checkpoint.path)}")
+        say(f"  measure it         {_command('evaluate', folder, arguments)}")
+        say(f"  take its weights   {PROGRAM} checkpoint export {shlex.quote(str(folder))}")
+
+
+def _tell_stopped(folder: Path, arguments: ExperimentArguments) -> None:
+    """What is left of a run that has not come to its end; whatever fails here is no matter."""
+    from robo_orchard_lab.pipeline.run_state import read_run_state
+
+    try:
+        state = read_run_state(folder)
+    except (OSError, ValueError):
+        return
+    steps = state.progress.get("global_step_id", 0)
+    why = "" if state.reason is None else f" ({state.reason})"
+    done = "saved and stopped" if state.state == "preempted" else "ended"
+    note(f"{folder}: {done} after {steps} steps{why}")
+    if state.checkpoint is not None:
+        saved = f"from step {state.checkpoint.step}, " if state.checkpoint.step != steps else ""
+        note(f"  go on, {saved}with  {_command('resume', folder, arguments)}")
+
+
+def _command(name: str, folder: Path, arguments: ExperimentArguments) -> str:
+    trust: Sequence[str] = [part for package in arguments.trust for part in ("--trust", package)]
+    return shlex.join([PROGRAM, name, str(folder), *trust])

@@ -1,0 +1,104 @@
+"""``train --dry-run`` and ``train --debug-fast``: what is told of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from robo_orchard_lab.cli.amounts import bytes_text, count_text
+from robo_orchard_lab.cli.errors import CommandError
+from robo_orchard_lab.cli.output import print_json, print_table, say
+
+if TYPE_CHECKING:
+    from robo_orchard_lab.experiment.config import ExperimentConfig
+    from robo_orchard_lab.experiment.rehearsal import DryRun
+
+
+def show_dry_run(experiment: ExperimentConfig, *, as_json: bool) -> None:
+    """Try an experiment with one batch, and tell what it would be.
+
+    Raises:
+        CommandError: it is started as a job of several processes.
+    """
+    from robo_orchard_lab.experiment.rehearsal import dry_run
+
+    _check_alone("--dry-run")
+    found = dry_run(experiment)
+    if as_json:
+        print_json(_plain(found))
+        return
+    for name, text in _lines(experiment, found):
+        say(f"{name:<12} {text}")
+    if found.hooks:
+        say()
+        rows = [
+            [hook.hook, hook.field, hook.schedule, "?" if hook.times is None else f"{hook.times:,}"]
+            for hook in found.hooks
+        ]
+        print_table(["hook", "field", "schedule", "times"], rows)
+    say()
+    say("nothing was written")
+
+
+def show_fast_run(experiment: ExperimentConfig) -> None:
+    """Run two steps of everything, and tell what was done.
+
+    Raises:
+        CommandError: it is started as a job of several processes.
+    """
+    from robo_orchard_lab.experiment.rehearsal import fast_run
+
+    _check_alone("--debug-fast")
+    for line in fast_run(experiment):
+        say(line)
+    say("nothing of it was kept")
+
+
+def _check_alone(option: str) -> None:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise CommandError(f"{option} is for one process; leave torchrun out")
+
+
+def _lines(experiment: ExperimentConfig, found: DryRun) -> Iterator[tuple[str, str]]:
+    yield "run folder", str(found.run_folder)
+    yield "device", found.device
+    frozen = found.parameters - found.trained_parameters
+    trained = f", {frozen:,} of them frozen" if frozen else ""
+    yield "model", count_text(found.parameters, "parameter") + trained
+    length = found.length
+    if length is None:
+        yield "run", "as long as the data is, which has no length"
+    else:
+        yield "epoch", count_text(length.steps_per_epoch, "step")
+        parts = [(length.epochs, "epoch"), (length.steps, "step"), (length.updates, "update")]
+        yield "run", ", ".join(count_text(number, thing) for number, thing in parts)
+    if found.loss is not None:
+        yield "loss", f"{found.loss:.6g} on the first batch"
+    for name, loss in found.evaluated.items():
+        yield f"  {name}", f"{loss:.6g} on its first batch"
+    memory = found.memory
+    yield (
+        "memory",
+        f"parameters {bytes_text(memory.parameters)}, gradients {bytes_text(memory.gradients)}, "
+        f"optimizer {bytes_text(memory.optimizer)}; at most {bytes_text(memory.peak)} in use "
+        + ("by this process" if found.device == "cpu" else f"on {found.device}"),
+    )
+
+
+def _plain(found: DryRun) -> dict[str, Any]:
+    length = found.length
+    return {
+        **asdict(found),
+        "run_folder": str(found.run_folder),
+        "evaluated": dict(found.evaluated),
+        "length": None
+        if length is None
+        else {
+            "epochs": length.epochs,
+            "steps": length.steps,
+            "updates": length.updates,
+            "steps_per_epoch": length.steps_per_epoch,
+        },
+    }

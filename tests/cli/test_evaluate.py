@@ -1,0 +1,91 @@
+"""``evaluate``: what a run has saved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.cli.spirals import write_experiment
+
+from robo_orchard_lab.cli.main import main
+from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
+
+BEST = (
+    "--hooks.best={class_type: KeepBest, monitor: eval/val/loss, mode: max, path: best.safetensors}"
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of three epochs, which has kept the worst weights as the best."""
+    folder = tmp_path_factory.mktemp("work")
+    file = write_experiment(folder)
+    assert main(["train", str(file), "--run_folder", str(folder / "run"), BEST]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def work(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+
+
+def found(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, float]:
+    capsys.readouterr()
+    assert main(["evaluate", *arguments, "--json"]) == 0
+    metrics: dict[str, float] = json.loads(capsys.readouterr().out)["metrics"]
+    return metrics
+
+
+def test_a_run_is_measured_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+    """The newest checkpoint, or the one that is named, has the values that the run had there."""
+    infos = CheckpointStore("run/checkpoints").list()
+    assert found(capsys, "run") == dict(infos[-1].metrics)
+    assert found(capsys, str(infos[0].path)) == dict(infos[0].metrics)
+    worst = max(info.metrics["eval/val/loss"] for info in infos)
+    assert found(capsys, "run", "--best") == {"eval/val/loss": worst}
+
+
+def test_it_is_shown_in_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the weights are from, and each metric."""
+    assert main(["evaluate", "run", "--set", "val"]) == 0
+    first, headings, line = capsys.readouterr().out.splitlines()
+    assert first == "run/checkpoints/step_00000030"
+    assert headings.split() == ["METRIC", "VALUE"]
+    assert line.startswith("eval/val/loss  ")
+
+
+def test_fields_may_be_others(capsys: pytest.CaptureFixture[str]) -> None:
+    """Other sets and batches are given as to any command; the run's file stays as it is."""
+    before = Path("run/config.yaml").read_bytes()
+    other = "--data.evaluation.more={dataset: {class_type: Spirals, seed: 2}, batch_size: 100}"
+    metrics = found(capsys, "run", other, "--data.evaluation.val.batch_size=1")
+    assert metrics.keys() == {"eval/val/loss", "eval/more/loss"}
+    assert Path("run/config.yaml").read_bytes() == before
+    assert len([*Path("run/starts").glob("*.json")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ([], 2, "missing argument"),
+        (["runs"], 2, "there is no runs; expected the folder of a run"),
+        (["run", "--set", "vall"], 2, "did you mean 'val'"),
+        (["run", "--model.hidden=[9]"], 1, "has the weights of another model"),
+        (
+            ["run", "--hooks.best=null", "--best"],
+            2,
+            "nothing says which weights of run are the best",
+        ),
+        (["run", "--run_folder", "x"], 2, "--run_folder names another folder"),
+    ],
+)
+def test_wrong_use_is_told(
+    arguments: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wrong use ends with 2, weights that don't fit with 1, and each says what is wrong."""
+    capsys.readouterr()
+    assert main(["evaluate", *arguments]) == code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert said in shown.err

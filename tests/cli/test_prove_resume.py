@@ -1,0 +1,65 @@
+"""``prove-resume``: that the run of a file goes on exactly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.cli.spirals import write_experiment
+
+from robo_orchard_lab.cli.main import main
+
+FILE = "spirals.yaml"
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_experiment(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_run_goes_on_exactly(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stopped three times, it is the run that never stopped, with its log; nothing is left."""
+    arguments = ["--stops", "3", "--steps", "13", "--file", "metrics.jsonl"]
+    assert main(["prove-resume", FILE, *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("resumed exactly: 13 steps, stopped at 3, 6, 10; ")
+    assert not (work / "runs").exists()
+
+
+def test_data_that_is_not_the_same_twice_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+    """It ends with 1 and names the first difference: the batch of the first step."""
+    noise = ["--data.train.dataset={class_type: 'mine:Noise'}", "--trust", "mine"]
+    arguments = ["prove-resume", FILE, *noise, "--steps", "4", "--stops", "1"]
+    assert main(arguments) == 1
+    assert "first difference: step 0: batch[0]" in capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["passed"], found["stops"]) == (False, [2])
+    assert (found["differences"][0]["step"], found["differences"][0]["name"]) == (0, "batch[0]")
+
+
+def test_a_run_may_be_shorter(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a run ends ahead of the stops, that is told."""
+    assert main(["prove-resume", FILE, "--trainer.max_epoch=1", "--stops", "1"]) == 0
+    assert "the run ends after 10 steps; --steps 10" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ([], 2, "missing argument 'FILE'"),
+        ([FILE, "--stops", "0"], 2, "0 is not in the range x>=1"),
+        ([FILE, "--kill", "--checkpoint=null"], 2, "has to save, and checkpoint is null"),
+        (["runs/x.yaml"], 2, "there is no file runs/x.yaml"),
+        ([FILE, "--model.inputs=3"], 1, "the straight run"),
+    ],
+)
+def test_what_can_not_be_proved_is_told(
+    arguments: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wrong use ends with 2; a run that fails by itself ends with 1, with what it printed."""
+    assert main(["prove-resume", *arguments]) == code
+    assert said in capsys.readouterr().err

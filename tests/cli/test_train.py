@@ -1,0 +1,273 @@
+"""``train`` and ``resume``: runs from files, in folders that may have some."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.cli.running import START, environment, run_in_terminal
+from tests.cli.spirals import SLOW, write_experiment
+
+from robo_orchard_lab.cli.main import main
+
+FILE = "spirals.yaml"
+RUN = Path("runs/spirals")
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the file, in which one is."""
+    write_experiment(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def weights(run_folder: Path | str = RUN) -> dict[str, torch.Tensor]:
+    return load_file(Path(run_folder) / "checkpoints" / "last" / "model.safetensors")
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def state(run_folder: Path | str = RUN) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Path(run_folder) / "run_state.json").read_text())
+    return found
+
+
+def start(run_folder: Path | str = RUN, number: int = 1) -> dict[str, Any]:
+    file = Path(run_folder) / "starts" / f"{number:04d}.json"
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def test_a_file_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    """With overrides: the run is in its folder, and the last lines say what to do with it."""
+    assert main(["train", FILE, "--trainer.max_epoch", "2", "--optimizer.lr=0.05"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told == [
+        "runs/spirals: completed after 20 steps",
+        "  newest checkpoint  runs/spirals/checkpoints/step_00000020",
+        "  measure it         robo-orchard-lab evaluate runs/spirals",
+        "  take its weights   robo-orchard-lab checkpoint export runs/spirals",
+    ]
+    assert state()["state"] == "completed"
+    assert start()["changes"] == []
+    assert "lr: 0.05" in (RUN / "config.yaml").read_text()
+    assert len((RUN / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_runs_own_file_repeats_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Into another folder, bit for bit; into its own only if something is left to do."""
+    assert main(["train", FILE, "--run_folder", "elsewhere"]) == 0
+    own = "elsewhere/config.yaml"
+    capsys.readouterr()
+    assert main(["train", own, "--run_folder", "again", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["run_folder"], found["state"]) == ("again", "completed")
+    assert equal(weights("elsewhere"), weights("again"))
+    assert main(["train", own]) == 2
+    shown = capsys.readouterr().err
+    assert "error: the run in elsewhere is completed" in shown
+    assert "--run_folder FOLDER repeats it there" in shown
+    assert main(["train", own, "--trainer.max_epoch", "4"]) == 0
+    assert state("elsewhere")["progress"]["epoch_id"] == 4
+
+
+def test_a_run_that_is_over_has_nothing_left_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    """The same file again, as a job that is started again, ends well and does nothing."""
+    assert main(["train", FILE]) == 0
+    before = weights()
+    capsys.readouterr()
+    assert main(["train", FILE]) == 0
+    assert capsys.readouterr().out.startswith("runs/spirals: completed after 30 steps")
+    assert equal(weights(), before)
+
+
+def test_changes_are_sorted_and_need_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    """Harmless ones pass, another trajectory has to be allowed, and what can't be is refused."""
+    assert main(["train", FILE, "--trainer.max_epoch", "1"]) == 0
+    capsys.readouterr()
+    clip = "--hooks.clip={class_type: GradientClippingHook, max_norm: 1.0}"
+    changed = ["train", FILE, "--trainer.max_epoch", "2", clip]
+    assert main(changed) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "the run in runs/spirals would be another with other hooks.clip" in shown.err
+    lines = [line.split()[:2] for line in shown.err.splitlines()[2:4]]
+    assert lines == [["trajectory", "hooks.clip"], ["harmless", "trainer.max_epoch"]]
+    assert "--allow trajectory goes on all the same" in shown.err
+    assert state()["progress"]["epoch_id"] == 1
+    assert main([*changed, "--allow", "trajectory"]) == 0
+    assert state()["progress"]["epoch_id"] == 2
+    assert [each["path"] for each in start(number=2)["changes"]] == [
+        *("hooks.clip", "trainer.max_epoch")
+    ]
+    assert main([*changed, "--optimizer.lr", "1", "--allow", "trajectory"]) == 2
+    shown = capsys.readouterr()
+    assert "can't go on with other optimizer.lr" in shown.err
+    assert "a checkpoint holds it" in shown.err
+    assert main([*changed, "--optimizer.lr", "1", "--resume", "never"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train"], "missing argument 'FILE'"),
+        (["train", "spiral.yaml"], "did you mean spirals.yaml?"),
+        (["train", FILE, "--trainer.max_epochs", "3"], "did you mean 'max_epoch'"),
+        (["train", FILE, "--dry-run", "--debug-fast"], "give one of them"),
+        (["train", FILE, "--allow", "all"], "'all' is not 'trajectory'"),
+        (["train", FILE, SLOW], "mine:Slow"),
+        (["resume", "runs/none"], "there is no runs/none; expected the folder of a run"),
+        (["resume", FILE], "spirals.yaml is a file; expected the folder of a run"),
+        (["resume", ".", "--run_folder", "x"], "not the folder of a run"),
+    ],
+)
+def test_wrong_use_is_told(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wrong use ends with 2, says what is wrong, and starts no run."""
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert said in shown.err
+    assert not Path("runs").exists()
+
+
+def test_a_run_that_fails_ends_with_1(capsys: pytest.CaptureFixture[str]) -> None:
+    """The error is told in two lines with its place, after where the run is and how it goes on."""
+    slow = ["--trust", "mine", "--hooks.slow={class_type: 'mine:Slow', seconds: 0.0, fail_at: 15}"]
+    assert main(["train", FILE, *slow]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    tail = [line for line in shown.err.splitlines() if " INFO " not in line]
+    assert tail[:2] == [
+        "runs/spirals: ended after 15 steps",
+        "  go on, from step 10, with  robo-orchard-lab resume runs/spirals --trust mine",
+    ]
+    assert tail[2] == "error: RuntimeError: no step 15"
+    assert "mine.py:" in tail[3]
+    assert "in hook 'slow'" in tail[3]
+    assert main(["resume", str(RUN), "--trust", "mine", "--hooks.slow=null"]) == 2
+    assert main(["resume", str(RUN), "--trust", "mine", "--hooks.slow.fail_at=null"]) == 2
+    fixed = ["--hooks.slow.fail_at=null", "--allow", "trajectory"]
+    assert main(["resume", str(RUN), "--trust", "mine", *fixed]) == 0
+    assert state()["state"] == "completed"
+
+
+def test_a_run_goes_on_from_a_checkpoint_that_is_named() -> None:
+    """From an older one, what came after it is made anew; the weights are the same."""
+    assert main(["train", FILE]) == 0
+    before = weights()
+    assert main(["resume", str(RUN / "checkpoints" / "step_00000010")]) == 0
+    assert equal(weights(), before)
+    assert state()["progress"]["epoch_id"] == 3
+
+
+def test_out_of_time_is_to_be_started_again(capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that a limit of time has saved and stopped ends with 75, and goes on exactly."""
+    limit = "--hooks.limit={class_type: TimeLimit, limit: 1.0, margin: 0.5}"
+    assert main(["train", FILE, limit]) == 75  # this process has taken longer than that already
+    shown = capsys.readouterr()
+    assert "runs/spirals: saved and stopped after " in shown.err
+    assert "robo-orchard-lab resume runs/spirals" in shown.err
+    assert main(["resume", str(RUN), "--hooks.limit=null"]) == 0
+    assert main(["train", FILE, "--run_folder", "straight"]) == 0
+    assert equal(weights(), weights("straight"))
+
+
+def began(run_folder: Path, step: int) -> None:
+    """Wait until a run has saved at a step."""
+    ends_at = time.monotonic() + 60
+    while not (run_folder / "checkpoints" / f"step_{step:08d}").is_dir():
+        assert time.monotonic() < ends_at
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_ctrl_c_ends_a_run_that_then_goes_on(saves: bool) -> None:
+    """It ends with 130: saved there where a Preemption is among the hooks, else without a save."""
+    slow = [SLOW, "--trust", "mine", *([] if saves else ["--hooks.preemption=null"])]
+    started = subprocess.Popen(
+        [*START, "train", FILE, *slow],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    began(RUN, 10)
+    started.send_signal(signal.SIGINT)
+    out, err = started.communicate(timeout=60)
+    assert (started.returncode, out) == (130, "")
+    assert "Traceback" not in err
+    steps = state()["progress"]["global_step_id"]
+    assert 10 <= steps < 30
+    if saves:
+        assert f"runs/spirals: saved and stopped after {steps} steps (received SIGINT)" in err
+        assert state()["checkpoint"]["step"] == steps
+    else:
+        assert f"runs/spirals: ended after {steps} steps" in err
+        assert "error: interrupted" in err
+        assert state()["checkpoint"]["step"] == 10
+    assert "with  robo-orchard-lab resume runs/spirals --trust mine" in err
+    quick = ["--trust", "mine", "--hooks.slow.seconds=0.0", "--allow", "trajectory"]
+    assert main(["resume", str(RUN), *quick]) == 0
+    assert main(["train", FILE, "--run_folder", "straight"]) == 0
+    assert equal(weights(), weights("straight"))
+
+
+def test_sigterm_ends_it_with_143() -> None:
+    """As a scheduler has it: saved, and to be started again."""
+    started = subprocess.Popen(
+        [*START, "train", FILE, SLOW, "--trust", "mine"],
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    began(RUN, 10)
+    started.send_signal(signal.SIGTERM)
+    _, err = started.communicate(timeout=60)
+    assert started.returncode == 143
+    assert "(received SIGTERM)" in err
+
+
+def test_in_a_terminal_a_bar_shows() -> None:
+    """The bar is drawn, and is gone, or whole, when the last lines come."""
+    bar = "--hooks.bar={class_type: ProgressBarHook}"
+    ended = run_in_terminal("train", FILE, bar, SLOW, "--trust", "mine", "--trainer.max_epoch", "1")
+    assert ended.code == 0
+    assert "\x1b[" in ended.out
+    assert "10/10" in ended.out
+    assert "runs/spirals: completed after 10 steps" in ended.out
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(
+        [sys.executable, *ranks, "-m", "robo_orchard_lab", *arguments],
+        env=environment(variables),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_under_torchrun_ranks_train_together_and_one_speaks() -> None:
+    """Two processes make one run, which says once where it is."""
+    done = torchrun("train", FILE, "--data.train.batch_size", "4", "--accelerator.cpu", "true")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("runs/spirals: completed after 30 steps") == 1
+    assert (start()["processes"], state()["processes"]) == (2, 2)

@@ -1,0 +1,69 @@
+"""``train --dry-run`` and ``--debug-fast``: nothing is kept of either."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.cli.spirals import write_experiment
+
+from robo_orchard_lab.cli.main import main
+
+FILE = "spirals.yaml"
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_experiment(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_dry_run_tells_what_would_be(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """How long the run is, what its hooks would do and what it takes; nothing is written."""
+    before = {*work.rglob("*")}
+    assert main(["train", FILE, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = {line[:12].strip(): line[13:] for line in lines}
+    assert told["run folder"] == "runs/spirals"
+    assert told["model"] == "51 parameters"
+    assert told["epoch"] == "10 steps"
+    assert told["run"] == "3 epochs, 30 steps, 30 updates"
+    assert told["memory"].startswith("parameters 204 B, gradients 204 B, optimizer 204 B; at most")
+    assert [line.split() for line in lines if line.startswith("validation")] == [
+        ["validation", "every", "1", "epoch", "3"]
+    ]
+    assert lines[-1] == "nothing was written"
+    assert {*work.rglob("*")} == before
+    assert main(["train", FILE, "--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["length"] == {"epochs": 3, "steps": 30, "updates": 30, "steps_per_epoch": 10}
+    assert {hook["hook"]: hook["times"] for hook in found["hooks"]} == {
+        **{"validation": 3, "log": 6, "checkpoint": 3}
+    }
+
+
+def test_a_fast_run_tells_what_it_did(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two steps with all that is around them, saved and gone on with; nothing is left."""
+    before = {*work.rglob("*")}
+    assert main(["train", FILE, "--debug-fast"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("trained to epoch 1, step 0 (global step 2")
+    assert lines[1].startswith("found eval/val/loss = ")
+    assert lines[-2:] == ["saved, and went on from step 2 to 3", "nothing of it was kept"]
+    assert {*work.rglob("*")} == before
+
+
+@pytest.mark.parametrize("option", ["--dry-run", "--debug-fast"])
+def test_what_fails_is_told(
+    option: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part that can't be built, one that fails, and several processes."""
+    assert main(["train", FILE, option, "--model.hidden=[0]"]) == 2
+    assert "model: " in capsys.readouterr().err
+    assert main(["train", FILE, option, "--model.inputs=3"]) == 1
+    assert "RuntimeError: mat1 and mat2 shapes" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", FILE, option]) == 2
+    assert f"{option} is for one process" in capsys.readouterr().err
