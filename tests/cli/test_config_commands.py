@@ -28,7 +28,9 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-def test_a_starting_file_is_an_experiment(tmp_path: Path) -> None:
+def test_a_starting_file_is_an_experiment(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What init writes is checked and found right, without any trust, and says what is next."""
     done = run("config", "init", "first.yaml", cwd=tmp_path)
     assert (done.code, done.err) == (0, "")
@@ -36,8 +38,8 @@ def test_a_starting_file_is_an_experiment(tmp_path: Path) -> None:
     text = (tmp_path / "first.yaml").read_text()
     assert "experiment.yaml" not in text
     assert text.count("#") > 15
-    checked = run("config", "check", "first.yaml", cwd=tmp_path)
-    assert (checked.code, checked.out, checked.err) == (0, "first.yaml: ok\n", "")
+    monkeypatch.chdir(tmp_path)
+    assert shown(capsys, "config", "check", "first.yaml") == "first.yaml: ok\n"
 
 
 def test_a_file_that_is_there_is_left(file: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,26 +85,24 @@ def test_quotes_stay_where_they_are_needed() -> None:
     ]  # fmt: skip
 
 
-def test_each_value_is_shown_with_its_origin(tmp_path: Path) -> None:
+def test_each_value_is_shown_with_its_origin(
+    file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """--origins tells file and line, base, environment, option or default of each value."""
-    run("config", "init", "base.yaml", cwd=tmp_path)
-    (tmp_path / "mine.yaml").write_text("base: base.yaml\nname: mine\nhooks:\n  stats: null\n")
+    Path("mine.yaml").write_text(f"base: {file}\nname: mine\nhooks:\n  stats: null\n")
     typed = ("--hooks.log.every", "10 steps", "--trainer.max_epoch=2")
-    variables = {"ROBO_ORCHARD_LAB__SEED": "7"}
-    done = run(
-        "config", "show", "mine.yaml", "--origins", *typed, cwd=tmp_path, variables=variables
-    )
-    assert done.code == 0, done.err
-    rows = {line.split("  ")[0]: line.split("  ")[-1].strip() for line in done.out.splitlines()}
+    monkeypatch.setenv("ROBO_ORCHARD_LAB__SEED", "7")
+    out = shown(capsys, "config", "show", "mine.yaml", "--origins", *typed)
+    rows = {line.split("  ")[0]: line.split("  ")[-1].strip() for line in out.splitlines()}
     assert rows["FIELD"] == "FROM"
     assert rows["name"] == "mine.yaml:2"
-    assert rows["resume"].startswith("base.yaml:")
+    assert rows["resume"].startswith("experiment.yaml:")
     assert rows["seed"] == "environment: ROBO_ORCHARD_LAB__SEED"
     assert rows["hooks.log.every"] == "command line: --hooks.log.every"
     assert rows["trainer.max_epoch"] == "command line: --trainer.max_epoch"
     assert rows["trainer.max_step"] == "default"
-    assert rows["model.hidden"].startswith("base.yaml:")
-    assert rows["hooks.bar.metrics"].startswith("base.yaml:")
+    assert rows["model.hidden"].startswith("experiment.yaml:")
+    assert rows["hooks.bar.metrics"].startswith("experiment.yaml:")
     assert rows["hooks.bar.plain"] == "default"
     assert not any(field.startswith("hooks.stats") for field in rows)
 
@@ -184,40 +184,34 @@ def test_differences_have_what_they_mean_for_a_run(
     }
 
 
-def test_a_table_suits_the_terminal(tmp_path: Path) -> None:
+def test_a_table_suits_the_terminal(file: str) -> None:
     """In a terminal the heading is bold, and nothing is wider than it can be."""
-    run("config", "init", cwd=tmp_path)
-    ended = run_in_terminal(
-        "config", "show", "experiment.yaml", "--origins", cwd=tmp_path, columns=130
-    )
+    ended = run_in_terminal("config", "show", file, "--origins", columns=130)
     assert ended.code == 0
     lines = ended.out.splitlines()
     assert lines[0].startswith("\x1b[1mFIELD")
     assert max(map(len, lines[1:])) <= 130
 
 
-def test_modules_beside_oneself_are_found_if_they_are_trusted(tmp_path: Path) -> None:
+def test_modules_beside_oneself_are_found_if_they_are_trusted(
+    file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A trusted module of the current folder is found, by the program and by python -m alike."""
-    run("config", "init", cwd=tmp_path)
-    (tmp_path / "own_parts.py").write_text(
+    Path("own_parts.py").write_text(
         "import pathlib, torch\n"
         "pathlib.Path('imported').touch()\n"
         "class Net(torch.nn.Linear):\n"
         "    def __init__(self, width: int) -> None:\n"
         "        super().__init__(2, width)\n"
     )
-    (tmp_path / "torch.py").write_text("raise SystemExit('a stranger')")
-    (tmp_path / "own.yaml").write_text(
-        "base: experiment.yaml\nmodel: {class_type: own_parts:Net, width: 3}\n"
-    )
-    refused = run("config", "check", "own.yaml", cwd=tmp_path)
-    assert refused.code == 2
+    Path("torch.py").write_text("raise SystemExit('a stranger')")
+    Path("own.yaml").write_text(f"base: {file}\nmodel: {{class_type: own_parts:Net, width: 3}}\n")
+    assert main(["config", "check", "own.yaml"]) == 2
     assert "'own_parts:Net' is not trusted; if you trust its code, say --trust own_parts" in (
-        refused.out
+        capsys.readouterr().out
     )
-    assert not (tmp_path / "imported").exists()
-    arguments = ("config", "check", "own.yaml", "--trust", "own_parts")
+    assert not Path("imported").exists()
+    arguments = ("config", "check", "own.yaml")
+    assert run_module(*arguments, "--trust", "own_parts", cwd=tmp_path).out == "own.yaml: ok\n"
+    Path("pyproject.toml").write_text('[tool.robo_orchard_lab]\ntrust = ["own_parts"]\n')
     assert run(*arguments, cwd=tmp_path).out == "own.yaml: ok\n"
-    assert run_module(*arguments, cwd=tmp_path).out == "own.yaml: ok\n"
-    (tmp_path / "pyproject.toml").write_text('[tool.robo_orchard_lab]\ntrust = ["own_parts"]\n')
-    assert run("config", "check", "own.yaml", cwd=tmp_path).out == "own.yaml: ok\n"

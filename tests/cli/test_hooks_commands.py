@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import yaml
 
 from robo_orchard_lab.cli.main import main
+from robo_orchard_lab.experiment.inspection import hook_names
 from robo_orchard_lab.pipeline import hooks as built_in
 
 
@@ -114,3 +116,19 @@ def test_the_plan_of_a_file_has_each_hook_in_its_place(
         "CHANNEL", "HOOK", "CLASS", "WHEN", "CALLS", "SAID", "IN", "CODE"
     ]  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["experiment.yaml"]
+
+
+@pytest.mark.parametrize("name", hook_names())
+def test_what_is_shown_for_a_file_is_an_entry(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The entry that show gives for each hook makes an experiment, and its channels are known."""
+    monkeypatch.chdir(tmp_path)
+    main(["config", "init", "base.yaml"])
+    text = shown(capsys, "hooks", "show", name)
+    assert "\nRuns on on_" in text
+    entry = text[text.index("In a file:\n") :].removeprefix("In a file:\n")
+    Path("own.yaml").write_text("base: base.yaml\ncheckpoint: {keep_last: 1}\n" + dedent(entry))
+    capsys.readouterr()
+    code = main(["config", "check", "own.yaml"])
+    assert (code, capsys.readouterr().out) == (0, "own.yaml: ok\n")

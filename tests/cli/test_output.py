@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from tests.cli.running import run, run_in_terminal
 
+from robo_orchard_lab.cli.main import main
 from robo_orchard_lab.cli.output import table_lines
 
 ROWS = [["a", "x", "one two three four five six seven"], ["long", "", "first\nsecond"]]
@@ -51,3 +55,41 @@ def test_a_file_gets_no_styles() -> None:
     """What another program reads has no escape sequences."""
     ended = run("completion", "csh")
     assert ended.err.startswith("error: invalid value")
+
+
+def test_what_a_terminal_would_obey_is_shown_as_it_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and errors of a stranger's file have no control characters when they are printed."""
+    monkeypatch.chdir(tmp_path)
+    main(["config", "init"])
+    typed = ["--name", "a\x1b[31mred\u202ex", "--data.evaluation.v\x1b[1m=null"]
+    assert table_lines(["is"], [[typed[1]]]) == ["IS", "a\\x1b[31mred\\u202ex"]
+    capsys.readouterr()
+    assert main(["config", "show", "experiment.yaml", "--origins", *typed[:2]]) == 0
+    for format_ in ("yaml", "toml", "json"):
+        assert main(["config", "show", "experiment.yaml", *typed[:2], "--format", format_]) == 0
+    assert main(["config", "show", "experiment.yaml", typed[2]]) == 2
+    shown = capsys.readouterr()
+    assert "red" in shown.out
+    assert not {"\x1b", "\u202e"} & {*shown.out, *shown.err}
+
+
+def test_json_has_standard_output_for_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a user's module prints when it is imported does not get between the JSON."""
+    (tmp_path / "prints_much.py").write_text(
+        "from robo_orchard_lab.pipeline.hooks.mixin import PipelineHooks\n"
+        "print('much')\n"
+        "class Mine(PipelineHooks):\n"
+        "    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    arguments = ["hooks", "show", "prints_much:Mine", "--trust", "prints_much", "--json"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["name"] == "prints_much:Mine"
+    assert shown.err == "much\n"
+    print("as before")
+    assert capsys.readouterr().out == "as before\n"

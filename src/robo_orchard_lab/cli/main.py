@@ -19,7 +19,7 @@ from robo_orchard_core.utils.logging import log_basic_config
 from robo_orchard_lab.cli.errors import ExitCode, exit_code_of, lines_of
 from robo_orchard_lab.cli.lazy_group import LazyGroup
 from robo_orchard_lab.cli.names import COMPLETE_VARIABLE, DISTRIBUTION, PROGRAM
-from robo_orchard_lab.cli.output import discard_output, note, reader_is_gone, styled
+from robo_orchard_lab.cli.output import discard_output, note, reader_is_gone, styled, visible
 
 _MODULES = "robo_orchard_lab.cli.commands"
 COMMANDS = {
@@ -142,7 +142,7 @@ def _tell(error: BaseException, debug: bool) -> None:
     if exit_code_of(error) == ExitCode.USAGE and os.environ.get("LOCAL_RANK", "0") != "0":
         return  # what is wrong with a file or its use, each rank finds; one of a machine says it
     rank = f"[rank {os.environ.get('RANK', '0')}] " if several else ""
-    for line in lines_of(error):
+    for line in map(visible, lines_of(error)):
         head, mark, rest = line.partition("error:")
         note(f"{rank}{styled(mark, 'red', sys.stderr)}{rest}" if not head else f"{rank}{line}")
 

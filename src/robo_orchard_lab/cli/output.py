@@ -8,7 +8,8 @@ import select
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, Literal, TextIO
 
 import click
@@ -26,13 +27,37 @@ _CODES: dict[Style, int] = {
 _GAP = "  "
 _NARROWEST = 20  # of the last column, below which it is left to the terminal to break lines
 
+_for_json: list[TextIO] = []  # where JSON goes while sys.stdout is standard error
+
+
+def _keep_for_json(context: click.Context, parameter: click.Parameter, wanted: bool) -> bool:
+    if wanted and not context.resilient_parsing:
+        context.with_resource(_output_aside())
+    return wanted
+
+
+@contextmanager
+def _output_aside() -> Iterator[None]:
+    """Have what others print, such as a module of the user's, go to standard error."""
+    _for_json.append(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _for_json.pop()
+
+
 json_option = click.option(
     "--json",
     "as_json",
     is_flag=True,
+    callback=_keep_for_json,
     help="Print JSON to standard output, and nothing else there.",
 )
-"""``--json``, which a command that prints a table gets as ``as_json``."""
+"""``--json``, which a command that prints a table gets as ``as_json``.
+
+All that is printed by other means than `print_json` then goes to standard error.
+"""
 
 
 def say(text: str = "") -> None:
@@ -46,8 +71,11 @@ def note(text: str) -> None:
 
 
 def print_json(data: Any) -> None:
-    """Print plain data as JSON, indented."""
-    print(json.dumps(data, indent=2, ensure_ascii=False))
+    """Print plain data as JSON, indented, to what was standard output when the command began."""
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    if text != visible(text):
+        text = json.dumps(data, indent=2)
+    print(text, file=_for_json[-1] if _for_json else sys.stdout)
 
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -79,7 +107,7 @@ def table_lines(
         rows: with a text for each column; lines within a text stay lines.
         width: at which lines of the last column are broken; None breaks none.
     """
-    whole = [[heading.upper() for heading in headings], *rows]
+    whole = [[heading.upper() for heading in headings], *([*map(visible, row)] for row in rows)]
     widths = [
         max(len(line) for row in whole for line in row[column].splitlines() or [""])
         for column in range(len(headings))
@@ -88,6 +116,17 @@ def table_lines(
     if width is not None and width - left >= _NARROWEST:
         whole = [[*row[:-1], _broken(row[-1], width - left)] for row in whole]
     return [line for row in whole for line in _row_lines(row, widths)]
+
+
+def visible(text: str) -> str:
+    r"""The text with escapes for what a terminal would obey or hide; lines stay lines.
+
+    >>> visible("\x1b[31mred\nnext")
+    '\\x1b[31mred\nnext'
+    """
+    if all(part.isprintable() for part in text.split("\n")):
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def _broken(text: str, width: int) -> str:

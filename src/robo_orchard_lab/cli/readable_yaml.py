@@ -26,8 +26,17 @@ def readable_yaml(document: dict[str, Plain]) -> str:
     mixed_precision: "no"
     """
     exact = write(document)
-    readable = "".join(_bare(line) for line in exact.splitlines(keepends=True))
+    readable = with_escapes("".join(_bare(line) for line in exact.splitlines(keepends=True)))
     return readable if read(readable) == document else exact
+
+
+def with_escapes(text: str) -> str:
+    """YAML or TOML whose quoted texts have escapes for what a terminal would obey or hide."""
+    return "".join(c if c.isprintable() or c == "\n" else _escape(ord(c)) for c in text)
+
+
+def _escape(code: int) -> str:
+    return f"\\u{code:04x}" if code < 2**16 else f"\\U{code:08x}"
 
 
 def _bare(line: str) -> str:

@@ -18,7 +18,7 @@ from robo_orchard_lab.cli.experiment_arguments import (
     file_argument,
 )
 from robo_orchard_lab.cli.output import json_option, print_json, print_table, say
-from robo_orchard_lab.cli.readable_yaml import readable_yaml
+from robo_orchard_lab.cli.readable_yaml import readable_yaml, with_escapes
 
 Place = tuple[str | int, ...]
 
@@ -49,9 +49,12 @@ def command(
     document = experiment.read(file)
     config = experiment.validated(document)
     if not origins:
-        format_ = format_ or ("json" if as_json else "yaml")
-        text = readable_yaml(config.to_dict()) if format_ == "yaml" else config.to_str(format_)
-        say(text.rstrip("\n"))
+        if as_json or format_ == "json":
+            print_json(config.to_dict())
+        elif format_ == "toml":
+            say(with_escapes(config.to_str("toml")).rstrip("\n"))
+        else:
+            say(readable_yaml(config.to_dict()).rstrip("\n"))
         return
     from robo_orchard_lab.experiment.origins import DEFAULT
 
