@@ -10,6 +10,7 @@ from robo_orchard_lab.pipeline.events import CHANNEL_NAMES, PIPELINE_CHANNELS, C
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.peers import leave_addresses_behind
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
+from robo_orchard_lab.pipeline.run_path import RunPath
 from robo_orchard_lab.pipeline.schedule import (
     AtSteps,
     EveryEpochs,
@@ -39,6 +40,7 @@ __all__ = [
     "PipelineHookArgs",
     "PipelineHooks",
     "PipelineHooksConfig",
+    "RunPath",
     "Schedule",
     "ScheduleField",
     "SimpleBatchProcessor",
