@@ -1,0 +1,94 @@
+"""No call in our code runs what it reads: what a linter does not see of that is looked for here.
+
+Ruff's rules (flake8-bandit's) find eval, exec, pickle, marshal, yaml.load and shells.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[1] / "src"
+NEVER = {
+    *("eval", "exec", "compile", "builtins.eval", "builtins.exec", "builtins.compile"),
+    *("yaml.load", "yaml.load_all", "yaml.full_load", "yaml.full_load_all"),
+    *("yaml.unsafe_load", "yaml.unsafe_load_all", "os.system", "os.popen"),
+    *("torch.hub.load", "torch.jit.load", "numpy.load", "pandas.read_pickle"),
+}
+UNPICKLERS = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+
+
+def unsafe(code: str) -> Iterator[str]:
+    """The calls of a module that may run what they read, as ``line: name``."""
+    nodes = [*ast.walk(ast.parse(code))]
+    names = dict(name for node in nodes for name in imported(node))
+    for node in nodes:
+        if isinstance(node, ast.Attribute | ast.Name):
+            called = dotted(node, names)
+            if called in NEVER or called.split(".")[0] in UNPICKLERS:
+                yield f"{node.lineno}: {called}"
+        if isinstance(node, ast.Call) and dotted(node.func, names) == "torch.load":
+            safe = [k.value for k in node.keywords if k.arg == "weights_only"]
+            if not (safe and isinstance(safe[0], ast.Constant) and safe[0].value is True):
+                yield f"{node.lineno}: torch.load"
+
+
+def imported(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """The names that an import binds, and what each stands for."""
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            top = alias.name.split(".")[0]
+            yield (alias.asname, alias.name) if alias.asname else (top, top)
+    elif isinstance(node, ast.ImportFrom):
+        for alias in node.names:
+            yield alias.asname or alias.name, f"{node.module}.{alias.name}"
+
+
+def dotted(node: ast.expr, names: dict[str, str]) -> str:
+    """What an expression names, by the module that it was imported from."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value, names)}.{node.attr}"
+    return names.get(node.id, node.id) if isinstance(node, ast.Name) else ""
+
+
+def test_nothing_that_is_read_is_run() -> None:
+    """No module evaluates a text, unpickles, or loads YAML or torch's files by what may call."""
+    sources = sorted(SRC.rglob("*.py"))
+    assert len(sources) > 100
+    found = [f"{path.name}:{call}" for path in sources for call in unsafe(path.read_text("utf-8"))]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "eval('1')",
+        "import pickle as p; p.loads(b'')",
+        "from pickle import loads; loads(b'')",
+        "def f():\n    import dill\n    dill.load",
+        "import yaml; yaml.load(text, Loader=yaml.Loader)",
+        "from yaml import unsafe_load as read; read('')",
+        "import torch; torch.load(path)",
+        "import torch as t; t.load(path, weights_only=False)",
+        "from torch import load; load(path, weights_only=maybe)",
+        "from torch import hub; hub.load('a', 'b')",
+        "import os.path; os.system('x')",
+    ],
+)
+def test_what_runs_what_it_reads_is_found(code: str) -> None:
+    """By whatever name it was imported."""
+    assert [*unsafe(code)]
+
+
+def test_what_reads_data_is_not_found() -> None:
+    """The same libraries are fine where they read data."""
+    assert not [
+        *unsafe(
+            "import torch, yaml, re, json\n"
+            "torch.load(path, weights_only=True); model.eval(); re.compile('a'); json.load(file)\n"
+            "yaml.parse(text); torch.compile(model)"
+        )
+    ]
