@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -165,6 +166,15 @@ def test_an_error_of_code_is_told_with_its_line(
     )
     assert main(["doctor", "--debug"]) == ExitCode.FAILED
     assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_an_error_beneath_a_users_code_is_told_with_the_users_line() -> None:
+    """Where a library raises, the line of the user's that called it is told, too."""
+    try:
+        json.loads("{")
+    except ValueError as error:
+        _, place = lines_of(error)
+    assert re.search(r"raised at .*json/decoder.py:\d+, called from .*test_main.py:\d+; ", place)
 
 
 def test_ranks_say_which_they_are(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import sysconfig
 import traceback
 from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
 import click
@@ -149,15 +151,30 @@ def _of_others(error: BaseException) -> tuple[str, list[str]]:
 
 
 def _place(error: BaseException) -> str:
-    """The line that raised it, and the hook whose line it is, where it is one's."""
+    """The line that raised it, the last one of the user's own, and the hook, as far as known."""
     from robo_orchard_core.utils.hook import origin_of
 
     frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not _is_of_others(frame.filename)]
     hook = origin_of(error)
-    return ", ".join(
-        [f"raised at {_short(frames[-1].filename)}:{frames[-1].lineno}"] * bool(frames)
-        + [f"in hook {hook}"] * bool(hook)
-    )
+    parts = [f"raised at {_line(frames[-1])}"] if frames else []
+    if own and own[-1] is not frames[-1]:
+        parts.append(f"called from {_line(own[-1])}")
+    if hook:
+        parts.append(f"in hook {hook}")
+    return ", ".join(parts)
+
+
+def _line(frame: traceback.FrameSummary) -> str:
+    return f"{_short(frame.filename)}:{frame.lineno}"
+
+
+def _is_of_others(file: str) -> bool:
+    """Whether the user has not written it: an installed package, Python's library, or ours."""
+    ours = Path(__file__).parents[2]
+    library = sysconfig.get_paths()
+    others = {str(ours), library["stdlib"], library["purelib"], library["platlib"]}
+    return file.startswith("<") or any(Path(file).is_relative_to(folder) for folder in others)
 
 
 def _short(file: str) -> str:
