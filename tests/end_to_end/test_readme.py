@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
 
 
 def _run(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -57,3 +57,34 @@ def test_the_hooks_that_come_with_it_are_in_the_table() -> None:
     }
     table = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text("utf-8"), re.M)
     assert set(table) == exported
+
+
+def test_what_is_promised_is_shown_by_tests_that_are_there() -> None:
+    """Every test that SECURITY.md names exists."""
+    text = (ROOT / "SECURITY.md").read_text("utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)?::(test_\w+)`", text)
+    assert len(named) > 20
+    file = ""
+    for in_file, test in named:
+        file = in_file or file  # or that of the test before
+        assert f"def {test}(" in (ROOT / file).read_text("utf-8"), f"{file}::{test}"
+
+
+def test_the_bounds_are_those_of_the_code() -> None:
+    """SECURITY.md tells the numbers by which files and checkpoints are bounded."""
+    from robo_orchard_core.utils.config import document
+    from robo_orchard_lab.experiment import reading, screening
+    from robo_orchard_lab.pipeline.checkpoint import ReadLimits
+
+    text = " ".join((ROOT / "SECURITY.md").read_text("utf-8").split())
+    assert (
+        f"{reading.MAX_FILE_BYTES >> 10} KiB for a file with all that it builds on, "
+        f"{reading.MAX_BASES} bases, {reading.MAX_VALUES:,} values, {document.MAX_DEPTH} levels, "
+        f"{reading.MAX_KEY} characters for a key and {screening.MAX_REFERENCE} for a name of code"
+    ) in text
+    assert f"{document.MAX_BYTES >> 20} MiB and {document.MAX_DEPTH} levels for other" in text
+    limits = ReadLimits()
+    assert (
+        f"{limits.max_files:,} files, {limits.max_manifest_bytes >> 20} MiB for the manifest, "
+        f"{limits.max_json_bytes >> 20} MiB and {limits.max_json_depth} levels for the JSON"
+    ) in text
