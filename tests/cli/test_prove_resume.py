@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tests.cli.spirals import write_experiment
 from robo_orchard_lab.cli.main import main
 
 FILE = "spirals.yaml"
+DIGITS = Path(__file__).resolve().parents[2] / "examples" / "digits"
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +47,29 @@ def test_a_run_may_be_shorter(capsys: pytest.CaptureFixture[str]) -> None:
     """Where a run ends ahead of the stops, that is told."""
     assert main(["prove-resume", FILE, "--trainer.max_epoch=1", "--stops", "1"]) == 0
     assert "the run ends after 10 steps; --steps 10" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "smaller",
+    [
+        [
+            *("--steps", "4", "--data.train.batch_size", "8"),
+            *("--data.train.dataset.random_images=32", "--data.evaluation.val=null"),
+            *("--hooks.val=null", "--hooks.best=null", "--hooks.bar.metrics=[]"),
+        ],
+        pytest.param([], marks=pytest.mark.slow),
+    ],
+    ids=["small", "as it is"],
+)
+def test_the_digits_example_goes_on_exactly(
+    work: Path, smaller: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped three times, the example is the run that never stopped."""
+    for name in ("digits.yaml", "digits_parts.py"):
+        shutil.copy(DIGITS / name, work)
+    arguments = ["digits.yaml", "--trust", "digits_parts", "--stops", "3", *smaller]
+    assert main(["prove-resume", *arguments]) == 0
+    assert "resumed exactly: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

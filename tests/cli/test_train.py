@@ -227,8 +227,8 @@ def test_ctrl_c_ends_a_run_that_then_goes_on(saves: bool) -> None:
     assert equal(weights(), weights("straight"))
 
 
-def test_sigterm_ends_it_with_143() -> None:
-    """As a scheduler has it: saved, and to be started again."""
+def test_sigterm_ends_it_with_143(capsys: pytest.CaptureFixture[str]) -> None:
+    """As a scheduler has it: saved, and to be started again; until then the folder is its own."""
     started = subprocess.Popen(
         [*START, "train", FILE, SLOW, "--trust", "mine"],
         env=environment(),
@@ -236,6 +236,11 @@ def test_sigterm_ends_it_with_143() -> None:
         text=True,
     )
     began(RUN, 10)
+    config = (RUN / "config.yaml").read_bytes()
+    for options in ([], ["--resume", "never", "--seed", "3"]):  # a second one is refused
+        assert main(["train", FILE, *options]) == 1
+        assert f"still goes on, as process {started.pid}" in capsys.readouterr().err
+    assert (RUN / "config.yaml").read_bytes() == config
     started.send_signal(signal.SIGTERM)
     _, err = started.communicate(timeout=60)
     assert started.returncode == 143

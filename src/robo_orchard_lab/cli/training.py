@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from robo_orchard_lab.cli.errors import CommandError
+from robo_orchard_lab.cli.errors import CommandError, ExitCode
 from robo_orchard_lab.cli.names import PROGRAM
 from robo_orchard_lab.cli.output import note, print_json, say, table_lines
 from robo_orchard_lab.experiment.difference import Difference, Resume
@@ -41,13 +41,19 @@ def train(
         as_json: whether to tell in JSON what became of it.
 
     Raises:
-        CommandError: the run in the folder can't go on as this, or is completed.
+        CommandError: the run in the folder can't go on as this, is completed, or still goes on.
         RunPreempted: it was saved and stopped.
     """
     from robo_orchard_lab.experiment.starting import record, run_before
 
     folder = experiment.folder()
     before = run_before(folder)
+    if before is not None and before.goes_on:
+        raise CommandError(
+            f"the run in {folder} still goes on, as process {before.pid}",
+            "stop that one, or give this one a folder of its own by --run_folder FOLDER",
+            ExitCode.FAILED,
+        )
     changes: list[Difference] = []
     if before is not None and before.checkpoints and experiment.resume == "auto":
         changes = _changes(experiment, before, arguments, allow)
@@ -130,11 +136,12 @@ def _tell_stopped(folder: Path, arguments: ExperimentArguments) -> None:
         return
     steps = state.progress.get("global_step_id", 0)
     why = "" if state.reason is None else f" ({state.reason})"
-    done = "saved and stopped" if state.state == "preempted" else "ended"
+    is_saved = state.checkpoint is not None and state.checkpoint.step == steps
+    done = "ended" if state.state != "preempted" else f"{'saved and ' * is_saved}stopped"
     note(f"{folder}: {done} after {steps} steps{why}")
     if state.checkpoint is not None:
-        saved = f"from step {state.checkpoint.step}, " if state.checkpoint.step != steps else ""
-        note(f"  go on, {saved}with  {_command('resume', folder, arguments)}")
+        place = "" if is_saved else f", from step {state.checkpoint.step},"
+        note(f"  go on{place} with  {_command('resume', folder, arguments)}")
 
 
 def _command(name: str, folder: Path, arguments: ExperimentArguments) -> str:

@@ -57,6 +57,7 @@ _RULES: tuple[tuple[str, Resume, str], ...] = (
     ("trainer.agree_every", "harmless", ""),
     ("trainer.stall_timeout_s", "harmless", ""),
     ("accelerator.mixed_precision", "trajectory", "refused where one of the two is fp16"),
+    ("accelerator.find_unused_parameters", "harmless", ""),
     ("accelerator.cpu", "trajectory", "refused where the devices are of another kind"),
     ("checkpoint", "impossible", "the hook's state is in the checkpoint"),
     ("checkpoint.folder", "impossible", "checkpoints would be looked for in another folder"),

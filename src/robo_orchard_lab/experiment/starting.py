@@ -55,6 +55,19 @@ class RunBefore:
     """What became of it; None where it hasn't come so far as to say so."""
 
     @property
+    def pid(self) -> int | None:
+        """The number of the process that is, or was, the first of it."""
+        return None if self.state is None else self.state.process.pid
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it is certain that another process is at it."""
+        state = self.state
+        return (
+            state is not None and state.state == "running" and state.process.is_another_that_runs()
+        )
+
+    @property
     def is_completed(self) -> bool:
         """Whether it has come to its end."""
         return self.state is not None and self.state.state == "completed"
