@@ -365,3 +365,21 @@ def test_any_arguments_survive(side: float, colour: str | None, name: str | None
     again = Drawing.from_str(mine.to_str(), trust=HERE)
     assert again == mine
     assert again.shape().given == (side, colour or "red", name)
+
+
+class Gem:
+    """No shape either."""
+
+
+class GemConfig(ClassConfig[Gem]):
+    class_type: type[Gem] = Gem
+
+    def __post_init__(self) -> None:
+        raise AssertionError("nobody asked for a gem")
+
+
+def test_configs_of_other_kinds_are_not_even_made() -> None:
+    """What a config class does with its fields is for configs that belong there."""
+    error = refused({"config_type": f"{HERE}:GemConfig"})
+    assert isinstance(error, ConfigReferenceError)
+    assert "expected a Shape, found" in error.problem

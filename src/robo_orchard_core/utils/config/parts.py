@@ -113,6 +113,7 @@ class Part:
             raise ValueError(f"expected {self._wanted()}, found the keys {', '.join(data)!r}")
         if CONFIG_TYPE in named:
             target: Any = state.config_class_at(data[CONFIG_TYPE], ConfigModel, (CONFIG_TYPE,))
+            self._check_config_class(state, target, data)
         elif len(named) == 2:
             raise ValueError("expected one of 'class_type' and 'func', found both")
         elif not isinstance(data[named[0]], str):
@@ -130,12 +131,28 @@ class Part:
         assert isinstance(loaded, ConfigModel)
         return loaded
 
+    def _check_config_class(
+        self, state: Loading, target: type[ConfigModel], data: dict[str, Any]
+    ) -> None:
+        """That its configs are parts of this kind, ahead of making one, which may do anything."""
+        field = target.model_fields.get("class_type")
+        if field is None and "func" not in target.model_fields:
+            raise ValueError(f"expected {self._wanted()}, found a {target.__qualname__}")
+        named = data.get("class_type")
+        if field is not None and isinstance(named, str):
+            state.class_at(named, self.classes, ("class_type",))
+        elif field is not None and isinstance(field.default, type):
+            self._check_class(field.default)
+
+    def _check_class(self, cls: type) -> None:
+        if not any(is_kind(cls, kind) for kind in self.classes):
+            problem = f"expected {self._names()}, found {reference_to(cls)!r}"
+            raise ConfigReferenceError(problem, ("class_type",))
+
     def _check(self, config: ConfigModel) -> None:
         """That what it builds is of one of the kinds; nothing is called for it."""
         if (cls := getattr(config, "class_type", None)) is not None:
-            if not any(is_kind(cls, kind) for kind in self.classes):
-                problem = f"expected {self._names()}, found {reference_to(cls)!r}"
-                raise ConfigReferenceError(problem, ("class_type",))
+            self._check_class(cls)
         elif (function := getattr(config, "func", None)) is None:
             raise ValueError(f"expected {self._wanted()}, found a {type(config).__qualname__}")
         elif self.functions == "make" and self.classes != (object,):
