@@ -6,6 +6,8 @@ Ruff's rules (flake8-bandit's) find eval, exec, pickle, marshal, yaml.load and s
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,3 +94,29 @@ def test_what_reads_data_is_not_found() -> None:
             "yaml.parse(text); torch.compile(model)"
         )
     ]
+
+
+PLANTED = {
+    "S102": "exec(text)",
+    "S301": "import pickle\n\npickle.loads(data)",
+    "S302": "import marshal\n\nmarshal.loads(data)",
+    "S307": "eval(text)",
+    "S506": "import yaml\n\nyaml.load(text, Loader=yaml.Loader)",
+    "S602": "import subprocess\n\nsubprocess.run(text, shell=True)",
+    "S604": "run(text, shell=True)",
+    "S605": "import os\n\nos.system(text)",
+}
+
+
+def test_the_linter_finds_the_rest() -> None:
+    """With the settings of this project, in a file that lies among our code."""
+    for rule, code in PLANTED.items():
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", "check", "--stdin-filename", SRC / "planted.py", "-"],
+            input=f"{code}\n",
+            cwd=SRC.parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert rule in done.stdout, (rule, done)
