@@ -1,7 +1,7 @@
 """A process that is sent files by a stranger, and tells what it refused each with.
 
-Called with where the tale goes, the packages that are trusted, and, in JSON on its input, the
-files. The first ones are harmless, and bring in all that reading imports.
+Called with where the tale goes, how much address space it may have (MiB; 0: any), and, in JSON on
+its input, the files. Those that come first bring in what reading, or validating, imports.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from pathlib import Path
 from typing import Any
 
 from robo_orchard_core.utils.config import ConfigError
-from robo_orchard_lab.experiment.document import read_experiment
-from robo_orchard_lab.experiment.screening import screen
-from robo_orchard_lab.experiment.trust_settings import ExperimentTrust
+from robo_orchard_lab.experiment import ExperimentConfig
 
-TRUST = ExperimentTrust(("trusted_parts",)).trust
+TRUST = ("trusted_parts", "trusted_broken")
 
 
 def told(file: Path) -> dict[str, Any]:
     """What becomes of a file."""
     os.chdir(file.parent)
-    modules, began = set(sys.modules), time.perf_counter()
+    modules, began, peak = set(sys.modules), time.perf_counter(), peak_mib()
     error: BaseException | None = None
     try:
-        screen(read_experiment(file.name), TRUST)
+        ExperimentConfig.load(file.name, trust=TRUST)
     except BaseException as caught:
         error = caught
     return {
         "seconds": time.perf_counter() - began,
         "imported": sorted(set(sys.modules) - modules),
+        "has_torch": "torch" in sys.modules,
         "error": type(error).__qualname__,
         "is_typed": isinstance(error, ConfigError),
         "text": str(error),
         "peak_mib": peak_mib(),
+        "more_mib": peak_mib() - peak,
     }
 
 
@@ -50,8 +50,9 @@ def peak_mib() -> float:
 
 def main() -> None:
     """Read the files of the input, one after the other."""
-    # Whatever a file makes us ask for beyond this is refused, and ends in no typed error.
-    resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+    if space := int(sys.argv[2]) * 2**20:
+        # What a file makes us ask for beyond this fails, and so is no typed error.
+        resource.setrlimit(resource.RLIMIT_AS, (space, space))
     files = [Path(file) for file in json.load(sys.stdin)]
     tale = {str(file): told(file) for file in files}
     Path(sys.argv[1]).write_text(json.dumps(tale))

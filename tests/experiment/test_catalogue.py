@@ -14,8 +14,9 @@ import robo_orchard_lab.pipeline.sinks
 from robo_orchard_core.utils.config import Config, Trust
 from robo_orchard_core.utils.config.building import hints_of
 from robo_orchard_core.utils.config.references import resolve
-from robo_orchard_lab.experiment.catalogue import CATALOGUE, CATALOGUED, with_definitions
-from robo_orchard_lab.pipeline import PipelineHooks
+from robo_orchard_lab.experiment.catalogue import CATALOGUE, CATALOGUED, kind_of, with_definitions
+from robo_orchard_lab.pipeline import PipelineHooks, PipelineHooksConfig, SimpleBatchProcessor
+from robo_orchard_lab.pipeline.sinks import JsonLinesSink, LogSink, SinkConfig, TrackerSink
 
 # Made by the trainer, of live objects that no file can hold.
 NOT_FROM_FILES = {"OptimizerHook"}
@@ -50,6 +51,36 @@ def test_each_entry_is_defined_where_it_says(package: str) -> None:
         assert inspect.isclass(found) or isinstance(hints_of(found).get("return"), type), (
             f"{reference} doesn't say what it returns, so no file can have it called"
         )
+
+
+KINDS = {
+    "hook": (PipelineHooks, PipelineHooksConfig),
+    "sink": (JsonLinesSink, LogSink, TrackerSink, SinkConfig),
+    "batch processor": (SimpleBatchProcessor,),
+    "optimizer": (torch.optim.Optimizer,),
+    "schedule": (torch.optim.lr_scheduler.LRScheduler,),
+    "module": (torch.nn.Module,),
+    "dataset": (torch.utils.data.Dataset,),
+    "sampler": (torch.utils.data.Sampler,),
+    "loader": (torch.utils.data.DataLoader,),
+}
+
+
+def test_each_entry_is_of_the_kind_that_it_is_said_to_be() -> None:
+    """So that one in a wrong place is refused without looking at it."""
+    trust = Trust(frozenset(), CATALOGUED)
+    for reference in CATALOGUED:
+        kind = kind_of(reference)
+        assert kind is not None
+        try:
+            found = resolve(reference, trust)
+        except ValueError:
+            continue  # not installed, or newer
+        cls = found if inspect.isclass(found) else hints_of(found)["return"]
+        assert issubclass(cls, KINDS[kind]), reference
+        others = [other for name, bases in KINDS.items() if name != kind for other in bases]
+        assert not issubclass(cls, tuple(others)), reference
+    assert kind_of("os:system") is None
 
 
 def test_each_name_leads_to_what_people_import_by_it() -> None:

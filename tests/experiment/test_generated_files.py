@@ -16,6 +16,7 @@ from tests.experiment.hostile.texts import JSON_AND_TOML, YAML
 
 from robo_orchard_core.utils.config import ConfigError, formats
 from robo_orchard_core.utils.config.document import Plain
+from robo_orchard_lab.experiment import ExperimentConfig
 from robo_orchard_lab.experiment.document import read_experiment
 from robo_orchard_lab.experiment.merging import PART_KEYS
 from robo_orchard_lab.experiment.overrides import from_arguments, from_environment
@@ -148,3 +149,80 @@ def test_any_overrides(keys: list[str], text: str) -> None:
         name = "__".join(["ROBO_ORCHARD_LAB", *keys])
         found = from_environment({name: text}, HARMLESS)
         screen(read_experiment("experiment.yaml", overrides=found), TRUST)
+
+
+RICH = """
+seed: 1
+model:
+  class_type: torch.nn:Sequential
+  args: [{class_type: torch.nn:Linear, in_features: 2, out_features: 3}]
+data:
+  train: {dataset: {class_type: Spirals, size: 8}, batch_size: 4, shuffle: true}
+  evaluation: {val: {dataset: {class_type: Spirals, seed: 1}}}
+  order: {keyed_by: sample}
+batch_processor: {class_type: SupervisedProcessor, loss: {class_type: torch.nn:MSELoss}}
+optimizer:
+  class_type: torch.optim:AdamW
+  betas: [0.9, 0.99]
+  groups: {a: {parameters: norms_and_biases, weight_decay: 0}, b: {parameters: ["*"], lr: 1}}
+schedule:
+  class_type: torch.optim.lr_scheduler:SequentialLR
+  schedulers: [{class_type: torch.optim.lr_scheduler:OneCycleLR, max_lr: 1, total_steps: auto}]
+  milestones: [3]
+hooks:
+  log: {class_type: MetricsLogger, every: 5 steps, sinks: {a: {class_type: JsonLinesSink, path: a}}}
+  stop: {class_type: TimeLimit, limit: 3 h}
+  signals: {class_type: Preemption, signals: [SIGTERM]}
+  best: {class_type: KeepBest, monitor: a, mode: min, path: a.safetensors}
+trainer: {max_epoch: 1}
+accelerator: {mixed_precision: "no", cpu: true}
+checkpoint: {every: 1 epoch, keep_last: 2}
+resume: never
+"""
+
+
+def _changed(value: Plain, draw: st.DrawFn) -> Plain:
+    """The value, with another one somewhere in it."""
+    if isinstance(value, dict) and value and draw(st.integers(0, 9)):
+        key = draw(st.sampled_from(sorted(value)))
+        renamed = draw(KEYS) if draw(st.integers(0, 9)) == 0 else key
+        return {
+            renamed if k == key else k: _changed(v, draw) if k == key else v
+            for k, v in value.items()
+        }
+    if isinstance(value, list) and value and draw(st.integers(0, 9)):
+        at = draw(st.integers(0, len(value) - 1))
+        return [_changed(v, draw) if i == at else v for i, v in enumerate(value)]
+    return draw(VALUES)
+
+
+@st.composite
+def changed_experiments(draw: st.DrawFn) -> Plain:
+    """A rich experiment in which a few values or names are others."""
+    document: Plain = formats.read(RICH, "yaml")
+    for _ in range(draw(st.integers(1, 3))):
+        document = _changed(document, draw)
+    return document
+
+
+def test_a_rich_experiment_comes_back() -> None:
+    """It is one, before anything in it is changed."""
+    Path("rich.yaml").write_text(RICH)
+    check_comes_back(ExperimentConfig.load("rich.yaml"))
+
+
+@given(changed_experiments())
+def test_any_fields_are_validated_or_refused(document: Plain) -> None:
+    """Also where the names are trusted, and the values are looked at."""
+    Path("experiment.json").write_text(json.dumps(document))
+    try:
+        experiment = ExperimentConfig.load("experiment.json")
+    except ConfigError:
+        return
+    check_comes_back(experiment)
+
+
+def check_comes_back(experiment: ExperimentConfig) -> None:
+    """That what it is written as is read as the same, and trusted as well."""
+    experiment.save("again.json")
+    assert ExperimentConfig.load("again.json") == experiment

@@ -8,22 +8,34 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
-from tests.experiment.hostile.corpus import Hostile, experiment
+from tests.experiment.hostile.corpus import Hostile, model, with_hook
 from tests.experiment.hostile.files import FILES
 from tests.experiment.hostile.names import NAMES
 from tests.experiment.hostile.texts import JSON_AND_TOML, YAML
+from tests.experiment.hostile.when_validated import WHEN_VALIDATED
 
 BEFORE_IMPORT = [*YAML, *JSON_AND_TOML, *NAMES, *FILES]
 
 SECONDS = 1.0
 MIB = 200
 
-TRUSTED = """
-raise SystemExit("a package was imported for a file that is refused by its names alone")
-"""
+TRUSTED = Path(__file__).parent / "hostile" / "trusted_parts.py"
+
+WARMING_UP = [
+    Hostile("harmless_yaml", "", "name: x\n", "", ""),
+    Hostile("harmless_json", "", '{"name": "x"}', "", "", "json"),
+    Hostile("harmless_toml", "", "name = 'x'", "", "", "toml"),
+]
+
+BROKEN = "raise RuntimeError('this was imported')\n"
+
+# What brings torchmetrics in as well, whose import takes longer than all files together.
+ALL_OF_IT = "{class_type: MetricTracker, metrics: {a: {class_type: torchmetrics:MeanMetric}}}"
+
+Told: TypeAlias = dict[str, dict[str, Any]]
 
 
 def contents(root: Path) -> dict[str, tuple[int, bytes | str]]:
@@ -38,17 +50,39 @@ def contents(root: Path) -> dict[str, tuple[int, bytes | str]]:
     return found
 
 
-def tell(root: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
-    """What became of each file, in a process of its own."""
-    packages = root.parent / "packages"
-    packages.mkdir()
-    (packages / "trusted_parts.py").write_text(TRUSTED)
-    tale = root.parent / "tale.json"
-    path = os.pathsep.join([*os.environ.get("PYTHONPATH", "").split(os.pathsep), str(packages)])
+def what_became_of(
+    all_of_them: list[Hostile], folder: Path, *, trusted: str, space_mib: int = 0
+) -> Told:
+    """What a process of its own tells of each, by name; that nothing else came of them is checked.
+
+    Args:
+        all_of_them: In this order.
+        folder: An empty one.
+        trusted: The text of the package that is trusted.
+        space_mib: The memory that the process may have.
+    """
+    files, packages = folder / "files", folder / "packages"
+    for each in (files, packages):
+        each.mkdir()
+    (packages / "trusted_parts.py").write_text(trusted)
+    (packages / "trusted_broken.py").write_text(BROKEN)
+    paths = {each.name: each.write(files) for each in all_of_them}
+    before = contents(files)
+    path = [*os.environ.get("PYTHONPATH", "").split(os.pathsep), str(packages)]
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("refuse_files.py")), str(tale)],
-        input=json.dumps([str(file) for file in files]),
-        env={**os.environ, "PYTHONPATH": path},
+        [
+            sys.executable,
+            Path(__file__).with_name("refuse_files.py"),
+            folder / "tale",
+            str(space_mib),
+        ],
+        input=json.dumps([str(file) for file in paths.values()]),
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "TRACE": str(folder / "trace"),
+        },
         capture_output=True,
         text=True,
         timeout=300,
@@ -56,47 +90,70 @@ def tell(root: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
     )
     assert done.returncode == 0, done.stderr
     assert not done.stdout
-    found: dict[str, dict[str, Any]] = json.loads(tale.read_text())
-    return found
+    assert contents(files) == before, "something was written"
+    assert not (folder / "trace").exists(), f"called: {(folder / 'trace').read_text()}"
+    tale = json.loads((folder / "tale").read_text())
+    return {name: tale[str(file)] for name, file in paths.items()}
+
+
+def check_refused(hostile: Hostile, told: dict[str, Any]) -> None:
+    """That it was refused as it should be, in a line or two that a terminal can show."""
+    assert told["is_typed"], told["text"]
+    assert hostile.says in told["text"]
+    assert told["error"] == hostile.error, told["text"]
+    assert told["text"].startswith("experiment.") or hostile.beside
+    assert told["seconds"] < SECONDS
+    assert all(line.isprintable() for line in told["text"].splitlines())
+    assert len(told["text"].splitlines()[0]) < 600
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], dict[str, Any]]:
-    """The files, by their names, and what became of each."""
-    root = tmp_path_factory.mktemp("hostile") / "files"
-    root.mkdir()
+def before_import(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    """What became of those whose names are enough; an import of a trusted package would be told."""
+    return what_became_of(
+        [*WARMING_UP, *BEFORE_IMPORT],
+        tmp_path_factory.mktemp("before_import"),
+        trusted=BROKEN,
+        space_mib=1024,
+    )
+
+
+@pytest.fixture(scope="module")
+def when_validated(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    """What became of those that are looked at with what they name."""
     harmless = [
-        Hostile("harmless_yaml", "", experiment(), "", ""),
-        Hostile("harmless_json", "", '{"name": "x"}', "", "", "json"),
-        Hostile("harmless_toml", "", "name = 'x'", "", "", "toml"),
+        Hostile("harmless", "", with_hook(ALL_OF_IT), "", ""),
+        Hostile("harmless_parts", "", model("trusted_parts:Net, width: 1"), "", ""),
     ]
-    files = {each.name: each.write(root) for each in [*harmless, *BEFORE_IMPORT]}
-    before = contents(root)
-    tale = tell(root, [*files.values()])
-    assert contents(root) == before, "a file had something written"
-    assert tale[str(files["harmless_yaml"])]["error"] == "NoneType"
-    return files, tale
+    told = what_became_of(
+        [*harmless, *WHEN_VALIDATED],
+        tmp_path_factory.mktemp("when_validated"),
+        trusted=TRUSTED.read_text(),
+    )
+    assert all(told[each.name]["error"] == "NoneType" for each in harmless), told
+    return told
 
 
 def test_the_corpus_is_one() -> None:
     """There are enough of them, with names of their own."""
-    assert len(BEFORE_IMPORT) >= 70
-    assert Counter(each.name for each in BEFORE_IMPORT).most_common(1)[0][1] == 1
+    everything = [*BEFORE_IMPORT, *WHEN_VALIDATED]
+    assert len(everything) >= 70
+    assert Counter(each.name for each in everything).most_common(1)[0][1] == 1
 
 
 @pytest.mark.parametrize("hostile", BEFORE_IMPORT, ids=lambda each: each.name)
-def test_it_is_refused_ahead_of_the_first_import(
-    corpus: tuple[dict[str, Path], dict[str, Any]], hostile: Hostile
-) -> None:
+def test_it_is_refused_ahead_of_the_first_import(before_import: Told, hostile: Hostile) -> None:
     """With a typed error that says where and what, in under a second and in little memory."""
-    files, tale = corpus
-    told = tale[str(files[hostile.name])]
-    assert told["is_typed"], told
-    assert told["error"] == hostile.error, told
-    assert hostile.says in told["text"], told
-    assert told["text"].startswith(f"{files[hostile.name].name}") or hostile.beside, told
+    told = before_import[hostile.name]
+    check_refused(hostile, told)
     assert told["imported"] == []
-    assert told["seconds"] < SECONDS
+    assert not told["has_torch"]
     assert told["peak_mib"] < MIB  # of the process, with all files ahead of this one
-    assert len(told["text"]) < 600
-    assert told["text"].isprintable()
+
+
+@pytest.mark.parametrize("hostile", WHEN_VALIDATED, ids=lambda each: each.name)
+def test_it_is_refused_without_a_call(when_validated: Told, hostile: Hostile) -> None:
+    """What it names is imported and looked at; nothing of it is called or built."""
+    told = when_validated[hostile.name]
+    check_refused(hostile, told)
+    assert told["more_mib"] < MIB

@@ -26,7 +26,7 @@ data:
 batch_processor: {class_type: SupervisedProcessor, loss: {class_type: torch.nn:CrossEntropyLoss}}
 optimizer: {class_type: torch.optim:SGD, lr: 0.1}
 hooks:
-  stats: {class_type: StatsMonitor, every: 5 steps}
+  log: {class_type: MetricsLogger, every: 5 steps}
 trainer: {max_epoch: 1}
 """
 
@@ -84,7 +84,7 @@ def test_the_fields_are_those_of_experiments() -> None:
         ("--optimizer.groups.a=1", "optimizer.groups.a: expected a mapping, found 1 (int)"),
         ("--model.class_type=3", "expected a name like 'package.module:Name', found 3 (int)"),
         ("--model.class_type=MPL", "expected a reference like 'package.module:ClassName', found"),
-        ("--hooks.stats.class_type=StatMonitor", "did you mean 'StatsMonitor'?"),
+        ("--hooks.log.class_type=StatMonitor", "did you mean 'StatsMonitor'?"),
         ("--optimizer.class_type=torch.optim:SDG", "did you mean 'torch.optim:SGD'?"),
         ("--model.class_type=os:system", "model.class_type: 'os:system' is not trusted"),
         ("--model.class_type=my_parts.__main__:x", "is nothing that a document names"),
@@ -147,7 +147,7 @@ def test_a_file_does_not_have_its_run_behind_a_link(folder: Path) -> None:
 def test_trackers_that_send_what_they_get_need_trust(cls: str) -> None:
     """TensorBoard writes files; the others are packages with accounts."""
     key = "config_type" if cls.endswith("Config") else "class_type"
-    text = f"  log: {{class_type: MetricsLogger, sinks: [{{{key}: '{cls}', trackers: [%s]}}]}}\n"
+    text = f"  out: {{class_type: MetricsLogger, sinks: [{{{key}: '{cls}', trackers: [%s]}}]}}\n"
 
     def document(trackers: str) -> ExperimentDocument:
         Path("a.yaml").write_text(PLAIN.replace("trainer:", text % trackers + "trainer:"))
@@ -156,7 +156,7 @@ def test_trackers_that_send_what_they_get_need_trust(cls: str) -> None:
     screen(document("tensorboard"), TRUST)
     error = refused(document("tensorboard, wandb"))
     assert isinstance(error, TrustError)
-    assert "hooks.log.sinks.0.trackers.1: the tracker 'wandb' (str) is not trusted" in str(error)
+    assert "hooks.out.sinks.0.trackers.1: the tracker 'wandb' (str) is not trusted" in str(error)
     screen(document("tensorboard, wandb"), ExperimentTrust(("my_parts", "wandb")).trust)
 
 

@@ -67,6 +67,39 @@ CATALOGUED = frozenset(CATALOGUE.values())
 """The places."""
 
 
+_KINDS = {
+    "robo_orchard_lab.pipeline.hooks": "hook",
+    "robo_orchard_lab.pipeline.sinks": "sink",
+    "robo_orchard_lab.pipeline": "batch processor",
+    "robo_orchard_lab.experiment.samples:MLP": "module",
+    "robo_orchard_lab.experiment.samples:Spirals": "dataset",
+    "torch.optim": "optimizer",
+    "torch.optim.lr_scheduler": "schedule",
+    "torch.optim.swa_utils": "schedule",
+    "torch.nn": "module",
+    "torch.utils.data.dataloader": "loader",
+    "torch.utils.data.dataset": "dataset",
+    "torch.utils.data.sampler": "sampler",
+    "torchvision": "module",
+    "torchvision.datasets": "dataset",
+    "torchmetrics": "module",  # each metric is one
+}
+
+
+def kind_of(definition: str) -> str | None:
+    """What an entry of the catalogue is, or makes; None for other code.
+
+    >>> kind_of("torch.optim.sgd:SGD"), kind_of("torchvision.models.resnet:resnet18")
+    ('optimizer', 'module')
+    """
+    if definition not in CATALOGUED:
+        return None
+    place = definition
+    while place not in _KINDS:
+        place = place.rpartition(":" if ":" in place else ".")[0]
+    return _KINDS[place]
+
+
 def named(reference: str) -> str:
     """The place where it is defined; the reference itself where the catalogue doesn't have it.
 

@@ -25,7 +25,7 @@ from robo_orchard_core.utils.config.errors import (
 )
 from robo_orchard_core.utils.config.problems import shown, unknown_field
 from robo_orchard_core.utils.config.references import split
-from robo_orchard_lab.experiment.catalogue import CATALOGUED, nearest
+from robo_orchard_lab.experiment.catalogue import CATALOGUED, kind_of, nearest
 from robo_orchard_lab.experiment.document import ExperimentDocument
 from robo_orchard_lab.experiment.merging import NAMED_ENTRIES, PART_KEYS
 from robo_orchard_lab.experiment.origins import origin_of
@@ -69,6 +69,17 @@ TOP_FIELDS = {
 
 _MAX_FOLDER = 255  # bytes of a folder's name, in the file systems that are in use
 
+_PLACES = (
+    (("model",), "module"),
+    (("batch_processor",), "batch processor"),
+    (("optimizer",), "optimizer"),
+    (("schedule",), "schedule"),
+    (("hooks", "*"), "hook"),
+    (("data", "train", "sampler"), "sampler"),
+    (("data", "train", "batch_sampler"), "sampler"),
+)
+"""Where what is known of the catalogue is wanted; much more than a dataset can be iterated."""
+
 _LISTED_TOPS = {name.partition(".")[0] for name in CATALOGUED}
 
 _TRACKER_SINKS = {
@@ -98,7 +109,8 @@ def screen(document: ExperimentDocument, trust: Trust) -> None:
                 _check_named_entries(path, value)
             if _is_reference(path, value):
                 _check_reference(path, value, trust)
-            if isinstance(value, dict) and _is_tracker_sink(value):
+            if isinstance(value, dict):
+                _check_kind(path, value)
                 _check_trackers(path, value, trust)
         _check_run_folder(document)
     except ConfigError as error:
@@ -177,13 +189,29 @@ def _advice(reference: str, module: str) -> str:
     return f"; if you trust its code, say --trust {reference if top in _LISTED_TOPS else top}"
 
 
-def _is_tracker_sink(part: dict[str, Plain]) -> bool:
-    names = (part.get(key) for key in PART_KEYS)
-    return any(isinstance(name, str) and name in _TRACKER_SINKS for name in names)
+def _check_kind(path: Path, part: dict[str, Plain]) -> None:
+    """That what the catalogue has is not named where it can't stand; of others nobody knows yet."""
+    wanted = next((kind for place, kind in _PLACES if _is_at(path, place)), None)
+    for key in PART_KEYS if wanted else ():
+        name = part.get(key)
+        kind = kind_of(name) if isinstance(name, str) else None
+        is_called = key == "func" and wanted == "batch processor"
+        if kind not in (None, wanted) and not is_called:
+            article = "an" if wanted == "optimizer" else "a"
+            problem = f"expected {article} {wanted}, found {name!r}, which is for another place"
+            raise ConfigReferenceError(problem, (*path, key))
+
+
+def _is_at(path: Path, place: tuple[str, ...]) -> bool:
+    return len(path) == len(place) and all(
+        key in ("*", part) for part, key in zip(path, place, strict=True)
+    )
 
 
 def _check_trackers(path: Path, sink: dict[str, Plain], trust: Trust) -> None:
-    """Trackers are packages that send what they get to somebody."""
+    """That trackers are trusted: packages that send what they get to somebody."""
+    if _TRACKER_SINKS.isdisjoint(str(sink.get(key)) for key in PART_KEYS):
+        return
     trackers = sink.get("trackers")
     for index, name in enumerate(trackers if isinstance(trackers, list) else ()):
         is_known = name == "tensorboard" or not isinstance(name, str)  # or refused by validation

@@ -483,4 +483,36 @@ FIELDS = [
     ),
 ]
 
-FILES = [*BASES, *FOLDERS, *FIELDS]
+_WRONG_PLACES = {
+    "optimizer_as_model": ("model", "{class_type: torch.optim:SGD}", "a module, found"),
+    "hook_as_model": ("model", "{class_type: EMA}", "a module, found"),
+    "hook_config_as_model": ("model", "{config_type: EMAConfig}", "a module, found"),
+    "dataset_as_model": ("model", "{class_type: Spirals}", "a module, found"),
+    "metric_as_processor": (
+        "batch_processor",
+        "{class_type: torchmetrics:MeanMetric}",
+        "a batch processor, found",
+    ),
+    "model_as_optimizer": ("optimizer", "{class_type: MLP}", "an optimizer, found"),
+    "schedule_as_optimizer": (
+        "optimizer",
+        "{class_type: torch.optim.lr_scheduler:StepLR}",
+        "an optimizer, found",
+    ),
+    "optimizer_as_schedule": ("schedule", "{class_type: torch.optim:SGD}", "a schedule, found"),
+    "loss_as_hook": ("hooks", "{a: {class_type: torch.nn:MSELoss}}", "a hook, found"),
+    "model_as_hook": ("hooks", "{a: {func: torchvision.models:resnet18}}", "a hook, found"),
+    "sink_as_hook": ("hooks", "{a: {class_type: LogSink}}", "a hook, found"),
+    "dataset_as_sampler": (
+        "data",
+        "{train: {dataset: {class_type: Spirals}, sampler: {class_type: Spirals}}}",
+        "a sampler, found",
+    ),
+}
+
+KINDS = [
+    Hostile(name, "A part in a wrong place.", experiment(**{field: text}), REFERENCE, says)
+    for name, (field, text, says) in _WRONG_PLACES.items()
+]
+
+FILES = [*BASES, *FOLDERS, *FIELDS, *KINDS]
