@@ -88,8 +88,8 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """What the command returns; without one, help, which is a wrong use."""
-        # click's own word for "no command was given" differs between its versions.
-        if not (getattr(ctx, "_protected_args", None) or ctx.args):
+        named = vars(ctx).get("_protected_args", vars(ctx).get("protected_args"))  # by click's age
+        if not (named or ctx.args):
             click.echo(ctx.get_help(), err=True)
             ctx.exit(2)
         return super().invoke(ctx)
