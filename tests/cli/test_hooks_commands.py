@@ -111,6 +111,11 @@ def test_the_plan_of_a_file_has_each_hook_in_its_place(
     assert "metrics_logger.py:" in log["after"]
     innermost = [each for each in told if each["channel"] == "on_loop"][-1]
     assert (innermost["hook"], innermost["class_name"]) == ("checkpoint", "SaveCheckpoint")
+    assert innermost["said_in"].startswith("experiment.yaml:")
+    text = Path("experiment.yaml").read_text()
+    Path("experiment.yaml").write_text(text.replace("checkpoint: {every", "# checkpoint: {every"))
+    told = json.loads(shown(capsys, "hooks", "plan", "experiment.yaml", "--json"))
+    assert {each["said_in"] for each in told if each["hook"] == "checkpoint"} == {"default"}
     text = shown(capsys, "hooks", "plan", "experiment.yaml")
     assert text.splitlines()[0].split() == [
         "CHANNEL", "HOOK", "CLASS", "WHEN", "CALLS", "SAID", "IN", "CODE"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from importlib.resources import files
 from pathlib import Path
 
@@ -27,14 +28,14 @@ def command(file: Path) -> None:
     text = files("robo_orchard_lab.cli").joinpath("starting_file.yaml").read_text("utf-8")
     try:
         with file.open("x", encoding="utf-8") as written:
-            written.write(text.replace("experiment.yaml", str(file)))
+            written.write(text.replace("experiment.yaml", shlex.quote(str(file))))
     except FileExistsError:
         raise CommandError(
             f"{file} is there already, and is left as it is", "name another file"
         ) from None
     except OSError as error:
         raise CommandError(f"{file} can't be written: {error.strerror}") from error
-    say(f"wrote {file}; to train it: {PROGRAM} train {file}")
+    say(f"wrote {file}; to train it: {PROGRAM} train {shlex.quote(str(file))}")
 
 
 def _yaml(file: Path) -> Path:

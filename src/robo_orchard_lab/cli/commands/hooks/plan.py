@@ -71,11 +71,11 @@ def _places(hook: PlannedHook) -> str:
 def _said_in(hook: PlannedHook, document: ExperimentDocument) -> str:
     """Where the experiment says that there is this hook."""
     from robo_orchard_lab.experiment.config import CHECKPOINT
-    from robo_orchard_lab.experiment.origins import origin_of
+    from robo_orchard_lab.experiment.origins import DEFAULT
 
     named = document.document.get("hooks")
     if hook.hook == CHECKPOINT:
-        return str(origin_of((CHECKPOINT,), document.places))
+        return str(document.places.get((CHECKPOINT,), DEFAULT))
     if isinstance(named, dict) and hook.hook in named:
-        return str(origin_of(("hooks", hook.hook), document.places))
+        return str(document.places["hooks", hook.hook])
     return _BY_TRAINER
