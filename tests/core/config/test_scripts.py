@@ -93,7 +93,7 @@ def test_a_script_that_is_imported_later_reads_what_it_wrote_as_main(tmp_path: P
     evaluate = tmp_path / "evaluate.py"
     evaluate.write_text("import train\nassert train.Run.load('run.yaml') == train.Run()\n")
     run(tmp_path / "train.py")
-    assert "__main__:MyHookConfig" in (tmp_path / "run.yaml").read_text()
+    assert "__main__:MyHook" in (tmp_path / "run.yaml").read_text()
     run(evaluate)
 
 
