@@ -69,6 +69,8 @@ TOP_FIELDS = {
 
 _MAX_FOLDER = 255  # bytes of a folder's name, in the file systems that are in use
 
+_FUNCTION_KEYS = ("collate_fn", "worker_init_fn")  # of loaders; elsewhere such a key may hold text
+
 _PLACES = (
     (("model",), "module"),
     (("batch_processor",), "batch processor"),
@@ -154,9 +156,9 @@ def _check_named_entries(path: Path, value: Plain) -> None:
 
 
 def _is_reference(path: Path, value: Plain) -> bool:
-    """Whether it names code; some functions stand alone, as in ``collate_fn: my_data:collate``."""
+    """Whether it names code; functions may stand alone, as in ``collate_fn: my_data:collate``."""
     key = path[-1] if path else ""
-    return key in PART_KEYS or (str(key).endswith("_fn") and isinstance(value, str))
+    return key in PART_KEYS or (key in _FUNCTION_KEYS and isinstance(value, str))
 
 
 def _check_reference(path: Path, reference: Plain, trust: Trust) -> None:
@@ -245,3 +247,22 @@ def _check_run_folder(document: ExperimentDocument) -> None:
         if os.path.islink(link):
             problem = f"a file can't have its run behind the link {str(link)!r}; say --run_folder"
             raise ConfigFieldError(problem, (field,))
+    if (way_out := _way_out(folder)) is not None:
+        raise ConfigFieldError(
+            f"a file can't have its run where the link {way_out!r} leads out; remove the link, or "
+            "say --run_folder",
+            (field,),
+        )
+
+
+def _way_out(folder: FilePath) -> str | None:
+    """A link within a folder that leads out of it; what a run writes might end up there."""
+    root = os.path.realpath(folder)
+    for inside, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = os.path.join(inside, name)
+            if os.path.islink(path):
+                target = os.path.realpath(path)
+                if os.path.commonpath([root, target]) != root:
+                    return path
+    return None
