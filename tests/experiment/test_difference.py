@@ -115,8 +115,8 @@ def test_equal_documents_do_not_differ() -> None:
     assert len(differences({"a": 1}, {"a": True})) == 1
 
 
-def test_another_length_of_an_automatic_schedule_is_impossible() -> None:
-    """What stands for auto follows from the limits, and stays in the checkpoint what it was."""
+def test_another_length_of_a_run_is_told_to_an_automatic_schedule() -> None:
+    """What stands for auto follows from the limits, but stays in the checkpoint what it was."""
     before, after = changed("trainer", "max_epoch", to=10)
     for each in (before, after):
         each["schedule"] = {
@@ -124,7 +124,7 @@ def test_another_length_of_an_automatic_schedule_is_impossible() -> None:
             "total_steps": "auto",
         }
     (found,) = differences(before, after)
-    assert found.resume == "impossible"
+    assert found.resume == "trajectory"
     assert "auto" in found.why
 
 

@@ -14,7 +14,7 @@ from tiny import make_loader, make_trainer
 
 SCHEDULES = [
     *("3 steps", "2 epochs", "2 optimizer steps", "at steps 1, 4, 1000", "first", "last"),
-    *("3 steps | 1 epoch | last", "3 optimizer steps | 2 steps"),
+    *("3 steps | 1 epoch | last", "3 optimizer steps | 2 steps", "3 optimizer steps | 7 steps"),
 ]
 
 

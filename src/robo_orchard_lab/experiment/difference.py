@@ -143,7 +143,7 @@ def _judged(
     if path[0] == "hooks" and len(path) > 1:
         return _of_hook(path, before, after, new)
     if place.startswith("trainer.max_") and _has_auto(new.get("schedule")):
-        return "impossible", f"the schedule's length, which is auto, follows from it; {_SAVED}"
+        return "trajectory", "the schedule's length, which is auto, stays that of the checkpoint"
     if place == "data.train.num_workers":
         return _of_workers(old, new)
     if path[0] == "schedule" and len(path) > 1 and path[1] not in ("class_type", "every"):
