@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -188,17 +189,43 @@ def test_ranks_say_which_they_are(
     assert capsys.readouterr().err == "[rank 1] error: no\n[rank 1]        yes\n"
 
 
-def test_wrong_use_is_told_once_by_the_ranks_of_a_machine(
+def test_wrong_use_is_told_once_by_the_ranks_of_a_machine() -> None:
+    """What each rank finds in a file the first tells; another waits for its launcher's SIGTERM."""
+    wrong = """
+        from robo_orchard_lab.cli.errors import CommandError
+        print("begun", flush=True)
+        raise CommandError("no")
+    """
+    ended = {}
+    for rank in ("1", "0"):
+        ranks = {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
+        started = subprocess.Popen(
+            python(wrong),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(ranks),
+        )
+        if rank == "1":
+            assert started.stdout is not None
+            assert started.stdout.readline() == "begun\n"
+            time.sleep(0.5)
+            started.terminate()
+        _, err = started.communicate(timeout=30)
+        ended[rank] = (started.returncode, err)
+    assert ended == {"1": (ExitCode.TERMINATED, ""), "0": (ExitCode.USAGE, "[rank 0] error: no\n")}
+
+
+def test_what_one_rank_alone_finds_wrong_it_tells(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What each rank finds in the file is told by the first of them, and all end with 2."""
+    """Where the first rank of the machine does not end, another one tells what it has found."""
     monkeypatch.setattr(program, "_run", raising(CommandError("no")))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        assert main([]) == ExitCode.USAGE
-    assert capsys.readouterr().err == "[rank 0] error: no\n"
+    monkeypatch.setattr(program, "_FIRST_TELLS_S", 0.1)
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert main([]) == ExitCode.USAGE
+    assert capsys.readouterr().err == "[rank 1] error: no\n"
 
 
 def python(body: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from robo_orchard_lab.cli.errors import ExitCode, exit_code_of, lines_of
 from robo_orchard_lab.cli.lazy_group import LazyGroup
 from robo_orchard_lab.cli.names import COMPLETE_VARIABLE, DISTRIBUTION, PROGRAM
 from robo_orchard_lab.cli.output import discard_output, note, reader_is_gone, styled, visible
+
+_FIRST_TELLS_S = 10.0
 
 _MODULES = "robo_orchard_lab.cli.commands"
 COMMANDS = {
@@ -140,7 +143,9 @@ def _tell(error: BaseException, debug: bool) -> None:
         return
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     if exit_code_of(error) == ExitCode.USAGE and os.environ.get("LOCAL_RANK", "0") != "0":
-        return  # what is wrong with a file or its use, each rank finds; one of a machine says it
+        # What is wrong with a file or its use, each rank finds, and the first of a machine says it.
+        # Its launcher then ends this one; but if this one ended first, it would end that one.
+        time.sleep(_FIRST_TELLS_S)
     rank = f"[rank {os.environ.get('RANK', '0')}] " if several else ""
     for line in map(visible, lines_of(error)):
         head, mark, rest = line.partition("error:")
