@@ -152,6 +152,50 @@ def test_a_repositorys_settings_run_nothing(repository: Path) -> None:
     assert not (repository.parent / "ran").exists()
 
 
+@pytest.mark.parametrize("name", ["own", "o=wn", "lfs.own"])
+def test_a_repositorys_filters_see_no_file(repository: Path, name: str) -> None:
+    """What a repository has files pass through is not started, nor is that of a submodule."""
+    ran = repository.parent / "ran"
+    git(repository, "init", "-q", "part")
+    git(repository / "part", "commit", "-q", "--allow-empty", "-m", "Begin")
+    git(repository, "add", "part")
+    git(repository, "commit", "-q", "-m", "Take a part in")
+    for folder in (repository, repository / "part"):
+        git(folder, "config", f"filter.{name}.clean", f"touch {ran}; cat")
+        git(folder, "config", f"filter.{name}.required", "true")
+        git(folder, "config", "core.fsmonitor", f"touch {ran}; false")
+        (folder / ".gitattributes").write_text(f"*.py filter={name}\n")
+    (repository / "train.py").write_text("steps = 3\n")
+    state = git_state(repository)
+    assert state is not None
+    assert not ran.exists()
+    if "=" in name:
+        assert "diff" in (state.left_out or "")
+    else:
+        assert b"+steps = 3" in (state.diff or b"")
+
+
+def test_a_repository_that_lacks_a_part_fetches_nothing(repository: Path) -> None:
+    """No program is started that is to bring what is missing."""
+    ran = repository.parent / "ran"
+    blob = git(repository, "rev-parse", "HEAD:train.py")
+    (repository / ".git" / "objects" / blob[:2] / blob[2:]).unlink()
+    for setting, value in {
+        "core.repositoryformatversion": "1",
+        "extensions.partialClone": "origin",
+        "remote.origin.promisor": "true",
+        "remote.origin.url": f"ext::sh -c touch% {ran}",
+        "protocol.ext.allow": "always",
+    }.items():
+        git(repository, "config", setting, value)
+    (repository / "train.py").write_text("steps = 3\n")
+    state = git_state(repository)
+    assert state is not None
+    assert state.diff is None
+    assert "diff" in (state.left_out or "")
+    assert not ran.exists()
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run with a checkpoint, given by a relative path."""

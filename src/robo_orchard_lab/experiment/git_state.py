@@ -15,8 +15,25 @@ MAX_DIFF_BYTES = 4 << 20
 MAX_NAMES = 200
 TIMEOUT_S = 5.0
 
-# Nothing that a repository's settings name is run for it, as far as git can be told so.
-_OPTIONS = ("-c", "core.fsmonitor=false", "-c", "color.ui=false", "-c", "core.quotePath=false")
+# Nothing that a repository's settings name is run for it: no program that watches its files, no
+# hook, no filter (see `_without_filters`), nothing to fetch with what isn't there.
+_OPTIONS = tuple(
+    part
+    for setting in (
+        "core.fsmonitor=false",
+        f"core.hooksPath={os.devnull}",
+        "color.ui=false",
+        "core.quotePath=false",
+    )
+    for part in ("-c", setting)
+)
+_ENVIRONMENT = {
+    "GIT_OPTIONAL_LOCKS": "0",
+    "GIT_TERMINAL_PROMPT": "0",
+    "GIT_NO_LAZY_FETCH": "1",
+    "GIT_ALLOW_PROTOCOL": "",  # for a git that doesn't know the one above
+}
+_OF_REPOSITORY = (b"local", b"worktree")
 _POLL_S = 0.005
 
 
@@ -54,20 +71,49 @@ def git_state(folder: str | os.PathLike[str], timeout_s: float = TIMEOUT_S) -> G
     branch = git.line("symbolic-ref", "--short", "--quiet", "HEAD")
     git = _Git(Path(top), git.ends_at)  # of all of it, wherever in it the run is started
     left_out = []
+    filters = _without_filters(git)
+    # Submodules have settings of their own; of these, the commit is told.
+    submodules = "--ignore-submodules=dirty"
     diff: bytes | None = b""
     if commit is not None:
-        diff = git("diff", "--binary", "--no-ext-diff", "--no-textconv", "HEAD")
+        ours = ("--no-ext-diff", "--no-textconv", submodules)
+        diff = None if filters is None else git(*filters, "diff", "--binary", *ours, "HEAD")
     if diff is None:
-        left_out.append(f"the diff, which took too long or has more than {MAX_DIFF_BYTES} bytes")
-    status = git("status", "--porcelain", "-z", "--no-renames")
+        left_out.append(
+            f"the diff, which can't be made, took too long or has more than {MAX_DIFF_BYTES} bytes"
+        )
+    status = None
+    if filters is not None:
+        status = git(*filters, "status", "--porcelain", "-z", "--no-renames", submodules)
     if status is None:
-        left_out.append("the names of changed files, which took too long")
+        left_out.append("the names of changed files, which can't be told, or took too long")
     names = [entry.decode("utf-8", "replace") for entry in (status or b"").split(b"\0") if entry]
     if len(names) > MAX_NAMES:
         left_out.append(f"the names of {len(names) - MAX_NAMES} changed files")
     return GitState(
         commit, branch, tuple(names[:MAX_NAMES]), diff or None, "; ".join(left_out) or None
     )
+
+
+def _without_filters(git: _Git) -> list[str] | None:
+    """Options by which no program of the repository's own settings gets to see its files.
+
+    Returns:
+        None where that can't be said.
+    """
+    settings = git("config", "--show-scope", "-z", "--name-only", "--list")
+    if settings is None:
+        return None
+    parts = settings.split(b"\0")
+    names = {
+        setting.decode("utf-8", "surrogateescape").rpartition(".")[0]
+        for scope, setting in zip(parts[::2], parts[1::2], strict=False)
+        if scope in _OF_REPOSITORY and setting.startswith(b"filter.")
+    }
+    if any("=" in name for name in names):  # which no option can say
+        return None
+    off = ("clean=", "smudge=", "process=", "required=false")
+    return [part for name in sorted(names) for way in off for part in ("-c", f"{name}.{way}")]
 
 
 class _Git:
@@ -91,7 +137,7 @@ class _Git:
                     stdin=subprocess.DEVNULL,
                     stdout=printed,
                     stderr=subprocess.DEVNULL,
-                    env={**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"},
+                    env={**os.environ, **_ENVIRONMENT},
                     start_new_session=True,
                 )
             except OSError:
