@@ -270,9 +270,17 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_under_torchrun_ranks_train_together_and_one_speaks() -> None:
-    """Two processes make one run, which says once where it is."""
+def test_under_torchrun_ranks_train_together_and_one_speaks(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Two processes make one run, which says once where it is, and measure it alike."""
     done = torchrun("train", FILE, "--data.train.batch_size", "4", "--accelerator.cpu", "true")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("runs/spirals: completed after 30 steps") == 1
     assert (start()["processes"], state()["processes"]) == (2, 2)
+    measured = torchrun("evaluate", str(RUN), "--json")
+    assert measured.returncode == 0, measured.stderr
+    assert main(["evaluate", str(RUN), "--json"]) == 0
+    metrics = json.loads(measured.stdout)["metrics"]
+    alone = json.loads(capsys.readouterr().out)["metrics"]
+    assert metrics == pytest.approx(alone, rel=1e-5)

@@ -27,6 +27,7 @@ def test_a_dry_run_tells_what_would_be(work: Path, capsys: pytest.CaptureFixture
     lines = capsys.readouterr().out.splitlines()
     told = {line[:12].strip(): line[13:] for line in lines}
     assert told["run folder"] == "runs/spirals"
+    assert told["begins"] == "anew"
     assert told["model"] == "51 parameters"
     assert told["epoch"] == "10 steps"
     assert told["run"] == "3 epochs, 30 steps, 30 updates"
@@ -42,6 +43,18 @@ def test_a_dry_run_tells_what_would_be(work: Path, capsys: pytest.CaptureFixture
     assert {hook["hook"]: hook["times"] for hook in found["hooks"]} == {
         **{"validation": 3, "log": 6, "checkpoint": 3}
     }
+
+
+def test_a_dry_run_tells_where_the_run_would_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the folder has a run: at its newest checkpoint, unless that would be refused."""
+    assert main(["train", FILE, "--trainer.max_epoch=1"]) == 0
+    capsys.readouterr()
+    assert main(["train", FILE, "--dry-run"]) == 0
+    told = capsys.readouterr().out.splitlines()[1].split(maxsplit=1)
+    assert told == ["begins", "at step 10 of the run in there, with other trainer.max_epoch"]
+    assert main(["train", FILE, "--dry-run", "--seed=3"]) == 2
+    assert "can't go on with other seed" in capsys.readouterr().err
+    assert main(["train", FILE, "--dry-run", "--seed=3", "--resume=never"]) == 0
 
 
 def test_a_fast_run_tells_what_it_did(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,14 +65,15 @@ def begun(experiment: ExperimentConfig) -> RunBefore:
 
 
 def test_a_folder_tells_of_its_run(experiment: ExperimentConfig) -> None:
-    """Nothing before a start; then its file, how many checkpoints, and what became of it."""
+    """Nothing before a start; then its file, its newest checkpoint, and what became of it."""
     folder = experiment.folder()
     assert run_before(folder) is None
     record(experiment, processes=1)
     found = run_before(folder)
     assert found is not None
-    assert (found.config, found.checkpoints, found.state) == (folder / "config.yaml", 0, None)
-    assert begun(experiment).checkpoints == 1
+    assert (found.config, found.newest_step) == (folder / "config.yaml", None)
+    assert found.state is None
+    assert begun(experiment).newest_step == 3
 
 
 def test_the_file_in_the_folder_is_the_experiment(experiment: ExperimentConfig) -> None:
@@ -92,7 +93,7 @@ def test_a_run_goes_on_unchanged_from_anywhere(
     assert moved is not None
     same = experiment.replace(run_folder=str(tmp_path / "moved"), resume="never")
     assert check_changes(same, moved, TRUST) == []
-    assert before.checkpoints == moved.checkpoints
+    assert before.newest_step == moved.newest_step
 
 
 def test_changes_need_to_be_allowed_by_what_they_do(experiment: ExperimentConfig) -> None:

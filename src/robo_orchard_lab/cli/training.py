@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,51 +22,84 @@ if TYPE_CHECKING:
 _SHORTEST = 60  # of a value in a table, in characters
 
 
-def train(
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """Where a run begins."""
+
+    step: int | None = None
+    """Of the newest checkpoint, from which it goes on; None where it begins anew."""
+    changes: Sequence[Difference] = ()
+    """In what it goes on otherwise than before."""
+
+
+def beginning(
     experiment: ExperimentConfig,
     arguments: ExperimentArguments,
     *,
     allow: str | None,
-    resume_from: Path | None = None,
     repeats: bool = False,
-    as_json: bool = False,
-) -> None:
-    """Train what is described, from the newest checkpoint in its folder if it is to go on.
+) -> Beginning:
+    """Where a run would begin, if it may.
 
     Args:
         experiment: what is to be trained.
         arguments: what was typed about it.
         allow: the worst change by which a run may go on, if a harmless one is not all.
-        resume_from: the checkpoint to go on from, instead of the newest.
         repeats: whether it is the file of the run in its folder, so that it would be repeated.
-        as_json: whether to tell in JSON what became of it.
 
     Raises:
         CommandError: the run in the folder can't go on as this, is completed, or still goes on.
-        RunPreempted: it was saved and stopped.
     """
-    from robo_orchard_lab.experiment.starting import record, run_before
+    from robo_orchard_lab.experiment.starting import run_before
 
-    folder = experiment.folder()
-    before = run_before(folder)
-    if before is not None and before.goes_on:
+    before = run_before(experiment.folder())
+    if before is None:
+        return Beginning()
+    if before.goes_on:
         raise CommandError(
-            f"the run in {folder} still goes on, as process {before.pid}",
+            f"the run in {before.folder} still goes on, as process {before.pid}",
             "stop that one, or give this one a folder of its own by --run_folder FOLDER",
             ExitCode.FAILED,
         )
-    changes: list[Difference] = []
-    if before is not None and before.checkpoints and experiment.resume == "auto":
-        changes = _changes(experiment, before, arguments, allow)
-        if repeats and before.is_completed and not changes:
-            raise CommandError(
-                f"the run in {folder} is completed",
-                f"--run_folder FOLDER repeats it there; `{PROGRAM} evaluate {folder}` measures it",
-            )
+    if before.newest_step is None or experiment.resume != "auto":
+        return Beginning()
+    changes = _changes(experiment, before, arguments, allow)
+    if repeats and before.is_completed and not changes:
+        raise CommandError(
+            f"the run in {before.folder} is completed",
+            f"--run_folder FOLDER repeats it there; `{PROGRAM} evaluate {before.folder}` measures "
+            "it",
+        )
+    return Beginning(before.newest_step, changes)
+
+
+def train(
+    experiment: ExperimentConfig,
+    arguments: ExperimentArguments,
+    begins: Beginning,
+    *,
+    resume_from: Path | None = None,
+    as_json: bool = False,
+) -> None:
+    """Train what is described, and tell where it is and how it goes on.
+
+    Args:
+        experiment: what is to be trained.
+        arguments: what was typed about it.
+        begins: where, as :func:`beginning` has found.
+        resume_from: the checkpoint to go on from, instead of the newest.
+        as_json: whether to tell in JSON what became of it.
+
+    Raises:
+        RunPreempted: it was saved and stopped.
+    """
+    from robo_orchard_lab.experiment.starting import record
+
+    folder = experiment.folder()
     given: dict[str, Any] = {} if resume_from is None else {"resume": resume_from}
     built = experiment.build(**given)
     if is_first():
-        record(experiment, processes=built.accelerator.num_processes, changes=changes)
+        record(experiment, processes=built.accelerator.num_processes, changes=begins.changes)
     try:
         built.trainer()
     except BaseException:

@@ -12,11 +12,12 @@ from robo_orchard_lab.cli.errors import CommandError
 from robo_orchard_lab.cli.output import print_json, print_table, say
 
 if TYPE_CHECKING:
+    from robo_orchard_lab.cli.training import Beginning
     from robo_orchard_lab.experiment.config import ExperimentConfig
     from robo_orchard_lab.experiment.rehearsal import DryRun
 
 
-def show_dry_run(experiment: ExperimentConfig, *, as_json: bool) -> None:
+def show_dry_run(experiment: ExperimentConfig, begins: Beginning, *, as_json: bool) -> None:
     """Try an experiment with one batch, and tell what it would be.
 
     Raises:
@@ -27,9 +28,9 @@ def show_dry_run(experiment: ExperimentConfig, *, as_json: bool) -> None:
     _check_alone("--dry-run")
     found = dry_run(experiment)
     if as_json:
-        print_json(_plain(found))
+        print_json({**_plain(found), "begins_at": begins.step})
         return
-    for name, text in _lines(experiment, found):
+    for name, text in _lines(begins, found):
         say(f"{name:<12} {text}")
     if found.hooks:
         say()
@@ -61,8 +62,11 @@ def _check_alone(option: str) -> None:
         raise CommandError(f"{option} is for one process; leave torchrun out")
 
 
-def _lines(experiment: ExperimentConfig, found: DryRun) -> Iterator[tuple[str, str]]:
+def _lines(begins: Beginning, found: DryRun) -> Iterator[tuple[str, str]]:
     yield "run folder", str(found.run_folder)
+    changes = ", ".join(change.place for change in begins.changes)
+    anew = "anew" if begins.step is None else f"at step {begins.step} of the run in there"
+    yield "begins", anew + (f", with other {changes}" if changes else "")
     yield "device", found.device
     frozen = found.parameters - found.trained_parameters
     trained = f", {frozen:,} of them frozen" if frozen else ""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors.torch import load_file
 
@@ -30,6 +31,7 @@ from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.errors import CheckpointError
 from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.hooks import KeepBestConfig, ValidationHookConfig
+from robo_orchard_lab.pipeline.peers import end_together
 from robo_orchard_lab.pipeline.plain_model import plain_name
 from robo_orchard_lab.pipeline.run_path import in_run_folder
 from robo_orchard_lab.pipeline.trainer.fitting import check_tensors
@@ -133,6 +135,16 @@ def evaluate(
             )
     set_seed(experiment.seed)
     accelerator = make_accelerator(experiment.accelerator, experiment.folder())
+    with end_together():
+        return _evaluate(experiment, saved, sets, accelerator)
+
+
+def _evaluate(
+    experiment: ExperimentConfig,
+    saved: SavedWeights,
+    sets: Sequence[str],
+    accelerator: Accelerator,
+) -> dict[str, float]:
     measured = _measured(experiment, saved, sets)
     with building("model"):
         assert experiment.model is not None

@@ -49,8 +49,8 @@ class RunBefore:
     folder: Path
     config: Path
     """The file that it was last started with."""
-    checkpoints: int
-    """How many it has whose manifests are whole."""
+    newest_step: int | None
+    """Of its newest checkpoint whose manifest is whole; None where it has none."""
     state: RunState | None
     """What became of it; None where it hasn't come so far as to say so."""
 
@@ -84,16 +84,14 @@ def run_before(folder: str | os.PathLike[str]) -> RunBefore | None:
     if config is None:
         return None
     try:
-        root = checkpoints_at(config).root
+        infos = CheckpointStore(checkpoints_at(config).root).list()
     except NoRunError:
-        checkpoints = 0
-    else:
-        checkpoints = len(CheckpointStore(root).list())
+        infos = []
     try:
         state = read_run_state(folder)
     except FileNotFoundError:
         state = None
-    return RunBefore(Path(folder), config, checkpoints, state)
+    return RunBefore(Path(folder), config, infos[-1].step if infos else None, state)
 
 
 def check_changes(

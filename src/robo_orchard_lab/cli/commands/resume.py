@@ -28,6 +28,7 @@ def command(run: str, experiment: ExperimentArguments, allow: str | None, as_jso
     from robo_orchard_lab.experiment.starting import run_before
 
     before = run_before(place.folder)
-    if before is not None and not before.checkpoints and training.is_first():
+    if before is not None and before.newest_step is None and training.is_first():
         note(f"{place.folder}: nothing was saved yet; the run begins anew")
-    training.train(config, experiment, allow=allow, resume_from=place.checkpoint, as_json=as_json)
+    begins = training.beginning(config, experiment, allow=allow)
+    training.train(config, experiment, begins, resume_from=place.checkpoint, as_json=as_json)

@@ -62,12 +62,13 @@ def command(
     config = experiment.load(file)
     from robo_orchard_lab.cli import training, trial
 
-    if dry_run:
-        return trial.show_dry_run(config, as_json=as_json)
     if debug_fast:
         return trial.show_fast_run(config)
     repeats = own_folder is not None and config.folder().resolve() == own_folder.resolve()
-    return training.train(config, experiment, allow=allow, repeats=repeats, as_json=as_json)
+    begins = training.beginning(config, experiment, allow=allow, repeats=repeats)
+    if dry_run:
+        return trial.show_dry_run(config, begins, as_json=as_json)
+    return training.train(config, experiment, begins, as_json=as_json)
 
 
 def within(arguments: ExperimentArguments, folder: Path, **fields: str) -> ExperimentArguments:
