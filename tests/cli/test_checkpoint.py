@@ -35,6 +35,7 @@ def kept_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             store.save(step, parts, metrics={"loss": loss}, metadata=about)
     text = "checkpoint: {keep_last: 3, keep_best: 1, monitor: loss, mode: min}\n"
     (folder / "config.yaml").write_text(text)
+    (folder / "starts").mkdir()
     return folder
 
 
@@ -151,6 +152,23 @@ def test_export_passes_over_what_is_damaged(kept: Path) -> None:
     assert not os.path.exists("other.safetensors")
 
 
+def test_a_checkpoint_stands_for_itself(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is named is looked at, and exported, also where the run's file can't be read."""
+    (kept / "config.yaml").write_text("seed: [")
+    named = str(kept / "checkpoints" / "last")
+    assert main(["checkpoint", "export", named]) == 0
+    assert load_file("model.safetensors")["weight"].eq(40).all()
+    assert main(["checkpoint", "list", str(kept / "checkpoints")]) == 0
+
+
+def test_the_runs_file_says_where_checkpoints_are(kept: Path) -> None:
+    """A folder of another name, in that of the run."""
+    (kept / "checkpoints").rename(kept / "saved")
+    assert main(["checkpoint", "verify", str(kept)]) == 2
+    (kept / "config.yaml").write_text("checkpoint: {folder: saved}")
+    assert main(["checkpoint", "verify", str(kept)]) == 0
+
+
 def test_prune_goes_by_the_runs_file(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The run's own rules count, and what is given in their place; a dry run removes nothing."""
     assert main(["checkpoint", "prune", str(kept), "--keep-last", "1", "--dry-run", "--json"]) == 0
@@ -190,6 +208,8 @@ def test_prune_leaves_a_run_alone_that_goes_on(
         (["prune", "runs/plain"], "nothing says how many checkpoints"),
         (["list", "runs/empty"], "the run in runs/empty has no checkpoints"),
         (["list", "runs/broken"], "runs/broken/config.yaml"),
+        (["prune", "runs/outside"], "checkpoint.folder: expected a path within the run's folder"),
+        (["list", "runs/number"], "checkpoint.folder: expected a path within the run's folder"),
         (["lst", "runs/first"], "there is no command 'lst'; did you mean 'list'?"),
     ],
 )
@@ -200,8 +220,13 @@ def test_wrong_use_is_told(
     Path("there.safetensors").write_bytes(b"")
     shutil.copytree(kept, "runs/plain", ignore=shutil.ignore_patterns("best"), symlinks=True)
     Path("runs/plain/config.yaml").write_text("checkpoint: {}\n")
-    for name, text in (("empty", "seed: 0\n"), ("broken", "seed: [\n")):
-        Path("runs", name).mkdir()
+    for name, text in (
+        ("empty", "seed: 0\n"),
+        ("broken", "seed: [\n"),
+        ("outside", "checkpoint: {folder: ../first/checkpoints, keep_last: 1}\n"),
+        ("number", "checkpoint: {folder: 3}\n"),
+    ):
+        Path("runs", name, "starts").mkdir(parents=True)
         Path("runs", name, "config.yaml").write_text(text)
     assert main(["checkpoint", *arguments]) == 2
     shown = capsys.readouterr()

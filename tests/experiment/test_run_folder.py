@@ -205,6 +205,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (step / MANIFEST_FILE).write_text("{}")
     (step.parent / "last").symlink_to(step.name)
     (tmp_path / "runs" / "first" / "config.yaml").write_text("seed: 0\n")
+    (tmp_path / "runs" / "first" / "starts").mkdir()
+    (tmp_path / "config.yaml").write_text("seed: 1\n")  # of something else
     return Path("runs/first")
 
 
@@ -232,6 +234,8 @@ def test_what_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
         run_at("runs/second")
     with pytest.raises(NoRunError, match=r"runs is not the folder of a run: it has no config.yaml"):
         run_at("runs")
+    with pytest.raises(NoRunError, match=r" is not the folder of a run: it has no starts"):
+        run_at(tmp_path)
     (tmp_path / "file.txt").write_text("")
     with pytest.raises(NoRunError, match=r"file.txt is a file; expected"):
         run_at("file.txt")

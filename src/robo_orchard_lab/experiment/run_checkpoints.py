@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from robo_orchard_core.utils.config.errors import ConfigError
-from robo_orchard_core.utils.config.formats import read
+from robo_orchard_core.utils.config import ConfigError, ConfigFieldError
+from robo_orchard_lab.experiment.reading import read_with_bases
 from robo_orchard_lab.experiment.run_folder import NoRunError, run_at
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, Retention
 from robo_orchard_lab.pipeline.checkpoint.folder_names import BEST, LAST, step_of
@@ -81,13 +81,14 @@ def checkpoints_at(path: str | os.PathLike[str]) -> CheckpointPlace:
     """
     path = Path(path)
     if path.is_dir() and not (path / MANIFEST_FILE).is_file() and _has_some(path):
-        return CheckpointPlace(path, policy=_policy(path.parent))
+        return CheckpointPlace(path, policy=_policy_around(path))
     if (path / MANIFEST_FILE).is_file():
         root = path.resolve().parent if path.is_symlink() else path.parent
-        return CheckpointPlace(root, path, _policy(root.absolute().parent))
+        return CheckpointPlace(root, path, _policy_around(root))
     place = run_at(path)
-    policy = _policy(place.folder)
-    root = place.folder / Path(policy.get("folder") or FOLDER)
+    policy = _policy_in(place.config)
+    folder = policy.get("folder")
+    root = place.folder / (FOLDER if folder is None else _within_run(folder, place.config))
     if not root.is_dir():
         raise NoRunError(f"the run in {place.folder} has no checkpoints: there is no {root}")
     return CheckpointPlace(root, place.checkpoint, policy)
@@ -97,15 +98,32 @@ def _has_some(folder: Path) -> bool:
     return any(step_of(name) is not None or name == LAST for name in os.listdir(folder))
 
 
-def _policy(run_folder: Path) -> Mapping[str, Any]:
-    """As it stands in the file; nothing of it is built, so it needs no trust."""
-    try:
-        file = run_at(run_folder).config
-    except NoRunError:
-        return {}
-    try:
-        policy = read(file.read_text(encoding="utf-8"), "yaml").get("checkpoint")
-    except ConfigError as error:
-        error.source = os.fspath(file)
-        raise
+def _policy_in(config: Path) -> Mapping[str, Any]:
+    """As it stands in the file of a run; nothing of it is built, so it needs no trust."""
+    policy = read_with_bases(config)[0].document.get("checkpoint")
     return policy if isinstance(policy, dict) else {}
+
+
+def _policy_around(root: Path) -> Mapping[str, Any]:
+    """Of the run that checkpoints are of, as far as that can be found."""
+    try:
+        return _policy_in(run_at(root.absolute().parent).config)
+    except ConfigError:
+        return {}
+
+
+def _within_run(folder: Any, config: Path) -> Path:
+    """A folder that a run's file names, from the run's own on.
+
+    Raises:
+        ConfigFieldError: it leads out of that.
+    """
+    path = Path(folder) if isinstance(folder, str) else None
+    if path is None or path.is_absolute() or ".." in path.parts or "\0" in str(path):
+        error = ConfigFieldError(
+            f"expected a path within the run's folder, found {folder!r:.80}",
+            ("checkpoint", "folder"),
+        )
+        error.source = os.fspath(config)
+        raise error
+    return path

@@ -46,7 +46,7 @@ class RunPlace:
     """A run, by the path that someone gave of it."""
 
     folder: Path
-    """Of the run, with `CONFIG_FILE` in it."""
+    """Of the run, with `CONFIG_FILE` and `STARTS` in it."""
     checkpoint: Path | None = None
     """The checkpoint that was meant, if it was one."""
 
@@ -69,11 +69,11 @@ def run_at(path: str | os.PathLike[str]) -> RunPlace:
         if path.name in (CONFIG_FILE, _MANIFEST):
             return run_at(path.parent if path.parent.parts else Path())
         raise NoRunError(f"{path} is a file; {_EXPECTED}")
-    if (path / CONFIG_FILE).is_file():
+    if config_of_run(path) is not None:
         return RunPlace(path)
     is_checkpoint = (path / _MANIFEST).is_file()
     for above in [*path.absolute().parents][:_LEVELS]:
-        if (above / CONFIG_FILE).is_file():
+        if config_of_run(above) is not None:
             folder = Path(os.path.relpath(above)) if not path.is_absolute() else above
             return RunPlace(folder, path if is_checkpoint else None)
     if is_checkpoint:
@@ -81,7 +81,8 @@ def run_at(path: str | os.PathLike[str]) -> RunPlace:
             f"{path} is a checkpoint, and no folder above it is that of a run, with a "
             f"{CONFIG_FILE} of what made it"
         )
-    raise NoRunError(f"{path} is not the folder of a run: it has no {CONFIG_FILE}; {_EXPECTED}")
+    lacking = STARTS if (path / CONFIG_FILE).is_file() else CONFIG_FILE
+    raise NoRunError(f"{path} is not the folder of a run: it has no {lacking}; {_EXPECTED}")
 
 
 _EXPECTED = (
@@ -93,7 +94,7 @@ _EXPECTED = (
 def config_of_run(folder: str | os.PathLike[str]) -> Path | None:
     """The file that says what was run in a folder; None where nothing was."""
     path = Path(folder) / CONFIG_FILE
-    return path if path.is_file() else None
+    return path if path.is_file() and path.with_name(STARTS).is_dir() else None
 
 
 def record_start(

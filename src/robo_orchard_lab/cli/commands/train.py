@@ -16,7 +16,7 @@ from robo_orchard_lab.cli.experiment_arguments import (
 )
 from robo_orchard_lab.cli.names import PROGRAM
 from robo_orchard_lab.cli.output import json_option
-from robo_orchard_lab.experiment.run_folder import CONFIG_FILE, STARTS
+from robo_orchard_lab.experiment.run_folder import CONFIG_FILE, config_of_run
 
 RUN_FOLDER = "run_folder"
 
@@ -95,7 +95,7 @@ def within(arguments: ExperimentArguments, folder: Path, **fields: str) -> Exper
 
 def _run_of(file: Path) -> Path | None:
     """The folder of a run that a file is the `config.yaml` of, if it is one's."""
-    is_one = file.name == CONFIG_FILE and (file.parent / STARTS).is_dir()
+    is_one = file.name == CONFIG_FILE and config_of_run(file.parent) is not None
     return file.parent if is_one else None
 
 
