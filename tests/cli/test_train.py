@@ -106,7 +106,7 @@ def test_changes_are_sorted_and_need_a_word(capsys: pytest.CaptureFixture[str]) 
     assert "the run in runs/spirals would be another with other hooks.clip" in shown.err
     lines = [line.split()[:2] for line in shown.err.splitlines()[2:4]]
     assert lines == [["trajectory", "hooks.clip"], ["harmless", "trainer.max_epoch"]]
-    assert "--allow trajectory goes on all the same" in shown.err
+    assert "--allow trajectory goes on all the same; `robo-orchard-lab resume" in shown.err
     assert state()["progress"]["epoch_id"] == 1
     assert main([*changed, "--allow", "trajectory"]) == 0
     assert state()["progress"]["epoch_id"] == 2

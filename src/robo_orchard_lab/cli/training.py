@@ -132,10 +132,10 @@ def _changes(
             for change in error.changes
         ]
         table = table_lines(["", "field", "was", "is", ""], rows)
-        if error.worst == "impossible":
-            advice = "--run_folder FOLDER starts a run of its own"
-        else:
-            advice = "--allow trajectory goes on all the same; --run_folder FOLDER starts another"
+        as_it_was = f"`{_command('resume', before.folder, arguments)}` goes on as it was"
+        advice = f"{as_it_was}; --run_folder FOLDER starts another run"
+        if error.worst != "impossible":
+            advice = f"--allow trajectory goes on all the same; {advice}"
         raise CommandError("\n       ".join([error.problem, *table]), advice) from None
 
 
