@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 import pytest
-from tests.cli.running import environment
+from tests.cli.running import LONGEST_S, environment
 
 from robo_orchard_core.utils.config.errors import ConfigFieldError
 from robo_orchard_lab.cli import main as program
@@ -211,7 +211,7 @@ def test_wrong_use_is_told_once_by_the_ranks_of_a_machine() -> None:
             assert started.stdout.readline() == "begun\n"
             time.sleep(0.5)
             started.terminate()
-        _, err = started.communicate(timeout=30)
+        _, err = started.communicate(timeout=LONGEST_S)
         ended[rank] = (started.returncode, err)
     assert ended == {"1": (ExitCode.TERMINATED, ""), "0": (ExitCode.USAGE, "[rank 0] error: no\n")}
 
@@ -261,7 +261,7 @@ def test_signals_end_it_in_order(number: int, code: int, said: str) -> None:
     assert started.stdout is not None
     assert started.stdout.readline() == "open\n"
     started.send_signal(number)
-    out, err = started.communicate(timeout=30)
+    out, err = started.communicate(timeout=LONGEST_S)
     assert (started.returncode, out, err) == (code, "closed\n", said)
 
 
@@ -280,7 +280,7 @@ def test_a_second_sigterm_ends_it_at_once() -> None:
     for expected in ("open\n", "closing\n"):
         assert started.stdout.readline() == expected
         started.send_signal(signal.SIGTERM)
-    started.communicate(timeout=30)
+    started.communicate(timeout=LONGEST_S)
     assert started.returncode == -signal.SIGTERM
 
 
@@ -298,7 +298,7 @@ def test_nobody_reads_on(lines: int) -> None:
         assert started.stdout is not None
         assert started.stderr is not None
         started.stdout.close()
-        assert (started.wait(30), started.stderr.read()) == (0, "")
+        assert (started.wait(LONGEST_S), started.stderr.read()) == (0, "")
 
 
 def test_another_broken_pipe_is_an_error(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
-from tests.cli.running import run, run_in_terminal
+from tests.cli.running import START, environment, run, run_in_terminal
 
 from robo_orchard_lab.cli.main import main
 from robo_orchard_lab.cli.output import table_lines
@@ -93,3 +94,18 @@ def test_json_has_standard_output_for_itself(
     assert shown.err == "much\n"
     print("as before")
     assert capsys.readouterr().out == "as before\n"
+
+
+def test_text_that_the_output_can_not_hold_is_escaped(tmp_path: Path) -> None:
+    """An output of another encoding has escapes, and one that is closed is no error."""
+    assert run("config", "init", cwd=tmp_path).code == 0
+    arguments = ("config", "show", "experiment.yaml", "--name", "é")
+    ended = run(*arguments, cwd=tmp_path, variables={"PYTHONIOENCODING": "ascii"})
+    assert (ended.code, ended.out.splitlines()[0]) == (0, r'name: "\xe9"')
+    closed = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *START, "--help"],
+        env=environment(),
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    assert (closed.returncode, closed.stderr) == (0, b"")

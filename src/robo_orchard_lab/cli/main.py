@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -81,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = [*(sys.argv[1:] if argv is None else argv)]
     debug = "--debug" in arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what an older terminal can't show
     with _terminated():
         try:
             if COMPLETE_VARIABLE in os.environ:
@@ -88,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return shell_complete(_program(), {}, PROGRAM, COMPLETE_VARIABLE, instruction)
             log_basic_config()
             code = _run(arguments)
-            sys.stdout.flush()  # an error of it belongs here, not to the interpreter's end
+            if sys.stdout is not None:  # as it is where that was closed
+                sys.stdout.flush()  # an error of it belongs here, not to the interpreter's end
         except BaseException as error:
             if isinstance(error, BrokenPipeError) and reader_is_gone():
                 discard_output()
