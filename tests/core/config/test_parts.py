@@ -224,6 +224,15 @@ def test_in_code_config_of_makes_the_same_part() -> None:
     assert Drawing(shape=config_of(unit_square)) == drawing(part(unit_square))
 
 
+def test_replace_reaches_arguments_that_were_not_given() -> None:
+    """A copy may have any argument that its class takes, and no other."""
+    square = config_of(Square, side=1.0)
+    assert square.replace(colour="blue") == config_of(Square, side=1.0, colour="blue")
+    assert config_of(Open, corners=3).replace(anything=1) == config_of(Open, corners=3, anything=1)
+    with pytest.raises(ConfigFieldError, match="did you mean 'colour'"):
+        square.replace(color="blue")
+
+
 def test_parts_within_parts_are_built_where_they_are_needed() -> None:
     """In lists and mappings, for undeclared parameters, and behind ``*args``."""
     group = drawing(part(Group, members=[part(Square, side=1), part(unit_square)])).shape()

@@ -151,9 +151,11 @@ did you mean 'batch_size'?
         values = copy.deepcopy(field_values(self))
         for name, value in changes.items():
             head, _, rest = name.partition(".")
-            if head not in values:
-                raise unknown_field(head, values, type(self).__qualname__)
-            inner = values[head]
+            # Of a config that has only what was set, also what wasn't.
+            known = {**values, **type(self).model_fields}
+            if head not in known and self.model_config.get("extra") != "allow":
+                raise unknown_field(head, known, type(self).__qualname__)
+            inner = values.get(head)
             if not rest:
                 values[head] = value
             elif isinstance(inner, Config):
