@@ -141,6 +141,17 @@ def test_a_file_does_not_have_its_run_behind_a_link(folder: Path) -> None:
     screen(read("name: a\n", "--run_folder=runs/a"), TRUST)
 
 
+def test_links_within_a_run_are_its_own(folder: Path) -> None:
+    """That to the last checkpoint is none by which a run would write anywhere else."""
+    run = folder / "runs/a"
+    (run / "checkpoints/step_1").mkdir(parents=True)
+    (run / "checkpoints/last").symlink_to("step_1")
+    screen(read("name: a\n"), TRUST)
+    (run / "metrics.jsonl").symlink_to(folder / "mine.txt")
+    assert "where the link 'runs/a/metrics.jsonl' leads out" in str(refused(read("name: a\n")))
+    screen(read("name: a\n", "--run_folder=runs/a"), TRUST)
+
+
 @pytest.mark.parametrize(
     "cls", ["TrackerSink", "robo_orchard_lab.pipeline.sinks:TrackerSinkConfig"]
 )
