@@ -1,0 +1,82 @@
+"""What docs/experiments.md shows works."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from robo_orchard_lab.cli.main import main
+from robo_orchard_lab.experiment import ExperimentConfig
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs/experiments.md").read_text("utf-8")
+FILES = dict(re.findall(r"```yaml\n# ([\w.]+)\n(.*?)```", PAGE, re.S))
+COMMANDS = [
+    line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.splitlines()
+]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files of the page."""
+    monkeypatch.chdir(tmp_path)
+    for name, text in FILES.items():
+        Path(name).write_text(text, "utf-8")
+    return tmp_path
+
+
+def test_the_files_are_experiments() -> None:
+    """The file and its variant are read, and the variant says what the page says of it."""
+    digits, wide = (ExperimentConfig.load(name) for name in FILES)
+    assert [*wide.hooks] == [*(name for name in digits.hooks if name != "stats"), "clip"]
+    assert wide.to_dict()["model"] == digits.to_dict()["model"] | {"zero_init_residual": True}
+    assert wide.to_dict()["optimizer"].keys() == {"class_type", "lr"}
+    assert wide.schedule is None
+    assert str(wide.folder()) == "runs/wide"
+
+
+def test_the_files_are_built() -> None:
+    """Their models, data, groups and schedules fit each other."""
+    ExperimentConfig.load("wide.yaml").build()
+    run = ExperimentConfig.load("digits.yaml").build()
+    assert run.optimizer is not None
+    rest, no_decay, head = run.optimizer.param_groups
+    assert (rest["max_lr"], head["max_lr"]) == (0.05, 0.5)
+    assert no_decay["weight_decay"] == 0
+    assert len(head["params"]) == 1  # the bias is in no_decay
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_commands_do_what_they_say(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each ends with 0, and prints something."""
+    words = shlex.split(line)
+    while "=" in words[0]:
+        name, _, value = words.pop(0).partition("=")
+        monkeypatch.setenv(name, value)
+    assert words[0] == "robo-orchard-lab"
+    assert main(words[1:]) == 0
+    assert len(capsys.readouterr().out.splitlines()) > 5
+
+
+def test_trust_is_written_as_it_is_read() -> None:
+    """The table for pyproject.toml is one."""
+    (block,) = re.findall(r"```toml\n(.*?)```", PAGE, re.S)
+    assert tomllib.loads(block) == {"tool": {"robo_orchard_lab": {"trust": ["my_team"]}}}
+
+
+def test_the_script_runs(folder: Path) -> None:
+    """The page's script trains for three epochs of ten steps."""
+    (script,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    (folder / "script.py").write_text(script, "utf-8")
+    done = subprocess.run(
+        [sys.executable, "script.py"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "30 MLP stats checkpoint\n"
