@@ -106,7 +106,7 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
         }
     ],
     "SaveModel": [{"every": "1 epoch", "at_end": False, "folder": "exported", "weights": "ema"}],
-    "StatsMonitor": [{"grad_norm_every_update": True}, {"grad_norm": False}],
+    "StatsMonitor": [{"every": "20 steps", "grad_norm_every_update": True}, {"grad_norm": False}],
     "TimeLimit": [
         {"limit": "slurm", "margin": "5 min", "exit_code": 3, "save_checkpoint": False},
         {"limit": "3h30min", "margin": 60.0, "exit_code": None},

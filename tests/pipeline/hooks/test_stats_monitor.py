@@ -305,6 +305,21 @@ def test_a_state_of_another_version_is_refused() -> None:
         StatsMonitorConfig()().load_state_dict({"version": 2})
 
 
+def test_it_makes_logging_points_of_its_own() -> None:
+    """By its schedule, so that it needs no other hook to publish what it has measured."""
+    seen: list[int] = []
+    notes = PipelineHooks("notes")
+
+    @notes.on_loop.before
+    def listen(args: PipelineHookArgs) -> None:
+        args.metrics.listen(lambda record: seen.append(record.global_step_id))
+
+    trainer = make_trainer([StatsMonitorConfig(every="3 steps")(), notes], max_step=7)
+    trainer()
+    assert seen[:2] == [3, 6]
+    assert "perf/steps_per_s" in trainer.metrics.names()
+
+
 def test_wrong_fields_are_refused() -> None:
     """The norm of every update is one that is published."""
     with pytest.raises(ValidationError, match="needs grad_norm=True"):

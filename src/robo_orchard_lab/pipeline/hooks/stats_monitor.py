@@ -18,6 +18,7 @@ from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfi
 from robo_orchard_lab.pipeline.hooks._step_times import StepClock
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.progress import remaining_steps
+from robo_orchard_lab.pipeline.schedule import ScheduleField
 
 STATE_VERSION = 1
 _MIB = 2**20
@@ -82,6 +83,8 @@ class StatsMonitor(PipelineHooks):
         self.register_hook("on_step", hook(clock.begin_step, clock.end_step))
         self.register_hook("on_batch", hook(clock.begin_compute, clock.end_compute))
         self.register_hook("on_optimizer_step", hook(self._begin_update, self._end_update))
+        if cfg.every is not None:
+            self.register_at_commit(self._ask, cfg.every)
 
     def _begin_loop(self, args: PipelineHookArgs) -> None:
         self._run = args.run
@@ -89,6 +92,9 @@ class StatsMonitor(PipelineHooks):
         self._steps_per_epoch = args.run.steps_per_epoch
         self._before_logging = args.metrics.before_logging(self._publish, self)
         self._begun_at = perf_counter()
+
+    def _ask(self, args: PipelineHookArgs) -> None:
+        args.requests.log("by its schedule", by=self.name)
 
     def _end_loop(self, args: PipelineHookArgs) -> None:
         if self._before_logging is not None:
@@ -167,13 +173,18 @@ class StatsMonitor(PipelineHooks):
 
 
 class StatsMonitorConfig(PipelineHooksConfig[StatsMonitor]):
-    """What to measure beside times, memory and learning rates.
+    """When to measure, and what beside times, memory and learning rates.
 
     >>> StatsMonitorConfig(grad_norm=False)().name
     'StatsMonitor'
     """
 
     class_type: type[StatsMonitor] = StatsMonitor
+    every: ScheduleField | None = Field(
+        default=None,
+        description="When to make a logging point of its own, such as '50 steps'; None: it "
+        "publishes at those that a MetricsLogger and other hooks make.",
+    )
     grad_norm: bool = Field(
         default=True,
         description="Publish the norm of all gradients at the first update after each logging "
