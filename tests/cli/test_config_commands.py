@@ -12,6 +12,7 @@ from tests.cli.running import run, run_in_terminal, run_module
 from robo_orchard_lab.cli.experiment_arguments import ExperimentArguments
 from robo_orchard_lab.cli.main import main
 from robo_orchard_lab.cli.readable_yaml import readable_yaml
+from robo_orchard_lab.pipeline.sinks import read_metrics
 
 
 @pytest.fixture
@@ -215,3 +216,11 @@ def test_modules_beside_oneself_are_found_if_they_are_trusted(
     assert run_module(*arguments, "--trust", "own_parts", cwd=tmp_path).out == "own.yaml: ok\n"
     Path("pyproject.toml").write_text('[tool.robo_orchard_lab]\ntrust = ["own_parts"]\n')
     assert run(*arguments, cwd=tmp_path).out == "own.yaml: ok\n"
+
+
+def test_the_starting_file_learns(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As it was written, the file trains a model that tells the arms of its spirals apart."""
+    out = shown(capsys, "train", file)
+    assert out.startswith("runs/spirals: completed after 600 steps\n")
+    losses = read_metrics("runs/spirals/metrics.jsonl")[-1].by_step()[600]
+    assert losses["eval/val/loss"] < 0.1
