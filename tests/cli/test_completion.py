@@ -70,8 +70,8 @@ def test_bash_completes_hooks_fields_and_files(path_with_program: str, tmp_path:
         env=environment(
             {
                 "PATH": path_with_program,
-                "COMP_WORDS": "robo-orchard-lab config show dig",
-                "COMP_CWORD": "3",
+                "COMP_WORDS": "robo-orchard-lab config show --seed 3 dig",
+                "COMP_CWORD": "5",
                 "_ROBO_ORCHARD_LAB_COMPLETE": "bash_complete",
             }
         ),

@@ -16,6 +16,7 @@ from robo_orchard_core.utils.config.errors import ConfigError
 
 _INDENT = "       "  # as wide as "error: "
 _PIPELINE_ERRORS = "robo_orchard_lab.pipeline.errors"  # which can't be imported without torch
+_TOLD_BY_THEMSELVES = ("PipelineConfigError", "RankFailed", "StateError")
 _LAST_LINE = "--debug shows the traceback"
 
 
@@ -118,9 +119,7 @@ def _told(error: BaseException) -> tuple[str, list[str]]:
             return error.problem, [error.advice] if error.advice else []
         case ConfigError():
             return _of_config(error)
-        case _ if _is_of_pipeline(error, "PipelineConfigError"):
-            return _first_line(error), []
-        case _ if _is_of_pipeline(error, "RankFailed") or _is_of_pipeline(error, "StateError"):
+        case _ if any(_is_of_pipeline(error, name) for name in _TOLD_BY_THEMSELVES):
             return _first_line(error), []
     return _of_others(error)
 

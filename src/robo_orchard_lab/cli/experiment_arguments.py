@@ -131,8 +131,9 @@ class ExperimentCommand(Command):
                     own += _next(waiting)
             elif not argument.startswith("--") or argument.partition("=")[0] in takes_value:
                 own.append(argument)
-            elif ctx.resilient_parsing:
-                continue
+            elif ctx.resilient_parsing:  # to complete what comes behind
+                if "=" not in argument:
+                    _next(waiting)
             else:
                 fields.append(_with_value(argument, waiting, [*takes_value]))
         return own, fields

@@ -142,14 +142,14 @@ def _print_version(context: click.Context, parameter: click.Parameter, wanted: b
 
 
 def _tell(error: BaseException, debug: bool) -> None:
-    if debug and not isinstance(error, SystemExit | click.ClickException):
-        traceback.print_exception(error)
-        return
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
     if exit_code_of(error) == ExitCode.USAGE and os.environ.get("LOCAL_RANK", "0") != "0":
         # What is wrong with a file or its use, each rank finds, and the first of a machine says it.
         # Its launcher then ends this one; but if this one ended first, it would end that one.
         time.sleep(_FIRST_TELLS_S)
+    if debug and not isinstance(error, SystemExit | click.ClickException):
+        traceback.print_exception(error)
+        return
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
     rank = f"[rank {os.environ.get('RANK', '0')}] " if several else ""
     for line in map(visible, lines_of(error)):
         head, mark, rest = line.partition("error:")
