@@ -343,6 +343,22 @@ def test_schedules_within_schedules_get_the_optimizer() -> None:
     assert first.optimizer is second.optimizer is built.optimizer
 
 
+def halved(move: int) -> float:
+    return 0.5
+
+
+def test_a_schedule_takes_functions_by_their_names() -> None:
+    """One for all groups, or a list of one for each."""
+    name = f"{__name__}:halved"
+    functions: Any
+    for functions in (name, [name]):
+        schedule = {"class_type": "torch.optim.lr_scheduler:LambdaLR", "lr_lambda": functions}
+        described = experiment().to_dict() | {"schedule": schedule}
+        built = ExperimentConfig.from_dict(described, trust=__name__).build()
+        assert built.lr_scheduler is not None
+        assert built.lr_scheduler.get_last_lr() == [0.05]
+
+
 def test_a_plateau_is_watched_once_an_epoch() -> None:
     """As its class has it by default; auto counts so as well."""
     config = config_of(lr_scheduler.ReduceLROnPlateau, patience="auto")

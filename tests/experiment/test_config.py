@@ -109,6 +109,15 @@ def test_what_is_typed_for_a_text_is_text(tmp_path: Path) -> None:
     assert (loaded.name, loaded.trainer.max_epoch) == ("3", 3)
 
 
+def test_what_is_typed_for_a_part_is_told_as_it_is_wrong(tmp_path: Path) -> None:
+    """Not as the text that it was typed as, which is no part at all."""
+    typed = "{class_type: 'torch.optim:Adam', learning_rate: 3}"
+    overrides, _ = from_arguments(["--name", "3", "--optimizer", typed])
+    with pytest.raises(ConfigFieldError, match="AdamConfig has no such field") as found:
+        ExperimentConfig.load(written(tmp_path), overrides=overrides)
+    assert found.value.path == ("optimizer", "learning_rate")
+
+
 def test_overrides_reach_fields_of_whatever_class_is_there(tmp_path: Path) -> None:
     """Also when the class itself is another by the same overrides, in any order."""
     file = written(tmp_path)

@@ -196,17 +196,18 @@ class ExperimentConfig(Config):
             trusted.find_local_modules()
             trust = trusted.trust
         screen(document, trust)
-        refused: ConfigFieldError | None = None
+        refused: list[ConfigFieldError] = []
         while True:
             try:
                 return super().from_dict(document.document, trust=trust)
             except ConfigFieldError as error:
+                for before in refused:  # it is no better as text
+                    if before.path[: len(error.path)] == error.path:
+                        raise document.located(before) from before.__cause__
                 as_text = document.with_text(error.path)
-                if refused is not None and refused.path == error.path:
-                    as_text, error = None, refused
                 if as_text is None:
                     raise document.located(error) from error.__cause__
-                refused, document = error, as_text
+                refused, document = [*refused, error], as_text
             except ConfigError as error:
                 raise document.located(error) from error.__cause__
 

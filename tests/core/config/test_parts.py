@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
 import pytest
 from hypothesis import given
@@ -32,6 +32,12 @@ T = TypeVar("T")
 FORMATS: tuple[Format, ...] = ("yaml", "toml", "json")
 
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from nowhere import Unknown  # type: ignore[import-not-found]
+
+
 class Shape:
     """What fields ask for."""
 
@@ -51,6 +57,20 @@ class Group(Shape):
 class Open(Shape):
     def __init__(self, corners: int, **more: Any) -> None:
         self.corners, self.more = corners, more
+
+
+class Lazily(Shape):
+    """Has names in its types that are there for type checkers alone."""
+
+    def __init__(self, sides: Iterable[Shape], unknown: Unknown, size: int = 1) -> None:
+        self.given = (sides, unknown, size)
+
+
+class Made(Shape):
+    """What another is made in the place of."""
+
+    def __new__(cls, colour: Literal["red", "blue"]) -> Any:
+        return Square(1, colour=colour)
 
 
 class Passing(Square):
@@ -157,6 +177,24 @@ def part(of: type | Callable[..., Any], **arguments: Any) -> dict[str, Any]:
 def test_a_class_is_built_with_the_arguments_that_the_document_gives() -> None:
     """What isn't given stays the class's own default."""
     assert drawing(part(Square, side=2)).shape().given == (2.0, "red", None)
+
+
+def test_types_count_of_which_a_name_is_there_for_type_checkers_alone() -> None:
+    """Those of the standard library are known; a name that isn't leaves the other types alone."""
+    lazily = drawing(part(Lazily, sides=[part(Square, side=2)], unknown={"any": 1})).shape()
+    assert lazily.given[0][0].given == (2.0, "red", None)
+    assert lazily.given[1:] == ({"any": 1}, 1)
+    assert "size: Input should be a valid integer" in str(
+        refused(part(Lazily, sides=[], unknown=1, size="large"))
+    )
+    error = refused(part(Lazily, sides=[part(Square)], unknown=1))
+    assert error.path == ("shape", "sides", 0, "side")
+
+
+def test_types_count_of_a_class_that_makes_another() -> None:
+    """They are those of its ``__new__``."""
+    assert drawing(part(Made, colour="blue")).shape().given == (1, "blue", None)
+    assert "'red' or 'blue'" in str(refused(part(Made, colour="green")))
 
 
 def test_a_function_that_returns_the_kind_makes_one() -> None:

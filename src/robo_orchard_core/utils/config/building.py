@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections.abc
 import inspect
 import re
+import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar, get_origin, runtime_checkable
@@ -191,7 +192,10 @@ def _is_callable(hint: Any) -> bool:
 
 def hints_of(code: Any) -> dict[str, Any]:
     """The types that a function or a class's constructor declares, see `_hints`."""
-    return _hints(getattr(code, "__init__", code) if isinstance(code, type) else code)
+    if not isinstance(code, type):
+        return _hints(code)
+    constructors = [_hints(getattr(code, name)) for name in ("__new__", "__init__")]
+    return {name: hint for hints in constructors for name, hint in hints.items()}
 
 
 def returned_class(function: Callable[..., Any]) -> type | None:
@@ -202,11 +206,26 @@ def returned_class(function: Callable[..., Any]) -> type | None:
 
 
 def _hints(code: Any) -> dict[str, Any]:
-    """The parameters' types, as far as their names are there; else the text of each."""
+    """The parameters' types; where names in one are missing, the text of it.
+
+    Names of the standard library's abstract types need not be there, as they aren't where they are
+    imported for type checkers alone.
+    """
     try:
         return typing.get_type_hints(code)
     except Exception:  # an annotation is any expression, so it can raise anything
-        return dict(getattr(code, "__annotations__", {}))
+        annotations = getattr(code, "__annotations__", {})
+        names = getattr(code, "__globals__", {})
+        return {name: _hint(hint, names) for name, hint in annotations.items()}
+
+
+def _hint(annotation: Any, names: dict[str, Any]) -> Any:
+    holder = types.SimpleNamespace(__annotations__={"hint": annotation})
+    known = {**vars(typing), **vars(collections.abc), **names}
+    try:
+        return typing.get_type_hints(holder, known)["hint"]
+    except Exception:
+        return annotation
 
 
 def _signature(code: Callable[..., Any]) -> inspect.Signature | None:
