@@ -11,31 +11,14 @@ from hypothesis import strategies as st
 
 from robo_orchard_core.utils.config import ConfigError
 from robo_orchard_core.utils.config.document import Plain
-from robo_orchard_core.utils.config.errors import dotted
 from robo_orchard_lab.experiment.origins import Origin
 from robo_orchard_lab.experiment.overrides import (
     Override,
     from_arguments,
     from_environment,
     from_mapping,
-    parsed_path,
     read_value,
 )
-
-
-@given(
-    st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, max_size=5)
-)
-def test_paths_are_read_as_they_are_written(path: list[str]) -> None:
-    """Whatever is in the keys, the dotted path that errors show leads back to them."""
-    assert parsed_path(dotted(path)) == tuple(path)
-
-
-@given(st.text())
-def test_any_text_is_a_path_or_refused(text: str) -> None:
-    """No text ends in another error than ours."""
-    with contextlib.suppress(ConfigError):
-        assert parsed_path(text)
 
 
 @given(st.text())

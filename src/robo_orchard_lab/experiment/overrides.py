@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from robo_orchard_core.utils.config import formats, yaml_format
-from robo_orchard_core.utils.config.document import MAX_DEPTH, Plain, check, check_text
+from robo_orchard_core.utils.config.document import Plain, check, check_text
+from robo_orchard_core.utils.config.dotted_path import parsed_path
 from robo_orchard_core.utils.config.errors import (
     ConfigError,
     ConfigFieldError,
@@ -20,7 +20,6 @@ from robo_orchard_lab.experiment.origins import Origin
 
 ENVIRONMENT_PREFIX = "ROBO_ORCHARD_LAB__"
 
-_KEY = re.compile(r'"(?:[^"\\]|\\.)*"|[^."]+')
 _OPTION = re.compile(r'(?:"(?:[^"\\]|\\.)*+"|[^"=])*+(?==|\Z)')
 _MAX_TEXT = 2**16
 
@@ -168,33 +167,6 @@ def from_mapping(values: Mapping[str, object]) -> list[Override]:
         except ConfigError as error:
             raise _at(origin, error) from error.__cause__
     return overrides
-
-
-def parsed_path(text: str) -> tuple[str, ...]:
-    """The keys of a dotted path; one that holds a dot or a quote is written in double quotes.
-
-    >>> parsed_path('lr."layer1.weight".0')
-    ('lr', 'layer1.weight', '0')
-
-    Raises:
-        ConfigFieldError: It isn't written as a path.
-    """
-    problem = f"expected keys with dots between them, like trainer.max_epoch; found {text[:80]!r}"
-    path: list[str] = []
-    end = 0
-    while len(path) < MAX_DEPTH and (found := _KEY.match(text, end)):
-        key = found[0]
-        try:
-            path.append(json.loads(key) if key.startswith('"') else key)
-        except json.JSONDecodeError:
-            raise ConfigFieldError(problem) from None
-        end = found.end() + 1
-        if end > len(text):
-            check_text(text, ())
-            return tuple(path)
-        if text[end - 1] != ".":
-            break
-    raise ConfigFieldError(problem)
 
 
 def read_value(text: str) -> Plain:
