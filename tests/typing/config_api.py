@@ -15,6 +15,7 @@ from robo_orchard_core.utils.config import (
     Config,
     ConfigInstanceOf,
     Trust,
+    config_of,
 )
 from robo_orchard_lab.utils import log_basic_config
 
@@ -58,6 +59,8 @@ assert_type(experiment.hook, HooksConfig[Hook])
 assert_type(experiment.hook(), Hook)
 assert_type(experiment.kind, type[Hook])
 assert_type(config.replace(log_step_freq=1), MyHookConfig)
+assert_type(config_of(MyHook)(), MyHook)
+assert_type(config_of(len)([]), int)
 assert_type(config.to_str("toml"), str)
 assert_type(MyHookConfig.from_str("{}", format="yaml", trust=("my_team",)), MyHookConfig)
 assert_type(MyHookConfig.load(Path("x.json"), trust=Trust().widened(MyHook)), MyHookConfig)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast, overload
 
 from pydantic import create_model
 
@@ -103,7 +103,11 @@ def function_of(value: Any) -> Callable[..., Any]:
     return cast(Callable[..., Any], function() if hasattr(value, "class_type") else function)
 
 
-def config_of(code: Callable[..., T], /, **arguments: Any) -> Config:
+@overload
+def config_of(code: type[T], /, **arguments: Any) -> ClassConfig[T]: ...
+@overload
+def config_of(code: Callable[..., T], /, **arguments: Any) -> CallableConfig[T]: ...
+def config_of(code: Callable[..., T], /, **arguments: Any) -> Any:
     """The config of a class or function with these arguments.
 
     For a class, it is of the config class that is declared beside it, or of one made of its
@@ -124,7 +128,7 @@ def config_of(code: Callable[..., T], /, **arguments: Any) -> Config:
         key, made = "class_type", config_class_of(code)
     else:
         key, made = "func", function_config_class(code)
-    return cast(Config, made(**{key: code}, **arguments))
+    return made(**{key: code}, **arguments)
 
 
 def config_class_of(cls: type, base: type[Config] | None = None) -> type[Config]:
