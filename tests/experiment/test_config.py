@@ -95,6 +95,22 @@ def test_replace_reaches_into_parts() -> None:
     assert first == in_code()
 
 
+def test_replace_reaches_named_hooks_and_removes_them() -> None:
+    """As overrides of a file do; what was a default until then as well."""
+    first = in_code()
+    changes = {"hooks.stats.grad_norm": True, "hooks.ema": EMAConfig(), "optimizer.momentum": 0.9}
+    second = first.replace(**changes)
+    assert second == in_code(
+        hooks={"stats": StatsMonitorConfig(grad_norm=True), "ema": EMAConfig()},
+        optimizer=config_of(torch.optim.SGD, lr=0.1, momentum=0.9),
+    )
+    assert second.replace(**{"hooks.ema": None, "hooks.stats": None}) == second.replace(hooks={})
+    with pytest.raises(ConfigFieldError, match=r"hooks\.stat: .*did you mean 'stats'"):
+        first.replace(**{"hooks.stat.grad_norm": True})
+    with pytest.raises(ConfigFieldError, match=r"optimizer\.class_type: .*replace the config"):
+        first.replace(**{"optimizer.class_type": torch.optim.Adam})
+
+
 def test_its_repr_shows_what_was_said() -> None:
     """Classes and the arguments that were given, not all that could be."""
     text = repr(in_code())

@@ -128,7 +128,7 @@ REPLACEMENTS: list[tuple[dict[str, Any], str]] = [
     ({"names": 1}, "names: Run has no such field; did you mean 'name'?"),
     ({"data.bach_size": 1}, "data.bach_size: Data has no such field; did you mean 'batch_size'?"),
     ({"data.batch_size": "x"}, "data.batch_size: Input should be a valid integer"),
-    ({"data.root.x": 1}, "data.root: holds no config but str; replace it whole"),
+    ({"data.root.x": 1}, "data.root: holds no config, mapping or list but str"),
     ({"limits.low": 11}, "limits: Limited: low must not be above high"),
     ({"limits": {"low": 11}}, "limits: low must not be above high"),
 ]

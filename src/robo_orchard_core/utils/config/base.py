@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 from collections.abc import Mapping
@@ -13,12 +12,14 @@ from pydantic import ValidationError
 
 from robo_orchard_core.utils.config import formats
 from robo_orchard_core.utils.config.document import MAX_BYTES, check
+from robo_orchard_core.utils.config.dotted_path import parsed_path
 from robo_orchard_core.utils.config.encoding import encode
-from robo_orchard_core.utils.config.errors import ConfigError, ConfigFieldError
+from robo_orchard_core.utils.config.errors import ConfigError
 from robo_orchard_core.utils.config.formats import Format
 from robo_orchard_core.utils.config.loading import Loading, loading
-from robo_orchard_core.utils.config.model import ConfigModel, field_values
-from robo_orchard_core.utils.config.problems import config_error, unknown_field
+from robo_orchard_core.utils.config.model import ConfigModel
+from robo_orchard_core.utils.config.problems import config_error
+from robo_orchard_core.utils.config.replacing import config_with
 from robo_orchard_core.utils.config.trust import Trust, TrustLike
 
 
@@ -136,37 +137,24 @@ did you mean 'batch_size'?
             raise
 
     def replace(self, **changes: Any) -> Self:
-        """A validated copy with other values; a dotted name reaches into nested configs.
+        """A validated copy with other values; a dotted name reaches into what a field holds.
 
         >>> class Data(Config):
         ...     batch_size: int = 128
         >>> class Run(Config):
-        ...     data: Data = Data()
-        >>> Run().replace(**{"data.batch_size": 4}).data.batch_size
-        4
+        ...     data: dict[str, Data] = {"train": Data()}
+        >>> Run().replace(**{"data.train.batch_size": 4, "data.val": Data(batch_size=1)})
+        Run(data={'train': Data(batch_size=4), 'val': Data(batch_size=1)})
+        >>> Run().replace(**{"data.train": None})
+        Run(data={})
+
+        Args:
+            **changes: Values by their names. Behind dots stand fields of configs, keys of mappings
+                and indexes of lists; a key that holds a dot is written in double quotes. None
+                removes the entry of a mapping whose values can't be None. All of them are
+                changed at once, so that rules across fields hold for the result.
 
         Raises:
             ConfigFieldError: A name or a value that this config doesn't admit.
         """
-        values = copy.deepcopy(field_values(self))
-        for name, value in changes.items():
-            head, _, rest = name.partition(".")
-            # Of a config that has only what was set, also what wasn't.
-            known = {**values, **type(self).model_fields}
-            if head not in known and self.model_config.get("extra") != "allow":
-                raise unknown_field(head, known, type(self).__qualname__)
-            inner = values.get(head)
-            if not rest:
-                values[head] = value
-            elif isinstance(inner, Config):
-                try:
-                    values[head] = inner.replace(**{rest: value})
-                except ConfigError as error:
-                    raise error.under((head,)) from error.__cause__
-            else:
-                found = type(inner).__qualname__
-                raise ConfigFieldError(f"holds no config but {found}; replace it whole", (head,))
-        try:
-            return type(self)(**values)
-        except ValidationError as error:
-            raise config_error(error, values) from error
+        return config_with(self, {parsed_path(name): value for name, value in changes.items()})

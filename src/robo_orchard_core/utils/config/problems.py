@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -89,7 +89,17 @@ def shown(value: object) -> str:
 
 def unknown_field(name: str, known: Iterable[str], owner: str, path: Path = ()) -> ConfigFieldError:
     """The error for a field that ``owner`` doesn't have, with the nearest one that it has."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    advice = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}"
+    advice = nearest_or_all(name, sorted(known), "it has")
     return ConfigFieldError(f"{owner} has no such field; {advice}", (*path, name))
+
+
+def nearest_or_all(name: str, known: Sequence[str], lead: str) -> str:
+    """What to write instead of a name that isn't there: the nearest one, or which there are.
+
+    >>> nearest_or_all("lrr", ["lr", "momentum"], "there is")
+    "did you mean 'lr'?"
+    >>> nearest_or_all("speed", ["lr", "momentum"], "there is")
+    'there is lr, momentum'
+    """
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"{lead} {', '.join(known) or 'none'}"
