@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,11 @@ def test_replace_reaches_named_hooks_and_removes_them() -> None:
         first.replace(**{"hooks.stat.grad_norm": True})
     with pytest.raises(ConfigFieldError, match=r"optimizer\.class_type: .*replace the config"):
         first.replace(**{"optimizer.class_type": torch.optim.Adam})
+
+
+def test_it_travels_to_other_processes() -> None:
+    """As what those get that are spawned."""
+    assert pickle.loads(pickle.dumps(described())) == described()
 
 
 def test_its_repr_shows_what_was_said() -> None:

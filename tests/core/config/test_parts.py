@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from enum import Enum
+from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
 import pytest
@@ -23,6 +28,7 @@ from robo_orchard_core.utils.config import (
     Function,
     Part,
     TrustError,
+    config_class_of,
     config_of,
     function_of,
 )
@@ -269,6 +275,20 @@ def test_replace_reaches_arguments_that_were_not_given() -> None:
     assert config_of(Open, corners=3).replace(anything=1) == config_of(Open, corners=3, anything=1)
     with pytest.raises(ConfigFieldError, match="did you mean 'colour'"):
         square.replace(color="blue")
+
+
+def test_derived_configs_are_pickled() -> None:
+    """Their classes are in no module; another process makes them anew."""
+    made: Any = config_class_of(Square, ClassConfig[Shape])
+    of_kind = made(class_type=Square, side=1)
+    mine = [config_of(Open, corners=3, more=[of_kind]), config_of(double, times=3), of_kind]
+    again = pickle.loads(pickle.dumps(mine))
+    assert again == copy.deepcopy(mine) == mine
+    assert again[0]().more["more"][0].given == (1.0, "red", None)
+    script = "import pickle, sys; print(pickle.load(sys.stdin.buffer)())"
+    half = pickle.dumps(config_of(Fraction, numerator=1, denominator=2))
+    printed = subprocess.run([sys.executable, "-c", script], input=half, stdout=-1, check=True)
+    assert printed.stdout.split() == [b"1/2"]
 
 
 def test_parts_within_parts_are_built_where_they_are_needed() -> None:

@@ -51,6 +51,8 @@ class DerivedConfig(Config):
     its instances, as a class does."""
     declared: ClassVar[frozenset[str]] = frozenset()
     """Fields that are no arguments, but those of the declared class that this one belongs to."""
+    made_of: ClassVar[tuple[Any, ...]] = ()
+    """What this class was made of; no module has it by name, so it is pickled by that."""
 
     def arguments(self) -> dict[str, Any]:
         """The arguments that were given, by name; configs among them are not built."""
@@ -74,6 +76,9 @@ class DerivedConfig(Config):
             return self
         arguments = built_arguments(code, given)
         return partial(code, **arguments) if arguments else cast(Callable[..., Any], code)
+
+    def __reduce__(self) -> Any:
+        return _blank, type(self).made_of, self.__getstate__()
 
     def __repr_args__(self) -> Any:
         return [*field_values(self).items()]
@@ -189,7 +194,18 @@ def _config_class(code: Any, name: str, base: type[Config], **fields: Any) -> ty
     )
     config_class.several, config_class.declared = several, declared
     config_class.required = tuple(required)
+    generic = base.__pydantic_generic_metadata__
+    config_class.made_of = (code, generic["origin"] or base, generic["args"])
     return cast(type[Config], config_class)
+
+
+def _blank(code: Any, base: type[Config], arguments: tuple[Any, ...]) -> Config:
+    """A config that is being unpickled, before it has its values."""
+    if isinstance(code, type):
+        cls = _derived(code, base[arguments] if arguments else base)  # type: ignore[index]
+    else:
+        cls = function_config_class(code)
+    return cls.__new__(cls)
 
 
 def _is_no_field(name: str) -> bool:
