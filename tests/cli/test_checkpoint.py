@@ -232,3 +232,28 @@ def test_wrong_use_is_told(
     shown = capsys.readouterr()
     assert shown.out == ""
     assert said in shown.err
+
+
+@pytest.mark.parametrize("name", ["list", "verify", "prune"])
+@pytest.mark.parametrize("elsewhere", ["absolute", "above", "link", "inner_link", "number"])
+def test_a_runs_file_leads_to_no_other_run(
+    kept: Path, name: str, elsewhere: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stranger's run can't have the checkpoints of one's own removed in the place of its own."""
+    stranger = Path("stranger")
+    Path(stranger, "starts").mkdir(parents=True)
+    folder = {
+        "absolute": str((kept / "checkpoints").absolute()),
+        "above": "../runs/first/checkpoints",
+        "inner_link": "away/checkpoints",
+        "number": 3,
+    }.get(elsewhere)
+    if elsewhere == "link":
+        (stranger / "checkpoints").symlink_to((kept / "checkpoints").absolute())
+    (stranger / "away").symlink_to(kept.absolute())
+    policy = {"keep_last": 1} | ({} if folder is None else {"folder": folder})
+    (stranger / "config.yaml").write_text(json.dumps({"checkpoint": policy}))
+    before = sorted(os.listdir(kept / "checkpoints"))
+    assert main(["checkpoint", name, str(stranger)]) == 2
+    assert "checkpoint.folder" in capsys.readouterr().err
+    assert sorted(os.listdir(kept / "checkpoints")) == before

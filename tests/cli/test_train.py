@@ -284,3 +284,25 @@ def test_under_torchrun_ranks_train_together_and_one_speaks(
     metrics = json.loads(measured.stdout)["metrics"]
     alone = json.loads(capsys.readouterr().out)["metrics"]
     assert metrics == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_file_removes_no_checkpoints_of_another_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """Only who types it begins a run anew that was saved; a file may have its name by chance."""
+    assert main(["train", FILE]) == 0
+    Path("other.yaml").write_text(f"base: {FILE}\nresume: never\ncheckpoint: {{keep_last: 1}}\n")
+    before = sorted(os.listdir(Path(RUN, "checkpoints")))
+    assert main(["train", "other.yaml"]) == 2
+    assert "resume: never" in capsys.readouterr().err
+    assert sorted(os.listdir(Path(RUN, "checkpoints"))) == before
+    assert main(["train", "other.yaml", "--resume", "never"]) == 0
+
+
+def test_a_run_writes_through_no_link_that_leads_out(capsys: pytest.CaptureFixture[str]) -> None:
+    """What somebody has put into the run's folder has nothing written elsewhere."""
+    assert main(["train", FILE]) == 0
+    Path(RUN, "metrics.jsonl").unlink(missing_ok=True)
+    Path(RUN, "metrics.jsonl").symlink_to(Path("elsewhere").absolute())
+    for command in (["train", FILE], ["train", f"{RUN}/config.yaml"], ["resume", str(RUN)]):
+        assert main(command) == 2
+        assert "metrics.jsonl" in capsys.readouterr().err
+    assert not Path("elsewhere").exists()

@@ -50,8 +50,14 @@ def beginning(
     Raises:
         CommandError: the run in the folder can't go on as this, is completed, or still goes on.
     """
+    from robo_orchard_lab.experiment.run_folder import link_out_of
     from robo_orchard_lab.experiment.starting import run_before
 
+    if (link := link_out_of(experiment.folder())) is not None:
+        raise CommandError(
+            f"the link {link} leads out of the run's folder, and so would what is written there",
+            "remove the link, or give this one a folder of its own by --run_folder FOLDER",
+        )
     before = run_before(experiment.folder())
     if before is None:
         return Beginning()
@@ -60,6 +66,12 @@ def beginning(
             f"the run in {before.folder} still goes on, as process {before.pid}",
             "stop that one, or give this one a folder of its own by --run_folder FOLDER",
             ExitCode.FAILED,
+        )
+    if before.newest_step is not None and _begins_anew(experiment, arguments):
+        raise CommandError(
+            f"the run in {before.folder} has checkpoints, which would go: the file has resume: "
+            "never",
+            "--resume never begins anew all the same; --run_folder FOLDER starts another",
         )
     if before.newest_step is None or experiment.resume != "auto":
         return Beginning()
@@ -108,6 +120,14 @@ def train(
         raise
     if is_first():
         _tell_end(folder, arguments, as_json)
+
+
+def _begins_anew(experiment: ExperimentConfig, arguments: ExperimentArguments) -> bool:
+    """Whether the file alone says that it does; files of others may have the name of one's run."""
+    from robo_orchard_lab.experiment.overrides import from_environment
+
+    given = [*arguments.overrides, *from_environment(os.environ, {})]
+    return experiment.resume == "never" and all(each.path != ("resume",) for each in given)
 
 
 def is_first() -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from robo_orchard_core.utils.config import ConfigError, ConfigFieldError
+from robo_orchard_core.utils.config.problems import shown
 from robo_orchard_lab.experiment.reading import read_with_bases
 from robo_orchard_lab.experiment.run_folder import NoRunError, run_at
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, Retention
@@ -17,6 +18,7 @@ from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE
 from robo_orchard_lab.pipeline.errors import CheckpointError
 from robo_orchard_lab.pipeline.hooks.save_checkpoint import FOLDER
 from robo_orchard_lab.pipeline.job_log import job_logger
+from robo_orchard_lab.pipeline.run_path import check_run_path
 
 logger = job_logger(__name__)
 
@@ -88,7 +90,7 @@ def checkpoints_at(path: str | os.PathLike[str]) -> CheckpointPlace:
     place = run_at(path)
     policy = _policy_in(place.config)
     folder = policy.get("folder")
-    root = place.folder / (FOLDER if folder is None else _within_run(folder, place.config))
+    root = place.folder / _within_run(FOLDER if folder is None else folder, place.config)
     if not root.is_dir():
         raise NoRunError(f"the run in {place.folder} has no checkpoints: there is no {root}")
     return CheckpointPlace(root, place.checkpoint, policy)
@@ -116,14 +118,20 @@ def _within_run(folder: Any, config: Path) -> Path:
     """A folder that a run's file names, from the run's own on.
 
     Raises:
-        ConfigFieldError: it leads out of that.
+        ConfigFieldError: it leads out of that, or behind a link.
     """
-    path = Path(folder) if isinstance(folder, str) else None
-    if path is None or path.is_absolute() or ".." in path.parts or "\0" in str(path):
-        error = ConfigFieldError(
-            f"expected a path within the run's folder, found {folder!r:.80}",
-            ("checkpoint", "folder"),
-        )
+    try:
+        if not isinstance(folder, str):
+            raise ConfigFieldError(
+                f"expected a path within the run's folder, found {shown(folder)}"
+            )
+        check_run_path(folder)
+        for part in (PurePath(folder), *PurePath(folder).parents[:-1]):
+            if (link := config.parent / part).is_symlink():
+                raise ConfigFieldError(
+                    f"{link} is a link; give the folder that it leads to, if that is meant"
+                )
+    except ConfigFieldError as error:
         error.source = os.fspath(config)
-        raise error
-    return path
+        raise error.under(("checkpoint", "folder")) from None
+    return Path(folder)

@@ -31,6 +31,7 @@ from robo_orchard_lab.experiment.git_state import git_state
 
 CONFIG_FILE = "config.yaml"
 STARTS = "starts"
+RUN_STATE = "run_state.json"
 _PACKAGES = ("torch", "accelerate", "numpy", "safetensors", "robo-orchard-hooks")
 _MANIFEST = "manifest.json"
 _LEVELS = 3  # a checkpoint lies in RUN/checkpoints/step_00000001
@@ -95,6 +96,35 @@ def config_of_run(folder: str | os.PathLike[str]) -> Path | None:
     """The file that says what was run in a folder; None where nothing was."""
     path = Path(folder) / CONFIG_FILE
     return path if path.is_file() and path.with_name(STARTS).is_dir() else None
+
+
+def is_of_others(folder: str | os.PathLike[str]) -> bool:
+    """Whether there is something in a folder, and none of it says that it is that of a run."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return False
+    except OSError:  # a file, or one that can't be read
+        return True
+    return bool(names) and not {STARTS, RUN_STATE}.intersection(names)
+
+
+def link_out_of(folder: str | os.PathLike[str]) -> str | None:
+    """A link within a folder that leads out of it, where what a run writes might end up."""
+    root = os.path.realpath(folder)
+    for inside, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = os.path.join(inside, name)
+            if os.path.islink(path) and not _lies_in(os.path.realpath(path), root):
+                return path
+    return None
+
+
+def _lies_in(path: str, root: str) -> bool:
+    try:
+        return os.path.commonpath([root, path]) == root
+    except ValueError:  # on another drive
+        return False
 
 
 def record_start(

@@ -30,6 +30,7 @@ from robo_orchard_lab.experiment.document import ExperimentDocument
 from robo_orchard_lab.experiment.merging import NAMED_ENTRIES, PART_KEYS
 from robo_orchard_lab.experiment.origins import origin_of
 from robo_orchard_lab.experiment.reading import check_bounds
+from robo_orchard_lab.experiment.run_folder import is_of_others, link_out_of
 
 MAX_REFERENCE = 300
 """Characters of a name of code."""
@@ -234,11 +235,13 @@ def _check_run_folder(document: ExperimentDocument) -> None:
     folder = FilePath("runs", value) if field == "name" else FilePath(value)
     for kind in (PurePosixPath, PureWindowsPath):
         path = kind(folder)
-        leads_out = path.drive or path.root or ".." in path.parts or not path.parts
-        if leads_out or not value.isprintable():
+        leads_out = path.drive or path.root or not path.parts
+        # Hidden ones, as .. is, are those of programs, which read what they find there.
+        is_hidden = any(part.startswith(".") for part in path.parts)
+        if leads_out or is_hidden or not value.isprintable():
             raise ConfigFieldError(
-                "a file can only have its run in a folder below the current one; found "
-                f"{shown(value)}; say --run_folder for any other",
+                "a file can only have its run in a folder below the current one, with no name that "
+                f"begins with a dot; found {shown(value)}; say --run_folder for any other",
                 (field,),
             )
     if any(len(part.encode()) > _MAX_FOLDER for part in folder.parts):
@@ -247,22 +250,15 @@ def _check_run_folder(document: ExperimentDocument) -> None:
         if os.path.islink(link):
             problem = f"a file can't have its run behind the link {str(link)!r}; say --run_folder"
             raise ConfigFieldError(problem, (field,))
-    if (way_out := _way_out(folder)) is not None:
+    if is_of_others(folder):
         raise ConfigFieldError(
-            f"a file can't have its run where the link {way_out!r} leads out; remove the link, or "
-            "say --run_folder",
+            f"a file can't have its run among other files, as there are in {str(folder)!r}; say "
+            "--run_folder",
             (field,),
         )
-
-
-def _way_out(folder: FilePath) -> str | None:
-    """A link within a folder that leads out of it; what a run writes might end up there."""
-    root = os.path.realpath(folder)
-    for inside, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            path = os.path.join(inside, name)
-            if os.path.islink(path):
-                target = os.path.realpath(path)
-                if os.path.commonpath([root, target]) != root:
-                    return path
-    return None
+    if (link := link_out_of(folder)) is not None:
+        raise ConfigFieldError(
+            f"a file can't have its run where the link {link!r} leads out; remove the link, or say "
+            "--run_folder",
+            (field,),
+        )

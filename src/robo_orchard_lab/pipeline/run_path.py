@@ -33,6 +33,20 @@ class RunPath:
     joined: bool = True
 
 
+def check_run_path(path: str | PurePath) -> None:
+    """That a path, from a run's folder on, leads to something in there.
+
+    Raises:
+        ConfigFieldError: it does not.
+    """
+    path = PurePath(path)
+    if path.is_absolute() or ".." in path.parts or "\0" in str(path):
+        raise ConfigFieldError(
+            f"expected a path within the run's folder, from there on, found {str(path)!r}; leave "
+            "out a leading '/' and any '..'"
+        )
+
+
 def check_run_paths(config: Config) -> None:
     """That all such paths in a config, and in those within, stay in the run's folder.
 
@@ -90,10 +104,5 @@ def _within(value: Any, folder: Path) -> Any:
 def _placed(value: Any, folder: Path, mark: RunPath) -> Any:
     if value is None:
         return None
-    path = PurePath(value)
-    if path.is_absolute() or ".." in path.parts or "\0" in str(path):
-        raise ConfigFieldError(
-            f"expected a path within the run's folder, from there on, found {str(path)!r}; leave "
-            "out a leading '/' and any '..'"
-        )
-    return type(value)(folder / path) if mark.joined else value
+    check_run_path(value)
+    return type(value)(folder / value) if mark.joined else value
