@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if COMPLETE_VARIABLE in os.environ:
                 instruction = os.environ[COMPLETE_VARIABLE]
                 return shell_complete(_program(), {}, PROGRAM, COMPLETE_VARIABLE, instruction)
-            log_basic_config()
+            _begin_log(debug)
             code = _run(arguments)
             if sys.stdout is not None:  # as it is where that was closed
                 sys.stdout.flush()  # an error of it belongs here, not to the interpreter's end
@@ -103,6 +103,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.last_value = error
             return exit_code_of(error)
     return code
+
+
+def _begin_log(debug: bool) -> None:
+    """Log lines, short ones for a person who watches; a file, a job and ``--debug`` get all."""
+    watched = sys.stderr is not None and sys.stderr.isatty() and "WORLD_SIZE" not in os.environ
+    if watched and not debug:
+        log_basic_config(format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
+    else:
+        log_basic_config()
 
 
 def _run(arguments: list[str]) -> int:
