@@ -193,6 +193,7 @@ def began(run_folder: Path, step: int) -> None:
     while not (run_folder / "checkpoints" / f"step_{step:08d}").is_dir():
         assert time.monotonic() < ends_at
         time.sleep(0.02)
+    time.sleep(0.2)  # the run itself knows of it a moment later than the disk
 
 
 @pytest.mark.parametrize("saves", [True, False])
