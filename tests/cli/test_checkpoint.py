@@ -31,7 +31,7 @@ def kept_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             weights = {"weight": torch.full((2, 3), float(step)), "bias": torch.zeros(2)}
             progress = {"version": 1, "epoch_id": step // 20, "global_step_id": step}
             parts = {"model": weights, "trainer": {"progress": progress}}
-            about = {"command": "train.py", "reason": "every 10 steps"}
+            about = {"command": "train.py \x1b[31m", "reason": "every 10 steps"}
             store.save(step, parts, metrics={"loss": loss}, metadata=about)
     text = "checkpoint: {keep_last: 3, keep_best: 1, monitor: loss, mode: min}\n"
     (folder / "config.yaml").write_text(text)
@@ -104,7 +104,7 @@ def test_show_tells_what_is_inside(kept: Path, capsys: pytest.CaptureFixture[str
     assert main(["checkpoint", "show", str(kept), "--tensors"]) == 0
     shown = capsys.readouterr().out
     assert "step:        40" in shown
-    assert "command:     train.py" in shown
+    assert "command:     train.py \\x1b[31m" in shown  # which a terminal would obey
     assert "2 tensors, 8 numbers" in shown
     assert "model.safetensors  weight  float32  [2, 3]" in shown
     assert main(["checkpoint", "show", str(kept), "--best", "--json"]) == 0

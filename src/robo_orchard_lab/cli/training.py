@@ -167,7 +167,11 @@ def _short(value: Any) -> str:
 def _tell_end(folder: Path, arguments: ExperimentArguments, as_json: bool) -> None:
     from robo_orchard_lab.pipeline.run_state import read_run_state
 
-    state = read_run_state(folder)
+    try:
+        state = read_run_state(folder)
+    except (OSError, ValueError):  # which could not be written, as the log says
+        say(f"{folder}: completed")
+        return
     if as_json:
         print_json({"run_folder": str(folder), **state.model_dump(mode="json")})
         return

@@ -10,7 +10,7 @@ import click
 
 from robo_orchard_lab.cli.amounts import bytes_text, count_text
 from robo_orchard_lab.cli.lazy_group import Command
-from robo_orchard_lab.cli.output import json_option, print_json, print_table, say
+from robo_orchard_lab.cli.output import json_option, print_json, print_table, say, visible
 
 if TYPE_CHECKING:
     from robo_orchard_lab.pipeline.checkpoint.contents import Contents
@@ -34,7 +34,7 @@ def command(path: str, best: bool, tensors: bool, as_json: bool) -> None:
         print_json(_plain(contents))
         return
     for name, text in _lines(contents):
-        say(f"{name + ':':<12} {text}")
+        say(visible(f"{name + ':':<12} {text}"))
     say()
     rows = [
         [file.name, bytes_text(file.size_bytes), _tensors_text(file.tensors)]

@@ -6,7 +6,7 @@ import click
 
 from robo_orchard_lab.cli.errors import ExitCode
 from robo_orchard_lab.cli.lazy_group import Command
-from robo_orchard_lab.cli.output import json_option, print_json, say, styled
+from robo_orchard_lab.cli.output import json_option, print_json, say, styled, visible
 
 
 @click.command("verify", cls=Command)
@@ -28,7 +28,8 @@ def command(path: str, as_json: bool) -> int:
     else:
         for each in found:
             state = styled("whole", "green") if each.problem is None else styled("damaged", "red")
-            say(f"{each.path}: {state}" + (f": {each.problem}" if each.problem else ""))
+            problem = "" if each.problem is None else f": {visible(each.problem)}"
+            say(f"{visible(str(each.path))}: {state}{problem}")
         if not found:
             say(f"there are no checkpoints in {place.root}")
     is_good = found and all(each.problem is None for each in found)
