@@ -220,8 +220,7 @@ def test_ctrl_c_ends_a_run_that_then_goes_on(saves: bool) -> None:
     else:
         assert f"runs/spirals: ended after {steps} steps" in err
         assert "error: interrupted" in err
-        assert state()["checkpoint"]["step"] == 10
-    assert "with  robo-orchard-lab resume runs/spirals --trust mine" in err
+    assert " with  robo-orchard-lab resume runs/spirals --trust mine" in err
     quick = ["--trust", "mine", "--hooks.slow.seconds=0.0", "--allow", "trajectory"]
     assert main(["resume", str(RUN), *quick]) == 0
     assert main(["train", FILE, "--run_folder", "straight"]) == 0

@@ -186,19 +186,22 @@ def _tell_end(folder: Path, arguments: ExperimentArguments, as_json: bool) -> No
 
 def _tell_stopped(folder: Path, arguments: ExperimentArguments) -> None:
     """What is left of a run that has not come to its end; whatever fails here is no matter."""
-    from robo_orchard_lab.pipeline.run_state import read_run_state
+    from robo_orchard_lab.experiment.starting import run_before
 
     try:
-        state = read_run_state(folder)
+        found = run_before(folder)
     except (OSError, ValueError):
         return
+    if found is None or found.state is None:
+        return
+    state = found.state
     steps = state.progress.get("global_step_id", 0)
     why = "" if state.reason is None else f" ({state.reason})"
-    is_saved = state.checkpoint is not None and state.checkpoint.step == steps
+    is_saved = found.newest_step == steps
     done = "ended" if state.state != "preempted" else f"{'saved and ' * is_saved}stopped"
     note(f"{folder}: {done} after {steps} steps{why}")
-    if state.checkpoint is not None:
-        place = "" if is_saved else f", from step {state.checkpoint.step},"
+    if found.newest_step is not None:
+        place = "" if is_saved else f", from step {found.newest_step},"
         note(f"  go on{place} with  {_command('resume', folder, arguments)}")
 
 
