@@ -35,9 +35,21 @@ def validator() -> Draft202012Validator:
     return Draft202012Validator(schema())
 
 
-def refused_at(document: Any) -> str | None:
+@cache
+def quick_validator() -> Draft202012Validator:
+    """Of what the entries of hooks name alone, which makes it ten times as fast."""
+    needed = ("MulticlassAccuracy", "CrossEntropyLoss", "DataLoader", "SGD")
+    names = {
+        name: place
+        for name, place in CATALOGUE.items()
+        if place.startswith("robo_orchard_lab.") or place.endswith(needed)
+    }
+    return Draft202012Validator(experiment_schema(names))
+
+
+def refused_at(document: Any, by: Draft202012Validator | None = None) -> str | None:
     """The place that the schema finds at fault; None where it finds none."""
-    error = best_match(validator().iter_errors(document))
+    error = best_match((by or validator()).iter_errors(document))
     return None if error is None else ".".join(map(str, error.absolute_path))
 
 
@@ -134,11 +146,11 @@ def test_what_the_loader_refuses_by_type_is_refused(data: st.DataObject) -> None
         )
         event(f"of another type: {own}")
         if own:
-            assert refused_at(document) is not None
+            assert refused_at(document, quick_validator()) is not None
     else:
         # Texts of numbers, and numbers as truth values, are read; the schema wants them as such.
         lax = document["hooks"]["it"][field]
-        assert isinstance(lax, bool | int | str) or refused_at(document) is None
+        assert isinstance(lax, bool | int | str) or refused_at(document, quick_validator()) is None
 
 
 @settings(max_examples=50, deadline=None)
@@ -149,7 +161,7 @@ def test_what_the_loader_takes_passes(data: st.DataObject) -> None:
     for number, (name, entry) in enumerate(data.draw(st.lists(st.sampled_from(NAMED)))):
         fields = data.draw(st.lists(st.sampled_from([*entry]), unique=True))
         document["hooks"][str(number)] = {"class_type": name, **{k: entry[k] for k in fields}}
-    place = refused_at(document)
+    place = refused_at(document, quick_validator())
     if place is not None:
         with pytest.raises(ConfigError):
             load(document)
@@ -187,6 +199,10 @@ GROUPS = {"class_type": "torch.optim:AdamW", "groups": {"norms": {"parameters": 
         ("optimizer.momentom", 0.9),
         ("optimizer.lr", "fast"),
         ("optimizer.params", []),
+        ("optimizer.groups", {"norms": {"parameters": "norms"}}),
+        ("optimizer.groups", {"norms": {"weight_decay": 0}}),
+        ("optimizer.groups.norms", {"parameters": ["a.*"], "weight_deca": 0}),
+        ("optimizer.groups.norms", {"parameters": ["a.*"], "lr": "fast"}),
         ("hooks.stats.grad_normal", 3),
         ("hooks.stats.grad_norm", "often"),
         ("hooks.log.every", "often"),
@@ -207,7 +223,7 @@ def test_a_fault_is_told_at_its_place(place: str, value: Any) -> None:
     found = refused_at(changed(HOOKS, place, value))
     parent = place.rpartition(".")[0]
     assert found is not None
-    assert found in (place, parent)  # unknown names are told of what has them
+    assert found == parent or found.startswith(place)  # unknown names are told of what has them
     with pytest.raises(ConfigError):
         load(changed(HOOKS, place, value))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from robo_orchard_lab.experiment.catalogue import CATALOGUE
 from robo_orchard_lab.experiment.config import ExperimentConfig
+from robo_orchard_lab.experiment.parts import OptimizerConfig, ParameterGroup
 from robo_orchard_lab.experiment.schema_definitions import Definitions
 from robo_orchard_lab.experiment.schema_fields import Json
 
@@ -52,6 +53,7 @@ def experiment_schema(
     definitions = Definitions(names, tuple(trust))
     root = definitions.config(ExperimentConfig)["$ref"]
     found = definitions.complete()
+    _say_what_groups_take(found)
     experiment = found[root.removeprefix(_DEFS)]
     experiment["properties"] = _OF_FILES | experiment["properties"]
     return {
@@ -63,6 +65,23 @@ def experiment_schema(
         "else": {"$ref": root},
         "$defs": found | _variants(found),
     }
+
+
+def _say_what_groups_take(definitions: Mapping[str, Json]) -> None:
+    """Of each optimizer, that its groups have its own options."""
+    name = ParameterGroup.__name__
+    for schema in definitions.values():
+        groups = schema.get("properties", {}).get("groups", {})
+        is_closed = schema.get("additionalProperties") is False
+        if is_closed and groups.get("additionalProperties") == {"$ref": _DEFS + name}:
+            group = definitions[name]
+            own = OptimizerConfig.model_fields
+            options = {k: v for k, v in schema["properties"].items() if k not in own}
+            groups["additionalProperties"] = {
+                **group,
+                "properties": group["properties"] | options,
+                "additionalProperties": False,
+            }
 
 
 def _variants(definitions: Mapping[str, Json]) -> dict[str, Json]:
@@ -89,7 +108,11 @@ def _variant(schema: Any, differing: set[str]) -> Any:
             made[key] = _DEFS + _VARIANT + name
         elif key in ("items", "prefixItems", "if", "default", "enum"):
             made[key] = value
-        elif key == "additionalProperties" and isinstance(value, dict) and "$ref" in value:
+        elif (
+            key == "additionalProperties"
+            and isinstance(value, dict)
+            and {"$ref", "type"} & {*value}
+        ):
             made[key] = {"anyOf": [_variant(value, differing), {"type": "null"}]}
         elif not _requires(key, value):
             made[key] = _variant(value, differing)

@@ -34,7 +34,7 @@ def command(output: Path | None, trust: tuple[str, ...]) -> None:
         print_json(schema)
         return
     try:
-        output.write_text(json.dumps(schema, indent=2) + "\n", encoding="utf-8")
+        output.write_text(json.dumps(schema) + "\n", encoding="utf-8")
     except OSError as error:
         raise CommandError(f"{output} can't be written: {error.strerror}") from error
     say(f"wrote {output}")
