@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 from robo_orchard_core.utils.config import (
     ClassConfig,
     Config,
+    ConfigBuildError,
     ConfigError,
     ConfigFieldError,
     ConfigInstanceOf,
@@ -289,6 +290,37 @@ def test_derived_configs_are_pickled() -> None:
     half = pickle.dumps(config_of(Fraction, numerator=1, denominator=2))
     printed = subprocess.run([sys.executable, "-c", script], input=half, stdout=-1, check=True)
     assert printed.stdout.split() == [b"1/2"]
+
+
+def placed(a: int, b: int = 2, /, c: int = 3, *more: int, d: int = 4) -> tuple[int, ...]:
+    return (a, b, c, *more, d)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "result"),
+    [
+        ({"a": 1}, (1, 2, 3, 4)),
+        ({"b": 7, "a": 1}, (1, 7, 3, 4)),
+        ({"a": 1, "c": 5, "d": 0}, (1, 2, 5, 0)),
+        ({"a": 1, "more": [8, 9]}, (1, 2, 3, 8, 9, 4)),
+        ({"a": 1, "c": 5, "more": []}, (1, 2, 5, 4)),
+    ],
+)
+def test_arguments_go_where_their_parameters_are(
+    arguments: dict[str, Any], result: tuple[int, ...]
+) -> None:
+    """Also those that can be given by their position alone, and those ahead of ``*args``."""
+    config = drawing(part(Loud), act=part(placed, **arguments)).act
+    assert config is not None
+    assert config() == function_of(config)() == result
+    assert config(0) == (0, *result[1:])
+
+
+def test_an_argument_that_is_missing_in_its_place_is_told() -> None:
+    """Nothing that stands behind it takes its place."""
+    for arguments in ({"b": 1}, {"more": [1, 2]}):
+        with pytest.raises(ConfigBuildError, match="missing a required argument: 'a'"):
+            config_of(placed, **arguments)()
 
 
 def test_parts_within_parts_are_built_where_they_are_needed() -> None:

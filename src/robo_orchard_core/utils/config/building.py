@@ -86,9 +86,12 @@ def call(
     silent = fields.keys() - kwargs.keys() - set(_positional(signature)[: len(args)])
     built = built_arguments(code, {n: value for n, value in fields.items() if n in silent})
     kwargs = {**built, **kwargs}
-    args = (*args, *(_built(value, Any) for value in further))
-    if signature is not None:
+    behind = [_built(value, Any) for value in further]
+    if signature is None:
+        args = (*args, *behind)
+    else:
         try:
+            args, kwargs = _in_place(signature, args, kwargs, behind)
             signature.bind(*args, **kwargs)
         except TypeError as error:
             names = ", ".join(_parameters(code)) or "none"
@@ -101,6 +104,32 @@ def call(
     except Exception as error:
         error.add_note(f"while {type(config).__qualname__} built {_name(code)}")
         raise
+
+
+def _in_place(
+    signature: inspect.Signature,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    behind: list[Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with those in their position that can only be given there.
+
+    Raises:
+        TypeError: One of these is missing.
+    """
+    placed, named = [*args], dict(kwargs)
+    waiting = [
+        p
+        for p in signature.parameters.values()
+        if p.kind is p.POSITIONAL_ONLY or (behind and p.kind is p.POSITIONAL_OR_KEYWORD)
+    ][len(args) :]
+    while waiting and (behind or any(p.name in named for p in waiting)):
+        parameter = waiting.pop(0)
+        value = named.pop(parameter.name, parameter.default)
+        if value is parameter.empty:
+            raise TypeError(f"missing a required argument: {parameter.name!r}")
+        placed.append(value)
+    return (*placed, *behind), named
 
 
 def built_arguments(code: Callable[..., Any], fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,7 +72,8 @@ class DerivedConfig(Config):
     def bound(self) -> Callable[..., Any]:
         """The class or function with the arguments, built now, for many calls of it."""
         code, given = code_of(self), self.arguments()
-        if self.several and given.get(self.several):
+        further = given.pop(self.several, ()) if self.several else ()
+        if further or not given.keys().isdisjoint(_only_by_position(code)):
             return self
         arguments = built_arguments(code, given)
         return partial(code, **arguments) if arguments else cast(Callable[..., Any], code)
@@ -180,7 +181,7 @@ def _config_class(code: Any, name: str, base: type[Config], **fields: Any) -> ty
         elif parameter.kind is parameter.VAR_POSITIONAL:
             several = name_
             fields[name_] = (list[annotation], [])  # type: ignore[valid-type]
-        elif name_ not in declared and parameter.kind is not parameter.POSITIONAL_ONLY:
+        elif name_ not in declared:
             is_required = parameter.default is parameter.empty
             required += [name_] if is_required else []
             fields[name_] = (annotation, None if is_required else parameter.default)
@@ -211,6 +212,10 @@ def _blank(code: Any, base: type[Config], arguments: tuple[Any, ...]) -> Config:
 def _is_no_field(name: str) -> bool:
     """Whether pydantic has the name for itself, or none that begins like it."""
     return name.startswith("_") or hasattr(DerivedConfig, name)
+
+
+def _only_by_position(code: Any) -> list[str]:
+    return [p.name for p in parameters_of(code) if p.kind is p.POSITIONAL_ONLY]
 
 
 def parameters_of(code: Any) -> list[inspect.Parameter]:
