@@ -87,7 +87,7 @@ def _lines(begins: Beginning, found: DryRun) -> Iterator[tuple[str, str]]:
         "memory",
         f"parameters {bytes_text(memory.parameters)}, gradients {bytes_text(memory.gradients)}, "
         f"optimizer {bytes_text(memory.optimizer)}; at most {bytes_text(memory.peak)} in use "
-        + ("by this process" if found.device == "cpu" else f"on {found.device}"),
+        + ("by this process" if memory.peak_on == "process" else f"on {memory.peak_on}"),
     )
 
 

@@ -50,8 +50,9 @@ class MemoryUse:
     optimizer: int
     """Its state, as it is after an update."""
     peak: int
-    """The most that was in use while one batch was computed, on the device; without one, of the
-    whole process."""
+    """The most that was in use until the first update was made."""
+    peak_on: str
+    """Where that was measured: a device's name, or ``"process"`` for the host's memory of all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +179,9 @@ def _memory(trainer: HookBasedTrainer) -> MemoryUse:
     parameters = [*trainer.model.parameters()]
     state = [] if trainer.optimizer is None else [*trainer.optimizer.state.values()]
     device = trainer.accelerator.device
+    peak_on = "process"
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
+        peak, peak_on = torch.cuda.max_memory_allocated(device), str(device)
     else:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -193,6 +195,7 @@ def _memory(trainer: HookBasedTrainer) -> MemoryUse:
             if isinstance(value, torch.Tensor)
         ),
         peak,
+        peak_on,
     )
 
 
