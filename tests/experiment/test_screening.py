@@ -145,6 +145,7 @@ def test_links_within_a_run_are_its_own(folder: Path) -> None:
     """That to the last checkpoint is none by which a run would write anywhere else."""
     run = folder / "runs/a"
     (run / "checkpoints/step_1").mkdir(parents=True)
+    (run / "starts").mkdir()
     (run / "checkpoints/last").symlink_to("step_1")
     screen(read("name: a\n"), TRUST)
     (run / "metrics.jsonl").symlink_to(folder / "mine.txt")

@@ -256,9 +256,9 @@ def _check_run_folder(document: ExperimentDocument) -> None:
             "--run_folder",
             (field,),
         )
-    if (leading_out := link_out_of(folder)) is not None:
+    if (out := link_out_of(folder)) is not None:
         raise ConfigFieldError(
-            f"a file can't have its run where the link {leading_out!r} leads out; remove the link, or say "
+            f"a file can't have its run where the link {out!r} leads out; remove the link, or say "
             "--run_folder",
             (field,),
         )
