@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tests.cli.running import START, environment, run_in_terminal
 from tests.cli.spirals import SLOW, write_experiment
 
+from robo_orchard_core.utils.config import formats
 from robo_orchard_lab.cli.main import main
 
 FILE = "spirals.yaml"
@@ -65,6 +66,17 @@ def test_a_file_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
     assert start()["changes"] == []
     assert "lr: 0.05" in (RUN / "config.yaml").read_text()
     assert len((RUN / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_each_format_gives_the_same_run() -> None:
+    """The same file as YAML, TOML and JSON: the same weights, bit for bit."""
+    document = formats.read(Path(FILE).read_text(), "yaml")
+    for name in ("toml", "json"):
+        Path(f"spirals.{name}").write_text(formats.write(document, formats.check_format(name)))
+    for name in ("yaml", "toml", "json"):
+        assert main(["train", f"spirals.{name}", "--run_folder", name]) == 0
+    assert equal(weights("yaml"), weights("toml"))
+    assert equal(weights("yaml"), weights("json"))
 
 
 def test_a_runs_own_file_repeats_it(capsys: pytest.CaptureFixture[str]) -> None:
