@@ -120,7 +120,7 @@ def test_changes_are_sorted_and_need_a_word(capsys: pytest.CaptureFixture[str]) 
     assert lines == [["trajectory", "hooks.clip"], ["harmless", "trainer.max_epoch"]]
     assert "--allow trajectory goes on all the same; `robo-orchard-lab resume" in shown.err
     assert state()["progress"]["epoch_id"] == 1
-    assert main([*changed, "--allow", "trajectory"]) == 0
+    assert main([changed[0], "--allow", *changed[1:]]) == 0  # which means the same alone
     assert state()["progress"]["epoch_id"] == 2
     assert [each["path"] for each in start(number=2)["changes"]] == [
         *("hooks.clip", "trainer.max_epoch")

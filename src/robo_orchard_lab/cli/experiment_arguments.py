@@ -40,6 +40,9 @@ _TRUST: dict[str, Any] = {
 trust_option = click.option("--trust", **_TRUST)
 """``--trust``, of commands that take no overrides."""
 
+ALLOWED = "trajectory"
+"""What ``--allow`` allows: the worst that may be."""
+
 _SUFFIXES = (".yaml", ".yml", ".toml", ".json")
 
 
@@ -121,7 +124,7 @@ class ExperimentCommand(Command):
         }
         own: list[str] = []
         fields: list[str] = []
-        waiting = iter(args)
+        waiting = iter(_complete(args))
         for argument in waiting:
             if argument == "--":
                 own += [argument, *waiting]
@@ -169,6 +172,20 @@ class ExperimentCommand(Command):
                 "given behind an equals sign. Environment variables go between the file and what "
                 "is typed: ROBO_ORCHARD_LAB__TRAINER__MAX_EPOCH=3."
             )
+
+
+def _complete(args: list[str]) -> list[str]:
+    """The arguments with its one value behind an ``--allow`` that stands alone, for which click
+    would take the file or the field that follows."""
+    return [
+        f"--allow={ALLOWED}" if arg == "--allow" and _is_no_value(after) else arg
+        for arg, after in zip(args, [*args, ""][1:], strict=False)
+    ]
+
+
+def _is_no_value(argument: str) -> bool:
+    path = Path(argument)
+    return argument[:1] in ("", "-") or path.suffix in _SUFFIXES or path.exists()
 
 
 def _next(waiting: Iterator[str]) -> list[str]:

@@ -10,6 +10,7 @@ import click
 
 from robo_orchard_lab.cli.errors import CommandError
 from robo_orchard_lab.cli.experiment_arguments import (
+    ALLOWED,
     ExperimentArguments,
     ExperimentCommand,
     file_argument,
@@ -22,8 +23,9 @@ RUN_FOLDER = "run_folder"
 
 allow_option = click.option(
     "--allow",
-    type=click.Choice(["trajectory"]),
-    help="Go on with a run although its file has changed in what its weights follow from.",
+    type=click.Choice([ALLOWED]),
+    help="Go on with a run although its file has changed in what its weights follow from; "
+    "--allow alone means the same.",
 )
 
 
