@@ -79,6 +79,7 @@ def test_the_fields_are_those_of_experiments() -> None:
         ("--model=null", "model: expected a mapping, found None (NoneType)"),
         ("--data=3", "data: expected a mapping, found 3 (int)"),
         ("--hooks=[]", "hooks: expected a mapping, found [] (list)"),
+        ("--hooks.lgo.every=3 steps", "hooks.lgo: there is none of this name; did you mean 'log'?"),
         ("--hooks.x=3", "hooks.x: expected a mapping, found 3 (int)"),
         ("--data.evaluation=[]", "data.evaluation: expected a mapping of names, found [] (list)"),
         ("--optimizer.groups.a=1", "optimizer.groups.a: expected a mapping, found 1 (int)"),
@@ -102,6 +103,21 @@ def test_what_is_wrong_is_refused_with_its_place(option: str, problem: str) -> N
     assert error.startswith(f"command line: {option.partition('=')[0]}")
     assert problem in error
     assert "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("there", "option", "near"),
+    [
+        ("--data.evaluation.val.dataset={}", "--data.evaluation.vall.batch_size=3", "val"),
+        ("--optimizer.groups.norms.parameters=[]", "--optimizer.groups.norm.lr=3", "norms"),
+    ],
+)
+def test_a_misspelt_name_of_an_entry_is_told(there: str, option: str, near: str) -> None:
+    """Where what is said is one field of an entry that isn't there."""
+    screen(read("", there), TRUST)
+    assert f"there is none of this name; did you mean {near!r}?" in str(
+        refused(read("", there, option))
+    )
 
 
 @pytest.mark.parametrize("name", [name for name, field in TOP_FIELDS.items() if field.required])

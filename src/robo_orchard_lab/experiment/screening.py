@@ -6,6 +6,7 @@ needs the code (fields of parts, kinds, types) is refused when the document is v
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Iterator
@@ -85,6 +86,13 @@ _PLACES = (
 
 _LISTED_TOPS = {name.partition(".")[0] for name in CATALOGUED}
 
+_NEEDED: dict[Path, frozenset[str]] = {
+    ("hooks",): frozenset(PART_KEYS),
+    ("data", "evaluation"): frozenset({"dataset"}),
+    ("optimizer", "groups"): frozenset({"parameters"}),
+}
+"""Keys of which every entry that has a name has one."""
+
 _TRACKER_SINKS = {
     f"robo_orchard_lab.pipeline.sinks.trackers:{name}"
     for name in ("TrackerSink", "TrackerSinkConfig")
@@ -154,6 +162,11 @@ def _check_named_entries(path: Path, value: Plain) -> None:
     for name, entry in (value or {}).items():
         if not isinstance(entry, dict):
             raise ConfigFieldError(f"expected a mapping, found {shown(entry)}", (*path, name))
+        # A name that is misspelt, where one of its fields is said, would be that of a new entry.
+        near = difflib.get_close_matches(name, [other for other in value or {} if other != name], 1)
+        if near and _NEEDED[path].isdisjoint(entry):
+            problem = f"there is none of this name; did you mean {near[0]!r}?"
+            raise ConfigFieldError(problem, (*path, name))
 
 
 def _is_reference(path: Path, value: Plain) -> bool:
