@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tests.cli.running import START, environment, run, run_in_terminal
 
+from robo_orchard_lab.cli import output
 from robo_orchard_lab.cli.main import main
-from robo_orchard_lab.cli.output import table_lines
+from robo_orchard_lab.cli.output import note, say, styled, table_lines
 
 ROWS = [["a", "x", "one two three four five six seven"], ["long", "", "first\nsecond"]]
 
@@ -109,3 +111,19 @@ def test_text_that_the_output_can_not_hold_is_escaped(tmp_path: Path) -> None:
         check=False,
     )
     assert (closed.returncode, closed.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("print_line", [say, note])
+def test_a_line_has_no_styles_but_ours(
+    print_line: Callable[[str], None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a stranger's checkpoint says of itself is shown as it is written."""
+    print_line("\x1b[31ma\x1b[0m\x1b]0;title\x07")
+    shown = "".join(capsys.readouterr())
+    assert shown == "\\x1b[31ma\\x1b[0m\\x1b]0;title\\x07\n"
+    monkeypatch.setattr(output, "shows_style", lambda stream: True)
+    print_line(styled("ok", "green") + "\x1b[8m\x1b[2J")
+    shown = "".join(capsys.readouterr())
+    assert shown == "\x1b[32mok\x1b[0m\\x1b[8m\\x1b[2J\n"

@@ -156,3 +156,18 @@ def test_one_process_logs_without_a_rank(monkeypatch: pytest.MonkeyPatch) -> Non
     with bare_root() as root:
         log_basic_config()
         assert [handler.level for handler in root.handlers] == [logging.NOTSET]
+
+
+def test_a_line_has_nothing_that_a_terminal_obeys() -> None:
+    """Names that came with a file, and errors about them, are written with escapes."""
+    code = """
+log_basic_config()
+try:
+    raise ValueError("\\x1b[2J")
+except ValueError:
+    log.exception("found %s\\nand\\tmore", "\\x1b[31mred\\u202e")
+"""
+    text = stderr_of(code)
+    assert "found \\x1b[31mred\\u202e\nand\tmore\n" in text
+    assert "ValueError: \\x1b[2J\n" in text
+    assert "\x1b" not in text

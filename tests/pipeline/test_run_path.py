@@ -96,7 +96,7 @@ def test_configs_within_are_reached() -> None:
     assert logger.sinks == {"a": JsonLinesSinkConfig(path="runs/one/metrics.jsonl")}
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "../other", "a/../../b", "..", "a\0b"])
+@pytest.mark.parametrize("path", ["/etc/passwd", "../other", "a/../../b", "..", "a\0b", "a\x1b[2J"])
 @pytest.mark.parametrize("field", ["path", "name"])
 def test_a_path_out_of_the_run_folder_is_refused(field: str, path: str) -> None:
     """The error names the field, however deep it lies."""

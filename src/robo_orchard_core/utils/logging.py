@@ -27,6 +27,17 @@ class StderrHandler(logging.StreamHandler[TextIO]):
         return sys.stderr
 
 
+class VisibleFormatter(logging.Formatter):
+    """Writes escapes for what a terminal would obey or hide; lines stay lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as text."""
+        text = super().format(record)
+        if text.isprintable():
+            return text
+        return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
 def log_basic_config(
     level: int | str = logging.INFO,
     format: str | None = None,  # noqa: A002 - as in logging.basicConfig
@@ -36,6 +47,9 @@ def log_basic_config(
     force: bool = False,
 ) -> None:
     """Log to standard error, like `logging.basicConfig`, with the rank in a run of several.
+
+    What a terminal would obey instead of showing it, such as in a name that came with a file, is
+    written with escapes.
 
     The rank is what the launcher (torchrun, accelerate) put into RANK and WORLD_SIZE. Nothing
     happens where the root logger has a handler already, unless ``force`` replaces it.
@@ -58,7 +72,7 @@ def log_basic_config(
     if rank > 0 and not all_ranks:
         handler.setLevel(logging.WARNING)
     defaults = {"rank": rank, "world_size": world_size}
-    handler.setFormatter(logging.Formatter(format, datefmt, defaults=defaults))
+    handler.setFormatter(VisibleFormatter(format, datefmt, defaults=defaults))
     logging.basicConfig(level=level, handlers=[handler], force=force)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import shutil
 import sys
@@ -24,6 +25,7 @@ _CODES: dict[Style, int] = {
     "yellow": 33,
     "cyan": 36,
 }
+_STYLES = re.compile(rf"(\x1b\[(?:0|{'|'.join(map(str, _CODES.values()))})m)")
 _GAP = "  "
 _NARROWEST = 20  # of the last column, below which it is left to the terminal to break lines
 
@@ -61,13 +63,22 @@ All that is printed by other means than `print_json` then goes to standard error
 
 
 def say(text: str = "") -> None:
-    """Print a line that was asked for."""
-    print(text)
+    """Print a line that was asked for, which may have styles, and nothing else to be obeyed."""
+    print(_with_styles(text, sys.stdout))
 
 
 def note(text: str) -> None:
     """Print a line to standard error, which is no part of what was asked for."""
-    print(text, file=sys.stderr, flush=True)
+    print(_with_styles(text, sys.stderr), file=sys.stderr, flush=True)
+
+
+def _with_styles(text: str, stream: TextIO) -> str:
+    """The text, made visible but for styles of ours where they show."""
+    if not shows_style(stream):
+        return visible(text)
+    return "".join(
+        part if number % 2 else visible(part) for number, part in enumerate(_STYLES.split(text))
+    )
 
 
 def print_json(data: Any) -> None:

@@ -116,6 +116,9 @@ def screen(document: ExperimentDocument, trust: Trust) -> None:
         check_bounds(fields)
         _check_top(fields)
         for path, value in _values(fields):
+            if path and not str(path[-1]).isprintable():
+                # Of hooks, sets and metrics, they are told in logs.
+                raise ConfigFieldError("expected a key that can be printed", path)
             if path in NAMED_ENTRIES:
                 _check_named_entries(path, value)
             if _is_reference(path, value):

@@ -40,10 +40,14 @@ def check_run_path(path: str | PurePath) -> None:
         ConfigFieldError: it does not.
     """
     path = PurePath(path)
-    if path.is_absolute() or ".." in path.parts or "\0" in str(path):
+    if path.is_absolute() or ".." in path.parts:
         raise ConfigFieldError(
             f"expected a path within the run's folder, from there on, found {str(path)!r}; leave "
             "out a leading '/' and any '..'"
+        )
+    if not str(path).isprintable():
+        raise ConfigFieldError(
+            f"expected a path within the run's folder that can be printed, found {str(path)!r}"
         )
 
 

@@ -325,6 +325,20 @@ FOLDERS = [
         links={"inner/out": "/tmp"},
     ),
     Hostile(
+        "key_escapes",
+        "A hook's name that a terminal obeys wherever it is logged.",
+        experiment(hooks='{"a\\e[2J": {class_type: EMA}}'),
+        FIELD,
+        'hooks."a\\u001b[2J": expected a key that can be printed',
+    ),
+    Hostile(
+        "key_newline",
+        "A metric's name that writes a line of the log.",
+        experiment(hooks='{a: {class_type: MetricTracker, metrics: {"a\\nERROR": {}}}}'),
+        FIELD,
+        "expected a key that can be printed",
+    ),
+    Hostile(
         "folder_of_files",
         "Weights, and a config.yaml, that somebody else has put there.",
         experiment("run_folder: mine\n"),
