@@ -49,11 +49,12 @@ def resolve(reference: str, trust: Trust) -> Code:
     """
     module_name, qualname = split(reference)
     if not trust.covers(module_name, qualname):
+        package = module_name.partition(".")[0]
         packages = f" ({', '.join(sorted(trust.packages))})" if trust.packages else ""
         raise TrustError(
             f"the reference {reference!r} lies outside the trusted packages{packages}; "
-            "if you trust its code, widen the trust by "
-            f"name, as in trust=({module_name.partition('.')[0]!r},)"
+            f"if you trust its code, name it: trust=({package!r},) in code, --trust {package} "
+            "on the command line"
         )
     if module_name.endswith(".__main__"):
         # Importing one runs the package's command.
