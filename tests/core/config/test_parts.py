@@ -379,6 +379,8 @@ def test_fields_of_a_named_config_class_stand_in_the_document() -> None:
         (part(Square, side=1, colour="pink"), "shape.colour", "'red' or 'blue'"),
         (part(Group, members=[part(Square, sid=1)]), "shape.members.0.sid", "'side'"),
         (part(Group, members=[part(Rock)]), "shape.members.0.class_type", "Shape"),
+        (part(Undeclared, inner={"a": [0, part(Square, sid=1)]}), "shape.inner.a.1.sid", "'side'"),
+        (part(Undeclared, inner=[{"func": 3}]), "shape.inner.0.func", "expected a name"),
         ({"side": 1}, "shape", "'class_type' or 'func'"),
         ({**part(Square), "func": "a:b"}, "shape", "found both"),
         ({"class_type": 3}, "shape.class_type", "expected a name"),

@@ -13,14 +13,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import GetCoreSchemaHandler
+from pydantic import GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
-from robo_orchard_core.utils.config.errors import ConfigFieldError, ConfigReferenceError
+from robo_orchard_core.utils.config.errors import (
+    ConfigError,
+    ConfigFieldError,
+    ConfigReferenceError,
+)
 from robo_orchard_core.utils.config.kinds import is_kind
 from robo_orchard_core.utils.config.loading import CONFIG_TYPE, Loading, current
 from robo_orchard_core.utils.config.model import ConfigModel, field_values
-from robo_orchard_core.utils.config.problems import shown
+from robo_orchard_core.utils.config.problems import config_error, shown
 from robo_orchard_core.utils.config.references import reference_to
 
 KEYS = ("class_type", "func", CONFIG_TYPE)
@@ -247,8 +251,22 @@ class _Anything:
         if is_part(data):
             return _ANY_PART.validated(data)
         if isinstance(data, dict):
-            return {key: self.validated(value) for key, value in data.items()}
-        return [self.validated(item) for item in data] if isinstance(data, list) else data
+            return {key: _at(key, self.validated, value) for key, value in data.items()}
+        if isinstance(data, list):
+            return [_at(index, self.validated, item) for index, item in enumerate(data)]
+        return data
+
+
+def _at(key: str | int, validated: Callable[[Any], Any], value: Any) -> Any:
+    """What it makes of the value; errors say where in its holder that is."""
+    try:
+        return validated(value)
+    except ValidationError as error:
+        raise config_error(error, value).under((key,)) from error
+    except ConfigError as error:
+        raise error.under((key,)) from error.__cause__
+    except ValueError as error:
+        raise ConfigFieldError(str(error), (key,)) from error
 
 
 class _Function(_Anything):
