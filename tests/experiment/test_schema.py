@@ -174,6 +174,9 @@ HOOKS = experiment(
 GROUPS = {"class_type": "torch.optim:AdamW", "groups": {"norms": {"parameters": ["a.*"]}}}
 
 
+EMBEDDING = {"class_type": "torch.nn:Embedding", "num_embeddings": 3, "embedding_dim": 2}
+
+
 @pytest.mark.parametrize(
     ("place", "value"),
     [
@@ -194,6 +197,8 @@ GROUPS = {"class_type": "torch.optim:AdamW", "groups": {"norms": {"parameters": 
         ("model.class_type", "torch.nn:Lienar"),
         ("model.class_type", "Net"),
         ("model.hidden.0", "eight"),
+        ("model", {**EMBEDDING, "_frozen": True}),
+        ("model", {**EMBEDDING, "_freeze": "hard"}),
         ("batch_processor.loss.weight_", 8),
         ("batch_processor.loss.class_type", "torch.serialization:load"),
         ("optimizer.momentom", 0.9),
@@ -236,6 +241,7 @@ def test_a_fault_is_told_at_its_place(place: str, value: Any) -> None:
         ("optimizer", {**GROUPS, "groups": {"norms": {"parameters": "norms_and_biases"}}}),
         ("optimizer", {"class_type": "my_team.optim:Lion", "anything": {}}),
         ("model", {"func": "my_team.models:net", "depth": 3}),
+        ("model", {**EMBEDDING, "_freeze": True}),
         ("model", {"func": "torchvision.models.resnet:resnet18", "num_classes": 10}),
         ("schedule", {"class_type": "torch.optim.lr_scheduler:StepLR", "step_size": 3}),
         (
@@ -259,6 +265,13 @@ def test_a_fault_is_told_at_its_place(place: str, value: Any) -> None:
 def test_what_files_may_say_passes(place: str, value: Any) -> None:
     """Other classes, those of users' packages, groups, counts that are auto, and null."""
     assert refused_at(changed(HOOKS, place, value)) is None
+
+
+def test_what_has_no_default_is_given_none() -> None:
+    """Editors would write it."""
+    properties = schema()["$defs"]["torch.nn:Embedding"]["properties"]
+    assert "default" not in properties["num_embeddings"]
+    assert properties["norm_type"]["default"] == 2.0
 
 
 @pytest.mark.parametrize("missing", ["model", "data", "batch_processor", "trainer"])

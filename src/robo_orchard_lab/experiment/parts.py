@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 import robo_orchard_lab.experiment.tensor_values  # noqa: F401 - how they stand in files
 from robo_orchard_core.utils.config import (
     ClassConfig,
     Config,
+    ConfigError,
     ConfigFieldError,
     FieldsOf,
     Function,
@@ -20,7 +21,7 @@ from robo_orchard_core.utils.config import (
 )
 from robo_orchard_core.utils.config.derived import BASES
 from robo_orchard_core.utils.config.parameter_types import DECLARATIONS
-from robo_orchard_core.utils.config.problems import config_error, unknown_field
+from robo_orchard_core.utils.config.problems import as_declared, unknown_field
 
 AUTO = "auto"
 Auto: TypeAlias = Literal["auto"]
@@ -193,10 +194,9 @@ class OptimizerConfig(ClassConfig[Any]):
         if name not in known:
             raise unknown_field(name, known, cls.__name__.removesuffix("Config"), path)
         try:
-            annotation: Any = cls.model_fields[name].annotation
-            return TypeAdapter(annotation).validate_python(value)
-        except ValidationError as error:
-            raise config_error(error, value).under((*path, name)) from error
+            return as_declared(name, value, cls.model_fields[name].annotation)
+        except ConfigError as error:
+            raise error.under(path) from error.__cause__
 
 
 class ScheduleConfig(ClassConfig[Any]):

@@ -6,11 +6,12 @@ import inspect
 import math
 from typing import Any, Protocol, TypeAlias, get_args
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core import CoreSchema
 
 from robo_orchard_core.utils.config import FieldsOf, Function, Part
-from robo_orchard_core.utils.config.derived import DerivedConfig
+from robo_orchard_core.utils.config.derived import DerivedConfig, OpenDerivedConfig
 from robo_orchard_core.utils.config.kinds import class_kinds
 from robo_orchard_core.utils.config.parts import KEYS
 from robo_orchard_core.utils.config.references import Code, reference_to
@@ -41,12 +42,17 @@ def fields_of(
         code: The class or function that its configs are for.
         given: Fields that have no place in files, since whoever builds it gives them.
     """
-    generated = _Generator(cls, others).generate(cls.__pydantic_core_schema__)
-    local = generated.pop("$defs", {})
-    schema: Json = _settled(generated, local)
+    schema = _generated(cls.__pydantic_core_schema__, cls, others)
     del schema["title"]
     properties = {k: v for k, v in schema.get("properties", {}).items() if k not in given}
-    required = [*schema.pop("required", ()), *getattr(cls, "required", ())]
+    without_default = getattr(cls, "required", ())
+    required = [*schema.pop("required", ()), *without_default]
+    for name in properties.keys() & {*without_default}:
+        del properties[name]["default"]  # which is no value, but stands for none
+    if issubclass(cls, OpenDerivedConfig):
+        for name, declaration in cls.beside_fields.items():
+            properties[name] = _generated(TypeAdapter(declaration).core_schema, cls, others)
+        schema["additionalProperties"] = cls.takes_any
     schema["description"] = _first_paragraph(cls if code is None else code)
     if not issubclass(cls, DerivedConfig):
         properties |= {"config_type": {"type": "string"}} if code is not None else {}
@@ -56,6 +62,12 @@ def fields_of(
     if needed := [name for name in required if name in properties and name not in KEYS]:
         schema["required"] = needed
     return schema
+
+
+def _generated(core: CoreSchema, cls: type[BaseModel], others: Defines) -> Json:
+    schema = _Generator(cls, others).generate(core)
+    settled: Json = _settled(schema, schema.pop("$defs", {}))
+    return settled
 
 
 class _Generator(GenerateJsonSchema):

@@ -251,15 +251,73 @@ def total(*numbers: int) -> int:
     return sum(numbers)
 
 
-class Bounds:
-    def __init__(self, bound: int, required: bool = True) -> None:
-        self.bound, self.required = bound, required
+class Taken(Shape):
+    """Has parameters that are named like what configs have, or as no field can be."""
+
+    def __init__(
+        self,
+        *copy: Shape,
+        schema: type[Shape],
+        save: Callable[[int], int] = abs,
+        json: int = 1,
+        model_config: float = 2,
+        required: bool = True,
+        _hidden: Shape | None = None,
+        plain: int = 0,
+    ) -> None:
+        self.copy, self.schema, self.save, self.json = copy, schema, save, json
+        self.rest = (model_config, required, plain)
+        self.hidden = _hidden
 
 
-def test_a_parameter_may_have_any_name() -> None:
-    """Also one by which configs have something of their own."""
-    made: Any = config_of(Bounds, bound=3, required=False)
-    assert made().bound == 3
+TAKEN: dict[str, Any] = {
+    "copy": [part(Square, side=1)],
+    "schema": f"{HERE}:Square",
+    "save": f"{HERE}:double",
+    "json": 4,
+    "model_config": 3,
+    "_hidden": part(Loud),
+}
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_a_parameter_may_have_any_name(format_: Format) -> None:
+    """Also one by which configs have something of their own; it is of its type all the same."""
+    mine = drawing(part(Taken, **TAKEN))
+    again = Drawing.from_str(mine.to_str(format_), format_, trust=HERE)
+    assert again == mine == pickle.loads(pickle.dumps(mine)) == copy.deepcopy(mine)
+    for made in (mine.shape(), again.shape()):
+        assert type(made.copy[0]) is Square
+        assert (made.schema, made.save, made.json) == (Square, double, 4)
+        assert made.rest == (3.0, True, 0)
+        assert type(made.hidden) is Loud
+    changed = mine.replace(**{"shape.json": 5, "shape.required": False, "shape.copy.0.side": 2})
+    assert changed.shape.arguments()["json"] == 5
+    assert changed.shape().rest == (3.0, False, 0)
+    assert changed.shape().copy[0].given[0] == 2.0
+    assert config_of(Taken, schema=Shape)().save is abs
+
+
+@pytest.mark.parametrize(
+    ("changes", "place", "says"),
+    [
+        ({"jsn": 1}, "shape.jsn", "did you mean 'json'?"),
+        ({"json": "x"}, "shape.json", "valid integer"),
+        ({"schema": f"{HERE}:Rock"}, "shape.schema", "expected a subclass of"),
+        ({"_hidden": part(Rock)}, "shape._hidden.class_type", "expected a Shape"),
+        ({"copy": [part(Square, sid=1)]}, "shape.copy.0.sid", "did you mean 'side'?"),
+        ({"save": "os:system"}, "shape.save", "outside the trusted"),
+        ({"plain": "x"}, "shape.plain", "valid integer"),
+    ],
+)
+def test_any_name_is_held_to_its_declaration(
+    changes: dict[str, Any], place: str, says: str
+) -> None:
+    """A name that no field can have doesn't open the config to others."""
+    error = refused(part(Taken, **TAKEN | changes))
+    assert error.place == place
+    assert says in str(error)
+    assert refused(part(Taken)).place == "shape.schema"
 
 
 def test_in_code_config_of_makes_the_same_part() -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, ClassVar, TypeVar, cast, overload
+from typing import Any, ClassVar, Self, TypeVar, cast, overload
 
-from pydantic import create_model
+from pydantic import create_model, model_validator
 
 from robo_orchard_core.utils.config.base import Config
 from robo_orchard_core.utils.config.building import built_arguments, call, hints_of, returned_class
@@ -19,11 +19,13 @@ from robo_orchard_core.utils.config.callable_config import CallableConfig
 from robo_orchard_core.utils.config.class_config import ClassConfig
 from robo_orchard_core.utils.config.errors import ConfigReferenceError
 from robo_orchard_core.utils.config.kinds import declared_config_class
-from robo_orchard_core.utils.config.loading import CONFIG_TYPE
+from robo_orchard_core.utils.config.loading import CONFIG_TYPE, current
 from robo_orchard_core.utils.config.model import field_values
 from robo_orchard_core.utils.config.parameter_types import field_annotation
 from robo_orchard_core.utils.config.parts import Anything
+from robo_orchard_core.utils.config.problems import as_declared, unknown_field
 from robo_orchard_core.utils.config.references import reference_to
+from robo_orchard_core.utils.config.restoring import restore
 
 T = TypeVar("T")
 
@@ -85,10 +87,27 @@ class DerivedConfig(Config):
         return [*field_values(self).items()]
 
 
-class _OpenDerivedConfig(DerivedConfig):
-    """Of a signature that takes any keyword arguments."""
+class OpenDerivedConfig(DerivedConfig):
+    """Of a signature that takes any keyword arguments, or some of names that no field can have."""
 
     __pydantic_extra__: dict[str, Anything]
+    beside_fields: ClassVar[dict[str, Any]] = {}
+    """How the parameters are declared whose names no field can have."""
+    takes_any: ClassVar[bool] = True
+    """Whether there may be any others."""
+
+    @model_validator(mode="after")
+    def _knows_what_is_beside_fields(self) -> Self:
+        extra = self.__pydantic_extra__ or {}
+        for name, value in extra.items():
+            if (declared := self.beside_fields.get(name)) is not None:
+                if (state := current()) is not None:
+                    value = restore(state, declared, value, (name,))
+                extra[name] = as_declared(name, value, declared)
+            elif not self.takes_any:
+                known = {**type(self).model_fields, **self.beside_fields}
+                raise unknown_field(name, known, type(self).__qualname__)
+        return self
 
 
 def code_of(config: Config) -> Any:
@@ -169,25 +188,33 @@ def function_config_class(function: Callable[..., Any]) -> type[Config]:
 def _config_class(code: Any, name: str, base: type[Config], **fields: Any) -> type[Config]:
     """A subclass of ``base`` with a field for each parameter, behind the given ones."""
     declared = frozenset(base.model_fields) - fields.keys()
-    several, is_open, required = None, False, []
+    several, takes_any = None, False
+    required: list[str] = []
+    beside_fields: dict[str, Any] = {}
     hints = hints_of(code)
     for parameter in parameters_of(code):
-        name_ = parameter.name
+        name_, default = parameter.name, parameter.default
         annotation = base.parameter_declaration(
             field_annotation(hints.get(name_, parameter.annotation))
         )
-        if parameter.kind is parameter.VAR_KEYWORD or _is_no_field(name_):
-            is_open = True
-        elif parameter.kind is parameter.VAR_POSITIONAL:
-            several = name_
-            fields[name_] = (list[annotation], [])  # type: ignore[valid-type]
-        elif name_ not in declared:
-            is_required = parameter.default is parameter.empty
-            required += [name_] if is_required else []
-            fields[name_] = (annotation, None if is_required else parameter.default)
+        if parameter.kind is parameter.VAR_KEYWORD:
+            takes_any = True
+            continue
+        if name_ in declared:
+            continue
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            several, annotation, default = name_, list[annotation], []  # type: ignore[valid-type]
+        if default is parameter.empty:
+            required.append(name_)
+            default = None
+        if _can_be_field(name_):
+            fields[name_] = (annotation, default)
+        else:
+            beside_fields[name_] = annotation
+    is_open = takes_any or beside_fields
     config_class: Any = create_model(
         name,
-        __base__=(_OpenDerivedConfig if is_open else DerivedConfig, base),
+        __base__=(OpenDerivedConfig if is_open else DerivedConfig, base),
         __module__=code.__module__,
         __doc__=f"The parameters of {reference_to(code)}.",
         __cls_kwargs__={"extra": "allow" if is_open else "forbid", "validate_default": False},
@@ -195,6 +222,8 @@ def _config_class(code: Any, name: str, base: type[Config], **fields: Any) -> ty
     )
     config_class.several, config_class.declared = several, declared
     config_class.required = tuple(required)
+    if is_open:
+        config_class.beside_fields, config_class.takes_any = beside_fields, takes_any
     generic = base.__pydantic_generic_metadata__
     config_class.made_of = (code, generic["origin"] or base, generic["args"])
     return cast(type[Config], config_class)
@@ -209,9 +238,9 @@ def _blank(code: Any, base: type[Config], arguments: tuple[Any, ...]) -> Config:
     return cls.__new__(cls)
 
 
-def _is_no_field(name: str) -> bool:
-    """Whether pydantic has the name for itself, or none that begins like it."""
-    return name.startswith("_") or hasattr(DerivedConfig, name)
+def _can_be_field(name: str) -> bool:
+    """Not where configs have something of that name, or pydantic none that begins like it."""
+    return not name.startswith("_") and not hasattr(OpenDerivedConfig, name)
 
 
 def _only_by_position(code: Any) -> list[str]:

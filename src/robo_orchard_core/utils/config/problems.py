@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from robo_orchard_core.utils.config.errors import (
@@ -32,6 +33,22 @@ def config_error(error: ValidationError, document: object) -> ConfigError:
     first, *others = found
     first.others = tuple(others[: _SHOWN - 1])
     return first
+
+
+def as_declared(name: str, value: object, declaration: Any) -> Any:
+    """The value as a field of this name would hold it.
+
+    >>> as_declared("lr", 1, float)
+    1.0
+
+    Raises:
+        ConfigError: The declaration refuses it; the place begins with the name.
+    """
+    values = {name: value}
+    try:
+        return TypeAdapter(dict[str, declaration]).validate_python(values)[name]
+    except ValidationError as error:
+        raise config_error(error, values) from error
 
 
 def _gravity(error: ConfigError) -> int:
