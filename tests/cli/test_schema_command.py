@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from jsonschema import Draft202012Validator
+from tests.cli.running import run
 
 from robo_orchard_lab.cli.main import main
 
@@ -32,3 +34,27 @@ def test_what_can_not_be_written_is_told(
     assert "can't be written: No such file or directory" in capsys.readouterr().err
     assert main(["schema", "--trust", "json:Nothing"]) == 2
     assert "json:Nothing" in capsys.readouterr().err
+
+
+def test_ones_own_classes_are_in_it_with_their_fields(tmp_path: Path) -> None:
+    """Those that are trusted by name, here or in pyproject.toml, also from the current folder."""
+    (tmp_path / "schema_parts.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Linear):\n"
+        "    def __init__(self, width: int) -> None:\n"
+        "        super().__init__(2, width)\n"
+    )
+    (tmp_path / "pyproject.toml").write_text(
+        '[tool.robo_orchard_lab]\ntrust = ["schema_parts:Net", "my_team"]\n'
+    )
+    done = run("schema", "--output", "schema.json", cwd=tmp_path)
+    assert done.code == 0, done.err
+    validator = Draft202012Validator(json.loads((tmp_path / "schema.json").read_text()))
+
+    def admits(**model: object) -> bool:
+        return bool(validator.is_valid({"base": "other.yaml", "model": model}))
+
+    assert admits(class_type="schema_parts:Net", width=3)
+    assert not admits(class_type="schema_parts:Net", width="wide")
+    assert admits(class_type="my_team.models:Any", wdth="wide")
+    assert not admits(class_type="other_team.models:Any")

@@ -23,13 +23,19 @@ from robo_orchard_lab.cli.output import print_json, say
 def command(output: Path | None, trust: tuple[str, ...]) -> None:
     """Write the JSON Schema of experiment files, by which editors complete and check them.
 
+    Of your own classes, those are in it with their fields that are trusted by their names, as in
+    --trust my_team.hooks:Greeter; of a package that is trusted, any name is admitted.
+
     \b
     For a YAML file, many editors take it from a line at its top:
       # yaml-language-server: $schema=experiment.schema.json
     """
     from robo_orchard_lab.experiment.schema import experiment_schema
+    from robo_orchard_lab.experiment.trust_settings import ExperimentTrust
 
-    schema = experiment_schema(trust=trust)
+    trusted = ExperimentTrust.of(trust)
+    trusted.find_local_modules()
+    schema = experiment_schema(trust=trusted.names)
     if output is None:
         print_json(schema)
         return
