@@ -251,6 +251,21 @@ def total(*numbers: int) -> int:
     return sum(numbers)
 
 
+class Bounded(Shape):
+    def __init__(
+        self, side: Annotated[float, Field(gt=0)], name: Annotated[str, "of people"] = ""
+    ) -> None:
+        self.side = side
+
+
+def test_constraints_of_a_parameter_hold() -> None:
+    """What stands in ``Annotated`` beside its type."""
+    assert drawing(part(Bounded, side=1, name="x")).shape().side == 1.0
+    assert refused(part(Bounded, side=0)).place == "shape.side"
+    with pytest.raises(ValidationError, match="greater than 0"):
+        config_of(Bounded, side=-1.0)
+
+
 class Taken(Shape):
     """Has parameters that are named like what configs have, or as no field can be."""
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar, get_origin, runtime_checkable
 from robo_orchard_core.utils.config.base import Config
 from robo_orchard_core.utils.config.errors import ConfigBuildError
 from robo_orchard_core.utils.config.kinds import (
+    bare,
     is_kind,
     item_annotation,
     members,
@@ -229,7 +230,7 @@ def hints_of(code: Any) -> dict[str, Any]:
 
 def returned_class(function: Callable[..., Any]) -> type | None:
     """The class whose instances a function returns, if its annotation names one."""
-    result = hints_of(function).get("return")
+    result = bare(hints_of(function).get("return"))
     result = get_origin(result) or result
     return result if isinstance(result, type) and result is not type(None) else None
 
@@ -241,7 +242,7 @@ def _hints(code: Any) -> dict[str, Any]:
     imported for type checkers alone.
     """
     try:
-        return typing.get_type_hints(code)
+        return typing.get_type_hints(code, include_extras=True)
     except Exception:  # an annotation is any expression, so it can raise anything
         annotations = getattr(code, "__annotations__", {})
         names = getattr(code, "__globals__", {})
@@ -252,7 +253,7 @@ def _hint(annotation: Any, names: dict[str, Any]) -> Any:
     holder = types.SimpleNamespace(__annotations__={"hint": annotation})
     known = {**vars(typing), **vars(collections.abc), **names}
     try:
-        return typing.get_type_hints(holder, known)["hint"]
+        return typing.get_type_hints(holder, known, include_extras=True)["hint"]
     except Exception:
         return annotation
 

@@ -37,14 +37,22 @@ such as tensors."""
 def field_annotation(hint: Any) -> Any:
     """The declaration of a field for a parameter that is declared as ``hint``.
 
+    What stands in ``Annotated`` counts for the field as well.
+
     >>> field_annotation(float | None)
     typing.Optional[float]
+    >>> field_annotation(Annotated[float, "in metres"])
+    typing.Annotated[float, 'in metres']
     """
-    annotation = _converted(hint)
+    if get_origin(hint) is Annotated:
+        inner, *marks = get_args(hint)
+        annotation: Any = Annotated[(field_annotation(inner), *marks)]
+    else:
+        annotation = _converted(hint)
     try:
         TypeAdapter(annotation)
     except (PydanticSchemaGenerationError, PydanticUserError, TypeError):
-        return Anything
+        return Anything if get_origin(hint) is not Annotated else field_annotation(bare(hint))
     return Anything if annotation is None else annotation
 
 
