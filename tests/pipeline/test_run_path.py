@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import pytest
 
-from robo_orchard_core.utils.config import Config, ConfigFieldError
+from robo_orchard_core.utils.config import Config, ConfigFieldError, config_of
 from robo_orchard_lab.pipeline import hooks, sinks
 from robo_orchard_lab.pipeline.hooks import (
     EMAConfig,
@@ -106,3 +106,30 @@ def test_a_path_out_of_the_run_folder_is_refused(field: str, path: str) -> None:
     assert error.value.place == f"more.a.1.{field}"
     with pytest.raises(ConfigFieldError):
         in_run_folder(bad, RUN)
+
+
+class Dumper:
+    """Says in its constructor what it writes, and hands on what it doesn't know."""
+
+    def __init__(
+        self, path: Annotated[str, RunPath()] = "dump.txt", source: str = "/data", **more: Any
+    ) -> None:
+        self.paths = (path, source, more)
+
+
+def test_a_constructor_may_say_what_is_written() -> None:
+    """Then its default lies in the run's folder as well."""
+    assert in_run_folder(config_of(Dumper), RUN)().paths == ("runs/one/dump.txt", "/data", {})
+    assert in_run_folder(config_of(Dumper, path="a"), RUN)().paths[0] == "runs/one/a"
+    with pytest.raises(ConfigFieldError, match="path"):
+        check_run_paths(config_of(Dumper, path="/a"))
+
+
+def test_arguments_beside_fields_are_held_to_the_run_folder() -> None:
+    """What an open constructor takes may hold configs that write."""
+    dumper = config_of(Dumper, sinks={"file": JsonLinesSinkConfig(path="m.jsonl")})
+    made = in_run_folder(dumper, RUN)()
+    assert made.paths[2]["sinks"]["file"].path == RUN / "m.jsonl"
+    with pytest.raises(ConfigFieldError) as found:
+        check_run_paths(dumper.replace(**{"sinks.file.path": "/m.jsonl"}))
+    assert found.value.place == "sinks.file.path"

@@ -73,9 +73,12 @@ def in_run_folder(config: ConfigT, folder: Path) -> ConfigT:
 
 def _walked(config: Config, folder: Path) -> Iterator[tuple[str, Any]]:
     """The fields that have another value in the folder."""
-    for name, field in type(config).model_fields.items():
-        value = getattr(config, name)
-        marks = [mark for mark in field.metadata if isinstance(mark, RunPath)]
+    fields = type(config).model_fields
+    # What a config has beside its fields may hold configs with such paths, too.
+    for name in (*fields, *(config.model_extra or ())):
+        value = getattr(config, name) if name in fields else (config.model_extra or {})[name]
+        metadata = fields[name].metadata if name in fields else []
+        marks = [mark for mark in metadata if isinstance(mark, RunPath)]
         try:
             inside = _placed(value, folder, marks[0]) if marks else _within(value, folder)
         except ConfigFieldError as error:
