@@ -24,6 +24,8 @@ NAMED_ENTRIES: frozenset[Path] = frozenset(
 )
 """The mappings whose keys are names that users choose."""
 
+_COMPARED = 200  # names, with one that may be misspelt
+
 
 class ItemChange(dict[str, Plain]):
     """Stands over a list: what changes in one of its items."""
@@ -136,7 +138,7 @@ class _Merger:
     def _nothing_to_remove(
         self, name: str, beneath: dict[str, Plain], path: Path
     ) -> ConfigFieldError:
-        near = difflib.get_close_matches(name, beneath, n=1)
+        near = difflib.get_close_matches(name, [*islice(beneath, _COMPARED)], n=1)
         known = f"did you mean {near[0]!r}?" if near else f"there is {listed(beneath)}"
         error = ConfigFieldError(f"null removes an entry, and none has this name; {known}", path)
         if path in self._above:

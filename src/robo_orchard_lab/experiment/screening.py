@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path as FilePath
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Literal
@@ -93,6 +94,8 @@ _NEEDED: dict[Path, frozenset[str]] = {
 }
 """Keys of which every entry that has a name has one."""
 
+_COMPARED = 200  # entries, with one that may be misspelt
+
 _TRACKER_SINKS = {
     f"robo_orchard_lab.pipeline.sinks.trackers:{name}"
     for name in ("TrackerSink", "TrackerSinkConfig")
@@ -162,14 +165,19 @@ def _check_top(fields: dict[str, Plain]) -> None:
 def _check_named_entries(path: Path, value: Plain) -> None:
     if value is not None and not isinstance(value, dict):
         raise ConfigFieldError(f"expected a mapping of names, found {shown(value)}", path)
+    lacking: str | None = None
     for name, entry in (value or {}).items():
         if not isinstance(entry, dict):
             raise ConfigFieldError(f"expected a mapping, found {shown(entry)}", (*path, name))
-        # A name that is misspelt, where one of its fields is said, would be that of a new entry.
-        near = difflib.get_close_matches(name, [other for other in value or {} if other != name], 1)
-        if near and _NEEDED[path].isdisjoint(entry):
+        if lacking is None and _NEEDED[path].isdisjoint(entry):
+            lacking = name
+    # A name that is misspelt, where one of its fields is said, would be that of a new entry. The
+    # first is looked at, which is refused at any rate: to compare thousands takes a minute.
+    if lacking is not None:
+        others = [name for name in islice(value or {}, _COMPARED) if name != lacking]
+        if near := difflib.get_close_matches(lacking, others, 1):
             problem = f"there is none of this name; did you mean {near[0]!r}?"
-            raise ConfigFieldError(problem, (*path, name))
+            raise ConfigFieldError(problem, (*path, lacking))
 
 
 def _is_reference(path: Path, value: Plain) -> bool:

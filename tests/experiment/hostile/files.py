@@ -325,6 +325,28 @@ FOLDERS = [
         links={"inner/out": "/tmp"},
     ),
     Hostile(
+        "many_hooks",
+        "Time by the square of the number of names.",
+        experiment(
+            hooks="{"
+            + ", ".join(f"h{n}: {{class_type: EMA}}" for n in range(4000))
+            + ", h5000: {}}"
+        ),
+        FIELD,
+        "hooks.h5000: there is none of this name",
+    ),
+    Hostile(
+        "many_long_names",
+        "The same of names that are nearly the same.",
+        experiment(
+            hooks="{"
+            + ", ".join(f"{'a' * 150}{n}: {{class_type: EMA}}" for n in range(700))
+            + f", {'a' * 155}: {{}}}}"
+        ),
+        FIELD,
+        "there is none of this name",
+    ),
+    Hostile(
         "key_escapes",
         "A hook's name that a terminal obeys wherever it is logged.",
         experiment(hooks='{"a\\e[2J": {class_type: EMA}}'),

@@ -19,8 +19,11 @@ NONE = {"__none__": True}
 """What stands for None."""
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+# One that doesn't end goes on to where the parser gives up, or a file of quotes would take minutes.
 _QUOTED = re.compile(
-    r'''"""(?:[^\\]|\\.)*?"""|'{3}.*?'{3}|"(?:[^"\\\n]|\\.)*"|'[^'\n]*'|\#[^\n]*''', re.DOTALL
+    r'''"""(?:[^\\]|\\.)*?(?:"{3,5}|\\?\Z)|'{3}.*?(?:'{3,5}|\Z)'''
+    r"""|"(?:[^"\\\n]|\\[^\n])*+"?|'[^'\n]*'?|\#[^\n]*""",
+    re.DOTALL,
 )
 _DEEP_KEY = re.compile(rf"""(?<![\w-])(?:(?:[\w-]++|"")[ \t]*\.[ \t]*){{{MAX_DEPTH}}}""")
 _PART = r"""(?:[\w-]++|"(?:[^"\\]|\\.)*+"|'[^']*+')"""
