@@ -6,9 +6,11 @@ import copy
 import pickle
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from enum import Enum
 from fractions import Fraction
+from functools import cache, partial
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
 import pytest
@@ -135,6 +137,8 @@ class Loud(Shape):
 
     def __init__(self) -> None:
         Loud.made += 1
+
+    def draw(self) -> None: ...
 
 
 def unit_square(side: float = 1.0) -> Square:
@@ -465,6 +469,31 @@ def test_errors_name_the_place_and_what_is_expected(shape: Any, place: str, says
     error = refused(shape)
     assert error.place == place
     assert says in str(error)
+
+
+class Drawn(Shape, ABC):
+    @abstractmethod
+    def draw(self) -> None: ...
+
+
+def test_abstract_classes_are_refused_with_what_they_lack() -> None:
+    """Before anyone builds them."""
+    error = refused(part(Drawn))
+    assert error.place == "shape.class_type"
+    assert "is abstract, without draw" in str(error)
+
+
+@pytest.mark.parametrize("code", [partial(double, times=3), Box[int], cache(double), Loud().draw])
+def test_what_no_file_can_name_is_refused_at_once(code: Any) -> None:
+    """Not first when the config is saved."""
+    with pytest.raises(ConfigReferenceError, match="a class or function that a file can name"):
+        config_of(code)
+
+
+def test_in_code_parts_are_configs() -> None:
+    """What a document would have in their place is no part there."""
+    with pytest.raises(ValidationError, match=r"expected a Shape: a config, as of config_of\(\)"):
+        Drawing(shape=part(Square, side=1))
 
 
 def test_another_kind_is_refused_before_anything_is_called() -> None:

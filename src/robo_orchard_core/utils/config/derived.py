@@ -23,8 +23,8 @@ from robo_orchard_core.utils.config.loading import CONFIG_TYPE, current
 from robo_orchard_core.utils.config.model import field_values
 from robo_orchard_core.utils.config.parameter_types import field_annotation
 from robo_orchard_core.utils.config.parts import Anything
-from robo_orchard_core.utils.config.problems import as_declared, unknown_field
-from robo_orchard_core.utils.config.references import reference_to
+from robo_orchard_core.utils.config.problems import as_declared, shown, unknown_field
+from robo_orchard_core.utils.config.references import Code, reference_to
 from robo_orchard_core.utils.config.restoring import restore
 
 T = TypeVar("T")
@@ -146,8 +146,14 @@ def config_of(code: Callable[..., T], /, **arguments: Any) -> Any:
     Fraction(1, 2)
 
     Raises:
+        ConfigReferenceError: It is nothing that a file could name, such as a ``functools.partial``.
         ValueError: pydantic's, where an argument is unknown or of another type.
     """
+    if not isinstance(code, Code):
+        raise ConfigReferenceError(
+            f"expected a class or function that a file can name, found {shown(code)}; arguments "
+            "are given beside it"
+        )
     made: Any
     if isinstance(code, type):
         key, made = "class_type", config_class_of(code)

@@ -8,6 +8,7 @@ function and keyword arguments for it), or with ``config_type`` (as configs writ
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -90,7 +91,8 @@ class Part:
         if state is not None and isinstance(data, dict):
             data = self._loaded(state, data)
         if not isinstance(data, ConfigModel):
-            raise ValueError(f"expected {self._wanted()}, found {shown(data)}")
+            wanted = self._wanted() if state else f"{self._named()}: a config, as of config_of()"
+            raise ValueError(f"expected {wanted}, found {shown(data)}")
         config = self._of_own_class(data)
         self._check(config)
         if self.functions == "make" or not hasattr(config, "func"):
@@ -152,6 +154,12 @@ class Part:
         if not any(is_kind(cls, kind) for kind in self.classes):
             problem = f"expected {self._names()}, found {reference_to(cls)!r}"
             raise ConfigReferenceError(problem, ("class_type",))
+        if inspect.isabstract(cls):
+            missing = ", ".join(sorted(vars(cls)["__abstractmethods__"]))
+            raise ConfigReferenceError(
+                f"{reference_to(cls)!r} is abstract, without {missing}; name a class that has all",
+                ("class_type",),
+            )
 
     def _check(self, config: ConfigModel) -> None:
         """That what it builds is of one of the kinds; nothing is called for it."""
@@ -186,9 +194,11 @@ class Part:
     def _names(self) -> str:
         return " or ".join(f"a {kind.__qualname__}" for kind in self.classes)
 
+    def _named(self) -> str:
+        return "something" if self.classes == (object,) else self._names()
+
     def _wanted(self) -> str:
-        names = "something" if self.classes == (object,) else self._names()
-        return f"{names}: a mapping with 'class_type' or 'func'"
+        return f"{self._named()}: a mapping with 'class_type' or 'func'"
 
 
 @dataclass(frozen=True)
