@@ -343,6 +343,22 @@ def test_schedules_within_schedules_get_the_optimizer() -> None:
     assert first.optimizer is second.optimizer is built.optimizer
 
 
+class HandedOn(lr_scheduler.ExponentialLR):
+    """Doesn't say what it takes."""
+
+    def __init__(self, *args: Any, gamma: float, mode: str = "", **more: Any) -> None:
+        self.mode = (mode, more.pop("other", None))
+        super().__init__(*args, gamma=gamma, **more)
+
+
+def test_a_schedule_may_hand_on_what_it_takes() -> None:
+    """It gets the optimizer; a text is text, whatever it says."""
+    schedule = config_of(HandedOn, gamma=0.5, mode="auto", other="auto")
+    built = experiment(schedule=schedule).build().lr_scheduler
+    assert isinstance(built, HandedOn)
+    assert built.mode == ("auto", "auto")
+
+
 def halved(move: int) -> float:
     return 0.5
 
@@ -423,6 +439,28 @@ def test_loaders_take_what_torchs_do() -> None:
     sampler: Any = built.dataloader.batch_sampler.sampler
     assert sampler.data_source is built.dataloader.dataset
     assert [len(arms) for _, arms in built.dataloader] == [3, 3]
+
+
+IN_PAIRS = config_of(BatchSampler, sampler=config_of(RandomSampler), batch_size=2, drop_last=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "place", "says"),
+    [
+        ({"sampler": config_of(RandomSampler), "shuffle": True}, "sampler", "of shuffle"),
+        ({"batch_sampler": IN_PAIRS, "batch_size": 4}, "batch_sampler", "of batch_size"),
+        ({"batch_sampler": IN_PAIRS, "drop_last": True}, "batch_sampler", "of drop_last"),
+        ({"prefetch_factor": 2}, "prefetch_factor", "num_workers"),
+        ({"persistent_workers": True}, "persistent_workers", "num_workers"),
+    ],
+)
+def test_what_a_loader_would_not_heed_is_refused(
+    changes: dict[str, Any], place: str, says: str
+) -> None:
+    """Ahead of the first epoch."""
+    loader = LoaderConfig(dataset=config_of(Spirals))
+    with pytest.raises(ConfigFieldError, match=f"^{place}: .*{says}"):
+        loader.replace(**changes)
 
 
 def forward(model: Any, batch: Any, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -153,8 +153,12 @@ def _makes_a(kind: type, function: Callable[..., Any]) -> bool:
 
 
 def _made_with(config: Any, **given: Any) -> Any:
-    """What a config makes, with these arguments where it takes them, and where those within do."""
-    return config(**_own_and_within(config, given))
+    """What a config makes, with these arguments where it takes them, and where those within do.
+
+    One that takes any keyword arguments hands them on to what does.
+    """
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters_of(code_of(config)))
+    return config(**{**(given if takes_any else {}), **_own_and_within(config, given)})
 
 
 def _own_and_within(config: Config, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,7 +194,8 @@ def _counted(config: Any, count_moves: Callable[[], int], *, outermost: bool = T
     changes: dict[str, Any] = {}
     for name, value in field_values(config).items():
         with building(name):
-            if value == AUTO and int in members(type(config).model_fields[name].annotation):
+            field = type(config).model_fields.get(name)
+            if value == AUTO and field is not None and int in members(field.annotation):
                 changes[name] = count_moves()
             elif isinstance(value, list):
                 changes[name] = [

@@ -95,12 +95,13 @@ class LoaderConfig(Config):
 
     def __post_init__(self) -> None:
         taken = {
-            "batch_sampler": ("shuffle", "sampler", "drop_last"),
+            "batch_sampler": ("batch_size", "shuffle", "sampler", "drop_last"),
             "sampler": ("shuffle",),
         }
         for name, others in taken.items():
             for other in others:
-                if getattr(self, name) is not None and getattr(self, other):
+                is_default = getattr(self, other) == type(self).model_fields[other].default
+                if getattr(self, name) is not None and not is_default:
                     problem = f"stands in the place of {other}; leave one of them out"
                     raise ConfigFieldError(problem, (name,))
         if self.num_workers == 0:
