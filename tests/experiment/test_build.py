@@ -346,9 +346,9 @@ def test_schedules_within_schedules_get_the_optimizer() -> None:
 class HandedOn(lr_scheduler.ExponentialLR):
     """Doesn't say what it takes."""
 
-    def __init__(self, *args: Any, gamma: float, mode: str = "", **more: Any) -> None:
+    def __init__(self, *args: Any, mode: str = "", **more: Any) -> None:
         self.mode = (mode, more.pop("other", None))
-        super().__init__(*args, gamma=gamma, **more)
+        super().__init__(*args, **more)
 
 
 def test_a_schedule_may_hand_on_what_it_takes() -> None:
