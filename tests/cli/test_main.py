@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -333,3 +334,28 @@ def test_the_folder_one_starts_in_is_not_looked_into(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("Usage: robo-orchard-lab completion")
+
+
+def test_processes_take_no_module_that_lies_beside_oneself(tmp_path: Path) -> None:
+    """One that is started by a run, as data is loaded by, finds Python's own in their place."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    for module in ("multiprocessing", "runpy", "torch"):
+        (folder / f"{module}.py").write_text("raise SystemExit('taken from the folder')\n")
+    script = tmp_path / "robo-orchard-lab"
+    script.write_text(
+        "import multiprocessing, sys\n"
+        "from robo_orchard_lab.cli.main import main\n"
+        "if __name__ == '__main__':\n"
+        "    main()\n"
+        "    process = multiprocessing.get_context('spawn').Process(target=int)\n"
+        "    process.start()\n"
+        "    process.join()\n"
+        "    sys.exit(process.exitcode)\n"
+    )
+    command = [sys.executable, str(script), "--version"]
+    variables = {name: v for name, v in os.environ.items() if name != "PYTHONSAFEPATH"}
+    done = subprocess.run(
+        command, cwd=folder, env=variables, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -82,6 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = [*(sys.argv[1:] if argv is None else argv)]
     debug = "--debug" in arguments
+    if argv is None:
+        # Or Python processes that are started, such as those that load data, would look for modules
+        # in the folder that one is in ahead of everything, also for those of Python itself.
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what an older terminal can't show
     with _terminated():
