@@ -23,6 +23,7 @@ LAYERS = [
     "robo_orchard_lab.pipeline.signs_of_life",
     "robo_orchard_lab.pipeline.process_identity",
     "robo_orchard_lab.pipeline.durable",
+    "robo_orchard_lab.pipeline.git_state",
     "robo_orchard_lab.pipeline.sharded_tensors",
     "robo_orchard_lab.pipeline.weighted_loss",
     "robo_orchard_lab.pipeline.worker_signals",

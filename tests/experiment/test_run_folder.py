@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from robo_orchard_lab.experiment import git_state as git_module
-from robo_orchard_lab.experiment.git_state import MAX_NAMES, git_state
 from robo_orchard_lab.experiment.run_folder import (
     NoRunError,
     config_of_run,
     record_start,
     run_at,
 )
+from robo_orchard_lab.pipeline import git_state as git_module
 from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE
+from robo_orchard_lab.pipeline.git_state import MAX_NAMES, git_state
 
 
 def git(folder: Path, *arguments: str) -> str:

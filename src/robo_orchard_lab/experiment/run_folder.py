@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 from robo_orchard_core.utils.config.errors import ConfigError
-from robo_orchard_lab.experiment.git_state import git_state
 
 CONFIG_FILE = "config.yaml"
 STARTS = "starts"
@@ -153,6 +152,7 @@ def record_start(
     """
     from robo_orchard_lab.pipeline.durable import flush_folder, make_folder, write_file
     from robo_orchard_lab.pipeline.durable import replace_file as replace
+    from robo_orchard_lab.pipeline.git_state import git_state
 
     folder = Path(folder)
     make_folder(folder / STARTS)

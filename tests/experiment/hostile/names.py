@@ -43,7 +43,7 @@ LIBRARY = {
     "remove_tree": ("robo_orchard_lab.pipeline.durable:remove_tree", "A folder that is gone."),
     "our_resolve": ("robo_orchard_core.utils.config.references:resolve", "Any import."),
     "our_testing": ("robo_orchard_lab.testing.isolation:isolated", "What tests use."),
-    "our_git": ("robo_orchard_lab.experiment.git_state:git_state", "A process."),
+    "our_git": ("robo_orchard_lab.pipeline.git_state:git_state", "A process."),
     "accelerate": ("accelerate.utils.launch:prepare_simple_launcher_cmd_env", "A launcher."),
     "pydantic": ("pydantic.deprecated.parse:load_file", "A pickle."),
     "yaml": ("yaml:unsafe_load", "A tag that is obeyed."),
