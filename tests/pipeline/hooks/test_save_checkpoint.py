@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import resource
+import subprocess
 import sys
 import threading
 import time
@@ -113,6 +114,31 @@ def test_a_checkpoint_says_which_run_it_is_of(tmp_path: Path) -> None:
     assert about["versions"]["torch"] == torch.__version__
     assert "pytest" in about["command"]
     json.dumps(about)
+
+
+def test_a_checkpoint_says_of_which_commit_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commit of the script, and whether files differ; the repository's settings run nothing."""
+
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=Someone", "-c", "user.email=someone@example.org")
+        command = ["git", "-C", str(tmp_path / "code"), *who, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    script = tmp_path / "code" / "train.py"
+    script.parent.mkdir()
+    script.write_text("steps = 1\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "Begin")
+    git("config", "core.fsmonitor", f"touch {tmp_path / 'ran'}; false")
+    (script.parent / "new.txt").write_text("")
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    train(tmp_path, SaveCheckpointConfig(every="3 steps"))
+    about = load_checkpoint(tmp_path / "checkpoints" / "last").info.metadata
+    assert about["git"] == {"commit": git("rev-parse", "HEAD"), "changed": False}
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("background", [False, True])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shlex
-import subprocess
 import sys
 from dataclasses import asdict
 from functools import cache
@@ -17,11 +15,11 @@ import torch
 
 from robo_orchard_core.utils.config import Config, ConfigSaveError
 from robo_orchard_lab.pipeline.context import PipelineRun
+from robo_orchard_lab.pipeline.git_state import git_state
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.plain_model import plain_model
 
 _PACKAGES = ("robo-orchard-hooks", "accelerate", "numpy", "safetensors")
-_GIT_TIMEOUT_S = 5.0
 
 
 def describe_run(run: PipelineRun, hooks: PipelineHooks) -> dict[str, Any]:
@@ -50,7 +48,7 @@ def describe_run(run: PipelineRun, hooks: PipelineHooks) -> dict[str, Any]:
         },
         "command": shlex.join(sys.orig_argv),
         "versions": versions(),
-        "git": _git_state(),
+        "git": _git_state(_script_folder()),
     }
 
 
@@ -93,27 +91,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-@cache
-def _git_state() -> dict[str, Any] | None:
-    """The commit that the script is of, and whether files differ from it; None without git."""
+def _script_folder() -> Path:
     script = Path(sys.argv[0]) if sys.argv and sys.argv[0] else Path()
-    folder = script.resolve().parent if script.is_file() else Path.cwd()
+    return script.resolve().parent if script.is_file() else Path.cwd()
 
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=_GIT_TIMEOUT_S,
-            check=True,
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-        )
-        return done.stdout.strip()
 
-    try:
-        return {
-            "commit": git("rev-parse", "HEAD"),
-            "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
-        }
-    except (OSError, subprocess.SubprocessError):
+@cache
+def _git_state(folder: Path) -> dict[str, Any] | None:
+    """The commit that a folder is of, and whether files may differ from it; None without git."""
+    state = git_state(folder)
+    if state is None or state.commit is None:
         return None
+    differs = any(not name.startswith("??") for name in state.changed)
+    return {"commit": state.commit, "changed": differs or state.left_out is not None}
