@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import shlex
 import socket
@@ -22,7 +21,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,6 @@ from robo_orchard_core.utils.config.errors import ConfigError
 CONFIG_FILE = "config.yaml"
 STARTS = "starts"
 RUN_STATE = "run_state.json"
-_PACKAGES = ("torch", "accelerate", "numpy", "safetensors", "robo-orchard-hooks")
 _MANIFEST = "manifest.json"
 _LEVELS = 3  # a checkpoint lies in RUN/checkpoints/step_00000001
 _START = re.compile(r"([0-9]{4,9})\.json")
@@ -153,6 +150,7 @@ def record_start(
     from robo_orchard_lab.pipeline.durable import flush_folder, make_folder, write_file
     from robo_orchard_lab.pipeline.durable import replace_file as replace
     from robo_orchard_lab.pipeline.git_state import git_state
+    from robo_orchard_lab.pipeline.trainer.about import versions
 
     folder = Path(folder)
     make_folder(folder / STARTS)
@@ -184,17 +182,6 @@ def record_start(
     flush_folder(path.parent)
     replace(folder / CONFIG_FILE, config.encode())
     return path
-
-
-def versions() -> dict[str, str]:
-    """Of Python and what a run's numbers may depend on, by the names of the packages."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # run from its source
-            continue
-    return found
 
 
 def _next_start(starts: Path) -> Path:
