@@ -16,9 +16,9 @@ from tests.experiment.hostile.texts import JSON_AND_TOML, YAML
 
 from robo_orchard_core.utils.config import ConfigError, formats
 from robo_orchard_core.utils.config.document import Plain
+from robo_orchard_core.utils.config.parts import PART_KEYS
 from robo_orchard_lab.experiment import ExperimentConfig
 from robo_orchard_lab.experiment.document import read_experiment
-from robo_orchard_lab.experiment.merging import PART_KEYS
 from robo_orchard_lab.experiment.overrides import from_arguments, from_environment
 from robo_orchard_lab.experiment.screening import TOP_FIELDS, screen
 from robo_orchard_lab.experiment.trust_settings import ExperimentTrust

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping
 
 from robo_orchard_core.utils.config.document import Plain
 from robo_orchard_core.utils.config.errors import Path
+from robo_orchard_core.utils.config.parts import PART_KEYS
 from robo_orchard_lab.experiment.catalogued_names import (
     ALSO_IN_TORCHMETRICS,
     OURS,
@@ -30,7 +31,6 @@ from robo_orchard_lab.experiment.catalogued_names import (
     TORCHMETRICS,
     TORCHVISION,
 )
-from robo_orchard_lab.experiment.merging import PART_KEYS
 
 
 def _definitions(table: Mapping[str, Mapping[str, str]]) -> Iterator[tuple[str, str, str]]:

@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
 
 from robo_orchard_core.utils.config.errors import dotted
+from robo_orchard_core.utils.config.parts import PART_KEYS
 
 Resume: TypeAlias = Literal["harmless", "trajectory", "impossible"]
 RESUMES: tuple[Resume, ...] = ("impossible", "trajectory", "harmless")
@@ -111,7 +112,7 @@ def _changed(
         if not _same(before, after):
             yield path, before, after
         return
-    for key in ("class_type", "func", "config_type"):
+    for key in PART_KEYS:
         one, other = before.get(key, MISSING), after.get(key, MISSING)
         if not _same(one, other):
             if MISSING in (one, other):
@@ -169,7 +170,7 @@ def _of_hook(
     path: tuple[str, ...], before: Any, after: Any, new: Mapping[str, Any]
 ) -> tuple[Resume, str]:
     """Of a hook that is there before and after, or in one of them."""
-    whole = len(path) == 2 or path[2] in ("class_type", "func", "config_type")
+    whole = len(path) == 2 or path[2] in PART_KEYS
     if whole:
         classes = [_class_at(value) for value in (before, after) if value is not MISSING]
         if any(cls is not None and _keeps_state(cls) for cls in classes):

@@ -14,10 +14,8 @@ from itertools import islice
 
 from robo_orchard_core.utils.config.document import Plain
 from robo_orchard_core.utils.config.errors import ConfigFieldError, Path
+from robo_orchard_core.utils.config.parts import PART_KEYS
 from robo_orchard_lab.experiment.origins import Origin, Origins
-
-PART_KEYS = ("class_type", "func", "config_type")
-"""The keys whose values say which code a mapping is for."""
 
 NAMED_ENTRIES: frozenset[Path] = frozenset(
     {("hooks",), ("data", "evaluation"), ("optimizer", "groups")}
@@ -69,13 +67,18 @@ def names_another(beneath: dict[str, Plain], above: dict[str, Plain]) -> bool:
 
 def paths(value: Plain, path: Path = ()) -> Iterator[Path]:
     """The paths of a value and of all that it holds."""
-    yield path
+    return (inner for inner, _ in with_paths(value, path))
+
+
+def with_paths(value: Plain, path: Path = ()) -> Iterator[tuple[Path, Plain]]:
+    """A value and all that it holds, each with its path."""
+    yield path, value
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from paths(item, (*path, key))
+            yield from with_paths(item, (*path, key))
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from paths(item, (*path, index))
+            yield from with_paths(item, (*path, index))
 
 
 def listed(names: Iterable[str]) -> str:

@@ -15,7 +15,8 @@ from robo_orchard_core.utils.config.errors import (
     ConfigFieldError,
     ConfigSyntaxError,
 )
-from robo_orchard_lab.experiment.merging import PART_KEYS, listed, paths
+from robo_orchard_core.utils.config.parts import PART_KEYS
+from robo_orchard_lab.experiment.merging import listed, paths
 from robo_orchard_lab.experiment.origins import Origin
 
 ENVIRONMENT_PREFIX = "ROBO_ORCHARD_LAB__"

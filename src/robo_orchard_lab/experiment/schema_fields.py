@@ -13,7 +13,7 @@ from pydantic_core import CoreSchema
 from robo_orchard_core.utils.config import FieldsOf, Function, Part
 from robo_orchard_core.utils.config.derived import DerivedConfig, OpenDerivedConfig
 from robo_orchard_core.utils.config.kinds import class_kinds
-from robo_orchard_core.utils.config.parts import KEYS
+from robo_orchard_core.utils.config.parts import PART_KEYS
 from robo_orchard_core.utils.config.references import Code, reference_to
 
 Json: TypeAlias = dict[str, Any]
@@ -59,7 +59,7 @@ def fields_of(
     else:
         properties["class_type" if isinstance(code, type) else "func"] = {"type": "string"}
     schema["properties"] = properties
-    if needed := [name for name in required if name in properties and name not in KEYS]:
+    if needed := [name for name in required if name in properties and name not in PART_KEYS]:
         schema["required"] = needed
     return schema
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path as FilePath
@@ -25,11 +24,12 @@ from robo_orchard_core.utils.config.errors import (
     Path,
     TrustError,
 )
+from robo_orchard_core.utils.config.parts import PART_KEYS
 from robo_orchard_core.utils.config.problems import shown, unknown_field
 from robo_orchard_core.utils.config.references import split
 from robo_orchard_lab.experiment.catalogue import CATALOGUED, kind_of, nearest
 from robo_orchard_lab.experiment.document import ExperimentDocument
-from robo_orchard_lab.experiment.merging import NAMED_ENTRIES, PART_KEYS
+from robo_orchard_lab.experiment.merging import NAMED_ENTRIES, with_paths
 from robo_orchard_lab.experiment.origins import origin_of
 from robo_orchard_lab.experiment.reading import check_bounds
 from robo_orchard_lab.experiment.run_folder import is_of_others, link_out_of
@@ -118,7 +118,7 @@ def screen(document: ExperimentDocument, trust: Trust) -> None:
         check(fields)
         check_bounds(fields)
         _check_top(fields)
-        for path, value in _values(fields):
+        for path, value in with_paths(fields):
             if path and not str(path[-1]).isprintable():
                 # Of hooks, sets and metrics, they are told in logs.
                 raise ConfigFieldError("expected a key that can be printed", path)
@@ -132,16 +132,6 @@ def screen(document: ExperimentDocument, trust: Trust) -> None:
         _check_run_folder(document)
     except ConfigError as error:
         raise document.located(error) from None
-
-
-def _values(value: Plain, path: Path = ()) -> Iterator[tuple[Path, Plain]]:
-    yield path, value
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _values(item, (*path, key))
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _values(item, (*path, index))
 
 
 def _check_top(fields: dict[str, Plain]) -> None:

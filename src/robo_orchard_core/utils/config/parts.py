@@ -28,13 +28,13 @@ from robo_orchard_core.utils.config.model import ConfigModel, field_values
 from robo_orchard_core.utils.config.problems import config_error, shown
 from robo_orchard_core.utils.config.references import reference_to
 
-KEYS = ("class_type", "func", CONFIG_TYPE)
-"""The keys of which a mapping has one if it is a part."""
+PART_KEYS = ("class_type", "func", CONFIG_TYPE)
+"""The keys of which a mapping has one if it is a part; their values say of which code it is."""
 
 
 def is_part(data: object) -> bool:
     """Whether a value of a document is a part."""
-    return isinstance(data, dict) and any(key in data for key in KEYS)
+    return isinstance(data, dict) and any(key in data for key in PART_KEYS)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Part:
     def _loaded(self, state: Loading, data: dict[str, Any]) -> ConfigModel:
         from robo_orchard_core.utils.config.derived import config_class_of, function_config_class
 
-        named = [key for key in KEYS if key in data]
+        named = [key for key in PART_KEYS if key in data]
         if not named:
             raise ValueError(f"expected {self._wanted()}, found the keys {', '.join(data)!r}")
         if CONFIG_TYPE in named:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from robo_orchard_core.utils.config.parts import PART_KEYS
 from robo_orchard_lab.cli.experiment_arguments import ExperimentArguments, ExperimentCommand
 from robo_orchard_lab.cli.output import json_option, print_json, print_table, say
 
@@ -49,7 +50,7 @@ def _plain(difference: Any) -> dict[str, Any]:
 def _written(value: Any) -> str:
     """In a few words; of a part, its class."""
     if isinstance(value, dict):
-        for key in ("class_type", "func", "config_type"):
+        for key in PART_KEYS:
             if isinstance(value.get(key), str):
                 return f"{value[key].rpartition(':')[2]} ..."
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
