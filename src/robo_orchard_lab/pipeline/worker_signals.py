@@ -41,8 +41,8 @@ def taken_by_main_process(signals: Iterable[int]) -> Iterator[None]:
         yield
     finally:
         _taken = before
-        _started.update(child for child in multiprocessing.active_children() if child.daemon)
-        _started.difference_update(others)
+        ours = set(multiprocessing.active_children()).difference(others)
+        _started.update(child for child in ours if child.daemon)
         atexit.unregister(_end_started)
         atexit.register(_end_started)
 

@@ -352,9 +352,17 @@ trainer()
 """
 
 
-@pytest.mark.parametrize(("last", "code"), [("", 0), ("raise ValueError('planted')", 1)])
+ANOTHER_TRAINER = """
+other = make_trainer(PreemptionConfig(save_checkpoint=False), loader=make_loader(), max_epoch=1)
+other()
+"""
+
+
+@pytest.mark.parametrize(
+    ("last", "code"), [("", 0), ("raise ValueError('planted')", 1), (ANOTHER_TRAINER, 0)]
+)
 def test_a_script_ends_with_its_persistent_workers(last: str, code: int) -> None:
-    """Also where its loader and trainer are there to the last, and where it fails."""
+    """Also where its loader and trainer are there to the last, where it fails or trains again."""
     ended = subprocess.run(
         [sys.executable, "-c", SCRIPT_WITH_WORKERS + last],
         cwd=HERE,
