@@ -78,6 +78,13 @@ def test_code_and_files_describe_equal_experiments() -> None:
     assert in_code(hooks={"stats": StatsMonitorConfig(), "ema": EMAConfig()}) != described()
 
 
+def test_a_file_may_leave_parts_to_a_script(tmp_path: Path) -> None:
+    """They are null then."""
+    file = written(tmp_path)
+    loaded = ExperimentConfig.load(file, overrides={"model": None, "batch_processor": None})
+    assert (loaded.model, loaded.batch_processor) == (None, None)
+
+
 @pytest.mark.parametrize("suffix", ["yaml", "toml", "json"])
 def test_files_of_every_format_bring_it_back(suffix: str, tmp_path: Path) -> None:
     """What is saved is loaded as the same value."""

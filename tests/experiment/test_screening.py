@@ -76,7 +76,7 @@ def test_the_fields_are_those_of_experiments() -> None:
     [
         ("--modl={}", "modl: an experiment has no such field; did you mean 'model'?"),
         ("--trust=[os]", "trust: no file says whom to trust; say --trust"),
-        ("--model=null", "model: expected a mapping, found None (NoneType)"),
+        ("--data=null", "data: expected a mapping, found None (NoneType)"),
         ("--data=3", "data: expected a mapping, found 3 (int)"),
         ("--hooks=[]", "hooks: expected a mapping, found [] (list)"),
         ("--hooks.lgo.every=3 steps", "hooks.lgo: there is none of this name; did you mean 'log'?"),
