@@ -546,6 +546,32 @@ def test_lists_of_a_base_config_take_classes_by_their_name_alone() -> None:
     assert Album.from_dict(album.to_dict(), trust=HERE) == album
     with pytest.raises(ConfigFieldError, match="did you mean 'side'"):
         Album.from_dict({"shapes": [part(Square, sid=1)]}, trust=HERE)
+    in_code = Album(
+        shapes=[config_of(Square, side=1), ConfiguredConfig(corners=4), config_of(Loud)]
+    )
+    assert in_code == album
+    with pytest.raises(ValidationError, match="subclass of Shape"):
+        Album(shapes=[config_of(Rock)])  # type: ignore[list-item]  # which mypy sees as well
+
+
+class FrameConfig(ClassConfig[T]):
+    """What frames have beside their own parameters."""
+
+    width: int = 1
+
+
+class Wall(Config):
+    frame: ConfigInstanceOf[FrameConfig[Any]]
+
+
+def test_a_config_from_code_has_what_its_place_declares() -> None:
+    """A config of a class that has none becomes one of those that are declared there."""
+    made: Any = config_of(Square, side=2)
+    wall = Wall(frame=made)
+    assert wall == Wall.from_dict({"frame": part(Square, side=2)}, trust=HERE)
+    assert wall.replace(**{"frame.width": 3}).frame.width == 3
+    assert pickle.loads(pickle.dumps(wall)) == wall
+    assert wall.frame().given[0] == 2.0
 
 
 def test_code_is_held_to_the_same_rules() -> None:

@@ -8,8 +8,9 @@ from pydantic import BaseModel
 
 from robo_orchard_core.utils.config.base import Config
 from robo_orchard_core.utils.config.building import build
-from robo_orchard_core.utils.config.kinds import class_kinds, declared_config_class
+from robo_orchard_core.utils.config.kinds import class_kinds, declared_config_class, is_kind
 from robo_orchard_core.utils.config.loading import CONFIG_TYPE, Loading
+from robo_orchard_core.utils.config.model import ConfigModel, field_values
 
 # Covariant: what builds a MyHook may stand where something that builds a Hook is declared.
 T_co = TypeVar("T_co", covariant=True)
@@ -56,6 +57,18 @@ class ClassConfig(Config, Generic[T_co]):
         if document.keys() <= cls.model_fields.keys():  # may be one of this very class
             return declared_config_class(named, cls) or cls
         return config_class_of(named, cls)
+
+    @classmethod
+    def _remade(cls, config: ConfigModel) -> ConfigModel | None:
+        from robo_orchard_core.utils.config.derived import config_class_of
+
+        field = cls.model_fields["class_type"]
+        named: Any = getattr(config, "class_type", None)
+        if named is None or not config.only_what_is_set or not field.is_required():
+            return None
+        if not any(is_kind(named, kind) for kind in class_kinds(field.annotation)):
+            return None
+        return config_class_of(named, cls)(**field_values(config))
 
     def __call__(self, *args: Any, **kwargs: Any) -> T_co:
         """A new instance.

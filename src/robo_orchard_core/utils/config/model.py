@@ -47,6 +47,12 @@ class ConfigModel(BaseModel):
         return cls
 
     @classmethod
+    def _remade(cls, config: ConfigModel) -> ConfigModel | None:
+        """The same as a document of it would be read as, where this class is declared; None where
+        it would be refused."""
+        return None
+
+    @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
         if cls.model_config.get("extra") != "forbid" and not cls.only_what_is_set:
@@ -84,6 +90,8 @@ class ConfigModel(BaseModel):
             # and so forget what the subclass adds.
             if is_kind(type(data), cls):
                 return data  # type: ignore[return-value]  # it stands for cls, see is_kind
+            if (remade := cls._remade(data)) is not None:
+                return remade  # type: ignore[return-value]  # it stands for cls as well
             raise ValueError(f"expected {cls.__qualname__}, found {type(data).__qualname__}")
         state = current()
         if state is None or not isinstance(data, dict):
