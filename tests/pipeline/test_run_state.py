@@ -376,3 +376,19 @@ def test_a_damaged_file_is_refused(damage: Callable[[str], str], told: str, tmp_
         read_run_state(tmp_path)
     with RunStateFile(tmp_path).around_run(Requests()):
         assert read_run_state(tmp_path).state == "running"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pipes by name")
+@pytest.mark.parametrize("kind", ["pipe", "link", "device", "large"])
+def test_what_is_no_file_of_a_state_is_refused_at_once(kind: str, tmp_path: Path) -> None:
+    """A stranger's run has nobody wait for a pipe, or read without an end."""
+    path = tmp_path / "run_state.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "large":
+        path.write_bytes(b" " * (1 << 21))
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else tmp_path / "other.json")
+        (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(StateError, match="regular|is a link|is larger"):
+        read_run_state(tmp_path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +26,7 @@ from robo_orchard_lab.pipeline.requests import Requests
 logger = logging.getLogger(__name__)
 
 RUN_STATE_FILE = "run_state.json"
+_MAX_BYTES = 1 << 20
 RunOutcome: TypeAlias = Literal["running", "completed", "preempted", "failed"]
 
 _CLOCKS_APART_S = 60.0  # those of two machines
@@ -300,12 +303,32 @@ def _began_with_this_process(state: RunState) -> bool:
 
 def _read(path: Path) -> RunState:
     try:
-        return RunState.model_validate_json(path.read_bytes())
+        return RunState.model_validate_json(_content(path))
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
         )
         raise StateError(f"{path} can't be read as the state of a run: {problems}") from error
+
+
+def _content(path: Path) -> bytes:
+    """What is in the file itself: nobody waits for a pipe, or reads what has no end."""
+    flags = sum(getattr(os, f"O_{name}", 0) for name in ("NOFOLLOW", "NONBLOCK", "BINARY"))
+    try:
+        descriptor = os.open(path, os.O_RDONLY | flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise StateError(f"{path} is a link; expected the file itself") from None
+        raise
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise StateError(f"{path} is no regular file")
+        content = file.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise StateError(
+            f"{path} is larger than the {_MAX_BYTES} bytes that a run's state may have"
+        )
+    return content
 
 
 def _exit_code(error: BaseException) -> int | None:
