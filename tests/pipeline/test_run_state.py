@@ -390,5 +390,5 @@ def test_what_is_no_file_of_a_state_is_refused_at_once(kind: str, tmp_path: Path
     else:
         path.symlink_to("/dev/zero" if kind == "device" else tmp_path / "other.json")
         (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(StateError, match="regular|is a link|is larger"):
+    with pytest.raises(StateError, match=r"regular|is a link|is larger"):
         read_run_state(tmp_path)

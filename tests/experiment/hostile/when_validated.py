@@ -57,6 +57,16 @@ KINDS = {
 }
 
 VALUES = {
+    "long_schedule": (
+        "hooks",
+        f"{{a: {{class_type: ValidationHook, every: '{'| ' * 50_000}'}}}}",
+        "can't read ''",
+    ),
+    "long_function": (
+        "hooks",
+        f"{{a: {{class_type: ValidationHook, metric_inputs: '{'a' * 100_000}'}}}}",
+        "expected a reference like",
+    ),
     "plain_config": ("model", "{config_type: trusted_parts:PlainConfig}", "expected a Module"),
     "class_and_function": ("model", "{class_type: MLP, func: trusted_parts:called}", "found both"),
     "neither": ("model", "{inputs: 2}", "a mapping with 'class_type' or 'func'"),

@@ -18,6 +18,7 @@ from robo_orchard_core.utils.config.errors import (
 )
 
 _SHOWN = 10
+_LONGEST = 500
 
 
 def config_error(error: ValidationError, document: object) -> ConfigError:
@@ -62,9 +63,10 @@ def _one(details: ErrorDetails, document: object) -> ConfigError:
     path = _locate(details["loc"], document, missing=details["type"] == "missing")
     raised = details.get("ctx", {}).get("error")
     if isinstance(raised, ConfigError):
+        raised.problem = _clipped(raised.problem)
         return raised.under(path)
     if raised is not None:
-        return ConfigFieldError(str(raised), path)
+        return ConfigFieldError(_clipped(str(raised)), path)
     if details["type"] == "missing":
         return ConfigFieldError("a value is required here and none is given", path)
     return ConfigFieldError(f"{details['msg']}, found {shown(details['input'])}", path)
@@ -92,6 +94,11 @@ def _inside(document: object, part: str | int) -> object:
     if isinstance(document, list) and isinstance(part, int) and part < len(document):
         return document[part]
     return _NOTHING
+
+
+def _clipped(text: str) -> str:
+    """A message, of which some hold all of a value."""
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def shown(value: object) -> str:

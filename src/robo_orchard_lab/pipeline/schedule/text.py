@@ -61,7 +61,7 @@ def _parse_part(part: str, text: str) -> Schedule:
             except ValueError:  # no number after all, such as 1.2.3
                 break
     raise ScheduleError(
-        f"can't read {part!r}"
-        + (f" in {text!r}" if part != text else "")
+        f"can't read {part!r:.80}"
+        + (f" in {text!r:.80}" if part != text else "")
         + f" as a schedule; write {_KINDS}"
     )
