@@ -495,11 +495,11 @@ FIELDS = [
         "no_trainer", "A run without an end.", experiment(trainer=None), FIELD, "trainer: a val"
     ),
     Hostile(
-        "null_model",
-        "Nothing in the place of a part.",
-        experiment(model="null"),
+        "null_trainer",
+        "Nothing in the place of fields.",
+        experiment(trainer="null"),
         FIELD,
-        "model: expected a mapping, found None",
+        "trainer: expected a mapping, found None",
     ),
     Hostile("null_data", "The same.", experiment(data="null"), FIELD, "data: expected a mapping"),
     Hostile(

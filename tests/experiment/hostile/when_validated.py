@@ -20,6 +20,11 @@ def _loader(text: str) -> str:
 
 
 KINDS = {
+    "long_function": (
+        "hooks",
+        f"{{a: {{class_type: ValidationHook, metric_inputs: '{'a' * 100_000}'}}}}",
+        "expected a reference like",
+    ),
     "plain_class": (
         "model",
         "{class_type: trusted_parts:Plain}",
@@ -61,11 +66,6 @@ VALUES = {
         "hooks",
         f"{{a: {{class_type: ValidationHook, every: '{'| ' * 50_000}'}}}}",
         "can't read ''",
-    ),
-    "long_function": (
-        "hooks",
-        f"{{a: {{class_type: ValidationHook, metric_inputs: '{'a' * 100_000}'}}}}",
-        "expected a reference like",
     ),
     "plain_config": ("model", "{config_type: trusted_parts:PlainConfig}", "expected a Module"),
     "class_and_function": ("model", "{class_type: MLP, func: trusted_parts:called}", "found both"),
