@@ -10,7 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from robo_orchard_core.utils.config import ConfigError, ConfigFieldError, TrustError
+from robo_orchard_core.utils.config import ConfigError, ConfigFieldError, Format, TrustError
 from robo_orchard_lab.experiment import (
     DataConfig,
     ExperimentConfig,
@@ -23,6 +23,7 @@ from robo_orchard_lab.experiment.samples import MLP, Spirals
 from robo_orchard_lab.pipeline import SupervisedProcessor
 from robo_orchard_lab.pipeline.hooks import EMAConfig, StatsMonitorConfig
 
+FORMATS: tuple[Format, ...] = ("yaml", "toml", "json")
 SAMPLES = "robo_orchard_lab.experiment.samples"
 PROCESSORS = "robo_orchard_lab.pipeline.batch_processor"
 
@@ -122,6 +123,22 @@ def test_replace_reaches_named_hooks_and_removes_them() -> None:
 def test_it_travels_to_other_processes() -> None:
     """As what those get that are spawned."""
     assert pickle.loads(pickle.dumps(described())) == described()
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_data_types_and_devices_are_texts_in_files(format_: Format) -> None:
+    """Also those of torch's layers, which don't say of which type they are."""
+    options: dict[str, Any] = {"dtype": torch.float64, "device": torch.device("cpu")}
+    mine = in_code(model=config_of(torch.nn.Linear, in_features=2, out_features=3, **options))
+    text = mine.to_str(format_)
+    assert "float64" in text
+    assert "torch.float64" not in text
+    again = ExperimentConfig.from_str(text, format_)
+    assert again == mine
+    assert again.model is not None
+    assert again.model().weight.dtype == torch.float64
+    with pytest.raises(ConfigFieldError, match=r"model\.dtype: .*like 'float32'"):
+        mine.replace(**{"model.dtype": "flaot64"})
 
 
 def test_its_repr_shows_what_was_said() -> None:

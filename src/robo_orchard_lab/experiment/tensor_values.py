@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import PlainSerializer, PlainValidator
 
-from robo_orchard_core.utils.config.parameter_types import DECLARATIONS
+from robo_orchard_core.utils.config.parameter_types import DECLARATIONS, UNDECLARED
 from robo_orchard_core.utils.config.problems import shown
 
 
@@ -44,5 +44,7 @@ Device = Annotated[
 
 DECLARATIONS["torch:dtype"] = DataType
 DECLARATIONS["torch:device"] = Device
+UNDECLARED["torch", "dtype"] = DataType | None  # as all layers have them
+UNDECLARED["torch", "device"] = Device | None
 DECLARATIONS["torch:Tensor"] = None
 DECLARATIONS["torch._C:Generator"] = None

@@ -21,7 +21,7 @@ from robo_orchard_core.utils.config.errors import ConfigReferenceError
 from robo_orchard_core.utils.config.kinds import declared_config_class
 from robo_orchard_core.utils.config.loading import CONFIG_TYPE, current
 from robo_orchard_core.utils.config.model import field_values
-from robo_orchard_core.utils.config.parameter_types import field_annotation
+from robo_orchard_core.utils.config.parameter_types import UNDECLARED, field_annotation
 from robo_orchard_core.utils.config.parts import Anything
 from robo_orchard_core.utils.config.problems import as_declared, shown, unknown_field
 from robo_orchard_core.utils.config.references import Code, reference_to
@@ -200,9 +200,12 @@ def _config_class(code: Any, name: str, base: type[Config], **fields: Any) -> ty
     hints = hints_of(code)
     for parameter in parameters_of(code):
         name_, default = parameter.name, parameter.default
-        annotation = base.parameter_declaration(
-            field_annotation(hints.get(name_, parameter.annotation))
-        )
+        hint = hints.get(name_, parameter.annotation)
+        annotation = field_annotation(hint)
+        if hint is parameter.empty:
+            package = code.__module__.partition(".")[0]
+            annotation = UNDECLARED.get((package, name_), annotation)
+        annotation = base.parameter_declaration(annotation)
         if parameter.kind is parameter.VAR_KEYWORD:
             takes_any = True
             continue

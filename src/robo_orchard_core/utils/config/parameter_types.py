@@ -34,6 +34,11 @@ else than parts of this kind: texts for the data types of tensors, None for what
 such as tensors."""
 
 
+UNDECLARED: dict[tuple[str, str], Any] = {}
+"""How fields are declared for parameters that say nothing of their type, by the name of the package
+that has them and their own."""
+
+
 def field_annotation(hint: Any) -> Any:
     """The declaration of a field for a parameter that is declared as ``hint``.
 
