@@ -172,12 +172,13 @@ class ExperimentConfig(Config):
             path: YAML, TOML or JSON, as its suffix says.
             trust: Packages and classes that it may name, beside those of the catalogue and those
                 that the pyproject.toml of the current folder trusts.
-            overrides: What counts more than the file: values by their dotted paths.
+            overrides: What counts more than the file: plain data, as files have it, by dotted
+                paths. Configs of parts are for `replace`.
             environ: Environment variables whose overrides count more than those; none by default.
 
         Raises:
-            ConfigError: Of the kind that says what is wrong, with the file, the line and the place.
-            OSError: The file can't be read.
+            ConfigError: Of the kind that says what is wrong, with the file, the line and the place;
+                also where the file can't be read.
         """
         given = from_mapping(overrides) if isinstance(overrides, Mapping) else overrides
         return cls.from_document(read_experiment(path, overrides=given, environ=environ), trust)
