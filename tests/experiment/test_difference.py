@@ -147,6 +147,29 @@ def test_workers_matter_to_an_iterable_dataset() -> None:
     assert [found.resume for found in differences(before, after)] == ["trajectory"]
 
 
+def test_a_schedule_of_another_function_is_another_schedule() -> None:
+    """As one of another class is; a function within it is no part of its state."""
+    before, after = document(), document()
+    for each, name in ((before, "a"), (after, "b")):
+        each["schedule"] = {"func": f"my_team.schedules:{name}"}
+    assert [found.resume for found in differences(before, after)] == ["impossible"]
+    for each, name in ((before, "a"), (after, "b")):
+        each["schedule"] = {
+            "class_type": "torch.optim.lr_scheduler:LambdaLR",
+            "lr_lambda": f"my_team.schedules:{name}",
+        }
+    assert [found.resume for found in differences(before, after)] == ["trajectory"]
+
+
+def test_a_hook_that_is_no_longer_there_has_differences() -> None:
+    """As a run of another version has it: nothing is known of it."""
+    gone = {"class_type": f"{HOOKS}.gone_with_version_1:Gone", "every": 3}
+    before, after = changed("hooks", "clip", to=gone)
+    assert [found.place for found in differences(before, after)] == ["hooks.clip.class_type"]
+    before["hooks"]["clip"] = {**gone, "every": 4}
+    assert [found.resume for found in differences(before, after)] == ["trajectory"]
+
+
 def test_hooks_in_another_order_are_told() -> None:
     """The order of hooks is one difference; of those that leave the trajectory, a harmless one."""
     before, after = document(), document()

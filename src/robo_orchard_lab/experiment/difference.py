@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
@@ -52,6 +53,7 @@ _RULES: tuple[tuple[str, Resume, str], ...] = (
     ("optimizer*", "impossible", _SAVED),
     ("schedule", "impossible", _OTHER),
     ("schedule.class_type", "impossible", _OTHER),
+    ("schedule.func", "impossible", _OTHER),
     ("schedule.every", "trajectory", ""),
     ("schedule.schedulers*", "impossible", _SAVED),
     ("trainer.max_*", "harmless", ""),
@@ -147,7 +149,7 @@ def _judged(
         return "trajectory", "the schedule's length, which is auto, stays that of the checkpoint"
     if place == "data.train.num_workers":
         return _of_workers(old, new)
-    if path[0] == "schedule" and len(path) > 1 and path[1] not in ("class_type", "every"):
+    if path[0] == "schedule" and len(path) > 1 and path[1] not in (*PART_KEYS, "every"):
         return ("trajectory", "") if _is_code(before) or _is_code(after) else ("impossible", _SAVED)
     for pattern, resume, why in _RULES:
         if fnmatchcase(place, pattern):
@@ -223,9 +225,10 @@ def _class_at(part: Any) -> type | None:
     if not isinstance(reference, str) or ":" not in reference:
         return None
     name, _, attribute = reference.partition(":")
-    ours = name.startswith("robo_orchard_lab.pipeline.hooks.")
-    module = importlib.import_module(name) if ours else sys.modules.get(name)
-    found = getattr(module, attribute, None)
+    if name.startswith("robo_orchard_lab.pipeline.hooks."):
+        with suppress(ImportError):  # of a hook that another version had
+            importlib.import_module(name)
+    found = getattr(sys.modules.get(name), attribute, None)
     return found if isinstance(found, type) else None
 
 
