@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -22,7 +22,12 @@ from robo_orchard_lab.experiment import (
     config_of,
 )
 from robo_orchard_lab.experiment.samples import MLP, Spirals
-from robo_orchard_lab.pipeline import HookBasedTrainer, SupervisedProcessor
+from robo_orchard_lab.pipeline import (
+    HookBasedTrainer,
+    PipelineHookArgs,
+    PipelineHooks,
+    SupervisedProcessor,
+)
 from robo_orchard_lab.pipeline.hooks import (
     LossTrackerConfig,
     MetricsLoggerConfig,
@@ -30,6 +35,19 @@ from robo_orchard_lab.pipeline.hooks import (
 )
 from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig
 from tiny import equal, weights
+
+
+class Fetched(Spirals):
+    """Data that the first process fetches, which takes a while, and the other one then has."""
+
+    def __init__(self, folder: str, size: int) -> None:
+        fetched = Path(folder, "fetched")
+        if PartialState().is_main_process:
+            time.sleep(0.3)
+            fetched.touch()
+        elif not fetched.exists():
+            raise FileNotFoundError("the first process hasn't fetched it yet")
+        super().__init__(size)
 
 
 class MissingOnTheFirst(Spirals):
@@ -41,16 +59,17 @@ class MissingOnTheFirst(Spirals):
         super().__init__(8)
 
 
-def spirals(**options: Any) -> LoaderConfig:
-    return LoaderConfig(dataset=config_of(Spirals, size=39, **options), batch_size=4, shuffle=True)
-
-
 def experiment(folder: Path) -> ExperimentConfig:
+    fetched = config_of(Fetched, folder=str(folder), size=39)
+    others = config_of(Spirals, size=39, seed=1)
     return ExperimentConfig(
         run_folder=str(folder / "run"),
         seed=3,
         model=config_of(MLP, inputs=2, hidden=[8], outputs=3),
-        data=DataConfig(train=spirals(), evaluation={"val": spirals(seed=1)}),
+        data=DataConfig(
+            train=LoaderConfig(dataset=fetched, batch_size=4, shuffle=True),
+            evaluation={"val": LoaderConfig(dataset=others, batch_size=4)},
+        ),
         batch_processor=config_of(SupervisedProcessor, loss=config_of(torch.nn.CrossEntropyLoss)),
         optimizer=config_of(torch.optim.SGD, lr=0.1),
         schedule=config_of(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps="auto"),
@@ -59,7 +78,7 @@ def experiment(folder: Path) -> ExperimentConfig:
             "losses": LossTrackerConfig(),
             "val": ValidationHookConfig(),
         },
-        trainer=TrainerConfig(max_epoch=2),
+        trainer=TrainerConfig(max_epoch=2, agree_every=4),
         accelerator=AcceleratorConfig(cpu=True, gradient_accumulation_steps=2),
     )
 
@@ -84,12 +103,24 @@ def by_script() -> torch.nn.Module:
 
 def main(folder: Path) -> None:
     config = experiment(folder)
-    built = config.build()
+    watching = PipelineHooks()
+    exchanged_at = []
+
+    @watching.on_loop.before
+    def watch(args: PipelineHookArgs) -> None:
+        def find() -> int:
+            exchanged_at.append(args.progress.global_step_id)
+            return 0
+
+        args.run.agreement.topic("watched", find=find, tell=lambda number: None)
+
+    built = config.build(hooks={"watching": watching})
     built.trainer()
     found = {
         "same": equal(weights(built.model), weights(by_script())),
         "moves": [built.lr_scheduler.last_epoch, built.lr_scheduler.total_steps],  # type: ignore[union-attr]
         "updates": built.trainer.progress.optimizer_step_id,
+        "exchanged_at": exchanged_at,
         "loss": built.trainer.metrics.latest("eval/val/loss"),
     }
     rank = PartialState().process_index

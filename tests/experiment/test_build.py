@@ -33,6 +33,7 @@ from robo_orchard_lab.pipeline import (
     SimpleBatchProcessor,
     SupervisedProcessor,
 )
+from robo_orchard_lab.pipeline.data import DataOrder
 from robo_orchard_lab.pipeline.errors import DataError
 from robo_orchard_lab.pipeline.hooks import (
     KeepBestConfig,
@@ -548,21 +549,25 @@ def test_a_run_goes_on_where_it_was_stopped() -> None:
 
 
 def test_the_trainer_is_told_what_the_experiment_says() -> None:
-    """Limits, the order of data, precision, and how ranks agree."""
+    """Limits, the order of data, and precision."""
     config = experiment(
         data=DataConfig(train=spirals(), order=DataOrderConfig(keyed_by="sample")),
-        trainer=TrainerConfig(max_optimizer_step=3, agree_every=7),
+        trainer=TrainerConfig(max_optimizer_step=3),
         accelerator=AcceleratorConfig(
             cpu=True, mixed_precision="bf16", find_unused_parameters=True
         ),
     )
-    built = config.build()
+    orders = []
+    watching = PipelineHooks()
+    watching.on_loop.before(lambda args: orders.append(args.run.data.order))
+    built = config.build(hooks={"watching": watching})
     assert built.trainer.limits.max_optimizer_step == 3
     assert built.accelerator.mixed_precision == "bf16"
     assert built.accelerator.ddp_handler is not None
     assert built.accelerator.ddp_handler.find_unused_parameters
     built.trainer()
     assert built.trainer.progress.optimizer_step_id == 3
+    assert orders == [DataOrder(seed=3, keyed_by="sample")]
 
 
 class Missing(Spirals):

@@ -20,6 +20,7 @@ def test_ranks_build_one_run_and_fail_together(tmp_path: Path) -> None:
     assert first["same"]
     assert first["moves"] == [6, 6]
     assert first["updates"] == 6
+    assert first["exchanged_at"] == [4, 8]
     written = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"metrics.jsonl", "checkpoints", "run_state.json"} <= written
     assert "data.train.dataset: FileNotFoundError: no such folder: 'images'" in done.stderr
