@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,19 @@ def test_outside_of_a_repository_only_the_folder_itself_counts(tmp_path: Path) -
     (tmp_path / "inner").mkdir()
     assert trusted_by_pyproject(tmp_path) == ["my_team.models", "other:Net"]
     assert trusted_by_pyproject(tmp_path / "inner") == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")
+def test_what_another_user_has_put_above_does_not_count(tmp_path: Path) -> None:
+    """In a folder that all can write to, whoever is first there trusts nobody for others."""
+    (tmp_path / ".git").mkdir()
+    file = tmp_path / "pyproject.toml"
+    file.write_text("[tool.robo_orchard_lab]\ntrust = ['os']\n")
+    (tmp_path / "mine").mkdir()
+    assert trusted_by_pyproject(tmp_path / "mine") == ["os"]
+    os.chown(file, 12345, -1)
+    assert trusted_by_pyproject(tmp_path / "mine") == []
+    assert trusted_by_pyproject(tmp_path) == ["os"]
 
 
 def test_the_pyproject_of_the_current_folder_is_read(

@@ -12,6 +12,7 @@ never in the file itself.
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator
@@ -98,7 +99,8 @@ def trusted_by_pyproject(folder: Path | None = None) -> list[str]:
 
     Args:
         folder: Where to look, and above it up to the root of its git repository; outside of one,
-            there alone. By default the current folder.
+            there alone. By default the current folder. Files above that are another user's don't
+            count.
 
     Raises:
         ConfigError: It can't be read, or its table holds something else; the file is named.
@@ -118,8 +120,14 @@ def _pyprojects(folder: Path) -> Iterator[Path]:
     folders = [folder, *folder.parents]
     root = next((number for number, f in enumerate(folders) if (f / ".git").exists()), 0)
     for inside in folders[: root + 1]:
-        if (inside / "pyproject.toml").is_file():
-            yield inside / "pyproject.toml"
+        file = inside / "pyproject.toml"
+        if file.is_file() and (inside is folder or _is_own(file)):
+            yield file
+
+
+def _is_own(file: Path) -> bool:
+    """Whether it is the user's or the system's: above a folder may be one that all can write to."""
+    return sys.platform == "win32" or file.stat().st_uid in (os.geteuid(), 0)
 
 
 def _table(path: Path) -> object:
