@@ -219,6 +219,22 @@ def test_only_the_override_in_force_may_turn_into_text(folder: Path) -> None:
     environ = {"ROBO_ORCHARD_LAB__NAME": "3"}
     read = read_experiment(folder / "base.yaml", overrides=arguments("--name=x"), environ=environ)
     assert read.with_text(("name",)) is None
+    place: Place = ("hooks", "log", "every")
+    environ = {"ROBO_ORCHARD_LAB__HOOKS__LOG__EVERY": "5"}
+    given = arguments("--hooks.log={every: 7}")
+    read = read_experiment(folder / "base.yaml", overrides=given, environ=environ)
+    assert origin(read, *place) == "command line: --hooks.log"
+    assert read.with_text(place) is None
+
+
+def test_of_what_turns_into_text_nothing_has_a_place_within(folder: Path) -> None:
+    """There is nothing within a text."""
+    read = read_experiment(folder / "base.yaml", overrides=arguments("--fresh={a: 1}"))
+    assert ("fresh", "a") in read.places
+    text = read.with_text(("fresh",))
+    assert text is not None
+    assert text.document["fresh"] == "{a: 1}"
+    assert ("fresh", "a") not in text.places
 
 
 def chain(folder: Path, length: int) -> Path:

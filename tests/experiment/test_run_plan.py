@@ -15,10 +15,13 @@ from tiny import make_loader, make_trainer
 SCHEDULES = [
     *("3 steps", "2 epochs", "2 optimizer steps", "at steps 1, 4, 1000", "first", "last"),
     *("3 steps | 1 epoch | last", "3 optimizer steps | 2 steps", "3 optimizer steps | 7 steps"),
+    "1 optimizer step | last",
 ]
 
 
-@pytest.mark.parametrize("limits", [{"max_epoch": 3}, {"max_step": 17}, {"max_optimizer_step": 5}])
+@pytest.mark.parametrize(
+    "limits", [{"max_epoch": 3}, {"max_step": 16}, {"max_step": 17}, {"max_optimizer_step": 5}]
+)
 @pytest.mark.parametrize("window", [1, 3])
 def test_a_run_is_as_long_as_foretold_and_hooks_are_as_often_due(
     limits: dict[str, Any], window: int
