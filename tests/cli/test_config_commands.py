@@ -224,3 +224,9 @@ def test_the_starting_file_learns(file: str, capsys: pytest.CaptureFixture[str])
     assert out.startswith("runs/spirals: completed after 600 steps\n")
     losses = read_metrics("runs/spirals/metrics.jsonl")[-1].by_step()[600]
     assert losses["eval/val/loss"] < 0.1
+
+
+def test_a_name_that_no_file_can_have_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """As that of any file that isn't there."""
+    assert main(["train", f"{'a' * 5000}.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("error: there is no file aaa")

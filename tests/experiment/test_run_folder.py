@@ -13,6 +13,7 @@ import pytest
 from robo_orchard_lab.experiment.run_folder import (
     NoRunError,
     config_of_run,
+    link_out_of,
     record_start,
     run_at,
 )
@@ -194,6 +195,16 @@ def test_a_repository_that_lacks_a_part_fetches_nothing(repository: Path) -> Non
     assert state.diff is None
     assert "diff" in (state.left_out or "")
     assert not ran.exists()
+
+
+def test_links_of_a_tracker_are_its_own(tmp_path: Path) -> None:
+    """W&B's logs lie elsewhere, with links to them in the folder of a run, which can go on."""
+    run, logs = tmp_path / "run", tmp_path / "run/wandb/run-1/logs"
+    logs.mkdir(parents=True)
+    (logs / "debug-core.log").symlink_to("/tmp/core.log")
+    assert link_out_of(run) is None
+    (run / "metrics.jsonl").symlink_to("wandb/run-1/logs/debug-core.log")
+    assert link_out_of(run) == str(run / "metrics.jsonl")
 
 
 @pytest.fixture

@@ -133,3 +133,16 @@ def test_arguments_beside_fields_are_held_to_the_run_folder() -> None:
     with pytest.raises(ConfigFieldError) as found:
         check_run_paths(dumper.replace(**{"sinks.file.path": "/m.jsonl"}))
     assert found.value.place == "sinks.file.path"
+
+
+@pytest.mark.parametrize("path", ["link", "link/dump.txt", "inner/link"])
+def test_a_path_through_a_link_is_refused(path: str, tmp_path: Path) -> None:
+    """What somebody has put into the folder leads nowhere else."""
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner/link").symlink_to("/tmp")
+    (tmp_path / "link").symlink_to(tmp_path)
+    check_run_paths(Dump(path=path))
+    with pytest.raises(ConfigFieldError, match="is a link") as error:
+        in_run_folder(Several(one=Dump(path=path)), tmp_path)
+    assert error.value.place == "one.path"
+    assert in_run_folder(Dump(path="inner/dump.txt"), tmp_path).path

@@ -63,7 +63,7 @@ class ExperimentArguments:
         """
         from robo_orchard_lab.experiment.document import read_experiment
 
-        if not file.exists() and not file.is_symlink():
+        if not os.path.lexists(file):
             raise CommandError(f"there is no file {file}", _nearest_file(file))
         return read_experiment(file, overrides=self.overrides, environ=os.environ)
 

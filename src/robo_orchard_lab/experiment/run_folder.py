@@ -106,13 +106,17 @@ def is_of_others(folder: str | os.PathLike[str]) -> bool:
 
 
 def link_out_of(folder: str | os.PathLike[str]) -> str | None:
-    """A link within a folder that leads out of it, where what a run writes might end up."""
+    """A link within a folder that leads out of it, where what a run writes might end up.
+
+    W&B has some of its own in the folders that it writes; what hooks write there, they check.
+    """
     root = os.path.realpath(folder)
     for inside, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = os.path.join(inside, name)
             if os.path.islink(path) and not _lies_in(os.path.realpath(path), root):
                 return path
+        folders[:] = [name for name in folders if name != "wandb"]
     return None
 
 

@@ -65,7 +65,7 @@ def in_run_folder(config: ConfigT, folder: Path) -> ConfigT:
     """The same config with all such paths, and those of configs within, in a run's folder.
 
     Raises:
-        ConfigFieldError: one of them leads out of it, and where it is.
+        ConfigFieldError: one of them leads out of it or through a link, and where it is.
     """
     changes = dict(_walked(config, folder))
     return config.model_copy(update=changes) if changes else config
@@ -112,4 +112,9 @@ def _placed(value: Any, folder: Path, mark: RunPath) -> Any:
     if value is None:
         return None
     check_run_path(value)
-    return type(value)(folder / value) if mark.joined else value
+    if not mark.joined:
+        return value
+    for part in (PurePath(value), *PurePath(value).parents[:-1]) if folder != Path() else ():
+        if (link := folder / part).is_symlink():
+            raise ConfigFieldError(f"expected a path within the run's folder; {link} is a link")
+    return type(value)(folder / value)
