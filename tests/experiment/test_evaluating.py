@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torchmetrics.classification import MulticlassAccuracy
 
 from robo_orchard_core.utils.config import ConfigFieldError
@@ -38,8 +39,6 @@ ACCURACY = {"accuracy": config_of(MulticlassAccuracy, num_classes=3)}
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
     """A run with an average of its weights, which one of two evaluations is made with."""
-    import torch
-
     experiment = ExperimentConfig(
         run_folder=str(tmp_path_factory.mktemp("runs") / "first"),
         model=config_of(MLP, inputs=2, hidden=[8], outputs=3),
@@ -80,6 +79,29 @@ def test_some_sets_are_measured_alone(trained: ExperimentConfig) -> None:
     assert {*evaluate(trained, saved, ["test"])} == {"eval/test/loss"}
     with pytest.raises(ConfigFieldError, match=r"data\.evaluation\.tset: .* did you mean 'test'"):
         evaluate(trained, saved, ["tset"])
+
+
+class Shaken(Spirals):
+    """Points that are moved, each as it is loaded, and all of them when they are made."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.points += torch.rand(2)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        point, arm = super().__getitem__(index)
+        return point + torch.rand(2), arm
+
+
+def test_it_is_the_same_each_time(trained: ExperimentConfig) -> None:
+    """Also where data draws, and where the run would evaluate at its start."""
+    saved = SavedWeights.of_checkpoint(checkpoints_at(trained.folder()).pick())
+    shaken = LoaderConfig(dataset=config_of(Shaken, size=12), batch_size=8)
+    changes: dict[str, Any] = {"hooks.own.at_start": True, "data.evaluation.val": shaken}
+    again = trained.replace(**changes)
+    first = evaluate(again, saved)
+    assert evaluate(again, saved) == first
+    assert {*first} == {"eval/val/loss", "eval/val/accuracy", "eval/test/loss"}
 
 
 def test_without_hooks_it_is_the_loss(trained: ExperimentConfig) -> None:

@@ -212,7 +212,7 @@ def _add_validation(
     names = [n for n in theirs if n in wanted and (config.sets is None or n in config.sets)]
     if not names:
         return
-    changes: dict[str, Any] = {"sets": names, "at_start": False}
+    changes: dict[str, Any] = {"sets": names}
     weights = config.weights
     if weights is not None and saved.hooks is None:
         changes["weights"] = None  # the file has those that were to be kept
