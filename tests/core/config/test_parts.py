@@ -82,6 +82,17 @@ class Made(Shape):
         return Square(1, colour=colour)
 
 
+class Either(Shape):
+    def __init__(self, inner: int | Shape | list[Shape]) -> None:
+        self.inner = inner
+
+
+class Rectangle(Square):
+    def __init__(self, side: float, width: float = 1.0) -> None:
+        super().__init__(side)
+        self.width = width
+
+
 class Passing(Square):
     def __init__(self, **more: Any) -> None:
         super().__init__(side=1, **more)
@@ -241,6 +252,49 @@ def test_a_config_class_beside_the_class_is_taken() -> None:
     assert config.shape == ConfiguredConfig(corners=5)
     assert config.to_dict()["shape"] == {"class_type": f"{HERE}:Configured", "corners": 5}
     assert config.shape().cfg.corners == 5
+
+
+class Dot(Shape):
+    def __init__(self, cfg: ClassConfig[Any]) -> None:
+        self.cfg = cfg
+
+
+class BigDotConfig(ClassConfig[Dot]):
+    class_type: type[Dot] = Dot
+    size: int = 9
+
+
+class DotConfig(ClassConfig[Dot]):
+    class_type: type[Dot] = Dot
+    size: int = 1
+
+
+class SmallDotConfig(ClassConfig[Dot]):
+    class_type: type[Dot] = Dot
+    size: int = 0
+
+
+def test_of_several_config_classes_the_one_that_is_named_like_the_class_is_taken() -> None:
+    """The others are written with their names, and come back."""
+    assert drawing(part(Dot)).shape == DotConfig()
+    big = Drawing(shape=BigDotConfig(size=8))
+    assert big.to_dict()["shape"]["config_type"] == f"{HERE}:BigDotConfig"
+    assert Drawing.from_dict(big.to_dict(), trust=HERE) == big
+
+
+def grown(side: float = 1.0) -> Square:
+    return Square(2 * side)
+
+
+def test_a_part_from_code_is_what_its_document_is_read_as() -> None:
+    """Whatever class of configs it was made as."""
+    plain: Any = ClassConfig[Shape]
+    for mine in (
+        Drawing(shape=plain(class_type=Loud)),
+        drawing(part(Square, side=2)).replace(**{"shape.class_type": Rectangle}),
+        drawing(part(Square, side=2)).replace(shape=config_of(grown)),
+    ):
+        assert Drawing.from_dict(mine.to_dict(), trust=HERE) == mine
 
 
 class Times:
@@ -457,6 +511,8 @@ def test_fields_of_a_named_config_class_stand_in_the_document() -> None:
         (part(Group, members=[part(Square, sid=1)]), "shape.members.0.sid", "'side'"),
         (part(Group, members=[part(Rock)]), "shape.members.0.class_type", "Shape"),
         (part(Undeclared, inner={"a": [0, part(Square, sid=1)]}), "shape.inner.a.1.sid", "'side'"),
+        (part(Either, inner=part(Square, sid=1)), "shape.inner.sid", "did you mean 'side'?"),
+        (part(Either, inner=[part(Square)]), "shape.inner.0.side", "a value is required"),
         (part(Undeclared, inner=[{"func": 3}]), "shape.inner.0.func", "expected a name"),
         ({"side": 1}, "shape", "'class_type' or 'func'"),
         ({**part(Square), "func": "a:b"}, "shape", "found both"),
