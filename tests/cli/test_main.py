@@ -18,6 +18,7 @@ from pathlib import Path
 import click
 import pytest
 from tests.cli.running import LONGEST_S, environment
+from torch.utils.data import DataLoader, Dataset
 
 from robo_orchard_core.utils.config.errors import ConfigFieldError
 from robo_orchard_lab.cli import main as program
@@ -177,6 +178,26 @@ def test_an_error_beneath_a_users_code_is_told_with_the_users_line() -> None:
     except ValueError as error:
         _, place = lines_of(error)
     assert re.search(r"raised at .*json/decoder.py:\d+, called from .*test_main.py:\d+; ", place)
+
+
+class Broken(Dataset[int]):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        error = KeyError(f"no sample {index}")
+        error.add_note("while it was loaded")
+        raise error
+
+
+def test_an_error_of_a_loaders_worker_is_told_as_it_was_there() -> None:
+    """With what it said and the line that raised it, both of which torch hands on as text."""
+    try:
+        next(iter(DataLoader(Broken(), num_workers=1)))
+    except KeyError as error:
+        said, place = lines_of(error)
+    assert said == "error: KeyError: 'no sample 0', in a loader's worker"
+    assert re.search(r"raised at .*test_main.py:\d+; --debug", place)
 
 
 def test_ranks_say_which_they_are(

@@ -66,6 +66,8 @@ def test_a_fast_run_tells_what_it_did(work: Path, capsys: pytest.CaptureFixture[
     assert lines[1].startswith("found eval/val/loss = ")
     assert lines[-2:] == ["saved, and went on from step 2 to 3", "nothing of it was kept"]
     assert {*work.rglob("*")} == before
+    assert main(["train", FILE, "--debug-fast", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["done"][0].startswith("trained to epoch 1")
 
 
 @pytest.mark.parametrize("option", ["--dry-run", "--debug-fast"])

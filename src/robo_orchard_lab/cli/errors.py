@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import sysconfig
 import traceback
@@ -144,7 +145,7 @@ def _of_config(error: ConfigError) -> tuple[str, list[str]]:
 def _of_others(error: BaseException) -> tuple[str, list[str]]:
     place = _place(error)
     return (
-        f"{type(error).__qualname__}: {_first_line(error)}".removesuffix(": "),
+        f"{type(error).__qualname__}: {_said(error)}".removesuffix(": "),
         [f"{place}; {_LAST_LINE}" if place else _LAST_LINE],
     )
 
@@ -153,7 +154,8 @@ def _place(error: BaseException) -> str:
     """The line that raised it, the last one of the user's own, and the hook, as far as known."""
     from robo_orchard_core.utils.hook import origin_of
 
-    frames = traceback.extract_tb(error.__traceback__)
+    worker = _in_worker(error)
+    frames = [*traceback.extract_tb(error.__traceback__)] if worker is None else worker[1]
     own = [frame for frame in frames if not _is_of_others(frame.filename)]
     hook = origin_of(error)
     parts = [f"raised at {_line(frames[-1])}"] if frames else []
@@ -190,6 +192,29 @@ def _first_line(error: BaseException) -> str:
     except Exception as failure:  # of the error's own __str__
         return f"<no text: {type(failure).__qualname__}>"
     return lines[0] + (" ..." if len(lines) > 1 else "") if lines else ""
+
+
+def _said(error: BaseException) -> str:
+    worker = _in_worker(error)
+    return _first_line(error) if worker is None else f"{worker[0]}, in a loader's worker"
+
+
+def _in_worker(error: BaseException) -> tuple[str, list[traceback.FrameSummary]] | None:
+    """What an error of a loader's worker says, and where it was raised there.
+
+    torch has the traceback of it as its text, in the main process.
+    """
+    text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
+    if not text.startswith("Caught ") or " in DataLoader worker process " not in text:
+        return None
+    found = list(re.finditer(r'^ +File "(.+)", line (\d+), in (.+)$', text, re.MULTILINE))
+    frames = [
+        traceback.FrameSummary(file, int(line), name)
+        for file, line, name in (match.groups() for match in found)
+    ]
+    below = text[found[-1].end() if found else 0 :].splitlines()
+    said = next((line for line in below if line and not line[0].isspace()), text)
+    return said.removeprefix(f"{type(error).__qualname__}: "), frames
 
 
 def _is_of_pipeline(error: BaseException, name: str) -> bool:

@@ -43,7 +43,7 @@ def show_dry_run(experiment: ExperimentConfig, begins: Beginning, *, as_json: bo
     say("nothing was written")
 
 
-def show_fast_run(experiment: ExperimentConfig) -> None:
+def show_fast_run(experiment: ExperimentConfig, *, as_json: bool) -> None:
     """Run two steps of everything, and tell what was done.
 
     Raises:
@@ -52,7 +52,11 @@ def show_fast_run(experiment: ExperimentConfig) -> None:
     from robo_orchard_lab.experiment.rehearsal import fast_run
 
     _check_alone("--debug-fast")
-    for line in fast_run(experiment):
+    done = fast_run(experiment)
+    if as_json:
+        print_json({"done": done})
+        return
+    for line in done:
         say(line)
     say("nothing of it was kept")
 

@@ -65,7 +65,7 @@ def command(
     from robo_orchard_lab.cli import training, trial
 
     if debug_fast:
-        return trial.show_fast_run(config)
+        return trial.show_fast_run(config, as_json=as_json)
     repeats = own_folder is not None and config.folder().resolve() == own_folder.resolve()
     begins = training.beginning(config, experiment, allow=allow, repeats=repeats)
     if dry_run:
