@@ -206,6 +206,15 @@ def test_our_own_functions_and_re_exports_are_refused_too() -> None:
     assert Run.from_dict({"either": f"{package}.base:Config"}).either is Config
 
 
+def test_a_misspelt_name_gets_the_nearest_that_is_defined_there(team: Path) -> None:
+    """Not what the module has merely imported."""
+    for name, near in {"TeamHok": "TeamHook", "TeamHook.Iner": "Inner", "OrderedDit": None}.items():
+        with pytest.raises(ConfigReferenceError, match="names nothing") as found:
+            Run.from_dict({"kind": f"team.hooks:{name}"}, trust="team")
+        told = re.search("did you mean '(.*)'", str(found.value))
+        assert (told and told[1]) == near
+
+
 def test_functions_are_referred_to_like_classes(team: Path) -> None:
     """A callable field holds a function, which is not called."""
     document = {"function": "team.hooks:TeamHook.helper"}

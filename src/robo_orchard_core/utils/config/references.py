@@ -6,6 +6,7 @@ the import; then whether what came out is defined where the reference says.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from types import BuiltinFunctionType, FunctionType, ModuleType
 
@@ -67,6 +68,10 @@ def resolve(reference: str, trust: Trust) -> Code:
     return found_in(module, qualname, reference)
 
 
+def _is_of(module: ModuleType, code: object) -> bool:
+    return isinstance(code, Code) and code.__module__ == module.__name__
+
+
 def found_in(module: ModuleType, qualname: str, reference: str) -> Code:
     """What the module defines under a qualified name, without calling anything on the way.
 
@@ -79,7 +84,11 @@ def found_in(module: ModuleType, qualname: str, reference: str) -> Code:
         # a class is looked into, so that no path leads through a module that was imported here.
         space = vars(found) if found is module or isinstance(found, type) else {}
         if part not in space:
-            raise ConfigReferenceError(f"{reference!r} names nothing: no {part!r} is defined there")
+            problem = f"{reference!r} names nothing: no {part!r} is defined there"
+            here = [name for name, code in space.items() if _is_of(module, code)]
+            near = difflib.get_close_matches(part, here, n=1)
+            problem += f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigReferenceError(problem)
         found = space[part]
         if isinstance(found, staticmethod):
             found = found.__func__
