@@ -130,6 +130,17 @@ class Size(Enum):
     LARGE = 2
 
 
+class Material(Enum):
+    """Whose members are no plain values."""
+
+    WOOD = (1.0, "brown")
+
+
+class Carved(Shape):
+    def __init__(self, wood: Material | str) -> None:
+        self.wood = wood if isinstance(wood, Material) else Material[wood]
+
+
 class Sized(Shape):
     def __init__(self, size: Size, spots: tuple[int, int] = (0, 0)) -> None:
         self.size, self.spots = size, spots
@@ -486,6 +497,13 @@ def test_enum_members_and_tuples_come_out_of_documents() -> None:
     """A parameter's declared type is what it gets."""
     sized = drawing(part(Sized, size=2, spots=[3, 4])).shape()
     assert (sized.size, sized.spots) == (Size.LARGE, (3, 4))
+
+
+def test_a_member_that_is_no_plain_value_goes_by_what_its_taker_makes_of_a_name() -> None:
+    """As the weights of torchvision's models do."""
+    for format_ in FORMATS:
+        text = drawing(part(Carved, wood="WOOD")).to_str(format_)
+        assert Drawing.from_str(text, format_, trust=HERE).shape().wood is Material.WOOD
 
 
 def test_what_is_called_later_takes_arguments() -> None:
