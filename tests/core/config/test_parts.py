@@ -137,8 +137,8 @@ class Material(Enum):
 
 
 class Carved(Shape):
-    def __init__(self, wood: Material | str) -> None:
-        self.wood = wood if isinstance(wood, Material) else Material[wood]
+    def __init__(self, wood: Material | None = None) -> None:
+        self.wood = Material[str(wood)]  # which may be a name all the same
 
 
 class Sized(Shape):
