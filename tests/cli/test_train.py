@@ -141,6 +141,7 @@ def test_changes_are_sorted_and_need_a_word(capsys: pytest.CaptureFixture[str]) 
         (["train", FILE, "--dry-run", "--debug-fast"], "give one of them"),
         (["train", FILE, "--allow", "all"], "'all' is not 'trajectory'"),
         (["train", FILE, SLOW], "mine:Slow"),
+        (["train", FILE, "--run_folder", f"{FILE}/x"], "can't lie in spirals.yaml/x: spirals.yaml"),
         (["resume", "runs/none"], "there is no runs/none; expected the folder of a run"),
         (["resume", FILE], "spirals.yaml is a file; expected the folder of a run"),
         (["resume", ".", "--run_folder", "x"], "not the folder of a run"),

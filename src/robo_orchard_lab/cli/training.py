@@ -58,6 +58,7 @@ def beginning(
             f"the link {link} leads out of the run's folder, and so would what is written there",
             "remove the link, or give this one a folder of its own by --run_folder FOLDER",
         )
+    _check_can_be_made(experiment.folder())
     before = run_before(experiment.folder())
     if before is None:
         return Beginning()
@@ -120,6 +121,16 @@ def train(
         raise
     if is_first():
         _tell_end(folder, arguments, as_json)
+
+
+def _check_can_be_made(folder: Path) -> None:
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    wrong = "is no folder" if not there.is_dir() else "can't be written to"
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise CommandError(
+            f"the run can't lie in {folder}: {there} {wrong}",
+            "--run_folder FOLDER has it in another",
+        )
 
 
 def _begins_anew(experiment: ExperimentConfig, arguments: ExperimentArguments) -> bool:
