@@ -3,7 +3,7 @@
 Fields go over what the file says, by their dotted paths, before anything is validated; so they
 reach named hooks, and the fields of whatever class is configured there::
 
-    robo-orchard-lab train digits.yaml --trainer.max_epoch 3 --hooks.stats.every "50 steps"
+    robo-orchard-lab train digits.yaml --trainer.max_epoch 3 --hooks.log.every "50 steps"
 """
 
 from __future__ import annotations
