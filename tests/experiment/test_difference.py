@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import pytest
+import torch  # noqa: F401 - whose classes tell their defaults once they are imported
 
 from robo_orchard_lab.experiment.difference import MISSING, Resume, differences
 
@@ -113,6 +114,17 @@ def test_equal_documents_do_not_differ() -> None:
     """A document has no difference from itself, and 1 is not True."""
     assert differences(document(), document()) == []
     assert len(differences({"a": 1}, {"a": True})) == 1
+
+
+def test_a_default_that_is_spelled_out_is_no_difference() -> None:
+    """Parts say what was given alone, so one file may leave out what the other says."""
+    assert differences(*changed("optimizer", "momentum", to=0.0)) == []
+    assert differences(*changed("optimizer", "momentum", to=0.0)[::-1]) == []
+    assert differences(*changed("optimizer", "nesterov", to=False)) == []
+    assert [d.place for d in differences(*changed("optimizer", "momentum", to=0.9))] == [
+        "optimizer.momentum"
+    ]
+    assert [d.place for d in differences(*changed("schedule", "last_epoch", to=-1))] == []
 
 
 def test_another_length_of_a_run_is_told_to_an_automatic_schedule() -> None:

@@ -9,6 +9,7 @@ with the options of an optimizer, which are in its state.
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -123,7 +124,25 @@ def _changed(
                 yield (*path, key), one, other
             return
     for key in [*before, *(key for key in after if key not in before)]:
-        yield from _changed(before.get(key, MISSING), after.get(key, MISSING), (*path, str(key)))
+        one, other = before.get(key, MISSING), after.get(key, MISSING)
+        if one == MISSING:
+            one = _unsaid(before, key, other)
+        elif other == MISSING:
+            other = _unsaid(after, key, one)
+        yield from _changed(one, other, (*path, str(key)))
+
+
+def _unsaid(part: Mapping[str, Any], argument: str, said: Any) -> Any:
+    """The default of an argument that a part doesn't say, as the other one says it."""
+    cls = _class_at(part)
+    try:
+        default = inspect.signature(cls).parameters[argument].default if cls else MISSING
+    except (KeyError, TypeError, ValueError):  # it has none of this name, or doesn't tell
+        return MISSING
+    if isinstance(default, tuple):
+        default = [*default]
+    is_said = default == said and isinstance(default, bool) == isinstance(said, bool)
+    return said if is_said else MISSING
 
 
 def _same(one: Any, other: Any) -> bool:
