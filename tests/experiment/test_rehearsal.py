@@ -115,6 +115,12 @@ def test_a_dry_run_tells_what_would_be(experiment: ExperimentConfig, tmp_path: P
     assert [*tmp_path.iterdir()] == []
 
 
+def test_a_dry_run_counts_the_save_at_the_end(experiment: ExperimentConfig) -> None:
+    """Of five epochs, two are due, and the run is saved at its end as well."""
+    found = dry_run(experiment.replace(checkpoint={"every": "2 epochs"}, hooks={}))
+    assert [(hook.hook, hook.times) for hook in found.hooks] == [("checkpoint", 3)]
+
+
 def test_a_dry_run_of_a_stream_has_no_length(experiment: ExperimentConfig) -> None:
     """What only the run itself tells is left open."""
     stream = LoaderConfig(dataset=config_of(Stream), batch_size=4)
@@ -149,7 +155,9 @@ def test_a_fast_run_takes_any_data(experiment: ExperimentConfig, part: str) -> N
         "sampler": spirals().replace(shuffle=False, sampler=config_of(SequentialSampler)),
     }
     changes = {"data": DataConfig(train=loaders[part]), "hooks": {}, "schedule": None}
-    assert "step 2" in fast_run(experiment.replace(checkpoint=None, **changes))[0]
+    done = fast_run(experiment.replace(**changes))
+    assert "step 2" in done[0]
+    assert done[-1] == "saved, and went on from step 2 to 3"
 
 
 def test_what_fails_fails(experiment: ExperimentConfig, tmp_path: Path) -> None:

@@ -24,14 +24,15 @@ from robo_orchard_lab.experiment.run_plan import RunLength, run_length, times_du
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks
 from robo_orchard_lab.pipeline.data.own_loader import copy_of, has_index
 from robo_orchard_lab.pipeline.evaluator import Evaluator
-from robo_orchard_lab.pipeline.schedule import EverySteps, Schedule
+from robo_orchard_lab.pipeline.hooks import SaveCheckpointConfig
+from robo_orchard_lab.pipeline.schedule import EverySteps, Last, Schedule
 
 STEPS = 2
 """How many of everything a fast run does."""
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedHook:
+class PlannedSchedule:
     """When something of a hook is due in the run."""
 
     hook: str
@@ -70,7 +71,7 @@ class DryRun:
     """Of the first batch."""
     evaluated: Mapping[str, float]
     """The loss of the first batch of each evaluation set."""
-    hooks: tuple[PlannedHook, ...]
+    hooks: tuple[PlannedSchedule, ...]
     memory: MemoryUse
 
 
@@ -203,14 +204,16 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _planned(experiment: ExperimentConfig, length: RunLength | None) -> Iterator[PlannedHook]:
+def _planned(experiment: ExperimentConfig, length: RunLength | None) -> Iterator[PlannedSchedule]:
     hooks = dict(experiment.hooks)
     if experiment.checkpoint is not None:
         hooks[CHECKPOINT] = experiment.checkpoint
     for name, config in hooks.items():
         for field, value in _schedules(config):
-            times = None if length is None else times_due(value, length)
-            yield PlannedHook(name, field, str(value), times)
+            # A run that reaches its end is saved there, whatever the schedule.
+            due = (value | Last()) if isinstance(config, SaveCheckpointConfig) else value
+            times = None if length is None else times_due(due, length)
+            yield PlannedSchedule(name, field, str(due), times)
 
 
 def _schedules(config: Config) -> Iterator[tuple[str, Schedule]]:
@@ -226,6 +229,8 @@ def _fast(experiment: ExperimentConfig) -> ExperimentConfig:
     return experiment.replace(
         hooks=hooks,
         checkpoint=None if checkpoint is None else _in_every_step(checkpoint),
+        # Going on within an epoch has to work also with data that the run itself only reads whole.
+        **{"data.order.fast_forward": True},
         trainer=TrainerConfig(
             max_step=STEPS,
             agree_every=experiment.trainer.agree_every,
