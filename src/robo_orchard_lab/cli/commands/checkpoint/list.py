@@ -79,5 +79,9 @@ def _row(found: dict[str, Any]) -> list[str]:
         bytes_text(found["size_bytes"]),
         age_text((datetime.now(UTC) - saved_at).total_seconds()),
         state + (f", {found['link']}" if found["link"] else ""),
-        ", ".join(f"{name} {value:g}" for name, value in found["metrics"].items()),
+        ", ".join(
+            f"{name} {value:g}"
+            for name, value in found["metrics"].items()
+            if not name.startswith(("perf/", "lr/"))  # which --json has
+        ),
     ]
