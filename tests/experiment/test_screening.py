@@ -157,6 +157,19 @@ def test_a_file_does_not_have_its_run_behind_a_link(folder: Path) -> None:
     screen(read("name: a\n", "--run_folder=runs/a"), TRUST)
 
 
+def test_a_file_does_not_have_its_run_among_other_files(folder: Path) -> None:
+    """What is there might be replaced; what a job's script has hidden there can't be."""
+    run = folder / "runs/a"
+    run.mkdir(parents=True)
+    (run / ".began").touch()
+    screen(read("name: a\n"), TRUST)
+    (run / "config.yaml").touch()
+    assert "among other files, as there are in 'runs/a'" in str(refused(read("name: a\n")))
+    screen(read("name: a\n", "--run_folder=runs/a"), TRUST)
+    (run / "starts").mkdir()
+    screen(read("name: a\n"), TRUST)
+
+
 def test_links_within_a_run_are_its_own(folder: Path) -> None:
     """That to the last checkpoint is none by which a run would write anywhere else."""
     run = folder / "runs/a"

@@ -95,9 +95,12 @@ def config_of_run(folder: str | os.PathLike[str]) -> Path | None:
 
 
 def is_of_others(folder: str | os.PathLike[str]) -> bool:
-    """Whether there is something in a folder, and none of it says that it is that of a run."""
+    """Whether there is something in a folder, and none of it says that it is that of a run.
+
+    Hidden files don't count: a job's script leaves some, and a run writes none.
+    """
     try:
-        names = os.listdir(folder)
+        names = [name for name in os.listdir(folder) if not name.startswith(".")]
     except FileNotFoundError:
         return False
     except OSError:  # a file, or one that can't be read
