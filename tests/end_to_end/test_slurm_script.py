@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from launching import environment
+from robo_orchard_lab.cli.main import main
 from robo_orchard_lab.pipeline.run_state import read_run_state
 
 HERE = Path(__file__).parent
@@ -35,9 +36,12 @@ class Job:
 
     def start(self, place: str, options: str, starts: int = 0) -> subprocess.Popen[str]:
         """A start of the job, the first or one that the queue has made."""
-        arguments = [self.folder / "run", TRAINING, self.folder / "run", place, options]
+        return self.start_of(TRAINING, self.folder / "run", place, options, starts=starts)
+
+    def start_of(self, *training: str | Path, starts: int = 0) -> subprocess.Popen[str]:
+        """The same of any training in this run folder."""
         return subprocess.Popen(
-            ["bash", str(SCRIPT), *map(str, arguments)],
+            ["bash", str(SCRIPT), *map(str, (self.folder / "run", *training))],
             env={
                 **environment(),
                 "PATH": f"{HERE / 'slurm_stand_in'}{os.pathsep}{os.environ['PATH']}",
@@ -58,7 +62,12 @@ class Job:
 
     def preempt(self, starts: int = 0, number: int = signal.SIGUSR1) -> tuple[int, str]:
         """Start it, and send the script a signal when the training goes on."""
-        script = self.start("nowhere", "preemption,slowly", starts)
+        return self.interrupt(self.start("nowhere", "preemption,slowly", starts), number)
+
+    def interrupt(
+        self, script: subprocess.Popen[str], number: int = signal.SIGUSR1
+    ) -> tuple[int, str]:
+        """Send the script a signal when the training goes on."""
         state = self.folder / "run" / "run_state.json"
         before = state.stat().st_mtime_ns if state.exists() else 0
         while not state.exists() or state.stat().st_mtime_ns == before:
@@ -97,6 +106,23 @@ def test_a_job_is_requeued_until_it_is_completed(tmp_path: Path) -> None:
     assert (code, straight.requeued.read_text()) == (0, ""), told
     expected, found = weights(straight.folder), weights(job.folder)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_a_job_trains_a_file_until_it_is_completed(tmp_path: Path) -> None:
+    """As it does with a script: preempted, in the queue again, and gone on with."""
+    job = Job(tmp_path / "job")
+    assert main(["config", "init", str(tmp_path / "spirals.yaml")]) == 0
+    training = ["-m", "robo_orchard_lab", "train", tmp_path / "spirals.yaml"]
+    options = ["--run_folder", job.folder / "run", "--trainer.max_epoch", "60"]
+    code, told = job.interrupt(job.start_of(*training, *options))
+    assert (code, job.requeued.read_text()) == (0, f"{job.number}\n"), told
+    done = read_run_state(job.folder / "run").progress["global_step_id"]
+    code, told = job.end(job.start_of(*training, *options, starts=1))
+    assert (code, job.requeued.read_text()) == (0, f"{job.number}\n"), told
+    state = read_run_state(job.folder / "run")
+    assert 0 < done < state.progress["global_step_id"] == 60 * 15  # of 30 batches, half each
+    assert state.state == "completed"
 
 
 @pytest.mark.slow
