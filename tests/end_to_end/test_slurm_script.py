@@ -113,12 +113,14 @@ def test_a_job_trains_a_file_until_it_is_completed(tmp_path: Path) -> None:
     """As it does with a script: preempted, in the queue again, and gone on with."""
     job = Job(tmp_path / "job")
     assert main(["config", "init", str(tmp_path / "spirals.yaml")]) == 0
-    training = ["-m", "robo_orchard_lab", "train", tmp_path / "spirals.yaml"]
-    options = ["--run_folder", job.folder / "run", "--trainer.max_epoch", "60"]
-    code, told = job.interrupt(job.start_of(*training, *options))
+    training: list[str | Path] = [
+        *("-m", "robo_orchard_lab", "train", tmp_path / "spirals.yaml"),
+        *("--run_folder", job.folder / "run", "--trainer.max_epoch", "60"),
+    ]
+    code, told = job.interrupt(job.start_of(*training))
     assert (code, job.requeued.read_text()) == (0, f"{job.number}\n"), told
     done = read_run_state(job.folder / "run").progress["global_step_id"]
-    code, told = job.end(job.start_of(*training, *options, starts=1))
+    code, told = job.end(job.start_of(*training, starts=1))
     assert (code, job.requeued.read_text()) == (0, f"{job.number}\n"), told
     state = read_run_state(job.folder / "run")
     assert 0 < done < state.progress["global_step_id"] == 60 * 15  # of 30 batches, half each
