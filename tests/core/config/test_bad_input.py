@@ -255,6 +255,19 @@ def test_all_problems_of_a_document_are_told() -> None:
     assert "\nalso rows.0.0: " in str(error)
 
 
+def test_what_is_wrong_within_comes_ahead_of_what_it_is_within() -> None:
+    """Of a union, the kind that fits best says the most; else the order is the document's."""
+
+    class Either(Config):
+        first: list[list[int]]
+        sizes: dict[str, int] | list[int]
+
+    with pytest.raises(ConfigFieldError) as found:
+        Either.from_dict({"first": "x", "sizes": [1, "y"]})
+    places = [problem.place for problem in (found.value, *found.value.others)]
+    assert places == ["first", "sizes.1", "sizes"]
+
+
 def test_a_missing_field_is_named() -> None:
     """A field without a default that is absent is an error at the place where it should be."""
 

@@ -27,13 +27,28 @@ def config_error(error: ValidationError, document: object) -> ConfigError:
     for problem in found:
         if not problem.path:  # the rules of the whole: name it by its class
             problem.problem = f"{error.title}: {problem.problem}"
-    order = [problem.path[:1] for problem in found]
-    # Where a union admits several, what is wrong within one of them says the most.
-    found.sort(key=lambda problem: len(problem.path), reverse=True)
-    found.sort(key=lambda problem: (_gravity(problem), order.index(problem.path[:1])))
+    found = _inner_first(found)
+    found.sort(key=_gravity)
     first, *others = found
     first.others = tuple(others[: _SHOWN - 1])
     return first
+
+
+def _inner_first(problems: list[ConfigError]) -> list[ConfigError]:
+    """The same in their order, but one within a value ahead of those of the value.
+
+    Where a union admits several kinds, what is wrong within one of them says the most.
+    """
+    ordered: list[ConfigError] = []
+    for problem in problems:
+        path = problem.path
+        outer = (
+            place
+            for place, other in enumerate(ordered)
+            if len(other.path) < len(path) and path[: len(other.path)] == other.path
+        )
+        ordered.insert(next(outer, len(ordered)), problem)
+    return ordered
 
 
 def as_declared(name: str, value: object, declaration: Any) -> Any:
