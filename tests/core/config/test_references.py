@@ -169,7 +169,7 @@ WRONG = [
     ("kind", "team.hooks:instance.Inner", "no 'Inner' is defined there"),
     ("kind", "team.hooks:missing", "no 'missing' is defined there"),
     ("kind", "team.hooks:__name__", "leads to a str"),
-    ("kind", "team.nothing:X", "can't be imported: No module named 'team.nothing'"),
+    ("kind", "team.nothing:X", "can't be imported: No module named 'team.nothing'$"),
     ("kind", "team.broken:X", "can't be imported: broken on import"),
     ("kind", "team.__main__:X", "names a command"),
     ("function", "team.hooks:TeamHook", "expected a function, found the class"),
@@ -178,6 +178,12 @@ WRONG = [
     ("hook", {"config_type": 5}, "expected the name of a class, found 5"),
     ("hook", {"config_type": "team.hooks:TeamConfig", "size": 1}, "did you mean 'team_size'?"),
 ]
+
+
+def test_a_package_that_is_not_there_is_told_with_what_to_do() -> None:
+    """Which is to install it, or to start elsewhere."""
+    with pytest.raises(ConfigReferenceError, match="'nowhere'; install it, or start where"):
+        Run.from_dict({"kind": "nowhere.models:Net"}, trust="nowhere")
 
 
 @pytest.mark.parametrize(("field", "value", "problem"), WRONG)

@@ -64,6 +64,8 @@ def resolve(reference: str, trust: Trust) -> Code:
         module = importlib.import_module(module_name)
     except Exception as error:
         problem = f"the module of {reference!r} can't be imported: {error}"
+        if isinstance(error, ModuleNotFoundError) and error.name == module_name.partition(".")[0]:
+            problem += "; install it, or start where Python finds it"
         raise ConfigReferenceError(problem) from error
     return found_in(module, qualname, reference)
 
