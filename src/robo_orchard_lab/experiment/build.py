@@ -147,7 +147,7 @@ def build_experiment(
             with building("batch_processor"):
                 described = _described(experiment.batch_processor, "batch_processor")
                 batch_processor = make_processor(described)
-        built_hooks = _build_hooks(experiment, hooks or {}, loaders, folder)
+        built_hooks = build_hooks(experiment, hooks or {}, loaders, folder)
     resume = experiment.resume if resume is None else resume
     trainer = HookBasedTrainer(
         accelerator,
@@ -208,13 +208,23 @@ def _make_evaluation(
     return loaders | {name: loader for name, loader in given.items() if loader is not None}
 
 
-def _build_hooks(
+def build_hooks(
     experiment: ExperimentConfig,
     given: Mapping[str, HookLike | None],
     evaluation: Mapping[str, Iterable[Any]],
     folder: Path,
 ) -> dict[str, PipelineHooks]:
-    """The hooks by name; ``checkpoint`` last."""
+    """The hooks by name, ``checkpoint`` last.
+
+    Args:
+        experiment: which describes them.
+        given: in the place of those of the same names, or behind them; None leaves one out.
+        evaluation: loaders by name, for those that evaluate.
+        folder: the run's, where the paths of those that are described begin.
+
+    Raises:
+        ConfigError: one can't be built, with its place.
+    """
     names = dict.fromkeys([*experiment.hooks, *given])
     names.pop(CHECKPOINT, None)
     built: dict[str, PipelineHooks] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from collections.abc import Mapping
@@ -12,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from robo_orchard_core.utils.config import Config, ConfigReferenceError, Trust, TrustError
 from robo_orchard_core.utils.config.derived import config_class_of
 from robo_orchard_core.utils.config.document import Plain
+from robo_orchard_core.utils.config.problems import nearest_or_all
 from robo_orchard_core.utils.config.references import resolve, split
 from robo_orchard_core.utils.hook import FunctionInfo
 from robo_orchard_lab.experiment.catalogue import CATALOGUE, named, with_definitions
-from robo_orchard_lab.experiment.config import CHECKPOINT
 from robo_orchard_lab.experiment.field_help import FieldHelp, fields_of
 from robo_orchard_lab.experiment.parts import HooksPart
 from robo_orchard_lab.experiment.trust_settings import ExperimentTrust
@@ -105,8 +104,7 @@ def hook(name: str, trust: Trust | None = None) -> HookInfo:
     """
     trust = ExperimentTrust().trust if trust is None else trust
     if ":" not in name and name not in (known := hook_names()):
-        near = difflib.get_close_matches(name, known, n=1)
-        advice = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+        advice = nearest_or_all(name, known, "there are")
         raise ConfigReferenceError(f"there is no hook {name!r}; {advice}")
     reference = named(name)
     example: dict[str, Plain] = {"class_type": name, **EXAMPLES.get(name, {})}
@@ -212,7 +210,7 @@ def hooks_of(experiment: ExperimentConfig) -> PipelineHooks:
     import torch
     from accelerate import Accelerator
 
-    from robo_orchard_lab.experiment.build_parts import building, make_hook
+    from robo_orchard_lab.experiment.build import build_hooks
     from robo_orchard_lab.pipeline import PipelineHooks
     from robo_orchard_lab.pipeline.hooks import OptimizerHook
 
@@ -221,12 +219,5 @@ def hooks_of(experiment: ExperimentConfig) -> PipelineHooks:
         stands_in = torch.optim.SGD([torch.zeros(())], lr=0.0)
         hooks += OptimizerHook(Accelerator(cpu=True), stands_in, None, hooks)
     sets = {name: [None] for name in experiment.data.evaluation}
-    built: dict[str, PipelineHooks] = {}
-    for name, part in experiment.hooks.items():
-        with building("hooks", name):
-            built[name] = make_hook(part, experiment.folder(), sets)
-    if experiment.checkpoint is not None:
-        with building(CHECKPOINT):
-            built[CHECKPOINT] = make_hook(experiment.checkpoint, experiment.folder(), {})
-    hooks += PipelineHooks.from_hooks(built)
+    hooks += PipelineHooks.from_hooks(build_hooks(experiment, {}, sets, experiment.folder()))
     return hooks
