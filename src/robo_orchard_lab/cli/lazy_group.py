@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
 import click
+
+from robo_orchard_core.utils.config.problems import nearest_or_all
 
 Listed = Mapping[str, Mapping[str, tuple[str, str]]]
 """Headings, beneath each the commands by name: a line about it, and the module that has it."""
@@ -79,10 +80,7 @@ class LazyGroup(click.Group):
             click.UsageError: there is no such command; with the nearest that there is.
         """
         if args[0] not in self._modules:
-            near = difflib.get_close_matches(args[0], self._modules, n=1)
-            advice = (
-                f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self._modules)}"
-            )
+            advice = nearest_or_all(args[0], [*self._modules], "there are")
             raise click.UsageError(f"there is no command {args[0]!r}; {advice}", ctx)
         return super().resolve_command(ctx, args)
 
