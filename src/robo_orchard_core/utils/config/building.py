@@ -254,7 +254,7 @@ def _hint(annotation: Any, names: dict[str, Any]) -> Any:
     known = {**vars(typing), **vars(collections.abc), **names}
     try:
         return typing.get_type_hints(holder, known, include_extras=True)["hint"]
-    except Exception:
+    except Exception:  # as above; its text is what is left to go by
         return annotation
 
 
