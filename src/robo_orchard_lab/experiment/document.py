@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path as FilePath
+from pathlib import Path
 
 from robo_orchard_core.utils.config.document import Plain
-from robo_orchard_core.utils.config.errors import ConfigError, ConfigFieldError, Path
+from robo_orchard_core.utils.config.errors import ConfigError, ConfigFieldError, Path as FieldPath
 from robo_orchard_core.utils.config.problems import shown
 from robo_orchard_lab.experiment.catalogue import with_definitions
 from robo_orchard_lab.experiment.merging import ItemChange, all_from, merged_with_origins
@@ -33,7 +33,7 @@ class ExperimentDocument:
 
     document: dict[str, Plain]
     places: Origins
-    files: tuple[FilePath, ...]
+    files: tuple[Path, ...]
     overrides: tuple[Override, ...] = ()
 
     @cached_property
@@ -51,7 +51,7 @@ class ExperimentDocument:
         error.source = str(self.files[0] if origin is DEFAULT else origin)
         return error
 
-    def with_text(self, path: Path) -> ExperimentDocument | None:
+    def with_text(self, path: FieldPath) -> ExperimentDocument | None:
         """The same, where the override at ``path`` is the text as it was typed.
 
         ``--name 3`` says the number 3 until it turns out that the field wants text.
@@ -62,7 +62,7 @@ class ExperimentDocument:
         Returns:
             None where no override there was read as anything but text.
         """
-        found: list[tuple[int, int, Path, str]] = []
+        found: list[tuple[int, int, FieldPath, str]] = []
         for number, override in enumerate(self.overrides):
             if override.text is None:
                 continue
@@ -106,7 +106,7 @@ def read_experiment(
     Raises:
         ConfigError: With the file and line, the option or the variable that is wrong.
     """
-    files = read_with_bases(FilePath(file))
+    files = read_with_bases(Path(file))
     document: dict[str, Plain] = {}
     origins: Origins = {}
     for read in reversed(files):
@@ -143,7 +143,7 @@ def _overridden(
     return merged_with_origins((document, origins), (value, from_it))
 
 
-def _place(document: dict[str, Plain], keys: tuple[str, ...]) -> Path:
+def _place(document: dict[str, Plain], keys: tuple[str, ...]) -> FieldPath:
     """Where the keys of an override lead: those of lists as numbers.
 
     Raises:
@@ -151,7 +151,7 @@ def _place(document: dict[str, Plain], keys: tuple[str, ...]) -> Path:
     """
     if keys[0] in ("base", "$schema"):
         raise ConfigFieldError("is said by a file about itself, not over it", keys[:1])
-    path: Path = ()
+    path: FieldPath = ()
     inside: Plain = document
     for key in keys:
         if isinstance(inside, list):
@@ -169,7 +169,7 @@ def _place(document: dict[str, Plain], keys: tuple[str, ...]) -> Path:
     return path
 
 
-def _value_at(document: Plain, path: Path) -> Plain:
+def _value_at(document: Plain, path: FieldPath) -> Plain:
     """The value there; None where there is none."""
     for key in path:
         if isinstance(document, list) and isinstance(key, int) and key < len(document):
@@ -181,7 +181,7 @@ def _value_at(document: Plain, path: Path) -> Plain:
     return document
 
 
-def _with_value(document: Plain, path: Path, value: Plain) -> Plain:
+def _with_value(document: Plain, path: FieldPath, value: Plain) -> Plain:
     """The document with another value at a path that it has."""
     if not path:
         return value
