@@ -34,7 +34,7 @@ LAYERS = [
     "robo_orchard_lab.pipeline.host_group",
     "robo_orchard_lab.pipeline.agreement",
     "robo_orchard_lab.pipeline.requests",
-    "robo_orchard_lab.pipeline.peers",
+    "robo_orchard_lab.pipeline.distributed",
     "robo_orchard_lab.pipeline.run_state",
     "robo_orchard_lab.pipeline.metrics",
     "robo_orchard_lab.pipeline.batch_size",

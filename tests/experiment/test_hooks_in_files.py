@@ -10,7 +10,7 @@ from tests.experiment.hook_entries import ENTRIES, NAMED, TRUST, experiment
 
 from robo_orchard_core.utils.config import Format
 from robo_orchard_core.utils.config.formats import write
-from robo_orchard_core.utils.config.kinds import default_of
+from robo_orchard_core.utils.config.references import default_of
 from robo_orchard_lab.experiment import ExperimentConfig
 from robo_orchard_lab.pipeline import PipelineHooks, PipelineHooksConfig, hooks
 

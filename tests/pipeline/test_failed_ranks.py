@@ -216,7 +216,7 @@ def test_an_error_ends_hooks_that_wait_for_all(options: str, tmp_path: Path) -> 
 
 AT_EXIT = """
 import atexit, time
-from robo_orchard_lab.pipeline.peers import ending
+from robo_orchard_lab.pipeline.distributed import ending
 
 def flush(seconds):
     time.sleep(seconds)

@@ -10,7 +10,7 @@ import pytest
 
 from launching import environment
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
-from robo_orchard_lab.pipeline.peers import StallClock
+from robo_orchard_lab.pipeline.peers.stall_clock import StallClock
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.signs_of_life import sign_of_life
 
@@ -65,7 +65,7 @@ ON_A_DISK_THAT_HANGS = """
 import logging, sys, time
 from torch.distributed import HashStore
 from robo_orchard_lab.pipeline import run_state
-from robo_orchard_lab.pipeline.peers import StallClock, ending, watch
+from robo_orchard_lab.pipeline.distributed import StallClock, ending, watch
 from robo_orchard_lab.pipeline.peers.job_store import JobStore
 from robo_orchard_lab.pipeline.process_identity import ProcessIdentity
 from robo_orchard_lab.pipeline.progress import TrainerProgress

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from robo_orchard_core.utils.config.problems import nearest_or_all
+from robo_orchard_core.utils.config.errors import nearest_or_all
 
 Listed = Mapping[str, Mapping[str, tuple[str, str]]]
 """Headings, beneath each the commands by name: a line about it, and the module that has it."""

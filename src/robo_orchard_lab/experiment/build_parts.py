@@ -18,11 +18,11 @@ from robo_orchard_core.utils.config import (
     ConfigFieldError,
     function_of,
 )
-from robo_orchard_core.utils.config.building import returned_class
-from robo_orchard_core.utils.config.derived import DerivedConfig, code_of, parameters_of
+from robo_orchard_core.utils.config.class_config import returned_class
 from robo_orchard_core.utils.config.errors import dotted
-from robo_orchard_core.utils.config.kinds import members
 from robo_orchard_core.utils.config.model import field_values
+from robo_orchard_core.utils.config.parts import DerivedConfig, code_of, parameters_of
+from robo_orchard_core.utils.config.references import members
 from robo_orchard_lab.experiment.parameter_groups import parameter_groups
 from robo_orchard_lab.experiment.parts import AUTO, LoaderConfig, ScheduleConfig
 from robo_orchard_lab.pipeline import PipelineHooks, SimpleBatchProcessor

@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 
 from robo_orchard_core.utils.config.document import Plain
-from robo_orchard_core.utils.config.errors import ConfigError, ConfigFieldError, Path as FieldPath
-from robo_orchard_core.utils.config.problems import shown
+from robo_orchard_core.utils.config.errors import ConfigError, ConfigFieldError, shown
+from robo_orchard_core.utils.config.errors import Path as FieldPath
 from robo_orchard_lab.experiment.catalogue import with_definitions
 from robo_orchard_lab.experiment.merging import ItemChange, all_from, merged_with_origins
 from robo_orchard_lab.experiment.origins import DEFAULT, Origins, origin_of

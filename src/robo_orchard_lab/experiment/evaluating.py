@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 from safetensors.torch import load_file
 
 from robo_orchard_core.utils.config import ConfigFieldError
-from robo_orchard_core.utils.config.problems import unknown_field
+from robo_orchard_core.utils.config.errors import unknown_field
 from robo_orchard_lab.experiment.build import make_accelerator
 from robo_orchard_lab.experiment.build_parts import (
     building,
@@ -31,7 +31,7 @@ from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.errors import CheckpointError
 from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.hooks import KeepBestConfig, ValidationHookConfig
-from robo_orchard_lab.pipeline.peers import end_together
+from robo_orchard_lab.pipeline.peers.sections import end_together
 from robo_orchard_lab.pipeline.plain_model import plain_name
 from robo_orchard_lab.pipeline.run_path import in_run_folder
 from robo_orchard_lab.pipeline.trainer.fitting import check_tensors

@@ -11,10 +11,10 @@ from typing import Annotated, Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from robo_orchard_core.utils.cli.options import Option, options_of, type_name
+from robo_orchard_core.utils.cli import Option, options_of, type_name
 from robo_orchard_core.utils.config import ClassConfig, Config
-from robo_orchard_core.utils.config.kinds import is_collection, is_mapping, members
 from robo_orchard_core.utils.config.parts import FieldsOf, Function, Part
+from robo_orchard_core.utils.config.references import is_collection, is_mapping, members
 
 
 @dataclass(frozen=True)

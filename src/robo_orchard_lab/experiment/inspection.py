@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from robo_orchard_core.utils.config import Config, ConfigReferenceError, Trust, TrustError
-from robo_orchard_core.utils.config.derived import config_class_of
 from robo_orchard_core.utils.config.document import Plain
-from robo_orchard_core.utils.config.problems import nearest_or_all
+from robo_orchard_core.utils.config.errors import nearest_or_all
+from robo_orchard_core.utils.config.parts import config_class_of
 from robo_orchard_core.utils.config.references import resolve, split
 from robo_orchard_core.utils.hook import FunctionInfo
 from robo_orchard_lab.experiment.catalogue import CATALOGUE, named, with_definitions

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from robo_orchard_core.utils.config import formats, yaml_format
-from robo_orchard_core.utils.config.document import Plain, check, check_text
-from robo_orchard_core.utils.config.dotted_path import parsed_path
+from robo_orchard_core.utils.config.document import Plain, check, check_text, parsed_path
 from robo_orchard_core.utils.config.errors import (
     ConfigError,
     ConfigFieldError,

@@ -19,9 +19,8 @@ from robo_orchard_core.utils.config import (
     Function,
     Part,
 )
-from robo_orchard_core.utils.config.derived import BASES
-from robo_orchard_core.utils.config.parameter_types import DECLARATIONS
-from robo_orchard_core.utils.config.problems import as_declared, unknown_field
+from robo_orchard_core.utils.config.errors import as_declared, unknown_field
+from robo_orchard_core.utils.config.parts import BASES, DECLARATIONS
 
 AUTO = "auto"
 Auto: TypeAlias = Literal["auto"]
@@ -214,7 +213,7 @@ class ScheduleConfig(ClassConfig[Any]):
     @classmethod
     def parameter_declaration(cls, declaration: Any) -> Any:
         """Whole numbers may be ``auto``."""
-        from robo_orchard_core.utils.config.kinds import members
+        from robo_orchard_core.utils.config.references import members
 
         return declaration | Auto if int in members(declaration) else declaration
 

@@ -10,8 +10,12 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from robo_orchard_core.utils.config import formats
 from robo_orchard_core.utils.config.document import Lines, Plain
-from robo_orchard_core.utils.config.errors import ConfigError, ConfigFieldError, ConfigSyntaxError
-from robo_orchard_core.utils.config.problems import shown
+from robo_orchard_core.utils.config.errors import (
+    ConfigError,
+    ConfigFieldError,
+    ConfigSyntaxError,
+    shown,
+)
 from robo_orchard_lab.experiment.merging import paths
 from robo_orchard_lab.experiment.origins import Origin, Origins, origin_of
 

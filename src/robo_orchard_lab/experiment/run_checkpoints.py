@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-from robo_orchard_core.utils.config.errors import ConfigError, ConfigFieldError
-from robo_orchard_core.utils.config.problems import shown
+from robo_orchard_core.utils.config.errors import ConfigError, ConfigFieldError, shown
 from robo_orchard_lab.experiment.reading import read_with_bases
 from robo_orchard_lab.experiment.run_folder import NoRunError, run_at
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, Retention

@@ -16,11 +16,10 @@ from typing import Any, TypeAlias
 from pydantic import BaseModel
 
 from robo_orchard_core.utils.config import Part, config_class_of
-from robo_orchard_core.utils.config.building import returned_class
-from robo_orchard_core.utils.config.derived import DerivedConfig, function_config_class
+from robo_orchard_core.utils.config.class_config import returned_class
 from robo_orchard_core.utils.config.errors import ConfigReferenceError
-from robo_orchard_core.utils.config.kinds import is_kind
-from robo_orchard_core.utils.config.references import Code, found_in, reference_to, split
+from robo_orchard_core.utils.config.parts import DerivedConfig, function_config_class
+from robo_orchard_core.utils.config.references import Code, found_in, is_kind, reference_to, split
 from robo_orchard_lab.experiment.schema_fields import Json, fields_of
 
 _KEYS = {

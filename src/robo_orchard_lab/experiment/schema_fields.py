@@ -11,10 +11,8 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import CoreSchema
 
 from robo_orchard_core.utils.config import FieldsOf, Function, Part
-from robo_orchard_core.utils.config.derived import DerivedConfig, OpenDerivedConfig
-from robo_orchard_core.utils.config.kinds import class_kinds
-from robo_orchard_core.utils.config.parts import PART_KEYS
-from robo_orchard_core.utils.config.references import Code, reference_to
+from robo_orchard_core.utils.config.parts import PART_KEYS, DerivedConfig, OpenDerivedConfig
+from robo_orchard_core.utils.config.references import Code, class_kinds, reference_to
 
 Json: TypeAlias = dict[str, Any]
 

@@ -23,9 +23,10 @@ from robo_orchard_core.utils.config.errors import (
     ConfigReferenceError,
     Path,
     TrustError,
+    shown,
+    unknown_field,
 )
 from robo_orchard_core.utils.config.parts import PART_KEYS
-from robo_orchard_core.utils.config.problems import shown, unknown_field
 from robo_orchard_core.utils.config.references import split
 from robo_orchard_lab.experiment.catalogue import CATALOGUED, kind_of, nearest
 from robo_orchard_lab.experiment.document import ExperimentDocument

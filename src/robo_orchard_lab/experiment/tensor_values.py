@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import PlainSerializer, PlainValidator
 
-from robo_orchard_core.utils.config.parameter_types import DECLARATIONS, UNDECLARED
-from robo_orchard_core.utils.config.problems import shown
+from robo_orchard_core.utils.config.errors import shown
+from robo_orchard_core.utils.config.parts import DECLARATIONS, UNDECLARED
 
 
 def _data_type(value: Any) -> Any:

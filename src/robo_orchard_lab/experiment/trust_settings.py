@@ -23,8 +23,13 @@ from pathlib import Path
 from typing import Self
 
 from robo_orchard_core.utils.config import Trust
-from robo_orchard_core.utils.config.errors import ConfigError, ConfigFieldError, ConfigSyntaxError
-from robo_orchard_core.utils.config.problems import shown, unknown_field
+from robo_orchard_core.utils.config.errors import (
+    ConfigError,
+    ConfigFieldError,
+    ConfigSyntaxError,
+    shown,
+    unknown_field,
+)
 from robo_orchard_lab.experiment.catalogue import CATALOGUED
 
 TABLE = "tool.robo_orchard_lab"

@@ -8,7 +8,7 @@ from robo_orchard_lab.pipeline.batch_processor import (
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.events import CHANNEL_NAMES, PIPELINE_CHANNELS, ChannelName
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.peers import leave_addresses_behind
+from robo_orchard_lab.pipeline.peers.restarts import leave_addresses_behind
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.run_path import RunPath
 from robo_orchard_lab.pipeline.schedule import (

@@ -15,7 +15,7 @@ from robo_orchard_lab.pipeline.batch_size import count_batches, count_samples
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.events import CHANNEL_NAMES, ChannelName
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
-from robo_orchard_lab.pipeline.peers import failing
+from robo_orchard_lab.pipeline.peers.sections import failing
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Request, Requests
 from robo_orchard_lab.pipeline.run_state import RunStateFile

@@ -25,7 +25,7 @@ def seams(
     saved, loaded = states_of(first.hooks), second.states_at_start
     yield from _first(differences(loaded, saved), ignored, "the loaded state")
     yield from _first(_metric_differences(straight, first, second), ignored, "metric")
-    yield from _unlike("request", straight.requests, [*first.requests, *second.requests])
+    yield from _mismatch("request", straight.requests, [*first.requests, *second.requests])
     yield from _unlike_weights(straight, first, second)
     yield from _first(
         differences(states_of(second.hooks), states_of(straight.hooks)), ignored, "at the end"
@@ -66,7 +66,7 @@ def _told(value: tuple[int, float] | None) -> str:
     return "has no further value" if value is None else f"is {value[1]!r} at step {value[0]}"
 
 
-def _unlike(kind: str, expected: Sequence[object], found: Sequence[object]) -> Iterator[str]:
+def _mismatch(kind: str, expected: Sequence[object], found: Sequence[object]) -> Iterator[str]:
     for one, other in zip_longest(found, expected):
         if one != other:
             yield f"{kind}: {one or 'none'}, expected {other or 'none'}"

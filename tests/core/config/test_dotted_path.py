@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from robo_orchard_core.utils.config import ConfigError
-from robo_orchard_core.utils.config.dotted_path import parsed_path
+from robo_orchard_core.utils.config.document import parsed_path
 from robo_orchard_core.utils.config.errors import dotted
 
 

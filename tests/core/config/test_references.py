@@ -209,7 +209,7 @@ def test_our_own_functions_and_re_exports_are_refused_too() -> None:
     for reference in (f"{package}.formats:json_format", f"{package}:Config", f"{package}:errors"):
         with pytest.raises(ConfigReferenceError, match="leads to"):
             Run.from_dict({"either": reference})
-    assert Run.from_dict({"either": f"{package}.base:Config"}).either is Config
+    assert Run.from_dict({"either": f"{package}.config:Config"}).either is Config
 
 
 def test_a_misspelt_name_gets_the_nearest_that_is_defined_there(team: Path) -> None:

@@ -108,7 +108,7 @@ PLACES = [
         "as_config",
         "A configuration that builds anything.",
         model(
-            "robo_orchard_core.utils.config.callable_config:CallableConfig, func: 'os:system'",
+            "robo_orchard_core.utils.config.class_config:CallableConfig, func: 'os:system'",
             "config_type",
         ),
         TRUST,

@@ -1,9 +1,12 @@
 """Configuration that validates, builds what it describes, and survives files exactly."""
 
-from robo_orchard_core.utils.config.base import Config
-from robo_orchard_core.utils.config.callable_config import CallableConfig
-from robo_orchard_core.utils.config.class_config import ClassConfig
-from robo_orchard_core.utils.config.derived import config_class_of, config_of, function_of
+from robo_orchard_core.utils.config.class_config import (
+    CallableConfig,
+    ClassConfig,
+    ClassType,
+    ConfigInstanceOf,
+)
+from robo_orchard_core.utils.config.config import Config
 from robo_orchard_core.utils.config.errors import (
     ConfigBuildError,
     ConfigError,
@@ -13,10 +16,17 @@ from robo_orchard_core.utils.config.errors import (
     ConfigSyntaxError,
     TrustError,
 )
-from robo_orchard_core.utils.config.fields import ClassType, ConfigInstanceOf
 from robo_orchard_core.utils.config.formats import Format
-from robo_orchard_core.utils.config.parts import Anything, FieldsOf, Function, Part
-from robo_orchard_core.utils.config.trust import Trust, TrustLike
+from robo_orchard_core.utils.config.parts import (
+    Anything,
+    FieldsOf,
+    Function,
+    Part,
+    config_class_of,
+    config_of,
+    function_of,
+)
+from robo_orchard_core.utils.config.references import Trust, TrustLike
 
 __all__ = [
     "Anything",

@@ -6,10 +6,12 @@ Plain data only: None, bool, int, finite float, text, lists and dicts with text 
 from __future__ import annotations
 
 import datetime
+import json
 import math
+import re
 from typing import TypeAlias
 
-from robo_orchard_core.utils.config.errors import ConfigSyntaxError, Path
+from robo_orchard_core.utils.config.errors import ConfigFieldError, ConfigSyntaxError, Path
 
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
 
@@ -109,3 +111,37 @@ def first_difference(left: Plain, right: Plain, path: Path = ()) -> Path | None:
     else:
         return None if left == right and repr(left) == repr(right) else path
     return next((found for p in pairs if (found := first_difference(p[1], p[2], p[0]))), None)
+
+
+# --- dotted path -----------------------------------------------------------------------------
+# From a dotted path, as people write it, to the keys that it leads along.
+
+
+_KEY = re.compile(r'"(?:[^"\\]|\\.)*"|[^."]+')
+
+
+def parsed_path(text: str) -> tuple[str, ...]:
+    """The keys of a dotted path; one that holds a dot or a quote is written in double quotes.
+
+    >>> parsed_path('lr."layer1.weight".0')
+    ('lr', 'layer1.weight', '0')
+
+    Raises:
+        ConfigFieldError: It isn't written as a path.
+    """
+    problem = f"expected keys with dots between them, like trainer.max_epoch; found {text[:80]!r}"
+    path: list[str] = []
+    end = 0
+    while len(path) < MAX_DEPTH and (found := _KEY.match(text, end)):
+        key = found[0]
+        try:
+            path.append(json.loads(key) if key.startswith('"') else key)
+        except json.JSONDecodeError:
+            raise ConfigFieldError(problem) from None
+        end = found.end() + 1
+        if end > len(text):
+            check_text(text, ())
+            return tuple(path)
+        if text[end - 1] != ".":
+            break
+    raise ConfigFieldError(problem)

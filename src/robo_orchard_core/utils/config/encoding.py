@@ -20,19 +20,24 @@ from robo_orchard_core.utils.config.errors import (
     ConfigSaveError,
     ConfigSyntaxError,
     Path,
+    config_error,
+    shown,
 )
-from robo_orchard_core.utils.config.kinds import (
+from robo_orchard_core.utils.config.model import ConfigModel, field_values
+from robo_orchard_core.utils.config.references import (
+    CONFIG_TYPE,
+    Code,
+    Loading,
+    Trust,
     declared_code,
     declared_config_class,
+    found_in,
     item_annotation,
+    loading,
     members,
+    reference_to,
     value_annotation,
 )
-from robo_orchard_core.utils.config.loading import CONFIG_TYPE, Loading, loading
-from robo_orchard_core.utils.config.model import ConfigModel, field_values
-from robo_orchard_core.utils.config.problems import config_error, shown
-from robo_orchard_core.utils.config.references import Code, found_in, reference_to
-from robo_orchard_core.utils.config.trust import Trust
 
 
 def encode(config: ConfigModel, *, for_toml: bool = False) -> dict[str, Plain]:

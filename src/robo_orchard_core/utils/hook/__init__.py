@@ -15,21 +15,23 @@ body of step 0
 after step 0
 """
 
-from robo_orchard_core.utils.hook._channel import HookContextChannel
-from robo_orchard_core.utils.hook._context import (
+from robo_orchard_core.utils.hook.channel import (
     HookContext,
+    HookContextChannel,
     HookContextFromCallable,
+    HookEntry,
+    HookOwner,
+    RemovableHandle,
+    RemoveableHandle,
 )
-from robo_orchard_core.utils.hook._errors import (
+from robo_orchard_core.utils.hook.errors import (
+    FunctionInfo,
     HookRegistrationError,
     HookSignatureError,
     add_origin,
     later_errors,
     origin_of,
 )
-from robo_orchard_core.utils.hook._function_info import FunctionInfo
-from robo_orchard_core.utils.hook._handle import RemovableHandle, RemoveableHandle
-from robo_orchard_core.utils.hook._plan import HookEntry, HookOwner
 
 __all__ = [
     "FunctionInfo",

@@ -106,7 +106,7 @@ class PartImages:
             if shards_only:
                 document, tensors = None, encode_state(value)[1]
             else:
-                document, tensors = _encode(part, value, limits, of_rank=rank is not None)
+                document, tensors = _encode_part(part, value, limits, of_rank=rank is not None)
             sharded = {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)}
             if sharded:
                 tensors = {name: t for name, t in tensors.items() if name not in sharded}
@@ -156,7 +156,7 @@ def decode_part(
         raise CheckpointError(str(error)) from error
 
 
-def _encode(
+def _encode_part(
     part: str, value: Any, limits: ReadLimits, *, of_rank: bool
 ) -> tuple[bytes | None, dict[str, torch.Tensor]]:
     """A part's JSON and its tensors. A mapping of nothing but tensors has no JSON, unless it is a

@@ -23,7 +23,7 @@ class PythonStream:
     """
 
     def __init__(self) -> None:
-        self._generator = cast(Any, random.random).__self__
+        self._generator = cast("Any", random.random).__self__
         self._memory = _memory_of(self._generator)
         self._seeded = np.random.MT19937(0)
         self._seeder = np.random.RandomState(self._seeded)

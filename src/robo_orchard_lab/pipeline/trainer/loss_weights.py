@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import BatchProcessorError, StateError
-from robo_orchard_lab.pipeline.peers import meet_others
+from robo_orchard_lab.pipeline.peers.sections import meet_others
 from robo_orchard_lab.pipeline.weighted_loss import (
     LossWeighting,
     checked_weight,

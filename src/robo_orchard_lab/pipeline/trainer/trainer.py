@@ -28,7 +28,9 @@ from robo_orchard_lab.pipeline.hook_set import HookLike, PipelineHooks, check_un
 from robo_orchard_lab.pipeline.hooks.optimizer import OptimizerHook, ScheduleUnit
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricsBoard, UnknownMetricError
-from robo_orchard_lab.pipeline.peers import Place, StallClock, end_together
+from robo_orchard_lab.pipeline.peers.sections import end_together
+from robo_orchard_lab.pipeline.peers.stall_clock import StallClock
+from robo_orchard_lab.pipeline.peers.strays import Place
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
 from robo_orchard_lab.pipeline.run_state import RunStateFile

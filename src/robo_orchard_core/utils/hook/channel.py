@@ -1,0 +1,515 @@
+"""An ordered set of hooks around one kind of work."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from operator import length_hint
+from types import TracebackType
+from typing import Any, Generic, Protocol, Self, TypeAlias, TypeVar
+
+from robo_orchard_core.utils.hook.errors import (
+    FunctionInfo,
+    HookRegistrationError,
+    HookSignatureError,
+    add_origin,
+    attach_later,
+)
+
+# --- handle ----------------------------------------------------------------------------------
+# The receipt for a registration.
+
+
+class RemovableHandle:
+    """Undoes one registration: by ``handle()``, ``handle.remove()`` or at the end of a ``with``.
+
+    However often and in whichever way it is used, the result is that of using it once. A hook
+    that was registered anew after its removal has a new handle; the old one leaves it alone.
+    """
+
+    __slots__ = ("_remove",)
+
+    def __init__(self, remove: Callable[[], None]) -> None:
+        self._remove: Callable[[], None] | None = remove
+
+    @property
+    def removed(self) -> bool:
+        """Whether this handle has been used."""
+        return self._remove is None
+
+    def remove(self) -> None:
+        """Undo the registration. A scope that is open keeps what it entered with."""
+        if self._remove is not None:
+            remove, self._remove = self._remove, None
+            remove()
+
+    def __call__(self) -> None:
+        self.remove()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+
+#: The spelling that the tutorial's system uses; the same class.
+RemoveableHandle = RemovableHandle
+
+
+# --- plan ------------------------------------------------------------------------------------
+# What a channel runs, worked out ahead, and what happens when some of it fails.
+
+
+ArgsT = TypeVar("ArgsT")
+HookFunction: TypeAlias = Callable[[ArgsT], Any]
+
+
+class HookOwner(Protocol):
+    """Whoever registers hooks in a channel, to be named in errors and descriptions."""
+
+    @property
+    def name(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class HookEntry(Generic[ArgsT]):
+    """One hook of a channel, as it runs."""
+
+    position: int
+    """Its place in the order, from 0 (outermost)."""
+    context: HookContext[ArgsT]
+    before: HookFunction[ArgsT] | None
+    after: HookFunction[ArgsT] | None
+    owner: HookOwner | None
+    """Who registered it, where that is known."""
+
+    @property
+    def label(self) -> str:
+        """The name in errors: the hook's own, its owner's, or its class's."""
+        if self.context.name is not None:
+            return self.context.name
+        return self.owner.name if self.owner is not None else type(self.context).__name__
+
+
+class Plan(Generic[ArgsT]):
+    """What a channel runs, worked out once for every change; never changed itself."""
+
+    __slots__ = ("afters", "befores", "channel", "entries", "to_enter", "to_leave")
+
+    def __init__(self, channel: str, entries: tuple[HookEntry[ArgsT], ...]) -> None:
+        self.channel = channel
+        self.entries = entries
+        self.to_enter = tuple(entry for entry in entries if entry.before is not None)
+        self.to_leave = tuple(entry for entry in reversed(entries) if entry.after is not None)
+        self.befores = tuple(entry.before for entry in entries if entry.before is not None)
+        self.afters = tuple(entry.after for entry in reversed(entries) if entry.after is not None)
+
+    def failed_to_enter(
+        self, args: ArgsT, error: BaseException, entering: Iterator[HookFunction[ArgsT]]
+    ) -> None:
+        """Leave the hooks ahead of the one whose ``before`` raised ``error``."""
+        failed = self.to_enter[len(self.to_enter) - length_hint(entering) - 1]
+        self._note_origin(error, failed, "before")
+        entered = (entry for entry in self.to_leave if entry.position < failed.position)
+        self.unwind(args, error, entered)
+
+    def failed_to_leave(
+        self, args: ArgsT, error: BaseException, leaving: Iterator[HookFunction[ArgsT]]
+    ) -> None:
+        """Leave the hooks outside the one whose ``after`` raised ``error``."""
+        first_open = len(self.to_leave) - length_hint(leaving)
+        self._note_origin(error, self.to_leave[first_open - 1], "after")
+        self.unwind(args, error, self.to_leave[first_open:])
+
+    def unwind(
+        self, args: ArgsT, error: BaseException, to_leave: Iterable[HookEntry[ArgsT]]
+    ) -> None:
+        """Run the afters of ``to_leave`` with ``args.exception`` set, whatever they raise.
+
+        Where ``args`` has a method ``failing``, it is told first, since the afters may take long.
+        """
+        before = getattr(args, "exception", None)
+        _set_exception(args, error)
+        if (tell := getattr(args, "failing", None)) is not None:
+            with suppress(Exception):  # leaving goes on, whoever is told
+                tell(error)
+        for entry in to_leave:
+            assert entry.after is not None
+            try:
+                entry.after(args)
+            except BaseException as later:
+                self._note_origin(later, entry, "after")
+                attach_later(error, later)
+        # An error leads to the arguments by its traceback. If they led back to it, what they hold
+        # would live until the garbage collector came by.
+        _set_exception(args, before)
+
+    def _note_origin(self, error: BaseException, entry: HookEntry[ArgsT], role: str) -> None:
+        function = FunctionInfo.of(entry.before if role == "before" else entry.after)  # type: ignore[arg-type]  # the one that ran
+        add_origin(
+            error,
+            f"{entry.label!r} ({self.channel}, {role}): {function.kind} {function.name}"
+            + (f" from {function.location}" if function.location else ""),
+        )
+
+
+def _set_exception(args: Any, error: BaseException | None) -> None:
+    if hasattr(args, "exception"):
+        with suppress(Exception):  # such as one that can't be set; leaving goes on without it
+            args.exception = error
+
+
+EMPTY: Plan[Any] = Plan("", ())
+
+
+class Scope(AbstractContextManager[None], Generic[ArgsT]):
+    """The plan around a ``with`` body."""
+
+    __slots__ = ("_args", "_plan")
+
+    def __init__(self, plan: Plan[ArgsT], args: ArgsT) -> None:
+        self._plan = plan
+        self._args = args
+
+    def __enter__(self) -> None:
+        entering = iter(self._plan.befores)
+        try:
+            for before in entering:
+                before(self._args)
+        except BaseException as error:
+            self._plan.failed_to_enter(self._args, error, entering)
+            raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._plan.unwind(self._args, error, self._plan.to_leave)
+            return
+        leaving = iter(self._plan.afters)
+        try:
+            for after in leaving:
+                after(self._args)
+        except BaseException as failure:
+            self._plan.failed_to_leave(self._args, failure, leaving)
+            raise
+
+
+# --- context ---------------------------------------------------------------------------------
+# A hook: one ``before`` and one ``after`` around a body.
+
+
+class HookContext(ABC, Generic[ArgsT]):
+    """A pair of methods that run before and after a body, with one argument that both see.
+
+    ``after`` runs if, and only if, ``before`` returned, also when the body failed; the argument's
+    ``exception`` (where it has such an attribute) then holds the error. Return values are ignored.
+
+    Subclasses define :meth:`before` and :meth:`after`; ``on_enter`` and ``on_exit`` are other
+    names for the two, to call and to define: a class that defines one has the other.
+    """
+
+    name: str | None = None
+    """What errors and descriptions call it, or None."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        ahead = cls.__mro__[: cls.__mro__.index(HookContext)]
+        for pair in (("before", "on_enter"), ("after", "on_exit")):
+            classes = (vars(c) for c in ahead if any(name in vars(c) for name in pair))
+            defined: Mapping[str, Any] = next(classes, {})
+            for name, other in (pair, pair[::-1]):
+                if name not in defined and other in defined:
+                    setattr(cls, name, defined[other])
+
+    @abstractmethod
+    def before(self, args: ArgsT) -> None:
+        """Run ahead of the body."""
+
+    @abstractmethod
+    def after(self, args: ArgsT) -> None:
+        """Run once the body is over, whether it returned or raised."""
+
+    def on_enter(self, args: ArgsT) -> None:
+        """Call :meth:`before`."""
+        self.before(args)
+
+    def on_exit(self, args: ArgsT) -> None:
+        """Call :meth:`after`."""
+        self.after(args)
+
+    def functions(self) -> tuple[HookFunction[ArgsT] | None, HookFunction[ArgsT] | None]:
+        """What a channel calls: before and after, None for one that does nothing."""
+        return self.before, self.after
+
+    def begin(self, args: ArgsT) -> AbstractContextManager[None]:
+        """This hook alone around the body of a ``with`` statement."""
+        return Scope(Plan("begin", (HookEntry(0, self, *self.functions(), None),)), args)
+
+    @staticmethod
+    def from_callable(
+        before: HookFunction[ArgsT] | None = None,
+        after: HookFunction[ArgsT] | None = None,
+        name: str | None = None,
+    ) -> HookContextFromCallable[ArgsT]:
+        """A hook made of one or two callables.
+
+        Raises:
+            HookSignatureError: neither is given, or one can't be called with one argument.
+        """
+        return HookContextFromCallable(before=before, after=after, name=name)
+
+    def __repr__(self) -> str:
+        before, after = (None if f is None else FunctionInfo.of(f) for f in self.functions())
+        cls = type(self)
+        return (
+            f"<{cls.__module__}.{cls.__qualname__}(\n"
+            f"  name={self.name}, \n  before={before}, \n  after={after})>"
+        )
+
+
+class HookContextFromCallable(HookContext[ArgsT]):
+    """A hook made of one or two callables; see :meth:`HookContext.from_callable`."""
+
+    __module__ = "robo_orchard_core.utils.hook"  # the name to import it by, which printing shows
+
+    def __init__(
+        self,
+        before: HookFunction[ArgsT] | None = None,
+        after: HookFunction[ArgsT] | None = None,
+        name: str | None = None,
+    ) -> None:
+        if before is None and after is None:
+            raise HookSignatureError("a hook needs a before or an after callable, got neither")
+        for role, function in (("before", before), ("after", after)):
+            if function is not None:
+                check_signature(function, role)
+        self._before = before
+        self._after = after
+        self.name = name
+
+    def before(self, args: ArgsT) -> None:
+        if self._before is not None:
+            self._before(args)
+
+    def after(self, args: ArgsT) -> None:
+        if self._after is not None:
+            self._after(args)
+
+    def functions(self) -> tuple[HookFunction[ArgsT] | None, HookFunction[ArgsT] | None]:
+        return self._before, self._after
+
+
+_NEVER_RUNNING = {
+    "coroutine": inspect.iscoroutinefunction,
+    "generator": inspect.isgeneratorfunction,
+    "asynchronous generator": inspect.isasyncgenfunction,
+}
+
+
+def check_signature(function: object, role: str) -> None:
+    """Refuse what can't be called with one positional argument, or whose body would not run.
+
+    Raises:
+        HookSignatureError: with the callable's description and what to change.
+    """
+    if not callable(function):
+        raise HookSignatureError(
+            f"{role} must be callable with one argument (the hook arguments), "
+            f"got {type(function).__name__}"
+        )
+    described = f"{role}={FunctionInfo.of(function)}"
+    try:
+        kinds = [kind for kind, is_kind in _NEVER_RUNNING.items() if is_kind(function)]
+        signature = inspect.signature(function)
+    except Exception:  # some builtins don't tell, and some objects raise when looked at
+        return
+    if kinds:
+        raise HookSignatureError(
+            f"{described} is a {kinds[0]} function, whose body would never run; "
+            "use a plain function"
+        )
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise HookSignatureError(
+            f"{described} can't be called with one argument: {error}. Its signature is "
+            f"{signature}; a hook takes exactly one argument, the hook arguments"
+        ) from None
+
+
+ResultT = TypeVar("ResultT")
+
+
+class HookContextChannel(Generic[ArgsT]):
+    """Hooks that are entered in the order of their registration and left in reverse.
+
+    ``run`` in short::
+
+        for hook in hooks: hook.before(args)
+        result = body(args)
+        for hook in reversed(hooks): hook.after(args)
+        return result
+
+    If a ``before``, the body or an ``after`` raises, the ``after`` of every hook that was entered
+    and not yet left still runs, with ``args.exception`` set to the error (where ``args`` has that
+    attribute). The first error is the one that is raised, with a note that names the hook; those
+    that follow are attached to it (:func:`later_errors`).
+
+    A channel can be registered in another: its hooks run there, in its place. What is registered
+    or removed while a channel is open takes effect the next time it is entered.
+    """
+
+    __module__ = "robo_orchard_core.utils.hook"  # the name to import it by, which printing shows
+
+    __slots__ = ("_owner", "_parents", "_plan", "_registrations", "name")
+
+    def __init__(self, name: str, owner: HookOwner | None = None) -> None:
+        self.name = name
+        self._owner = owner
+        self._registrations: list[_Registration[ArgsT]] = []
+        self._parents: list[HookContextChannel[ArgsT]] = []
+        self._plan: Plan[ArgsT] | None = None  # None: to be built when next needed
+
+    def register(self, hook: HookContext[ArgsT] | HookContextChannel[ArgsT]) -> RemovableHandle:
+        """Add a hook, or another channel's hooks, as the innermost.
+
+        Raises:
+            HookRegistrationError: it is registered here already, or a channel would hold itself.
+            HookSignatureError: its before or after can't be called with one argument.
+        """
+        if isinstance(hook, HookContextChannel):
+            if hook._holds(self):
+                raise HookRegistrationError(f"channel {self.name} can't be registered in itself")
+        elif isinstance(hook, HookContext):
+            for role, function in zip(("before", "after"), hook.functions(), strict=True):
+                if function is not None:
+                    check_signature(function, role)
+        else:
+            raise HookRegistrationError(
+                f"{self.name} takes a HookContext, got {type(hook).__name__}; make one with "
+                "HookContext.from_callable(before=..., after=...)"
+            )
+        if any(registration.hook is hook for registration in self._registrations):
+            raise HookRegistrationError(
+                f"this hook is registered in {self.name} already: {hook!r}; remove it first, "
+                "or register another"
+            )
+        registration = _Registration(hook)
+        self._registrations.append(registration)
+        if isinstance(hook, HookContextChannel):
+            hook._parents.append(self)
+        self._changed()
+        return RemovableHandle(lambda: self._remove(registration))
+
+    def unregister_all(self) -> None:
+        """Remove every hook; their handles become void."""
+        for registration in tuple(self._registrations):
+            self._remove(registration)
+
+    def run(self, args: ArgsT, body: Callable[[ArgsT], ResultT]) -> ResultT:
+        """Call ``body(args)`` inside all hooks, and give what it returns."""
+        plan = self._plan
+        if plan is None:
+            plan = self._build()
+        if plan is EMPTY:
+            return body(args)
+        # The step path: plain loops over what was precomputed. Which hook failed is read off
+        # the iterator afterwards, so that it costs nothing where none fails.
+        entering = iter(plan.befores)
+        try:
+            for before in entering:
+                before(args)
+        except BaseException as error:
+            plan.failed_to_enter(args, error, entering)
+            raise
+        try:
+            result = body(args)
+        except BaseException as error:
+            plan.unwind(args, error, plan.to_leave)
+            raise
+        leaving = iter(plan.afters)
+        try:
+            for after in leaving:
+                after(args)
+        except BaseException as error:
+            plan.failed_to_leave(args, error, leaving)
+            raise
+        return result
+
+    def begin(self, args: ArgsT) -> AbstractContextManager[None]:
+        """All hooks around the body of a ``with`` statement, as in :meth:`run`."""
+        return Scope(self._plan or self._build(), args)
+
+    def entries(self) -> tuple[HookEntry[ArgsT], ...]:
+        """The hooks in the order in which they are entered, those of nested channels included."""
+        return (self._plan or self._build()).entries
+
+    def __iter__(self) -> Iterator[HookContext[ArgsT]]:
+        return iter([entry.context for entry in self.entries()])
+
+    def __len__(self) -> int:
+        return len(self.entries())
+
+    def __repr__(self) -> str:
+        cls = type(self)
+        hooks = ",\n".join(f"{entry.position}: {entry.context!r}" for entry in self.entries())
+        return (
+            f"<{cls.__module__}.{cls.__qualname__}(\n  name={self.name}, \n  hooks=[\n"
+            f"{textwrap.indent(hooks, '    ')}\n  ])>"
+        )
+
+    def _holds(self, other: HookContextChannel[ArgsT]) -> bool:
+        return other is self or any(
+            isinstance(registration.hook, HookContextChannel) and registration.hook._holds(other)
+            for registration in self._registrations
+        )
+
+    def _remove(self, registration: _Registration[ArgsT]) -> None:
+        if registration in self._registrations:
+            self._registrations.remove(registration)
+            if isinstance(registration.hook, HookContextChannel):
+                registration.hook._parents.remove(self)
+            self._changed()
+
+    def _changed(self) -> None:
+        self._plan = None
+        for parent in self._parents:
+            parent._changed()
+
+    def _flatten(self) -> Iterator[tuple[HookContext[ArgsT], HookOwner | None]]:
+        for registration in self._registrations:
+            if isinstance(registration.hook, HookContextChannel):
+                yield from registration.hook._flatten()
+            else:
+                yield registration.hook, self._owner
+
+    def _build(self) -> Plan[ArgsT]:
+        entries = tuple(
+            HookEntry(position, context, *context.functions(), owner)
+            for position, (context, owner) in enumerate(self._flatten())
+        )
+        self._plan = Plan(self.name, entries) if entries else EMPTY
+        return self._plan
+
+
+class _Registration(Generic[ArgsT]):
+    """One act of registering; a hook that is removed and registered anew has another."""
+
+    __slots__ = ("hook",)
+
+    def __init__(self, hook: HookContext[ArgsT] | HookContextChannel[ArgsT]) -> None:
+        self.hook = hook
