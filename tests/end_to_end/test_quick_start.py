@@ -16,7 +16,7 @@ import pytest
 from tests.cli.running import PROGRAM, environment
 
 from robo_orchard_lab.experiment import ExperimentConfig
-from robo_orchard_lab.pipeline.run_state import read_run_state
+from robo_orchard_lab.pipeline.run.run_state import read_run_state
 
 ROOT = Path(__file__).resolve().parents[2]
 SECTION = (ROOT / "README.md").read_text("utf-8").split("## Quick start\n")[1].split("\n## ")[0]

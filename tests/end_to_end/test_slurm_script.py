@@ -16,7 +16,7 @@ import torch
 
 from launching import environment
 from robo_orchard_lab.cli.main import main
-from robo_orchard_lab.pipeline.run_state import read_run_state
+from robo_orchard_lab.pipeline.run.run_state import read_run_state
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

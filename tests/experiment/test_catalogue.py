@@ -137,7 +137,7 @@ def test_nothing_else_of_ours_is_listed() -> None:
         "torchvision.datasets.folder:DatasetFolder",
         "torchmetrics.image.fid:FrechetInceptionDistance",
         "torchvision.transforms.v2._misc:Lambda",
-        "robo_orchard_lab.pipeline.durable:remove_tree",
+        "robo_orchard_lab.pipeline.run.durable:remove_tree",
         "robo_orchard_core.utils.config.class_config:CallableConfig",
     ],
 )

@@ -292,7 +292,7 @@ def test_the_run_folder_follows_from_the_name() -> None:
 def test_only_the_catalogue_is_trusted_without_more(tmp_path: Path) -> None:
     """What else is ours, or anybody's, has to be named in the trust."""
     other = {"class_type": f"{__name__}:Net"}
-    for reference in ("robo_orchard_lab.pipeline.durable:remove_tree", f"{__name__}:Net"):
+    for reference in ("robo_orchard_lab.pipeline.run.durable:remove_tree", f"{__name__}:Net"):
         with pytest.raises(TrustError):
             described(model={"func" if "durable" in reference else "class_type": reference})
     trusted: Any = ExperimentConfig.from_dict(document(model=other), trust=__name__)

@@ -29,8 +29,8 @@ from robo_orchard_lab.pipeline.hooks import (
     StatsMonitorConfig,
     ValidationHookConfig,
 )
-from robo_orchard_lab.pipeline.schedule import EveryEpochs
 from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig
+from robo_orchard_lab.pipeline.trigger import EveryEpochs
 
 
 class Watching(PipelineHooks):

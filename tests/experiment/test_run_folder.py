@@ -17,9 +17,9 @@ from robo_orchard_lab.experiment.run_folder import (
     record_start,
     run_at,
 )
-from robo_orchard_lab.pipeline import git_state as git_module
 from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE
-from robo_orchard_lab.pipeline.git_state import MAX_NAMES, git_state
+from robo_orchard_lab.pipeline.run import run_info as git_module
+from robo_orchard_lab.pipeline.run.run_info import MAX_NAMES, git_state
 
 
 def git(folder: Path, *arguments: str) -> str:

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from robo_orchard_lab.experiment.run_plan import run_length, times_due
 from robo_orchard_lab.pipeline import PipelineHooks, TrainerLimits
-from robo_orchard_lab.pipeline.schedule import Schedule
+from robo_orchard_lab.pipeline.trigger import Schedule
 from tiny import make_loader, make_trainer
 
 SCHEDULES = [

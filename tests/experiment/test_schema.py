@@ -216,7 +216,7 @@ EMBEDDING = {"class_type": "torch.nn:Embedding", "num_embeddings": 3, "embedding
         ("hooks.log.sinks.0.path", 3),
         ("hooks.log.sinks.0.class_type", "StatsMonitor"),
         ("hooks.stats.class_type", "StatMonitor"),
-        ("hooks.stats.class_type", "robo_orchard_lab.pipeline.durable:remove_tree"),
+        ("hooks.stats.class_type", "robo_orchard_lab.pipeline.run.durable:remove_tree"),
         ("checkpoint.kep_last", 3),
         ("checkpoint.keep_last", "all"),
         ("resume", "maybe"),

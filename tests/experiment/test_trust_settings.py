@@ -25,7 +25,7 @@ def test_only_the_catalogue_and_the_named_are_trusted() -> None:
     assert trust.covers("robo_orchard_lab.pipeline.hooks.ema", "EMA")
     assert not trust.covers("other", "Other")
     assert not trust.covers("torch.serialization", "load")
-    assert not trust.covers("robo_orchard_lab.pipeline.durable", "remove_tree")
+    assert not trust.covers("robo_orchard_lab.pipeline.run.durable", "remove_tree")
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a:b:c", "a.", "--x", "a\n", "../a", ":a"])

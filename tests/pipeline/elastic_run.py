@@ -31,7 +31,6 @@ from robo_orchard_lab.pipeline import (
 )
 from robo_orchard_lab.pipeline.data import DataOrder
 from robo_orchard_lab.pipeline.errors import StateError
-from robo_orchard_lab.pipeline.events import CHANNEL_NAMES, ChannelName
 from robo_orchard_lab.pipeline.hooks import (
     EMAConfig,
     GradientClippingHookConfig,
@@ -41,6 +40,7 @@ from robo_orchard_lab.pipeline.hooks import (
     SaveCheckpointConfig,
     ValidationHookConfig,
 )
+from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES, ChannelName
 from robo_orchard_lab.pipeline.sharded_tensors import gather_whole
 from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig
 

@@ -23,7 +23,7 @@ from robo_orchard_lab.pipeline.hooks.metric_tracker import MetricTrackerConfig
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext, PipelineHookArgs
 from robo_orchard_lab.pipeline.hooks.validation import ValidationHookConfig
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
-from robo_orchard_lab.pipeline.schedule import EverySteps
+from robo_orchard_lab.pipeline.trigger import EverySteps
 from tiny import make_model
 
 SIZES = (1, 7, 64, 65)

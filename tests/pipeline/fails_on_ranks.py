@@ -18,13 +18,13 @@ import torch.distributed
 from torch.utils.data import DataLoader, Dataset
 
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks, SimpleBatchProcessor
-from robo_orchard_lab.pipeline.events import CHANNEL_NAMES
 from robo_orchard_lab.pipeline.hooks import (
     LossTrackerConfig,
     PreemptionConfig,
     SaveCheckpointConfig,
     ValidationHookConfig,
 )
+from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES
 from tiny import loss_of, make_loader, make_model, make_trainer
 
 FAILS_AT = 3  # the step

@@ -14,8 +14,8 @@ import pytest
 from fails_on_ranks import FAILS_AT
 from launching import environment, launch
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
-from robo_orchard_lab.pipeline.events import CHANNEL_NAMES
-from robo_orchard_lab.pipeline.run_state import RunState, read_run_state
+from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES
+from robo_orchard_lab.pipeline.run.run_state import RunState, read_run_state
 
 HERE = Path(__file__).parent
 KILLED = -9

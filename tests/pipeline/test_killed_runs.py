@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from full_training import STEPS, STEPS_OF_TWO, build
-from robo_orchard_lab.pipeline.run_state import read_run_state
+from robo_orchard_lab.pipeline.run.run_state import read_run_state
 from robo_orchard_lab.testing import prove_resume
 
 SAVES = ["every step", "in background"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]  # accelerate brings it
 
 from launching import command, environment
-from robo_orchard_lab.pipeline.run_state import read_run_state
+from robo_orchard_lab.pipeline.run.run_state import read_run_state
 
 HERE = Path(__file__).parent
 TERMINATED = 128 + signal.SIGTERM

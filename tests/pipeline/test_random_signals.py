@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from robo_orchard_lab.pipeline.run_state import read_run_state
+from robo_orchard_lab.pipeline.run.run_state import read_run_state
 from tiny import equal
 
 HERE = Path(__file__).parent

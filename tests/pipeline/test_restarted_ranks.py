@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from launching import command, environment
-from robo_orchard_lab.pipeline.run_state import read_run_state
+from robo_orchard_lab.pipeline.run.run_state import read_run_state
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "restarted_on_ranks.py"

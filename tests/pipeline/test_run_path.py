@@ -18,7 +18,7 @@ from robo_orchard_lab.pipeline.hooks import (
     SaveModelConfig,
     TorchProfilerHookConfig,
 )
-from robo_orchard_lab.pipeline.run_path import RunPath, check_run_paths, in_run_folder
+from robo_orchard_lab.pipeline.run.run_path import RunPath, check_run_paths, in_run_folder
 from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig, LogSinkConfig, TrackerSinkConfig
 
 RUN = Path("runs/one")

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks, TrainerProgress
-from robo_orchard_lab.pipeline.durable import temporary_name
 from robo_orchard_lab.pipeline.errors import RunPreempted, StateError
 from robo_orchard_lab.pipeline.requests import Requests
-from robo_orchard_lab.pipeline.run_state import RunState, RunStateFile, read_run_state
+from robo_orchard_lab.pipeline.run.durable import temporary_name
+from robo_orchard_lab.pipeline.run.run_state import RunState, RunStateFile, read_run_state
 from tiny import make_trainer
 
 

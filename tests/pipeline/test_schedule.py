@@ -15,7 +15,7 @@ from robo_orchard_core.utils.cli import pydantic_from_argparse
 from robo_orchard_core.utils.config import ConfigFieldError
 from robo_orchard_lab.pipeline import PipelineHooks
 from robo_orchard_lab.pipeline.hooks.mixin import PipelineHooksConfig
-from robo_orchard_lab.pipeline.schedule import (
+from robo_orchard_lab.pipeline.trigger import (
     AnyOf,
     AtSteps,
     EveryEpochs,

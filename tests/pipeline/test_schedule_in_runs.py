@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from robo_orchard_lab.pipeline import CHANNEL_NAMES, ChannelName, PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext
-from robo_orchard_lab.pipeline.schedule import (
+from robo_orchard_lab.pipeline.trigger import (
     AnyOf,
     AtSteps,
     EveryEpochs,

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from launching import launch
-from robo_orchard_lab.pipeline.run_state import read_run_state
+from robo_orchard_lab.pipeline.run.run_state import read_run_state
 
 SCRIPT = Path(__file__).parent / "clock_on_ranks.py"
 

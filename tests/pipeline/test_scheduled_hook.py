@@ -12,11 +12,7 @@ import pytest
 from robo_orchard_core.utils.hook import HookContextChannel, HookRegistrationError
 from robo_orchard_lab.pipeline import CHANNEL_NAMES, ChannelName, PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext
-from robo_orchard_lab.pipeline.schedule import (
-    EverySteps,
-    Last,
-    ScheduleError,
-)
+from robo_orchard_lab.pipeline.trigger import EverySteps, Last, ScheduleError
 from tiny import make_trainer
 
 

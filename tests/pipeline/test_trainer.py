@@ -31,8 +31,8 @@ from robo_orchard_lab.pipeline import (
     TrainerProgress,
 )
 from robo_orchard_lab.pipeline.errors import BatchProcessorError, DataError, PipelineConfigError
-from robo_orchard_lab.pipeline.events import ChannelName
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext
+from robo_orchard_lab.pipeline.progress import ChannelName
 from tiny import equal, loss_of, make_loader, make_model, make_trainer, weights
 
 

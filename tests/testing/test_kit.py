@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks import GradientClippingHookConfig
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext
-from robo_orchard_lab.pipeline.schedule import EverySteps, Schedule
+from robo_orchard_lab.pipeline.trigger import EverySteps, Schedule
 from robo_orchard_lab.testing import HookRun, run_hook
 
 

@@ -22,7 +22,7 @@ from robo_orchard_lab.pipeline.hooks.mixin import (
     PipelineHooks,
     PipelineHooksConfig,
 )
-from robo_orchard_lab.pipeline.schedule import EverySeconds, EverySteps, Last, Schedule
+from robo_orchard_lab.pipeline.trigger import EverySeconds, EverySteps, Last, Schedule
 from robo_orchard_lab.testing import (
     TracedCall,
     assert_no_device_sync,

@@ -176,7 +176,7 @@ def _short(value: Any) -> str:
 
 
 def _tell_end(folder: Path, arguments: ExperimentArguments, as_json: bool) -> None:
-    from robo_orchard_lab.pipeline.run_state import read_run_state
+    from robo_orchard_lab.pipeline.run.run_state import read_run_state
 
     try:
         state = read_run_state(folder)

@@ -30,7 +30,7 @@ from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hooks import ValidationHookConfig
 from robo_orchard_lab.pipeline.hooks.optimizer import ScheduleUnit
-from robo_orchard_lab.pipeline.run_path import in_run_folder
+from robo_orchard_lab.pipeline.run.run_path import in_run_folder
 
 
 @contextmanager

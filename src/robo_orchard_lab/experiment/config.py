@@ -131,7 +131,7 @@ class ExperimentConfig(Config):
         if self.checkpoint is not None:
             written[CHECKPOINT,] = self.checkpoint
         if written:
-            from robo_orchard_lab.pipeline.run_path import check_run_paths  # with torch
+            from robo_orchard_lab.pipeline.run.run_path import check_run_paths
         for path, hook in written.items():
             try:
                 check_run_paths(hook)

@@ -31,9 +31,9 @@ from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.errors import CheckpointError
 from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.hooks import KeepBestConfig, ValidationHookConfig
+from robo_orchard_lab.pipeline.model import plain_name
 from robo_orchard_lab.pipeline.peers.sections import end_together
-from robo_orchard_lab.pipeline.plain_model import plain_name
-from robo_orchard_lab.pipeline.run_path import in_run_folder
+from robo_orchard_lab.pipeline.run.run_path import in_run_folder
 from robo_orchard_lab.pipeline.trainer.fitting import check_tensors
 
 

@@ -9,12 +9,7 @@ from typing import Any
 import torch
 
 from robo_orchard_core.utils.config import ConfigFieldError
-from robo_orchard_lab.pipeline.parameter_names import (
-    NamedParameters,
-    all_names,
-    matching,
-    nearest_names,
-)
+from robo_orchard_lab.pipeline.model import NamedParameters, all_names, matching, nearest_names
 
 NORMS_AND_BIASES = "norms_and_biases"
 _NORM = re.compile(r"Norm(\dd)?$")

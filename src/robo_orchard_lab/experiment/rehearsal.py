@@ -25,7 +25,7 @@ from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks
 from robo_orchard_lab.pipeline.data.own_loader import copy_of, has_index
 from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.hooks import SaveCheckpointConfig
-from robo_orchard_lab.pipeline.schedule import EverySteps, Last, Schedule
+from robo_orchard_lab.pipeline.trigger import EverySteps, Last, Schedule
 
 STEPS = 2
 """How many of everything a fast run does."""

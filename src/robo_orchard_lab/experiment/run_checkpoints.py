@@ -17,7 +17,7 @@ from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE
 from robo_orchard_lab.pipeline.errors import CheckpointError
 from robo_orchard_lab.pipeline.hooks.save_checkpoint import FOLDER
 from robo_orchard_lab.pipeline.job_log import job_logger
-from robo_orchard_lab.pipeline.run_path import check_run_path
+from robo_orchard_lab.pipeline.run.run_path import check_run_path
 
 logger = job_logger(__name__)
 

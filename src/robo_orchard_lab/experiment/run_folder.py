@@ -154,10 +154,9 @@ def record_start(
     Raises:
         OSError: it can't be written.
     """
-    from robo_orchard_lab.pipeline.durable import flush_folder, make_folder, write_file
-    from robo_orchard_lab.pipeline.durable import replace_file as replace
-    from robo_orchard_lab.pipeline.git_state import git_state
-    from robo_orchard_lab.pipeline.trainer.about import versions
+    from robo_orchard_lab.pipeline.run.durable import flush_folder, make_folder, write_file
+    from robo_orchard_lab.pipeline.run.durable import replace_file as replace
+    from robo_orchard_lab.pipeline.run.run_info import git_state, versions
 
     folder = Path(folder)
     make_folder(folder / STARTS)

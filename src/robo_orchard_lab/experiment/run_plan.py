@@ -10,7 +10,8 @@ from accelerate import Accelerator
 
 from robo_orchard_lab.pipeline.data import DataOrder, TrainingData
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress, remaining_steps
-from robo_orchard_lab.pipeline.schedule import (
+from robo_orchard_lab.pipeline.trigger import (
+    AnyOf,
     AtSteps,
     EveryEpochs,
     EveryOptimizerSteps,
@@ -19,7 +20,6 @@ from robo_orchard_lab.pipeline.schedule import (
     Last,
     Schedule,
 )
-from robo_orchard_lab.pipeline.schedule.base import AnyOf
 
 _MOST_COUNTED = 1_000_000
 

@@ -16,7 +16,7 @@ from robo_orchard_lab.experiment.run_checkpoints import checkpoints_at
 from robo_orchard_lab.experiment.run_folder import NoRunError, config_of_run, record_start
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
 from robo_orchard_lab.pipeline.job_log import job_logger
-from robo_orchard_lab.pipeline.run_state import RunState, read_run_state
+from robo_orchard_lab.pipeline.run.run_state import RunState, read_run_state
 
 logger = job_logger(__name__)
 

@@ -6,12 +6,18 @@ from robo_orchard_lab.pipeline.batch_processor import (
     SupervisedProcessor,
 )
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.events import CHANNEL_NAMES, PIPELINE_CHANNELS, ChannelName
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.peers.restarts import leave_addresses_behind
-from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
-from robo_orchard_lab.pipeline.run_path import RunPath
-from robo_orchard_lab.pipeline.schedule import (
+from robo_orchard_lab.pipeline.progress import (
+    CHANNEL_NAMES,
+    PIPELINE_CHANNELS,
+    ChannelName,
+    TrainerLimits,
+    TrainerProgress,
+)
+from robo_orchard_lab.pipeline.run.run_path import RunPath
+from robo_orchard_lab.pipeline.trainer import HookBasedTrainer
+from robo_orchard_lab.pipeline.trigger import (
     AtSteps,
     EveryEpochs,
     EveryOptimizerSteps,
@@ -22,7 +28,6 @@ from robo_orchard_lab.pipeline.schedule import (
     Schedule,
     ScheduleField,
 )
-from robo_orchard_lab.pipeline.trainer import HookBasedTrainer
 
 __all__ = [
     "CHANNEL_NAMES",

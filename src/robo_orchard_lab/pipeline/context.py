@@ -11,23 +11,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from robo_orchard_lab.pipeline.agreement import Agreement
-from robo_orchard_lab.pipeline.batch_size import count_batches, count_samples
+from robo_orchard_lab.pipeline.batch_processor import count_batches, count_samples
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
-from robo_orchard_lab.pipeline.events import CHANNEL_NAMES, ChannelName
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.peers.sections import failing
-from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
+from robo_orchard_lab.pipeline.progress import (
+    CHANNEL_NAMES,
+    ChannelName,
+    TrainerLimits,
+    TrainerProgress,
+)
 from robo_orchard_lab.pipeline.requests import Request, Requests
-from robo_orchard_lab.pipeline.run_state import RunStateFile
+from robo_orchard_lab.pipeline.run.run_state import RunStateFile
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
     from torch.optim.lr_scheduler import LRScheduler
 
-    from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
+    from robo_orchard_lab.pipeline.batch_processor import BatchProcessor, LossWeighting
     from robo_orchard_lab.pipeline.data import TrainingData
-    from robo_orchard_lab.pipeline.weighted_loss import LossWeighting
 
 _IN_STEP: tuple[ChannelName, ...] = (
     "on_step",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeAlias, TypeVar, overload
 
 from robo_orchard_core.utils.config import ClassConfig
 from robo_orchard_core.utils.hook import (
@@ -17,12 +18,165 @@ from robo_orchard_core.utils.hook import (
     RemovableHandle,
     add_origin,
 )
-from robo_orchard_lab.pipeline.channel_decorators import ChannelDecorators
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import StateError
-from robo_orchard_lab.pipeline.events import CHANNEL_NAMES, ChannelName
-from robo_orchard_lab.pipeline.schedule import Schedule, as_schedule
-from robo_orchard_lab.pipeline.scheduled_hook import ScheduledHook
+from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES, ChannelName
+from robo_orchard_lab.pipeline.trigger import Role, Schedule, as_schedule
+
+# --- scheduled hook --------------------------------------------------------------------------
+# A hook that runs when its schedule is due.
+
+
+HookFunction = Callable[[PipelineHookArgs], Any]
+
+
+class ScheduledHook(HookContext[PipelineHookArgs]):
+    """Another hook, run when a schedule is due.
+
+    A hook with a ``before`` asks there, once: its ``after`` runs if, and only if, the ``before``
+    did. One without asks in its ``after``.
+
+    Raises:
+        ScheduleError: the schedule can never be due on this channel.
+    """
+
+    def __init__(
+        self, hook: HookContext[PipelineHookArgs], when: Schedule, channel: ChannelName
+    ) -> None:
+        self.hook = hook
+        self.when = when
+        self.name = hook.name
+        before, after = hook.functions()
+        self._due = when.bind(channel, "after" if before is None else "before")
+        self._entered = False
+        self._before = before and self._asking(before)
+        self._after = after and (self._asking(after) if before is None else self._if_entered(after))
+
+    def before(self, args: PipelineHookArgs) -> None:
+        if self._before is not None:
+            self._before(args)
+
+    def after(self, args: PipelineHookArgs) -> None:
+        if self._after is not None:
+            self._after(args)
+
+    def functions(self) -> tuple[HookFunction | None, HookFunction | None]:
+        return self._before, self._after
+
+    def __repr__(self) -> str:
+        return f"{self.hook!r} when {self.when}"
+
+    def _asking(self, function: HookFunction) -> HookFunction:
+        @functools.wraps(function)  # by which errors find its name and line
+        def ask(args: PipelineHookArgs) -> None:
+            self._entered = self._due(args)
+            if self._entered:
+                function(args)
+
+        return ask
+
+    def _if_entered(self, function: HookFunction) -> HookFunction:
+        @functools.wraps(function)
+        def after(args: PipelineHookArgs) -> None:
+            if self._entered:
+                function(args)
+
+        return after
+
+
+# --- channel decorators ----------------------------------------------------------------------
+# Decorators that register functions on the channels of a bundle of hooks.
+
+
+FunctionT = TypeVar("FunctionT", bound=Callable[[PipelineHookArgs], Any])
+
+
+class _Registrar(Protocol):
+    def register_hook(
+        self,
+        channel: ChannelName,
+        hook: HookContext[PipelineHookArgs],
+        when: Schedule | str | None = None,
+    ) -> RemovableHandle: ...
+
+
+class ChannelDecorators:
+    """Decorators that register functions on one channel of a bundle.
+
+    >>> from robo_orchard_lab.pipeline import PipelineHooks
+    >>> hooks = PipelineHooks("notes")
+    >>> @hooks.on_step.after(when="100 steps")
+    ... def note(args: PipelineHookArgs) -> None:
+    ...     print("step", args.global_step_id)
+    """
+
+    def __init__(self, hooks: _Registrar | None, channel: ChannelName) -> None:
+        self._hooks = hooks
+        self._channel = channel
+
+    @classmethod
+    def of(cls, channel: ChannelName) -> _ChannelAttribute:
+        """The attribute of a bundle that gives these decorators."""
+        return _ChannelAttribute(channel)
+
+    @overload
+    def before(self, function: FunctionT, /) -> FunctionT: ...
+    @overload
+    def before(
+        self, *, when: Schedule | str | None = None, name: str | None = None
+    ) -> Callable[[FunctionT], FunctionT]: ...
+    def before(
+        self, function: Any = None, *, when: Schedule | str | None = None, name: str | None = None
+    ) -> Any:
+        """Run the function ahead of the channel's body: always, or by a schedule.
+
+        Used as ``@hooks.on_step.before`` or with arguments; the function stays what it is.
+
+        Raises:
+            HookRegistrationError: it is used on a class, or a schedule is given without ``when=``.
+        """
+        return self._decorate("before", function, when, name)
+
+    @overload
+    def after(self, function: FunctionT, /) -> FunctionT: ...
+    @overload
+    def after(
+        self, *, when: Schedule | str | None = None, name: str | None = None
+    ) -> Callable[[FunctionT], FunctionT]: ...
+    def after(
+        self, function: Any = None, *, when: Schedule | str | None = None, name: str | None = None
+    ) -> Any:
+        """Run the function when the channel's body is over; else as :meth:`before`."""
+        return self._decorate("after", function, when, name)
+
+    def _decorate(
+        self, role: Role, function: Any, when: Schedule | str | None, name: str | None
+    ) -> Any:
+        hooks, channel = self._hooks, self._channel
+        if hooks is None:
+            raise HookRegistrationError(
+                f"{channel}.{role} registers a function in one bundle: use it on an instance, "
+                f"@hooks.{channel}.{role}; a class registers its methods in its constructor, by "
+                "self.register_hook"
+            )
+        if isinstance(function, str | Schedule):
+            raise HookRegistrationError(f"write @hooks.{channel}.{role}(when={str(function)!r})")
+
+        def register(function: FunctionT) -> FunctionT:
+            before, after = (function, None) if role == "before" else (None, function)
+            hook = HookContext.from_callable(before, after, name)
+            hooks.register_hook(channel, hook, when)
+            return function
+
+        return register if function is None else register(function)
+
+
+class _ChannelAttribute:
+    def __init__(self, channel: ChannelName) -> None:
+        self._channel = channel
+
+    def __get__(self, hooks: _Registrar | None, cls: type | None = None) -> ChannelDecorators:
+        return ChannelDecorators(hooks, self._channel)
 
 
 class PipelineHooks:

@@ -9,11 +9,11 @@ import torch
 
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.events import CHANNEL_NAMES, ChannelName
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
+from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES, ChannelName
 from robo_orchard_lab.pipeline.requests import Request
-from robo_orchard_lab.pipeline.schedule import AtSteps, Role
+from robo_orchard_lab.pipeline.trigger import AtSteps, Role
 
 NAME = "hook test kit"
 

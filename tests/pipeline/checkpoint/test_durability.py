@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from robo_orchard_lab.pipeline import durable
 from robo_orchard_lab.pipeline.checkpoint import (
     CheckpointStore,
     Retention,
@@ -18,6 +17,7 @@ from robo_orchard_lab.pipeline.checkpoint import (
     write_weights,
 )
 from robo_orchard_lab.pipeline.errors import StateError
+from robo_orchard_lab.pipeline.run import durable
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.hooks.clear_cache import ClearCacheHook, ClearCacheHookConfig
-from robo_orchard_lab.pipeline.schedule import EverySteps, ScheduleError
+from robo_orchard_lab.pipeline.trigger import EverySteps, ScheduleError
 from robo_orchard_lab.testing import assert_state_round_trip, assert_weights_unchanged
 from tiny import make_trainer
 

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 
 from published import NAME, Evaluated, Logged
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, PipelineHooks
-from robo_orchard_lab.pipeline.durable import temporary_name
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.hooks.keep_best import KeepBest, KeepBestConfig
 from robo_orchard_lab.pipeline.metrics import UnknownMetricError
+from robo_orchard_lab.pipeline.run.durable import temporary_name
 from robo_orchard_lab.testing import (
     assert_no_device_sync,
     assert_state_round_trip,

@@ -18,7 +18,6 @@ from robo_orchard_lab.pipeline.data import DataOrder
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hooks.metrics_logger import MetricsLogger, MetricsLoggerConfig
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
-from robo_orchard_lab.pipeline.schedule import EverySeconds, EverySteps, Schedule
 from robo_orchard_lab.pipeline.sinks import (
     JsonLinesSink,
     JsonLinesSinkConfig,
@@ -28,6 +27,7 @@ from robo_orchard_lab.pipeline.sinks import (
     TrackerSinkConfig,
     read_metrics,
 )
+from robo_orchard_lab.pipeline.trigger import EverySeconds, EverySteps, Schedule
 from tiny import equal, make_loader, make_trainer, weights
 
 SCRIPT = Path(__file__).parent.parent / "logged_run.py"

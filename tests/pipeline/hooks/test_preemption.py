@@ -30,7 +30,7 @@ from robo_orchard_lab.pipeline.hooks import (
     ValidationHookConfig,
 )
 from robo_orchard_lab.pipeline.metrics import MetricValue
-from robo_orchard_lab.pipeline.run_state import read_run_state
+from robo_orchard_lab.pipeline.run.run_state import read_run_state
 from robo_orchard_lab.pipeline.worker_signals import LeavesSignals, taken_by_main_process
 from robo_orchard_lab.testing import assert_no_device_sync, assert_weights_unchanged
 from tiny import equal, make_model, make_trainer, weights

@@ -34,7 +34,7 @@ from robo_orchard_lab.pipeline.hooks._terminal_bar import _Picture
 from robo_orchard_lab.pipeline.hooks.metrics_logger import MetricsLoggerConfig
 from robo_orchard_lab.pipeline.metrics import UnknownMetricError
 from robo_orchard_lab.pipeline.progress import remaining_steps
-from robo_orchard_lab.pipeline.schedule import EverySteps
+from robo_orchard_lab.pipeline.trigger import EverySteps
 from robo_orchard_lab.testing import assert_weights_unchanged
 from tiny import loss_of, make_loader, make_model, make_trainer
 

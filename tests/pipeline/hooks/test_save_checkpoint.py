@@ -30,7 +30,7 @@ from robo_orchard_lab.pipeline.errors import (
 )
 from robo_orchard_lab.pipeline.hook_set import HookLike
 from robo_orchard_lab.pipeline.hooks import SaveCheckpointConfig
-from robo_orchard_lab.pipeline.run_state import read_run_state
+from robo_orchard_lab.pipeline.run.run_state import read_run_state
 from tiny import equal, make_loader, make_model, make_trainer, weights
 
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from robo_orchard_core.utils.config import Config
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
-from robo_orchard_lab.pipeline.durable import temporary_name
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, RunPreempted
 from robo_orchard_lab.pipeline.hooks import EMAConfig, SaveModelConfig
+from robo_orchard_lab.pipeline.run.durable import temporary_name
 from robo_orchard_lab.testing import assert_no_device_sync, assert_weights_unchanged
 from tiny import equal, make_loader, make_model, make_trainer, weights
 

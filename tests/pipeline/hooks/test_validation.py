@@ -30,7 +30,7 @@ from robo_orchard_lab.pipeline.hooks.ema import EMAConfig
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext
 from robo_orchard_lab.pipeline.hooks.validation import ValidationHook, ValidationHookConfig
 from robo_orchard_lab.pipeline.metrics import MetricValue
-from robo_orchard_lab.pipeline.schedule import EveryEpochs, EverySteps, Schedule
+from robo_orchard_lab.pipeline.trigger import EveryEpochs, EverySteps, Schedule
 from robo_orchard_lab.testing import (
     assert_no_device_sync,
     assert_state_round_trip,

@@ -18,8 +18,8 @@ from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
 from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE
 from robo_orchard_lab.pipeline.checkpoint.reader import OpenCheckpoint
 from robo_orchard_lab.pipeline.checkpoint.writer import put_new
-from robo_orchard_lab.pipeline.durable import flush_folder, remove_folder
 from robo_orchard_lab.pipeline.errors import CheckpointError
+from robo_orchard_lab.pipeline.run.durable import flush_folder, remove_folder
 
 logger = logging.getLogger(__name__)
 

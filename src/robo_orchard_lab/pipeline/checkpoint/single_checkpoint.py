@@ -22,8 +22,8 @@ from robo_orchard_lab.pipeline.checkpoint.reader import OpenCheckpoint
 from robo_orchard_lab.pipeline.checkpoint.shards import ShareOf
 from robo_orchard_lab.pipeline.checkpoint.tensor_image import ImagePool
 from robo_orchard_lab.pipeline.checkpoint.writer import CheckpointImage, put_new
-from robo_orchard_lab.pipeline.durable import make_folder
 from robo_orchard_lab.pipeline.errors import CheckpointError
+from robo_orchard_lab.pipeline.run.durable import make_folder
 
 
 def load_checkpoint(

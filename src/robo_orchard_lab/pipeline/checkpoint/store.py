@@ -35,8 +35,8 @@ from robo_orchard_lab.pipeline.checkpoint.single_checkpoint import (
 )
 from robo_orchard_lab.pipeline.checkpoint.tensor_image import ImagePool
 from robo_orchard_lab.pipeline.checkpoint.writer import CheckpointImage
-from robo_orchard_lab.pipeline.durable import make_folder, replace_link
 from robo_orchard_lab.pipeline.errors import CheckpointError
+from robo_orchard_lab.pipeline.run.durable import make_folder, replace_link
 
 logger = logging.getLogger(__name__)
 

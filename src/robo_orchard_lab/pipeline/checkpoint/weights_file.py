@@ -10,7 +10,7 @@ import torch
 
 from robo_orchard_lab.pipeline.checkpoint.tensor_image import TensorImage
 from robo_orchard_lab.pipeline.checkpoint.tensor_layout import TensorLayout
-from robo_orchard_lab.pipeline.durable import make_folder, replace_file
+from robo_orchard_lab.pipeline.run.durable import make_folder, replace_file
 
 
 def write_weights(

@@ -17,13 +17,13 @@ from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE, FileEnt
 from robo_orchard_lab.pipeline.checkpoint.parts import FileName, PartImages
 from robo_orchard_lab.pipeline.checkpoint.ranks import Ranks
 from robo_orchard_lab.pipeline.checkpoint.tensor_image import ImagePool
-from robo_orchard_lab.pipeline.durable import (
+from robo_orchard_lab.pipeline.errors import StateError
+from robo_orchard_lab.pipeline.run.durable import (
     flush_folder,
     remove_folder,
     temporary_name,
     write_file,
 )
-from robo_orchard_lab.pipeline.errors import StateError
 
 _MAX_STEP = 10**18
 

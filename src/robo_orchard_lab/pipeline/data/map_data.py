@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader
 
-from robo_orchard_lab.pipeline.batch_size import count_batches
+from robo_orchard_lab.pipeline.batch_processor import count_batches
 from robo_orchard_lab.pipeline.data.announcing import announce_epoch
 from robo_orchard_lab.pipeline.data.division import Division, StepSizes
 from robo_orchard_lab.pipeline.data.epoch_batches import (

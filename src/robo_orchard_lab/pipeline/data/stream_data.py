@@ -11,7 +11,7 @@ from typing import Any
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch.utils.data import DataLoader, IterableDataset
 
-from robo_orchard_lab.pipeline.batch_size import count_batches, count_samples
+from robo_orchard_lab.pipeline.batch_processor import count_batches, count_samples
 from robo_orchard_lab.pipeline.data.announcing import announce_epoch
 from robo_orchard_lab.pipeline.data.division import StepSizes
 from robo_orchard_lab.pipeline.data.epoch_batches import BatchIndices

@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 import torch
 
 from robo_orchard_lab.pipeline.errors import PipelineStateError, StateError
-from robo_orchard_lab.pipeline.plain_model import plain_name
-from robo_orchard_lab.pipeline.sharded_model import reshard, share_like
+from robo_orchard_lab.pipeline.model import plain_name
 from robo_orchard_lab.pipeline.sharded_tensors import gather_whole, has_sharded, local_part
+from robo_orchard_lab.pipeline.sharding import reshard, share_like
 
 _Group: TypeAlias = tuple[list[torch.Tensor], list[torch.Tensor]]
 """Shadows and their parameters."""

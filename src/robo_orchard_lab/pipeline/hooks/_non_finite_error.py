@@ -11,7 +11,7 @@ import torch.distributed
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hooks._finite import Finding
 from robo_orchard_lab.pipeline.hooks._window_recorder import ObservedUpdate
-from robo_orchard_lab.pipeline.plain_model import plain_model, plain_name
+from robo_orchard_lab.pipeline.model import plain_model, plain_name
 from robo_orchard_lab.pipeline.sharded_tensors import has_sharded, local_part
 
 _SHOWN = 3  # of the names and ids in a message

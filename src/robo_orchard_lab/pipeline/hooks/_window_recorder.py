@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
+from robo_orchard_lab.pipeline.batch_processor import LossWeighting
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.gradient_norm import REPLICATING
 from robo_orchard_lab.pipeline.hooks._finite import Finding
-from robo_orchard_lab.pipeline.plain_model import plain_model, plain_name
+from robo_orchard_lab.pipeline.model import plain_model, plain_name
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.quarantine import (
     QuarantinedStep,
@@ -23,7 +24,6 @@ from robo_orchard_lab.pipeline.quarantine import (
     sample_ids,
     write_window,
 )
-from robo_orchard_lab.pipeline.weighted_loss import LossWeighting
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.schedule import ScheduleField
+from robo_orchard_lab.pipeline.trigger import ScheduleField
 
 
 class ClearCacheHook(PipelineHooks):

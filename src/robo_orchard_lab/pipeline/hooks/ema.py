@@ -15,10 +15,10 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, PipelineStateError, StateError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks._averaged_weights import AveragedWeights
-from robo_orchard_lab.pipeline.plain_model import plain_model
+from robo_orchard_lab.pipeline.model import plain_model
 from robo_orchard_lab.pipeline.requests import StopRequest
-from robo_orchard_lab.pipeline.run_path import RunPath
-from robo_orchard_lab.pipeline.schedule import Last
+from robo_orchard_lab.pipeline.run.run_path import RunPath
+from robo_orchard_lab.pipeline.trigger import Last
 
 STATE_VERSION = 1
 

@@ -11,10 +11,9 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.job_log import job_logger
-from robo_orchard_lab.pipeline.parameter_names import all_names, matching, nearest_names
-from robo_orchard_lab.pipeline.plain_model import plain_model
+from robo_orchard_lab.pipeline.model import all_names, matching, nearest_names, plain_model
 from robo_orchard_lab.pipeline.progress import TrainerLimits
-from robo_orchard_lab.pipeline.sharded_model import is_sharded_model
+from robo_orchard_lab.pipeline.sharding import is_sharded_model
 
 logger = job_logger(__name__)
 

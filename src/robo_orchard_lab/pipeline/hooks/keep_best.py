@@ -14,14 +14,14 @@ from safetensors import SafetensorError, safe_open
 
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.durable import remove_leftovers
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks._best_value import BestValue, Mode
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricValue, number_text
 from robo_orchard_lab.pipeline.requests import Requests
-from robo_orchard_lab.pipeline.run_path import RunPath
+from robo_orchard_lab.pipeline.run.durable import remove_leftovers
+from robo_orchard_lab.pipeline.run.run_path import RunPath
 
 logger = job_logger(__name__)
 

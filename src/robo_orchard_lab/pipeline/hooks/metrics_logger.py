@@ -14,8 +14,8 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
-from robo_orchard_lab.pipeline.schedule import ScheduleField
 from robo_orchard_lab.pipeline.sinks import MetricsSink, SinkConfig, SinkGroup
+from robo_orchard_lab.pipeline.trigger import ScheduleField
 
 SinkLike: TypeAlias = MetricsSink | SinkConfig[MetricsSink]
 """A sink, or the configuration that builds one."""

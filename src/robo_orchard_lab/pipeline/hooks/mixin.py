@@ -2,9 +2,9 @@
 
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle, RemoveableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.events import ChannelName
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.schedule import Schedule, ScheduleField
+from robo_orchard_lab.pipeline.progress import ChannelName
+from robo_orchard_lab.pipeline.trigger import Schedule, ScheduleField
 
 __all__ = [
     "ChannelName",

@@ -14,8 +14,8 @@ from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.job_log import job_logger
-from robo_orchard_lab.pipeline.plain_model import plain_model, plain_name
-from robo_orchard_lab.pipeline.sharded_model import plain_class
+from robo_orchard_lab.pipeline.model import plain_model, plain_name
+from robo_orchard_lab.pipeline.sharding import plain_class
 
 logger = job_logger(__name__)
 

@@ -13,7 +13,6 @@ from accelerate.utils import DistributedType
 from pydantic import Field
 
 from robo_orchard_core.utils.hook import HookContext
-from robo_orchard_lab.pipeline.buffers import BufferKeeper
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.gradient_norm import gradient_norm
@@ -26,8 +25,8 @@ from robo_orchard_lab.pipeline.hooks._non_finite_error import (
     what_and_when,
 )
 from robo_orchard_lab.pipeline.hooks._window_recorder import ObservedUpdate, WindowRecorder
-from robo_orchard_lab.pipeline.plain_model import plain_model
-from robo_orchard_lab.pipeline.run_path import RunPath
+from robo_orchard_lab.pipeline.model import BufferKeeper, plain_model
+from robo_orchard_lab.pipeline.run.run_path import RunPath
 
 __all__ = ["NonFiniteError", "NonFiniteGuard", "NonFiniteGuardConfig"]
 

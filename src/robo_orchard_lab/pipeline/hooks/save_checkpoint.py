@@ -32,8 +32,8 @@ from robo_orchard_lab.pipeline.hooks._best_value import Mode
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricValue, number_text
 from robo_orchard_lab.pipeline.requests import Request
-from robo_orchard_lab.pipeline.run_path import RunPath
-from robo_orchard_lab.pipeline.schedule import ScheduleField
+from robo_orchard_lab.pipeline.run.run_path import RunPath
+from robo_orchard_lab.pipeline.trigger import ScheduleField
 
 logger = job_logger(__name__)
 

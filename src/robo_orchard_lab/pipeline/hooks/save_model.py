@@ -15,15 +15,15 @@ from pydantic import Field
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
 from robo_orchard_lab.pipeline.checkpoint import write_weights
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.durable import remove_leftovers, replace_file
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.job_log import job_logger
-from robo_orchard_lab.pipeline.plain_model import plain_model
+from robo_orchard_lab.pipeline.model import plain_model
 from robo_orchard_lab.pipeline.requests import Request, StopRequest
-from robo_orchard_lab.pipeline.run_path import RunPath
-from robo_orchard_lab.pipeline.schedule import Last, ScheduleField
-from robo_orchard_lab.pipeline.sharded_model import whole_weights
+from robo_orchard_lab.pipeline.run.durable import remove_leftovers, replace_file
+from robo_orchard_lab.pipeline.run.run_path import RunPath
+from robo_orchard_lab.pipeline.sharding import whole_weights
+from robo_orchard_lab.pipeline.trigger import Last, ScheduleField
 
 logger = job_logger(__name__)
 

@@ -18,7 +18,7 @@ from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfi
 from robo_orchard_lab.pipeline.hooks._step_times import StepClock
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.progress import remaining_steps
-from robo_orchard_lab.pipeline.schedule import ScheduleField
+from robo_orchard_lab.pipeline.trigger import ScheduleField
 
 STATE_VERSION = 1
 _MIB = 2**20

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerAction, profile
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.run_path import RunPath
+from robo_orchard_lab.pipeline.run.run_path import RunPath
 
 logger = logging.getLogger(__name__)
 

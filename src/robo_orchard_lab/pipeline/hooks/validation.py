@@ -11,15 +11,16 @@ from pydantic import Field
 
 from robo_orchard_core.utils.config import ClassConfig, Function, Part, function_of
 from robo_orchard_core.utils.hook import HookContext
-from robo_orchard_lab.pipeline.batch_size import count_batches
+from robo_orchard_lab.pipeline.batch_processor import count_batches
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.data.own_loader import has_index
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
-from robo_orchard_lab.pipeline.evaluator import Evaluator, check_dataloaders
+from robo_orchard_lab.pipeline.evaluation_loader import check_dataloaders
+from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.metrics.metric_inputs import MetricInputs
 from robo_orchard_lab.pipeline.metrics.torchmetrics_states import MetricsLike, TorchMetrics
-from robo_orchard_lab.pipeline.schedule import Last, ScheduleField
+from robo_orchard_lab.pipeline.trigger import Last, ScheduleField
 
 STATE_VERSION = 1
 

@@ -10,10 +10,10 @@ from typing import IO, Annotated
 from pydantic import Field
 
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.durable import remove_leftovers, replace_file, write_file
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
 from robo_orchard_lab.pipeline.progress import TrainerProgress
-from robo_orchard_lab.pipeline.run_path import RunPath
+from robo_orchard_lab.pipeline.run.durable import remove_leftovers, replace_file, write_file
+from robo_orchard_lab.pipeline.run.run_path import RunPath
 from robo_orchard_lab.pipeline.sinks._json_line import is_torn, line_of, record_of
 from robo_orchard_lab.pipeline.sinks._locked_file import open_to_append
 from robo_orchard_lab.pipeline.sinks.sink import SinkConfig

@@ -14,7 +14,7 @@ from pydantic import Field
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
-from robo_orchard_lab.pipeline.run_path import RunPath
+from robo_orchard_lab.pipeline.run.run_path import RunPath
 from robo_orchard_lab.pipeline.sinks.group import SinkGroup
 from robo_orchard_lab.pipeline.sinks.sink import MetricsSink, SinkConfig
 

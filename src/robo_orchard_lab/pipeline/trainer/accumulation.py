@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 
-from robo_orchard_lab.pipeline.batch_size import first_length
+from robo_orchard_lab.pipeline.batch_processor import first_length
 from robo_orchard_lab.pipeline.data import StepSizes
 from robo_orchard_lab.pipeline.errors import DataError, StateError
 from robo_orchard_lab.pipeline.job_log import job_logger

@@ -20,7 +20,7 @@ from robo_orchard_lab.pipeline.requests import (
     SaveWeightsRequest,
     WriteRequest,
 )
-from robo_orchard_lab.pipeline.sharded_model import whole_weights
+from robo_orchard_lab.pipeline.sharding import whole_weights
 
 logger = job_logger(__name__)
 

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from robo_orchard_lab.pipeline.buffers import BufferKeeper
-from robo_orchard_lab.pipeline.evaluator.untouched import untouched_random_state
+from robo_orchard_lab.pipeline.isolation import untouched_random_state
+from robo_orchard_lab.pipeline.model import BufferKeeper
 
 
 @contextmanager

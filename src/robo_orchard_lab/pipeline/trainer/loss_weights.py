@@ -10,16 +10,16 @@ import torch.distributed
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.errors import BatchProcessorError, StateError
-from robo_orchard_lab.pipeline.peers.sections import meet_others
-from robo_orchard_lab.pipeline.weighted_loss import (
+from robo_orchard_lab.pipeline.batch_processor import (
     LossWeighting,
     checked_weight,
     counted_loss,
     multiply_gradients,
     weighed_loss,
 )
+from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.errors import BatchProcessorError, StateError
+from robo_orchard_lab.pipeline.peers.sections import meet_others
 
 
 class LossWeights:

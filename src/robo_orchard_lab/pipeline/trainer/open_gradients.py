@@ -8,14 +8,14 @@ import torch
 
 from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.errors import StateError
-from robo_orchard_lab.pipeline.plain_model import plain_model
-from robo_orchard_lab.pipeline.sharded_model import (
+from robo_orchard_lab.pipeline.model import plain_model
+from robo_orchard_lab.pipeline.sharded_tensors import is_sharded, local_part
+from robo_orchard_lab.pipeline.sharding import (
     names_of_unreduced,
     set_unreduced_gradients,
     share_like,
     unreduced_gradients,
 )
-from robo_orchard_lab.pipeline.sharded_tensors import is_sharded, local_part
 from robo_orchard_lab.pipeline.trainer.trained_names import trained_names
 
 

@@ -16,10 +16,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.job_log import job_logger
-from robo_orchard_lab.pipeline.plain_model import ddp_of
+from robo_orchard_lab.pipeline.model import ddp_of
 from robo_orchard_lab.pipeline.progress import TrainerLimits
-from robo_orchard_lab.pipeline.sharded_model import is_sharded_model, reshard, set_gradient_sync
 from robo_orchard_lab.pipeline.sharded_tensors import is_sharded
+from robo_orchard_lab.pipeline.sharding import is_sharded_model, reshard, set_gradient_sync
 from robo_orchard_lab.pipeline.trainer.gradient_buckets import settle_buckets
 from robo_orchard_lab.pipeline.trainer.placement import placement_of
 

@@ -17,7 +17,7 @@ from robo_orchard_lab.pipeline.checkpoint import (
 from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.data import TrainingData
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
-from robo_orchard_lab.pipeline.plain_model import ddp_of, plain_model, plain_name, plain_state
+from robo_orchard_lab.pipeline.model import ddp_of, plain_model, plain_name, plain_state
 from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows
 from robo_orchard_lab.pipeline.trainer.fitting import check_keys, check_tensors, kind_of
 from robo_orchard_lab.pipeline.trainer.open_gradients import (

@@ -21,8 +21,8 @@ from robo_orchard_lab.pipeline.errors import CheckpointError, PipelineConfigErro
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.hooks.save_checkpoint import FOLDER, SaveCheckpoint
 from robo_orchard_lab.pipeline.job_log import job_logger
-from robo_orchard_lab.pipeline.plain_model import plain_model
-from robo_orchard_lab.pipeline.sharded_model import shares_of_model
+from robo_orchard_lab.pipeline.model import plain_model
+from robo_orchard_lab.pipeline.sharding import shares_of_model
 from robo_orchard_lab.pipeline.trainer.snapshot import RunSnapshots, ranks_of
 
 logger = job_logger(__name__)

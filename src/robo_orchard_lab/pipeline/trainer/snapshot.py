@@ -22,15 +22,10 @@ from robo_orchard_lab.pipeline.context import PipelineRun, Snapshot
 from robo_orchard_lab.pipeline.data import TrainingData
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
-from robo_orchard_lab.pipeline.plain_model import (
-    plain_model,
-    plain_name,
-    plain_state,
-    plain_weights,
-)
+from robo_orchard_lab.pipeline.model import plain_model, plain_name, plain_state, plain_weights
 from robo_orchard_lab.pipeline.progress import TrainerProgress
-from robo_orchard_lab.pipeline.sharded_model import reshard
-from robo_orchard_lab.pipeline.trainer.about import describe_run
+from robo_orchard_lab.pipeline.run.run_info import describe_run
+from robo_orchard_lab.pipeline.sharding import reshard
 from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows
 from robo_orchard_lab.pipeline.trainer.fitting import (
     check_keys,

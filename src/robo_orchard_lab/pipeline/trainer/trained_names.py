@@ -9,7 +9,7 @@ import torch
 
 from robo_orchard_lab.pipeline.checkpoint import parameters_beside
 from robo_orchard_lab.pipeline.context import PipelineRun
-from robo_orchard_lab.pipeline.plain_model import plain_model, plain_name
+from robo_orchard_lab.pipeline.model import plain_model, plain_name
 
 
 def trained_parameters(run: PipelineRun) -> Iterable[torch.nn.Parameter]:

@@ -33,7 +33,7 @@ from robo_orchard_lab.pipeline.peers.stall_clock import StallClock
 from robo_orchard_lab.pipeline.peers.strays import Place
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
-from robo_orchard_lab.pipeline.run_state import RunStateFile
+from robo_orchard_lab.pipeline.run.run_state import RunStateFile
 from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows
 from robo_orchard_lab.pipeline.trainer.alike import check_alike, hook_text, setup_texts
 from robo_orchard_lab.pipeline.trainer.commit import carry_out_requests, tell_what_is_left

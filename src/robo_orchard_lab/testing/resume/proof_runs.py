@@ -10,7 +10,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from robo_orchard_lab.pipeline.run_state import read_run_state
+from robo_orchard_lab.pipeline.run.run_state import read_run_state
 from robo_orchard_lab.testing.resume.killing import Killing
 from robo_orchard_lab.testing.resume.record_differences import (
     ResumeDifference,

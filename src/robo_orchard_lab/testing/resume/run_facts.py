@@ -17,7 +17,7 @@ from robo_orchard_lab.pipeline.checkpoint import (
 )
 from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
-from robo_orchard_lab.pipeline.plain_model import plain_model, plain_name
+from robo_orchard_lab.pipeline.model import plain_model, plain_name
 from robo_orchard_lab.pipeline.trainer import HookBasedTrainer
 
 _LONGEST = 60

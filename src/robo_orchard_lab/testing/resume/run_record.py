@@ -12,8 +12,8 @@ from typing import IO, Any
 
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.events import CHANNEL_NAMES, ChannelName
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
+from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES, ChannelName
 from robo_orchard_lab.pipeline.trainer import HookBasedTrainer
 from robo_orchard_lab.testing.resume.run_facts import (
     attribute_facts,

@@ -12,7 +12,7 @@ from robo_orchard_lab.pipeline.hooks.mixin import (
     PipelineHooks,
     PipelineHooksConfig,
 )
-from robo_orchard_lab.pipeline.schedule import ScheduleField
+from robo_orchard_lab.pipeline.trigger import ScheduleField
 
 
 class Diary(PipelineHooks):

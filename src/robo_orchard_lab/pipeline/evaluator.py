@@ -1,4 +1,4 @@
-"""A model's loss and metrics on whole sets of data."""
+"""Measuring a model on whole sets of data, alone or within a training run."""
 
 from __future__ import annotations
 
@@ -11,23 +11,80 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, send_to_device
 
-from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
-from robo_orchard_lab.pipeline.batch_size import count_samples
+from robo_orchard_lab.pipeline.batch_processor import (
+    BatchProcessor,
+    checked_weight,
+    count_samples,
+    counted_loss,
+)
 from robo_orchard_lab.pipeline.errors import BatchProcessorError, PipelineConfigError
-from robo_orchard_lab.pipeline.evaluator.loaders import EvaluationLoader, check_dataloaders
-from robo_orchard_lab.pipeline.evaluator.result import JoinedMetrics, MeanLoss
-from robo_orchard_lab.pipeline.evaluator.untouched import (
+from robo_orchard_lab.pipeline.evaluation_loader import EvaluationLoader, check_dataloaders
+from robo_orchard_lab.pipeline.isolation import (
     evaluation_mode,
     first_ranks_buffers,
     untouched_random_state,
 )
 from robo_orchard_lab.pipeline.metrics import DeferredMetrics, WeightedSum, resolve
+from robo_orchard_lab.pipeline.metrics.deferred import StateReduction
 from robo_orchard_lab.pipeline.metrics.metric_inputs import MetricArguments, MetricInputs
 from robo_orchard_lab.pipeline.metrics.torchmetrics_states import MetricsLike, TorchMetrics
-from robo_orchard_lab.pipeline.plain_model import ddp_of
-from robo_orchard_lab.pipeline.sharded_model import is_sharded_model, reshard
+from robo_orchard_lab.pipeline.model import ddp_of
+from robo_orchard_lab.pipeline.sharding import is_sharded_model, reshard
 from robo_orchard_lab.pipeline.signs_of_life import sign_of_life
-from robo_orchard_lab.pipeline.weighted_loss import checked_weight, counted_loss
+
+# --- result ----------------------------------------------------------------------------------
+# What an evaluation has summed up, to be reduced over the ranks and read.
+
+
+class MeanLoss:
+    """A mean over the samples of all ranks; no value where no rank has any.
+
+    A :class:`DeferredMetrics`.
+    """
+
+    def __init__(self, name: str, loss_sum: WeightedSum, device: torch.device) -> None:
+        self._name = name
+        self._names = [name]
+        self._total = loss_sum.on_device(device)
+
+    def names(self) -> Sequence[str]:
+        return self._names
+
+    def states(self) -> Sequence[tuple[torch.Tensor, StateReduction]]:
+        return [(self._total, "sum")]
+
+    def values(self, reduced: Sequence[torch.Tensor]) -> Mapping[str, float]:
+        total, weight = reduced[0].tolist()
+        values = {self._name: total / weight} if weight else {}
+        self._names = list(values)
+        return values
+
+
+class JoinedMetrics:
+    """Several deferred metrics as one."""
+
+    def __init__(self, parts: Sequence[DeferredMetrics]) -> None:
+        self._parts = parts
+
+    def names(self) -> Sequence[str]:
+        return [name for part in self._parts for name in part.names()]
+
+    def states(self) -> Sequence[tuple[torch.Tensor, StateReduction]]:
+        return [state for part in self._parts for state in part.states()]
+
+    def values(self, reduced: Sequence[torch.Tensor]) -> Mapping[str, float]:
+        values: dict[str, float] = {}
+        begin = 0
+        for part in self._parts:
+            end = begin + len(part.states())
+            values.update(part.values(reduced[begin:end]))
+            begin = end
+        return values
+
+
+# --- evaluator -------------------------------------------------------------------------------
+# A model's loss and metrics on whole sets of data.
+
 
 _DIVIDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -231,3 +288,6 @@ class Evaluator:
 def _device_of(model: torch.nn.Module) -> torch.device:
     first = next(chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if first is None else first.device
+
+
+__all__ = ["Evaluator", "check_dataloaders"]

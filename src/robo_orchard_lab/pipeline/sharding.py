@@ -17,7 +17,7 @@ from robo_orchard_lab.pipeline.checkpoint import ShareOf, TensorShare
 from robo_orchard_lab.pipeline.checkpoint.shards import cut, local_regions
 from robo_orchard_lab.pipeline.context import PipelineRun, WeightSet
 from robo_orchard_lab.pipeline.errors import StateError
-from robo_orchard_lab.pipeline.plain_model import plain_name, plain_weights
+from robo_orchard_lab.pipeline.model import plain_name, plain_weights
 from robo_orchard_lab.pipeline.sharded_tensors import gather_whole, has_sharded, is_sharded
 
 if TYPE_CHECKING:
