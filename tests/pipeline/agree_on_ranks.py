@@ -15,8 +15,9 @@ from typing import Any
 from accelerate import PartialState
 
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
-from robo_orchard_lab.pipeline.agreement import Agreement
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
+from robo_orchard_lab.pipeline.distributed.agreement import Agreement
+from robo_orchard_lab.pipeline.distributed.collectives import gather_objects
 from robo_orchard_lab.pipeline.errors import PipelineStateError, RunPreempted
 from robo_orchard_lab.pipeline.hooks import (
     MetricsLoggerConfig,
@@ -25,7 +26,6 @@ from robo_orchard_lab.pipeline.hooks import (
     TimeLimitConfig,
     ValidationHookConfig,
 )
-from robo_orchard_lab.pipeline.host_group import gather_objects
 from robo_orchard_lab.testing import count_collectives, count_host_reads
 from tiny import make_loader, make_trainer
 

@@ -11,7 +11,7 @@ import pytest
 import torch.distributed
 
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
-from robo_orchard_lab.pipeline.agreement import Agreement
+from robo_orchard_lab.pipeline.distributed.agreement import Agreement
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, PipelineStateError
 from robo_orchard_lab.pipeline.requests import Requests, StopRequest
 from robo_orchard_lab.testing import count_collectives

@@ -11,7 +11,7 @@ from launching import environment
 
 SCRIPT = """
 import os, sys, threading
-from robo_orchard_lab.pipeline.peers.forks import let_threads_pass_ahead_of_forks
+from robo_orchard_lab.pipeline.distributed.shutdown import let_threads_pass_ahead_of_forks
 
 if sys.argv[1] == "waits":
     let_threads_pass_ahead_of_forks()

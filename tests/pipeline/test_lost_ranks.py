@@ -10,9 +10,9 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # documented
 
-from robo_orchard_lab.pipeline.peers.job_store import JobStore
-from robo_orchard_lab.pipeline.peers.lost_ranks import LostRanks
-from robo_orchard_lab.pipeline.process_identity import ProcessIdentity
+from robo_orchard_lab.pipeline.distributed.failure_watch import LostRanks
+from robo_orchard_lab.pipeline.distributed.job_store import JobStore
+from robo_orchard_lab.pipeline.distributed.process_identity import ProcessIdentity
 
 MANY_LOOKS = 100  # more than half a minute of them
 

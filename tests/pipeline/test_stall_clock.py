@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from launching import environment
+from robo_orchard_lab.pipeline.distributed.stall_clock import StallClock, sign_of_life
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
-from robo_orchard_lab.pipeline.peers.stall_clock import StallClock
 from robo_orchard_lab.pipeline.progress import TrainerProgress
-from robo_orchard_lab.pipeline.signs_of_life import sign_of_life
 
 
 def test_only_looks_without_progress_count() -> None:
@@ -66,8 +65,8 @@ import logging, sys, time
 from torch.distributed import HashStore
 from robo_orchard_lab.pipeline import run_state
 from robo_orchard_lab.pipeline.distributed import StallClock, ending, watch
-from robo_orchard_lab.pipeline.peers.job_store import JobStore
-from robo_orchard_lab.pipeline.process_identity import ProcessIdentity
+from robo_orchard_lab.pipeline.distributed.job_store import JobStore
+from robo_orchard_lab.pipeline.distributed.process_identity import ProcessIdentity
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
 

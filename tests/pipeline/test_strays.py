@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launching import launch
-from robo_orchard_lab.pipeline.peers.strays import Place, stray_among
+from robo_orchard_lab.pipeline.distributed.job_store import Place, stray_among
 
 SCRIPT = Path(__file__).parent / "strays_on_ranks.py"
 

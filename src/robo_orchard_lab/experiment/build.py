@@ -30,8 +30,8 @@ from robo_orchard_lab.experiment.parts import AUTO, AcceleratorConfig
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
 from robo_orchard_lab.pipeline.data import DataOrder
+from robo_orchard_lab.pipeline.distributed.sections import end_together
 from robo_orchard_lab.pipeline.hook_set import HookLike
-from robo_orchard_lab.pipeline.peers.sections import end_together
 from robo_orchard_lab.pipeline.progress import TrainerLimits
 
 

@@ -28,11 +28,11 @@ from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.checkpoint import ReadLimits
 from robo_orchard_lab.pipeline.checkpoint.reader import OpenCheckpoint
 from robo_orchard_lab.pipeline.context import PipelineRun
+from robo_orchard_lab.pipeline.distributed.sections import end_together
 from robo_orchard_lab.pipeline.errors import CheckpointError
 from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.hooks import KeepBestConfig, ValidationHookConfig
 from robo_orchard_lab.pipeline.model import plain_name
-from robo_orchard_lab.pipeline.peers.sections import end_together
 from robo_orchard_lab.pipeline.run.run_path import in_run_folder
 from robo_orchard_lab.pipeline.trainer.fitting import check_tensors
 

@@ -6,8 +6,8 @@ from robo_orchard_lab.pipeline.batch_processor import (
     SupervisedProcessor,
 )
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.distributed.shutdown import leave_addresses_behind
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.peers.restarts import leave_addresses_behind
 from robo_orchard_lab.pipeline.progress import (
     CHANNEL_NAMES,
     PIPELINE_CHANNELS,

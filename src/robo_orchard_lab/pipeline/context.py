@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from robo_orchard_lab.pipeline.agreement import Agreement
 from robo_orchard_lab.pipeline.batch_processor import count_batches, count_samples
+from robo_orchard_lab.pipeline.distributed.agreement import Agreement
+from robo_orchard_lab.pipeline.distributed.sections import failing
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
-from robo_orchard_lab.pipeline.peers.sections import failing
 from robo_orchard_lab.pipeline.progress import (
     CHANNEL_NAMES,
     ChannelName,

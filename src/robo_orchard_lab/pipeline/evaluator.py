@@ -17,6 +17,7 @@ from robo_orchard_lab.pipeline.batch_processor import (
     count_samples,
     counted_loss,
 )
+from robo_orchard_lab.pipeline.distributed.stall_clock import sign_of_life
 from robo_orchard_lab.pipeline.errors import BatchProcessorError, PipelineConfigError
 from robo_orchard_lab.pipeline.evaluation_loader import EvaluationLoader, check_dataloaders
 from robo_orchard_lab.pipeline.isolation import (
@@ -30,7 +31,6 @@ from robo_orchard_lab.pipeline.metrics.metric_inputs import MetricArguments, Met
 from robo_orchard_lab.pipeline.metrics.torchmetrics_states import MetricsLike, TorchMetrics
 from robo_orchard_lab.pipeline.model import ddp_of
 from robo_orchard_lab.pipeline.sharding import is_sharded_model, reshard
-from robo_orchard_lab.pipeline.signs_of_life import sign_of_life
 
 # --- result ----------------------------------------------------------------------------------
 # What an evaluation has summed up, to be reduced over the ranks and read.

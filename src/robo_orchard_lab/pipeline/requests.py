@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from robo_orchard_core.utils.hook import RemovableHandle
-from robo_orchard_lab.pipeline.agreement import Agreement
+from robo_orchard_lab.pipeline.distributed.agreement import Agreement
+from robo_orchard_lab.pipeline.distributed.collectives import gather_objects
 from robo_orchard_lab.pipeline.errors import PipelineStateError
-from robo_orchard_lab.pipeline.host_group import gather_objects
 from robo_orchard_lab.pipeline.job_log import job_logger
 
 logger = job_logger(__name__)

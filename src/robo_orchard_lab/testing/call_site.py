@@ -12,12 +12,12 @@ from types import CodeType, FrameType
 from typing import Any
 
 from robo_orchard_core.utils.hook import HookContextChannel
-from robo_orchard_lab.pipeline.agreement import Agreement
 from robo_orchard_lab.pipeline.checkpoint import (
     CheckpointStore,
     save_checkpoint,
     write_weights,
 )
+from robo_orchard_lab.pipeline.distributed.agreement import Agreement
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 

@@ -8,9 +8,9 @@ from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 
+from robo_orchard_lab.pipeline.distributed.collectives import gather_objects
+from robo_orchard_lab.pipeline.distributed.failures import failed_elsewhere
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError, StoreLockedError
-from robo_orchard_lab.pipeline.host_group import gather_objects
-from robo_orchard_lab.pipeline.peers.failures import failed_elsewhere
 
 T = TypeVar("T")
 

@@ -26,8 +26,8 @@ from robo_orchard_lab.pipeline.checkpoint.parts import FileName, decode_part
 from robo_orchard_lab.pipeline.checkpoint.shard_reading import ShardReading
 from robo_orchard_lab.pipeline.checkpoint.shards import SavedShard, ShareOf, cut, shards_of
 from robo_orchard_lab.pipeline.checkpoint.tensor_layout import LENGTH_BYTES, TensorLayout
+from robo_orchard_lab.pipeline.distributed.stall_clock import sign_of_life
 from robo_orchard_lab.pipeline.errors import CheckpointError
-from robo_orchard_lab.pipeline.signs_of_life import sign_of_life
 
 _PIECE_BYTES = 1 << 26
 _READERS = 2

@@ -42,8 +42,8 @@ from robo_orchard_lab.pipeline.data.sampler_state import SamplerState
 from robo_orchard_lab.pipeline.data.share import Share
 from robo_orchard_lab.pipeline.data.streams_aside import ContinuedStreams
 from robo_orchard_lab.pipeline.data.worker_start import WorkerStart
+from robo_orchard_lab.pipeline.distributed.collectives import broadcast_object
 from robo_orchard_lab.pipeline.errors import StateError
-from robo_orchard_lab.pipeline.host_group import broadcast_object
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.worker_signals import workers_start

@@ -33,8 +33,8 @@ from robo_orchard_lab.pipeline.data.reseeded_stream import ReseededStream
 from robo_orchard_lab.pipeline.data.share import Share
 from robo_orchard_lab.pipeline.data.streams_aside import StreamsAside
 from robo_orchard_lab.pipeline.data.worker_start import WorkerStart
+from robo_orchard_lab.pipeline.distributed.collectives import gather_numbers, gather_objects
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
-from robo_orchard_lab.pipeline.host_group import gather_numbers, gather_objects
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.worker_signals import workers_start
 

@@ -15,8 +15,8 @@ from robo_orchard_lab.pipeline.data.order import DataOrder
 from robo_orchard_lab.pipeline.data.own_loader import has_index, own_loader
 from robo_orchard_lab.pipeline.data.share import share_in
 from robo_orchard_lab.pipeline.data.stream_data import StreamData
+from robo_orchard_lab.pipeline.distributed.collectives import broadcast_object
 from robo_orchard_lab.pipeline.errors import StateError
-from robo_orchard_lab.pipeline.host_group import broadcast_object
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 
 STATE_VERSION = 1

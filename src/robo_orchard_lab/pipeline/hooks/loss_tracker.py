@@ -10,12 +10,12 @@ from pydantic import Field
 
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.distributed.collectives import joined_by_rank
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks._loss_mean import LossMean
 from robo_orchard_lab.pipeline.hooks._named_losses import named_losses
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
-from robo_orchard_lab.pipeline.redistribution import joined_by_rank
 
 STATE_VERSION = 2
 _TOTAL = "total"

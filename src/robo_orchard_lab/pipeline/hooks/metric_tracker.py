@@ -12,6 +12,7 @@ from pydantic import Field
 from robo_orchard_core.utils.config import Function
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.distributed.collectives import joined_by_rank
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks.validation import MetricPart, function_given, given_or_built
@@ -23,7 +24,6 @@ from robo_orchard_lab.pipeline.metrics.torchmetrics_states import (
     MetricsSnapshot,
     TorchMetrics,
 )
-from robo_orchard_lab.pipeline.redistribution import joined_by_rank
 
 STATE_VERSION = 1
 _PREFIX = "train/"

@@ -17,11 +17,11 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.distributed.collectives import joined_by_rank
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.gradient_norm import unscale_gradients
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.metrics import WeightedSum
-from robo_orchard_lab.pipeline.redistribution import joined_by_rank
 
 ScheduleUnit: TypeAlias = Literal["optimizer_step", "epoch"]
 """When the learning rate schedule moves: once for each committed update, or once an epoch."""

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 
 from robo_orchard_core.utils.hook import RemovableHandle
+from robo_orchard_lab.pipeline.distributed.collectives import joined_by_rank
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.metrics.deferred import DeferredMetrics
 from robo_orchard_lab.pipeline.metrics.errors import UnknownMetricError
@@ -26,7 +27,6 @@ from robo_orchard_lab.pipeline.metrics.window import (
     checked_number,
 )
 from robo_orchard_lab.pipeline.progress import TrainerProgress
-from robo_orchard_lab.pipeline.redistribution import joined_by_rank
 
 Subscriber: TypeAlias = Callable[[MetricValue], Any]
 Listener: TypeAlias = Callable[[MetricsRecord], Any]

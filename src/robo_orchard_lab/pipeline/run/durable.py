@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from robo_orchard_lab.pipeline.signs_of_life import sign_of_life
+from robo_orchard_lab.pipeline.distributed.stall_clock import sign_of_life
 
 # Linux writes at most 2 GiB at once. Each write gives the interpreter to other threads, and a busy
 # one takes 5 ms to give it back.

@@ -16,10 +16,10 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from robo_orchard_lab.pipeline.distributed.failures import failure_of, killed, plain_text
+from robo_orchard_lab.pipeline.distributed.process_identity import ProcessIdentity
+from robo_orchard_lab.pipeline.distributed.shutdown import before_hard_end
 from robo_orchard_lab.pipeline.errors import RankFailure, RunPreempted, StateError
-from robo_orchard_lab.pipeline.peers.ending import before_hard_end
-from robo_orchard_lab.pipeline.peers.failures import failure_of, killed, plain_text
-from robo_orchard_lab.pipeline.process_identity import ProcessIdentity
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
 from robo_orchard_lab.pipeline.run.durable import remove_leftovers, replace_file

@@ -19,9 +19,9 @@ from robo_orchard_core.utils.config import Config, ConfigSaveError
 from robo_orchard_core.utils.hook import FunctionInfo
 from robo_orchard_lab.pipeline.batch_processor import count_batches
 from robo_orchard_lab.pipeline.data.own_loader import has_index
+from robo_orchard_lab.pipeline.distributed.collectives import gather_objects
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, ScheduledHook
-from robo_orchard_lab.pipeline.host_group import gather_objects
 from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES
 from robo_orchard_lab.pipeline.run.run_info import versions
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed
 
 from robo_orchard_lab.pipeline.data import StepSizes
-from robo_orchard_lab.pipeline.host_group import GatheredNumbers, broadcast_object
+from robo_orchard_lab.pipeline.distributed.collectives import GatheredNumbers, broadcast_object
 
 _NONE = -1
 """In the place of the size of a batch that a rank does not have."""

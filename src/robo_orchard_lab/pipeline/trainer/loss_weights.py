@@ -18,8 +18,8 @@ from robo_orchard_lab.pipeline.batch_processor import (
     weighed_loss,
 )
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.distributed.sections import meet_others
 from robo_orchard_lab.pipeline.errors import BatchProcessorError, StateError
-from robo_orchard_lab.pipeline.peers.sections import meet_others
 
 
 class LossWeights:

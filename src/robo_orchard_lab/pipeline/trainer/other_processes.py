@@ -9,9 +9,9 @@ import torch
 
 from robo_orchard_core.utils.hook import add_origin
 from robo_orchard_lab.pipeline.checkpoint import keyed_random_state
+from robo_orchard_lab.pipeline.distributed.collectives import parts_for_rank
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
-from robo_orchard_lab.pipeline.redistribution import parts_for_rank
 from robo_orchard_lab.pipeline.trainer.rank_state import checked_rank_state
 
 

@@ -13,11 +13,14 @@ import torch
 from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
 
-from robo_orchard_lab.pipeline.agreement import Agreement
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
 from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.data import DataOrder, TrainingData
 from robo_orchard_lab.pipeline.data.own_loader import why_no_batch
+from robo_orchard_lab.pipeline.distributed.agreement import Agreement
+from robo_orchard_lab.pipeline.distributed.job_store import Place
+from robo_orchard_lab.pipeline.distributed.sections import end_together
+from robo_orchard_lab.pipeline.distributed.stall_clock import StallClock
 from robo_orchard_lab.pipeline.errors import (
     DataError,
     PipelineConfigError,
@@ -28,9 +31,6 @@ from robo_orchard_lab.pipeline.hook_set import HookLike, PipelineHooks, check_un
 from robo_orchard_lab.pipeline.hooks.optimizer import OptimizerHook, ScheduleUnit
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricsBoard, UnknownMetricError
-from robo_orchard_lab.pipeline.peers.sections import end_together
-from robo_orchard_lab.pipeline.peers.stall_clock import StallClock
-from robo_orchard_lab.pipeline.peers.strays import Place
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
 from robo_orchard_lab.pipeline.run.run_state import RunStateFile

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Literal, TypeAlias
 
+from robo_orchard_lab.pipeline.distributed.collectives import gather_numbers, gather_objects
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, PipelineStateError
-from robo_orchard_lab.pipeline.host_group import gather_numbers, gather_objects
 
 Whose: TypeAlias = Literal["first", "any", "all"]
 

@@ -1,9 +1,10 @@
-"""How a process ends: with its process group, or at once, whatever its main thread waits for."""
+"""What a launcher's restart finds of the start before it."""
 
 from __future__ import annotations
 
 import atexit
 import faulthandler
+import logging
 import multiprocessing
 import os
 import sys
@@ -11,10 +12,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
+from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import PrefixStore
 
 from robo_orchard_lab.pipeline.errors import RankFailure
+
+# --- ending ----------------------------------------------------------------------------------
+# How a process ends: with its process group, or at once, whatever its main thread waits for.
+
 
 _STUCK_S = 5.0  # of what is done ahead of an end at once
 _GROUP_STUCK_S = 30.0
@@ -111,3 +119,59 @@ def _put_off_end(nowhere: int) -> None:
         time.sleep(0.5)
         faulthandler.dump_traceback_later(_TAKEN_APART_S, exit=True, file=nowhere)
     faulthandler.dump_traceback_later(_TAKEN_APART_S, exit=True)  # telling what takes so long
+
+
+# --- forks -----------------------------------------------------------------------------------
+# Forks of a process whose other threads come to the interpreter for a moment.
+
+
+_PAUSE_S = 0.005
+
+
+def let_threads_pass_ahead_of_forks() -> None:
+    """Have a fork wait for five milliseconds, in which other threads get the interpreter.
+
+    When an exchange is over, gloo's thread lets go of its tensors, for which it becomes a thread of
+    the interpreter. Up to Python 3.11, a process that is forked in that very moment, as a loader's
+    worker is, waits for ever for a lock that the thread has had (python/cpython#112275, mended in
+    3.12). Done once; in a newer Python, nothing is done.
+    """
+    global _registered
+    if not _registered and sys.version_info < (3, 12) and hasattr(os, "register_at_fork"):
+        _registered = True
+        os.register_at_fork(before=lambda: time.sleep(_PAUSE_S))
+
+
+logger = logging.getLogger(__name__)
+
+
+def leave_addresses_behind() -> None:
+    """Have a process that torchrun has started again meet the others where none has met before.
+
+    torchrun keeps its store from one start to the next, so that processes find in it under which
+    addresses those were reached that are gone, and fail, or wait for them, as soon as they connect
+    (torch 2.13). Here they look under the number of their start, as older versions of torch had
+    them do. Called when the package is imported, which is ahead of the process group.
+
+    On several machines it is left alone: they count their starts each for itself. There,
+    ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` has each start make a store of its own.
+    """
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    if start in ("", "0") or not kept or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return
+    module = import_module("torch.distributed.rendezvous")  # as an attribute, it is a function
+    make = getattr(module, "_create_c10d_store", None)
+    if make is None or dist.is_initialized():
+        logger.warning(
+            "this is start %s of the job, which may find in torchrun's store the addresses of "
+            "processes that are gone; import robo_orchard_lab.pipeline ahead of what sets up "
+            "torch.distributed, or set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun",
+            start,
+        )
+        return
+
+    def make_store(*args: Any, **kwargs: Any) -> PrefixStore:
+        return PrefixStore(f"start {start}", make(*args, **kwargs))
+
+    module._create_c10d_store = make_store  # type: ignore[attr-defined]  # torch's own

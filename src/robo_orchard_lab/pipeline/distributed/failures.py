@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from robo_orchard_core.utils.hook import origin_of
+from robo_orchard_lab.pipeline.distributed.process_identity import ProcessIdentity
 from robo_orchard_lab.pipeline.errors import RankFailed, RankFailure
-from robo_orchard_lab.pipeline.process_identity import ProcessIdentity
 
 ErrorT = TypeVar("ErrorT", bound=BaseException)
 

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from robo_orchard_lab.pipeline.peers.ending import leave_group_at_exit
-from robo_orchard_lab.pipeline.peers.forks import let_threads_pass_ahead_of_forks
-from robo_orchard_lab.pipeline.peers.job_store import JobStore
-from robo_orchard_lab.pipeline.peers.stall_clock import StallClock
-from robo_orchard_lab.pipeline.peers.strays import Place
-from robo_orchard_lab.pipeline.peers.watch import Watch
+from robo_orchard_lab.pipeline.distributed.failure_watch import Watch
+from robo_orchard_lab.pipeline.distributed.job_store import JobStore, Place
+from robo_orchard_lab.pipeline.distributed.shutdown import (
+    leave_group_at_exit,
+    let_threads_pass_ahead_of_forks,
+)
+from robo_orchard_lab.pipeline.distributed.stall_clock import StallClock
 
 _watch: Watch | None = None
 
