@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from launching import launch
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, export_weights, load_checkpoint
-from robo_orchard_lab.pipeline.checkpoint.tensor_image import ImagePool
+from robo_orchard_lab.pipeline.checkpoint.staging_buffer import ImagePool
 from robo_orchard_lab.pipeline.hooks import (
     EMAConfig,
     GradientClippingHookConfig,

@@ -12,7 +12,7 @@ from robo_orchard_core.utils.config.errors import ConfigError, ConfigFieldError,
 from robo_orchard_lab.experiment.reading import read_with_bases
 from robo_orchard_lab.experiment.run_folder import NoRunError, run_at
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, Retention
-from robo_orchard_lab.pipeline.checkpoint.folder_names import BEST, LAST, step_of
+from robo_orchard_lab.pipeline.checkpoint.info import BEST, LAST, step_of
 from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE
 from robo_orchard_lab.pipeline.errors import CheckpointError
 from robo_orchard_lab.pipeline.hooks.save_checkpoint import FOLDER

@@ -15,7 +15,7 @@ from typing import IO
 import pytest
 
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
-from robo_orchard_lab.pipeline.checkpoint.folder_names import step_of
+from robo_orchard_lab.pipeline.checkpoint.info import step_of
 
 SCRIPT = Path(__file__).parent.parent / "save_until_killed.py"
 LONGEST_LIFE_S = 0.12

@@ -4,13 +4,36 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
-from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
+from robo_orchard_lab.pipeline.checkpoint.info import ReadLimits
 from robo_orchard_lab.pipeline.checkpoint.reader import OpenCheckpoint
-from robo_orchard_lab.pipeline.checkpoint.weights_file import write_weights
+from robo_orchard_lab.pipeline.checkpoint.safetensors_layout import TensorLayout
+from robo_orchard_lab.pipeline.checkpoint.staging_buffer import TensorImage
 from robo_orchard_lab.pipeline.errors import CheckpointError
+from robo_orchard_lab.pipeline.run.durable import make_folder, replace_file
+
+# --- weights file ----------------------------------------------------------------------------
+# Weights alone, in one file.
+
+
+def write_weights(
+    path: str | os.PathLike[str], weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write one safetensors file, which replaces what is there when it is on the disk.
+
+    Raises:
+        StateError: a tensor is of a kind that a file can't have; the message names it.
+        OSError: it can't be written; what is there stays.
+    """
+    path = Path(path)
+    tensors = {name: tensor.detach() for name, tensor in weights.items()}
+    layout = TensorLayout.of(tensors, metadata)
+    (image,) = TensorImage(TensorImage.size_of([layout])).fill([(layout, tensors)])
+    make_folder(path.parent)
+    replace_file(path, image)
 
 
 def export_weights(

@@ -18,8 +18,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from robo_orchard_lab.pipeline.checkpoint.safetensors_layout import TensorLayout, TensorPlace
 from robo_orchard_lab.pipeline.checkpoint.strict_json import JsonError, parse_json
-from robo_orchard_lab.pipeline.checkpoint.tensor_layout import TensorLayout, TensorPlace
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
 from robo_orchard_lab.pipeline.sharded_tensors import is_sharded
 

@@ -8,19 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from robo_orchard_lab.pipeline.checkpoint.checkpoint_info import (
+from robo_orchard_lab.pipeline.checkpoint.info import (
     CheckpointInfo,
     EachRank,
+    ReadLimits,
     SavedState,
     Verification,
 )
-from robo_orchard_lab.pipeline.checkpoint.digests import DigestName, check_digest_name
-from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
 from robo_orchard_lab.pipeline.checkpoint.listing import check_step
+from robo_orchard_lab.pipeline.checkpoint.manifest import DigestName, check_digest_name
 from robo_orchard_lab.pipeline.checkpoint.ranks import Ranks
 from robo_orchard_lab.pipeline.checkpoint.reader import OpenCheckpoint
 from robo_orchard_lab.pipeline.checkpoint.shards import ShareOf
-from robo_orchard_lab.pipeline.checkpoint.tensor_image import ImagePool
+from robo_orchard_lab.pipeline.checkpoint.staging_buffer import ImagePool
 from robo_orchard_lab.pipeline.checkpoint.writer import CheckpointImage, put_new
 from robo_orchard_lab.pipeline.errors import CheckpointError
 from robo_orchard_lab.pipeline.run.durable import make_folder

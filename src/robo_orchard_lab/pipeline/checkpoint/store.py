@@ -2,43 +2,252 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import shlex
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
-from threading import RLock
+from threading import Lock, RLock
 from typing import Any
 
-from robo_orchard_lab.pipeline.checkpoint.checkpoint_info import (
+from robo_orchard_lab.pipeline.checkpoint.info import (
+    BEST,
+    LAST,
+    LOCK,
     CheckpointInfo,
     EachRank,
     PruneDecision,
+    ReadLimits,
     SavedState,
     Verification,
+    step_folder,
+    step_of,
 )
-from robo_orchard_lab.pipeline.checkpoint.digests import DigestName, check_digest_name
-from robo_orchard_lab.pipeline.checkpoint.finding import find_checkpoint
-from robo_orchard_lab.pipeline.checkpoint.folder_names import BEST, LAST, step_folder
-from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
-from robo_orchard_lab.pipeline.checkpoint.listing import RootListing
-from robo_orchard_lab.pipeline.checkpoint.lock import RootLock
-from robo_orchard_lab.pipeline.checkpoint.pending_save import PendingSave
-from robo_orchard_lab.pipeline.checkpoint.pruning import prune
+from robo_orchard_lab.pipeline.checkpoint.listing import Listing, RootListing
+from robo_orchard_lab.pipeline.checkpoint.manifest import DigestName, check_digest_name
 from robo_orchard_lab.pipeline.checkpoint.ranks import Ranks
-from robo_orchard_lab.pipeline.checkpoint.removal import clean_leftovers, put_replacing
-from robo_orchard_lab.pipeline.checkpoint.retention import Retention
-from robo_orchard_lab.pipeline.checkpoint.shards import ShareOf
-from robo_orchard_lab.pipeline.checkpoint.single_checkpoint import (
-    load_on_ranks,
-    verify_checkpoint,
+from robo_orchard_lab.pipeline.checkpoint.retention import (
+    Retention,
+    clean_leftovers,
+    prune,
+    put_replacing,
 )
-from robo_orchard_lab.pipeline.checkpoint.tensor_image import ImagePool
+from robo_orchard_lab.pipeline.checkpoint.shards import ShareOf
+from robo_orchard_lab.pipeline.checkpoint.single_checkpoint import load_on_ranks, verify_checkpoint
+from robo_orchard_lab.pipeline.checkpoint.staging_buffer import ImagePool
 from robo_orchard_lab.pipeline.checkpoint.writer import CheckpointImage
-from robo_orchard_lab.pipeline.errors import CheckpointError
+from robo_orchard_lab.pipeline.errors import CheckpointError, StoreLockedError
 from robo_orchard_lab.pipeline.run.durable import make_folder, replace_link
 
+# --- lock ------------------------------------------------------------------------------------
+# The lock of a store's root: one writer at a time.
+
+
 logger = logging.getLogger(__name__)
+
+# A process's lock on a file does not hold against itself, and ends when it closes any
+# descriptor of the file.
+_held_here: dict[tuple[int, int], str] = {}
+_registry = Lock()
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_MAX_TEXT = 4096
+
+
+class RootLock:
+    """Held by whoever writes into a root; the system frees it when its process ends."""
+
+    def __init__(self, root: Path) -> None:
+        """Take it.
+
+        Raises:
+            StoreLockedError: someone has it; the message names them.
+            OSError: the lock's file can't be written.
+        """
+        found = os.stat(root)
+        self._key = (found.st_dev, found.st_ino)
+        self.is_real = True
+        """False where the file system has no locks, so that others may write as well."""
+        text = _who()
+        with _registry:
+            if self._key in _held_here:
+                raise _locked(root, _held_here[self._key])
+            self._file: int | None = self._open(root, text)
+            _held_here[self._key] = text
+
+    def _open(self, root: Path, text: str) -> int:
+        import fcntl  # not on Windows, where the rest of the package can be imported
+
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        file = os.open(root / LOCK, flags, 0o666)
+        try:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    other = os.pread(file, _MAX_TEXT, 0).decode("utf-8", "replace").strip()
+                    raise _locked(root, other or "another process") from None
+                if error.errno not in _NO_LOCKS:
+                    raise
+                self.is_real = False
+                logger.warning(
+                    "%s: the file system has no locks (%s); make sure that no other run saves "
+                    "there, since nothing else does",
+                    *(root, error.strerror),
+                )
+            os.ftruncate(file, 0)
+            os.pwrite(file, text.encode()[:_MAX_TEXT], 0)
+        except BaseException:
+            os.close(file)
+            raise
+        return file
+
+    def release(self) -> None:
+        """Let others have it; a second call does nothing."""
+        with _registry:
+            if self._file is not None:
+                os.ftruncate(self._file, 0)
+                os.close(self._file)
+                self._file = None
+                _held_here.pop(self._key, None)
+
+
+def _who() -> str:
+    command = shlex.join(sys.argv) if sys.argv and sys.argv[0] else sys.executable
+    since = datetime.now().astimezone().isoformat(timespec="seconds")
+    return f"process {os.getpid()} on {socket.gethostname()} ({command:.1000}), since {since}"
+
+
+def _locked(root: Path, who: str) -> StoreLockedError:
+    return StoreLockedError(
+        f"{root} is being written to by {who}; stop that one, or give this one another folder"
+    )
+
+
+# --- finding ---------------------------------------------------------------------------------
+# Which checkpoint of a root is meant.
+
+
+def find_checkpoint(
+    which: int | str | os.PathLike[str], root: Path, listing: Listing, retention: Retention
+) -> Path:
+    """The path of "last", "best", a step, or what is a path already.
+
+    What is damaged is found as well, since no other may be taken in its place.
+
+    Raises:
+        CheckpointError: there is no such one in the root.
+    """
+    if isinstance(which, int):
+        return _of_step(which, root, listing.infos)
+    if which == LAST:
+        return _last(root, listing)
+    if which == BEST:
+        return _best(root, listing.infos, retention)
+    return Path(which)
+
+
+def _of_step(step: int, root: Path, infos: Sequence[CheckpointInfo]) -> Path:
+    path = root / step_folder(step)
+    if not os.path.lexists(path):
+        steps = ", ".join(str(info.step) for info in infos) or "none"
+        raise CheckpointError(f"{root} has no step {step}; it has: {steps}")
+    return path
+
+
+def _last(root: Path, listing: Listing) -> Path:
+    """By the serial, unless the link or, without one, the highest step leads to a damaged one."""
+    linked = _linked(root / LAST)
+    broken = [path for path, _ in listing.broken]
+    if linked in broken:
+        return linked
+    if not listing.infos:
+        if broken:
+            return broken[-1]
+        raise CheckpointError(f"there is no checkpoint in {root}")
+    newest = listing.infos[-1].path
+    if linked is None:
+        return max([newest, *broken], key=lambda path: path.name.zfill(32))
+    return newest
+
+
+def _best(root: Path, infos: Sequence[CheckpointInfo], retention: Retention) -> Path:
+    if retention.monitor is not None:
+        best = retention.best(infos)
+        if not best:
+            raise CheckpointError(f"no checkpoint in {root} has the metric {retention.monitor!r}")
+        return best[0].path
+    linked = _linked(root / BEST)
+    if linked is None:
+        raise CheckpointError(
+            f"{root} does not say which checkpoint is best; give the store a Retention(monitor=...)"
+        )
+    return linked
+
+
+def _linked(link: Path) -> Path | None:
+    """The checkpoint beside a link that it leads to."""
+    with suppress(OSError):
+        target = os.readlink(link)
+        if step_of(target) is not None:
+            return link.with_name(target)
+    return None
+
+
+# --- pending save ----------------------------------------------------------------------------
+# A checkpoint between its copy and its commit.
+
+
+class PendingSave:
+    """A checkpoint in memory, to be written or dropped. As a context manager, it drops itself."""
+
+    def __init__(
+        self, image: CheckpointImage, commit: Callable[[CheckpointImage], CheckpointInfo]
+    ) -> None:
+        """``commit`` writes the image; it is released afterwards."""
+        self._commit = commit
+        self._image: CheckpointImage | None = image
+        self._step = image.manifest.step
+
+    @property
+    def step(self) -> int:
+        """The step that it was prepared for."""
+        return self._step
+
+    def commit(self) -> CheckpointInfo:
+        """Write it, durably, and remove what the retention does not keep: a collective.
+
+        It may be called in another thread than :meth:`CheckpointStore.prepare`, and beside other
+        calls to the store. Of several, all ranks commit in the same order.
+
+        Raises:
+            CheckpointError: it can't be written, on whichever rank; what there was is still there.
+        """
+        image, self._image = self._image, None
+        if image is None:
+            raise CheckpointError("this save was committed or discarded already")
+        try:
+            return self._commit(image)
+        finally:
+            image.release()
+
+    def discard(self) -> None:
+        """Drop it; afterwards, or after a commit, it does nothing. All ranks do it, or none."""
+        if self._image is not None:
+            self._image.release()
+            self._image = None
+
+    def __enter__(self) -> PendingSave:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.discard()
 
 
 class CheckpointStore:

@@ -10,13 +10,16 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from robo_orchard_lab.pipeline.checkpoint.checkpoint_info import CheckpointInfo
-from robo_orchard_lab.pipeline.checkpoint.digests import digest_of
-from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
-from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE, FileEntry, Manifest
+from robo_orchard_lab.pipeline.checkpoint.info import CheckpointInfo, ReadLimits
+from robo_orchard_lab.pipeline.checkpoint.manifest import (
+    MANIFEST_FILE,
+    FileEntry,
+    Manifest,
+    digest_of,
+)
 from robo_orchard_lab.pipeline.checkpoint.parts import FileName, PartImages
 from robo_orchard_lab.pipeline.checkpoint.ranks import Ranks
-from robo_orchard_lab.pipeline.checkpoint.tensor_image import ImagePool
+from robo_orchard_lab.pipeline.checkpoint.staging_buffer import ImagePool
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.run.durable import (
     flush_folder,

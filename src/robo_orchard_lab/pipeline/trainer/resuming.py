@@ -14,7 +14,7 @@ from robo_orchard_lab.pipeline.checkpoint import (
     ShareOf,
     load_checkpoint,
 )
-from robo_orchard_lab.pipeline.checkpoint.folder_names import LAST
+from robo_orchard_lab.pipeline.checkpoint.info import LAST
 from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE
 from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.errors import CheckpointError, PipelineConfigError

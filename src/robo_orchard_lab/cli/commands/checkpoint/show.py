@@ -13,7 +13,7 @@ from robo_orchard_lab.cli.lazy_group import Command
 from robo_orchard_lab.cli.output import json_option, print_json, print_table, say, visible
 
 if TYPE_CHECKING:
-    from robo_orchard_lab.pipeline.checkpoint.contents import Contents
+    from robo_orchard_lab.pipeline.checkpoint.listing import Contents
 
 
 @click.command("show", cls=Command)
@@ -27,7 +27,7 @@ def command(path: str, best: bool, tensors: bool, as_json: bool) -> None:
     PATH is a checkpoint, or the folder of a run, for its newest whole one.
     """
     from robo_orchard_lab.experiment.run_checkpoints import checkpoints_at
-    from robo_orchard_lab.pipeline.checkpoint.contents import read_contents
+    from robo_orchard_lab.pipeline.checkpoint.listing import read_contents
 
     contents = read_contents(checkpoints_at(path).pick(best=best))
     if as_json:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
+from robo_orchard_lab.pipeline.checkpoint.info import ReadLimits
 from robo_orchard_lab.pipeline.checkpoint.strict_json import JsonError, parse_json
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
 

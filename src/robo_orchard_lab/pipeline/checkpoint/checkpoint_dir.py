@@ -7,7 +7,7 @@ import os
 import stat
 from pathlib import Path
 
-from robo_orchard_lab.pipeline.checkpoint.limits import ReadLimits
+from robo_orchard_lab.pipeline.checkpoint.info import ReadLimits
 from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE
 from robo_orchard_lab.pipeline.errors import CheckpointError
 
