@@ -26,7 +26,7 @@ LAYERS = [
     "robo_orchard_lab.pipeline.run.run_info",
     "robo_orchard_lab.pipeline.sharded_tensors",
     "robo_orchard_lab.pipeline.batch_processor",
-    "robo_orchard_lab.pipeline.worker_signals",
+    "robo_orchard_lab.pipeline.data.loader",
     "robo_orchard_lab.pipeline.trigger",
     "robo_orchard_lab.pipeline.progress",
     "robo_orchard_lab.pipeline.progress",

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from robo_orchard_lab.experiment.run_plan import RunLength
 from robo_orchard_lab.pipeline.data import DataOrder, TrainingData
-from robo_orchard_lab.pipeline.data.own_loader import why_no_batch
+from robo_orchard_lab.pipeline.data.loader import why_no_batch
 from robo_orchard_lab.pipeline.errors import DataError, PipelineConfigError
 from robo_orchard_lab.pipeline.hooks.optimizer import ScheduleUnit
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress, remaining_steps

@@ -22,7 +22,7 @@ from robo_orchard_lab.experiment.config import CHECKPOINT, ExperimentConfig
 from robo_orchard_lab.experiment.parts import TrainerConfig
 from robo_orchard_lab.experiment.run_plan import RunLength, run_length, times_due
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks
-from robo_orchard_lab.pipeline.data.own_loader import copy_of, has_index
+from robo_orchard_lab.pipeline.data.loader import copy_of, has_index
 from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.hooks import SaveCheckpointConfig
 from robo_orchard_lab.pipeline.trigger import EverySteps, Last, Schedule

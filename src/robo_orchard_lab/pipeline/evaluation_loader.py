@@ -9,14 +9,16 @@ from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from robo_orchard_lab.pipeline.batch_processor import count_batches
-from robo_orchard_lab.pipeline.data.kept_generators import kept_generators, seed_generators
-from robo_orchard_lab.pipeline.data.own_loader import copy_of
-from robo_orchard_lab.pipeline.data.random_keys import numbered_seed
-from robo_orchard_lab.pipeline.data.random_sources import random_sources_of
+from robo_orchard_lab.pipeline.data.loader import LeavesSignals, copy_of, workers_start
+from robo_orchard_lab.pipeline.data.rng import (
+    kept_generators,
+    numbered_seed,
+    random_sources_of,
+    seed_generators,
+)
 from robo_orchard_lab.pipeline.errors import DataError, PipelineConfigError
 from robo_orchard_lab.pipeline.isolation import seed_random_state
 from robo_orchard_lab.pipeline.job_log import job_logger
-from robo_orchard_lab.pipeline.worker_signals import LeavesSignals, workers_start
 
 logger = job_logger(__name__)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from robo_orchard_lab.pipeline.checkpoint import capture_random_state, restore_random_state
-from robo_orchard_lab.pipeline.data.kept_generators import RandomSource, set_states, states_of
+from robo_orchard_lab.pipeline.data.rng import RandomSource, set_states, states_of
 from robo_orchard_lab.pipeline.model import BufferKeeper
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robo_orchard_lab.pipeline.data.python_stream import PythonStream
+from robo_orchard_lab.pipeline.data.rng import PythonStream
 
 
 @pytest.fixture(params=["in memory", "by functions"])

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, PipelineHooks
+from robo_orchard_lab.pipeline.data.loader import LeavesSignals, taken_by_main_process
 from robo_orchard_lab.pipeline.errors import (
     PipelineConfigError,
     PipelineStateError,
@@ -31,7 +32,6 @@ from robo_orchard_lab.pipeline.hooks import (
 )
 from robo_orchard_lab.pipeline.metrics import MetricValue
 from robo_orchard_lab.pipeline.run.run_state import read_run_state
-from robo_orchard_lab.pipeline.worker_signals import LeavesSignals, taken_by_main_process
 from robo_orchard_lab.testing import assert_no_device_sync, assert_weights_unchanged
 from tiny import equal, make_model, make_trainer, weights
 

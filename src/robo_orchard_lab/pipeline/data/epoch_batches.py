@@ -8,9 +8,8 @@ from itertools import accumulate, count, islice
 from typing import Any, NamedTuple, Protocol
 
 from robo_orchard_lab.pipeline.batch_processor import count_batches
-from robo_orchard_lab.pipeline.data.division import Division, StepSizes, even_share
-from robo_orchard_lab.pipeline.data.index_order import IndexOrder
-from robo_orchard_lab.pipeline.data.streams_aside import ContinuedStreams
+from robo_orchard_lab.pipeline.data.order import Division, IndexOrder, StepSizes, even_share
+from robo_orchard_lab.pipeline.data.rng import ContinuedStreams
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 
 

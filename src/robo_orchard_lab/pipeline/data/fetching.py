@@ -15,15 +15,17 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from robo_orchard_lab.pipeline.data.kept_generators import (
+from robo_orchard_lab.pipeline.data.loader import LeavesSignals
+from robo_orchard_lab.pipeline.data.rng import (
     RandomSource,
+    ReseededStream,
+    StreamsAside,
     kept_generators,
     seed_generators,
+    seed_streams,
     set_states,
     states_of,
 )
-from robo_orchard_lab.pipeline.data.random_keys import seed_streams
-from robo_orchard_lab.pipeline.data.streams_aside import StreamsAside
 
 
 class Task(NamedTuple):
@@ -149,3 +151,20 @@ def _holds_its_items(dataset: Any) -> bool:
     if type(dataset) is ConcatDataset:
         return all(_holds_its_items(part) for part in dataset.datasets)
     return type(dataset) in (TensorDataset, list, tuple)
+
+
+# --- worker start ----------------------------------------------------------------------------
+# What a worker does before it loads.
+
+
+class WorkerStart(LeavesSignals):
+    """Makes a worker what the user's functions expect: ``get_worker_info().dataset`` is theirs.
+
+    It also leaves to the main process the signals that are for that.
+    """
+
+    def __call__(self, worker_id: int) -> None:
+        info = get_worker_info()
+        if info is not None and isinstance(info.dataset, (Fetcher, ReseededStream)):
+            object.__setattr__(info, "dataset", info.dataset.dataset)  # it is read-only
+        super().__call__(worker_id)

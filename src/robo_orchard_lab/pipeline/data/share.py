@@ -9,10 +9,25 @@ from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
 from torch.utils.data import BatchSampler, DistributedSampler
 
-from robo_orchard_lab.pipeline.data.own_loader import has_index
-from robo_orchard_lab.pipeline.data.random_sources import samplers_of
+from robo_orchard_lab.pipeline.data.loader import has_index
+from robo_orchard_lab.pipeline.data.rng import samplers_of
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.job_log import job_logger
+
+# --- announcing ------------------------------------------------------------------------------
+# Telling the parts of a loader which epoch begins.
+
+
+def announce_epoch(loader: Any, epoch_id: int) -> None:
+    """Call ``set_epoch`` of a loader, or of its samplers and its dataset where it has none."""
+    told = [loader]
+    if not hasattr(loader, "set_epoch"):  # one that has it tells its own parts
+        samplers = [sampler for _, sampler in samplers_of(loader)]
+        told += [*samplers, getattr(loader, "dataset", None)]
+    for part in told:
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch_id)
+
 
 logger = job_logger(__name__)
 

@@ -12,31 +12,26 @@ from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch.utils.data import DataLoader, IterableDataset
 
 from robo_orchard_lab.pipeline.batch_processor import count_batches, count_samples
-from robo_orchard_lab.pipeline.data.announcing import announce_epoch
-from robo_orchard_lab.pipeline.data.division import StepSizes
 from robo_orchard_lab.pipeline.data.epoch_batches import BatchIndices
-from robo_orchard_lab.pipeline.data.order import DataOrder
-from robo_orchard_lab.pipeline.data.own_loader import copy_of
-from robo_orchard_lab.pipeline.data.random_keys import (
+from robo_orchard_lab.pipeline.data.fetching import WorkerStart
+from robo_orchard_lab.pipeline.data.loader import copy_of, workers_start
+from robo_orchard_lab.pipeline.data.order import DataOrder, StepSizes
+from robo_orchard_lab.pipeline.data.rng import (
     Purpose,
-    epoch_key,
-    numbered_seed,
-    seed_streams,
-)
-from robo_orchard_lab.pipeline.data.random_sources import (
+    ReseededStream,
+    StreamsAside,
     capture_sources,
     check_sources,
+    epoch_key,
+    numbered_seed,
     random_sources_of,
     restore_sources,
+    seed_streams,
 )
-from robo_orchard_lab.pipeline.data.reseeded_stream import ReseededStream
-from robo_orchard_lab.pipeline.data.share import Share
-from robo_orchard_lab.pipeline.data.streams_aside import StreamsAside
-from robo_orchard_lab.pipeline.data.worker_start import WorkerStart
+from robo_orchard_lab.pipeline.data.share import Share, announce_epoch
 from robo_orchard_lab.pipeline.distributed.collectives import gather_numbers, gather_objects
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.progress import TrainerProgress
-from robo_orchard_lab.pipeline.worker_signals import workers_start
 
 _END = object()
 

@@ -9,10 +9,9 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from robo_orchard_lab.pipeline.data.division import StepSizes
+from robo_orchard_lab.pipeline.data.loader import has_index, own_loader
 from robo_orchard_lab.pipeline.data.map_data import MapData
-from robo_orchard_lab.pipeline.data.order import DataOrder
-from robo_orchard_lab.pipeline.data.own_loader import has_index, own_loader
+from robo_orchard_lab.pipeline.data.order import DataOrder, StepSizes
 from robo_orchard_lab.pipeline.data.share import share_in
 from robo_orchard_lab.pipeline.data.stream_data import StreamData
 from robo_orchard_lab.pipeline.distributed.collectives import broadcast_object

@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader
 
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.data.loader import LeavesSignals, taken_by_main_process
 from robo_orchard_lab.pipeline.distributed.sections import another_failed
 from robo_orchard_lab.pipeline.errors import PipelineStateError, RunPreempted
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks._interruption import check_savers, interrupt
-from robo_orchard_lab.pipeline.worker_signals import LeavesSignals, taken_by_main_process
 
 logger = logging.getLogger(__name__)
 

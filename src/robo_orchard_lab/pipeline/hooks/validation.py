@@ -13,7 +13,7 @@ from robo_orchard_core.utils.config import ClassConfig, Function, Part, function
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.batch_processor import count_batches
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.data.own_loader import has_index
+from robo_orchard_lab.pipeline.data.loader import has_index
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.evaluation_loader import check_dataloaders
 from robo_orchard_lab.pipeline.evaluator import Evaluator

@@ -18,7 +18,7 @@ from torch.utils.data import RandomSampler, WeightedRandomSampler
 from robo_orchard_core.utils.config import Config, ConfigSaveError
 from robo_orchard_core.utils.hook import FunctionInfo
 from robo_orchard_lab.pipeline.batch_processor import count_batches
-from robo_orchard_lab.pipeline.data.own_loader import has_index
+from robo_orchard_lab.pipeline.data.loader import has_index
 from robo_orchard_lab.pipeline.distributed.collectives import gather_objects
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, ScheduledHook

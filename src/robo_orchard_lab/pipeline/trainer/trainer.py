@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
 from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.data import DataOrder, TrainingData
-from robo_orchard_lab.pipeline.data.own_loader import why_no_batch
+from robo_orchard_lab.pipeline.data.loader import why_no_batch
 from robo_orchard_lab.pipeline.distributed.agreement import Agreement
 from robo_orchard_lab.pipeline.distributed.job_store import Place
 from robo_orchard_lab.pipeline.distributed.sections import end_together
