@@ -19,7 +19,7 @@ import torch
 
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.hooks.metrics_logger import MetricsLogger, MetricsLoggerConfig
-from robo_orchard_lab.pipeline.metrics.deferred import StateReduction
+from robo_orchard_lab.pipeline.metrics.exchange import StateReduction
 from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig
 from robo_orchard_lab.pipeline.trigger import EveryEpochs, EverySteps
 from tiny import make_trainer

@@ -17,7 +17,7 @@ from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.hooks import LossTrackerConfig, MetricTrackerConfig, OptimizerHook
 from robo_orchard_lab.pipeline.metrics import MetricsBoard, WeightedSum, resolve
-from robo_orchard_lab.pipeline.metrics.torchmetrics_states import TorchMetrics
+from robo_orchard_lab.pipeline.metrics.torchmetrics import TorchMetrics
 from robo_orchard_lab.pipeline.metrics.window import WINDOWS
 from tiny import make_model
 

@@ -26,9 +26,9 @@ from robo_orchard_lab.pipeline.isolation import (
     untouched_random_state,
 )
 from robo_orchard_lab.pipeline.metrics import DeferredMetrics, WeightedSum, resolve
-from robo_orchard_lab.pipeline.metrics.deferred import StateReduction
+from robo_orchard_lab.pipeline.metrics.exchange import StateReduction
 from robo_orchard_lab.pipeline.metrics.metric_inputs import MetricArguments, MetricInputs
-from robo_orchard_lab.pipeline.metrics.torchmetrics_states import MetricsLike, TorchMetrics
+from robo_orchard_lab.pipeline.metrics.torchmetrics import MetricsLike, TorchMetrics
 from robo_orchard_lab.pipeline.model import ddp_of
 from robo_orchard_lab.pipeline.sharding import is_sharded_model, reshard
 

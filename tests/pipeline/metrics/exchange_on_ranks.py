@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from launching import end_group
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
-from robo_orchard_lab.pipeline.metrics.deferred import StateReduction
+from robo_orchard_lab.pipeline.metrics.exchange import StateReduction
 
 COLLECTIVES = ("all_gather_into_tensor", "all_gather", "all_reduce", "broadcast", "barrier")
 

@@ -23,7 +23,7 @@ from robo_orchard_lab.pipeline.metrics import (
     UnknownMetricError,
     resolve,
 )
-from robo_orchard_lab.pipeline.metrics.deferred import StateReduction
+from robo_orchard_lab.pipeline.metrics.exchange import StateReduction
 
 NUMBERS = st.floats(-1e6, 1e6, width=32)
 WEIGHTS = st.integers(0, 100)

@@ -32,8 +32,8 @@ from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric
 
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.metrics import MetricsBoard, MetricValue, MetricValueError
-from robo_orchard_lab.pipeline.metrics.deferred import reduce_states
-from robo_orchard_lab.pipeline.metrics.torchmetrics_states import (
+from robo_orchard_lab.pipeline.metrics.exchange import reduce_states
+from robo_orchard_lab.pipeline.metrics.torchmetrics import (
     MetricsLike,
     MetricsSnapshot,
     TorchMetrics,

@@ -18,7 +18,7 @@ from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfi
 from robo_orchard_lab.pipeline.hooks.validation import MetricPart, function_given, given_or_built
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.metrics.metric_inputs import MetricArguments, MetricInputs
-from robo_orchard_lab.pipeline.metrics.torchmetrics_states import (
+from robo_orchard_lab.pipeline.metrics.torchmetrics import (
     Gathered,
     MetricsLike,
     MetricsSnapshot,

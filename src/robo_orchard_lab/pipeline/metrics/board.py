@@ -12,16 +12,16 @@ import torch
 from robo_orchard_core.utils.hook import RemovableHandle
 from robo_orchard_lab.pipeline.distributed.collectives import joined_by_rank
 from robo_orchard_lab.pipeline.errors import StateError
-from robo_orchard_lab.pipeline.metrics.deferred import DeferredMetrics
-from robo_orchard_lab.pipeline.metrics.errors import UnknownMetricError
-from robo_orchard_lab.pipeline.metrics.reader import Reader
-from robo_orchard_lab.pipeline.metrics.record import MetricsRecord, MetricValue
+from robo_orchard_lab.pipeline.metrics.exchange import DeferredMetrics, Reader
 from robo_orchard_lab.pipeline.metrics.window import (
     REDUCTIONS,
     WINDOWS,
     MeanWindow,
+    MetricsRecord,
+    MetricValue,
     Number,
     Reduction,
+    UnknownMetricError,
     WeightedSum,
     Window,
     checked_number,

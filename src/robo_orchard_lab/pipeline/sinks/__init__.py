@@ -1,6 +1,5 @@
 """Where metrics go: experiment trackers, a file of JSON lines, the log."""
 
-from robo_orchard_lab.pipeline.sinks.group import SinkGroup
 from robo_orchard_lab.pipeline.sinks.jsonl import (
     JsonLinesSink,
     JsonLinesSinkConfig,
@@ -8,7 +7,7 @@ from robo_orchard_lab.pipeline.sinks.jsonl import (
     read_metrics,
 )
 from robo_orchard_lab.pipeline.sinks.log import LogSink, LogSinkConfig
-from robo_orchard_lab.pipeline.sinks.sink import MetricsSink, SinkConfig
+from robo_orchard_lab.pipeline.sinks.sink import MetricsSink, SinkConfig, SinkGroup
 from robo_orchard_lab.pipeline.sinks.trackers import TrackerSink, TrackerSinkConfig
 
 __all__ = [

@@ -15,8 +15,7 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
 from robo_orchard_lab.pipeline.run.run_path import RunPath
-from robo_orchard_lab.pipeline.sinks.group import SinkGroup
-from robo_orchard_lab.pipeline.sinks.sink import MetricsSink, SinkConfig
+from robo_orchard_lab.pipeline.sinks.sink import MetricsSink, SinkConfig, SinkGroup
 
 Hyperparameter: TypeAlias = bool | int | float | str
 TrackerLike: TypeAlias = str | GeneralTracker
