@@ -29,9 +29,9 @@ from robo_orchard_lab.pipeline import SimpleBatchProcessor, TrainerLimits, Train
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.hooks import ProgressBarHookConfig
-from robo_orchard_lab.pipeline.hooks._run_status import RunStatus
-from robo_orchard_lab.pipeline.hooks._terminal_bar import _Picture
 from robo_orchard_lab.pipeline.hooks.metrics_logger import MetricsLoggerConfig
+from robo_orchard_lab.pipeline.hooks.run_view import RunStatus
+from robo_orchard_lab.pipeline.hooks.terminal_bar import _Picture
 from robo_orchard_lab.pipeline.metrics import UnknownMetricError
 from robo_orchard_lab.pipeline.progress import remaining_steps
 from robo_orchard_lab.pipeline.trigger import EverySteps
@@ -611,7 +611,7 @@ class TestBar:
     ) -> None:
         """Where rich is not installed, a terminal gets lines, and is told what a bar needs."""
         monkeypatch.setitem(sys.modules, "rich", None)
-        monkeypatch.delitem(sys.modules, "robo_orchard_lab.pipeline.hooks._terminal_bar")
+        monkeypatch.delitem(sys.modules, "robo_orchard_lab.pipeline.hooks.terminal_bar")
         with a_terminal(monkeypatch):
             make_trainer(ProgressBarHookConfig(), max_epoch=1)()
         assert log.messages[0].endswith('pip install "robo-orchard-hooks[terminal]"')

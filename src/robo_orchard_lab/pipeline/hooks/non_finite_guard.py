@@ -4,29 +4,215 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import torch
+import torch.distributed
 from accelerate.utils import DistributedType
 from pydantic import Field
 
-from robo_orchard_core.utils.hook import HookContext
+from robo_orchard_core.utils.hook import HookContext, RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.gradient_norm import gradient_norm
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.hooks._finite import LateReading, pack, unpack
-from robo_orchard_lab.pipeline.hooks._finite_tally import LoggingPointCheck
-from robo_orchard_lab.pipeline.hooks._non_finite_error import (
-    NonFiniteError,
-    bad_gradients,
-    what_and_when,
+from robo_orchard_lab.pipeline.hooks.window_recorder import (
+    Finding,
+    LateReading,
+    ObservedUpdate,
+    WindowRecorder,
+    pack,
+    unpack,
 )
-from robo_orchard_lab.pipeline.hooks._window_recorder import ObservedUpdate, WindowRecorder
-from robo_orchard_lab.pipeline.model import BufferKeeper, plain_model
+from robo_orchard_lab.pipeline.metrics import MetricValue
+from robo_orchard_lab.pipeline.model import BufferKeeper, plain_model, plain_name
+from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.run.run_path import RunPath
+from robo_orchard_lab.pipeline.sharded_tensors import has_sharded, local_part
+
+# --- finite tally ----------------------------------------------------------------------------
+# Whether all updates were finite, known where the packed values of a run are read.
+
+
+FLAG = "guard/non_finite"
+
+
+class FiniteTally:
+    """Whether all updates since it was made were finite, and how many were before the first bad.
+
+    It stays on the device and takes some four small operations for each update.
+    """
+
+    def __init__(self, begin: int, device: torch.device) -> None:
+        self._begin = begin  # how many updates were due before it was made
+        self._loss, self._norm = torch.zeros(2, device=device)
+        self._finite = torch.zeros((), dtype=torch.int32, device=device)
+
+    def add(self, losses: Sequence[torch.Tensor], norm: torch.Tensor | None) -> None:
+        """Take one update in."""
+        for loss in losses:
+            self._loss.add_(loss.reshape(()), alpha=0)  # 0 times infinity is NaN, which stays
+        if norm is not None:
+            self._norm.add_(norm, alpha=0)
+        self._finite.add_(self._loss == self._norm)  # 0 == 0; NaN equals nothing
+
+    @property
+    def flag(self) -> torch.Tensor:
+        """Whether something was not finite, on the device."""
+        return torch.isnan(self._loss + self._norm)
+
+    def read(self) -> tuple[str, int] | None:
+        """What was not finite, and in which update; None where all was. Waits for the device."""
+        loss, norm = torch.stack([self._loss, self._norm]).tolist()
+        named = {"loss": loss, "gradient norm": norm}
+        bad = [f"the {name}" for name, value in named.items() if math.isnan(value)]
+        if not bad:
+            return None
+        text = f"{' and '.join(bad)} {'are' if len(bad) > 1 else 'is'} not finite"
+        return text, self._begin + int(self._finite)
+
+
+class LoggingPointCheck:
+    """Publishes a tally with each logging point, and fails where one was not finite, on any rank.
+
+    It does so ahead of the next step, so that whoever shows the values of that logging point has
+    got them.
+
+    Args:
+        fail: raises; it is given what was wrong, and in which update, where this rank knows.
+    """
+
+    def __init__(self, fail: Callable[[str, int | None], NoReturn]) -> None:
+        self._fail = fail
+        self._tally: FiniteTally | None = None
+        self._told = False
+        self._handles: list[RemovableHandle] = []
+
+    def start(self, args: PipelineHookArgs, who: str) -> None:
+        """The run begins; ``who`` waits for what is published, for errors."""
+
+        tally = FiniteTally(_updates_due(args.progress), args.accelerator.device)
+
+        def publish() -> None:
+            args.metrics.publish(FLAG, tally.flag, reduce="max")
+
+        def be_told(value: MetricValue) -> None:
+            self._told = value.value > 0
+
+        self._tally = tally
+        args.metrics.publish(FLAG, 0.0, reduce="max")  # so that the name is known in any case
+        self._handles = [
+            args.metrics.before_logging(publish),
+            args.metrics.subscribe(FLAG, be_told, who),
+        ]
+
+    def add(self, losses: Sequence[torch.Tensor], norm: torch.Tensor | None) -> None:
+        """Take one update in."""
+        if self._tally is not None:
+            self._tally.add(losses, norm)
+
+    def raise_told(self) -> None:
+        """Fail if the last logging point has found something."""
+        if self._told and self._tally is not None:
+            self._fail(*(self._tally.read() or ("another rank found what is not finite", None)))
+
+    def end(self, args: PipelineHookArgs) -> None:
+        """The run is over: fail if there is something, told by a logging point or not."""
+        for handle in self._handles:
+            handle.remove()
+        if args.exception is None:
+            self.raise_told()
+            found = self._tally.read() if self._tally is not None else None
+            if found is not None:
+                self._fail(*found)
+
+
+def _updates_due(progress: TrainerProgress) -> int:
+    """How many updates have been due, committed or skipped."""
+    return progress.optimizer_step_id + progress.skipped_optimizer_steps
+
+
+# --- non finite error ------------------------------------------------------------------------
+# What is said of an update that is not finite.
+
+
+_SHOWN = 3  # of the names and ids in a message
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient is infinite or not a number; the message says which, where and when."""
+
+    __module__ = "robo_orchard_lab.pipeline.hooks.non_finite_guard"  # the name to import it by
+
+    def __init__(
+        self, message: str, folder: Path | None = None, parameters: Sequence[str] = ()
+    ) -> None:
+        super().__init__(message)
+        self.folder = folder
+        """Where the batches lie, for ``replay``; None where they were not written."""
+        self.parameters = tuple(parameters)
+        """The names of those with gradients that are not finite, where that is known."""
+
+
+def bad_gradients(args: PipelineHookArgs) -> list[str] | None:
+    """The parameters whose gradients are not finite, in the model's order; reads from the device.
+
+    A collective where they are sharded. None where that is not known: clipping by a norm that is
+    NaN makes all of them NaN.
+    """
+    if args.gradients_changed:
+        return None
+    parameters = plain_model(args.run).named_parameters()
+    named = [(plain_name(name), p.grad) for name, p in parameters if p.grad is not None]
+    flags = [
+        (local.coalesce().values() if local.is_sparse else local).isfinite().all()
+        for local in (local_part(gradient) for _, gradient in named)
+    ]
+    packed = torch.stack(flags).int() if flags else torch.ones(0)
+    if has_sharded(gradient for _, gradient in named):
+        torch.distributed.all_reduce(packed, torch.distributed.ReduceOp.MIN)  # a collective
+    finite = packed.tolist()  # waits for the device
+    return [name for (name, _), is_finite in zip(named, finite, strict=True) if not is_finite]
+
+
+def what_and_when(
+    args: PipelineHookArgs,
+    finding: Finding,
+    update: ObservedUpdate,
+    parameters: Sequence[str] | None,
+) -> str:
+    """What is not finite in an update, on which rank, at which counters, of which samples.
+
+    Args:
+        args: of the update that is open.
+        finding: what is wrong.
+        update: the one it is wrong with.
+        parameters: whose gradients are not finite; None where that is not known.
+    """
+    text = str(finding)
+    if args.accelerator.num_processes > 1:
+        text += f" on rank {args.accelerator.process_index} of {args.accelerator.num_processes}"
+        if not finding.bad_losses:
+            text += ", where the loss is finite"
+    text += f", at {update.progress}"
+    if finding.bad_norm and parameters:
+        text += f", by the gradients of {_some(parameters)}"
+    elif finding.bad_norm and parameters is not None:
+        text += ", though each gradient is finite"
+    elif finding.bad_norm and update.clipped:
+        text += ", clipped before anyone could tell by which gradient"
+    bad = [step for step in update.steps if not step.finite] or update.steps
+    ids = [str(sample) for step in bad for sample in step.sample_ids or ()]
+    return text + (f", samples {_some(ids)}" if ids else "")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
 
 __all__ = ["NonFiniteError", "NonFiniteGuard", "NonFiniteGuardConfig"]
 

@@ -20,9 +20,36 @@ from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.data.loader import LeavesSignals, taken_by_main_process
 from robo_orchard_lab.pipeline.distributed.sections import another_failed
-from robo_orchard_lab.pipeline.errors import PipelineStateError, RunPreempted
+from robo_orchard_lab.pipeline.errors import PipelineConfigError, PipelineStateError, RunPreempted
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.hooks._interruption import check_savers, interrupt
+
+# --- interruption ----------------------------------------------------------------------------
+# Ending a run that is to be started again.
+
+
+def check_savers(args: PipelineHookArgs, who: str) -> None:
+    """Refuse to wait for the moment at which a checkpoint is needed and nobody saves one.
+
+    Asked when all hooks have opened, ahead of the first step.
+
+    Raises:
+        PipelineConfigError: no hook saves checkpoints.
+    """
+    if not args.run.savers:
+        raise PipelineConfigError(
+            f"{who}: there is no hook that saves a checkpoint when the run is interrupted; "
+            "register a SaveCheckpoint, or set save_checkpoint=False"
+        )
+
+
+def interrupt(
+    args: PipelineHookArgs, reason: str, who: str, *, exit_code: int | None, save: bool
+) -> None:
+    """Ask for a checkpoint, if one is wanted, and for the end, at the next commit point."""
+    if save:
+        args.requests.save(reason, by=who)
+    args.requests.stop(reason, by=who, exit_code=exit_code)
+
 
 logger = logging.getLogger(__name__)
 

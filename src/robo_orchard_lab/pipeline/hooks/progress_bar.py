@@ -11,8 +11,7 @@ from pydantic import Field
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.hooks._run_status import RunStatus
-from robo_orchard_lab.pipeline.hooks._run_view import Display, RunView
+from robo_orchard_lab.pipeline.hooks.run_view import Display, RunStatus, RunView
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +126,7 @@ def _display(plain: bool) -> Display:
     # Takes 50 ms to import, which a run without a terminal, or without a bar, need not wait.
     drawn = random.getstate()  # rich draws a number when it is imported
     try:
-        from robo_orchard_lab.pipeline.hooks._terminal_bar import TerminalBar, find_terminal
+        from robo_orchard_lab.pipeline.hooks.terminal_bar import TerminalBar, find_terminal
     except ImportError:
         logger.info('a progress bar needs rich: pip install "robo-orchard-hooks[terminal]"')
         return _LogLines()

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -27,13 +27,72 @@ from robo_orchard_lab.pipeline.errors import (
     StateError,
 )
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.hooks._background import Background
-from robo_orchard_lab.pipeline.hooks._best_value import Mode
+from robo_orchard_lab.pipeline.hooks.best_value import Mode
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricValue, number_text
 from robo_orchard_lab.pipeline.requests import Request
 from robo_orchard_lab.pipeline.run.run_path import RunPath
 from robo_orchard_lab.pipeline.trigger import ScheduleField
+
+# --- background ------------------------------------------------------------------------------
+# One piece of work beside the training.
+
+
+ResultT = TypeVar("ResultT")
+
+
+class Background(Generic[ResultT]):
+    """Runs one function at a time in a thread; its result, or its error, waits to be collected.
+
+    >>> background = Background("adding")
+    >>> background.start(lambda: 1 + 1)
+    >>> background.collect()
+    2
+
+    The thread does not keep the process alive: collect what must not be lost.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._thread: threading.Thread | None = None
+        self._result: ResultT | None = None
+        self._error: Exception | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether the function that was started last is still running."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def done(self) -> bool:
+        """Whether there is something to collect without waiting."""
+        return self._thread is not None and not self._thread.is_alive()
+
+    def start(self, work: Callable[[], ResultT]) -> None:
+        """Begin; what was started before must be collected."""
+        assert self._thread is None
+
+        def run() -> None:
+            try:
+                self._result = work()
+            except Exception as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name=self.name, daemon=True)
+        self._thread.start()
+
+    def collect(self) -> ResultT | None:
+        """Wait for its end: the result, or its error raised; None if nothing was started."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return None
+        thread.join()
+        result, self._result = self._result, None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+        return result
+
 
 logger = job_logger(__name__)
 

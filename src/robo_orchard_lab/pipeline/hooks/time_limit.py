@@ -15,7 +15,7 @@ from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.hooks._interruption import check_savers, interrupt
+from robo_orchard_lab.pipeline.hooks.preemption import check_savers, interrupt
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.trigger import DurationField, duration_s
 

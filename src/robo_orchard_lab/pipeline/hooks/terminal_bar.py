@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from robo_orchard_lab.pipeline.hooks._run_status import RunStatus
+from robo_orchard_lab.pipeline.hooks.run_view import RunStatus
 
 _MIN_BAR_WIDTH, _MAX_BAR_WIDTH = 8, 40
 _GAP = "  "
