@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from robo_orchard_lab.pipeline.trainer.filler import as_if_not_passed
+from robo_orchard_lab.pipeline.trainer.accumulation import as_if_not_passed
 
 
 class Counting(torch.nn.Module):

@@ -24,7 +24,7 @@ from robo_orchard_lab.pipeline.hooks import (
     StatsMonitorConfig,
 )
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext
-from robo_orchard_lab.pipeline.trainer.placement import CopyStream
+from robo_orchard_lab.pipeline.trainer.setup import CopyStream
 from tiny import equal, loss_of, make_loader, make_model, weights
 
 pytestmark = [

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from robo_orchard_lab.pipeline.trainer.placement import movable_in, placement_of, tensors_in
+from robo_orchard_lab.pipeline.trainer.setup import movable_in, placement_of, tensors_in
 
 
 class MovesByItself(dict[str, Any]):

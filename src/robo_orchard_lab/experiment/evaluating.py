@@ -34,7 +34,7 @@ from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.hooks import KeepBestConfig, ValidationHookConfig
 from robo_orchard_lab.pipeline.model import plain_name
 from robo_orchard_lab.pipeline.run.run_path import in_run_folder
-from robo_orchard_lab.pipeline.trainer.fitting import check_tensors
+from robo_orchard_lab.pipeline.trainer.rank_state import check_tensors
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,21 +34,20 @@ from robo_orchard_lab.pipeline.metrics import MetricsBoard, UnknownMetricError
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
 from robo_orchard_lab.pipeline.run.run_state import RunStateFile
-from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows
-from robo_orchard_lab.pipeline.trainer.alike import check_alike, hook_text, setup_texts
+from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows, as_if_not_passed
 from robo_orchard_lab.pipeline.trainer.commit import carry_out_requests, tell_what_is_left
-from robo_orchard_lab.pipeline.trainer.filler import as_if_not_passed
 from robo_orchard_lab.pipeline.trainer.loss_weights import LossWeights, wrong_result
-from robo_orchard_lab.pipeline.trainer.preparation import (
+from robo_orchard_lab.pipeline.trainer.rank_consistency import check_alike, hook_text, setup_texts
+from robo_orchard_lab.pipeline.trainer.rank_state import trained_parameters
+from robo_orchard_lab.pipeline.trainer.resume import resume
+from robo_orchard_lab.pipeline.trainer.setup import (
     backward_of,
     check_processor,
     no_sync_of,
     prepare_objects,
     synchroniser_of,
 )
-from robo_orchard_lab.pipeline.trainer.resuming import resume
 from robo_orchard_lab.pipeline.trainer.snapshot import RunSnapshots
-from robo_orchard_lab.pipeline.trainer.trained_names import trained_parameters
 
 logger = job_logger(__name__)
 

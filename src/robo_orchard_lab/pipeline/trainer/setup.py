@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, send_to_device
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
@@ -20,8 +21,118 @@ from robo_orchard_lab.pipeline.model import ddp_of
 from robo_orchard_lab.pipeline.progress import TrainerLimits
 from robo_orchard_lab.pipeline.sharded_tensors import is_sharded
 from robo_orchard_lab.pipeline.sharding import is_sharded_model, reshard, set_gradient_sync
-from robo_orchard_lab.pipeline.trainer.gradient_buckets import settle_buckets
-from robo_orchard_lab.pipeline.trainer.placement import placement_of
+
+# --- placement -------------------------------------------------------------------------------
+# Moving batches to the device.
+
+
+def placement_of(
+    accelerator: Accelerator, dataloader: Iterable[Any]
+) -> Callable[[Any], Any] | None:
+    """What moves a batch to the device; None where it is there already, or the user moves it.
+
+    From pinned memory (``DataLoader(pin_memory=True)``, or Accelerate's ``non_blocking``) a batch
+    travels while the host goes on, to a CUDA device also while that is busy with the step before.
+    """
+    device = accelerator.device
+    if not accelerator.device_placement or device.type == "cpu":
+        return None
+    pinned = accelerator.dataloader_config.non_blocking or getattr(dataloader, "pin_memory", False)
+    if pinned and device.type == "cuda":
+        return CopyStream(device)
+    return partial(send_to_device, device=device, non_blocking=pinned)
+
+
+class CopyStream:
+    """Copies batches in a CUDA stream of its own, ahead of which no step is waited for.
+
+    The host launches steps faster than the device does them, and asks for the next batch early. In
+    the stream of the steps, its copy would wait for all that was launched; here it runs beside
+    them, and the next step waits for the copy alone. No batch is asked for before it is due.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.stream = torch.cuda.Stream(device)
+
+    def __call__(self, batch: Any) -> Any:
+        """The batch on the device, for use in the current stream."""
+        if not _is_copied_whole(batch):
+            return send_to_device(batch, self._device, non_blocking=True)
+        with torch.cuda.stream(self.stream):
+            placed = send_to_device(batch, self._device, non_blocking=True)
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self.stream)
+        for tensor in tensors_in(placed):
+            # Else its memory would be free for the next batch while the step still reads it.
+            tensor.record_stream(current)
+        return placed
+
+
+def _is_copied_whole(batch: Any) -> bool:
+    """Whether all that is moved are tensors of the host, which depend on no stream."""
+    return all(
+        isinstance(part, torch.Tensor) and part.device.type == "cpu" for part in movable_in(batch)
+    )
+
+
+def tensors_in(batch: Any) -> list[torch.Tensor]:
+    """The tensors of a batch, in whatever lists, tuples and mappings."""
+    return [part for part in movable_in(batch) if isinstance(part, torch.Tensor)]
+
+
+def movable_in(batch: Any) -> list[Any]:
+    """What in a batch is moved to a device: tensors, and others that have a ``to``.
+
+    >>> movable_in({"image": torch.zeros(1), "names": ["a"], "more": (torch.ones(1), None)})
+    [tensor([0.]), tensor([1.])]
+    """
+    if hasattr(batch, "to"):  # a mapping that has one moves by it
+        return [batch]
+    if isinstance(batch, Mapping):
+        return [part for value in batch.values() for part in movable_in(value)]
+    if isinstance(batch, (list, tuple)):
+        return [part for value in batch for part in movable_in(value)]
+    return []
+
+
+# --- gradient buckets ------------------------------------------------------------------------
+# In which pieces the gradients of several processes are added up.
+
+
+def settle_buckets(ddp: DistributedDataParallel) -> None:
+    """Have DDP divide the gradients, before the first step, into the buckets that it then keeps.
+
+    By itself it divides them anew after its first backward pass, by the order in which they came.
+    A run that is resumed would do so after its first step, where the run that never stopped has
+    done it long ago; and where three ranks or more add up, the place in a bucket says in which
+    order, and so how a sum is rounded. Settled from the start, in the reverse order of the model's
+    parameters, a resumed run rounds as the other one does.
+
+    It takes one backward pass of nothing and its exchange: a collective. The parameters have no
+    gradients afterwards. Nothing is done where DDP never divides anew (``find_unused_parameters``),
+    where a hook of its own adds up, or where gradients are sparse or left to the end.
+    """
+    parameters = [p for p in ddp.module.parameters() if p.requires_grad]
+    others = (
+        ddp.find_unused_parameters
+        or ddp.static_graph
+        or getattr(ddp, "_comm_hooks", None)
+        or getattr(ddp, "_delay_all_reduce_params", None)
+        or getattr(ddp, "_use_python_reducer", False)
+        or any(getattr(module, "sparse", False) for module in ddp.module.modules())
+    )
+    if others or not parameters:
+        return
+    device = parameters[0].device
+    with torch.enable_grad():
+        ddp.reducer.prepare_for_backward([])
+        # What is made last is differentiated first, so that these come in the reverse order.
+        pieces = [p.reshape(-1)[:1].abs().sum().to(device, torch.float32) for p in parameters]
+        (torch.stack(pieces).sum() * 0).backward()
+    for parameter in parameters:
+        parameter.grad = None
+
 
 logger = job_logger(__name__)
 
