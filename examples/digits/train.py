@@ -25,7 +25,7 @@ from torchvision import models
 
 from digits_parts import DIGITS, Digits
 from robo_orchard_core.utils.cli import SettingConfig, pydantic_from_argparse
-from robo_orchard_lab.experiment.auto_steps import count_moves
+from robo_orchard_lab.experiment.run_plan import count_moves
 from robo_orchard_lab.pipeline import HookBasedTrainer, SupervisedProcessor, TrainerLimits
 from robo_orchard_lab.pipeline.hooks import (
     GradientClippingHookConfig,

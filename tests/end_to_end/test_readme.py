@@ -74,7 +74,8 @@ def test_what_is_promised_is_shown_by_tests_that_are_there() -> None:
 def test_the_bounds_are_those_of_the_code() -> None:
     """SECURITY.md tells the numbers by which files and checkpoints are bounded."""
     from robo_orchard_core.utils.config import document
-    from robo_orchard_lab.experiment import reading, screening
+    from robo_orchard_lab.experiment import document as reading
+    from robo_orchard_lab.experiment import prevalidation as screening
     from robo_orchard_lab.pipeline.checkpoint import ReadLimits
 
     text = " ".join((ROOT / "SECURITY.md").read_text("utf-8").split())

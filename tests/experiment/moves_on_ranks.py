@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator, PartialState
 
 from launching import end_group
-from robo_orchard_lab.experiment.auto_steps import count_moves
+from robo_orchard_lab.experiment.run_plan import count_moves
 from robo_orchard_lab.pipeline import HookBasedTrainer, SupervisedProcessor, TrainerLimits
 from tiny import make_loader, make_model
 

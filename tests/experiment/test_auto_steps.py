@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch.utils.data import IterableDataset
 
 from launching import launch
-from robo_orchard_lab.experiment.auto_steps import count_moves
+from robo_orchard_lab.experiment.run_plan import count_moves
 from robo_orchard_lab.pipeline import TrainerLimits
 from robo_orchard_lab.pipeline.errors import DataError, PipelineConfigError
 from robo_orchard_lab.pipeline.hooks.optimizer import ScheduleUnit

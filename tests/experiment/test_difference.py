@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch  # noqa: F401 - whose classes tell their defaults once they are imported
 
-from robo_orchard_lab.experiment.difference import MISSING, Resume, differences
+from robo_orchard_lab.experiment.resume_diff import MISSING, Resume, differences
 
 HOOKS = "robo_orchard_lab.pipeline.hooks"
 STATS = {"class_type": f"{HOOKS}.stats_monitor:StatsMonitor", "every": "50 steps"}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from robo_orchard_lab.experiment import ExperimentConfig
-from robo_orchard_lab.experiment.difference import Resume, differences
+from robo_orchard_lab.experiment.resume_diff import Resume, differences
 from robo_orchard_lab.pipeline.errors import StateError
 from tiny import equal, weights
 

@@ -12,10 +12,16 @@ import pytest
 from robo_orchard_core.utils.config import ConfigError, formats
 from robo_orchard_core.utils.config.document import Plain
 from robo_orchard_core.utils.config.errors import Path as Place
-from robo_orchard_lab.experiment.document import ExperimentDocument, read_experiment
-from robo_orchard_lab.experiment.origins import origin_of
+from robo_orchard_lab.experiment.document import (
+    MAX_BASES,
+    MAX_FILE_BYTES,
+    MAX_KEY,
+    MAX_VALUES,
+    ExperimentDocument,
+    read_experiment,
+)
 from robo_orchard_lab.experiment.overrides import Override, from_arguments, from_mapping
-from robo_orchard_lab.experiment.reading import MAX_BASES, MAX_FILE_BYTES, MAX_KEY, MAX_VALUES
+from robo_orchard_lab.experiment.provenance import origin_of
 
 BASE = """\
 # what the variants share

@@ -20,7 +20,7 @@ from robo_orchard_core.utils.config.parts import PART_KEYS
 from robo_orchard_lab.experiment import ExperimentConfig
 from robo_orchard_lab.experiment.document import read_experiment
 from robo_orchard_lab.experiment.overrides import from_arguments, from_environment
-from robo_orchard_lab.experiment.screening import TOP_FIELDS, screen
+from robo_orchard_lab.experiment.prevalidation import TOP_FIELDS, screen
 from robo_orchard_lab.experiment.trust_settings import ExperimentTrust
 
 TRUST = ExperimentTrust(("trusted_parts",)).trust

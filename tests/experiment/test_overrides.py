@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from robo_orchard_core.utils.config import ConfigError
 from robo_orchard_core.utils.config.document import Plain
-from robo_orchard_lab.experiment.origins import Origin
 from robo_orchard_lab.experiment.overrides import (
     Override,
     from_arguments,
@@ -19,6 +18,7 @@ from robo_orchard_lab.experiment.overrides import (
     from_mapping,
     read_value,
 )
+from robo_orchard_lab.experiment.provenance import Origin
 
 
 @given(st.text())

@@ -19,7 +19,7 @@ from robo_orchard_lab.experiment import (
     TrainerConfig,
     config_of,
 )
-from robo_orchard_lab.experiment.rehearsal import dry_run, fast_run
+from robo_orchard_lab.experiment.dry_run import dry_run, fast_run
 from robo_orchard_lab.experiment.samples import MLP, Spirals
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks, SupervisedProcessor
 from robo_orchard_lab.pipeline.hooks import (

@@ -13,7 +13,7 @@ from robo_orchard_core.utils.config.document import Plain
 from robo_orchard_lab.experiment import ExperimentConfig
 from robo_orchard_lab.experiment.document import ExperimentDocument, read_experiment
 from robo_orchard_lab.experiment.overrides import from_arguments, from_mapping
-from robo_orchard_lab.experiment.screening import TOP_FIELDS, screen
+from robo_orchard_lab.experiment.prevalidation import TOP_FIELDS, screen
 from robo_orchard_lab.experiment.trust_settings import ExperimentTrust
 
 TRUST = ExperimentTrust(("my_parts",)).trust

@@ -21,7 +21,7 @@ from click.shell_completion import CompletionItem
 from robo_orchard_core.utils.config.errors import ConfigError
 from robo_orchard_lab.cli.errors import CommandError
 from robo_orchard_lab.cli.lazy_group import Command
-from robo_orchard_lab.experiment.field_help import experiment_fields
+from robo_orchard_lab.experiment.inspection import experiment_fields
 
 if TYPE_CHECKING:
     from robo_orchard_lab.experiment.config import ExperimentConfig

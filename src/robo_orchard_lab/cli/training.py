@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from robo_orchard_lab.cli.errors import CommandError, ExitCode
 from robo_orchard_lab.cli.names import PROGRAM
 from robo_orchard_lab.cli.output import note, print_json, say, table_lines
-from robo_orchard_lab.experiment.difference import Difference, Resume
+from robo_orchard_lab.experiment.resume_diff import Difference, Resume
 
 if TYPE_CHECKING:
     from robo_orchard_lab.cli.experiment_arguments import ExperimentArguments

@@ -14,7 +14,7 @@ from robo_orchard_lab.cli.output import print_json, print_table, say
 if TYPE_CHECKING:
     from robo_orchard_lab.cli.training import Beginning
     from robo_orchard_lab.experiment.config import ExperimentConfig
-    from robo_orchard_lab.experiment.rehearsal import DryRun
+    from robo_orchard_lab.experiment.dry_run import DryRun
 
 
 def show_dry_run(experiment: ExperimentConfig, begins: Beginning, *, as_json: bool) -> None:
@@ -23,7 +23,7 @@ def show_dry_run(experiment: ExperimentConfig, begins: Beginning, *, as_json: bo
     Raises:
         CommandError: it is started as a job of several processes.
     """
-    from robo_orchard_lab.experiment.rehearsal import dry_run
+    from robo_orchard_lab.experiment.dry_run import dry_run
 
     _check_alone("--dry-run")
     found = dry_run(experiment)
@@ -49,7 +49,7 @@ def show_fast_run(experiment: ExperimentConfig, *, as_json: bool) -> None:
     Raises:
         CommandError: it is started as a job of several processes.
     """
-    from robo_orchard_lab.experiment.rehearsal import fast_run
+    from robo_orchard_lab.experiment.dry_run import fast_run
 
     _check_alone("--debug-fast")
     done = fast_run(experiment)

@@ -31,7 +31,7 @@ from robo_orchard_lab.experiment.parts import (
     SchedulePart,
     TrainerConfig,
 )
-from robo_orchard_lab.experiment.screening import screen
+from robo_orchard_lab.experiment.prevalidation import screen
 from robo_orchard_lab.experiment.trust_settings import ExperimentTrust
 
 if TYPE_CHECKING:  # with torch

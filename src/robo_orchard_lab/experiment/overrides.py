@@ -15,8 +15,7 @@ from robo_orchard_core.utils.config.errors import (
     ConfigSyntaxError,
 )
 from robo_orchard_core.utils.config.parts import PART_KEYS
-from robo_orchard_lab.experiment.merging import listed, paths
-from robo_orchard_lab.experiment.origins import Origin
+from robo_orchard_lab.experiment.provenance import Origin, listed, paths
 
 ENVIRONMENT_PREFIX = "ROBO_ORCHARD_LAB__"
 

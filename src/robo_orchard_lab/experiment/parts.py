@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
-import robo_orchard_lab.experiment.tensor_values  # noqa: F401 - how they stand in files
 from robo_orchard_core.utils.config import (
     ClassConfig,
     Config,
@@ -19,8 +18,52 @@ from robo_orchard_core.utils.config import (
     Function,
     Part,
 )
-from robo_orchard_core.utils.config.errors import as_declared, unknown_field
-from robo_orchard_core.utils.config.parts import BASES, DECLARATIONS
+from robo_orchard_core.utils.config.errors import as_declared, shown, unknown_field
+from robo_orchard_core.utils.config.parts import BASES, DECLARATIONS, UNDECLARED
+
+# --- tensor values ---------------------------------------------------------------------------
+# How values of torch's that are neither plain data nor parts stand in files.
+
+
+def _data_type(value: Any) -> Any:
+    """``torch.float32`` of ``"float32"``."""
+    import torch
+
+    if isinstance(value, str):
+        value = getattr(torch, value.removeprefix("torch."), value)
+    if not isinstance(value, torch.dtype):
+        raise ValueError(f"expected a data type of tensors, like 'float32', found {shown(value)}")
+    return value
+
+
+def _device(value: Any) -> Any:
+    """``torch.device("cuda", 0)`` of ``"cuda:0"``."""
+    import torch
+
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"expected a device, like 'cuda:0', found {shown(value)}") from error
+
+
+def _as_text(value: Any) -> str:
+    return str(value).removeprefix("torch.")
+
+
+DataType = Annotated[
+    Any, PlainValidator(_data_type, json_schema_input_type=str), PlainSerializer(_as_text)
+]
+Device = Annotated[
+    Any, PlainValidator(_device, json_schema_input_type=str), PlainSerializer(_as_text)
+]
+
+DECLARATIONS["torch:dtype"] = DataType
+DECLARATIONS["torch:device"] = Device
+UNDECLARED["torch", "dtype"] = DataType | None  # as all layers have them
+UNDECLARED["torch", "device"] = Device | None
+DECLARATIONS["torch:Tensor"] = None
+DECLARATIONS["torch._C:Generator"] = None
+
 
 AUTO = "auto"
 Auto: TypeAlias = Literal["auto"]

@@ -79,8 +79,8 @@ def within(arguments: ExperimentArguments, folder: Path, **fields: str) -> Exper
     Raises:
         CommandError: another one is given as well.
     """
-    from robo_orchard_lab.experiment.origins import Origin
     from robo_orchard_lab.experiment.overrides import Override
+    from robo_orchard_lab.experiment.provenance import Origin
 
     if any(override.path[0] == RUN_FOLDER for override in arguments.overrides):
         raise CommandError(

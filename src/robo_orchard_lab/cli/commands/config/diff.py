@@ -27,7 +27,7 @@ def command(before: Path, after: Path, as_json: bool, experiment: ExperimentArgu
     have been, others change the trajectory, and some are impossible. Fields that are typed go over
     AFTER alone.
     """
-    from robo_orchard_lab.experiment.difference import differences
+    from robo_orchard_lab.experiment.resume_diff import differences
 
     plain = replace(experiment, overrides=())
     found = differences(plain.load(before).to_dict(), experiment.load(after).to_dict())

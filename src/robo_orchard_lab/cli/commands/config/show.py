@@ -56,7 +56,7 @@ def command(
         else:
             say(readable_yaml(config.to_dict()).rstrip("\n"))
         return
-    from robo_orchard_lab.experiment.origins import DEFAULT
+    from robo_orchard_lab.experiment.provenance import DEFAULT
 
     told = [
         (path, value, document.places.get(path, DEFAULT))

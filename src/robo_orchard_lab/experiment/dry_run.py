@@ -16,8 +16,7 @@ from torch.utils.data import RandomSampler, SequentialSampler, Subset
 
 from robo_orchard_core.utils.config import Config
 from robo_orchard_core.utils.config.model import field_values
-from robo_orchard_lab.experiment.build import BuiltExperiment
-from robo_orchard_lab.experiment.build_parts import building, make_loader
+from robo_orchard_lab.experiment.build import BuiltExperiment, building, make_loader
 from robo_orchard_lab.experiment.config import CHECKPOINT, ExperimentConfig
 from robo_orchard_lab.experiment.parts import TrainerConfig
 from robo_orchard_lab.experiment.run_plan import RunLength, run_length, times_due

@@ -29,10 +29,8 @@ from robo_orchard_core.utils.config.errors import (
 from robo_orchard_core.utils.config.parts import PART_KEYS
 from robo_orchard_core.utils.config.references import split
 from robo_orchard_lab.experiment.catalogue import CATALOGUED, kind_of, nearest
-from robo_orchard_lab.experiment.document import ExperimentDocument
-from robo_orchard_lab.experiment.merging import NAMED_ENTRIES, with_paths
-from robo_orchard_lab.experiment.origins import origin_of
-from robo_orchard_lab.experiment.reading import check_bounds
+from robo_orchard_lab.experiment.document import ExperimentDocument, check_bounds
+from robo_orchard_lab.experiment.provenance import NAMED_ENTRIES, origin_of, with_paths
 from robo_orchard_lab.experiment.run_folder import is_of_others, link_out_of
 
 MAX_REFERENCE = 300

@@ -14,16 +14,15 @@ from safetensors.torch import load_file
 
 from robo_orchard_core.utils.config import ConfigFieldError
 from robo_orchard_core.utils.config.errors import unknown_field
-from robo_orchard_lab.experiment.build import make_accelerator
-from robo_orchard_lab.experiment.build_parts import (
+from robo_orchard_lab.experiment.build import (
     building,
+    make_accelerator,
     make_hook,
     make_loader,
     make_processor,
 )
 from robo_orchard_lab.experiment.config import ExperimentConfig
-from robo_orchard_lab.experiment.run_checkpoints import CheckpointPlace
-from robo_orchard_lab.experiment.run_folder import NoRunError
+from robo_orchard_lab.experiment.run_folder import CheckpointPlace, NoRunError
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.checkpoint import ReadLimits
 from robo_orchard_lab.pipeline.checkpoint.reader import OpenCheckpoint
