@@ -15,7 +15,7 @@ import killed_on_ranks
 from killed_on_ranks import STEPS
 from robo_orchard_lab.pipeline.run.run_state import read_run_state
 from robo_orchard_lab.testing.resume.fork_server import ForkServer
-from robo_orchard_lab.testing.resume.killing import Killing
+from robo_orchard_lab.testing.resume.proof_runs import Killing
 from robo_orchard_lab.testing.resume.record_differences import record_differences
 from robo_orchard_lab.testing.resume.run_record import RunRecord, read_record
 

@@ -29,8 +29,8 @@ from robo_orchard_lab.pipeline import (
 )
 from robo_orchard_lab.pipeline.hooks import EMAConfig, SaveCheckpointConfig
 from robo_orchard_lab.testing import ResumeProof, StraightRunError, prove_resume
-from robo_orchard_lab.testing.resume.build_source import find_function
 from robo_orchard_lab.testing.resume.proof_runs import ProofRuns
+from robo_orchard_lab.testing.resume.recorded_process import find_function
 
 _SEEN = 0
 """What a batch processor counts outside of the run's state."""
@@ -302,7 +302,7 @@ def test_functions_of_scripts_and_files_are_found(tmp_path: Path) -> None:
     script.write_text(
         "import json\n"
         "from robo_orchard_lab.testing import example_training\n"
-        "from robo_orchard_lab.testing.resume.build_source import describe_function\n"
+        "from robo_orchard_lab.testing.resume.recorded_process import describe_function\n"
         "def build(run_folder, resume_from):\n"
         "    return example_training.build(run_folder, resume_from)\n"
         "if __name__ == '__main__':\n"

@@ -12,11 +12,22 @@ import pytest
 import torch
 
 from full_training import STEPS, build
-from robo_orchard_lab.testing.isolation import isolated
-from robo_orchard_lab.testing.resume.build_source import describe_function, find_function
-from robo_orchard_lab.testing.resume.recorded_process import RunOrder, run_order
-from robo_orchard_lab.testing.resume.run_facts import leaves, random_facts, state_facts, value_text
-from robo_orchard_lab.testing.resume.run_record import RunRecord, RunRecorder, read_record
+from robo_orchard_lab.testing.fixtures import isolated
+from robo_orchard_lab.testing.resume.recorded_process import (
+    RunOrder,
+    describe_function,
+    find_function,
+    run_order,
+)
+from robo_orchard_lab.testing.resume.run_record import (
+    RunRecord,
+    RunRecorder,
+    leaves,
+    random_facts,
+    read_record,
+    state_facts,
+    value_text,
+)
 
 
 def outcome(folder: Path, recorded: bool) -> dict[str, str]:

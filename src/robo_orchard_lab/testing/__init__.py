@@ -5,15 +5,13 @@ from robo_orchard_lab.testing.assertions import (
     assert_state_round_trip,
     assert_weights_unchanged,
 )
-from robo_orchard_lab.testing.call_site import Place, TracedCall
-from robo_orchard_lab.testing.collectives import count_collectives
-from robo_orchard_lab.testing.host_reads import count_host_reads
+from robo_orchard_lab.testing.counting import Place, TracedCall, count_collectives, count_host_reads
+from robo_orchard_lab.testing.fixtures import HookSource, RunSetting
 from robo_orchard_lab.testing.recorder import Event, MadeRequest
 from robo_orchard_lab.testing.resume.proof_runs import StraightRunError
 from robo_orchard_lab.testing.resume.record_differences import ResumeDifference
 from robo_orchard_lab.testing.resume.resume_proof import ResumeProof, prove_resume
 from robo_orchard_lab.testing.run import HookRun, run_hook
-from robo_orchard_lab.testing.setting import HookSource, RunSetting
 
 __all__ = [
     "Event",

@@ -9,10 +9,9 @@ from tempfile import TemporaryDirectory
 from typing import TypeAlias, Unpack
 
 from robo_orchard_lab.pipeline.errors import StateError
-from robo_orchard_lab.testing.differences import differences
+from robo_orchard_lab.testing.fixtures import HookSource, RunSetting, completed, listed
+from robo_orchard_lab.testing.resume_check import differences, seams
 from robo_orchard_lab.testing.run import HookRun, train
-from robo_orchard_lab.testing.seams import seams
-from robo_orchard_lab.testing.setting import HookSource, RunSetting, completed, listed
 
 Hooks: TypeAlias = HookSource | Iterable[HookSource]
 

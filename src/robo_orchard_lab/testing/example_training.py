@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from robo_orchard_lab.pipeline.trainer import HookBasedTrainer
-from robo_orchard_lab.testing.isolation import seed_all
-from robo_orchard_lab.testing.setting import build_training, completed
+from robo_orchard_lab.testing.fixtures import build_training, completed, seed_all
 
 
 def build(run_folder: Path, resume_from: Any) -> HookBasedTrainer:

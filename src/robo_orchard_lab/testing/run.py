@@ -17,18 +17,17 @@ from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.trainer import HookBasedTrainer
-from robo_orchard_lab.testing.call_site import TracedCall
-from robo_orchard_lab.testing.host_reads import count_host_reads
-from robo_orchard_lab.testing.isolation import isolated
-from robo_orchard_lab.testing.recorder import Event, MadeRequest, Recorder, copied_state
-from robo_orchard_lab.testing.setting import (
+from robo_orchard_lab.testing.counting import TracedCall, count_host_reads
+from robo_orchard_lab.testing.fixtures import (
     HookSource,
     RunSetting,
     build_hooks,
     build_training,
     completed,
+    isolated,
     listed,
 )
+from robo_orchard_lab.testing.recorder import Event, MadeRequest, Recorder, copied_state
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,7 @@ LIBRARY = {
     "fid": ("torchmetrics.image.fid:FrechetInceptionDistance", "A network that is fetched."),
     "remove_tree": ("robo_orchard_lab.pipeline.run.durable:remove_tree", "A folder that is gone."),
     "our_resolve": ("robo_orchard_core.utils.config.references:resolve", "Any import."),
-    "our_testing": ("robo_orchard_lab.testing.isolation:isolated", "What tests use."),
+    "our_testing": ("robo_orchard_lab.testing.fixtures:isolated", "What tests use."),
     "our_git": ("robo_orchard_lab.pipeline.run.run_info:git_state", "A process."),
     "accelerate": ("accelerate.utils.launch:prepare_simple_launcher_cmd_env", "A launcher."),
     "pydantic": ("pydantic.deprecated.parse:load_file", "A pickle."),

@@ -11,9 +11,9 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 from robo_orchard_lab.pipeline.trainer import HookBasedTrainer
-from robo_orchard_lab.testing.resume.build_source import describe_function
 from robo_orchard_lab.testing.resume.proof_runs import ProofRuns
 from robo_orchard_lab.testing.resume.record_differences import ResumeDifference, compared_values
+from robo_orchard_lab.testing.resume.recorded_process import describe_function
 
 Build: TypeAlias = Callable[[Path, Any], HookBasedTrainer] | str
 """``build(run_folder, resume_from)`` makes a trainer; as a function, ``"module:name"`` or
