@@ -11,7 +11,7 @@ from tests.cli.running import run, run_in_terminal, run_module
 
 from robo_orchard_lab.cli.experiment_arguments import ExperimentArguments
 from robo_orchard_lab.cli.main import main
-from robo_orchard_lab.cli.readable_yaml import readable_yaml
+from robo_orchard_lab.cli.output import readable_yaml
 from robo_orchard_lab.pipeline.sinks import read_metrics
 
 

@@ -20,8 +20,16 @@ from click.shell_completion import shell_complete
 from robo_orchard_core.utils.logging import log_basic_config
 from robo_orchard_lab.cli.errors import ExitCode, exit_code_of, lines_of
 from robo_orchard_lab.cli.lazy_group import LazyGroup
-from robo_orchard_lab.cli.names import COMPLETE_VARIABLE, DISTRIBUTION, PROGRAM
-from robo_orchard_lab.cli.output import discard_output, note, reader_is_gone, styled, visible
+from robo_orchard_lab.cli.output import (
+    COMPLETE_VARIABLE,
+    DISTRIBUTION,
+    PROGRAM,
+    discard_output,
+    note,
+    reader_is_gone,
+    styled,
+    visible,
+)
 
 _FIRST_TELLS_S = 10.0
 

@@ -15,6 +15,21 @@ from typing import Any, Literal, TextIO
 
 import click
 
+from robo_orchard_core.utils.config.document import Plain
+from robo_orchard_core.utils.config.yaml_format import read, write
+
+# --- names -----------------------------------------------------------------------------------
+# What the command line goes by.
+
+
+PROGRAM = "robo-orchard-lab"
+DISTRIBUTION = "robo-orchard-hooks"
+COMPLETE_VARIABLE = "_ROBO_ORCHARD_LAB_COMPLETE"
+
+
+# --- output ----------------------------------------------------------------------------------
+
+
 Style = Literal["bold", "dim", "red", "green", "yellow", "cyan"]
 
 _CODES: dict[Style, int] = {
@@ -179,3 +194,86 @@ def discard_output() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
+
+
+# --- amounts ---------------------------------------------------------------------------------
+# Numbers of bytes, seconds and things, as people read them.
+
+
+_BYTES = ("B", "KiB", "MiB", "GiB", "TiB")
+_SECONDS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+
+
+def bytes_text(count: float) -> str:
+    """A number of bytes.
+
+    >>> bytes_text(512), bytes_text(1536), bytes_text(5 * 2**30)
+    ('512 B', '1.5 KiB', '5.0 GiB')
+    """
+    unit = 0
+    while count >= 1024 and unit < len(_BYTES) - 1:
+        count /= 1024
+        unit += 1
+    return f"{count:.1f} {_BYTES[unit]}" if unit else f"{count:.0f} B"
+
+
+def age_text(seconds: float) -> str:
+    """How long ago something was, in its largest unit.
+
+    >>> age_text(0.4), age_text(150), age_text(3 * 86400)
+    ('now', '2 min ago', '3 d ago')
+    """
+    for size, unit in _SECONDS:
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit} ago"
+    return "now"
+
+
+def count_text(count: int, thing: str) -> str:
+    """So many things.
+
+    >>> count_text(1, "step"), count_text(1200, "step")
+    ('1 step', '1,200 steps')
+    """
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+# --- readable yaml ---------------------------------------------------------------------------
+# YAML for people: text without quotes, where it means the same.
+
+
+_PLAIN = re.compile(
+    r"""
+    ((?:\s|-\s)*(?:\w+:\s)?)                                        # an item, or a key
+    "((?:[A-Za-z_]|\d+\x20(?=[a-z]))                               # no number, and no sign
+    (?:[\w./|+*-]|:(?=\w)|\x20(?=[\w|]))*)"(?=\n)
+    """,
+    re.ASCII | re.VERBOSE,
+)
+_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}  # of YAML, old and new
+
+
+def readable_yaml(document: dict[str, Plain]) -> str:
+    """The document in block style; it is read back before it is handed out.
+
+    >>> print(readable_yaml({"every": "50 steps | 1 epoch", "mixed_precision": "no"}), end="")
+    every: 50 steps | 1 epoch
+    mixed_precision: "no"
+    """
+    exact = write(document)
+    readable = with_escapes("".join(_bare(line) for line in exact.splitlines(keepends=True)))
+    return readable if read(readable) == document else exact
+
+
+def with_escapes(text: str) -> str:
+    """YAML or TOML whose quoted texts have escapes for what a terminal would obey or hide."""
+    return "".join(c if c.isprintable() or c == "\n" else _escape(ord(c)) for c in text)
+
+
+def _escape(code: int) -> str:
+    return f"\\u{code:04x}" if code < 2**16 else f"\\U{code:08x}"
+
+
+def _bare(line: str) -> str:
+    found = _PLAIN.match(line)
+    return line if found is None or found[2].lower() in _WORDS else f"{found[1]}{found[2]}\n"

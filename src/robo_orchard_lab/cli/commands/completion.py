@@ -6,8 +6,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from robo_orchard_lab.cli.lazy_group import Command
-from robo_orchard_lab.cli.names import COMPLETE_VARIABLE, PROGRAM
-from robo_orchard_lab.cli.output import say
+from robo_orchard_lab.cli.output import COMPLETE_VARIABLE, PROGRAM, say
 
 
 @click.command("completion", cls=Command)

@@ -20,8 +20,14 @@ from robo_orchard_lab.cli.installation import (
     version_of,
 )
 from robo_orchard_lab.cli.lazy_group import Command
-from robo_orchard_lab.cli.names import DISTRIBUTION
-from robo_orchard_lab.cli.output import json_option, print_json, print_table, say, styled
+from robo_orchard_lab.cli.output import (
+    DISTRIBUTION,
+    json_option,
+    print_json,
+    print_table,
+    say,
+    styled,
+)
 
 _LONGEST_S = 120
 

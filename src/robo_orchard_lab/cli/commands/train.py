@@ -15,8 +15,7 @@ from robo_orchard_lab.cli.experiment_arguments import (
     ExperimentCommand,
     file_argument,
 )
-from robo_orchard_lab.cli.names import PROGRAM
-from robo_orchard_lab.cli.output import json_option
+from robo_orchard_lab.cli.output import PROGRAM, json_option
 from robo_orchard_lab.experiment.run_folder import CONFIG_FILE, config_of_run
 
 RUN_FOLDER = "run_folder"
@@ -62,7 +61,8 @@ def command(
     if own_folder is not None and not _has_run_folder(experiment):
         experiment = within(experiment, own_folder)
     config = experiment.load(file)
-    from robo_orchard_lab.cli import training, trial
+    from robo_orchard_lab.cli import training
+    from robo_orchard_lab.cli import training as trial
 
     if debug_fast:
         return trial.show_fast_run(config, as_json=as_json)

@@ -7,9 +7,15 @@ from typing import Any
 
 import click
 
-from robo_orchard_lab.cli.amounts import age_text, bytes_text
 from robo_orchard_lab.cli.lazy_group import Command
-from robo_orchard_lab.cli.output import json_option, print_json, print_table, say
+from robo_orchard_lab.cli.output import (
+    age_text,
+    bytes_text,
+    json_option,
+    print_json,
+    print_table,
+    say,
+)
 
 
 @click.command("list", cls=Command)

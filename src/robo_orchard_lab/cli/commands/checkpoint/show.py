@@ -8,9 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from robo_orchard_lab.cli.amounts import bytes_text, count_text
 from robo_orchard_lab.cli.lazy_group import Command
-from robo_orchard_lab.cli.output import json_option, print_json, print_table, say, visible
+from robo_orchard_lab.cli.output import (
+    bytes_text,
+    count_text,
+    json_option,
+    print_json,
+    print_table,
+    say,
+    visible,
+)
 
 if TYPE_CHECKING:
     from robo_orchard_lab.pipeline.checkpoint.listing import Contents

@@ -10,8 +10,7 @@ import click
 
 from robo_orchard_lab.cli.errors import CommandError
 from robo_orchard_lab.cli.lazy_group import Command
-from robo_orchard_lab.cli.names import PROGRAM
-from robo_orchard_lab.cli.output import say
+from robo_orchard_lab.cli.output import PROGRAM, say
 
 _SUFFIXES = (".yaml", ".yml")
 

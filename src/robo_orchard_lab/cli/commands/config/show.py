@@ -17,8 +17,14 @@ from robo_orchard_lab.cli.experiment_arguments import (
     ExperimentCommand,
     file_argument,
 )
-from robo_orchard_lab.cli.output import json_option, print_json, print_table, say
-from robo_orchard_lab.cli.readable_yaml import readable_yaml, with_escapes
+from robo_orchard_lab.cli.output import (
+    json_option,
+    print_json,
+    print_table,
+    readable_yaml,
+    say,
+    with_escapes,
+)
 
 Place = tuple[str | int, ...]
 

@@ -12,8 +12,14 @@ from click.shell_completion import CompletionItem
 
 from robo_orchard_lab.cli.experiment_arguments import trust_option
 from robo_orchard_lab.cli.lazy_group import Command
-from robo_orchard_lab.cli.output import json_option, print_json, print_table, say, styled
-from robo_orchard_lab.cli.readable_yaml import readable_yaml
+from robo_orchard_lab.cli.output import (
+    json_option,
+    print_json,
+    print_table,
+    readable_yaml,
+    say,
+    styled,
+)
 
 if TYPE_CHECKING:
     from robo_orchard_lab.experiment.inspection import HookInfo
