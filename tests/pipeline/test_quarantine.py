@@ -14,13 +14,12 @@ import torch
 from accelerate import Accelerator
 
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, SimpleBatchProcessor
-from robo_orchard_lab.pipeline import quarantine as replay
 from robo_orchard_lab.pipeline.checkpoint import load_checkpoint, save_checkpoint
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
 from robo_orchard_lab.pipeline.hooks import GradientClippingHookConfig
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext, PipelineHooks
 from robo_orchard_lab.pipeline.hooks.non_finite_guard import NonFiniteError, NonFiniteGuardConfig
-from robo_orchard_lab.pipeline.quarantine import pack_batch, read_window, unpack_batch
+from robo_orchard_lab.pipeline.quarantine import pack_batch, read_window, replay, unpack_batch
 from tiny import equal, make_loader
 
 

@@ -43,10 +43,10 @@ def encode_state(state: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     ({'best': {'$float': 'inf'}, 'seen': {'$tuple': [1, 2]}}, {})
     """
     tensors: dict[str, torch.Tensor] = {}
-    return _encode_part(state, "", tensors), tensors
+    return _encode(state, "", tensors), tensors
 
 
-def _encode_part(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
+def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
     if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is float:
@@ -60,10 +60,10 @@ def _encode_part(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> An
         tensors[name] = value.detach()
         return {"$tensor": name}
     if isinstance(value, (np.bool_, np.integer, np.floating)):
-        return _encode_part(value.item(), place, tensors)
+        return _encode(value.item(), place, tensors)
 
     def child(key: object, item: Any) -> Any:
-        return _encode_part(item, f"{place}.{key}" if place else str(key), tensors)
+        return _encode(item, f"{place}.{key}" if place else str(key), tensors)
 
     if type(value) in (list, tuple):
         items = [child(index, item) for index, item in enumerate(value)]
@@ -73,7 +73,7 @@ def _encode_part(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> An
         if plain and type(value) is not Counter:
             return {key: child(key, item) for key, item in value.items()}
         pairs = [
-            [_encode_part(key, f"{place}.{key}", tensors), child(key, item)]
+            [_encode(key, f"{place}.{key}", tensors), child(key, item)]
             for key, item in value.items()
         ]
         return {"$counter" if type(value) is Counter else "$dict": pairs}

@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # documented
 
 from robo_orchard_lab.pipeline.distributed.collectives import gather_objects
 from robo_orchard_lab.pipeline.distributed.process_identity import ProcessIdentity

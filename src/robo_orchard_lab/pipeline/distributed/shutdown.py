@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # documented
 
 from robo_orchard_lab.pipeline.errors import RankFailure
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from time import perf_counter
 from typing import Any, NamedTuple
 
-import psutil
+import psutil  # type: ignore[import-untyped]  # accelerate brings it
 import torch
 from pydantic import Field
 

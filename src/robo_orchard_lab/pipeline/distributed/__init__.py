@@ -1,0 +1,1 @@
+"""Processes of one job: agreement, collectives, failure detection and shutdown."""
