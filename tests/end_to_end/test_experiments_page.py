@@ -36,7 +36,7 @@ def test_the_files_are_experiments() -> None:
     assert [*wide.hooks] == [*(name for name in digits.hooks if name != "stats"), "clip"]
     assert wide.to_dict()["model"] == digits.to_dict()["model"] | {"zero_init_residual": True}
     assert wide.to_dict()["optimizer"].keys() == {"class_type", "lr"}
-    assert wide.schedule is None
+    assert wide.lr_scheduler is None
     assert str(wide.folder()) == "runs/wide"
 
 

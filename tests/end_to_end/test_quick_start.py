@@ -90,7 +90,7 @@ def test_the_quick_start_works(tmp_path: Path, variables: dict[str, str]) -> Non
     assert read_run_state(folder / "runs/spirals").state == "completed"
     config = ExperimentConfig.load(folder / "runs/spirals/config.yaml")
     assert config.trainer.max_epoch == 200
-    assert config.to_dict()["schedule"]["max_lr"] == 0.01
+    assert config.to_dict()["lr_scheduler"]["max_lr"] == 0.01
     assert str(config.hooks["log"].every) == "100 steps"
 
     (folder / "wide.yaml").write_text(block("yaml"), "utf-8")

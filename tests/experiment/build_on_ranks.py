@@ -72,7 +72,7 @@ def experiment(folder: Path) -> ExperimentConfig:
         ),
         batch_processor=config_of(SupervisedProcessor, loss=config_of(torch.nn.CrossEntropyLoss)),
         optimizer=config_of(torch.optim.SGD, lr=0.1),
-        schedule=config_of(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps="auto"),
+        lr_scheduler=config_of(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps="auto"),
         hooks={
             "log": MetricsLoggerConfig(sinks=[JsonLinesSinkConfig()]),
             "losses": LossTrackerConfig(),

@@ -16,7 +16,7 @@ from launching import launch
 from robo_orchard_lab.experiment.run_plan import count_moves
 from robo_orchard_lab.pipeline import TrainerLimits
 from robo_orchard_lab.pipeline.errors import DataError, PipelineConfigError
-from robo_orchard_lab.pipeline.hooks.optimizer import ScheduleUnit
+from robo_orchard_lab.pipeline.hooks.optimizer import LRSchedulerUnit
 from tiny import make_loader, make_model, make_trainer
 
 SCRIPT = Path(__file__).parent / "moves_on_ranks.py"
@@ -47,11 +47,11 @@ LIMITS: list[dict[str, Any]] = [
     {"max_step": 11, "max_optimizer_step": 4},
     {"max_step": 6, "max_optimizer_step": 9, "max_epoch": 3},
 ]
-UNITS: list[ScheduleUnit] = ["optimizer_step", "epoch"]
+UNITS: list[LRSchedulerUnit] = ["optimizer_step", "epoch"]
 
 
 def moves_in_a_run(
-    loader: Any, limits: dict[str, Any], accumulate: int, every: ScheduleUnit
+    loader: Any, limits: dict[str, Any], accumulate: int, every: LRSchedulerUnit
 ) -> int:
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -62,7 +62,7 @@ def moves_in_a_run(
         optimizer=optimizer,
         lr_scheduler=schedule,
         accumulate=accumulate,
-        schedule_every=every,
+        lr_scheduler_every=every,
         **limits,
     )
     trainer()
@@ -73,7 +73,7 @@ def moves_in_a_run(
 @pytest.mark.parametrize("every", UNITS)
 @pytest.mark.parametrize("loader", LOADERS)
 def test_it_is_how_often_the_schedule_moves(
-    loader: str, every: ScheduleUnit, accumulate: int
+    loader: str, every: LRSchedulerUnit, accumulate: int
 ) -> None:
     """For data of any kind and whatever ends the run, where it can be told ahead."""
     known = 0
@@ -105,7 +105,7 @@ def test_it_is_how_often_the_schedule_moves(
     ],
 )
 def test_without_a_length_the_limits_may_tell(
-    limits: dict[str, Any], accumulate: int, every: ScheduleUnit, expected: int | None
+    limits: dict[str, Any], accumulate: int, every: LRSchedulerUnit, expected: int | None
 ) -> None:
     """A stream has as many moves as its limits say, or the error asks for a number."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)

@@ -106,7 +106,7 @@ def test_it_trains_what_a_script_does() -> None:
                 lr=0.01,
                 groups={"no_decay": ParameterGroup(parameters="norms_and_biases", weight_decay=0)},
             ),
-            schedule=config_of(lr_scheduler.OneCycleLR, max_lr=0.01, total_steps="auto"),
+            lr_scheduler=config_of(lr_scheduler.OneCycleLR, max_lr=0.01, total_steps="auto"),
             hooks={
                 "log": MetricsLoggerConfig(every="3 steps"),
                 "losses": LossTrackerConfig(),
@@ -316,12 +316,12 @@ def test_auto_is_how_often_the_schedule_moves() -> None:
     one_cycle = config_of(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps="auto")
     cosine = config_of(lr_scheduler.CosineAnnealingLR, T_max="auto", every="epoch")
     accumulating = AcceleratorConfig(cpu=True, gradient_accumulation_steps=3)
-    built = experiment(schedule=one_cycle, accelerator=accumulating).build()
+    built = experiment(lr_scheduler=one_cycle, accelerator=accumulating).build()
     assert isinstance(built.lr_scheduler, lr_scheduler.OneCycleLR)
     assert built.lr_scheduler.total_steps == 2 * 3
     built.trainer()
     assert built.lr_scheduler.last_epoch == 2 * 3
-    built = experiment(schedule=cosine).build()
+    built = experiment(lr_scheduler=cosine).build()
     assert isinstance(built.lr_scheduler, lr_scheduler.CosineAnnealingLR)
     assert built.lr_scheduler.T_max == 2
     built.trainer()
@@ -334,7 +334,7 @@ def test_schedules_within_schedules_get_the_optimizer() -> None:
     cosine = config_of(lr_scheduler.CosineAnnealingLR, T_max="auto")
     sequence = config_of(lr_scheduler.SequentialLR, schedulers=[linear, cosine], milestones=[4])
     chain = config_of(lr_scheduler.ChainedScheduler, schedulers=[linear, sequence])
-    built = experiment(schedule=chain).build()
+    built = experiment(lr_scheduler=chain).build()
     built.trainer()
     assert isinstance(built.lr_scheduler, lr_scheduler.ChainedScheduler)
     first, second = built.lr_scheduler._schedulers
@@ -355,7 +355,7 @@ class HandedOn(lr_scheduler.ExponentialLR):
 def test_a_schedule_may_hand_on_what_it_takes() -> None:
     """It gets the optimizer; a text is text, whatever it says."""
     schedule = config_of(HandedOn, gamma=0.5, mode="auto", other="auto")
-    built = experiment(schedule=schedule).build().lr_scheduler
+    built = experiment(lr_scheduler=schedule).build().lr_scheduler
     assert isinstance(built, HandedOn)
     assert built.mode == ("auto", "auto")
 
@@ -370,7 +370,7 @@ def test_a_schedule_takes_functions_by_their_names() -> None:
     functions: Any
     for functions in (name, [name]):
         schedule = {"class_type": "torch.optim.lr_scheduler:LambdaLR", "lr_lambda": functions}
-        described = experiment().to_dict() | {"schedule": schedule}
+        described = experiment().to_dict() | {"lr_scheduler": schedule}
         built = ExperimentConfig.from_dict(described, trust=__name__).build()
         assert built.lr_scheduler is not None
         assert built.lr_scheduler.get_last_lr() == [0.05]
@@ -379,7 +379,7 @@ def test_a_schedule_takes_functions_by_their_names() -> None:
 def test_a_plateau_is_watched_once_an_epoch() -> None:
     """As its class has it by default; auto counts so as well."""
     config = config_of(lr_scheduler.ReduceLROnPlateau, patience="auto")
-    built = experiment(schedule=config).build()
+    built = experiment(lr_scheduler=config).build()
     assert isinstance(built.lr_scheduler, lr_scheduler.ReduceLROnPlateau)
     assert built.lr_scheduler.patience == 2
 
@@ -395,18 +395,18 @@ def test_where_it_cant_be_counted_a_number_is_asked_for() -> None:
     schedule = config_of(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps="auto")
     endless = DataConfig(train=LoaderConfig(dataset=config_of(Endless)))
     with pytest.raises(ConfigError, match=r"has no length; write a number") as error:
-        experiment(schedule=schedule, data=endless).build()
-    assert error.value.place == "schedule.total_steps"
+        experiment(lr_scheduler=schedule, data=endless).build()
+    assert error.value.place == "lr_scheduler.total_steps"
     limited = TrainerConfig(max_step=5)
-    built = experiment(schedule=schedule, data=endless, trainer=limited).build()
+    built = experiment(lr_scheduler=schedule, data=endless, trainer=limited).build()
     assert built.lr_scheduler is not None
     assert built.lr_scheduler.total_steps == 5  # type: ignore[attr-defined]
     empty = DataConfig(train=spirals(2, drop_last=True))
     with pytest.raises(DataError, match="2 samples are less than one step") as no_data:
-        experiment(schedule=schedule, data=empty).build()
+        experiment(lr_scheduler=schedule, data=empty).build()
     assert no_data.value.__notes__ == [
         "while total_steps was built",
-        "while schedule was built",
+        "while lr_scheduler was built",
     ]
 
 
@@ -415,8 +415,8 @@ def test_only_the_outermost_schedule_says_when_it_moves() -> None:
     step = config_of(lr_scheduler.StepLR, step_size=2, every="epoch")
     schedule = config_of(lr_scheduler.ChainedScheduler, schedulers=[step])
     with pytest.raises(ConfigFieldError, match="beside the outermost") as error:
-        experiment(schedule=schedule).build()
-    assert error.value.place == "schedule.schedulers.0.every"
+        experiment(lr_scheduler=schedule).build()
+    assert error.value.place == "lr_scheduler.schedulers.0.every"
 
 
 def doubled(samples: list[tuple[torch.Tensor, int]], times: int = 1) -> Any:

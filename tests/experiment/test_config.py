@@ -193,13 +193,17 @@ def test_null_removes_a_hook(tmp_path: Path) -> None:
         ({"trainer": {}}, "trainer", "set one of max_epoch, max_step, max_optimizer_step"),
         ({"models": {}}, "models", "did you mean 'model'?"),
         ({"hooks": {"checkpoint": {"class_type": "StatsMonitor"}}}, "hooks.checkpoint", "name"),
-        ({"optimizer": None, "schedule": {"class_type": "x:Y"}}, "schedule.class_type", "trusted"),
+        (
+            {"optimizer": None, "lr_scheduler": {"class_type": "x:Y"}},
+            "lr_scheduler.class_type",
+            "trusted",
+        ),
         (
             {
                 "optimizer": None,
-                "schedule": {"class_type": "torch.optim.lr_scheduler:ConstantLR"},
+                "lr_scheduler": {"class_type": "torch.optim.lr_scheduler:ConstantLR"},
             },
-            "schedule",
+            "lr_scheduler",
             "no optimizer",
         ),
         ({"checkpoint": {"everys": "1 epoch"}}, "checkpoint.everys", "did you mean 'every'?"),
@@ -260,7 +264,7 @@ def test_whole_numbers_of_a_schedule_may_be_auto() -> None:
     """Also those of schedules within one."""
     lr = "torch.optim.lr_scheduler"
     schedule = described(
-        schedule={
+        lr_scheduler={
             "class_type": f"{lr}:SequentialLR",
             "schedulers": [
                 {"class_type": f"{lr}:LinearLR", "total_iters": 5},
@@ -268,11 +272,11 @@ def test_whole_numbers_of_a_schedule_may_be_auto() -> None:
             ],
             "milestones": [5],
         }
-    ).schedule
+    ).lr_scheduler
     assert schedule is not None
     assert schedule.schedulers[1].T_max == "auto"
     with pytest.raises(ConfigFieldError):
-        described(schedule={"class_type": f"{lr}:ExponentialLR", "gamma": "auto"})
+        described(lr_scheduler={"class_type": f"{lr}:ExponentialLR", "gamma": "auto"})
 
 
 def test_code_is_held_to_the_rules_of_files() -> None:

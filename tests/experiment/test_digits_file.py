@@ -88,7 +88,7 @@ def test_the_file_says_what_the_script_has_by_default() -> None:
     assert script.num_workers == file.data.train.num_workers
     assert script.dataset.data_root == file.data.train.dataset.folder
     assert script.max_epoch == file.trainer.max_epoch
-    assert script.learning_rate == file.optimizer.lr == file.schedule.max_lr
+    assert script.learning_rate == file.optimizer.lr == file.lr_scheduler.max_lr
     assert script.max_grad_norm == file.hooks["clip"].max_norm
 
 

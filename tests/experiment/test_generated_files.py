@@ -165,7 +165,7 @@ optimizer:
   class_type: torch.optim:AdamW
   betas: [0.9, 0.99]
   groups: {a: {parameters: norms_and_biases, weight_decay: 0}, b: {parameters: ["*"], lr: 1}}
-schedule:
+lr_scheduler:
   class_type: torch.optim.lr_scheduler:SequentialLR
   schedulers: [{class_type: torch.optim.lr_scheduler:OneCycleLR, max_lr: 1, total_steps: auto}]
   milestones: [3]

@@ -243,9 +243,9 @@ def test_a_fault_is_told_at_its_place(place: str, value: Any) -> None:
         ("model", {"func": "my_team.models:net", "depth": 3}),
         ("model", {**EMBEDDING, "_freeze": True}),
         ("model", {"func": "torchvision.models.resnet:resnet18", "num_classes": 10}),
-        ("schedule", {"class_type": "torch.optim.lr_scheduler:StepLR", "step_size": 3}),
+        ("lr_scheduler", {"class_type": "torch.optim.lr_scheduler:StepLR", "step_size": 3}),
         (
-            "schedule",
+            "lr_scheduler",
             {
                 "class_type": "torch.optim.lr_scheduler:OneCycleLR",
                 "max_lr": 0.1,
@@ -256,7 +256,7 @@ def test_a_fault_is_told_at_its_place(place: str, value: Any) -> None:
         ("hooks.mine", {"config_type": "my_team.hooks:MineConfig"}),
         ("batch_processor", {"func": "my_team.parts:forward"}),
         ("checkpoint", None),
-        ("schedule", None),
+        ("lr_scheduler", None),
         ("run_folder", None),
         ("$schema", "experiment.schema.json"),
         ("accelerator", {"cpu": "auto", "gradient_accumulation_steps": 4}),

@@ -1,4 +1,4 @@
-"""What each process of ``test_schedule_processes.py`` runs: hooks by unlike clocks."""
+"""What each process of ``test_trigger_processes.py`` runs: hooks by unlike clocks."""
 
 from __future__ import annotations
 

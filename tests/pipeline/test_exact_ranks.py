@@ -63,7 +63,7 @@ def run_straight(servers: list[ForkServer], folder: Path, **order: Any) -> None:
     assert not any(codes), (folder / "run-0.log").read_text()
 
 
-def check_alike(straight: Path, folder: Path, ranks: int = 2) -> None:
+def check_rank_consistency(straight: Path, folder: Path, ranks: int = 2) -> None:
     """Each rank has done in its processes what it did in one."""
     for rank in range(ranks):
         (expected,) = records(straight, "run", rank)
@@ -85,7 +85,7 @@ def test_ranks_are_stopped(
         name = f"run{number}"
         codes = start(servers, folder, name, ranks=ranks, stop_after=stop, in_background=False)
         assert not any(codes), (folder / f"{name}-0.log").read_text()
-    check_alike(tmp_path / "straight", folder, ranks)
+    check_rank_consistency(tmp_path / "straight", folder, ranks)
 
 
 def kill_again_and_again(
@@ -106,7 +106,7 @@ def kill_again_and_again(
         acknowledged = saved.step if saved else 0
     codes = start(servers, folder, f"run{kills:03d}", in_background=in_background)
     assert codes == [0, 0], (folder / f"run{kills:03d}-0.log").read_text()
-    check_alike(straight, folder)
+    check_rank_consistency(straight, folder)
     names = {path.name for path in (folder / "checkpoints").iterdir()}
     kept = {".lock", "last", f"step_{STEPS - 1:08d}", f"step_{STEPS:08d}"}
     assert names == kept  # also where kills have kept processes from removing some

@@ -230,7 +230,7 @@ def test_one_cycle_stays_at_its_end() -> None:
 
 
 def test_the_schedule_may_move_once_an_epoch() -> None:
-    """With schedule_every="epoch" it moves after each epoch that was completed, not in between."""
+    """With lr_scheduler_every="epoch" it moves after each completed epoch."""
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = StepLR(optimizer, step_size=1, gamma=0.5)
@@ -238,7 +238,7 @@ def test_the_schedule_may_move_once_an_epoch() -> None:
         model=model,
         optimizer=optimizer,
         lr_scheduler=scheduler,
-        schedule_every="epoch",
+        lr_scheduler_every="epoch",
         max_step=16,  # two epochs of seven, and two steps
     )
     trainer()
@@ -264,7 +264,7 @@ def test_plateau_gets_the_mean_loss(unit: Any) -> None:
         loader=loader,
         optimizer=optimizer,
         lr_scheduler=Watched(optimizer, factor=0.1, patience=0),
-        schedule_every=unit,
+        lr_scheduler_every=unit,
         accumulate=2,
         max_epoch=2,
     )
@@ -300,7 +300,7 @@ def test_plateau_gets_the_mean_loss(unit: Any) -> None:
 def test_another_word_for_the_schedule_is_refused() -> None:
     """A word that is not known is an error with those that are, not a schedule at rest."""
     with pytest.raises(PipelineConfigError, match="one of 'optimizer_step', 'epoch', got 'step'"):
-        make_trainer(schedule_every="step", max_step=1)
+        make_trainer(lr_scheduler_every="step", max_step=1)
 
 
 class Sample:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launching import environment
-from robo_orchard_lab.pipeline.distributed.stall_clock import StallClock, sign_of_life
+from robo_orchard_lab.pipeline.distributed.stall_clock import StallClock, record_heartbeat
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 
@@ -23,7 +23,7 @@ def test_only_looks_without_progress_count() -> None:
     progress.finish_step()
     assert not clock.look(1.5)
     assert not clock.look(1.5)
-    sign_of_life()
+    record_heartbeat()
     assert not clock.look(1.5)
     assert not clock.look(1.5)
     assert clock.look(0.5)

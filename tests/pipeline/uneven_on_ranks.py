@@ -218,7 +218,7 @@ def train(
             {
                 "numbers": None if numbers is None else list(numbers),
                 "indices": args.sample_indices,
-                "filler": args.is_filler,
+                "filler": args.is_padding_step,
                 "size": args.batch_size,
                 "total": args.run.steps_per_epoch,
                 "ends": args.at_accumulation_boundary,

@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks import GradientClippingHookConfig
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext
-from robo_orchard_lab.pipeline.trigger import EverySteps, Schedule
+from robo_orchard_lab.pipeline.trigger import EverySteps, Trigger
 from robo_orchard_lab.testing import HookRun, run_hook
 
 
@@ -46,7 +46,7 @@ class Note(PipelineHooks):
 
 class NoteConfig(PipelineHooksConfig[Note]):
     class_type: type[Note] = Note
-    every: Schedule = EverySteps(2)
+    every: Trigger = EverySteps(2)
     enough: int = 100
 
 

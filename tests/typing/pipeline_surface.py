@@ -22,7 +22,7 @@ from robo_orchard_lab.pipeline.hooks.mixin import (
     PipelineHooks,
     PipelineHooksConfig,
 )
-from robo_orchard_lab.pipeline.trigger import EverySeconds, EverySteps, Last, Schedule
+from robo_orchard_lab.pipeline.trigger import EverySeconds, EverySteps, Last, Trigger
 from robo_orchard_lab.testing import (
     TracedCall,
     assert_no_device_sync,
@@ -66,7 +66,7 @@ class MyHookConfig(PipelineHooksConfig[MyHook]):
 
 
 class OnSchedule(PipelineHooks):
-    def __init__(self, every: Schedule | str) -> None:
+    def __init__(self, every: Trigger | str) -> None:
         super().__init__()
         self.register_hook("on_step", HookContext.from_callable(after=self.note), when=every)
         self.register_hook("on_step", HookContext.from_callable(after=self.note), when=5)  # type: ignore[arg-type]
@@ -99,8 +99,8 @@ def decorate(hooks: PipelineHooks) -> None:
 
 
 def schedules() -> None:
-    assert_type(Schedule.parse("100 steps"), Schedule)
-    assert_type(EverySteps(100) | Last(), Schedule)
+    assert_type(Trigger.parse("100 steps"), Trigger)
+    assert_type(EverySteps(100) | Last(), Trigger)
     _ = EverySteps(100) | "1 epoch"  # type: ignore[operator]
 
 

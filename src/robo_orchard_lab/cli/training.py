@@ -51,10 +51,10 @@ def show_dry_run(experiment: ExperimentConfig, begins: Beginning, *, as_json: bo
     if found.hooks:
         say()
         rows = [
-            [hook.hook, hook.field, hook.schedule, "?" if hook.times is None else f"{hook.times:,}"]
+            [hook.hook, hook.field, hook.trigger, "?" if hook.times is None else f"{hook.times:,}"]
             for hook in found.hooks
         ]
-        print_table(["hook", "field", "schedule", "times"], rows)
+        print_table(["hook", "field", "trigger", "times"], rows)
     say()
     say("nothing was written")
 

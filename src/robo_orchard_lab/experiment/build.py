@@ -30,7 +30,12 @@ from robo_orchard_core.utils.config.model import field_values
 from robo_orchard_core.utils.config.parts import DerivedConfig, code_of, parameters_of
 from robo_orchard_core.utils.config.references import members
 from robo_orchard_lab.experiment.config import CHECKPOINT, ExperimentConfig
-from robo_orchard_lab.experiment.parts import AUTO, AcceleratorConfig, LoaderConfig, ScheduleConfig
+from robo_orchard_lab.experiment.parts import (
+    AUTO,
+    AcceleratorConfig,
+    LoaderConfig,
+    LRSchedulerConfig,
+)
 from robo_orchard_lab.experiment.run_plan import count_moves
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
@@ -39,7 +44,7 @@ from robo_orchard_lab.pipeline.distributed.sections import end_together
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import HookLike
 from robo_orchard_lab.pipeline.hooks import ValidationHookConfig
-from robo_orchard_lab.pipeline.hooks.optimizer import ScheduleUnit
+from robo_orchard_lab.pipeline.hooks.optimizer import LRSchedulerUnit
 from robo_orchard_lab.pipeline.model import NamedParameters, all_names, matching, nearest_names
 from robo_orchard_lab.pipeline.progress import TrainerLimits
 from robo_orchard_lab.pipeline.run.run_path import in_run_folder
@@ -203,14 +208,14 @@ def make_optimizer(config: Any, model: torch.nn.Module) -> torch.optim.Optimizer
     return made
 
 
-def schedule_unit(config: Any) -> ScheduleUnit:
+def lr_scheduler_unit(config: Any) -> LRSchedulerUnit:
     """When a schedule moves."""
     plateau = issubclass(getattr(config, "class_type", object), ReduceLROnPlateau)
-    every: ScheduleUnit | None = getattr(config, "every", None)
+    every: LRSchedulerUnit | None = getattr(config, "every", None)
     return every or ("epoch" if plateau else "optimizer_step")
 
 
-def make_schedule(
+def make_lr_scheduler(
     config: Any, optimizer: torch.optim.Optimizer, count_moves: Callable[[], int]
 ) -> LRScheduler:
     """A schedule, and those in it, of the optimizer; ``count_moves`` is asked for ``auto``."""
@@ -308,7 +313,7 @@ def _counted(config: Any, count_moves: Callable[[], int], *, outermost: bool = T
 
 def _counted_within(part: Any, count_moves: Callable[[], int], index: int) -> Any:
     with building(index):
-        is_schedule = isinstance(part, ScheduleConfig)
+        is_schedule = isinstance(part, LRSchedulerConfig)
         return _counted(part, count_moves, outermost=False) if is_schedule else part
 
 
@@ -401,7 +406,7 @@ def build_experiment(
     set_seed(experiment.seed)
     if accelerator is None:
         accelerator = make_accelerator(experiment.accelerator, folder)
-    schedule, limits = experiment.schedule, _limits(experiment)
+    schedule, limits = experiment.lr_scheduler, _limits(experiment)
     with end_together():
         with accelerator.main_process_first():  # which may write or fetch the data
             if dataloader is None:
@@ -415,11 +420,11 @@ def build_experiment(
             with building("optimizer"):
                 optimizer = make_optimizer(experiment.optimizer, model)
         if lr_scheduler is None and schedule is not None:
-            with building("schedule"):
+            with building("lr_scheduler"):
                 assert optimizer is not None  # as the experiment has checked
-                unit = schedule_unit(schedule)
+                unit = lr_scheduler_unit(schedule)
                 moves = partial(count_moves, dataloader, accelerator, limits, unit)
-                lr_scheduler = make_schedule(schedule, optimizer, moves)
+                lr_scheduler = make_lr_scheduler(schedule, optimizer, moves)
         if batch_processor is None:
             with building("batch_processor"):
                 described = _described(experiment.batch_processor, "batch_processor")
@@ -437,7 +442,7 @@ def build_experiment(
         max_step=limits.max_step,
         max_optimizer_step=limits.max_optimizer_step,
         max_epoch=limits.max_epoch,
-        schedule_every=getattr(schedule, "every", None),
+        lr_scheduler_every=getattr(schedule, "every", None),
         run_folder=folder,
         resume_from=None if resume == "never" else resume,
         data_order=DataOrder(seed=experiment.seed, **dict(experiment.data.order)),

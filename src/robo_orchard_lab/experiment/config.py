@@ -26,9 +26,9 @@ from robo_orchard_lab.experiment.parts import (
     CheckpointPart,
     DataConfig,
     HooksPart,
+    LRSchedulerPart,
     ModelPart,
     OptimizerPart,
-    SchedulePart,
     TrainerConfig,
 )
 from robo_orchard_lab.experiment.prevalidation import screen
@@ -89,7 +89,7 @@ class ExperimentConfig(Config):
     optimizer: OptimizerPart | None = Field(
         default=None, description="What updates the parameters, in groups if need be."
     )
-    schedule: SchedulePart | None = Field(
+    lr_scheduler: LRSchedulerPart | None = Field(
         default=None, description="How learning rates change; counts may be auto."
     )
     hooks: dict[str, HooksPart] = Field(
@@ -117,9 +117,9 @@ class ExperimentConfig(Config):
                 "this is the name of the hook that `checkpoint` describes; give it another",
                 ("hooks", CHECKPOINT),
             )
-        if self.schedule is not None and self.optimizer is None:
+        if self.lr_scheduler is not None and self.optimizer is None:
             raise ConfigFieldError(
-                "there is no optimizer whose learning rates could change", ("schedule",)
+                "there is no optimizer whose learning rates could change", ("lr_scheduler",)
             )
         self._check_what_is_written()
 

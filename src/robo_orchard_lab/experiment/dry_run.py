@@ -24,7 +24,7 @@ from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks
 from robo_orchard_lab.pipeline.data.loader import copy_of, has_index
 from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.hooks import SaveCheckpointConfig
-from robo_orchard_lab.pipeline.trigger import EverySteps, Last, Schedule
+from robo_orchard_lab.pipeline.trigger import EverySteps, Last, Trigger
 
 STEPS = 2
 """How many of everything a fast run does."""
@@ -36,7 +36,7 @@ class PlannedSchedule:
 
     hook: str
     field: str
-    schedule: str
+    trigger: str
     times: int | None
     """None where that can't be told ahead."""
 
@@ -118,7 +118,7 @@ def dry_run(experiment: ExperimentConfig) -> DryRun:
 def fast_run(experiment: ExperimentConfig) -> list[str]:
     """Run two steps of everything, save and load them, and leave nothing behind.
 
-    An epoch has two batches, as each evaluation set has, and what hooks do by a schedule they do
+    An epoch has two batches, as each evaluation set has, and what hooks do by a trigger they do
     with every step. Then the run is built anew, goes on from what it has saved, and makes a third
     step.
 
@@ -208,16 +208,16 @@ def _planned(experiment: ExperimentConfig, length: RunLength | None) -> Iterator
     if experiment.checkpoint is not None:
         hooks[CHECKPOINT] = experiment.checkpoint
     for name, config in hooks.items():
-        for field, value in _schedules(config):
-            # A run that reaches its end is saved there, whatever the schedule.
+        for field, value in _triggers(config):
+            # A run that reaches its end is saved there, whatever the trigger.
             due = (value | Last()) if isinstance(config, SaveCheckpointConfig) else value
             times = None if length is None else times_due(due, length)
             yield PlannedSchedule(name, field, str(due), times)
 
 
-def _schedules(config: Config) -> Iterator[tuple[str, Schedule]]:
+def _triggers(config: Config) -> Iterator[tuple[str, Trigger]]:
     for name, value in field_values(config).items():
-        if isinstance(value, Schedule):
+        if isinstance(value, Trigger):
             yield name, value
 
 
@@ -265,5 +265,5 @@ def _short_data(experiment: ExperimentConfig) -> dict[str, Any]:
 
 
 def _in_every_step(config: Any) -> Any:
-    changes = {name: EverySteps(1) for name, _ in _schedules(config)}
+    changes = {name: EverySteps(1) for name, _ in _triggers(config)}
     return config.replace(**changes) if changes else config

@@ -22,7 +22,8 @@ from robo_orchard_lab.experiment.build import (
     make_processor,
 )
 from robo_orchard_lab.experiment.config import ExperimentConfig
-from robo_orchard_lab.experiment.run_folder import CheckpointPlace, NoRunError
+from robo_orchard_lab.experiment.run_checkpoints import CheckpointPlace
+from robo_orchard_lab.experiment.run_folder import NoRunError
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.checkpoint import ReadLimits
 from robo_orchard_lab.pipeline.checkpoint.reader import OpenCheckpoint

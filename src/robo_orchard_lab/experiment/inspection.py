@@ -112,7 +112,7 @@ def _type(annotation: Any, marks: Iterable[Any] = ()) -> str:
     if len(members(annotation)) > 1:
         names = [_type(member) for member in arguments]
         # A schedule's text stands for it.
-        return " | ".join(n for n in names if not (n == "str" and "Schedule" in names))
+        return " | ".join(n for n in names if not (n == "str" and "Trigger" in names))
     if is_mapping(origin) and len(arguments) == 2:
         return f"{_type(arguments[1])} by name"
     if is_collection(origin) and arguments:

@@ -101,13 +101,13 @@ OptimizerPart: TypeAlias = Annotated[
 ]
 """An optimizer, with groups of parameters."""
 
-SchedulePart: TypeAlias = Annotated[
+LRSchedulerPart: TypeAlias = Annotated[
     Any,
     Part("torch.optim.lr_scheduler:LRScheduler", given=("optimizer",)),
 ]
 """A schedule of learning rates, which may hold others."""
 
-DECLARATIONS["torch.optim.lr_scheduler:LRScheduler"] = SchedulePart
+DECLARATIONS["torch.optim.lr_scheduler:LRScheduler"] = LRSchedulerPart
 
 CheckpointPart: TypeAlias = Annotated[
     Any, FieldsOf("robo_orchard_lab.pipeline.hooks.save_checkpoint:SaveCheckpointConfig")
@@ -242,7 +242,7 @@ class OptimizerConfig(ClassConfig[Any]):
             raise error.under(path) from error.__cause__
 
 
-class ScheduleConfig(ClassConfig[Any]):
+class LRSchedulerConfig(ClassConfig[Any]):
     """What every schedule has beside its own parameters.
 
     A whole number among these may be ``auto``: how often the schedule moves in the run.
@@ -262,7 +262,7 @@ class ScheduleConfig(ClassConfig[Any]):
 
 
 BASES["torch.optim.optimizer:Optimizer"] = OptimizerConfig
-BASES["torch.optim.lr_scheduler:LRScheduler"] = ScheduleConfig
+BASES["torch.optim.lr_scheduler:LRScheduler"] = LRSchedulerConfig
 
 
 class TrainerConfig(Config):

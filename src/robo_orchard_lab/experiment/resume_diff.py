@@ -52,11 +52,11 @@ _RULES: tuple[tuple[str, Resume, str], ...] = (
     ("data.train.prefetch_factor", "harmless", ""),
     ("data.train.persistent_workers", "harmless", ""),
     ("optimizer*", "impossible", _SAVED),
-    ("schedule", "impossible", _OTHER),
-    ("schedule.class_type", "impossible", _OTHER),
-    ("schedule.func", "impossible", _OTHER),
-    ("schedule.every", "trajectory", ""),
-    ("schedule.schedulers*", "impossible", _SAVED),
+    ("lr_scheduler", "impossible", _OTHER),
+    ("lr_scheduler.class_type", "impossible", _OTHER),
+    ("lr_scheduler.func", "impossible", _OTHER),
+    ("lr_scheduler.every", "trajectory", ""),
+    ("lr_scheduler.schedulers*", "impossible", _SAVED),
     ("trainer.max_*", "harmless", ""),
     ("trainer.agree_every", "harmless", ""),
     ("trainer.stall_timeout_s", "harmless", ""),
@@ -164,11 +164,11 @@ def _judged(
     place = dotted(path)
     if path[0] == "hooks" and len(path) > 1:
         return _of_hook(path, before, after, new)
-    if place.startswith("trainer.max_") and _has_auto(new.get("schedule")):
+    if place.startswith("trainer.max_") and _has_auto(new.get("lr_scheduler")):
         return "trajectory", "the schedule's length, which is auto, stays that of the checkpoint"
     if place == "data.train.num_workers":
         return _of_workers(old, new)
-    if path[0] == "schedule" and len(path) > 1 and path[1] not in (*PART_KEYS, "every"):
+    if path[0] == "lr_scheduler" and len(path) > 1 and path[1] not in (*PART_KEYS, "every"):
         return ("trajectory", "") if _is_code(before) or _is_code(after) else ("impossible", _SAVED)
     for pattern, resume, why in _RULES:
         if fnmatchcase(place, pattern):
@@ -232,10 +232,14 @@ def _is_code(value: Any) -> bool:
     return isinstance(value, Mapping) or (isinstance(value, str) and ":" in value)
 
 
-def _has_auto(schedule: Any) -> bool:
-    if isinstance(schedule, Mapping):
-        return any(map(_has_auto, schedule.values()))
-    return any(map(_has_auto, schedule)) if isinstance(schedule, list) else schedule == "auto"
+def _has_auto(lr_scheduler: Any) -> bool:
+    if isinstance(lr_scheduler, Mapping):
+        return any(map(_has_auto, lr_scheduler.values()))
+    return (
+        any(map(_has_auto, lr_scheduler))
+        if isinstance(lr_scheduler, list)
+        else lr_scheduler == "auto"
+    )
 
 
 def _class_at(part: Any) -> type | None:

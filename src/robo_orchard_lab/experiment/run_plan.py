@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from robo_orchard_lab.pipeline.data import DataOrder, TrainingData
 from robo_orchard_lab.pipeline.data.loader import why_no_batch
 from robo_orchard_lab.pipeline.errors import DataError, PipelineConfigError
-from robo_orchard_lab.pipeline.hooks.optimizer import ScheduleUnit
+from robo_orchard_lab.pipeline.hooks.optimizer import LRSchedulerUnit
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress, remaining_steps
 from robo_orchard_lab.pipeline.trigger import (
     AnyOf,
@@ -21,7 +21,7 @@ from robo_orchard_lab.pipeline.trigger import (
     EverySteps,
     First,
     Last,
-    Schedule,
+    Trigger,
 )
 
 _MOST_COUNTED = 1_000_000
@@ -76,16 +76,16 @@ def run_length(
     return None if steps is None else RunLength(steps, per_epoch, window)
 
 
-def times_due(schedule: Schedule, length: RunLength) -> int | None:
-    """How often a schedule is due in a run; None where that follows from the clock.
+def times_due(trigger: Trigger, length: RunLength) -> int | None:
+    """How often a trigger is due in a run; None where that follows from the clock.
 
     >>> length = RunLength(steps=100, steps_per_epoch=30, window=4)
-    >>> [times_due(Schedule.parse(text), length) for text in ("10 steps", "1 epoch", "10 min")]
+    >>> [times_due(Trigger.parse(text), length) for text in ("10 steps", "1 epoch", "10 min")]
     [10, 3, None]
-    >>> times_due(Schedule.parse("10 steps | 1 epoch | last"), length)
+    >>> times_due(Trigger.parse("10 steps | 1 epoch | last"), length)
     10
     """
-    parts = schedule.schedules if isinstance(schedule, AnyOf) else (schedule,)
+    parts = trigger.triggers if isinstance(trigger, AnyOf) else (trigger,)
     found = [_steps_due(part, length) for part in parts]
     if any(steps is None for steps in found):
         return None
@@ -95,10 +95,10 @@ def times_due(schedule: Schedule, length: RunLength) -> int | None:
     return len(set().union(*known))
 
 
-def _steps_due(schedule: Schedule, length: RunLength) -> range | list[int] | None:
+def _steps_due(trigger: Trigger, length: RunLength) -> range | list[int] | None:
     """After which steps, counted from 1."""
     steps = length.steps
-    match schedule:
+    match trigger:
         case EverySteps(n=n):
             return range(n, steps + 1, n)
         case EveryEpochs(n=n):
@@ -119,20 +119,20 @@ def _steps_due(schedule: Schedule, length: RunLength) -> range | list[int] | Non
 
 
 # --- auto steps ------------------------------------------------------------------------------
-# How often a schedule of learning rates moves in a run, counted ahead of it.
+# How often a LR scheduler moves in a run, counted ahead of it.
 
 
 def count_moves(
     dataloader: Iterable[Any],
     accelerator: Accelerator,
     limits: TrainerLimits,
-    every: ScheduleUnit = "optimizer_step",
+    every: LRSchedulerUnit = "optimizer_step",
 ) -> int:
-    """How often a trainer of these will have moved its schedule when it is at its limit.
+    """How often a trainer of these will have moved its LR scheduler when it is at its limit.
 
     That is the number of updates, with the processes and the accumulation of ``accelerator``, or
     of epochs that are passed over to their end. Updates that are skipped, as after an overflow,
-    move no schedule, but count here. Called on all ranks alike; nothing is loaded.
+    move no LR scheduler, but count here. Called on all ranks alike; nothing is loaded.
 
     >>> accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     >>> count_moves([1, 2, 3], accelerator, TrainerLimits(max_step=7))
@@ -150,14 +150,14 @@ def count_moves(
     moves = _known_moves(limits, steps, window, every)
     if moves is None:
         raise PipelineConfigError(
-            "how often the schedule moves depends on the number of batches in an epoch, and the "
-            f"data ({type(dataloader).__name__}) has no length; write a number"
+            "how often the LR scheduler moves depends on the number of batches in an epoch, "
+            f"and the data ({type(dataloader).__name__}) has no length; write a number"
         )
     return moves
 
 
 def _known_moves(
-    limits: TrainerLimits, steps_per_epoch: int | None, window: int, every: ScheduleUnit
+    limits: TrainerLimits, steps_per_epoch: int | None, window: int, every: LRSchedulerUnit
 ) -> int | None:
     if steps_per_epoch is None:
         return _moves_without_length(limits, window, every)
@@ -168,7 +168,7 @@ def _known_moves(
     return RunLength(steps, steps_per_epoch, window).updates
 
 
-def _moves_without_length(limits: TrainerLimits, window: int, every: ScheduleUnit) -> int | None:
+def _moves_without_length(limits: TrainerLimits, window: int, every: LRSchedulerUnit) -> int | None:
     """Where the end of an epoch, and so the last window of it, may come anywhere."""
     if every == "epoch":
         only = limits.max_step is None and limits.max_optimizer_step is None

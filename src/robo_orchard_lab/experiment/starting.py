@@ -12,12 +12,8 @@ from robo_orchard_core.utils.config import ConfigError, TrustLike
 from robo_orchard_lab.experiment.config import ExperimentConfig
 from robo_orchard_lab.experiment.document import read_experiment
 from robo_orchard_lab.experiment.resume_diff import Difference, Resume, differences
-from robo_orchard_lab.experiment.run_folder import (
-    NoRunError,
-    checkpoints_at,
-    config_of_run,
-    record_start,
-)
+from robo_orchard_lab.experiment.run_checkpoints import checkpoints_at
+from robo_orchard_lab.experiment.run_folder import NoRunError, config_of_run, record_start
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.run.run_state import RunState, read_run_state

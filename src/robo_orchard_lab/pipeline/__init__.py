@@ -27,6 +27,8 @@ from robo_orchard_lab.pipeline.trigger import (
     Last,
     Schedule,
     ScheduleField,
+    Trigger,
+    TriggerField,
 )
 
 __all__ = [
@@ -52,6 +54,8 @@ __all__ = [
     "SupervisedProcessor",
     "TrainerLimits",
     "TrainerProgress",
+    "Trigger",
+    "TriggerField",
 ]
 
 leave_addresses_behind()

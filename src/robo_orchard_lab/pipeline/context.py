@@ -42,7 +42,7 @@ _IN_STEP: tuple[ChannelName, ...] = (
 _OF_FIELD = {
     "loss": "attached_loss",
     "batch_size": "batch",
-    "is_filler": "loss_divisor",
+    "is_padding_step": "loss_divisor",
     "loss_weight": "given_loss_weight",
     "sample_numbers": "batch",
     "sample_indices": "batch",
@@ -207,7 +207,7 @@ class PipelineHookArgs:
     _batch_size: int | None = field(default=None, init=False)
 
     @property
-    def is_filler(self) -> bool:
+    def is_padding_step(self) -> bool:
         """Whether this rank has no data left for this step, in which other ranks have some.
 
         It then takes part with a batch that weighs nothing: ``batch_size`` is 0, there are no
@@ -225,7 +225,7 @@ class PipelineHookArgs:
         of the first tensor in the batch, or 1 where there is none. A filler has 0.
         """
         if self._batch_size is None:
-            self._batch_size = 0 if self.is_filler else self.run.count_samples(self.batch)
+            self._batch_size = 0 if self.is_padding_step else self.run.count_samples(self.batch)
         return self._batch_size
 
     @property
@@ -329,7 +329,7 @@ class PipelineHookArgs:
         They count the samples of the whole job. Valid in the channels of a step; empty for a
         filler, None where the data has no numbers.
         """
-        if self.is_filler:
+        if self.is_padding_step:
             return []
         return None if self.run.data is None else self.run.data.sample_numbers
 
@@ -339,7 +339,7 @@ class PipelineHookArgs:
 
         Valid in the channels of a step; empty for a filler, None where the data has no indices.
         """
-        if self.is_filler:
+        if self.is_padding_step:
             return []
         return None if self.run.data is None else self.run.data.sample_indices
 

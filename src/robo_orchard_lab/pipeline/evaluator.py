@@ -17,7 +17,7 @@ from robo_orchard_lab.pipeline.batch_processor import (
     count_samples,
     counted_loss,
 )
-from robo_orchard_lab.pipeline.distributed.stall_clock import sign_of_life
+from robo_orchard_lab.pipeline.distributed.stall_clock import record_heartbeat
 from robo_orchard_lab.pipeline.errors import BatchProcessorError, PipelineConfigError
 from robo_orchard_lab.pipeline.evaluation_loader import EvaluationLoader, check_dataloaders
 from robo_orchard_lab.pipeline.isolation import (
@@ -248,7 +248,7 @@ class Evaluator:
             if len(metrics):
                 args, kwargs = self._arguments(outputs, batch)
                 metrics.update(*args, **kwargs)
-            sign_of_life()
+            record_heartbeat()
         parts: list[DeferredMetrics] = [MeanLoss(f"{prefix}loss", loss_sum, device)]
         if len(metrics):
             parts.append(metrics.snapshot(metrics.take(), prefix))

@@ -21,27 +21,27 @@ from robo_orchard_core.utils.hook import (
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES, ChannelName
-from robo_orchard_lab.pipeline.trigger import Role, Schedule, as_schedule
+from robo_orchard_lab.pipeline.trigger import Role, Trigger, as_trigger
 
 # --- scheduled hook --------------------------------------------------------------------------
-# A hook that runs when its schedule is due.
+# A hook that runs when its trigger is due.
 
 
 HookFunction = Callable[[PipelineHookArgs], Any]
 
 
-class ScheduledHook(HookContext[PipelineHookArgs]):
-    """Another hook, run when a schedule is due.
+class TriggeredHook(HookContext[PipelineHookArgs]):
+    """Another hook, run when a trigger is due.
 
     A hook with a ``before`` asks there, once: its ``after`` runs if, and only if, the ``before``
     did. One without asks in its ``after``.
 
     Raises:
-        ScheduleError: the schedule can never be due on this channel.
+        TriggerError: the trigger can never be due on this channel.
     """
 
     def __init__(
-        self, hook: HookContext[PipelineHookArgs], when: Schedule, channel: ChannelName
+        self, hook: HookContext[PipelineHookArgs], when: Trigger, channel: ChannelName
     ) -> None:
         self.hook = hook
         self.when = when
@@ -96,7 +96,7 @@ class _Registrar(Protocol):
         self,
         channel: ChannelName,
         hook: HookContext[PipelineHookArgs],
-        when: Schedule | str | None = None,
+        when: Trigger | str | None = None,
     ) -> RemovableHandle: ...
 
 
@@ -123,17 +123,17 @@ class ChannelDecorators:
     def before(self, function: FunctionT, /) -> FunctionT: ...
     @overload
     def before(
-        self, *, when: Schedule | str | None = None, name: str | None = None
+        self, *, when: Trigger | str | None = None, name: str | None = None
     ) -> Callable[[FunctionT], FunctionT]: ...
     def before(
-        self, function: Any = None, *, when: Schedule | str | None = None, name: str | None = None
+        self, function: Any = None, *, when: Trigger | str | None = None, name: str | None = None
     ) -> Any:
-        """Run the function ahead of the channel's body: always, or by a schedule.
+        """Run the function ahead of the channel's body: always, or by a trigger.
 
         Used as ``@hooks.on_step.before`` or with arguments; the function stays what it is.
 
         Raises:
-            HookRegistrationError: it is used on a class, or a schedule is given without ``when=``.
+            HookRegistrationError: it is used on a class, or a trigger is given without ``when=``.
         """
         return self._decorate("before", function, when, name)
 
@@ -141,16 +141,16 @@ class ChannelDecorators:
     def after(self, function: FunctionT, /) -> FunctionT: ...
     @overload
     def after(
-        self, *, when: Schedule | str | None = None, name: str | None = None
+        self, *, when: Trigger | str | None = None, name: str | None = None
     ) -> Callable[[FunctionT], FunctionT]: ...
     def after(
-        self, function: Any = None, *, when: Schedule | str | None = None, name: str | None = None
+        self, function: Any = None, *, when: Trigger | str | None = None, name: str | None = None
     ) -> Any:
         """Run the function when the channel's body is over; else as :meth:`before`."""
         return self._decorate("after", function, when, name)
 
     def _decorate(
-        self, role: Role, function: Any, when: Schedule | str | None, name: str | None
+        self, role: Role, function: Any, when: Trigger | str | None, name: str | None
     ) -> Any:
         hooks, channel = self._hooks, self._channel
         if hooks is None:
@@ -159,7 +159,7 @@ class ChannelDecorators:
                 f"@hooks.{channel}.{role}; a class registers its methods in its constructor, by "
                 "self.register_hook"
             )
-        if isinstance(function, str | Schedule):
+        if isinstance(function, str | Trigger):
             raise HookRegistrationError(f"write @hooks.{channel}.{role}(when={str(function)!r})")
 
         def register(function: FunctionT) -> FunctionT:
@@ -261,7 +261,7 @@ class PipelineHooks:
         self,
         channel: ChannelName,
         hook: HookContext[PipelineHookArgs],
-        when: Schedule | str | None = None,
+        when: Trigger | str | None = None,
     ) -> RemovableHandle:
         """Add a hook to a channel, inside those that are there.
 
@@ -270,28 +270,28 @@ class PipelineHooks:
         Args:
             channel: its name.
             hook: runs around what the channel is around.
-            when: the schedule by which it runs, or its text; None for always.
+            when: the trigger by which it runs, or its text; None for always.
 
         Raises:
             HookRegistrationError: a wrong channel, the same hook twice, or something that is no
                 hook; the message says what to do.
             HookSignatureError: its before or after can't be called with one argument.
-            ScheduleError: the text can't be read, or is never due on this channel.
+            TriggerError: the text can't be read, or is never due on this channel.
         """
         registered = self.get_channel(channel)
         if when is not None:
             if not isinstance(hook, HookContext):
                 raise HookRegistrationError(
-                    f"{channel} takes a HookContext with a schedule, got {type(hook).__name__}; "
+                    f"{channel} takes a HookContext with a trigger, got {type(hook).__name__}; "
                     "make one with HookContext.from_callable(before=..., after=...)"
                 )
-            hook = ScheduledHook(hook, as_schedule(when), channel)
+            hook = TriggeredHook(hook, as_trigger(when), channel)
         return registered.register(hook)
 
     def register_at_commit(
-        self, ask: Callable[[PipelineHookArgs], Any], when: Schedule | str
+        self, ask: Callable[[PipelineHookArgs], Any], when: Trigger | str
     ) -> RemovableHandle:
-        """Call ``ask`` ahead of each commit point at which a schedule is due, to make requests.
+        """Call ``ask`` ahead of each commit point at which a trigger is due, to make requests.
 
         It is called in the ``after`` of the channel that exactly knows: of ``on_step`` for steps,
         ``on_optimizer_step`` for committed updates, ``on_epoch`` for epochs and the end of the
@@ -299,11 +299,11 @@ class PipelineHooks:
         carried out once.
 
         Raises:
-            ScheduleError: the text can't be read.
+            TriggerError: the text can't be read.
         """
         handles = [
             self.register_hook(channel, HookContext.from_callable(after=ask), part)
-            for channel, part in as_schedule(when).by_commit_channel().items()
+            for channel, part in as_trigger(when).by_commit_channel().items()
         ]
 
         def remove() -> None:
@@ -453,7 +453,7 @@ class PipelineHooks:
         """
         return [states[min(rank, len(states) - 1)] for rank in range(processes)]
 
-    def alike_on_ranks(self) -> Any:
+    def rank_consistency_info(self) -> Any:
         """What has to be the same on every rank, beside the configuration; by default nothing.
 
         Plain values, lists and dicts, which the ranks of a job compare when its run begins.

@@ -1,8 +1,8 @@
 """When a hook runs, as data.
 
-A schedule is decided from the counters of the run alone, so that a resumed run fires where the
+A trigger is decided from the counters of the run alone, so that a resumed run fires where the
 straight one would; only :class:`EverySeconds` looks at a clock, that of the first rank, and tells
-the others. Registering a hook with a schedule binds it to the hook's channel.
+the others. Registering a hook with a trigger binds it to the hook's channel.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ DurationField: TypeAlias = Annotated[float | str, BeforeValidator(duration_s)]
 
 
 # --- base ------------------------------------------------------------------------------------
-# What a schedule is.
+# What a trigger is.
 
 
 Due: TypeAlias = Callable[[PipelineHookArgs], bool]
@@ -90,23 +90,23 @@ STEP_CHANNELS: tuple[ChannelName, ...] = (
 )
 
 
-class ScheduleError(ValueError):
-    """A schedule that can't be read, or that can never be due where it is to be used."""
+class TriggerError(ValueError):
+    """A trigger that can't be read, or that can never be due where it is to be used."""
 
 
-class Schedule(ABC):
+class Trigger(ABC):
     """When a hook runs. Two are joined by ``|``: due when either is.
 
-    >>> from robo_orchard_lab.pipeline import schedule
+    >>> from robo_orchard_lab.pipeline import trigger
     >>> text = "100 steps | 1 epoch"
-    >>> Schedule.parse(text) == schedule.EverySteps(100) | schedule.EveryEpochs(1)
+    >>> Trigger.parse(text) == trigger.EverySteps(100) | trigger.EveryEpochs(1)
     True
-    >>> print(schedule.EveryOptimizerSteps(50) | schedule.EverySeconds(600))
+    >>> print(trigger.EveryOptimizerSteps(50) | trigger.EverySeconds(600))
     50 optimizer steps | 10 min
 
     Counted is what is done: ``EverySteps(100)`` is due in the step that brings their number to
     100, 200 and so on, in its ``before`` as in its ``after``. A field that is declared as a
-    :data:`ScheduleField` takes one or its text, and is text in files.
+    :data:`TriggerField` takes one or its text, and is text in files.
     """
 
     channels: ClassVar[tuple[ChannelName, ...]]
@@ -118,10 +118,10 @@ class Schedule(ABC):
     def due_on(self, channel: ChannelName, role: Role) -> Due:
         """The question to ask on one of :attr:`channels`."""
 
-    def by_commit_channel(self) -> dict[ChannelName, Schedule]:
+    def by_commit_channel(self) -> dict[ChannelName, Trigger]:
         """Its parts by the channel whose ``after`` knows best, for what acts at a commit point.
 
-        >>> Schedule.parse("100 steps | 1 epoch").by_commit_channel()
+        >>> Trigger.parse("100 steps | 1 epoch").by_commit_channel()
         {'on_step': EverySteps(n=100), 'on_epoch': EveryEpochs(n=1)}
         """
         return {self.commit_channel: self}
@@ -130,105 +130,105 @@ class Schedule(ABC):
         """The question to ask on a channel.
 
         Raises:
-            ScheduleError: it can never be due there; the message says where it can.
+            TriggerError: it can never be due there; the message says where it can.
         """
         if channel not in self.channels:
-            raise ScheduleError(
+            raise TriggerError(
                 f"{self} can never be due on {channel}; "
                 f"register the hook on {' or '.join(self.channels)}"
             )
         return self.due_on(channel, role)
 
     @staticmethod
-    def parse(text: str) -> Schedule:
-        """The schedule that a text describes; ``str`` of it gives the text in its short form.
+    def parse(text: str) -> Trigger:
+        """The trigger that a text describes; ``str`` of it gives the text in its short form.
 
         ``100 steps``, ``50 optimizer steps``, ``1 epoch``, ``30 s``, ``10 min``, ``2 h``,
         ``at steps 10, 20``, ``first``, ``last``; several joined by ``|``.
 
         Raises:
-            ScheduleError: with the part that can't be read, and what could stand there.
+            TriggerError: with the part that can't be read, and what could stand there.
         """
 
         return parse(text)
 
-    def __or__(self, other: Schedule) -> Schedule:
-        if not isinstance(other, Schedule):
+    def __or__(self, other: Trigger) -> Trigger:
+        if not isinstance(other, Trigger):
             return NotImplemented
         return AnyOf((self, other))
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(
-            as_schedule,
+            as_trigger,
             json_schema_input_schema=core_schema.str_schema(),
             serialization=core_schema.to_string_ser_schema(),
         )
 
 
 @dataclass(frozen=True)
-class AnyOf(Schedule):
+class AnyOf(Trigger):
     """Due when one of several is; made by ``|``.
 
     Raises:
-        ScheduleError: there are fewer than two.
+        TriggerError: there are fewer than two.
     """
 
-    schedules: tuple[Schedule, ...]
+    triggers: tuple[Trigger, ...]
 
     def __post_init__(self) -> None:
-        flat: list[Schedule] = []
-        for part in self.schedules:
-            flat += part.schedules if isinstance(part, AnyOf) else (part,)
+        flat: list[Trigger] = []
+        for part in self.triggers:
+            flat += part.triggers if isinstance(part, AnyOf) else (part,)
         if len(flat) < 2:
-            raise ScheduleError(f"AnyOf needs two schedules or more, got {len(flat)}")
-        object.__setattr__(self, "schedules", tuple(flat))
+            raise TriggerError(f"AnyOf needs two triggers or more, got {len(flat)}")
+        object.__setattr__(self, "triggers", tuple(flat))
 
     @property
     def channels(self) -> tuple[ChannelName, ...]:  # type: ignore[override]  # that of its parts
         """Where each of them can be due."""
-        first, *others = self.schedules
+        first, *others = self.triggers
         return tuple(c for c in first.channels if all(c in other.channels for other in others))
 
     def bind(self, channel: ChannelName, role: Role) -> Due:
-        for part in self.schedules:
+        for part in self.triggers:
             if channel not in part.channels:
-                raise ScheduleError(
+                raise TriggerError(
                     f"{str(part)!r} in {str(self)!r} can never be due on {channel}, only on "
                     f"{' or '.join(part.channels)}; register the hook on several channels, each "
                     "with its part, or what makes requests by register_at_commit"
                 )
         return self.due_on(channel, role)
 
-    def by_commit_channel(self) -> dict[ChannelName, Schedule]:
-        parts: dict[ChannelName, Schedule] = {}
-        for part in self.schedules:
+    def by_commit_channel(self) -> dict[ChannelName, Trigger]:
+        parts: dict[ChannelName, Trigger] = {}
+        for part in self.triggers:
             known = parts.get(part.commit_channel)
             parts[part.commit_channel] = part if known is None else known | part
         return parts
 
     def due_on(self, channel: ChannelName, role: Role) -> Due:
-        dues = [part.due_on(channel, role) for part in self.schedules]
+        dues = [part.due_on(channel, role) for part in self.triggers]
         # All are asked: a clock has to be looked at on every rank alike.
         return lambda args: any([due(args) for due in dues])  # noqa: C419 - see above
 
     def __str__(self) -> str:
-        return " | ".join(map(str, self.schedules))
+        return " | ".join(map(str, self.triggers))
 
 
-def as_schedule(value: Any) -> Schedule:
-    """A schedule as it is, or the one that a text describes.
+def as_trigger(value: Any) -> Trigger:
+    """A trigger as it is, or the one that a text describes.
 
     Raises:
-        ScheduleError: it is neither, or can't be read.
+        TriggerError: it is neither, or can't be read.
     """
-    if isinstance(value, Schedule):
+    if isinstance(value, Trigger):
         return value
     if isinstance(value, str):
-        return Schedule.parse(value)
+        return Trigger.parse(value)
     if isinstance(value, int) and not isinstance(value, bool):
-        raise ScheduleError(f"{value} of what? write '{value} steps' or '{value} epochs'")
-    raise ScheduleError(f"expected a schedule or its text, got {type(value).__name__}")
+        raise TriggerError(f"{value} of what? write '{value} steps' or '{value} epochs'")
+    raise TriggerError(f"expected a trigger or its text, got {type(value).__name__}")
 
 
 class _AsText:
@@ -241,8 +241,12 @@ class _AsText:
         return JSON_SCHEMA.copy()
 
 
-ScheduleField: TypeAlias = Annotated[Schedule | str, BeforeValidator(as_schedule), _AsText()]
-"""How a configuration declares a schedule: it is given as one or as its text, and held as one."""
+TriggerField: TypeAlias = Annotated[Trigger | str, BeforeValidator(as_trigger), _AsText()]
+"""Annotation of a config field that holds a trigger; accepts a trigger or its text."""
+
+# The names under which hooks written before the rename import these two.
+Schedule = Trigger
+ScheduleField = TriggerField
 
 
 # --- counted ---------------------------------------------------------------------------------
@@ -250,13 +254,13 @@ ScheduleField: TypeAlias = Annotated[Schedule | str, BeforeValidator(as_schedule
 
 
 @dataclass(frozen=True)
-class EverySteps(Schedule):
+class EverySteps(Trigger):
     """With every n-th step (batch) of the run.
 
     On ``on_optimizer_step``, with those among them that end in an update.
 
     Raises:
-        ScheduleError: n is not an int >= 1.
+        TriggerError: n is not an int >= 1.
     """
 
     n: int
@@ -275,7 +279,7 @@ class EverySteps(Schedule):
 
 
 @dataclass(frozen=True)
-class EveryOptimizerSteps(Schedule):
+class EveryOptimizerSteps(Trigger):
     """With every n-th committed update of the weights.
 
     Ahead of the update it is due where the n-th one is to come; after it, on
@@ -283,7 +287,7 @@ class EveryOptimizerSteps(Schedule):
     again with the next update.
 
     Raises:
-        ScheduleError: n is not an int >= 1.
+        TriggerError: n is not an int >= 1.
     """
 
     n: int
@@ -311,14 +315,14 @@ class EveryOptimizerSteps(Schedule):
 
 
 @dataclass(frozen=True)
-class EveryEpochs(Schedule):
+class EveryEpochs(Trigger):
     """With every n-th epoch; after it, only if the data was passed over to its end.
 
     On the channels of a step it is due in the last step of such an epoch, which only data with a
     length has known ahead. A run that is resumed in the middle of an epoch enters it again.
 
     Raises:
-        ScheduleError: n is not an int >= 1; or, in the first step, the data has no length.
+        TriggerError: n is not an int >= 1; or, in the first step, the data has no length.
     """
 
     n: int
@@ -341,14 +345,14 @@ class EveryEpochs(Schedule):
 
 
 @dataclass(frozen=True)
-class AtSteps(Schedule):
+class AtSteps(Trigger):
     """With the steps of these numbers, the first step of the run being number 1.
 
     >>> print(AtSteps({100, 10}))
     at steps 10, 100
 
     Raises:
-        ScheduleError: there is none, or one is not an int >= 1.
+        TriggerError: there is none, or one is not an int >= 1.
     """
 
     steps: frozenset[int]
@@ -357,12 +361,10 @@ class AtSteps(Schedule):
 
     def __init__(self, steps: Iterable[int]) -> None:
         if not isinstance(steps, Iterable):
-            raise ScheduleError(
-                f"AtSteps needs the numbers of steps, such as {{10}}, got {steps!r}"
-            )
+            raise TriggerError(f"AtSteps needs the numbers of steps, such as {{10}}, got {steps!r}")
         object.__setattr__(self, "steps", frozenset(steps))
         if not self.steps:
-            raise ScheduleError("AtSteps needs at least one step")
+            raise TriggerError("AtSteps needs at least one step")
         for step in self.steps:
             _check_count("AtSteps", step)
 
@@ -375,7 +377,7 @@ class AtSteps(Schedule):
 
 
 @dataclass(frozen=True)
-class First(Schedule):
+class First(Trigger):
     """With the first step of the run; with its first update, or epoch, on the channels of those.
 
     A resumed run is past its first step; one that is resumed in its first epoch enters that again.
@@ -398,7 +400,7 @@ class First(Schedule):
 
 
 @dataclass(frozen=True)
-class Last(Schedule):
+class Last(Trigger):
     """With the step, or on ``on_epoch`` the epoch, in which the run reaches one of its limits.
 
     A run that a hook stops has no last step. Only the ``after`` of ``on_epoch`` always knows. What
@@ -428,8 +430,8 @@ def _is_first_update(args: PipelineHookArgs) -> bool:
 class _LastStepOfEpochs:
     """Whether a step ends an epoch that is counted."""
 
-    def __init__(self, schedule: EveryEpochs) -> None:
-        self._schedule = schedule
+    def __init__(self, trigger: EveryEpochs) -> None:
+        self._trigger = trigger
         self._progress: TrainerProgress | None = None  # of the run that is known
         self._epoch_id = 0
         self._last_step: int | None = None  # of that epoch; None where it is not counted
@@ -444,11 +446,11 @@ class _LastStepOfEpochs:
     def _find_last_step(self, args: PipelineHookArgs) -> int | None:
         length = args.run.steps_per_epoch
         if length is None:
-            raise ScheduleError(
-                f"{str(self._schedule)!r}: no step knows that it ends an epoch of data without a "
+            raise TriggerError(
+                f"{str(self._trigger)!r}: no step knows that it ends an epoch of data without a "
                 "length; register the hook on on_epoch"
             )
-        return length - 1 if (args.run.progress.epoch_id + 1) % self._schedule.n == 0 else None
+        return length - 1 if (args.run.progress.epoch_id + 1) % self._trigger.n == 0 else None
 
 
 def _ends_in_step(args: PipelineHookArgs) -> bool:
@@ -492,7 +494,7 @@ def _is_last_epoch(args: PipelineHookArgs) -> bool:
 
 def _check_count(name: str, n: object) -> None:
     if type(n) is not int or n < 1:
-        raise ScheduleError(f"{name} needs an int >= 1, got {n!r}")
+        raise TriggerError(f"{name} needs an int >= 1, got {n!r}")
 
 
 def _counted(n: int, noun: str) -> str:
@@ -500,11 +502,11 @@ def _counted(n: int, noun: str) -> str:
 
 
 # --- clock -----------------------------------------------------------------------------------
-# A schedule that follows from the time.
+# A trigger that follows from the time.
 
 
 @dataclass(frozen=True)
-class EverySeconds(Schedule):
+class EverySeconds(Trigger):
     """With the first step that is asked s seconds or more after the last time, or after the start.
 
     The start is the first time that it is asked, also in a resumed run. The clock is that of the
@@ -514,7 +516,7 @@ class EverySeconds(Schedule):
     begin to take longer, or where exchanges are to be further apart.
 
     Raises:
-        ScheduleError: s is not a finite number > 0.
+        TriggerError: s is not a finite number > 0.
     """
 
     s: float
@@ -523,11 +525,11 @@ class EverySeconds(Schedule):
 
     def __post_init__(self) -> None:
         if isinstance(self.s, bool) or not isinstance(self.s, int | float) or not self.s > 0:
-            raise ScheduleError(f"EverySeconds needs a number of seconds > 0, got {self.s!r}")
+            raise TriggerError(f"EverySeconds needs a number of seconds > 0, got {self.s!r}")
         if not self.s <= sys.float_info.max:
-            raise ScheduleError(
+            raise TriggerError(
                 f"EverySeconds needs a finite number of seconds, got {self.s!r:.60}; for never, "
-                "leave the schedule out"
+                "leave the trigger out"
             )
         object.__setattr__(self, "s", float(self.s))
 
@@ -590,16 +592,16 @@ class _AgreedClock:
 
 
 # --- text ------------------------------------------------------------------------------------
-# The short text of a schedule.
+# The short text of a trigger.
 
 
-def parse(text: str) -> Schedule:
-    """The schedule that a text describes; see :meth:`Schedule.parse`."""
+def parse(text: str) -> Trigger:
+    """The trigger that a text describes; see :meth:`Trigger.parse`."""
     parts = [_parse_part(part.strip(), text) for part in text.split("|")]
     return parts[0] if len(parts) == 1 else AnyOf(tuple(parts))
 
 
-_PATTERNS: tuple[tuple[str, Callable[[str], Schedule]], ...] = (
+_PATTERNS: tuple[tuple[str, Callable[[str], Trigger]], ...] = (
     (r"(\d+)\s*steps?", lambda n: EverySteps(int(n))),
     (r"(\d+)\s*optimizer[ _]steps?", lambda n: EveryOptimizerSteps(int(n))),
     (r"(\d+)\s*epochs?", lambda n: EveryEpochs(int(n))),
@@ -623,23 +625,23 @@ JSON_SCHEMA = {
     "examples": ["100 steps | 1 epoch", "50 optimizer steps", "10 min", "at steps 10, 20", "last"],
     "patternErrorMessage": f"write {_KINDS}",  # which editors show
 }
-"""What JSON Schema says of the text of a schedule."""
+"""What JSON Schema says of the text of a trigger."""
 
 
-def _parse_part(part: str, text: str) -> Schedule:
+def _parse_part(part: str, text: str) -> Trigger:
     for pattern, make in _PATTERNS:
         found = re.fullmatch(pattern, part, re.IGNORECASE)
         if found:
             try:
                 return make(found[1])
-            except ScheduleError as error:
-                raise ScheduleError(f"{part!r}: {error}") from None
+            except TriggerError as error:
+                raise TriggerError(f"{part!r}: {error}") from None
             except ValueError:  # no number after all, such as 1.2.3
                 break
-    raise ScheduleError(
+    raise TriggerError(
         f"can't read {part!r:.80}"
         + (f" in {text!r:.80}" if part != text else "")
-        + f" as a schedule; write {_KINDS}"
+        + f" as a trigger; write {_KINDS}"
     )
 
 
@@ -655,8 +657,8 @@ __all__ = [
     "First",
     "Last",
     "Role",
-    "Schedule",
-    "ScheduleError",
-    "ScheduleField",
-    "as_schedule",
+    "Trigger",
+    "TriggerError",
+    "TriggerField",
+    "as_trigger",
 ]

@@ -168,14 +168,14 @@ def build_training(setting: RunSetting) -> Training:
     optimizer = None
     if setting["batch_processor"].need_backward:
         optimizer = setting["optimizer"](model.parameters())
-    make_schedule = setting["lr_scheduler"]
+    make_lr_scheduler = setting["lr_scheduler"]
     return Training(
         Accelerator(cpu=True, gradient_accumulation_steps=setting["accumulate"]),
         model,
         data_source() if callable(data_source) else data_source,
         setting["batch_processor"],
         optimizer,
-        None if make_schedule is None or optimizer is None else make_schedule(optimizer),
+        None if make_lr_scheduler is None or optimizer is None else make_lr_scheduler(optimizer),
     )
 
 

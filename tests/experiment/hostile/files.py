@@ -576,7 +576,11 @@ _WRONG_PLACES = {
         "{class_type: torch.optim.lr_scheduler:StepLR}",
         "an optimizer, found",
     ),
-    "optimizer_as_schedule": ("schedule", "{class_type: torch.optim:SGD}", "a schedule, found"),
+    "optimizer_as_schedule": (
+        "lr_scheduler",
+        "{class_type: torch.optim:SGD}",
+        "a lr_scheduler, found",
+    ),
     "loss_as_hook": ("hooks", "{a: {class_type: torch.nn:MSELoss}}", "a hook, found"),
     "model_as_hook": ("hooks", "{a: {func: torchvision.models:resnet18}}", "a hook, found"),
     "sink_as_hook": ("hooks", "{a: {class_type: LogSink}}", "a hook, found"),

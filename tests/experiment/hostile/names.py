@@ -168,21 +168,21 @@ PLACES = [
         "batch_processor.loss.func",
     ),
     Hostile(
-        "as_schedule",
+        "as_trigger",
         "A shell, as a schedule.",
-        experiment(f"schedule: {SYSTEM}\n"),
+        experiment(f"lr_scheduler: {SYSTEM}\n"),
         TRUST,
-        "schedule.func",
+        "lr_scheduler.func",
     ),
     Hostile(
         "as_inner_schedule",
         "The same, within another.",
         experiment(
-            "schedule: {class_type: torch.optim.lr_scheduler:SequentialLR, "
+            "lr_scheduler: {class_type: torch.optim.lr_scheduler:SequentialLR, "
             f"schedulers: [{SYSTEM}]}}\n"
         ),
         TRUST,
-        "schedule.schedulers.0.func",
+        "lr_scheduler.schedulers.0.func",
     ),
     Hostile("as_hook", "A shell, as a hook.", with_hook(SYSTEM), TRUST, "hooks.hook.func"),
     Hostile(

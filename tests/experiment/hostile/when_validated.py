@@ -109,9 +109,13 @@ VALUES = {
     "unknown_limit": ("trainer", "{max_epochs: 1}", "did you mean 'max_epoch'?"),
     "precision": ("accelerator", "{mixed_precision: fp8x}", "accelerator.mixed_precision: "),
     "accelerator_field": ("accelerator", "{dynamo_backend: x}", "accelerator.dynamo_backend: "),
-    "schedule_alone": ("schedule", "{class_type: torch.optim.lr_scheduler:StepLR}", "step_size"),
+    "schedule_alone": (
+        "lr_scheduler",
+        "{class_type: torch.optim.lr_scheduler:StepLR}",
+        "step_size",
+    ),
     "schedule_field": (
-        "schedule",
+        "lr_scheduler",
         "{class_type: torch.optim.lr_scheduler:StepLR, step_size: 1, gama: 1}",
         "did you mean 'gamma'?",
     ),
@@ -220,11 +224,11 @@ WHEN_VALIDATED = [
         "schedule_without_optimizer",
         "Rates of nothing.",
         experiment(
-            "schedule: {class_type: torch.optim.lr_scheduler:StepLR, step_size: 1}\n",
+            "lr_scheduler: {class_type: torch.optim.lr_scheduler:StepLR, step_size: 1}\n",
             optimizer="null",
         ),
         FIELD,
-        "schedule: there is no optimizer",
+        "lr_scheduler: there is no optimizer",
     ),
     Hostile(
         "layers_within",

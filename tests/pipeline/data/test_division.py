@@ -51,7 +51,7 @@ def passed_over(
         assert made_of is not None
         loaded = [batch] if isinstance(batch, int) else batch.tolist()
         assert loaded  # also a filler is a batch of samples
-        own = [] if made_of.is_filler else loaded
+        own = [] if made_of.is_padding_step else loaded
         job = len(own) if told is None else next(told).job
         if made_of.sizes is not None:
             assert made_of.sizes == (len(own), job)
@@ -163,6 +163,6 @@ def test_another_number_of_processes_sees_the_same_order(
         data.load(state, {})
         for step, batch in enumerate(data.epoch(1, 0, progress.step_id)):
             made_of = data.batch_indices(progress.step_id + step)
-            if made_of is not None and not made_of.is_filler:
+            if made_of is not None and not made_of.is_padding_step:
                 joined[step] += batch.tolist()
     assert joined == batches[progress.step_id :]

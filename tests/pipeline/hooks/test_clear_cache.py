@@ -11,7 +11,7 @@ import torch
 
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.hooks.clear_cache import ClearCacheHook, ClearCacheHookConfig
-from robo_orchard_lab.pipeline.trigger import EverySteps, ScheduleError
+from robo_orchard_lab.pipeline.trigger import EverySteps, TriggerError
 from robo_orchard_lab.testing import assert_state_round_trip, assert_weights_unchanged
 from tiny import make_trainer
 
@@ -93,7 +93,7 @@ def test_training_is_the_same_without() -> None:
 
 def test_bad_schedules_are_refused() -> None:
     """A text that is no schedule is refused when the config is made, with what could stand."""
-    with pytest.raises((ValueError, ScheduleError), match="write '100 steps'"):
+    with pytest.raises((ValueError, TriggerError), match="write '100 steps'"):
         ClearCacheHookConfig(every="often")
     config = ClearCacheHookConfig(every="2 epochs | 10 min")
     assert ClearCacheHookConfig.from_str(config.to_str("yaml"), "yaml") == config

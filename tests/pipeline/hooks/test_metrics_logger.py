@@ -27,7 +27,7 @@ from robo_orchard_lab.pipeline.sinks import (
     TrackerSinkConfig,
     read_metrics,
 )
-from robo_orchard_lab.pipeline.trigger import EverySeconds, EverySteps, Schedule
+from robo_orchard_lab.pipeline.trigger import EverySeconds, EverySteps, Trigger
 from tiny import equal, make_loader, make_trainer, weights
 
 SCRIPT = Path(__file__).parent.parent / "logged_run.py"
@@ -58,7 +58,7 @@ class ListSink:
 
 
 def logging_to(*sinks: ListSink, every: str = "4 steps") -> MetricsLogger:
-    return MetricsLoggerConfig(every=Schedule.parse(every))(sinks=sinks)
+    return MetricsLoggerConfig(every=Trigger.parse(every))(sinks=sinks)
 
 
 def test_records_come_by_the_schedule() -> None:

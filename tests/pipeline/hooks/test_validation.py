@@ -30,7 +30,7 @@ from robo_orchard_lab.pipeline.hooks.ema import EMAConfig
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext
 from robo_orchard_lab.pipeline.hooks.validation import ValidationHook, ValidationHookConfig
 from robo_orchard_lab.pipeline.metrics import MetricValue
-from robo_orchard_lab.pipeline.trigger import EveryEpochs, EverySteps, Schedule
+from robo_orchard_lab.pipeline.trigger import EveryEpochs, EverySteps, Trigger
 from robo_orchard_lab.testing import (
     assert_no_device_sync,
     assert_state_round_trip,
@@ -75,7 +75,7 @@ def train(*hooks: PipelineHooks, **options: Any) -> HookBasedTrainer:
 
 
 def validation(every: str | None = "1 epoch", **options: Any) -> ValidationHook:
-    schedule = None if every is None else Schedule.parse(every)
+    schedule = None if every is None else Trigger.parse(every)
     dataloaders = options.pop("dataloaders", {"val": make_evaluation_loader(11)})
     live = {name: options.pop(name) for name in ("metrics", "metric_inputs") if name in options}
     return ValidationHookConfig(every=schedule, **options)(dataloaders=dataloaders, **live)

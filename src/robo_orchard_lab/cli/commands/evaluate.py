@@ -37,7 +37,7 @@ def command(
     config = within(experiment, place.folder).load(place.config)
     from robo_orchard_lab.cli.training import is_first
     from robo_orchard_lab.experiment.evaluation import SavedWeights, best_weights, evaluate
-    from robo_orchard_lab.experiment.run_folder import checkpoints_at
+    from robo_orchard_lab.experiment.run_checkpoints import checkpoints_at
 
     checkpoints = checkpoints_at(run_or_checkpoint)
     if best:

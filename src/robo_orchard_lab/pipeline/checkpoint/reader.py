@@ -33,7 +33,7 @@ from robo_orchard_lab.pipeline.checkpoint.shards import (
     shards_of,
 )
 from robo_orchard_lab.pipeline.checkpoint.staging_buffer import bytes_of, new_block
-from robo_orchard_lab.pipeline.distributed.stall_clock import sign_of_life
+from robo_orchard_lab.pipeline.distributed.stall_clock import record_heartbeat
 from robo_orchard_lab.pipeline.errors import CheckpointError
 
 # --- shard reading ---------------------------------------------------------------------------
@@ -400,7 +400,7 @@ def _read(descriptor: int, size: int) -> torch.Tensor:
         if not count:
             raise CheckpointError("it was cut short while it was read")
         rest = rest[count:]
-        sign_of_life()
+        record_heartbeat()
     return block
 
 

@@ -27,7 +27,7 @@ class BatchIndices(NamedTuple):
     which is 0 then, is a filler."""
 
     @property
-    def is_filler(self) -> bool:
+    def is_padding_step(self) -> bool:
         """Whether the process has no share in the step; what it loads is another's."""
         return self.sizes is not None and self.sizes.own == 0
 

@@ -166,7 +166,7 @@ def why_no_batch(loader: Any) -> str:
     return "an iterator can be read only once: pass an iterable that can be iterated every epoch"
 
 
-def own_loader(loader: Iterable[Any], accelerator: Accelerator) -> Iterable[Any]:
+def unwrap_loader(loader: Iterable[Any], accelerator: Accelerator) -> Iterable[Any]:
     """What is to be given an order: one with an index as it was before it was prepared.
 
     One of torchdata's is taken for a plain one, since its place is known without its state, and

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from robo_orchard_lab.pipeline.data.loader import has_index, own_loader
+from robo_orchard_lab.pipeline.data.loader import has_index, unwrap_loader
 from robo_orchard_lab.pipeline.data.map_data import MapData
 from robo_orchard_lab.pipeline.data.order import DataOrder, StepSizes
 from robo_orchard_lab.pipeline.data.share import share_in
@@ -69,7 +69,7 @@ class TrainingData:
         self._progress = progress
         self.seed = _common_seed(order, accelerator)
         """What the order follows from: that of ``order``, of torch, or of the run resumed."""
-        loader = own_loader(dataloader, accelerator)
+        loader = unwrap_loader(dataloader, accelerator)
         share = share_in(loader, accelerator)
         self._source: MapData | StreamData
         if isinstance(loader, DataLoader) and has_index(loader):
@@ -120,7 +120,7 @@ class TrainingData:
         batch = self._source.batch_indices(self._progress.step_id)
         if batch is None:
             return None
-        return [] if batch.is_filler else batch.numbers
+        return [] if batch.is_padding_step else batch.numbers
 
     @property
     def sample_indices(self) -> Any:
@@ -132,7 +132,7 @@ class TrainingData:
         batch = self._source.batch_indices(self._progress.step_id)
         if batch is None:
             return None
-        return [] if batch.is_filler else batch.indices
+        return [] if batch.is_padding_step else batch.indices
 
     def state_dict(self) -> dict[str, Any]:
         """Where the whole job is in its data; of plain values and tensors, alike on all ranks."""

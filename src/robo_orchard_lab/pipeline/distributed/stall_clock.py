@@ -19,7 +19,7 @@ from robo_orchard_lab.pipeline.progress import TrainerProgress
 _signs = 0
 
 
-def sign_of_life() -> None:
+def record_heartbeat() -> None:
     """Tell that some of a longer work is done, such as a batch of an evaluation, or a file."""
     global _signs
     _signs += 1  # a sign that two threads give at once may count once, which is as good

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.trigger import ScheduleField
+from robo_orchard_lab.pipeline.trigger import TriggerField
 
 
 class ClearCacheHook(PipelineHooks):
@@ -42,7 +42,7 @@ class ClearCacheHookConfig(PipelineHooksConfig[ClearCacheHook]):
     """
 
     class_type: type[ClearCacheHook] = ClearCacheHook
-    every: ScheduleField = Field(default="1 epoch", description="When to do it.")
+    every: TriggerField = Field(default="1 epoch", description="When to do it.")
     collect_garbage: bool = Field(
         default=False,
         description="First let Python find unused objects that refer to each other, which may "

@@ -265,12 +265,12 @@ class LossTracker(PipelineHooks):
     def _add_total(self, args: PipelineHookArgs) -> None:
         """On the step path."""
         loss = args.attached_loss
-        if loss is not None and args.exception is None and not args.is_filler:
+        if loss is not None and args.exception is None and not args.is_padding_step:
             self._total.add(loss.data, args.loss_weight)  # half the time of detach()
 
     def _add_named(self, args: PipelineHookArgs) -> None:
         """On the step path."""
-        if args.exception is not None or args.is_filler:
+        if args.exception is not None or args.is_padding_step:
             return
         cfg, weight = self.cfg, args.loss_weight
         assert cfg.losses_key is not None  # else this is not registered

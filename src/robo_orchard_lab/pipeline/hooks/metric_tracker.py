@@ -105,7 +105,7 @@ class MetricTracker(PipelineHooks):
             self._handle = None
 
     def _update(self, args: PipelineHookArgs) -> None:
-        if args.exception is None and self._arguments is not None and not args.is_filler:
+        if args.exception is None and self._arguments is not None and not args.is_padding_step:
             inputs, named = self._arguments(args.model_outputs, args.batch)
             self._merged.live.update(*inputs, **named)
             self._window.update(*inputs, **named)

@@ -15,7 +15,7 @@ from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
 from robo_orchard_lab.pipeline.sinks import MetricsSink, SinkConfig, SinkGroup
-from robo_orchard_lab.pipeline.trigger import ScheduleField
+from robo_orchard_lab.pipeline.trigger import TriggerField
 
 SinkLike: TypeAlias = MetricsSink | SinkConfig[MetricsSink]
 """A sink, or the configuration that builds one."""
@@ -129,7 +129,7 @@ class MetricsLoggerConfig(PipelineHooksConfig[MetricsLogger]):
     """
 
     class_type: type[MetricsLogger] = MetricsLogger
-    every: ScheduleField = Field(
+    every: TriggerField = Field(
         default="50 steps | 1 epoch",
         description="When to make a logging point, such as '100 steps | 1 epoch | 10 min'.",
     )

@@ -4,7 +4,7 @@ from robo_orchard_core.utils.hook import HookContext, RemovableHandle, Removeabl
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.progress import ChannelName
-from robo_orchard_lab.pipeline.trigger import Schedule, ScheduleField
+from robo_orchard_lab.pipeline.trigger import Schedule, ScheduleField, Trigger, TriggerField
 
 __all__ = [
     "ChannelName",
@@ -16,4 +16,6 @@ __all__ = [
     "RemoveableHandle",
     "Schedule",
     "ScheduleField",
+    "Trigger",
+    "TriggerField",
 ]

@@ -338,7 +338,7 @@ class NonFiniteGuard(PipelineHooks):
 
     def _before_backward(self, args: PipelineHookArgs) -> None:
         loss = args.attached_loss
-        if args.is_filler or not isinstance(loss, torch.Tensor):  # which the trainer refuses
+        if args.is_padding_step or not isinstance(loss, torch.Tensor):  # which the trainer refuses
             return
         detached = loss.detach()
         self._losses.append(detached)

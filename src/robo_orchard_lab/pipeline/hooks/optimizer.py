@@ -23,7 +23,7 @@ from robo_orchard_lab.pipeline.gradient_norm import unscale_gradients
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.metrics import WeightedSum
 
-ScheduleUnit: TypeAlias = Literal["optimizer_step", "epoch"]
+LRSchedulerUnit: TypeAlias = Literal["optimizer_step", "epoch"]
 """When the learning rate schedule moves: once for each committed update, or once an epoch."""
 
 # Here the wrapper around the optimizer only forwards. Elsewhere (DeepSpeed, Megatron-LM, XLA) it
@@ -57,13 +57,13 @@ class OptimizerHook(PipelineHooks):
         optimizer: as prepared by the accelerator, or not.
         lr_scheduler: as prepared by the accelerator, or not; None for a constant rate.
         hooks: whose ``on_optimizer_step`` to open.
-        schedule_every: when the schedule moves. By default once for each committed update,
+        lr_scheduler_every: when the schedule moves. By default once for each committed update,
             whatever the number of processes, and for ``ReduceLROnPlateau`` once an epoch. That
             one gets the mean loss of all ranks' steps since it last moved: one exchange between
             the ranks, and waiting for the device, for each move.
 
     Raises:
-        PipelineConfigError: ``schedule_every`` is another word, or the optimizer can't step
+        PipelineConfigError: ``lr_scheduler_every`` is another word, or the optimizer can't step
             without a closure, as LBFGS can't, which evaluates the model anew within its step.
     """
 
@@ -73,7 +73,7 @@ class OptimizerHook(PipelineHooks):
         optimizer: torch.optim.Optimizer,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None,
         hooks: PipelineHooks,
-        schedule_every: ScheduleUnit | None = None,
+        lr_scheduler_every: LRSchedulerUnit | None = None,
     ) -> None:
         super().__init__()
         self.optimizer = _unwrap_optimizer(accelerator, optimizer)
@@ -89,18 +89,18 @@ class OptimizerHook(PipelineHooks):
         self._zero_grad = _zero_grad_of(self.optimizer)
 
         plateau = isinstance(self.lr_scheduler, ReduceLROnPlateau)
-        self.schedule_every: ScheduleUnit = schedule_every or (
+        self.lr_scheduler_every: LRSchedulerUnit = lr_scheduler_every or (
             "epoch" if plateau else "optimizer_step"
         )
-        if self.schedule_every not in get_args(ScheduleUnit):
+        if self.lr_scheduler_every not in get_args(LRSchedulerUnit):
             raise PipelineConfigError(
-                f"schedule_every must be one of {', '.join(map(repr, get_args(ScheduleUnit)))}, "
-                f"got {schedule_every!r}"
+                "lr_scheduler_every must be one of "
+                f"{', '.join(map(repr, get_args(LRSchedulerUnit)))}, got {lr_scheduler_every!r}"
             )
         self._mean_loss = _MeanLoss(accelerator) if plateau else None
         move = _move_of(self.lr_scheduler, self._mean_loss)
-        self._after_update = move if self.schedule_every == "optimizer_step" else None
-        self._after_epoch = move if self.schedule_every == "epoch" else None
+        self._after_update = move if self.lr_scheduler_every == "optimizer_step" else None
+        self._after_epoch = move if self.lr_scheduler_every == "epoch" else None
 
         self.register_hook("on_step", HookContext.from_callable(after=self._optimizer_step))
         if self._mean_loss is not None:
@@ -169,7 +169,7 @@ class _MeanLoss:
         self._sum = WeightedSum()
 
     def add(self, args: PipelineHookArgs) -> None:
-        if args.loss is not None and not args.is_filler:
+        if args.loss is not None and not args.is_padding_step:
             self._sum.add(args.loss, args.loss_weight)
 
     def take(self) -> float:

@@ -152,7 +152,7 @@ class RunView:
     def finish_step(self, args: PipelineHookArgs) -> None:
         """On the step path: counts, looks at the clock, and seldom more."""
         self._samples += args.batch_size
-        if not self._logged and not args.is_filler:
+        if not self._logged and not args.is_padding_step:
             self._loss = args.loss
         now = time.perf_counter()
         if now >= self._next_at:

@@ -32,7 +32,7 @@ from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricValue, number_text
 from robo_orchard_lab.pipeline.requests import Request
 from robo_orchard_lab.pipeline.run.run_path import RunPath
-from robo_orchard_lab.pipeline.trigger import ScheduleField
+from robo_orchard_lab.pipeline.trigger import TriggerField
 
 # --- background ------------------------------------------------------------------------------
 # One piece of work beside the training.
@@ -336,7 +336,7 @@ class SaveCheckpointConfig(PipelineHooksConfig[SaveCheckpoint]):
     """When checkpoints are saved, where, and which are kept."""
 
     class_type: type[SaveCheckpoint] = SaveCheckpoint
-    every: ScheduleField | None = Field(
+    every: TriggerField | None = Field(
         default="1 epoch",
         description="When, such as '1000 steps | 30 min'; None for the end of the run, and when "
         "a hook asks, alone.",

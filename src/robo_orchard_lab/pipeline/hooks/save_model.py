@@ -23,7 +23,7 @@ from robo_orchard_lab.pipeline.requests import Request, StopRequest
 from robo_orchard_lab.pipeline.run.durable import remove_leftovers, replace_file
 from robo_orchard_lab.pipeline.run.run_path import RunPath
 from robo_orchard_lab.pipeline.sharding import whole_weights
-from robo_orchard_lab.pipeline.trigger import Last, ScheduleField
+from robo_orchard_lab.pipeline.trigger import Last, TriggerField
 
 logger = job_logger(__name__)
 
@@ -134,7 +134,7 @@ class SaveModelConfig(PipelineHooksConfig[SaveModel]):
     """
 
     class_type: type[SaveModel] = SaveModel
-    every: ScheduleField | None = Field(
+    every: TriggerField | None = Field(
         default=None, description="The schedule by which it is written, such as '1 epoch'."
     )
     at_end: bool = Field(default=True, description="Whether it is written at the end of the run.")

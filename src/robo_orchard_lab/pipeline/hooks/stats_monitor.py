@@ -17,7 +17,7 @@ from robo_orchard_lab.pipeline.gradient_norm import gradient_norm
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.progress import remaining_steps
-from robo_orchard_lab.pipeline.trigger import ScheduleField
+from robo_orchard_lab.pipeline.trigger import TriggerField
 
 # --- step times ------------------------------------------------------------------------------
 # What the host's time goes into, from one step to the next.
@@ -257,7 +257,7 @@ class StatsMonitorConfig(PipelineHooksConfig[StatsMonitor]):
     """
 
     class_type: type[StatsMonitor] = StatsMonitor
-    every: ScheduleField | None = Field(
+    every: TriggerField | None = Field(
         default=None,
         description="When to make a logging point of its own, such as '50 steps'; None: it "
         "publishes at those that a MetricsLogger and other hooks make.",

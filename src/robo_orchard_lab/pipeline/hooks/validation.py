@@ -20,7 +20,7 @@ from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.metrics.metric_inputs import MetricInputs
 from robo_orchard_lab.pipeline.metrics.torchmetrics import MetricsLike, TorchMetrics
-from robo_orchard_lab.pipeline.trigger import Last, ScheduleField
+from robo_orchard_lab.pipeline.trigger import Last, TriggerField
 
 STATE_VERSION = 1
 
@@ -142,7 +142,7 @@ class ValidationHook(PipelineHooks):
             args.metrics.defer(self._evaluator.run(prefix="eval/"))
         self._evaluated_at = step
 
-    def alike_on_ranks(self) -> dict[str, dict[str, str]]:
+    def rank_consistency_info(self) -> dict[str, dict[str, str]]:
         """The loaders on which the ranks evaluate together, with their samples where they have an
         index."""
         return {"dataloaders": {name: _size(each) for name, each in self._dataloaders.items()}}
@@ -167,7 +167,7 @@ class ValidationHookConfig(PipelineHooksConfig[ValidationHook]):
     """
 
     class_type: type[ValidationHook] = ValidationHook
-    every: ScheduleField | None = Field(
+    every: TriggerField | None = Field(
         default="1 epoch",
         description="The schedule of evaluations, such as '500 steps | 1 epoch'; None for those "
         "that are asked for alone.",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from robo_orchard_lab.pipeline.distributed.stall_clock import sign_of_life
+from robo_orchard_lab.pipeline.distributed.stall_clock import record_heartbeat
 
 # Linux writes at most 2 GiB at once. Each write gives the interpreter to other threads, and a busy
 # one takes 5 ms to give it back.
@@ -46,7 +46,7 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
         rest = rest[_write_past_cache(file.fileno(), rest) :]
         while rest.nbytes:
             rest = rest[os.write(file.fileno(), rest[:_PIECE_BYTES]) :]
-            sign_of_life()
+            record_heartbeat()
         os.fsync(file.fileno())
 
 
@@ -88,7 +88,7 @@ def _write_past_cache(descriptor: int, data: memoryview) -> int:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
         while done < end and not done % _PAGE_BYTES:
             done += os.write(descriptor, data[done : min(end, done + _PIECE_BYTES)])
-            sign_of_life()
+            record_heartbeat()
     except OSError as error:
         if error.errno != errno.EINVAL:  # a file system that can't, or wants larger pages
             raise

@@ -25,7 +25,7 @@ from robo_orchard_lab.pipeline.trainer.uneven_ranks import JointWindows
 
 
 @contextmanager
-def as_if_not_passed(model: torch.nn.Module) -> Iterator[None]:
+def padding_step(model: torch.nn.Module) -> Iterator[None]:
     """A ``with`` whose body passes a filler through a model, forward and backward.
 
     It adds zeros to the gradients, also where the batch gives NaN. Afterwards the buffers, such as

@@ -79,7 +79,7 @@ class LossWeights:
                 f"{self._engine.value} updates the weights within the backward pass, so that "
                 "losses can't be weighted; return (outputs, loss)"
             )
-        weight = checked_weight(0.0 if args.is_filler else weight, loss)
+        weight = checked_weight(0.0 if args.is_padding_step else weight, loss)
         args.attached_loss = counted_loss(loss, weight)
         args.given_loss_weight = weight
 

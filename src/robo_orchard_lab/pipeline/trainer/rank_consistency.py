@@ -21,7 +21,7 @@ from robo_orchard_lab.pipeline.batch_processor import count_batches
 from robo_orchard_lab.pipeline.data.loader import has_index
 from robo_orchard_lab.pipeline.distributed.collectives import gather_objects
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
-from robo_orchard_lab.pipeline.hook_set import PipelineHooks, ScheduledHook
+from robo_orchard_lab.pipeline.hook_set import PipelineHooks, TriggeredHook
 from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES
 from robo_orchard_lab.pipeline.run.run_info import versions
 
@@ -33,7 +33,7 @@ _HINT = {
 }
 
 
-def check_alike(parts: Mapping[str, str]) -> None:
+def check_rank_consistency(parts: Mapping[str, str]) -> None:
     """Refuse to go on where ranks differ in something: a collective, over the host's memory.
 
     They exchange digests, and texts only where those differ.
@@ -86,7 +86,7 @@ def setup_texts(
     batch_processor: Any,
     **options: Any,
 ) -> dict[str, str]:
-    """What a trainer is made of, for :func:`check_alike`.
+    """What a trainer is made of, for :func:`check_rank_consistency`.
 
     The lengths of data without an index are left out: there, each rank may have its own.
     """
@@ -113,7 +113,7 @@ def hook_text(hooks: PipelineHooks) -> str:
     lines = [f"{hook.name}: {_description(hook)}" for hook in hooks.named_hooks()]
     for name in CHANNEL_NAMES:
         for entry in hooks.get_channel(name).entries():
-            when = f" when {entry.context.when}" if isinstance(entry.context, ScheduledHook) else ""
+            when = f" when {entry.context.when}" if isinstance(entry.context, TriggeredHook) else ""
             roles = {"before": entry.before, "after": entry.after}
             runs = [f"{role} {_function(f)}" for role, f in roles.items() if f is not None]
             lines.append(f"{name} {entry.position}: {entry.label}, {', '.join(runs)}{when}")
@@ -129,7 +129,7 @@ def _function(function: Callable[..., Any]) -> str:
 
 
 def _description(hook: PipelineHooks) -> str:
-    beside = hook.alike_on_ranks()
+    beside = hook.rank_consistency_info()
     text = _configuration(hook)
     return text if beside is None else f"{text}, {json.dumps(beside, default=repr)}"
 

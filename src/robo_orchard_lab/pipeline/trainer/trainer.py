@@ -28,16 +28,20 @@ from robo_orchard_lab.pipeline.errors import (
     RunPreempted,
 )
 from robo_orchard_lab.pipeline.hook_set import HookLike, PipelineHooks, check_unique_names
-from robo_orchard_lab.pipeline.hooks.optimizer import OptimizerHook, ScheduleUnit
+from robo_orchard_lab.pipeline.hooks.optimizer import LRSchedulerUnit, OptimizerHook
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricsBoard, UnknownMetricError
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
 from robo_orchard_lab.pipeline.run.run_state import RunStateFile
-from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows, as_if_not_passed
+from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows, padding_step
 from robo_orchard_lab.pipeline.trainer.commit import carry_out_requests, tell_what_is_left
 from robo_orchard_lab.pipeline.trainer.loss_weights import LossWeights, wrong_result
-from robo_orchard_lab.pipeline.trainer.rank_consistency import check_alike, hook_text, setup_texts
+from robo_orchard_lab.pipeline.trainer.rank_consistency import (
+    check_rank_consistency,
+    hook_text,
+    setup_texts,
+)
 from robo_orchard_lab.pipeline.trainer.rank_state import trained_parameters
 from robo_orchard_lab.pipeline.trainer.resume import resume
 from robo_orchard_lab.pipeline.trainer.setup import (
@@ -109,7 +113,7 @@ class HookBasedTrainer:
         max_step: stop after this many batches.
         max_optimizer_step: stop after this many committed updates.
         max_epoch: stop after this many passes over the data.
-        schedule_every: when the schedule moves, see :class:`OptimizerHook`.
+        lr_scheduler_every: when the schedule moves, see :class:`OptimizerHook`.
         run_folder: where the run keeps what it writes, by hooks that are not told otherwise; made
             when it is needed.
         resume_from: a checkpoint's folder, to go on from there; or ``"auto"`` for the newest whole
@@ -151,7 +155,7 @@ class HookBasedTrainer:
         max_step: int | None = None,
         max_optimizer_step: int | None = None,
         max_epoch: int | None = None,
-        schedule_every: ScheduleUnit | None = None,
+        lr_scheduler_every: LRSchedulerUnit | None = None,
         run_folder: str | os.PathLike[str] | None = None,
         resume_from: str | os.PathLike[str] | None = None,
         data_order: DataOrder | None = None,
@@ -178,13 +182,13 @@ class HookBasedTrainer:
             given = setup_texts(
                 *(accelerator, model, optimizer, lr_scheduler, dataloader, batch_processor),
                 limits=self.limits,
-                schedule_every=schedule_every,
+                lr_scheduler_every=lr_scheduler_every,
                 run_folder=run_folder,
                 resume_from=resume_from,
                 data_order=data_order,
                 agree_every=agree_every,
             )
-            check_alike(given)  # ahead of the first collective that relies on it
+            check_rank_consistency(given)  # ahead of the first collective that relies on it
         prepared = prepare_objects(accelerator, model, optimizer, lr_scheduler, dataloader)
         self.model = prepared.model
         self.dataloader = dataloader
@@ -194,7 +198,11 @@ class HookBasedTrainer:
         self._optimizer_hook: OptimizerHook | None = None
         if batch_processor.need_backward and prepared.optimizer is not None:
             self._optimizer_hook = OptimizerHook(
-                accelerator, prepared.optimizer, prepared.lr_scheduler, self.hooks, schedule_every
+                accelerator,
+                prepared.optimizer,
+                prepared.lr_scheduler,
+                self.hooks,
+                lr_scheduler_every,
             )
             self.hooks += self._optimizer_hook
         self.hooks += PipelineHooks.from_hooks(hooks)
@@ -253,7 +261,7 @@ class HookBasedTrainer:
         self._on_batch = channel("on_batch").run
         self._on_model_forward = channel("on_model_forward").run
         self._on_model_backward = channel("on_model_backward").run
-        self._in_step = self._step_or_filler if several else self._step
+        self._in_step = self._step_or_padding_step if several else self._step
         self._carry_out = partial(carry_out_requests, self._run, channel("on_evaluation").run)
 
         if resume_from is not None:
@@ -333,7 +341,7 @@ class HookBasedTrainer:
 
     def _check_hooks_alike(self) -> None:
         if self.accelerator.num_processes > 1:
-            check_alike({"hooks": hook_text(self.hooks)})
+            check_rank_consistency({"hooks": hook_text(self.hooks)})
 
     def _train(self) -> None:
         check_unique_names(self.hooks.named_hooks())
@@ -464,12 +472,12 @@ class HookBasedTrainer:
         if self._tell_shards is not None:  # which goes through all modules
             self._tell_shards(synchronise)
 
-    def _step_or_filler(self, args: PipelineHookArgs) -> None:
+    def _step_or_padding_step(self, args: PipelineHookArgs) -> None:
         """``_step`` where there are several ranks, of which one may have no data left."""
-        if not args.is_filler:
+        if not args.is_padding_step:
             self._step(args)
         else:
-            with as_if_not_passed(self.model):
+            with padding_step(self.model):
                 self._step(args)
 
     def _step(self, args: PipelineHookArgs) -> None:

@@ -25,7 +25,7 @@ def command(path: str, file: str, best: bool, force: bool, as_json: bool) -> Non
     model.safetensors by default; `safetensors.torch.load_file` reads it, by the names that the
     plain model has. Weights that were saved in shards are put together.
     """
-    from robo_orchard_lab.experiment.run_folder import checkpoints_at
+    from robo_orchard_lab.experiment.run_checkpoints import checkpoints_at
     from robo_orchard_lab.pipeline.checkpoint import export_weights
 
     target = Path(file)

@@ -37,7 +37,7 @@ def command(path: str, as_json: bool) -> None:
 
 
 def _found(path: str) -> list[dict[str, Any]]:
-    from robo_orchard_lab.experiment.run_folder import checkpoints_at
+    from robo_orchard_lab.experiment.run_checkpoints import checkpoints_at
     from robo_orchard_lab.pipeline.checkpoint import ReadLimits
     from robo_orchard_lab.pipeline.checkpoint.listing import RootListing, read_contents
     from robo_orchard_lab.pipeline.errors import CheckpointError

@@ -28,7 +28,7 @@ def command(path: str, dry_run: bool, as_json: bool, **rules: Any) -> None:
     PATH is the folder of a run, or of its checkpoints. What is not said here is as the run's file
     says in `checkpoint`. Refused while the run goes on.
     """
-    from robo_orchard_lab.experiment.run_folder import checkpoints_at
+    from robo_orchard_lab.experiment.run_checkpoints import checkpoints_at
     from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
 
     place = checkpoints_at(path)

@@ -18,7 +18,7 @@ def command(path: str, as_json: bool) -> int:
     PATH is the folder of a run, of its checkpoints, or one checkpoint. Ends with 1 where one is
     damaged, or there is none.
     """
-    from robo_orchard_lab.experiment.run_folder import checkpoints_at
+    from robo_orchard_lab.experiment.run_checkpoints import checkpoints_at
     from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
 
     place = checkpoints_at(path)

@@ -12,7 +12,7 @@ from robo_orchard_lab.pipeline.hooks.mixin import (
     PipelineHooks,
     PipelineHooksConfig,
 )
-from robo_orchard_lab.pipeline.trigger import ScheduleField
+from robo_orchard_lab.pipeline.trigger import TriggerField
 
 
 class Diary(PipelineHooks):
@@ -33,7 +33,7 @@ class DiaryConfig(PipelineHooksConfig[Diary]):
     """When to write, and what."""
 
     class_type: type[Diary] = Diary
-    every: ScheduleField = Field(default="1 epoch", description="When to write.")
+    every: TriggerField = Field(default="1 epoch", description="When to write.")
     words: list[str] = Field(min_length=1, description="What is written, in turns.")
 
 

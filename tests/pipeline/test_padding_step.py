@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from robo_orchard_lab.pipeline.trainer.accumulation import as_if_not_passed
+from robo_orchard_lab.pipeline.trainer.accumulation import padding_step
 
 
 class Counting(torch.nn.Module):
@@ -40,7 +40,7 @@ def test_a_filler_leaves_nothing_behind() -> None:
     random_states = torch.get_rng_state(), random.getstate()
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     gradients = [parameter.grad.clone() for parameter in model.parameters()]  # type: ignore[union-attr]
-    with as_if_not_passed(model):
+    with padding_step(model):
         model(torch.full((3, 4), torch.nan)).sum().backward()
     assert {name: buffer.tolist() for name, buffer in model.named_buffers()} == {
         name: buffer.tolist() for name, buffer in buffers.items()

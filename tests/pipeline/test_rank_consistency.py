@@ -10,7 +10,7 @@ import pytest
 
 from launching import launch
 
-SCRIPT = Path(__file__).parent / "alike_on_ranks.py"
+SCRIPT = Path(__file__).parent / "rank_consistency_on_ranks.py"
 
 # By what differs on rank 1: the part that is named, and lines of the two ranks.
 PARTS = {
@@ -27,7 +27,7 @@ PARTS = {
         "-sampler: torch.utils.data.sampler.BatchSampler, ",
         "weights e140b3e269b3",
     ),
-    "processor": ("settings", "loss_of (tiny.py:", "other_loss (alike_on_ranks.py:"),
+    "processor": ("settings", "loss_of (tiny.py:", "other_loss (rank_consistency_on_ranks.py:"),
     "sampler": ("data", "sampler.SequentialSampler", "sampler.RandomSampler"),
     "accumulation": ("settings", "-gradient_accumulation_steps: 1", "_accumulation_steps: 2"),
     "limit": ("settings", "max_step=4", "max_step=5"),
@@ -81,7 +81,7 @@ def test_unlike_hooks_are_refused_when_the_run_begins(kind: str, found: Any) -> 
     for who in (found["others"], "rank 1"):
         plan = text.partition(f"--- {who}:\n")[2].partition("\n---")[0]
         assert "OptimizerHook: robo" in plan
-        assert "watch, after make.<locals>.<lambda> (alike_on_ranks.py:" in plan
+        assert "watch, after make.<locals>.<lambda> (rank_consistency_on_ranks.py:" in plan
         assert "when 3 steps" in plan
     assert all(line in text for line in PLANS[kind])
     assert text.endswith("can look at args.accelerator.process_index")

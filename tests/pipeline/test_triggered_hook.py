@@ -1,4 +1,4 @@
-"""Hooks that have a schedule: pairs, errors, printing, and decorators that register them."""
+"""Hooks that have a trigger: pairs, errors, printing, and decorators that register them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from robo_orchard_core.utils.hook import HookContextChannel, HookRegistrationError
 from robo_orchard_lab.pipeline import CHANNEL_NAMES, ChannelName, PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext
-from robo_orchard_lab.pipeline.trigger import EverySteps, Last, ScheduleError
+from robo_orchard_lab.pipeline.trigger import EverySteps, Last, TriggerError
 from tiny import make_trainer
 
 
@@ -82,22 +82,20 @@ def test_an_entered_pair_is_left_when_the_body_fails() -> None:
         ("on_step", 10, "10 of what"),
     ],
 )
-def test_a_schedule_that_is_never_due_is_refused(
+def test_a_trigger_that_is_never_due_is_refused(
     channel: ChannelName, when: Any, message: str
 ) -> None:
     """When the hook is registered; nothing is registered then."""
     hooks = PipelineHooks()
-    with pytest.raises(ScheduleError, match=message):
+    with pytest.raises(TriggerError, match=message):
         hooks.register_hook(channel, HookContext.from_callable(print), when)
     assert len(hooks.get_channel(channel)) == 0
 
 
-def test_only_a_hook_context_is_given_a_schedule() -> None:
-    """A channel with a schedule is refused, not registered without it."""
+def test_only_a_hook_context_is_given_a_trigger() -> None:
+    """A channel with a trigger is refused, not registered without it."""
     channel = HookContextChannel[PipelineHookArgs]("mine")
-    with pytest.raises(
-        HookRegistrationError, match="HookContext with a schedule, got HookContextC"
-    ):
+    with pytest.raises(HookRegistrationError, match="HookContext with a trigger, got HookContextC"):
         PipelineHooks().register_hook("on_step", channel, "2 steps")  # type: ignore[arg-type]
 
 
@@ -114,7 +112,7 @@ def fail(args: PipelineHookArgs, how: str = "") -> None:
 
 
 def line_of(function: Any) -> str:
-    return f"test_scheduled_hook.py:{function.__code__.co_firstlineno}"
+    return f"test_triggered_hook.py:{function.__code__.co_firstlineno}"
 
 
 @pytest.mark.parametrize("role", ["before", "after"])
@@ -129,10 +127,10 @@ def line_of(function: Any) -> str:
     ],
     ids=["function", "bound method", "partial", "partial of a method", "object"],
 )
-def test_an_error_names_the_function_behind_the_schedule(
+def test_an_error_names_the_function_behind_the_trigger(
     function: Any, told: str, where: str, role: str
 ) -> None:
-    """With the line where it is defined, not that of the schedule's gate."""
+    """With the line where it is defined, not that of the trigger's gate."""
     hooks = PipelineHooks("mine")
     functions = {role: function}
     hooks.register_hook("on_step", HookContext.from_callable(**functions), "2 steps")
@@ -144,19 +142,19 @@ def test_an_error_names_the_function_behind_the_schedule(
     assert re.search(told, note)
 
 
-def test_the_tree_shows_the_schedule() -> None:
+def test_the_tree_shows_the_trigger() -> None:
     """After each hook that has one, in its short text."""
     hooks = PipelineHooks()
     hooks.register_hook("on_step", HookContext.from_callable(after=fail), "100 steps | first")
     hooks.register_hook("on_step", HookContext.from_callable(after=fail))
     lines = [line.strip() for line in repr(hooks).splitlines()]
-    (scheduled,) = [line for line in lines if "when" in line]
-    assert scheduled.endswith(")> when 100 steps | first,")
-    assert scheduled.startswith("after=<FunctionInfo function fail from")
+    (triggered,) = [line for line in lines if "when" in line]
+    assert triggered.endswith(")> when 100 steps | first,")
+    assert triggered.startswith("after=<FunctionInfo function fail from")
 
 
 def test_decorators_register_and_return_the_function() -> None:
-    """Bare, called without arguments, and with a schedule and a name."""
+    """Bare, called without arguments, and with a trigger and a name."""
     seen: list[str] = []
     hooks = PipelineHooks("mine")
 
@@ -169,13 +167,13 @@ def test_decorators_register_and_return_the_function() -> None:
         seen.append(f"called {args.global_step_id}")
 
     @hooks.on_step.after(when=EverySteps(2), name="second")
-    def scheduled(args: PipelineHookArgs) -> None:
-        seen.append(f"scheduled {args.global_step_id}")
+    def triggered(args: PipelineHookArgs) -> None:
+        seen.append(f"triggered {args.global_step_id}")
         raise ValueError("planted")
 
     with pytest.raises(ValueError, match="planted") as raised:
         make_trainer(hooks, max_step=3)()
-    assert seen == ["bare 0", "called 0", "bare 1", "scheduled 1", "called 1"]
+    assert seen == ["bare 0", "called 0", "bare 1", "triggered 1", "called 1"]
     assert "hook 'second'" in raised.value.__notes__[0]
     bare(PipelineHookArgs())
     assert seen[-1] == "bare 0"
@@ -193,7 +191,7 @@ def test_every_channel_has_its_decorators(channel: ChannelName) -> None:
 
 
 def test_wrong_use_of_decorators_is_told() -> None:
-    """A schedule without its keyword, and a decorator of no bundle."""
+    """A trigger without its keyword, and a decorator of no bundle."""
     with pytest.raises(HookRegistrationError, match=r"@hooks\.on_step\.after\(when='2 steps'\)"):
         PipelineHooks().on_step.after("2 steps")  # type: ignore[call-overload]
     with pytest.raises(HookRegistrationError, match=r"@hooks\.on_epoch\.before\(when='last'\)"):

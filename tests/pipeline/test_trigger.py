@@ -24,8 +24,8 @@ from robo_orchard_lab.pipeline.trigger import (
     EverySteps,
     First,
     Last,
-    Schedule,
-    ScheduleError,
+    Trigger,
+    TriggerError,
 )
 
 counts = st.integers(1, 10**15)
@@ -39,23 +39,23 @@ counted = st.one_of(
 )
 seconds = st.one_of(st.integers(1, 10**30), st.floats(0, exclude_min=True, allow_infinity=False))
 single = st.one_of(counted, st.builds(EverySeconds, seconds))
-schedules = st.one_of(
+triggers = st.one_of(
     single, st.lists(single, min_size=2, max_size=4).map(lambda parts: AnyOf(tuple(parts)))
 )
 
 
-@given(schedules)
+@given(triggers)
 @example(EverySeconds(8.444234073065329e21))  # divided by 3600 it is whole, and not exact
 @example(EverySeconds(5e-324))
 @example(EverySeconds(90))
-def test_the_text_of_a_schedule_is_read_back(schedule: Schedule) -> None:
+def test_the_text_of_a_trigger_is_read_back(trigger: Trigger) -> None:
     """Exactly, whatever it counts and however many are joined."""
-    assert Schedule.parse(str(schedule)) == schedule
-    assert hash(Schedule.parse(str(schedule))) == hash(schedule)
+    assert Trigger.parse(str(trigger)) == trigger
+    assert hash(Trigger.parse(str(trigger))) == hash(trigger)
 
 
 @pytest.mark.parametrize(
-    ("text", "schedule"),
+    ("text", "trigger"),
     [
         ("100 steps", EverySteps(100)),
         (" 1step ", EverySteps(1)),
@@ -71,13 +71,13 @@ def test_the_text_of_a_schedule_is_read_back(schedule: Schedule) -> None:
         ("first | last", First() | Last()),
     ],
 )
-def test_texts_that_people_write(text: str, schedule: Schedule) -> None:
+def test_texts_that_people_write(text: str, trigger: Trigger) -> None:
     """Units in the singular and the plural, any case, and with or without a space."""
-    assert Schedule.parse(text) == schedule
+    assert Trigger.parse(text) == trigger
 
 
 @pytest.mark.parametrize(
-    ("schedule", "text"),
+    ("trigger", "text"),
     [
         (EverySteps(1), "1 step"),
         (EveryOptimizerSteps(2), "2 optimizer steps"),
@@ -88,17 +88,17 @@ def test_texts_that_people_write(text: str, schedule: Schedule) -> None:
         (AtSteps([3, 1]), "at steps 1, 3"),
     ],
 )
-def test_the_text_is_short(schedule: Schedule, text: str) -> None:
+def test_the_text_is_short(trigger: Trigger, text: str) -> None:
     """The largest unit that gives a whole number."""
-    assert str(schedule) == text
+    assert str(trigger) == text
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "can't read '' as a schedule; write '100 steps'"),
-        ("100", "can't read '100' as a schedule"),
-        ("100 steps |", r"can't read '' in '100 steps \|' as a schedule"),
+        ("", "can't read '' as a trigger; write '100 steps'"),
+        ("100", "can't read '100' as a trigger"),
+        ("100 steps |", r"can't read '' in '100 steps \|' as a trigger"),
         ("1 epoch | often", r"can't read 'often' in '1 epoch \| often'"),
         ("1.5 steps", "can't read '1.5 steps'"),
         ("-3 steps", "can't read '-3 steps'"),
@@ -112,8 +112,8 @@ def test_the_text_is_short(schedule: Schedule, text: str) -> None:
 )
 def test_a_text_that_can_not_be_read_is_told(text: str, message: str) -> None:
     """The error names the part, and shows what could stand there."""
-    with pytest.raises(ScheduleError, match=message):
-        Schedule.parse(text)
+    with pytest.raises(TriggerError, match=message):
+        Trigger.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -132,17 +132,17 @@ def test_a_text_that_can_not_be_read_is_told(text: str, message: str) -> None:
         (lambda: AtSteps([]), "at least one step"),
         (lambda: AtSteps([3, 0]), "AtSteps needs an int >= 1, got 0"),
         (lambda: AtSteps(3), r"numbers of steps, such as \{10\}, got 3"),  # type: ignore[arg-type]
-        (lambda: AnyOf((First(),)), "two schedules or more, got 1"),
+        (lambda: AnyOf((First(),)), "two triggers or more, got 1"),
     ],
 )
 def test_a_number_that_makes_no_sense_is_refused(make: Callable[[], Any], message: str) -> None:
-    """When the schedule is made, by its name."""
-    with pytest.raises(ScheduleError, match=message):
+    """When the trigger is made, by its name."""
+    with pytest.raises(TriggerError, match=message):
         make()
 
 
 def test_joined_schedules_are_flat() -> None:
-    """However they were joined, they are one list; what is no schedule can't be joined."""
+    """However they were joined, they are one list; what is no trigger can't be joined."""
     a, b, c = EverySteps(2), First(), Last()
     assert (a | b) | c == a | (b | c) == AnyOf((a, AnyOf((b, c))))
     with pytest.raises(TypeError):
@@ -157,17 +157,17 @@ class Watching(PipelineHooks):
 
 class WatchingConfig(PipelineHooksConfig[Watching]):
     class_type: type[Watching] = Watching
-    every: Schedule = EverySteps(5)
-    other: Schedule | None = None
-    more: list[Schedule] = []  # noqa: RUF012 - a field
+    every: Trigger = EverySteps(5)
+    other: Trigger | None = None
+    more: list[Trigger] = []  # noqa: RUF012 - a field
 
 
-@given(schedules, st.none() | schedules, st.lists(schedules, max_size=3))
+@given(triggers, st.none() | triggers, st.lists(triggers, max_size=3))
 @settings(max_examples=50)
 def test_a_config_keeps_its_schedules(
-    every: Schedule, other: Schedule | None, more: list[Schedule]
+    every: Trigger, other: Trigger | None, more: list[Trigger]
 ) -> None:
-    """Through JSON, YAML and TOML, where a schedule is its text."""
+    """Through JSON, YAML and TOML, where a trigger is its text."""
     config = WatchingConfig(every=every, other=other, more=more)
     for text_format in ("json", "yaml", "toml"):
         text = config.to_str(format=text_format)
@@ -189,14 +189,14 @@ def test_a_field_takes_a_text() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("5 stepps", "every: .*can't read '5 stepps' as a schedule"),
+        ("5 stepps", "every: .*can't read '5 stepps' as a trigger"),
         (7, "every: .*7 of what\\? write '7 steps' or '7 epochs'"),
-        (True, "every: .*expected a schedule or its text, got bool"),
-        (None, "every: .*expected a schedule or its text, got NoneType"),
-        (2.5, "every: .*expected a schedule or its text, got float"),
+        (True, "every: .*expected a trigger or its text, got bool"),
+        (None, "every: .*expected a trigger or its text, got NoneType"),
+        (2.5, "every: .*expected a trigger or its text, got float"),
     ],
 )
-def test_a_field_that_is_no_schedule_is_told(value: Any, message: str) -> None:
+def test_a_field_that_is_no_trigger_is_told(value: Any, message: str) -> None:
     """With the field's place in the document."""
     with pytest.raises(ConfigFieldError, match=message):
         WatchingConfig.from_dict({"every": value})

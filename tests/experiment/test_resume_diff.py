@@ -38,7 +38,7 @@ def document() -> dict[str, Any]:
             "lr": 0.1,
             "groups": {"head": {"parameters": ["fc.*"], "lr": 0.5}},
         },
-        "schedule": {"class_type": "torch.optim.lr_scheduler:StepLR", "step_size": 3},
+        "lr_scheduler": {"class_type": "torch.optim.lr_scheduler:StepLR", "step_size": 3},
         "hooks": {"stats": STATS, "bar": BAR, "clip": CLIP},
         "trainer": {"max_epoch": 5, "max_step": None},
         "accelerator": {"mixed_precision": "no", "gradient_accumulation_steps": 1},
@@ -79,10 +79,10 @@ CHANGES: list[tuple[str, Any, Resume]] = [
     ("optimizer.lr", 0.2, "impossible"),
     ("optimizer.class_type", "torch.optim.adamw:AdamW", "impossible"),
     ("optimizer.groups.head.lr", 0.1, "impossible"),
-    ("schedule", None, "impossible"),
-    ("schedule.step_size", 4, "impossible"),
-    ("schedule.every", "epoch", "trajectory"),
-    ("schedule.lr_lambda", "mine:decay", "trajectory"),
+    ("lr_scheduler", None, "impossible"),
+    ("lr_scheduler.step_size", 4, "impossible"),
+    ("lr_scheduler.every", "epoch", "trajectory"),
+    ("lr_scheduler.lr_lambda", "mine:decay", "trajectory"),
     ("hooks.stats.every", "10 steps", "harmless"),
     ("hooks.stats", MISSING, "impossible"),
     ("hooks.bar", MISSING, "harmless"),
@@ -124,14 +124,14 @@ def test_a_default_that_is_spelled_out_is_no_difference() -> None:
     assert [d.place for d in differences(*changed("optimizer", "momentum", to=0.9))] == [
         "optimizer.momentum"
     ]
-    assert [d.place for d in differences(*changed("schedule", "last_epoch", to=-1))] == []
+    assert [d.place for d in differences(*changed("lr_scheduler", "last_epoch", to=-1))] == []
 
 
 def test_another_length_of_a_run_is_told_to_an_automatic_schedule() -> None:
     """What stands for auto follows from the limits, but stays in the checkpoint what it was."""
     before, after = changed("trainer", "max_epoch", to=10)
     for each in (before, after):
-        each["schedule"] = {
+        each["lr_scheduler"] = {
             "class_type": "torch.optim.lr_scheduler:OneCycleLR",
             "total_steps": "auto",
         }
@@ -163,10 +163,10 @@ def test_a_schedule_of_another_function_is_another_schedule() -> None:
     """As one of another class is; a function within it is no part of its state."""
     before, after = document(), document()
     for each, name in ((before, "a"), (after, "b")):
-        each["schedule"] = {"func": f"my_team.schedules:{name}"}
+        each["lr_scheduler"] = {"func": f"my_team.schedules:{name}"}
     assert [found.resume for found in differences(before, after)] == ["impossible"]
     for each, name in ((before, "a"), (after, "b")):
-        each["schedule"] = {
+        each["lr_scheduler"] = {
             "class_type": "torch.optim.lr_scheduler:LambdaLR",
             "lr_lambda": f"my_team.schedules:{name}",
         }

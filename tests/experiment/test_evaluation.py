@@ -19,7 +19,8 @@ from robo_orchard_lab.experiment import (
     config_of,
 )
 from robo_orchard_lab.experiment.evaluation import SavedWeights, best_weights, evaluate
-from robo_orchard_lab.experiment.run_folder import NoRunError, checkpoints_at
+from robo_orchard_lab.experiment.run_checkpoints import checkpoints_at
+from robo_orchard_lab.experiment.run_folder import NoRunError
 from robo_orchard_lab.experiment.samples import MLP, Spirals
 from robo_orchard_lab.experiment.starting import record
 from robo_orchard_lab.pipeline import SupervisedProcessor

@@ -77,7 +77,9 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ExperimentCon
         data=DataConfig(train=spirals(), evaluation={"val": spirals(20, 1)}),
         batch_processor=config_of(SupervisedProcessor, loss=config_of(torch.nn.CrossEntropyLoss)),
         optimizer=config_of(torch.optim.AdamW, lr=0.01),
-        schedule=config_of(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.01, total_steps="auto"),
+        lr_scheduler=config_of(
+            torch.optim.lr_scheduler.OneCycleLR, max_lr=0.01, total_steps="auto"
+        ),
         hooks={
             "watching": config_of(Watching),
             "stats": StatsMonitorConfig(),
@@ -124,7 +126,7 @@ def test_a_dry_run_counts_the_save_at_the_end(experiment: ExperimentConfig) -> N
 def test_a_dry_run_of_a_stream_has_no_length(experiment: ExperimentConfig) -> None:
     """What only the run itself tells is left open."""
     stream = LoaderConfig(dataset=config_of(Stream), batch_size=4)
-    found = dry_run(experiment.replace(data=DataConfig(train=stream), hooks={}, schedule=None))
+    found = dry_run(experiment.replace(data=DataConfig(train=stream), hooks={}, lr_scheduler=None))
     assert found.length is None
     assert [hook.times for hook in found.hooks] == [None]
     assert found.loss is not None
@@ -154,7 +156,7 @@ def test_a_fast_run_takes_any_data(experiment: ExperimentConfig, part: str) -> N
         "stream": LoaderConfig(dataset=config_of(Stream), batch_size=4),
         "sampler": spirals().replace(shuffle=False, sampler=config_of(SequentialSampler)),
     }
-    changes = {"data": DataConfig(train=loaders[part]), "hooks": {}, "schedule": None}
+    changes = {"data": DataConfig(train=loaders[part]), "hooks": {}, "lr_scheduler": None}
     done = fast_run(experiment.replace(**changes))
     assert "step 2" in done[0]
     assert done[-1] == "saved, and went on from step 2 to 3"

@@ -1,4 +1,4 @@
-"""The steps and epochs with which a schedule is due, against what plain counting says."""
+"""The steps and epochs with which a trigger is due, against what plain counting says."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from robo_orchard_lab.pipeline.trigger import (
     First,
     Last,
     Role,
-    Schedule,
-    ScheduleError,
+    Trigger,
+    TriggerError,
 )
 from tiny import make_loader, make_trainer
 
@@ -119,10 +119,10 @@ class Unsized:
         return iter(self.loader)
 
 
-def expected(when: Schedule, channel: ChannelName, role: Role, setting: Setting) -> list[int]:
+def expected(when: Trigger, channel: ChannelName, role: Role, setting: Setting) -> list[int]:
     """The numbers of the steps, or on ``on_epoch`` of the epochs, with which it must be due."""
     if isinstance(when, AnyOf):
-        parts = [expected(part, channel, role, setting) for part in when.schedules]
+        parts = [expected(part, channel, role, setting) for part in when.triggers]
         return sorted(set().union(*parts))
     if channel == "on_epoch":
         ended = [(e, c or role == "before") for e, c in setting.epochs()]
@@ -177,7 +177,7 @@ due_on_steps = st.one_of(
 due_on_epochs = st.one_of(st.builds(EveryEpochs, small), st.just(First()), st.just(Last()))
 
 
-def joined(parts: st.SearchStrategy[Schedule]) -> st.SearchStrategy[Schedule]:
+def joined(parts: st.SearchStrategy[Trigger]) -> st.SearchStrategy[Trigger]:
     return parts | st.tuples(parts, parts).map(AnyOf)
 
 
@@ -196,16 +196,16 @@ runs = st.builds(
 class Firing(PipelineHooks):
     """Writes down the number of the step, or the epoch, with which each of its functions ran."""
 
-    def __init__(self, schedules: list[Schedule], channels: tuple[ChannelName, ...]) -> None:
+    def __init__(self, triggers: list[Trigger], channels: tuple[ChannelName, ...]) -> None:
         super().__init__()
-        self.fired: dict[tuple[Schedule, ChannelName, str], list[int]] = {}
-        for when in schedules:
+        self.fired: dict[tuple[Trigger, ChannelName, str], list[int]] = {}
+        for when in triggers:
             for channel in channels:
                 self._register(when, channel, ["before"])
                 self._register(when, channel, ["after"])
                 self._register(when, channel, ["before", "after"])
 
-    def _register(self, when: Schedule, channel: ChannelName, roles: list[Role]) -> None:
+    def _register(self, when: Trigger, channel: ChannelName, roles: list[Role]) -> None:
         def noting(role: str) -> Callable[[PipelineHookArgs], None]:
             kind = role if len(roles) == 1 else f"{role} of both"
             fired = self.fired[when, channel, kind] = []
@@ -223,7 +223,7 @@ def check(firing: Firing, setting: Setting) -> None:
     for (when, channel, kind), fired in firing.fired.items():
         # A pair is entered by what its before finds, and left whenever it was entered.
         role: Role = "after" if kind == "after" else "before"
-        foreseen = isinstance(when, Last) or Last() in getattr(when, "schedules", ())
+        foreseen = isinstance(when, Last) or Last() in getattr(when, "triggers", ())
         if channel == "on_epoch" and role == "before" and setting.skips and foreseen:
             continue  # an epoch that is foreseen as the last one may not be it
         told = f"{when} on {channel}, {kind}, in {setting}"
@@ -240,10 +240,10 @@ def check(firing: Firing, setting: Setting) -> None:
 @example(Setting(3, 2, max_epoch=2, max_optimizer_step=3, skips=frozenset({1})), [Last()])
 @example(Setting(3, 2, max_step=4, max_epoch=2), [Last(), EveryOptimizerSteps(2)])
 @example(Setting(2, 3, max_epoch=2, sized=False), [Last(), First()])
-def test_steps_are_due_as_counted(setting: Setting, schedules: list[Schedule]) -> None:
+def test_steps_are_due_as_counted(setting: Setting, triggers: list[Trigger]) -> None:
     """On every channel of a step, before and after, in windows that end early and with skips."""
-    assume(setting.sized or all("epoch" not in str(when) for when in schedules))
-    firing = Firing(schedules, STEP_CHANNELS)
+    assume(setting.sized or all("epoch" not in str(when) for when in triggers))
+    firing = Firing(triggers, STEP_CHANNELS)
     trainer = setting.run([firing])
     *_, last = setting.steps()
     assert trainer.progress.global_step_id == last.number
@@ -254,9 +254,9 @@ def test_steps_are_due_as_counted(setting: Setting, schedules: list[Schedule]) -
 @settings(max_examples=40, deadline=None)
 @example(Setting(3, 2, max_epoch=3, max_optimizer_step=3), [Last()])
 @example(Setting(3, 1, max_epoch=3, max_step=4), [Last() | First()])
-def test_epochs_are_due_as_counted(setting: Setting, schedules: list[Schedule]) -> None:
+def test_epochs_are_due_as_counted(setting: Setting, triggers: list[Trigger]) -> None:
     """The after of an epoch that was cut short is not due, but with the end of the run."""
-    firing = Firing(schedules, ("on_epoch",))
+    firing = Firing(triggers, ("on_epoch",))
     setting.run([firing])
     check(firing, setting)
 
@@ -272,7 +272,7 @@ def test_the_last_step_is_the_last(setting: Setting) -> None:
 
 @given(runs, joined(due_on_steps | due_on_epochs))
 @settings(max_examples=40, deadline=None)
-def test_requests_are_made_where_a_schedule_is_due(setting: Setting, when: Schedule) -> None:
+def test_requests_are_made_where_a_trigger_is_due(setting: Setting, when: Trigger) -> None:
     """What is registered at the commit point is asked on the channel that knows."""
     asked: set[tuple[str, int]] = set()
     hooks = PipelineHooks()
@@ -286,7 +286,7 @@ def test_requests_are_made_where_a_schedule_is_due(setting: Setting, when: Sched
     )
     setting.run([hooks])
     wanted: set[tuple[str, int]] = set()
-    for part in when.schedules if isinstance(when, AnyOf) else [when]:
+    for part in when.triggers if isinstance(when, AnyOf) else [when]:
         channel = {
             EveryOptimizerSteps: "on_optimizer_step",
             EveryEpochs: "on_epoch",
@@ -300,7 +300,7 @@ def test_requests_are_made_where_a_schedule_is_due(setting: Setting, when: Sched
     assert all(len(hooks.get_channel(channel)) == 0 for channel in CHANNEL_NAMES)
 
 
-EVERYTHING: list[Schedule] = [
+EVERYTHING: list[Trigger] = [
     EverySteps(2),
     EverySteps(3) | AtSteps({5}),
     EveryOptimizerSteps(1),
@@ -430,10 +430,10 @@ def test_epochs_are_counted_on_the_channels_of_a_step(channel: ChannelName) -> N
 
 
 def test_the_last_step_of_data_without_a_length_is_unknown() -> None:
-    """A schedule by epochs on a step is refused there, in the first step, with the remedy."""
+    """A trigger by epochs on a step is refused there, in the first step, with the remedy."""
     hooks = PipelineHooks("counts")
     hooks.on_step.after(when="1 epoch")(print)
-    with pytest.raises(ScheduleError, match=r"'1 epoch': no step knows .* register .* on_epoch"):
+    with pytest.raises(TriggerError, match=r"'1 epoch': no step knows .* register .* on_epoch"):
         make_trainer([hooks], loader=(batch for batch in make_loader(3)), max_epoch=1)()
 
 

@@ -1,4 +1,4 @@
-"""What each process of ``test_alike.py`` runs: trainers that are unlike on rank 1."""
+"""What each process of ``test_rank_consistency.py`` runs: trainers that are unlike on rank 1."""
 
 from __future__ import annotations
 
