@@ -12,14 +12,14 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import IterableDataset
 
-from launching import launch
+from launching import SCRIPTS, launch
 from robo_orchard_lab.experiment.run_plan import count_moves
 from robo_orchard_lab.pipeline import TrainerLimits
 from robo_orchard_lab.pipeline.errors import DataError, PipelineConfigError
 from robo_orchard_lab.pipeline.hooks.optimizer import LRSchedulerUnit
 from tiny import make_loader, make_model, make_trainer
 
-SCRIPT = Path(__file__).parent / "moves_on_ranks.py"
+SCRIPT = SCRIPTS / "moves_on_ranks.py"
 
 
 class Stream(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from launching import launch
+from launching import SCRIPTS, launch
 
-SCRIPT = Path(__file__).parent / "build_on_ranks.py"
+SCRIPT = SCRIPTS / "build_on_ranks.py"
 
 
 def test_ranks_build_one_run_and_fail_together(tmp_path: Path) -> None:

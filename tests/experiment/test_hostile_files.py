@@ -17,6 +17,8 @@ from tests.experiment.hostile.names import NAMES
 from tests.experiment.hostile.texts import JSON_AND_TOML, YAML
 from tests.experiment.hostile.when_validated import WHEN_VALIDATED
 
+from launching import SCRIPTS
+
 BEFORE_IMPORT = [*YAML, *JSON_AND_TOML, *NAMES, *FILES]
 
 SECONDS = 1.0
@@ -72,7 +74,7 @@ def what_became_of(
     done = subprocess.run(
         [
             sys.executable,
-            Path(__file__).with_name("refuse_files.py"),
+            SCRIPTS / "refuse_files.py",
             folder / "tale",
             str(space_mib),
         ],

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from launching import launch
+from launching import SCRIPTS, launch
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, export_weights, load_checkpoint
 from robo_orchard_lab.pipeline.checkpoint.staging_buffer import ImagePool
@@ -228,7 +228,7 @@ def test_copies_for_the_background_are_pinned() -> None:
 @pytest.mark.parametrize("kind", ["ddp", "sharded", "plugin"])
 def test_a_group_of_one_with_nccl(kind: str, tmp_path: Path) -> None:
     """DDP, FSDP2, and FSDP2 by Accelerate train, save and resume, and nothing waits in a step."""
-    launch(Path(__file__).parent / "gpu_group.py", kind, tmp_path, processes=1, timeout_s=400)
+    launch(SCRIPTS / "gpu_group.py", kind, tmp_path, processes=1, timeout_s=400)
     found = torch.load(tmp_path / "found.pt")
     straight, resumed = found["straight"], found["resumed"]
     assert equal(list(straight["weights"].values()), list(resumed["weights"].values()))

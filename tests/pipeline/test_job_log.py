@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from launching import launch
+from launching import SCRIPTS, launch
 from robo_orchard_lab.pipeline.job_log import job_logger
 
-SCRIPT = Path(__file__).parent / "log_on_ranks.py"
+SCRIPT = SCRIPTS / "log_on_ranks.py"
 
 # What is logged in two runs, of which the second one goes on with the first one, and how often.
 EVENTS = {

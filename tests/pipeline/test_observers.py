@@ -7,13 +7,11 @@ from pathlib import Path
 
 import torch
 
-from launching import launch
+from launching import SCRIPTS, launch
 from observed import make_observed_trainer, observing_hooks
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.sinks import read_metrics
 from robo_orchard_lab.testing import TracedCall, count_host_reads
-
-HERE = Path(__file__).parent
 
 
 def test_watching_changes_nothing(tmp_path: Path) -> None:
@@ -81,7 +79,7 @@ def test_a_planted_read_is_seen(tmp_path: Path) -> None:
 
 def test_a_logging_point_is_the_only_exchange(tmp_path: Path) -> None:
     """On two ranks, 200 steps with 4 logging points take 4 collectives more than without hooks."""
-    launch(HERE / "observe_on_ranks.py", tmp_path)
+    launch(SCRIPTS / "observe_on_ranks.py", tmp_path)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert [rank["added"] for rank in ranks] == [{"all_gather": 4}] * 2
     assert ranks[0]["weights"] == ranks[1]["weights"] == ranks[0]["unwatched"]

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]  # accelerate brings it
 
-from launching import command, environment
+from launching import SCRIPTS, command, environment
 from robo_orchard_lab.pipeline.run.run_state import read_run_state
 
-HERE = Path(__file__).parent
 TERMINATED = 128 + signal.SIGTERM
 
 
@@ -23,7 +22,7 @@ TERMINATED = 128 + signal.SIGTERM
 def launched(folder: Path, *kinds: str) -> Iterator[subprocess.Popen[str]]:
     """Two ranks that train in turn for each of the kinds."""
     job = subprocess.Popen(
-        command(HERE / "preempted_on_ranks.py", folder, *kinds),
+        command(SCRIPTS / "preempted_on_ranks.py", folder, *kinds),
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

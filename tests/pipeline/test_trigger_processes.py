@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from launching import launch
+from launching import SCRIPTS, launch
 from robo_orchard_lab.pipeline.run.run_state import read_run_state
 
-SCRIPT = Path(__file__).parent / "clock_on_ranks.py"
+SCRIPT = SCRIPTS / "clock_on_ranks.py"
 
 
 def test_all_ranks_fire_at_the_same_steps(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import all_reduce
 
-from launching import environment
+from launching import SCRIPTS, environment
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.testing import count_collectives, count_host_reads, run_hook
@@ -212,7 +212,7 @@ def test_collectives_are_counted_until_the_block_ends() -> None:
 
 def test_collectives_are_counted(tmp_path: Path) -> None:
     """By whatever name Python code calls them, each once, and not those that DDP makes itself."""
-    script = Path(__file__).with_name("collectives_in_a_group.py")
+    script = SCRIPTS / "collectives_in_a_group.py"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(script), str(tmp_path / "store")],
         env=environment(),

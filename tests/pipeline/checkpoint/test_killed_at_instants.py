@@ -14,10 +14,11 @@ from typing import IO
 
 import pytest
 
+from launching import SCRIPTS
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
 from robo_orchard_lab.pipeline.checkpoint.info import step_of
 
-SCRIPT = Path(__file__).parent.parent / "save_until_killed.py"
+SCRIPT = SCRIPTS / "save_until_killed.py"
 LONGEST_LIFE_S = 0.12
 KEPT = 3
 """How many checkpoints the script keeps."""

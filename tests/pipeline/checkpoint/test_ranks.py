@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from launching import launch
+from launching import SCRIPTS, launch
 from robo_orchard_lab.pipeline.checkpoint import ReadLimits, load_checkpoint, save_checkpoint
 from robo_orchard_lab.pipeline.checkpoint.manifest import parse_manifest
 from robo_orchard_lab.pipeline.errors import CheckpointError
 
-SCRIPT = Path(__file__).parent.parent / "store_on_ranks.py"
+SCRIPT = SCRIPTS / "store_on_ranks.py"
 
 
 @pytest.fixture(scope="module")

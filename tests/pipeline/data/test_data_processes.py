@@ -10,11 +10,11 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 from data_on_ranks import LOADERS
-from launching import launch
+from launching import SCRIPTS, launch
 from loaded_data import Drawing, Indices, data_of
 from robo_orchard_lab.pipeline.data import DataOrder
 
-SCRIPT = Path(__file__).parent.parent / "data_on_ranks.py"
+SCRIPT = SCRIPTS / "data_on_ranks.py"
 
 
 def run(folder: Path, processes: int) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launching import launch
+from launching import SCRIPTS, launch
 from logged_run import Publisher, StopAfter, logged_trainer
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.data import DataOrder
@@ -30,7 +30,7 @@ from robo_orchard_lab.pipeline.sinks import (
 from robo_orchard_lab.pipeline.trigger import EverySeconds, EverySteps, Trigger
 from tiny import equal, make_loader, make_trainer, weights
 
-SCRIPT = Path(__file__).parent.parent / "logged_run.py"
+SCRIPT = SCRIPTS / "logged_run.py"
 
 
 class ListSink:

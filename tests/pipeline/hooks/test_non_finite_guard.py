@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.optim.lr_scheduler import StepLR
 
-from launching import launch
+from launching import SCRIPTS, launch
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
@@ -664,7 +664,7 @@ def test_the_configuration_survives_a_file(tmp_path: Path) -> None:
 def test_two_ranks_decide_alike(accumulate: int, tmp_path: Path) -> None:
     """Where the loss of one rank alone is infinite, with finite gradients, both skip or raise,
     without a collective; finite runs are bit for bit those without a guard."""
-    script = Path(__file__).parent.parent / "guard_on_ranks.py"
+    script = SCRIPTS / "guard_on_ranks.py"
     launch(script, tmp_path, accumulate)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     for rank, found in enumerate(ranks):

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from launching import HELPERS
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.data.loader import LeavesSignals, taken_by_main_process
 from robo_orchard_lab.pipeline.errors import (
@@ -34,8 +35,6 @@ from robo_orchard_lab.pipeline.metrics import MetricValue
 from robo_orchard_lab.pipeline.run.run_state import read_run_state
 from robo_orchard_lab.testing import assert_no_device_sync, assert_weights_unchanged
 from tiny import equal, make_model, make_trainer, weights
-
-HERE = Path(__file__).parent.parent
 
 
 def send(number: int = signal.SIGTERM) -> None:
@@ -365,7 +364,7 @@ def test_a_script_ends_with_its_persistent_workers(last: str, code: int) -> None
     """Also where its loader and trainer are there to the last, where it fails or trains again."""
     ended = subprocess.run(
         [sys.executable, "-c", SCRIPT_WITH_WORKERS + last],
-        cwd=HERE,
+        cwd=HELPERS,
         capture_output=True,
         text=True,
         timeout=60,
@@ -610,7 +609,7 @@ print("trained", flush=True)
 def test_a_process_ends_with_the_code_of_ctrl_c(tmp_path: Path) -> None:
     """Ctrl-C in a terminal reaches all processes; the run stops, without a traceback, by 130."""
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(tmp_path), str(HERE)],
+        [sys.executable, "-c", CHILD, str(tmp_path), str(HELPERS)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

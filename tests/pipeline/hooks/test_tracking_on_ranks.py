@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 
-from launching import launch
-
-HERE = Path(__file__).parent.parent
+from launching import SCRIPTS, launch
 
 
 def run(folder: Path, *options: str) -> list[dict[str, Any]]:
     """What each of two ranks saved."""
-    launch(HERE / "track_on_ranks.py", folder, *options)
+    launch(SCRIPTS / "track_on_ranks.py", folder, *options)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

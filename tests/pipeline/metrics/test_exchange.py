@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launching import launch
+from launching import SCRIPTS, launch
 
-SCRIPT = Path(__file__).parent / "exchange_on_ranks.py"
+SCRIPT = SCRIPTS / "exchange_on_ranks.py"
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launching import launch
+from launching import SCRIPTS, launch
 
-SCRIPT = Path(__file__).parent / "rank_consistency_on_ranks.py"
+SCRIPT = SCRIPTS / "rank_consistency_on_ranks.py"
 
 # By what differs on rank 1: the part that is named, and lines of the two ranks.
 PARTS = {

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from launching import launch
+from launching import SCRIPTS, launch
 from robo_orchard_lab.pipeline.checkpoint import (
     CheckpointStore,
     ReadLimits,
@@ -21,7 +21,7 @@ from robo_orchard_lab.pipeline.checkpoint import (
 from robo_orchard_lab.pipeline.checkpoint.reader import OpenCheckpoint
 from sharded_on_ranks import OwnValues, in_any_number
 
-SCRIPT = Path(__file__).parent / "sharded_on_ranks.py"
+SCRIPT = SCRIPTS / "sharded_on_ranks.py"
 
 
 @pytest.fixture(scope="module")

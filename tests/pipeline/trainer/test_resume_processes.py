@@ -8,17 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from launching import launch
+from launching import SCRIPTS, launch
 from robo_orchard_lab.pipeline.checkpoint import load_checkpoint
-
-HERE = Path(__file__).parent
 
 
 def train(folder: Path, *stops: int, background: bool = False) -> list[dict[str, Any]]:
     """What each of two ranks has come to."""
     folder.mkdir()
     kind = "background" if background else "in place"
-    launch(HERE / "resume_on_ranks.py", folder, kind, *stops)
+    launch(SCRIPTS / "resume_on_ranks.py", folder, kind, *stops)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

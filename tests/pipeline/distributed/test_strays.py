@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from launching import launch
+from launching import SCRIPTS, launch
 from robo_orchard_lab.pipeline.distributed.job_store import Place, stray_among
 
-SCRIPT = Path(__file__).parent / "strays_on_ranks.py"
+SCRIPT = SCRIPTS / "strays_on_ranks.py"
 
 
 @pytest.mark.parametrize(

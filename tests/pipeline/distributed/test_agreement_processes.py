@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launching import launch
+from launching import SCRIPTS, launch
 
-SCRIPT = Path(__file__).parent / "agree_on_ranks.py"
+SCRIPT = SCRIPTS / "agree_on_ranks.py"
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])

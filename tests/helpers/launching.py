@@ -11,6 +11,12 @@ from pathlib import Path
 import coverage
 import torch.distributed
 
+HELPERS = Path(__file__).parent
+"""Folder of the modules that tests and their scripts import."""
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+"""Folder of the scripts that tests start in processes of their own."""
+
 
 def command(
     script: Path | str,

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from launching import launch
+from launching import SCRIPTS, launch
 from uneven_on_ranks import TRAININGS
 
-SCRIPT = Path(__file__).parent / "uneven_on_ranks.py"
+SCRIPT = SCRIPTS / "uneven_on_ranks.py"
 
 Results = dict[int, list[dict[str, Any]]]
 

@@ -2,7 +2,7 @@
 
 A line is ``before|after channel epoch step global_step optimizer_step``, indented by nesting; an
 after that sees an error ends with it. After an intended change, write the files anew with
-``UPDATE_GOLDEN=1 pytest tests/pipeline/test_golden_trace.py`` and read the difference.
+``UPDATE_GOLDEN=1 pytest tests/pipeline/trainer/test_golden_trace.py`` and read the difference.
 """
 
 from __future__ import annotations

@@ -12,12 +12,11 @@ from typing import NamedTuple
 import pytest
 
 from fails_on_ranks import FAILS_AT
-from launching import environment, launch
+from launching import SCRIPTS, environment, launch
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
 from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES
 from robo_orchard_lab.pipeline.run.run_state import RunState, read_run_state
 
-HERE = Path(__file__).parent
 KILLED = -9
 LONGEST_S = 10.0
 IN_CHANNELS = [f"{role} {channel}" for channel in CHANNEL_NAMES for role in ("before", "after")]
@@ -41,7 +40,7 @@ class Ended(NamedTuple):
 def run_pairs(folder: Path, *cases: str) -> list[Ended]:
     """A pair of ranks for each case; a case is a place and, behind a ``+``, options."""
     done = subprocess.run(
-        [sys.executable, str(HERE / "pairs.py"), str(folder), *cases],
+        [sys.executable, str(SCRIPTS / "pairs.py"), str(folder), *cases],
         env=environment(),
         capture_output=True,
         text=True,
@@ -252,7 +251,7 @@ def test_torchrun_ends_with_the_first_error(tmp_path: Path) -> None:
 
     It has the time for what others have registered to be done at its exit.
     """
-    done = launch(HERE / "fails_on_ranks.py", tmp_path / "run", "step", "late", fails=True)
+    done = launch(SCRIPTS / "fails_on_ranks.py", tmp_path / "run", "step", "late", fails=True)
     assert "flushed" in done.stdout
     assert "rank 1 failed first: ValueError: planted" in done.stderr
     assert done.stderr.rindex("rank      : 1") > done.stderr.index("Root Cause")

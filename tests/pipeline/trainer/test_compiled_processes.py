@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from compiled_on_ranks import WAYS, WITHOUT_DDP, Dropped, train
-from launching import launch
+from launching import SCRIPTS, launch
 from robo_orchard_lab.pipeline.checkpoint import load_checkpoint
 
-SCRIPT = Path(__file__).parent / "compiled_on_ranks.py"
+SCRIPT = SCRIPTS / "compiled_on_ranks.py"
 
 
 @pytest.fixture(scope="module")

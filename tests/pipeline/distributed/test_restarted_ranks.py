@@ -12,11 +12,10 @@ import psutil  # type: ignore[import-untyped]  # accelerate brings it
 import pytest
 import torch
 
-from launching import command, environment
+from launching import SCRIPTS, command, environment
 from robo_orchard_lab.pipeline.run.run_state import read_run_state
 
-HERE = Path(__file__).parent
-SCRIPT = HERE / "restarted_on_ranks.py"
+SCRIPT = SCRIPTS / "restarted_on_ranks.py"
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launching import launch
-
-HERE = Path(__file__).parent
+from launching import SCRIPTS, launch
 
 
 def launch_training(
@@ -18,7 +16,7 @@ def launch_training(
 ) -> subprocess.CompletedProcess[str]:
     """Ranks that together see batches of four; ``kind`` is what the script varies."""
     folder.mkdir()
-    script = HERE / "train_on_ranks.py"
+    script = SCRIPTS / "train_on_ranks.py"
     return launch(script, folder, accumulate, 4 // processes, kind, processes=processes)
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from launching import SCRIPTS
 from robo_orchard_lab.pipeline.run.run_state import read_run_state
 from tiny import equal
 
-HERE = Path(__file__).parent
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -25,7 +25,7 @@ def start(folder: Path, ranks: int, number: int) -> list[subprocess.Popen[str]]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     folder.mkdir(exist_ok=True)
     meeting = folder.with_name(f"{folder.name}-{number}.meeting")
-    script = str(HERE / "signalled_run.py")
+    script = str(SCRIPTS / "signalled_run.py")
     return [
         subprocess.Popen(
             [sys.executable, script, str(folder), str(rank), str(ranks), str(meeting)],
