@@ -73,6 +73,11 @@ HERE = os.path.relpath(__file__)
         ([].append, "builtin list.append>"),
         (functools.partial(functools.partial(OWNER.method)), "partial of bound method Owner"),
     ],
+    ids=[
+        *("function", "method", "class_method", "static_method", "callable_object", "wrapper"),
+        *("partial", "partial_of_builtin", "class", "builtin_class", "builtin_method"),
+        "partial_of_partial",
+    ],
 )
 def test_every_kind_of_callable_is_described(described: Any, expected: str) -> None:
     """Kind, name, file and line are told, as far as Python knows them."""
