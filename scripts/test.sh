@@ -1,36 +1,59 @@
 #!/usr/bin/env bash
-# Checks everything, from nothing: makes the environment first. CI runs the same.
+# Check everything. Make the environment first. CI runs the same.
 #
-#     bash scripts/test.sh            style, types, spelling, tests with coverage
-#     bash scripts/test.sh --all      the tests that take minutes, too
+#     bash scripts/test.sh              style, types, spelling, tests with coverage
+#     bash scripts/test.sh --all        also the tests that take minutes
+#     bash scripts/test.sh --newest     only the tests, on the newest releases of all packages
+#     bash scripts/test.sh --oldest     only the tests, on the lowest releases that pyproject.toml accepts
 #
-# Each check runs, also after another has failed. Exits with 0 if all passed.
+# The tests run on all cores; PYTEST_XDIST_AUTO_NUM_WORKERS sets another number of workers. Each
+# check runs, also after another has failed. Exits with 0 if all passed.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
+selection="not slow"
+versions=locked
 case "$*" in
-    "") selection="not slow" ;;
+    "") ;;
     --all) selection="" ;;
-    *) stop "expected no argument, or --all; got: $*" ;;
+    --newest | --oldest) versions=${1#--} ;;
+    *) stop "expected no argument, --all, --newest or --oldest; got: $*" ;;
 esac
 
-make_environment
+make_environment "$versions"
 cd "$checkout"
 
 failed=()
 check() {
-    local name=$1
+    local name=$1 began=$SECONDS
     shift
     printf '\n== %s\n' "$name"
     "$@" || failed+=("$name")
+    printf '== %s: %d s\n' "$name" $((SECONDS - began))
 }
 
-check "ruff check" "$python" -m ruff check
-check "ruff format" "$python" -m ruff format --check
-check "mypy" "$python" -m mypy src tests examples benchmarks
-check "codespell" "$environment/bin/codespell"
-check "doctests" "$python" -m pytest src --doctest-modules --quiet --cov --cov-report=
-check "tests" "$python" -m pytest tests -m "$selection" --cov --cov-append --cov-fail-under=95
+export PYTEST_XDIST_AUTO_NUM_WORKERS=${PYTEST_XDIST_AUTO_NUM_WORKERS:-$(nproc)}
+export OMP_NUM_THREADS=1 # a core for each worker
+parallel=(-n auto --dist worksteal)
+
+# These measure speed: they run alone, after the other tests.
+alone=tests/end_to_end/test_benchmarks.py
+
+if [ "$versions" = locked ]; then
+    check "ruff check" "$python" -m ruff check
+    check "ruff format" "$python" -m ruff format --check
+    check "mypy" "$python" -m mypy src tests examples benchmarks
+    check "codespell" "$environment/bin/codespell"
+    check "doctests" "$python" -m pytest src --doctest-modules --quiet --cov --cov-report=
+    check "tests" "$python" -m pytest tests "${parallel[@]}" --ignore "$alone" -m "$selection" \
+        --cov --cov-append --cov-report=
+    check "tests of speed, and coverage" "$python" -m pytest "$alone" -m "$selection" \
+        --cov --cov-append --cov-fail-under=95
+else
+    "$python" -m pip list --disable-pip-version-check
+    check "doctests" "$python" -m pytest src --doctest-modules --quiet
+    check "tests" "$python" -m pytest tests "${parallel[@]}" -m "$selection"
+fi
 
 if [ ${#failed[@]} -gt 0 ]; then
     stop "failed: ${failed[*]}"
