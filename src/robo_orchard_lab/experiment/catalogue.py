@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping
 from robo_orchard_core.utils.config.document import Plain
 from robo_orchard_core.utils.config.errors import Path
 from robo_orchard_core.utils.config.parts import PART_KEYS
+from robo_orchard_lab.builtin_hooks import HOOK_MODULES
 
 # --- catalogued names ------------------------------------------------------------------------
 # The names of the catalogue: public module, where in it they are defined, what they are called.
@@ -31,25 +32,7 @@ from robo_orchard_core.utils.config.parts import PART_KEYS
 
 OURS: dict[str, dict[str, str]] = {
     "robo_orchard_lab.pipeline.hooks": {
-        "clear_cache": "ClearCacheHook ClearCacheHookConfig",
-        "early_stopping": "EarlyStopping EarlyStoppingConfig",
-        "ema": "EMA EMAConfig",
-        "freeze": "FreezeHook FreezeHookConfig",
-        "gradient_clipping": "GradientClippingHook GradientClippingHookConfig",
-        "keep_best": "KeepBest KeepBestConfig",
-        "loss_tracker": "LossTracker LossTrackerConfig",
-        "metric_tracker": "MetricTracker MetricTrackerConfig",
-        "metrics_logger": "MetricsLogger MetricsLoggerConfig",
-        "model_summary": "ModelSummary ModelSummaryConfig",
-        "non_finite_guard": "NonFiniteGuard NonFiniteGuardConfig",
-        "preemption": "Preemption PreemptionConfig",
-        "progress_bar": "ProgressBarHook ProgressBarHookConfig",
-        "save_checkpoint": "SaveCheckpoint SaveCheckpointConfig",
-        "save_model": "SaveModel SaveModelConfig",
-        "stats_monitor": "StatsMonitor StatsMonitorConfig",
-        "time_limit": "TimeLimit TimeLimitConfig",
-        "torch_profiler": "TorchProfilerHook TorchProfilerHookConfig",
-        "validation": "ValidationHook ValidationHookConfig",
+        module: f"{hook} {hook}Config" for hook, module in HOOK_MODULES.items()
     },
     "robo_orchard_lab.pipeline.sinks": {
         "jsonl": "JsonLinesSink JsonLinesSinkConfig",

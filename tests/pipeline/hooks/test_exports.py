@@ -1,5 +1,6 @@
 """Hooks are imported by name, from files that are loaded when they are asked for."""
 
+import ast
 import inspect
 import subprocess
 import sys
@@ -15,6 +16,19 @@ def test_each_exported_name_is_found_in_its_own_file() -> None:
         found = getattr(hooks, name)
         assert found.__name__ == name
         assert inspect.getmodule(found).__name__.startswith(hooks.__name__ + ".")  # type: ignore[union-attr]
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    """The imports for type checkers list each exported name once, from its own module."""
+    tree = ast.parse(inspect.getsource(hooks))
+    imported = {
+        alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+        if node.module.startswith(hooks.__name__)
+    }
+    assert imported == {name: getattr(hooks, name).__module__ for name in hooks.__all__}
 
 
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:

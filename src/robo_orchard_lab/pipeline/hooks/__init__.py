@@ -1,35 +1,24 @@
-"""The hooks that come with the system, one file each, which is imported when first asked for."""
+"""Built-in hooks: one module each, imported on first use.
+
+`builtin_hooks.HOOK_MODULES` lists the hooks; the imports below repeat the names for type checkers.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-_NAMES_OF = {
-    "clear_cache": ("ClearCacheHook", "ClearCacheHookConfig"),
-    "early_stopping": ("EarlyStopping", "EarlyStoppingConfig"),
-    "ema": ("EMA", "EMAConfig"),
-    "freeze": ("FreezeHook", "FreezeHookConfig"),
-    "gradient_clipping": ("GradientClippingHook", "GradientClippingHookConfig"),
-    "keep_best": ("KeepBest", "KeepBestConfig"),
-    "loss_tracker": ("LossTracker", "LossTrackerConfig"),
-    "metric_tracker": ("MetricTracker", "MetricTrackerConfig"),
-    "metrics_logger": ("MetricsLogger", "MetricsLoggerConfig"),
-    "model_summary": ("ModelSummary", "ModelSummaryConfig", "summarize"),
-    "non_finite_guard": ("NonFiniteError", "NonFiniteGuard", "NonFiniteGuardConfig"),
-    "optimizer": ("OptimizerHook",),
-    "preemption": ("Preemption", "PreemptionConfig"),
-    "progress_bar": ("ProgressBarHook", "ProgressBarHookConfig"),
-    "save_checkpoint": ("SaveCheckpoint", "SaveCheckpointConfig"),
-    "save_model": ("SaveModel", "SaveModelConfig"),
-    "stats_monitor": ("StatsMonitor", "StatsMonitorConfig"),
-    "time_limit": ("TimeLimit", "TimeLimitConfig"),
-    "torch_profiler": ("TorchProfilerHook", "TorchProfilerHookConfig"),
-    "validation": ("ValidationHook", "ValidationHookConfig"),
+from robo_orchard_lab.builtin_hooks import HOOK_MODULES
+
+_MODULE_OF = {
+    **HOOK_MODULES,
+    **{f"{hook}Config": module for hook, module in HOOK_MODULES.items()},
+    "NonFiniteError": "non_finite_guard",
+    "OptimizerHook": "optimizer",
+    "summarize": "model_summary",
 }
-_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 
-__all__ = list(_MODULE_OF)
+__all__ = sorted(_MODULE_OF)
 
-if TYPE_CHECKING:  # the same for tools that read types
+if TYPE_CHECKING:
     from robo_orchard_lab.pipeline.hooks.clear_cache import ClearCacheHook as ClearCacheHook
     from robo_orchard_lab.pipeline.hooks.clear_cache import (
         ClearCacheHookConfig as ClearCacheHookConfig,
@@ -100,11 +89,10 @@ if TYPE_CHECKING:  # the same for tools that read types
         ValidationHookConfig as ValidationHookConfig,
     )
 else:
-    # The trainer needs two of them. All, with what they stand on, would take as long to import as
-    # the trainer itself.
+    # The trainer needs few of the hooks; importing all of them would double its import time.
     def __getattr__(name: str) -> object:
         if name not in _MODULE_OF:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        found = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-        globals()[name] = found  # the next look-up finds it without coming here
-        return found
+        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value  # later look-ups bypass this function
+        return value
