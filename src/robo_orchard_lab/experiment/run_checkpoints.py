@@ -15,7 +15,7 @@ from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, Retention
 from robo_orchard_lab.pipeline.checkpoint.info import BEST, LAST, step_of
 from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE
 from robo_orchard_lab.pipeline.errors import CheckpointError
-from robo_orchard_lab.pipeline.hooks.save_checkpoint import FOLDER
+from robo_orchard_lab.pipeline.hooks.save_checkpoint import CHECKPOINTS_FOLDER
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.run.run_path import check_run_path
 
@@ -89,7 +89,9 @@ def checkpoints_at(path: str | os.PathLike[str]) -> CheckpointPlace:
     place = run_at(path)
     policy = _policy_in(place.config)
     folder = policy.get("folder")
-    root = place.folder / _within_run(FOLDER if folder is None else folder, place.config)
+    root = place.folder / _within_run(
+        CHECKPOINTS_FOLDER if folder is None else folder, place.config
+    )
     if not root.is_dir():
         raise NoRunError(f"the run in {place.folder} has no checkpoints: there is no {root}")
     return CheckpointPlace(root, place.checkpoint, policy)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 class PipelineConfigError(ValueError):
@@ -19,6 +21,20 @@ class DataError(RuntimeError):
 
 class StateError(ValueError):
     """A saved state does not fit what it is loaded into; nothing was changed."""
+
+
+def check_state_version(state: Mapping[str, Any], expected: int, owner: str) -> None:
+    """Raise `StateError` unless the ``version`` of a saved state is the expected one.
+
+    >>> check_state_version({"version": 2}, expected=1, owner="EMA")
+    Traceback (most recent call last):
+    robo_orchard_lab.pipeline.errors.StateError: expected a state of EMA of version 1, found ...
+    """
+    found = state.get("version")
+    if found != expected:
+        raise StateError(
+            f"expected a state of {owner} of version {expected}, found version {found!r}"
+        )
 
 
 class CheckpointError(StateError):

@@ -187,7 +187,7 @@ def test_wrong_fields_are_refused(fields: dict[str, Any], told: str) -> None:
 def test_a_state_of_another_version_is_refused() -> None:
     """The error names the hook and the versions."""
     stopping = EarlyStoppingConfig(monitor=NAME, mode="min", patience=1)()
-    with pytest.raises(StateError, match=r"EarlyStopping: expected .* version 1, found version 2"):
+    with pytest.raises(StateError, match="EarlyStopping of version 1, found version 2"):
         stopping.load_state_dict({"version": 2})
 
 

@@ -301,7 +301,7 @@ def test_a_resumed_run_publishes_what_the_straight_one_does(every: bool) -> None
 
 def test_a_state_of_another_version_is_refused() -> None:
     """The error names the hook and the versions."""
-    with pytest.raises(StateError, match=r"StatsMonitor: expected .* version 1, found version 2"):
+    with pytest.raises(StateError, match="StatsMonitor of version 1, found version 2"):
         StatsMonitorConfig()().load_state_dict({"version": 2})
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.errors import StateError
+from robo_orchard_lab.pipeline.errors import check_state_version
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks.best_value import BestValue, Mode
 from robo_orchard_lab.pipeline.metrics import MetricValue, number_text
@@ -99,11 +99,7 @@ class EarlyStopping(PipelineHooks):
         return {"version": STATE_VERSION, "best": self._best.state_dict(), "latest": self._latest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state.get("version") != STATE_VERSION:
-            raise StateError(
-                f"{self.name}: expected a state of version {STATE_VERSION}, "
-                f"found version {state.get('version')!r}"
-            )
+        check_state_version(state, STATE_VERSION, self.name)
         self._best.load_state_dict(state["best"])
         self._latest = state["latest"]
 

@@ -13,7 +13,12 @@ from pydantic import Field
 
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.errors import PipelineConfigError, PipelineStateError, StateError
+from robo_orchard_lab.pipeline.errors import (
+    PipelineConfigError,
+    PipelineStateError,
+    StateError,
+    check_state_version,
+)
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.model import plain_model, plain_name
 from robo_orchard_lab.pipeline.requests import StopRequest
@@ -372,11 +377,7 @@ class EMA(PipelineHooks):
         Raises:
             StateError: another version, or the average of another model.
         """
-        if state.get("version") != STATE_VERSION:
-            raise StateError(
-                f"expected a state of {self.name} of version {STATE_VERSION}, "
-                f"found version {state.get('version')!r}"
-            )
+        check_state_version(state, STATE_VERSION, self.name)
         average = {part: dict(state[part]) for part in ("shadows", "copies") if part in state}
         if not self._running:
             self._average, self._loaded = None, average or None

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
+from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_version
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks.best_value import BestValue, Mode
 from robo_orchard_lab.pipeline.job_log import job_logger
@@ -145,11 +145,7 @@ class KeepBest(PipelineHooks):
         return {"version": STATE_VERSION, "best": self._best.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state.get("version") != STATE_VERSION:
-            raise StateError(
-                f"{self.name}: expected a state of version {STATE_VERSION}, "
-                f"found version {state.get('version')!r}"
-            )
+        check_state_version(state, STATE_VERSION, self.name)
         self._best.load_state_dict(state["best"])
         self._resumed = True
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.distributed.collectives import joined_by_rank
-from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
+from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_version
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.metrics import MetricsBoard, WeightedSum
 from robo_orchard_lab.pipeline.metrics.window import Number, checked_number
@@ -309,11 +309,7 @@ class LossTracker(PipelineHooks):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state.get("version") != STATE_VERSION:
-            raise StateError(
-                f"{self.name}: expected a state of version {STATE_VERSION}, "
-                f"found version {state.get('version')!r}"
-            )
+        check_state_version(state, STATE_VERSION, self.name)
         self._loaded = state
 
     def redistribute_states(

@@ -13,7 +13,7 @@ from robo_orchard_core.utils.config import Function
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.distributed.collectives import joined_by_rank
-from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
+from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_version
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks.validation import MetricPart, function_given, given_or_built
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
@@ -137,11 +137,7 @@ class MetricTracker(PipelineHooks):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state.get("version") != STATE_VERSION:
-            raise StateError(
-                f"{self.name}: expected a state of version {STATE_VERSION}, "
-                f"found version {state.get('version')!r}"
-            )
+        check_state_version(state, STATE_VERSION, self.name)
         self._merged.load_state_dict(state["merged"])
         self._window.load_state_dict(state["window"])
         self._epoch.load_state_dict(state["epoch"])

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
+from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_version
 from robo_orchard_lab.pipeline.gradient_norm import gradient_norm
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks.window_recorder import (
@@ -471,11 +471,7 @@ class NonFiniteGuard(PipelineHooks):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state.get("version") != STATE_VERSION:
-            raise StateError(
-                f"expected a state of {self.name} of version {STATE_VERSION}, "
-                f"found version {state.get('version')!r}"
-            )
+        check_state_version(state, STATE_VERSION, self.name)
         self.skips_in_a_row = state["skips_in_a_row"]
         self._losses = list(state["losses"])
         if self._buffers is not None and state["buffers"] is not None:

@@ -24,7 +24,7 @@ from robo_orchard_lab.pipeline.errors import (
     CheckpointError,
     PipelineConfigError,
     RunPreempted,
-    StateError,
+    check_state_version,
 )
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks.best_value import Mode
@@ -97,7 +97,7 @@ class Background(Generic[ResultT]):
 logger = job_logger(__name__)
 
 STATE_VERSION = 1
-FOLDER = "checkpoints"
+CHECKPOINTS_FOLDER = "checkpoints"
 """Where checkpoints go in the folder of a run."""
 
 
@@ -161,7 +161,7 @@ class SaveCheckpoint(PipelineHooks):
         if self.cfg.folder is not None:
             return self.cfg.folder
         if run_folder is not None:
-            return run_folder / FOLDER
+            return run_folder / CHECKPOINTS_FOLDER
         raise PipelineConfigError(
             f"{self.name}.folder: there is no folder for checkpoints; give one, or give the "
             "trainer a run_folder"
@@ -324,11 +324,7 @@ class SaveCheckpoint(PipelineHooks):
         return {"version": STATE_VERSION, "best": list(self._best)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state.get("version") != STATE_VERSION:
-            raise StateError(
-                f"{self.name}: expected a state of version {STATE_VERSION}, "
-                f"found version {state.get('version')!r}"
-            )
+        check_state_version(state, STATE_VERSION, self.name)
         self._best = list(state["best"])
 
 

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
-from robo_orchard_lab.pipeline.errors import StateError
+from robo_orchard_lab.pipeline.errors import check_state_version
 from robo_orchard_lab.pipeline.gradient_norm import gradient_norm
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
@@ -240,11 +240,7 @@ class StatsMonitor(PipelineHooks):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state.get("version") != STATE_VERSION:
-            raise StateError(
-                f"{self.name}: expected a state of version {STATE_VERSION}, "
-                f"found version {state.get('version')!r}"
-            )
+        check_state_version(state, STATE_VERSION, self.name)
         self._norm_due = state["norm_due"]
         self._has_norm = state["has_norm"]
 

@@ -14,7 +14,7 @@ from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.batch_processor import count_batches
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.data.loader import has_index
-from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
+from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_version
 from robo_orchard_lab.pipeline.evaluation_loader import check_dataloaders
 from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
@@ -151,11 +151,7 @@ class ValidationHook(PipelineHooks):
         return {"version": STATE_VERSION, "evaluated_at": self._evaluated_at}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state.get("version") != STATE_VERSION:
-            raise StateError(
-                f"{self.name}: expected a state of version {STATE_VERSION}, "
-                f"found version {state.get('version')!r}"
-            )
+        check_state_version(state, STATE_VERSION, self.name)
         self._evaluated_at = state["evaluated_at"]
 
 

@@ -19,7 +19,7 @@ from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE
 from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.errors import CheckpointError, PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
-from robo_orchard_lab.pipeline.hooks.save_checkpoint import FOLDER, SaveCheckpoint
+from robo_orchard_lab.pipeline.hooks.save_checkpoint import CHECKPOINTS_FOLDER, SaveCheckpoint
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.model import plain_model
 from robo_orchard_lab.pipeline.sharding import shares_of_model
@@ -127,7 +127,7 @@ def _prune(hooks: PipelineHooks, run_folder: Path | None, ranks: Ranks) -> None:
 
 def _check_is_one(path: Path) -> None:
     """Refuse a folder that has checkpoints in it, in place of the files of one."""
-    for root in (path, path / FOLDER):
+    for root in (path, path / CHECKPOINTS_FOLDER):
         if (root / LAST).exists() and not (path / MANIFEST_FILE).exists():
             raise CheckpointError(
                 f"{path} is not a checkpoint, but has some: give one of them, such as "
@@ -144,4 +144,4 @@ def _root(hooks: PipelineHooks, run_folder: Path | None) -> Path:
             "resume_from='auto' has no folder to look in; register a SaveCheckpoint, or give the "
             "trainer a run_folder"
         )
-    return run_folder / FOLDER
+    return run_folder / CHECKPOINTS_FOLDER
