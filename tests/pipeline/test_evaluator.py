@@ -33,7 +33,7 @@ from robo_orchard_lab.pipeline.errors import BatchProcessorError, DataError, Pip
 from robo_orchard_lab.pipeline.evaluation_loader import EvaluationLoader
 from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.metrics import MetricValueError
-from robo_orchard_lab.pipeline.metrics.metric_inputs import MetricArguments
+from robo_orchard_lab.pipeline.metrics.torchmetrics import MetricArguments
 from tiny import equal, loss_of, make_loader, make_model
 
 KINDS = ("plain", "shuffled", "stream", "list", "unbatched")

@@ -44,7 +44,7 @@ class AsksAlone(PipelineHooks):
         self.on_evaluation.before(lambda args: self.done.append(f"evaluation {args.evaluation}"))
 
     def declare(self, args: PipelineHookArgs) -> None:
-        args.requests.declare_alone()
+        args.requests.allow_rank_local()
         args.requests.listen(
             lambda asked: self.done.append(
                 f"{args.global_step_id}: {asked.reason}, {re.sub(':[0-9]+', '', asked.by)}"
@@ -54,15 +54,15 @@ class AsksAlone(PipelineHooks):
     def ask(self, args: PipelineHookArgs) -> None:
         asks, done = args.requests, args.global_step_id + 1
         if (self.rank, done) == (1, 2):
-            asks.save("saved alone", alone=True)
-            asks.log("logged alone", alone=True)
-            asks.save_weights(self.folder / "w.safetensors", "weights alone", "Me", alone=True)
+            asks.save("saved alone", rank_local=True)
+            asks.log("logged alone", rank_local=True)
+            asks.save_weights(self.folder / "w.safetensors", "weights alone", "Me", rank_local=True)
         if (self.rank, done) == (0, 4):
-            asks.evaluate("evaluated alone", "First", name="ValidationHook", alone=True)
+            asks.evaluate("evaluated alone", "First", name="ValidationHook", rank_local=True)
         time.sleep(0.01)
         # Meanwhile the save in the background comes to its end.
         if self.rank == 1 and done > 11 and any("is over" in what for what in self.done):
-            asks.stop("stopped alone", "Second", alone=True)
+            asks.stop("stopped alone", "Second", rank_local=True)
 
 
 def alone(folder: Path, rank: int) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def everything(folder: Path, rank: int, agree_every: int | None) -> dict[str, An
     fired: list[int] = []
     hooks.on_step.after(when="1 h")(lambda args: fired.append(args.global_step_id))
     hooks.on_epoch.before(when="2 h")(lambda args: fired.append(args.global_step_id))
-    hooks.on_loop.before(lambda args: args.requests.declare_alone())
+    hooks.on_loop.before(lambda args: args.requests.allow_rank_local())
 
     @hooks.on_step.after(when="at steps 33")
     def send(args: PipelineHookArgs) -> None:

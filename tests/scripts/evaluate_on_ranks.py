@@ -283,7 +283,7 @@ def while_training(accelerator: Accelerator, counter: CollectiveCounter) -> dict
         ends.append([*state.values(), torch.rand(2), torch.get_rng_state()])
     return {
         "same": all(map(torch.equal, *ends)),
-        "values": {name: trainer.metrics.found(name) for name in trainer.metrics.names()},
+        "values": {name: trainer.metrics.last_value(name) for name in trainer.metrics.names()},
     }
 
 

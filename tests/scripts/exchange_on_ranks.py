@@ -59,7 +59,7 @@ def main(folder: Path) -> None:
 
     def logging_point() -> None:
         calls.clear()
-        record = board.settle(log=True, accelerator=accelerator)
+        record = board.flush(log=True, accelerator=accelerator)
         assert record is not None
         points.append([{value.name: value.value for value in record.values}, list(calls)])
 

@@ -29,18 +29,18 @@ from tiny import make_loader, make_model, make_trainer
 
 def make(folder: Path, rank: int, stop_at: int) -> HookBasedTrainer:
     watch = PipelineHooks("watch")
-    watch.on_loop.before(lambda args: args.requests.declare_alone())
+    watch.on_loop.before(lambda args: args.requests.allow_rank_local())
 
     @watch.on_step.after(when=f"at steps {stop_at}")
     def stop(args: PipelineHookArgs) -> None:
         if rank == 1:
-            args.requests.stop("it is enough", alone=True)
+            args.requests.stop("it is enough", rank_local=True)
 
     @watch.on_loop.after
     def too_late(args: PipelineHookArgs) -> None:
         args.requests.log("too late")
         if rank == 1:
-            args.requests.save("too late, alone", alone=True)
+            args.requests.save("too late, alone", rank_local=True)
 
     model = make_model()
     unseen = make_loader(2, rest=1, drop_last=True)

@@ -121,7 +121,7 @@ def main(kind: str, folder: Path) -> None:
         stop = StopAfter(6, lambda args: args.requests.stop("enough"))
         trainer = logged_trainer(path, stop, max_epoch=4)
         logged: list[bool] = []
-        trainer.hooks.on_step.before(lambda args: logged.append(args.metrics.logged))
+        trainer.hooks.on_step.before(lambda args: logged.append(args.metrics.is_logged))
         trainer()
         publisher = next(hook for hook in trainer.hooks.all_hooks() if isinstance(hook, Publisher))
         rank = trainer.accelerator.process_index

@@ -45,7 +45,12 @@ from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import HookLike
 from robo_orchard_lab.pipeline.hooks import ValidationHookConfig
 from robo_orchard_lab.pipeline.hooks.optimizer import LRSchedulerUnit
-from robo_orchard_lab.pipeline.model import NamedParameters, all_names, matching, nearest_names
+from robo_orchard_lab.pipeline.model import (
+    NamedParameters,
+    all_named_parameters,
+    match_parameters,
+    suggest_pattern,
+)
 from robo_orchard_lab.pipeline.progress import TrainerLimits
 from robo_orchard_lab.pipeline.run.run_path import in_run_folder
 
@@ -88,7 +93,7 @@ def parameter_groups(
         ConfigFieldError: a pattern matches nothing, or a group gets no parameter since all that it
             matches are in groups ahead of it. The path begins with the group's name.
     """
-    named = all_names(model)
+    named = all_named_parameters(model)
     group_of: dict[torch.nn.Parameter, str] = {}
     for name, group in groups.items():
         matched = list(_matched(model, named, name, group["parameters"]))
@@ -117,9 +122,9 @@ def _matched(
 ) -> Iterator[torch.nn.Parameter]:
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         norms_and_biases = pattern == NORMS_AND_BIASES
-        found = _norms_and_biases(model) if norms_and_biases else matching(pattern, named)
+        found = _norms_and_biases(model) if norms_and_biases else match_parameters(pattern, named)
         if not found:
-            advice = "" if norms_and_biases else f"; {nearest_names(pattern, named)}"
+            advice = "" if norms_and_biases else f"; {suggest_pattern(pattern, named)}"
             raise ConfigFieldError(
                 f"{pattern!r} matches no parameter of the model{advice}", (group, "parameters")
             )
@@ -127,7 +132,7 @@ def _matched(
 
 
 def _norms_and_biases(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    biases = [parameter for name, parameter in all_names(model) if _BIAS.search(name)]
+    biases = [parameter for name, parameter in all_named_parameters(model) if _BIAS.search(name)]
     norms = [module for module in model.modules() if _is_norm(type(module))]
     return biases + [p for norm in norms for p in norm.parameters(recurse=False)]
 

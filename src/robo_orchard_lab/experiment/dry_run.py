@@ -136,7 +136,7 @@ def fast_run(experiment: ExperimentConfig) -> list[str]:
         first = fast.build(run_folder=run_folder, resume="never", **_short_data(fast))
         first.trainer()
         done.append(f"trained to {first.trainer.progress}")
-        found = {value.name: value.value for value in first.trainer.metrics.last_found()}
+        found = {value.name: value.value for value in first.trainer.metrics.last_values()}
         done += [f"found {name} = {value:.6g}" for name, value in sorted(found.items())]
         written = sorted(
             str(path.relative_to(run_folder)) for path in run_folder.rglob("*") if path.is_file()

@@ -162,8 +162,8 @@ def _evaluate(
     with PipelineHooks.from_hooks(measured.hooks).begin("on_loop", args):
         for measure in run.evaluations.values():
             measure(args)
-        run.metrics.settle(log=True, accelerator=accelerator)
-        found |= {value.name: value.value for value in run.metrics.last_found()}
+        run.metrics.flush(log=True, accelerator=accelerator)
+        found |= {value.name: value.value for value in run.metrics.last_values()}
     return found
 
 

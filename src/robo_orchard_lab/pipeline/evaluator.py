@@ -27,8 +27,12 @@ from robo_orchard_lab.pipeline.isolation import (
 )
 from robo_orchard_lab.pipeline.metrics import DeferredMetrics, WeightedSum, resolve
 from robo_orchard_lab.pipeline.metrics.exchange import StateReduction
-from robo_orchard_lab.pipeline.metrics.metric_inputs import MetricArguments, MetricInputs
-from robo_orchard_lab.pipeline.metrics.torchmetrics import MetricsLike, TorchMetrics
+from robo_orchard_lab.pipeline.metrics.torchmetrics import (
+    MetricArguments,
+    MetricInputs,
+    MetricsLike,
+    TorchMetrics,
+)
 from robo_orchard_lab.pipeline.model import ddp_of
 from robo_orchard_lab.pipeline.sharding import is_sharded_model, reshard
 
@@ -251,7 +255,7 @@ class Evaluator:
             record_heartbeat()
         parts: list[DeferredMetrics] = [MeanLoss(f"{prefix}loss", loss_sum, device)]
         if len(metrics):
-            parts.append(metrics.snapshot(metrics.take(), prefix))
+            parts.append(metrics.snapshot(metrics.pop_states(), prefix))
         return parts
 
     def _precision(self, model: torch.nn.Module) -> Callable[[], AbstractContextManager[Any]]:

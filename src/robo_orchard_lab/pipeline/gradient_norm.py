@@ -12,7 +12,9 @@ from accelerate.utils import DistributedType
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.sharded_tensors import has_sharded, is_sharded, local_part
 
-REPLICATING = frozenset({DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU})
+REPLICATED_TYPES = frozenset(
+    {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+)
 """Where each rank has all of the model, or the user has divided it, so that gradients tell what
 they are. Elsewhere Accelerate knows how to add up its parts."""
 
@@ -141,7 +143,7 @@ def _gradients(parameters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
 
 def _are_known(accelerator: Accelerator, gradients: Sequence[torch.Tensor]) -> bool:
     """Whether each gradient is a plain tensor, all of it, or a sharded one that says so."""
-    if accelerator.distributed_type not in REPLICATING and not accelerator.is_fsdp2:
+    if accelerator.distributed_type not in REPLICATED_TYPES and not accelerator.is_fsdp2:
         return False
     return set(map(type, gradients)) <= {torch.Tensor} or all(
         type(gradient) is torch.Tensor or is_sharded(gradient) for gradient in gradients

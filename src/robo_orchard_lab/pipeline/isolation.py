@@ -11,7 +11,7 @@ import torch
 
 from robo_orchard_lab.pipeline.checkpoint import capture_random_state, restore_random_state
 from robo_orchard_lab.pipeline.data.rng import RandomSource, set_states, states_of
-from robo_orchard_lab.pipeline.model import BufferKeeper
+from robo_orchard_lab.pipeline.model import BufferSnapshot
 
 
 @contextmanager
@@ -65,9 +65,9 @@ def first_ranks_buffers(model: torch.nn.Module | None) -> Iterator[None]:
     if model is None or not buffers:
         yield
         return
-    own = BufferKeeper()
+    own = BufferSnapshot()
     own.attach(model)
-    own.keep()
+    own.save()
     try:
         with torch.no_grad():
             _broadcast(buffers)

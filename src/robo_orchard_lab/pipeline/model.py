@@ -55,7 +55,7 @@ def plain_weights(run: PipelineRun) -> dict[str, torch.Tensor]:
 # The buffers of a model as they were.
 
 
-class BufferKeeper:
+class BufferSnapshot:
     """Copies of a model's buffers, on their device, and putting them back.
 
     Which buffers a forward pass changes can't be told: the running statistics of batch
@@ -84,7 +84,7 @@ class BufferKeeper:
             self._loaded = None
 
     @torch.no_grad()
-    def keep(self) -> None:
+    def save(self) -> None:
         """Copy the buffers as they are; nothing is read from the device."""
         live = self._now()
         if self._copies is not None and all(map(is_, live, self._live)):
@@ -104,7 +104,7 @@ class BufferKeeper:
                 setattr(module, name, copy.clone())
 
     def named(self) -> dict[str, torch.Tensor]:
-        """The copies, which the next :meth:`keep` changes."""
+        """The copies, which the next :meth:`save` changes."""
         return {
             full: copy for (_, _, full), copy in zip(self._places, self._copies or (), strict=False)
         }
@@ -120,23 +120,23 @@ class BufferKeeper:
 NamedParameters: TypeAlias = Sequence[tuple[str, torch.nn.Parameter]]
 
 
-def all_names(model: torch.nn.Module) -> NamedParameters:
+def all_named_parameters(model: torch.nn.Module) -> NamedParameters:
     """Every parameter by its name in the plain model; one that is tied by each of its names."""
     named = model.named_parameters(remove_duplicate=False)
     return [(plain_name(name), parameter) for name, parameter in named]
 
 
-def matching(pattern: str, named: NamedParameters) -> list[torch.nn.Parameter]:
+def match_parameters(pattern: str, named: NamedParameters) -> list[torch.nn.Parameter]:
     """Those of which a name matches: ``*`` is any text, dots included, ``?`` one character.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1, bias=False))
-    >>> len(matching("*.weight", all_names(model)))
+    >>> len(match_parameters("*.weight", all_named_parameters(model)))
     2
     """
     return [parameter for name, parameter in named if fnmatchcase(name, pattern)]
 
 
-def nearest_names(pattern: str, named: NamedParameters) -> str:
+def suggest_pattern(pattern: str, named: NamedParameters) -> str:
     """What to write in the place of a pattern that matches nothing, for errors."""
     names = [name for name, _ in named]
     parts = [name.split(".") for name in names]

@@ -82,12 +82,12 @@ class Requests:
     """Where hooks ask; nothing happens before the commit point.
 
     In a job of several processes, a request is made alike on every rank, which costs nothing; or
-    by one rank, whatever the others do, with ``alone=True``. That is for a hook that has called
-    :meth:`declare_alone` on every rank when the run began: the ranks then exchange now and then
+    by one rank, whatever the others do, with ``rank_local=True``. A hook then has called
+    :meth:`allow_rank_local` on every rank when the run began: the ranks then exchange now and then
     whether one has asked, see :class:`Agreement`, and all of them are asked alike at one commit
-    point. In one process, ``alone`` makes no difference.
+    point. In one process, ``rank_local`` makes no difference.
 
-    A request that some ranks make, and not ``alone``, is a mistake of the hook's. The others go on
+    A request that some ranks make, and not ``rank_local``, is a mistake. The others go on
     training meanwhile, so that the ranks wait for one another in different places. Where it is to
     stop, save or evaluate, that is found within seconds, and ends the job with who has asked for
     what; else the job's timeouts do, or ``stall_timeout_s``.
@@ -100,10 +100,10 @@ class Requests:
 
     __slots__ = (
         "_agreement",
-        "_alone",
         "_declared",
+        "_joint_commits",
         "_listeners",
-        "_together",
+        "_rank_local",
         "_waiting",
         "pending",
         "stop_request",
@@ -118,10 +118,10 @@ class Requests:
         self._listeners: list[Callable[[Request], Any]] = []
         self._agreement = Agreement() if agreement is None else agreement
         self._declared = False
-        self._together = (0, 0, "")
-        self._alone: list[Request] = []  # made by this rank, and not known to the others yet
+        self._joint_commits = (0, 0, "")
+        self._rank_local: list[Request] = []  # made by this rank, and not known to the others yet
 
-    def declare_alone(self) -> None:
+    def allow_rank_local(self) -> None:
         """Allow requests that one rank makes alone; a second call changes nothing.
 
         Called on every rank alike, in a ``before`` of ``on_loop``:
@@ -130,19 +130,19 @@ class Requests:
         >>> hooks = PipelineHooks("disk watch")
         >>> @hooks.on_loop.before
         ... def declare(args):
-        ...     args.requests.declare_alone()
+        ...     args.requests.allow_rank_local()
         >>> @hooks.on_step.after(when="100 steps")
         ... def look(args):
         ...     if is_full("/scratch"):
-        ...         args.requests.stop("the disk of this machine is full", alone=True)
+        ...         args.requests.stop("the disk of this machine is full", rank_local=True)
         """
         if not self._declared:
             self._declared = True
             if self._agreement.several:
                 self._agreement.topic(
                     "requests that one rank makes alone",
-                    find=lambda: len(self._alone),
-                    tell=self._grant_alone,
+                    find=lambda: len(self._rank_local),
+                    tell=self._grant_rank_local,
                 )
 
     def stop(
@@ -151,7 +151,7 @@ class Requests:
         by: str | None = None,
         *,
         exit_code: int | None = None,
-        alone: bool = False,
+        rank_local: bool = False,
     ) -> None:
         """Ask for the run to end at the next commit point; the first request is the one told.
 
@@ -160,12 +160,12 @@ class Requests:
             by: who asks.
             exit_code: where the run is interrupted and will be started again: what the process
                 ends with. The trainer then raises :class:`RunPreempted` when all is closed.
-            alone: whether this rank asks by itself, and not all of them alike; see the class.
+            rank_local: whether this rank asks by itself, and not all of them alike; see the class.
 
         Raises:
-            PipelineStateError: ``alone``, and no hook has declared it.
+            PipelineStateError: ``rank_local``, and no hook has declared it.
         """
-        self._ask(StopRequest(reason, by or _caller(), exit_code), alone)
+        self._ask(StopRequest(reason, by or _caller(), exit_code), rank_local)
 
     def evaluate(
         self,
@@ -173,7 +173,7 @@ class Requests:
         by: str | None = None,
         *,
         name: str | None = None,
-        alone: bool = False,
+        rank_local: bool = False,
     ) -> None:
         """Ask for an evaluation at the next commit point; several requests make one.
 
@@ -181,9 +181,9 @@ class Requests:
             reason: why, for the log.
             by: who asks.
             name: of the hook that evaluates; None for every one that is registered.
-            alone: as for :meth:`stop`.
+            rank_local: as for :meth:`stop`.
         """
-        self._ask(EvaluateRequest(reason, by or _caller(), name), alone)
+        self._ask(EvaluateRequest(reason, by or _caller(), name), rank_local)
 
     def save(
         self,
@@ -191,7 +191,7 @@ class Requests:
         by: str | None = None,
         *,
         name: str | None = None,
-        alone: bool = False,
+        rank_local: bool = False,
     ) -> None:
         """Ask for a checkpoint at the next commit point, after all else; several make one.
 
@@ -199,9 +199,9 @@ class Requests:
             reason: why, for the log.
             by: who asks.
             name: of the hook that is to write it; None for every one that does.
-            alone: as for :meth:`stop`.
+            rank_local: as for :meth:`stop`.
         """
-        self._ask(SaveRequest(reason, by or _caller(), name), alone)
+        self._ask(SaveRequest(reason, by or _caller(), name), rank_local)
 
     def save_weights(
         self,
@@ -211,7 +211,7 @@ class Requests:
         *,
         weights: str | None = None,
         metadata: Mapping[str, str] | None = None,
-        alone: bool = False,
+        rank_local: bool = False,
     ) -> None:
         """Ask for weights to be written at the next commit point, after what was asked to evaluate.
 
@@ -221,10 +221,12 @@ class Requests:
             by: who asks.
             weights: the name of the hook whose weights to write (an EMA's); None for the model's.
             metadata: what the file is to say about itself.
-            alone: as for :meth:`stop`.
+            rank_local: as for :meth:`stop`.
         """
         by = by or _caller()
-        self._ask(SaveWeightsRequest(reason, by, Path(path), weights, dict(metadata or {})), alone)
+        self._ask(
+            SaveWeightsRequest(reason, by, Path(path), weights, dict(metadata or {})), rank_local
+        )
 
     def write(self, write: Callable[[], object], reason: str, by: str | None = None) -> None:
         """Ask for something of your own to be written with the weights, ahead of a checkpoint.
@@ -237,38 +239,38 @@ class Requests:
         """
         self._make(WriteRequest(reason, by or _caller(), write))
 
-    def log(self, reason: str, by: str | None = None, *, alone: bool = False) -> None:
+    def log(self, reason: str, by: str | None = None, *, rank_local: bool = False) -> None:
         """Ask for a logging point: what was published is read, reduced and told.
 
         Args:
             reason: why, for the log.
             by: who asks.
-            alone: as for :meth:`stop`.
+            rank_local: as for :meth:`stop`.
         """
-        self._ask(LogRequest(reason, by or _caller()), alone)
+        self._ask(LogRequest(reason, by or _caller()), rank_local)
 
     def listen(self, callback: Callable[[Request], Any]) -> RemovableHandle:
         """Have every request told when it is made."""
         self._listeners.append(callback)
         return RemovableHandle(lambda: self._listeners.remove(callback))
 
-    def take(self, kind: type[RequestT]) -> list[RequestT]:
+    def pop(self, kind: type[RequestT]) -> list[RequestT]:
         """The requests of one kind, in the order in which they were made; they wait no longer."""
         taken = [request for request in self._waiting if isinstance(request, kind)]
         self._waiting = [request for request in self._waiting if not isinstance(request, kind)]
         self.pending = bool(self._waiting) or self.stop_request is not None
         return taken
 
-    def take_alone(self) -> list[Request]:
+    def pop_rank_local(self) -> list[Request]:
         """What this rank has asked for alone, and the others have not been told; nor will they."""
-        taken, self._alone = self._alone, []
+        taken, self._rank_local = self._rank_local, []
         return taken
 
     @property
-    def together(self) -> tuple[int, int, str]:
+    def joint_commits(self) -> tuple[int, int, str]:
         """At how many commit points all ranks had something to do together: to evaluate, to save or
         to stop; after how many steps the last time, and what."""
-        return self._together
+        return self._joint_commits
 
     def begin_commit(self, step: int) -> None:
         """What waits is now carried out, after so many steps."""
@@ -278,22 +280,22 @@ class Requests:
             asked = "; ".join(
                 f"{type(r).__name__}: {r.reason}, asked by {r.by}" for r in [*common, *stop]
             )
-            self._together = (self._together[0] + 1, step, asked)
+            self._joint_commits = (self._joint_commits[0] + 1, step, asked)
 
-    def _ask(self, request: Request, alone: bool) -> None:
-        if alone and not self._declared:
+    def _ask(self, request: Request, rank_local: bool) -> None:
+        if rank_local and not self._declared:
             raise PipelineStateError(
-                f"{request.by} makes a request with alone=True, for which the ranks have to be "
-                "ready: call args.requests.declare_alone() on every rank, in a before of on_loop"
+                f"{request.by} makes a request with rank_local=True, for which ranks have to be "
+                "ready: call args.requests.allow_rank_local() on every rank, in a before of on_loop"
             )
-        if not alone or not self._agreement.several:
+        if not rank_local or not self._agreement.several:
             self._make(request)
-        elif request not in self._alone:  # asked for in each step until it is granted
-            self._alone.append(request)
+        elif request not in self._rank_local:  # asked for in each step until it is granted
+            self._rank_local.append(request)
 
-    def _grant_alone(self, asked: int) -> None:
+    def _grant_rank_local(self, asked: int) -> None:
         """Make the requests of all ranks on this one, as each of them does: a collective."""
-        for rank, requests in enumerate(gather_objects(self.take_alone())):
+        for rank, requests in enumerate(gather_objects(self.pop_rank_local())):
             for request in requests:
                 by = f"{request.by} on rank {rank}"
                 # Others are told when they are done.

@@ -32,8 +32,8 @@ _HERE = os.path.dirname(__file__)
 _LIBRARIES = frozenset({"accelerate", "contextlib", "functools", "numpy", "torch", "torchmetrics"})
 _COMMIT_FUNCTIONS = (
     Agreement.settle,
-    MetricsBoard.settle,
-    MetricsBoard.tell_rest,
+    MetricsBoard.flush,
+    MetricsBoard.flush_partial,
     MetricsBoard.read_deferred,
     CheckpointStore.prepare,
     save_checkpoint,

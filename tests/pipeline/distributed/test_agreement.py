@@ -151,11 +151,13 @@ def test_one_process_asks_alone_as_it_does_otherwise() -> None:
     """The request is made at once; but it has to be declared, as several processes need it."""
     requests = Requests()
     for ask in (requests.stop, requests.save, requests.evaluate, requests.log):
-        with pytest.raises(PipelineStateError, match=r"call args\.requests\.declare_alone\(\) on"):
-            ask("why not", alone=True)
+        with pytest.raises(
+            PipelineStateError, match=r"call args\.requests\.allow_rank_local\(\) on"
+        ):
+            ask("why not", rank_local=True)
     assert not requests.pending
-    requests.declare_alone()
-    requests.stop("why not", "me", alone=True)
+    requests.allow_rank_local()
+    requests.stop("why not", "me", rank_local=True)
     assert requests.stop_request == StopRequest("why not", "me")
 
 
@@ -163,11 +165,13 @@ def test_what_is_asked_alone_waits_for_the_exchange(job: str) -> None:
     """Then all ranks are asked, once, with who asked on which rank."""
     agreement = agreement_of_many(every=3)
     requests = Requests(agreement)
-    requests.declare_alone()
-    requests.declare_alone()
+    requests.allow_rank_local()
+    requests.allow_rank_local()
     for step in range(1, 5):
-        requests.stop("the disk is full", "Watch", alone=True)
+        requests.stop("the disk is full", "Watch", rank_local=True)
         agreement.settle(step)
         assert requests.pending is (step >= 3)
     assert requests.stop_request == StopRequest("the disk is full", "Watch on rank 0")
-    assert requests.take_alone() == [StopRequest("the disk is full", "Watch")]  # asked for again
+    assert requests.pop_rank_local() == [
+        StopRequest("the disk is full", "Watch")
+    ]  # asked for again

@@ -54,7 +54,7 @@ def test_what_one_rank_asks_for_is_done_by_all(found: Any) -> None:
 
 def is_logging(call: str) -> bool:
     """Whether something was done for a logging point, or for the record at the end."""
-    return call.endswith(("MetricsBoard.settle", "MetricsBoard.tell_rest"))
+    return call.endswith(("MetricsBoard.flush", "MetricsBoard.flush_partial"))
 
 
 @pytest.mark.parametrize("kind", ["declared", "automatic"])
@@ -87,4 +87,4 @@ def test_ranks_that_went_apart_are_found(found: Any) -> None:
     assert found["nothing"] == "agreed"
     assert "rank 0: step 7, a clock; rank 1: step 8, a clock" in found["steps"]
     assert "rank 0: step 7, a clock; rank 1: step 7, a clock, a signal" in found["topics"]
-    assert found["steps"].endswith("on every rank, or ask with alone=True")
+    assert found["steps"].endswith("on every rank, or ask with rank_local=True")

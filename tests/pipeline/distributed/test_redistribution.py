@@ -17,8 +17,8 @@ from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.hooks import LossTrackerConfig, MetricTrackerConfig, OptimizerHook
 from robo_orchard_lab.pipeline.metrics import MetricsBoard, WeightedSum, resolve
+from robo_orchard_lab.pipeline.metrics.accumulators import WINDOWS
 from robo_orchard_lab.pipeline.metrics.torchmetrics import TorchMetrics
-from robo_orchard_lab.pipeline.metrics.window import WINDOWS
 from tiny import make_model
 
 NUMBERS = [(1, 2), (2, 1), (3, 2), (2, 3), (4, 1)]
@@ -167,11 +167,11 @@ def test_metrics_that_can_be_joined() -> None:
     metrics = TorchMetrics({"m": MeanSquaredError()})
     metrics.load_state_dict(one["merged"]["live"])
     whole = gathered(MeanSquaredError(), 0, 1)
-    found, due = (resolve(m.snapshot(m.take())) for m in (metrics, whole))
+    found, due = (resolve(m.snapshot(m.pop_states())) for m in (metrics, whole))
     assert found == pytest.approx(due)
     *_, new = hook.redistribute_states(states, 3)
     metrics.load_state_dict(new["merged"]["live"])
-    assert resolve(metrics.snapshot(metrics.take())) == {}
+    assert resolve(metrics.snapshot(metrics.pop_states())) == {}
 
 
 def test_metrics_that_can_not_be_joined() -> None:

@@ -207,5 +207,5 @@ def test_a_run_that_is_over_is_watched_no_more() -> None:
     trainer, stopping = build("falling")
     trainer()
     trainer.metrics.publish(NAME, -1, reduce="last")
-    trainer.metrics.settle(log=True)
+    trainer.metrics.flush(log=True)
     assert stopping.best_value == 0

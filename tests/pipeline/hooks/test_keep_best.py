@@ -326,7 +326,7 @@ def test_a_run_that_is_over_is_watched_no_more(tmp_path: Path) -> None:
     run = Run("falling", tmp_path)
     run()
     run.trainer.metrics.publish(NAME, -1, reduce="last")
-    run.trainer.metrics.settle(log=True)
+    run.trainer.metrics.flush(log=True)
     assert run.keep.best_value == 1
 
 

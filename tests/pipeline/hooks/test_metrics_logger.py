@@ -281,10 +281,10 @@ def test_nobody_logs_once_the_run_is_over() -> None:
     """The board's listener is removed with the loop."""
     trainer = make_trainer([logging_to(ListSink())], max_step=3)
     seen: list[bool] = []
-    trainer.hooks.on_step.before(lambda args: seen.append(args.metrics.logged))
+    trainer.hooks.on_step.before(lambda args: seen.append(args.metrics.is_logged))
     trainer()
     assert seen == [True] * 3
-    assert not trainer.metrics.logged
+    assert not trainer.metrics.is_logged
 
 
 def test_its_configuration_survives_a_file() -> None:

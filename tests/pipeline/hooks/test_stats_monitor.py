@@ -338,5 +338,5 @@ def test_a_run_that_is_over_has_no_more_to_tell() -> None:
     monitor = StatsMonitorConfig()()
     trainer = make_trainer(monitor, max_step=2)
     trainer()
-    assert trainer.metrics.settle(log=True) is not None
+    assert trainer.metrics.flush(log=True) is not None
     assert "perf/steps_per_s" not in trainer.metrics.names()

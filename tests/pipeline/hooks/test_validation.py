@@ -149,7 +149,7 @@ def test_values_are_those_of_an_evaluator() -> None:
     trainer = train(hook, max_epoch=1)
     trainer()
     expected = Evaluator(trainer.model, Classify(), loaders, metrics=make_metrics()).evaluate()
-    found = {name: trainer.metrics.found(f"eval/{name}") for name in expected}
+    found = {name: trainer.metrics.last_value(f"eval/{name}") for name in expected}
     assert found == expected
     assert len(found) == 10
 
@@ -362,7 +362,7 @@ def test_all_of_it_can_come_from_a_file(format_: Literal["json", "yaml", "toml"]
     built = train(loaded(), max_epoch=1)
     built()
     for name in ("eval/val/loss", "eval/val/accuracy"):
-        assert given.metrics.found(name) == built.metrics.found(name) is not None
+        assert given.metrics.last_value(name) == built.metrics.last_value(name) is not None
 
 
 @pytest.mark.parametrize(

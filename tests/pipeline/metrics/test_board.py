@@ -31,7 +31,7 @@ REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "max", "min", "last")
 
 
 def logged(board: MetricsBoard) -> dict[str, float]:
-    record = board.settle(log=True)
+    record = board.flush(log=True)
     assert record is not None
     return {value.name: value.value for value in record.values}
 
@@ -163,7 +163,7 @@ def test_values_keep_their_step() -> None:
         if progress.global_step_id == 2:
             board.publish("eval", 0.5)
             board.defer(Evaluated("deferred", 0.25, 0.5))
-    record = board.settle(log=True)
+    record = board.flush(log=True)
     assert record == MetricsRecord(
         0,
         4,
@@ -198,7 +198,7 @@ def test_wrong_arguments_are_refused() -> None:
     board.publish("x", 1.0)
     with pytest.raises(ValueError, match="'x' was published with reduce='mean' before"):
         board.publish("x", 1.0, "sum")
-    board.settle(log=True)
+    board.flush(log=True)
     with pytest.raises(ValueError, match="'x' was published with reduce='mean' before"):
         board.publish("x", 1.0, "sum")
     with pytest.raises(ValueError, match=r"reduce must be one of 'mean', .*, got 'median'"):
@@ -217,11 +217,11 @@ def test_subscribers_are_told_at_logging_points() -> None:
     board.publish("x", 1.0)
     board.publish("y", 1.0)
     assert told == []
-    board.settle(log=True)
+    board.flush(log=True)
     assert told == [MetricValue("x", 1.0, 0)]
     handle.remove()
     board.publish("x", 2.0)
-    board.settle(log=True)
+    board.flush(log=True)
     assert len(told) == 1
 
 
@@ -235,11 +235,11 @@ def test_an_evaluation_is_read_at_once_for_those_who_wait() -> None:
     board.subscribe("eval/val/accuracy", told.append)
     board.publish("loss", 1.0)
     board.defer(Evaluated("eval/val/accuracy", 0.5))
-    board.settle(log=False)
+    board.flush(log=False)
     assert told == [MetricValue("eval/val/accuracy", 0.5, 5)]
     assert records == []
     progress.global_step_id = 7
-    board.settle(log=True)
+    board.flush(log=True)
     assert [value.step for value in records[0].values] == [5, 5]
     assert len(told) == 1
 
@@ -248,13 +248,13 @@ def test_an_evaluation_that_nobody_waits_for_is_read_with_the_log() -> None:
     """With a listener it waits for the logging point; without one it is read at once."""
     board = MetricsBoard()
     board.defer(Evaluated("eval/val/accuracy", 0.5))
-    board.settle(log=False)
+    board.flush(log=False)
     assert board.latest("eval/val/accuracy") == 0.5
     board.listen(lambda record: None)
     board.defer(Evaluated("eval/val/accuracy", 0.75))
-    board.settle(log=False)
+    board.flush(log=False)
     assert board.latest("eval/val/accuracy") == 0.5
-    board.settle(log=True)
+    board.flush(log=True)
     assert board.latest("eval/val/accuracy") == 0.75
 
 
@@ -268,7 +268,7 @@ def test_a_misspelled_name_is_refused_at_the_first_evaluation() -> None:
         "did you mean 'eval/val/accuracy'"
     )
     with pytest.raises(UnknownMetricError, match=message):
-        board.settle(log=False)
+        board.flush(log=False)
 
 
 def test_other_groups_come_in_parts() -> None:
@@ -277,9 +277,9 @@ def test_other_groups_come_in_parts() -> None:
     told: list[float] = []
     board.subscribe("train/accuracy_epoch", lambda value: told.append(value.value), who="KeepBest")
     board.defer(Evaluated("train/accuracy", 0.5))
-    board.settle(log=True)
+    board.flush(log=True)
     board.defer(Evaluated("train/accuracy_epoch", 0.75))
-    board.settle(log=False)
+    board.flush(log=False)
     assert told == [0.75]
 
 
@@ -288,10 +288,10 @@ def test_a_name_that_never_came_is_refused_at_the_end() -> None:
     board = MetricsBoard()
     board.publish("loss/total", 1.0)
     board.expect("loss/total", "the bar")
-    assert board.unmet() is None
+    assert board.find_missing() is None
     board.expect("loss/totl", "the bar")
     error = "'loss/totl' was published, which the bar waits for; did you mean 'loss/total'"
-    assert error in str(board.unmet())
+    assert error in str(board.find_missing())
 
 
 def test_what_nobody_logs_is_missed_with_a_remedy() -> None:
@@ -299,16 +299,16 @@ def test_what_nobody_logs_is_missed_with_a_remedy() -> None:
     board = MetricsBoard()
     board.before_logging(lambda: board.publish("perf/eta_s", 1.0))
     board.expect("perf/eta_s", "the bar")
-    assert str(board.unmet()).endswith("nobody makes any; register a MetricsLogger")
+    assert str(board.find_missing()).endswith("nobody makes any; register a MetricsLogger")
     board.listen(lambda record: None)
-    assert str(board.unmet()).endswith("Published: none")
+    assert str(board.find_missing()).endswith("Published: none")
 
 
 def test_what_is_gathered_is_published_ahead_of_a_logging_point() -> None:
     """Collectors run at logging points only, until their handle is used."""
     board = MetricsBoard()
     handle = board.before_logging(lambda: board.publish("x", 1.0))
-    board.settle(log=False)
+    board.flush(log=False)
     assert board.names() == []
     assert logged(board) == {"x": 1.0}
     handle.remove()
@@ -340,7 +340,7 @@ def test_a_saved_window_goes_on(
     assert resumed.names() == straight.names()
     publish(straight, after)
     publish(resumed, after)
-    assert straight.settle(log=True) == resumed.settle(log=True)
+    assert straight.flush(log=True) == resumed.flush(log=True)
 
 
 def test_a_state_of_another_version_is_refused() -> None:
@@ -378,12 +378,12 @@ class TestTellRest:
         for board in (looked, unlooked):
             publish(board, before)
         expected = logged(_same(looked))
-        looked.tell_rest()
+        looked.flush_partial()
         assert [record.partial for record in told] == [True] * bool(before)
         assert {v.name: v.value for record in told for v in record.values} == expected
         for board in (looked, unlooked):
             publish(board, after)
-        assert looked.settle(log=True) == unlooked.settle(log=True)
+        assert looked.flush(log=True) == unlooked.flush(log=True)
 
     def test_evaluations_are_kept(self) -> None:
         """Deferred metrics are told with it, and again at the next logging point."""
@@ -391,9 +391,9 @@ class TestTellRest:
         told: list[MetricsRecord] = []
         board.listen(told.append)
         board.defer(Evaluated("eval", 1.0, 2.0))
-        board.tell_rest()
-        board.settle(log=True)
-        board.tell_rest()
+        board.flush_partial()
+        board.flush(log=True)
+        board.flush_partial()
         assert [record.values for record in told] == [(MetricValue("eval", 3.0, 0),)] * 2
 
     def test_what_was_gathered_is_given_back(self) -> None:
@@ -417,9 +417,9 @@ class TestTellRest:
 
         gatherer = Gatherer()
         board.before_logging(gatherer.publish, owner=gatherer)
-        board.tell_rest()
+        board.flush_partial()
         gatherer.gathered += 4.0
-        board.settle(log=True)
+        board.flush(log=True)
         assert told == [{0: {"x": 3.0}}, {0: {"x": 7.0}}]
 
     def test_who_acts_on_values_is_not_told(self) -> None:
@@ -429,13 +429,13 @@ class TestTellRest:
         told: list[float] = []
         board.subscribe("x", lambda value: told.append(value.value))
         board.publish("x", 1.0)
-        board.tell_rest()
+        board.flush_partial()
         assert told == []
-        assert board.found("x") is None
+        assert board.last_value("x") is None
         board.publish("x", 2.0)
-        board.settle(log=True)
+        board.flush(log=True)
         assert told == [1.5]
-        assert board.found("x") == 1.5
+        assert board.last_value("x") == 1.5
 
     def test_a_name_that_it_has_was_published(self) -> None:
         """Who waits for a metric that came too late for a logging point does not wait in vain."""
@@ -443,16 +443,16 @@ class TestTellRest:
         board.listen(lambda record: None)
         board.before_logging(lambda: board.defer(Evaluated("train/accuracy", 1.0)))
         board.expect("train/accuracy", "the bar")
-        assert board.unmet() is not None
-        board.tell_rest()
-        assert board.unmet() is None
+        assert board.find_missing() is not None
+        board.flush_partial()
+        assert board.find_missing() is None
 
     def test_nothing_is_read_where_nobody_listens(self) -> None:
         """Without a listener there is no record, and collectors are not called."""
         board = MetricsBoard()
         board.before_logging(lambda: pytest.fail("called"))
         board.publish("x", 1.0)
-        assert board.tell_rest() is None
+        assert board.flush_partial() is None
 
 
 def _same(board: MetricsBoard) -> MetricsBoard:

@@ -168,7 +168,7 @@ def test_states_of_all_ranks_make_the_values_of_the_whole(
     sets = [TorchMetrics(make()) for _ in range(ranks)]
     for index, batch in enumerate(batches(data(size))):
         sets[index % ranks].update(*batch)
-    found = reduced([metrics.snapshot(metrics.take()) for metrics in sets])
+    found = reduced([metrics.snapshot(metrics.pop_states()) for metrics in sets])
     assert found == pytest.approx(whole(make(), data(size)), rel=1e-4)
     assert sets[0].names() == list(found)
 
@@ -180,7 +180,7 @@ def test_elements_stay_apart(ranks: int) -> None:
     data = batches(classes(20))
     for index, batch in enumerate(data):
         sets[0 if index < 2 else -1].update(*batch)
-    found = reduced([metrics.snapshot(metrics.take()) for metrics in sets])
+    found = reduced([metrics.snapshot(metrics.pop_states()) for metrics in sets])
     assert found["x/count"] == 6
     assert found["x/dims"] == 6
     assert found["x/mean"] == pytest.approx(sum(float(p.sum()) for p, _ in data) / 3)
@@ -194,11 +194,13 @@ def test_what_was_taken_starts_anew() -> None:
     metrics = TorchMetrics(of_classes())
     first, second = classes(10), classes(30)
     metrics.update(*first)
-    snapshot = metrics.snapshot(metrics.take(), "a/", "_b")
+    snapshot = metrics.snapshot(metrics.pop_states(), "a/", "_b")
     metrics.update(*second)
     expected = {f"a/{n}_b": v for n, v in whole(of_classes(), first).items()}
     assert reduced([snapshot]) == reduced([snapshot]) == pytest.approx(expected)
-    assert reduced([metrics.snapshot(metrics.take())]) == pytest.approx(whole(of_classes(), second))
+    assert reduced([metrics.snapshot(metrics.pop_states())]) == pytest.approx(
+        whole(of_classes(), second)
+    )
 
 
 def test_the_given_metrics_stay_as_they_are() -> None:
@@ -207,7 +209,12 @@ def test_the_given_metrics_stay_as_they_are() -> None:
     accuracy.update(*classes(10))
     one, two = TorchMetrics({"a": accuracy}), TorchMetrics({"a": accuracy})
     one.update(*classes(20))
-    assert two.snapshot(two.take()).values([t for t, _ in two.snapshot(two.take()).states()]) == {}
+    assert (
+        two.snapshot(two.pop_states()).values(
+            [t for t, _ in two.snapshot(two.pop_states()).states()]
+        )
+        == {}
+    )
     assert accuracy.update_count == 1
 
 
@@ -219,7 +226,7 @@ def test_a_shared_state_travels_once() -> None:
         collection = TorchMetrics(MetricCollection(list(metrics)))
         for batch in batches(data):
             collection.update(*batch)
-        _, packed = (t for t, _ in collection.snapshot(collection.take()).states())
+        _, packed = (t for t, _ in collection.snapshot(collection.pop_states()).states())
         return len(packed)
 
     assert bytes_of(MulticlassAUROC(3), MulticlassAveragePrecision(3)) == bytes_of(
@@ -237,18 +244,18 @@ def test_parts_are_joined() -> None:
             "sum": MulticlassAccuracy(3) + 1,
         }
     )
-    joinable, others = metrics.only(can_be_joined=True), metrics.only(can_be_joined=False)
+    joinable, others = metrics.select(mergeable=True), metrics.select(mergeable=False)
     assert (joinable.names(), others.names()) == (
         ["accuracy", "auroc", "auroc/*"],
         ["largest", "sum"],
     )
     data = classes(40)
-    parts = [joinable.take()]  # nothing yet
+    parts = [joinable.pop_states()]  # nothing yet
     for batch in batches(data):
         joinable.update(*batch)
-        parts.append(joinable.take())
+        parts.append(joinable.pop_states())
     expected = whole({"accuracy": MulticlassAccuracy(3), "auroc": MulticlassAUROC(3)}, data)
-    assert reduced([joinable.snapshot(joinable.join(parts))]) == pytest.approx(expected)
+    assert reduced([joinable.snapshot(joinable.merge(parts))]) == pytest.approx(expected)
 
 
 def test_a_state_goes_on() -> None:
@@ -261,7 +268,7 @@ def test_a_state_goes_on() -> None:
     for batch in data[3:]:
         straight.update(*batch)
         resumed.update(*batch)
-    values = [reduced([metrics.snapshot(metrics.take())]) for metrics in (straight, resumed)]
+    values = [reduced([metrics.snapshot(metrics.pop_states())]) for metrics in (straight, resumed)]
     assert values[0] == values[1]
 
 
@@ -280,7 +287,7 @@ def test_arguments_by_name_go_where_they_are_declared() -> None:
         {"mean": MeanMetric(), "group": MetricCollection([MulticlassAccuracy(3, average="micro")])}
     )
     metrics.update(value=torch.tensor(2.0), preds=torch.tensor([0, 1]), target=torch.tensor([0, 0]))
-    assert reduced([metrics.snapshot(metrics.take())]) == {
+    assert reduced([metrics.snapshot(metrics.pop_states())]) == {
         "mean": 2.0,
         "group/MulticlassAccuracy": 0.5,
     }
@@ -303,7 +310,7 @@ def test_what_a_metric_draws_is_the_same_on_all_ranks() -> None:
         before = torch.get_rng_state()
         metrics = TorchMetrics({"drawn": Drawn()})
         metrics.update(*classes(3))
-        values.append(reduced([metrics.snapshot(metrics.take())]))
+        values.append(reduced([metrics.snapshot(metrics.pop_states())]))
         assert torch.equal(torch.get_rng_state(), before)
     assert values[0] == values[1]
 
@@ -323,10 +330,10 @@ def test_names_of_a_mapping_are_known_once_it_was_computed() -> None:
     board.listen(lambda record: None)
     board.subscribe("eval/val/late/b", told.append)
     metrics.update(*classes(3))
-    snapshot = metrics.snapshot(metrics.take(), "eval/val/")
+    snapshot = metrics.snapshot(metrics.pop_states(), "eval/val/")
     assert snapshot.names() == ["eval/val/late", "eval/val/late/*"]
     board.defer(snapshot)
-    board.settle(log=False)
+    board.flush(log=False)
     assert [(value.name, value.value) for value in told] == [("eval/val/late/b", 2.0)]
     assert metrics.names() == ["late/a", "late/b"]
 
@@ -362,7 +369,7 @@ def test_what_needs_data_is_refused_at_its_first_value() -> None:
     metrics = TorchMetrics({"all": CatMetric()}, "Hook")
     metrics.update(torch.ones(4))
     with pytest.raises(MetricValueError, match=r"Hook: the metric 'all' .* of shape \(4,\)"):
-        reduced([metrics.snapshot(metrics.take())])
+        reduced([metrics.snapshot(metrics.pop_states())])
 
 
 def test_an_error_of_a_metric_says_whose() -> None:
@@ -370,7 +377,7 @@ def test_an_error_of_a_metric_says_whose() -> None:
     metrics = TorchMetrics({"r2": R2Score()}, "Hook")
     metrics.update(torch.ones(1), torch.ones(1))
     with pytest.raises(ValueError, match="at least two samples") as raised:
-        reduced([metrics.snapshot(metrics.take())])
+        reduced([metrics.snapshot(metrics.pop_states())])
     assert raised.value.__notes__ == ["while Hook computed the metric 'r2'"]
 
 
@@ -384,7 +391,7 @@ def test_a_state_that_is_no_tensor_is_refused() -> None:
     metrics = TorchMetrics({"texts": Texts()}, "Hook")
     metrics.update(*classes(1))
     with pytest.raises(MetricValueError, match="Hook: the state 'kept' of Texts holds a str"):
-        metrics.take()
+        metrics.pop_states()
 
 
 def test_torchmetrics_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,5 +408,5 @@ def test_a_number_that_is_not_finite_is_a_value() -> None:
     metrics = TorchMetrics({"pearson": PearsonCorrCoef()})
     metrics.update(torch.ones(2), torch.ones(2))
     with pytest.warns(UserWarning, match="close to zero"):
-        found = reduced([metrics.snapshot(metrics.take())])
+        found = reduced([metrics.snapshot(metrics.pop_states())])
     assert math.isnan(found["pearson"])

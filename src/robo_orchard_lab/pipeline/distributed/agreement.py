@@ -155,7 +155,7 @@ class Agreement:
                 "the ranks have come to an exchange at unlike steps, or about unlike topics: "
                 + "; ".join(f"rank {rank}: {of_rank}" for rank, of_rank in enumerate(told))
                 + ". A hook has done something on some ranks alone, such as asking for an "
-                "evaluation; it has to do so on every rank, or ask with alone=True"
+                "evaluation; it has to do so on every rank, or ask with rank_local=True"
             )
         return [other[2 : len(row)] for other in rows]
 

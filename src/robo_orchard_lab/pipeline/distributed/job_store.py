@@ -60,7 +60,7 @@ def stray_among(places: Mapping[int, Place], section: int) -> RankFailure | None
                 "PipelineStateError",
                 f"after step {place.at_step} it was asked for something that all ranks do "
                 f"together, and rank {rank} went on to step {other.steps} without: {place.asked}. "
-                "A hook has to ask on every rank, or with alone=True",
+                "A hook has to ask on every rank, or with rank_local=True",
             )
     return None
 

@@ -33,7 +33,7 @@ class EarlyStopping(PipelineHooks):
     >>> with stopping.begin("on_loop", PipelineHookArgs(run)):
     ...     for loss in (0.5, 0.7, 0.5):
     ...         run.metrics.publish("eval/val/loss", loss)
-    ...         record = run.metrics.settle(log=True)
+    ...         record = run.metrics.flush(log=True)
     >>> run.requests.stop_request.reason
     'eval/val/loss has got no better than 0.5000 (step 0) in 2 evaluations'
     """

@@ -11,7 +11,12 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.job_log import job_logger
-from robo_orchard_lab.pipeline.model import all_names, matching, nearest_names, plain_model
+from robo_orchard_lab.pipeline.model import (
+    all_named_parameters,
+    match_parameters,
+    plain_model,
+    suggest_pattern,
+)
 from robo_orchard_lab.pipeline.progress import TrainerLimits
 from robo_orchard_lab.pipeline.sharding import is_sharded_model
 
@@ -86,14 +91,14 @@ class FreezeHook(PipelineHooks):
 
     def _match(self, model: torch.nn.Module) -> list[torch.nn.Parameter]:
         """The parameters that a pattern names, by any of their names, where they are tied."""
-        named = all_names(model)
+        named = all_named_parameters(model)
         found: list[torch.nn.Parameter] = []
         for pattern in self.cfg.patterns:
-            matched = matching(pattern, named)
+            matched = match_parameters(pattern, named)
             if not matched:
                 raise PipelineConfigError(
                     f"{self.name}: patterns has {pattern!r}, which matches no parameter; "
-                    f"{nearest_names(pattern, named)}"
+                    f"{suggest_pattern(pattern, named)}"
                 )
             found += matched
         return list(dict.fromkeys(found))

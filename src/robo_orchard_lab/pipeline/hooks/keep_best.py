@@ -48,7 +48,7 @@ class KeepBest(PipelineHooks):
     >>> with keep.begin("on_loop", PipelineHookArgs(run)):
     ...     for loss in (0.5, 0.4, 0.7):
     ...         run.metrics.publish("eval/val/loss", loss)
-    ...         record = run.metrics.settle(log=True)
+    ...         record = run.metrics.flush(log=True)
     >>> keep.best_value
     0.4
     """

@@ -16,7 +16,7 @@ from robo_orchard_lab.pipeline.distributed.collectives import joined_by_rank
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_version
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.metrics import MetricsBoard, WeightedSum
-from robo_orchard_lab.pipeline.metrics.window import Number, checked_number
+from robo_orchard_lab.pipeline.metrics.accumulators import Number, check_scalar
 
 # --- loss mean -------------------------------------------------------------------------------
 # The mean of one loss, for the price of one small copy a step.
@@ -51,14 +51,14 @@ class LossMean:
             weight: a number, or a tensor without dimensions.
         """
         if not isinstance(loss, torch.Tensor):
-            self._take(checked_number(self._name, loss), weight)
+            self._take(check_scalar(self._name, loss), weight)
             return
         used = len(self._weights)
         if used == len(self._slots):  # none is left, or there are none yet
             self._make_room(loss.device)
             used = 0
         if loss.dim():
-            loss = torch.as_tensor(checked_number(self._name, loss)).reshape(())
+            loss = torch.as_tensor(check_scalar(self._name, loss)).reshape(())
         self._slots[used].copy_(loss)
         if isinstance(weight, torch.Tensor):
             self._weight_slots[used].copy_(weight)
@@ -229,7 +229,7 @@ class LossTracker(PipelineHooks):
     ...         args = PipelineHookArgs(run, attached_loss=torch.tensor(loss))
     ...         with tracker.begin("on_step", args):
     ...             pass
-    ...     run.metrics.settle(log=True).values
+    ...     run.metrics.flush(log=True).values
     (MetricValue(name='loss/total', value=1.5, step=0),)
     """
 

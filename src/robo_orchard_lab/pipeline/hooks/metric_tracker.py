@@ -17,11 +17,12 @@ from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_ve
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks.validation import MetricPart, function_given, given_or_built
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
-from robo_orchard_lab.pipeline.metrics.metric_inputs import MetricArguments, MetricInputs
 from robo_orchard_lab.pipeline.metrics.torchmetrics import (
-    Gathered,
+    MetricArguments,
+    MetricInputs,
     MetricsLike,
     MetricsSnapshot,
+    MetricStates,
     TorchMetrics,
 )
 
@@ -78,9 +79,9 @@ class MetricTracker(PipelineHooks):
                 f"{self.name}: metrics is empty, so that there is nothing to track; "
                 "write metrics={'accuracy': ...}"
             )
-        self._merged = _MergedParts(whole.only(can_be_joined=True), cfg.each_epoch)
-        self._window = whole.only(can_be_joined=False)
-        self._epoch = whole.only(can_be_joined=False) if cfg.each_epoch else TorchMetrics(None)
+        self._merged = _MergedParts(whole.select(mergeable=True), cfg.each_epoch)
+        self._window = whole.select(mergeable=False)
+        self._epoch = whole.select(mergeable=False) if cfg.each_epoch else TorchMetrics(None)
         self._metric_inputs: MetricInputs | None = function_given(
             metric_inputs, cfg.metric_inputs, "metric_inputs", self.name
         )
@@ -115,18 +116,20 @@ class MetricTracker(PipelineHooks):
         if len(self._merged.live):
             board.defer(self._merged.end_window(_PREFIX))
         if len(self._window):
-            board.defer(self._window.snapshot(self._window.take(), _PREFIX))
+            board.defer(self._window.snapshot(self._window.pop_states(), _PREFIX))
 
     def _end_epoch(self, args: PipelineHookArgs) -> None:
         if args.epoch_completed and args.exception is None:
             if len(self._merged.live):
                 args.metrics.defer(self._merged.end_epoch(_PREFIX, "_epoch"))
             if len(self._epoch):
-                args.metrics.defer(self._epoch.snapshot(self._epoch.take(), _PREFIX, "_epoch"))
-            if not args.metrics.logged:  # else it would grow with the run
+                args.metrics.defer(
+                    self._epoch.snapshot(self._epoch.pop_states(), _PREFIX, "_epoch")
+                )
+            if not args.metrics.is_logged:  # else it would grow with the run
                 self._merged.forget_window()
                 if len(self._window):
-                    self._window.take()
+                    self._window.pop_states()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -151,9 +154,9 @@ class MetricTracker(PipelineHooks):
     def _joined(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {
             "version": STATE_VERSION,
-            "merged": self._merged.joined_states([state["merged"] for state in states]),
-            "window": self._window.joined_states([state["window"] for state in states]),
-            "epoch": self._epoch.joined_states([state["epoch"] for state in states]),
+            "merged": self._merged.merge_state_dicts([state["merged"] for state in states]),
+            "window": self._window.merge_state_dicts([state["window"] for state in states]),
+            "epoch": self._epoch.merge_state_dicts([state["epoch"] for state in states]),
         }
 
 
@@ -189,13 +192,13 @@ class _MergedParts:
     def __init__(self, live: TorchMetrics, each_epoch: bool) -> None:
         self.live = live
         self._each_epoch = each_epoch
-        self._window: Gathered | None = None
-        self._epoch: Gathered | None = None
+        self._window: MetricStates | None = None
+        self._epoch: MetricStates | None = None
 
     def to(self, device: torch.device) -> None:
         self.live.to(device)
-        self._window = self._window and self.live.placed(self._window)
-        self._epoch = self._epoch and self.live.placed(self._epoch)
+        self._window = self._window and self.live.to_device(self._window)
+        self._epoch = self._epoch and self.live.to_device(self._epoch)
 
     def forget_window(self) -> None:
         """Drop what was gathered for a window that nobody will ask for."""
@@ -214,30 +217,30 @@ class _MergedParts:
     def state_dict(self) -> dict[str, Any]:
         return {
             "live": self.live.state_dict(),
-            "window": self.live.saved(self._window),
-            "epoch": self.live.saved(self._epoch),
+            "window": self.live.encode(self._window),
+            "epoch": self.live.encode(self._epoch),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.live.load_state_dict(state["live"])
         window, epoch = state["window"], state["epoch"]
-        self._window = None if window is None else self.live.loaded(window)
-        self._epoch = None if epoch is None else self.live.loaded(epoch)
+        self._window = None if window is None else self.live.decode(window)
+        self._epoch = None if epoch is None else self.live.decode(epoch)
 
-    def joined_states(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def merge_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """One state of those of several ranks."""
-        live = self.live.joined_states([state["live"] for state in states])
+        live = self.live.merge_state_dicts([state["live"] for state in states])
         ended: dict[str, Any] = {}
         for name in ("window", "epoch"):
-            parts = [self.live.loaded(s[name]) for s in states if s[name] is not None]
-            ended[name] = self.live.saved(self.live.join(parts)) if parts else None
+            parts = [self.live.decode(s[name]) for s in states if s[name] is not None]
+            ended[name] = self.live.encode(self.live.merge(parts)) if parts else None
         return {"live": live, **ended}
 
-    def _end_part(self) -> tuple[Gathered, Gathered]:
+    def _end_part(self) -> tuple[MetricStates, MetricStates]:
         """The window and the epoch until here."""
-        part = self.live.take()
+        part = self.live.pop_states()
         joined = [
-            part if before is None else self.live.join([before, part])
+            part if before is None else self.live.merge([before, part])
             for before in (self._window, self._epoch)
         ]
         return joined[0], joined[1]

@@ -28,7 +28,7 @@ from robo_orchard_lab.pipeline.hooks.window_recorder import (
     unpack,
 )
 from robo_orchard_lab.pipeline.metrics import MetricValue
-from robo_orchard_lab.pipeline.model import BufferKeeper, plain_model, plain_name
+from robo_orchard_lab.pipeline.model import BufferSnapshot, plain_model, plain_name
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.run.run_path import RunPath
 from robo_orchard_lab.pipeline.sharded_tensors import has_sharded, local_part
@@ -282,7 +282,7 @@ class NonFiniteGuard(PipelineHooks):
             self._recorder = WindowRecorder(cfg.quarantine, cfg.max_quarantined, cfg.sample_ids)
         self._restores = cfg.policy == "skip" and cfg.restore_buffers
         keeps = self._restores or (self._recorder is not None and cfg.read == "now")
-        self._buffers = BufferKeeper() if keeps else None
+        self._buffers = BufferSnapshot() if keeps else None
         self._late = LateReading()
         self._sent: ObservedUpdate | None = None
         self._check = LoggingPointCheck(self._fail_at_logging_point)
@@ -332,7 +332,7 @@ class NonFiniteGuard(PipelineHooks):
 
     def _before_forward(self, args: PipelineHookArgs) -> None:
         if self._buffers is not None and not self._losses:  # the window begins
-            self._buffers.keep()
+            self._buffers.save()
         if self._recorder is not None:
             self._recorder.before_forward(args)
 

@@ -142,11 +142,11 @@ class RunView:
     def begin_epoch(self) -> None:
         """All hooks have begun the loop, so that it is known whether one logs."""
         metrics = self._args.metrics
-        if metrics.logged and not self._logged:
+        if metrics.is_logged and not self._logged:
             self._logged = True
             self._handles.append(metrics.listen(self._take))
             for name in self._labels:
-                self._note(name, metrics.found(name))
+                self._note(name, metrics.last_value(name))
         self._show_held()
 
     def finish_step(self, args: PipelineHookArgs) -> None:

@@ -288,7 +288,7 @@ class SaveCheckpoint(PipelineHooks):
         step = run.progress.global_step_id
         return {
             found.name: found.value
-            for found in run.metrics.last_found()
+            for found in run.metrics.last_values()
             if found.step == step and math.isfinite(found.value)
         }
 

@@ -133,7 +133,7 @@ class StatsMonitor(PipelineHooks):
     >>> with monitor.begin("on_loop", args):
     ...     with monitor.begin("on_epoch", args), monitor.begin("on_step", args):
     ...         pass
-    ...     values = run.metrics.settle(log=True).values
+    ...     values = run.metrics.flush(log=True).values
     >>> [value.name for value in values][:2]
     ['perf/samples_per_s', 'perf/steps_per_s']
     """

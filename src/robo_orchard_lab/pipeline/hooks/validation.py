@@ -18,8 +18,7 @@ from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_ve
 from robo_orchard_lab.pipeline.evaluation_loader import check_dataloaders
 from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.metrics.metric_inputs import MetricInputs
-from robo_orchard_lab.pipeline.metrics.torchmetrics import MetricsLike, TorchMetrics
+from robo_orchard_lab.pipeline.metrics.torchmetrics import MetricInputs, MetricsLike, TorchMetrics
 from robo_orchard_lab.pipeline.trigger import Last, TriggerField
 
 STATE_VERSION = 1

@@ -12,7 +12,7 @@ import torch
 
 from robo_orchard_lab.pipeline.batch_processor import LossWeighting
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.gradient_norm import REPLICATING
+from robo_orchard_lab.pipeline.gradient_norm import REPLICATED_TYPES
 from robo_orchard_lab.pipeline.model import plain_model, plain_name
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.quarantine import (
@@ -256,7 +256,7 @@ def _add_weights(
     All ranks write a window whose gradients are not finite; one whose loss alone is not finite,
     this rank writes alone.
     """
-    if args.accelerator.distributed_type not in REPLICATING:
+    if args.accelerator.distributed_type not in REPLICATED_TYPES:
         logger.warning("the weights are in parts on several ranks, and are not written")
     elif window.process_index > 0 and not alone:
         window.weights_with_first_rank = True

@@ -1,8 +1,6 @@
 """Named scalars of a run: published by hooks, reduced at logging points, told to who asks."""
 
-from robo_orchard_lab.pipeline.metrics.board import MetricsBoard
-from robo_orchard_lab.pipeline.metrics.exchange import DeferredMetrics, resolve
-from robo_orchard_lab.pipeline.metrics.window import (
+from robo_orchard_lab.pipeline.metrics.accumulators import (
     MetricsRecord,
     MetricValue,
     MetricValueError,
@@ -11,6 +9,8 @@ from robo_orchard_lab.pipeline.metrics.window import (
     WeightedSum,
     number_text,
 )
+from robo_orchard_lab.pipeline.metrics.board import MetricsBoard
+from robo_orchard_lab.pipeline.metrics.exchange import DeferredMetrics, resolve
 
 __all__ = [
     "DeferredMetrics",

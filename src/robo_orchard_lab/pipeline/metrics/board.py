@@ -12,8 +12,7 @@ import torch
 from robo_orchard_core.utils.hook import RemovableHandle
 from robo_orchard_lab.pipeline.distributed.collectives import joined_by_rank
 from robo_orchard_lab.pipeline.errors import StateError
-from robo_orchard_lab.pipeline.metrics.exchange import DeferredMetrics, Reader
-from robo_orchard_lab.pipeline.metrics.window import (
+from robo_orchard_lab.pipeline.metrics.accumulators import (
     REDUCTIONS,
     WINDOWS,
     MeanWindow,
@@ -24,8 +23,9 @@ from robo_orchard_lab.pipeline.metrics.window import (
     UnknownMetricError,
     WeightedSum,
     Window,
-    checked_number,
+    check_scalar,
 )
+from robo_orchard_lab.pipeline.metrics.exchange import DeferredMetrics, Reader
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 
 Subscriber: TypeAlias = Callable[[MetricValue], Any]
@@ -58,7 +58,7 @@ class MetricsBoard:
     >>> board = MetricsBoard()
     >>> board.publish("loss", 1.0, weight=8)
     >>> board.publish("loss", torch.tensor(4.0), weight=4)
-    >>> board.settle(log=True).values
+    >>> board.flush(log=True).values
     (MetricValue(name='loss', value=2.0, step=0),)
 
     Args:
@@ -101,7 +101,7 @@ class MetricsBoard:
         if type(value) not in _NUMBER_TYPES and not (
             isinstance(value, torch.Tensor) and value.dim() == 0 and not value.is_complex()
         ):
-            value = checked_number(name, value)
+            value = check_scalar(name, value)
         weighted = weight is not None
         if weight is None:
             weight = 1.0
@@ -173,7 +173,7 @@ class MetricsBoard:
 
         Args:
             callback: publishes, and begins to gather anew.
-            owner: has gathered it. :meth:`tell_rest`, which is no logging point, gives it back the
+            owner: the hook that gathered the values. :meth:`flush_partial` gives it back the
                 state that it had. None for what has no state that is saved.
         """
         entry = (callback, owner)
@@ -197,12 +197,12 @@ class MetricsBoard:
             raise UnknownMetricError(name, self.names())
         return float(window.latest)
 
-    def found(self, name: str) -> float | None:
+    def last_value(self, name: str) -> float | None:
         """What was last read of a name, at a logging point or after an evaluation; else None."""
         found = self._found.get(name)
         return None if found is None else found.value
 
-    def last_found(self) -> list[MetricValue]:
+    def last_values(self) -> list[MetricValue]:
         """What was last read of each name, with the step that it belongs to."""
         return list(self._found.values())
 
@@ -211,27 +211,27 @@ class MetricsBoard:
         return list(self._reductions | dict.fromkeys(self._found))
 
     @property
-    def logged(self) -> bool:
+    def is_logged(self) -> bool:
         """Whether someone listens to logging points."""
         return bool(self._listeners)
 
-    def unmet(self, at_the_end: bool = True) -> UnknownMetricError | None:
+    def find_missing(self, at_end: bool = True) -> UnknownMetricError | None:
         """The error to raise if someone waits for a name that nobody has published, or None.
 
         Args:
-            at_the_end: with False, only of names that should have come by now: there has been a
+            at_end: with False, only of names that should have come by now: there has been a
                 logging point, and they are not of an evaluation, which may be still to come.
         """
         known = {*self.names(), *self._told}
         for name, who in self._awaited():
             if name not in known and (
-                at_the_end or (self._found and not name.startswith(_EVALUATIONS))
+                at_end or (self._found and not name.startswith(_EVALUATIONS))
             ):
                 hint = "" if self._listeners or not self._collectors else _NOBODY_LOGS
                 return UnknownMetricError(name, known, who, hint)
         return None
 
-    def unread(self) -> str | None:
+    def find_unlogged(self) -> str | None:
         """What to do about a name that someone waits for and that is published, but never read."""
         for name, _, who in self._subscribers:
             if name in self._windows and name not in self._found and not self._listeners:
@@ -241,7 +241,7 @@ class MetricsBoard:
                 )
         return None
 
-    def settle(self, log: bool, accelerator: Any = None) -> MetricsRecord | None:
+    def flush(self, log: bool, accelerator: Any = None) -> MetricsRecord | None:
         """Read what is due, tell it, and give the record of a logging point.
 
         All ranks call it alike. It takes one transfer from the device and, with several
@@ -273,12 +273,12 @@ class MetricsBoard:
         values, self._unlogged = self._unlogged, []
         return self._record(values)
 
-    def tell_rest(self, accelerator: Any = None) -> MetricsRecord | None:
+    def flush_partial(self, accelerator: Any = None) -> MetricsRecord | None:
         """Tell who listens what no logging point has had, as a partial record, and keep it.
 
         The trainer does this when it ends between two logging points: all of it is told, and a
         run that goes on from a save still has it for its next logging point. Subscribers, which
-        act on values, are told there. All ranks call it alike; costs are those of :meth:`settle`.
+        act on values, are told there. All ranks call it alike; costs are those of :meth:`flush`.
 
         Returns:
             The record; None if there is nothing to tell, or nobody who listens.
@@ -300,7 +300,7 @@ class MetricsBoard:
         return self._record(values, partial=True) if values else None
 
     def read_deferred(self, accelerator: Any = None) -> None:
-        """Read all deferred metrics, so that the state holds numbers; as :meth:`settle` does."""
+        """Read all deferred metrics, so that the state holds numbers; as :meth:`flush` does."""
         values = self._reader.read({}, self._take_deferred(everything=True), accelerator)
         self._unlogged += values  # also after the run, when nobody listens any more
         self._tell(values)
@@ -399,7 +399,7 @@ class MetricsBoard:
         window = self._windows[name] = WINDOWS[reduce]()
         return window
 
-    def has_due(self) -> bool:
+    def has_due_metrics(self) -> bool:
         """Whether deferred metrics are to be read at the next commit point; alike on all ranks."""
         return any(self._is_due(metrics) for metrics, _ in self._deferred)
 
@@ -459,7 +459,7 @@ def _group(name: str) -> str:
 def _checked_weight(name: str, weight: Any, reduce: Reduction) -> Number:
     if reduce != "mean":
         raise ValueError(f"metric {name!r}: a weight goes with reduce='mean', not with {reduce!r}")
-    checked = checked_number(name, weight, "the weight of ")
+    checked = check_scalar(name, weight, "the weight of ")
     if not isinstance(checked, torch.Tensor) and not checked >= 0:
         raise ValueError(f"metric {name!r}: a weight must be >= 0, got {checked}")
     return checked

@@ -11,7 +11,13 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
-from robo_orchard_lab.pipeline.metrics.window import WINDOWS, MetricValue, Parts, Reduction, Window
+from robo_orchard_lab.pipeline.metrics.accumulators import (
+    WINDOWS,
+    MetricValue,
+    Parts,
+    Reduction,
+    Window,
+)
 
 # --- exchange --------------------------------------------------------------------------------
 

@@ -4,256 +4,103 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import reduce
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
+from robo_orchard_lab.pipeline.metrics.accumulators import MetricValueError
 from robo_orchard_lab.pipeline.metrics.exchange import StateReduction
-from robo_orchard_lab.pipeline.metrics.window import MetricValueError
+from robo_orchard_lab.pipeline.metrics.metric_states import (
+    MetricState,
+    Rules,
+    is_mergeable,
+    merge_states,
+    pack,
+    put_state,
+    rules_of,
+    take_state,
+    unpack,
+)
 
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
 
 
-# --- metric states ---------------------------------------------------------------------------
-# What a torchmetrics metric has gathered: taken out, joined, packed, and put back.
+# --- inputs ---
 
 
-Joining: TypeAlias = Literal["sum", "mean", "max", "min", "cat"] | Callable[[Any], Any] | None
-"""What makes one state of those of several parts: elementwise; ``cat``, along the first dimension;
-a function of the parts, stacked; None: the parts, stacked. The elements of a list state are
-gathered instead of stacked."""
+MetricInputs: TypeAlias = Callable[[Any, Any], tuple[Any, ...] | Mapping[str, Any]]
+"""``metric_inputs(outputs, batch)``: the arguments of ``metric.update``, in their order or by name.
+"""
 
-_ELEMENTWISE: Mapping[Joining, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "sum": torch.add,
-    "max": torch.maximum,
-    "min": torch.minimum,
-}
-_DTYPES = (
-    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64),
-    *(torch.complex128, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+_REMEDY = (
+    "define metric_inputs(outputs, batch) on the batch processor, or give metric_inputs=..., to "
+    "return the arguments of metric.update: a tuple, or a mapping by name"
 )
 
 
-@dataclass(frozen=True, slots=True)
-class StateRule:
-    """How the parts of one state are joined."""
+class MetricArguments:
+    """What metrics are updated with, of each batch.
 
-    joining: Joining
-    is_list: bool
-
-    def join(self, parts: Sequence[tuple[int, list[torch.Tensor]]]) -> list[torch.Tensor]:
-        """Of the states of several parts, and how often each was updated, >= 1."""
-        if self.is_list or self.joining in ("cat", None) or callable(self.joining):
-            return [element for _, elements in parts for element in elements]
-        values = [elements[0] for _, elements in parts]
-        if self.joining in _ELEMENTWISE:
-            return [reduce(_ELEMENTWISE[self.joining], values)]
-        total = sum(updates for updates, _ in parts)
-        weighted = [value * (updates / total) for value, (updates, _) in zip(values, parts)]  # noqa: B905 - one is made of the other
-        return [reduce(torch.add, weighted)]
-
-    def gathered(self, elements: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The elements, or what they are as one where it makes no difference."""
-        return _concatenated(elements) if self.joining == "cat" else elements
-
-    def final(self, elements: list[torch.Tensor], parts: int) -> Any:
-        """What the metric itself has in the place of this state, as torchmetrics would set it."""
-        if self.is_list:
-            if parts > 1 and callable(self.joining):
-                return self.joining(elements)
-            return list(self.gathered(elements))
-        if self.joining == "cat":
-            return _concatenated(elements)[0]
-        if parts == 1 or isinstance(self.joining, str):
-            return elements[0]
-        stacked = torch.stack(elements)
-        return stacked if self.joining is None else self.joining(stacked)
-
-
-Rules: TypeAlias = Mapping[str, StateRule]
-"""Of one metric, by the name of the state."""
-
-
-@dataclass(slots=True)
-class MetricState:
-    """What one metric has gathered."""
-
-    updates: int
-    """How often it was updated."""
-    states: dict[str, list[torch.Tensor]]
-    """The elements of each state, one of a tensor; those of ``cat`` are yet to be concatenated."""
-    parts: int = field(default=1)
-    """How many were joined, each of which was updated."""
-
-
-def rules_of(metric: Metric) -> Rules:
-    """How the states of a metric are joined, as it declares it."""
-    from torchmetrics.utilities import (
-        dim_zero_cat,
-        dim_zero_max,
-        dim_zero_mean,
-        dim_zero_min,
-        dim_zero_sum,
-    )
-
-    known: Mapping[Any, Any] = {
-        dim_zero_sum: "sum",
-        dim_zero_mean: "mean",
-        dim_zero_max: "max",
-        dim_zero_min: "min",
-        dim_zero_cat: "cat",
-    }
-    rules = {}
-    for name, declared in metric._reductions.items():
-        joining: Joining = known.get(declared, declared)
-        rules[name] = StateRule(joining, is_list=isinstance(metric._defaults[name], list))
-    return rules
-
-
-def parts_make_the_whole(metric: Metric) -> bool:
-    """Whether what it gathers in two parts of the data makes what it would have gathered in both.
-
-    This is where torchmetrics itself merges states; other metrics may make one of several ranks'
-    states only in the end, or their updates may depend on those before.
-    """
-    rules = rules_of(metric).values()
-    return (
-        metric.full_state_update is False
-        and not metric.dist_sync_on_step
-        and all(
-            isinstance(rule.joining, str) or (rule.is_list and rule.joining is None)
-            for rule in rules
-        )
-    )
-
-
-def take_state(metric: Metric, rules: Rules) -> MetricState:
-    """What it has gathered, without a copy; to be followed by a reset, which makes new tensors.
+    Args:
+        given: how to tell; or else ``batch_processor.metric_inputs``; or else, of a batch that is
+            a pair (inputs, targets), the outputs and the targets.
+        batch_processor: of the run.
+        who: updates the metrics, for errors.
 
     Raises:
-        MetricValueError: a state holds something else than tensors of numbers.
+        PipelineConfigError: ``given``, or what the processor has by that name, can't be called.
     """
-    states = {}
-    for name in rules:
-        value = getattr(metric, name)
-        states[name] = list(value) if isinstance(value, list) else [value]
-        for element in states[name]:
-            if not isinstance(element, torch.Tensor) or element.dtype not in _DTYPES:
-                kind = getattr(element, "dtype", type(element).__name__)
-                raise MetricValueError(
-                    f"the state {name!r} of {type(metric).__name__} holds a {kind}, which can't be "
-                    "read with the other metrics; only tensors of numbers can"
-                )
-    return MetricState(metric.update_count, states)
+
+    def __init__(self, given: MetricInputs | None, batch_processor: object, who: str) -> None:
+        found = given if given is not None else getattr(batch_processor, "metric_inputs", None)
+        if found is not None and not callable(found):
+            raise PipelineConfigError(
+                f"{who}: metric_inputs must be callable as metric_inputs(outputs, batch), got "
+                f"{type(found).__name__}"
+            )
+        self._inputs: MetricInputs = found or self._of_a_pair
+        self._who = who
+
+    def __call__(self, outputs: Any, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments, without their graphs.
+
+        Raises:
+            PipelineConfigError: nothing says what they are, or it gives something else.
+        """
+        with torch.no_grad():
+            found = self._inputs(outputs, batch)
+        if isinstance(found, Mapping):
+            return (), {name: _detached(value) for name, value in found.items()}
+        if isinstance(found, (tuple, list)):
+            return tuple(map(_detached, found)), {}
+        raise PipelineConfigError(
+            f"{self._who}: metric_inputs gave a {type(found).__name__}; it must give the arguments "
+            "of metric.update: a tuple, or a mapping by name"
+        )
+
+    def _of_a_pair(self, outputs: Any, batch: Any) -> tuple[Any, Any]:
+        if isinstance(batch, (tuple, list)) and len(batch) == 2:
+            return outputs, batch[1]
+        length = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        raise PipelineConfigError(
+            f"{self._who}: can't tell what to update metrics with from a batch that is no pair of "
+            f"inputs and targets, but a {type(batch).__name__}{length}; {_REMEDY}"
+        )
 
 
-def put_state(metric: Metric, state: MetricState, rules: Rules) -> None:
-    """Have the metric be what gathered the state."""
-    for name, rule in rules.items():
-        setattr(metric, name, rule.final(state.states[name], state.parts))
-    metric._update_count = max(1, state.updates)  # or its compute would warn
-    metric._computed = None
-
-
-def joined(parts: Sequence[MetricState], rules: Rules) -> MetricState:
-    """One state of several; those that were never updated count for nothing."""
-    updated = [part for part in parts if part.updates]
-    if len(updated) <= 1:
-        return updated[0] if updated else parts[0]
-    return MetricState(
-        sum(part.updates for part in updated),
-        {
-            name: rule.join([(part.updates, part.states[name]) for part in updated])
-            for name, rule in rules.items()
-        },
-        sum(part.parts for part in updated),
-    )
-
-
-def pack(
-    states: Sequence[MetricState], rules: Sequence[Rules], device: torch.device
-) -> list[torch.Tensor]:
-    """All states as two tensors: where what is, and all bytes, on ``device``.
-
-    Those of several ranks, concatenated, go back into the states of each by :func:`unpack`. They
-    need not have the same shapes. A state that is that of another metric, as in the compute groups
-    of a collection, is there once.
-    """
-    header: list[int] = []
-    bytes_: list[torch.Tensor] = []
-    seen: dict[tuple[int, ...], int] = {}
-    index = 0
-    for state, of_metric in zip(states, rules, strict=True):
-        header += [state.updates, state.parts]
-        for name, rule in of_metric.items():
-            elements = state.states[name]
-            first = seen.setdefault(tuple(map(id, elements)), index) if elements else index
-            index += 1
-            if first < index - 1:
-                header.append(-1 - first)
-                continue
-            elements = rule.gathered(elements)
-            header.append(len(elements))
-            for element in elements:
-                header += [_DTYPES.index(element.dtype), element.dim(), *element.shape]
-                flat = element.reshape(-1).contiguous()
-                bytes_.append(flat.view(torch.uint8).to(device))
-    packed = torch.cat(bytes_) if bytes_ else torch.zeros(0, dtype=torch.uint8, device=device)
-    return [torch.tensor(header, dtype=torch.int64), packed]
-
-
-def unpack(
-    header: torch.Tensor, packed: torch.Tensor, rules: Sequence[Rules]
-) -> list[list[MetricState]]:
-    """The states of each rank, of what :func:`pack` made there, concatenated."""
-    ranks = []
-    numbers, begin = iter(header.tolist()), 0
-    for updates in numbers:
-        states, begin = _unpacked(updates, numbers, packed, begin, rules)
-        ranks.append(states)
-    return ranks
-
-
-def _unpacked(
-    updates: int,
-    numbers: Iterator[int],
-    packed: torch.Tensor,
-    begin: int,
-    rules: Sequence[Rules],
-) -> tuple[list[MetricState], int]:
-    """One rank's states, from its second number on, and where its bytes end."""
-    states: list[MetricState] = []
-    known: list[list[torch.Tensor]] = []
-    for of_metric in rules:
-        if states:
-            updates = next(numbers)
-        state = MetricState(updates, {}, next(numbers))
-        for name in of_metric:
-            count = next(numbers)
-            elements = known[-1 - count] if count < 0 else []
-            for _ in range(count):
-                dtype = _DTYPES[next(numbers)]
-                shape = torch.Size([next(numbers) for _ in range(next(numbers))])
-                end = begin + shape.numel() * dtype.itemsize
-                # A copy, whose first byte lies where any dtype may begin.
-                elements.append(packed[begin:end].clone().view(dtype).reshape(shape))
-                begin = end
-            known.append(elements)
-            state.states[name] = elements
-        states.append(state)
-    return states, begin
-
-
-def _concatenated(elements: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    if len(elements) <= 1:
-        return list(elements)
-    return [torch.cat([e.reshape(1) if e.dim() == 0 else e for e in elements])]
+def _detached(value: Any) -> Any:
+    """Metrics keep what they get, and would keep its graph."""
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if type(value) in (tuple, list):
+        return type(value)(map(_detached, value))
+    if type(value) is dict:
+        return {name: _detached(item) for name, item in value.items()}
+    return value
 
 
 # --- computed metric -------------------------------------------------------------------------
@@ -273,15 +120,15 @@ class ComputedMetric:
         self._name = name
         self._who = who
         self._metric = metric.to("cpu")
-        self.rules = [rules_of(part) for part in metrics_within(metric)]
-        for part in metrics_within(metric):
+        self.rules = [rules_of(part) for part in submetrics(metric)]
+        for part in submetrics(metric):
             part.sync_on_compute = part._to_sync = False  # or its compute would talk to other ranks
         self.names = self._names_at_first()
 
     def __call__(self, states: Sequence[MetricState]) -> dict[str, float]:
         """The values by name; of all ranks alike, also where computing draws random numbers."""
         metric = self._copy()
-        for part, state, rules in zip(metrics_within(metric), states, self.rules, strict=True):
+        for part, state, rules in zip(submetrics(metric), states, self.rules, strict=True):
             put_state(part, state, rules)
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -343,7 +190,7 @@ class ComputedMetric:
         )
 
 
-def metrics_within(metric: MetricLike) -> list[Metric]:
+def submetrics(metric: MetricLike) -> list[Metric]:
     """A metric and those in it, always in the same order."""
     from torchmetrics import Metric
 
@@ -366,8 +213,8 @@ def _size(value: Any) -> int:
 
 MetricsLike: TypeAlias = "Mapping[str, MetricLike] | MetricCollection"
 """Metrics by name, or a collection, which names its own."""
-Gathered: TypeAlias = list[MetricState]
-"""What all metrics of a set have gathered; :meth:`TorchMetrics.join` makes one of several."""
+MetricStates: TypeAlias = list[MetricState]
+"""What all metrics of a set have gathered; :meth:`TorchMetrics.merge` makes one of several."""
 
 STATE_VERSION = 1
 
@@ -383,7 +230,7 @@ class TorchMetrics:
     >>> from robo_orchard_lab.pipeline.metrics import resolve
     >>> metrics = TorchMetrics({"accuracy": MulticlassAccuracy(3, average="micro")})
     >>> metrics.update(torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 2, 0]))
-    >>> resolve(metrics.snapshot(metrics.take(), "val/"))
+    >>> resolve(metrics.snapshot(metrics.pop_states(), "val/"))
     {'val/accuracy': 0.75}
 
     A metric's value is ``name``, or ``name/key`` where it computes a mapping. One that was never
@@ -409,19 +256,19 @@ class TorchMetrics:
 
     def _find_parts(self) -> None:
         self._parts = [
-            (part, rules_of(part)) for m in self._metrics.values() for part in metrics_within(m)
+            (part, rules_of(part)) for m in self._metrics.values() for part in submetrics(m)
         ]
         self._rules = [rules for _, rules in self._parts]
 
     def __len__(self) -> int:
         return len(self._metrics)
 
-    def only(self, can_be_joined: bool) -> TorchMetrics:
-        """A set of those of these metrics whose states :meth:`join` can join, or of the others."""
+    def select(self, mergeable: bool) -> TorchMetrics:
+        """A set of those of these metrics whose states :meth:`merge` can join, or of the others."""
         return self._copy_of(
             name
             for name, metric in self._metrics.items()
-            if all(map(parts_make_the_whole, metrics_within(metric))) is can_be_joined
+            if all(map(is_mergeable, submetrics(metric))) is mergeable
         )
 
     def _copy_of(self, names: Iterable[str]) -> TorchMetrics:
@@ -458,7 +305,7 @@ class TorchMetrics:
         for metric in self._metrics.values():
             metric.reset()
 
-    def take(self) -> Gathered:
+    def pop_states(self) -> MetricStates:
         """What was gathered since the last time; the metrics start anew."""
         try:
             return [take_state(metric, rules) for metric, rules in self._parts]
@@ -467,15 +314,19 @@ class TorchMetrics:
         finally:
             self.reset()
 
-    def join(self, parts: Sequence[Gathered]) -> Gathered:
+    def merge(self, parts: Sequence[MetricStates]) -> MetricStates:
         """What was gathered in several parts of the data, as one."""
-        return [joined(states, rules) for *states, rules in zip(*parts, self._rules, strict=True)]
+        return [
+            merge_states(states, rules) for *states, rules in zip(*parts, self._rules, strict=True)
+        ]
 
-    def snapshot(self, gathered: Gathered, prefix: str = "", suffix: str = "") -> MetricsSnapshot:
+    def snapshot(
+        self, gathered: MetricStates, prefix: str = "", suffix: str = ""
+    ) -> MetricsSnapshot:
         """What was gathered, to be reduced over the ranks, read and computed.
 
         Args:
-            gathered: by :meth:`take` or :meth:`join`.
+            gathered: by :meth:`pop_states` or :meth:`merge`.
             prefix: of the names of the values.
             suffix: of the same.
         """
@@ -484,9 +335,9 @@ class TorchMetrics:
         return MetricsSnapshot(tensors, self._rules, self._computed, (prefix, suffix))
 
     def state_dict(self) -> dict[str, Any]:
-        """What was gathered since :meth:`take`, which goes on."""
+        """What was gathered since :meth:`pop_states`, which goes on."""
         states = [take_state(metric, rules) for metric, rules in self._parts]
-        return {"version": STATE_VERSION, "metrics": self.saved(states)}
+        return {"version": STATE_VERSION, "metrics": self.encode(states)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state.
@@ -499,15 +350,15 @@ class TorchMetrics:
             put_state(metric, of_metric, rules)
             metric._update_count = of_metric.updates
 
-    def _gathered(self, state: Mapping[str, Any]) -> Gathered:
+    def _gathered(self, state: Mapping[str, Any]) -> MetricStates:
         if state.get("version") != STATE_VERSION:
             raise StateError(
                 f"expected a state of {self._who}'s metrics of version {STATE_VERSION}, "
                 f"found version {state.get('version')!r}"
             )
-        return self.loaded(state["metrics"])
+        return self.decode(state["metrics"])
 
-    def joined_states(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def merge_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """One state of those of several ranks; of none, that of metrics that begin anew.
 
         Raises:
@@ -518,12 +369,12 @@ class TorchMetrics:
             return self._copy_of(self._metrics).state_dict()
         parts = [self._gathered(state) for state in states]
         self._refuse_apart(parts)
-        return {"version": STATE_VERSION, "metrics": self.saved(self.join(parts))}
+        return {"version": STATE_VERSION, "metrics": self.encode(self.merge(parts))}
 
-    def _refuse_apart(self, parts: Sequence[Gathered]) -> None:
+    def _refuse_apart(self, parts: Sequence[MetricStates]) -> None:
         for number, (metric, _) in enumerate(self._parts):
             updated = sum(part[number].updates > 0 for part in parts)
-            if updated > 1 and not parts_make_the_whole(metric):
+            if updated > 1 and not is_mergeable(metric):
                 raise StateError(
                     f"{self._who}: {type(metric).__name__} was gathering on {updated} ranks, and "
                     "can't go on with their samples on one; resume with as many processes as "
@@ -531,7 +382,7 @@ class TorchMetrics:
                     "nothing, such as the end of an epoch at which there is a logging point"
                 )
 
-    def saved(self, gathered: Gathered | None) -> list[dict[str, Any]] | None:
+    def encode(self, gathered: MetricStates | None) -> list[dict[str, Any]] | None:
         """What was gathered as plain values and copies of tensors."""
         if gathered is None:
             return None
@@ -547,8 +398,8 @@ class TorchMetrics:
             for state, rules in zip(gathered, self._rules, strict=True)
         ]
 
-    def loaded(self, saved: Sequence[Mapping[str, Any]]) -> Gathered:
-        """What :meth:`saved` gave, where these metrics gather.
+    def decode(self, saved: Sequence[Mapping[str, Any]]) -> MetricStates:
+        """What :meth:`encode` gave, where these metrics gather.
 
         Raises:
             StateError: it is that of other metrics.
@@ -560,12 +411,12 @@ class TorchMetrics:
                 f"the saved metrics of {self._who} are other ones: their states are {found}, "
                 f"those here {expected}"
             )
-        return self.placed(
+        return self.to_device(
             [MetricState(state["updates"], state["states"], state["parts"]) for state in saved],
             copy=True,
         )
 
-    def placed(self, gathered: Gathered, copy: bool = False) -> Gathered:
+    def to_device(self, gathered: MetricStates, copy: bool = False) -> MetricStates:
         """What was gathered, where these metrics gather now."""
         device = self._device or torch.device("cpu")
         return [
@@ -607,7 +458,8 @@ class MetricsSnapshot:
         header, packed = reduced
         ranks = unpack(header, packed, self._rules)
         states = [
-            joined(of_ranks, rules) for *of_ranks, rules in zip(*ranks, self._rules, strict=True)
+            merge_states(of_ranks, rules)
+            for *of_ranks, rules in zip(*ranks, self._rules, strict=True)
         ]
         found: dict[str, float] = {}
         for computed in self._computed.values():

@@ -16,7 +16,7 @@ from robo_orchard_lab.pipeline.data import StepSizes
 from robo_orchard_lab.pipeline.errors import DataError, StateError
 from robo_orchard_lab.pipeline.isolation import untouched_random_state
 from robo_orchard_lab.pipeline.job_log import job_logger
-from robo_orchard_lab.pipeline.model import BufferKeeper
+from robo_orchard_lab.pipeline.model import BufferSnapshot
 from robo_orchard_lab.pipeline.trainer.loss_weights import LossWeights
 from robo_orchard_lab.pipeline.trainer.uneven_ranks import JointWindows
 
@@ -34,9 +34,9 @@ def padding_step(model: torch.nn.Module) -> Iterator[None]:
     count the filler; parameters that are sharded take their gradients from it as they are, which
     are zeros unless the batch gives NaN.
     """
-    buffers = BufferKeeper()
+    buffers = BufferSnapshot()
     buffers.attach(model)
-    buffers.keep()
+    buffers.save()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handles = [parameter.register_hook(torch.zeros_like) for parameter in trained]
     try:

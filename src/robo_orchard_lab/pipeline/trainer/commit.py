@@ -41,7 +41,7 @@ def carry_out_requests(run: PipelineRun, on_evaluation: OpenScope) -> bool:
         PipelineStateError: an evaluation is asked for that no hook can carry out.
     """
     requests = run.requests
-    if not requests.pending and not run.metrics.has_due():
+    if not requests.pending and not run.metrics.has_due_metrics():
         return False
     began_at = perf_counter()
     if run.agreement.several:
@@ -49,22 +49,22 @@ def carry_out_requests(run: PipelineRun, on_evaluation: OpenScope) -> bool:
     evaluated: set[str] = set()
     logged = all_logged = False
     while True:
-        names = _wanted(run, requests.take(EvaluateRequest))
+        names = _wanted(run, requests.pop(EvaluateRequest))
         for name in names:
             if name not in evaluated:
                 evaluated.add(name)
                 on_evaluation(PipelineHookArgs(run, evaluation=name), run.evaluations[name])
-        log = bool(requests.take(LogRequest)) and not logged
-        if not names and not log and not run.metrics.has_due():
+        log = bool(requests.pop(LogRequest)) and not logged
+        if not names and not log and not run.metrics.has_due_metrics():
             break
         logged, all_logged = logged or log, log
-        run.metrics.settle(log, run.accelerator)
-    for request in requests.take(SaveWeightsRequest):
+        run.metrics.flush(log, run.accelerator)
+    for request in requests.pop(SaveWeightsRequest):
         _save_weights(run, request)
-    for wanted in requests.take(WriteRequest):
+    for wanted in requests.pop(WriteRequest):
         wanted.write()
         logger.debug("written: %s, asked by %s", wanted.reason, wanted.by)
-    if saves := requests.take(SaveRequest):
+    if saves := requests.pop(SaveRequest):
         _save(run, saves)
     run.commit_seconds += perf_counter() - began_at
     return all_logged
@@ -72,12 +72,12 @@ def carry_out_requests(run: PipelineRun, on_evaluation: OpenScope) -> bool:
 
 def tell_what_is_left(run: PipelineRun) -> None:
     """Warn of what was asked for when there was no commit point any more."""
-    for left in run.requests.take(Request):
+    for left in run.requests.pop(Request):
         logger.warning(
             "%s asked for something after the last commit point, which is not done: %s",
             *(left.by, left.reason),
         )
-    for left in run.requests.take_alone():
+    for left in run.requests.pop_rank_local():
         logging.getLogger(__name__).warning(
             "%s asked for something on rank %d alone, after the last exchange of the ranks, "
             "which is not done: %s",

@@ -337,7 +337,7 @@ class HookBasedTrainer:
 
     def _place_in_run(self, section: int) -> Place:
         steps = self.progress.steps_done  # first: what they were asked for ahead of it is known
-        return Place(section, steps, *self.requests.together, self._weights.given)
+        return Place(section, steps, *self.requests.joint_commits, self._weights.given)
 
     def _check_hooks_alike(self) -> None:
         if self.accelerator.num_processes > 1:
@@ -388,21 +388,21 @@ class HookBasedTrainer:
                 self._logged_at == self.progress.global_step_id and not args.epoch_completed
             )
             if args.epoch_completed and self._unmet is None and not self._is_over():
-                self._unmet = self.metrics.unmet(at_the_end=False)
+                self._unmet = self.metrics.find_missing(at_end=False)
                 first = self.progress.epoch_id == 1
-                problem = self._unmet or (self.metrics.unread() if first else None)
+                problem = self._unmet or (self.metrics.find_unlogged() if first else None)
                 if problem is not None:
                     logger.warning("after a whole epoch, %s", problem)
         self._save_the_end()
         if not all_logged:
-            self.metrics.tell_rest(self.accelerator)
+            self.metrics.flush_partial(self.accelerator)
         # A run that was asked to stop may not have come to its first evaluation.
         # Nor may a short one, whose evaluations were not due.
         evaluated = any(name.startswith("eval/") for name in self.metrics.names())
         cut_short = self.requests.stop_request is not None or (
             bool(self._run.evaluations) and not evaluated
         )
-        self._unmet = self.metrics.unmet(at_the_end=not cut_short)
+        self._unmet = self.metrics.find_missing(at_end=not cut_short)
         request = self.requests.stop_request
         if request is not None:
             logger.info("stopped at %s: %s, asked by %s", self.progress, request.reason, request.by)

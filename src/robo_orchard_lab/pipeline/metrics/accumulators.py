@@ -400,7 +400,7 @@ WINDOWS: Mapping[str, type[Window]] = {
 }
 
 
-def checked_number(name: str, value: Any, role: str = "") -> Number:
+def check_scalar(name: str, value: Any, role: str = "") -> Number:
     """The value if it is one real number on any device.
 
     Raises:
