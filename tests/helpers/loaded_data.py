@@ -56,7 +56,7 @@ def data_of(
 
 def own_sizes(data: TrainingData, step_id: int) -> list[float]:
     """How many samples this process has in each step from one on, told ahead."""
-    return [sizes.own for sizes in data.step_sizes(step_id, ahead=True) or []]
+    return [sizes.local for sizes in data.step_sizes(step_id, ahead=True) or []]
 
 
 def resumed(

@@ -21,7 +21,7 @@ from robo_orchard_lab.experiment.config import CHECKPOINT, ExperimentConfig
 from robo_orchard_lab.experiment.parts import TrainerConfig
 from robo_orchard_lab.experiment.run_plan import RunLength, run_length, times_due
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks
-from robo_orchard_lab.pipeline.data.loader import copy_of, has_index
+from robo_orchard_lab.pipeline.data.loader import copy_loader, is_map_style
 from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.hooks import SaveCheckpointConfig
 from robo_orchard_lab.pipeline.trigger import EverySteps, Last, Trigger
@@ -249,12 +249,12 @@ def _short_data(experiment: ExperimentConfig) -> dict[str, Any]:
         return {"evaluation": evaluation}
     with building("data", "train"):
         dataloader = make_loader(train)
-    is_plain = has_index(dataloader) and train.sampler is None and train.batch_sampler is None
+    is_plain = is_map_style(dataloader) and train.sampler is None and train.batch_sampler is None
     if is_plain and train.batch_size is not None:
         samples = min(len(dataloader.dataset), STEPS * train.batch_size)  # type: ignore[arg-type]
         sampler = RandomSampler if train.shuffle else SequentialSampler
         few = Subset(dataloader.dataset, range(samples))
-        dataloader = copy_of(
+        dataloader = copy_loader(
             dataloader,
             dataset=few,
             batch_size=train.batch_size,

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from robo_orchard_lab.pipeline.data import DataOrder, TrainingData
-from robo_orchard_lab.pipeline.data.loader import why_no_batch
+from robo_orchard_lab.pipeline.data.loader import explain_no_batch
 from robo_orchard_lab.pipeline.errors import DataError, PipelineConfigError
 from robo_orchard_lab.pipeline.hooks.optimizer import LRSchedulerUnit
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress, remaining_steps
@@ -145,7 +145,7 @@ def count_moves(
     data = TrainingData(dataloader, DataOrder(), accelerator, TrainerProgress())
     steps = data.steps_per_epoch
     if steps == 0:
-        raise DataError("the data gives no batch; " + why_no_batch(dataloader))
+        raise DataError("the data gives no batch; " + explain_no_batch(dataloader))
     window = accelerator.gradient_accumulation_steps
     moves = _known_moves(limits, steps, window, every)
     if moves is None:

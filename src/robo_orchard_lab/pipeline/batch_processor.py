@@ -76,7 +76,7 @@ class LossWeighting:
     """What all gradients are multiplied by at the end of the window."""
 
 
-def checked_weight(weight: Any, loss: torch.Tensor) -> torch.Tensor:
+def as_loss_weight(weight: Any, loss: torch.Tensor) -> torch.Tensor:
     """What a batch processor says that a loss weighs, as a tensor of its own on the loss's device.
 
     The value of a tensor is not looked at, which would wait for the device.
@@ -97,17 +97,17 @@ def checked_weight(weight: Any, loss: torch.Tensor) -> torch.Tensor:
     return torch.full((), float(weight), dtype=dtype, device=loss.device)
 
 
-def counted_loss(loss: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def zero_if_unweighted(loss: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The loss, or zero where it weighs nothing: the mean over nothing may be NaN."""
     return torch.where(weight > 0, loss, 0.0)
 
 
-def weighed_loss(loss: torch.Tensor, weight: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+def scale_loss(loss: torch.Tensor, weight: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """What to run the backward pass of, in the place of a mean loss of such a weight."""
     return loss * (weight / reference).to(loss.dtype)
 
 
-def multiply_gradients(parameters: Iterable[torch.nn.Parameter], factor: torch.Tensor) -> None:
+def scale_gradients(parameters: Iterable[torch.nn.Parameter], factor: torch.Tensor) -> None:
     """Multiply the gradients that there are; each process what it has of them."""
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for parameter in parameters:

@@ -9,11 +9,11 @@ from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from robo_orchard_lab.pipeline.batch_processor import count_batches
-from robo_orchard_lab.pipeline.data.loader import LeavesSignals, copy_of, workers_start
+from robo_orchard_lab.pipeline.data.loader import IgnoreSignals, copy_loader, worker_startup
 from robo_orchard_lab.pipeline.data.rng import (
-    kept_generators,
-    numbered_seed,
-    random_sources_of,
+    dataset_generators,
+    indexed_seed,
+    loader_generators,
     seed_generators,
 )
 from robo_orchard_lab.pipeline.errors import DataError, PipelineConfigError
@@ -95,9 +95,9 @@ class EvaluationLoader:
         self._who = who
         self._rank = rank
         self._processes = processes
-        self.random_sources = random_sources_of(loader)
+        self.generators = loader_generators(loader)
         """The random generators that it, its samplers and its dataset keep, by name."""
-        self._of_dataset = kept_generators("dataset", getattr(loader, "dataset", None))
+        self._of_dataset = dataset_generators("dataset", getattr(loader, "dataset", None))
         self._order: Iterable[Any] | None = None
         self._picked = _Picked()
         self._loader = loader
@@ -127,7 +127,7 @@ class EvaluationLoader:
             DataError: at its end, on every rank alike: there was no batch for any of them.
         """
         seed_random_state(seed, stream=0)
-        seed_generators(self.random_sources, seed)
+        seed_generators(self.generators, seed)
         first, stride = 0, 1
         if self._order is not None:
             order = list(self._order)  # before any rank draws anything else
@@ -135,13 +135,13 @@ class EvaluationLoader:
             if even and self._lacks_one(len(order)):
                 self._picked.items.append(order[0])
             first, stride = self._rank, self._processes
-        with workers_start():
+        with worker_startup():
             batches = iter(self._loader)
         index = first
         other: Any = None
         while True:
             seed_random_state(seed, stream=1 + index)
-            seed_generators(self._of_dataset, numbered_seed(seed, 1 + index))
+            seed_generators(self._of_dataset, indexed_seed(seed, 1 + index))
             batch = next(batches, _END)
             if batch is _END:
                 break
@@ -177,10 +177,10 @@ def _picking(loader: DataLoader[Any], picked: _Picked) -> DataLoader[Any]:
     """The same loader, but of the batches that are picked."""
     batches = loader.batch_sampler is not None
     chosen = {"batch_sampler": picked} if batches else {"batch_size": None, "sampler": picked}
-    return copy_of(
+    return copy_loader(
         loader,
         **chosen,
-        worker_init_fn=LeavesSignals(loader.worker_init_fn),
+        worker_init_fn=IgnoreSignals(loader.worker_init_fn),
         persistent_workers=False,  # their random state would outlive an evaluation
     )
 

@@ -13,17 +13,17 @@ from accelerate.utils import DistributedType, send_to_device
 
 from robo_orchard_lab.pipeline.batch_processor import (
     BatchProcessor,
-    checked_weight,
+    as_loss_weight,
     count_samples,
-    counted_loss,
+    zero_if_unweighted,
 )
 from robo_orchard_lab.pipeline.distributed.stall_clock import record_heartbeat
 from robo_orchard_lab.pipeline.errors import BatchProcessorError, PipelineConfigError
 from robo_orchard_lab.pipeline.evaluation_loader import EvaluationLoader, check_dataloaders
 from robo_orchard_lab.pipeline.isolation import (
     evaluation_mode,
-    first_ranks_buffers,
-    untouched_random_state,
+    first_rank_buffers,
+    isolated_rng,
 )
 from robo_orchard_lab.pipeline.metrics import DeferredMetrics, WeightedSum, resolve
 from robo_orchard_lab.pipeline.metrics.exchange import StateReduction
@@ -204,11 +204,11 @@ class Evaluator:
         sources = {
             f"{name}.{key}": source
             for name, loader in self._loaders.items()
-            for key, source in loader.random_sources.items()
+            for key, source in loader.generators.items()
         }
         with ExitStack() as stack:
-            stack.enter_context(untouched_random_state(sources))
-            stack.enter_context(first_ranks_buffers(self._module_of_all_ranks()))
+            stack.enter_context(isolated_rng(sources))
+            stack.enter_context(first_rank_buffers(self._module_of_all_ranks()))
             stack.enter_context(evaluation_mode(self.model))
             stack.callback(reshard, self.model)
             # Not inference_mode: compiled and sharded models keep tensors for the training.
@@ -277,8 +277,8 @@ class Evaluator:
             shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else ""
             raise self._wrong_result(f"a loss that is a {type(loss).__name__}{shape}")
         if loss is not None and weight is not None:
-            weight = checked_weight(weight, loss)
-            loss = counted_loss(loss, weight)
+            weight = as_loss_weight(weight, loss)
+            loss = zero_if_unweighted(loss, weight)
         return outputs, loss, weight
 
     def _wrong_result(self, found: str) -> BatchProcessorError:

@@ -10,7 +10,11 @@ import numpy as np
 import torch
 
 from robo_orchard_lab.pipeline.checkpoint import capture_random_state, restore_random_state
-from robo_orchard_lab.pipeline.data.rng import RandomSource, set_states, states_of
+from robo_orchard_lab.pipeline.data.rng import (
+    RandomGenerator,
+    generator_states,
+    set_generator_states,
+)
 from robo_orchard_lab.pipeline.model import BufferSnapshot
 
 
@@ -34,14 +38,14 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def untouched_random_state(sources: Mapping[str, RandomSource]) -> Iterator[None]:
+def isolated_rng(sources: Mapping[str, RandomGenerator]) -> Iterator[None]:
     """Draw what one likes, also from these; then go on as if nothing had been drawn."""
-    state, states = capture_random_state(), states_of(sources)
+    state, states = capture_random_state(), generator_states(sources)
     try:
         yield
     finally:
         restore_random_state(state)
-        set_states(sources, states)
+        set_generator_states(sources, states)
 
 
 def seed_random_state(seed: int, stream: int) -> None:
@@ -55,7 +59,7 @@ def seed_random_state(seed: int, stream: int) -> None:
 
 
 @contextmanager
-def first_ranks_buffers(model: torch.nn.Module | None) -> Iterator[None]:
+def first_rank_buffers(model: torch.nn.Module | None) -> Iterator[None]:
     """The buffers of the first rank in the models of all ranks; then their own again.
 
     Each rank's batch statistics are its own, with DDP between two of its broadcasts. Takes one

@@ -17,9 +17,9 @@ from accelerate.utils import extract_model_from_parallel, send_to_device
 
 from robo_orchard_lab.pipeline.batch_processor import (
     BatchProcessor,
-    counted_loss,
-    multiply_gradients,
-    weighed_loss,
+    scale_gradients,
+    scale_loss,
+    zero_if_unweighted,
 )
 from robo_orchard_lab.pipeline.checkpoint import load_checkpoint, save_checkpoint
 from robo_orchard_lab.pipeline.errors import StateError
@@ -133,7 +133,7 @@ class QuarantinedStep:
     loss_weight: torch.Tensor | None
     """What the batch processor said that the loss weighs; None where it said nothing."""
     random: Mapping[str, torch.Tensor]
-    """What :func:`capture_generators` gave ahead of the forward pass."""
+    """What :func:`capture_torch_rng` gave ahead of the forward pass."""
     loss: torch.Tensor
     """This rank's, not divided."""
     finite: bool = True
@@ -184,7 +184,7 @@ class QuarantinedWindow:
     """Whether they are the same as the first rank's, in whose folder they are."""
 
 
-def capture_generators(device: torch.device) -> dict[str, torch.Tensor]:
+def capture_torch_rng(device: torch.device) -> dict[str, torch.Tensor]:
     """The states of torch's default random generators, of the CPU and of the current device.
 
     It takes about a microsecond on the CPU. NumPy's and Python's are not looked at.
@@ -195,8 +195,8 @@ def capture_generators(device: torch.device) -> dict[str, torch.Tensor]:
     return states
 
 
-def restore_generators(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Draw from where :func:`capture_generators` was called, on the CPU and on ``device``."""
+def restore_torch_rng(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Draw from where :func:`capture_torch_rng` was called, on the CPU and on ``device``."""
     torch.set_rng_state(states["cpu"])
     if device.type != "cpu" and device.type in states:
         getattr(torch, device.type).set_rng_state(states[device.type])
@@ -376,20 +376,20 @@ def replay(
     device = next((p.device for p in plain.parameters()), torch.device("cpu"))
     model.zero_grad()
     losses = []
-    before = capture_generators(device)
+    before = capture_torch_rng(device)
     try:
         for step, batch in zip(window.steps, batches, strict=True):
-            restore_generators(step.random, device)
+            restore_torch_rng(step.random, device)
             _, loss, *_ = batch_processor.forward(model, send_to_device(batch, device))
             assert loss is not None  # the run had one
             if step.loss_weight is not None:
-                loss = counted_loss(loss, step.loss_weight.to(loss.device))
+                loss = zero_if_unweighted(loss, step.loss_weight.to(loss.device))
             losses.append(loss.detach())
             _run_backward(_share_of_window(loss, step, window), window.loss_scale)
         if window.gradient_factor is not None:
-            multiply_gradients(plain.parameters(), window.gradient_factor)
+            scale_gradients(plain.parameters(), window.gradient_factor)
     finally:
-        restore_generators(before, device)
+        restore_torch_rng(before, device)
     norm = _unscaled_norm(plain, window)
     same = all(map(_equal, losses, [step.loss for step in window.steps]))
     if window.grad_norm is not None and window.num_processes == 1 and not window.steps_missing:
@@ -458,7 +458,7 @@ def _share_of_window(
     if window.weight_reference is None:
         return loss
     weight, reference = step.loss_weight, window.weight_reference
-    return weighed_loss(loss, weight.to(loss.device), reference.to(loss.device))
+    return scale_loss(loss, weight.to(loss.device), reference.to(loss.device))
 
 
 def _run_backward(loss: torch.Tensor, scale: float | None) -> None:
@@ -486,7 +486,7 @@ __all__ = [
     "QuarantinedStep",
     "QuarantinedWindow",
     "Replay",
-    "capture_generators",
+    "capture_torch_rng",
     "named_weights",
     "rank_folder",
     "read_window",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from robo_orchard_lab.pipeline.data.rng import random_sources_of
+from robo_orchard_lab.pipeline.data.rng import loader_generators
 from tiny import equal, make_loader, make_model, make_trainer, weights
 
 
@@ -32,7 +32,7 @@ def sampled_in_batches(seed: int) -> DataLoader[tuple[torch.Tensor, ...]]:
 )
 def test_generators_are_found(loader: object, found: set[str]) -> None:
     """Those of the loader, its sampler, its batch sampler, and of the sampler within that."""
-    assert set(random_sources_of(loader)) == found
+    assert set(loader_generators(loader)) == found
 
 
 def test_a_batch_sampler_of_ones_own_goes_on_where_it_was(tmp_path: Path) -> None:

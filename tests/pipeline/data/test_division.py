@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, S
 from loaded_data import Indices
 from robo_orchard_lab.pipeline.data import DataOrder
 from robo_orchard_lab.pipeline.data.map_data import MapData
-from robo_orchard_lab.pipeline.data.share import Share
+from robo_orchard_lab.pipeline.data.share import BatchShard
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 
 
@@ -35,11 +35,11 @@ class OwnBatches(Sampler[list[int]]):
 
 
 def passed_over(
-    loader: DataLoader[Any], share: Share, seed: int = 0
+    loader: DataLoader[Any], share: BatchShard, seed: int = 0
 ) -> list[tuple[list[int], float]]:
     """Of each step of an epoch: what is this rank's own, and how many samples the job has."""
     progress = TrainerProgress()
-    data = MapData(loader, DataOrder(), Share(1, share.rank), progress)
+    data = MapData(loader, DataOrder(), BatchShard(1, share.rank), progress)
     data._share = share  # else the processes would have to be there
     steps = data.steps_per_epoch
     result = []
@@ -52,7 +52,7 @@ def passed_over(
         loaded = [batch] if isinstance(batch, int) else batch.tolist()
         assert loaded  # also a filler is a batch of samples
         own = [] if made_of.is_padding_step else loaded
-        job = len(own) if told is None else next(told).job
+        job = len(own) if told is None else next(told).total
         if made_of.sizes is not None:
             assert made_of.sizes == (len(own), job)
         if ahead is not None:
@@ -66,7 +66,9 @@ def passed_over(
 
 def together(loader_of: Any, processes: int, split: bool = False) -> list[list[list[int]]]:
     """Of each step, what is each rank's own; checked to be alike in number for all."""
-    ranks = [passed_over(loader_of(), Share(processes, rank, split)) for rank in range(processes)]
+    ranks = [
+        passed_over(loader_of(), BatchShard(processes, rank, split)) for rank in range(processes)
+    ]
     assert len({len(rank) for rank in ranks}) == 1
     steps = [list(step) for step in zip(*ranks, strict=True)]
     for step in steps:
@@ -93,7 +95,7 @@ def test_steps_are_those_of_one_process(
         batches = BatchSampler(sampler(range(length)), size, drop_last)
         return DataLoader(Indices(length), batch_sampler=batches)
 
-    alone = [own for own, _ in passed_over(loader(per_step), Share())]
+    alone = [own for own, _ in passed_over(loader(per_step), BatchShard())]
     steps = together(lambda: loader(per_step if split else batch_size), processes, split)
     assert [list(chain(*step)) for step in steps] == alone
     for step in steps:
@@ -151,14 +153,14 @@ def test_another_number_of_processes_sees_the_same_order(
         return DataLoader(Indices(length), batch_size, sampler=RandomSampler(range(length)))
 
     progress = TrainerProgress()
-    alone = MapData(loader(8), DataOrder(), Share(), progress)
+    alone = MapData(loader(8), DataOrder(), BatchShard(), progress)
     batches = [batch.tolist() for batch in alone.epoch(1, 0, 0)]
     progress.step_id = min(step_id, len(batches))
     state = alone.state()
     joined: list[list[int]] = [[] for _ in batches[progress.step_id :]]
     for rank in range(processes):
-        data = MapData(loader(8 // processes), DataOrder(), Share(), progress)
-        data._share = Share(processes, rank)
+        data = MapData(loader(8 // processes), DataOrder(), BatchShard(), progress)
+        data._share = BatchShard(processes, rank)
         data.check(state, {}, within_epoch=progress.step_id > 0)
         data.load(state, {})
         for step, batch in enumerate(data.epoch(1, 0, progress.step_id)):

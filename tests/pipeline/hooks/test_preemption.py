@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from launching import HELPERS
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, PipelineHooks
-from robo_orchard_lab.pipeline.data.loader import LeavesSignals, taken_by_main_process
+from robo_orchard_lab.pipeline.data.loader import IgnoreSignals, ignore_signals_in_workers
 from robo_orchard_lab.pipeline.errors import (
     PipelineConfigError,
     PipelineStateError,
@@ -323,8 +323,8 @@ def test_a_signal_in_the_wait_for_data(
 def test_a_worker_takes_its_own_end() -> None:
     """A second SIGTERM ends a worker, which is how torch ends one that hangs."""
     others = psutil.Process().children()
-    loader = DataLoader(Samples(), num_workers=1, worker_init_fn=LeavesSignals(None))
-    with taken_by_main_process([signal.SIGTERM, signal.SIGINT]):
+    loader = DataLoader(Samples(), num_workers=1, worker_init_fn=IgnoreSignals(None))
+    with ignore_signals_in_workers([signal.SIGTERM, signal.SIGINT]):
         batches = iter(loader)
         next(batches)
     (worker,) = (child for child in psutil.Process().children() if child not in others)

@@ -8,8 +8,8 @@ from itertools import accumulate, count, islice
 from typing import Any, NamedTuple, Protocol
 
 from robo_orchard_lab.pipeline.batch_processor import count_batches
-from robo_orchard_lab.pipeline.data.order import Division, IndexOrder, StepSizes, even_share
-from robo_orchard_lab.pipeline.data.rng import ContinuedStreams
+from robo_orchard_lab.pipeline.data.order import IndexOrder, StepPartition, StepSizes, split_evenly
+from robo_orchard_lab.pipeline.data.rng import PersistentRng
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 
 
@@ -29,7 +29,7 @@ class BatchIndices(NamedTuple):
     @property
     def is_padding_step(self) -> bool:
         """Whether the process has no share in the step; what it loads is another's."""
-        return self.sizes is not None and self.sizes.own == 0
+        return self.sizes is not None and self.sizes.local == 0
 
 
 class EpochBatches(Protocol):
@@ -75,7 +75,7 @@ class IndexedBatches:
     def __init__(
         self,
         order: IndexOrder,
-        division: Division,
+        division: StepPartition,
         batched: bool = True,
         first_step: int = 0,
         first_sample: int = 0,
@@ -153,9 +153,9 @@ class IteratedBatches:
     def __init__(
         self,
         batches: Any,
-        division: Division,
+        division: StepPartition,
         samples: int | None,
-        streams: ContinuedStreams,
+        streams: PersistentRng,
         progress: TrainerProgress,
         *,
         batched: bool = True,
@@ -254,7 +254,7 @@ class IteratedBatches:
             if not in_step or (self._drops_last and total < self._division.samples_per_step):
                 return
             if self._joined:
-                own = even_share(total, processes, rank)
+                own = split_evenly(total, processes, rank)
                 filler = range(1)
             else:
                 ends = [0, *accumulate(map(len, in_step))]

@@ -15,16 +15,16 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from robo_orchard_lab.pipeline.data.loader import LeavesSignals
+from robo_orchard_lab.pipeline.data.loader import IgnoreSignals
 from robo_orchard_lab.pipeline.data.rng import (
-    RandomSource,
-    ReseededStream,
-    StreamsAside,
-    kept_generators,
+    RandomGenerator,
+    ReseededDataset,
+    RngIsolation,
+    dataset_generators,
+    generator_states,
     seed_generators,
-    seed_streams,
-    set_states,
-    states_of,
+    seed_rng,
+    set_generator_states,
 )
 
 
@@ -57,10 +57,10 @@ class Fetcher(Dataset[Any]):
         self.batched = batched
         self.epoch_id: int | None = None
         """The epoch that the dataset was last told of."""
-        self._aside: StreamsAside | None = None
+        self._aside: RngIsolation | None = None
         self._found_in: int | None = None
         """The epoch for which the generators below were looked for."""
-        self._kept: dict[str, RandomSource] = {}
+        self._kept: dict[str, RandomGenerator] = {}
         """The random generators that the dataset and the collate_fn keep."""
 
     def __getitem__(self, task: Task) -> Any:
@@ -73,15 +73,15 @@ class Fetcher(Dataset[Any]):
         if task.epoch_id != self._found_in:
             self._begin(task.epoch_id)
         if self._aside is None:
-            self._aside = StreamsAside()
+            self._aside = RngIsolation()
         with self._aside:
             if not self._kept:
                 return self._load(task)
-            states = states_of(self._kept)
+            states = generator_states(self._kept)
             try:
                 return self._load(task)
             finally:
-                set_states(self._kept, states)
+                set_generator_states(self._kept, states)
 
     def _load(self, task: Task) -> Any:
         seed, dataset, indices = task.seed, self.dataset, task.indices
@@ -118,7 +118,7 @@ class Fetcher(Dataset[Any]):
 
     def _seed(self, seed: int | None) -> None:
         if seed is not None:
-            seed_streams(seed)
+            seed_rng(seed)
             if self._kept:
                 seed_generators(self._kept, seed)
 
@@ -129,18 +129,18 @@ class Fetcher(Dataset[Any]):
             if hasattr(self.dataset, "set_epoch"):
                 self.dataset.set_epoch(epoch_id)
         self._found_in = epoch_id
-        self._kept = kept_generators("", (self.dataset, self.collate_fn))
+        self._kept = dataset_generators("", (self.dataset, self.collate_fn))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_aside": None, "_found_in": None, "_kept": {}}
 
 
-def as_it_is(batch: Any) -> Any:
+def identity(batch: Any) -> Any:
     """A collate_fn for what is a batch already."""
     return batch
 
 
-def draws_nothing(dataset: Any, collate_fn: Any) -> bool:
+def is_deterministic(dataset: Any, collate_fn: Any) -> bool:
     """Whether nothing is drawn while loading for sure, so that seeding can be left out."""
     return collate_fn in (default_collate, default_convert) and _holds_its_items(dataset)
 
@@ -157,7 +157,7 @@ def _holds_its_items(dataset: Any) -> bool:
 # What a worker does before it loads.
 
 
-class WorkerStart(LeavesSignals):
+class WorkerInit(IgnoreSignals):
     """Makes a worker what the user's functions expect: ``get_worker_info().dataset`` is theirs.
 
     It also leaves to the main process the signals that are for that.
@@ -165,6 +165,6 @@ class WorkerStart(LeavesSignals):
 
     def __call__(self, worker_id: int) -> None:
         info = get_worker_info()
-        if info is not None and isinstance(info.dataset, (Fetcher, ReseededStream)):
+        if info is not None and isinstance(info.dataset, (Fetcher, ReseededDataset)):
             object.__setattr__(info, "dataset", info.dataset.dataset)  # it is read-only
         super().__call__(worker_id)

@@ -45,7 +45,7 @@ from robo_orchard_lab.pipeline.job_log import job_logger
 # never comes, when it could have saved the run.
 
 
-WorkerInit: TypeAlias = Callable[[int], object]
+WorkerInitFn: TypeAlias = Callable[[int], object]
 
 _LAST_WAIT_S = 1.0  # for processes that clean up when they are told to end
 
@@ -54,10 +54,10 @@ _started: set[BaseProcess] = set()  # while signals were taken, and not ended wi
 
 
 @contextmanager
-def taken_by_main_process(signals: Iterable[int]) -> Iterator[None]:
+def ignore_signals_in_workers(signals: Iterable[int]) -> Iterator[None]:
     """Have workers that are started meanwhile outlive these signals.
 
-    Only workers with a :class:`LeavesSignals` do. They ignore them, but for SIGTERM: the second one
+    Only workers with a :class:`IgnoreSignals` do. They ignore them, but for SIGTERM: the second one
     ends a worker, since that is how a main process ends one that hangs. Workers that are still
     there when this process ends, such as persistent ones, are ended with it.
     """
@@ -75,8 +75,8 @@ def taken_by_main_process(signals: Iterable[int]) -> Iterator[None]:
 
 
 @contextmanager
-def workers_start() -> Iterator[None]:
-    """Around the start of workers that have a :class:`LeavesSignals`: hold the taken signals back.
+def worker_startup() -> Iterator[None]:
+    """Around the start of workers that have a :class:`IgnoreSignals`: hold the taken signals back.
 
     Until a worker has called it, which takes a moment, it would die of them. Those that come are
     handled at the end, in the worker as in the main process. This is of use in the thread that
@@ -92,14 +92,14 @@ def workers_start() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class LeavesSignals:
+class IgnoreSignals:
     """A ``worker_init_fn`` that leaves signals to the main process, then does what another does.
 
     Args:
         worker_init_fn: the one to call; None where there is none.
     """
 
-    def __init__(self, worker_init_fn: WorkerInit | None = None) -> None:
+    def __init__(self, worker_init_fn: WorkerInitFn | None = None) -> None:
         self.worker_init_fn = worker_init_fn
         self._signals: tuple[int, ...] | None = None  # set in a worker that is no fork
 
@@ -109,11 +109,11 @@ class LeavesSignals:
             outlives = _ignore_once if number == signal.SIGTERM else signal.SIG_IGN
             signal.signal(number, outlives)
         if taken and sys.platform != "win32":
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, taken)  # see workers_start
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, taken)  # see worker_startup
         if self.worker_init_fn is not None:
             self.worker_init_fn(worker_id)
 
-    def __reduce__(self) -> tuple[type[LeavesSignals], tuple[WorkerInit | None], object]:
+    def __reduce__(self) -> tuple[type[IgnoreSignals], tuple[WorkerInitFn | None], object]:
         return type(self), (self.worker_init_fn,), {"_signals": _taken}  # for another process
 
 
@@ -141,7 +141,7 @@ logger = job_logger(__name__)
 _DRAWING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
-def has_index(loader: Any) -> bool:
+def is_map_style(loader: Any) -> bool:
     """Whether it is a ``DataLoader``, and no class that iterates otherwise, of indexed data."""
     return (
         isinstance(loader, DataLoader)
@@ -150,10 +150,10 @@ def has_index(loader: Any) -> bool:
     )
 
 
-def why_no_batch(loader: Any) -> str:
+def explain_no_batch(loader: Any) -> str:
     """What to look at where a pass over the data has had no batch."""
     loader = getattr(loader, "base_dataloader", loader)
-    if has_index(loader):
+    if is_map_style(loader):
         batches = loader if loader.batch_sampler is None else loader.batch_sampler
         size = getattr(batches, "batch_size", None)
         if getattr(batches, "drop_last", False):
@@ -182,14 +182,14 @@ def unwrap_loader(loader: Iterable[Any], accelerator: Accelerator) -> Iterable[A
         PipelineConfigError: it was made by ``accelerate.skip_first_batches``.
     """
     prepared = isinstance(loader, (DataLoaderShard, DataLoaderDispatcher))
-    if isinstance(loader, (DataLoaderShard, DataLoaderDispatcher)) and has_index(
+    if isinstance(loader, (DataLoaderShard, DataLoaderDispatcher)) and is_map_style(
         loader.base_dataloader
     ):
         loader = _unprepared(loader.base_dataloader)
     elif isinstance(loader, DataLoader) and _is_torchdatas_of_an_index(loader):
         loader = _plain(loader)
     config = accelerator.dataloader_config
-    if isinstance(loader, DataLoader) and has_index(loader):
+    if isinstance(loader, DataLoader) and is_map_style(loader):
         if not loader.in_order:
             logger.warning(
                 "the data loader has in_order=False, which gives batches as workers finish them; "
@@ -211,11 +211,11 @@ def unwrap_loader(loader: Iterable[Any], accelerator: Accelerator) -> Iterable[A
             loader, num_processes=1, process_index=0, use_stateful_dataloader=True
         )
     inner = changed.base_dataloader  # a copy, which is nobody else's
-    inner.worker_init_fn = LeavesSignals(inner.worker_init_fn)
+    inner.worker_init_fn = IgnoreSignals(inner.worker_init_fn)
     return changed  # type: ignore[no-any-return]  # an iterable
 
 
-def copy_of(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
+def copy_loader(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
     """A loader with the same options; ``changes`` has the sampler or batch sampler at least."""
     options = {
         "dataset": loader.dataset,
@@ -295,5 +295,5 @@ def _with_seedable_sampler(loader: DataLoader[Any], data_seed: int) -> DataLoade
 
 def _made_of(loader: DataLoader[Any], batches: Any) -> DataLoader[Any]:
     if loader.batch_sampler is None:
-        return copy_of(loader, batch_size=None, sampler=batches)
-    return copy_of(loader, batch_sampler=batches)
+        return copy_loader(loader, batch_size=None, sampler=batches)
+    return copy_loader(loader, batch_sampler=batches)

@@ -19,25 +19,31 @@ from robo_orchard_lab.pipeline.data.epoch_batches import (
 from robo_orchard_lab.pipeline.data.fetching import (
     Fetcher,
     Task,
-    WorkerStart,
-    as_it_is,
-    draws_nothing,
+    WorkerInit,
+    identity,
+    is_deterministic,
 )
-from robo_orchard_lab.pipeline.data.loader import copy_of, workers_start
-from robo_orchard_lab.pipeline.data.order import DataOrder, Division, StepSizes, is_known, order_of
+from robo_orchard_lab.pipeline.data.loader import copy_loader, worker_startup
+from robo_orchard_lab.pipeline.data.order import (
+    DataOrder,
+    StepPartition,
+    StepSizes,
+    is_builtin,
+    sampler_order,
+)
 from robo_orchard_lab.pipeline.data.rng import (
-    ContinuedStreams,
-    Purpose,
-    capture_sources,
-    check_sources,
-    epoch_key,
-    keyed_generator,
-    numbered_seed,
-    random_sources_of,
-    restore_sources,
-    samplers_of,
+    PersistentRng,
+    RngStream,
+    capture_generators,
+    check_generators,
+    epoch_generator,
+    epoch_seed,
+    indexed_seed,
+    iter_samplers,
+    loader_generators,
+    restore_generators,
 )
-from robo_orchard_lab.pipeline.data.share import Share, announce_epoch
+from robo_orchard_lab.pipeline.data.share import BatchShard, set_epoch_of
 from robo_orchard_lab.pipeline.distributed.collectives import broadcast_object
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.job_log import job_logger
@@ -65,8 +71,8 @@ class SamplerState:
     def __init__(self, dataloader: Any) -> None:
         self._samplers = {
             name: sampler
-            for name, sampler in samplers_of(dataloader)
-            if type(sampler) is not BatchSampler and not is_known(sampler)
+            for name, sampler in iter_samplers(dataloader)
+            if type(sampler) is not BatchSampler and not is_builtin(sampler)
         }
         self._first = dict(self._attributes())
 
@@ -165,7 +171,11 @@ class MapData:
     kind = "a DataLoader of a dataset with an index"
 
     def __init__(
-        self, loader: DataLoader[Any], order: DataOrder, share: Share, progress: TrainerProgress
+        self,
+        loader: DataLoader[Any],
+        order: DataOrder,
+        share: BatchShard,
+        progress: TrainerProgress,
     ) -> None:
         self._user = loader
         self._order = order
@@ -175,12 +185,14 @@ class MapData:
         self._listed = type(self._made_of) is BatchSampler
         self._sampler = self._made_of.sampler if type(self._made_of) is BatchSampler else None
         self._batched = loader.batch_sampler is not None
-        self._sources = random_sources_of(loader)
+        self._sources = loader_generators(loader)
         self._samplers = SamplerState(loader)
         if share.processes > 1 and self._sources:
-            shared = broadcast_object(capture_sources(self._sources), 0)  # a collective
-            restore_sources(shared, self._sources)  # which draw the same on all ranks from here
-        self._quiet = order.keyed_by == "none" or draws_nothing(loader.dataset, loader.collate_fn)
+            shared = broadcast_object(capture_generators(self._sources), 0)  # a collective
+            restore_generators(shared, self._sources)  # which draw the same on all ranks from here
+        self._quiet = order.keyed_by == "none" or is_deterministic(
+            loader.dataset, loader.collate_fn
+        )
         self._fetcher = Fetcher(loader.dataset, loader.collate_fn, self._batched)
         self._tasks = _Tasks()
         self._generator = torch.Generator()
@@ -197,7 +209,7 @@ class MapData:
         """The batches of an epoch from a step on."""
         loaded, self._loaded = self._loaded, None
         self._start = self._kept()  # first: a dataset may draw when it is told
-        announce_epoch(self._user, epoch_id)
+        set_epoch_of(self._user, epoch_id)
         if loaded is not None and step_id > 0:
             self._check_described(loaded, _DESCRIBED)
         self._epoch_id = epoch_id
@@ -207,8 +219,8 @@ class MapData:
             return map(self._fetcher.__getitem__, tasks)
         self._tasks.current = tasks
         self._fetcher.epoch_id = epoch_id  # as the dataset knows, which workers get as it is
-        self._generator.manual_seed(epoch_key(seed, epoch_id, Purpose.WORKERS))
-        with workers_start():
+        self._generator.manual_seed(epoch_seed(seed, epoch_id, RngStream.WORKERS))
+        with worker_startup():
             return iter(self._loader)
 
     @property
@@ -247,7 +259,7 @@ class MapData:
 
     def _kept(self) -> dict[str, Any]:
         """What the order of the epochs to come follows from, where it is not the seed alone."""
-        return {"random": capture_sources(self._sources), "samplers": self._samplers.capture()}
+        return {"random": capture_generators(self._sources), "samplers": self._samplers.capture()}
 
     def rank_state(self) -> dict[str, Any]:
         """Nothing: the order is that of the whole job."""
@@ -257,7 +269,7 @@ class MapData:
         self, state: Mapping[str, Any], rank_state: Mapping[str, Any], within_epoch: bool
     ) -> None:
         """Refuse what :meth:`load` could not go on from; raises ``StateError``."""
-        check_sources(state["random"], self._sources)
+        check_generators(state["random"], self._sources)
         here = self._description()
         lengths_may_change = hasattr(self._user.dataset, "set_epoch")  # when it is told the epoch
         self._check_described(state, ["sampler"] if lengths_may_change else list(_DESCRIBED))
@@ -276,7 +288,7 @@ class MapData:
                 f"{now}: within an epoch, {self._as_many_samples(saved)}, or allow another number "
                 "with DataOrder(allow_other_batch_size=True)"
             )
-        if saved is None or now is None or self._sampler is None or not is_known(self._sampler):
+        if saved is None or now is None or self._sampler is None or not is_builtin(self._sampler):
             raise StateError(
                 f"a step had {saved} samples of the whole job when the run was saved, and has "
                 f"{now}; within an epoch, the batch size can change only where the sampler is "
@@ -292,7 +304,7 @@ class MapData:
 
     def load(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> None:
         """Have the next epoch begin, and go on, as the saved run would have."""
-        restore_sources(state["random"], self._sources)
+        restore_generators(state["random"], self._sources)
         self._samplers.restore(state.get("samplers", {}))
         self._loaded = state
         self._batches = self._start = self._epoch_id = None
@@ -323,12 +335,12 @@ class MapData:
             return count_batches(self._sampler)
         return None if self._batched else count_batches(self._made_of)
 
-    def _division(self) -> Division:
+    def _division(self) -> StepPartition:
         share, batches = self._share, self._made_of
         if type(batches) is not BatchSampler:
-            return Division(1, processes=share.processes, rank=share.rank)
+            return StepPartition(1, processes=share.processes, rank=share.rank)
         size = batches.batch_size // share.processes if share.split else batches.batch_size
-        return Division(size, batches.drop_last, share.processes, share.rank)
+        return StepPartition(size, batches.drop_last, share.processes, share.rank)
 
     def _epoch_batches(
         self, seed: int, epoch_id: int, loaded: Mapping[str, Any] | None
@@ -338,16 +350,16 @@ class MapData:
             torch.empty((), dtype=torch.int64).random_(generator=self._user.generator)
         sampler = self._made_of if self._sampler is None else self._sampler
         division = self._division()
-        if not is_known(sampler):
-            return self._iterated(epoch_key(seed, epoch_id, Purpose.ORDER))
-        order = order_of(sampler, keyed_generator(seed, epoch_id, Purpose.ORDER))
+        if not is_builtin(sampler):
+            return self._iterated(epoch_seed(seed, epoch_id, RngStream.ORDER))
+        order = sampler_order(sampler, epoch_generator(seed, epoch_id, RngStream.ORDER))
         first_step = first_sample = 0
         if loaded is not None:
             first_step, first_sample = self._progress.step_id, loaded["samples"]
             self._tell_another_batch_size(loaded, division)
         return IndexedBatches(order, division, self._listed, first_step, first_sample)
 
-    def _tell_another_batch_size(self, loaded: Mapping[str, Any], division: Division) -> None:
+    def _tell_another_batch_size(self, loaded: Mapping[str, Any], division: StepPartition) -> None:
         before, now, done = loaded["samples_per_step"], division.samples_per_step, loaded["samples"]
         if before != now:
             logger.warning(
@@ -364,7 +376,7 @@ class MapData:
             self._made_of,
             self._division(),
             None if self._sampler is None else count_batches(self._sampler),
-            ContinuedStreams(key),
+            PersistentRng(key),
             self._progress,
             batched=self._batched or self._listed,
             joined=self._listed,
@@ -377,33 +389,33 @@ class MapData:
         given = batches.from_step(step_id)
         if self._quiet:
             return (Task(epoch_id, batch[0], batch[2], None, None) for batch in given)
-        key = epoch_key(seed, epoch_id, Purpose.LOADING)
+        key = epoch_seed(seed, epoch_id, RngStream.LOADING)
         if self._order.keyed_by == "batch":
             return (
-                Task(epoch_id, batch_id, indices, numbered_seed(key, batch_id), None)
+                Task(epoch_id, batch_id, indices, indexed_seed(key, batch_id), None)
                 for batch_id, _, indices, _ in given
             )
-        collating = epoch_key(seed, epoch_id, Purpose.COLLATING)
+        collating = epoch_seed(seed, epoch_id, RngStream.COLLATING)
         return (
             Task(
                 epoch_id,
                 batch_id,
                 indices,
-                numbered_seed(collating, numbers[0]),
-                [numbered_seed(key, number) for number in numbers],
+                indexed_seed(collating, numbers[0]),
+                [indexed_seed(key, number) for number in numbers],
             )
             for batch_id, numbers, indices, _ in given
         )
 
     def _rebuilt(self) -> DataLoader[Any]:
         """The user's loader, but of tasks."""
-        return copy_of(
+        return copy_loader(
             self._user,
             dataset=self._fetcher,
             batch_size=None,
             sampler=self._tasks,
-            collate_fn=as_it_is,
-            worker_init_fn=WorkerStart(self._user.worker_init_fn),
+            collate_fn=identity,
+            worker_init_fn=WorkerInit(self._user.worker_init_fn),
             generator=self._generator,
             in_order=True,
         )

@@ -113,12 +113,12 @@ class IndexOrder:
         return places if items is None else [items[place] for place in places]
 
 
-def is_known(sampler: object) -> bool:
-    """Whether :func:`order_of` gives a sampler's order; those of derived classes are theirs."""
+def is_builtin(sampler: object) -> bool:
+    """Whether :func:`sampler_order` gives a sampler's order; subclasses iterate themselves."""
     return type(sampler) in _KNOWN + _INDICES
 
 
-def order_of(sampler: Any, keyed: torch.Generator) -> IndexOrder:
+def sampler_order(sampler: Any, keyed: torch.Generator) -> IndexOrder:
     """What iterating a known sampler to its end would give, drawn from its generator alike.
 
     One without a generator draws from ``keyed``.
@@ -159,14 +159,14 @@ def _random_order(sampler: RandomSampler, generator: torch.Generator) -> torch.T
 class StepSizes(NamedTuple):
     """How many samples a step has, or another weight of them."""
 
-    own: float
+    local: float
     """Of this process; 0 where it takes part in the step with a filler."""
-    job: float
+    total: float
     """Of all processes together."""
 
 
 @dataclass(frozen=True, slots=True)
-class Division:
+class StepPartition:
     """Steps that follow each other in the order, each cut into one batch for each process.
 
     A step has as many samples as one process with a batch that many times as large would take; the
@@ -206,14 +206,14 @@ class Division:
     def numbers(self, samples: int, start: int) -> range:
         """Those of this process in the step that begins with sample ``start``."""
         in_step = min(samples - start, self.samples_per_step)
-        share = even_share(in_step, self.processes, self.rank)
+        share = split_evenly(in_step, self.processes, self.rank)
         return range(start + share.start, start + share.stop)
 
 
-def even_share(items: int, processes: int, rank: int) -> range:
+def split_evenly(items: int, processes: int, rank: int) -> range:
     """Which of so many items are one process's, where each has as many as the others or one less.
 
-    >>> [even_share(5, 3, rank) for rank in range(3)]
+    >>> [split_evenly(5, 3, rank) for rank in range(3)]
     [range(0, 2), range(2, 4), range(4, 5)]
     """
     each, more = divmod(items, processes)

@@ -88,7 +88,7 @@ def _memory_of(generator: Any) -> Any:
 _python = PythonStream()
 
 
-class Purpose(IntEnum):
+class RngStream(IntEnum):
     """What is drawn from a stream."""
 
     ORDER = 0
@@ -97,13 +97,13 @@ class Purpose(IntEnum):
     WORKERS = 3
 
 
-def epoch_key(seed: int, epoch_id: int, purpose: Purpose) -> int:
+def epoch_seed(seed: int, epoch_id: int, purpose: RngStream) -> int:
     """64 bits that belong to an epoch of a seed; those of others have nothing to do with them."""
     text = f"{seed}/{epoch_id}/{int(purpose)}".encode()
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
 
 
-def numbered_seed(key: int, number: int) -> int:
+def indexed_seed(key: int, number: int) -> int:
     """The seed of one batch or sample of an epoch.
 
     Those of 2**32 neighbours differ also in their lower 32 bits, all that torch uses on a CPU.
@@ -111,7 +111,7 @@ def numbered_seed(key: int, number: int) -> int:
     return (key + number * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
 
 
-def seed_streams(seed: int) -> None:
+def seed_rng(seed: int) -> None:
     """Have torch (CPU), NumPy and Python draw from the streams of a seed, which takes 4 us."""
     torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 90 us
     # The same seed would give all of them the same numbers.
@@ -119,16 +119,16 @@ def seed_streams(seed: int) -> None:
     _python.seed((seed ^ 0xC2B2AE35) & 0xFFFFFFFF)
 
 
-def keyed_generator(seed: int, epoch_id: int, purpose: Purpose) -> torch.Generator:
+def epoch_generator(seed: int, epoch_id: int, purpose: RngStream) -> torch.Generator:
     """A new generator of an epoch."""
-    return torch.Generator().manual_seed(epoch_key(seed, epoch_id, purpose))
+    return torch.Generator().manual_seed(epoch_seed(seed, epoch_id, purpose))
 
 
 # --- streams aside ---------------------------------------------------------------------------
 # Drawing while a model trains, as if nothing had been drawn.
 
 
-class StreamsAside:
+class RngIsolation:
     """A ``with`` whose body draws from other streams of torch (CPU), NumPy and Python.
 
     After it, the process draws what it would have drawn without. May be used again and again, not
@@ -153,14 +153,14 @@ class StreamsAside:
         self._numpy.take_back()
 
 
-class ContinuedStreams:
+class PersistentRng:
     """A ``with`` whose body draws from streams of its own, which begin with a seed and go on.
 
     Many uses draw what one does that calls :meth:`between` where the others have their ends.
     """
 
     def __init__(self, seed: int) -> None:
-        self._aside = StreamsAside()
+        self._aside = RngIsolation()
         self._seed: int | None = seed
         self._torch: torch.Tensor | None = None
         self._python: tuple[Any, ...] = ()
@@ -168,7 +168,7 @@ class ContinuedStreams:
     def __enter__(self) -> None:
         self._aside.__enter__()
         if self._seed is not None:
-            seed_streams(self._seed)
+            seed_rng(self._seed)
             self._seed = None
         elif self._torch is not None:
             torch.set_rng_state(self._torch)
@@ -260,7 +260,7 @@ def _watch_numpy(generator: Any) -> _Twister | None:
 # The random generators that a dataset draws from, anywhere in it and in its code.
 
 
-RandomSource: TypeAlias = Any
+RandomGenerator: TypeAlias = Any
 """One of :data:`GENERATORS`."""
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
@@ -271,13 +271,13 @@ _LIBRARIES = sys.stdlib_module_names - {"__main__"} | {"numpy", "torch"}
 """Whose classes keep no generator but in their objects."""
 
 
-def kept_generators(name: str, root: Any) -> dict[str, RandomSource]:
+def dataset_generators(name: str, root: Any) -> dict[str, RandomGenerator]:
     """Those of torch, NumPy and Python that an object draws from, by their place.
 
     Of it, its attributes and theirs, and of its functions and methods: what these enclose, have as
     defaults, and use of their module. Long lists are passed by, and so is what is far away.
     """
-    found: dict[str, RandomSource] = {}
+    found: dict[str, RandomGenerator] = {}
     seen = {id(root), *_global_streams()}
     waiting = deque([(name, root)])
     while waiting and len(seen) < _MOST_LOOKED_AT:
@@ -361,10 +361,10 @@ def _globals_of(code: CodeType) -> set[str]:
     return names.union(*inner)
 
 
-def seed_generators(generators: Mapping[str, RandomSource], seed: int) -> None:
+def seed_generators(generators: Mapping[str, RandomGenerator], seed: int) -> None:
     """Have each draw from a stream of its own of a seed."""
     for number, generator in enumerate(generators.values(), start=1):
-        own = numbered_seed(seed, number << 40)  # batches and samples are the neighbours
+        own = indexed_seed(seed, number << 40)  # batches and samples are the neighbours
         if isinstance(generator, torch.Generator):
             generator.manual_seed(own)
         elif isinstance(generator, np.random.Generator):
@@ -375,18 +375,18 @@ def seed_generators(generators: Mapping[str, RandomSource], seed: int) -> None:
             generator.seed(own)
 
 
-def states_of(generators: Mapping[str, RandomSource]) -> list[Any]:
+def generator_states(generators: Mapping[str, RandomGenerator]) -> list[Any]:
     """Where each is in its stream, in its own form."""
     return [_state(generator) for generator in generators.values()]
 
 
-def set_states(generators: Mapping[str, RandomSource], states: list[Any]) -> None:
-    """Have each draw from where :func:`states_of` was called."""
+def set_generator_states(generators: Mapping[str, RandomGenerator], states: list[Any]) -> None:
+    """Have each draw from where :func:`generator_states` was called."""
     for generator, state in zip(generators.values(), states, strict=True):
         _set_state(generator, state)
 
 
-def _state(generator: RandomSource) -> Any:
+def _state(generator: RandomGenerator) -> Any:
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if isinstance(generator, np.random.Generator):
@@ -396,7 +396,7 @@ def _state(generator: RandomSource) -> Any:
     return generator.getstate()
 
 
-def _set_state(generator: RandomSource, state: Any) -> None:
+def _set_state(generator: RandomGenerator, state: Any) -> None:
     if isinstance(generator, np.random.Generator):
         generator.bit_generator.state = state
     elif isinstance(generator, (torch.Generator, np.random.RandomState)):
@@ -409,7 +409,7 @@ def _set_state(generator: RandomSource, state: Any) -> None:
 # A stream in workers that outlive an epoch, seeded anew for each.
 
 
-class ReseededStream(IterableDataset[Any]):
+class ReseededDataset(IterableDataset[Any]):
     """The user's dataset, whose workers draw from (seed, epoch, worker) in every epoch.
 
     A plain loader seeds workers when they start, so that those which outlive an epoch draw from
@@ -425,37 +425,37 @@ class ReseededStream(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
-        key = epoch_key(self.seed, self.epoch_id, Purpose.WORKERS)
-        seed = numbered_seed(key, 0 if info is None else info.id)
-        seed_streams(seed)
-        seed_generators(kept_generators("", self.dataset), seed)
+        key = epoch_seed(self.seed, self.epoch_id, RngStream.WORKERS)
+        seed = indexed_seed(key, 0 if info is None else info.id)
+        seed_rng(seed)
+        seed_generators(dataset_generators("", self.dataset), seed)
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(self.epoch_id)
         self.epoch_id += 1
         return iter(self.dataset)
 
 
-def random_sources_of(dataloader: Any) -> dict[str, RandomSource]:
+def loader_generators(dataloader: Any) -> dict[str, RandomGenerator]:
     """The generators of torch, NumPy and Python in this process, by name.
 
     Of a loader and its samplers, from which the order of an epoch may come, and of its dataset.
     """
-    found: dict[str, RandomSource] = {}
+    found: dict[str, RandomGenerator] = {}
     for name, source in _all_sources(dataloader):
         if not any(source is other for other in found.values()):
             found[name] = source
     return found
 
 
-def _all_sources(dataloader: Any) -> Iterator[tuple[str, RandomSource]]:
-    for name, holder in [("loader", dataloader), *samplers_of(dataloader)]:
+def _all_sources(dataloader: Any) -> Iterator[tuple[str, RandomGenerator]]:
+    for name, holder in [("loader", dataloader), *iter_samplers(dataloader)]:
         for attribute, value in getattr(holder, "__dict__", {}).items():
             if isinstance(value, GENERATORS):
                 yield f"{name}.{attribute}", value
-    yield from kept_generators("dataset", getattr(dataloader, "dataset", None)).items()
+    yield from dataset_generators("dataset", getattr(dataloader, "dataset", None)).items()
 
 
-def samplers_of(dataloader: Any) -> Iterator[tuple[str, Any]]:
+def iter_samplers(dataloader: Any) -> Iterator[tuple[str, Any]]:
     """The samplers of a loader, those within others included, by name."""
     seen: list[Any] = []
     for place in ("sampler", "batch_sampler"):
@@ -467,12 +467,12 @@ def samplers_of(dataloader: Any) -> Iterator[tuple[str, Any]]:
             name, holder = f"{name}.{inner}", getattr(holder, inner, None)
 
 
-def capture_sources(sources: Mapping[str, RandomSource]) -> dict[str, Any]:
+def capture_generators(sources: Mapping[str, RandomGenerator]) -> dict[str, Any]:
     """Where each is in its stream, of plain values and tensors."""
-    return dict(zip(sources, map(_plain, states_of(sources)), strict=True))
+    return dict(zip(sources, map(_plain, generator_states(sources)), strict=True))
 
 
-def check_sources(state: Mapping[str, Any], sources: Iterable[str]) -> None:
+def check_generators(state: Mapping[str, Any], sources: Iterable[str]) -> None:
     """Refuse the state of other generators than there are; raises ``StateError``."""
     if set(state) != set(sources):
         raise StateError(
@@ -481,9 +481,9 @@ def check_sources(state: Mapping[str, Any], sources: Iterable[str]) -> None:
         )
 
 
-def restore_sources(state: Mapping[str, Any], sources: Mapping[str, RandomSource]) -> None:
-    """Have each draw from where :func:`capture_sources` was called."""
-    set_states(sources, [_numpy(state[name]) for name in sources])
+def restore_generators(state: Mapping[str, Any], sources: Mapping[str, RandomGenerator]) -> None:
+    """Have each draw from where :func:`capture_generators` was called."""
+    set_generator_states(sources, [_numpy(state[name]) for name in sources])
 
 
 def _plain(value: Any) -> Any:

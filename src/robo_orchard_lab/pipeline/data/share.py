@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
 from torch.utils.data import BatchSampler, DistributedSampler
 
-from robo_orchard_lab.pipeline.data.loader import has_index
-from robo_orchard_lab.pipeline.data.rng import samplers_of
+from robo_orchard_lab.pipeline.data.loader import is_map_style
+from robo_orchard_lab.pipeline.data.rng import iter_samplers
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.job_log import job_logger
 
@@ -18,11 +18,11 @@ from robo_orchard_lab.pipeline.job_log import job_logger
 # Telling the parts of a loader which epoch begins.
 
 
-def announce_epoch(loader: Any, epoch_id: int) -> None:
+def set_epoch_of(loader: Any, epoch_id: int) -> None:
     """Call ``set_epoch`` of a loader, or of its samplers and its dataset where it has none."""
     told = [loader]
     if not hasattr(loader, "set_epoch"):  # one that has it tells its own parts
-        samplers = [sampler for _, sampler in samplers_of(loader)]
+        samplers = [sampler for _, sampler in iter_samplers(loader)]
         told += [*samplers, getattr(loader, "dataset", None)]
     for part in told:
         if hasattr(part, "set_epoch"):
@@ -33,7 +33,7 @@ logger = job_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class BatchShard:
     """One process's part in a job's data."""
 
     processes: int = 1
@@ -43,7 +43,7 @@ class Share:
     """Whether each batch is cut into one for each process; else whole ones are dealt out."""
 
 
-def _configured_share(accelerator: Accelerator) -> Share:
+def _configured_share(accelerator: Accelerator) -> BatchShard:
     """This process's, by what Accelerate is told; tensor parallel ones share theirs."""
     processes, rank = accelerator.num_processes, accelerator.process_index
     mesh = getattr(accelerator, "torch_device_mesh", None)
@@ -52,10 +52,10 @@ def _configured_share(accelerator: Accelerator) -> Share:
         rank //= size.get("tp", 1) * size.get("cp", 1)
         processes = size.get("dp_shard", 1) * size.get("dp_replicate", 1)
     config = accelerator.dataloader_config
-    return Share(processes, rank, config.split_batches)
+    return BatchShard(processes, rank, config.split_batches)
 
 
-def share_in(loader: Any, accelerator: Accelerator) -> Share:
+def find_batch_shard(loader: Any, accelerator: Accelerator) -> BatchShard:
     """This process's share in the batches of a loader; all of them where it has no index.
 
     Raises:
@@ -64,7 +64,7 @@ def share_in(loader: Any, accelerator: Accelerator) -> Share:
     share = _configured_share(accelerator)
     if share.processes == 1:
         return share
-    if not has_index(loader):
+    if not is_map_style(loader):
         if _is_divided(loader):
             return share
         logger.warning(
@@ -73,8 +73,8 @@ def share_in(loader: Any, accelerator: Accelerator) -> Share:
             "DataLoaderConfiguration(dispatch_batches=True)",
             accelerator.num_processes,
         )
-        return Share()
-    for name, sampler in samplers_of(loader):
+        return BatchShard()
+    for name, sampler in iter_samplers(loader):
         if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
             raise PipelineConfigError(
                 f"the data loader's {name} is a DistributedSampler, which divides the samples "
@@ -83,7 +83,9 @@ def share_in(loader: Any, accelerator: Accelerator) -> Share:
             )
     batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     if loader.batch_sampler is None and not isinstance(batches, BatchSampler):
-        return Share(share.processes, share.rank)  # the dataset makes batches, which can't be cut
+        return BatchShard(
+            share.processes, share.rank
+        )  # the dataset makes batches, which can't be cut
     size = getattr(batches, "batch_size", None)
     if share.split and (size is None or size % share.processes != 0):
         raise PipelineConfigError(

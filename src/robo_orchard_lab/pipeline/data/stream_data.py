@@ -13,22 +13,22 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from robo_orchard_lab.pipeline.batch_processor import count_batches, count_samples
 from robo_orchard_lab.pipeline.data.epoch_batches import BatchIndices
-from robo_orchard_lab.pipeline.data.fetching import WorkerStart
-from robo_orchard_lab.pipeline.data.loader import copy_of, workers_start
+from robo_orchard_lab.pipeline.data.fetching import WorkerInit
+from robo_orchard_lab.pipeline.data.loader import copy_loader, worker_startup
 from robo_orchard_lab.pipeline.data.order import DataOrder, StepSizes
 from robo_orchard_lab.pipeline.data.rng import (
-    Purpose,
-    ReseededStream,
-    StreamsAside,
-    capture_sources,
-    check_sources,
-    epoch_key,
-    numbered_seed,
-    random_sources_of,
-    restore_sources,
-    seed_streams,
+    ReseededDataset,
+    RngIsolation,
+    RngStream,
+    capture_generators,
+    check_generators,
+    epoch_seed,
+    indexed_seed,
+    loader_generators,
+    restore_generators,
+    seed_rng,
 )
-from robo_orchard_lab.pipeline.data.share import Share, announce_epoch
+from robo_orchard_lab.pipeline.data.share import BatchShard, set_epoch_of
 from robo_orchard_lab.pipeline.distributed.collectives import gather_numbers, gather_objects
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.progress import TrainerProgress
@@ -59,7 +59,7 @@ class StreamData:
         self,
         loader: Iterable[Any],
         order: DataOrder,
-        share: Share,
+        share: BatchShard,
         progress: TrainerProgress,
         processes: int = 1,
     ) -> None:
@@ -74,18 +74,18 @@ class StreamData:
         self._share = share
         self._processes = processes
         self._progress = progress
-        self._sources = random_sources_of(loader)
+        self._sources = loader_generators(loader)
         self._stateful = _stateful_part(loader)
         self._listed = type(loader) in (list, tuple)
         self._quiet = order.keyed_by == "none" or self._listed or _reads_in_workers(loader)
-        self._reseeded: ReseededStream | None = None
+        self._reseeded: ReseededDataset | None = None
         if isinstance(loader, DataLoader) and loader.persistent_workers and _is_plain(loader):
-            self._reseeded = ReseededStream(loader.dataset)
+            self._reseeded = ReseededDataset(loader.dataset)
             self._loader = _with_dataset(loader, self._reseeded)
         self._length = self._agreed_length()
         self._sizes: list[StepSizes] | None = None
         """Of the steps of the epoch, where all ranks have lists of as many batches."""
-        self._aside = StreamsAside()
+        self._aside = RngIsolation()
         self._epoch_id: int | None = None
         self._start: Mapping[str, Any] | None = None
         self._given: deque[tuple[int, range]] = deque()
@@ -102,8 +102,8 @@ class StreamData:
         """The batches of an epoch from a step on."""
         state, rank_state = self._loaded or ({}, {})
         self._loaded = None
-        self._start = capture_sources(self._sources)  # first: a dataset may draw when it is told
-        announce_epoch(self._user, epoch_id)
+        self._start = capture_generators(self._sources)  # first: a dataset may draw when it is told
+        set_epoch_of(self._user, epoch_id)
         self._epoch_id = epoch_id
         self._begin = state["samples"] if step_id > 0 and state else 0
         self._given.clear()
@@ -117,14 +117,14 @@ class StreamData:
         if goes_on:
             self._stateful.load_state_dict(rank_state["stateful"])
         first = step_id if goes_on else 0
-        key = epoch_key(seed, epoch_id, Purpose.LOADING)
+        key = epoch_seed(seed, epoch_id, RngStream.LOADING)
         if self._reseeded is not None:
             self._reseeded.seed, self._reseeded.epoch_id = seed, epoch_id
-        with self._aside, workers_start():
-            seed_streams(epoch_key(seed, epoch_id, Purpose.ORDER))
+        with self._aside, worker_startup():
+            seed_rng(epoch_seed(seed, epoch_id, RngStream.ORDER))
             batches = iter(self._loader)
         if goes_on:
-            restore_sources(rank_state["random"], self._sources)
+            restore_generators(rank_state["random"], self._sources)
         batches = self._keyed(batches, key, first)
         for _ in range(step_id - first):
             next(batches, None)
@@ -174,7 +174,7 @@ class StreamData:
             "loader": _name_of(self._loader),
             "processes": self._processes,
             "samples": self._samples_done() if begun else 0,
-            "random": capture_sources(self._sources) if start is None else start,
+            "random": capture_generators(self._sources) if start is None else start,
         }
 
     def rank_state(self) -> Mapping[str, Any]:
@@ -192,7 +192,7 @@ class StreamData:
         self, state: Mapping[str, Any], rank_state: Mapping[str, Any], within_epoch: bool
     ) -> None:
         """Refuse what :meth:`load` could not go on from; raises ``StateError``."""
-        check_sources(state["random"], self._sources)
+        check_generators(state["random"], self._sources)
         name = _name_of(self._loader)
         if state["loader"] != name:
             raise StateError(
@@ -224,14 +224,14 @@ class StreamData:
 
     def load(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> None:
         """Have the next epoch begin, and go on, as the saved run would have."""
-        restore_sources(state["random"], self._sources)
+        restore_generators(state["random"], self._sources)
         self._loaded = state, rank_state
         self._epoch_id = self._start = None
 
     def _state_now(self) -> Mapping[str, Any]:
         return {
             "stateful": self._stateful.state_dict(),
-            "random": capture_sources(self._sources),
+            "random": capture_generators(self._sources),
         }
 
     def _keyed(self, batches: Iterator[Any], key: int, step_id: int) -> Iterator[Any]:
@@ -244,7 +244,7 @@ class StreamData:
                 batch = next(batches, _END)
             else:
                 with self._aside:
-                    seed_streams(numbered_seed(key, step * processes + rank))
+                    seed_rng(indexed_seed(key, step * processes + rank))
                     batch = next(batches, _END)
             if batch is _END:
                 self._ended_at = step
@@ -286,12 +286,12 @@ def _is_plain(loader: Any) -> bool:
 
 
 def _with_dataset(loader: DataLoader[Any], dataset: IterableDataset[Any]) -> DataLoader[Any]:
-    return copy_of(
+    return copy_loader(
         loader,
         dataset=dataset,
         batch_size=loader.batch_size,
         drop_last=loader.drop_last,
-        worker_init_fn=WorkerStart(loader.worker_init_fn),
+        worker_init_fn=WorkerInit(loader.worker_init_fn),
     )
 
 

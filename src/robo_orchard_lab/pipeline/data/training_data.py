@@ -9,10 +9,10 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from robo_orchard_lab.pipeline.data.loader import has_index, unwrap_loader
+from robo_orchard_lab.pipeline.data.loader import is_map_style, unwrap_loader
 from robo_orchard_lab.pipeline.data.map_data import MapData
 from robo_orchard_lab.pipeline.data.order import DataOrder, StepSizes
-from robo_orchard_lab.pipeline.data.share import share_in
+from robo_orchard_lab.pipeline.data.share import find_batch_shard
 from robo_orchard_lab.pipeline.data.stream_data import StreamData
 from robo_orchard_lab.pipeline.distributed.collectives import broadcast_object
 from robo_orchard_lab.pipeline.errors import StateError
@@ -70,15 +70,15 @@ class TrainingData:
         self.seed = _common_seed(order, accelerator)
         """What the order follows from: that of ``order``, of torch, or of the run resumed."""
         loader = unwrap_loader(dataloader, accelerator)
-        share = share_in(loader, accelerator)
+        share = find_batch_shard(loader, accelerator)
         self._source: MapData | StreamData
-        if isinstance(loader, DataLoader) and has_index(loader):
-            self.processes = share.processes
+        if isinstance(loader, DataLoader) and is_map_style(loader):
+            self.num_processes = share.processes
             """How many have samples of their own in a step."""
             self._source = MapData(loader, order, share, progress)
         else:
-            self.processes = accelerator.num_processes
-            self._source = StreamData(loader, order, share, progress, self.processes)
+            self.num_processes = accelerator.num_processes
+            self._source = StreamData(loader, order, share, progress, self.num_processes)
 
     def epoch(self, epoch_id: int, step_id: int = 0) -> Iterator[Any]:
         """This process's batches of an epoch, from a step on.

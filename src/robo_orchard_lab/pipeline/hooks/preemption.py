@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.data.loader import LeavesSignals, taken_by_main_process
+from robo_orchard_lab.pipeline.data.loader import IgnoreSignals, ignore_signals_in_workers
 from robo_orchard_lab.pipeline.distributed.sections import another_failed
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, PipelineStateError, RunPreempted
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
@@ -125,7 +125,7 @@ class Preemption(PipelineHooks):
         handle = self._handler(os.getpid(), tells)
         self._undo = ExitStack()
         taken = [number for number in self._signals if not _is_left_alone(number)]
-        self._undo.enter_context(taken_by_main_process(taken))
+        self._undo.enter_context(ignore_signals_in_workers(taken))
         self._protect_workers(args.dataloader)
         for number in taken:
             self._undo.callback(_restore, number, signal.getsignal(number))
@@ -136,9 +136,9 @@ class Preemption(PipelineHooks):
 
     def _protect_workers(self, loader: Any) -> None:
         loader = getattr(loader, "base_dataloader", loader)  # what Accelerate has wrapped
-        if isinstance(loader, DataLoader) and not isinstance(loader.worker_init_fn, LeavesSignals):
+        if isinstance(loader, DataLoader) and not isinstance(loader.worker_init_fn, IgnoreSignals):
             self._undo.callback(setattr, loader, "worker_init_fn", loader.worker_init_fn)
-            loader.worker_init_fn = LeavesSignals(loader.worker_init_fn)
+            loader.worker_init_fn = IgnoreSignals(loader.worker_init_fn)
 
     def _end(self, args: PipelineHookArgs) -> None:
         self._undo.close()

@@ -13,7 +13,7 @@ from robo_orchard_core.utils.config import ClassConfig, Function, Part, function
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.batch_processor import count_batches
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.data.loader import has_index
+from robo_orchard_lab.pipeline.data.loader import is_map_style
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_version
 from robo_orchard_lab.pipeline.evaluation_loader import check_dataloaders
 from robo_orchard_lab.pipeline.evaluator import Evaluator
@@ -218,7 +218,7 @@ def _picked(
 
 def _size(loader: Any) -> str:
     loader = getattr(loader, "base_dataloader", loader)
-    if not has_index(loader):
+    if not is_map_style(loader):
         return "a stream"
     return f"{count_batches(loader.dataset)} samples in batches of {loader.batch_size}"
 

@@ -18,7 +18,7 @@ from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.quarantine import (
     QuarantinedStep,
     QuarantinedWindow,
-    capture_generators,
+    capture_torch_rng,
     named_weights,
     rank_folder,
     sample_ids,
@@ -149,7 +149,7 @@ class WindowRecorder:
 
     def before_forward(self, args: PipelineHookArgs) -> None:
         """Note the random state, about a microsecond on the CPU."""
-        self._random = capture_generators(args.accelerator.device)
+        self._random = capture_torch_rng(args.accelerator.device)
 
     def before_backward(self, args: PipelineHookArgs, loss: torch.Tensor) -> None:
         """Hold on to the batch, which is not copied."""

@@ -14,7 +14,7 @@ import torch
 from robo_orchard_lab.pipeline.batch_processor import first_length
 from robo_orchard_lab.pipeline.data import StepSizes
 from robo_orchard_lab.pipeline.errors import DataError, StateError
-from robo_orchard_lab.pipeline.isolation import untouched_random_state
+from robo_orchard_lab.pipeline.isolation import isolated_rng
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.model import BufferSnapshot
 from robo_orchard_lab.pipeline.trainer.loss_weights import LossWeights
@@ -40,7 +40,7 @@ def padding_step(model: torch.nn.Module) -> Iterator[None]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handles = [parameter.register_hook(torch.zeros_like) for parameter in trained]
     try:
-        with untouched_random_state({}):
+        with isolated_rng({}):
             yield
     finally:
         for handle in handles:
@@ -156,8 +156,8 @@ class AccumulationWindows:
         return {
             "within": self._within,
             "planned": self._planned,
-            "loaded_sizes": [sizes.own for sizes in self._loaded],
-            "job_sizes": [sizes.job for sizes in self._loaded],
+            "loaded_sizes": [sizes.local for sizes in self._loaded],
+            "job_sizes": [sizes.total for sizes in self._loaded],
             "loss_weights": self._weights.state_dict(),
         }
 
@@ -173,7 +173,7 @@ class AccumulationWindows:
 
     def _divisor(self, sizes: StepSizes) -> float:
         """Of a batch that is a window by itself."""
-        return _divisor(sizes.own, sizes.job, self._processes)
+        return _divisor(sizes.local, sizes.total, self._processes)
 
     def _lengths(self, begun: int, limit: int | None) -> Iterator[int]:
         """How many batches the windows have from batch ``begun`` on, without end or up to a limit.
@@ -255,7 +255,7 @@ class AccumulationWindows:
         return (self._count_samples or _count)(batch)
 
     def _own_size(self, batch: Any, sizes: StepSizes | None) -> int:
-        filler = sizes is not None and sizes.own == 0
+        filler = sizes is not None and sizes.local == 0
         return 0 if filler else self._count(batch)
 
 
@@ -265,8 +265,8 @@ def _divisor(own: float, total: float, processes: int) -> float:
 
 
 def _divisors(window: Sequence[StepSizes], processes: int) -> list[float]:
-    total = sum(sizes.job for sizes in window)
-    return [_divisor(sizes.own, total, processes) for sizes in window]
+    total = sum(sizes.total for sizes in window)
+    return [_divisor(sizes.local, total, processes) for sizes in window]
 
 
 def _chunks(items: Iterator[ItemT], lengths: Iterator[int]) -> Iterator[list[ItemT]]:

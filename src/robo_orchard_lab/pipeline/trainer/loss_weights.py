@@ -12,10 +12,10 @@ from accelerate.utils import DistributedType
 
 from robo_orchard_lab.pipeline.batch_processor import (
     LossWeighting,
-    checked_weight,
-    counted_loss,
-    multiply_gradients,
-    weighed_loss,
+    as_loss_weight,
+    scale_gradients,
+    scale_loss,
+    zero_if_unweighted,
 )
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.distributed.sections import meet_others
@@ -79,8 +79,8 @@ class LossWeights:
                 f"{self._engine.value} updates the weights within the backward pass, so that "
                 "losses can't be weighted; return (outputs, loss)"
             )
-        weight = checked_weight(0.0 if args.is_padding_step else weight, loss)
-        args.attached_loss = counted_loss(loss, weight)
+        weight = as_loss_weight(0.0 if args.is_padding_step else weight, loss)
+        args.attached_loss = zero_if_unweighted(loss, weight)
         args.given_loss_weight = weight
 
     def backward(self, args: PipelineHookArgs, loss: torch.Tensor) -> None:
@@ -110,7 +110,7 @@ class LossWeights:
         if self._reference is None:
             self._reference = self._agreed_reference(weight)
         self._total = weight if self._total is None else self._total + weight
-        return weighed_loss(loss, weight, self._reference)
+        return scale_loss(loss, weight, self._reference)
 
     def end_window(self) -> LossWeighting | None:
         """Divide the gradients by all that the window weighs; zeros where that is nothing.
@@ -127,7 +127,7 @@ class LossWeights:
             total = total.clone()
             torch.distributed.all_reduce(total)  # a collective
         factor = torch.where(total > 0, self._reference * self._ranks / total, 0.0)
-        multiply_gradients(self._parameters(), factor)
+        scale_gradients(self._parameters(), factor)
         return LossWeighting(self._reference, factor)
 
     def state_dict(self) -> dict[str, Any]:

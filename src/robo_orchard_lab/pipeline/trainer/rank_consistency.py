@@ -18,7 +18,7 @@ from torch.utils.data import RandomSampler, WeightedRandomSampler
 from robo_orchard_core.utils.config import Config, ConfigSaveError
 from robo_orchard_core.utils.hook import FunctionInfo
 from robo_orchard_lab.pipeline.batch_processor import count_batches
-from robo_orchard_lab.pipeline.data.loader import has_index
+from robo_orchard_lab.pipeline.data.loader import is_map_style
 from robo_orchard_lab.pipeline.distributed.collectives import gather_objects
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, TriggeredHook
@@ -180,7 +180,7 @@ def _schedule(lr_scheduler: Any) -> str:
 def _data(dataloader: Any) -> Iterator[str]:
     loader = getattr(dataloader, "base_dataloader", dataloader)
     yield _kind(loader)
-    if not has_index(loader):
+    if not is_map_style(loader):
         return
     yield f"dataset: {_kind(loader.dataset)} of {count_batches(loader.dataset)} samples"
     batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
 from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.data import DataOrder, TrainingData
-from robo_orchard_lab.pipeline.data.loader import why_no_batch
+from robo_orchard_lab.pipeline.data.loader import explain_no_batch
 from robo_orchard_lab.pipeline.distributed.agreement import Agreement
 from robo_orchard_lab.pipeline.distributed.job_store import Place
 from robo_orchard_lab.pipeline.distributed.sections import end_together
@@ -240,7 +240,7 @@ class HookBasedTrainer:
         self._windows = AccumulationWindows(
             accelerator.gradient_accumulation_steps,
             getattr(batch_processor, "count_samples", None),
-            self._data.processes,
+            self._data.num_processes,
             accelerator.num_processes,
             self._weights,
         )
@@ -450,7 +450,7 @@ class HookBasedTrainer:
         if progress.step_id == 0:
             raise DataError(
                 f"the dataloader gave no batch in epoch {progress.epoch_id}; "
-                + why_no_batch(self.dataloader)
+                + explain_no_batch(self.dataloader)
             )
         args.epoch_completed = True
 

@@ -96,7 +96,7 @@ class JointWindows:
         """What this rank has for each window, loaded and told when it is asked for."""
         if within:
             next(lengths)
-            rest = sum(sizes.own != _NONE for sizes in begun[within:])
+            rest = sum(sizes.local != _NONE for sizes in begun[within:])
             window = self._load(batches, given, rest, skipped=within)
             window.sizes = list(begun)
             yield window
@@ -122,7 +122,7 @@ class JointWindows:
         rows = window.told.wait()
         steps = list(zip(*(row[:-1] for row in rows), strict=True))
         if window.sizes:  # as they were when the window was begun
-            in_job = [sizes.job for sizes in window.sizes]
+            in_job = [sizes.total for sizes in window.sizes]
             window.sizes = list(map(StepSizes, window.own, in_job))
         else:
             window.sizes = [
