@@ -9,7 +9,8 @@ from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from robo_orchard_lab.pipeline.batch_processor import count_batches
-from robo_orchard_lab.pipeline.data.loader import IgnoreSignals, copy_loader, worker_startup
+from robo_orchard_lab.pipeline.data.fetching import IgnoreSignals, worker_startup
+from robo_orchard_lab.pipeline.data.loader import copy_loader
 from robo_orchard_lab.pipeline.data.rng import (
     dataset_generators,
     indexed_seed,

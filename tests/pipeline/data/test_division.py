@@ -12,8 +12,8 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, S
 
 from loaded_data import Indices
 from robo_orchard_lab.pipeline.data import DataOrder
+from robo_orchard_lab.pipeline.data.loader import BatchShard
 from robo_orchard_lab.pipeline.data.map_data import MapData
-from robo_orchard_lab.pipeline.data.share import BatchShard
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 
 

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import atexit
+import multiprocessing
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from types import FrameType
+from typing import Any, NamedTuple, TypeAlias
 
 from torch.utils.data import (
     ConcatDataset,
@@ -15,7 +23,6 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from robo_orchard_lab.pipeline.data.loader import IgnoreSignals
 from robo_orchard_lab.pipeline.data.rng import (
     RandomGenerator,
     ReseededDataset,
@@ -151,6 +158,105 @@ def _holds_its_items(dataset: Any) -> bool:
     if type(dataset) is ConcatDataset:
         return all(_holds_its_items(part) for part in dataset.datasets)
     return type(dataset) in (TensorDataset, list, tuple)
+
+
+# --- worker signals --------------------------------------------------------------------------
+# Worker processes of data loaders that leave signals to the process that they work for.
+#
+# A signal that is to end a job often goes to all of its processes: Ctrl-C, a scheduler's SIGTERM. A
+# worker that dies of it has its main process fail in the middle of a step, or wait for data that
+# never comes, when it could have saved the run.
+
+
+WorkerInitFn: TypeAlias = Callable[[int], object]
+
+_LAST_WAIT_S = 1.0  # for processes that clean up when they are told to end
+
+_taken: tuple[int, ...] = ()  # of the whole process, as its handlers are
+_started: set[BaseProcess] = set()  # while signals were taken, and not ended with that
+
+
+@contextmanager
+def ignore_signals_in_workers(signals: Iterable[int]) -> Iterator[None]:
+    """Have workers that are started meanwhile outlive these signals.
+
+    Only workers with a :class:`IgnoreSignals` do. They ignore them, but for SIGTERM: the second one
+    ends a worker, since that is how a main process ends one that hangs. Workers that are still
+    there when this process ends, such as persistent ones, are ended with it.
+    """
+    global _taken
+    before, _taken = _taken, tuple(signals)
+    others = multiprocessing.active_children()
+    try:
+        yield
+    finally:
+        _taken = before
+        ours = set(multiprocessing.active_children()).difference(others)
+        _started.update(child for child in ours if child.daemon)
+        atexit.unregister(_end_started)
+        atexit.register(_end_started)
+
+
+@contextmanager
+def worker_startup() -> Iterator[None]:
+    """Around the start of workers that have a :class:`IgnoreSignals`: hold the taken signals back.
+
+    Until a worker has called it, which takes a moment, it would die of them. Those that come are
+    handled at the end, in the worker as in the main process. This is of use in the thread that
+    starts the workers, which is the main thread.
+    """
+    if not _taken or sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _taken)  # workers inherit it
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class IgnoreSignals:
+    """A ``worker_init_fn`` that leaves signals to the main process, then does what another does.
+
+    Args:
+        worker_init_fn: the one to call; None where there is none.
+    """
+
+    def __init__(self, worker_init_fn: WorkerInitFn | None = None) -> None:
+        self.worker_init_fn = worker_init_fn
+        self._signals: tuple[int, ...] | None = None  # set in a worker that is no fork
+
+    def __call__(self, worker_id: int) -> None:
+        taken = _taken if self._signals is None else self._signals
+        for number in taken:
+            outlives = _ignore_once if number == signal.SIGTERM else signal.SIG_IGN
+            signal.signal(number, outlives)
+        if taken and sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, taken)  # see worker_startup
+        if self.worker_init_fn is not None:
+            self.worker_init_fn(worker_id)
+
+    def __reduce__(self) -> tuple[type[IgnoreSignals], tuple[WorkerInitFn | None], object]:
+        return type(self), (self.worker_init_fn,), {"_signals": _taken}  # for another process
+
+
+def _ignore_once(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
+
+
+def _end_started() -> None:
+    """At the interpreter's end, ahead of multiprocessing's, which tells each once, and waits."""
+    left = _started.intersection(multiprocessing.active_children())
+    if not left:
+        return
+    if sys.platform != "win32":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises where a worker is killed
+    for child in left:
+        child.terminate()
+    end_at = time.monotonic() + _LAST_WAIT_S
+    for child in left:
+        child.join(max(0.0, end_at - time.monotonic()))
+        child.kill()
 
 
 # --- worker start ----------------------------------------------------------------------------

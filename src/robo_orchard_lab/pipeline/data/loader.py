@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import copy
-import multiprocessing
-import signal
-import sys
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from multiprocessing.process import BaseProcess
-from types import FrameType
-from typing import Any, TypeAlias
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +14,7 @@ from accelerate.data_loader import (
     BatchSamplerShard,
     DataLoaderDispatcher,
     DataLoaderShard,
+    IterableDatasetShard,
     SeedableRandomSampler,
     SkipBatchSampler,
     prepare_data_loader,
@@ -28,113 +22,17 @@ from accelerate.data_loader import (
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
 
+from robo_orchard_lab.pipeline.data.fetching import IgnoreSignals
+from robo_orchard_lab.pipeline.data.rng import iter_samplers
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.job_log import job_logger
-
-# --- worker signals --------------------------------------------------------------------------
-# Worker processes of data loaders that leave signals to the process that they work for.
-#
-# A signal that is to end a job often goes to all of its processes: Ctrl-C, a scheduler's SIGTERM. A
-# worker that dies of it has its main process fail in the middle of a step, or wait for data that
-# never comes, when it could have saved the run.
-
-
-WorkerInitFn: TypeAlias = Callable[[int], object]
-
-_LAST_WAIT_S = 1.0  # for processes that clean up when they are told to end
-
-_taken: tuple[int, ...] = ()  # of the whole process, as its handlers are
-_started: set[BaseProcess] = set()  # while signals were taken, and not ended with that
-
-
-@contextmanager
-def ignore_signals_in_workers(signals: Iterable[int]) -> Iterator[None]:
-    """Have workers that are started meanwhile outlive these signals.
-
-    Only workers with a :class:`IgnoreSignals` do. They ignore them, but for SIGTERM: the second one
-    ends a worker, since that is how a main process ends one that hangs. Workers that are still
-    there when this process ends, such as persistent ones, are ended with it.
-    """
-    global _taken
-    before, _taken = _taken, tuple(signals)
-    others = multiprocessing.active_children()
-    try:
-        yield
-    finally:
-        _taken = before
-        ours = set(multiprocessing.active_children()).difference(others)
-        _started.update(child for child in ours if child.daemon)
-        atexit.unregister(_end_started)
-        atexit.register(_end_started)
-
-
-@contextmanager
-def worker_startup() -> Iterator[None]:
-    """Around the start of workers that have a :class:`IgnoreSignals`: hold the taken signals back.
-
-    Until a worker has called it, which takes a moment, it would die of them. Those that come are
-    handled at the end, in the worker as in the main process. This is of use in the thread that
-    starts the workers, which is the main thread.
-    """
-    if not _taken or sys.platform == "win32":
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _taken)  # workers inherit it
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-class IgnoreSignals:
-    """A ``worker_init_fn`` that leaves signals to the main process, then does what another does.
-
-    Args:
-        worker_init_fn: the one to call; None where there is none.
-    """
-
-    def __init__(self, worker_init_fn: WorkerInitFn | None = None) -> None:
-        self.worker_init_fn = worker_init_fn
-        self._signals: tuple[int, ...] | None = None  # set in a worker that is no fork
-
-    def __call__(self, worker_id: int) -> None:
-        taken = _taken if self._signals is None else self._signals
-        for number in taken:
-            outlives = _ignore_once if number == signal.SIGTERM else signal.SIG_IGN
-            signal.signal(number, outlives)
-        if taken and sys.platform != "win32":
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, taken)  # see worker_startup
-        if self.worker_init_fn is not None:
-            self.worker_init_fn(worker_id)
-
-    def __reduce__(self) -> tuple[type[IgnoreSignals], tuple[WorkerInitFn | None], object]:
-        return type(self), (self.worker_init_fn,), {"_signals": _taken}  # for another process
-
-
-def _ignore_once(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_DFL)
-
-
-def _end_started() -> None:
-    """At the interpreter's end, ahead of multiprocessing's, which tells each once, and waits."""
-    left = _started.intersection(multiprocessing.active_children())
-    if not left:
-        return
-    if sys.platform != "win32":
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises where a worker is killed
-    for child in left:
-        child.terminate()
-    end_at = time.monotonic() + _LAST_WAIT_S
-    for child in left:
-        child.join(max(0.0, end_at - time.monotonic()))
-        child.kill()
-
 
 logger = job_logger(__name__)
 
@@ -297,3 +195,91 @@ def _made_of(loader: DataLoader[Any], batches: Any) -> DataLoader[Any]:
     if loader.batch_sampler is None:
         return copy_loader(loader, batch_size=None, sampler=batches)
     return copy_loader(loader, batch_sampler=batches)
+
+
+# --- sharding ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShard:
+    """One process's part in a job's data."""
+
+    processes: int = 1
+    """Among which the batches are dealt out."""
+    rank: int = 0
+    split: bool = False
+    """Whether each batch is cut into one for each process; else whole ones are dealt out."""
+
+
+def _configured_share(accelerator: Accelerator) -> BatchShard:
+    """This process's, by what Accelerate is told; tensor parallel ones share theirs."""
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    mesh = getattr(accelerator, "torch_device_mesh", None)
+    if mesh is not None and mesh.mesh_dim_names:
+        size = dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))
+        rank //= size.get("tp", 1) * size.get("cp", 1)
+        processes = size.get("dp_shard", 1) * size.get("dp_replicate", 1)
+    config = accelerator.dataloader_config
+    return BatchShard(processes, rank, config.split_batches)
+
+
+def find_batch_shard(loader: Any, accelerator: Accelerator) -> BatchShard:
+    """This process's share in the batches of a loader; all of them where it has no index.
+
+    Raises:
+        PipelineConfigError: the sampler divides them already, or batches can't be split evenly.
+    """
+    share = _configured_share(accelerator)
+    if share.processes == 1:
+        return share
+    if not is_map_style(loader):
+        if _is_divided(loader):
+            return share
+        logger.warning(
+            "each of the %d processes trains on all that its own loader gives: data without an "
+            "index has to divide itself among them, by rank; or have Accelerate do so, by "
+            "DataLoaderConfiguration(dispatch_batches=True)",
+            accelerator.num_processes,
+        )
+        return BatchShard()
+    for name, sampler in iter_samplers(loader):
+        if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
+            raise PipelineConfigError(
+                f"the data loader's {name} is a DistributedSampler, which divides the samples "
+                f"among {sampler.num_replicas} processes already; leave it out, and give the "
+                "loader that one process would have: it is divided here"
+            )
+    batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    if loader.batch_sampler is None and not isinstance(batches, BatchSampler):
+        return BatchShard(
+            share.processes, share.rank
+        )  # the dataset makes batches, which can't be cut
+    size = getattr(batches, "batch_size", None)
+    if share.split and (size is None or size % share.processes != 0):
+        raise PipelineConfigError(
+            f"split_batches=True needs a batch size that the {share.processes} processes can "
+            f"divide evenly, got {size}; change it, or leave out split_batches"
+        )
+    return share
+
+
+def _is_divided(loader: Any) -> bool:
+    """Whether Accelerate gives each process batches of its own."""
+    return isinstance(loader, DataLoaderDispatcher) or isinstance(
+        getattr(loader, "dataset", None), IterableDatasetShard
+    )
+
+
+# --- announcing ------------------------------------------------------------------------------
+# Telling the parts of a loader which epoch begins.
+
+
+def set_epoch_of(loader: Any, epoch_id: int) -> None:
+    """Call ``set_epoch`` of a loader, or of its samplers and its dataset where it has none."""
+    told = [loader]
+    if not hasattr(loader, "set_epoch"):  # one that has it tells its own parts
+        samplers = [sampler for _, sampler in iter_samplers(loader)]
+        told += [*samplers, getattr(loader, "dataset", None)]
+    for part in told:
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch_id)

@@ -22,8 +22,9 @@ from robo_orchard_lab.pipeline.data.fetching import (
     WorkerInit,
     identity,
     is_deterministic,
+    worker_startup,
 )
-from robo_orchard_lab.pipeline.data.loader import copy_loader, worker_startup
+from robo_orchard_lab.pipeline.data.loader import BatchShard, copy_loader, set_epoch_of
 from robo_orchard_lab.pipeline.data.order import (
     DataOrder,
     StepPartition,
@@ -43,7 +44,6 @@ from robo_orchard_lab.pipeline.data.rng import (
     loader_generators,
     restore_generators,
 )
-from robo_orchard_lab.pipeline.data.share import BatchShard, set_epoch_of
 from robo_orchard_lab.pipeline.distributed.collectives import broadcast_object
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.job_log import job_logger

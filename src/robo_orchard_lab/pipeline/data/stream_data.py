@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from robo_orchard_lab.pipeline.batch_processor import count_batches, count_samples
 from robo_orchard_lab.pipeline.data.epoch_batches import BatchIndices
-from robo_orchard_lab.pipeline.data.fetching import WorkerInit
-from robo_orchard_lab.pipeline.data.loader import copy_loader, worker_startup
+from robo_orchard_lab.pipeline.data.fetching import WorkerInit, worker_startup
+from robo_orchard_lab.pipeline.data.loader import BatchShard, copy_loader, set_epoch_of
 from robo_orchard_lab.pipeline.data.order import DataOrder, StepSizes
 from robo_orchard_lab.pipeline.data.rng import (
     ReseededDataset,
@@ -28,7 +28,6 @@ from robo_orchard_lab.pipeline.data.rng import (
     restore_generators,
     seed_rng,
 )
-from robo_orchard_lab.pipeline.data.share import BatchShard, set_epoch_of
 from robo_orchard_lab.pipeline.distributed.collectives import gather_numbers, gather_objects
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.progress import TrainerProgress

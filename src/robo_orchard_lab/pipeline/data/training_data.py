@@ -9,10 +9,9 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from robo_orchard_lab.pipeline.data.loader import is_map_style, unwrap_loader
+from robo_orchard_lab.pipeline.data.loader import find_batch_shard, is_map_style, unwrap_loader
 from robo_orchard_lab.pipeline.data.map_data import MapData
 from robo_orchard_lab.pipeline.data.order import DataOrder, StepSizes
-from robo_orchard_lab.pipeline.data.share import find_batch_shard
 from robo_orchard_lab.pipeline.data.stream_data import StreamData
 from robo_orchard_lab.pipeline.distributed.collectives import broadcast_object
 from robo_orchard_lab.pipeline.errors import StateError
