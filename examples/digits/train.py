@@ -25,7 +25,7 @@ from torchvision import models
 
 from digits_parts import DIGITS, Digits
 from robo_orchard_core.utils.cli import SettingConfig, pydantic_from_argparse
-from robo_orchard_lab.experiment.run_plan import count_moves
+from robo_orchard_lab.experiment.run_plan import count_lr_scheduler_steps
 from robo_orchard_lab.pipeline import HookBasedTrainer, SupervisedProcessor, TrainerLimits
 from robo_orchard_lab.pipeline.hooks import (
     GradientClippingHookConfig,
@@ -98,7 +98,7 @@ def train(cfg: TrainerConfig) -> HookBasedTrainer:
     )
     accuracy = {"accuracy": MulticlassAccuracy(DIGITS, average="micro", validate_args=False)}
     workspace = Path(cfg.workspace_root)
-    updates = count_moves(batches, accelerator, TrainerLimits(max_epoch=cfg.max_epoch))
+    updates = count_lr_scheduler_steps(batches, accelerator, TrainerLimits(max_epoch=cfg.max_epoch))
     trainer = HookBasedTrainer(
         accelerator=accelerator,
         model=model,

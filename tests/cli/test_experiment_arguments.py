@@ -153,7 +153,7 @@ def test_what_is_typed_goes_over_the_environment_and_the_file(
     *_, experiment = taken(str(tmp_path / "a.yaml"), "--seed", "3")
     read = experiment.read(tmp_path / "a.yaml")
     assert read.document == {"name": "environment", "seed": 3, "resume": "auto"}
-    assert [str(read.origins[(name,)]) for name in ("seed", "name", "resume")] == [
+    assert [str(read.leaf_origins[(name,)]) for name in ("seed", "name", "resume")] == [
         "command line: --seed",
         "environment: ROBO_ORCHARD_LAB__NAME",
         f"{tmp_path}/a.yaml:3",

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch.utils.data import IterableDataset
 
 from launching import SCRIPTS, launch
-from robo_orchard_lab.experiment.run_plan import count_moves
+from robo_orchard_lab.experiment.run_plan import count_lr_scheduler_steps
 from robo_orchard_lab.pipeline import TrainerLimits
 from robo_orchard_lab.pipeline.errors import DataError, PipelineConfigError
 from robo_orchard_lab.pipeline.hooks.optimizer import LRSchedulerUnit
@@ -81,7 +81,7 @@ def test_it_is_how_often_the_schedule_moves(
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
         data = LOADERS[loader]()
         try:
-            counted = count_moves(data, accelerator, TrainerLimits(**limits), every)
+            counted = count_lr_scheduler_steps(data, accelerator, TrainerLimits(**limits), every)
         except PipelineConfigError:
             assert "loader of batches" in loader, "the others have a length"
             continue
@@ -111,17 +111,20 @@ def test_without_a_length_the_limits_may_tell(
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
     loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
     if expected is not None:
-        assert count_moves(loader, accelerator, TrainerLimits(**limits), every) == expected
+        assert (
+            count_lr_scheduler_steps(loader, accelerator, TrainerLimits(**limits), every)
+            == expected
+        )
         return
     with pytest.raises(PipelineConfigError, match=r"\(DataLoader\) has no length; write a number"):
-        count_moves(loader, accelerator, TrainerLimits(**limits), every)
+        count_lr_scheduler_steps(loader, accelerator, TrainerLimits(**limits), every)
 
 
 def test_data_without_a_batch_is_refused() -> None:
     """The error says what to look at, as that of the run would."""
     loader = make_loader(0, rest=2, drop_last=True)
     with pytest.raises(DataError, match="2 samples are less than one step"):
-        count_moves(loader, Accelerator(cpu=True), TrainerLimits(max_epoch=1))
+        count_lr_scheduler_steps(loader, Accelerator(cpu=True), TrainerLimits(max_epoch=1))
 
 
 def test_the_model_draws_the_same_as_without_counting() -> None:
@@ -129,7 +132,7 @@ def test_the_model_draws_the_same_as_without_counting() -> None:
     generator = torch.Generator().manual_seed(3)
     loader = make_loader(shuffle=True, generator=generator)
     before = torch.get_rng_state(), generator.get_state()
-    count_moves(loader, Accelerator(cpu=True), TrainerLimits(max_epoch=1))
+    count_lr_scheduler_steps(loader, Accelerator(cpu=True), TrainerLimits(max_epoch=1))
     after = torch.get_rng_state(), generator.get_state()
     assert all(map(torch.equal, before, after))
 

@@ -14,7 +14,7 @@ import robo_orchard_lab.pipeline.sinks
 from robo_orchard_core.utils.config import Config, Trust
 from robo_orchard_core.utils.config.class_config import hints_of
 from robo_orchard_core.utils.config.references import resolve
-from robo_orchard_lab.experiment.catalogue import CATALOGUE, CATALOGUED, kind_of, with_definitions
+from robo_orchard_lab.experiment.catalogue import CATALOGUE, DEFINITIONS, kind_of, with_definitions
 from robo_orchard_lab.pipeline import PipelineHooks, PipelineHooksConfig, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.sinks import JsonLinesSink, LogSink, SinkConfig, TrackerSink
 
@@ -38,8 +38,8 @@ def may_be_missing(reference: str) -> bool:
 @pytest.mark.parametrize("package", ["robo_orchard_lab", "torch", "torchvision", "torchmetrics"])
 def test_each_entry_is_defined_where_it_says(package: str) -> None:
     """A file that names it gets it, and nothing that only looks like it."""
-    trust = Trust(frozenset(), CATALOGUED)
-    entries = [name for name in sorted(CATALOGUED) if name.split(".")[0] == package]
+    trust = Trust(frozenset(), DEFINITIONS)
+    entries = [name for name in sorted(DEFINITIONS) if name.split(".")[0] == package]
     assert entries
     pytest.importorskip(package)
     for reference in entries:
@@ -68,8 +68,8 @@ KINDS = {
 
 def test_each_entry_is_of_the_kind_that_it_is_said_to_be() -> None:
     """So that one in a wrong place is refused without looking at it."""
-    trust = Trust(frozenset(), CATALOGUED)
-    for reference in CATALOGUED:
+    trust = Trust(frozenset(), DEFINITIONS)
+    for reference in DEFINITIONS:
         kind = kind_of(reference)
         assert kind is not None
         try:
@@ -110,15 +110,15 @@ def test_every_hook_and_sink_is_listed() -> None:
                 issubclass(found, PipelineHooks | Config) or name.endswith("Sink")
             )
             if is_part and not name.startswith(("MetricsSink", "SinkConfig")):
-                assert f"{found.__module__}:{name}" in CATALOGUED
+                assert f"{found.__module__}:{name}" in DEFINITIONS
                 assert CATALOGUE[name] == f"{found.__module__}:{name}"
 
 
 def test_nothing_else_of_ours_is_listed() -> None:
     """What removes folders, starts processes or reads checkpoints is out of a file's reach."""
-    for reference in CATALOGUED:
+    for reference in DEFINITIONS:
         if reference.startswith("robo_orchard"):
-            cls = resolve(reference, Trust(frozenset(), CATALOGUED))
+            cls = resolve(reference, Trust(frozenset(), DEFINITIONS))
             assert inspect.isclass(cls)
             part = (PipelineHooks, Config, torch.utils.data.Dataset, torch.nn.Module)
             name = cls.__name__
@@ -143,7 +143,7 @@ def test_nothing_else_of_ours_is_listed() -> None:
 )
 def test_what_loads_downloads_or_removes_is_not_listed(reference: str) -> None:
     """A few that would break the rule."""
-    assert reference not in CATALOGUED
+    assert reference not in DEFINITIONS
 
 
 def test_names_are_replaced_where_they_name_code() -> None:

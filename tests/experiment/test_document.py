@@ -20,8 +20,7 @@ from robo_orchard_lab.experiment.document import (
     ExperimentDocument,
     read_experiment,
 )
-from robo_orchard_lab.experiment.overrides import Override, from_arguments, from_mapping
-from robo_orchard_lab.experiment.provenance import origin_of
+from robo_orchard_lab.experiment.overrides import Override, from_arguments, from_mapping, origin_of
 
 BASE = """\
 # what the variants share
@@ -63,7 +62,7 @@ def arguments(*given: str) -> list[Override]:
 
 def origin(document: ExperimentDocument, *path: str | int) -> str:
     """Where a value comes from, without the folder of a file."""
-    return os.path.basename(str(origin_of(path, document.places)))
+    return os.path.basename(str(origin_of(path, document.origins)))
 
 
 def first_sink(document: ExperimentDocument) -> Plain:
@@ -97,11 +96,11 @@ def test_a_variant_says_only_what_differs(folder: Path) -> None:
     assert origin(read, "hooks", "log", "sinks", 1, "class_type") == "base.yaml:12"
     assert origin(read, "hooks") == "base.yaml:6"
     assert origin(read, "seed") == "default"
-    assert str(origin_of(("hooks", "stats", "name"), read.origins)) == "default"
-    assert read.located(ConfigError("x", ("hooks", "stats", "name"))).source == (
+    assert str(origin_of(("hooks", "stats", "name"), read.leaf_origins)) == "default"
+    assert read.locate(ConfigError("x", ("hooks", "stats", "name"))).source == (
         f"{folder / 'variant.yaml'}:5"
     )
-    assert read.located(ConfigError("x", ("model",))).source == str(folder / "variant.yaml")
+    assert read.locate(ConfigError("x", ("model",))).source == str(folder / "variant.yaml")
 
 
 def test_the_three_formats_say_the_same(folder: Path) -> None:
@@ -236,11 +235,11 @@ def test_only_the_override_in_force_may_turn_into_text(folder: Path) -> None:
 def test_of_what_turns_into_text_nothing_has_a_place_within(folder: Path) -> None:
     """There is nothing within a text."""
     read = read_experiment(folder / "base.yaml", overrides=arguments("--fresh={a: 1}"))
-    assert ("fresh", "a") in read.places
+    assert ("fresh", "a") in read.origins
     text = read.with_text(("fresh",))
     assert text is not None
     assert text.document["fresh"] == "{a: 1}"
-    assert ("fresh", "a") not in text.places
+    assert ("fresh", "a") not in text.origins
 
 
 def chain(folder: Path, length: int) -> Path:

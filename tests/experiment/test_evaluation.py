@@ -19,10 +19,9 @@ from robo_orchard_lab.experiment import (
     config_of,
 )
 from robo_orchard_lab.experiment.evaluation import SavedWeights, best_weights, evaluate
-from robo_orchard_lab.experiment.run_checkpoints import checkpoints_at
+from robo_orchard_lab.experiment.existing_run import find_checkpoints, record
 from robo_orchard_lab.experiment.run_folder import NoRunError
 from robo_orchard_lab.experiment.samples import MLP, Spirals
-from robo_orchard_lab.experiment.starting import record
 from robo_orchard_lab.pipeline import SupervisedProcessor
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
@@ -66,16 +65,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
 
 def test_it_finds_what_the_run_has_found(trained: ExperimentConfig) -> None:
     """Of each checkpoint, loss and metrics are those that the run had there, with its averages."""
-    place = checkpoints_at(trained.folder())
+    place = find_checkpoints(trained.folder())
     for info in CheckpointStore(place.root).list():
-        found = evaluate(trained, SavedWeights.of_checkpoint(info.path))
+        found = evaluate(trained, SavedWeights.from_checkpoint(info.path))
         assert found == dict(info.metrics)
         assert {*found} == {"eval/val/loss", "eval/val/accuracy", "eval/test/loss"}
 
 
 def test_some_sets_are_measured_alone(trained: ExperimentConfig) -> None:
     """Those that are named, with what their hook measures; a name that is none is told."""
-    saved = SavedWeights.of_checkpoint(checkpoints_at(trained.folder()).pick())
+    saved = SavedWeights.from_checkpoint(find_checkpoints(trained.folder()).pick())
     assert {*evaluate(trained, saved, ["test"])} == {"eval/test/loss"}
     with pytest.raises(ConfigFieldError, match=r"data\.evaluation\.tset: .* did you mean 'test'"):
         evaluate(trained, saved, ["tset"])
@@ -95,7 +94,7 @@ class Shaken(Spirals):
 
 def test_it_is_the_same_each_time(trained: ExperimentConfig) -> None:
     """Also where data draws, and where the run would evaluate at its start."""
-    saved = SavedWeights.of_checkpoint(checkpoints_at(trained.folder()).pick())
+    saved = SavedWeights.from_checkpoint(find_checkpoints(trained.folder()).pick())
     shaken = LoaderConfig(dataset=config_of(Shaken, size=12), batch_size=8)
     changes: dict[str, Any] = {"hooks.own.at_start": True, "data.evaluation.val": shaken}
     again = trained.replace(**changes)
@@ -106,7 +105,7 @@ def test_it_is_the_same_each_time(trained: ExperimentConfig) -> None:
 
 def test_without_hooks_it_is_the_loss(trained: ExperimentConfig) -> None:
     """Where no hook says how to measure, it is the mean loss of the model's own weights."""
-    saved = SavedWeights.of_checkpoint(checkpoints_at(trained.folder()).pick())
+    saved = SavedWeights.from_checkpoint(find_checkpoints(trained.folder()).pick())
     found = evaluate(trained.replace(hooks={}), saved)
     assert {*found} == {"eval/val/loss", "eval/test/loss"}
     assert found["eval/val/loss"] == evaluate(trained, saved)["eval/val/loss"]
@@ -118,7 +117,7 @@ def test_without_hooks_it_is_the_loss(trained: ExperimentConfig) -> None:
 
 def test_the_best_are_those_that_were_kept(trained: ExperimentConfig) -> None:
     """What a KeepBest has written, or else the checkpoint that is best by the run's own rule."""
-    place = checkpoints_at(trained.folder())
+    place = find_checkpoints(trained.folder())
     kept = best_weights(trained, trained.folder(), place)
     assert kept.path == trained.folder() / "best.safetensors"
     values = [info.metrics["eval/val/loss"] for info in CheckpointStore(place.root).list()]
@@ -141,20 +140,20 @@ def test_nothing_is_written(trained: ExperimentConfig) -> None:
         return {str(path): path.stat().st_mtime_ns for path in files}
 
     before = look()
-    evaluate(trained, SavedWeights.of_checkpoint(checkpoints_at(trained.folder()).pick()))
+    evaluate(trained, SavedWeights.from_checkpoint(find_checkpoints(trained.folder()).pick()))
     assert look() == before
 
 
 def test_weights_of_another_model_are_refused(trained: ExperimentConfig, tmp_path: Path) -> None:
     """The names and shapes that differ are told, and what is no trainer's checkpoint is refused."""
-    saved = SavedWeights.of_checkpoint(checkpoints_at(trained.folder()).pick())
+    saved = SavedWeights.from_checkpoint(find_checkpoints(trained.folder()).pick())
     other = trained.replace(model=config_of(MLP, inputs=2, hidden=[9], outputs=3))
     with pytest.raises(StateError, match=r"another model: .*saved as float32\[8, 2\]"):
         evaluate(other, saved)
     with CheckpointStore(tmp_path) as store:
         info = store.save(1, {"model": {}})
     with pytest.raises(CheckpointError, match="not a checkpoint of a trainer"):
-        SavedWeights.of_checkpoint(info.path)
+        SavedWeights.from_checkpoint(info.path)
 
 
 def test_the_file_of_the_run_is_enough(trained: ExperimentConfig) -> None:
@@ -162,5 +161,5 @@ def test_the_file_of_the_run_is_enough(trained: ExperimentConfig) -> None:
     own = ExperimentConfig.load(trained.folder() / "config.yaml").replace(
         run_folder=str(trained.folder())
     )
-    saved = SavedWeights.of_checkpoint(checkpoints_at(trained.folder()).pick())
+    saved = SavedWeights.from_checkpoint(find_checkpoints(trained.folder()).pick())
     assert json.dumps(evaluate(own, saved)) == json.dumps(evaluate(trained, saved))

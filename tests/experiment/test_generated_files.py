@@ -18,10 +18,10 @@ from robo_orchard_core.utils.config import ConfigError, formats
 from robo_orchard_core.utils.config.document import Plain
 from robo_orchard_core.utils.config.parts import PART_KEYS
 from robo_orchard_lab.experiment import ExperimentConfig
+from robo_orchard_lab.experiment.catalogue import ExperimentTrust
 from robo_orchard_lab.experiment.document import read_experiment
 from robo_orchard_lab.experiment.overrides import from_arguments, from_environment
-from robo_orchard_lab.experiment.prevalidation import TOP_FIELDS, screen
-from robo_orchard_lab.experiment.trust_settings import ExperimentTrust
+from robo_orchard_lab.experiment.prevalidation import TOP_FIELDS, prevalidate
 
 TRUST = ExperimentTrust(("trusted_parts",)).trust
 
@@ -90,7 +90,7 @@ def is_admitted(content: bytes, suffix: str) -> bool:
     file = Path(f"experiment.{suffix}")
     file.write_bytes(content)
     try:
-        screen(read_experiment(file), TRUST)
+        prevalidate(read_experiment(file), TRUST)
     except ConfigError as error:
         text = str(error)
         assert text.startswith(str(file))
@@ -144,11 +144,11 @@ def test_any_overrides(keys: list[str], text: str) -> None:
     Path("experiment.yaml").write_text(experiment())
     with contextlib.suppress(ConfigError):
         found, _ = from_arguments([f"--{'.'.join(keys)}={text}"])
-        screen(read_experiment("experiment.yaml", overrides=found), TRUST)
+        prevalidate(read_experiment("experiment.yaml", overrides=found), TRUST)
     with contextlib.suppress(ConfigError):
         name = "__".join(["ROBO_ORCHARD_LAB", *keys])
         found = from_environment({name: text}, HARMLESS)
-        screen(read_experiment("experiment.yaml", overrides=found), TRUST)
+        prevalidate(read_experiment("experiment.yaml", overrides=found), TRUST)
 
 
 RICH = """

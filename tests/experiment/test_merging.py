@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from robo_orchard_core.utils.config import ConfigFieldError
 from robo_orchard_core.utils.config.document import Plain
 from robo_orchard_core.utils.config.parts import PART_KEYS
-from robo_orchard_lab.experiment.provenance import merged
+from robo_orchard_lab.experiment.overrides import merged
 
 KEYS = st.sampled_from(["a", "b", "hooks", "data", "evaluation", "optimizer", "groups"])
 LEAVES = st.none() | st.booleans() | st.integers(0, 3) | st.sampled_from(["x", "y"])

@@ -12,20 +12,20 @@ from hypothesis import strategies as st
 from robo_orchard_core.utils.config import ConfigError
 from robo_orchard_core.utils.config.document import Plain
 from robo_orchard_lab.experiment.overrides import (
+    Origin,
     Override,
     from_arguments,
     from_environment,
     from_mapping,
-    read_value,
+    parse_value,
 )
-from robo_orchard_lab.experiment.provenance import Origin
 
 
 @given(st.text())
 def test_any_text_is_a_value_or_refused(text: str) -> None:
     """No text ends in another error than ours."""
     with contextlib.suppress(ConfigError):
-        read_value(text)
+        parse_value(text)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_any_text_is_a_value_or_refused(text: str) -> None:
 )
 def test_values_are_scalars_or_collections_of_yaml(text: str, value: object) -> None:
     """What a field would hold in a file is typed as there; the rest is text."""
-    found = read_value(text)
+    found = parse_value(text)
     assert (type(found), found) == (type(value), value)
 
 

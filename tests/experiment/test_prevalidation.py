@@ -11,10 +11,10 @@ import pytest
 from robo_orchard_core.utils.config import ConfigError, Trust, TrustError
 from robo_orchard_core.utils.config.document import Plain
 from robo_orchard_lab.experiment import ExperimentConfig
+from robo_orchard_lab.experiment.catalogue import ExperimentTrust
 from robo_orchard_lab.experiment.document import ExperimentDocument, read_experiment
 from robo_orchard_lab.experiment.overrides import from_arguments, from_mapping
-from robo_orchard_lab.experiment.prevalidation import TOP_FIELDS, screen
-from robo_orchard_lab.experiment.trust_settings import ExperimentTrust
+from robo_orchard_lab.experiment.prevalidation import TOP_FIELDS, prevalidate
 
 TRUST = ExperimentTrust(("my_parts",)).trust
 PLAIN = """\
@@ -48,13 +48,13 @@ def read(text: str = "", *options: str, **changes: Any) -> ExperimentDocument:
 def refused(document: ExperimentDocument, trust: Trust = TRUST) -> ConfigError:
     """The error that screening it ends in."""
     with pytest.raises(ConfigError) as caught:
-        screen(document, trust)
+        prevalidate(document, trust)
     return caught.value
 
 
 def test_an_experiment_passes() -> None:
     """The catalogue and the user's package are all that it names."""
-    screen(read(), TRUST)
+    prevalidate(read(), TRUST)
     error = refused(read(), ExperimentTrust().trust)
     assert isinstance(error, TrustError)
     assert str(error) == (
@@ -114,7 +114,7 @@ def test_what_is_wrong_is_refused_with_its_place(option: str, problem: str) -> N
 )
 def test_a_misspelt_name_of_an_entry_is_told(there: str, option: str, near: str) -> None:
     """Where what is said is one field of an entry that isn't there."""
-    screen(read("", there), TRUST)
+    prevalidate(read("", there), TRUST)
     assert f"there is none of this name; did you mean {near!r}?" in str(
         refused(read("", there, option))
     )
@@ -142,7 +142,7 @@ def test_a_file_has_its_run_below_the_current_folder(field: str, folder_name: st
     error = refused(read(f'{field}: "{quoted}"\n'))
     assert str(error).startswith(f"a.yaml:11: {field}: a file can only have its run in a folder")
     if folder_name != "a\0b":
-        screen(read("", **{field: folder_name}), TRUST)  # in code, any may be said
+        prevalidate(read("", **{field: folder_name}), TRUST)  # in code, any may be said
 
 
 def test_a_file_does_not_have_its_run_behind_a_link(folder: Path) -> None:
@@ -150,11 +150,11 @@ def test_a_file_does_not_have_its_run_behind_a_link(folder: Path) -> None:
     (folder / "outside").mkdir()
     (folder / "runs").symlink_to(folder / "outside")
     (folder / "mine").mkdir()
-    screen(read("run_folder: mine/new/run\n"), TRUST)
+    prevalidate(read("run_folder: mine/new/run\n"), TRUST)
     for text in ("run_folder: runs\n", "run_folder: runs/a/b\n", "name: a\n"):
         assert "behind the link 'runs'" in str(refused(read(text)))
-    screen(read("", "--run_folder=runs/a"), TRUST)
-    screen(read("name: a\n", "--run_folder=runs/a"), TRUST)
+    prevalidate(read("", "--run_folder=runs/a"), TRUST)
+    prevalidate(read("name: a\n", "--run_folder=runs/a"), TRUST)
 
 
 def test_a_file_does_not_have_its_run_among_other_files(folder: Path) -> None:
@@ -162,12 +162,12 @@ def test_a_file_does_not_have_its_run_among_other_files(folder: Path) -> None:
     run = folder / "runs/a"
     run.mkdir(parents=True)
     (run / ".began").touch()
-    screen(read("name: a\n"), TRUST)
+    prevalidate(read("name: a\n"), TRUST)
     (run / "config.yaml").touch()
     assert "among other files, as there are in 'runs/a'" in str(refused(read("name: a\n")))
-    screen(read("name: a\n", "--run_folder=runs/a"), TRUST)
+    prevalidate(read("name: a\n", "--run_folder=runs/a"), TRUST)
     (run / "starts").mkdir()
-    screen(read("name: a\n"), TRUST)
+    prevalidate(read("name: a\n"), TRUST)
 
 
 def test_links_within_a_run_are_its_own(folder: Path) -> None:
@@ -176,10 +176,10 @@ def test_links_within_a_run_are_its_own(folder: Path) -> None:
     (run / "checkpoints/step_1").mkdir(parents=True)
     (run / "starts").mkdir()
     (run / "checkpoints/last").symlink_to("step_1")
-    screen(read("name: a\n"), TRUST)
+    prevalidate(read("name: a\n"), TRUST)
     (run / "metrics.jsonl").symlink_to(folder / "mine.txt")
     assert "where the link 'runs/a/metrics.jsonl' leads out" in str(refused(read("name: a\n")))
-    screen(read("name: a\n", "--run_folder=runs/a"), TRUST)
+    prevalidate(read("name: a\n", "--run_folder=runs/a"), TRUST)
 
 
 @pytest.mark.parametrize(
@@ -194,11 +194,11 @@ def test_trackers_that_send_what_they_get_need_trust(cls: str) -> None:
         Path("a.yaml").write_text(PLAIN.replace("trainer:", text % trackers + "trainer:"))
         return read_experiment("a.yaml")
 
-    screen(document("tensorboard"), TRUST)
+    prevalidate(document("tensorboard"), TRUST)
     error = refused(document("tensorboard, wandb"))
     assert isinstance(error, TrustError)
     assert "hooks.out.sinks.0.trackers.1: the tracker 'wandb' (str) is not trusted" in str(error)
-    screen(document("tensorboard, wandb"), ExperimentTrust(("my_parts", "wandb")).trust)
+    prevalidate(document("tensorboard, wandb"), ExperimentTrust(("my_parts", "wandb")).trust)
 
 
 def test_what_overrides_add_is_bounded_as_well() -> None:

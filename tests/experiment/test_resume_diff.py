@@ -106,7 +106,7 @@ def test_each_change_is_told_for_what_it_does(place: str, to: Any, resume: Resum
     """A change of one value is one difference, at its place, of its class."""
     before, after = changed(*place.split("."), to=to)
     (found,) = differences(before, after)
-    assert (found.place, found.resume) == (place, resume)
+    assert (found.field, found.resume) == (place, resume)
     assert found.after == to
 
 
@@ -121,10 +121,10 @@ def test_a_default_that_is_spelled_out_is_no_difference() -> None:
     assert differences(*changed("optimizer", "momentum", to=0.0)) == []
     assert differences(*changed("optimizer", "momentum", to=0.0)[::-1]) == []
     assert differences(*changed("optimizer", "nesterov", to=False)) == []
-    assert [d.place for d in differences(*changed("optimizer", "momentum", to=0.9))] == [
+    assert [d.field for d in differences(*changed("optimizer", "momentum", to=0.9))] == [
         "optimizer.momentum"
     ]
-    assert [d.place for d in differences(*changed("lr_scheduler", "last_epoch", to=-1))] == []
+    assert [d.field for d in differences(*changed("lr_scheduler", "last_epoch", to=-1))] == []
 
 
 def test_another_length_of_a_run_is_told_to_an_automatic_schedule() -> None:
@@ -177,7 +177,7 @@ def test_a_hook_that_is_no_longer_there_has_differences() -> None:
     """As a run of another version has it: nothing is known of it."""
     gone = {"class_type": f"{HOOKS}.gone_with_version_1:Gone", "every": 3}
     before, after = changed("hooks", "clip", to=gone)
-    assert [found.place for found in differences(before, after)] == ["hooks.clip.class_type"]
+    assert [found.field for found in differences(before, after)] == ["hooks.clip.class_type"]
     before["hooks"]["clip"] = {**gone, "every": 4}
     assert [found.resume for found in differences(before, after)] == ["trajectory"]
 
@@ -187,7 +187,7 @@ def test_hooks_in_another_order_are_told() -> None:
     before, after = document(), document()
     after["hooks"] = {"bar": BAR, "clip": CLIP, "stats": STATS}
     (found,) = differences(before, after)
-    assert (found.place, found.resume) == ("hooks", "trajectory")
+    assert (found.field, found.resume) == ("hooks", "trajectory")
     before["hooks"], after["hooks"] = {"stats": STATS, "bar": BAR}, {"bar": BAR, "stats": STATS}
     assert [found.resume for found in differences(before, after)] == ["harmless"]
 

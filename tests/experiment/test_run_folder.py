@@ -12,10 +12,10 @@ import pytest
 
 from robo_orchard_lab.experiment.run_folder import (
     NoRunError,
-    config_of_run,
-    link_out_of,
+    find_escaping_link,
+    find_run,
     record_start,
-    run_at,
+    run_config_file,
 )
 from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE
 from robo_orchard_lab.pipeline.run import run_info as git_module
@@ -72,7 +72,7 @@ def test_starts_are_numbered(repository: Path) -> None:
     """Each start has a file of its own, and the configuration is that of the last."""
     run = repository / "run"
     assert [record_start(run, f"seed: {n}\n").name for n in range(2)] == ["0001.json", "0002.json"]
-    assert config_of_run(run) == run / "config.yaml"
+    assert run_config_file(run) == run / "config.yaml"
     assert (run / "config.yaml").read_text() == "seed: 1\n"
     assert not list(run.glob("starts/*.diff"))  # nothing differs from the commit
 
@@ -202,9 +202,9 @@ def test_links_of_a_tracker_are_its_own(tmp_path: Path) -> None:
     run, logs = tmp_path / "run", tmp_path / "run/wandb/run-1/logs"
     logs.mkdir(parents=True)
     (logs / "debug-core.log").symlink_to("/tmp/core.log")
-    assert link_out_of(run) is None
+    assert find_escaping_link(run) is None
     (run / "metrics.jsonl").symlink_to("wandb/run-1/logs/debug-core.log")
-    assert link_out_of(run) == str(run / "metrics.jsonl")
+    assert find_escaping_link(run) == str(run / "metrics.jsonl")
 
 
 @pytest.fixture
@@ -224,7 +224,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("inside", ["", "config.yaml", "checkpoints"])
 def test_a_run_is_found_by_its_folder(run: Path, inside: str) -> None:
     """The folder, the file in it and the folder of its checkpoints all mean the run."""
-    found = run_at(run / inside)
+    found = find_run(run / inside)
     assert (found.folder, found.checkpoint) == (run, None)
     assert found.config == run / "config.yaml"
 
@@ -232,26 +232,26 @@ def test_a_run_is_found_by_its_folder(run: Path, inside: str) -> None:
 @pytest.mark.parametrize("name", ["step_00000004", "last", "step_00000004/manifest.json"])
 def test_a_checkpoint_is_found_with_its_run(run: Path, name: str) -> None:
     """A checkpoint means itself, and the run that it lies in."""
-    found = run_at(run / "checkpoints" / name)
+    found = find_run(run / "checkpoints" / name)
     assert found.folder == run
     assert found.checkpoint == run / "checkpoints" / name.split("/")[0]
-    absolute = run_at((run / "checkpoints" / name).absolute())
+    absolute = find_run((run / "checkpoints" / name).absolute())
     assert absolute.folder == run.absolute()
 
 
 def test_what_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
     """The message says what was expected at the path."""
     with pytest.raises(NoRunError, match=r"there is no runs/second; expected the folder of a run"):
-        run_at("runs/second")
+        find_run("runs/second")
     with pytest.raises(NoRunError, match=r"runs is not the folder of a run: it has no config.yaml"):
-        run_at("runs")
+        find_run("runs")
     with pytest.raises(NoRunError, match=r" is not the folder of a run: it has no starts"):
-        run_at(tmp_path)
+        find_run(tmp_path)
     (tmp_path / "file.txt").write_text("")
     with pytest.raises(NoRunError, match=r"file.txt is a file; expected"):
-        run_at("file.txt")
+        find_run("file.txt")
     lone = tmp_path / "lone"
     lone.mkdir()
     (lone / MANIFEST_FILE).write_text("{}")
     with pytest.raises(NoRunError, match="lone is a checkpoint, and no folder above it"):
-        run_at("lone")
+        find_run("lone")

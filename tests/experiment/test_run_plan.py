@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
-from robo_orchard_lab.experiment.run_plan import run_length, times_due
+from robo_orchard_lab.experiment.run_plan import count_due, run_length
 from robo_orchard_lab.pipeline import PipelineHooks, TrainerLimits
 from robo_orchard_lab.pipeline.trigger import Trigger
 from tiny import make_loader, make_trainer
@@ -54,7 +54,7 @@ def test_a_run_is_as_long_as_foretold_and_hooks_are_as_often_due(
     assert length.steps == progress.global_step_id
     assert length.updates == progress.optimizer_step_id
     assert length.epochs == progress.epoch_id + (progress.step_id > 0)
-    assert {text: times_due(Trigger.parse(text), length) for text in SCHEDULES} == counted
+    assert {text: count_due(Trigger.parse(text), length) for text in SCHEDULES} == counted
 
 
 def test_what_nobody_can_foretell_is_not() -> None:
@@ -62,7 +62,7 @@ def test_what_nobody_can_foretell_is_not() -> None:
     accelerator = Accelerator(cpu=True)
     length = run_length(make_loader(7), accelerator, TrainerLimits(max_epoch=1))
     assert length is not None
-    assert times_due(Trigger.parse("10 min | 1 epoch"), length) is None
+    assert count_due(Trigger.parse("10 min | 1 epoch"), length) is None
     assert run_length(iter([1, 2]), accelerator, TrainerLimits(max_epoch=1)) is None
 
 
@@ -70,5 +70,5 @@ def test_a_long_run_is_counted_at_once() -> None:
     """Of millions of steps, nothing is listed."""
     length = run_length(make_loader(7), Accelerator(cpu=True), TrainerLimits(max_step=10**9))
     assert length is not None
-    assert times_due(Trigger.parse("1 step"), length) == 10**9
-    assert times_due(Trigger.parse("1 optimizer step"), length) == 10**9
+    assert count_due(Trigger.parse("1 step"), length) == 10**9
+    assert count_due(Trigger.parse("1 optimizer step"), length) == 10**9

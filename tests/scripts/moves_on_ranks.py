@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator, PartialState
 
 from launching import end_group
-from robo_orchard_lab.experiment.run_plan import count_moves
+from robo_orchard_lab.experiment.run_plan import count_lr_scheduler_steps
 from robo_orchard_lab.pipeline import HookBasedTrainer, SupervisedProcessor, TrainerLimits
 from tiny import make_loader, make_model
 
@@ -42,7 +42,7 @@ def main(folder: Path) -> None:
                 loader, model = make(), make_model()
                 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
                 schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-                counted = count_moves(loader, accelerator, TrainerLimits(**limits))
+                counted = count_lr_scheduler_steps(loader, accelerator, TrainerLimits(**limits))
                 HookBasedTrainer(
                     accelerator,
                     model,

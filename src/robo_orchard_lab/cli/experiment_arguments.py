@@ -88,7 +88,7 @@ class ExperimentArguments:
             return ExperimentConfig.from_document(document, self.trust)
         except ConfigError as error:
             for other in error.others:
-                document.located(other)
+                document.locate(other)
             raise
 
 

@@ -20,13 +20,13 @@ from robo_orchard_lab.cli.output import (
     say,
     table_lines,
 )
-from robo_orchard_lab.experiment.resume_diff import Difference, Resume
 
 if TYPE_CHECKING:
     from robo_orchard_lab.cli.experiment_arguments import ExperimentArguments
     from robo_orchard_lab.experiment.config import ExperimentConfig
     from robo_orchard_lab.experiment.dry_run import DryRun
-    from robo_orchard_lab.experiment.starting import RunBefore
+    from robo_orchard_lab.experiment.existing_run import ExistingRun
+    from robo_orchard_lab.experiment.resume_diff import Difference, Resume
 
 
 # --- trial -----------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def _check_alone(option: str) -> None:
 
 def _lines(begins: Beginning, found: DryRun) -> Iterator[tuple[str, str]]:
     yield "run folder", str(found.run_folder)
-    changes = ", ".join(change.place for change in begins.changes)
+    changes = ", ".join(change.field for change in begins.changes)
     anew = "anew" if begins.step is None else f"at step {begins.step} of the run in there"
     yield "begins", anew + (f", with other {changes}" if changes else "")
     yield "device", found.device
@@ -159,19 +159,19 @@ def beginning(
     Raises:
         CommandError: the run in the folder can't go on as this, is completed, or still goes on.
     """
-    from robo_orchard_lab.experiment.run_folder import link_out_of
-    from robo_orchard_lab.experiment.starting import run_before
+    from robo_orchard_lab.experiment.existing_run import find_existing_run
+    from robo_orchard_lab.experiment.run_folder import find_escaping_link
 
-    if (link := link_out_of(experiment.folder())) is not None:
+    if (link := find_escaping_link(experiment.folder())) is not None:
         raise CommandError(
             f"the link {link} leads out of the run's folder, and so would what is written there",
             "remove the link, or give this one a folder of its own by --run_folder FOLDER",
         )
     _check_can_be_made(experiment.folder())
-    before = run_before(experiment.folder())
+    before = find_existing_run(experiment.folder())
     if before is None:
         return Beginning()
-    if before.goes_on:
+    if before.is_running:
         raise CommandError(
             f"the run in {before.folder} still goes on, as process {before.pid}",
             "stop that one, or give this one a folder of its own by --run_folder FOLDER",
@@ -215,7 +215,7 @@ def train(
     Raises:
         RunPreempted: it was saved and stopped.
     """
-    from robo_orchard_lab.experiment.starting import record
+    from robo_orchard_lab.experiment.existing_run import record
 
     folder = experiment.folder()
     given: dict[str, Any] = {} if resume_from is None else {"resume": resume_from}
@@ -257,18 +257,18 @@ def is_first() -> bool:
 
 def _changes(
     experiment: ExperimentConfig,
-    before: RunBefore,
+    before: ExistingRun,
     arguments: ExperimentArguments,
     allow: str | None,
 ) -> list[Difference]:
-    from robo_orchard_lab.experiment.starting import ChangedRunError, check_changes
+    from robo_orchard_lab.experiment.existing_run import ChangedRunError, check_changes
 
     worst: Resume = "trajectory" if allow == "trajectory" else "harmless"
     try:
         return check_changes(experiment, before, arguments.trust, allow=worst)
     except ChangedRunError as error:
         rows = [
-            [change.resume, change.place, _short(change.before), _short(change.after), change.why]
+            [change.resume, change.field, _short(change.before), _short(change.after), change.why]
             for change in error.changes
         ]
         table = table_lines(["", "field", "was", "is", ""], rows)
@@ -306,10 +306,10 @@ def _tell_end(folder: Path, arguments: ExperimentArguments, as_json: bool) -> No
 
 def _tell_stopped(folder: Path, arguments: ExperimentArguments) -> None:
     """What is left of a run that has not come to its end; whatever fails here is no matter."""
-    from robo_orchard_lab.experiment.starting import run_before
+    from robo_orchard_lab.experiment.existing_run import find_existing_run
 
     try:
-        found = run_before(folder)
+        found = find_existing_run(folder)
     except (OSError, ValueError):
         return
     if found is None or found.state is None:

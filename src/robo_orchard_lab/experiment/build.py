@@ -36,7 +36,7 @@ from robo_orchard_lab.experiment.parts import (
     LoaderConfig,
     LRSchedulerConfig,
 )
-from robo_orchard_lab.experiment.run_plan import count_moves
+from robo_orchard_lab.experiment.run_plan import count_lr_scheduler_steps
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
 from robo_orchard_lab.pipeline.data import DataOrder
@@ -221,10 +221,10 @@ def lr_scheduler_unit(config: Any) -> LRSchedulerUnit:
 
 
 def make_lr_scheduler(
-    config: Any, optimizer: torch.optim.Optimizer, count_moves: Callable[[], int]
+    config: Any, optimizer: torch.optim.Optimizer, count_steps: Callable[[], int]
 ) -> LRScheduler:
-    """A schedule, and those in it, of the optimizer; ``count_moves`` is asked for ``auto``."""
-    made: LRScheduler = _made_with(_counted(config, count_moves), optimizer=optimizer)
+    """A schedule, and those in it, of the optimizer; ``count_steps`` is asked for ``auto``."""
+    made: LRScheduler = _made_with(_counted(config, count_steps), optimizer=optimizer)
     return made
 
 
@@ -297,7 +297,7 @@ def _given_within(value: Any, given: Mapping[str, Any]) -> Any:
     return value
 
 
-def _counted(config: Any, count_moves: Callable[[], int], *, outermost: bool = True) -> Any:
+def _counted(config: Any, count_steps: Callable[[], int], *, outermost: bool = True) -> Any:
     """The config of a schedule with numbers in the place of ``auto``, also in those within."""
     if not outermost and getattr(config, "every", None) is not None:
         raise ConfigFieldError(
@@ -308,18 +308,18 @@ def _counted(config: Any, count_moves: Callable[[], int], *, outermost: bool = T
         with building(name):
             field = type(config).model_fields.get(name)
             if value == AUTO and field is not None and int in members(field.annotation):
-                changes[name] = count_moves()
+                changes[name] = count_steps()
             elif isinstance(value, list):
                 changes[name] = [
-                    _counted_within(part, count_moves, index) for index, part in enumerate(value)
+                    _counted_within(part, count_steps, index) for index, part in enumerate(value)
                 ]
     return config.model_copy(update=changes) if changes else config
 
 
-def _counted_within(part: Any, count_moves: Callable[[], int], index: int) -> Any:
+def _counted_within(part: Any, count_steps: Callable[[], int], index: int) -> Any:
     with building(index):
         is_schedule = isinstance(part, LRSchedulerConfig)
-        return _counted(part, count_moves, outermost=False) if is_schedule else part
+        return _counted(part, count_steps, outermost=False) if is_schedule else part
 
 
 class LiveObjects(TypedDict, total=False):
@@ -428,7 +428,7 @@ def build_experiment(
             with building("lr_scheduler"):
                 assert optimizer is not None  # as the experiment has checked
                 unit = lr_scheduler_unit(schedule)
-                moves = partial(count_moves, dataloader, accelerator, limits, unit)
+                moves = partial(count_lr_scheduler_steps, dataloader, accelerator, limits, unit)
                 lr_scheduler = make_lr_scheduler(schedule, optimizer, moves)
         if batch_processor is None:
             with building("batch_processor"):

@@ -17,7 +17,7 @@ from robo_orchard_core.utils.config import (
     TrustLike,
 )
 from robo_orchard_core.utils.config.document import check
-from robo_orchard_lab.experiment.catalogue import with_definitions
+from robo_orchard_lab.experiment.catalogue import ExperimentTrust, with_definitions
 from robo_orchard_lab.experiment.document import ExperimentDocument, read_experiment
 from robo_orchard_lab.experiment.overrides import Override, from_mapping
 from robo_orchard_lab.experiment.parts import (
@@ -31,8 +31,7 @@ from robo_orchard_lab.experiment.parts import (
     OptimizerPart,
     TrainerConfig,
 )
-from robo_orchard_lab.experiment.prevalidation import screen
-from robo_orchard_lab.experiment.trust_settings import ExperimentTrust
+from robo_orchard_lab.experiment.prevalidation import prevalidate
 
 if TYPE_CHECKING:  # with torch
     from robo_orchard_lab.experiment.build import BuiltExperiment, LiveObjects
@@ -194,9 +193,9 @@ class ExperimentConfig(Config):
         """
         if not isinstance(trust, Trust):
             trusted = ExperimentTrust.of(trust)
-            trusted.find_local_modules()
+            trusted.make_local_modules_importable()
             trust = trusted.trust
-        screen(document, trust)
+        prevalidate(document, trust)
         refused: list[ConfigFieldError] = []
         while True:
             try:
@@ -204,13 +203,13 @@ class ExperimentConfig(Config):
             except ConfigFieldError as error:
                 for before in refused:  # it is no better as text
                     if before.path[: len(error.path)] == error.path:
-                        raise document.located(before) from before.__cause__
+                        raise document.locate(before) from before.__cause__
                 as_text = document.with_text(error.path)
                 if as_text is None:
-                    raise document.located(error) from error.__cause__
+                    raise document.locate(error) from error.__cause__
                 refused, document = [*refused, error], as_text
             except ConfigError as error:
-                raise document.located(error) from error.__cause__
+                raise document.locate(error) from error.__cause__
 
     def folder(self) -> Path:
         """The run's folder."""

@@ -19,14 +19,15 @@ from robo_orchard_core.utils.config.errors import (
 )
 from robo_orchard_core.utils.config.errors import Path as FieldPath
 from robo_orchard_lab.experiment.catalogue import with_definitions
-from robo_orchard_lab.experiment.overrides import Override, from_environment
-from robo_orchard_lab.experiment.provenance import (
+from robo_orchard_lab.experiment.overrides import (
     DEFAULT,
     ItemChange,
     Origin,
     Origins,
+    Override,
     all_from,
-    merged_with_origins,
+    from_environment,
+    merge_with_origins,
     origin_of,
     paths,
 )
@@ -49,7 +50,7 @@ MAX_BASES = 16
 
 
 @dataclass(frozen=True)
-class ReadFile:
+class ParsedFile:
     """What one file says.
 
     Attributes:
@@ -65,16 +66,16 @@ class ReadFile:
     base: str | None
 
 
-def read_with_bases(path: Path) -> list[ReadFile]:
+def read_with_bases(path: Path) -> list[ParsedFile]:
     """The file and those it builds on, itself first.
 
     Raises:
         ConfigError: One can't be read, is a link or no regular file, is too large, is no
             document, or names a base that isn't a file beside it or leads back to it.
     """
-    files: list[ReadFile] = []
+    files: list[ParsedFile] = []
     size = MAX_FILE_BYTES
-    named_in: ReadFile | None = None
+    named_in: ParsedFile | None = None
     while True:
         try:
             content = _content(path, size)
@@ -124,7 +125,7 @@ def _content(path: Path, size: int) -> bytes:
     return content
 
 
-def _parsed(path: Path, content: bytes) -> ReadFile:
+def _parsed(path: Path, content: bytes) -> ParsedFile:
     lines: Lines = {}
     try:
         document = formats.read(formats.decoded(content), formats.format_of(path), lines)
@@ -141,7 +142,7 @@ def _parsed(path: Path, content: bytes) -> ReadFile:
     origins = {where: origin_of(where, at_line) for where in paths(document)}
     document.pop("$schema", None)
     base = document.pop("base", None)
-    file = ReadFile(path, document, origins, base if isinstance(base, str) else None)
+    file = ParsedFile(path, document, origins, base if isinstance(base, str) else None)
     if base is not None:
         _check_base(file, base)
     return file
@@ -171,7 +172,7 @@ def check_bounds(document: Mapping[str, Plain]) -> None:
             waiting += value
 
 
-def _check_base(file: ReadFile, base: Plain) -> None:
+def _check_base(file: ParsedFile, base: Plain) -> None:
     if not isinstance(base, str):
         raise _wrong_base(file, f"expected the name of a file beside this one, found {shown(base)}")
     is_plain = base.isprintable() and all(
@@ -184,13 +185,13 @@ def _check_base(file: ReadFile, base: Plain) -> None:
         )
 
 
-def _wrong_base(file: ReadFile, problem: str) -> ConfigFieldError:
+def _wrong_base(file: ParsedFile, problem: str) -> ConfigFieldError:
     error = ConfigFieldError(problem, ("base",))
     error.source = str(origin_of(("base",), file.origins))
     return error
 
 
-def _of_base(error: ConfigError, path: Path, named_in: ReadFile | None) -> ConfigError:
+def _of_base(error: ConfigError, path: Path, named_in: ParsedFile | None) -> ConfigError:
     """An error about a file as a whole, at the place that names it."""
     if named_in is None:
         error.source = os.fspath(path)
@@ -205,29 +206,29 @@ class ExperimentDocument:
     Attributes:
         document: The merged fields, with public and short names of code replaced by the places
             where it is defined.
-        places: Where each value comes from, mappings and lists included. A mapping that several
+        origins: Where each value comes from, mappings and lists included. A mapping that several
             layers contribute to comes from the weakest, which began it.
         files: The file, the one it builds on, and so on.
         overrides: What was applied over them, the weakest first.
     """
 
     document: dict[str, Plain]
-    places: Origins
+    origins: Origins
     files: tuple[Path, ...]
     overrides: tuple[Override, ...] = ()
 
     @cached_property
-    def origins(self) -> Origins:
+    def leaf_origins(self) -> Origins:
         """Where each value comes from that is no mapping or list of others.
 
         `origin_of` finds a field's here; one that nothing has set is a default.
         """
-        inner = {path[:-1] for path in self.places}
-        return {path: origin for path, origin in self.places.items() if path not in inner}
+        inner = {path[:-1] for path in self.origins}
+        return {path: origin for path, origin in self.origins.items() if path not in inner}
 
-    def located(self, error: ConfigError) -> ConfigError:
+    def locate(self, error: ConfigError) -> ConfigError:
         """The error, with the file and line, the option or the variable that it comes from."""
-        origin = origin_of(error.path, self.places)
+        origin = origin_of(error.path, self.origins)
         error.source = str(self.files[0] if origin is DEFAULT else origin)
         return error
 
@@ -250,7 +251,7 @@ class ExperimentDocument:
                 at = _place(self.document, override.path)
             except ConfigError:  # what it led into was replaced by a stronger one
                 continue
-            if self.places.get(at) != override.origin:
+            if self.origins.get(at) != override.origin:
                 continue
             if isinstance(_value_at(self.document, at), str):
                 continue
@@ -259,14 +260,14 @@ class ExperimentDocument:
         if not found:
             return None
         *_, at, text = min(found)
-        places = {
+        origins = {
             where: origin
-            for where, origin in self.places.items()
+            for where, origin in self.origins.items()
             if where == at or where[: len(at)] != at
         }
         document = _with_value(self.document, at, text)
         assert isinstance(document, dict)  # no path of an override is empty
-        return replace(self, document=document, places=places)
+        return replace(self, document=document, origins=origins)
 
 
 def read_experiment(
@@ -291,7 +292,7 @@ def read_experiment(
     origins: Origins = {}
     for read in reversed(files):
         said = {key: with_definitions(value, (key,)) for key, value in read.document.items()}
-        document, origins = merged_with_origins((document, origins), (said, read.origins))
+        document, origins = merge_with_origins((document, origins), (said, read.origins))
     given = list(overrides)
     applied: list[Override] = []
     for layer in ("code", "environment", "command line"):
@@ -320,7 +321,7 @@ def _overridden(
         at = at[:-1]
         from_it[at] = override.origin
     assert isinstance(value, dict)  # no path is empty
-    return merged_with_origins((document, origins), (value, from_it))
+    return merge_with_origins((document, origins), (value, from_it))
 
 
 def _place(document: dict[str, Plain], keys: tuple[str, ...]) -> FieldPath:

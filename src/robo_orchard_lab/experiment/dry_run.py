@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,9 +18,10 @@ from torch.utils.data import RandomSampler, SequentialSampler, Subset
 from robo_orchard_core.utils.config import Config
 from robo_orchard_core.utils.config.model import field_values
 from robo_orchard_lab.experiment.build import BuiltExperiment, building, make_loader
+from robo_orchard_lab.experiment.catalogue import ExperimentTrust
 from robo_orchard_lab.experiment.config import CHECKPOINT, ExperimentConfig
 from robo_orchard_lab.experiment.parts import TrainerConfig
-from robo_orchard_lab.experiment.run_plan import RunLength, run_length, times_due
+from robo_orchard_lab.experiment.run_plan import RunLength, count_due, run_length
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks
 from robo_orchard_lab.pipeline.data.loader import copy_loader, is_map_style
 from robo_orchard_lab.pipeline.evaluator import Evaluator
@@ -31,7 +33,7 @@ STEPS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedSchedule:
+class PlannedTrigger:
     """When something of a hook is due in the run."""
 
     hook: str
@@ -70,7 +72,7 @@ class DryRun:
     """Of the first batch."""
     evaluated: Mapping[str, float]
     """The loss of the first batch of each evaluation set."""
-    hooks: tuple[PlannedSchedule, ...]
+    hooks: tuple[PlannedTrigger, ...]
     memory: MemoryUse
 
 
@@ -203,7 +205,7 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _planned(experiment: ExperimentConfig, length: RunLength | None) -> Iterator[PlannedSchedule]:
+def _planned(experiment: ExperimentConfig, length: RunLength | None) -> Iterator[PlannedTrigger]:
     hooks = dict(experiment.hooks)
     if experiment.checkpoint is not None:
         hooks[CHECKPOINT] = experiment.checkpoint
@@ -211,8 +213,8 @@ def _planned(experiment: ExperimentConfig, length: RunLength | None) -> Iterator
         for field, value in _triggers(config):
             # A run that reaches its end is saved there, whatever the trigger.
             due = (value | Last()) if isinstance(config, SaveCheckpointConfig) else value
-            times = None if length is None else times_due(due, length)
-            yield PlannedSchedule(name, field, str(due), times)
+            times = None if length is None else count_due(due, length)
+            yield PlannedTrigger(name, field, str(due), times)
 
 
 def _triggers(config: Config) -> Iterator[tuple[str, Trigger]]:
@@ -267,3 +269,33 @@ def _short_data(experiment: ExperimentConfig) -> dict[str, Any]:
 def _in_every_step(config: Any) -> Any:
     changes = {name: EverySteps(1) for name, _ in _triggers(config)}
     return config.replace(**changes) if changes else config
+
+
+def build(
+    run_folder: Path,
+    resume_from: str | os.PathLike[str] | None,
+    document: Mapping[str, Any],
+    trust: Sequence[str],
+) -> HookBasedTrainer:
+    """The trainer of an experiment, for `robo_orchard_lab.testing.prove_resume`.
+
+    Args:
+        run_folder: of this run.
+        resume_from: as `prove_resume` says.
+        document: of the experiment, as plain data.
+        trust: names of packages and classes.
+    """
+    trusted = ExperimentTrust.of(trust, pyproject=False)
+    trusted.make_local_modules_importable()
+    experiment = ExperimentConfig.from_dict(document, trust=trusted.trust)
+    return experiment.build(run_folder=run_folder, resume=resume_from or "never").trainer
+
+
+def spread_stops(steps: int, stops: int) -> list[int]:
+    """So many stops, evenly spread within a run of so many steps.
+
+    >>> spread_stops(20, 3), spread_stops(3, 5)
+    ([5, 10, 15], [1, 2])
+    """
+    found = {round(steps * (number + 1) / (stops + 1)) for number in range(stops)}
+    return sorted(stop for stop in found if 0 < stop < steps)

@@ -22,7 +22,7 @@ from robo_orchard_lab.experiment.build import (
     make_processor,
 )
 from robo_orchard_lab.experiment.config import ExperimentConfig
-from robo_orchard_lab.experiment.run_checkpoints import CheckpointPlace
+from robo_orchard_lab.experiment.existing_run import RunCheckpoints
 from robo_orchard_lab.experiment.run_folder import NoRunError
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.checkpoint import ReadLimits
@@ -51,7 +51,7 @@ class SavedWeights:
     """How many steps were done, where that is known."""
 
     @classmethod
-    def of_checkpoint(cls, path: Path) -> SavedWeights:
+    def from_checkpoint(cls, path: Path) -> SavedWeights:
         """Those of a checkpoint that a trainer has saved; the optimizer's state is not read.
 
         Raises:
@@ -71,13 +71,13 @@ class SavedWeights:
         return cls(path, weights, hooks, step)
 
     @classmethod
-    def of_file(cls, path: Path) -> SavedWeights:
+    def from_file(cls, path: Path) -> SavedWeights:
         """Those of a safetensors file."""
         return cls(path, load_file(path))
 
 
 def best_weights(
-    experiment: ExperimentConfig, run_folder: Path, checkpoints: CheckpointPlace
+    experiment: ExperimentConfig, run_folder: Path, checkpoints: RunCheckpoints
 ) -> SavedWeights:
     """The best weights of a run: what a `KeepBest` has written, or the best checkpoint.
 
@@ -89,9 +89,9 @@ def best_weights(
         if isinstance(config, KeepBestConfig):
             path = Path(in_run_folder(config, run_folder).path)
             if path.is_file():
-                return SavedWeights.of_file(path)
+                return SavedWeights.from_file(path)
     try:
-        return SavedWeights.of_checkpoint(checkpoints.pick(best=True))
+        return SavedWeights.from_checkpoint(checkpoints.pick(best=True))
     except NoRunError:
         raise NoRunError(
             f"nothing says which weights of {run_folder} are the best: it has no KeepBest that has "

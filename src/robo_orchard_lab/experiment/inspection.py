@@ -32,9 +32,13 @@ from robo_orchard_core.utils.config.references import (
     split,
 )
 from robo_orchard_core.utils.hook import FunctionInfo
-from robo_orchard_lab.experiment.catalogue import CATALOGUE, named, with_definitions
+from robo_orchard_lab.experiment.catalogue import (
+    CATALOGUE,
+    ExperimentTrust,
+    named,
+    with_definitions,
+)
 from robo_orchard_lab.experiment.parts import HooksPart
-from robo_orchard_lab.experiment.trust_settings import ExperimentTrust
 
 if TYPE_CHECKING:
     from robo_orchard_lab.experiment.config import ExperimentConfig
@@ -302,7 +306,7 @@ class PlannedHook:
     after: str | None
 
 
-def plan_of(hooks: PipelineHooks) -> list[PlannedHook]:
+def plan_hooks(hooks: PipelineHooks) -> list[PlannedHook]:
     """What runs of a run's hooks: channel by channel, each from the outermost."""
     from robo_orchard_lab.pipeline import CHANNEL_NAMES
 
@@ -328,7 +332,7 @@ def _line(function: Any) -> str | None:
     return about.location or about.name
 
 
-def hooks_of(experiment: ExperimentConfig) -> PipelineHooks:
+def build_hook_set(experiment: ExperimentConfig) -> PipelineHooks:
     """The hooks that a run of an experiment has, the trainer's own first; to look at, not to run.
 
     They are built, and neither the model nor the data.

@@ -28,10 +28,10 @@ from robo_orchard_core.utils.config.errors import (
 )
 from robo_orchard_core.utils.config.parts import PART_KEYS
 from robo_orchard_core.utils.config.references import split
-from robo_orchard_lab.experiment.catalogue import CATALOGUED, kind_of, nearest
+from robo_orchard_lab.experiment.catalogue import DEFINITIONS, kind_of, nearest
 from robo_orchard_lab.experiment.document import ExperimentDocument, check_bounds
-from robo_orchard_lab.experiment.provenance import NAMED_ENTRIES, origin_of, with_paths
-from robo_orchard_lab.experiment.run_folder import is_of_others, link_out_of
+from robo_orchard_lab.experiment.overrides import NAMED_ENTRIES, origin_of, walk
+from robo_orchard_lab.experiment.run_folder import find_escaping_link, has_only_other_files
 
 MAX_REFERENCE = 300
 """Characters of a name of code."""
@@ -84,7 +84,7 @@ _PLACES = (
 )
 """Where what is known of the catalogue is wanted; much more than a dataset can be iterated."""
 
-_LISTED_TOPS = {name.partition(".")[0] for name in CATALOGUED}
+_LISTED_TOPS = {name.partition(".")[0] for name in DEFINITIONS}
 
 _NEEDED: dict[Path, frozenset[str]] = {
     ("hooks",): frozenset(PART_KEYS),
@@ -101,7 +101,7 @@ _TRACKER_SINKS = {
 }
 
 
-def screen(document: ExperimentDocument, trust: Trust) -> None:
+def prevalidate(document: ExperimentDocument, trust: Trust) -> None:
     """Refuse what can be refused without importing anything.
 
     Args:
@@ -117,7 +117,7 @@ def screen(document: ExperimentDocument, trust: Trust) -> None:
         check(fields)
         check_bounds(fields)
         _check_top(fields)
-        for path, value in with_paths(fields):
+        for path, value in walk(fields):
             if path and not str(path[-1]).isprintable():
                 # Of hooks, sets and metrics, they are told in logs.
                 raise ConfigFieldError("expected a key that can be printed", path)
@@ -130,7 +130,7 @@ def screen(document: ExperimentDocument, trust: Trust) -> None:
                 _check_trackers(path, value, trust)
         _check_run_folder(document)
     except ConfigError as error:
-        raise document.located(error) from None
+        raise document.locate(error) from None
 
 
 def _check_top(fields: dict[str, Plain]) -> None:
@@ -243,7 +243,7 @@ def _check_run_folder(document: ExperimentDocument) -> None:
     """That no file has its run write elsewhere than below the current folder."""
     field = "name" if document.document.get("run_folder") is None else "run_folder"
     value = document.document.get(field)
-    if not isinstance(value, str) or origin_of((field,), document.origins).layer != "file":
+    if not isinstance(value, str) or origin_of((field,), document.leaf_origins).layer != "file":
         return
     folder = FilePath("runs", value) if field == "name" else FilePath(value)
     for kind in (PurePosixPath, PureWindowsPath):
@@ -263,13 +263,13 @@ def _check_run_folder(document: ExperimentDocument) -> None:
         if os.path.islink(link):
             problem = f"a file can't have its run behind the link {str(link)!r}; say --run_folder"
             raise ConfigFieldError(problem, (field,))
-    if is_of_others(folder):
+    if has_only_other_files(folder):
         raise ConfigFieldError(
             f"a file can't have its run among other files, as there are in {str(folder)!r}; say "
             "--run_folder",
             (field,),
         )
-    if (out := link_out_of(folder)) is not None:
+    if (out := find_escaping_link(folder)) is not None:
         raise ConfigFieldError(
             f"a file can't have its run where the link {out!r} leads out; remove the link, or say "
             "--run_folder",

@@ -82,7 +82,7 @@ class Difference:
     """Why that is so, where it isn't plain."""
 
     @property
-    def place(self) -> str:
+    def field(self) -> str:
         """The dotted path."""
         return dotted(self.path)
 

@@ -39,7 +39,7 @@ class NoRunError(ConfigError):
 
 
 @dataclass(frozen=True, slots=True)
-class RunPlace:
+class RunLocation:
     """A run, by the path that someone gave of it."""
 
     folder: Path
@@ -53,7 +53,7 @@ class RunPlace:
         return self.folder / CONFIG_FILE
 
 
-def run_at(path: str | os.PathLike[str]) -> RunPlace:
+def find_run(path: str | os.PathLike[str]) -> RunLocation:
     """The run that is meant by a folder, the `CONFIG_FILE` in it, or a checkpoint in it.
 
     Raises:
@@ -64,15 +64,15 @@ def run_at(path: str | os.PathLike[str]) -> RunPlace:
         raise NoRunError(f"there is no {path}; {_EXPECTED}")
     if path.is_file():
         if path.name in (CONFIG_FILE, _MANIFEST):
-            return run_at(path.parent if path.parent.parts else Path())
+            return find_run(path.parent if path.parent.parts else Path())
         raise NoRunError(f"{path} is a file; {_EXPECTED}")
-    if config_of_run(path) is not None:
-        return RunPlace(path)
+    if run_config_file(path) is not None:
+        return RunLocation(path)
     is_checkpoint = (path / _MANIFEST).is_file()
     for above in [*path.absolute().parents][:_LEVELS]:
-        if config_of_run(above) is not None:
+        if run_config_file(above) is not None:
             folder = Path(os.path.relpath(above)) if not path.is_absolute() else above
-            return RunPlace(folder, path if is_checkpoint else None)
+            return RunLocation(folder, path if is_checkpoint else None)
     if is_checkpoint:
         raise NoRunError(
             f"{path} is a checkpoint, and no folder above it is that of a run, with a "
@@ -88,13 +88,13 @@ _EXPECTED = (
 )
 
 
-def config_of_run(folder: str | os.PathLike[str]) -> Path | None:
+def run_config_file(folder: str | os.PathLike[str]) -> Path | None:
     """The file that says what was run in a folder; None where nothing was."""
     path = Path(folder) / CONFIG_FILE
     return path if path.is_file() and path.with_name(STARTS).is_dir() else None
 
 
-def is_of_others(folder: str | os.PathLike[str]) -> bool:
+def has_only_other_files(folder: str | os.PathLike[str]) -> bool:
     """Whether there is something in a folder, and none of it says that it is that of a run.
 
     Hidden files don't count: a job's script leaves some, and a run writes none.
@@ -108,7 +108,7 @@ def is_of_others(folder: str | os.PathLike[str]) -> bool:
     return bool(names) and not {STARTS, RUN_STATE}.intersection(names)
 
 
-def link_out_of(folder: str | os.PathLike[str]) -> str | None:
+def find_escaping_link(folder: str | os.PathLike[str]) -> str | None:
     """A link within a folder that leads out of it, where what a run writes might end up.
 
     W&B has some of its own in the folders that it writes; what hooks write there, they check.

@@ -76,13 +76,13 @@ def run_length(
     return None if steps is None else RunLength(steps, per_epoch, window)
 
 
-def times_due(trigger: Trigger, length: RunLength) -> int | None:
+def count_due(trigger: Trigger, length: RunLength) -> int | None:
     """How often a trigger is due in a run; None where that follows from the clock.
 
     >>> length = RunLength(steps=100, steps_per_epoch=30, window=4)
-    >>> [times_due(Trigger.parse(text), length) for text in ("10 steps", "1 epoch", "10 min")]
+    >>> [count_due(Trigger.parse(text), length) for text in ("10 steps", "1 epoch", "10 min")]
     [10, 3, None]
-    >>> times_due(Trigger.parse("10 steps | 1 epoch | last"), length)
+    >>> count_due(Trigger.parse("10 steps | 1 epoch | last"), length)
     10
     """
     parts = trigger.triggers if isinstance(trigger, AnyOf) else (trigger,)
@@ -122,7 +122,7 @@ def _steps_due(trigger: Trigger, length: RunLength) -> range | list[int] | None:
 # How often a LR scheduler moves in a run, counted ahead of it.
 
 
-def count_moves(
+def count_lr_scheduler_steps(
     dataloader: Iterable[Any],
     accelerator: Accelerator,
     limits: TrainerLimits,
@@ -135,7 +135,7 @@ def count_moves(
     move no LR scheduler, but count here. Called on all ranks alike; nothing is loaded.
 
     >>> accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    >>> count_moves([1, 2, 3], accelerator, TrainerLimits(max_step=7))
+    >>> count_lr_scheduler_steps([1, 2, 3], accelerator, TrainerLimits(max_step=7))
     5
 
     Raises:

@@ -31,19 +31,19 @@ def command(
     checkpoints. It is measured as the ValidationHooks of the run do; without any, it is the loss
     alone. Nothing is written.
     """
-    from robo_orchard_lab.experiment.run_folder import run_at
+    from robo_orchard_lab.experiment.run_folder import find_run
 
-    place = run_at(run_or_checkpoint)
+    place = find_run(run_or_checkpoint)
     config = within(experiment, place.folder).load(place.config)
     from robo_orchard_lab.cli.training import is_first
     from robo_orchard_lab.experiment.evaluation import SavedWeights, best_weights, evaluate
-    from robo_orchard_lab.experiment.run_checkpoints import checkpoints_at
+    from robo_orchard_lab.experiment.existing_run import find_checkpoints
 
-    checkpoints = checkpoints_at(run_or_checkpoint)
+    checkpoints = find_checkpoints(run_or_checkpoint)
     if best:
         saved = best_weights(config, place.folder, checkpoints)
     else:
-        saved = SavedWeights.of_checkpoint(checkpoints.pick())
+        saved = SavedWeights.from_checkpoint(checkpoints.pick())
     found = evaluate(config, saved, sets)
     if not is_first():
         return

@@ -67,8 +67,8 @@ def command(
     config = experiment.load(file)
     if kill and config.checkpoint is None:
         raise CommandError("a run that is killed has to save, and checkpoint is null")
-    from robo_orchard_lab.experiment.resume_proof import build, spread_stops
-    from robo_orchard_lab.experiment.trust_settings import ExperimentTrust
+    from robo_orchard_lab.experiment.catalogue import ExperimentTrust
+    from robo_orchard_lab.experiment.dry_run import build, spread_stops
     from robo_orchard_lab.testing import StraightRunError, prove_resume
 
     at = spread_stops(steps, stops)

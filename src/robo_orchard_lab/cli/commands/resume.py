@@ -20,14 +20,14 @@ def command(run: str, experiment: ExperimentArguments, allow: str | None, as_jso
     Fields may be changed that leave the trajectory alone, such as --trainer.max_epoch; --allow
     admits others.
     """
-    from robo_orchard_lab.experiment.run_folder import run_at
+    from robo_orchard_lab.experiment.run_folder import find_run
 
-    place = run_at(run)
+    place = find_run(run)
     config = within(experiment, place.folder, resume="auto").load(place.config)
     from robo_orchard_lab.cli import training
-    from robo_orchard_lab.experiment.starting import run_before
+    from robo_orchard_lab.experiment.existing_run import find_existing_run
 
-    before = run_before(place.folder)
+    before = find_existing_run(place.folder)
     if before is not None and before.newest_step is None and training.is_first():
         note(f"{place.folder}: nothing was saved yet; the run begins anew")
     begins = training.beginning(config, experiment, allow=allow)

@@ -30,11 +30,11 @@ def command(output: Path | None, trust: tuple[str, ...]) -> None:
     For a YAML file, many editors take it from a line at its top:
       # yaml-language-server: $schema=experiment.schema.json
     """
+    from robo_orchard_lab.experiment.catalogue import ExperimentTrust
     from robo_orchard_lab.experiment.schema import experiment_schema
-    from robo_orchard_lab.experiment.trust_settings import ExperimentTrust
 
     trusted = ExperimentTrust.of(trust)
-    trusted.find_local_modules()
+    trusted.make_local_modules_importable()
     schema = experiment_schema(trust=trusted.names)
     if output is None:
         print_json(schema)

@@ -16,7 +16,7 @@ from robo_orchard_lab.cli.experiment_arguments import (
     file_argument,
 )
 from robo_orchard_lab.cli.output import PROGRAM, json_option
-from robo_orchard_lab.experiment.run_folder import CONFIG_FILE, config_of_run
+from robo_orchard_lab.experiment.run_folder import CONFIG_FILE, run_config_file
 
 RUN_FOLDER = "run_folder"
 
@@ -79,8 +79,7 @@ def within(arguments: ExperimentArguments, folder: Path, **fields: str) -> Exper
     Raises:
         CommandError: another one is given as well.
     """
-    from robo_orchard_lab.experiment.overrides import Override
-    from robo_orchard_lab.experiment.provenance import Origin
+    from robo_orchard_lab.experiment.overrides import Origin, Override
 
     if any(override.path[0] == RUN_FOLDER for override in arguments.overrides):
         raise CommandError(
@@ -97,7 +96,7 @@ def within(arguments: ExperimentArguments, folder: Path, **fields: str) -> Exper
 
 def _run_of(file: Path) -> Path | None:
     """The folder of a run that a file is the `config.yaml` of, if it is one's."""
-    is_one = file.name == CONFIG_FILE and config_of_run(file.parent) is not None
+    is_one = file.name == CONFIG_FILE and run_config_file(file.parent) is not None
     return file.parent if is_one else None
 
 

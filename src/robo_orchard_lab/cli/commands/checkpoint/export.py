@@ -25,7 +25,7 @@ def command(path: str, file: str, best: bool, force: bool, as_json: bool) -> Non
     model.safetensors by default; `safetensors.torch.load_file` reads it, by the names that the
     plain model has. Weights that were saved in shards are put together.
     """
-    from robo_orchard_lab.experiment.run_checkpoints import checkpoints_at
+    from robo_orchard_lab.experiment.existing_run import find_checkpoints
     from robo_orchard_lab.pipeline.checkpoint import export_weights
 
     target = Path(file)
@@ -35,7 +35,7 @@ def command(path: str, file: str, best: bool, force: bool, as_json: bool) -> Non
         raise CommandError(f"{target} is there already", "--force replaces it")
     if not target.parent.is_dir():
         raise CommandError(f"there is no folder {target.parent}")
-    found = checkpoints_at(path).pick(best=best)
+    found = find_checkpoints(path).pick(best=best)
     export_weights(found, target)
     if as_json:
         print_json({"checkpoint": str(found), "file": str(target)})

@@ -37,12 +37,12 @@ def command(path: str, as_json: bool) -> None:
 
 
 def _found(path: str) -> list[dict[str, Any]]:
-    from robo_orchard_lab.experiment.run_checkpoints import checkpoints_at
+    from robo_orchard_lab.experiment.existing_run import find_checkpoints
     from robo_orchard_lab.pipeline.checkpoint import ReadLimits
     from robo_orchard_lab.pipeline.checkpoint.listing import RootListing, read_contents
     from robo_orchard_lab.pipeline.errors import CheckpointError
 
-    root = checkpoints_at(path).root
+    root = find_checkpoints(path).root
     links = {
         (root / name).resolve().name: name
         for name in ("best", "last")

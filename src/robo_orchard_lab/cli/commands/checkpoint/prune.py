@@ -28,10 +28,10 @@ def command(path: str, dry_run: bool, as_json: bool, **rules: Any) -> None:
     PATH is the folder of a run, or of its checkpoints. What is not said here is as the run's file
     says in `checkpoint`. Refused while the run goes on.
     """
-    from robo_orchard_lab.experiment.run_checkpoints import checkpoints_at
+    from robo_orchard_lab.experiment.existing_run import find_checkpoints
     from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
 
-    place = checkpoints_at(path)
+    place = find_checkpoints(path)
     given = {name: value for name, value in rules.items() if value is not None}
     retention = place.retention(**given)
     if retention.keep_last is None:

@@ -33,10 +33,10 @@ def command(path: str, best: bool, tensors: bool, as_json: bool) -> None:
 
     PATH is a checkpoint, or the folder of a run, for its newest whole one.
     """
-    from robo_orchard_lab.experiment.run_checkpoints import checkpoints_at
+    from robo_orchard_lab.experiment.existing_run import find_checkpoints
     from robo_orchard_lab.pipeline.checkpoint.listing import read_contents
 
-    contents = read_contents(checkpoints_at(path).pick(best=best))
+    contents = read_contents(find_checkpoints(path).pick(best=best))
     if as_json:
         print_json(_plain(contents))
         return

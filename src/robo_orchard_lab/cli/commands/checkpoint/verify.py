@@ -18,10 +18,10 @@ def command(path: str, as_json: bool) -> int:
     PATH is the folder of a run, of its checkpoints, or one checkpoint. Ends with 1 where one is
     damaged, or there is none.
     """
-    from robo_orchard_lab.experiment.run_checkpoints import checkpoints_at
+    from robo_orchard_lab.experiment.existing_run import find_checkpoints
     from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
 
-    place = checkpoints_at(path)
+    place = find_checkpoints(path)
     found = [*CheckpointStore(place.root).verify(place.chosen)]
     if as_json:
         print_json([{"path": str(each.path), "problem": each.problem} for each in found])

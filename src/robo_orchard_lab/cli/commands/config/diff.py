@@ -32,12 +32,12 @@ def command(before: Path, after: Path, as_json: bool, experiment: ExperimentArgu
     plain = replace(experiment, overrides=())
     found = differences(plain.load(before).to_dict(), experiment.load(after).to_dict())
     if as_json:
-        print_json([{"field": each.place, **_plain(each)} for each in found])
+        print_json([{"field": each.field, **_plain(each)} for each in found])
     elif not found:
         say("no difference")
     else:
         rows = [
-            (each.place, _written(each.before), _written(each.after), each.resume, each.why)
+            (each.field, _written(each.before), _written(each.after), each.resume, each.why)
             for each in found
         ]
         print_table(["field", "before", "after", "resume", "because"], rows)

@@ -62,10 +62,10 @@ def command(
         else:
             say(readable_yaml(config.to_dict()).rstrip("\n"))
         return
-    from robo_orchard_lab.experiment.provenance import DEFAULT
+    from robo_orchard_lab.experiment.overrides import DEFAULT
 
     told = [
-        (path, value, document.places.get(path, DEFAULT))
+        (path, value, document.origins.get(path, DEFAULT))
         for path, value in leaves(config.to_dict())
     ]
     if as_json:

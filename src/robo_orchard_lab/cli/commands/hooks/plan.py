@@ -32,10 +32,10 @@ def command(file: Path, as_json: bool, experiment: ExperimentArguments) -> None:
     The first of a channel is the outermost: its before is called first, and its after last. The
     hooks are built; models and data are not.
     """
-    from robo_orchard_lab.experiment.inspection import hooks_of, plan_of
+    from robo_orchard_lab.experiment.inspection import build_hook_set, plan_hooks
 
     document = experiment.read(file)
-    hooks = plan_of(hooks_of(experiment.validated(document)))
+    hooks = plan_hooks(build_hook_set(experiment.validated(document)))
     if as_json:
         print_json([{**asdict(hook), "said_in": _said_in(hook, document)} for hook in hooks])
     else:
@@ -71,11 +71,11 @@ def _places(hook: PlannedHook) -> str:
 def _said_in(hook: PlannedHook, document: ExperimentDocument) -> str:
     """Where the experiment says that there is this hook."""
     from robo_orchard_lab.experiment.config import CHECKPOINT
-    from robo_orchard_lab.experiment.provenance import DEFAULT
+    from robo_orchard_lab.experiment.overrides import DEFAULT
 
     named = document.document.get("hooks")
     if hook.hook == CHECKPOINT:
-        return str(document.places.get((CHECKPOINT,), DEFAULT))
+        return str(document.origins.get((CHECKPOINT,), DEFAULT))
     if isinstance(named, dict) and hook.hook in named:
-        return str(document.places["hooks", hook.hook])
+        return str(document.origins["hooks", hook.hook])
     return _BY_TRAINER

@@ -43,11 +43,11 @@ def command(name: str, trust: tuple[str, ...], as_json: bool) -> None:
     NAME is that of a built-in one (`robo-orchard-lab hooks list`), or where another one is defined,
     as my_package.hooks:MyHook, of a package that is trusted.
     """
+    from robo_orchard_lab.experiment.catalogue import ExperimentTrust
     from robo_orchard_lab.experiment.inspection import hook
-    from robo_orchard_lab.experiment.trust_settings import ExperimentTrust
 
     trusted = ExperimentTrust.of(trust)
-    trusted.find_local_modules()
+    trusted.make_local_modules_importable()
     found = hook(name, trusted.trust)
     if as_json:
         print_json({"class": found.reference, **asdict(found)})

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from robo_orchard_lab.experiment.config import ExperimentConfig
-from robo_orchard_lab.experiment.starting import (
+from robo_orchard_lab.experiment.existing_run import (
     ChangedRunError,
-    RunBefore,
+    ExistingRun,
     check_changes,
+    find_existing_run,
     record,
-    run_before,
 )
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
 
@@ -54,12 +54,12 @@ def experiment(tmp_path: Path) -> ExperimentConfig:
     )
 
 
-def begun(experiment: ExperimentConfig) -> RunBefore:
+def begun(experiment: ExperimentConfig) -> ExistingRun:
     """What is found of a run that was started by this, and has saved once."""
     record(experiment, processes=1)
     with CheckpointStore(experiment.folder() / "checkpoints") as store:
         store.save(3, {"trainer": {}})
-    found = run_before(experiment.folder())
+    found = find_existing_run(experiment.folder())
     assert found is not None
     return found
 
@@ -67,9 +67,9 @@ def begun(experiment: ExperimentConfig) -> RunBefore:
 def test_a_folder_tells_of_its_run(experiment: ExperimentConfig) -> None:
     """Nothing before a start; then its file, its newest checkpoint, and what became of it."""
     folder = experiment.folder()
-    assert run_before(folder) is None
+    assert find_existing_run(folder) is None
     record(experiment, processes=1)
-    found = run_before(folder)
+    found = find_existing_run(folder)
     assert found is not None
     assert (found.config, found.newest_step) == (folder / "config.yaml", None)
     assert found.state is None
@@ -89,7 +89,7 @@ def test_a_run_goes_on_unchanged_from_anywhere(
     """Neither the folder's path nor whether to resume is a difference."""
     before = begun(experiment)
     (tmp_path / "run").rename(tmp_path / "moved")
-    moved = run_before(tmp_path / "moved")
+    moved = find_existing_run(tmp_path / "moved")
     assert moved is not None
     same = experiment.replace(run_folder=str(tmp_path / "moved"), resume="never")
     assert check_changes(same, moved, TRUST) == []
@@ -101,7 +101,7 @@ def test_changes_need_to_be_allowed_by_what_they_do(experiment: ExperimentConfig
     before = begun(experiment)
     longer = experiment.replace(**{"trainer.max_epoch": 5})
     harmless = check_changes(longer, before, TRUST)
-    assert [(each.place, each.before, each.after) for each in harmless] == [
+    assert [(each.field, each.before, each.after) for each in harmless] == [
         ("trainer.max_epoch", 2, 5)
     ]
     start = json.loads(record(longer, processes=1, changes=harmless).read_text())
@@ -116,7 +116,7 @@ def test_changes_need_to_be_allowed_by_what_they_do(experiment: ExperimentConfig
     never = other.replace(seed=3)
     with pytest.raises(ChangedRunError, match="can't go on with other seed") as refused:
         check_changes(never, before, TRUST, allow="trajectory")
-    assert [each.place for each in refused.value.changes] == ["seed", "hooks.clip.max_norm"]
+    assert [each.field for each in refused.value.changes] == ["seed", "hooks.clip.max_norm"]
 
 
 def test_a_file_that_can_no_longer_be_loaded_is_compared_as_it_is(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from robo_orchard_core.utils.config import ConfigError, ConfigSyntaxError
-from robo_orchard_lab.experiment.trust_settings import ExperimentTrust, trusted_by_pyproject
+from robo_orchard_lab.experiment.catalogue import ExperimentTrust, trusted_by_pyproject
 
 TABLE = '[tool.robo_orchard_lab]\ntrust = ["my_team.models", "other:Net"]\n'
 
@@ -108,9 +108,9 @@ def test_a_broken_pyproject_is_refused_with_its_name(
 
 LOCAL = """
 import sys
-from robo_orchard_lab.experiment.trust_settings import ExperimentTrust
+from robo_orchard_lab.experiment.catalogue import ExperimentTrust
 before = list(sys.path)
-ExperimentTrust.of(sys.argv[1:], pyproject=False).find_local_modules()
+ExperimentTrust.of(sys.argv[1:], pyproject=False).make_local_modules_importable()
 assert sys.path[: len(before)] == before
 print(*sys.path[len(before) :])
 import json, colorsys
