@@ -41,7 +41,7 @@ from robo_orchard_lab.pipeline.hooks import (
     ValidationHookConfig,
 )
 from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES, ChannelName
-from robo_orchard_lab.pipeline.sharded_tensors import gather_whole
+from robo_orchard_lab.pipeline.sharded_tensors import gather_full_tensors
 from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig
 
 SAMPLES_PER_STEP = 6
@@ -219,7 +219,7 @@ def run(order: dict[str, Any]) -> None:
     hooks = {hook.name: hook for hook in trainer.hooks.all_hooks()}
     torch.save(
         {
-            "weights": gather_whole(
+            "weights": gather_full_tensors(
                 trainer.accelerator.unwrap_model(trainer.model).state_dict(), keep=True
             ),
             "progress": trainer.progress.state_dict(),

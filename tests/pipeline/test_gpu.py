@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from launching import SCRIPTS, launch
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, export_weights, load_checkpoint
-from robo_orchard_lab.pipeline.checkpoint.staging_buffer import ImagePool
+from robo_orchard_lab.pipeline.checkpoint.tensor_files import StagingPool
 from robo_orchard_lab.pipeline.hooks import (
     EMAConfig,
     GradientClippingHookConfig,
@@ -214,7 +214,7 @@ def test_saves_in_the_background(tmp_path: Path) -> None:
 
 def test_copies_for_the_background_are_pinned() -> None:
     """Memory that a device copies into at full speed, and which is used again."""
-    pool = ImagePool(pinned=True)
+    pool = StagingPool(pinned=True)
     tensors = {"w": torch.arange(5.0, device="cuda")}
     layout = pool.layout("model.safetensors", tensors)
     image = pool.take([layout])

@@ -21,7 +21,7 @@ from robo_orchard_lab.pipeline.hooks import (
     GradientClippingHookConfig,
     SaveCheckpointConfig,
 )
-from robo_orchard_lab.pipeline.sharded_tensors import gather_whole
+from robo_orchard_lab.pipeline.sharded_tensors import gather_full_tensors
 from tiny import loss_of, make_loader, make_model
 
 
@@ -79,7 +79,9 @@ def train(kind: str, folder: Path, stop_at: int | None, resume_from: Path | None
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return {
-        "weights": gather_whole(accelerator.unwrap_model(trainer.model).state_dict(), keep=True),
+        "weights": gather_full_tensors(
+            accelerator.unwrap_model(trainer.model).state_dict(), keep=True
+        ),
         "losses": torch.stack(losses).cpu(),
     }
 

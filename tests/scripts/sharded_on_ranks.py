@@ -37,7 +37,7 @@ from robo_orchard_lab.pipeline.hooks import (
 from robo_orchard_lab.pipeline.hooks.ema import EMA
 from robo_orchard_lab.pipeline.hooks.model_summary import summarize
 from robo_orchard_lab.pipeline.metrics import MetricValue
-from robo_orchard_lab.pipeline.sharded_tensors import gather_whole
+from robo_orchard_lab.pipeline.sharded_tensors import gather_full_tensors
 from tiny import loss_of, make_loader
 
 SAMPLES_PER_STEP = 6  # of the job, where it has one process, two or three
@@ -135,7 +135,7 @@ class Training:
         self.trainer()
 
     def result(self) -> dict[str, Any]:
-        weights = gather_whole(self.model.state_dict(), keep=True)
+        weights = gather_full_tensors(self.model.state_dict(), keep=True)
         # FSDP2 leaves each rank its buffers, where DDP takes the first rank's.
         first = self.trainer.accelerator.is_main_process
         return {

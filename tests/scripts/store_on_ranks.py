@@ -76,8 +76,8 @@ def main(folder: Path) -> None:
         saved = store.save(1, {"model": {"w": torch.ones(2)}, "trainer": rank}, own(rank))
         found["saved"] = [saved.step, saved.serial, saved.ranks, saved.path.name]
         state = store.load("last")
-        found["loaded"] = [state.parts["trainer"], state.of_rank["data"]["rank"]]
-        found["stream"] = state.of_rank["random"]["stream"].tolist()
+        found["loaded"] = [state.parts["trainer"], state.rank_parts["data"]["rank"]]
+        found["stream"] = state.rank_parts["random"]["stream"].tolist()
         found["exchanged"] = in_the_background(store, rank)
         found["second"] = float(store.load(2).parts["model"]["w"].sum())
         bad = {"data": object() if rank == 1 else 1}
@@ -96,14 +96,14 @@ def main(folder: Path) -> None:
         other = CheckpointStore(root, ranks=ranks)
         found["locked"] = error_of(other.open)[:1]
     alone = save_checkpoint(folder / "one", 5, {"trainer": 1}, own(rank), ranks=ranks)
-    found["one"] = load_checkpoint(alone.path, ranks=ranks).of_rank["data"]["rank"]
+    found["one"] = load_checkpoint(alone.path, ranks=ranks).rank_parts["data"]["rank"]
     found["exists"] = error_of(lambda: save_checkpoint(alone.path, 5, {}, ranks=ranks))[:1]
     if rank == 0:
         save_checkpoint(folder / "of_one", 5, {"trainer": 1}, own(0))
     dist.barrier()
     fewer = load_checkpoint(folder / "of_one", ranks=ranks, each_rank=told)
-    found["fewer"] = {"data": fewer.of_rank["data"]}
-    found["of_ranks"] = list(fewer.of_ranks)
+    found["fewer"] = {"data": fewer.rank_parts["data"]}
+    found["of_ranks"] = list(fewer.rank_results)
     store = CheckpointStore(root, ranks=ranks, retention=Retention(keep_last=1))
     with store:
         found["pruned"] = [decision.removed for decision in store.prune()]

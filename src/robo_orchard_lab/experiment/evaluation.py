@@ -65,7 +65,7 @@ class SavedWeights:
                 **parts["model"].parts["model"],
                 **parts["trainer"].parts["trainer"]["model_extra"],
             }
-            hooks = parts["state"].of_rank["state"]["hooks"]
+            hooks = parts["state"].rank_parts["state"]["hooks"]
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is not a checkpoint of a trainer: no {error}") from None
         return cls(path, weights, hooks, step)

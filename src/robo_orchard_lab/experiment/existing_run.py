@@ -20,8 +20,7 @@ from robo_orchard_lab.experiment.run_folder import (
     run_config_file,
 )
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, Retention
-from robo_orchard_lab.pipeline.checkpoint.info import BEST, LAST, step_of
-from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE
+from robo_orchard_lab.pipeline.checkpoint.manifest import BEST, LAST, MANIFEST_FILE, step_from_name
 from robo_orchard_lab.pipeline.errors import CheckpointError
 from robo_orchard_lab.pipeline.hooks.save_checkpoint import CHECKPOINTS_FOLDER
 from robo_orchard_lab.pipeline.job_log import job_logger
@@ -107,7 +106,7 @@ def find_checkpoints(path: str | os.PathLike[str]) -> RunCheckpoints:
 
 
 def _has_some(folder: Path) -> bool:
-    return any(step_of(name) is not None or name == LAST for name in os.listdir(folder))
+    return any(step_from_name(name) is not None or name == LAST for name in os.listdir(folder))
 
 
 def _policy_in(config: Path) -> Mapping[str, Any]:

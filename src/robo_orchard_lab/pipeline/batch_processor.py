@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 
 from robo_orchard_lab.pipeline.errors import BatchProcessorError
-from robo_orchard_lab.pipeline.sharded_tensors import local_part
+from robo_orchard_lab.pipeline.sharded_tensors import local_tensor
 
 # --- batch size ------------------------------------------------------------------------------
 # How many samples a batch has, and how many batches there are.
@@ -112,7 +112,7 @@ def scale_gradients(parameters: Iterable[torch.nn.Parameter], factor: torch.Tens
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            gradient = local_part(parameter.grad)
+            gradient = local_tensor(parameter.grad)
             by_device.setdefault(gradient.device, []).append(gradient)
     with torch.no_grad():
         for device, gradients in by_device.items():

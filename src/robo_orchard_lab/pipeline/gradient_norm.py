@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.sharded_tensors import has_sharded, is_sharded, local_part
+from robo_orchard_lab.pipeline.sharded_tensors import has_sharded, is_sharded, local_tensor
 
 REPLICATED_TYPES = frozenset(
     {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
@@ -57,7 +57,7 @@ def clip_gradients(
         assert norm is not None  # it is told of all that are known
         if has_sharded(gradients):
             factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as there
-            torch._foreach_mul_([*map(local_part, gradients)], factor)
+            torch._foreach_mul_([*map(local_tensor, gradients)], factor)
         else:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     else:
@@ -74,7 +74,7 @@ def clip_gradient_values(args: PipelineHookArgs, max_value: float) -> None:
     parameters = list(args.model.parameters())
     gradients = _gradients(parameters)
     if has_sharded(gradients):
-        for gradient in map(local_part, gradients):
+        for gradient in map(local_tensor, gradients):
             gradient.clamp_(-max_value, max_value)
     else:
         torch.nn.utils.clip_grad_value_(parameters, max_value)

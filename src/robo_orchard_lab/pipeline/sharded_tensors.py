@@ -25,12 +25,14 @@ def has_sharded(tensors: Iterable[torch.Tensor]) -> bool:
     return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
 
 
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """What this process has of a tensor, in the same memory: all of it, where it is a plain one."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def gather_whole(tensors: Mapping[str, torch.Tensor], *, keep: bool) -> dict[str, torch.Tensor]:
+def gather_full_tensors(
+    tensors: Mapping[str, torch.Tensor], *, keep: bool
+) -> dict[str, torch.Tensor]:
     """Copies on the CPU, whole, of sharded tensors and others, one after the other: a collective.
 
     On the devices there is one whole tensor at a time. The processes have the same tensors in the

@@ -18,7 +18,7 @@ from robo_orchard_lab.pipeline.checkpoint.shards import cut, local_regions
 from robo_orchard_lab.pipeline.context import PipelineRun, WeightSet
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.model import plain_name, plain_weights
-from robo_orchard_lab.pipeline.sharded_tensors import gather_whole, has_sharded, is_sharded
+from robo_orchard_lab.pipeline.sharded_tensors import gather_full_tensors, has_sharded, is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -86,7 +86,7 @@ def shares_of_model(model: torch.nn.Module) -> ShareOf | None:
     return share_of
 
 
-def whole_weights(run: PipelineRun, kept: WeightSet | None) -> dict[str, torch.Tensor] | None:
+def gather_weights(run: PipelineRun, kept: WeightSet | None) -> dict[str, torch.Tensor] | None:
     """The weights for the first rank to write, by the names of the plain model; None on others.
 
     All ranks call it: of a sharded model, it gathers one tensor after the other, on the CPU of the
@@ -102,7 +102,7 @@ def whole_weights(run: PipelineRun, kept: WeightSet | None) -> dict[str, torch.T
             return None
         return plain_weights(run) if kept is None else kept.weights()
     with nullcontext() if kept is None else kept.applied():
-        whole = gather_whole(plain_weights(run), keep=first)
+        whole = gather_full_tensors(plain_weights(run), keep=first)
     return whole if first else None
 
 
@@ -123,7 +123,7 @@ def unreduced_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def names_of_unreduced(model: torch.nn.Module) -> set[str]:
+def unreduced_gradient_names(model: torch.nn.Module) -> set[str]:
     """The names that :func:`set_unreduced_gradients` takes."""
     return {name for name, _, _ in _gradient_holders(model)}
 
@@ -139,7 +139,7 @@ def set_unreduced_gradients(model: torch.nn.Module, gradients: Mapping[str, torc
         )
 
 
-def share_like(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def shard_like(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Values for all of a tensor, divided as it is: of them, this process's share.
 
     Args:

@@ -16,7 +16,7 @@ import pytest
 
 from launching import SCRIPTS
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
-from robo_orchard_lab.pipeline.checkpoint.info import step_of
+from robo_orchard_lab.pipeline.checkpoint.manifest import step_from_name
 
 SCRIPT = SCRIPTS / "save_until_killed.py"
 LONGEST_LIFE_S = 0.12
@@ -79,7 +79,7 @@ def check_kills(saver: subprocess.Popen[str], root: Path, kills: int) -> None:
         store = CheckpointStore(root)
         with store:
             names = set(os.listdir(root)) - {".lock", "last"}
-            assert all(step_of(name) is not None for name in names), names
+            assert all(step_from_name(name) is not None for name in names), names
             found = store.load_newest()
             assert all(item.problem is None for item in store.verify())
             # A kill between a save's commit and its pruning leaves one more than there were.
@@ -91,7 +91,7 @@ def check_kills(saver: subprocess.Popen[str], root: Path, kills: int) -> None:
         newest = found.parts["trainer"]
         assert found.skipped == ()
         assert newest in (acknowledged, acknowledged + 1)  # the one after was not told of in time
-        assert found.of_rank["random"] == [newest]
+        assert found.rank_parts["random"] == [newest]
         assert found.parts["model"]["a"].eq(newest).all()
         assert os.readlink(root / "last") == found.info.path.name
     assert newest >= kills // 2

@@ -81,8 +81,8 @@ def test_another_number_of_ranks_is_seen(folder: Path, found: list[dict[str, Any
         each_rank=lambda index, count, own: (index, count, own["data"]["rank"]),
     )
     assert alone.info.ranks == 2
-    assert alone.of_rank["data"] == {"rank": 0}
-    assert alone.of_ranks == ((0, 2, 0), (1, 2, 1))
+    assert alone.rank_parts["data"] == {"rank": 0}
+    assert alone.rank_results == ((0, 2, 0), (1, 2, 1))
 
 
 def test_what_each_rank_had_is_read_once(folder: Path) -> None:
@@ -91,7 +91,7 @@ def test_what_each_rank_had_is_read_once(folder: Path) -> None:
     size = load_checkpoint(path).info.size_bytes
     all_of_it = ReadLimits(max_total_bytes=size)
     own = load_checkpoint(path, limits=all_of_it, each_rank=lambda index, count, own: own)
-    assert [state["data"]["rank"] for state in own.of_ranks] == [0, 1]
+    assert [state["data"]["rank"] for state in own.rank_results] == [0, 1]
     less = ReadLimits(max_total_bytes=size - 1)
     with pytest.raises(CheckpointError, match=f"{size} bytes to read; at most {size - 1} are"):
         load_checkpoint(path, limits=less, each_rank=lambda index, count, own: own)

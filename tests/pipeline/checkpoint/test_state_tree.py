@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from robo_orchard_lab.pipeline.checkpoint.parts import decode_state, encode_state
+from robo_orchard_lab.pipeline.checkpoint.state import decode_state, encode_state
 from robo_orchard_lab.pipeline.errors import StateError
 from state_trees import same, states
 

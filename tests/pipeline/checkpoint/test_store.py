@@ -51,7 +51,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
         )
         found = store.load("last")
     assert same(dict(found.parts), parts())
-    assert same(dict(found.of_rank), {"random": {"torch": torch.get_rng_state()}})
+    assert same(dict(found.rank_parts), {"random": {"torch": torch.get_rng_state()}})
     assert found.info == saved
     assert (saved.step, saved.serial, saved.ranks, saved.digest) == (7, 1, 1, "xxh3_128")
     assert saved.metrics == {"loss": float("inf")}
@@ -69,7 +69,7 @@ def test_every_tree_survives(tmp_path_factory: pytest.TempPathFactory, state: An
     save_checkpoint(folder, 0, {"part": state}, {"part": [state]})
     found = load_checkpoint(folder)
     assert same(found.parts["part"], state)
-    assert same(found.of_rank["part"], [state])
+    assert same(found.rank_parts["part"], [state])
 
 
 def test_every_kind_of_tensor_survives(tmp_path: Path) -> None:

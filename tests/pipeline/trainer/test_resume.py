@@ -514,7 +514,7 @@ def test_an_unknown_state_is_refused(
     """Another version, or parts that are not known, are refused by name."""
     save(tmp_path / "a")
     saved = load_checkpoint(tmp_path / "a")
-    parts, of_rank = dict(saved.parts), dict(saved.of_rank)
+    parts, of_rank = dict(saved.parts), dict(saved.rank_parts)
     holder = parts if part == "trainer" else of_rank
     holder[part] = {**holder[part], **change}
     save_checkpoint(tmp_path / "b", 2, parts, of_rank)

@@ -169,8 +169,8 @@ def test_what_ranks_have_in_shards_stays_theirs(folder: Path) -> None:
         with OpenCheckpoint(folder / "stored", ReadLimits()) as opened:
             saved = opened.load(rank)
         assert saved.parts.keys() == {"model"}
-        assert saved.of_rank.keys() == {"own"}
-        assert saved.of_rank["own"]["rows"].tolist() == [0, 1, 2]
+        assert saved.rank_parts.keys() == {"own"}
+        assert saved.rank_parts["own"]["rows"].tolist() == [0, 1, 2]
 
 
 def test_a_sharded_tensor_may_be_empty(folder: Path) -> None:

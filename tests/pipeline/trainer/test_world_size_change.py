@@ -219,7 +219,7 @@ def test_a_hook_can_refuse(servers: list[ForkServer], tmp_path: Path) -> None:
     assert start(servers, tmp_path / "a", 1, stop_after=1) == ""
     empty = tmp_path / "a" / "checkpoints" / "step_00000001"
     saved = load_checkpoint(empty)
-    state = saved.of_rank["state"]
+    state = saved.rank_parts["state"]
     hooks = {**state["hooks"], "Counted": {"samples": 0}}
     save_checkpoint(tmp_path / "b", 1, saved.parts, {"state": {**state, "hooks": hooks}})
     told = start(servers, tmp_path / "c", 2, resume_from=str(tmp_path / "b"))
@@ -231,7 +231,7 @@ def test_no_gradient_is_dropped(servers: list[ForkServer], tmp_path: Path) -> No
     """One that was added up for a parameter which this run has not is refused, by its name."""
     assert start(servers, tmp_path / "a", 1, stop_after=1) == ""
     saved = load_checkpoint(checkpoint(tmp_path / "a", 1))
-    state = saved.of_rank["state"]
+    state = saved.rank_parts["state"]
     state["own_gradients"]["gone.weight"] = torch.ones(2)
     save_checkpoint(tmp_path / "b", 1, saved.parts, {"state": state})
     told = start(servers, tmp_path / "c", 1, resume_from=str(tmp_path / "b"))

@@ -1,21 +1,22 @@
 """Saved states: folders of safetensors and JSON, without pickle."""
 
-from robo_orchard_lab.pipeline.checkpoint.export import export_weights, write_weights
-from robo_orchard_lab.pipeline.checkpoint.info import (
+from robo_orchard_lab.pipeline.checkpoint.manifest import (
     CheckpointInfo,
+    DigestName,
     EachRank,
     PruneDecision,
     ReadLimits,
     SavedState,
     Verification,
 )
-from robo_orchard_lab.pipeline.checkpoint.manifest import DigestName
 from robo_orchard_lab.pipeline.checkpoint.ranks import Ranks
 from robo_orchard_lab.pipeline.checkpoint.retention import Retention
 from robo_orchard_lab.pipeline.checkpoint.shards import Region, ShareOf, TensorShare
 from robo_orchard_lab.pipeline.checkpoint.single_checkpoint import (
+    export_weights,
     load_checkpoint,
     save_checkpoint,
+    write_weights,
 )
 from robo_orchard_lab.pipeline.checkpoint.state import (
     capture_random_state,

@@ -8,9 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from robo_orchard_lab.pipeline.checkpoint.info import CheckpointInfo, ReadLimits, step_of
-from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE
-from robo_orchard_lab.pipeline.checkpoint.parts import FileName
+from robo_orchard_lab.pipeline.checkpoint.manifest import (
+    MANIFEST_FILE,
+    CheckpointInfo,
+    FileName,
+    ReadLimits,
+    step_from_name,
+)
 from robo_orchard_lab.pipeline.checkpoint.reader import OpenCheckpoint
 from robo_orchard_lab.pipeline.errors import CheckpointError
 
@@ -49,7 +53,7 @@ class RootListing:
         except OSError as error:
             raise CheckpointError(f"{self._root} can't be read: {error.strerror}") from error
         for name in names:
-            if step_of(name) is not None:
+            if step_from_name(name) is not None:
                 try:
                     found.infos.append(self._info(name))
                 except CheckpointError as error:
@@ -85,7 +89,7 @@ def read_info(path: Path, limits: ReadLimits) -> CheckpointInfo:
 
 def check_step(path: Path, opened: OpenCheckpoint) -> None:
     """Refuse a checkpoint under the name of another step."""
-    step = step_of(path.name)
+    step = step_from_name(path.name)
     if step is not None and opened.manifest.step != step:
         raise CheckpointError(f"{path} is the checkpoint of step {opened.manifest.step}")
 

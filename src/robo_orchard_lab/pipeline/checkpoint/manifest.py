@@ -4,18 +4,223 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import xxhash
 
-from robo_orchard_lab.pipeline.checkpoint.info import CheckpointInfo, ReadLimits
-from robo_orchard_lab.pipeline.checkpoint.parts import FileName, decode_state, encode_state
+from robo_orchard_lab.pipeline.checkpoint.state import decode_state, encode_state
 from robo_orchard_lab.pipeline.checkpoint.strict_json import JsonError, check_depth, parse_json
 from robo_orchard_lab.pipeline.errors import CheckpointError, PipelineConfigError, StateError
+
+# --- folder names ----------------------------------------------------------------------------
+# The names in a store's root: of checkpoints, and of what a crash may leave.
+
+
+LOCK = ".lock"
+LAST = "last"
+BEST = "best"
+
+_STEP = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,18})")
+# With what is named by durable.temporary_name.
+_LEFTOVER = re.compile(r"\.(step_[0-9]{8,19}|last|best)\.[0-9a-f]{32}\.(tmp|old|trash)")
+
+
+def step_dir_name(step: int) -> str:
+    """The name of a checkpoint's folder.
+
+    >>> step_dir_name(1234)
+    'step_00001234'
+    """
+    return f"step_{step:08d}"
+
+
+def step_from_name(name: str) -> int | None:
+    """The step that a folder is named for; None for any other name.
+
+    >>> step_from_name("step_00001234"), step_from_name("step_1234"), step_from_name("last")
+    (1234, None, None)
+    """
+    found = _STEP.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def set_aside_name(name: str) -> str:
+    """What ``name`` is called while another takes its place; without that other, it is put back."""
+    return f".{name}.{uuid.uuid4().hex}.old"
+
+
+def trash_name(name: str) -> str:
+    """What ``name`` is called while its files are removed."""
+    return f".{name}.{uuid.uuid4().hex}.trash"
+
+
+def kept_name(name: str) -> str:
+    """What ``name`` is called, from when another takes its place, where it is never removed."""
+    return f"{name}.kept-{uuid.uuid4().hex[:8]}"
+
+
+def leftover_of(name: str) -> tuple[str, str] | None:
+    """The name it was to have, and the kind, of what a crash has left; None for any other name.
+
+    >>> leftover_of(".step_00000003.0123456789abcdef0123456789abcdef.tmp")
+    ('step_00000003', 'tmp')
+    """
+    found = _LEFTOVER.fullmatch(name)
+    return (found[1], found[2]) if found else None
+
+
+# --- limits ----------------------------------------------------------------------------------
+# How much of a stranger's checkpoint is looked at before it is refused.
+
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadLimits:
+    """The most that a checkpoint may have of anything; what has more is refused, not read.
+
+    They hold for writing, too, so that what was saved can be loaded with the same limits.
+
+    Raises:
+        PipelineConfigError: a limit is below 1.
+
+    >>> ReadLimits(max_json_depth=10).max_json_depth
+    10
+    """
+
+    max_files: int = 65_536
+    """Of all ranks together, without the manifest."""
+    max_manifest_bytes: int = 16 * MIB
+    max_json_bytes: int = 64 * MIB
+    """Of one part's JSON. Reading it takes up to some 25 times as much memory."""
+    max_json_depth: int = 100
+    """How deep lists and mappings may lie in one another."""
+    max_header_bytes: int = 100_000_000
+    """Of one file's list of tensors; the limit of safetensors itself."""
+    max_tensors: int = 1_000_000
+    """In one file."""
+    max_total_bytes: int | None = None
+    """Of all that one rank reads, the job's and ranks' together; None: as much as the machine has
+    memory available."""
+    any_owner: bool = False
+    """Whether to read what belongs neither to the own user nor to root."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is int and value < 1:
+                raise PipelineConfigError(f"ReadLimits.{field.name} must be >= 1, got {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointInfo:
+    """What a checkpoint's manifest says of it."""
+
+    path: Path
+    step: int
+    serial: int
+    """The how many-th save into its root it was, from 1; it orders them, also where a run has gone
+    back to an earlier step. 0 for one that was not saved by a store."""
+    saved_at: datetime
+    """In UTC."""
+    size_bytes: int
+    """Of all its files, without the manifest."""
+    ranks: int
+    """How many processes saved it."""
+    digest: str
+    """The name of the digest that its files are verified by."""
+    metrics: Mapping[str, float]
+    metadata: Mapping[str, Any]
+
+
+EachRank: TypeAlias = Callable[[int, int, Mapping[str, Any]], Any]
+"""Called with the number of a rank, of how many that saved, and what it had for itself; gives what
+is to be kept of that."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedState:
+    """What was saved, verified and read to the CPU.
+
+    The tensors of one part share one block of memory, which is there as long as one of them is.
+    """
+
+    parts: Mapping[str, Any]
+    """Of the whole job, by name."""
+    rank_parts: Mapping[str, Any]
+    """Of the rank that has the number of this one; where fewer saved, of the last."""
+    info: CheckpointInfo
+    rank_results: tuple[Any, ...] = ()
+    """Where as many ranks saved as load, or nobody asked: nothing. Else what ``each_rank`` gave."""
+    skipped: tuple[tuple[Path, str], ...] = ()
+    """Newer checkpoints that did not verify, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Whether everything in a checkpoint is as it was written."""
+
+    path: Path
+    problem: str | None
+    """None where it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class PruneDecision:
+    """Whether a checkpoint is removed, and why."""
+
+    path: Path
+    removed: bool
+    """With ``dry_run``: whether it would be."""
+    why: str
+
+
+_PART = r"[a-z][a-z0-9_]{0,63}"
+PART_NAME = re.compile(_PART)
+_FILE_NAME = re.compile(rf"({_PART})(?:\.(rank|shard)([0-9]{{5,9}}))?\.(json|safetensors)")
+RESERVED_PART = "manifest"
+
+
+@dataclass(frozen=True, slots=True)
+class FileName:
+    """What a file of a checkpoint holds, by its name."""
+
+    part: str
+    rank: int | None
+    """The process that wrote it; None for what belongs to the whole job."""
+    is_json: bool
+    is_shards: bool = False
+    """Whether it holds shards of a part's tensors, which belong to the whole job or to all ranks'
+    parts of that name."""
+
+    @classmethod
+    def parse(cls, name: str) -> FileName | None:
+        """None for a name that no file of a checkpoint has.
+
+        >>> FileName.parse("random.rank00001.json")
+        FileName(part='random', rank=1, is_json=True, is_shards=False)
+        >>> FileName.parse("../model.json"), FileName.parse("manifest.json")
+        (None, None)
+        """
+        found = _FILE_NAME.fullmatch(name)
+        if not found or found[1] == RESERVED_PART:
+            return None
+        rank = None if found[3] is None else int(found[3])
+        parsed = cls(found[1], rank, found[4] == "json", found[2] == "shard")
+        return parsed if str(parsed) == name and not (parsed.is_json and parsed.is_shards) else None
+
+    def __str__(self) -> str:
+        kind = "shard" if self.is_shards else "rank"
+        rank = "" if self.rank is None else f".{kind}{self.rank:05d}"
+        return f"{self.part}{rank}.{'json' if self.is_json else 'safetensors'}"
+
 
 # --- digests ---------------------------------------------------------------------------------
 # Digests of a checkpoint's files, by name.

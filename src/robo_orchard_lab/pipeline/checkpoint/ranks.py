@@ -97,7 +97,7 @@ class Ranks:
         except RuntimeError as error:
             raise CheckpointError(f"another process of the job does not answer: {error}") from error
 
-    def each(self, what: str, work: Callable[[], T]) -> list[T]:
+    def run_on_all(self, what: str, work: Callable[[], T]) -> list[T]:
         """Do something on every rank: what all of them returned, or an error on all: a collective.
 
         Args:
@@ -123,13 +123,13 @@ class Ranks:
                 raise failed_elsewhere(failed(f"{what} failed on rank {index}: {text}"))
         return [result for result, _ in told]
 
-    def first(self, what: str, work: Callable[[], T]) -> T:
+    def run_on_first(self, what: str, work: Callable[[], T]) -> T:
         """Do something on the first rank: what it returned, or an error on all: a collective."""
 
         def only_there() -> T | None:
             return work() if self.index == 0 else None
 
-        result: Any = self.each(what, only_there)[0]
+        result: Any = self.run_on_all(what, only_there)[0]
         return result  # type: ignore[no-any-return]  # of the first rank, which did the work
 
 

@@ -2,111 +2,129 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import stat
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from robo_orchard_lab.pipeline.checkpoint.checkpoint_dir import HeldFolder
-from robo_orchard_lab.pipeline.checkpoint.info import ReadLimits, SavedState
 from robo_orchard_lab.pipeline.checkpoint.manifest import (
     MANIFEST_FILE,
     FileEntry,
+    FileName,
     Manifest,
+    ReadLimits,
+    SavedState,
     digest_of,
     new_digest,
     parse_manifest,
 )
-from robo_orchard_lab.pipeline.checkpoint.parts import FileName, decode_part
-from robo_orchard_lab.pipeline.checkpoint.safetensors_layout import LENGTH_BYTES, TensorLayout
 from robo_orchard_lab.pipeline.checkpoint.shards import (
-    Region,
     SavedShard,
+    ShardAssembler,
     ShareOf,
-    TensorShare,
-    check_shards,
     cut,
     shards_of,
 )
-from robo_orchard_lab.pipeline.checkpoint.staging_buffer import bytes_of, new_block
+from robo_orchard_lab.pipeline.checkpoint.state import decode_state
+from robo_orchard_lab.pipeline.checkpoint.strict_json import JsonError, parse_json
+from robo_orchard_lab.pipeline.checkpoint.tensor_files import (
+    LENGTH_BYTES,
+    FileLayout,
+    allocate_buffer,
+    buffer_view,
+)
 from robo_orchard_lab.pipeline.distributed.stall_clock import record_heartbeat
-from robo_orchard_lab.pipeline.errors import CheckpointError
-
-# --- shard reading ---------------------------------------------------------------------------
-# Tensors, or a process's shares of them, out of the shards that several processes have saved.
+from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
 
 
-class ShardReading:
-    """Takes what is wanted out of one file of shards after the other.
+class CheckpointDir:
+    """A folder that is held open, so that all files are of one, whatever its path leads to later.
 
-    So it takes the memory of the result and of one file.
+    The path may lead through links to the folder; no link in it is followed.
     """
 
-    def __init__(self, shards: Iterable[SavedShard], share_of: ShareOf | None) -> None:
-        """By what the headers of all files say; nothing is allocated yet.
+    def __init__(self, path: str | os.PathLike[str], limits: ReadLimits) -> None:
+        """Open it.
 
         Raises:
-            CheckpointError: the shards of a tensor do not make it up.
+            CheckpointError: there is none, or it is that of an owner who is not trusted.
         """
-        of_tensor: dict[str, list[SavedShard]] = {}
-        for shard in shards:
-            of_tensor.setdefault(shard.place.name, []).append(shard)
-        self._shares: dict[str, TensorShare | None] = {}
-        self._regions: dict[str, Region] = {}
-        self._values: dict[str, torch.Tensor] = {}
-        self._dtypes: dict[str, torch.dtype] = {}
-        for name, of_one in of_tensor.items():
-            check_shards(name, of_one)
-            shape = of_one[0].shape
-            share = None if share_of is None else share_of(name, shape)
-            self._shares[name] = share
-            self._regions[name] = Region.whole(shape) if share is None else share.region
-            self._dtypes[name] = of_one[0].place.dtype
+        try:
+            self.path = Path(path).resolve()
+        except (OSError, RuntimeError) as error:  # links in a circle
+            raise CheckpointError(f"{path} leads nowhere: {error}") from error
+        self._limits = limits
+        self._descriptor = self._open()
 
-    @property
-    def size(self) -> int:
-        """How many bytes the result takes."""
-        return sum(
-            region.count * self._dtypes[name].itemsize for name, region in self._regions.items()
+    def close(self) -> None:
+        """Let it be removed again."""
+        os.close(self._descriptor)
+
+    def open_file(self, name: str, max_bytes: int | None = None) -> int:
+        """A descriptor of a regular file of the folder itself, of an owner who is trusted.
+
+        Raises:
+            CheckpointError: there is none, or it has more than ``max_bytes``.
+        """
+        path = self.path / name
+        try:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            descriptor = os.open(name, flags, dir_fd=self._descriptor)
+        except OSError as error:
+            reason = "it is a link" if error.errno == errno.ELOOP else error.strerror
+            hint = self._checkpoints_in_it() if name == MANIFEST_FILE else ""
+            raise CheckpointError(f"{path} can't be read: {reason}{hint}") from error
+        try:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise CheckpointError(f"{path} can't be read: it is not a regular file")
+            _check_owner(path, found, self._limits)
+            if max_bytes is not None and found.st_size > max_bytes:
+                raise CheckpointError(
+                    f"{path} has {found.st_size} bytes; at most {max_bytes} are read"
+                )
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _open(self) -> int:
+        try:
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(self.path, flags)
+        except FileNotFoundError:
+            raise CheckpointError(f"there is no checkpoint {self.path}") from None
+        except OSError as error:
+            raise CheckpointError(f"{self.path} can't be read: {error.strerror}") from error
+        try:
+            _check_owner(self.path, os.fstat(descriptor), self._limits)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _checkpoints_in_it(self) -> str:
+        """A hint for whoever names the folder of a run, or of its checkpoints."""
+        found = sorted(self.path.glob("last/manifest.json")) or sorted(
+            self.path.glob("*/last/manifest.json")
         )
+        return f"; did you mean {found[0].parent}?" if found else ""
 
-    def wants(self, shards: Sequence[SavedShard]) -> bool:
-        """Whether something of a file with these shards is needed."""
-        return any(self._regions[s.place.name].overlap(s.region) for s in shards)
 
-    def add(self, shards: Sequence[SavedShard], read: Mapping[str, torch.Tensor]) -> None:
-        """Take what is needed of a file that was read, and verified.
-
-        Raises:
-            CheckpointError: it is another one than the shards are of.
-        """
-        expected = {s.place.name: (s.place.dtype, s.place.shape) for s in shards}
-        if {name: (v.dtype, tuple(v.shape)) for name, v in read.items()} != expected:
-            raise CheckpointError("a file of shards was changed while it was read")
-        for shard in shards:
-            name = shard.place.name
-            region = self._regions[name]
-            both = region.overlap(shard.region)
-            if both is not None:
-                part = read[name][shard.region.slices_of(both)]
-                self._value(name)[region.slices_of(both)] = part
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What was wanted, by name."""
-        found = {}
-        for name, share in self._shares.items():
-            value = self._value(name)
-            found[name] = value if share is None else share.make(value)
-        return found
-
-    def _value(self, name: str) -> torch.Tensor:
-        if name not in self._values:
-            self._values[name] = torch.empty(self._regions[name].sizes, dtype=self._dtypes[name])
-        return self._values[name]
+def _check_owner(path: Path, found: os.stat_result, limits: ReadLimits) -> None:
+    own = os.geteuid()
+    if found.st_uid not in (own, 0) and not limits.any_owner:
+        raise CheckpointError(
+            f"{path} belongs to user {found.st_uid}, expected {own} or root; if they are trusted, "
+            "take a copy of your own, or load with ReadLimits(any_owner=True)"
+        )
 
 
 _PIECE_BYTES = 1 << 26
@@ -126,7 +144,7 @@ class OpenCheckpoint:
         Raises:
             CheckpointError: there is none, or not one that can be trusted.
         """
-        self._folder = HeldFolder(path, limits)
+        self._folder = CheckpointDir(path, limits)
         self.path = self._folder.path
         self._limits = limits
         self._manifest: int | None = None
@@ -135,7 +153,7 @@ class OpenCheckpoint:
         try:
             self._manifest = self._folder.open_file(MANIFEST_FILE, limits.max_manifest_bytes)
             self._hold()
-            text = bytes(bytes_of(_read(self._manifest, os.fstat(self._manifest).st_size)))
+            text = bytes(buffer_view(_read(self._manifest, os.fstat(self._manifest).st_size)))
             with self._in_file(MANIFEST_FILE):
                 self.manifest: Manifest = parse_manifest(text, limits)
         except BaseException:
@@ -173,7 +191,7 @@ class OpenCheckpoint:
         found = self._parts_of(*wanted, share_of=share_of, only=only)
         return SavedState(
             parts={part: value for (part, of), value in found.items() if of is None},
-            of_rank={part: value for (part, of), value in found.items() if of is not None},
+            rank_parts={part: value for (part, of), value in found.items() if of is not None},
             info=self.manifest.info(self.path),
         )
 
@@ -205,7 +223,7 @@ class OpenCheckpoint:
         names = [(name, FileName.parse(name)) for name in self.manifest.files]
         wanted: dict[str, FileName] = {}
         shards: dict[str, list[str]] = {}  # the files of each part
-        of_ranks: set[str] = set()  # parts that ranks have for themselves
+        rank_results: set[str] = set()  # parts that ranks have for themselves
         for name, parsed in names:
             if parsed is None or only not in (None, parsed.part):
                 continue
@@ -213,7 +231,7 @@ class OpenCheckpoint:
                 shards.setdefault(parsed.part, []).append(name)
                 continue
             if parsed.rank is not None:
-                of_ranks.add(parsed.part)
+                rank_results.add(parsed.part)
             if parsed.rank in ranks:
                 wanted[name] = parsed
         self._check_bytes(sum(self.manifest.files[name].size for name in wanted))
@@ -232,7 +250,7 @@ class OpenCheckpoint:
         with ThreadPoolExecutor(_READERS) as pool:  # copying and digesting run beside one another
             list(pool.map(read, wanted.keys(), wanted.values()))
         for part, files in shards.items():
-            if part in of_ranks:
+            if part in rank_results:
                 places = [place for place in documents if place[0] == part and place[1] is not None]
             else:
                 places = [(part, None)] if None in ranks else []
@@ -250,7 +268,7 @@ class OpenCheckpoint:
         if part not in self._sharded:  # once, however many ranks' states have them
             found = {name: self._shards_in(name) for name in files}
             with self._in_file(part):
-                reading = ShardReading(chain.from_iterable(found.values()), share_of)
+                reading = ShardAssembler(chain.from_iterable(found.values()), share_of)
                 self._check_bytes(reading.size, max(self.manifest.files[n].size for n in files))
                 for name, shards in found.items():
                     if reading.wants(shards):
@@ -268,7 +286,7 @@ class OpenCheckpoint:
         with self._in_file(name):
             return shards_of(layout)
 
-    def layout(self, name: str) -> TensorLayout:
+    def layout(self, name: str) -> FileLayout:
         """Which tensors are in one of its safetensors files, by its header, which is not verified.
 
         Raises:
@@ -277,9 +295,9 @@ class OpenCheckpoint:
         entry = self.manifest.files[name]
         with self._in_file(name), _closing(self._open_entry(name, entry)) as descriptor:
             begin = os.pread(descriptor, LENGTH_BYTES, 0)
-            length = TensorLayout.beginning_length(begin, entry.size, self._limits)
-            beginning = bytes(bytes_of(_read(descriptor, length)))
-            return TensorLayout.parse_beginning(beginning, entry.size, self._limits)
+            length = FileLayout.beginning_length(begin, entry.size, self._limits)
+            beginning = bytes(buffer_view(_read(descriptor, length)))
+            return FileLayout.parse_beginning(beginning, entry.size, self._limits)
 
     def check_sizes(self) -> None:
         """See whether all files are there, with as many bytes as they were written with.
@@ -318,13 +336,13 @@ class OpenCheckpoint:
                 f"{self.path / name} has {entry.size} bytes; at most "
                 f"{self._limits.max_json_bytes} are read (ReadLimits.max_json_bytes)"
             )
-        return bytes(bytes_of(self._read_verified(name, entry)))
+        return bytes(buffer_view(self._read_verified(name, entry)))
 
     def _read_tensors(self, name: str) -> dict[str, torch.Tensor]:
         block = self._read_verified(name, self.manifest.files[name])
         with self._in_file(name):
-            layout = TensorLayout.parse(bytes_of(block), self._limits)
-            data = bytes_of(block)[len(layout.beginning) :]
+            layout = FileLayout.parse(buffer_view(block), self._limits)
+            data = buffer_view(block)[len(layout.beginning) :]
             found = {place.name: place.of(data) for place in layout.places}
             for place in layout.places:
                 if place.dtype is torch.bool and (found[place.name].view(torch.uint8) > 1).any():
@@ -334,7 +352,7 @@ class OpenCheckpoint:
     def _read_verified(self, name: str, entry: FileEntry) -> torch.Tensor:
         with self._in_file(name), _closing(self._open_entry(name, entry)) as descriptor:
             block = _read(descriptor, entry.size)
-            _compare(digest_of(self.manifest.digest_name, bytes_of(block)), entry)
+            _compare(digest_of(self.manifest.digest_name, buffer_view(block)), entry)
             return block
 
     def _open_entry(self, name: str, entry: FileEntry) -> int:
@@ -393,8 +411,8 @@ class OpenCheckpoint:
 
 def _read(descriptor: int, size: int) -> torch.Tensor:
     """So many bytes of a file, in new memory."""
-    block = new_block(size)
-    rest = bytes_of(block)
+    block = allocate_buffer(size)
+    rest = buffer_view(block)
     while rest.nbytes:
         count = os.readv(descriptor, [rest])
         if not count:
@@ -419,3 +437,22 @@ def _closing(descriptor: int) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def decode_part(
+    document: bytes | None, tensors: dict[str, torch.Tensor] | None, limits: ReadLimits
+) -> Any:
+    """A part as it was saved, from the contents of its JSON file and its tensors.
+
+    Raises:
+        CheckpointError: they are not what was written, or more than ``limits`` allow.
+    """
+    if document is None:
+        return tensors
+    try:
+        tree = parse_json(document, max_depth=limits.max_json_depth)
+        return decode_state(tree, tensors or {})
+    except RecursionError:  # the caller lies deep itself
+        raise CheckpointError("it is nested too deep to be read here") from None
+    except (JsonError, StateError) as error:
+        raise CheckpointError(str(error)) from error

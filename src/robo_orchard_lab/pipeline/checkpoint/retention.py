@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from robo_orchard_lab.pipeline.checkpoint.info import (
+from robo_orchard_lab.pipeline.checkpoint.listing import Listing
+from robo_orchard_lab.pipeline.checkpoint.manifest import (
+    MANIFEST_FILE,
     CheckpointInfo,
     PruneDecision,
     ReadLimits,
@@ -20,8 +22,6 @@ from robo_orchard_lab.pipeline.checkpoint.info import (
     set_aside_name,
     trash_name,
 )
-from robo_orchard_lab.pipeline.checkpoint.listing import Listing
-from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE
 from robo_orchard_lab.pipeline.checkpoint.reader import OpenCheckpoint
 from robo_orchard_lab.pipeline.checkpoint.single_checkpoint import verify_checkpoint
 from robo_orchard_lab.pipeline.checkpoint.writer import put_new

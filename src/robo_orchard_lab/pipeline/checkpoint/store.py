@@ -16,21 +16,22 @@ from pathlib import Path
 from threading import Lock, RLock
 from typing import Any
 
-from robo_orchard_lab.pipeline.checkpoint.info import (
+from robo_orchard_lab.pipeline.checkpoint.listing import Listing, RootListing
+from robo_orchard_lab.pipeline.checkpoint.manifest import (
     BEST,
     LAST,
     LOCK,
     CheckpointInfo,
+    DigestName,
     EachRank,
     PruneDecision,
     ReadLimits,
     SavedState,
     Verification,
-    step_folder,
-    step_of,
+    check_digest_name,
+    step_dir_name,
+    step_from_name,
 )
-from robo_orchard_lab.pipeline.checkpoint.listing import Listing, RootListing
-from robo_orchard_lab.pipeline.checkpoint.manifest import DigestName, check_digest_name
 from robo_orchard_lab.pipeline.checkpoint.ranks import Ranks
 from robo_orchard_lab.pipeline.checkpoint.retention import (
     Retention,
@@ -40,8 +41,8 @@ from robo_orchard_lab.pipeline.checkpoint.retention import (
 )
 from robo_orchard_lab.pipeline.checkpoint.shards import ShareOf
 from robo_orchard_lab.pipeline.checkpoint.single_checkpoint import load_on_ranks, verify_checkpoint
-from robo_orchard_lab.pipeline.checkpoint.staging_buffer import ImagePool
-from robo_orchard_lab.pipeline.checkpoint.writer import CheckpointImage
+from robo_orchard_lab.pipeline.checkpoint.tensor_files import StagingPool
+from robo_orchard_lab.pipeline.checkpoint.writer import StagedCheckpoint
 from robo_orchard_lab.pipeline.errors import CheckpointError, StoreLockedError
 from robo_orchard_lab.pipeline.run.durable import make_folder, replace_link
 
@@ -154,7 +155,7 @@ def find_checkpoint(
 
 
 def _of_step(step: int, root: Path, infos: Sequence[CheckpointInfo]) -> Path:
-    path = root / step_folder(step)
+    path = root / step_dir_name(step)
     if not os.path.lexists(path):
         steps = ", ".join(str(info.step) for info in infos) or "none"
         raise CheckpointError(f"{root} has no step {step}; it has: {steps}")
@@ -195,7 +196,7 @@ def _linked(link: Path) -> Path | None:
     """The checkpoint beside a link that it leads to."""
     with suppress(OSError):
         target = os.readlink(link)
-        if step_of(target) is not None:
+        if step_from_name(target) is not None:
             return link.with_name(target)
     return None
 
@@ -208,11 +209,11 @@ class PendingSave:
     """A checkpoint in memory, to be written or dropped. As a context manager, it drops itself."""
 
     def __init__(
-        self, image: CheckpointImage, commit: Callable[[CheckpointImage], CheckpointInfo]
+        self, image: StagedCheckpoint, commit: Callable[[StagedCheckpoint], CheckpointInfo]
     ) -> None:
         """``commit`` writes the image; it is released afterwards."""
         self._commit = commit
-        self._image: CheckpointImage | None = image
+        self._image: StagedCheckpoint | None = image
         self._step = image.manifest.step
 
     @property
@@ -301,7 +302,7 @@ class CheckpointStore:
         self.limits = limits or ReadLimits()
         self.ranks = ranks or Ranks.alone()
         self._listing = RootListing(self.root, self.limits)
-        self._pool = ImagePool(pinned=True)
+        self._pool = StagingPool(pinned=True)
         self._writing = RLock()
         self._is_open = False
         self._lock: RootLock | None = None
@@ -316,7 +317,7 @@ class CheckpointStore:
         """
         if self._is_open:
             raise CheckpointError(f"the store of {self.root} is open already")
-        self.ranks.first(f"opening {self.root}", self._open)
+        self.ranks.run_on_first(f"opening {self.root}", self._open)
         self._is_open = True
         return self
 
@@ -339,7 +340,7 @@ class CheckpointStore:
         self,
         step: int,
         parts: Mapping[str, Any],
-        of_rank: Mapping[str, Any] | None = None,
+        rank_parts: Mapping[str, Any] | None = None,
         *,
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
@@ -355,9 +356,9 @@ class CheckpointStore:
                 names to tensors becomes ``<part>.safetensors`` and nothing else, which
                 ``safetensors.torch.load_file`` reads; any other tree (None, bool, int, float, str,
                 tensors, lists, tuples, mappings) has a ``<part>.json`` as well. Of a tensor that
-                is sharded (a ``DTensor``, also in ``of_rank``) every rank saves what it has, as
+                is sharded (a ``DTensor``, also in ``rank_parts``) every rank saves what it has, as
                 ``<part>.shard<rank>.safetensors``.
-            of_rank: of this rank.
+            rank_parts: of this rank.
             metrics: by name; the retention may know one as ``monitor``.
             metadata: plain values, kept in the manifest.
 
@@ -365,14 +366,14 @@ class CheckpointStore:
             StateError: something can't be saved; the message names it.
             CheckpointError: it can't be written, on whichever rank; what there was is still there.
         """
-        with self.prepare(step, parts, of_rank, metrics=metrics, metadata=metadata) as pending:
+        with self.prepare(step, parts, rank_parts, metrics=metrics, metadata=metadata) as pending:
             return pending.commit()
 
     def prepare(
         self,
         step: int,
         parts: Mapping[str, Any],
-        of_rank: Mapping[str, Any] | None = None,
+        rank_parts: Mapping[str, Any] | None = None,
         *,
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
@@ -383,19 +384,19 @@ class CheckpointStore:
         returns.
 
         Args:
-            step, parts, of_rank, metrics, metadata: see :meth:`save`.
+            step, parts, rank_parts, metrics, metadata: see :meth:`save`.
 
         Raises:
             StateError: something can't be saved; the message names it.
         """
         self._check_open()
-        made: list[CheckpointImage] = []
+        made: list[StagedCheckpoint] = []
 
         def copy() -> None:
-            image = CheckpointImage(
+            image = StagedCheckpoint(
                 step,
                 parts,
-                of_rank,
+                rank_parts,
                 ranks=self.ranks,
                 digest=self.digest,
                 pool=self._pool,
@@ -406,7 +407,7 @@ class CheckpointStore:
             made.append(image)
 
         try:
-            self.ranks.each(f"saving step {step}", copy)
+            self.ranks.run_on_all(f"saving step {step}", copy)
         except BaseException:
             for image in made:
                 image.release()
@@ -427,7 +428,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: there is no such checkpoint, or not all of it is as it was written.
         """
-        path = self.ranks.first(f"looking for {which!r}", lambda: self._find(which))
+        path = self.ranks.run_on_first(f"looking for {which!r}", lambda: self._find(which))
         return load_on_ranks(path, self.limits, self.ranks, share_of)
 
     def load_newest(
@@ -446,7 +447,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: there are some, and none verifies.
         """
-        listing = self.ranks.first(f"reading {self.root}", self._listing.read)
+        listing = self.ranks.run_on_first(f"reading {self.root}", self._listing.read)
         skipped: list[tuple[Path, str]] = list(listing.broken)
         for info in reversed(listing.infos):
             try:
@@ -479,7 +480,7 @@ class CheckpointStore:
             found = [Verification(path, reason) for path, reason in listing.broken]
             return found + [verify_checkpoint(info.path, self.limits) for info in listing.infos]
 
-        return self.ranks.first(f"verifying {self.root}", read)
+        return self.ranks.run_on_first(f"verifying {self.root}", read)
 
     def prune(self, *, dry_run: bool = False) -> Sequence[PruneDecision]:
         """Remove what the retention does not keep, or say what would be: a collective.
@@ -496,7 +497,7 @@ class CheckpointStore:
             with self._writing:
                 return self._prune(None, dry_run=dry_run)
 
-        return self.ranks.first(f"pruning {self.root}", decide)
+        return self.ranks.run_on_first(f"pruning {self.root}", decide)
 
     def _open(self) -> None:
         try:
@@ -527,14 +528,14 @@ class CheckpointStore:
                 "store:`, or call open() first"
             )
 
-    def _commit(self, image: CheckpointImage) -> CheckpointInfo:
+    def _commit(self, image: StagedCheckpoint) -> CheckpointInfo:
         with self._writing:
             self._check_open()
             info = image.commit(
-                self.root / step_folder(image.manifest.step),
+                self.root / step_dir_name(image.manifest.step),
                 self._next_serial,
                 lambda temporary: put_replacing(
-                    temporary, self.root / step_folder(image.manifest.step), self.limits
+                    temporary, self.root / step_dir_name(image.manifest.step), self.limits
                 ),
                 self.ranks.background,
             )

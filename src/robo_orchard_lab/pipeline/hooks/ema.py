@@ -23,8 +23,8 @@ from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfi
 from robo_orchard_lab.pipeline.model import plain_model, plain_name
 from robo_orchard_lab.pipeline.requests import StopRequest
 from robo_orchard_lab.pipeline.run.run_path import RunPath
-from robo_orchard_lab.pipeline.sharded_tensors import gather_whole, has_sharded, local_part
-from robo_orchard_lab.pipeline.sharding import reshard, share_like
+from robo_orchard_lab.pipeline.sharded_tensors import gather_full_tensors, has_sharded, local_tensor
+from robo_orchard_lab.pipeline.sharding import reshard, shard_like
 from robo_orchard_lab.pipeline.trigger import Last
 
 # --- averaged weights ------------------------------------------------------------------------
@@ -90,7 +90,10 @@ class AveragedWeights:
         self.refuse_in_model("an update of the weights")
         for shadows, parameters in self._groups:
             if self._sharded:  # each process averages what it has
-                shadows, parameters = [*map(local_part, shadows)], [*map(local_part, parameters)]
+                shadows, parameters = (
+                    [*map(local_tensor, shadows)],
+                    [*map(local_tensor, parameters)],
+                )
             if decay == 0.0:  # also rids the average of what is not finite
                 torch._foreach_copy_(shadows, parameters)
                 continue
@@ -139,7 +142,7 @@ class AveragedWeights:
         with self.applied():
             state = self.model.state_dict()
             tensors = {n: value for n, value in state.items() if isinstance(value, torch.Tensor)}
-            return {plain_name(n): v for n, v in gather_whole(tensors, keep=True).items()}
+            return {plain_name(n): v for n, v in gather_full_tensors(tensors, keep=True).items()}
 
     def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
         """The shadows and the copies by name, not copied."""
@@ -173,7 +176,7 @@ class AveragedWeights:
         }
         self._frozen = {n: p for n, p in self._parameters.items() if n not in shadows}
         self._copies = [
-            torch.empty_like(t).copy_(share_like(t, copies[name])) for name, t in others.items()
+            torch.empty_like(t).copy_(shard_like(t, copies[name])) for name, t in others.items()
         ]
         self._group()
 
@@ -196,7 +199,7 @@ class AveragedWeights:
         elif dtype in _HALF:
             dtype = torch.float32
         shadow = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-        return shadow.copy_(share_like(parameter, value.detach()))
+        return shadow.copy_(shard_like(parameter, value.detach()))
 
     def _group(self) -> None:
         """Lists of tensors that are alike, which the device handles in few launches."""

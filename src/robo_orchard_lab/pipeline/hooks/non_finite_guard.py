@@ -31,7 +31,7 @@ from robo_orchard_lab.pipeline.metrics import MetricValue
 from robo_orchard_lab.pipeline.model import BufferSnapshot, plain_model, plain_name
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.run.run_path import RunPath
-from robo_orchard_lab.pipeline.sharded_tensors import has_sharded, local_part
+from robo_orchard_lab.pipeline.sharded_tensors import has_sharded, local_tensor
 
 # --- finite tally ----------------------------------------------------------------------------
 # Whether all updates were finite, known where the packed values of a run are read.
@@ -169,7 +169,7 @@ def bad_gradients(args: PipelineHookArgs) -> list[str] | None:
     named = [(plain_name(name), p.grad) for name, p in parameters if p.grad is not None]
     flags = [
         (local.coalesce().values() if local.is_sparse else local).isfinite().all()
-        for local in (local_part(gradient) for _, gradient in named)
+        for local in (local_tensor(gradient) for _, gradient in named)
     ]
     packed = torch.stack(flags).int() if flags else torch.ones(0)
     if has_sharded(gradient for _, gradient in named):

@@ -22,7 +22,7 @@ from robo_orchard_lab.pipeline.model import plain_model
 from robo_orchard_lab.pipeline.requests import Request, StopRequest
 from robo_orchard_lab.pipeline.run.durable import remove_leftovers, replace_file
 from robo_orchard_lab.pipeline.run.run_path import RunPath
-from robo_orchard_lab.pipeline.sharding import whole_weights
+from robo_orchard_lab.pipeline.sharding import gather_weights
 from robo_orchard_lab.pipeline.trigger import Last, TriggerField
 
 logger = job_logger(__name__)
@@ -112,7 +112,7 @@ class SaveModel(PipelineHooks):
     def _write(self, args: PipelineHookArgs) -> None:
         run, name = args.run, self.cfg.weights
         kept = None if name is None else run.weight_set(name)
-        weights = whole_weights(run, kept)
+        weights = gather_weights(run, kept)
         if weights is None:  # another rank's to write
             return
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from robo_orchard_lab.pipeline.requests import (
     SaveWeightsRequest,
     WriteRequest,
 )
-from robo_orchard_lab.pipeline.sharding import whole_weights
+from robo_orchard_lab.pipeline.sharding import gather_weights
 
 logger = job_logger(__name__)
 
@@ -115,7 +115,7 @@ def _save(run: PipelineRun, requests: list[SaveRequest]) -> None:
 
 def _save_weights(run: PipelineRun, request: SaveWeightsRequest) -> None:
     kept = run.weight_set(request.weights) if request.weights else None  # an error on all ranks
-    weights = whole_weights(run, kept)
+    weights = gather_weights(run, kept)
     if weights is not None:
         progress = run.progress
         metadata = {

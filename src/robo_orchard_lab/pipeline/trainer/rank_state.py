@@ -21,11 +21,11 @@ from robo_orchard_lab.pipeline.data import TrainingData
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.model import ddp_of, plain_model, plain_name, plain_state
-from robo_orchard_lab.pipeline.sharded_tensors import is_sharded, local_part
+from robo_orchard_lab.pipeline.sharded_tensors import is_sharded, local_tensor
 from robo_orchard_lab.pipeline.sharding import (
-    names_of_unreduced,
     set_unreduced_gradients,
-    share_like,
+    shard_like,
+    unreduced_gradient_names,
     unreduced_gradients,
 )
 from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows
@@ -133,7 +133,7 @@ def own_gradients(run: PipelineRun) -> dict[str, torch.Tensor]:
     """What this rank alone has added up, whole, by the names of the parameters: the same of plain
     models and of those in shards. The job's are the mean of them."""
     found = {
-        name: local_part(parameter.grad)
+        name: local_tensor(parameter.grad)
         for parameter, name in trained_names(run).items()
         if parameter.grad is not None and not _is_divided(parameter.grad)
     }
@@ -159,7 +159,7 @@ def check_open_gradients(
         StateError: they are those of other parameters, which it names.
     """
     live = {name: parameter for parameter, name in trained_names(run).items()}
-    unreduced = names_of_unreduced(plain_model(run)) if own else set()
+    unreduced = unreduced_gradient_names(plain_model(run)) if own else set()
 
     def fits(name: str, gradient: torch.Tensor) -> bool:
         return name in live and live[name].shape == gradient.shape
@@ -188,7 +188,7 @@ def set_open_gradients(
         if of_rank is not None and _is_divided(parameter):
             unreduced[name] = of_rank
         elif of_rank is not None:
-            of_rank = share_like(parameter, of_rank)
+            of_rank = shard_like(parameter, of_rank)
             gradient = of_rank if gradient is None else gradient + of_rank
         parameter.grad = None if gradient is None else gradient.to(parameter)
     set_unreduced_gradients(plain_model(run), unreduced)

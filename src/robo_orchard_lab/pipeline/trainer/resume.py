@@ -14,8 +14,7 @@ from robo_orchard_lab.pipeline.checkpoint import (
     ShareOf,
     load_checkpoint,
 )
-from robo_orchard_lab.pipeline.checkpoint.info import LAST
-from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE
+from robo_orchard_lab.pipeline.checkpoint.manifest import LAST, MANIFEST_FILE
 from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.errors import CheckpointError, PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
@@ -61,7 +60,7 @@ def resume(
         )
         if saved is None:
             return False
-        ranks.each("resuming", partial(snapshots.load, saved))
+        ranks.run_on_all("resuming", partial(snapshots.load, saved))
         if os.fspath(resume_from) == AUTO:
             _prune(hooks, run.folder, ranks)
     logger.info("resumed from %s at %s", saved.info.path, run.progress)
@@ -101,7 +100,7 @@ def _load_saved(
     """
     if os.fspath(resume_from) != AUTO:
         path = Path(resume_from)
-        ranks.first(f"looking for {path}", lambda: _check_is_one(path))
+        ranks.run_on_first(f"looking for {path}", lambda: _check_is_one(path))
         return load_checkpoint(path, ranks=ranks, share_of=share_of, each_rank=each_rank)
     root = _root(hooks, run_folder)
     with CheckpointStore(root, ranks=ranks) as store:  # which also repairs what a crash has left

@@ -233,7 +233,7 @@ class RunSnapshots:
         """
         run, parts = self._run, saved.parts
         trainer = _checked_trainer_state(parts)
-        own = checked_rank_state(saved.of_rank)
+        own = checked_rank_state(saved.rank_parts)
         if "model" not in parts or ("optimizer" in parts) != (run.optimizer is not None):
             here = "with one" if run.optimizer else "without"
             raise StateError(
@@ -246,9 +246,9 @@ class RunSnapshots:
                 "it; all of them call save_checkpoint"
             )
         check_types(run, trainer["types"])
-        if saved.of_ranks:
+        if saved.rank_results:
             key = f"{trainer['data']['seed']}/{saved.info.step}"
-            own = self._other_processes.state(own, saved.of_ranks, key)
+            own = self._other_processes.state(own, saved.rank_results, key)
         if own["window"]["within"]:
             check_window(self._windows.length, trainer["window"])
         model = plain_model(run)
