@@ -13,6 +13,7 @@ SRC = Path(__file__).parent.parent / "src"
 # Each may import those before it, and itself. The trainer is the last of the pipeline's packages:
 # nothing in the pipeline but its own __init__ imports it.
 LAYERS = [
+    "robo_orchard_core.utils.strict_json",
     "robo_orchard_core.utils.hook",
     "robo_orchard_core.utils.config",
     "robo_orchard_core",

@@ -73,7 +73,7 @@ def test_what_is_promised_is_shown_by_tests_that_are_there() -> None:
 
 def test_the_bounds_are_those_of_the_code() -> None:
     """SECURITY.md tells the numbers by which files and checkpoints are bounded."""
-    from robo_orchard_core.utils.config import document
+    from robo_orchard_core.utils.config import formats
     from robo_orchard_lab.experiment import document as reading
     from robo_orchard_lab.experiment import prevalidation as screening
     from robo_orchard_lab.pipeline.checkpoint import ReadLimits
@@ -81,10 +81,10 @@ def test_the_bounds_are_those_of_the_code() -> None:
     text = " ".join((ROOT / "SECURITY.md").read_text("utf-8").split())
     assert (
         f"{reading.MAX_FILE_BYTES >> 10} KiB for a file with all that it builds on, "
-        f"{reading.MAX_BASES} bases, {reading.MAX_VALUES:,} values, {document.MAX_DEPTH} levels, "
+        f"{reading.MAX_BASES} bases, {reading.MAX_VALUES:,} values, {formats.MAX_DEPTH} levels, "
         f"{reading.MAX_KEY} characters for a key and {screening.MAX_REFERENCE} for a name of code"
     ) in text
-    assert f"{document.MAX_BYTES >> 20} MiB and {document.MAX_DEPTH} levels for other" in text
+    assert f"{formats.MAX_BYTES >> 20} MiB and {formats.MAX_DEPTH} levels for other" in text
     limits = ReadLimits()
     assert (
         f"{limits.max_files:,} files, {limits.max_manifest_bytes >> 20} MiB for the manifest, "

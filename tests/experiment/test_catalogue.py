@@ -12,7 +12,7 @@ import torch
 import robo_orchard_lab.pipeline.hooks
 import robo_orchard_lab.pipeline.sinks
 from robo_orchard_core.utils.config import Config, Trust
-from robo_orchard_core.utils.config.class_config import hints_of
+from robo_orchard_core.utils.config.class_config import type_hints
 from robo_orchard_core.utils.config.references import resolve
 from robo_orchard_lab.experiment.catalogue import CATALOGUE, DEFINITIONS, kind_of, with_definitions
 from robo_orchard_lab.pipeline import PipelineHooks, PipelineHooksConfig, SimpleBatchProcessor
@@ -48,7 +48,7 @@ def test_each_entry_is_defined_where_it_says(package: str) -> None:
         except ValueError:
             assert may_be_missing(reference), reference
             continue
-        assert inspect.isclass(found) or isinstance(hints_of(found).get("return"), type), (
+        assert inspect.isclass(found) or isinstance(type_hints(found).get("return"), type), (
             f"{reference} doesn't say what it returns, so no file can have it called"
         )
 
@@ -76,7 +76,7 @@ def test_each_entry_is_of_the_kind_that_it_is_said_to_be() -> None:
             found = resolve(reference, trust)
         except ValueError:
             continue  # not installed, or newer
-        cls = found if inspect.isclass(found) else hints_of(found)["return"]
+        cls = found if inspect.isclass(found) else type_hints(found)["return"]
         assert issubclass(cls, KINDS[kind]), reference
         others = [other for name, bases in KINDS.items() if name != kind for other in bases]
         assert not issubclass(cls, tuple(others)), reference

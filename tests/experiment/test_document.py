@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from robo_orchard_core.utils.config import ConfigError, formats
-from robo_orchard_core.utils.config.document import Plain
 from robo_orchard_core.utils.config.errors import Path as Place
+from robo_orchard_core.utils.config.formats import Plain
 from robo_orchard_lab.experiment.document import (
     MAX_BASES,
     MAX_FILE_BYTES,

@@ -15,7 +15,7 @@ from tests.experiment.hostile.corpus import experiment
 from tests.experiment.hostile.texts import JSON_AND_TOML, YAML
 
 from robo_orchard_core.utils.config import ConfigError, formats
-from robo_orchard_core.utils.config.document import Plain
+from robo_orchard_core.utils.config.formats import Plain
 from robo_orchard_core.utils.config.parts import PART_KEYS
 from robo_orchard_lab.experiment import ExperimentConfig
 from robo_orchard_lab.experiment.catalogue import ExperimentTrust

@@ -10,7 +10,7 @@ from tests.experiment.hook_entries import ENTRIES, NAMED, TRUST, experiment
 
 from robo_orchard_core.utils.config import Format
 from robo_orchard_core.utils.config.formats import write
-from robo_orchard_core.utils.config.references import default_of
+from robo_orchard_core.utils.config.references import field_default
 from robo_orchard_lab.experiment import ExperimentConfig
 from robo_orchard_lab.pipeline import PipelineHooks, PipelineHooksConfig, hooks
 
@@ -44,7 +44,7 @@ def test_no_field_is_forgotten(name: str) -> None:
         if field == "class_type" or has_one_value(declared.annotation):
             continue
         values = [getattr(config, field) for config in loaded if field in config.model_fields_set]
-        assert any(value != default_of(declared) for value in values), f"{name}.{field}"
+        assert any(value != field_default(declared) for value in values), f"{name}.{field}"
 
 
 def has_one_value(annotation: Any) -> bool:

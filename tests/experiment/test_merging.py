@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from robo_orchard_core.utils.config import ConfigFieldError
-from robo_orchard_core.utils.config.document import Plain
+from robo_orchard_core.utils.config.formats import Plain
 from robo_orchard_core.utils.config.parts import PART_KEYS
 from robo_orchard_lab.experiment.overrides import merged
 

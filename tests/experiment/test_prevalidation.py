@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from robo_orchard_core.utils.config import ConfigError, Trust, TrustError
-from robo_orchard_core.utils.config.document import Plain
+from robo_orchard_core.utils.config.formats import Plain
 from robo_orchard_lab.experiment import ExperimentConfig
 from robo_orchard_lab.experiment.catalogue import ExperimentTrust
 from robo_orchard_lab.experiment.document import ExperimentDocument, read_experiment

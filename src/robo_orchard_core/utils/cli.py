@@ -17,10 +17,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from robo_orchard_core.utils.config import Config, ConfigError, TrustLike, json_format
+from robo_orchard_core.utils.config import Config, ConfigError, TrustLike, formats
 from robo_orchard_core.utils.config.encoding import encode_value
 from robo_orchard_core.utils.config.errors import dotted
-from robo_orchard_core.utils.config.references import default_of, is_mapping, members
+from robo_orchard_core.utils.config.references import field_default, is_mapping, union_members
 
 # --- options ---------------------------------------------------------------------------------
 # The fields of a config class as options: their names, their help, their values.
@@ -62,7 +62,9 @@ class Option:
             dest=self.dest,
             action="append",
             default=argparse.SUPPRESS,
-            metavar="JSON" if any(map(_is_mapped, members(self.field.annotation))) else "VALUE",
+            metavar="JSON"
+            if any(map(_is_mapped, union_members(self.field.annotation)))
+            else "VALUE",
             # "--pipeline_test" alone switches it on.
             nargs="?" if is_switch else None,
             const="true" if is_switch else None,
@@ -120,7 +122,7 @@ def options_of(
     """
     for name, field in cls.model_fields.items():
         here = (*path, name)
-        default = default_of(field) if holder is None else getattr(holder, name)
+        default = field_default(field) if holder is None else getattr(holder, name)
         required = holder is None and field.is_required()
         yield Option(here, field, default, required, variable_of(here))
         inner = _config_class(field.annotation)
@@ -138,7 +140,7 @@ def type_name(annotation: Any) -> str:
     >>> type_name(dict[str, Path] | None), type_name(Literal["sgd", "adam"])
     ('dict[str, Path] | None', "'sgd' | 'adam'")
     """
-    return " | ".join(map(_name, members(annotation)))
+    return " | ".join(map(_name, union_members(annotation)))
 
 
 def _name(kind: Any) -> str:
@@ -155,7 +157,7 @@ def _name(kind: Any) -> str:
 
 def _config_class(annotation: Any) -> type[Config] | None:
     """The config class of a field that admits one, and maybe None."""
-    kinds = [kind for kind in members(annotation) if kind is not type(None)]
+    kinds = [kind for kind in union_members(annotation) if kind is not type(None)]
     if len(kinds) == 1 and isinstance(kinds[0], type) and issubclass(kinds[0], Config):
         return kinds[0]
     return None
@@ -168,18 +170,18 @@ def _is_mapped(kind: Any) -> bool:
 
 def _item_annotation(annotation: Any) -> Any:
     """How the items of a list, set or tuple are declared; None where the field holds neither."""
-    for kind in members(annotation):
+    for kind in union_members(annotation):
         if (get_origin(kind) or kind) in (list, tuple, set, frozenset):
             return (get_args(kind) or (Any,))[0]
     return None
 
 
 def _parsed(text: str, annotation: Any) -> Any:
-    kinds = members(annotation)
+    kinds = union_members(annotation)
     if text == "null" and type(None) in kinds:
         return None
     # Other texts go to pydantic, which reads numbers, booleans, dates and paths from text.
-    return json_format.read(text) if text[:1] in ("[", "{") and str not in kinds else text
+    return formats.read_json(text) if text[:1] in ("[", "{") and str not in kinds else text
 
 
 # --- settings --------------------------------------------------------------------------------

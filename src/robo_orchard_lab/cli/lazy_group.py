@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from robo_orchard_core.utils.config.errors import nearest_or_all
+from robo_orchard_core.utils.config.errors import suggest_name
 
 Listed = Mapping[str, Mapping[str, tuple[str, str]]]
 """Headings, beneath each the commands by name: a line about it, and the module that has it."""
@@ -80,7 +80,7 @@ class LazyGroup(click.Group):
             click.UsageError: there is no such command; with the nearest that there is.
         """
         if args[0] not in self._modules:
-            advice = nearest_or_all(args[0], [*self._modules], "there are")
+            advice = suggest_name(args[0], [*self._modules], "there are")
             raise click.UsageError(f"there is no command {args[0]!r}; {advice}", ctx)
         return super().resolve_command(ctx, args)
 

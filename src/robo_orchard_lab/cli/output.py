@@ -15,8 +15,7 @@ from typing import Any, Literal, TextIO
 
 import click
 
-from robo_orchard_core.utils.config.document import Plain
-from robo_orchard_core.utils.config.yaml_format import read, write
+from robo_orchard_core.utils.config.formats import Plain, read_yaml, write_yaml
 
 # --- names -----------------------------------------------------------------------------------
 # What the command line goes by.
@@ -260,9 +259,9 @@ def readable_yaml(document: dict[str, Plain]) -> str:
     every: 50 steps | 1 epoch
     mixed_precision: "no"
     """
-    exact = write(document)
+    exact = write_yaml(document)
     readable = with_escapes("".join(_bare(line) for line in exact.splitlines(keepends=True)))
-    return readable if read(readable) == document else exact
+    return readable if read_yaml(readable) == document else exact
 
 
 def with_escapes(text: str) -> str:

@@ -28,7 +28,7 @@ from robo_orchard_core.utils.config.class_config import returned_class
 from robo_orchard_core.utils.config.errors import dotted
 from robo_orchard_core.utils.config.model import field_values
 from robo_orchard_core.utils.config.parts import DerivedConfig, code_of, parameters_of
-from robo_orchard_core.utils.config.references import members
+from robo_orchard_core.utils.config.references import union_members
 from robo_orchard_lab.experiment.config import CHECKPOINT, ExperimentConfig
 from robo_orchard_lab.experiment.parts import (
     AUTO,
@@ -307,7 +307,7 @@ def _counted(config: Any, count_steps: Callable[[], int], *, outermost: bool = T
     for name, value in field_values(config).items():
         with building(name):
             field = type(config).model_fields.get(name)
-            if value == AUTO and field is not None and int in members(field.annotation):
+            if value == AUTO and field is not None and int in union_members(field.annotation):
                 changes[name] = count_steps()
             elif isinstance(value, list):
                 changes[name] = [

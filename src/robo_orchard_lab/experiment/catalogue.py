@@ -31,14 +31,14 @@ from pathlib import Path
 from typing import Self
 
 from robo_orchard_core.utils.config import Trust
-from robo_orchard_core.utils.config.document import Plain
 from robo_orchard_core.utils.config.errors import (
     ConfigError,
     ConfigFieldError,
     ConfigSyntaxError,
-    shown,
+    describe,
     unknown_field,
 )
+from robo_orchard_core.utils.config.formats import Plain
 from robo_orchard_core.utils.config.parts import PART_KEYS
 from robo_orchard_lab.builtin_hooks import HOOK_MODULES
 
@@ -683,14 +683,14 @@ def _table(path: Path) -> object:
 def _names(table: object) -> list[str]:
     place = tuple(TABLE.split("."))
     if not isinstance(table, dict):
-        raise ConfigFieldError(f"expected a table, found {shown(table)}", place)
+        raise ConfigFieldError(f"expected a table, found {describe(table)}", place)
     for key in table:
         if key != "trust":
             raise unknown_field(key, ["trust"], TABLE, place)
     names = table.get("trust", [])
     place = (*place, "trust")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigFieldError(f"expected a list of names, found {shown(names)}", place)
+        raise ConfigFieldError(f"expected a list of names, found {describe(names)}", place)
     try:
         ExperimentTrust(tuple(names))
     except ConfigError as error:

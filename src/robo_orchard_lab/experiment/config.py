@@ -16,7 +16,7 @@ from robo_orchard_core.utils.config import (
     Trust,
     TrustLike,
 )
-from robo_orchard_core.utils.config.document import check
+from robo_orchard_core.utils.config.formats import check_plain
 from robo_orchard_lab.experiment.catalogue import ExperimentTrust, with_definitions
 from robo_orchard_lab.experiment.document import ExperimentDocument, read_experiment
 from robo_orchard_lab.experiment.overrides import Override, from_mapping
@@ -149,7 +149,7 @@ class ExperimentConfig(Config):
         Raises:
             ConfigError: Of the kind that says what is wrong, with the place.
         """
-        plain = check(dict(document))
+        plain = check_plain(dict(document))
         assert isinstance(plain, dict)
         named = {key: with_definitions(value, (key,)) for key, value in plain.items()}
         if not isinstance(trust, Trust):

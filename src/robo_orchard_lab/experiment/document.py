@@ -10,14 +10,14 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from robo_orchard_core.utils.config import formats
-from robo_orchard_core.utils.config.document import Lines, Plain
 from robo_orchard_core.utils.config.errors import (
     ConfigError,
     ConfigFieldError,
     ConfigSyntaxError,
-    shown,
+    describe,
 )
 from robo_orchard_core.utils.config.errors import Path as FieldPath
+from robo_orchard_core.utils.config.formats import Lines, Plain
 from robo_orchard_lab.experiment.catalogue import with_definitions
 from robo_orchard_lab.experiment.overrides import (
     DEFAULT,
@@ -128,7 +128,7 @@ def _content(path: Path, size: int) -> bytes:
 def _parsed(path: Path, content: bytes) -> ParsedFile:
     lines: Lines = {}
     try:
-        document = formats.read(formats.decoded(content), formats.format_of(path), lines)
+        document = formats.read(formats.decode_utf8(content), formats.format_of(path), lines)
         check_bounds(document)
     except ConfigError as error:
         error.source = os.fspath(path)
@@ -174,14 +174,17 @@ def check_bounds(document: Mapping[str, Plain]) -> None:
 
 def _check_base(file: ParsedFile, base: Plain) -> None:
     if not isinstance(base, str):
-        raise _wrong_base(file, f"expected the name of a file beside this one, found {shown(base)}")
+        raise _wrong_base(
+            file, f"expected the name of a file beside this one, found {describe(base)}"
+        )
     is_plain = base.isprintable() and all(
         kind(base).name == base for kind in (PurePosixPath, PureWindowsPath)
     )
     if not is_plain or base in ("", ".", "..") or len(base) > MAX_KEY:
         raise _wrong_base(
             file,
-            f"expected the name of a file beside this one, without a folder; found {shown(base)}",
+            f"expected the name of a file beside this one, without a folder; "
+            f"found {describe(base)}",
         )
 
 
@@ -346,7 +349,7 @@ def _place(document: dict[str, Plain], keys: tuple[str, ...]) -> FieldPath:
             path = (*path, key)
             inside = None if inside is None else inside.get(key)
         else:
-            raise ConfigFieldError(f"holds {shown(inside)}, which has no {key!r}", path)
+            raise ConfigFieldError(f"holds {describe(inside)}, which has no {key!r}", path)
     return path
 
 

@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from robo_orchard_core.utils.config import TrustLike
-from robo_orchard_core.utils.config.errors import ConfigError, ConfigFieldError, shown
+from robo_orchard_core.utils.config.errors import ConfigError, ConfigFieldError, describe
 from robo_orchard_lab.experiment.config import ExperimentConfig
 from robo_orchard_lab.experiment.document import read_experiment, read_with_bases
 from robo_orchard_lab.experiment.resume_diff import Difference, Resume, differences
@@ -132,7 +132,7 @@ def _within_run(folder: Any, config: Path) -> Path:
     try:
         if not isinstance(folder, str):
             raise ConfigFieldError(
-                f"expected a path within the run's folder, found {shown(folder)}"
+                f"expected a path within the run's folder, found {describe(folder)}"
             )
         check_run_path(folder)
         for part in (PurePath(folder), *PurePath(folder).parents[:-1]):

@@ -21,15 +21,15 @@ from robo_orchard_core.utils.config import (
     Trust,
     TrustError,
 )
-from robo_orchard_core.utils.config.document import Plain
-from robo_orchard_core.utils.config.errors import nearest_or_all
+from robo_orchard_core.utils.config.errors import suggest_name
+from robo_orchard_core.utils.config.formats import Plain
 from robo_orchard_core.utils.config.parts import FieldsOf, Function, Part, config_class_of
 from robo_orchard_core.utils.config.references import (
     is_collection,
     is_mapping,
-    members,
     resolve,
-    split,
+    split_reference,
+    union_members,
 )
 from robo_orchard_core.utils.hook import FunctionInfo
 from robo_orchard_lab.experiment.catalogue import (
@@ -113,7 +113,7 @@ def _type(annotation: Any, marks: Iterable[Any] = ()) -> str:
         inner, *marks = get_args(annotation)
         return _type(inner, marks)
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if len(members(annotation)) > 1:
+    if len(union_members(annotation)) > 1:
         names = [_type(member) for member in arguments]
         # A schedule's text stands for it.
         return " | ".join(n for n in names if not (n == "str" and "Trigger" in names))
@@ -237,11 +237,11 @@ def hook(name: str, trust: Trust | None = None) -> HookInfo:
     """
     trust = ExperimentTrust().trust if trust is None else trust
     if ":" not in name and name not in (known := hook_names()):
-        advice = nearest_or_all(name, known, "there are")
+        advice = suggest_name(name, known, "there are")
         raise ConfigReferenceError(f"there is no hook {name!r}; {advice}")
     reference = named(name)
     example: dict[str, Plain] = {"class_type": name, **EXAMPLES.get(name, {})}
-    if not trust.covers(*split(reference)):
+    if not trust.covers(*split_reference(reference)):
         package = reference.partition(".")[0].partition(":")[0]
         raise TrustError(f"{name!r} is code that is not trusted; if you do, say --trust {package}")
     found: Any = resolve(reference, trust)

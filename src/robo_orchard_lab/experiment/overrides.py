@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
-from robo_orchard_core.utils.config import formats, yaml_format
-from robo_orchard_core.utils.config.document import Plain, check, check_text, parsed_path
+from robo_orchard_core.utils.config import formats
 from robo_orchard_core.utils.config.errors import (
     ConfigError,
     ConfigFieldError,
     ConfigSyntaxError,
     Path,
+    parse_path,
 )
+from robo_orchard_core.utils.config.formats import Plain, check_plain, check_utf8
 from robo_orchard_core.utils.config.parts import PART_KEYS
 
 # --- origins ---------------------------------------------------------------------------------
@@ -358,8 +359,8 @@ def from_mapping(values: Mapping[str, object]) -> list[Override]:
     overrides = []
     for key, value in values.items():
         try:
-            path = parsed_path(key)
-            overrides.append(Override(path, check(value, path), None, origin))
+            path = parse_path(key)
+            overrides.append(Override(path, check_plain(value, path), None, origin))
         except ConfigError as error:
             raise _at(origin, error) from error.__cause__
     return overrides
@@ -379,10 +380,10 @@ def parse_value(text: str) -> Plain:
     text = text.strip()
     if len(text) > _MAX_TEXT:
         raise ConfigSyntaxError(f"the value is longer than {_MAX_TEXT} characters")
-    check_text(text, ())
+    check_utf8(text, ())
     if not text.startswith(("{", "[", '"', "'")):
         try:
-            scalar = yaml_format.scalar(text)
+            scalar = formats.read_yaml_scalar(text)
         except ValueError:
             return text
         return text if isinstance(scalar, float) and not math.isfinite(scalar) else scalar
@@ -394,7 +395,7 @@ def parse_value(text: str) -> Plain:
 
 def _read(path: str, text: str, origin: Origin) -> Override:
     try:
-        keys = parsed_path(path)
+        keys = parse_path(path)
     except ConfigError as error:
         raise _at(origin, error) from None
     return _override(keys, text, origin)
@@ -402,7 +403,7 @@ def _read(path: str, text: str, origin: Origin) -> Override:
 
 def _override(path: tuple[str, ...], text: str, origin: Origin) -> Override:
     try:
-        value = check(parse_value(text), path)
+        value = check_plain(parse_value(text), path)
     except ConfigError as error:
         error.path = (*path, *error.path[1:]) if error.path[:1] == ("value",) else path
         if isinstance(error, ConfigSyntaxError):

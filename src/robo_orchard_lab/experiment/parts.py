@@ -18,8 +18,8 @@ from robo_orchard_core.utils.config import (
     Function,
     Part,
 )
-from robo_orchard_core.utils.config.errors import as_declared, shown, unknown_field
-from robo_orchard_core.utils.config.parts import BASES, DECLARATIONS, UNDECLARED
+from robo_orchard_core.utils.config.errors import describe, unknown_field, validate_value
+from robo_orchard_core.utils.config.parts import CONFIG_BASES, FIELD_TYPES, UNTYPED_PARAMETERS
 
 # --- tensor values ---------------------------------------------------------------------------
 # How values of torch's that are neither plain data nor parts stand in files.
@@ -32,7 +32,9 @@ def _data_type(value: Any) -> Any:
     if isinstance(value, str):
         value = getattr(torch, value.removeprefix("torch."), value)
     if not isinstance(value, torch.dtype):
-        raise ValueError(f"expected a data type of tensors, like 'float32', found {shown(value)}")
+        raise ValueError(
+            f"expected a data type of tensors, like 'float32', found {describe(value)}"
+        )
     return value
 
 
@@ -43,7 +45,7 @@ def _device(value: Any) -> Any:
     try:
         return torch.device(value)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"expected a device, like 'cuda:0', found {shown(value)}") from error
+        raise ValueError(f"expected a device, like 'cuda:0', found {describe(value)}") from error
 
 
 def _as_text(value: Any) -> str:
@@ -57,12 +59,12 @@ Device = Annotated[
     Any, PlainValidator(_device, json_schema_input_type=str), PlainSerializer(_as_text)
 ]
 
-DECLARATIONS["torch:dtype"] = DataType
-DECLARATIONS["torch:device"] = Device
-UNDECLARED["torch", "dtype"] = DataType | None  # as all layers have them
-UNDECLARED["torch", "device"] = Device | None
-DECLARATIONS["torch:Tensor"] = None
-DECLARATIONS["torch._C:Generator"] = None
+FIELD_TYPES["torch:dtype"] = DataType
+FIELD_TYPES["torch:device"] = Device
+UNTYPED_PARAMETERS["torch", "dtype"] = DataType | None  # as all layers have them
+UNTYPED_PARAMETERS["torch", "device"] = Device | None
+FIELD_TYPES["torch:Tensor"] = None
+FIELD_TYPES["torch._C:Generator"] = None
 
 
 AUTO = "auto"
@@ -81,7 +83,7 @@ SamplerPart: TypeAlias = Annotated[
 ]
 """A sampler of indices; a ``data_source`` that it takes is the dataset."""
 
-DECLARATIONS["torch.utils.data.sampler:Sampler"] = SamplerPart
+FIELD_TYPES["torch.utils.data.sampler:Sampler"] = SamplerPart
 
 BatchProcessorPart: TypeAlias = Annotated[
     Any,
@@ -107,7 +109,7 @@ LRSchedulerPart: TypeAlias = Annotated[
 ]
 """A schedule of learning rates, which may hold others."""
 
-DECLARATIONS["torch.optim.lr_scheduler:LRScheduler"] = LRSchedulerPart
+FIELD_TYPES["torch.optim.lr_scheduler:LRScheduler"] = LRSchedulerPart
 
 CheckpointPart: TypeAlias = Annotated[
     Any, FieldsOf("robo_orchard_lab.pipeline.hooks.save_checkpoint:SaveCheckpointConfig")
@@ -188,7 +190,7 @@ class ParameterGroup(Config):
     ``weight_decay``, ``betas`` ....
     """
 
-    only_what_is_set: ClassVar[bool] = True
+    is_sparse: ClassVar[bool] = True
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow")
 
     __pydantic_extra__: dict[str, Any]
@@ -237,7 +239,7 @@ class OptimizerConfig(ClassConfig[Any]):
         if name not in known:
             raise unknown_field(name, known, cls.__name__.removesuffix("Config"), path)
         try:
-            return as_declared(name, value, cls.model_fields[name].annotation)
+            return validate_value(name, value, cls.model_fields[name].annotation)
         except ConfigError as error:
             raise error.under(path) from error.__cause__
 
@@ -254,15 +256,15 @@ class LRSchedulerConfig(ClassConfig[Any]):
     )
 
     @classmethod
-    def parameter_declaration(cls, declaration: Any) -> Any:
+    def adapt_parameter(cls, declaration: Any) -> Any:
         """Whole numbers may be ``auto``."""
-        from robo_orchard_core.utils.config.references import members
+        from robo_orchard_core.utils.config.references import union_members
 
-        return declaration | Auto if int in members(declaration) else declaration
+        return declaration | Auto if int in union_members(declaration) else declaration
 
 
-BASES["torch.optim.optimizer:Optimizer"] = OptimizerConfig
-BASES["torch.optim.lr_scheduler:LRScheduler"] = LRSchedulerConfig
+CONFIG_BASES["torch.optim.optimizer:Optimizer"] = OptimizerConfig
+CONFIG_BASES["torch.optim.lr_scheduler:LRScheduler"] = LRSchedulerConfig
 
 
 class TrainerConfig(Config):

@@ -16,18 +16,18 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Literal
 
 from robo_orchard_core.utils.config import Trust
-from robo_orchard_core.utils.config.document import Plain, check
 from robo_orchard_core.utils.config.errors import (
     ConfigError,
     ConfigFieldError,
     ConfigReferenceError,
     Path,
     TrustError,
-    shown,
+    describe,
     unknown_field,
 )
+from robo_orchard_core.utils.config.formats import Plain, check_plain
 from robo_orchard_core.utils.config.parts import PART_KEYS
-from robo_orchard_core.utils.config.references import split
+from robo_orchard_core.utils.config.references import split_reference
 from robo_orchard_lab.experiment.catalogue import DEFINITIONS, kind_of, nearest
 from robo_orchard_lab.experiment.document import ExperimentDocument, check_bounds
 from robo_orchard_lab.experiment.overrides import NAMED_ENTRIES, origin_of, walk
@@ -114,7 +114,7 @@ def prevalidate(document: ExperimentDocument, trust: Trust) -> None:
     """
     fields = document.document
     try:
-        check(fields)
+        check_plain(fields)
         check_bounds(fields)
         _check_top(fields)
         for path, value in walk(fields):
@@ -145,7 +145,7 @@ def _check_top(fields: dict[str, Plain]) -> None:
         field = TOP_FIELDS[name]
         is_mapping = isinstance(value, dict) or (value is None and field.nullable)
         if field.kind == "mapping" and not is_mapping:
-            raise ConfigFieldError(f"expected a mapping, found {shown(value)}", (name,))
+            raise ConfigFieldError(f"expected a mapping, found {describe(value)}", (name,))
     for name, field in TOP_FIELDS.items():
         if field.required and name not in fields:
             raise ConfigFieldError("a value is required here and none is given", (name,))
@@ -153,11 +153,11 @@ def _check_top(fields: dict[str, Plain]) -> None:
 
 def _check_named_entries(path: Path, value: Plain) -> None:
     if value is not None and not isinstance(value, dict):
-        raise ConfigFieldError(f"expected a mapping of names, found {shown(value)}", path)
+        raise ConfigFieldError(f"expected a mapping of names, found {describe(value)}", path)
     lacking: str | None = None
     for name, entry in (value or {}).items():
         if not isinstance(entry, dict):
-            raise ConfigFieldError(f"expected a mapping, found {shown(entry)}", (*path, name))
+            raise ConfigFieldError(f"expected a mapping, found {describe(entry)}", (*path, name))
         if lacking is None and _NEEDED[path].isdisjoint(entry):
             lacking = name
     # A name that is misspelt, where one of its fields is said, would be that of a new entry. The
@@ -177,12 +177,12 @@ def _is_reference(path: Path, value: Plain) -> bool:
 
 def _check_reference(path: Path, reference: Plain, trust: Trust) -> None:
     if not isinstance(reference, str):
-        problem = f"expected a name like 'package.module:Name', found {shown(reference)}"
+        problem = f"expected a name like 'package.module:Name', found {describe(reference)}"
         raise ConfigReferenceError(problem, path)
     if len(reference) > MAX_REFERENCE:
         raise ConfigReferenceError(f"expected a name, found {len(reference)} characters", path)
     try:
-        module, qualname = split(reference)
+        module, qualname = split_reference(reference)
     except ConfigReferenceError as error:
         if near := nearest(reference):
             error.problem += f"; did you mean {near!r}?"
@@ -233,7 +233,7 @@ def _check_trackers(path: Path, sink: dict[str, Plain], trust: Trust) -> None:
         is_known = name == "tensorboard" or not isinstance(name, str)  # or refused by validation
         if not is_known and not trust.covers(str(name), ""):
             raise TrustError(
-                f"the tracker {shown(name)} is not trusted; if you want it to be told of the run, "
+                f"the tracker {describe(name)} is not trusted; if it may see what the run logs, "
                 f"say --trust {name}",
                 (*path, "trackers", index),
             )
@@ -254,7 +254,7 @@ def _check_run_folder(document: ExperimentDocument) -> None:
         if leads_out or is_hidden or not value.isprintable():
             raise ConfigFieldError(
                 "a file can only have its run in a folder below the current one, with no name that "
-                f"begins with a dot; found {shown(value)}; say --run_folder for any other",
+                f"begins with a dot; found {describe(value)}; say --run_folder for any other",
                 (field,),
             )
     if any(len(part.encode()) > _MAX_FOLDER for part in folder.parts):

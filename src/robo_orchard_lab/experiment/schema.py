@@ -29,11 +29,11 @@ from robo_orchard_core.utils.config.parts import (
 )
 from robo_orchard_core.utils.config.references import (
     Code,
-    class_kinds,
-    found_in,
-    is_kind,
+    admitted_classes,
+    find_in_module,
+    is_assignable,
     reference_to,
-    split,
+    split_reference,
 )
 from robo_orchard_lab.experiment.catalogue import CATALOGUE
 from robo_orchard_lab.experiment.config import ExperimentConfig
@@ -77,9 +77,9 @@ def fields_of(
     for name in properties.keys() & {*without_default}:
         del properties[name]["default"]  # which is no value, but stands for none
     if issubclass(cls, OpenDerivedConfig):
-        for name, declaration in cls.beside_fields.items():
+        for name, declaration in cls.extra_parameters.items():
             properties[name] = _generated(TypeAdapter(declaration).core_schema, cls, others)
-        schema["additionalProperties"] = cls.takes_any
+        schema["additionalProperties"] = cls.accepts_any
     schema["description"] = _first_paragraph(cls if code is None else code)
     if not issubclass(cls, DerivedConfig):
         properties |= {"config_type": {"type": "string"}} if code is not None else {}
@@ -111,7 +111,7 @@ class _Generator(GenerateJsonSchema):
             return super().model_schema(schema)
         field = cls.model_fields.get("class_type")
         if field is not None and field.is_required():
-            return _placed(self._others.part(Part(class_kinds(field.annotation))))
+            return _placed(self._others.part(Part(admitted_classes(field.annotation))))
         return _placed(self._others.config(cls))
 
     def function_plain_schema(self, schema: Any) -> Json:
@@ -257,7 +257,7 @@ class Definitions:
         known = [
             name
             for reference, code in self._code.items()
-            if isinstance(code, type) and is_kind(code, kind)
+            if isinstance(code, type) and is_assignable(code, kind)
             for name in self._spellings[reference]
         ]
         return self._choice([reference_to(kind), *known])
@@ -324,7 +324,7 @@ class Definitions:
             # Those of the catalogue make models: they are no batch processors.
             return part.classes == (object,) or reference_to(function) in self._single
         result = returned_class(function)
-        return result is not None and any(is_kind(result, kind) for kind in part.classes)
+        return result is not None and any(is_assignable(result, kind) for kind in part.classes)
 
     def _users(self) -> Json:
         """How code of the user's own packages is named."""
@@ -342,12 +342,12 @@ class Definitions:
 
 def _imported(reference: str) -> Any:
     """What a reference leads to; None where its package isn't installed."""
-    name, qualname = split(reference)
+    name, qualname = split_reference(reference)
     try:
         module = importlib.import_module(name)
     except ImportError:
         return None
-    return found_in(module, qualname, reference)
+    return find_in_module(module, qualname, reference)
 
 
 def _is_of(cls: type, part: Part) -> bool:
@@ -355,7 +355,7 @@ def _is_of(cls: type, part: Part) -> bool:
         return False
     if part.functions == "are called" and part.classes == (object,):
         return any("__call__" in vars(base) for base in cls.__mro__)  # its instances are
-    return any(is_kind(cls, kind) for kind in part.classes)
+    return any(is_assignable(cls, kind) for kind in part.classes)
 
 
 def _one_of(names: list[str]) -> Json:

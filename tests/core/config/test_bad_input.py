@@ -178,7 +178,7 @@ SYNTAX = [
     ("yaml", "hooks: {stats: ! 'x'}", "hooks.stats", "tags are not read"),
     ("yaml", "!!map {}", "line 1, column 1", "tags are not read"),
     ("yaml", "hooks: &h {}\nextra: *h", "extra", "aliases are not read"),
-    ("yaml", "{}\n---\n{}", "line 2, column 1", "found a second one"),
+    ("yaml", "{}\n---\n{}", "line 2, column 1", "found another document"),
     ("yaml", "1: 2", "line 1, column 1", "expected a key of text, found 1"),
     ("yaml", "? [a]\n: 2", "line 1, column 3", "expected a key of text"),
     ("yaml", "a: b: c", "line 1, column 5", "broken YAML"),

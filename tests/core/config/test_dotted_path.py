@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from robo_orchard_core.utils.config import ConfigError
-from robo_orchard_core.utils.config.document import parsed_path
-from robo_orchard_core.utils.config.errors import dotted
+from robo_orchard_core.utils.config.errors import dotted, parse_path
 
 
 @given(
@@ -17,11 +16,11 @@ from robo_orchard_core.utils.config.errors import dotted
 )
 def test_paths_are_read_as_they_are_written(path: list[str]) -> None:
     """Whatever is in the keys, the dotted path that errors show leads back to them."""
-    assert parsed_path(dotted(path)) == tuple(path)
+    assert parse_path(dotted(path)) == tuple(path)
 
 
 @given(st.text())
 def test_any_text_is_a_path_or_refused(text: str) -> None:
     """No text ends in another error than ours."""
     with contextlib.suppress(ConfigError):
-        assert parsed_path(text)
+        assert parse_path(text)

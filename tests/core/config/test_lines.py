@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from robo_orchard_core.utils.config import Format, formats
-from robo_orchard_core.utils.config.document import MAX_LINES, Lines
+from robo_orchard_core.utils.config.formats import MAX_LINES, Lines
 
 YAML = """\
 a: 1

@@ -206,7 +206,7 @@ def test_what_is_not_written_as_a_reference_is_refused(text: str) -> None:
 def test_our_own_functions_and_re_exports_are_refused_too() -> None:
     """Being inside a trusted package is not enough."""
     package = "robo_orchard_core.utils.config"
-    for reference in (f"{package}.formats:json_format", f"{package}:Config", f"{package}:errors"):
+    for reference in (f"{package}.formats:json", f"{package}:Config", f"{package}:errors"):
         with pytest.raises(ConfigReferenceError, match="leads to"):
             Run.from_dict({"either": reference})
     assert Run.from_dict({"either": f"{package}.config:Config"}).either is Config

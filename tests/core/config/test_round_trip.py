@@ -25,7 +25,7 @@ from robo_orchard_core.utils.config import (
     ConfigSaveError,
     Format,
 )
-from robo_orchard_core.utils.config.document import first_difference
+from robo_orchard_core.utils.config.formats import first_difference
 
 # A machine that others use as well is slow at times; that is no finding.
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

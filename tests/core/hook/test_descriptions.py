@@ -117,7 +117,7 @@ def test_a_description_survives_the_loss_of_the_working_directory(tmp_path: Path
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=gone, capture_output=True, text=True, check=True
     )
-    assert re.search(r"from /.*_handle\.py:\d+>", done.stdout)
+    assert re.search(r"from /.*channel\.py:\d+>", done.stdout)
 
 
 class Falsy(list[Any]):

@@ -129,7 +129,7 @@ YAML = [
         "A second document that a reader doesn't see.",
         experiment() + "---\n" + experiment(),
         SYNTAX,
-        "found a second one",
+        "found another document",
     ),
     Hostile(
         "deep_lists",
@@ -334,13 +334,20 @@ JSON_AND_TOML = [
         "model.class_type: the key occurs twice",
         "json",
     ),
-    Hostile("json_deep", "Recursion without an end.", '{"a":' * 20_000, SYNTAX, "too deep", "json"),
+    Hostile(
+        "json_deep",
+        "Recursion without an end.",
+        '{"a":' * 20_000,
+        SYNTAX,
+        "nested deeper than 64 levels",
+        "json",
+    ),
     Hostile(
         "json_deep_lists",
         "The same.",
         '{"a": ' + "[" * 50_000 + "]" * 50_000 + "}",
         SYNTAX,
-        "too deep",
+        "nested deeper than 64 levels",
         "json",
     ),
     Hostile(
@@ -387,7 +394,12 @@ JSON_AND_TOML = [
         "toml",
     ),
     Hostile(
-        "toml_deep", "Recursion without an end.", "a = " + "[" * 100_000, SYNTAX, "too deep", "toml"
+        "toml_deep",
+        "Recursion without an end.",
+        "a = " + "[" * 100_000,
+        SYNTAX,
+        "nested deeper than 64 levels",
+        "toml",
     ),
     Hostile(
         "toml_dotted",

@@ -162,7 +162,7 @@ def test_bad_numbers_and_metadata_are_refused_by_name(tmp_path: Path) -> None:
         save_checkpoint(tmp_path / "one", 1, {}, metrics={"loss": "low"})  # type: ignore[dict-item]
     with pytest.raises(StateError, match="the metadata can't be saved: w is a tensor"):
         save_checkpoint(tmp_path / "one", 1, {}, metadata={"w": torch.ones(1)})
-    with pytest.raises(StateError, match="the metadata can't be saved: it is nested deeper"):
+    with pytest.raises(StateError, match="the metadata can't be saved: nested deeper"):
         save_checkpoint(tmp_path / "one", 1, {}, metadata=deep())
     assert os.listdir(tmp_path) == []
 

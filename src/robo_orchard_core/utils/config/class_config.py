@@ -29,15 +29,15 @@ from robo_orchard_core.utils.config.model import ConfigModel, field_values
 from robo_orchard_core.utils.config.references import (
     CONFIG_TYPE,
     Loading,
+    admitted_classes,
     bare,
-    class_kinds,
     current,
-    declared_config_class,
-    is_kind,
-    item_annotation,
-    members,
+    find_config_class,
+    is_assignable,
+    item_type,
+    mapping_value_type,
     reference_to,
-    value_annotation,
+    union_members,
 )
 
 # --- building --------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def call(
     signature = _signature(code)
     # Built only where it is needed: what a caller gives instead may be there to avoid it.
     silent = fields.keys() - kwargs.keys() - set(_positional(signature)[: len(args)])
-    built = built_arguments(code, {n: value for n, value in fields.items() if n in silent})
+    built = build_arguments(code, {n: value for n, value in fields.items() if n in silent})
     kwargs = {**built, **kwargs}
     behind = [_built(value, Any) for value in further]
     if signature is None:
@@ -154,9 +154,9 @@ def _in_place(
     return (*placed, *behind), named
 
 
-def built_arguments(code: Callable[..., Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+def build_arguments(code: Callable[..., Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments for ``code``, with instances in the place of the configs that stand for them."""
-    hints = hints_of(code)
+    hints = type_hints(code)
     return {name: _built(value, hints.get(name, Any)) for name, value in fields.items()}
 
 
@@ -207,8 +207,8 @@ def _admits(hint: Any, config: ConfigModel) -> bool:
     return any(
         isinstance(member, type)
         and issubclass(member, ConfigModel)
-        and is_kind(type(config), member)
-        for member in members(hint)
+        and is_assignable(type(config), member)
+        for member in union_members(hint)
     )
 
 
@@ -223,25 +223,27 @@ def _built(value: Any, hint: Any) -> Any:
             return value
         if makes:
             return made()
-        return made.bound() if value.only_what_is_set and hasattr(value, "func") else value
+        return made.bound() if value.is_sparse and hasattr(value, "func") else value
     # A text that names a config class declares what the container holds.
     if type(value) in (list, tuple):
         declared = [
-            hint if isinstance(hint, str) else item_annotation(hint, i) for i in range(len(value))
+            hint if isinstance(hint, str) else item_type(hint, i) for i in range(len(value))
         ]
         return type(value)(map(_built, value, declared))
     if type(value) is dict:
-        inner = hint if isinstance(hint, str) else value_annotation(hint)
+        inner = hint if isinstance(hint, str) else mapping_value_type(hint)
         return {key: _built(item, inner) for key, item in value.items()}
     return value
 
 
 def _is_callable(hint: Any) -> bool:
     """Whether something to call is declared."""
-    return any(collections.abc.Callable in (member, get_origin(member)) for member in members(hint))
+    return any(
+        collections.abc.Callable in (member, get_origin(member)) for member in union_members(hint)
+    )
 
 
-def hints_of(code: Any) -> dict[str, Any]:
+def type_hints(code: Any) -> dict[str, Any]:
     """The types that a function or a class's constructor declares, see `_hints`."""
     if not isinstance(code, type):
         return _hints(code)
@@ -251,7 +253,7 @@ def hints_of(code: Any) -> dict[str, Any]:
 
 def returned_class(function: Callable[..., Any]) -> type | None:
     """The class whose instances a function returns, if its annotation names one."""
-    result = bare(hints_of(function).get("return"))
+    result = bare(type_hints(function).get("return"))
     result = get_origin(result) or result
     return result if isinstance(result, type) and result is not type(None) else None
 
@@ -350,15 +352,15 @@ class ClassConfig(Config, Generic[T_co]):
             CONFIG_TYPE in document
             or not isinstance(reference, str)
             or not cls.model_fields["class_type"].is_required()
-            or cls.only_what_is_set
+            or cls.is_sparse
         ):
             return super()._class_named_in(state, document)
         from robo_orchard_core.utils.config.parts import config_class_of
 
-        kinds = class_kinds(cls.model_fields["class_type"].annotation)
-        named = state.class_at(reference, kinds, ("class_type",))
+        kinds = admitted_classes(cls.model_fields["class_type"].annotation)
+        named = state.resolve_class(reference, kinds, ("class_type",))
         if document.keys() <= cls.model_fields.keys():  # may be one of this very class
-            return declared_config_class(named, cls) or cls
+            return find_config_class(named, cls) or cls
         return config_class_of(named, cls)
 
     @classmethod
@@ -367,9 +369,9 @@ class ClassConfig(Config, Generic[T_co]):
 
         field = cls.model_fields["class_type"]
         named: Any = getattr(config, "class_type", None)
-        if named is None or not config.only_what_is_set or not field.is_required():
+        if named is None or not config.is_sparse or not field.is_required():
             return None
-        if not any(is_kind(named, kind) for kind in class_kinds(field.annotation)):
+        if not any(is_assignable(named, kind) for kind in admitted_classes(field.annotation)):
             return None
         return config_class_of(named, cls)(**field_values(config))
 
@@ -463,8 +465,8 @@ def _config(kind: type, data: Any) -> ConfigModel:
     if state is not None and isinstance(data, dict):
         if CONFIG_TYPE not in data:
             raise ConfigReferenceError(f"expected {CONFIG_TYPE!r} to name the class of the config")
-        target = state.config_class_at(data[CONFIG_TYPE], kind, (CONFIG_TYPE,))
+        target = state.resolve_config_class(data[CONFIG_TYPE], kind, (CONFIG_TYPE,))
         data = target.model_validate({k: v for k, v in data.items() if k != CONFIG_TYPE})
-    if isinstance(data, ConfigModel) and is_kind(type(data), kind):
+    if isinstance(data, ConfigModel) and is_assignable(type(data), kind):
         return data
     raise ValueError(f"expected a config that is a {kind.__qualname__}")

@@ -12,25 +12,25 @@ from typing import Any, Self, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from robo_orchard_core.utils.config import formats
-from robo_orchard_core.utils.config.document import MAX_BYTES, check, parsed_path
 from robo_orchard_core.utils.config.encoding import encode
 from robo_orchard_core.utils.config.errors import (
     ConfigError,
     ConfigFieldError,
     config_error,
-    nearest_or_all,
-    shown,
+    describe,
+    parse_path,
+    suggest_name,
     unknown_field,
 )
-from robo_orchard_core.utils.config.formats import Format
+from robo_orchard_core.utils.config.formats import MAX_BYTES, Format, check_plain
 from robo_orchard_core.utils.config.model import ConfigModel, field_values
 from robo_orchard_core.utils.config.references import (
     Loading,
     Trust,
     TrustLike,
-    item_annotation,
+    item_type,
     loading,
-    value_annotation,
+    mapping_value_type,
 )
 
 # --- replacing -------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def config_with(config: ModelT, changes: Mapping[Keys, Any]) -> ModelT:
             values[name] = _changed(value, inner, Any if field is None else field.annotation)
         except ConfigError as error:
             raise error.under((name,)) from error.__cause__
-    if cls.only_what_is_set:
+    if cls.is_sparse:
         _check_code(config, values)
     try:
         return cls(**values)
@@ -79,8 +79,8 @@ def _check_code(config: ConfigModel, values: Mapping[str, Any]) -> None:
         )
         if not is_same:
             raise ConfigFieldError(
-                f"the other values are for {shown(old)}, and this is {shown(new)}; replace the "
-                "config whole",
+                f"the other values are for {describe(old)}, and this is {describe(new)}; "
+                "replace the config whole",
                 (name,),
             )
 
@@ -100,7 +100,7 @@ def _changed(value: Any, changes: dict[Keys, Any], annotation: Any) -> Any:
     if isinstance(value, ConfigModel):
         return config_with(value, changes)
     if isinstance(value, dict):
-        return _mapping_with(value, _by_first(changes), value_annotation(annotation))
+        return _mapping_with(value, _by_first(changes), mapping_value_type(annotation))
     if type(value) in (list, tuple):
         return type(value)(_items_with(value, _by_first(changes), annotation))
     found = type(value).__qualname__
@@ -116,7 +116,7 @@ def _mapping_with(
         key = keys.get(name, name)
         removes = inner == {(): None} and not _admits_none(annotation)
         if name not in keys and (removes or () not in inner):
-            advice = nearest_or_all(name, [*keys], "there is")
+            advice = suggest_name(name, [*keys], "there is")
             raise ConfigFieldError(f"no entry has this name; {advice}", (name,))
         if removes:
             del result[key]
@@ -137,7 +137,7 @@ def _items_with(
             raise ConfigFieldError(f"expected the index of one of {len(items)} items", (name,))
         index = int(name)
         try:
-            items[index] = _changed(items[index], inner, item_annotation(annotation, index))
+            items[index] = _changed(items[index], inner, item_type(annotation, index))
         except ConfigError as error:
             raise error.under((index,)) from error.__cause__
     return items
@@ -193,7 +193,7 @@ did you mean 'batch_size'?
         Raises:
             ConfigError: Of the kind that says what is wrong, with the place.
         """
-        plain = check(dict(document))
+        plain = check_plain(dict(document))
         try:
             with loading(Loading(cls, Trust.of(trust))):
                 return cls.model_validate(plain)
@@ -259,7 +259,7 @@ did you mean 'batch_size'?
             format_ = formats.format_of(path)
             with open(path, "rb") as file:
                 content = file.read(MAX_BYTES + 1)
-            return cls.from_str(formats.decoded(content), format_, trust=trust)
+            return cls.from_str(formats.decode_utf8(content), format_, trust=trust)
         except ConfigError as error:
             error.source = os.fspath(path)
             raise
@@ -285,4 +285,4 @@ did you mean 'batch_size'?
         Raises:
             ConfigFieldError: A name or a value that this config doesn't admit.
         """
-        return config_with(self, {parsed_path(name): value for name, value in changes.items()})
+        return config_with(self, {parse_path(name): value for name, value in changes.items()})

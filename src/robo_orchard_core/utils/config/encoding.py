@@ -14,15 +14,15 @@ from typing import Any, get_args
 from pydantic import BaseModel, PlainSerializer, TypeAdapter, ValidationError, WrapSerializer
 from pydantic_core import to_jsonable_python
 
-from robo_orchard_core.utils.config.document import MAX_DEPTH, Plain, check
 from robo_orchard_core.utils.config.errors import (
     ConfigReferenceError,
     ConfigSaveError,
     ConfigSyntaxError,
     Path,
     config_error,
-    shown,
+    describe,
 )
+from robo_orchard_core.utils.config.formats import MAX_DEPTH, Plain, check_plain
 from robo_orchard_core.utils.config.model import ConfigModel, field_values
 from robo_orchard_core.utils.config.references import (
     CONFIG_TYPE,
@@ -30,13 +30,13 @@ from robo_orchard_core.utils.config.references import (
     Loading,
     Trust,
     declared_code,
-    declared_config_class,
-    found_in,
-    item_annotation,
+    find_config_class,
+    find_in_module,
+    item_type,
     loading,
-    members,
+    mapping_value_type,
     reference_to,
-    value_annotation,
+    union_members,
 )
 
 
@@ -75,8 +75,8 @@ class _Encoder:
     def config(self, config: ConfigModel, annotation: Any, path: Path) -> dict[str, Plain]:
         cls = type(config)
         document: dict[str, Plain] = {}
-        admitted = [m for m in members(annotation) if m is not type(None)]
-        if admitted != [cls] and not (cls.only_what_is_set or _is_named_by_class(config, admitted)):
+        admitted = [m for m in union_members(annotation) if m is not type(None)]
+        if admitted != [cls] and not (cls.is_sparse or _is_named_by_class(config, admitted)):
             document[CONFIG_TYPE] = self._reference(cls, path)
         for name, value in field_values(config).items():
             field = cls.model_fields.get(name)
@@ -109,10 +109,10 @@ class _Encoder:
         if value is None or isinstance(value, bool | int):
             return value
         if isinstance(value, Mapping):
-            return self._mapping(value, value_annotation(annotation), path)
+            return self._mapping(value, mapping_value_type(annotation), path)
         if isinstance(value, list | tuple | set | frozenset):
             items = [
-                self.value(item, item_annotation(annotation, i), (*path, i))
+                self.value(item, item_type(annotation, i), (*path, i))
                 for i, item in enumerate(value)
             ]
             # The order of a set differs from process to process; its document must not.
@@ -142,14 +142,14 @@ class _Encoder:
                 return TypeAdapter(type(value)).dump_python(value, mode="json")
             return to_jsonable_python(value)
         except ValueError as error:  # pydantic's, or of text that UTF-8 can't hold
-            raise ConfigSaveError(f"no document can hold {shown(value)}", path) from error
+            raise ConfigSaveError(f"no document can hold {describe(value)}", path) from error
 
 
 def _is_named_by_class(config: ConfigModel, admitted: list[Any]) -> bool:
     """Whether it is read as what it is where its ``class_type`` is all that names it: of the config
     class that stands beside that class, where a part or a config of any class is declared."""
     cls = getattr(config, "class_type", None)
-    if cls is None or declared_config_class(cls) is not type(config):
+    if cls is None or find_config_class(cls) is not type(config):
         return False
     return any(kind is Any or _leaves_class_open(kind) for kind in admitted)
 
@@ -179,7 +179,7 @@ def _has_serializer(cls: type[BaseModel], name: str) -> bool:
 def _checked(document: Plain) -> Plain:
     """The document, once it keeps the rules that its readers hold it to."""
     try:
-        return check(document)
+        return check_plain(document)
     except ConfigSyntaxError as error:
         raise ConfigSaveError(error.problem, error.path) from error
 
@@ -215,7 +215,7 @@ def _is_reachable(code: Code) -> bool:
     if module is None:
         return False
     try:
-        return found_in(module, code.__qualname__, reference_to(code)) is code
+        return find_in_module(module, code.__qualname__, reference_to(code)) is code
     except ConfigReferenceError:
         return False
 

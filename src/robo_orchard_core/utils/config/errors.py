@@ -11,10 +11,11 @@ from typing import Any, Self
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-Path = tuple[str | int, ...]
-"""Where a value lies in a document: keys and list indexes, from the top."""
+from robo_orchard_core.utils.strict_json import Path as Path
 
 _BARE = re.compile(r"[^\s.\"]+")
+_KEY = re.compile(r'"(?:[^"\\]|\\.)*"|[^."]+')
+_MAX_KEYS = 64
 
 
 def dotted(path: Iterable[str | int]) -> str:
@@ -33,6 +34,34 @@ def _written(key: str) -> str:
     if _BARE.fullmatch(key) and key.isprintable():
         return key
     return json.dumps(key, ensure_ascii=not key.isprintable())
+
+
+def parse_path(text: str) -> tuple[str, ...]:
+    """Parse a dotted path; a key that holds a dot or a quote is written in double quotes.
+
+    >>> parse_path('lr."layer1.weight".0')
+    ('lr', 'layer1.weight', '0')
+
+    Raises:
+        ConfigFieldError: The text is not a dotted path.
+    """
+    path: list[str] = []
+    end = 0
+    while len(path) < _MAX_KEYS and (found := _KEY.match(text, end)):
+        key = found[0]
+        try:
+            key.encode()
+            path.append(json.loads(key) if key.startswith('"') else key)
+        except ValueError:  # no JSON string, or half of a surrogate pair
+            break
+        end = found.end() + 1
+        if end > len(text):
+            return tuple(path)
+        if text[end - 1] != ".":
+            break
+    raise ConfigFieldError(
+        f"expected keys with dots between them, like trainer.max_epoch; found {text[:80]!r}"
+    )
 
 
 class ConfigError(ValueError):
@@ -149,10 +178,10 @@ def _inner_first(problems: list[ConfigError]) -> list[ConfigError]:
     return ordered
 
 
-def as_declared(name: str, value: object, declaration: Any) -> Any:
+def validate_value(name: str, value: object, declaration: Any) -> Any:
     """The value as a field of this name would hold it.
 
-    >>> as_declared("lr", 1, float)
+    >>> validate_value("lr", 1, float)
     1.0
 
     Raises:
@@ -182,7 +211,7 @@ def _one(details: ErrorDetails, document: object) -> ConfigError:
         return ConfigFieldError(_clipped(str(raised)), path)
     if details["type"] == "missing":
         return ConfigFieldError("a value is required here and none is given", path)
-    return ConfigFieldError(f"{details['msg']}, found {shown(details['input'])}", path)
+    return ConfigFieldError(f"{details['msg']}, found {describe(details['input'])}", path)
 
 
 def _locate(loc: Path, document: object, *, missing: bool) -> Path:
@@ -214,10 +243,10 @@ def _clipped(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
-def shown(value: object) -> str:
+def describe(value: object) -> str:
     """The value and its type, short enough for a message.
 
-    >>> shown("abc")
+    >>> describe("abc")
     "'abc' (str)"
     """
     text = repr(value)
@@ -226,16 +255,16 @@ def shown(value: object) -> str:
 
 def unknown_field(name: str, known: Iterable[str], owner: str, path: Path = ()) -> ConfigFieldError:
     """The error for a field that ``owner`` doesn't have, with the nearest one that it has."""
-    advice = nearest_or_all(name, sorted(known), "it has")
+    advice = suggest_name(name, sorted(known), "it has")
     return ConfigFieldError(f"{owner} has no such field; {advice}", (*path, name))
 
 
-def nearest_or_all(name: str, known: Sequence[str], lead: str) -> str:
+def suggest_name(name: str, known: Sequence[str], lead: str) -> str:
     """What to write instead of a name that isn't there: the nearest one, or which there are.
 
-    >>> nearest_or_all("lrr", ["lr", "momentum"], "there is")
+    >>> suggest_name("lrr", ["lr", "momentum"], "there is")
     "did you mean 'lr'?"
-    >>> nearest_or_all("speed", ["lr", "momentum"], "there is")
+    >>> suggest_name("speed", ["lr", "momentum"], "there is")
     'there is lr, momentum'
     """
     near = difflib.get_close_matches(name, known, n=1)

@@ -1,54 +1,63 @@
-"""One document, three formats, each read back before it is handed out."""
+"""Documents as JSON, YAML and TOML text.
+
+A document is plain data: None, bool, int, finite float, text, and lists and dicts with text keys.
+`write` reads its own result back, so that a written document is never a different one.
+"""
 
 from __future__ import annotations
 
+import datetime
+import json
 import os
-from typing import Literal, get_args
+import re
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import cache
+from itertools import islice
+from typing import Any, Literal, TypeAlias, get_args
 
-from robo_orchard_core.utils.config import json_format, toml_format, yaml_format
-from robo_orchard_core.utils.config.document import (
-    MAX_BYTES,
-    Lines,
-    Plain,
-    check,
-    check_text,
-    first_difference,
-)
 from robo_orchard_core.utils.config.errors import (
     ConfigError,
     ConfigSaveError,
     ConfigSyntaxError,
+    Path,
 )
+from robo_orchard_core.utils.strict_json import JsonError, check_json, check_scalar, parse_json
 
+Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
 Format = Literal["json", "yaml", "toml"]
+Lines: TypeAlias = dict[Path, int]
+"""Line number, from 1, of each value or its key, by path."""
 
-_MODULES = {"json": json_format, "yaml": yaml_format, "toml": toml_format}
-_SUFFIXES: dict[str, Format] = {
-    ".json": "json",
-    ".yaml": "yaml",
-    ".yml": "yaml",
-    ".toml": "toml",
-}
+MAX_DEPTH = 64
+"""Nested lists and dicts in a document; far below the interpreter's recursion limit."""
+MAX_BYTES = 16 * 2**20
+"""Size of a document in UTF-8. Larger data belongs in a file of its own."""
+MAX_LINES = 20_000
+"""Values whose line numbers a reader records."""
+
+_FORMATS: dict[str, Format] = {".json": "json", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}
 
 
 def format_of(path: str | os.PathLike[str]) -> Format:
-    """The format that the file's suffix says.
+    """Return the format for a file name's suffix.
 
     Raises:
-        ConfigError: It says none of them.
+        ConfigError: The suffix belongs to no format.
     """
     suffix = os.path.splitext(path)[1].lower()
-    if suffix not in _SUFFIXES:
-        known = ", ".join(_SUFFIXES)
+    if suffix not in _FORMATS:
+        known = ", ".join(_FORMATS)
         raise ConfigError(f"expected a file name that ends in {known}; found {os.fspath(path)!r}")
-    return _SUFFIXES[suffix]
+    return _FORMATS[suffix]
 
 
 def check_format(name: str) -> Format:
-    """The name, once it is one of ours.
+    """Return the name of a format.
 
     Raises:
-        ConfigError: It isn't.
+        ConfigError: The name is unknown.
     """
     for known in get_args(Format):
         if name == known:
@@ -57,12 +66,12 @@ def check_format(name: str) -> Format:
 
 
 def write(document: dict[str, Plain], format: Format) -> str:  # noqa: A002 - the public word
-    """The document as text that `read` turns into exactly this document.
+    """Serialize a document and verify that `read` returns the identical document.
 
     Raises:
-        ConfigSaveError: The format can't hold it, with the place of what it can't hold.
+        ConfigSaveError: With the path of a value that the format can't hold.
     """
-    text: str = _MODULES[check_format(format)].write(document)
+    text: str = _WRITERS[check_format(format)](document)
     try:
         difference = first_difference(document, read(text, format))
     except ConfigSyntaxError as error:
@@ -72,11 +81,37 @@ def write(document: dict[str, Plain], format: Format) -> str:  # noqa: A002 - th
     return text
 
 
-def decoded(content: bytes) -> str:
-    """The text of a document's file.
+def read(
+    text: str,
+    format: Format,  # noqa: A002 - the public word
+    lines: Lines | None = None,
+) -> dict[str, Plain]:
+    """Parse a document.
+
+    Args:
+        text: The document.
+        format: Format of the text.
+        lines: Filled with the line number of each value, as far as the parser reports lines.
 
     Raises:
-        ConfigSyntaxError: It is no UTF-8, or larger than `MAX_BYTES`.
+        ConfigSyntaxError: The text is malformed, too large, or holds anything but plain data.
+    """
+    reader = _READERS[check_format(format)]
+    check_utf8(text, ())  # a lone surrogate crashes libyaml's parser
+    if len(text.encode()) > MAX_BYTES:
+        raise ConfigSyntaxError(f"the document is larger than {MAX_BYTES} bytes")
+    document = check_plain(reader(text, lines))
+    if not isinstance(document, dict):
+        found = type(document).__qualname__
+        raise ConfigSyntaxError(f"expected a mapping of fields at the top, found {found}")
+    return document
+
+
+def decode_utf8(content: bytes) -> str:
+    """Decode the content of a document's file.
+
+    Raises:
+        ConfigSyntaxError: The content is not UTF-8, or larger than `MAX_BYTES`.
     """
     if len(content) > MAX_BYTES:
         raise ConfigSyntaxError(f"the document is larger than {MAX_BYTES} bytes")
@@ -86,28 +121,429 @@ def decoded(content: bytes) -> str:
         raise ConfigSyntaxError(f"expected UTF-8: {error}") from error
 
 
-def read(
-    text: str,
-    format: Format,  # noqa: A002 - the public word
-    lines: Lines | None = None,
-) -> dict[str, Plain]:
-    """The document that the text holds.
+# --- plain data ------------------------------------------------------------------------------
 
-    Args:
-        text: The document.
-        format: What it is written in.
-        lines: Is given the line in which each value begins, by its path, as far as it is known.
+
+def check_plain(value: object, path: Path = ()) -> Plain:
+    """Return a copy of plain data, with TOML's dates and times as ISO 8601 text.
 
     Raises:
-        ConfigSyntaxError: It holds none, or breaks a rule of `document`.
+        ConfigSyntaxError: With the path of the first value that no document can hold.
     """
-    reader = _MODULES[check_format(format)]
-    # A text that UTF-8 can't hold crashes libyaml's parser before its events come.
-    check_text(text, ())
-    if len(text.encode()) > MAX_BYTES:
-        raise ConfigSyntaxError(f"the document is larger than {MAX_BYTES} bytes")
-    document = check(reader.read(text, lines))
-    if not isinstance(document, dict):
-        found = type(document).__qualname__
-        raise ConfigSyntaxError(f"expected a mapping of fields at the top, found {found}")
-    return document
+    try:
+        plain: Plain = check_json(value, MAX_DEPTH, _plain_scalar, len(path))
+        return plain
+    except JsonError as error:
+        raise _syntax_error(error, path) from error.__cause__
+
+
+def _plain_scalar(value: Any) -> Plain:
+    match value:
+        case None | bool() | float():
+            plain: Plain = check_scalar(value)
+            return plain
+        case str() | int():
+            try:
+                text = str(value)
+                text.encode()
+            except UnicodeEncodeError as error:
+                problem = f"text can't hold the lone surrogate {text[error.start]!r}"
+                raise JsonError(problem) from error
+            except ValueError as error:  # more digits than Python converts to text and back
+                raise JsonError(str(error)) from error
+            return value
+        case datetime.datetime() | datetime.date() | datetime.time():
+            return value.isoformat()
+        case _:
+            found = type(value).__qualname__
+            raise JsonError(f"expected plain data, found an instance of {found}")
+
+
+def check_utf8(text: str, path: Path) -> None:
+    """Refuse text with half of a surrogate pair.
+
+    Raises:
+        ConfigSyntaxError: UTF-8 can't encode the text.
+    """
+    try:
+        _plain_scalar(text)
+    except JsonError as error:
+        raise _syntax_error(error, path) from error.__cause__
+
+
+def _syntax_error(error: JsonError, path: Path = ()) -> ConfigSyntaxError:
+    # The first keys of a path as deep as the limit are enough.
+    inner = error.path if len(error.path) < MAX_DEPTH else error.path[:8]
+    return ConfigSyntaxError(error.problem, (*path, *inner), error.position)
+
+
+def first_difference(left: Plain, right: Plain, path: Path = ()) -> Path | None:
+    """Return the path of the first difference in type, value, key order or sign of zero."""
+    if type(left) is not type(right):
+        return path
+    if isinstance(left, dict) and isinstance(right, dict):
+        if list(left) != list(right):
+            return path
+        pairs = [((*path, key), left[key], right[key]) for key in left]
+    elif isinstance(left, list) and isinstance(right, list):
+        if len(left) != len(right):
+            return path
+        pairs = [((*path, i), a, b) for i, (a, b) in enumerate(zip(left, right, strict=True))]
+    else:
+        return None if left == right and repr(left) == repr(right) else path
+    return next((found for p in pairs if (found := first_difference(p[1], p[2], p[0]))), None)
+
+
+# --- JSON ------------------------------------------------------------------------------------
+
+
+def write_json(document: dict[str, Plain]) -> str:
+    """Return indented JSON without a final newline, so that a truncated file is malformed."""
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def read_json(text: str, lines: Lines | None = None) -> Any:
+    """Parse strict JSON; see `read`."""
+    try:
+        value = parse_json(text, max_depth=MAX_DEPTH)
+    except JsonError as error:
+        raise _syntax_error(error) from error
+    if lines is not None:
+        # Python's parser reports no lines; YAML's does, and nearly all JSON is YAML.
+        with suppress(ConfigSyntaxError):
+            read_yaml(text, lines)
+    return value
+
+
+# --- YAML ------------------------------------------------------------------------------------
+# The core schema of YAML 1.2 without tags and aliases: `on`, `yes` and `12:30` are text, 1e-3 is a
+# number. PyYAML is imported in functions, since it takes longer than the rest of the package.
+
+_INTEGER = re.compile(r"[-+]?[0-9]+")
+_PREFIXED = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_WORDS: dict[str, bool | None] = {
+    spelling: value
+    for word, value in (("", None), ("~", None), ("null", None), ("true", True), ("false", False))
+    for spelling in (word, word.capitalize(), word.upper())
+}
+_BARE_WORD = re.compile(r"(?!(?i:null|true|false|yes|no|on|off|y|n)\Z)[A-Za-z_][A-Za-z0-9_]*")
+
+
+def write_yaml(document: dict[str, Plain]) -> str:
+    """Return block-style YAML that readers of any YAML version understand.
+
+    All text is in double quotes, except for keys that are plain words.
+    """
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: object) -> bool:
+            return True
+
+    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"')
+
+    def mapping(dumper: yaml.SafeDumper, value: dict[str, Plain]) -> yaml.MappingNode:
+        node = dumper.represent_mapping("tag:yaml.org,2002:map", value, flow_style=not value)
+        for key, _ in node.value:
+            key.style = None if _BARE_WORD.fullmatch(key.value) else '"'
+        return node
+
+    Dumper.add_representer(str, text)
+    Dumper.add_representer(dict, mapping)
+    dumped: str = yaml.dump(
+        document, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=float("inf")
+    )
+    return dumped
+
+
+def read_yaml_scalar(text: str) -> Plain:
+    """Parse an unquoted scalar by the core schema of YAML 1.2 (section 10.3).
+
+    >>> read_yaml_scalar("1e-3"), read_yaml_scalar("50 steps"), read_yaml_scalar("null")
+    (0.001, '50 steps', None)
+
+    Raises:
+        ValueError: The number is not finite, or has more digits than Python converts.
+    """
+    if text in _WORDS:
+        return _WORDS[text]
+    if _NOT_FINITE.fullmatch(text):
+        raise ValueError(f"expected a finite number, found {text}")
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    if _PREFIXED.fullmatch(text):
+        return int(text, 0)
+    return float(text) if _FLOAT.fullmatch(text) else text
+
+
+def read_yaml(text: str, lines: Lines | None = None) -> Any:
+    """Parse YAML without tags and aliases; see `read`."""
+    import yaml
+
+    loader = _yaml_loader()(text)
+    try:
+        node = loader.get_single_node()
+        return None if node is None else _from_node(node, (), lines)
+    except yaml.MarkedYAMLError as error:
+        problem = " ".join(filter(None, (error.context, error.problem)))
+        position = _position(error.problem_mark)
+        raise ConfigSyntaxError(f"broken YAML: {problem}", position=position) from error
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise ConfigSyntaxError(f"broken YAML: {problem}") from error
+    finally:
+        loader.dispose()
+
+
+@cache
+def _yaml_loader() -> Any:
+    import yaml
+    from yaml.composer import Composer
+
+    # Python composes nodes from the events of libyaml, ten times faster than Python's own parser.
+    parser: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+    class Loader(Composer, parser):  # type: ignore[misc]  # a class chosen at run time
+        """SafeLoader that refuses tags, aliases, nested keys and deep nesting."""
+
+        yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as in the base class
+
+        def __init__(self, stream: str) -> None:
+            parser.__init__(self, stream)
+            Composer.__init__(self)
+            self.path: Path = ()
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            event, above = self.peek_event(), self.path
+            is_key = isinstance(parent, yaml.MappingNode) and index is None
+            if parent is not None and not is_key:
+                self.path = (*above, getattr(index, "value", index))
+            if isinstance(event, yaml.AliasEvent):
+                self._refuse("YAML aliases are not read; write the value out", event)
+            if event.tag is not None:
+                self._refuse("YAML tags are not read; write plain data", event)
+            if not isinstance(event, yaml.ScalarEvent):
+                if is_key:
+                    self._refuse("expected a key of text, found a collection", event)
+                if len(self.path) >= MAX_DEPTH:
+                    self.path = self.path[:8]
+                    self._refuse(f"nested deeper than {MAX_DEPTH} levels", event)
+            node = super().compose_node(parent, index)
+            self.path = above
+            return node
+
+        def _refuse(self, problem: str, event: Any) -> None:
+            raise ConfigSyntaxError(problem, self.path, _position(event.start_mark))
+
+    return Loader
+
+
+def _position(mark: Any) -> str:
+    return f"line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+
+
+def _from_node(node: Any, path: Path, lines: Lines | None) -> Plain:
+    """Convert a YAML node to plain data; aliases and tags were refused before."""
+
+    def record(key: str | int, node: Any) -> Path:
+        inner = (*path, key)
+        if lines is not None and len(lines) < MAX_LINES:
+            lines.setdefault(inner, node.start_mark.line + 1)
+        return inner
+
+    if node.id == "sequence":
+        return [_from_node(item, record(i, item), lines) for i, item in enumerate(node.value)]
+    if node.id == "scalar":
+        try:
+            return node.value if node.style else read_yaml_scalar(node.value)
+        except ValueError as error:
+            raise ConfigSyntaxError(str(error), path, _position(node.start_mark)) from error
+    mapping: dict[str, Plain] = {}
+    for key_node, value_node in node.value:
+        key = _from_node(key_node, path, None)
+        position = _position(key_node.start_mark)
+        if not isinstance(key, str):
+            problem = f"expected a key of text, found {key!r}; quote it"
+            raise ConfigSyntaxError(problem, path, position)
+        if key in mapping:
+            problem = "the key occurs twice in one mapping; keep one of the two"
+            raise ConfigSyntaxError(problem, (*path, key), position)
+        mapping[key] = _from_node(value_node, record(key, key_node), lines)
+    return mapping
+
+
+# --- TOML ------------------------------------------------------------------------------------
+# The writer is our own, since the order of keys is a part of a document: hooks run in order. TOML
+# has no null, so the inline table {__none__ = true} stands for None.
+
+_NONE = {"__none__": True}
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+# Unterminated text extends to the point where the parser stops. Otherwise a file of quotes would
+# take minutes.
+_QUOTED = re.compile(
+    r'''"""(?:[^\\]|\\.)*?(?:"{3,5}|\\?\Z)|'{3}.*?(?:'{3,5}|\Z)'''
+    r"""|"(?:[^"\\\n]|\\[^\n])*+"?|'[^'\n]*'?|\#[^\n]*""",
+    re.DOTALL,
+)
+_DEEP_KEY = re.compile(rf"""(?<![\w-])(?:(?:[\w-]++|"")[ \t]*\.[ \t]*){{{MAX_DEPTH}}}""")
+_KEY = r"""(?:[\w-]++|"(?:[^"\\]|\\.)*+"|'[^']*+')"""
+_DOTTED = rf"{_KEY}(?:[ \t]*\.[ \t]*{_KEY})*+"
+_TOML_LINE = re.compile(
+    rf"[ \t]*(?:(?P<brackets>\[\[?)[ \t]*(?P<table>{_DOTTED})[ \t]*\]"
+    rf"|(?P<setting>{_DOTTED})[ \t]*=)"
+)
+_TOML_POSITION = re.compile(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", re.DOTALL)
+
+
+def write_toml(document: dict[str, Plain]) -> str:
+    """Return TOML with keys and tables in the order of the document."""
+    return "\n".join(_table(document, ())).strip("\n") + "\n"
+
+
+def _table(table: dict[str, Plain], path: tuple[str, ...]) -> Iterator[str]:
+    """Yield the lines of one table.
+
+    TOML can't return to a table's values after a sub-table. So only tables after the last plain
+    value get a section; earlier tables are written inline.
+    """
+    items = list(table.items())
+    split = len(items)
+    while split and _is_section(items[split - 1][1]):
+        split -= 1
+    for key, value in items[:split]:
+        yield f"{_toml_key(key)} = {_inline(value)}"
+    for key, value in items[split:]:
+        header = ".".join(map(_toml_key, (*path, key)))
+        for entry in value if isinstance(value, list) else [value]:
+            yield ""
+            yield f"[[{header}]]" if isinstance(value, list) else f"[{header}]"
+            assert isinstance(entry, dict)  # see _is_section
+            yield from _table(entry, (*path, key))
+
+
+def _is_section(value: Plain) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(i, dict) for i in value)
+    return isinstance(value, dict)
+
+
+def _toml_key(key: str) -> str:
+    return key if _BARE_KEY.fullmatch(key) else _toml_text(key)
+
+
+def _toml_text(text: str) -> str:
+    # A JSON string is a TOML basic string, except for DEL, which TOML requires escaped.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007F")
+
+
+def _inline(value: Plain) -> str:
+    match value:
+        case None:
+            return _inline(dict(_NONE))
+        case bool():
+            return "true" if value else "false"
+        case int() | float():
+            return repr(value)
+        case str():
+            return _toml_text(value)
+        case list():
+            return f"[{', '.join(map(_inline, value))}]"
+        case _:
+            pairs = (f"{_toml_key(key)} = {_inline(item)}" for key, item in value.items())
+            return f"{{{', '.join(pairs)}}}"
+
+
+def read_toml(text: str, lines: Lines | None = None) -> Any:
+    """Parse TOML 1.0; see `read`."""
+    # tomllib's memory grows with the square of a dotted key's length.
+    if _DEEP_KEY.search(_QUOTED.sub('""', text)):
+        raise ConfigSyntaxError(f"nested deeper than {MAX_DEPTH} levels")
+    try:
+        value = _restore_none(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        problem, path, position = _describe_toml_error(str(error), text)
+        raise ConfigSyntaxError(f"broken TOML: {problem}", path, position) from error
+    except RecursionError:
+        raise ConfigSyntaxError(f"nested deeper than {MAX_DEPTH} levels") from None
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise ConfigSyntaxError(f"broken TOML: {error}") from error
+    if lines is not None:
+        for number, path in islice(_toml_settings(text), MAX_LINES):
+            lines.setdefault(path, number)
+    return value
+
+
+def _describe_toml_error(message: str, text: str) -> tuple[str, Path, str]:
+    """Return problem, path and position of an error of tomllib."""
+    found = _TOML_POSITION.fullmatch(message)
+    if found is None:
+        return message, (), ""
+    number = int(found[2]) if found[2] else len(text.splitlines())
+    path: Path = ()
+    with suppress(tomllib.TOMLDecodeError):
+        path = next((path for line, path in _toml_settings(text) if line == number), ())
+    position = message[len(found[1]) + 5 : -1]
+    return found[1], tuple(key for key in path if isinstance(key, str)), position
+
+
+def _toml_settings(text: str) -> Iterator[tuple[int, Path]]:
+    """Yield line number and path of each table header and setting."""
+    table: Path = ()
+    last_index: dict[Path, int] = {}  # by path of an array of tables
+
+    def path_of(above: Path, keys: Path) -> Path:
+        for key in keys:
+            above = (*above, key)
+            if above in last_index:
+                above = (*above, last_index[above])
+        return above
+
+    def on_one_line(quoted: re.Match[str]) -> str:
+        newlines = quoted[0].count("\n")
+        return '""' + newlines * "\n" if newlines else quoted[0]
+
+    for number, line in enumerate(_QUOTED.sub(on_one_line, text).split("\n"), 1):
+        if (match := _TOML_LINE.match(line)) is None:
+            continue
+        keys = _split_toml_key(match["table"] or match["setting"])
+        if match["setting"]:
+            yield number, path_of(table, keys)
+        elif match["brackets"] == "[[":
+            array = (*path_of((), keys[:-1]), keys[-1])
+            last_index[array] = last_index.get(array, -1) + 1
+            yield number, array
+            table = (*array, last_index[array])
+            yield number, table
+        else:
+            table = path_of((), keys)
+            yield number, table
+
+
+def _split_toml_key(text: str) -> tuple[str, ...]:
+    inside: object = tomllib.loads(f"{text} = 0")
+    keys: list[str] = []
+    while isinstance(inside, dict):
+        ((key, inside),) = inside.items()
+        keys.append(key)
+    return tuple(keys)
+
+
+def _restore_none(value: object) -> object:
+    if isinstance(value, list):
+        return [_restore_none(item) for item in value]
+    if isinstance(value, dict):
+        if value == _NONE:
+            return None
+        return {key: _restore_none(item) for key, item in value.items()}
+    return value
+
+
+_READERS: dict[Format, Callable[[str, Lines | None], Any]] = {
+    "json": read_json,
+    "yaml": read_yaml,
+    "toml": read_toml,
+}
+_WRITERS = {"json": write_json, "yaml": write_yaml, "toml": write_toml}

@@ -12,18 +12,18 @@ from robo_orchard_core.utils.config.errors import ConfigReferenceError, Path, un
 from robo_orchard_core.utils.config.references import (
     CONFIG_TYPE,
     Loading,
-    class_kinds,
+    admitted_classes,
     current,
+    is_assignable,
     is_collection,
-    is_kind,
     is_mapping,
-    item_annotation,
-    members,
-    value_annotation,
+    item_type,
+    mapping_value_type,
+    union_members,
 )
 
 # --- restoring -------------------------------------------------------------------------------
-# The part of reading that pydantic can't do: code from references, enum members from text.
+# The part of reading that pydantic can't do: code from references, enum union_members from text.
 #
 # A field's declaration is walked beside its value. What isn't declared as one of these is left to
 # pydantic as it is.
@@ -35,7 +35,7 @@ def restore(state: Loading, annotation: Any, value: Any, path: Path) -> Any:
     Raises:
         ConfigReferenceError: A reference leads to nothing that is trusted and of that kind.
     """
-    options = members(annotation)
+    options = union_members(annotation)
     if value is None or str in options or Any in options:
         return value
     errors: list[ConfigReferenceError] = []
@@ -55,19 +55,19 @@ def restore(state: Loading, annotation: Any, value: Any, path: Path) -> Any:
 def _restore(state: Loading, annotation: Any, value: Any, path: Path) -> Any:
     origin = get_origin(annotation) or annotation
     if origin is type and isinstance(value, str):
-        return state.class_at(value, class_kinds(annotation), path)
+        return state.resolve_class(value, admitted_classes(annotation), path)
     if origin is collections.abc.Callable and isinstance(value, str):
-        return state.function_at(value, annotation, path)
+        return state.resolve_function(value, annotation, path)
     if origin is Literal and value not in get_args(annotation):
         return _listed(annotation, value)
     if isinstance(value, list) and is_collection(origin):
         items = [
-            restore(state, item_annotation(annotation, i), item, (*path, i))
+            restore(state, item_type(annotation, i), item, (*path, i))
             for i, item in enumerate(value)
         ]
         return items if any(map(_differ, items, value)) else value
     if isinstance(value, dict) and is_mapping(origin):
-        keys, inner = (get_args(annotation) or (Any,))[0], value_annotation(annotation)
+        keys, inner = (get_args(annotation) or (Any,))[0], mapping_value_type(annotation)
         mapping = {
             _key(keys, key): restore(state, inner, item, (*path, key))
             for key, item in value.items()
@@ -89,7 +89,7 @@ def _listed(annotation: Any, value: Any) -> Any:
 
 def _key(annotation: Any, text: str) -> Any:
     """The enum member, or the value that a Literal lists, whose text is a mapping's key."""
-    for kind in members(annotation):
+    for kind in union_members(annotation):
         is_enum = isinstance(kind, type) and issubclass(kind, Enum)
         for choice in kind if is_enum else get_args(kind) if get_origin(kind) is Literal else ():
             if str(choice.value if isinstance(choice, Enum) else choice) == text:
@@ -115,11 +115,11 @@ class ConfigModel(BaseModel):
         protected_namespaces=(),
     )
 
-    only_what_is_set: ClassVar[bool] = False
+    is_sparse: ClassVar[bool] = False
     """Whether it stands for the fields that were set alone, see `DerivedConfig`."""
 
     @classmethod
-    def parameter_declaration(cls, declaration: Any) -> Any:
+    def adapt_parameter(cls, declaration: Any) -> Any:
         """How a parameter of a class is declared in configs that derive from this one and the
         class's signature; by default, as it is there."""
         return declaration
@@ -128,7 +128,7 @@ class ConfigModel(BaseModel):
     def _class_named_in(cls, state: Loading, document: dict[str, Any]) -> type[BaseModel]:
         """The config class that a document names, where this one is declared."""
         if CONFIG_TYPE in document:
-            return state.config_class_at(document[CONFIG_TYPE], cls, (CONFIG_TYPE,))
+            return state.resolve_config_class(document[CONFIG_TYPE], cls, (CONFIG_TYPE,))
         return cls
 
     @classmethod
@@ -140,7 +140,7 @@ class ConfigModel(BaseModel):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
-        if cls.model_config.get("extra") != "forbid" and not cls.only_what_is_set:
+        if cls.model_config.get("extra") != "forbid" and not cls.is_sparse:
             raise TypeError(f"{cls.__qualname__}: a Config refuses unknown fields; drop `extra`")
         if CONFIG_TYPE in cls.model_fields:
             raise TypeError(
@@ -165,7 +165,7 @@ class ConfigModel(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _validate(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        if isinstance(data, ConfigModel) and data.only_what_is_set and not cls.only_what_is_set:
+        if isinstance(data, ConfigModel) and data.is_sparse and not cls.is_sparse:
             values = field_values(data)
             if [*values] == ["class_type"]:
                 # It says no more than this class can: a document couldn't tell the two.
@@ -173,8 +173,8 @@ class ConfigModel(BaseModel):
         if isinstance(data, ConfigModel) and not isinstance(data, cls):
             # Pydantic would rebuild another parametrization of a generic class from its fields,
             # and so forget what the subclass adds.
-            if is_kind(type(data), cls):
-                return data  # type: ignore[return-value]  # it stands for cls, see is_kind
+            if is_assignable(type(data), cls):
+                return data  # type: ignore[return-value]  # it stands for cls, see is_assignable
             if (remade := cls._remade(data)) is not None:
                 return remade  # type: ignore[return-value]  # it stands for cls as well
             raise ValueError(f"expected {cls.__qualname__}, found {type(data).__qualname__}")
@@ -184,7 +184,7 @@ class ConfigModel(BaseModel):
         target = cls._class_named_in(state, data)
         data = {key: value for key, value in data.items() if key != CONFIG_TYPE}
         if target is not cls:
-            return target.model_validate(data)  # type: ignore[return-value]  # see is_kind
+            return target.model_validate(data)  # type: ignore[return-value]  # see is_assignable
         names = {field.alias or name: name for name, field in cls.model_fields.items()}
         names |= {name: name for name in cls.model_fields}
         for key in data if cls.model_config.get("extra") == "forbid" else ():
@@ -212,7 +212,7 @@ def field_values(model: BaseModel) -> dict[str, Any]:
     Of a config that stands for what was set alone, these fields, and the arguments beside them.
     """
     values = {name: getattr(model, name) for name in type(model).model_fields}
-    if isinstance(model, ConfigModel) and model.only_what_is_set:
+    if isinstance(model, ConfigModel) and model.is_sparse:
         values = {name: v for name, v in values.items() if name in model.model_fields_set}
         values |= model.__pydantic_extra__ or {}
     return values

@@ -45,20 +45,20 @@ from pydantic_core import CoreSchema, core_schema
 from robo_orchard_core.utils.config.class_config import (
     CallableConfig,
     ClassConfig,
-    built_arguments,
+    build_arguments,
     call,
-    hints_of,
     returned_class,
+    type_hints,
 )
 from robo_orchard_core.utils.config.config import Config
 from robo_orchard_core.utils.config.errors import (
     ConfigError,
     ConfigFieldError,
     ConfigReferenceError,
-    as_declared,
     config_error,
-    shown,
+    describe,
     unknown_field,
+    validate_value,
 )
 from robo_orchard_core.utils.config.model import ConfigModel, field_values, restore
 from robo_orchard_core.utils.config.references import (
@@ -67,12 +67,12 @@ from robo_orchard_core.utils.config.references import (
     Loading,
     bare,
     current,
-    declared_config_class,
+    find_config_class,
+    is_assignable,
     is_collection,
-    is_kind,
     is_mapping,
-    members,
     reference_to,
+    union_members,
 )
 
 # --- parts -----------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ class Part:
             data = self._loaded(state, data)
         if not isinstance(data, ConfigModel):
             wanted = self._wanted() if state else f"{self._named()}: a config, as of config_of()"
-            raise ValueError(f"expected {wanted}, found {shown(data)}")
+            raise ValueError(f"expected {wanted}, found {describe(data)}")
         config = self._of_own_class(data)
         self._check(config)
         if self.functions == "make" or not hasattr(config, "func"):
@@ -153,7 +153,7 @@ class Part:
         """The same, of the class that a document of it would be read as."""
 
         cls, values = getattr(config, "class_type", None), field_values(config)
-        if cls is None or not (config.only_what_is_set or [*values] == ["class_type"]):
+        if cls is None or not (config.is_sparse or [*values] == ["class_type"]):
             return config
         own = config_class_of(cls)
         remade = config if type(config) is own else own(**values)
@@ -166,20 +166,20 @@ class Part:
         if not named:
             raise ValueError(f"expected {self._wanted()}, found the keys {', '.join(data)!r}")
         if CONFIG_TYPE in named:
-            target: Any = state.config_class_at(data[CONFIG_TYPE], ConfigModel, (CONFIG_TYPE,))
+            target: Any = state.resolve_config_class(data[CONFIG_TYPE], ConfigModel, (CONFIG_TYPE,))
             self._check_config_class(state, target, data)
         elif len(named) == 2:
             raise ValueError("expected one of 'class_type' and 'func', found both")
         elif not isinstance(data[named[0]], str):
             raise ConfigReferenceError(
-                f"expected a name like 'package.module:Name', found {shown(data[named[0]])}",
+                f"expected a name like 'package.module:Name', found {describe(data[named[0]])}",
                 (named[0],),
             )
         elif named == ["class_type"]:
-            found = state.class_at(data["class_type"], self.classes, ("class_type",))
+            found = state.resolve_class(data["class_type"], self.classes, ("class_type",))
             target = config_class_of(found)
         else:
-            function = state.function_at(data["func"], Callable, ("func",))
+            function = state.resolve_function(data["func"], Callable, ("func",))
             target = function_config_class(function)
         loaded = target.model_validate({k: v for k, v in data.items() if k != CONFIG_TYPE})
         assert isinstance(loaded, ConfigModel)
@@ -194,12 +194,12 @@ class Part:
             raise ValueError(f"expected {self._wanted()}, found a {target.__qualname__}")
         named = data.get("class_type")
         if field is not None and isinstance(named, str):
-            state.class_at(named, self.classes, ("class_type",))
+            state.resolve_class(named, self.classes, ("class_type",))
         elif field is not None and isinstance(field.default, type):
             self._check_class(field.default)
 
     def _check_class(self, cls: type) -> None:
-        if not any(is_kind(cls, kind) for kind in self.classes):
+        if not any(is_assignable(cls, kind) for kind in self.classes):
             problem = f"expected {self._names()}, found {reference_to(cls)!r}"
             raise ConfigReferenceError(problem, ("class_type",))
         if inspect.isabstract(cls):
@@ -221,7 +221,7 @@ class Part:
     def _check_is_complete(self, config: ConfigModel) -> None:
         values = field_values(config)
         for name in self.given:
-            if name in values and getattr(config, "only_what_is_set", False):
+            if name in values and getattr(config, "is_sparse", False):
                 raise ConfigFieldError("is given when it is built; leave it out", (name,))
         for name in getattr(config, "required", ()):
             if name not in values and name not in self.given:
@@ -231,7 +231,7 @@ class Part:
         from robo_orchard_core.utils.config.class_config import returned_class
 
         result = returned_class(function)
-        if result is None or not any(is_kind(result, kind) for kind in self.classes):
+        if result is None or not any(is_assignable(result, kind) for kind in self.classes):
             says = "none" if result is None else repr(reference_to(result))
             raise ConfigReferenceError(
                 f"expected a function that returns {self._names()} by its return annotation; "
@@ -333,12 +333,12 @@ class _Function(_Anything):
     def validated(self, data: Any) -> Any:
         state = current()
         if state is not None and isinstance(data, str):
-            return state.code_at(data)
+            return state.resolve_code(data)
         if is_part(data) or callable(data):
             return super().validated(data)
         raise ValueError(
             f"expected a function: its name, like 'package.module:name', or a mapping with 'func' "
-            f"or 'class_type'; found {shown(data)}"
+            f"or 'class_type'; found {describe(data)}"
         )
 
 
@@ -359,7 +359,7 @@ _PLAIN = (
     *(datetime.date, datetime.time, datetime.timedelta, BaseModel),
 )
 
-DECLARATIONS: dict[str, Any] = {
+FIELD_TYPES: dict[str, Any] = {
     "numbers:Number": int | float,
     "numbers:Real": int | float,
     "numbers:Integral": int,
@@ -369,7 +369,7 @@ else than parts of this kind: texts for the data types of tensors, None for what
 such as tensors."""
 
 
-UNDECLARED: dict[tuple[str, str], Any] = {}
+UNTYPED_PARAMETERS: dict[tuple[str, str], Any] = {}
 """How fields are declared for parameters that say nothing of their type, by the name of the package
 that has them and their own."""
 
@@ -402,7 +402,7 @@ def _converted(hint: Any) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if hint is type(None) or origin is Literal or origin is type:
         return hint
-    if len(options := members(hint)) > 1:
+    if len(options := union_members(hint)) > 1:
         admitted = [c for c in map(_converted, options) if c is not None]
         return Union[tuple(admitted)] if admitted else None  # noqa: UP007 - made at run time
     if hint is collections.abc.Callable or origin is collections.abc.Callable:
@@ -410,8 +410,8 @@ def _converted(hint: Any) -> Any:
     kind = origin or hint
     if not isinstance(kind, type) or kind in (Any, object, inspect.Parameter.empty):
         return Anything
-    if (reference := reference_to(kind)) in DECLARATIONS:
-        return DECLARATIONS[reference]
+    if (reference := reference_to(kind)) in FIELD_TYPES:
+        return FIELD_TYPES[reference]
     if issubclass(kind, Enum) and not all(isinstance(m.value, int | str | float) for m in kind):
         return Anything  # what takes such a member takes its name, too
     if issubclass(kind, _PLAIN):
@@ -443,7 +443,7 @@ def _inner(hint: Any) -> Any:
 
 T = TypeVar("T")
 
-BASES: dict[str, type[Config]] = {}
+CONFIG_BASES: dict[str, type[Config]] = {}
 """What configs of a class and its subclasses derive from, by its reference, where that is something
 else than `ClassConfig`."""
 
@@ -457,7 +457,7 @@ class DerivedConfig(Config):
     arguments that were given, and no others.
     """
 
-    only_what_is_set: ClassVar[bool] = True
+    is_sparse: ClassVar[bool] = True
     several: ClassVar[str | None] = None
     """The parameter that takes any number of positional arguments, if there is one."""
     required: ClassVar[tuple[str, ...]] = ()
@@ -491,7 +491,7 @@ class DerivedConfig(Config):
         further = given.pop(self.several, ()) if self.several else ()
         if further or not given.keys().isdisjoint(_only_by_position(code)):
             return self
-        arguments = built_arguments(code, given)
+        arguments = build_arguments(code, given)
         return partial(code, **arguments) if arguments else cast("Callable[..., Any]", code)
 
     def __reduce__(self) -> Any:
@@ -505,21 +505,21 @@ class OpenDerivedConfig(DerivedConfig):
     """Of a signature that takes any keyword arguments, or some of names that no field can have."""
 
     __pydantic_extra__: dict[str, Anything]
-    beside_fields: ClassVar[dict[str, Any]] = {}
+    extra_parameters: ClassVar[dict[str, Any]] = {}
     """How the parameters are declared whose names no field can have."""
-    takes_any: ClassVar[bool] = True
+    accepts_any: ClassVar[bool] = True
     """Whether there may be any others."""
 
     @model_validator(mode="after")
     def _knows_what_is_beside_fields(self) -> Self:
         extra = self.__pydantic_extra__ or {}
         for name, value in extra.items():
-            if (declared := self.beside_fields.get(name)) is not None:
+            if (declared := self.extra_parameters.get(name)) is not None:
                 if (state := current()) is not None:
                     value = restore(state, declared, value, (name,))
-                extra[name] = as_declared(name, value, declared)
-            elif not self.takes_any:
-                known = {**type(self).model_fields, **self.beside_fields}
+                extra[name] = validate_value(name, value, declared)
+            elif not self.accepts_any:
+                known = {**type(self).model_fields, **self.extra_parameters}
                 raise unknown_field(name, known, type(self).__qualname__)
         return self
 
@@ -565,7 +565,7 @@ def config_of(code: Callable[..., T], /, **arguments: Any) -> Any:
     """
     if not isinstance(code, Code):
         raise ConfigReferenceError(
-            f"expected a class or function that a file can name, found {shown(code)}; arguments "
+            f"expected a class or function that a file can name, found {describe(code)}; arguments "
             "are given beside it"
         )
     made: Any
@@ -581,13 +581,13 @@ def config_class_of(cls: type, base: type[Config] | None = None) -> type[Config]
 
     Args:
         cls: Any class.
-        base: What the config class has to be a subclass of, by default what `BASES` says, or
+        base: What the config class has to be a subclass of, by default what `CONFIG_BASES` says, or
             `ClassConfig`; its fields come first, and parameters of the same names are left to them.
     """
     if base is None:
-        found = (BASES.get(reference_to(ancestor)) for ancestor in cls.__mro__)
+        found = (CONFIG_BASES.get(reference_to(ancestor)) for ancestor in cls.__mro__)
         base = next(filter(None, found), ClassConfig)
-    return cast("type[Config]", declared_config_class(cls, base) or _derived(cls, base))
+    return cast("type[Config]", find_config_class(cls, base) or _derived(cls, base))
 
 
 @cache
@@ -608,20 +608,20 @@ def function_config_class(function: Callable[..., Any]) -> type[Config]:
 def _config_class(code: Any, name: str, base: type[Config], **fields: Any) -> type[Config]:
     """A subclass of ``base`` with a field for each parameter, behind the given ones."""
     declared = frozenset(base.model_fields) - fields.keys()
-    several, takes_any = None, False
+    several, accepts_any = None, False
     required: list[str] = []
-    beside_fields: dict[str, Any] = {}
-    hints = hints_of(code)
+    extra_parameters: dict[str, Any] = {}
+    hints = type_hints(code)
     for parameter in parameters_of(code):
         name_, default = parameter.name, parameter.default
         hint = hints.get(name_, parameter.annotation)
         annotation = field_annotation(hint)
         if hint is parameter.empty:
             package = code.__module__.partition(".")[0]
-            annotation = UNDECLARED.get((package, name_), annotation)
-        annotation = base.parameter_declaration(annotation)
+            annotation = UNTYPED_PARAMETERS.get((package, name_), annotation)
+        annotation = base.adapt_parameter(annotation)
         if parameter.kind is parameter.VAR_KEYWORD:
-            takes_any = True
+            accepts_any = True
             continue
         if name_ in declared:
             continue
@@ -633,8 +633,8 @@ def _config_class(code: Any, name: str, base: type[Config], **fields: Any) -> ty
         if _can_be_field(name_):
             fields[name_] = (annotation, default)
         else:
-            beside_fields[name_] = annotation
-    is_open = takes_any or beside_fields
+            extra_parameters[name_] = annotation
+    is_open = accepts_any or extra_parameters
     config_class: Any = create_model(
         name,
         __base__=(OpenDerivedConfig if is_open else DerivedConfig, base),
@@ -646,7 +646,7 @@ def _config_class(code: Any, name: str, base: type[Config], **fields: Any) -> ty
     config_class.several, config_class.declared = several, declared
     config_class.required = tuple(required)
     if is_open:
-        config_class.beside_fields, config_class.takes_any = beside_fields, takes_any
+        config_class.extra_parameters, config_class.accepts_any = extra_parameters, accepts_any
     generic = base.__pydantic_generic_metadata__
     config_class.made_of = (code, generic["origin"] or base, generic["args"])
     return cast("type[Config]", config_class)

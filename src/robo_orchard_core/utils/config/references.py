@@ -110,7 +110,7 @@ def reference_to(code: Code) -> str:
     return f"{code.__module__}:{code.__qualname__}"
 
 
-def split(reference: str) -> tuple[str, str]:
+def split_reference(reference: str) -> tuple[str, str]:
     """Module and qualified name.
 
     Raises:
@@ -132,7 +132,7 @@ def resolve(reference: str, trust: Trust) -> Code:
         ConfigReferenceError: It is written wrongly, its module can't be imported, or what it
             leads to is no class or function defined there.
     """
-    module_name, qualname = split(reference)
+    module_name, qualname = split_reference(reference)
     if not trust.covers(module_name, qualname):
         package = module_name.partition(".")[0]
         packages = f" ({', '.join(sorted(trust.packages))})" if trust.packages else ""
@@ -151,14 +151,14 @@ def resolve(reference: str, trust: Trust) -> Code:
         if isinstance(error, ModuleNotFoundError) and error.name == module_name.partition(".")[0]:
             problem += "; install it, or start where Python finds it"
         raise ConfigReferenceError(problem) from error
-    return found_in(module, qualname, reference)
+    return find_in_module(module, qualname, reference)
 
 
 def _is_of(module: ModuleType, code: object) -> bool:
     return isinstance(code, Code) and code.__module__ == module.__name__
 
 
-def found_in(module: ModuleType, qualname: str, reference: str) -> Code:
+def find_in_module(module: ModuleType, qualname: str, reference: str) -> Code:
     """What the module defines under a qualified name, without calling anything on the way.
 
     Raises:
@@ -211,21 +211,21 @@ def bare(annotation: Any) -> Any:
             return annotation
 
 
-def members(annotation: Any) -> tuple[Any, ...]:
+def union_members(annotation: Any) -> tuple[Any, ...]:
     """What a union consists of; any other annotation is its own only member.
 
-    >>> members(int | None)
+    >>> union_members(int | None)
     (<class 'int'>, <class 'NoneType'>)
     """
     annotation = bare(annotation)
     if get_origin(annotation) not in (Union, types.UnionType):
         return (annotation,)
-    return tuple(inner for arg in get_args(annotation) for inner in members(arg))
+    return tuple(inner for arg in get_args(annotation) for inner in union_members(arg))
 
 
-def item_annotation(annotation: Any, index: int) -> Any:
+def item_type(annotation: Any, index: int) -> Any:
     """How the item of a list, tuple or set is declared; Any where nothing says it."""
-    for member in members(annotation):
+    for member in union_members(annotation):
         args, origin = get_args(member), get_origin(member)
         if origin is tuple and args and args[-1] is not Ellipsis:
             return args[index] if index < len(args) else Any
@@ -234,9 +234,9 @@ def item_annotation(annotation: Any, index: int) -> Any:
     return Any
 
 
-def value_annotation(annotation: Any) -> Any:
+def mapping_value_type(annotation: Any) -> Any:
     """How the value of a mapping is declared; Any where nothing says it."""
-    for member in members(annotation):
+    for member in union_members(annotation):
         if is_mapping(origin := get_origin(member)) and len(args := get_args(member)) == 2:
             return args[1] if origin is not collections.Counter else int
     return Any
@@ -257,18 +257,18 @@ def is_collection(origin: Any) -> bool:
     )
 
 
-def class_kinds(annotation: Any) -> tuple[type, ...]:
+def admitted_classes(annotation: Any) -> tuple[type, ...]:
     """The classes that ``type[...]`` admits, each with its subclasses.
 
-    >>> class_kinds(type[int | str])
+    >>> admitted_classes(type[int | str])
     (<class 'int'>, <class 'str'>)
     """
     args = get_args(annotation)
-    kinds = members(args[0]) if args else (object,)
+    kinds = union_members(args[0]) if args else (object,)
     return tuple(k if isinstance(k, type) and k is not Any else object for k in kinds)
 
 
-def is_kind(cls: type, kind: type) -> bool:
+def is_assignable(cls: type, kind: type) -> bool:
     """Whether instances of ``cls`` may stand where ``kind`` is declared.
 
     Beyond ``issubclass``, a generic config counts as covariant: ``ClassConfig[MyHook]`` may stand
@@ -304,11 +304,11 @@ def _is_argument(given: Any, wanted: Any) -> bool:
     if wanted is Any:  # which is a class since Python 3.11
         return True
     if isinstance(given, type) and isinstance(wanted, type):
-        return is_kind(given, wanted)
+        return is_assignable(given, wanted)
     return bool(given == wanted)
 
 
-def declared_config_class(cls: type, base: type[BaseModel] = BaseModel) -> type[BaseModel] | None:
+def find_config_class(cls: type, base: type[BaseModel] = BaseModel) -> type[BaseModel] | None:
     """The config class whose ``class_type`` is this class by default, from the class's own module;
     of several, the one that is named like it."""
     origin, _ = _parametrization(base)
@@ -348,10 +348,10 @@ def declared_code(model: type[BaseModel]) -> Iterator[Code]:
             yield found
             if isinstance(found, type) and issubclass(found, BaseModel):
                 for field in found.model_fields.values():
-                    waiting += [field.annotation, default_of(field)]
+                    waiting += [field.annotation, field_default(field)]
 
 
-def default_of(field: FieldInfo) -> Any:
+def field_default(field: FieldInfo) -> Any:
     """A field's default, also one that a factory makes; PydanticUndefined where there is none."""
     if field.default_factory_takes_validated_data:
         return PydanticUndefined
@@ -419,7 +419,7 @@ class Loading:
                 return same
         return [resolve(reference, self.trust)]
 
-    def class_at(self, reference: str, kinds: tuple[type, ...], path: Path) -> type:
+    def resolve_class(self, reference: str, kinds: tuple[type, ...], path: Path) -> type:
         """The class that a reference names, where one of ``kinds`` is declared.
 
         Raises:
@@ -441,17 +441,17 @@ class Loading:
 
     def _first(self, reference: str, kinds: tuple[type, ...]) -> type | None:
         for code in self._candidates(reference):
-            if isinstance(code, type) and any(is_kind(code, kind) for kind in kinds):
+            if isinstance(code, type) and any(is_assignable(code, kind) for kind in kinds):
                 return code
         return None
 
-    def config_class_at(self, reference: object, kind: type, path: Path) -> type[BaseModel]:
+    def resolve_config_class(self, reference: object, kind: type, path: Path) -> type[BaseModel]:
         """The config class that ``config_type`` names, where ``kind`` is declared; its own
         declarations count from here on.
         """
         if not isinstance(reference, str):
             raise ConfigReferenceError(f"expected the name of a class, found {reference!r}", path)
-        found = self.class_at(reference, (kind,), path)
+        found = self.resolve_class(reference, (kind,), path)
         if not issubclass(found, BaseModel):
             raise ConfigReferenceError(f"expected a config class, found {reference!r}", path)
         if found not in self._models:
@@ -459,7 +459,7 @@ class Loading:
             self.__dict__.pop("_declared", None)
         return found
 
-    def code_at(self, reference: str) -> Code:
+    def resolve_code(self, reference: str) -> Code:
         """The function or class that a reference names.
 
         Raises:
@@ -467,7 +467,7 @@ class Loading:
         """
         return next(iter(self._candidates(reference)))
 
-    def function_at(self, reference: str, annotation: Any, path: Path) -> Code:
+    def resolve_function(self, reference: str, annotation: Any, path: Path) -> Code:
         """The function that a reference names, where ``Callable[...]`` is declared."""
         try:
             found = next(iter(self._candidates(reference)))

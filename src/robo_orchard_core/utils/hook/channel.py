@@ -17,7 +17,7 @@ from robo_orchard_core.utils.hook.errors import (
     HookRegistrationError,
     HookSignatureError,
     add_origin,
-    attach_later,
+    attach_later_error,
 )
 
 # --- handle ----------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ class Plan(Generic[ArgsT]):
                 entry.after(args)
             except BaseException as later:
                 self._note_origin(later, entry, "after")
-                attach_later(error, later)
+                attach_later_error(error, later)
         # An error leads to the arguments by its traceback. If they led back to it, what they hold
         # would live until the garbage collector came by.
         _set_exception(args, before)
@@ -333,7 +333,7 @@ def check_signature(function: object, role: str) -> None:
         )
     described = f"{role}={FunctionInfo.of(function)}"
     try:
-        kinds = [kind for kind, is_kind in _NEVER_RUNNING.items() if is_kind(function)]
+        kinds = [kind for kind, is_assignable in _NEVER_RUNNING.items() if is_assignable(function)]
         signature = inspect.signature(function)
     except Exception:  # some builtins don't tell, and some objects raise when looked at
         return

@@ -42,7 +42,7 @@ def later_errors(error: BaseException) -> tuple[BaseException, ...]:
     return tuple(getattr(error, _ATTRIBUTE, ()))
 
 
-def attach_later(first: BaseException, later: BaseException) -> None:
+def attach_later_error(first: BaseException, later: BaseException) -> None:
     """Keep ``later`` with ``first``, which stays the one that is raised."""
     known = later_errors(first)
     if later is first or any(later is error for error in known):

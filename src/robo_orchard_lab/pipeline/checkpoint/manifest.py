@@ -14,8 +14,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import xxhash
 
+from robo_orchard_core.utils.strict_json import JsonError, parse_json
 from robo_orchard_lab.pipeline.checkpoint.state import decode_state, encode_state
-from robo_orchard_lab.pipeline.checkpoint.strict_json import JsonError, check_depth, parse_json
 from robo_orchard_lab.pipeline.errors import CheckpointError, PipelineConfigError, StateError
 
 # --- folder names ----------------------------------------------------------------------------
@@ -334,7 +334,7 @@ class Manifest:
         """
         document = self.to_bytes()
         try:
-            check_depth(json.loads(document), limits.max_json_depth)
+            parse_json(document, max_depth=limits.max_json_depth)
         except JsonError as error:
             raise StateError(f"the metadata can't be saved: {error}") from None
         if len(document) > limits.max_manifest_bytes or len(self.files) > limits.max_files:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from robo_orchard_core.utils.strict_json import JsonError, parse_json
 from robo_orchard_lab.pipeline.checkpoint.manifest import (
     MANIFEST_FILE,
     FileEntry,
@@ -33,7 +34,6 @@ from robo_orchard_lab.pipeline.checkpoint.shards import (
     shards_of,
 )
 from robo_orchard_lab.pipeline.checkpoint.state import decode_state
-from robo_orchard_lab.pipeline.checkpoint.strict_json import JsonError, parse_json
 from robo_orchard_lab.pipeline.checkpoint.tensor_files import (
     LENGTH_BYTES,
     FileLayout,

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from robo_orchard_lab.pipeline.checkpoint.strict_json import JsonError, parse_json
+from robo_orchard_core.utils.strict_json import JsonError, parse_json
 from robo_orchard_lab.pipeline.checkpoint.tensor_files import (
     FileLayout,
     TensorInfo,

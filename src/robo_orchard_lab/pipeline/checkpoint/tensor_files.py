@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from robo_orchard_core.utils.strict_json import JsonError, parse_json
 from robo_orchard_lab.pipeline.checkpoint.manifest import ReadLimits
 from robo_orchard_lab.pipeline.checkpoint.state import RESERVED_NAME
-from robo_orchard_lab.pipeline.checkpoint.strict_json import JsonError, parse_json
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
 
 DTYPES = {

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from robo_orchard_core.utils.strict_json import JsonError, check_json
 from robo_orchard_lab.pipeline.checkpoint.manifest import (
     MANIFEST_FILE,
     PART_NAME,
@@ -27,7 +28,6 @@ from robo_orchard_lab.pipeline.checkpoint.manifest import (
 from robo_orchard_lab.pipeline.checkpoint.ranks import Ranks
 from robo_orchard_lab.pipeline.checkpoint.shards import shards_to_write
 from robo_orchard_lab.pipeline.checkpoint.state import RESERVED_NAME, encode_state
-from robo_orchard_lab.pipeline.checkpoint.strict_json import JsonError, check_depth
 from robo_orchard_lab.pipeline.checkpoint.tensor_files import (
     FileLayout,
     StagingBuffer,
@@ -135,7 +135,7 @@ def _encode_part(
         return None, {name: tensor.detach() for name, tensor in value.items()}
     try:
         tree, tensors = encode_state(value)
-        check_depth(tree, limits.max_json_depth)
+        check_json(tree, limits.max_json_depth)
         document = json.dumps(tree, allow_nan=False).encode()
     except (JsonError, RecursionError):
         raise StateError(
