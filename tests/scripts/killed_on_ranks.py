@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from full_training import AugmentedSamples
 from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.hooks import EMAConfig, LossTrackerConfig, SaveCheckpointConfig
-from robo_orchard_lab.testing.resume.recorded_process import join_job
-from robo_orchard_lab.testing.resume.run_record import RunRecorder
+from robo_orchard_lab.testing.resume_worker import join_job
+from robo_orchard_lab.testing.run_record import RunRecorder
 from tiny import loss_of, make_model
 
 STEPS = 8

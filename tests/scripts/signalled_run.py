@@ -15,7 +15,7 @@ from robo_orchard_lab.pipeline.hooks import (
     SaveCheckpointConfig,
     ValidationHookConfig,
 )
-from robo_orchard_lab.testing.resume.recorded_process import join_job
+from robo_orchard_lab.testing.resume_worker import join_job
 from tiny import make_loader, make_model, make_trainer, weights
 
 

@@ -82,7 +82,8 @@ def test_hooks_from_a_generator_are_in_every_run() -> None:
         ("saves what can't be saved", "state after step 1 can't be saved and loaded: .*count"),
         (
             "asks at each start",
-            r"request: log at step 1, asked by counting: start, expected log at step 4, .*: four",
+            r"request: log at step 1, requested by counting: start, "
+            r"expected log at step 4, .*: four",
         ),
         (
             "publishes at each start",
@@ -157,7 +158,7 @@ def test_a_stop_outside_of_the_run_is_refused(stop_at: Any) -> None:
     """There would be nothing to compare."""
     with pytest.raises(ValueError, match="within the run, from 1 to 5, got"):
         assert_state_round_trip(Counting, stop_at=stop_at)
-    with pytest.raises(ValueError, match="a run of 1 step can't be stopped within"):
+    with pytest.raises(ValueError, match="a run of 1 step can't be interrupted"):
         assert_state_round_trip(Counting, steps=1)
 
 
@@ -166,7 +167,7 @@ def test_a_stop_outside_of_the_run_is_refused(stop_at: Any) -> None:
 )
 def test_a_hook_that_can_run_only_once_is_refused(check: Any) -> None:
     """The error says to give a function that makes it."""
-    with pytest.raises(TypeError, match=r"'counting' is to run several times.*lambda: Counting\("):
+    with pytest.raises(TypeError, match=r"'counting' runs several times.*lambda: Counting\("):
         check(Counting())
 
 
@@ -197,7 +198,7 @@ def test_a_hook_that_only_looks_changes_nothing() -> None:
         ),
         (
             lambda: acting("on_loop", scale_all, "before"),
-            r"ahead of the first step, 0\.weight is",
+            r"before the first step, 0\.weight is",
         ),
         (lambda: acting("on_epoch", scale_all), r"after step 4, 0\.weight is"),
         (
@@ -308,5 +309,5 @@ def test_draws_from_other_global_generators_are_seen(
         hooks.on_step.after(lambda args: draw())
         return hooks
 
-    with pytest.raises(AssertionError, match=f"draws from {whose}'s global random generator"):
+    with pytest.raises(AssertionError, match=f"uses {whose}'s global random generator"):
         assert_weights_unchanged(drawing, steps=2)

@@ -54,7 +54,9 @@ def test_a_run_shows_events_metrics_and_requests() -> None:
     """What a hook published and asked for is there by name, step and reason."""
     run = run_hook(NoteConfig(enough=2), steps=6)
     assert run.metrics == {"notes": {2: 1.0, 4: 2.0}}
-    assert [str(request) for request in run.requests] == ["stop at step 4, asked by Note: 2 notes"]
+    assert [str(request) for request in run.requests] == [
+        "stop at step 4, requested by Note: 2 notes"
+    ]
     (asked,) = run.requests
     assert (asked.kind, asked.by, asked.reason, asked.step) == ("stop", "Note", "2 notes", 4)
     assert run.progress.global_step_id == len(run.losses) == 4
@@ -106,7 +108,7 @@ def test_several_hooks_run_as_they_are_given() -> None:
     ("source", "message"),
     [
         ([3], "expected a PipelineHooks.* got 3"),
-        (lambda: 3, "expected a PipelineHooks.* got a function that gives 3"),
+        (lambda: 3, "expected a PipelineHooks.* got a function that returns 3"),
         ([HookContext.from_callable(print)], "expected a PipelineHooks"),
     ],
 )
@@ -181,7 +183,7 @@ def test_other_hooks_run_beside() -> None:
         def _subscribe(self, args: PipelineHookArgs) -> None:
             args.metrics.subscribe("notes", lambda value: told.append(value.value))
 
-    run = run_hook(Waiting, steps=4, beside=[NoteConfig()])
+    run = run_hook(Waiting, steps=4, extra_hooks=[NoteConfig()])
     assert told == [1.0, 2.0]
     assert [hook.name for hook in run.hooks] == ["Waiting"]
 

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robo_orchard_lab.testing.resume.record_differences import record_differences
-from robo_orchard_lab.testing.resume.run_record import RunRecord, read_record
+from robo_orchard_lab.testing.run_record import RunRecord, read_record, record_differences
 
 LENGTH, EPOCHS = 3, 2
 OVER = LENGTH * EPOCHS

@@ -29,8 +29,8 @@ from robo_orchard_lab.pipeline import (
 )
 from robo_orchard_lab.pipeline.hooks import EMAConfig, SaveCheckpointConfig
 from robo_orchard_lab.testing import ResumeProof, StraightRunError, prove_resume
-from robo_orchard_lab.testing.resume.proof_runs import ProofRuns
-from robo_orchard_lab.testing.resume.recorded_process import find_function
+from robo_orchard_lab.testing.resume_proof import ProofRuns
+from robo_orchard_lab.testing.resume_worker import find_function
 
 _SEEN = 0
 """What a batch processor counts outside of the run's state."""
@@ -158,13 +158,13 @@ def test_an_honest_run_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "step", "name", "told"),
     [
-        ("unsaved", 3, "batch[1]", "Warmup.seen is 1 ahead of step 3, was 4"),
+        ("unsaved", 3, "batch[1]", "Warmup.seen is 1 before step 3, was 4"),
         ("noise", 0, "batch[0]", "float32 (4, 3) of size"),
         ("global", 3, "loss", "float32"),
         ("clock", 1, "weights 0.weight", "float32 (4, 3) of size"),
-        ("rate", 3, "optimizer group 0.lr", "straight: 0.01\n    resumed:  0.02"),
+        ("rate", 3, "optimizer group 0.lr", "uninterrupted: 0.01\n    resumed:       0.02"),
         ("does not resume", 3, "the process", "OSError: the data is not there"),
-        ("begins anew", 0, "resume_from", "does build hand on its resume_from?"),
+        ("begins anew", 0, "resume_from", "does build pass its resume_from to the trainer?"),
     ],
 )
 def test_each_fault_is_found_where_it_begins(fault: str, step: int, name: str, told: str) -> None:
@@ -176,7 +176,7 @@ def test_each_fault_is_found_where_it_begins(fault: str, step: int, name: str, t
     assert f"first difference: step {step}: {name}" in str(proof)
     steps = [difference.step for difference in proof.differences]
     assert steps == sorted(steps)
-    with pytest.raises(AssertionError, match="is not the run that never stopped"):
+    with pytest.raises(AssertionError, match="differs from the uninterrupted run"):
         proof.check()
 
 
@@ -187,7 +187,7 @@ def test_each_of_several_ranks_is_looked_at() -> None:
     assert proof.steps == 4
     lost = prove("unsaved on rank 1", processes=2)
     assert (lost.differences[0].step, lost.differences[0].name) == (3, "rank 1: batch[1]")
-    assert "rank 1: Warmup.seen is 1 ahead of step 3, was 4" in str(lost)
+    assert "rank 1: Warmup.seen is 1 before step 3, was 4" in str(lost)
 
 
 def test_a_rank_that_fails_is_told() -> None:
@@ -214,7 +214,7 @@ def test_faults_of_killed_runs_are_found() -> None:
     assert first.step in range(3, 7)  # later, where this process is slow to look
     proof = prove("loses", stops=(5,), kill=True)
     assert "checkpoint" in [difference.name for difference in proof.differences]
-    assert "run_state.json told of one at step" in str(proof)
+    assert "run_state.json lists a checkpoint at step" in str(proof)
     with pytest.raises(StraightRunError, match="a run that is to be killed must save"):
         prove_resume(build, None, [3], kill=True)
 
@@ -222,7 +222,7 @@ def test_faults_of_killed_runs_are_found() -> None:
 def test_files_are_compared(tmp_path: Path) -> None:
     """A file that differs is told with the line and the place where it does, or as missing."""
     runs = ProofRuns({}, tmp_path, None, 1.0)
-    runs.begin()
+    runs.create_folders()
     (tmp_path / "straight" / "log").write_text("a\n" + "b" * 90 + "c\n")
     (tmp_path / "resumed" / "log").write_text("a\n" + "b" * 90 + "d\n")
     (tmp_path / "straight" / "one").write_text("a\n")
@@ -286,7 +286,7 @@ def test_what_can_not_be_run_is_refused(source: Any, stops: list[int], message: 
 def test_a_function_that_is_not_there_is_told() -> None:
     """A name that no module has is the straight run's failure."""
     with pytest.raises(StraightRunError, match="has no function 'nobody'"):
-        prove_resume("robo_orchard_lab.testing.example_training:nobody", 2, [1])
+        prove_resume("robo_orchard_lab.testing.fixtures:nobody", 2, [1])
 
 
 def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
@@ -301,10 +301,10 @@ def test_functions_of_scripts_and_files_are_found(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(
         "import json\n"
-        "from robo_orchard_lab.testing import example_training\n"
-        "from robo_orchard_lab.testing.resume.recorded_process import describe_function\n"
+        "from robo_orchard_lab.testing import fixtures\n"
+        "from robo_orchard_lab.testing.resume_worker import describe_function\n"
         "def build(run_folder, resume_from):\n"
-        "    return example_training.build(run_folder, resume_from)\n"
+        "    return fixtures.build_example(run_folder, resume_from)\n"
         "if __name__ == '__main__':\n"
         "    print(json.dumps(describe_function(build)))\n",
         encoding="utf-8",

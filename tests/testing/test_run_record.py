@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,18 @@ import torch
 
 from full_training import STEPS, build
 from robo_orchard_lab.testing.fixtures import isolated
-from robo_orchard_lab.testing.resume.recorded_process import (
+from robo_orchard_lab.testing.resume_worker import (
     RunOrder,
     describe_function,
+    execute_order,
     find_function,
-    run_order,
 )
-from robo_orchard_lab.testing.resume.run_record import (
+from robo_orchard_lab.testing.run_record import (
     RunRecord,
     RunRecorder,
     leaves,
-    random_facts,
     read_record,
+    rng_facts,
     state_facts,
     value_text,
 )
@@ -56,7 +55,7 @@ def record_of(tmp_path: Path, **order: Any) -> RunRecord:
     source = describe_function(partial(build, workers=0))
     path = tmp_path / "record.jsonl"
     with isolated(0):
-        run_order(asdict(RunOrder(source, str(tmp_path), str(path), **order)))
+        execute_order(RunOrder(source, str(tmp_path), str(path), **order))
     record = read_record(path)
     assert record is not None
     return record
@@ -75,7 +74,7 @@ def test_a_record_has_all_of_a_run(tmp_path: Path) -> None:
     ahead, after = (entry for entry in record.steps[4] if isinstance(entry, dict))
     kinds = {name.partition(" ")[0].partition("[")[0] for name in ahead}
     assert kinds == {
-        *("sample", "batch", "weights", "gradients", "optimizer", "schedule"),
+        *("sample", "batch", "weights", "gradients", "optimizer", "lr_scheduler"),
         *("random", "hook"),
     }
     later = [name for entry in record.steps[6] if isinstance(entry, dict) for name in entry]
@@ -104,7 +103,7 @@ def test_what_builds_no_trainer_is_refused(tmp_path: Path) -> None:
     """The error says what came of it."""
     order = RunOrder(describe_function(not_a_trainer), str(tmp_path), str(tmp_path / "record"))
     with isolated(0), pytest.raises(TypeError, match="must return a HookBasedTrainer, got 'no tr"):
-        run_order(asdict(order))
+        execute_order(order)
 
 
 def test_functions_are_found_by_name_and_by_file(tmp_path: Path) -> None:
@@ -166,10 +165,10 @@ def test_places_of_leaves_name_the_way() -> None:
     }
 
 
-def test_random_facts_follow_each_stream() -> None:
+def test_rng_facts_follow_each_stream() -> None:
     """A draw from one of the three generators changes its fact alone."""
     with isolated(0):
-        before = dict(random_facts())
+        before = dict(rng_facts())
         np.random.rand()
-        after = dict(random_facts())
+        after = dict(rng_facts())
     assert {name for name in before if before[name] != after[name]} == {"random numpy"}

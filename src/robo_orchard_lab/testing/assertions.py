@@ -1,17 +1,24 @@
-"""What a hook promises, as assertions; each runs it several times, each time as a new one."""
+"""Assertions on hooks: an exact resume, unchanged weights, no device sync.
+
+Each assertion runs the hook several times, each time as a new object.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from itertools import zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeAlias, Unpack
+from typing import Any, TypeAlias, Unpack
+
+import torch
 
 from robo_orchard_lab.pipeline.errors import StateError
-from robo_orchard_lab.testing.fixtures import HookSource, RunSetting, completed, listed
-from robo_orchard_lab.testing.resume_check import differences, seams
-from robo_orchard_lab.testing.run import HookRun, train
+from robo_orchard_lab.pipeline.metrics import MetricsRecord
+from robo_orchard_lab.testing.fixtures import HookSource, RunSetting, as_sources, with_defaults
+from robo_orchard_lab.testing.run import HookRun, hook_states, train
 
 Hooks: TypeAlias = HookSource | Iterable[HookSource]
 
@@ -23,31 +30,29 @@ def assert_state_round_trip(
     ignore: Iterable[str] = ("perf/*",),
     **setting: Unpack[RunSetting],
 ) -> None:
-    """A run that is stopped, saved and resumed with new hooks is the run that never stopped.
+    """Assert that a run that is stopped, saved and resumed equals an uninterrupted run.
 
-    Compared are the hooks' states, what was published at which step, what was asked for,
-    weights and counters, all of them exactly.
+    Compared exactly are hook states, metrics, requests, weights and counters.
 
     >>> from robo_orchard_lab.pipeline.hooks import GradientClippingHookConfig
     >>> assert_state_round_trip(GradientClippingHookConfig(max_norm=1.0), steps=3)
 
     Args:
-        hook: a configuration, or a function that makes the hook anew; or several of these.
-        stop_at: after which steps to stop, a run for each; by default after every one.
-        ignore: patterns of what may differ, such as times: names of metrics (``perf/*``) and
-            places in states (``MyHook.started_at``).
+        hook: a config, or a function that returns a new hook; or several of these.
+        stop_at: steps after which to stop, one run for each; after every step by default.
+        ignore: patterns of names that may differ: metrics (``perf/*``) and paths in states
+            (``MyHook.started_at``).
         **setting: see :class:`RunSetting`.
 
     Raises:
-        AssertionError: the message names the step at which the run was stopped, and what differs
-            first.
-        ValueError: ``stop_at`` is not within the run, or there is no step to stop after.
+        AssertionError: the runs differ; the message names the stop and the first differences.
+        ValueError: ``stop_at`` is outside the run, or the run is too short to stop.
     """
-    hooks, full, ignored = listed(hook), completed(setting), tuple(ignore)
-    straight = train(hooks, full, again=True)
+    hooks, full, ignored = as_sources(hook), with_defaults(setting), tuple(ignore)
+    straight = train(hooks, full, has_more_runs=True)
     last = straight.progress.global_step_id - 1
     if last < 1:
-        raise ValueError(f"a run of {last + 1} step can't be stopped within; give it more steps")
+        raise ValueError(f"a run of {last + 1} step can't be interrupted; give it more steps")
     stops = range(1, last + 1) if stop_at is None else stop_at
     for stop in [stops] if isinstance(stops, int) else stops:
         if not 1 <= stop <= last:
@@ -56,100 +61,220 @@ def assert_state_round_trip(
                 f"the run has {last + 1} steps"
             )
         with TemporaryDirectory() as folder:
-            checkpoint = Path(folder) / "checkpoint"
+            path = Path(folder) / "checkpoint"
             try:
-                first = train(hooks, full, again=True, stop_after=stop, save_to=checkpoint)
-                second = train(hooks, full, again=True, resume_from=checkpoint)
+                first = train(hooks, full, has_more_runs=True, stop_after=stop, save_to=path)
+                second = train(hooks, full, has_more_runs=True, resume_from=path)
             except StateError as error:
                 raise AssertionError(
                     f"{_names(straight)}: the state after step {stop} can't be saved and loaded: "
                     f"{error}"
                 ) from error
-        problems = [*seams(straight, first, second, ignored)]
+        problems = [*_resume_differences(straight, first, second, ignored)]
         if problems:
             raise AssertionError(
-                f"{_names(straight)}: a run that was stopped after step {stop} and resumed is not "
-                "the run that never stopped:\n" + "\n".join(f"  {line}" for line in problems)
+                f"{_names(straight)}: a run that was stopped after step {stop} and resumed differs "
+                "from an uninterrupted run:\n" + "\n".join(f"  {line}" for line in problems)
             )
 
 
 def assert_weights_unchanged(hook: Hooks, **setting: Unpack[RunSetting]) -> None:
-    """A run with the hook trains the very same weights as one without.
+    """Assert that a run with the hook trains the same weights as a run without it.
 
-    That takes more than leaving the weights alone: a hook that draws from the global random
-    generators changes the dropout, and whatever else the model and its loss draw.
+    The hook must not use the global random generators either, which changes dropout and any other
+    random operation of the model and its loss.
 
     >>> from robo_orchard_lab.pipeline.hooks import ProgressBarHookConfig
     >>> assert_weights_unchanged(ProgressBarHookConfig(), steps=2)
 
     Args:
-        hook: a configuration, or a function that makes the hook anew; or several of these.
+        hook: a config, or a function that returns a new hook; or several of these.
         **setting: see :class:`RunSetting`.
 
     Raises:
-        AssertionError: the message names the first step after which a weight differs, and which.
+        AssertionError: the message names the first step after which a weight differs.
     """
-    hooks, full = listed(hook), completed(setting)
-    without, run = train([], full, again=True), train(hooks, full, again=True)
+    hooks, full = as_sources(hook), with_defaults(setting)
+    without = train([], full, has_more_runs=True)
+    run = train(hooks, full, has_more_runs=True)
     for step, (expected, found) in enumerate(
         zip(without.weights_by_step, run.weights_by_step, strict=False)
     ):
         for name, problem in differences(found, expected):
-            when = f"after step {step}" if step else "ahead of the first step"
+            when = f"after step {step}" if step else "before the first step"
             raise AssertionError(
-                f"{_names(run)} changes the weights: {when}, {name} {problem}. To draw random "
-                "numbers from torch's, NumPy's or Python's global generator changes them, too"
+                f"{_names(run)} changes the weights: {when}, {name} {problem}. Random numbers from "
+                "the global generator of torch, NumPy or Python change the weights, too"
             )
     if run.progress != without.progress:
         raise AssertionError(
             f"{_names(run)} changes the run: it ended at {run.progress}, "
             f"without the hook at {without.progress}"
         )
-    for name, expected_draw, found_draw in zip(
-        ("torch", "NumPy", "Python"), without.drawn_next, run.drawn_next, strict=True
+    for library, expected_number, number in zip(
+        ("torch", "NumPy", "Python"),
+        without.next_random_numbers,
+        run.next_random_numbers,
+        strict=True,
     ):
-        if found_draw != expected_draw:
+        if number != expected_number:
             raise AssertionError(
-                f"{_names(run)} draws from {name}'s global random generator, which changes what a "
-                "model draws from it; use a generator of its own"
+                f"{_names(run)} uses {library}'s global random generator, which changes the random "
+                "numbers of the model; use a generator of the hook's own"
             )
 
 
 def assert_no_device_sync(hook: Hooks, *, allowed: int = 0, **setting: Unpack[RunSetting]) -> None:
-    """A hook reads nothing from the device, which would wait for it.
+    """Assert that a hook reads no value from the device, which waits for the device.
 
-    Counted is what :func:`count_host_reads` sees in a run with the hook, and not in one without.
-    The trainer's reading at logging points and for saving is not counted.
+    Counts the reads that :func:`count_host_reads` finds in a run with the hook and not in a run
+    without it, except the trainer's own reads at logging points and for saving.
 
     >>> from robo_orchard_lab.pipeline.hooks import GradientClippingHookConfig
     >>> assert_no_device_sync(GradientClippingHookConfig(max_norm=1.0), steps=3)
 
     Args:
-        hook: a configuration, or a function that makes the hook anew; or several of these.
-        allowed: how many reads there may be in the run, for a hook that says when it reads.
+        hook: a config, or a function that returns a new hook; or several of these.
+        allowed: maximum number of reads in the run, for a hook with documented reads.
         **setting: see :class:`RunSetting`.
 
     Raises:
-        AssertionError: the message lists the lines that read, and how often they did.
+        AssertionError: the message lists the lines that read, with counts.
     """
-    hooks, full = listed(hook), completed(setting)
-    without = train([], full, again=True, count_reads=True)
-    run = train(hooks, full, again=True, count_reads=True)
-    reads = _own_reads(run) - _own_reads(without)
+    hooks, full = as_sources(hook), with_defaults(setting)
+    without = train([], full, has_more_runs=True, counts_reads=True)
+    run = train(hooks, full, has_more_runs=True, counts_reads=True)
+    reads = _reads_of_hooks(run) - _reads_of_hooks(without)
     if reads.total() > allowed:
         lines = [f"  {count} x {read}" for read, count in reads.items()]
         raise AssertionError(
             f"{_names(run)} reads from tensors {reads.total()} times in "
-            f"{run.progress.global_step_id} steps, expected at most {allowed}; each waits for the "
-            "device. Publish tensors as they are: they are read together at logging points\n"
+            f"{run.progress.global_step_id} steps, expected at most {allowed}; each read waits for "
+            "the device. Publish tensors, which are read together at logging points\n"
             + "\n".join(lines)
         )
 
 
-def _own_reads(run: HookRun) -> Counter[str]:
+def _reads_of_hooks(run: HookRun) -> Counter[str]:
     return Counter(str(read) for read in run.host_reads or () if not read.at_commit)
 
 
 def _names(run: HookRun) -> str:
     names = ", ".join(repr(hook.name) for hook in run.hooks)
     return f"hook {names}" if len(run.hooks) == 1 else f"hooks {names}"
+
+
+# --- differences -----------------------------------------------------------------------------
+
+
+def differences(found: Any, expected: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the path and a description of each difference between two nested states.
+
+    Tensors and numbers must be exactly equal; NaN equals NaN.
+
+    >>> list(differences({"count": 2, "best": [0.5]}, {"count": 3, "best": [0.5]}, "MyHook"))
+    [('MyHook.count', 'is 2, expected 3')]
+    """
+    if isinstance(found, torch.Tensor) and isinstance(expected, torch.Tensor):
+        yield from ((path, problem) for problem in _tensor_differences(found, expected))
+    elif isinstance(found, Mapping) and isinstance(expected, Mapping):
+        for key in {**expected, **found}:
+            inner = f"{path}.{key}" if path else str(key)
+            if key not in found:
+                yield inner, "is missing"
+            elif key not in expected:
+                yield inner, f"is {found[key]!r:.60}, expected none"
+            else:
+                yield from differences(found[key], expected[key], inner)
+    elif isinstance(found, list | tuple) and type(found) is type(expected):
+        for index, (value, other) in enumerate(zip(found, expected, strict=False)):
+            yield from differences(value, other, f"{path}[{index}]")
+        if len(found) != len(expected):
+            yield path, f"has {len(found)} items, expected {len(expected)}"
+    elif not _is_equal(found, expected):
+        yield path, f"is {found!r:.60}, expected {expected!r:.60}"
+
+
+def _is_equal(found: Any, expected: Any) -> bool:
+    if isinstance(found, torch.Tensor) or isinstance(expected, torch.Tensor):
+        return False  # a tensor and something else
+    return bool(found == expected or (found != found and expected != expected))  # NaN
+
+
+def _tensor_differences(found: torch.Tensor, expected: torch.Tensor) -> Iterator[str]:
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        yield (
+            f"is a tensor of {found.dtype} {tuple(found.shape)}, "
+            f"expected {expected.dtype} {tuple(expected.shape)}"
+        )
+        return
+    differing = (found != expected) & ~((found != found) & (expected != expected))
+    if differing.any():
+        index = tuple(differing.nonzero()[0].tolist())
+        yield (
+            f"is {found[index].item()!r}, expected {expected[index].item()!r}, at {list(index)} "
+            f"({int(differing.sum())} of {found.numel()} elements differ)"
+        )
+
+
+def _resume_differences(
+    straight: HookRun, first: HookRun, second: HookRun, ignored: Sequence[str]
+) -> Iterator[str]:
+    """Yield the first difference of each kind between a resumed and an uninterrupted run.
+
+    Args:
+        straight: the uninterrupted run.
+        first: the run up to the stop.
+        second: the resumed run.
+        ignored: patterns of metrics and paths in states that may differ.
+    """
+    saved, loaded = hook_states(first.hooks), second.states_at_start
+    yield from _first(differences(loaded, saved), ignored, "the loaded state")
+    yield from _first(_metric_differences(straight, first, second), ignored, "metric")
+    requests = zip_longest([*first.requests, *second.requests], straight.requests)
+    for found, expected in requests:
+        if found != expected:
+            yield f"request: {found or 'none'}, expected {expected or 'none'}"
+            break
+    weights = [*first.weights_by_step[:-1], *second.weights_by_step]
+    by_step = enumerate(zip(weights, straight.weights_by_step, strict=False))
+    of_weights = ((step, each) for step, pair in by_step for each in differences(*pair))
+    for step, (name, problem) in of_weights:
+        yield f"weights: after step {step}, {name} {problem}"
+        break
+    end = differences(hook_states(second.hooks), hook_states(straight.hooks))
+    yield from _first(end, ignored, "at the end")
+    if second.progress != straight.progress:
+        yield f"the run ended at {second.progress}, expected {straight.progress}"
+
+
+def _first(found: Iterable[tuple[str, str]], ignored: Sequence[str], kind: str) -> Iterator[str]:
+    for path, problem in found:
+        if not any(fnmatchcase(path, pattern) for pattern in ignored):
+            yield f"{kind}: {path} {problem}"
+            return
+
+
+def _metric_differences(
+    straight: HookRun, first: HookRun, second: HookRun
+) -> Iterator[tuple[str, str]]:
+    # The partial record at the end of the first part is repeated in the second part.
+    before_stop = [record for record in first.records if not record.partial]
+    expected, found = _values(straight.records), _values([*before_stop, *second.records])
+    for name in {**expected, **found}:
+        for value, other in zip_longest(found.get(name, ()), expected.get(name, ())):
+            if value is None or other is None or [*differences(value, other)]:
+                yield name, f"{_value_text(value)}, expected {_value_text(other)}"
+                break
+
+
+def _values(records: Iterable[MetricsRecord]) -> dict[str, list[tuple[int, float]]]:
+    values: dict[str, list[tuple[int, float]]] = {}
+    for record in records:
+        for value in record.values:
+            values.setdefault(value.name, []).append((value.step, value.value))
+    return values
+
+
+def _value_text(value: tuple[int, float] | None) -> str:
+    return "has no further value" if value is None else f"is {value[1]!r} at step {value[0]}"

@@ -1,14 +1,14 @@
-"""The small training that hooks are run in."""
+"""Small training on the CPU that hooks are tested in, isolated from the process."""
 
 from __future__ import annotations
 
 import copy
-import difflib
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 import numpy as np
@@ -18,90 +18,63 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, TensorDataset
 
+from robo_orchard_core.utils.config.errors import suggest_name
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.checkpoint import capture_random_state, restore_random_state
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-
-# --- isolation -------------------------------------------------------------------------------
-# Runs that leave no trace in the process.
-
-
-@contextmanager
-def isolated(seed: int) -> Iterator[None]:
-    """A fresh random state and a fresh Accelerate; then the caller's again, whatever happens.
-
-    Put back are the random states of torch, NumPy and Python, what Accelerate keeps for the whole
-    process, and the environment variables.
-    """
-    random_state = capture_random_state()
-    environment = dict(os.environ)
-    shared: list[dict[str, Any]] = [
-        kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)
-    ]
-    kept = [dict(state) for state in shared]
-    try:
-        # In place, since objects of the caller may hold these very dicts.
-        for state in shared:
-            state.clear()
-        seed_all(seed)
-        yield
-    finally:
-        for state, values in zip(shared, kept, strict=True):
-            state.clear()
-            state.update(values)
-        os.environ.clear()
-        os.environ.update(environment)
-        restore_random_state(random_state)
-
-
-def seed_all(seed: int) -> None:
-    """Seed torch, NumPy and Python."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
-
+from robo_orchard_lab.pipeline.trainer import HookBasedTrainer
 
 HookSource: TypeAlias = (
     PipelineHooks
     | PipelineHooksConfig[PipelineHooks]
     | Callable[[], PipelineHooks | PipelineHooksConfig[PipelineHooks]]
 )
-"""A hook, its configuration, or a function that makes either. What runs a hook more than once
-takes no hook, only what makes a new one each time."""
+"""A hook, its config, or a function that returns either. A function that runs a hook several times
+accepts only a config or a function."""
 
 
 class RunSetting(TypedDict, total=False):
-    """How hooks are run; everything has a small default, and every run starts alike."""
+    """Settings of a test run; each has a small default, and each run starts from one seed."""
 
     steps: int | None
-    """Stop after this many batches; 6 by default, where no other limit is given."""
+    """Maximum number of batches; 6 by default, if no other limit is set."""
     epochs: int | None
-    """Stop after this many passes over the data."""
+    """Maximum number of epochs."""
     optimizer_steps: int | None
-    """Stop after this many committed updates."""
+    """Maximum number of committed updates."""
     accumulate: int
-    """Batches to an update; 1 by default."""
+    """Batches per update; 1 by default."""
     model: torch.nn.Module | Callable[[], torch.nn.Module]
-    """A module, which is copied for each run, or a function that makes one. By default a linear
-    layer, dropout and another layer, from 4 features to 2."""
+    """A module, which is copied for each run, or a function that returns a module. The default has
+    a linear layer, dropout and another linear layer, from 4 features to 2."""
     data: Iterable[Any] | Callable[[], Iterable[Any]]
-    """An iterable of batches, or a function that makes one, as is needed for what can be read
-    only once or draws from a random generator of its own. By default 4 batches to an epoch of
-    4 samples each, shuffled: random features and targets."""
+    """An iterable of batches, or a function that returns an iterable: for data that can be read
+    once, or that has its own random generator. The default has 4 batches of 4 samples, shuffled:
+    random features and targets."""
     batch_processor: BatchProcessor
-    """By default the mean squared error of ``model(features)``."""
+    """The default computes the mean squared error of ``model(features)``."""
     optimizer: Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
-    """Makes the optimizer of the model's parameters; by default SGD with momentum."""
+    """Function from parameters to an optimizer; SGD with momentum by default."""
     lr_scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None
-    """Makes the schedule of the optimizer; None by default."""
-    beside: Sequence[HookSource]
-    """Other hooks to run inside of those that are tested, such as one that publishes what these
-    wait for."""
+    """Function from an optimizer to an LR scheduler; None by default."""
+    extra_hooks: Sequence[HookSource]
+    """Other hooks, registered after the tested hooks, such as a hook that publishes a metric."""
     log_every: str | None
-    """The schedule of logging points; by default each step and epoch. None for those alone that
-    a hook asks for. What is published and not logged is told when the run ends."""
+    """Trigger of logging points; each step and epoch by default. With None, only the logging
+    points that a hook requests. Unlogged metrics are recorded when the run ends."""
     seed: int
-    """Of torch, NumPy and Python; 0 by default."""
+    """Seed of torch, NumPy and Python; 0 by default."""
+
+
+class Training(NamedTuple):
+    """First arguments of a trainer, in order."""
+
+    accelerator: Accelerator
+    model: torch.nn.Module
+    dataloader: Iterable[Any]
+    batch_processor: BatchProcessor
+    optimizer: torch.optim.Optimizer | None
+    lr_scheduler: LRScheduler | None
 
 
 def _tiny_model() -> torch.nn.Module:
@@ -110,7 +83,7 @@ def _tiny_model() -> torch.nn.Module:
 
 
 def _tiny_data() -> Iterable[Any]:
-    # Shuffled by torch's own generator: a hook that draws from it gets other samples.
+    # Shuffled by torch's global generator: a hook that uses the generator changes the order.
     dataset = TensorDataset(torch.randn(16, 4), torch.randn(16, 2))
     return DataLoader(dataset, batch_size=4, shuffle=True)
 
@@ -131,27 +104,26 @@ _DEFAULTS: RunSetting = {
     "batch_processor": SimpleBatchProcessor.from_callable(_squared_error),
     "optimizer": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
     "lr_scheduler": None,
-    "beside": (),
+    "extra_hooks": (),
     "log_every": "1 step | 1 epoch",
     "seed": 0,
 }
 _LIMITS = ("steps", "epochs", "optimizer_steps")
+_RENAMED = {"beside": "extra_hooks"}
 
 
-def completed(setting: RunSetting) -> RunSetting:
-    """The setting with its defaults.
+def with_defaults(setting: RunSetting) -> RunSetting:
+    """Return the settings with all defaults.
 
     Raises:
-        TypeError: it has a key that there is not.
+        TypeError: a setting is unknown.
     """
     for name in setting:
         if name not in _DEFAULTS:
-            near = difflib.get_close_matches(name, _DEFAULTS, n=1)
-            raise TypeError(
-                f"there is no setting {name!r}"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-                + f" There are {', '.join(_DEFAULTS)}"
-            )
+            advice = suggest_name(name, [*_DEFAULTS], "expected one of")
+            if name in _RENAMED:
+                advice = f"its new name is {_RENAMED[name]!r}"
+            raise TypeError(f"there is no setting {name!r}; {advice}")
     full: RunSetting = {**_DEFAULTS, **setting}
     if all(setting.get(limit) is None for limit in _LIMITS):
         full["steps"] = 6
@@ -159,7 +131,7 @@ def completed(setting: RunSetting) -> RunSetting:
 
 
 def build_training(setting: RunSetting) -> Training:
-    """The model, the data and what goes with them, of a setting that is complete."""
+    """Build accelerator, model, data and optimizer from complete settings."""
     model_source, data_source = setting["model"], setting["data"]
     if isinstance(model_source, torch.nn.Module):
         model = copy.deepcopy(model_source)
@@ -179,51 +151,86 @@ def build_training(setting: RunSetting) -> Training:
     )
 
 
-class Training(NamedTuple):
-    """What a trainer is made of, but for its hooks and limits, in the order of its arguments."""
-
-    accelerator: Accelerator
-    model: torch.nn.Module
-    dataloader: Iterable[Any]
-    batch_processor: BatchProcessor
-    optimizer: torch.optim.Optimizer | None
-    lr_scheduler: LRScheduler | None
-
-
-def listed(hooks: HookSource | Iterable[HookSource]) -> tuple[HookSource, ...]:
-    """One hook or several, to be gone through any number of times."""
-    one = isinstance(hooks, PipelineHooks | PipelineHooksConfig) or callable(hooks)
-    return (hooks,) if one else tuple(hooks)  # type: ignore[return-value, arg-type]  # as ``one`` tells
+def build_example(run_folder: Path, resume_from: Any) -> HookBasedTrainer:
+    """Build the example trainer of :func:`prove_resume`: two epochs of four steps, with dropout."""
+    seed_all(0)
+    return HookBasedTrainer(
+        *build_training(with_defaults({})),
+        max_epoch=2,
+        run_folder=run_folder,
+        resume_from=resume_from,
+    )
 
 
-def build_hooks(hooks: Iterable[HookSource], again: bool) -> tuple[PipelineHooks, ...]:
-    """The hooks of one run.
+def as_sources(hooks: HookSource | Iterable[HookSource]) -> tuple[HookSource, ...]:
+    """Return a tuple of one or several hook sources."""
+    is_single = isinstance(hooks, PipelineHooks | PipelineHooksConfig) or callable(hooks)
+    return (hooks,) if is_single else tuple(hooks)  # type: ignore[return-value, arg-type]  # narrowed by is_single
+
+
+def build_hooks(sources: Iterable[HookSource], must_be_new: bool) -> tuple[PipelineHooks, ...]:
+    """Build the hooks of one run.
 
     Args:
-        hooks: what they are, or are made of.
-        again: whether each call must give new ones.
+        sources: hooks, configs or functions.
+        must_be_new: refuse a hook object, which only one run can use.
 
     Raises:
-        TypeError: one is something else, or a hook where new ones are needed.
+        TypeError: a source is no hook source, or a hook object although new hooks are required.
     """
-    return tuple(_build(hook, again) for hook in hooks)
+    return tuple(_build(source, must_be_new) for source in sources)
 
 
-def _build(source: Any, again: bool) -> PipelineHooks:
+def _build(source: Any, must_be_new: bool) -> PipelineHooks:
     if isinstance(source, PipelineHooks):
-        if again:
+        if must_be_new:
             name = type(source).__name__
             raise TypeError(
-                f"hook {source.name!r} is to run several times, each time as a new one: give its "
-                f"configuration, or a function that makes it, such as lambda: {name}(...)"
+                f"hook {source.name!r} runs several times, each time as a new object: expected its "
+                f"config or a function that returns it, such as lambda: {name}(...)"
             )
         return source
-    made = source() if callable(source) else source
-    if isinstance(made, PipelineHooksConfig):
-        made = made()
-    if not isinstance(made, PipelineHooks):
+    built = source() if callable(source) else source
+    if isinstance(built, PipelineHooksConfig):
+        built = built()
+    if not isinstance(built, PipelineHooks):
         raise TypeError(
-            "expected a PipelineHooks, a PipelineHooksConfig or a function that makes one, got "
-            + (f"a function that gives {made!r:.60}" if callable(source) else f"{source!r:.60}")
+            "expected a PipelineHooks, a PipelineHooksConfig or a function that returns one, got "
+            + (f"a function that returns {built!r:.60}" if callable(source) else f"{source!r:.60}")
         )
-    return made
+    return built
+
+
+@contextmanager
+def isolated(seed: int) -> Iterator[None]:
+    """Seed all generators and reset Accelerate in a block; restore the caller's state afterwards.
+
+    Restored are the RNG states of torch, NumPy and Python, Accelerate's process-wide state and the
+    environment variables, also after an error.
+    """
+    random_state = capture_random_state()
+    environment = dict(os.environ)
+    shared: list[dict[str, Any]] = [
+        kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)
+    ]
+    saved = [dict(state) for state in shared]
+    try:
+        # In place: objects of the caller may hold these dicts.
+        for state in shared:
+            state.clear()
+        seed_all(seed)
+        yield
+    finally:
+        for state, values in zip(shared, saved, strict=True):
+            state.clear()
+            state.update(values)
+        os.environ.clear()
+        os.environ.update(environment)
+        restore_random_state(random_state)
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch, NumPy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)

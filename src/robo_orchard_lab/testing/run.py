@@ -1,9 +1,10 @@
-"""Running hooks on a tiny model."""
+"""Run of hooks on a tiny model, and the recorder of its events, requests and metrics."""
 
 from __future__ import annotations
 
 import copy
 import random
+import re
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,56 +14,110 @@ from typing import Any, Unpack
 import numpy as np
 import torch
 
+from robo_orchard_core.utils.hook import HookContext, RemovableHandle
+from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
-from robo_orchard_lab.pipeline.progress import TrainerProgress
+from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES, ChannelName, TrainerProgress
+from robo_orchard_lab.pipeline.requests import Request
 from robo_orchard_lab.pipeline.trainer import HookBasedTrainer
+from robo_orchard_lab.pipeline.trigger import AtSteps, Role
 from robo_orchard_lab.testing.counting import TracedCall, count_host_reads
 from robo_orchard_lab.testing.fixtures import (
     HookSource,
     RunSetting,
+    as_sources,
     build_hooks,
     build_training,
-    completed,
     isolated,
-    listed,
+    with_defaults,
 )
-from robo_orchard_lab.testing.recorder import Event, MadeRequest, Recorder, copied_state
+
+RECORDER = "hook test kit"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Entry or exit of a channel, outside all hooks but the optimizer's."""
+
+    channel: ChannelName
+    role: Role
+    epoch_id: int
+    step_id: int
+    global_step_id: int
+    optimizer_step_id: int
+    depth: int
+    """Number of enclosing open channels."""
+    error: str | None
+    """The error that propagates through the scope, or None."""
+
+    def __str__(self) -> str:
+        counters = self.epoch_id, self.step_id, self.global_step_id, self.optimizer_step_id
+        error = f" {self.error}" if self.error else ""
+        return f"{self.role} {self.channel} {' '.join(map(str, counters))}{error}"
+
+
+@dataclass(frozen=True, slots=True)
+class MadeRequest:
+    """Request of a hook to the trainer."""
+
+    step: int
+    """Number of steps done, including the current step."""
+    request: Request
+
+    @property
+    def kind(self) -> str:
+        """``stop``, ``evaluate``, ``save_weights`` or ``log``."""
+        words = re.findall("[A-Z][a-z]*", type(self.request).__name__.removesuffix("Request"))
+        return "_".join(words).lower()
+
+    @property
+    def by(self) -> str:
+        """Name of the hook."""
+        return self.request.by
+
+    @property
+    def reason(self) -> str:
+        """Reason of the request."""
+        return self.request.reason
+
+    def __str__(self) -> str:
+        return f"{self.kind} at step {self.step}, requested by {self.by}: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)
 class HookRun:
-    """What came of a run."""
+    """Result of a test run."""
 
     hooks: tuple[PipelineHooks, ...]
-    """Those that were tested, as they are after the run."""
+    """The tested hooks in their final state."""
     progress: TrainerProgress
-    """The counters at the end."""
+    """The final counters."""
     events: tuple[Event, ...]
-    """Every channel that was entered and left."""
+    """Entries and exits of all channels."""
     requests: tuple[MadeRequest, ...]
-    """What hooks asked of the trainer, in the order in which they did."""
+    """Requests of hooks in order of time."""
     records: tuple[MetricsRecord, ...]
-    """What each logging point found, and at the end the rest."""
+    """Metrics of each logging point, and of the end of the run."""
     losses: tuple[float, ...]
     """The loss of each step."""
     model: torch.nn.Module
     """The trained model."""
     weights_by_step: tuple[dict[str, torch.Tensor], ...]
-    """Parameters and buffers by name, at the start of each step and at the end of the run."""
-    drawn_next: tuple[float, ...] = ()
-    """What torch's, NumPy's and Python's global generators give after the run."""
+    """Parameters and buffers by name, before each step and at the end."""
+    next_random_numbers: tuple[float, ...] = ()
+    """Next number of the global generators of torch, NumPy and Python after the run."""
     host_reads: tuple[TracedCall, ...] | None = None
-    """What was read from tensors, where that was counted."""
+    """Reads of tensor values, if they were counted."""
     states_at_start: dict[str, Any] | None = None
-    """The states of the hooks as they came from a saved run, if the run went on from one."""
+    """States of the hooks after loading a checkpoint; None for a run from the start."""
 
     @property
     def hook(self) -> PipelineHooks:
-        """The hook that was tested.
+        """The tested hook.
 
         Raises:
-            ValueError: there were several, or none.
+            ValueError: the run had several hooks, or none.
         """
         if len(self.hooks) != 1:
             raise ValueError(f"the run had {len(self.hooks)} hooks: see run.hooks")
@@ -70,10 +125,7 @@ class HookRun:
 
     @property
     def metrics(self) -> dict[str, dict[int, float]]:
-        """What was published and logged: each name's values by the step that they belong to.
-
-        Where a logging point told a name twice for one step, the later value.
-        """
+        """Logged values by name and step; the last value if a step was logged twice."""
         by_name: dict[str, dict[int, float]] = {}
         for record in self.records:
             for value in record.values:
@@ -82,21 +134,21 @@ class HookRun:
 
     @property
     def trace(self) -> list[str]:
-        """The events as lines, indented by the channels that are open.
+        """Events as lines, indented by depth.
 
-        Each is ``before|after channel epoch step global_step optimizer_step``; an after that sees
-        an error ends with it.
+        A line is ``before|after channel epoch step global_step optimizer_step``, followed by the
+        error that propagates, if any.
         """
         return ["  " * event.depth + str(event) for event in self.events]
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
-        """Parameters and buffers at the end, by name."""
+        """Final parameters and buffers by name."""
         return self.weights_by_step[-1]
 
 
 def run_hook(hook: HookSource | Iterable[HookSource], **setting: Unpack[RunSetting]) -> HookRun:
-    """Train a tiny model with a hook, or with several, and give what came of it.
+    """Train a tiny model with one or several hooks and return the result.
 
     >>> from robo_orchard_lab.pipeline.hooks import GradientClippingHookConfig
     >>> run = run_hook(GradientClippingHookConfig(max_norm=1.0), steps=4, accumulate=2)
@@ -105,60 +157,60 @@ def run_hook(hook: HookSource | Iterable[HookSource], **setting: Unpack[RunSetti
     >>> run.progress.optimizer_step_id, run.requests
     (2, ())
 
-    It is a real trainer and a real ``Accelerator`` on the CPU. Each run of one setting is the
-    same; the random states and what Accelerate keeps for the process are afterwards as they were.
+    Uses a real trainer and a real ``Accelerator`` on the CPU. Runs with equal settings are equal;
+    RNG states and Accelerate's process-wide state are restored afterwards.
 
     Args:
-        hook: a hook, its configuration or a function that makes either; or several of these.
+        hook: a hook, its config or a function that returns either; or several of these.
         **setting: see :class:`RunSetting`.
 
     Raises:
-        TypeError: it is no hook, or there is no such setting.
-        Exception: whatever the hook raises, with notes that say where.
+        TypeError: ``hook`` is no hook source, or a setting is unknown.
+        Exception: any error of the hook, with notes that name its location.
     """
-    return train(listed(hook), completed(setting))
+    return train(as_sources(hook), with_defaults(setting))
 
 
 def train(
     hooks: Iterable[HookSource],
     setting: RunSetting,
     *,
-    again: bool = False,
+    has_more_runs: bool = False,
     stop_after: int | None = None,
     save_to: Path | None = None,
     resume_from: Path | None = None,
-    count_reads: bool = False,
+    counts_reads: bool = False,
 ) -> HookRun:
-    """One run of a setting that is complete.
+    """Run hooks once with complete settings.
 
     Args:
-        hooks: those that are tested.
-        setting: with all of its defaults.
-        again: whether there are other runs, so that each needs hooks of its own.
-        stop_after: ask to stop after this step of the run.
-        save_to: save a checkpoint here afterwards.
-        resume_from: go on from a checkpoint.
-        count_reads: record what is read from tensors.
+        hooks: sources of the tested hooks.
+        setting: complete settings.
+        has_more_runs: the hooks are run several times: refuse hook objects.
+        stop_after: number of steps after which to request a stop.
+        save_to: path of a checkpoint to save afterwards.
+        resume_from: path of a checkpoint to resume from.
+        counts_reads: record reads of tensor values.
     """
     recorder = Recorder(setting["log_every"], stop_after)
     with isolated(setting["seed"]):
         training = build_training(setting)
-        tested = build_hooks(hooks, again)
+        tested = build_hooks(hooks, has_more_runs)
         trainer = HookBasedTrainer(
             *training,
-            hooks=[recorder, *tested, *build_hooks(setting["beside"], again)],
+            hooks=[recorder, *tested, *build_hooks(setting["extra_hooks"], has_more_runs)],
             max_step=setting["steps"],
             max_optimizer_step=setting["optimizer_steps"],
             max_epoch=setting["epochs"],
             resume_from=resume_from,
         )
-        states = None if resume_from is None else states_of(tested)
-        with count_host_reads() if count_reads else nullcontext() as reads:
+        states = None if resume_from is None else hook_states(tested)
+        with count_host_reads() if counts_reads else nullcontext() as reads:
             trainer()
         if save_to is not None:
             trainer.save_checkpoint(save_to)
-        weights = [*recorder.weights, copied_state(trainer.model)]
-        drawn = (torch.rand(()).item(), float(np.random.rand()), random.random())
+        weights = [*recorder.weights, _copy_of_state(trainer.model)]
+        random_numbers = (torch.rand(()).item(), float(np.random.rand()), random.random())
     return HookRun(
         tested,
         trainer.progress,
@@ -168,13 +220,88 @@ def train(
         tuple(float(loss) for loss in recorder.losses),
         trainer.model,
         tuple(weights),
-        drawn,
+        random_numbers,
         None if reads is None else tuple(reads),
         states,
     )
 
 
-def states_of(hooks: Iterable[PipelineHooks]) -> dict[str, Any]:
-    """Copies of the hooks' states, and of those in them, by name."""
-    named = (bundle for hook in hooks for bundle in (hook, *hook.all_hooks()))
-    return {bundle.name: copy.deepcopy(bundle.state_dict()) for bundle in named}
+def hook_states(hooks: Iterable[PipelineHooks]) -> dict[str, Any]:
+    """Return copies of the states of hooks and their nested hooks by name."""
+    bundles = (bundle for hook in hooks for bundle in (hook, *hook.all_hooks()))
+    return {bundle.name: copy.deepcopy(bundle.state_dict()) for bundle in bundles}
+
+
+class Recorder(PipelineHooks):
+    """Hook that records events, requests, metrics, losses and weights without a device sync.
+
+    Args:
+        log_every: trigger of the logging points to request, or None.
+        stop_after: number of steps after which to request a stop, or None.
+    """
+
+    def __init__(self, log_every: str | None, stop_after: int | None) -> None:
+        super().__init__(RECORDER)
+        self.events: list[Event] = []
+        self.requests: list[MadeRequest] = []
+        self.records: list[MetricsRecord] = []
+        self.losses: list[torch.Tensor] = []
+        self.weights: list[dict[str, torch.Tensor]] = []
+        self._depth = 0
+        self._handles: list[RemovableHandle] = []
+        self.register_hook("on_loop", HookContext.from_callable(self._listen, self._stop_listening))
+        for channel in CHANNEL_NAMES:
+            self.register_hook(channel, self._event_recorder(channel))
+        self.register_hook(
+            "on_step", HookContext.from_callable(self._keep_weights, self._keep_loss)
+        )
+        if log_every is not None:
+            self.register_at_commit(self._log, log_every)
+        if stop_after is not None:
+            stop = HookContext.from_callable(after=self._stop)
+            self.register_hook("on_step", stop, AtSteps({stop_after}))
+
+    def _listen(self, args: PipelineHookArgs) -> None:
+        def keep(request: Request) -> None:
+            if request.by != RECORDER:
+                self.requests.append(MadeRequest(args.progress.steps_done, request))
+
+        self._handles = [args.requests.listen(keep), args.metrics.listen(self.records.append)]
+
+    def _stop_listening(self, args: PipelineHookArgs) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _event_recorder(self, channel: ChannelName) -> HookContext[PipelineHookArgs]:
+        def before(args: PipelineHookArgs) -> None:
+            self._record("before", channel, args)
+            self._depth += 1
+
+        def after(args: PipelineHookArgs) -> None:
+            self._depth -= 1
+            self._record("after", channel, args)
+
+        return HookContext.from_callable(before, after)
+
+    def _record(self, role: Role, channel: ChannelName, args: PipelineHookArgs) -> None:
+        counters = args.epoch_id, args.step_id, args.global_step_id, args.optimizer_step_id
+        error = None if args.exception is None else repr(args.exception)
+        self.events.append(Event(channel, role, *counters, self._depth, error))
+
+    def _keep_weights(self, args: PipelineHookArgs) -> None:
+        self.weights.append(_copy_of_state(args.model))
+
+    def _keep_loss(self, args: PipelineHookArgs) -> None:
+        if args.loss is not None:
+            self.losses.append(args.loss)
+
+    def _log(self, args: PipelineHookArgs) -> None:
+        args.requests.log("the test reads the metrics", by=RECORDER)
+
+    def _stop(self, args: PipelineHookArgs) -> None:
+        args.requests.stop("the test interrupts the run", by=RECORDER)
+
+
+def _copy_of_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    state = model.state_dict().items()
+    return {name: v.detach().clone() for name, v in state if isinstance(v, torch.Tensor)}

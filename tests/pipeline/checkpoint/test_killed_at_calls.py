@@ -16,7 +16,7 @@ import torch
 import dies_at_a_call
 from dies_at_a_call import RETENTION, contents
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
-from robo_orchard_lab.testing.resume.fork_server import ForkServer
+from robo_orchard_lab.testing.resume_worker import run_processes
 
 BEGUN = [(1, 1), (2, 2)]
 """What is saved when a process begins: the step, and a mark."""
@@ -24,28 +24,19 @@ SAVES = [(3, 3), (3, 4), (2, 5)]
 """What it saves: a new step, one that is there, and an older one, which removes another."""
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    server = ForkServer(dies_at_a_call.run)
-    yield server
-    server.close()
-
-
 @pytest.fixture
-def begun(server: ForkServer, tmp_path: Path) -> Path:
+def begun(tmp_path: Path) -> Path:
     """A root with the first saves in it."""
-    told = save(server, tmp_path / "begun", BEGUN)
+    told = save(tmp_path / "begun", BEGUN)
     assert told[:-1] == ["saved 1 1", "saved 2 2"]
     return tmp_path / "begun"
 
 
-def save(
-    server: ForkServer, root: Path, saves: list[tuple[int, int]], die_at: int | None = None
-) -> list[str]:
+def save(root: Path, saves: list[tuple[int, int]], die_at: int | None = None) -> list[str]:
     """What a process told that saved into a root, until it was killed."""
     output = root.parent / "told"
     order: dict[str, Any] = {"root": str(root), "saves": saves, "die_at": die_at}
-    code = server.run(order, output, timeout_s=60)
+    [code] = run_processes(dies_at_a_call.run, [order], [output], timeout_s=60)
     assert code == (0 if die_at is None else -signal.SIGKILL), output.read_text()
     return output.read_text().splitlines()
 
@@ -89,44 +80,42 @@ def check_after(root: Path, told: list[str]) -> None:
     assert all(name.startswith("step_") for name in names), names
 
 
-def test_killed_at_every_call(server: ForkServer, begun: Path) -> None:
+def test_killed_at_every_call(begun: Path) -> None:
     """Whichever file was to be opened, renamed or removed next, no acknowledged save is lost."""
-    calls = calls_of(save(server, copy_of(begun), SAVES))
+    calls = calls_of(save(copy_of(begun), SAVES))
     assert calls > 40
     for call in range(calls):
         root = copy_of(begun)
-        told = save(server, root, SAVES, die_at=call)
+        told = save(root, SAVES, die_at=call)
         check_after(root, told)
 
 
-def recoveries(
-    server: ForkServer, begun: Path, every: int = 1
-) -> Iterator[tuple[Path, list[str], int]]:
+def recoveries(begun: Path, every: int = 1) -> Iterator[tuple[Path, list[str], int]]:
     """A root as a kill leaves it, what was acknowledged, and how many calls it takes to mend."""
-    calls = calls_of(save(server, copy_of(begun), SAVES))
+    calls = calls_of(save(copy_of(begun), SAVES))
     for call in range(0, calls, every):
         root = copy_of(begun)
-        told = save(server, root, SAVES, die_at=call)
+        told = save(root, SAVES, die_at=call)
         left = root.rename(begun.with_name(f"left-{call}"))
-        yield left, told, calls_of(save(server, copy_of(left), []))
+        yield left, told, calls_of(save(copy_of(left), []))
 
 
-def killed_again(server: ForkServer, left: Path, told: list[str], call: int) -> None:
+def killed_again(left: Path, told: list[str], call: int) -> None:
     root = copy_of(left)
-    save(server, root, [], die_at=call)
+    save(root, [], die_at=call)
     check_after(root, told)
 
 
-def test_killed_again_while_it_is_mended(server: ForkServer, begun: Path) -> None:
+def test_killed_again_while_it_is_mended(begun: Path) -> None:
     """The start that cleans up may be killed, too."""
     chance = random.Random(0)
-    for left, told, calls in recoveries(server, begun, every=4):
-        killed_again(server, left, told, chance.randrange(calls))
+    for left, told, calls in recoveries(begun, every=4):
+        killed_again(left, told, chance.randrange(calls))
 
 
 @pytest.mark.slow
-def test_killed_again_at_every_call_while_it_is_mended(server: ForkServer, begun: Path) -> None:
+def test_killed_again_at_every_call_while_it_is_mended(begun: Path) -> None:
     """So it is at every call, for each way to leave a root."""
-    for left, told, calls in recoveries(server, begun):
+    for left, told, calls in recoveries(begun):
         for call in range(calls):
-            killed_again(server, left, told, call)
+            killed_again(left, told, call)

@@ -196,10 +196,10 @@ def test_it_watches_without_a_trace() -> None:
     values = [3.0, NAN, 3.0, 2.0, 2.0, 1.0]
     cfg = EarlyStoppingConfig(monitor=NAME, mode="min", patience=4)
     for source in SOURCES.values():
-        beside = [partial(source, values)]
-        assert_no_device_sync(cfg, beside=beside)
-        assert_weights_unchanged(cfg, beside=beside)
-        assert_state_round_trip(cfg, beside=beside)
+        extra_hooks = [partial(source, values)]
+        assert_no_device_sync(cfg, extra_hooks=extra_hooks)
+        assert_weights_unchanged(cfg, extra_hooks=extra_hooks)
+        assert_state_round_trip(cfg, extra_hooks=extra_hooks)
 
 
 def test_a_run_that_is_over_is_watched_no_more() -> None:

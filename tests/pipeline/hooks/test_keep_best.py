@@ -315,10 +315,10 @@ def test_it_watches_without_a_trace(tmp_path: Path) -> None:
         return KeepBestConfig(monitor=NAME, mode="min", path=path)()
 
     for source in SOURCES.values():
-        beside = [partial(source, values)]
-        assert_no_device_sync(keep, beside=beside)
-        assert_weights_unchanged(keep, beside=beside)
-        assert_state_round_trip(keep, beside=beside)
+        extra_hooks = [partial(source, values)]
+        assert_no_device_sync(keep, extra_hooks=extra_hooks)
+        assert_weights_unchanged(keep, extra_hooks=extra_hooks)
+        assert_state_round_trip(keep, extra_hooks=extra_hooks)
 
 
 def test_a_run_that_is_over_is_watched_no_more(tmp_path: Path) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +11,22 @@ import pytest
 import killed_on_ranks
 from killed_on_ranks import STEPS
 from robo_orchard_lab.pipeline.run.run_state import read_run_state
-from robo_orchard_lab.testing.resume.fork_server import ForkServer
-from robo_orchard_lab.testing.resume.proof_runs import Killing
-from robo_orchard_lab.testing.resume.record_differences import record_differences
-from robo_orchard_lab.testing.resume.run_record import RunRecord, read_record
+from robo_orchard_lab.testing.resume_worker import RandomKill, run_processes
+from robo_orchard_lab.testing.run_record import RunRecord, read_record, record_differences
 
 STEP_S = 0.05  # about
 
 
-@pytest.fixture(scope="module")
-def servers() -> Iterator[list[ForkServer]]:
-    servers = [ForkServer(killed_on_ranks.run, ["torch._dynamo"]) for _ in range(3)]
-    yield servers
-    for server in servers:
-        server.close()
-
-
 def start(
-    servers: list[ForkServer],
-    folder: Path,
-    name: str,
-    kill_when: Killing | None = None,
-    ranks: int = 2,
-    **order: Any,
+    folder: Path, name: str, should_kill: RandomKill | None = None, ranks: int = 2, **order: Any
 ) -> list[int]:
-    """All ranks, until they have ended; their exit codes."""
-    order["ranks"] = ranks
-    order["meeting"] = str(folder / f"{name}.meeting")
-
-    def run(rank: int) -> int:
-        record = folder / f"{name}-{rank}.jsonl"
-        mine = {"rank": rank, "folder": str(folder), "record": str(record), **order}
-        kill = None if kill_when is None else partial(kill_when, rank)
-        return servers[rank].run(mine, record.with_suffix(".log"), 120, kill)
-
+    """Run all ranks to their end and return their exit codes."""
+    order |= {"ranks": ranks, "meeting": str(folder / f"{name}.meeting"), "folder": str(folder)}
+    records = [folder / f"{name}-{rank}.jsonl" for rank in range(ranks)]
+    orders = [{"rank": rank, "record": str(path), **order} for rank, path in enumerate(records)]
     folder.mkdir(exist_ok=True, parents=True)
-    with ThreadPoolExecutor(ranks) as threads:
-        return [*threads.map(run, range(ranks))]
+    logs = [path.with_suffix(".log") for path in records]
+    return run_processes(killed_on_ranks.run, orders, logs, 120, should_kill)
 
 
 def records(folder: Path, name: str, rank: int) -> list[RunRecord]:
@@ -58,8 +34,8 @@ def records(folder: Path, name: str, rank: int) -> list[RunRecord]:
     return [record for path in paths if (record := read_record(path)) is not None]
 
 
-def run_straight(servers: list[ForkServer], folder: Path, **order: Any) -> None:
-    codes = start(servers, folder, "run", **order)
+def run_straight(folder: Path, **order: Any) -> None:
+    codes = start(folder, "run", **order)
     assert not any(codes), (folder / "run-0.log").read_text()
 
 
@@ -72,39 +48,35 @@ def check_rank_consistency(straight: Path, folder: Path, ranks: int = 2) -> None
 
 
 @pytest.mark.parametrize(("ranks", "stops"), [(2, [1, 2, 4, 7, 8]), (3, [1, 4])])
-def test_ranks_are_stopped(
-    ranks: int, stops: list[int], servers: list[ForkServer], tmp_path: Path
-) -> None:
+def test_ranks_are_stopped(ranks: int, stops: list[int], tmp_path: Path) -> None:
     """In and between windows and epochs, each rank has what it would have, buffers included.
 
     Three ranks round the sums of their gradients by the order in which they add them up.
     """
-    run_straight(servers, tmp_path / "straight", ranks=ranks, in_background=False)
+    run_straight(tmp_path / "straight", ranks=ranks, in_background=False)
     folder = tmp_path / "stopped"
     for number, stop in enumerate([*stops, None]):
         name = f"run{number}"
-        codes = start(servers, folder, name, ranks=ranks, stop_after=stop, in_background=False)
+        codes = start(folder, name, ranks=ranks, stop_after=stop, in_background=False)
         assert not any(codes), (folder / f"{name}-0.log").read_text()
     check_rank_consistency(tmp_path / "straight", folder, ranks)
 
 
-def kill_again_and_again(
-    servers: list[ForkServer], tmp_path: Path, kills: int, in_background: bool
-) -> None:
+def kill_again_and_again(tmp_path: Path, kills: int, in_background: bool) -> None:
     straight, folder = tmp_path / "straight", tmp_path / "killed"
-    run_straight(servers, straight, in_background=in_background)
+    run_straight(straight, in_background=in_background)
     acknowledged = 0
     steps = sorted(random.choices(range(1, STEPS), k=kills))
     for number, step in enumerate(steps):
         written = [folder / f"run{number:03d}-{rank}.jsonl" for rank in range(2)]
-        killing = Killing(written, step, STEP_S)
-        start(servers, folder, f"run{number:03d}", killing, in_background=in_background)
+        killing = RandomKill(written, step, STEP_S)
+        start(folder, f"run{number:03d}", killing, in_background=in_background)
         for rank in range(2):
             for begun in records(folder, f"run{number:03d}", rank):
                 assert begun.start >= acknowledged, "an acknowledged checkpoint was lost"
         saved = read_run_state(folder).checkpoint if (folder / "run_state.json").exists() else None
         acknowledged = saved.step if saved else 0
-    codes = start(servers, folder, f"run{kills:03d}", in_background=in_background)
+    codes = start(folder, f"run{kills:03d}", in_background=in_background)
     assert codes == [0, 0], (folder / f"run{kills:03d}-0.log").read_text()
     check_rank_consistency(straight, folder)
     names = {path.name for path in (folder / "checkpoints").iterdir()}
@@ -113,16 +85,14 @@ def kill_again_and_again(
 
 
 @pytest.mark.parametrize("in_background", [False, True])
-def test_ranks_are_killed(in_background: bool, servers: list[ForkServer], tmp_path: Path) -> None:
+def test_ranks_are_killed(in_background: bool, tmp_path: Path) -> None:
     """Whichever rank dies first, wherever the other is, the next start of both is exact."""
-    kill_again_and_again(servers, tmp_path, 3, in_background)
+    kill_again_and_again(tmp_path, 3, in_background)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("in_background", [False, True])
-def test_ranks_are_killed_often(
-    in_background: bool, servers: list[ForkServer], tmp_path: Path
-) -> None:
+def test_ranks_are_killed_often(in_background: bool, tmp_path: Path) -> None:
     """So it is after many kills."""
     for number in range(3):
-        kill_again_and_again(servers, tmp_path / str(number), 8, in_background)
+        kill_again_and_again(tmp_path / str(number), 8, in_background)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +13,22 @@ import torch
 import elastic_run
 from robo_orchard_lab.pipeline.checkpoint import load_checkpoint, save_checkpoint
 from robo_orchard_lab.pipeline.sinks import read_metrics
-from robo_orchard_lab.testing.resume.fork_server import ForkServer
+from robo_orchard_lab.testing.resume_worker import run_processes
 
 
-@pytest.fixture(scope="module")
-def servers() -> Iterator[list[ForkServer]]:
-    servers = [ForkServer(elastic_run.run, ["torch._dynamo", "torchmetrics"]) for _ in range(3)]
-    yield servers
-    for server in servers:
-        server.close()
-
-
-def start(servers: list[ForkServer], folder: Path, ranks: int, **order: Any) -> str:
-    """Run all ranks to their end; what the first that failed has printed, empty if none did."""
+def start(folder: Path, ranks: int, **order: Any) -> str:
+    """Run all ranks to their end; return the output of the first failed rank, or ""."""
     folder.mkdir(parents=True, exist_ok=True)
     name = f"part{len([*folder.glob('part*-0.log')])}"
     order |= {"folder": str(folder), "name": name, "ranks": ranks}
     order["meeting"] = str(folder / f"{name}.meeting")
-
-    def run(rank: int) -> int:
-        return servers[rank].run({**order, "rank": rank}, folder / f"{name}-{rank}.log", 120)
-
-    with ThreadPoolExecutor(ranks) as threads:
-        codes = [*threads.map(run, range(ranks))]
-    failed = [rank for rank, code in enumerate(codes) if code]
-    return (folder / f"{name}-{failed[0]}.log").read_text() if failed else ""
+    orders = [{**order, "rank": rank} for rank in range(ranks)]
+    logs = [folder / f"{name}-{rank}.log" for rank in range(ranks)]
+    codes = run_processes(elastic_run.run, orders, logs, 120)
+    return next((log.read_text() for log, code in zip(logs, codes, strict=True) if code), "")
 
 
 def run_in_parts(
-    servers: list[ForkServer],
     folder: Path,
     ranks: list[int],
     stops: list[int],
@@ -52,7 +38,7 @@ def run_in_parts(
     """Each part in as many ranks as said, up to a stop, the last to the end; some in shards."""
     for part, (count, stop) in enumerate(zip(ranks, [*stops, None], strict=True)):
         order |= {"stop_after": stop, "seed": 5 + part, "sharded": part in sharded}
-        assert start(servers, folder, count, **order) == ""
+        assert start(folder, count, **order) == ""
 
 
 def lines(folder: Path, kind: str) -> Iterator[tuple[int, int, int, Any]]:
@@ -95,9 +81,9 @@ def check_like(straight: Path, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def straight(servers: list[ForkServer], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("other_processes") / "straight"
-    run_in_parts(servers, folder, [1], [])
+    run_in_parts(folder, [1], [])
     return folder
 
 
@@ -114,12 +100,11 @@ def straight(servers: list[ForkServer], tmp_path_factory: pytest.TempPathFactory
 def test_goes_on_in_other_numbers_of_processes(
     ranks: list[int],
     stops: list[int],
-    servers: list[ForkServer],
     straight: Path,
     tmp_path: Path,
 ) -> None:
     """Samples, augmentation, counters, weights and lines of metrics are those of one process."""
-    run_in_parts(servers, tmp_path / "parts", ranks, stops)
+    run_in_parts(tmp_path / "parts", ranks, stops)
     check_like(straight, tmp_path / "parts")
 
 
@@ -135,19 +120,18 @@ def test_goes_on_with_a_model_in_shards(
     ranks: list[int],
     stops: list[int],
     sharded: list[int],
-    servers: list[ForkServer],
     straight: Path,
     tmp_path: Path,
 ) -> None:
     """Within a window, what was added up of it goes on from shards to whole weights and back."""
-    run_in_parts(servers, tmp_path / "parts", ranks, stops, sharded)
+    run_in_parts(tmp_path / "parts", ranks, stops, sharded)
     check_like(straight, tmp_path / "parts")
 
 
-def test_two_processes_are_one(servers: list[ForkServer], straight: Path, tmp_path: Path) -> None:
+def test_two_processes_are_one(straight: Path, tmp_path: Path) -> None:
     """With accumulation, clipping, a schedule, an average, evaluations and metrics: the same
     events on both ranks, the same samples, counters and lines of metrics, the same weights."""
-    run_in_parts(servers, tmp_path / "two", [2], [])
+    run_in_parts(tmp_path / "two", [2], [])
     check_like(straight, tmp_path / "two")
     expected = [event for _, _, _, event in lines(straight, "event")]
     for rank in range(2):
@@ -159,33 +143,27 @@ def test_two_processes_are_one(servers: list[ForkServer], straight: Path, tmp_pa
     [{"workers": 2}, {"plateau": True}, {"accumulate": 1}, {"counted": True}],
     ids=["workers", "plateau", "no accumulation", "counted"],
 )
-def test_other_numbers_of_processes_in_other_ways(
-    options: dict[str, Any], servers: list[ForkServer], tmp_path: Path
-) -> None:
+def test_other_numbers_of_processes_in_other_ways(options: dict[str, Any], tmp_path: Path) -> None:
     """So it is with workers, with a schedule that follows the loss, without accumulation, and with
     windows that are loaded ahead."""
-    run_in_parts(servers, tmp_path / "straight", [1], [], **options)
-    run_in_parts(servers, tmp_path / "parts", [2, 1, 2], [4, 8], **options)
+    run_in_parts(tmp_path / "straight", [1], [], **options)
+    run_in_parts(tmp_path / "parts", [2, 1, 2], [4, 8], **options)
     check_like(tmp_path / "straight", tmp_path / "parts")
 
 
-def test_what_is_drawn_for_a_batch_is_another(
-    servers: list[ForkServer], straight: Path, tmp_path: Path
-) -> None:
+def test_what_is_drawn_for_a_batch_is_another(straight: Path, tmp_path: Path) -> None:
     """Keyed by batch, the samples are the same, and so is their order, but not what is drawn."""
-    run_in_parts(servers, tmp_path / "parts", [1, 2], [3], keyed_by="batch")
+    run_in_parts(tmp_path / "parts", [1, 2], [3], keyed_by="batch")
     found, expected = samples(tmp_path / "parts"), samples(straight)
     for step, due in expected.items():
         assert [index for index, _ in found[step]] == [index for index, _ in due]
     assert found[0] != expected[0]
 
 
-def test_a_new_rank_draws_from_streams_of_its_own(
-    servers: list[ForkServer], straight: Path, tmp_path: Path
-) -> None:
+def test_a_new_rank_draws_from_streams_of_its_own(straight: Path, tmp_path: Path) -> None:
     """The first goes on as it would have; the others draw as neither it nor one another."""
     folder = tmp_path / "parts"
-    run_in_parts(servers, folder, [1, 3], [4])
+    run_in_parts(folder, [1, 3], [4])
     (first, *of_new) = (
         [value for part, r, _, value in lines(folder, "drawn") if part == 1 and r == rank]
         for rank in range(3)
@@ -203,66 +181,66 @@ def ended(folder: Path, part: int) -> list[dict[str, Any]]:
     ]
 
 
-def test_states_of_hooks(servers: list[ForkServer], tmp_path: Path) -> None:
+def test_states_of_hooks(tmp_path: Path) -> None:
     """A hook's own rule holds; else each rank takes over that of its number, or the last one."""
     folder = tmp_path / "parts"
-    run_in_parts(servers, folder, [2, 3, 1], [3, 8])
+    run_in_parts(folder, [2, 3, 1], [3, 8])
     for part, total in enumerate([18, 26 + 18, 52]):
         states = ended(folder, part)
         assert sum(state["Counted"]["samples"] for state in states) == total
         assert [state["Numbered"]["begun_as"] for state in states] == [[0, 1], [0, 1, 1], [0]][part]
 
 
-def test_a_hook_can_refuse(servers: list[ForkServer], tmp_path: Path) -> None:
+def test_a_hook_can_refuse(tmp_path: Path) -> None:
     """Its error is that of all ranks, with its name."""
     (tmp_path / "a").mkdir()
-    assert start(servers, tmp_path / "a", 1, stop_after=1) == ""
+    assert start(tmp_path / "a", 1, stop_after=1) == ""
     empty = tmp_path / "a" / "checkpoints" / "step_00000001"
     saved = load_checkpoint(empty)
     state = saved.rank_parts["state"]
     hooks = {**state["hooks"], "Counted": {"samples": 0}}
     save_checkpoint(tmp_path / "b", 1, saved.parts, {"state": {**state, "hooks": hooks}})
-    told = start(servers, tmp_path / "c", 2, resume_from=str(tmp_path / "b"))
+    told = start(tmp_path / "c", 2, resume_from=str(tmp_path / "b"))
     assert "StateError: there is nothing to share" in told
     assert "raised in hook 'Counted' (redistribute_states)" in told
 
 
-def test_no_gradient_is_dropped(servers: list[ForkServer], tmp_path: Path) -> None:
+def test_no_gradient_is_dropped(tmp_path: Path) -> None:
     """One that was added up for a parameter which this run has not is refused, by its name."""
-    assert start(servers, tmp_path / "a", 1, stop_after=1) == ""
+    assert start(tmp_path / "a", 1, stop_after=1) == ""
     saved = load_checkpoint(checkpoint(tmp_path / "a", 1))
     state = saved.rank_parts["state"]
     state["own_gradients"]["gone.weight"] = torch.ones(2)
     save_checkpoint(tmp_path / "b", 1, saved.parts, {"state": state})
-    told = start(servers, tmp_path / "c", 1, resume_from=str(tmp_path / "b"))
+    told = start(tmp_path / "c", 1, resume_from=str(tmp_path / "b"))
     assert "StateError: the run was saved within an accumulation window" in told
     assert "the gradients of gone.weight have no place" in told
 
 
-def test_another_number_of_samples_a_step(servers: list[ForkServer], tmp_path: Path) -> None:
+def test_another_number_of_samples_a_step(tmp_path: Path) -> None:
     """Within an epoch it is refused with both remedies, or allowed; no sample is lost then."""
     folder = tmp_path / "parts"
-    run_in_parts(servers, folder, [1], [])
+    run_in_parts(folder, [1], [])
     at_two = str(folder / "checkpoints" / "step_00000002")
-    told = start(servers, tmp_path / "refused", 2, resume_from=at_two, batch_size=4)
+    told = start(tmp_path / "refused", 2, resume_from=at_two, batch_size=4)
     assert "had 6 samples of the whole job when the run was saved, and has 8" in told
     assert "give the loader batch_size=3" in told
     assert "allow another number with DataOrder(allow_other_batch_size=True)" in told
     other = tmp_path / "allowed"
-    assert start(servers, other, 2, resume_from=at_two, batch_size=4, allow=True) == ""
+    assert start(other, 2, resume_from=at_two, batch_size=4, allow=True) == ""
     first = [index for step in (0, 1) for index, _ in samples(folder)[step]]
     rest = [index for step in (2, 3) for index, _ in samples(other)[step]]
     order = [index for step in range(5) for index, _ in samples(folder)[step]]
     assert first + rest == order
     between = str(folder / "checkpoints" / "step_00000005")
-    assert start(servers, tmp_path / "between", 3, resume_from=between, batch_size=4) == ""
+    assert start(tmp_path / "between", 3, resume_from=between, batch_size=4) == ""
 
 
-def test_metrics_that_can_not_be_joined(servers: list[ForkServer], tmp_path: Path) -> None:
+def test_metrics_that_can_not_be_joined(tmp_path: Path) -> None:
     """They go on among more ranks; among fewer where they hold nothing of several, else refused."""
     straight, folder = tmp_path / "straight", tmp_path / "parts"
-    run_in_parts(servers, straight, [1], [], unjoinable=True)
-    run_in_parts(servers, folder, [1, 2], [2], unjoinable=True)
+    run_in_parts(straight, [1], [], unjoinable=True)
+    run_in_parts(folder, [1, 2], [2], unjoinable=True)
     one, other = (
         [
             value.value
@@ -273,9 +251,9 @@ def test_metrics_that_can_not_be_joined(servers: list[ForkServer], tmp_path: Pat
         for path in (straight, folder)
     )
     assert other[0] == pytest.approx(one[0], rel=1e-4)  # which adds up in single precision
-    told = start(servers, folder / "a", 1, resume_from=checkpoint(folder, 7), unjoinable=True)
+    told = start(folder / "a", 1, resume_from=checkpoint(folder, 7), unjoinable=True)
     assert "PearsonCorrCoef was gathering on 2 ranks, and can't go on" in told
-    ended = start(servers, folder / "b", 1, resume_from=checkpoint(folder, 10), unjoinable=True)
+    ended = start(folder / "b", 1, resume_from=checkpoint(folder, 10), unjoinable=True)
     assert ended == ""
 
 
@@ -283,26 +261,24 @@ def checkpoint(folder: Path, step: int) -> str:
     return str(folder / "checkpoints" / f"step_{step:08d}")
 
 
-def test_streams_go_on_between_epochs(servers: list[ForkServer], tmp_path: Path) -> None:
+def test_streams_go_on_between_epochs(tmp_path: Path) -> None:
     """Within an epoch, data without an index needs the number of processes that it had."""
     folder = tmp_path / "parts"
     options: dict[str, Any] = {"streams": True, "keyed_by": "batch", "batch_size": 3}
-    run_in_parts(servers, folder, [2], [], **options)
+    run_in_parts(folder, [2], [], **options)
     steps = 1 + max(step for _, _, step, _ in lines(folder, "drawn"))
     between, within = (checkpoint(folder, step) for step in (steps // 2, steps // 2 + 1))
-    told = start(servers, tmp_path / "within", 1, resume_from=within, **options)
+    told = start(tmp_path / "within", 1, resume_from=within, **options)
     assert "was read by 2 processes when it was saved, and is by 1" in told
-    assert start(servers, tmp_path / "between", 1, resume_from=between, **options) == ""
+    assert start(tmp_path / "between", 1, resume_from=between, **options) == ""
 
 
-def test_what_a_rank_had_that_is_no_more_is_verified(
-    servers: list[ForkServer], tmp_path: Path
-) -> None:
+def test_what_a_rank_had_that_is_no_more_is_verified(tmp_path: Path) -> None:
     """A file of a rank that is no more is damaged: the checkpoint before it is taken, and said."""
     folder = tmp_path / "parts"
-    run_in_parts(servers, folder, [3], [])
+    run_in_parts(folder, [3], [])
     newest = sorted((folder / "checkpoints").glob("step_*"))[-1]
     (newest / "state.rank00002.json").write_text("{}")
-    assert start(servers, folder, 1) == ""
+    assert start(folder, 1) == ""
     assert "state.rank00002.json: expected" in max(folder.glob("part*-0.log")).read_text()
     assert [step for part, _, step, _ in lines(folder, "samples") if part == 1] == [9]

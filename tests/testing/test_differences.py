@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from robo_orchard_lab.testing.resume_check import differences
+from robo_orchard_lab.testing.assertions import differences
 
 NAN = math.nan
 

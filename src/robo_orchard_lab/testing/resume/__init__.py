@@ -1,1 +1,0 @@
-"""The proof that a run which is stopped or killed, and resumed, is the run that never stopped."""
