@@ -208,7 +208,7 @@ def test_modules_beside_oneself_are_found_if_they_are_trusted(
     Path("torch.py").write_text("raise SystemExit('a stranger')")
     Path("own.yaml").write_text(f"base: {file}\nmodel: {{class_type: own_parts:Net, width: 3}}\n")
     assert main(["config", "check", "own.yaml"]) == 2
-    assert "'own_parts:Net' is not trusted; if you trust its code, say --trust own_parts" in (
+    assert "'own_parts:Net' is not trusted; if you trust its code, pass --trust own_parts" in (
         capsys.readouterr().out
     )
     assert not Path("imported").exists()

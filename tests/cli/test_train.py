@@ -115,7 +115,10 @@ def test_changes_are_sorted_and_need_a_word(capsys: pytest.CaptureFixture[str]) 
     assert main(changed) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert "the run in runs/spirals would be another with other hooks.clip" in shown.err
+    assert (
+        "the run in runs/spirals would not train the same weights with changed hooks.clip"
+        in shown.err
+    )
     lines = [line.split()[:2] for line in shown.err.splitlines()[2:4]]
     assert lines == [["trajectory", "hooks.clip"], ["harmless", "trainer.max_epoch"]]
     assert "--allow trajectory goes on all the same; `robo-orchard-lab resume" in shown.err
@@ -127,7 +130,7 @@ def test_changes_are_sorted_and_need_a_word(capsys: pytest.CaptureFixture[str]) 
     ]
     assert main([*changed, "--optimizer.lr", "1", "--allow", "trajectory"]) == 2
     shown = capsys.readouterr()
-    assert "can't go on with other optimizer.lr" in shown.err
+    assert "can't resume with changed optimizer.lr" in shown.err
     assert "a checkpoint holds it" in shown.err
     assert main([*changed, "--optimizer.lr", "1", "--resume", "never"]) == 0
 

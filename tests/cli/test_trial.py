@@ -53,7 +53,7 @@ def test_a_dry_run_tells_where_the_run_would_go_on(capsys: pytest.CaptureFixture
     told = capsys.readouterr().out.splitlines()[1].split(maxsplit=1)
     assert told == ["begins", "at step 10 of the run in there, with other trainer.max_epoch"]
     assert main(["train", FILE, "--dry-run", "--seed=3"]) == 2
-    assert "can't go on with other seed" in capsys.readouterr().err
+    assert "can't resume with changed seed" in capsys.readouterr().err
     assert main(["train", FILE, "--dry-run", "--seed=3", "--resume=never"]) == 0
 
 

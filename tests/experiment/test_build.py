@@ -448,9 +448,9 @@ IN_PAIRS = config_of(BatchSampler, sampler=config_of(RandomSampler), batch_size=
 @pytest.mark.parametrize(
     ("changes", "place", "says"),
     [
-        ({"sampler": config_of(RandomSampler), "shuffle": True}, "sampler", "of shuffle"),
-        ({"batch_sampler": IN_PAIRS, "batch_size": 4}, "batch_sampler", "of batch_size"),
-        ({"batch_sampler": IN_PAIRS, "drop_last": True}, "batch_sampler", "of drop_last"),
+        ({"sampler": config_of(RandomSampler), "shuffle": True}, "sampler", "with shuffle"),
+        ({"batch_sampler": IN_PAIRS, "batch_size": 4}, "batch_sampler", "with batch_size"),
+        ({"batch_sampler": IN_PAIRS, "drop_last": True}, "batch_sampler", "with drop_last"),
         ({"prefetch_factor": 2}, "prefetch_factor", "num_workers"),
         ({"persistent_workers": True}, "persistent_workers", "num_workers"),
     ],

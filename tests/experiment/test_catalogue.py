@@ -58,7 +58,7 @@ KINDS = {
     "sink": (JsonLinesSink, LogSink, TrackerSink, SinkConfig),
     "batch processor": (SimpleBatchProcessor,),
     "optimizer": (torch.optim.Optimizer,),
-    "lr_scheduler": (torch.optim.lr_scheduler.LRScheduler,),
+    "LR scheduler": (torch.optim.lr_scheduler.LRScheduler,),
     "module": (torch.nn.Module,),
     "dataset": (torch.utils.data.Dataset,),
     "sampler": (torch.utils.data.Sampler,),

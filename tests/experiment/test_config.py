@@ -204,7 +204,7 @@ def test_null_removes_a_hook(tmp_path: Path) -> None:
                 "lr_scheduler": {"class_type": "torch.optim.lr_scheduler:ConstantLR"},
             },
             "lr_scheduler",
-            "no optimizer",
+            "requires an optimizer",
         ),
         ({"checkpoint": {"everys": "1 epoch"}}, "checkpoint.everys", "did you mean 'every'?"),
         ({"hooks": {"s": {"class_type": "torch.nn.modules.linear:Linear"}}}, "hooks.s.class_type",
@@ -281,7 +281,7 @@ def test_whole_numbers_of_a_schedule_may_be_auto() -> None:
 
 def test_code_is_held_to_the_rules_of_files() -> None:
     """By pydantic's error, as any config."""
-    with pytest.raises(ValidationError, match="the run has no end"):
+    with pytest.raises(ValidationError, match="the run has no limit"):
         in_code(trainer=TrainerConfig())
     with pytest.raises(ValidationError, match="expected a Optimizer"):
         in_code(optimizer=config_of(torch.nn.Linear, in_features=1, out_features=1))

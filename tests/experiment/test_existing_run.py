@@ -110,11 +110,14 @@ def test_changes_need_to_be_allowed_by_what_they_do(experiment: ExperimentConfig
     ]
     hooks = dict(longer.hooks, clip=longer.hooks["clip"].replace(max_norm=3.0))
     other = longer.replace(hooks=hooks)
-    with pytest.raises(ChangedRunError, match=r"would be another with other hooks\.clip\.max_norm"):
+    with pytest.raises(
+        ChangedRunError,
+        match=r"would not train the same weights with changed hooks\.clip\.max_norm",
+    ):
         check_changes(other, before, TRUST)
     assert len(check_changes(other, before, TRUST, allow="trajectory")) == 1
     never = other.replace(seed=3)
-    with pytest.raises(ChangedRunError, match="can't go on with other seed") as refused:
+    with pytest.raises(ChangedRunError, match="can't resume with changed seed") as refused:
         check_changes(never, before, TRUST, allow="trajectory")
     assert [each.field for each in refused.value.changes] == ["seed", "hooks.clip.max_norm"]
 
@@ -126,5 +129,5 @@ def test_a_file_that_can_no_longer_be_loaded_is_compared_as_it_is(
     before = begun(experiment)
     text = before.config.read_text()
     before.config.write_text(text.replace("samples:MLP", "samples:GoneMLP"))
-    with pytest.raises(ChangedRunError, match=r"with other model\.class_type"):
+    with pytest.raises(ChangedRunError, match=r"with changed model\.class_type"):
         check_changes(experiment, before, TRUST)

@@ -21,7 +21,7 @@ from robo_orchard_lab.experiment import ExperimentConfig
 from robo_orchard_lab.experiment.catalogue import ExperimentTrust
 from robo_orchard_lab.experiment.document import read_experiment
 from robo_orchard_lab.experiment.overrides import from_arguments, from_environment
-from robo_orchard_lab.experiment.prevalidation import TOP_FIELDS, prevalidate
+from robo_orchard_lab.experiment.prevalidation import prevalidate
 
 TRUST = ExperimentTrust(("trusted_parts",)).trust
 
@@ -44,7 +44,18 @@ WITHIN = [
     "collate_fn",
 ]
 KEYS = st.sampled_from(
-    [*TOP_FIELDS, *WITHIN, "base", "trust", "$schema", "", ".", "__class__", "a.b", "\x1b"]
+    [
+        *ExperimentConfig.model_fields,
+        *WITHIN,
+        "base",
+        "trust",
+        "$schema",
+        "",
+        ".",
+        "__class__",
+        "a.b",
+        "\x1b",
+    ]
 )
 LEAVES = (
     st.none()

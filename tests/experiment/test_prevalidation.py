@@ -14,7 +14,7 @@ from robo_orchard_lab.experiment import ExperimentConfig
 from robo_orchard_lab.experiment.catalogue import ExperimentTrust
 from robo_orchard_lab.experiment.document import ExperimentDocument, read_experiment
 from robo_orchard_lab.experiment.overrides import from_arguments, from_mapping
-from robo_orchard_lab.experiment.prevalidation import TOP_FIELDS, prevalidate
+from robo_orchard_lab.experiment.prevalidation import RENAMED_FIELDS, prevalidate
 
 TRUST = ExperimentTrust(("my_parts",)).trust
 PLAIN = """\
@@ -59,27 +59,49 @@ def test_an_experiment_passes() -> None:
     assert isinstance(error, TrustError)
     assert str(error) == (
         "a.yaml:5: data.train.collate_fn: 'my_parts:collate' is not trusted; "
-        "if you trust its code, say --trust my_parts"
+        "if you trust its code, pass --trust my_parts"
     )
 
 
-def test_the_fields_are_those_of_experiments() -> None:
-    """What is known here without torch is what the config declares."""
-    declared = ExperimentConfig.model_fields
-    assert [*declared] == [*TOP_FIELDS]
-    for name, field in TOP_FIELDS.items():
-        assert declared[name].is_required() == field.required, name
+@pytest.mark.parametrize("field", [*ExperimentConfig.model_fields])
+def test_every_field_that_holds_a_mapping_refuses_a_number(field: str) -> None:
+    """Scalar fields are left to validation; null is accepted where the declaration has None."""
+    scalars = {"name", "seed", "run_folder", "resume"}
+    nullable = {"model", "batch_processor", "optimizer", "lr_scheduler", "checkpoint"}
+    if field in scalars:
+        prevalidate(read("", f"--{field}=3"), TRUST)
+    else:
+        assert "expected a mapping, found 3 (int)" in str(refused(read("", f"--{field}=3")))
+    if field in nullable | scalars:
+        prevalidate(read("", f"--{field}=null"), TRUST)
+    else:
+        assert "expected a mapping, found None" in str(refused(read("", f"--{field}=null")))
+
+
+@pytest.mark.parametrize(("path", "new_name"), RENAMED_FIELDS.items())
+def test_former_field_name_is_refused_with_the_current_name(
+    path: tuple[str, ...], new_name: str
+) -> None:
+    """A renamed field has an error that names the current field, from a file and from code."""
+    option = ".".join(path)
+    problem = f"{option}: this field was renamed; write {new_name} instead"
+    assert str(refused(read("", f"--{option}=x"))) == f"command line: --{option}: {problem}"
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        ExperimentConfig.from_dict({path[0]: {path[-1]: "x"} if path[1:] else "x"})
 
 
 @pytest.mark.parametrize(
     ("option", "problem"),
     [
         ("--modl={}", "modl: an experiment has no such field; did you mean 'model'?"),
-        ("--trust=[os]", "trust: no file says whom to trust; say --trust"),
+        ("--trust=[os]", "trust: a file can't grant trust; pass --trust"),
         ("--data=null", "data: expected a mapping, found None (NoneType)"),
         ("--data=3", "data: expected a mapping, found 3 (int)"),
         ("--hooks=[]", "hooks: expected a mapping, found [] (list)"),
-        ("--hooks.lgo.every=3 steps", "hooks.lgo: there is none of this name; did you mean 'log'?"),
+        (
+            "--hooks.lgo.every=3 steps",
+            "hooks.lgo: there is no entry of this name; did you mean 'log'?",
+        ),
         ("--hooks.x=3", "hooks.x: expected a mapping, found 3 (int)"),
         ("--data.evaluation=[]", "data.evaluation: expected a mapping of names, found [] (list)"),
         ("--optimizer.groups.a=1", "optimizer.groups.a: expected a mapping, found 1 (int)"),
@@ -88,9 +110,12 @@ def test_the_fields_are_those_of_experiments() -> None:
         ("--hooks.log.class_type=StatMonitor", "did you mean 'StatsMonitor'?"),
         ("--optimizer.class_type=torch.optim:SDG", "did you mean 'torch.optim:SGD'?"),
         ("--model.class_type=os:system", "model.class_type: 'os:system' is not trusted"),
-        ("--model.class_type=my_parts.__main__:x", "is nothing that a document names"),
-        ("--model.class_type=my_parts:f.__globals__", "is nothing that a document names"),
-        (f"--model.class_type=my_parts:{'x' * 300}", "expected a name, found 309 characters"),
+        ("--model.class_type=my_parts.__main__:x", "can't be named in a document"),
+        ("--model.class_type=my_parts:f.__globals__", "can't be named in a document"),
+        (
+            f"--model.class_type=my_parts:{'x' * 300}",
+            "expected a name of at most 300 characters, found 309",
+        ),
         (
             "--data.train.dataset.x=[{a: {func: 'my:f'}}]",
             "data.train.dataset.x.0.a.func: 'my:f' is",
@@ -115,12 +140,12 @@ def test_what_is_wrong_is_refused_with_its_place(option: str, problem: str) -> N
 def test_a_misspelt_name_of_an_entry_is_told(there: str, option: str, near: str) -> None:
     """Where what is said is one field of an entry that isn't there."""
     prevalidate(read("", there), TRUST)
-    assert f"there is none of this name; did you mean {near!r}?" in str(
+    assert f"there is no entry of this name; did you mean {near!r}?" in str(
         refused(read("", there, option))
     )
 
 
-@pytest.mark.parametrize("name", [name for name, field in TOP_FIELDS.items() if field.required])
+@pytest.mark.parametrize("name", ["model", "data", "batch_processor", "trainer"])
 def test_what_is_required_has_to_be_there(name: str) -> None:
     """A file that lacks it is named."""
     text = re.sub(rf"(?m)^{name}:.*\n( .*\n)*", "", PLAIN)
@@ -140,7 +165,7 @@ def test_a_file_has_its_run_below_the_current_folder(field: str, folder_name: st
         return  # runs itself
     quoted = folder_name.encode("unicode_escape").decode()
     error = refused(read(f'{field}: "{quoted}"\n'))
-    assert str(error).startswith(f"a.yaml:11: {field}: a file can only have its run in a folder")
+    assert str(error).startswith(f"a.yaml:11: {field}: a file's run folder must lie below")
     if folder_name != "a\0b":
         prevalidate(read("", **{field: folder_name}), TRUST)  # in code, any may be said
 
@@ -164,7 +189,7 @@ def test_a_file_does_not_have_its_run_among_other_files(folder: Path) -> None:
     (run / ".began").touch()
     prevalidate(read("name: a\n"), TRUST)
     (run / "config.yaml").touch()
-    assert "among other files, as there are in 'runs/a'" in str(refused(read("name: a\n")))
+    assert "the folder 'runs/a' holds other files and no run" in str(refused(read("name: a\n")))
     prevalidate(read("name: a\n", "--run_folder=runs/a"), TRUST)
     (run / "starts").mkdir()
     prevalidate(read("name: a\n"), TRUST)
@@ -178,7 +203,9 @@ def test_links_within_a_run_are_its_own(folder: Path) -> None:
     (run / "checkpoints/last").symlink_to("step_1")
     prevalidate(read("name: a\n"), TRUST)
     (run / "metrics.jsonl").symlink_to(folder / "mine.txt")
-    assert "where the link 'runs/a/metrics.jsonl' leads out" in str(refused(read("name: a\n")))
+    assert "the link 'runs/a/metrics.jsonl' leads out of the run folder" in str(
+        refused(read("name: a\n"))
+    )
     prevalidate(read("name: a\n", "--run_folder=runs/a"), TRUST)
 
 

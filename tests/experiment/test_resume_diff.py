@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch  # noqa: F401 - whose classes tell their defaults once they are imported
 
-from robo_orchard_lab.experiment.resume_diff import MISSING, Resume, differences
+from robo_orchard_lab.experiment.parts import ResumeEffect
+from robo_orchard_lab.experiment.resume_diff import MISSING, differences
 
 HOOKS = "robo_orchard_lab.pipeline.hooks"
 STATS = {"class_type": f"{HOOKS}.stats_monitor:StatsMonitor", "every": "50 steps"}
@@ -61,7 +62,7 @@ def changed(*keys: str, to: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return document(), after
 
 
-CHANGES: list[tuple[str, Any, Resume]] = [
+CHANGES: list[tuple[str, Any, ResumeEffect]] = [
     ("name", "other", "harmless"),
     ("run_folder", "elsewhere", "harmless"),
     ("seed", 1, "impossible"),
@@ -102,7 +103,7 @@ CHANGES: list[tuple[str, Any, Resume]] = [
 
 
 @pytest.mark.parametrize(("place", "to", "resume"), CHANGES, ids=[place for place, *_ in CHANGES])
-def test_each_change_is_told_for_what_it_does(place: str, to: Any, resume: Resume) -> None:
+def test_each_change_is_told_for_what_it_does(place: str, to: Any, resume: ResumeEffect) -> None:
     """A change of one value is one difference, at its place, of its class."""
     before, after = changed(*place.split("."), to=to)
     (found,) = differences(before, after)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from robo_orchard_lab.experiment import ExperimentConfig
-from robo_orchard_lab.experiment.resume_diff import Resume, differences
+from robo_orchard_lab.experiment.parts import ResumeEffect
+from robo_orchard_lab.experiment.resume_diff import differences
 from robo_orchard_lab.pipeline.errors import StateError
 from tiny import equal, weights
 
@@ -42,7 +43,7 @@ DOCUMENT: dict[str, Any] = {
 
 Outcome = Literal["same weights", "other weights", "refused"]
 
-CHANGES: list[tuple[str, Any, Resume, Outcome]] = [
+CHANGES: list[tuple[str, Any, ResumeEffect, Outcome]] = [
     ("name", "other", "harmless", "same weights"),
     ("hooks.validation.every", "1 step", "harmless", "same weights"),
     ("hooks.stats.grad_norm", False, "harmless", "same weights"),
@@ -115,7 +116,7 @@ def test_each_change_does_what_is_said(
     tmp_path: Path,
     place: str,
     value: Any,
-    resume: Resume,
+    resume: ResumeEffect,
     outcome: Outcome,
 ) -> None:
     """A harmless one gives the weights of the straight run; an impossible one never others."""

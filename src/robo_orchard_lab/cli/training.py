@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from robo_orchard_lab.experiment.config import ExperimentConfig
     from robo_orchard_lab.experiment.dry_run import DryRun
     from robo_orchard_lab.experiment.existing_run import ExistingRun
-    from robo_orchard_lab.experiment.resume_diff import Difference, Resume
+    from robo_orchard_lab.experiment.parts import ResumeEffect
+    from robo_orchard_lab.experiment.resume_diff import Difference
 
 
 # --- trial -----------------------------------------------------------------------------------
@@ -263,7 +264,7 @@ def _changes(
 ) -> list[Difference]:
     from robo_orchard_lab.experiment.existing_run import ChangedRunError, check_changes
 
-    worst: Resume = "trajectory" if allow == "trajectory" else "harmless"
+    worst: ResumeEffect = "trajectory" if allow == "trajectory" else "harmless"
     try:
         return check_changes(experiment, before, arguments.trust, allow=worst)
     except ChangedRunError as error:

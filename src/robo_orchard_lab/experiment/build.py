@@ -29,10 +29,11 @@ from robo_orchard_core.utils.config.errors import dotted
 from robo_orchard_core.utils.config.model import field_values
 from robo_orchard_core.utils.config.parts import DerivedConfig, code_of, parameters_of
 from robo_orchard_core.utils.config.references import union_members
-from robo_orchard_lab.experiment.config import CHECKPOINT, ExperimentConfig
 from robo_orchard_lab.experiment.parts import (
     AUTO,
+    CHECKPOINT,
     AcceleratorConfig,
+    ExperimentFields,
     LoaderConfig,
     LRSchedulerConfig,
 )
@@ -341,7 +342,7 @@ class LiveObjects(TypedDict, total=False):
 class BuiltExperiment:
     """The objects of a run, as a script would have made them, and the trainer that has them."""
 
-    config: ExperimentConfig
+    config: ExperimentFields
     run_folder: Path
     accelerator: Accelerator
     dataloader: Iterable[Any]
@@ -358,7 +359,7 @@ class BuiltExperiment:
 
 
 def build_experiment(
-    experiment: ExperimentConfig,
+    experiment: ExperimentFields,
     *,
     accelerator: Accelerator | None = None,
     dataloader: Iterable[Any] | None = None,
@@ -484,7 +485,7 @@ def make_accelerator(config: AcceleratorConfig, run_folder: Path) -> Accelerator
 
 
 def _make_evaluation(
-    experiment: ExperimentConfig, given: Mapping[str, Iterable[Any] | None]
+    experiment: ExperimentFields, given: Mapping[str, Iterable[Any] | None]
 ) -> dict[str, Iterable[Any]]:
     """The loaders of the evaluation sets by name."""
     loaders: dict[str, Iterable[Any]] = {}
@@ -496,7 +497,7 @@ def _make_evaluation(
 
 
 def build_hooks(
-    experiment: ExperimentConfig,
+    experiment: ExperimentFields,
     given: Mapping[str, HookLike | None],
     evaluation: Mapping[str, Iterable[Any]],
     folder: Path,
@@ -531,7 +532,7 @@ def build_hooks(
     return built
 
 
-def _limits(experiment: ExperimentConfig) -> TrainerLimits:
+def _limits(experiment: ExperimentFields) -> TrainerLimits:
     trainer = experiment.trainer
     return TrainerLimits(trainer.max_step, trainer.max_optimizer_step, trainer.max_epoch)
 

@@ -496,8 +496,8 @@ _KINDS = {
     "robo_orchard_lab.experiment.samples:MLP": "module",
     "robo_orchard_lab.experiment.samples:Spirals": "dataset",
     "torch.optim": "optimizer",
-    "torch.optim.lr_scheduler": "lr_scheduler",
-    "torch.optim.swa_utils": "lr_scheduler",
+    "torch.optim.lr_scheduler": "LR scheduler",
+    "torch.optim.swa_utils": "LR scheduler",
     "torch.nn": "module",
     "torch.utils.data.dataloader": "loader",
     "torch.utils.data.dataset": "dataset",
@@ -533,10 +533,10 @@ def named(reference: str) -> str:
     return CATALOGUE.get(reference, reference)
 
 
-def nearest(reference: str) -> str | None:
+def suggest(reference: str) -> str | None:
     """The name in the catalogue that is most like a reference, where one is very like it.
 
-    >>> nearest("StatMonitor"), nearest("torch.optim:SDG"), nearest("AdmW"), nearest("os:system")
+    >>> suggest("StatMonitor"), suggest("torch.optim:SDG"), suggest("AdmW"), suggest("os:system")
     ('StatsMonitor', 'torch.optim:SGD', 'torch.optim:AdamW', None)
     """
     # Without a module, whatever a module of the catalogue has under such a name.

@@ -19,8 +19,8 @@ from robo_orchard_core.utils.config import Config
 from robo_orchard_core.utils.config.model import field_values
 from robo_orchard_lab.experiment.build import BuiltExperiment, building, make_loader
 from robo_orchard_lab.experiment.catalogue import ExperimentTrust
-from robo_orchard_lab.experiment.config import CHECKPOINT, ExperimentConfig
-from robo_orchard_lab.experiment.parts import TrainerConfig
+from robo_orchard_lab.experiment.config import ExperimentConfig
+from robo_orchard_lab.experiment.parts import CHECKPOINT, TrainerConfig
 from robo_orchard_lab.experiment.run_plan import RunLength, count_due, run_length
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks
 from robo_orchard_lab.pipeline.data.loader import copy_loader, is_map_style

@@ -1,4 +1,4 @@
-"""The checkpoints of a run, found by whatever path someone gives of it."""
+"""An existing run: its checkpoints, its state, and the checks before it is resumed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from robo_orchard_core.utils.config import TrustLike
 from robo_orchard_core.utils.config.errors import ConfigError, ConfigFieldError, describe
 from robo_orchard_lab.experiment.config import ExperimentConfig
 from robo_orchard_lab.experiment.document import read_experiment, read_with_bases
-from robo_orchard_lab.experiment.resume_diff import Difference, Resume, differences
+from robo_orchard_lab.experiment.parts import ResumeEffect
+from robo_orchard_lab.experiment.resume_diff import Difference, differences
 from robo_orchard_lab.experiment.run_folder import (
     NoRunError,
     find_run,
@@ -29,42 +30,44 @@ from robo_orchard_lab.pipeline.run.run_state import RunState, read_run_state
 
 logger = job_logger(__name__)
 
+# --- checkpoints -----------------------------------------------------------------------------
+
 
 @dataclass(frozen=True, slots=True)
 class RunCheckpoints:
-    """Where checkpoints are, and which one is meant."""
+    """Checkpoints of a run, and the selected checkpoint if a path selected one."""
 
     root: Path
-    """The folder that has them."""
+    """Folder of the checkpoints."""
     chosen: Path | None = None
-    """The one that was named; None where all were."""
+    """Selected checkpoint; None for all checkpoints of the run."""
     policy: Mapping[str, Any] = field(default_factory=dict)
-    """What the run's file says of its checkpoints: fields of ``SaveCheckpoint``."""
+    """Fields of ``SaveCheckpoint`` from the run's file."""
 
-    def retention(self, **given: Any) -> Retention:
-        """What the run keeps, or what is given instead.
+    def retention(self, **changes: Any) -> Retention:
+        """Return the retention policy of the run, with changes.
 
         Raises:
-            PipelineConfigError: these don't go together.
+            PipelineConfigError: The options contradict each other.
         """
         names = ("keep_last", "keep_every", "keep_best", "monitor", "mode")
-        said = {name: self.policy[name] for name in names if self.policy.get(name) is not None}
-        return Retention(**{**said, **given})
+        own = {name: self.policy[name] for name in names if self.policy.get(name) is not None}
+        return Retention(**{**own, **changes})
 
     def pick(self, *, best: bool = False) -> Path:
-        """The one that is meant: that which was named, the best, or the newest that is whole.
+        """Return the selected, the best, or the newest intact checkpoint.
 
-        Which ones are passed over since they are not as they were written, the log says.
+        A damaged checkpoint is skipped with a warning.
 
         Raises:
-            NoRunError: nothing says which one is best.
-            CheckpointError: there is none, or the best one is not as it was written.
+            NoRunError: The run has no monitor that decides on the best checkpoint.
+            CheckpointError: There is no intact checkpoint, or the best one is damaged.
         """
         if self.chosen is not None and not best:
             return self.chosen
         if best and self.policy.get("monitor") is None and not (self.root / BEST).is_symlink():
             raise NoRunError(
-                f"nothing says which checkpoint in {self.root} is best: the run has no "
+                f"no checkpoint in {self.root} is known as the best: the run has no "
                 "checkpoint.monitor"
             )
         store = CheckpointStore(self.root, retention=self.retention())
@@ -77,119 +80,111 @@ class RunCheckpoints:
             [found] = store.verify(info.path)
             if found.problem is None:
                 return self.root / info.path.name
-            logger.warning("passed over %s: %s", info.path, found.problem)
-        raise CheckpointError(f"there is no whole checkpoint in {self.root}")
+            logger.warning("skipped %s: %s", info.path, found.problem)
+        raise CheckpointError(f"there is no intact checkpoint in {self.root}")
 
 
 def find_checkpoints(path: str | os.PathLike[str]) -> RunCheckpoints:
-    """Where the checkpoints are that are meant by a run, the folder of them, or one of them.
+    """Find the checkpoints of a run folder, of a folder of checkpoints, or of a checkpoint.
 
     Raises:
-        NoRunError: it is none of these.
-        ConfigError: the run's file can't be read.
+        NoRunError: The path leads to none of these.
+        ConfigError: The run's file can't be read.
     """
     path = Path(path)
-    if path.is_dir() and not (path / MANIFEST_FILE).is_file() and _has_some(path):
-        return RunCheckpoints(path, policy=_policy_around(path))
+    if path.is_dir() and not (path / MANIFEST_FILE).is_file() and _has_checkpoints(path):
+        return RunCheckpoints(path, policy=_policy_of_root(path))
     if (path / MANIFEST_FILE).is_file():
         root = path.resolve().parent if path.is_symlink() else path.parent
-        return RunCheckpoints(root, path, _policy_around(root))
-    place = find_run(path)
-    policy = _policy_in(place.config)
+        return RunCheckpoints(root, path, _policy_of_root(root))
+    run = find_run(path)
+    policy = _read_policy(run.config)
     folder = policy.get("folder")
-    root = place.folder / _within_run(
-        CHECKPOINTS_FOLDER if folder is None else folder, place.config
+    root = run.folder / _folder_within_run(
+        CHECKPOINTS_FOLDER if folder is None else folder, run.config
     )
     if not root.is_dir():
-        raise NoRunError(f"the run in {place.folder} has no checkpoints: there is no {root}")
-    return RunCheckpoints(root, place.checkpoint, policy)
+        raise NoRunError(f"the run in {run.folder} has no checkpoints: there is no {root}")
+    return RunCheckpoints(root, run.checkpoint, policy)
 
 
-def _has_some(folder: Path) -> bool:
+def _has_checkpoints(folder: Path) -> bool:
     return any(step_from_name(name) is not None or name == LAST for name in os.listdir(folder))
 
 
-def _policy_in(config: Path) -> Mapping[str, Any]:
-    """As it stands in the file of a run; nothing of it is built, so it needs no trust."""
+def _read_policy(config: Path) -> Mapping[str, Any]:
+    """Return ``checkpoint`` of a run's file as plain data; no trust is needed."""
     policy = read_with_bases(config)[0].document.get("checkpoint")
     return policy if isinstance(policy, dict) else {}
 
 
-def _policy_around(root: Path) -> Mapping[str, Any]:
-    """Of the run that checkpoints are of, as far as that can be found."""
+def _policy_of_root(root: Path) -> Mapping[str, Any]:
     try:
-        return _policy_in(find_run(root.absolute().parent).config)
+        return _read_policy(find_run(root.absolute().parent).config)
     except ConfigError:
         return {}
 
 
-def _within_run(folder: Any, config: Path) -> Path:
-    """A folder that a run's file names, from the run's own on.
+def _folder_within_run(folder: Any, config: Path) -> Path:
+    """Return the checkpoint folder of a run's file, relative to the run folder.
 
     Raises:
-        ConfigFieldError: it leads out of that, or behind a link.
+        ConfigFieldError: The path leads out of the run folder or through a link.
     """
     try:
         if not isinstance(folder, str):
-            raise ConfigFieldError(
-                f"expected a path within the run's folder, found {describe(folder)}"
-            )
+            raise ConfigFieldError(f"expected a path in the run folder, found {describe(folder)}")
         check_run_path(folder)
         for part in (PurePath(folder), *PurePath(folder).parents[:-1]):
             if (link := config.parent / part).is_symlink():
-                raise ConfigFieldError(
-                    f"{link} is a link; give the folder that it leads to, if that is meant"
-                )
+                raise ConfigFieldError(f"{link} is a link; name its target folder instead")
     except ConfigFieldError as error:
         error.source = os.fspath(config)
         raise error.under(("checkpoint", "folder")) from None
     return Path(folder)
 
 
-logger = job_logger(__name__)
+# --- state and changes -----------------------------------------------------------------------
 
 
 class ChangedRunError(ConfigError):
-    """A run can't go on by a configuration that differs from its own, or has to be told to.
+    """A configuration with which a run can't resume, or only if the user allows it.
 
     Attributes:
-        folder: Of the run.
+        folder: Run folder.
         changes: All differences, the worst first.
+        worst: The worst effect among the differences.
     """
 
     def __init__(self, folder: Path, changes: Sequence[Difference]) -> None:
         self.folder = folder
         self.changes = tuple(changes)
-        self.worst: Resume = self.changes[0].resume
-        told = ", ".join(each.field for each in self.changes if each.resume == self.worst)
-        does = (
-            "can't go on with other"
-            if self.worst == "impossible"
-            else "would be another with other"
-        )
-        super().__init__(f"the run in {folder} {does} {told}")
+        self.worst: ResumeEffect = self.changes[0].resume
+        fields = ", ".join(each.field for each in self.changes if each.resume == self.worst)
+        verb = "can't resume" if self.worst == "impossible" else "would not train the same weights"
+        super().__init__(f"the run in {folder} {verb} with changed {fields}")
 
 
 @dataclass(frozen=True, slots=True)
 class ExistingRun:
-    """What a folder has of a run."""
+    """State of the run in a folder."""
 
     folder: Path
     config: Path
-    """The file that it was last started with."""
+    """The file of the last start."""
     newest_step: int | None
-    """Of its newest checkpoint whose manifest is whole; None where it has none."""
+    """Step of the newest checkpoint with an intact manifest; None without checkpoints."""
     state: RunState | None
-    """What became of it; None where it hasn't come so far as to say so."""
+    """Content of ``run_state.json``; None if the run ended before writing the file."""
 
     @property
     def pid(self) -> int | None:
-        """The number of the process that is, or was, the first of it."""
+        """Process id of the run's first process."""
         return None if self.state is None else self.state.process.pid
 
     @property
     def is_running(self) -> bool:
-        """Whether it is certain that another process is at it."""
+        """Return True if another process certainly executes the run."""
         state = self.state
         return (
             state is not None and state.state == "running" and state.process.is_another_that_runs()
@@ -197,16 +192,16 @@ class ExistingRun:
 
     @property
     def is_completed(self) -> bool:
-        """Whether it has come to its end."""
+        """Return True if the run reached its limit."""
         return self.state is not None and self.state.state == "completed"
 
 
 def find_existing_run(folder: str | os.PathLike[str]) -> ExistingRun | None:
-    """What there is in the folder of a run; None where no run was started.
+    """Return the state of the run in a folder, or None if no run was started there.
 
     Raises:
-        ConfigError: its file can't be read.
-        StateError: it has a `run_state.json` that can't be read.
+        ConfigError: The run's file can't be read.
+        StateError: Its `run_state.json` can't be read.
     """
     config = run_config_file(folder)
     if config is None:
@@ -227,20 +222,20 @@ def check_changes(
     before: ExistingRun,
     trust: TrustLike,
     *,
-    allow: Resume = "harmless",
+    allow: ResumeEffect = "harmless",
 ) -> list[Difference]:
-    """In what a run that goes on differs from what it was, once it may.
+    """Compare an experiment with the run that it would resume, and log the differences.
 
     Args:
-        experiment: what it is to go on as.
-        before: what there is of it, with checkpoints.
-        trust: by which its file is read.
-        allow: the worst that may be.
+        experiment: Configuration of the resumed run.
+        before: Run to resume, with checkpoints.
+        trust: Trust for reading the run's file.
+        allow: The worst effect that is allowed.
 
     Raises:
-        ChangedRunError: there is a worse difference.
+        ChangedRunError: A difference has a worse effect.
     """
-    old = _document_of(before.config, trust)
+    old = _resolved_document(before.config, trust)
     found = differences(
         {**old, "run_folder": None, "resume": None},
         {**experiment.to_dict(), "run_folder": None, "resume": None},
@@ -250,7 +245,7 @@ def check_changes(
         raise ChangedRunError(before.folder, found)
     for each in found:
         logger.info(
-            "the run goes on with another %s: %s, was %s (%s)",
+            "the run resumes with changed %s: %s, was %s (%s)",
             *(each.field, each.after, each.before, each.resume),
         )
     return found
@@ -259,24 +254,24 @@ def check_changes(
 def record(
     experiment: ExperimentConfig, *, processes: int, changes: Sequence[Difference] = ()
 ) -> Path:
-    """Write down a start in the run's folder, by one process of the job.
+    """Record a start in the run folder; call it in one process of the job.
 
-    The file in there leaves out ``run_folder``, which is where it lies.
+    The recorded file omits ``run_folder``, since the file lies there.
 
     Raises:
-        OSError: it can't be written.
+        OSError: The record can't be written.
     """
     text = experiment.replace(run_folder=None).to_str("yaml")
-    told: tuple[dict[str, Any], ...] = tuple(
+    plain: tuple[dict[str, Any], ...] = tuple(
         {"path": c.field, "before": c.before, "after": c.after, "resume": c.resume} for c in changes
     )
-    return record_start(experiment.folder(), text, processes=processes, changes=told)
+    return record_start(experiment.folder(), text, processes=processes, changes=plain)
 
 
-def _document_of(config: Path, trust: TrustLike) -> dict[str, Any]:
-    """With the defaults that fields have now, where it can be read so."""
+def _resolved_document(config: Path, trust: TrustLike) -> dict[str, Any]:
+    """Return the document with the current defaults, or as written if validation refuses it."""
     document = read_experiment(config)
     try:
         return ExperimentConfig.from_document(document, trust).to_dict()
     except ConfigError:
-        return dict(document.document)  # it names what is no longer there
+        return dict(document.document)  # such as a class that was removed

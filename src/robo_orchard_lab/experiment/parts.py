@@ -1,10 +1,15 @@
-"""The parts of an experiment, as they are described in its file.
+"""Fields of an experiment and of its parts, with their help texts and resume rules.
 
-Nothing here imports torch: the kinds are named, and looked up once a value is validated.
+`ExperimentFields` is the only list of fields; help, JSON Schema, prevalidation and resume checks
+derive from it. Nothing here imports torch: kinds of parts are references, imported when a value
+is validated.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
@@ -20,32 +25,61 @@ from robo_orchard_core.utils.config import (
 )
 from robo_orchard_core.utils.config.errors import describe, unknown_field, validate_value
 from robo_orchard_core.utils.config.parts import CONFIG_BASES, FIELD_TYPES, UNTYPED_PARAMETERS
+from robo_orchard_core.utils.config.references import union_members
+
+# --- resume rules ----------------------------------------------------------------------------
+
+ResumeEffect: TypeAlias = Literal["harmless", "trajectory", "impossible"]
+"""Effect of a changed value on a resumed run.
+
+``harmless``: the weights after each step stay the same. ``trajectory``: they change.
+``impossible``: a checkpoint can't resume that way, or would silently undo the change.
+"""
+
+
+@dataclass(frozen=True)
+class OnResume:
+    """Resume rule of a field, as metadata in ``Annotated``; the default is ``trajectory``.
+
+    Attributes:
+        effect: Effect of another value, or of a part of another class.
+        why: Reason, for the user; empty where the reason is obvious.
+        within: Rules for the arguments of a part by name; ``"*"`` stands for all others. Without
+            an entry, the rule of the field applies.
+    """
+
+    effect: ResumeEffect
+    why: str = ""
+    within: Mapping[str, OnResume] = field(default_factory=dict, hash=False)
+
+
+HARMLESS = OnResume("harmless")
+_ORDER = OnResume("impossible", "the order of samples depends on this field")
+_SAVED = OnResume("impossible", "a resumed run restores this value from the checkpoint")
+_OTHER_CODE = "the checkpoint belongs to another class"
 
 # --- tensor values ---------------------------------------------------------------------------
-# How values of torch's that are neither plain data nor parts stand in files.
 
 
 def _data_type(value: Any) -> Any:
-    """``torch.float32`` of ``"float32"``."""
+    """Return the ``torch.dtype`` of a text such as ``"float32"``."""
     import torch
 
     if isinstance(value, str):
         value = getattr(torch, value.removeprefix("torch."), value)
     if not isinstance(value, torch.dtype):
-        raise ValueError(
-            f"expected a data type of tensors, like 'float32', found {describe(value)}"
-        )
+        raise ValueError(f"expected a dtype such as 'float32', found {describe(value)}")
     return value
 
 
 def _device(value: Any) -> Any:
-    """``torch.device("cuda", 0)`` of ``"cuda:0"``."""
+    """Return the ``torch.device`` of a text such as ``"cuda:0"``."""
     import torch
 
     try:
         return torch.device(value)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"expected a device, like 'cuda:0', found {describe(value)}") from error
+        raise ValueError(f"expected a device such as 'cuda:0', found {describe(value)}") from error
 
 
 def _as_text(value: Any) -> str:
@@ -61,27 +95,28 @@ Device = Annotated[
 
 FIELD_TYPES["torch:dtype"] = DataType
 FIELD_TYPES["torch:device"] = Device
-UNTYPED_PARAMETERS["torch", "dtype"] = DataType | None  # as all layers have them
+UNTYPED_PARAMETERS["torch", "dtype"] = DataType | None  # torch's layers leave these two unannotated
 UNTYPED_PARAMETERS["torch", "device"] = Device | None
 FIELD_TYPES["torch:Tensor"] = None
 FIELD_TYPES["torch._C:Generator"] = None
 
+# --- kinds of parts --------------------------------------------------------------------------
 
 AUTO = "auto"
 Auto: TypeAlias = Literal["auto"]
 
 ModelPart: TypeAlias = Annotated[Any, Part("torch.nn.modules.module:Module")]
-"""A module, by its class or by a function that returns one."""
+"""Module, by its class or by a function that returns a module."""
 
 DatasetPart: TypeAlias = Annotated[
     Any, Part(("torch.utils.data.dataset:Dataset", "collections.abc:Iterable"))
 ]
-"""A dataset of torch's, or anything that can be iterated."""
+"""Torch dataset or any iterable."""
 
 SamplerPart: TypeAlias = Annotated[
     Any, Part("torch.utils.data.sampler:Sampler", given=("data_source",))
 ]
-"""A sampler of indices; a ``data_source`` that it takes is the dataset."""
+"""Sampler of indices; a parameter ``data_source`` receives the dataset."""
 
 FIELD_TYPES["torch.utils.data.sampler:Sampler"] = SamplerPart
 
@@ -92,102 +127,127 @@ BatchProcessorPart: TypeAlias = Annotated[
         functions="are called",
     ),
 ]
-"""A batch processor; a function is ``forward(model, batch)``."""
+"""Batch processor, or a function ``forward(model, batch)``."""
 
 HooksPart: TypeAlias = Annotated[Any, Part("robo_orchard_lab.pipeline.hook_set:PipelineHooks")]
-"""A bundle of hooks."""
+"""Pipeline hooks."""
 
 OptimizerPart: TypeAlias = Annotated[
-    Any,
-    Part("torch.optim.optimizer:Optimizer", given=("params",)),
+    Any, Part("torch.optim.optimizer:Optimizer", given=("params",))
 ]
-"""An optimizer, with groups of parameters."""
+"""Optimizer, with optional parameter groups."""
 
 LRSchedulerPart: TypeAlias = Annotated[
-    Any,
-    Part("torch.optim.lr_scheduler:LRScheduler", given=("optimizer",)),
+    Any, Part("torch.optim.lr_scheduler:LRScheduler", given=("optimizer",))
 ]
-"""A schedule of learning rates, which may hold others."""
+"""LR scheduler, which may hold other LR schedulers."""
 
 FIELD_TYPES["torch.optim.lr_scheduler:LRScheduler"] = LRSchedulerPart
 
 CheckpointPart: TypeAlias = Annotated[
     Any, FieldsOf("robo_orchard_lab.pipeline.hooks.save_checkpoint:SaveCheckpointConfig")
 ]
-"""The fields of ``SaveCheckpoint``."""
+"""Fields of ``SaveCheckpoint``."""
+
+# --- data ------------------------------------------------------------------------------------
 
 
 class LoaderConfig(Config):
-    """Batches of a dataset, as torch's ``DataLoader`` makes them."""
+    """Arguments of torch's ``DataLoader``."""
 
-    dataset: DatasetPart = Field(description="What there is to load.")
-    batch_size: int | None = Field(
-        default=1, ge=1, description="Samples in a batch of one process; null: the dataset's own."
+    dataset: Annotated[
+        DatasetPart, OnResume("trajectory", "refused if the number of samples differs")
+    ] = Field(description="Dataset to load.")
+    batch_size: Annotated[
+        int | None,
+        OnResume("trajectory", "within an epoch, set data.order.allow_other_batch_size"),
+    ] = Field(
+        default=1, ge=1, description="Samples per batch of one process; null: dataset's batches."
     )
-    shuffle: bool = Field(default=False, description="Whether each epoch has an order of its own.")
-    drop_last: bool = Field(default=False, description="Leave out a last batch that is smaller.")
-    num_workers: int = Field(default=0, ge=0, description="Loading processes, beside each process.")
-    sampler: SamplerPart | None = Field(default=None, description="In the place of shuffle.")
-    batch_sampler: SamplerPart | None = Field(
-        default=None, description="In the place of batch_size, shuffle, sampler and drop_last."
+    shuffle: Annotated[bool, _ORDER] = Field(
+        default=False, description="Shuffle the samples in each epoch."
     )
-    collate_fn: Function | None = Field(default=None, description="From samples to a batch.")
-    pin_memory: bool = Field(default=False, description="Whether batches lie in pinned memory.")
-    timeout: float = Field(default=0, ge=0, description="Seconds to wait for a worker; 0: no end.")
-    prefetch_factor: int | None = Field(default=None, ge=1, description="Batches ahead, a worker.")
-    persistent_workers: bool = Field(default=False, description="Workers outlive an epoch.")
+    drop_last: bool = Field(default=False, description="Drop a last batch that is smaller.")
+    num_workers: Annotated[int, HARMLESS] = Field(
+        default=0, ge=0, description="Worker processes per rank."
+    )
+    sampler: Annotated[SamplerPart | None, _ORDER] = Field(
+        default=None, description="Sampler instead of shuffle."
+    )
+    batch_sampler: Annotated[SamplerPart | None, _ORDER] = Field(
+        default=None, description="Instead of batch_size, shuffle, sampler and drop_last."
+    )
+    collate_fn: Function | None = Field(
+        default=None, description="Function from samples to a batch."
+    )
+    pin_memory: Annotated[bool, HARMLESS] = Field(
+        default=False, description="Copy batches to pinned memory."
+    )
+    timeout: Annotated[float, HARMLESS] = Field(
+        default=0, ge=0, description="Seconds to wait for a worker; 0: no limit."
+    )
+    prefetch_factor: Annotated[int | None, HARMLESS] = Field(
+        default=None, ge=1, description="Batches that each worker prefetches."
+    )
+    persistent_workers: Annotated[bool, HARMLESS] = Field(
+        default=False, description="Keep workers alive between epochs."
+    )
 
     def __post_init__(self) -> None:
-        taken = {
+        exclusive = {
             "batch_sampler": ("batch_size", "shuffle", "sampler", "drop_last"),
             "sampler": ("shuffle",),
         }
-        for name, others in taken.items():
+        for name, others in exclusive.items():
             for other in others:
                 is_default = getattr(self, other) == type(self).model_fields[other].default
                 if getattr(self, name) is not None and not is_default:
-                    problem = f"stands in the place of {other}; leave one of them out"
+                    problem = f"can't be combined with {other}; remove one of them"
                     raise ConfigFieldError(problem, (name,))
         if self.num_workers == 0:
             for name in ("prefetch_factor", "persistent_workers"):
                 if getattr(self, name):
-                    problem = "is for loading processes; set num_workers above 0"
+                    problem = "requires worker processes; set num_workers above 0"
                     raise ConfigFieldError(problem, (name,))
 
 
 class DataOrderConfig(Config):
-    """What the order of samples follows from, beside the experiment's seed; see ``DataOrder``."""
+    """Options of the sample order, in addition to the experiment's seed; see ``DataOrder``."""
 
-    keyed_by: Literal["batch", "sample", "none"] = Field(
-        default="batch", description="What the randomness of loading belongs to."
+    keyed_by: Annotated[
+        Literal["batch", "sample", "none"],
+        OnResume("impossible", "the order of samples depends on this field and the seed"),
+    ] = Field(default="batch", description="Unit that keys the randomness of loading.")
+    fast_forward: Annotated[bool, HARMLESS] = Field(
+        default=False, description="On resume, read consumed data again if it can't be seeked."
     )
-    fast_forward: bool = Field(
-        default=False, description="Read what was done again, where data has no index nor state."
-    )
-    allow_other_batch_size: bool = Field(
-        default=False, description="Whether a run may go on with other batches within an epoch."
+    allow_other_batch_size: Annotated[bool, HARMLESS] = Field(
+        default=False, description="Allow another batch size on resume within an epoch."
     )
 
 
 class DataConfig(Config):
-    """What is trained on, and what it is evaluated on."""
+    """Data for training and evaluation."""
 
     train: LoaderConfig | None = Field(
-        description="The batches to learn from; null: given to build()."
+        description="Loader of the training data; null: passed to build()."
     )
-    evaluation: dict[str, LoaderConfig] = Field(
-        default={}, description="Sets to evaluate on, by name; each ValidationHook takes them."
+    evaluation: Annotated[dict[str, LoaderConfig], HARMLESS] = Field(
+        default={}, description="Evaluation sets by name, for every ValidationHook."
     )
     order: DataOrderConfig = Field(
-        default=DataOrderConfig(), description="What the order of samples follows from."
+        default=DataOrderConfig(), description="Options of the sample order."
     )
+
+
+# --- optimization ----------------------------------------------------------------------------
 
 
 class ParameterGroup(Config):
-    """Some of a model's parameters, and the optimizer's options for them alone.
+    """Group of parameters with its own optimizer options.
 
-    Beside ``parameters``, any option of the optimizer that it takes by group: ``lr``,
-    ``weight_decay``, ``betas`` ....
+    In addition to ``parameters``, a group accepts each option that the optimizer has per group:
+    ``lr``, ``weight_decay``, ``betas`` ....
     """
 
     is_sparse: ClassVar[bool] = True
@@ -196,7 +256,7 @@ class ParameterGroup(Config):
     __pydantic_extra__: dict[str, Any]
 
     parameters: list[str] | Literal["norms_and_biases"] = Field(
-        description="Patterns of names, such as 'backbone.*', or norms_and_biases."
+        description="Patterns of parameter names, such as 'backbone.*', or norms_and_biases."
     )
 
     if TYPE_CHECKING:
@@ -206,20 +266,20 @@ class ParameterGroup(Config):
         ) -> None: ...
 
     def options(self) -> dict[str, Any]:
-        """The optimizer's options for this group."""
+        """Return the optimizer options of this group."""
         return dict(self.__pydantic_extra__ or {})
 
 
 class OptimizerConfig(ClassConfig[Any]):
-    """What every optimizer has beside its own parameters."""
+    """Fields of every optimizer, in addition to its own parameters."""
 
     groups: dict[str, ParameterGroup] = Field(
-        default={}, description="Parameters with options of their own; the first match counts."
+        default={}, description="Parameter groups by name; the first match counts."
     )
 
     @model_validator(mode="after")
-    def _knows_the_options(self) -> OptimizerConfig:
-        """That each group has options that the optimizer has; they become of their types."""
+    def _validate_group_options(self) -> OptimizerConfig:
+        """Convert the options of each group to the optimizer's types; refuse unknown options."""
         cls = type(self)
         if cls.model_config.get("extra") == "allow":
             return self
@@ -245,57 +305,163 @@ class OptimizerConfig(ClassConfig[Any]):
 
 
 class LRSchedulerConfig(ClassConfig[Any]):
-    """What every schedule has beside its own parameters.
+    """Fields of every LR scheduler, in addition to its own parameters.
 
-    A whole number among these may be ``auto``: how often the schedule moves in the run.
+    An integer parameter may be ``auto``: the number of LR scheduler steps in the run.
     """
 
     every: Literal["optimizer_step", "epoch"] | None = Field(
         default=None,
-        description="When it moves; null: as its class does, most with each committed update.",
+        description="Interval of the LR scheduler; null: its class's default, mostly "
+        "optimizer_step.",
     )
 
     @classmethod
     def adapt_parameter(cls, declaration: Any) -> Any:
-        """Whole numbers may be ``auto``."""
-        from robo_orchard_core.utils.config.references import union_members
-
+        """Return the declaration, extended by ``auto`` for integers."""
         return declaration | Auto if int in union_members(declaration) else declaration
 
 
 CONFIG_BASES["torch.optim.optimizer:Optimizer"] = OptimizerConfig
 CONFIG_BASES["torch.optim.lr_scheduler:LRScheduler"] = LRSchedulerConfig
 
+# --- trainer ---------------------------------------------------------------------------------
+
 
 class TrainerConfig(Config):
-    """When a run ends, and what its trainer is told; see ``HookBasedTrainer``."""
+    """Limits of a run and options of its trainer; see ``HookBasedTrainer``."""
 
-    max_epoch: int | None = Field(default=None, ge=1, description="Passes over the data.")
-    max_step: int | None = Field(default=None, ge=1, description="Batches.")
-    max_optimizer_step: int | None = Field(default=None, ge=1, description="Committed updates.")
-    agree_every: int | None = Field(
+    max_epoch: Annotated[int | None, HARMLESS] = Field(
+        default=None, ge=1, description="Limit of epochs."
+    )
+    max_step: Annotated[int | None, HARMLESS] = Field(
+        default=None, ge=1, description="Limit of steps (batches)."
+    )
+    max_optimizer_step: Annotated[int | None, HARMLESS] = Field(
+        default=None, ge=1, description="Limit of committed updates."
+    )
+    agree_every: Annotated[int | None, HARMLESS] = Field(
         default=None,
         ge=1,
-        description="Steps between exchanges of ranks; null: as often as is cheap.",
+        description="Steps between agreements of the ranks; null: chosen by cost.",
     )
-    stall_timeout_s: float | None = Field(
-        default=None, gt=0, description="End a run that makes no progress for so many seconds."
+    stall_timeout_s: Annotated[float | None, HARMLESS] = Field(
+        default=None, gt=0, description="Seconds without progress after which a run ends."
     )
 
 
 class AcceleratorConfig(Config):
     """Devices, precision and accumulation; see Accelerate's ``Accelerator``."""
 
-    mixed_precision: Literal["no", "fp16", "bf16"] = Field(
-        default="no", description="The precision of forward and backward passes."
-    )
+    mixed_precision: Annotated[
+        Literal["no", "fp16", "bf16"],
+        OnResume("trajectory", "refused if one of the two is fp16"),
+    ] = Field(default="no", description="Precision of forward and backward passes.")
     gradient_accumulation_steps: int = Field(
-        default=1, ge=1, description="Batches whose gradients one update takes together."
+        default=1, ge=1, description="Batches per optimizer step."
     )
-    cpu: bool | Auto = Field(
-        default="auto", description="Train on the CPU; auto: where there is no other device."
+    cpu: Annotated[bool | Auto, OnResume("trajectory", "refused if the type of device differs")] = (
+        Field(default="auto", description="Train on the CPU; auto: if there is no other device.")
     )
-    find_unused_parameters: bool = Field(
+    find_unused_parameters: Annotated[bool, HARMLESS] = Field(
         default=False,
-        description="With several processes, for models that don't use every parameter each time.",
+        description="For several processes and models that skip some parameters in some steps.",
     )
+
+
+# --- experiment ------------------------------------------------------------------------------
+
+CHECKPOINT = "checkpoint"
+"""Name of the hook that the field of this name describes."""
+
+
+class ExperimentFields(Config):
+    """Fields of an experiment; `ExperimentConfig` adds reading from files and building."""
+
+    name: Annotated[str, HARMLESS] = Field(
+        default="experiment", min_length=1, description="Name of the run, for people."
+    )
+    seed: Annotated[
+        int,
+        OnResume(
+            "impossible", "the order of samples and the RNG states in checkpoints depend on it"
+        ),
+    ] = Field(default=0, ge=0, lt=2**32, description="Seed of weights, sample order and noise.")
+    run_folder: Annotated[str | None, HARMLESS] = Field(
+        default=None,
+        description="Folder of everything that the run writes; null: runs/NAME. A file's folder "
+        "lies below the current one.",
+    )
+    model: Annotated[
+        ModelPart | None,
+        OnResume(
+            "impossible",
+            _OTHER_CODE,
+            {"*": OnResume("trajectory", "refused if names or shapes of weights differ")},
+        ),
+    ] = Field(description="Module to train; null: passed to build().")
+    data: DataConfig = Field(description="Data for training and evaluation.")
+    batch_processor: BatchProcessorPart | None = Field(
+        description="Turns a batch into outputs and loss; a function is forward(model, batch); "
+        "null: passed to build()."
+    )
+    optimizer: Annotated[OptimizerPart | None, _SAVED] = Field(
+        default=None, description="Optimizer, with optional parameter groups."
+    )
+    lr_scheduler: Annotated[
+        LRSchedulerPart | None,
+        OnResume("impossible", _OTHER_CODE, {"every": OnResume("trajectory"), "*": _SAVED}),
+    ] = Field(default=None, description="LR scheduler; its integers may be auto.")
+    hooks: dict[str, HooksPart] = Field(
+        default={}, description="Hooks by name; the first is the outermost."
+    )
+    trainer: TrainerConfig = Field(description="Limits of the run and options of the trainer.")
+    accelerator: AcceleratorConfig = Field(
+        default=AcceleratorConfig(), description="Devices, precision and accumulation."
+    )
+    checkpoint: Annotated[
+        CheckpointPart | None,
+        OnResume(
+            "impossible",
+            "the hook's state is in the checkpoint",
+            {
+                "folder": OnResume("impossible", "checkpoints are looked up in that folder"),
+                "*": HARMLESS,
+            },
+        ),
+    ] = Field(default={}, description="Fields of SaveCheckpoint; null: no checkpoints.")
+    resume: Annotated[Literal["auto", "never"], HARMLESS] = Field(
+        default="auto", description="Resume from the newest checkpoint, or never."
+    )
+
+    def __post_init__(self) -> None:
+        limits = ("max_epoch", "max_step", "max_optimizer_step")
+        if all(getattr(self.trainer, limit) is None for limit in limits):
+            raise ConfigFieldError(
+                f"the run has no limit; set one of {', '.join(limits)}", ("trainer",)
+            )
+        if self.checkpoint is not None and CHECKPOINT in self.hooks:
+            raise ConfigFieldError(
+                "this name belongs to the hook of the field `checkpoint`; rename the hook",
+                ("hooks", CHECKPOINT),
+            )
+        if self.lr_scheduler is not None and self.optimizer is None:
+            raise ConfigFieldError("requires an optimizer; set optimizer", ("lr_scheduler",))
+        self._check_run_paths()
+
+    def _check_run_paths(self) -> None:
+        """Check that all paths that hooks write to lie in the run folder."""
+        hooks: dict[tuple[str, ...], Any] = {("hooks", n): hook for n, hook in self.hooks.items()}
+        if self.checkpoint is not None:
+            hooks[CHECKPOINT,] = self.checkpoint
+        if hooks:
+            from robo_orchard_lab.pipeline.run.run_path import check_run_paths
+        for path, hook in hooks.items():
+            try:
+                check_run_paths(hook)
+            except ConfigFieldError as error:
+                raise error.under(path) from error.__cause__
+
+    def folder(self) -> Path:
+        """Return the run folder."""
+        return Path("runs", self.name) if self.run_folder is None else Path(self.run_folder)

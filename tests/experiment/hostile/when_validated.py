@@ -102,8 +102,8 @@ VALUES = {
     "null_name": ("name", "null", "name: "),
     "number_folder": ("run_folder", "3", "run_folder: "),
     "resume_maybe": ("resume", "maybe", "resume: "),
-    "no_end": ("trainer", "{}", "the run has no end"),
-    "null_end": ("trainer", "{max_epoch: null}", "the run has no end"),
+    "no_end": ("trainer", "{}", "the run has no limit"),
+    "null_end": ("trainer", "{max_epoch: null}", "the run has no limit"),
     "zero_epochs": ("trainer", "{max_epoch: 0}", "trainer.max_epoch: "),
     "text_epochs": ("trainer", "{max_epoch: many}", "trainer.max_epoch: "),
     "unknown_limit": ("trainer", "{max_epochs: 1}", "did you mean 'max_epoch'?"),
@@ -221,14 +221,14 @@ WHEN_VALIDATED = [
         "hooks.checkpoint: ",
     ),
     Hostile(
-        "schedule_without_optimizer",
+        "lr_scheduler_without_optimizer",
         "Rates of nothing.",
         experiment(
             "lr_scheduler: {class_type: torch.optim.lr_scheduler:StepLR, step_size: 1}\n",
             optimizer="null",
         ),
         FIELD,
-        "lr_scheduler: there is no optimizer",
+        "lr_scheduler: requires an optimizer",
     ),
     Hostile(
         "layers_within",

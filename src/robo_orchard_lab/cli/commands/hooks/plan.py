@@ -70,8 +70,8 @@ def _places(hook: PlannedHook) -> str:
 
 def _said_in(hook: PlannedHook, document: ExperimentDocument) -> str:
     """Where the experiment says that there is this hook."""
-    from robo_orchard_lab.experiment.config import CHECKPOINT
     from robo_orchard_lab.experiment.overrides import DEFAULT
+    from robo_orchard_lab.experiment.parts import CHECKPOINT
 
     named = document.document.get("hooks")
     if hook.hook == CHECKPOINT:
