@@ -382,7 +382,7 @@ def test_all_of_it_can_come_from_a_file(format_: Literal["json", "yaml", "toml"]
             "dataloaders are given to the hook and in its configuration",
         ),
         (lambda: ValidationHookConfig(seed=-1), ValueError, "seed"),
-        (lambda: validation("1 moon"), ValueError, "can't read '1 moon' as a schedule"),
+        (lambda: validation("1 moon"), ValueError, "can't read '1 moon' as a trigger"),
         (
             lambda: validation(metrics={"each": MulticlassAccuracy(2, average=None)}),
             TypeError,
