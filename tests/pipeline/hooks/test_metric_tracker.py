@@ -276,7 +276,7 @@ def test_metric_inputs_that_are_not_told_are_asked_for() -> None:
         batch_processor=Triple(),
         max_step=1,
     )
-    with pytest.raises(PipelineConfigError, match=r"MetricTracker: can't tell .* of length 3; def"):
+    with pytest.raises(PipelineConfigError, match=r"MetricTracker: expected .* of length 3; def"):
         trainer()
 
 
