@@ -270,7 +270,7 @@ def test_what_can_not_be_saved_is_left_out(
     assert trainer.progress.skipped_optimizer_steps == 1
     folder = tmp_path / "q" / "step_00000002"
     lost = "steps[0].batch['transform'] (function), steps[0].batch['path'][0] (PosixPath)"
-    assert f"{folder} lacks what can't be saved: {lost}" in caplog.text
+    assert f"{folder} lacks values that can't be saved: {lost}" in caplog.text
     window = read_window(folder)
     assert torch.equal(window.steps[0].batch["inputs"], batches[2]["inputs"])
     assert window.steps[0].batch["transform"] is None
@@ -313,7 +313,7 @@ def test_only_so_many_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert f"{tmp_path}/q holds 2 windows already (max_quarantined)" in caplog.text
     before = (tmp_path / "q" / names[0] / "window.json").stat().st_mtime_ns
     train(tmp_path / "q", make_batches([1, 4]), max_quarantined=2)
-    assert f"{tmp_path}/q/step_00000001 exists already and stays" in caplog.text
+    assert f"{tmp_path}/q/step_00000001 exists already; not overwritten" in caplog.text
     assert sorted(path.name for path in (tmp_path / "q").iterdir()) == names
     assert (tmp_path / "q" / names[0] / "window.json").stat().st_mtime_ns == before
 

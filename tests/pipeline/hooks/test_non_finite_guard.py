@@ -1,4 +1,4 @@
-"""A guard against losses and gradients that are not finite."""
+"""The guard against non-finite losses and gradients."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def bad_loss_of(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, tor
 
 
 def batches_with(kind: str, bad: Iterable[int]) -> list[Batch]:
-    """Seven batches, some of which are spoilt."""
+    """Return seven batches, some of them spoilt."""
     batches: list[Any] = [tuple(part.clone() for part in batch) for batch in make_loader()]
     for index in bad:
         inputs, targets = batches[index]
@@ -82,7 +82,7 @@ def tensors(model: torch.nn.Module) -> list[torch.Tensor]:
 
 
 class Average:
-    """A moving average of all that a model has."""
+    """Moving average of all tensors of a model."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
@@ -94,7 +94,7 @@ class Average:
 
 
 def flat(state: Any) -> list[torch.Tensor]:
-    """All numbers of an optimizer's state."""
+    """Return all numbers of an optimizer's state."""
     if isinstance(state, dict):
         return [leaf for key in state for leaf in flat(state[key])]
     if isinstance(state, (list, tuple)):
@@ -129,11 +129,12 @@ def train(
 @pytest.mark.parametrize("kind", ["nan in the data", "infinite loss", "bad gradient"])
 @pytest.mark.parametrize(("accumulate", "bad"), [(1, [2, 5]), (3, [1])])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_skipped_update_has_never_been(
+def test_skipped_update_leaves_no_trace(
     optimizer: str, accumulate: int, bad: list[int], kind: str, clip: str | None
 ) -> None:
-    """Weights, running statistics, optimizer, schedule and average are those of a plain loop
-    that drops the windows with a bad batch."""
+    """Weights, statistics, optimizer, LR scheduler and average equal a plain loop that drops the
+    windows with a bad batch.
+    """
     batches = batches_with(kind, bad)
     model = normed_model()
     made = OPTIMIZERS[optimizer](model.parameters())
@@ -180,8 +181,8 @@ def test_a_skipped_update_has_never_been(
     assert trainer.metrics.latest("guard/skipped") == skipped
 
 
-def test_nothing_changes_where_all_is_finite() -> None:
-    """With a guard of each kind, a run is bit for bit the one without."""
+def test_finite_run_is_unchanged() -> None:
+    """With each kind of guard, a finite run is bit-identical to one without."""
 
     def run(*hooks: Any) -> list[torch.Tensor]:
         torch.manual_seed(3)
@@ -195,8 +196,8 @@ def test_nothing_changes_where_all_is_finite() -> None:
     assert equal(run(NonFiniteGuardConfig(policy="skip")), alone)
 
 
-def test_raising_leaves_the_weights_and_tells_all() -> None:
-    """The error names the value, the counters, the first parameters and what to do for more."""
+def test_error_leaves_weights_unchanged() -> None:
+    """The error names the value, the counters, the first parameters and the remedy."""
     model = make_model()
     batches = batches_with("bad gradient", [3])
     with pytest.raises(
@@ -214,22 +215,22 @@ def test_raising_leaves_the_weights_and_tells_all() -> None:
     assert equal(tensors(model), tensors(until))
 
 
-def test_the_error_says_which_batch_of_the_window() -> None:
-    """With accumulation, it is told which of the window's batches has the bad loss."""
+def test_error_names_the_batch_of_the_window() -> None:
+    """With accumulation, the error names the batch with the bad loss."""
     with pytest.raises(NonFiniteError, match=r"the loss is inf in batch 2 of the window's 3, at"):
         train(NonFiniteGuardConfig(), batches_with("infinite loss", [4]), accumulate=3)
 
 
-def test_behind_clipping_no_parameter_is_named() -> None:
-    """Clipping by a NaN makes all gradients NaN, so that nobody can tell whose it was."""
+def test_no_parameter_is_named_after_clipping() -> None:
+    """Clipping by NaN makes all gradients NaN, so the source is unknown."""
     hooks = [GradientClippingHookConfig(max_norm=1.0), NonFiniteGuardConfig()]
-    with pytest.raises(NonFiniteError, match="clipped before anyone could tell") as raised:
+    with pytest.raises(NonFiniteError, match="clipped before the gradient could be") as raised:
         train(hooks, batches_with("bad gradient", [0]))
     assert raised.value.parameters == ()
 
 
-def test_a_norm_that_overflows() -> None:
-    """Finite gradients whose norm is infinite are told as such."""
+def test_overflowing_norm() -> None:
+    """Finite gradients with an infinite norm are reported as such."""
 
     def enlarge(args: PipelineHookArgs) -> None:
         for parameter in args.model.parameters():
@@ -241,8 +242,8 @@ def test_a_norm_that_overflows() -> None:
         train(hooks, batches_with("infinite loss", []))
 
 
-def test_only_so_many_in_a_row_are_skipped() -> None:
-    """An update that is committed starts the count anew; the one past the limit raises."""
+def test_consecutive_skips_are_limited() -> None:
+    """A committed update resets the count; the update past the limit raises."""
     guard = NonFiniteGuardConfig(policy="skip", max_skips_in_a_row=2)
     trainer = train(guard, batches_with("infinite loss", [0, 1, 3, 4]))
     assert trainer.progress.skipped_optimizer_steps == 4
@@ -264,8 +265,8 @@ def stop_at(step: int) -> PipelineHooks:
     return on("on_step", after=stop)
 
 
-def test_the_count_survives_a_resume(tmp_path: Path) -> None:
-    """Two skipped before the save and one after it are three in a row."""
+def test_resume_restores_the_skip_count(tmp_path: Path) -> None:
+    """Two skips before the save and one after are three in a row."""
     guard = NonFiniteGuardConfig(policy="skip", max_skips_in_a_row=2)
     batches = batches_with("infinite loss", [2, 3, 4])
     train([guard, stop_at(3)], batches).save_checkpoint(tmp_path / "saved")
@@ -273,8 +274,8 @@ def test_the_count_survives_a_resume(tmp_path: Path) -> None:
         train([guard, stop_at(9)], batches, resume_from=tmp_path / "saved")
 
 
-def test_a_window_is_resumed_within(tmp_path: Path) -> None:
-    """A bad loss ahead of the save has the window skipped, and its buffers put back, after it."""
+def test_resume_within_a_window(tmp_path: Path) -> None:
+    """A bad loss before the save skips the window after the resume and restores its buffers."""
     batches = batches_with("infinite loss", [3])  # the first of the second window
     guard = NonFiniteGuardConfig(policy="skip")
     straight = normed_model()
@@ -289,15 +290,15 @@ def test_a_window_is_resumed_within(tmp_path: Path) -> None:
     assert equal(tensors(resumed), tensors(straight))
 
 
-def test_a_state_of_another_version_is_refused() -> None:
+def test_state_of_another_version_is_refused() -> None:
     """The error names both versions."""
     guard = NonFiniteGuardConfig()()
     with pytest.raises(StateError, match="NonFiniteGuard of version 1, found version 0"):
         guard.load_state_dict({**guard.state_dict(), "version": 0})
 
 
-def test_buffers_may_stay_where_the_forward_pass_left_them() -> None:
-    """With restore_buffers=False the statistics of a skipped window stay moved."""
+def test_buffers_are_kept_with_restore_buffers_false() -> None:
+    """With restore_buffers=False, statistics of a skipped window are kept."""
     batches = batches_with("infinite loss", [1])
     restored, moved = normed_model(), normed_model()
     train(NonFiniteGuardConfig(policy="skip"), batches, restored, max_step=2)
@@ -308,7 +309,7 @@ def test_buffers_may_stay_where_the_forward_pass_left_them() -> None:
 
 
 class Counting(torch.nn.Module):
-    """Sets new tensors in the place of its buffers, one of which grows."""
+    """Module that replaces its buffers by new tensors, one of them growing."""
 
     count: torch.Tensor
     seen: torch.Tensor
@@ -326,8 +327,8 @@ class Counting(torch.nn.Module):
         return outputs
 
 
-def test_buffers_that_are_replaced_are_put_back() -> None:
-    """Also where the forward pass makes new tensors, of another shape."""
+def test_replaced_buffers_are_restored() -> None:
+    """Buffers are restored also if the forward pass creates tensors of another shape."""
     model = Counting()
     batches = batches_with("infinite loss", [1, 4, 6])
     train(NonFiniteGuardConfig(policy="skip"), batches, model)
@@ -336,8 +337,8 @@ def test_buffers_that_are_replaced_are_put_back() -> None:
     assert torch.equal(model.seen, torch.stack(good))
 
 
-def test_an_update_that_another_hook_skips_is_not_looked_at() -> None:
-    """It does no harm, so it is neither an error nor counted."""
+def test_update_skipped_by_another_hook_is_ignored() -> None:
+    """Such an update is neither an error nor counted."""
 
     def skip(args: PipelineHookArgs) -> None:
         args.skip_reason = "the test" if args.global_step_id == 2 else None
@@ -350,8 +351,8 @@ def test_an_update_that_another_hook_skips_is_not_looked_at() -> None:
         assert guard.skips_in_a_row == 0
 
 
-def test_what_is_skipped_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """Each skip is one warning, with what, where and how many in a row."""
+def test_skips_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Each skip logs one warning with value, counters and number of skips."""
     train(NonFiniteGuardConfig(policy="skip"), batches_with("infinite loss", [2, 3]))
     told = [record.message for record in caplog.records]
     assert [text.split(" (global")[0] for text in told] == [
@@ -362,7 +363,7 @@ def test_what_is_skipped_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize(("bad", "raised_at"), [(2, 3), (6, 7)])
 def test_one_update_late(bad: int, raised_at: int) -> None:
-    """It raises ahead of the next update, or at the end, and tells the counters of the bad one."""
+    """The error comes before the next update or at the end, with the bad update's counters."""
     guard = NonFiniteGuardConfig(read="one update late")
     trainer = make_trainer(
         guard,
@@ -373,22 +374,22 @@ def test_one_update_late(bad: int, raised_at: int) -> None:
     with pytest.raises(
         NonFiniteError,
         match=rf"the loss is inf, at epoch 0, step {bad} \(global step {bad}, {bad} updates "
-        r"committed.*made before this was read \(read='one update late'\)",
+        r"committed.*made before the values were read \(read='one update late'\)",
     ):
         trainer()
     assert trainer.progress.global_step_id == raised_at
     assert trainer.progress.optimizer_step_id == raised_at
 
 
-def test_a_late_error_claims_no_more_than_it_knows() -> None:
-    """The gradients are gone by then, so nothing is said of each."""
+def test_late_error_does_not_name_gradients() -> None:
+    """The gradients are freed by then, so the error does not describe any."""
     guard = NonFiniteGuardConfig(read="one update late")
     with pytest.raises(NonFiniteError, match=r"norm is nan, at [^)]*\)\. The update was made bef"):
         train(guard, batches_with("bad gradient", [3]))
 
 
 def log_every(steps: int, records: list[MetricsRecord]) -> PipelineHooks:
-    """Asks for logging points, and notes their records."""
+    """Return a hook that requests logging points and records them."""
     hooks = PipelineHooks("logging")
     hooks.register_at_commit(lambda args: args.requests.log("due", by="logging"), f"{steps} steps")
     hooks.register_hook(
@@ -407,9 +408,10 @@ def log_every(steps: int, records: list[MetricsRecord]) -> PipelineHooks:
         ({"read": "at logging points"}, 1),
     ],
 )
-def test_what_is_read_and_resumed(fields: dict[str, Any], reads: int) -> None:
-    """Six steps in windows of two take a read for each update, or one at the run's end; the guard
-    can be stopped anywhere, and changes nothing."""
+def test_reads_and_resume(fields: dict[str, Any], reads: int) -> None:
+    """Six steps in windows of two cost a read per update, or one at the end; the guard resumes at
+    any step and changes nothing.
+    """
     guard = NonFiniteGuardConfig(**fields)
     for log_every in ("2 steps", None):
         assert_no_device_sync(guard, allowed=reads, accumulate=2, log_every=log_every)
@@ -421,8 +423,8 @@ def test_what_is_read_and_resumed(fields: dict[str, Any], reads: int) -> None:
 
 
 @pytest.mark.parametrize("plant", [None, "item", "tolist"])
-def test_between_logging_points_nothing_is_read(plant: str | None) -> None:
-    """All reads are those of the board and of the run's end; one that is planted shows."""
+def test_nothing_is_read_between_logging_points(plant: str | None) -> None:
+    """Only the board and the end of the run read tensors; a planted read is detected."""
 
     def read(args: PipelineHookArgs) -> None:
         if plant is not None and args.global_step_id == 4:
@@ -445,8 +447,8 @@ def test_between_logging_points_nothing_is_read(plant: str | None) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nan in the data", "infinite loss", "bad gradient"])
-def test_at_logging_points(kind: str) -> None:
-    """The step behind the logging point raises and names the update; the record was told."""
+def test_error_follows_the_logging_point(kind: str) -> None:
+    """The step after the logging point raises and names the update; the record was written."""
     records: list[MetricsRecord] = []
     trainer = make_trainer(
         [log_every(3, records), NonFiniteGuardConfig(read="at logging points")],
@@ -462,8 +464,8 @@ def test_at_logging_points(kind: str) -> None:
     assert [value.value for record in records for value in record.values] == [0.0, 1.0]
 
 
-def test_behind_the_last_logging_point_the_end_of_the_run_tells() -> None:
-    """Also where the run tells its listeners what no logging point has had."""
+def test_end_of_run_checks_after_last_logging_point() -> None:
+    """Also if the run writes a partial record at its end."""
     records: list[MetricsRecord] = []
     with pytest.raises(NonFiniteError, match="not finite in update 6"):
         train(
@@ -473,8 +475,8 @@ def test_behind_the_last_logging_point_the_end_of_the_run_tells() -> None:
     assert [record.partial for record in records] == [False, False, True]
 
 
-def test_what_another_rank_has_found_is_told() -> None:
-    """The flag of the board is that of all ranks; here a hook publishes for another one."""
+def test_finding_of_another_rank_is_raised() -> None:
+    """The board's flag covers all ranks; here a hook publishes for another rank."""
 
     def publish(args: PipelineHookArgs) -> None:
         args.metrics.publish("guard/non_finite", float(args.global_step_id == 6), reduce="max")
@@ -484,12 +486,12 @@ def test_what_another_rank_has_found_is_told() -> None:
         on("on_step", before=publish),
         NonFiniteGuardConfig(read="at logging points"),
     ]
-    with pytest.raises(NonFiniteError, match="another rank found what is not finite"):
+    with pytest.raises(NonFiniteError, match="another rank found non-finite values"):
         train(hooks, batches_with("infinite loss", []))
 
 
-def test_without_a_logging_point_the_end_of_the_run_tells() -> None:
-    """What no logging point has told is read once, when the run is over."""
+def test_end_of_run_checks_without_logging_points() -> None:
+    """Updates without a logging point are read once at the end."""
     guard = NonFiniteGuardConfig(read="at logging points")
     with pytest.raises(NonFiniteError, match="not finite in update 5"):
         train(guard, batches_with("infinite loss", [5]))
@@ -500,7 +502,7 @@ def test_without_a_logging_point_the_end_of_the_run_tells() -> None:
 def fp16_trainer(
     batches: list[Batch], model: torch.nn.Module, hooks: Any, scale: float
 ) -> HookBasedTrainer:
-    """With a real gradient scaler, which Accelerate makes only for a GPU; forward in float32."""
+    """Build a trainer with a real gradient scaler (only for a GPU); forward in float32."""
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
     accelerator.state._mixed_precision = "fp16"
@@ -517,8 +519,8 @@ def fp16_trainer(
     return trainer
 
 
-def test_a_bad_loss_leaves_the_scaler_alone() -> None:
-    """With fp16, the scale and its growth are those of a run that drops the update."""
+def test_bad_loss_does_not_change_the_scaler() -> None:
+    """With fp16, scale and growth equal a run that drops the update."""
     guard = NonFiniteGuardConfig(policy="skip")
     clip = GradientClippingHookConfig(max_norm=0.05)
     batches = batches_with("nan in the data", [2])
@@ -535,8 +537,8 @@ def test_a_bad_loss_leaves_the_scaler_alone() -> None:
 
 
 @pytest.mark.parametrize("read", ["now", "one update late", "at logging points"])
-def test_overflows_are_the_scalers(read: Any) -> None:
-    """While it looks for its scale, gradients overflow and losses don't: the guard is silent."""
+def test_scaler_handles_overflows(read: Any) -> None:
+    """While the scaler searches its scale, only gradients overflow, and the guard is silent."""
     model = make_model()
     guard = NonFiniteGuardConfig(read=read)
     trainer = fp16_trainer(batches_with("infinite loss", []), model, [guard], 2.0**127)
@@ -548,7 +550,7 @@ def test_overflows_are_the_scalers(read: Any) -> None:
 
 
 class Elsewhere(Accelerator):  # type: ignore[misc]  # which has no types
-    """One process that takes itself for another kind."""
+    """Accelerator of one process that claims another distributed type."""
 
     kind = DistributedType.NO
     ranks = 1
@@ -563,8 +565,8 @@ class Elsewhere(Accelerator):  # type: ignore[misc]  # which has no types
         return self.ranks
 
 
-def look_at(kind: DistributedType, loss: float, **fields: Any) -> PipelineHookArgs:
-    """One update of finite gradients by a guard that takes itself for one of two ranks."""
+def check_update(kind: DistributedType, loss: float, **fields: Any) -> PipelineHookArgs:
+    """Check one update of finite gradients by a guard that believes to be one of two ranks."""
     accelerator = Elsewhere(cpu=True)
     accelerator.kind, accelerator.ranks = kind, 2
     model = make_model()
@@ -579,38 +581,38 @@ def look_at(kind: DistributedType, loss: float, **fields: Any) -> PipelineHookAr
     return args
 
 
-def test_a_loss_that_no_gradient_shows_is_no_reason_to_skip(
+def test_bad_loss_with_finite_gradients_is_not_skipped(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Other ranks can't know of it, so that all make the update, and the log tells."""
-    args = look_at(DistributedType.MULTI_CPU, math.inf, policy="skip")
+    """Other ranks can't know, so all ranks make the update, and a warning is logged."""
+    args = check_update(DistributedType.MULTI_CPU, math.inf, policy="skip")
     assert args.skip_reason is None
     assert "the loss is inf on rank 0 at epoch 0, step 0" in caplog.text
-    assert "and no gradient shows it; the update is made" in caplog.text
+    assert "but all gradients are finite; the update is made" in caplog.text
 
 
-def test_weights_in_parts_are_not_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """With a sharded model, the window has all but the weights."""
+def test_sharded_weights_are_not_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With a sharded model, the quarantined window lacks the weights."""
     with pytest.raises(NonFiniteError, match="on rank 0 of 2") as raised:
-        look_at(DistributedType.FSDP, math.nan, quarantine=tmp_path)
+        check_update(DistributedType.FSDP, math.nan, quarantine=tmp_path)
     assert raised.value.folder is not None
     window = read_window(raised.value.folder)
     assert window.weights == {}
     assert window.num_processes == 2
-    assert "the weights are in parts on several ranks, and are not written" in caplog.text
+    assert "the weights are sharded over ranks, and are not written" in caplog.text
 
 
-def test_an_engine_that_does_not_tell_the_norm() -> None:
-    """With DeepSpeed the losses alone are looked at."""
-    assert look_at(DistributedType.DEEPSPEED, 1.0).grad_norm is None
+def test_engine_without_norm() -> None:
+    """With DeepSpeed only losses are checked."""
+    assert check_update(DistributedType.DEEPSPEED, 1.0).grad_norm is None
     for read in ("now", "at logging points"):
-        look_at(DistributedType.DEEPSPEED, 1.0, read=read)
+        check_update(DistributedType.DEEPSPEED, 1.0, read=read)
     with pytest.raises(NonFiniteError, match="the loss is nan on rank 0 of 2, at"):
-        look_at(DistributedType.DEEPSPEED, math.nan)
+        check_update(DistributedType.DEEPSPEED, math.nan)
 
 
-def test_where_no_update_can_be_skipped_it_is_refused() -> None:
-    """DeepSpeed updates by itself, and fp16 hides the NaN of another rank; raising stays."""
+def test_unsupported_skip_is_refused() -> None:
+    """DeepSpeed and fp16 on several processes refuse policy='skip', not policy='raise'."""
     accelerator = Elsewhere(cpu=True)
     args = PipelineHookArgs(PipelineRun(accelerator=accelerator, model=make_model()))
 
@@ -619,13 +621,13 @@ def test_where_no_update_can_be_skipped_it_is_refused() -> None:
             pass
 
     accelerator.kind = DistributedType.DEEPSPEED
-    with pytest.raises(PipelineConfigError, match=r"can't be kept with .*DEEPSPEED"):
+    with pytest.raises(PipelineConfigError, match=r"not supported with .*DEEPSPEED"):
         begin(policy="skip")
     begin(policy="raise")
     accelerator.kind, accelerator.ranks = DistributedType.MULTI_GPU, 2
     begin(policy="skip")
     accelerator.scaler = torch.amp.GradScaler("cpu")
-    with pytest.raises(PipelineConfigError, match="can't be kept with fp16 on several processes"):
+    with pytest.raises(PipelineConfigError, match="not supported with fp16 on several processes"):
         begin(policy="skip")
     begin(policy="raise")
 
@@ -634,22 +636,22 @@ def test_where_no_update_can_be_skipped_it_is_refused() -> None:
     ("fields", "message"),
     [
         ({"policy": "skip", "read": "one update late"}, "policy='skip' needs read='now', got"),
-        ({"policy": "skip", "read": "at logging points"}, "can be skipped only while it has not"),
-        ({"read": "at logging points", "quarantine": "q"}, "the batches are gone by then"),
+        ({"policy": "skip", "read": "at logging points"}, "can be skipped only before the update"),
+        ({"read": "at logging points", "quarantine": "q"}, "the batches have been freed by then"),
         ({"policy": "roll back"}, "policy"),
         ({"policy": "skip", "then": "roll back"}, "then"),
         ({"max_skips_in_a_row": 0}, "max_skips_in_a_row"),
         ({"max_quarantined": 0}, "max_quarantined"),
     ],
 )
-def test_what_does_not_go_together_is_refused(fields: dict[str, Any], message: str) -> None:
-    """The configuration names the field and the reason."""
+def test_conflicting_fields_are_refused(fields: dict[str, Any], message: str) -> None:
+    """The error names the field and the reason."""
     with pytest.raises(ValueError, match=message):
         NonFiniteGuardConfig(**fields)
 
 
-def test_the_configuration_survives_a_file(tmp_path: Path) -> None:
-    """All fields come back from JSON, the folder included, and build the guard."""
+def test_config_round_trips(tmp_path: Path) -> None:
+    """All fields round-trip through JSON, the folder included, and build the guard."""
     config = NonFiniteGuardConfig(
         policy="skip", max_skips_in_a_row=None, quarantine=tmp_path / "q", sample_ids=2
     )
@@ -661,9 +663,10 @@ def test_the_configuration_survives_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_two_ranks_decide_alike(accumulate: int, tmp_path: Path) -> None:
-    """Where the loss of one rank alone is infinite, with finite gradients, both skip or raise,
-    without a collective; finite runs are bit for bit those without a guard."""
+def test_ranks_decide_together(accumulate: int, tmp_path: Path) -> None:
+    """If the loss of one rank is infinite, with finite gradients, both ranks skip or raise without
+    a collective; finite runs are bit-identical to runs without a guard.
+    """
     script = SCRIPTS / "guard_on_ranks.py"
     launch(script, tmp_path, accumulate)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
@@ -701,8 +704,8 @@ def test_two_ranks_decide_alike(accumulate: int, tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 @pytest.mark.parametrize("read", ["one update late", "at logging points"])
-def test_on_a_gpu_a_late_reading_does_not_wait(read: Any) -> None:
-    """Where all is finite, no step waits for the device; what is not is found all the same."""
+def test_late_read_does_not_sync_a_gpu(read: Any) -> None:
+    """In a finite run no step waits for the device, and non-finite values are still found."""
 
     def on_device(kind: str, bad: list[int]) -> list[Batch]:
         return [(inputs.cuda(), targets.cuda()) for inputs, targets in batches_with(kind, bad)]

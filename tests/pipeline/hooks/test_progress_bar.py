@@ -1,4 +1,4 @@
-"""A bar in a terminal, log lines elsewhere, and neither in the way of the training."""
+"""Progress bar in a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.hooks import ProgressBarHookConfig
 from robo_orchard_lab.pipeline.hooks.metrics_logger import MetricsLoggerConfig
+from robo_orchard_lab.pipeline.hooks.progress_bar import _Picture
 from robo_orchard_lab.pipeline.hooks.run_view import RunStatus
-from robo_orchard_lab.pipeline.hooks.terminal_bar import _Picture
 from robo_orchard_lab.pipeline.metrics import UnknownMetricError
 from robo_orchard_lab.pipeline.progress import remaining_steps
 from robo_orchard_lab.pipeline.trigger import EverySteps
@@ -43,7 +43,7 @@ EVERY_STEP, NO_STEP = 1e-9, 1e6
 
 
 class AtStep(PipelineHooks):
-    """Calls a function at the end of one step."""
+    """Hook that calls a function at the end of one step."""
 
     def __init__(self, global_step_id: int, call: Any) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def fail(args: PipelineHookArgs) -> None:
 
 
 def lines_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What the hook logged, without what the clock decides."""
+    """Return the logged lines without their times."""
     lines = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
     for decided, letter in ((r"\d+:\d\d:\d\d", "T"), (r"[\d.,]+(?= samples/s)", "N")):
         lines = [re.sub(decided, letter, line) for line in lines if line.startswith("epoch")]
@@ -74,10 +74,10 @@ def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 
 class TestLines:
-    """Where the output is not a terminal."""
+    """Output that is not a terminal."""
 
     def test_each_epoch_and_the_end_has_a_line(self, log: pytest.LogCaptureFixture) -> None:
-        """A short run says where it is after each epoch, and at the end how long it took."""
+        """A short run has a line after each epoch, and at the end with its duration."""
         make_trainer(ProgressBarHookConfig(refresh_seconds=NO_STEP), max_epoch=2)()
         assert lines_of(log) == [
             "epoch 1/2, step  7/14 (50 %), loss L, N samples/s, ETA T",
@@ -85,7 +85,7 @@ class TestLines:
             "epoch 2/2, step 14/14 (100 %), loss L, N samples/s, took T",
         ]
 
-    def test_lines_come_at_their_interval(self, log: pytest.LogCaptureFixture) -> None:
+    def test_lines_follow_the_interval(self, log: pytest.LogCaptureFixture) -> None:
         """With an interval shorter than a step, each step has a line, counted from 1."""
         make_trainer(ProgressBarHookConfig(refresh_seconds=EVERY_STEP), max_step=3)()
         assert [line.split(",")[1].split(" (")[0] for line in lines_of(log)] == [
@@ -93,10 +93,8 @@ class TestLines:
             *(" step 3/3", " step 3/3"),  # the epoch that was begun, and the end
         ]
 
-    def test_lines_go_to_stderr_where_the_log_would_hide_them(
-        self, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        """Without a log at level INFO, the lines are printed."""
+    def test_lines_go_to_stderr_without_info_log(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """Without a log at level INFO, lines are printed."""
         make_trainer(ProgressBarHookConfig(refresh_seconds=NO_STEP), max_epoch=1)()
         out, err = capsys.readouterr()
         assert out == ""
@@ -104,8 +102,8 @@ class TestLines:
             ["epoch 1/1", "step 7/7 (100 %)"]
         ] * 2
 
-    def test_an_epoch_without_a_length_has_no_end_yet(self, log: pytest.LogCaptureFixture) -> None:
-        """Of data without a length, the first pass shows no end and the next ones do."""
+    def test_epoch_without_length_has_no_total_yet(self, log: pytest.LogCaptureFixture) -> None:
+        """For data without a length, the total is unknown in the first epoch only."""
 
         class Unsized:
             def __iter__(self) -> Iterator[Any]:
@@ -118,10 +116,10 @@ class TestLines:
             *(" step 3/4 (75 %)", " step 4/4 (100 %)", " step 4/4 (100 %)", " step 4/4 (100 %)"),
         ]
 
-    def test_a_resumed_run_goes_on_from_its_counters(
+    def test_resumed_run_shows_its_counters(
         self, log: pytest.LogCaptureFixture, tmp_path: Path
     ) -> None:
-        """After a resume in the middle of an epoch, epoch and step are those of the run."""
+        """After a resume within an epoch, epoch and step are those of the run."""
         hook = ProgressBarHookConfig(refresh_seconds=EVERY_STEP)
         given_up = make_trainer(hook, max_step=10)
         given_up()
@@ -132,8 +130,8 @@ class TestLines:
         assert lines[0] == "epoch 2/3, step 11/21 (52 %), loss L, N samples/s, ETA T"
         assert lines[-1] == "epoch 3/3, step 21/21 (100 %), loss L, N samples/s, took T"
 
-    def test_an_error_ends_with_where_it_stopped(self, log: pytest.LogCaptureFixture) -> None:
-        """When a step fails, the error is raised, and the last line has the steps that are done."""
+    def test_error_leaves_the_last_step(self, log: pytest.LogCaptureFixture) -> None:
+        """After an error in a step, the last line has the completed steps."""
         trainer = make_trainer(
             [ProgressBarHookConfig(refresh_seconds=NO_STEP), AtStep(9, fail)], max_epoch=2
         )
@@ -142,33 +140,31 @@ class TestLines:
         assert lines_of(log)[-1].startswith("epoch 2/2, step  9/14 (64 %)")
         assert lines_of(log)[-1].endswith("stopped after T")
 
-    def test_a_stopped_run_says_so(self, log: pytest.LogCaptureFixture) -> None:
-        """When a hook asks to stop, the last line does not claim that the run is finished."""
+    def test_stopped_run_is_shown_as_stopped(self, log: pytest.LogCaptureFixture) -> None:
+        """After a requested stop, the last line does not claim a finished run."""
         stop = AtStep(2, lambda args: args.requests.stop("enough"))
         make_trainer([ProgressBarHookConfig(refresh_seconds=NO_STEP), stop], max_epoch=2)()
         assert lines_of(log)[-1] == (
             "epoch 1/2, step  3/14 (21 %), loss L, N samples/s, stopped after T"
         )
 
-    def test_a_run_that_fails_before_its_first_step(self, log: pytest.LogCaptureFixture) -> None:
-        """Without a step there is a last line, with no loss and no rate."""
+    def test_failure_before_the_first_step(self, log: pytest.LogCaptureFixture) -> None:
+        """Without a step, the last line has no loss and no rate."""
         with pytest.raises(RuntimeError, match="out of luck"):
             make_trainer(
                 [ProgressBarHookConfig(refresh_seconds=NO_STEP), AtStep(0, fail)], max_step=2
             )()
         assert lines_of(log) == ["epoch 1, step 0/2 (0 %), stopped after T"]
 
-    def test_metrics_are_shown_once_they_are_published(self, log: pytest.LogCaptureFixture) -> None:
-        """A metric stands behind the loss from its first publication on."""
+    def test_metrics_are_shown_once_published(self, log: pytest.LogCaptureFixture) -> None:
+        """A metric appears after the loss from its first publication on."""
         publish = AtStep(1, lambda args: args.metrics.publish("lift", torch.tensor(2.5)))
         hook = ProgressBarHookConfig(metrics=["lift"], refresh_seconds=EVERY_STEP)
         make_trainer([hook, publish], max_step=2)()
         assert ["lift 2.5000" in line for line in lines_of(log)] == [False, True, True, True]
 
-    def test_a_metric_that_nobody_publishes_is_an_error(
-        self, log: pytest.LogCaptureFixture
-    ) -> None:
-        """When the run is over, a name that never appeared is named beside those that did."""
+    def test_unpublished_metric_is_an_error(self, log: pytest.LogCaptureFixture) -> None:
+        """At the end, the error names the missing metric and the published ones."""
         publish = AtStep(1, lambda args: args.metrics.publish("lift", 2.5))
         trainer = make_trainer([ProgressBarHookConfig(metrics=["left"]), publish], max_step=2)
         error = "'left' was published, which ProgressBarHook waits for; did you mean 'lift'"
@@ -177,8 +173,8 @@ class TestLines:
         assert trainer.progress.global_step_id == 2
         assert lines_of(log)[-1].startswith("epoch 1, step 2/2 (100 %)")
 
-    def test_force_color_makes_no_terminal_of_a_file(self, tmp_path: Path) -> None:
-        """With FORCE_COLOR, as build servers set it, a file gets lines and no control codes."""
+    def test_force_color_does_not_make_a_file_a_terminal(self, tmp_path: Path) -> None:
+        """With FORCE_COLOR, as on build servers, a file gets lines without control codes."""
         script = tmp_path / "script.py"
         script.write_text(SCRIPT, encoding="utf-8")
         finished = subprocess.run(
@@ -193,7 +189,7 @@ class TestLines:
 
 
 class Publisher(PipelineHooks):
-    """Publishes a loss in every step, and evaluates after every epoch."""
+    """Hook that publishes a loss in every step and evaluates after every epoch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -212,12 +208,10 @@ class Publisher(PipelineHooks):
 
 
 class TestLogged:
-    """Where a hook makes logging points."""
+    """Runs with logging points."""
 
-    def test_a_line_has_what_the_last_logging_point_found(
-        self, log: pytest.LogCaptureFixture
-    ) -> None:
-        """The loss is the mean of its window, until the next one."""
+    def test_line_has_values_of_the_last_logging_point(self, log: pytest.LogCaptureFixture) -> None:
+        """The loss is the mean of its window until the next logging point."""
         bar = ProgressBarHookConfig(refresh_seconds=EVERY_STEP)
         make_trainer([bar, MetricsLoggerConfig(every=EverySteps(3)), Publisher()], max_step=7)()
         shown = r".*step (\d)/7 \(\d+ %\)(.*), [\d,]+ samples/s.*", r"\1\2"
@@ -227,10 +221,10 @@ class TestLogged:
         ]
 
     @pytest.mark.parametrize("first", ["bar", "logger"])
-    def test_the_line_of_an_epoch_has_what_was_found_at_its_end(
+    def test_epoch_line_has_values_of_the_epoch_end(
         self, first: str, log: pytest.LogCaptureFixture
     ) -> None:
-        """It comes when the evaluation at the end of the epoch is there, in any order of hooks."""
+        """The line follows the evaluation at the end of the epoch, in any order of hooks."""
         bar = ProgressBarHookConfig(metrics=["eval/accuracy"], refresh_seconds=NO_STEP)
         logger = MetricsLoggerConfig()
         hooks: list[Any] = [bar, logger, Publisher()]
@@ -241,10 +235,8 @@ class TestLogged:
             "epoch 2/2, step 14/14 (100 %), loss 11.00, eval/accuracy 0.2000",
         ]
 
-    def test_an_epoch_without_a_logging_point_has_its_line(
-        self, log: pytest.LogCaptureFixture
-    ) -> None:
-        """It comes ahead of the next epoch, with what was found before."""
+    def test_epoch_without_logging_point_has_a_line(self, log: pytest.LogCaptureFixture) -> None:
+        """The line comes before the next epoch, with earlier values."""
         bar = ProgressBarHookConfig(refresh_seconds=NO_STEP)
         make_trainer([bar, MetricsLoggerConfig(every=EverySteps(5)), Publisher()], max_epoch=2)()
         assert [re.sub(r", [\d,]+ samples/s.*", "", m) for m in log.messages] == [
@@ -253,10 +245,10 @@ class TestLogged:
             "epoch 2/2, step 14/14 (100 %), loss 12.50",
         ]
 
-    def test_a_resumed_run_shows_what_was_found_before(
+    def test_resumed_run_shows_earlier_values(
         self, log: pytest.LogCaptureFixture, tmp_path: Path
     ) -> None:
-        """The loss of the last logging point is there from the first look on."""
+        """The loss of the last logging point is shown from the start."""
         hooks = [ProgressBarHookConfig(refresh_seconds=EVERY_STEP), MetricsLoggerConfig()]
         given_up = make_trainer([*hooks, Publisher()], max_epoch=1)
         given_up()
@@ -265,8 +257,8 @@ class TestLogged:
         make_trainer([*hooks, Publisher()], max_step=9, resume_from=tmp_path / "saved")()
         assert log.messages[1].startswith("epoch 2, step 8/9 (88 %), loss 4.0000, ")
 
-    def test_a_run_that_fails_in_its_evaluation(self, log: pytest.LogCaptureFixture) -> None:
-        """The error is the evaluation's own, and the last line has the steps that are done."""
+    def test_failure_in_an_evaluation(self, log: pytest.LogCaptureFixture) -> None:
+        """The evaluation's error propagates, and the last line has the completed steps."""
 
         class Failing(Publisher):
             def evaluate(self, args: PipelineHookArgs) -> None:
@@ -278,8 +270,8 @@ class TestLogged:
         (line,) = lines_of(log)
         assert line == "epoch 2/2, step  7/14 (50 %), N samples/s, stopped after T"
 
-    def test_the_bar_is_redrawn_at_a_logging_point(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It shows at once what was found, also where it would not look for long."""
+    def test_bar_is_redrawn_at_a_logging_point(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """New values are shown at once, also with a long interval."""
         with a_terminal(monkeypatch) as terminal:
             drawn: list[str] = []
             pause = AtStep(4, lambda args: time.sleep(0.06))
@@ -293,7 +285,7 @@ class TestLogged:
 
 
 class CountingReads(torch.Tensor):
-    """A tensor that counts how often one of its kind is read as a number."""
+    """Tensor that counts conversions to a number."""
 
     reads = 0
 
@@ -305,8 +297,8 @@ class CountingReads(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
-def test_the_loss_is_read_only_when_it_is_shown() -> None:
-    """Steps between two looks never read the loss, which would wait for the device."""
+def test_loss_is_read_only_when_shown() -> None:
+    """Steps between two updates never read the loss, a device sync."""
 
     def forward(model: Any, batch: Any) -> tuple[Any, torch.Tensor]:
         outputs, loss = loss_of(model, batch)
@@ -321,8 +313,8 @@ def test_the_loss_is_read_only_when_it_is_shown() -> None:
     assert CountingReads.reads == 3 + 1  # each epoch's end, and the run's
 
 
-def test_nothing_is_read_where_a_hook_logs() -> None:
-    """With a logging point in every step and a look at every step, the bar reads no tensor."""
+def test_bar_reads_nothing_with_logging_points() -> None:
+    """With a logging point and an update in every step, the bar reads no tensor."""
 
     def forward(model: Any, batch: Any) -> tuple[Any, torch.Tensor]:
         outputs, loss = loss_of(model, batch)
@@ -341,7 +333,7 @@ def test_nothing_is_read_where_a_hook_logs() -> None:
     assert CountingReads.reads == 0
 
 
-def test_the_weights_are_as_without_the_bar() -> None:
+def test_bar_does_not_change_weights() -> None:
     """Showing the progress does not change the training."""
     with_bar, without = make_model(), make_model()
     make_trainer(ProgressBarHookConfig(refresh_seconds=EVERY_STEP), model=with_bar, max_epoch=2)()
@@ -357,14 +349,14 @@ def test_the_weights_are_as_without_the_bar() -> None:
     steps_per_epoch=st.integers(1, 9),
     window=st.integers(1, 4),
 )
-def test_remaining_steps_are_those_that_follow(
+def test_remaining_steps_are_exact(
     max_step: int | None,
     max_optimizer_step: int | None,
     max_epoch: int,
     steps_per_epoch: int,
     window: int,
 ) -> None:
-    """Before each step of a run, the steps that remain are those that a plain loop then takes."""
+    """Before each step, the remaining steps are those of a plain loop."""
     limits = TrainerLimits(max_step, max_optimizer_step, max_epoch)
     progress = TrainerProgress()
     told = []
@@ -383,7 +375,7 @@ def test_remaining_steps_are_those_that_follow(
 
 
 def test_remaining_steps_without_a_length() -> None:
-    """Without a length, epochs can't be counted in steps, and updates can."""
+    """Without a length, epochs can't be converted to steps, but updates can."""
     progress = TrainerProgress(step_id=4, global_step_id=4, optimizer_step_id=1)
     assert remaining_steps(TrainerLimits(max_epoch=2), progress, None, 3) is None
     assert remaining_steps(TrainerLimits(max_optimizer_step=3), progress, None, 3) == 5
@@ -397,19 +389,19 @@ def test_remaining_steps_without_a_length() -> None:
     ],
 )
 def test_numbers_keep_their_width(value: float, shown: str) -> None:
-    """A value has four decimals as long as that says something."""
+    """A value has four decimals while they are significant."""
     assert RunStatus(1, None, 0, None, {"loss": value}).measurements == [f"loss {shown}"]
 
 
 def test_slow_rates_and_long_times() -> None:
-    """A rate below ten has decimals, and hours are not folded into days."""
+    """A rate below ten has decimals, and hours are not converted to days."""
     status = RunStatus(1, None, 3, 9, {}, samples_per_s=0.254, seconds_left=3600 * 51 + 62)
     assert status.pace == ["0.25 samples/s", "ETA 51:01:02"]
 
 
 @pytest.mark.parametrize("width", [120, 80, 60, 40])
-def test_the_picture_fits_the_width(width: int) -> None:
-    """Nothing is wrapped or cut off; what has no room beside the bar stands below it."""
+def test_bar_fits_the_width(width: int) -> None:
+    """Nothing is wrapped or cut off; texts without room go below the bar."""
     console = Console(width=width, file=io.StringIO(), color_system=None)
     status = RunStatus(
         2, 5, 34, 115, {"loss": 0.4231, "grad_norm": 1.25}, 512.3, 12.0, seconds_left=41.0
@@ -428,8 +420,8 @@ def test_the_picture_fits_the_width(width: int) -> None:
     assert lines[1:] == below
 
 
-def test_many_metrics_take_several_lines() -> None:
-    """What has no room beside the bar stands below it, none of it cut off."""
+def test_many_metrics_use_several_lines() -> None:
+    """Metrics without room next to the bar go below, none cut off."""
     console = Console(width=44, file=io.StringIO(), color_system=None)
     values = {"loss": 0.4231, **{f"eval/val/metric{i}": 0.5 for i in range(3)}}
     with console.capture() as captured:
@@ -443,7 +435,7 @@ def test_many_metrics_take_several_lines() -> None:
 
 
 class Terminal(io.StringIO):
-    """A terminal that keeps what is written to it, and can go away."""
+    """Terminal that records its output and can disappear."""
 
     gone = False
 
@@ -456,12 +448,12 @@ class Terminal(io.StringIO):
         return super().write(text)
 
     def screen(self) -> list[str]:
-        """The lines that are to be seen, without trailing blanks."""
+        """Return the text that a tall terminal shows for rich's control codes."""
         return screen(self.getvalue())
 
 
 def screen(written: str) -> list[str]:
-    """What a tall terminal shows of the control codes that rich writes."""
+    """Return the text that a tall terminal shows for rich's control codes."""
     rows, row, column = [""], 0, 0
     for code, text in re.findall(r"(\x1b\[[?\d;]*[A-Za-z]|\r|\n)|([^\x1b\r\n]+)", written):
         if text:
@@ -483,7 +475,7 @@ def screen(written: str) -> list[str]:
 
 @contextmanager
 def a_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
-    """Standard output and error are one terminal of 80 columns."""
+    """Make standard output and error one terminal of 80 columns."""
     opened = Terminal()
     with monkeypatch.context() as patch:
         for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
@@ -499,10 +491,10 @@ def a_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
 
 
 class TestBar:
-    """Where the output is a terminal."""
+    """Output to a terminal."""
 
-    def test_the_last_state_stays(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A finished run leaves one line: all steps, the last loss, and how long it took."""
+    def test_final_status_stays(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A finished run leaves one line: all steps, the last loss and the duration."""
         with a_terminal(monkeypatch) as terminal:
             make_trainer(ProgressBarHookConfig(), max_epoch=2)()
             (line,) = terminal.screen()
@@ -510,15 +502,15 @@ class TestBar:
                 r"epoch 2/2  step 14/14  ━+  loss \d\.\d{4}  [\d,]+ samples/s  took 0:00:0\d", line
             )
 
-    def test_the_bar_is_redrawn_at_its_interval(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """With an interval shorter than a step, each step is drawn; otherwise only few are."""
+    def test_bar_is_redrawn_at_its_interval(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With an interval shorter than a step, each step is drawn; otherwise only few."""
         with a_terminal(monkeypatch) as terminal:
             make_trainer(ProgressBarHookConfig(refresh_seconds=EVERY_STEP), max_epoch=2)()
             drawn = re.findall(r"step +(\d+)/14", terminal.getvalue())
             assert list(dict.fromkeys(drawn)) == [str(step) for step in range(15)]
 
-    def test_lines_of_others_stay_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What is printed, logged or warned while the bar is drawn stands above it, unbroken."""
+    def test_other_output_stays_intact(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Printed, logged and warning lines appear above the bar, unbroken."""
         with a_terminal(monkeypatch) as terminal:
             kept = logging.StreamHandler(sys.stderr)  # as logging.basicConfig makes it
             elsewhere = logging.StreamHandler(io.StringIO())
@@ -554,8 +546,8 @@ class TestBar:
             assert kept.stream is terminal
             assert elsewhere.stream.getvalue().count("\n") == 2
 
-    def test_an_error_leaves_the_terminal_as_it_was(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """When a step fails, the bar stands where it stopped, and nothing is redirected."""
+    def test_error_restores_the_terminal(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """After an error, the bar stays at its last step, and streams are restored."""
         with a_terminal(monkeypatch) as terminal:
             trainer = make_trainer([ProgressBarHookConfig(), AtStep(9, fail)], max_epoch=2)
             with pytest.raises(RuntimeError, match="out of luck"):
@@ -565,15 +557,15 @@ class TestBar:
             assert re.search(r"  stopped after 0:00:0\d$", shown)
             assert terminal.getvalue().endswith("\x1b[?25h")  # the cursor is back
 
-    def test_half_a_line_is_not_lost(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What was printed without a line's end before the bar closes is to be seen."""
+    def test_incomplete_line_is_not_lost(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Text printed without a newline before the bar closes is shown."""
         with a_terminal(monkeypatch) as terminal:
             talk = AtStep(6, lambda args: print("no line's end", end=""))
             make_trainer([ProgressBarHookConfig(), talk], max_epoch=1)()
             assert terminal.screen()[0] == "no line's end"
 
-    def test_a_terminal_may_go_away(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """When the terminal is closed during the run, the run finishes all the same."""
+    def test_terminal_may_disappear(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """If the terminal closes during the run, the run finishes."""
         with a_terminal(monkeypatch) as terminal:
 
             def go(args: PipelineHookArgs) -> None:
@@ -588,17 +580,17 @@ class TestBar:
     def test_another_live_display_keeps_the_terminal(
         self, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
     ) -> None:
-        """Where rich draws something else already, there are lines instead of a second bar."""
+        """If rich draws another display already, there are lines instead of a second bar."""
         with a_terminal(monkeypatch) as terminal:
             with Live("mine", auto_refresh=False):
                 make_trainer(ProgressBarHookConfig(), max_epoch=1)()
             assert lines_of(log)[-1].startswith("epoch 1/1, step 7/7")
             assert "━" not in terminal.getvalue()
 
-    def test_plain_means_lines(
+    def test_plain_shows_lines(
         self, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
     ) -> None:
-        """With plain=True, a terminal gets lines as well, and nothing is redirected."""
+        """With plain=True, a terminal gets lines, and nothing is redirected."""
         with a_terminal(monkeypatch) as terminal:
             seen: list[object] = []
             look = AtStep(2, lambda args: seen.append(sys.stdout))
@@ -606,19 +598,18 @@ class TestBar:
             assert lines_of(log)[-1].startswith("epoch 1/1, step 7/7")
             assert seen == [terminal]
 
-    def test_without_rich_there_are_lines(
+    def test_lines_without_rich(
         self, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
     ) -> None:
-        """Where rich is not installed, a terminal gets lines, and is told what a bar needs."""
+        """Without rich, a terminal gets lines and the command to install rich."""
         monkeypatch.setitem(sys.modules, "rich", None)
-        monkeypatch.delitem(sys.modules, "robo_orchard_lab.pipeline.hooks.terminal_bar")
         with a_terminal(monkeypatch):
             make_trainer(ProgressBarHookConfig(), max_epoch=1)()
         assert log.messages[0].endswith('pip install "robo-orchard-hooks[terminal]"')
         assert lines_of(log)[-1].startswith("epoch 1/1, step 7/7")
 
     def test_only_a_terminal_is_redirected(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """With standard output in a file, the bar is drawn on standard error, not in the file."""
+        """With standard output in a file, the bar is drawn on standard error."""
         with a_terminal(monkeypatch) as terminal:
             file = io.StringIO()
             talk = AtStep(3, lambda args: print("a result"))
@@ -653,7 +644,7 @@ print("after")
 
 
 def test_in_a_real_terminal(tmp_path: Path) -> None:
-    """In a pseudo-terminal, a process leaves its last state, and what it prints next below."""
+    """In a pseudo-terminal, a process leaves its final status, with later output below."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")
     here, there = pty.openpty()
@@ -678,8 +669,8 @@ def test_in_a_real_terminal(tmp_path: Path) -> None:
     assert after == "after"
 
 
-def test_only_the_main_process_shows_it(tmp_path: Path) -> None:
-    """Of two processes, one writes the lines, with the samples per second of both."""
+def test_only_the_main_process_shows_progress(tmp_path: Path) -> None:
+    """Of two processes, one writes the lines, with the samples/s of both."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")
     finished = launch(script)
@@ -689,10 +680,10 @@ def test_only_the_main_process_shows_it(tmp_path: Path) -> None:
     assert all("[rank 0/2]" in line for line in lines)
 
 
-def test_the_first_bar_of_a_process_draws_no_random_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Importing rich, as the first bar does, leaves Python's generator where it was."""
+def test_first_bar_does_not_change_the_rng(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing rich with the first bar leaves Python's RNG state unchanged."""
     for name in [*sys.modules]:
-        if name.partition(".")[0] == "rich" or name.endswith("._terminal_bar"):
+        if name.partition(".")[0] == "rich":
             monkeypatch.delitem(sys.modules, name)
     with a_terminal(monkeypatch):
         assert_weights_unchanged(ProgressBarHookConfig(), steps=2)

@@ -1,4 +1,4 @@
-"""Collect what is shown of a run, and decide when."""
+"""Progress of a run for `ProgressBarHook`: collect the values and decide when to show them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.metrics import MetricsRecord, number_text
 from robo_orchard_lab.pipeline.progress import TrainerProgress, remaining_steps
 
-# --- run status ------------------------------------------------------------------------------
-# Where a run is, how fast it goes and when it ends, in words.
-
-
 Outcome: TypeAlias = Literal["running", "finished", "stopped"]
+
+_RATE_WINDOW_S = 10.0
+_LOSS = "loss/total"
 
 
 @dataclass(frozen=True, slots=True)
 class RunStatus:
-    """One look at a run.
+    """Snapshot of a run's progress.
 
     >>> status = RunStatus(2, 5, 34, 115, {"loss": 0.4231}, 512.3, 12.0, seconds_left=41.4)
     >>> print(status)
@@ -32,13 +31,14 @@ class RunStatus:
     """
 
     epoch: int
-    """The epoch, from 1."""
+    """Epoch, from 1."""
     max_epoch: int | None
     steps: int
-    """How many steps of the run are done."""
+    """Completed steps of the run."""
     total_steps: int | None
-    """How many there are in all, or None where that can't be told."""
+    """Steps of the complete run; None if unknown."""
     values: dict[str, float] = field(default_factory=dict)
+    """Loss and metrics by label."""
     samples_per_s: float | None = None
     seconds_taken: float = 0.0
     seconds_left: float | None = None
@@ -46,7 +46,7 @@ class RunStatus:
 
     @property
     def position(self) -> tuple[str, str]:
-        """Epoch and step, as wide at the first step as at the last."""
+        """Epoch and step as text of constant width."""
         epoch = f"epoch {self.epoch}" + (f"/{self.max_epoch}" if self.max_epoch else "")
         if self.total_steps is None:
             return epoch, f"step {self.steps}"
@@ -54,22 +54,22 @@ class RunStatus:
 
     @property
     def measurements(self) -> list[str]:
-        """Each value behind its name."""
+        """Names with values."""
         return [f"{name} {number_text(value)}" for name, value in self.values.items()]
 
     @property
     def pace(self) -> list[str]:
-        """The samples per second, and the time that is left or was taken, as far as known."""
-        parts = []
+        """Samples per second, and time left or taken, if known."""
+        texts = []
         if self.samples_per_s is not None:
             digits = 0 if self.samples_per_s >= 10 else 2
-            parts.append(f"{self.samples_per_s:,.{digits}f} samples/s")
+            texts.append(f"{self.samples_per_s:,.{digits}f} samples/s")
         if self.outcome != "running":
             word = "took" if self.outcome == "finished" else "stopped after"
-            parts.append(f"{word} {_duration(self.seconds_taken)}")
+            texts.append(f"{word} {_duration(self.seconds_taken)}")
         elif self.seconds_left is not None:
-            parts.append(f"ETA {_duration(self.seconds_left)}")
-        return parts
+            texts.append(f"ETA {_duration(self.seconds_left)}")
+        return texts
 
     def __str__(self) -> str:
         epoch, step = self.position
@@ -84,18 +84,14 @@ def _duration(seconds: float) -> str:
     return f"{hour}:{minute:02}:{second:02}"
 
 
-_RATE_WINDOW_S = 10.0
-_LOSS = "loss/total"
-
-
 class Display(Protocol):
-    """Where a status is shown."""
+    """Output for statuses: a terminal or log lines."""
 
     refresh_seconds: float
     quick_refresh_seconds: float
-    """The least time from one look to that at the end of an epoch or at a logging point."""
+    """Least time before an update at a logging point or at the end of an epoch."""
     redraws: bool
-    """Whether what is shown replaces what was."""
+    """True if a new status replaces the previous one."""
 
     def open(self, status: RunStatus) -> None: ...
 
@@ -105,13 +101,16 @@ class Display(Protocol):
 
 
 class RunView:
-    """What is shown of one loop.
+    """Progress of one loop on a display.
+
+    If a hook logs metrics, values come from logging points. Otherwise the view reads the loss of
+    the latest batch and the metrics itself, a device sync each time.
 
     Args:
-        metrics: the names to show beside the loss.
-        refresh_seconds: the least time from one look to the next; None for the display's own.
-        args: those of the loop.
-        display: where it is shown.
+        metrics: names to show after the loss.
+        refresh_seconds: least time between two updates; None for the display's default.
+        args: of the loop.
+        display: output.
     """
 
     def __init__(
@@ -130,33 +129,33 @@ class RunView:
         self._samples = 0
         self._loss: torch.Tensor | None = None
         self._values: dict[str, float] = {}
-        self._held: RunStatus | None = None  # the end of an epoch, until it is logged
-        self._logged = False
+        self._held: RunStatus | None = None  # of the end of an epoch, until its values are logged
+        self._is_logged = False
         self._handles: list[RemovableHandle] = []
         now = time.perf_counter()
         self._started_at = self._shown_at = now
         self._next_at = now + self._refresh_s
-        self._marks = deque([(now, 0)])  # when so many samples were done
+        self._marks = deque([(now, 0)])  # pairs (time, samples until then)
         display.open(self._status(args.progress, now))
 
     def begin_epoch(self) -> None:
-        """All hooks have begun the loop, so that it is known whether one logs."""
+        """Subscribe to logging points; by now every hook has begun the loop."""
         metrics = self._args.metrics
-        if metrics.is_logged and not self._logged:
-            self._logged = True
-            self._handles.append(metrics.listen(self._take))
+        if metrics.is_logged and not self._is_logged:
+            self._is_logged = True
+            self._handles.append(metrics.listen(self._receive))
             for name in self._labels:
                 self._note(name, metrics.last_value(name))
         self._show_held()
 
     def finish_step(self, args: PipelineHookArgs) -> None:
-        """On the step path: counts, looks at the clock, and seldom more."""
+        """Count samples and check the clock; on the step path."""
         self._samples += args.batch_size
-        if not self._logged and not args.is_padding_step:
+        if not self._is_logged and not args.is_padding_step:
             self._loss = args.loss
         now = time.perf_counter()
         if now >= self._next_at:
-            progress = replace(args.progress)  # as it will be when this step is over
+            progress = replace(args.progress)  # the counters after this step
             progress.finish_step()
             if args.at_accumulation_boundary:
                 progress.finish_optimizer_step(committed=True)
@@ -164,24 +163,26 @@ class RunView:
             self._show(self._status(progress, now))
 
     def finish_epoch(self, args: PipelineHookArgs) -> None:
+        """Show the end of the epoch, after its logging point if there is one."""
         if args.epoch_completed:
-            self._steps_per_epoch = args.step_id  # exact, also where the data has no length
+            self._steps_per_epoch = args.step_id  # exact, also for data without a length
         now = time.perf_counter()
         if now < self._shown_at + self._display.quick_refresh_seconds:
             return
         self._read_values()
         status = self._status(args.progress, now)
-        if self._logged:
+        if self._is_logged:
             self._held = status
-        if self._display.redraws or not self._logged:
+        if self._display.redraws or not self._is_logged:
             self._show(status)
 
     def close(self, args: PipelineHookArgs) -> None:
+        """Show the final status and close the display."""
         status = None
         try:
-            if args.exception is None:
+            if args.exception is None:  # else the device may have failed
                 self._show_held()
-                self._read_values()  # else the device may be what failed
+                self._read_values()
             finished = args.exception is None and args.limits.reached(args.progress)
             status = self._status(
                 args.progress, time.perf_counter(), "finished" if finished else "stopped"
@@ -191,8 +192,8 @@ class RunView:
                 handle.remove()
             self._display.close(status)
 
-    def _take(self, record: MetricsRecord) -> None:
-        """A logging point has found something."""
+    def _receive(self, record: MetricsRecord) -> None:
+        """Take the values of a logging point."""
         for value in record.values:
             self._note(value.name, value.value)
         now = time.perf_counter()
@@ -207,10 +208,9 @@ class RunView:
             self._values[label] = value
 
     def _show_held(self) -> None:
-        """Show the end of an epoch with what was found there."""
         status, self._held = self._held, None
         if status is not None:
-            self._show(replace(status, values=self._shown_values()))
+            self._show(replace(status, values=self._ordered_values()))
 
     def _show(self, status: RunStatus) -> None:
         self._display.show(status)
@@ -218,8 +218,8 @@ class RunView:
         self._next_at = self._shown_at + self._refresh_s
 
     def _read_values(self) -> None:
-        """Waits for the device, where no logging point has done so."""
-        if self._logged:
+        """Read loss and metrics unless a hook logs; a device sync."""
+        if self._is_logged:
             return
         metrics = self._args.metrics
         published = metrics.names()
@@ -228,43 +228,38 @@ class RunView:
             if name != _LOSS and name in published:
                 self._values[name] = metrics.latest(name)
 
-    def _shown_values(self) -> dict[str, float]:
-        """Loss first, then the metrics in the order in which they were asked for."""
+    def _ordered_values(self) -> dict[str, float]:
         known = self._values
         return {label: known[label] for label in self._labels.values() if label in known}
 
     def _status(
         self, progress: TrainerProgress, now: float, outcome: Outcome = "running"
     ) -> RunStatus:
-        """The state at ``progress``, which is between two steps."""
         args = self._args
         accelerator = args.accelerator
         left = remaining_steps(
-            args.limits,
-            progress,
-            self._steps_per_epoch,
-            accelerator.gradient_accumulation_steps,
+            args.limits, progress, self._steps_per_epoch, accelerator.gradient_accumulation_steps
         )
         taken = now - self._started_at
         done = progress.global_step_id - self._first_step
-        # After the last epoch, the counter stands at one that will not begin.
-        over = outcome == "finished" and progress.step_id == 0 and progress.epoch_id > 0
+        # After the last epoch, the counter is at an epoch that never begins.
+        is_over = outcome == "finished" and progress.step_id == 0 and progress.epoch_id > 0
         rate = self._samples / taken if outcome != "running" and done else self._rate(now)
         return RunStatus(
-            epoch=progress.epoch_id + (0 if over else 1),
+            epoch=progress.epoch_id + (0 if is_over else 1),
             max_epoch=args.max_epoch,
             steps=progress.global_step_id,
             total_steps=None if left is None else progress.global_step_id + left,
-            values=self._shown_values(),
+            values=self._ordered_values(),
             samples_per_s=None if rate is None else rate * accelerator.num_processes,
             seconds_taken=taken,
-            # By the mean over the whole loop: what is done between epochs recurs.
+            # By the mean over the complete loop, since work between epochs recurs.
             seconds_left=left * taken / done if left is not None and done else None,
             outcome=outcome,
         )
 
     def _rate(self, now: float) -> float | None:
-        """This rank's samples per second over the last seconds, or None where none are done."""
+        """Return this rank's samples/s over the last 10 s; None before the first sample."""
         marks = self._marks
         marks.append((now, self._samples))
         while len(marks) > 2 and marks[1][0] <= now - _RATE_WINDOW_S:
