@@ -2,8 +2,8 @@
 
 HOOK_MODULES = {
     "ClearCacheHook": "clear_cache",
-    "EMA": "ema",
     "EarlyStopping": "early_stopping",
+    "EMA": "ema",
     "FreezeHook": "freeze",
     "GradientClippingHook": "gradient_clipping",
     "KeepBest": "keep_best",

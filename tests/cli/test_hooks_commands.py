@@ -35,16 +35,18 @@ def test_all_built_in_hooks_are_listed(capsys: pytest.CaptureFixture[str]) -> No
 def test_a_hook_is_shown_with_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
     """show tells what it does, its channels, each field, and an entry for a file."""
     text = shown(capsys, "hooks", "show", "KeepBest")
-    assert text.startswith("KeepBest  robo_orchard_lab.pipeline.hooks.keep_best:KeepBest\nAsks the")
+    assert text.startswith(
+        "KeepBest  robo_orchard_lab.pipeline.hooks.keep_best:KeepBest\nFile with"
+    )
     assert ">>>" not in text
     assert "Runs on on_loop.\n" in text
     rows = [" ".join(line.split()) for line in text.splitlines()]
     assert "FIELD TYPE DEFAULT IS" in rows
     assert (
-        "mode 'min' | 'max' required Whether the smallest ('min') or largest ('max') is best."
+        "mode 'min' | 'max' required Best value: the smallest ('min') or the largest ('max')."
         in rows
     )
-    assert "min_delta float 0.0 Better is what is better by more than this." in rows
+    assert "min_delta float 0.0 Least improvement; a smaller one does not count." in rows
     entry = yaml.safe_load(text[text.index("  hooks:\n") :])
     assert entry["hooks"]["keep_best"]["class_type"] == "KeepBest"
     told = json.loads(shown(capsys, "hooks", "show", "KeepBest", "--json"))

@@ -20,7 +20,7 @@ EVENTS = {
     "the run starts from the beginning": 1,
     "INFO resumed from ": 1,
     "INFO the model:": 2,
-    "has frozen all of the model's parameters": 2,
+    "froze all parameters of the model": 2,
     "s left, 120 of them for saving": 2,
     "has drop_last=True": 2,
     "step 5: eval/val/loss": 1,

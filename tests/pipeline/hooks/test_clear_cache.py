@@ -1,4 +1,4 @@
-"""Giving memory back by a schedule."""
+"""The cache-clearing hook."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tiny import make_trainer
 
 
 class Node:
-    """Refers to itself, so that only the garbage collector frees it."""
+    """Object in a reference cycle, freed only by the garbage collector."""
 
     def __init__(self) -> None:
         self.itself = self
 
 
 class Litter(PipelineHooks):
-    """Drops such an object in each step, and writes down how many are alive at its start."""
+    """Hook that creates a cyclic object per step and records the live ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,8 +54,8 @@ def no_automatic_collection() -> Iterator[None]:
         ("5 optimizer steps | 1 epoch", [0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 0, 1, 2, 3]),
     ],
 )
-def test_garbage_goes_by_the_schedule(every: str, alive: list[int]) -> None:
-    """With collect_garbage, unused objects are freed in the steps and epochs that it names."""
+def test_garbage_is_collected_on_trigger(every: str, alive: list[int]) -> None:
+    """With collect_garbage, unused objects are freed on each triggered step and epoch."""
     litter = Litter()
     config = ClearCacheHookConfig(every=every, collect_garbage=True)
     make_trainer([config, litter], max_epoch=2)()
@@ -63,16 +63,16 @@ def test_garbage_goes_by_the_schedule(every: str, alive: list[int]) -> None:
 
 
 @pytest.mark.usefixtures("no_automatic_collection")
-def test_garbage_stays_unless_asked_for() -> None:
-    """By default the cache alone is emptied."""
+def test_garbage_is_kept_by_default() -> None:
+    """By default only the device cache is emptied."""
     litter = Litter()
     make_trainer([ClearCacheHookConfig(every=EverySteps(1)), litter], max_epoch=1)()
     assert litter.alive == list(range(7))
 
 
 @pytest.mark.usefixtures("no_automatic_collection")
-def test_a_failing_step_is_left_alone() -> None:
-    """After an error nothing is cleared, since the device may be what failed."""
+def test_cache_is_not_cleared_after_an_error() -> None:
+    """After an error nothing is cleared, because the device may have failed."""
     litter, failing = Litter(), PipelineHooks()
 
     @failing.on_step.after(when="at steps 3")
@@ -85,14 +85,14 @@ def test_a_failing_step_is_left_alone() -> None:
     assert sum(node() is not None for node in litter.nodes) == 3
 
 
-def test_training_is_the_same_without() -> None:
-    """The weights are bit-identical to those of a run that clears nothing."""
+def test_hook_does_not_change_training() -> None:
+    """Weights are bit-identical with and without the hook."""
     assert_weights_unchanged(ClearCacheHookConfig(every=EverySteps(2), collect_garbage=True))
     assert_state_round_trip(ClearCacheHookConfig(every=EverySteps(1)), stop_at=3)
 
 
-def test_bad_schedules_are_refused() -> None:
-    """A text that is no schedule is refused when the config is made, with what could stand."""
+def test_invalid_trigger_is_refused() -> None:
+    """An invalid trigger is refused with its alternatives when the config is built."""
     with pytest.raises((ValueError, TriggerError), match="write '100 steps'"):
         ClearCacheHookConfig(every="often")
     config = ClearCacheHookConfig(every="2 epochs | 10 min")
@@ -102,8 +102,8 @@ def test_bad_schedules_are_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-def test_the_device_gets_its_memory_back() -> None:
-    """What PyTorch keeps of the GPU's memory is less after the hook than before."""
+def test_gpu_memory_is_released() -> None:
+    """PyTorch reserves less GPU memory after the hook than before."""
     reserved: list[int] = []
     watcher = PipelineHooks()
 

@@ -1,4 +1,4 @@
-"""A run ends where a metric gets no better, also when it is resumed in between."""
+"""Early stopping, also across a resume."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def build(
 
 
 def outcome(trainer: HookBasedTrainer, stopping: EarlyStopping) -> tuple[Any, ...]:
-    """Where the run ended, why, and what was best."""
+    """Return the end of the run, its reason and the best value."""
     request = trainer.requests.stop_request
     return (
         trainer.progress.global_step_id,
@@ -80,8 +80,8 @@ def outcome(trainer: HookBasedTrainer, stopping: EarlyStopping) -> tuple[Any, ..
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("case", TABLE)
-def test_it_stops_when_it_should(case: str, source: str) -> None:
-    """After that evaluation, at the same commit point, with the best value and its step."""
+def test_run_stops_at_the_expected_step(case: str, source: str) -> None:
+    """The run stops at the commit point of the deciding value."""
     *_, values, stops_after, best, best_step = TABLE[case]
     trainer, stopping = build(case, source)
     trainer()
@@ -92,8 +92,8 @@ def test_it_stops_when_it_should(case: str, source: str) -> None:
 
 
 @pytest.mark.parametrize("case", TABLE)
-def test_a_resumed_run_stops_where_the_straight_one_does(case: str, tmp_path: Path) -> None:
-    """Saved after any step, also the one at which it stopped, and resumed, it ends alike."""
+def test_resumed_run_stops_at_the_same_step(case: str, tmp_path: Path) -> None:
+    """A run saved after any step and resumed ends like an uninterrupted run."""
     straight = build(case)
     straight[0]()
     for step in range(1, straight[0].progress.global_step_id + 1):
@@ -106,21 +106,21 @@ def test_a_resumed_run_stops_where_the_straight_one_does(case: str, tmp_path: Pa
         assert outcome(*resumed) == outcome(*straight)
 
 
-def test_the_log_says_who_stopped_it_and_why(caplog: pytest.LogCaptureFixture) -> None:
-    """Each kind of end has its reason."""
+def test_stop_reason_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Each kind of stop has its own reason."""
     caplog.set_level(logging.INFO)
     for case in ("worse for a while", "nothing but NaN", "passed"):
         build(case)[0]()
     told = [r.getMessage().partition("skipped): ")[2] for r in caplog.records]
     assert [text for text in told if text] == [
-        f"{NAME} has got no better than 2.0000 (step 3) in 2 evaluations, asked by EarlyStopping",
-        f"{NAME} has had no finite value in 3 evaluations, asked by EarlyStopping",
+        f"{NAME} did not improve on 2.0000 (step 3) in 2 evaluations, asked by EarlyStopping",
+        f"{NAME} had no finite value in 3 evaluations, asked by EarlyStopping",
         f"{NAME} is 0.5000, which reaches stop_on=0.9, asked by EarlyStopping",
     ]
 
 
-def test_more_patience_lets_a_stopped_run_go_on(tmp_path: Path) -> None:
-    """A run that was stopped goes on from its save when the patience is raised."""
+def test_stopped_run_continues_with_more_patience(tmp_path: Path) -> None:
+    """A stopped run resumes when patience is raised."""
     stopped, _ = build("worse")
     stopped()
     stopped.save_checkpoint(tmp_path / "saved")
@@ -131,8 +131,8 @@ def test_more_patience_lets_a_stopped_run_go_on(tmp_path: Path) -> None:
     assert (resumed.progress.global_step_id, stopping.best_value) == (4, 1)
 
 
-def test_two_of_them_watch_what_they_are_told_to() -> None:
-    """Hooks of other names have each their metric; the first that has enough stops the run."""
+def test_two_hooks_monitor_different_metrics() -> None:
+    """Each named hook monitors its metric; the first one due stops the run."""
     hooks = {
         "first": EarlyStoppingConfig(monitor=NAME, mode="min", patience=9),
         "second": EarlyStoppingConfig(monitor="eval/test/accuracy", mode="max", patience=2),
@@ -152,8 +152,8 @@ def test_two_of_them_watch_what_they_are_told_to() -> None:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_misspelled_name_is_refused(source: str) -> None:
-    """The error names the hook and the nearest of the names that were published."""
+def test_unknown_metric_is_refused(source: str) -> None:
+    """The error names the hook and suggests a published name."""
     stopping = EarlyStoppingConfig(monitor="eval/val/los", mode="min", patience=1)
     trainer = make_trainer([stopping, SOURCES[source]([1, 2])], max_step=2)
     with pytest.raises(
@@ -169,7 +169,7 @@ def test_a_misspelled_name_is_refused(source: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({}, "give patience"),
+        ({}, "set patience"),
         ({"patience": 0}, "patience"),
         ({"patience": 2.5}, "patience"),
         ({"patience": 1, "min_delta": -0.1}, "min_delta"),
@@ -178,21 +178,21 @@ def test_a_misspelled_name_is_refused(source: str) -> None:
         ({"patience": 1, "mode": "best"}, "mode"),
     ],
 )
-def test_wrong_fields_are_refused(fields: dict[str, Any], told: str) -> None:
-    """Out of range, and with nothing that could ever stop it."""
+def test_invalid_fields_are_refused(fields: dict[str, Any], told: str) -> None:
+    """Fields out of range, and configs that never stop, are refused."""
     with pytest.raises(ValidationError, match=told):
         EarlyStoppingConfig(**{"monitor": NAME, "mode": "min", **fields})
 
 
-def test_a_state_of_another_version_is_refused() -> None:
-    """The error names the hook and the versions."""
+def test_state_of_another_version_is_refused() -> None:
+    """The error names the hook and both versions."""
     stopping = EarlyStoppingConfig(monitor=NAME, mode="min", patience=1)()
     with pytest.raises(StateError, match="EarlyStopping of version 1, found version 2"):
         stopping.load_state_dict({"version": 2})
 
 
-def test_it_watches_without_a_trace() -> None:
-    """It reads nothing, changes no weights, and goes on from a save as if there had been none."""
+def test_hook_does_not_affect_training() -> None:
+    """The hook reads no tensors, changes no weights and restores its state."""
     values = [3.0, NAN, 3.0, 2.0, 2.0, 1.0]
     cfg = EarlyStoppingConfig(monitor=NAME, mode="min", patience=4)
     for source in SOURCES.values():
@@ -202,8 +202,8 @@ def test_it_watches_without_a_trace() -> None:
         assert_state_round_trip(cfg, extra_hooks=extra_hooks)
 
 
-def test_a_run_that_is_over_is_watched_no_more() -> None:
-    """After the run, the board tells the hook nothing."""
+def test_hook_unsubscribes_after_the_run() -> None:
+    """After the run, the hook receives no values."""
     trainer, stopping = build("falling")
     trainer()
     trainer.metrics.publish(NAME, -1, reduce="last")

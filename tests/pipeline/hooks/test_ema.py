@@ -1,4 +1,4 @@
-"""The moving average of the weights."""
+"""The exponential moving average of the weights."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ FORMATS: tuple[Literal["json", "yaml", "toml"], ...] = ("json", "yaml", "toml")
 STEPS = 14  # two epochs of seven batches
 
 
-class Followed(PipelineHooks):
-    """Writes down the weights after each committed update, and skips some updates."""
+class Recorder(PipelineHooks):
+    """Hook that records the weights after each committed update, and skips some updates."""
 
     def __init__(self, skip: tuple[int, ...] = ()) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def shadows(ema: EMA) -> list[torch.Tensor]:
 
 
 def closed_form(seen: list[list[torch.Tensor]], decays: list[float]) -> list[torch.Tensor]:
-    """The average by the weight of each of its terms, the first being the initial weights."""
+    """Return the average as a weighted sum, the initial weights first."""
     factors = [1.0, *(1.0 - decay for decay in decays)]
     for index, decay in enumerate(decays, start=1):
         factors[:index] = [factor * decay for factor in factors[:index]]
@@ -73,9 +73,9 @@ def with_batch_norm() -> torch.nn.Sequential:
     )
 
 
-def test_constant_decay_is_a_weighted_sum() -> None:
-    """After n updates each earlier weight counts as its share times the decays since then."""
-    decay, followed = 0.9, Followed()
+def test_constant_decay_equals_weighted_sum() -> None:
+    """After n updates, the average is the weighted sum of all earlier weights."""
+    decay, followed = 0.9, Recorder()
     ema = EMAConfig(decay=decay, shadow_dtype="float64")()
     model = make_model()
     start = [w.double() for w in weights(model)]
@@ -88,9 +88,9 @@ def test_constant_decay_is_a_weighted_sum() -> None:
     torch.testing.assert_close(shadows(ema), expected, rtol=1e-12, atol=0)
 
 
-def test_warm_up_follows_its_formula() -> None:
-    """The decay of each update is the clamped formula, with t counted from update_after_step."""
-    followed = Followed()
+def test_warm_up_follows_formula() -> None:
+    """Each decay is the clamped formula, with t counted from update_after_step."""
+    followed = Recorder()
     ema = EMAConfig(
         update_after_step=2,
         inv_gamma=2.0,
@@ -109,18 +109,18 @@ def test_warm_up_follows_its_formula() -> None:
     torch.testing.assert_close(shadows(ema), expected, rtol=1e-12, atol=0)
 
 
-def test_a_warm_up_of_power_one_is_the_plain_mean() -> None:
-    """With inv_gamma and power 1 the average is the mean of the weights after each update."""
-    followed = Followed()
+def test_warm_up_of_power_one_is_the_mean() -> None:
+    """With inv_gamma and power 1, the average is the mean of the weights."""
+    followed = Recorder()
     ema = EMAConfig(power=1.0, max_decay=1.0, shadow_dtype="float64")()
     make_trainer([followed, ema], max_epoch=2)()
     expected = [torch.stack(tensors).mean(0) for tensors in zip(*followed.seen, strict=True)]
     torch.testing.assert_close(shadows(ema), expected, rtol=1e-12, atol=1e-15)
 
 
-def test_a_skipped_update_moves_nothing() -> None:
-    """The average, and the schedule of its decay, count committed updates alone."""
-    followed = Followed(skip=(0, 3, 4, 9))
+def test_skipped_updates_do_not_count() -> None:
+    """The average and its decay count only committed updates."""
+    followed = Recorder(skip=(0, 3, 4, 9))
     ema = EMAConfig(shadow_dtype="float64")()
     model = make_model()
     start = [w.double() for w in weights(model)]
@@ -133,8 +133,8 @@ def test_a_skipped_update_moves_nothing() -> None:
     assert ema.state_dict()["updates"] == STEPS - 4
 
 
-def test_ahead_of_averaging_nothing_is_kept() -> None:
-    """Until update_after_step the average is the weights, also after some that were not finite."""
+def test_average_equals_weights_before_start() -> None:
+    """Until update_after_step, the average equals the weights, also after non-finite ones."""
     model = make_model()
     ema = EMAConfig(decay=0.9, update_after_step=7)()
     spoil = PipelineHooks("spoil")
@@ -152,8 +152,8 @@ def test_ahead_of_averaging_nothing_is_kept() -> None:
     assert equal(list(ema.weights().values()), weights(model))
 
 
-def test_a_constant_is_its_own_average() -> None:
-    """However close to 1 the decay is, weights that stay are not changed by averaging them."""
+def test_average_of_constant_weights_is_exact() -> None:
+    """Averaging does not change constant weights, even with a decay close to 1."""
     model = make_model()
     ema = EMAConfig(decay=0.9999)()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -161,8 +161,8 @@ def test_a_constant_is_its_own_average() -> None:
     assert equal(list(ema.weights().values()), weights(model))
 
 
-def test_buffers_are_those_of_the_last_update() -> None:
-    """BatchNorm's statistics are copied with an update, and not with the batches after it."""
+def test_buffers_are_copied_with_updates() -> None:
+    """BatchNorm statistics are copied with an update, not with later batches."""
     model = with_batch_norm()
     ema = EMAConfig(decay=0.5)()
     statistics: dict[int, torch.Tensor] = {}
@@ -185,8 +185,8 @@ def test_buffers_are_those_of_the_last_update() -> None:
     assert model.state_dict()["1.num_batches_tracked"] == 3
 
 
-def test_a_buffer_may_be_replaced() -> None:
-    """A module that puts a new tensor in its buffer's place is followed, and gets it back."""
+def test_replaced_buffers_are_tracked() -> None:
+    """If a module replaces a buffer, the new tensor is averaged and restored."""
 
     class Counting(torch.nn.Module):
         calls: torch.Tensor
@@ -215,10 +215,10 @@ def test_a_buffer_may_be_replaced() -> None:
 
 
 @pytest.mark.parametrize("at", [4, 5])
-def test_resumed_is_straight(at: int, tmp_path: Path) -> None:
-    """Saved and resumed, also within an accumulation window, the average is bit for bit the same.
+def test_resume_is_exact(at: int, tmp_path: Path) -> None:
+    """A resume, also within an accumulation window, restores the average bit for bit.
 
-    At step 5 a window is open, so that buffers are not those of the last update.
+    At step 5 a window is open, so buffers differ from those of the last update.
     """
 
     starts: list[dict[str, torch.Tensor]] = []
@@ -262,8 +262,8 @@ def test_resumed_is_straight(at: int, tmp_path: Path) -> None:
         assert equal(list(found[part].values()), list(expected[part].values()))
 
 
-def test_training_is_the_same_without() -> None:
-    """An average that is applied and read after every step leaves the training bit-identical."""
+def test_applying_the_average_does_not_change_training() -> None:
+    """Applying and reading the average after every step leaves training bit-identical."""
     ema = EMAConfig()()
     use = PipelineHooks("use")
 
@@ -288,8 +288,8 @@ def trained(config: EMAConfig, model: torch.nn.Module, **options: Any) -> EMA:
     return ema
 
 
-def test_the_models_weights_come_back_when_the_body_raises() -> None:
-    """Whatever the body does to the model, its weights and buffers are then as they were."""
+def test_weights_are_restored_after_an_error() -> None:
+    """Weights and buffers are restored after any changes by the body."""
     model = with_batch_norm()
     ema = trained(EMAConfig(decay=0.5), model)
     with torch.no_grad():
@@ -312,8 +312,8 @@ def test_the_models_weights_come_back_when_the_body_raises() -> None:
     assert equal(list(ema.weights().values()), list(average.values()))
 
 
-def test_what_makes_no_sense_while_applied_is_refused() -> None:
-    """Applying the average twice, saving a state and updating the weights are refused meanwhile."""
+def test_actions_on_the_applied_average_are_refused() -> None:
+    """Applying again, saving a state and updating weights are refused while applied."""
     model = make_model()
     ema = trained(EMAConfig(decay=0.5), model)
     own = weights(model)
@@ -336,8 +336,8 @@ def test_what_makes_no_sense_while_applied_is_refused() -> None:
         make_trainer([EMAConfig()(), careless], max_step=1)()
 
 
-def test_two_averages_nest() -> None:
-    """Averages of two decays can be in use at once, the inner one being what the model has."""
+def test_two_averages_can_be_nested() -> None:
+    """Two averages can be applied at once; the inner one is in the model."""
     model = make_model()
     fast, slow = EMAConfig(decay=0.1)(), EMAConfig(decay=0.9)()
     slow.name = "slow"
@@ -353,7 +353,7 @@ def test_two_averages_nest() -> None:
 
 
 class Tied(torch.nn.Module):
-    """One matrix under two names, one that is frozen, and whole numbers."""
+    """A matrix under two names, a frozen one, and integers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -370,8 +370,8 @@ class Tied(torch.nn.Module):
         return self.fixed(self.second(self.first(inputs)))  # type: ignore[no-any-return]
 
 
-def test_tied_frozen_and_whole_numbers(tmp_path: Path) -> None:
-    """A tied parameter is averaged once, a frozen one takes no memory, whole numbers are copied."""
+def test_tied_frozen_and_integer_parameters(tmp_path: Path) -> None:
+    """Tied parameters are averaged once, frozen ones need no memory, integers are copied."""
     model = Tied()
     ema = trained(EMAConfig(decay=0.5, export_path=str(tmp_path / "ema.safetensors")), model)
     assert list(ema.state_dict()["shadows"]) == ["first.weight"]
@@ -387,13 +387,13 @@ def test_tied_frozen_and_whole_numbers(tmp_path: Path) -> None:
     assert equal(list(fresh.state_dict().values()), list(found.values()))
 
 
-def test_a_thawed_parameter_is_averaged_from_its_first_update() -> None:
-    """One that is frozen for a while has the average that it would have had all along."""
+def test_thawed_parameter_is_averaged_from_first_update() -> None:
+    """The average of a thawed parameter equals one kept from the start."""
     found = []
     for early in (True, False):  # EMA entered before or after what freezes
         model = make_model()
         start = [w.double() for w in weights(model)]
-        followed, ema = Followed(), EMAConfig(decay=0.7, shadow_dtype="float64")()
+        followed, ema = Recorder(), EMAConfig(decay=0.7, shadow_dtype="float64")()
         freeze = FreezeHookConfig(patterns=["0.*"], until_step=4)()
         hooks: list[PipelineHooks] = [ema, freeze] if early else [freeze, ema]
         make_trainer([followed, *hooks], model=model, max_epoch=1)()
@@ -407,8 +407,8 @@ def test_a_thawed_parameter_is_averaged_from_its_first_update() -> None:
     assert equal(list(found[0].values()), list(found[1].values()))
 
 
-def test_half_precision_is_averaged_in_single() -> None:
-    """Moves that are too small for bfloat16 add up in the shadow; the weights have the model's."""
+def test_half_precision_is_averaged_in_float32() -> None:
+    """Small bfloat16 updates add up in the shadow; weights have the model's dtype."""
     model = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
     torch.nn.init.constant_(model.weight, 256.0)
     processor = SimpleBatchProcessor.from_callable(lambda model, batch: (None, model(batch).sum()))
@@ -435,7 +435,7 @@ def test_half_precision_is_averaged_in_single() -> None:
 
 
 def test_complex_parameters_are_averaged() -> None:
-    """They are averaged as complex numbers, whatever the data type of the shadows is."""
+    """Complex parameters are averaged as complex numbers with any shadow dtype."""
     model = torch.nn.Module()
     model.phase = torch.nn.Parameter(torch.tensor([0j, 0j]))
     processor = SimpleBatchProcessor.from_callable(
@@ -454,8 +454,8 @@ def test_complex_parameters_are_averaged() -> None:
     torch.testing.assert_close(ema.weights()["phase"], model.phase.detach() / 2)
 
 
-def test_names_are_those_of_the_plain_model() -> None:
-    """Compilation, of the whole model or of a part, does not show in the names."""
+def test_names_are_of_the_plain_model() -> None:
+    """Compiling the model or a submodule does not change the names."""
     names = list(make_model().state_dict())
     part = make_model()
     part.add_module("0", torch.compile(part.get_submodule("0"), backend="eager"))  # type: ignore[arg-type]  # is one
@@ -467,8 +467,8 @@ def test_names_are_those_of_the_plain_model() -> None:
 
 
 @pytest.mark.parametrize("end", ["limit", "stop", "at the end of an epoch"])
-def test_it_is_exported_at_the_end(end: str, tmp_path: Path) -> None:
-    """However the run ends, the average at its end is written, and loads into a plain model."""
+def test_average_is_exported_at_the_end(end: str, tmp_path: Path) -> None:
+    """At any regular end, the final average is written and loads into a plain model."""
     path = tmp_path / "weights" / "ema.safetensors"
     ema = EMAConfig(decay=0.5, export_path=str(path))()
     stopping = PipelineHooks("stopping")
@@ -499,8 +499,8 @@ def test_it_is_exported_at_the_end(end: str, tmp_path: Path) -> None:
         assert file.metadata()["optimizer_step_id"] == str(steps)
 
 
-def test_it_is_exported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A run that is stopped in the step in which it reaches its limit writes one file."""
+def test_average_is_exported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A run stopped at its limit writes one file."""
     stopping = PipelineHooks("stopping")
 
     @stopping.on_step.after(when="last")
@@ -514,8 +514,8 @@ def test_it_is_exported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert caplog.text.count("ema.safetensors: the run ends, asked by EMA") == 1
 
 
-def test_a_run_that_fails_exports_nothing(tmp_path: Path) -> None:
-    """An error leaves no file, and takes the average out of what a run offers."""
+def test_failed_run_exports_nothing(tmp_path: Path) -> None:
+    """After an error, no file is written and the average is unregistered."""
     path = tmp_path / "ema.safetensors"
     failing = PipelineHooks("failing")
     runs = []
@@ -534,10 +534,10 @@ def test_a_run_that_fails_exports_nothing(tmp_path: Path) -> None:
         runs[0].weight_set("EMA")
 
 
-def test_without_a_run_there_is_no_average() -> None:
-    """Before the first run the average can't be used, and its state says that there is none."""
+def test_average_needs_a_run() -> None:
+    """Before the first run, using the average is an error, and its state is empty."""
     ema = EMAConfig()()
-    with pytest.raises(PipelineStateError, match="EMA has no average yet: it begins with the run"):
+    with pytest.raises(PipelineStateError, match="EMA has no average yet: register the hook"):
         ema.weights()
     assert ema.state_dict() == {"version": 1, "updates": 0}
     other = EMAConfig()()
@@ -549,8 +549,8 @@ def test_without_a_run_there_is_no_average() -> None:
     assert other.state_dict()["updates"] == 1
 
 
-def test_another_trainers_model_has_another_average() -> None:
-    """One hook in two trainers averages the second model from its own start."""
+def test_average_restarts_for_another_model() -> None:
+    """A hook in two trainers averages the second model from its own start."""
     ema = EMAConfig(decay=0.5)()
     make_trainer([ema], max_epoch=1)()
     second = make_model(seed=3)
@@ -561,8 +561,8 @@ def test_another_trainers_model_has_another_average() -> None:
     assert ema.state_dict()["updates"] == 7
 
 
-def test_the_same_model_goes_on_with_its_average() -> None:
-    """One hook in two trainers of one model is as in one trainer that runs as long."""
+def test_average_continues_for_the_same_model() -> None:
+    """Two trainers of one model average like one longer trainer."""
     ema, model = EMAConfig(decay=0.5)(), make_model()
     make_trainer([ema], model=model, max_epoch=1)()
     make_trainer([ema], model=model, max_epoch=1)()
@@ -572,8 +572,8 @@ def test_the_same_model_goes_on_with_its_average() -> None:
     assert equal(shadows(ema), shadows(alone))
 
 
-def test_a_state_can_be_set_back_within_a_run() -> None:
-    """Loaded while the trainer runs, a state takes effect at once."""
+def test_state_can_be_loaded_during_a_run() -> None:
+    """A state loaded during a run takes effect at once."""
     ema = EMAConfig(decay=0.5)()
     kept: dict[str, Any] = {}
     back = PipelineHooks("back")
@@ -601,8 +601,8 @@ def test_a_state_can_be_set_back_within_a_run() -> None:
     assert ema.state_dict()["updates"] == 1
 
 
-def test_wrong_states_are_refused() -> None:
-    """A state of another version or of another model is refused, with what differs."""
+def test_mismatched_states_are_refused() -> None:
+    """States of another version or model are refused with the difference."""
     ema = EMAConfig()()
     with pytest.raises(StateError, match="state of EMA of version 1, found version 2"):
         ema.load_state_dict({"version": 2})
@@ -631,33 +631,33 @@ def test_wrong_states_are_refused() -> None:
         ({"inv_gamma": float("inf")}, "finite"),
         ({"update_after_step": -1}, "greater than or equal to 0"),
         ({"min_decay": 0.9, "max_decay": 0.5}, "min_decay must be <= max_decay, got 0.9 and 0.5"),
-        ({"decay": 0.9, "power": 0.6}, "power would shape the warm-up schedule, which decay=0.9"),
+        ({"decay": 0.9, "power": 0.6}, "decay=0.9 replaces the warm-up, got also power"),
         ({"shadow_dtype": "int8"}, "'float16', 'bfloat16', 'float32' or 'float64'"),
     ],
 )
-def test_bad_configurations_are_refused(fields: dict[str, Any], message: str) -> None:
-    """A field out of range, or one that has no effect, is refused when the config is made."""
+def test_invalid_configs_are_refused(fields: dict[str, Any], message: str) -> None:
+    """Fields out of range, and fields without an effect, are refused."""
     with pytest.raises(ValueError, match=message):
         EMAConfig(**fields)
 
 
-def test_it_survives_a_file() -> None:
-    """A config is the same when it is read back, with a constant decay as well."""
+def test_config_round_trips() -> None:
+    """A config is equal when read back, also with a constant decay."""
     for config in (EMAConfig(decay=0.99, export_path="ema.safetensors"), EMAConfig(power=0.6)):
         for format_ in FORMATS:
             assert EMAConfig.from_str(config.to_str(format_), format_) == config
 
 
-def test_it_keeps_what_hooks_promise() -> None:
-    """It survives its state, reads nothing from the device and changes no weights."""
+def test_hook_contract() -> None:
+    """The hook restores its state, reads no tensors and changes no weights."""
     config = EMAConfig(update_after_step=1)
     assert_state_round_trip(config, model=with_batch_norm, accumulate=3)
     assert_no_device_sync(config, model=with_batch_norm)
     assert_weights_unchanged(config, model=with_batch_norm)
 
 
-def test_the_ranks_have_one_average(tmp_path: Path) -> None:
-    """Two processes have equal averages, which are those of one process; the first writes them."""
+def test_averages_are_equal_on_all_ranks(tmp_path: Path) -> None:
+    """Two processes have the average of one process; the main process writes."""
     (alone,) = train_on(1, tmp_path / "one", "ema")
     ranks = train_on(2, tmp_path / "two", "ema")
     assert torch.equal(ranks[0]["ema"], ranks[1]["ema"])
@@ -668,15 +668,15 @@ def test_the_ranks_have_one_average(tmp_path: Path) -> None:
     assert not torch.equal(flat, ranks[0]["weights"])
 
 
-def test_decays_of_the_reference() -> None:
-    """The decays that the notes on the warm-up schedule name are met."""
+def test_decays_match_the_reference() -> None:
+    """Documented decays of the warm-up are reproduced."""
     assert EMAConfig(power=2 / 3).decay_of(31_600) == pytest.approx(0.999, abs=1e-6)
     assert EMAConfig(power=0.75).decay_of(215_400) == pytest.approx(0.9999, abs=1e-7)
     assert EMAConfig(power=0.75).decay_of(10**7) == 0.9999
 
 
-def test_a_processor_without_a_backward_pass() -> None:
-    """Where nothing is updated, the average is the model as it is."""
+def test_average_without_updates_is_the_model() -> None:
+    """Without updates, the average is the model itself."""
     model = make_model()
     ema = EMAConfig()()
     HookBasedTrainer(

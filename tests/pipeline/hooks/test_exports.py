@@ -1,4 +1,4 @@
-"""Hooks are imported by name, from files that are loaded when they are asked for."""
+"""Lazy exports of the hooks package."""
 
 import ast
 import inspect
@@ -10,8 +10,8 @@ import pytest
 from robo_orchard_lab.pipeline import hooks
 
 
-def test_each_exported_name_is_found_in_its_own_file() -> None:
-    """What the package lists is what it hands out, from a module within it."""
+def test_exports_are_defined_in_submodules() -> None:
+    """Each exported name comes from a module of the package."""
     for name in hooks.__all__:
         found = getattr(hooks, name)
         assert found.__name__ == name
@@ -19,7 +19,7 @@ def test_each_exported_name_is_found_in_its_own_file() -> None:
 
 
 def test_type_checkers_see_the_same_names() -> None:
-    """The imports for type checkers list each exported name once, from its own module."""
+    """The imports for type checkers list each exported name with its module."""
     tree = ast.parse(inspect.getsource(hooks))
     imported = {
         alias.name: node.module
@@ -31,14 +31,14 @@ def test_type_checkers_see_the_same_names() -> None:
     assert imported == {name: getattr(hooks, name).__module__ for name in hooks.__all__}
 
 
-def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
-    """A name that the package lacks is told as of any module."""
+def test_unknown_name_is_an_attribute_error() -> None:
+    """An unknown name raises the usual error of a module."""
     with pytest.raises(AttributeError, match=r"pipeline\.hooks' has no attribute 'Missing'"):
         _ = hooks.Missing  # type: ignore[attr-defined]  # as type checkers know, too
 
 
-def test_the_trainer_does_not_load_all_hooks() -> None:
-    """Importing the trainer leaves out hooks that it doesn't use, and what they stand on."""
+def test_trainer_does_not_import_all_hooks() -> None:
+    """Importing the trainer does not import unused hooks or rich."""
     program = (
         "import sys, robo_orchard_lab.pipeline; "
         "print([name for name in sys.modules if 'pipeline.hooks.' in name or name == 'rich'])"

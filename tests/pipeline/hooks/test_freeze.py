@@ -1,4 +1,4 @@
-"""Keeping some of the weights as they are."""
+"""The hook that freezes parameters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from weights_on_ranks import train_on
 
 
 def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
-    """With momentum and weight decay, both of which would move what has a gradient of zero."""
+    """Return AdamW, whose momentum and weight decay change parameters with zero gradients."""
     return torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
 
 
@@ -36,8 +36,8 @@ def run(
     return trainer
 
 
-def by_hand(thaw_at: int, steps: int) -> torch.nn.Module:
-    """A plain loop that freezes the first layer for so many of its steps."""
+def train_by_hand(thaw_at: int, steps: int) -> torch.nn.Module:
+    """Train in a plain loop that freezes the first layer for a number of steps."""
     model = make_model()
     optimizer = adamw(model)
     batches = [*make_loader(), *make_loader()][:steps]
@@ -61,10 +61,10 @@ def by_hand(thaw_at: int, steps: int) -> torch.nn.Module:
         ({}, 100),
     ],
 )
-def test_frozen_until_then_trained(until: dict[str, Any], thaw_at: int) -> None:
-    """The weights are bit for bit those of a plain loop that sets requires_grad at that point."""
+def test_frozen_parameters_train_after_the_thaw(until: dict[str, Any], thaw_at: int) -> None:
+    """Weights are bit for bit those of a plain loop that sets requires_grad."""
     trainer = run(FreezeHookConfig(patterns=["0.*"], **until), max_epoch=2)
-    assert equal(weights(trainer.model), weights(by_hand(thaw_at, 14)))
+    assert equal(weights(trainer.model), weights(train_by_hand(thaw_at, 14)))
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
     first = weights(trainer.model)[0]
     assert torch.equal(first, weights(make_model())[0]) == (thaw_at == 100)
@@ -72,10 +72,10 @@ def test_frozen_until_then_trained(until: dict[str, Any], thaw_at: int) -> None:
 
 @pytest.mark.parametrize("at", [2, 3, 4, 5])
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_resumed_is_straight(at: int, accumulate: int, tmp_path: Path) -> None:
-    """Saved before, at or after the thaw, also within a window, a run goes on as the straight one.
+def test_resume_is_exact(at: int, accumulate: int, tmp_path: Path) -> None:
+    """A run saved before, at or after the thaw resumes exactly.
 
-    At step 5 a window of three batches has gradients of what is thawed.
+    At step 5, a window of three batches has gradients of thawed parameters.
     """
     config = FreezeHookConfig(patterns=["0.*"], until_step=4)
     stop = PipelineHooks()
@@ -97,8 +97,8 @@ def test_resumed_is_straight(at: int, accumulate: int, tmp_path: Path) -> None:
     assert equal(weights(resumed.model), weights(straight.model))
 
 
-def test_what_was_frozen_stays_so() -> None:
-    """A parameter that was frozen before the run is not thawed by the hook."""
+def test_previously_frozen_parameters_stay_frozen() -> None:
+    """The hook does not thaw parameters frozen before the run."""
     model = make_model()
     model.get_parameter("0.bias").requires_grad_(False)
     before = weights(model)
@@ -113,8 +113,8 @@ def test_what_was_frozen_stays_so() -> None:
     ]
 
 
-def test_everything_is_as_it_was_after_an_error() -> None:
-    """A run that fails leaves neither frozen parameters nor modules in evaluation mode."""
+def test_error_restores_parameters_and_modes() -> None:
+    """After an error, no parameter is frozen and no module is in evaluation mode."""
     model = make_model()
     failing = PipelineHooks()
 
@@ -131,7 +131,7 @@ def test_everything_is_as_it_was_after_an_error() -> None:
 
 
 class Backbone(torch.nn.Module):
-    """A part with statistics and dropout, and a part with one of each of its own."""
+    """Modules with statistics, with dropout, and with both."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class Backbone(torch.nn.Module):
 
 
 def test_frozen_modules_stay_in_evaluation_mode() -> None:
-    """With eval_mode, a frozen part keeps its statistics, and is trained as before once thawed."""
+    """With eval_mode, a frozen module keeps its statistics until the thaw."""
     model = Backbone()
     model.backbone[3].eval()  # not to be put in training mode by the thaw
     watcher = PipelineHooks()
@@ -175,8 +175,8 @@ def test_frozen_modules_stay_in_evaluation_mode() -> None:
     assert model.get_buffer("head.0.num_batches_tracked") == 6
 
 
-def test_only_whole_modules_are_put_in_evaluation_mode() -> None:
-    """A module of which a parameter is trained stays in training mode, also its inner ones do."""
+def test_partly_trained_modules_stay_in_training_mode() -> None:
+    """A module with a trainable parameter stays in training mode, with its submodules."""
     model = Backbone()
     model.get_parameter("backbone.1.bias").requires_grad_(False)  # and so frozen without a pattern
     watcher = PipelineHooks()
@@ -191,8 +191,8 @@ def test_only_whole_modules_are_put_in_evaluation_mode() -> None:
     assert all(module.training for module in model.modules())
 
 
-def test_a_tied_parameter_has_two_names() -> None:
-    """Freezing one by either of its names freezes it, and names of compiled parts are plain."""
+def test_tied_parameter_matches_by_any_name() -> None:
+    """A tied parameter matches by each name; names of compiled modules are plain."""
     model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)), torch.nn.Linear(4, 2))
     model.get_submodule("2").weight = model.get_parameter("1.weight")
     model.add_module("0", torch.compile(model.get_submodule("0"), backend="eager"))  # type: ignore[arg-type]  # is one
@@ -209,13 +209,13 @@ def test_a_tied_parameter_has_two_names() -> None:
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        (["0.*", "2.waight"], r"FreezeHook: patterns has '2.waight', .* did you mean '2.weight'"),
-        (["0"], r"'0', which matches no parameter; that is a module; did you mean '0\.\*'"),
+        (["0.*", "2.waight"], r"FreezeHook.patterns: '2.waight' .* did you mean '2.weight'"),
+        (["0"], r"'0' matches no parameter; that is a module; did you mean '0\.\*'"),
         (["encoder.*"], "no parameter; the parameters are 0.weight, 0.bias, 2.weight, 2.bias"),
     ],
 )
-def test_a_pattern_that_matches_nothing_is_refused(patterns: list[str], message: str) -> None:
-    """The error comes before the first step and names what is near, or what there is."""
+def test_unmatched_pattern_is_refused(patterns: list[str], message: str) -> None:
+    """The error comes before the first step, with a suggestion or the list of names."""
     with pytest.raises(PipelineConfigError, match=message):
         run(FreezeHookConfig(patterns=patterns), max_step=1)
 
@@ -229,24 +229,24 @@ def test_a_pattern_that_matches_nothing_is_refused(patterns: list[str], message:
         ({}, "patterns"),
     ],
 )
-def test_bad_configurations_are_refused(fields: dict[str, Any], message: str) -> None:
-    """No pattern, or a point that is no count, is refused when the config is made."""
+def test_invalid_configs_are_refused(fields: dict[str, Any], message: str) -> None:
+    """Missing patterns and invalid limits are refused."""
     with pytest.raises(ValueError, match=message):
         FreezeHookConfig(**fields)
 
 
-def test_freezing_everything_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    """A pattern for all parameters leaves nothing to train, which the log says first."""
+def test_freezing_everything_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """A pattern that matches all parameters logs a warning first."""
     with (
         caplog.at_level(logging.WARNING),
         pytest.raises(RuntimeError, match="does not require grad"),
     ):
         run(FreezeHookConfig(patterns=["*"]), max_step=1)
-    assert "FreezeHook has frozen all of the model's parameters" in caplog.text
+    assert "FreezeHook froze all parameters of the model" in caplog.text
 
 
-def test_a_run_that_is_set_back_freezes_again() -> None:
-    """Where the counters are set back behind the thaw, it is frozen once more."""
+def test_parameters_freeze_again_after_rollback() -> None:
+    """If the counters go back before the thaw, parameters are frozen again."""
     model = make_model()
     frozen: list[bool] = []
     back = PipelineHooks()
@@ -261,15 +261,15 @@ def test_a_run_that_is_set_back_freezes_again() -> None:
     assert frozen == [True, True, True, False, True, True, False, False]
 
 
-def test_it_keeps_what_hooks_promise() -> None:
-    """It survives its state, and reads nothing from the device."""
+def test_hook_contract() -> None:
+    """The hook restores its state and reads no tensors."""
     config = FreezeHookConfig(patterns=["0.*"], until_step=3, eval_mode=True)
     assert_state_round_trip(config, accumulate=2)
     assert_no_device_sync(config)
 
 
-def test_two_ranks_freeze_like_one(tmp_path: Path) -> None:
-    """Two processes freeze, clip and thaw as one does, with an optimizer that decays weights."""
+def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
+    """Two processes freeze, clip and thaw like one, with weight decay."""
     (alone,) = train_on(1, tmp_path / "one", "freeze")
     ranks = train_on(2, tmp_path / "two", "freeze")
     assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
@@ -278,8 +278,8 @@ def test_two_ranks_freeze_like_one(tmp_path: Path) -> None:
     assert all(rank["trainable"].all() for rank in (alone, *ranks))
 
 
-def test_an_engine_that_keeps_the_gradients_is_refused() -> None:
-    """With DeepSpeed, which updates from gradients of its own, freezing is refused."""
+def test_deepspeed_is_refused() -> None:
+    """Freezing is refused with DeepSpeed, which has gradients of its own."""
     accelerator = Accelerator(cpu=True)
     accelerator.state.distributed_type = DistributedType.DEEPSPEED
     run = PipelineRun(accelerator=accelerator, model=make_model())

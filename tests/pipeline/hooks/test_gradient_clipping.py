@@ -1,4 +1,4 @@
-"""One gradient norm for each update, shared by all hooks, and clipping by it."""
+"""Gradient norms shared by all hooks, and clipping."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tiny import equal, loss_of, make_loader, make_model, make_trainer, weights
 
 
 class Norms(PipelineHooks):
-    """Asks for the norm ahead of each update, as statistics do."""
+    """Hook that requests the norm before each update, as statistics do."""
 
     def __init__(self, norm_type: float | None = None) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Norms(PipelineHooks):
 
 
 class CountNorms(torch.overrides.TorchFunctionMode):
-    """Counts the norms of all gradients that are computed."""
+    """Counter of computed norms."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class CountNorms(torch.overrides.TorchFunctionMode):
 
 
 def plain_weights(bounds: list[tuple[str, float, float]], steps: int = 7) -> list[torch.Tensor]:
-    """A plain loop that clips one after the other, by norm (with its order) or by value."""
+    """Return the weights of a plain loop that clips in turn, by norm or by value."""
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for batch, _ in zip(make_loader(), range(steps), strict=False):
@@ -65,8 +65,8 @@ def plain_weights(bounds: list[tuple[str, float, float]], steps: int = 7) -> lis
 
 @pytest.mark.parametrize("asked_first", [False, True])
 @pytest.mark.parametrize("order", [2.0, 1.0])
-def test_a_norm_that_is_known_is_clipped_by(asked_first: bool, order: float) -> None:
-    """Whoever asks first, clipping is bit for bit torch's, and the norm is computed once."""
+def test_known_norm_is_reused_for_clipping(asked_first: bool, order: float) -> None:
+    """In any order of hooks, clipping equals torch's bit for bit with one norm computed."""
     clip, norms = GradientClippingHookConfig(max_norm=0.05, norm_type=order), Norms(order)
     model = make_model()
     hooks: list[HookLike] = [norms, clip] if asked_first else [clip, norms]
@@ -80,8 +80,8 @@ def test_a_norm_that_is_known_is_clipped_by(asked_first: bool, order: float) -> 
         assert all(norm <= 0.05 * 1.001 for norm in norms.found)
 
 
-def test_without_an_order_the_first_norm_is_taken() -> None:
-    """Behind clipping, the norm is the one ahead of it, and nothing is computed."""
+def test_norm_without_order_is_the_first_one() -> None:
+    """After clipping, the norm is the earlier one, and nothing is computed."""
     norms = Norms()
     trainer = make_trainer([GradientClippingHookConfig(max_norm=0.05), norms], max_step=3)
     with CountNorms() as counted:
@@ -90,8 +90,8 @@ def test_without_an_order_the_first_norm_is_taken() -> None:
     assert trainer.metrics.latest("grad_norm") == norms.found[-1].item() > 0.06
 
 
-def test_another_order_is_computed_beside() -> None:
-    """Clipping by another norm than the one that is known is still bit for bit torch's."""
+def test_another_order_is_computed_separately() -> None:
+    """Clipping by a norm of another order equals torch's bit for bit."""
     model, norms = make_model(), Norms()
     config = GradientClippingHookConfig(max_norm=0.02, norm_type=4.0)
     trainer = make_trainer([norms, config], model=model, max_epoch=1)
@@ -101,8 +101,8 @@ def test_another_order_is_computed_beside() -> None:
 
 
 @pytest.mark.parametrize("value_first", [False, True])
-def test_two_clip_one_after_the_other(value_first: bool) -> None:
-    """The second one clips by the norm of what the first has left."""
+def test_two_hooks_clip_in_turn(value_first: bool) -> None:
+    """The second hook clips by the norm after the first."""
     bounds = [("norm", 0.05, 2.0), ("norm", 0.03, 2.0)]
     hooks = {
         "a": GradientClippingHookConfig(max_norm=0.05),
@@ -116,8 +116,8 @@ def test_two_clip_one_after_the_other(value_first: bool) -> None:
     assert equal(weights(model), plain_weights(bounds))
 
 
-def test_the_norm_of_sparse_gradients() -> None:
-    """It is that of the added-up entries, as of the dense gradient."""
+def test_norm_of_sparse_gradients() -> None:
+    """The norm of a sparse gradient equals the norm of its dense form."""
 
     def norm(sparse: bool) -> torch.Tensor:
         torch.manual_seed(0)
@@ -139,7 +139,7 @@ def test_the_norm_of_sparse_gradients() -> None:
 
 
 def fp16_trainer(hooks: Any, model: torch.nn.Module, scale: float = 1024.0) -> HookBasedTrainer:
-    """With a real gradient scaler, which Accelerate makes only for a GPU."""
+    """Build a trainer with a real gradient scaler, which Accelerate creates only for a GPU."""
     accelerator = Accelerator(cpu=True)
     accelerator.state._mixed_precision = "fp16"
     accelerator.native_amp = True
@@ -161,7 +161,7 @@ def skip_one(args: PipelineHookArgs) -> None:
     "clip", [{"max_norm": 0.05}, {"max_value": 0.01}, {"max_norm": 0.05, "norm_type": 1.0}]
 )
 def test_gradients_are_unscaled_once(clip: dict[str, float]) -> None:
-    """With a scaler, norms are of unscaled gradients, however many hooks ask, skipping included."""
+    """Norms are of unscaled gradients with any number of hooks, also when skipping."""
     skipping = PipelineHooks()
     skipping.register_hook("on_optimizer_step", HookContext.from_callable(before=skip_one))
     model, norms, later = make_model(), Norms(), Norms(3.0)
@@ -177,8 +177,8 @@ def test_gradients_are_unscaled_once(clip: dict[str, float]) -> None:
     torch.testing.assert_close(norms.found[0], norm, rtol=1e-3, atol=0)  # the forward is in fp16
 
 
-def test_another_error_of_unscaling_is_told() -> None:
-    """Only a second unscaling in one update is passed over."""
+def test_other_unscaling_errors_propagate() -> None:
+    """Only a second unscaling in one update is ignored."""
     accelerator = Accelerator(cpu=True)
     accelerator.state._mixed_precision = "fp16"
     accelerator.native_amp = True
@@ -193,8 +193,8 @@ def test_another_error_of_unscaling_is_told() -> None:
         gradient_norm(PipelineHookArgs(PipelineRun(accelerator=accelerator, model=model)))
 
 
-def test_where_accelerate_decides_it_is_asked() -> None:
-    """With sharded gradients its own clipping runs, once for the norm and once to clip."""
+def test_accelerate_clips_sharded_gradients() -> None:
+    """With sharded gradients Accelerate clips: once for the norm, once to clip."""
 
     class Sharding(Accelerator):  # type: ignore[misc]  # which has no types
         calls: list[tuple[float, float]]

@@ -1,4 +1,4 @@
-"""The file has the weights of the best value, also when the run is resumed in between."""
+"""The file with the best weights, also across a resume."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SOURCES = {"logged": Logged, "evaluated": Evaluated}
 
 
 class Snapshots(PipelineHooks):
-    """Writes down the weights at the end of each step."""
+    """Hook that records the weights at the end of each step."""
 
     def __init__(self) -> None:
         super().__init__("snapshots")
@@ -62,7 +62,7 @@ class Snapshots(PipelineHooks):
 
 
 class Run:
-    """One run of a case, with the file in a folder of its own."""
+    """One run of a case, with the file in its own folder."""
 
     def __init__(self, case: str, folder: Path, source: str = "logged", **options: Any) -> None:
         mode, min_delta, self.values, self.writes = TABLE[case]
@@ -97,8 +97,8 @@ class Run:
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("case", TABLE)
-def test_the_file_has_the_best_weights(case: str, source: str, tmp_path: Path) -> None:
-    """Those after the step of the best value; the file says what they are."""
+def test_file_has_the_best_weights(case: str, source: str, tmp_path: Path) -> None:
+    """The file has the weights of the best value, and metadata about the value."""
     run = Run(case, tmp_path, source)
     run()
     assert run.saves == run.writes
@@ -124,10 +124,8 @@ def test_the_file_has_the_best_weights(case: str, source: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("later", [False, True], ids=["as saved", "the file came further"])
 @pytest.mark.parametrize("case", TABLE)
-def test_a_resumed_run_ends_with_the_file_of_the_straight_one(
-    case: str, later: bool, tmp_path: Path
-) -> None:
-    """Saved after any step; also where the run went on beyond its save before it was cut off."""
+def test_resumed_run_ends_with_the_same_file(case: str, later: bool, tmp_path: Path) -> None:
+    """A run saved after any step, and possibly continued beyond, ends with the same file."""
     straight = Run(case, tmp_path / "straight")
     straight()
     for step in range(1, len(straight.values)):
@@ -148,8 +146,10 @@ def test_a_resumed_run_ends_with_the_file_of_the_straight_one(
             assert first.saves + resumed.saves == straight.saves
 
 
-def test_a_resumed_run_says_what_it_finds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A better file stays; one that is lost, or is no file of weights, is warned of."""
+def test_resumed_run_logs_the_state_of_the_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A better file is kept; a missing or unreadable file causes a warning."""
     caplog.set_level(logging.INFO, "robo_orchard_lab.pipeline.hooks.keep_best")
     first = Run("rising", tmp_path, max_step=1)
     first()
@@ -164,12 +164,12 @@ def test_a_resumed_run_says_what_it_finds(tmp_path: Path, caplog: pytest.LogCapt
     keep = KeepBestConfig(monitor=NAME, mode="min", path=first.file)
     make_trainer([keep, Logged([0.25])], max_step=1)()
     assert told() == [
-        f"KeepBest: {first.file} has {NAME} of 0.2500 (step 1), better than the resumed run "
-        "knows of; it stays"
+        f"KeepBest: keeping {first.file} with {NAME} 0.2500 (step 1), better than the resumed "
+        "run's best value"
     ]
     lost = (
-        f"KeepBest: {first.file} does not have the best weights of the run that is resumed, with "
-        f"{NAME} of 1.0000; it will be written with the next better value"
+        f"KeepBest: {first.file} lacks the best weights of the resumed run ({NAME} 1.0000); the "
+        "next better value overwrites the file"
     )
     first.file.write_bytes(b"something else")
     assert told() == [lost]
@@ -179,8 +179,8 @@ def test_a_resumed_run_says_what_it_finds(tmp_path: Path, caplog: pytest.LogCapt
     assert told() == [lost]
 
 
-def test_a_new_run_replaces_what_an_older_one_left(tmp_path: Path) -> None:
-    """Its first value is its best, whatever the file has; what a kill has left goes."""
+def test_new_run_overwrites_an_old_file(tmp_path: Path) -> None:
+    """The first value of a new run is the best; leftovers of a killed run are removed."""
     Run("falling", tmp_path)()
     run = Run("rising", tmp_path, max_step=1)
     left = run.file.with_name(temporary_name(FILE))
@@ -192,8 +192,8 @@ def test_a_new_run_replaces_what_an_older_one_left(tmp_path: Path) -> None:
     assert (metadata["value"], metadata["global_step_id"]) == ("1.0", "1")
 
 
-def test_a_value_that_is_told_later_keeps_its_step(tmp_path: Path) -> None:
-    """The weights are those of the logging point, and the file has both steps."""
+def test_late_value_keeps_its_step(tmp_path: Path) -> None:
+    """The weights are of the logging point, and the file has both steps."""
     hooks = PipelineHooks("publishes")
     publish = hooks.on_step.after(when="at steps 2")
     publish(lambda args: args.metrics.publish(NAME, 1.0))
@@ -206,7 +206,7 @@ def test_a_value_that_is_told_later_keeps_its_step(tmp_path: Path) -> None:
 
 
 class OtherWeights(PipelineHooks):
-    """Keeps one tensor as other weights."""
+    """Hook that keeps one tensor as its weights."""
 
     def __init__(self) -> None:
         super().__init__("averaged")
@@ -220,16 +220,16 @@ class OtherWeights(PipelineHooks):
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_other_weights_are_kept_on_request(first: bool, tmp_path: Path) -> None:
-    """Those of the hook that is named, wherever it is registered."""
+def test_weights_of_another_hook_are_saved(first: bool, tmp_path: Path) -> None:
+    """The weights of the named hook are saved, in any order of registration."""
     keep = KeepBestConfig(monitor=NAME, mode="min", path=tmp_path / FILE, weights="averaged")
     pair: list[Any] = [OtherWeights(), keep] if first else [keep, OtherWeights()]
     make_trainer([*pair, Logged([1])], max_step=1)()
     assert load_file(tmp_path / FILE)["averaged"].tolist() == [0, 1, 2]
 
 
-def test_weights_that_nobody_keeps_are_refused(tmp_path: Path) -> None:
-    """Ahead of the first step, with the hook and the nearest name."""
+def test_unknown_weights_are_refused(tmp_path: Path) -> None:
+    """The error comes before the first step, with the hook and a suggestion."""
     keep = KeepBestConfig(monitor=NAME, mode="min", path=tmp_path / FILE, weights="averages")
     trainer = make_trainer([keep, OtherWeights(), Logged([1])], max_step=1)
     with pytest.raises(PipelineConfigError, match=r"'averages'.*did you mean 'averaged'") as raised:
@@ -238,8 +238,8 @@ def test_weights_that_nobody_keeps_are_refused(tmp_path: Path) -> None:
     assert trainer.progress.global_step_id == 0
 
 
-def test_two_of_them_keep_each_their_own(tmp_path: Path) -> None:
-    """Hooks of other names watch different metrics and write different files."""
+def test_two_hooks_write_different_files(tmp_path: Path) -> None:
+    """Hooks with different names monitor different metrics and write different files."""
     lowest = KeepBestConfig(monitor=NAME, mode="min", path=tmp_path / "lowest.safetensors")
     highest = KeepBestConfig(
         monitor="eval/test/accuracy", mode="max", path=tmp_path / "new" / "highest.safetensors"
@@ -254,8 +254,8 @@ def test_two_of_them_keep_each_their_own(tmp_path: Path) -> None:
     assert steps == {"lowest": "2", "highest": "3"}
 
 
-def test_the_log_says_who_asked_and_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Each file that is written has its line."""
+def test_saves_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each written file has a log line."""
     caplog.set_level(logging.INFO, "robo_orchard_lab.pipeline.trainer.commit")
     run = Run("falling", tmp_path, max_step=1)
     run()
@@ -265,8 +265,8 @@ def test_the_log_says_who_asked_and_why(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_misspelled_name_is_refused(source: str, tmp_path: Path) -> None:
-    """The error names the hook and the nearest of the names that were published."""
+def test_unknown_metric_is_refused(source: str, tmp_path: Path) -> None:
+    """The error names the hook and suggests a published name."""
     keep = KeepBestConfig(monitor="eval/val/los", mode="min", path=tmp_path / FILE)
     trainer = make_trainer([keep, SOURCES[source]([1, 2])], max_step=2)
     with pytest.raises(
@@ -279,34 +279,34 @@ def test_a_misspelled_name_is_refused(source: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"path": "best.pt"}, r"must end with \.safetensors, got 'best.pt'"),
-        ({"path": ""}, "must end with"),
+        ({"path": "best.pt"}, r"expected a file name ending in \.safetensors, got 'best.pt'"),
+        ({"path": ""}, "ending in"),
         ({"min_delta": -1}, "min_delta"),
         ({"mode": "least"}, "mode"),
     ],
 )
-def test_wrong_fields_are_refused(fields: dict[str, Any], told: str) -> None:
-    """Out of range, or a file that would not be what its name says."""
+def test_invalid_fields_are_refused(fields: dict[str, Any], told: str) -> None:
+    """Fields out of range and files with another suffix are refused."""
     with pytest.raises(ValidationError, match=told):
         KeepBestConfig(**{"monitor": NAME, "mode": "min", "path": FILE, **fields})
 
 
 @pytest.mark.parametrize("kind", ["json", "yaml", "toml"])
-def test_the_config_survives_a_file(kind: Any) -> None:
-    """Its path, too, in every format."""
+def test_config_round_trips(kind: Any) -> None:
+    """The config, its path included, round-trips in every format."""
     cfg = KeepBestConfig(monitor=NAME, mode="min", path=Path("out") / FILE, min_delta=0.1)
     assert KeepBestConfig.from_str(cfg.to_str(kind), kind) == cfg
 
 
-def test_a_state_of_another_version_is_refused() -> None:
-    """The error names the hook and the versions."""
+def test_state_of_another_version_is_refused() -> None:
+    """The error names the hook and both versions."""
     keep = KeepBestConfig(monitor=NAME, mode="min", path=Path(FILE))()
     with pytest.raises(StateError, match="KeepBest of version 1, found version 2"):
         keep.load_state_dict({"version": 2})
 
 
-def test_it_watches_without_a_trace(tmp_path: Path) -> None:
-    """It reads nothing, changes no weights, and goes on from a save as if there had been none."""
+def test_hook_does_not_affect_training(tmp_path: Path) -> None:
+    """The hook reads no tensors, changes no weights and restores its state."""
     values = [3.0, NAN, 3.0, 2.0, 2.0, 1.0]
 
     def keep() -> KeepBest:
@@ -321,8 +321,8 @@ def test_it_watches_without_a_trace(tmp_path: Path) -> None:
         assert_state_round_trip(keep, extra_hooks=extra_hooks)
 
 
-def test_a_run_that_is_over_is_watched_no_more(tmp_path: Path) -> None:
-    """After the run, the board tells the hook nothing."""
+def test_hook_unsubscribes_after_the_run(tmp_path: Path) -> None:
+    """After the run, the hook receives no values."""
     run = Run("falling", tmp_path)
     run()
     run.trainer.metrics.publish(NAME, -1, reduce="last")
@@ -330,11 +330,11 @@ def test_a_run_that_is_over_is_watched_no_more(tmp_path: Path) -> None:
     assert run.keep.best_value == 1
 
 
-def test_a_folder_that_can_not_be_made_is_told_at_the_start(tmp_path: Path) -> None:
-    """Before the first step, naming the hook and the field."""
+def test_unusable_folder_is_refused_at_the_start(tmp_path: Path) -> None:
+    """The error comes before the first step, with the hook and the field."""
     (tmp_path / "file").touch()
     config = KeepBestConfig(
         monitor="eval/val/loss", mode="min", path=tmp_path / "file" / "best.safetensors"
     )
-    with pytest.raises(PipelineConfigError, match=r"KeepBest\.path: can't make the folder"):
+    with pytest.raises(PipelineConfigError, match=r"KeepBest\.path: can't create the folder"):
         make_trainer([config], max_step=1)()

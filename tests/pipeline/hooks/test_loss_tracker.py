@@ -1,4 +1,4 @@
-"""The mean losses on the board are those that a plain loop adds up."""
+"""Mean losses on the metrics board."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ByStep = dict[int, float]
 
 
 class Notes(PipelineHooks):
-    """Writes down each batch's loss and samples, and what the logging points tell."""
+    """Hook that records each batch's loss and samples, and the logged values."""
 
     def __init__(self, log_every: str) -> None:
         super().__init__("notes")
@@ -50,7 +50,7 @@ class Notes(PipelineHooks):
 
 
 def mean(losses: Iterable[tuple[float, int]]) -> float:
-    """Of samples, in the plainest way."""
+    """Return the mean over samples, computed plainly."""
     total = samples = 0.0
     for loss, count in losses:
         total += loss * count
@@ -63,8 +63,8 @@ def approx(by_step: ByStep) -> Any:
 
 
 @pytest.mark.parametrize("every", [1, 3, 8])
-def test_means_are_those_of_a_plain_loop(every: int) -> None:
-    """Windows across the ends of epochs and epochs across windows are exact for uneven batches."""
+def test_means_equal_a_plain_loop(every: int) -> None:
+    """Means of windows and epochs are exact for uneven batches, in any alignment."""
     notes = Notes(f"{every} steps")
     loader = make_loader(batches=4, batch_size=4, rest=1)  # 5 steps an epoch
     make_trainer([notes, LossTrackerConfig()], loader=loader, max_epoch=5)()
@@ -78,8 +78,8 @@ def test_means_are_those_of_a_plain_loop(every: int) -> None:
         assert notes.told["loss/total_epoch"] == approx(epochs)
 
 
-def test_a_long_window_is_exact() -> None:
-    """A window of more steps than are kept one by one has the same mean, at each of its lengths."""
+def test_long_window_is_exact() -> None:
+    """A window with more steps than slots has the same mean at every length."""
     notes = Notes("at steps 64, 129, 130, 195")
     loader = make_loader(batches=30, batch_size=2, rest=1)
     make_trainer([notes, LossTrackerConfig()], loader=loader, max_step=195)()
@@ -90,7 +90,7 @@ def test_a_long_window_is_exact() -> None:
 
 
 class Weighing(SimpleBatchProcessor):
-    """Says what each loss weighs; NaN are those that weigh nothing."""
+    """Batch processor with loss weights; losses with weight 0 are NaN."""
 
     def forward(self, model: Any, batch: Any) -> Any:
         loss = model(batch[0]).square().mean()
@@ -99,8 +99,8 @@ class Weighing(SimpleBatchProcessor):
         return {"half": loss / 2}, loss, weight
 
 
-def test_means_are_those_over_the_weights() -> None:
-    """Over more steps than are kept one by one; what weighs nothing is left out."""
+def test_means_are_weighted() -> None:
+    """Means are weighted, also over more steps than slots; weight 0 is ignored."""
     notes = Notes("at steps 64, 129, 130, 195")
     weighed: list[tuple[float, int]] = []
     notes.on_step.after(lambda args: weighed.append((args.loss.item(), int(args.loss_weight))))
@@ -118,14 +118,14 @@ def test_means_are_those_over_the_weights() -> None:
     assert notes.told["loss/half"] == pytest.approx(halves, rel=1e-6)
 
 
-def test_an_epoch_that_was_not_completed_has_no_mean() -> None:
-    """A run that ends within its second epoch has published the mean of the first alone."""
+def test_incomplete_epoch_has_no_mean() -> None:
+    """A run that ends in its second epoch publishes only the mean of the first."""
     told = run_hook(LossTrackerConfig(), steps=6).metrics  # 4 steps an epoch
     assert list(told["loss/total_epoch"]) == [4]
 
 
-def test_a_loss_that_is_no_number_shows() -> None:
-    """NaN in one step makes the means of its window and of its epoch NaN, and no others."""
+def test_nan_loss_makes_its_means_nan() -> None:
+    """A NaN in one step makes only the means of its window and epoch NaN."""
 
     factors = iter([1.0, math.nan] + [1.0] * 6)
 
@@ -138,14 +138,14 @@ def test_a_loss_that_is_no_number_shows() -> None:
     assert [math.isnan(x) for x in told["loss/total_epoch"].values()] == [True, False]
 
 
-def test_without_a_loss_there_is_no_mean() -> None:
-    """A batch processor that returns no loss, as it may without a backward pass, is tracked too."""
+def test_no_loss_has_no_mean() -> None:
+    """A batch processor without a loss is supported."""
     processor = SimpleBatchProcessor.from_callable(lambda m, b: (m(b[0]), None), False)
     assert run_hook(LossTrackerConfig(), batch_processor=processor).metrics == {}
 
 
 class Counting(SimpleBatchProcessor):
-    """Says itself how many samples a batch has, and counts how often it is asked."""
+    """Batch processor that counts samples, and the calls of its count."""
 
     asked = 0
 
@@ -157,8 +157,8 @@ class Counting(SimpleBatchProcessor):
         return int(batch["count"])
 
 
-def test_the_batch_processor_counts_samples() -> None:
-    """Where it has count_samples, batches weigh that, and it is asked once a step for all hooks."""
+def test_batch_processor_counts_samples() -> None:
+    """With count_samples, its results are the weights, called once per step."""
     x = torch.ones(2, 4)
     data = [{"x": x, "loss": 1.0, "count": 3}, {"x": x, "loss": 5.0, "count": 1}]
     processor = Counting()
@@ -177,7 +177,7 @@ OUTPUTS: dict[str, tuple[Any, str]] = {
 
 
 def named(outputs: Any, values: Mapping[str, Any]) -> SimpleBatchProcessor:
-    """A processor whose outputs hold losses: functions of the batch's mean square."""
+    """Return a processor with losses in its outputs: functions of the batch's mean square."""
 
     def forward(model: Any, batch: Any) -> tuple[Any, torch.Tensor]:
         loss = model(batch[0]).square().mean()
@@ -188,7 +188,7 @@ def named(outputs: Any, values: Mapping[str, Any]) -> SimpleBatchProcessor:
 
 @pytest.mark.parametrize("where", OUTPUTS)
 def test_named_losses_are_found(where: str) -> None:
-    """In a mapping by key, in an object by attribute, or where the outputs are the losses."""
+    """Losses are found by key, by attribute, or as the outputs themselves."""
     outputs, key = OUTPUTS[where]
     values = {
         "twice": lambda loss: loss * 2,  # with its graph
@@ -214,8 +214,8 @@ def test_named_losses_are_found(where: str) -> None:
     ]
 
 
-def test_a_loss_may_be_there_in_some_steps() -> None:
-    """Its mean is that of the steps that have it, as numbers and as tensors alike."""
+def test_loss_may_be_present_in_some_steps() -> None:
+    """The mean is over the steps with this loss, for numbers and tensors."""
 
     def forward(model: Any, batch: Any) -> tuple[Any, torch.Tensor]:
         value = batch["aux"]
@@ -233,8 +233,8 @@ def test_a_loss_may_be_there_in_some_steps() -> None:
     assert run.metrics["loss/aux_epoch"] == {4: (2 * 1.0 + 3 * 4.0) / 5}
 
 
-def test_listed_losses_alone_are_tracked() -> None:
-    """loss_names leaves out what else is in the outputs, which may then be anything."""
+def test_only_listed_losses_are_tracked() -> None:
+    """loss_names excludes other outputs of any type."""
     values = {"box": lambda loss: loss, "boxes": lambda loss: torch.zeros(5, 4)}
     cfg = LossTrackerConfig(losses_key="", loss_names=["box"])
     told = run_hook(cfg, batch_processor=named(lambda x: x, values), steps=2).metrics
@@ -261,17 +261,17 @@ def test_listed_losses_alone_are_tracked() -> None:
             {"losses_key": "", "loss_names": ["boxx"]},
             {"box": 1.0, "class": 1.0},
             PipelineConfigError,
-            "loss_names has 'boxx'.*did you mean 'box'. They are: box, class",
+            "loss_names has 'boxx', expected names among: box, class; did you mean 'box'",
         ),
         ({"losses_key": ""}, {"total": 1.0}, PipelineConfigError, "a loss named 'total'.*rename"),
         ({"losses_key": ""}, {"box": torch.ones(3)}, MetricValueError, r"'loss/box'.*shape \(3,\)"),
         ({"losses_key": ""}, {"box": "high"}, MetricValueError, "'loss/box' must be a number"),
     ],
 )
-def test_wrong_outputs_are_refused(
+def test_invalid_outputs_are_refused(
     cfg: dict[str, Any], outputs: Any, error: type[Exception], told: str
 ) -> None:
-    """In the first step, ahead of the update, with the hook, the field and what there is."""
+    """The error comes in the first step before its update, with hook, field and names."""
     processor = SimpleBatchProcessor.from_callable(
         lambda model, batch: (outputs, model(batch[0]).square().mean())
     )
@@ -289,22 +289,22 @@ def test_wrong_outputs_are_refused(
         ({"losses_key": "", "loss_names": []}, "loss_names"),
     ],
 )
-def test_wrong_fields_are_refused(fields: dict[str, Any], told: str) -> None:
-    """Names of losses need a place to look, and there must be some."""
+def test_invalid_fields_are_refused(fields: dict[str, Any], told: str) -> None:
+    """loss_names needs losses_key and at least one name."""
     with pytest.raises(ValidationError, match=told):
         LossTrackerConfig(**fields)
 
 
-def test_weights_of_losses_survive() -> None:
-    """A run that is resumed within a window of weighted losses goes on exactly."""
+def test_resume_keeps_loss_weights() -> None:
+    """A run resumed within a window of weighted losses is exact."""
     assert_state_round_trip(
         LossTrackerConfig(losses_key=""), log_every="3 steps", batch_processor=Weighing()
     )
 
 
 @pytest.mark.parametrize("key", [None, ""])
-def test_a_resumed_run_publishes_what_the_straight_one_does(key: str | None) -> None:
-    """Saved after any step, within a window and an epoch, it goes on exactly."""
+def test_resumed_run_publishes_the_same_values(key: str | None) -> None:
+    """A run saved after any step publishes the values of an uninterrupted run."""
     values = {"twice": lambda loss: loss * 2, "number": lambda loss: loss.item()}
     assert_state_round_trip(
         LossTrackerConfig(losses_key=key),
@@ -314,15 +314,15 @@ def test_a_resumed_run_publishes_what_the_straight_one_does(key: str | None) -> 
     )
 
 
-def test_a_full_set_of_slots_survives() -> None:
-    """A run saved with as many losses waiting as there is room for goes on exactly."""
+def test_resume_with_full_slots_is_exact() -> None:
+    """A run saved with all slots filled resumes exactly."""
     assert_state_round_trip(
         LossTrackerConfig(), steps=70, log_every="70 steps", stop_at=[63, 64, 65]
     )
 
 
-def test_a_state_that_was_not_used_yet_is_given_again() -> None:
-    """A tracker that was loaded and has not run holds the state that it was given."""
+def test_unused_state_is_returned() -> None:
+    """A tracker that was loaded but not run returns the loaded state."""
     run = run_hook(LossTrackerConfig(), steps=3, log_every=None)
     state = run.hook.state_dict()
     tracker = LossTracker(LossTrackerConfig())
@@ -330,22 +330,22 @@ def test_a_state_that_was_not_used_yet_is_given_again() -> None:
     assert tracker.state_dict() == state
 
 
-def test_a_state_of_another_version_is_refused() -> None:
-    """The error names the hook and the versions."""
+def test_state_of_another_version_is_refused() -> None:
+    """The error names the hook and both versions."""
     with pytest.raises(StateError, match="LossTracker of version 2, found version 3"):
         LossTrackerConfig()().load_state_dict({"version": 3})
 
 
-def test_it_watches_without_a_trace() -> None:
-    """It reads nothing from the device, and the weights are those of a run without it."""
+def test_hook_does_not_affect_training() -> None:
+    """The hook reads no tensors and changes no weights."""
     values = {"twice": lambda loss: loss * 2}
     cfg, processor = LossTrackerConfig(losses_key=""), named(lambda x: x, values)
     assert_no_device_sync(cfg, steps=70, log_every="20 steps", batch_processor=processor)
     assert_weights_unchanged(cfg, batch_processor=processor)
 
 
-def test_two_of_them_run_side_by_side() -> None:
-    """Two trackers of different names publish each their own."""
+def test_two_hooks_publish_separately() -> None:
+    """Two trackers with different names each publish their losses."""
     first, second = LossTrackerConfig()(), LossTrackerConfig(losses_key="")()
     second.name = "named losses"
     processor = named(lambda x: x, {"twice": lambda loss: loss * 2})
@@ -353,8 +353,8 @@ def test_two_of_them_run_side_by_side() -> None:
     assert told["loss/twice"][1] == pytest.approx(2 * told["loss/total"][1])
 
 
-def test_a_step_that_fails_is_not_tracked() -> None:
-    """Its error is the one that is raised, and nothing is said of losses that it does not have."""
+def test_failed_step_is_not_tracked() -> None:
+    """The error of the step propagates, without a complaint about missing losses."""
 
     def forward(model: Any, batch: Any) -> Any:
         raise RuntimeError("out of luck")

@@ -1,4 +1,4 @@
-"""Metrics of what is trained on, of each window between logging points and of each epoch."""
+"""Metrics of the training data, per logging window and per epoch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Inputs = dict[str, torch.Tensor]
 
 
 class Notes(PipelineHooks):
-    """Logs on a schedule, and writes down what was logged and what the metrics are of."""
+    """Hook that logs on a trigger, and records logged values and metric inputs."""
 
     def __init__(self, when: str | None = "3 steps") -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Notes(PipelineHooks):
 
 
 def train(*hooks: PipelineHooks, **options: Any) -> None:
-    """With 5 batches to an epoch, the last of which is short."""
+    """Train with 5 batches per epoch, the last one short."""
     options = {"loader": make_evaluation_loader(36, shuffle=True), "max_step": 12, **options}
     make_trainer(hooks, batch_processor=Classify(), **options)()
 
@@ -71,8 +71,8 @@ def value_of(name: str, inputs: list[Inputs]) -> float:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_windows_and_epochs_have_values_of_their_own(accumulate: int) -> None:
-    """Both equal torchmetrics of all their batches at once, wherever they begin and end."""
+def test_windows_and_epochs_are_separate(accumulate: int) -> None:
+    """Both equal torchmetrics over all their batches, in any alignment."""
     notes = Notes()
     tracker = MetricTrackerConfig()(metrics=make_metrics())
     train(tracker, notes, accumulate=accumulate)
@@ -88,8 +88,8 @@ def test_windows_and_epochs_have_values_of_their_own(accumulate: int) -> None:
             assert found == pytest.approx(expected, rel=1e-4), name
 
 
-def test_two_ranks_have_the_values_of_all_batches(tmp_path: Path) -> None:
-    """A window and an epoch are those of both ranks, and both know them."""
+def test_values_are_over_all_ranks(tmp_path: Path) -> None:
+    """Windows and epochs cover the batches of both ranks, on both ranks."""
     ranks = [rank["tracked"] for rank in run_on_ranks(tmp_path, "tracked")]
     assert ranks[0]["records"] == ranks[1]["records"]
     batches = list(zip(*(rank["batches"] for rank in ranks), strict=True))
@@ -111,7 +111,7 @@ def test_two_ranks_have_the_values_of_all_batches(tmp_path: Path) -> None:
 
 
 class Counted(MeanSquaredError):  # noqa: N818 - no exception
-    """Counts updates of all copies."""
+    """Metric that counts the updates of all copies."""
 
     updates = 0
 
@@ -122,13 +122,13 @@ class Counted(MeanSquaredError):  # noqa: N818 - no exception
 
 
 class CountedApart(Counted):
-    """Its updates may depend on those before."""
+    """Metric whose updates may depend on earlier ones."""
 
     full_state_update = True
 
 
-def test_a_step_takes_one_update() -> None:
-    """And two where torchmetrics can't merge parts, unless epochs aren't wanted."""
+def test_step_makes_one_update() -> None:
+    """Metrics that can't be merged need two, unless epochs are not tracked."""
     for each_epoch in (True, False):
         Counted.updates = CountedApart.updates = 0
         notes = Notes()
@@ -143,29 +143,29 @@ def test_a_step_takes_one_update() -> None:
         assert ("train/one_epoch" in notes.values) is each_epoch
 
 
-def of_pairs() -> MetricTracker:
-    """Metrics of the test kit's regression, with and without merging."""
+def pair_metrics() -> MetricTracker:
+    """Return mergeable and non-mergeable metrics for the test kit's regression."""
     return MetricTrackerConfig()(metrics={"error": MeanSquaredError(), "apart": CountedApart()})
 
 
-def kept_samples() -> MetricTracker:
-    """A metric that keeps all samples."""
+def sample_metric() -> MetricTracker:
+    """Return a metric that keeps all samples."""
     return MetricTrackerConfig()(
         metrics={"auroc": MulticlassAUROC(2, validate_args=False)},
         metric_inputs=lambda outputs, batch: (outputs.softmax(1), torch.arange(len(outputs)) % 2),
     )
 
 
-@pytest.mark.parametrize("make", [of_pairs, kept_samples])
+@pytest.mark.parametrize("make", [pair_metrics, sample_metric])
 @pytest.mark.parametrize("log_every", ["1 step | 1 epoch", "3 steps", None])
-def test_it_keeps_what_a_hook_promises(make: Any, log_every: str | None) -> None:
-    """It can be stopped in the middle of a window and of an epoch, and changes no weights."""
+def test_hook_contract(make: Any, log_every: str | None) -> None:
+    """The hook resumes within a window and an epoch, and changes no weights."""
     assert_state_round_trip(make, steps=9, stop_at=(1, 4, 5, 7), log_every=log_every)
     assert_weights_unchanged(make, steps=9, log_every=log_every)
 
 
-def test_it_reads_nothing_from_the_device() -> None:
-    """Between logging points all stays where it is, unless a metric itself looks into it."""
+def test_hook_reads_no_tensors() -> None:
+    """Between logging points nothing is read, except by a metric itself."""
     accuracy = MulticlassAccuracy(2, average="micro", validate_args=False)
 
     def of_classes() -> MetricTracker:
@@ -174,12 +174,12 @@ def test_it_reads_nothing_from_the_device() -> None:
             metric_inputs=lambda outputs, batch: (outputs, batch[1].argmax(1)),
         )
 
-    for make in (of_pairs, of_classes):
+    for make in (pair_metrics, of_classes):
         assert_no_device_sync(make, steps=9, log_every="3 steps")
 
 
-def test_a_collection_names_its_own() -> None:
-    """Its keys are the names, or stand behind the name that it is given."""
+def test_collection_names_its_metrics() -> None:
+    """The keys of a collection are the names, after the collection's own name if given."""
     collection = MetricCollection([MulticlassAccuracy(2), MulticlassPrecision(2)], prefix="my_")
     notes = Notes("5 steps")
     given = MetricTrackerConfig()(metrics=collection)
@@ -194,8 +194,8 @@ def test_a_collection_names_its_own() -> None:
     assert len({str(values) for values in notes.values.values()}) == 2
 
 
-def test_who_waits_for_an_epoch_is_told() -> None:
-    """Values of an epoch come with the logging point after its end."""
+def test_epoch_values_reach_subscribers() -> None:
+    """Epoch values arrive with the logging point after the epoch."""
     told: list[MetricValue] = []
     hooks = PipelineHooks("waiting")
 
@@ -214,8 +214,8 @@ class AccuracyConfig(ClassConfig[MulticlassAccuracy]):
     average: str = "micro"
 
 
-def test_metrics_can_come_from_a_file() -> None:
-    """They are built from configurations."""
+def test_metrics_can_be_configured() -> None:
+    """Metrics are built from configs."""
     cfg = MetricTrackerConfig(metrics={"accuracy": AccuracyConfig(num_classes=2)})
     loaded = MetricTrackerConfig.from_str(
         cfg.to_str("yaml"), "yaml", trust=(__name__, "torchmetrics")
@@ -230,7 +230,7 @@ def test_metrics_can_come_from_a_file() -> None:
     assert len(notes.values["train/accuracy"]) == 4
 
 
-def test_wrong_arguments_are_refused_at_construction() -> None:
+def test_invalid_arguments_are_refused_at_construction() -> None:
     """Each error names the hook and the field."""
     with pytest.raises(PipelineConfigError, match="MetricTracker: metrics is empty"):
         MetricTrackerConfig()()
@@ -239,7 +239,7 @@ def test_wrong_arguments_are_refused_at_construction() -> None:
     with pytest.raises(PipelineConfigError, match="MetricTracker: metrics must be a mapping"):
         MetricTrackerConfig()(metrics=MeanSquaredError())
     cfg = MetricTrackerConfig(metrics={"accuracy": AccuracyConfig(num_classes=2)})
-    with pytest.raises(PipelineConfigError, match="metrics are given to the hook and in its"):
+    with pytest.raises(PipelineConfigError, match="metrics is given to the hook and in its"):
         cfg(metrics=make_metrics())
     cfg = MetricTrackerConfig(metric_inputs=logits_of_class_one)
     with pytest.raises(PipelineConfigError, match="metric_inputs is given to the hook and in its"):
@@ -250,8 +250,8 @@ def logits_of_class_one(outputs: torch.Tensor, batch: Any) -> tuple[torch.Tensor
     return outputs[:, 1], batch["target"].float()
 
 
-def test_the_configuration_may_say_what_metrics_get() -> None:
-    """A function there is used as one that is given to the hook, and survives a file."""
+def test_metric_inputs_can_be_configured() -> None:
+    """A configured function works like a passed one, and round-trips."""
     configured = MetricTrackerConfig(metric_inputs=logits_of_class_one)
     loaded = MetricTrackerConfig.from_str(
         configured.to_str("yaml"), "yaml", trust=[logits_of_class_one.__module__]
@@ -267,8 +267,8 @@ def test_the_configuration_may_say_what_metrics_get() -> None:
     assert values[0]
 
 
-def test_metric_inputs_that_are_not_told_are_asked_for() -> None:
-    """A batch that is no pair needs them; the error says what to define."""
+def test_missing_metric_inputs_are_refused() -> None:
+    """A batch that is not a pair needs metric inputs; the error names the method to define."""
     tracker = MetricTrackerConfig()(metrics={"error": MeanSquaredError()})
     trainer = make_trainer(
         [tracker],
@@ -276,12 +276,12 @@ def test_metric_inputs_that_are_not_told_are_asked_for() -> None:
         batch_processor=Triple(),
         max_step=1,
     )
-    with pytest.raises(PipelineConfigError, match=r"MetricTracker: expected .* of length 3; def"):
+    with pytest.raises(PipelineConfigError, match=r"MetricTracker: can't tell .* of length 3; def"):
         trainer()
 
 
 class Triple(Classify):
-    """A batch of three parts, without metric inputs."""
+    """Batch processor for batches of three, without metric inputs."""
 
     metric_inputs = None  # type: ignore[assignment]  # as if it had none
 
@@ -290,16 +290,16 @@ class Triple(Classify):
         return outputs, torch.nn.functional.mse_loss(outputs, batch[1])
 
 
-def test_a_state_of_another_version_is_refused() -> None:
-    """An unknown one is named."""
-    state = {**of_pairs().state_dict(), "version": 7}
-    with pytest.raises(StateError, match=r"MetricTracker: .* version 1, found version 7"):
-        of_pairs().load_state_dict(state)
+def test_state_of_another_version_is_refused() -> None:
+    """The error names the hook and both versions."""
+    state = {**pair_metrics().state_dict(), "version": 7}
+    with pytest.raises(StateError, match="MetricTracker of version 1, found version 7"):
+        pair_metrics().load_state_dict(state)
 
 
 @pytest.mark.parametrize("logs", [None, "7 steps"])
-def test_who_waits_for_an_epoch_is_told_at_its_end(logs: str | None) -> None:
-    """Also where logging points are far apart, or nobody makes any; the last epoch included."""
+def test_subscribers_receive_values_at_epoch_end(logs: str | None) -> None:
+    """Values arrive also with rare or no logging points, the last epoch included."""
     told: list[int] = []
     waits = PipelineHooks("waits")
 

@@ -1,4 +1,4 @@
-"""Logging points, what they write, and that nothing is lost or written twice."""
+"""Logging points and their records: none lost, none written twice."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SCRIPT = SCRIPTS / "logged_run.py"
 
 
 class ListSink:
-    """Keeps what it is told, and fails where it is asked to."""
+    """Sink that keeps its records, and fails on request."""
 
     def __init__(self, fails_in: str = "", at: int = 0) -> None:
         self.fails_in, self.at = fails_in, at
@@ -61,21 +61,21 @@ def logging_to(*sinks: ListSink, every: str = "4 steps") -> MetricsLogger:
     return MetricsLoggerConfig(every=Trigger.parse(every))(sinks=sinks)
 
 
-def test_records_come_by_the_schedule() -> None:
-    """One at each due step and epoch, and a partial one where the run ends between two."""
+def test_records_follow_the_trigger() -> None:
+    """Each due step and epoch has a record, and the end of a run a partial one."""
     sink = ListSink()
     make_trainer([logging_to(sink, every="5 steps | 1 epoch"), Publisher()], max_step=17)()
     assert sink.told == ["open", 5, 7, 10, 14, 15, 17, "close"]
 
 
-def test_without_anything_published_the_records_are_empty() -> None:
-    """A logging point is one also where there is nothing to log; the end of a run is not."""
+def test_records_without_metrics_are_empty() -> None:
+    """A logging point without metrics writes a record; the end of a run does not."""
     sink = ListSink()
     make_trainer([logging_to(sink)], max_step=6)()
     assert sink.told == ["open", 4, "close"]
 
 
-def test_the_weights_are_as_without_it(tmp_path: Path) -> None:
+def test_logging_does_not_change_weights(tmp_path: Path) -> None:
     """Publishing and logging do not change the training."""
     logged = logged_trainer(tmp_path / "metrics.jsonl", max_epoch=2)
     plain = make_trainer(accumulate=2, max_epoch=2)
@@ -86,14 +86,14 @@ def test_the_weights_are_as_without_it(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The file of a run of four epochs that nothing has interrupted."""
+    """Return the file of an uninterrupted run of four epochs."""
     path = tmp_path_factory.mktemp("straight") / "metrics.jsonl"
     logged_trainer(path, max_epoch=4)()
     return path.read_bytes()
 
 
-def test_the_file_holds_what_was_published(straight: bytes, tmp_path: Path) -> None:
-    """Each record has the metrics of its window, at the steps that they belong to."""
+def test_file_has_the_published_values(straight: bytes, tmp_path: Path) -> None:
+    """Each record has the metrics of its window, at their steps."""
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(straight)
     records = read_metrics(path)
@@ -115,10 +115,10 @@ def stopping(step: int) -> StopAfter:
 
 
 @pytest.mark.parametrize("steps", [(1,), (4,), (5,), (7,), (14,), (3, 6), (8, 9, 10), (27,)])
-def test_a_stopped_and_resumed_run_writes_the_straight_file(
+def test_resumed_run_writes_the_same_file(
     steps: tuple[int, ...], straight: bytes, tmp_path: Path
 ) -> None:
-    """Byte for byte, stopped within a window, at its end, at an epoch's end, once or often."""
+    """The file is byte-identical after stops within a window, at its end or an epoch's end."""
     path, saved = tmp_path / "metrics.jsonl", None
     for step in steps:
         trainer = logged_trainer(path, stopping(step), max_epoch=4, resume_from=saved)
@@ -130,8 +130,8 @@ def test_a_stopped_and_resumed_run_writes_the_straight_file(
     assert path.read_bytes() == straight
 
 
-def test_a_run_with_a_later_limit_writes_its_straight_file(tmp_path: Path) -> None:
-    """What a run that has reached its limit wrote at its end does not stay when it goes on."""
+def test_extended_run_writes_the_same_file(tmp_path: Path) -> None:
+    """The partial record of the first end is replaced when the run continues."""
     path, straight = tmp_path / "metrics.jsonl", tmp_path / "straight.jsonl"
     logged_trainer(straight, accumulate=1, max_step=26)()
     saved = None
@@ -146,7 +146,7 @@ def test_a_run_with_a_later_limit_writes_its_straight_file(tmp_path: Path) -> No
 
 
 def test_data_without_a_length(tmp_path: Path) -> None:
-    """Where the end of an epoch is seen late, a resumed run writes the straight file as well."""
+    """If the end of an epoch is detected late, a resumed run writes the same file."""
 
     class Unsized:
         def __iter__(self) -> Iterator[Any]:
@@ -170,7 +170,7 @@ def test_data_without_a_length(tmp_path: Path) -> None:
 
 @pytest.fixture
 def begun(tmp_path: Path) -> Path:
-    """A folder with a run that was stopped and saved within a window, and its file."""
+    """Return a folder with a run saved within a window, and its file."""
     trainer = logged_trainer(tmp_path / "metrics.jsonl", stopping(10), max_epoch=4)
     trainer()
     trainer.save_checkpoint(tmp_path / "saved")
@@ -178,16 +178,14 @@ def begun(tmp_path: Path) -> Path:
 
 
 def finish(folder: Path) -> bytes:
-    """Go on from what was saved, to the end."""
+    """Resume the saved run to its end."""
     path = folder / "metrics.jsonl"
     logged_trainer(path, max_epoch=4, resume_from=folder / "saved")()
     return path.read_bytes()
 
 
-def test_a_killed_run_that_is_resumed_writes_the_straight_file(
-    begun: Path, straight: bytes
-) -> None:
-    """Killed after it has logged more than was saved, and in the middle of a line."""
+def test_killed_run_writes_the_same_file(begun: Path, straight: bytes) -> None:
+    """A run killed after later records, or within a line, resumes with the same file."""
     killed = launch(SCRIPT, "killed", begun, processes=1, fails=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     path = begun / "metrics.jsonl"
@@ -196,8 +194,8 @@ def test_a_killed_run_that_is_resumed_writes_the_straight_file(
     assert finish(begun) == straight
 
 
-def test_a_full_disk_does_not_end_the_run(begun: Path, straight: bytes) -> None:
-    """The file is reported once and dropped, and a later run can go on with it."""
+def test_full_disk_does_not_end_the_run(begun: Path, straight: bytes) -> None:
+    """The file is reported once and dropped; a later run can continue the file."""
     full = launch(SCRIPT, "full", begun, processes=1)
     assert full.stderr.count("MetricsLogger drops 'file', which failed with OSError") == 1
     path = begun / "metrics.jsonl"
@@ -207,7 +205,7 @@ def test_a_full_disk_does_not_end_the_run(begun: Path, straight: bytes) -> None:
 
 
 def test_two_ranks_write_one_file(tmp_path: Path) -> None:
-    """The file has the means of both, and both know alike that someone logs."""
+    """The file has the means of both ranks, and both know about logging points."""
     launch(SCRIPT, "ranks", tmp_path)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert [rank["logged"] for rank in ranks] == [[True] * 6] * 2
@@ -222,8 +220,8 @@ def test_two_ranks_write_one_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["write", "close"])
-def test_a_sink_that_fails_is_reported_once(where: str, caplog: pytest.LogCaptureFixture) -> None:
-    """It gets no more records, the others get all, and the training goes on to its end."""
+def test_failing_sink_is_reported_once(where: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A failing sink is dropped; the others and the training continue."""
     failing, other = ListSink(where, at=8), ListSink()
     logger = MetricsLoggerConfig(every=EverySteps(4))(sinks={"disk": failing, "other": other})
     trainer = make_trainer([logger, Publisher()], max_step=16)
@@ -234,12 +232,12 @@ def test_a_sink_that_fails_is_reported_once(where: str, caplog: pytest.LogCaptur
     errors = [entry for entry in caplog.records if entry.levelno >= logging.WARNING]
     assert [entry.getMessage() for entry in errors] == [
         "MetricsLogger drops 'disk', which failed with OSError: [Errno 28] No space left on "
-        "device; training continues without it"
+        "device; training goes on without it"
     ]
 
 
-def test_a_sink_that_can_not_be_opened_is_an_error() -> None:
-    """Ahead of the first step, with the names of hook and sink; the others are closed again."""
+def test_unopenable_sink_is_an_error() -> None:
+    """The error comes before the first step, with hook and sink; other sinks are closed."""
     other = ListSink()
     logger = MetricsLoggerConfig()(sinks={"other": other, "disk": ListSink("open")})
     with pytest.raises(OSError, match="No space left on device") as caught:
@@ -248,8 +246,8 @@ def test_a_sink_that_can_not_be_opened_is_an_error() -> None:
     assert other.told == ["open", "close"]
 
 
-def test_a_file_of_something_else_is_an_error_at_the_start(tmp_path: Path) -> None:
-    """The run does not begin, and the file is left as it is."""
+def test_foreign_file_is_refused_at_the_start(tmp_path: Path) -> None:
+    """The run does not begin, and the file is not changed."""
     path = tmp_path / "metrics.jsonl"
     path.write_text("step,loss\n", encoding="utf-8")
     trainer = logged_trainer(path, max_epoch=1)
@@ -260,7 +258,7 @@ def test_a_file_of_something_else_is_an_error_at_the_start(tmp_path: Path) -> No
 
 
 def test_sinks_are_closed_when_training_fails(tmp_path: Path) -> None:
-    """The error is the training's own, and the file has what was logged until then."""
+    """The training's error propagates, and the file has the earlier records."""
 
     def fail(args: PipelineHookArgs) -> None:
         raise RuntimeError("out of luck")
@@ -277,7 +275,7 @@ def test_sinks_are_closed_when_training_fails(tmp_path: Path) -> None:
     reopened.close()
 
 
-def test_nobody_logs_once_the_run_is_over() -> None:
+def test_listener_is_removed_after_the_run() -> None:
     """The board's listener is removed with the loop."""
     trainer = make_trainer([logging_to(ListSink())], max_step=3)
     seen: list[bool] = []
@@ -287,8 +285,8 @@ def test_nobody_logs_once_the_run_is_over() -> None:
     assert not trainer.metrics.is_logged
 
 
-def test_its_configuration_survives_a_file() -> None:
-    """With sinks as a list and by names, each of a kind of its own."""
+def test_config_round_trips() -> None:
+    """Sinks of several kinds round-trip as a list and as a mapping."""
     kinds: list[SinkConfig[Any]] = [
         JsonLinesSinkConfig(path="a.jsonl"),
         LogSinkConfig(names=["loss/*"]),
@@ -305,34 +303,34 @@ def test_its_configuration_survives_a_file() -> None:
             ]
 
 
-def test_sinks_without_names_are_told_apart() -> None:
-    """They are named for their kinds, and numbered."""
+def test_unnamed_sinks_get_distinct_names() -> None:
+    """Sinks are named by their class and numbered."""
     logger = MetricsLoggerConfig(sinks=[LogSinkConfig()])(sinks=[ListSink(), ListSink()])
     assert [*logger.sinks] == ["LogSink", "ListSink", "ListSink 2"]
 
 
-def test_two_sinks_of_one_name_are_refused() -> None:
-    """The error says which name it is."""
-    with pytest.raises(PipelineConfigError, match="MetricsLogger: two of its sinks are named 'a'"):
+def test_duplicate_sink_names_are_refused() -> None:
+    """The error names the duplicate."""
+    with pytest.raises(PipelineConfigError, match="MetricsLogger: two sinks are named 'a'"):
         MetricsLoggerConfig(sinks={"a": LogSinkConfig()})(sinks={"a": ListSink()})
 
 
-def test_a_missing_package_is_told_with_hook_and_field() -> None:
-    """When the hook is built, with the command that installs it."""
+def test_missing_package_error_names_hook_and_field() -> None:
+    """The error at construction has the command to install the package."""
     sinks = {"online": TrackerSinkConfig(trackers=["clearml"])}
     error = r"MetricsLogger\.sinks\['online'\]: TrackerSink\.trackers names .* pip install clearml"
     with pytest.raises(PipelineConfigError, match=error):
         MetricsLoggerConfig(sinks=sinks)()
 
 
-def test_a_schedule_that_can_not_be_read_is_refused() -> None:
-    """The error names the field and what could stand there."""
+def test_invalid_trigger_is_refused() -> None:
+    """The error names the field and the alternatives."""
     with pytest.raises(ValueError, match=r"every[\s\S]*can't read '50 stps' as a schedule"):
         MetricsLoggerConfig(every="50 stps")
 
 
-def test_the_logging_points_are_made_by_name(caplog: pytest.LogCaptureFixture) -> None:
-    """A hook that is told of requests sees who asked."""
+def test_log_requests_name_the_hook(caplog: pytest.LogCaptureFixture) -> None:
+    """A listener for requests sees the hook's name."""
     asked: list[str] = []
     hooks = PipelineHooks("watch")
     hooks.on_loop.before(
@@ -342,7 +340,7 @@ def test_the_logging_points_are_made_by_name(caplog: pytest.LogCaptureFixture) -
     assert asked == ["MetricsLogger"] * 2
 
 
-def test_what_is_no_sink_is_refused_when_built() -> None:
-    """The error says what a sink has."""
-    with pytest.raises(PipelineConfigError, match=r"MetricsLogger\.sinks: a sink has open"):
+def test_invalid_sink_is_refused() -> None:
+    """The error lists the methods of a sink."""
+    with pytest.raises(PipelineConfigError, match=r"MetricsLogger\.sinks: expected an object with"):
         MetricsLoggerConfig()(sinks=[object()])

@@ -1,4 +1,4 @@
-"""How large a model is, part by part."""
+"""The table of a model's size."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from robo_orchard_lab.pipeline import PipelineHookArgs
 from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.hooks.freeze import FreezeHookConfig
 from robo_orchard_lab.pipeline.hooks.model_summary import (
-    ModelPart,
     ModelSummaryConfig,
+    ModuleSize,
     summarize,
 )
 from robo_orchard_lab.testing import (
@@ -27,7 +27,7 @@ LOGGER = "robo_orchard_lab.pipeline.hooks.model_summary"
 
 
 class Policy(torch.nn.Module):
-    """A part in parts, a parameter of its own, a buffer, a tied and a half-precision part."""
+    """Model with nested, tied and half-precision modules, a parameter and a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,23 +43,23 @@ class Policy(torch.nn.Module):
         self.act = torch.nn.ReLU()
 
 
-def test_parts_and_total() -> None:
-    """Each part counts once what it holds: parameters, and buffers in the size alone."""
+def test_modules_and_total() -> None:
+    """Each module counts its parameters once, and buffers only in the size."""
     size = summarize(Policy())
     buffers = 4 * (16 + 16) + 8  # BatchNorm's statistics, and how often they were moved
     assert size.parts == (
-        ModelPart("(itself)", "Policy", 8, 0, 32),
-        ModelPart("encoder", "Sequential", 32, 144, 4 * 176 + buffers),
-        ModelPart("embed", "Embedding", 512, 0, 2048),
-        ModelPart("small", "Linear", 16, 0, 32),
+        ModuleSize("(itself)", "Policy", 8, 0, 32),
+        ModuleSize("encoder", "Sequential", 32, 144, 4 * 176 + buffers),
+        ModuleSize("embed", "Embedding", 512, 0, 2048),
+        ModuleSize("small", "Linear", 16, 0, 32),
     )
-    assert size.total == ModelPart("total", "Policy", 568, 144, 32 + 704 + buffers + 2048 + 32)
+    assert size.total == ModuleSize("total", "Policy", 568, 144, 32 + 704 + buffers + 2048 + 32)
     everything = sum(parameter.numel() for parameter in Policy().parameters())
     assert size.total.trainable + size.total.frozen == everything
 
 
 def test_depth() -> None:
-    """Deeper levels have rows of their own, and depth 0 the total alone."""
+    """Deeper levels have rows of their own; depth 0 shows only the total."""
     assert [part.name for part in summarize(Policy(), depth=2).parts] == [
         "(itself)",
         "encoder.0",
@@ -73,8 +73,8 @@ def test_depth() -> None:
     }
 
 
-def test_the_table_is_aligned() -> None:
-    """Names stand to the left and numbers to the right, with separators for thousands."""
+def test_table_is_aligned() -> None:
+    """Names are left-aligned, numbers right-aligned, with thousands separators."""
     model = torch.nn.Sequential(torch.nn.Linear(4096, 1024), torch.nn.Linear(1024, 3))
     assert str(summarize(model)) == (
         "module  type        trainable  frozen    MiB\n"
@@ -85,7 +85,7 @@ def test_the_table_is_aligned() -> None:
 
 
 def test_compiled_models_have_plain_names() -> None:
-    """Compilation, of the whole model or of a part, changes nothing."""
+    """Compiling the model or a submodule changes nothing."""
     plain = summarize(make_model(), depth=2)
     part = make_model()
     part.add_module("0", torch.compile(part.get_submodule("0"), backend="eager"))  # type: ignore[arg-type]  # is one
@@ -94,13 +94,13 @@ def test_compiled_models_have_plain_names() -> None:
     assert summarize(whole, depth=2) == plain  # type: ignore[arg-type]  # is one
 
 
-def test_lazy_parameters_count_nothing() -> None:
-    """What has no shape before the first batch does not keep the rest from being told."""
+def test_lazy_parameters_count_as_zero() -> None:
+    """Parameters without a shape yet count as 0."""
     model = torch.nn.Sequential(torch.nn.LazyLinear(4), torch.nn.Linear(4, 2))
-    assert summarize(model).total == ModelPart("total", "Sequential", 10, 0, 40)
+    assert summarize(model).total == ModuleSize("total", "Sequential", 10, 0, 40)
 
 
-def test_an_empty_model() -> None:
+def test_empty_model() -> None:
     """A model without tensors has a table with a total."""
     assert str(summarize(torch.nn.ReLU())).splitlines()[1].split() == [
         "total",
@@ -111,8 +111,8 @@ def test_an_empty_model() -> None:
     ]
 
 
-def test_it_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    """A run logs one record, at its start, that counts what a hook ahead of it has frozen."""
+def test_table_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """One record at the start of the run counts parameters frozen by earlier hooks."""
     with caplog.at_level(logging.INFO, logger=LOGGER):
         make_trainer(
             [FreezeHookConfig(patterns=["0.*"]), ModelSummaryConfig(depth=1)], max_epoch=2
@@ -127,7 +127,7 @@ def test_it_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
-def test_the_main_process_alone_tells(
+def test_only_the_main_process_logs(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other ranks log nothing."""
@@ -142,14 +142,14 @@ def test_the_main_process_alone_tells(
     assert not caplog.records
 
 
-def test_it_keeps_what_hooks_promise() -> None:
-    """It reads nothing from the device, changes no weights and survives its state."""
+def test_hook_contract() -> None:
+    """The hook reads no tensors, changes no weights and restores its state."""
     assert_no_device_sync(ModelSummaryConfig())
     assert_weights_unchanged(ModelSummaryConfig())
     assert_state_round_trip(ModelSummaryConfig(), stop_at=3)
 
 
-def test_bad_depths_are_refused() -> None:
-    """A depth that is no count is refused when the config is made."""
+def test_invalid_depths_are_refused() -> None:
+    """A negative depth is refused when the config is built."""
     with pytest.raises(ValueError, match="greater than or equal to 0"):
         ModelSummaryConfig(depth=-1)

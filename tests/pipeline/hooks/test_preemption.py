@@ -1,4 +1,4 @@
-"""A signal saves the run and stops it, wherever it is."""
+"""Signals that save and stop a run."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ from tiny import equal, make_model, make_trainer, weights
 
 
 def send(number: int = signal.SIGTERM) -> None:
-    """A signal to this process, as another one would send it; to be handled by the main thread."""
+    """Send a signal to this process, to be handled by the main thread."""
     os.kill(os.getpid(), number)
 
 
 def send_to_all(number: int = signal.SIGTERM) -> None:
-    """As to a process group: to the workers, which are the children, and this process.
+    """Send a signal to the workers and this process, as to a process group.
 
-    Python's tracker of shared memory is left out: it is of the whole test session, and where it
-    dies, the next one who shares memory warns.
+    Python's resource tracker is excluded: it belongs to the complete test session, and if it dies,
+    the next user of shared memory gets a warning.
     """
     for child in psutil.Process().children():
         with suppress(psutil.NoSuchProcess):  # it has just ended
@@ -56,7 +56,7 @@ def send_to_all(number: int = signal.SIGTERM) -> None:
 
 
 class Saver(PipelineHooks):
-    """Saves when asked to, by writing down the step and why."""
+    """Hook that records the step and the reason of save requests."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def planted(channel: str, role: str, do: Callable[[PipelineHookArgs], Any]) -> P
 
 
 def sends_at(step: int, channel: str = "on_step", role: str = "after") -> PipelineHooks:
-    """A hook in which the process gets SIGTERM in one step, counted from 1."""
+    """Return a hook that sends SIGTERM in one step, counted from 1."""
 
     def maybe(args: PipelineHookArgs) -> None:
         if args.progress.steps_done == step:
@@ -92,7 +92,7 @@ def sends_at(step: int, channel: str = "on_step", role: str = "after") -> Pipeli
 
 
 def preempted(hooks: Any, *, code: int = 143, **options: Any) -> Saver:
-    """Run to the end that a signal makes, and give what was saved."""
+    """Run until a signal stops the trainer; return the saves."""
     saver = Saver()
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     options = {"max_epoch": 3, **options}
@@ -104,8 +104,8 @@ def preempted(hooks: Any, *, code: int = 143, **options: Any) -> Saver:
     return saver
 
 
-def test_a_signal_in_a_step_saves_after_it(tmp_path: Path) -> None:
-    """The step is finished, saved, and the last; the file of the run says who asked and why."""
+def test_signal_in_a_step_saves_after_the_step(tmp_path: Path) -> None:
+    """The step is the last one and is saved; run_state.json has the hook and the reason."""
     saver = preempted([sends_at(3)], run_folder=tmp_path)
     assert saver.steps == [3]
     assert "received SIGTERM" in saver.saved[0][1]
@@ -115,8 +115,8 @@ def test_a_signal_in_a_step_saves_after_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138)])
-def test_the_exit_code_is_that_of_the_signal(name: str, code: int) -> None:
-    """128 and the signal's number, as a shell tells it."""
+def test_exit_code_follows_the_signal(name: str, code: int) -> None:
+    """The exit code is 128 plus the signal's number, as in a shell."""
     number = signal.Signals[name]
 
     def maybe(args: PipelineHookArgs) -> None:
@@ -126,15 +126,15 @@ def test_the_exit_code_is_that_of_the_signal(name: str, code: int) -> None:
     assert preempted([planted("on_batch", "before", maybe)], code=code).steps == [2]
 
 
-def test_an_exit_code_of_ones_own() -> None:
-    """Schedulers that start a job again by its code get that one."""
+def test_custom_exit_code() -> None:
+    """A configured exit code is used, for schedulers that restart by exit code."""
     with pytest.raises(RunPreempted) as stopped:
         make_trainer([PreemptionConfig(exit_code=75), Saver(), sends_at(3)], max_step=9)()
     assert stopped.value.code == 75
 
 
 def test_an_ignored_interrupt_stays_ignored() -> None:
-    """A job in the background of a shell is not stopped by a Ctrl-C at its terminal."""
+    """A background job is not stopped by Ctrl-C in its terminal."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         interrupts = planted("on_batch", "before", lambda args: send(signal.SIGINT))
@@ -147,7 +147,7 @@ def test_an_ignored_interrupt_stays_ignored() -> None:
 
 
 def test_without_saving() -> None:
-    """A run whose hooks save by themselves, or not at all, just stops."""
+    """With save_checkpoint=False the run just stops."""
     trainer = make_trainer([PreemptionConfig(save_checkpoint=False), sends_at(3)], max_step=9)
     with pytest.raises(RunPreempted):
         trainer()
@@ -164,8 +164,8 @@ def test_without_saving() -> None:
         ("on_optimizer_step", "after", [1]),
     ],
 )
-def test_a_signal_around_steps(channel: str, role: str, steps: list[int]) -> None:
-    """It is granted at the next commit point that follows a step."""
+def test_signal_between_steps(channel: str, role: str, steps: list[int]) -> None:
+    """The run stops at the commit point of the next step."""
     sent: list[int] = []
 
     def once(args: PipelineHookArgs) -> None:
@@ -176,8 +176,8 @@ def test_a_signal_around_steps(channel: str, role: str, steps: list[int]) -> Non
     assert preempted([planted(channel, role, once)]).steps == steps
 
 
-def test_a_signal_in_the_last_step_of_an_epoch() -> None:
-    """The epoch is over, and counted, when it is saved."""
+def test_signal_in_the_last_step_of_an_epoch() -> None:
+    """The epoch is completed and counted before the save."""
     epochs: list[int] = []
     saver = Saver()
     saver.save = lambda args, asked: epochs.append(args.epoch_id)  # type: ignore[method-assign]
@@ -186,16 +186,16 @@ def test_a_signal_in_the_last_step_of_an_epoch() -> None:
     assert epochs == [1]
 
 
-def test_a_signal_after_the_last_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The run is completed, and not started again; the log has the signal."""
+def test_signal_after_the_last_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The run is completed, not preempted; the signal is logged."""
     hook = planted("on_loop", "after", lambda args: send())
     make_trainer([PreemptionConfig(), Saver(), hook], max_step=3, run_folder=tmp_path)()
     assert read_run_state(tmp_path).state == "completed"
-    assert "received SIGTERM when the last step was over" in caplog.text
+    assert "received SIGTERM after the last step" in caplog.text
 
 
-def test_a_signal_during_a_save() -> None:
-    """The save that is on its way is whole, and one more step is done."""
+def test_signal_during_a_save() -> None:
+    """The save is completed, and one more step is made."""
     saver = Saver()
     plain = saver.save
     sent: list[int] = []
@@ -215,8 +215,8 @@ def test_a_signal_during_a_save() -> None:
     assert saver.steps == [3, 4]
 
 
-def test_a_run_that_is_over_is_saved_though_a_signal_came(tmp_path: Path) -> None:
-    """In its last step, the signal changes nothing, whether or not it would save by itself."""
+def test_signal_in_the_last_step_completes_the_run(tmp_path: Path) -> None:
+    """In the last step the signal changes nothing, with or without a save at the end."""
     preemption, save = PreemptionConfig(save_checkpoint=False), SaveCheckpointConfig(every=None)
     make_trainer([preemption, save, sends_at(3)], max_step=3, run_folder=tmp_path)()
     state = read_run_state(tmp_path)
@@ -226,7 +226,7 @@ def test_a_run_that_is_over_is_saved_though_a_signal_came(tmp_path: Path) -> Non
 
 
 class Samples(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Samples of which one is there only when the signal has been sent."""
+    """Dataset with one sample that waits for the signal."""
 
     def __init__(self, signalled: Path | None = None) -> None:
         self.signalled = signalled
@@ -242,7 +242,7 @@ class Samples(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 class Stream(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
-    """The same, without an index."""
+    """The dataset as a stream."""
 
     def __init__(self, signalled: Path) -> None:
         self.samples = Samples(signalled)
@@ -264,7 +264,7 @@ def signal_when_awaited(
     number: int = signal.SIGTERM,
     besides: Callable[[], bool] = lambda: True,
 ) -> Iterator[None]:
-    """Meanwhile, when the sample is waited for, send a signal to all; then let it come."""
+    """Send a signal to all processes while the sample is awaited, then release the sample."""
 
     def send_it() -> None:
         wait_until(lambda: signalled.with_suffix(".awaited").exists() and besides())
@@ -291,14 +291,14 @@ def signal_when_awaited(
         (Stream, 1, signal.SIGTERM, "fork"),
     ],
 )
-def test_a_signal_in_the_wait_for_data(
+def test_signal_while_waiting_for_data(
     kind: Callable[[Path], Dataset[Any]],
     workers: int,
     number: signal.Signals,
     context: str | None,
     tmp_path: Path,
 ) -> None:
-    """Workers outlive a signal to all processes; the batch comes, and is the last one."""
+    """Workers survive a signal to all processes; the batch arrives and is the last one."""
     signalled = tmp_path / "signalled"
     loader = DataLoader(
         kind(signalled), batch_size=4, num_workers=workers, multiprocessing_context=context
@@ -320,8 +320,8 @@ def test_a_signal_in_the_wait_for_data(
     assert loader.worker_init_fn is None  # as it was
 
 
-def test_a_worker_takes_its_own_end() -> None:
-    """A second SIGTERM ends a worker, which is how torch ends one that hangs."""
+def test_second_sigterm_ends_a_worker() -> None:
+    """torch ends hanging workers by a second SIGTERM."""
     others = psutil.Process().children()
     loader = DataLoader(Samples(), num_workers=1, worker_init_fn=IgnoreSignals(None))
     with ignore_signals_in_workers([signal.SIGTERM, signal.SIGINT]):
@@ -360,8 +360,8 @@ other()
 @pytest.mark.parametrize(
     ("last", "code"), [("", 0), ("raise ValueError('planted')", 1), (ANOTHER_TRAINER, 0)]
 )
-def test_a_script_ends_with_its_persistent_workers(last: str, code: int) -> None:
-    """Also where its loader and trainer are there to the last, where it fails or trains again."""
+def test_script_exits_with_persistent_workers(last: str, code: int) -> None:
+    """The script exits also if loader and trainer stay alive, after errors and a second run."""
     ended = subprocess.run(
         [sys.executable, "-c", SCRIPT_WITH_WORKERS + last],
         cwd=HELPERS,
@@ -373,8 +373,8 @@ def test_a_script_ends_with_its_persistent_workers(last: str, code: int) -> None
     assert "killed by signal" not in ended.stderr
 
 
-def test_a_workers_own_start_is_kept() -> None:
-    """What the user's worker_init_fn sets is what holds."""
+def test_worker_init_fn_is_kept() -> None:
+    """The user's worker_init_fn takes precedence."""
     ready = torch.zeros(1).share_memory_()
 
     def start(worker_id: int) -> None:
@@ -387,8 +387,8 @@ def test_a_workers_own_start_is_kept() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_signal_during_an_evaluation(workers: int, tmp_path: Path) -> None:
-    """The evaluation ends with its value, and one more step is done."""
+def test_signal_during_an_evaluation(workers: int, tmp_path: Path) -> None:
+    """The evaluation completes with its value, and one more step is made."""
     signalled = tmp_path / "signalled"
     loader = DataLoader(Samples(signalled), batch_size=4, num_workers=workers)
     validation = ValidationHookConfig(every="at steps 2")(dataloaders={"val": loader})
@@ -402,8 +402,8 @@ def test_a_signal_during_an_evaluation(workers: int, tmp_path: Path) -> None:
     assert [value.step for value in found] == [2]
 
 
-def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
-    """Half a second after the first, one more leaves the step that is open, and saves nothing."""
+def test_second_signal_stops_at_once(tmp_path: Path) -> None:
+    """Half a second later, a second signal leaves the open step without saving."""
 
     before = signal.getsignal(signal.SIGTERM)
 
@@ -428,8 +428,8 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     assert state.by == "Preemption"
 
 
-def test_handlers_are_put_back_after_an_error() -> None:
-    """What was there before the loop is there after it, also where a hook has failed."""
+def test_handlers_are_restored_after_an_error() -> None:
+    """Earlier handlers are restored after the loop, also if a hook fails."""
     mine = signal.signal(signal.SIGUSR1, lambda number, frame: None)
     try:
         handler = signal.getsignal(signal.SIGUSR1)
@@ -448,8 +448,8 @@ def test_handlers_are_put_back_after_an_error() -> None:
         signal.signal(signal.SIGUSR1, mine)
 
 
-def test_signals_of_no_concern_stay_as_they_are() -> None:
-    """Only those that are named are taken."""
+def test_other_signals_are_not_handled() -> None:
+    """Only configured signals are handled."""
     kept = signal.getsignal(signal.SIGINT)
     seen: list[Any] = []
     watch = planted("on_step", "before", lambda args: seen.append(signal.getsignal(signal.SIGINT)))
@@ -457,8 +457,8 @@ def test_signals_of_no_concern_stay_as_they_are() -> None:
     assert seen == [kept]
 
 
-def test_a_fork_is_left_alone() -> None:
-    """A process that is forked meanwhile ends by the signal, as it would without the hook."""
+def test_forked_process_is_not_affected() -> None:
+    """A forked process ends by the signal, as without the hook."""
     ends: list[int] = []
 
     def fork(args: PipelineHookArgs) -> None:
@@ -473,8 +473,8 @@ def test_a_fork_is_left_alone() -> None:
     assert os.WTERMSIG(ends[0]) == signal.SIGTERM
 
 
-def test_another_thread_is_refused() -> None:
-    """Python handles signals in the main thread alone."""
+def test_other_thread_is_refused() -> None:
+    """Python handles signals only in the main thread."""
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -490,8 +490,8 @@ def test_another_thread_is_refused() -> None:
     assert "called in 'aside'" in str(errors)
 
 
-def test_a_hook_that_saves_is_asked_for_ahead() -> None:
-    """That nobody saves is told before the first step, not when the signal comes."""
+def test_missing_saver_is_refused_at_the_start() -> None:
+    """The error comes before the first step, not with the signal."""
     with pytest.raises(PipelineConfigError, match="register a SaveCheckpoint, or set save_check"):
         make_trainer(PreemptionConfig(), max_step=1)()
 
@@ -504,21 +504,21 @@ def test_a_hook_that_saves_is_asked_for_ahead() -> None:
         ((), "at least 1"),
     ],
 )
-def test_signals_are_checked_ahead(signals: tuple[str, ...], told: str) -> None:
-    """A name that is none, or one that can't be taken, is refused when configured."""
+def test_invalid_signals_are_refused(signals: tuple[str, ...], told: str) -> None:
+    """Unknown and unsupported signals are refused when the config is built."""
     with pytest.raises(ValueError, match=told):
         PreemptionConfig(signals=signals)
 
 
-def test_it_watches_without_a_trace() -> None:
-    """It changes no weights and reads nothing from the device."""
+def test_hook_does_not_affect_training() -> None:
+    """The hook changes no weights and reads no tensors."""
     hook = PreemptionConfig(save_checkpoint=False)
     assert_weights_unchanged(hook)
     assert_no_device_sync(hook)
 
 
 class Remembers(PipelineHooks):
-    """Sends a signal while its state is saved, at the first save."""
+    """Hook that sends a signal while its state is saved for the first time."""
 
     def __init__(self, sends: bool) -> None:
         super().__init__()
@@ -535,10 +535,8 @@ class Remembers(PipelineHooks):
 @pytest.mark.parametrize(
     ("place", "workers"), [("step", 0), ("save", 2), ("data", 2), ("data", 0), ("evaluation", 2)]
 )
-def test_a_preempted_run_goes_on_as_if_nothing_had_been(
-    place: str, workers: int, tmp_path: Path
-) -> None:
-    """Resumed, it is bit for bit the run without a signal: within a window, within an epoch."""
+def test_preempted_run_resumes_exactly(place: str, workers: int, tmp_path: Path) -> None:
+    """The resumed run is bit-identical, within a window and within an epoch."""
 
     signalled = tmp_path / "signalled"
 
@@ -606,8 +604,8 @@ print("trained", flush=True)
 """
 
 
-def test_a_process_ends_with_the_code_of_ctrl_c(tmp_path: Path) -> None:
-    """Ctrl-C in a terminal reaches all processes; the run stops, without a traceback, by 130."""
+def test_ctrl_c_exit_code(tmp_path: Path) -> None:
+    """Ctrl-C reaches all processes; the run exits with 130, without a traceback."""
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(tmp_path), str(HELPERS)],
         stdout=subprocess.PIPE,
@@ -626,7 +624,7 @@ def test_a_process_ends_with_the_code_of_ctrl_c(tmp_path: Path) -> None:
         child.wait()
     assert child.returncode == 130
     assert out == ""  # what follows in the script is not done
-    assert "Preemption: SIGINT: stopping at the next commit point; once more to stop at" in told
+    assert "Preemption: SIGINT: stopping at the next commit point; send again to stop at" in told
     assert "Traceback" not in told
     assert len(workers) == 2
     assert not any(worker.is_running() for worker in workers)

@@ -1,4 +1,4 @@
-"""Checkpoints come when they should, hold what they should, and fail without harm."""
+"""Checkpoints: when they are saved, their content, and failures."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tiny import equal, make_loader, make_model, make_trainer, weights
 
 
 def train(folder: Path, *hooks: HookLike, **options: Any) -> HookBasedTrainer:
-    """A run in a folder, to its end."""
+    """Run a trainer in a folder to its end."""
     options.setdefault("max_epoch", 2)
     torch.manual_seed(3)
     trainer = make_trainer(hooks, loader=make_loader(3, shuffle=True), run_folder=folder, **options)
@@ -44,7 +44,9 @@ def train(folder: Path, *hooks: HookLike, **options: Any) -> HookBasedTrainer:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """The steps of the checkpoints in a run's folder; there is nothing else but links and lock."""
+    """Return the steps of the checkpoints in a run folder, which holds only links and a lock
+    besides.
+    """
     found = sorted((folder / "checkpoints").iterdir())
     names = [path.name for path in found if not path.is_symlink() and path.name != ".lock"]
     assert all(name.startswith("step_") for name in names)
@@ -67,10 +69,10 @@ def at_step(step: int, do: Any) -> PipelineHooks:
         (None, [6]),
     ],
 )
-def test_it_saves_by_its_schedule_and_at_the_end(
+def test_saves_follow_the_trigger_and_the_end(
     every: str | None, expected: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """There is one save for a commit point, whatever meets there, and one at the end."""
+    """Each commit point has at most one save, and the end of the run one."""
     caplog.set_level(logging.INFO)
     train(tmp_path, SaveCheckpointConfig(every=every, keep_last=None))
     assert steps_in(tmp_path) == expected
@@ -81,14 +83,14 @@ def test_it_saves_by_its_schedule_and_at_the_end(
     assert (told.path, told.step) == (f"checkpoints/step_{expected[-1]:08}", expected[-1])
 
 
-def test_seconds_are_a_schedule_too(tmp_path: Path) -> None:
-    """Saving by time saves at a step's end."""
+def test_time_trigger_saves_after_a_step(tmp_path: Path) -> None:
+    """A trigger in seconds saves at the end of a step."""
     train(tmp_path, SaveCheckpointConfig(every="0.000001 s", keep_last=None))
     assert steps_in(tmp_path) == [1, 2, 3, 4, 5, 6]
 
 
-def test_what_a_hook_asks_for_is_saved(tmp_path: Path) -> None:
-    """A request of any hook makes a checkpoint, whose metadata says who asked and why."""
+def test_requests_of_hooks_are_saved(tmp_path: Path) -> None:
+    """A request of any hook saves a checkpoint, whose metadata has the hook and the reason."""
     asks = at_step(4, lambda args: args.requests.save("to see", by="me"))
     train(tmp_path, SaveCheckpointConfig(every=None), asks)
     assert steps_in(tmp_path) == [4, 6]
@@ -96,15 +98,15 @@ def test_what_a_hook_asks_for_is_saved(tmp_path: Path) -> None:
     assert info.metadata["reason"] == "to see, asked by me"
 
 
-def test_without_it_a_request_to_save_is_an_error() -> None:
-    """A save that nothing can make is not passed over in silence."""
+def test_save_request_without_saver_is_an_error() -> None:
+    """A request that no hook can execute is not ignored."""
     asks = at_step(2, lambda args: args.requests.save("to see", by="me"))
     with pytest.raises(PipelineStateError, match=r"me asked for a checkpoint \(to see\)"):
         make_trainer([asks], max_step=3)()
 
 
-def test_a_checkpoint_says_which_run_it_is_of(tmp_path: Path) -> None:
-    """The manifest holds the configuration, the command and the versions, in words."""
+def test_checkpoint_describes_its_run(tmp_path: Path) -> None:
+    """The manifest has the config, the command and the versions."""
     train(tmp_path, SaveCheckpointConfig(every="3 steps", keep_last=7))
     about = load_checkpoint(tmp_path / "checkpoints" / "last").info.metadata
     configuration = about["configuration"]
@@ -116,10 +118,8 @@ def test_a_checkpoint_says_which_run_it_is_of(tmp_path: Path) -> None:
     json.dumps(about)
 
 
-def test_a_checkpoint_says_of_which_commit_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The commit of the script, and whether files differ; the repository's settings run nothing."""
+def test_checkpoint_names_the_git_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script's commit and dirty flag are recorded; settings of the repository run nothing."""
 
     def git(*arguments: str) -> str:
         who = ("-c", "user.name=Someone", "-c", "user.email=someone@example.org")
@@ -142,8 +142,8 @@ def test_a_checkpoint_says_of_which_commit_it_is(
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_any_checkpoint_goes_on_as_the_run_did(background: bool, tmp_path: Path) -> None:
-    """Saved by the side of the training or not, every one of them resumes to the same weights."""
+def test_every_checkpoint_resumes_exactly(background: bool, tmp_path: Path) -> None:
+    """Each checkpoint, saved in the background or not, resumes to the same weights."""
     save = SaveCheckpointConfig(every="1 steps", keep_last=None, in_background=background)
     straight = train(tmp_path, save)
     for step in range(1, 6):
@@ -153,8 +153,8 @@ def test_any_checkpoint_goes_on_as_the_run_did(background: bool, tmp_path: Path)
         assert steps_in(tmp_path / str(step)) == list(range(step + 1, 7))
 
 
-def test_what_is_saved_in_the_background_is_not_torn(tmp_path: Path) -> None:
-    """An update meanwhile does not get into a copy: it holds what a save in place holds."""
+def test_background_save_is_consistent(tmp_path: Path) -> None:
+    """A later update does not change the copy; it equals a foreground save."""
     for name, background in (("in place", False), ("beside", True)):
         save = SaveCheckpointConfig(every="1 steps", keep_last=None, in_background=background)
         model = torch.nn.Sequential(torch.nn.Linear(4, 20_000), torch.nn.Linear(20_000, 2))
@@ -183,7 +183,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 class Heavy(PipelineHooks):
-    """Has a state that takes some time to write."""
+    """Hook with a state that is slow to write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,10 +196,8 @@ class Heavy(PipelineHooks):
         self.state = state["state"]
 
 
-def test_a_busy_background_may_leave_saves_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """With when_busy='skip' no step waits for a save, but the last save is made all the same."""
+def test_busy_background_may_skip_saves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With when_busy='skip' no step waits for a save, but the last save is made."""
     save = SaveCheckpointConfig(
         every="1 steps", keep_last=None, in_background=True, when_busy="skip"
     )
@@ -211,8 +209,8 @@ def test_a_busy_background_may_leave_saves_out(
     assert "no save at epoch 0, step 2" in caplog.text
 
 
-def test_auto_begins_goes_on_and_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """One command for a fresh run, a resumed one, and one that is over."""
+def test_auto_starts_resumes_and_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One command serves a new run, a resumed one and a completed one."""
     caplog.set_level(logging.INFO)
     save = SaveCheckpointConfig(every="1 epoch")
     train(tmp_path, save, max_epoch=1, resume_from="auto")
@@ -228,8 +226,8 @@ def test_auto_begins_goes_on_and_ends(tmp_path: Path, caplog: pytest.LogCaptureF
     assert (tmp_path / "checkpoints" / "last").stat().st_mtime_ns == before
 
 
-def test_auto_removes_what_a_killed_run_has_left(tmp_path: Path) -> None:
-    """What is kept no longer goes when a start has gone on, also one with nothing left to do."""
+def test_auto_removes_remains_of_a_killed_run(tmp_path: Path) -> None:
+    """Stale checkpoints are removed after a resume, also of a completed run."""
     train(tmp_path, SaveCheckpointConfig(every="1 step", keep_last=None))
     save = SaveCheckpointConfig(every="1 step", keep_last=2)
     with pytest.raises(StateError):
@@ -246,8 +244,8 @@ def damage(checkpoint: Path) -> None:
     path.write_bytes(content)
 
 
-def test_auto_falls_back_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A damaged checkpoint is skipped with its name; if all are, that is an error."""
+def test_auto_falls_back_and_logs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A damaged checkpoint is skipped by name; if all are damaged, that is an error."""
     save = SaveCheckpointConfig(every="2 steps", keep_last=None)
     straight = train(tmp_path, save)
     root = tmp_path / "checkpoints"
@@ -264,29 +262,29 @@ def test_auto_falls_back_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFi
         train(tmp_path, save, resume_from="auto")
 
 
-def test_a_folder_of_checkpoints_is_not_taken_for_one(tmp_path: Path) -> None:
-    """Given the run's folder, or that of all its checkpoints, it says what to give."""
+def test_folder_of_checkpoints_is_not_a_checkpoint(tmp_path: Path) -> None:
+    """Given the run folder or the folder of checkpoints, the error names the path to use."""
     train(tmp_path, SaveCheckpointConfig())
     for folder in (tmp_path, tmp_path / "checkpoints"):
         with pytest.raises(CheckpointError, match=r"give one of them, such as .*/last, or resume"):
             train(tmp_path, SaveCheckpointConfig(), resume_from=folder)
 
 
-def test_auto_needs_a_place_to_look() -> None:
-    """Without a hook that saves and without a folder of the run, there is none."""
+def test_auto_needs_a_folder() -> None:
+    """Without a saving hook and a run folder, "auto" is an error."""
     with pytest.raises(PipelineConfigError, match="no folder to look in"):
         make_trainer(max_step=1, resume_from="auto")
 
 
-def test_it_needs_a_folder() -> None:
-    """Without one of its own and without one of the run, it can't begin."""
+def test_hook_needs_a_folder() -> None:
+    """Without a folder here and a run folder, the run can't begin."""
     trainer = make_trainer(SaveCheckpointConfig(), max_step=1)
     with pytest.raises(PipelineConfigError, match=r"SaveCheckpoint\.folder"):
         trainer()
 
 
-def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
-    """Whoever comes second is told who was first, and harms nothing."""
+def test_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    """The second run's error names the first one's process, and nothing is damaged."""
 
     def start_another(args: PipelineHookArgs) -> None:
         for resume_from in (None, "auto"):
@@ -299,7 +297,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 
 
 class Publisher(PipelineHooks):
-    """Publishes a value at every step, and makes every step a logging point."""
+    """Hook that publishes a value and requests a logging point in every step."""
 
     def __init__(self, values: list[float]) -> None:
         super().__init__()
@@ -313,8 +311,8 @@ class Publisher(PipelineHooks):
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_the_best_are_kept_whenever_they_come(resumed: bool, tmp_path: Path) -> None:
-    """Good values are saved at the step that they are of, off the schedule, and outlive others."""
+def test_best_checkpoints_are_kept_off_the_trigger(resumed: bool, tmp_path: Path) -> None:
+    """Good values are saved at their steps, off the trigger, and are kept longest."""
     values = Publisher([0.3, 0.9, 0.1, float("nan"), 0.8, 0.2])
     save = SaveCheckpointConfig(
         every="3 steps", keep_last=1, keep_best=2, monitor="score", mode="max"
@@ -330,8 +328,8 @@ def test_the_best_are_kept_whenever_they_come(resumed: bool, tmp_path: Path) -> 
     assert load_checkpoint(root / "best").info.metrics["score"] == pytest.approx(0.9)
 
 
-def test_a_metric_of_other_weights_is_not_theirs(tmp_path: Path) -> None:
-    """A checkpoint has only the metrics that were measured of it, not those of a step before."""
+def test_metadata_has_only_metrics_of_the_saved_weights(tmp_path: Path) -> None:
+    """A checkpoint has only metrics measured on its weights, not of an earlier step."""
     hooks = at_step(2, Publisher([0.5] * 6).publish)
     train(tmp_path, hooks, SaveCheckpointConfig(every="1 steps", keep_last=None), max_step=3)
     found = {
@@ -342,7 +340,7 @@ def test_a_metric_of_other_weights_is_not_theirs(tmp_path: Path) -> None:
 
 
 class FullDisk(PipelineHooks):
-    """No file grows, as on a full disk, from the end of one step until another one begins."""
+    """Hook that blocks file growth, as on a full disk, from the end of a step to the next one."""
 
     def __init__(self, first: int, last: int) -> None:
         super().__init__()
@@ -361,21 +359,21 @@ class FullDisk(PipelineHooks):
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_full_disk_ends_no_run_that_is_to_go_on(
+def test_full_disk_does_not_end_the_run(
     background: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is told, older checkpoints stay, and the next save with room is made."""
+    """The error is logged, older checkpoints stay, and the next save succeeds."""
     save = SaveCheckpointConfig(every="1 steps", keep_last=None, in_background=background)
     train(tmp_path, FullDisk(2, 4), save)
     assert steps_in(tmp_path) == [1, 4, 5, 6]
-    told = [record for record in caplog.records if "a save has failed" in record.getMessage()]
+    told = [record for record in caplog.records if "a save failed" in record.getMessage()]
     assert len(told) == 2
     assert "File too large" in told[0].getMessage()
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_full_disk_stops_a_run_that_is_to_stop(background: bool, tmp_path: Path) -> None:
-    """The error says what could not be written, and the older checkpoint is whole."""
+def test_full_disk_stops_the_run_on_request(background: bool, tmp_path: Path) -> None:
+    """With on_failure='stop' the error names the file, and the older checkpoint is intact."""
     save = SaveCheckpointConfig(every="1 steps", on_failure="stop", in_background=background)
     with pytest.raises(CheckpointError, match="step_00000002"):
         train(tmp_path, FullDisk(2, 6), save)
@@ -384,8 +382,8 @@ def test_a_full_disk_stops_a_run_that_is_to_stop(background: bool, tmp_path: Pat
     assert read_run_state(tmp_path).state == "failed"
 
 
-def test_a_run_whose_last_save_fails_says_so_when_it_is_over(tmp_path: Path) -> None:
-    """The training is done, and can be saved elsewhere by hand."""
+def test_failed_last_save_is_raised_at_the_end(tmp_path: Path) -> None:
+    """The training is complete and can be saved elsewhere by hand."""
     torch.manual_seed(3)
     save = SaveCheckpointConfig(every="2 steps")
     trainer = make_trainer([FullDisk(6, 7), save], run_folder=tmp_path, max_step=6)
@@ -396,13 +394,13 @@ def test_a_run_whose_last_save_fails_says_so_when_it_is_over(tmp_path: Path) -> 
     load_checkpoint(tmp_path / "elsewhere")
 
 
-def test_a_last_save_that_fails_in_the_background_is_made_again(tmp_path: Path) -> None:
-    """By its schedule it fails, the log tells it, someone makes room, and the end is saved."""
+def test_failed_background_save_is_repeated_at_the_end(tmp_path: Path) -> None:
+    """A failed save is logged; after space is freed, the end is saved."""
     disk = FullDisk(6, 7)
 
     class MakesRoom(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if "a save has failed" in record.getMessage():
+            if "a save failed" in record.getMessage():
                 resource.setrlimit(resource.RLIMIT_FSIZE, disk.limits)
 
     reader = MakesRoom()
@@ -416,8 +414,8 @@ def test_a_last_save_that_fails_in_the_background_is_made_again(tmp_path: Path) 
     assert read_run_state(tmp_path).state == "completed"
 
 
-def test_a_state_that_can_not_be_saved_ends_the_run(tmp_path: Path) -> None:
-    """It would fail each time, so it is an error at once, with the place of what is wrong."""
+def test_unsaveable_state_ends_the_run(tmp_path: Path) -> None:
+    """The error comes at once, with the path of the value, as every save would fail."""
 
     class Odd(PipelineHooks):
         def state_dict(self) -> dict[str, Any]:
@@ -428,8 +426,8 @@ def test_a_state_that_can_not_be_saved_ends_the_run(tmp_path: Path) -> None:
     assert steps_in(tmp_path) == []
 
 
-def test_a_preempted_run_is_saved_only_if_asked(tmp_path: Path) -> None:
-    """Who interrupts a run says whether it is to be saved; an end is saved in any case."""
+def test_preempted_run_is_saved_only_on_request(tmp_path: Path) -> None:
+    """A preemption decides about saving; a regular end is always saved."""
     stop = at_step(4, lambda args: args.requests.stop("time is up", exit_code=75))
     with pytest.raises(RunPreempted) as preempted:
         train(tmp_path, stop, SaveCheckpointConfig())
@@ -451,14 +449,14 @@ def test_a_preempted_run_is_saved_only_if_asked(tmp_path: Path) -> None:
         {"digest": "md5"},
     ],
 )
-def test_wrong_configurations_are_refused(wrong: dict[str, Any]) -> None:
+def test_invalid_configs_are_refused(wrong: dict[str, Any]) -> None:
     """The error names the field."""
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         SaveCheckpointConfig(**wrong)
 
 
-def test_several_savers_have_schedules_of_their_own(tmp_path: Path) -> None:
-    """Two hooks save into two folders, each by its schedule; what others ask for, both save."""
+def test_several_savers_have_separate_triggers(tmp_path: Path) -> None:
+    """Two hooks save into two folders by their own triggers; requests go to both."""
     often = SaveCheckpointConfig(every="2 steps", folder=tmp_path / "often", keep_last=None)()
     rarely = SaveCheckpointConfig(every="3 steps", folder=tmp_path / "rarely", keep_last=None)()
     often.name = "often"
@@ -471,8 +469,8 @@ def test_several_savers_have_schedules_of_their_own(tmp_path: Path) -> None:
     assert found == {"often": [1, 2, 4, 5], "rarely": [1, 3, 5]}
 
 
-def test_who_stops_at_once_waits_for_no_save(tmp_path: Path) -> None:
-    """What is being written is left behind, and the folder is free when that is done."""
+def test_immediate_stop_does_not_wait_for_a_save(tmp_path: Path) -> None:
+    """The running save is abandoned, and the folder is unlocked afterwards."""
     begun, may_go_on = threading.Event(), threading.Event()
     root = tmp_path / "checkpoints"
 

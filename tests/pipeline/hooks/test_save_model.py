@@ -1,4 +1,4 @@
-"""The model is written for others to use."""
+"""The exported model."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def planted(when: str, do: Callable[[PipelineHookArgs], object]) -> PipelineHook
 
 
 def loaded(folder: Path) -> list[torch.Tensor]:
-    """The weights of a plain model that the file was loaded into."""
+    """Return the weights of a plain model loaded from the file."""
     model = make_model(seed=9)
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return weights(model)
 
 
-def test_the_trained_model_is_written_at_the_end(tmp_path: Path) -> None:
-    """In the run's folder, once, and loads into a plain model."""
+def test_model_is_written_at_the_end(tmp_path: Path) -> None:
+    """The model is written once to the run folder and loads into a plain model."""
     model = make_model()
     make_trainer(SaveModelConfig(every="1 epoch"), model=model, max_epoch=2, run_folder=tmp_path)()
     assert equal(loaded(tmp_path / "pretrained_model"), weights(model))
@@ -48,8 +48,8 @@ def test_the_trained_model_is_written_at_the_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("after_epoch", [False, True])
-def test_a_run_that_is_stopped_for_good_is_written(after_epoch: bool, tmp_path: Path) -> None:
-    """Also where the stop is asked for at the end of an epoch, as early stopping does."""
+def test_stopped_run_is_written(after_epoch: bool, tmp_path: Path) -> None:
+    """Also if the stop is requested at the end of an epoch, as by early stopping."""
     hooks = PipelineHooks("stops")
     if after_epoch:
         hooks.on_epoch.after(lambda args: args.requests.stop("good enough"))
@@ -66,16 +66,16 @@ def test_a_run_that_is_stopped_for_good_is_written(after_epoch: bool, tmp_path: 
     assert equal(loaded(tmp_path / "pretrained_model"), weights(model))
 
 
-def test_an_interrupted_run_writes_none(tmp_path: Path) -> None:
-    """The model of a run that goes on later is not a trained one."""
+def test_interrupted_run_writes_nothing(tmp_path: Path) -> None:
+    """A run to be resumed has no trained model yet."""
     hook = planted("at steps 3", lambda args: args.requests.stop("SIGTERM", exit_code=143))
     with pytest.raises(RunPreempted):
         make_trainer([SaveModelConfig(), hook], max_epoch=9, run_folder=tmp_path)()
     assert not (tmp_path / "pretrained_model").exists()
 
 
-def test_it_follows_a_schedule(tmp_path: Path) -> None:
-    """Each time it takes the place of the one before, and leaves other files alone."""
+def test_model_is_written_on_trigger(tmp_path: Path) -> None:
+    """Each write replaces the previous one and keeps other files."""
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     (folder / "README.md").write_text("mine")
@@ -97,8 +97,8 @@ def test_it_follows_a_schedule(tmp_path: Path) -> None:
     assert sorted(file.name for file in folder.iterdir()) == ["README.md", "model.safetensors"]
 
 
-def test_an_average_is_written(tmp_path: Path) -> None:
-    """The weights of another hook, by its name."""
+def test_average_is_written(tmp_path: Path) -> None:
+    """The weights of another hook are written by its name."""
     ema = EMAConfig(decay=0.5)()
     model = make_model()
     make_trainer(
@@ -133,8 +133,8 @@ class Written:
     [Sizes(), Fields(), Written(), {"width": 8}, Settings()],
     ids=lambda c: type(c).__name__,
 )
-def test_the_configuration_stands_beside(config: Any, tmp_path: Path) -> None:
-    """As JSON, whatever kind of object it is."""
+def test_model_config_is_written(config: Any, tmp_path: Path) -> None:
+    """The model's config of any supported type is written as JSON."""
     model = make_model()
     model.config = config
     make_trainer(SaveModelConfig(), model=model, max_step=1, run_folder=tmp_path)()
@@ -153,8 +153,8 @@ class Hub(torch.nn.Module, PyTorchModelHubMixin):
         return outputs
 
 
-def test_a_hub_model_comes_back(tmp_path: Path) -> None:
-    """``from_pretrained`` makes the model of its configuration, with the trained weights."""
+def test_hub_model_round_trips(tmp_path: Path) -> None:
+    """``from_pretrained`` rebuilds the model from its config, with the trained weights."""
     model = Hub(width=5)
     make_trainer(SaveModelConfig(), model=model, max_step=3, run_folder=tmp_path)()
     again = Hub.from_pretrained(tmp_path / "pretrained_model")
@@ -162,7 +162,7 @@ def test_a_hub_model_comes_back(tmp_path: Path) -> None:
     assert equal(weights(again), weights(model))
 
 
-def test_a_configuration_that_is_no_json_is_refused_ahead(tmp_path: Path) -> None:
+def test_model_config_not_json_is_refused_at_the_start(tmp_path: Path) -> None:
     """The error comes before the first step."""
     model = make_model()
     model.config = {"made_by": object()}  # type: ignore[assignment]
@@ -172,30 +172,30 @@ def test_a_configuration_that_is_no_json_is_refused_ahead(tmp_path: Path) -> Non
     assert trainer.progress.global_step_id == 0
 
 
-def test_a_configuration_of_an_unknown_kind_is_left_out(
+def test_unsupported_model_config_is_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The log says so, and the weights are written."""
+    """A warning is logged, and the weights are written."""
     model = make_model()
     model.config = object()  # type: ignore[assignment]
     with caplog.at_level(logging.WARNING):
         make_trainer(SaveModelConfig(), model=model, max_step=1, run_folder=tmp_path)()
-    assert caplog.text.count("the model's config is a object") == 1
+    assert caplog.text.count("found object; not writing") == 1
     assert (tmp_path / "pretrained_model" / "model.safetensors").exists()
 
 
-def test_what_it_can_not_do_is_told_ahead(tmp_path: Path) -> None:
-    """No folder, no such weights, or never due."""
-    with pytest.raises(PipelineConfigError, match="give the trainer a run_folder, or the hook a"):
+def test_invalid_setups_are_refused(tmp_path: Path) -> None:
+    """A missing folder, unknown weights, and a config that never writes are refused."""
+    with pytest.raises(PipelineConfigError, match="set folder here, or run_folder of the trainer"):
         make_trainer(SaveModelConfig(), max_step=1)()
     with pytest.raises(PipelineConfigError, match="no hook named 'EMA' keeps weights"):
         make_trainer(SaveModelConfig(weights="EMA"), max_step=1, run_folder=tmp_path)()
-    with pytest.raises(ValueError, match="it would never write"):
+    with pytest.raises(ValueError, match="the model would never be written"):
         SaveModelConfig(at_end=False)
 
 
-def test_it_writes_without_a_trace(tmp_path: Path) -> None:
-    """It changes no weights, and reads them from the device at the commit point alone."""
+def test_hook_does_not_affect_training(tmp_path: Path) -> None:
+    """The hook changes no weights, and reads tensors only at the commit point."""
     hook = SaveModelConfig(every="2 steps", folder=tmp_path)
     assert_weights_unchanged(hook)
     assert_no_device_sync(hook)

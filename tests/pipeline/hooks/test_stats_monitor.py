@@ -1,4 +1,4 @@
-"""What a run's time goes into, and what else is measured of it."""
+"""Step times, memory, learning rates and gradient norms."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def nap(*_: object) -> None:
 
 
 def napping(channel: ChannelName, role: str) -> PipelineHooks:
-    """A hook that sleeps once each time its channel is open."""
+    """Return a hook that sleeps once each time its channel is open."""
     hooks = PipelineHooks(f"naps {role} {channel}")
     getattr(getattr(hooks, channel), role)(nap)
     return hooks
@@ -50,7 +50,7 @@ def sleepy_forward(model: Any, batch: Any) -> Any:
 
 
 class SleepyLoader:
-    """Has each batch waited for, and no length."""
+    """Loader that sleeps before each batch and has no length."""
 
     def __iter__(self) -> Iterator[Any]:
         for batch in make_loader(2):
@@ -59,7 +59,7 @@ class SleepyLoader:
 
 
 class SleepyCommit(PipelineHooks):
-    """Has something slow done at the commit point of each step."""
+    """Hook with slow work at the commit point of each step."""
 
     def __init__(self, kind: str, file: Path) -> None:
         super().__init__("slow")
@@ -90,7 +90,7 @@ class SleepyCommit(PipelineHooks):
 
 
 def naps(*hooks: Any, **setting: Any) -> list[int]:
-    """How many naps a step of the last window took of waiting, of computing and of hooks."""
+    """Return the naps per step of the last window: waiting, computing and hooks."""
     setting = {"data": make_loader(2), "epochs": 2, "log_every": "last", **setting}
     told = run_hook(hooks, **setting).metrics
     last = max(told["perf/data_s"])
@@ -104,13 +104,13 @@ def naps(*hooks: Any, **setting: Any) -> list[int]:
 MONITOR = StatsMonitorConfig()
 
 
-def test_waiting_for_batches_is_told() -> None:
-    """What the loader takes is waiting, also for the first batch of an epoch."""
+def test_waiting_for_batches_is_measured() -> None:
+    """Time in the loader is waiting, also for the first batch of an epoch."""
     assert naps(MONITOR, data=SleepyLoader()) == [1, 0, 0]
 
 
-def test_computing_is_told() -> None:
-    """What the batch processor takes is computing."""
+def test_computing_is_measured() -> None:
+    """Time in the batch processor is computing."""
     processor = SimpleBatchProcessor.from_callable(sleepy_forward)
     assert naps(MONITOR, batch_processor=processor) == [0, 1, 0]
 
@@ -129,10 +129,10 @@ def test_computing_is_told() -> None:
         ("on_epoch", "after", [0, 0, 0], [0, 0, 0]),
     ],
 )
-def test_hooks_are_told(
+def test_hooks_are_measured(
     channel: ChannelName, role: str, inside: list[int], outside: list[int]
 ) -> None:
-    """By where they are: one that sleeps, inside of the monitor and outside."""
+    """A sleeping hook is attributed by its position: inside or outside of the monitor."""
     hook = napping(channel, role)
     # With one step to an epoch, each step has an epoch's hooks, too.
     data = make_loader(1 if channel == "on_epoch" else 2)
@@ -142,21 +142,21 @@ def test_hooks_are_told(
 
 
 @pytest.mark.parametrize("kind", ["evaluate", "save", "log"])
-def test_what_is_done_at_commit_points_is_left_out(kind: str, tmp_path: Path) -> None:
-    """Evaluations, saves and logging points between two steps are no waiting for data."""
+def test_commit_points_are_excluded(kind: str, tmp_path: Path) -> None:
+    """Evaluations, saves and logging points between steps do not count as waiting."""
     slow = SleepyCommit(kind, tmp_path / "slow.safetensors")
     assert naps(MONITOR, slow, data=make_loader(3)) == [0, 0, 0]
 
 
 def test_samples_are_counted() -> None:
-    """The samples per second are those per step, by the steps per second, for uneven batches."""
+    """Samples/s are samples per step times steps/s, for uneven batches."""
     told = run_hook(MONITOR, data=make_loader(2, rest=1), epochs=1, log_every="1 epoch").metrics
     rate = told["perf/samples_per_s"][3] / told["perf/steps_per_s"][3]
     assert rate == pytest.approx((4 + 4 + 1) / 3)
 
 
-def test_the_end_is_foreseen() -> None:
-    """The time left is that of the steps left, by what a step took; in the end it is none."""
+def test_eta_is_published() -> None:
+    """The ETA is the remaining steps times the mean step time; 0 at the end."""
     processor = SimpleBatchProcessor.from_callable(sleepy_forward)
     eta = run_hook(MONITOR, batch_processor=processor, steps=4).metrics["perf/eta_s"]
     assert eta[4] == 0
@@ -164,16 +164,16 @@ def test_the_end_is_foreseen() -> None:
         assert (4 - step) * NAP_S <= eta[step] < (4 - step) * 2 * NAP_S
 
 
-def test_the_end_is_foreseen_when_the_length_is_known() -> None:
-    """Of data without a length, from the end of the first epoch on."""
+def test_eta_needs_a_known_length() -> None:
+    """For data without a length, the ETA starts after the first epoch."""
     eta = run_hook(MONITOR, data=SleepyLoader(), epochs=2).metrics["perf/eta_s"]
     assert list(eta) == [2, 3, 4]
     assert NAP_S <= eta[3] < 2 * NAP_S
     assert eta[4] == 0
 
 
-def test_memory_is_told() -> None:
-    """The process takes what the system says it takes; a CPU has no memory of its own."""
+def test_memory_is_published() -> None:
+    """Memory equals the system's number; a CPU has no device memory."""
     told = run_hook(MONITOR, steps=1).metrics
     assert told["perf/memory_mib"][1] == pytest.approx(
         psutil.Process().memory_info().rss / 2**20, rel=0.2
@@ -183,8 +183,8 @@ def test_memory_is_told() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-def test_device_memory_is_told() -> None:
-    """The most that tensors have taken of the GPU."""
+def test_device_memory_is_published() -> None:
+    """The peak of GPU tensors is published."""
     from accelerate import Accelerator
 
     from robo_orchard_lab.pipeline import HookBasedTrainer
@@ -204,8 +204,8 @@ def test_device_memory_is_told() -> None:
     assert told["perf/device_memory_mib"] == torch.cuda.max_memory_allocated() / 2**20 > 0
 
 
-def test_learning_rates_are_told() -> None:
-    """Each parameter group has its own: at a logging point, that of the next update."""
+def test_learning_rates_are_published() -> None:
+    """Each parameter group has the learning rate of the next update."""
 
     def two_groups(parameters: Any) -> torch.optim.Optimizer:
         first, *others = parameters
@@ -218,8 +218,8 @@ def test_learning_rates_are_told() -> None:
     assert told["lr/group1"] == {1: 0.5, 2: 0.25, 3: 0.25, 4: 0.125}
 
 
-def test_without_an_update_there_is_no_rate() -> None:
-    """A run that only goes forward has times, and neither learning rates nor gradients."""
+def test_no_learning_rate_without_updates() -> None:
+    """A run without updates has times, but no learning rates and gradients."""
     processor = SimpleBatchProcessor.from_callable(loss_of, need_backward=False)
     told = run_hook(MONITOR, batch_processor=processor, steps=1).metrics
     assert list(told) == [
@@ -228,7 +228,7 @@ def test_without_an_update_there_is_no_rate() -> None:
 
 
 class Norms(PipelineHooks):
-    """Writes down the norm of all gradients ahead of each update."""
+    """Hook that records the gradient norm before each update."""
 
     def __init__(self) -> None:
         super().__init__("norms")
@@ -242,15 +242,15 @@ class Norms(PipelineHooks):
             self.of_step[args.progress.steps_done] = norm.item()
 
 
-def test_the_gradient_norm_is_sampled() -> None:
-    """By default it is that of the first update after each logging point, as it was there."""
+def test_gradient_norm_is_sampled() -> None:
+    """By default the norm is of the first update after each logging point."""
     norms = Norms()
     run = run_hook([MONITOR, norms], steps=14, accumulate=2, log_every="6 steps")
     assert run.metrics["grad_norm"] == {step: norms.of_step[step] for step in (2, 8, 14)}
 
 
-def test_the_gradient_norm_of_every_update() -> None:
-    """On request it is the mean over all updates."""
+def test_gradient_norm_of_every_update() -> None:
+    """On request the norm is the mean over all updates."""
     norms = Norms()
     cfg = StatsMonitorConfig(grad_norm_every_update=True)
     run = run_hook([cfg, norms], steps=6, log_every="3 steps")
@@ -258,8 +258,8 @@ def test_the_gradient_norm_of_every_update() -> None:
     assert run.metrics["grad_norm"] == pytest.approx(means)
 
 
-def test_the_gradient_norm_may_be_left_alone() -> None:
-    """Without grad_norm it is neither computed nor published."""
+def test_gradient_norm_can_be_disabled() -> None:
+    """With grad_norm=False it is neither computed nor published."""
     hooks = PipelineHooks("looks")
     found = []
     hooks.on_optimizer_step.after(lambda args: found.append(args.grad_norm))
@@ -267,8 +267,8 @@ def test_the_gradient_norm_may_be_left_alone() -> None:
     assert found == [None] * 6
 
 
-def test_a_norm_that_is_there_is_taken() -> None:
-    """Where another hook has computed it and does not publish it, this one publishes that."""
+def test_computed_norm_is_reused() -> None:
+    """A norm computed but not published by another hook is published."""
     hooks = PipelineHooks("computes")
 
     @hooks.on_optimizer_step.before
@@ -280,8 +280,8 @@ def test_a_norm_that_is_there_is_taken() -> None:
 
 @pytest.mark.parametrize("every", [False, True])
 @pytest.mark.parametrize("first", [False, True])
-def test_a_norm_that_is_published_is_left_alone(every: bool, first: bool) -> None:
-    """Beside the clipping hook, in either order, grad_norm is as it is without the monitor."""
+def test_published_norm_is_not_changed(every: bool, first: bool) -> None:
+    """With the clipping hook, in either order, grad_norm is as without the monitor."""
     clipping, monitor = (
         GradientClippingHookConfig(max_norm=0.1),
         [StatsMonitorConfig(grad_norm_every_update=every)],
@@ -292,21 +292,21 @@ def test_a_norm_that_is_published_is_left_alone(every: bool, first: bool) -> Non
 
 
 @pytest.mark.parametrize("every", [False, True])
-def test_a_resumed_run_publishes_what_the_straight_one_does(every: bool) -> None:
-    """But for times and memory; saved after any step, it has the norms of the same updates."""
+def test_resumed_run_publishes_the_same_norms(every: bool) -> None:
+    """Saved after any step, the run has the norms of the same updates."""
     cfg = StatsMonitorConfig(grad_norm_every_update=every)
     schedule = partial(StepLR, step_size=2, gamma=0.5)
     assert_state_round_trip(cfg, steps=7, log_every="3 steps", lr_scheduler=schedule)
 
 
-def test_a_state_of_another_version_is_refused() -> None:
-    """The error names the hook and the versions."""
+def test_state_of_another_version_is_refused() -> None:
+    """The error names the hook and both versions."""
     with pytest.raises(StateError, match="StatsMonitor of version 1, found version 2"):
         StatsMonitorConfig()().load_state_dict({"version": 2})
 
 
-def test_it_makes_logging_points_of_its_own() -> None:
-    """By its schedule, so that it needs no other hook to publish what it has measured."""
+def test_hook_can_request_logging_points() -> None:
+    """With a trigger, the monitor needs no other hook for logging points."""
     seen: list[int] = []
     notes = PipelineHooks("notes")
 
@@ -320,21 +320,21 @@ def test_it_makes_logging_points_of_its_own() -> None:
     assert "perf/steps_per_s" in trainer.metrics.names()
 
 
-def test_wrong_fields_are_refused() -> None:
-    """The norm of every update is one that is published."""
+def test_invalid_fields_are_refused() -> None:
+    """grad_norm_every_update needs grad_norm."""
     with pytest.raises(ValidationError, match="needs grad_norm=True"):
         StatsMonitorConfig(grad_norm=False, grad_norm_every_update=True)
 
 
-def test_it_watches_without_a_trace() -> None:
-    """It reads nothing from the device, and the weights are those of a run without it."""
+def test_hook_does_not_affect_training() -> None:
+    """The hook reads no tensors and changes no weights."""
     cfg = StatsMonitorConfig(grad_norm_every_update=True)
     assert_no_device_sync(cfg, log_every="3 steps")
     assert_weights_unchanged(cfg, accumulate=2)
 
 
-def test_a_run_that_is_over_has_no_more_to_tell() -> None:
-    """After the run, the board calls the monitor no more."""
+def test_hook_unsubscribes_after_the_run() -> None:
+    """After the run, the board does not call the monitor."""
     monitor = StatsMonitorConfig()()
     trainer = make_trainer(monitor, max_step=2)
     trainer()

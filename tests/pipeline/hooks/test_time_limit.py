@@ -1,4 +1,4 @@
-"""A run is saved and stopped before its time is up."""
+"""Saving and stopping before a time limit."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from hypothesis import strategies as st
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, RunPreempted
 from robo_orchard_lab.pipeline.hooks import TimeLimitConfig
-from robo_orchard_lab.pipeline.hooks.time_limit import duration_s
 from robo_orchard_lab.pipeline.run.run_state import read_run_state
+from robo_orchard_lab.pipeline.trigger import duration_s
 from robo_orchard_lab.testing import assert_no_device_sync, assert_weights_unchanged
 from tiny import make_trainer
 
 
 def age_s() -> float:
-    """How long this process has been running."""
+    """Return the age of this process in seconds."""
     return float(time.time() - psutil.Process().create_time())
 
 
 class Saver(PipelineHooks):
-    """Saves when asked to, by writing down the step; each step takes a while."""
+    """Hook that records the steps of save requests, with slow steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Saver(PipelineHooks):
 
 
 def stopped(config: TimeLimitConfig, **options: Any) -> tuple[Saver, int]:
-    """Run until the limit stops it: what saved, and the exit code."""
+    """Run until the limit stops the trainer; return the saves and the exit code."""
     saver = Saver()
     with pytest.raises(RunPreempted) as error:
         make_trainer([config, saver], **{"max_step": 10_000, **options})()
@@ -47,8 +47,8 @@ def stopped(config: TimeLimitConfig, **options: Any) -> tuple[Saver, int]:
     return saver, error.value.code
 
 
-def test_a_run_stops_with_the_margin_left(tmp_path: Path) -> None:
-    """It is saved at the first commit point at which no more than the margin is left."""
+def test_run_stops_with_the_margin_left(tmp_path: Path) -> None:
+    """The run is saved at the first commit point within the margin."""
     make_trainer(max_step=1)()  # whatever takes long for the first time
     end_at = time.time() + 10.6
     saver, code = stopped(TimeLimitConfig(limit=age_s() + 10.6, margin=10), run_folder=tmp_path)
@@ -58,26 +58,26 @@ def test_a_run_stops_with_the_margin_left(tmp_path: Path) -> None:
     assert state.state == "preempted"
     assert state.by == "TimeLimit"
     assert state.reason is not None
-    assert state.reason.endswith("is near, with 10 s kept for saving")
+    assert state.reason.endswith("is near, with 10 s reserved for saving")
     assert saver.saved == [state.progress["global_step_id"]]
     assert 1 < saver.saved[0] < 100
 
 
-def test_a_limit_that_is_past_stops_after_one_step() -> None:
-    """A process that is started too late does not hang about."""
+def test_past_limit_stops_after_one_step() -> None:
+    """A process that starts too late stops after one step."""
     saver, code = stopped(TimeLimitConfig(limit=1e-3, margin=0, exit_code=3))
     assert (saver.saved, code) == ([1], 3)
 
 
-def test_without_an_exit_code_the_run_is_over(tmp_path: Path) -> None:
-    """A time limit can also be the end of the training."""
+def test_run_without_exit_code_is_completed(tmp_path: Path) -> None:
+    """With exit_code=None the limit completes the training."""
     config = TimeLimitConfig(limit=0.001, margin=0, exit_code=None, save_checkpoint=False)
     make_trainer(config, max_step=9, run_folder=tmp_path)()
     assert read_run_state(tmp_path).state == "completed"
 
 
-def test_slurm_says_when_the_job_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the time that it gives its jobs."""
+def test_slurm_end_time_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is SLURM_JOB_END_TIME."""
     monkeypatch.setenv("SLURM_JOB_ID", "42")
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 12))
     begun_at = time.time()
@@ -89,10 +89,10 @@ def test_slurm_says_when_the_job_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("told", "steps"), [("0:01", 1), ("UNLIMITED", 2), ("1-02:00:00", 2), ("no", 0)]
 )
-def test_an_older_slurm_is_asked(
+def test_squeue_is_used_without_end_time(
     told: str, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the end in the environment, squeue says what is left; a program stands in for it."""
+    """Without the variable, squeue returns the time left; here by a substitute program."""
     squeue = tmp_path / "squeue"
     squeue.write_text(f'#!/bin/sh\necho "$*" > "{tmp_path}/asked"\necho "{told}"\n')
     squeue.chmod(0o755)
@@ -101,7 +101,7 @@ def test_an_older_slurm_is_asked(
     monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
     trainer = make_trainer([TimeLimitConfig(limit="slurm", margin=30), Saver()], max_step=2)
     if steps == 0:
-        with pytest.raises(PipelineConfigError, match=r"can't find out when SLURM job 42 ends"):
+        with pytest.raises(PipelineConfigError, match="can't find the end of SLURM job 42"):
             trainer()
     elif steps == 1:
         with pytest.raises(RunPreempted):
@@ -112,15 +112,15 @@ def test_an_older_slurm_is_asked(
     assert (tmp_path / "asked").read_text() == "--noheader --format=%L --jobs=42\n"
 
 
-def test_slurm_outside_of_slurm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error says what to give instead."""
+def test_slurm_limit_outside_of_slurm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the alternative."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(PipelineConfigError, match=r"outside of a SLURM job .*such as '3h30min'"):
         make_trainer([TimeLimitConfig(limit="slurm"), Saver()], max_step=1)()
 
 
-def test_a_hook_that_saves_is_asked_for_ahead() -> None:
-    """That nobody saves is told before the first step."""
+def test_missing_saver_is_refused_at_the_start() -> None:
+    """The error comes before the first step."""
     with pytest.raises(PipelineConfigError, match=r"TimeLimit: .* register a SaveCheckpoint"):
         make_trainer(TimeLimitConfig(limit="1 h"), max_step=1)()
 
@@ -130,27 +130,27 @@ def test_a_hook_that_saves_is_asked_for_ahead() -> None:
     [
         ({"limit": "soon"}, "can't read 'soon' as a length of time"),
         ({"limit": True}, "expected seconds or a text"),
-        ({"limit": "1 min"}, "no time beside a margin of 120.0 s"),
+        ({"limit": "1 min"}, "got a margin of 120.0 s and a limit of 60.0 s"),
         ({"limit": float("inf")}, "finite"),
         ({"limit": "1h", "margin": -1}, ">= 0"),
     ],
 )
-def test_fields_are_checked_ahead(fields: dict[str, Any], told: str) -> None:
-    """What is no time, or leaves none, is refused when configured."""
+def test_invalid_fields_are_refused(fields: dict[str, Any], told: str) -> None:
+    """Invalid times, and a margin as long as the limit, are refused."""
     with pytest.raises(ValueError, match=told):
         TimeLimitConfig(**fields)
 
 
-def test_a_config_survives_its_file() -> None:
-    """Times are held as seconds, and are the same when read back."""
+def test_config_round_trips() -> None:
+    """Times are stored in seconds and equal when read back."""
     for limit in ("slurm", "3h30min", 600):
         config = TimeLimitConfig(limit=limit)
         assert TimeLimitConfig.from_str(config.to_str()) == config
 
 
 @given(st.integers(0, 99), st.integers(0, 23), st.integers(0, 59), st.integers(0, 59))
-def test_all_ways_to_write_a_time_agree(days: int, hours: int, minutes: int, seconds: int) -> None:
-    """With units, as a clock, and in seconds."""
+def test_all_time_formats_agree(days: int, hours: int, minutes: int, seconds: int) -> None:
+    """Times can be written with units, as a clock, and in seconds."""
     total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
     assert duration_s(f"{days}d{hours}h{minutes}min{seconds}s") == total
     assert duration_s(f"{days}-{hours:02}:{minutes:02}:{seconds:02}") == total
@@ -159,14 +159,14 @@ def test_all_ways_to_write_a_time_agree(days: int, hours: int, minutes: int, sec
 
 
 @pytest.mark.parametrize("text", ["", " ", "h", "3h 5", "1:2:3:4", "5-", "1.2.3 s", "nan", "-5 s"])
-def test_other_texts_are_refused(text: str) -> None:
-    """The error shows how to write it."""
+def test_invalid_times_are_refused(text: str) -> None:
+    """The error shows the format."""
     with pytest.raises(ValueError, match="length of time"):
         duration_s(text)
 
 
-def test_it_watches_without_a_trace() -> None:
-    """It changes no weights and reads nothing from the device."""
+def test_hook_does_not_affect_training() -> None:
+    """The hook changes no weights and reads no tensors."""
     hook = TimeLimitConfig(limit="100 d", save_checkpoint=False)
     assert_weights_unchanged(hook)
     assert_no_device_sync(hook)

@@ -1,4 +1,4 @@
-"""Recording a window of steps."""
+"""Profiling a range of steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def config(folder: Path, **options: Any) -> TorchProfilerHookConfig:
 
 
 def traces(folder: Path) -> dict[str, list[str]]:
-    """The names of the events of each trace, by its path."""
+    """Return the event names of each trace by path."""
     return {
         str(path.relative_to(folder)): [
             event.get("name", "") for event in json.loads(path.read_text())["traceEvents"]
@@ -32,13 +32,13 @@ def traces(folder: Path) -> dict[str, list[str]]:
 
 
 def updates(events: list[str]) -> int:
-    """How many updates of the weights a trace has."""
+    """Return the number of weight updates in a trace."""
     return sum(name.startswith("Optimizer.step#") for name in events)
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 3, 9])
-def test_the_window_is_recorded(warmup: int, tmp_path: Path) -> None:
-    """The trace has the asked for steps, each with its update, whatever the warm-up is."""
+def test_steps_are_recorded(warmup: int, tmp_path: Path) -> None:
+    """The trace has the requested steps with their updates, with any warm-up."""
     make_trainer([config(tmp_path, start_step=4, steps=2, warmup_steps=warmup)], max_epoch=2)()
     found = traces(tmp_path)
     assert list(found) == ["rank0/steps4-5.pt.trace.json"]
@@ -51,7 +51,7 @@ def test_the_window_is_recorded(warmup: int, tmp_path: Path) -> None:
 
 
 def test_from_the_first_step_to_the_last(tmp_path: Path) -> None:
-    """A window that is the whole run has all of it."""
+    """A range over the complete run records all steps."""
     make_trainer([config(tmp_path, start_step=0, steps=7)], max_epoch=1)()
     ((name, events),) = traces(tmp_path).items()
     assert name == "rank0/steps0-6.pt.trace.json"
@@ -59,8 +59,8 @@ def test_from_the_first_step_to_the_last(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["limit", "failure"])
-def test_a_run_that_ends_early_leaves_what_it_has(how: str, tmp_path: Path) -> None:
-    """The profiler is closed however the run ends, with the steps that were recorded."""
+def test_early_end_writes_the_recorded_steps(how: str, tmp_path: Path) -> None:
+    """The profiler is closed at any end, with the recorded steps."""
     failing = PipelineHooks()
 
     @failing.on_step.after(when="at steps 5")
@@ -81,8 +81,8 @@ def test_a_run_that_ends_early_leaves_what_it_has(how: str, tmp_path: Path) -> N
         pass
 
 
-def test_a_run_that_ends_in_the_warm_up_leaves_nothing(tmp_path: Path) -> None:
-    """Where no step was recorded, there is no trace, and the profiler is closed."""
+def test_end_during_warm_up_writes_nothing(tmp_path: Path) -> None:
+    """Without a recorded step, no trace is written and the profiler is closed."""
     make_trainer([config(tmp_path, start_step=5, warmup_steps=3)], max_step=4)()
     assert traces(tmp_path) == {}
     with profile():
@@ -90,8 +90,8 @@ def test_a_run_that_ends_in_the_warm_up_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("at", "files"), [(3, ["steps3-4"]), (5, []), (6, [])])
-def test_resumed(at: int, files: list[str], tmp_path: Path) -> None:
-    """Within the window a resumed run records the rest, and behind it nothing."""
+def test_resumed_run_records_the_rest(at: int, files: list[str], tmp_path: Path) -> None:
+    """A run resumed within the range records the rest, after the range nothing."""
     half = make_trainer([config(tmp_path / "half", start_step=50)], max_step=at)
     half()
     half.save_checkpoint(tmp_path / "saved")
@@ -105,31 +105,33 @@ def test_resumed(at: int, files: list[str], tmp_path: Path) -> None:
     assert [updates(events) for events in found.values()] == [2] * len(files)
 
 
-def test_a_folder_that_can_not_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """An error in writing is logged with its cause, and the training goes on to its end."""
+def test_unwritable_folder_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The error is logged with its cause, and training continues."""
     (tmp_path / "taken").write_text("a file")
     model, plain = make_model(), make_model()
     with caplog.at_level(logging.ERROR):
         make_trainer([config(tmp_path / "taken", start_step=1, steps=1)], model=model, max_step=5)()
-    assert caplog.text.count("TorchProfilerHook gives up; the training goes on") == 1
+    assert caplog.text.count("TorchProfilerHook: profiling failed; training continues") == 1
     assert "NotADirectoryError" in caplog.text
     make_trainer(model=plain, max_step=5)()
     assert equal(weights(model), weights(plain))
 
 
-def test_another_profiler_is_in_the_way(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Where a profiler runs already, the hook gives up, and leaves that one and the run alone."""
+def test_running_profiler_is_not_disturbed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If a profiler runs already, the hook logs an error and does nothing."""
     with caplog.at_level(logging.ERROR), profile() as outer:
         trainer = make_trainer([config(tmp_path, start_step=1, steps=1)], max_step=4)
         trainer()
     assert trainer.progress.global_step_id == 4
-    assert caplog.text.count("TorchProfilerHook gives up") == 1
+    assert caplog.text.count("TorchProfilerHook: profiling failed") == 1
     assert traces(tmp_path) == {}
     assert updates([event.key for event in outer.key_averages()]) >= 1
 
 
-def test_training_is_the_same_without(tmp_path: Path) -> None:
-    """The weights are bit-identical to those of a run that is not recorded."""
+def test_profiling_does_not_change_training(tmp_path: Path) -> None:
+    """Weights are bit-identical with and without the hook."""
     options = {"record_shapes": True, "profile_memory": True, "with_stack": True}
     assert_weights_unchanged(config(tmp_path, start_step=1, **options))
     assert list(traces(tmp_path)) == ["rank0/steps1-3.pt.trace.json"]
@@ -144,7 +146,7 @@ def test_training_is_the_same_without(tmp_path: Path) -> None:
         ({"warmup_steps": -1}, "greater than or equal to 0"),
     ],
 )
-def test_bad_configurations_are_refused(fields: dict[str, int], message: str) -> None:
-    """A window that is none is refused when the config is made."""
+def test_invalid_configs_are_refused(fields: dict[str, int], message: str) -> None:
+    """Invalid ranges are refused when the config is built."""
     with pytest.raises(ValueError, match=message):
         TorchProfilerHookConfig(folder="traces", **fields)  # type: ignore[arg-type]  # ints alone

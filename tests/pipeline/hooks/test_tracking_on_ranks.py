@@ -1,4 +1,4 @@
-"""Losses, times, the best value and the end are those of the whole job, on every rank alike."""
+"""Losses, times, the best value and the stop on two ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launching import SCRIPTS, launch
 
 
 def run(folder: Path, *options: str) -> list[dict[str, Any]]:
-    """What each of two ranks saved."""
+    """Return the results of two ranks."""
     launch(SCRIPTS / "track_on_ranks.py", folder, *options)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
@@ -35,21 +35,21 @@ def told(rank: dict[str, Any]) -> dict[str, dict[int, float]]:
     return values
 
 
-def test_ranks_are_told_the_same(ranks: list[dict[str, Any]]) -> None:
-    """Every value is that of all ranks, on each of them."""
+def test_ranks_have_the_same_values(ranks: list[dict[str, Any]]) -> None:
+    """Every value covers all ranks, on each rank."""
     assert ranks[0]["records"] == ranks[1]["records"]
 
 
-def test_losses_weigh_the_samples_of_their_rank(ranks: list[dict[str, Any]]) -> None:
-    """The mean is over all samples of the job; a loss that one rank has is that one's."""
+def test_losses_are_weighted_by_samples(ranks: list[dict[str, Any]]) -> None:
+    """The mean is over all samples of the job; a loss of one rank counts alone."""
     values = told(ranks[0])
     # One sample of 7, 3, 5, 7 and three that are 10 more.
     assert values["loss/total"] == {2: 14.5, 4: 10.5, 6: 12.5, 8: 14.5}
     assert values["loss/own"] == {2: 17, 4: 13, 6: 15, 8: 17}
 
 
-def test_rates_are_those_of_the_job(ranks: list[dict[str, Any]]) -> None:
-    """The samples per second add up over the ranks, the steps per second do not."""
+def test_rates_cover_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    """Samples/s are summed over ranks, steps/s are not."""
     values = told(ranks[0])
     samples_per_step = [
         values["perf/samples_per_s"][step] / rate
@@ -60,32 +60,30 @@ def test_rates_are_those_of_the_job(ranks: list[dict[str, Any]]) -> None:
     assert all(2 <= count <= 6 for count in samples_per_step)
 
 
-def test_the_ranks_stop_together(ranks: list[dict[str, Any]]) -> None:
-    """For one reason, after the second value that is no better."""
+def test_ranks_stop_together(ranks: list[dict[str, Any]]) -> None:
+    """Both stop for one reason, after the second value without improvement."""
     for rank in ranks:
         assert rank["steps"] == 8
-        assert rank["reason"] == (
-            "loss/total has got no better than 10.50 (step 4) in 2 evaluations"
-        )
+        assert rank["reason"] == ("loss/total did not improve on 10.50 (step 4) in 2 evaluations")
 
 
-def test_a_logging_point_takes_one_exchange(ranks: list[dict[str, Any]]) -> None:
-    """These hooks add none to it, nor to those that tell of each step's batches ahead of it."""
+def test_logging_point_costs_one_collective(ranks: list[dict[str, Any]]) -> None:
+    """These hooks add no collective to the logging point and to the steps before."""
     at_the_start, steps, logging_points = 2, 8, 4
     expected = at_the_start + (steps + 1) + logging_points
     assert [rank["collectives"] for rank in ranks] == [expected, expected]
 
 
-def test_the_first_rank_keeps_the_best(ranks: list[dict[str, Any]]) -> None:
-    """All know the best value; the file has it."""
+def test_first_rank_writes_the_best_weights(ranks: list[dict[str, Any]]) -> None:
+    """All ranks know the best value; the file has it."""
     assert [rank["best"] for rank in ranks] == [[10.5, 4]] * 2
     assert [rank["saves"] for rank in ranks] == [2, 2]
     metadata = ranks[0]["metadata"]
     assert (metadata["value"], metadata["global_step_id"]) == ("10.5", "4")
 
 
-def test_the_first_rank_s_file_counts(ranks: list[dict[str, Any]], folder: Path) -> None:
-    """A resumed run goes by the file that the first rank sees, on every rank."""
+def test_first_rank_reads_the_file(ranks: list[dict[str, Any]], folder: Path) -> None:
+    """A resumed run uses the file seen by the first rank, on every rank."""
     resumed = run(folder, "resumed")
     assert [rank["best"] for rank in resumed] == [[10.5, 4]] * 2
     assert [rank["saves"] for rank in resumed] == [0, 0]

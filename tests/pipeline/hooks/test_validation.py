@@ -1,4 +1,4 @@
-"""Evaluations within a training, which goes on as if there were none."""
+"""Evaluations during training."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ from tiny import equal, make_loader, make_trainer
 FORMATS: tuple[Literal["json", "yaml", "toml"], ...] = ("json", "yaml", "toml")
 
 
-class Told(PipelineHooks):
-    """Writes down the steps at which something was evaluated, and the values of a name."""
+class Recorder(PipelineHooks):
+    """Hook that records the steps of evaluations, and the values of one metric."""
 
     def __init__(self, name: str = "eval/val/loss") -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Told(PipelineHooks):
 
         @self.on_loop.before
         def subscribe(args: PipelineHookArgs) -> None:
-            args.metrics.subscribe(name, self.values.append, who="Told")
+            args.metrics.subscribe(name, self.values.append, who="Recorder")
 
         @self.on_evaluation.before
         def note(args: PipelineHookArgs) -> None:
@@ -63,7 +63,7 @@ class Told(PipelineHooks):
 
 
 def train(*hooks: PipelineHooks, **options: Any) -> HookBasedTrainer:
-    """A trainer with 5 steps to an epoch, batch statistics and dropout."""
+    """Build a trainer with 5 steps per epoch, BatchNorm and dropout."""
     defaults = {
         "model": make_normalised(),
         "loader": make_evaluation_loader(40, shuffle=True),
@@ -81,16 +81,16 @@ def validation(every: str | None = "1 epoch", **options: Any) -> ValidationHook:
     return ValidationHookConfig(every=schedule, **options)(dataloaders=dataloaders, **live)
 
 
-def test_it_evaluates_on_the_sets_that_are_named() -> None:
-    """Of the loaders that it is given, in the order of their names there."""
+def test_only_named_sets_are_evaluated() -> None:
+    """Only loaders named in sets are evaluated."""
     loaders = {name: make_evaluation_loader(11) for name in ("a", "b", "c")}
     trainer = train(validation(dataloaders=loaders, sets=["c", "a"]), max_epoch=1)
     trainer()
     evaluated = [name for name in trainer.metrics.names() if name.startswith("eval/")]
     assert sorted(evaluated) == ["eval/a/loss", "eval/c/loss"]
-    with pytest.raises(PipelineConfigError, match=r"sets names 'vall', .*; did you mean 'val'\?"):
+    with pytest.raises(PipelineConfigError, match=r"no loader 'vall'; did you mean 'val'"):
         validation(sets=["vall"])
-    with pytest.raises(PipelineConfigError, match=r"sets names 'x', .* loaders: a, b, c"):
+    with pytest.raises(PipelineConfigError, match=r"sets: .* 'x'; expected one of a, b, c"):
         validation(dataloaders=loaders, sets=["x"])
 
 
@@ -106,17 +106,17 @@ def test_it_evaluates_on_the_sets_that_are_named() -> None:
         ({"every": None}, []),
     ],
 )
-def test_it_evaluates_on_its_schedule(options: dict[str, Any], steps: list[int]) -> None:
-    """At the start, at the end and in between, once at each step; someone who waits is told."""
-    told = Told() if steps else PipelineHooks("nobody")
+def test_evaluations_follow_the_trigger(options: dict[str, Any], steps: list[int]) -> None:
+    """Evaluations at start, end and in between, once per step, reach subscribers."""
+    told = Recorder() if steps else PipelineHooks("nobody")
     train(validation(**options), told, max_step=12)()
-    if isinstance(told, Told):
+    if isinstance(told, Recorder):
         assert told.steps == steps
         assert [value.step for value in told.values] == steps
 
 
-def test_it_evaluates_what_it_is_asked_for() -> None:
-    """Any hook asks for one evaluation by name, or for all; at one step each is made once."""
+def test_evaluations_on_request() -> None:
+    """Hooks request one evaluation by name, or all; each is made once per step."""
     asking = PipelineHooks("asking")
 
     @asking.on_step.after(when="at steps 2, 4")
@@ -128,22 +128,22 @@ def test_it_evaluates_what_it_is_asked_for() -> None:
     one = validation("4 steps", dataloaders={"val": make_evaluation_loader(11)})
     two = validation(None, dataloaders={"second": make_evaluation_loader(11)})
     one.name, two.name = "one", "two"
-    told = Told()
+    told = Recorder()
     train(one, two, asking, told, max_step=4)()
     assert told.evaluated == [("one", 2), ("one", 4), ("two", 4)]
 
 
-def test_it_is_not_made_again_at_the_same_step() -> None:
-    """Data without a length ends an epoch at a step of its own, whose evaluation was made."""
-    told = Told()
+def test_step_is_evaluated_once() -> None:
+    """Data without a length ends an epoch at a step that was evaluated before."""
+    told = Recorder()
     stream = DataLoader(Stream(40), batch_size=8)
     train(validation("5 steps | 1 epoch"), told, loader=stream, max_epoch=2)()
     assert told.steps == [5, 10]
     assert [value.step for value in told.values] == [5, 10]
 
 
-def test_values_are_those_of_an_evaluator() -> None:
-    """Loss and metrics of each loader are published for the step at which they were found."""
+def test_values_equal_an_evaluator() -> None:
+    """Loss and metrics of each loader are published for their step."""
     loaders = {"small": make_evaluation_loader(3), "large": make_evaluation_loader(65)}
     hook = validation(dataloaders=loaders, metrics=make_metrics())
     trainer = train(hook, max_epoch=1)
@@ -155,7 +155,7 @@ def test_values_are_those_of_an_evaluator() -> None:
 
 
 def noisy() -> dict[str, Any]:
-    """Loaders that draw an order and augmentation."""
+    """Return loaders with random order and augmentation."""
     return {
         "plain": DataLoader(Rows(20, noise=0.3), batch_size=8, shuffle=True),
         "own": DataLoader(
@@ -165,10 +165,10 @@ def noisy() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_training_goes_on_as_if_there_were_none(accumulate: int) -> None:
-    """Shuffled, augmented evaluations in the middle leave weights, buffers and draws as they are.
+def test_evaluation_does_not_change_training(accumulate: int) -> None:
+    """Shuffled, augmented evaluations leave weights, buffers and RNG unchanged.
 
-    The frozen part of the model, in evaluation mode, stays so.
+    A frozen module stays in evaluation mode.
     """
     ends = []
     for hooks in ([], [validation("2 steps", at_start=True, dataloaders=noisy())]):
@@ -191,8 +191,8 @@ def test_training_goes_on_as_if_there_were_none(accumulate: int) -> None:
     assert equal(*ends)
 
 
-def test_two_ranks_go_on_as_if_there_were_none(tmp_path: Path) -> None:
-    """Also with batch statistics that differ between ranks, within an accumulation window."""
+def test_evaluation_does_not_change_training_on_two_ranks(tmp_path: Path) -> None:
+    """Also with BatchNorm statistics that differ by rank, within an accumulation window."""
     first, second = (rank["while_training"] for rank in run_on_ranks(tmp_path, "while_training"))
     assert first["same"]
     assert second["same"]
@@ -200,8 +200,8 @@ def test_two_ranks_go_on_as_if_there_were_none(tmp_path: Path) -> None:
     assert len(first["values"]) == 10
 
 
-def test_it_keeps_what_a_hook_promises() -> None:
-    """It can be stopped anywhere, changes no weights, and reads nothing while it evaluates."""
+def test_hook_contract() -> None:
+    """The hook resumes at any step, changes no weights and reads nothing while evaluating."""
     loader = make_loader(2, rest=2)
 
     def make(loader: Any = loader) -> ValidationHook:
@@ -215,7 +215,7 @@ def test_it_keeps_what_a_hook_promises() -> None:
 
 
 class Zeros(PipelineHooks):
-    """Keeps weights that are all zero, and says when they are in use."""
+    """Hook whose weights are all zero, with a flag while applied."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -244,9 +244,9 @@ class Zeros(PipelineHooks):
         return {}
 
 
-def test_other_weights_are_evaluated() -> None:
-    """With the weights that another hook keeps; training goes on with its own."""
-    plain, told, zeros = train(max_epoch=1), Told(), Zeros()
+def test_weights_of_another_hook_are_evaluated() -> None:
+    """The weights of the named hook are evaluated; training continues with its own."""
+    plain, told, zeros = train(max_epoch=1), Recorder(), Zeros()
     plain()
     trainer = train(validation(weights="Zeros"), zeros, told, max_epoch=1)
     trainer()
@@ -255,9 +255,9 @@ def test_other_weights_are_evaluated() -> None:
     assert equal([*plain.model.state_dict().values()], [*trainer.model.state_dict().values()])
 
 
-def test_the_moving_average_is_evaluated() -> None:
+def test_moving_average_is_evaluated() -> None:
     """The values are those of a model with the averaged weights."""
-    ema, told = EMAConfig(decay=0.9)(), Told()
+    ema, told = EMAConfig(decay=0.9)(), Recorder()
     averaged: dict[str, torch.Tensor] = {}
     after = PipelineHooks("after")
 
@@ -272,8 +272,8 @@ def test_the_moving_average_is_evaluated() -> None:
     assert evaluator.evaluate() == {"val/loss": told.values[0].value}
 
 
-def test_weights_that_nobody_keeps_are_refused_ahead_of_the_first_step() -> None:
-    """The error lists those that there are, and names the hook that asks for them."""
+def test_unknown_weights_are_refused() -> None:
+    """The error comes before the first step, lists known weights and names the hook."""
     trainer = train(validation(weights="Zero"), Zeros(), max_epoch=1)
     with pytest.raises(PipelineConfigError, match="did you mean 'Zeros'") as raised:
         trainer()
@@ -282,7 +282,7 @@ def test_weights_that_nobody_keeps_are_refused_ahead_of_the_first_step() -> None
 
 
 class Failing(Classify):
-    """Fails in the last batch of an evaluation."""
+    """Batch processor that fails in the last batch of an evaluation."""
 
     def forward(self, model: Any, batch: Any) -> Any:
         if not model.training and len(batch["id"]) < 8:
@@ -290,8 +290,8 @@ class Failing(Classify):
         return super().forward(model, batch)
 
 
-def test_an_error_leaves_weights_and_modes_as_they_were() -> None:
-    """When an evaluation with other weights fails, the model is the one that was trained."""
+def test_error_restores_weights_and_modes() -> None:
+    """If an evaluation with other weights fails, the trained model is restored."""
     plain = train(max_step=5)
     plain()
     trainer = train(validation(weights="Zeros"), Zeros(), max_epoch=1, batch_processor=Failing())
@@ -301,9 +301,9 @@ def test_an_error_leaves_weights_and_modes_as_they_were() -> None:
     assert equal([*plain.model.state_dict().values()], [*trainer.model.state_dict().values()])
 
 
-def test_an_evaluation_is_not_made_again_by_a_resumed_run(tmp_path: Path) -> None:
-    """What was evaluated at the step of the save is not evaluated there once more."""
-    first, told = train(validation(), Told(), max_epoch=1), Told()
+def test_resumed_run_does_not_repeat_an_evaluation(tmp_path: Path) -> None:
+    """An evaluation made at the step of the save is not repeated."""
+    first, told = train(validation(), Recorder(), max_epoch=1), Recorder()
     first()
     first.save_checkpoint(tmp_path / "saved")
     hook = validation(at_start=True, at_end=True)
@@ -320,8 +320,8 @@ def test_an_evaluation_is_not_made_again_by_a_resumed_run(tmp_path: Path) -> Non
     assert [value.step for value in told.values] == [10]
 
 
-def test_nothing_can_be_evaluated_after_the_run() -> None:
-    """The hook takes itself out of the run that it was in."""
+def test_hook_unregisters_after_the_run() -> None:
+    """After the run, the hook can't be asked for evaluations."""
     hook = validation()
     trainer = train(hook, max_epoch=1)
     trainer()
@@ -329,7 +329,7 @@ def test_nothing_can_be_evaluated_after_the_run() -> None:
 
 
 class RowsLoader(DataLoader[Any]):
-    """A loader that is made from a configuration."""
+    """Loader built from a config."""
 
     def __init__(self, size: int) -> None:
         super().__init__(Rows(size), batch_size=8)
@@ -347,8 +347,8 @@ class AccuracyConfig(ClassConfig[MulticlassAccuracy]):
 
 
 @pytest.mark.parametrize("format_", FORMATS)
-def test_all_of_it_can_come_from_a_file(format_: Literal["json", "yaml", "toml"]) -> None:
-    """Loaders and metrics are built from configurations that survive every format."""
+def test_hook_can_be_configured_completely(format_: Literal["json", "yaml", "toml"]) -> None:
+    """Loaders and metrics are built from configs that round-trip in every format."""
     cfg = ValidationHookConfig(
         every=EverySteps(5) | EveryEpochs(1),
         dataloaders={"val": RowsLoaderConfig(size=11)},
@@ -379,10 +379,10 @@ def test_all_of_it_can_come_from_a_file(format_: Literal["json", "yaml", "toml"]
                 dataloaders={"val": [1]}
             ),
             PipelineConfigError,
-            "dataloaders are given to the hook and in its configuration",
+            "dataloaders is given to the hook and in its config",
         ),
         (lambda: ValidationHookConfig(seed=-1), ValueError, "seed"),
-        (lambda: validation("1 moon"), ValueError, "can't read '1 moon' as a trigger"),
+        (lambda: validation("1 moon"), ValueError, "can't read '1 moon' as a schedule"),
         (
             lambda: validation(metrics={"each": MulticlassAccuracy(2, average=None)}),
             TypeError,
@@ -390,7 +390,7 @@ def test_all_of_it_can_come_from_a_file(format_: Literal["json", "yaml", "toml"]
         ),
     ],
 )
-def test_wrong_arguments_are_refused_at_construction(
+def test_invalid_arguments_are_refused_at_construction(
     make: Any, error: type[Exception], message: str
 ) -> None:
     """Each error names the hook or the field."""
@@ -398,18 +398,20 @@ def test_wrong_arguments_are_refused_at_construction(
         make()
 
 
-def test_a_state_of_another_version_is_refused() -> None:
-    """An unknown one is named."""
+def test_state_of_another_version_is_refused() -> None:
+    """The error names the hook and both versions."""
     state: Mapping[str, Any] = {**validation().state_dict(), "version": 7}
-    with pytest.raises(StateError, match=r"ValidationHook: .* version 1, found version 7"):
+    with pytest.raises(StateError, match="ValidationHook of version 1, found version 7"):
         validation().load_state_dict(state)
 
 
-def test_two_hooks_with_one_loader_name_are_refused() -> None:
-    """Both would publish under one name, so the run does not begin."""
+def test_duplicate_loader_names_are_refused() -> None:
+    """Two hooks would publish the same metric, so the run does not begin."""
     one, two = validation(), validation()
     one.name, two.name = "raw", "averaged"
-    with pytest.raises(PipelineConfigError, match=r"averaged: dataloaders\['val'\] .* raw has as"):
+    with pytest.raises(
+        PipelineConfigError, match=r"averaged: .*'val'.* a loader of raw would both"
+    ):
         train(one, two, max_epoch=1)()
 
 
@@ -417,8 +419,8 @@ def test_two_hooks_with_one_loader_name_are_refused() -> None:
     ("field", "kind"),
     [("metrics", "torchmetrics.metric:Metric"), ("dataloaders", "collections.abc:Iterable")],
 )
-def test_what_builds_something_else_is_refused_before_it_is_built(field: str, kind: str) -> None:
-    """A document can't have a class called that makes no metric, or no loader, in their places."""
+def test_other_kinds_of_parts_are_refused_before_building(field: str, kind: str) -> None:
+    """A file can't build a class that is not a metric or a loader in these fields."""
     document = {field: {"it": {"class_type": "fractions:Fraction", "numerator": 1}}}
     with pytest.raises(ConfigReferenceError) as refused:
         ValidationHookConfig.from_dict(document, trust="fractions")

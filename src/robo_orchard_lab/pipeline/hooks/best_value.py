@@ -1,4 +1,4 @@
-"""Which of the values of a metric is the best one."""
+"""Comparison of metric values: the best value so far."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any, Literal, TypeAlias
 from robo_orchard_lab.pipeline.metrics import MetricValue
 
 Mode: TypeAlias = Literal["min", "max"]
-"""Whether the smallest or the largest value is the best."""
+"""Direction of improvement: the smallest or the largest value is best."""
 
 
 class BestValue:
-    """The best value so far, its step, and how many came after it.
+    """Best value so far, its step, and the number of values since.
 
     >>> best = BestValue("min", min_delta=0.1)
-    >>> [best.offer(MetricValue("loss", x, step=0)) for x in (1.0, 0.95, 0.5, math.nan)]
+    >>> [best.update(MetricValue("loss", x, step=0)) for x in (1.0, 0.95, 0.5, math.nan)]
     [True, False, True, False]
     >>> best.value, best.since
     (0.5, 1)
 
-    NaN, and the infinity on the worse side, are never better, also where there is no value yet.
+    NaN and the worst infinity never count as an improvement, not even as the first value.
 
     Args:
-        mode: which value is better.
-        min_delta: better is what is better by more than this, >= 0; a tie never is.
+        mode: direction of improvement.
+        min_delta: least improvement, >= 0; a tie is never an improvement.
     """
 
     def __init__(self, mode: Mode, min_delta: float) -> None:
@@ -33,35 +33,35 @@ class BestValue:
         self._min_delta = min_delta
         self.value: float | None = None
         self.step: int | None = None
-        """How many steps of the run were done when it was measured."""
+        """Number of completed steps when the value was measured."""
         self.since = 0
-        """How many values have come after it, none of them better."""
+        """Number of values since, none of them better."""
 
-    def offer(self, found: MetricValue) -> bool:
-        """Take in the next value; gives whether it is the best now."""
+    def update(self, found: MetricValue) -> bool:
+        """Compare the next value; return True if it is the new best."""
         best = math.inf if self.value is None else self._sign * self.value
-        better = self._sign * found.value < best - self._min_delta
-        if better:
+        is_better = self._sign * found.value < best - self._min_delta
+        if is_better:
             self.value, self.step, self.since = found.value, found.step, 0
         else:
             self.since += 1
-        return better
+        return is_better
 
-    def keep(self, found: MetricValue) -> bool:
-        """Take over a value that was found elsewhere, if it is better; gives whether it is."""
-        better = self.value is None or self._sign * found.value < self._sign * self.value
-        if better:
+    def adopt(self, found: MetricValue) -> bool:
+        """Take a value from another source if it is better; return True if it was taken."""
+        is_better = self.value is None or self._sign * found.value < self._sign * self.value
+        if is_better:
             self.value, self.step, self.since = found.value, found.step, 0
-        return better
+        return is_better
 
-    def is_as_good(self, value: float, threshold: float) -> bool:
-        """Whether a value is as good as a threshold; NaN is not."""
+    def reaches(self, value: float, threshold: float) -> bool:
+        """Return True if a value is at least as good as a threshold; NaN never is."""
         return self._sign * value <= self._sign * threshold
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value and what is known of it."""
+        """Return the best value, its step and the count since."""
         return {"value": self.value, "step": self.step, "since": self.since}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Restore a saved state."""
         self.value, self.step, self.since = state["value"], state["step"], state["since"]

@@ -1,4 +1,4 @@
-"""Give memory back that is kept for later."""
+"""Hook that empties the device's memory cache."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from robo_orchard_lab.pipeline.trigger import TriggerField
 
 
 class ClearCacheHook(PipelineHooks):
-    """Empties the cache of the device's memory by a schedule: of CUDA, MPS, XPU or another.
+    """Emptying of the device's memory cache (CUDA, MPS, XPU, ...) on a trigger.
 
-    It frees what PyTorch keeps for later tensors, for other processes or against fragments; what
-    is in use stays. It runs on every rank, waits for the device, and the memory has to be asked
-    for anew afterwards, so do it seldom. The result of the training does not change.
+    PyTorch keeps freed memory for later tensors. Emptying the cache returns the memory to the
+    device, for other processes or against fragmentation. Tensors in use are not touched, and the
+    results of training do not change.
 
     >>> hooks = PipelineHooks.from_hooks([ClearCacheHookConfig(every="1000 steps | 1 epoch")])
     >>> [channel for channel in ("on_step", "on_epoch") if len(hooks.get_channel(channel))]
     ['on_step', 'on_epoch']
+
+    - Ranks: all.
+    - Cost: one device sync each time, and slower allocations afterwards. Choose a rare trigger.
+    - State: none.
     """
 
     keeps_trajectory = True
@@ -30,21 +34,21 @@ class ClearCacheHook(PipelineHooks):
         self.register_at_commit(self._clear, cfg.every)
 
     def _clear(self, args: PipelineHookArgs) -> None:
-        if args.exception is None:  # else the device may be what failed
-            clear_device_cache(garbage_collection=self.cfg.collect_garbage)  # waits for the device
+        if args.exception is None:  # the device itself may have failed
+            clear_device_cache(garbage_collection=self.cfg.collect_garbage)  # device sync
 
 
 class ClearCacheHookConfig(PipelineHooksConfig[ClearCacheHook]):
-    """When to clear the cache.
+    """Trigger and extent of clearing the cache.
 
     >>> print(ClearCacheHookConfig().every)
     1 epoch
     """
 
     class_type: type[ClearCacheHook] = ClearCacheHook
-    every: TriggerField = Field(default="1 epoch", description="When to do it.")
+    every: TriggerField = Field(default="1 epoch", description="Trigger, such as '1000 steps'.")
     collect_garbage: bool = Field(
         default=False,
-        description="First let Python find unused objects that refer to each other, which may "
-        "hold tensors; takes some 100 ms in a large program.",
+        description="Run Python's garbage collector first, which frees tensors in reference "
+        "cycles; costs about 100 ms in a large program.",
     )

@@ -1,4 +1,4 @@
-"""Stop when a metric gets no better."""
+"""Hook that stops the run when a metric stops improving."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ STATE_VERSION = 1
 
 
 class EarlyStopping(PipelineHooks):
-    """Asks the trainer to stop when a metric has got no better for a number of evaluations.
+    """Early stop of the run when a metric stops improving.
 
-    An evaluation is a value of the metric, whenever one is known: of ``eval/...`` after each
-    evaluation, of others at each logging point. NaN is one that is not better. A run that was
-    stopped this way and is resumed stops at once, unless ``patience`` was raised.
+    The hook judges each new value of the metric: ``eval/...`` after each evaluation, other metrics
+    at each logging point. NaN is never an improvement. A run stopped this way stops again at once
+    when resumed, unless ``patience`` was raised.
 
-    It runs on every rank, on values that all ranks have; it costs a step nothing.
+    - Ranks: all; every rank sees the same reduced values.
+    - Requests: a stop.
+    - State: the best value, its step, the number of values since, and the latest value.
+    - Cost: none for a step.
 
     >>> from robo_orchard_lab.pipeline.context import PipelineRun
     >>> run = PipelineRun()
@@ -35,7 +38,7 @@ class EarlyStopping(PipelineHooks):
     ...         run.metrics.publish("eval/val/loss", loss)
     ...         record = run.metrics.flush(log=True)
     >>> run.requests.stop_request.reason
-    'eval/val/loss has got no better than 0.5000 (step 0) in 2 evaluations'
+    'eval/val/loss did not improve on 0.5000 (step 0) in 2 evaluations'
     """
 
     keeps_trajectory = True
@@ -53,25 +56,25 @@ class EarlyStopping(PipelineHooks):
 
     @property
     def best_value(self) -> float | None:
-        """The best value so far; None before the first that is a number."""
+        """Best value so far; None before the first number."""
         return self._best.value
 
     @property
     def best_step(self) -> int | None:
-        """How many steps were done when it was measured."""
+        """Number of completed steps when the best value was measured."""
         return self._best.step
 
     def _begin(self, args: PipelineHookArgs) -> None:
         self._requests = args.requests
         self._subscription = args.metrics.subscribe(self.cfg.monitor, self._judge, who=self.name)
-        self._stop_if_due()  # which a resumed run may have been
+        self._stop_if_due()  # a resumed run may have stopped before
 
     def _end(self, args: PipelineHookArgs) -> None:
         if self._subscription is not None:
             self._subscription.remove()
 
     def _judge(self, found: MetricValue) -> None:
-        self._best.offer(found)
+        self._best.update(found)
         self._latest = found.value
         self._stop_if_due()
 
@@ -84,14 +87,14 @@ class EarlyStopping(PipelineHooks):
         cfg, best, latest = self.cfg, self._best, self._latest
         if latest is None:
             return None
-        if cfg.stop_on is not None and best.is_as_good(latest, cfg.stop_on):
+        if cfg.stop_on is not None and best.reaches(latest, cfg.stop_on):
             return f"{cfg.monitor} is {number_text(latest)}, which reaches stop_on={cfg.stop_on}"
         if cfg.patience is None or best.since < cfg.patience:
             return None
         if best.value is None:
-            return f"{cfg.monitor} has had no finite value in {best.since} evaluations"
+            return f"{cfg.monitor} had no finite value in {best.since} evaluations"
         return (
-            f"{cfg.monitor} has got no better than {number_text(best.value)} (step {best.step}) "
+            f"{cfg.monitor} did not improve on {number_text(best.value)} (step {best.step}) "
             f"in {best.since} evaluations"
         )
 
@@ -105,27 +108,29 @@ class EarlyStopping(PipelineHooks):
 
 
 class EarlyStoppingConfig(PipelineHooksConfig[EarlyStopping]):
-    """Which metric to watch, and when to stop.
+    """Metric to monitor, and the conditions for a stop.
 
     >>> EarlyStoppingConfig(monitor="eval/val/accuracy", mode="max", patience=3)().name
     'EarlyStopping'
     """
 
     class_type: type[EarlyStopping] = EarlyStopping
-    monitor: str = Field(description="The name of the metric, such as 'eval/val/loss'.")
-    mode: Mode = Field(description="Whether the smallest ('min') or largest ('max') is best.")
+    monitor: str = Field(description="Metric name, such as 'eval/val/loss'.")
+    mode: Mode = Field(description="Best value: the smallest ('min') or the largest ('max').")
     patience: int | None = Field(
         default=None,
         ge=1,
-        description="Stop after so many evaluations in a row of which none is better.",
+        description="Stop after this many consecutive evaluations without improvement.",
     )
     min_delta: float = Field(
-        default=0.0, ge=0, description="Better is what is better by more than this."
+        default=0.0, ge=0, description="Least improvement; a smaller one does not count."
     )
     stop_on: float | None = Field(
-        default=None, description="Stop as soon as a value is as good as this."
+        default=None, description="Stop as soon as a value is at least as good as this."
     )
 
     def __post_init__(self) -> None:
         if self.patience is None and self.stop_on is None:
-            raise ValueError("give patience, in evaluations, or stop_on, a value, or both")
+            raise ValueError(
+                "got neither patience nor stop_on; set patience=<evaluations> or stop_on=<value>"
+            )

@@ -1,4 +1,7 @@
-"""Keep a moving average of the weights, to evaluate and to save."""
+"""Exponential moving average (EMA) of the weights.
+
+`AveragedWeights` holds the average of one model; the hook `EMA` updates it during a run.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,7 @@ from robo_orchard_lab.pipeline.sharded_tensors import gather_full_tensors, has_s
 from robo_orchard_lab.pipeline.sharding import reshard, shard_like
 from robo_orchard_lab.pipeline.trigger import Last
 
-# --- averaged weights ------------------------------------------------------------------------
-# A moving average of a model's weights, beside the model.
-
+STATE_VERSION = 1
 
 _Group: TypeAlias = tuple[list[torch.Tensor], list[torch.Tensor]]
 """Shadows and their parameters."""
@@ -38,19 +39,18 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class AveragedWeights:
-    """The average of what is trained in a model, and its buffers as they were at the last move.
+    """Moving average of a model's trainable parameters, and copies of its other saved tensors.
 
-    - A floating parameter is averaged from the first update in which it is trainable, starting
-      with its value ahead of that update. One that is frozen has no shadow: its average is what it
-      is. A tied parameter is one parameter.
-    - Persistent buffers, and parameters that are no floating numbers, are copied.
-
-    Of a sharded model each process averages its shards, and the shadows are sharded as it is.
+    - A floating-point parameter is averaged from its first update on, starting from its value
+      before this update. A frozen parameter has no shadow: its average is its value. A tied
+      parameter is averaged once.
+    - Persistent buffers and non-floating-point parameters are copied.
+    - Of a sharded model, each process averages its shards; shadows are sharded like the parameters.
 
     Args:
-        model: the plain model; its tensors' names are those of its ``state_dict``.
-        dtype: of the shadows, which lie where the parameters do; by default that of each
-            parameter, and float32 for one in half precision, where small moves would be lost.
+        model: the plain model; its ``state_dict`` names the tensors.
+        dtype: of the shadows; by default the dtype of each parameter, and float32 for half
+            precision, which would lose small updates. Shadows stay on the parameters' devices.
     """
 
     def __init__(self, model: torch.nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -64,80 +64,79 @@ class AveragedWeights:
         self._frozen = dict(self._parameters)
         self._shadows: dict[str, torch.Tensor] = {}
         self._groups: list[_Group] = []
-        self._places = dict(_places(model, {id(p) for p in self._parameters.values()}))
-        self._copies = [tensor.detach().clone() for tensor in self._others()]
-        self._sharded = has_sharded(self._parameters.values())
-        self._in_model = False
+        averaged = {id(parameter) for parameter in self._parameters.values()}
+        self._copied = dict(_copied_tensors(model, averaged))
+        self._copies = [tensor.detach().clone() for tensor in self._originals()]
+        self._is_sharded = has_sharded(self._parameters.values())
+        self._is_applied = False
 
-    def follow(self) -> None:
-        """Ahead of an update: take up what is trainable now and was not."""
+    def add_trainable(self) -> None:
+        """Start averaging parameters that became trainable; call before each update."""
         thawed = [name for name, parameter in self._frozen.items() if parameter.requires_grad]
         if thawed:
             for name in thawed:
                 parameter = self._frozen.pop(name)
-                self._shadows[name] = self._shadow(parameter, parameter)
+                self._shadows[name] = self._make_shadow(parameter, parameter)
             self._group()
 
     @torch.no_grad()
-    def move(self, decay: float) -> None:
-        """After an update: ``shadow = decay * shadow + (1 - decay) * parameter``.
-
-        Nothing is read from the device.
+    def update(self, decay: float) -> None:
+        """Set ``shadow = decay * shadow + (1 - decay) * parameter``, without a device sync.
 
         Raises:
-            PipelineStateError: the average itself is in the model.
+            PipelineStateError: the average is applied to the model.
         """
-        self.refuse_in_model("an update of the weights")
+        self._refuse_if_applied("an update of the weights")
         for shadows, parameters in self._groups:
-            if self._sharded:  # each process averages what it has
+            if self._is_sharded:
                 shadows, parameters = (
                     [*map(local_tensor, shadows)],
                     [*map(local_tensor, parameters)],
                 )
-            if decay == 0.0:  # also rids the average of what is not finite
+            if decay == 0.0:  # a copy also removes non-finite values from the average
                 torch._foreach_copy_(shadows, parameters)
                 continue
             if shadows[0].dtype != parameters[0].dtype:
                 converted = [torch.empty_like(shadow) for shadow in shadows]
                 torch._foreach_copy_(converted, parameters)
                 parameters = converted
-            # Not mul and add: in float32, 0.9999 and 1 - 0.9999 add up to something else than 1,
-            # and the average of a constant would be off by 2e-4 of it.
+            # Not mul and add: in float32, 0.9999 and 1 - 0.9999 don't add up to 1, and the average
+            # of a constant would be off by a factor of 2e-4.
             torch._foreach_lerp_(shadows, parameters, 1.0 - decay)
         if self._copies:
-            torch._foreach_copy_(self._copies, self._others())
+            torch._foreach_copy_(self._copies, self._originals())
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model with the average in it; its own tensors come back bit for bit.
+        """Put the average into the model for the body; restore its own tensors bit for bit.
 
-        They are kept in a copy meanwhile, and written in place, where graphs and wrappers know
-        them to be. What the body changes in them is lost.
+        The tensors are copied and written in place, because graphs and wrappers refer to them.
+        Changes made by the body are lost.
 
         Raises:
-            PipelineStateError: the average is in the model already.
+            PipelineStateError: the average is applied already.
         """
-        self.refuse_in_model("applying it again")
+        self._refuse_if_applied("applying it again")
         reshard(self.model)
-        others = self._others()
-        tensors = [*(self._parameters[name] for name in self._shadows), *others]
+        originals = self._originals()
+        tensors = [*(self._parameters[name] for name in self._shadows), *originals]
         own = [tensor.detach().clone() for tensor in tensors]
-        self._in_model = True
+        self._is_applied = True
         try:
             _copy(tensors, [*self._shadows.values(), *self._copies])
             yield
         finally:
             reshard(self.model)
-            for (owner, key), tensor in zip(self._places.values(), others, strict=True):
-                owner[key] = tensor  # the body may have put another one there
+            for (owner, key), tensor in zip(self._copied.values(), originals, strict=True):
+                owner[key] = tensor  # the body may have replaced the tensor
             _copy(tensors, own)
-            self._in_model = False
+            self._is_applied = False
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """What the model's ``state_dict`` holds with the average in it: copies, on the CPU.
+        """Return the model's ``state_dict`` with the average applied, as copies on the CPU.
 
-        Takes the memory of a copy of the model on its device, and waits for it. A collective where
-        the model is sharded.
+        Needs memory for a copy of the model on its device, and a device sync. A collective if the
+        model is sharded.
         """
         with self.applied():
             state = self.model.state_dict()
@@ -145,54 +144,54 @@ class AveragedWeights:
             return {plain_name(n): v for n, v in gather_full_tensors(tensors, keep=True).items()}
 
     def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The shadows and the copies by name, not copied."""
-        self.refuse_in_model("saving")  # what is saved as the model would be the average
+        """Return the shadows and the copies by name, not cloned."""
+        self._refuse_if_applied("saving")  # the average would be saved as the model
         return {
             "shadows": dict(self._shadows),
-            "copies": dict(zip(self._places, self._copies, strict=True)),
+            "copies": dict(zip(self._copied, self._copies, strict=True)),
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Take over a state, in copies; where it is whole and the model sharded, a share of it.
+        """Restore a state from copies; a sharded model takes its shards of full tensors.
 
         Raises:
-            StateError: it is that of another model; nothing is changed then.
+            StateError: the state belongs to another model; nothing is changed then.
         """
         shadows, copies = state["shadows"], state["copies"]
-        others = dict(zip(self._places, self._others(), strict=True))
+        originals = dict(zip(self._copied, self._originals(), strict=True))
         problems = [f"unexpected: {name}" for name in shadows if name not in self._parameters]
-        problems += [f"unexpected: {name}" for name in copies if name not in others]
-        problems += [f"missing: {name}" for name in others if name not in copies]
+        problems += [f"unexpected: {name}" for name in copies if name not in originals]
+        problems += [f"missing: {name}" for name in originals if name not in copies]
         problems += [
             f"{name}: saved as {tuple(saved.shape)}, here {tuple(live.shape)}"
             for name, saved in chain(shadows.items(), copies.items())
-            if (live := self._parameters.get(name, others.get(name))) is not None
+            if (live := self._parameters.get(name, originals.get(name))) is not None
             and live.shape != saved.shape
         ]
         if problems:
-            raise StateError("the saved average is that of another model: " + "; ".join(problems))
+            raise StateError("the saved average belongs to another model: " + "; ".join(problems))
         self._shadows = {
-            name: self._shadow(self._parameters[name], value) for name, value in shadows.items()
+            name: self._make_shadow(self._parameters[name], value)
+            for name, value in shadows.items()
         }
         self._frozen = {n: p for n, p in self._parameters.items() if n not in shadows}
         self._copies = [
-            torch.empty_like(t).copy_(shard_like(t, copies[name])) for name, t in others.items()
+            torch.empty_like(t).copy_(shard_like(t, copies[n])) for n, t in originals.items()
         ]
         self._group()
 
-    def refuse_in_model(self, what: str) -> None:
-        """Refuse what makes no sense while the average is in the model."""
-        if self._in_model:
+    def _refuse_if_applied(self, action: str) -> None:
+        if self._is_applied:
             raise PipelineStateError(
-                f"the averaged weights are in the model, which rules out {what}; "
-                "leave `with ema.applied():` first"
+                f"the averaged weights are applied to the model, which rules out {action}; "
+                "exit `with ema.applied():` first"
             )
 
-    def _others(self) -> list[torch.Tensor]:
-        """What is copied, looked up anew: modules may put another tensor in a buffer's place."""
-        return [owner[key] for owner, key in self._places.values()]
+    def _originals(self) -> list[torch.Tensor]:
+        """Look up the copied tensors again: modules may have replaced a buffer."""
+        return [owner[key] for owner, key in self._copied.values()]
 
-    def _shadow(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    def _make_shadow(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:
         dtype = parameter.dtype
         if self._dtype is not None and not parameter.is_complex():
             dtype = self._dtype
@@ -202,7 +201,7 @@ class AveragedWeights:
         return shadow.copy_(shard_like(parameter, value.detach()))
 
     def _group(self) -> None:
-        """Lists of tensors that are alike, which the device handles in few launches."""
+        """Group tensors by dtype and device, so that one kernel launch updates many."""
         groups: dict[Any, _Group] = {}
         for name, shadow in self._shadows.items():
             parameter = self._parameters[name]
@@ -213,10 +212,10 @@ class AveragedWeights:
         self._groups = list(groups.values())
 
 
-def _places(
+def _copied_tensors(
     model: torch.nn.Module, averaged: set[int]
 ) -> Iterator[tuple[str, tuple[dict[str, Any], str]]]:
-    """Where the model keeps the saved tensors that are not averaged, by name; tied ones once."""
+    """Yield the name and location of each saved, not averaged tensor; tied tensors once."""
     saved = {id(value) for value in model.state_dict(keep_vars=True).values()}
     seen = set(averaged)
     for path, module in model.named_modules():
@@ -233,11 +232,8 @@ def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
         target.copy_(source)
 
 
-STATE_VERSION = 1
-
-
 class EMA(PipelineHooks):
-    """The exponential moving average of the weights, moved with each committed update.
+    """Exponential moving average of the weights, updated after each committed update.
 
     >>> import torch
     >>> from accelerate import Accelerator
@@ -246,7 +242,7 @@ class EMA(PipelineHooks):
     >>> _ = torch.nn.init.zeros_(model.weight)
     >>> processor = SimpleBatchProcessor.from_callable(lambda model, batch: (None, model(batch)))
     >>> ema = EMAConfig(decay=0.75)()
-    >>> HookBasedTrainer(  # each update takes 1 from the weight
+    >>> HookBasedTrainer(  # each update subtracts 1 from the weight
     ...     Accelerator(cpu=True), model, [torch.ones(1)] * 2, processor,
     ...     torch.optim.SGD(model.parameters(), lr=1.0), hooks=[ema], max_epoch=1,
     ... )()
@@ -256,18 +252,20 @@ class EMA(PipelineHooks):
     >>> model.weight.item()
     -2.0
 
-    What is trained is averaged; buffers (those that a ``state_dict`` has) and whole numbers are
-    copied with each committed update; what is frozen is what it is. A skipped update moves nothing,
-    and the training is bit for bit what it would be without.
+    Trainable parameters are averaged; persistent buffers and integers are copied after each
+    committed update; frozen parameters keep their values. A skipped update changes nothing.
+    Training is bit for bit the same without the hook.
 
-    It runs on every rank, with no exchange and nothing read from the device. The averages of the
-    ranks are equal, since their weights are; buffers are those of each rank, and the first rank's
-    are written. Of a sharded model (FSDP2) each rank averages its shards. It takes one pass over
-    the weights for each update, and as much memory on the device as what is trained; while it is
-    applied, as much again.
+    Other hooks evaluate or save the average by the hook's name, from ``args.run.weight_sets``.
+    After the run, :meth:`applied` and :meth:`weights` still work.
 
-    A hook that evaluates or saves finds it by its name, in ``args.run.weight_sets``. When the run
-    is over, it can still be applied.
+    - Ranks: all, without a collective. Averages are equal on all ranks; buffers are those of each
+      rank, and the main process writes its own. Of a sharded model (FSDP2), each rank averages its
+      shards.
+    - Requests: with ``export_path``, writing the average at the end of the run.
+    - State: the number of updates, the averages and the copied tensors.
+    - Cost: one pass over the weights per update, without a device sync. Device memory for the
+      trainable parameters, twice as much while applied.
     """
 
     def __init__(self, cfg: EMAConfig) -> None:
@@ -276,97 +274,96 @@ class EMA(PipelineHooks):
         self._dtype: torch.dtype | None = cfg.shadow_dtype and getattr(torch, cfg.shadow_dtype)
         self._updates = 0
         self._average: AveragedWeights | None = None
-        self._loaded: Mapping[str, Any] | None = None  # until there is a model to load it for
-        self._running = False
+        self._loaded: Mapping[str, Any] | None = None  # until the run begins with a model
+        self._is_running = False
         self._stops: RemovableHandle | None = None
-        self._exported = False
+        self._has_exported = False
         self.register_hook(
             "on_loop", HookContext.from_callable(before=self._begin, after=self._end)
         )
         self.register_hook(
-            "on_optimizer_step", HookContext.from_callable(before=self._follow, after=self._move)
+            "on_optimizer_step",
+            HookContext.from_callable(before=self._before_update, after=self._after_update),
         )
         if cfg.export_path is not None:
             self.register_at_commit(self._export, Last())
 
     def applied(self) -> AbstractContextManager[None]:
-        """The model with the average in it, for the body of a ``with``.
+        """Return a context manager that puts the average into the model.
 
-        Afterwards, also when the body raises, the model's own weights and buffers are back bit for
-        bit, whatever the body did to them.
+        On exit, also after an error, the model's own weights and buffers are restored bit for bit,
+        whatever the body did.
 
         Raises:
-            PipelineStateError: no run has begun yet, or the average is in the model already.
+            PipelineStateError: no run has begun yet, or the average is applied already.
         """
-        return self._begun().applied()
+        return self._require_average().applied()
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The average by the names of the plain model's ``state_dict``: copies, on the CPU.
+        """Return the average by the names of the plain model's ``state_dict``: CPU copies.
 
-        They have the model's data types, so that they are what :meth:`applied` evaluates. Waits for
-        the device; a collective where the model is sharded.
+        The copies have the model's dtypes, as evaluated under :meth:`applied`. Waits for the
+        device; a collective if the model is sharded.
 
         Raises:
             PipelineStateError: no run has begun yet.
         """
-        return self._begun().weights()
+        return self._require_average().weights()
 
     def _begin(self, args: PipelineHookArgs) -> None:
         model = plain_model(args.run)
         if self._average is None or self._average.model is not model:
-            _refuse_flat(self.name, args)
+            _refuse_fsdp1(self.name, args)
             if self._average is not None:
-                self._updates = 0  # the average was that of another trainer's model
+                self._updates = 0  # the average was of another trainer's model
             self._average = AveragedWeights(model, self._dtype)
         if self._loaded is not None:
             self._average.load_state_dict(self._loaded)
             self._loaded = None
         args.run.weight_sets[self.name] = self
-        self._running = True
-        self._exported = False
+        self._is_running = True
+        self._has_exported = False
         if self.cfg.export_path is not None:
             self._stops = args.requests.listen(
                 lambda request: self._export(args) if isinstance(request, StopRequest) else None
             )
 
     def _end(self, args: PipelineHookArgs) -> None:
-        self._running = False
+        self._is_running = False
         args.run.weight_sets.pop(self.name, None)
         if self._stops is not None:
             self._stops.remove()
 
-    def _follow(self, args: PipelineHookArgs) -> None:
-        assert self._average is not None  # on_loop is around this
-        self._average.follow()
+    def _before_update(self, args: PipelineHookArgs) -> None:
+        assert self._average is not None  # set when on_loop began
+        self._average.add_trainable()
 
-    def _move(self, args: PipelineHookArgs) -> None:
+    def _after_update(self, args: PipelineHookArgs) -> None:
         if args.update_committed:
             assert self._average is not None
-            self._average.move(self.cfg.decay_of(self._updates + 1))
+            self._average.update(self.cfg.decay_of(self._updates + 1))
             self._updates += 1
 
     def _export(self, args: PipelineHookArgs) -> None:
-        """The run ends at the commit point that is next."""
         assert self.cfg.export_path is not None
-        if not self._exported:
-            self._exported = True
+        if not self._has_exported:
+            self._has_exported = True
             args.requests.save_weights(
                 self.cfg.export_path, "the run ends", self.name, weights=self.name
             )
 
-    def _begun(self) -> AveragedWeights:
+    def _require_average(self) -> AveragedWeights:
         if self._average is None:
             raise PipelineStateError(
-                f"{self.name} has no average yet: it begins with the run of a trainer that it is "
-                "registered in"
+                f"{self.name} has no average yet: register the hook in a trainer and run it first"
             )
         return self._average
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of updates and the tensors, not copied.
+        """Return the number of updates and the tensors, not cloned.
 
         Raises:
-            PipelineStateError: the average is in the model, where it would be saved as the model.
+            PipelineStateError: the average is applied to the model and would be saved as the model.
         """
         if self._loaded is not None:
             average = self._loaded
@@ -375,34 +372,34 @@ class EMA(PipelineHooks):
         return {"version": STATE_VERSION, "updates": self._updates, **average}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state: at once while there is a run, else when it begins.
+        """Restore a state: at once during a run, otherwise when the next run begins.
 
         Raises:
             StateError: another version, or the average of another model.
         """
         check_state_version(state, STATE_VERSION, self.name)
         average = {part: dict(state[part]) for part in ("shadows", "copies") if part in state}
-        if not self._running:
+        if not self._is_running:
             self._average, self._loaded = None, average or None
         elif average:
-            self._begun().load_state_dict(average)
-        else:  # saved ahead of its first run
-            self._average = AveragedWeights(self._begun().model, self._dtype)
+            self._require_average().load_state_dict(average)
+        else:  # saved before its first run
+            self._average = AveragedWeights(self._require_average().model, self._dtype)
         self._updates = state["updates"]
 
 
 class EMAConfig(PipelineHooksConfig[EMA]):
-    """How fast the average follows: by a constant ``decay``, or by the warm-up schedule.
+    """Decay of the average: a constant ``decay``, or a warm-up.
 
-    The warm-up schedule is that of diffusion policies: with t the committed updates before this
-    one, not counting the first ``update_after_step``,
+    The warm-up is the one used for diffusion policies. With t the number of committed updates
+    before this one, not counting the first ``update_after_step``::
 
         decay = clamp(1 - (1 + t / inv_gamma) ** -power, min_decay, max_decay)
 
     Source: K. Crowson's EMAWarmup (github.com/crowsonkb/k-diffusion), as in Hugging Face's
-    diffusers and LeRobot. The EMAModel of github.com/real-stanford/diffusion_policy is one update
-    behind: its t does not count the first of these either. With ``inv_gamma`` and ``power`` 1 it
-    is the plain mean of the weights after each update.
+    diffusers and LeRobot. The EMAModel of github.com/real-stanford/diffusion_policy lags by one
+    update: its t does not count the first of these either. With ``inv_gamma`` and ``power`` 1 the
+    average is the plain mean of the weights after each update.
 
     >>> [round(EMAConfig(power=0.75).decay_of(update), 4) for update in (1, 2, 10_000)]
     [0.0, 0.4054, 0.999]
@@ -415,42 +412,38 @@ class EMAConfig(PipelineHooksConfig[EMA]):
         default=None,
         ge=0,
         lt=1,
-        description="The part of the average that stays with each committed update; None for the "
-        "warm-up schedule.",
+        description="Constant decay: share of the old average kept by each committed update; "
+        "None for the warm-up.",
     )
     update_after_step: int = Field(
         default=0,
         ge=0,
-        description="In committed updates: so long the average is just the weights.",
+        description="Committed updates before averaging starts; until then the average equals "
+        "the weights.",
     )
     inv_gamma: float = Field(
         default=1.0,
         gt=0,
         allow_inf_nan=False,
-        description="Stretches the warm-up schedule, in committed updates.",
+        description="Warm-up: time scale in committed updates; larger values slow it down.",
     )
     power: float = Field(
         default=0.75,
         gt=0,
         allow_inf_nan=False,
-        description="How fast the warm-up schedule rises: with 3/4 to 0.999 in 10,000 updates, "
-        "with 2/3 in 31,600.",
+        description="Warm-up: exponent; 3/4 reaches a decay of 0.999 in 10,000 updates, 2/3 in "
+        "31,600.",
     )
-    min_decay: float = Field(
-        default=0.0, ge=0, lt=1, description="The least decay when warming up."
-    )
-    max_decay: float = Field(
-        default=0.9999, ge=0, le=1, description="The highest decay of the warm-up schedule."
-    )
+    min_decay: float = Field(default=0.0, ge=0, lt=1, description="Warm-up: lowest decay.")
+    max_decay: float = Field(default=0.9999, ge=0, le=1, description="Warm-up: highest decay.")
     shadow_dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = Field(
         default=None,
-        description="The data type to average in; None for that of each parameter, and float32 "
-        "for those in half precision.",
+        description="dtype of the average; None for the dtype of each parameter, and float32 for "
+        "half precision.",
     )
     export_path: Annotated[str | None, RunPath()] = Field(
         default=None,
-        description="Where to write the average at the end of the run: a safetensors file, which "
-        "is replaced.",
+        description="Safetensors file for the average at the end of the run; overwritten.",
     )
 
     def __post_init__(self) -> None:
@@ -458,32 +451,32 @@ class EMAConfig(PipelineHooksConfig[EMA]):
             raise ValueError(
                 f"min_decay must be <= max_decay, got {self.min_decay} and {self.max_decay}"
             )
-        idle = [
+        unused = [
             name
             for name in ("inv_gamma", "power", "min_decay", "max_decay")
             if getattr(self, name) != type(self).model_fields[name].default
         ]
-        if self.decay is not None and idle:
+        if self.decay is not None and unused:
             raise ValueError(
-                f"{', '.join(idle)} would shape the warm-up schedule, which decay={self.decay} "
-                "replaces; give one or the other"
+                f"decay={self.decay} replaces the warm-up, got also {', '.join(unused)}; set "
+                "either decay or the warm-up"
             )
 
     def decay_of(self, update: int) -> float:
-        """The decay of one committed update, the first being number 1."""
+        """Return the decay of a committed update, counted from 1."""
         before = update - 1 - self.update_after_step
         if before < 0:
             return 0.0
         if self.decay is not None:
             return self.decay
-        warmed: float = 1.0 - (1.0 + before / self.inv_gamma) ** -self.power
-        return min(max(warmed, self.min_decay), self.max_decay)
+        warmed_up: float = 1.0 - (1.0 + before / self.inv_gamma) ** -self.power
+        return min(max(warmed_up, self.min_decay), self.max_decay)
 
 
-def _refuse_flat(name: str, args: PipelineHookArgs) -> None:
+def _refuse_fsdp1(name: str, args: PipelineHookArgs) -> None:
     accelerator = args.accelerator
     if accelerator.distributed_type is DistributedType.FSDP and not accelerator.is_fsdp2:
         raise PipelineConfigError(
-            f"{name} averages parameters by name, and FSDP's first version has put those of this "
-            "model together in flat ones; use FullyShardedDataParallelPlugin(fsdp_version=2)"
+            f"{name} averages parameters by name, but FSDP1 flattens parameters; use "
+            "FullyShardedDataParallelPlugin(fsdp_version=2)"
         )

@@ -1,4 +1,4 @@
-"""Keep some of the weights as they are, for a while or for good."""
+"""Hook that freezes parameters, temporarily or for the complete run."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from robo_orchard_lab.pipeline.sharding import is_sharded_model
 
 logger = job_logger(__name__)
 
-# These keep gradients where no hook can drop them.
+# Engines with gradients of their own, out of reach of hooks.
 _OWN_GRADIENTS = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 class FreezeHook(PipelineHooks):
-    """Freezes parameters by the pattern of their names, from the start of the run.
+    """Frozen parameters, selected by name patterns, from the start of the run.
 
     >>> import torch
     >>> from accelerate import Accelerator
@@ -43,16 +43,17 @@ class FreezeHook(PipelineHooks):
     >>> [torch.equal(a, b) for a, b in zip(before, model.parameters())]
     [True, True, False, False]
 
-    A frozen parameter has no gradient, so that torch's optimizers leave it, its momentum and its
-    weight decay alone; give the optimizer all parameters that are ever to be trained. Where the
-    thaw comes is decided from the counters, so that a resumed run is exact. What was frozen before
-    the run stays frozen. When the run is over, also by an error, everything is trainable that was.
+    A frozen parameter has no gradient, so torch's optimizers leave its value, momentum and weight
+    decay alone. Give the optimizer all parameters to be trained at any time. The thaw follows the
+    counters, so a resumed run is exact. Parameters frozen before the run stay frozen. At the end of
+    the run, also after an error, the hook's parameters are trainable again.
 
-    It runs on every rank, and costs a look at the counters for each step. With one process, and in
-    a sharded model (FSDP2), no gradients are computed for what is frozen. With DDP, they are
-    computed, exchanged and then dropped: the engine that exchanges them was set up for all that was
-    trainable when the trainer was made, and would wait for them. To save that, freeze with
-    ``requires_grad_(False)`` ahead of making the trainer what is never to be trained.
+    - Ranks: all.
+    - State: none; the counters decide.
+    - Cost: a comparison per step. With one process or FSDP2, no gradients of frozen parameters are
+      computed. With DDP, these gradients are computed, exchanged and dropped, because DDP's
+      reducer waits for all parameters trainable at its construction. For parameters that are never
+      trained, call ``requires_grad_(False)`` before creating the trainer instead.
     """
 
     def __init__(self, cfg: FreezeHookConfig) -> None:
@@ -61,91 +62,93 @@ class FreezeHook(PipelineHooks):
         self._until = cfg.until()
         self._parameters: list[torch.nn.Parameter] = []
         self._modules: list[torch.nn.Module] = []
-        self._in_training: list[torch.nn.Module] = []
-        self._drops_gradients = False
-        self._frozen = False
+        self._were_training: list[torch.nn.Module] = []
+        self._should_drop = False
+        self._is_frozen = False
         self.register_hook(
             "on_loop", HookContext.from_callable(before=self._begin, after=self._thaw)
         )
-        self.register_hook("on_step", HookContext.from_callable(before=self._look))
-        self.register_hook("on_model_backward", HookContext.from_callable(after=self._drop))
+        self.register_hook("on_step", HookContext.from_callable(before=self._before_step))
+        self.register_hook(
+            "on_model_backward", HookContext.from_callable(after=self._drop_gradients)
+        )
 
     def _begin(self, args: PipelineHookArgs) -> None:
         if args.accelerator.distributed_type in _OWN_GRADIENTS:
             raise PipelineConfigError(
                 f"{self.name} can't keep {args.accelerator.distributed_type.value} from updating "
-                "parameters; freeze them by requires_grad_(False) ahead of making the trainer"
+                "parameters; call requires_grad_(False) on them before creating the trainer"
             )
         model = plain_model(args.run)
         matched = self._match(model)
         self._parameters = [parameter for parameter in matched if parameter.requires_grad]
         if self.cfg.eval_mode:
-            self._modules = _modules_of(model, set(matched))
+            self._modules = _frozen_modules(model, set(matched))
         several = args.accelerator.num_processes > 1
-        self._drops_gradients = several and not is_sharded_model(model)
+        self._should_drop = several and not is_sharded_model(model)
         if not self._is_over(args):
             self._freeze()
         left = sum(parameter.requires_grad for parameter in model.parameters())
-        if self._frozen and left == (len(self._parameters) if self._drops_gradients else 0):
-            logger.warning("%s has frozen all of the model's parameters", self.name)
+        if self._is_frozen and left == (len(self._parameters) if self._should_drop else 0):
+            logger.warning("%s froze all parameters of the model", self.name)
 
     def _match(self, model: torch.nn.Module) -> list[torch.nn.Parameter]:
-        """The parameters that a pattern names, by any of their names, where they are tied."""
+        """Return the parameters matched by any pattern; a tied parameter matches by any name."""
         named = all_named_parameters(model)
         found: list[torch.nn.Parameter] = []
         for pattern in self.cfg.patterns:
             matched = match_parameters(pattern, named)
             if not matched:
                 raise PipelineConfigError(
-                    f"{self.name}: patterns has {pattern!r}, which matches no parameter; "
+                    f"{self.name}.patterns: {pattern!r} matches no parameter; "
                     f"{suggest_pattern(pattern, named)}"
                 )
             found += matched
         return list(dict.fromkeys(found))
 
-    def _look(self, args: PipelineHookArgs) -> None:
+    def _before_step(self, args: PipelineHookArgs) -> None:
         over = self._is_over(args)
-        if self._frozen is over:
+        if self._is_frozen is over:
             if over:
                 self._thaw(args)
             else:
-                self._freeze()  # the run was set back
-        elif self._frozen:
+                self._freeze()  # the counters went back
+        elif self._is_frozen:
             for module in self._modules:
-                if module.training:  # somebody has put the whole model in training mode
+                if module.training:  # other code called model.train()
                     module.eval()
 
     def _is_over(self, args: PipelineHookArgs) -> bool:
         return self._until is not None and self._until.reached(args.progress)
 
     def _freeze(self) -> None:
-        self._frozen = True
-        self._in_training = [
-            part for module in self._modules for part in module.modules() if part.training
+        self._is_frozen = True
+        self._were_training = [
+            child for module in self._modules for child in module.modules() if child.training
         ]
         for module in self._modules:
             module.eval()
         for parameter in self._parameters:
             parameter.grad = None
-            if not self._drops_gradients:
+            if not self._should_drop:
                 parameter.requires_grad_(False)
 
-    def _drop(self, args: PipelineHookArgs) -> None:
-        if self._frozen and self._drops_gradients:
+    def _drop_gradients(self, args: PipelineHookArgs) -> None:
+        if self._is_frozen and self._should_drop:
             for parameter in self._parameters:
                 parameter.grad = None
 
     def _thaw(self, args: PipelineHookArgs) -> None:
-        if self._frozen:
-            self._frozen = False
+        if self._is_frozen:
+            self._is_frozen = False
             for parameter in self._parameters:
                 parameter.requires_grad_(True)
-            for module in self._in_training:
+            for module in self._were_training:
                 module.training = True
 
 
 class FreezeHookConfig(PipelineHooksConfig[FreezeHook]):
-    """What to freeze, and until when.
+    """Patterns of the parameters to freeze, and the time of the thaw.
 
     >>> FreezeHookConfig(patterns=["encoder.*"], until_step=1000, eval_mode=True)().name
     'FreezeHook'
@@ -154,38 +157,38 @@ class FreezeHookConfig(PipelineHooksConfig[FreezeHook]):
     class_type: type[FreezeHook] = FreezeHook
     patterns: list[str] = Field(
         min_length=1,
-        description="Names of parameters as the plain model has them, with * for any text, "
-        "dots included, ? for one character and [ab] for one of some. Each must match.",
+        description="Patterns of parameter names in the plain model: * matches any text "
+        "(including dots), ? one character, [ab] one of several. Each pattern must match.",
     )
     until_step: int | None = Field(
-        default=None, ge=1, description="Thaw when so many steps (batches) of the run are done."
+        default=None, ge=1, description="Thaw after this many steps of the run."
     )
     until_optimizer_step: int | None = Field(
-        default=None, ge=1, description="Thaw when so many updates are committed."
+        default=None, ge=1, description="Thaw after this many committed updates."
     )
-    until_epoch: int | None = Field(
-        default=None, ge=1, description="Thaw when so many epochs are done."
-    )
+    until_epoch: int | None = Field(default=None, ge=1, description="Thaw after this many epochs.")
     eval_mode: bool = Field(
         default=False,
-        description="Keep modules whose parameters are all frozen in evaluation mode, where "
+        description="Keep modules without trainable parameters in evaluation mode, so that "
         "dropout is off and BatchNorm keeps its statistics.",
     )
 
     def until(self) -> TrainerLimits | None:
-        """Where the thaw comes: at whichever limit is reached first; None for never."""
+        """Return the limits of the freeze, the first reached counts; None for no thaw."""
         limits = (self.until_step, self.until_optimizer_step, self.until_epoch)
         return None if limits == (None, None, None) else TrainerLimits(*limits)
 
 
-def _modules_of(model: torch.nn.Module, matched: set[torch.nn.Parameter]) -> list[torch.nn.Module]:
-    """The outermost modules with only frozen parameters, of which one or more are matched."""
+def _frozen_modules(
+    model: torch.nn.Module, matched: set[torch.nn.Parameter]
+) -> list[torch.nn.Module]:
+    """Return the outermost modules with a matched and no trainable parameter."""
     found: list[torch.nn.Module] = []
     inner: set[torch.nn.Module] = set()
-    for module in model.modules():  # outer ones come first
+    for module in model.modules():  # outer modules first
         parameters = set(module.parameters())
-        frozen = all(p in matched or not p.requires_grad for p in parameters)
-        if frozen and parameters & matched and module not in inner:
+        is_frozen = all(p in matched or not p.requires_grad for p in parameters)
+        if is_frozen and parameters & matched and module not in inner:
             found.append(module)
             inner.update(module.modules())
     return found

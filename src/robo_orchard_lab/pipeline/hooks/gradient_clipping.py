@@ -1,4 +1,4 @@
-"""Clip the gradients ahead of each update."""
+"""Hook that clips the gradients before each update."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfi
 
 
 class GradientClippingHook(PipelineHooks):
-    """Clips the gradients by norm or by value, and publishes their norm before clipping.
+    """Gradient clipping by norm or by value before each update.
 
-    It runs on every rank, ahead of the update, on the gradients of the whole accumulation window.
-    It publishes ``grad_norm`` as a tensor on the device, which it takes from ``args.grad_norm``
-    where another hook has computed it, and else keeps there. Nothing is read from the device.
+    Two of these hooks clip in turn; the second measures the norm after the first.
 
-    Two of them clip one after the other, each by the norm of what the one before has left.
+    - Ranks: all, on the accumulated gradients.
+    - Publishes: ``grad_norm``, the norm before clipping, as a device tensor. Shares the norm with
+      other hooks in ``args.grad_norm``.
+    - State: none.
+    - Cost: one norm per update, no device sync.
     """
 
     def __init__(self, cfg: GradientClippingHookConfig) -> None:
@@ -36,15 +38,15 @@ class GradientClippingHook(PipelineHooks):
         if cfg.max_norm is not None:
             norm = clip_gradients(args, cfg.max_norm, cfg.norm_type)
         else:
-            assert cfg.max_value is not None  # the config has checked that there is one
+            assert cfg.max_value is not None  # checked by the config
             norm = gradient_norm(args, cfg.norm_type)
             clip_gradient_values(args, cfg.max_value)
-        if norm is not None:  # DeepSpeed clips by itself and may not tell
+        if norm is not None:  # DeepSpeed clips itself and may not report the norm
             args.metrics.publish("grad_norm", norm)
 
 
 class GradientClippingHookConfig(PipelineHooksConfig[GradientClippingHook]):
-    """How to clip: exactly one of ``max_norm`` and ``max_value``.
+    """Bound of the gradients: exactly one of ``max_norm`` and ``max_value``.
 
     >>> GradientClippingHookConfig(max_norm=1.0)().name
     'GradientClippingHook'
@@ -54,20 +56,20 @@ class GradientClippingHookConfig(PipelineHooksConfig[GradientClippingHook]):
     max_norm: float | None = Field(
         default=None,
         gt=0,
-        description="Scale all gradients so that their joint norm is at most this.",
+        description="Scale all gradients so that their total norm is at most this.",
     )
     max_value: float | None = Field(
         default=None, gt=0, description="Clamp every element to [-max_value, max_value]."
     )
     norm_type: float = Field(
-        default=2.0, gt=0, description="The order of the norm that is published and clipped by."
+        default=2.0, gt=0, description="Order of the norm to publish and to clip by."
     )
 
     @model_validator(mode="after")
     def _one_bound(self) -> Self:
         if (self.max_norm is None) == (self.max_value is None):
             raise ValueError(
-                "give exactly one of max_norm and max_value, "
+                "expected exactly one of max_norm and max_value, "
                 f"got max_norm={self.max_norm}, max_value={self.max_value}"
             )
         return self

@@ -1,4 +1,4 @@
-"""Keep the weights with which a metric was best."""
+"""Hook that keeps the weights of the best value of a metric."""
 
 from __future__ import annotations
 
@@ -30,16 +30,19 @@ _SUFFIX = ".safetensors"
 
 
 class KeepBest(PipelineHooks):
-    """Asks the trainer to save the weights whenever a metric is better than ever.
+    """File with the weights of the best value of a metric.
 
-    They are those of the commit point at which the value is known: for ``eval/...`` those that
-    were evaluated, for other metrics those at the logging point. The file says which metric it is,
-    its value, its step, and the counters of the run.
+    At each new best value, the weights of the current commit point are saved: for ``eval/...`` the
+    evaluated weights, for other metrics those of the logging point. The file's metadata holds the
+    metric, its value and step, and the counters of the run.
 
-    A new run replaces what an earlier one has left. A resumed one also looks into the file: where
-    the run before it has come further than its last save, and found better weights, they stay.
+    A new run overwrites the file of an earlier one. A resumed run reads the file first: weights
+    saved after the resumed checkpoint stay if their value is better.
 
-    It runs on every rank; the first one writes. It costs a step nothing.
+    - Ranks: all; the main process writes.
+    - Requests: writing the weights.
+    - State: the best value, its step, and the number of values since.
+    - Cost: none for a step.
 
     >>> from accelerate import Accelerator
     >>> from robo_orchard_lab.pipeline.context import PipelineRun
@@ -59,7 +62,7 @@ class KeepBest(PipelineHooks):
         super().__init__()
         self.cfg = cfg
         self._best = BestValue(cfg.mode, cfg.min_delta)
-        self._resumed = False
+        self._is_resumed = False
         self._requests = Requests()  # until the loop begins
         self._subscription: RemovableHandle | None = None
         self.register_hook(
@@ -70,12 +73,12 @@ class KeepBest(PipelineHooks):
 
     @property
     def best_value(self) -> float | None:
-        """The best value so far; None before the first that is a number."""
+        """Best value so far; None before the first number."""
         return self._best.value
 
     @property
     def best_step(self) -> int | None:
-        """How many steps were done when it was measured."""
+        """Number of completed steps when the best value was measured."""
         return self._best.step
 
     def _begin(self, args: PipelineHookArgs) -> None:
@@ -84,33 +87,33 @@ class KeepBest(PipelineHooks):
         if args.accelerator.is_main_process:
             self._check_folder()
             remove_leftovers(self.cfg.path)
-        if self._resumed:
-            self._resumed = False
-            self._look_into_file(args)
+        if self._is_resumed:
+            self._is_resumed = False
+            self._compare_with_file(args)
 
     def _check_folder(self) -> None:
-        """Before a device is busy, not when the first weights are to be kept."""
+        """Fail at the start of the run, not at the first save."""
         folder = self.cfg.path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise PipelineConfigError(
-                f"{self.name}.path: can't make the folder {folder}: {error}"
+                f"{self.name}.path: can't create the folder {folder}: {error}"
             ) from error
         if not os.access(folder, os.W_OK):
-            raise PipelineConfigError(f"{self.name}.path: the folder {folder} can't be written to")
+            raise PipelineConfigError(f"{self.name}.path: the folder {folder} is not writable")
 
     def _end(self, args: PipelineHookArgs) -> None:
         if self._subscription is not None:
             self._subscription.remove()
 
     def _check_weights(self, args: PipelineHookArgs) -> None:
-        assert self.cfg.weights is not None  # else this is not registered
-        args.run.weight_set(self.cfg.weights)  # an error where there is none of that name
+        assert self.cfg.weights is not None  # checked at registration
+        args.run.weight_set(self.cfg.weights)  # raises if no hook keeps these weights
 
     def _judge(self, found: MetricValue) -> None:
         cfg = self.cfg
-        if self._best.offer(found):
+        if self._best.update(found):
             self._requests.save_weights(
                 cfg.path,
                 f"{cfg.monitor} is {number_text(found.value)}, the best so far",
@@ -124,20 +127,20 @@ class KeepBest(PipelineHooks):
                 },
             )
 
-    def _look_into_file(self, args: PipelineHookArgs) -> None:
-        found = _value_in(self.cfg) if args.accelerator.is_main_process else None
+    def _compare_with_file(self, args: PipelineHookArgs) -> None:
+        found = _read_value(self.cfg) if args.accelerator.is_main_process else None
         if args.accelerator.num_processes > 1:
-            found = _of_first_rank(found, self.cfg.monitor, args.accelerator)
+            found = _broadcast_value(found, self.cfg.monitor, args.accelerator)
         if found is None:
             if self._best.value is not None:
                 logger.warning(
-                    "%s: %s does not have the best weights of the run that is resumed, with %s of "
-                    "%s; it will be written with the next better value",
+                    "%s: %s lacks the best weights of the resumed run (%s %s); the next better "
+                    "value overwrites the file",
                     *(self.name, self.cfg.path, self.cfg.monitor, number_text(self._best.value)),
                 )
-        elif self._best.keep(found):
+        elif self._best.adopt(found):
             logger.info(
-                "%s: %s has %s of %s (step %d), better than the resumed run knows of; it stays",
+                "%s: keeping %s with %s %s (step %d), better than the resumed run's best value",
                 *(self.name, self.cfg.path, found.name, number_text(found.value), found.step),
             )
 
@@ -147,56 +150,56 @@ class KeepBest(PipelineHooks):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_state_version(state, STATE_VERSION, self.name)
         self._best.load_state_dict(state["best"])
-        self._resumed = True
+        self._is_resumed = True
 
 
 class KeepBestConfig(PipelineHooksConfig[KeepBest]):
-    """Which metric to watch, and where to keep the weights.
+    """Metric to monitor, and the file for the weights.
 
     >>> KeepBestConfig(monitor="eval/val/loss", mode="min", path="out/best.safetensors")().name
     'KeepBest'
     """
 
     class_type: type[KeepBest] = KeepBest
-    monitor: str = Field(description="The name of the metric, such as 'eval/val/loss'.")
-    mode: Mode = Field(description="Whether the smallest ('min') or largest ('max') is best.")
+    monitor: str = Field(description="Metric name, such as 'eval/val/loss'.")
+    mode: Mode = Field(description="Best value: the smallest ('min') or the largest ('max').")
     path: Annotated[Path, RunPath()] = Field(
-        description="The file to write, *.safetensors; its folder is made."
+        description="File to write, *.safetensors; its folder is created."
     )
     min_delta: float = Field(
-        default=0.0, ge=0, description="Better is what is better by more than this."
+        default=0.0, ge=0, description="Least improvement; a smaller one does not count."
     )
     weights: str | None = Field(
         default=None,
-        description="The name of the hook whose weights to save, such as that of an EMA; by "
-        "default the model's own.",
+        description="Name of the hook whose weights to save, such as 'EMA'; None for the "
+        "model's own.",
     )
 
     @field_validator("path")
     @classmethod
     def _has_suffix(cls, path: Path) -> Path:
         if path.suffix != _SUFFIX:
-            raise ValueError(f"the file's name must end with {_SUFFIX}, got {str(path)!r}")
+            raise ValueError(f"expected a file name ending in {_SUFFIX}, got {str(path)!r}")
         return path
 
 
-def _value_in(cfg: KeepBestConfig) -> MetricValue | None:
-    """The value that the weights in the file were saved for; None without such weights."""
+def _read_value(cfg: KeepBestConfig) -> MetricValue | None:
+    """Return the metric value stored in the file; None without a file of this metric."""
     try:
         with safe_open(cfg.path, framework="pt") as file:
             metadata = file.metadata() or {}
         if (metadata.get("monitor"), metadata.get("mode")) == (cfg.monitor, cfg.mode):
             return MetricValue(cfg.monitor, float(metadata["value"]), int(metadata["value_step"]))
     except (OSError, SafetensorError, KeyError, ValueError):
-        pass  # there is none, or another program's
+        pass  # no file, or the file of another program
     return None
 
 
-def _of_first_rank(found: MetricValue | None, name: str, accelerator: Any) -> MetricValue | None:
-    """What the first rank has found, since the others may not see its file."""
+def _broadcast_value(found: MetricValue | None, name: str, accelerator: Any) -> MetricValue | None:
+    """Return the first rank's value on all ranks; other ranks may not see the file."""
     from accelerate.utils import broadcast
 
     value, step = (math.nan, 0) if found is None else (found.value, found.step)
     sent = torch.tensor([value, step], dtype=torch.float64, device=accelerator.device)
-    value, step = broadcast(sent).tolist()  # a collective, and waiting for the device; once a run
+    value, step = broadcast(sent).tolist()  # collective and device sync, once a run
     return None if math.isnan(value) else MetricValue(name, value, int(step))

@@ -1,4 +1,4 @@
-"""Metrics of the training data, as it is trained on."""
+"""Hook that computes torchmetrics metrics on the training data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.distributed.collectives import joined_by_rank
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_version
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.hooks.validation import MetricPart, function_given, given_or_built
+from robo_orchard_lab.pipeline.hooks.validation import MetricPart, given_or_built
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.metrics.torchmetrics import (
     MetricArguments,
@@ -31,34 +31,33 @@ _PREFIX = "train/"
 
 
 class MetricTracker(PipelineHooks):
-    """Updates metrics of torchmetrics with the outputs of each step, on the device.
+    """Metrics of torchmetrics over the training steps, accumulated on the device.
 
-    On every rank. ``train/<metric>`` is that of all ranks since the last logging point, and is
-    published with the next; ``train/<metric>_epoch`` that of a whole epoch, at its end. Nothing is
-    read in between, unless a metric does so itself: those of classification look for wrong
-    values in each batch until they are made with ``validate_args=False``, and those that take
-    logits or probabilities look which they are. One that draws random numbers in its update
-    (``BootStrapper``) draws them from the training.
+    - Ranks: all; metrics are merged over ranks.
+    - Publishes: ``train/<metric>`` since the last logging point, and ``train/<metric>_epoch`` at
+      the end of a completed epoch.
+    - State: the metrics' states, merged over ranks when the world size changes.
+    - Cost: one ``update`` of each metric per step; two if torchmetrics can't merge the metric's
+      states, as for a correlation. No device sync, except by metrics that sync themselves:
+      classification metrics without ``validate_args=False``, or with logits or probabilities.
 
-    A step takes one update of each metric. Where torchmetrics can't merge the states of two parts
-    of the data, such as of a correlation, it takes two.
+    A metric with random numbers in its update (``BootStrapper``) consumes the training RNG.
 
     >>> from torchmetrics import MeanSquaredError
     >>> MetricTrackerConfig()(metrics={"mse": MeanSquaredError()}).name
     'MetricTracker'
 
     Args:
-        cfg: what to publish.
-        metrics: by name, or a collection; here or in the configuration. They are copied.
-        metric_inputs: ``metric_inputs(outputs, batch)`` gives the arguments of ``metric.update``,
-            as a tuple or a mapping by name; here or in the configuration. By default it is the
-            batch processor's method of that name, or of a pair (inputs, targets) the outputs and
-            the targets.
+        cfg: options, and optionally the metrics.
+        metrics: by name, or a collection; copied. Here or in the config.
+        metric_inputs: ``metric_inputs(outputs, batch)`` returns the arguments of ``metric.update``
+            as a tuple or a mapping. Here or in the config; by default the batch processor's method
+            of this name, or the outputs and the targets of a pair (inputs, targets).
 
     Raises:
-        PipelineConfigError: no metrics, something both here and in the configuration, or something
-            that is none of torchmetrics.
-        MetricValueError: a metric's value is known to be no single number.
+        PipelineConfigError: no metrics, an object that is not a torchmetrics metric, or an argument
+            given both here and in the config.
+        MetricValueError: the value of a metric is known not to be a single number.
     """
 
     keeps_trajectory = True
@@ -73,16 +72,15 @@ class MetricTracker(PipelineHooks):
         super().__init__()
         self.cfg = cfg
         given = given_or_built(metrics, cfg.metrics, "metrics", self.name)
-        whole = TorchMetrics(given, self.name)
-        if not len(whole):
+        all_metrics = TorchMetrics(given, self.name)
+        if not len(all_metrics):
             raise PipelineConfigError(
-                f"{self.name}: metrics is empty, so that there is nothing to track; "
-                "write metrics={'accuracy': ...}"
+                f"{self.name}: metrics is empty; write metrics={{'accuracy': ...}}"
             )
-        self._merged = _MergedParts(whole.select(mergeable=True), cfg.each_epoch)
-        self._window = whole.select(mergeable=False)
-        self._epoch = whole.select(mergeable=False) if cfg.each_epoch else TorchMetrics(None)
-        self._metric_inputs: MetricInputs | None = function_given(
+        self._merged = _MergeableMetrics(all_metrics.select(mergeable=True), cfg.each_epoch)
+        self._window = all_metrics.select(mergeable=False)
+        self._epoch = all_metrics.select(mergeable=False) if cfg.each_epoch else TorchMetrics(None)
+        self._metric_inputs: MetricInputs | None = given_or_built(
             metric_inputs, cfg.metric_inputs, "metric_inputs", self.name
         )
         self._arguments: MetricArguments | None = None
@@ -96,8 +94,8 @@ class MetricTracker(PipelineHooks):
 
     def _open(self, args: PipelineHookArgs) -> None:
         self._arguments = MetricArguments(self._metric_inputs, args.batch_processor, self.name)
-        for part in (self._merged, self._window, self._epoch):
-            part.to(args.accelerator.device)
+        for metrics in (self._merged, self._window, self._epoch):
+            metrics.to(args.accelerator.device)
         self._handle = args.metrics.before_logging(partial(self._end_window, args.metrics), self)
 
     def _close(self, args: PipelineHookArgs) -> None:
@@ -126,7 +124,7 @@ class MetricTracker(PipelineHooks):
                 args.metrics.defer(
                     self._epoch.snapshot(self._epoch.pop_states(), _PREFIX, "_epoch")
                 )
-            if not args.metrics.is_logged:  # else it would grow with the run
+            if not args.metrics.is_logged:  # else the window would grow with the run
                 self._merged.forget_window()
                 if len(self._window):
                     self._window.pop_states()
@@ -148,10 +146,10 @@ class MetricTracker(PipelineHooks):
     def redistribute_states(
         self, states: Sequence[Mapping[str, Any]], processes: int
     ) -> Sequence[Mapping[str, Any]]:
-        """Each metric is that of all ranks' samples, whichever rank has taken them in."""
-        return joined_by_rank(states, processes, self._joined)
+        """Merge the states of all ranks: a metric is over the samples of all ranks."""
+        return joined_by_rank(states, processes, self._merge_states)
 
-    def _joined(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def _merge_states(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {
             "version": STATE_VERSION,
             "merged": self._merged.merge_state_dicts([state["merged"] for state in states]),
@@ -161,7 +159,7 @@ class MetricTracker(PipelineHooks):
 
 
 class MetricTrackerConfig(PipelineHooksConfig[MetricTracker]):
-    """What to publish of the metrics that are given to the hook, or built from here.
+    """Metrics to track, unless passed to the hook, and options.
 
     >>> MetricTrackerConfig(each_epoch=False).each_epoch
     False
@@ -170,23 +168,23 @@ class MetricTrackerConfig(PipelineHooksConfig[MetricTracker]):
     class_type: type[MetricTracker] = MetricTracker
     each_epoch: bool = Field(
         default=True,
-        description="Publish the metrics of each epoch too, which keeps what they gather so long.",
+        description="Publish the metrics of each epoch, too; their states are kept for an epoch.",
     )
     metrics: dict[str, MetricPart] | None = Field(
         default=None,
-        description="What builds the metrics, by name, where they aren't given to the hook.",
+        description="Metrics by name, unless passed to the hook.",
     )
     metric_inputs: Function | None = Field(
         default=None,
-        description="metric_inputs(outputs, batch) gives the arguments of metric.update, where "
-        "it isn't given to the hook; None: as the batch processor says.",
+        description="metric_inputs(outputs, batch) returns the arguments of metric.update, "
+        "unless passed to the hook; None for the batch processor's method.",
     )
 
 
-class _MergedParts:
-    """Metrics that are updated once, and whose parts make up the window and the epoch.
+class _MergeableMetrics:
+    """Metrics with one update per step, merged into a window and an epoch.
 
-    A part ends with either of the two.
+    Each logging point and each end of an epoch ends a segment, merged into both.
     """
 
     def __init__(self, live: TorchMetrics, each_epoch: bool) -> None:
@@ -201,16 +199,16 @@ class _MergedParts:
         self._epoch = self._epoch and self.live.to_device(self._epoch)
 
     def forget_window(self) -> None:
-        """Drop what was gathered for a window that nobody will ask for."""
+        """Drop the window's states, for runs without logging points."""
         self._window = None
 
     def end_window(self, prefix: str) -> MetricsSnapshot:
-        window, epoch = self._end_part()
+        window, epoch = self._end_segment()
         self._window, self._epoch = None, epoch if self._each_epoch else None
         return self.live.snapshot(window, prefix)
 
     def end_epoch(self, prefix: str, suffix: str) -> MetricsSnapshot:
-        window, epoch = self._end_part()
+        window, epoch = self._end_segment()
         self._window, self._epoch = window, None
         return self.live.snapshot(epoch, prefix, suffix)
 
@@ -228,19 +226,19 @@ class _MergedParts:
         self._epoch = None if epoch is None else self.live.decode(epoch)
 
     def merge_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """One state of those of several ranks."""
+        """Merge the states of several ranks."""
         live = self.live.merge_state_dicts([state["live"] for state in states])
         ended: dict[str, Any] = {}
         for name in ("window", "epoch"):
-            parts = [self.live.decode(s[name]) for s in states if s[name] is not None]
-            ended[name] = self.live.encode(self.live.merge(parts)) if parts else None
+            loaded = [self.live.decode(s[name]) for s in states if s[name] is not None]
+            ended[name] = self.live.encode(self.live.merge(loaded)) if loaded else None
         return {"live": live, **ended}
 
-    def _end_part(self) -> tuple[MetricStates, MetricStates]:
-        """The window and the epoch until here."""
-        part = self.live.pop_states()
-        joined = [
-            part if before is None else self.live.merge([before, part])
+    def _end_segment(self) -> tuple[MetricStates, MetricStates]:
+        """End the current segment; return window and epoch including the segment."""
+        segment = self.live.pop_states()
+        window, epoch = (
+            segment if before is None else self.live.merge([before, segment])
             for before in (self._window, self._epoch)
-        ]
-        return joined[0], joined[1]
+        )
+        return window, epoch

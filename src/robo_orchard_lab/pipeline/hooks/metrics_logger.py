@@ -1,4 +1,4 @@
-"""Make the logging points, and hand what they find to sinks."""
+"""Hook that triggers logging points and writes their records to sinks."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from robo_orchard_lab.pipeline.sinks import MetricsSink, SinkConfig, SinkGroup
 from robo_orchard_lab.pipeline.trigger import TriggerField
 
 SinkLike: TypeAlias = MetricsSink | SinkConfig[MetricsSink]
-"""A sink, or the configuration that builds one."""
+"""A sink, or the config of a sink."""
 
 
 class MetricsLogger(PipelineHooks):
-    """Makes a logging point by a schedule, and writes what was published to each of its sinks.
+    """Logging points on a trigger, written to sinks.
 
-    A logging point costs one packed transfer from the device and, with several processes, one
-    packed collective, whatever the number of metrics; between them nothing is read. Every rank
-    takes part in it; the main process alone opens the sinks and writes.
+    At the end of a run, values published since the last logging point are written as a partial
+    record, except after an error. They stay in the run's state, too: the next record of a resumed
+    run contains them, and the file of a ``JsonLinesSink`` equals that of an uninterrupted run.
 
-    What was published after the last logging point is written when the run ends, as a partial
-    record: at a limit as by a request to stop, but not by an error. It stays in the run's state as
-    well. A run that goes on from there has it in its next record, and the file of a
-    ``JsonLinesSink`` is then that of an uninterrupted run.
-
-    A sink that can't be opened is an error at the start of the run. One that fails later is
+    A sink that can't be opened is an error at the start of the run. A sink that fails later is
     reported once and dropped.
+
+    - Ranks: all take part in a logging point; the main process opens the sinks and writes.
+    - Requests: logging points.
+    - State: none; the metrics board holds unwritten values.
+    - Cost: per logging point, one packed transfer from the device and, with several processes, one
+      packed collective.
 
     >>> from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig, LogSinkConfig
     >>> sinks = {"file": JsonLinesSinkConfig(), "log": LogSinkConfig(names=["loss/*"])}
@@ -42,11 +43,11 @@ class MetricsLogger(PipelineHooks):
     'MetricsLogger'
 
     Args:
-        cfg: when to log, and where.
-        sinks: more sinks, live or by their configurations, with or without names.
+        cfg: trigger and sinks.
+        sinks: more sinks or configs of sinks, optionally by name.
 
     Raises:
-        PipelineConfigError: a sink can't be built, or two have one name.
+        PipelineConfigError: a sink can't be built, or two sinks have the same name.
     """
 
     keeps_trajectory = True
@@ -60,7 +61,7 @@ class MetricsLogger(PipelineHooks):
         super().__init__()
         self.cfg = cfg
         self.sinks: dict[str, MetricsSink] = {}
-        """The sinks by the names that they are reported by."""
+        """Sinks by the names used in reports."""
         for name, sink in (*_pairs(cfg.sinks), *_pairs(sinks or ())):
             self._add(name, sink)
         self._group: SinkGroup | None = None
@@ -68,14 +69,14 @@ class MetricsLogger(PipelineHooks):
         self.register_hook(
             "on_loop", HookContext.from_callable(before=self._open, after=self._close)
         )
-        self.register_at_commit(self._ask, cfg.every)
+        self.register_at_commit(self._request_log, cfg.every)
 
     def _add(self, name: str | None, sink: SinkLike) -> None:
         built = self._built(name, sink) if isinstance(sink, SinkConfig) else sink
         if not all(callable(getattr(built, part, None)) for part in ("open", "write", "close")):
             raise PipelineConfigError(
-                f"{self.name}.sinks: a sink has open(args), write(record) and close(); "
-                f"got {type(built).__name__}"
+                f"{self.name}.sinks: expected an object with open(args), write(record) and "
+                f"close(), got {type(built).__name__}"
             )
         if name is None:
             kind = type(built).__name__
@@ -83,7 +84,7 @@ class MetricsLogger(PipelineHooks):
             name = next(free for free in names if free not in self.sinks)
         elif name in self.sinks:
             raise PipelineConfigError(
-                f"{self.name}: two of its sinks are named {name!r}; give one of them another name"
+                f"{self.name}: two sinks are named {name!r}; rename one of them"
             )
         self.sinks[name] = built
 
@@ -99,11 +100,11 @@ class MetricsLogger(PipelineHooks):
             group = SinkGroup(self.sinks, self.name)
             group.open(args)
             self._group = group
-        # On every rank, so that all know alike that there are logging points.
+        # On every rank: all ranks must know that there are logging points.
         self._handle = args.metrics.listen(self._write)
 
-    def _ask(self, args: PipelineHookArgs) -> None:
-        args.requests.log("by its schedule", by=self.name)
+    def _request_log(self, args: PipelineHookArgs) -> None:
+        args.requests.log(f"every {self.cfg.every}", by=self.name)
 
     def _write(self, record: MetricsRecord) -> None:
         if self._group is not None:
@@ -119,10 +120,10 @@ class MetricsLogger(PipelineHooks):
 
 
 class MetricsLoggerConfig(PipelineHooksConfig[MetricsLogger]):
-    """When to log, and where.
+    """Trigger of logging points, and sinks.
 
-    With no sinks there are logging points all the same, for the progress bar and for hooks that
-    wait for a metric.
+    Logging points happen without sinks, too, for the progress bar and for hooks that subscribe to
+    a metric.
 
     >>> print(MetricsLoggerConfig().every)
     50 steps | 1 epoch
@@ -131,21 +132,21 @@ class MetricsLoggerConfig(PipelineHooksConfig[MetricsLogger]):
     class_type: type[MetricsLogger] = MetricsLogger
     every: TriggerField = Field(
         default="50 steps | 1 epoch",
-        description="When to make a logging point, such as '100 steps | 1 epoch | 10 min'.",
+        description="Trigger of logging points, such as '100 steps | 1 epoch | 10 min'.",
     )
     sinks: (
         Mapping[str, ConfigInstanceOf[SinkConfig[MetricsSink]]]
         | Sequence[ConfigInstanceOf[SinkConfig[MetricsSink]]]
     ) = Field(
         default=[],
-        description="Where to write; a mapping gives the sinks names to be reported by.",
+        description="Sinks to write to; a mapping names the sinks in reports.",
     )
 
 
 def _pairs(
     sinks: Mapping[str, SinkLike] | Iterable[SinkLike],
 ) -> list[tuple[str | None, SinkLike]]:
-    """The sinks with their names, if they have some."""
+    """Return pairs of name and sink; None for a sink without a name."""
     if isinstance(sinks, Mapping):
         return [*sinks.items()]
     return [(None, sink) for sink in sinks]

@@ -1,4 +1,4 @@
-"""What a hook is written with, under one name to import from."""
+"""Public imports for writing hooks."""
 
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle, RemoveableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs

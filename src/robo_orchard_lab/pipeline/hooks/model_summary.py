@@ -1,4 +1,4 @@
-"""Say how large a model is, part by part."""
+"""Hook that logs the size of the model, module by module."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from robo_orchard_lab.pipeline.sharding import plain_class
 
 logger = job_logger(__name__)
 
-_ROOT = "(itself)"  # what belongs to no part
+_ROOT = "(itself)"  # tensors of the model itself
 
 
 class ModelSummary(PipelineHooks):
-    """Logs, once at the start of a run, what :func:`summarize` tells.
+    """Table of the model's parameters and size, logged once at the start of a run.
 
-    On the main process alone, as one record of level INFO. It counts as frozen what is frozen at
-    that moment, so register it after what freezes.
+    The table is the one of :func:`summarize`. Register the hook after hooks that freeze parameters.
+
+    - Ranks: the main process logs one INFO record.
+    - State: none.
 
     >>> hooks = PipelineHooks.from_hooks([ModelSummaryConfig(depth=2)])
     >>> len(hooks.get_channel("on_loop"))
@@ -38,15 +40,15 @@ class ModelSummary(PipelineHooks):
     def __init__(self, cfg: ModelSummaryConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.register_hook("on_loop", HookContext.from_callable(before=self._tell))
+        self.register_hook("on_loop", HookContext.from_callable(before=self._log))
 
-    def _tell(self, args: PipelineHookArgs) -> None:
+    def _log(self, args: PipelineHookArgs) -> None:
         if logger.isEnabledFor(logging.INFO):
             logger.info("the model:\n%s", summarize(plain_model(args.run), self.cfg.depth))
 
 
 class ModelSummaryConfig(PipelineHooksConfig[ModelSummary]):
-    """How much to tell.
+    """Depth of the table.
 
     >>> ModelSummaryConfig()().name
     'ModelSummary'
@@ -54,32 +56,34 @@ class ModelSummaryConfig(PipelineHooksConfig[ModelSummary]):
 
     class_type: type[ModelSummary] = ModelSummary
     depth: int = Field(
-        default=1, ge=0, description="In levels of modules; 0 tells of the whole model alone."
+        default=1,
+        ge=0,
+        description="Levels of modules with rows of their own; 0 shows only the total.",
     )
 
 
 @dataclass(frozen=True, slots=True)
-class ModelPart:
-    """What one part of a model holds."""
+class ModuleSize:
+    """Parameters and size of one module."""
 
     name: str
-    """As in the names of its parameters."""
+    """Path, as in the names of its parameters."""
     kind: str
-    """The name of its class."""
+    """Class name."""
     trainable: int = 0
-    """Elements of parameters that require a gradient."""
+    """Elements of parameters with ``requires_grad``."""
     frozen: int = 0
     """Elements of the other parameters."""
     size_bytes: int = 0
     """Of parameters and buffers."""
 
-    def plus(self, tensor: torch.Tensor) -> ModelPart:
-        """The part with one parameter or buffer more."""
+    def plus(self, tensor: torch.Tensor) -> ModuleSize:
+        """Return the sums with one more parameter or buffer."""
         if is_lazy(tensor):
             return self
         count = tensor.numel()
         parameter = isinstance(tensor, torch.nn.Parameter)
-        return ModelPart(
+        return ModuleSize(
             self.name,
             self.kind,
             self.trainable + (count if parameter and tensor.requires_grad else 0),
@@ -90,10 +94,10 @@ class ModelPart:
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """The parts of a model and their total; ``str`` of it is a table."""
+    """Rows of a model's modules and their total; ``str`` is a table."""
 
-    parts: tuple[ModelPart, ...]
-    total: ModelPart
+    parts: tuple[ModuleSize, ...]
+    total: ModuleSize
 
     def __str__(self) -> str:
         rows = [("module", "type", "trainable", "frozen", "MiB")]
@@ -118,7 +122,7 @@ class ModelSize:
 
 
 def summarize(model: torch.nn.Module, depth: int = 1) -> ModelSize:
-    """The elements of a model's parameters, trainable and frozen, and its size, part by part.
+    """Return a table of a model's trainable and frozen parameters and its size, by module.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(512, 256), torch.nn.Linear(256, 10))
     >>> _ = model[0].requires_grad_(False)
@@ -129,23 +133,22 @@ def summarize(model: torch.nn.Module, depth: int = 1) -> ModelSize:
     total   Sequential      2,570  131,328  0.51
 
     Args:
-        model: also one that is compiled; a part that holds nothing has no row.
-        depth: the levels of modules that have a row each; deeper ones count in theirs.
+        model: a module, also compiled; modules without tensors have no row.
+        depth: levels of modules with rows of their own; deeper modules count in their parent's row.
 
-    A tensor that is used in several places counts in the first. One that gets its shape from the
-    first batch counts nothing. Buffers count in the size alone, whether they are saved or not. Of a
-    sharded model the whole tensors count, not the shards.
+    A shared tensor counts once, in the first module. A lazy parameter counts as 0. Buffers, also
+    non-persistent ones, count only in the size. Of a sharded model, full tensors count, not shards.
     """
     model = getattr(model, "_orig_mod", model)
-    parts: dict[str, ModelPart] = {}
-    total = ModelPart("total", plain_class(model).__name__)
+    parts: dict[str, ModuleSize] = {}
+    total = ModuleSize("total", plain_class(model).__name__)
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         path = plain_name(name).split(".")[:-1][:depth]
         part = ".".join(path)
         if part not in parts:
             module = model.get_submodule(part)
             kind = plain_class(getattr(module, "_orig_mod", module)).__name__
-            parts[part] = ModelPart(part or _ROOT, kind)
+            parts[part] = ModuleSize(part or _ROOT, kind)
         parts[part] = parts[part].plus(tensor)
         total = total.plus(tensor)
     return ModelSize(tuple(parts.values()) if depth else (), total)

@@ -1,4 +1,7 @@
-"""Save and stop when a signal says that the job has to go."""
+"""Hook that saves and stops the run on a signal.
+
+`require_saver` and `request_stop` are shared with `TimeLimit`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, TypeAlias
 
 from pydantic import Field, field_validator
 from torch.utils.data import DataLoader
@@ -23,76 +26,68 @@ from robo_orchard_lab.pipeline.distributed.sections import another_failed
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, PipelineStateError, RunPreempted
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 
-# --- interruption ----------------------------------------------------------------------------
-# Ending a run that is to be started again.
+logger = logging.getLogger(__name__)
+
+_Handler: TypeAlias = Callable[[int, FrameType | None], None]
+
+_SAME_REQUEST_S = 0.25
+_SAME_LAUNCHED_REQUEST_S = 2.0
+_UNSUPPORTED = {"SIGKILL", "SIGSTOP", "SIGCHLD", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL"}
 
 
-def check_savers(args: PipelineHookArgs, who: str) -> None:
-    """Refuse to wait for the moment at which a checkpoint is needed and nobody saves one.
-
-    Asked when all hooks have opened, ahead of the first step.
+def require_saver(args: PipelineHookArgs, who: str) -> None:
+    """Raise if no hook saves checkpoints; call when all hooks have begun the loop.
 
     Raises:
         PipelineConfigError: no hook saves checkpoints.
     """
     if not args.run.savers:
         raise PipelineConfigError(
-            f"{who}: there is no hook that saves a checkpoint when the run is interrupted; "
-            "register a SaveCheckpoint, or set save_checkpoint=False"
+            f"{who}: no hook saves a checkpoint when the run is interrupted; register a "
+            "SaveCheckpoint, or set save_checkpoint=False"
         )
 
 
-def interrupt(
+def request_stop(
     args: PipelineHookArgs, reason: str, who: str, *, exit_code: int | None, save: bool
 ) -> None:
-    """Ask for a checkpoint, if one is wanted, and for the end, at the next commit point."""
+    """Request a stop at the next commit point, and optionally a checkpoint."""
     if save:
         args.requests.save(reason, by=who)
     args.requests.stop(reason, by=who, exit_code=exit_code)
 
 
-logger = logging.getLogger(__name__)
-
-_SAME_REQUEST_S = 0.25
-_SAME_LAUNCHED_REQUEST_S = 2.0
-_CAN_NOT_BE_HANDLED = {"SIGKILL", "SIGSTOP", "SIGCHLD", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL"}
-
-
 class Preemption(PipelineHooks):
-    """Has the run saved, and stopped, when the process gets a signal such as SIGTERM or Ctrl-C.
+    """Checkpoint and stop on a signal such as SIGTERM or Ctrl-C.
 
-    The first signal on any rank is granted by all ranks at one commit point: that after the step
-    that is open, or next. A checkpoint is saved, and the trainer raises :class:`RunPreempted`,
-    which ends the process with the exit code 128 + the signal's number (SIGTERM 143, Ctrl-C 130,
-    SIGUSR1 138), or the one that is given. Started again, the run goes on from there.
+    The first signal on any rank stops all ranks at one commit point: after the open step or the
+    next one. A checkpoint is saved, and the trainer raises :class:`RunPreempted`, which exits the
+    process with ``exit_code``; by default 128 + the signal's number (SIGTERM 143, Ctrl-C 130,
+    SIGUSR1 138). Start the script again to resume. A signal after the last step changes nothing:
+    the run is completed.
 
-    A second signal on a rank raises :class:`RunPreempted` there at once, without saving; a third
-    one does what it would without this hook. Signals within a quarter of a second of the first are
-    the same request; within two seconds where torchrun or SLURM has launched the process, since
-    launchers forward what the processes also get themselves. A run whose last step is over when
-    the signal comes is completed, and ends as such.
+    A second signal raises :class:`RunPreempted` at once, without saving; a third one has its
+    original effect. Signals within 0.25 s of the first are the same request; within 2 s if torchrun
+    or SLURM launched the process, since launchers forward signals.
 
-    A job has as long as its scheduler lets it: torchrun kills its processes 30 s after the signal,
-    SLURM by default 30 s (``KillWait``). Until then there have to be the rest of a step, the wait
-    for one batch, what else is due at that commit point (such as an evaluation), and the save.
-    Where that takes longer, have the scheduler send a signal earlier
-    (``#SBATCH --signal=SIGUSR1@120``), and torchrun wait longer (``--shutdown-timeout``). Of these
-    signals torchrun passes on SIGTERM and Ctrl-C; SIGUSR1 ends it, unless it is started with
-    ``--signals-to-handle=SIGTERM,SIGINT,SIGUSR1``. ``examples/slurm/train.sbatch`` does all that.
-    torchrun always ends with 1 itself; what became of the run, with the exit code, is in
-    ``run_state.json``.
+    The time until a job is killed must cover the rest of a step, the wait for a batch, other work
+    at the commit point (such as an evaluation) and the save. torchrun and SLURM allow 30 s by
+    default. For more time, send the signal earlier (``#SBATCH --signal=SIGUSR1@120``) and start
+    torchrun with ``--shutdown-timeout`` and ``--signals-to-handle=SIGTERM,SIGINT,SIGUSR1``, since
+    SIGUSR1 would end torchrun itself. See ``examples/slurm/train.sbatch``. torchrun always exits
+    with 1; the exit code of the run is in ``run_state.json``.
 
-    The handlers are there while the loop runs, and what was there before is put back at its end. A
-    Ctrl-C that the process ignores, as what a shell has started in the background, stays ignored.
-    Workers of the data loaders outlive the signals meanwhile.
+    Signal handlers are installed for the loop and restored at its end. An ignored Ctrl-C, as in a
+    shell's background job, stays ignored. Workers of data loaders ignore the signals.
 
-    It costs one process a comparison in each step; several of them exchange numbers now and then
-    (:class:`Agreement`), which takes less than a hundredth of the time.
+    - Ranks: all; ranks agree on the commit point (:class:`Agreement`).
+    - Requests: a checkpoint and a stop.
+    - State: none.
+    - Cost: a comparison per step; with several processes rare exchanges, less than 1 % of the time.
 
     Raises:
-        PipelineStateError: when the loop begins, outside of the main thread, where Python handles
-            no signals.
-        PipelineConfigError: when the first epoch begins, there is no hook that saves.
+        PipelineStateError: the loop begins outside of the main thread.
+        PipelineConfigError: no hook saves checkpoints, when the first epoch begins.
     """
 
     keeps_trajectory = True
@@ -101,33 +96,33 @@ class Preemption(PipelineHooks):
         super().__init__()
         self.cfg = cfg
         self._signals = [signal.Signals[name] for name in cfg.signals]
-        self._received = 0  # the number of the first signal on this rank
+        self._received = 0  # number of the first signal on this rank
         self._received_at = 0.0
-        self._stopping = False  # whether the ranks have agreed on it
+        self._is_stopping = False  # all ranks agreed to stop
         self._undo = ExitStack()
         self.register_hook(
             "on_loop", HookContext.from_callable(before=self._begin, after=self._end)
         )
         if cfg.save_checkpoint:
-            self.register_hook("on_epoch", HookContext.from_callable(before=self._check_savers))
+            self.register_hook("on_epoch", HookContext.from_callable(before=self._require_saver))
 
     def _begin(self, args: PipelineHookArgs) -> None:
         if threading.current_thread() is not threading.main_thread():
             raise PipelineStateError(
-                f"{self.name}: signals are handled in the main thread alone, and the trainer was "
-                f"called in {threading.current_thread().name!r}; call it in the main thread, or "
-                "leave the hook out"
+                f"{self.name}: signals need the main thread, but the trainer runs in "
+                f"{threading.current_thread().name!r}; run the trainer in the main thread, or "
+                "remove the hook"
             )
         self._received = 0
-        self._stopping = False
+        self._is_stopping = False
         accelerator = args.accelerator
-        tells = accelerator is None or accelerator.is_local_main_process
-        handle = self._handler(os.getpid(), tells)
+        is_reporting = accelerator is None or accelerator.is_local_main_process
+        handle = self._handler(os.getpid(), is_reporting)
         self._undo = ExitStack()
-        taken = [number for number in self._signals if not _is_left_alone(number)]
-        self._undo.enter_context(ignore_signals_in_workers(taken))
+        handled = [number for number in self._signals if not _is_ignored(number)]
+        self._undo.enter_context(ignore_signals_in_workers(handled))
         self._protect_workers(args.dataloader)
-        for number in taken:
+        for number in handled:
             self._undo.callback(_restore, number, signal.getsignal(number))
             signal.signal(number, handle)
         args.run.agreement.topic(
@@ -135,33 +130,32 @@ class Preemption(PipelineHooks):
         )
 
     def _protect_workers(self, loader: Any) -> None:
-        loader = getattr(loader, "base_dataloader", loader)  # what Accelerate has wrapped
+        loader = getattr(loader, "base_dataloader", loader)  # Accelerate's wrapper
         if isinstance(loader, DataLoader) and not isinstance(loader.worker_init_fn, IgnoreSignals):
             self._undo.callback(setattr, loader, "worker_init_fn", loader.worker_init_fn)
             loader.worker_init_fn = IgnoreSignals(loader.worker_init_fn)
 
     def _end(self, args: PipelineHookArgs) -> None:
         self._undo.close()
-        stopped = args.exception
-        if isinstance(stopped, RunPreempted) and self._received and not self._stopping:
-            # Nothing follows of it any more, but the reason is told.
+        if isinstance(args.exception, RunPreempted) and self._received and not self._is_stopping:
+            # The run ends anyway; the request records the reason.
             first = signal.Signals(self._received).name
-            reason = f"received {first}, and a signal to stop at once"
+            reason = f"received {first}, and a second signal to stop at once"
             args.requests.stop(reason, by=self.name, exit_code=self._exit_code(self._received))
-        if self._received and not self._stopping and args.exception is None:
+        if self._received and not self._is_stopping and args.exception is None:
             logger.warning(
-                "%s: received %s when the last step was over; the run ends as it would without",
+                "%s: received %s after the last step; the run is completed",
                 *(self.name, signal.Signals(self._received).name),
             )
 
-    def _check_savers(self, args: PipelineHookArgs) -> None:
-        check_savers(args, self.name)
+    def _require_saver(self, args: PipelineHookArgs) -> None:
+        require_saver(args, self.name)
 
     def _stop(self, args: PipelineHookArgs, received: int) -> None:
-        """On all ranks alike, when one of them has received a signal."""
-        if not self._stopping:
-            self._stopping = True
-            interrupt(
+        """Request the stop, on all ranks, after a signal on any rank."""
+        if not self._is_stopping:
+            self._is_stopping = True
+            request_stop(
                 args,
                 f"received {signal.Signals(received).name}",
                 self.name,
@@ -172,26 +166,26 @@ class Preemption(PipelineHooks):
     def _exit_code(self, number: int) -> int:
         return 128 + number if self.cfg.exit_code is None else self.cfg.exit_code
 
-    def _handler(self, main_process: int, tells: bool) -> Callable[[int, FrameType | None], None]:
+    def _handler(self, main_process: int, is_reporting: bool) -> _Handler:
         before = {number: signal.getsignal(number) for number in self._signals}
         launched = "WORLD_SIZE" in os.environ or "SLURM_JOB_ID" in os.environ
         same_request_s = _SAME_LAUNCHED_REQUEST_S if launched else _SAME_REQUEST_S
 
         def handle(number: int, frame: FrameType | None) -> None:
-            # Between any two instructions of the main thread: no locks, so no log, in here.
-            if os.getpid() != main_process:  # in a fork, which is none of this hook's business
+            # Runs between any two instructions of the main thread: no locks, so no logging.
+            if os.getpid() != main_process:  # in a forked process
                 _restore(signal.Signals(number), before[signal.Signals(number)])
                 os.kill(os.getpid(), number)
                 return
-            if another_failed():  # the launcher ends this process, which ends already
+            if another_failed():  # the launcher's signal: this process ends already
                 return
             now = time.monotonic()
             if not self._received:
                 self._received, self._received_at = number, now
-                if tells:
-                    _tell(
+                if is_reporting:
+                    _write_stderr(
                         f"{self.name}: {signal.Signals(number).name}: stopping at the next commit "
-                        "point; once more to stop at once\n"
+                        "point; send again to stop at once\n"
                     )
             elif now - self._received_at > same_request_s:
                 for each in self._signals:
@@ -202,7 +196,7 @@ class Preemption(PipelineHooks):
 
 
 class PreemptionConfig(PipelineHooksConfig[Preemption]):
-    """Which signals to take, and how the process then ends.
+    """Signals to handle, exit code, and saving.
 
     >>> PreemptionConfig(signals=("SIGTERM",), exit_code=75)().name
     'Preemption'
@@ -212,18 +206,17 @@ class PreemptionConfig(PipelineHooksConfig[Preemption]):
     signals: tuple[str, ...] = Field(
         default=tuple(n for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n)),
         min_length=1,
-        description="The names of the signals; SIGINT is Ctrl-C.",
+        description="Names of the signals; SIGINT is Ctrl-C.",
     )
     exit_code: int | None = Field(
         default=None,
         ge=0,
         le=255,
-        description="What the process ends with; by default 128 + the signal's number. 75 "
-        "stands for 'try again' with schedulers that look for it.",
+        description="Exit code of the process; None for 128 + the signal's number. Some job "
+        "schedulers restart jobs that exit with 75.",
     )
     save_checkpoint: bool = Field(
-        default=True,
-        description="Whether a checkpoint is saved ahead of the end, by the hooks that save.",
+        default=True, description="Save a checkpoint before the exit, by the hooks that save."
     )
 
     @field_validator("signals")
@@ -231,25 +224,22 @@ class PreemptionConfig(PipelineHooksConfig[Preemption]):
     def _can_be_handled(cls, signals: tuple[str, ...]) -> tuple[str, ...]:
         for name in signals:
             if name not in signal.Signals.__members__:
-                raise ValueError(f"this system has no signal {name!r}; SIGTERM, SIGUSR1 are some")
-            if name in _CAN_NOT_BE_HANDLED:
-                raise ValueError(f"{name} can't be handled; leave it out")
+                raise ValueError(f"this system has no signal {name!r}; use names such as SIGTERM")
+            if name in _UNSUPPORTED:
+                raise ValueError(f"{name} can't be handled; remove it")
         return tuple(dict.fromkeys(signals))
 
 
-def _is_left_alone(number: signal.Signals) -> bool:
-    """Whether it is a Ctrl-C that is not meant for this process, as a job in a shell's background.
-
-    Its parent then has it ignored, which Python leaves so, too.
-    """
+def _is_ignored(number: signal.Signals) -> bool:
+    """Return True for a Ctrl-C ignored by the parent, as in a shell's background job."""
     return number == signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN
 
 
 def _restore(number: signal.Signals, handler: Any) -> None:
-    # None stands for a handler that was not installed by Python, which can't be put back.
+    # None means a handler not installed by Python, which can't be restored.
     signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def _tell(text: str) -> None:
+def _write_stderr(text: str) -> None:
     with suppress(OSError):
         os.write(2, text.encode())

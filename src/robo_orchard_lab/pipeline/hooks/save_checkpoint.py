@@ -1,10 +1,11 @@
-"""Save the run on a schedule, so that it can't be lost."""
+"""Hook that saves checkpoints, optionally in the background."""
 
 from __future__ import annotations
 
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
@@ -34,104 +35,89 @@ from robo_orchard_lab.pipeline.requests import Request
 from robo_orchard_lab.pipeline.run.run_path import RunPath
 from robo_orchard_lab.pipeline.trigger import TriggerField
 
-# --- background ------------------------------------------------------------------------------
-# One piece of work beside the training.
-
-
 ResultT = TypeVar("ResultT")
 
 
-class Background(Generic[ResultT]):
-    """Runs one function at a time in a thread; its result, or its error, waits to be collected.
+class BackgroundTask(Generic[ResultT]):
+    """One function at a time in a daemon thread, with its result or error to collect.
 
-    >>> background = Background("adding")
-    >>> background.start(lambda: 1 + 1)
-    >>> background.collect()
+    >>> task = BackgroundTask("adding")
+    >>> task.start(lambda: 1 + 1)
+    >>> task.collect()
     2
 
-    The thread does not keep the process alive: collect what must not be lost.
+    The thread does not keep the process alive; collect results before the exit.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._thread: threading.Thread | None = None
-        self._result: ResultT | None = None
-        self._error: Exception | None = None
+        self._future: Future[ResultT] | None = None
 
     @property
-    def busy(self) -> bool:
-        """Whether the function that was started last is still running."""
-        return self._thread is not None and self._thread.is_alive()
+    def is_busy(self) -> bool:
+        """Return True while the function runs."""
+        return self._future is not None and not self._future.done()
 
     @property
-    def done(self) -> bool:
-        """Whether there is something to collect without waiting."""
-        return self._thread is not None and not self._thread.is_alive()
+    def is_done(self) -> bool:
+        """Return True if a result can be collected without waiting."""
+        return self._future is not None and self._future.done()
 
     def start(self, work: Callable[[], ResultT]) -> None:
-        """Begin; what was started before must be collected."""
-        assert self._thread is None
+        """Start a function; the previous result must have been collected."""
+        assert self._future is None
+        future = self._future = Future[ResultT]()
 
         def run() -> None:
             try:
-                self._result = work()
+                future.set_result(work())
             except Exception as error:
-                self._error = error
+                future.set_exception(error)
 
-        self._thread = threading.Thread(target=run, name=self.name, daemon=True)
-        self._thread.start()
+        threading.Thread(target=run, name=self.name, daemon=True).start()
 
     def collect(self) -> ResultT | None:
-        """Wait for its end: the result, or its error raised; None if nothing was started."""
-        thread, self._thread = self._thread, None
-        if thread is None:
-            return None
-        thread.join()
-        result, self._result = self._result, None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-        return result
+        """Wait for the function; return its result or raise its error; None if not started."""
+        future, self._future = self._future, None
+        return None if future is None else future.result()
 
 
 logger = job_logger(__name__)
 
 STATE_VERSION = 1
 CHECKPOINTS_FOLDER = "checkpoints"
-"""Where checkpoints go in the folder of a run."""
+"""Subfolder of a run's folder for checkpoints."""
 
 
 class SaveCheckpoint(PipelineHooks):
-    """Writes all that a run needs to go on bit for bit, at commit points.
+    """Checkpoints for an exact resume, saved at commit points.
 
-    It does so by its schedule, at the end of the run, and when any hook asks by
-    ``args.requests.save(...)``; however many reasons meet at a commit point, there is one save.
-    Resume with ``HookBasedTrainer(..., resume_from="auto")``.
+    Checkpoints are saved on the trigger ``every``, at the end of the run, and when a hook calls
+    ``args.requests.save(...)``; several requests at one commit point cause one save. Resume with
+    ``HookBasedTrainer(..., resume_from="auto")``.
 
-    A checkpoint is a folder ``step_00001234`` of safetensors and JSON, which appears when all of
-    it is on the disk; ``last`` and ``best`` are links to the newest and to the best. Older ones go
-    when the new one is there, but for those that are to be kept; those that a killed run has left
-    go when ``"auto"`` has resumed, also where nothing is left to do.
+    A checkpoint is a folder ``step_00001234`` of safetensors and JSON files, renamed into place
+    when complete on disk; ``last`` and ``best`` link to the newest and the best one. Then older
+    ones are pruned, except for those to keep. Remains of a killed run are removed after a resume by
+    ``"auto"``. With ``monitor``, each value among the ``keep_best`` best causes a save, too.
 
-    With ``monitor`` a save is also asked for whenever the metric is among the ``keep_best`` best
-    so far, so that the best weights are kept whatever the schedules of saving and evaluating.
+    With ``in_background``, a step waits only for a copy of the tensors to host memory, about the
+    size of a checkpoint. Errors are reported at the next commit point; with several processes,
+    after the next exchange (:class:`Agreement`). The end of the run and a preemption wait for the
+    save; a second signal does not.
 
-    In the background, a step waits only while tensors are copied to memory that is kept for it,
-    about the size of a checkpoint; the rest runs beside the training. What fails there is told at
-    the next commit point, with several processes after the next exchange (:class:`Agreement`), and
-    the end of the run and a preemption wait for it; one that stops at once, by a second signal,
-    does not.
-
-    Runs on every rank: each writes what it has for itself, the first one the rest and the commit.
-    If any rank fails, there is no new checkpoint, and the older ones stay.
+    - Ranks: all; each writes its own state, the first rank the rest and the commit. If any rank
+      fails, there is no new checkpoint, and older ones are untouched.
+    - Requests: saves.
+    - State: the best values of ``monitor``.
 
     Raises:
-        PipelineConfigError: when the run begins, neither ``folder`` nor the trainer's
-            ``run_folder`` is given.
-        StoreLockedError: when the run begins, another run saves into the same folder.
-        CheckpointError: a save has failed: at once with ``on_failure="stop"``, else at the end of
-            the run if it was the last one.
-        StateError: a state holds something that can't be saved; the message names it.
+        PipelineConfigError: neither ``folder`` nor the trainer's ``run_folder`` is set, when the
+            run begins.
+        StoreLockedError: another run saves into the same folder, when the run begins.
+        CheckpointError: a save failed: at once with ``on_failure="stop"``, otherwise at the end of
+            the run if the last save failed.
+        StateError: a state contains a value that can't be saved; the message has its path.
     """
 
     keeps_trajectory = True
@@ -142,36 +128,36 @@ class SaveCheckpoint(PipelineHooks):
         self._store: CheckpointStore | None = None
         self._run: PipelineRun | None = None
         self._subscription: RemovableHandle | None = None
-        self._background = Background[CheckpointInfo]("save-checkpoint")
-        self._newest: dict[str, Any] | None = None  # the counters at the last save that was begun
-        self._best: list[float] = []  # the best values so far, the best one first
-        self._failure: CheckpointError | None = None  # of the last save, if that has failed
+        self._task = BackgroundTask[CheckpointInfo]("save-checkpoint")
+        self._newest: dict[str, Any] | None = None  # counters at the last started save
+        self._best: list[float] = []  # best values so far, the best one first
+        self._failure: CheckpointError | None = None  # of the last save
         self.register_hook(
             "on_loop", HookContext.from_callable(before=self._begin, after=self._end)
         )
         if cfg.every is not None:
-            self.register_at_commit(self._ask, cfg.every)
+            self.register_at_commit(self._request_save, cfg.every)
 
     def root(self, run_folder: Path | None) -> Path:
-        """Where the checkpoints are, in a run of that folder.
+        """Return the folder of checkpoints for a run folder.
 
         Raises:
-            PipelineConfigError: there is no folder for them.
+            PipelineConfigError: neither ``folder`` nor ``run_folder`` is set.
         """
         if self.cfg.folder is not None:
             return self.cfg.folder
         if run_folder is not None:
             return run_folder / CHECKPOINTS_FOLDER
         raise PipelineConfigError(
-            f"{self.name}.folder: there is no folder for checkpoints; give one, or give the "
-            "trainer a run_folder"
+            f"{self.name}.folder: no folder for checkpoints; set folder here, or run_folder of the "
+            "trainer"
         )
 
     def store(self, run_folder: Path | None, ranks: Ranks) -> CheckpointStore:
-        """The checkpoints of a run of that folder, of which those stay that are to be kept.
+        """Return the checkpoint store of a run folder, with this hook's retention.
 
         Raises:
-            PipelineConfigError: there is no folder for them.
+            PipelineConfigError: neither ``folder`` nor ``run_folder`` is set.
         """
         cfg = self.cfg
         return CheckpointStore(
@@ -182,7 +168,7 @@ class SaveCheckpoint(PipelineHooks):
                 keep_every=cfg.keep_every,
                 keep_best=cfg.keep_best,
                 monitor=cfg.monitor,
-                mode=cfg.mode or "min",  # given wherever there is a metric
+                mode=cfg.mode or "min",  # always set together with monitor
             ),
             ranks=ranks,
         )
@@ -195,12 +181,12 @@ class SaveCheckpoint(PipelineHooks):
         self._store.open()
         self._run = run
         run.savers[self.name] = self._save
-        if cfg.in_background:  # what it did is told, and how it failed, when it is over
+        if cfg.in_background:  # reports the result of a save, or its error
             run.agreement.topic(
                 self.name,
-                find=lambda: self._background.done,
+                find=lambda: self._task.is_done,
                 tell=lambda done: run.requests.write(
-                    self._collect, "a save in the background is over", by=self.name
+                    self._collect, "a background save ended", by=self.name
                 ),
                 whose="all",
             )
@@ -215,14 +201,14 @@ class SaveCheckpoint(PipelineHooks):
         store, self._store = self._store, None
         if store is None:
             return
-        if isinstance(args.exception, RunPreempted) and self._background.busy:
-            # Whoever stops at once, by a second signal, does not wait for what it leaves behind;
-            # should the process go on, the folder is free when that is done.
-            self._background = Background(self._background.name)
+        if isinstance(args.exception, RunPreempted) and self._task.is_busy:
+            # A second signal does not wait for the save. If the process continues, the store is
+            # closed after the save.
+            self._task = BackgroundTask(self._task.name)
             threading.Thread(target=store.close, name="close-store", daemon=True).start()
             return
         try:
-            self._collect(at_the_end=True)
+            self._collect(is_final=True)
         finally:
             store.close()
             store.ranks.close()
@@ -230,37 +216,36 @@ class SaveCheckpoint(PipelineHooks):
             args.run.failures.append(self._failure)
             self._failure = None
 
-    def _ask(self, args: PipelineHookArgs) -> None:
+    def _request_save(self, args: PipelineHookArgs) -> None:
         args.requests.save(f"every {self.cfg.every}", by=self.name, name=self.name)
 
     def _judge(self, found: MetricValue) -> None:
-        """Ask for a save if the value is one of the best so far."""
+        """Request a save if the value is among the best so far."""
         if not math.isfinite(found.value):
             return
-        sign = 1.0 if self.cfg.mode == "min" else -1.0
-        ranked = sorted([*self._best, found.value], key=lambda value: sign * value)
+        ranked = sorted([*self._best, found.value], reverse=self.cfg.mode == "max")
         kept = ranked[: self.cfg.keep_best]
         if kept != self._best:
             self._best = kept
-            assert self._run is not None  # it is told within a run
+            assert self._run is not None  # values arrive only within a run
             reason = f"{found.name} is {number_text(found.value)}, one of the best so far"
             self._run.requests.save(reason, by=self.name, name=self.name)
 
     def _save(self, requests: Sequence[Request]) -> None:
-        """At a commit point, on all ranks alike."""
+        """Save at a commit point, on all ranks."""
         run, store = self._run, self._store
-        assert run is not None  # both are set while it is in run.savers
+        assert run is not None  # both are set while registered in run.savers
         assert store is not None
-        last = run.requests.stop_request is not None or run.limits.reached(run.progress)
-        if last:
-            self._collect()  # one of this very step may have failed
+        is_last = run.requests.stop_request is not None or run.limits.reached(run.progress)
+        if is_last:
+            self._collect()  # a save of this step may have failed
         counters = run.progress.state_dict()
         if counters == self._newest and self._failure is None:
-            return  # it has just been written
-        waits = last or self.cfg.when_busy == "wait" or run.accelerator.num_processes > 1
-        if self._background.busy and not waits:
+            return  # just saved
+        must_wait = is_last or self.cfg.when_busy == "wait" or run.accelerator.num_processes > 1
+        if self._task.is_busy and not must_wait:
             logger.warning(
-                "%s: no save at %s: the one before is still being written",
+                "%s: no save at %s: the previous save is still running",
                 *(self.name, run.progress),
             )
             return
@@ -279,12 +264,12 @@ class SaveCheckpoint(PipelineHooks):
             )
         )
         if pending is not None and self.cfg.in_background:
-            self._background.start(pending.commit)
+            self._task.start(pending.commit)
         elif pending is not None:
-            self._told(self._attempt(pending.commit))
+            self._report(self._attempt(pending.commit))
 
     def _metrics(self, run: PipelineRun) -> dict[str, float]:
-        """The values that were measured of these very weights."""
+        """Return the metrics measured on the current weights."""
         step = run.progress.global_step_id
         return {
             found.name: found.value
@@ -292,28 +277,28 @@ class SaveCheckpoint(PipelineHooks):
             if found.step == step and math.isfinite(found.value)
         }
 
-    def _collect(self, at_the_end: bool = False) -> None:
-        """Wait for what runs in the background, and tell how it went."""
-        self._told(self._attempt(self._background.collect, at_the_end))
+    def _collect(self, is_final: bool = False) -> None:
+        """Wait for a background save and report its result."""
+        self._report(self._attempt(self._task.collect, is_final))
 
-    def _told(self, info: CheckpointInfo | None) -> None:
+    def _report(self, info: CheckpointInfo | None) -> None:
         if info is None or self._run is None:
             return
         logger.info("saved %s: %s", info.path, info.metadata.get("reason", ""))
         self._run.state_file.saved(info.path, info.step)
 
-    def _attempt(self, save: Callable[[], Any], at_the_end: bool = False) -> Any:
-        """What a function gives; None where it fails and the run is to go on all the same."""
+    def _attempt(self, save: Callable[[], Any], is_final: bool = False) -> Any:
+        """Return the result of a save; None if the save failed and the run continues."""
         try:
             result = save()
         except CheckpointError as error:
             self._newest = None
-            if self.cfg.on_failure == "stop" and not at_the_end:
+            if self.cfg.on_failure == "stop" and not is_final:
                 raise
             self._failure = error
             logger.error(
-                "%s: a save has failed; older checkpoints are as they were%s: %s",
-                *(self.name, "" if at_the_end else ", and the run goes on", error),
+                "%s: a save failed; older checkpoints are untouched%s: %s",
+                *(self.name, "" if is_final else ", and the run continues", error),
             )
             return None
         if result is not None:
@@ -329,52 +314,52 @@ class SaveCheckpoint(PipelineHooks):
 
 
 class SaveCheckpointConfig(PipelineHooksConfig[SaveCheckpoint]):
-    """When checkpoints are saved, where, and which are kept."""
+    """Trigger, folder and retention of checkpoints."""
 
     class_type: type[SaveCheckpoint] = SaveCheckpoint
     every: TriggerField | None = Field(
         default="1 epoch",
-        description="When, such as '1000 steps | 30 min'; None for the end of the run, and when "
-        "a hook asks, alone.",
+        description="Trigger, such as '1000 steps | 30 min'; None saves only at the end of the "
+        "run and on requests of hooks.",
     )
     folder: Annotated[Path | None, RunPath()] = Field(
         default=None,
-        description="Where; by default 'checkpoints' in the trainer's run_folder.",
+        description="Folder for checkpoints; None for 'checkpoints' in the trainer's run_folder.",
     )
     keep_last: int | None = Field(
-        default=3, ge=1, description="How many of the newest are kept; None for all."
+        default=3, ge=1, description="Number of newest checkpoints to keep; None for all."
     )
     keep_every: int | None = Field(
-        default=None, ge=1, description="Those at every so many steps are kept for good."
+        default=None, ge=1, description="Also keep checkpoints at multiples of this many steps."
     )
     keep_best: int = Field(
-        default=0, ge=0, description="How many of those are kept at which the metric was best."
+        default=0, ge=0, description="Number of checkpoints with the best metric to keep."
     )
     monitor: str | None = Field(
-        default=None, description="The metric for keep_best, such as 'eval/val/loss'."
+        default=None, description="Metric for keep_best, such as 'eval/val/loss'."
     )
     mode: Mode | None = Field(
-        default=None, description="Whether its smallest ('min') or largest ('max') value is best."
+        default=None, description="Best value: the smallest ('min') or the largest ('max')."
     )
     in_background: bool = Field(
         default=False,
-        description="Whether the training goes on while a checkpoint is written; takes memory of "
-        "about its size.",
+        description="Continue training while a checkpoint is written; needs host memory of about "
+        "its size.",
     )
     when_busy: Literal["wait", "skip"] = Field(
         default="wait",
-        description="With in_background, what to do when the save before is not over: wait for "
-        "it, or leave this one out. Saves at a stop wait; with several processes all do.",
+        description="With in_background, if the previous save is still running: wait for it, or "
+        "skip this save. Saves at a stop always wait, as do all saves of several processes.",
     )
     on_failure: Literal["continue", "stop"] = Field(
         default="continue",
-        description="When a save fails, as on a full disk: tell, and go on with the run, or end "
-        "it with the error.",
+        description="After a failed save, as on a full disk: log the error and continue, or stop "
+        "with the error.",
     )
     digest: DigestName = Field(
         default="xxh3_128",
-        description="What files are checked by: 'xxh3_128' finds damage, 'sha256' tampering, too, "
-        "and takes longer.",
+        description="Digest of the files: 'xxh3_128' detects damage; 'sha256' also detects "
+        "tampering, but is slower.",
     )
 
     @model_validator(mode="after")
@@ -382,8 +367,7 @@ class SaveCheckpointConfig(PipelineHooksConfig[SaveCheckpoint]):
         given = {self.keep_best > 0, self.monitor is not None, self.mode is not None}
         if len(given) > 1:
             raise ValueError(
-                "keep_best, monitor and mode go together: how many of the best to keep, by which "
-                f"metric, and whether small or large is good; got keep_best={self.keep_best}, "
-                f"monitor={self.monitor!r} and mode={self.mode!r}"
+                "keep_best, monitor and mode must be set together, got "
+                f"keep_best={self.keep_best}, monitor={self.monitor!r} and mode={self.mode!r}"
             )
         return self

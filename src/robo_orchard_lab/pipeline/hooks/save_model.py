@@ -1,4 +1,4 @@
-"""Write the model for others to use: weights and configuration, without the run."""
+"""Hook that exports the model: weights and config without the run."""
 
 from __future__ import annotations
 
@@ -33,24 +33,25 @@ CONFIG_FILE = "config.json"
 
 
 class SaveModel(PipelineHooks):
-    """Keeps ``pretrained_model/`` in the run's folder, laid out as the Hugging Face Hub has it.
+    """Exported model in ``pretrained_model/``, in the layout of the Hugging Face Hub.
 
-    ``model.safetensors`` has the weights by the names of the plain model; ``config.json`` what the
-    model has as ``config``, where it has one: something with ``to_dict``, a dataclass, a pydantic
-    model or a mapping. So ``from_pretrained`` of a class that is made for it reads the folder, and
-    ``load_state_dict(load_file(...))`` works with every plain model.
+    ``model.safetensors`` holds the weights by the names of the plain model. ``config.json`` holds
+    the model's ``config`` if it has ``to_dict`` or is a dataclass, pydantic model or mapping.
+    ``from_pretrained`` of a matching class reads the folder; ``load_state_dict(load_file(...))``
+    works with every plain model.
 
-    It is written on a schedule, and at the end: where a limit is reached, or a hook stops the run
-    for good; not where the run is interrupted. Each file is replaced as a whole, the weights last;
-    other files in the folder stay.
+    The model is written on the trigger ``every``, and at the end: at a limit or a hook's stop, but
+    not at an interruption. Each file is replaced atomically, the weights last; other files in the
+    folder stay.
 
-    It runs on every rank; the first one writes. It costs a step nothing. Of a sharded model the
-    weights are gathered one by one, on the first rank.
+    - Ranks: all; the main process writes. Of a sharded model, it gathers the weights one by one.
+    - Requests: writing the model.
+    - State: none.
+    - Cost: none for a step.
 
     Raises:
-        PipelineConfigError: when the loop begins, there is no folder, or the configuration can't
-            be written as JSON; when the first epoch begins, no hook keeps the weights that are
-            to be written.
+        PipelineConfigError: when the loop begins, no folder is set, or the config can't be written
+            as JSON; when the first epoch begins, no hook keeps the weights to write.
     """
 
     keeps_trajectory = True
@@ -60,8 +61,7 @@ class SaveModel(PipelineHooks):
         self.cfg = cfg
         self._folder = Path(MODEL_FOLDER)
         self._config: str | None = None
-        self._asked_at: int | None = None
-        """How many steps were done when it was last asked for."""
+        self._requested_at: int | None = None  # completed steps at the last request
         self._stops: RemovableHandle | None = None
         self.register_hook(
             "on_loop", HookContext.from_callable(before=self._begin, after=self._end)
@@ -69,27 +69,29 @@ class SaveModel(PipelineHooks):
         if cfg.weights is not None:
             self.register_hook("on_epoch", HookContext.from_callable(before=self._check_weights))
         if cfg.every is not None:
-            self.register_at_commit(lambda args: self._ask(args, f"every {cfg.every}"), cfg.every)
+            self.register_at_commit(
+                lambda args: self._request(args, f"every {cfg.every}"), cfg.every
+            )
         if cfg.at_end:
-            self.register_at_commit(lambda args: self._ask(args, "at the end"), Last())
+            self.register_at_commit(lambda args: self._request(args, "at the end"), Last())
 
     def _begin(self, args: PipelineHookArgs) -> None:
-        self._asked_at = None
+        self._requested_at = None
         if self.cfg.folder is not None:
             self._folder = self.cfg.folder
         elif args.run.folder is not None:
             self._folder = args.run.folder / MODEL_FOLDER
         else:
             raise PipelineConfigError(
-                f"{self.name}: there is no folder to write to; give the trainer a run_folder, or "
-                "the hook a folder"
+                f"{self.name}.folder: no folder to write to; set folder here, or run_folder of the "
+                "trainer"
             )
-        self._config = config_text(plain_model(args.run), self.name)  # an error comes early
+        self._config = config_json(plain_model(args.run), self.name)  # fails early
         if args.accelerator.is_main_process:
             for name in (WEIGHTS_FILE, CONFIG_FILE):
                 remove_leftovers(self._folder / name)
         if self.cfg.at_end:
-            self._stops = args.requests.listen(lambda request: self._ask_if_over(args, request))
+            self._stops = args.requests.listen(lambda request: self._request_at_stop(args, request))
 
     def _end(self, args: PipelineHookArgs) -> None:
         if self._stops is not None:
@@ -97,29 +99,29 @@ class SaveModel(PipelineHooks):
 
     def _check_weights(self, args: PipelineHookArgs) -> None:
         if self.cfg.weights is not None:
-            args.run.weight_set(self.cfg.weights)  # an error where there is none of that name
+            args.run.weight_set(self.cfg.weights)  # raises if no hook keeps these weights
 
-    def _ask_if_over(self, args: PipelineHookArgs, request: Request) -> None:
+    def _request_at_stop(self, args: PipelineHookArgs, request: Request) -> None:
         if isinstance(request, StopRequest) and request.exit_code is None:
-            self._ask(args, "at the end")
+            self._request(args, "at the end")
 
-    def _ask(self, args: PipelineHookArgs, reason: str) -> None:
+    def _request(self, args: PipelineHookArgs, reason: str) -> None:
         step = args.progress.steps_done
-        if args.exception is None and step != self._asked_at:
-            self._asked_at = step
+        if args.exception is None and step != self._requested_at:
+            self._requested_at = step
             args.requests.write(lambda: self._write(args), reason, by=self.name)
 
     def _write(self, args: PipelineHookArgs) -> None:
         run, name = args.run, self.cfg.weights
         kept = None if name is None else run.weight_set(name)
         weights = gather_weights(run, kept)
-        if weights is None:  # another rank's to write
+        if weights is None:  # written by another rank
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._config is not None:
             replace_file(self._folder / CONFIG_FILE, self._config.encode())
         metadata = {
-            "format": "pt",  # which transformers looks for
+            "format": "pt",  # required by transformers
             "global_step_id": str(run.progress.global_step_id),
         }
         write_weights(self._folder / WEIGHTS_FILE, weights, metadata)
@@ -127,7 +129,7 @@ class SaveModel(PipelineHooks):
 
 
 class SaveModelConfig(PipelineHooksConfig[SaveModel]):
-    """When to write the model, and where.
+    """Trigger, folder and weights of the exported model.
 
     >>> SaveModelConfig(every="1 epoch", weights="EMA")().name
     'SaveModel'
@@ -135,31 +137,31 @@ class SaveModelConfig(PipelineHooksConfig[SaveModel]):
 
     class_type: type[SaveModel] = SaveModel
     every: TriggerField | None = Field(
-        default=None, description="The schedule by which it is written, such as '1 epoch'."
+        default=None, description="Trigger, such as '1 epoch'; None writes only at the end."
     )
-    at_end: bool = Field(default=True, description="Whether it is written at the end of the run.")
+    at_end: bool = Field(default=True, description="Write at the end of the run.")
     folder: Annotated[Path | None, RunPath()] = Field(
         default=None,
-        description=f"The folder to write to; by default {MODEL_FOLDER}/ in the run's folder.",
+        description=f"Folder to write to; None for {MODEL_FOLDER}/ in the run's folder.",
     )
     weights: str | None = Field(
         default=None,
-        description="The name of the hook whose weights to write, such as 'EMA'; None for the "
+        description="Name of the hook whose weights to write, such as 'EMA'; None for the "
         "model's own.",
     )
 
     def __post_init__(self) -> None:
         if self.every is None and not self.at_end:
-            raise ValueError("it would never write: give a schedule by every, or set at_end=True")
+            raise ValueError("the model would never be written; set every, or at_end=True")
 
 
-def config_text(model: torch.nn.Module, who: str) -> str | None:
-    """What the model has as ``config``, as JSON; None where it has none that can be understood.
+def config_json(model: torch.nn.Module, who: str) -> str | None:
+    """Return the model's ``config`` as JSON; None without a config of a supported type.
 
     Raises:
-        PipelineConfigError: it holds something that JSON doesn't have.
+        PipelineConfigError: the config contains a value that JSON can't represent.
     """
-    # That of Hugging Face's ModelHubMixin, which keeps the arguments of the model's constructor.
+    # Hugging Face's ModelHubMixin keeps the constructor's arguments in _hub_mixin_config.
     config = getattr(model, "config", None) or getattr(model, "_hub_mixin_config", None)
     if config is None:
         return None
@@ -174,8 +176,8 @@ def config_text(model: torch.nn.Module, who: str) -> str | None:
         fields = dict(config)
     else:
         logger.warning(
-            "%s: the model's config is a %s, which has no to_dict and is no dataclass, pydantic "
-            "model or mapping; no %s is written",
+            "%s: expected a model config with to_dict, or a dataclass, pydantic model or mapping, "
+            "found %s; not writing %s",
             *(who, type(config).__qualname__, CONFIG_FILE),
         )
         return None
@@ -183,6 +185,6 @@ def config_text(model: torch.nn.Module, who: str) -> str | None:
         return json.dumps(fields, indent=2, sort_keys=True, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise PipelineConfigError(
-            f"{who}: the model's config can't be written as JSON: {error}; give the config a "
-            "to_dict that has numbers, texts, lists and mappings alone"
+            f"{who}: the model's config can't be written as JSON: {error}; add a to_dict that "
+            "returns only numbers, strings, lists and mappings"
         ) from error

@@ -1,4 +1,4 @@
-"""Publish how fast a run goes, what its time goes into, and what memory it takes."""
+"""Hook that publishes speed, step times, memory use and learning rates."""
 
 from __future__ import annotations
 
@@ -19,77 +19,78 @@ from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.progress import remaining_steps
 from robo_orchard_lab.pipeline.trigger import TriggerField
 
-# --- step times ------------------------------------------------------------------------------
-# What the host's time goes into, from one step to the next.
+STATE_VERSION = 1
+_MIB = 2**20
+_MEMORY_EVERY_S = 1.0  # querying the system costs 50 us
 
 
 class StepTimes(NamedTuple):
-    """What some steps took in all, in seconds of the host."""
+    """Total host times of some steps, in seconds."""
 
     steps: int
     samples: int
     data_s: float
-    """Between two steps, without what was carried out at commit points."""
+    """Between two steps, without commit points: the wait for batches."""
     compute_s: float
-    """In the forward and backward pass and in the update."""
+    """Forward and backward passes, and updates."""
     hooks_s: float
-    """In steps and updates otherwise."""
+    """The rest of steps and updates."""
 
     @property
-    def taken_s(self) -> float:
-        """Everything."""
+    def total_s(self) -> float:
+        """Sum of the three."""
         return self.data_s + self.compute_s + self.hooks_s
 
 
 class StepClock:
-    """Adds up the times of steps; its methods are hooks.
+    """Stopwatch over the stages of steps; its methods are hooks.
 
-    Each gives the time since the one before it to what it was spent on. A look at the clock takes
-    0.05 us, and there are six in a step.
+    Each hook adds the time since the previous one to a stage. Reading the clock costs 0.05 us, six
+    times a step.
     """
 
     def __init__(self) -> None:
         self._run = PipelineRun()
         self._committed_s = self._marked_at = 0.0
-        self._start_anew()
+        self._reset()
 
     def take(self) -> StepTimes:
-        """What was added up; then it begins anew."""
+        """Return the sums and reset them."""
         times = StepTimes(self._steps, self._samples, self._data_s, self._compute_s, self._hooks_s)
-        self._start_anew()
+        self._reset()
         return times
 
-    def _start_anew(self) -> None:
+    def _reset(self) -> None:
         self._steps = self._samples = 0
         self._data_s = self._compute_s = self._hooks_s = 0.0
 
     def begin_epoch(self, args: PipelineHookArgs) -> None:
-        """The first batch is now waited for; what was before is given to nothing."""
+        """Start the wait for the first batch; earlier time is not counted."""
         self._run = args.run
         self._committed_s = args.run.commit_seconds
         self._marked_at = perf_counter()
 
     def begin_step(self, args: PipelineHookArgs) -> None:
-        """The batch is there."""
+        """End the wait for a batch."""
         now, committed_s = perf_counter(), self._run.commit_seconds
         self._data_s += now - self._marked_at - (committed_s - self._committed_s)
         self._committed_s = committed_s
         self._marked_at = now
 
     def begin_compute(self, args: PipelineHookArgs) -> None:
-        """Hooks of the step, or of the update, were running until now."""
+        """End a stretch of hooks, before a forward pass or an update."""
         now = perf_counter()
         self._hooks_s += now - self._marked_at
         self._marked_at = now
 
     def end_compute(self, args: PipelineHookArgs) -> None:
-        """The device, or what drives it, was busy until now."""
+        """End a stretch of computation."""
         now = perf_counter()
         self._compute_s += now - self._marked_at
         self._marked_at = now
 
     def end_step(self, args: PipelineHookArgs) -> None:
-        """The step is over, but for an update."""
+        """End a step, except for its update."""
         self._steps += 1
         self._samples += args.batch_size
         now = perf_counter()
@@ -97,33 +98,30 @@ class StepClock:
         self._marked_at = now
 
 
-STATE_VERSION = 1
-_MIB = 2**20
-_MEMORY_EVERY_S = 1.0  # asking the system takes 50 us
-
-
 class StatsMonitor(PipelineHooks):
-    """Publishes at each logging point what was measured since the last one, on every rank.
+    """Speed, step times, memory use and learning rates at each logging point.
 
-    - ``perf/samples_per_s`` of all ranks, and ``perf/steps_per_s``
-    - ``perf/data_s``, ``perf/compute_s``, ``perf/hooks_s``: what a step takes, in the mean, of
-      waiting for its batch; of ``on_batch`` (forward and backward pass) and ``on_optimizer_step``;
-      and of the rest of ``on_step``, which is hooks
-    - ``perf/eta_s`` to the nearest limit, by what the steps of this loop took with all around them
-    - ``perf/memory_mib`` and ``perf/device_memory_mib``: what the process takes, looked at once a
-      second at most, and the most
-      that tensors have taken of the device so far, on the rank where that is most
-    - ``lr/group<i>``: the learning rate of the next update
-    - ``grad_norm``: see ``grad_norm`` of the configuration
+    - Ranks: all.
+    - Publishes:
 
-    Evaluations, logging points, saves and the ends of epochs are left out but for the ETA.
-    Register it ahead of the hooks that it is to time: those around it count as waiting where they
-    surround ``on_step``, and as hooks where they surround what is in it. A ``before`` of
-    ``on_epoch`` inside of it counts as waiting, too.
+      - ``perf/samples_per_s`` of all ranks, and ``perf/steps_per_s``
+      - ``perf/data_s``, ``perf/compute_s``, ``perf/hooks_s``: mean seconds per step of the wait for
+        the batch; of ``on_batch`` (forward and backward) and ``on_optimizer_step``; of the rest of
+        ``on_step``
+      - ``perf/eta_s``: seconds to the nearest limit, by the mean time of a step, all included
+      - ``perf/memory_mib``: memory of the process, read at most once a second
+      - ``perf/device_memory_mib``: peak of tensors on the device; the largest over ranks
+      - ``lr/group<i>``: learning rate of the next update
+      - ``grad_norm``: see the config
+    - Requests: with ``every``, logging points.
+    - State: pending norms; times start again.
+    - Cost: 2.3 us a step on a CPU, and one gradient norm per logging interval; no device sync.
 
-    Times are the host's. A GPU works on behind: its time shows where the host next waits for it,
-    such as in copying a batch, or in the update. It takes 2.3 us a step on a CPU, and once in a
-    logging interval the norm of the gradients. Nothing is read from the device.
+    Except for the ETA, evaluations, logging points, saves and the ends of epochs are not counted.
+    Register the hook before the hooks to time. Outer hooks count as waiting on ``on_step``, and as
+    hooks on inner channels; a ``before`` of ``on_epoch`` of inner hooks counts as waiting. Times
+    are the host's: a GPU's time shows where the host next waits for the device, such as in copying
+    a batch or in the update.
 
     >>> from accelerate import Accelerator
     >>> from robo_orchard_lab.pipeline import TrainerLimits
@@ -144,8 +142,8 @@ class StatsMonitor(PipelineHooks):
         super().__init__()
         self.cfg = cfg
         self._clock = StepClock()
-        self._norm_due = cfg.grad_norm  # whether that of the next update is wanted
-        self._has_norm = False  # whether it is this hook that publishes one
+        self._norm_due = cfg.grad_norm  # publish the norm of the next update
+        self._has_norm = False  # this hook is the publisher of grad_norm
         self._run = PipelineRun()  # until the loop begins
         self._begun_at = 0.0
         self._first_step = 0
@@ -161,7 +159,7 @@ class StatsMonitor(PipelineHooks):
         self.register_hook("on_batch", hook(clock.begin_compute, clock.end_compute))
         self.register_hook("on_optimizer_step", hook(self._begin_update, self._end_update))
         if cfg.every is not None:
-            self.register_at_commit(self._ask, cfg.every)
+            self.register_at_commit(self._request_log, cfg.every)
 
     def _begin_loop(self, args: PipelineHookArgs) -> None:
         self._run = args.run
@@ -170,8 +168,8 @@ class StatsMonitor(PipelineHooks):
         self._before_logging = args.metrics.before_logging(self._publish, self)
         self._begun_at = perf_counter()
 
-    def _ask(self, args: PipelineHookArgs) -> None:
-        args.requests.log("by its schedule", by=self.name)
+    def _request_log(self, args: PipelineHookArgs) -> None:
+        args.requests.log(f"every {self.cfg.every}", by=self.name)
 
     def _end_loop(self, args: PipelineHookArgs) -> None:
         if self._before_logging is not None:
@@ -179,11 +177,11 @@ class StatsMonitor(PipelineHooks):
 
     def _end_epoch(self, args: PipelineHookArgs) -> None:
         if args.epoch_completed:
-            self._steps_per_epoch = args.step_id  # exact, also where the data has no length
+            self._steps_per_epoch = args.step_id  # exact, also for data without a length
 
     def _begin_update(self, args: PipelineHookArgs) -> None:
         if self._norm_due:
-            gradient_norm(args)  # which keeps it in args.grad_norm
+            gradient_norm(args)  # stored in args.grad_norm
         self._clock.begin_compute(args)
 
     def _end_update(self, args: PipelineHookArgs) -> None:
@@ -193,7 +191,7 @@ class StatsMonitor(PipelineHooks):
             self._publish_norm(args)
 
     def _publish_norm(self, args: PipelineHookArgs) -> None:
-        """Unless another hook does, whose mean this would distort."""
+        """Publish the norm, unless another hook publishes its mean over all updates."""
         self._has_norm = self._has_norm or "grad_norm" not in args.metrics.names()
         if self._has_norm and args.grad_norm is not None:
             args.metrics.publish("grad_norm", args.grad_norm)
@@ -201,8 +199,8 @@ class StatsMonitor(PipelineHooks):
     def _publish(self) -> None:
         board, times = self._run.metrics, self._clock.take()
         if times.steps:
-            board.publish("perf/samples_per_s", times.samples / times.taken_s, "sum")
-            board.publish("perf/steps_per_s", times.steps / times.taken_s)
+            board.publish("perf/samples_per_s", times.samples / times.total_s, "sum")
+            board.publish("perf/steps_per_s", times.steps / times.total_s)
             for name in ("data_s", "compute_s", "hooks_s"):
                 seconds = getattr(times, name) / times.steps
                 board.publish(f"perf/{name}", seconds, weight=times.steps)
@@ -227,12 +225,12 @@ class StatsMonitor(PipelineHooks):
             self._memory_at, self._memory = now, self._process.memory_info().rss / _MIB
         board.publish("perf/memory_mib", self._memory, "max")
         device = self._run.accelerator.device
-        of_device = getattr(getattr(torch, device.type, None), "max_memory_allocated", None)
-        if of_device is not None:  # the CPU has none
-            board.publish("perf/device_memory_mib", of_device(device) / _MIB, "max")
+        peak = getattr(getattr(torch, device.type, None), "max_memory_allocated", None)
+        if peak is not None:  # not on a CPU
+            board.publish("perf/device_memory_mib", peak(device) / _MIB, "max")
 
     def state_dict(self) -> dict[str, Any]:
-        """Which norms are to be published; times begin anew with another process."""
+        """Return the pending norms; times are not saved."""
         return {
             "version": STATE_VERSION,
             "norm_due": self._norm_due,
@@ -246,7 +244,7 @@ class StatsMonitor(PipelineHooks):
 
 
 class StatsMonitorConfig(PipelineHooksConfig[StatsMonitor]):
-    """When to measure, and what beside times, memory and learning rates.
+    """Trigger of logging points, and publication of gradient norms.
 
     >>> StatsMonitorConfig(grad_norm=False)().name
     'StatsMonitor'
@@ -255,18 +253,18 @@ class StatsMonitorConfig(PipelineHooksConfig[StatsMonitor]):
     class_type: type[StatsMonitor] = StatsMonitor
     every: TriggerField | None = Field(
         default=None,
-        description="When to make a logging point of its own, such as '50 steps'; None: it "
-        "publishes at those that a MetricsLogger and other hooks make.",
+        description="Trigger of additional logging points, such as '50 steps'; None to use "
+        "the logging points of a MetricsLogger or other hooks.",
     )
     grad_norm: bool = Field(
         default=True,
         description="Publish the norm of all gradients at the first update after each logging "
-        "point, unless another hook, such as GradientClippingHook, publishes it for every update.",
+        "point, unless another hook (GradientClippingHook) publishes it for every update.",
     )
     grad_norm_every_update: bool = Field(
         default=False,
-        description="Compute it for every update, which passes over all gradients once more; the "
-        "mean is published.",
+        description="Publish the mean norm over all updates; costs a pass over all gradients "
+        "per update.",
     )
 
     def __post_init__(self) -> None:

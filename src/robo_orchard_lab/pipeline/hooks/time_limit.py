@@ -1,100 +1,52 @@
-"""Save and stop before the time is up."""
+"""Hook that saves and stops the run before a time limit."""
 
 from __future__ import annotations
 
-import math
 import os
-import re
 import subprocess
 import time
 from functools import partial
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import psutil  # type: ignore[import-untyped]  # accelerate brings it
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import Field, field_validator
 
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.hooks.preemption import check_savers, interrupt
+from robo_orchard_lab.pipeline.hooks.preemption import request_stop, require_saver
 from robo_orchard_lab.pipeline.job_log import job_logger
+from robo_orchard_lab.pipeline.trigger import DurationField, duration_s
 
 logger = job_logger(__name__)
 
-_EARLY_S = 0.5  # by which several ranks may stop early, so that the last exchanges are few
-_LONGEST_WAIT_S = 30.0  # an evaluation, or steps that become slow, may come in between
-
-
-# --- durations -------------------------------------------------------------------------------
-
-_SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-_UNITS = re.compile(
-    r"(?:(?P<d>[\d.]+)\s*(?:d|days?))?\s*(?:(?P<h>[\d.]+)\s*(?:h|hours?))?\s*"
-    r"(?:(?P<m>[\d.]+)\s*(?:m|min|minutes?))?\s*(?:(?P<s>[\d.]+)\s*(?:s|sec|seconds?))?"
-)
-_CLOCK = re.compile(r"(?:(?P<d>\d+)-(?=\d+:\d+:))?(?:(?P<h>\d+):)?(?P<m>\d+):(?P<s>\d+)")
-
-
-def duration_s(value: Any) -> float:
-    """Return a duration in seconds, given as a number of seconds or as text.
-
-    >>> duration_s("3h30min"), duration_s("1 d 2 h"), duration_s("90 s"), duration_s(2.5)
-    (12600.0, 93600.0, 90.0, 2.5)
-    >>> duration_s("1-02:00:00"), duration_s("1:30:00"), duration_s("05:00")  # as in SLURM
-    (93600.0, 5400.0, 300.0)
-
-    Raises:
-        ValueError: the value is of another type or format, not finite, or negative.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"expected seconds or a text such as '3h30min', got {value!r:.60}")
-    try:
-        seconds = _parse_duration(value.strip().lower()) if isinstance(value, str) else float(value)
-    except (ValueError, OverflowError):
-        raise ValueError(
-            f"can't read {value!r:.60} as a length of time; write '3h30min', '90 s', '1:30:00' or "
-            "a number of seconds"
-        ) from None
-    if not math.isfinite(seconds) or seconds < 0:
-        raise ValueError(f"expected a finite length of time >= 0, got {value!r:.60}")
-    return seconds
-
-
-def _parse_duration(text: str) -> float:
-    found = _CLOCK.fullmatch(text) or _UNITS.fullmatch(text)
-    parts = {} if found is None else {k: v for k, v in found.groupdict().items() if v is not None}
-    if not parts:
-        return float(text)
-    return float(sum(float(count) * _SECONDS[unit] for unit, count in parts.items()))
-
-
-DurationField: TypeAlias = Annotated[float | str, BeforeValidator(duration_s)]
-"""Annotation of a config field that accepts seconds or a text, and holds seconds."""
-
-
-# --- hook ------------------------------------------------------------------------------------
+_EARLY_S = 0.5  # several ranks may stop this early, which saves exchanges near the end
+_LONGEST_WAIT_S = 30.0  # between exchanges; steps may become slower
 
 
 class TimeLimit(PipelineHooks):
-    """Has the run saved, and stopped, before a limit of wall-clock time.
+    """Checkpoint and stop before a limit of wall-clock time.
 
-    At the first commit point at which less than ``margin`` is left, a checkpoint is saved, and the
-    trainer raises :class:`RunPreempted`, which ends the process with the exit code: by default 75,
-    which stands for "try again" (``EX_TEMPFAIL``). Started again, the run goes on from there.
-    (torchrun ends with 1 whatever its processes end with; ``run_state.json`` has the code.)
+    At the first commit point with less than ``margin`` left, a checkpoint is saved, and the trainer
+    raises :class:`RunPreempted`, which exits the process with ``exit_code``: by default 75
+    (``EX_TEMPFAIL``, "try again"). Start the script again to resume. torchrun always exits with 1;
+    the exit code of the run is in ``run_state.json``.
 
-    The margin has to be long enough for a step with the wait for its batch, for what else may be
-    due at a commit point, such as an evaluation, and for the save.
+    The margin must cover a step, the wait for its batch, other work at the commit point (such as an
+    evaluation) and the save.
 
-    The time counts from the start of the process, loading and all. With ``limit="slurm"`` it ends
-    when the job does: by ``SLURM_JOB_END_TIME`` where that is set, else by what ``squeue`` says is
-    left when the loop begins; a job without a limit is not stopped. The first rank's clock counts;
-    the others learn from it in a few of the run's exchanges (:class:`Agreement`).
+    The limit counts from the start of the process, loading included. ``limit="slurm"`` uses the end
+    of the SLURM job: ``SLURM_JOB_END_TIME`` if set, otherwise the time left according to ``squeue``
+    when the loop begins. A job without a limit is not stopped.
+
+    - Ranks: all, by the clock of the first rank (:class:`Agreement`).
+    - Requests: a checkpoint and a stop.
+    - State: none.
 
     Raises:
-        PipelineConfigError: when the loop begins, ``limit="slurm"`` outside of a SLURM job, or
-            where it can't be found out; when the first epoch begins, there is no hook that saves.
+        PipelineConfigError: ``limit="slurm"`` outside of a SLURM job, or its end is unknown, when
+            the loop begins; no hook saves checkpoints, when the first epoch begins.
     """
 
     keeps_trajectory = True
@@ -104,14 +56,14 @@ class TimeLimit(PipelineHooks):
         self.cfg = cfg
         self._limit_s = None if cfg.limit == "slurm" else duration_s(cfg.limit)
         self._margin_s = duration_s(cfg.margin)
-        self._end_at = float("inf")  # in seconds since the epoch
-        self._stopping = False
+        self._end_at = float("inf")  # Unix time
+        self._is_stopping = False
         self.register_hook("on_loop", HookContext.from_callable(before=self._begin))
         if cfg.save_checkpoint:
-            self.register_hook("on_epoch", HookContext.from_callable(before=self._check_savers))
+            self.register_hook("on_epoch", HookContext.from_callable(before=self._require_saver))
 
     def _begin(self, args: PipelineHookArgs) -> None:
-        self._stopping = False
+        self._is_stopping = False
         args.run.agreement.topic(
             self.name,
             find=lambda: self._left_s() <= (_EARLY_S if args.run.agreement.several else 0.0),
@@ -120,39 +72,39 @@ class TimeLimit(PipelineHooks):
             wait_s=self._wait_s,
         )
         if args.accelerator is not None and not args.accelerator.is_main_process:
-            return  # whose clock does not count
+            return  # the first rank's clock counts
         if self._limit_s is None:
             self._end_at = slurm_job_end(self.name)
         else:
             self._end_at = psutil.Process().create_time() + self._limit_s
         left_s = self._end_at - time.time()
-        logger.info("%s: %.0f s left, %g of them for saving", self.name, left_s, self._margin_s)
+        logger.info("%s: %.0f s left, %g s of these for saving", self.name, left_s, self._margin_s)
 
-    def _check_savers(self, args: PipelineHookArgs) -> None:
-        check_savers(args, self.name)
+    def _require_saver(self, args: PipelineHookArgs) -> None:
+        require_saver(args, self.name)
 
     def _left_s(self) -> float:
         return self._end_at - self._margin_s - time.time()
 
     def _wait_s(self) -> float:
-        # Steps may get slower meanwhile: where the end is near, ask as often as it is cheap.
+        # Steps may become slower, so check more often near the end.
         left_s = self._left_s()
         return min(left_s / 2, _LONGEST_WAIT_S) if left_s > 10 * _LONGEST_WAIT_S else 0.0
 
     def _stop(self, args: PipelineHookArgs, due: int) -> None:
-        """On all ranks alike, when the first one's clock says so."""
-        if not self._stopping:
-            self._stopping = True
+        """Request the stop, on all ranks, when the first rank's clock is due."""
+        if not self._is_stopping:
+            self._is_stopping = True
             cfg = self.cfg
             limit = (
                 "SLURM's limit" if self._limit_s is None else f"the limit of {self._limit_s:g} s"
             )
-            reason = f"{limit} is near, with {self._margin_s:g} s kept for saving"
-            interrupt(args, reason, self.name, exit_code=cfg.exit_code, save=cfg.save_checkpoint)
+            reason = f"{limit} is near, with {self._margin_s:g} s reserved for saving"
+            request_stop(args, reason, self.name, exit_code=cfg.exit_code, save=cfg.save_checkpoint)
 
 
 class TimeLimitConfig(PipelineHooksConfig[TimeLimit]):
-    """How long the process may run, and how it then ends.
+    """Time limit, margin, exit code, and saving.
 
     >>> TimeLimitConfig(limit="3h30min", margin="5 min").limit
     12600.0
@@ -160,22 +112,20 @@ class TimeLimitConfig(PipelineHooksConfig[TimeLimit]):
 
     class_type: type[TimeLimit] = TimeLimit
     limit: Literal["slurm"] | float | str = Field(
-        description="The time from the start of the process, in seconds or as text, such as "
-        "'3h30min'; 'slurm' for that of the SLURM job.",
+        description="Time from the start of the process, in seconds or as text such as "
+        "'3h30min'; 'slurm' for the limit of the SLURM job.",
     )
     margin: DurationField = Field(
-        default=120.0,
-        description="How much of it is kept for saving, in seconds or as text.",
+        default=120.0, description="Time reserved for saving, in seconds or as text."
     )
     exit_code: int | None = Field(
         default=75,
         ge=0,
         le=255,
-        description="What the process ends with; None for a run that then counts as completed.",
+        description="Exit code of the process; None ends the run as completed.",
     )
     save_checkpoint: bool = Field(
-        default=True,
-        description="Whether a checkpoint is saved ahead of the end, by the hooks that save.",
+        default=True, description="Save a checkpoint before the exit, by the hooks that save."
     )
 
     @field_validator("limit", mode="before")
@@ -186,33 +136,33 @@ class TimeLimitConfig(PipelineHooksConfig[TimeLimit]):
     def __post_init__(self) -> None:
         if self.limit != "slurm" and duration_s(self.limit) <= duration_s(self.margin):
             raise ValueError(
-                f"the limit of {self.limit} s leaves no time beside a margin of "
-                f"{self.margin} s; give a shorter margin"
+                f"expected margin < limit, got a margin of {self.margin} s and a limit of "
+                f"{self.limit} s; set a smaller margin"
             )
 
 
 def slurm_job_end(who: str) -> float:
-    """When this SLURM job ends, in seconds since the epoch; infinite without a limit.
+    """Return the Unix time at which this SLURM job ends; infinity without a limit.
 
     Raises:
-        PipelineConfigError: this is no SLURM job, or it can't be found out.
+        PipelineConfigError: not a SLURM job, or its end is unknown.
     """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         raise PipelineConfigError(
-            f"{who}: limit='slurm' outside of a SLURM job (there is no SLURM_JOB_ID); give a "
-            "time, such as '3h30min'"
+            f"{who}: limit='slurm' outside of a SLURM job (SLURM_JOB_ID is not set); set a time, "
+            "such as '3h30min'"
         )
     end_at = os.environ.get("SLURM_JOB_END_TIME", "")
     if end_at.isdecimal():
         return float(end_at)
     try:
-        asked = ["squeue", "--noheader", "--format=%L", f"--jobs={job}"]
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=60, check=True)
+        command = ["squeue", "--noheader", "--format=%L", f"--jobs={job}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
         left = done.stdout.split("\n")[0].strip()
         return float("inf") if left == "UNLIMITED" else time.time() + duration_s(left)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         raise PipelineConfigError(
-            f"{who}: can't find out when SLURM job {job} ends: SLURM_JOB_END_TIME is not set, and "
-            f"squeue fails: {error}; give a time, such as '3h30min'"
+            f"{who}: can't find the end of SLURM job {job}: SLURM_JOB_END_TIME is not set, and "
+            f"squeue failed: {error}; set a time, such as '3h30min'"
         ) from error

@@ -1,4 +1,4 @@
-"""Record where the time of some steps goes."""
+"""Hook that profiles a range of steps with torch.profiler."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class TorchProfilerHook(PipelineHooks):
-    """Runs torch.profiler on a window of steps and writes its trace, to look at in Perfetto.
+    """Traces of a range of steps by torch.profiler, to view in Perfetto.
 
     >>> import tempfile
     >>> from pathlib import Path
@@ -39,15 +39,14 @@ class TorchProfilerHook(PipelineHooks):
     >>> [str(path.relative_to(folder)) for path in Path(folder).rglob("*.json")]
     ['rank0/steps2-3.pt.trace.json']
 
-    Each rank writes to a folder of its own. A step is recorded from its start to the start of the
-    next, so with the update, what happens between two steps, and the wait for the next batch. The
-    last one is open until then, or until the run ends. A run that ends or fails within the window
-    leaves the trace of the steps that it got to. One that is resumed within the window records the
-    rest, one that is resumed behind it does nothing.
+    A step is recorded until the start of the next one, so with its update and the wait for the next
+    batch. A run that ends or fails within the range writes the trace of its steps so far. A run
+    resumed within the range records the rest.
 
-    Outside of the window it costs a comparison for each step; within it, steps are slower, and at
-    its end it waits for the device. An error of the profiler or in writing is logged, and the
-    training goes on without a trace.
+    - Ranks: all; each writes to ``<folder>/rank<i>``.
+    - State: none.
+    - Cost: a comparison per step outside of the range; within the range, slower steps, and a device
+      sync at its end. Errors of the profiler or in writing are logged; training continues.
     """
 
     keeps_trajectory = True
@@ -58,14 +57,14 @@ class TorchProfilerHook(PipelineHooks):
         self._profiler: Any = None
         self._first_step = 0
         self._last_step = 0
-        self._failed = False
+        self._has_failed = False
         self.register_hook("on_loop", HookContext.from_callable(after=self._close))
         self.register_hook("on_step", HookContext.from_callable(before=self._step))
 
     def _step(self, args: PipelineHookArgs) -> None:
-        """Ahead of each step: begin the window, go on in it, or end it."""
+        """Start, continue or end the recording, before each step."""
         step, cfg = args.global_step_id, self.cfg
-        if self._failed or step < cfg.start_step - cfg.warmup_steps:
+        if self._has_failed or step < cfg.start_step - cfg.warmup_steps:
             return
         if step >= cfg.start_step + cfg.steps:
             self._close(args)
@@ -76,8 +75,8 @@ class TorchProfilerHook(PipelineHooks):
             self._guarded(self._profiler.step)
 
     def _start(self, args: PipelineHookArgs) -> None:
-        if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]  # has no public name
-            raise RuntimeError("another profiler is running, which this one would end")
+        if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]  # no public name
+            raise RuntimeError("another profiler is running, and would be stopped by this one")
         cfg, step = self.cfg, args.global_step_id
         warmup = max(0, cfg.start_step - step)
         self._first_step, self._last_step = step + warmup, step
@@ -96,7 +95,7 @@ class TorchProfilerHook(PipelineHooks):
     def _close(self, args: PipelineHookArgs) -> None:
         profiler, self._profiler = self._profiler, None
         if profiler is not None:
-            self._guarded(profiler.stop)  # waits for the device, and writes what is recorded
+            self._guarded(profiler.stop)  # device sync; writes the trace
 
     def _write(self, profiler: Any, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,17 +109,17 @@ class TorchProfilerHook(PipelineHooks):
         logger.info("%s wrote %s", self.name, path)
 
     def _guarded(self, function: Callable[..., Any], *args: Any) -> None:
-        """Call what may fail without the training being worse for it."""
+        """Call a function; log an error and stop profiling."""
         try:
             function(*args)
-        except Exception:  # a trace that is lost is no reason to lose the run
-            logger.exception("%s gives up; the training goes on", self.name)
+        except Exception:  # a lost trace must not end the run
+            logger.exception("%s: profiling failed; training continues", self.name)
             self._profiler = None
-            self._failed = True
+            self._has_failed = True
 
 
 class TorchProfilerHookConfig(PipelineHooksConfig[TorchProfilerHook]):
-    """Which steps to record, and what of them.
+    """Steps to record, and details of the recording.
 
     >>> TorchProfilerHookConfig(folder="traces", start_step=100, steps=3)().name
     'TorchProfilerHook'
@@ -128,18 +127,16 @@ class TorchProfilerHookConfig(PipelineHooksConfig[TorchProfilerHook]):
 
     class_type: type[TorchProfilerHook] = TorchProfilerHook
     folder: Annotated[str, RunPath()] = Field(
-        description="Where the traces go, in a folder for each rank."
+        description="Folder for traces, with a subfolder per rank."
     )
-    start_step: int = Field(
-        default=10, ge=0, description="The first step to record: a step of the run, from 0."
-    )
-    steps: int = Field(default=3, ge=1, description="How many steps to record.")
+    start_step: int = Field(default=10, ge=0, description="First global step to record, from 0.")
+    steps: int = Field(default=3, ge=1, description="Number of steps to record.")
     warmup_steps: int = Field(
         default=1,
         ge=0,
-        description="How many steps ahead of the window the profiler runs without recording, so "
-        "that its own start is not in the trace.",
+        description="Steps before the range on which the profiler runs without recording, to "
+        "keep its start-up out of the trace.",
     )
-    record_shapes: bool = Field(default=False, description="Record the shapes of inputs.")
-    profile_memory: bool = Field(default=False, description="Record what is allocated and freed.")
+    record_shapes: bool = Field(default=False, description="Record input shapes.")
+    profile_memory: bool = Field(default=False, description="Record memory allocations.")
     with_stack: bool = Field(default=False, description="Record source lines; slow.")

@@ -1,15 +1,15 @@
-"""Evaluate the model while it is trained."""
+"""Hook that evaluates the model during training."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import Field
 
-from robo_orchard_core.utils.config import ClassConfig, Function, Part, function_of
+from robo_orchard_core.utils.config import Function, Part, function_of
+from robo_orchard_core.utils.config.errors import suggest_name
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.batch_processor import count_batches
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
@@ -24,35 +24,40 @@ from robo_orchard_lab.pipeline.trigger import Last, TriggerField
 STATE_VERSION = 1
 
 LoaderPart: TypeAlias = Annotated[Any, Part("collections.abc:Iterable")]
-"""A loader, or anything else that can be iterated, as a configuration builds it."""
+"""Config of a loader or another iterable."""
 MetricPart: TypeAlias = Annotated[
     Any, Part(("torchmetrics.metric:Metric", "torchmetrics.collections:MetricCollection"))
 ]
-"""A metric of torchmetrics, as a configuration builds it."""
+"""Config of a torchmetrics metric."""
 
 
 class ValidationHook(PipelineHooks):
-    """Evaluates the run's model with its batch processor, on a schedule or when it is asked to.
+    """Evaluation of the run's model on a trigger or on request.
 
-    It publishes ``eval/<loader>/loss`` and ``eval/<loader>/<metric>``, all of them with the next
-    logging point, or at once where someone waits for one. Training goes on as if there had been
-    no evaluation: see :class:`Evaluator`, also for what is done on several ranks. Any hook asks
-    for one by ``args.requests.evaluate(reason)``; at one step, it is made once.
+    Training is not affected by an evaluation; see :class:`Evaluator`, also for several ranks.
+    Other hooks request an evaluation by ``args.requests.evaluate(reason)``. A step is evaluated at
+    most once.
+
+    - Ranks: all.
+    - Publishes: ``eval/<loader>/loss`` and ``eval/<loader>/<metric>``, with the next logging
+      point; at once if a hook subscribes to one of these metrics.
+    - Requests: evaluations.
+    - State: the step of the last evaluation.
 
     >>> hook = ValidationHookConfig(every="100 steps | 1 epoch")(dataloaders={"val": [1, 2, 3]})
     >>> hook.name
     'ValidationHook'
 
     Args:
-        cfg: when to evaluate, and what with.
-        dataloaders: by name; here or in the configuration.
-        metrics: of torchmetrics, by name, or a collection; here or in the configuration.
-        metric_inputs: ``metric_inputs(outputs, batch)`` gives the arguments of ``metric.update``;
-            by default the batch processor's method of that name; here or in the configuration.
+        cfg: trigger and weights; optionally loaders and metrics.
+        dataloaders: by name; here or in the config.
+        metrics: of torchmetrics, by name, or a collection; here or in the config.
+        metric_inputs: ``metric_inputs(outputs, batch)`` returns the arguments of ``metric.update``;
+            here or in the config; by default the batch processor's method of this name.
 
     Raises:
-        PipelineConfigError: no loaders, something both here and in the configuration, or a set
-            that isn't among the loaders; and what an :class:`Evaluator` raises.
+        PipelineConfigError: no loaders, an unknown name in ``sets``, or an argument given both here
+            and in the config; and errors of :class:`Evaluator`.
     """
 
     keeps_trajectory = True
@@ -70,23 +75,22 @@ class ValidationHook(PipelineHooks):
         who = self.name
         given: Any = given_or_built(dataloaders, cfg.dataloaders, "dataloaders", who)
         loaders = check_dataloaders({} if given is None else given, who)
-        self._dataloaders = loaders if cfg.sets is None else _picked(loaders, cfg.sets, who)
+        self._dataloaders = loaders if cfg.sets is None else _select(loaders, cfg.sets, who)
         self._metrics = TorchMetrics(given_or_built(metrics, cfg.metrics, "metrics", who), who)
-        self._metric_inputs: MetricInputs | None = function_given(
+        self._metric_inputs: MetricInputs | None = given_or_built(
             metric_inputs, cfg.metric_inputs, "metric_inputs", who
         )
         self._evaluator: Evaluator | None = None
-        self._evaluated_at: int | None = None
-        """How many steps were done at the last evaluation."""
+        self._evaluated_at: int | None = None  # completed steps at the last evaluation
         self.register_hook(
             "on_loop", HookContext.from_callable(before=self._open, after=self._close)
         )
         if cfg.weights is not None:
             self.register_hook("on_epoch", HookContext.from_callable(before=self._check_weights))
         if cfg.every is not None:
-            self.register_at_commit(self._ask_by_schedule, cfg.every)
+            self.register_at_commit(self._request_on_trigger, cfg.every)
         if cfg.at_end:
-            self.register_at_commit(self._ask_at_end, Last())
+            self.register_at_commit(self._request_at_end, Last())
 
     def _open(self, args: PipelineHookArgs) -> None:
         self._evaluator = Evaluator(
@@ -103,12 +107,12 @@ class ValidationHook(PipelineHooks):
             other = args.run.evaluated_loaders.setdefault(loader, self.name)
             if other != self.name:
                 raise PipelineConfigError(
-                    f"{self.name}: dataloaders[{loader!r}] has a name that {other} has as well, so "
-                    f"that both would publish eval/{loader}/...; name one of them otherwise"
+                    f"{self.name}: dataloaders[{loader!r}] and a loader of {other} would both "
+                    f"publish eval/{loader}/...; rename one of the loaders"
                 )
         args.run.evaluations[self.name] = self._evaluate
         if self.cfg.at_start and args.global_step_id == 0:
-            self._ask(args, "at the start")
+            self._request(args, "at the start")
 
     def _close(self, args: PipelineHookArgs) -> None:
         args.run.evaluations.pop(self.name, None)
@@ -118,17 +122,17 @@ class ValidationHook(PipelineHooks):
         self._evaluator = None
 
     def _check_weights(self, args: PipelineHookArgs) -> None:
-        """Every hook has opened by now, so that a wrong name is told before the first step."""
+        """Refuse unknown weights before the first step, when every hook has begun the loop."""
         if self.cfg.weights is not None:
             args.run.weight_set(self.cfg.weights)
 
-    def _ask_by_schedule(self, args: PipelineHookArgs) -> None:
-        self._ask(args, f"every {self.cfg.every}")
+    def _request_on_trigger(self, args: PipelineHookArgs) -> None:
+        self._request(args, f"every {self.cfg.every}")
 
-    def _ask_at_end(self, args: PipelineHookArgs) -> None:
-        self._ask(args, "at the end")
+    def _request_at_end(self, args: PipelineHookArgs) -> None:
+        self._request(args, "at the end")
 
-    def _ask(self, args: PipelineHookArgs, reason: str) -> None:
+    def _request(self, args: PipelineHookArgs, reason: str) -> None:
         if args.exception is None and args.progress.steps_done != self._evaluated_at:
             args.requests.evaluate(reason, by=self.name, name=self.name)
 
@@ -142,9 +146,8 @@ class ValidationHook(PipelineHooks):
         self._evaluated_at = step
 
     def rank_consistency_info(self) -> dict[str, dict[str, str]]:
-        """The loaders on which the ranks evaluate together, with their samples where they have an
-        index."""
-        return {"dataloaders": {name: _size(each) for name, each in self._dataloaders.items()}}
+        """Return a description of each loader, to be equal on all ranks."""
+        return {"dataloaders": {n: _describe(loader) for n, loader in self._dataloaders.items()}}
 
     def state_dict(self) -> dict[str, Any]:
         return {"version": STATE_VERSION, "evaluated_at": self._evaluated_at}
@@ -155,7 +158,7 @@ class ValidationHook(PipelineHooks):
 
 
 class ValidationHookConfig(PipelineHooksConfig[ValidationHook]):
-    """When to evaluate, and with which weights.
+    """Trigger, weights, loaders and metrics of evaluations.
 
     >>> print(ValidationHookConfig(every="500 steps", at_start=True).every)
     500 steps
@@ -164,90 +167,73 @@ class ValidationHookConfig(PipelineHooksConfig[ValidationHook]):
     class_type: type[ValidationHook] = ValidationHook
     every: TriggerField | None = Field(
         default="1 epoch",
-        description="The schedule of evaluations, such as '500 steps | 1 epoch'; None for those "
-        "that are asked for alone.",
+        description="Trigger, such as '500 steps | 1 epoch'; None evaluates only on requests "
+        "of hooks.",
     )
     at_start: bool = Field(
-        default=False, description="Evaluate ahead of the first step of the run; not on resuming."
+        default=False,
+        description="Evaluate before the first step, but not when resuming.",
     )
     at_end: bool = Field(
         default=False,
-        description="Evaluate when the run reaches one of its limits, where it is not due anyway; "
-        "not when a hook stops it.",
+        description="Evaluate when the run reaches one of its limits, but not when a hook stops "
+        "the run.",
     )
     weights: str | None = Field(
         default=None,
-        description="The name of the hook whose weights to evaluate, such as 'EMA'; None for the "
+        description="Name of the hook whose weights to evaluate, such as 'EMA'; None for the "
         "model's own.",
     )
-    seed: int = Field(
-        default=0, ge=0, description="Of what is random in an evaluation, each time the same."
-    )
+    seed: int = Field(default=0, ge=0, description="Seed of each evaluation.")
     dataloaders: dict[str, LoaderPart] | None = Field(
         default=None,
-        description="What builds the loaders, by name, where they aren't given to the hook.",
+        description="Loaders by name, unless passed to the hook.",
     )
     sets: list[str] | None = Field(
         default=None,
         min_length=1,
-        description="Which of the loaders to evaluate on, by their names; None for all of them.",
+        description="Names of the loaders to evaluate on; None for all.",
     )
     metrics: dict[str, MetricPart] | None = Field(
         default=None,
-        description="What builds the metrics, by name, where they aren't given to the hook.",
+        description="Metrics by name, unless passed to the hook.",
     )
     metric_inputs: Function | None = Field(
         default=None,
-        description="metric_inputs(outputs, batch) gives the arguments of metric.update, where "
-        "it isn't given to the hook; None: as the batch processor says.",
+        description="metric_inputs(outputs, batch) returns the arguments of metric.update, "
+        "unless passed to the hook; None for the batch processor's method.",
     )
 
 
-def _picked(
+def _select(
     loaders: Mapping[str, Iterable[Any]], names: Iterable[str], who: str
 ) -> dict[str, Iterable[Any]]:
     for name in names:
         if name not in loaders:
-            near = difflib.get_close_matches(name, loaders, n=1)
-            raise PipelineConfigError(
-                f"{who}: sets names {name!r}, which is none of the loaders"
-                + (f"; did you mean {near[0]!r}?" if near else f": {', '.join(loaders)}")
-            )
+            advice = suggest_name(name, [*loaders], "expected one of")
+            raise PipelineConfigError(f"{who}.sets: there is no loader {name!r}; {advice}")
     return {name: loaders[name] for name in names}
 
 
-def _size(loader: Any) -> str:
+def _describe(loader: Any) -> str:
     loader = getattr(loader, "base_dataloader", loader)
     if not is_map_style(loader):
         return "a stream"
     return f"{count_batches(loader.dataset)} samples in batches of {loader.batch_size}"
 
 
-def given_or_built(
-    given: Any, configs: Mapping[str, ClassConfig[Any]] | None, field: str, who: str
-) -> Any:
-    """What a hook was given as an argument, or what its configuration builds; None for neither.
+def given_or_built(given: Any, configured: Any, field: str, who: str) -> Any:
+    """Return an argument of a hook, or build the function or parts of its config; None for neither.
 
     Raises:
-        PipelineConfigError: it was given both.
-    """
-    if given is not None and configs is not None:
-        raise PipelineConfigError(
-            f"{who}: {field} are given to the hook and in its configuration; give them once"
-        )
-    if configs is None:
-        return given
-    return {name: config() for name, config in configs.items()}
-
-
-def function_given(given: Any, configured: Any, field: str, who: str) -> Any:
-    """The function that a hook was given as an argument, or by its configuration, or None.
-
-    Raises:
-        PipelineConfigError: it was given both.
+        PipelineConfigError: both are given.
     """
     if given is not None and configured is not None:
         raise PipelineConfigError(
-            f"{who}: {field} is given to the hook and in its configuration; give it once"
+            f"{who}: {field} is given to the hook and in its config; remove one of the two"
         )
-    return given if configured is None else function_of(configured)
+    if configured is None:
+        return given
+    if isinstance(configured, Mapping):
+        return {name: part() for name, part in configured.items()}
+    return function_of(configured)

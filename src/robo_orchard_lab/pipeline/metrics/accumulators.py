@@ -1,9 +1,4 @@
-"""Metric values: errors, records of a logging point, and accumulators between two of them.
-
-An :class:`Accumulator` collects the values of one metric in constant memory. Numbers accumulate on
-the host and tensors on their device, in double precision, so that publishing never waits for a
-device. ``combine`` then reduces the accumulators of all ranks to one value.
-"""
+"""What was published under one name since the last logging point, in constant memory."""
 
 from __future__ import annotations
 
@@ -17,13 +12,16 @@ from typing import Any, ClassVar, Literal, Self, TypeAlias, get_args
 import numpy as np
 import torch
 
+# --- errors ----------------------------------------------------------------------------------
+# What the board refuses.
+
 
 class MetricValueError(TypeError):
-    """Error for a published value that is not a single real number."""
+    """What was published is no single number; the message names the metric."""
 
 
 class UnknownMetricError(LookupError):
-    """Error for a metric name that no hook published; the message lists the published names."""
+    """A name that nobody has published; the message lists those that were."""
 
     def __init__(self, name: str, published: Iterable[str], who: str = "", hint: str = "") -> None:
         published = sorted(published)
@@ -37,47 +35,22 @@ class UnknownMetricError(LookupError):
         )
 
 
+# --- record ----------------------------------------------------------------------------------
+# What a logging point finds.
+
+
 @dataclass(frozen=True, slots=True)
 class MetricValue:
-    """Value of one metric, reduced over all ranks, with its step."""
+    """One number, of all ranks, and the step that it belongs to."""
 
     name: str
     value: float
     step: int
-    """Number of steps of the run that were done when the value was measured."""
-
-
-@dataclass(frozen=True, slots=True)
-class MetricsRecord:
-    """All metric values since the previous logging point.
-
-    >>> record = MetricsRecord(0, 50, 50, (MetricValue("loss/total", 0.5, step=50),))
-    >>> record.by_step()
-    {50: {'loss/total': 0.5}}
-    """
-
-    epoch_id: int
-    """Number of completed epochs."""
-    global_step_id: int
-    """Number of completed steps."""
-    optimizer_step_id: int
-    """Number of committed weight updates."""
-    values: tuple[MetricValue, ...]
-    """Values in step order; a name may occur for several steps."""
-    partial: bool = False
-    """True if the run ended before the next logging point. A resumed run logs these values again,
-    in the record of its next logging point."""
-
-    def by_step(self) -> dict[int, dict[str, float]]:
-        """Group the values by step, earliest step first."""
-        steps: dict[int, dict[str, float]] = {}
-        for value in self.values:
-            steps.setdefault(value.step, {})[value.name] = value.value
-        return dict(sorted(steps.items()))
+    """How many steps of the run were done when it was measured."""
 
 
 def number_text(value: float) -> str:
-    """Format a metric value in few characters.
+    """A value in few characters: four decimals as long as these say something.
 
     >>> number_text(0.42314), number_text(123.456), number_text(3.2e-4)
     ('0.4231', '123.46', '3.200e-04')
@@ -87,42 +60,50 @@ def number_text(value: float) -> str:
     return f"{value:.2f}" if 10 <= abs(value) < 1e5 else f"{value:.3e}"
 
 
+@dataclass(frozen=True, slots=True)
+class MetricsRecord:
+    """Everything that was found since the logging point before.
+
+    >>> record = MetricsRecord(0, 50, 50, (MetricValue("loss/total", 0.5, step=50),))
+    >>> record.by_step()
+    {50: {'loss/total': 0.5}}
+    """
+
+    epoch_id: int
+    """How many epochs are done."""
+    global_step_id: int
+    """How many steps are done."""
+    optimizer_step_id: int
+    """How many updates of the weights are committed."""
+    values: tuple[MetricValue, ...]
+    """In the order of their steps; a name may be there more than once, for several steps."""
+    partial: bool = False
+    """Whether the run has ended ahead of the next logging point. A run that goes on from there
+    has these values again, in the record that its next logging point makes."""
+
+    def by_step(self) -> dict[int, dict[str, float]]:
+        """The values by the step that they belong to, the earliest first."""
+        steps: dict[int, dict[str, float]] = {}
+        for value in self.values:
+            steps.setdefault(value.step, {})[value.name] = value.value
+        return dict(sorted(steps.items()))
+
+
 Reduction: TypeAlias = Literal["mean", "sum", "max", "min", "last"]
-"""Reduction of a metric's values, over the steps between two logging points and over the ranks."""
+"""How the values of one name become one: over the window, and over the ranks."""
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
 Number: TypeAlias = float | torch.Tensor
-RankValues: TypeAlias = tuple[Sequence[float], Sequence[float]]
-"""One rank's :meth:`Accumulator.numbers` and, copied to the host, :meth:`Accumulator.tensors`."""
-
-
-def check_scalar(name: str, value: Any, role: str = "") -> Number:
-    """Return ``value`` if it is a single real number or a tensor of one element.
-
-    Raises:
-        MetricValueError: with the name of the metric and the type or shape that was found.
-    """
-    if isinstance(value, torch.Tensor):
-        if value.is_complex():
-            raise MetricValueError(f"{role}metric {name!r} must be real, got {value.dtype}")
-        if value.numel() != 1:
-            raise MetricValueError(
-                f"{role}metric {name!r} must be a single number, got a tensor "
-                f"of shape {tuple(value.shape)}; reduce it first"
-            )
-        return value
-    if isinstance(value, np.ndarray) and value.ndim == 0:
-        value = value[()]
-    if isinstance(value, (float, int, np.number, np.bool_)) and not np.iscomplexobj(value):
-        return float(value)
-    raise MetricValueError(f"{role}metric {name!r} must be a number, got {type(value).__name__}")
+Parts: TypeAlias = tuple[Sequence[float], Sequence[float]]
+"""One rank's numbers and, once they were read, tensors, as :meth:`Window.numbers` and
+:meth:`Window.tensors` gave them."""
 
 
 class WeightedSum:
-    """Sum of weighted values and sum of their weights, in double precision.
+    """A sum of weighted values and the sum of their weights, in double precision.
 
-    Numbers add up on the host and tensors in place on their device, without a device sync. MPS has
-    no double precision; tensors there add up in float32.
+    Numbers add up on the host and tensors on their device, in place; nothing is read back. On
+    devices without double precision (MPS) tensors add up in single.
     """
 
     __slots__ = ("host", "host_weight", "tensor", "tensor_weight")
@@ -134,7 +115,7 @@ class WeightedSum:
         self.tensor_weight: torch.Tensor | None = None
 
     def add(self, value: Number, weight: Number = 1.0) -> None:
-        """Add a number, or a tensor of one element of any dtype; a graph is detached."""
+        """Add a number, or a tensor of one element of any dtype, which may carry a graph."""
         if not isinstance(value, torch.Tensor):
             if isinstance(weight, torch.Tensor):
                 value = _zero(weight.device).fill_(value)
@@ -156,7 +137,7 @@ class WeightedSum:
         self.tensor_weight.add_(weight)
 
     def scale(self, factor: float) -> None:
-        """Multiply the sum and the weight by ``factor``."""
+        """Have all that was added weigh so many times as much."""
         self.host *= factor
         self.host_weight *= factor
         for tensor in (self.tensor, self.tensor_weight):
@@ -164,7 +145,7 @@ class WeightedSum:
                 tensor.mul_(factor)
 
     def merge(self, other: WeightedSum) -> None:
-        """Add another sum."""
+        """Add what another one has added up."""
         self.host += other.host
         self.host_weight += other.host_weight
         if other.tensor is not None:
@@ -176,18 +157,18 @@ class WeightedSum:
             self.tensor_weight.add_(other.tensor_weight)
 
     @property
-    def is_empty(self) -> bool:
-        """Return True if no value was added."""
+    def empty(self) -> bool:
+        """Whether nothing was added."""
         return self.host_weight == 0.0 and self.tensor is None
 
-    def to_tensor(self, device: torch.device) -> torch.Tensor:
-        """Return a tensor of shape (2,) on ``device``: the sum and the weight."""
+    def on_device(self, device: torch.device) -> torch.Tensor:
+        """The sum and that of the weights, all that was added, as a tensor of two on a device."""
         parts = (self.tensor, self.host), (self.tensor_weight, self.host_weight)
         zero = _zero(device)
         return torch.stack([(zero if t is None else t.to(zero)) + number for t, number in parts])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums; tensors are copies."""
+        """All that was added up; tensors as copies."""
         tensors = {"tensor": self.tensor, "tensor_weight": self.tensor_weight}
         return {
             "host": self.host,
@@ -196,74 +177,76 @@ class WeightedSum:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None) -> None:
-        """Restore the sums, with tensors on ``device``; None keeps the device of each tensor."""
+        """Go on from a state, with its tensors on ``device``; None leaves them where they are."""
         self.host, self.host_weight = state["host"], state["host_weight"]
         for name in ("tensor", "tensor_weight"):
             value = state[name]
             setattr(self, name, None if value is None else value.to(device=device, copy=True))
 
 
-class Accumulator(ABC):
-    """Values of one metric since the last logging point, in constant memory."""
+class Window(ABC):
+    """The values of one name since the last logging point."""
 
-    __slots__ = ("is_weighted", "latest", "step")
+    __slots__ = ("latest", "step", "weighted")
 
     reduce: ClassVar[Reduction]
 
     def __init__(self) -> None:
         self.step = 0
-        """Step of the latest value."""
+        """The step that the latest value belongs to."""
         self.latest: Number = math.nan
-        """Latest value, as published."""
-        self.is_weighted = False
-        """True if values have weights, such as numbers of samples. Without weights, each rank
-        counts the same."""
+        """The latest value, as it was published."""
+        self.weighted = False
+        """Whether values came with weights, such as numbers of samples; else each rank's count as
+        much as those of another one."""
 
     @abstractmethod
     def add(self, value: Number, weight: Number) -> None:
-        """Accumulate one value."""
+        """Take one more value in."""
 
     @abstractmethod
     def merge(self, other: Self) -> None:
-        """Accumulate the values of the same metric on a later rank."""
+        """Take in what the same name has had on a later rank."""
 
-    def rescale(self, factor: float) -> None:
-        """Adapt to a world size that is ``factor`` times as large; only a mean depends on it."""
-        del factor
+    @abstractmethod
+    def spread(self, factor: float) -> None:
+        """Go on among so many times as many ranks, each of which publishes."""
 
     @abstractmethod
     def numbers(self) -> list[float]:
-        """Return the values on the host."""
+        """What is on the host."""
 
     @abstractmethod
     def tensors(self) -> list[torch.Tensor]:
-        """Return the values on the device: 0-dim tensors of one dtype."""
+        """What is on the device: tensors of no dimensions, of one dtype."""
 
-    @classmethod
+    @staticmethod
     @abstractmethod
-    def combine(cls, ranks: Sequence[RankValues]) -> float:
-        """Reduce the values of the ranks that have some; NaN if a mean has no weight."""
+    def combine(ranks: Sequence[Parts]) -> float:
+        """One value of the parts of the ranks that have some; NaN where these have no weight."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Return the accumulated values; tensors are copies."""
+        """What was taken in."""
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None) -> None:
-        """Restore the values, with tensors on ``device``; None keeps the device of each tensor."""
+        """Go on from a state, with its tensors on ``device``; None leaves them where they are."""
 
     def copy(self) -> Self:
-        """Return an independent copy."""
+        """Another one, that goes on by itself."""
         twin = type(self)()
-        twin.step, twin.latest, twin.is_weighted = self.step, self.latest, self.is_weighted
+        twin.step, twin.latest, twin.weighted = self.step, self.latest, self.weighted
         twin.load_state_dict(self.state_dict(), None)
         return twin
 
 
-class _Sum(Accumulator):
+class MeanWindow(Window):
+    """The weighted mean."""
+
     __slots__ = ("_sum",)
 
-    reduce: ClassVar[Reduction] = "sum"
+    reduce: ClassVar[Reduction] = "mean"
 
     def __init__(self) -> None:
         super().__init__()
@@ -272,8 +255,19 @@ class _Sum(Accumulator):
     def add(self, value: Number, weight: Number) -> None:
         self._sum.add(value, weight)
 
+    def take_over(self, total: WeightedSum) -> None:
+        """Take a whole sum in, which is no longer the caller's."""
+        if self._sum.empty:
+            self._sum = total
+        else:
+            self._sum.merge(total)
+
     def merge(self, other: Self) -> None:
         self._sum.merge(other._sum)
+
+    def spread(self, factor: float) -> None:
+        if not self.weighted:
+            self._sum.scale(factor)
 
     def numbers(self) -> list[float]:
         return [self._sum.host, self._sum.host_weight]
@@ -282,9 +276,11 @@ class _Sum(Accumulator):
         parts = (self._sum.tensor, self._sum.tensor_weight)
         return [part for part in parts if part is not None]
 
-    @classmethod
-    def combine(cls, ranks: Sequence[RankValues]) -> float:
-        return _fsum([n[0] for n, _ in ranks] + [t[0] for _, t in ranks if t])
+    @staticmethod
+    def combine(ranks: Sequence[Parts]) -> float:
+        total = _fsum([n[0] for n, _ in ranks] + [t[0] for _, t in ranks if t])
+        weight = _fsum([n[1] for n, _ in ranks] + [t[1] for _, t in ranks if len(t) == 2])
+        return total / weight if weight else math.nan
 
     def state_dict(self) -> dict[str, Any]:
         return self._sum.state_dict()
@@ -293,32 +289,21 @@ class _Sum(Accumulator):
         self._sum.load_state_dict(state, device)
 
 
-class Mean(_Sum):
-    """Weighted mean."""
-
+class _SumWindow(MeanWindow):
     __slots__ = ()
 
-    reduce: ClassVar[Reduction] = "mean"
+    reduce: ClassVar[Reduction] = "sum"
 
-    def add_sum(self, total: WeightedSum) -> None:
-        """Accumulate a weighted sum; the caller must not use the sum afterwards."""
-        if self._sum.is_empty:
-            self._sum = total
-        else:
-            self._sum.merge(total)
+    def spread(self, factor: float) -> None:
+        """Nothing: a sum stays what it is."""
 
-    def rescale(self, factor: float) -> None:
-        if not self.is_weighted:
-            self._sum.scale(factor)
-
-    @classmethod
-    def combine(cls, ranks: Sequence[RankValues]) -> float:
-        weight = _fsum([n[1] for n, _ in ranks] + [t[1] for _, t in ranks if len(t) == 2])
-        return super().combine(ranks) / weight if weight else math.nan
+    @staticmethod
+    def combine(ranks: Sequence[Parts]) -> float:
+        return _fsum([n[0] for n, _ in ranks] + [t[0] for _, t in ranks if t])
 
 
-class _Slot(Accumulator):
-    """Base of accumulators that keep one value of the host and one of the device."""
+class _SlotWindow(Window):
+    """A window that keeps one value of the host and one of the device."""
 
     __slots__ = ("_host", "_tensor")
 
@@ -326,6 +311,9 @@ class _Slot(Accumulator):
         super().__init__()
         self._host: float | None = None
         self._tensor: torch.Tensor | None = None
+
+    def spread(self, factor: float) -> None:
+        """Nothing: how many ranks publish makes no difference."""
 
     def numbers(self) -> list[float]:
         return [] if self._host is None else [self._host]
@@ -342,8 +330,8 @@ class _Slot(Accumulator):
         self._tensor = None if tensor is None else tensor.to(device=device, copy=True)
 
 
-class _Max(_Slot):
-    """Largest value; NaN if any value is NaN."""
+class _MaxWindow(_SlotWindow):
+    """NaN, once there, stays."""
 
     __slots__ = ()
 
@@ -361,35 +349,31 @@ class _Max(_Slot):
         elif self._host is None:
             self._host = float(value)
         else:
-            self._host = self._pick([self._host, float(value)])
+            self._host = _extreme([self._host, float(value)], self._sign)
 
     def merge(self, other: Self) -> None:
         for value in (other._host, other._tensor):
             if value is not None:
                 self.add(value, 1.0)
 
-    @classmethod
-    def combine(cls, ranks: Sequence[RankValues]) -> float:
-        return cls._pick([x for values in ranks for part in values for x in part])
-
-    @classmethod
-    def _pick(cls, values: Sequence[float]) -> float:
-        if any(math.isnan(value) for value in values):
-            return math.nan
-        return cls._sign * max(cls._sign * value for value in values)
+    @staticmethod
+    def combine(ranks: Sequence[Parts]) -> float:
+        return _extreme([x for parts in ranks for part in parts for x in part], 1.0)
 
 
-class _Min(_Max):
-    """Smallest value; NaN if any value is NaN."""
-
+class _MinWindow(_MaxWindow):
     __slots__ = ()
 
     reduce: ClassVar[Reduction] = "min"
     _sign = -1.0
 
+    @staticmethod
+    def combine(ranks: Sequence[Parts]) -> float:
+        return _extreme([x for parts in ranks for part in parts for x in part], -1.0)
 
-class _Last(_Slot):
-    """Latest value; over ranks, the value of the first rank that has one."""
+
+class _LastWindow(_SlotWindow):
+    """Of several ranks' values, the one of the first rank that has any."""
 
     __slots__ = ()
 
@@ -404,16 +388,38 @@ class _Last(_Slot):
             self._host, self._tensor = float(value), None
 
     def merge(self, other: Self) -> None:
-        """Keep the own value: an earlier rank wins."""
+        """What is here came from an earlier rank, and stays."""
 
-    @classmethod
-    def combine(cls, ranks: Sequence[RankValues]) -> float:
-        return next(x for values in ranks for part in values for x in part)
+    @staticmethod
+    def combine(ranks: Sequence[Parts]) -> float:
+        return next(x for parts in ranks for part in parts for x in part)
 
 
-ACCUMULATORS: Mapping[str, type[Accumulator]] = {
-    kind.reduce: kind for kind in (Mean, _Sum, _Max, _Min, _Last)
+WINDOWS: Mapping[str, type[Window]] = {
+    kind.reduce: kind for kind in (MeanWindow, _SumWindow, _MaxWindow, _MinWindow, _LastWindow)
 }
+
+
+def check_scalar(name: str, value: Any, role: str = "") -> Number:
+    """The value if it is one real number on any device.
+
+    Raises:
+        MetricValueError: it is not; the message names the metric.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.is_complex():
+            raise MetricValueError(f"{role}metric {name!r} must be real, got {value.dtype}")
+        if value.numel() != 1:
+            raise MetricValueError(
+                f"{role}metric {name!r} must be a single number, got a tensor "
+                f"of shape {tuple(value.shape)}; reduce it first"
+            )
+        return value
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if isinstance(value, (float, int, np.number, np.bool_)) and not np.iscomplexobj(value):
+        return float(value)
+    raise MetricValueError(f"{role}metric {name!r} must be a number, got {type(value).__name__}")
 
 
 def _zero(device: torch.device) -> torch.Tensor:
@@ -422,8 +428,15 @@ def _zero(device: torch.device) -> torch.Tensor:
 
 
 def _fsum(values: Sequence[float]) -> float:
-    # math.fsum raises on inf - inf and on overflow; the plain sum returns nan and inf.
+    # fsum refuses to add inf to -inf, and a sum that overflows; the plain sum tells of both.
     try:
         return math.fsum(values)
     except (OverflowError, ValueError):
         return sum(values)
+
+
+def _extreme(values: Sequence[float], sign: float) -> float:
+    """The largest, or with a negative sign the smallest; NaN where one is there."""
+    if any(math.isnan(value) for value in values):
+        return math.nan
+    return sign * max(sign * value for value in values)

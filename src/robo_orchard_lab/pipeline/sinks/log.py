@@ -1,4 +1,4 @@
-"""Sink that writes metrics to the log."""
+"""Write metrics as lines of the log."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 class LogSink:
-    """Sink that logs one line per record at level INFO.
+    """Writes a line for each record, at level INFO.
 
-    The epoch counts from 1; the step is the number of completed steps. Values of earlier steps are
-    marked with their step.
+    The epoch is counted from 1, the step is the number of steps done. A value that belongs to an
+    earlier step says so.
 
     >>> from robo_orchard_lab.pipeline.context import PipelineRun
     >>> run, sink = PipelineRun(), LogSink(names=["loss/*"])
@@ -30,8 +30,8 @@ class LogSink:
     epoch 1, step 50: loss/total 0.4231
 
     Args:
-        names: names of the metrics to log, or patterns such as ``loss/*``; None logs all. A record
-            without any of the metrics gets no line.
+        names: which metrics to write, as names or patterns such as ``loss/*``; None for all. A
+            record without any of them gets no line.
     """
 
     def __init__(self, names: Sequence[str] | None = None) -> None:
@@ -39,21 +39,24 @@ class LogSink:
         self._progress = TrainerProgress()
 
     def open(self, args: PipelineHookArgs) -> None:
+        """Lines are written for the run that ``args`` are of."""
         self._progress = args.progress
 
     def write(self, record: MetricsRecord) -> None:
+        """Write the line of a record, if it has something to say."""
         line = self.line(record)
         if line:
             logger.info("%s", line)
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Nothing is to be done."""
 
     def line(self, record: MetricsRecord) -> str:
-        """Return the line of a record, or "" if no metric is selected."""
+        """What is written for a record; "" for nothing."""
         shown = [value for value in record.values if self._is_shown(value)]
         if not shown:
             return ""
-        # At the end of an epoch the counter has advanced; at the start, no epoch is done.
+        # At the end of an epoch the counter has moved already; at the start none is done.
         epoch = max(1, record.epoch_id + (self._progress.step_id > 0))
         parts = [
             f"{value.name} {number_text(value.value)}"
@@ -67,7 +70,7 @@ class LogSink:
 
 
 class LogSinkConfig(SinkConfig[LogSink]):
-    """Configuration of a :class:`LogSink`.
+    """Which metrics to write to the log.
 
     >>> isinstance(LogSinkConfig(names=["loss/*", "eval/*"])(), LogSink)
     True
@@ -77,5 +80,5 @@ class LogSinkConfig(SinkConfig[LogSink]):
     names: list[str] | None = Field(
         default=None,
         min_length=1,
-        description="Names of the metrics to log, or patterns such as 'loss/*'; default: all.",
+        description="Names, or patterns such as 'loss/*', of the metrics to write; by default all.",
     )

@@ -1,4 +1,4 @@
-"""MetricsSink protocol, its configuration, and a group of sinks that can't end a run."""
+"""What a sink is, and its configuration."""
 
 from __future__ import annotations
 
@@ -11,27 +11,25 @@ from robo_orchard_core.utils.config import ClassConfig
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
 
-logger = logging.getLogger(__name__)
-
 
 @runtime_checkable
 class MetricsSink(Protocol):
-    """Destination of metric records, used on the main process only.
+    """Where the records of a run go; opened on the main process only.
 
-    An error of ``open`` ends the run before its first step. An error of ``write`` or ``close`` is
-    logged once; the sink gets no more records, and training continues.
+    What ``open`` raises ends the run before its first step. What ``write`` or ``close`` raises is
+    reported once; the sink then gets no more records, and training goes on.
     """
 
     def open(self, args: PipelineHookArgs) -> None:
-        """Open the sink for a run that starts or resumes at ``args.progress``."""
+        """The run begins, or goes on, at ``args.progress``."""
         ...
 
     def write(self, record: MetricsRecord) -> None:
-        """Write the record of a logging point, or the partial record at the end of the run."""
+        """Take the record of a logging point, or the partial one at the end of the run."""
         ...
 
     def close(self) -> None:
-        """Close the sink at the end of the run, also after an error."""
+        """The run has ended, also by an error."""
         ...
 
 
@@ -39,18 +37,28 @@ SinkT_co = TypeVar("SinkT_co", bound=MetricsSink, covariant=True)
 
 
 class SinkConfig(ClassConfig[SinkT_co], Generic[SinkT_co]):
-    """Configuration of a sink; calling it builds the sink.
+    """The parameters of a sink; calling it builds the sink.
 
     ``class_type`` names the class, ``SinkConfig[MySink]`` declares its type.
     """
 
 
+# --- group -----------------------------------------------------------------------------------
+# Several sinks as one, none of which can end a run.
+
+
+logger = logging.getLogger(__name__)
+
+
 class SinkGroup:
-    """Several sinks as one; a sink that fails during the run is logged once and dropped.
+    """Hands each record to several sinks.
+
+    One that fails while the run goes on is reported once, by its name, and dropped. One that can't
+    be opened is an error, and those that were opened before it are closed.
 
     Args:
-        sinks: sinks by name, for error messages.
-        owner: name of the owner of the sinks, for error messages.
+        sinks: by the names that they are reported by.
+        owner: whose sinks they are, for the report.
     """
 
     def __init__(self, sinks: Mapping[str, MetricsSink], owner: str) -> None:
@@ -59,10 +67,10 @@ class SinkGroup:
         self._open: dict[str, MetricsSink] = {}
 
     def open(self, args: PipelineHookArgs) -> None:
-        """Open all sinks; if one fails, close the others.
+        """Open every one.
 
         Raises:
-            Exception: the error of the sink, with a note that names the sink.
+            Exception: what a sink raises, with a note that names it.
         """
         for name, sink in self._sinks.items():
             try:
@@ -74,25 +82,25 @@ class SinkGroup:
             self._open[name] = sink
 
     def write(self, record: MetricsRecord) -> None:
-        """Write a record to all open sinks."""
+        """Hand a record to every one that has not failed."""
         for name, sink in [*self._open.items()]:
-            if not self._succeeds(name, partial(sink.write, record)):
+            if not self._works(name, partial(sink.write, record)):
                 del self._open[name]
-                self._succeeds(name, sink.close, report=False)
+                self._works(name, sink.close, report=False)
 
     def close(self) -> None:
-        """Close all open sinks."""
+        """Close every one that has not failed."""
         while self._open:
             name, sink = self._open.popitem()
-            self._succeeds(name, sink.close)
+            self._works(name, sink.close)
 
-    def _succeeds(self, name: str, do: Callable[[], None], report: bool = True) -> bool:
+    def _works(self, name: str, do: Callable[[], None], report: bool = True) -> bool:
         try:
             do()
         except Exception as error:
             if report:
                 logger.error(
-                    "%s drops %r, which failed with %s: %s; training continues without it",
+                    "%s drops %r, which failed with %s: %s; training goes on without it",
                     *(self._owner, name, type(error).__name__, error),
                     exc_info=error,
                 )
