@@ -28,11 +28,6 @@ LAYERS = [
 ]
 EXPORTS_THE_TRAINER = "robo_orchard_lab.pipeline"
 
-# Cycles that are still to be broken.
-KNOWN_CYCLES = [
-    {"robo_orchard_core.utils.config.class_config", "robo_orchard_core.utils.config.parts"},
-]
-
 # What its makers document under an underscored name, and under no other.
 DOCUMENTED = {"torch.utils._python_dispatch.TorchDispatchMode"}
 
@@ -119,7 +114,7 @@ def test_no_modules_import_each_other() -> None:
     """The graph of imports, those inside functions included, has no cycle."""
     graph = {module_of(file): set(modules_imported_by(file)) - {module_of(file)} for file in FILES}
     cycles = [set(found) for found in strongly_connected(graph) if len(found) > 1]
-    assert [cycle for cycle in cycles if cycle not in KNOWN_CYCLES] == []
+    assert cycles == []
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_of)

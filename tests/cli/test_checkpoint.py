@@ -190,7 +190,7 @@ def test_prune_leaves_a_run_alone_that_goes_on(
     """While another one writes there, nothing is removed."""
     with CheckpointStore(kept / "checkpoints"):
         assert main(["checkpoint", "prune", str(kept), "--keep-last", "1"]) == 1
-    assert "is being written to by" in capsys.readouterr().err
+    assert "is locked by process" in capsys.readouterr().err
     assert len([*(kept / "checkpoints").glob("step_*")]) == 4
 
 

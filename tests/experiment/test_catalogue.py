@@ -12,7 +12,7 @@ import torch
 import robo_orchard_lab.pipeline.hooks
 import robo_orchard_lab.pipeline.sinks
 from robo_orchard_core.utils.config import Config, Trust
-from robo_orchard_core.utils.config.class_config import type_hints
+from robo_orchard_core.utils.config.build import type_hints
 from robo_orchard_core.utils.config.references import resolve
 from robo_orchard_lab.experiment.catalogue import CATALOGUE, DEFINITIONS, kind_of, with_definitions
 from robo_orchard_lab.pipeline import PipelineHooks, PipelineHooksConfig, SimpleBatchProcessor
@@ -138,7 +138,7 @@ def test_nothing_else_of_ours_is_listed() -> None:
         "torchmetrics.image.fid:FrechetInceptionDistance",
         "torchvision.transforms.v2._misc:Lambda",
         "robo_orchard_lab.pipeline.run.durable:remove_tree",
-        "robo_orchard_core.utils.config.class_config:CallableConfig",
+        "robo_orchard_core.utils.config.build:CallableConfig",
     ],
 )
 def test_what_loads_downloads_or_removes_is_not_listed(reference: str) -> None:

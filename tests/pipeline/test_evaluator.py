@@ -476,9 +476,9 @@ def test_wrong_arguments_are_refused(
 @pytest.mark.parametrize(
     ("batch", "metric_inputs", "message"),
     [
-        ({"x": 1}, None, r"from a batch that is no pair .* but a dict; define metric_inputs"),
-        ((1, 2, 3), None, r"but a tuple of length 3"),
-        ((1, 2), lambda outputs, batch: 5, r"metric_inputs gave a int; it must give"),
+        ({"x": 1}, None, r"expected a batch that is a pair .* found dict; define metric_inputs"),
+        ((1, 2, 3), None, r"found tuple of length 3"),
+        ((1, 2), lambda outputs, batch: 5, r"metric_inputs must return the arguments .* got int"),
     ],
 )
 def test_metric_inputs_that_are_not_told_are_asked_for(

@@ -58,7 +58,7 @@ def test_nothing_is_read_between_logging_points(tmp_path: Path) -> None:
     """In 200 steps with 4 logging points, tensors are read at these alone, each time at once."""
     reads = reads_of_200_steps(tmp_path)
     assert {str(read) for read in reads if not read.at_commit} == set()
-    assert sum(read.places[0].function == "_combined" for read in reads) == 4
+    assert sum(read.places[0].function == "_combine" for read in reads) == 4
 
 
 def test_a_planted_read_is_seen(tmp_path: Path) -> None:

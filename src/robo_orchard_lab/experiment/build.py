@@ -24,10 +24,14 @@ from robo_orchard_core.utils.config import (
     ConfigFieldError,
     function_of,
 )
-from robo_orchard_core.utils.config.class_config import returned_class
+from robo_orchard_core.utils.config.build import (
+    DerivedConfig,
+    code_of,
+    parameters_of,
+    returned_class,
+)
 from robo_orchard_core.utils.config.errors import dotted
 from robo_orchard_core.utils.config.model import field_values
-from robo_orchard_core.utils.config.parts import DerivedConfig, code_of, parameters_of
 from robo_orchard_core.utils.config.references import union_members
 from robo_orchard_lab.experiment.parts import (
     AUTO,

@@ -18,12 +18,13 @@ from robo_orchard_core.utils.config import (
     ClassConfig,
     Config,
     ConfigReferenceError,
+    FieldsOf,
     Trust,
     TrustError,
 )
 from robo_orchard_core.utils.config.errors import suggest_name
 from robo_orchard_core.utils.config.formats import Plain
-from robo_orchard_core.utils.config.parts import FieldsOf, Function, Part, config_class_of
+from robo_orchard_core.utils.config.parts import Function, Part, config_class_of
 from robo_orchard_core.utils.config.references import (
     is_collection,
     is_mapping,
@@ -76,7 +77,9 @@ def experiment_fields() -> tuple[FieldHelp, ...]:
 
 def fields_of(config_class: type[BaseModel]) -> list[FieldHelp]:
     """The fields of a config class, those of the configs that it holds behind their names."""
-    required = getattr(config_class, "required", ())  # of one that is made of a signature
+    required = getattr(
+        config_class, "required_parameters", ()
+    )  # of one that is made of a signature
     return [
         _field(option, required)
         for option in options_of(config_class, lambda path: "")

@@ -19,11 +19,10 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import CoreSchema
 
 from robo_orchard_core.utils.config import FieldsOf, Function, Part, config_class_of
-from robo_orchard_core.utils.config.class_config import returned_class
+from robo_orchard_core.utils.config.build import DerivedConfig, returned_class
 from robo_orchard_core.utils.config.errors import ConfigReferenceError
 from robo_orchard_core.utils.config.parts import (
     PART_KEYS,
-    DerivedConfig,
     OpenDerivedConfig,
     function_config_class,
 )
@@ -72,7 +71,7 @@ def fields_of(
     schema = _generated(cls.__pydantic_core_schema__, cls, others)
     del schema["title"]
     properties = {k: v for k, v in schema.get("properties", {}).items() if k not in given}
-    without_default = getattr(cls, "required", ())
+    without_default = getattr(cls, "required_parameters", ())
     required = [*schema.pop("required", ()), *without_default]
     for name in properties.keys() & {*without_default}:
         del properties[name]["default"]  # which is no value, but stands for none

@@ -49,7 +49,7 @@ class MeanLoss:
     def __init__(self, name: str, loss_sum: WeightedSum, device: torch.device) -> None:
         self._name = name
         self._names = [name]
-        self._total = loss_sum.on_device(device)
+        self._total = loss_sum.to_tensor(device)
 
     def names(self) -> Sequence[str]:
         return self._names

@@ -1,13 +1,14 @@
-"""When a hook runs, as data.
+"""Triggers: when a hook runs, as data.
 
-A trigger is decided from the counters of the run alone, so that a resumed run fires where the
-straight one would; only :class:`EverySeconds` looks at a clock, that of the first rank, and tells
-the others. Registering a hook with a trigger binds it to the hook's channel.
+A trigger depends only on the counters of the run, so a resumed run fires at the same steps as an
+uninterrupted run. The exception is :class:`EverySeconds`, which follows the clock of rank 0.
+Registering a hook with a trigger binds the trigger to a channel.
+
+The file holds the base class, counter triggers, the clock trigger and the text format.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 import time
@@ -17,85 +18,27 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BeforeValidator, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BeforeValidator, GetCoreSchemaHandler, WithJsonSchema
 from pydantic_core import CoreSchema, core_schema
 
 from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
-from robo_orchard_lab.pipeline.progress import ChannelName, TrainerProgress
-
-# --- duration --------------------------------------------------------------------------------
-# A length of time, as a number of seconds and as text.
-
-
-_SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-_UNITS = re.compile(
-    r"(?:(?P<d>[\d.]+)\s*(?:d|days?))?\s*(?:(?P<h>[\d.]+)\s*(?:h|hours?))?\s*"
-    r"(?:(?P<m>[\d.]+)\s*(?:m|min|minutes?))?\s*(?:(?P<s>[\d.]+)\s*(?:s|sec|seconds?))?"
-)
-_CLOCK = re.compile(r"(?:(?P<d>\d+)-(?=\d+:\d+:))?(?:(?P<h>\d+):)?(?P<m>\d+):(?P<s>\d+)")
-
-
-def duration_s(value: Any) -> float:
-    """The seconds of a duration: a number of them, or a text.
-
-    >>> duration_s("3h30min"), duration_s("1 d 2 h"), duration_s("90 s"), duration_s(2.5)
-    (12600.0, 93600.0, 90.0, 2.5)
-    >>> duration_s("1-02:00:00"), duration_s("1:30:00"), duration_s("05:00")  # as SLURM writes it
-    (93600.0, 5400.0, 300.0)
-
-    Raises:
-        ValueError: it is neither, not finite, or less than 0.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"expected seconds or a text such as '3h30min', got {value!r:.60}")
-    try:
-        seconds = _from_text(value.strip().lower()) if isinstance(value, str) else float(value)
-    except (ValueError, OverflowError):
-        raise ValueError(
-            f"can't read {value!r:.60} as a length of time; write '3h30min', '90 s', '1:30:00' or "
-            "a number of seconds"
-        ) from None
-    if not math.isfinite(seconds) or seconds < 0:
-        raise ValueError(f"expected a finite length of time >= 0, got {value!r:.60}")
-    return seconds
-
-
-def _from_text(text: str) -> float:
-    found = _CLOCK.fullmatch(text) or _UNITS.fullmatch(text)
-    parts = {} if found is None else {k: v for k, v in found.groupdict().items() if v is not None}
-    if not parts:
-        return float(text)
-    return float(sum(float(count) * _SECONDS[unit] for unit, count in parts.items()))
-
-
-DurationField: TypeAlias = Annotated[float | str, BeforeValidator(duration_s)]
-"""How a configuration declares a duration: given as seconds or text, and held as seconds."""
-
-
-# --- base ------------------------------------------------------------------------------------
-# What a trigger is.
-
+from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES, ChannelName, TrainerProgress
 
 Due: TypeAlias = Callable[[PipelineHookArgs], bool]
-"""Whether a hook runs now, asked once each time its channel is entered or left."""
+"""Function that returns True if a hook runs now; called once per entry or exit of its channel."""
 Role: TypeAlias = Literal["before", "after"]
-"""When it is asked: a hook that has a ``before`` asks there, also for its ``after``."""
+"""Where the trigger is evaluated: a hook with a ``before`` evaluates there, also for its
+``after``."""
 
-STEP_CHANNELS: tuple[ChannelName, ...] = (
-    "on_step",
-    "on_batch",
-    "on_model_forward",
-    "on_model_backward",
-    "on_optimizer_step",
-)
+STEP_CHANNELS: tuple[ChannelName, ...] = CHANNEL_NAMES[2:7]
 
 
 class TriggerError(ValueError):
-    """A trigger that can't be read, or that can never be due where it is to be used."""
+    """Error for a trigger that can't be parsed, or is never due where it is registered."""
 
 
 class Trigger(ABC):
-    """When a hook runs. Two are joined by ``|``: due when either is.
+    """Rule that decides when a hook runs; ``|`` joins triggers.
 
     >>> from robo_orchard_lab.pipeline import trigger
     >>> text = "100 steps | 1 epoch"
@@ -104,22 +47,22 @@ class Trigger(ABC):
     >>> print(trigger.EveryOptimizerSteps(50) | trigger.EverySeconds(600))
     50 optimizer steps | 10 min
 
-    Counted is what is done: ``EverySteps(100)`` is due in the step that brings their number to
-    100, 200 and so on, in its ``before`` as in its ``after``. A field that is declared as a
-    :data:`TriggerField` takes one or its text, and is text in files.
+    ``EverySteps(100)`` is due in the step that brings the number of steps to 100, 200 and so on,
+    in its ``before`` and its ``after``. A config field declared as :data:`TriggerField` accepts a
+    trigger or its text, and is text in files.
     """
 
     channels: ClassVar[tuple[ChannelName, ...]]
-    """Where it can be due."""
+    """Channels on which the trigger can be due."""
     commit_channel: ClassVar[ChannelName]
-    """The channel on whose ``after`` it is exactly known whether it is due at the commit point."""
+    """Channel whose ``after`` knows exactly if the trigger is due at the next commit point."""
 
     @abstractmethod
     def due_on(self, channel: ChannelName, role: Role) -> Due:
-        """The question to ask on one of :attr:`channels`."""
+        """Return the function to evaluate on one of :attr:`channels`."""
 
     def by_commit_channel(self) -> dict[ChannelName, Trigger]:
-        """Its parts by the channel whose ``after`` knows best, for what acts at a commit point.
+        """Split the trigger by :attr:`commit_channel`.
 
         >>> Trigger.parse("100 steps | 1 epoch").by_commit_channel()
         {'on_step': EverySteps(n=100), 'on_epoch': EveryEpochs(n=1)}
@@ -127,10 +70,10 @@ class Trigger(ABC):
         return {self.commit_channel: self}
 
     def bind(self, channel: ChannelName, role: Role) -> Due:
-        """The question to ask on a channel.
+        """Return the function to evaluate on a channel.
 
         Raises:
-            TriggerError: it can never be due there; the message says where it can.
+            TriggerError: the trigger is never due there; the message lists its channels.
         """
         if channel not in self.channels:
             raise TriggerError(
@@ -141,21 +84,19 @@ class Trigger(ABC):
 
     @staticmethod
     def parse(text: str) -> Trigger:
-        """The trigger that a text describes; ``str`` of it gives the text in its short form.
+        """Parse a text; ``str(trigger)`` returns its short form.
 
         ``100 steps``, ``50 optimizer steps``, ``1 epoch``, ``30 s``, ``10 min``, ``2 h``,
         ``at steps 10, 20``, ``first``, ``last``; several joined by ``|``.
 
         Raises:
-            TriggerError: with the part that can't be read, and what could stand there.
+            TriggerError: with the part that can't be parsed, and examples.
         """
-
-        return parse(text)
+        parts = [_parse_part(part.strip(), text) for part in text.split("|")]
+        return parts[0] if len(parts) == 1 else AnyOf(tuple(parts))
 
     def __or__(self, other: Trigger) -> Trigger:
-        if not isinstance(other, Trigger):
-            return NotImplemented
-        return AnyOf((self, other))
+        return AnyOf((self, other)) if isinstance(other, Trigger) else NotImplemented
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -168,10 +109,10 @@ class Trigger(ABC):
 
 @dataclass(frozen=True)
 class AnyOf(Trigger):
-    """Due when one of several is; made by ``|``.
+    """Trigger that is due when any of several triggers is; the result of ``|``.
 
     Raises:
-        TriggerError: there are fewer than two.
+        TriggerError: there are fewer than two triggers.
     """
 
     triggers: tuple[Trigger, ...]
@@ -185,8 +126,8 @@ class AnyOf(Trigger):
         object.__setattr__(self, "triggers", tuple(flat))
 
     @property
-    def channels(self) -> tuple[ChannelName, ...]:  # type: ignore[override]  # that of its parts
-        """Where each of them can be due."""
+    def channels(self) -> tuple[ChannelName, ...]:  # type: ignore[override]  # depends on the parts
+        """Channels on which every part can be due."""
         first, *others = self.triggers
         return tuple(c for c in first.channels if all(c in other.channels for other in others))
 
@@ -195,8 +136,8 @@ class AnyOf(Trigger):
             if channel not in part.channels:
                 raise TriggerError(
                     f"{str(part)!r} in {str(self)!r} can never be due on {channel}, only on "
-                    f"{' or '.join(part.channels)}; register the hook on several channels, each "
-                    "with its part, or what makes requests by register_at_commit"
+                    f"{' or '.join(part.channels)}; register the hook once per part, or with "
+                    "register_at_commit if it makes requests"
                 )
         return self.due_on(channel, role)
 
@@ -209,7 +150,7 @@ class AnyOf(Trigger):
 
     def due_on(self, channel: ChannelName, role: Role) -> Due:
         dues = [part.due_on(channel, role) for part in self.triggers]
-        # All are asked: a clock has to be looked at on every rank alike.
+        # Evaluate all: every rank must read a clock at the same steps.
         return lambda args: any([due(args) for due in dues])  # noqa: C419 - see above
 
     def __str__(self) -> str:
@@ -217,10 +158,10 @@ class AnyOf(Trigger):
 
 
 def as_trigger(value: Any) -> Trigger:
-    """A trigger as it is, or the one that a text describes.
+    """Return a trigger unchanged, or parse its text.
 
     Raises:
-        TriggerError: it is neither, or can't be read.
+        TriggerError: the value is neither a trigger nor a valid text.
     """
     if isinstance(value, Trigger):
         return value
@@ -231,71 +172,53 @@ def as_trigger(value: Any) -> Trigger:
     raise TriggerError(f"expected a trigger or its text, got {type(value).__name__}")
 
 
-class _AsText:
-    """What JSON Schema says of a field."""
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-
-        return JSON_SCHEMA.copy()
-
-
-TriggerField: TypeAlias = Annotated[Trigger | str, BeforeValidator(as_trigger), _AsText()]
-"""Annotation of a config field that holds a trigger; accepts a trigger or its text."""
-
-# The names under which hooks written before the rename import these two.
-Schedule = Trigger
-ScheduleField = TriggerField
-
-
-# --- counted ---------------------------------------------------------------------------------
-# Schedules that follow from the counters of the run.
+# --- counter triggers ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class EverySteps(Trigger):
-    """With every n-th step (batch) of the run.
+class _EveryN(Trigger):
+    n: int
+    _noun: ClassVar[str]
 
-    On ``on_optimizer_step``, with those among them that end in an update.
+    def __post_init__(self) -> None:
+        _check_count(type(self).__name__, self.n)
+
+    def __str__(self) -> str:
+        return f"{self.n} {self._noun}{'' if self.n == 1 else 's'}"
+
+
+@dataclass(frozen=True)
+class EverySteps(_EveryN):
+    """Every n-th step (batch) of the run; on ``on_optimizer_step``, only if it ends in an update.
 
     Raises:
         TriggerError: n is not an int >= 1.
     """
 
-    n: int
     channels: ClassVar = STEP_CHANNELS
     commit_channel: ClassVar[ChannelName] = "on_step"
-
-    def __post_init__(self) -> None:
-        _check_count("EverySteps", self.n)
+    _noun: ClassVar[str] = "step"
 
     def due_on(self, channel: ChannelName, role: Role) -> Due:
         n = self.n
         return lambda args: (args.run.progress.global_step_id + 1) % n == 0
 
-    def __str__(self) -> str:
-        return _counted(self.n, "step")
-
 
 @dataclass(frozen=True)
-class EveryOptimizerSteps(Trigger):
-    """With every n-th committed update of the weights.
+class EveryOptimizerSteps(_EveryN):
+    """Every n-th committed weight update.
 
-    Ahead of the update it is due where the n-th one is to come; after it, on
-    ``on_optimizer_step``, only if the update was committed. One that is then skipped is asked for
-    again with the next update.
+    Before the update, the trigger is due if the update would be the n-th; after the update, on
+    ``on_optimizer_step``, only if it was committed. After a skipped update the trigger is due
+    again in the next update.
 
     Raises:
         TriggerError: n is not an int >= 1.
     """
 
-    n: int
     channels: ClassVar = STEP_CHANNELS
     commit_channel: ClassVar[ChannelName] = "on_optimizer_step"
-
-    def __post_init__(self) -> None:
-        _check_count("EveryOptimizerSteps", self.n)
+    _noun: ClassVar[str] = "optimizer step"
 
     def due_on(self, channel: ChannelName, role: Role) -> Due:
         n = self.n
@@ -303,56 +226,56 @@ class EveryOptimizerSteps(Trigger):
         def due(args: PipelineHookArgs) -> bool:
             done = args.run.progress.optimizer_step_id
             if args.run.optimizer is None:
-                return False  # there are no updates
+                return False
             if args.update_committed is None:
                 return args.at_accumulation_boundary and (done + 1) % n == 0
             return args.update_committed and done % n == 0
 
         return due
 
-    def __str__(self) -> str:
-        return _counted(self.n, "optimizer step")
-
 
 @dataclass(frozen=True)
-class EveryEpochs(Trigger):
-    """With every n-th epoch; after it, only if the data was passed over to its end.
+class EveryEpochs(_EveryN):
+    """Every n-th epoch; in its ``after``, only if the epoch was completed.
 
-    On the channels of a step it is due in the last step of such an epoch, which only data with a
-    length has known ahead. A run that is resumed in the middle of an epoch enters it again.
+    On step channels the trigger is due in the last step of the epoch, which requires data with a
+    length. A run that resumes inside an epoch enters the epoch again.
 
     Raises:
         TriggerError: n is not an int >= 1; or, in the first step, the data has no length.
     """
 
-    n: int
     channels: ClassVar = ("on_epoch", *STEP_CHANNELS)
     commit_channel: ClassVar[ChannelName] = "on_epoch"
-
-    def __post_init__(self) -> None:
-        _check_count("EveryEpochs", self.n)
+    _noun: ClassVar[str] = "epoch"
 
     def due_on(self, channel: ChannelName, role: Role) -> Due:
         n = self.n
         if channel != "on_epoch":
-            return _LastStepOfEpochs(self).due
+            return self._is_last_step
         if role == "before":
             return lambda args: (args.run.progress.epoch_id + 1) % n == 0
         return lambda args: args.epoch_completed and (args.run.progress.epoch_id + 1) % n == 0
 
-    def __str__(self) -> str:
-        return _counted(self.n, "epoch")
+    def _is_last_step(self, args: PipelineHookArgs) -> bool:
+        progress, length = args.run.progress, args.run.steps_per_epoch
+        if length is None:
+            raise TriggerError(
+                f"{str(self)!r}: no step can be the last of an epoch of unknown length; "
+                "register the hook on on_epoch"
+            )
+        return progress.step_id + 1 == length and (progress.epoch_id + 1) % self.n == 0
 
 
 @dataclass(frozen=True)
 class AtSteps(Trigger):
-    """With the steps of these numbers, the first step of the run being number 1.
+    """Steps with given numbers; the first step of the run is number 1.
 
     >>> print(AtSteps({100, 10}))
     at steps 10, 100
 
     Raises:
-        TriggerError: there is none, or one is not an int >= 1.
+        TriggerError: there is no number, or one is not an int >= 1.
     """
 
     steps: frozenset[int]
@@ -378,9 +301,9 @@ class AtSteps(Trigger):
 
 @dataclass(frozen=True)
 class First(Trigger):
-    """With the first step of the run; with its first update, or epoch, on the channels of those.
+    """First step of the run; on the channels of updates and epochs, the first of these.
 
-    A resumed run is past its first step; one that is resumed in its first epoch enters that again.
+    A run that resumes inside its first epoch enters that epoch again.
     """
 
     channels: ClassVar = (*STEP_CHANNELS, "on_epoch")
@@ -401,12 +324,11 @@ class First(Trigger):
 
 @dataclass(frozen=True)
 class Last(Trigger):
-    """With the step, or on ``on_epoch`` the epoch, in which the run reaches one of its limits.
+    """Step, or on ``on_epoch`` the epoch, in which the run reaches one of its limits.
 
-    A run that a hook stops has no last step. Only the ``after`` of ``on_epoch`` always knows. What
-    is asked earlier foresees it, from the length of the data where that is needed: with data
-    without a length, and ``max_epoch`` alone, no step knows that it is the last. Where an update
-    is then skipped, ``max_optimizer_step`` is reached later, and it is due again.
+    Only the ``after`` of ``on_epoch`` always knows. Earlier channels predict the end from the
+    length of the data: without a length, ``max_epoch`` alone has no last step. If a predicted
+    update is skipped, the trigger is due again later. A run that a hook stops has no last step.
     """
 
     channels: ClassVar = (*STEP_CHANNELS, "on_epoch")
@@ -424,50 +346,23 @@ class Last(Trigger):
 def _is_first_update(args: PipelineHookArgs) -> bool:
     progress = args.run.progress
     due = progress.optimizer_step_id + progress.skipped_optimizer_steps
-    return due == (args.update_committed is not None)  # counted when it is over
-
-
-class _LastStepOfEpochs:
-    """Whether a step ends an epoch that is counted."""
-
-    def __init__(self, trigger: EveryEpochs) -> None:
-        self._trigger = trigger
-        self._progress: TrainerProgress | None = None  # of the run that is known
-        self._epoch_id = 0
-        self._last_step: int | None = None  # of that epoch; None where it is not counted
-
-    def due(self, args: PipelineHookArgs) -> bool:
-        progress = args.run.progress
-        if progress is not self._progress or progress.epoch_id != self._epoch_id:
-            self._progress, self._epoch_id = progress, progress.epoch_id
-            self._last_step = self._find_last_step(args)
-        return progress.step_id == self._last_step
-
-    def _find_last_step(self, args: PipelineHookArgs) -> int | None:
-        length = args.run.steps_per_epoch
-        if length is None:
-            raise TriggerError(
-                f"{str(self._trigger)!r}: no step knows that it ends an epoch of data without a "
-                "length; register the hook on on_epoch"
-            )
-        return length - 1 if (args.run.progress.epoch_id + 1) % self._trigger.n == 0 else None
+    return due == (args.update_committed is not None)  # the counters advance with the update
 
 
 def _ends_in_step(args: PipelineHookArgs) -> bool:
     progress, limits = args.run.progress, args.run.limits
     if limits.max_step is not None and progress.global_step_id + 1 >= limits.max_step:
         return True
+    updates = progress.optimizer_step_id
     if args.update_committed is None:
-        updates = progress.optimizer_step_id + args.at_accumulation_boundary
-    else:
-        updates = progress.optimizer_step_id
+        updates += args.at_accumulation_boundary
     if limits.max_optimizer_step is not None and updates >= limits.max_optimizer_step:
         return True
     return _is_last_epoch(args) and progress.step_id + 1 == args.run.steps_per_epoch
 
 
 def _ends_in_epoch(args: PipelineHookArgs) -> bool:
-    """Whether a limit will be reached in the epoch that begins, or goes on, now."""
+    """Return True if the epoch that starts or resumes now is predicted to reach a limit."""
     run, progress, limits = args.run, args.run.progress, args.run.limits
     if _is_last_epoch(args):
         return True
@@ -475,11 +370,11 @@ def _ends_in_epoch(args: PipelineHookArgs) -> bool:
     if batches is None:
         return False
     done, window = progress.step_id, run.accelerator.gradient_accumulation_steps
-    ahead = TrainerProgress(
+    at_end = TrainerProgress(
         global_step_id=progress.global_step_id + batches - done,
         optimizer_step_id=progress.optimizer_step_id + ceil(batches / window) - done // window,
     )
-    return limits.reached(ahead)
+    return limits.reached(at_end)
 
 
 def _ended_in_epoch(args: PipelineHookArgs) -> bool:
@@ -497,23 +392,17 @@ def _check_count(name: str, n: object) -> None:
         raise TriggerError(f"{name} needs an int >= 1, got {n!r}")
 
 
-def _counted(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
-# --- clock -----------------------------------------------------------------------------------
-# A trigger that follows from the time.
+# --- clock trigger ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class EverySeconds(Trigger):
-    """With the first step that is asked s seconds or more after the last time, or after the start.
+    """First step at least s seconds after the previous time, by the clock of rank 0.
 
-    The start is the first time that it is asked, also in a resumed run. The clock is that of the
-    first rank. Others learn from it in the run's exchanges (:class:`Agreement`), one of which is
-    due after about half of the time that is left. So it takes some ten of them each time, however
-    long s is, and may be early by a hundredth of s, and late by a step or two; later, where steps
-    begin to take longer, or where exchanges are to be further apart.
+    The clock starts at the first evaluation, also in a resumed run. Other ranks learn of the time
+    in the exchanges of :class:`Agreement`, about ten per period. The trigger may be early by 1 % of
+    s and late by one or two steps; later if steps become slower, or exchanges are configured to be
+    rare.
 
     Raises:
         TriggerError: s is not a finite number > 0.
@@ -534,7 +423,7 @@ class EverySeconds(Trigger):
         object.__setattr__(self, "s", float(self.s))
 
     def due_on(self, channel: ChannelName, role: Role) -> Due:
-        return _AgreedClock(self.s, str(self)).due
+        return _RankZeroClock(self.s, str(self)).due
 
     def __str__(self) -> str:
         for unit, seconds in (("h", 3600.0), ("min", 60.0), ("s", 1.0)):
@@ -544,62 +433,54 @@ class EverySeconds(Trigger):
         return f"{self.s!r} s"
 
 
-class _AgreedClock:
-    """Whether the time is up on the first rank's clock, known to all ranks."""
+class _RankZeroClock:
+    """Timer of rank 0 whose expiry all ranks see at the same step."""
 
-    _early = 0.01  # the share of the period by which it may be early, which bounds the exchanges
+    _early = 0.01  # share of the period; bounds the number of exchanges
 
     def __init__(self, period_s: float, name: str) -> None:
         self._period_s = period_s
         self._name = name
-        self._run: PipelineRun | None = None  # that the clock was started in
-        self._begun_at = 0.0
-        self._rings = False  # as the ranks have agreed
+        self._run: PipelineRun | None = None  # the run that started the clock
+        self._started_at = 0.0
+        self._expired = False  # as agreed by all ranks
 
     def due(self, args: PipelineHookArgs) -> bool:
         if args.exception is not None:
-            return False  # whoever hears it has something else to do
+            return False  # a failing rank must not enter an exchange
         run = args.run
         if run is not self._run:
-            self._begin(run)
-        due = self._rings if run.agreement.several else self._left_s() <= 0
+            self._start(run)
+        due = self._expired if run.agreement.several else self._remaining_s() <= 0
         if due:
-            self._rings, self._begun_at = False, time.monotonic()
+            self._expired, self._started_at = False, time.monotonic()
         return due
 
-    def _begin(self, run: PipelineRun) -> None:
-        self._run, self._rings, self._begun_at = run, False, time.monotonic()
+    def _start(self, run: PipelineRun) -> None:
+        self._run, self._expired, self._started_at = run, False, time.monotonic()
         if run.agreement.several:
             run.agreement.topic(
                 f"every {self._name}",
                 find=self._is_up,
-                tell=self._ring,
+                tell=self._expire,
                 whose="first",
                 wait_s=self._wait_s,
             )
 
-    def _ring(self, up: int) -> None:
-        self._rings = True
+    def _expire(self, up: int) -> None:
+        self._expired = True
 
     def _is_up(self) -> bool:
-        return not self._rings and self._left_s() <= self._early * self._period_s
+        return not self._expired and self._remaining_s() <= self._early * self._period_s
 
     def _wait_s(self) -> float:
-        return (self._period_s if self._rings or self._is_up() else self._left_s()) / 2
+        return (self._period_s if self._expired or self._is_up() else self._remaining_s()) / 2
 
-    def _left_s(self) -> float:
-        return self._period_s - (time.monotonic() - self._begun_at)
-
-
-# --- text ------------------------------------------------------------------------------------
-# The short text of a trigger.
+    def _remaining_s(self) -> float:
+        return self._period_s - (time.monotonic() - self._started_at)
 
 
-def parse(text: str) -> Trigger:
-    """The trigger that a text describes; see :meth:`Trigger.parse`."""
-    parts = [_parse_part(part.strip(), text) for part in text.split("|")]
-    return parts[0] if len(parts) == 1 else AnyOf(tuple(parts))
-
+# --- text format -----------------------------------------------------------------------------
 
 _PATTERNS: tuple[tuple[str, Callable[[str], Trigger]], ...] = (
     (r"(\d+)\s*steps?", lambda n: EverySteps(int(n))),
@@ -612,20 +493,17 @@ _PATTERNS: tuple[tuple[str, Callable[[str], Trigger]], ...] = (
     (r"(first)", lambda _: First()),
     (r"(last)", lambda _: Last()),
 )
-
-
 _ANY_PART = rf"\s*(?:{'|'.join(pattern for pattern, _ in _PATTERNS)})\s*"
-_KINDS = (
+_EXAMPLES = (
     "'100 steps', '50 optimizer steps', '1 epoch', '30 s', '10 min', '2 h', 'at steps 10, 20', "
     "'first' or 'last', several joined by '|'"
 )
-JSON_SCHEMA = {
+_JSON_SCHEMA = {
     "type": "string",
-    "pattern": rf"^{_ANY_PART}(?:\|{_ANY_PART})*$",  # which has no way to say: in either case
+    "pattern": rf"^{_ANY_PART}(?:\|{_ANY_PART})*$",  # JSON Schema can't ignore the case
     "examples": ["100 steps | 1 epoch", "50 optimizer steps", "10 min", "at steps 10, 20", "last"],
-    "patternErrorMessage": f"write {_KINDS}",  # which editors show
+    "patternErrorMessage": f"write {_EXAMPLES}",  # shown by editors
 }
-"""What JSON Schema says of the text of a trigger."""
 
 
 def _parse_part(part: str, text: str) -> Trigger:
@@ -636,29 +514,20 @@ def _parse_part(part: str, text: str) -> Trigger:
                 return make(found[1])
             except TriggerError as error:
                 raise TriggerError(f"{part!r}: {error}") from None
-            except ValueError:  # no number after all, such as 1.2.3
+            except ValueError:  # not a number, such as 1.2.3
                 break
     raise TriggerError(
         f"can't read {part!r:.80}"
         + (f" in {text!r:.80}" if part != text else "")
-        + f" as a trigger; write {_KINDS}"
+        + f" as a trigger; write {_EXAMPLES}"
     )
 
 
-__all__ = [
-    "STEP_CHANNELS",
-    "AnyOf",
-    "AtSteps",
-    "Due",
-    "EveryEpochs",
-    "EveryOptimizerSteps",
-    "EverySeconds",
-    "EverySteps",
-    "First",
-    "Last",
-    "Role",
-    "Trigger",
-    "TriggerError",
-    "TriggerField",
-    "as_trigger",
+TriggerField: TypeAlias = Annotated[
+    Trigger | str, BeforeValidator(as_trigger), WithJsonSchema(_JSON_SCHEMA)
 ]
+"""Annotation of a config field that holds a trigger; accepts a trigger or its text."""
+
+# Former names, which existing hooks import.
+Schedule = Trigger
+ScheduleField = TriggerField

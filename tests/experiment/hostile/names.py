@@ -108,7 +108,7 @@ PLACES = [
         "as_config",
         "A configuration that builds anything.",
         model(
-            "robo_orchard_core.utils.config.class_config:CallableConfig, func: 'os:system'",
+            "robo_orchard_core.utils.config.build:CallableConfig, func: 'os:system'",
             "config_type",
         ),
         TRUST,
@@ -118,8 +118,7 @@ PLACES = [
         "as_class_config",
         "The same of classes.",
         model(
-            "robo_orchard_core.utils.config.class_config:ClassConfig, "
-            "class_type: 'subprocess:Popen'",
+            "robo_orchard_core.utils.config.parts:ClassConfig, class_type: 'subprocess:Popen'",
             "config_type",
         ),
         TRUST,

@@ -329,7 +329,7 @@ def test_a_second_store_in_the_process_is_refused(tmp_path: Path) -> None:
 HOLD = """
 import sys
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
-CheckpointStore(sys.argv[1]).open()
+store = CheckpointStore(sys.argv[1]).open()
 print("open", flush=True)
 sys.stdin.read()
 """

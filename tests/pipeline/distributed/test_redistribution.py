@@ -17,7 +17,7 @@ from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.hooks import LossTrackerConfig, MetricTrackerConfig, OptimizerHook
 from robo_orchard_lab.pipeline.metrics import MetricsBoard, WeightedSum, resolve
-from robo_orchard_lab.pipeline.metrics.accumulators import WINDOWS
+from robo_orchard_lab.pipeline.metrics.accumulators import ACCUMULATORS
 from robo_orchard_lab.pipeline.metrics.torchmetrics import TorchMetrics
 from tiny import make_model
 
@@ -30,16 +30,15 @@ def combined(states: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     for state in states:
         boards.append(MetricsBoard())
         boards[-1].load_state_dict(state)
-    names = {name: window.reduce for board in boards for name, window in board._windows.items()}
+    published: dict[str, list[Any]] = {}
+    for board in boards:
+        for name, accumulator in board._accumulators.items():
+            published.setdefault(name, []).append(accumulator)
     return {
-        name: WINDOWS[reduce].combine(
-            [
-                (board._windows[name].numbers(), [float(t) for t in board._windows[name].tensors()])
-                for board in boards
-                if name in board._windows
-            ]
+        name: ACCUMULATORS[of_ranks[0].reduce].combine(
+            [(each.numbers(), [float(t) for t in each.tensors()]) for each in of_ranks]
         )
-        for name, reduce in sorted(names.items())
+        for name, of_ranks in sorted(published.items())
     }
 
 
@@ -122,7 +121,7 @@ def test_the_loss_that_a_schedule_follows(saved: int, now: int) -> None:
     for state in found:
         taken = WeightedSum()
         taken.load_state_dict(state["mean_loss"], None)
-        totals += taken.on_device(torch.device("cpu"))
+        totals += taken.to_tensor(torch.device("cpu"))
     ranks = range(saved)
     assert totals.tolist() == [sum(rank * (rank + 1) for rank in ranks), sum(ranks)]
 
@@ -185,5 +184,5 @@ def test_metrics_that_can_not_be_joined() -> None:
         (found,) = hook.redistribute_states(states, 1)
         (metric,) = found["window"]["metrics"]
         assert metric["updates"] == 1
-    with pytest.raises(StateError, match="PearsonCorrCoef was gathering on 2 ranks"):
+    with pytest.raises(StateError, match="PearsonCorrCoef has updates on 2 ranks"):
         hook.redistribute_states([first, second], 1)

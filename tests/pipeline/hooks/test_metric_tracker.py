@@ -276,7 +276,7 @@ def test_missing_metric_inputs_are_refused() -> None:
         batch_processor=Triple(),
         max_step=1,
     )
-    with pytest.raises(PipelineConfigError, match=r"MetricTracker: can't tell .* of length 3; def"):
+    with pytest.raises(PipelineConfigError, match=r"MetricTracker: expected .* of length 3; def"):
         trainer()
 
 

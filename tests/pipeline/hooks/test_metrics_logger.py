@@ -232,7 +232,7 @@ def test_failing_sink_is_reported_once(where: str, caplog: pytest.LogCaptureFixt
     errors = [entry for entry in caplog.records if entry.levelno >= logging.WARNING]
     assert [entry.getMessage() for entry in errors] == [
         "MetricsLogger drops 'disk', which failed with OSError: [Errno 28] No space left on "
-        "device; training goes on without it"
+        "device; training continues without it"
     ]
 
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, RunPreempted
 from robo_orchard_lab.pipeline.hooks import TimeLimitConfig
+from robo_orchard_lab.pipeline.hooks.time_limit import duration_s
 from robo_orchard_lab.pipeline.run.run_state import read_run_state
-from robo_orchard_lab.pipeline.trigger import duration_s
 from robo_orchard_lab.testing import assert_no_device_sync, assert_weights_unchanged
 from tiny import make_trainer
 

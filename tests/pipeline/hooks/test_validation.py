@@ -382,7 +382,7 @@ def test_hook_can_be_configured_completely(format_: Literal["json", "yaml", "tom
             "dataloaders is given to the hook and in its config",
         ),
         (lambda: ValidationHookConfig(seed=-1), ValueError, "seed"),
-        (lambda: validation("1 moon"), ValueError, "can't read '1 moon' as a schedule"),
+        (lambda: validation("1 moon"), ValueError, "can't read '1 moon' as a trigger"),
         (
             lambda: validation(metrics={"each": MulticlassAccuracy(2, average=None)}),
             TypeError,

@@ -205,7 +205,7 @@ def test_wrong_arguments_are_refused() -> None:
         board.publish("y", 1.0, "median")  # type: ignore[arg-type]  # what is tested
     with pytest.raises(ValueError, match=r"a weight must be >= 0, got -1\.0"):
         board.publish("x", 1.0, weight=-1)
-    with pytest.raises(ValueError, match="a weight goes with reduce='mean', not with 'sum'"):
+    with pytest.raises(ValueError, match="a weight requires reduce='mean', got 'sum'"):
         board.publish("z", 1.0, "sum", weight=2)
 
 
@@ -299,7 +299,7 @@ def test_what_nobody_logs_is_missed_with_a_remedy() -> None:
     board = MetricsBoard()
     board.before_logging(lambda: board.publish("perf/eta_s", 1.0))
     board.expect("perf/eta_s", "the bar")
-    assert str(board.find_missing()).endswith("nobody makes any; register a MetricsLogger")
+    assert str(board.find_missing()).endswith("no hook requests one; register a MetricsLogger")
     board.listen(lambda record: None)
     assert str(board.find_missing()).endswith("Published: none")
 

@@ -275,7 +275,7 @@ def test_a_state_goes_on() -> None:
 def test_a_state_of_other_metrics_is_refused() -> None:
     """The error tells which states there are; an unknown version is named."""
     state = TorchMetrics({"a": MulticlassAccuracy(3)}, "MetricTracker").state_dict()
-    with pytest.raises(StateError, match="the saved metrics of MetricTracker are other ones"):
+    with pytest.raises(StateError, match="the saved metrics of MetricTracker differ"):
         TorchMetrics({"a": MulticlassAUROC(3)}, "MetricTracker").load_state_dict(state)
     with pytest.raises(StateError, match="version 1, found version 9"):
         TorchMetrics({}).load_state_dict({**state, "version": 9})
@@ -342,12 +342,16 @@ def test_names_of_a_mapping_are_known_once_it_was_computed() -> None:
     ("metrics", "error", "message"),
     [
         (MeanMetric(), PipelineConfigError, "must be a mapping from names .* got MeanMetric"),
-        ({"a": "mean"}, PipelineConfigError, r"Hook: metrics\['a'\] must be a metric .* got str"),
-        ({"": MeanMetric()}, PipelineConfigError, "names of metrics must be texts"),
+        (
+            {"a": "mean"},
+            PipelineConfigError,
+            r"Hook: metrics\['a'\] must be a torchmetrics metric, got str",
+        ),
+        ({"": MeanMetric()}, PipelineConfigError, "metric names must be non-empty"),
         (
             {"each": MulticlassAccuracy(3, average=None)},
             MetricValueError,
-            r"Hook: the metric 'each' computes a Tensor of shape \(3,\), .*\(average='macro'\)",
+            r"Hook: the metric 'each' computes a Tensor of shape \(3,\); .*\(average='macro'\)",
         ),
         (
             {"group": MetricCollection([MulticlassConfusionMatrix(2)])},

@@ -96,7 +96,7 @@ def test_one_that_fails_does_not_take_others_along(caplog: pytest.LogCaptureFixt
     assert report.levelno == logging.ERROR
     assert report.getMessage() == (
         "TrackerSink drops 'full', which failed with OSError: [Errno 28] No space left on device; "
-        "training goes on without it"
+        "training continues without it"
     )
 
 
@@ -138,9 +138,7 @@ def test_trackers_that_are_started_stay_their_owners() -> None:
 
 def test_without_any_tracker_it_is_an_error() -> None:
     """The error says where to name some."""
-    with pytest.raises(
-        PipelineConfigError, match=r"names none, .* give trackers=\['tensorboard'\]"
-    ):
+    with pytest.raises(PipelineConfigError, match=r"is empty, .* pass trackers=\['tensorboard'\]"):
         TrackerSink().open(at(0))
 
 
@@ -159,7 +157,9 @@ def test_a_missing_package_is_named_when_it_is_built() -> None:
 
 def test_options_for_another_tracker_are_refused() -> None:
     """A misspelled name among the options is an error when the sink is built."""
-    with pytest.raises(PipelineConfigError, match=r"options are for wandb, which trackers=\['list"):
+    with pytest.raises(
+        PipelineConfigError, match=r"options has wandb, which is not in trackers=\['list"
+    ):
         TrackerSink([ListTracker()], options={"wandb": {"mode": "offline"}})
 
 

@@ -252,7 +252,7 @@ def test_metrics_that_can_not_be_joined(tmp_path: Path) -> None:
     )
     assert other[0] == pytest.approx(one[0], rel=1e-4)  # which adds up in single precision
     told = start(folder / "a", 1, resume_from=checkpoint(folder, 7), unjoinable=True)
-    assert "PearsonCorrCoef was gathering on 2 ranks, and can't go on" in told
+    assert "PearsonCorrCoef has updates on 2 ranks and can't merge" in told
     ended = start(folder / "b", 1, resume_from=checkpoint(folder, 10), unjoinable=True)
     assert ended == ""
 

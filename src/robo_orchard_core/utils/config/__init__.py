@@ -1,10 +1,10 @@
 """Configuration that validates, builds what it describes, and survives files exactly."""
 
-from robo_orchard_core.utils.config.class_config import (
+from robo_orchard_core.utils.config.build import (
     CallableConfig,
-    ClassConfig,
     ClassType,
     ConfigInstanceOf,
+    FieldsOf,
 )
 from robo_orchard_core.utils.config.config import Config
 from robo_orchard_core.utils.config.errors import (
@@ -19,7 +19,7 @@ from robo_orchard_core.utils.config.errors import (
 from robo_orchard_core.utils.config.formats import Format
 from robo_orchard_core.utils.config.parts import (
     Anything,
-    FieldsOf,
+    ClassConfig,
     Function,
     Part,
     config_class_of,

@@ -132,7 +132,7 @@ class ConfigModel(BaseModel):
         return cls
 
     @classmethod
-    def _remade(cls, config: ConfigModel) -> ConfigModel | None:
+    def _converted(cls, config: ConfigModel) -> ConfigModel | None:
         """The same as a document of it would be read as, where this class is declared; None where
         it would be refused."""
         return None
@@ -175,7 +175,7 @@ class ConfigModel(BaseModel):
             # and so forget what the subclass adds.
             if is_assignable(type(data), cls):
                 return data  # type: ignore[return-value]  # it stands for cls, see is_assignable
-            if (remade := cls._remade(data)) is not None:
+            if (remade := cls._converted(data)) is not None:
                 return remade  # type: ignore[return-value]  # it stands for cls as well
             raise ValueError(f"expected {cls.__qualname__}, found {type(data).__qualname__}")
         state = current()

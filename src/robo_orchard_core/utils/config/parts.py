@@ -1,25 +1,31 @@
-"""Fields for parts: what a document describes and a run is built of.
+"""Parts: the classes and functions in a document that a run is built of.
 
-In a document, a part is a mapping with ``class_type`` (a class; the other keys are parameters of
-its constructor, or fields of the config class that is declared beside it), with ``func`` (a
-function and keyword arguments for it), or with ``config_type`` (as configs write themselves).
+In a document, a part is a mapping with one of three keys:
+
+- ``class_type``: a class; the other keys are constructor parameters, or fields of the class's
+  declared config
+- ``func``: a function; the other keys are its arguments
+- ``config_type``: a config class; the other keys are its fields
+
+A class or function without a declared config class gets one derived from its signature, so that
+unknown names and wrong types are refused for torch's SGD as for the project's own classes.
 """
 
 from __future__ import annotations
 
 import collections.abc
 import datetime
-import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import PurePath
 from typing import (
     Annotated,
     Any,
     ClassVar,
+    Generic,
     Literal,
     Self,
     TypeVar,
@@ -42,11 +48,12 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
-from robo_orchard_core.utils.config.class_config import (
+from robo_orchard_core.utils.config.build import (
     CallableConfig,
-    ClassConfig,
-    build_arguments,
-    call,
+    DerivedConfig,
+    build,
+    import_class,
+    parameters_of,
     returned_class,
     type_hints,
 )
@@ -65,31 +72,103 @@ from robo_orchard_core.utils.config.references import (
     CONFIG_TYPE,
     Code,
     Loading,
-    bare,
+    admitted_classes,
     current,
     find_config_class,
     is_assignable,
     is_collection,
     is_mapping,
     reference_to,
+    strip_annotated,
     union_members,
 )
 
-# --- parts -----------------------------------------------------------------------------------
-
+T = TypeVar("T")
+# Covariant: a config of MyHook is valid where a config of Hook is declared.
+T_co = TypeVar("T_co", covariant=True)
 
 PART_KEYS = ("class_type", "func", CONFIG_TYPE)
-"""The keys of which a mapping has one if it is a part; their values say of which code it is."""
+"""Keys that mark a mapping as a part; their values name the code."""
+
+CONFIG_BASES: dict[str, type[Config]] = {}
+"""Base of derived configs by reference of a class, for its subclasses too; else `ClassConfig`."""
+
+
+class ClassConfig(Config, Generic[T_co]):
+    """Config of a class: ``class_type`` names the class, fields are constructor parameters.
+
+    >>> class Timer:
+    ...     def __init__(self, interval_s: float) -> None:
+    ...         self.interval_s = interval_s
+    >>> class TimerConfig(ClassConfig[Timer]):
+    ...     class_type: type[Timer] = Timer
+    ...     interval_s: float = 0.5
+    >>> TimerConfig(interval_s=2)().interval_s
+    2.0
+
+    A class whose constructor accepts a config receives this config. Such a parameter is the first
+    or required, and either declared as a class of this config, or undeclared and named ``cfg`` or
+    ``config``. Any other class receives the fields as keyword arguments. Nested configs are built
+    first, unless the parameter is declared as a config.
+
+    Attributes:
+        class_type: The class, or a subclass of the declared class.
+    """
+
+    class_type: type[T_co]
+
+    @classmethod
+    def _class_named_in(cls, state: Loading, document: dict[str, Any]) -> type[BaseModel]:
+        """Return the config class of the named class if this config has no default class."""
+        reference = document.get("class_type")
+        if (
+            CONFIG_TYPE in document
+            or not isinstance(reference, str)
+            or not cls.model_fields["class_type"].is_required()
+            or cls.is_sparse
+        ):
+            return super()._class_named_in(state, document)
+        kinds = admitted_classes(cls.model_fields["class_type"].annotation)
+        named = state.resolve_class(reference, kinds, ("class_type",))
+        if document.keys() <= cls.model_fields.keys():  # may be a config of this very class
+            return find_config_class(named, cls) or cls
+        return config_class_of(named, cls)
+
+    @classmethod
+    def _converted(cls, config: ConfigModel) -> ConfigModel | None:
+        field = cls.model_fields["class_type"]
+        named: Any = getattr(config, "class_type", None)
+        if named is None or not config.is_sparse or not field.is_required():
+            return None
+        if not any(is_assignable(named, kind) for kind in admitted_classes(field.annotation)):
+            return None
+        return config_class_of(named, cls)(**field_values(config))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> T_co:
+        """Return a new instance.
+
+        Args:
+            *args: Passed to the class, after the config if the class accepts one.
+            **kwargs: Passed to the class instead of fields of the same name. For a class that
+                accepts a config, names of fields change the config.
+
+        Raises:
+            ConfigBuildError: The arguments don't match the constructor.
+        """
+        return build(self, self.class_type, args, kwargs)
+
+
+# --- field types -----------------------------------------------------------------------------
 
 
 def is_part(data: object) -> bool:
-    """Whether a value of a document is a part."""
+    """Return True if a value of a document is a part."""
     return isinstance(data, dict) and any(key in data for key in PART_KEYS)
 
 
 @dataclass(frozen=True)
 class Part:
-    """What stands in ``Annotated`` for a field that takes configs of instances of some classes.
+    """Marker for a field that holds a config of an instance of some classes.
 
     >>> from robo_orchard_core.utils.config import Config
     >>> class Scale(Config):
@@ -101,11 +180,11 @@ class Part:
     Fraction(3, 1)
 
     Attributes:
-        kinds: The classes, one or several. A reference (``"torch.nn.modules.module:Module"``) is
-            imported when a value is validated.
-        functions: What a function is there for: to ``make`` an instance, which its return
-            annotation has to say, or to be called as it is, with further arguments.
-        given: Parameters that whoever makes it has arguments for.
+        kinds: Admitted classes. A reference (``"torch.nn.modules.module:Module"``) is imported at
+            the first validation.
+        functions: Use of functions: to ``make`` an instance, as declared by the return annotation,
+            or to be called directly, with further arguments.
+        given: Parameters that the caller supplies.
     """
 
     kinds: type | str | tuple[type | str, ...]
@@ -114,14 +193,14 @@ class Part:
 
     @cached_property
     def classes(self) -> tuple[type, ...]:
-        """The kinds, imported.
+        """Imported kinds.
 
         Raises:
-            ConfigReferenceError: One is of a package that isn't installed.
+            ConfigReferenceError: A package is not installed.
         """
         kinds = self.kinds if isinstance(self.kinds, tuple) else (self.kinds,)
         try:
-            return tuple(map(_imported, kinds))
+            return tuple(map(import_class, kinds))
         except ImportError as error:
             raise ConfigReferenceError(f"needs a package that isn't installed: {error}") from error
 
@@ -131,37 +210,26 @@ class Part:
         return core_schema.no_info_plain_validator_function(self.validated)
 
     def validated(self, data: Any) -> ConfigModel:
-        """The config; made of a mapping where a document is being loaded.
+        """Return the config; while a document is loaded, from a mapping.
 
         Raises:
-            ValueError: It is no part of this kind; a `ConfigReferenceError` where that is found
-                out by what it names.
+            ValueError: The data is no part of these kinds. ConfigReferenceError if the named code
+                is of another kind.
         """
         state = current()
         if state is not None and isinstance(data, dict):
             data = self._loaded(state, data)
         if not isinstance(data, ConfigModel):
-            wanted = self._wanted() if state else f"{self._named()}: a config, as of config_of()"
+            kind = self._kind()
+            wanted = self._wanted() if state else f"{kind}: a config, as of config_of()"
             raise ValueError(f"expected {wanted}, found {describe(data)}")
-        config = self._of_own_class(data)
-        self._check(config)
+        config = _as_loaded(data)
+        self._check_code(config)
         if self.functions == "make" or not hasattr(config, "func"):
-            self._check_is_complete(config)
+            self._check_arguments(config)
         return config
 
-    def _of_own_class(self, config: ConfigModel) -> ConfigModel:
-        """The same, of the class that a document of it would be read as."""
-
-        cls, values = getattr(config, "class_type", None), field_values(config)
-        if cls is None or not (config.is_sparse or [*values] == ["class_type"]):
-            return config
-        own = config_class_of(cls)
-        remade = config if type(config) is own else own(**values)
-        assert isinstance(remade, ConfigModel)
-        return remade
-
     def _loaded(self, state: Loading, data: dict[str, Any]) -> ConfigModel:
-
         named = [key for key in PART_KEYS if key in data]
         if not named:
             raise ValueError(f"expected {self._wanted()}, found the keys {', '.join(data)!r}")
@@ -188,7 +256,7 @@ class Part:
     def _check_config_class(
         self, state: Loading, target: type[ConfigModel], data: dict[str, Any]
     ) -> None:
-        """That its configs are parts of this kind, ahead of making one, which may do anything."""
+        """Check the kind before a config is made, since its validators run any code."""
         field = target.model_fields.get("class_type")
         if field is None and "func" not in target.model_fields:
             raise ValueError(f"expected {self._wanted()}, found a {target.__qualname__}")
@@ -198,19 +266,8 @@ class Part:
         elif field is not None and isinstance(field.default, type):
             self._check_class(field.default)
 
-    def _check_class(self, cls: type) -> None:
-        if not any(is_assignable(cls, kind) for kind in self.classes):
-            problem = f"expected {self._names()}, found {reference_to(cls)!r}"
-            raise ConfigReferenceError(problem, ("class_type",))
-        if inspect.isabstract(cls):
-            missing = ", ".join(sorted(vars(cls)["__abstractmethods__"]))
-            raise ConfigReferenceError(
-                f"{reference_to(cls)!r} is abstract, without {missing}; name a class that has all",
-                ("class_type",),
-            )
-
-    def _check(self, config: ConfigModel) -> None:
-        """That what it builds is of one of the kinds; nothing is called for it."""
+    def _check_code(self, config: ConfigModel) -> None:
+        """Check the kind of the named class or function, without a call."""
         if (cls := getattr(config, "class_type", None)) is not None:
             self._check_class(cls)
         elif (function := getattr(config, "func", None)) is None:
@@ -218,85 +275,54 @@ class Part:
         elif self.functions == "make" and self.classes != (object,):
             self._check_result(function)
 
-    def _check_is_complete(self, config: ConfigModel) -> None:
-        values = field_values(config)
-        for name in self.given:
-            if name in values and getattr(config, "is_sparse", False):
-                raise ConfigFieldError("is given when it is built; leave it out", (name,))
-        for name in getattr(config, "required", ()):
-            if name not in values and name not in self.given:
-                raise ConfigFieldError("a value is required here and none is given", (name,))
+    def _check_class(self, cls: type) -> None:
+        if not any(is_assignable(cls, kind) for kind in self.classes):
+            problem = f"expected {self._kind()}, found {reference_to(cls)!r}"
+            raise ConfigReferenceError(problem, ("class_type",))
+        if inspect.isabstract(cls):
+            missing = ", ".join(sorted(vars(cls)["__abstractmethods__"]))
+            problem = f"{reference_to(cls)!r} is abstract, without {missing}; name a subclass"
+            raise ConfigReferenceError(problem, ("class_type",))
 
     def _check_result(self, function: Any) -> None:
-        from robo_orchard_core.utils.config.class_config import returned_class
-
         result = returned_class(function)
         if result is None or not any(is_assignable(result, kind) for kind in self.classes):
-            says = "none" if result is None else repr(reference_to(result))
+            found = "none" if result is None else repr(reference_to(result))
             raise ConfigReferenceError(
-                f"expected a function that returns {self._names()} by its return annotation; "
-                f"that of {reference_to(function)!r} names {says}",
+                f"expected a function that returns {self._kind()} by its return annotation; "
+                f"that of {reference_to(function)!r} names {found}",
                 ("func",),
             )
 
-    def _names(self) -> str:
+    def _check_arguments(self, config: ConfigModel) -> None:
+        values = field_values(config)
+        for name in self.given:
+            if name in values and config.is_sparse:
+                raise ConfigFieldError("is given when it is built; leave it out", (name,))
+        for name in getattr(config, "required_parameters", ()):
+            if name not in values and name not in self.given:
+                raise ConfigFieldError("a value is required here and none is given", (name,))
+
+    def _kind(self) -> str:
+        if self.classes == (object,):
+            return "something"
         return " or ".join(f"a {kind.__qualname__}" for kind in self.classes)
 
-    def _named(self) -> str:
-        return "something" if self.classes == (object,) else self._names()
-
     def _wanted(self) -> str:
-        return f"{self._named()}: a mapping with 'class_type' or 'func'"
+        return f"{self._kind()}: a mapping with 'class_type' or 'func'"
 
 
-@dataclass(frozen=True)
-class FieldsOf:
-    """What stands in ``Annotated`` for a field of a config class that is imported when a value is
-    validated; documents hold its fields.
-
-    >>> from robo_orchard_core.utils.config import Config
-    >>> class Run(Config):
-    ...     more: Annotated[Any, FieldsOf("robo_orchard_core.utils.config.config:Config")] = {}
-    >>> Run().more
-    Config()
-    """
-
-    reference: str
-
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self.validated)
-
-    @cached_property
-    def config_class(self) -> type[ConfigModel]:
-        """The class, imported."""
-        return _imported(self.reference)
-
-    def validated(self, data: Any) -> ConfigModel:
-        """A config of this class.
-
-        Raises:
-            ValueError: pydantic's, where it has no such fields.
-        """
-        return self.config_class.model_validate(data)
-
-
-def _imported(code: type | str) -> type:
-    """A class from its reference, which is one of ours."""
-    if isinstance(code, type):
-        return code
-    module, _, name = code.partition(":")
-    try:
-        found: type = getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as error:
-        package = (error.name or module).partition(".")[0]
-        raise ConfigReferenceError(f"this needs the package {package!r}; install it") from error
-    return found
+def _as_loaded(config: ConfigModel) -> ConfigModel:
+    """Return the config as an instance of the class that its document would be read as."""
+    cls, values = getattr(config, "class_type", None), field_values(config)
+    if cls is None or not (config.is_sparse or [*values] == ["class_type"]):
+        return config
+    config_class = config_class_of(cls)
+    return config if type(config) is config_class else config_class(**values)
 
 
 class _Anything:
-    """Plain data, with parts anywhere in it."""
+    """Marker for plain data that may hold parts at any depth."""
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
@@ -309,26 +335,24 @@ class _Anything:
         if is_part(data):
             return _ANY_PART.validated(data)
         if isinstance(data, dict):
-            return {key: _at(key, self.validated, value) for key, value in data.items()}
+            return {key: self._validated_at(key, value) for key, value in data.items()}
         if isinstance(data, list):
-            return [_at(index, self.validated, item) for index, item in enumerate(data)]
+            return [self._validated_at(index, item) for index, item in enumerate(data)]
         return data
 
-
-def _at(key: str | int, validated: Callable[[Any], Any], value: Any) -> Any:
-    """What it makes of the value; errors say where in its holder that is."""
-    try:
-        return validated(value)
-    except ValidationError as error:
-        raise config_error(error, value).under((key,)) from error
-    except ConfigError as error:
-        raise error.under((key,)) from error.__cause__
-    except ValueError as error:
-        raise ConfigFieldError(str(error), (key,)) from error
+    def _validated_at(self, key: str | int, value: Any) -> Any:
+        try:
+            return self.validated(value)
+        except ValidationError as error:
+            raise config_error(error, value).under((key,)) from error
+        except ConfigError as error:
+            raise error.under((key,)) from error.__cause__
+        except ValueError as error:
+            raise ConfigFieldError(str(error), (key,)) from error
 
 
 class _Function(_Anything):
-    """A function or class by its name, or a part that is or makes something to call."""
+    """Marker for a function or class by name, or a part that is or makes a callable."""
 
     def validated(self, data: Any) -> Any:
         state = current()
@@ -346,38 +370,30 @@ _ANY_PART = Part(object, functions="are called")
 Anything = Annotated[Any, _Anything()]
 Function = Annotated[Any, _Function()]
 
-
-# --- parameter types -------------------------------------------------------------------------
-# From how a constructor declares its parameters to how fields for them are declared.
-#
-# What has a plain form stays as it is. A class that has none stands for a part: a mapping in the
-# document that says what to make. What isn't declared takes plain data, with parts anywhere in it.
-
-
-_PLAIN = (
-    *(int, float, str, bool, PurePath, Enum),
-    *(datetime.date, datetime.time, datetime.timedelta, BaseModel),
-)
+# --- derived configs -------------------------------------------------------------------------
 
 FIELD_TYPES: dict[str, Any] = {
     "numbers:Number": int | float,
     "numbers:Real": int | float,
     "numbers:Integral": int,
 }
-"""How fields are declared for instances of a class, by its reference, where they are something
-else than parts of this kind: texts for the data types of tensors, None for what no document holds,
-such as tensors."""
-
+"""Field type for parameters of a class, by reference, where a part is the wrong one: names for
+torch's data types, None for classes that no document can hold, such as tensors."""
 
 UNTYPED_PARAMETERS: dict[tuple[str, str], Any] = {}
-"""How fields are declared for parameters that say nothing of their type, by the name of the package
-that has them and their own."""
+"""Field type for undeclared parameters, by top-level package and parameter name."""
+
+_PLAIN = (
+    *(int, float, str, bool, PurePath, Enum),
+    *(datetime.date, datetime.time, datetime.timedelta, BaseModel),
+)
 
 
 def field_annotation(hint: Any) -> Any:
-    """The declaration of a field for a parameter that is declared as ``hint``.
+    """Return the field type for a parameter's type.
 
-    What stands in ``Annotated`` counts for the field as well.
+    Types with a plain form stay. A class without one becomes a `Part`, an undeclared type
+    `Anything`. Metadata of ``Annotated`` is kept.
 
     >>> field_annotation(float | None)
     typing.Optional[float]
@@ -385,25 +401,26 @@ def field_annotation(hint: Any) -> Any:
     typing.Annotated[float, 'in metres']
     """
     if get_origin(hint) is Annotated:
-        inner, *marks = get_args(hint)
-        annotation: Any = Annotated[(field_annotation(inner), *marks)]
+        inner, *metadata = get_args(hint)
+        annotation: Any = Annotated[(field_annotation(inner), *metadata)]
     else:
-        annotation = _converted(hint)
+        annotation = _field_type(hint)
     try:
         TypeAdapter(annotation)
     except (PydanticSchemaGenerationError, PydanticUserError, TypeError):
-        return Anything if get_origin(hint) is not Annotated else field_annotation(bare(hint))
+        is_annotated = get_origin(hint) is Annotated
+        return field_annotation(strip_annotated(hint)) if is_annotated else Anything
     return Anything if annotation is None else annotation
 
 
-def _converted(hint: Any) -> Any:
-    """The same; None for what no document holds."""
-    hint = bare(hint)
+def _field_type(hint: Any) -> Any:
+    """Return the field type, or None for a type that no document can hold."""
+    hint = strip_annotated(hint)
     origin, args = get_origin(hint), get_args(hint)
     if hint is type(None) or origin is Literal or origin is type:
         return hint
     if len(options := union_members(hint)) > 1:
-        admitted = [c for c in map(_converted, options) if c is not None]
+        admitted = [c for c in map(_field_type, options) if c is not None]
         return Union[tuple(admitted)] if admitted else None  # noqa: UP007 - made at run time
     if hint is collections.abc.Callable or origin is collections.abc.Callable:
         return Function
@@ -413,176 +430,57 @@ def _converted(hint: Any) -> Any:
     if (reference := reference_to(kind)) in FIELD_TYPES:
         return FIELD_TYPES[reference]
     if issubclass(kind, Enum) and not all(isinstance(m.value, int | str | float) for m in kind):
-        return Anything  # what takes such a member takes its name, too
+        return Anything  # such as torchvision's weights, which are given by name
     if issubclass(kind, _PLAIN):
         return kind
     if kind is tuple and args and args[-1] is not Ellipsis:
-        return tuple.__class_getitem__(tuple(_inner(arg) for arg in args))
+        return tuple.__class_getitem__(tuple(_item_field_type(arg) for arg in args))
     if is_mapping(kind):
-        inner = _inner(args[1] if len(args) == 2 else Any)
+        inner = _item_field_type(args[1] if len(args) == 2 else Any)
         return dict[str, inner]  # type: ignore[valid-type]
     if kind is tuple:
-        return tuple.__class_getitem__((_inner(args[0] if args else Any), ...))
+        return tuple.__class_getitem__((_item_field_type(args[0] if args else Any), ...))
     if is_collection(kind) and kind.__module__ in ("builtins", "collections.abc"):
-        inner = _inner(args[0] if args else Any)
+        inner = _item_field_type(args[0] if args else Any)
         return list[inner]  # type: ignore[valid-type]
     return Annotated[Any, Part(kind)]
 
 
-def _inner(hint: Any) -> Any:
-    inner = _converted(hint)
-    return Anything if inner is None else inner
-
-
-# --- derived ---------------------------------------------------------------------------------
-# Configs of classes and functions that have none: their parameters become the fields.
-#
-# The config of torch's SGD refuses an unknown name, or a text for a number, as one that someone has
-# declared does. What isn't given isn't kept: it stays whatever the class itself has as a default.
-
-
-T = TypeVar("T")
-
-CONFIG_BASES: dict[str, type[Config]] = {}
-"""What configs of a class and its subclasses derive from, by its reference, where that is something
-else than `ClassConfig`."""
-
-_RESERVED = frozenset({CONFIG_TYPE, "class_type", "func"})
-
-
-class DerivedConfig(Config):
-    """What configs that are made of a signature have in common.
-
-    Two of them are equal where they hold the same code and the same arguments. Documents hold the
-    arguments that were given, and no others.
-    """
-
-    is_sparse: ClassVar[bool] = True
-    several: ClassVar[str | None] = None
-    """The parameter that takes any number of positional arguments, if there is one."""
-    required: ClassVar[tuple[str, ...]] = ()
-    """The parameters without a default, which whoever calls it may give as well."""
-    makes: ClassVar[bool] = False
-    """Of a function's: whether its return annotation names a class, so that it stands for one of
-    its instances, as a class does."""
-    declared: ClassVar[frozenset[str]] = frozenset()
-    """Fields that are no arguments, but those of the declared class that this one belongs to."""
-    made_of: ClassVar[tuple[Any, ...]] = ()
-    """What this class was made of; no module has it by name, so it is pickled by that."""
-
-    def arguments(self) -> dict[str, Any]:
-        """The arguments that were given, by name; configs among them are not built."""
-        no_arguments = self.declared | {"class_type", "func"}
-        return {k: value for k, value in field_values(self).items() if k not in no_arguments}
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the class or function returns; ``args`` and ``kwargs`` go before the arguments.
-
-        Raises:
-            ConfigBuildError: It doesn't take what it would get.
-        """
-        given = self.arguments()
-        further = given.pop(self.several, ()) if self.several else ()
-        return call(code_of(self), self, given, args, kwargs, further)
-
-    def bound(self) -> Callable[..., Any]:
-        """The class or function with the arguments, built now, for many calls of it."""
-        code, given = code_of(self), self.arguments()
-        further = given.pop(self.several, ()) if self.several else ()
-        if further or not given.keys().isdisjoint(_only_by_position(code)):
-            return self
-        arguments = build_arguments(code, given)
-        return partial(code, **arguments) if arguments else cast("Callable[..., Any]", code)
-
-    def __reduce__(self) -> Any:
-        return _blank, type(self).made_of, self.__getstate__()
-
-    def __repr_args__(self) -> Any:
-        return [*field_values(self).items()]
+def _item_field_type(hint: Any) -> Any:
+    field_type = _field_type(hint)
+    return Anything if field_type is None else field_type
 
 
 class OpenDerivedConfig(DerivedConfig):
-    """Of a signature that takes any keyword arguments, or some of names that no field can have."""
+    """Derived config with ``**kwargs``, or with parameters whose names no field can have."""
 
     __pydantic_extra__: dict[str, Anything]
     extra_parameters: ClassVar[dict[str, Any]] = {}
-    """How the parameters are declared whose names no field can have."""
+    """Field types of parameters whose names no field can have."""
     accepts_any: ClassVar[bool] = True
-    """Whether there may be any others."""
+    """True if the signature has ``**kwargs``."""
 
     @model_validator(mode="after")
-    def _knows_what_is_beside_fields(self) -> Self:
+    def _check_extra(self) -> Self:
         extra = self.__pydantic_extra__ or {}
         for name, value in extra.items():
-            if (declared := self.extra_parameters.get(name)) is not None:
+            if (field_type := self.extra_parameters.get(name)) is not None:
                 if (state := current()) is not None:
-                    value = restore(state, declared, value, (name,))
-                extra[name] = validate_value(name, value, declared)
+                    value = restore(state, field_type, value, (name,))
+                extra[name] = validate_value(name, value, field_type)
             elif not self.accepts_any:
                 known = {**type(self).model_fields, **self.extra_parameters}
                 raise unknown_field(name, known, type(self).__qualname__)
         return self
 
 
-def code_of(config: Config) -> Any:
-    """The class or function that a config stands for."""
-    return getattr(config, "class_type", None) or getattr(config, "func", None)
-
-
-def function_of(value: Any) -> Callable[..., Any]:
-    """What a field that is declared as `Function` holds, to be called.
-
-    A config of a function is that with its arguments; one of a class an instance.
-    """
-    if not isinstance(value, Config):
-        return cast("Callable[..., Any]", value)
-    function: Any = value
-    if isinstance(value, DerivedConfig) and hasattr(value, "func"):
-        return value.bound()
-    return cast("Callable[..., Any]", function() if hasattr(value, "class_type") else function)
-
-
-@overload
-def config_of(code: type[T], /, **arguments: Any) -> ClassConfig[T]: ...
-@overload
-def config_of(code: Callable[..., T], /, **arguments: Any) -> CallableConfig[T]: ...
-def config_of(code: Callable[..., T], /, **arguments: Any) -> Any:
-    """The config of a class or function with these arguments.
-
-    For a class, it is of the config class that is declared beside it, or of one made of its
-    constructor's signature; calling it makes an instance. For a function, calling it calls that.
-
-    >>> from fractions import Fraction
-    >>> half = config_of(Fraction, numerator=1, denominator=2)
-    >>> half
-    FractionConfig(class_type=<class 'fractions.Fraction'>, numerator=1, denominator=2)
-    >>> half()
-    Fraction(1, 2)
-
-    Raises:
-        ConfigReferenceError: It is nothing that a file could name, such as a ``functools.partial``.
-        ValueError: pydantic's, where an argument is unknown or of another type.
-    """
-    if not isinstance(code, Code):
-        raise ConfigReferenceError(
-            f"expected a class or function that a file can name, found {describe(code)}; arguments "
-            "are given beside it"
-        )
-    made: Any
-    if isinstance(code, type):
-        key, made = "class_type", config_class_of(code)
-    else:
-        key, made = "func", function_config_class(code)
-    return made(**{key: code}, **arguments)
-
-
 def config_class_of(cls: type, base: type[Config] | None = None) -> type[Config]:
-    """The config class of a class: the one declared in its module, or one made of its signature.
+    """Return the config class declared in a class's module, or derived from the constructor.
 
     Args:
         cls: Any class.
-        base: What the config class has to be a subclass of, by default what `CONFIG_BASES` says, or
-            `ClassConfig`; its fields come first, and parameters of the same names are left to them.
+        base: Base of the config class; default: from `CONFIG_BASES`, else `ClassConfig`. Fields of
+            the base take precedence over parameters of the same name.
     """
     if base is None:
         found = (CONFIG_BASES.get(reference_to(ancestor)) for ancestor in cls.__mro__)
@@ -597,24 +495,24 @@ def _derived(cls: type, base: type[Config]) -> type[Config]:
 
 @cache
 def function_config_class(function: Callable[..., Any]) -> type[Config]:
-    """The config class of a function, made of its signature."""
+    """Return the config class derived from a function's signature."""
     name = "".join(word.capitalize() for word in function.__name__.split("_"))
     field = (Callable[..., Any], ...)
     made: Any = _config_class(function, f"{name}Config", CallableConfig, func=field)
-    made.makes = returned_class(function) is not None
+    made.is_factory = returned_class(function) is not None
     return cast("type[Config]", made)
 
 
 def _config_class(code: Any, name: str, base: type[Config], **fields: Any) -> type[Config]:
-    """A subclass of ``base`` with a field for each parameter, behind the given ones."""
+    """Return a subclass of ``base`` with the fields, and one field per parameter."""
     declared = frozenset(base.model_fields) - fields.keys()
-    several, accepts_any = None, False
+    var_positional, accepts_any = None, False
     required: list[str] = []
     extra_parameters: dict[str, Any] = {}
     hints = type_hints(code)
     for parameter in parameters_of(code):
         name_, default = parameter.name, parameter.default
-        hint = hints.get(name_, parameter.annotation)
+        hint = hints.get(name_, parameter.empty)
         annotation = field_annotation(hint)
         if hint is parameter.empty:
             package = code.__module__.partition(".")[0]
@@ -626,14 +524,15 @@ def _config_class(code: Any, name: str, base: type[Config], **fields: Any) -> ty
         if name_ in declared:
             continue
         if parameter.kind is parameter.VAR_POSITIONAL:
-            several, annotation, default = name_, list[annotation], []  # type: ignore[valid-type]
+            var_positional, annotation, default = name_, list[annotation], []  # type: ignore[valid-type]
         if default is parameter.empty:
             required.append(name_)
             default = None
-        if _can_be_field(name_):
-            fields[name_] = (annotation, default)
-        else:
+        # pydantic has no fields with a leading underscore, or named like a method.
+        if name_.startswith("_") or hasattr(OpenDerivedConfig, name_):
             extra_parameters[name_] = annotation
+        else:
+            fields[name_] = (annotation, default)
     is_open = accepts_any or extra_parameters
     config_class: Any = create_model(
         name,
@@ -643,17 +542,23 @@ def _config_class(code: Any, name: str, base: type[Config], **fields: Any) -> ty
         __cls_kwargs__={"extra": "allow" if is_open else "forbid", "validate_default": False},
         **fields,
     )
-    config_class.several, config_class.declared = several, declared
-    config_class.required = tuple(required)
+    config_class.var_positional, config_class.declared_fields = var_positional, declared
+    config_class.required_parameters = tuple(required)
     if is_open:
-        config_class.extra_parameters, config_class.accepts_any = extra_parameters, accepts_any
+        config_class.extra_parameters = extra_parameters
+        config_class.accepts_any = accepts_any
     generic = base.__pydantic_generic_metadata__
     config_class.made_of = (code, generic["origin"] or base, generic["args"])
+    config_class.__reduce__ = _reduce
     return cast("type[Config]", config_class)
 
 
+def _reduce(config: Any) -> Any:
+    return _blank, type(config).made_of, config.__getstate__()
+
+
 def _blank(code: Any, base: type[Config], arguments: tuple[Any, ...]) -> Config:
-    """A config that is being unpickled, before it has its values."""
+    """Return a config without values, for unpickling."""
     if isinstance(code, type):
         cls = _derived(code, base[arguments] if arguments else base)  # type: ignore[index]
     else:
@@ -661,27 +566,46 @@ def _blank(code: Any, base: type[Config], arguments: tuple[Any, ...]) -> Config:
     return cls.__new__(cls)
 
 
-def _can_be_field(name: str) -> bool:
-    """Not where configs have something of that name, or pydantic none that begins like it."""
-    return not name.startswith("_") and not hasattr(OpenDerivedConfig, name)
+@overload
+def config_of(code: type[T], /, **arguments: Any) -> ClassConfig[T]: ...
+@overload
+def config_of(code: Callable[..., T], /, **arguments: Any) -> CallableConfig[T]: ...
+def config_of(code: Callable[..., T], /, **arguments: Any) -> Any:
+    """Return the config of a class or function with the arguments.
 
+    For a class, calling the config returns an instance. For a function, the call is forwarded.
 
-def _only_by_position(code: Any) -> list[str]:
-    return [p.name for p in parameters_of(code) if p.kind is p.POSITIONAL_ONLY]
-
-
-def parameters_of(code: Any) -> list[inspect.Parameter]:
-    """The parameters of a function, or of a class's constructor.
+    >>> from fractions import Fraction
+    >>> half = config_of(Fraction, numerator=1, denominator=2)
+    >>> half
+    FractionConfig(class_type=<class 'fractions.Fraction'>, numerator=1, denominator=2)
+    >>> half()
+    Fraction(1, 2)
 
     Raises:
-        ConfigReferenceError: It doesn't say them, or has one of a name that documents need.
+        ConfigReferenceError: No file can name the code, such as a ``functools.partial``.
+        ValidationError: pydantic's, for unknown arguments and wrong types.
     """
-    try:
-        parameters = [*inspect.signature(code).parameters.values()]
-    except (ValueError, TypeError) as error:
-        problem = f"{reference_to(code)!r} doesn't say which parameters it has"
-        raise ConfigReferenceError(problem) from error
-    if taken := _RESERVED.intersection(parameter.name for parameter in parameters):
-        problem = f"{reference_to(code)!r} has a parameter {min(taken)!r}, a word of documents"
-        raise ConfigReferenceError(problem)
-    return parameters
+    if not isinstance(code, Code):
+        raise ConfigReferenceError(
+            f"expected a class or function that a file can name, found {describe(code)}; pass "
+            "arguments as keywords"
+        )
+    if isinstance(code, type):
+        made: Any = config_class_of(code)
+        return made(class_type=code, **arguments)
+    made = function_config_class(code)
+    return made(func=code, **arguments)
+
+
+def function_of(value: Any) -> Callable[..., Any]:
+    """Return the callable for a field of type `Function`.
+
+    A function's config becomes the function with its arguments, a class's config an instance.
+    """
+    if not isinstance(value, Config):
+        return cast("Callable[..., Any]", value)
+    if isinstance(value, DerivedConfig) and hasattr(value, "func"):
+        return value.bound()
+    function: Any = value
+    return cast("Callable[..., Any]", function() if hasattr(value, "class_type") else function)

@@ -194,10 +194,10 @@ def find_in_module(module: ModuleType, qualname: str, reference: str) -> Code:
 # Questions about declared types: what may stand where, and which code a declaration names.
 
 
-def bare(annotation: Any) -> Any:
+def strip_annotated(annotation: Any) -> Any:
     """The annotation without ``Annotated``; a type variable stands for its bound.
 
-    >>> bare(Annotated[int, "metadata"])
+    >>> strip_annotated(Annotated[int, "metadata"])
     <class 'int'>
     """
     while True:
@@ -217,7 +217,7 @@ def union_members(annotation: Any) -> tuple[Any, ...]:
     >>> union_members(int | None)
     (<class 'int'>, <class 'NoneType'>)
     """
-    annotation = bare(annotation)
+    annotation = strip_annotated(annotation)
     if get_origin(annotation) not in (Union, types.UnionType):
         return (annotation,)
     return tuple(inner for arg in get_args(annotation) for inner in union_members(arg))
@@ -300,7 +300,7 @@ def _parameters(origin: type) -> tuple[Any, ...]:
 
 
 def _is_argument(given: Any, wanted: Any) -> bool:
-    given, wanted = bare(given), bare(wanted)
+    given, wanted = strip_annotated(given), strip_annotated(wanted)
     if wanted is Any:  # which is a class since Python 3.11
         return True
     if isinstance(given, type) and isinstance(wanted, type):
@@ -342,7 +342,7 @@ def declared_code(model: type[BaseModel]) -> Iterator[Code]:
         elif isinstance(found, list | tuple | set | frozenset):
             waiting += found
         elif get_origin(found) is not None or isinstance(found, TypeVar):
-            waiting += [a for a in (bare(found), *get_args(found)) if a is not found]
+            waiting += [a for a in (strip_annotated(found), *get_args(found)) if a is not found]
         elif isinstance(found, Code) and found not in seen:
             seen.add(found)
             yield found

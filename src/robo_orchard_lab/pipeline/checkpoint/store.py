@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import shlex
@@ -13,8 +12,8 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from threading import Lock, RLock
-from typing import Any
+from threading import RLock
+from typing import TYPE_CHECKING, Any
 
 from robo_orchard_lab.pipeline.checkpoint.listing import Listing, RootListing
 from robo_orchard_lab.pipeline.checkpoint.manifest import (
@@ -44,91 +43,40 @@ from robo_orchard_lab.pipeline.checkpoint.single_checkpoint import load_on_ranks
 from robo_orchard_lab.pipeline.checkpoint.tensor_files import StagingPool
 from robo_orchard_lab.pipeline.checkpoint.writer import StagedCheckpoint
 from robo_orchard_lab.pipeline.errors import CheckpointError, StoreLockedError
-from robo_orchard_lab.pipeline.run.durable import make_folder, replace_link
+from robo_orchard_lab.pipeline.run.durable import lock_file, make_folder, replace_link
 
-# --- lock ------------------------------------------------------------------------------------
-# The lock of a store's root: one writer at a time.
-
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 logger = logging.getLogger(__name__)
 
-# A process's lock on a file does not hold against itself, and ends when it closes any
-# descriptor of the file.
-_held_here: dict[tuple[int, int], str] = {}
-_registry = Lock()
-
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-_MAX_TEXT = 4096
+_MAX_HOLDER_BYTES = 4096
 
 
-class RootLock:
-    """Held by whoever writes into a root; the system frees it when its process ends."""
+def _lock_root(root: Path) -> BaseFileLock | None:
+    """Lock a store's root for this process; return None if the file system has no locks.
 
-    def __init__(self, root: Path) -> None:
-        """Take it.
-
-        Raises:
-            StoreLockedError: someone has it; the message names them.
-            OSError: the lock's file can't be written.
-        """
-        found = os.stat(root)
-        self._key = (found.st_dev, found.st_ino)
-        self.is_real = True
-        """False where the file system has no locks, so that others may write as well."""
-        text = _who()
-        with _registry:
-            if self._key in _held_here:
-                raise _locked(root, _held_here[self._key])
-            self._file: int | None = self._open(root, text)
-            _held_here[self._key] = text
-
-    def _open(self, root: Path, text: str) -> int:
-        import fcntl  # not on Windows, where the rest of the package can be imported
-
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        file = os.open(root / LOCK, flags, 0o666)
-        try:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EACCES, errno.EAGAIN):
-                    other = os.pread(file, _MAX_TEXT, 0).decode("utf-8", "replace").strip()
-                    raise _locked(root, other or "another process") from None
-                if error.errno not in _NO_LOCKS:
-                    raise
-                self.is_real = False
-                logger.warning(
-                    "%s: the file system has no locks (%s); make sure that no other run saves "
-                    "there, since nothing else does",
-                    *(root, error.strerror),
-                )
-            os.ftruncate(file, 0)
-            os.pwrite(file, text.encode()[:_MAX_TEXT], 0)
-        except BaseException:
-            os.close(file)
-            raise
-        return file
-
-    def release(self) -> None:
-        """Let others have it; a second call does nothing."""
-        with _registry:
-            if self._file is not None:
-                os.ftruncate(self._file, 0)
-                os.close(self._file)
-                self._file = None
-                _held_here.pop(self._key, None)
-
-
-def _who() -> str:
+    Raises:
+        StoreLockedError: another process or store holds the lock; the message names the holder.
+        OSError: the lock file can't be written.
+    """
     command = shlex.join(sys.argv) if sys.argv and sys.argv[0] else sys.executable
     since = datetime.now().astimezone().isoformat(timespec="seconds")
-    return f"process {os.getpid()} on {socket.gethostname()} ({command:.1000}), since {since}"
-
-
-def _locked(root: Path, who: str) -> StoreLockedError:
-    return StoreLockedError(
-        f"{root} is being written to by {who}; stop that one, or give this one another folder"
-    )
+    holder = f"process {os.getpid()} on {socket.gethostname()} ({command:.1000}), since {since}"
+    try:
+        lock = lock_file(root / LOCK, holder)
+    except BlockingIOError:
+        with (root / LOCK).open("rb") as file:
+            other = file.read(_MAX_HOLDER_BYTES).decode("utf-8", "replace").strip()
+        raise StoreLockedError(
+            f"{root} is locked by {other or 'another process'}; stop that process, or save to "
+            "another directory"
+        ) from None
+    if lock is None:
+        logger.warning(
+            "%s: the file system has no locks; make sure that no other run saves there", root
+        )
+    return lock
 
 
 # --- finding ---------------------------------------------------------------------------------
@@ -305,7 +253,7 @@ class CheckpointStore:
         self._pool = StagingPool(pinned=True)
         self._writing = RLock()
         self._is_open = False
-        self._lock: RootLock | None = None
+        self._lock: BaseFileLock | None = None
         self._serial = 0
 
     def open(self) -> CheckpointStore:
@@ -325,9 +273,7 @@ class CheckpointStore:
         """Wait for a save in another thread, let others write, and give up kept memory."""
         with self._writing:
             self._is_open = False
-            if self._lock is not None:
-                self._lock.release()
-                self._lock = None
+            self._unlock()
         self._pool.clear()
 
     def __enter__(self) -> CheckpointStore:
@@ -504,21 +450,24 @@ class CheckpointStore:
             make_folder(self.root)
         except FileExistsError as error:
             raise CheckpointError(f"opening {self.root} failed: it is no folder") from error
-        lock = RootLock(self.root)
+        self._lock = _lock_root(self.root)
         try:
-            self._lock = lock
             self._clean()
             infos = self.list()
             self._serial = max((info.serial for info in infos), default=0)
             self._set_links()
         except BaseException:
-            self._lock = None
-            lock.release()
+            self._unlock()
             raise
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def _clean(self) -> None:
         """Unless another run might be writing what looks like leftovers."""
-        if self._lock is not None and self._lock.is_real:
+        if self._lock is not None:
             clean_leftovers(self.root, self.limits)
 
     def _check_open(self) -> None:

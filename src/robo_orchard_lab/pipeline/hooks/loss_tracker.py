@@ -69,14 +69,14 @@ class LossMean:
         """Publish the mean since the last call, and reset it."""
         self._sum_slots()
         window, self._window = self._window, WeightedSum()
-        if not window.empty:
+        if not window.is_empty:
             board.publish_total(self._name, window)
 
     def publish_epoch(self, board: MetricsBoard) -> None:
         """Publish the mean of the epoch, and reset it."""
         self._sum_slots()
         epoch, self._epoch = self._epoch, WeightedSum()
-        if not epoch.empty:
+        if not epoch.is_empty:
             board.publish_total(f"{self._name}_epoch", epoch)
 
     def state_dict(self) -> dict[str, Any]:

@@ -174,7 +174,7 @@ class _MeanLoss:
 
     def take(self) -> float:
         accelerator = self._accelerator
-        total = self._sum.on_device(accelerator.device)
+        total = self._sum.to_tensor(accelerator.device)
         self._sum = WeightedSum()
         if accelerator.num_processes > 1:
             total = accelerator.reduce(total, "sum")  # a collective

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import subprocess
 import time
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import psutil  # type: ignore[import-untyped]  # accelerate brings it
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
@@ -17,12 +19,61 @@ from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks.preemption import request_stop, require_saver
 from robo_orchard_lab.pipeline.job_log import job_logger
-from robo_orchard_lab.pipeline.trigger import DurationField, duration_s
 
 logger = job_logger(__name__)
 
 _EARLY_S = 0.5  # several ranks may stop this early, which saves exchanges near the end
 _LONGEST_WAIT_S = 30.0  # between exchanges; steps may become slower
+
+
+# --- durations -------------------------------------------------------------------------------
+
+_SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+_UNITS = re.compile(
+    r"(?:(?P<d>[\d.]+)\s*(?:d|days?))?\s*(?:(?P<h>[\d.]+)\s*(?:h|hours?))?\s*"
+    r"(?:(?P<m>[\d.]+)\s*(?:m|min|minutes?))?\s*(?:(?P<s>[\d.]+)\s*(?:s|sec|seconds?))?"
+)
+_CLOCK = re.compile(r"(?:(?P<d>\d+)-(?=\d+:\d+:))?(?:(?P<h>\d+):)?(?P<m>\d+):(?P<s>\d+)")
+
+
+def duration_s(value: Any) -> float:
+    """Return a duration in seconds, given as a number of seconds or as text.
+
+    >>> duration_s("3h30min"), duration_s("1 d 2 h"), duration_s("90 s"), duration_s(2.5)
+    (12600.0, 93600.0, 90.0, 2.5)
+    >>> duration_s("1-02:00:00"), duration_s("1:30:00"), duration_s("05:00")  # as in SLURM
+    (93600.0, 5400.0, 300.0)
+
+    Raises:
+        ValueError: the value is of another type or format, not finite, or negative.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"expected seconds or a text such as '3h30min', got {value!r:.60}")
+    try:
+        seconds = _parse_duration(value.strip().lower()) if isinstance(value, str) else float(value)
+    except (ValueError, OverflowError):
+        raise ValueError(
+            f"can't read {value!r:.60} as a length of time; write '3h30min', '90 s', '1:30:00' or "
+            "a number of seconds"
+        ) from None
+    if not math.isfinite(seconds) or seconds < 0:
+        raise ValueError(f"expected a finite length of time >= 0, got {value!r:.60}")
+    return seconds
+
+
+def _parse_duration(text: str) -> float:
+    found = _CLOCK.fullmatch(text) or _UNITS.fullmatch(text)
+    parts = {} if found is None else {k: v for k, v in found.groupdict().items() if v is not None}
+    if not parts:
+        return float(text)
+    return float(sum(float(count) * _SECONDS[unit] for unit, count in parts.items()))
+
+
+DurationField: TypeAlias = Annotated[float | str, BeforeValidator(duration_s)]
+"""Annotation of a config field that accepts seconds or a text, and holds seconds."""
+
+
+# --- hook ------------------------------------------------------------------------------------
 
 
 class TimeLimit(PipelineHooks):

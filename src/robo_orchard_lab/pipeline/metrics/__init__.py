@@ -1,4 +1,10 @@
-"""Named scalars of a run: published by hooks, reduced at logging points, told to who asks."""
+"""Metrics of a run: published by hooks, accumulated, reduced over ranks at logging points.
+
+- ``board``: :class:`MetricsBoard`, where hooks publish and subscribe
+- ``accumulators``: values, records and the accumulation of one metric
+- ``exchange``: device-to-host copy and all_gather; :class:`DeferredMetrics`
+- ``torchmetrics``, ``metric_states``: metrics of torchmetrics, reduced with all others
+"""
 
 from robo_orchard_lab.pipeline.metrics.accumulators import (
     MetricsRecord,

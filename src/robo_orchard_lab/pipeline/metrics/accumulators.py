@@ -1,4 +1,9 @@
-"""What was published under one name since the last logging point, in constant memory."""
+"""Metric values: errors, records of a logging point, and accumulators between two of them.
+
+An :class:`Accumulator` collects the values of one metric in constant memory. Numbers accumulate on
+the host and tensors on their device, in double precision, so that publishing never waits for a
+device. ``combine`` then reduces the accumulators of all ranks to one value.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +17,13 @@ from typing import Any, ClassVar, Literal, Self, TypeAlias, get_args
 import numpy as np
 import torch
 
-# --- errors ----------------------------------------------------------------------------------
-# What the board refuses.
-
 
 class MetricValueError(TypeError):
-    """What was published is no single number; the message names the metric."""
+    """Error for a published value that is not a single real number."""
 
 
 class UnknownMetricError(LookupError):
-    """A name that nobody has published; the message lists those that were."""
+    """Error for a metric name that no hook published; the message lists the published names."""
 
     def __init__(self, name: str, published: Iterable[str], who: str = "", hint: str = "") -> None:
         published = sorted(published)
@@ -35,22 +37,47 @@ class UnknownMetricError(LookupError):
         )
 
 
-# --- record ----------------------------------------------------------------------------------
-# What a logging point finds.
-
-
 @dataclass(frozen=True, slots=True)
 class MetricValue:
-    """One number, of all ranks, and the step that it belongs to."""
+    """Value of one metric, reduced over all ranks, with its step."""
 
     name: str
     value: float
     step: int
-    """How many steps of the run were done when it was measured."""
+    """Number of steps of the run that were done when the value was measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsRecord:
+    """All metric values since the previous logging point.
+
+    >>> record = MetricsRecord(0, 50, 50, (MetricValue("loss/total", 0.5, step=50),))
+    >>> record.by_step()
+    {50: {'loss/total': 0.5}}
+    """
+
+    epoch_id: int
+    """Number of completed epochs."""
+    global_step_id: int
+    """Number of completed steps."""
+    optimizer_step_id: int
+    """Number of committed weight updates."""
+    values: tuple[MetricValue, ...]
+    """Values in step order; a name may occur for several steps."""
+    partial: bool = False
+    """True if the run ended before the next logging point. A resumed run logs these values again,
+    in the record of its next logging point."""
+
+    def by_step(self) -> dict[int, dict[str, float]]:
+        """Group the values by step, earliest step first."""
+        steps: dict[int, dict[str, float]] = {}
+        for value in self.values:
+            steps.setdefault(value.step, {})[value.name] = value.value
+        return dict(sorted(steps.items()))
 
 
 def number_text(value: float) -> str:
-    """A value in few characters: four decimals as long as these say something.
+    """Format a metric value in few characters.
 
     >>> number_text(0.42314), number_text(123.456), number_text(3.2e-4)
     ('0.4231', '123.46', '3.200e-04')
@@ -60,50 +87,42 @@ def number_text(value: float) -> str:
     return f"{value:.2f}" if 10 <= abs(value) < 1e5 else f"{value:.3e}"
 
 
-@dataclass(frozen=True, slots=True)
-class MetricsRecord:
-    """Everything that was found since the logging point before.
-
-    >>> record = MetricsRecord(0, 50, 50, (MetricValue("loss/total", 0.5, step=50),))
-    >>> record.by_step()
-    {50: {'loss/total': 0.5}}
-    """
-
-    epoch_id: int
-    """How many epochs are done."""
-    global_step_id: int
-    """How many steps are done."""
-    optimizer_step_id: int
-    """How many updates of the weights are committed."""
-    values: tuple[MetricValue, ...]
-    """In the order of their steps; a name may be there more than once, for several steps."""
-    partial: bool = False
-    """Whether the run has ended ahead of the next logging point. A run that goes on from there
-    has these values again, in the record that its next logging point makes."""
-
-    def by_step(self) -> dict[int, dict[str, float]]:
-        """The values by the step that they belong to, the earliest first."""
-        steps: dict[int, dict[str, float]] = {}
-        for value in self.values:
-            steps.setdefault(value.step, {})[value.name] = value.value
-        return dict(sorted(steps.items()))
-
-
 Reduction: TypeAlias = Literal["mean", "sum", "max", "min", "last"]
-"""How the values of one name become one: over the window, and over the ranks."""
+"""Reduction of a metric's values, over the steps between two logging points and over the ranks."""
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
 Number: TypeAlias = float | torch.Tensor
-Parts: TypeAlias = tuple[Sequence[float], Sequence[float]]
-"""One rank's numbers and, once they were read, tensors, as :meth:`Window.numbers` and
-:meth:`Window.tensors` gave them."""
+RankValues: TypeAlias = tuple[Sequence[float], Sequence[float]]
+"""One rank's :meth:`Accumulator.numbers` and, copied to the host, :meth:`Accumulator.tensors`."""
+
+
+def check_scalar(name: str, value: Any, role: str = "") -> Number:
+    """Return ``value`` if it is a single real number or a tensor of one element.
+
+    Raises:
+        MetricValueError: with the name of the metric and the type or shape that was found.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.is_complex():
+            raise MetricValueError(f"{role}metric {name!r} must be real, got {value.dtype}")
+        if value.numel() != 1:
+            raise MetricValueError(
+                f"{role}metric {name!r} must be a single number, got a tensor "
+                f"of shape {tuple(value.shape)}; reduce it first"
+            )
+        return value
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if isinstance(value, (float, int, np.number, np.bool_)) and not np.iscomplexobj(value):
+        return float(value)
+    raise MetricValueError(f"{role}metric {name!r} must be a number, got {type(value).__name__}")
 
 
 class WeightedSum:
-    """A sum of weighted values and the sum of their weights, in double precision.
+    """Sum of weighted values and sum of their weights, in double precision.
 
-    Numbers add up on the host and tensors on their device, in place; nothing is read back. On
-    devices without double precision (MPS) tensors add up in single.
+    Numbers add up on the host and tensors in place on their device, without a device sync. MPS has
+    no double precision; tensors there add up in float32.
     """
 
     __slots__ = ("host", "host_weight", "tensor", "tensor_weight")
@@ -115,7 +134,7 @@ class WeightedSum:
         self.tensor_weight: torch.Tensor | None = None
 
     def add(self, value: Number, weight: Number = 1.0) -> None:
-        """Add a number, or a tensor of one element of any dtype, which may carry a graph."""
+        """Add a number, or a tensor of one element of any dtype; a graph is detached."""
         if not isinstance(value, torch.Tensor):
             if isinstance(weight, torch.Tensor):
                 value = _zero(weight.device).fill_(value)
@@ -137,7 +156,7 @@ class WeightedSum:
         self.tensor_weight.add_(weight)
 
     def scale(self, factor: float) -> None:
-        """Have all that was added weigh so many times as much."""
+        """Multiply the sum and the weight by ``factor``."""
         self.host *= factor
         self.host_weight *= factor
         for tensor in (self.tensor, self.tensor_weight):
@@ -145,7 +164,7 @@ class WeightedSum:
                 tensor.mul_(factor)
 
     def merge(self, other: WeightedSum) -> None:
-        """Add what another one has added up."""
+        """Add another sum."""
         self.host += other.host
         self.host_weight += other.host_weight
         if other.tensor is not None:
@@ -157,18 +176,18 @@ class WeightedSum:
             self.tensor_weight.add_(other.tensor_weight)
 
     @property
-    def empty(self) -> bool:
-        """Whether nothing was added."""
+    def is_empty(self) -> bool:
+        """Return True if no value was added."""
         return self.host_weight == 0.0 and self.tensor is None
 
-    def on_device(self, device: torch.device) -> torch.Tensor:
-        """The sum and that of the weights, all that was added, as a tensor of two on a device."""
+    def to_tensor(self, device: torch.device) -> torch.Tensor:
+        """Return a tensor of shape (2,) on ``device``: the sum and the weight."""
         parts = (self.tensor, self.host), (self.tensor_weight, self.host_weight)
         zero = _zero(device)
         return torch.stack([(zero if t is None else t.to(zero)) + number for t, number in parts])
 
     def state_dict(self) -> dict[str, Any]:
-        """All that was added up; tensors as copies."""
+        """Return the sums; tensors are copies."""
         tensors = {"tensor": self.tensor, "tensor_weight": self.tensor_weight}
         return {
             "host": self.host,
@@ -177,76 +196,74 @@ class WeightedSum:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None) -> None:
-        """Go on from a state, with its tensors on ``device``; None leaves them where they are."""
+        """Restore the sums, with tensors on ``device``; None keeps the device of each tensor."""
         self.host, self.host_weight = state["host"], state["host_weight"]
         for name in ("tensor", "tensor_weight"):
             value = state[name]
             setattr(self, name, None if value is None else value.to(device=device, copy=True))
 
 
-class Window(ABC):
-    """The values of one name since the last logging point."""
+class Accumulator(ABC):
+    """Values of one metric since the last logging point, in constant memory."""
 
-    __slots__ = ("latest", "step", "weighted")
+    __slots__ = ("is_weighted", "latest", "step")
 
     reduce: ClassVar[Reduction]
 
     def __init__(self) -> None:
         self.step = 0
-        """The step that the latest value belongs to."""
+        """Step of the latest value."""
         self.latest: Number = math.nan
-        """The latest value, as it was published."""
-        self.weighted = False
-        """Whether values came with weights, such as numbers of samples; else each rank's count as
-        much as those of another one."""
+        """Latest value, as published."""
+        self.is_weighted = False
+        """True if values have weights, such as numbers of samples. Without weights, each rank
+        counts the same."""
 
     @abstractmethod
     def add(self, value: Number, weight: Number) -> None:
-        """Take one more value in."""
+        """Accumulate one value."""
 
     @abstractmethod
     def merge(self, other: Self) -> None:
-        """Take in what the same name has had on a later rank."""
+        """Accumulate the values of the same metric on a later rank."""
 
-    @abstractmethod
-    def spread(self, factor: float) -> None:
-        """Go on among so many times as many ranks, each of which publishes."""
+    def rescale(self, factor: float) -> None:
+        """Adapt to a world size that is ``factor`` times as large; only a mean depends on it."""
+        del factor
 
     @abstractmethod
     def numbers(self) -> list[float]:
-        """What is on the host."""
+        """Return the values on the host."""
 
     @abstractmethod
     def tensors(self) -> list[torch.Tensor]:
-        """What is on the device: tensors of no dimensions, of one dtype."""
+        """Return the values on the device: 0-dim tensors of one dtype."""
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def combine(ranks: Sequence[Parts]) -> float:
-        """One value of the parts of the ranks that have some; NaN where these have no weight."""
+    def combine(cls, ranks: Sequence[RankValues]) -> float:
+        """Reduce the values of the ranks that have some; NaN if a mean has no weight."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """What was taken in."""
+        """Return the accumulated values; tensors are copies."""
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None) -> None:
-        """Go on from a state, with its tensors on ``device``; None leaves them where they are."""
+        """Restore the values, with tensors on ``device``; None keeps the device of each tensor."""
 
     def copy(self) -> Self:
-        """Another one, that goes on by itself."""
+        """Return an independent copy."""
         twin = type(self)()
-        twin.step, twin.latest, twin.weighted = self.step, self.latest, self.weighted
+        twin.step, twin.latest, twin.is_weighted = self.step, self.latest, self.is_weighted
         twin.load_state_dict(self.state_dict(), None)
         return twin
 
 
-class MeanWindow(Window):
-    """The weighted mean."""
-
+class _Sum(Accumulator):
     __slots__ = ("_sum",)
 
-    reduce: ClassVar[Reduction] = "mean"
+    reduce: ClassVar[Reduction] = "sum"
 
     def __init__(self) -> None:
         super().__init__()
@@ -255,19 +272,8 @@ class MeanWindow(Window):
     def add(self, value: Number, weight: Number) -> None:
         self._sum.add(value, weight)
 
-    def take_over(self, total: WeightedSum) -> None:
-        """Take a whole sum in, which is no longer the caller's."""
-        if self._sum.empty:
-            self._sum = total
-        else:
-            self._sum.merge(total)
-
     def merge(self, other: Self) -> None:
         self._sum.merge(other._sum)
-
-    def spread(self, factor: float) -> None:
-        if not self.weighted:
-            self._sum.scale(factor)
 
     def numbers(self) -> list[float]:
         return [self._sum.host, self._sum.host_weight]
@@ -276,11 +282,9 @@ class MeanWindow(Window):
         parts = (self._sum.tensor, self._sum.tensor_weight)
         return [part for part in parts if part is not None]
 
-    @staticmethod
-    def combine(ranks: Sequence[Parts]) -> float:
-        total = _fsum([n[0] for n, _ in ranks] + [t[0] for _, t in ranks if t])
-        weight = _fsum([n[1] for n, _ in ranks] + [t[1] for _, t in ranks if len(t) == 2])
-        return total / weight if weight else math.nan
+    @classmethod
+    def combine(cls, ranks: Sequence[RankValues]) -> float:
+        return _fsum([n[0] for n, _ in ranks] + [t[0] for _, t in ranks if t])
 
     def state_dict(self) -> dict[str, Any]:
         return self._sum.state_dict()
@@ -289,21 +293,32 @@ class MeanWindow(Window):
         self._sum.load_state_dict(state, device)
 
 
-class _SumWindow(MeanWindow):
+class Mean(_Sum):
+    """Weighted mean."""
+
     __slots__ = ()
 
-    reduce: ClassVar[Reduction] = "sum"
+    reduce: ClassVar[Reduction] = "mean"
 
-    def spread(self, factor: float) -> None:
-        """Nothing: a sum stays what it is."""
+    def add_sum(self, total: WeightedSum) -> None:
+        """Accumulate a weighted sum; the caller must not use the sum afterwards."""
+        if self._sum.is_empty:
+            self._sum = total
+        else:
+            self._sum.merge(total)
 
-    @staticmethod
-    def combine(ranks: Sequence[Parts]) -> float:
-        return _fsum([n[0] for n, _ in ranks] + [t[0] for _, t in ranks if t])
+    def rescale(self, factor: float) -> None:
+        if not self.is_weighted:
+            self._sum.scale(factor)
+
+    @classmethod
+    def combine(cls, ranks: Sequence[RankValues]) -> float:
+        weight = _fsum([n[1] for n, _ in ranks] + [t[1] for _, t in ranks if len(t) == 2])
+        return super().combine(ranks) / weight if weight else math.nan
 
 
-class _SlotWindow(Window):
-    """A window that keeps one value of the host and one of the device."""
+class _Slot(Accumulator):
+    """Base of accumulators that keep one value of the host and one of the device."""
 
     __slots__ = ("_host", "_tensor")
 
@@ -311,9 +326,6 @@ class _SlotWindow(Window):
         super().__init__()
         self._host: float | None = None
         self._tensor: torch.Tensor | None = None
-
-    def spread(self, factor: float) -> None:
-        """Nothing: how many ranks publish makes no difference."""
 
     def numbers(self) -> list[float]:
         return [] if self._host is None else [self._host]
@@ -330,8 +342,8 @@ class _SlotWindow(Window):
         self._tensor = None if tensor is None else tensor.to(device=device, copy=True)
 
 
-class _MaxWindow(_SlotWindow):
-    """NaN, once there, stays."""
+class _Max(_Slot):
+    """Largest value; NaN if any value is NaN."""
 
     __slots__ = ()
 
@@ -349,31 +361,35 @@ class _MaxWindow(_SlotWindow):
         elif self._host is None:
             self._host = float(value)
         else:
-            self._host = _extreme([self._host, float(value)], self._sign)
+            self._host = self._pick([self._host, float(value)])
 
     def merge(self, other: Self) -> None:
         for value in (other._host, other._tensor):
             if value is not None:
                 self.add(value, 1.0)
 
-    @staticmethod
-    def combine(ranks: Sequence[Parts]) -> float:
-        return _extreme([x for parts in ranks for part in parts for x in part], 1.0)
+    @classmethod
+    def combine(cls, ranks: Sequence[RankValues]) -> float:
+        return cls._pick([x for values in ranks for part in values for x in part])
+
+    @classmethod
+    def _pick(cls, values: Sequence[float]) -> float:
+        if any(math.isnan(value) for value in values):
+            return math.nan
+        return cls._sign * max(cls._sign * value for value in values)
 
 
-class _MinWindow(_MaxWindow):
+class _Min(_Max):
+    """Smallest value; NaN if any value is NaN."""
+
     __slots__ = ()
 
     reduce: ClassVar[Reduction] = "min"
     _sign = -1.0
 
-    @staticmethod
-    def combine(ranks: Sequence[Parts]) -> float:
-        return _extreme([x for parts in ranks for part in parts for x in part], -1.0)
 
-
-class _LastWindow(_SlotWindow):
-    """Of several ranks' values, the one of the first rank that has any."""
+class _Last(_Slot):
+    """Latest value; over ranks, the value of the first rank that has one."""
 
     __slots__ = ()
 
@@ -388,38 +404,16 @@ class _LastWindow(_SlotWindow):
             self._host, self._tensor = float(value), None
 
     def merge(self, other: Self) -> None:
-        """What is here came from an earlier rank, and stays."""
+        """Keep the own value: an earlier rank wins."""
 
-    @staticmethod
-    def combine(ranks: Sequence[Parts]) -> float:
-        return next(x for parts in ranks for part in parts for x in part)
+    @classmethod
+    def combine(cls, ranks: Sequence[RankValues]) -> float:
+        return next(x for values in ranks for part in values for x in part)
 
 
-WINDOWS: Mapping[str, type[Window]] = {
-    kind.reduce: kind for kind in (MeanWindow, _SumWindow, _MaxWindow, _MinWindow, _LastWindow)
+ACCUMULATORS: Mapping[str, type[Accumulator]] = {
+    kind.reduce: kind for kind in (Mean, _Sum, _Max, _Min, _Last)
 }
-
-
-def check_scalar(name: str, value: Any, role: str = "") -> Number:
-    """The value if it is one real number on any device.
-
-    Raises:
-        MetricValueError: it is not; the message names the metric.
-    """
-    if isinstance(value, torch.Tensor):
-        if value.is_complex():
-            raise MetricValueError(f"{role}metric {name!r} must be real, got {value.dtype}")
-        if value.numel() != 1:
-            raise MetricValueError(
-                f"{role}metric {name!r} must be a single number, got a tensor "
-                f"of shape {tuple(value.shape)}; reduce it first"
-            )
-        return value
-    if isinstance(value, np.ndarray) and value.ndim == 0:
-        value = value[()]
-    if isinstance(value, (float, int, np.number, np.bool_)) and not np.iscomplexobj(value):
-        return float(value)
-    raise MetricValueError(f"{role}metric {name!r} must be a number, got {type(value).__name__}")
 
 
 def _zero(device: torch.device) -> torch.Tensor:
@@ -428,15 +422,8 @@ def _zero(device: torch.device) -> torch.Tensor:
 
 
 def _fsum(values: Sequence[float]) -> float:
-    # fsum refuses to add inf to -inf, and a sum that overflows; the plain sum tells of both.
+    # math.fsum raises on inf - inf and on overflow; the plain sum returns nan and inf.
     try:
         return math.fsum(values)
     except (OverflowError, ValueError):
         return sum(values)
-
-
-def _extreme(values: Sequence[float], sign: float) -> float:
-    """The largest, or with a negative sign the smallest; NaN where one is there."""
-    if any(math.isnan(value) for value in values):
-        return math.nan
-    return sign * max(sign * value for value in values)

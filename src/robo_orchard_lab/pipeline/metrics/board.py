@@ -1,4 +1,4 @@
-"""The board on which hooks publish named scalars for others to read."""
+"""MetricsBoard: hooks publish named scalars, and read them at logging points."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ import torch
 
 from robo_orchard_core.utils.hook import RemovableHandle
 from robo_orchard_lab.pipeline.distributed.collectives import joined_by_rank
-from robo_orchard_lab.pipeline.errors import StateError
+from robo_orchard_lab.pipeline.errors import check_state_version
 from robo_orchard_lab.pipeline.metrics.accumulators import (
+    ACCUMULATORS,
     REDUCTIONS,
-    WINDOWS,
-    MeanWindow,
+    Accumulator,
+    Mean,
     MetricsRecord,
     MetricValue,
     Number,
     Reduction,
     UnknownMetricError,
     WeightedSum,
-    Window,
     check_scalar,
 )
-from robo_orchard_lab.pipeline.metrics.exchange import DeferredMetrics, Reader
+from robo_orchard_lab.pipeline.metrics.exchange import DeferredMetrics, MetricsReader
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 
 Subscriber: TypeAlias = Callable[[MetricValue], Any]
 Listener: TypeAlias = Callable[[MetricsRecord], Any]
 
 STATE_VERSION = 2
-_EVALUATIONS = "eval/"  # what the names of evaluations begin with
+_EVALUATION_PREFIX = "eval/"
 _NUMBER_TYPES = (float, int)
-_NOBODY_LOGS = (
-    "Some hooks publish at logging points alone, and nobody makes any; register a MetricsLogger"
+_NO_LOGGING_POINTS = (
+    "Some hooks publish only at logging points, and no hook requests one; register a MetricsLogger"
 )
 
 
 class Stateful(Protocol):
-    """What gives its state and goes on from one, such as a bundle of hooks."""
+    """Object with a saved state, such as a hook."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -48,12 +48,12 @@ class Stateful(Protocol):
 
 
 class MetricsBoard:
-    """Named scalars, from the hooks that measure them to those that show or act on them.
+    """Named scalars, published by hooks and reduced at logging points.
 
-    What is published adds up where it lies, on the host or on a device, and nothing is read
-    before a *logging point*: then everything travels in one packed transfer and, with several
-    ranks, in one packed collective, and every rank has the values of all. The trainer makes one at
-    the commit point where a hook has asked for it (``args.requests.log``).
+    Published values accumulate on the host or on their device. Nothing is read before a *logging
+    point*: then all values travel in one device-to-host copy and, with several ranks, one
+    all_gather, and every rank has the values of all ranks. The trainer makes a logging point at the
+    commit point where a hook requested one (``args.requests.log``).
 
     >>> board = MetricsBoard()
     >>> board.publish("loss", 1.0, weight=8)
@@ -62,329 +62,334 @@ class MetricsBoard:
     (MetricValue(name='loss', value=2.0, step=0),)
 
     Args:
-        progress: the counters of the run, by which values know their step.
+        progress: counters of the run; define the step of each value.
     """
 
     def __init__(self, progress: TrainerProgress | None = None) -> None:
         self._progress = TrainerProgress() if progress is None else progress
-        self._windows: dict[str, Window] = {}
-        self._reductions: dict[str, Reduction] = {}  # of every name that was ever published
-        self._found: dict[str, MetricValue] = {}  # the last values that were read
+        self._accumulators: dict[str, Accumulator] = {}
+        self._reductions: dict[str, Reduction] = {}  # of every name published so far
+        self._last_values: dict[str, MetricValue] = {}
         self._deferred: list[tuple[DeferredMetrics, int]] = []
-        self._told: set[str] = set()  # the names in a partial record
-        self._unlogged: list[MetricValue] = []  # found already, for the next record
+        self._partial_names: set[str] = set()  # names in partial records
+        self._unlogged: list[MetricValue] = []  # values read before their logging point
         self._subscribers: list[tuple[str, Subscriber, str]] = []
         self._expected: list[tuple[str, str]] = []
         self._listeners: list[Listener] = []
         self._collectors: list[tuple[Callable[[], Any], Stateful | None]] = []
-        self._reader = Reader()
+        self._reader = MetricsReader()
+
+    # --- publish -----------------------------------------------------------------------------
 
     def publish(
         self, name: str, value: Number, reduce: Reduction = "mean", weight: Number | None = None
     ) -> None:
-        """Add a value to what the name has had since the last logging point.
+        """Accumulate a value of a metric until the next logging point; no device sync.
 
         Args:
-            name: by the tags ``loss/<name>``, ``lr/group<i>``, ``perf/*``, ``eval/*``, or any.
-            value: a number, or a tensor of one element, of any dtype and on any device. It is
-                not read here; a tensor may be changed afterwards.
-            reduce: how the values of a window, and those of the ranks, become one. ``last`` takes
-                that of the first rank that has any.
-            weight: what the value weighs in a mean, >= 0; 1 by default. The mean over ranks and
-                window is exact for batches of different sizes, when each weighs its samples.
+            name: by convention ``loss/<name>``, ``lr/group<i>``, ``perf/*`` or ``eval/*``.
+            value: a number, or a tensor of one element of any dtype and device. The tensor may be
+                changed afterwards.
+            reduce: reduction over the steps and ranks. ``last`` uses the first rank with a value.
+            weight: weight of the value in a mean, >= 0, such as the number of samples; default 1.
 
         Raises:
-            MetricValueError: the value is no single real number.
-            ValueError: the name was published with another ``reduce`` before, the reduction is
-                unknown, or the weight is negative or goes with another reduction than the mean.
+            MetricValueError: the value is not a single real number.
+            ValueError: the name was published with another ``reduce``, the reduction is unknown, or
+                the weight is negative or not for a mean.
         """
         if type(value) not in _NUMBER_TYPES and not (
             isinstance(value, torch.Tensor) and value.dim() == 0 and not value.is_complex()
         ):
             value = check_scalar(name, value)
-        weighted = weight is not None
+        is_weighted = weight is not None
         if weight is None:
             weight = 1.0
         elif type(weight) not in _NUMBER_TYPES or reduce != "mean" or not weight >= 0:
-            weight = _checked_weight(name, weight, reduce)
-        window = self._windows.get(name)
-        if window is None or window.reduce != reduce:
-            window = self._open(name, reduce)
-            window.weighted = weighted
-        window.add(value, weight)
-        window.latest = value.detach() if isinstance(value, torch.Tensor) else value
-        window.step = self._progress.steps_done
+            weight = _check_weight(name, weight, reduce)
+        accumulator = self._accumulators.get(name)
+        if accumulator is None or accumulator.reduce != reduce:
+            accumulator = self._open(name, reduce)
+            accumulator.is_weighted = is_weighted
+        accumulator.add(value, weight)
+        accumulator.latest = value.detach() if isinstance(value, torch.Tensor) else value
+        accumulator.step = self._progress.steps_done
 
     def publish_total(self, name: str, total: WeightedSum) -> None:
-        """Add a weighted sum to what the name has had, as its values one by one with ``mean``.
+        """Accumulate a weighted sum of a metric with ``reduce="mean"``.
 
-        The board takes the sum over: go on with another one.
+        The board owns ``total`` afterwards; the caller must start a new sum.
         """
-        window = self._windows.get(name) or self._open(name, "mean")
-        if not isinstance(window, MeanWindow):
-            raise ValueError(f"metric {name!r} is published with reduce={window.reduce!r}")
-        window.take_over(total)
-        window.weighted = True
-        window.step = self._progress.steps_done
+        accumulator = self._accumulators.get(name) or self._open(name, "mean")
+        if not isinstance(accumulator, Mean):
+            raise ValueError(f"metric {name!r} is published with reduce={accumulator.reduce!r}")
+        accumulator.add_sum(total)
+        accumulator.is_weighted = True
+        accumulator.step = self._progress.steps_done
         if total.host_weight and total.tensor is None:
-            window.latest = total.host / total.host_weight
+            accumulator.latest = total.host / total.host_weight
 
     def defer(self, metrics: DeferredMetrics) -> None:
-        """Publish metrics whose values follow from tensors, with the next logging point.
+        """Publish metrics that are computed from tensors at the next logging point.
 
-        Where someone has subscribed to one of them, or nobody logs, they are read at the next
-        commit point at which something is carried out, at the latest that after the epoch.
+        If a hook subscribed to one of the metrics, or no hook listens to logging points, the
+        metrics are computed at the next commit point with a request, at the latest after the epoch.
         """
         self._deferred.append((metrics, self._progress.steps_done))
 
-    def subscribe(self, name: str, callback: Subscriber, who: str = "") -> RemovableHandle:
-        """Have every new value of a name told, on every rank alike.
+    # --- subscribe ---------------------------------------------------------------------------
 
-        Values are known at logging points, those of evaluations at the commit point where they
-        were made. Subscribe on every rank alike.
+    def subscribe(self, name: str, callback: Subscriber, who: str = "") -> RemovableHandle:
+        """Call a function with every new value of a metric; subscribe on every rank.
+
+        Values are known at logging points, and values of an evaluation at its commit point.
 
         Args:
-            name: of the metric.
-            callback: called with each :class:`MetricValue`, in the order of their steps.
-            who: waits for it, for the error if nobody publishes it.
+            name: name of the metric.
+            callback: called with each :class:`MetricValue`, in step order.
+            who: name of the subscriber, for the error if no hook publishes the metric.
         """
         entry = (name, callback, who)
         self._subscribers.append(entry)
         return RemovableHandle(lambda: self._subscribers.remove(entry))
 
     def expect(self, name: str, who: str) -> RemovableHandle:
-        """Have it refused, as with :meth:`subscribe`, if nobody publishes a name."""
+        """Require that a hook publishes a metric, as :meth:`subscribe` does."""
         entry = (name, who)
         self._expected.append(entry)
         return RemovableHandle(lambda: self._expected.remove(entry))
 
     def listen(self, callback: Listener) -> RemovableHandle:
-        """Have the record of every logging point told.
-
-        Call it on every rank alike: whether someone listens decides when ranks exchange.
-        """
+        """Call a function with the record of every logging point; listen on every rank."""
         self._listeners.append(callback)
         return RemovableHandle(lambda: self._listeners.remove(callback))
 
     def before_logging(
         self, callback: Callable[[], Any], owner: Stateful | None = None
     ) -> RemovableHandle:
-        """Have a function called ahead of every logging point, to publish what was gathered.
+        """Call a function before every logging point, to publish accumulated values.
 
         Args:
-            callback: publishes, and begins to gather anew.
-            owner: the hook that gathered the values. :meth:`flush_partial` gives it back the
-                state that it had. None for what has no state that is saved.
+            callback: publishes values and resets its own accumulation.
+            owner: state of the accumulation, restored after :meth:`flush_partial`.
         """
         entry = (callback, owner)
         self._collectors.append(entry)
         return RemovableHandle(lambda: self._collectors.remove(entry))
 
-    def latest(self, name: str) -> float:
-        """What the last logging point found, or else this rank's own latest value.
+    # --- read --------------------------------------------------------------------------------
 
-        The latter is the value of a name that no logging point has had yet; to read it from a
-        device waits for that.
+    def latest(self, name: str) -> float:
+        """Return the value of the last logging point, or else this rank's latest value.
+
+        A value on a device costs a device sync if no logging point has read the metric yet.
 
         Raises:
-            UnknownMetricError: the name was never published; the message lists those that were.
+            UnknownMetricError: the name was never published; the message lists published names.
         """
-        found = self._found.get(name)
+        found = self._last_values.get(name)
         if found is not None:
             return found.value
-        window = self._windows.get(name)
-        if window is None:
+        accumulator = self._accumulators.get(name)
+        if accumulator is None:
             raise UnknownMetricError(name, self.names())
-        return float(window.latest)
+        return float(accumulator.latest)
 
     def last_value(self, name: str) -> float | None:
-        """What was last read of a name, at a logging point or after an evaluation; else None."""
-        found = self._found.get(name)
+        """Return the value of the last logging point or evaluation, or None."""
+        found = self._last_values.get(name)
         return None if found is None else found.value
 
     def last_values(self) -> list[MetricValue]:
-        """What was last read of each name, with the step that it belongs to."""
-        return list(self._found.values())
+        """Return the value of each metric at its last logging point or evaluation."""
+        return list(self._last_values.values())
 
     def names(self) -> list[str]:
-        """The published names, in the order of their first publication."""
-        return list(self._reductions | dict.fromkeys(self._found))
+        """Return the published names, in order of first publication."""
+        return list(self._reductions | dict.fromkeys(self._last_values))
 
     @property
     def is_logged(self) -> bool:
-        """Whether someone listens to logging points."""
+        """Return True if a hook listens to logging points."""
         return bool(self._listeners)
 
     def find_missing(self, at_end: bool = True) -> UnknownMetricError | None:
-        """The error to raise if someone waits for a name that nobody has published, or None.
+        """Return the error for an expected name that no hook published, or None.
 
         Args:
-            at_end: with False, only of names that should have come by now: there has been a
-                logging point, and they are not of an evaluation, which may be still to come.
+            at_end: False ignores names that may still be published: names of evaluations, and all
+                names before the first logging point.
         """
-        known = {*self.names(), *self._told}
-        for name, who in self._awaited():
+        known = {*self.names(), *self._partial_names}
+        for name, who in self._expected_names():
             if name not in known and (
-                at_end or (self._found and not name.startswith(_EVALUATIONS))
+                at_end or (self._last_values and not name.startswith(_EVALUATION_PREFIX))
             ):
-                hint = "" if self._listeners or not self._collectors else _NOBODY_LOGS
+                hint = "" if self._listeners or not self._collectors else _NO_LOGGING_POINTS
                 return UnknownMetricError(name, known, who, hint)
         return None
 
     def find_unlogged(self) -> str | None:
-        """What to do about a name that someone waits for and that is published, but never read."""
+        """Return a warning about a subscribed name that is published but never read, or None."""
         for name, _, who in self._subscribers:
-            if name in self._windows and name not in self._found and not self._listeners:
+            if name in self._accumulators and name not in self._last_values and not self.is_logged:
                 return (
-                    f"{who} waits for {name!r}, which is published, but nobody makes logging "
-                    "points, at which it would be told; register a MetricsLogger"
+                    f"{who} waits for {name!r}, which is published but never read, since no hook "
+                    "requests logging points; register a MetricsLogger"
                 )
         return None
 
-    def flush(self, log: bool, accelerator: Any = None) -> MetricsRecord | None:
-        """Read what is due, tell it, and give the record of a logging point.
+    # --- flush -------------------------------------------------------------------------------
 
-        All ranks call it alike. It takes one transfer from the device and, with several
-        processes, one collective; none where there is nothing to read.
+    def has_due_metrics(self) -> bool:
+        """Return True if the next commit point must read deferred metrics; identical on all ranks.
+
+        Deferred metrics otherwise wait for the logging point.
+        """
+        return any(self._is_due(metrics) for metrics, _ in self._deferred)
+
+    def flush(self, log: bool, accelerator: Any = None) -> MetricsRecord | None:
+        """Read pending values, call subscribers and return the record of a logging point.
+
+        All ranks must call it. Costs one device-to-host copy and, with several processes, one
+        collective; nothing if there is nothing to read.
 
         Args:
-            log: whether this is a logging point; else only deferred metrics are read that
-                someone waits for.
-            accelerator: the processes; None for this one alone.
+            log: True for a logging point; False reads only due deferred metrics.
+            accelerator: defines the ranks; None for one process.
 
         Raises:
-            UnknownMetricError: someone waits for a metric of an evaluation that has other ones.
+            UnknownMetricError: a hook waits for a metric that its evaluation does not have.
         """
         if log:
             for collect, _ in tuple(self._collectors):
                 collect()
-        due = self._take_deferred(everything=log or not self._listeners)
-        windows: dict[str, Window] = {}
+        due = self._pop_deferred(everything=log or not self._listeners)
+        accumulators: dict[str, Accumulator] = {}
         if log:
-            windows, self._windows = self._windows, {}
-        values = self._reader.read(windows, due, accelerator) if log or due else []
+            accumulators, self._accumulators = self._accumulators, {}
+        values = self._reader.read(accumulators, due, accelerator) if log or due else []
         for metrics, _ in due:
-            self._refuse_misspelled(metrics)
+            self._check_evaluation_names(metrics)
         if log or self._listeners:
             self._unlogged += values
-        self._tell(values)
+        self._notify(values)
         if not log:
             return None
         values, self._unlogged = self._unlogged, []
-        return self._record(values)
+        return self._make_record(values)
 
     def flush_partial(self, accelerator: Any = None) -> MetricsRecord | None:
-        """Tell who listens what no logging point has had, as a partial record, and keep it.
+        """Pass listeners a partial record of the unlogged values, and keep the values.
 
-        The trainer does this when it ends between two logging points: all of it is told, and a
-        run that goes on from a save still has it for its next logging point. Subscribers, which
-        act on values, are told there. All ranks call it alike; costs are those of :meth:`flush`.
+        The trainer calls this on all ranks when a run ends between two logging points. A resumed
+        run logs the values again at its next logging point. Subscribers are not called. Costs are
+        those of :meth:`flush`.
 
         Returns:
-            The record; None if there is nothing to tell, or nobody who listens.
+            The record; None without values or listeners.
         """
         if not self._listeners:
             return None
-        windows, deferred = self._windows, self._deferred
-        self._windows = {name: window.copy() for name, window in windows.items()}
+        accumulators, deferred = self._accumulators, self._deferred
+        self._accumulators = {name: each.copy() for name, each in accumulators.items()}
         self._deferred = [*deferred]
         states = [(owner, owner.state_dict()) for _, owner in self._collectors if owner is not None]
         for collect, _ in tuple(self._collectors):
             collect()
-        values = self._reader.read(self._windows, self._deferred, accelerator)
-        self._windows, self._deferred = windows, deferred
+        values = self._reader.read(self._accumulators, self._deferred, accelerator)
+        self._accumulators, self._deferred = accumulators, deferred
         for owner, state in states:
             owner.load_state_dict(state)
         values = [*self._unlogged, *values]
-        self._told.update(value.name for value in values)
-        return self._record(values, partial=True) if values else None
+        self._partial_names.update(value.name for value in values)
+        return self._make_record(values, partial=True) if values else None
 
     def read_deferred(self, accelerator: Any = None) -> None:
-        """Read all deferred metrics, so that the state holds numbers; as :meth:`flush` does."""
-        values = self._reader.read({}, self._take_deferred(everything=True), accelerator)
-        self._unlogged += values  # also after the run, when nobody listens any more
-        self._tell(values)
+        """Read all deferred metrics, so that the state holds numbers; costs as :meth:`flush`."""
+        values = self._reader.read({}, self._pop_deferred(everything=True), accelerator)
+        self._unlogged += values  # also after the run, without listeners
+        self._notify(values)
+
+    # --- state -------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What was published and not logged yet; call :meth:`read_deferred` first."""
+        """Return the unlogged values; call :meth:`read_deferred` before."""
         return {
             "version": STATE_VERSION,
             "windows": {
                 name: {
-                    "reduce": window.reduce,
-                    "step": window.step,
-                    "latest": window.latest,
-                    "weighted": window.weighted,
-                    "values": window.state_dict(),
+                    "reduce": accumulator.reduce,
+                    "step": accumulator.step,
+                    "latest": accumulator.latest,
+                    "weighted": accumulator.is_weighted,
+                    "values": accumulator.state_dict(),
                 }
-                for name, window in self._windows.items()
+                for name, accumulator in self._accumulators.items()
             },
             "reductions": dict(self._reductions),
-            "found": [astuple(value) for value in self._found.values()],
+            "found": [astuple(value) for value in self._last_values.values()],
             "unlogged": [astuple(value) for value in self._unlogged],
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None = None) -> None:
-        """Go on from a state; its tensors go to ``device``, by default the CPU.
+        """Restore a state, with tensors on ``device`` or the CPU.
 
         Raises:
-            StateError: another version.
+            StateError: the state has another version.
         """
-        if state.get("version") != STATE_VERSION:
-            raise StateError(
-                f"expected a state of the metrics board of version {STATE_VERSION}, "
-                f"found version {state.get('version')!r}"
-            )
-        self._windows = {}
+        check_state_version(state, STATE_VERSION, "the metrics board")
+        self._accumulators = {}
         for name, saved in state["windows"].items():
-            window = self._windows[name] = WINDOWS[saved["reduce"]]()
-            window.step, window.latest = saved["step"], saved["latest"]
-            window.weighted = saved["weighted"]
-            window.load_state_dict(saved["values"], device or torch.device("cpu"))
+            accumulator = self._accumulators[name] = ACCUMULATORS[saved["reduce"]]()
+            accumulator.step, accumulator.latest = saved["step"], saved["latest"]
+            accumulator.is_weighted = saved["weighted"]
+            accumulator.load_state_dict(saved["values"], device or torch.device("cpu"))
         self._reductions = dict(state["reductions"])
-        self._found = {name: MetricValue(name, *rest) for name, *rest in state["found"]}
+        self._last_values = {name: MetricValue(name, *rest) for name, *rest in state["found"]}
         self._unlogged = [MetricValue(*value) for value in state["unlogged"]]
 
     @staticmethod
     def redistribute_states(
-        states: Sequence[Mapping[str, Any]], processes: int
+        states: Sequence[Mapping[str, Any]], world_size: int
     ) -> list[dict[str, Any]]:
-        """States for another number of processes, in which all that was published is once.
+        """Return one state per rank of a different world size; each value is in exactly one.
 
-        What every rank has published without a weight, which is as many values as there are ranks,
-        weighs what as many as there are now would have.
+        Unweighted values that every old rank published are rescaled to the new world size.
 
         Args:
-            states: of the ranks that saved, in their order.
-            processes: how many states are wanted.
+            states: states of the ranks that saved, in rank order.
+            world_size: number of states to return.
         """
         publishing = Counter(name for state in states for name in state["windows"])
 
-        def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        def merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             nearest = parts[0] if parts else states[-1]
             board = MetricsBoard()
-            board.load_state_dict({**nearest, "windows": {}})  # the rest is alike on all ranks
+            board.load_state_dict({**nearest, "windows": {}})  # the rest is equal on all ranks
             for part in parts:
                 other = MetricsBoard()
                 other.load_state_dict(part)
-                board._take_in(other)
-            for name, window in board._windows.items():
+                board._merge(other)
+            for name, accumulator in board._accumulators.items():
                 if publishing[name] == len(states):
-                    window.spread(processes / len(states))
+                    accumulator.rescale(world_size / len(states))
             return board.state_dict()
 
-        return joined_by_rank(states, processes, joined)
+        return joined_by_rank(states, world_size, merged)
 
-    def _take_in(self, other: MetricsBoard) -> None:
-        """Add what was published on a later rank."""
-        for name, window in other._windows.items():
-            own = self._windows.setdefault(name, window)
-            if own is not window:
-                own.merge(window)
-                own.step = max(own.step, window.step)
+    def _merge(self, other: MetricsBoard) -> None:
+        """Accumulate the values of a later rank."""
+        for name, accumulator in other._accumulators.items():
+            own = self._accumulators.setdefault(name, accumulator)
+            if own is not accumulator:
+                own.merge(accumulator)
+                own.step = max(own.step, accumulator.step)
         self._reductions = {**other._reductions, **self._reductions}
 
-    def _open(self, name: str, reduce: Reduction) -> Window:
+    # --- helpers -----------------------------------------------------------------------------
+
+    def _open(self, name: str, reduce: Reduction) -> Accumulator:
         if reduce not in REDUCTIONS:
             raise ValueError(
                 f"metric {name!r}: reduce must be one of {', '.join(map(repr, REDUCTIONS))}, "
@@ -393,15 +398,11 @@ class MetricsBoard:
         before = self._reductions.setdefault(name, reduce)
         if before != reduce:
             raise ValueError(
-                f"metric {name!r} was published with reduce={before!r} before, and now with "
-                f"{reduce!r}; publish it under another name"
+                f"metric {name!r} was published with reduce={before!r} before, got {reduce!r}; "
+                "publish it under another name"
             )
-        window = self._windows[name] = WINDOWS[reduce]()
-        return window
-
-    def has_due_metrics(self) -> bool:
-        """Whether deferred metrics are to be read at the next commit point; alike on all ranks."""
-        return any(self._is_due(metrics) for metrics, _ in self._deferred)
+        accumulator = self._accumulators[name] = ACCUMULATORS[reduce]()
+        return accumulator
 
     def _is_due(self, metrics: DeferredMetrics) -> bool:
         if not self._listeners:
@@ -409,8 +410,8 @@ class MetricsBoard:
         groups = {_group(name) for name, _, _ in self._subscribers}
         return not groups.isdisjoint(map(_group, metrics.names()))
 
-    def _take_deferred(self, everything: bool) -> list[tuple[DeferredMetrics, int]]:
-        """Those that are to be read now: all, or those that a subscriber may be waiting for."""
+    def _pop_deferred(self, everything: bool) -> list[tuple[DeferredMetrics, int]]:
+        """Remove and return all deferred metrics, or the due ones."""
         due: list[tuple[DeferredMetrics, int]] = []
         later: list[tuple[DeferredMetrics, int]] = []
         for metrics, step in self._deferred:
@@ -418,17 +419,17 @@ class MetricsBoard:
         self._deferred = later
         return due
 
-    def _tell(self, values: Iterable[MetricValue]) -> None:
-        """Tell who has subscribed, in the order of the steps."""
+    def _notify(self, values: Iterable[MetricValue]) -> None:
+        """Call the subscribers in step order."""
         values = sorted(values, key=lambda value: value.step)
-        self._found.update((value.name, value) for value in values)
+        self._last_values.update((value.name, value) for value in values)
         for value in values:
             for name, callback, _ in tuple(self._subscribers):
                 if name == value.name:
                     callback(value)
 
-    def _record(self, values: Iterable[MetricValue], partial: bool = False) -> MetricsRecord:
-        """Make a record and tell who listens."""
+    def _make_record(self, values: Iterable[MetricValue], partial: bool = False) -> MetricsRecord:
+        """Make a record and call the listeners."""
         progress = self._progress
         counters = progress.epoch_id, progress.steps_done, progress.optimizer_step_id
         values = tuple(sorted(values, key=lambda value: value.step))
@@ -437,28 +438,27 @@ class MetricsBoard:
             listener(record)
         return record
 
-    def _awaited(self) -> list[tuple[str, str]]:
-        """The names that someone waits for, and who."""
+    def _expected_names(self) -> list[tuple[str, str]]:
         return [*((name, who) for name, _, who in self._subscribers), *self._expected]
 
-    def _refuse_misspelled(self, metrics: DeferredMetrics) -> None:
-        """An evaluation has all of its names at once; who waits for others waits in vain."""
+    def _check_evaluation_names(self, metrics: DeferredMetrics) -> None:
+        """Refuse an expected name that the evaluation, which has all its names, does not have."""
         names = metrics.names()
-        groups = {_group(name) for name in names if name.startswith(_EVALUATIONS)}
-        for name, who in self._awaited():
-            if _group(name) in groups and name not in names and name not in self._found:
+        groups = {_group(name) for name in names if name.startswith(_EVALUATION_PREFIX)}
+        for name, who in self._expected_names():
+            if _group(name) in groups and name not in names and name not in self._last_values:
                 raise UnknownMetricError(name, {*self.names(), *names}, who)
 
 
 def _group(name: str) -> str:
-    """All but the last part of a name; what belongs to no group is one by itself."""
+    """Return the name without its last component; a single component is its own group."""
     group, _, last = name.rpartition("/")
     return group or last
 
 
-def _checked_weight(name: str, weight: Any, reduce: Reduction) -> Number:
+def _check_weight(name: str, weight: Any, reduce: Reduction) -> Number:
     if reduce != "mean":
-        raise ValueError(f"metric {name!r}: a weight goes with reduce='mean', not with {reduce!r}")
+        raise ValueError(f"metric {name!r}: a weight requires reduce='mean', got {reduce!r}")
     checked = check_scalar(name, weight, "the weight of ")
     if not isinstance(checked, torch.Tensor) and not checked >= 0:
         raise ValueError(f"metric {name!r}: a weight must be >= 0, got {checked}")

@@ -1,9 +1,13 @@
-"""Numbers and tensors of all ranks, in one transfer and one collective."""
+"""Device-to-host copy and all_gather of metrics: one transfer, one collective.
+
+:class:`RankGather` moves numbers and tensors of any shape and dtype. :class:`MetricsReader` uses it
+at a logging point to reduce accumulators and :class:`DeferredMetrics` over the ranks.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -12,17 +16,14 @@ from typing import Any, Protocol, TypeAlias
 import torch
 
 from robo_orchard_lab.pipeline.metrics.accumulators import (
-    WINDOWS,
+    ACCUMULATORS,
+    Accumulator,
     MetricValue,
-    Parts,
+    RankValues,
     Reduction,
-    Window,
 )
 
-# --- exchange --------------------------------------------------------------------------------
-
-
-_HEADER = 4  # int64: bytes needed; bytes of layout, of numbers, of tensors
+_HEADER = 4  # int64: bytes needed; bytes of label, of numbers, of tensors
 _MIN_CAPACITY = 1 << 14
 _DTYPES: dict[str, torch.dtype] = {
     str(dtype): dtype
@@ -33,23 +34,26 @@ _DTYPES: dict[str, torch.dtype] = {
 }
 
 
+# --- all_gather ------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
-class Parcel:
-    """What one rank has to tell."""
+class RankData:
+    """Numbers and tensors of one rank."""
 
     label: str
-    """What is in it, for the reader; sent only when it differs from the last one."""
+    """Description of the content for the receiver; sent only when it changes."""
     numbers: Sequence[float]
     tensors: Sequence[torch.Tensor]
-    """Of any shape; where they come out again, they are on the CPU."""
+    """Tensors of any shape and device; received tensors are on the CPU."""
 
 
-class Exchange:
-    """Hands every rank the parcels of all ranks; ranks may have different things to tell.
+class RankGather:
+    """All_gather of :class:`RankData`, whose content may differ between ranks.
 
-    One process reads its tensors from their device, packed as one. Several gather one buffer of a
-    size that all know. Where a rank has more to tell than fits, all see so, and gather once more;
-    the buffer then stays as large as that took.
+    One process copies its tensors to the host in one transfer. Several processes gather one buffer
+    of equal size. If one rank's data exceeds the buffer, all ranks see that, enlarge the buffer and
+    gather a second time.
     """
 
     def __init__(self) -> None:
@@ -57,147 +61,151 @@ class Exchange:
         self._sent = ""
         self._received: list[str] = []
 
-    def __call__(self, parcel: Parcel, accelerator: Any) -> list[Parcel]:
-        """The parcels by rank.
+    def __call__(self, data: RankData, accelerator: Any) -> list[RankData]:
+        """Return the data of all ranks in rank order: one collective, two if the buffer grows.
 
         Args:
-            parcel: this rank's.
-            accelerator: the processes that take part, and the device to send from.
+            data: data of this rank.
+            accelerator: defines the ranks and the device to send from; None for one process.
         """
         if accelerator is None or accelerator.num_processes == 1:
-            return [_read_back(parcel)]
+            return [_copy_to_host(data)]
         device: torch.device = accelerator.device
-        shapes = ";".join(_shape_text(tensor) for tensor in parcel.tensors)
-        label = f"{shapes}\n{parcel.label}"
+        label = f"{_shape_texts(data.tensors)}\n{data.label}"
         while True:
-            message = self._message(label, parcel, device)
-            gathered = _gather(message, accelerator.num_processes)
+            message = self._message(label, data, device)
+            gathered = _all_gather(message, accelerator.num_processes)
             needs = [int(row[:8].view(torch.int64)) for row in gathered]  # on the CPU by now
             if max(needs) <= self._capacity:
                 break
             self._capacity = 1 << (max(needs) - 1).bit_length()
         self._received = self._received or [""] * len(gathered)
         self._sent = label
-        return [self._opened(rank, row) for rank, row in enumerate(gathered)]
+        return [self._parse(rank, row) for rank, row in enumerate(gathered)]
 
-    def _message(self, label: str, parcel: Parcel, device: torch.device) -> torch.Tensor:
+    def _message(self, label: str, data: RankData, device: torch.device) -> torch.Tensor:
         text = b"" if label == self._sent else label.encode()
-        parts = [tensor.detach().reshape(-1) for tensor in parcel.tensors]
-        tensor_bytes = sum(part.numel() * part.element_size() for part in parts)
-        lengths = [len(text), 8 * len(parcel.numbers), tensor_bytes]
+        tensor_bytes = sum(tensor.numel() * tensor.element_size() for tensor in data.tensors)
+        lengths = [len(text), 8 * len(data.numbers), tensor_bytes]
         need = 8 * _HEADER + sum(lengths)
         message = torch.zeros(self._capacity, dtype=torch.uint8, device=device)
         pieces = [torch.tensor([need, *lengths]).view(torch.uint8)]
         if need <= self._capacity:
             if text:
                 pieces.append(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-            numbers = torch.tensor(parcel.numbers, dtype=torch.float64)
-            pieces.append(numbers.view(torch.uint8))
+            pieces.append(torch.tensor(data.numbers, dtype=torch.float64).view(torch.uint8))
         host = torch.cat(pieces)
         message[: len(host)].copy_(host)
         if need <= self._capacity and tensor_bytes:
-            packed = torch.cat([part.contiguous().view(torch.uint8).to(device) for part in parts])
-            message[need - tensor_bytes : need].copy_(packed)
+            message[need - tensor_bytes : need].copy_(pack_bytes(data.tensors, device))
         return message
 
-    def _opened(self, rank: int, row: torch.Tensor) -> Parcel:
+    def _parse(self, rank: int, row: torch.Tensor) -> RankData:
         need, text, numbers, _ = row[: 8 * _HEADER].view(torch.int64).tolist()
         begin = 8 * _HEADER
         if text:
             self._received[rank] = bytes(row[begin : begin + text].tolist()).decode()
             begin += text
         shapes, _, label = self._received[rank].partition("\n")
-        figures = row[begin : begin + numbers].clone().view(torch.float64).tolist()
-        begin += numbers
-        return Parcel(label, figures, _unpacked(row[begin:need], shapes))
+        values = row[begin : begin + numbers].clone().view(torch.float64).tolist()
+        return RankData(label, values, unpack_bytes(row[begin + numbers : need], _specs(shapes)))
 
 
-def _gather(message: torch.Tensor, processes: int) -> list[torch.Tensor]:
-    rows = torch.empty(processes, len(message), dtype=torch.uint8, device=message.device)
+def _all_gather(message: torch.Tensor, world_size: int) -> list[torch.Tensor]:
+    rows = torch.empty(world_size, len(message), dtype=torch.uint8, device=message.device)
     torch.distributed.all_gather(list(rows.unbind()), message)  # a collective
-    return list(rows.cpu().unbind())  # waits for the device
+    return list(rows.cpu().unbind())  # a device sync
 
 
-def _read_back(parcel: Parcel) -> Parcel:
-    tensors = [tensor.detach() for tensor in parcel.tensors]
-    if all(tensor.device.type == "cpu" for tensor in tensors):
-        return Parcel(parcel.label, parcel.numbers, [tensor.clone() for tensor in tensors])
-    shapes = ";".join(map(_shape_text, tensors))
-    device = next(tensor.device for tensor in tensors if tensor.device.type != "cpu")
-    flat = [tensor.reshape(-1).contiguous().view(torch.uint8).to(device) for tensor in tensors]
-    packed = torch.cat(flat).cpu()  # waits for the device
-    return Parcel(parcel.label, parcel.numbers, _unpacked(packed, shapes))
+def _copy_to_host(data: RankData) -> RankData:
+    tensors = [tensor.detach() for tensor in data.tensors]
+    device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), None)
+    if device is None:
+        return RankData(data.label, data.numbers, [tensor.clone() for tensor in tensors])
+    packed = pack_bytes(tensors, device).cpu()  # a device sync
+    specs = [(tensor.dtype, tensor.shape) for tensor in tensors]
+    return RankData(data.label, data.numbers, unpack_bytes(packed, specs))
 
 
-def _shape_text(tensor: torch.Tensor) -> str:
-    if str(tensor.dtype) not in _DTYPES:
-        raise TypeError(f"can't exchange a tensor of {tensor.dtype}")
-    return f"{tensor.dtype} {' '.join(map(str, tensor.shape))}"
+def pack_bytes(tensors: Iterable[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Concatenate the bytes of tensors to one uint8 tensor on ``device``."""
+    flat = [t.detach().reshape(-1).contiguous().view(torch.uint8).to(device) for t in tensors]
+    return torch.cat(flat) if flat else torch.zeros(0, dtype=torch.uint8, device=device)
 
 
-def _unpacked(packed: torch.Tensor, shapes: str) -> list[torch.Tensor]:
+def unpack_bytes(
+    packed: torch.Tensor, specs: Iterable[tuple[torch.dtype, torch.Size]]
+) -> list[torch.Tensor]:
+    """Split the result of :func:`pack_bytes` into tensors of the given dtypes and shapes."""
     tensors, begin = [], 0
-    for text in shapes.split(";") if shapes else []:
-        name, *sizes = text.split()
-        shape = torch.Size(map(int, sizes))
-        end = begin + shape.numel() * _DTYPES[name].itemsize
-        # A copy, whose first byte lies where any dtype may begin.
-        tensors.append(packed[begin:end].clone().view(_DTYPES[name]).reshape(shape))
+    for dtype, shape in specs:
+        end = begin + shape.numel() * dtype.itemsize
+        # The clone is aligned for any dtype; a slice may not be.
+        tensors.append(packed[begin:end].clone().view(dtype).reshape(shape))
         begin = end
     return tensors
 
 
-# --- deferred --------------------------------------------------------------------------------
-# Metrics whose values follow from tensors that all ranks have a part of.
+def _shape_texts(tensors: Sequence[torch.Tensor]) -> str:
+    for tensor in tensors:
+        if str(tensor.dtype) not in _DTYPES:
+            raise TypeError(f"can't exchange a tensor of {tensor.dtype}")
+    return ";".join(f"{tensor.dtype} {' '.join(map(str, tensor.shape))}" for tensor in tensors)
 
+
+def _specs(shape_texts: str) -> Iterator[tuple[torch.dtype, torch.Size]]:
+    for text in shape_texts.split(";") if shape_texts else []:
+        name, *sizes = text.split()
+        yield _DTYPES[name], torch.Size(map(int, sizes))
+
+
+# --- deferred metrics ------------------------------------------------------------------------
 
 StateReduction: TypeAlias = str | Callable[[torch.Tensor], torch.Tensor] | None
-"""``sum``, ``mean``, ``max``, ``min``: elementwise over the ranks; ``cat``: along the first
-dimension; a function of the ranks' tensors, stacked; None: the ranks' tensors, stacked."""
+"""Reduction of a state over the ranks: ``sum``, ``mean``, ``max`` and ``min`` are elementwise,
+``cat`` concatenates along dim 0, None stacks, and a function receives the stacked tensor."""
 
 
 class DeferredMetrics(Protocol):
-    """Tensors on the device, and the metrics that follow from them once they are reduced.
+    """Metrics computed on the host from device tensors that are reduced over the ranks.
 
-    Every rank has one of the same kind and the same names.
+    All ranks must hold metrics of the same kind and names.
     """
 
     def names(self) -> Sequence[str]:
-        """The names of the values, known ahead."""
+        """Return the metric names, known before the values."""
         ...
 
     def states(self) -> Sequence[tuple[torch.Tensor, StateReduction]]:
-        """This rank's tensors, and how they are reduced over the ranks."""
+        """Return this rank's tensors with their reductions over the ranks."""
         ...
 
     def values(self, reduced: Sequence[torch.Tensor]) -> Mapping[str, float]:
-        """The values by name, of the reduced tensors, which lie on the CPU."""
+        """Compute the values by name from the reduced tensors, which are on the CPU."""
         ...
 
 
 def resolve(deferred: DeferredMetrics, accelerator: Any = None) -> dict[str, float]:
-    """The values, read at once: one transfer and, with several processes, one collective."""
+    """Compute deferred metrics now: one transfer and, with several processes, one collective."""
     states = deferred.states()
-    parcel = Parcel("", (), [tensor for tensor, _ in states])
-    ranks = [row.tensors for row in Exchange()(parcel, accelerator)]
+    data = RankData("", (), [tensor for tensor, _ in states])
+    ranks = [rank.tensors for rank in RankGather()(data, accelerator)]
     return dict(deferred.values(reduce_states(ranks, [reduce for _, reduce in states])))
 
 
 def reduce_states(
     ranks: Sequence[Sequence[torch.Tensor]], reductions: Sequence[StateReduction]
 ) -> list[torch.Tensor]:
-    """The tensors of all ranks as one of each."""
+    """Reduce each tensor over the ranks."""
     return [
-        _reduced([tensors[index] for tensors in ranks], reduce)
+        _reduce_state([tensors[index] for tensors in ranks], reduce)
         for index, reduce in enumerate(reductions)
     ]
 
 
-def _reduced(tensors: list[torch.Tensor], reduce: StateReduction) -> torch.Tensor:
+def _reduce_state(tensors: list[torch.Tensor], reduce: StateReduction) -> torch.Tensor:
     if reduce == "cat":
-        return torch.cat(
-            [tensor.reshape(-1) if tensor.dim() == 0 else tensor for tensor in tensors]
-        )
+        return torch.cat([torch.atleast_1d(tensor) for tensor in tensors])
     if len(tensors) == 1 and isinstance(reduce, str):
         return tensors[0]
     stacked = torch.stack(tensors)
@@ -213,50 +221,48 @@ def _reduced(tensors: list[torch.Tensor], reduce: StateReduction) -> torch.Tenso
 
 
 # --- reader ----------------------------------------------------------------------------------
-# From windows and deferred metrics of all ranks to values.
-
 
 Layout: TypeAlias = tuple[tuple[str, Reduction, int, int], ...]
-"""Name, reduction, and how many numbers and tensors there are, of each window."""
+"""Name, reduction, number of numbers and number of tensors of each accumulator."""
 
 
-class Reader:
-    """Reads what was published: one transfer and, with several ranks, one collective."""
+class MetricsReader:
+    """Reader of published metrics: one transfer and, with several ranks, one collective."""
 
     def __init__(self) -> None:
-        self._exchange = Exchange()
+        self._gather = RankGather()
 
     def read(
         self,
-        windows: Mapping[str, Window],
+        accumulators: Mapping[str, Accumulator],
         deferred: Sequence[tuple[DeferredMetrics, int]],
         accelerator: Any,
     ) -> list[MetricValue]:
-        """The values of all ranks.
+        """Return the values, reduced over all ranks.
 
         Args:
-            windows: this rank's, by name; other ranks may have other names.
-            deferred: metrics and the step they belong to, alike on all ranks.
-            accelerator: the processes; None for this one alone.
+            accumulators: accumulators of this rank by name; names may differ between ranks.
+            deferred: metrics and their step, identical on all ranks.
+            accelerator: defines the ranks; None for one process.
 
         Raises:
-            ValueError: ranks have published one name with different reductions.
+            ValueError: ranks published one name with different reductions.
         """
         layout = []
         numbers: list[float] = []
         scalars: list[torch.Tensor] = []
-        for name, window in windows.items():
-            own_numbers, own_tensors = window.numbers(), window.tensors()
-            layout.append((name, window.reduce, len(own_numbers), len(own_tensors)))
-            numbers += [window.step, *own_numbers]
+        for name, accumulator in accumulators.items():
+            own_numbers, own_tensors = accumulator.numbers(), accumulator.tensors()
+            layout.append((name, accumulator.reduce, len(own_numbers), len(own_tensors)))
+            numbers += [accumulator.step, *own_numbers]
             scalars += own_tensors
         states = [metrics.states() for metrics, _ in deferred]
         flat = [tensor for own in states for tensor, _ in own]
-        parcel = Parcel(_label_of(tuple(layout)), numbers, [_stacked(scalars), *flat])
-        ranks = self._exchange(parcel, accelerator)
+        data = RankData(_encode_layout(tuple(layout)), numbers, [_stack(scalars), *flat])
+        ranks = self._gather(data, accelerator)
 
-        values = [*_combined(ranks)]
-        begin = 1  # behind the scalars
+        values = [*_combine(ranks)]
+        begin = 1  # after the scalars
         for (metrics, step), own in zip(deferred, states, strict=True):
             end = begin + len(own)
             tensors = [rank.tensors[begin:end] for rank in ranks]
@@ -266,41 +272,41 @@ class Reader:
         return values
 
 
-# From one logging point to the next the names are mostly the same, and JSON takes its time.
+# Names rarely change between logging points, and JSON is slow.
 
 
 @lru_cache(maxsize=16)
-def _label_of(layout: Layout) -> str:
+def _encode_layout(layout: Layout) -> str:
     return json.dumps(layout)
 
 
 @lru_cache(maxsize=64)
-def _layout_of(label: str) -> Layout:
+def _decode_layout(label: str) -> Layout:
     return tuple(tuple(entry) for entry in json.loads(label))
 
 
-def _combined(ranks: Sequence[Parcel]) -> Iterator[MetricValue]:
-    """What the windows of all ranks give together."""
+def _combine(ranks: Sequence[RankData]) -> Iterator[MetricValue]:
+    """Reduce the accumulators of all ranks."""
     reductions: dict[str, str] = {}
     steps: dict[str, int] = {}
-    parts: dict[str, list[Parts]] = {}
+    values: dict[str, list[RankValues]] = {}
     for rank in ranks:
-        figures, read = iter(rank.numbers), iter(rank.tensors[0].tolist())
-        for name, reduce, n_numbers, n_tensors in _layout_of(rank.label):
+        numbers, scalars = iter(rank.numbers), iter(rank.tensors[0].tolist())
+        for name, reduce, n_numbers, n_tensors in _decode_layout(rank.label):
             if reductions.setdefault(name, reduce) != reduce:
                 raise ValueError(
                     f"metric {name!r} is published with reduce={reductions[name]!r} on one rank "
                     f"and with {reduce!r} on another"
                 )
-            steps[name] = max(steps.get(name, 0), int(next(figures)))
-            part = list(islice(figures, n_numbers)), list(islice(read, n_tensors))
-            parts.setdefault(name, []).append(part)
-    for name, of_ranks in parts.items():
-        yield MetricValue(name, WINDOWS[reductions[name]].combine(of_ranks), steps[name])
+            steps[name] = max(steps.get(name, 0), int(next(numbers)))
+            of_rank = list(islice(numbers, n_numbers)), list(islice(scalars, n_tensors))
+            values.setdefault(name, []).append(of_rank)
+    for name, of_ranks in values.items():
+        yield MetricValue(name, ACCUMULATORS[reductions[name]].combine(of_ranks), steps[name])
 
 
-def _stacked(scalars: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One row of all scalars, on one device."""
+def _stack(scalars: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Stack scalars to one 1-dim tensor on one device."""
     if not scalars:
         return torch.zeros(0)
     devices = {scalar.device for scalar in scalars}

@@ -1,25 +1,33 @@
-"""States of torchmetrics metrics: extract, merge, pack into tensors, and restore."""
+"""States of torchmetrics metrics: copy out, merge over parts and ranks, pack into tensors, restore.
+
+Private attributes of torchmetrics used here, for want of a public way:
+
+- ``Metric._reductions``: the ``dist_reduce_fx`` of each state.
+- ``Metric._update_count``: ``compute()`` warns while the count is 0; the public ``update_count`` is
+  read-only.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
 from robo_orchard_lab.pipeline.metrics.accumulators import MetricValueError
+from robo_orchard_lab.pipeline.metrics.exchange import pack_bytes, unpack_bytes
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-Joining: TypeAlias = Literal["sum", "mean", "max", "min", "cat"] | Callable[[Any], Any] | None
-"""What makes one state of those of several parts: elementwise; ``cat``, along the first dimension;
-a function of the parts, stacked; None: the parts, stacked. The elements of a list state are
+StateReduceFx: TypeAlias = Literal["sum", "mean", "max", "min", "cat"] | Callable[[Any], Any] | None
+"""torchmetrics' ``dist_reduce_fx``: ``sum``, ``mean``, ``max`` and ``min`` are elementwise, ``cat``
+concatenates along dim 0, None stacks, and a function receives the stacked parts. List states are
 gathered instead of stacked."""
 
-_ELEMENTWISE: Mapping[Joining, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+_ELEMENTWISE: Mapping[StateReduceFx, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "sum": torch.add,
     "max": torch.maximum,
     "min": torch.minimum,
@@ -32,102 +40,103 @@ _DTYPES = (
 
 @dataclass(frozen=True, slots=True)
 class StateRule:
-    """How the parts of one state are joined."""
+    """Reduction of one metric state over parts of the data."""
 
-    joining: Joining
+    reduction: StateReduceFx
     is_list: bool
 
-    def join(self, parts: Sequence[tuple[int, list[torch.Tensor]]]) -> list[torch.Tensor]:
-        """Of the states of several parts, and how often each was updated, >= 1."""
-        if self.is_list or self.joining in ("cat", None) or callable(self.joining):
+    def merge(self, parts: Sequence[tuple[int, list[torch.Tensor]]]) -> list[torch.Tensor]:
+        """Merge states of several parts, given as update count >= 1 and elements."""
+        if self.is_list or self.reduction in ("cat", None) or callable(self.reduction):
             return [element for _, elements in parts for element in elements]
         values = [elements[0] for _, elements in parts]
-        if self.joining in _ELEMENTWISE:
-            return [reduce(_ELEMENTWISE[self.joining], values)]
-        total = sum(updates for updates, _ in parts)
-        weighted = [value * (updates / total) for value, (updates, _) in zip(values, parts)]  # noqa: B905 - one is made of the other
+        if self.reduction in _ELEMENTWISE:
+            return [reduce(_ELEMENTWISE[self.reduction], values)]
+        total = sum(updates for updates, _ in parts)  # mean: weight by updates
+        weighted = [elements[0] * (updates / total) for updates, elements in parts]
         return [reduce(torch.add, weighted)]
 
-    def gathered(self, elements: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The elements, or what they are as one where it makes no difference."""
-        return _concatenated(elements) if self.joining == "cat" else elements
+    def compact(self, elements: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Concatenate the elements of a ``cat`` state."""
+        if self.reduction != "cat" or len(elements) <= 1:
+            return list(elements)
+        return [torch.cat([torch.atleast_1d(element) for element in elements])]
 
-    def final(self, elements: list[torch.Tensor], parts: int) -> Any:
-        """What the metric itself has in the place of this state, as torchmetrics would set it."""
+    def restored(self, elements: list[torch.Tensor], parts: int) -> Any:
+        """Return the value of the metric's attribute, as torchmetrics would set it after a sync."""
         if self.is_list:
-            if parts > 1 and callable(self.joining):
-                return self.joining(elements)
-            return list(self.gathered(elements))
-        if self.joining == "cat":
-            return _concatenated(elements)[0]
-        if parts == 1 or isinstance(self.joining, str):
+            if parts > 1 and callable(self.reduction):
+                return self.reduction(elements)
+            return self.compact(elements)
+        if self.reduction == "cat":
+            return self.compact(elements)[0]
+        if parts == 1 or isinstance(self.reduction, str):
             return elements[0]
         stacked = torch.stack(elements)
-        return stacked if self.joining is None else self.joining(stacked)
+        return stacked if self.reduction is None else self.reduction(stacked)
 
 
 Rules: TypeAlias = Mapping[str, StateRule]
-"""Of one metric, by the name of the state."""
+"""Reductions of one metric by state name."""
 
 
 @dataclass(slots=True)
 class MetricState:
-    """What one metric has gathered."""
+    """State of one metric, outside of the metric."""
 
     updates: int
-    """How often it was updated."""
+    """Number of updates."""
     states: dict[str, list[torch.Tensor]]
-    """The elements of each state, one of a tensor; those of ``cat`` are yet to be concatenated."""
-    parts: int = field(default=1)
-    """How many were joined, each of which was updated."""
+    """Elements of each state; a tensor state has one. ``cat`` states are not concatenated yet."""
+    parts: int = 1
+    """Number of merged parts that were updated."""
+
+    def to(self, device: torch.device, copy: bool = False) -> MetricState:
+        """Move the tensors to a device."""
+        moved = {n: [e.to(device, copy=copy) for e in es] for n, es in self.states.items()}
+        return MetricState(self.updates, moved, self.parts)
 
 
 def rules_of(metric: Metric) -> Rules:
-    """How the states of a metric are joined, as it declares it."""
-    from torchmetrics.utilities import (
-        dim_zero_cat,
-        dim_zero_max,
-        dim_zero_mean,
-        dim_zero_min,
-        dim_zero_sum,
-    )
+    """Return the reduction that a metric declares for each of its states."""
+    from torchmetrics import utilities
 
-    known: Mapping[Any, Any] = {
-        dim_zero_sum: "sum",
-        dim_zero_mean: "mean",
-        dim_zero_max: "max",
-        dim_zero_min: "min",
-        dim_zero_cat: "cat",
+    names: Mapping[Any, Any] = {
+        utilities.dim_zero_sum: "sum",
+        utilities.dim_zero_mean: "mean",
+        utilities.dim_zero_max: "max",
+        utilities.dim_zero_min: "min",
+        utilities.dim_zero_cat: "cat",
     }
-    rules = {}
-    for name, declared in metric._reductions.items():
-        joining: Joining = known.get(declared, declared)
-        rules[name] = StateRule(joining, is_list=isinstance(metric._defaults[name], list))
-    return rules
+    return {
+        name: StateRule(
+            names.get(metric._reductions[name], metric._reductions[name]), isinstance(value, list)
+        )
+        for name, value in metric.metric_state.items()
+    }
 
 
 def is_mergeable(metric: Metric) -> bool:
-    """Whether what it gathers in two parts of the data makes what it would have gathered in both.
+    """Return True if merged states of two parts of the data equal one state of both.
 
-    This is where torchmetrics itself merges states; other metrics may make one of several ranks'
-    states only in the end, or their updates may depend on those before.
+    This is torchmetrics' own condition for ``merge_state``. Updates of other metrics may depend on
+    earlier updates, or on a reduction that runs only once.
     """
-    rules = rules_of(metric).values()
     return (
         metric.full_state_update is False
         and not metric.dist_sync_on_step
         and all(
-            isinstance(rule.joining, str) or (rule.is_list and rule.joining is None)
-            for rule in rules
+            isinstance(rule.reduction, str) or (rule.is_list and rule.reduction is None)
+            for rule in rules_of(metric).values()
         )
     )
 
 
 def take_state(metric: Metric, rules: Rules) -> MetricState:
-    """What it has gathered, without a copy; to be followed by a reset, which makes new tensors.
+    """Return the state without a copy; reset the metric afterwards, which allocates new tensors.
 
     Raises:
-        MetricValueError: a state holds something else than tensors of numbers.
+        MetricValueError: a state holds an object that is not a tensor of numbers.
     """
     states = {}
     for name in rules:
@@ -137,29 +146,28 @@ def take_state(metric: Metric, rules: Rules) -> MetricState:
             if not isinstance(element, torch.Tensor) or element.dtype not in _DTYPES:
                 kind = getattr(element, "dtype", type(element).__name__)
                 raise MetricValueError(
-                    f"the state {name!r} of {type(metric).__name__} holds a {kind}, which can't be "
-                    "read with the other metrics; only tensors of numbers can"
+                    f"the state {name!r} of {type(metric).__name__} holds a {kind}; expected "
+                    "tensors of numbers"
                 )
     return MetricState(metric.update_count, states)
 
 
-def put_state(metric: Metric, state: MetricState, rules: Rules) -> None:
-    """Have the metric be what gathered the state."""
+def put_state(metric: Metric, state: MetricState, rules: Rules, updates: int | None = None) -> None:
+    """Set the state of a metric that has not computed a value since its last reset."""
     for name, rule in rules.items():
-        setattr(metric, name, rule.final(state.states[name], state.parts))
-    metric._update_count = max(1, state.updates)  # or its compute would warn
-    metric._computed = None
+        setattr(metric, name, rule.restored(state.states[name], state.parts))
+    metric._update_count = state.updates if updates is None else updates
 
 
 def merge_states(parts: Sequence[MetricState], rules: Rules) -> MetricState:
-    """One state of several; those that were never updated count for nothing."""
+    """Merge the states of several parts of the data; parts without updates are ignored."""
     updated = [part for part in parts if part.updates]
     if len(updated) <= 1:
         return updated[0] if updated else parts[0]
     return MetricState(
         sum(part.updates for part in updated),
         {
-            name: rule.join([(part.updates, part.states[name]) for part in updated])
+            name: rule.merge([(part.updates, part.states[name]) for part in updated])
             for name, rule in rules.items()
         },
         sum(part.parts for part in updated),
@@ -169,14 +177,13 @@ def merge_states(parts: Sequence[MetricState], rules: Rules) -> MetricState:
 def pack(
     states: Sequence[MetricState], rules: Sequence[Rules], device: torch.device
 ) -> list[torch.Tensor]:
-    """All states as two tensors: where what is, and all bytes, on ``device``.
+    """Pack all metric states into a header (int64, CPU) and a byte tensor on ``device``.
 
-    Those of several ranks, concatenated, go back into the states of each by :func:`unpack`. They
-    need not have the same shapes. A state that is that of another metric, as in the compute groups
-    of a collection, is there once.
+    Headers and byte tensors of several ranks can be concatenated and then unpacked; shapes may
+    differ between ranks. States shared by the metrics of a compute group are packed once.
     """
     header: list[int] = []
-    bytes_: list[torch.Tensor] = []
+    tensors: list[torch.Tensor] = []
     seen: dict[tuple[int, ...], int] = {}
     index = 0
     for state, of_metric in zip(states, rules, strict=True):
@@ -188,59 +195,41 @@ def pack(
             if first < index - 1:
                 header.append(-1 - first)
                 continue
-            elements = rule.gathered(elements)
+            elements = rule.compact(elements)
             header.append(len(elements))
             for element in elements:
                 header += [_DTYPES.index(element.dtype), element.dim(), *element.shape]
-                flat = element.reshape(-1).contiguous()
-                bytes_.append(flat.view(torch.uint8).to(device))
-    packed = torch.cat(bytes_) if bytes_ else torch.zeros(0, dtype=torch.uint8, device=device)
-    return [torch.tensor(header, dtype=torch.int64), packed]
+            tensors += elements
+    return [torch.tensor(header, dtype=torch.int64), pack_bytes(tensors, device)]
 
 
 def unpack(
     header: torch.Tensor, packed: torch.Tensor, rules: Sequence[Rules]
 ) -> list[list[MetricState]]:
-    """The states of each rank, of what :func:`pack` made there, concatenated."""
-    ranks = []
+    """Return the states of each rank from the concatenated results of :func:`pack`."""
     numbers, begin = iter(header.tolist()), 0
-    for updates in numbers:
-        states, begin = _unpacked(updates, numbers, packed, begin, rules)
+
+    def read_tensor() -> torch.Tensor:
+        nonlocal begin
+        dtype = _DTYPES[next(numbers)]
+        shape = torch.Size([next(numbers) for _ in range(next(numbers))])
+        (tensor,) = unpack_bytes(packed[begin:], [(dtype, shape)])
+        begin += shape.numel() * dtype.itemsize
+        return tensor
+
+    ranks = []
+    for first_number in numbers:
+        states: list[MetricState] = []
+        known: list[list[torch.Tensor]] = []
+        for of_metric in rules:
+            updates = next(numbers) if states else first_number
+            state = MetricState(updates, {}, parts=next(numbers))
+            for name in of_metric:
+                count = next(numbers)
+                known.append(
+                    known[-1 - count] if count < 0 else [read_tensor() for _ in range(count)]
+                )
+                state.states[name] = known[-1]
+            states.append(state)
         ranks.append(states)
     return ranks
-
-
-def _unpacked(
-    updates: int,
-    numbers: Iterator[int],
-    packed: torch.Tensor,
-    begin: int,
-    rules: Sequence[Rules],
-) -> tuple[list[MetricState], int]:
-    """One rank's states, from its second number on, and where its bytes end."""
-    states: list[MetricState] = []
-    known: list[list[torch.Tensor]] = []
-    for of_metric in rules:
-        if states:
-            updates = next(numbers)
-        state = MetricState(updates, {}, next(numbers))
-        for name in of_metric:
-            count = next(numbers)
-            elements = known[-1 - count] if count < 0 else []
-            for _ in range(count):
-                dtype = _DTYPES[next(numbers)]
-                shape = torch.Size([next(numbers) for _ in range(next(numbers))])
-                end = begin + shape.numel() * dtype.itemsize
-                # A copy, whose first byte lies where any dtype may begin.
-                elements.append(packed[begin:end].clone().view(dtype).reshape(shape))
-                begin = end
-            known.append(elements)
-            state.states[name] = elements
-        states.append(state)
-    return states, begin
-
-
-def _concatenated(elements: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    if len(elements) <= 1:
-        return list(elements)
-    return [torch.cat([e.reshape(1) if e.dim() == 0 else e for e in elements])]

@@ -9,16 +9,22 @@ import shutil
 import sys
 import uuid
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from robo_orchard_lab.pipeline.distributed.stall_clock import record_heartbeat
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 # Linux writes at most 2 GiB at once. Each write gives the interpreter to other threads, and a busy
 # one takes 5 ms to give it back.
 _PIECE_BYTES = 1 << 30
 _PAGE_BYTES = 4096
 _PAST_CACHE_FROM = 1 << 20
+# A file system without locks answers with one of these.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def temporary_name(name: str) -> str:
@@ -137,3 +143,43 @@ def replace_link(path: Path, target: str) -> None:
 def remove_folder(path: Path) -> None:
     """Remove a folder with all that is in it, as far as possible; what stays, is told by nobody."""
     shutil.rmtree(path, ignore_errors=True)
+
+
+def lock_file(path: Path, holder: str = "") -> BaseFileLock | None:
+    """Lock a file, without waiting, until ``release()``, the last reference or the process ends.
+
+    The file is created if missing and stays afterwards. Forked processes do not hold the lock.
+
+    Args:
+        path: of the file, which may be the data file itself.
+        holder: replaces the contents of the file, to tell others who holds the lock.
+
+    Returns:
+        The lock; None if the file system has no locks.
+
+    Raises:
+        BlockingIOError: another holder, in this process or another one, has the lock.
+        OSError: the file can't be opened for writing.
+    """
+    from filelock import FileLock, Timeout  # here, since importing the package costs 20 ms
+
+    def write_holder(descriptor: int) -> None:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, holder.encode())
+
+    lock = FileLock(
+        path,
+        blocking=False,
+        thread_local=False,  # another thread may release the lock
+        fallback_to_soft=False,  # a soft lock outlives a killed process
+        on_acquired=write_holder if holder else None,
+    )
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BlockingIOError(errno.EAGAIN, "another holder has the lock", str(path)) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return None
+    return lock

@@ -1,4 +1,4 @@
-"""Where metrics go: experiment trackers, a file of JSON lines, the log."""
+"""Sinks of metrics: experiment trackers, a file of JSON lines, the log."""
 
 from robo_orchard_lab.pipeline.sinks.jsonl import (
     JsonLinesSink,

@@ -1,4 +1,4 @@
-"""Write metrics as lines of the log."""
+"""Sink that writes metrics to the log."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 class LogSink:
-    """Writes a line for each record, at level INFO.
+    """Sink that logs one line per record at level INFO.
 
-    The epoch is counted from 1, the step is the number of steps done. A value that belongs to an
-    earlier step says so.
+    The epoch counts from 1; the step is the number of completed steps. Values of earlier steps are
+    marked with their step.
 
     >>> from robo_orchard_lab.pipeline.context import PipelineRun
     >>> run, sink = PipelineRun(), LogSink(names=["loss/*"])
@@ -30,8 +30,8 @@ class LogSink:
     epoch 1, step 50: loss/total 0.4231
 
     Args:
-        names: which metrics to write, as names or patterns such as ``loss/*``; None for all. A
-            record without any of them gets no line.
+        names: names of the metrics to log, or patterns such as ``loss/*``; None logs all. A record
+            without any of the metrics gets no line.
     """
 
     def __init__(self, names: Sequence[str] | None = None) -> None:
@@ -39,24 +39,21 @@ class LogSink:
         self._progress = TrainerProgress()
 
     def open(self, args: PipelineHookArgs) -> None:
-        """Lines are written for the run that ``args`` are of."""
         self._progress = args.progress
 
     def write(self, record: MetricsRecord) -> None:
-        """Write the line of a record, if it has something to say."""
         line = self.line(record)
         if line:
             logger.info("%s", line)
 
-    def close(self) -> None:
-        """Nothing is to be done."""
+    def close(self) -> None: ...
 
     def line(self, record: MetricsRecord) -> str:
-        """What is written for a record; "" for nothing."""
+        """Return the line of a record, or "" if no metric is selected."""
         shown = [value for value in record.values if self._is_shown(value)]
         if not shown:
             return ""
-        # At the end of an epoch the counter has moved already; at the start none is done.
+        # At the end of an epoch the counter has advanced; at the start, no epoch is done.
         epoch = max(1, record.epoch_id + (self._progress.step_id > 0))
         parts = [
             f"{value.name} {number_text(value.value)}"
@@ -70,7 +67,7 @@ class LogSink:
 
 
 class LogSinkConfig(SinkConfig[LogSink]):
-    """Which metrics to write to the log.
+    """Configuration of a :class:`LogSink`.
 
     >>> isinstance(LogSinkConfig(names=["loss/*", "eval/*"])(), LogSink)
     True
@@ -80,5 +77,5 @@ class LogSinkConfig(SinkConfig[LogSink]):
     names: list[str] | None = Field(
         default=None,
         min_length=1,
-        description="Names, or patterns such as 'loss/*', of the metrics to write; by default all.",
+        description="Names of the metrics to log, or patterns such as 'loss/*'; default: all.",
     )

@@ -1,4 +1,4 @@
-"""What a sink is, and its configuration."""
+"""MetricsSink protocol, its configuration, and a group of sinks that can't end a run."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from robo_orchard_core.utils.config import ClassConfig
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
 
+logger = logging.getLogger(__name__)
+
 
 @runtime_checkable
 class MetricsSink(Protocol):
-    """Where the records of a run go; opened on the main process only.
+    """Destination of metric records, used on the main process only.
 
-    What ``open`` raises ends the run before its first step. What ``write`` or ``close`` raises is
-    reported once; the sink then gets no more records, and training goes on.
+    An error of ``open`` ends the run before its first step. An error of ``write`` or ``close`` is
+    logged once; the sink gets no more records, and training continues.
     """
 
     def open(self, args: PipelineHookArgs) -> None:
-        """The run begins, or goes on, at ``args.progress``."""
+        """Open the sink for a run that starts or resumes at ``args.progress``."""
         ...
 
     def write(self, record: MetricsRecord) -> None:
-        """Take the record of a logging point, or the partial one at the end of the run."""
+        """Write the record of a logging point, or the partial record at the end of the run."""
         ...
 
     def close(self) -> None:
-        """The run has ended, also by an error."""
+        """Close the sink at the end of the run, also after an error."""
         ...
 
 
@@ -37,28 +39,18 @@ SinkT_co = TypeVar("SinkT_co", bound=MetricsSink, covariant=True)
 
 
 class SinkConfig(ClassConfig[SinkT_co], Generic[SinkT_co]):
-    """The parameters of a sink; calling it builds the sink.
+    """Configuration of a sink; calling it builds the sink.
 
     ``class_type`` names the class, ``SinkConfig[MySink]`` declares its type.
     """
 
 
-# --- group -----------------------------------------------------------------------------------
-# Several sinks as one, none of which can end a run.
-
-
-logger = logging.getLogger(__name__)
-
-
 class SinkGroup:
-    """Hands each record to several sinks.
-
-    One that fails while the run goes on is reported once, by its name, and dropped. One that can't
-    be opened is an error, and those that were opened before it are closed.
+    """Several sinks as one; a sink that fails during the run is logged once and dropped.
 
     Args:
-        sinks: by the names that they are reported by.
-        owner: whose sinks they are, for the report.
+        sinks: sinks by name, for error messages.
+        owner: name of the owner of the sinks, for error messages.
     """
 
     def __init__(self, sinks: Mapping[str, MetricsSink], owner: str) -> None:
@@ -67,10 +59,10 @@ class SinkGroup:
         self._open: dict[str, MetricsSink] = {}
 
     def open(self, args: PipelineHookArgs) -> None:
-        """Open every one.
+        """Open all sinks; if one fails, close the others.
 
         Raises:
-            Exception: what a sink raises, with a note that names it.
+            Exception: the error of the sink, with a note that names the sink.
         """
         for name, sink in self._sinks.items():
             try:
@@ -82,25 +74,25 @@ class SinkGroup:
             self._open[name] = sink
 
     def write(self, record: MetricsRecord) -> None:
-        """Hand a record to every one that has not failed."""
+        """Write a record to all open sinks."""
         for name, sink in [*self._open.items()]:
-            if not self._works(name, partial(sink.write, record)):
+            if not self._succeeds(name, partial(sink.write, record)):
                 del self._open[name]
-                self._works(name, sink.close, report=False)
+                self._succeeds(name, sink.close, report=False)
 
     def close(self) -> None:
-        """Close every one that has not failed."""
+        """Close all open sinks."""
         while self._open:
             name, sink = self._open.popitem()
-            self._works(name, sink.close)
+            self._succeeds(name, sink.close)
 
-    def _works(self, name: str, do: Callable[[], None], report: bool = True) -> bool:
+    def _succeeds(self, name: str, do: Callable[[], None], report: bool = True) -> bool:
         try:
             do()
         except Exception as error:
             if report:
                 logger.error(
-                    "%s drops %r, which failed with %s: %s; training goes on without it",
+                    "%s drops %r, which failed with %s: %s; training continues without it",
                     *(self._owner, name, type(error).__name__, error),
                     exc_info=error,
                 )

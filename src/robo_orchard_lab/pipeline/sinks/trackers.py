@@ -1,4 +1,4 @@
-"""Send metrics to experiment trackers, through Accelerate."""
+"""Sink that logs metrics to experiment trackers, through Accelerate."""
 
 from __future__ import annotations
 
@@ -21,36 +21,35 @@ Hyperparameter: TypeAlias = bool | int | float | str
 TrackerLike: TypeAlias = str | GeneralTracker
 
 _PACKAGES = {"comet_ml": "comet-ml"}
-"""What pip calls a tracker's package, where it is not the tracker's name."""
+"""Package names of trackers whose package has another name."""
 
 
 class TrackerSink:
-    """Logs to TensorBoard, W&B, MLflow, Trackio and whatever else Accelerate has a tracker for.
+    """Sink that logs to TensorBoard, W&B, MLflow, Trackio or another tracker of Accelerate.
 
-    Each value is logged at the step that it belongs to, in one call for each step. A tracker that
-    fails while the run goes on is reported once and dropped; the others go on.
+    Each value is logged at its step, in one call per step. A tracker that fails during the run is
+    logged once and dropped.
 
-    Where the files of a tracker are, if it writes some:
+    Files of the trackers:
 
-    - ``tensorboard``: in ``folder/project``. A run that goes on from step n, or begins anew, has
-      TensorBoard hide what is there already from later steps.
-    - ``mlflow``: with a ``folder``, runs in ``folder/mlflow.db`` and artifacts in
-      ``folder/mlflow``; without, where MLflow is set up to (``MLFLOW_TRACKING_URI``). A resumed
-      run is another one, unless ``options={"mlflow": {"run_id": ...}}`` names it.
-    - ``wandb``: in ``folder/wandb``. It asks for an account, unless
-      ``options={"wandb": {"mode": "offline"}}``. To go on with a run, give its ``id`` and
-      ``"resume": "allow"``; W&B takes no values of steps that it has already.
-    - ``trackio``: where the environment's ``TRACKIO_DIR`` says when it is first imported.
+    - ``tensorboard``: ``folder/project``. A resumed run makes TensorBoard hide the values of later
+      steps; so does a new run in the same folder.
+    - ``mlflow``: runs in ``folder/mlflow.db`` and artifacts in ``folder/mlflow``; without
+      ``folder``, at ``MLFLOW_TRACKING_URI``. A resumed run is a new MLflow run, unless
+      ``options={"mlflow": {"run_id": ...}}`` names an existing one.
+    - ``wandb``: ``folder/wandb``. W&B requires an account, or
+      ``options={"wandb": {"mode": "offline"}}``. To resume a W&B run, pass its ``id`` and
+      ``"resume": "allow"``; W&B rejects values of steps that it already has.
+    - ``trackio``: the environment variable ``TRACKIO_DIR`` at the first import.
 
     Args:
-        trackers: their names, or live trackers; with none, those that the Accelerator was made
-            with (``log_with=...``). Those that ``accelerator.init_trackers`` has started already
-            are only logged to; the others are started here, and finished at the end of the run.
-        project: the name to log under: W&B's and Trackio's project, MLflow's experiment,
-            TensorBoard's folder.
-        folder: where to write; by default the Accelerator's ``logging_dir``, or else ``runs``.
-        hyperparameters: of the run, to tell the trackers at its start.
-        options: more arguments for a tracker's constructor, by its name.
+        trackers: names or live trackers; by default the trackers of the Accelerator
+            (``log_with=...``). Trackers started by ``accelerator.init_trackers`` are only logged
+            to; others are started here and finished at the end of the run.
+        project: W&B and Trackio project, MLflow experiment and TensorBoard folder.
+        folder: folder for files; by default the Accelerator's ``logging_dir``, or ``runs``.
+        hyperparameters: hyperparameters of the run, logged at its start.
+        options: further constructor arguments by tracker name.
 
     Raises:
         PipelineConfigError: a tracker is unknown, or its package is not installed.
@@ -76,44 +75,45 @@ class TrackerSink:
         unknown = {*self._options} - {_name(tracker) for tracker in self._trackers}
         if self._trackers and unknown:
             raise PipelineConfigError(
-                f"TrackerSink.options are for {', '.join(sorted(unknown))}, which trackers="
-                f"{[_name(tracker) for tracker in self._trackers]} does not name"
+                f"TrackerSink.options has {', '.join(sorted(unknown))}, which is not in trackers="
+                f"{[_name(tracker) for tracker in self._trackers]}"
             )
 
     def open(self, args: PipelineHookArgs) -> None:
         """Start the trackers.
 
         Raises:
-            PipelineConfigError: none are named, and the Accelerator has none.
-            Exception: what a tracker raises that can't be started.
+            PipelineConfigError: neither the sink nor the Accelerator has a tracker.
+            Exception: error of a tracker that can't start.
         """
         sinks: dict[str, MetricsSink] = {}
-        for tracker in self._trackers or _trackers_of(args.accelerator):
-            live = self._made(tracker, args) if isinstance(tracker, str) else tracker
-            started = any(live is known for known in args.accelerator.trackers)
-            sinks[_name(tracker)] = _TrackerSink(live, started, self._hyperparameters)
+        for tracker in self._trackers or _accelerator_trackers(args.accelerator):
+            live = self._make(tracker, args) if isinstance(tracker, str) else tracker
+            is_started = any(live is known for known in args.accelerator.trackers)
+            sinks[_name(tracker)] = _OneTracker(live, is_started, self._hyperparameters)
         self._group = SinkGroup(sinks, type(self).__name__)
         self._group.open(args)
 
     def write(self, record: MetricsRecord) -> None:
-        """Log a record to each tracker that has not failed."""
-        assert self._group is not None  # since it was opened
+        assert self._group is not None, "open() comes first"
         self._group.write(record)
 
     def close(self) -> None:
-        """Finish the trackers that were started here."""
+        """Finish the trackers started by this sink."""
         group, self._group = self._group, None
         if group is not None:
             group.close()
 
-    def _made(self, name: str, args: PipelineHookArgs) -> GeneralTracker:
-        """A tracker, not started."""
+    def _make(self, name: str, args: PipelineHookArgs) -> GeneralTracker:
+        """Return a tracker that is not started."""
         accelerator, options = args.accelerator, self._options.get(name, {})
         if name == "mlflow" and self._folder is not None:
-            _use_folder_for_mlflow(self._folder)
+            mlflow = importlib.import_module("mlflow")  # mypy lacks its types if not installed
+            self._folder.mkdir(parents=True, exist_ok=True)
+            mlflow.set_tracking_uri(f"sqlite:///{self._folder.absolute() / 'mlflow.db'}")
             options = {"logging_dir": (self._folder / "mlflow").absolute().as_uri(), **options}
         if name == "wandb" and self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)  # else it writes elsewhere
+            self._folder.mkdir(parents=True, exist_ok=True)  # W&B falls back to a temporary folder
             options = {"dir": str(self._folder), **options}
         if name == "tensorboard":
             done = args.progress.global_step_id
@@ -126,7 +126,7 @@ class TrackerSink:
 
 
 class TrackerSinkConfig(SinkConfig[TrackerSink]):
-    """Which trackers to log to, and where.
+    """Configuration of a :class:`TrackerSink`.
 
     >>> TrackerSinkConfig(options={"wandb": {"mode": "offline"}}).trackers
     []
@@ -136,44 +136,44 @@ class TrackerSinkConfig(SinkConfig[TrackerSink]):
     trackers: list[str] = Field(
         default=[],
         description="Names of trackers, such as 'tensorboard', 'wandb', 'mlflow' or 'trackio'; "
-        "by default those that the Accelerator was made with.",
+        "default: the trackers of the Accelerator.",
     )
     project: Annotated[str, RunPath(joined=False)] = Field(
-        default="training", min_length=1, description="The name to log under in each tracker."
+        default="training", min_length=1, description="Project or experiment in each tracker."
     )
     folder: Annotated[str | None, RunPath()] = Field(
         default=None,
         min_length=1,
-        description="Where trackers that write files put them; by default the Accelerator's "
-        "logging_dir, or else 'runs'.",
+        description="Folder for the files of trackers; default: the Accelerator's logging_dir, or "
+        "'runs'.",
     )
     hyperparameters: dict[str, Hyperparameter] = Field(
-        default={}, description="What the trackers are told about the run at its start."
+        default={}, description="Hyperparameters of the run, logged at its start."
     )
     options: dict[str, dict[str, Any]] = Field(
-        default={}, description="More arguments for the constructor of a tracker, by its name."
+        default={}, description="Further constructor arguments by tracker name."
     )
 
 
-class _TrackerSink:
-    """One tracker."""
+class _OneTracker:
+    """Sink of one tracker; starts and finishes the tracker unless its owner started it."""
 
     def __init__(
         self,
         tracker: GeneralTracker,
-        started: bool,
+        is_started: bool,
         hyperparameters: Mapping[str, Hyperparameter],
     ) -> None:
         self._tracker = tracker
-        self._started = started  # by someone else, who will finish it
+        self._is_started = is_started
         self._hyperparameters = dict(hyperparameters)
 
     def open(self, args: PipelineHookArgs) -> None:
-        if not self._started:
+        if not self._is_started:
             self._tracker.start()
-        # TensorBoard would have another run of their own in its folder after each resume.
-        again = self._tracker.name == "tensorboard" and args.progress.global_step_id > 0
-        if self._hyperparameters and not again:
+        # TensorBoard writes hyperparameters to a separate run, one more after each resume.
+        is_repeated = self._tracker.name == "tensorboard" and args.progress.global_step_id > 0
+        if self._hyperparameters and not is_repeated:
             self._tracker.store_init_configuration(self._hyperparameters)
 
     def write(self, record: MetricsRecord) -> None:
@@ -181,16 +181,16 @@ class _TrackerSink:
             self._tracker.log(values, step=step)
 
     def close(self) -> None:
-        if not self._started:
+        if not self._is_started:
             self._tracker.finish()
 
 
-def _trackers_of(accelerator: Any) -> Sequence[TrackerLike]:
-    """Those that are started, or else those that the Accelerator was made with."""
+def _accelerator_trackers(accelerator: Any) -> Sequence[TrackerLike]:
+    """Return the started trackers of the Accelerator, or else the trackers of ``log_with``."""
     trackers = accelerator.trackers or accelerator.log_with
     if not trackers:
         raise PipelineConfigError(
-            "TrackerSink.trackers names none, and the Accelerator was made without any; give "
+            "TrackerSink.trackers is empty, and the Accelerator has no trackers; pass "
             "trackers=['tensorboard'], or Accelerator(log_with='tensorboard', project_dir=...)"
         )
     return [t if isinstance(t, GeneralTracker) else str(t) for t in trackers]
@@ -208,12 +208,6 @@ def _check_installed(name: str) -> None:
             f"TrackerSink.trackers names {name!r}, whose package is not installed: "
             f"pip install {_PACKAGES.get(name, name)}"
         )
-
-
-def _use_folder_for_mlflow(folder: Path) -> None:
-    mlflow = importlib.import_module("mlflow")  # typed nowhere where it is not installed
-    folder.mkdir(parents=True, exist_ok=True)
-    mlflow.set_tracking_uri(f"sqlite:///{folder.absolute() / 'mlflow.db'}")
 
 
 def _name(tracker: TrackerLike) -> str:

@@ -1,0 +1,485 @@
+"""Build instances from configs: match fields to parameters, build nested configs, call.
+
+A class that accepts a config receives the config itself. Any other class or function receives the
+fields as keyword arguments. A nested config of an instance is built first, unless its parameter is
+declared as a config.
+
+A parameter's annotation is evaluated at run time. If one of its names is missing, as for imports
+under ``TYPE_CHECKING``, the parameter counts as undeclared.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import importlib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Generic,
+    Protocol,
+    TypeAlias,
+    TypeVar,
+    cast,
+    get_origin,
+    runtime_checkable,
+)
+
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from robo_orchard_core.utils.config.config import Config
+from robo_orchard_core.utils.config.errors import ConfigBuildError, ConfigReferenceError
+from robo_orchard_core.utils.config.model import ConfigModel, field_values
+from robo_orchard_core.utils.config.references import (
+    CONFIG_TYPE,
+    current,
+    is_assignable,
+    item_type,
+    mapping_value_type,
+    reference_to,
+    strip_annotated,
+    union_members,
+)
+
+R = TypeVar("R")
+T = TypeVar("T")
+
+_CONFIG_NAMES = ("cfg", "config")
+_RESERVED = frozenset({CONFIG_TYPE, "class_type", "func"})
+
+# --- signatures ------------------------------------------------------------------------------
+
+
+def type_hints(code: Any) -> dict[str, Any]:
+    """Return the evaluated annotations of a function or of a class's constructor.
+
+    Annotations that can't be evaluated are absent. Names of `typing` and `collections.abc` are
+    known even if the module imports the names for type checkers only.
+    """
+    if isinstance(code, type):
+        constructors = [type_hints(getattr(code, name)) for name in ("__new__", "__init__")]
+        return {name: hint for hints in constructors for name, hint in hints.items()}
+    try:
+        return typing.get_type_hints(code, include_extras=True)
+    except Exception:  # an annotation is any expression, and can raise anything
+        names = {**vars(typing), **vars(collections.abc), **getattr(code, "__globals__", {})}
+        hints: dict[str, Any] = {}
+        for name, annotation in getattr(code, "__annotations__", {}).items():
+            holder = types.SimpleNamespace(__annotations__={name: annotation})
+            try:
+                hints |= typing.get_type_hints(holder, names, include_extras=True)
+            except Exception:
+                continue
+        return hints
+
+
+def returned_class(function: Callable[..., Any]) -> type | None:
+    """Return the class that a function's return annotation names, or None."""
+    result = strip_annotated(type_hints(function).get("return"))
+    result = get_origin(result) or result
+    return result if isinstance(result, type) and result is not type(None) else None
+
+
+def parameters_of(code: Any) -> list[inspect.Parameter]:
+    """Return the parameters of a function, or of a class's constructor.
+
+    Raises:
+        ConfigReferenceError: The signature is unknown, or has a name reserved by documents.
+    """
+    try:
+        parameters = [*inspect.signature(code).parameters.values()]
+    except (ValueError, TypeError) as error:
+        problem = f"{reference_to(code)!r} has no signature that Python can read"
+        raise ConfigReferenceError(problem) from error
+    if reserved := _RESERVED.intersection(parameter.name for parameter in parameters):
+        problem = f"{reference_to(code)!r} has a parameter {min(reserved)!r}, a word of documents"
+        raise ConfigReferenceError(problem)
+    return parameters
+
+
+def _signature(code: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(code)
+    except (ValueError, TypeError):  # some builtins have none
+        return None
+
+
+def _parameter_names(code: Callable[..., Any]) -> list[str]:
+    signature = _signature(code)
+    return [
+        p.name
+        for p in (signature.parameters.values() if signature else ())
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+
+
+def _positional_names(signature: inspect.Signature | None) -> list[str]:
+    return [
+        p.name
+        for p in (signature.parameters.values() if signature else ())
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+
+
+def config_parameter(cls: type, config: Config) -> inspect.Parameter | None:
+    """Return the constructor parameter that accepts the config, or None.
+
+    The parameter is required or the first, and no field has its name. It is declared as a class of
+    the config, or undeclared and named ``cfg`` or ``config``. If the constructor has ``*args`` or
+    ``**kwargs``, the base class's constructor is searched as well.
+    """
+    for constructor in (vars(base).get("__init__") for base in cls.__mro__[:-1]):
+        if constructor is None:
+            continue
+        signature = _signature(constructor)
+        parameters = [] if signature is None else [*signature.parameters.values()][1:]
+        hints = type_hints(constructor)
+        for index, parameter in enumerate(parameters):
+            is_candidate = index == 0 or parameter.default is parameter.empty
+            if is_candidate and _accepts(parameter, hints.get(parameter.name, Any), config):
+                return parameter
+        if all(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+            return None
+    return None
+
+
+def _accepts(parameter: inspect.Parameter, hint: Any, config: Config) -> bool:
+    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        return False
+    if parameter.name in type(config).model_fields:
+        return False
+    return _admits(hint, config) or (hint is Any and parameter.name in _CONFIG_NAMES)
+
+
+def _admits(hint: Any, config: ConfigModel) -> bool:
+    """Return True if a parameter is declared as a config class of this config."""
+    return any(
+        isinstance(member, type)
+        and issubclass(member, ConfigModel)
+        and is_assignable(type(config), member)
+        for member in union_members(hint)
+    )
+
+
+# --- calls -----------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Buildable(Protocol):
+    """Config of an instance."""
+
+    class_type: type
+
+    def __call__(self) -> Any:
+        """Return a new instance."""
+
+
+def build(config: Config, cls: type[R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
+    """Return an instance of ``cls``; ``args`` and ``kwargs`` override the config.
+
+    Raises:
+        ConfigBuildError: The arguments don't match the constructor.
+    """
+    parameter = config_parameter(cls, config)
+    if parameter is None:
+        fields = field_values(config)
+        del fields["class_type"]
+        return call(cls, config, fields, args, kwargs)
+    if parameter.name in kwargs:
+        return call(cls, config, {}, args, kwargs)
+    explicit = _parameter_names(cls)
+    changes = {
+        name: kwargs.pop(name)
+        for name in [*kwargs]
+        if name in type(config).model_fields and name not in explicit
+    }
+    if changes:
+        config = config.replace(**changes)
+    # A constructor that passes *args on is taken to accept the config first, too.
+    is_first = _positional_names(_signature(cls))[:1] in ([], [parameter.name])
+    if parameter.kind is parameter.POSITIONAL_ONLY or (args and is_first):
+        return call(cls, config, {}, (config, *args), kwargs)
+    return call(cls, config, {}, args, {parameter.name: config, **kwargs})
+
+
+def call(
+    code: Callable[..., R],
+    config: ConfigModel,
+    fields: Mapping[str, Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    var_args: Iterable[Any] = (),
+) -> R:
+    """Call ``code`` with the arguments, and with fields for parameters without an argument.
+
+    ``var_args`` are built and passed after all positional arguments.
+
+    Raises:
+        ConfigBuildError: The arguments don't match the signature.
+    """
+    signature = _signature(code)
+    # Fields that an argument overrides are not built: the argument may be there to avoid that.
+    overridden = {*kwargs, *_positional_names(signature)[: len(args)]}
+    built = build_arguments(code, {n: v for n, v in fields.items() if n not in overridden})
+    kwargs = {**built, **kwargs}
+    var_args = [_built(value, Any) for value in var_args]
+    if signature is None:
+        args = (*args, *var_args)
+    else:
+        try:
+            args, kwargs = _by_position(signature, args, kwargs, var_args)
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            names = ", ".join(_parameter_names(code)) or "none"
+            raise ConfigBuildError(
+                f"{_name(code)} doesn't accept the arguments of {type(config).__qualname__}: "
+                f"{error}; its parameters are {names}"
+            ) from error
+    try:
+        return code(*args, **kwargs)
+    except Exception as error:
+        error.add_note(f"while {type(config).__qualname__} built {_name(code)}")
+        raise
+
+
+def _by_position(
+    signature: inspect.Signature,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    var_args: list[Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Move keyword arguments of positional-only parameters, and of all before ``*args``.
+
+    Raises:
+        TypeError: A required argument is missing.
+    """
+    positional, keywords = [*args], dict(kwargs)
+    remaining = [
+        p
+        for p in signature.parameters.values()
+        if p.kind is p.POSITIONAL_ONLY or (var_args and p.kind is p.POSITIONAL_OR_KEYWORD)
+    ][len(args) :]
+    while remaining and (var_args or any(p.name in keywords for p in remaining)):
+        parameter = remaining.pop(0)
+        value = keywords.pop(parameter.name, parameter.default)
+        if value is parameter.empty:
+            raise TypeError(f"missing a required argument: {parameter.name!r}")
+        positional.append(value)
+    return (*positional, *var_args), keywords
+
+
+def build_arguments(code: Callable[..., Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields as arguments, with nested configs built."""
+    hints = type_hints(code)
+    return {name: _built(value, hints.get(name, Any)) for name, value in fields.items()}
+
+
+def _built(value: Any, hint: Any) -> Any:
+    if isinstance(value, ConfigModel):
+        if _admits(hint, value):
+            return value
+        made: Any = value
+        is_factory = getattr(value, "is_factory", False) and not _is_callable(hint)
+        if isinstance(value, Buildable) or is_factory:
+            return made()
+        return made.bound() if value.is_sparse and hasattr(value, "func") else value
+    if type(value) in (list, tuple):
+        return type(value)(_built(item, item_type(hint, i)) for i, item in enumerate(value))
+    if type(value) is dict:
+        inner = mapping_value_type(hint)
+        return {key: _built(item, inner) for key, item in value.items()}
+    return value
+
+
+def _is_callable(hint: Any) -> bool:
+    return any(
+        collections.abc.Callable in (member, get_origin(member)) for member in union_members(hint)
+    )
+
+
+def _name(code: Callable[..., Any]) -> str:
+    return reference_to(code)  # type: ignore[arg-type]  # a class or function
+
+
+# --- configs of functions --------------------------------------------------------------------
+
+
+class CallableConfig(Config, Generic[R]):
+    """Config of a function and its keyword arguments, as a serializable ``functools.partial``.
+
+    >>> def scaled(value: float, factor: float = 1.0) -> float:
+    ...     return value * factor
+    >>> class ScaleConfig(CallableConfig[float]):
+    ...     func: Callable[..., float] = scaled
+    ...     factor: float = 3.0
+    >>> ScaleConfig()(2.0)
+    6.0
+
+    Attributes:
+        func: The function, ``module:name`` in files. A declaration with parameter types, as in
+            ``Callable[[float], float]``, refuses functions of another number of parameters.
+    """
+
+    func: Callable[..., R]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> R:
+        """Call the function with the arguments, and with fields for the other parameters.
+
+        Raises:
+            ConfigBuildError: The arguments don't match the signature.
+        """
+        fields = field_values(self)
+        del fields["func"]
+        return call(self.func, self, fields, args, kwargs)
+
+
+class DerivedConfig(Config):
+    """Base of configs that are derived from a signature; see `config_of`.
+
+    Only arguments that were set count for equality and in documents.
+    """
+
+    is_sparse: ClassVar[bool] = True
+    var_positional: ClassVar[str | None] = None
+    """Name of the ``*args`` parameter."""
+    required_parameters: ClassVar[tuple[str, ...]] = ()
+    """Parameters without a default; the caller may supply these arguments as well."""
+    is_factory: ClassVar[bool] = False
+    """True for a function whose return annotation names a class: it stands for an instance."""
+    declared_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields that are no arguments, but belong to the declared base config."""
+    made_of: ClassVar[tuple[Any, ...]] = ()
+    """Code and base config of this class; used for pickling, since no module holds the class."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments that were set, by name; nested configs are not built."""
+        no_arguments = self.declared_fields | {"class_type", "func"}
+        return {k: value for k, value in field_values(self).items() if k not in no_arguments}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the class or function; ``args`` and ``kwargs`` override the config.
+
+        Raises:
+            ConfigBuildError: The arguments don't match the signature.
+        """
+        given = self.arguments()
+        var_args = given.pop(self.var_positional, ()) if self.var_positional else ()
+        return call(code_of(self), self, given, args, kwargs, var_args)
+
+    def bound(self) -> Callable[..., Any]:
+        """Return the function with its arguments built once, for repeated calls."""
+        code, given = code_of(self), self.arguments()
+        var_args = given.pop(self.var_positional, ()) if self.var_positional else ()
+        positional_only = {p.name for p in parameters_of(code) if p.kind is p.POSITIONAL_ONLY}
+        if var_args or positional_only & given.keys():
+            return self
+        arguments = build_arguments(code, given)
+        return partial(code, **arguments) if arguments else cast("Callable[..., Any]", code)
+
+    def __repr_args__(self) -> Any:
+        return [*field_values(self).items()]
+
+
+def code_of(config: Config) -> Any:
+    """Return the class or function of a config."""
+    return getattr(config, "class_type", None) or getattr(config, "func", None)
+
+
+# --- field types -----------------------------------------------------------------------------
+
+ClassType: TypeAlias = type[T]
+"""Class: ``ClassType[Hook]`` admits Hook and its subclasses, and is ``module:QualName`` in files.
+
+Identical to ``type[Hook]``.
+"""
+
+if TYPE_CHECKING:
+    ConfigInstanceOf = Annotated[T, ...]
+else:
+
+    class ConfigInstanceOf:
+        """Config of a class or any subclass: ``hook: ConfigInstanceOf[HookConfig]``.
+
+        In files, ``config_type`` names a class other than the declared one. The declared class may
+        be an abstract base that is not a config, but that some configs inherit from.
+        """
+
+        def __class_getitem__(cls, kind: Any) -> Any:
+            return Annotated[kind, _IsConfig()]
+
+
+class _IsConfig:
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        if isinstance(source, type) and not issubclass(source, ConfigModel):
+            return core_schema.no_info_plain_validator_function(partial(_config_of_kind, source))
+        return handler(source)
+
+
+def _config_of_kind(kind: type, data: Any) -> ConfigModel:
+    state = current()
+    if state is not None and isinstance(data, dict):
+        if CONFIG_TYPE not in data:
+            raise ConfigReferenceError(f"expected {CONFIG_TYPE!r} to name the class of the config")
+        target = state.resolve_config_class(data[CONFIG_TYPE], kind, (CONFIG_TYPE,))
+        data = target.model_validate({k: v for k, v in data.items() if k != CONFIG_TYPE})
+    if isinstance(data, ConfigModel) and is_assignable(type(data), kind):
+        return data
+    raise ValueError(f"expected a config that is a {kind.__qualname__}")
+
+
+@dataclass(frozen=True)
+class FieldsOf:
+    """Marker for a field that holds a config of a class imported at the first validation.
+
+    >>> class Run(Config):
+    ...     more: Annotated[Any, FieldsOf("robo_orchard_core.utils.config.config:Config")] = {}
+    >>> Run().more
+    Config()
+    """
+
+    reference: str
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.validated)
+
+    @cached_property
+    def config_class(self) -> type[ConfigModel]:
+        """Imported config class."""
+        return import_class(self.reference)
+
+    def validated(self, data: Any) -> ConfigModel:
+        """Return a config of the class.
+
+        Raises:
+            ValidationError: pydantic's, for wrong fields.
+        """
+        return self.config_class.model_validate(data)
+
+
+def import_class(code: type | str) -> type:
+    """Import a class from a reference in this project's own code.
+
+    Raises:
+        ConfigReferenceError: The package is not installed.
+    """
+    if isinstance(code, type):
+        return code
+    module, _, name = code.partition(":")
+    try:
+        found: type = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        package = (error.name or module).partition(".")[0]
+        raise ConfigReferenceError(f"this needs the package {package!r}; install it") from error
+    return found
