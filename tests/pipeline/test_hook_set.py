@@ -179,9 +179,9 @@ def test_the_same_hook_twice_is_refused() -> None:
     hooks = PipelineHooks()
     inner = PipelineHooks()
     hooks += inner
-    with pytest.raises(HookRegistrationError, match="registered here already"):
+    with pytest.raises(HookRegistrationError, match="already registered here"):
         hooks += inner
-    with pytest.raises(HookRegistrationError, match="registered here already"):
+    with pytest.raises(HookRegistrationError, match="already registered here"):
         hooks += hooks
     with pytest.raises(HookRegistrationError, match="can't be registered in itself"):
         inner += hooks
@@ -196,7 +196,7 @@ def test_the_same_hook_twice_is_refused() -> None:
         ),
         (
             lambda hooks: hooks.register_hook("zzz", HookContext.from_callable(print)),
-            r"no channel 'zzz' The channels are on_loop",
+            r"no channel 'zzz'\. Channels: on_loop",
         ),
         (lambda hooks: hooks.begin("on_bach", PipelineHookArgs()), "did you mean 'on_batch'"),
         (lambda hooks: hooks.register_hook("on_step", print), "HookContext.from_callable"),

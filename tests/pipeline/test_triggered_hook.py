@@ -196,7 +196,7 @@ def test_wrong_use_of_decorators_is_told() -> None:
         PipelineHooks().on_step.after("2 steps")  # type: ignore[call-overload]
     with pytest.raises(HookRegistrationError, match=r"@hooks\.on_epoch\.before\(when='last'\)"):
         PipelineHooks().on_epoch.before(Last())  # type: ignore[call-overload]
-    with pytest.raises(HookRegistrationError, match=r"on_step\.before .* on an instance"):
+    with pytest.raises(HookRegistrationError, match=r"on_step\.before needs an instance"):
 
         class Wrong(PipelineHooks):
             @PipelineHooks.on_step.before  # type: ignore[type-var]  # what is tested

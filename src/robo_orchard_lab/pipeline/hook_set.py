@@ -1,4 +1,8 @@
-"""A named bundle of hooks over the channels of a run, and its configuration."""
+"""PipelineHooks: a named bundle of hooks over the channels of a run, and its configuration.
+
+Also here: :class:`TriggeredHook`, which runs a hook when its trigger is due, and the decorators
+``@hooks.<channel>.before`` and ``@hooks.<channel>.after``.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeAlias, TypeVar, overload
+from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar, overload
 
 from robo_orchard_core.utils.config import ClassConfig
 from robo_orchard_core.utils.hook import (
@@ -23,18 +27,15 @@ from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES, ChannelName
 from robo_orchard_lab.pipeline.trigger import Role, Trigger, as_trigger
 
-# --- scheduled hook --------------------------------------------------------------------------
-# A hook that runs when its trigger is due.
-
-
 HookFunction = Callable[[PipelineHookArgs], Any]
+FunctionT = TypeVar("FunctionT", bound=Callable[[PipelineHookArgs], Any])
 
 
 class TriggeredHook(HookContext[PipelineHookArgs]):
-    """Another hook, run when a trigger is due.
+    """Hook that runs when a trigger is due.
 
-    A hook with a ``before`` asks there, once: its ``after`` runs if, and only if, the ``before``
-    did. One without asks in its ``after``.
+    A hook with a ``before`` evaluates the trigger there, once; its ``after`` runs if and only if
+    the ``before`` ran. A hook without one evaluates the trigger in its ``after``.
 
     Raises:
         TriggerError: the trigger can never be due on this channel.
@@ -49,8 +50,8 @@ class TriggeredHook(HookContext[PipelineHookArgs]):
         before, after = hook.functions()
         self._due = when.bind(channel, "after" if before is None else "before")
         self._entered = False
-        self._before = before and self._asking(before)
-        self._after = after and (self._asking(after) if before is None else self._if_entered(after))
+        self._before = before and self._if_due(before)
+        self._after = after and (self._if_due(after) if before is None else self._if_entered(after))
 
     def before(self, args: PipelineHookArgs) -> None:
         if self._before is not None:
@@ -66,98 +67,50 @@ class TriggeredHook(HookContext[PipelineHookArgs]):
     def __repr__(self) -> str:
         return f"{self.hook!r} when {self.when}"
 
-    def _asking(self, function: HookFunction) -> HookFunction:
-        @functools.wraps(function)  # by which errors find its name and line
-        def ask(args: PipelineHookArgs) -> None:
+    def _if_due(self, function: HookFunction) -> HookFunction:
+        @functools.wraps(function)  # errors show the name and line of the function
+        def run(args: PipelineHookArgs) -> None:
             self._entered = self._due(args)
             if self._entered:
                 function(args)
 
-        return ask
+        return run
 
     def _if_entered(self, function: HookFunction) -> HookFunction:
         @functools.wraps(function)
-        def after(args: PipelineHookArgs) -> None:
+        def run(args: PipelineHookArgs) -> None:
             if self._entered:
                 function(args)
 
-        return after
+        return run
 
 
-# --- channel decorators ----------------------------------------------------------------------
-# Decorators that register functions on the channels of a bundle of hooks.
+class HookDecorator:
+    """Decorator that registers a function as a ``before`` or ``after`` and returns the function.
 
+    Use it bare, or with a trigger and a name for errors.
 
-FunctionT = TypeVar("FunctionT", bound=Callable[[PipelineHookArgs], Any])
-
-
-class _Registrar(Protocol):
-    def register_hook(
-        self,
-        channel: ChannelName,
-        hook: HookContext[PipelineHookArgs],
-        when: Trigger | str | None = None,
-    ) -> RemovableHandle: ...
-
-
-class ChannelDecorators:
-    """Decorators that register functions on one channel of a bundle.
-
-    >>> from robo_orchard_lab.pipeline import PipelineHooks
-    >>> hooks = PipelineHooks("notes")
-    >>> @hooks.on_step.after(when="100 steps")
-    ... def note(args: PipelineHookArgs) -> None:
-    ...     print("step", args.global_step_id)
+    Raises:
+        HookRegistrationError: it is used on a class, or a trigger is passed without ``when=``.
     """
 
-    def __init__(self, hooks: _Registrar | None, channel: ChannelName) -> None:
-        self._hooks = hooks
-        self._channel = channel
-
-    @classmethod
-    def of(cls, channel: ChannelName) -> _ChannelAttribute:
-        """The attribute of a bundle that gives these decorators."""
-        return _ChannelAttribute(channel)
+    def __init__(self, hooks: PipelineHooks | None, channel: ChannelName, role: Role) -> None:
+        self._hooks, self._channel, self._role = hooks, channel, role
 
     @overload
-    def before(self, function: FunctionT, /) -> FunctionT: ...
+    def __call__(self, function: FunctionT, /) -> FunctionT: ...
     @overload
-    def before(
+    def __call__(
         self, *, when: Trigger | str | None = None, name: str | None = None
     ) -> Callable[[FunctionT], FunctionT]: ...
-    def before(
+    def __call__(
         self, function: Any = None, *, when: Trigger | str | None = None, name: str | None = None
     ) -> Any:
-        """Run the function ahead of the channel's body: always, or by a trigger.
-
-        Used as ``@hooks.on_step.before`` or with arguments; the function stays what it is.
-
-        Raises:
-            HookRegistrationError: it is used on a class, or a trigger is given without ``when=``.
-        """
-        return self._decorate("before", function, when, name)
-
-    @overload
-    def after(self, function: FunctionT, /) -> FunctionT: ...
-    @overload
-    def after(
-        self, *, when: Trigger | str | None = None, name: str | None = None
-    ) -> Callable[[FunctionT], FunctionT]: ...
-    def after(
-        self, function: Any = None, *, when: Trigger | str | None = None, name: str | None = None
-    ) -> Any:
-        """Run the function when the channel's body is over; else as :meth:`before`."""
-        return self._decorate("after", function, when, name)
-
-    def _decorate(
-        self, role: Role, function: Any, when: Trigger | str | None, name: str | None
-    ) -> Any:
-        hooks, channel = self._hooks, self._channel
+        hooks, channel, role = self._hooks, self._channel, self._role
         if hooks is None:
             raise HookRegistrationError(
-                f"{channel}.{role} registers a function in one bundle: use it on an instance, "
-                f"@hooks.{channel}.{role}; a class registers its methods in its constructor, by "
-                "self.register_hook"
+                f"{channel}.{role} needs an instance; write @hooks.{channel}.{role}, or in the "
+                f"constructor of a class self.register_hook({channel!r}, ...)"
             )
         if isinstance(function, str | Trigger):
             raise HookRegistrationError(f"write @hooks.{channel}.{role}(when={str(function)!r})")
@@ -171,18 +124,32 @@ class ChannelDecorators:
         return register if function is None else register(function)
 
 
-class _ChannelAttribute:
-    def __init__(self, channel: ChannelName) -> None:
-        self._channel = channel
+class ChannelDecorators:
+    """Decorators of one channel, as an attribute of :class:`PipelineHooks`.
 
-    def __get__(self, hooks: _Registrar | None, cls: type | None = None) -> ChannelDecorators:
-        return ChannelDecorators(hooks, self._channel)
+    >>> from robo_orchard_lab.pipeline import PipelineHooks
+    >>> hooks = PipelineHooks("notes")
+    >>> @hooks.on_step.after(when="100 steps")
+    ... def note(args: PipelineHookArgs) -> None:
+    ...     print("step", args.global_step_id)
+    """
+
+    def __init__(self, channel: ChannelName, hooks: PipelineHooks | None = None) -> None:
+        self._channel = channel
+        self.before = HookDecorator(hooks, channel, "before")
+        """Register a function to run before the body of the channel."""
+        self.after = HookDecorator(hooks, channel, "after")
+        """Register a function to run after the body of the channel."""
+
+    def __get__(self, hooks: PipelineHooks | None, cls: type | None = None) -> ChannelDecorators:
+        return self if hooks is None else ChannelDecorators(self._channel, hooks)
 
 
 class PipelineHooks:
-    """Hooks for any number of channels that belong together, with a name and a state.
+    """Named bundle of hooks: subclass it, or decorate functions.
 
-    A subclass registers its methods in its constructor:
+    A subclass registers its methods in the constructor. A channel is a stage of the loop:
+    ``before`` runs when it starts, ``after`` when it ends.
 
     >>> class Greeter(PipelineHooks):
     ...     def __init__(self) -> None:
@@ -191,30 +158,45 @@ class PipelineHooks:
     ...
     ...     def greet(self, args: PipelineHookArgs) -> None:
     ...         print("epoch", args.epoch_id)
-    >>> hooks = PipelineHooks.from_hooks([Greeter()])
-    >>> with hooks.begin("on_epoch", PipelineHookArgs()):
-    ...     pass
-    epoch 0
 
-    Bundles can be registered in one another; all hooks of a channel run in the order of their
-    registration. One that carries state overrides :meth:`state_dict` and :meth:`load_state_dict`,
-    and :meth:`redistribute_states` where that differs from rank to rank.
+    A function needs a decorator, optionally with a trigger:
+
+    >>> notes = PipelineHooks("notes")
+    >>> @notes.on_epoch.after
+    ... def note(args: PipelineHookArgs) -> None:
+    ...     print("epoch done")
+    >>> @notes.on_step.after(when="100 steps")
+    ... def log_loss(args: PipelineHookArgs) -> None:
+    ...     print(args.loss)
+
+    Pass bundles to ``HookBasedTrainer(hooks=[...])``, or run one channel to try them:
+
+    >>> hooks = PipelineHooks.from_hooks([Greeter(), notes])
+    >>> with hooks.begin("on_epoch", PipelineHookArgs()):
+    ...     print("training")
+    epoch 0
+    training
+    epoch done
+
+    Bundles may contain bundles. ``before``s run in registration order, ``after``s in reverse. A
+    hook with state overrides :meth:`state_dict` and :meth:`load_state_dict`, and
+    :meth:`redistribute_states` if the state differs between ranks.
     """
 
-    __module__ = "robo_orchard_lab.pipeline.hooks.mixin"  # the name to import it by, and printed
+    __module__ = "robo_orchard_lab.pipeline.hooks.mixin"  # the public import path, also in repr
 
-    on_loop = ChannelDecorators.of("on_loop")
-    on_epoch = ChannelDecorators.of("on_epoch")
-    on_step = ChannelDecorators.of("on_step")
-    on_batch = ChannelDecorators.of("on_batch")
-    on_model_forward = ChannelDecorators.of("on_model_forward")
-    on_model_backward = ChannelDecorators.of("on_model_backward")
-    on_optimizer_step = ChannelDecorators.of("on_optimizer_step")
-    on_evaluation = ChannelDecorators.of("on_evaluation")
+    on_loop = ChannelDecorators("on_loop")
+    on_epoch = ChannelDecorators("on_epoch")
+    on_step = ChannelDecorators("on_step")
+    on_batch = ChannelDecorators("on_batch")
+    on_model_forward = ChannelDecorators("on_model_forward")
+    on_model_backward = ChannelDecorators("on_model_backward")
+    on_optimizer_step = ChannelDecorators("on_optimizer_step")
+    on_evaluation = ChannelDecorators("on_evaluation")
 
     keeps_trajectory: ClassVar[bool] = False
-    """Whether the weights after each step are what they would be without it, however it is set, so
-    that a run may go on with other settings of it; it may end the run."""
+    """True if no setting of the hook changes the weights after any step. A run may then resume with
+    other settings. The hook may still end the run."""
 
     _hook_channels: dict[ChannelName, HookContextChannel[PipelineHookArgs]] | None = None
     _hook_name: str | None = None
@@ -229,7 +211,7 @@ class PipelineHooks:
 
     @property
     def name(self) -> str:
-        """The name in errors and saved states, unique in a trainer; by default the class's."""
+        """Name in errors and saved states, unique in a trainer; default: the class name."""
         return self._hook_name if self._hook_name is not None else type(self).__name__
 
     @name.setter
@@ -237,23 +219,22 @@ class PipelineHooks:
         self._hook_name = name
 
     def get_channel(self, name: ChannelName) -> HookContextChannel[PipelineHookArgs]:
-        """The hooks of one channel.
+        """Return the hooks of one channel.
 
         Raises:
-            HookRegistrationError: there is no such channel, or the subclass's constructor has not
-                called ``super().__init__()``.
+            HookRegistrationError: the channel does not exist, or the constructor of the subclass
+                did not call ``super().__init__()``.
         """
         if self._hook_channels is None:
-            cls = type(self).__qualname__
             raise HookRegistrationError(
-                f"{cls}.__init__ must call super().__init__() before anything else is done with it"
+                f"{type(self).__qualname__}.__init__ must call super().__init__() first"
             )
         if name not in self._hook_channels:
             near = difflib.get_close_matches(str(name), CHANNEL_NAMES, n=1)
             raise HookRegistrationError(
-                f"there is no channel {name!r}"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-                + f" The channels are {', '.join(CHANNEL_NAMES)}"
+                f"no channel {name!r}"
+                + (f"; did you mean {near[0]!r}?" if near else ".")
+                + f" Channels: {', '.join(CHANNEL_NAMES)}"
             )
         return self._hook_channels[name]
 
@@ -263,46 +244,44 @@ class PipelineHooks:
         hook: HookContext[PipelineHookArgs],
         when: Trigger | str | None = None,
     ) -> RemovableHandle:
-        """Add a hook to a channel, inside those that are there.
+        """Add a hook to a channel, nested inside the registered ones.
 
-        It takes effect the next time the channel is entered, also in a running trainer.
+        Takes effect the next time the channel is entered, also in a running trainer.
 
         Args:
-            channel: its name.
-            hook: runs around what the channel is around.
-            when: the trigger by which it runs, or its text; None for always.
+            channel: name of the channel.
+            hook: hook to run around the body of the channel.
+            when: trigger or its text; None runs the hook every time.
 
         Raises:
-            HookRegistrationError: a wrong channel, the same hook twice, or something that is no
-                hook; the message says what to do.
-            HookSignatureError: its before or after can't be called with one argument.
-            TriggerError: the text can't be read, or is never due on this channel.
+            HookRegistrationError: the channel does not exist, or the object is not a hook or is
+                already registered.
+            HookSignatureError: before or after can't be called with one argument.
+            TriggerError: the text can't be parsed, or the trigger is never due on this channel.
         """
         registered = self.get_channel(channel)
         if when is not None:
             if not isinstance(hook, HookContext):
                 raise HookRegistrationError(
-                    f"{channel} takes a HookContext with a trigger, got {type(hook).__name__}; "
+                    f"{channel} needs a HookContext with a trigger, got {type(hook).__name__}; "
                     "make one with HookContext.from_callable(before=..., after=...)"
                 )
             hook = TriggeredHook(hook, as_trigger(when), channel)
         return registered.register(hook)
 
-    def register_at_commit(
-        self, ask: Callable[[PipelineHookArgs], Any], when: Trigger | str
-    ) -> RemovableHandle:
-        """Call ``ask`` ahead of each commit point at which a trigger is due, to make requests.
+    def register_at_commit(self, request: HookFunction, when: Trigger | str) -> RemovableHandle:
+        """Call a function before each commit point at which a trigger is due, to make requests.
 
-        It is called in the ``after`` of the channel that exactly knows: of ``on_step`` for steps,
+        The call happens in the ``after`` of the channel that knows exactly: ``on_step`` for steps,
         ``on_optimizer_step`` for committed updates, ``on_epoch`` for epochs and the end of the
-        run. Where two of these meet, it is called in each; requests that are made twice are
-        carried out once.
+        run. If several parts of the trigger are due, it is called for each; identical requests are
+        executed once.
 
         Raises:
-            TriggerError: the text can't be read.
+            TriggerError: the text can't be parsed.
         """
         handles = [
-            self.register_hook(channel, HookContext.from_callable(after=ask), part)
+            self.register_hook(channel, HookContext.from_callable(after=request), part)
             for channel, part in as_trigger(when).by_commit_channel().items()
         ]
 
@@ -313,16 +292,16 @@ class PipelineHooks:
         return RemovableHandle(remove)
 
     def register_pipeline_hooks(self, hooks: HookLike) -> RemovableHandle:
-        """Add a bundle, or the one that a configuration describes, with all its hooks.
+        """Add a bundle with all its hooks, or build and add the bundle of a configuration.
 
         Raises:
-            HookRegistrationError: it has a name that is taken here, or is no bundle.
+            HookRegistrationError: the object is not a bundle, or its name is in use.
         """
-        self.get_channel("on_loop")  # an error here if a constructor did not call ours
+        self.get_channel("on_loop")  # raises if super().__init__() was not called
         bundle = _build(hooks)
         bundle.get_channel("on_loop")
         if any(bundle is known for known in (self, *self.all_hooks())):
-            raise HookRegistrationError(f"hook {bundle.name!r} is registered here already")
+            raise HookRegistrationError(f"hook {bundle.name!r} is already registered here")
         check_unique_names([*self.named_hooks(), *bundle.named_hooks()])
         handles = [
             self.get_channel(name).register(bundle.get_channel(name)) for name in CHANNEL_NAMES
@@ -345,10 +324,7 @@ class PipelineHooks:
     def from_hooks(
         cls, hooks: HookLike | Iterable[HookLike] | Mapping[str, HookLike] | None
     ) -> PipelineHooks:
-        """One bundle of several bundles and configurations, mixed as they come.
-
-        The keys of a mapping become the names of its hooks.
-        """
+        """Return one bundle of bundles and configurations; keys of a mapping become hook names."""
         bundle = PipelineHooks()
         if hooks is None:
             return bundle
@@ -363,29 +339,26 @@ class PipelineHooks:
         return bundle
 
     def begin(self, channel: ChannelName, args: PipelineHookArgs) -> AbstractContextManager[None]:
-        """The hooks of a channel around the body of a ``with`` statement."""
+        """Return a context manager that runs the hooks of a channel around a body."""
         return self.get_channel(channel).begin(args)
 
     def unregister_all(self) -> None:
-        """Remove every hook and every bundle; their handles become void.
+        """Remove all hooks and bundles.
 
-        In a trainer's hooks, that includes the one that updates the weights.
+        On a trainer's hooks this includes the hook that updates the weights.
         """
         for name in CHANNEL_NAMES:
             self.get_channel(name).unregister_all()
         self._hook_members = ()
 
     def all_hooks(self) -> Iterator[PipelineHooks]:
-        """Every bundle registered here, and in those, in the order of registration."""
+        """Iterate over all bundles inside this one, at any depth, in registration order."""
         for member in self._hook_members:
             yield member
             yield from member.all_hooks()
 
     def named_hooks(self) -> Iterator[PipelineHooks]:
-        """This bundle and all in it that have an identity.
-
-        A plain ``PipelineHooks()`` without a name has none: it only holds others together.
-        """
+        """Iterate over this bundle and all bundles inside, without unnamed ``PipelineHooks()``."""
         return (
             bundle
             for bundle in (self, *self.all_hooks())
@@ -393,14 +366,13 @@ class PipelineHooks:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs, of plain values, tensors, lists and dicts.
+        """Return the states of the bundles inside, by name.
 
-        This one holds the states of the bundles registered here, by name. A subclass that has a
-        state of its own returns that instead; the bundles in it are saved beside it.
+        A subclass with state overrides this, and returns only its own state: plain values, tensors,
+        lists and dicts. Bundles inside it are saved separately.
 
-        Each rank gets back its own tensors as they were. One that is divided among the ranks comes
-        back divided as the parameter whose name its place in the state has in it, if it has its
-        shape, and else whole; where the model is not sharded, it always comes back whole.
+        Each rank gets back its own tensors. A sharded tensor is loaded with the sharding of the
+        parameter whose name occurs in its key, if the shapes are equal, and else unsharded.
         """
         state = {}
         for bundle in self._stateful():
@@ -412,18 +384,18 @@ class PipelineHooks:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state that :meth:`state_dict` gave.
+        """Restore the result of :meth:`state_dict`.
 
         Raises:
-            StateError: a name in ``state`` is not registered here, or a registered bundle that
-                has a state is not in it; nothing is loaded then.
+            StateError: the names in ``state`` are not the names of the registered bundles with
+                state; nothing is loaded then.
         """
         bundles = {bundle.name: bundle for bundle in self._stateful()}
         missing = sorted(set(bundles) - set(state))
         unexpected = sorted(set(state) - set(bundles))
         if missing or unexpected:
             raise StateError(
-                "the saved hook states are those of other hooks: "
+                "the saved hook states belong to other hooks: "
                 f"registered but not saved: {', '.join(missing) or 'none'}; "
                 f"saved but not registered: {', '.join(unexpected) or 'none'}"
             )
@@ -435,28 +407,28 @@ class PipelineHooks:
                 raise
 
     def redistribute_states(
-        self, states: Sequence[Mapping[str, Any]], processes: int
+        self, states: Sequence[Mapping[str, Any]], world_size: int
     ) -> Sequence[Mapping[str, Any]]:
-        """The states to go on from in another number of processes than they were saved by.
+        """Return one state per rank of a different world size.
 
-        By default each process gets that of its number, and those that are more get the last one:
-        right for a state that is alike on all ranks. Override it where each rank has a part of a
-        whole, such as a sum: then that of the whole has to come out again. It is called on every
-        rank, ahead of :meth:`load_state_dict`, with all states, which are not to be changed.
+        By default each rank gets the state of its index, and additional ranks get the last one;
+        correct for a state that is equal on all ranks. Override it for a state of which each rank
+        has a share, such as a sum: the shares must add up to the same total. Called on every rank
+        before :meth:`load_state_dict`; ``states`` must not be changed.
 
         Args:
-            states: of the ranks that saved, in their order.
-            processes: how many states are wanted.
+            states: states of the ranks that saved, in rank order.
+            world_size: number of states to return.
 
         Raises:
-            StateError: it can't be done, as the message says.
+            StateError: the states can't be redistributed.
         """
-        return [states[min(rank, len(states) - 1)] for rank in range(processes)]
+        return [states[min(rank, len(states) - 1)] for rank in range(world_size)]
 
     def rank_consistency_info(self) -> Any:
-        """What has to be the same on every rank, beside the configuration; by default nothing.
+        """Return plain values that must be equal on all ranks, in addition to the configuration.
 
-        Plain values, lists and dicts, which the ranks of a job compare when its run begins.
+        The ranks compare the values when the run starts.
         """
         return None
 
@@ -481,28 +453,23 @@ HooksT_co = TypeVar("HooksT_co", bound=PipelineHooks, covariant=True)
 
 
 class PipelineHooksConfig(ClassConfig[HooksT_co], Generic[HooksT_co]):
-    """The parameters of a bundle of hooks; calling it builds the bundle.
+    """Configuration of a bundle of hooks; calling it builds the bundle.
 
     ``class_type`` names the class, ``PipelineHooksConfig[MyHook]`` declares its type.
     """
 
 
 HookLike: TypeAlias = "PipelineHooks | PipelineHooksConfig[PipelineHooks]"
-"""A bundle of hooks, or the configuration that builds one."""
+"""Bundle of hooks, or a configuration that builds one."""
 
 
 def check_unique_names(bundles: Iterable[PipelineHooks]) -> None:
-    """Refuse two bundles of one name.
-
-    Raises:
-        HookRegistrationError: with the names, and how to give others.
-    """
+    """Raise `HookRegistrationError` if two bundles have the same name."""
     taken = [name for name, count in Counter(b.name for b in bundles).items() if count > 1]
     if taken:
         raise HookRegistrationError(
-            f"two hooks have one name: {', '.join(map(repr, taken))}. A hook's state is saved by "
-            "its name, so give one of them another, by hook.name = '...' or with "
-            "hooks={'name': hook, ...}"
+            f"two hooks have one name: {', '.join(map(repr, taken))}; saved states need unique "
+            "names, so set hook.name = '...' or pass hooks={'name': hook, ...}"
         )
 
 
@@ -510,7 +477,7 @@ def _build(hooks: HookLike) -> PipelineHooks:
     bundle = hooks() if isinstance(hooks, PipelineHooksConfig) else hooks
     if not isinstance(bundle, PipelineHooks):
         raise HookRegistrationError(
-            "expected a PipelineHooks or a PipelineHooksConfig, "
-            f"got {type(bundle).__name__}; register a HookContext by register_hook(channel, hook)"
+            f"expected a PipelineHooks or a PipelineHooksConfig, got {type(bundle).__name__}; "
+            "register a HookContext by register_hook(channel, hook)"
         )
     return bundle

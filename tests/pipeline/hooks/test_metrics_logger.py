@@ -325,7 +325,7 @@ def test_missing_package_error_names_hook_and_field() -> None:
 
 def test_invalid_trigger_is_refused() -> None:
     """The error names the field and the alternatives."""
-    with pytest.raises(ValueError, match=r"every[\s\S]*can't read '50 stps' as a schedule"):
+    with pytest.raises(ValueError, match=r"every[\s\S]*can't read '50 stps' as a trigger"):
         MetricsLoggerConfig(every="50 stps")
 
 
