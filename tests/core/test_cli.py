@@ -200,17 +200,17 @@ def test_help_shows_description_type_and_default(capsys: pytest.CaptureFixture[s
     for line in (
         "--dataset JSON ",
         "The data. (type: Dataset, required) [env: DATASET]",
-        "Where the images are; 100% of them. (type: str | None, default: null) "
+        "Where the images are; 100% of them. (type: str | null, default: null) "
         "[env: DATASET__DATA_ROOT]",
         "--dataset.pipeline_test [VALUE]",
         "Use dummy data. (type: bool, default: false)",
-        "Sizes to train at. (type: list[int], default: [224])",
+        "Sizes to train at. (type: list of int, default: [224])",
         "Images in a batch. (type: int, default: 128)",
-        "Learning rate. (type: float | None, default: 0.1)",
+        "Learning rate. (type: float | null, default: 0.1)",
         "How to train. (type: 'fast' | 'exact', default: \"fast\")",
         "Which one. (type: 'sgd' | 'adam', default: sgd)",
         'Output directory. (type: Path, default: "workspace")',
-        "Anything. (type: dict[str, int], default: {})",
+        "Anything. (type: int by name, default: {})",
         "A hook. (type: HookConfig, default: a HookConfig)",
         '(type: type[Hook], default: "tests.core.test_cli:Hook")',
         "(type: int, default: 7) [env: HOOK__EVERY_STEPS]",
@@ -234,7 +234,7 @@ def test_help_shows_defaults_that_no_file_could_hold(capsys: pytest.CaptureFixtu
     text = " ".join(capsys.readouterr().out.split())
     assert "--made JSON (type: Dataset, default: made when needed)" in text
     assert "--size VALUE (type: int, default: 3)" in text
-    assert "--odd VALUE (type: Any, default: inf)" in text
+    assert "--odd VALUE (type: anything, default: inf)" in text
     assert parse("--made.data_root", "x", cls=Odd).made == Dataset(data_root="x")
 
 

@@ -1,4 +1,9 @@
-"""Configs from the command line and the environment."""
+"""Configs from command-line options and environment variables.
+
+Every field of a config class is an `Option`. `pydantic_from_argparse` adds the options to a parser
+and builds the config. pydantic-settings' own command-line source is not used: values have to pass
+the reader of files, with its trust and its errors that name the path.
+"""
 
 from __future__ import annotations
 
@@ -7,35 +12,48 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, Literal, NoReturn, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from robo_orchard_core.utils.config import Config, ConfigError, TrustLike, formats
+from robo_orchard_core.utils.config import (
+    ClassConfig,
+    Config,
+    ConfigError,
+    FieldsOf,
+    Function,
+    Part,
+    TrustLike,
+    formats,
+)
 from robo_orchard_core.utils.config.encoding import encode_value
 from robo_orchard_core.utils.config.errors import dotted
-from robo_orchard_core.utils.config.references import field_default, is_mapping, union_members
+from robo_orchard_core.utils.config.references import (
+    field_default,
+    is_collection,
+    is_mapping,
+    union_members,
+)
 
-# --- options ---------------------------------------------------------------------------------
-# The fields of a config class as options: their names, their help, their values.
+# --- fields as options -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Option:
-    """One field as an option and, where ``variable`` isn't empty, an environment variable.
+    """Field of a config as a command-line option.
 
     Attributes:
-        path: The field and those that hold it, from the top.
-        field: Its declaration.
-        default: Its default, or what the default config that holds it has there.
-        required: Whether it has no default.
-        variable: The environment variable; empty where the environment isn't read.
+        path: Field names from the top.
+        field: Declaration of the field.
+        default: Default of the field, or its value in the default config that holds the field.
+        required: True if there is no default.
+        variable: Environment variable, or empty.
     """
 
     path: tuple[str, ...]
@@ -46,39 +64,22 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """As it is typed: ``--dataset.data_root``."""
+        """Option as typed: ``--dataset.data_root``."""
         return "--" + ".".join(self.path)
 
     @property
     def dest(self) -> str:
-        """Its name among argparse's results; no argument of the user's has a dot in its name."""
+        """Name among argparse's results; the dots keep the parser's own names apart."""
         return ".".join(("config", *self.path))
 
-    def add_to(self, group: argparse._ArgumentGroup) -> None:
-        """Declare it to argparse: any number of times, absent unless it is typed."""
-        is_switch = self.field.annotation is bool
-        group.add_argument(
-            self.flag,
-            dest=self.dest,
-            action="append",
-            default=argparse.SUPPRESS,
-            metavar="JSON"
-            if any(map(_is_mapped, union_members(self.field.annotation)))
-            else "VALUE",
-            # "--pipeline_test" alone switches it on.
-            nargs="?" if is_switch else None,
-            const="true" if is_switch else None,
-            help=self.help().replace("%", "%%"),
-        )
+    @property
+    def type(self) -> str:
+        """Type of the field in words; see `type_name`."""
+        return type_name(self.field.annotation, self.field.metadata)
 
-    def help(self) -> str:
-        """Description, type, default and variable of the field."""
-        default = "required" if self.required else f"default: {self._shown_default()}"
-        about = f"(type: {type_name(self.field.annotation)}, {default})"
-        variable = f"[env: {self.variable}]" if self.variable else ""
-        return " ".join(filter(None, (self.field.description, about, variable)))
-
-    def _shown_default(self) -> str:
+    @property
+    def default_text(self) -> str:
+        """Default as typed on the command line, or a description."""
         if self.default is PydanticUndefined:
             return "made when needed"
         if isinstance(self.default, Config):
@@ -90,35 +91,58 @@ class Option:
         except ConfigError:
             return repr(self.default)
 
-    def parsed(self, texts: list[str]) -> Any:
-        """The value for a document: the last text, or for a list the items that all of them are.
+    def add_to(self, group: argparse._ArgumentGroup) -> None:
+        """Declare the option, which may be repeated and is absent from results unless typed."""
+        is_switch = self.field.annotation is bool
+        is_json = any(map(_is_mapping_or_model, union_members(self.field.annotation)))
+        group.add_argument(
+            self.flag,
+            dest=self.dest,
+            action="append",
+            default=argparse.SUPPRESS,
+            metavar="JSON" if is_json else "VALUE",
+            # "--pipeline_test" alone switches it on.
+            nargs="?" if is_switch else None,
+            const="true" if is_switch else None,
+            help=self.help().replace("%", "%%"),
+        )
+
+    def help(self) -> str:
+        """Return description, type, default and variable of the field."""
+        default = "required" if self.required else f"default: {self.default_text}"
+        variable = f"[env: {self.variable}]" if self.variable else ""
+        summary = f"(type: {self.type}, {default})"
+        return " ".join(filter(None, (self.field.description, summary, variable)))
+
+    def parse(self, texts: list[str]) -> Any:
+        """Return the value for a document: the last text, or all texts as items of a list.
 
         Raises:
-            ConfigSyntaxError: A text begins like JSON and isn't.
+            ConfigSyntaxError: A text begins like JSON, but is malformed.
         """
         item = _item_annotation(self.field.annotation)
         if item is None or texts[-1][:1] == "[" or texts[-1] == "null":
-            return _parsed(texts[-1], self.field.annotation)
-        return [_parsed(text, item) for text in texts]
+            return _parse(texts[-1], self.field.annotation)
+        return [_parse(text, item) for text in texts]
 
 
 def options_of(
     cls: type[BaseModel],
-    variable_of: Callable[[tuple[str, ...]], str],
+    variable_of: Callable[[tuple[str, ...]], str] = lambda path: "",
     path: tuple[str, ...] = (),
     holder: BaseModel | None = None,
-    above: tuple[type[BaseModel], ...] = (),
+    parents: tuple[type[BaseModel], ...] = (),
 ) -> Iterator[Option]:
-    """The options of a config class, each before those of the config that its field holds.
+    """Yield the options of a config class, each before the options of its nested config.
 
-    A class that holds itself is unrolled once; deeper levels are given as JSON.
+    A class that contains itself is unrolled once; deeper levels are typed as JSON.
 
     Args:
         cls: The config class.
-        variable_of: The environment variable of a path; empty: none.
-        path: Of the field that holds the config.
-        holder: The config that this field holds by default.
-        above: The classes on the way here.
+        variable_of: Returns the environment variable for a path, or an empty text.
+        path: Path of the field that holds the config.
+        holder: Default config of that field.
+        parents: Config classes on the way from the top.
     """
     for name, field in cls.model_fields.items():
         here = (*path, name)
@@ -126,77 +150,105 @@ def options_of(
         required = holder is None and field.is_required()
         yield Option(here, field, default, required, variable_of(here))
         inner = _config_class(field.annotation)
-        if inner is not None and inner not in (cls, *above):
+        if inner is not None and inner not in (cls, *parents):
             held = default if isinstance(default, inner) else None
-            # What is there by default may be a subclass, with options of its own.
+            # A default of a subclass has options of its own.
             kind = inner if held is None else type(held)
-            yield from options_of(kind, variable_of, here, held, (cls, *above))
+            yield from options_of(kind, variable_of, here, held, (cls, *parents))
 
 
-def type_name(annotation: Any) -> str:
-    """The type in a few words, without modules; the values themselves where it lists them.
+def type_name(annotation: Any, metadata: Iterable[Any] = ()) -> str:
+    """Return a type in words, without module names; choices are listed.
 
     >>> from pathlib import Path
     >>> type_name(dict[str, Path] | None), type_name(Literal["sgd", "adam"])
-    ('dict[str, Path] | None', "'sgd' | 'adam'")
+    ('Path by name | null', "'sgd' | 'adam'")
+    >>> type_name(list[Annotated[Any, Part("torch.nn:Module")]])
+    'list of Module'
+
+    Args:
+        annotation: Type of a field.
+        metadata: Metadata that pydantic took from the type's ``Annotated``.
     """
-    return " | ".join(map(_name, union_members(annotation)))
+    for marker in metadata:
+        if name := _marker_name(marker):
+            return name
+    if get_origin(annotation) is Annotated:
+        inner, *markers = get_args(annotation)
+        return type_name(inner, markers)
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if len(members := union_members(annotation)) > 1:
+        return " | ".join(map(type_name, arguments or members))
+    if is_mapping(origin) and len(arguments) == 2:
+        return f"{type_name(arguments[1])} by name"
+    if is_collection(origin) and arguments:
+        return f"list of {type_name(arguments[0])}"
+    if origin is Literal:
+        return " | ".join(repr(getattr(value, "value", value)) for value in arguments)
+    if annotation is type(None):
+        return "null"
+    if annotation is Any:
+        return "anything"
+    if not isinstance(annotation, type) or arguments:
+        return re.sub(r"(\w+\.|<locals>\.)+", "", str(annotation))
+    if issubclass(annotation, Enum):
+        return " | ".join(repr(member.value) for member in annotation)
+    if issubclass(annotation, ClassConfig) and annotation.__pydantic_generic_metadata__["args"]:
+        (built,) = annotation.__pydantic_generic_metadata__["args"]
+        return built.__name__ if isinstance(built, type) and built is not Any else "part"
+    return annotation.__name__
 
 
-def _name(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return " | ".join(repr(getattr(value, "value", value)) for value in get_args(kind))
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return " | ".join(repr(member.value) for member in kind)
-    if kind is type(None):
-        return "None"
-    if isinstance(kind, type) and not get_args(kind):
-        return kind.__name__
-    return re.sub(r"(\w+\.|<locals>\.)+", "", str(kind))
+def _marker_name(marker: Any) -> str:
+    """Return the name of a field type of the config package, or an empty text."""
+    if isinstance(marker, Part):
+        kinds = marker.kinds if isinstance(marker.kinds, tuple) else (marker.kinds,)
+        names = [kind if isinstance(kind, str) else kind.__qualname__ for kind in kinds]
+        return " | ".join(name.rpartition(":")[2] for name in names)
+    if isinstance(marker, FieldsOf):
+        return marker.reference.rpartition(":")[2].removesuffix("Config") + "'s fields"
+    return "function" if marker in get_args(Function)[1:] else ""
 
 
 def _config_class(annotation: Any) -> type[Config] | None:
-    """The config class of a field that admits one, and maybe None."""
+    """Return the config class of a field that admits one config class, and maybe None."""
     kinds = [kind for kind in union_members(annotation) if kind is not type(None)]
     if len(kinds) == 1 and isinstance(kinds[0], type) and issubclass(kinds[0], Config):
         return kinds[0]
     return None
 
 
-def _is_mapped(kind: Any) -> bool:
+def _is_mapping_or_model(kind: Any) -> bool:
     origin = get_origin(kind) or kind
     return is_mapping(origin) or (isinstance(origin, type) and issubclass(origin, BaseModel))
 
 
 def _item_annotation(annotation: Any) -> Any:
-    """How the items of a list, set or tuple are declared; None where the field holds neither."""
+    """Return the item type of a list, set or tuple; None for other types."""
     for kind in union_members(annotation):
         if (get_origin(kind) or kind) in (list, tuple, set, frozenset):
             return (get_args(kind) or (Any,))[0]
     return None
 
 
-def _parsed(text: str, annotation: Any) -> Any:
+def _parse(text: str, annotation: Any) -> Any:
     kinds = union_members(annotation)
     if text == "null" and type(None) in kinds:
         return None
-    # Other texts go to pydantic, which reads numbers, booleans, dates and paths from text.
+    # pydantic converts other text to numbers, booleans, dates and paths.
     return formats.read_json(text) if text[:1] in ("[", "{") and str not in kinds else text
 
 
-# --- settings --------------------------------------------------------------------------------
-# `SettingConfig`: a config that is also pydantic-settings.
+# --- settings and arguments ------------------------------------------------------------------
 
 
-# Config comes last because pydantic lets the last base decide on options that both set.
+# Config is the last base, since pydantic lets the last base decide on options that both set.
 class SettingConfig(BaseSettings, Config):
-    """A config that can also be filled from the command line and the environment.
+    """Config that `pydantic_from_argparse` also fills from environment variables.
 
-    Building one in code, or loading it from a file, never looks at the environment: only
-    `pydantic_from_argparse` does. There, the variable of the field ``dataset.data_root`` is
-    ``DATASET__DATA_ROOT``, behind ``model_config["env_prefix"]`` where the class sets one. To
-    have pydantic-settings read its sources whenever one is built, override
-    ``settings_customise_sources``.
+    The variable of ``dataset.data_root`` is ``DATASET__DATA_ROOT``, after
+    ``model_config["env_prefix"]`` if set. Construction in code and loading from files ignore the
+    environment. Override ``settings_customise_sources`` to read pydantic-settings' sources.
     """
 
     model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(env_nested_delimiter="__")
@@ -210,15 +262,8 @@ class SettingConfig(BaseSettings, Config):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The constructor's arguments and nothing else."""
+        """Return the constructor's arguments as the only source."""
         return (init_settings,)
-
-
-# --- arguments -------------------------------------------------------------------------------
-# A config from what was typed and what is in the environment.
-#
-# The options are made here, and not by pydantic-settings' own command-line source, because the
-# values have to pass the same reader as a file does: its trust, its errors that name the place.
 
 
 C = TypeVar("C", bound=Config)
@@ -233,16 +278,15 @@ def pydantic_from_argparse(
     *,
     trust: TrustLike = (),
 ) -> C:
-    """The config that the command line describes.
+    """Build a config from the command line.
 
-    Every field becomes an option of the parser: ``--batch_size 4``, ``--dataset.data_root X``.
-    A nested config, list or mapping can be given whole as JSON, a list also item by item by
-    repeating its option; ``null`` is None where the field admits it. The parser's own arguments
-    stay what they are: ``parser.parse_args()`` returns them after this call as well.
+    Every field becomes an option: ``--batch_size 4``, ``--dataset.data_root X``. Nested configs,
+    lists and mappings are accepted as JSON, a list also item by item by repeating the option.
+    ``null`` is None if the field admits None. ``parser.parse_args()`` still returns the parser's
+    own arguments.
 
-    The command line goes before the environment (of a `SettingConfig`, which says how its
-    variables are named), and this before the defaults. What the environment sets is logged, as a
-    warning where no prefix shows that it is meant for this program.
+    The command line overrides the environment, which overrides defaults. Only a `SettingConfig`
+    reads the environment. Each variable in use is logged; without a prefix, as a warning.
 
     >>> class Data(SettingConfig):
     ...     root: str
@@ -252,10 +296,10 @@ def pydantic_from_argparse(
     Data(root='images', batch_size=4)
 
     Args:
-        cls: What to build.
-        parser: Gets the options, and a short usage line where it has none of its own.
-        args: Default: what was typed, ``sys.argv[1:]``.
-        trust: What references may reach, as in `Config.from_dict`.
+        cls: Class of the config.
+        parser: Receives the options, and a short usage line if none is set.
+        args: Default: ``sys.argv[1:]``.
+        trust: Code that references may reach, as in `Config.from_dict`.
 
     Raises:
         SystemExit: With 2, after a line that names the option; with 0, after ``--help``.
@@ -264,7 +308,7 @@ def pydantic_from_argparse(
     _add_options(parser, options, cls.__qualname__)
     typed = vars(parser.parse_args(args))
     draft = _Draft(options, parser)
-    # All of the environment first: an option for a whole config replaces what is beneath it.
+    # The environment comes first: an option for a nested config replaces all of its fields.
     for option in options:
         if option.variable in os.environ:
             source = f"environment variable {option.variable}"
@@ -282,7 +326,6 @@ def pydantic_from_argparse(
 
 
 def _variable(cls: type[Config], path: tuple[str, ...]) -> str:
-    """The environment variable of a field; empty for a class that reads none."""
     if not issubclass(cls, SettingConfig):
         return ""
     settings = cls.model_config
@@ -292,7 +335,7 @@ def _variable(cls: type[Config], path: tuple[str, ...]) -> str:
 
 def _add_options(parser: argparse.ArgumentParser, options: list[Option], title: str) -> None:
     if parser.usage is None:
-        # argparse would list every option there, a screenful for the smallest mistake.
+        # argparse would list every option: a screenful for the smallest mistake.
         own = parser.format_usage().partition(":")[2].split()
         parser.usage = " ".join([*own, "[--FIELD VALUE ...]"]).replace("%", "%%")
     groups: dict[tuple[str, ...], argparse._ArgumentGroup] = {}
@@ -304,7 +347,7 @@ def _add_options(parser: argparse.ArgumentParser, options: list[Option], title: 
 
 
 class _Draft:
-    """The document while it is put together, with the source of each of its values."""
+    """Document under construction, with the source of each value."""
 
     def __init__(self, options: list[Option], parser: argparse.ArgumentParser) -> None:
         self.document: dict[str, Any] = {}
@@ -313,26 +356,22 @@ class _Draft:
         self._parser = parser
 
     def put(self, option: Option, texts: list[str], source: str) -> None:
-        """Set one value; a nested config starts from the one that is there by default."""
+        """Set one value. A nested config starts from its default."""
         self._sources[option.path] = source
         node = self.document
         for depth, name in enumerate(option.path[:-1], start=1):
             if not isinstance(node.get(name), dict):
                 held = self._options[option.path[:depth]]
-                default = held.default
-                node[name] = (
-                    encode_value(default, held.field.annotation)
-                    if isinstance(default, Config)
-                    else {}
-                )
+                is_config = isinstance(held.default, Config)
+                node[name] = encode_value(held.default, held.field.annotation) if is_config else {}
             node = node[name]
         try:
-            node[option.path[-1]] = option.parsed(texts)
+            node[option.path[-1]] = option.parse(texts)
         except ConfigError as error:
             self.refuse(error.under(option.path))
 
     def refuse(self, error: ConfigError) -> NoReturn:
-        """Exit with 2, after one line that names the option or variable that is wrong."""
+        """Exit with 2, after one line that names the wrong option or variable."""
         for length in range(len(error.path), 0, -1):
             path = error.path[:length]
             if path in self._sources or path in self._options:

@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
-from robo_orchard_core.utils.cli import Option, options_of, type_name
+from robo_orchard_core.utils.cli import Option, options_of
 from robo_orchard_core.utils.config import (
-    ClassConfig,
     Config,
     ConfigReferenceError,
-    FieldsOf,
     Trust,
     TrustError,
 )
 from robo_orchard_core.utils.config.errors import suggest_name
 from robo_orchard_core.utils.config.formats import Plain
-from robo_orchard_core.utils.config.parts import Function, Part, config_class_of
+from robo_orchard_core.utils.config.parts import config_class_of
 from robo_orchard_core.utils.config.references import (
-    is_collection,
-    is_mapping,
     resolve,
     split_reference,
-    union_members,
 )
 from robo_orchard_core.utils.hook import FunctionInfo
 from robo_orchard_lab.experiment.catalogue import (
@@ -82,7 +75,7 @@ def fields_of(config_class: type[BaseModel]) -> list[FieldHelp]:
     )  # of one that is made of a signature
     return [
         _field(option, required)
-        for option in options_of(config_class, lambda path: "")
+        for option in options_of(config_class)
         if not _only_holds(option) and option.path not in (("class_type",), ("func",))
     ]
 
@@ -95,68 +88,15 @@ def _only_holds(option: Option) -> bool:
 
 def _field(option: Option, required: Iterable[str]) -> FieldHelp:
     has_default = not (option.required or ".".join(option.path) in required)
+    names = option.type.split(" | ")
+    if "Trigger" in names:  # text such as "50 steps" is a trigger
+        names = [name for name in names if name != "str"]
     return FieldHelp(
         path=".".join(option.path),
         description=option.field.description or "",
-        type=_type(option.field.annotation, option.field.metadata),
-        default=_default(option.default) if has_default else None,
+        type=" | ".join(names),
+        default=option.default_text if has_default else None,
     )
-
-
-def _type(annotation: Any, marks: Iterable[Any] = ()) -> str:
-    """The type in words; of a part, the class that it has to be of.
-
-    >>> _type(dict[str, Annotated[Any, Part("torch.nn:Module")]] | None)
-    'Module by name | null'
-    """
-    for mark in marks:
-        if words := _of_mark(mark):
-            return words
-    if get_origin(annotation) is Annotated:
-        inner, *marks = get_args(annotation)
-        return _type(inner, marks)
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if len(union_members(annotation)) > 1:
-        names = [_type(member) for member in arguments]
-        # A schedule's text stands for it.
-        return " | ".join(n for n in names if not (n == "str" and "Trigger" in names))
-    if is_mapping(origin) and len(arguments) == 2:
-        return f"{_type(arguments[1])} by name"
-    if is_collection(origin) and arguments:
-        return f"list of {_type(arguments[0])}"
-    if annotation is type(None):
-        return "null"
-    if isinstance(annotation, type) and issubclass(annotation, ClassConfig):
-        return _built_by(annotation)
-    return "anything" if annotation is Any else type_name(annotation)
-
-
-def _of_mark(mark: Any) -> str:
-    """What an annotation beside the type says of it; empty where that is nothing for people."""
-    if isinstance(mark, Part):
-        kinds = mark.kinds if isinstance(mark.kinds, tuple) else (mark.kinds,)
-        names = [kind if isinstance(kind, str) else kind.__qualname__ for kind in kinds]
-        return " | ".join(name.rpartition(":")[2] for name in names)
-    if isinstance(mark, FieldsOf):
-        return mark.reference.rpartition(":")[2].removesuffix("Config") + "'s fields"
-    return "function" if mark in get_args(Function)[1:] else ""
-
-
-def _built_by(config_class: type[ClassConfig[Any]]) -> str:
-    arguments = config_class.__pydantic_generic_metadata__["args"]
-    known = bool(arguments) and isinstance(arguments[0], type) and arguments[0] is not Any
-    return arguments[0].__name__ if known else "part"
-
-
-def _default(value: Any) -> str:
-    if value is PydanticUndefined:
-        return "made when needed"
-    if isinstance(value, str):
-        return value
-    try:
-        return json.dumps(value)
-    except TypeError:
-        return str(value)
 
 
 EXAMPLES: Mapping[str, dict[str, Plain]] = {

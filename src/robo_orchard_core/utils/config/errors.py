@@ -1,11 +1,11 @@
-"""What goes wrong with a configuration, each kind with the place where it went wrong."""
+"""Errors of configurations, each with the path of the wrong value, and spelling suggestions."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Self
 
 from pydantic import TypeAdapter, ValidationError
@@ -13,31 +13,31 @@ from pydantic_core import ErrorDetails
 
 from robo_orchard_core.utils.strict_json import Path as Path
 
+# --- paths -----------------------------------------------------------------------------------
+
 _BARE = re.compile(r"[^\s.\"]+")
 _KEY = re.compile(r'"(?:[^"\\]|\\.)*"|[^."]+')
 _MAX_KEYS = 64
 
 
 def dotted(path: Iterable[str | int]) -> str:
-    """The path as people write it.
+    """Return a path as text. Keys with dots, spaces or control characters are quoted.
 
     >>> dotted(("hooks", 0, "step_log_freq"))
     'hooks.0.step_log_freq'
     >>> dotted(("lr", "layer1.weight"))
     'lr."layer1.weight"'
     """
-    return ".".join(_written(str(part)) for part in path)
-
-
-def _written(key: str) -> str:
-    # What a terminal would obey instead of showing it, and what can't be seen, is escaped.
-    if _BARE.fullmatch(key) and key.isprintable():
-        return key
-    return json.dumps(key, ensure_ascii=not key.isprintable())
+    return ".".join(
+        key
+        if _BARE.fullmatch(key) and key.isprintable()
+        else json.dumps(key, ensure_ascii=not key.isprintable())
+        for key in map(str, path)
+    )
 
 
 def parse_path(text: str) -> tuple[str, ...]:
-    """Parse a dotted path; a key that holds a dot or a quote is written in double quotes.
+    """Parse a dotted path; a key with a dot or a quote is written in double quotes.
 
     >>> parse_path('lr."layer1.weight".0')
     ('lr', 'layer1.weight', '0')
@@ -52,7 +52,7 @@ def parse_path(text: str) -> tuple[str, ...]:
         try:
             key.encode()
             path.append(json.loads(key) if key.startswith('"') else key)
-        except ValueError:  # no JSON string, or half of a surrogate pair
+        except ValueError:  # malformed JSON, or half of a surrogate pair
             break
         end = found.end() + 1
         if end > len(text):
@@ -64,14 +64,17 @@ def parse_path(text: str) -> tuple[str, ...]:
     )
 
 
+# --- errors ----------------------------------------------------------------------------------
+
+
 class ConfigError(ValueError):
-    """A configuration that can't be read, written or built.
+    """Configuration that can't be read, written or built.
 
     Attributes:
-        problem: What was expected, what was found and what to change, without the place.
+        problem: Expectation, finding and remedy, without the path.
         path: Keys and indexes from the top of the document to the value.
-        source: The file it was read from, where there was one.
-        others: Further problems found in the same document.
+        source: File that was read, if any.
+        others: Further problems of the same document.
     """
 
     def __init__(self, problem: str, path: Path = ()) -> None:
@@ -83,11 +86,11 @@ class ConfigError(ValueError):
 
     @property
     def place(self) -> str:
-        """The dotted path, as in ``hooks.stats.step_log_freq``; empty for the document itself."""
+        """Dotted path, as in ``hooks.stats.step_log_freq``; empty for the document itself."""
         return dotted(self.path)
 
     def under(self, path: Path) -> Self:
-        """The same error, seen from a document that holds this one at ``path``; changes it."""
+        """Prepend the path of the value that contains this document; return the same error."""
         self.path = (*path, *self.path)
         return self
 
@@ -100,10 +103,10 @@ class ConfigError(ValueError):
 
 
 class ConfigSyntaxError(ConfigError):
-    """A text that is no document: broken, cut, too deep, repeated keys, not finite, tagged.
+    """Malformed document: broken, truncated, too deep, or with duplicate keys, NaN or tags.
 
     Attributes:
-        position: ``line 3, column 5``, where the parser knows it.
+        position: ``line 3, column 5``, if the parser reports a position.
     """
 
     def __init__(self, problem: str, path: Path = (), position: str = "") -> None:
@@ -112,80 +115,69 @@ class ConfigSyntaxError(ConfigError):
 
     @property
     def place(self) -> str:
-        """The dotted path where it is known, else the position in the text."""
+        """Dotted path, else the position in the text."""
         return dotted(self.path) or self.position
 
     def _line(self) -> str:
-        known = self.path and self.position
-        return f"{super()._line()} ({self.position})" if known else super()._line()
+        has_both = self.path and self.position
+        return f"{super()._line()} ({self.position})" if has_both else super()._line()
 
 
 class ConfigFieldError(ConfigError):
-    """A field that is missing, unknown, or holds what its declaration refuses."""
+    """Missing or unknown field, or a value that its declaration refuses."""
 
 
 class ConfigReferenceError(ConfigError):
-    """A ``module:QualName`` that doesn't lead to code of the declared kind."""
+    """Reference ``module:QualName`` to no code of the declared kind."""
 
 
 class TrustError(ConfigReferenceError):
-    """A reference that leads outside what the loader trusts; nothing was imported."""
+    """Reference to code outside the trusted packages; nothing was imported."""
 
 
 class ConfigSaveError(ConfigError):
-    """A value that would not come back from a file exactly as it is."""
+    """Value that a file would not restore exactly."""
 
 
 class ConfigBuildError(ConfigError):
-    """A class or function that can't be called with what its configuration holds."""
+    """Class or function that doesn't accept the arguments in its configuration."""
 
 
-# --- problems --------------------------------------------------------------------------------
-# From pydantic's account of what is wrong to errors that name the place.
+# --- pydantic's errors -----------------------------------------------------------------------
 
-
-_SHOWN = 10
-_LONGEST = 500
+_MAX_PROBLEMS = 10
+_MAX_LENGTH = 500
 
 
 def config_error(error: ValidationError, document: object) -> ConfigError:
-    """One error for all that pydantic found in the document, the gravest first."""
-    found = [_one(details, document) for details in error.errors(include_url=False)]
-    for problem in found:
-        if not problem.path:  # the rules of the whole: name it by its class
+    """Convert pydantic's error to one error with paths, the most severe problem first."""
+    found: list[ConfigError] = []
+    for details in error.errors(include_url=False):
+        problem = _problem(details, document)
+        if not problem.path:  # a rule across fields: name the class
             problem.problem = f"{error.title}: {problem.problem}"
-    found = _inner_first(found)
-    found.sort(key=_gravity)
+        # A problem inside a value precedes one of the value: in a union, it says the most.
+        path = problem.path
+        outer = (
+            index
+            for index, other in enumerate(found)
+            if len(other.path) < len(path) and path[: len(other.path)] == other.path
+        )
+        found.insert(next(outer, len(found)), problem)
+    found.sort(key=_severity)
     first, *others = found
-    first.others = tuple(others[: _SHOWN - 1])
+    first.others = tuple(others[: _MAX_PROBLEMS - 1])
     return first
 
 
-def _inner_first(problems: list[ConfigError]) -> list[ConfigError]:
-    """The same in their order, but one within a value ahead of those of the value.
-
-    Where a union admits several kinds, what is wrong within one of them says the most.
-    """
-    ordered: list[ConfigError] = []
-    for problem in problems:
-        path = problem.path
-        outer = (
-            place
-            for place, other in enumerate(ordered)
-            if len(other.path) < len(path) and path[: len(other.path)] == other.path
-        )
-        ordered.insert(next(outer, len(ordered)), problem)
-    return ordered
-
-
 def validate_value(name: str, value: object, declaration: Any) -> Any:
-    """The value as a field of this name would hold it.
+    """Return the value as a field of this name and type would hold it.
 
     >>> validate_value("lr", 1, float)
     1.0
 
     Raises:
-        ConfigError: The declaration refuses it; the place begins with the name.
+        ConfigError: The type refuses the value; the path begins with the name.
     """
     values = {name: value}
     try:
@@ -194,78 +186,92 @@ def validate_value(name: str, value: object, declaration: Any) -> Any:
         raise config_error(error, values) from error
 
 
-def _gravity(error: ConfigError) -> int:
-    return next(
-        (g for g, kind in enumerate((TrustError, ConfigReferenceError)) if isinstance(error, kind)),
-        2,
-    )
+def _severity(error: ConfigError) -> int:
+    if isinstance(error, TrustError):
+        return 0
+    return 1 if isinstance(error, ConfigReferenceError) else 2
 
 
-def _one(details: ErrorDetails, document: object) -> ConfigError:
+def _problem(details: ErrorDetails, document: object) -> ConfigError:
     path = _locate(details["loc"], document, missing=details["type"] == "missing")
     raised = details.get("ctx", {}).get("error")
     if isinstance(raised, ConfigError):
-        raised.problem = _clipped(raised.problem)
+        raised.problem = _shorten(raised.problem)
         return raised.under(path)
     if raised is not None:
-        return ConfigFieldError(_clipped(str(raised)), path)
+        return ConfigFieldError(_shorten(str(raised)), path)
     if details["type"] == "missing":
         return ConfigFieldError("a value is required here and none is given", path)
     return ConfigFieldError(f"{details['msg']}, found {describe(details['input'])}", path)
 
 
 def _locate(loc: Path, document: object, *, missing: bool) -> Path:
-    """The path in the document: pydantic's location without its labels for unions and wrappers."""
+    """Return pydantic's location without its labels for unions and wrappers."""
     path: list[str | int] = []
-    for number, part in enumerate(loc):
-        inside = _inside(document, part)
-        if inside is not _NOTHING:
-            document = inside
+    for number, key in enumerate(loc):
+        inner = _inner(document, key)
+        if inner is not _ABSENT:
+            document = inner
         elif not (missing and number == len(loc) - 1):
             continue
-        path.append(part)
+        path.append(key)
     return tuple(path)
 
 
-_NOTHING = object()
+_ABSENT = object()
 
 
-def _inside(document: object, part: str | int) -> object:
+def _inner(document: object, key: str | int) -> object:
     if isinstance(document, Mapping):
-        return document.get(part, _NOTHING)
-    if isinstance(document, list) and isinstance(part, int) and part < len(document):
-        return document[part]
-    return _NOTHING
+        return document.get(key, _ABSENT)
+    if isinstance(document, list) and isinstance(key, int) and key < len(document):
+        return document[key]
+    return _ABSENT
 
 
-def _clipped(text: str) -> str:
-    """A message, of which some hold all of a value."""
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+# --- texts of messages -----------------------------------------------------------------------
+
+
+def _shorten(text: str, length: int = _MAX_LENGTH) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def describe(value: object) -> str:
-    """The value and its type, short enough for a message.
+    """Return a value and its type, short enough for a message.
 
     >>> describe("abc")
     "'abc' (str)"
     """
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__qualname__})"
+    return f"{_shorten(repr(value), 60)} ({type(value).__qualname__})"
 
 
-def unknown_field(name: str, known: Iterable[str], owner: str, path: Path = ()) -> ConfigFieldError:
-    """The error for a field that ``owner`` doesn't have, with the nearest one that it has."""
-    advice = suggest_name(name, sorted(known), "it has")
-    return ConfigFieldError(f"{owner} has no such field; {advice}", (*path, name))
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return ``did you mean 'lr'?`` for the most similar known name, or an empty text.
+
+    >>> did_you_mean("lrr", ["lr", "momentum"])
+    "did you mean 'lr'?"
+
+    Args:
+        name: Unknown name.
+        known: Names to search.
+        cutoff: Similarity from 0 to 1 that a suggestion needs, as in `difflib`.
+    """
+    near = difflib.get_close_matches(name, [*known], n=1, cutoff=cutoff)
+    return f"did you mean {near[0]!r}?" if near else ""
 
 
-def suggest_name(name: str, known: Sequence[str], lead: str) -> str:
-    """What to write instead of a name that isn't there: the nearest one, or which there are.
+def suggest_name(name: str, known: Collection[str], lead: str) -> str:
+    """Return the most similar known name, or all known names after ``lead``.
 
     >>> suggest_name("lrr", ["lr", "momentum"], "there is")
     "did you mean 'lr'?"
     >>> suggest_name("speed", ["lr", "momentum"], "there is")
     'there is lr, momentum'
     """
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"{lead} {', '.join(known) or 'none'}"
+    return did_you_mean(name, known) or f"{lead} {', '.join(known) or 'none'}"
+
+
+def unknown_field(name: str, known: Iterable[str], owner: str, path: Path = ()) -> ConfigFieldError:
+    """Return the error for an unknown field of ``owner``, with the most similar known field."""
+    advice = suggest_name(name, sorted(known), "it has")
+    return ConfigFieldError(f"{owner} has no such field; {advice}", (*path, name))

@@ -1,13 +1,12 @@
-"""From ``module:QualName`` in a file to the code that it names, and back.
+"""References ``module:QualName`` in files: trust, resolution and declared types.
 
-The order of the checks is the point: how it is written, whether it is trusted, and only then
-the import; then whether what came out is defined where the reference says.
+A reference is checked in this order: syntax, trust, and only then the import; finally, the code has
+to be defined in that module under that name.
 """
 
 from __future__ import annotations
 
 import collections.abc
-import difflib
 import importlib
 import inspect
 import sys
@@ -26,28 +25,31 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from robo_orchard_core.utils.config.errors import ConfigReferenceError, Path, TrustError
+from robo_orchard_core.utils.config.errors import (
+    ConfigReferenceError,
+    Path,
+    TrustError,
+    did_you_mean,
+)
 
 # --- trust -----------------------------------------------------------------------------------
-# Which code a configuration file may name.
-
 
 TrustLike: TypeAlias = "Trust | str | type | Iterable[str | type]"
 
 
 def is_dotted_name(name: str) -> bool:
-    """Whether it is written like the name of a module or a qualified name."""
+    """Return True for dotted Python identifiers."""
     return all(part.isidentifier() for part in name.split("."))
 
 
 @dataclass(frozen=True)
 class Trust:
-    """The code that references in a file may reach.
+    """Packages and classes that references in a file may reach.
 
     Attributes:
-        packages: Dotted names; each covers itself and everything beneath it, so ``torch``
-            covers ``torch.optim`` and not ``torchevil``.
-        classes: Single classes, written ``module:QualName``; nothing else of their module.
+        packages: Dotted names, each with its submodules: ``torch`` covers ``torch.optim``, but
+            not ``torchevil``.
+        classes: Single classes as ``module:QualName``.
 
     >>> trust = Trust().widened("my_team.models", "torch.optim.sgd:SGD")
     >>> trust.covers("my_team.models.resnet", "ResNet"), trust.covers("my_team", "Other")
@@ -69,10 +71,10 @@ class Trust:
                 )
 
     def widened(self, *names: str | type) -> Trust:
-        """This trust and the named packages and classes as well.
+        """Return this trust extended by packages and classes.
 
         Raises:
-            ValueError: A name that is neither a dotted name nor ``module:QualName``.
+            ValueError: A name is neither a dotted name nor ``module:QualName``.
         """
         texts = [n if isinstance(n, str) else f"{n.__module__}:{n.__qualname__}" for n in names]
         return Trust(
@@ -82,13 +84,13 @@ class Trust:
 
     @classmethod
     def of(cls, more: TrustLike) -> Trust:
-        """The default trust widened by ``more``; a `Trust` stands for itself."""
+        """Return the default trust extended by ``more``; a `Trust` is returned as given."""
         if isinstance(more, Trust):
             return more
         return cls().widened(*([more] if isinstance(more, str | type) else more))
 
     def covers(self, module: str, qualname: str) -> bool:
-        """Whether a file may name ``module:qualname``."""
+        """Return True if a file may name ``module:qualname``."""
         parts = module.split(".")
         prefixes = {".".join(parts[: n + 1]) for n in range(len(parts))}
         return not prefixes.isdisjoint(self.packages) or f"{module}:{qualname}" in self.classes
@@ -98,11 +100,11 @@ class Trust:
 
 
 Code = type | FunctionType | BuiltinFunctionType
-"""What a reference can lead to."""
+"""Code that a reference can name."""
 
 
 def reference_to(code: Code) -> str:
-    """The reference that names a class or function.
+    """Return the reference of a class or function.
 
     >>> reference_to(Trust)
     'robo_orchard_core.utils.config.references:Trust'
@@ -111,10 +113,10 @@ def reference_to(code: Code) -> str:
 
 
 def split_reference(reference: str) -> tuple[str, str]:
-    """Module and qualified name.
+    """Return module and qualified name.
 
     Raises:
-        ConfigReferenceError: The reference isn't written as one.
+        ConfigReferenceError: The text is not ``module:QualName``.
     """
     module, _, qualname = reference.partition(":")
     if not is_dotted_name(module) or not is_dotted_name(qualname):
@@ -125,12 +127,12 @@ def split_reference(reference: str) -> tuple[str, str]:
 
 
 def resolve(reference: str, trust: Trust) -> Code:
-    """The class or function that a reference names, imported only if it is trusted.
+    """Import a trusted class or function.
 
     Raises:
-        TrustError: It lies outside the trust; nothing was imported.
-        ConfigReferenceError: It is written wrongly, its module can't be imported, or what it
-            leads to is no class or function defined there.
+        TrustError: The code is not trusted; nothing was imported.
+        ConfigReferenceError: The reference is malformed, the module can't be imported, or no class
+            or function is defined there.
     """
     module_name, qualname = split_reference(reference)
     if not trust.covers(module_name, qualname):
@@ -142,7 +144,7 @@ def resolve(reference: str, trust: Trust) -> Code:
             "on the command line"
         )
     if module_name.endswith(".__main__"):
-        # Importing one runs the package's command.
+        # The import would run the package's command.
         raise ConfigReferenceError(f"{reference!r} names a command, not a module of classes")
     try:
         module = importlib.import_module(module_name)
@@ -159,21 +161,21 @@ def _is_of(module: ModuleType, code: object) -> bool:
 
 
 def find_in_module(module: ModuleType, qualname: str, reference: str) -> Code:
-    """What the module defines under a qualified name, without calling anything on the way.
+    """Return the code that a module defines under a qualified name, without running code.
 
     Raises:
-        ConfigReferenceError: There is nothing, or something that is defined elsewhere.
+        ConfigReferenceError: The name is absent, or defined elsewhere.
     """
     found: object = module
     for part in qualname.split("."):
-        # Looked up in the namespace, so that no __getattr__, property or descriptor runs; only
-        # a class is looked into, so that no path leads through a module that was imported here.
+        # The lookup in namespaces runs no __getattr__, property or descriptor. Only classes are
+        # searched, so that no name leads through an imported module.
         space = vars(found) if found is module or isinstance(found, type) else {}
         if part not in space:
             problem = f"{reference!r} names nothing: no {part!r} is defined there"
             here = [name for name, code in space.items() if _is_of(module, code)]
-            near = difflib.get_close_matches(part, here, n=1)
-            problem += f"; did you mean {near[0]!r}?" if near else ""
+            if advice := did_you_mean(part, here):
+                problem += f"; {advice}"
             raise ConfigReferenceError(problem)
         found = space[part]
         if isinstance(found, staticmethod):
@@ -190,12 +192,11 @@ def find_in_module(module: ModuleType, qualname: str, reference: str) -> Code:
     return found
 
 
-# --- kinds -----------------------------------------------------------------------------------
-# Questions about declared types: what may stand where, and which code a declaration names.
+# --- declared types --------------------------------------------------------------------------
 
 
 def strip_annotated(annotation: Any) -> Any:
-    """The annotation without ``Annotated``; a type variable stands for its bound.
+    """Return the type without ``Annotated`` and aliases; for a type variable, its bound.
 
     >>> strip_annotated(Annotated[int, "metadata"])
     <class 'int'>
@@ -212,7 +213,7 @@ def strip_annotated(annotation: Any) -> Any:
 
 
 def union_members(annotation: Any) -> tuple[Any, ...]:
-    """What a union consists of; any other annotation is its own only member.
+    """Return the members of a union; for any other type, the type alone.
 
     >>> union_members(int | None)
     (<class 'int'>, <class 'NoneType'>)
@@ -224,7 +225,7 @@ def union_members(annotation: Any) -> tuple[Any, ...]:
 
 
 def item_type(annotation: Any, index: int) -> Any:
-    """How the item of a list, tuple or set is declared; Any where nothing says it."""
+    """Return the declared item type of a list, tuple or set, or Any."""
     for member in union_members(annotation):
         args, origin = get_args(member), get_origin(member)
         if origin is tuple and args and args[-1] is not Ellipsis:
@@ -235,7 +236,7 @@ def item_type(annotation: Any, index: int) -> Any:
 
 
 def mapping_value_type(annotation: Any) -> Any:
-    """How the value of a mapping is declared; Any where nothing says it."""
+    """Return the declared value type of a mapping, or Any."""
     for member in union_members(annotation):
         if is_mapping(origin := get_origin(member)) and len(args := get_args(member)) == 2:
             return args[1] if origin is not collections.Counter else int
@@ -243,12 +244,12 @@ def mapping_value_type(annotation: Any) -> Any:
 
 
 def is_mapping(origin: Any) -> bool:
-    """Whether it is a mapping type."""
+    """Return True for mapping types."""
     return isinstance(origin, type) and issubclass(origin, Mapping)
 
 
 def is_collection(origin: Any) -> bool:
-    """Whether it is a type of lists, tuples or sets."""
+    """Return True for types of lists, tuples or sets."""
     return (
         isinstance(origin, type)
         and issubclass(origin, collections.abc.Iterable)
@@ -258,7 +259,7 @@ def is_collection(origin: Any) -> bool:
 
 
 def admitted_classes(annotation: Any) -> tuple[type, ...]:
-    """The classes that ``type[...]`` admits, each with its subclasses.
+    """Return the classes in ``type[...]``.
 
     >>> admitted_classes(type[int | str])
     (<class 'int'>, <class 'str'>)
@@ -269,10 +270,10 @@ def admitted_classes(annotation: Any) -> tuple[type, ...]:
 
 
 def is_assignable(cls: type, kind: type) -> bool:
-    """Whether instances of ``cls`` may stand where ``kind`` is declared.
+    """Return True if instances of ``cls`` are valid where ``kind`` is declared.
 
-    Beyond ``issubclass``, a generic config counts as covariant: ``ClassConfig[MyHook]`` may stand
-    for ``ClassConfig[Hook]``, which pydantic's classes don't know of each other.
+    In addition to ``issubclass``, generic configs are covariant: ``ClassConfig[MyHook]`` is valid
+    for ``ClassConfig[Hook]``, although pydantic's classes are unrelated.
     """
     if issubclass(cls, kind):
         return True
@@ -309,8 +310,10 @@ def _is_argument(given: Any, wanted: Any) -> bool:
 
 
 def find_config_class(cls: type, base: type[BaseModel] = BaseModel) -> type[BaseModel] | None:
-    """The config class whose ``class_type`` is this class by default, from the class's own module;
-    of several, the one that is named like it."""
+    """Return the config class with this default ``class_type`` in the class's module, or None.
+
+    Of several, the config named after the class is preferred.
+    """
     origin, _ = _parametrization(base)
     found = [
         config
@@ -326,10 +329,10 @@ def find_config_class(cls: type, base: type[BaseModel] = BaseModel) -> type[Base
 
 
 def declared_code(model: type[BaseModel]) -> Iterator[Code]:
-    """Every class and function that a config class declares, at whatever depth.
+    """Yield all classes and functions that a config class declares, at any depth.
 
-    These are the arguments of ``type[...]``, the config classes among the field types, and what
-    the fields' defaults hold. All of it was imported when the config class was.
+    These are arguments of ``type[...]``, nested config classes, and code in field defaults. The
+    import of the config class already imported them.
     """
     seen: set[Any] = set()
     waiting: list[Any] = [model]
@@ -352,36 +355,32 @@ def declared_code(model: type[BaseModel]) -> Iterator[Code]:
 
 
 def field_default(field: FieldInfo) -> Any:
-    """A field's default, also one that a factory makes; PydanticUndefined where there is none."""
+    """Return a field's default or factory result; PydanticUndefined without a default."""
     if field.default_factory_takes_validated_data:
         return PydanticUndefined
     try:
         return field.get_default(call_default_factory=True)
-    except Exception:  # of the user's factory; it comes up again where its value is needed
+    except Exception:  # raised by the user's factory, and raised again when a config is built
         return PydanticUndefined
 
 
 # --- loading ---------------------------------------------------------------------------------
-# What is known while a document is being turned into a config.
-#
-# Pydantic's own context can't carry this: it is lost inside a class that defines ``__init__``, and
-# settings classes do. So it travels in a context variable, which is unset outside of loading: a
-# config that is built in code takes no references and no ``config_type``.
-
+# The state of loading travels in a context variable: pydantic loses its own context in classes that
+# define __init__, as settings classes do. Outside of loading, configs accept no references.
 
 CONFIG_TYPE = "config_type"
-"""The key of a document that names the class of a config, where its field admits several."""
+"""Key of a document that names the class of a config if the field admits several."""
 
 
 class Loading:
-    """One document on its way into ``model``.
+    """State while one document is loaded.
 
     Args:
-        model: The class that the document is for; the code that it declares needs no trust.
-        trust: What the document may name beyond that.
-        known: More code that needs no trust, where the declared code isn't it.
-        proving: The config exists already and is only compared with its document, so
-            ``__post_init__``, which may touch the world, stays out of it.
+        model: Class of the config; code that the class declares needs no trust.
+        trust: Further code that the document may name.
+        known: Code that needs no trust in addition to declared code.
+        proving: Skip ``__post_init__``, which may have side effects: the config exists, and is
+            only compared with its document.
     """
 
     def __init__(
@@ -399,8 +398,7 @@ class Loading:
 
     @cached_property
     def _declared(self) -> dict[str, list[Code]]:
-        # Only made when a reference isn't what its own field declares: it calls the factories
-        # of defaults.
+        # Computed on demand, since it calls factories of defaults.
         by_reference: defaultdict[str, list[Code]] = defaultdict(list)
         declared = chain.from_iterable(map(declared_code, self._models))
         for code in chain(declared, self._known):
@@ -408,22 +406,22 @@ class Loading:
         return by_reference
 
     def _candidates(self, reference: str) -> Iterable[Code]:
-        """What a reference may mean: the declared code of that name, else what it leads to."""
+        """Return the declared code of that name, else the resolved code."""
         if reference in self._declared:
             return self._declared[reference]
         module, _, qualname = reference.partition(":")
         if module == "__main__" and not self.trust.covers(module, qualname):
-            # A script's own classes have another module's name once the script is imported.
+            # Classes saved by a script as __main__ have a module name once it is imported.
             declared = chain.from_iterable(self._declared.values())
             if same := [code for code in declared if code.__qualname__ == qualname]:
                 return same
         return [resolve(reference, self.trust)]
 
     def resolve_class(self, reference: str, kinds: tuple[type, ...], path: Path) -> type:
-        """The class that a reference names, where one of ``kinds`` is declared.
+        """Return the named class, a subclass of one of ``kinds``.
 
         Raises:
-            ConfigReferenceError: Nothing of that kind is found, or it isn't trusted.
+            ConfigReferenceError: The class is absent, of another kind, or not trusted.
         """
         for kind in kinds:
             if reference == reference_to(kind):
@@ -446,8 +444,10 @@ class Loading:
         return None
 
     def resolve_config_class(self, reference: object, kind: type, path: Path) -> type[BaseModel]:
-        """The config class that ``config_type`` names, where ``kind`` is declared; its own
-        declarations count from here on.
+        """Return the config class that ``config_type`` names; code it declares is trusted, too.
+
+        Raises:
+            ConfigReferenceError: The class is absent, of another kind, or not trusted.
         """
         if not isinstance(reference, str):
             raise ConfigReferenceError(f"expected the name of a class, found {reference!r}", path)
@@ -460,15 +460,19 @@ class Loading:
         return found
 
     def resolve_code(self, reference: str) -> Code:
-        """The function or class that a reference names.
+        """Return the named function or class.
 
         Raises:
-            ConfigReferenceError: It leads to nothing, or isn't trusted.
+            ConfigReferenceError: The code is absent or not trusted.
         """
         return next(iter(self._candidates(reference)))
 
     def resolve_function(self, reference: str, annotation: Any, path: Path) -> Code:
-        """The function that a reference names, where ``Callable[...]`` is declared."""
+        """Return the named function, checked against a declared ``Callable[...]``.
+
+        Raises:
+            ConfigReferenceError: The function is absent, not trusted, or of other parameters.
+        """
         try:
             found = next(iter(self._candidates(reference)))
         except ConfigReferenceError as error:
@@ -482,7 +486,7 @@ class Loading:
             except TypeError as error:
                 problem = f"{reference!r} can't be called with {len(args[0])} arguments: {error}"
                 raise ConfigReferenceError(problem, path) from error
-            except ValueError:  # some builtins don't say what they take
+            except ValueError:  # some builtins have no signature
                 return found
         return found
 
@@ -491,13 +495,13 @@ _current: ContextVar[Loading | None] = ContextVar("_current", default=None)
 
 
 def current() -> Loading | None:
-    """The document that is being loaded here, if any is."""
+    """Return the state of the document that is being loaded, or None."""
     return _current.get()
 
 
 @contextmanager
 def loading(state: Loading) -> Iterator[None]:
-    """Everything that is validated inside belongs to this document."""
+    """Load a document: validation inside the context uses this state."""
     token = _current.set(state)
     try:
         yield
