@@ -56,7 +56,7 @@ def test_counters_count_what_they_name(events: list[str]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "expected a progress state of version 1, found version 2"),
+        ({"version": 2}, "expected a state of the progress of version 1, found version 2"),
         ({"version": None}, "found version None"),
         ({"epochs": 1}, "expected the counters epoch_id, .* found .*epochs"),
         ({"epoch_id": -1}, "progress.epoch_id must be an int >= 0, found -1"),

@@ -1,4 +1,4 @@
-"""The norm of all gradients, computed once for each update."""
+"""Total norm of the gradients, computed once per update, and gradient clipping."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from robo_orchard_lab.pipeline.sharded_tensors import has_sharded, is_sharded, l
 REPLICATED_TYPES = frozenset(
     {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 )
-"""Where each rank has all of the model, or the user has divided it, so that gradients tell what
-they are. Elsewhere Accelerate knows how to add up its parts."""
+"""Distributed types whose gradients are plain or DTensor. For others (DeepSpeed, FSDP1) only
+Accelerate can compute the norm."""
 
 
 def gradient_norm(args: PipelineHookArgs, norm_type: float | None = None) -> torch.Tensor | None:
-    """The joint norm of the gradients of an accumulation window, unscaled, on their device.
+    """Return the total norm of the accumulated, unscaled gradients, on their device.
 
-    Call it in a ``before`` of ``on_optimizer_step``, on every rank alike. Whoever comes first
-    computes it and keeps it in ``args.grad_norm``, where those that follow find it. Nothing is
-    read from the device; where gradients are sharded (FSDP2), it takes one collective.
+    Call it in a ``before`` of ``on_optimizer_step``, on every rank. The first call of an update
+    computes the norm and stores it in ``args.grad_norm``. No device sync; sharded gradients (FSDP2)
+    cost one collective.
 
     Args:
-        args: those of the update.
-        norm_type: the order; None takes the norm that is there already, or else that of order 2.
-            Another one is computed beside it, of the gradients as they are then.
+        args: arguments of the hook.
+        norm_type: order of the norm. None returns the stored norm, or computes order 2. Another
+            order than the stored one is computed in addition.
 
     Returns:
-        None where only clipping tells: with DeepSpeed, or FSDP's first version in fp16.
+        The norm; None if only clipping computes it: with DeepSpeed, or FSDP1 in fp16.
     """
     known = args.grad_norm
     if known is not None and (norm_type is None or _is_current(args, norm_type)):
@@ -43,20 +43,19 @@ def gradient_norm(args: PipelineHookArgs, norm_type: float | None = None) -> tor
 def clip_gradients(
     args: PipelineHookArgs, max_norm: float, norm_type: float = 2.0
 ) -> torch.Tensor | None:
-    """Scale the gradients so that their joint norm is at most ``max_norm``; gives what it was.
+    """Clip the total norm of the gradients to ``max_norm``; return the norm before clipping.
 
-    Bit for bit ``torch.nn.utils.clip_grad_norm_``. A norm that was computed in this update is not
-    computed again, except with FSDP's first version. None where DeepSpeed clips by itself and does
-    not tell.
+    Bitwise equal to ``torch.nn.utils.clip_grad_norm_``. Reuses the norm of this update, except with
+    FSDP1. Returns None if DeepSpeed clips without reporting the norm.
     """
     parameters = list(args.model.parameters())
     gradients = _gradients(parameters)
-    if _are_known(args.accelerator, gradients):
+    if _are_supported(args.accelerator, gradients):
         known = _is_current(args, norm_type)
         norm = args.grad_norm if known else _measure(args, norm_type, parameters)
-        assert norm is not None  # it is told of all that are known
+        assert norm is not None  # known gradients always have a norm
         if has_sharded(gradients):
-            factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as there
+            factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as in torch
             torch._foreach_mul_([*map(local_tensor, gradients)], factor)
         else:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
@@ -69,7 +68,7 @@ def clip_gradients(
 
 
 def clip_gradient_values(args: PipelineHookArgs, max_value: float) -> None:
-    """Clamp every element of the gradients to [-max_value, max_value]; each rank what it has."""
+    """Clamp every element of this rank's gradients to [-max_value, max_value]."""
     unscale_gradients(args.accelerator)
     parameters = list(args.model.parameters())
     gradients = _gradients(parameters)
@@ -82,7 +81,7 @@ def clip_gradient_values(args: PipelineHookArgs, max_value: float) -> None:
 
 
 def unscale_gradients(accelerator: Accelerator) -> None:
-    """Divide fp16 gradients by the loss scale, unless that was done in this update."""
+    """Divide fp16 gradients by the loss scale, once per update."""
     try:
         accelerator.unscale_gradients()
     except RuntimeError as error:
@@ -97,19 +96,19 @@ def _is_current(args: PipelineHookArgs, norm_type: float) -> bool:
 def _measure(
     args: PipelineHookArgs, norm_type: float, parameters: list[torch.nn.Parameter]
 ) -> torch.Tensor | None:
-    """The norm of the gradients as they are; kept if it is the first of this update."""
+    """Compute the norm of the current gradients; store the first norm of an update."""
     accelerator, gradients = args.accelerator, _gradients(parameters)
     norm: torch.Tensor | None = None
-    if _are_known(accelerator, gradients):
+    if _are_supported(accelerator, gradients):
         unscale_gradients(accelerator)
         if has_sharded(gradients):
             norm = _sharded_norm(gradients, norm_type)
         else:
-            # Adding up the entries of a sparse gradient waits for the device.
+            # coalesce() of a sparse gradient is a device sync.
             dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
             norm = _total_norm(dense, norm_type)
-    elif accelerator.scaler is None:  # with one, clipping would unscale a second time, and fail
-        # A bound that is never reached multiplies the gradients by 1.
+    elif accelerator.scaler is None:  # with a scaler, clipping would unscale twice and fail
+        # An infinite bound leaves the gradients unchanged.
         norm = _clip_by_engine(accelerator, parameters, float("inf"), norm_type)
     if args.grad_norm is None and norm is not None:
         args.grad_norm, args.grad_norm_order = norm, norm_type
@@ -117,9 +116,9 @@ def _measure(
 
 
 def _total_norm(gradients: list[torch.Tensor], norm_type: float) -> torch.Tensor:
-    """What ``torch.nn.utils.get_total_norm`` gives, bit for bit."""
+    """Return a result bitwise equal to ``torch.nn.utils.get_total_norm``."""
     if gradients and len({(g.device, g.dtype) for g in gradients}) == 1:
-        # The same operations as there, without looking for groups, which takes 40 us.
+        # The same operations without grouping by device and dtype, which costs 40 us.
         norms = torch.stack(list(torch._foreach_norm(gradients, norm_type)))
         total: torch.Tensor = torch.linalg.vector_norm(norms, norm_type)
         return total
@@ -127,22 +126,22 @@ def _total_norm(gradients: list[torch.Tensor], norm_type: float) -> torch.Tensor
 
 
 def _sharded_norm(gradients: list[torch.Tensor], norm_type: float) -> torch.Tensor:
-    """The norm of gradients of which each rank has parts, and maybe of some that all have."""
+    """Return the norm of gradients of which some are sharded and others may be replicated."""
     groups: dict[Any, list[torch.Tensor]] = {}
     for gradient in gradients:
         mesh = gradient.device_mesh if is_sharded(gradient) else None
         groups.setdefault((mesh, gradient.dtype), []).append(gradient)
     norms = [torch.nn.utils.get_total_norm(group, norm_type) for group in groups.values()]
-    whole = [norm.full_tensor() if is_sharded(norm) else norm for norm in norms]  # a collective
-    return whole[0] if len(whole) == 1 else torch.nn.utils.get_total_norm(whole, norm_type)
+    full = [norm.full_tensor() if is_sharded(norm) else norm for norm in norms]  # a collective
+    return full[0] if len(full) == 1 else torch.nn.utils.get_total_norm(full, norm_type)
 
 
 def _gradients(parameters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def _are_known(accelerator: Accelerator, gradients: Sequence[torch.Tensor]) -> bool:
-    """Whether each gradient is a plain tensor, all of it, or a sharded one that says so."""
+def _are_supported(accelerator: Accelerator, gradients: Sequence[torch.Tensor]) -> bool:
+    """Return True if each gradient is a plain tensor or a DTensor."""
     if accelerator.distributed_type not in REPLICATED_TYPES and not accelerator.is_fsdp2:
         return False
     return set(map(type, gradients)) <= {torch.Tensor} or all(
@@ -157,6 +156,6 @@ def _clip_by_engine(
     norm_type: float,
 ) -> torch.Tensor | None:
     norm = accelerator.clip_grad_norm_(parameters, max_norm, norm_type=norm_type)
-    if hasattr(norm, "full_tensor"):  # that of sharded gradients is in parts, too
+    if hasattr(norm, "full_tensor"):  # a sharded norm
         norm = norm.full_tensor()  # a collective
     return norm if norm is None else torch.as_tensor(norm)

@@ -1,30 +1,27 @@
-"""How far a run has come, and where it ends."""
+"""Channels of a run, counters of its progress, and limits that end it.
+
+One run opens the channels like this; each is a scope that hooks attach to::
+
+    on_loop
+      on_epoch
+        for each batch:
+          on_step
+            on_batch
+              on_model_forward
+              on_model_backward      only if the processor needs backward
+            on_optimizer_step        only at an accumulation boundary
+          commit point: the step counters have advanced, requests are executed
+        commit point: the epoch counter has advanced
+      on_evaluation                  around each evaluation
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
-from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
-
-# --- events ----------------------------------------------------------------------------------
-# The channels of a training run and how they nest, as data.
-#
-# Each channel is a scope that hooks attach to. One run opens them like this::
-#
-#     on_loop
-#       on_epoch
-#         for each batch:
-#           on_step
-#             on_batch
-#               on_model_forward
-#               on_model_backward      only when the processor needs backward
-#             on_optimizer_step        only at an accumulation boundary
-#           commit point: progress has advanced, requests are decided
-#         commit point: the epoch counter has advanced
-#       on_evaluation                  around each evaluation
-
+from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError, check_state_version
 
 ChannelName: TypeAlias = Literal[
     "on_loop",
@@ -36,17 +33,18 @@ ChannelName: TypeAlias = Literal[
     "on_optimizer_step",
     "on_evaluation",
 ]
+CHANNEL_NAMES: tuple[ChannelName, ...] = get_args(ChannelName)
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineChannel:
-    """One scope of a run."""
+    """Scope of a run that hooks attach to."""
 
     name: ChannelName
     parent: ChannelName | None
-    """The channel that is open around it; None for the outermost."""
+    """Enclosing channel; None for the outermost."""
     around: str
-    """What its hooks run around."""
+    """Work between ``before`` and ``after`` of its hooks."""
 
 
 PIPELINE_CHANNELS: tuple[PipelineChannel, ...] = (
@@ -59,63 +57,53 @@ PIPELINE_CHANNELS: tuple[PipelineChannel, ...] = (
     PipelineChannel("on_optimizer_step", "on_step", "one update of the weights"),
     PipelineChannel("on_evaluation", "on_loop", "one evaluation"),
 )
-"""Every channel, outermost first, in the order in which a run first opens them."""
-
-CHANNEL_NAMES: tuple[ChannelName, ...] = tuple(channel.name for channel in PIPELINE_CHANNELS)
-
+"""All channels, in the order in which a run first opens them."""
 
 STATE_VERSION = 1
-_COUNTERS = (
-    "epoch_id",
-    "step_id",
-    "global_step_id",
-    "optimizer_step_id",
-    "skipped_optimizer_steps",
-)
 
 
 @dataclass(slots=True)
 class TrainerProgress:
-    """The counters of a run. The trainer moves them; everyone else reads them.
+    """Counters of a run; the trainer advances the counters, hooks only read them.
 
-    While a step is open, the ids are those of that step, counted from 0. At a commit point, and
-    after the run, they are those of the step that would come next, that is, how many are done.
+    Inside a step, the ids are the ids of that step, from 0. At a commit point and after the run,
+    the ids are those of the next step, that is, the numbers of completed steps and epochs.
     """
 
     epoch_id: int = 0
-    """The epoch; a finished run of n epochs ends with n."""
+    """Epoch; after a run of n epochs it is n."""
     step_id: int = 0
-    """The step in the epoch: one batch through forward and backward."""
+    """Step in the epoch: one batch through forward and backward."""
     global_step_id: int = 0
-    """The step in the run."""
+    """Step in the run."""
     optimizer_step_id: int = 0
-    """How many updates of the weights have been committed."""
+    """Number of committed weight updates."""
     skipped_optimizer_steps: int = 0
-    """How many updates were due and not committed, such as after an fp16 overflow."""
+    """Number of updates that were due and not committed, such as after an fp16 overflow."""
     in_step: bool = field(default=False, init=False, compare=False, repr=False)
-    """Whether a step is open; no part of the state, since a run is saved between two steps."""
+    """True inside a step; not part of the state, since a run is saved between two steps."""
 
     @property
     def steps_done(self) -> int:
-        """How many steps of the run are done when the step that is open, if any, is over.
+        """Number of completed steps, counting an open step as completed.
 
-        This is the step that a measurement belongs to, wherever it is taken.
+        This is the step of a measurement, wherever in the step it is taken.
         """
         return self.global_step_id + self.in_step
 
     def finish_step(self) -> None:
-        """A batch went through forward and backward."""
+        """Count a batch that went through forward and backward."""
         self.in_step = False
         self.step_id += 1
         self.global_step_id += 1
 
     def finish_epoch(self) -> None:
-        """The data has been passed over once."""
+        """Count a pass over the data."""
         self.epoch_id += 1
         self.step_id = 0
 
     def finish_optimizer_step(self, committed: bool) -> None:
-        """An update was due: it was committed, or skipped."""
+        """Count an update that was due, as committed or skipped."""
         if committed:
             self.optimizer_step_id += 1
         else:
@@ -128,48 +116,47 @@ class TrainerProgress:
         )
 
     def state_dict(self) -> dict[str, int]:
-        """Every counter by its name, and the version of this layout."""
-        return {"version": STATE_VERSION, **{name: getattr(self, name) for name in _COUNTERS}}
+        """Return all counters by name, and the version of the state."""
+        counters = asdict(self)
+        del counters["in_step"]
+        return {"version": STATE_VERSION, **counters}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over every counter.
+        """Restore all counters.
 
         Raises:
-            StateError: another version, or a counter missing, unknown, or not an int >= 0. The
-                counters are then as they were.
+            StateError: the state has another version, or a counter is missing, unknown, or not an
+                int >= 0; no counter changes then.
         """
-        if state.get("version") != STATE_VERSION:
+        check_state_version(state, STATE_VERSION, "the progress")
+        counters = {name: value for name, value in state.items() if name != "version"}
+        expected = self.state_dict().keys() - {"version"}
+        if set(counters) != expected:
             raise StateError(
-                f"expected a progress state of version {STATE_VERSION}, "
-                f"found version {state.get('version')!r}"
+                f"expected the counters {', '.join(sorted(expected))} in the state of the "
+                f"progress, found {', '.join(counters) or 'none'}"
             )
-        found = {name: value for name, value in state.items() if name != "version"}
-        if set(found) != set(_COUNTERS):
-            raise StateError(
-                f"expected the counters {', '.join(_COUNTERS)} in a progress state, "
-                f"found {', '.join(found) or 'none'}"
-            )
-        for name, value in found.items():
+        for name, value in counters.items():
             if type(value) is not int or value < 0:
                 raise StateError(f"progress.{name} must be an int >= 0, found {value!r}")
-        for name, value in found.items():
+        for name, value in counters.items():
             setattr(self, name, value)
 
 
 @dataclass(frozen=True, slots=True)
 class TrainerLimits:
-    """Where a run ends: at whichever of its limits is reached first.
+    """Limits of a run; the first limit that is reached ends the run.
 
     Raises:
         PipelineConfigError: no limit is given, or one is not an int >= 1.
     """
 
     max_step: int | None = None
-    """In steps (batches) over the run."""
+    """Number of steps (batches)."""
     max_optimizer_step: int | None = None
-    """In committed updates of the weights."""
+    """Number of committed weight updates."""
     max_epoch: int | None = None
-    """In passes over the data."""
+    """Number of passes over the data."""
 
     def __post_init__(self) -> None:
         given = {name: value for name, value in asdict(self).items() if value is not None}
@@ -182,7 +169,7 @@ class TrainerLimits:
                 raise PipelineConfigError(f"{name} must be an int >= 1, got {value!r}")
 
     def reached(self, progress: TrainerProgress) -> bool:
-        """Whether nothing is left to do."""
+        """Return True if a limit is reached."""
         return (
             (self.max_step is not None and progress.global_step_id >= self.max_step)
             or (
@@ -196,17 +183,17 @@ class TrainerLimits:
 def remaining_steps(
     limits: TrainerLimits, progress: TrainerProgress, steps_per_epoch: int | None, window: int
 ) -> int | None:
-    """The steps from ``progress`` to the nearest limit, or None where that can't be told.
+    """Return the number of steps to the nearest limit, or None if it is unknown.
 
     >>> limits = TrainerLimits(max_epoch=2)
     >>> remaining_steps(limits, TrainerProgress(epoch_id=1, step_id=3), 10, window=1)
     7
 
     Args:
-        limits: the limits of the run.
-        progress: its counters between two steps.
+        limits: limits of the run.
+        progress: counters between two steps.
         steps_per_epoch: None for data without a length.
-        window: the steps in a full accumulation window.
+        window: steps in a full accumulation window.
     """
     found = []
     if limits.max_step is not None:
@@ -221,10 +208,10 @@ def remaining_steps(
 
 
 def _steps_for_updates(updates: int, step: int, steps_per_epoch: int | None, window: int) -> int:
-    """The steps that it takes from ``step`` of an epoch to commit so many updates."""
+    """Return the number of steps from ``step`` of an epoch until ``updates`` are committed."""
     updates += step // window  # from the start of the epoch
     if steps_per_epoch is None:
         return updates * window - step
-    # The last window of an epoch is as short as the epoch makes it.
+    # The last window of an epoch may be short.
     epochs, rest = divmod(updates, -(-steps_per_epoch // window))
     return epochs * steps_per_epoch + min(rest * window, steps_per_epoch) - step

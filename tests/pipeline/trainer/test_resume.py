@@ -499,7 +499,11 @@ def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
         ("trainer", {"version": 7}, "trainer state of version 4, found 7"),
         ("trainer", {"extra": 1}, r"expected in the trainer's state: .*; found: data, extra"),
         ("trainer", {"processes": 2}, "had 2 processes, and 1 have saved it"),
-        ("trainer", {"progress": {"version": 9}}, "progress state of version 1, found version 9"),
+        (
+            "trainer",
+            {"progress": {"version": 9}},
+            "the progress of version 1, found version 9",
+        ),
         (
             "state",
             {"extra": 1},
