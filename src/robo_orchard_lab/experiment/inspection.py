@@ -29,7 +29,7 @@ from robo_orchard_core.utils.hook import FunctionInfo
 from robo_orchard_lab.experiment.catalogue import (
     CATALOGUE,
     ExperimentTrust,
-    named,
+    definition_of,
     with_definitions,
 )
 from robo_orchard_lab.experiment.parts import HooksPart
@@ -182,7 +182,7 @@ def hook(name: str, trust: Trust | None = None) -> HookInfo:
     if ":" not in name and name not in (known := hook_names()):
         advice = suggest_name(name, known, "there are")
         raise ConfigReferenceError(f"there is no hook {name!r}; {advice}")
-    reference = named(name)
+    reference = definition_of(name)
     example: dict[str, Plain] = {"class_type": name, **EXAMPLES.get(name, {})}
     if not trust.covers(*split_reference(reference)):
         package = reference.partition(".")[0].partition(":")[0]
