@@ -1,4 +1,1 @@
-"""The framework-agnostic part: hooks, configuration, command lines, logging.
-
-Importing it loads neither torch nor accelerate.
-"""
+"""Framework-agnostic hooks, configuration, command-line options and logging, without torch."""

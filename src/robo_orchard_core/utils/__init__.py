@@ -1,1 +1,1 @@
-"""Hooks, configuration, command lines and logging, each in a module of its own."""
+"""Modules for hooks, configuration, command-line options, strict JSON and logging."""

@@ -32,8 +32,8 @@ from robo_orchard_core.utils.config import (
     TrustLike,
     formats,
 )
-from robo_orchard_core.utils.config.encoding import encode_value
 from robo_orchard_core.utils.config.errors import dotted
+from robo_orchard_core.utils.config.model import encode_value
 from robo_orchard_core.utils.config.references import (
     field_default,
     is_collection,

@@ -1,4 +1,4 @@
-"""Log lines that say which process wrote them."""
+"""Logging to standard error with the rank of the process."""
 
 from __future__ import annotations
 
@@ -11,27 +11,26 @@ DEFAULT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to what ``sys.stderr`` is when a record comes.
+    """Handler that looks up ``sys.stderr`` for each record.
 
-    A progress bar that redirects ``sys.stderr`` for a while so gets the lines above it, and one
-    that has ended gets none.
+    Log lines then appear above a progress bar that redirects ``sys.stderr`` for a while.
     """
 
     def __init__(self, level: int | str = logging.NOTSET) -> None:
-        # Not StreamHandler's, which keeps the stream of now.
+        # StreamHandler's constructor would store the current stream.
         logging.Handler.__init__(self, level)
 
     @property
     def stream(self) -> TextIO:  # type: ignore[override]  # an attribute in the base class
-        """The current ``sys.stderr``."""
+        """Current ``sys.stderr``."""
         return sys.stderr
 
 
 class VisibleFormatter(logging.Formatter):
-    """Writes escapes for what a terminal would obey or hide; lines stay lines."""
+    """Formatter that escapes control characters, except for newlines and tabs."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as text."""
+        """Return the record as text."""
         text = super().format(record)
         if text.isprintable():
             return text
@@ -46,22 +45,19 @@ def log_basic_config(
     all_ranks: bool = False,
     force: bool = False,
 ) -> None:
-    """Log to standard error, like `logging.basicConfig`, with the rank in a run of several.
+    """Log to standard error, like `logging.basicConfig`, with the rank in a distributed job.
 
-    What a terminal would obey instead of showing it, such as in a name that came with a file, is
-    written with escapes.
-
-    The rank is what the launcher (torchrun, accelerate) put into RANK and WORLD_SIZE. Nothing
-    happens where the root logger has a handler already, unless ``force`` replaces it.
+    The rank comes from the launcher's RANK and WORLD_SIZE (torchrun, accelerate). Control
+    characters, for example in names read from a file, are escaped. If the root logger has a
+    handler, the call has no effect without ``force``.
 
     Args:
-        level: Of the root logger.
-        format: In the %-style of `logging`; may use ``%(rank)d`` and ``%(world_size)d``.
-            Default: time, level, logger, message, behind ``[rank 1/4]`` when WORLD_SIZE > 1.
-        datefmt: As in `logging.basicConfig`.
-        all_ranks: Write every record on ranks other than 0 too; they write warnings and above
-            otherwise.
-        force: Remove and close the handlers that the root logger has.
+        level: Level of the root logger.
+        format: Format in %-style, with ``%(rank)d`` and ``%(world_size)d``. Default: time, level,
+            logger and message, after ``[rank 1/4]`` if WORLD_SIZE > 1.
+        datefmt: Date format, as in `logging.basicConfig`.
+        all_ranks: Write all records on all ranks; else ranks above 0 write warnings and errors.
+        force: Remove and close existing handlers of the root logger.
     """
     rank, world_size = _environment_number("RANK", 0), _environment_number("WORLD_SIZE", 1)
     if format is None:

@@ -213,7 +213,7 @@ def test_a_config_cannot_be_told_to_ignore_unknown_fields() -> None:
 
 def test_the_key_that_names_a_class_is_reserved() -> None:
     """A field that documents would take for something else is refused where it is declared."""
-    with pytest.raises(TypeError, match="give the field another name"):
+    with pytest.raises(TypeError, match="rename the field"):
 
         class Clashes(Config):
             config_type: str = ""

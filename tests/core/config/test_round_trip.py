@@ -244,26 +244,26 @@ def scale(value: float) -> float:
 
 
 LOST: list[Any] = [
-    (Any, (1, 2), "bring this value back exactly"),
-    (Any, {1: 2}, "bring this value back exactly"),
-    (Any, Special(), "bring this value back exactly"),
+    (Any, (1, 2), "restore this value exactly"),
+    (Any, {1: 2}, "restore this value exactly"),
+    (Any, Special(), "restore this value exactly"),
     (Any, math.inf, "expected a finite number, found inf"),
     (Any, Odd(), "no document can hold"),
-    (Any, scale, "bring this value back exactly"),
-    (Path | str, Path("a"), "bring this value back exactly"),
+    (Any, scale, "restore this value exactly"),
+    (Path | str, Path("a"), "restore this value exactly"),
     (bytes, b"\xff", "no document can hold"),
     (str, "\ud800", "lone surrogate"),
     pytest.param(int, 10**5000, "4300 digits", id="digits"),
-    (pydantic.SecretStr, pydantic.SecretStr("x"), "bring this value back exactly"),
-    (Annotated[tuple[int, ...], pydantic.Field(strict=True)], (1,), "would not come back"),
-    (dict[tuple[int, int], int], {(1, 2): 3}, "would not come back"),
+    (pydantic.SecretStr, pydantic.SecretStr("x"), "restore this value exactly"),
+    (Annotated[tuple[int, ...], pydantic.Field(strict=True)], (1,), "would not be restored"),
+    (dict[tuple[int, int], int], {(1, 2): 3}, "would not be restored"),
     (Callable[[float], float], lambda value: value, "can't be found by its name"),
-    (list[Any], [[[1, (2,)]]], "bring this value back exactly"),
-    (Any, frozenset({1}), "bring this value back exactly"),
+    (list[Any], [[[1, (2,)]]], "restore this value exactly"),
+    (Any, frozenset({1}), "restore this value exactly"),
     (
         datetime.datetime,
         datetime.datetime(2024, 1, 1, tzinfo=Summer()),
-        "bring this value back exactly",
+        "restore this value exactly",
     ),
 ]
 
@@ -336,7 +336,7 @@ def test_two_local_classes_of_one_name_are_told_apart_or_refused() -> None:
         one: type[Inner] = first
         two: type[Inner] = second
 
-    with pytest.raises(ConfigSaveError, match="bring this value back exactly"):
+    with pytest.raises(ConfigSaveError, match="restore this value exactly"):
         Holder().to_str()
 
 
@@ -360,7 +360,7 @@ def test_an_excluded_field_stays_out_of_the_document() -> None:
         cache: dict[str, int] = pydantic.Field(default={}, exclude=True)
 
     assert Hidden().to_dict() == {}
-    with pytest.raises(ConfigSaveError, match="cache: the declared type would not bring"):
+    with pytest.raises(ConfigSaveError, match="cache: the declared type would not restore"):
         Hidden(cache={"a": 1}).to_dict()
 
 
@@ -427,7 +427,7 @@ def test_what_a_serializer_writes_keeps_the_rules_of_documents() -> None:
     class Broken(Config):
         rate: Annotated[float, pydantic.PlainSerializer(lambda rate: rate + 1e999)]
 
-    with pytest.raises(ConfigSaveError, match="rate: would not come back"):
+    with pytest.raises(ConfigSaveError, match="rate: would not be restored"):
         Broken(rate=0).to_str()
 
 
@@ -437,7 +437,7 @@ def test_a_validator_that_changes_what_it_validated_is_told() -> None:
     class Grows(Config):
         sizes: Annotated[list[int], pydantic.AfterValidator(lambda sizes: [*sizes, 0])]
 
-    with pytest.raises(ConfigSaveError, match="sizes: the declared type would not bring"):
+    with pytest.raises(ConfigSaveError, match="sizes: the declared type would not restore"):
         Grows(sizes=[1]).to_str()
 
 

@@ -1,4 +1,13 @@
-"""Configuration that validates, builds what it describes, and survives files exactly."""
+"""Configs: validated fields that build instances and round-trip exactly through files.
+
+- `config`: `Config`, saved and loaded as JSON, YAML and TOML
+- `model`: validation and serialization
+- `formats`: documents as text
+- `references`: trusted code by name, and declared types
+- `build`: calls of classes and functions with fields
+- `parts`: `ClassConfig`, `Part`, and configs derived from signatures
+- `errors`: errors with paths
+"""
 
 from robo_orchard_core.utils.config.build import (
     CallableConfig,

@@ -1,4 +1,4 @@
-"""`Config`: validated fields with a document in three formats."""
+"""`Config`: validated fields that are saved and loaded as JSON, YAML and TOML."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any, Self, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from robo_orchard_core.utils.config import formats
-from robo_orchard_core.utils.config.encoding import encode
 from robo_orchard_core.utils.config.errors import (
     ConfigError,
     ConfigFieldError,
@@ -23,7 +22,7 @@ from robo_orchard_core.utils.config.errors import (
     unknown_field,
 )
 from robo_orchard_core.utils.config.formats import MAX_BYTES, Format, check_plain
-from robo_orchard_core.utils.config.model import ConfigModel, field_values
+from robo_orchard_core.utils.config.model import ConfigModel, encode, field_values
 from robo_orchard_core.utils.config.references import (
     Loading,
     Trust,
@@ -33,19 +32,17 @@ from robo_orchard_core.utils.config.references import (
     mapping_value_type,
 )
 
-# --- replacing -------------------------------------------------------------------------------
-# A config with other values at some paths, validated anew from there up.
-
+# --- replacement of values -------------------------------------------------------------------
 
 ModelT = TypeVar("ModelT", bound=ConfigModel)
 Keys = tuple[str, ...]
 
 
 def config_with(config: ModelT, changes: Mapping[Keys, Any]) -> ModelT:
-    """The config with other values where the keys lead, all of them changed at once.
+    """Return a validated copy with new values at some paths.
 
     Raises:
-        ConfigFieldError: Keys that lead nowhere, or a value that isn't admitted there.
+        ConfigFieldError: A path doesn't exist, or a value is invalid.
     """
     cls = type(config)
     values = copy.deepcopy(field_values(config))
@@ -56,7 +53,7 @@ def config_with(config: ModelT, changes: Mapping[Keys, Any]) -> ModelT:
             raise unknown_field(name, cls.model_fields, cls.__qualname__)
         if name in values:
             value = values[name]
-        else:  # of a config that stands for what was set alone
+        else:  # a sparse config, or an extra argument
             value = None if field is None else copy.deepcopy(getattr(config, name))
         try:
             values[name] = _changed(value, inner, Any if field is None else field.annotation)
@@ -71,7 +68,7 @@ def config_with(config: ModelT, changes: Mapping[Keys, Any]) -> ModelT:
 
 
 def _check_code(config: ConfigModel, values: Mapping[str, Any]) -> None:
-    """That the code is the one whose arguments the other values are, or a subclass of it."""
+    """Refuse other code than a subclass, since the arguments belong to the old code."""
     for name in ("class_type", "func"):
         old, new = getattr(config, name, None), values.get(name)
         is_same = old is new or (
@@ -93,7 +90,7 @@ def _by_first(changes: Mapping[Keys, Any]) -> dict[str, dict[Keys, Any]]:
 
 
 def _changed(value: Any, changes: dict[Keys, Any], annotation: Any) -> Any:
-    """The value, or the one that stands in its place, with the changes within."""
+    """Return the new or old value, with changes inside applied."""
     value = changes.pop((), value)
     if not changes:
         return value
@@ -152,7 +149,7 @@ def _admits_none(annotation: Any) -> bool:
 
 
 class Config(ConfigModel):
-    """Validated fields that survive JSON, YAML and TOML exactly.
+    """Validated fields that round-trip exactly through JSON, YAML and TOML.
 
     >>> class Data(Config):
     ...     root: str
@@ -167,31 +164,30 @@ class Config(ConfigModel):
     robo_orchard_core.utils.config.errors.ConfigFieldError: bach_size: Data has no such field; \
 did you mean 'batch_size'?
 
-    Constructing one in code and assigning to a field raise pydantic's ValidationError, which is
-    a ValueError. Everything that reads or writes documents, and `replace`, raises a
-    `ConfigError`, which is one too and names the place. An assignment is validated alone;
-    ``__post_init__`` runs at construction, `replace` and loading.
+    Construction and assignment raise pydantic's ValidationError. Methods that read or write
+    documents, and `replace`, raise `ConfigError` with the path. Both are ValueErrors.
+    ``__post_init__`` runs at construction, `replace` and loading, but not at assignment.
     """
 
     def to_dict(self) -> dict[str, Any]:
-        """The document as plain data: what `from_dict` turns back into exactly this config.
+        """Return the document as plain data, which `from_dict` restores exactly.
 
         Raises:
-            ConfigSaveError: A value would not come back exactly; its place is named.
+            ConfigSaveError: With the path of a value that would not be restored exactly.
         """
         return encode(self)
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any], *, trust: TrustLike = ()) -> Self:
-        """The config that a document of plain data describes.
+        """Load a config from plain data.
 
         Args:
-            document: Fields and their values; ``config_type`` names a subclass.
-            trust: Packages and classes that its references may reach, beside the default ones
-                and the code that this class itself declares.
+            document: Field values; ``config_type`` names a subclass.
+            trust: Packages and classes that references may reach, in addition to this project's
+                packages and code that this class declares.
 
         Raises:
-            ConfigError: Of the kind that says what is wrong, with the place.
+            ConfigError: With the path of the problem.
         """
         plain = check_plain(dict(document))
         try:
@@ -201,10 +197,10 @@ did you mean 'batch_size'?
             raise config_error(error, plain) from error
 
     def to_str(self, format: Format = "json") -> str:  # noqa: A002 - the public word
-        """The document as text.
+        """Return the document as text.
 
         Raises:
-            ConfigSaveError: A value would not come back exactly; its place is named.
+            ConfigSaveError: With the path of a value that would not be restored exactly.
         """
         return formats.write(encode(self, for_toml=format == "toml"), format)
 
@@ -216,23 +212,23 @@ did you mean 'batch_size'?
         *,
         trust: TrustLike = (),
     ) -> Self:
-        """The config that a text describes; `from_dict` says what ``trust`` means.
+        """Load a config from text; for ``trust``, see `from_dict`.
 
         Raises:
-            ConfigError: Of the kind that says what is wrong, with the place.
+            ConfigError: With the path or position of the problem.
         """
         return cls.from_dict(formats.read(text, format), trust=trust)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the document to a file, in the format that its suffix says.
+        """Write the document to a file, in the format of the suffix.
 
-        What was there stays until the new document is whole and on the disk.
+        The file is replaced atomically, after the new document is on the disk.
 
         Raises:
-            ConfigSaveError: A value would not come back exactly; nothing was written.
+            ConfigSaveError: A value would not be restored exactly; nothing was written.
         """
         text = self.to_str(formats.format_of(path))
-        # The target of a link is replaced, not the link.
+        # Replace the target of a link, not the link.
         target = Path(os.path.realpath(path))
         draft = target.with_name(f".{target.name}.{os.urandom(8).hex()}.tmp")
         try:
@@ -249,10 +245,10 @@ did you mean 'batch_size'?
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, trust: TrustLike = ()) -> Self:
-        """The config that a file describes; `from_dict` says what ``trust`` means.
+        """Load a config from a file; for ``trust``, see `from_dict`.
 
         Raises:
-            ConfigError: Of the kind that says what is wrong, with the file and the place.
+            ConfigError: With the file and the path of the problem.
             OSError: The file can't be read.
         """
         try:
@@ -265,7 +261,7 @@ did you mean 'batch_size'?
             raise
 
     def replace(self, **changes: Any) -> Self:
-        """A validated copy with other values; a dotted name reaches into what a field holds.
+        """Return a validated copy with new values; dotted names reach into nested values.
 
         >>> class Data(Config):
         ...     batch_size: int = 128
@@ -277,12 +273,11 @@ did you mean 'batch_size'?
         Run(data={})
 
         Args:
-            **changes: Values by their names. Behind dots stand fields of configs, keys of mappings
-                and indexes of lists; a key that holds a dot is written in double quotes. None
-                removes the entry of a mapping whose values can't be None. All of them are
-                changed at once, so that rules across fields hold for the result.
+            **changes: Values by dotted name: fields of configs, keys of mappings, indexes of lists.
+                A key with a dot is written in double quotes. None removes an entry of a mapping
+                whose values can't be None. Rules across fields are checked on the result.
 
         Raises:
-            ConfigFieldError: A name or a value that this config doesn't admit.
+            ConfigFieldError: A name doesn't exist, or a value is invalid.
         """
         return config_with(self, {parse_path(name): value for name, value in changes.items()})

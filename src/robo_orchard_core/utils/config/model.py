@@ -1,39 +1,71 @@
-"""The pydantic side of a config: validation, ``__post_init__``, equality."""
+"""Validation and serialization of configs: `ConfigModel`, `restore` and `encode`.
+
+`encode` converts a config to plain data, reads the data back and compares both. `restore` is the
+inverse where pydantic has none: code from references, enum members from text.
+"""
 
 from __future__ import annotations
 
 import collections.abc
+import datetime
+import json
+import sys
+from collections.abc import Mapping
 from enum import Enum
+from pathlib import PurePath
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+    WrapSerializer,
+    model_validator,
+)
+from pydantic_core import to_jsonable_python
 
-from robo_orchard_core.utils.config.errors import ConfigReferenceError, Path, unknown_field
+from robo_orchard_core.utils.config.errors import (
+    ConfigReferenceError,
+    ConfigSaveError,
+    ConfigSyntaxError,
+    Path,
+    config_error,
+    describe,
+    unknown_field,
+)
+from robo_orchard_core.utils.config.formats import MAX_DEPTH, Plain, check_plain
 from robo_orchard_core.utils.config.references import (
     CONFIG_TYPE,
+    Code,
     Loading,
+    Trust,
     admitted_classes,
     current,
+    declared_code,
+    find_config_class,
+    find_in_module,
     is_assignable,
     is_collection,
     is_mapping,
     item_type,
+    loading,
     mapping_value_type,
+    reference_to,
     union_members,
 )
 
-# --- restoring -------------------------------------------------------------------------------
-# The part of reading that pydantic can't do: code from references, enum union_members from text.
-#
-# A field's declaration is walked beside its value. What isn't declared as one of these is left to
-# pydantic as it is.
+# --- validation ------------------------------------------------------------------------------
 
 
 def restore(state: Loading, annotation: Any, value: Any, path: Path) -> Any:
-    """The value with code in the place of references, where the annotation declares code.
+    """Return the value with code instead of references if the annotation declares code.
 
     Raises:
-        ConfigReferenceError: A reference leads to nothing that is trusted and of that kind.
+        ConfigReferenceError: A reference names no trusted code of the declared kind.
     """
     options = union_members(annotation)
     if value is None or str in options or Any in options:
@@ -41,7 +73,7 @@ def restore(state: Loading, annotation: Any, value: Any, path: Path) -> Any:
     errors: list[ConfigReferenceError] = []
     for option in options:
         try:
-            restored = _restore(state, option, value, path)
+            restored = _restore_option(state, option, value, path)
         except ConfigReferenceError as error:
             errors.append(error)
         else:
@@ -52,14 +84,15 @@ def restore(state: Loading, annotation: Any, value: Any, path: Path) -> Any:
     return value
 
 
-def _restore(state: Loading, annotation: Any, value: Any, path: Path) -> Any:
+def _restore_option(state: Loading, annotation: Any, value: Any, path: Path) -> Any:
     origin = get_origin(annotation) or annotation
     if origin is type and isinstance(value, str):
         return state.resolve_class(value, admitted_classes(annotation), path)
     if origin is collections.abc.Callable and isinstance(value, str):
         return state.resolve_function(value, annotation, path)
     if origin is Literal and value not in get_args(annotation):
-        return _listed(annotation, value)
+        members = (choice for choice in get_args(annotation) if isinstance(choice, Enum))
+        return next((member for member in members if member.value == value), value)
     if isinstance(value, list) and is_collection(origin):
         items = [
             restore(state, item_type(annotation, i), item, (*path, i))
@@ -69,7 +102,7 @@ def _restore(state: Loading, annotation: Any, value: Any, path: Path) -> Any:
     if isinstance(value, dict) and is_mapping(origin):
         keys, inner = (get_args(annotation) or (Any,))[0], mapping_value_type(annotation)
         mapping = {
-            _key(keys, key): restore(state, inner, item, (*path, key))
+            _restore_key(keys, key): restore(state, inner, item, (*path, key))
             for key, item in value.items()
         }
         if [*mapping] != [*value] or any(map(_differ, mapping.values(), value.values())):
@@ -81,14 +114,8 @@ def _differ(left: object, right: object) -> bool:
     return left is not right
 
 
-def _listed(annotation: Any, value: Any) -> Any:
-    """The enum member that a Literal lists and that stands in documents as ``value``."""
-    choices = (choice for choice in get_args(annotation) if isinstance(choice, Enum))
-    return next((choice for choice in choices if choice.value == value), value)
-
-
-def _key(annotation: Any, text: str) -> Any:
-    """The enum member, or the value that a Literal lists, whose text is a mapping's key."""
+def _restore_key(annotation: Any, text: str) -> Any:
+    """Return the enum member or Literal choice for the text of a mapping's key."""
     for kind in union_members(annotation):
         is_enum = isinstance(kind, type) and issubclass(kind, Enum)
         for choice in kind if is_enum else get_args(kind) if get_origin(kind) is Literal else ():
@@ -98,43 +125,40 @@ def _key(annotation: Any, text: str) -> Any:
 
 
 class ConfigModel(BaseModel):
-    """Fields that are validated; `Config` adds the documents."""
+    """Validated fields; `Config` adds documents."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(
         extra="forbid",
-        # An assignment is validated as construction is, field by field. Rules across fields
-        # (__post_init__) are not repeated: two fields that depend on each other could never be
-        # changed one after the other.
+        # Assignments are validated field by field. Rules across fields (__post_init__) are not
+        # repeated: two dependent fields could never be changed one after the other.
         validate_assignment=True,
-        # `rate: float = 1` holds 1.0, as it does once it was written to a file and read.
+        # `rate: float = 1` holds 1.0, as after a round trip.
         validate_default=True,
         allow_inf_nan=False,
-        # Documents use the names of fields, whatever alias the constructor takes.
+        # Documents use field names, even if the constructor has aliases.
         populate_by_name=True,
-        # `model_name` and its like are what training configs call their fields.
+        # Training configs have fields such as `model_name`.
         protected_namespaces=(),
     )
 
     is_sparse: ClassVar[bool] = False
-    """Whether it stands for the fields that were set alone, see `DerivedConfig`."""
+    """True if only fields that were set count; see `DerivedConfig`."""
 
     @classmethod
     def adapt_parameter(cls, declaration: Any) -> Any:
-        """How a parameter of a class is declared in configs that derive from this one and the
-        class's signature; by default, as it is there."""
+        """Return the field type for a parameter, in configs derived from this class."""
         return declaration
 
     @classmethod
     def _class_named_in(cls, state: Loading, document: dict[str, Any]) -> type[BaseModel]:
-        """The config class that a document names, where this one is declared."""
+        """Return the config class that a document names."""
         if CONFIG_TYPE in document:
             return state.resolve_config_class(document[CONFIG_TYPE], cls, (CONFIG_TYPE,))
         return cls
 
     @classmethod
     def _converted(cls, config: ConfigModel) -> ConfigModel | None:
-        """The same as a document of it would be read as, where this class is declared; None where
-        it would be refused."""
+        """Return the config as loaded from its document in a field of this class, or None."""
         return None
 
     @classmethod
@@ -144,20 +168,19 @@ class ConfigModel(BaseModel):
             raise TypeError(f"{cls.__qualname__}: a Config refuses unknown fields; drop `extra`")
         if CONFIG_TYPE in cls.model_fields:
             raise TypeError(
-                f"{cls.__qualname__}: the name {CONFIG_TYPE!r} is what documents call the class "
-                "of a config; give the field another name"
+                f"{cls.__qualname__}: the name {CONFIG_TYPE!r} is reserved for the class of a "
+                "config in documents; rename the field"
             )
 
     def __post_init__(self) -> None:
-        """Called when all fields are valid: the place for rules across fields.
+        """Check rules across fields; called after all fields are valid.
 
-        A ValueError raised here is reported like any other wrong value, with the place of this
-        config. Fields may be assigned; the result has to stay the same when it runs again on
-        what a file holds.
+        A ValueError is reported with the path of this config. Fields may be assigned, but a second
+        run on the same values must not change the result.
         """
 
     def model_post_init(self, context: Any, /) -> None:
-        """Runs `__post_init__`, but for a config that is only compared with its document."""
+        """Call `__post_init__`, except while `encode` verifies a document."""
         state = current()
         if state is None or not state.proving:
             self.__post_init__()
@@ -168,15 +191,15 @@ class ConfigModel(BaseModel):
         if isinstance(data, ConfigModel) and data.is_sparse and not cls.is_sparse:
             values = field_values(data)
             if [*values] == ["class_type"]:
-                # It says no more than this class can: a document couldn't tell the two.
+                # A document of the config would be read as this class.
                 return handler(values)
         if isinstance(data, ConfigModel) and not isinstance(data, cls):
-            # Pydantic would rebuild another parametrization of a generic class from its fields,
-            # and so forget what the subclass adds.
+            # pydantic would rebuild another parametrization of a generic class from its fields,
+            # without the fields of the subclass.
             if is_assignable(type(data), cls):
-                return data  # type: ignore[return-value]  # it stands for cls, see is_assignable
-            if (remade := cls._converted(data)) is not None:
-                return remade  # type: ignore[return-value]  # it stands for cls as well
+                return data  # type: ignore[return-value]  # see is_assignable
+            if (converted := cls._converted(data)) is not None:
+                return converted  # type: ignore[return-value]  # as above
             raise ValueError(f"expected {cls.__qualname__}, found {type(data).__qualname__}")
         state = current()
         if state is None or not isinstance(data, dict):
@@ -184,7 +207,7 @@ class ConfigModel(BaseModel):
         target = cls._class_named_in(state, data)
         data = {key: value for key, value in data.items() if key != CONFIG_TYPE}
         if target is not cls:
-            return target.model_validate(data)  # type: ignore[return-value]  # see is_assignable
+            return target.model_validate(data)  # type: ignore[return-value]  # as above
         names = {field.alias or name: name for name, field in cls.model_fields.items()}
         names |= {name: name for name in cls.model_fields}
         for key in data if cls.model_config.get("extra") == "forbid" else ():
@@ -200,19 +223,241 @@ class ConfigModel(BaseModel):
         )
 
     def __eq__(self, other: object) -> bool:
-        """Same class, same values; what isn't a field doesn't count."""
+        """Return True for configs of one class with equal field values."""
         if type(self) is not type(other) or not isinstance(other, ConfigModel):
             return NotImplemented
         return field_values(self) == field_values(other)
 
 
 def field_values(model: BaseModel) -> dict[str, Any]:
-    """The fields by name, in the order of declaration; the values themselves, not copies.
+    """Return field values by name, in the order of declaration, without copies.
 
-    Of a config that stands for what was set alone, these fields, and the arguments beside them.
+    A sparse config has only the fields and extra arguments that were set.
     """
     values = {name: getattr(model, name) for name in type(model).model_fields}
     if isinstance(model, ConfigModel) and model.is_sparse:
         values = {name: v for name, v in values.items() if name in model.model_fields_set}
         values |= model.__pydantic_extra__ or {}
     return values
+
+
+# --- serialization ---------------------------------------------------------------------------
+
+
+def encode(config: ConfigModel, *, for_toml: bool = False) -> dict[str, Plain]:
+    """Serialize a config to plain data and verify that it round-trips.
+
+    Args:
+        config: Config to serialize.
+        for_toml: Omit fields that are None by default, and put plain values before tables: TOML
+            has no null, and no values after tables.
+
+    Raises:
+        ConfigSaveError: With the path of a value that would not be restored exactly.
+    """
+    encoder = _Encoder(for_toml=for_toml)
+    document = encoder.config(config, type(config), ())
+    _check_writable(document)
+    _verify(config, document, encoder.code)
+    return document
+
+
+def encode_value(value: Any, annotation: Any) -> Plain:
+    """Serialize one value of a field, without verification.
+
+    Raises:
+        ConfigSaveError: No document can hold the value.
+    """
+    return _check_writable(_Encoder(for_toml=False).value(value, annotation, ()))
+
+
+class _Encoder:
+    def __init__(self, *, for_toml: bool) -> None:
+        self._for_toml = for_toml
+        self.code: dict[Code, Path] = {}
+
+    def config(self, config: ConfigModel, annotation: Any, path: Path) -> dict[str, Plain]:
+        cls = type(config)
+        document: dict[str, Plain] = {}
+        admitted = [m for m in union_members(annotation) if m is not type(None)]
+        if admitted != [cls] and not (cls.is_sparse or _is_named_by_class(config, admitted)):
+            document[CONFIG_TYPE] = self._reference(cls, path)
+        for name, value in field_values(config).items():
+            field = cls.model_fields.get(name)
+            if field is None:
+                document[name] = self.value(value, Any, (*path, name))
+                continue
+            if _has_serializer(cls, name):
+                document[name] = config.model_dump(mode="json", include={name})[name]
+                continue
+            if field.exclude or (self._for_toml and value is None and field.default is None):
+                continue
+            document[name] = self.value(value, field.annotation, (*path, name))
+        if self._for_toml:
+            return dict(sorted(document.items(), key=lambda pair: isinstance(pair[1], dict)))
+        return document
+
+    def value(self, value: object, annotation: Any, path: Path) -> Plain:
+        if len(path) > MAX_DEPTH:
+            raise ConfigSaveError(f"nested deeper than {MAX_DEPTH} levels", path[:8])
+        if isinstance(value, ConfigModel):
+            return self.config(value, annotation, path)
+        if isinstance(value, Enum):
+            return self.value(value.value, Any, path)
+        # Subclasses, such as NumPy's float64, are written as the builtin type.
+        if isinstance(value, str):
+            return str.__str__(value)
+        if isinstance(value, float):
+            return float(value)
+        if value is None or isinstance(value, bool | int):
+            return value
+        if isinstance(value, Mapping):
+            return self._mapping(value, mapping_value_type(annotation), path)
+        if isinstance(value, list | tuple | set | frozenset):
+            items = [
+                self.value(item, item_type(annotation, i), (*path, i))
+                for i, item in enumerate(value)
+            ]
+            # Sets have another order in each process; their documents must not.
+            return sorted(items, key=json.dumps) if isinstance(value, set | frozenset) else items
+        if isinstance(value, type | FunctionType | BuiltinFunctionType):
+            return self._reference(value, path)
+        leaf: Plain = self._leaf(value, path)
+        return leaf
+
+    def _mapping(self, mapping: Mapping[Any, Any], annotation: Any, path: Path) -> Plain:
+        document: dict[str, Plain] = {}
+        for key, value in mapping.items():
+            # pydantic converts keys such as numbers, paths and enum members to text.
+            (name,) = self._leaf({key: None}, path)
+            document[name] = self.value(value, annotation, (*path, name))
+        return document
+
+    def _reference(self, code: Code, path: Path) -> str:
+        self.code.setdefault(code, path)
+        return reference_to(code)
+
+    def _leaf(self, value: Any, path: Path) -> Any:
+        if isinstance(value, PurePath):
+            return str(value)
+        try:
+            if hasattr(type(value), "__get_pydantic_core_schema__"):
+                return TypeAdapter(type(value)).dump_python(value, mode="json")
+            return to_jsonable_python(value)
+        except ValueError as error:  # pydantic's, or a lone surrogate
+            raise ConfigSaveError(f"no document can hold {describe(value)}", path) from error
+
+
+def _is_named_by_class(config: ConfigModel, admitted: list[Any]) -> bool:
+    """Return True if ``class_type`` alone leads to this config's class when a file is read."""
+    cls = getattr(config, "class_type", None)
+    if cls is None or find_config_class(cls) is not type(config):
+        return False
+    return any(kind is Any or _requires_class_type(kind) for kind in admitted)
+
+
+def _requires_class_type(kind: Any) -> bool:
+    fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+    return "class_type" in fields and fields["class_type"].is_required()
+
+
+def _has_serializer(cls: type[BaseModel], name: str) -> bool:
+    """Return True if the user declared a serializer for the field or for a type within."""
+    decorated = cls.__pydantic_decorators__.field_serializers.values()
+    if any({name, "*"}.intersection(decorator.info.fields) for decorator in decorated):
+        return True
+    field = cls.model_fields[name]
+    remaining: list[Any] = [field.annotation, *field.metadata]
+    while remaining:
+        item = remaining.pop()
+        if isinstance(item, PlainSerializer | WrapSerializer):
+            return True
+        remaining += [*getattr(item, "__metadata__", ()), *get_args(item)]
+    return False
+
+
+def _check_writable(document: Plain) -> Plain:
+    try:
+        return check_plain(document)
+    except ConfigSyntaxError as error:
+        raise ConfigSaveError(error.problem, error.path) from error
+
+
+def _verify(config: ConfigModel, document: dict[str, Plain], code: dict[Code, Path]) -> None:
+    """Load the document, without trust or imports, and compare the configs."""
+    cls = type(config)
+    hidden = {item: path for item, path in code.items() if not _is_reachable(item)}
+    for item in hidden.keys() - set(declared_code(cls) if hidden else ()):
+        raise ConfigSaveError(
+            f"{reference_to(item)!r} can't be found by its name; define it at the top of "
+            "a module, or declare it as the field's type or default",
+            hidden[item],
+        )
+    try:
+        with loading(
+            Loading(cls, Trust(frozenset()), known=code.keys() - hidden.keys(), proving=True)
+        ):
+            loaded = cls.model_validate(document)
+    except ValidationError as error:
+        problem = config_error(error, document)
+        raise ConfigSaveError(f"would not be restored: {problem.problem}", problem.path) from error
+    difference = _difference(config, loaded, ())
+    if difference is not None:
+        raise ConfigSaveError(
+            "the declared type would not restore this value exactly; declare it more precisely",
+            difference,
+        )
+
+
+def _is_reachable(code: Code) -> bool:
+    module = sys.modules.get(code.__module__)
+    if module is None:
+        return False
+    try:
+        return find_in_module(module, code.__qualname__, reference_to(code)) is code
+    except ConfigReferenceError:
+        return False
+
+
+def _difference(left: Any, right: Any, path: Path) -> Path | None:
+    """Return the path of the first difference in type or content, or None."""
+    if type(left) is not type(right) and not _is_base_value(right, left):
+        return path
+    pairs: list[tuple[str | int, Any, Any]]
+    if isinstance(left, BaseModel):
+        values, others = field_values(left), field_values(right)
+        if [*values] != [*others]:
+            return path
+        pairs = [(name, values[name], others[name]) for name in values]
+    elif isinstance(left, Mapping):
+        if [(type(k), k) for k in left] != [(type(k), k) for k in right]:
+            return path
+        pairs = [(str(key), left[key], right[key]) for key in left]
+    elif isinstance(left, list | tuple):
+        if len(left) != len(right):
+            return path
+        pairs = [(i, a, b) for i, (a, b) in enumerate(zip(left, right, strict=True))]
+    elif isinstance(left, set | frozenset):
+        return None if {(type(i), i) for i in left} == {(type(i), i) for i in right} else path
+    else:
+        return None if _is_same(left, right) else path
+    found = (_difference(a, b, (*path, key)) for key, a, b in pairs)
+    return next((difference for difference in found if difference is not None), None)
+
+
+def _is_base_value(plain: Any, value: Any) -> bool:
+    """Return True if a subclass such as NumPy's float64 was restored as its builtin type."""
+    base = type(plain)
+    return (
+        base in (int, float, str) and isinstance(value, base) and not isinstance(value, bool | Enum)
+    )
+
+
+def _is_same(left: Any, right: Any) -> bool:
+    if isinstance(left, float):
+        return float.hex(left) == float.hex(right)  # distinguishes -0.0 from 0.0
+    if isinstance(left, datetime.datetime | datetime.time):
+        # A ZoneInfo has no offset without a date, and a file holds no rules of time zones.
+        zones = [zone and zone.utcoffset(None) for zone in (left.tzinfo, right.tzinfo)]
+        return bool(left == right) and zones[0] == zones[1]
+    return bool(left == right)

@@ -1,7 +1,7 @@
-"""Hooks as nested contexts: what runs around a body, in which order, and from which line.
+"""Hooks as nested contexts around stages of a program.
 
 A :class:`HookContext` is a ``before`` and an ``after``. A :class:`HookContextChannel` is an
-ordered list of them around one kind of work:
+ordered list of contexts around one stage:
 
 >>> channel = HookContextChannel[str]("on_step")
 >>> handle = channel.register(

@@ -1,4 +1,4 @@
-"""An ordered set of hooks around one kind of work."""
+"""Channels: ordered hooks around one stage, their contexts and their dispatch."""
 
 from __future__ import annotations
 
@@ -20,15 +20,12 @@ from robo_orchard_core.utils.hook.errors import (
     attach_later_error,
 )
 
-# --- handle ----------------------------------------------------------------------------------
-# The receipt for a registration.
-
 
 class RemovableHandle:
-    """Undoes one registration: by ``handle()``, ``handle.remove()`` or at the end of a ``with``.
+    """Idempotent handle that removes one registration.
 
-    However often and in whichever way it is used, the result is that of using it once. A hook
-    that was registered anew after its removal has a new handle; the old one leaves it alone.
+    Remove by ``handle()``, ``handle.remove()`` or the end of a ``with`` block. A later registration
+    of the same hook has a handle of its own.
     """
 
     __slots__ = ("_remove",)
@@ -38,11 +35,11 @@ class RemovableHandle:
 
     @property
     def removed(self) -> bool:
-        """Whether this handle has been used."""
+        """True if the registration was removed by this handle."""
         return self._remove is None
 
     def remove(self) -> None:
-        """Undo the registration. A scope that is open keeps what it entered with."""
+        """Remove the hook. An open scope still exits the hook."""
         if self._remove is not None:
             remove, self._remove = self._remove, None
             remove()
@@ -62,20 +59,16 @@ class RemovableHandle:
         self.remove()
 
 
-#: The spelling that the tutorial's system uses; the same class.
-RemoveableHandle = RemovableHandle
-
+RemoveableHandle = RemovableHandle  # the spelling of RoboOrchard's tutorial
 
 # --- plan ------------------------------------------------------------------------------------
-# What a channel runs, worked out ahead, and what happens when some of it fails.
-
 
 ArgsT = TypeVar("ArgsT")
 HookFunction: TypeAlias = Callable[[ArgsT], Any]
 
 
 class HookOwner(Protocol):
-    """Whoever registers hooks in a channel, to be named in errors and descriptions."""
+    """Owner of hooks, named in errors and descriptions."""
 
     @property
     def name(self) -> str: ...
@@ -83,75 +76,74 @@ class HookOwner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HookEntry(Generic[ArgsT]):
-    """One hook of a channel, as it runs."""
+    """Hook in a channel's order of execution."""
 
     position: int
-    """Its place in the order, from 0 (outermost)."""
+    """Index from 0, the outermost hook."""
     context: HookContext[ArgsT]
     before: HookFunction[ArgsT] | None
     after: HookFunction[ArgsT] | None
     owner: HookOwner | None
-    """Who registered it, where that is known."""
 
     @property
     def label(self) -> str:
-        """The name in errors: the hook's own, its owner's, or its class's."""
+        """Name in errors: of the hook, else of the owner, else of the class."""
         if self.context.name is not None:
             return self.context.name
         return self.owner.name if self.owner is not None else type(self.context).__name__
 
 
 class Plan(Generic[ArgsT]):
-    """What a channel runs, worked out once for every change; never changed itself."""
+    """Immutable, precomputed functions of a channel; rebuilt after each change."""
 
-    __slots__ = ("afters", "befores", "channel", "entries", "to_enter", "to_leave")
+    __slots__ = ("afters", "befores", "channel", "entries", "to_enter", "to_exit")
 
     def __init__(self, channel: str, entries: tuple[HookEntry[ArgsT], ...]) -> None:
         self.channel = channel
         self.entries = entries
         self.to_enter = tuple(entry for entry in entries if entry.before is not None)
-        self.to_leave = tuple(entry for entry in reversed(entries) if entry.after is not None)
+        self.to_exit = tuple(entry for entry in reversed(entries) if entry.after is not None)
         self.befores = tuple(entry.before for entry in entries if entry.before is not None)
         self.afters = tuple(entry.after for entry in reversed(entries) if entry.after is not None)
 
     def failed_to_enter(
         self, args: ArgsT, error: BaseException, entering: Iterator[HookFunction[ArgsT]]
     ) -> None:
-        """Leave the hooks ahead of the one whose ``before`` raised ``error``."""
+        """Exit the hooks that were entered before a ``before`` raised ``error``."""
         failed = self.to_enter[len(self.to_enter) - length_hint(entering) - 1]
         self._note_origin(error, failed, "before")
-        entered = (entry for entry in self.to_leave if entry.position < failed.position)
+        entered = (entry for entry in self.to_exit if entry.position < failed.position)
         self.unwind(args, error, entered)
 
-    def failed_to_leave(
-        self, args: ArgsT, error: BaseException, leaving: Iterator[HookFunction[ArgsT]]
+    def failed_to_exit(
+        self, args: ArgsT, error: BaseException, exiting: Iterator[HookFunction[ArgsT]]
     ) -> None:
-        """Leave the hooks outside the one whose ``after`` raised ``error``."""
-        first_open = len(self.to_leave) - length_hint(leaving)
-        self._note_origin(error, self.to_leave[first_open - 1], "after")
-        self.unwind(args, error, self.to_leave[first_open:])
+        """Exit the remaining hooks after an ``after`` raised ``error``."""
+        first_open = len(self.to_exit) - length_hint(exiting)
+        self._note_origin(error, self.to_exit[first_open - 1], "after")
+        self.unwind(args, error, self.to_exit[first_open:])
 
     def unwind(
-        self, args: ArgsT, error: BaseException, to_leave: Iterable[HookEntry[ArgsT]]
+        self, args: ArgsT, error: BaseException, to_exit: Iterable[HookEntry[ArgsT]]
     ) -> None:
-        """Run the afters of ``to_leave`` with ``args.exception`` set, whatever they raise.
+        """Run all afters of ``to_exit`` with ``args.exception`` set; attach errors they raise.
 
-        Where ``args`` has a method ``failing``, it is told first, since the afters may take long.
+        ``args.failing(error)`` is called first, if present: the afters may take long.
         """
         before = getattr(args, "exception", None)
         _set_exception(args, error)
-        if (tell := getattr(args, "failing", None)) is not None:
-            with suppress(Exception):  # leaving goes on, whoever is told
-                tell(error)
-        for entry in to_leave:
+        if (report := getattr(args, "failing", None)) is not None:
+            with suppress(Exception):  # hooks must exit even if the report fails
+                report(error)
+        for entry in to_exit:
             assert entry.after is not None
             try:
                 entry.after(args)
             except BaseException as later:
                 self._note_origin(later, entry, "after")
                 attach_later_error(error, later)
-        # An error leads to the arguments by its traceback. If they led back to it, what they hold
-        # would live until the garbage collector came by.
+        # The error's traceback refers to the arguments. A reference back would keep both alive
+        # until the garbage collector runs.
         _set_exception(args, before)
 
     def _note_origin(self, error: BaseException, entry: HookEntry[ArgsT], role: str) -> None:
@@ -165,7 +157,7 @@ class Plan(Generic[ArgsT]):
 
 def _set_exception(args: Any, error: BaseException | None) -> None:
     if hasattr(args, "exception"):
-        with suppress(Exception):  # such as one that can't be set; leaving goes on without it
+        with suppress(Exception):  # read-only; hooks must exit without it
             args.exception = error
 
 
@@ -173,7 +165,7 @@ EMPTY: Plan[Any] = Plan("", ())
 
 
 class Scope(AbstractContextManager[None], Generic[ArgsT]):
-    """The plan around a ``with`` body."""
+    """Context manager that runs a plan around a ``with`` body."""
 
     __slots__ = ("_args", "_plan")
 
@@ -197,39 +189,38 @@ class Scope(AbstractContextManager[None], Generic[ArgsT]):
         traceback: TracebackType | None,
     ) -> None:
         if error is not None:
-            self._plan.unwind(self._args, error, self._plan.to_leave)
+            self._plan.unwind(self._args, error, self._plan.to_exit)
             return
-        leaving = iter(self._plan.afters)
+        exiting = iter(self._plan.afters)
         try:
-            for after in leaving:
+            for after in exiting:
                 after(self._args)
         except BaseException as failure:
-            self._plan.failed_to_leave(self._args, failure, leaving)
+            self._plan.failed_to_exit(self._args, failure, exiting)
             raise
 
 
 # --- context ---------------------------------------------------------------------------------
-# A hook: one ``before`` and one ``after`` around a body.
 
 
 class HookContext(ABC, Generic[ArgsT]):
-    """A pair of methods that run before and after a body, with one argument that both see.
+    """Pair of methods that run before and after a body, with a shared argument.
 
-    ``after`` runs if, and only if, ``before`` returned, also when the body failed; the argument's
-    ``exception`` (where it has such an attribute) then holds the error. Return values are ignored.
+    ``after`` runs if, and only if, ``before`` returned. If the body fails, the argument's
+    ``exception`` attribute holds the error. Return values are ignored.
 
-    Subclasses define :meth:`before` and :meth:`after`; ``on_enter`` and ``on_exit`` are other
-    names for the two, to call and to define: a class that defines one has the other.
+    Subclasses define :meth:`before` and :meth:`after`, or their aliases ``on_enter`` and
+    ``on_exit``.
     """
 
     name: str | None = None
-    """What errors and descriptions call it, or None."""
+    """Name in errors and descriptions."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        ahead = cls.__mro__[: cls.__mro__.index(HookContext)]
+        own_classes = cls.__mro__[: cls.__mro__.index(HookContext)]
         for pair in (("before", "on_enter"), ("after", "on_exit")):
-            classes = (vars(c) for c in ahead if any(name in vars(c) for name in pair))
+            classes = (vars(c) for c in own_classes if any(name in vars(c) for name in pair))
             defined: Mapping[str, Any] = next(classes, {})
             for name, other in (pair, pair[::-1]):
                 if name not in defined and other in defined:
@@ -237,11 +228,11 @@ class HookContext(ABC, Generic[ArgsT]):
 
     @abstractmethod
     def before(self, args: ArgsT) -> None:
-        """Run ahead of the body."""
+        """Run before the body."""
 
     @abstractmethod
     def after(self, args: ArgsT) -> None:
-        """Run once the body is over, whether it returned or raised."""
+        """Run after the body returned or raised."""
 
     def on_enter(self, args: ArgsT) -> None:
         """Call :meth:`before`."""
@@ -252,11 +243,11 @@ class HookContext(ABC, Generic[ArgsT]):
         self.after(args)
 
     def functions(self) -> tuple[HookFunction[ArgsT] | None, HookFunction[ArgsT] | None]:
-        """What a channel calls: before and after, None for one that does nothing."""
+        """Return before and after as a channel calls them; None for no operation."""
         return self.before, self.after
 
     def begin(self, args: ArgsT) -> AbstractContextManager[None]:
-        """This hook alone around the body of a ``with`` statement."""
+        """Run this hook around the body of a ``with`` statement."""
         return Scope(Plan("begin", (HookEntry(0, self, *self.functions(), None),)), args)
 
     @staticmethod
@@ -265,10 +256,10 @@ class HookContext(ABC, Generic[ArgsT]):
         after: HookFunction[ArgsT] | None = None,
         name: str | None = None,
     ) -> HookContextFromCallable[ArgsT]:
-        """A hook made of one or two callables.
+        """Make a hook from one or two callables.
 
         Raises:
-            HookSignatureError: neither is given, or one can't be called with one argument.
+            HookSignatureError: Both are None, or a callable doesn't accept one argument.
         """
         return HookContextFromCallable(before=before, after=after, name=name)
 
@@ -282,9 +273,9 @@ class HookContext(ABC, Generic[ArgsT]):
 
 
 class HookContextFromCallable(HookContext[ArgsT]):
-    """A hook made of one or two callables; see :meth:`HookContext.from_callable`."""
+    """Hook made from one or two callables; see :meth:`HookContext.from_callable`."""
 
-    __module__ = "robo_orchard_core.utils.hook"  # the name to import it by, which printing shows
+    __module__ = "robo_orchard_core.utils.hook"  # the public name, shown by print
 
     def __init__(
         self,
@@ -313,7 +304,7 @@ class HookContextFromCallable(HookContext[ArgsT]):
         return self._before, self._after
 
 
-_NEVER_RUNNING = {
+_NEVER_RUN = {
     "coroutine": inspect.iscoroutinefunction,
     "generator": inspect.isgeneratorfunction,
     "asynchronous generator": inspect.isasyncgenfunction,
@@ -321,10 +312,10 @@ _NEVER_RUNNING = {
 
 
 def check_signature(function: object, role: str) -> None:
-    """Refuse what can't be called with one positional argument, or whose body would not run.
+    """Refuse callables that don't accept one argument, and coroutine or generator functions.
 
     Raises:
-        HookSignatureError: with the callable's description and what to change.
+        HookSignatureError: With a description of the callable and a remedy.
     """
     if not callable(function):
         raise HookSignatureError(
@@ -333,9 +324,9 @@ def check_signature(function: object, role: str) -> None:
         )
     described = f"{role}={FunctionInfo.of(function)}"
     try:
-        kinds = [kind for kind, is_assignable in _NEVER_RUNNING.items() if is_assignable(function)]
+        kinds = [kind for kind, is_assignable in _NEVER_RUN.items() if is_assignable(function)]
         signature = inspect.signature(function)
-    except Exception:  # some builtins don't tell, and some objects raise when looked at
+    except Exception:  # some builtins have no signature, and some objects raise on inspection
         return
     if kinds:
         raise HookSignatureError(
@@ -355,7 +346,7 @@ ResultT = TypeVar("ResultT")
 
 
 class HookContextChannel(Generic[ArgsT]):
-    """Hooks that are entered in the order of their registration and left in reverse.
+    """Hooks that are entered in the order of registration and exited in reverse.
 
     ``run`` in short::
 
@@ -364,16 +355,15 @@ class HookContextChannel(Generic[ArgsT]):
         for hook in reversed(hooks): hook.after(args)
         return result
 
-    If a ``before``, the body or an ``after`` raises, the ``after`` of every hook that was entered
-    and not yet left still runs, with ``args.exception`` set to the error (where ``args`` has that
-    attribute). The first error is the one that is raised, with a note that names the hook; those
-    that follow are attached to it (:func:`later_errors`).
+    If a ``before``, the body or an ``after`` raises, every entered hook still exits, with
+    ``args.exception`` set to the error. The first error propagates, with a note that names the
+    hook; later errors are attached (:func:`later_errors`).
 
-    A channel can be registered in another: its hooks run there, in its place. What is registered
-    or removed while a channel is open takes effect the next time it is entered.
+    A channel can be registered in another channel, and its hooks then run at that position.
+    Registration and removal while a channel is open take effect at the next entry.
     """
 
-    __module__ = "robo_orchard_core.utils.hook"  # the name to import it by, which printing shows
+    __module__ = "robo_orchard_core.utils.hook"  # the public name, shown by print
 
     __slots__ = ("_owner", "_parents", "_plan", "_registrations", "name")
 
@@ -382,14 +372,14 @@ class HookContextChannel(Generic[ArgsT]):
         self._owner = owner
         self._registrations: list[_Registration[ArgsT]] = []
         self._parents: list[HookContextChannel[ArgsT]] = []
-        self._plan: Plan[ArgsT] | None = None  # None: to be built when next needed
+        self._plan: Plan[ArgsT] | None = None  # None: rebuilt at the next use
 
     def register(self, hook: HookContext[ArgsT] | HookContextChannel[ArgsT]) -> RemovableHandle:
         """Add a hook, or another channel's hooks, as the innermost.
 
         Raises:
-            HookRegistrationError: it is registered here already, or a channel would hold itself.
-            HookSignatureError: its before or after can't be called with one argument.
+            HookRegistrationError: The hook is registered already, or the channels form a cycle.
+            HookSignatureError: A before or after doesn't accept one argument.
         """
         if isinstance(hook, HookContextChannel):
             if hook._holds(self):
@@ -400,7 +390,7 @@ class HookContextChannel(Generic[ArgsT]):
                     check_signature(function, role)
         else:
             raise HookRegistrationError(
-                f"{self.name} takes a HookContext, got {type(hook).__name__}; make one with "
+                f"{self.name} requires a HookContext, got {type(hook).__name__}; make one with "
                 "HookContext.from_callable(before=..., after=...)"
             )
         if any(registration.hook is hook for registration in self._registrations):
@@ -416,19 +406,19 @@ class HookContextChannel(Generic[ArgsT]):
         return RemovableHandle(lambda: self._remove(registration))
 
     def unregister_all(self) -> None:
-        """Remove every hook; their handles become void."""
+        """Remove all hooks and invalidate their handles."""
         for registration in tuple(self._registrations):
             self._remove(registration)
 
     def run(self, args: ArgsT, body: Callable[[ArgsT], ResultT]) -> ResultT:
-        """Call ``body(args)`` inside all hooks, and give what it returns."""
+        """Run ``body(args)`` inside all hooks and return its result."""
         plan = self._plan
         if plan is None:
             plan = self._build()
         if plan is EMPTY:
             return body(args)
-        # The step path: plain loops over what was precomputed. Which hook failed is read off
-        # the iterator afterwards, so that it costs nothing where none fails.
+        # The step path: plain loops over precomputed tuples. The iterator identifies a failed hook
+        # afterwards, at no cost without failures.
         entering = iter(plan.befores)
         try:
             for before in entering:
@@ -439,23 +429,23 @@ class HookContextChannel(Generic[ArgsT]):
         try:
             result = body(args)
         except BaseException as error:
-            plan.unwind(args, error, plan.to_leave)
+            plan.unwind(args, error, plan.to_exit)
             raise
-        leaving = iter(plan.afters)
+        exiting = iter(plan.afters)
         try:
-            for after in leaving:
+            for after in exiting:
                 after(args)
         except BaseException as error:
-            plan.failed_to_leave(args, error, leaving)
+            plan.failed_to_exit(args, error, exiting)
             raise
         return result
 
     def begin(self, args: ArgsT) -> AbstractContextManager[None]:
-        """All hooks around the body of a ``with`` statement, as in :meth:`run`."""
+        """Run all hooks around the body of a ``with`` statement, as :meth:`run` does."""
         return Scope(self._plan or self._build(), args)
 
     def entries(self) -> tuple[HookEntry[ArgsT], ...]:
-        """The hooks in the order in which they are entered, those of nested channels included."""
+        """Return all hooks in the order of entry, including those of nested channels."""
         return (self._plan or self._build()).entries
 
     def __iter__(self) -> Iterator[HookContext[ArgsT]]:
@@ -507,7 +497,7 @@ class HookContextChannel(Generic[ArgsT]):
 
 
 class _Registration(Generic[ArgsT]):
-    """One act of registering; a hook that is removed and registered anew has another."""
+    """Registration of a hook; a second registration after a removal is another object."""
 
     __slots__ = ("hook",)
 

@@ -1,4 +1,8 @@
-"""Where a callable comes from, for people."""
+"""Errors of hooks, and descriptions of callables with their source line.
+
+Functions that change an error run while scopes exit, so none of them may raise: some exceptions
+accept neither notes nor attributes.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-# --- errors ----------------------------------------------------------------------------------
-# What goes wrong with hooks, and how errors of hooks are told.
-#
-# What is done here to an error happens while scopes are being left, so none of it may raise: not
-# every exception takes a note or an attribute.
-
-
 logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "__later_hook_errors__"
@@ -26,47 +23,46 @@ _ORIGIN = "raised in hook "
 
 
 class HookRegistrationError(ValueError):
-    """A hook can't be registered where it was asked to be; the message says what to do."""
+    """Invalid registration of a hook."""
 
 
 class HookSignatureError(TypeError):
-    """A callable can't serve as a hook: it can't be called with one argument."""
+    """Callable that can't be a hook, since it doesn't accept exactly one argument."""
 
 
 def later_errors(error: BaseException) -> tuple[BaseException, ...]:
-    """The errors that hooks raised while the scopes were left that ``error`` had broken.
+    """Return errors of hooks that exited after ``error``, in the order in which they were raised.
 
-    They are in the order in which they were raised. ``error`` carries the text of each as a
-    note, too, so that a traceback shows them.
+    Tracebacks of ``error`` show each later error as a note.
     """
     return tuple(getattr(error, _ATTRIBUTE, ()))
 
 
 def attach_later_error(first: BaseException, later: BaseException) -> None:
-    """Keep ``later`` with ``first``, which stays the one that is raised."""
+    """Attach ``later`` to ``first``, which propagates."""
     known = later_errors(first)
     if later is first or any(later is error for error in known):
-        return  # an after-hook that raises ``args.exception`` adds nothing
+        return  # an after that raises ``args.exception`` again
     try:
         setattr(first, _ATTRIBUTE, (*known, later))
-        # Without its context, which is the first error with all of its notes.
+        # The chain would repeat the first error with all of its notes.
         text = "".join(traceback.format_exception(later, chain=False)).rstrip()
-        first.add_note("while leaving, another error was raised:\n" + textwrap.indent(text, "  | "))
-    except Exception:  # it takes no attribute or note, so the log keeps the later one
-        logger.exception("while leaving after %r, another error was raised", first, exc_info=later)
+        first.add_note("while exiting, another error was raised:\n" + textwrap.indent(text, "  | "))
+    except Exception:  # no attributes or notes: log the later error
+        logger.exception("while exiting after %r, another error was raised", first, exc_info=later)
 
 
 def add_origin(error: BaseException, origin: str) -> None:
-    """Note on ``error`` which hook raised it; an error that has such a note keeps its own."""
+    """Add a note with the hook that raised ``error``, unless there is one."""
     try:
         if origin_of(error) is None:
             error.add_note(_ORIGIN + origin)
-    except Exception:  # it takes no note
+    except Exception:  # no notes
         logger.error("%r was %s%s", error, _ORIGIN, origin)
 
 
 def origin_of(error: BaseException) -> str | None:
-    """Which hook raised ``error``, as its note says it; None where it came from no hook."""
+    """Return the hook that raised ``error``, from its note, or None."""
     for note in getattr(error, "__notes__", ()):
         if isinstance(note, str) and note.startswith(_ORIGIN):
             return note.removeprefix(_ORIGIN)
@@ -75,7 +71,7 @@ def origin_of(error: BaseException) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class FunctionInfo:
-    """A description of a callable: what it is, its name, and the line that defines it.
+    """Kind, name and source line of a callable.
 
     >>> FunctionInfo.of(print)
     <FunctionInfo builtin print>
@@ -84,18 +80,18 @@ class FunctionInfo:
     kind: str
     """``function``, ``bound method``, ``partial of ...``, ``object``, ``builtin`` or ``class``."""
     name: str
-    """The qualified name; for bound methods and objects with class and id of the instance."""
+    """Qualified name; for bound methods and objects, with class and id of the instance."""
     file: str | None = None
-    """The source file as Python recorded it, or None where there is no Python source."""
+    """Source file, or None without Python source."""
     line: int | None = None
-    """The first line of the definition (its first decorator, if it has one), from 1."""
+    """First line of the definition, including decorators, from 1."""
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> FunctionInfo:
-        """Describe any callable. This never raises, whatever the object does when looked at."""
+        """Describe any callable; never raises, even if the object does on inspection."""
         try:
             return cls._describe(function)
-        except Exception:  # a description must not take a training down: see "never raises"
+        except Exception:  # a description must not end a training
             return cls("object", _instance_name(function))
 
     @classmethod
@@ -141,6 +137,6 @@ def _instance_name(instance: object) -> str:
 
 
 def _source(function: Any) -> tuple[str | None, int | None]:
-    """File and line of a Python function, looking through ``functools.wraps``."""
+    """Return file and line of a Python function, unwrapped from ``functools.wraps``."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     return (code.co_filename, code.co_firstlineno) if inspect.iscode(code) else (None, None)
