@@ -217,12 +217,12 @@ def test_copies_for_the_background_are_pinned() -> None:
     pool = StagingPool(pinned=True)
     tensors = {"w": torch.arange(5.0, device="cuda")}
     layout = pool.layout("model.safetensors", tensors)
-    image = pool.take([layout])
-    (file,) = image.fill([(layout, tensors)])
+    buffer = pool.acquire([layout])
+    (file,) = buffer.fill([(layout, tensors)])
     assert torch.frombuffer(file, dtype=torch.uint8).is_pinned()
-    assert torch.equal(layout.places[0].of(file[len(layout.beginning) :]), torch.arange(5.0))
-    pool.give_back(image)
-    assert pool.take([layout]) is image
+    assert torch.equal(layout.tensors[0].view(file[len(layout.header) :]), torch.arange(5.0))
+    pool.release(buffer)
+    assert pool.acquire([layout]) is buffer
 
 
 @pytest.mark.parametrize("kind", ["ddp", "sharded", "plugin"])

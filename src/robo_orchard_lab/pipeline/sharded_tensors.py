@@ -1,4 +1,4 @@
-"""Tensors that are divided among processes, as FSDP2 divides a model's parameters."""
+"""Sharded tensors (``DTensor``), as FSDP2 makes of a model's parameters."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ if TYPE_CHECKING:
 
 
 def is_sharded(value: Any) -> TypeGuard[DTensor]:
-    """Whether it is a ``DTensor``, of which each process has a part."""
-    # Importing it takes 0.6 s, and where it was not imported, there is none.
+    """Return True if ``value`` is a ``DTensor``."""
+    # The import costs 0.6 s, and without it no DTensor exists.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
 
 def has_sharded(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether one or more are divided among processes."""
+    """Return True if any tensor is sharded."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process has of a tensor, in the same memory: all of it, where it is a plain one."""
+    """Return this process's shard, in the same memory; a plain tensor is returned unchanged."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def gather_full_tensors(
     tensors: Mapping[str, torch.Tensor], *, keep: bool
 ) -> dict[str, torch.Tensor]:
-    """Copies on the CPU, whole, of sharded tensors and others, one after the other: a collective.
+    """Copy complete tensors to the CPU, one at a time. A collective if any tensor is sharded.
 
-    On the devices there is one whole tensor at a time. The processes have the same tensors in the
-    same order.
+    All processes pass the same tensors in the same order. A device holds one complete tensor at a
+    time.
 
     Args:
-        tensors: by name; where none is sharded, there is no exchange.
-        keep: whether this process wants them; else it only takes part, and gets none.
+        tensors: sharded and plain tensors by name.
+        keep: return the copies; False only takes part in the collectives and returns nothing.
     """
-    whole: dict[str, torch.Tensor] = {}
+    full: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         value = tensor.detach()
         if is_sharded(value):
             value = value.full_tensor()  # a collective
         if keep:
-            whole[name] = value.to("cpu", copy=True)
-    return whole
+            full[name] = value.to("cpu", copy=True)
+    return full

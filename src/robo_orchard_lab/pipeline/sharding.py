@@ -1,7 +1,7 @@
-"""A model that torch's FSDP2 (``fully_shard``) has divided among the processes.
+"""Models that torch's FSDP2 (``fully_shard``) has sharded.
 
-What stands here goes through all of a model's modules; nothing of it is on the way of a step but
-:func:`set_gradient_sync`, which accumulation calls where a window begins and where it ends.
+The functions visit all modules of a model. Only :func:`set_gradient_sync` is on the step path: it
+runs at the begin and the end of an accumulation window.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 def is_sharded_model(model: torch.nn.Module) -> bool:
-    """Whether a model, also a compiled one, is divided by FSDP2 or has parameters that are."""
+    """Return True if FSDP2 has sharded a model, also a compiled one, or any of its parameters."""
     return next(_sharding_modules(model), None) is not None or has_sharded(model.parameters())
 
 
 def plain_class(module: torch.nn.Module) -> type[torch.nn.Module]:
-    """The class of a module as its author named it; ``fully_shard`` puts one of its own before."""
+    """Return the class of a module without the subclass that ``fully_shard`` creates."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     kind = type(module)
     if fsdp is not None and kind.__bases__[:1] == (fsdp.FSDPModule,):
@@ -39,43 +39,46 @@ def plain_class(module: torch.nn.Module) -> type[torch.nn.Module]:
 
 
 def set_gradient_sync(model: torch.nn.Module, synchronise: bool) -> None:
-    """Have the gradients of the backward passes from here on reduced among the processes, or kept.
+    """Reduce gradients among processes in later backward passes, or only accumulate them.
 
-    Until they are reduced, each process keeps them whole, beside what they add up to.
+    Unreduced gradients have the full shape on every process.
     """
     for module in _sharding_modules(model):
         module.set_requires_gradient_sync(synchronise, recurse=False)
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Have each process keep its shards alone, and the model those as its parameters.
+    """Free the gathered parameters, so that the model holds its shards alone. No collective.
 
-    After a forward pass without a backward one, the outermost parts of a model are left whole, and
-    would be taken for what the shards hold, also when that has changed. No exchange is made.
+    After a forward pass without a backward pass, FSDP2 keeps the root's parameters gathered, and
+    would use these copies even after the shards have changed.
     """
     for module in _sharding_modules(model):
         module.reshard()
 
 
 def shares_of_model(model: torch.nn.Module) -> ShareOf | None:
-    """What this process needs of a saved state that has the model's tensors in it, or some like
-    them, as optimizers and averages keep; None where no parameter is sharded.
+    """Return the function that selects this process's shares of a saved state.
 
-    A tensor is taken for one that is divided as a parameter is if it has the parameter's whole
-    shape, and its place the parameter's name in it, as in ``state.<name>.exp_avg``.
+    A saved tensor is sharded like a parameter if its name contains the parameter's name, as in
+    ``state.<name>.exp_avg``, and the full shapes are equal.
+
+    Returns:
+        The function; None if no parameter is sharded.
 
     Raises:
-        StateError: a process has a parameter in several pieces.
+        StateError: a process holds a parameter in several pieces.
     """
     live = {plain_name(name): p for name, p in model.named_parameters() if is_sharded(p)}
     if not live:
         return None
     shares = {
-        name: TensorShare(region, _like(live[name])) for name, region in local_regions(live).items()
+        name: TensorShare(region, _shard_maker(live[name]))
+        for name, region in local_regions(live).items()
     }
 
-    def share_of(place: str, shape: tuple[int, ...]) -> TensorShare | None:
-        words = place.split(".")
+    def share_of(path: str, shape: tuple[int, ...]) -> TensorShare | None:
+        words = path.split(".")
         for length in range(len(words), 0, -1):
             for begin in range(len(words) - length + 1):
                 name = ".".join(words[begin : begin + length])
@@ -87,14 +90,14 @@ def shares_of_model(model: torch.nn.Module) -> ShareOf | None:
 
 
 def gather_weights(run: PipelineRun, kept: WeightSet | None) -> dict[str, torch.Tensor] | None:
-    """The weights for the first rank to write, by the names of the plain model; None on others.
+    """Return complete weights by plain names on the first rank, and None on others. A collective.
 
-    All ranks call it: of a sharded model, it gathers one tensor after the other, on the CPU of the
-    first rank. Others are not copied.
+    Sharded weights are gathered one at a time to the CPU of the first rank. Plain ones are not
+    copied.
 
     Args:
-        run: whose weights.
-        kept: those of a hook, in place of the model's own.
+        run: run of the model.
+        kept: weights of a hook, instead of the model's own.
     """
     first = run.accelerator.is_main_process
     if not is_sharded_model(run.model):
@@ -102,16 +105,15 @@ def gather_weights(run: PipelineRun, kept: WeightSet | None) -> dict[str, torch.
             return None
         return plain_weights(run) if kept is None else kept.weights()
     with nullcontext() if kept is None else kept.applied():
-        whole = gather_full_tensors(plain_weights(run), keep=first)
-    return whole if first else None
+        full = gather_full_tensors(plain_weights(run), keep=first)
+    return full if first else None
 
 
 def unreduced_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The gradients that this process keeps whole in an accumulation window that is open, by the
-    names of their parameters.
+    """Return the unreduced gradients of an open accumulation window, by parameter name.
 
     Raises:
-        StateError: this version of torch keeps them elsewhere.
+        StateError: this version of torch stores them elsewhere.
     """
     found = {}
     for name, holder, _ in _gradient_holders(model):
@@ -124,12 +126,12 @@ def unreduced_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def unreduced_gradient_names(model: torch.nn.Module) -> set[str]:
-    """The names that :func:`set_unreduced_gradients` takes."""
+    """Return the parameter names that :func:`set_unreduced_gradients` accepts."""
     return {name for name, _, _ in _gradient_holders(model)}
 
 
 def set_unreduced_gradients(model: torch.nn.Module, gradients: Mapping[str, torch.Tensor]) -> None:
-    """Have the backward passes that follow add to gradients as :func:`unreduced_gradients` gave."""
+    """Set the gradients of :func:`unreduced_gradients`, for later backward passes to add to."""
     for name, holder, dtype in _gradient_holders(model):
         if hasattr(holder, "_unsharded_param"):
             holder._unsharded_param.grad = None
@@ -140,20 +142,20 @@ def set_unreduced_gradients(model: torch.nn.Module, gradients: Mapping[str, torc
 
 
 def shard_like(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Values for all of a tensor, divided as it is: of them, this process's share.
+    """Shard values like a tensor of a model; return them unchanged if either is not to be sharded.
 
     Args:
-        tensor: of a model, sharded or not.
-        values: whole, which all processes have, or what is divided already; that is left as it is.
+        tensor: tensor of a model, sharded or not.
+        values: complete values, equal on all processes, or sharded values.
     """
     if not is_sharded(tensor) or is_sharded(values):
         return values
     region = local_regions({"tensor": tensor})["tensor"]
-    return cut(values, TensorShare(region, _like(tensor)))
+    return cut(values, TensorShare(region, _shard_maker(tensor)))
 
 
-def _like(parameter: torch.Tensor) -> Any:
-    """What makes of this process's part of a tensor one that is divided as a parameter is."""
+def _shard_maker(parameter: torch.Tensor) -> Any:
+    """Return a function that converts a region's values to a tensor sharded like a parameter."""
 
     def make(part: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -166,7 +168,7 @@ def _like(parameter: torch.Tensor) -> Any:
 
 
 def _sharding_modules(model: torch.nn.Module) -> Iterator[FSDPModule]:
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # else nobody has sharded anything
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # else no module is sharded
     if fsdp is not None:
         for module in model.modules():
             if isinstance(module, fsdp.FSDPModule):
@@ -174,8 +176,10 @@ def _sharding_modules(model: torch.nn.Module) -> Iterator[FSDPModule]:
 
 
 def _gradient_holders(model: torch.nn.Module) -> Iterator[tuple[str, Any, torch.dtype]]:
-    """What FSDP2 keeps of each parameter, with its name, and the type in which it adds up
-    gradients. Torch gives no public way to it."""
+    """Yield each parameter's name, FSDP2's record of it, and the dtype of accumulated gradients.
+
+    Torch has no public access to the records.
+    """
     names = {id(p): plain_name(name) for name, p in model.named_parameters()}
     try:
         for module in _sharding_modules(model):
@@ -188,7 +192,7 @@ def _gradient_holders(model: torch.nn.Module) -> Iterator[tuple[str, Any, torch.
     except (AttributeError, KeyError) as error:
         raise StateError(
             "the gradients of an open accumulation window can't be found in a sharded model with "
-            f"torch {torch.__version__}; save where no window is open"
+            f"torch {torch.__version__}; save between accumulation windows"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What is on the disk, and when."""
+"""Order of writes, flushes and renames."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     return made
 
 
-def test_all_is_flushed_before_the_rename_and_the_name_after_it(
+def test_files_are_flushed_before_the_rename_and_the_name_after_it(
     tmp_path: Path, calls: list[tuple[str, str]]
 ) -> None:
-    """Each file, the folder, the one rename, the root: only then it is acknowledged."""
+    """The order is files, directory, rename, root; then the save returns."""
     with CheckpointStore(tmp_path / "run") as store:
         del calls[:]
         store.save(1, {"model": {"w": torch.ones(2)}, "trainer": 1}, {"random": [2]})
@@ -65,10 +65,8 @@ def test_all_is_flushed_before_the_rename_and_the_name_after_it(
     assert calls[place + 1 :] == [("flush", "run"), ("replace", "last")]
 
 
-def test_a_removal_is_a_rename_that_is_flushed_ahead(
-    tmp_path: Path, calls: list[tuple[str, str]]
-) -> None:
-    """The old checkpoint has lost its name, on the disk, before the first of its files goes."""
+def test_removal_starts_with_a_flushed_rename(tmp_path: Path, calls: list[tuple[str, str]]) -> None:
+    """The old checkpoint loses its name on the disk before its files are removed."""
     with CheckpointStore(tmp_path / "run", retention=Retention(keep_last=1)) as store:
         store.save(1, {})
         del calls[:]
@@ -80,18 +78,18 @@ def test_a_removal_is_a_rename_that_is_flushed_ahead(
 
 @pytest.mark.parametrize("past_cache_from", [0, 1 << 62])
 @pytest.mark.parametrize("size", [1, 4096, 300_000, 1_000_003])
-def test_a_file_is_the_same_however_it_is_written(
+def test_direct_and_cached_writes_are_equal(
     size: int, past_cache_from: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Past the system's cache, as far as whole pages go, or through it."""
+    """Files have the same bytes with direct I/O for complete pages and without it."""
     monkeypatch.setattr(durable, "_PAST_CACHE_FROM", past_cache_from)
     tensor = torch.arange(size, dtype=torch.int64)
     save_checkpoint(tmp_path / "one", 1, {"model": {"w": tensor}})
     assert torch.equal(load_checkpoint(tmp_path / "one").parts["model"]["w"], tensor)
 
 
-def test_weights_replace_a_file(tmp_path: Path, calls: list[tuple[str, str]]) -> None:
-    """The new file is flushed, takes the old one's place, and has its name on the disk."""
+def test_write_weights_replaces_a_file(tmp_path: Path, calls: list[tuple[str, str]]) -> None:
+    """The new file is flushed, renamed over the old one, and its name is flushed."""
     path = tmp_path / "folder" / "w.safetensors"
     write_weights(path, {"w": torch.ones(2)}, {"made": "first"})
     del calls[:]
@@ -101,12 +99,12 @@ def test_weights_replace_a_file(tmp_path: Path, calls: list[tuple[str, str]]) ->
     assert os.listdir(path.parent) == ["w.safetensors"]
 
 
-def test_weights_that_a_file_can_not_have_leave_the_old_one(tmp_path: Path) -> None:
-    """Nothing is begun with a name or a tensor that is refused."""
+def test_refused_weights_leave_the_old_file(tmp_path: Path) -> None:
+    """A refused name or tensor leaves the existing file unchanged."""
     path = tmp_path / "w.safetensors"
     write_weights(path, {"w": torch.ones(2)}, {})
     before = path.read_bytes()
-    with pytest.raises(StateError, match="safetensors has that name for itself"):
+    with pytest.raises(StateError, match="safetensors reserves the name"):
         write_weights(path, {"__metadata__": torch.ones(2)}, {})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["w.safetensors"]

@@ -1,4 +1,4 @@
-"""Each single fault, at each file of a checkpoint."""
+"""Single faults in each file of a checkpoint."""
 
 from __future__ import annotations
 
@@ -129,21 +129,21 @@ FAULTS = [
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_a_fault_in_a_file_is_named(fault: Callable[[Path], None], name: str, root: Path) -> None:
-    """No fault passes, none is taken for another file's, and the older checkpoint is found."""
+def test_faulty_file_is_named(fault: Callable[[Path], None], name: str, root: Path) -> None:
+    """Every fault is found and named, and the older checkpoint is loaded."""
     fault(root / "step_00000002" / name)
     check_is_refused(root, name)
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "manifest.json"])
-def test_another_checkpoints_file_is_refused(name: str, root: Path) -> None:
-    """A file of the same name and size that belongs to another checkpoint is told apart."""
+def test_file_of_another_checkpoint_is_refused(name: str, root: Path) -> None:
+    """A file of the same name and size from another checkpoint is detected."""
     swap(root / "step_00000002" / name)
     check_is_refused(root, name)
 
 
-def test_another_checkpoints_manifest_is_refused(root: Path) -> None:
-    """A manifest does not fit a folder of another step, and a folder does not fit another name."""
+def test_manifest_of_another_checkpoint_is_refused(root: Path) -> None:
+    """A manifest is valid only in a directory that is named for its step."""
     swap(root / "step_00000002" / "manifest.json")
     found = CheckpointStore(root).load_newest()
     assert found is not None
@@ -153,8 +153,8 @@ def test_another_checkpoints_manifest_is_refused(root: Path) -> None:
         CheckpointStore(root).load("last")
 
 
-def test_a_changed_bit_is_found_anywhere(root: Path) -> None:
-    """In each byte of each file one bit, whichever, makes the file another one."""
+def test_any_changed_bit_is_detected(root: Path) -> None:
+    """One flipped bit in any byte of any file is detected."""
     chosen = random.Random(0)
     for name in FILES:
         path = root / "step_00000002" / name
@@ -171,8 +171,8 @@ def test_a_changed_bit_is_found_anywhere(root: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")
 @pytest.mark.parametrize("name", [*FILES, ""])
-def test_another_owners_file_is_refused(name: str, root: Path) -> None:
-    """What belongs to another user is read only where that is allowed."""
+def test_file_of_another_owner_is_refused(name: str, root: Path) -> None:
+    """A file of another user is read only with any_owner=True."""
     os.chown(root / "step_00000002" / name, 12345, -1)
     found = CheckpointStore(root).load_newest()
     assert found is not None
@@ -182,8 +182,8 @@ def test_another_owners_file_is_refused(name: str, root: Path) -> None:
     assert allowed.load("last").info.step == 2
 
 
-def test_a_link_to_a_folder_is_no_checkpoint(root: Path) -> None:
-    """In the root, a link is not taken for a checkpoint, also where it leads to one."""
+def test_link_to_a_checkpoint_is_not_a_checkpoint(root: Path) -> None:
+    """A link with a checkpoint's name in the root is skipped."""
     shutil.move(root / "step_00000002", root / "moved")
     (root / "step_00000002").symlink_to("moved")
     found = CheckpointStore(root).load_newest()
@@ -192,8 +192,8 @@ def test_a_link_to_a_folder_is_no_checkpoint(root: Path) -> None:
     assert "is a link" in found.skipped[0][1]
 
 
-def test_where_nothing_verifies_it_stops(root: Path) -> None:
-    """The error tells what is wrong with each."""
+def test_error_lists_all_problems_if_nothing_verifies(root: Path) -> None:
+    """The error names the problem of each checkpoint."""
     for step in (1, 2):
         (root / f"step_{step:08d}" / "trainer.json").unlink()
     with pytest.raises(CheckpointError, match=r"none of the checkpoints in .* verifies") as raised:
@@ -202,8 +202,8 @@ def test_where_nothing_verifies_it_stops(root: Path) -> None:
         assert f"step_{step:08d}/trainer.json can't be read: No such file" in str(raised.value)
 
 
-def test_a_folder_of_no_checkpoint_is_told_of(root: Path) -> None:
-    """A folder that is only named like one is skipped, with the reason."""
+def test_directory_without_a_manifest_is_skipped(root: Path) -> None:
+    """A directory with a checkpoint's name is skipped, with the reason."""
     (root / "step_00000003").mkdir()
     found = CheckpointStore(root).load_newest()
     assert found is not None
@@ -223,17 +223,17 @@ LIMITS = [
 
 
 @pytest.mark.parametrize(("limits", "message"), LIMITS)
-def test_what_is_more_than_the_limits_is_refused(
+def test_checkpoint_beyond_the_limits_is_refused(
     limits: ReadLimits, message: str, root: Path
 ) -> None:
-    """Each limit has an error that says what is too much."""
+    """Each limit has an error that states the excess."""
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(root / "step_00000002", limits=limits)
 
 
 @pytest.mark.parametrize("limits", [limits for limits, _ in LIMITS[:-1]])
-def test_what_could_not_be_read_again_is_not_saved(limits: ReadLimits, tmp_path: Path) -> None:
-    """The limits of a store hold for what it saves."""
+def test_limits_apply_to_saving(limits: ReadLimits, tmp_path: Path) -> None:
+    """A store refuses to save a checkpoint that it could not load."""
     with (
         CheckpointStore(tmp_path, limits=limits) as store,
         pytest.raises(ValueError, match=r"would|nested deeper"),
@@ -242,8 +242,8 @@ def test_what_could_not_be_read_again_is_not_saved(limits: ReadLimits, tmp_path:
     assert os.listdir(tmp_path) == [".lock"]
 
 
-def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
-    """What would not fit into memory is not tried, even where the manifest speaks of it."""
+def test_huge_file_is_refused_before_reading(tmp_path: Path) -> None:
+    """A file of another size than in the manifest is not read."""
     save_checkpoint(tmp_path / "one", 0, {"model": {"w": torch.ones(1)}})
     path = tmp_path / "one" / "model.safetensors"
     os.truncate(path, 1 << 43)

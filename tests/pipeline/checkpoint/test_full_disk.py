@@ -1,4 +1,4 @@
-"""A disk without room."""
+"""Saving on a full disk."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ def largest_file(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("room", [0, 100, 5_000])
-def test_what_was_there_stays_when_the_disk_is_full(room: int, tmp_path: Path) -> None:
-    """The save fails with the system's reason and leaves nothing; with room, the next one works."""
+def test_full_disk_leaves_older_checkpoints(room: int, tmp_path: Path) -> None:
+    """The save fails with the system's reason and leaves no files; with free space, the next save
+    works."""
     parts = {"model": {"w": torch.ones(1000)}, "trainer": list(range(2000))}
     with CheckpointStore(tmp_path) as store:
         store.save(1, parts)
@@ -47,15 +48,15 @@ def test_what_was_there_stays_when_the_disk_is_full(room: int, tmp_path: Path) -
         assert store.load("last").info.step == 2
 
 
-def test_one_checkpoint_leaves_nothing_where_there_is_no_room(tmp_path: Path) -> None:
-    """save_checkpoint takes back what it has begun."""
+def test_save_checkpoint_cleans_up_on_a_full_disk(tmp_path: Path) -> None:
+    """save_checkpoint removes its partial files."""
     with largest_file(100), pytest.raises(CheckpointError, match="too large"):
         save_checkpoint(tmp_path / "one", 1, {"model": {"w": torch.ones(1000)}})
     assert os.listdir(tmp_path) == []
 
 
-def test_replacing_on_a_full_disk_keeps_the_old_one(tmp_path: Path) -> None:
-    """The checkpoint of the same step is there until the new one is."""
+def test_failed_replacement_keeps_the_old_checkpoint(tmp_path: Path) -> None:
+    """The old checkpoint of the step stays until the new one is complete."""
     with CheckpointStore(tmp_path) as store:
         store.save(1, {"trainer": "old"})
         with largest_file(1000), pytest.raises(CheckpointError, match="too large"):
@@ -89,8 +90,8 @@ print("recovered")
 """
 
 
-def test_a_file_system_that_is_really_full(tmp_path: Path) -> None:
-    """In a tmpfs of 1 MiB, where mounting is allowed: saving fails by name, and recovers."""
+def test_full_file_system(tmp_path: Path) -> None:
+    """On a tmpfs of 1 MiB, where mounting is allowed, saving fails by name, and recovers."""
     command = (
         f"mount -t tmpfs -o size=1m none {tmp_path} && exec {sys.executable} -c '{FILL}' {tmp_path}"
     )

@@ -1,4 +1,4 @@
-"""Checkpoints of strangers who mean harm."""
+"""Checkpoints crafted to do harm."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def check_all_are_refused(good: Made, folder: Path, numbers: range) -> None:
 
 
 def test_hostile_checkpoints_are_refused(good: Made, tmp_path: Path, little_memory: None) -> None:
-    """Of 1,700 with one thing wrong each, none is loaded, none crashes, none takes long or much."""
+    """Of 1,700 with one defect each, none loads, crashes, is slow or needs much memory."""
     check_all_are_refused(good, tmp_path, range(1_700))
 
 
@@ -98,5 +98,5 @@ def test_hostile_checkpoints_are_refused(good: Made, tmp_path: Path, little_memo
 def test_ten_thousand_hostile_checkpoints_are_refused(
     good: Made, tmp_path: Path, little_memory: None
 ) -> None:
-    """The same of 10,000 others."""
+    """10,000 other hostile checkpoints are refused as well."""
     check_all_are_refused(good, tmp_path, range(10_000, 20_000))

@@ -1,4 +1,4 @@
-"""A process that saves is killed anywhere: what it was told is saved, is there afterwards."""
+"""Kills at each file system call: acknowledged saves survive."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def check_after(root: Path, told: list[str]) -> None:
     assert all(name.startswith("step_") for name in names), names
 
 
-def test_killed_at_every_call(begun: Path) -> None:
-    """Whichever file was to be opened, renamed or removed next, no acknowledged save is lost."""
+def test_kill_at_any_call_loses_no_acknowledged_save(begun: Path) -> None:
+    """A kill before any open, rename or removal loses no acknowledged save."""
     calls = calls_of(save(copy_of(begun), SAVES))
     assert calls > 40
     for call in range(calls):
@@ -106,16 +106,16 @@ def killed_again(left: Path, told: list[str], call: int) -> None:
     check_after(root, told)
 
 
-def test_killed_again_while_it_is_mended(begun: Path) -> None:
-    """The start that cleans up may be killed, too."""
+def test_kill_during_recovery_loses_no_acknowledged_save(begun: Path) -> None:
+    """The start that cleans up may be killed as well."""
     chance = random.Random(0)
     for left, told, calls in recoveries(begun, every=4):
         killed_again(left, told, chance.randrange(calls))
 
 
 @pytest.mark.slow
-def test_killed_again_at_every_call_while_it_is_mended(begun: Path) -> None:
-    """So it is at every call, for each way to leave a root."""
+def test_kill_at_any_call_of_any_recovery(begun: Path) -> None:
+    """A kill at every call of the cleanup, for each kind of leftover, loses nothing."""
     for left, told, calls in recoveries(begun):
         for call in range(calls):
             killed_again(left, told, call)

@@ -1,4 +1,4 @@
-"""Processes that are killed while they save."""
+"""Processes that are killed during saves."""
 
 from __future__ import annotations
 
@@ -99,12 +99,14 @@ def check_kills(saver: subprocess.Popen[str], root: Path, kills: int) -> None:
 
 
 def test_no_acknowledged_save_is_lost(saver: subprocess.Popen[str], tmp_path: Path) -> None:
-    """After 20 kills, each at a random instant, the newest is the last acknowledged or the one
-    after it, all of it, and nothing else is left of the save that was under way."""
+    """After 20 kills at random times, the newest checkpoint is complete, and is the last
+    acknowledged     one or its successor; an interrupted save leaves nothing."""
     check_kills(saver, tmp_path / "run", 20)
 
 
 @pytest.mark.slow
-def test_no_acknowledged_save_is_lost_in_many(saver: subprocess.Popen[str], tmp_path: Path) -> None:
-    """The same after 300 kills."""
+def test_no_acknowledged_save_is_lost_in_many_kills(
+    saver: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    """300 kills lose no acknowledged save."""
     check_kills(saver, tmp_path / "run", 300)

@@ -1,4 +1,4 @@
-"""What a crash leaves in a root, and what the next start does about it."""
+"""Leftovers of a crash in a root, and their cleanup at the next start."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def names(root: Path) -> list[str]:
 CLEAN = [".lock", "last", "step_00000001", "step_00000002"]
 
 
-def test_an_unfinished_save_is_removed(root: Path) -> None:
-    """A temporary folder, empty, half written or whole, was not acknowledged and goes."""
+def test_unfinished_save_is_removed(root: Path) -> None:
+    """A temporary directory, empty, partial or complete, was not acknowledged and is removed."""
     (root / f".step_00000003.{HEX}.tmp").mkdir()
     (root / f".step_00000004.{HEX}.tmp").mkdir()
     (root / f".step_00000004.{HEX}.tmp" / "model.safetensors").write_bytes(b"12")
@@ -40,24 +40,24 @@ def test_an_unfinished_save_is_removed(root: Path) -> None:
     assert os.readlink(root / "last") == "step_00000001"
 
 
-def test_what_was_being_replaced_comes_back(root: Path) -> None:
-    """Between the two renames of a replacement the old checkpoint is the acknowledged one."""
+def test_interrupted_replacement_is_undone(root: Path) -> None:
+    """Between the two renames of a replacement, the old checkpoint is the acknowledged one."""
     os.rename(root / "step_00000002", root / f".step_00000002.{HEX}.old")
     CheckpointStore(root).open().close()
     assert names(root) == CLEAN
     assert CheckpointStore(root).load(2).parts["trainer"] == 2
 
 
-def test_what_was_replaced_goes(root: Path) -> None:
-    """After both renames the old one is not needed."""
+def test_replaced_checkpoint_is_removed(root: Path) -> None:
+    """After both renames, the old checkpoint is removed."""
     os.rename(root / "step_00000001", root / f".step_00000002.{HEX}.old")
     CheckpointStore(root).open().close()
     assert names(root) == [".lock", "last", "step_00000002"]
     assert CheckpointStore(root).load(2).parts["trainer"] == 2
 
 
-def test_what_was_being_removed_goes(root: Path) -> None:
-    """A removal that was begun is finished, also half way through its files."""
+def test_interrupted_removal_is_finished(root: Path) -> None:
+    """A removal continues, even with some files already gone."""
     trash = root / f".step_00000001.{HEX}.trash"
     os.rename(root / "step_00000001", trash)
     (trash / "manifest.json").unlink()
@@ -65,8 +65,8 @@ def test_what_was_being_removed_goes(root: Path) -> None:
     assert names(root) == [".lock", "last", "step_00000002"]
 
 
-def test_links_are_mended(root: Path) -> None:
-    """A crash between a commit and its links is made good; a link to nothing is removed."""
+def test_links_are_repaired(root: Path) -> None:
+    """A crash between a commit and its links is repaired; a dangling link is removed."""
     (root / "last").unlink()
     (root / "last").symlink_to("step_00000001")
     (root / "best").symlink_to("step_00000007")
@@ -75,8 +75,8 @@ def test_links_are_mended(root: Path) -> None:
     assert os.readlink(root / "last") == "step_00000002"
 
 
-def test_what_a_reader_holds_goes_later(root: Path) -> None:
-    """A leftover that is being read stays until the next start."""
+def test_leftover_with_a_reader_is_removed_later(root: Path) -> None:
+    """A leftover that a process reads stays until the next start."""
     old = root / f".step_00000002.{HEX}.old"
     os.rename(root / "step_00000001", old)
     with OpenCheckpoint(old, ReadLimits()):
@@ -86,8 +86,8 @@ def test_what_a_reader_holds_goes_later(root: Path) -> None:
     assert not old.exists()
 
 
-def test_names_of_others_stay(root: Path) -> None:
-    """Only names that the store itself makes are cleaned up."""
+def test_foreign_names_stay(root: Path) -> None:
+    """Only names that the store creates are cleaned up."""
     others = [".step_3.tmp", f".other.{HEX}.tmp", f".step_00000003.{HEX}.bak", "step_00000003.tmp"]
     for name in others:
         (root / name).mkdir()
@@ -95,10 +95,8 @@ def test_names_of_others_stay(root: Path) -> None:
     assert names(root) == sorted(CLEAN + others)
 
 
-def test_a_folder_in_the_place_of_a_link_stays(
-    root: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """It is told of, and saving goes on."""
+def test_directory_named_like_a_link_stays(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A warning names the directory, and saving continues."""
     (root / "last").unlink()
     (root / "last").mkdir()
     with CheckpointStore(root) as store:
@@ -108,19 +106,19 @@ def test_a_folder_in_the_place_of_a_link_stays(
     assert "the link" in caplog.text
 
 
-def test_a_damaged_checkpoint_makes_way(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A step that can't be told for a checkpoint is moved aside when it is saved again."""
+def test_damaged_checkpoint_is_moved_away(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A directory without a valid manifest is kept under another name when its step is saved."""
     (root / "step_00000002" / "manifest.json").write_text("{}")
     with CheckpointStore(root) as store:
         store.save(2, {"trainer": "new"})
         assert store.load("last").parts["trainer"] == "new"
     (aside,) = root.glob("step_00000002.kept-*")
     assert (aside / "trainer.json").exists()
-    assert "what was there stays as step_00000002.kept-" in caplog.text
+    assert "its old contents are kept as step_00000002.kept-" in caplog.text
 
 
-def test_someones_file_in_a_checkpoint_stays(root: Path) -> None:
-    """Where a step is saved again, what was put beside its files is not lost."""
+def test_foreign_file_in_a_checkpoint_stays(root: Path) -> None:
+    """Replacing a checkpoint does not lose a file that a user put there."""
     (root / "step_00000002" / "notes.txt").write_text("mine")
     with CheckpointStore(root) as store:
         store.save(2, {"trainer": "new"})
@@ -129,12 +127,12 @@ def test_someones_file_in_a_checkpoint_stays(root: Path) -> None:
     assert (aside / "notes.txt").read_text() == "mine"
 
 
-def test_a_file_in_the_place_of_a_checkpoint_is_refused(root: Path) -> None:
-    """What is no folder is left as it is, and so is everything else."""
+def test_file_named_like_a_checkpoint_is_refused(root: Path) -> None:
+    """A file with the checkpoint's name is an error and is unchanged."""
     (root / "step_00000003").write_text("mine")
     with (
         CheckpointStore(root) as store,
-        pytest.raises(FileExistsError, match="not a checkpoint's folder; move it away"),
+        pytest.raises(FileExistsError, match="not a checkpoint's directory; move it away"),
     ):
         store.save(3, {})
     assert names(root) == sorted([*CLEAN, "step_00000003"])

@@ -1,4 +1,4 @@
-"""The generators that a data loader draws from are found wherever they are."""
+"""Generators of a data loader's samplers."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def sampled_in_batches(seed: int) -> DataLoader[tuple[torch.Tensor, ...]]:
     ids=["list", "none", "loader", "batch_sampler"],
 )
 def test_generators_are_found(loader: object, found: set[str]) -> None:
-    """Those of the loader, its sampler, its batch sampler, and of the sampler within that."""
+    """Generators of the loader, sampler, batch sampler and nested sampler are found."""
     assert set(loader_generators(loader)) == found
 
 
-def test_a_batch_sampler_of_ones_own_goes_on_where_it_was(tmp_path: Path) -> None:
-    """A resumed run gets the order that the sampler within a given batch sampler had drawn."""
+def test_resume_restores_a_custom_batch_sampler(tmp_path: Path) -> None:
+    """A resumed run continues the order of the sampler within a custom batch sampler."""
     torch.manual_seed(0)
     straight = make_trainer(loader=sampled_in_batches(3), max_step=8)
     straight()

@@ -1,4 +1,4 @@
-"""Several real processes that save and load together."""
+"""Saving and loading in several processes."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def found(folder: Path) -> list[dict[str, Any]]:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def test_each_rank_gets_its_own_back(found: list[dict[str, Any]]) -> None:
-    """What is of the job is the first rank's; the rest is each rank's own."""
+def test_each_rank_loads_its_own_parts(found: list[dict[str, Any]]) -> None:
+    """Parts of the job are the first rank's; each rank has its own rank parts."""
     for rank, of_rank in enumerate(found):
         assert of_rank["saved"] == [1, 1, 2, "step_00000001"]
         assert of_rank["loaded"] == [0, rank]
@@ -39,14 +39,14 @@ def test_each_rank_gets_its_own_back(found: list[dict[str, Any]]) -> None:
         assert of_rank["one"] == rank
 
 
-def test_a_thread_saves_beside_other_exchanges(found: list[dict[str, Any]]) -> None:
-    """The exchanges of a save in the background do not mix with those of the training."""
+def test_background_save_does_not_disturb_collectives(found: list[dict[str, Any]]) -> None:
+    """Collectives of a background save do not mix with those of training."""
     assert [of_rank["exchanged"] for of_rank in found] == [100.0, 100.0]
     assert [of_rank["second"] for of_rank in found] == [2.0 * (1 << 20)] * 2
 
 
-def test_a_failure_of_one_rank_is_one_of_all(found: list[dict[str, Any]]) -> None:
-    """A bad value and a full disk on the second rank are told on both, and nothing is left."""
+def test_failure_on_one_rank_is_raised_on_all(found: list[dict[str, Any]]) -> None:
+    """A bad value and a full disk on the second rank are raised on both, and leave no files."""
     first, second = found
     assert [of_rank["bad_value"][0] for of_rank in found] == ["StateError"] * 2
     assert "failed on rank 1: StateError: the part 'data'" in first["bad_value"][1]
@@ -58,22 +58,22 @@ def test_a_failure_of_one_rank_is_one_of_all(found: list[dict[str, Any]]) -> Non
     assert [of_rank["names"] for of_rank in found] == [names, names]
 
 
-def test_all_ranks_go_back_together(found: list[dict[str, Any]]) -> None:
-    """A file of the second rank that is damaged has both take the older checkpoint."""
+def test_all_ranks_fall_back_together(found: list[dict[str, Any]]) -> None:
+    """A damaged file of the second rank makes both ranks load the older checkpoint."""
     for of_rank in found:
         assert of_rank["newest"] == [1, ["step_00000002"]]
         assert of_rank["verified"] == [True, False]
         assert of_rank["pruned"] == [False, False]
 
 
-def test_refusals_are_those_of_all(found: list[dict[str, Any]]) -> None:
-    """A lock that is taken and a folder that is there are errors on both ranks."""
+def test_refusals_are_raised_on_all_ranks(found: list[dict[str, Any]]) -> None:
+    """A held lock and an existing directory are errors on both ranks."""
     assert [of_rank["locked"] for of_rank in found] == [["StoreLockedError"]] * 2
     assert [of_rank["exists"] for of_rank in found] == [["FileExistsError"]] * 2
 
 
-def test_another_number_of_ranks_is_seen(folder: Path, found: list[dict[str, Any]]) -> None:
-    """A rank that did not save finds what the last one had; all that each had can be asked for."""
+def test_different_world_size_is_detected(folder: Path, found: list[dict[str, Any]]) -> None:
+    """A rank that did not save loads the last rank's parts; each_rank receives all ranks' parts."""
     assert [of_rank["fewer"] for of_rank in found] == [{"data": {"rank": 0}}] * 2
     assert [of_rank["of_ranks"] for of_rank in found] == [[[0, 1, 0]]] * 2
     alone = load_checkpoint(
@@ -85,8 +85,8 @@ def test_another_number_of_ranks_is_seen(folder: Path, found: list[dict[str, Any
     assert alone.rank_results == ((0, 2, 0), (1, 2, 1))
 
 
-def test_what_each_rank_had_is_read_once(folder: Path) -> None:
-    """With the number of its bytes as the limit, all of it is read, and with one byte less not."""
+def test_each_rank_part_is_read_once(folder: Path) -> None:
+    """A limit of exactly the checkpoint's bytes suffices; one byte less does not."""
     path = folder / "run" / "step_00000001"
     size = load_checkpoint(path).info.size_bytes
     all_of_it = ReadLimits(max_total_bytes=size)
@@ -97,19 +97,19 @@ def test_what_each_rank_had_is_read_once(folder: Path) -> None:
         load_checkpoint(path, limits=less, each_rank=lambda index, count, own: own)
 
 
-def test_what_another_rank_had_is_verified_where_it_is_asked_for(folder: Path) -> None:
-    """One process reads its own state alone, or that of all ranks, one of which is damaged."""
+def test_parts_of_another_rank_are_verified_when_read(folder: Path) -> None:
+    """One process reads its own parts alone, or those of all ranks, one of which is damaged."""
     damaged = folder / "run" / "step_00000002"
     with pytest.raises(CheckpointError, match=r"rank00001\.json"):
         load_checkpoint(damaged, each_rank=lambda index, count, own: own)
     assert load_checkpoint(damaged).info.step == 2
 
 
-def test_ranks_that_are_not_there_are_refused(tmp_path: Path) -> None:
-    """A manifest may say that any number of ranks have saved; the first without a file is told."""
+def test_missing_rank_files_are_refused(tmp_path: Path) -> None:
+    """A manifest can claim any number of ranks; the first rank without a file is named."""
     path = tmp_path / "saved"
     save_checkpoint(path, 1, {"trainer": 1}, {"data": 1})
     manifest = parse_manifest((path / "manifest.json").read_bytes(), ReadLimits())
     (path / "manifest.json").write_bytes(replace(manifest, ranks=10**15).to_bytes())
-    with pytest.raises(CheckpointError, match="nothing of rank 1, which saved it"):
+    with pytest.raises(CheckpointError, match="has no files of rank 1; it was saved by"):
         load_checkpoint(path, each_rank=lambda index, count, own: own)

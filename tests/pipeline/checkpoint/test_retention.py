@@ -1,4 +1,4 @@
-"""What stays in a store and what goes."""
+"""Retention of checkpoints in a store."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ LOSSES = [3.0, 1.0, None, float("nan"), 2.0, 1.0, 5.0]
         (Retention(keep_every=3, keep_best=1, monitor="loss"), [1, 2, 3, 4, 5, 6, 7]),
     ],
 )
-def test_what_a_rule_keeps_stays(retention: Retention, left: list[int], tmp_path: Path) -> None:
-    """The last, every k-th, and the best so far; of equal ones the older one is the better."""
+def test_rules_keep_checkpoints(retention: Retention, left: list[int], tmp_path: Path) -> None:
+    """The last, every k-th and the best stay; the older one wins a tie."""
     assert save_all(tmp_path, retention, LOSSES) == left
 
 
-def test_a_dry_run_says_what_and_why(tmp_path: Path) -> None:
-    """Nothing goes, and each checkpoint has its reason, as it then has when pruned."""
+def test_dry_run_returns_decisions_and_reasons(tmp_path: Path) -> None:
+    """A dry run removes nothing and returns the decisions of the later prune."""
     save_all(tmp_path, Retention(), [1.0, 2.0, 3.0, 4.0])
     retention = Retention(keep_last=1, keep_every=2, keep_best=1, monitor="loss")
     store = CheckpointStore(tmp_path, retention=retention)
@@ -85,8 +85,8 @@ def test_a_dry_run_says_what_and_why(tmp_path: Path) -> None:
         assert [info.step for info in store.list()] == [1, 2, 4]
 
 
-def test_the_newest_good_one_is_never_removed(tmp_path: Path) -> None:
-    """Where newer ones are damaged, the newest that verifies stays, whatever the rules."""
+def test_newest_intact_checkpoint_is_never_removed(tmp_path: Path) -> None:
+    """If newer ones are damaged, the newest that verifies stays, whatever the rules."""
     save_all(tmp_path, Retention(), [None] * 4)
     for step in (3, 4):
         damage(tmp_path / f"step_{step:08d}")
@@ -103,8 +103,8 @@ def test_the_newest_good_one_is_never_removed(tmp_path: Path) -> None:
     assert [path.name for path, _ in newest.skipped] == ["step_00000004"]
 
 
-def test_nothing_is_removed_where_nothing_verifies(tmp_path: Path) -> None:
-    """Damaged checkpoints may be all that there is to repair."""
+def test_nothing_is_removed_if_nothing_verifies(tmp_path: Path) -> None:
+    """Damaged checkpoints may be the only ones to repair."""
     save_all(tmp_path, Retention(), [None] * 3)
     for step in (1, 2, 3):
         damage(tmp_path / f"step_{step:08d}")
@@ -113,8 +113,8 @@ def test_nothing_is_removed_where_nothing_verifies(tmp_path: Path) -> None:
         assert len(store.list()) == 3
 
 
-def test_what_it_did_not_write_stays(tmp_path: Path) -> None:
-    """Foreign files and folders, links, and checkpoints with a file of someone's in them."""
+def test_foreign_files_stay(tmp_path: Path) -> None:
+    """Foreign files, directories and links stay, and so does a checkpoint with a foreign file."""
     save_all(tmp_path, Retention(), [None] * 3)
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "step_00000009").mkdir()
@@ -134,8 +134,8 @@ def test_what_it_did_not_write_stays(tmp_path: Path) -> None:
     assert "it is a link" in why["step_00000007"] or "is a link" in why["step_00000007"]
 
 
-def test_a_checkpoint_that_is_read_stays_until_it_is_not(tmp_path: Path) -> None:
-    """A reader's checkpoint is not pruned under it."""
+def test_checkpoint_stays_while_it_is_read(tmp_path: Path) -> None:
+    """An open checkpoint is not pruned."""
     save_all(tmp_path, Retention(), [None, None])
     with CheckpointStore(tmp_path, retention=Retention(keep_last=1)) as store:
         with OpenCheckpoint(tmp_path / "step_00000001", ReadLimits()) as opened:
@@ -145,8 +145,8 @@ def test_a_checkpoint_that_is_read_stays_until_it_is_not(tmp_path: Path) -> None
     assert not (tmp_path / "step_00000001").exists()
 
 
-def test_a_checkpoint_that_is_replaced_can_be_read_to_its_end(tmp_path: Path) -> None:
-    """The old one is out of the way, and goes when nobody reads it any more."""
+def test_replaced_checkpoint_stays_readable(tmp_path: Path) -> None:
+    """The old checkpoint is renamed, and removed once nobody reads it."""
     with CheckpointStore(tmp_path) as store:
         store.save(1, {"trainer": "old"})
         with OpenCheckpoint(tmp_path / "step_00000001", ReadLimits()) as opened:
@@ -157,8 +157,8 @@ def test_a_checkpoint_that_is_replaced_can_be_read_to_its_end(tmp_path: Path) ->
     assert sorted(os.listdir(tmp_path)) == [".lock", "last", "step_00000001", "step_00000002"]
 
 
-def test_the_link_to_the_best_follows_it(tmp_path: Path) -> None:
-    """Where no rule keeps the best one, the link leads to the best of those that are left."""
+def test_best_link_follows_removals(tmp_path: Path) -> None:
+    """If the best checkpoint is removed, the link points to the best of the rest."""
     save_all(tmp_path, Retention(keep_last=1, monitor="loss"), [1.0, 2.0])
     assert os.readlink(tmp_path / "best") == "step_00000002"
 

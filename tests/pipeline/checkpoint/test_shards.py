@@ -63,10 +63,10 @@ def test_shards_are_joined(tmp_path: Path) -> None:
 
 
 @given(row=st.integers(0, 7), rows=st.integers(0, 7), column=st.integers(0, 3))
-def test_any_part_is_read(
+def test_any_region_is_loaded(
     tmp_path_factory: pytest.TempPathFactory, row: int, rows: int, column: int
 ) -> None:
-    """Whatever rows and columns a process needs, of shards and of what is whole."""
+    """Any rows and columns load, from shards and from complete tensors."""
     rows = min(rows, 7 - row)
     folder = tmp_path_factory.mktemp("part")
     two_shards(folder / "a").write(folder / "b")
@@ -81,8 +81,8 @@ def test_any_part_is_read(
         assert torch.equal(found.parts["model"]["w"], expected)
 
 
-def test_a_file_that_is_not_needed_is_not_read(tmp_path: Path) -> None:
-    """A process whose part lies in one file reads that alone; who verifies reads all."""
+def test_unneeded_file_is_not_read(tmp_path: Path) -> None:
+    """A process whose share lies in one file reads that file alone; verify reads all."""
     made = two_shards(tmp_path / "a")
     made.write(tmp_path / "step_00000003")
     path = tmp_path / "step_00000003" / SECOND
@@ -134,9 +134,9 @@ def second(offsets: Any, value: torch.Tensor, shape: Any = (7, 3)) -> Callable[[
         (without_a_file, r"have 12 elements, expected each of the 21 of \[7, 3\] once"),
         (of_another_rank, "lists a file 'model.shard00002.safetensors'"),
         (as_json, "lists a file 'model.shard00001.json'"),
-        (whole_as_well, "the tensor 'w' is there whole and in shards"),
-        (without_places, "does not tell where its shards belong"),
-        (places_of_others, "does not tell where each of its shards belongs"),
+        (whole_as_well, "the tensor 'w' is saved complete and in shards"),
+        (without_places, "has no valid DCP_SHARDING_INFO"),
+        (places_of_others, "does not list the tensors of the file"),
         (second((3, 0), WHOLE[4:]), r"expected each of the 21 of \[7, 3\] once"),
         (second((4, 0), WHOLE[4:6]), "have 18 elements"),
         (second((5, 0), WHOLE[4:]), "places the shard 'w'"),
@@ -150,10 +150,10 @@ def second(offsets: Any, value: torch.Tensor, shape: Any = (7, 3)) -> Callable[[
         (second((4, 0), WHOLE[4:].int()), "those of different tensors"),
     ],
 )
-def test_what_does_not_fit_is_refused(
+def test_inconsistent_shards_are_refused(
     spoil: Callable[[Made], None], told: str, tmp_path: Path
 ) -> None:
-    """Shards that overlap, are missing, lie beside the tensor or speak of nonsense."""
+    """Shards that overlap, are missing, exceed the tensor or have invalid offsets are errors."""
     made = two_shards(tmp_path / "a")
     spoil(made)
     made.write(tmp_path / "b")
@@ -162,15 +162,15 @@ def test_what_does_not_fit_is_refused(
     assert str(tmp_path / "b") in str(error.value)
 
 
-def test_a_tensor_that_is_too_large_is_refused_unread(tmp_path: Path) -> None:
-    """What the shards would make up counts, not what the files have."""
+def test_too_large_tensor_is_refused_before_reading(tmp_path: Path) -> None:
+    """The size of the assembled tensor counts, not the size of the files."""
     two_shards(tmp_path / "a").write(tmp_path / "b")
     with pytest.raises(CheckpointError, match="bytes to read; at most 200 are"):
         load_checkpoint(tmp_path / "b", limits=ReadLimits(max_total_bytes=200))
 
 
-def test_all_that_is_read_counts_together(tmp_path: Path) -> None:
-    """What is whole, what the shards make up, and the largest file of shards while it is read."""
+def test_limit_counts_all_bytes(tmp_path: Path) -> None:
+    """Complete tensors, assembled tensors and the largest file of shards count together."""
     two_shards(tmp_path / "a").write(tmp_path / "b")
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "b").iterdir()}
     total = sizes["model.safetensors"] + sizes["trainer.json"] + WHOLE.nbytes + sizes[FIRST]
@@ -179,8 +179,8 @@ def test_all_that_is_read_counts_together(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "b", limits=ReadLimits(max_total_bytes=total - 1))
 
 
-def test_shards_in_two_directions(tmp_path: Path) -> None:
-    """Four corners make up a tensor, and three do not, nor do four of which two are one."""
+def test_shards_in_two_dimensions(tmp_path: Path) -> None:
+    """Four corners make up a tensor; three do not, nor four with a duplicate."""
     save_checkpoint(tmp_path / "a", 3, {"trainer": {}})
     made = Made.read(tmp_path / "a")
     made.manifest["ranks"] = 4
@@ -196,8 +196,8 @@ def test_shards_in_two_directions(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "c")
 
 
-def test_an_export_needs_weights(tmp_path: Path) -> None:
-    """A part that is no mapping of names to tensors, or is not there, is refused by name."""
+def test_export_requires_weights(tmp_path: Path) -> None:
+    """A part that is missing or no mapping of tensors is refused by name."""
     save_checkpoint(tmp_path / "a", 3, {"trainer": {"step": 3}})
     for part in ("trainer", "model"):
         with pytest.raises(CheckpointError, match=f"has no part '{part}' of tensors by name"):

@@ -1,4 +1,4 @@
-"""Nested states as JSON and tensors."""
+"""State trees as JSON and tensors."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from state_trees import same, states
 
 
 @given(states)
-def test_every_state_survives(state: Any) -> None:
-    """Through strict JSON and back, values, types and order of keys are the same."""
+def test_any_state_round_trips(state: Any) -> None:
+    """Values, types and the order of keys survive strict JSON."""
     document, found = encode_state(state)
     text = json.dumps(document, allow_nan=False)
     assert same(decode_state(json.loads(text), found), state)
 
 
-def test_tensors_at_places_of_one_name_stay_apart() -> None:
-    """Keys with dots in them, or 1 beside "1", do not make one tensor of two."""
+def test_tensors_with_equal_paths_stay_separate() -> None:
+    """Keys with dots, or the keys 1 and "1", do not merge two tensors."""
     state = {
         "a.b": torch.ones(1),
         "a": {"b": torch.zeros(1)},
@@ -34,7 +34,7 @@ def test_tensors_at_places_of_one_name_stay_apart() -> None:
 
 
 @pytest.mark.parametrize("value", [np.float64(0.1), np.int64(3), np.float32(0.5), np.bool_(True)])
-def test_numbers_of_numpy_become_pythons(value: Any) -> None:
+def test_numpy_scalars_become_python_numbers(value: Any) -> None:
     """A best value that NumPy computed is saved as the same number."""
     found = decode_state(*encode_state({"best": value}))["best"]
     assert found == value
@@ -49,8 +49,8 @@ def test_numbers_of_numpy_become_pythons(value: Any) -> None:
         ({(1, object()): 2}, r"can't be saved: .* found object"),
     ],
 )
-def test_other_values_are_refused_with_their_place(state: Any, message: str) -> None:
-    """What has no exact form is named by its place in the state."""
+def test_unsupported_value_is_refused_with_its_path(state: Any, message: str) -> None:
+    """A value without an exact form is named by its path in the state."""
     with pytest.raises(StateError, match=message):
         encode_state(state)
 
@@ -68,7 +68,7 @@ def test_other_values_are_refused_with_their_place(state: Any, message: str) -> 
         {"$dict": [[[], 1]]},
     ],
 )
-def test_unknown_documents_are_refused(document: Any) -> None:
-    """A mark that is not known or has no sense is an error, not a guess."""
+def test_invalid_documents_are_refused(document: Any) -> None:
+    """An unknown or malformed mark is an error, not a guess."""
     with pytest.raises(StateError, match="unknown value"):
         decode_state(document, {})

@@ -1,4 +1,4 @@
-"""Saving into a store and loading from it."""
+"""Saving to a store and loading from it."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def parts(value: float = 1.0) -> dict[str, Any]:
     }
 
 
-def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
-    """Parts of the job and of the rank come back as they were, with what the manifest says."""
+def test_load_returns_the_saved_state(tmp_path: Path) -> None:
+    """Parts of the job and of the rank, and the manifest's info, are restored."""
     with CheckpointStore(tmp_path / "run") as store:
         saved = store.save(
             7,
@@ -63,8 +63,8 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
 
 @given(states)
 @settings(max_examples=40)
-def test_every_tree_survives(tmp_path_factory: pytest.TempPathFactory, state: Any) -> None:
-    """Whatever tree is saved as a part is loaded as the same tree."""
+def test_any_state_tree_round_trips(tmp_path_factory: pytest.TempPathFactory, state: Any) -> None:
+    """A generated tree that is saved as a part is loaded unchanged."""
     folder = tmp_path_factory.mktemp("tree") / "one"
     save_checkpoint(folder, 0, {"part": state}, {"part": [state]})
     found = load_checkpoint(folder)
@@ -72,8 +72,9 @@ def test_every_tree_survives(tmp_path_factory: pytest.TempPathFactory, state: An
     assert same(found.rank_parts["part"], [state])
 
 
-def test_every_kind_of_tensor_survives(tmp_path: Path) -> None:
-    """Types, views, strides, empty, and single values are as they were; so are tied weights."""
+def test_any_tensor_round_trips(tmp_path: Path) -> None:
+    """Dtypes, views, strides, empty and scalar tensors and tied weights are restored bit for
+    bit."""
     base = torch.arange(24.0).reshape(4, 6)
     tensors = {
         "view": base[1:3, ::2],
@@ -119,10 +120,10 @@ def test_every_kind_of_tensor_survives(tmp_path: Path) -> None:
         (torch.empty(2, device="meta"), "'w' can't be saved: it is a meta tensor"),
     ],
 )
-def test_other_tensors_are_refused_by_name(
+def test_unsupported_tensor_is_refused_by_name(
     tensor: torch.Tensor, message: str, tmp_path: Path
 ) -> None:
-    """What safetensors can't hold is an error that names it, and leaves nothing."""
+    """A tensor that safetensors can't hold is an error that names it; nothing is written."""
     with CheckpointStore(tmp_path) as store, pytest.raises(StateError, match=message):
         store.save(1, {"model": {"w": tensor}})
     assert os.listdir(tmp_path) == [".lock"]
@@ -145,18 +146,19 @@ def endless() -> list[Any]:
         ("Model", 1, "a part can't be named 'Model'"),
     ],
 )
-def test_bad_values_are_refused_by_name(
+def test_unsupported_value_is_refused_by_name(
     part: str, value: Any, message: str, tmp_path: Path
 ) -> None:
-    """What can't be saved, or could not be loaded again, is an error that names its part."""
+    """A value that can't be saved, or could not be loaded again, is an error that names its
+    part."""
     with pytest.raises(StateError, match=message):
         save_checkpoint(tmp_path / "one", 1, {part: value})
     assert os.listdir(tmp_path) == []
 
 
-def test_bad_numbers_and_metadata_are_refused_by_name(tmp_path: Path) -> None:
-    """A step, a metric and metadata are checked before anything is written."""
-    with pytest.raises(StateError, match="step must be a whole number from 0, got -1"):
+def test_invalid_step_metric_or_metadata_is_refused(tmp_path: Path) -> None:
+    """Step, metrics and metadata are checked before anything is written."""
+    with pytest.raises(StateError, match="step must be an integer >= 0, got -1"):
         save_checkpoint(tmp_path / "one", -1, {})
     with pytest.raises(StateError, match="the metric 'loss' must be a number, got 'low'"):
         save_checkpoint(tmp_path / "one", 1, {}, metrics={"loss": "low"})  # type: ignore[dict-item]
@@ -174,8 +176,8 @@ def deep() -> dict[str, Any]:
     return found
 
 
-def test_weights_load_without_the_store(tmp_path: Path) -> None:
-    """The model's part is a file of safetensors that loads into a plain model."""
+def test_weights_load_with_safetensors_alone(tmp_path: Path) -> None:
+    """The model's part is a safetensors file that loads into a plain model."""
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     save_checkpoint(tmp_path / "deep" / "one", 3, {"model": model.state_dict()})
     assert sorted(os.listdir(tmp_path / "deep" / "one")) == ["manifest.json", "model.safetensors"]
@@ -185,8 +187,8 @@ def test_weights_load_without_the_store(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("digest", ["xxh3_128", "sha256"])
-def test_a_pending_save_holds_nothing_of_the_callers(digest: Any, tmp_path: Path) -> None:
-    """What changes between preparing and committing is not in the checkpoint."""
+def test_pending_save_is_a_copy(digest: Any, tmp_path: Path) -> None:
+    """Changes between prepare and commit are not in the checkpoint."""
     state = parts(1.0)
     with CheckpointStore(tmp_path, digest=digest) as store:
         for step in (1, 2):  # the second one into the memory of the first
@@ -205,8 +207,8 @@ def test_a_pending_save_holds_nothing_of_the_callers(digest: Any, tmp_path: Path
     assert [info.step for info in store.list()] == [1, 2]
 
 
-def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
-    """There is one checkpoint of a step, the newer one, and it is the last."""
+def test_saving_a_step_again_replaces_the_checkpoint(tmp_path: Path) -> None:
+    """A step has one checkpoint, the newer one, which becomes the last."""
     with CheckpointStore(tmp_path) as store:
         store.save(1, parts(1))
         store.save(2, parts(2))
@@ -217,8 +219,8 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == [".lock", "last", "step_00000001", "step_00000002"]
 
 
-def test_serials_go_on_after_opening_again(tmp_path: Path) -> None:
-    """A run that goes on counts on from the newest checkpoint, whatever its step."""
+def test_serials_continue_after_reopening(tmp_path: Path) -> None:
+    """A resumed run continues from the highest serial, whatever its step."""
     with CheckpointStore(tmp_path) as store:
         store.save(5, parts())
         store.save(3, parts())
@@ -229,8 +231,8 @@ def test_serials_go_on_after_opening_again(tmp_path: Path) -> None:
     assert newest.info.step == 4
 
 
-def test_the_best_is_that_of_the_metric(tmp_path: Path) -> None:
-    """The link and load("best") go by the metric; a store that knows none goes by the link."""
+def test_best_follows_the_metric(tmp_path: Path) -> None:
+    """The link and load("best") follow the metric; a store without a metric follows the link."""
     retention = Retention(monitor="acc", mode="max")
     with CheckpointStore(tmp_path, retention=retention) as store:
         with pytest.raises(CheckpointError, match=r"no checkpoint in .* has the metric 'acc'"):
@@ -242,12 +244,12 @@ def test_the_best_is_that_of_the_metric(tmp_path: Path) -> None:
     assert os.readlink(tmp_path / "best") == "step_00000001"
     assert CheckpointStore(tmp_path).load("best").info.step == 1
     (tmp_path / "best").unlink()
-    with pytest.raises(CheckpointError, match="does not say which checkpoint is best"):
+    with pytest.raises(CheckpointError, match="has no link to the best checkpoint"):
         CheckpointStore(tmp_path).load("best")
 
 
-def test_a_checkpoint_is_found_by_path_and_through_a_link(tmp_path: Path) -> None:
-    """A path may be any folder, and the links lead to one."""
+def test_load_accepts_a_path_or_a_link(tmp_path: Path) -> None:
+    """A path may be any directory, or a link to one."""
     with CheckpointStore(tmp_path / "run") as store:
         store.save(1, parts())
         assert store.load(tmp_path / "run" / "last").info.step == 1
@@ -256,8 +258,8 @@ def test_a_checkpoint_is_found_by_path_and_through_a_link(tmp_path: Path) -> Non
         assert store.load(str(tmp_path / "moved")).info.step == 1
 
 
-def test_what_is_not_there_is_named(tmp_path: Path) -> None:
-    """Nothing is taken in the place of a checkpoint that is not there."""
+def test_missing_checkpoint_is_an_error_without_fallback(tmp_path: Path) -> None:
+    """No other checkpoint replaces a missing one."""
     store = CheckpointStore(tmp_path / "run")
     assert store.load_newest() is None
     assert store.list() == []
@@ -274,10 +276,10 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         store.load(tmp_path / "circle")
 
 
-def test_a_store_that_is_not_open_does_not_write(tmp_path: Path) -> None:
-    """Saving needs the lock; opening twice is a mistake; closing ends both."""
+def test_closed_store_does_not_write(tmp_path: Path) -> None:
+    """Saving requires an open store, and opening twice is an error."""
     store = CheckpointStore(tmp_path)
-    with pytest.raises(CheckpointError, match="is not open; use it as in `with"):
+    with pytest.raises(CheckpointError, match="is not open; write `with"):
         store.save(1, parts())
     with store:
         with pytest.raises(CheckpointError, match="is open already"):
@@ -288,15 +290,15 @@ def test_a_store_that_is_not_open_does_not_write(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == [".lock"]
 
 
-def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
-    """By an error of the store's own, which says so."""
+def test_root_must_be_a_directory(tmp_path: Path) -> None:
+    """A file as root is a CheckpointError."""
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"opening .*file failed: it is no folder"):
+    with pytest.raises(CheckpointError, match=r"opening .*file failed: not a directory"):
         CheckpointStore(tmp_path / "file").open()
 
 
-def test_wrong_settings_are_refused() -> None:
-    """Settings are checked before anything is touched."""
+def test_invalid_arguments_are_refused() -> None:
+    """Arguments are checked at construction."""
     with pytest.raises(PipelineConfigError, match=r"digest must be one of .*, got 'md5'"):
         CheckpointStore("nowhere", digest="md5")  # type: ignore[arg-type]
     with pytest.raises(PipelineConfigError, match="keep_last must be >= 1, got 0"):
@@ -307,16 +309,16 @@ def test_wrong_settings_are_refused() -> None:
         ReadLimits(max_files=0)
 
 
-def test_one_checkpoint_is_not_written_over(tmp_path: Path) -> None:
-    """save_checkpoint leaves what is there, also a link to nothing."""
+def test_save_checkpoint_never_overwrites(tmp_path: Path) -> None:
+    """An existing path, even a dangling link, is unchanged."""
     (tmp_path / "one").symlink_to("nowhere")
     with pytest.raises(FileExistsError, match="exists already"):
         save_checkpoint(tmp_path / "one", 1, parts())
     assert os.listdir(tmp_path) == ["one"]
 
 
-def test_a_second_store_in_the_process_is_refused(tmp_path: Path) -> None:
-    """Also through another path to the root; readers are let in."""
+def test_second_store_in_the_process_is_refused(tmp_path: Path) -> None:
+    """Another path to the root does not evade the lock; readers need no lock."""
     (tmp_path / "link").symlink_to(tmp_path / "run")
     with CheckpointStore(tmp_path / "run") as store:
         store.save(1, parts())
@@ -335,8 +337,8 @@ sys.stdin.read()
 """
 
 
-def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
-    """The message names the process that has the lock; a killed one has it no longer."""
+def test_second_process_is_refused_until_the_first_dies(tmp_path: Path) -> None:
+    """The message names the process with the lock; a killed process loses the lock."""
     first = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)],
         stdin=subprocess.PIPE,
@@ -352,8 +354,8 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> 
     CheckpointStore(tmp_path).open().close()
 
 
-def test_the_manifest_is_for_people_too(tmp_path: Path) -> None:
-    """It is JSON that says what is there, with sizes and digests."""
+def test_manifest_is_readable_json(tmp_path: Path) -> None:
+    """The manifest is JSON that lists the files."""
     save_checkpoint(tmp_path / "one", 3, parts(), {"random": [1]})
     manifest = json.loads((tmp_path / "one" / "manifest.json").read_text())
     assert manifest["format"] == "robo_orchard_lab.checkpoint"
@@ -364,8 +366,8 @@ def test_the_manifest_is_for_people_too(tmp_path: Path) -> None:
     ]
 
 
-def test_a_loaded_tensor_has_a_storage_of_its_own(tmp_path: Path) -> None:
-    """A random generator reads a whole storage, and torch.save writes it."""
+def test_loaded_tensor_has_its_own_storage(tmp_path: Path) -> None:
+    """A generator reads a complete storage, and torch.save writes it."""
     generator = torch.Generator().manual_seed(3)
     state = {"other": torch.ones(100), "stream": generator.get_state(), "after": torch.ones(3)}
     save_checkpoint(tmp_path / "one", 1, {"part": state})

@@ -581,7 +581,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     """Saving over something that exists is refused, and leaves it as it was."""
     save(tmp_path / "a")
     content = {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()}
-    with pytest.raises(FileExistsError, match="name a folder that doesn't"):
+    with pytest.raises(FileExistsError, match="name a new directory"):
         save(tmp_path / "a")
     assert {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()} == content
 

@@ -1,4 +1,11 @@
-"""Saved states: folders of safetensors and JSON, without pickle."""
+"""Checkpoints: durable, verified directories of safetensors and JSON files, without pickle.
+
+- ``store``: :class:`CheckpointStore`, its ``retention`` and ``listing``
+- ``single_checkpoint``: save, load, verify or export one checkpoint at any path
+- ``writer``, ``reader``: write and read a directory; ``ranks``: the processes of a save
+- ``manifest``: names, limits and digests; ``tensor_files``: safetensors files in memory
+- ``state``: state trees, optimizer state by parameter name, RNG state; ``shards``: sharded tensors
+"""
 
 from robo_orchard_lab.pipeline.checkpoint.manifest import (
     CheckpointInfo,
@@ -27,7 +34,8 @@ from robo_orchard_lab.pipeline.checkpoint.state import (
     parameters_beside,
     restore_random_state,
 )
-from robo_orchard_lab.pipeline.checkpoint.store import CheckpointStore, PendingSave
+from robo_orchard_lab.pipeline.checkpoint.store import CheckpointStore
+from robo_orchard_lab.pipeline.checkpoint.writer import PendingSave
 
 __all__ = [
     "CheckpointInfo",

@@ -1,4 +1,4 @@
-"""Which checkpoints are in a root."""
+"""Listing of a store's root, and of the contents of one checkpoint."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _Stamp = tuple[int, int, int]
 
 @dataclass(slots=True)
 class Listing:
-    """What was found, by the manifests; the other files were not looked at."""
+    """Checkpoints of a root, from their manifests alone."""
 
     infos: list[CheckpointInfo] = field(default_factory=list)
-    """In the order in which they were saved."""
+    """Valid checkpoints in the order of their saves."""
     broken: list[tuple[Path, str]] = field(default_factory=list)
-    """What is named like a checkpoint, and why it isn't one, by name."""
+    """Paths with a checkpoint's name and no valid manifest, by name, with the reasons."""
 
 
 class RootListing:
-    """Reads a root, each manifest once."""
+    """Reader of a root that parses each manifest once."""
 
     def __init__(self, root: Path, limits: ReadLimits) -> None:
         self._root = root
@@ -40,7 +40,7 @@ class RootListing:
         self._known: dict[str, tuple[_Stamp, CheckpointInfo]] = {}
 
     def read(self) -> Listing:
-        """All that is there now; nothing where there is no such folder.
+        """List the root; a missing root is empty.
 
         Raises:
             CheckpointError: the root can't be read.
@@ -68,27 +68,18 @@ class RootListing:
         known = self._known.get(name)
         if known is not None and known[0] == stamp:
             return known[1]
-        info = read_info(path, self._limits)
+        if path.is_symlink():
+            raise CheckpointError(f"{path} is a link, expected a directory")
+        with OpenCheckpoint(path, self._limits) as opened:
+            check_step(path, opened)
+            info = opened.manifest.info(path)
         if stamp is not None:
             self._known[name] = (stamp, info)
         return info
 
 
-def read_info(path: Path, limits: ReadLimits) -> CheckpointInfo:
-    """What a checkpoint's manifest says, which must say that it is of the step in the name.
-
-    Raises:
-        CheckpointError: it can't be trusted.
-    """
-    if path.is_symlink():
-        raise CheckpointError(f"{path} is a link, expected a folder")
-    with OpenCheckpoint(path, limits) as opened:
-        check_step(path, opened)
-        return opened.manifest.info(path)
-
-
 def check_step(path: Path, opened: OpenCheckpoint) -> None:
-    """Refuse a checkpoint under the name of another step."""
+    """Refuse a checkpoint whose directory is named for another step."""
     step = step_from_name(path.name)
     if step is not None and opened.manifest.step != step:
         raise CheckpointError(f"{path} is the checkpoint of step {opened.manifest.step}")
@@ -102,13 +93,12 @@ def _stamp(path: Path) -> _Stamp | None:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-# --- contents --------------------------------------------------------------------------------
-# What is in a checkpoint, for people: read without a model, and without reading tensors.
+# --- contents of one checkpoint --------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class SavedTensor:
-    """A tensor in a file of a checkpoint; of one that is divided, a shard."""
+    """Tensor, or shard of a tensor, in a file."""
 
     name: str
     dtype: str
@@ -117,51 +107,51 @@ class SavedTensor:
 
 @dataclass(frozen=True, slots=True)
 class SavedFile:
-    """A file of a checkpoint."""
+    """File of a checkpoint."""
 
     name: str
     size_bytes: int
     part: str
     rank: int | None
-    """The process that wrote it, of what was that one's; None for what is the whole job's."""
+    """Rank that wrote the file; None for a file of the job."""
     tensors: tuple[SavedTensor, ...] | None
-    """None for a file that has none."""
+    """None for a JSON file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What a checkpoint says of itself, and its files."""
+    """Description of a checkpoint and its files."""
 
     info: CheckpointInfo
     files: tuple[SavedFile, ...]
     progress: Mapping[str, int]
-    """The counters of the run; empty for what was not saved by a trainer."""
+    """Counters of the run; empty for a checkpoint that no trainer saved."""
 
 
 def read_contents(
     path: str | os.PathLike[str], limits: ReadLimits | None = None, *, tensors: bool = True
 ) -> Contents:
-    """What is in a checkpoint. All files have the sizes that they were written with.
+    """Describe a checkpoint without a model; check sizes, but read no tensors.
 
     Args:
-        path: its folder.
-        limits: of what is read.
-        tensors: whether to read which tensors there are.
+        path: directory of the checkpoint.
+        limits: sizes that are refused before reading.
+        tensors: list the tensors of each file.
 
     Raises:
-        CheckpointError: there is none, or it isn't whole.
+        CheckpointError: the checkpoint does not exist, or a file is missing or has another size.
     """
     with OpenCheckpoint(path, limits or ReadLimits()) as opened:
         opened.check_sizes()
         files = []
         for name, entry in opened.manifest.files.items():
             parsed = FileName.parse(name)
-            assert parsed is not None  # or the manifest had been refused
+            assert parsed is not None  # the manifest was checked
             found = None
             if tensors and not parsed.is_json:
                 found = tuple(
-                    SavedTensor(place.name, str(place.dtype).removeprefix("torch."), place.shape)
-                    for place in opened.layout(name).places
+                    SavedTensor(info.name, str(info.dtype).removeprefix("torch."), info.shape)
+                    for info in opened.layout(name).tensors
                 )
             files.append(SavedFile(name, entry.size, parsed.part, parsed.rank, found))
         return Contents(opened.manifest.info(opened.path), tuple(files), _progress(opened))

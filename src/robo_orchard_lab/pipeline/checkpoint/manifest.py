@@ -1,4 +1,7 @@
-"""The manifest of a checkpoint: what there is, how large, and with which digests."""
+"""Manifest of a checkpoint directory, with the names, limits and digests of its files.
+
+The manifest lists size and digest of every file, and holds a digest of itself.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +21,19 @@ from robo_orchard_core.utils.strict_json import JsonError, parse_json
 from robo_orchard_lab.pipeline.checkpoint.state import decode_state, encode_state
 from robo_orchard_lab.pipeline.errors import CheckpointError, PipelineConfigError, StateError
 
-# --- folder names ----------------------------------------------------------------------------
-# The names in a store's root: of checkpoints, and of what a crash may leave.
-
+# --- names in a store's root -----------------------------------------------------------------
 
 LOCK = ".lock"
 LAST = "last"
 BEST = "best"
 
 _STEP = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,18})")
-# With what is named by durable.temporary_name.
+# durable.temporary_name makes the names that end in .tmp.
 _LEFTOVER = re.compile(r"\.(step_[0-9]{8,19}|last|best)\.[0-9a-f]{32}\.(tmp|old|trash)")
 
 
 def step_dir_name(step: int) -> str:
-    """The name of a checkpoint's folder.
+    """Return the directory name of a step's checkpoint.
 
     >>> step_dir_name(1234)
     'step_00001234'
@@ -41,7 +42,7 @@ def step_dir_name(step: int) -> str:
 
 
 def step_from_name(name: str) -> int | None:
-    """The step that a folder is named for; None for any other name.
+    """Return the step of a checkpoint's directory name, or None for any other name.
 
     >>> step_from_name("step_00001234"), step_from_name("step_1234"), step_from_name("last")
     (1234, None, None)
@@ -50,23 +51,23 @@ def step_from_name(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def set_aside_name(name: str) -> str:
-    """What ``name`` is called while another takes its place; without that other, it is put back."""
+def replaced_name(name: str) -> str:
+    """Return a name for ``name`` during its replacement; cleanup restores or removes it."""
     return f".{name}.{uuid.uuid4().hex}.old"
 
 
 def trash_name(name: str) -> str:
-    """What ``name`` is called while its files are removed."""
+    """Return a name for ``name`` during the removal of its files."""
     return f".{name}.{uuid.uuid4().hex}.trash"
 
 
 def kept_name(name: str) -> str:
-    """What ``name`` is called, from when another takes its place, where it is never removed."""
+    """Return a new name for ``name`` that cleanup never removes."""
     return f"{name}.kept-{uuid.uuid4().hex[:8]}"
 
 
 def leftover_of(name: str) -> tuple[str, str] | None:
-    """The name it was to have, and the kind, of what a crash has left; None for any other name.
+    """Return the final name and the kind of a crash's leftover, or None for any other name.
 
     >>> leftover_of(".step_00000003.0123456789abcdef0123456789abcdef.tmp")
     ('step_00000003', 'tmp')
@@ -75,134 +76,38 @@ def leftover_of(name: str) -> tuple[str, str] | None:
     return (found[1], found[2]) if found else None
 
 
-# --- limits ----------------------------------------------------------------------------------
-# How much of a stranger's checkpoint is looked at before it is refused.
+# --- names in a checkpoint directory ---------------------------------------------------------
 
-
-MIB = 1024 * 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReadLimits:
-    """The most that a checkpoint may have of anything; what has more is refused, not read.
-
-    They hold for writing, too, so that what was saved can be loaded with the same limits.
-
-    Raises:
-        PipelineConfigError: a limit is below 1.
-
-    >>> ReadLimits(max_json_depth=10).max_json_depth
-    10
-    """
-
-    max_files: int = 65_536
-    """Of all ranks together, without the manifest."""
-    max_manifest_bytes: int = 16 * MIB
-    max_json_bytes: int = 64 * MIB
-    """Of one part's JSON. Reading it takes up to some 25 times as much memory."""
-    max_json_depth: int = 100
-    """How deep lists and mappings may lie in one another."""
-    max_header_bytes: int = 100_000_000
-    """Of one file's list of tensors; the limit of safetensors itself."""
-    max_tensors: int = 1_000_000
-    """In one file."""
-    max_total_bytes: int | None = None
-    """Of all that one rank reads, the job's and ranks' together; None: as much as the machine has
-    memory available."""
-    any_owner: bool = False
-    """Whether to read what belongs neither to the own user nor to root."""
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if type(value) is int and value < 1:
-                raise PipelineConfigError(f"ReadLimits.{field.name} must be >= 1, got {value}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointInfo:
-    """What a checkpoint's manifest says of it."""
-
-    path: Path
-    step: int
-    serial: int
-    """The how many-th save into its root it was, from 1; it orders them, also where a run has gone
-    back to an earlier step. 0 for one that was not saved by a store."""
-    saved_at: datetime
-    """In UTC."""
-    size_bytes: int
-    """Of all its files, without the manifest."""
-    ranks: int
-    """How many processes saved it."""
-    digest: str
-    """The name of the digest that its files are verified by."""
-    metrics: Mapping[str, float]
-    metadata: Mapping[str, Any]
-
-
-EachRank: TypeAlias = Callable[[int, int, Mapping[str, Any]], Any]
-"""Called with the number of a rank, of how many that saved, and what it had for itself; gives what
-is to be kept of that."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SavedState:
-    """What was saved, verified and read to the CPU.
-
-    The tensors of one part share one block of memory, which is there as long as one of them is.
-    """
-
-    parts: Mapping[str, Any]
-    """Of the whole job, by name."""
-    rank_parts: Mapping[str, Any]
-    """Of the rank that has the number of this one; where fewer saved, of the last."""
-    info: CheckpointInfo
-    rank_results: tuple[Any, ...] = ()
-    """Where as many ranks saved as load, or nobody asked: nothing. Else what ``each_rank`` gave."""
-    skipped: tuple[tuple[Path, str], ...] = ()
-    """Newer checkpoints that did not verify, and why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """Whether everything in a checkpoint is as it was written."""
-
-    path: Path
-    problem: str | None
-    """None where it is."""
-
-
-@dataclass(frozen=True, slots=True)
-class PruneDecision:
-    """Whether a checkpoint is removed, and why."""
-
-    path: Path
-    removed: bool
-    """With ``dry_run``: whether it would be."""
-    why: str
-
-
+MANIFEST_FILE = "manifest.json"
 _PART = r"[a-z][a-z0-9_]{0,63}"
-PART_NAME = re.compile(_PART)
+_PART_NAME = re.compile(_PART)
+_RESERVED_PART = "manifest"
 _FILE_NAME = re.compile(rf"({_PART})(?:\.(rank|shard)([0-9]{{5,9}}))?\.(json|safetensors)")
-RESERVED_PART = "manifest"
+
+
+def check_part_name(part: str) -> None:
+    """Refuse an invalid part name with a StateError."""
+    if not _PART_NAME.fullmatch(part) or part == _RESERVED_PART:
+        raise StateError(
+            f"a part can't be named {part!r}: expected up to 64 small letters, digits and "
+            f"underscores, other than {_RESERVED_PART!r}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class FileName:
-    """What a file of a checkpoint holds, by its name."""
+    """Parsed name of a file in a checkpoint."""
 
     part: str
     rank: int | None
-    """The process that wrote it; None for what belongs to the whole job."""
+    """Rank that wrote the file; None for a file of the job."""
     is_json: bool
     is_shards: bool = False
-    """Whether it holds shards of a part's tensors, which belong to the whole job or to all ranks'
-    parts of that name."""
+    """True for shards of a part's tensors, of the job or of all ranks' parts of that name."""
 
     @classmethod
     def parse(cls, name: str) -> FileName | None:
-        """None for a name that no file of a checkpoint has.
+        """Parse a file name; return None for an invalid name.
 
         >>> FileName.parse("random.rank00001.json")
         FileName(part='random', rank=1, is_json=True, is_shards=False)
@@ -210,7 +115,7 @@ class FileName:
         (None, None)
         """
         found = _FILE_NAME.fullmatch(name)
-        if not found or found[1] == RESERVED_PART:
+        if not found or found[1] == _RESERVED_PART:
             return None
         rank = None if found[3] is None else int(found[3])
         parsed = cls(found[1], rank, found[4] == "json", found[2] == "shard")
@@ -222,55 +127,147 @@ class FileName:
         return f"{self.part}{rank}.{'json' if self.is_json else 'safetensors'}"
 
 
-# --- digests ---------------------------------------------------------------------------------
-# Digests of a checkpoint's files, by name.
+# --- limits and results ----------------------------------------------------------------------
 
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadLimits:
+    """Maximum sizes of an untrusted checkpoint; larger ones are refused before reading.
+
+    Saving applies the limits as well, so that a saved checkpoint can be loaded.
+
+    Raises:
+        PipelineConfigError: a limit is below 1.
+
+    >>> ReadLimits(max_json_depth=10).max_json_depth
+    10
+    """
+
+    max_files: int = 65_536
+    """Files of all ranks, without the manifest."""
+    max_manifest_bytes: int = 16 * MIB
+    max_json_bytes: int = 64 * MIB
+    """Size of one part's JSON; parsing needs up to 25 times as much memory."""
+    max_json_depth: int = 100
+    """Nesting depth of lists and mappings."""
+    max_header_bytes: int = 100_000_000
+    """Size of one file's safetensors header; the default is safetensors' own limit."""
+    max_tensors: int = 1_000_000
+    """Tensors in one file."""
+    max_total_bytes: int | None = None
+    """Bytes that one rank reads in total; None: the available memory."""
+    any_owner: bool = False
+    """Read files of other users than the current one and root."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is int and value < 1:
+                raise PipelineConfigError(f"ReadLimits.{field.name} must be >= 1, got {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointInfo:
+    """Description of a checkpoint, from its manifest."""
+
+    path: Path
+    step: int
+    serial: int
+    """Number of the save into its root, from 1; orders checkpoints, also after a run returned to
+    an earlier step. 0 for a checkpoint without a store."""
+    saved_at: datetime
+    """Time in UTC."""
+    size_bytes: int
+    """Size of all files, without the manifest."""
+    ranks: int
+    """World size of the save."""
+    digest: str
+    """Name of the digest."""
+    metrics: Mapping[str, float]
+    metadata: Mapping[str, Any]
+
+
+EachRank: TypeAlias = Callable[[int, int, Mapping[str, Any]], Any]
+"""Function of a saved rank, the saved world size, and the rank's parts; returns a value to keep."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedState:
+    """Verified state of a checkpoint, on the CPU.
+
+    Tensors of one part may share a block of memory, which lives as long as any of them.
+    """
+
+    parts: Mapping[str, Any]
+    """State of the job, by part."""
+    rank_parts: Mapping[str, Any]
+    """State of this rank, by part; the last saved rank's if fewer ranks saved."""
+    info: CheckpointInfo
+    rank_results: tuple[Any, ...] = ()
+    """Results of ``each_rank`` by saved rank; empty if the world size is unchanged."""
+    skipped: tuple[tuple[Path, str], ...] = ()
+    """Newer checkpoints that did not verify, and the reasons."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Result of comparing a checkpoint's files with their digests."""
+
+    path: Path
+    problem: str | None
+    """None for an intact checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class PruneDecision:
+    """Decision to remove or keep a checkpoint, and the reason."""
+
+    path: Path
+    removed: bool
+    """True if removed, or to be removed in a dry run."""
+    why: str
+
+
+# --- digests ---------------------------------------------------------------------------------
 
 DigestName = Literal["xxh3_128", "sha256"]
-"""``xxh3_128`` finds every accident, at the speed of memory; ``sha256`` also withstands someone
-who means to make two files alike, and takes about as long as writing them."""
+"""``xxh3_128`` detects accidental changes, at the speed of memory. ``sha256`` also resists
+deliberate collisions, and costs about as much time as writing."""
 
 _MAKERS: dict[str, Callable[[], Any]] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
-
-HEX_DIGITS = {"xxh3_128": 32, "sha256": 64}
-"""How long a digest is, as text."""
+_HEX_DIGITS = {"xxh3_128": 32, "sha256": 64}
 
 
 def check_digest_name(name: str) -> None:
-    """Refuse a name that is not a digest's.
-
-    Raises:
-        PipelineConfigError: the message has the names that there are.
-    """
+    """Refuse an unknown digest with a PipelineConfigError."""
     if name not in _MAKERS:
         raise PipelineConfigError(f"digest must be one of {get_args(DigestName)}, got {name!r}")
 
 
 def new_digest(name: str) -> Any:
-    """A digest to ``update``; large updates run beside other threads."""
+    """Return an empty digest; large updates release the interpreter lock."""
     return _MAKERS[name]()
 
 
 def digest_of(name: str, data: bytes | bytearray | memoryview) -> str:
-    """The digest of some bytes, in hexadecimal digits."""
+    """Return the hexadecimal digest of ``data``."""
     digest = new_digest(name)
     digest.update(data)
     return str(digest.hexdigest())
 
 
-MANIFEST_FILE = "manifest.json"
+# --- manifest --------------------------------------------------------------------------------
+
 FORMAT = "robo_orchard_lab.checkpoint"
 VERSION = 1
 _MAX_NUMBER = 2**63 - 1
-_KEYS = {
-    *("format", "version", "step", "serial", "saved_at", "ranks", "digest_name"),
-    *("metrics", "metadata", "files"),
-}
 
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """A file's size in bytes and digest, as the manifest has them."""
+    """Size in bytes and digest of a file."""
 
     size: int
     digest: str
@@ -278,7 +275,7 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Everything that a checkpoint says of itself."""
+    """Contents of a checkpoint's manifest."""
 
     step: int
     serial: int
@@ -290,7 +287,7 @@ class Manifest:
     files: Mapping[str, FileEntry]
 
     def info(self, path: Path) -> CheckpointInfo:
-        """What it says of a checkpoint that lies there."""
+        """Describe the checkpoint at ``path``."""
         return CheckpointInfo(
             path=path,
             step=self.step,
@@ -304,7 +301,7 @@ class Manifest:
         )
 
     def to_bytes(self) -> bytes:
-        """The file's contents, which hold their own digest.
+        """Serialize the manifest, with a digest of itself.
 
         Raises:
             StateError: the metrics or the metadata can't be written.
@@ -327,11 +324,7 @@ class Manifest:
         return _text({**document, "digest": digest_of(self.digest_name, _text(document))})
 
     def check_writable(self, limits: ReadLimits) -> None:
-        """Refuse what could not be read again.
-
-        Raises:
-            StateError: the message says what is too much.
-        """
+        """Refuse a manifest that exceeds the limits with a StateError."""
         document = self.to_bytes()
         try:
             parse_json(document, max_depth=limits.max_json_depth)
@@ -344,44 +337,44 @@ class Manifest:
             )
 
     def with_files(self, serial: int, files: Mapping[str, FileEntry]) -> Manifest:
-        """The same of a checkpoint with these files, saved now."""
+        """Return a copy with these files and this serial, saved now."""
         now = datetime.now(UTC)
         return replace(self, serial=serial, saved_at=now, files=dict(sorted(files.items())))
 
 
 def parse_manifest(text: bytes, limits: ReadLimits) -> Manifest:
-    """The manifest that a file's contents are.
+    """Parse and verify the contents of a manifest file.
 
     Raises:
-        CheckpointError: it is not as it was written, is of another version, or has more than
-            ``limits`` allow.
+        CheckpointError: the manifest was changed, has another version, or exceeds the limits.
     """
     try:
         document = parse_json(text, max_depth=limits.max_json_depth)
     except JsonError as error:
-        raise CheckpointError(f"it can't be read: {error}") from error
+        raise CheckpointError(f"not a manifest: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise CheckpointError("it is not that of a checkpoint")
+        raise CheckpointError(f"not a manifest: expected the format {FORMAT!r}")
     if document.get("version") != VERSION:
         raise CheckpointError(f"expected version {VERSION}, found {document.get('version')!r:.40}")
     name = document.get("digest_name")
-    if not isinstance(name, str) or name not in HEX_DIGITS:
-        raise CheckpointError(f"it names the digest {name!r:.40}, which is not known")
+    if not isinstance(name, str) or name not in _MAKERS:
+        raise CheckpointError(f"unknown digest_name {name!r:.40}")
     rest = {key: value for key, value in document.items() if key != "digest"}
     if document.get("digest") != digest_of(name, _text(rest)) or _text(document) != text:
-        raise CheckpointError("it is not as it was written: its digest is another")
+        raise CheckpointError("the manifest was changed: its own digest does not match")
     try:
         return _manifest(name, rest, limits)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"it has a wrong entry: {error!r:.200}") from error
+        raise CheckpointError(f"invalid entry in the manifest: {error!r:.200}") from error
 
 
 def _manifest(digest_name: str, document: dict[str, Any], limits: ReadLimits) -> Manifest:
-    if set(document) != _KEYS:
-        wrong = ", ".join(sorted(set(document) ^ _KEYS))
-        raise CheckpointError(f"it lacks, or has besides: {wrong:.200}")
+    expected = {"format", "version", *(field.name for field in fields(Manifest))}
+    if set(document) != expected:
+        wrong = ", ".join(sorted(set(document) ^ expected))
+        raise CheckpointError(f"missing or unknown entries in the manifest: {wrong:.200}")
     files = document["files"]
     if not isinstance(files, dict):
         raise CheckpointError("files is not a mapping")
@@ -393,10 +386,13 @@ def _manifest(digest_name: str, document: dict[str, Any], limits: ReadLimits) ->
         raise CheckpointError("metrics or metadata is not a mapping")
     if not all(type(value) in (int, float) for value in metrics.values()):
         raise CheckpointError("a metric is not a number")
+    saved_at = datetime.fromisoformat(document["saved_at"])
+    if saved_at.tzinfo != UTC:
+        raise CheckpointError(f"saved_at is {document['saved_at']!r:.40}, expected a time in UTC")
     return Manifest(
         step=_number("step", document["step"]),
         serial=_number("serial", document["serial"]),
-        saved_at=_time(document["saved_at"]),
+        saved_at=saved_at,
         ranks=ranks,
         digest_name=digest_name,
         metrics=metrics,
@@ -408,26 +404,19 @@ def _manifest(digest_name: str, document: dict[str, Any], limits: ReadLimits) ->
 def _entry(name: str, entry: Any, digest_name: str, ranks: int) -> FileEntry:
     parsed = FileName.parse(name)
     if parsed is None or (parsed.rank is not None and parsed.rank >= ranks):
-        raise CheckpointError(f"it lists a file {name!r:.80}, which none is named")
+        raise CheckpointError(f"it lists a file {name!r:.80}, which is not a valid name")
     if not isinstance(entry, dict) or set(entry) != {"size", "digest"}:
         raise CheckpointError(f"the entry of {name} is not its size and digest")
     digest = entry["digest"]
-    if not isinstance(digest, str) or len(digest) != HEX_DIGITS[digest_name]:
+    if not isinstance(digest, str) or len(digest) != _HEX_DIGITS[digest_name]:
         raise CheckpointError(f"the digest of {name} is not a {digest_name}")
     return FileEntry(_number(f"the size of {name}", entry["size"]), digest)
 
 
 def _number(what: str, value: Any, *, least: int = 0) -> int:
     if type(value) is not int or not least <= value <= _MAX_NUMBER:
-        raise CheckpointError(f"{what} is {value!r:.40}, expected a number from {least}")
+        raise CheckpointError(f"{what} is {value!r:.40}, expected a number >= {least}")
     return value
-
-
-def _time(value: Any) -> datetime:
-    found = datetime.fromisoformat(value)
-    if found.tzinfo != UTC:
-        raise CheckpointError(f"saved_at is {value!r:.40}, expected a time in UTC")
-    return found
 
 
 def _tree(what: str, value: Mapping[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The processes that save and load a checkpoint together."""
+"""Ranks that save and load a checkpoint together."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from robo_orchard_lab.pipeline.errors import CheckpointError, StateError, StoreL
 
 T = TypeVar("T")
 
-# What every rank raises when one of them does, so that one `except` does for all.
+# Errors that all ranks raise if one rank does, so that one `except` suffices.
 _KINDS = {
     kind.__name__: kind for kind in (StateError, CheckpointError, StoreLockedError, FileExistsError)
 }
 
 
 class Ranks:
-    """Which process of how many this one is, and how they tell one another what they did.
+    """Process index and world size, with gloo groups to exchange results and errors.
 
-    They exchange by groups of their own, over the CPU, so that a thread may save while the
-    training goes on exchanging: one group is used by the calls that make the caller wait, one by
-    :meth:`PendingSave.commit`. :meth:`close` gives them back; as a context manager, it does so.
+    One group serves blocking calls, another one :meth:`PendingSave.commit`, so that a thread can
+    save while training communicates. Leaving the context calls :meth:`close`.
 
     >>> Ranks.alone()
     Ranks(index=0, count=1)
@@ -39,18 +38,18 @@ class Ranks:
 
     @classmethod
     def alone(cls) -> Ranks:
-        """This process, whatever others there are."""
+        """Return this process as the only rank."""
         return cls(0, 1)
 
     @classmethod
     def of_job(cls, timeout_s: float = 1800.0, *, in_background: bool = True) -> Ranks:
-        """All processes of the job that ``torch.distributed`` was set up for; else this one.
+        """Return all processes of ``torch.distributed``, or this process alone. A collective.
 
-        A collective: every process calls it. They have to see one file system.
+        All processes must share a file system.
 
         Args:
-            timeout_s: how long one waits for the others, as for a slow disk of theirs.
-            in_background: whether a thread is to commit beside other calls.
+            timeout_s: maximum wait for other ranks, for example for their disks.
+            in_background: create a second group, for commits in a thread.
         """
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return cls.alone()
@@ -65,10 +64,7 @@ class Ranks:
         return ranks
 
     def close(self) -> None:
-        """Give back the threads and connections of the groups; a second call does nothing.
-
-        Every process does it, when all exchanges are over.
-        """
+        """Destroy the groups, on every process after all exchanges; a second call does nothing."""
         for ranks in (self, self.background):
             group, ranks._group = ranks._group, None
             if group is not None:
@@ -84,10 +80,10 @@ class Ranks:
         return f"Ranks(index={self.index}, count={self.count})"
 
     def gather(self, value: Any) -> list[Any]:
-        """What every rank gave, in their order: a collective.
+        """Gather the values of all ranks, in their order. A collective.
 
         Raises:
-            CheckpointError: another process is gone, or does not come.
+            CheckpointError: another rank died or timed out.
         """
         if self.count == 1:
             return [value]
@@ -98,47 +94,39 @@ class Ranks:
             raise CheckpointError(f"another process of the job does not answer: {error}") from error
 
     def run_on_all(self, what: str, work: Callable[[], T]) -> list[T]:
-        """Do something on every rank: what all of them returned, or an error on all: a collective.
+        """Run a function on every rank; return all results or raise on all. A collective.
 
         Args:
-            what: is in progress, for the error.
-            work: returns something small.
+            what: description for errors, such as "saving step 3".
+            work: function with a small result.
 
         Raises:
-            CheckpointError: it failed on some rank; the one with the error has it as the cause.
-                Where it is one of :data:`_KINDS`, all raise that.
+            CheckpointError: the function failed on some rank, and its error is the cause on that
+                rank. Errors in :data:`_KINDS` keep their type.
         """
         result, failure = None, None
         try:
             result = work()
         except Exception as error:
             failure = error
-        told = self.gather((result, None if failure is None else _told(failure)))
+        report = None if failure is None else (type(failure).__name__, str(failure))
+        reports = self.gather((result, report))
         if failure is not None:
             _raise(what, failure)
-        for index, (_, problem) in enumerate(told):
+        for index, (_, problem) in enumerate(reports):
             if problem is not None:
                 kind, text = problem
-                failed = _KINDS.get(kind, CheckpointError)
-                raise failed_elsewhere(failed(f"{what} failed on rank {index}: {text}"))
-        return [result for result, _ in told]
+                error_type = _KINDS.get(kind, CheckpointError)
+                raise failed_elsewhere(error_type(f"{what} failed on rank {index}: {kind}: {text}"))
+        return [result for result, _ in reports]
 
     def run_on_first(self, what: str, work: Callable[[], T]) -> T:
-        """Do something on the first rank: what it returned, or an error on all: a collective."""
-
-        def only_there() -> T | None:
-            return work() if self.index == 0 else None
-
-        result: Any = self.run_on_all(what, only_there)[0]
-        return result  # type: ignore[no-any-return]  # of the first rank, which did the work
-
-
-def _told(error: Exception) -> tuple[str, str]:
-    return type(error).__name__, f"{type(error).__name__}: {error}"
+        """Run a function on the first rank; return its result or raise on all. A collective."""
+        result: Any = self.run_on_all(what, lambda: work() if self.index == 0 else None)[0]
+        return result  # type: ignore[no-any-return]  # the first rank did the work
 
 
 def _raise(what: str, error: Exception) -> NoReturn:
-    """The error as the caller knows it."""
     if isinstance(error, OSError) and not isinstance(error, FileExistsError):
         raise CheckpointError(f"{what} failed: {error}") from error
     raise error

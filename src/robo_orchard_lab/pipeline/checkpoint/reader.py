@@ -1,4 +1,9 @@
-"""Reading a checkpoint's folder, which may be damaged or a stranger's."""
+"""Reading a checkpoint directory, which may be damaged or untrusted.
+
+:class:`CheckpointDir` opens files without following links; :class:`OpenCheckpoint` verifies and
+decodes the files. Every size is checked before memory is allocated, and every digest before a file
+is decoded.
+"""
 
 from __future__ import annotations
 
@@ -43,35 +48,39 @@ from robo_orchard_lab.pipeline.checkpoint.tensor_files import (
 from robo_orchard_lab.pipeline.distributed.stall_clock import record_heartbeat
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
 
+_PIECE_BYTES = 1 << 26
+_READERS = 2
+
 
 class CheckpointDir:
-    """A folder that is held open, so that all files are of one, whatever its path leads to later.
+    """Open directory, so that all files come from one directory even if its path changes.
 
-    The path may lead through links to the folder; no link in it is followed.
+    The path to the directory may contain links; links inside the directory are refused.
     """
 
     def __init__(self, path: str | os.PathLike[str], limits: ReadLimits) -> None:
-        """Open it.
+        """Open the directory.
 
         Raises:
-            CheckpointError: there is none, or it is that of an owner who is not trusted.
+            CheckpointError: the directory does not exist, or its owner is not trusted.
         """
         try:
             self.path = Path(path).resolve()
-        except (OSError, RuntimeError) as error:  # links in a circle
+        except (OSError, RuntimeError) as error:  # circular links
             raise CheckpointError(f"{path} leads nowhere: {error}") from error
         self._limits = limits
         self._descriptor = self._open()
 
     def close(self) -> None:
-        """Let it be removed again."""
+        """Close the directory."""
         os.close(self._descriptor)
 
     def open_file(self, name: str, max_bytes: int | None = None) -> int:
-        """A descriptor of a regular file of the folder itself, of an owner who is trusted.
+        """Open a regular file of the directory and return its descriptor.
 
         Raises:
-            CheckpointError: there is none, or it has more than ``max_bytes``.
+            CheckpointError: the file does not exist, is a link, belongs to an untrusted owner, or
+                has more than ``max_bytes``.
         """
         path = self.path / name
         try:
@@ -79,7 +88,7 @@ class CheckpointDir:
             descriptor = os.open(name, flags, dir_fd=self._descriptor)
         except OSError as error:
             reason = "it is a link" if error.errno == errno.ELOOP else error.strerror
-            hint = self._checkpoints_in_it() if name == MANIFEST_FILE else ""
+            hint = self._nested_checkpoint() if name == MANIFEST_FILE else ""
             raise CheckpointError(f"{path} can't be read: {reason}{hint}") from error
         try:
             found = os.fstat(descriptor)
@@ -110,8 +119,8 @@ class CheckpointDir:
             raise
         return descriptor
 
-    def _checkpoints_in_it(self) -> str:
-        """A hint for whoever names the folder of a run, or of its checkpoints."""
+    def _nested_checkpoint(self) -> str:
+        """Suggest a checkpoint if the path is a run's directory or a store's root."""
         found = sorted(self.path.glob("last/manifest.json")) or sorted(
             self.path.glob("*/last/manifest.json")
         )
@@ -122,37 +131,32 @@ def _check_owner(path: Path, found: os.stat_result, limits: ReadLimits) -> None:
     own = os.geteuid()
     if found.st_uid not in (own, 0) and not limits.any_owner:
         raise CheckpointError(
-            f"{path} belongs to user {found.st_uid}, expected {own} or root; if they are trusted, "
-            "take a copy of your own, or load with ReadLimits(any_owner=True)"
+            f"{path} belongs to user {found.st_uid}, expected {own} or root; if you trust that "
+            "user, copy the checkpoint, or load it with ReadLimits(any_owner=True)"
         )
 
 
-_PIECE_BYTES = 1 << 26
-_READERS = 2
-
-
 class OpenCheckpoint:
-    """A checkpoint's folder, held open, so that all files are of one checkpoint and none of them
-    is removed meanwhile. To be used as a context manager.
+    """Open checkpoint, protected from removal; a context manager.
 
-    The path may lead through links to the folder; nothing in it is followed out of it.
+    The path to the directory may contain links; links inside the directory are refused.
     """
 
     def __init__(self, path: str | os.PathLike[str], limits: ReadLimits) -> None:
-        """Open it and read its manifest.
+        """Open the directory and verify its manifest.
 
         Raises:
-            CheckpointError: there is none, or not one that can be trusted.
+            CheckpointError: the checkpoint does not exist or can't be trusted.
         """
-        self._folder = CheckpointDir(path, limits)
-        self.path = self._folder.path
+        self._dir = CheckpointDir(path, limits)
+        self.path = self._dir.path
         self._limits = limits
         self._manifest: int | None = None
-        self._sharded: dict[str, dict[str, torch.Tensor]] = {}  # what was read, by part
-        self._read_bytes = 0  # of all that was read
+        self._sharded: dict[str, dict[str, torch.Tensor]] = {}  # assembled tensors by part
+        self._read_bytes = 0
         try:
-            self._manifest = self._folder.open_file(MANIFEST_FILE, limits.max_manifest_bytes)
-            self._hold()
+            self._manifest = self._dir.open_file(MANIFEST_FILE, limits.max_manifest_bytes)
+            self._lock_shared()
             text = bytes(buffer_view(_read(self._manifest, os.fstat(self._manifest).st_size)))
             with self._in_file(MANIFEST_FILE):
                 self.manifest: Manifest = parse_manifest(text, limits)
@@ -167,27 +171,27 @@ class OpenCheckpoint:
         self.close()
 
     def close(self) -> None:
-        """Let it be removed again."""
+        """Close the checkpoint, so that others can remove it."""
         if self._manifest is not None:
             os.close(self._manifest)
             self._manifest = None
-        self._folder.close()
+        self._dir.close()
 
     def load(
         self, rank: int | None, share_of: ShareOf | None = None, only: str | None = None
     ) -> SavedState:
-        """Everything that a rank needs of it: what is of the whole job, and what is its own.
+        """Load the parts of the job and of one rank.
 
         Args:
-            rank: whose own it is; None for nobody's, which leaves what is of the whole job.
-            share_of: what this rank needs of each tensor that is the job's, or in shards; by
-                default all of it. What a rank has saved whole for itself is read whole.
-            only: the one part to read; by default all.
+            rank: loading rank; None loads only the parts of the job.
+            share_of: selects the share of job tensors and of sharded tensors; by default complete
+                tensors. Unsharded tensors of a rank are always complete.
+            only: the one part to load; by default all.
 
         Raises:
-            CheckpointError: a file is not as it was written.
+            CheckpointError: a file was changed.
         """
-        wanted = (None,) if rank is None else (None, self.saved_as(rank))
+        wanted = (None,) if rank is None else (None, self.saved_rank(rank))
         found = self._parts_of(*wanted, share_of=share_of, only=only)
         return SavedState(
             parts={part: value for (part, of), value in found.items() if of is None},
@@ -195,125 +199,129 @@ class OpenCheckpoint:
             info=self.manifest.info(self.path),
         )
 
-    def saved_as(self, rank: int) -> int:
-        """The rank that saved what this one goes on from: where fewer saved, the last."""
+    def saved_rank(self, rank: int) -> int:
+        """Return the saved rank that ``rank`` resumes: itself, or the last saved one."""
         return min(rank, self.manifest.ranks - 1)
 
-    def ranks(self, share_of: ShareOf | None = None) -> Iterator[Mapping[str, Any]]:
-        """What each rank that saved had for itself, one after the other; read when it is due.
+    def all_rank_parts(self, share_of: ShareOf | None = None) -> Iterator[Mapping[str, Any]]:
+        """Load the parts of each saved rank, one rank at a time.
 
         Args:
             share_of: see :meth:`load`.
 
         Raises:
-            CheckpointError: a file is not as it was written, or a rank has none.
+            CheckpointError: a file was changed, or a rank has no files.
         """
         parsed = map(FileName.parse, self.manifest.files)
-        there = {name.rank for name in parsed if name is not None}
+        present = {name.rank for name in parsed if name is not None}
         for rank in range(self.manifest.ranks):
-            if rank not in there:
-                raise CheckpointError(f"{self.path} has nothing of rank {rank}, which saved it")
+            if rank not in present:
+                raise CheckpointError(
+                    f"{self.path} has no files of rank {rank}; it was saved by "
+                    f"{self.manifest.ranks} ranks"
+                )
             found = self._parts_of(rank, share_of=share_of)
             yield {part: value for (part, _), value in found.items()}
 
     def _parts_of(
         self, *ranks: int | None, share_of: ShareOf | None, only: str | None = None
     ) -> dict[tuple[str, int | None], Any]:
-        """The parts of some ranks, and with None those of the whole job; by name and rank."""
-        names = [(name, FileName.parse(name)) for name in self.manifest.files]
+        """Load parts by name and rank; rank None stands for the job."""
         wanted: dict[str, FileName] = {}
-        shards: dict[str, list[str]] = {}  # the files of each part
-        rank_results: set[str] = set()  # parts that ranks have for themselves
-        for name, parsed in names:
+        shard_files: dict[str, list[str]] = {}  # by part
+        parts_of_ranks: set[str] = set()
+        for name in self.manifest.files:
+            parsed = FileName.parse(name)
             if parsed is None or only not in (None, parsed.part):
                 continue
             if parsed.is_shards:
-                shards.setdefault(parsed.part, []).append(name)
+                shard_files.setdefault(parsed.part, []).append(name)
                 continue
             if parsed.rank is not None:
-                rank_results.add(parsed.part)
+                parts_of_ranks.add(parsed.part)
             if parsed.rank in ranks:
                 wanted[name] = parsed
-        self._check_bytes(sum(self.manifest.files[name].size for name in wanted))
+        self._check_memory(sum(self.manifest.files[name].size for name in wanted))
         documents: dict[tuple[str, int | None], bytes] = {}
         tensors: dict[tuple[str, int | None], dict[str, torch.Tensor]] = {}
 
         def read(name: str, parsed: FileName) -> None:
-            place = (parsed.part, parsed.rank)
+            key = (parsed.part, parsed.rank)
             if parsed.is_json:
-                documents[place] = self._read_json(name)
-            else:
-                found = self._read_tensors(name)
-                of_job = parsed.rank is None
-                tensors[place] = _shares(found, share_of) if share_of and of_job else found
+                documents[key] = self._read_json(name)
+                return
+            found = self._read_tensors(name)
+            if share_of is not None and parsed.rank is None:
+                found = {n: cut(t, share_of(n, tuple(t.shape))) for n, t in found.items()}
+            tensors[key] = found
 
-        with ThreadPoolExecutor(_READERS) as pool:  # copying and digesting run beside one another
+        with ThreadPoolExecutor(_READERS) as pool:  # one thread reads while one computes digests
             list(pool.map(read, wanted.keys(), wanted.values()))
-        for part, files in shards.items():
-            if part in rank_results:
-                places = [place for place in documents if place[0] == part and place[1] is not None]
+        for part, files in shard_files.items():
+            if part in parts_of_ranks:
+                keys = [key for key in documents if key[0] == part and key[1] is not None]
             else:
-                places = [(part, None)] if None in ranks else []
-            for place in places:
-                self._add_shards(part, files, share_of, tensors.setdefault(place, {}))
+                keys = [(part, None)] if None in ranks else []
+            for key in keys:
+                self._add_shards(part, files, share_of, tensors.setdefault(key, {}))
         found: dict[tuple[str, int | None], Any] = {}
-        for place in sorted(documents.keys() | tensors.keys(), key=lambda place: place[0]):
-            with self._in_file(place[0]):
-                found[place] = decode_part(documents.get(place), tensors.get(place), self._limits)
+        for key in sorted(documents.keys() | tensors.keys(), key=lambda key: key[0]):
+            with self._in_file(key[0]):
+                found[key] = _decode_part(documents.get(key), tensors.get(key), self._limits)
         return found
 
     def _add_shards(
         self, part: str, files: Sequence[str], share_of: ShareOf | None, to: dict[str, torch.Tensor]
     ) -> None:
-        if part not in self._sharded:  # once, however many ranks' states have them
+        if part not in self._sharded:  # once for all ranks
             found = {name: self._shards_in(name) for name in files}
             with self._in_file(part):
-                reading = ShardAssembler(chain.from_iterable(found.values()), share_of)
-                self._check_bytes(reading.size, max(self.manifest.files[n].size for n in files))
+                assembler = ShardAssembler(chain.from_iterable(found.values()), share_of)
+                largest = max(self.manifest.files[name].size for name in files)
+                self._check_memory(assembler.size, largest)
                 for name, shards in found.items():
-                    if reading.wants(shards):
-                        reading.add(shards, self._read_tensors(name))
-                self._sharded[part] = reading.tensors()
+                    if assembler.needs(shards):
+                        assembler.add(shards, self._read_tensors(name))
+                self._sharded[part] = assembler.tensors()
         if both := sorted(to.keys() & self._sharded[part].keys()):
             raise CheckpointError(
-                f"{self.path / part}: the tensor {both[0]!r:.80} is there whole and in shards"
+                f"{self.path / part}: the tensor {both[0]!r:.80} is saved complete and in shards"
             )
         to.update(self._sharded[part])
 
     def _shards_in(self, name: str) -> list[SavedShard]:
-        """The shards in a file, by its header alone."""
         layout = self.layout(name)
         with self._in_file(name):
             return shards_of(layout)
 
     def layout(self, name: str) -> FileLayout:
-        """Which tensors are in one of its safetensors files, by its header, which is not verified.
+        """Read the header of a safetensors file, without verifying the file.
 
         Raises:
-            CheckpointError: the file has another size than it was written with, or no such header.
+            CheckpointError: the size differs from the manifest, or the header is invalid.
         """
         entry = self.manifest.files[name]
         with self._in_file(name), _closing(self._open_entry(name, entry)) as descriptor:
             begin = os.pread(descriptor, LENGTH_BYTES, 0)
-            length = FileLayout.beginning_length(begin, entry.size, self._limits)
-            beginning = bytes(buffer_view(_read(descriptor, length)))
-            return FileLayout.parse_beginning(beginning, entry.size, self._limits)
+            length = FileLayout.header_length(begin, entry.size, self._limits)
+            header = bytes(buffer_view(_read(descriptor, length)))
+            return FileLayout.parse_header(header, entry.size, self._limits)
 
     def check_sizes(self) -> None:
-        """See whether all files are there, with as many bytes as they were written with.
+        """Compare the sizes of all files with the manifest.
 
         Raises:
-            CheckpointError: one isn't.
+            CheckpointError: a file is missing or has another size.
         """
         for name, entry in self.manifest.files.items():
             with self._in_file(name):
                 os.close(self._open_entry(name, entry))
 
     def verify(self) -> None:
-        """Compare every file of every rank with its digest.
+        """Compare all files of all ranks with their digests.
 
         Raises:
-            CheckpointError: one is not as it was written.
+            CheckpointError: a file was changed.
         """
         largest = max((entry.size for entry in self.manifest.files.values()), default=0)
         buffer = memoryview(bytearray(min(largest, _PIECE_BYTES)))
@@ -324,7 +332,7 @@ class OpenCheckpoint:
                 while rest:
                     count = os.readv(descriptor, [buffer[: min(rest, _PIECE_BYTES)]])
                     if not count:
-                        raise CheckpointError("it was cut short while it was read")
+                        raise CheckpointError("it was truncated while it was read")
                     digest.update(buffer[:count])
                     rest -= count
                 _compare(str(digest.hexdigest()), entry)
@@ -339,33 +347,33 @@ class OpenCheckpoint:
         return bytes(buffer_view(self._read_verified(name, entry)))
 
     def _read_tensors(self, name: str) -> dict[str, torch.Tensor]:
-        block = self._read_verified(name, self.manifest.files[name])
+        file = buffer_view(self._read_verified(name, self.manifest.files[name]))
         with self._in_file(name):
-            layout = FileLayout.parse(buffer_view(block), self._limits)
-            data = buffer_view(block)[len(layout.beginning) :]
-            found = {place.name: place.of(data) for place in layout.places}
-            for place in layout.places:
-                if place.dtype is torch.bool and (found[place.name].view(torch.uint8) > 1).any():
-                    raise CheckpointError(f"the tensor {place.name!r:.80} is not of truth values")
+            layout = FileLayout.parse(file, self._limits)
+            data = file[len(layout.header) :]
+            found = {info.name: info.view(data) for info in layout.tensors}
+            for key, tensor in found.items():
+                if tensor.dtype is torch.bool and (tensor.view(torch.uint8) > 1).any():
+                    raise CheckpointError(f"the bool tensor {key!r:.80} has bytes above 1")
             return found
 
     def _read_verified(self, name: str, entry: FileEntry) -> torch.Tensor:
         with self._in_file(name), _closing(self._open_entry(name, entry)) as descriptor:
-            block = _read(descriptor, entry.size)
-            _compare(digest_of(self.manifest.digest_name, buffer_view(block)), entry)
-            return block
+            buffer = _read(descriptor, entry.size)
+            _compare(digest_of(self.manifest.digest_name, buffer_view(buffer)), entry)
+            return buffer
 
     def _open_entry(self, name: str, entry: FileEntry) -> int:
-        descriptor = self._folder.open_file(name)
+        descriptor = self._dir.open_file(name)
         size = os.fstat(descriptor).st_size
         if size != entry.size:
             os.close(descriptor)
             raise CheckpointError(f"expected {entry.size} bytes, found {size}")
         return descriptor
 
-    def _hold(self) -> None:
-        """Keep others from removing the checkpoint, where the file system has such locks."""
-        import fcntl  # not on Windows, where the rest of the package can be imported
+    def _lock_shared(self) -> None:
+        """Keep others from removing the checkpoint, if the file system has such locks."""
+        import fcntl  # not available on Windows
 
         assert self._manifest is not None
         try:
@@ -375,30 +383,30 @@ class OpenCheckpoint:
         except OSError:
             pass
 
-    def _check_bytes(self, kept: int, passing: int = 0) -> None:
-        """Refuse to read what is too much, with what was read before.
+    def _check_memory(self, kept: int, temporary: int = 0) -> None:
+        """Refuse to read more bytes than allowed, counting earlier reads.
 
         Args:
-            kept: how many bytes there will be of it.
-            passing: how many more there are meanwhile.
+            kept: size of the result in bytes.
+            temporary: additional bytes while reading.
         """
-        needed, most = kept + passing, self._limits.max_total_bytes
+        needed, most = kept + temporary, self._limits.max_total_bytes
         if most is not None:
             needed += self._read_bytes
             self._read_bytes += kept
-        else:  # what was read before is no longer available
-            import psutil  # type: ignore[import-untyped]  # here, since it takes 6 ms
+        else:  # earlier reads have reduced the available memory
+            import psutil  # type: ignore[import-untyped]  # here, since it costs 6 ms
 
             most = psutil.virtual_memory().available
         if needed > most:
             raise CheckpointError(
-                f"{self.path} has {needed} bytes to read; at most {most} are, which is what "
-                "memory is available, or ReadLimits.max_total_bytes"
+                f"{self.path} has {needed} bytes to read; at most {most} are, the available memory "
+                "or ReadLimits.max_total_bytes"
             )
 
     @contextmanager
     def _in_file(self, name: str) -> Iterator[None]:
-        """Errors within say which file they are about."""
+        """Add the file's path to errors."""
         try:
             yield
         except CheckpointError as error:
@@ -409,21 +417,31 @@ class OpenCheckpoint:
             raise CheckpointError(f"{self.path / name} can't be read: {error.strerror}") from error
 
 
+def _decode_part(
+    document: bytes | None, tensors: dict[str, torch.Tensor] | None, limits: ReadLimits
+) -> Any:
+    if document is None:
+        return tensors
+    try:
+        tree = parse_json(document, max_depth=limits.max_json_depth)
+        return decode_state(tree, tensors or {})
+    except RecursionError:  # the call stack was deep before
+        raise CheckpointError("it is nested too deep to be read here") from None
+    except (JsonError, StateError) as error:
+        raise CheckpointError(str(error)) from error
+
+
 def _read(descriptor: int, size: int) -> torch.Tensor:
-    """So many bytes of a file, in new memory."""
-    block = allocate_buffer(size)
-    rest = buffer_view(block)
+    """Read ``size`` bytes into a new buffer."""
+    buffer = allocate_buffer(size)
+    rest = buffer_view(buffer)
     while rest.nbytes:
         count = os.readv(descriptor, [rest])
         if not count:
-            raise CheckpointError("it was cut short while it was read")
+            raise CheckpointError("it was truncated while it was read")
         rest = rest[count:]
         record_heartbeat()
-    return block
-
-
-def _shares(tensors: Mapping[str, torch.Tensor], share_of: ShareOf) -> dict[str, torch.Tensor]:
-    return {name: cut(t, share_of(name, tuple(t.shape))) for name, t in tensors.items()}
+    return buffer
 
 
 def _compare(digest: str, entry: FileEntry) -> None:
@@ -437,22 +455,3 @@ def _closing(descriptor: int) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def decode_part(
-    document: bytes | None, tensors: dict[str, torch.Tensor] | None, limits: ReadLimits
-) -> Any:
-    """A part as it was saved, from the contents of its JSON file and its tensors.
-
-    Raises:
-        CheckpointError: they are not what was written, or more than ``limits`` allow.
-    """
-    if document is None:
-        return tensors
-    try:
-        tree = parse_json(document, max_depth=limits.max_json_depth)
-        return decode_state(tree, tensors or {})
-    except RecursionError:  # the caller lies deep itself
-        raise CheckpointError("it is nested too deep to be read here") from None
-    except (JsonError, StateError) as error:
-        raise CheckpointError(str(error)) from error

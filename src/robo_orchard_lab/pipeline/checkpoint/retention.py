@@ -1,4 +1,4 @@
-"""Which checkpoints stay."""
+"""Retention: rules for keeping checkpoints, crash-safe removal and replacement, cleanup."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from robo_orchard_lab.pipeline.checkpoint.manifest import (
     ReadLimits,
     kept_name,
     leftover_of,
-    set_aside_name,
+    replaced_name,
     trash_name,
 )
 from robo_orchard_lab.pipeline.checkpoint.reader import OpenCheckpoint
@@ -28,30 +28,34 @@ from robo_orchard_lab.pipeline.checkpoint.writer import put_new
 from robo_orchard_lab.pipeline.errors import CheckpointError, PipelineConfigError
 from robo_orchard_lab.pipeline.run.durable import flush_folder, remove_folder
 
-# --- retention -------------------------------------------------------------------------------
+logger = logging.getLogger(__name__)
+
+# --- rules -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retention:
-    """What is kept: a checkpoint that any of the rules keeps, stays. Without ``keep_last``, all do.
+    """Rules for keeping checkpoints; a checkpoint stays if any rule keeps it.
+
+    Without ``keep_last``, all checkpoints stay.
 
     Raises:
-        PipelineConfigError: a number is too small, or there is no metric to be the best by.
+        PipelineConfigError: a number is too small, or ``keep_best`` lacks a metric.
 
     >>> Retention(keep_last=3, keep_every=1000).keep_best
     0
     """
 
     keep_last: int | None = None
-    """The newest so many; None: all."""
+    """Number of the newest checkpoints to keep; None: all."""
     keep_every: int | None = None
-    """Those whose step is a multiple of it."""
+    """Keep checkpoints whose step is a multiple."""
     keep_best: int = 0
-    """So many of those with the best value of ``monitor``, of equal ones the oldest."""
+    """Number of checkpoints with the best value of ``monitor``; the older one wins a tie."""
     monitor: str | None = None
-    """A name in the checkpoints' metrics; also says which one is "best"."""
+    """Name of a saved metric; also decides which checkpoint is "best"."""
     mode: Literal["min", "max"] = "min"
-    """Whether the smallest or the largest value is best."""
+    """``"min"`` if the smallest value is best, ``"max"`` if the largest."""
 
     def __post_init__(self) -> None:
         for name, least in (("keep_last", 1), ("keep_every", 1), ("keep_best", 0)):
@@ -61,12 +65,10 @@ class Retention:
         if self.mode not in ("min", "max"):
             raise PipelineConfigError(f"Retention.mode must be 'min' or 'max', got {self.mode!r}")
         if self.keep_best and self.monitor is None:
-            raise PipelineConfigError(
-                "Retention.keep_best needs to know by which metric; name it as monitor"
-            )
+            raise PipelineConfigError("Retention.keep_best requires a metric; name it as monitor")
 
     def best(self, infos: Sequence[CheckpointInfo]) -> list[CheckpointInfo]:
-        """Those that have a value of ``monitor`` that is a number, the best one first."""
+        """Return the checkpoints with a value of ``monitor`` other than NaN, best first."""
         if self.monitor is None:
             return []
         sign = 1 if self.mode == "min" else -1
@@ -77,7 +79,7 @@ class Retention:
         return [info for *_, info in sorted(ranked, key=lambda found: found[:2])]
 
     def reasons(self, infos: Sequence[CheckpointInfo]) -> dict[int, str]:
-        """Why each checkpoint that stays does, by its serial."""
+        """Return the reason to keep each kept checkpoint, by serial."""
         ordered = sorted(infos, key=lambda info: info.serial, reverse=True)
         if self.keep_last is None:
             return {info.serial: "all are kept" for info in ordered}
@@ -91,58 +93,93 @@ class Retention:
         for info in ordered:
             if self.keep_every is not None and info.step % self.keep_every == 0:
                 keep(info, f"its step is a multiple of {self.keep_every}")
-        for place, info in enumerate(self.best(ordered)[: self.keep_best], 1):
-            assert self.monitor is not None  # else there is no best
+        for number, info in enumerate(self.best(ordered)[: self.keep_best], 1):
+            assert self.monitor is not None  # else nothing is best
             value = info.metrics[self.monitor]
-            keep(info, f"number {place} by {self.monitor}, with {value:g}")
+            keep(info, f"number {number} by {self.monitor}, with {value:g}")
         return {serial: "; ".join(reasons) for serial, reasons in found.items()}
 
 
-# --- removal ---------------------------------------------------------------------------------
-# Removing and replacing checkpoints, such that a crash leaves whole ones.
+def prune(
+    listing: Listing,
+    retention: Retention,
+    limits: ReadLimits,
+    *,
+    good: CheckpointInfo | None,
+    dry_run: bool,
+) -> list[PruneDecision]:
+    """Remove checkpoints that no rule keeps; return a decision for each checkpoint.
+
+    Args:
+        listing: checkpoints of the root.
+        retention: rules.
+        limits: sizes that are refused before reading.
+        good: newest checkpoint that is known to verify; None finds it by reading.
+        dry_run: decide without removing.
+    """
+    kept = retention.reasons(listing.infos)
+    leaving = [info for info in listing.infos if info.serial not in kept]
+    if leaving and good is None:
+        intact = (
+            i for i in reversed(listing.infos) if not verify_checkpoint(i.path, limits).problem
+        )
+        good = next(intact, None)
+    if good is not None:
+        kept.setdefault(good.serial, "the newest one that verifies")
+    decisions = [
+        PruneDecision(path, False, f"not a valid checkpoint: {why}") for path, why in listing.broken
+    ]
+    for info in listing.infos:
+        why = kept.get(info.serial)
+        if why is None and good is None:
+            why = "no checkpoint verifies"
+        if why is None and not dry_run:
+            why = _remove_checkpoint(info.path, limits)
+        decisions.append(PruneDecision(info.path, why is None, why or "no rule keeps it"))
+    return decisions
 
 
-logger = logging.getLogger(__name__)
+# --- crash-safe removal and replacement ------------------------------------------------------
 
 
-def remove_checkpoint(path: Path, limits: ReadLimits) -> str | None:
-    """Remove a checkpoint, by way of another name; or say why it stays.
+def _remove_checkpoint(path: Path, limits: ReadLimits) -> str | None:
+    """Remove a checkpoint, renamed before; return the reason if the checkpoint stays.
 
     Raises:
-        OSError: it can't be renamed.
+        OSError: the checkpoint can't be renamed.
     """
-    reason = _not_ours(path, limits)
+    reason = _foreign_reason(path, limits)
     if reason is not None:
         return reason
-    with _unread(path) as free:
+    with _without_readers(path) as free:
         if not free:
             return "it is being read"
         trash = path.with_name(trash_name(path.name))
         os.rename(path, trash)
-        flush_folder(path.parent)  # else half of it might be found under its name after a crash
+        flush_folder(path.parent)  # else a crash could leave half a checkpoint under its name
         remove_folder(trash)
     return None
 
 
 def put_replacing(temporary: Path, folder: Path, limits: ReadLimits) -> None:
-    """Make a complete temporary folder the checkpoint, also where there is one.
+    """Rename a complete temporary directory to a checkpoint, replacing an existing one.
 
-    What was there is put aside, and removed when the new one is on the disk; what can't be told for
-    a checkpoint, or has files of someone's in it, stays under another name.
+    The replaced checkpoint is removed once the new one is on the disk. A directory that is not a
+    valid checkpoint, or has foreign files, is kept under another name.
 
     Raises:
-        FileExistsError: there is something else than a folder.
+        FileExistsError: the name belongs to a file or a link.
     """
     if not os.path.lexists(folder):
         put_new(temporary, folder)
         return
     if folder.is_symlink() or not folder.is_dir():
-        raise FileExistsError(f"{folder} is not a checkpoint's folder; move it away")
-    reason = _not_ours(folder, limits)
-    name = set_aside_name(folder.name) if reason is None else kept_name(folder.name)
+        raise FileExistsError(f"{folder} is not a checkpoint's directory; move it away")
+    reason = _foreign_reason(folder, limits)
+    name = replaced_name(folder.name) if reason is None else kept_name(folder.name)
     aside = folder.with_name(name)
     if reason is not None:
-        logger.warning("%s is replaced, and what was there stays as %s: %s", folder, name, reason)
+        logger.warning("%s is replaced; its old contents are kept as %s: %s", folder, name, reason)
     os.rename(folder, aside)
     try:
         os.rename(temporary, folder)
@@ -151,40 +188,40 @@ def put_replacing(temporary: Path, folder: Path, limits: ReadLimits) -> None:
         raise
     flush_folder(folder.parent)
     if reason is None:
-        _remove_unread(aside)
+        _remove_without_readers(aside)
 
 
 def clean_leftovers(root: Path, limits: ReadLimits) -> None:
-    """Remove what a crash, or a reader, has left in a root; put back what was put aside last.
+    """Remove the leftovers of a crash; restore a checkpoint whose replacement was interrupted.
 
-    Only to be called where nobody writes into the root.
+    Requires the lock of the root.
     """
     found = [(name, leftover_of(name)) for name in sorted(os.listdir(root))]
     leftovers = [(root / name, *leftover) for name, leftover in found if leftover]
     for path, of, kind in leftovers:
         if path.is_symlink():
             path.unlink(missing_ok=True)
-        elif kind == "old" and not os.path.lexists(root / of) and _is_whole(path, limits):
+        elif kind == "old" and not os.path.lexists(root / of) and _has_manifest(path, limits):
             os.rename(path, root / of)
-            logger.warning("%s was being replaced when its run ended; it is back", root / of)
+            logger.warning("restored %s, whose replacement was interrupted", root / of)
         else:
-            _remove_unread(path)
+            _remove_without_readers(path)
     if leftovers:
         flush_folder(root)
 
 
-def _not_ours(path: Path, limits: ReadLimits) -> str | None:
-    """Why a folder may not be removed, going by its manifest; None where it may."""
+def _foreign_reason(path: Path, limits: ReadLimits) -> str | None:
+    """Return the reason not to remove a directory, from its manifest; None to remove it."""
     try:
         with OpenCheckpoint(path, limits) as opened:
             own = {MANIFEST_FILE, *opened.manifest.files}
     except CheckpointError as error:
-        return f"it can't be told for a checkpoint: {error}"
+        return f"not a valid checkpoint: {error}"
     foreign = sorted(set(os.listdir(path)) - own)
     return f"it has files that are not of a checkpoint: {', '.join(foreign)}" if foreign else None
 
 
-def _is_whole(path: Path, limits: ReadLimits) -> bool:
+def _has_manifest(path: Path, limits: ReadLimits) -> bool:
     try:
         OpenCheckpoint(path, limits).close()
     except CheckpointError:
@@ -192,23 +229,23 @@ def _is_whole(path: Path, limits: ReadLimits) -> bool:
     return True
 
 
-def _remove_unread(path: Path) -> None:
-    """Remove a folder of ours unless someone reads it; then the next cleaning does."""
-    with _unread(path) as free:
+def _remove_without_readers(path: Path) -> None:
+    """Remove a directory unless a process reads it; a later cleanup tries again."""
+    with _without_readers(path) as free:
         if free:
             remove_folder(path)
 
 
 @contextmanager
-def _unread(path: Path) -> Iterator[bool]:
-    """Whether nobody reads a checkpoint, nor will within."""
-    import fcntl  # not on Windows, where the rest of the package can be imported
+def _without_readers(path: Path) -> Iterator[bool]:
+    """Yield True if no process reads a checkpoint, and keep new readers out meanwhile."""
+    import fcntl  # not available on Windows
 
     try:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         descriptor = os.open(path / MANIFEST_FILE, flags)
     except OSError:
-        yield True  # a reader would not get further, either
+        yield True  # a reader could not open the manifest, either
         return
     try:
         try:
@@ -221,48 +258,3 @@ def _unread(path: Path) -> Iterator[bool]:
         yield free
     finally:
         os.close(descriptor)
-
-
-# --- pruning ---------------------------------------------------------------------------------
-# Removing what no rule keeps.
-
-
-def prune(
-    listing: Listing,
-    retention: Retention,
-    limits: ReadLimits,
-    *,
-    good: CheckpointInfo | None,
-    dry_run: bool,
-) -> list[PruneDecision]:
-    """Carry out a retention, and say of each checkpoint what became of it and why.
-
-    Args:
-        good: the newest that is known to be as it was written; None: to be found by reading.
-        dry_run: only say what would be.
-    """
-    kept = retention.reasons(listing.infos)
-    leaving = [info for info in listing.infos if info.serial not in kept]
-    if leaving and good is None:
-        good = _newest_good(listing.infos, limits)
-    if good is not None:
-        kept.setdefault(good.serial, "the newest one that verifies")
-    decisions = [
-        PruneDecision(path, False, f"it can't be told for a checkpoint: {why}")
-        for path, why in listing.broken
-    ]
-    for info in listing.infos:
-        why = kept.get(info.serial)
-        if why is None and good is None:
-            why = "no checkpoint verifies"
-        if why is None and not dry_run:
-            why = remove_checkpoint(info.path, limits)
-        decisions.append(PruneDecision(info.path, why is None, why or "no rule keeps it"))
-    return decisions
-
-
-def _newest_good(infos: Sequence[CheckpointInfo], limits: ReadLimits) -> CheckpointInfo | None:
-    for info in reversed(infos):
-        if verify_checkpoint(info.path, limits).problem is None:
-            return info
-    return None

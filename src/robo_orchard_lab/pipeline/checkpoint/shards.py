@@ -1,10 +1,11 @@
-"""The part of a tensor that one process writes to a file of shards, or takes from such files.
+"""Shards of tensors: saving a process's shards, and assembling tensors or shares from files.
 
-The files are those of torch's distributed checkpoint with its safetensors storage: the header
-says where in the whole tensor each one begins. ``torch.distributed.checkpoint.load`` with a
-``HuggingFaceStorageReader`` reads them, and ``consolidate_safetensors_files`` joins them. They are
-written by the store itself, since torch's writer would copy the shards once more, and tell no
-digest.
+Files of shards have the safetensors layout of torch's distributed checkpoint, where the header
+states the offsets of each shard. ``torch.distributed.checkpoint.load`` with a
+``HuggingFaceStorageReader`` reads such files, and ``consolidate_safetensors_files`` joins them. The
+writer is our own, because torch's copies the shards once more and computes no digest.
+
+A *share* is the region of a saved tensor that one process loads.
 """
 
 from __future__ import annotations
@@ -19,45 +20,40 @@ from typing import Any, TypeAlias
 import torch
 
 from robo_orchard_core.utils.strict_json import JsonError, parse_json
-from robo_orchard_lab.pipeline.checkpoint.tensor_files import (
-    FileLayout,
-    TensorInfo,
-)
+from robo_orchard_lab.pipeline.checkpoint.tensor_files import FileLayout, TensorInfo
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
 from robo_orchard_lab.pipeline.sharded_tensors import is_sharded
 
 _INFO = "DCP_SHARDING_INFO"
 _OFFSETS = "saved_offsets"
-_SHAPE = "full_shape"
-"""Beside what torch writes, which takes the shape from the shards that there are."""
+_SHAPE = "full_shape"  # our addition: torch infers the shape from the shards
 
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A box within a tensor: where it begins and how large it is, in each dimension."""
+    """Box within a tensor: offset and size in each dimension."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Region:
-        """All of a tensor."""
+        """Return the region of a complete tensor."""
         return cls((0,) * len(shape), tuple(shape))
 
     @property
-    def count(self) -> int:
-        """How many elements it has."""
+    def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.sizes)
 
-    def within(self, shape: Sequence[int]) -> bool:
-        """Whether a tensor of that shape has all of it."""
+    def is_within(self, shape: Sequence[int]) -> bool:
+        """Return True if a tensor of this shape contains the region."""
         return len(shape) == len(self.offsets) and all(
-            offset + size <= full
-            for offset, size, full in zip(self.offsets, self.sizes, shape, strict=True)
+            end <= full for end, full in zip(self._ends(), shape, strict=True)
         )
 
     def overlap(self, other: Region) -> Region | None:
-        """What is in both; None for nothing.
+        """Return the intersection, or None if the regions are disjoint.
 
         >>> Region((0, 2), (4, 3)).overlap(Region((2, 0), (4, 4)))
         Region(offsets=(2, 2), sizes=(2, 2))
@@ -68,7 +64,7 @@ class Region:
         return Region(tuple(begins), tuple(sizes)) if all(size > 0 for size in sizes) else None
 
     def slices_of(self, part: Region) -> tuple[slice, ...]:
-        """Where in a tensor of this region a region within it lies."""
+        """Return the slices of a contained region, relative to this region."""
         return tuple(
             slice(inner - outer, inner - outer + size)
             for outer, inner, size in zip(self.offsets, part.offsets, part.sizes, strict=True)
@@ -80,37 +76,39 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class TensorShare:
-    """What a process takes of a saved tensor."""
+    """Region of a saved tensor that a process loads, and its conversion."""
 
     region: Region
     make: Callable[[torch.Tensor], torch.Tensor]
-    """From the values of the region, on the CPU, to what the loaded state is to have."""
+    """Converts the region's values, on the CPU, to the loaded tensor."""
 
 
 ShareOf: TypeAlias = Callable[[str, tuple[int, ...]], TensorShare | None]
-"""What to take of a tensor, by its place in a state and its whole shape; None for all of it.
+"""Function of a tensor's name and full shape; returns the share to load, or None for all of it.
 
-It is asked about what is the job's, and about what was saved in shards."""
+Called for tensors of the job and for tensors saved in shards."""
 
 
 @dataclass(frozen=True, slots=True)
 class SavedShard:
-    """A shard as a file's header tells of it."""
+    """Shard in a file, from the file's header."""
 
-    place: TensorInfo
+    info: TensorInfo
     region: Region
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the complete tensor."""
 
 
 def local_regions(tensors: Mapping[str, torch.Tensor]) -> dict[str, Region]:
-    """What this process has of sharded tensors, as torch's own writer of checkpoints would say it.
+    """Return the region of each sharded tensor that this process holds.
+
+    Torch's planner of distributed checkpoints computes the regions.
 
     Args:
-        tensors: by name; each a ``DTensor``. One that is none of this process's is left out.
+        tensors: ``DTensor`` by name. A tensor without elements on this process is omitted.
 
     Raises:
-        StateError: a process has one in several pieces.
+        StateError: this process holds a tensor in several pieces.
     """
     from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
 
@@ -126,18 +124,18 @@ def local_regions(tensors: Mapping[str, torch.Tensor]) -> dict[str, Region]:
 
 
 def shards_to_write(
-    tensors: Mapping[str, torch.Tensor], processes: int
+    tensors: Mapping[str, torch.Tensor], world_size: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """What this process writes of sharded tensors, and what its file's header says about it.
+    """Return the shards that this process writes, and the metadata of their file.
 
-    Of what several processes have, one writes. No exchange is made.
+    Of replicated shards, the first process writes. No collective.
 
     Args:
-        tensors: by name; each a ``DTensor``.
-        processes: how many save together.
+        tensors: ``DTensor`` by name.
+        world_size: number of processes that save together.
 
     Raises:
-        StateError: one is divided in a way that is not known, or among more processes.
+        StateError: a tensor has an unsupported placement, or is sharded over more processes.
     """
     regions = local_regions(tensors)
     parts: dict[str, torch.Tensor] = {}
@@ -145,15 +143,15 @@ def shards_to_write(
     for name, tensor in tensors.items():
         assert is_sharded(tensor)
         mesh = tensor.device_mesh
-        if mesh.size() > processes:
+        if mesh.size() > world_size:
             raise StateError(
-                f"{name!r} can't be saved: it is divided among {mesh.size()} processes, and "
-                f"{processes} of them save; give the Ranks of the job"
+                f"{name!r} can't be saved: it is sharded over {mesh.size()} processes, and "
+                f"{world_size} of them save; pass the Ranks of the job"
             )
         for placement in tensor.placements:
             if not (placement.is_replicate() or placement.is_shard()):
                 raise StateError(f"{name!r} can't be saved: it is placed as {placement}")
-        if name not in regions or not _is_to_write(tensor, regions[name]):
+        if name not in regions or not _should_write(tensor, regions[name]):
             continue
         parts[name] = tensor.to_local()
         info[name] = {_OFFSETS: regions[name].offsets, _SHAPE: tuple(tensor.shape)}
@@ -162,151 +160,85 @@ def shards_to_write(
 
 
 def shards_of(layout: FileLayout) -> list[SavedShard]:
-    """The shards in a file of that layout.
+    """Return the shards in a file of this layout.
 
     Raises:
-        CheckpointError: its header does not say where they belong, or speaks of nonsense.
+        CheckpointError: the header lacks the shards' offsets, or has invalid ones.
     """
     try:
         found = parse_json(layout.metadata.get(_INFO, "").encode(), max_depth=4)
     except JsonError as error:
-        raise CheckpointError(f"it does not tell where its shards belong: {error}") from error
-    if not isinstance(found, dict) or set(found) != {place.name for place in layout.places}:
-        raise CheckpointError("it does not tell where each of its shards belongs")
-    return [_saved_shard(place, found[place.name]) for place in layout.places]
-
-
-def check_shards(name: str, shards: Sequence[SavedShard]) -> None:
-    """Whether shards make up one tensor, each element of it once.
-
-    Raises:
-        CheckpointError: they don't.
-    """
-    kinds = {(shard.shape, shard.place.dtype) for shard in shards}
-    if len(kinds) > 1:
-        raise CheckpointError(f"the shards of {name!r:.80} are those of different tensors")
-    ((shape, _),) = kinds
-    regions = [shard.region for shard in shards]
-    found = sum(region.count for region in regions)
-    if found != math.prod(shape) or not _are_apart(regions):
-        raise CheckpointError(
-            f"the shards of {name!r:.80} have {found} elements, expected each of the "
-            f"{math.prod(shape)} of {list(shape)} once; a process's file is missing, or another's"
-        )
+        raise CheckpointError(f"its header has no valid {_INFO}: {error}") from error
+    if not isinstance(found, dict) or set(found) != {info.name for info in layout.tensors}:
+        raise CheckpointError(f"{_INFO} in its header does not list the tensors of the file")
+    return [_saved_shard(info, found[info.name]) for info in layout.tensors]
 
 
 def cut(tensor: torch.Tensor, share: TensorShare | None) -> torch.Tensor:
-    """A process's share of a whole tensor, in memory of its own; None: the tensor itself."""
+    """Copy a process's share out of a complete tensor; without a share, return the tensor."""
     if share is None:
         return tensor
     part = tensor[Region.whole(tensor.shape).slices_of(share.region)]
     return share.make(part.clone(memory_format=torch.contiguous_format))
 
 
-def _is_to_write(tensor: Any, region: Region) -> bool:
-    """Whether this process is the first of those that have the same part, and that is not empty.
-
-    Of a tensor without elements the first process writes its part, by which it is known.
-    """
-    coordinate = tensor.device_mesh.get_coordinate()
-    if not tensor.numel():
-        return not any(coordinate)
-    return bool(region.count) and not any(
-        index and placement.is_replicate()
-        for index, placement in zip(coordinate, tensor.placements, strict=True)
-    )
-
-
-def _saved_shard(place: TensorInfo, entry: Any) -> SavedShard:
-    problem = f"it places the shard {place.name!r:.80} at {entry!r:.120}"
-    if not isinstance(entry, dict) or set(entry) != {_OFFSETS, _SHAPE}:
-        raise CheckpointError(problem)
-    offsets, shape = entry[_OFFSETS], entry[_SHAPE]
-    for numbers in (offsets, shape):
-        if not isinstance(numbers, list) or len(numbers) != len(place.shape):
-            raise CheckpointError(problem)
-        if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
-            raise CheckpointError(problem)
-    region = Region(tuple(offsets), place.shape)
-    if not region.within(shape) or math.prod(shape) >= 2**63:
-        raise CheckpointError(problem)
-    return SavedShard(place, region, tuple(shape))
-
-
-def _are_apart(regions: Sequence[Region]) -> bool:
-    ordered = sorted(regions, key=lambda region: region.offsets)
-    dimensions = range(len(ordered[0].offsets))
-    divided = [d for d in dimensions if len({r.offsets[d] for r in ordered}) > 1]
-    if len(divided) == 1:  # as almost always; the shards lie in a row
-        at = divided[0]
-        return all(
-            before.offsets[at] + before.sizes[at] <= after.offsets[at]
-            for before, after in pairwise(ordered)
-        )
-    return all(one.overlap(other) is None for one, other in combinations(ordered, 2))
-
-
-# --- shard reading ---------------------------------------------------------------------------
-# Tensors, or a process's shares of them, out of the shards that several processes have saved.
-
-
 class ShardAssembler:
-    """Takes what is wanted out of one file of shards after the other.
+    """Assembles tensors, or shares of them, from one file of shards at a time.
 
-    So it takes the memory of the result and of one file.
+    Memory: the result and one file.
     """
 
     def __init__(self, shards: Iterable[SavedShard], share_of: ShareOf | None) -> None:
-        """By what the headers of all files say; nothing is allocated yet.
+        """Check the shards of all files' headers, without allocating the result.
 
         Raises:
-            CheckpointError: the shards of a tensor do not make it up.
+            CheckpointError: the shards of a tensor do not cover it exactly once.
         """
         of_tensor: dict[str, list[SavedShard]] = {}
         for shard in shards:
-            of_tensor.setdefault(shard.place.name, []).append(shard)
+            of_tensor.setdefault(shard.info.name, []).append(shard)
         self._shares: dict[str, TensorShare | None] = {}
         self._regions: dict[str, Region] = {}
         self._values: dict[str, torch.Tensor] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         for name, of_one in of_tensor.items():
-            check_shards(name, of_one)
+            _check_shards(name, of_one)
             shape = of_one[0].shape
             share = None if share_of is None else share_of(name, shape)
             self._shares[name] = share
             self._regions[name] = Region.whole(shape) if share is None else share.region
-            self._dtypes[name] = of_one[0].place.dtype
+            self._dtypes[name] = of_one[0].info.dtype
 
     @property
     def size(self) -> int:
-        """How many bytes the result takes."""
+        """Size of the result in bytes."""
         return sum(
-            region.count * self._dtypes[name].itemsize for name, region in self._regions.items()
+            region.numel * self._dtypes[name].itemsize for name, region in self._regions.items()
         )
 
-    def wants(self, shards: Sequence[SavedShard]) -> bool:
-        """Whether something of a file with these shards is needed."""
-        return any(self._regions[s.place.name].overlap(s.region) for s in shards)
+    def needs(self, shards: Sequence[SavedShard]) -> bool:
+        """Return True if the result needs any of these shards."""
+        return any(self._regions[s.info.name].overlap(s.region) for s in shards)
 
-    def add(self, shards: Sequence[SavedShard], read: Mapping[str, torch.Tensor]) -> None:
-        """Take what is needed of a file that was read, and verified.
+    def add(self, shards: Sequence[SavedShard], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy the needed regions of a file that was read and verified.
 
         Raises:
-            CheckpointError: it is another one than the shards are of.
+            CheckpointError: the file's tensors differ from its shards.
         """
-        expected = {s.place.name: (s.place.dtype, s.place.shape) for s in shards}
-        if {name: (v.dtype, tuple(v.shape)) for name, v in read.items()} != expected:
+        expected = {s.info.name: (s.info.dtype, s.info.shape) for s in shards}
+        if {name: (v.dtype, tuple(v.shape)) for name, v in tensors.items()} != expected:
             raise CheckpointError("a file of shards was changed while it was read")
         for shard in shards:
-            name = shard.place.name
+            name = shard.info.name
             region = self._regions[name]
             both = region.overlap(shard.region)
             if both is not None:
-                part = read[name][shard.region.slices_of(both)]
+                part = tensors[name][shard.region.slices_of(both)]
                 self._value(name)[region.slices_of(both)] = part
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What was wanted, by name."""
+        """Return the assembled tensors by name."""
         found = {}
         for name, share in self._shares.items():
             value = self._value(name)
@@ -317,3 +249,60 @@ class ShardAssembler:
         if name not in self._values:
             self._values[name] = torch.empty(self._regions[name].sizes, dtype=self._dtypes[name])
         return self._values[name]
+
+
+def _check_shards(name: str, shards: Sequence[SavedShard]) -> None:
+    kinds = {(shard.shape, shard.info.dtype) for shard in shards}
+    if len(kinds) > 1:
+        raise CheckpointError(f"the shards of {name!r:.80} are those of different tensors")
+    ((shape, _),) = kinds
+    regions = [shard.region for shard in shards]
+    found = sum(region.numel for region in regions)
+    if found != math.prod(shape) or not _are_disjoint(regions):
+        raise CheckpointError(
+            f"the shards of {name!r:.80} have {found} elements, expected each of the "
+            f"{math.prod(shape)} of {list(shape)} once; a file is missing or of another save"
+        )
+
+
+def _should_write(tensor: Any, region: Region) -> bool:
+    """Return True on the first process that holds a non-empty region.
+
+    Of a tensor without elements, the first process writes its empty shard, to record the tensor.
+    """
+    coordinate = tensor.device_mesh.get_coordinate()
+    if not tensor.numel():
+        return not any(coordinate)
+    return bool(region.numel) and not any(
+        index and placement.is_replicate()
+        for index, placement in zip(coordinate, tensor.placements, strict=True)
+    )
+
+
+def _saved_shard(info: TensorInfo, entry: Any) -> SavedShard:
+    problem = f"its header places the shard {info.name!r:.80} at {entry!r:.120}"
+    if not isinstance(entry, dict) or set(entry) != {_OFFSETS, _SHAPE}:
+        raise CheckpointError(problem)
+    offsets, shape = entry[_OFFSETS], entry[_SHAPE]
+    for numbers in (offsets, shape):
+        if not isinstance(numbers, list) or len(numbers) != len(info.shape):
+            raise CheckpointError(problem)
+        if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+            raise CheckpointError(problem)
+    region = Region(tuple(offsets), info.shape)
+    if not region.is_within(shape) or math.prod(shape) >= 2**63:
+        raise CheckpointError(problem)
+    return SavedShard(info, region, tuple(shape))
+
+
+def _are_disjoint(regions: Sequence[Region]) -> bool:
+    ordered = sorted(regions, key=lambda region: region.offsets)
+    dimensions = range(len(ordered[0].offsets))
+    divided = [d for d in dimensions if len({r.offsets[d] for r in ordered}) > 1]
+    if len(divided) == 1:  # the usual case: shards in a row
+        at = divided[0]
+        return all(
+            before.offsets[at] + before.sizes[at] <= after.offsets[at]
+            for before, after in pairwise(ordered)
+        )
+    return all(one.overlap(other) is None for one, other in combinations(ordered, 2))

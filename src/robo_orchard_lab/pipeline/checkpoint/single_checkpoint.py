@@ -1,4 +1,4 @@
-"""One checkpoint, wherever it is."""
+"""One checkpoint at any path: save, load, verify, export."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ from robo_orchard_lab.pipeline.checkpoint.manifest import (
 from robo_orchard_lab.pipeline.checkpoint.ranks import Ranks
 from robo_orchard_lab.pipeline.checkpoint.reader import OpenCheckpoint
 from robo_orchard_lab.pipeline.checkpoint.shards import ShareOf
-from robo_orchard_lab.pipeline.checkpoint.tensor_files import FileLayout, StagingBuffer, StagingPool
+from robo_orchard_lab.pipeline.checkpoint.tensor_files import (
+    FileLayout,
+    StagingBuffer,
+    StagingPool,
+)
 from robo_orchard_lab.pipeline.checkpoint.writer import StagedCheckpoint, put_new
 from robo_orchard_lab.pipeline.errors import CheckpointError
 from robo_orchard_lab.pipeline.run.durable import make_folder, replace_file
@@ -37,19 +41,19 @@ def load_checkpoint(
     share_of: ShareOf | None = None,
     each_rank: EachRank | None = None,
 ) -> SavedState:
-    """The state of the checkpoint in a folder, verified and on the CPU: a collective of ``ranks``.
+    """Verify a checkpoint and load it to the CPU. A collective of ``ranks``.
 
     Args:
-        path: of the folder.
-        limits: what is refused unread.
-        ranks: that load it together; by default this process alone.
-        share_of: what this process needs of tensors that are the job's, or that several processes
-            have saved in shards; by default all of them.
-        each_rank: where another number of ranks saved it, called with what each of them had; see
+        path: directory of the checkpoint.
+        limits: sizes that are refused before reading.
+        ranks: processes that load together; by default this process alone.
+        share_of: selects this process's share of job tensors and of sharded tensors; by default
+            complete tensors.
+        each_rank: called with the parts of each saved rank if the world size has changed; see
             :attr:`SavedState.rank_results`.
 
     Raises:
-        CheckpointError: there is none, or not all of it is as it was written.
+        CheckpointError: the checkpoint does not exist or does not verify.
     """
     path, ranks = Path(path), ranks or Ranks.alone()
     limits = limits or ReadLimits()
@@ -67,29 +71,28 @@ def save_checkpoint(
     digest: DigestName = "xxh3_128",
     ranks: Ranks | None = None,
 ) -> CheckpointInfo:
-    """Write one checkpoint, durably, to a folder that is not there yet: a collective of ``ranks``.
+    """Save one checkpoint durably to a new directory. A collective of ``ranks``.
 
     Args:
-        folder: any path; the folders above it are made.
+        folder: new directory at any path; missing parents are created.
         step, parts, rank_parts, metrics, metadata: see :meth:`CheckpointStore.save`.
-        digest: verifies it when it is loaded.
-        ranks: the processes that save together; by default this one alone.
+        digest: digest that a load verifies.
+        ranks: processes that save together; by default this process alone.
 
     Raises:
-        FileExistsError: there is something by that name; it is left as it is.
-        StateError: something can't be saved; the message names it.
-        CheckpointError: it can't be written.
+        FileExistsError: the path exists; nothing is changed.
+        StateError: a value can't be saved; the message names the value.
+        CheckpointError: some rank can't write.
     """
     check_digest_name(digest)
     folder = Path(os.path.abspath(folder))
     ranks = ranks or Ranks.alone()
-    what = f"saving {folder}"
     made: list[StagedCheckpoint] = []
 
     def copy() -> None:
         if ranks.index == 0 and os.path.lexists(folder):
-            raise FileExistsError(f"{folder} exists already; name a folder that doesn't")
-        image = StagedCheckpoint(
+            raise FileExistsError(f"{folder} exists already; name a new directory")
+        staged = StagedCheckpoint(
             step,
             parts,
             rank_parts,
@@ -100,11 +103,11 @@ def save_checkpoint(
             metrics=metrics,
             metadata=metadata,
         )
-        made.append(image)
+        made.append(staged)
         if ranks.index == 0:
             make_folder(folder.parent)
 
-    ranks.run_on_all(what, copy)
+    ranks.run_on_all(f"saving {folder}", copy)
     return made[0].commit(folder, lambda: 0, lambda temporary: put_new(temporary, folder), ranks)
 
 
@@ -117,15 +120,14 @@ def load_on_ranks(
     any_name: bool = False,
     each_rank: EachRank | None = None,
 ) -> SavedState:
-    """What each rank needs of a checkpoint: a collective.
+    """Load each rank's state of a checkpoint. A collective.
 
     Args:
-        share_of: what this rank needs of tensors; by default all of them.
-        any_name: also where the folder is named for another step.
-        each_rank: see :func:`load_checkpoint`.
+        path, limits, ranks, share_of, each_rank: see :func:`load_checkpoint`.
+        any_name: accept a directory that is named for another step.
 
     Raises:
-        CheckpointError: some rank can't have it.
+        CheckpointError: some rank can't load the checkpoint.
     """
     found: list[SavedState] = []
 
@@ -138,19 +140,19 @@ def load_on_ranks(
                 found.append(opened.load(ranks.index, share_of))
                 return
             saved = opened.load(None, share_of)
-            kept = []
-            for index, state in enumerate(opened.ranks(share_of)):
-                if index == opened.saved_as(ranks.index):
+            results = []
+            for index, state in enumerate(opened.all_rank_parts(share_of)):
+                if index == opened.saved_rank(ranks.index):
                     saved = replace(saved, rank_parts=state)
-                kept.append(each_rank(index, count, state))
-            found.append(replace(saved, rank_results=tuple(kept)))
+                results.append(each_rank(index, count, state))
+            found.append(replace(saved, rank_results=tuple(results)))
 
     ranks.run_on_all(f"loading {path}", read)
     return found[0]
 
 
 def verify_checkpoint(path: Path, limits: ReadLimits) -> Verification:
-    """Compare every file of a checkpoint with its digest."""
+    """Compare all files of a checkpoint with their digests."""
     try:
         with OpenCheckpoint(path, limits) as opened:
             check_step(path, opened)
@@ -160,25 +162,21 @@ def verify_checkpoint(path: Path, limits: ReadLimits) -> Verification:
     return Verification(path, None)
 
 
-# --- weights file ----------------------------------------------------------------------------
-# Weights alone, in one file.
-
-
 def write_weights(
     path: str | os.PathLike[str], weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write one safetensors file, which replaces what is there when it is on the disk.
+    """Write a safetensors file durably, replacing an existing file atomically.
 
     Raises:
-        StateError: a tensor is of a kind that a file can't have; the message names it.
-        OSError: it can't be written; what is there stays.
+        StateError: safetensors can't hold a tensor; the message names the tensor.
+        OSError: the file can't be written; an existing file is unchanged.
     """
     path = Path(path)
     tensors = {name: tensor.detach() for name, tensor in weights.items()}
     layout = FileLayout.of(tensors, metadata)
-    (image,) = StagingBuffer(StagingBuffer.size_of([layout])).fill([(layout, tensors)])
+    (file,) = StagingBuffer(StagingBuffer.size_of([layout])).fill([(layout, tensors)])
     make_folder(path.parent)
-    replace_file(path, image)
+    replace_file(path, file)
 
 
 def export_weights(
@@ -188,14 +186,12 @@ def export_weights(
     part: str = "model",
     limits: ReadLimits | None = None,
 ) -> None:
-    """Write the weights of a checkpoint as one safetensors file, by the names of the plain model.
+    """Export the weights of a checkpoint to one safetensors file, with complete tensors.
 
-    Of sharded ones, which each process has saved a part of, this makes whole ones. It takes one
-    process, no devices, and the memory of the weights twice; what else the checkpoint has is not
-    read. ``safetensors.torch.load_file`` reads the file.
+    Shards are joined in one process, on the CPU, with twice the weights' memory. Other parts are
+    not read. ``safetensors.torch.load_file`` reads the file.
 
     >>> import tempfile, torch
-    >>> from pathlib import Path
     >>> from safetensors.torch import load_file
     >>> from robo_orchard_lab.pipeline.checkpoint import save_checkpoint
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -206,15 +202,14 @@ def export_weights(
     {'weight': tensor([1., 1.])}
 
     Args:
-        checkpoint: its folder.
-        path: the file to write; one that is there is replaced as a whole.
-        part: of the checkpoint; a mapping of names to tensors.
-        limits: of what is read.
+        checkpoint: directory of the checkpoint.
+        path: file to write; an existing file is replaced atomically.
+        part: part to export, a mapping of names to tensors.
+        limits: sizes that are refused before reading.
 
     Raises:
-        CheckpointError: there is no such checkpoint, it has no such part, or not all of that is as
-            it was written.
-        OSError: the file can't be written; what is there stays.
+        CheckpointError: the checkpoint does not exist, lacks the part, or does not verify.
+        OSError: the file can't be written; an existing file is unchanged.
     """
     with OpenCheckpoint(checkpoint, limits or ReadLimits()) as opened:
         saved = opened.load(0, only=part)
@@ -223,5 +218,4 @@ def export_weights(
         isinstance(value, torch.Tensor) for value in weights.values()
     ):
         raise CheckpointError(f"{saved.info.path} has no part {part!r} of tensors by name")
-    about = {"format": "pt", "global_step_id": str(saved.info.step)}
-    write_weights(path, weights, about)
+    write_weights(path, weights, {"format": "pt", "global_step_id": str(saved.info.step)})

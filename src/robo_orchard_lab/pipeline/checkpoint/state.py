@@ -1,4 +1,4 @@
-"""The random state of a process."""
+"""State that can be saved: state trees, optimizer state by parameter name, and RNG state."""
 
 from __future__ import annotations
 
@@ -14,25 +14,23 @@ import torch
 
 from robo_orchard_lab.pipeline.errors import StateError
 
-# --- state tree ------------------------------------------------------------------------------
-# Nested states as JSON and tensors, exactly and back.
-
+# --- state trees -----------------------------------------------------------------------------
 
 RESERVED_NAME = "__metadata__"
-"""What safetensors keeps for itself among the names of tensors."""
+"""Tensor name that safetensors reserves for the metadata of a header."""
 
-# What JSON can't say is an object with one key that starts with this.
+# An object with a single key that starts with this mark stands for a value that JSON lacks.
 _MARK = "$"
 
 
 def encode_state(state: Any) -> tuple[Any, dict[str, torch.Tensor]]:
-    """A state as a JSON document and the tensors that it refers to by their place in it.
+    """Encode a state as a JSON document and the tensors that the document names.
 
-    A state is made of None, bool, int, float, str, tensors, lists, tuples, and mappings with such
-    keys; ``collections.Counter`` keeps its type. NumPy's numbers come back as Python's.
+    A state consists of None, bool, int, float, str, tensors, lists, tuples, and mappings with such
+    keys; ``collections.Counter`` keeps its type. NumPy scalars become Python numbers.
 
     Raises:
-        StateError: anything else is in it; the message names its place.
+        StateError: the state has another type of value; the message names its path.
 
     >>> encode_state({"best": float("inf"), "seen": (1, 2)})
     ({'best': {'$float': 'inf'}, 'seen': {'$tuple': [1, 2]}}, {})
@@ -41,24 +39,24 @@ def encode_state(state: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     return _encode(state, "", tensors), tensors
 
 
-def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
+def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is float:
         return value if math.isfinite(value) else {"$float": repr(value)}
     if isinstance(value, torch.Tensor):
-        name, count = place, 1
-        # Keys with dots in them, or 1 beside "1", give one place twice.
+        name, count = path, 1
+        # Keys with dots in them, or the keys 1 and "1", lead to the same path.
         while name in tensors or name == RESERVED_NAME:
             count += 1
-            name = f"{place}#{count}"
+            name = f"{path}#{count}"
         tensors[name] = value.detach()
         return {"$tensor": name}
     if isinstance(value, (np.bool_, np.integer, np.floating)):
-        return _encode(value.item(), place, tensors)
+        return _encode(value.item(), path, tensors)
 
     def child(key: object, item: Any) -> Any:
-        return _encode(item, f"{place}.{key}" if place else str(key), tensors)
+        return _encode(item, f"{path}.{key}" if path else str(key), tensors)
 
     if type(value) in (list, tuple):
         items = [child(index, item) for index, item in enumerate(value)]
@@ -68,21 +66,21 @@ def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
         if plain and type(value) is not Counter:
             return {key: child(key, item) for key, item in value.items()}
         pairs = [
-            [_encode(key, f"{place}.{key}", tensors), child(key, item)]
+            [_encode(key, f"{path}.{key}", tensors), child(key, item)]
             for key, item in value.items()
         ]
         return {"$counter" if type(value) is Counter else "$dict": pairs}
     raise StateError(
-        f"{place or 'the state'} can't be saved: expected None, bool, int, float, str, a tensor, "
+        f"{path or 'the state'} can't be saved: expected None, bool, int, float, str, a tensor, "
         f"list, tuple or mapping, found {type(value).__name__}"
     )
 
 
 def decode_state(document: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """The state that :func:`encode_state` made the document and the tensors of.
+    """Decode a document and tensors of :func:`encode_state` to the same state.
 
     Raises:
-        StateError: the document has a mark that is not known, or names a tensor that is not there.
+        StateError: the document has an unknown mark, or names a missing tensor.
     """
     if isinstance(document, list):
         return [decode_state(item, tensors) for item in document]
@@ -102,32 +100,31 @@ def decode_state(document: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
             return tuple(decoded)
         pairs = dict(decoded)
         if len(pairs) != len(decoded):
-            raise ValueError("a key is there twice")
+            raise ValueError("duplicate key")
         return {"$dict": pairs, "$counter": Counter(pairs)}[mark]
     except (KeyError, TypeError, ValueError) as error:
         raise StateError(f"a saved state has an unknown value {document!r:.80}") from error
 
 
-# --- optimizer state -------------------------------------------------------------------------
-# An optimizer's state by the names of the parameters.
+# --- optimizer state by parameter name -------------------------------------------------------
 
 
 def named_optimizer_state(
     optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str]
 ) -> dict[str, Any]:
-    """The optimizer's state with the names of parameters in place of their numbers.
+    """Return the optimizer's state dict with parameter names instead of indices.
 
     Args:
         optimizer: any torch optimizer.
-        names: of the model's parameters. One that the model does not have (a learned loss, say)
-            goes by its place, as in ``group1.param0``.
+        names: names of the model's parameters. Another parameter, of a learned loss for example,
+            is named by its position, such as ``group1.param0``.
     """
     state = optimizer.state_dict()
-    by_number = _names_by_number(optimizer, names)
+    by_index = _names_by_index(optimizer, names)
     return {
-        "state": {by_number[number]: value for number, value in state["state"].items()},
+        "state": {by_index[index]: value for index, value in state["state"].items()},
         "param_groups": [
-            {**group, "params": [by_number[number] for number in group["params"]]}
+            {**group, "params": [by_index[index] for index in group["params"]]}
             for group in state["param_groups"]
         ],
     }
@@ -138,19 +135,19 @@ def load_named_optimizer_state(
     names: Mapping[torch.nn.Parameter, str],
     state: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What to give to the optimizer's ``load_state_dict`` for a state by names.
+    """Convert a named state to an argument of the optimizer's ``load_state_dict``.
 
-    Groups are matched by their parameters, whatever order they and their parameters stand in.
+    Groups are matched by their parameters, in any order.
 
     Raises:
-        StateError: the groups hold other parameters than those saved, which are named.
+        StateError: the groups differ from the saved ones; the message names the parameters.
     """
-    by_number = _names_by_number(optimizer, names)
+    by_index = _names_by_index(optimizer, names)
     live = optimizer.state_dict()["param_groups"]
     saved = {frozenset(group["params"]): group for group in state["param_groups"]}
     groups = []
     for group in live:
-        members = frozenset(by_number[number] for number in group["params"])
+        members = frozenset(by_index[index] for index in group["params"])
         if members not in saved:
             known = {name for names_of_group in saved for name in names_of_group}
             raise StateError(
@@ -164,9 +161,9 @@ def load_named_optimizer_state(
         raise StateError(
             f"the optimizer lacks saved parameter groups, with {', '.join(rest) or 'no parameters'}"
         )
-    numbers = {name: number for number, name in by_number.items()}
+    indices = {name: index for index, name in by_index.items()}
     return {
-        "state": {numbers[name]: value for name, value in state["state"].items()},
+        "state": {indices[name]: value for name, value in state["state"].items()},
         "param_groups": groups,
     }
 
@@ -174,11 +171,11 @@ def load_named_optimizer_state(
 def parameters_beside(
     optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str]
 ) -> dict[torch.nn.Parameter, str]:
-    """The parameters that an optimizer has and a model has not, by their places in its groups.
+    """Name the optimizer's parameters outside the model by their positions in its groups.
 
     Args:
         optimizer: any torch optimizer.
-        names: of the model's parameters.
+        names: names of the model's parameters.
     """
     return {
         parameter: f"group{i}.param{j}"
@@ -188,20 +185,21 @@ def parameters_beside(
     }
 
 
-def _names_by_number(
+def _names_by_index(
     optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str]
 ) -> dict[int, str]:
-    """The names in the order in which the optimizer numbers its parameters."""
     known = {**parameters_beside(optimizer, names), **names}
     ordered = [known[p] for group in optimizer.param_groups for p in group["params"]]
     return dict(enumerate(ordered))
 
 
-def capture_random_state() -> dict[str, Any]:
-    """Where torch, NumPy and Python are in their streams.
+# --- RNG state -------------------------------------------------------------------------------
 
-    Of CUDA devices, it is that of the current one, which is this process's: reading those of all
-    makes a context on each of them.
+
+def capture_random_state() -> dict[str, Any]:
+    """Return the global RNG state of torch, NumPy and Python.
+
+    Of CUDA devices, only the current one is read: reading all would create a context on each.
     """
     return {
         "torch": torch.get_rng_state(),
@@ -212,9 +210,9 @@ def capture_random_state() -> dict[str, Any]:
 
 
 def keyed_random_state(key: str) -> dict[str, Any]:
-    """A state such as :func:`capture_random_state` gives, at the beginning of streams of a key.
+    """Derive an RNG state, as of :func:`capture_random_state`, from a key.
 
-    Those of other keys have nothing to do with them.
+    States of different keys are independent.
     """
     digest = blake2b(key.encode(), digest_size=32).digest()
     seeds = [int.from_bytes(digest[begin : begin + 8], "little") for begin in range(0, 32, 8)]
@@ -228,21 +226,21 @@ def keyed_random_state(key: str) -> dict[str, Any]:
 
 
 def check_random_state(state: Mapping[str, Any]) -> None:
-    """Refuse a state of other devices than there are.
+    """Refuse an RNG state of another kind of device.
 
     Raises:
-        StateError: the message says what was saved and what there is.
+        StateError: CUDA is available now and was not when saving, or the reverse.
     """
     if bool(state["cuda"]) != torch.cuda.is_available():
         saved, here = ("with", "without") if state["cuda"] else ("without", "with")
         raise StateError(
-            f"the run was saved {saved} a CUDA device and is resumed {here} one, which draws other "
-            "random numbers; resume it on the same kind of device"
+            f"the run was saved {saved} a CUDA device and is resumed {here} one, so its random "
+            "numbers would differ; resume it on the same kind of device"
         )
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Go on drawing from where :func:`capture_random_state` was called."""
+    """Set the global RNG state of torch, NumPy and Python."""
     torch.set_rng_state(state["torch"])
     for of_device in state["cuda"]:
         torch.cuda.set_rng_state(of_device)
@@ -252,6 +250,6 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
 
 
 def _plain(state: Any) -> tuple[Any, ...]:
-    """NumPy's, as what can be saved."""
+    """Convert NumPy's RNG state to types that a state tree can hold."""
     name, keys, *rest = state
     return (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest)

@@ -1,7 +1,13 @@
-"""Where tensors lie in a safetensors file.
+"""Safetensors files in memory: layout, parsing and staging buffers.
 
-A file is the length of the header as 8 bytes, little-endian; the header, which is JSON; and the
-tensors' bytes, each after the other without a gap.
+A safetensors file is the length of the header as 8 bytes, little-endian; the header, in JSON; and
+the bytes of the tensors, without gaps.
+
+Headers are read and written here rather than by the safetensors package, for two reasons. The
+package (0.8.0) accepts duplicate tensor names, misaligned tensors, bool bytes above 1 and any
+number of tensors: 553 of the 1,400 hostile tensor files of the tests. And its writer neither
+computes a digest nor flushes; ``safetensors.serialize`` copies into new memory, 5 times as slow as
+into a kept buffer.
 """
 
 from __future__ import annotations
@@ -21,6 +27,8 @@ from robo_orchard_core.utils.strict_json import JsonError, parse_json
 from robo_orchard_lab.pipeline.checkpoint.manifest import ReadLimits
 from robo_orchard_lab.pipeline.checkpoint.state import RESERVED_NAME
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
+
+# --- layout ----------------------------------------------------------------------------------
 
 DTYPES = {
     "F64": torch.float64,
@@ -52,7 +60,7 @@ _MAX_SIZE = 2**63 - 1
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor's name, kind, and the bytes that it takes, counted from the header's end."""
+    """Name, dtype, shape and byte range of a tensor, counted from the end of the header."""
 
     name: str
     dtype: torch.dtype
@@ -60,10 +68,10 @@ class TensorInfo:
     begin: int
     end: int
 
-    def of(self, data: memoryview) -> torch.Tensor:
-        """The tensor in ``data``, which are the bytes after the header.
+    def view(self, data: memoryview) -> torch.Tensor:
+        """View the tensor in ``data``, the bytes after the header.
 
-        Its storage begins and ends with it, as ``torch.Generator.set_state`` takes for granted.
+        The storage has exactly the tensor's bytes, as ``torch.Generator.set_state`` requires.
         """
         count = (self.end - self.begin) // self.dtype.itemsize
         if not count:
@@ -74,83 +82,73 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class FileLayout:
-    """The places of a file's tensors, in the order of their names, and its beginning."""
+    """Layout of a safetensors file: its header and its tensors."""
 
-    places: list[TensorInfo]
-    beginning: bytes
-    """The header and its length."""
+    tensors: list[TensorInfo]
+    """Tensors in the order of the header."""
+    header: bytes
+    """Length and JSON of the header."""
     metadata: Mapping[str, str]
-    """What the header says about the file."""
 
     @property
     def size(self) -> int:
-        """Of the file, in bytes."""
-        return len(self.beginning) + max((place.end for place in self.places), default=0)
+        """Size of the file in bytes."""
+        return len(self.header) + max((tensor.end for tensor in self.tensors), default=0)
 
     @classmethod
     def of(
         cls, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
     ) -> FileLayout:
-        """The layout of a file with these tensors, the wide types first, so that all are aligned.
+        """Lay out a file for tensors; wide dtypes come first, which aligns all tensors.
 
         Raises:
-            StateError: one is of a kind that a file can't have; the message names it.
+            StateError: safetensors can't hold a tensor; the message names the tensor.
         """
         cls.check_kinds(tensors)
-        ends: dict[str, tuple[int, int]] = {}
+        ranges: dict[str, tuple[int, int]] = {}
         offset = 0
         for name in sorted(tensors, key=lambda name: -tensors[name].element_size()):
-            ends[name] = (offset, offset + tensors[name].numel() * tensors[name].element_size())
-            offset = ends[name][1]
-        places = [
-            TensorInfo(name, tensor.dtype, tuple(tensor.shape), *ends[name])
+            ranges[name] = (offset, offset + tensors[name].numel() * tensors[name].element_size())
+            offset = ranges[name][1]
+        infos = [
+            TensorInfo(name, tensor.dtype, tuple(tensor.shape), *ranges[name])
             for name, tensor in tensors.items()
         ]
-        about = {"format": "pt"} if metadata is None else dict(metadata)
-        header = json.dumps(
-            {
-                RESERVED_NAME: about,
-                **{
-                    place.name: {
-                        "dtype": _NAMES[place.dtype],
-                        "shape": place.shape,
-                        "data_offsets": (place.begin, place.end),
-                    }
-                    for place in places
-                },
-            },
-            separators=(",", ":"),
-        ).encode()
+        metadata = {"format": "pt"} if metadata is None else dict(metadata)
+        entries = {
+            info.name: {
+                "dtype": _NAMES[info.dtype],
+                "shape": info.shape,
+                "data_offsets": (info.begin, info.end),
+            }
+            for info in infos
+        }
+        header = json.dumps({RESERVED_NAME: metadata, **entries}, separators=(",", ":")).encode()
         header += b" " * (-(LENGTH_BYTES + len(header)) % _ALIGNMENT)
-        return cls(places, len(header).to_bytes(LENGTH_BYTES, "little") + header, about)
+        return cls(infos, len(header).to_bytes(LENGTH_BYTES, "little") + header, metadata)
 
     @staticmethod
     def check_kinds(tensors: Mapping[str, torch.Tensor]) -> None:
-        """Refuse tensors that a file can't have.
-
-        Raises:
-            StateError: the message names one.
-        """
+        """Refuse tensors that safetensors can't hold with a StateError."""
         for name, tensor in tensors.items():
             _check_kind(name, tensor)
 
     @classmethod
     def parse(cls, file: memoryview, limits: ReadLimits) -> FileLayout:
-        """The layout of a file whose bytes these are.
+        """Parse the header of a file in memory.
 
         Raises:
-            CheckpointError: the header has more than ``limits`` allow, is not one, or speaks of
-                other bytes than there are.
+            CheckpointError: the header is invalid, exceeds ``limits``, or does not fit the file.
         """
-        length = cls.beginning_length(file[:LENGTH_BYTES], len(file), limits)
-        return cls.parse_beginning(bytes(file[:length]), len(file), limits)
+        length = cls.header_length(file[:LENGTH_BYTES], len(file), limits)
+        return cls.parse_header(bytes(file[:length]), len(file), limits)
 
     @staticmethod
-    def beginning_length(begin: bytes | memoryview, size: int, limits: ReadLimits) -> int:
-        """How many bytes a file's header takes with its length, by the first 8 of all ``size``.
+    def header_length(begin: bytes | memoryview, size: int, limits: ReadLimits) -> int:
+        """Return the length of a header with its 8 length bytes, which ``begin`` holds.
 
         Raises:
-            CheckpointError: there are less, more than ``limits`` allow, or more than the file has.
+            CheckpointError: the length exceeds ``limits`` or the ``size`` of the file in bytes.
         """
         if len(begin) < LENGTH_BYTES:
             raise CheckpointError(f"expected a header's length of 8 bytes, found {size} bytes")
@@ -164,32 +162,34 @@ class FileLayout:
         return LENGTH_BYTES + length
 
     @classmethod
-    def parse_beginning(cls, beginning: bytes, size: int, limits: ReadLimits) -> FileLayout:
-        """The layout of a file of so many bytes, which begins like this.
+    def parse_header(cls, header: bytes, size: int, limits: ReadLimits) -> FileLayout:
+        """Parse the header, with its length, of a file of ``size`` bytes.
 
         Raises:
             CheckpointError: see :meth:`parse`.
         """
         try:
-            header = parse_json(beginning[LENGTH_BYTES:], max_depth=3)
+            document = parse_json(header[LENGTH_BYTES:], max_depth=3)
         except JsonError as error:
             raise CheckpointError(f"its header can't be read: {error}") from error
-        if not isinstance(header, dict):
+        if not isinstance(document, dict):
             raise CheckpointError("its header is not a JSON object")
-        metadata = _metadata(header.pop(RESERVED_NAME, {}))
-        if len(header) > limits.max_tensors:
+        metadata = document.pop(RESERVED_NAME, {})
+        if not isinstance(metadata, dict) or not all(type(v) is str for v in metadata.values()):
+            raise CheckpointError("its header's metadata is not a mapping of strings")
+        if len(document) > limits.max_tensors:
             raise CheckpointError(
-                f"it has {len(header)} tensors; at most {limits.max_tensors} are read"
+                f"it has {len(document)} tensors; at most {limits.max_tensors} are read"
             )
-        places = [_place(name, entry) for name, entry in header.items()]
-        _check_places(places, begin=len(beginning), end=size)
-        return cls(places, beginning, metadata)
+        tensors = [_tensor_info(name, entry) for name, entry in document.items()]
+        _check_ranges(tensors, begin=len(header), end=size)
+        return cls(tensors, header, metadata)
 
 
 def _check_kind(name: str, tensor: torch.Tensor) -> None:
     problem = None
     if name == RESERVED_NAME:
-        problem = "safetensors has that name for itself"
+        problem = "safetensors reserves the name"
     elif tensor.is_meta:
         problem = "it is a meta tensor, without values"
     elif tensor.layout is not torch.strided or tensor.is_nested:
@@ -202,15 +202,9 @@ def _check_kind(name: str, tensor: torch.Tensor) -> None:
         raise StateError(f"{name!r} can't be saved: {problem}")
 
 
-def _metadata(metadata: Any) -> dict[str, str]:
-    if not isinstance(metadata, dict) or not all(type(v) is str for v in metadata.values()):
-        raise CheckpointError("its header's metadata is not a mapping of texts")
-    return metadata
-
-
-def _place(name: str, entry: Any) -> TensorInfo:
-    """The place that an entry of the header speaks of, checked by itself."""
-    problem = f"the tensor {name!r:.80} has a wrong entry in the header: "
+def _tensor_info(name: str, entry: Any) -> TensorInfo:
+    """Check an entry of the header by itself."""
+    problem = f"the tensor {name!r:.80} has an invalid entry in the header: "
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(problem + "expected dtype, shape and data_offsets")
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
@@ -225,7 +219,7 @@ def _place(name: str, entry: Any) -> TensorInfo:
         raise CheckpointError(problem + f"shape {shape!r:.80}")
     if math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
         raise CheckpointError(
-            problem + f"shape {shape!r:.80} of {dtype} does not take the bytes {offsets!r:.80}"
+            problem + f"shape {shape!r:.80} of {dtype} does not match the bytes {offsets!r:.80}"
         )
     return TensorInfo(name, dtype, tuple(shape), *offsets)
 
@@ -234,62 +228,57 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(v) is int and 0 <= v <= _MAX_SIZE for v in value)
 
 
-def _check_places(places: list[TensorInfo], begin: int, end: int) -> None:
-    """Whether the tensors cover the file's bytes from ``begin`` to ``end``, each of them once."""
+def _check_ranges(tensors: list[TensorInfo], begin: int, end: int) -> None:
+    """Refuse tensors that do not cover the bytes from ``begin`` to ``end`` exactly once."""
     covered = 0
-    for place in sorted(places, key=lambda place: (place.begin, place.end)):
-        if place.begin != covered:
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
+        if tensor.begin != covered:
             raise CheckpointError(
-                f"the tensor {place.name!r:.80} begins at byte {place.begin}, "
-                f"the one before it ends at {covered}"
+                f"the tensor {tensor.name!r:.80} begins at byte {tensor.begin}, "
+                f"expected byte {covered}, the end of the previous tensor"
             )
-        if (begin + place.begin) % place.dtype.itemsize:
-            raise CheckpointError(f"the tensor {place.name!r:.80} is not aligned in the file")
-        covered = place.end
+        if (begin + tensor.begin) % tensor.dtype.itemsize:
+            raise CheckpointError(f"the tensor {tensor.name!r:.80} is not aligned in the file")
+        covered = tensor.end
     if covered != end - begin:
         raise CheckpointError(
-            f"its tensors take {covered} bytes, the file has {end - begin} for them"
+            f"its tensors have {covered} bytes, expected {end - begin}, the rest of the file"
         )
 
 
-# --- memory blocks ---------------------------------------------------------------------------
-# Large blocks of memory that are quick to come by.
+# --- staging buffers -------------------------------------------------------------------------
 
-
-# Smaller ones are not worth a mapping of their own.
-_MAPPED_FROM = 1 << 20
-
-
-def allocate_buffer(size: int) -> torch.Tensor:
-    """``size`` bytes on the CPU, of any content.
-
-    A large one asks the system for large pages: writing to it for the first time is four times as
-    fast as in pages of 4 KiB (307 MB: 23 ms in place of 100 ms).
-    """
-    if size < _MAPPED_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):  # which Linux has
-        return torch.empty(size, dtype=torch.uint8)
-    mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without large pages
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(mapping, dtype=torch.uint8)  # unmapped when no tensor refers to it
-
-
-def buffer_view(block: torch.Tensor) -> memoryview:
-    """The memory of a tensor of bytes on the CPU, itself."""
-    return block.numpy().data
-
-
-_ALIGNMENT = 4096  # of each file, so that it can be written past the system's cache
+_MAPPED_FROM = 1 << 20  # a mapping of its own does not pay off for fewer bytes
+_FILE_ALIGNMENT = 4096  # allows direct I/O
 
 _Signature = tuple[dict[str, str] | None, tuple[tuple[str, torch.dtype, torch.Size], ...]]
 
 
+def allocate_buffer(size: int) -> torch.Tensor:
+    """Allocate ``size`` uninitialized bytes on the CPU.
+
+    A large buffer requests huge pages: the first write is four times as fast as with pages of
+    4 KiB (307 MB: 23 ms instead of 100 ms).
+    """
+    if size < _MAPPED_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):  # only Linux has huge pages
+        return torch.empty(size, dtype=torch.uint8)
+    mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(mapping, dtype=torch.uint8)  # unmapped with the last tensor
+
+
+def buffer_view(buffer: torch.Tensor) -> memoryview:
+    """Return the memory of a CPU tensor of bytes, without a copy."""
+    return buffer.numpy().data
+
+
 class StagingBuffer:
-    """A block of memory in which files of tensors lie side by side."""
+    """Block of memory that holds the contents of several safetensors files."""
 
     def __init__(self, size: int, *, pinned: bool = False) -> None:
-        """Room for ``size`` bytes, see :meth:`size_of`; pinned for copies from a CUDA device."""
-        self._block = (
+        """Allocate ``size`` bytes, see :meth:`size_of`; pinned for copies from a CUDA device."""
+        self._buffer = (
             torch.empty(size, dtype=torch.uint8, pin_memory=True)
             if pinned
             else allocate_buffer(size)
@@ -300,50 +289,48 @@ class StagingBuffer:
 
     @property
     def size(self) -> int:
-        """How many bytes it has room for."""
-        return self._block.numel()
+        """Capacity in bytes."""
+        return self._buffer.numel()
 
     @staticmethod
     def size_of(layouts: Sequence[FileLayout]) -> int:
-        """How many bytes such files take at most."""
-        return sum(layout.size + _ALIGNMENT for layout in layouts)
+        """Return the capacity that files of these layouts require."""
+        return sum(layout.size + _FILE_ALIGNMENT for layout in layouts)
 
     def fill(
         self, files: Sequence[tuple[FileLayout, Mapping[str, torch.Tensor]]]
     ) -> list[memoryview]:
-        """Copy tensors of any device into it, and wait for that: the contents of each file."""
+        """Copy tensors of any device, wait for the copies, and return the files' contents."""
         layouts = [layout for layout, _ in files]
         if [*map(id, layouts)] != [*map(id, self._layouts)]:
             self._lay_out(layouts)
-        sources = [tensors[place.name] for layout, tensors in files for place in layout.places]
+        sources = [tensors[info.name] for layout, tensors in files for info in layout.tensors]
         _copy_all(self._targets, sources)
         return self._files
 
     def _lay_out(self, layouts: list[FileLayout]) -> None:
         self._layouts, self._files, self._targets = layouts, [], []
-        offset = -self._block.data_ptr() % _ALIGNMENT
+        offset = -self._buffer.data_ptr() % _FILE_ALIGNMENT
         for layout in layouts:
-            image = buffer_view(self._block[offset : offset + layout.size])
-            image[: len(layout.beginning)] = layout.beginning
-            data = image[len(layout.beginning) :]
-            self._targets += [place.of(data) for place in layout.places]
-            self._files.append(image)
-            offset += layout.size + (-layout.size % _ALIGNMENT)
+            file = buffer_view(self._buffer[offset : offset + layout.size])
+            file[: len(layout.header)] = layout.header
+            data = file[len(layout.header) :]
+            self._targets += [info.view(data) for info in layout.tensors]
+            self._files.append(file)
+            offset += layout.size + (-layout.size % _FILE_ALIGNMENT)
 
 
 class StagingPool:
-    """Images that are used again, so that a copy into them costs the copy and no new memory.
-
-    A state of the same names, types and shapes as the last one is not laid out anew, either.
+    """Pool of staging buffers and layouts for repeated saves of a similar state.
 
     Args:
-        pinned: have them pinned where tensors are on CUDA devices, which then copy into them at
-            full speed. It takes long to make such a one.
+        pinned: use pinned memory once a saved tensor is on a CUDA device. Copies then run at full
+            speed, but allocating is slow.
     """
 
     def __init__(self, *, pinned: bool) -> None:
         self._pinned = pinned
-        self._from_devices = False
+        self._has_device_tensors = False
         self._free: list[StagingBuffer] = []
         self._layouts: dict[str, tuple[_Signature, FileLayout]] = {}
         self._lock = Lock()
@@ -354,12 +341,13 @@ class StagingPool:
         tensors: Mapping[str, torch.Tensor],
         metadata: dict[str, str] | None = None,
     ) -> FileLayout:
-        """The layout of the file of that name, with these tensors and this in its header.
+        """Return the layout of a file, reused if names, dtypes, shapes and metadata are unchanged.
 
         Raises:
-            StateError: one is of a kind that a file can't have; the message names it.
+            StateError: safetensors can't hold a tensor; the message names the tensor.
         """
-        self._from_devices = self._from_devices or any(map(_is_on_device, tensors.values()))
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            self._has_device_tensors = True
         kinds = tuple((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
         signature = (metadata, kinds)
         known = self._layouts.get(name)
@@ -370,26 +358,26 @@ class StagingPool:
         self._layouts[name] = (signature, layout)
         return layout
 
-    def take(self, layouts: Sequence[FileLayout]) -> StagingBuffer:
-        """An image with room for these files, to be given back."""
+    def acquire(self, layouts: Sequence[FileLayout]) -> StagingBuffer:
+        """Return a buffer with room for files of these layouts."""
         size = StagingBuffer.size_of(layouts)
         with self._lock:
-            fitting = [image for image in self._free if image.size >= size]
+            fitting = [buffer for buffer in self._free if buffer.size >= size]
             if fitting:
-                found = min(fitting, key=lambda image: image.size)
+                found = min(fitting, key=lambda buffer: buffer.size)
                 self._free.remove(found)
                 return found
-            self._free.clear()  # too small for what is saved now
-        # A state that grows a little fits next time.
-        return StagingBuffer(size + size // 32, pinned=self._pinned and self._from_devices)
+            self._free.clear()  # too small for the current state
+        # The margin fits a state that grows a little.
+        return StagingBuffer(size + size // 32, pinned=self._pinned and self._has_device_tensors)
 
-    def give_back(self, image: StagingBuffer) -> None:
-        """Keep an image for the next who asks."""
+    def release(self, buffer: StagingBuffer) -> None:
+        """Keep a buffer for a later :meth:`acquire`."""
         with self._lock:
-            self._free.append(image)
+            self._free.append(buffer)
 
     def clear(self) -> None:
-        """Give up all memory that nobody uses."""
+        """Free the buffers of the pool."""
         with self._lock:
             self._free.clear()
 
@@ -403,8 +391,4 @@ def _copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
             if on_device:
                 devices.add(source.device)
     for device in devices:
-        torch.accelerator.synchronize(device)  # waits for the copies
-
-
-def _is_on_device(tensor: torch.Tensor) -> bool:
-    return tensor.is_cuda
+        torch.accelerator.synchronize(device)  # device sync: waits for the copies

@@ -1,4 +1,4 @@
-"""Writing one checkpoint's folder, by all ranks together."""
+"""Writing a checkpoint directory: copy the state to staging buffers, then write on all ranks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ import torch
 from robo_orchard_core.utils.strict_json import JsonError, check_json
 from robo_orchard_lab.pipeline.checkpoint.manifest import (
     MANIFEST_FILE,
-    PART_NAME,
-    RESERVED_PART,
     CheckpointInfo,
     FileEntry,
     FileName,
     Manifest,
     ReadLimits,
+    check_part_name,
     digest_of,
 )
 from robo_orchard_lab.pipeline.checkpoint.ranks import Ranks
@@ -33,7 +32,7 @@ from robo_orchard_lab.pipeline.checkpoint.tensor_files import (
     StagingBuffer,
     StagingPool,
 )
-from robo_orchard_lab.pipeline.errors import StateError
+from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
 from robo_orchard_lab.pipeline.run.durable import (
     flush_folder,
     remove_folder,
@@ -42,158 +41,14 @@ from robo_orchard_lab.pipeline.run.durable import (
 )
 from robo_orchard_lab.pipeline.sharded_tensors import has_sharded, is_sharded
 
-
-class StagedParts:
-    """The files of some parts, as bytes in memory; nothing in them is the caller's.
-
-    Tensors lie in one image, which goes back to its pool with :meth:`release`. Of sharded tensors
-    there is what this process has, in a file beside the part's others.
-    """
-
-    def __init__(
-        self,
-        parts: Mapping[str, Any],
-        rank: int | None,
-        pool: StagingPool,
-        limits: ReadLimits,
-        *,
-        ranks: Ranks,
-        shards_only: bool = False,
-    ) -> None:
-        """Encode and copy.
-
-        Args:
-            parts: by name.
-            rank: whose they are; None for those of the whole job.
-            pool: where the image comes from.
-            limits: of what would be read again.
-            ranks: who saves.
-            shards_only: whether the rest is another process's to write.
-
-        Raises:
-            StateError: a part has a name or a value that can't be saved, or more than the limits
-                would let be read; the message names it.
-        """
-        self.files: dict[str, bytes | memoryview] = {}
-        self._pool = pool
-        self._image: StagingBuffer | None = None
-        found: dict[str, tuple[FileLayout, dict[str, torch.Tensor]]] = {}
-
-        def add(name: FileName, tensors: dict[str, torch.Tensor], about: Any = None) -> None:
-            if tensors:
-                layout = _layout(name, tensors, about, pool)
-                _check_layout(name.part, layout, limits)
-                found[str(name)] = (layout, tensors)
-
-        for part, value in parts.items():
-            if shards_only:
-                document, tensors = None, encode_state(value)[1]
-            else:
-                document, tensors = _encode_part(part, value, limits, rank_parts=rank is not None)
-            sharded = {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)}
-            if sharded:
-                tensors = {name: t for name, t in tensors.items() if name not in sharded}
-                shards, about = _shards(part, sharded, ranks.count)
-                add(FileName(part, ranks.index, is_json=False, is_shards=True), shards, about)
-            if shards_only:
-                continue
-            if document is not None:
-                self.files[str(FileName(part, rank, is_json=True))] = document
-            add(FileName(part, rank, is_json=False), tensors)
-        if found:
-            self._copy(found)
-
-    def _copy(self, found: dict[str, tuple[FileLayout, dict[str, torch.Tensor]]]) -> None:
-        files = list(found.values())
-        self._image = self._pool.take([layout for layout, _ in files])
-        try:
-            self.files.update(zip(found, self._image.fill(files), strict=True))
-        except BaseException:
-            self.release()
-            raise
-
-    def release(self) -> None:
-        """Give the memory back; to be called once no file is read any more."""
-        self.files = {}
-        if self._image is not None:
-            self._pool.give_back(self._image)
-            self._image = None
-
-
-def _encode_part(
-    part: str, value: Any, limits: ReadLimits, *, rank_parts: bool
-) -> tuple[bytes | None, dict[str, torch.Tensor]]:
-    """A part's JSON and its tensors. A mapping of nothing but tensors has no JSON, unless it is a
-    rank's and has sharded ones: it is by the JSON that their files are known for those of ranks."""
-    if not PART_NAME.fullmatch(part) or part == RESERVED_PART:
-        raise StateError(
-            f"a part can't be named {part!r}: expected up to 64 small letters, digits and "
-            f"underscores, other than {RESERVED_PART!r}"
-        )
-    flat = isinstance(value, Mapping) and value and _is_flat(value)
-    if flat and not (rank_parts and has_sharded(value.values())):
-        return None, {name: tensor.detach() for name, tensor in value.items()}
-    try:
-        tree, tensors = encode_state(value)
-        check_json(tree, limits.max_json_depth)
-        document = json.dumps(tree, allow_nan=False).encode()
-    except (JsonError, RecursionError):
-        raise StateError(
-            f"the part {part!r} is nested deeper than {limits.max_json_depth}"
-        ) from None
-    except ValueError as error:  # a StateError is one; so is a number with too many digits
-        raise StateError(f"the part {part!r}: {error}") from error
-    if len(document) > limits.max_json_bytes:
-        raise StateError(
-            f"the part {part!r} has {len(document)} bytes of JSON; at most {limits.max_json_bytes} "
-            "would be read again. Save long lists of numbers as tensors, or raise "
-            "ReadLimits.max_json_bytes"
-        )
-    return document, tensors
-
-
-def _is_flat(value: Mapping[Any, Any]) -> bool:
-    return all(
-        type(name) is str and name != RESERVED_NAME and isinstance(tensor, torch.Tensor)
-        for name, tensor in value.items()
-    )
-
-
-def _shards(
-    part: str, sharded: Mapping[str, torch.Tensor], processes: int
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    try:
-        return shards_to_write(sharded, processes)
-    except StateError as error:
-        raise StateError(f"the part {part!r}: {error}") from error
-
-
-def _layout(
-    name: FileName,
-    tensors: dict[str, torch.Tensor],
-    about: dict[str, str] | None,
-    pool: StagingPool,
-) -> FileLayout:
-    try:
-        return pool.layout(str(name), tensors, about)
-    except StateError as error:
-        raise StateError(f"the part {name.part!r}: {error}") from error
-
-
-def _check_layout(part: str, layout: FileLayout, limits: ReadLimits) -> None:
-    if len(layout.beginning) > limits.max_header_bytes or len(layout.places) > limits.max_tensors:
-        raise StateError(
-            f"the part {part!r} has {len(layout.places)} tensors, whose names and shapes take "
-            f"{len(layout.beginning)} bytes; at most {limits.max_tensors} and "
-            f"{limits.max_header_bytes} would be read again"
-        )
-
-
 _MAX_STEP = 10**18
 
 
 class StagedCheckpoint:
-    """All that one rank will write of a checkpoint, in memory of its own."""
+    """Contents of one rank's files of a checkpoint, copied from the caller's state.
+
+    One staging buffer holds the tensors; :meth:`release` returns the buffer to its pool.
+    """
 
     def __init__(
         self,
@@ -208,15 +63,17 @@ class StagedCheckpoint:
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        """Encode and copy: the first rank what is of the whole job, each rank its own, and what it
-        has of sharded tensors.
+        """Encode and copy the rank's own parts and shards, and on the first rank the job's parts.
 
         Raises:
-            StateError: something can't be saved; the message names it.
+            StateError: a value can't be saved; the message names the value.
         """
         if type(step) is not int or not 0 <= step < _MAX_STEP:
-            raise StateError(f"step must be a whole number from 0, got {step!r}")
-        self._images: list[StagedParts] = []
+            raise StateError(f"step must be an integer >= 0, got {step!r}")
+        self.files: dict[str, bytes | memoryview] = {}
+        self._tensors: dict[str, tuple[FileLayout, dict[str, torch.Tensor]]] = {}  # by file
+        self._pool = pool
+        self._buffer: StagingBuffer | None = None
         self._limits = limits
         self.manifest = Manifest(
             step=step,
@@ -229,59 +86,111 @@ class StagedCheckpoint:
             files={},
         )
         rank_parts = rank_parts or {}
-        try:
-            first = ranks.index == 0
-            if first:
-                self.manifest.check_writable(limits)
-            images = StagedParts(parts, None, pool, limits, ranks=ranks, shards_only=not first)
-            self._images.append(images)
-            images = StagedParts(rank_parts, ranks.index, pool, limits, ranks=ranks)
-            self._images.append(images)
-            if both := sorted(self._sharded_parts() & set(parts) & set(rank_parts)):
-                raise StateError(
-                    f"parts and rank_parts both have {both[0]!r}, with sharded tensors; name one "
-                    "otherwise"
+        first = ranks.index == 0
+        if first:
+            self.manifest.check_writable(limits)
+        sharded = self._add_parts(parts, None, ranks, shards_only=not first)
+        sharded |= self._add_parts(rank_parts, ranks.index, ranks)
+        if both := sorted(sharded & set(parts) & set(rank_parts)):
+            raise StateError(
+                f"parts and rank_parts both have {both[0]!r} with sharded tensors; rename one"
+            )
+        self._copy()
+
+    def _add_parts(
+        self, parts: Mapping[str, Any], rank: int | None, ranks: Ranks, *, shards_only: bool = False
+    ) -> set[str]:
+        """Encode parts of the job or of one rank; return the names of parts with shards.
+
+        Args:
+            parts: values by part name.
+            rank: rank that owns the parts; None for parts of the job.
+            ranks: processes that save.
+            shards_only: add only shards, since another process writes the rest.
+        """
+        with_shards = set()
+        for part, value in parts.items():
+            if shards_only:
+                document, tensors = None, encode_state(value)[1]
+            else:
+                document, tensors = _encode_part(
+                    part, value, self._limits, of_rank=rank is not None
                 )
+            sharded = {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)}
+            try:
+                if sharded:
+                    with_shards.add(part)
+                    shards, metadata = shards_to_write(sharded, ranks.count)
+                    file = FileName(part, ranks.index, is_json=False, is_shards=True)
+                    self._add_tensors(str(file), shards, metadata)
+                if shards_only:
+                    continue
+                plain = {name: t for name, t in tensors.items() if name not in sharded}
+                self._add_tensors(str(FileName(part, rank, is_json=False)), plain)
+            except StateError as error:
+                raise StateError(f"the part {part!r}: {error}") from error
+            if document is not None:
+                self.files[str(FileName(part, rank, is_json=True))] = document
+        return with_shards
+
+    def _add_tensors(
+        self, file: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+    ) -> None:
+        if not tensors:
+            return
+        layout = self._pool.layout(file, tensors, metadata)
+        limits, count, size = self._limits, len(layout.tensors), len(layout.header)
+        if size > limits.max_header_bytes or count > limits.max_tensors:
+            raise StateError(
+                f"its {count} tensors have a header of {size} bytes; at most {limits.max_tensors} "
+                f"and {limits.max_header_bytes} would be read again"
+            )
+        self._tensors[file] = (layout, tensors)
+
+    def _copy(self) -> None:
+        files = list(self._tensors.values())
+        if not files:
+            return
+        self._buffer = self._pool.acquire([layout for layout, _ in files])
+        try:
+            self.files.update(zip(self._tensors, self._buffer.fill(files), strict=True))
         except BaseException:
             self.release()
             raise
-
-    def _sharded_parts(self) -> set[str]:
-        names = [FileName.parse(name) for images in self._images for name in images.files]
-        return {name.part for name in names if name is not None and name.is_shards}
-
-    def write(self, folder: Path) -> dict[str, FileEntry]:
-        """Write this rank's files, flushed, and say what they are."""
-        written = {}
-        with ThreadPoolExecutor(1) as beside:  # a digest takes a part of the time of writing
-            for images in self._images:
-                for name, data in images.files.items():
-                    digest = beside.submit(digest_of, self.manifest.digest_name, data)
-                    write_file(folder / name, data)
-                    written[name] = FileEntry(len(data), digest.result())
-        return written
+        self._tensors.clear()  # the caller's tensors
 
     def release(self) -> None:
-        """Give the memory back."""
-        for images in self._images:
-            images.release()
-        self._images.clear()
+        """Return the staging buffer to the pool, once no file is read any more."""
+        self.files = {}
+        if self._buffer is not None:
+            self._pool.release(self._buffer)
+            self._buffer = None
+
+    def write(self, folder: Path) -> dict[str, FileEntry]:
+        """Write and flush this rank's files; return their sizes and digests."""
+        written = {}
+        with ThreadPoolExecutor(1) as pool:  # hides the digest behind the slower write
+            for name, data in self.files.items():
+                digest = pool.submit(digest_of, self.manifest.digest_name, data)
+                write_file(folder / name, data)
+                written[name] = FileEntry(len(data), digest.result())
+        return written
 
     def commit(
         self, folder: Path, serial: Callable[[], int], put: Callable[[Path], None], ranks: Ranks
     ) -> CheckpointInfo:
-        """Write all ranks' files beside ``folder``, then have the first rank put them there.
+        """Write all ranks' files to a temporary directory, then put it in place. A collective.
 
-        A collective. It returns when all of it is on the disk.
+        Everything is on the disk on return.
 
         Args:
-            folder: where the checkpoint will be.
-            serial: gives its number; called on the first rank.
-            put: renames the complete temporary folder to ``folder``; called on the first rank.
-            ranks: that write it.
+            folder: final directory of the checkpoint.
+            serial: returns the checkpoint's serial; called on the first rank.
+            put: renames the temporary directory to ``folder``; called on the first rank.
+            ranks: processes that write.
 
         Raises:
-            CheckpointError: it failed on some rank; nothing of it is left.
+            CheckpointError: some rank failed; the temporary directory is removed.
         """
         what = f"saving {folder}"
         made: list[Path] = []
@@ -310,16 +219,100 @@ class StagedCheckpoint:
             raise
 
 
+class PendingSave:
+    """A copied state that is not yet on the disk; leaving the context discards it."""
+
+    def __init__(
+        self, staged: StagedCheckpoint, commit: Callable[[StagedCheckpoint], CheckpointInfo]
+    ) -> None:
+        """Store a staged checkpoint and the function that writes it."""
+        self._commit = commit
+        self._staged: StagedCheckpoint | None = staged
+        self._step = staged.manifest.step
+
+    @property
+    def step(self) -> int:
+        """The step of the checkpoint."""
+        return self._step
+
+    def commit(self) -> CheckpointInfo:
+        """Write the checkpoint durably, then apply the retention. A collective.
+
+        Any thread may call it, at the same time as other calls to the store. All ranks commit
+        several pending saves in the same order.
+
+        Raises:
+            CheckpointError: some rank can't write; the previous checkpoint is unchanged.
+        """
+        staged, self._staged = self._staged, None
+        if staged is None:
+            raise CheckpointError("this save was committed or discarded already")
+        try:
+            return self._commit(staged)
+        finally:
+            staged.release()
+
+    def discard(self) -> None:
+        """Drop the copy, on all ranks or none; no effect after a commit or another discard."""
+        if self._staged is not None:
+            self._staged.release()
+            self._staged = None
+
+    def __enter__(self) -> PendingSave:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.discard()
+
+
 def put_new(temporary: Path, folder: Path) -> None:
-    """Make a complete temporary folder the checkpoint, where there is nothing yet.
+    """Rename a complete temporary directory to a name that is free.
 
     Raises:
-        FileExistsError: there is something by that name; it is left as it is.
+        FileExistsError: the name is taken; nothing is changed.
     """
     if os.path.lexists(folder):
-        raise FileExistsError(f"{folder} exists already; name a folder that doesn't")
+        raise FileExistsError(f"{folder} exists already; name a new directory")
     os.rename(temporary, folder)
     flush_folder(folder.parent)
+
+
+def _encode_part(
+    part: str, value: Any, limits: ReadLimits, *, of_rank: bool
+) -> tuple[bytes | None, dict[str, torch.Tensor]]:
+    """Return a part's JSON and tensors.
+
+    A flat mapping of tensors needs no JSON. A rank's part with sharded tensors does: the reader
+    tells by the JSON that the shards belong to ranks.
+    """
+    check_part_name(part)
+    flat = isinstance(value, Mapping) and value and _is_flat(value)
+    if flat and not (of_rank and has_sharded(value.values())):
+        return None, {name: tensor.detach() for name, tensor in value.items()}
+    try:
+        tree, tensors = encode_state(value)
+        check_json(tree, limits.max_json_depth)
+        document = json.dumps(tree, allow_nan=False).encode()
+    except (JsonError, RecursionError):
+        raise StateError(
+            f"the part {part!r} is nested deeper than {limits.max_json_depth}"
+        ) from None
+    except ValueError as error:  # a StateError, or an int with too many digits
+        raise StateError(f"the part {part!r}: {error}") from error
+    if len(document) > limits.max_json_bytes:
+        raise StateError(
+            f"the part {part!r} has {len(document)} bytes of JSON; at most {limits.max_json_bytes} "
+            "would be read again. Save long lists of numbers as tensors, or raise "
+            "ReadLimits.max_json_bytes"
+        )
+    return document, tensors
+
+
+def _is_flat(value: Mapping[Any, Any]) -> bool:
+    return all(
+        type(name) is str and name != RESERVED_NAME and isinstance(tensor, torch.Tensor)
+        for name, tensor in value.items()
+    )
 
 
 def _number(name: str, value: Any) -> float:
