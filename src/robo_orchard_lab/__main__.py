@@ -1,10 +1,9 @@
-"""``python -m robo_orchard_lab``, and ``torchrun -m robo_orchard_lab``: the command line."""
+"""Entry point of ``python -m robo_orchard_lab`` and ``torchrun -m robo_orchard_lab``."""
 
 import os
 import sys
 
-# -m has Python look in the folder that one starts in ahead of everything, where a file that happens
-# to be named torch.py would be taken for torch.
+# -m puts the working directory first on the path: a file named torch.py would replace torch.
 if not sys.flags.safe_path and sys.path and sys.path[0] in ("", os.getcwd()):
     del sys.path[0]
 

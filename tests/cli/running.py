@@ -7,7 +7,7 @@ import pty
 import select
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,13 +60,17 @@ def _ended(command: list[str], cwd: Path | None, variables: Variables) -> Ended:
 
 
 def run_in_terminal(
-    *arguments: str, cwd: Path | None = None, columns: int = 100, variables: Variables = EMPTY
+    *arguments: str,
+    cwd: Path | None = None,
+    columns: int = 100,
+    variables: Variables = EMPTY,
+    command: Sequence[str] = (),
 ) -> Ended:
     """The program in a terminal, which shows both of its outputs."""
     ours, its = pty.openpty()
     size = {"COLUMNS": str(columns), "LINES": "40", "TERM": "xterm-256color"}
     started = subprocess.Popen(
-        [*START, *arguments],
+        [*(command or START), *arguments],
         cwd=cwd,
         env=environment({**size, **variables}),
         stdin=its,

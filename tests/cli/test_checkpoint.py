@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from importlib import import_module
 from pathlib import Path
 
 import click
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tests.cli.running import run
 
-from robo_orchard_lab.cli.commands.checkpoint import command as group
+from robo_orchard_lab.cli.commands.checkpoint import checkpoint as group
 from robo_orchard_lab.cli.main import main
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, Retention
 
@@ -58,7 +57,7 @@ def test_each_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) ->
     """A command's help tells how it is used, what it does, and its options."""
     assert main(["checkpoint", name, "--help"]) == 0
     assert capsys.readouterr().out.startswith(f"Usage: robo-orchard-lab checkpoint {name}")
-    command = import_module(f"robo_orchard_lab.cli.commands.checkpoint.{name}").command
+    command = group.commands[name]
     assert all(option.help for option in command.params if isinstance(option, click.Option))
     assert [*group.list_commands(click.Context(group))] == SUBCOMMANDS
 
@@ -105,7 +104,7 @@ def test_show_tells_what_is_inside(kept: Path, capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     assert "step:        40" in shown
     assert "command:     train.py \\x1b[31m" in shown  # which a terminal would obey
-    assert "2 tensors, 8 numbers" in shown
+    assert "2 tensors, 8 elements" in shown
     assert "model.safetensors  weight  float32  [2, 3]" in shown
     assert main(["checkpoint", "show", str(kept), "--best", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -117,7 +116,7 @@ def test_show_tells_what_is_inside(kept: Path, capsys: pytest.CaptureFixture[str
 def test_verify_finds_a_changed_byte(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All whole: 0; a changed byte: 1, and which file it is in."""
     assert main(["checkpoint", "verify", str(kept)]) == 0
-    assert capsys.readouterr().out.count(": whole") == 4
+    assert capsys.readouterr().out.count(": intact") == 4
     damage(kept, 30)
     assert main(["checkpoint", "verify", str(kept), "--json"]) == 1
     problems = [each["problem"] for each in json.loads(capsys.readouterr().out)]
@@ -130,7 +129,7 @@ def test_verify_finds_a_changed_byte(kept: Path, capsys: pytest.CaptureFixture[s
 def test_export_writes_plain_safetensors(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The newest whole weights, the best, or those of one checkpoint, for plain safetensors."""
     assert main(["checkpoint", "export", str(kept)]) == 0
-    assert "step_00000040 are in model.safetensors" in capsys.readouterr().out
+    assert "step_00000040 to model.safetensors" in capsys.readouterr().out
     assert load_file("model.safetensors")["weight"].eq(40).all()
     for path, options, step in (
         (kept, ["--best"], 20),
@@ -203,9 +202,9 @@ def test_prune_leaves_a_run_alone_that_goes_on(
         (["prune", "runs/first/checkpoints", "--keep-last", "0"], "0 is not in the range x>=1"),
         (["export", "runs/first", "model.bin"], "expected a name that ends in .safetensors"),
         (["export", "runs/first", "nowhere/model.safetensors"], "there is no folder nowhere"),
-        (["export", "runs/first", "there.safetensors"], "there.safetensors is there already"),
+        (["export", "runs/first", "there.safetensors"], "there.safetensors already exists"),
         (["export", "runs/plain", "--best"], "nothing says which checkpoint in runs/plain"),
-        (["prune", "runs/plain"], "nothing says how many checkpoints"),
+        (["prune", "runs/plain"], "no rule says how many checkpoints"),
         (["list", "runs/empty"], "the run in runs/empty has no checkpoints"),
         (["list", "runs/broken"], "runs/broken/config.yaml"),
         (["prune", "runs/outside"], "checkpoint.folder: expected a path within the run's folder"),

@@ -48,7 +48,7 @@ def test_a_file_that_is_there_is_left(file: str, capsys: pytest.CaptureFixture[s
     Path(file).write_text("mine")
     capsys.readouterr()
     assert main(["config", "init"]) == 2
-    assert "experiment.yaml is there already, and is left as it is" in capsys.readouterr().err
+    assert "experiment.yaml already exists" in capsys.readouterr().err
     assert Path(file).read_text() == "mine"
     assert main(["config", "init", "x.toml"]) == 2
     assert "name it x.yaml" in capsys.readouterr().err

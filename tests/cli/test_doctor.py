@@ -10,7 +10,7 @@ import pytest
 from tests.cli.running import run
 
 from robo_orchard_lab.cli.commands import doctor
-from robo_orchard_lab.cli.installation import Requirement, install_command
+from robo_orchard_lab.cli.commands.doctor import Requirement, install_command
 from robo_orchard_lab.cli.main import main
 
 
@@ -31,7 +31,7 @@ def test_what_is_there_is_told_as_json() -> None:
             "raise OSError('libcudart.so.13: gone')",
             "OSError: libcudart.so.13: gone",
         ),
-        ("import os; os.abort()", "the process that looked into it ended with -6"),
+        ("import os; os.abort()", "the process that imported it exited with -6"),
     ],
 )
 def test_a_broken_torch_is_told(torch: str, said: str, tmp_path: Path) -> None:
@@ -52,13 +52,13 @@ def test_what_is_missing_is_told_with_what_installs_it(
     there = Requirement("psutil", "", "7")
     assert (old.is_met, new.is_met, there.is_met) == (False, False, True)
     assert install_command([old, new]) == 'pip install "torch>=2.8" "rich>=13"'
-    monkeypatch.setattr(doctor, "_probed", dict)
+    monkeypatch.setattr(doctor, "_probe", dict)
     monkeypatch.setattr(doctor, "requirements", lambda: [there])
-    monkeypatch.setattr(doctor, "extras", lambda: {"terminal": [new], "other": [there]})
+    monkeypatch.setattr(doctor, "extra_requirements", lambda: {"terminal": [new], "other": [there]})
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    assert "INCOMPLETE EXTRA  WHAT INSTALLS THE REST" in shown
+    assert "INCOMPLETE EXTRA  INSTALL COMMAND" in shown
     assert 'terminal          pip install "rich>=13"\n' in shown
     monkeypatch.setattr(doctor, "requirements", lambda: [old, there])
     assert main(["doctor"]) == 1
-    assert 'missing or of another version: pip install "torch>=2.8"' in capsys.readouterr().out
+    assert 'missing or incompatible: pip install "torch>=2.8"' in capsys.readouterr().out

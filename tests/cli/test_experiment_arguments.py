@@ -9,7 +9,7 @@ import click
 import pytest
 
 from robo_orchard_lab.cli import main as program
-from robo_orchard_lab.cli.errors import CommandError, lines_of
+from robo_orchard_lab.cli.errors import CommandError, error_lines
 from robo_orchard_lab.cli.experiment_arguments import (
     ExperimentArguments,
     ExperimentCommand,
@@ -102,8 +102,8 @@ def test_options_keep_their_values() -> None:
         ),
         (["--base", "x.yaml"], "there is no option or field --base; see --help"),
         (["--zzz"], "there is no option or field --zzz; see --help"),
-        (["--seed"], "--seed needs a value, as in --seed=VALUE"),
-        (["--seed", "--flag"], "--seed needs a value, as in --seed=VALUE"),
+        (["--seed"], "--seed requires a value, as in --seed=VALUE"),
+        (["--seed", "--flag"], "--seed requires a value, as in --seed=VALUE"),
         (["--output"], "option '--output' requires an argument"),
         (["--trainer..x=3"], "expected keys with dots between them"),
         (["--seed=[1"], "error: --seed: "),
@@ -137,7 +137,7 @@ def test_a_file_that_is_not_there_is_told_with_the_nearest(tmp_path: Path) -> No
     (tmp_path / "digits.txt").write_text("name: x")
     with pytest.raises(CommandError) as caught:
         ExperimentArguments().read(tmp_path / "digit.yml")
-    assert lines_of(caught.value) == [
+    assert error_lines(caught.value) == [
         f"error: there is no file {tmp_path}/digit.yml",
         f"       did you mean {tmp_path}/digits.yaml?",
     ]

@@ -85,7 +85,7 @@ def test_a_hook_of_ones_own_is_shown(
     ("name", "said"),
     [
         ("StatMonitor", "error: there is no hook 'StatMonitor'; did you mean 'StatsMonitor'?\n"),
-        ("zzz", "error: there is no hook 'zzz'; there are ClearCacheHook, EarlyStopping, EMA, "),
+        ("zzz", "error: there is no hook 'zzz'; there are ClearCacheHook, EMA, EarlyStopping, "),
         ("torch.optim:SGD", "error: 'torch.optim:SGD' is no hook, which is a PipelineHooks\n"),
     ],
 )
@@ -106,21 +106,21 @@ def test_the_plan_of_a_file_has_each_hook_in_its_place(
     on_step = [each for each in told if each["channel"] == "on_step"]
     assert [each["hook"] for each in on_step] == ["OptimizerHook", "bar", "log", "stats"]
     assert [each["position"] for each in on_step] == [0, 1, 2, 3]
-    assert on_step[0]["said_in"] == "the trainer"
+    assert on_step[0]["defined_in"] == "the trainer"
     log = on_step[2]
     assert (log["when"], log["class_name"], log["before"]) == ("7 steps", "MetricsLogger", None)
-    assert log["said_in"].startswith("experiment.yaml:")
+    assert log["defined_in"].startswith("experiment.yaml:")
     assert "metrics_logger.py:" in log["after"]
     innermost = [each for each in told if each["channel"] == "on_loop"][-1]
     assert (innermost["hook"], innermost["class_name"]) == ("checkpoint", "SaveCheckpoint")
-    assert innermost["said_in"].startswith("experiment.yaml:")
+    assert innermost["defined_in"].startswith("experiment.yaml:")
     text = Path("experiment.yaml").read_text()
     Path("experiment.yaml").write_text(text.replace("checkpoint: {every", "# checkpoint: {every"))
     told = json.loads(shown(capsys, "hooks", "plan", "experiment.yaml", "--json"))
-    assert {each["said_in"] for each in told if each["hook"] == "checkpoint"} == {"default"}
+    assert {each["defined_in"] for each in told if each["hook"] == "checkpoint"} == {"default"}
     text = shown(capsys, "hooks", "plan", "experiment.yaml")
     assert text.splitlines()[0].split() == [
-        "CHANNEL", "HOOK", "CLASS", "WHEN", "CALLS", "SAID", "IN", "CODE"
+        "CHANNEL", "HOOK", "CLASS", "WHEN", "CALLS", "DEFINED", "IN", "CODE"
     ]  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["experiment.yaml"]
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from robo_orchard_core.utils.config.errors import ConfigFieldError
 from robo_orchard_lab.cli import main as program
-from robo_orchard_lab.cli.errors import CommandError, ExitCode, exit_code_of, lines_of
+from robo_orchard_lab.cli.errors import CommandError, ExitCode, error_lines, exit_code_of
 from robo_orchard_lab.cli.main import COMMANDS, main
 from robo_orchard_lab.pipeline.errors import (
     PipelineConfigError,
@@ -32,7 +32,7 @@ from robo_orchard_lab.pipeline.errors import (
 )
 
 EVERY_COMMAND = [
-    (name, module) for section in COMMANDS.values() for name, (_, module) in section.items()
+    (name, reference) for section in COMMANDS.values() for name, (_, reference) in section.items()
 ]
 
 
@@ -60,10 +60,13 @@ def test_help_comes_without_torch() -> None:
     assert not {"torch", "accelerate"} & set(done.stderr.split())
 
 
-@pytest.mark.parametrize(("name", "module"), EVERY_COMMAND)
-def test_each_command_has_help(name: str, module: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("name", "reference"), EVERY_COMMAND)
+def test_each_command_has_help(
+    name: str, reference: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A command's help tells how it is used, what it does, and its options."""
-    command = import_module(module).command
+    module, _, attribute = reference.partition(":")
+    command = getattr(import_module(module), attribute)
     assert command.name == name
     assert main([name, "--help"]) == 0
     shown = capsys.readouterr().out
@@ -79,7 +82,7 @@ def test_each_command_has_help(name: str, module: str, capsys: pytest.CaptureFix
     ("arguments", "said"),
     [
         (["docter"], "error: there is no command 'docter'; did you mean 'doctor'?\n"),
-        (["x"], "error: there is no command 'x'; there are "),
+        (["x"], "error: there is no command 'x'; expected "),
         (["--versoin"], "error: no such option"),
         (["completion"], "error: missing argument"),
         (["completion", "csh"], "'csh' is not one of 'bash', 'zsh', 'fish'"),
@@ -95,7 +98,7 @@ def test_wrong_use_is_told_shortly(
     assert shown.out == ""
     assert said in shown.err
     *_, last = shown.err.splitlines()
-    assert last.endswith("--help` shows how")
+    assert last.endswith("--help` for usage")
 
 
 def test_no_command_is_wrong_use_that_help_answers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,7 +138,7 @@ def test_errors_have_their_code_and_their_lines(
     error: BaseException, code: int, lines: list[str]
 ) -> None:
     """Each kind of error has its exit code, and is told in at most two lines."""
-    assert (exit_code_of(error), lines_of(error)) == (code, lines)
+    assert (exit_code_of(error), error_lines(error)) == (code, lines)
 
 
 def test_many_errors_of_a_file_are_told_in_two_lines() -> None:
@@ -143,11 +146,11 @@ def test_many_errors_of_a_file_are_told_in_two_lines() -> None:
     error = ConfigFieldError("first", ("a",))
     error.source = "x.yaml"
     error.others = (ConfigFieldError("second", ("b",)),)
-    assert lines_of(error) == ["error: x.yaml: a: first", "       also b: second"]
+    assert error_lines(error) == ["error: x.yaml: a: first", "       also b: second"]
     error.others *= 3
-    assert lines_of(error) == [
+    assert error_lines(error) == [
         "error: x.yaml: a: first",
-        "       and 3 more; `robo-orchard-lab config check` lists them all",
+        "       and 3 more; `robo-orchard-lab config check` lists all errors",
     ]
 
 
@@ -176,7 +179,7 @@ def test_an_error_beneath_a_users_code_is_told_with_the_users_line() -> None:
     try:
         json.loads("{")
     except ValueError as error:
-        _, place = lines_of(error)
+        _, place = error_lines(error)
     assert re.search(r"raised at .*json/decoder.py:\d+, called from .*test_main.py:\d+; ", place)
 
 
@@ -195,8 +198,8 @@ def test_an_error_of_a_loaders_worker_is_told_as_it_was_there() -> None:
     try:
         next(iter(DataLoader(Broken(), num_workers=1)))
     except KeyError as error:
-        said, place = lines_of(error)
-    assert said == "error: KeyError: 'no sample 0', in a loader's worker"
+        said, place = error_lines(error)
+    assert said == "error: KeyError: 'no sample 0', in a DataLoader worker"
     assert re.search(r"raised at .*test_main.py:\d+; --debug", place)
 
 
@@ -243,7 +246,7 @@ def test_what_one_rank_alone_finds_wrong_it_tells(
 ) -> None:
     """Where the first rank of the machine does not end, another one tells what it has found."""
     monkeypatch.setattr(program, "_run", raising(CommandError("no")))
-    monkeypatch.setattr(program, "_FIRST_TELLS_S", 0.1)
+    monkeypatch.setattr(program, "_FIRST_RANK_REPORTS_S", 0.1)
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     assert main([]) == ExitCode.USAGE

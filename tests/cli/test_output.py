@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,14 +29,31 @@ def test_a_table_in_a_file_has_a_line_for_a_row() -> None:
 
 
 def test_a_table_in_a_terminal_is_as_wide_as_that() -> None:
-    """The last column is broken between words where the line ends."""
-    lines = table_lines(["name", "is", "about"], ROWS, width=30)
+    """The last column is broken between words where the line ends, and the headings are bold."""
+    code = "from robo_orchard_lab.cli.output import print_table\n"
+    code += f"print_table(['name', 'is', 'about'], {ROWS!r})"
+    ended = run_in_terminal(command=[sys.executable, "-c", code], columns=30)
+    lines = [line.rstrip() for line in ended.out.splitlines()]
+    assert lines[0].startswith("\x1b[1mNAME")
     assert lines[1:4] == [
         "a     x   one two three four",
         "          five six seven",
         "long      first",
     ]
-    assert max(map(len, lines)) <= 30
+    assert max(map(len, lines[1:])) <= 30
+
+
+def test_a_table_in_a_terminal_does_not_need_rich(tmp_path: Path) -> None:
+    """Without the extra that brings rich, a terminal gets plain rows under bold headings."""
+    (tmp_path / "rich.py").write_text("raise ImportError('not installed')")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    code += "from robo_orchard_lab.cli.output import print_table\n"
+    code += f"print_table(['name', 'is', 'about'], {ROWS!r})"
+    ended = run_in_terminal(command=[sys.executable, "-c", code], columns=30)
+    assert ended.out.splitlines()[:2] == [
+        "\x1b[1mNAME  IS  ABOUT\x1b[0m",
+        "a     x   one two three four five six seven",
+    ]
 
 
 def test_a_table_without_rows_has_its_headings() -> None:

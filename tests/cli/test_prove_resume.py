@@ -77,9 +77,9 @@ def test_the_digits_example_goes_on_exactly(
     [
         ([], 2, "missing argument 'FILE'"),
         ([FILE, "--stops", "0"], 2, "0 is not in the range x>=1"),
-        ([FILE, "--kill", "--checkpoint=null"], 2, "has to save, and checkpoint is null"),
+        ([FILE, "--kill", "--checkpoint=null"], 2, "must save, and checkpoint is null"),
         (["runs/x.yaml"], 2, "there is no file runs/x.yaml"),
-        ([FILE, "--model.inputs=3"], 1, "the straight run"),
+        ([FILE, "--model.inputs=3"], 1, "the uninterrupted run"),
     ],
 )
 def test_what_can_not_be_proved_is_told(

@@ -59,8 +59,8 @@ def test_a_file_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
     assert told == [
         "runs/spirals: completed after 20 steps",
         "  newest checkpoint  runs/spirals/checkpoints/step_00000020",
-        "  measure it         robo-orchard-lab evaluate runs/spirals",
-        "  take its weights   robo-orchard-lab checkpoint export runs/spirals",
+        "  evaluate           robo-orchard-lab evaluate runs/spirals",
+        "  export weights     robo-orchard-lab checkpoint export runs/spirals",
     ]
     assert state()["state"] == "completed"
     assert start()["changes"] == []
@@ -121,7 +121,7 @@ def test_changes_are_sorted_and_need_a_word(capsys: pytest.CaptureFixture[str]) 
     )
     lines = [line.split()[:2] for line in shown.err.splitlines()[2:4]]
     assert lines == [["trajectory", "hooks.clip"], ["harmless", "trainer.max_epoch"]]
-    assert "--allow trajectory goes on all the same; `robo-orchard-lab resume" in shown.err
+    assert "--allow trajectory resumes it with the changes; `robo-orchard-lab resume" in shown.err
     assert state()["progress"]["epoch_id"] == 1
     assert main([changed[0], "--allow", *changed[1:]]) == 0  # which means the same alone
     assert state()["progress"]["epoch_id"] == 2
@@ -141,10 +141,13 @@ def test_changes_are_sorted_and_need_a_word(capsys: pytest.CaptureFixture[str]) 
         (["train"], "missing argument 'FILE'"),
         (["train", "spiral.yaml"], "did you mean spirals.yaml?"),
         (["train", FILE, "--trainer.max_epochs", "3"], "did you mean 'max_epoch'"),
-        (["train", FILE, "--dry-run", "--debug-fast"], "give one of them"),
+        (["train", FILE, "--dry-run", "--debug-fast"], "expected one of"),
         (["train", FILE, "--allow", "all"], "'all' is not 'trajectory'"),
         (["train", FILE, SLOW], "mine:Slow"),
-        (["train", FILE, "--run_folder", f"{FILE}/x"], "can't lie in spirals.yaml/x: spirals.yaml"),
+        (
+            ["train", FILE, "--run_folder", f"{FILE}/x"],
+            "spirals.yaml/x can't be the run folder: spirals.yaml",
+        ),
         (["resume", "runs/none"], "there is no runs/none; expected the folder of a run"),
         (["resume", FILE], "spirals.yaml is a file; expected the folder of a run"),
         (["resume", ".", "--run_folder", "x"], "not the folder of a run"),
@@ -170,7 +173,7 @@ def test_a_run_that_fails_ends_with_1(capsys: pytest.CaptureFixture[str]) -> Non
     tail = [line for line in shown.err.splitlines() if " INFO " not in line]
     assert tail[:2] == [
         "runs/spirals: ended after 15 steps",
-        "  go on, from step 10, with  robo-orchard-lab resume runs/spirals --trust mine",
+        "  resume from step 10:  robo-orchard-lab resume runs/spirals --trust mine",
     ]
     assert tail[2] == "error: RuntimeError: no step 15"
     assert "mine.py:" in tail[3]
@@ -236,7 +239,7 @@ def test_ctrl_c_ends_a_run_that_then_goes_on(saves: bool) -> None:
     else:
         assert f"runs/spirals: ended after {steps} steps" in err
         assert "error: interrupted" in err
-    assert " with  robo-orchard-lab resume runs/spirals --trust mine" in err
+    assert ":  robo-orchard-lab resume runs/spirals --trust mine" in err
     quick = ["--trust", "mine", "--hooks.slow.seconds=0.0", "--allow", "trajectory"]
     assert main(["resume", str(RUN), *quick]) == 0
     assert main(["train", FILE, "--run_folder", "straight"]) == 0
@@ -255,7 +258,7 @@ def test_sigterm_ends_it_with_143(capsys: pytest.CaptureFixture[str]) -> None:
     config = (RUN / "config.yaml").read_bytes()
     for options in ([], ["--resume", "never", "--seed", "3"]):  # a second one is refused
         assert main(["train", FILE, *options]) == 1
-        assert f"still goes on, as process {started.pid}" in capsys.readouterr().err
+        assert f"is still running, as process {started.pid}" in capsys.readouterr().err
     assert (RUN / "config.yaml").read_bytes() == config
     started.send_signal(signal.SIGTERM)
     _, err = started.communicate(timeout=60)

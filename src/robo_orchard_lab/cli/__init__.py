@@ -1,20 +1,22 @@
 """The command line ``robo-orchard-lab``.
 
-A command is a module with a ``command``, which `cli.main` names in its list, with the line that
-``--help`` shows for it; so it is imported when somebody asks for it, and no other one is::
+- `main`: the process around a command: arguments, log, signals, exit codes.
+- `commands`: the commands, one module for each group, imported when a command is used.
+- `experiment_arguments`: any field of an experiment as an option.
+- `training`: start and report of a training run.
+- `errors`, `output`: lines for errors; text, tables and JSON.
 
-    # cli/commands/greet.py, listed as "greet": ("Say hello.", f"{_MODULES}.greet")
-    @click.command("greet", cls=Command)
+Rules for a command, as in this module ``cli/commands/greet.py``, which the table in `main` lists as
+``"greet": ("Print a greeting.", "robo_orchard_lab.cli.commands.greet:greet")``::
+
+    @click.command(cls=Command)
     @click.argument("name")
     @json_option
-    def command(name: str, as_json: bool) -> None:
-        '''Say hello to NAME.'''
+    def greet(name: str, as_json: bool) -> None:
+        '''Print a greeting for NAME.'''
         print_json({"hello": name}) if as_json else say(f"hello, {name}")
 
-- `commands.Command` of `cli.lazy_group` brings ``--debug``; `ExperimentCommand` of
-  `cli.experiment_arguments` brings ``--trust`` and the overrides as well.
-- What imports torch is imported in the function that needs it: help is to come at once.
-- A command returns nothing, or the process's exit code. What goes wrong is raised: `cli.errors`
-  says it in a line or two, and with which code the process ends.
-- Standard output has what was asked for, by `cli.output`; the log and errors go to standard error.
+- Import torch in functions only: help must not wait for it.
+- Return nothing or an exit code. Raise errors: `errors` formats them.
+- Print results by `output` to standard output; the log and errors go to standard error.
 """

@@ -1,4 +1,4 @@
-"""What goes wrong, in a line or two, and the code that the process ends with."""
+"""Errors of commands: one or two lines of text, and the exit code."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ import click
 from robo_orchard_core.utils.config.errors import ConfigError
 
 _INDENT = "       "  # as wide as "error: "
-_PIPELINE_ERRORS = "robo_orchard_lab.pipeline.errors"  # which can't be imported without torch
-_TOLD_BY_THEMSELVES = ("PipelineConfigError", "RankFailed", "StateError")
-_LAST_LINE = "--debug shows the traceback"
+_PIPELINE_ERRORS = "robo_orchard_lab.pipeline.errors"  # imports torch
+_COMPLETE_MESSAGES = ("PipelineConfigError", "RankFailed", "StateError")
+_DEBUG_HINT = "--debug shows the traceback"
 
 
 class ExitCode(IntEnum):
-    """What the process ends with."""
+    """Exit code of the program."""
 
     DONE = 0
     FAILED = 1
-    """What was asked for has failed: a run, a check, a comparison."""
+    """The command failed: a run, a check, a comparison."""
     USAGE = 2
-    """The command line, or a file that it names, is not as it has to be; nothing was done."""
+    """The command line or a file is invalid; nothing was done."""
     PREEMPTED = 75
-    """A run was saved and stopped, and is to be started again."""
+    """The run was saved and stopped; start it again."""
     INTERRUPTED = 130
     """Ctrl-C."""
     TERMINATED = 143
@@ -38,12 +38,12 @@ class ExitCode(IntEnum):
 
 
 class CommandError(Exception):
-    """A command can't do what it is asked for.
+    """Refusal of a command.
 
     Args:
-        problem: what was expected and what was found, in a line.
-        advice: what to do about it, in another.
-        exit_code: of the process.
+        problem: expected and found, in one line.
+        advice: the remedy, in another line.
+        exit_code: exit code of the program.
     """
 
     def __init__(
@@ -56,10 +56,7 @@ class CommandError(Exception):
 
 
 def exit_code_of(error: BaseException) -> int:
-    """What the process ends with after an error that nobody has caught.
-
-    A code of its own, such as that of a run that was preempted, an error keeps.
-    """
+    """Return the exit code for an error; an error with a code, such as `RunPreempted`, keeps it."""
     match error:
         case click.ClickException() | CommandError():
             return int(error.exit_code)
@@ -71,92 +68,77 @@ def exit_code_of(error: BaseException) -> int:
             return ExitCode.DONE
         case SystemExit(code=int(code)):
             return code
-        case _ if _is_of_pipeline(error, "PipelineConfigError"):
+        case _ if _is_pipeline_error(error, "PipelineConfigError"):
             return ExitCode.USAGE
     return ExitCode.FAILED
 
 
-def lines_of(error: BaseException) -> list[str]:
-    """What is to be said of an error: nothing, a line, or two.
+def error_lines(error: BaseException) -> list[str]:
+    """Return the lines to print for an error: the problem and the advice, or none.
 
-    >>> lines_of(CommandError("there is no run in runs/1", "start it with train"))
+    >>> error_lines(CommandError("there is no run in runs/1", "start it with train"))
     ['error: there is no run in runs/1', '       start it with train']
     """
-    problem, advice = _told(error)
+    problem, advice = _problem_and_advice(error)
     lines = [f"error: {problem}"] if problem else []
-    return [*lines, *(_INDENT + line for line in advice)]
+    return [*lines, _INDENT + advice] if advice else lines
 
 
-def line_of(error: ConfigError) -> str:
-    """The error alone, with where it is said and the field.
+def config_error_line(error: ConfigError) -> str:
+    """Return location, field and problem of a config error in one line.
 
     >>> error = ConfigError("must be >= 1", ("trainer", "max_epoch"))
     >>> error.source = "digits.yaml:12"
-    >>> line_of(error)
+    >>> config_error_line(error)
     'digits.yaml:12: trainer.max_epoch: must be >= 1'
     >>> error.source = "command line: --trainer.max_epoch"
-    >>> line_of(error)
+    >>> config_error_line(error)
     '--trainer.max_epoch: must be >= 1'
     """
-    source, option = error.source or "", f"--{error.place}"
-    if source == f"command line: {option}":
-        source, place = "", option
-    else:
-        place = error.place
-    return ": ".join(filter(None, (source, place, error.problem)))
+    source, field = error.source or "", error.place
+    if source == f"command line: --{field}":
+        source, field = "", f"--{field}"
+    return ": ".join(filter(None, (source, field, error.problem)))
 
 
-def _told(error: BaseException) -> tuple[str, list[str]]:
+def _problem_and_advice(error: BaseException) -> tuple[str, str]:
     match error:
         case SystemExit():
-            return (
-                "" if error.code is None or isinstance(error.code, int) else str(error.code)
-            ), []
+            return "" if error.code is None or isinstance(error.code, int) else str(error.code), ""
         case KeyboardInterrupt() | click.Abort():
-            return "interrupted", []
+            return "interrupted", ""
         case click.ClickException():
-            return _of_click(error)
+            # click's messages are sentences.
+            text = " ".join(error.format_message().split()).rstrip(".")
+            text = text if text[1:2].isupper() else text[:1].lower() + text[1:]
+            context = getattr(error, "ctx", None)
+            return text, "" if context is None else f"run `{context.command_path} --help` for usage"
         case CommandError():
-            return error.problem, [error.advice] if error.advice else []
+            return error.problem, error.advice
+        case ConfigError(others=()):
+            return config_error_line(error), ""
+        case ConfigError(others=(other,)):
+            return config_error_line(error), f"also {config_error_line(other)}"
         case ConfigError():
-            return _of_config(error)
-        case _ if any(_is_of_pipeline(error, name) for name in _TOLD_BY_THEMSELVES):
-            return _first_line(error), []
-    return _of_others(error)
-
-
-def _of_click(error: click.ClickException) -> tuple[str, list[str]]:
-    # Its texts are sentences, ours begin small behind "error:".
-    text = " ".join(error.format_message().split()).rstrip(".")
-    text = text if text[1:2].isupper() else text[:1].lower() + text[1:]
-    context = getattr(error, "ctx", None)
-    return text, [] if context is None else [f"`{context.command_path} --help` shows how"]
-
-
-def _of_config(error: ConfigError) -> tuple[str, list[str]]:
-    if not error.others:
-        return line_of(error), []
-    if len(error.others) == 1:
-        return line_of(error), [f"also {line_of(error.others[0])}"]
-    more = f"and {len(error.others)} more; `robo-orchard-lab config check` lists them all"
-    return line_of(error), [more]
-
-
-def _of_others(error: BaseException) -> tuple[str, list[str]]:
-    place = _place(error)
+            more = f"and {len(error.others)} more; `robo-orchard-lab config check` lists all errors"
+            return config_error_line(error), more
+        case _ if any(_is_pipeline_error(error, name) for name in _COMPLETE_MESSAGES):
+            return _first_line(error), ""
+    worker = _worker_error(error)
+    message = _first_line(error) if worker is None else f"{worker[0]}, in a DataLoader worker"
+    location = _location(error, [] if worker is None else worker[1])
     return (
-        f"{type(error).__qualname__}: {_said(error)}".removesuffix(": "),
-        [f"{place}; {_LAST_LINE}" if place else _LAST_LINE],
+        f"{type(error).__qualname__}: {message}".removesuffix(": "),
+        f"{location}; {_DEBUG_HINT}" if location else _DEBUG_HINT,
     )
 
 
-def _place(error: BaseException) -> str:
-    """The line that raised it, the last one of the user's own, and the hook, as far as known."""
+def _location(error: BaseException, worker_frames: list[traceback.FrameSummary]) -> str:
+    """Describe the line that raised an error, the last line of the user's code, and the hook."""
     from robo_orchard_core.utils.hook import origin_of
 
-    worker = _in_worker(error)
-    frames = [*traceback.extract_tb(error.__traceback__)] if worker is None else worker[1]
-    own = [frame for frame in frames if not _is_of_others(frame.filename)]
+    frames = worker_frames or [*traceback.extract_tb(error.__traceback__)]
+    own = [frame for frame in frames if not _is_library_code(frame.filename)]
     hook = origin_of(error)
     parts = [f"raised at {_line(frames[-1])}"] if frames else []
     if own and own[-1] is not frames[-1]:
@@ -167,42 +149,33 @@ def _place(error: BaseException) -> str:
 
 
 def _line(frame: traceback.FrameSummary) -> str:
-    return f"{_short(frame.filename)}:{frame.lineno}"
-
-
-def _is_of_others(file: str) -> bool:
-    """Whether the user has not written it: an installed package, Python's library, or ours."""
-    ours = Path(__file__).parents[2]
-    library = sysconfig.get_paths()
-    others = {str(ours), library["stdlib"], library["purelib"], library["platlib"]}
-    return file.startswith("<") or any(Path(file).is_relative_to(folder) for folder in others)
-
-
-def _short(file: str) -> str:
     try:
-        relative = os.path.relpath(file)
-    except (OSError, ValueError):  # the working directory is gone, or on another drive
-        return file
-    return file if relative.startswith(os.pardir) else relative
+        file = os.path.relpath(frame.filename)
+    except (OSError, ValueError):  # the working directory was removed, or is on another drive
+        file = os.pardir
+    return f"{frame.filename if file.startswith(os.pardir) else file}:{frame.lineno}"
+
+
+def _is_library_code(file: str) -> bool:
+    """Return True for a file of an installed package, of Python's library, or of this package."""
+    paths = sysconfig.get_paths()
+    package = Path(__file__).parents[2]
+    folders = {str(package), paths["stdlib"], paths["purelib"], paths["platlib"]}
+    return file.startswith("<") or any(Path(file).is_relative_to(folder) for folder in folders)
 
 
 def _first_line(error: BaseException) -> str:
     try:
         lines = str(error).strip().splitlines()
-    except Exception as failure:  # of the error's own __str__
+    except Exception as failure:  # in the error's own __str__
         return f"<no text: {type(failure).__qualname__}>"
     return lines[0] + (" ..." if len(lines) > 1 else "") if lines else ""
 
 
-def _said(error: BaseException) -> str:
-    worker = _in_worker(error)
-    return _first_line(error) if worker is None else f"{worker[0]}, in a loader's worker"
+def _worker_error(error: BaseException) -> tuple[str, list[traceback.FrameSummary]] | None:
+    """Return message and frames of an error of a DataLoader worker, or None for another error.
 
-
-def _in_worker(error: BaseException) -> tuple[str, list[traceback.FrameSummary]] | None:
-    """What an error of a loader's worker says, and where it was raised there.
-
-    torch has the traceback of it as its text, in the main process.
+    In the main process, torch raises the error with the worker's traceback as its text.
     """
     text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
     if not text.startswith("Caught ") or " in DataLoader worker process " not in text:
@@ -212,12 +185,12 @@ def _in_worker(error: BaseException) -> tuple[str, list[traceback.FrameSummary]]
         traceback.FrameSummary(file, int(line), name)
         for file, line, name in (match.groups() for match in found)
     ]
-    below = text[found[-1].end() if found else 0 :].splitlines()
-    said = next((line for line in below if line and not line[0].isspace()), text)
-    return said.removeprefix(f"{type(error).__qualname__}: "), frames
+    rest = text[found[-1].end() if found else 0 :].splitlines()
+    message = next((line for line in rest if line and not line[0].isspace()), text)
+    return message.removeprefix(f"{type(error).__qualname__}: "), frames
 
 
-def _is_of_pipeline(error: BaseException, name: str) -> bool:
-    """Whether it is an error of the pipeline's, which is there if one was raised."""
+def _is_pipeline_error(error: BaseException, name: str) -> bool:
+    """Return True for an error of a class of the pipeline, which is loaded if it was raised."""
     kind: Any = getattr(sys.modules.get(_PIPELINE_ERRORS), name, None)
     return kind is not None and isinstance(error, kind)

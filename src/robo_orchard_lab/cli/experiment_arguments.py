@@ -1,7 +1,7 @@
-"""What commands take that are about an experiment: ``--trust``, and any of its fields as an option.
+"""Arguments of commands for an experiment: FILE, ``--trust``, and any field as an option.
 
-Fields go over what the file says, by their dotted paths, before anything is validated; so they
-reach named hooks, and the fields of whatever class is configured there::
+A field option overrides the value of the file before validation, also a field of a named hook or of
+a configured class::
 
     robo-orchard-lab train digits.yaml --trainer.max_epoch 3 --hooks.log.every "50 steps"
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,47 +19,56 @@ import click
 from click.shell_completion import CompletionItem
 
 from robo_orchard_core.utils.config.errors import ConfigError
+from robo_orchard_lab.cli.commands import Command
 from robo_orchard_lab.cli.errors import CommandError
-from robo_orchard_lab.cli.lazy_group import Command
+from robo_orchard_lab.cli.output import PROGRAM
 from robo_orchard_lab.experiment.inspection import experiment_fields
+from robo_orchard_lab.experiment.run_folder import CONFIG_FILE
 
 if TYPE_CHECKING:
     from robo_orchard_lab.experiment.config import ExperimentConfig
     from robo_orchard_lab.experiment.document import ExperimentDocument
     from robo_orchard_lab.experiment.overrides import Override
 
+RUN_FOLDER = "run_folder"
+_SUFFIXES = (".yaml", ".yml", ".toml", ".json")
+
 file_argument = click.argument("file", type=click.Path(path_type=Path))
-"""FILE, whose errors are told by whoever reads it."""
+"""Argument FILE; the command that reads the file reports its errors."""
 
 _TRUST: dict[str, Any] = {
     "multiple": True,
     "metavar": "PACKAGE",
-    "help": "A package, or module:Class, whose code a file may name; as often as needed. Others "
-    "are never imported. [tool.robo_orchard_lab] trust in pyproject.toml does it for a project.",
+    "help": "Allow the file to name code of this package (or module:Class); repeatable. Other code "
+    "is never imported. For a project: trust in [tool.robo_orchard_lab] of pyproject.toml.",
 }
 trust_option = click.option("--trust", **_TRUST)
-"""``--trust``, of commands that take no overrides."""
+"""Option ``--trust`` of commands without field options."""
 
 ALLOWED = "trajectory"
-"""What ``--allow`` allows: the worst that may be."""
-
-_SUFFIXES = (".yaml", ".yml", ".toml", ".json")
+"""The only value of ``--allow``."""
+allow_option = click.option(
+    "--allow",
+    type=click.Choice([ALLOWED]),
+    help="Resume although a changed field changes the trained weights, as in `--allow trajectory`; "
+    "`--allow` alone means the same.",
+)
 
 
 @dataclass(frozen=True)
 class ExperimentArguments:
-    """What was typed about an experiment, beside its file."""
+    """Trusted packages and field overrides from the command line."""
 
     trust: tuple[str, ...] = ()
-    """Of ``--trust``; what the user's own pyproject.toml trusts comes to it."""
+    """Values of ``--trust``; the user's pyproject.toml may add others."""
     overrides: tuple[Override, ...] = ()
 
     def read(self, file: Path) -> ExperimentDocument:
-        """The document of a file, with the overrides and the environment's over it.
+        """Read a file and apply the environment variables and the overrides.
 
         Raises:
-            CommandError: there is no such file.
-            ConfigError: it, or what was typed, is no experiment.
+            CommandError: the file does not exist.
+            ConfigError: the file, a variable or an override is invalid.
         """
         from robo_orchard_lab.experiment.document import read_experiment
 
@@ -68,19 +77,19 @@ class ExperimentArguments:
         return read_experiment(file, overrides=self.overrides, environ=os.environ)
 
     def load(self, file: Path) -> ExperimentConfig:
-        """The experiment of a file, validated.
+        """Read and validate a file.
 
         Raises:
-            CommandError: there is no such file.
-            ConfigError: it, or what was typed, is no experiment, or is not trusted.
+            CommandError: the file does not exist.
+            ConfigError: the experiment is invalid or not trusted.
         """
         return self.validated(self.read(file))
 
     def validated(self, document: ExperimentDocument) -> ExperimentConfig:
-        """The experiment of a document.
+        """Validate a document.
 
         Raises:
-            ConfigError: it is none, or is not trusted.
+            ConfigError: the experiment is invalid or not trusted; each error has its location.
         """
         from robo_orchard_lab.experiment.config import ExperimentConfig
 
@@ -91,12 +100,47 @@ class ExperimentArguments:
                 document.locate(other)
             raise
 
+    @property
+    def sets_run_folder(self) -> bool:
+        """Return True if the command line or the environment sets ``run_folder``."""
+        return any(override.path[0] == RUN_FOLDER for override in self._all_overrides())
+
+    @property
+    def sets_resume(self) -> bool:
+        """Return True if the command line or the environment sets ``resume``."""
+        return any(override.path == ("resume",) for override in self._all_overrides())
+
+    def _all_overrides(self) -> list[Override]:
+        from robo_orchard_lab.experiment.overrides import from_environment
+
+        return [*self.overrides, *from_environment(os.environ, {})]
+
+    def within(self, folder: Path, **fields: str) -> ExperimentArguments:
+        """Return these arguments for the run in a folder, with further fields.
+
+        Raises:
+            CommandError: ``--run_folder`` is set, too.
+        """
+        from robo_orchard_lab.experiment.overrides import Origin, Override
+
+        if any(override.path[0] == RUN_FOLDER for override in self.overrides):
+            raise CommandError(
+                f"the run is in {folder}, and --{RUN_FOLDER} names another folder",
+                f"`{PROGRAM} train {folder / CONFIG_FILE} --{RUN_FOLDER} FOLDER` repeats it there",
+            )
+        origin = Origin("command line", str(folder))
+        added = [
+            Override((name,), value, None, origin)
+            for name, value in {RUN_FOLDER: str(folder), **fields}.items()
+        ]
+        return replace(self, overrides=(*added, *self.overrides))
+
 
 class ExperimentCommand(Command):
-    """A command whose function gets ``experiment``, what was typed about one.
+    """Command with ``--trust`` and field options, passed as ``experiment: ExperimentArguments``.
 
     Args:
-        lists_fields: whether its help lists the fields.
+        lists_fields: list all fields in the help.
     """
 
     def __init__(self, *args: Any, lists_fields: bool = False, **kwargs: Any) -> None:
@@ -106,17 +150,22 @@ class ExperimentCommand(Command):
         self.params.insert(-1, click.Option(["--trust"], **_TRUST))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Take the fields out, and leave the rest to click."""
-        own, fields = self._divided(ctx, args)
+        """Parse field options; click parses the rest.
+
+        Raises:
+            click.UsageError: an option is unknown, or a field has no value.
+            ConfigError: the path or the value of a field is invalid.
+        """
+        own, fields = self._split(ctx, args)
         rest = super().parse_args(ctx, own)
         trust = ctx.params.pop("trust")
         if not ctx.resilient_parsing:
             ctx.params["experiment"] = ExperimentArguments(trust, _overrides(fields))
         return rest
 
-    def _divided(self, ctx: click.Context, args: list[str]) -> tuple[list[str], list[str]]:
-        """What is the command's own, and what are fields, each as ``--path=value``."""
-        takes_value = {
+    def _split(self, ctx: click.Context, args: list[str]) -> tuple[list[str], list[str]]:
+        """Split arguments into those for click and fields, each as ``--path=value``."""
+        requires_value = {
             name: not (option.is_flag or option.count)
             for option in self.get_params(ctx)
             if isinstance(option, click.Option)
@@ -124,25 +173,25 @@ class ExperimentCommand(Command):
         }
         own: list[str] = []
         fields: list[str] = []
-        waiting = iter(_complete(args))
+        waiting = iter(_with_allow_value(args))
         for argument in waiting:
             if argument == "--":
                 own += [argument, *waiting]
-            elif argument in takes_value:
+            elif argument in requires_value:
                 own.append(argument)
-                if takes_value[argument]:
+                if requires_value[argument]:
                     own += _next(waiting)
-            elif not argument.startswith("--") or argument.partition("=")[0] in takes_value:
+            elif not argument.startswith("--") or argument.partition("=")[0] in requires_value:
                 own.append(argument)
-            elif ctx.resilient_parsing:  # to complete what comes behind
+            elif ctx.resilient_parsing:  # shell completion of a later argument
                 if "=" not in argument:
                     _next(waiting)
             else:
-                fields.append(_with_value(argument, waiting, [*takes_value]))
+                fields.append(_with_value(argument, waiting, [*requires_value]))
         return own, fields
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Options, fields, and what the parameters say."""
+        """Complete options, fields and arguments."""
         found = super().shell_complete(ctx, incomplete)
         if incomplete.startswith("--"):
             found += [
@@ -153,37 +202,36 @@ class ExperimentCommand(Command):
         return found
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The options, and the fields where they are listed."""
+        """Write the options and the fields, or a line about fields."""
         super().format_options(ctx, formatter)
         if not self._lists_fields:
             with formatter.section("Fields"):
                 formatter.write_text(
                     "Any field of the experiment, as in --trainer.max_epoch 3 or --hooks.bar=null; "
-                    "`robo-orchard-lab train --help` lists them."
+                    "`robo-orchard-lab train --help` lists the fields."
                 )
             return
-        with formatter.section("Fields (--FIELD VALUE, which goes over what the file says)"):
+        with formatter.section("Fields (--FIELD VALUE overrides the file)"):
             formatter.write_dl([(f"--{field.path}", field.text) for field in experiment_fields()])
         with formatter.section("More about fields"):
             formatter.write_text(
-                "A part has the parameters of its class as fields: --optimizer.lr 0.1, "
-                "--hooks.NAME.every '50 steps'; `robo-orchard-lab hooks show` tells a hook's. "
-                "null removes a hook or an evaluation set. A value that begins with two dashes is "
-                "given behind an equals sign. Environment variables go between the file and what "
-                "is typed: ROBO_ORCHARD_LAB__TRAINER__MAX_EPOCH=3."
+                "Parameters of a configured class are fields, too: --optimizer.lr 0.1, "
+                "--hooks.NAME.every '50 steps'; `robo-orchard-lab hooks show NAME` lists those of "
+                "a hook. null removes a hook or an evaluation set. Write --FIELD=VALUE for a value "
+                "that starts with two dashes. An environment variable overrides the file, an "
+                "option overrides both: ROBO_ORCHARD_LAB__TRAINER__MAX_EPOCH=3."
             )
 
 
-def _complete(args: list[str]) -> list[str]:
-    """The arguments with its one value behind an ``--allow`` that stands alone, for which click
-    would take the file or the field that follows."""
+def _with_allow_value(args: list[str]) -> list[str]:
+    """Add the only value to ``--allow`` without a value: click would use the next argument."""
     return [
-        f"--allow={ALLOWED}" if arg == "--allow" and _is_no_value(after) else arg
-        for arg, after in zip(args, [*args, ""][1:], strict=False)
+        f"--allow={ALLOWED}" if arg == "--allow" and _is_not_a_value(following) else arg
+        for arg, following in zip(args, [*args, ""][1:], strict=False)
     ]
 
 
-def _is_no_value(argument: str) -> bool:
+def _is_not_a_value(argument: str) -> bool:
     path = Path(argument)
     return argument[:1] in ("", "-") or path.suffix in _SUFFIXES or path.exists()
 
@@ -193,19 +241,19 @@ def _next(waiting: Iterator[str]) -> list[str]:
 
 
 def _with_value(argument: str, waiting: Iterator[str], options: list[str]) -> str:
-    """The field and its value in one.
+    """Return a field and its value as one argument.
 
     Raises:
-        click.UsageError: it is no field, or has no value.
+        click.UsageError: the field is unknown, or has no value.
     """
     name, has_value, _ = argument.partition("=")
     if name.removeprefix("--").partition(".")[0] not in _top_fields():
-        raise click.UsageError(f"there is no option or field {name}; {_nearest(name, options)}")
+        raise click.UsageError(f"there is no option or field {name}; {_suggestion(name, options)}")
     if has_value:
         return argument
     value = next(waiting, None)
     if value is None or value.startswith("--"):
-        raise click.UsageError(f"{name} needs a value, as in {name}=VALUE")
+        raise click.UsageError(f"{name} requires a value, as in {name}=VALUE")
     return f"{argument}={value}"
 
 
@@ -213,11 +261,11 @@ def _top_fields() -> set[str]:
     return {field.path.partition(".")[0] for field in experiment_fields()}
 
 
-def _nearest(name: str, options: list[str]) -> str:
+def _suggestion(name: str, options: list[str]) -> str:
     word = name.removeprefix("--")
     known = [option.removeprefix("--") for option in options]
     near = difflib.get_close_matches(word, [*known, *(f.path for f in experiment_fields())], n=1)
-    if not near and "." in word:  # the field of a part, whose name alone is known
+    if not near and "." in word:  # a field of a configured class: only the first key is known
         first, _, rest = word.partition(".")
         near = [f"{top}.{rest}" for top in difflib.get_close_matches(first, _top_fields(), n=1)]
     return f"did you mean --{near[0]}?" if near else "see --help"

@@ -1,4 +1,4 @@
-"""``robo-orchard-lab``: its commands, and the process around one of them."""
+"""The program ``robo-orchard-lab``: its commands, log, signals and exit codes."""
 
 from __future__ import annotations
 
@@ -18,109 +18,104 @@ import click
 from click.shell_completion import shell_complete
 
 from robo_orchard_core.utils.logging import log_basic_config
-from robo_orchard_lab.cli.errors import ExitCode, exit_code_of, lines_of
-from robo_orchard_lab.cli.lazy_group import LazyGroup
+from robo_orchard_lab.cli.commands import LazyGroup
+from robo_orchard_lab.cli.errors import ExitCode, error_lines, exit_code_of
 from robo_orchard_lab.cli.output import (
     COMPLETE_VARIABLE,
     DISTRIBUTION,
     PROGRAM,
     discard_output,
+    is_reader_gone,
     note,
-    reader_is_gone,
     styled,
     visible,
 )
 
-_FIRST_TELLS_S = 10.0
+_FIRST_RANK_REPORTS_S = 10.0
 
-_MODULES = "robo_orchard_lab.cli.commands"
+_COMMANDS = "robo_orchard_lab.cli.commands"
 COMMANDS = {
     "Runs": {
-        "train": ("Train what a file describes.", f"{_MODULES}.train"),
-        "resume": ("Go on with a run from its newest checkpoint.", f"{_MODULES}.resume"),
-        "evaluate": ("Measure what a run has saved.", f"{_MODULES}.evaluate"),
-        "prove-resume": (
-            "Prove that a run goes on exactly where it stopped.",
-            f"{_MODULES}.prove_resume",
-        ),
+        "train": ("Train the experiment of a file.", f"{_COMMANDS}.train:train"),
+        "resume": ("Resume a run from its newest checkpoint.", f"{_COMMANDS}.train:resume"),
+        "evaluate": ("Evaluate the saved weights of a run.", f"{_COMMANDS}.train:evaluate"),
+        "prove-resume": ("Prove that a run resumes exactly.", f"{_COMMANDS}.train:prove_resume"),
         "checkpoint": (
             "List, show, verify, export and prune checkpoints.",
-            f"{_MODULES}.checkpoint",
+            f"{_COMMANDS}.checkpoint:checkpoint",
         ),
     },
-    "Files of experiments": {
-        "config": ("Begin, check, show and compare files.", f"{_MODULES}.config"),
-        "schema": ("Write the JSON Schema of the files, for editors.", f"{_MODULES}.schema"),
-        "hooks": ("Look at hooks, and at which run for a file.", f"{_MODULES}.hooks"),
+    "Experiment files": {
+        "config": ("Create, check, show and compare files.", f"{_COMMANDS}.config:config"),
+        "schema": ("Write the JSON Schema of files, for editors.", f"{_COMMANDS}.config:schema"),
+        "hooks": ("List and show hooks, and the hooks of a file.", f"{_COMMANDS}.hooks:hooks"),
     },
-    "This installation": {
-        "doctor": ("Show versions, devices, and what is missing.", f"{_MODULES}.doctor"),
-        "completion": ("Print what completes commands in a shell.", f"{_MODULES}.completion"),
+    "Installation": {
+        "doctor": ("Show versions, devices and missing packages.", f"{_COMMANDS}.doctor:doctor"),
+        "completion": ("Print the completion script of a shell.", f"{_COMMANDS}.doctor:completion"),
     },
 }
 
-_ABOUT = """Train what a file describes, and look at files, runs and checkpoints.
+_HELP = """Train the experiment of a file; inspect files, runs and checkpoints.
 
 \b
   robo-orchard-lab config init experiment.yaml
   robo-orchard-lab train experiment.yaml --trainer.max_epoch 3
+  robo-orchard-lab evaluate runs/spirals
 
-Every field of a file is an option as well (`train --help` lists them). Under torchrun, write
+Every field of a file is also an option (`train --help` lists them). Several processes:
 `torchrun --nproc-per-node 2 -m robo_orchard_lab train FILE`.
 """
 _EXIT_CODES = """\b
 Exit codes:
-  0    done
-  1    what was asked for has failed
-  2    wrong use, or a bad file; nothing was done
-  75   a run was saved and stopped, and is to be started again
+  0    success
+  1    the command failed
+  2    wrong usage or an invalid file; nothing was done
+  75   the run was saved and stopped; start it again
   130  Ctrl-C
   143  SIGTERM
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the arguments say, and tell of what goes wrong.
+    """Run a command, print its errors and return the exit code (see `ExitCode`).
 
     Args:
-        argv: without the program's name; None is what was typed.
-
-    Returns:
-        What the process is to end with: see `ExitCode`.
+        argv: arguments without the name of the program; those of the process by default.
     """
     arguments = [*(sys.argv[1:] if argv is None else argv)]
     debug = "--debug" in arguments
     if argv is None:
-        # Or Python processes that are started, such as those that load data, would look for modules
-        # in the folder that one is in ahead of everything, also for those of Python itself.
+        # Else child processes, such as DataLoader workers, look for modules in the working
+        # directory first, also for those of Python itself.
         os.environ.setdefault("PYTHONSAFEPATH", "1")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # what an older terminal can't show
-    with _terminated():
+        sys.stdout.reconfigure(errors="backslashreplace")  # characters outside the encoding
+    with _exit_on_sigterm():
         try:
             if COMPLETE_VARIABLE in os.environ:
                 instruction = os.environ[COMPLETE_VARIABLE]
                 return shell_complete(_program(), {}, PROGRAM, COMPLETE_VARIABLE, instruction)
-            _begin_log(debug)
+            _start_log(debug)
             code = _run(arguments)
-            if sys.stdout is not None:  # as it is where that was closed
-                sys.stdout.flush()  # an error of it belongs here, not to the interpreter's end
+            if sys.stdout is not None:  # None if it was closed
+                sys.stdout.flush()  # raises errors here, not at the end of the interpreter
         except BaseException as error:
-            if isinstance(error, BrokenPipeError) and reader_is_gone():
+            if isinstance(error, BrokenPipeError) and is_reader_gone():
                 discard_output()
                 return ExitCode.DONE
-            _tell(error, debug)
+            _print_error(error, debug)
             if argv is None and isinstance(error, Exception):
-                # As of an error that nobody catches: what is done at exit then has its limits.
+                # As for an uncaught error: exit handlers then have time limits.
                 sys.last_value = error
             return exit_code_of(error)
     return code
 
 
-def _begin_log(debug: bool) -> None:
-    """Log lines, short ones for a person who watches; a file, a job and ``--debug`` get all."""
-    watched = sys.stderr is not None and sys.stderr.isatty() and "WORLD_SIZE" not in os.environ
-    if watched and not debug:
+def _start_log(debug: bool) -> None:
+    """Log short lines to a terminal; complete lines to a file, in a job, and with ``--debug``."""
+    is_watched = sys.stderr is not None and sys.stderr.isatty() and "WORLD_SIZE" not in os.environ
+    if is_watched and not debug:
         log_basic_config(format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
     else:
         log_basic_config()
@@ -128,17 +123,17 @@ def _begin_log(debug: bool) -> None:
 
 def _run(arguments: list[str]) -> int:
     program = _program()
-    # Not click's own main: it takes each broken pipe of a training for one of standard output.
+    # Not click's main, which attributes every broken pipe of a training to standard output.
     try:
         with program.make_context(PROGRAM, arguments) as context:
             returned = program.invoke(context)
-    except click.exceptions.Exit as ended:
-        return ended.exit_code
+    except click.exceptions.Exit as request:
+        return request.exit_code
     return returned if isinstance(returned, int) else ExitCode.DONE
 
 
 def _program() -> click.Command:
-    group = LazyGroup(PROGRAM, COMMANDS, _ABOUT)
+    group = LazyGroup(PROGRAM, COMMANDS, _HELP)
     group.epilog = _EXIT_CODES
     group.params.append(
         click.Option(
@@ -147,53 +142,53 @@ def _program() -> click.Command:
             is_eager=True,
             expose_value=False,
             callback=_print_version,
-            help="Show the version and stop.",
+            help="Show the version and exit.",
         )
     )
     return group
 
 
-def _print_version(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
-    if wanted and not context.resilient_parsing:
+def _print_version(context: click.Context, parameter: click.Parameter, is_set: bool) -> None:
+    if is_set and not context.resilient_parsing:
         try:
             click.echo(f"{DISTRIBUTION} {version(DISTRIBUTION)}")
         except PackageNotFoundError:
-            click.echo(f"{DISTRIBUTION}, not installed: run from its sources")
+            click.echo(f"{DISTRIBUTION} (not installed: run from source)")
         context.exit()
 
 
-def _tell(error: BaseException, debug: bool) -> None:
+def _print_error(error: BaseException, debug: bool) -> None:
     if exit_code_of(error) == ExitCode.USAGE and os.environ.get("LOCAL_RANK", "0") != "0":
-        # What is wrong with a file or its use, each rank finds, and the first of a machine says it.
-        # Its launcher then ends this one; but if this one ended first, it would end that one.
-        time.sleep(_FIRST_TELLS_S)
+        # Every rank finds a usage error; the first rank of a machine prints it and exits, then the
+        # launcher ends this rank. If this rank exited first, the launcher would end the first rank.
+        time.sleep(_FIRST_RANK_REPORTS_S)
     if debug and not isinstance(error, SystemExit | click.ClickException):
         traceback.print_exception(error)
         return
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
-    rank = f"[rank {os.environ.get('RANK', '0')}] " if several else ""
-    for line in map(visible, lines_of(error)):
+    is_job = os.environ.get("WORLD_SIZE", "1") != "1"
+    rank = f"[rank {os.environ.get('RANK', '0')}] " if is_job else ""
+    for line in map(visible, error_lines(error)):
         head, mark, rest = line.partition("error:")
         note(f"{rank}{styled(mark, 'red', sys.stderr)}{rest}" if not head else f"{rank}{line}")
 
 
 @contextmanager
-def _terminated() -> Iterator[None]:
-    """Have SIGTERM end what runs inside as an exit does, so that all that is open is closed.
+def _exit_on_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into `SystemExit` in a block; a second SIGTERM ends the process at once.
 
-    A second one ends the process at once. Hooks that take signals themselves do so meanwhile.
+    Hooks may replace the handler while they run.
     """
     process = os.getpid()
 
-    def end(number: int, frame: FrameType | None) -> NoReturn:
+    def exit_with_code(number: int, frame: FrameType | None) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if os.getpid() != process:  # a fork of this one, which is to end as any other
+        if os.getpid() != process:  # a fork of this process ends by the signal
             os.kill(os.getpid(), number)
         raise SystemExit(ExitCode.TERMINATED)
 
     try:
-        before = signal.signal(signal.SIGTERM, end)
-    except ValueError:  # not the main thread, which has the signals
+        before = signal.signal(signal.SIGTERM, exit_with_code)
+    except ValueError:  # not the main thread
         yield
         return
     try:

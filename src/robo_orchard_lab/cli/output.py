@@ -1,4 +1,8 @@
-"""What goes to standard output: text and tables that suit a terminal and a file, or JSON."""
+"""Output of commands: text, styles, tables, JSON and YAML.
+
+A terminal gets styles, and tables drawn by rich where it is installed; a file or another program
+gets plain rows. Control characters in text from files are escaped.
+"""
 
 from __future__ import annotations
 
@@ -6,145 +10,49 @@ import json
 import os
 import re
 import select
-import shutil
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 import click
 
 from robo_orchard_core.utils.config.formats import Plain, read_yaml, write_yaml
 
-# --- names -----------------------------------------------------------------------------------
-# What the command line goes by.
-
-
 PROGRAM = "robo-orchard-lab"
 DISTRIBUTION = "robo-orchard-hooks"
 COMPLETE_VARIABLE = "_ROBO_ORCHARD_LAB_COMPLETE"
 
+# --- text ------------------------------------------------------------------------------------
 
-# --- output ----------------------------------------------------------------------------------
-
-
-Style = Literal["bold", "dim", "red", "green", "yellow", "cyan"]
-
-_CODES: dict[Style, int] = {
-    "bold": 1,
-    "dim": 2,
-    "red": 31,
-    "green": 32,
-    "yellow": 33,
-    "cyan": 36,
-}
-_STYLES = re.compile(rf"(\x1b\[(?:0|{'|'.join(map(str, _CODES.values()))})m)")
-_GAP = "  "
-_NARROWEST = 20  # of the last column, below which it is left to the terminal to break lines
-
-_for_json: list[TextIO] = []  # where JSON goes while sys.stdout is standard error
-
-
-def _keep_for_json(context: click.Context, parameter: click.Parameter, wanted: bool) -> bool:
-    if wanted and not context.resilient_parsing:
-        context.with_resource(_output_aside())
-    return wanted
-
-
-@contextmanager
-def _output_aside() -> Iterator[None]:
-    """Have what others print, such as a module of the user's, go to standard error."""
-    _for_json.append(sys.stdout)
-    try:
-        with redirect_stdout(sys.stderr):
-            yield
-    finally:
-        _for_json.pop()
-
-
-json_option = click.option(
-    "--json",
-    "as_json",
-    is_flag=True,
-    callback=_keep_for_json,
-    help="Print JSON to standard output, and nothing else there.",
-)
-"""``--json``, which a command that prints a table gets as ``as_json``.
-
-All that is printed by other means than `print_json` then goes to standard error.
-"""
+_STYLE_CODES = re.compile(r"(\x1b\[(?:0|1|31|32)m)")  # of `styled`
 
 
 def say(text: str = "") -> None:
-    """Print a line that was asked for, which may have styles, and nothing else to be obeyed."""
-    print(_with_styles(text, sys.stdout))
+    """Print a line of the result to standard output."""
+    print(_escaped(text, sys.stdout))
 
 
 def note(text: str) -> None:
-    """Print a line to standard error, which is no part of what was asked for."""
-    print(_with_styles(text, sys.stderr), file=sys.stderr, flush=True)
+    """Print a line to standard error."""
+    print(_escaped(text, sys.stderr), file=sys.stderr, flush=True)
 
 
-def _with_styles(text: str, stream: TextIO) -> str:
-    """The text, made visible but for styles of ours where they show."""
-    if not shows_style(stream):
-        return visible(text)
-    return "".join(
-        part if number % 2 else visible(part) for number, part in enumerate(_STYLES.split(text))
-    )
+def styled(text: str, style: str, stream: TextIO | None = None) -> str:
+    """Return text in ``bold`` or a color if the stream (default: standard output) shows styles."""
+    if not shows_style(stream or sys.stdout):
+        return text
+    return click.style(text, bold=True) if style == "bold" else click.style(text, fg=style)
 
 
-def print_json(data: Any) -> None:
-    """Print plain data as JSON, indented, to what was standard output when the command began."""
-    text = json.dumps(data, indent=2, ensure_ascii=False)
-    if text != visible(text):
-        text = json.dumps(data, indent=2)
-    print(text, file=_for_json[-1] if _for_json else sys.stdout)
-
-
-def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print rows beneath their headings, in columns.
-
-    In a terminal the last column is broken where the line ends, and the headings are bold; a file
-    or another program gets each row as one line.
-    """
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    first, *others = table_lines(headings, rows, width)
-    print(styled(first, "bold"))
-    for line in others:
-        print(line)
-
-
-def table_lines(
-    headings: Sequence[str], rows: Iterable[Sequence[str]], width: int | None = None
-) -> list[str]:
-    """The lines of a table, the headings' first.
-
-    >>> for line in table_lines(["hook", "does"], [["EMA", "averages"], ["FreezeHook", ""]]):
-    ...     print(line)
-    HOOK        DOES
-    EMA         averages
-    FreezeHook
-
-    Args:
-        headings: of the columns.
-        rows: with a text for each column; lines within a text stay lines.
-        width: at which lines of the last column are broken; None breaks none.
-    """
-    whole = [[heading.upper() for heading in headings], *([*map(visible, row)] for row in rows)]
-    widths = [
-        max(len(line) for row in whole for line in row[column].splitlines() or [""])
-        for column in range(len(headings))
-    ]
-    left = sum(widths[:-1]) + len(_GAP) * (len(headings) - 1)
-    if width is not None and width - left >= _NARROWEST:
-        whole = [[*row[:-1], _broken(row[-1], width - left)] for row in whole]
-    return [line for row in whole for line in _row_lines(row, widths)]
+def shows_style(stream: TextIO) -> bool:
+    """Return True for a terminal with colors (https://no-color.org)."""
+    is_plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+    return stream.isatty() and not is_plain
 
 
 def visible(text: str) -> str:
-    r"""The text with escapes for what a terminal would obey or hide; lines stay lines.
+    r"""Return text with control and invisible characters escaped, except line ends.
 
     >>> visible("\x1b[31mred\nnext")
     '\\x1b[31mred\nnext'
@@ -154,57 +62,136 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
-def _broken(text: str, width: int) -> str:
-    return "\n".join(
-        part for line in text.splitlines() for part in textwrap.wrap(line, width) or [""]
-    )
+def _escaped(text: str, stream: TextIO) -> str:
+    """Escape everything but the style codes that the stream shows."""
+    if not shows_style(stream):
+        return visible(text)
+    parts = enumerate(_STYLE_CODES.split(text))
+    return "".join(part if number % 2 else visible(part) for number, part in parts)
 
 
-def _row_lines(row: Sequence[str], widths: Sequence[int]) -> Iterable[str]:
-    cells = [cell.splitlines() for cell in row]
-    for number in range(max(1, *(len(cell) for cell in cells))):
-        parts = [cell[number] if number < len(cell) else "" for cell in cells]
-        yield _GAP.join(f"{part:{w}}" for part, w in zip(parts, widths, strict=True)).rstrip()
-
-
-def styled(text: str, style: Style, stream: TextIO | None = None) -> str:
-    """The text in a style, where the stream (default: standard output) shows any."""
-    return f"\x1b[{_CODES[style]}m{text}\x1b[0m" if shows_style(stream or sys.stdout) else text
-
-
-def shows_style(stream: TextIO) -> bool:
-    """Whether it is a terminal of somebody who doesn't mind colours (https://no-color.org)."""
-    plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
-    return stream.isatty() and not plain
-
-
-def reader_is_gone() -> bool:
-    """Whether nobody reads standard output any more, as behind ``| head``."""
+def is_reader_gone() -> bool:
+    """Return True if the reader of standard output ended, as after ``| head``."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), select.POLLOUT)
         return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
-    except (AttributeError, OSError, ValueError):  # there is no poll, or no such stream
+    except (AttributeError, OSError, ValueError):  # no poll, or no such stream
         return False
 
 
 def discard_output() -> None:
-    """Have what is left to be written to standard output go nowhere, without an error at exit."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
+    """Redirect standard output to the null device: buffered text causes no error at exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
+# --- tables ----------------------------------------------------------------------------------
+
+
+def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print rows in columns under their headings.
+
+    A terminal gets bold headings and, from rich, columns that fit its width. A file or another
+    program gets each row as one line.
+    """
+    if sys.stdout.isatty():
+        try:
+            return _print_rich_table(headings, rows)
+        except ImportError:  # of the extra `terminal`
+            pass
+    first, *others = table_lines(headings, rows)
+    print(styled(first, "bold"), *others, sep="\n")
+    return None
+
+
+def _print_rich_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in headings:
+        table.add_column(heading.upper(), overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(visible(cell)) for cell in row))
+    Console(file=sys.stdout, highlight=False).print(table)
+
+
+def table_lines(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a plain table; a cell of several lines takes several lines.
+
+    >>> for line in table_lines(["hook", "does"], [["EMA", "averages"], ["FreezeHook", ""]]):
+    ...     print(line)
+    HOOK        DOES
+    EMA         averages
+    FreezeHook
+    """
+    cells = [[[heading.upper()] for heading in headings]]
+    cells += [[visible(cell).splitlines() for cell in row] for row in rows]
+    widths = [
+        max(len(line) for cell in column for line in cell or [""])
+        for column in zip(*cells, strict=True)
+    ]
+    lines = []
+    for row in cells:
+        for number in range(max(1, *map(len, row))):
+            parts = [cell[number] if number < len(cell) else "" for cell in row]
+            aligned = (f"{part:{width}}" for part, width in zip(parts, widths, strict=True))
+            lines.append("  ".join(aligned).rstrip())
+    return lines
+
+
+# --- JSON ------------------------------------------------------------------------------------
+
+_json_streams: list[TextIO] = []
+"""Standard output of commands with ``--json``; meanwhile `sys.stdout` is standard error."""
+
+
+def _start_json(context: click.Context, parameter: click.Parameter, is_set: bool) -> bool:
+    if is_set and not context.resilient_parsing:
+        context.with_resource(_only_json())
+    return is_set
+
+
+@contextmanager
+def _only_json() -> Iterator[None]:
+    """Redirect other output, such as that of an imported module, to standard error."""
+    _json_streams.append(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _json_streams.pop()
+
+
+json_option = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    callback=_start_json,
+    help="Print JSON to standard output and everything else to standard error.",
+)
+"""Option ``--json``, passed to the command as ``as_json``."""
+
+
+def print_json(data: Any) -> None:
+    """Print plain data as indented JSON to standard output."""
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    if text != visible(text):
+        text = json.dumps(data, indent=2)
+    print(text, file=_json_streams[-1] if _json_streams else sys.stdout)
 
 
 # --- amounts ---------------------------------------------------------------------------------
-# Numbers of bytes, seconds and things, as people read them.
-
 
 _BYTES = ("B", "KiB", "MiB", "GiB", "TiB")
 _SECONDS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 def bytes_text(count: float) -> str:
-    """A number of bytes.
+    """Format a number of bytes.
 
     >>> bytes_text(512), bytes_text(1536), bytes_text(5 * 2**30)
     ('512 B', '1.5 KiB', '5.0 GiB')
@@ -217,7 +204,7 @@ def bytes_text(count: float) -> str:
 
 
 def age_text(seconds: float) -> str:
-    """How long ago something was, in its largest unit.
+    """Format an age in its largest unit.
 
     >>> age_text(0.4), age_text(150), age_text(3 * 86400)
     ('now', '2 min ago', '3 d ago')
@@ -228,18 +215,25 @@ def age_text(seconds: float) -> str:
     return "now"
 
 
-def count_text(count: int, thing: str) -> str:
-    """So many things.
+def count_text(count: int, noun: str) -> str:
+    """Format a count with its unit.
 
     >>> count_text(1, "step"), count_text(1200, "step")
     ('1 step', '1,200 steps')
     """
-    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-# --- readable yaml ---------------------------------------------------------------------------
-# YAML for people: text without quotes, where it means the same.
+def shortened(text: str, length: int) -> str:
+    """Return text of at most ``length`` characters.
 
+    >>> shortened("robo_orchard_lab", 10)
+    'robo_or...'
+    """
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+# --- YAML ------------------------------------------------------------------------------------
 
 _PLAIN = re.compile(
     r"""
@@ -249,23 +243,25 @@ _PLAIN = re.compile(
     """,
     re.ASCII | re.VERBOSE,
 )
-_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}  # of YAML, old and new
+_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}  # in YAML 1.1 and 1.2
 
 
 def readable_yaml(document: dict[str, Plain]) -> str:
-    """The document in block style; it is read back before it is handed out.
+    """Return a document as block YAML with quotes only where they are needed.
+
+    The text is parsed again to verify that it means the same.
 
     >>> print(readable_yaml({"every": "50 steps | 1 epoch", "mixed_precision": "no"}), end="")
     every: 50 steps | 1 epoch
     mixed_precision: "no"
     """
     exact = write_yaml(document)
-    readable = with_escapes("".join(_bare(line) for line in exact.splitlines(keepends=True)))
+    readable = with_escapes("".join(_unquoted(line) for line in exact.splitlines(keepends=True)))
     return readable if read_yaml(readable) == document else exact
 
 
 def with_escapes(text: str) -> str:
-    """YAML or TOML whose quoted texts have escapes for what a terminal would obey or hide."""
+    """Return YAML or TOML with escapes for control characters in its quoted strings."""
     return "".join(c if c.isprintable() or c == "\n" else _escape(ord(c)) for c in text)
 
 
@@ -273,6 +269,6 @@ def _escape(code: int) -> str:
     return f"\\u{code:04x}" if code < 2**16 else f"\\U{code:08x}"
 
 
-def _bare(line: str) -> str:
+def _unquoted(line: str) -> str:
     found = _PLAIN.match(line)
     return line if found is None or found[2].lower() in _WORDS else f"{found[1]}{found[2]}\n"

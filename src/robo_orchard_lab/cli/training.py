@@ -1,4 +1,4 @@
-"""Training that a command has asked for: in its folder, with what is told before and after it."""
+"""Training runs of commands: checks before the start, reports at the end, dry runs."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from robo_orchard_lab.cli.output import (
     print_json,
     print_table,
     say,
+    shortened,
     table_lines,
 )
 
@@ -29,25 +30,220 @@ if TYPE_CHECKING:
     from robo_orchard_lab.experiment.parts import ResumeEffect
     from robo_orchard_lab.experiment.resume_diff import Difference
 
-
-# --- trial -----------------------------------------------------------------------------------
-# ``train --dry-run`` and ``train --debug-fast``: what is told of them.
+_VALUE_LENGTH = 60  # characters of a value in a table
 
 
-def show_dry_run(experiment: ExperimentConfig, begins: Beginning, *, as_json: bool) -> None:
-    """Try an experiment with one batch, and tell what it would be.
+@dataclass(frozen=True, slots=True)
+class RunStart:
+    """Start of a run: from the beginning, or from a checkpoint."""
+
+    step: int | None = None
+    """Step of the checkpoint to resume from; None for a new run."""
+    changes: Sequence[Difference] = ()
+    """Fields that differ from the previous start."""
+
+
+def is_first_rank() -> bool:
+    """Return True in the first process of a job, or in a single process."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def check_start(
+    experiment: ExperimentConfig,
+    arguments: ExperimentArguments,
+    *,
+    allow: str | None,
+    is_own_file: bool = False,
+) -> RunStart:
+    """Check that a run may start in its run folder, and return its start.
+
+    Args:
+        experiment: the experiment to train.
+        arguments: arguments of the command.
+        allow: "trajectory" to allow changes that change the trained weights.
+        is_own_file: the file is the config.yaml in the run folder.
 
     Raises:
-        CommandError: it is started as a job of several processes.
+        CommandError: the existing run differs too much, is completed, or is running.
+    """
+    from robo_orchard_lab.experiment.existing_run import find_existing_run
+    from robo_orchard_lab.experiment.run_folder import find_escaping_link
+
+    folder = experiment.folder()
+    if (link := find_escaping_link(folder)) is not None:
+        raise CommandError(
+            f"the link {link} leads out of the run folder: files would be written there",
+            "remove the link, or choose another folder: --run_folder FOLDER",
+        )
+    _check_writable(folder)
+    existing = find_existing_run(folder)
+    if existing is None:
+        return RunStart()
+    if existing.is_running:
+        raise CommandError(
+            f"the run in {existing.folder} is still running, as process {existing.pid}",
+            "stop it, or choose another folder: --run_folder FOLDER",
+            ExitCode.FAILED,
+        )
+    if existing.newest_step is None:
+        return RunStart()
+    if experiment.resume == "never" and not arguments.sets_resume:
+        # The file may belong to another experiment with the same run folder.
+        raise CommandError(
+            f"the run in {existing.folder} has checkpoints, and the file has resume: never, which "
+            "would remove them",
+            "pass --resume never to remove them, or --run_folder FOLDER for another run",
+        )
+    if experiment.resume != "auto":
+        return RunStart()
+    changes = _check_changes(experiment, existing, arguments, allow)
+    if is_own_file and existing.is_completed and not changes:
+        raise CommandError(
+            f"the run in {existing.folder} is completed",
+            f"--run_folder FOLDER repeats it there; `{PROGRAM} evaluate {existing.folder}` "
+            "evaluates it",
+        )
+    return RunStart(existing.newest_step, changes)
+
+
+def _check_writable(folder: Path) -> None:
+    ancestor = next(each for each in (folder, *folder.parents) if each.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
+        problem = "is not a folder" if not ancestor.is_dir() else "is not writable"
+        raise CommandError(
+            f"{folder} can't be the run folder: {ancestor} {problem}",
+            "choose another folder: --run_folder FOLDER",
+        )
+
+
+def _check_changes(
+    experiment: ExperimentConfig,
+    existing: ExistingRun,
+    arguments: ExperimentArguments,
+    allow: str | None,
+) -> list[Difference]:
+    from robo_orchard_lab.experiment.existing_run import ChangedRunError, check_changes
+
+    worst: ResumeEffect = "trajectory" if allow == "trajectory" else "harmless"
+    try:
+        return check_changes(experiment, existing, arguments.trust, allow=worst)
+    except ChangedRunError as error:
+        rows = [
+            [change.resume, change.field, *_shortened_values(change), change.why]
+            for change in error.changes
+        ]
+        table = table_lines(["", "field", "was", "is", ""], rows)
+        resume = _command("resume", existing.folder, arguments)
+        advice = f"`{resume}` resumes it unchanged; --run_folder FOLDER starts another run"
+        if error.worst != "impossible":
+            advice = f"--allow trajectory resumes it with the changes; {advice}"
+        raise CommandError("\n       ".join([error.problem, *table]), advice) from None
+
+
+def _shortened_values(change: Difference) -> list[str]:
+    return [shortened(str(value), _VALUE_LENGTH) for value in (change.before, change.after)]
+
+
+def train(
+    experiment: ExperimentConfig,
+    arguments: ExperimentArguments,
+    start: RunStart,
+    *,
+    resume_from: Path | None = None,
+    as_json: bool = False,
+) -> None:
+    """Train an experiment; the first rank reports the result and the next commands.
+
+    Args:
+        experiment: the experiment to train.
+        arguments: arguments of the command.
+        start: result of :func:`check_start`.
+        resume_from: checkpoint to resume from instead of the newest.
+        as_json: report the result as JSON.
+
+    Raises:
+        RunPreempted: the run was saved and stopped.
+    """
+    from robo_orchard_lab.experiment.existing_run import record
+
+    folder = experiment.folder()
+    resume: dict[str, Any] = {} if resume_from is None else {"resume": resume_from}
+    built = experiment.build(**resume)
+    if is_first_rank():
+        record(experiment, processes=built.accelerator.num_processes, changes=start.changes)
+    try:
+        built.trainer()
+    except BaseException:
+        if is_first_rank():
+            _report_interruption(folder, arguments)
+        raise
+    if is_first_rank():
+        _report_result(folder, arguments, as_json)
+
+
+def _report_result(folder: Path, arguments: ExperimentArguments, as_json: bool) -> None:
+    from robo_orchard_lab.pipeline.run.run_state import read_run_state
+
+    try:
+        state = read_run_state(folder)
+    except (OSError, ValueError):  # the log says why
+        say(f"{folder}: completed")
+        return
+    if as_json:
+        print_json({"run_folder": str(folder), **state.model_dump(mode="json")})
+        return
+    steps = state.progress.get("global_step_id", 0)
+    reason = "" if state.reason is None else f", stopped by {state.by}: {state.reason}"
+    say(f"{folder}: {state.state} after {steps} steps{reason}")
+    if state.checkpoint is not None:
+        say(f"  newest checkpoint  {Path(folder, state.checkpoint.path)}")
+        say(f"  evaluate           {_command('evaluate', folder, arguments)}")
+        say(f"  export weights     {PROGRAM} checkpoint export {shlex.quote(str(folder))}")
+
+
+def _report_interruption(folder: Path, arguments: ExperimentArguments) -> None:
+    """Report a run that did not complete; an error here must not hide the run's own error."""
+    from robo_orchard_lab.experiment.existing_run import find_existing_run
+
+    try:
+        found = find_existing_run(folder)
+    except (OSError, ValueError):
+        return
+    if found is None or found.state is None:
+        return
+    state = found.state
+    steps = state.progress.get("global_step_id", 0)
+    reason = "" if state.reason is None else f" ({state.reason})"
+    is_saved = found.newest_step == steps
+    ending = "ended" if state.state != "preempted" else f"{'saved and ' * is_saved}stopped"
+    note(f"{folder}: {ending} after {steps} steps{reason}")
+    if found.newest_step is not None:
+        step = "" if is_saved else f" from step {found.newest_step}"
+        note(f"  resume{step}:  {_command('resume', folder, arguments)}")
+
+
+def _command(name: str, folder: Path, arguments: ExperimentArguments) -> str:
+    trust: Sequence[str] = [part for package in arguments.trust for part in ("--trust", package)]
+    return shlex.join([PROGRAM, name, str(folder), *trust])
+
+
+# --- dry runs --------------------------------------------------------------------------------
+
+
+def print_dry_run(experiment: ExperimentConfig, start: RunStart, *, as_json: bool) -> None:
+    """Compute one batch of an experiment without writing, and describe the run.
+
+    Raises:
+        CommandError: there are several processes.
     """
     from robo_orchard_lab.experiment.dry_run import dry_run
 
-    _check_alone("--dry-run")
+    _check_single_process("--dry-run")
     found = dry_run(experiment)
     if as_json:
-        print_json({**_plain(found), "begins_at": begins.step})
+        print_json({**_plain(found), "start_step": start.step})
         return
-    for name, text in _lines(begins, found):
+    for name, text in _lines(start, found):
         say(f"{name:<12} {text}")
     if found.hooks:
         say()
@@ -60,45 +256,47 @@ def show_dry_run(experiment: ExperimentConfig, begins: Beginning, *, as_json: bo
     say("nothing was written")
 
 
-def show_fast_run(experiment: ExperimentConfig, *, as_json: bool) -> None:
-    """Run two steps of everything, and tell what was done.
+def print_fast_run(experiment: ExperimentConfig, *, as_json: bool) -> None:
+    """Run two steps of each stage in a temporary folder, and list the stages.
 
     Raises:
-        CommandError: it is started as a job of several processes.
+        CommandError: there are several processes.
     """
     from robo_orchard_lab.experiment.dry_run import fast_run
 
-    _check_alone("--debug-fast")
+    _check_single_process("--debug-fast")
     done = fast_run(experiment)
     if as_json:
         print_json({"done": done})
         return
     for line in done:
         say(line)
-    say("nothing of it was kept")
+    say("nothing was kept")
 
 
-def _check_alone(option: str) -> None:
+def _check_single_process(option: str) -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise CommandError(f"{option} is for one process; leave torchrun out")
+        raise CommandError(f"{option} is for one process; run it without torchrun")
 
 
-def _lines(begins: Beginning, found: DryRun) -> Iterator[tuple[str, str]]:
+def _lines(start: RunStart, found: DryRun) -> Iterator[tuple[str, str]]:
     yield "run folder", str(found.run_folder)
-    changes = ", ".join(change.field for change in begins.changes)
-    anew = "anew" if begins.step is None else f"at step {begins.step} of the run in there"
-    yield "begins", anew + (f", with other {changes}" if changes else "")
+    changes = ", ".join(change.field for change in start.changes)
+    step = (
+        "new run" if start.step is None else f"resumes the run in this folder at step {start.step}"
+    )
+    yield "start", step + (f", with changed {changes}" if changes else "")
     yield "device", found.device
     frozen = found.parameters - found.trained_parameters
     trained = f", {frozen:,} of them frozen" if frozen else ""
     yield "model", count_text(found.parameters, "parameter") + trained
     length = found.length
     if length is None:
-        yield "run", "as long as the data is, which has no length"
+        yield "run", "unknown length: the data has no length"
     else:
         yield "epoch", count_text(length.steps_per_epoch, "step")
         parts = [(length.epochs, "epoch"), (length.steps, "step"), (length.updates, "update")]
-        yield "run", ", ".join(count_text(number, thing) for number, thing in parts)
+        yield "run", ", ".join(count_text(number, noun) for number, noun in parts)
     if found.loss is not None:
         yield "loss", f"{found.loss:.6g} on the first batch"
     for name, loss in found.evaluated.items():
@@ -107,225 +305,17 @@ def _lines(begins: Beginning, found: DryRun) -> Iterator[tuple[str, str]]:
     yield (
         "memory",
         f"parameters {bytes_text(memory.parameters)}, gradients {bytes_text(memory.gradients)}, "
-        f"optimizer {bytes_text(memory.optimizer)}; at most {bytes_text(memory.peak)} in use "
-        + ("by this process" if memory.peak_on == "process" else f"on {memory.peak_on}"),
+        f"optimizer {bytes_text(memory.optimizer)}; peak {bytes_text(memory.peak)} "
+        + ("of this process" if memory.peak_on == "process" else f"on {memory.peak_on}"),
     )
 
 
 def _plain(found: DryRun) -> dict[str, Any]:
     length = found.length
+    names = ("epochs", "steps", "updates", "steps_per_epoch")
     return {
         **asdict(found),
         "run_folder": str(found.run_folder),
         "evaluated": dict(found.evaluated),
-        "length": None
-        if length is None
-        else {
-            "epochs": length.epochs,
-            "steps": length.steps,
-            "updates": length.updates,
-            "steps_per_epoch": length.steps_per_epoch,
-        },
+        "length": None if length is None else {name: getattr(length, name) for name in names},
     }
-
-
-_SHORTEST = 60  # of a value in a table, in characters
-
-
-@dataclass(frozen=True, slots=True)
-class Beginning:
-    """Where a run begins."""
-
-    step: int | None = None
-    """Of the newest checkpoint, from which it goes on; None where it begins anew."""
-    changes: Sequence[Difference] = ()
-    """In what it goes on otherwise than before."""
-
-
-def beginning(
-    experiment: ExperimentConfig,
-    arguments: ExperimentArguments,
-    *,
-    allow: str | None,
-    repeats: bool = False,
-) -> Beginning:
-    """Where a run would begin, if it may.
-
-    Args:
-        experiment: what is to be trained.
-        arguments: what was typed about it.
-        allow: the worst change by which a run may go on, if a harmless one is not all.
-        repeats: whether it is the file of the run in its folder, so that it would be repeated.
-
-    Raises:
-        CommandError: the run in the folder can't go on as this, is completed, or still goes on.
-    """
-    from robo_orchard_lab.experiment.existing_run import find_existing_run
-    from robo_orchard_lab.experiment.run_folder import find_escaping_link
-
-    if (link := find_escaping_link(experiment.folder())) is not None:
-        raise CommandError(
-            f"the link {link} leads out of the run's folder, and so would what is written there",
-            "remove the link, or give this one a folder of its own by --run_folder FOLDER",
-        )
-    _check_can_be_made(experiment.folder())
-    before = find_existing_run(experiment.folder())
-    if before is None:
-        return Beginning()
-    if before.is_running:
-        raise CommandError(
-            f"the run in {before.folder} still goes on, as process {before.pid}",
-            "stop that one, or give this one a folder of its own by --run_folder FOLDER",
-            ExitCode.FAILED,
-        )
-    if before.newest_step is not None and _begins_anew(experiment, arguments):
-        raise CommandError(
-            f"the run in {before.folder} has checkpoints, which would go: the file has resume: "
-            "never",
-            "--resume never begins anew all the same; --run_folder FOLDER starts another",
-        )
-    if before.newest_step is None or experiment.resume != "auto":
-        return Beginning()
-    changes = _changes(experiment, before, arguments, allow)
-    if repeats and before.is_completed and not changes:
-        raise CommandError(
-            f"the run in {before.folder} is completed",
-            f"--run_folder FOLDER repeats it there; `{PROGRAM} evaluate {before.folder}` measures "
-            "it",
-        )
-    return Beginning(before.newest_step, changes)
-
-
-def train(
-    experiment: ExperimentConfig,
-    arguments: ExperimentArguments,
-    begins: Beginning,
-    *,
-    resume_from: Path | None = None,
-    as_json: bool = False,
-) -> None:
-    """Train what is described, and tell where it is and how it goes on.
-
-    Args:
-        experiment: what is to be trained.
-        arguments: what was typed about it.
-        begins: where, as :func:`beginning` has found.
-        resume_from: the checkpoint to go on from, instead of the newest.
-        as_json: whether to tell in JSON what became of it.
-
-    Raises:
-        RunPreempted: it was saved and stopped.
-    """
-    from robo_orchard_lab.experiment.existing_run import record
-
-    folder = experiment.folder()
-    given: dict[str, Any] = {} if resume_from is None else {"resume": resume_from}
-    built = experiment.build(**given)
-    if is_first():
-        record(experiment, processes=built.accelerator.num_processes, changes=begins.changes)
-    try:
-        built.trainer()
-    except BaseException:
-        if is_first():
-            _tell_stopped(folder, arguments)
-        raise
-    if is_first():
-        _tell_end(folder, arguments, as_json)
-
-
-def _check_can_be_made(folder: Path) -> None:
-    there = next(each for each in (folder, *folder.parents) if each.exists())
-    wrong = "is no folder" if not there.is_dir() else "can't be written to"
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise CommandError(
-            f"the run can't lie in {folder}: {there} {wrong}",
-            "--run_folder FOLDER has it in another",
-        )
-
-
-def _begins_anew(experiment: ExperimentConfig, arguments: ExperimentArguments) -> bool:
-    """Whether the file alone says that it does; files of others may have the name of one's run."""
-    from robo_orchard_lab.experiment.overrides import from_environment
-
-    given = [*arguments.overrides, *from_environment(os.environ, {})]
-    return experiment.resume == "never" and all(each.path != ("resume",) for each in given)
-
-
-def is_first() -> bool:
-    """Whether this process is the first of its job, or all of it."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _changes(
-    experiment: ExperimentConfig,
-    before: ExistingRun,
-    arguments: ExperimentArguments,
-    allow: str | None,
-) -> list[Difference]:
-    from robo_orchard_lab.experiment.existing_run import ChangedRunError, check_changes
-
-    worst: ResumeEffect = "trajectory" if allow == "trajectory" else "harmless"
-    try:
-        return check_changes(experiment, before, arguments.trust, allow=worst)
-    except ChangedRunError as error:
-        rows = [
-            [change.resume, change.field, _short(change.before), _short(change.after), change.why]
-            for change in error.changes
-        ]
-        table = table_lines(["", "field", "was", "is", ""], rows)
-        as_it_was = f"`{_command('resume', before.folder, arguments)}` goes on as it was"
-        advice = f"{as_it_was}; --run_folder FOLDER starts another run"
-        if error.worst != "impossible":
-            advice = f"--allow trajectory goes on all the same; {advice}"
-        raise CommandError("\n       ".join([error.problem, *table]), advice) from None
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= _SHORTEST else text[: _SHORTEST - 3] + "..."
-
-
-def _tell_end(folder: Path, arguments: ExperimentArguments, as_json: bool) -> None:
-    from robo_orchard_lab.pipeline.run.run_state import read_run_state
-
-    try:
-        state = read_run_state(folder)
-    except (OSError, ValueError):  # which could not be written, as the log says
-        say(f"{folder}: completed")
-        return
-    if as_json:
-        print_json({"run_folder": str(folder), **state.model_dump(mode="json")})
-        return
-    steps = state.progress.get("global_step_id", 0)
-    why = "" if state.reason is None else f", stopped by {state.by}: {state.reason}"
-    say(f"{folder}: {state.state} after {steps} steps{why}")
-    if state.checkpoint is not None:
-        say(f"  newest checkpoint  {Path(folder, state.checkpoint.path)}")
-        say(f"  measure it         {_command('evaluate', folder, arguments)}")
-        say(f"  take its weights   {PROGRAM} checkpoint export {shlex.quote(str(folder))}")
-
-
-def _tell_stopped(folder: Path, arguments: ExperimentArguments) -> None:
-    """What is left of a run that has not come to its end; whatever fails here is no matter."""
-    from robo_orchard_lab.experiment.existing_run import find_existing_run
-
-    try:
-        found = find_existing_run(folder)
-    except (OSError, ValueError):
-        return
-    if found is None or found.state is None:
-        return
-    state = found.state
-    steps = state.progress.get("global_step_id", 0)
-    why = "" if state.reason is None else f" ({state.reason})"
-    is_saved = found.newest_step == steps
-    done = "ended" if state.state != "preempted" else f"{'saved and ' * is_saved}stopped"
-    note(f"{folder}: {done} after {steps} steps{why}")
-    if found.newest_step is not None:
-        place = "" if is_saved else f", from step {found.newest_step},"
-        note(f"  go on{place} with  {_command('resume', folder, arguments)}")
-
-
-def _command(name: str, folder: Path, arguments: ExperimentArguments) -> str:
-    trust: Sequence[str] = [part for package in arguments.trust for part in ("--trust", package)]
-    return shlex.join([PROGRAM, name, str(folder), *trust])

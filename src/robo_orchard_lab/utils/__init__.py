@@ -1,4 +1,4 @@
-"""What scripts need beside the pipeline."""
+"""Utilities for training scripts."""
 
 from robo_orchard_core.utils.logging import log_basic_config
 

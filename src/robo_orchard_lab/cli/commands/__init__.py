@@ -1,1 +1,114 @@
-"""The commands, one file each, which is imported when its command is asked for."""
+"""Commands of the program, and the click classes that all of them use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+import click
+
+from robo_orchard_core.utils.config.errors import suggest_name
+
+Sections = Mapping[str, Mapping[str, tuple[str, str]]]
+"""Headings of help; for each, commands by name: a help line and ``"module:attribute"``."""
+
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+def _debug_option() -> click.Option:
+    # `main` looks for the flag itself: an error may precede parsing.
+    return click.Option(
+        ["--debug"],
+        is_flag=True,
+        expose_value=False,
+        help="Show the traceback of an error.",
+    )
+
+
+class Command(click.Command):
+    """Command with the options that all commands have."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs["context_settings"] = {**SETTINGS, **(kwargs.get("context_settings") or {})}
+        super().__init__(*args, **kwargs)
+        self.params.append(_debug_option())
+
+
+class CommandGroup(click.Group):
+    """Group of commands in the order of definition, with suggestions for a wrong name."""
+
+    command_class = Command
+
+    def __init__(self, name: str | None = None, **kwargs: Any) -> None:
+        super().__init__(
+            name,
+            invoke_without_command=True,
+            subcommand_metavar="COMMAND ...",
+            context_settings=dict(SETTINGS),
+            **kwargs,
+        )
+        self.params.append(_debug_option())
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of definition."""
+        return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that the arguments start with.
+
+        Raises:
+            click.UsageError: the name is unknown; with a suggestion.
+        """
+        names = self.list_commands(ctx)
+        if args[0] not in names:
+            advice = suggest_name(args[0], names, "expected")
+            raise click.UsageError(f"there is no command {args[0]!r}; {advice}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; without a command, print help to standard error and exit with 2."""
+        names = vars(ctx).get("_protected_args", vars(ctx).get("protected_args"))  # click 8.1
+        if not (names or ctx.args):
+            click.echo(ctx.get_help(), err=True)
+            ctx.exit(2)
+        return super().invoke(ctx)
+
+
+class LazyGroup(CommandGroup):
+    """Group that imports the module of a command when the command is used.
+
+    Args:
+        name: name of the group.
+        sections: the commands under their headings.
+        help: text above the commands.
+    """
+
+    def __init__(self, name: str, sections: Sections, help: str) -> None:  # noqa: A002 - click's name
+        super().__init__(name, help=help)
+        self._sections = sections
+        self._references = {
+            command: reference
+            for section in sections.values()
+            for command, (_, reference) in section.items()
+        }
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of the sections."""
+        return list(self._references)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return a command, or None for an unknown name."""
+        if cmd_name not in self._references:
+            return None
+        module, _, attribute = self._references[cmd_name].partition(":")
+        command: click.Command = getattr(import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands without importing them."""
+        for heading, section in self._sections.items():
+            with formatter.section(heading):
+                formatter.write_dl([(name, line) for name, (line, _) in section.items()])

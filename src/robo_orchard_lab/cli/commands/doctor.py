@@ -1,27 +1,31 @@
-"""``doctor``: what there is of what a training needs, and how to get what there isn't."""
+"""Commands ``doctor`` and ``completion``.
+
+``doctor`` imports torch in another process (``python -m robo_orchard_lab.cli.commands.doctor``),
+which prints its findings as lines of JSON: a broken torch may end the process that imports it.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
+import re
 import subprocess
 import sys
-from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from time import perf_counter
 from typing import Any
 
 import click
+from click.shell_completion import get_completion_class
 
-from robo_orchard_lab.cli.installation import (
-    Requirement,
-    extras,
-    install_command,
-    requirements,
-    version_of,
-)
-from robo_orchard_lab.cli.lazy_group import Command
+from robo_orchard_lab.cli.commands import Command
 from robo_orchard_lab.cli.output import (
+    COMPLETE_VARIABLE,
     DISTRIBUTION,
+    PROGRAM,
     json_option,
     print_json,
     print_table,
@@ -29,27 +33,28 @@ from robo_orchard_lab.cli.output import (
     styled,
 )
 
-_LONGEST_S = 120
+_TIMEOUT_S = 120
+
+# --- doctor ----------------------------------------------------------------------------------
 
 
 @click.command("doctor", cls=Command)
 @json_option
-def command(as_json: bool) -> int:
-    """Show versions and devices, and what is missing, with the command that installs it.
+def doctor(as_json: bool) -> int:
+    """Show versions, devices and missing packages, with the command that installs them.
 
-    It ends with 1 where something is missing or broken that no training can do without. It looks
-    into torch in a process of its own, and so works where torch doesn't.
+    Exits with 1 if a required package is missing or broken. Works also if torch can't be imported.
     """
     try:
-        needed, more = requirements(), extras()
+        needed, extras = requirements(), extra_requirements()
     except PackageNotFoundError:
-        needed, more = [], {}
-    found = _probed()
-    broken = [one for one in needed if not one.is_met]
+        needed, extras = [], {}
+    found = _probe()
+    broken = [each for each in needed if not each.is_met]
     errors = {
-        name: told["error"]
-        for name, told in found.items()
-        if isinstance(told, dict) and "error" in told
+        name: result["error"]
+        for name, result in found.items()
+        if isinstance(result, dict) and "error" in result
     }
     if as_json:
         print_json(
@@ -57,93 +62,71 @@ def command(as_json: bool) -> int:
                 "python": platform.python_version(),
                 "platform": platform.platform(),
                 DISTRIBUTION: version_of(DISTRIBUTION),
-                "packages": [{**asdict(one), "ok": one.is_met} for one in needed],
-                "extras": {name: _extra(parts) for name, parts in more.items()},
+                "packages": [{**asdict(each), "ok": each.is_met} for each in needed],
+                "extras": {name: _missing(packages) for name, packages in extras.items()},
                 **found,
                 "ok": not (broken or errors),
             }
         )
-    else:
-        _print(needed, more, found)
-        _print_verdict(broken, errors)
+        return 1 if broken or errors else 0
+    _print_packages(needed, extras)
+    _print_torch(found)
+    say()
+    for name, error in errors.items():
+        say(styled(f"{name} can't be used: {error}", "red"))
+    if broken:
+        say(styled(f"missing or incompatible: {install_command(broken)}", "red"))
+    if not (broken or errors):
+        say(styled("Everything that a training requires is installed.", "green"))
     return 1 if broken or errors else 0
 
 
-def _probed() -> dict[str, Any]:
-    """What `probe` finds; what it could not say since it ended is an error."""
-    command = [sys.executable, "-P", "-m", "robo_orchard_lab.cli.probe"]
-    try:
-        ended = subprocess.run(
-            command, capture_output=True, text=True, timeout=_LONGEST_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return {"torch": {"error": f"importing it takes more than {_LONGEST_S} s"}}
-    found: dict[str, Any] = {}
-    for line in ended.stdout.splitlines():
-        if line.startswith("{"):
-            found |= json.loads(line)
-    if ended.returncode != 0:
-        last = (ended.stderr.strip().splitlines() or [""])[-1]
-        problem = f"the process that looked into it ended with {ended.returncode}"
-        found.setdefault("torch", {"error": f"{problem}: {last}" if last else problem})
-    return found
-
-
-def _extra(parts: list[Requirement]) -> dict[str, Any]:
-    missing = [one for one in parts if not one.is_met]
+def _missing(packages: list[Requirement]) -> dict[str, Any]:
+    missing = [each for each in packages if not each.is_met]
     return {
-        "missing": [one.to_install for one in missing],
+        "missing": [each.specifier for each in missing],
         "install": install_command(missing) if missing else None,
     }
 
 
-def _print(
-    needed: list[Requirement], more: dict[str, list[Requirement]], found: dict[str, Any]
-) -> None:
-    say(f"{DISTRIBUTION} {version_of(DISTRIBUTION) or '(not installed: run from its sources)'}")
+def _print_packages(needed: list[Requirement], extras: dict[str, list[Requirement]]) -> None:
+    say(f"{DISTRIBUTION} {version_of(DISTRIBUTION) or '(not installed: run from source)'}")
     say(f"Python {platform.python_version()} on {platform.platform()}")
     if needed:
+        users = {each: ["all"] for each in needed}
+        for name, packages in extras.items():
+            for each in packages:
+                users.setdefault(each, []).append(name)
+        rows = [
+            (
+                each.name,
+                (each.found or "missing") + ("" if each.is_met or each.found is None else " (!)"),
+                each.needed or "any",
+                ", ".join(names),
+            )
+            for each, names in users.items()
+        ]
         say()
-        print_table(["package", "found", "needed", "for"], _package_rows(needed, more))
-    incomplete = {name: parts for name, parts in more.items() if not all(p.is_met for p in parts)}
-    if incomplete:
+        print_table(["package", "found", "needed", "for"], rows)
+    incomplete = {name: _missing(packages)["install"] for name, packages in extras.items()}
+    commands = [(name, command) for name, command in incomplete.items() if command]
+    if commands:
         say()
-        rows = [(name, _extra(parts)["install"]) for name, parts in incomplete.items()]
-        print_table(["incomplete extra", "what installs the rest"], rows)
-    say()
-    _print_torch(found)
-
-
-def _package_rows(
-    needed: list[Requirement], more: dict[str, list[Requirement]]
-) -> list[tuple[str, str, str, str]]:
-    used_by = {one: ["all"] for one in needed}
-    for name, parts in more.items():
-        for one in parts:
-            used_by.setdefault(one, []).append(name)
-    return [
-        (
-            one.name,
-            (one.found or "missing") + ("" if one.is_met or one.found is None else " (!)"),
-            one.needed or "any",
-            ", ".join(users),
-        )
-        for one, users in used_by.items()
-    ]
+        print_table(["incomplete extra", "install command"], commands)
 
 
 def _print_torch(found: dict[str, Any]) -> None:
     torch, devices = found.get("torch", {}), found.get("devices", [])
+    say()
     if "version" in torch:
-        built = f"CUDA {torch['cuda']}" if torch["cuda"] else f"ROCm {torch['hip']}"
-        built = built if torch["cuda"] or torch["hip"] else "CPU only"
+        build = f"CUDA {torch['cuda']}" if torch["cuda"] else f"ROCm {torch['hip']}"
+        build = build if torch["cuda"] or torch["hip"] else "CPU only"
         say(
-            f"torch {torch['version']} ({built}), imported in {torch['import_s']} s; "
+            f"torch {torch['version']} ({build}), imported in {torch['import_s']} s; "
             f"{torch['threads']} threads, {torch['cpu_capability']}"
         )
-        say(f"exchanges between processes: {', '.join(found.get('distributed', [])) or 'none'}")
+        say(f"distributed backends: {', '.join(found.get('distributed', [])) or 'none'}")
     if isinstance(devices, list) and devices:
-        say()
         rows = [
             (
                 device["device"],
@@ -152,14 +135,216 @@ def _print_torch(found: dict[str, Any]) -> None:
             )
             for device in devices
         ]
+        say()
         print_table(["device", "is", "memory"], rows)
 
 
-def _print_verdict(broken: list[Requirement], errors: dict[str, str]) -> None:
-    say()
-    for name, error in errors.items():
-        say(styled(f"{name} can't be used: {error}", "red"))
-    if broken:
-        say(styled(f"missing or of another version: {install_command(broken)}", "red"))
-    if not (broken or errors):
-        say(styled("All that a training needs is there.", "green"))
+# --- installed packages ----------------------------------------------------------------------
+
+_REQUIREMENT = re.compile(r"([\w.-]+)\s*(?:\[[^]]*\])?\s*([^;]*?)\s*(?:;(.*))?")
+_EXTRA = re.compile(r"extra\s*==\s*['\"]([\w-]+)['\"]")
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """Required distribution and its installed version."""
+
+    name: str
+    needed: str
+    """Version specifier, such as ``>=2.8``; empty for any version."""
+    found: str | None
+    """Installed version; None if not installed."""
+
+    @property
+    def is_met(self) -> bool:
+        """Return True if an installed version satisfies the specifier."""
+        if self.found is None:
+            return False
+        try:
+            from packaging.specifiers import SpecifierSet
+        except ImportError:  # a dependency of accelerate, which may be missing, too
+            return True
+        return SpecifierSet(self.needed).contains(self.found, prereleases=True)
+
+    @property
+    def specifier(self) -> str:
+        """Argument for pip."""
+        return self.name + self.needed
+
+
+def requirements() -> list[Requirement]:
+    """Return the required packages of this distribution.
+
+    Raises:
+        PackageNotFoundError: the distribution is not installed.
+    """
+    return [requirement for requirement, extra in _all_requirements() if extra is None]
+
+
+def extra_requirements() -> dict[str, list[Requirement]]:
+    """Return the packages of each extra, except ``dev``.
+
+    Raises:
+        PackageNotFoundError: the distribution is not installed.
+    """
+    found: dict[str, list[Requirement]] = {}
+    for requirement, extra in _all_requirements():
+        if extra not in (None, "dev"):
+            found.setdefault(str(extra), []).append(requirement)
+    return found
+
+
+def install_command(missing: list[Requirement]) -> str:
+    """Return the pip command that installs packages."""
+    return " ".join(["pip install", *(f'"{each.specifier}"' for each in missing)])
+
+
+def _all_requirements() -> Iterator[tuple[Requirement, str | None]]:
+    for line in requires(DISTRIBUTION) or ():
+        name, needed, marker = _parse(line)
+        extra = _EXTRA.search(marker)
+        yield Requirement(name, needed, version_of(name)), extra and extra[1]
+
+
+def _parse(line: str) -> tuple[str, str, str]:
+    """Return name, specifier and marker of a requirement, without `packaging`.
+
+    >>> _parse("torchmetrics<2,>=1.5; extra == 'metrics'")
+    ('torchmetrics', '>=1.5,<2', " extra == 'metrics'")
+    """
+    found = _REQUIREMENT.fullmatch(line)
+    assert found is not None  # metadata of an installed distribution
+    needed = ",".join(sorted(found[2].split(","), reverse=True))  # lower bound first
+    return found[1], needed, found[3] or ""
+
+
+def version_of(name: str) -> str | None:
+    """Return the installed version of a distribution, or None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+# --- torch, in another process ---------------------------------------------------------------
+
+
+def _probe() -> dict[str, Any]:
+    """Return the findings of another process; a crash or a timeout is an error of torch."""
+    command = [sys.executable, "-P", "-m", __name__]
+    try:
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"torch": {"error": f"the import takes more than {_TIMEOUT_S} s"}}
+    found: dict[str, Any] = {}
+    for line in result.stdout.splitlines():
+        if line.startswith("{"):
+            found |= json.loads(line)
+    if result.returncode != 0:
+        last = (result.stderr.strip().splitlines() or [""])[-1]
+        problem = f"the process that imported it exited with {result.returncode}"
+        found.setdefault("torch", {"error": f"{problem}: {last}" if last else problem})
+    return found
+
+
+def _print_probe() -> None:
+    for name, probe in _PROBES.items():
+        try:
+            result = probe()
+        except BaseException as error:  # a broken installation raises anything
+            lines = str(error).strip().splitlines()
+            result = {"error": f"{type(error).__qualname__}: {lines[0] if lines else ''}"}
+        print(json.dumps({name: result}), flush=True)
+        if name == "torch" and "error" in result:
+            break  # the other probes require torch
+
+
+def _probe_torch() -> dict[str, Any]:
+    start = perf_counter()
+    import torch
+
+    return {
+        "version": torch.__version__,
+        "import_s": round(perf_counter() - start, 2),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _probe_devices() -> list[dict[str, Any]]:
+    import torch
+
+    found: list[dict[str, Any]] = [{"device": "cpu", "name": f"{os.cpu_count()} cores"}]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            found.append(
+                {
+                    "device": f"cuda:{index}",
+                    "name": properties.name,
+                    "memory_gib": round(properties.total_memory / 2**30, 1),
+                    "bf16": properties.major >= 8 or torch.version.hip is not None,
+                }
+            )
+    elif torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        found += [
+            {"device": f"{kind}:{index}", "name": ""}
+            for index in range(torch.accelerator.device_count())
+        ]
+    return found
+
+
+def _probe_distributed() -> list[str]:
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        return []
+    checks = {"gloo": dist.is_gloo_available, "nccl": dist.is_nccl_available}
+    checks |= {"mpi": dist.is_mpi_available, "ucc": dist.is_ucc_available}
+    return [name for name, is_available in checks.items() if is_available()]
+
+
+def _probe_accelerate() -> str:
+    import accelerate
+
+    return str(accelerate.__version__)
+
+
+_PROBES: dict[str, Callable[[], Any]] = {
+    "torch": _probe_torch,
+    "devices": _probe_devices,
+    "distributed": _probe_distributed,
+    "accelerate": _probe_accelerate,
+}
+
+# --- completion ------------------------------------------------------------------------------
+
+
+@click.command("completion", cls=Command)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script that completes commands, options, fields, hooks and files in a shell.
+
+    \b
+    For this session:
+      bash  eval "$(robo-orchard-lab completion bash)"
+      zsh   eval "$(robo-orchard-lab completion zsh)"
+      fish  robo-orchard-lab completion fish | source
+    For all sessions, add the line to ~/.bashrc, ~/.zshrc (after compinit), or
+    ~/.config/fish/config.fish.
+    """
+    kind = get_completion_class(shell)
+    assert kind is not None  # a shell of click
+    # The template alone: click's own rendering starts bash to read its version.
+    script = kind(None, {}, PROGRAM, COMPLETE_VARIABLE)  # type: ignore[arg-type]  # not used
+    say(script.source_template % script.source_vars())
+
+
+if __name__ == "__main__":
+    _print_probe()

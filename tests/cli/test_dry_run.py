@@ -27,7 +27,7 @@ def test_a_dry_run_tells_what_would_be(work: Path, capsys: pytest.CaptureFixture
     lines = capsys.readouterr().out.splitlines()
     told = {line[:12].strip(): line[13:] for line in lines}
     assert told["run folder"] == "runs/spirals"
-    assert told["begins"] == "anew"
+    assert told["start"] == "new run"
     assert told["model"] == "51 parameters"
     assert told["epoch"] == "10 steps"
     assert told["run"] == "3 epochs, 30 steps, 30 updates"
@@ -51,7 +51,10 @@ def test_a_dry_run_tells_where_the_run_would_go_on(capsys: pytest.CaptureFixture
     capsys.readouterr()
     assert main(["train", FILE, "--dry-run"]) == 0
     told = capsys.readouterr().out.splitlines()[1].split(maxsplit=1)
-    assert told == ["begins", "at step 10 of the run in there, with other trainer.max_epoch"]
+    assert told == [
+        "start",
+        "resumes the run in this folder at step 10, with changed trainer.max_epoch",
+    ]
     assert main(["train", FILE, "--dry-run", "--seed=3"]) == 2
     assert "can't resume with changed seed" in capsys.readouterr().err
     assert main(["train", FILE, "--dry-run", "--seed=3", "--resume=never"]) == 0
@@ -64,7 +67,7 @@ def test_a_fast_run_tells_what_it_did(work: Path, capsys: pytest.CaptureFixture[
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("trained to epoch 1, step 0 (global step 2")
     assert lines[1].startswith("found eval/val/loss = ")
-    assert lines[-2:] == ["saved, and went on from step 2 to 3", "nothing of it was kept"]
+    assert lines[-2:] == ["saved, and went on from step 2 to 3", "nothing was kept"]
     assert {*work.rglob("*")} == before
     assert main(["train", FILE, "--debug-fast", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["done"][0].startswith("trained to epoch 1")

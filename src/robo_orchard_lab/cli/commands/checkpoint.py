@@ -1,0 +1,316 @@
+"""Commands ``checkpoint`` list, show, verify, export and prune."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from robo_orchard_lab.cli.commands import CommandGroup
+from robo_orchard_lab.cli.errors import CommandError, ExitCode
+from robo_orchard_lab.cli.output import (
+    age_text,
+    bytes_text,
+    count_text,
+    json_option,
+    print_json,
+    print_table,
+    say,
+    styled,
+    visible,
+)
+
+if TYPE_CHECKING:
+    from robo_orchard_lab.pipeline.checkpoint.listing import Contents
+
+_COUNT = click.IntRange(min=1)
+
+path_argument = click.argument("path")
+best_option = click.option(
+    "--best", is_flag=True, help="Use the best checkpoint, by the run's checkpoint.monitor."
+)
+
+
+@click.group("checkpoint", cls=CommandGroup)
+def checkpoint() -> None:
+    """List, show, verify, export and prune checkpoints.
+
+    \b
+      robo-orchard-lab checkpoint list runs/spirals
+      robo-orchard-lab checkpoint export runs/spirals weights.safetensors --best
+
+    PATH is the folder of a run, the folder of its checkpoints, or a checkpoint. Checkpoints of a
+    stranger are safe to read: no code that they name is imported.
+    """
+
+
+@checkpoint.command("list")
+@path_argument
+@json_option
+def list_(path: str, as_json: bool) -> None:
+    """List the checkpoints of a run, oldest first.
+
+    PATH is the folder of a run, or of its checkpoints. A checkpoint is "complete" if all files
+    exist with the right sizes; `checkpoint verify` also compares their digests.
+    """
+    found = _list(path)
+    if as_json:
+        print_json(found)
+    elif not found:
+        say(f"there are no checkpoints in {path}")
+    else:
+        print_table(["step", "epoch", "size", "saved", "state", "metrics"], map(_row, found))
+
+
+def _list(path: str) -> list[dict[str, Any]]:
+    from robo_orchard_lab.experiment.existing_run import find_checkpoints
+    from robo_orchard_lab.pipeline.checkpoint import ReadLimits
+    from robo_orchard_lab.pipeline.checkpoint.listing import RootListing, read_contents
+    from robo_orchard_lab.pipeline.errors import CheckpointError
+
+    root = find_checkpoints(path).root
+    links = {
+        (root / name).resolve().name: name
+        for name in ("best", "last")
+        if (root / name).is_symlink()
+    }
+    listing = RootListing(root, ReadLimits()).read()
+    found: list[dict[str, Any]] = []
+    for info in listing.infos:
+        problem, progress = None, {}
+        try:
+            progress = dict(read_contents(info.path, tensors=False).progress)
+        except CheckpointError as error:
+            problem = str(error)
+        found.append(
+            {
+                "path": str(info.path),
+                "step": info.step,
+                "epoch": progress.get("epoch_id"),
+                "size_bytes": info.size_bytes,
+                "saved_at": info.saved_at.isoformat(timespec="seconds"),
+                "link": links.get(info.path.name),
+                "metrics": dict(info.metrics),
+                "problem": problem,
+            }
+        )
+    for broken, problem in listing.broken:
+        found.append({"path": str(broken), "step": None, "epoch": None, "problem": problem})
+    return found
+
+
+def _row(found: dict[str, Any]) -> list[str]:
+    state = "complete" if found["problem"] is None else f"damaged: {found['problem']}"
+    if found["step"] is None:
+        return ["?", "", "", "", state, ""]
+    saved_at = datetime.fromisoformat(found["saved_at"])
+    return [
+        str(found["step"]),
+        "" if found["epoch"] is None else str(found["epoch"]),
+        bytes_text(found["size_bytes"]),
+        age_text((datetime.now(UTC) - saved_at).total_seconds()),
+        state + (f", {found['link']}" if found["link"] else ""),
+        ", ".join(
+            f"{name} {value:g}"
+            for name, value in found["metrics"].items()
+            if not name.startswith(("perf/", "lr/"))  # --json has them
+        ),
+    ]
+
+
+@checkpoint.command("show")
+@path_argument
+@best_option
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@json_option
+def show(path: str, best: bool, tensors: bool, as_json: bool) -> None:
+    """Show the origin, the files and the tensors of a checkpoint.
+
+    PATH is a checkpoint, or the folder of a run, for its newest intact checkpoint.
+    """
+    from robo_orchard_lab.experiment.existing_run import find_checkpoints
+    from robo_orchard_lab.pipeline.checkpoint.listing import read_contents
+
+    contents = read_contents(find_checkpoints(path).pick(best=best))
+    if as_json:
+        print_json(_plain(contents))
+        return
+    for name, text in _lines(contents):
+        say(visible(f"{name + ':':<12} {text}"))
+    say()
+    rows = [
+        [file.name, bytes_text(file.size_bytes), _tensors_text(file.tensors)]
+        for file in contents.files
+    ]
+    print_table(["file", "size", "tensors"], rows)
+    if tensors:
+        say()
+        all_tensors = [
+            [file.name, tensor.name, tensor.dtype, str([*tensor.shape])]
+            for file in contents.files
+            for tensor in file.tensors or ()
+        ]
+        print_table(["file", "tensor", "type", "shape"], all_tensors)
+
+
+def _lines(contents: Contents) -> Iterator[tuple[str, str]]:
+    info, metadata = contents.info, contents.info.metadata
+    yield "checkpoint", str(info.path)
+    yield "step", str(info.step)
+    if contents.progress:
+        yield "progress", ", ".join(f"{name} {n}" for name, n in contents.progress.items())
+    yield "saved", info.saved_at.isoformat(sep=" ", timespec="seconds")
+    yield "by", "1 process" if info.ranks == 1 else f"{info.ranks} processes"
+    if reason := metadata.get("reason"):
+        yield "reason", str(reason)
+    for name, value in info.metrics.items():
+        yield name, f"{value:g}"
+    if command := metadata.get("command"):
+        yield "command", str(command)
+    if isinstance(versions := metadata.get("versions"), dict):
+        yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
+    if isinstance(git := metadata.get("git"), dict):
+        yield "git", f"{git.get('commit')}{', with changes' if git.get('changed') else ''}"
+    yield "size", bytes_text(info.size_bytes)
+
+
+def _tensors_text(tensors: Any) -> str:
+    if tensors is None:
+        return ""
+    elements = sum(math.prod(tensor.shape) for tensor in tensors)
+    return f"{count_text(len(tensors), 'tensor')}, {count_text(elements, 'element')}"
+
+
+def _plain(contents: Contents) -> dict[str, Any]:
+    info = contents.info
+    return {
+        "path": str(info.path),
+        "step": info.step,
+        "progress": dict(contents.progress),
+        "saved_at": info.saved_at.isoformat(timespec="seconds"),
+        "ranks": info.ranks,
+        "digest": info.digest,
+        "size_bytes": info.size_bytes,
+        "metrics": dict(info.metrics),
+        "metadata": info.metadata,
+        "files": [
+            {
+                "name": file.name,
+                "size_bytes": file.size_bytes,
+                "part": file.part,
+                "rank": file.rank,
+                "tensors": None
+                if file.tensors is None
+                else [
+                    {"name": t.name, "dtype": t.dtype, "shape": [*t.shape]} for t in file.tensors
+                ],
+            }
+            for file in contents.files
+        ],
+    }
+
+
+@checkpoint.command("verify")
+@path_argument
+@json_option
+def verify(path: str, as_json: bool) -> int:
+    """Verify the digest of every file of checkpoints.
+
+    PATH is the folder of a run, of its checkpoints, or a checkpoint. Exits with 1 if a checkpoint
+    is damaged, or if there is none.
+    """
+    from robo_orchard_lab.experiment.existing_run import find_checkpoints
+    from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
+
+    checkpoints = find_checkpoints(path)
+    found = [*CheckpointStore(checkpoints.root).verify(checkpoints.chosen)]
+    if as_json:
+        print_json([{"path": str(each.path), "problem": each.problem} for each in found])
+    else:
+        for each in found:
+            is_intact = each.problem is None
+            state = styled("intact", "green") if is_intact else styled("damaged", "red")
+            problem = "" if each.problem is None else f": {visible(each.problem)}"
+            say(f"{visible(str(each.path))}: {state}{problem}")
+        if not found:
+            say(f"there are no checkpoints in {checkpoints.root}")
+    are_intact = found and all(each.problem is None for each in found)
+    return ExitCode.DONE if are_intact else ExitCode.FAILED
+
+
+@checkpoint.command("export")
+@path_argument
+@click.argument("file", default="model.safetensors", type=click.Path())
+@best_option
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@json_option
+def export(path: str, file: str, best: bool, force: bool, as_json: bool) -> None:
+    """Write the weights of a checkpoint to one safetensors file.
+
+    PATH is a checkpoint, or the folder of a run, for its newest intact checkpoint. FILE is
+    model.safetensors by default; `safetensors.torch.load_file` reads it, with the parameter names
+    of the plain model. Sharded weights are merged.
+    """
+    from robo_orchard_lab.experiment.existing_run import find_checkpoints
+    from robo_orchard_lab.pipeline.checkpoint import export_weights
+
+    target = Path(file)
+    if target.suffix != ".safetensors":
+        raise CommandError(f"expected a name that ends in .safetensors, found {file!r}")
+    if os.path.lexists(target) and not force:
+        raise CommandError(f"{target} already exists", "--force replaces it")
+    if not target.parent.is_dir():
+        raise CommandError(f"there is no folder {target.parent}")
+    found = find_checkpoints(path).pick(best=best)
+    export_weights(found, target)
+    if as_json:
+        print_json({"checkpoint": str(found), "file": str(target)})
+    else:
+        say(f"wrote the weights of {found} to {target}")
+
+
+@checkpoint.command("prune")
+@path_argument
+@click.option("--keep-last", type=_COUNT, help="Keep this many of the newest.")
+@click.option("--keep-every", type=_COUNT, help="Keep each multiple of this many steps.")
+@click.option("--keep-best", type=_COUNT, help="Keep this many of the best by --monitor.")
+@click.option("--monitor", help="Metric for --keep-best, such as eval/val/loss.")
+@click.option("--mode", type=click.Choice(["min", "max"]), help="Best value of --monitor.")
+@click.option("--dry-run", is_flag=True, help="List the checkpoints to remove; remove nothing.")
+@json_option
+def prune(path: str, dry_run: bool, as_json: bool, **rules: Any) -> None:
+    """Remove the checkpoints that no rule keeps, but never the newest intact one.
+
+    \b
+      robo-orchard-lab checkpoint prune runs/spirals --keep-last 2 --dry-run
+
+    PATH is the folder of a run, or of its checkpoints. A rule without an option is that of
+    `checkpoint` in the run's file. Refused while the run is running.
+    """
+    from robo_orchard_lab.experiment.existing_run import find_checkpoints
+    from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
+
+    checkpoints = find_checkpoints(path)
+    options = {name: value for name, value in rules.items() if value is not None}
+    retention = checkpoints.retention(**options)
+    if retention.keep_last is None:
+        raise CommandError(
+            f"no rule says how many checkpoints in {checkpoints.root} to keep", "pass --keep-last N"
+        )
+    store = CheckpointStore(checkpoints.root, retention=retention)
+    if dry_run:
+        decisions = store.prune(dry_run=True)
+    else:
+        with store:
+            decisions = store.prune()
+    if as_json:
+        print_json([{"path": str(d.path), "removed": d.removed, "why": d.why} for d in decisions])
+        return
+    removed = "would be removed" if dry_run else "removed"
+    rows = [[d.path.name, removed if d.removed else "kept", d.why] for d in decisions]
+    print_table(["checkpoint", "", "why"], rows)

@@ -1,0 +1,260 @@
+"""Commands ``config`` (init, check, show, diff) and ``schema``."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from importlib.resources import files as resources
+from pathlib import Path
+from typing import Any
+
+import click
+
+from robo_orchard_core.utils.config import ConfigError
+from robo_orchard_core.utils.config.errors import dotted
+from robo_orchard_core.utils.config.parts import PART_KEYS
+from robo_orchard_lab.cli.commands import Command, CommandGroup
+from robo_orchard_lab.cli.errors import CommandError, ExitCode, config_error_line
+from robo_orchard_lab.cli.experiment_arguments import (
+    ExperimentArguments,
+    ExperimentCommand,
+    file_argument,
+    trust_option,
+)
+from robo_orchard_lab.cli.output import (
+    PROGRAM,
+    json_option,
+    print_json,
+    print_table,
+    readable_yaml,
+    say,
+    shortened,
+    styled,
+    with_escapes,
+)
+
+_VALUE_LENGTH = 48  # characters of a value in a table of differences
+
+
+@click.group("config", cls=CommandGroup)
+def config() -> None:
+    """Create, check, show and compare experiment files."""
+
+
+@config.command("init")
+@click.argument("file", default="experiment.yaml", type=click.Path(path_type=Path))
+def init(file: Path) -> None:
+    """Write a commented example FILE.
+
+    FILE is experiment.yaml by default. Its experiment trains in seconds. An existing file is never
+    replaced.
+    """
+    if file.suffix not in (".yaml", ".yml"):
+        raise CommandError(
+            f"{file}: expected the name of a YAML file, since the example has comments",
+            f"name it {file.with_suffix('.yaml')}",
+        )
+    text = resources("robo_orchard_lab.cli").joinpath("starting_file.yaml").read_text("utf-8")
+    try:
+        with file.open("x", encoding="utf-8") as stream:
+            stream.write(text.replace("experiment.yaml", shlex.quote(str(file))))
+    except FileExistsError:
+        raise CommandError(f"{file} already exists", "name another file") from None
+    except OSError as error:
+        raise CommandError(f"{file} can't be written: {error.strerror}") from error
+    say(f"wrote {file}; to train it: {PROGRAM} train {shlex.quote(str(file))}")
+
+
+@config.command("check", cls=ExperimentCommand)
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@json_option
+def check(files: tuple[Path, ...], as_json: bool, experiment: ExperimentArguments) -> int:
+    """Check FILES and print all errors.
+
+    Exits with 2 if a file has errors. Trusted code that a file names is imported; nothing is built.
+    """
+    checked = [(file, _errors(experiment, file)) for file in files]
+    if as_json:
+        print_json(
+            [
+                {"file": str(file), "ok": not errors, "errors": [*map(_plain_error, errors)]}
+                for file, errors in checked
+            ]
+        )
+    else:
+        for file, errors in checked:
+            _print_errors(file, errors)
+    return ExitCode.USAGE if any(errors for _, errors in checked) else ExitCode.DONE
+
+
+def _errors(experiment: ExperimentArguments, file: Path) -> list[ConfigError | CommandError]:
+    try:
+        experiment.load(file)
+    except CommandError as error:
+        return [error]
+    except ConfigError as error:
+        return [error, *error.others]
+    return []
+
+
+def _plain_error(error: ConfigError | CommandError) -> dict[str, Any]:
+    if isinstance(error, CommandError):
+        return {"at": None, "field": None, "problem": error.problem}
+    return {"at": error.source, "field": error.place or None, "problem": error.problem}
+
+
+def _print_errors(file: Path, errors: list[ConfigError | CommandError]) -> None:
+    if not errors:
+        say(f"{file}: {styled('ok', 'green')}")
+    for error in errors:
+        if isinstance(error, CommandError):
+            say(f"{file}: {styled('error:', 'red')} {error.problem}")
+        else:
+            at = "" if (error.source or "").startswith(str(file)) else f"{file}: "
+            say(f"{at}{styled('error:', 'red')} {config_error_line(error)}")
+
+
+@config.command("show", cls=ExperimentCommand)
+@file_argument
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["yaml", "toml", "json"]),
+    help="Format of the output; YAML by default.",
+)
+@click.option("--origins", is_flag=True, help="Print a table with the origin of each value.")
+@json_option
+def show(
+    file: Path,
+    format_: str | None,
+    origins: bool,
+    as_json: bool,
+    experiment: ExperimentArguments,
+) -> None:
+    """Show the complete experiment of FILE, with bases, overrides and defaults.
+
+    The output is an experiment file of the same run, as a run keeps it in its folder.
+    """
+    if origins and format_ is not None:
+        raise CommandError("--origins is a table without a format", "omit --format, or pass --json")
+    document = experiment.read(file)
+    complete = experiment.validated(document)
+    if origins:
+        from robo_orchard_lab.experiment.overrides import DEFAULT
+
+        found = [
+            (dotted(path), value, document.origins.get(path, DEFAULT))
+            for path, value in leaves(complete.to_dict())
+        ]
+        if as_json:
+            print_json(
+                [
+                    {"field": field, "value": value, "layer": origin.layer, "from": origin.where}
+                    for field, value, origin in found
+                ]
+            )
+        else:
+            rows = [(field, _value_text(value), str(origin)) for field, value, origin in found]
+            print_table(["field", "value", "from"], rows)
+    elif as_json or format_ == "json":
+        print_json(complete.to_dict())
+    elif format_ == "toml":
+        say(with_escapes(complete.to_str("toml")).rstrip("\n"))
+    else:
+        say(readable_yaml(complete.to_dict()).rstrip("\n"))
+
+
+def leaves(
+    value: Any, path: tuple[str | int, ...] = ()
+) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """Yield the values of a document that hold no others, with their paths.
+
+    >>> list(leaves({"seed": 0, "hidden": [8, 8], "sinks": [{"path": "a"}]}))
+    [(('seed',), 0), (('hidden',), [8, 8]), (('sinks', 0, 'path'), 'a')]
+    """
+    inner: Iterator[tuple[str | int, Any]] | None = None
+    if isinstance(value, dict):
+        inner = iter(value.items())
+    elif isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        inner = iter(enumerate(value))
+    if inner is None or not value:
+        yield path, value
+        return
+    for key, item in inner:
+        yield from leaves(item, (*path, key))
+
+
+def _value_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+@config.command("diff", cls=ExperimentCommand)
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("after", type=click.Path(path_type=Path))
+@json_option
+def diff(before: Path, after: Path, as_json: bool, experiment: ExperimentArguments) -> None:
+    """Show the differences between BEFORE and AFTER, and whether a run can resume.
+
+    A run of BEFORE can resume as AFTER if all differences are "harmless". A "trajectory" difference
+    changes the trained weights; an "impossible" one prevents a resume. Field options override AFTER
+    alone.
+    """
+    from robo_orchard_lab.experiment.resume_diff import differences
+
+    plain = replace(experiment, overrides=())
+    found = differences(plain.load(before).to_dict(), experiment.load(after).to_dict())
+    if as_json:
+        plain_differences = ({"field": each.field, **asdict(each)} for each in found)
+        print_json([{k: v for k, v in each.items() if k != "path"} for each in plain_differences])
+    elif not found:
+        say("no difference")
+    else:
+        rows = [
+            (each.field, _part_text(each.before), _part_text(each.after), each.resume, each.why)
+            for each in found
+        ]
+        print_table(["field", "before", "after", "resume", "because"], rows)
+
+
+def _part_text(value: Any) -> str:
+    """Return a short text for a value; for a configured class, its name."""
+    if isinstance(value, dict):
+        for key in PART_KEYS:
+            if isinstance(value.get(key), str):
+                return f"{value[key].rpartition(':')[2]} ..."
+    return shortened(_value_text(value), _VALUE_LENGTH)
+
+
+@click.command("schema", cls=Command)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File to write, which is replaced; standard output by default.",
+)
+@trust_option
+def schema(output: Path | None, trust: tuple[str, ...]) -> None:
+    """Write the JSON Schema of experiment files, for completion and checks in editors.
+
+    The schema has the fields of your own classes that you trust by name, as in
+    --trust my_team.hooks:Greeter. Of a trusted package, it accepts any class.
+
+    \b
+    Many editors read the schema of a YAML file from its first line:
+      # yaml-language-server: $schema=experiment.schema.json
+    """
+    from robo_orchard_lab.experiment.catalogue import ExperimentTrust
+    from robo_orchard_lab.experiment.schema import experiment_schema
+
+    trusted = ExperimentTrust.of(trust)
+    trusted.make_local_modules_importable()
+    document = experiment_schema(trust=trusted.names)
+    if output is None:
+        print_json(document)
+        return
+    try:
+        output.write_text(json.dumps(document) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CommandError(f"{output} can't be written: {error.strerror}") from error
+    say(f"wrote {output}")

@@ -1,0 +1,192 @@
+"""Commands ``hooks list``, ``hooks show`` and ``hooks plan``."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from click.shell_completion import CompletionItem
+
+from robo_orchard_lab.cli.commands import CommandGroup
+from robo_orchard_lab.cli.experiment_arguments import (
+    ExperimentArguments,
+    ExperimentCommand,
+    file_argument,
+    trust_option,
+)
+from robo_orchard_lab.cli.output import (
+    json_option,
+    print_json,
+    print_table,
+    readable_yaml,
+    say,
+    styled,
+)
+
+if TYPE_CHECKING:
+    from robo_orchard_lab.experiment.document import ExperimentDocument
+    from robo_orchard_lab.experiment.inspection import HookInfo, PlannedHook
+
+_TRAINER = "the trainer"
+
+
+@click.group("hooks", cls=CommandGroup)
+def hooks() -> None:
+    """List and show hooks, and the hooks that run for a file."""
+
+
+@hooks.command("list")
+@json_option
+def list_(as_json: bool) -> None:
+    """List the built-in hooks with a description."""
+    from robo_orchard_lab.experiment.inspection import hooks as built_in
+
+    found = built_in()
+    if as_json:
+        print_json(
+            [
+                {
+                    "name": hook.name,
+                    "class": hook.reference,
+                    "summary": hook.summary,
+                    "channels": hook.channels,
+                    "fields": [field.path for field in hook.fields],
+                }
+                for hook in found
+            ]
+        )
+        return
+    print_table(["hook", "does"], [(hook.name, hook.summary) for hook in found])
+
+
+def _complete_name(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    from robo_orchard_lab.experiment.inspection import hook_names
+
+    return [CompletionItem(name) for name in hook_names() if name.startswith(incomplete)]
+
+
+@hooks.command("show")
+@click.argument("name", shell_complete=_complete_name)
+@trust_option
+@json_option
+def show(name: str, trust: tuple[str, ...], as_json: bool) -> None:
+    """Show the fields of a hook, and an entry for a file.
+
+    \b
+      robo-orchard-lab hooks show KeepBest
+      robo-orchard-lab hooks show my_package.hooks:MyHook --trust my_package
+
+    NAME is a built-in hook (see `robo-orchard-lab hooks list`) or a class of a trusted package.
+    """
+    from robo_orchard_lab.experiment.catalogue import ExperimentTrust
+    from robo_orchard_lab.experiment.inspection import hook
+
+    trusted = ExperimentTrust.of(trust)
+    trusted.make_local_modules_importable()
+    found = hook(name, trusted.trust)
+    if as_json:
+        print_json({"class": found.reference, **asdict(found)})
+    else:
+        _print_hook(found)
+
+
+def _print_hook(hook: HookInfo) -> None:
+    say(styled(hook.name, "bold") + f"  {hook.reference}")
+    say(hook.summary)
+    if hook.description:
+        say()
+        say(hook.description)
+    if hook.channels is not None:
+        say()
+        say(f"Runs on {', '.join(hook.channels)}.")
+    if hook.fields:
+        say()
+        rows = [
+            (
+                field.path,
+                field.type,
+                "required" if field.default is None else field.default,
+                field.description,
+            )
+            for field in hook.fields
+        ]
+        print_table(["field", "type", "default", "is"], rows)
+    say()
+    say(styled("In a file:", "bold"))
+    entry = readable_yaml({"hooks": {_entry_name(hook.name): hook.example}})
+    say(textwrap.indent(entry, "  ").rstrip())
+
+
+def _entry_name(name: str) -> str:
+    """Return a key for a hook in a file.
+
+    >>> _entry_name("ProgressBarHook"), _entry_name("EMA")
+    ('progress_bar', 'ema')
+    """
+    short = name.rpartition(":")[2].removesuffix("Hook")
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", short).lower()
+
+
+@hooks.command("plan", cls=ExperimentCommand)
+@file_argument
+@json_option
+def plan(file: Path, as_json: bool, experiment: ExperimentArguments) -> None:
+    """Show the hooks that run for FILE: channel, order, trigger and source line.
+
+    The first hook of a channel is the outermost: its before runs first, its after runs last. The
+    hooks are built; models and data are not.
+    """
+    from robo_orchard_lab.experiment.inspection import build_hook_set, plan_hooks
+
+    document = experiment.read(file)
+    found = plan_hooks(build_hook_set(experiment.validated(document)))
+    if as_json:
+        print_json([{**asdict(hook), "defined_in": _origin(hook, document)} for hook in found])
+    else:
+        headings = ["channel", "hook", "class", "when", "calls", "defined in", "code"]
+        print_table(headings, _rows(found, document))
+
+
+def _rows(found: Iterable[PlannedHook], document: ExperimentDocument) -> Iterable[list[str]]:
+    last = ""
+    for hook in found:
+        calls = [name for name in ("before", "after") if getattr(hook, name) is not None]
+        yield [
+            "" if hook.channel == last else hook.channel,
+            hook.hook,
+            hook.class_name,
+            hook.when,
+            ", ".join(calls),
+            _origin(hook, document),
+            _source_lines(hook),
+        ]
+        last = hook.channel
+
+
+def _source_lines(hook: PlannedHook) -> str:
+    """Return the source lines of before and after; the file once if both are in it."""
+    before, after = hook.before or "", hook.after or ""
+    file, _, line = after.rpartition(":")
+    if before and file and before.startswith(f"{file}:"):
+        return f"{before}, {line}"
+    return ", ".join(filter(None, (before, after)))
+
+
+def _origin(hook: PlannedHook, document: ExperimentDocument) -> str:
+    """Return the place in the experiment that defines a hook."""
+    from robo_orchard_lab.experiment.overrides import DEFAULT
+    from robo_orchard_lab.experiment.parts import CHECKPOINT
+
+    named = document.document.get("hooks")
+    if hook.hook == CHECKPOINT:
+        return str(document.origins.get((CHECKPOINT,), DEFAULT))
+    if isinstance(named, dict) and hook.hook in named:
+        return str(document.origins["hooks", hook.hook])
+    return _TRAINER
