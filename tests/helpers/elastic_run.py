@@ -1,4 +1,4 @@
-"""What each rank of ``test_other_processes.py`` does: a part of a training, in any number of ranks.
+"""Script of each rank in ``test_world_size_change.py``: a part of a training at any world size.
 
 A step has six samples of the whole job, so that the samples, the updates and what is logged are
 those of one process.

@@ -158,7 +158,7 @@ def test_an_unknown_metric_lists_the_published_ones() -> None:
 
 def test_arguments_read_what_the_run_shares() -> None:
     """Every shared field is that of the run, and the counters are live."""
-    run = PipelineRun(limits=TrainerLimits(max_step=3, max_epoch=4), dataloader=[1])
+    run = PipelineRun.standalone(limits=TrainerLimits(max_step=3, max_epoch=4), dataloader=[1])
     args = PipelineHookArgs(run)
     run.progress.finish_step()
     run.progress.finish_optimizer_step(committed=True)
@@ -174,7 +174,7 @@ def test_arguments_read_what_the_run_shares() -> None:
     assert args.metrics is run.metrics
     assert args.requests is run.requests
     assert args.dataloader == [1]
-    assert [args.model, args.accelerator, args.optimizer, args.lr_scheduler] == [None] * 4
+    assert [args.optimizer, args.lr_scheduler] == [None] * 2
     assert repr(args).startswith("<PipelineHookArgs at epoch 0, step 1 (global step 1, 1 updates")
 
 

@@ -157,7 +157,7 @@ def _evaluate(
     if measured.loaders:
         evaluator = Evaluator(model, processor, measured.loaders, accelerator=accelerator)
         found |= {f"eval/{name}": value for name, value in evaluator.evaluate().items()}
-    run = PipelineRun(batch_processor=processor, accelerator=accelerator, model=model)
+    run = PipelineRun.standalone(batch_processor=processor, accelerator=accelerator, model=model)
     args = PipelineHookArgs(run)
     with PipelineHooks.from_hooks(measured.hooks).begin("on_loop", args):
         for measure in run.evaluations.values():

@@ -1,19 +1,27 @@
-"""What hooks are given."""
+"""Arguments that every hook receives: the run, its counters, and the scope's own fields."""
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
-from robo_orchard_lab.pipeline.batch_processor import count_batches, count_samples
+import torch
+from accelerate import Accelerator
+
+from robo_orchard_core.utils.config.errors import nearest_or_all
+from robo_orchard_lab.pipeline.batch_processor import (
+    BatchProcessor,
+    SimpleBatchProcessor,
+    count_batches,
+    count_samples,
+)
 from robo_orchard_lab.pipeline.distributed.agreement import Agreement
 from robo_orchard_lab.pipeline.distributed.sections import failing
-from robo_orchard_lab.pipeline.errors import PipelineConfigError
+from robo_orchard_lab.pipeline.errors import PipelineConfigError, PipelineStateError
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.progress import (
     CHANNEL_NAMES,
@@ -25,21 +33,20 @@ from robo_orchard_lab.pipeline.requests import Request, Requests
 from robo_orchard_lab.pipeline.run.run_state import RunStateFile
 
 if TYPE_CHECKING:
-    import torch
-    from accelerate import Accelerator
     from torch.optim.lr_scheduler import LRScheduler
 
-    from robo_orchard_lab.pipeline.batch_processor import BatchProcessor, LossWeighting
+    from robo_orchard_lab.pipeline.batch_processor import LossWeighting
     from robo_orchard_lab.pipeline.data import TrainingData
 
-_IN_STEP: tuple[ChannelName, ...] = (
+_STEP_CHANNELS: tuple[ChannelName, ...] = (
     "on_step",
     "on_batch",
     "on_model_forward",
     "on_model_backward",
     "on_optimizer_step",
 )
-_OF_FIELD = {
+_UPDATE_CHANNELS: tuple[ChannelName, ...] = ("on_optimizer_step", "on_step")
+_BACKING_FIELD = {
     "loss": "attached_loss",
     "batch_size": "batch",
     "is_padding_step": "loss_divisor",
@@ -47,182 +54,215 @@ _OF_FIELD = {
     "sample_numbers": "batch",
     "sample_indices": "batch",
 }
-"""The fields that properties are made of, by the names of those."""
+"""Field behind each property that is valid in some channels only."""
 
 
-def _valid_in(*channels: ChannelName) -> dict[str, tuple[ChannelName, ...]]:
+def _valid_in(channels: tuple[ChannelName, ...]) -> dict[str, tuple[ChannelName, ...]]:
     return {"channels": channels}
 
 
 class WeightSet(Protocol):
-    """Other weights of the model than those that are trained, such as their moving average."""
+    """Alternative weights of the model, such as an exponential moving average."""
 
     def applied(self) -> AbstractContextManager[None]:
-        """The model with these weights, for the body of a ``with``; then its own again."""
+        """Return a context manager that swaps these weights into the model."""
         ...
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Parameters and buffers by name, as the plain model's ``state_dict`` has them."""
+        """Return parameters and buffers by name, in the layout of the model's ``state_dict``."""
         ...
 
 
 class Snapshot(NamedTuple):
-    """All that makes up a run at a commit point; its tensors are the run's own, not copies."""
+    """State of a run at a commit point; tensors are references, not copies."""
 
     parts: Mapping[str, Any]
-    """What all ranks share, by the name of the file it goes to."""
+    """State shared by all ranks, by the name of its file."""
     of_rank: Mapping[str, Any]
-    """What this rank has for itself."""
+    """State of this rank."""
     about: Mapping[str, Any]
-    """Which run it is, for people: counters, configuration, command, versions."""
+    """Metadata for people: counters, configuration, command, versions."""
+
+
+def _no_snapshot() -> Snapshot:
+    raise PipelineStateError("a run without a trainer has no snapshot; create a HookBasedTrainer")
 
 
 @dataclass(slots=True, eq=False, repr=False)
 class PipelineRun:
-    """What all scopes of a run share: the trainer's objects, as hooks see them."""
+    """Objects of one run that all scopes share; hooks reach the run as ``args.run``.
 
-    progress: TrainerProgress = field(default_factory=TrainerProgress)
-    metrics: MetricsBoard = None  # type: ignore[assignment]  # made below, with the progress
-    requests: Requests = field(default_factory=Requests)
-    agreement: Agreement = field(default_factory=Agreement)
-    """What one rank finds out by itself, known to all at the same step."""
-    evaluations: dict[str, Callable[[PipelineHookArgs], None]] = field(default_factory=dict)
-    """What carries out an evaluation that is asked for, by the name of its hook."""
-    evaluated_loaders: dict[str, str] = field(default_factory=dict)
-    """The name of the hook that evaluates on a loader, by the loader's name."""
-    weight_sets: dict[str, WeightSet] = field(default_factory=dict)
-    """Other weights to evaluate and to save, by the name of the hook that keeps them."""
-    # The trainer always sets the next four; only a run made by hand may lack them.
-    batch_processor: BatchProcessor = None  # type: ignore[assignment]
-    limits: TrainerLimits = None  # type: ignore[assignment]
-    accelerator: Accelerator = None
-    model: torch.nn.Module = None  # type: ignore[assignment]
+    The trainer creates the run. :meth:`standalone` creates a run without a trainer.
+    """
+
+    accelerator: Accelerator
+    model: torch.nn.Module
+    batch_processor: BatchProcessor
+    limits: TrainerLimits
+    progress: TrainerProgress
+    metrics: MetricsBoard
+    agreement: Agreement
+    requests: Requests
     optimizer: torch.optim.Optimizer | None = None
     lr_scheduler: LRScheduler | None = None
-    dataloader: Any = None
+    dataloader: Iterable[Any] = ()
     data: TrainingData | None = None
-    """The batches of :attr:`dataloader` in their order; None in a run that is made by hand."""
+    """Batches of :attr:`dataloader` in their order; None in a run without a trainer."""
     folder: Path | None = None
-    """The run's own, for what it writes; None where it has none."""
+    """Run folder for the files of hooks, or None."""
     state_file: RunStateFile = field(default_factory=RunStateFile)
-    """What tells those outside how the run goes; keeps no file where the run has no folder."""
+    """Writer of run_state.json; writes nothing in a run without a folder."""
+
+    # Registries: hooks add themselves under their names when the loop begins.
+    evaluations: dict[str, Callable[[PipelineHookArgs], None]] = field(default_factory=dict)
+    """Function that executes an evaluation, by hook name."""
+    evaluated_loaders: dict[str, str] = field(default_factory=dict)
+    """Name of the hook that evaluates a loader, by loader name."""
+    weight_sets: dict[str, WeightSet] = field(default_factory=dict)
+    """Alternative weights to evaluate and to save, by hook name."""
     savers: dict[str, Callable[[Sequence[Request]], None]] = field(default_factory=dict)
-    """What writes a checkpoint, given the requests for it, by the name of its hook."""
-    take_snapshot: Callable[[], Snapshot] = None  # type: ignore[assignment]  # set by the trainer
-    """What a checkpoint is to hold, for a saver; called at a commit point, on all ranks alike."""
+    """Function that writes a checkpoint for a list of requests, by hook name."""
     failures: list[Exception] = field(default_factory=list)
-    """What went wrong beside the training; the trainer raises the first when it is at its end."""
+    """Errors of background work; the trainer raises the first error at the end of the run."""
+
+    take_snapshot: Callable[[], Snapshot] = _no_snapshot
+    """Function that collects the state for a checkpoint. All ranks call it at a commit point."""
     count_samples: Callable[[Any], int] = count_samples
-    """How many samples a batch has; the batch processor's own method where it has one."""
+    """Function that counts the samples of a batch; the batch processor's method where defined."""
     commit_seconds: float = 0.0
-    """How long evaluations, logging points and saves at commit points have taken until here."""
+    """Total time in evaluations, logging points and saves, in seconds."""
 
     def __post_init__(self) -> None:
-        if self.metrics is None:
-            self.metrics = MetricsBoard(self.progress)  # type: ignore[unreachable]
         self.count_samples = getattr(self.batch_processor, "count_samples", self.count_samples)
+
+    @classmethod
+    def standalone(
+        cls,
+        *,
+        accelerator: Accelerator | None = None,
+        model: torch.nn.Module | None = None,
+        batch_processor: BatchProcessor | None = None,
+        limits: TrainerLimits | None = None,
+        dataloader: Iterable[Any] = (),
+    ) -> PipelineRun:
+        """Create a run without a trainer, to call hooks in tests, examples and evaluations.
+
+        Args:
+            accelerator: defaults to ``Accelerator()``.
+            model: defaults to ``torch.nn.Identity()``.
+            batch_processor: defaults to a processor that returns the model's outputs, no loss.
+            limits: defaults to one epoch.
+            dataloader: batches; empty by default.
+        """
+        progress, agreement = TrainerProgress(), Agreement()
+        return cls(
+            accelerator=Accelerator() if accelerator is None else accelerator,
+            model=torch.nn.Identity() if model is None else model,
+            batch_processor=_FORWARD_ONLY if batch_processor is None else batch_processor,
+            limits=TrainerLimits(max_epoch=1) if limits is None else limits,
+            progress=progress,
+            metrics=MetricsBoard(progress),
+            agreement=agreement,
+            requests=Requests(agreement),
+            dataloader=dataloader,
+        )
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """How many steps this rank makes in an epoch; None where only its end tells."""
+        """Number of steps in an epoch on this rank; None for data without a length."""
         return count_batches(self.dataloader) if self.data is None else self.data.steps_per_epoch
 
     def weight_set(self, name: str) -> WeightSet:
-        """The weights that a hook keeps.
+        """Return the weights that a hook keeps.
 
         Raises:
-            PipelineConfigError: no hook of that name keeps weights; those that do are listed.
+            PipelineConfigError: no hook of that name keeps weights; the message lists those that
+                do.
         """
         if name not in self.weight_sets:
-            near = difflib.get_close_matches(name, self.weight_sets, n=1)
+            hint = nearest_or_all(name, list(self.weight_sets), "hooks that keep weights:")
             raise PipelineConfigError(
-                f"no hook named {name!r} keeps weights"
-                + (f"; did you mean {near[0]!r}?" if near else ".")
-                + f" Those that do: {', '.join(self.weight_sets) or 'none; register an EMA'}"
+                f"no hook named {name!r} keeps weights; {hint}"
+                + ("" if self.weight_sets else "; register an EMA")
             )
         return self.weight_sets[name]
 
 
+_FORWARD_ONLY = SimpleBatchProcessor.from_callable(
+    lambda model, batch: (model(batch), None), need_backward=False
+)
+
+
 @dataclass(slots=True, eq=False, repr=False)
 class PipelineHookArgs:
-    """What every hook is called with: one object for one scope of work.
+    """Argument of every hook: one object for each scope of work.
 
-    All channels of a step share one object; the loop and each epoch have their own. Hooks read
-    it; of what they change, only the batch's contents and the model's weights mean anything.
-    The counters are those of :class:`TrainerProgress` at the time of reading, so read what you
-    want to keep. A field that belongs to some channels has its default in the others;
-    :meth:`channels_of` says which those are.
+    All channels of a step share one object; the loop, each epoch and each evaluation have their
+    own. Hooks read the fields, and may change the contents of the batch and the model's weights.
+    Counters show the value at the time of reading. A field that is valid in some channels only
+    has its default in the others; see :meth:`channels_of`.
     """
 
-    run: PipelineRun = field(default_factory=PipelineRun)
-    """What all scopes share; the properties below read it."""
-    batch: Any = field(default=None, metadata=_valid_in(*_IN_STEP))
-    """The batch, on the accelerator's device."""
-    at_accumulation_boundary: bool = field(default=False, metadata=_valid_in(*_IN_STEP))
-    """Whether this step ends an accumulation window, so that an update is due."""
-    loss_divisor: float = field(default=1.0, metadata=_valid_in(*_IN_STEP))
-    """What the loss is divided by for the backward pass: the samples of the accumulation window,
-    in the mean of all ranks, over those of this batch. Infinite for a filler."""
-    model_outputs: Any = field(default=None, metadata=_valid_in(*_IN_STEP))
-    """What the batch processor returned; set when the forward body is over."""
-    attached_loss: torch.Tensor | None = field(default=None, metadata=_valid_in(*_IN_STEP))
-    """The loss with its graph, for the backward pass; hooks read :attr:`loss`."""
-    given_loss_weight: torch.Tensor | None = field(default=None, metadata=_valid_in(*_IN_STEP))
-    """What the batch processor says that its loss weighs, on the device; hooks read
+    run: PipelineRun = field(default_factory=PipelineRun.standalone)
+    """Objects that all scopes share; the properties below read them."""
+    batch: Any = field(default=None, metadata=_valid_in(_STEP_CHANNELS))
+    """Batch, on the accelerator's device."""
+    at_accumulation_boundary: bool = field(default=False, metadata=_valid_in(_STEP_CHANNELS))
+    """True if this step ends an accumulation window, so that an optimizer step is due."""
+    loss_divisor: float = field(default=1.0, metadata=_valid_in(_STEP_CHANNELS))
+    """Divisor of the loss in the backward pass: the samples of the accumulation window, averaged
+    over the ranks, divided by the samples of this batch. Infinite in a padding step."""
+    model_outputs: Any = field(default=None, metadata=_valid_in(_STEP_CHANNELS))
+    """Outputs of the batch processor; None until the forward pass is done."""
+    attached_loss: torch.Tensor | None = field(default=None, metadata=_valid_in(_STEP_CHANNELS))
+    """Loss with its autograd graph, for the backward pass; hooks read :attr:`loss`."""
+    given_loss_weight: torch.Tensor | None = field(default=None, metadata=_valid_in(_STEP_CHANNELS))
+    """Weight that the batch processor returned with the loss, on the device; hooks read
     :attr:`loss_weight`."""
-    loss_weighting: LossWeighting | None = field(
-        default=None, metadata=_valid_in("on_optimizer_step", "on_step")
-    )
-    """How the losses of the window were weighed, where the batch processor says what each weighs;
-    None also where the window is one batch of one process."""
-    grad_norm: torch.Tensor | None = field(
-        default=None, metadata=_valid_in("on_optimizer_step", "on_step")
-    )
-    """The norm of all gradients ahead of clipping, on their device, from the first hook that has
-    computed it in this update; None before, and where no hook does."""
-    grad_norm_order: float | None = field(
-        default=None, metadata=_valid_in("on_optimizer_step", "on_step")
-    )
-    """The order of :attr:`grad_norm`, such as 2."""
-    gradients_changed: bool = field(
-        default=False, metadata=_valid_in("on_optimizer_step", "on_step")
-    )
-    """Whether the gradients are no longer those that :attr:`grad_norm` was measured on; set by the
-    ``before`` of ``on_optimizer_step`` that changes them, as clipping does."""
-    skip_reason: str | None = field(
-        default=None, metadata=_valid_in("on_optimizer_step", "on_step")
-    )
-    """Set by a ``before`` of ``on_optimizer_step``, on every rank alike, this has the update
-    skipped: weights, optimizer and schedule stay as they are, and the gradients go."""
-    update_committed: bool | None = field(
-        default=None, metadata=_valid_in("on_optimizer_step", "on_step")
-    )
-    """Whether the update changed the weights (True) or was skipped (False); None before it."""
-    epoch_completed: bool = field(default=False, metadata=_valid_in("on_epoch"))
-    """In ``after``: whether the data was passed over to its end."""
-    evaluation: str | None = field(default=None, metadata=_valid_in("on_evaluation"))
-    """The name of the hook that evaluates."""
+    loss_weighting: LossWeighting | None = field(default=None, metadata=_valid_in(_UPDATE_CHANNELS))
+    """Scaling of the window's gradients for losses with weights; None without weights, and for a
+    window of one batch on one rank."""
+    grad_norm: torch.Tensor | None = field(default=None, metadata=_valid_in(_UPDATE_CHANNELS))
+    """Norm of all gradients before clipping, on their device; None until a hook computes it."""
+    grad_norm_order: float | None = field(default=None, metadata=_valid_in(_UPDATE_CHANNELS))
+    """Order of :attr:`grad_norm`, such as 2."""
+    gradients_changed: bool = field(default=False, metadata=_valid_in(_UPDATE_CHANNELS))
+    """True if a ``before`` of ``on_optimizer_step`` changed the gradients after :attr:`grad_norm`
+    was computed, as clipping does. The hook that changes them sets this."""
+    skip_reason: str | None = field(default=None, metadata=_valid_in(_UPDATE_CHANNELS))
+    """Reason to skip the optimizer step, set by a ``before`` of ``on_optimizer_step`` on every
+    rank. Weights, optimizer and LR scheduler keep their state, and the gradients are dropped."""
+    update_committed: bool | None = field(default=None, metadata=_valid_in(_UPDATE_CHANNELS))
+    """True if the optimizer step changed the weights, False if it was skipped, None before it."""
+    epoch_completed: bool = field(default=False, metadata=_valid_in(("on_epoch",)))
+    """In ``after``: True if the epoch reached the end of its data."""
+    evaluation: str | None = field(default=None, metadata=_valid_in(("on_evaluation",)))
+    """Name of the evaluating hook."""
     exception: BaseException | None = None
-    """In an ``after``: the error that is on its way out of the scope, or None."""
+    """In ``after``: the error that leaves the scope, or None."""
     _batch_size: int | None = field(default=None, init=False)
 
     @property
     def is_padding_step(self) -> bool:
-        """Whether this rank has no data left for this step, in which other ranks have some.
+        """True if this rank has no data for a step that other ranks have data for.
 
-        It then takes part with a batch that weighs nothing: ``batch_size`` is 0, there are no
-        ``sample_numbers``, the gradients are zeros, and buffers and random states are as if it had
-        not been passed through the model. ``model_outputs`` and ``loss`` are that batch's, to be
-        left out of what is measured. Every rank makes the same steps.
+        The rank takes part with a batch of weight 0: ``batch_size`` is 0, ``sample_numbers`` is
+        empty, gradients are zero, and buffers and RNG states are restored. Metrics should ignore
+        ``model_outputs`` and ``loss``.
         """
         return self.loss_divisor == math.inf
 
     @property
-    def batch_size(self) -> int:
-        """How many samples the batch has on this rank, counted when first asked for.
+    def is_filler(self) -> NoReturn:
+        """Former name of :attr:`is_padding_step`; raises an AttributeError."""
+        raise AttributeError("args.is_filler was renamed; read args.is_padding_step")
 
-        The batch processor counts them where it has ``count_samples(batch)``; else it is the length
-        of the first tensor in the batch, or 1 where there is none. A filler has 0.
+    @property
+    def batch_size(self) -> int:
+        """Number of samples of the batch on this rank; 0 in a padding step.
+
+        Counted on first access, by the batch processor's ``count_samples(batch)`` where defined,
+        else as the length of the first tensor, or 1 without a tensor.
         """
         if self._batch_size is None:
             self._batch_size = 0 if self.is_padding_step else self.run.count_samples(self.batch)
@@ -230,21 +270,21 @@ class PipelineHookArgs:
 
     @property
     def loss_weight(self) -> float | torch.Tensor:
-        """What the loss of this batch weighs in a mean of losses, on this rank; a filler's is 0.
+        """Weight of this batch's loss in a mean of losses, on this rank; 0 in a padding step.
 
-        What the batch processor has returned beside it, as a tensor on its device, or else the
-        samples of the batch.
+        The weight that the batch processor returned, or else the number of samples.
         """
         weight = self.given_loss_weight
         return self.batch_size if weight is None else weight
 
     @property
     def loss(self) -> torch.Tensor | None:
-        """This rank's loss of this batch: detached, not divided, on its device.
+        """Loss of this batch on this rank: detached, not divided, on its device.
 
-        Reading it as a number waits for the device. None until the forward body is over. It is
-        detached when asked for, which saves a step without such a hook a microsecond.
+        None until the forward pass is done. Reading the number (``.item()``) waits for the
+        device.
         """
+        # Detached on access: a step without such a hook saves a microsecond.
         return None if self.attached_loss is None else self.attached_loss.detach()
 
     @property
@@ -254,47 +294,47 @@ class PipelineHookArgs:
 
     @property
     def epoch_id(self) -> int:
-        """The epoch, from 0."""
+        """Epoch, from 0."""
         return self.run.progress.epoch_id
 
     @property
     def step_id(self) -> int:
-        """The step in the epoch, from 0."""
+        """Step within the epoch, from 0."""
         return self.run.progress.step_id
 
     @property
     def global_step_id(self) -> int:
-        """The step in the run, from 0."""
+        """Step within the run, from 0."""
         return self.run.progress.global_step_id
 
     @property
     def optimizer_step_id(self) -> int:
-        """How many updates have been committed."""
+        """Number of committed optimizer steps."""
         return self.run.progress.optimizer_step_id
 
     @property
     def batch_processor(self) -> BatchProcessor:
-        """What turns a batch into outputs and loss."""
+        """Batch processor: computes outputs and loss of a batch."""
         return self.run.batch_processor
 
     @property
     def limits(self) -> TrainerLimits:
-        """Where the run ends."""
+        """Limits of the run."""
         return self.run.limits
 
     @property
     def max_step(self) -> int | None:
-        """The limit in steps, or None."""
+        """Limit in steps, or None."""
         return self.run.limits.max_step
 
     @property
     def max_optimizer_step(self) -> int | None:
-        """The limit in committed updates, or None."""
+        """Limit in optimizer steps, or None."""
         return self.run.limits.max_optimizer_step
 
     @property
     def max_epoch(self) -> int | None:
-        """The limit in epochs, or None."""
+        """Limit in epochs, or None."""
         return self.run.limits.max_epoch
 
     @property
@@ -304,30 +344,29 @@ class PipelineHookArgs:
 
     @property
     def model(self) -> torch.nn.Module:
-        """The model as prepared: on its device, wrapped for several processes."""
+        """Model as prepared: on its device, wrapped in DDP for several processes."""
         return self.run.model
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
-        """The optimizer that is stepped; None where there is no backward pass."""
+        """Optimizer that is stepped; None without a backward pass."""
         return self.run.optimizer
 
     @property
     def lr_scheduler(self) -> LRScheduler | None:
-        """The schedule, or None."""
+        """LR scheduler, or None."""
         return self.run.lr_scheduler
 
     @property
     def dataloader(self) -> Any:
-        """What the batches come from."""
+        """Data loader that was passed to the trainer."""
         return self.run.dataloader
 
     @property
     def sample_numbers(self) -> Sequence[int] | None:
-        """The places of the batch's samples in the order of the epoch, from 0, on this rank.
+        """Positions of this rank's samples in the epoch's order, from 0, over the whole job.
 
-        They count the samples of the whole job. Valid in the channels of a step; empty for a
-        filler, None where the data has no numbers.
+        Valid in the channels of a step; empty in a padding step; None for data without positions.
         """
         if self.is_padding_step:
             return []
@@ -335,9 +374,9 @@ class PipelineHookArgs:
 
     @property
     def sample_indices(self) -> Any:
-        """What the batch was loaded by: the dataset's indices, in a list, on this rank.
+        """Dataset indices of this rank's samples, as a list.
 
-        Valid in the channels of a step; empty for a filler, None where the data has no indices.
+        Valid in the channels of a step; empty in a padding step; None for data without indices.
         """
         if self.is_padding_step:
             return []
@@ -345,26 +384,26 @@ class PipelineHookArgs:
 
     @property
     def metrics(self) -> MetricsBoard:
-        """Where to publish named scalars."""
+        """Metrics board, to publish named scalars."""
         return self.run.metrics
 
     @property
     def requests(self) -> Requests:
-        """Where to ask the trainer for something."""
+        """Requests to the trainer: save, evaluate, log, stop."""
         return self.run.requests
 
     def failing(self, error: BaseException) -> None:
-        """Tell the other ranks; channels that an error leaves call it ahead of any ``after``."""
+        """Report an error to the other ranks; channels call this before any ``after``."""
         failing(error)
 
     @classmethod
     def channels_of(cls, name: str) -> tuple[ChannelName, ...]:
-        """The channels in which a field has a meaning.
+        """Return the channels in which a field is valid.
 
         >>> PipelineHookArgs.channels_of("epoch_completed")
         ('on_epoch',)
         """
-        name = _OF_FIELD.get(name, name)
+        name = _BACKING_FIELD.get(name, name)
         for declared in fields(cls):
             if declared.name == name:
                 channels: tuple[ChannelName, ...] = declared.metadata.get("channels", CHANNEL_NAMES)

@@ -87,12 +87,15 @@ def test_mean_losses(saved: int, now: int) -> None:
     states = []
     for rank in range(saved):
         tracker = LossTrackerConfig()()
-        take_in(tracker, [rank + 1.0, rank + 2.0], PipelineRun())
+        take_in(tracker, [rank + 1.0, rank + 2.0], PipelineRun.standalone())
         states.append(tracker.state_dict())
     found = LossTrackerConfig()().redistribute_states(states, now)
     boards = []
     for state in found:
-        run, tracker = PipelineRun(accelerator=Accelerator(cpu=True)), LossTrackerConfig()()
+        run, tracker = (
+            PipelineRun.standalone(accelerator=Accelerator(cpu=True)),
+            LossTrackerConfig()(),
+        )
         tracker.load_state_dict(state)
         with tracker.begin("on_loop", PipelineHookArgs(run)):
             tracker._publish_windows()

@@ -282,7 +282,7 @@ def test_deepspeed_is_refused() -> None:
     """Freezing is refused with DeepSpeed, which has gradients of its own."""
     accelerator = Accelerator(cpu=True)
     accelerator.state.distributed_type = DistributedType.DEEPSPEED
-    run = PipelineRun(accelerator=accelerator, model=make_model())
+    run = PipelineRun.standalone(accelerator=accelerator, model=make_model())
     hook = FreezeHookConfig(patterns=["*"])()
     with (
         pytest.raises(PipelineConfigError, match="FreezeHook can't keep DEEPSPEED from updating"),

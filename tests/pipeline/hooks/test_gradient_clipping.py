@@ -190,7 +190,9 @@ def test_other_unscaling_errors_propagate() -> None:
     accelerator.scaler.unscale_(optimizer)
     accelerator.scaler.step(optimizer)
     with pytest.raises(RuntimeError, match=r"unscale_\(\) is being called after step"):
-        gradient_norm(PipelineHookArgs(PipelineRun(accelerator=accelerator, model=model)))
+        gradient_norm(
+            PipelineHookArgs(PipelineRun.standalone(accelerator=accelerator, model=model))
+        )
 
 
 def test_accelerate_clips_sharded_gradients() -> None:
@@ -212,7 +214,7 @@ def test_accelerate_clips_sharded_gradients() -> None:
     model = make_model()
     loss_of(model, next(iter(make_loader())))[1].backward()
     before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    args = PipelineHookArgs(PipelineRun(accelerator=accelerator, model=model))
+    args = PipelineHookArgs(PipelineRun.standalone(accelerator=accelerator, model=model))
     norm = gradient_norm(args)
     assert equal(before, [p.grad for p in model.parameters() if p.grad is not None])
     assert norm is not None

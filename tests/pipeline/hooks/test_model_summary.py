@@ -131,7 +131,9 @@ def test_only_the_main_process_logs(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other ranks log nothing."""
-    args = PipelineHookArgs(PipelineRun(accelerator=Accelerator(cpu=True), model=make_model()))
+    args = PipelineHookArgs(
+        PipelineRun.standalone(accelerator=Accelerator(cpu=True), model=make_model())
+    )
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     with (

@@ -572,7 +572,8 @@ def check_update(kind: DistributedType, loss: float, **fields: Any) -> PipelineH
     model = make_model()
     loss_of(model, batches_with("infinite loss", [])[0])[1].backward()
     args = PipelineHookArgs(
-        PipelineRun(accelerator=accelerator, model=model), attached_loss=torch.tensor(loss)
+        PipelineRun.standalone(accelerator=accelerator, model=model),
+        attached_loss=torch.tensor(loss),
     )
     guard = NonFiniteGuardConfig(**fields)()
     for channel in ("on_model_forward", "on_model_backward", "on_optimizer_step"):
@@ -614,7 +615,7 @@ def test_engine_without_norm() -> None:
 def test_unsupported_skip_is_refused() -> None:
     """DeepSpeed and fp16 on several processes refuse policy='skip', not policy='raise'."""
     accelerator = Elsewhere(cpu=True)
-    args = PipelineHookArgs(PipelineRun(accelerator=accelerator, model=make_model()))
+    args = PipelineHookArgs(PipelineRun.standalone(accelerator=accelerator, model=make_model()))
 
     def begin(**fields: Any) -> None:
         with NonFiniteGuardConfig(**fields)().begin("on_loop", args):

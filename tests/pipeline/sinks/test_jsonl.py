@@ -27,7 +27,7 @@ from robo_orchard_lab.pipeline.sinks import (
 
 def at(step: int, epoch: int = 0) -> PipelineHookArgs:
     """A run that has come this far."""
-    run = PipelineRun()
+    run = PipelineRun.standalone()
     run.progress.global_step_id = run.progress.step_id = step
     run.progress.epoch_id = epoch
     return PipelineHookArgs(run)

@@ -22,7 +22,7 @@ VALUES = (
 
 
 def line(sink: LogSink, record: MetricsRecord, step_in_epoch: int) -> str:
-    run = PipelineRun()
+    run = PipelineRun.standalone()
     run.progress.step_id = step_in_epoch
     sink.open(PipelineHookArgs(run))
     return sink.line(record)

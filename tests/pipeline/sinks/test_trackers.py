@@ -29,7 +29,7 @@ POINTS = {"loss": [(50, 2.0), (100, 1.0)], "eval/val/acc": [(45, 0.5)]}
 
 
 def at(step: int, accelerator: Accelerator | None = None) -> PipelineHookArgs:
-    run = PipelineRun(accelerator=accelerator or Accelerator(cpu=True))
+    run = PipelineRun.standalone(accelerator=accelerator or Accelerator(cpu=True))
     run.progress.global_step_id = step
     return PipelineHookArgs(run)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from robo_orchard_lab.pipeline.trainer.setup import movable_in, placement_of, tensors_in
+from robo_orchard_lab.pipeline.trainer.setup import batch_placement, movable_in, tensors_in
 
 
 class MovesByItself(dict[str, Any]):
@@ -19,7 +19,7 @@ class MovesByItself(dict[str, Any]):
 
 def test_nothing_is_moved_on_the_cpu() -> None:
     """Where all is on the host, a step has nothing to place."""
-    assert placement_of(Accelerator(cpu=True), []) is None
+    assert batch_placement(Accelerator(cpu=True), []) is None
 
 
 def test_tensors_are_found_in_nested_batches() -> None:

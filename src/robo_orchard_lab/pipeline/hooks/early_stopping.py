@@ -31,7 +31,7 @@ class EarlyStopping(PipelineHooks):
     - Cost: none for a step.
 
     >>> from robo_orchard_lab.pipeline.context import PipelineRun
-    >>> run = PipelineRun()
+    >>> run = PipelineRun.standalone()
     >>> stopping = EarlyStoppingConfig(monitor="eval/val/loss", mode="min", patience=2)()
     >>> with stopping.begin("on_loop", PipelineHookArgs(run)):
     ...     for loss in (0.5, 0.7, 0.5):

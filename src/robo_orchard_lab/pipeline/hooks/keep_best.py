@@ -46,7 +46,7 @@ class KeepBest(PipelineHooks):
 
     >>> from accelerate import Accelerator
     >>> from robo_orchard_lab.pipeline.context import PipelineRun
-    >>> run = PipelineRun(accelerator=Accelerator(cpu=True))
+    >>> run = PipelineRun.standalone(accelerator=Accelerator(cpu=True))
     >>> keep = KeepBestConfig(monitor="eval/val/loss", mode="min", path="best.safetensors")()
     >>> with keep.begin("on_loop", PipelineHookArgs(run)):
     ...     for loss in (0.5, 0.4, 0.7):

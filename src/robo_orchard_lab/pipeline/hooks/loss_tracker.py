@@ -212,7 +212,7 @@ class LossTracker(PipelineHooks):
       processor returns weights. No device sync.
 
     >>> from robo_orchard_lab.pipeline.context import PipelineRun
-    >>> run, tracker = PipelineRun(), LossTrackerConfig()()
+    >>> run, tracker = PipelineRun.standalone(), LossTrackerConfig()()
     >>> with tracker.begin("on_loop", PipelineHookArgs(run)):
     ...     for loss in (1.0, 2.0):
     ...         args = PipelineHookArgs(run, attached_loss=torch.tensor(loss))

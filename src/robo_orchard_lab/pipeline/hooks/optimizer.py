@@ -1,4 +1,4 @@
-"""The hook that owns the optimizer and the schedule."""
+"""OptimizerHook: steps the optimizer and the LR scheduler."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.metrics import WeightedSum
 
 LRSchedulerUnit: TypeAlias = Literal["optimizer_step", "epoch"]
-"""When the learning rate schedule moves: once for each committed update, or once an epoch."""
+"""When the LR scheduler steps: once per committed optimizer step, or once per epoch."""
 
-# Here the wrapper around the optimizer only forwards. Elsewhere (DeepSpeed, Megatron-LM, XLA) it
-# decides, as it does with a gradient scaler.
+# Accelerate's optimizer wrapper only forwards here. Elsewhere (DeepSpeed, Megatron-LM, XLA), and
+# with a gradient scaler, it decides whether to step.
 _FORWARDING = frozenset(
     {
         DistributedType.NO,
@@ -39,7 +39,7 @@ _FORWARDING = frozenset(
 
 
 class OptimizerHook(PipelineHooks):
-    """Updates the weights at each accumulation boundary; the outermost hook on ``on_step``.
+    """Steps the optimizer at each accumulation boundary; the outermost hook on ``on_step``.
 
     Its ``after`` opens ``on_optimizer_step`` around this::
 
@@ -48,23 +48,22 @@ class OptimizerHook(PipelineHooks):
         optimizer.zero_grad()
         progress.finish_optimizer_step(committed)
 
-    So ``after``-hooks of ``on_step`` see the gradients, those of ``on_optimizer_step`` the new
-    weights and ``args.update_committed``. Nothing is updated when the step failed.
+    ``after``-hooks of ``on_step`` see the gradients; those of ``on_optimizer_step`` see the new
+    weights and ``args.update_committed``. A failed step makes no optimizer step.
 
     Args:
         accelerator: decides whether the optimizer can be called without Accelerate's wrapper,
-            which takes longer than a small model's step (benchmarks/README.md).
-        optimizer: as prepared by the accelerator, or not.
-        lr_scheduler: as prepared by the accelerator, or not; None for a constant rate.
-        hooks: whose ``on_optimizer_step`` to open.
-        lr_scheduler_every: when the schedule moves. By default once for each committed update,
-            whatever the number of processes, and for ``ReduceLROnPlateau`` once an epoch. That
-            one gets the mean loss of all ranks' steps since it last moved: one exchange between
-            the ranks, and waiting for the device, for each move.
+            which costs more than a small model's step (benchmarks/README.md).
+        optimizer: optimizer, prepared by the accelerator or not.
+        lr_scheduler: LR scheduler, prepared by the accelerator or not; None for a constant rate.
+        hooks: hooks whose ``on_optimizer_step`` is opened.
+        lr_scheduler_every: when the LR scheduler steps. Defaults to once per committed optimizer
+            step, at any world size, and for ``ReduceLROnPlateau`` to once per epoch, with the mean
+            loss over all ranks' steps since its last step: one collective and one device sync.
 
     Raises:
-        PipelineConfigError: ``lr_scheduler_every`` is another word, or the optimizer can't step
-            without a closure, as LBFGS can't, which evaluates the model anew within its step.
+        PipelineConfigError: ``lr_scheduler_every`` is unknown, or the optimizer needs a closure,
+            as LBFGS does.
     """
 
     def __init__(
@@ -84,7 +83,7 @@ class OptimizerHook(PipelineHooks):
             else lr_scheduler
         )
         self._channel = hooks.get_channel("on_optimizer_step")
-        # With a gradient scaler and the like, Accelerate's wrapper knows whether it has stepped.
+        # With a gradient scaler, Accelerate's wrapper knows if it has stepped.
         self._wrapper = self.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else None
         self._zero_grad = _zero_grad_of(self.optimizer)
 
@@ -98,9 +97,9 @@ class OptimizerHook(PipelineHooks):
                 f"{', '.join(map(repr, get_args(LRSchedulerUnit)))}, got {lr_scheduler_every!r}"
             )
         self._mean_loss = _MeanLoss(accelerator) if plateau else None
-        move = _move_of(self.lr_scheduler, self._mean_loss)
-        self._after_update = move if self.lr_scheduler_every == "optimizer_step" else None
-        self._after_epoch = move if self.lr_scheduler_every == "epoch" else None
+        step = _step_function(self.lr_scheduler, self._mean_loss)
+        self._after_update = step if self.lr_scheduler_every == "optimizer_step" else None
+        self._after_epoch = step if self.lr_scheduler_every == "epoch" else None
 
         self.register_hook("on_step", HookContext.from_callable(after=self._optimizer_step))
         if self._mean_loss is not None:
@@ -109,7 +108,7 @@ class OptimizerHook(PipelineHooks):
             self.register_hook("on_epoch", HookContext.from_callable(after=self._end_epoch))
 
     def zero_grad(self) -> None:
-        """Drop the gradients."""
+        """Set all gradients to None."""
         self._zero_grad()
 
     def _optimizer_step(self, args: PipelineHookArgs) -> None:
@@ -131,7 +130,7 @@ class OptimizerHook(PipelineHooks):
     def _skip(self, args: PipelineHookArgs) -> None:
         scaler = args.accelerator.scaler
         if scaler is not None:
-            unscale_gradients(args.accelerator)  # so that it has something to update from
+            unscale_gradients(args.accelerator)  # scaler.update() needs an unscale before
             scaler.update()
         self._zero_grad()
         args.run.progress.finish_optimizer_step(committed=False)
@@ -152,7 +151,7 @@ class OptimizerHook(PipelineHooks):
     def redistribute_states(
         self, states: Sequence[Mapping[str, Any]], processes: int
     ) -> Sequence[Mapping[str, Any]]:
-        """The mean of the losses is that of all ranks', whichever rank has taken them in."""
+        """Merge the ranks' mean losses; the mean over all ranks is unchanged."""
         return joined_by_rank(states, processes, self._joined)
 
     def _joined(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -162,7 +161,7 @@ class OptimizerHook(PipelineHooks):
 
 
 class _MeanLoss:
-    """The weighted mean of the losses since it was last taken, on their device, of all ranks."""
+    """Weighted mean of the losses of all ranks since the last read, kept on the device."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
@@ -183,13 +182,13 @@ class _MeanLoss:
 
     @staticmethod
     def joined(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """One state of those of several ranks."""
-        whole = WeightedSum()
+        """Merge the states of several ranks."""
+        total = WeightedSum()
         for state in states:
             part = WeightedSum()
             part.load_state_dict(state, None)
-            whole.merge(part)
-        return whole.state_dict()
+            total.merge(part)
+        return total.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
         return self._sum.state_dict()
@@ -201,7 +200,7 @@ class _MeanLoss:
 def _unwrap_optimizer(
     accelerator: Accelerator, optimizer: torch.optim.Optimizer
 ) -> torch.optim.Optimizer:
-    """The optimizer to call: without Accelerate's wrapper where that has nothing to decide."""
+    """Return the optimizer without Accelerate's wrapper, if the wrapper only forwards."""
     if (
         isinstance(optimizer, AcceleratedOptimizer)
         and accelerator.scaler is None
@@ -217,32 +216,32 @@ def _refuse_closures(optimizer: torch.optim.Optimizer) -> None:
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise PipelineConfigError(
-            f"{type(optimizer).__name__}.step needs a closure that evaluates the model anew, "
-            "which the trainer does not give; use an optimizer that steps on the gradients"
+            f"{type(optimizer).__name__}.step needs a closure that evaluates the model again, "
+            "which the trainer does not pass; use an optimizer that steps on the gradients"
         )
 
 
-def _move_of(
+def _step_function(
     scheduler: torch.optim.lr_scheduler.LRScheduler | None, mean_loss: _MeanLoss | None
 ) -> Callable[[], Any] | None:
-    """What moves the schedule by one; None without a schedule."""
+    """Return the function that steps the LR scheduler, or None."""
     if isinstance(scheduler, ReduceLROnPlateau):
         assert mean_loss is not None
         return lambda: scheduler.step(mean_loss.take())  # waits for the device
     if isinstance(scheduler, OneCycleLR):
 
-        def move_to_the_end() -> None:
-            # It raises when moved past its end, where an epoch had more updates than foreseen.
+        def step_to_the_end() -> None:
+            # OneCycleLR raises when stepped past its end.
             if scheduler.last_epoch < scheduler.total_steps:
                 scheduler.step()
 
-        return move_to_the_end
+        return step_to_the_end
     return None if scheduler is None else scheduler.step
 
 
 def _zero_grad_of(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
-    """Dropping the gradients, by freeing them wherever the optimizer knows how."""
+    """Return the function that drops the gradients, with ``set_to_none`` where supported."""
     option = inspect.signature(optimizer.zero_grad).parameters.get("set_to_none")
-    if option is None or option.default in (True, None):  # None: Accelerate's wrapper finds out
+    if option is None or option.default in (True, None):  # None: Accelerate's wrapper decides
         return optimizer.zero_grad
     return partial(optimizer.zero_grad, set_to_none=True)

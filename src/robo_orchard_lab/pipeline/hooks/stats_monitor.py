@@ -50,7 +50,7 @@ class StepClock:
     """
 
     def __init__(self) -> None:
-        self._run = PipelineRun()
+        self._run: PipelineRun  # set when the loop begins
         self._committed_s = self._marked_at = 0.0
         self._reset()
 
@@ -125,7 +125,7 @@ class StatsMonitor(PipelineHooks):
 
     >>> from accelerate import Accelerator
     >>> from robo_orchard_lab.pipeline import TrainerLimits
-    >>> run = PipelineRun(accelerator=Accelerator(cpu=True), limits=TrainerLimits(max_step=9))
+    >>> run = PipelineRun.standalone(accelerator=Accelerator(cpu=True), limits=TrainerLimits(max_step=9))
     >>> monitor = StatsMonitorConfig()()
     >>> args = PipelineHookArgs(run, batch=torch.zeros(8, 3))
     >>> with monitor.begin("on_loop", args):
@@ -144,7 +144,7 @@ class StatsMonitor(PipelineHooks):
         self._clock = StepClock()
         self._norm_due = cfg.grad_norm  # publish the norm of the next update
         self._has_norm = False  # this hook is the publisher of grad_norm
-        self._run = PipelineRun()  # until the loop begins
+        self._run: PipelineRun  # set when the loop begins
         self._begun_at = 0.0
         self._first_step = 0
         self._steps_per_epoch: int | None = None

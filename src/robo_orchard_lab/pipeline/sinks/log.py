@@ -23,7 +23,7 @@ class LogSink:
     marked with their step.
 
     >>> from robo_orchard_lab.pipeline.context import PipelineRun
-    >>> run, sink = PipelineRun(), LogSink(names=["loss/*"])
+    >>> run, sink = PipelineRun.standalone(), LogSink(names=["loss/*"])
     >>> sink.open(PipelineHookArgs(run))
     >>> loss, rate = MetricValue("loss/total", 0.42314, 50), MetricValue("lr/group0", 1e-4, 50)
     >>> print(sink.line(MetricsRecord(0, 50, 50, (loss, rate))))

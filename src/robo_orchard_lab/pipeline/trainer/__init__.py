@@ -1,4 +1,4 @@
-"""The engine and what it needs to run."""
+"""Training engine."""
 
 from robo_orchard_lab.pipeline.trainer.trainer import HookBasedTrainer
 

@@ -1,4 +1,4 @@
-"""Dividing a stream of batches into accumulation windows."""
+"""Accumulation windows: the micro-batches of each optimizer step, and their loss divisors."""
 
 from __future__ import annotations
 
@@ -20,19 +20,16 @@ from robo_orchard_lab.pipeline.model import BufferSnapshot
 from robo_orchard_lab.pipeline.trainer.loss_weights import LossWeights
 from robo_orchard_lab.pipeline.trainer.uneven_ranks import JointWindows
 
-# --- filler ----------------------------------------------------------------------------------
-# Taking part in a step with a batch that leaves nothing behind.
-
 
 @contextmanager
 def padding_step(model: torch.nn.Module) -> Iterator[None]:
-    """A ``with`` whose body passes a filler through a model, forward and backward.
+    """Run a padding step in the body: forward and backward without lasting effects.
 
-    It adds zeros to the gradients, also where the batch gives NaN. Afterwards the buffers, such as
-    running statistics, and the random state are what they were. That takes a copy of the buffers,
-    and milliseconds. Statistics that ranks join within the forward pass (``SyncBatchNorm``) do
-    count the filler; parameters that are sharded take their gradients from it as they are, which
-    are zeros unless the batch gives NaN.
+    Gradients of the step are zeros, also for a NaN loss. Buffers, such as running statistics, and
+    RNG states are restored afterwards, which costs a copy of the buffers and milliseconds.
+
+    Two exceptions: ``SyncBatchNorm`` counts the padding batch in its statistics, and sharded
+    parameters take the gradients as computed, which are zeros unless the batch yields NaN.
     """
     buffers = BufferSnapshot()
     buffers.attach(model)
@@ -51,9 +48,9 @@ def padding_step(model: torch.nn.Module) -> Iterator[None]:
 ItemT = TypeVar("ItemT")
 
 MicroBatch: TypeAlias = tuple[Any, bool, float]
-"""A batch; whether it ends its window; and what to divide its mean loss by, so that the gradients
-that the window adds up, in the mean of all ranks, are those of the mean over all of its samples.
-That is infinite for a batch that weighs nothing, such as a filler."""
+"""Batch, True if it ends its window, and the divisor of its mean loss. With these divisors, the
+accumulated gradients, averaged over ranks, are those of the mean over all samples of the window.
+The divisor is infinite for a batch of weight 0, as in a padding step."""
 
 _END = object()
 
@@ -61,34 +58,30 @@ logger = job_logger(__name__)
 
 
 class SizesOfSteps(Protocol):
-    """How many samples the steps of a pass have, from one of them on."""
+    """Function that iterates over the sample counts of an epoch's steps from ``step_id`` on."""
 
     def __call__(self, step_id: int, *, ahead: bool) -> Iterator[StepSizes] | None:
-        """None where that is not known ahead, or when the batch of the step was given."""
+        """Return the counts, or None if unknown before (``ahead``) or with the batch."""
         ...
 
 
 class AccumulationWindows:
-    """Divides a pass over the batches into windows, the last of which may be short.
+    """Splits the batches of an epoch into accumulation windows; the last window may be short.
 
-    A window of n equal batches divides each loss by n; of unequal ones, each by the window's
-    samples over its own. So n micro-batches equal one batch n times as large, and those of several
-    ranks, whose gradients are averaged, one batch of all their samples.
+    The loss of a batch is divided by ``samples of the window / samples of the batch``: n equal
+    micro-batches divide each loss by n. So n micro-batches equal one batch n times as large, and
+    batches of several ranks, whose gradients are averaged, equal one batch of all samples.
 
-    Where the sizes of batches are not known ahead, or ``count_samples`` is given, a window's
-    batches are all loaded before the first is given.
-
-    Where the sizes of the other ranks' batches are not known at all, as of streams (but of lists
-    as long on all ranks) and by ``count_samples``, :class:`JointWindows` has the ranks tell each
-    other.
+    If batch sizes are not known in advance, or ``count_samples`` is given, all batches of a window
+    are loaded before its first step. If the batch sizes of other ranks are unknown, as for streams
+    and with ``count_samples``, ranks exchange them, see :class:`JointWindows`.
 
     Args:
-        length: how many batches make a full window, >= 1; windows are counted from the first
-            batch of the pass.
-        count_samples: how many samples a batch has; None counts its first tensor's length.
-        processes: how many have samples of their own in a step.
-        ranks: how many there are in the job.
-        weights: what losses weigh that come with a weight.
+        length: batches in a full window, >= 1, counted from the first batch of the epoch.
+        count_samples: counts the samples of a batch; None uses the first tensor's length.
+        processes: number of ranks with different samples in a step.
+        ranks: world size.
+        weights: weights of losses.
     """
 
     def __init__(
@@ -105,37 +98,37 @@ class AccumulationWindows:
         self._processes = processes
         self._ranks = ranks
         self._within = 0
-        """How many batches of the open window are given; 0 between two windows."""
+        """Batches of the open window that were yielded; 0 between two windows."""
         self._planned = 0
-        """How many batches the open window has."""
+        """Batches in the open window."""
         self._loaded: list[StepSizes] = []
-        """Of the open window, where its batches were loaded ahead."""
+        """Sizes of the open window, if its batches were loaded in advance."""
 
     def micro_batches(
         self, batches: Iterator[Any], sizes: SizesOfSteps, done: int, limit: int | None
     ) -> Iterator[MicroBatch]:
-        """What is left of a pass.
+        """Iterate over the remaining micro-batches of an epoch.
 
         Args:
-            batches: those that are left.
-            sizes: how many samples the steps of the pass have.
-            done: how many batches of the pass are done, maybe within a window.
-            limit: how many batches of the pass to take at most, or to the end of the window that
-                is open; None takes all.
+            batches: remaining batches.
+            sizes: sample counts of the epoch's steps.
+            done: batches of the epoch that are done, maybe within a window.
+            limit: maximum number of batches in the epoch; an open window is completed in any case.
+                None for no limit.
 
         Raises:
-            DataError: while iterating, where there are more batches than sizes, or fewer.
-            StateError: the pass goes on within a window of which the sizes were not saved.
+            DataError: while iterating, the number of batches differs from the number of sizes.
+            StateError: the epoch continues within a window whose sizes were not saved.
         """
-        if done == 0:  # whatever the pass before has left open
+        if done == 0:  # drop a window that the epoch before has left open
             self._within, self._loaded = 0, []
         within = self._within
-        begun = done - within  # the first batch of the window that is open, or next
+        begun = done - within  # first batch of the open window, or of the next
         counted = self._count_samples is not None
         known = None if counted else sizes(begun, ahead=True)
         given = sizes(done, ahead=False) if self._processes > 1 else None
         joint = self._ranks > 1 and (counted or (known is None and given is None))
-        if self.length == 1 and not joint:  # in C, since this is every step of most runs
+        if self.length == 1 and not joint:  # in C, since most runs take this path in every step
             divisors = repeat(1.0) if given is None else map(self._divisor, given)
             return zip(batches, repeat(True), divisors)
         lengths = self._lengths(begun, limit)
@@ -143,16 +136,16 @@ class AccumulationWindows:
             return self._sized_windows(batches, known, lengths, begun, limit)
         if within and not self._loaded:
             raise StateError(
-                f"the run was saved after {within} of the {self._planned} batches of an "
-                "accumulation window whose sizes were known ahead, and now are not; resume it with "
-                "the kind of data loader and batch processor that it was saved with"
+                f"the run was saved after {within} of {self._planned} batches of an accumulation "
+                "window whose batch sizes were known in advance, and now they are not; resume with "
+                "the same kind of data loader and batch processor"
             )
         if joint:
             return self._joint_windows(batches, given, lengths, from_start=done == 0)
         return self._loaded_ahead(batches, given, lengths)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the open window, if there is one, was planned by, and weighs so far."""
+        """Return the plan and the weights of the open window."""
         return {
             "within": self._within,
             "planned": self._planned,
@@ -162,23 +155,23 @@ class AccumulationWindows:
         }
 
     def check(self, state: Mapping[str, Any]) -> None:
-        """Refuse a window that can't be gone on with; raises ``StateError``, changes nothing."""
+        """Raise a ``StateError`` if :meth:`load_state_dict` can't load the state."""
         self._weights.check(state["loss_weights"])
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Go on within a window as it was planned."""
+        """Restore the open window."""
         self._weights.load_state_dict(state["loss_weights"], device)
         self._within, self._planned = state["within"], state["planned"]
         self._loaded = list(map(StepSizes, state["loaded_sizes"], state["job_sizes"]))
 
     def _divisor(self, sizes: StepSizes) -> float:
-        """Of a batch that is a window by itself."""
+        """Return the divisor of a batch that is a window by itself."""
         return _divisor(sizes.local, sizes.total, self._processes)
 
     def _lengths(self, begun: int, limit: int | None) -> Iterator[int]:
-        """How many batches the windows have from batch ``begun`` on, without end or up to a limit.
+        """Yield the lengths of the windows from batch ``begun`` on, up to the limit if any.
 
-        The pass may be over before.
+        The epoch may end before.
         """
         if self._within:
             yield self._planned
@@ -197,7 +190,7 @@ class AccumulationWindows:
         begun: int,
         limit: int | None,
     ) -> Iterator[MicroBatch]:
-        """Windows of which the sizes are known ahead."""
+        """Yield windows whose sizes are known in advance."""
         for window in _chunks(sizes, lengths):
             rest = islice(batches, len(window) - self._within)
             yield from self._window(rest, self._within, window, self._processes)
@@ -210,7 +203,7 @@ class AccumulationWindows:
     def _loaded_ahead(
         self, batches: Iterator[Any], given: Iterator[StepSizes] | None, lengths: Iterator[int]
     ) -> Iterator[MicroBatch]:
-        """Windows of which the sizes are known when all batches are loaded."""
+        """Yield windows whose sizes are known when all batches are loaded."""
         for length in lengths:
             within, done = self._within, self._loaded[: self._within]
             loaded = list(islice(batches, length - within))
@@ -230,7 +223,7 @@ class AccumulationWindows:
         lengths: Iterator[int],
         from_start: bool,
     ) -> Iterator[MicroBatch]:
-        """Windows of which the ranks tell each other."""
+        """Yield windows whose sizes the ranks exchange."""
         joint = JointWindows(self.length, self._own_size)
         begun, within = self._loaded, self._within
         for loaded, sizes in joint.windows(batches, given, lengths, begun, within, from_start):
@@ -240,7 +233,7 @@ class AccumulationWindows:
     def _window(
         self, batches: Iterable[Any], within: int, sizes: Sequence[StepSizes], processes: int
     ) -> Iterator[MicroBatch]:
-        """The batches of a window of such sizes that come after so many others."""
+        """Yield the batches of one window, the first ``within`` of which are done."""
         divisors = _divisors(sizes, processes)
         self._planned = len(divisors)
         for taken, batch in enumerate(batches, start=within + 1):
@@ -255,12 +248,12 @@ class AccumulationWindows:
         return (self._count_samples or _count)(batch)
 
     def _own_size(self, batch: Any, sizes: StepSizes | None) -> int:
-        filler = sizes is not None and sizes.local == 0
-        return 0 if filler else self._count(batch)
+        is_padding = sizes is not None and sizes.local == 0
+        return 0 if is_padding else self._count(batch)
 
 
 def _divisor(own: float, total: float, processes: int) -> float:
-    """What makes the mean of the ranks' gradients that over so many samples."""
+    """Return the divisor of a mean loss over ``own`` of ``total`` samples."""
     return total / (own * processes) if own > 0 else math.inf
 
 
@@ -270,7 +263,7 @@ def _divisors(window: Sequence[StepSizes], processes: int) -> list[float]:
 
 
 def _chunks(items: Iterator[ItemT], lengths: Iterator[int]) -> Iterator[list[ItemT]]:
-    """Lists of so many items each, the last of which may be shorter."""
+    """Yield lists of the given lengths; the last may be shorter."""
     for length in lengths:
         chunk = list(islice(items, length))
         if not chunk:
@@ -288,16 +281,16 @@ def _count(batch: Any) -> int:
 @cache
 def _warn_uncounted(kind: str) -> None:
     logger.warning(
-        "a batch of type %s has no tensor to count its samples by, so that it weighs 1 in its "
-        "accumulation window; define count_samples(batch) on the batch processor if batches "
-        "differ",
+        "a batch of type %s has no tensor to count its samples by, so its weight in the "
+        "accumulation window is 1; define count_samples(batch) on the batch processor if batches "
+        "differ in size",
         kind,
     )
 
 
 def _wrong_length(compared: str) -> DataError:
     return DataError(
-        f"the dataloader gave {compared} batches than its sampler's length says, by which "
+        f"the dataloader yielded {compared} batches than the length of its sampler, from which "
         "accumulation windows are planned; correct the length, or define count_samples(batch) on "
-        "the batch processor, so that windows are loaded ahead and counted instead"
+        "the batch processor, which makes the trainer load and count windows instead"
     )

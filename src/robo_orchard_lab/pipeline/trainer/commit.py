@@ -1,17 +1,18 @@
-"""The commit point: what hooks have asked for is carried out."""
+"""Commit point: requests of hooks are executed between two steps and after each epoch."""
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
+from robo_orchard_core.utils.config.errors import nearest_or_all
 from robo_orchard_lab.pipeline.checkpoint import write_weights
 from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.errors import PipelineStateError
 from robo_orchard_lab.pipeline.job_log import job_logger
+from robo_orchard_lab.pipeline.metrics import UnknownMetricError
 from robo_orchard_lab.pipeline.requests import (
     EvaluateRequest,
     LogRequest,
@@ -25,79 +26,136 @@ from robo_orchard_lab.pipeline.sharding import gather_weights
 logger = job_logger(__name__)
 
 OpenScope = Callable[[PipelineHookArgs, Callable[[PipelineHookArgs], Any]], Any]
-"""Runs a body inside the hooks of a channel."""
+"""Function that runs a body inside the hooks of a channel."""
 
 
-def carry_out_requests(run: PipelineRun, on_evaluation: OpenScope) -> bool:
-    """Evaluate, then log, then save, as far as it was asked for; a stop is the trainer's own.
+class CommitPoint:
+    """Executes the requests of hooks, and keeps account of what is logged.
 
-    Who is told of a value may ask for more, which is carried out as well; each evaluation runs
-    once, and there is one logging point, however many have asked.
+    All scopes are closed and the state is consistent when the trainer calls it.
 
-    Returns:
-        Whether everything that was published until here is logged.
-
-    Raises:
-        PipelineStateError: an evaluation is asked for that no hook can carry out.
+    Args:
+        run: objects of the run.
+        on_evaluation: opens ``on_evaluation`` around an evaluation.
     """
-    requests = run.requests
-    if not requests.pending and not run.metrics.has_due_metrics():
-        return False
-    began_at = perf_counter()
-    if run.agreement.several:
-        requests.begin_commit(run.progress.global_step_id)
-    evaluated: set[str] = set()
-    logged = all_logged = False
-    while True:
-        names = _wanted(run, requests.pop(EvaluateRequest))
-        for name in names:
-            if name not in evaluated:
-                evaluated.add(name)
-                on_evaluation(PipelineHookArgs(run, evaluation=name), run.evaluations[name])
-        log = bool(requests.pop(LogRequest)) and not logged
-        if not names and not log and not run.metrics.has_due_metrics():
-            break
-        logged, all_logged = logged or log, log
-        run.metrics.flush(log, run.accelerator)
-    for request in requests.pop(SaveWeightsRequest):
-        _save_weights(run, request)
-    for wanted in requests.pop(WriteRequest):
-        wanted.write()
-        logger.debug("written: %s, asked by %s", wanted.reason, wanted.by)
-    if saves := requests.pop(SaveRequest):
-        _save(run, saves)
-    run.commit_seconds += perf_counter() - began_at
-    return all_logged
 
+    def __init__(self, run: PipelineRun, on_evaluation: OpenScope) -> None:
+        self._run = run
+        self._on_evaluation = on_evaluation
+        self._logged_at: int | None = None
+        """Steps done at the last logging point within an epoch."""
+        self._all_logged = False
+        """True if no metric was published since the last logging point."""
+        self._unmet: UnknownMetricError | None = None
 
-def tell_what_is_left(run: PipelineRun) -> None:
-    """Warn of what was asked for when there was no commit point any more."""
-    for left in run.requests.pop(Request):
-        logger.warning(
-            "%s asked for something after the last commit point, which is not done: %s",
-            *(left.by, left.reason),
-        )
-    for left in run.requests.pop_rank_local():
-        logging.getLogger(__name__).warning(
-            "%s asked for something on rank %d alone, after the last exchange of the ranks, "
-            "which is not done: %s",
-            *(left.by, run.accelerator.process_index, left.reason),
+    def execute(self) -> None:
+        """Execute requests after a step."""
+        if self._carry_out():
+            self._logged_at = self._run.progress.global_step_id
+
+    def execute_after_epoch(self, completed: bool) -> None:
+        """Execute requests after an epoch, or after the part of an epoch before a stop."""
+        self._all_logged = self._carry_out() or (
+            self._logged_at == self._run.progress.global_step_id and not completed
         )
 
+    def warn_of_metrics(self) -> None:
+        """Warn after an epoch of metrics that hooks wait for or that no hook writes."""
+        metrics = self._run.metrics
+        if self._unmet is None:
+            self._unmet = metrics.find_missing(at_end=False)
+            is_first_epoch = self._run.progress.epoch_id == 1
+            problem = self._unmet or (metrics.find_unlogged() if is_first_epoch else None)
+            if problem is not None:
+                logger.warning("after a whole epoch, %s", problem)
 
-def _wanted(run: PipelineRun, requests: list[EvaluateRequest]) -> list[str]:
-    """The evaluations to run, in the order in which their hooks are registered."""
+    def finish(self) -> None:
+        """Log the remaining metrics at the end of the loop, and report a granted stop."""
+        run, metrics, stop = self._run, self._run.metrics, self._run.requests.stop_request
+        if not self._all_logged:
+            metrics.flush_partial(run.accelerator)
+        # A stopped run, or a short one, may end before its first evaluation.
+        has_evaluated = any(name.startswith("eval/") for name in metrics.names())
+        ended_early = stop is not None or (bool(run.evaluations) and not has_evaluated)
+        self._unmet = metrics.find_missing(at_end=not ended_early)
+        if stop is not None:
+            logger.info("stopped at %s: %s, requested by %s", run.progress, stop.reason, stop.by)
+
+    def raise_unmet(self) -> None:
+        """Warn of requests after the last commit point.
+
+        Raises:
+            UnknownMetricError: a hook waited for a metric that was never published.
+        """
+        run = self._run
+        for left in run.requests.pop(Request):
+            logger.warning(
+                "%s made a request after the last commit point, which is not executed: %s",
+                *(left.by, left.reason),
+            )
+        for left in run.requests.pop_rank_local():
+            logging.getLogger(__name__).warning(
+                "%s made a request on rank %d alone, after the last exchange of the ranks, which "
+                "is not executed: %s",
+                *(left.by, run.accelerator.process_index, left.reason),
+            )
+        if self._unmet is not None:
+            raise self._unmet
+
+    def _carry_out(self) -> bool:
+        """Evaluate, then log, then save, where requested; the trainer itself grants a stop.
+
+        A subscriber to a value may make further requests, which are executed as well. Each
+        evaluation runs once, and there is one logging point.
+
+        Returns:
+            True if all published metrics are logged.
+
+        Raises:
+            PipelineStateError: no hook can execute a requested evaluation or save.
+        """
+        run, requests = self._run, self._run.requests
+        if not requests.pending and not run.metrics.has_due_metrics():
+            return False
+        began_at = perf_counter()
+        if run.agreement.several:
+            requests.begin_commit(run.progress.global_step_id)
+        evaluated: set[str] = set()
+        logged = all_logged = False
+        while True:
+            names = _evaluations_to_run(run, requests.pop(EvaluateRequest))
+            for name in names:
+                if name not in evaluated:
+                    evaluated.add(name)
+                    args = PipelineHookArgs(run, evaluation=name)
+                    self._on_evaluation(args, run.evaluations[name])
+            log = bool(requests.pop(LogRequest)) and not logged
+            if not names and not log and not run.metrics.has_due_metrics():
+                break
+            logged, all_logged = logged or log, log
+            run.metrics.flush(log, run.accelerator)
+        for request in requests.pop(SaveWeightsRequest):
+            _save_weights(run, request)
+        for write in requests.pop(WriteRequest):
+            write.write()
+            logger.debug("written: %s, requested by %s", write.reason, write.by)
+        if saves := requests.pop(SaveRequest):
+            _save(run, saves)
+        run.commit_seconds += perf_counter() - began_at
+        return all_logged
+
+
+def _evaluations_to_run(run: PipelineRun, requests: list[EvaluateRequest]) -> list[str]:
+    """Return the names of requested evaluations, in the order of their hooks."""
     for request in requests:
         if not run.evaluations or request.name not in (None, *run.evaluations):
-            near = difflib.get_close_matches(str(request.name), run.evaluations, n=1)
+            name = f"evaluation by {request.name!r}" if request.name else "evaluation"
+            hint = nearest_or_all(str(request.name), list(run.evaluations), "hooks that evaluate:")
             raise PipelineStateError(
-                f"{request.by} asked for an evaluation ({request.reason}), "
-                + (f"by {request.name!r}, " if request.name else "")
-                + "which no hook can carry out"
-                + (f"; did you mean {near[0]!r}?" if near else "; register a ValidationHook.")
-                + f" Those that can: {', '.join(run.evaluations) or 'none'}"
+                f"{request.by} requested an {name} ({request.reason}), which no hook can execute; "
+                + (hint if run.evaluations else "register a ValidationHook")
             )
-        logger.debug("evaluation: %s, asked by %s", request.reason, request.by)
+        logger.debug("evaluation: %s, requested by %s", request.reason, request.by)
     names = {request.name for request in requests}
     return [name for name in run.evaluations if None in names or name in names]
 
@@ -105,12 +163,12 @@ def _wanted(run: PipelineRun, requests: list[EvaluateRequest]) -> list[str]:
 def _save(run: PipelineRun, requests: list[SaveRequest]) -> None:
     if not run.savers:
         raise PipelineStateError(
-            f"{requests[0].by} asked for a checkpoint ({requests[0].reason}), which no hook can "
+            f"{requests[0].by} requested a checkpoint ({requests[0].reason}), which no hook can "
             "write; register a SaveCheckpoint"
         )
     for name, save in run.savers.items():
-        if wanted := [request for request in requests if request.name in (None, name)]:
-            save(wanted)
+        if own := [request for request in requests if request.name in (None, name)]:
+            save(own)
 
 
 def _save_weights(run: PipelineRun, request: SaveWeightsRequest) -> None:
@@ -125,4 +183,4 @@ def _save_weights(run: PipelineRun, request: SaveWeightsRequest) -> None:
             **request.metadata,
         }
         write_weights(request.path, weights, metadata)
-        logger.info("saved %s: %s, asked by %s", request.path, request.reason, request.by)
+        logger.info("saved %s: %s, requested by %s", request.path, request.reason, request.by)

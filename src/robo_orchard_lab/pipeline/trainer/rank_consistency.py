@@ -1,4 +1,4 @@
-"""What has to be alike on all ranks, compared ahead of the collectives that rely on it."""
+"""Rank consistency: settings that must be equal on all ranks, compared before collectives."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from robo_orchard_lab.pipeline.run.run_info import versions
 _ADDRESS = re.compile(r"\(id=\d+\)| at 0x[0-9a-f]+")
 _SAME_VERSIONS = ("torch", "accelerate", "robo-orchard-hooks")
 _HINT = {
-    "hooks": "Register the same hooks with the same configuration on every rank; one that is to "
-    "act on some ranks only can look at args.accelerator.process_index"
+    "hooks": "Register the same hooks with the same configuration on every rank; a hook that acts "
+    "on some ranks only can read args.accelerator.process_index"
 }
 
 
 def check_rank_consistency(parts: Mapping[str, str]) -> None:
-    """Refuse to go on where ranks differ in something: a collective, over the host's memory.
+    """Compare descriptions between all ranks; a collective over host memory.
 
-    They exchange digests, and texts only where those differ.
+    Ranks exchange digests, and the texts only if digests differ.
 
     Args:
-        parts: what is compared, as text that is the same on all ranks, by a name for people.
+        parts: description by name, such as ``{"model": "..."}``.
 
     Raises:
-        PipelineConfigError: on every rank; it says in what which ranks differ, and shows all.
+        PipelineConfigError: on every rank, if ranks differ; the message shows the differences.
     """
     own = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in parts.items()}
     digests: list[dict[str, str]] = gather_objects(own)
@@ -51,7 +51,7 @@ def check_rank_consistency(parts: Mapping[str, str]) -> None:
     if different:
         texts = gather_objects({name: parts.get(name, "nothing\n") for name in different})
         raise PipelineConfigError(
-            "the ranks of this job differ in what has to be alike on all of them: "
+            "the ranks of this job differ, but must be equal, in "
             + "\n".join(
                 _difference(name, [of_rank[name] for of_rank in texts]) for name in different
             )
@@ -59,7 +59,7 @@ def check_rank_consistency(parts: Mapping[str, str]) -> None:
 
 
 def _difference(name: str, texts: list[str]) -> str:
-    """What the ranks have, those with the same together, and the lines in which they differ."""
+    """Return a text that groups equal ranks and shows the lines in which groups differ."""
     ranks_of: dict[str, list[str]] = {}
     for rank, text in enumerate(texts):
         ranks_of.setdefault(text, []).append(str(rank))
@@ -77,7 +77,7 @@ def _difference(name: str, texts: list[str]) -> str:
     return "\n".join([*lines, _HINT.get(name, f"Give every rank the same {name}")])
 
 
-def setup_texts(
+def describe_setup(
     accelerator: Accelerator,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer | None,
@@ -86,9 +86,9 @@ def setup_texts(
     batch_processor: Any,
     **options: Any,
 ) -> dict[str, str]:
-    """What a trainer is made of, for :func:`check_rank_consistency`.
+    """Describe the arguments of a trainer for :func:`check_rank_consistency`.
 
-    The lengths of data without an index are left out: there, each rank may have its own.
+    Omits the length of data without an index, which may differ between ranks.
     """
     settings = {
         **options,
@@ -103,13 +103,13 @@ def setup_texts(
         "settings": _lines(settings),
         "model": "\n".join([_kind(model), *_tensors_of(model)]),
         "optimizer": "\n".join(_optimizer(optimizer, model)),
-        "schedule": "none" if lr_scheduler is None else _schedule(lr_scheduler),
+        "LR scheduler": "none" if lr_scheduler is None else _lr_scheduler(lr_scheduler),
         "data": "\n".join(_data(dataloader)),
     }
 
 
-def hook_text(hooks: PipelineHooks) -> str:
-    """Which hooks there are, with their configurations, and what runs in each channel."""
+def describe_hooks(hooks: PipelineHooks) -> str:
+    """Describe all hooks with their configurations, and the functions of each channel."""
     lines = [f"{hook.name}: {_description(hook)}" for hook in hooks.named_hooks()]
     for name in CHANNEL_NAMES:
         for entry in hooks.get_channel(name).entries():
@@ -124,14 +124,14 @@ def _function(function: Callable[..., Any]) -> str:
     info = FunctionInfo.of(function)
     if info.file is None:
         return info.name
-    # Without the folder: each machine may have its own.
+    # Without the directory, which may differ between machines.
     return f"{info.name} ({os.path.basename(info.file)}:{info.line})"
 
 
 def _description(hook: PipelineHooks) -> str:
-    beside = hook.rank_consistency_info()
+    info = hook.rank_consistency_info()
     text = _configuration(hook)
-    return text if beside is None else f"{text}, {json.dumps(beside, default=repr)}"
+    return text if info is None else f"{text}, {json.dumps(info, default=repr)}"
 
 
 def _configuration(hook: PipelineHooks) -> str:
@@ -139,7 +139,7 @@ def _configuration(hook: PipelineHooks) -> str:
     if isinstance(configuration, Config):
         try:
             return json.dumps(configuration.to_dict(), sort_keys=True, default=repr)
-        except ConfigSaveError:  # it holds a class that is made in a function, say
+        except ConfigSaveError:  # for example a class defined in a function
             return _kind(configuration)
     return _kind(hook)
 
@@ -153,9 +153,9 @@ def _tensors_of(model: torch.nn.Module) -> Iterator[str]:
 
 
 def _layout(tensor: torch.Tensor) -> str:
-    """The whole shape, where the tensor is in parts on several ranks, and the type."""
+    """Return the global shape and the dtype."""
     if torch.nn.parameter.is_lazy(tensor):
-        return f"of no shape yet, {tensor.dtype}"
+        return f"uninitialized, {tensor.dtype}"
     return f"{tuple(tensor.shape)} {tensor.dtype}"
 
 
@@ -172,7 +172,7 @@ def _optimizer(optimizer: Any, model: torch.nn.Module) -> Iterator[str]:
             yield f"  {names.get(id(parameter), f'not in the model, {_layout(parameter)}')}"
 
 
-def _schedule(lr_scheduler: Any) -> str:
+def _lr_scheduler(lr_scheduler: Any) -> str:
     lr_scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)
     return f"{_kind(lr_scheduler)}\n{_plain(lr_scheduler.state_dict())}"
 
@@ -191,7 +191,7 @@ def _data(dataloader: Any) -> Iterator[str]:
 
 
 def _processor(processor: Any) -> str:
-    """Its class, or the function that it was made of."""
+    """Return the class of a batch processor, with the function behind ``from_callable``."""
     forward = vars(type(processor)).get("forward")
     if not isinstance(forward, staticmethod):
         return _kind(processor)
@@ -199,7 +199,7 @@ def _processor(processor: Any) -> str:
 
 
 def _sampler(sampler: Any) -> str:
-    """Its class; of torch's own that draw, also how many they draw, and by which weights."""
+    """Return the class of a sampler; for torch's random samplers also size and weights."""
     text = _kind(sampler)
     if type(sampler) in (RandomSampler, WeightedRandomSampler):
         text += f" of {sampler.num_samples}, replacement={sampler.replacement}"
@@ -210,7 +210,7 @@ def _sampler(sampler: Any) -> str:
 
 
 def _plain(values: Mapping[str, Any]) -> str:
-    """The numbers and texts among some values; reading tensors would wait for their device."""
+    """Return the plain values as JSON, without tensors, which would wait for their device."""
     plain = {name: value for name, value in values.items() if _is_plain(value)}
     return json.dumps(plain, sort_keys=True)
 

@@ -1,4 +1,4 @@
-"""What each rank of a run has for itself at a commit point, to save it and to go on from it."""
+"""State of one rank at a commit point: RNG, data position, accumulated gradients, hook states."""
 
 from __future__ import annotations
 
@@ -30,45 +30,43 @@ from robo_orchard_lab.pipeline.sharding import (
 )
 from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows
 
-# --- trained names ---------------------------------------------------------------------------
-# The names of the parameters that a run trains.
+# --- Trained parameters ------------------------------------------------------------------------
 
 
 def trained_parameters(run: PipelineRun) -> Iterable[torch.nn.Parameter]:
-    """Those that :func:`trained_names` names, in half its time."""
+    """Return all parameters of the model and of the optimizer, faster than `trained_names`."""
     groups = [] if run.optimizer is None else run.optimizer.param_groups
-    beside = [parameter for group in groups for parameter in group["params"]]
-    every = chain(run.model.parameters(), beside)
+    of_optimizer = [parameter for group in groups for parameter in group["params"]]
+    every = chain(run.model.parameters(), of_optimizer)
     return {id(parameter): parameter for parameter in every}.values()  # hash() calls Python
 
 
 def trained_names(run: PipelineRun) -> dict[torch.nn.Parameter, str]:
-    """Of all parameters that are trained, the model's and others."""
+    """Return the names of all parameters of the model and of the optimizer."""
     names = _names_of_model(run)
-    return {**names, **_beside(run, names)}
+    return {**names, **_extra_names(run, names)}
 
 
-def names_beside(run: PipelineRun) -> dict[torch.nn.Parameter, str]:
-    """Of parameters that the optimizer has, and the model has not, such as of a learned loss."""
-    return _beside(run, _names_of_model(run))
+def extra_names(run: PipelineRun) -> dict[torch.nn.Parameter, str]:
+    """Return names of the optimizer's parameters outside the model, such as of a learned loss."""
+    return _extra_names(run, _names_of_model(run))
 
 
 def _names_of_model(run: PipelineRun) -> dict[torch.nn.Parameter, str]:
     return {parameter: plain_name(name) for name, parameter in plain_model(run).named_parameters()}
 
 
-def _beside(
+def _extra_names(
     run: PipelineRun, names: dict[torch.nn.Parameter, str]
 ) -> dict[torch.nn.Parameter, str]:
     return {} if run.optimizer is None else parameters_beside(run.optimizer, names)
 
 
-# --- fitting ---------------------------------------------------------------------------------
-# Whether a saved run is one that this run can go on as.
+# --- Compatibility of a saved run --------------------------------------------------------------
 
 
 def check_keys(what: str, found: Mapping[str, Any], expected: set[str]) -> None:
-    """Refuse a state that lacks something, or has something besides."""
+    """Raise a ``StateError`` if keys of a state are missing or unexpected."""
     if set(found) != expected:
         raise StateError(
             f"expected in {what}: {', '.join(sorted(expected))}; "
@@ -77,7 +75,7 @@ def check_keys(what: str, found: Mapping[str, Any], expected: set[str]) -> None:
 
 
 def types_of(run: PipelineRun) -> dict[str, str | None]:
-    """The classes of what the trainer works with, whose states mean nothing to others."""
+    """Return the class names of optimizer, LR scheduler and scaler."""
     parts = {
         "optimizer": run.optimizer,
         "lr_scheduler": run.lr_scheduler,
@@ -87,26 +85,26 @@ def types_of(run: PipelineRun) -> dict[str, str | None]:
 
 
 def check_types(run: PipelineRun, saved: Mapping[str, Any]) -> None:
-    """Refuse the state of another class of optimizer, schedule or scaler."""
+    """Raise a ``StateError`` if optimizer, LR scheduler or scaler have a different class."""
     for part, live in types_of(run).items():
         if saved.get(part) != live:
             raise StateError(
-                f"the saved run had as {part}: {saved.get(part) or 'none'}, "
-                f"this one has: {live or 'none'}"
+                f"expected the {part} of the saved run, {saved.get(part) or 'none'}; "
+                f"found {live or 'none'}"
             )
 
 
 def check_window(window: int, saved: int) -> None:
-    """Refuse to go on within an accumulation window of another length."""
+    """Raise a ``StateError`` if an open accumulation window has a different length."""
     if saved != window:
         raise StateError(
-            f"the run was saved within an accumulation window of {saved} batches, which "
-            f"can't go on as one of {window}; resume with the same gradient_accumulation_steps"
+            f"the run was saved within an accumulation window of {saved} batches, which can't "
+            f"continue with {window}; resume with gradient_accumulation_steps={saved}"
         )
 
 
 def check_tensors(what: str, live: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Refuse tensors of other names, shapes or types; all that differ are named."""
+    """Raise a ``StateError`` that lists tensors with different names, shapes or dtypes."""
     problems = [f"missing: {name}" for name in live if name not in saved]
     problems += [f"unexpected: {name}" for name in saved if name not in live]
     problems += [
@@ -121,17 +119,18 @@ def check_tensors(what: str, live: Mapping[str, Any], saved: Mapping[str, Any]) 
 
 
 def kind_of(tensor: torch.Tensor) -> str:
-    """Its type and shape, for people."""
+    """Return dtype and shape, such as ``float32[2, 3]``."""
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
-# --- open gradients --------------------------------------------------------------------------
-# The gradients that ranks have added up in an accumulation window that is open.
+# --- Accumulated gradients of an open window ---------------------------------------------------
 
 
 def own_gradients(run: PipelineRun) -> dict[str, torch.Tensor]:
-    """What this rank alone has added up, whole, by the names of the parameters: the same of plain
-    models and of those in shards. The job's are the mean of them."""
+    """Return the unreduced gradients of this rank, unsharded, by parameter name.
+
+    The gradients of the job are their mean over the ranks, for plain and for sharded models.
+    """
     found = {
         name: local_tensor(parameter.grad)
         for parameter, name in trained_names(run).items()
@@ -141,8 +140,7 @@ def own_gradients(run: PipelineRun) -> dict[str, torch.Tensor]:
 
 
 def reduced_gradients(run: PipelineRun) -> dict[str, torch.Tensor]:
-    """Those that the ranks have reduced already, which in shards stay so: of parameters that no
-    update takes."""
+    """Return the sharded gradients that are reduced already, by parameter name."""
     return {
         name: parameter.grad
         for parameter, name in trained_names(run).items()
@@ -153,10 +151,10 @@ def reduced_gradients(run: PipelineRun) -> dict[str, torch.Tensor]:
 def check_open_gradients(
     run: PipelineRun, own: Mapping[str, torch.Tensor], reduced: Mapping[str, torch.Tensor]
 ) -> None:
-    """Refuse gradients that :func:`set_open_gradients` would find no place for.
+    """Check that :func:`set_open_gradients` can restore the gradients.
 
     Raises:
-        StateError: they are those of other parameters, which it names.
+        StateError: gradients of parameters that this run lacks; the message lists them.
     """
     live = {name: parameter for parameter, name in trained_names(run).items()}
     unreduced = unreduced_gradient_names(plain_model(run)) if own else set()
@@ -172,16 +170,16 @@ def check_open_gradients(
     ]
     if lost:
         raise StateError(
-            "the run was saved within an accumulation window, and the gradients of "
-            f"{', '.join(lost)} have no place in this run's model; go on from a checkpoint "
-            "between two windows"
+            "the run was saved within an accumulation window, and this run's model has no "
+            f"parameters for the gradients of {', '.join(lost)}; resume from a checkpoint that was "
+            "saved after an optimizer step"
         )
 
 
 def set_open_gradients(
     run: PipelineRun, own: Mapping[str, torch.Tensor], reduced: Mapping[str, torch.Tensor]
 ) -> None:
-    """Have the backward passes that follow add to what was open."""
+    """Restore accumulated gradients, to which the next backward passes add."""
     unreduced: dict[str, torch.Tensor] = {}
     for parameter, name in trained_names(run).items():
         gradient, of_rank = reduced.get(name), own.get(name)
@@ -212,13 +210,13 @@ _KEYS = {
 
 
 class RankStates:
-    """Takes what this rank has for itself, and has it go on from such a state.
+    """Captures and restores the state of this rank.
 
     Args:
-        run: the trainer's objects.
+        run: objects of the run.
         hooks: all hooks of the run.
-        data: what it is trained on.
-        windows: how that is divided for accumulation.
+        data: training data.
+        windows: accumulation windows.
     """
 
     def __init__(
@@ -232,16 +230,16 @@ class RankStates:
         self._hooks = hooks
         self._data = data
         self._windows = windows
-        self._random: Mapping[str, Any] | None = None  # of a resumed run, until it goes on
+        self._random: Mapping[str, Any] | None = None  # loaded RNG states, until restored
 
     def take(self) -> dict[str, Any]:
-        """This rank's state; its tensors are the run's own.
+        """Return the state of this rank; tensors are references.
 
-        All ranks call it: where metrics wait to be read, they exchange.
+        All ranks call it: a collective if metrics are pending.
         """
         run = self._run
         run.metrics.read_deferred(run.accelerator)
-        # DDP takes the first rank's buffers at the next forward pass, unless told otherwise.
+        # DDP broadcasts the first rank's buffers at the next forward pass.
         shared = set(plain_state(run)) if run.accelerator.is_main_process else set()
         buffers = {plain_name(name): value for name, value in plain_model(run).named_buffers()}
         return {
@@ -251,72 +249,69 @@ class RankStates:
             "own_gradients": own_gradients(run),
             "reduced_gradients": reduced_gradients(run),
             "buffers": {name: value for name, value in buffers.items() if name not in shared},
-            # Nothing keeps the ranks' alike.
-            "beside": {name: parameter for parameter, name in names_beside(run).items()},
+            # Parameters outside the model may differ between ranks.
+            "beside": {name: parameter for parameter, name in extra_names(run).items()},
             "hooks": self._hooks.state_dict(),
             "metrics": run.metrics.state_dict(),
         }
 
     def check(self, state: Mapping[str, Any], of_data: Mapping[str, Any]) -> None:
-        """Refuse what :meth:`load` could not go on from; changes nothing.
+        """Check that :meth:`load` can load a state; changes nothing.
 
         Args:
-            state: of a rank.
-            of_data: where the whole job is in its data.
+            state: state of a rank.
+            of_data: data position of the job.
 
         Raises:
-            StateError: it is that of another run, as the message says.
+            StateError: the state belongs to a different run.
         """
         self._data.check(of_data, state["data"])
         check_random_state(state["random"])
         self._windows.check(state["window"])
         check_open_gradients(self._run, state["own_gradients"], state["reduced_gradients"])
         check_tensors(
-            "the optimizer's parameters beside the model are others",
-            {name: parameter for parameter, name in names_beside(self._run).items()},
+            "the optimizer has different parameters outside the model",
+            {name: parameter for parameter, name in extra_names(self._run).items()},
             state["beside"],
         )
 
     def load_hooks(self, state: Mapping[str, Any]) -> None:
-        """Have all hooks take over their states; where one refuses, all get back what they had."""
+        """Load the states of all hooks; if a hook raises, restore the states of all hooks."""
         before = copy.deepcopy(self._hooks.state_dict())
         try:
             self._hooks.load_state_dict(state["hooks"])  # compares names before it loads
-        except Exception:  # whatever a hook of the user's raises; raised again below
+        except Exception:  # any error of a user's hook; raised again below
             for hook in self._hooks.named_hooks():
                 if hook.name in before:
-                    with suppress(Exception):  # the one that has failed may fail again
+                    with suppress(Exception):  # the failed hook may fail again
                         hook.load_state_dict(before[hook.name])
             raise
 
     def load(self, state: Mapping[str, Any], of_data: Mapping[str, Any]) -> None:
-        """Go on from a state that was checked, behind the model; of hooks, nothing is loaded."""
+        """Load a checked state, except those of hooks. Call after the model has loaded."""
         run = self._run
         run.metrics.load_state_dict(state["metrics"], run.accelerator.device)
         self._data.load_state_dict(of_data, state["data"])
         self._windows.load_state_dict(state["window"], run.accelerator.device)
         self._load_unsaved_buffers(state["buffers"])
         with torch.no_grad():
-            for parameter, name in names_beside(run).items():
+            for parameter, name in extra_names(run).items():
                 parameter.copy_(state["beside"][name])
         set_open_gradients(run, state["own_gradients"], state["reduced_gradients"])
         ddp = ddp_of(run.model)
         if ddp is not None and state["window"]["within"]:
-            # After a pass without exchange, DDP leaves each rank its buffers in the next one.
+            # After a pass without reduction, DDP does not broadcast buffers in the next one.
             ddp.require_forward_param_sync = False
         self._random = state["random"]
 
-    def go_on_drawing(self) -> None:
-        """From here on, draw what the saved rank would have drawn; nothing if none was loaded."""
+    def restore_rng(self) -> None:
+        """Restore the loaded RNG states, once; does nothing in a fresh run."""
         if self._random is not None:
             restore_random_state(self._random)
             self._random = None
 
     def _load_unsaved_buffers(self, saved: Mapping[str, torch.Tensor]) -> None:
-        """Of the buffers that the model leaves out of its state, those that are alike in kind.
-
-        Others are caches, as of positions, that have grown since they were made.
-        """
+        """Load non-persistent buffers of equal shape and dtype; others are caches that grow."""
         with torch.no_grad():
             for name, buffer in plain_model(self._run).named_buffers():
                 value = saved.get(plain_name(name))
@@ -325,10 +320,10 @@ class RankStates:
 
 
 def checked_rank_state(of_rank: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state that :meth:`RankStates.take` gave, of what a checkpoint has of a rank.
+    """Return the state that :meth:`RankStates.take` returned, from a checkpoint's rank part.
 
     Raises:
-        StateError: it is no such state.
+        StateError: the part is not such a state.
     """
     state = of_rank.get("state")
     state = state if isinstance(state, dict) else {}

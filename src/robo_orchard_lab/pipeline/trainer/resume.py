@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which one, and how."""
+"""Resume: choice of a checkpoint, and restore of the run from it."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def resume(
     snapshots: RunSnapshots,
     resume_from: str | os.PathLike[str],
 ) -> bool:
-    """Make the run that of a checkpoint; called by all ranks alike.
+    """Restore the run from a checkpoint. All ranks call it.
 
     Args:
-        run: the trainer's objects.
-        hooks: of the run.
-        snapshots: of the run; they load what was read.
-        resume_from: a checkpoint's folder, or ``"auto"``.
+        run: objects of the run.
+        hooks: all hooks of the run.
+        snapshots: snapshots of the run, which load the checkpoint.
+        resume_from: directory of a checkpoint, or ``"auto"``.
 
     Returns:
-        Whether there was one; with a folder there is, or it fails.
+        False if there is no checkpoint yet, with ``"auto"``.
 
     Raises:
-        Exception: as :class:`HookBasedTrainer` tells.
+        CheckpointError, StateError, StoreLockedError: see :class:`HookBasedTrainer`.
     """
     with ranks_of(run) as ranks:
         saved = _load_saved(
@@ -66,7 +66,7 @@ def resume(
     logger.info("resumed from %s at %s", saved.info.path, run.progress)
     before, now = saved.info.ranks, run.accelerator.num_processes
     if before != now:
-        logger.info("the run was saved by %d processes, and goes on with %d", before, now)
+        logger.info("the world size changed from %d to %d", before, now)
     return True
 
 
@@ -78,35 +78,35 @@ def _load_saved(
     each_rank: EachRank,
     share_of: ShareOf | None,
 ) -> SavedState | None:
-    """The saved run to go on from, all of it checked and on the CPU; called by all ranks alike.
+    """Load and verify a checkpoint into CPU memory. All ranks call it.
 
     Args:
-        resume_from: a checkpoint's folder, which is the one that is loaded, or none; or ``"auto"``
-            for the newest that is whole, where the first :class:`SaveCheckpoint` keeps them.
-        hooks: of the run.
-        run_folder: where checkpoints are by default.
-        ranks: of the job.
-        each_rank: where another number of ranks saved, says what to keep of the state of each.
-        share_of: what this rank needs of tensors; None for all of them.
+        resume_from: directory of a checkpoint; or ``"auto"`` for the newest intact checkpoint of
+            the first :class:`SaveCheckpoint`.
+        hooks: all hooks of the run.
+        run_folder: default parent of the checkpoints' directory.
+        ranks: ranks of the job.
+        each_rank: selects the part to keep of each rank's state after a change of world size.
+        share_of: shard of each tensor that this rank needs; None for complete tensors.
 
     Returns:
-        None with ``"auto"`` where there is no checkpoint yet.
+        None with ``"auto"`` and no checkpoint yet.
 
     Raises:
-        PipelineConfigError: with ``"auto"``, there is no folder to look in.
+        PipelineConfigError: with ``"auto"``, there is no directory to search.
         StoreLockedError: with ``"auto"``, another run saves there.
-        CheckpointError: the checkpoint can't be read or is damaged; with ``"auto"``, there are
-            some, and all of them are.
+        CheckpointError: the checkpoint can't be read or is damaged; with ``"auto"``, all
+            checkpoints are damaged.
     """
     if os.fspath(resume_from) != AUTO:
         path = Path(resume_from)
-        ranks.run_on_first(f"looking for {path}", lambda: _check_is_one(path))
+        ranks.run_on_first(f"looking for {path}", lambda: _check_is_checkpoint(path))
         return load_checkpoint(path, ranks=ranks, share_of=share_of, each_rank=each_rank)
     root = _root(hooks, run_folder)
-    with CheckpointStore(root, ranks=ranks) as store:  # which also repairs what a crash has left
+    with CheckpointStore(root, ranks=ranks) as store:  # also cleans up after a crash
         saved = store.load_newest(share_of, each_rank)
     if saved is None:
-        logger.info("no checkpoint in %s; the run starts from the beginning", root)
+        logger.info("no checkpoint in %s; starting a fresh run", root)
         return None
     for path, why in saved.skipped:
         logger.warning("resuming: skipped %s: %s", path, why)
@@ -114,23 +114,23 @@ def _load_saved(
 
 
 def _prune(hooks: PipelineHooks, run_folder: Path | None, ranks: Ranks) -> None:
-    """Remove what a run that was killed would have; no reason to fail the next one."""
+    """Remove checkpoints that a killed run did not come to remove; errors are warnings."""
     for hook in hooks.all_hooks():
         if isinstance(hook, SaveCheckpoint):
             try:
                 with hook.store(run_folder, ranks) as store:
                     store.prune()
             except CheckpointError as error:
-                logger.warning("resumed; removing older checkpoints failed: %s", error)
+                logger.warning("resumed; could not remove older checkpoints: %s", error)
 
 
-def _check_is_one(path: Path) -> None:
-    """Refuse a folder that has checkpoints in it, in place of the files of one."""
+def _check_is_checkpoint(path: Path) -> None:
+    """Raise a ``CheckpointError`` for a directory of checkpoints."""
     for root in (path, path / CHECKPOINTS_FOLDER):
         if (root / LAST).exists() and not (path / MANIFEST_FILE).exists():
             raise CheckpointError(
-                f"{path} is not a checkpoint, but has some: give one of them, such as "
-                f"{root / LAST}, or resume_from={AUTO!r}"
+                f"expected a checkpoint, found a directory of checkpoints, {path}; pass one of "
+                f"them, such as {root / LAST}, or resume_from={AUTO!r}"
             )
 
 
@@ -140,7 +140,7 @@ def _root(hooks: PipelineHooks, run_folder: Path | None) -> Path:
             return hook.root(run_folder)
     if run_folder is None:
         raise PipelineConfigError(
-            "resume_from='auto' has no folder to look in; register a SaveCheckpoint, or give the "
-            "trainer a run_folder"
+            "resume_from='auto' has no directory to search; register a SaveCheckpoint, or pass "
+            "run_folder to the trainer"
         )
     return run_folder / CHECKPOINTS_FOLDER

@@ -1,7 +1,7 @@
-"""Everything that makes up a run at a commit point, to save it and to go on from it.
+"""Snapshot of a run at a commit point: capture for a checkpoint, and restore from one.
 
-What all ranks share is saved once, what each has for itself by every rank. The model's weights are
-a part of their own, as plain tensors by name; so is the optimizer's state.
+State shared by all ranks is saved once, and every rank saves its own state. Model weights and
+optimizer state are parts of their own, with tensors by name.
 """
 
 from __future__ import annotations
@@ -44,22 +44,18 @@ from robo_orchard_lab.pipeline.trainer.rank_state import (
     types_of,
 )
 
-# --- other processes -------------------------------------------------------------------------
-# What each rank goes on from where another number of ranks has saved the run.
 
+class WorldSizeChange:
+    """Derives this rank's state from a checkpoint that was saved at a different world size.
 
-class OtherProcesses:
-    """Makes this rank's state of those that another number of ranks has saved.
-
-    What is alike on all ranks is taken over from the rank of the same number, or the last one.
-    What the ranks had parts of is put together again: open gradients, published metrics, and the
-    states of hooks that say so by ``redistribute_states``. A rank that was not there draws from
-    random streams of its own.
+    State that is equal on all ranks comes from the same rank, or from the last one. Partial state
+    is redistributed: accumulated gradients, published metrics, and the states of hooks that define
+    ``redistribute_states``. A new rank gets new RNG states.
 
     Args:
         hooks: all hooks of the run.
-        rank: of this process.
-        processes: how many there are now.
+        rank: rank of this process.
+        processes: current world size.
     """
 
     def __init__(self, hooks: PipelineHooks, rank: int, processes: int) -> None:
@@ -68,10 +64,10 @@ class OtherProcesses:
         self._processes = processes
 
     def part_of(self, index: int, count: int, of_rank: Mapping[str, Any]) -> dict[str, Any]:
-        """Of what one rank had, of how many, what :meth:`state` needs; the rest is let go.
+        """Return the part of one saved rank's state that :meth:`state` needs.
 
         Raises:
-            StateError: it is no state of a rank.
+            StateError: ``of_rank`` is not the state of a rank.
         """
         state = checked_rank_state(of_rank)
         mine = index in parts_for_rank(range(count), self._rank, self._processes)
@@ -84,15 +80,15 @@ class OtherProcesses:
     def state(
         self, nearest: Mapping[str, Any], parts: Sequence[Mapping[str, Any]], key: str
     ) -> dict[str, Any]:
-        """What this rank goes on from.
+        """Return the state that this rank resumes from.
 
         Args:
-            nearest: what the rank of this number had, or else the last one.
-            parts: of all ranks that saved.
-            key: of the run and its step, which random streams of new ranks follow from.
+            nearest: state of the same rank, or else of the last rank.
+            parts: parts of all saved ranks, from :meth:`part_of`.
+            key: key of the run and its step, which seeds the RNG of new ranks.
 
         Raises:
-            StateError: a hook can't go on so.
+            StateError: a hook's state can't be redistributed.
         """
         new = self._rank >= len(parts)
         metrics = MetricsBoard.redistribute_states(
@@ -111,7 +107,7 @@ class OtherProcesses:
     def _own_gradients(
         self, nearest: Mapping[str, torch.Tensor], parts: Sequence[Mapping[str, torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
-        """Such that their mean over the ranks is what it was."""
+        """Return gradients whose mean over the ranks is unchanged."""
         scale = self._processes / len(parts)
         found = {name: torch.zeros_like(gradient) for name, gradient in nearest.items()}
         for part in parts:
@@ -127,7 +123,7 @@ class OtherProcesses:
         for name, hook in self._redistributing().items():
             states = [part[name] for part in parts if name in part]
             if len(states) < len(parts):
-                continue  # it was not there, which is refused where hooks are compared
+                continue  # refused later, when hooks are compared
             try:
                 found[name] = hook.redistribute_states(states, self._processes)[self._rank]
             except Exception as error:
@@ -159,13 +155,13 @@ _KEYS = {
 
 
 class RunSnapshots:
-    """Takes all that makes up a run, and makes a run that of a snapshot.
+    """Captures a run, and restores a run from a snapshot.
 
     Args:
-        run: the trainer's objects.
+        run: objects of the run.
         hooks: all hooks of the run.
-        data: what it is trained on.
-        windows: how that is divided for accumulation.
+        data: training data.
+        windows: accumulation windows.
     """
 
     def __init__(
@@ -181,14 +177,14 @@ class RunSnapshots:
         self._windows = windows
         self._of_rank = RankStates(run, hooks, data, windows)
         accelerator = run.accelerator
-        self._other_processes = OtherProcesses(
+        self._world_size_change = WorldSizeChange(
             hooks, accelerator.process_index, accelerator.num_processes
         )
 
     def take(self) -> Snapshot:
-        """All of the run, at a commit point; its tensors are the run's own. All ranks call it.
+        """Capture the run at a commit point; tensors are references. All ranks call it.
 
-        Takes an exchange of the ranks where metrics wait to be read.
+        A collective if metrics are pending.
         """
         reshard(plain_model(self._run))
         return Snapshot(
@@ -199,11 +195,11 @@ class RunSnapshots:
 
     @cached_property
     def _about(self) -> dict[str, Any]:
-        """Which run it is: as it stands at the first snapshot, since it takes milliseconds."""
+        """Description of the run, from the first snapshot, since it costs milliseconds."""
         return describe_run(self._run, self._hooks)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write a snapshot into a folder that does not exist yet. All ranks call it."""
+        """Write a snapshot into a new directory. All ranks call it."""
         snapshot = self.take()
         with ranks_of(self._run) as ranks:
             save_checkpoint(
@@ -216,46 +212,48 @@ class RunSnapshots:
             )
 
     def part_of_rank(self, index: int, count: int, of_rank: Mapping[str, Any]) -> dict[str, Any]:
-        """What to keep of each rank's state where another number of ranks has saved the run."""
-        return self._other_processes.part_of(index, count, of_rank)
+        """Return the part to keep of a saved rank's state after a change of world size."""
+        return self._world_size_change.part_of(index, count, of_rank)
 
     def load(self, saved: SavedState) -> None:
-        """Make the run that of a snapshot; :meth:`go_on_drawing` then sets the random state.
+        """Restore the run from a snapshot; :meth:`restore_rng` restores the RNG afterwards.
+
+        All comparisons come before the first change of a live object. If a hook refuses its state,
+        all hooks get their previous states back.
 
         Args:
-            saved: read with :meth:`part_of_rank`.
+            saved: checkpoint, read with :meth:`part_of_rank`.
 
         Raises:
-            StateError: the snapshot is that of another model, optimizer, schedule or set of hooks,
-                was taken within an accumulation window of another length, or can't go on in this
-                number of processes. All that can be compared is compared before the first object
-                is changed; where a hook refuses its state, all hooks get back what they had.
+            StateError: the snapshot belongs to a different model, optimizer, LR scheduler or set
+                of hooks, to an open accumulation window of a different length, or can't be
+                restored at this world size.
         """
         run, parts = self._run, saved.parts
         trainer = _checked_trainer_state(parts)
         own = checked_rank_state(saved.rank_parts)
         if "model" not in parts or ("optimizer" in parts) != (run.optimizer is not None):
-            here = "with one" if run.optimizer else "without"
+            optimizer = "an" if run.optimizer else "no"
             raise StateError(
-                f"the saved parts are {', '.join(sorted(parts))}; this run has a model and is "
-                f"{here} optimizer"
+                f"the saved parts are {', '.join(sorted(parts))}; this run has a model and "
+                f"{optimizer} optimizer"
             )
         if trainer["processes"] != saved.info.ranks:
             raise StateError(
-                f"the run had {trainer['processes']} processes, and {saved.info.ranks} have saved "
-                "it; all of them call save_checkpoint"
+                f"expected the states of {trainer['processes']} ranks, found {saved.info.ranks}; "
+                "call save_checkpoint on all ranks"
             )
         check_types(run, trainer["types"])
         if saved.rank_results:
             key = f"{trainer['data']['seed']}/{saved.info.step}"
-            own = self._other_processes.state(own, saved.rank_results, key)
+            own = self._world_size_change.state(own, saved.rank_results, key)
         if own["window"]["within"]:
             check_window(self._windows.length, trainer["window"])
         model = plain_model(run)
         entries = {plain_name(name): name for name in model.state_dict()}
         found = {**parts["model"], **trainer["model_extra"]}
         check_tensors(
-            "the saved model is another one",
+            "the saved model is different",
             model.state_dict(),
             {entries.get(n, n): value for n, value in found.items()},
         )
@@ -279,12 +277,12 @@ class RunSnapshots:
             run.accelerator.scaler.load_state_dict(trainer["scaler"])
         self._of_rank.load(own, trainer["data"])
 
-    def go_on_drawing(self) -> None:
-        """From here on, draw what the saved run would have drawn; nothing if none was loaded."""
-        self._of_rank.go_on_drawing()
+    def restore_rng(self) -> None:
+        """Restore the loaded RNG states, once; does nothing in a fresh run."""
+        self._of_rank.restore_rng()
 
     def _parts(self) -> dict[str, Any]:
-        """What all ranks share, by the file it goes to."""
+        """Return the state shared by all ranks, by file."""
         run = self._run
         weights = plain_weights(run)
         scaler = run.accelerator.scaler
@@ -295,7 +293,6 @@ class RunSnapshots:
                 "processes": run.accelerator.num_processes,
                 "progress": run.progress.state_dict(),
                 "model_extra": {n: v for n, v in plain_state(run).items() if n not in weights},
-                # In the middle of an accumulation window, a part of its gradients is there.
                 "window": self._windows.length,
                 "lr_scheduler": run.lr_scheduler.state_dict() if run.lr_scheduler else None,
                 "scaler": scaler.state_dict() if scaler else None,
@@ -309,7 +306,7 @@ class RunSnapshots:
 
 
 def ranks_of(run: PipelineRun) -> Ranks:
-    """The processes that save and load together: a collective where there are several."""
+    """Return the ranks that save and load together; a collective for several ranks."""
     several = run.accelerator.num_processes > 1
     return Ranks.of_job(in_background=False) if several else Ranks.alone()
 
@@ -320,7 +317,7 @@ def _checked_trainer_state(parts: Mapping[str, Any]) -> Mapping[str, Any]:
         found_version = trainer.get("version") if isinstance(trainer, dict) else None
         raise StateError(
             f"expected a trainer state of version {STATE_VERSION}, found {found_version!r}; resume "
-            "with the release that wrote it"
+            "with the release that wrote the checkpoint"
         )
     check_keys("the trainer's state", trainer, _KEYS)
     return trainer

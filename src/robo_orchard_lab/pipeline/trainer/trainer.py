@@ -1,4 +1,4 @@
-"""The engine: from a model, data and hooks to a trained model."""
+"""Training engine: loop, epoch, step and commit point, with hooks around each of them."""
 
 from __future__ import annotations
 
@@ -30,45 +30,47 @@ from robo_orchard_lab.pipeline.errors import (
 from robo_orchard_lab.pipeline.hook_set import HookLike, PipelineHooks, check_unique_names
 from robo_orchard_lab.pipeline.hooks.optimizer import LRSchedulerUnit, OptimizerHook
 from robo_orchard_lab.pipeline.job_log import job_logger
-from robo_orchard_lab.pipeline.metrics import MetricsBoard, UnknownMetricError
+from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
 from robo_orchard_lab.pipeline.run.run_state import RunStateFile
 from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows, padding_step
-from robo_orchard_lab.pipeline.trainer.commit import carry_out_requests, tell_what_is_left
+from robo_orchard_lab.pipeline.trainer.commit import CommitPoint
 from robo_orchard_lab.pipeline.trainer.loss_weights import LossWeights, wrong_result
 from robo_orchard_lab.pipeline.trainer.rank_consistency import (
     check_rank_consistency,
-    hook_text,
-    setup_texts,
+    describe_hooks,
+    describe_setup,
 )
 from robo_orchard_lab.pipeline.trainer.rank_state import trained_parameters
 from robo_orchard_lab.pipeline.trainer.resume import resume
 from robo_orchard_lab.pipeline.trainer.setup import (
-    backward_of,
+    ENGINES,
+    batch_placement,
     check_processor,
-    no_sync_of,
+    engine_backward,
+    gradient_sync_switch,
+    no_sync_context,
     prepare_objects,
-    synchroniser_of,
 )
 from robo_orchard_lab.pipeline.trainer.snapshot import RunSnapshots
 
 logger = job_logger(__name__)
 
 _ONE_SAMPLE = (
-    "such a layer can't be trained on a batch of one sample, which the last step of an epoch may "
-    "leave to a process; drop_last=True in the data loader leaves that step out"
+    "BatchNorm can't train on a batch of one sample, which the last step of an epoch may leave to "
+    "a process; pass drop_last=True to the data loader to leave that step out"
 )
 
 
 class HookBasedTrainer:
-    """Trains a model; everything beyond the loop is done by hooks.
+    """Trains a model; hooks do everything beyond the loop.
 
-    Calling it runs this, where ``with on_x`` stands for the hooks of a channel, the first
+    Calling the trainer runs this, where ``with on_x`` stands for the hooks of a channel, the first
     registered outermost::
 
         with on_loop:
-            while no limit is reached and no hook has asked to stop:
+            while no limit is reached and no hook has requested a stop:
                 with on_epoch:
                     for batch in dataloader:
                         with on_step:
@@ -77,8 +79,8 @@ class HookBasedTrainer:
                                     outputs, loss = batch_processor.forward(model, batch)
                                 with on_model_backward:
                                     (loss / divisor).backward()
-                            # OptimizerHook, the outermost hook of on_step, when it is left
-                            # at an accumulation boundary:
+                            # OptimizerHook, the outermost hook of on_step, at its exit, at an
+                            # accumulation boundary:
                             with on_optimizer_step:
                                 optimizer.step(); lr_scheduler.step(); optimizer.zero_grad()
                         progress.finish_step()
@@ -86,59 +88,56 @@ class HookBasedTrainer:
                 progress.finish_epoch()
                 commit point
 
-    With gradient accumulation (``Accelerator(gradient_accumulation_steps=n)``), ``divisor`` weighs
-    each batch by its samples in the window of up to n batches that ends in an update. The last
-    window of an epoch may be shorter; so may the one in which ``max_step`` is reached, and in a run
-    that goes on from there the first, which ends where that one would have. With several processes,
-    the window is that of all of them. Where the processor returns ``(outputs, loss, weight)``, the
-    update is that of the mean over these weights instead.
+    With gradient accumulation (``Accelerator(gradient_accumulation_steps=n)``), ``divisor`` weights
+    each batch by its samples in the accumulation window of up to n batches. The last window of an
+    epoch may be shorter, and so may the window in which ``max_step`` is reached; a run that resumes
+    from there completes that window first. With several processes, a window spans all processes.
+    If the processor returns ``(outputs, loss, weight)``, the optimizer step uses the mean over
+    these weights instead.
 
-    A model in evaluation mode is put in training mode at the start; one in training mode is left
-    as it is, so that parts that you have put in evaluation mode stay there.
+    A model in evaluation mode is put in training mode at the start. A model in training mode keeps
+    the modes of its submodules.
 
     Args:
         accelerator: devices, processes and precision.
-        model: any module, also compiled; prepared here unless it is prepared already. One that
-            torch's ``fully_shard`` has divided among the processes stays so; the optimizer is made
-            after it.
-        dataloader: a torch ``DataLoader`` or any iterable of batches, iterated once an epoch, in
-            the order that ``data_order`` says.
-        batch_processor: from a batch to outputs and loss.
-        optimizer: needed where the processor needs a backward pass. On devices torch takes its
-            ``foreach`` implementation by itself; ``fused=True`` takes one kernel for all of an
-            update, also of a sharded model.
-        lr_scheduler: moves once for each committed update, whatever the number of processes.
-        hooks: bundles of hooks and configurations that build them, in any mixture, or a mapping
-            that names them; the first is the outermost.
-        max_step: stop after this many batches.
-        max_optimizer_step: stop after this many committed updates.
-        max_epoch: stop after this many passes over the data.
-        lr_scheduler_every: when the schedule moves, see :class:`OptimizerHook`.
-        run_folder: where the run keeps what it writes, by hooks that are not told otherwise; made
-            when it is needed.
-        resume_from: a checkpoint's folder, to go on from there; or ``"auto"`` for the newest whole
-            one of the first ``SaveCheckpoint``, or else in ``run_folder/checkpoints``, and for a
-            fresh run where there is none yet.
-        data_order: what the order of samples and the random numbers of loading follow from.
-        agree_every: with how many steps ranks exchange what one of them may have found out alone,
-            such as a signal, see :class:`Agreement`; None for as often as takes a hundredth of
-            the time. Where no hook needs it, they don't.
-        stall_timeout_s: where the run makes no progress for so long, every rank writes the stacks
-            of its threads to ``run_folder/stalled`` (without a folder, to the standard error
-            output), and the processes end with 1. Steps, updates, batches of evaluations and files
-            of checkpoints are progress; a first step that compiles the model, a long commit point
-            of a hook's, or a debugger is none, so give it more than the longest of these.
+        model: any module, also compiled; prepared here unless already prepared. A model sharded by
+            torch's ``fully_shard`` stays sharded; create the optimizer after sharding.
+        dataloader: a torch ``DataLoader`` or any iterable of batches, iterated once an epoch in
+            the order of ``data_order``.
+        batch_processor: computes outputs and loss of a batch.
+        optimizer: required if the processor needs a backward pass. ``fused=True`` uses one kernel
+            for an optimizer step, also for a sharded model.
+        lr_scheduler: steps once per committed optimizer step, at any world size.
+        hooks: bundles of hooks and configurations of bundles, in any mixture, or a mapping that
+            names them; the first is the outermost.
+        max_step: stop after this many steps.
+        max_optimizer_step: stop after this many committed optimizer steps.
+        max_epoch: stop after this many epochs.
+        lr_scheduler_every: when the LR scheduler steps, see :class:`OptimizerHook`.
+        run_folder: directory for the files of hooks without a path of their own; created on
+            demand.
+        resume_from: directory of a checkpoint, or ``"auto"`` for the newest intact checkpoint of
+            the first ``SaveCheckpoint`` hook, else of ``run_folder/checkpoints``. With ``"auto"``
+            and no checkpoint, the run starts fresh.
+        data_order: source of the sample order and of the RNG in data loading.
+        agree_every: number of steps between exchanges of rank-local requests, such as signals, see
+            :class:`Agreement`; None adapts the interval to cost 1 % of the time. Ranks exchange
+            nothing if no hook needs the exchange.
+        stall_timeout_s: time without progress, in seconds, after which every rank writes the
+            stacks of its threads to ``run_folder/stalled`` (without a run folder, to standard
+            error) and exits with code 1. Steps, optimizer steps, batches of an evaluation and
+            files of a checkpoint count as progress. Allow for a first step that compiles the
+            model, for a hook's long work at a commit point, and for a debugger.
 
     Raises:
-        PipelineConfigError: no limit, no optimizer where one is needed, several launched
-            processes that do not know of each other, or ranks that differ in what has to be alike
-            on all of them: the message shows in what, and which.
-        HookRegistrationError: two hooks of one name, or something that is no hook.
-        CheckpointError: ``resume_from`` can't be read or is damaged; with ``"auto"``, there are
-            checkpoints, and all of them are.
-        StoreLockedError: with ``"auto"``, another run saves in the same folder.
-        StateError: ``resume_from`` is that of another model, optimizer, schedule, data or set of
-            hooks, or, within an epoch, of another number of samples a step.
+        PipelineConfigError: no limit, a missing optimizer, several launched processes without a
+            process group, or ranks with different settings; the message shows the difference.
+        HookRegistrationError: two hooks with one name, or an object that is not a hook.
+        CheckpointError: ``resume_from`` can't be read or is damaged; with ``"auto"``, all
+            checkpoints are damaged.
+        StoreLockedError: with ``"auto"``, another run saves in the same directory.
+        StateError: ``resume_from`` belongs to a different model, optimizer, LR scheduler, data or
+            set of hooks, or, within an epoch, to a different number of samples per step.
     """
 
     @end_together()
@@ -165,94 +164,106 @@ class HookBasedTrainer:
         self.limits = TrainerLimits(max_step, max_optimizer_step, max_epoch)
         check_processor(batch_processor, optimizer, self.limits)
         self.accelerator = accelerator
+        self.dataloader = dataloader
         self.batch_processor = batch_processor
         self.progress = TrainerProgress()
         self.metrics = MetricsBoard(self.progress)
-        self._stall_clock = (
-            None
-            if stall_timeout_s is None
-            else StallClock(stall_timeout_s, self.progress, run_folder, accelerator.process_index)
-        )
-        agreement = Agreement(accelerator.process_index, accelerator.num_processes, agree_every)
-        self.requests = Requests(agreement)
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        self._agreement = Agreement(rank, world_size, agree_every)
+        self.requests = Requests(self._agreement)
         self._hooks = PipelineHooks()
-
-        several = accelerator.num_processes > 1
-        if several:
-            given = setup_texts(
-                *(accelerator, model, optimizer, lr_scheduler, dataloader, batch_processor),
-                limits=self.limits,
-                lr_scheduler_every=lr_scheduler_every,
-                run_folder=run_folder,
-                resume_from=resume_from,
-                data_order=data_order,
-                agree_every=agree_every,
+        self._stall_clock: StallClock | None = None
+        if stall_timeout_s is not None:
+            self._stall_clock = StallClock(stall_timeout_s, self.progress, run_folder, rank)
+        if world_size > 1:  # before the first collective that relies on equal settings
+            check_rank_consistency(
+                describe_setup(
+                    *(accelerator, model, optimizer, lr_scheduler, dataloader, batch_processor),
+                    limits=self.limits,
+                    lr_scheduler_every=lr_scheduler_every,
+                    run_folder=run_folder,
+                    resume_from=resume_from,
+                    data_order=data_order,
+                    agree_every=agree_every,
+                )
             )
-            check_rank_consistency(given)  # ahead of the first collective that relies on it
-        prepared = prepare_objects(accelerator, model, optimizer, lr_scheduler, dataloader)
+        self._prepare(model, optimizer, lr_scheduler, lr_scheduler_every)
+        self.hooks += PipelineHooks.from_hooks(hooks)
+        self._set_up_run(run_folder, data_order or DataOrder())
+        if resume_from is not None:
+            with self._run.state_file.around_resume(), end_together(self._stall_clock):
+                self._check_hooks_consistent()
+                self._resumed = resume(self._run, self.hooks, self._snapshots, resume_from)
+
+    def _prepare(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        lr_scheduler: LRScheduler | None,
+        lr_scheduler_every: LRSchedulerUnit | None,
+    ) -> None:
+        """Prepare model, optimizer and LR scheduler with Accelerate; add the OptimizerHook."""
+        accelerator = self.accelerator
+        prepared = prepare_objects(accelerator, model, optimizer, lr_scheduler)
         self.model = prepared.model
-        self.dataloader = dataloader
-        self._place = prepared.place
-        self._no_sync = no_sync_of(accelerator, prepared.model)
-        self._tell_shards = synchroniser_of(accelerator, prepared.model)
+        self._place = batch_placement(accelerator, self.dataloader)
+        self._no_sync = no_sync_context(accelerator, self.model)
+        self._set_sharded_sync = gradient_sync_switch(accelerator, self.model)
+        self._engine_backward = engine_backward(accelerator)
+        self._engine_divides = accelerator.distributed_type in ENGINES
+        self._synchronising = accelerator.sync_gradients = True
         self._optimizer_hook: OptimizerHook | None = None
-        if batch_processor.need_backward and prepared.optimizer is not None:
-            self._optimizer_hook = OptimizerHook(
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.lr_scheduler: LRScheduler | None = None
+        if self.batch_processor.need_backward and prepared.optimizer is not None:
+            hook = OptimizerHook(
                 accelerator,
                 prepared.optimizer,
                 prepared.lr_scheduler,
                 self.hooks,
                 lr_scheduler_every,
             )
-            self.hooks += self._optimizer_hook
-        self.hooks += PipelineHooks.from_hooks(hooks)
-        self.optimizer = self._optimizer_hook.optimizer if self._optimizer_hook else None
-        self.lr_scheduler = self._optimizer_hook.lr_scheduler if self._optimizer_hook else None
+            self._optimizer_hook = hook
+            self.optimizer, self.lr_scheduler = hook.optimizer, hook.lr_scheduler
+            self.hooks += hook
 
-        self._data = TrainingData(dataloader, data_order or DataOrder(), accelerator, self.progress)
+    def _set_up_run(self, run_folder: str | os.PathLike[str] | None, data_order: DataOrder) -> None:
+        """Create the data order, the run that hooks see, and the accumulation windows."""
+        accelerator, world_size = self.accelerator, self.accelerator.num_processes
+        self._data = TrainingData(self.dataloader, data_order, accelerator, self.progress)
         self._run = PipelineRun(
-            progress=self.progress,
-            metrics=self.metrics,
-            requests=self.requests,
-            agreement=agreement,
-            batch_processor=batch_processor,
-            limits=self.limits,
             accelerator=accelerator,
             model=self.model,
+            batch_processor=self.batch_processor,
+            limits=self.limits,
+            progress=self.progress,
+            metrics=self.metrics,
+            agreement=self._agreement,
+            requests=self.requests,
             optimizer=self.optimizer,
             lr_scheduler=self.lr_scheduler,
             dataloader=self.dataloader,
             data=self._data,
             folder=None if run_folder is None else Path(run_folder),
             state_file=RunStateFile(
-                run_folder,
-                self.progress,
-                rank=accelerator.process_index,
-                processes=accelerator.num_processes,
+                run_folder, self.progress, rank=accelerator.process_index, processes=world_size
             ),
         )
-        self._weights = LossWeights(
-            accelerator,
-            accelerator.gradient_accumulation_steps,
-            backward_of(accelerator),
-            partial(trained_parameters, self._run),
-        )
+        window = accelerator.gradient_accumulation_steps
+        parameters = partial(trained_parameters, self._run)
+        self._loss_weights = LossWeights(accelerator, window, parameters)
         self._windows = AccumulationWindows(
-            accelerator.gradient_accumulation_steps,
-            getattr(batch_processor, "count_samples", None),
+            window,
+            getattr(self.batch_processor, "count_samples", None),
             self._data.num_processes,
-            accelerator.num_processes,
-            self._weights,
+            world_size,
+            self._loss_weights,
         )
         self._snapshots = RunSnapshots(self._run, self.hooks, self._data, self._windows)
         self._run.take_snapshot = self._snapshots.take
-        self._open = False
         self._resumed = False
-        self._synchronising = accelerator.sync_gradients = True
+        self._is_open = False
         self._last_loss: torch.Tensor | None = None
-        self._unmet: UnknownMetricError | None = None
-        self._logged_at: int | None = None
-        """How many steps were done at the last logging point within an epoch."""
 
         channel = self.hooks.get_channel  # looked up once: the step path calls these
         self._on_loop = channel("on_loop").run
@@ -261,48 +272,42 @@ class HookBasedTrainer:
         self._on_batch = channel("on_batch").run
         self._on_model_forward = channel("on_model_forward").run
         self._on_model_backward = channel("on_model_backward").run
-        self._in_step = self._step_or_padding_step if several else self._step
-        self._carry_out = partial(carry_out_requests, self._run, channel("on_evaluation").run)
-
-        if resume_from is not None:
-            with self._run.state_file.around_resume(), end_together(self._stall_clock):
-                self._check_hooks_alike()
-                self._resumed = resume(self._run, self.hooks, self._snapshots, resume_from)
+        self._step_body = self._step if world_size == 1 else self._step_or_padding_step
+        self._commit_point = CommitPoint(self._run, channel("on_evaluation").run)
 
     @property
     def hooks(self) -> PipelineHooks:
-        """All hooks of the run; add to them by ``trainer.hooks += hook``."""
+        """All hooks of the run; add a hook by ``trainer.hooks += hook``."""
         return self._hooks
 
     @hooks.setter
     def hooks(self, hooks: PipelineHooks) -> None:
-        if hooks is not self._hooks:  # which is what += assigns
+        if hooks is not self._hooks:  # += assigns the same object
             raise PipelineConfigError(
                 "a trainer's hooks can't be replaced; add to them by trainer.hooks += hook"
             )
 
     def save_checkpoint(self, folder: str | os.PathLike[str]) -> None:
-        """Write all that a trainer needs to go on as this one would, for ``resume_from``.
+        """Write a checkpoint of the run, for ``resume_from``. All ranks call it.
 
-        That is the model, the optimizer, the schedule, the counters, the place in the data, the
-        state of every hook, the random state, and the gradients of an accumulation window that is
-        open. The weights stand alone in ``model.safetensors``, those of a sharded model in
-        ``model.shard<rank>.safetensors``. All ranks call it alike. While the run goes on, a
-        ``SaveCheckpoint`` saves it.
+        The checkpoint holds the model, optimizer, LR scheduler, counters, data position, hook
+        states, RNG states, and the gradients of an open accumulation window. The weights are in
+        ``model.safetensors``, those of a sharded model in ``model.shard<rank>.safetensors``. While
+        the run is in progress, use a ``SaveCheckpoint`` hook instead.
 
         Args:
-            folder: where to write; must not exist. It appears when all of it is on the disk.
+            folder: directory to create; it appears when all files are on disk.
 
         Raises:
             PipelineStateError: the trainer is in the middle of a step.
-            FileExistsError: there is something by that name.
-            CheckpointError: it can't be written.
-            StateError: a hook's or the schedule's state holds something that can't be saved.
+            FileExistsError: the path exists.
+            CheckpointError: the checkpoint can't be written.
+            StateError: a hook or the LR scheduler has a state that can't be saved.
         """
-        if self._open:
+        if self._is_open:
             raise PipelineStateError(
-                "the trainer is in the middle of a step; save after it has returned, or ask for "
-                "it with args.requests.save(...) and a SaveCheckpoint"
+                "the trainer is in the middle of a step; save after it has returned, or request a "
+                "save with args.requests.save(...) and a SaveCheckpoint hook"
             )
         with end_together(self._stall_clock):
             self._snapshots.save(folder)
@@ -310,38 +315,38 @@ class HookBasedTrainer:
     def __call__(self) -> None:
         """Train until a limit is reached or a hook's request to stop is granted.
 
-        Called again after its end, it does nothing. An error gets a note that says where in the
-        run it happened; what was in the making then is in no state to go on from.
+        A second call after the end returns at once. An error carries a note with the position in
+        the run; the trainer can't continue after an error.
 
         Raises:
-            PipelineStateError: the trainer has failed before, or is called by one of its hooks.
-            PipelineConfigError: the ranks have unlike hooks; the message shows those of each.
-            UnknownMetricError: at the end, a hook has waited for a metric that nobody published;
+            PipelineStateError: the trainer failed before, or one of its hooks calls it.
+            PipelineConfigError: ranks have different hooks; the message shows those of each rank.
+            UnknownMetricError: at the end, a hook waited for a metric that was never published;
                 the trainer can still be saved.
-            RunPreempted: at the end, where the request to stop had an exit code.
+            RunPreempted: at the end, if the request to stop had an exit code.
         """
-        if self._open:
+        if self._is_open:
             raise PipelineStateError(
                 "the trainer is in the middle of a step, where it failed or was called from; "
-                "make a new one, and resume from a checkpoint"
+                "create a new one, and resume from a checkpoint"
             )
         if self._is_over():
             logger.info("nothing left to do at %s; %s", self.progress, self.limits)
             if self._is_at_limit():
                 self._run.state_file.nothing_left()
             return
-        together = end_together(self._stall_clock, self._place_in_run)
-        with self._run.state_file.around_run(self.requests), together:
-            self._check_hooks_alike()
+        failing_together = end_together(self._stall_clock, self._rank_position)
+        with self._run.state_file.around_run(self.requests), failing_together:
+            self._check_hooks_consistent()
             self._train()
 
-    def _place_in_run(self, section: int) -> Place:
-        steps = self.progress.steps_done  # first: what they were asked for ahead of it is known
-        return Place(section, steps, *self.requests.joint_commits, self._weights.given)
+    def _rank_position(self, section: int) -> Place:
+        steps = self.progress.steps_done  # first: requests made before it are known
+        return Place(section, steps, *self.requests.joint_commits, self._loss_weights.are_used)
 
-    def _check_hooks_alike(self) -> None:
+    def _check_hooks_consistent(self) -> None:
         if self.accelerator.num_processes > 1:
-            check_rank_consistency({"hooks": hook_text(self.hooks)})
+            check_rank_consistency({"hooks": describe_hooks(self.hooks)})
 
     def _train(self) -> None:
         check_unique_names(self.hooks.named_hooks())
@@ -349,103 +354,86 @@ class HookBasedTrainer:
             self.model.train()
         if self._optimizer_hook is not None and not self._resumed:
             self._optimizer_hook.zero_grad()  # a resumed run may be within a window
-        self._open = True
+        self._is_open = True
         try:
             self._on_loop(PipelineHookArgs(self._run), self._loop)
         except BaseException as error:
-            with suppress(Exception):  # not every error takes notes
+            with suppress(Exception):  # some errors refuse notes
                 error.add_note(f"the run was at {self.progress}")
                 if "Expected more than 1 value per channel when training" in str(error):
                     error.add_note(_ONE_SAMPLE)
             raise
         finally:
             self._last_loss = None
-            if not self._synchronising:  # as the model was given
+            if not self._synchronising:  # restore the model's setting
                 self._synchronise(True)
-        self._open = False
-        tell_what_is_left(self._run)
-        if self._unmet is not None:  # raised here, where the run is whole and can be saved
-            raise self._unmet
+        self._is_open = False
+        self._commit_point.raise_unmet()  # here, where the run is complete and can be saved
         failure = self._run.failures[0] if self._run.failures else None
         self._run.failures.clear()
-        exit_code = self._interrupted_by()
+        exit_code = self._preemption_exit_code()
         if exit_code is not None:
             raise RunPreempted(exit_code) from failure
         if failure is not None:
             raise failure
 
     def _loop(self, loop_args: PipelineHookArgs) -> None:
-        all_logged = False  # whether nothing was published since the last logging point
+        commit_point = self._commit_point
         if self.progress.step_id == 0:
-            self._snapshots.go_on_drawing()
-            self._carry_out()  # what hooks have asked for at the start
+            self._snapshots.restore_rng()
+            commit_point.execute()  # requests made at the start of the loop
         while not self._is_over():
             args = PipelineHookArgs(self._run)
             self._on_epoch(args, self._epoch)
             if args.epoch_completed:
                 self.progress.finish_epoch()
-            all_logged = self._carry_out() or (  # the commit point
-                self._logged_at == self.progress.global_step_id and not args.epoch_completed
-            )
-            if args.epoch_completed and self._unmet is None and not self._is_over():
-                self._unmet = self.metrics.find_missing(at_end=False)
-                first = self.progress.epoch_id == 1
-                problem = self._unmet or (self.metrics.find_unlogged() if first else None)
-                if problem is not None:
-                    logger.warning("after a whole epoch, %s", problem)
-        self._save_the_end()
-        if not all_logged:
-            self.metrics.flush_partial(self.accelerator)
-        # A run that was asked to stop may not have come to its first evaluation.
-        # Nor may a short one, whose evaluations were not due.
-        evaluated = any(name.startswith("eval/") for name in self.metrics.names())
-        cut_short = self.requests.stop_request is not None or (
-            bool(self._run.evaluations) and not evaluated
-        )
-        self._unmet = self.metrics.find_missing(at_end=not cut_short)
-        request = self.requests.stop_request
-        if request is not None:
-            logger.info("stopped at %s: %s, asked by %s", self.progress, request.reason, request.by)
+            commit_point.execute_after_epoch(args.epoch_completed)
+            if args.epoch_completed and not self._is_over():
+                commit_point.warn_of_metrics()
+        if self._run.savers and self._preemption_exit_code() is None:
+            self.requests.save("the run ends", by=type(self).__name__)
+            commit_point.execute()
+        commit_point.finish()
 
     def _epoch(self, args: PipelineHookArgs) -> None:
-        if self._is_over():  # asked for by a hook that is around the epoch
+        if self._is_over():  # requested by a hook around the epoch
             return
         progress, done, max_step = self.progress, self.progress.step_id, self.limits.max_step
-        step = self._on_step if self._windows.length == 1 else self._on_step_in_window
-        requests, reached = self.requests, self.limits.reached
-        agreement = self._run.agreement if self._run.agreement.is_needed else None
+        on_step = self._on_step if self._windows.length == 1 else self._on_step_in_window
+        requests, reached, commit_point = self.requests, self.limits.reached, self._commit_point
+        agreement = self._agreement if self._agreement.is_needed else None
         length = self._run.steps_per_epoch
         limit = None if max_step is None else max_step - progress.global_step_id + done
         over = False
-        self._snapshots.go_on_drawing()
-        # Kept by no name here: an error that is kept would keep the loader's workers with it.
+        self._snapshots.restore_rng()
+        # No variable keeps the iterator: an error would keep the loader's workers with it.
         for batch, ends_window, divisor in self._windows.micro_batches(
             self._data.epoch(progress.epoch_id, done),
             self._data.step_sizes,
             done,
             limit=None if limit == length else limit,
         ):
-            if over:  # and there are more batches than the loader's length says
+            if over:  # and there are more batches than the loader's length
                 break
             if self._place is not None:
                 batch = self._place(batch)
             progress.in_step = True
-            step(PipelineHookArgs(self._run, batch, ends_window, divisor), self._in_step)
+            on_step(PipelineHookArgs(self._run, batch, ends_window, divisor), self._step_body)
             progress.finish_step()
             if agreement is not None and progress.global_step_id >= agreement.due_at:
-                agreement.settle(progress.global_step_id)  # a collective, with several processes
-            # The commit point. Spelled out, since a call takes 0.5 us here.
+                agreement.settle(progress.global_step_id)  # a collective
+            # The commit point. Inlined, since a call costs 0.5 us here.
             if requests.pending or reached(progress):
                 over = self._is_over()
                 if progress.step_id == length:
-                    # What was asked for waits for the commit point after the epoch, which is as
-                    # near. Some samplers draw once more when they are asked for one batch too many.
+                    # Requests wait for the commit point after the epoch, which follows at once.
+                    # Some samplers draw from the RNG again when asked for one batch too many.
                     continue
-                if not over and self._carry_out():
-                    self._logged_at = progress.global_step_id
+                if not over:
+                    commit_point.execute()
                 if self._is_over():
-                    # Without a length, only asking for one batch more could tell whether this
-                    # was the last one; the epoch then counts as open.
+                    # Without a length, only the next batch shows whether this was the last one;
+                    # the epoch then counts as open.
                     return
         if progress.step_id == 0:
             raise DataError(
@@ -457,7 +445,7 @@ class HookBasedTrainer:
     def _on_step_in_window(
         self, args: PipelineHookArgs, body: Callable[[PipelineHookArgs], None]
     ) -> None:
-        """``on_step`` with gradients that travel between ranks only where a window ends."""
+        """Run ``on_step``, and reduce gradients between ranks only where a window ends."""
         boundary = args.at_accumulation_boundary
         if boundary is not self._synchronising:
             self._synchronise(boundary)
@@ -469,11 +457,11 @@ class HookBasedTrainer:
 
     def _synchronise(self, synchronise: bool) -> None:
         self._synchronising = self.accelerator.sync_gradients = synchronise
-        if self._tell_shards is not None:  # which goes through all modules
-            self._tell_shards(synchronise)
+        if self._set_sharded_sync is not None:  # visits all modules
+            self._set_sharded_sync(synchronise)
 
     def _step_or_padding_step(self, args: PipelineHookArgs) -> None:
-        """``_step`` where there are several ranks, of which one may have no data left."""
+        """Run ``_step`` in a job of several ranks, where one rank may have no data left."""
         if not args.is_padding_step:
             self._step(args)
         else:
@@ -495,7 +483,7 @@ class HookBasedTrainer:
         result = self.batch_processor.forward(self.model, args.batch)
         # A tensor of two rows would unpack as well, hence the check of the type.
         if not isinstance(result, (tuple, list)) or len(result) != 2:
-            self._weights.take(args, result)
+            self._loss_weights.take(args, result)
         else:
             args.model_outputs, args.attached_loss = result
 
@@ -503,23 +491,31 @@ class HookBasedTrainer:
         loss = args.attached_loss
         if not isinstance(loss, torch.Tensor):
             raise wrong_result(args, f"a loss of type {type(loss).__name__}")
-        self._weights.backward(args, loss)
-        # As a plain loop's variable would: where the graph lives on into the next forward, the
-        # parameters' nodes are not made anew, which takes 1 us of a small model's step.
+        weight = args.given_loss_weight
+        if (weight is not None) is not self._loss_weights.are_used:  # the first step, or an error
+            self._loss_weights.decide(args)
+        if weight is not None:
+            scaled = self._loss_weights.scale(loss, weight)
+        elif args.loss_divisor == 1.0 or self._engine_divides:
+            scaled = loss
+        else:
+            scaled = loss / args.loss_divisor
+        if self._engine_backward is None:
+            scaled.backward()
+        else:
+            self._engine_backward(scaled)
+        if weight is not None and args.at_accumulation_boundary:
+            args.loss_weighting = self._loss_weights.end_window()
+        # Kept until the next backward pass, as a plain loop's variable is: the parameters' graph
+        # nodes live on into the next forward pass, which saves 1 us of a small model's step.
         self._last_loss = loss
 
-    def _save_the_end(self) -> None:
-        """Have what a run that is over ends with on the disk, where a hook saves it."""
-        if self._run.savers and self._interrupted_by() is None:
-            self.requests.save("the run ends", by=type(self).__name__)
-            self._carry_out()
-
     def _is_over(self) -> bool:
-        """At a commit point, where scopes are closed and state is consistent: whether to end."""
+        """Return True if the run ends at this commit point."""
         return self.requests.stop_request is not None or self._is_at_limit()
 
-    def _interrupted_by(self) -> int | None:
-        """The code to exit with where the run is to be started again; None where it is over."""
+    def _preemption_exit_code(self) -> int | None:
+        """Return the exit code of a run that is to be started again; None if it is complete."""
         stop = self.requests.stop_request
         return None if stop is None or self._is_at_limit() else stop.exit_code
 

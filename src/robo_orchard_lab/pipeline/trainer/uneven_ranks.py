@@ -1,4 +1,4 @@
-"""Windows of ranks that know their own batches only, and agree on what there is a step ahead."""
+"""Accumulation windows of ranks with uneven data, which exchange batch sizes a step in advance."""
 
 from __future__ import annotations
 
@@ -15,42 +15,41 @@ from robo_orchard_lab.pipeline.data import StepSizes
 from robo_orchard_lab.pipeline.distributed.collectives import GatheredNumbers, broadcast_object
 
 _NONE = -1
-"""In the place of the size of a batch that a rank does not have."""
+"""Size of a missing batch."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class JointWindow:
-    """The batches that a rank has for a window, and how many samples its steps have."""
+    """Batches of this rank for one window, and the sample counts of its steps."""
 
     batches: list[Any]
     own: list[int]
-    """How many samples each step has here; no batch where that is negative."""
-    told: GatheredNumbers
-    """What the ranks tell each other of it."""
+    """Samples of each step on this rank; negative without a batch."""
+    gathered: GatheredNumbers
+    """Exchange of the sizes between ranks."""
     sizes: list[StepSizes] = field(default_factory=list)
-    """Of the steps that any rank has a batch for, once they have done so."""
+    """Sizes of the steps that any rank has a batch for, after the exchange."""
 
 
 class JointWindows:
-    """Has ranks with different batches, and different numbers of them, go through a pass together.
+    """Aligns ranks with different batches, and different numbers of batches, within an epoch.
 
-    For each window, the ranks tell each other which batches they have and how many samples are in
-    them. A window of one step is told while the step before is computed, for which its batch is
-    loaded one step ahead; a longer one when all its batches are loaded. The pass is over when no
-    rank has any. A rank that has none for a step takes part with the last one that it had, or with
-    one that it is sent where it had none.
+    Ranks exchange the sizes of their batches for each window. A window of one step is exchanged
+    during the step before, so its batch is loaded one step in advance. A longer window is exchanged
+    when all its batches are loaded. The epoch ends when no rank has a batch. A rank without a batch
+    runs a padding step with its last batch, or with a batch from another rank if it had none.
 
     Args:
-        length: how many steps make a full window.
-        count: how many samples a batch has, given the step's sizes where the data knows them.
+        length: steps in a full window.
+        count: counts the samples of a batch, given the step's sizes where the data knows them.
     """
 
     def __init__(self, length: int, count: Callable[[Any, StepSizes | None], int]) -> None:
         self._length = length
         self._count = count
-        self._filler: list[Any] = []  # the batch, if there is one
+        self._padding: list[Any] = []  # batch for padding steps, if any
 
     def windows(
         self,
@@ -61,27 +60,27 @@ class JointWindows:
         within: int,
         from_start: bool,
     ) -> Iterator[tuple[list[Any], list[StepSizes]]]:
-        """What is left of a pass: the batches that are left of each window, and all its sizes.
+        """Yield the remaining batches of each window, and all its sizes.
 
         Args:
-            batches: those that are left to this rank.
-            given: what the data says of each, when it was given.
-            lengths: how many steps to make in each window at most, those of the open one included.
-            begun: the sizes of the window that is open, if one is.
-            within: how many of its steps are done.
-            from_start: whether nothing of the pass is done.
+            batches: remaining batches of this rank.
+            given: sizes of these batches, where the data knows them.
+            lengths: maximum number of steps in each window, the open one included.
+            begun: sizes of the open window, if any.
+            within: steps of the open window that are done.
+            from_start: True at the start of the epoch.
         """
-        self._filler = []
+        self._padding = []
         windows = self._loaded(batches, given, lengths, begun, within)
         window = next(windows, None)
         while window is not None:
             self._agree(window, within, from_start)
             if not window.sizes:
                 return
-            filler = self._filler
+            padding = self._padding
             ahead = next(windows, None) if self._length == 1 else None
             missing = len(window.sizes) - within - len(window.batches)
-            yield window.batches + filler * missing, window.sizes
+            yield window.batches + padding * missing, window.sizes
             within = 0
             window = ahead or next(windows, None)
 
@@ -93,7 +92,7 @@ class JointWindows:
         begun: Sequence[StepSizes],
         within: int,
     ) -> Iterator[JointWindow]:
-        """What this rank has for each window, loaded and told when it is asked for."""
+        """Load and exchange this rank's windows on demand."""
         if within:
             next(lengths)
             rest = sum(sizes.local != _NONE for sizes in begun[within:])
@@ -115,13 +114,13 @@ class JointWindows:
             loaded.append(batch)
             own[step] = self._count(batch, None if given is None else next(given))
         if loaded:
-            self._filler = [loaded[-1]]
-        return JointWindow(loaded, own, GatheredNumbers([*own, len(self._filler)]))
+            self._padding = [loaded[-1]]
+        return JointWindow(loaded, own, GatheredNumbers([*own, len(self._padding)]))
 
     def _agree(self, window: JointWindow, within: int, from_start: bool) -> None:
-        rows = window.told.wait()
+        rows = window.gathered.wait()
         steps = list(zip(*(row[:-1] for row in rows), strict=True))
-        if window.sizes:  # as they were when the window was begun
+        if window.sizes:  # as exchanged when the window began
             in_job = [sizes.total for sizes in window.sizes]
             window.sizes = list(map(StepSizes, window.own, in_job))
         else:
@@ -134,8 +133,8 @@ class JointWindows:
         if any(lacking) and window.sizes:
             source = next(rank for rank, size in enumerate(steps[within]) if size != _NONE)
             batch = broadcast_object(window.batches[0] if window.batches else None, source)
-            if not self._filler:
-                self._filler = [batch]
+            if not self._padding:
+                self._padding = [batch]
                 if from_start:
                     _warn_without_data()
 
@@ -143,7 +142,7 @@ class JointWindows:
 @cache
 def _warn_without_data() -> None:
     logger.warning(
-        "rank %d has no data, while others have: it takes part in their steps with batches that "
-        "weigh nothing; see that every rank has a part of the data",
+        "rank %d has no data while other ranks have: it runs padding steps; give every rank a "
+        "part of the data",
         torch.distributed.get_rank(),
     )
