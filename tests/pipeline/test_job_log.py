@@ -28,9 +28,9 @@ EVENTS = {
     "step_00000005: every 5 steps": 1,
     "step_00000008: the run ends": 1,
     "SaveModel: wrote": 2,
-    ": it is enough, asked by": 2,
+    ": it is enough, requested by": 2,
     "stopped after": 2,
-    "asked for something after the last commit point, which is not done: too late": 2,
+    "made a request after the last commit point, which is not executed: too late": 2,
     "asked for something on rank 1 alone, after the last exchange": 2,
     "INFO nothing left to do": 2,
 }

@@ -186,9 +186,7 @@ class ExistingRun:
     def is_running(self) -> bool:
         """Return True if another process certainly executes the run."""
         state = self.state
-        return (
-            state is not None and state.state == "running" and state.process.is_another_that_runs()
-        )
+        return state is not None and state.state == "running" and state.process.is_another_running()
 
     @property
     def is_completed(self) -> bool:

@@ -1,4 +1,4 @@
-"""Training as nested scopes that hooks attach to."""
+"""Training pipeline: the trainer, its hooks, triggers, data, metrics and checkpoints."""
 
 from robo_orchard_lab.pipeline.batch_processor import (
     BatchProcessor,
@@ -6,7 +6,7 @@ from robo_orchard_lab.pipeline.batch_processor import (
     SupervisedProcessor,
 )
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.distributed.shutdown import leave_addresses_behind
+from robo_orchard_lab.pipeline.distributed.shutdown import init_process_group_after_restart
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.progress import (
     CHANNEL_NAMES,
@@ -56,6 +56,5 @@ __all__ = [
     "TrainerProgress",
     "Trigger",
     "TriggerField",
+    "init_process_group_after_restart",
 ]
-
-leave_addresses_behind()

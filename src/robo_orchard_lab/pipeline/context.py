@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 import torch
 from accelerate import Accelerator
 
-from robo_orchard_core.utils.config.errors import nearest_or_all
+from robo_orchard_core.utils.config.errors import suggest_name
 from robo_orchard_lab.pipeline.batch_processor import (
     BatchProcessor,
     SimpleBatchProcessor,
@@ -20,7 +20,7 @@ from robo_orchard_lab.pipeline.batch_processor import (
     count_samples,
 )
 from robo_orchard_lab.pipeline.distributed.agreement import Agreement
-from robo_orchard_lab.pipeline.distributed.sections import failing
+from robo_orchard_lab.pipeline.distributed.sections import report_failure
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, PipelineStateError
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.progress import (
@@ -180,7 +180,7 @@ class PipelineRun:
                 do.
         """
         if name not in self.weight_sets:
-            hint = nearest_or_all(name, list(self.weight_sets), "hooks that keep weights:")
+            hint = suggest_name(name, list(self.weight_sets), "hooks that keep weights:")
             raise PipelineConfigError(
                 f"no hook named {name!r} keeps weights; {hint}"
                 + ("" if self.weight_sets else "; register an EMA")
@@ -394,7 +394,7 @@ class PipelineHookArgs:
 
     def failing(self, error: BaseException) -> None:
         """Report an error to the other ranks; channels call this before any ``after``."""
-        failing(error)
+        report_failure(error)
 
     @classmethod
     def channels_of(cls, name: str) -> tuple[ChannelName, ...]:

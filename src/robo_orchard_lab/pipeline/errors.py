@@ -1,4 +1,4 @@
-"""The errors that a pipeline raises about what it was given."""
+"""Errors of the pipeline."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 
 class PipelineConfigError(ValueError):
-    """A trainer or hook can't be built from its arguments; the message names the one to change."""
+    """Invalid argument of a trainer or hook; the message names the argument to change."""
 
 
 class BatchProcessorError(TypeError):
-    """A batch processor returned something else than ``(outputs, loss)``."""
+    """Wrong result of a batch processor."""
 
 
 class DataError(RuntimeError):
-    """The data loader gave no batch where an epoch needs at least one."""
+    """Data loader without a batch, or with an unexpected number of batches."""
 
 
 class StateError(ValueError):
-    """A saved state does not fit what it is loaded into; nothing was changed."""
+    """Saved state that does not fit the object; nothing was changed."""
 
 
 def check_state_version(state: Mapping[str, Any], expected: int, owner: str) -> None:
@@ -38,54 +38,53 @@ def check_state_version(state: Mapping[str, Any], expected: int, owner: str) -> 
 
 
 class CheckpointError(StateError):
-    """A checkpoint can't be written or read; the message says which, why, and what to do.
+    """Checkpoint that can't be written or read; the message names path, cause and remedy.
 
-    What was there before a write is still there, and nothing that was loaded into is changed.
+    A failed write leaves existing files, a failed read leaves live objects unchanged.
     """
 
 
 class StoreLockedError(CheckpointError):
-    """Another process, or another store of this one, writes checkpoints into the same root."""
+    """Checkpoint directory in use by another process or store."""
 
 
 class PipelineStateError(RuntimeError):
-    """A trainer is asked for something that it can't do where it is."""
+    """Operation that is impossible in the trainer's current state."""
 
 
-class RunPreempted(SystemExit):  # an exit, of which it is one kind
-    """A run was interrupted, by a signal or a time limit, and is to be started again.
+class RunPreempted(SystemExit):  # named for the event, as in SystemExit
+    """Run that was interrupted by a signal or a time limit, and is to be started again.
 
-    As an exit that nobody catches, it ends the process with its code and without a traceback, so
-    that what follows in a script does not take the model for a trained one.
+    A ``SystemExit``: uncaught, it ends the process with its exit code and without a traceback, so
+    the rest of a script does not use a partly trained model.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class RankFailure:
-    """What has ended one process of a job, and with it all of them."""
+    """Root-cause failure of one rank, which ended the job."""
 
     rank: int
     type: str
-    """The error's class; ``Killed`` of a process that is gone without a word, ``Stalled`` where
-    the job has made no progress for too long."""
+    """Class of the error; ``Killed`` for a process that died, ``Stalled`` for a stalled job."""
     message: str
     hook: str | None = None
-    """The hook that raised it, with its channel, function and source line."""
+    """Hook that raised the error, with channel, function and source line."""
     location: str | None = None
-    """The file and line that raised it."""
+    """File and line of the error."""
 
     def __str__(self) -> str:
         if self.type == "Stalled":
-            return f"the run has stalled, as rank {self.rank} found: {self.message}"
+            return f"the run has stalled, detected by rank {self.rank}: {self.message}"
         where = f", raised in hook {self.hook}" if self.hook else ""
         return f"rank {self.rank} failed first: {self.type}: {self.message}{where}"
 
 
 class RankFailed(RuntimeError):  # noqa: N818 - says what happened, as RunPreempted does
-    """Another process of the job failed first, so that this one can't go on.
+    """Failure of another rank, which ended this rank.
 
-    The message is that of the other one's error; what it had this process run into, such as a
-    connection that is closed, is the cause of this one. :attr:`failure` tells it in parts.
+    The message is that of the other rank's error, see :attr:`failure`. The cause of this exception
+    is the consequence on this rank, such as a closed connection.
     """
 
     def __init__(self, failure: RankFailure) -> None:

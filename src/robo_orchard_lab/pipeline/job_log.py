@@ -1,4 +1,4 @@
-"""Log lines of what the processes of a job do together: one for each event, not for each rank."""
+"""Logger for events of the whole job, which only the first rank writes."""
 
 from __future__ import annotations
 
@@ -9,18 +9,15 @@ import torch.distributed
 
 
 class JobLogger(logging.LoggerAdapter[logging.Logger]):
-    """Writes on the first rank, and nothing on others, whatever handlers there are.
-
-    What a rank finds by itself goes to a logger of ``logging``.
-    """
+    """Logger that writes on the first rank only. For rank-local events use ``logging``."""
 
     def isEnabledFor(self, level: int) -> bool:  # noqa: N802 - as in logging
-        """Whether a record of this level is written here."""
+        """Return True if this rank writes records of the level."""
         return is_first_rank() and super().isEnabledFor(level)
 
 
 def job_logger(name: str) -> JobLogger:
-    """The logger of a module for what is alike on all ranks.
+    """Return the logger of a module for events of the whole job.
 
     >>> logger = job_logger("robo_orchard_lab.pipeline")
     >>> logger.info("saved %s", "step_00000100")
@@ -29,10 +26,7 @@ def job_logger(name: str) -> JobLogger:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the job's first, or the only one.
-
-    As ``torch.distributed`` knows it, or else as the launcher says in RANK and WORLD_SIZE.
-    """
+    """Return True on rank 0, from ``torch.distributed`` or the launcher's RANK and WORLD_SIZE."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank() == 0
     several = os.environ.get("WORLD_SIZE", "1") != "1"

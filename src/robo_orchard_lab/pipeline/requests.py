@@ -247,7 +247,7 @@ class Requests:
         stop = [] if self.stop_request is None else [self.stop_request]
         if joint or stop:
             asked = "; ".join(
-                f"{type(r).__name__}: {r.reason}, asked by {r.by}" for r in [*joint, *stop]
+                f"{type(r).__name__}: {r.reason}, requested by {r.by}" for r in [*joint, *stop]
             )
             self._joint_commits = (self._joint_commits[0] + 1, step, asked)
 

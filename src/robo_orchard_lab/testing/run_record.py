@@ -114,7 +114,8 @@ def state_facts(trainer: HookBasedTrainer) -> Facts:
     Weights, accumulated gradients, optimizer, LR scheduler, gradient scaler, RNG states, hook
     states, and metrics that were published but not logged yet.
     """
-    model = plain_model(PipelineRun(accelerator=trainer.accelerator, model=trainer.model))
+    run = PipelineRun.standalone(accelerator=trainer.accelerator, model=trainer.model)
+    model = plain_model(run)
     parameters = {p: plain_name(name) for name, p in model.named_parameters()}
     found: list[tuple[str, Any]] = [
         (f"weights {plain_name(name)}", value) for name, value in model.state_dict().items()

@@ -47,7 +47,7 @@ def test_what_one_rank_asks_for_is_done_by_all(found: Any) -> None:
     assert found["alone"]["checkpoints"] == [5, stopped]
     assert found["alone"]["weights"]
     evaluation, log = found["alone"]["told"]  # once
-    assert evaluation == "First on rank 0 asked for an evaluation: evaluated alone"
+    assert evaluation == "First on rank 0 requested an evaluation: evaluated alone"
     assert log.startswith("AsksAlone.ask (agree_on_ranks.py:")
     assert log.endswith(") on rank 1 asked for a log: logged alone")
 

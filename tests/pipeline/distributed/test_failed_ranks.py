@@ -85,7 +85,7 @@ def check_last_word(ended: Ended) -> None:
     """Where rank 0 had the time to say something, it says what was first."""
     told = ended.told[0]
     if told.strip() and ended.codes[0] == 1:
-        words = ("RankFailed: rank 1 failed first: ", "ends, for rank 1 failed first: ")
+        words = ("RankFailed: rank 1 failed first: ", "exiting: rank 1 failed first: ")
         assert any(word in told for word in words), told
 
 
@@ -221,10 +221,10 @@ def flush(seconds):
     time.sleep(seconds)
     print(f"flushed {seconds}", flush=True)
 
-ending._TAKEN_APART_S, ending.LONGEST_EXIT_S = 1.0, 4.0  # of 3 and 10
+ending._TAKEN_APART_S, ending.MAX_EXIT_S = 1.0, 4.0  # of 3 and 10
 atexit.register(flush, 60.0)
 atexit.register(flush, 2.0)
-ending.leave_group_at_exit()
+ending.destroy_group_at_exit()
 raise ValueError("planted")
 """
 

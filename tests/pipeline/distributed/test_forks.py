@@ -11,10 +11,10 @@ from launching import environment
 
 SCRIPT = """
 import os, sys, threading
-from robo_orchard_lab.pipeline.distributed.shutdown import let_threads_pass_ahead_of_forks
+from robo_orchard_lab.pipeline.distributed.shutdown import pause_before_forks
 
 if sys.argv[1] == "waits":
-    let_threads_pass_ahead_of_forks()
+    pause_before_forks()
 sys.setswitchinterval(10)  # this thread keeps the interpreter until it waits for something
 go, passed = threading.Event(), []
 thread = threading.Thread(target=lambda: (go.wait(), passed.append(True)))

@@ -10,7 +10,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # documented
 
-from robo_orchard_lab.pipeline.distributed.failure_watch import LostRanks
+from robo_orchard_lab.pipeline.distributed.failure_watch import LostRankDetector
 from robo_orchard_lab.pipeline.distributed.job_store import JobStore
 from robo_orchard_lab.pipeline.distributed.process_identity import ProcessIdentity
 
@@ -24,12 +24,12 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
-def looking(other: ProcessIdentity) -> LostRanks:
+def looking(other: ProcessIdentity) -> LostRankDetector:
     """Rank 0's, where rank 1 never says a word."""
     store = HashStore()
     for rank in range(2):
         store.set(f"beat/{rank}", "0 0")
-    return LostRanks(JobStore(store, 0, [ProcessIdentity.own(), other]))
+    return LostRankDetector(JobStore(store, 0, [ProcessIdentity.own(), other]))
 
 
 def identity(process: subprocess.Popen[bytes]) -> ProcessIdentity:

@@ -98,6 +98,6 @@ def test_a_run_that_waits_for_a_disk_is_ended(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("rank 0: ends, for the run has stalled, as rank 0 found: no prog")
+    assert done.stderr.startswith("rank 0: exiting: the run has stalled, detected by rank 0: no ")
     assert "Timeout (0:00:01)!" in done.stderr  # of the guard of the end itself
     assert "in saved" in done.stderr.partition("Timeout")[2]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launching import SCRIPTS, launch
-from robo_orchard_lab.pipeline.distributed.job_store import Place, stray_among
+from robo_orchard_lab.pipeline.distributed.job_store import RankPosition, find_diverged_rank
 
 SCRIPT = SCRIPTS / "strays_on_ranks.py"
 
@@ -24,9 +24,9 @@ SCRIPT = SCRIPTS / "strays_on_ranks.py"
 def test_a_request_on_some_ranks_only_ends_the_job(kind: str, rank: int, tmp_path: Path) -> None:
     """Within seconds, with who asked for what and where, in place of a hang."""
     told = launch(SCRIPT, tmp_path, kind, rank, fails=True, timeout_s=90).stderr
-    assert f"rank {rank} failed first: PipelineStateError: after step 3 it was asked for" in told
+    assert f"rank {rank} failed first: PipelineStateError: after step 3 it had a request" in told
     assert f"rank {1 - rank} went on to step 4 without" in told
-    assert "it seemed right here, asked by main.<locals>.ask (strays_on_ranks.py:" in told
+    assert "it seemed right here, requested by main.<locals>.ask (strays_on_ranks.py:" in told
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
@@ -34,18 +34,23 @@ def test_weights_on_some_ranks_only_end_the_job(rank: int, tmp_path: Path) -> No
     """In the first step, ahead of the exchange to which a rank without weights does not come."""
     told = launch(SCRIPT, tmp_path, "weight", rank, fails=True, timeout_s=90).stderr
     assert f"rank {rank} failed first: PipelineStateError: its batch processor returns a" in told
-    assert f"that of rank {1 - rank} none; return (outputs, loss, weight) on every rank" in told
+    assert f"that of rank {1 - rank} without; return (outputs, loss, weight) on every rank" in told
 
 
 def test_ranks_that_go_together_are_no_strays() -> None:
     """Some are slower: they are at an earlier step, or at the same commit point."""
-    ahead = Place(2, 10, 3, 10, "SaveRequest: it is time")
-    assert stray_among({0: ahead, 1: Place(2, 10, 2, 5), 2: Place(2, 4, 1, 2)}, 2) is None
-    assert stray_among({0: ahead, 1: Place(2, 11, 3, 10)}, 2) is None
-    assert stray_among({0: ahead, 1: Place(1, 90, 1, 2)}, 2) is None  # of another run
-    assert stray_among({}, 2) is None
-    weighs = Place(2, 1, weighted=True)
-    assert stray_among({0: weighs, 1: Place(2, 1), 2: weighs}, 2) is None  # one is slower
-    found = stray_among({0: ahead, 1: Place(2, 11, 2, 5)}, 2)
+    ahead = RankPosition(2, 10, 3, 10, "SaveRequest: it is time")
+    assert (
+        find_diverged_rank({0: ahead, 1: RankPosition(2, 10, 2, 5), 2: RankPosition(2, 4, 1, 2)}, 2)
+        is None
+    )
+    assert find_diverged_rank({0: ahead, 1: RankPosition(2, 11, 3, 10)}, 2) is None
+    assert find_diverged_rank({0: ahead, 1: RankPosition(1, 90, 1, 2)}, 2) is None  # of another run
+    assert find_diverged_rank({}, 2) is None
+    weighs = RankPosition(2, 1, weighted=True)
+    assert (
+        find_diverged_rank({0: weighs, 1: RankPosition(2, 1), 2: weighs}, 2) is None
+    )  # one is slower
+    found = find_diverged_rank({0: ahead, 1: RankPosition(2, 11, 2, 5)}, 2)
     assert found is not None
     assert found.rank == 0

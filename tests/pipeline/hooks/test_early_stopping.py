@@ -113,9 +113,9 @@ def test_stop_reason_is_logged(caplog: pytest.LogCaptureFixture) -> None:
         build(case)[0]()
     told = [r.getMessage().partition("skipped): ")[2] for r in caplog.records]
     assert [text for text in told if text] == [
-        f"{NAME} did not improve on 2.0000 (step 3) in 2 evaluations, asked by EarlyStopping",
-        f"{NAME} had no finite value in 3 evaluations, asked by EarlyStopping",
-        f"{NAME} is 0.5000, which reaches stop_on=0.9, asked by EarlyStopping",
+        f"{NAME} did not improve on 2.0000 (step 3) in 2 evaluations, requested by EarlyStopping",
+        f"{NAME} had no finite value in 3 evaluations, requested by EarlyStopping",
+        f"{NAME} is 0.5000, which reaches stop_on=0.9, requested by EarlyStopping",
     ]
 
 

@@ -511,7 +511,7 @@ def test_average_is_exported_once(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         make_trainer(
             [EMAConfig(export_path=str(tmp_path / "ema.safetensors"))(), stopping], max_epoch=1
         )()
-    assert caplog.text.count("ema.safetensors: the run ends, asked by EMA") == 1
+    assert caplog.text.count("ema.safetensors: the run ends, requested by EMA") == 1
 
 
 def test_failed_run_exports_nothing(tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def test_saves_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     run = Run("falling", tmp_path, max_step=1)
     run()
     assert [record.getMessage() for record in caplog.records] == [
-        f"saved {run.file}: {NAME} is 3.0000, the best so far, asked by KeepBest"
+        f"saved {run.file}: {NAME} is 3.0000, the best so far, requested by KeepBest"
     ]
 
 

@@ -95,7 +95,7 @@ def test_requests_of_hooks_are_saved(tmp_path: Path) -> None:
     train(tmp_path, SaveCheckpointConfig(every=None), asks)
     assert steps_in(tmp_path) == [4, 6]
     info = load_checkpoint(tmp_path / "checkpoints" / "step_00000004").info
-    assert info.metadata["reason"] == "to see, asked by me"
+    assert info.metadata["reason"] == "to see, requested by me"
 
 
 def test_save_request_without_saver_is_an_error() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from launching import HELPERS
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks, TrainerProgress
 from robo_orchard_lab.pipeline.errors import RunPreempted, StateError
 from robo_orchard_lab.pipeline.requests import Requests
@@ -166,7 +167,7 @@ make_trainer(hooks, max_step=3, run_folder=sys.argv[1])()
 
 def test_a_killed_run_is_told_as_failed(tmp_path: Path) -> None:
     """The file of a process that lives says running; when it is killed, the reader finds it out."""
-    here = str(Path(__file__).parent)
+    here = str(HELPERS)
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(tmp_path), here], stdout=subprocess.PIPE, text=True
     )
@@ -193,7 +194,7 @@ def test_the_file_of_a_run_that_is_running_is_left_to_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A second run in its folder writes none, whether it ends or fails."""
-    here = str(Path(__file__).parent)
+    here = str(HELPERS)
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(tmp_path), here], stdout=subprocess.PIPE, text=True
     )

@@ -159,8 +159,11 @@ def test_what_is_no_weight_is_refused(given: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([1, None], "in every step alike; got no weight in this step"),
-        ([None, 1], "in every step alike; got a weight in this step, and none in those before"),
+        ([1, None], "the same in every step; got no weight in this step"),
+        (
+            [None, 1],
+            "the same in every step; got a weight in this step, and none in the steps before",
+        ),
     ],
 )
 def test_weights_in_some_steps_only_are_refused(given: Weights, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Ranks that are unlike where they have to be alike are refused at the start, with what differs."""
+"""Ranks with different settings are refused at the start, and the message shows the difference."""
 
 from __future__ import annotations
 
@@ -63,9 +63,7 @@ def test_unlike_parts_are_refused_where_the_trainer_is_made(kind: str, found: An
     part, first, second = PARTS[kind]
     place, text = found[kind]
     assert place == "made"
-    assert text.startswith(
-        f"the ranks of this job differ in what has to be alike on all of them: the {part}.\n"
-    )
+    assert text.startswith(f"the ranks of this job differ, but must be equal, in the {part}.\n")
     assert f"--- {found['others']}\n+++ rank 1\n" in text
     assert first in text
     assert second in text
@@ -76,7 +74,7 @@ def test_unlike_hooks_are_refused_when_the_run_begins(kind: str, found: Any) -> 
     """With both plans in full, on every rank, and the lines in which they differ."""
     place, text = found[kind]
     assert place == "called"
-    assert "differ in what has to be alike on all of them: the hooks.\n" in text
+    assert "differ, but must be equal, in the hooks.\n" in text
     for who in (found["others"], "rank 1"):
         plan = text.partition(f"--- {who}:\n")[2].partition("\n---")[0]
         assert "OptimizerHook: robo" in plan

@@ -233,7 +233,7 @@ def test_another_window_is_refused_where_one_is_open(tmp_path: Path) -> None:
     first, _ = build(STEPS, accumulate=3)
     stop_after(first, 4)
     first.save_checkpoint(tmp_path / "open")
-    with pytest.raises(StateError, match="window of 3 batches, which can't go on as one of 2"):
+    with pytest.raises(StateError, match="window of 3 batches, which can't continue with 2"):
         build(STEPS, tmp_path / "open", accumulate=2)
     first, _ = build(STEPS, accumulate=3)
     stop_after(first, 6)
@@ -408,16 +408,16 @@ class OtherModel(torch.nn.Sequential):
     [
         (
             lambda: {"model": OtherModel()},
-            r"another one: unexpected: 2\.bias; 0\.weight: saved as float32\[8, 4\], here ",
+            r"model is different: unexpected: 2\.bias; 0\.weight: saved as float32\[8, 4\], here ",
         ),
         (lambda: {"hooks": Losses()}, "registered but not saved: Losses"),
         (
             lambda: {"lr_scheduler": "step"},
-            "the saved run had as lr_scheduler: none, this one has: StepLR",
+            "expected the lr_scheduler of the saved run, none; found StepLR",
         ),
         (
             lambda: {"optimizer": "adam"},
-            "the saved run had as optimizer: SGD, this one has: AdamW",
+            "expected the optimizer of the saved run, SGD; found AdamW",
         ),
         (lambda: {"optimizer": "half"}, r"parameter group .* saved in other groups: 0\.bias"),
         (lambda: {"optimizer": "two groups"}, "parameter group that was not saved"),
@@ -498,7 +498,7 @@ def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
     [
         ("trainer", {"version": 7}, "trainer state of version 4, found 7"),
         ("trainer", {"extra": 1}, r"expected in the trainer's state: .*; found: data, extra"),
-        ("trainer", {"processes": 2}, "had 2 processes, and 1 have saved it"),
+        ("trainer", {"processes": 2}, "expected the states of 2 ranks, found 1"),
         (
             "trainer",
             {"progress": {"version": 9}},
@@ -565,7 +565,7 @@ def test_the_folder_of_a_run_is_no_checkpoint(folder: str, tmp_path: Path) -> No
     """Nor is that of its checkpoints; the error says what is."""
     make_trainer(SaveCheckpointConfig(), max_step=2, run_folder=tmp_path)()
     meant = tmp_path / "checkpoints" / "last"
-    with pytest.raises(CheckpointError, match=f"is not a checkpoint, but has some: .* {meant}"):
+    with pytest.raises(CheckpointError, match=f"found a directory of checkpoints, .* {meant}"):
         make_trainer(max_step=3, resume_from=tmp_path / folder)
     trainer = make_trainer(SaveCheckpointConfig(), max_step=3, resume_from=meant)
     assert trainer.progress.global_step_id == 2

@@ -363,7 +363,9 @@ def test_a_sampler_of_another_length_is_told(
     trainer = make_trainer(
         loader=make_loader(sampler=LyingSampler(says, yields)), accumulate=3, **limit
     )
-    with pytest.raises(DataError, match=f"gave {compared} batches than its sampler's length says"):
+    with pytest.raises(
+        DataError, match=f"yielded {compared} batches than the length of its sampler"
+    ):
         trainer()
 
 

@@ -228,7 +228,7 @@ def test_a_request_to_stop_is_granted_at_the_commit_point(caplog: pytest.LogCapt
     with caplog.at_level(logging.INFO):
         trainer()
     assert trainer.progress == TrainerProgress(0, 5, 5, 5)
-    assert "seen enough, asked by " in caplog.text
+    assert "seen enough, requested by " in caplog.text
     assert "ask (test_trainer.py:" in caplog.text
 
 
@@ -541,4 +541,4 @@ def test_a_batch_norm_that_is_left_one_sample() -> None:
     trainer = make_trainer(model=model, loader=make_loader(2, rest=1), max_epoch=1)
     with pytest.raises(ValueError, match="more than 1 value per channel") as failed:
         trainer()
-    assert "drop_last=True in the data loader" in failed.value.__notes__[-1]
+    assert "drop_last=True to the data loader" in failed.value.__notes__[-1]

@@ -9,7 +9,7 @@ from typing import Any, NoReturn, TypeVar
 import torch.distributed as dist
 
 from robo_orchard_lab.pipeline.distributed.collectives import gather_objects
-from robo_orchard_lab.pipeline.distributed.failures import failed_elsewhere
+from robo_orchard_lab.pipeline.distributed.failures import mark_remote_failure
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError, StoreLockedError
 
 T = TypeVar("T")
@@ -117,7 +117,9 @@ class Ranks:
             if problem is not None:
                 kind, text = problem
                 error_type = _KINDS.get(kind, CheckpointError)
-                raise failed_elsewhere(error_type(f"{what} failed on rank {index}: {kind}: {text}"))
+                raise mark_remote_failure(
+                    error_type(f"{what} failed on rank {index}: {kind}: {text}")
+                )
         return [result for result, _ in reports]
 
     def run_on_first(self, what: str, work: Callable[[], T]) -> T:

@@ -1,4 +1,4 @@
-"""What one rank finds out by itself, known to all ranks at the same step."""
+"""Agreement: rank-local numbers, such as signals, that all ranks learn at the same step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _AGREE: dict[Whose, Callable[[Sequence[int]], int]] = {
     "all": min,
 }
 _MANY_STEPS = 1 << 31
-_SHARE = 0.01  # of the time, at most, that goes into exchanges
+_SHARE = 0.01  # maximum share of the time that exchanges cost
 _LONGEST_WAIT_S = 5.0
 _ROW = 16  # numbers, or a multiple of it, so that ranks whose topics differ can tell each other
 
@@ -35,17 +35,15 @@ class _Topic:
 
 
 class Agreement:
-    """Numbers that ranks agree on now and then: a clock's answer, a signal that came.
+    """Agrees on rank-local numbers at intervals: the answer of a clock, a received signal.
 
-    Whoever needs one adds a topic, on every rank alike. The trainer then has all topics exchanged
-    together, in one small collective after a step, ahead of its commit point; without topics there
-    is none. It is known to all ranks alike with which steps: with every ``every``-th one, or, by
-    default, each exchange settles when the next one is due. Exchanges then take up a hundredth of
-    the time, and are at most some five seconds apart, or as far as the topics allow; with steps
-    that are slow beside an exchange, each step has one. They go through memory of the host, so
-    that the device is not waited for.
+    A hook adds a topic on every rank. After a step and before its commit point, the trainer
+    exchanges all topics in one small collective; without topics there is none. All ranks know at
+    which steps: at every ``every``-th step, or, by default, each exchange decides the step of the
+    next. Exchanges then cost 1 % of the time, and are at most about five seconds apart, or as far
+    as the topics allow. They use host memory, so nothing waits for the device.
 
-    In one process there is nothing to exchange, and each step has its answer.
+    In one process, topics are evaluated after every step, without a collective.
 
     >>> agreement = Agreement()
     >>> agreement.topic("luck", find=lambda: 7, tell=print)
@@ -53,31 +51,31 @@ class Agreement:
     7
 
     Args:
-        rank: of this process.
-        processes: how many the job has.
-        every: in steps of the run, >= 1; None for as often as is cheap.
+        rank: rank of this process.
+        processes: world size.
+        every: interval in steps of the run, >= 1; None for an adaptive interval.
 
     Raises:
-        PipelineConfigError: ``every`` is no such number.
+        PipelineConfigError: ``every`` is not an int >= 1.
     """
 
     def __init__(self, rank: int = 0, processes: int = 1, every: int | None = None) -> None:
         if every is not None and (type(every) is not int or every < 1):
             raise PipelineConfigError(f"agree_every must be an int >= 1, or None, got {every!r}")
         self.several = processes > 1
-        """Whether there is anyone to agree with."""
+        """True in a job of several ranks."""
         self.due_at = 0
-        """With which step there may be an exchange; not ahead of it."""
+        """First step after which the next exchange may happen."""
         self._is_first = rank == 0
         self._every = every
         self._topics: list[_Topic] = []
         self._last_step = 0
         self._last_at: float | None = None
-        self._costs_s: list[float] = []  # of the last exchanges, without the first, which connects
+        self._costs_s: list[float] = []  # of the last exchanges, except the first, which connects
 
     @property
     def is_needed(self) -> bool:
-        """Whether there is something to agree on, or may be in the middle of an epoch."""
+        """True if there are topics, or may be in the middle of an epoch."""
         return self.several or bool(self._topics)
 
     def topic(
@@ -89,32 +87,32 @@ class Agreement:
         whose: Whose = "any",
         wait_s: Callable[[], float] | None = None,
     ) -> None:
-        """Have a number agreed on from now on, with each exchange; called on every rank alike.
+        """Add a number to agree on in each exchange; call it on every rank.
 
-        In one process it counts from the next epoch on, so that the first is had by a call in a
-        ``before`` of ``on_loop``.
+        In one process, a topic takes effect with the next epoch; add it in a ``before`` of
+        ``on_loop``.
 
         Args:
-            name: for errors.
-            find: this rank's number; 0 for nothing.
-            tell: called on every rank with the number that is agreed on, unless that is 0; it may
-                make requests, for the commit point after this step.
-            whose: the highest number of ``any`` rank, the lowest of ``all``, or the ``first``'s.
-            wait_s: in what time to ask again, at the pace of the steps since the last exchange:
-                the shortest of all topics and ranks, or, where ``whose`` is "first", of that rank.
-                None for as soon as is cheap.
+            name: name in error messages.
+            find: returns this rank's number; 0 for none.
+            tell: called on every rank with the agreed number, unless 0; may make requests for the
+                commit point after this step.
+            whose: ``"any"`` agrees on the maximum of all ranks, ``"all"`` on the minimum,
+                ``"first"`` on the number of rank 0.
+            wait_s: returns the time until the next exchange, in seconds; the minimum over topics
+                and ranks counts, with ``"first"`` that of rank 0. None for an adaptive interval.
         """
         self._topics.append(_Topic(name, find, tell, whose, wait_s))
         self.due_at = 0
 
     def settle(self, step: int) -> None:
-        """Exchange, if it is due with this step, and tell what is agreed on: a collective.
+        """Exchange the topics if due at this step, and pass on the agreed numbers; a collective.
 
         Args:
-            step: how many steps of the run are done.
+            step: steps of the run that are done.
 
         Raises:
-            PipelineStateError: the ranks have come here with unlike steps or topics.
+            PipelineStateError: steps or topics differ between ranks.
         """
         topics = tuple(self._topics)
         if not topics:
@@ -144,24 +142,24 @@ class Agreement:
         )
 
     def _exchange(self, step: int, numbers: list[int]) -> list[list[int]]:
-        """The numbers of each rank."""
+        """Return the numbers of each rank."""
         names = [topic.name for topic in self._topics]
         head = [step, zlib.crc32("\n".join(names).encode())]
         row = [*head, *numbers]
         rows = gather_numbers(row + [0] * (-len(row) % _ROW))  # a collective
         if any(other[:2] != head for other in rows):
-            told = gather_objects(f"step {step}, {', '.join(names)}")
+            of_ranks = gather_objects(f"step {step}, {', '.join(names)}")
             raise PipelineStateError(
-                "the ranks have come to an exchange at unlike steps, or about unlike topics: "
-                + "; ".join(f"rank {rank}: {of_rank}" for rank, of_rank in enumerate(told))
-                + ". A hook has done something on some ranks alone, such as asking for an "
-                "evaluation; it has to do so on every rank, or ask with rank_local=True"
+                "the ranks reached an exchange at different steps, or with different topics: "
+                + "; ".join(f"rank {rank}: {of_rank}" for rank, of_rank in enumerate(of_ranks))
+                + ". A hook acted on some ranks only, such as by a request for an evaluation; "
+                "act on every rank, or make the request with rank_local=True"
             )
         return [other[2 : len(row)] for other in rows]
 
     def _wait_steps(self, step: int, now: float) -> int:
-        """In how many steps this rank wants the next exchange."""
-        # The mean of the last ones, since one rank may have waited for another in one of them.
+        """Return the number of steps until this rank wants the next exchange."""
+        # The mean of the last costs, since a rank may have waited for another rank in one.
         cost_s = sum(self._costs_s) / max(1, len(self._costs_s))
         affordable_s = min(cost_s / _SHARE, _LONGEST_WAIT_S)
         waits_s = [

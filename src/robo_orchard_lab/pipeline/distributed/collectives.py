@@ -1,4 +1,4 @@
-"""What is handed from the ranks of one job to those of another that are more, or fewer."""
+"""Collectives over host memory, and redistribution of per-rank state to a new world size."""
 
 from __future__ import annotations
 
@@ -9,38 +9,34 @@ import numpy as np
 import torch
 import torch.distributed
 
-# --- host group ------------------------------------------------------------------------------
-# The processes of the job, connected for what lies in the host's memory.
-
-
-_made: tuple[Any, Any] | None = None
+_cached_group: tuple[Any, Any] | None = None  # world group, and its CPU group
 
 
 def host_group() -> Any:
-    """The process group to exchange CPU tensors by, so that no device is waited for.
+    """Return the process group for CPU tensors.
 
-    Made once for a job, where the job's own group has no CPU backend: a collective, so that all
-    ranks have to ask for it first at the same place.
+    The first call is a collective if the world group has no CPU backend: all ranks call it at the
+    same point.
     """
-    global _made
+    global _cached_group
     world = torch.distributed.group.WORLD
     if "cpu:" in torch.distributed.get_backend_config():
         return world
-    if _made is None or _made[0] is not world:
-        _made = (world, torch.distributed.new_group(backend="gloo"))  # a collective, once
-    return _made[1]
+    if _cached_group is None or _cached_group[0] is not world:
+        _cached_group = (world, torch.distributed.new_group(backend="gloo"))  # a collective, once
+    return _cached_group[1]
 
 
 def gather_numbers(numbers: list[int]) -> list[list[int]]:
-    """The numbers of each rank, as many on all of them, in the order of the ranks: a collective."""
+    """Gather equally many numbers from each rank, in rank order; a collective."""
     return GatheredNumbers(numbers).wait()
 
 
 class GatheredNumbers:
-    """The numbers of each rank, as many on all of them, on their way: a collective."""
+    """Asynchronous gather of equally many numbers from each rank; a collective."""
 
     def __init__(self, numbers: list[int]) -> None:
-        # Arrays, since no tensor is to be read from: that would look like waiting for a device.
+        # NumPy arrays: a read from a tensor would count as a device sync.
         self._own = np.array(numbers, dtype=np.int64)
         shape = torch.distributed.get_world_size(), len(numbers)
         self._rows = np.empty(shape, dtype=np.int64)
@@ -52,23 +48,23 @@ class GatheredNumbers:
         )
 
     def wait(self) -> list[list[int]]:
-        """All of them, in the order of the ranks."""
+        """Wait, and return the numbers in rank order."""
         self._work.wait()
         found: list[list[int]] = self._rows.tolist()
         return found
 
 
 def broadcast_object(value: Any, rank: int) -> Any:
-    """What a rank gives, to all ranks; pickled on its way: a collective."""
+    """Broadcast a picklable object from one rank; a collective."""
     shared = [value]
     torch.distributed.broadcast_object_list(shared, src=rank, group=host_group())
     return shared[0]
 
 
 def gather_objects(value: Any, group: Any = None) -> list[Any]:
-    """What each rank gave, in the order of the ranks; pickled on its way: a collective.
+    """Gather picklable objects from all ranks, in rank order; a collective.
 
-    By default of :func:`host_group`; ``group`` is another one of all ranks.
+    Uses :func:`host_group` unless ``group`` is given.
     """
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, value, group=group or host_group())
@@ -79,28 +75,28 @@ PartT = TypeVar("PartT")
 WholeT = TypeVar("WholeT")
 
 
-def joined_by_rank(
+def join_by_rank(
     parts: Sequence[PartT], processes: int, join: Callable[[Sequence[PartT]], WholeT]
 ) -> list[WholeT]:
-    """What each rank of a job goes on from, of what the ranks of another one had.
+    """Redistribute the states of saved ranks to a new world size.
 
     Args:
-        parts: of the ranks that there were, in their order.
-        processes: how many ranks there are.
-        join: makes one of those that a rank takes over, see :func:`parts_for_rank`; of none for a
-            rank that was not there.
+        parts: states of the saved ranks, in rank order.
+        processes: new world size.
+        join: merges the states for one rank, see :func:`parts_for_rank`; the sequence is empty for
+            a new rank.
 
-    >>> joined_by_rank(["a", "b", "c"], 2, "".join), joined_by_rank(["a"], 2, "".join)
+    >>> join_by_rank(["a", "b", "c"], 2, "".join), join_by_rank(["a"], 2, "".join)
     (['a', 'bc'], ['a', ''])
     """
     return [join(parts_for_rank(parts, rank, processes)) for rank in range(processes)]
 
 
 def parts_for_rank(parts: Sequence[PartT], rank: int, processes: int) -> Sequence[PartT]:
-    """Which parts of a whole a rank takes over, so that each is somewhere, once.
+    """Return the saved parts that a rank takes over at a new world size.
 
-    A rank has its own; the last has those of all ranks that are no more, and a rank that was not
-    there has none.
+    A rank keeps its own part, the last rank also takes those of all missing ranks, and a new rank
+    gets none.
 
     >>> [parts_for_rank(["a", "b", "c"], rank, 2) for rank in range(2)]
     [['a'], ['b', 'c']]

@@ -1,4 +1,4 @@
-"""Errors of a rank: as others are told of them, and those that follow of another rank's."""
+"""Failures of ranks: root causes, and errors that follow from a failure on another rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from robo_orchard_lab.pipeline.errors import RankFailed, RankFailure
 ErrorT = TypeVar("ErrorT", bound=BaseException)
 
 KILLED = "Killed"
-"""The type of failure of a process that is gone, or taken to be."""
+"""Failure type of a process that died."""
 
 _WORDS = (
     "gloo",
@@ -32,7 +32,7 @@ _ELSEWHERE = "__failed_elsewhere__"
 
 
 def failure_of(error: BaseException, rank: int) -> RankFailure:
-    """What has failed, and where: the error of this rank, or the other one's that it follows of."""
+    """Return the root cause of an error: an error of this rank, or a failure of another rank."""
     if isinstance(error, RankFailed):
         return error.failure
     first = getattr(error, _FIRST, None)
@@ -47,25 +47,25 @@ def failure_of(error: BaseException, rank: int) -> RankFailure:
     )
 
 
-def killed(rank: int, process: ProcessIdentity, or_else: str = "") -> RankFailure:
-    """That a process is gone without a word, with what else may have become of it."""
+def killed_failure(rank: int, process: ProcessIdentity, or_else: str = "") -> RankFailure:
+    """Return the failure of a process that died; ``or_else`` is a further possible reason."""
     return RankFailure(
         rank=rank,
         type=KILLED,
-        message=f"process {process.pid} on {process.host} is gone without a word: killed, or out "
+        message=f"process {process.pid} on {process.host} died without an error: killed, or out "
         f"of memory{or_else and f', or {or_else}'}",
     )
 
 
-def note_first(error: BaseException, first: RankFailure) -> None:
-    """Have an error say which failure of another rank it follows of, and stay what it is."""
-    with suppress(Exception):  # not every error takes notes
+def attach_root_cause(error: BaseException, first: RankFailure) -> None:
+    """Attach the root cause on another rank to an error, as a note."""
+    with suppress(Exception):  # some errors refuse notes
         error.add_note(str(first))
         setattr(error, _FIRST, first)
 
 
 def plain_text(value: object) -> str:
-    """A text that can be written, whatever an error says of itself."""
+    """Return the text of a value, encodable and bounded; never raises."""
     try:
         text = str(value)
     except Exception as failure:
@@ -78,28 +78,27 @@ def _location(error: BaseException) -> str | None:
     return plain_text(f"{frames[-1].filename}:{frames[-1].lineno}") if frames else None
 
 
-def failed_elsewhere(error: ErrorT) -> ErrorT:
-    """Mark an error that is raised here for what another process has told that it failed at."""
+def mark_remote_failure(error: ErrorT) -> ErrorT:
+    """Mark an error that this rank raises for a failure on another rank."""
     setattr(error, _ELSEWHERE, True)
     return error
 
 
-def is_failed_elsewhere(error: BaseException) -> bool:
-    """Whether an error is marked by :func:`failed_elsewhere`."""
+def is_remote_failure(error: BaseException) -> bool:
+    """Return True if :func:`mark_remote_failure` marked the error."""
     return getattr(error, _ELSEWHERE, False) is True
 
 
-def is_broken_exchange(error: BaseException) -> bool:
-    """Whether an exchange between the processes has failed, as it does when one of them is gone,
-    or has told of an error.
+def is_broken_collective(error: BaseException) -> bool:
+    """Return True if a collective failed because another process died or failed.
 
-    The errors of torch say so by their text alone.
+    Torch's errors are recognised by their text, since torch raises plain RuntimeErrors.
     """
     chain: BaseException | None = error
     for _ in range(_LONGEST_CHAIN):
         if chain is None:
             break
-        if isinstance(chain, dist.DistError) or is_failed_elsewhere(chain):
+        if isinstance(chain, dist.DistError) or is_remote_failure(chain):
             return True
         if isinstance(chain, RuntimeError | ValueError | OSError):
             text = str(chain).lower()

@@ -1,4 +1,4 @@
-"""What the processes of a job tell one another beside their collectives."""
+"""Job store: heartbeats, positions and failures of ranks, in the process group's store."""
 
 from __future__ import annotations
 
@@ -17,37 +17,34 @@ from robo_orchard_lab.pipeline.distributed.collectives import gather_objects
 from robo_orchard_lab.pipeline.distributed.process_identity import ProcessIdentity
 from robo_orchard_lab.pipeline.errors import RankFailure
 
-# --- strays ----------------------------------------------------------------------------------
-# Ranks that do by themselves what all of them have to do together.
 
-
-class Place(NamedTuple):
-    """How far a rank has come in a section."""
+class RankPosition(NamedTuple):
+    """Position of a rank within a section."""
 
     section: int = 0
-    """Which one, by its number."""
+    """Number of the section."""
     steps: int = 0
-    """How many are done or open."""
+    """Steps that are done or open."""
     commits: int = 0
-    """How many commit points had something for all ranks to do together."""
+    """Commit points with requests that all ranks execute together."""
     at_step: int = 0
-    """How many steps were done at the last of them."""
+    """Steps done at the last such commit point."""
     asked: str = ""
-    """What it had to do, and who asked."""
+    """Requests at the last such commit point, with their hooks."""
     weighted: bool | None = None
-    """Whether its losses come with weights; None where it has had none yet."""
+    """True if losses have weights; None before the first loss."""
 
 
-def stray_among(places: Mapping[int, Place], section: int) -> RankFailure | None:
-    """The rank that has begun what another one has passed by; None where they go together."""
-    here = {rank: place for rank, place in places.items() if place.section == section}
+def find_diverged_rank(positions: Mapping[int, RankPosition], section: int) -> RankFailure | None:
+    """Return the failure of a rank that entered a collective another rank skipped, or None."""
+    here = {rank: place for rank, place in positions.items() if place.section == section}
     weighs = {place.weighted: rank for rank, place in here.items()}
     if True in weighs and False in weighs:
         return RankFailure(
             weighs[True],
             "PipelineStateError",
-            "its batch processor returns a weight with the loss, and that of rank "
-            f"{weighs[False]} none; return (outputs, loss, weight) on every rank, or on none",
+            "its batch processor returns a loss with a weight, and that of rank "
+            f"{weighs[False]} without; return (outputs, loss, weight) on every rank, or on none",
         )
     ahead = max(here, key=lambda rank: here[rank].commits, default=None)
     if ahead is None:
@@ -58,116 +55,117 @@ def stray_among(places: Mapping[int, Place], section: int) -> RankFailure | None
             return RankFailure(
                 ahead,
                 "PipelineStateError",
-                f"after step {place.at_step} it was asked for something that all ranks do "
-                f"together, and rank {rank} went on to step {other.steps} without: {place.asked}. "
-                "A hook has to ask on every rank, or with rank_local=True",
+                f"after step {place.at_step} it had a request that all ranks execute together, "
+                f"and rank {rank} continued to step {other.steps} without: {place.asked}. "
+                "Make the request on every rank, or with rank_local=True",
             )
     return None
 
 
-_TIMEOUT_S = 5.0  # of one request; the answer is there already, or nobody will give it
+_TIMEOUT_S = 5.0  # of one store request; none waits for another rank
 
 
 class JobStore:
-    """Signs of life and failures, in the store by which the processes have met.
+    """Heartbeats, positions and failures of all ranks, in the process group's store.
 
-    Only short requests are made, which wait for no other process; any thread may make them.
-
-    What is failed, or left, is a *section*: a call that all ranks make alike, by its number.
+    All store requests are short and wait for no other rank; any thread may make them. Failures
+    belong to a *section*: a call that all ranks make, by its number.
     """
 
     def __init__(self, store: Any, rank: int, processes: list[ProcessIdentity]) -> None:
         self.rank = rank
         self.processes = processes
         self._store = store
-        self._one_at_a_time = threading.Lock()
+        self._lock = threading.Lock()
         self._beats = 0
-        self._left = 0
+        self._last_left = 0
         self._acknowledged = 0
-        self._place = Place()
+        self._position = RankPosition()
 
     @classmethod
     def of_job(cls) -> JobStore:
-        """That of this job: a collective."""
+        """Create the store of this job; a collective."""
         rank, count = dist.get_rank(), dist.get_world_size()
-        # A connection of its own, since one that waits for a key keeps other requests waiting.
+        # A separate connection, since a wait for a key blocks other requests.
         store = _store_of_job().clone()
         store.set_timeout(timedelta(seconds=_TIMEOUT_S))
-        # The store may still have what an earlier start of the job has written.
+        # The store may still hold the keys of an earlier start of the job.
         prefix = uuid.uuid4().hex
         if rank == 0:
             for other in range(count):
                 PrefixStore(prefix, store).set(f"beat/{other}", "0 0")
-                PrefixStore(prefix, store).set(f"place/{other}", json.dumps(Place()))
-        told = gather_objects((prefix, ProcessIdentity.own().model_dump()))
-        processes = [ProcessIdentity(**process) for _, process in told]
-        return cls(PrefixStore(told[0][0], store), rank, processes)
+                PrefixStore(prefix, store).set(f"position/{other}", json.dumps(RankPosition()))
+        gathered = gather_objects((prefix, ProcessIdentity.own().model_dump()))
+        processes = [ProcessIdentity(**process) for _, process in gathered]
+        return cls(PrefixStore(gathered[0][0], store), rank, processes)
 
     def beat(self) -> None:
-        """This process lives."""
-        with self._one_at_a_time:
+        """Write a heartbeat of this rank."""
+        with self._lock:
             self._beats += 1
-            self._store.set(f"beat/{self.rank}", f"{self._beats} {self._left}")
+            self._store.set(f"beat/{self.rank}", f"{self._beats} {self._last_left}")
 
     def leave(self, section: int) -> None:
-        """This process is no longer in that section, nor in one ahead of it."""
-        self._left = section
+        """Record that this rank left a section and all before it."""
+        self._last_left = section
         self.beat()
         self.acknowledge(section)
 
     def beats(self, ranks: list[int]) -> list[tuple[int, int]]:
-        """Of each of the ranks, a number that changes while it lives, and the section it left."""
-        with self._one_at_a_time:
-            told = self._store.multi_get([f"beat/{rank}" for rank in ranks])
-        return [tuple(map(int, beat.split())) for beat in told]  # type: ignore[misc]
+        """Return heartbeat counter and last section left, for each of the ranks."""
+        with self._lock:
+            beats = self._store.multi_get([f"beat/{rank}" for rank in ranks])
+        return [tuple(map(int, beat.split())) for beat in beats]  # type: ignore[misc]
 
-    def tell_place(self, place: Place) -> None:
-        """How far this process is."""
-        with self._one_at_a_time:
-            if place != self._place:
-                self._store.set(f"place/{self.rank}", json.dumps(place))
-                self._place = place
+    def set_position(self, place: RankPosition) -> None:
+        """Publish the position of this rank."""
+        with self._lock:
+            if place != self._position:
+                self._store.set(f"position/{self.rank}", json.dumps(place))
+                self._position = place
 
-    def places(self, ranks: list[int]) -> dict[int, Place]:
-        """How far this process is, and others."""
-        with self._one_at_a_time:
-            told = self._store.multi_get([f"place/{rank}" for rank in ranks])
-        others = {rank: Place(*json.loads(text)) for rank, text in zip(ranks, told, strict=True)}
-        return {**others, self.rank: self._place}
+    def positions(self, ranks: list[int]) -> dict[int, RankPosition]:
+        """Return the positions of the given ranks and of this rank."""
+        with self._lock:
+            texts = self._store.multi_get([f"position/{rank}" for rank in ranks])
+        others = {
+            rank: RankPosition(*json.loads(text)) for rank, text in zip(ranks, texts, strict=True)
+        }
+        return {**others, self.rank: self._position}
 
     def fail(self, section: int, failure: RankFailure) -> tuple[RankFailure, bool]:
-        """Tell the failure of a section: the first one that was told, and whether it is this."""
+        """Report a failure; return the first failure of the section, and True if it is this."""
         text = json.dumps({"by": self.rank, **asdict(failure)})
-        with self._one_at_a_time:
+        with self._lock:
             first = self._store.compare_set(f"failed/{section}", "", text)
         return _read(first), first.decode() == text
 
     def failure(self, section: int) -> RankFailure | None:
-        """The first one of a section, or None."""
+        """Return the first failure of a section, or None."""
         key = f"failed/{section}"
-        with self._one_at_a_time:
+        with self._lock:
             return _read(self._store.get(key)) if self._store.check([key]) else None
 
     def acknowledge(self, section: int) -> None:
-        """This process knows the failure of a section; it may be said twice."""
-        with self._one_at_a_time:
+        """Record that this rank knows the failure of a section; may be repeated."""
+        with self._lock:
             if self._acknowledged != section:
                 self._acknowledged = section
                 self._store.add(f"known/{section}", 1)
 
     def arrive(self, section: int, where: str) -> None:
-        """This process has come to a place where all are to meet; said once."""
-        with self._one_at_a_time:
+        """Record that this rank reached a meeting point; call once."""
+        with self._lock:
             self._store.add(f"met/{section}/{where}", 1)
 
     def all_arrived(self, section: int, where: str) -> bool:
-        """Whether all processes have come there."""
-        with self._one_at_a_time:
+        """Return True if all ranks reached a meeting point."""
+        with self._lock:
             return bool(self._store.add(f"met/{section}/{where}", 0) >= len(self.processes))
 
-    def all_know(self, section: int) -> bool:
-        """Whether all processes know the failure of a section, or have left it."""
-        with self._one_at_a_time:
+    def all_acknowledged(self, section: int) -> bool:
+        """Return True if all ranks know the failure of a section or have left the section."""
+        with self._lock:
             return bool(self._store.add(f"known/{section}", 0) >= len(self.processes))
 
 
@@ -179,6 +177,6 @@ def _store_of_job() -> Any:
 
 
 def _read(text: bytes) -> RankFailure:
-    told = json.loads(text)
-    del told["by"]
-    return RankFailure(**told)
+    fields = json.loads(text)
+    del fields["by"]
+    return RankFailure(**fields)

@@ -1,4 +1,4 @@
-"""Which process it is, also when its number has gone to another one."""
+"""Identity of a process, which survives the reuse of its process id."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-_SAME_START_S = 10.0  # the system's clock may be set until a process is first looked for
+_SAME_START_S = 10.0  # tolerance for a change of the system clock
 
 
 class ProcessIdentity(BaseModel):
-    """A process that no other one is taken for."""
+    """Identity of a process on a host."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     pid: int
     host: str
     started_at: float
-    """In seconds since the epoch."""
+    """Start time, in seconds since the epoch."""
     namespace: str | None = None
-    """In which the pid means something; None where the system has none."""
+    """PID namespace; None on systems without namespaces."""
 
     @classmethod
     def own(cls) -> ProcessIdentity:
-        """That of this process."""
-        import psutil  # type: ignore[import-untyped]  # here, since it takes 6 ms
+        """Return the identity of this process."""
+        import psutil  # type: ignore[import-untyped]  # here, since it costs 6 ms
 
         process = psutil.Process()
         return cls(
@@ -38,19 +38,19 @@ class ProcessIdentity(BaseModel):
         )
 
     def is_here(self) -> bool:
-        """Whether this process can tell of it."""
+        """Return True if the process is on this host and in this PID namespace."""
         return self.host == socket.gethostname() and self.namespace == _pid_namespace()
 
-    def keep_in_sight(self) -> None:
-        """Know it from here on, however the system's clock is set."""
+    def track(self) -> None:
+        """Look the process up now, so that later changes of the system clock don't matter."""
         self._runs()
 
     def is_gone(self) -> bool:
-        """Whether it is certain that it runs no more; False where this machine can't tell."""
+        """Return True if the process has certainly ended; False if unknown."""
         return self._runs() is False
 
-    def is_another_that_runs(self) -> bool:
-        """Whether it is certain that it runs, and is not this one."""
+    def is_another_running(self) -> bool:
+        """Return True if the process certainly runs and is not this process."""
         return self._runs() is True and self.pid != os.getpid()
 
     def _runs(self) -> bool | None:
@@ -68,11 +68,11 @@ class ProcessIdentity(BaseModel):
 
 @lru_cache
 def _find(identity: ProcessIdentity) -> Any:
-    """The process, which psutil then tells from others by the time since the system has started."""
+    """Return the psutil process, which identifies itself by its start since boot."""
     import psutil
 
     process = psutil.Process(identity.pid)
-    # When it began moves with the system's clock.
+    # The start time since the epoch moves with the system clock.
     if abs(process.create_time() - identity.started_at) > _SAME_START_S:
         raise psutil.NoSuchProcess(identity.pid)
     return process

@@ -1,4 +1,4 @@
-"""Calls that all processes of a job make alike, and that end together where one fails."""
+"""Sections: calls that all ranks make, and that fail together if one rank fails."""
 
 from __future__ import annotations
 
@@ -8,74 +8,74 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from robo_orchard_lab.pipeline.distributed.failure_watch import Watch
-from robo_orchard_lab.pipeline.distributed.job_store import JobStore, Place
+from robo_orchard_lab.pipeline.distributed.failure_watch import FailureWatch
+from robo_orchard_lab.pipeline.distributed.job_store import JobStore, RankPosition
 from robo_orchard_lab.pipeline.distributed.shutdown import (
-    leave_group_at_exit,
-    let_threads_pass_ahead_of_forks,
+    destroy_group_at_exit,
+    pause_before_forks,
 )
 from robo_orchard_lab.pipeline.distributed.stall_clock import StallClock
 
-_watch: Watch | None = None
+_watch: FailureWatch | None = None  # of this process
 
 
 @contextmanager
-def end_together(
+def fail_together(
     clock: StallClock | None = None,
-    place: Callable[[int], Place] | None = None,
+    position: Callable[[int], RankPosition] | None = None,
 ) -> Iterator[None]:
-    """Around a call that all ranks make: an error on one of them ends it on all, within seconds.
+    """End a call on all ranks within seconds if it fails on one rank.
 
-    The first error is told to the other ranks, whose own errors, of exchanges that it has broken,
-    become a :class:`RankFailed` with its text. A process whose main thread does not come out, such
-    as one that waits for a device, is ended by a thread. So it is where a process is gone.
+    The first error is reported to the other ranks. Their own errors from broken collectives become
+    a :class:`RankFailed` with its text. A thread ends a process whose main thread is stuck, such
+    as in a wait for the device. A process that dies is an error, too.
 
-    With one process and no clock, nothing is done at all.
+    Does nothing in a job of one process without a clock.
 
     Args:
-        clock: when the call has stalled; the job then fails, and stacks are written on all ranks.
-        place: how far the call has come, given the number of its section; asked by another thread,
-            which finds ranks that do by themselves what all do together. A call with it that ends
-            well waits for the other ranks' ends, for three seconds at the most.
+        clock: detects a stall; the job then fails, and all ranks write their stacks.
+        position: returns the position of this rank, given the number of the section. A thread
+            calls it to detect ranks that diverged. A successful section with positions waits up
+            to three seconds for the other ranks.
     """
     watch = _watch_of_job(clock)
     if watch is None:
         yield
         return
-    with watch.section(clock, place):
+    with watch.section(clock, position):
         yield
 
 
-def failing(error: BaseException) -> None:
-    """This rank has failed, if it is within :func:`end_together`; what follows may take long."""
+def report_failure(error: BaseException) -> None:
+    """Report this rank's error to the other ranks, within :func:`fail_together`."""
     if _watch is not None:
-        _watch.tell(error)
+        _watch.report(error)
 
 
-def meet_others(where: str) -> None:
-    """Wait for all ranks to come here, within :func:`end_together`, without a collective.
+def wait_for_all_ranks(where: str) -> None:
+    """Wait for all ranks without a collective, within :func:`fail_together`.
 
-    That is for a rank ahead of a collective that another one may not come to: where that is found
-    meanwhile, or a rank fails, the job ends with it.
+    Call it before a collective that another rank may not reach: the wait ends if a rank fails or
+    diverges.
 
     Args:
-        where: a name for the place; a rank comes there once in a call.
+        where: name of this point; a rank reaches the point once in a section.
 
     Raises:
-        PipelineStateError: what is found is this rank's.
-        RuntimeError: it is another one's.
+        PipelineStateError: this rank diverged.
+        RuntimeError: another rank failed.
     """
     if _watch is not None:
-        _watch.meet(where)
+        _watch.wait_for_all(where)
 
 
-def another_failed() -> bool:
-    """Whether the job is at its end since some rank has failed, this one or another."""
+def has_any_rank_failed() -> bool:
+    """Return True if the section has failed on this or another rank."""
     return _watch is not None and _watch.failure is not None
 
 
-def _watch_of_job(clock: StallClock | None) -> Watch | None:
-    """The one of this process, made where there is something to watch: a collective, once."""
+def _watch_of_job(clock: StallClock | None) -> FailureWatch | None:
+    """Return the watch of this process, created on demand; a collective, once."""
     global _watch
     world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
     if _watch is not None and _watch.world is not world:
@@ -83,13 +83,13 @@ def _watch_of_job(clock: StallClock | None) -> Watch | None:
     if _watch is None:
         store = None
         if world is not None and dist.get_world_size() > 1:
-            leave_group_at_exit()
-            let_threads_pass_ahead_of_forks()
+            destroy_group_at_exit()
+            pause_before_forks()
             store = JobStore.of_job()
         if store is not None or clock is not None:
-            _watch = Watch(store, world)
+            _watch = FailureWatch(store, world)
             atexit.unregister(_end_watch)
-            atexit.register(_end_watch)  # after the group's, so that it comes ahead of it
+            atexit.register(_end_watch)  # registered after the group's handler, so it runs first
     return _watch
 
 

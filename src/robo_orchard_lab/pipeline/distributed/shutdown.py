@@ -1,10 +1,9 @@
-"""What a launcher's restart finds of the start before it."""
+"""Start and end of a process in a job: forced exit, process group, forks, restarts."""
 
 from __future__ import annotations
 
 import atexit
 import faulthandler
-import logging
 import multiprocessing
 import os
 import sys
@@ -12,70 +11,64 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from importlib import import_module
-from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # documented
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # documented
 
 from robo_orchard_lab.pipeline.errors import RankFailure
 
-# --- ending ----------------------------------------------------------------------------------
-# How a process ends: with its process group, or at once, whatever its main thread waits for.
-
-
-_STUCK_S = 5.0  # of what is done ahead of an end at once
+_STUCK_S = 5.0  # for the work before a forced exit
 _GROUP_STUCK_S = 30.0
-_TAKEN_APART_S = 3.0  # an interpreter; on other ranks, somebody may wait for this one
-LONGEST_EXIT_S = 10.0
-"""From when the process group is gone, of a process that an error ends, in seconds."""
+_FINALIZE_S = 3.0  # for the interpreter to finalize; other ranks may wait for this exit
+MAX_EXIT_S = 10.0
+"""Maximum time from the destruction of the process group to the exit after an error, in s."""
 
 _registered = False
-_before: list[Callable[[RankFailure], object]] = []
+_callbacks: list[Callable[[RankFailure], object]] = []
 
 
 @contextmanager
-def before_hard_end(tell: Callable[[RankFailure], object]) -> Iterator[None]:
-    """Have something told, in another thread, where the process is ended meanwhile."""
-    _before.append(tell)
+def before_forced_exit(callback: Callable[[RankFailure], object]) -> Iterator[None]:
+    """Call ``callback`` in another thread before a forced exit during the body."""
+    _callbacks.append(callback)
     try:
         yield
     finally:
-        with suppress(ValueError):  # it was told
-            _before.remove(tell)
+        with suppress(ValueError):  # already called
+            _callbacks.remove(callback)
 
 
-def tell_hard_end(failure: RankFailure) -> None:
-    """Tell all that is to be told ahead of the end, once."""
-    while _before:
+def notify_forced_exit(failure: RankFailure) -> None:
+    """Call all callbacks of :func:`before_forced_exit`, once."""
+    while _callbacks:
         with suppress(Exception):
-            _before.pop()(failure)
+            _callbacks.pop()(failure)
 
 
-def end_hard(
+def force_exit(
     failure: RankFailure,
     rank: int,
     first: Callable[[], object] | None = None,
     first_s: float = 0.0,
 ) -> None:
-    """End this process at once, whatever its threads wait for: with 1, without a clean-up.
+    """Exit with code 1 at once, without cleanup, even if other threads are stuck.
 
-    What it has started goes first, and what it has printed comes out.
+    Kills child processes and flushes the output streams first.
 
     Args:
-        failure: for which it ends.
-        rank: of this process.
-        first: what is done ahead of the end.
-        first_s: how long that may wait for others, in seconds.
+        failure: reason of the exit.
+        rank: rank of this process.
+        first: function to call before the exit.
+        first_s: maximum time that ``first`` may wait for other ranks, in seconds.
     """
-    # Also where something below waits for a lock that a stuck thread has, or for a disk.
+    # Exits also if a call below waits for a disk, or for a lock of a stuck thread.
     faulthandler.dump_traceback_later(_STUCK_S + first_s, exit=True)
     with suppress(OSError):
-        os.write(2, f"rank {rank}: ends, for {failure}\n".encode(errors="replace"))
+        os.write(2, f"rank {rank}: exiting: {failure}\n".encode(errors="replace"))
     if first is not None:
         with suppress(Exception):
             first()
-    tell_hard_end(failure)
+    notify_forced_exit(failure)
     for process in multiprocessing.active_children():
         with suppress(Exception):
             process.kill()
@@ -85,56 +78,50 @@ def end_hard(
     os._exit(1)
 
 
-def leave_group_at_exit() -> None:
-    """Have the process group destroyed when the process ends, where nobody has done it by then.
+def destroy_group_at_exit() -> None:
+    """Destroy the process group at exit, unless done before.
 
-    Threads of gloo may hold tensors of what they have exchanged until then, and abort a process
-    whose interpreter is gone when they let go of them. What else is to be done at the exit of a
-    process that an error ends, such as to send what was tracked, has ten seconds, and three of them
-    to take the interpreter apart, since its launcher and the other ranks wait for it.
+    Gloo's threads may hold tensors until then, and abort a process that releases them after the
+    interpreter is finalized. After an error, other exit functions, such as those of trackers, have
+    ten seconds in total, since the launcher and the other ranks wait for this process.
     """
     global _registered
     if not _registered:
         _registered = True
-        atexit.register(_leave)
+        atexit.register(_destroy_group)
 
 
-def _leave() -> None:
+def _destroy_group() -> None:
     if dist.is_initialized():
-        faulthandler.dump_traceback_later(_GROUP_STUCK_S, exit=True)  # where it waits for a device
-        with suppress(Exception):  # a group that is broken has ended, too
+        faulthandler.dump_traceback_later(_GROUP_STUCK_S, exit=True)  # if it waits for a device
+        with suppress(Exception):  # a broken group
             dist.destroy_process_group()
         faulthandler.cancel_dump_traceback_later()
-    if hasattr(sys, "last_value"):  # an error that nobody has caught, so that the code is 1 as well
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        faulthandler.dump_traceback_later(_TAKEN_APART_S, exit=True, file=nowhere)
-        with suppress(RuntimeError):  # Python 3.12.0 starts no thread any more
-            threading.Thread(target=_put_off_end, args=(nowhere,), daemon=True).start()
+    if hasattr(sys, "last_value"):  # an uncaught error: the exit code is 1 as well
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        faulthandler.dump_traceback_later(_FINALIZE_S, exit=True, file=devnull)
+        with suppress(RuntimeError):  # Python 3.12.0 starts no threads at exit
+            threading.Thread(target=_postpone_exit, args=(devnull,), daemon=True).start()
 
 
-def _put_off_end(nowhere: int) -> None:
-    """As long as functions are called at exit: when all is taken apart, threads don't go on."""
-    ends_at = time.monotonic() + LONGEST_EXIT_S - _TAKEN_APART_S
+def _postpone_exit(devnull: int) -> None:
+    """Postpone the exit while exit functions run; threads stop when the interpreter finalizes."""
+    ends_at = time.monotonic() + MAX_EXIT_S - _FINALIZE_S
     while time.monotonic() < ends_at:
         time.sleep(0.5)
-        faulthandler.dump_traceback_later(_TAKEN_APART_S, exit=True, file=nowhere)
-    faulthandler.dump_traceback_later(_TAKEN_APART_S, exit=True)  # telling what takes so long
+        faulthandler.dump_traceback_later(_FINALIZE_S, exit=True, file=devnull)
+    faulthandler.dump_traceback_later(_FINALIZE_S, exit=True)  # prints the stacks
 
 
-# --- forks -----------------------------------------------------------------------------------
-# Forks of a process whose other threads come to the interpreter for a moment.
+_PAUSE_S = 0.005  # before a fork
 
 
-_PAUSE_S = 0.005
+def pause_before_forks() -> None:
+    """Make forks wait for five milliseconds, in which other threads can finish; once.
 
-
-def let_threads_pass_ahead_of_forks() -> None:
-    """Have a fork wait for five milliseconds, in which other threads get the interpreter.
-
-    When an exchange is over, gloo's thread lets go of its tensors, for which it becomes a thread of
-    the interpreter. Up to Python 3.11, a process that is forked in that very moment, as a loader's
-    worker is, waits for ever for a lock that the thread has had (python/cpython#112275, mended in
-    3.12). Done once; in a newer Python, nothing is done.
+    After a collective, gloo's thread briefly takes part in the interpreter to release its tensors.
+    Up to Python 3.11, a process forked at that moment, such as a loader's worker, waits forever for
+    a lock of that thread (python/cpython#112275, fixed in 3.12). Does nothing in newer versions.
     """
     global _registered
     if not _registered and sys.version_info < (3, 12) and hasattr(os, "register_at_fork"):
@@ -142,36 +129,40 @@ def let_threads_pass_ahead_of_forks() -> None:
         os.register_at_fork(before=lambda: time.sleep(_PAUSE_S))
 
 
-logger = logging.getLogger(__name__)
+# --- Restart by torchrun -----------------------------------------------------------------------
 
 
-def leave_addresses_behind() -> None:
-    """Have a process that torchrun has started again meet the others where none has met before.
+def init_process_group_after_restart(backend: str | None = None) -> bool:
+    """Initialize the process group of a job that torchrun has restarted on one machine.
 
-    torchrun keeps its store from one start to the next, so that processes find in it under which
-    addresses those were reached that are gone, and fail, or wait for them, as soon as they connect
-    (torch 2.13). Here they look under the number of their start, as older versions of torch had
-    them do. Called when the package is imported, which is ahead of the process group.
+    torchrun keeps its store over restarts (torch 2.13), so restarted processes read the addresses
+    of dead processes, and fail or hang when they connect. This function initializes the group in
+    the same store under a new prefix. Call it before the Accelerator is created, in a script that
+    is started with ``torchrun --max-restarts``; the command line calls it.
 
-    On several machines it is left alone: they count their starts each for itself. There,
-    ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` has each start make a store of its own.
+    Does nothing in the first start, without torchrun, with an initialized group, and on several
+    machines, which count restarts separately. There, set
+    ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` for torchrun.
+
+    Args:
+        backend: backend of the group; None for torch's default for the available devices.
+
+    Returns:
+        True if the function has initialized the group.
     """
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-    if start in ("", "0") or not kept or os.environ.get("GROUP_WORLD_SIZE") != "1":
-        return
-    module = import_module("torch.distributed.rendezvous")  # as an attribute, it is a function
-    make = getattr(module, "_create_c10d_store", None)
-    if make is None or dist.is_initialized():
-        logger.warning(
-            "this is start %s of the job, which may find in torchrun's store the addresses of "
-            "processes that are gone; import robo_orchard_lab.pipeline ahead of what sets up "
-            "torch.distributed, or set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun",
-            start,
-        )
-        return
-
-    def make_store(*args: Any, **kwargs: Any) -> PrefixStore:
-        return PrefixStore(f"start {start}", make(*args, **kwargs))
-
-    module._create_c10d_store = make_store  # type: ignore[attr-defined]  # torch's own
+    keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    is_one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    if start in ("", "0") or not keeps_store or not is_one_machine or dist.is_initialized():
+        return False
+    world_size = int(os.environ["WORLD_SIZE"])
+    store = TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, is_master=False
+    )
+    dist.init_process_group(
+        backend,
+        store=PrefixStore(f"start {start}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=world_size,
+    )
+    return True

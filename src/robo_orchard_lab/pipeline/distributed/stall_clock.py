@@ -1,4 +1,4 @@
-"""When a run has made no progress for too long, and what its threads did then."""
+"""Stall detection: heartbeats of long work, and a clock that measures time without progress."""
 
 from __future__ import annotations
 
@@ -12,42 +12,37 @@ from pathlib import Path
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 
-# --- signs of life ---------------------------------------------------------------------------
-# That work goes on where no step is counted.
-
-
-_signs = 0
+_heartbeats = 0
 
 
 def record_heartbeat() -> None:
-    """Tell that some of a longer work is done, such as a batch of an evaluation, or a file."""
-    global _signs
-    _signs += 1  # a sign that two threads give at once may count once, which is as good
+    """Record progress of long work, such as a batch of an evaluation or a written file."""
+    global _heartbeats
+    _heartbeats += 1  # two threads at once may count as one, which is harmless
 
 
-def signs_until_now() -> int:
-    """How many there were; it means something only beside another count."""
-    return _signs
+def heartbeat_count() -> int:
+    """Return the number of heartbeats in this process."""
+    return _heartbeats
 
 
 STACKS_FOLDER = "stalled"
 
 
 class StallClock:
-    """Measures for how long a run has made no progress.
+    """Measures the time without progress of a run.
 
-    Steps and updates are progress, so are batches of evaluations, and files of checkpoints that
-    are written or read. What the clock counts is looks that have found none, a time apart, so that
-    a process that is suspended and goes on has not stalled.
+    Steps, optimizer steps, batches of evaluations, and files of checkpoints are progress. The clock
+    counts checks without progress, so a suspended process has not stalled when it continues.
 
     Args:
-        timeout_s: without progress for so long, the run has stalled, in seconds, > 0.
-        progress: the counters of the run.
-        folder: where stacks are written; None for the standard error output.
-        rank: of this process.
+        timeout_s: time without progress after which the run has stalled, in seconds, > 0.
+        progress: counters of the run.
+        folder: run folder, for the files with stacks; None for standard error.
+        rank: rank of this process.
 
     Raises:
-        PipelineConfigError: ``timeout_s`` is no such number.
+        PipelineConfigError: ``timeout_s`` is not a number > 0.
     """
 
     def __init__(
@@ -69,11 +64,11 @@ class StallClock:
         self._waited_s = 0.0
 
     def start(self) -> None:
-        """Begin to count from here."""
+        """Restart the measurement."""
         self._seen, self._waited_s = self._counts(), 0.0
 
     def look(self, after_s: float) -> bool:
-        """Look once more, so many seconds after the last time: whether the run has stalled."""
+        """Return True if the run has stalled; ``after_s`` is the time since the last check."""
         counts = self._counts()
         if counts != self._seen:
             self._seen, self._waited_s = counts, 0.0
@@ -82,15 +77,15 @@ class StallClock:
         return self._waited_s >= self.timeout_s
 
     def reason(self) -> str:
-        """That the run has stalled, for people."""
-        where = "on the standard error output" if self._folder is None else f"in {self._folder}"
+        """Describe the stall."""
+        where = "on standard error" if self._folder is None else f"in {self._folder}"
         return (
             f"no progress for {self.timeout_s:g} s at {self._progress}; the stacks of all "
             f"threads are {where}"
         )
 
     def write_stacks(self) -> None:
-        """Write what every thread of this process is at. A file that can't be written is stderr."""
+        """Write the stacks of all threads to a file, or to standard error."""
         if self._folder is not None:
             with suppress(OSError):
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -107,4 +102,4 @@ class StallClock:
 
     def _counts(self) -> tuple[int, ...]:
         progress = self._progress
-        return (progress.steps_done, progress.optimizer_step_id, signs_until_now())
+        return (progress.steps_done, progress.optimizer_step_id, heartbeat_count())

@@ -16,7 +16,7 @@ from pydantic import Field
 from robo_orchard_core.utils.config.errors import suggest_name
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.distributed.collectives import joined_by_rank
+from robo_orchard_lab.pipeline.distributed.collectives import join_by_rank
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_version
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.metrics import MetricsBoard, WeightedSum
@@ -305,7 +305,7 @@ class LossTracker(PipelineHooks):
         self, states: Sequence[Mapping[str, Any]], processes: int
     ) -> Sequence[Mapping[str, Any]]:
         """Merge the sums of all ranks: a mean is over the samples of all ranks."""
-        return joined_by_rank(states, processes, self._merged)
+        return join_by_rank(states, processes, self._merged)
 
     def _merged(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         merged = LossTracker(self.cfg)

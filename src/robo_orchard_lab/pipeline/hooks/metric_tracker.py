@@ -12,7 +12,7 @@ from pydantic import Field
 from robo_orchard_core.utils.config import Function
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.distributed.collectives import joined_by_rank
+from robo_orchard_lab.pipeline.distributed.collectives import join_by_rank
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_version
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks.validation import MetricPart, given_or_built
@@ -147,7 +147,7 @@ class MetricTracker(PipelineHooks):
         self, states: Sequence[Mapping[str, Any]], processes: int
     ) -> Sequence[Mapping[str, Any]]:
         """Merge the states of all ranks: a metric is over the samples of all ranks."""
-        return joined_by_rank(states, processes, self._merge_states)
+        return join_by_rank(states, processes, self._merge_states)
 
     def _merge_states(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {

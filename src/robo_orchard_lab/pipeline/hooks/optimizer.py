@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.distributed.collectives import joined_by_rank
+from robo_orchard_lab.pipeline.distributed.collectives import join_by_rank
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.gradient_norm import unscale_gradients
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
@@ -152,7 +152,7 @@ class OptimizerHook(PipelineHooks):
         self, states: Sequence[Mapping[str, Any]], processes: int
     ) -> Sequence[Mapping[str, Any]]:
         """Merge the ranks' mean losses; the mean over all ranks is unchanged."""
-        return joined_by_rank(states, processes, self._joined)
+        return join_by_rank(states, processes, self._joined)
 
     def _joined(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if self._mean_loss is None:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.data.fetching import IgnoreSignals, ignore_signals_in_workers
-from robo_orchard_lab.pipeline.distributed.sections import another_failed
+from robo_orchard_lab.pipeline.distributed.sections import has_any_rank_failed
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, PipelineStateError, RunPreempted
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 
@@ -177,7 +177,7 @@ class Preemption(PipelineHooks):
                 _restore(signal.Signals(number), before[signal.Signals(number)])
                 os.kill(os.getpid(), number)
                 return
-            if another_failed():  # the launcher's signal: this process ends already
+            if has_any_rank_failed():  # the launcher's signal: this process ends already
                 return
             now = time.monotonic()
             if not self._received:

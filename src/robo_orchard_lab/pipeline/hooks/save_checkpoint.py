@@ -250,7 +250,7 @@ class SaveCheckpoint(PipelineHooks):
             )
             return
         self._collect()
-        reasons = "; ".join(dict.fromkeys(f"{r.reason}, asked by {r.by}" for r in requests))
+        reasons = "; ".join(dict.fromkeys(f"{r.reason}, requested by {r.by}" for r in requests))
         self._newest = counters
         snapshot = run.take_snapshot()
         pending = self._attempt(

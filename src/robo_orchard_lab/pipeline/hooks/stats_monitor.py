@@ -125,7 +125,7 @@ class StatsMonitor(PipelineHooks):
 
     >>> from accelerate import Accelerator
     >>> from robo_orchard_lab.pipeline import TrainerLimits
-    >>> run = PipelineRun.standalone(accelerator=Accelerator(cpu=True), limits=TrainerLimits(max_step=9))
+    >>> run = PipelineRun.standalone(limits=TrainerLimits(max_step=9))
     >>> monitor = StatsMonitorConfig()()
     >>> args = PipelineHookArgs(run, batch=torch.zeros(8, 3))
     >>> with monitor.begin("on_loop", args):

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 
 from robo_orchard_core.utils.hook import RemovableHandle
-from robo_orchard_lab.pipeline.distributed.collectives import joined_by_rank
+from robo_orchard_lab.pipeline.distributed.collectives import join_by_rank
 from robo_orchard_lab.pipeline.errors import check_state_version
 from robo_orchard_lab.pipeline.metrics.accumulators import (
     ACCUMULATORS,
@@ -376,7 +376,7 @@ class MetricsBoard:
                     accumulator.rescale(world_size / len(states))
             return board.state_dict()
 
-        return joined_by_rank(states, world_size, merged)
+        return join_by_rank(states, world_size, merged)
 
     def _merge(self, other: MetricsBoard) -> None:
         """Accumulate the values of a later rank."""

@@ -1,4 +1,4 @@
-"""Files and folders that are on the disk when a call returns."""
+"""Durable files: writes, atomic replaces and directories that are flushed to disk."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from robo_orchard_lab.pipeline.distributed.stall_clock import record_heartbeat
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-# Linux writes at most 2 GiB at once. Each write gives the interpreter to other threads, and a busy
-# one takes 5 ms to give it back.
+# Linux writes at most 2 GiB per call. Each call releases the interpreter lock, and a busy thread
+# returns it after 5 ms.
 _PIECE_BYTES = 1 << 30
 _PAGE_BYTES = 4096
 _PAST_CACHE_FROM = 1 << 20
@@ -28,24 +28,21 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def temporary_name(name: str) -> str:
-    """Where what will be ``name`` is written, in the same folder."""
+    """Return a temporary name for a file that will be renamed to ``name``."""
     return f".{name}.{uuid.uuid4().hex}.tmp"
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what a process that was killed while it wrote a file has left beside it.
-
-    Only to be called where nobody writes that file.
-    """
+    """Remove temporary files that a killed writer of ``path`` left. Call without other writers."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}.tmp"):
         left.unlink(missing_ok=True)
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
-    """Write a new file and flush it.
+    """Write and flush a new file.
 
     Raises:
-        OSError: it can't be; also where there is something by that name.
+        OSError: the write failed, or the path exists.
     """
     with path.open("xb", buffering=0) as file:
         rest = memoryview(data)
@@ -57,10 +54,10 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
 
 
 def replace_file(path: Path, data: bytes | memoryview) -> None:
-    """Write a file, which takes the place of what is there when it is on the disk.
+    """Replace a file atomically, after the new content is flushed.
 
     Raises:
-        OSError: it can't be; what was there is as it was.
+        OSError: the write failed; the old file is unchanged.
     """
     temporary = path.with_name(temporary_name(path.name))
     try:
@@ -73,13 +70,13 @@ def replace_file(path: Path, data: bytes | memoryview) -> None:
 
 
 def _write_past_cache(descriptor: int, data: memoryview) -> int:
-    """Write whole pages from memory to the disk without a copy for the system, where it can.
+    """Write complete pages with O_DIRECT, past the page cache, where supported.
 
-    What is flushed at once gains nothing from the system's cache. For 307 MB this takes 100 ms in
-    place of 160, and hardly any of the processor, which a training beside it has for itself.
+    Data that is flushed at once does not profit from the cache: 307 MB cost 100 ms instead of
+    160 ms, and hardly any CPU time, which leaves the CPU to the training.
 
     Returns:
-        How many bytes are written, which may be none.
+        Number of bytes written, may be 0.
     """
     if sys.platform != "linux" or data.nbytes < _PAST_CACHE_FROM:
         return 0
@@ -96,7 +93,7 @@ def _write_past_cache(descriptor: int, data: memoryview) -> int:
             done += os.write(descriptor, data[done : min(end, done + _PIECE_BYTES)])
             record_heartbeat()
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that can't, or wants larger pages
+        if error.errno != errno.EINVAL:  # unsupported, or larger pages required
             raise
     finally:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
@@ -104,8 +101,8 @@ def _write_past_cache(descriptor: int, data: memoryview) -> int:
 
 
 def flush_folder(path: Path) -> None:
-    """Have the names in a folder on the disk."""
-    if sys.platform == "win32":  # which has no such call
+    """Flush the entries of a directory to disk."""
+    if sys.platform == "win32":  # not supported
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -115,7 +112,7 @@ def flush_folder(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, as far as they are not there, and flush them."""
+    """Create a directory and missing parents, and flush them."""
     if path.is_dir():
         return
     make_folder(path.parent)
@@ -124,10 +121,10 @@ def make_folder(path: Path) -> None:
 
 
 def replace_link(path: Path, target: str) -> None:
-    """Make ``path`` a link to ``target``, in one step, where it isn't.
+    """Replace ``path`` atomically by a symbolic link to ``target``.
 
     Raises:
-        OSError: it can't be, such as where ``path`` is a folder.
+        OSError: the link can't be created, for example because ``path`` is a directory.
     """
     if path.is_symlink() and os.readlink(path) == target:
         return
@@ -141,7 +138,7 @@ def replace_link(path: Path, target: str) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder with all that is in it, as far as possible; what stays, is told by nobody."""
+    """Remove a directory tree as far as possible; ignores errors."""
     shutil.rmtree(path, ignore_errors=True)
 
 

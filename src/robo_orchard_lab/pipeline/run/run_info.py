@@ -1,4 +1,4 @@
-"""Which run a checkpoint is of, for people who find it later."""
+"""Provenance of a run: configuration, command, package versions and git state."""
 
 from __future__ import annotations
 
@@ -24,16 +24,12 @@ from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.model import plain_model
 
-# --- git state -------------------------------------------------------------------------------
-# Which code a run was started from, as far as git tells.
-
-
 MAX_DIFF_BYTES = 4 << 20
 MAX_NAMES = 200
 TIMEOUT_S = 5.0
 
-# Nothing that a repository's settings name is run for it: no program that watches its files, no
-# hook, no filter (see `_without_filters`), nothing to fetch with what isn't there.
+# A hostile repository's settings must not run programs: no file monitor, no hook, no filter (see
+# `_without_filters`), no fetch of missing objects.
 _OPTIONS = tuple(
     part
     for setting in (
@@ -48,7 +44,7 @@ _ENVIRONMENT = {
     "GIT_OPTIONAL_LOCKS": "0",
     "GIT_TERMINAL_PROMPT": "0",
     "GIT_NO_LAZY_FETCH": "1",
-    "GIT_ALLOW_PROTOCOL": "",  # for a git that doesn't know the one above
+    "GIT_ALLOW_PROTOCOL": "",  # for a git without the option above
 }
 _OF_REPOSITORY = (b"local", b"worktree")
 _POLL_S = 0.005
@@ -56,29 +52,29 @@ _POLL_S = 0.005
 
 @dataclass(frozen=True, slots=True)
 class GitState:
-    """A repository as it stood."""
+    """State of a git repository."""
 
     commit: str | None
-    """None where nothing was committed yet."""
+    """Commit; None before the first commit."""
     branch: str | None
-    """None where none is checked out."""
+    """Branch; None with a detached HEAD."""
     changed: tuple[str, ...]
-    """Files that differ from the commit, as ``git status`` tells them; at most `MAX_NAMES`."""
+    """Changed files in the format of ``git status``; at most `MAX_NAMES`."""
     diff: bytes | None
-    """The changes to the commit's files, for ``git apply``; None where there are none."""
+    """Changes of tracked files, for ``git apply``; None without changes."""
     left_out: str | None = None
-    """What is not in here, and why; None where nothing is left out."""
+    """Omitted information and its reason, or None."""
 
 
 def git_state(folder: str | os.PathLike[str], timeout_s: float = TIMEOUT_S) -> GitState | None:
-    """The state of the repository that a folder lies in.
+    """Return the state of the repository that contains a folder.
 
     Args:
         folder: any folder.
-        timeout_s: how long all of it may take, in seconds.
+        timeout_s: time limit of all git commands together, in seconds.
 
     Returns:
-        None where there is no git, no repository, or no answer in time.
+        None without git, without a repository, or after the time limit.
     """
     git = _Git(Path(folder), time.monotonic() + timeout_s)
     top = git.line("rev-parse", "--show-toplevel")
@@ -86,24 +82,22 @@ def git_state(folder: str | os.PathLike[str], timeout_s: float = TIMEOUT_S) -> G
         return None
     commit = git.line("rev-parse", "--verify", "--quiet", "HEAD")
     branch = git.line("symbolic-ref", "--short", "--quiet", "HEAD")
-    git = _Git(Path(top), git.ends_at)  # of all of it, wherever in it the run is started
+    git = _Git(Path(top), git.ends_at)  # the whole repository, wherever the run starts
     left_out = []
     filters = _without_filters(git)
-    # Submodules have settings of their own; of these, the commit is told.
+    # Submodules have their own settings; only their commits are recorded.
     submodules = "--ignore-submodules=dirty"
     diff: bytes | None = b""
     if commit is not None:
         ours = ("--no-ext-diff", "--no-textconv", submodules)
         diff = None if filters is None else git(*filters, "diff", "--binary", *ours, "HEAD")
     if diff is None:
-        left_out.append(
-            f"the diff, which can't be made, took too long or has more than {MAX_DIFF_BYTES} bytes"
-        )
+        left_out.append(f"the diff, which failed, timed out, or exceeds {MAX_DIFF_BYTES} bytes")
     status = None
     if filters is not None:
         status = git(*filters, "status", "--porcelain", "-z", "--no-renames", submodules)
     if status is None:
-        left_out.append("the names of changed files, which can't be told, or took too long")
+        left_out.append("the names of changed files, since git status failed or timed out")
     names = [entry.decode("utf-8", "replace") for entry in (status or b"").split(b"\0") if entry]
     if len(names) > MAX_NAMES:
         left_out.append(f"the names of {len(names) - MAX_NAMES} changed files")
@@ -113,10 +107,10 @@ def git_state(folder: str | os.PathLike[str], timeout_s: float = TIMEOUT_S) -> G
 
 
 def _without_filters(git: _Git) -> list[str] | None:
-    """Options by which no program of the repository's own settings gets to see its files.
+    """Return git options that disable filter programs of the repository's own settings.
 
     Returns:
-        None where that can't be said.
+        None if a filter can't be disabled.
     """
     settings = git("config", "--show-scope", "-z", "--name-only", "--list")
     if settings is None:
@@ -127,26 +121,26 @@ def _without_filters(git: _Git) -> list[str] | None:
         for scope, setting in zip(parts[::2], parts[1::2], strict=False)
         if scope in _OF_REPOSITORY and setting.startswith(b"filter.")
     }
-    if any("=" in name for name in names):  # which no option can say
+    if any("=" in name for name in names):  # no option can express the name
         return None
     off = ("clean=", "smudge=", "process=", "required=false")
     return [part for name in sorted(names) for way in off for part in ("-c", f"{name}.{way}")]
 
 
 class _Git:
-    """Runs git in a folder, until a time."""
+    """Runs git in a folder, up to a point in time."""
 
     def __init__(self, folder: Path, ends_at: float) -> None:
         self._folder = folder
         self.ends_at = ends_at
 
     def line(self, *arguments: str) -> str | None:
-        """The one line that it prints; None for nothing."""
+        """Return the first line of the output, or None."""
         printed = self(*arguments)
         return (printed or b"").decode("utf-8", "surrogateescape").rstrip("\n") or None
 
     def __call__(self, *arguments: str) -> bytes | None:
-        """What it prints; None where it fails, takes too long, or prints too much."""
+        """Return the output; None after an error, the time limit, or too much output."""
         with TemporaryFile() as printed:
             try:
                 process = subprocess.Popen(
@@ -160,11 +154,11 @@ class _Git:
             except OSError:
                 return None
             try:
-                while (code := process.poll()) is None and self._may_go_on(printed.fileno()):
+                while (code := process.poll()) is None and self._is_within_limits(printed.fileno()):
                     time.sleep(_POLL_S)
             finally:
                 with suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, signal.SIGKILL)  # with what it has started
+                    os.killpg(process.pid, signal.SIGKILL)  # with its child processes
                 process.wait()
             size = os.fstat(printed.fileno()).st_size
             if code != 0 or size > MAX_DIFF_BYTES:
@@ -172,7 +166,7 @@ class _Git:
             printed.seek(0)
             return printed.read()
 
-    def _may_go_on(self, printed: int) -> bool:
+    def _is_within_limits(self, printed: int) -> bool:
         return time.monotonic() < self.ends_at and os.fstat(printed).st_size <= MAX_DIFF_BYTES
 
 
@@ -180,10 +174,7 @@ _PACKAGES = ("robo-orchard-hooks", "accelerate", "numpy", "safetensors")
 
 
 def describe_run(run: PipelineRun, hooks: PipelineHooks) -> dict[str, Any]:
-    """The resolved configuration, the command, the versions and the git state.
-
-    All of it is what JSON can say. Nothing reads it back: it decides nothing.
-    """
+    """Describe configuration, command, versions and git state, as JSON-compatible values."""
     accelerator = run.accelerator
     return {
         "configuration": {
@@ -222,12 +213,12 @@ def _optimizer(run: PipelineRun) -> dict[str, Any] | None:
 
 
 def _configuration(hook: PipelineHooks) -> Any:
-    """A hook's configuration; of one that has none, its class."""
+    """Return a hook's configuration, or its class."""
     configuration = getattr(hook, "cfg", None)
     if isinstance(configuration, Config):
         try:
             return configuration.to_dict()
-        except ConfigSaveError:  # it holds a class that is made in a function, say
+        except ConfigSaveError:  # for example a class defined in a function
             return repr(configuration)
     return _kind(hook)
 
@@ -238,12 +229,12 @@ def _kind(value: Any) -> str:
 
 @cache
 def versions() -> dict[str, str]:
-    """Of Python, torch and what else a run's numbers may depend on, by the package's name."""
+    """Return the versions of Python, torch and other packages that affect results."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}  # with its build
     for package in _PACKAGES:
         try:
             found[package] = version(package)
-        except PackageNotFoundError:  # run from its source
+        except PackageNotFoundError:  # run from a source tree
             continue
     return found
 
@@ -255,7 +246,7 @@ def _script_folder() -> Path:
 
 @cache
 def _git_state(folder: Path) -> dict[str, Any] | None:
-    """The commit that a folder is of, and whether files may differ from it; None without git."""
+    """Return the commit of a folder, and True if files may differ; None without git."""
     state = git_state(folder)
     if state is None or state.commit is None:
         return None

@@ -1,4 +1,4 @@
-"""Paths of what a run writes: in an experiment's file, they lie in the run's folder."""
+"""Paths of files that a run writes; in an experiment file, relative to the run folder."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 @dataclass(frozen=True)
 class RunPath:
-    """What stands in ``Annotated`` for a config's field that names a file or folder to write.
+    """Annotation of a config field that names a file or directory to write.
 
-    Where a hook is built by a script, such a path is that of the script, from the working
-    directory. In an experiment it is one in the run's folder, and can't lead out of it.
+    In a script, such a path is relative to the working directory. In an experiment file, it is
+    relative to the run folder and can't leave the run folder.
 
     >>> from typing import Annotated
     >>> class Dump(Config):
@@ -26,55 +26,54 @@ class RunPath:
     'runs/first/dump.txt'
 
     Attributes:
-        joined: whether the run's folder comes in front of it; else something else does that lies
-            in there, and the path is only checked.
+        joined: True if the run folder is prepended; False if the path is only checked.
     """
 
     joined: bool = True
 
 
 def check_run_path(path: str | PurePath) -> None:
-    """That a path, from a run's folder on, leads to something in there.
+    """Check that a path relative to the run folder stays inside.
 
     Raises:
-        ConfigFieldError: it does not.
+        ConfigFieldError: the path is absolute, contains ``..`` or unprintable characters.
     """
     path = PurePath(path)
     if path.is_absolute() or ".." in path.parts:
         raise ConfigFieldError(
-            f"expected a path within the run's folder, from there on, found {str(path)!r}; leave "
-            "out a leading '/' and any '..'"
+            f"expected a path relative to the run folder, found {str(path)!r}; remove a leading "
+            "'/' and any '..'"
         )
     if not str(path).isprintable():
         raise ConfigFieldError(
-            f"expected a path within the run's folder that can be printed, found {str(path)!r}"
+            f"expected a printable path within the run folder, found {str(path)!r}"
         )
 
 
 def check_run_paths(config: Config) -> None:
-    """That all such paths in a config, and in those within, stay in the run's folder.
+    """Check the run paths of a config and of nested configs.
 
     Raises:
-        ConfigFieldError: one of them does not, and where it is.
+        ConfigFieldError: a path leaves the run folder; the error has its location.
     """
     for _ in _walked(config, Path()):
         pass
 
 
 def in_run_folder(config: ConfigT, folder: Path) -> ConfigT:
-    """The same config with all such paths, and those of configs within, in a run's folder.
+    """Return a copy of the config with all run paths, also nested ones, inside ``folder``.
 
     Raises:
-        ConfigFieldError: one of them leads out of it or through a link, and where it is.
+        ConfigFieldError: a path leaves the folder or passes a link; the error has its location.
     """
     changes = dict(_walked(config, folder))
     return config.model_copy(update=changes) if changes else config
 
 
 def _walked(config: Config, folder: Path) -> Iterator[tuple[str, Any]]:
-    """The fields that have another value in the folder."""
+    """Yield the fields whose values change in the folder."""
     fields = type(config).model_fields
-    # What a config has beside its fields may hold configs with such paths, too.
+    # Extra values of a config may hold configs with run paths, too.
     for name in (*fields, *(config.model_extra or ())):
         value = getattr(config, name) if name in fields else (config.model_extra or {})[name]
         metadata = fields[name].metadata if name in fields else []
@@ -88,7 +87,7 @@ def _walked(config: Config, folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _within(value: Any, folder: Path) -> Any:
-    """A value with what it has of configs in the folder; itself where that is the same."""
+    """Return a value with nested configs placed in the folder; the same object if unchanged."""
     if isinstance(value, Config):
         return in_run_folder(value, folder)
     if isinstance(value, dict):
@@ -116,5 +115,5 @@ def _placed(value: Any, folder: Path, mark: RunPath) -> Any:
         return value
     for part in (PurePath(value), *PurePath(value).parents[:-1]) if folder != Path() else ():
         if (link := folder / part).is_symlink():
-            raise ConfigFieldError(f"expected a path within the run's folder; {link} is a link")
+            raise ConfigFieldError(f"expected a path within the run folder; {link} is a link")
     return type(value)(folder / value)

@@ -1,4 +1,4 @@
-"""What became of a run, in a file that is true at any time."""
+"""run_state.json: outcome, counters and last checkpoint of a run, replaced atomically."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from robo_orchard_lab.pipeline.distributed.failures import failure_of, killed, plain_text
+from robo_orchard_lab.pipeline.distributed.failures import failure_of, killed_failure, plain_text
 from robo_orchard_lab.pipeline.distributed.process_identity import ProcessIdentity
-from robo_orchard_lab.pipeline.distributed.shutdown import before_hard_end
+from robo_orchard_lab.pipeline.distributed.shutdown import before_forced_exit
 from robo_orchard_lab.pipeline.errors import RankFailure, RunPreempted, StateError
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
@@ -30,80 +30,78 @@ RUN_STATE_FILE = "run_state.json"
 _MAX_BYTES = 1 << 20
 RunOutcome: TypeAlias = Literal["running", "completed", "preempted", "failed"]
 
-_CLOCKS_APART_S = 60.0  # those of two machines
+_CLOCKS_APART_S = 60.0  # tolerance between the clocks of two machines
 
 
 class _Record(BaseModel):
-    # Built when first used, which who only imports the trainer need not wait for.
+    # Built on first use, to keep the import fast.
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class RunError(_Record):
-    """What has ended a run."""
+    """Error that ended a run."""
 
     type: str
-    """The error's class, or ``Killed`` where the process is gone without a word."""
+    """Class of the error; ``Killed`` for a process that died."""
     message: str
     rank: int
-    """Of the process that failed first, as far as that can be told."""
+    """Rank that failed first, as far as known."""
     hook: str | None = None
-    """The hook that raised it, with its channel, function and source line; None where the error
-    came from no hook."""
+    """Hook that raised the error, with channel, function and source line; None outside hooks."""
     location: str | None = None
-    """The file and line that raised it."""
+    """File and line of the error."""
 
     @classmethod
     def of(cls, failure: RankFailure) -> RunError:
-        """What has failed on a rank, as the file tells it."""
+        """Convert the failure of a rank."""
         return cls(**asdict(failure))
 
 
 class SavedCheckpoint(_Record):
-    """A checkpoint that is on the disk as a whole."""
+    """Complete checkpoint on disk."""
 
     path: str
-    """From the run's folder where it is in there."""
+    """Path, relative to the run folder if inside it."""
     step: int
-    """How many steps were done."""
+    """Steps done."""
 
 
 class RunState(_Record):
-    """A run as its file tells it."""
+    """Content of run_state.json."""
 
     version: Literal[1] = 1
     state: RunOutcome
-    """``preempted`` is one that is to be started again; ``completed`` also one that a hook has
-    ended early, with its reason."""
+    """``preempted``: to be started again; ``completed``: also a run that a hook stopped early."""
     progress: dict[str, int]
-    """The counters at :attr:`updated_at`: of a run that has ended, its last ones."""
+    """Counters at :attr:`updated_at`."""
     processes: int
-    """How many take part."""
+    """World size."""
     process: ProcessIdentity
-    """The one of the first rank."""
+    """Process of the first rank."""
     started_at: datetime
-    """When this process began with the run, or went on with it."""
+    """Start of the run or of its resume by this process."""
     updated_at: datetime
     checkpoint: SavedCheckpoint | None = None
-    """The last one in the folder's history."""
+    """Last checkpoint of the run folder."""
     reason: str | None = None
-    """Why it was stopped."""
+    """Reason of the stop."""
     by: str | None = None
-    """The hook that asked for that."""
+    """Hook that requested the stop."""
     exit_code: int | None = None
-    """What the process was to end with; None while it runs, and where an error decides."""
+    """Exit code; None while the run is in progress, and after an error."""
     error: RunError | None = None
-    """What has ended the run; of a preempted one, what has gone wrong with its last save."""
+    """Error that ended the run; for a preempted run, the error of its last save."""
 
 
 def read_run_state(folder: str | os.PathLike[str]) -> RunState:
-    """What became of the run in a folder.
+    """Read the state of the run in a folder.
 
-    A file that says ``running``, of a process that is gone from this machine, is told as ``failed``
-    with the error ``Killed``. Of another machine's process, that can't be told.
+    A run in state ``running`` whose process has died on this machine is returned as ``failed`` with
+    the error ``Killed``. For a process of another machine this is unknown.
 
     Raises:
-        FileNotFoundError: no run has been started in that folder.
-        StateError: the file is damaged, or of another version.
+        FileNotFoundError: no run was started in the folder.
+        StateError: the file is damaged, or has a different version.
     """
     path = Path(folder) / RUN_STATE_FILE
     try:
@@ -112,24 +110,24 @@ def read_run_state(folder: str | os.PathLike[str]) -> RunState:
         raise FileNotFoundError(f"no run has been started in {folder}: no {path}") from None
     if state.state != "running" or not state.process.is_gone():
         return state
-    of_others = f"ended by the launcher when another one of the {state.processes} was"
-    failure = killed(0, state.process, of_others if state.processes > 1 else "")
+    of_others = f"ended by the launcher after another of {state.processes} ranks"
+    failure = killed_failure(0, state.process, of_others if state.processes > 1 else "")
     return state.model_copy(update={"state": "failed", "error": RunError.of(failure)})
 
 
 class RunStateFile:
-    """Keeps ``run_state.json`` in the folder of a run.
+    """Writer of ``run_state.json`` in a run folder.
 
-    It is replaced as a whole, and is on the disk, when a run begins, after each checkpoint, and
-    when the run ends, also where it can't be resumed. The first rank writes it; another one only
-    where it fails, since the first may then have no chance to. A file that can't be written, or
-    that another process still keeps, ends no run: the log says so.
+    The file is replaced atomically and flushed at the start of a run, after each checkpoint, and at
+    the end of the run or of a failed resume. The first rank writes the file; other ranks write
+    after their own failure only. An error of writing, or a file of another running process, is
+    logged and does not end the run.
 
     Args:
-        folder: the run's folder; None keeps no file.
-        progress: the counters of the run.
-        rank: of this process.
-        processes: how many take part.
+        folder: run folder; None writes nothing.
+        progress: counters of the run.
+        rank: rank of this process.
+        processes: world size.
     """
 
     def __init__(
@@ -144,27 +142,27 @@ class RunStateFile:
         self._progress = progress or TrainerProgress()
         self._rank = rank
         self._processes = processes
-        self._state: RunState | None = None  # what this process has last written
-        self._changing = threading.Lock()  # a checkpoint may be committed in another thread
+        self._state: RunState | None = None  # last state written by this process
+        self._lock = threading.Lock()  # checkpoints may be committed in another thread
 
     @contextmanager
     def around_run(self, requests: Requests) -> Iterator[None]:
-        """Say that the run is running, and in the end what became of it."""
+        """Record the start and the outcome of the run in the body."""
         if self._folder is None:
             yield
             return
         if self._rank == 0:
             self._begin()
 
-        def tell(failure: RankFailure) -> None:
+        def record(failure: RankFailure) -> None:
             self._failed(requests, exit_code=1, error=RunError.of(failure))
 
         try:
-            with before_hard_end(tell):
+            with before_forced_exit(record):
                 yield
         except RunPreempted as stopped:
-            cause = stopped.__cause__  # such as the last save, which has failed
-            error = None if cause is None else self._told(cause)
+            cause = stopped.__cause__  # such as a failed last save
+            error = None if cause is None else self._run_error(cause)
             self._end("preempted", requests, exit_code=_exit_code(stopped), error=error)
             raise
         except BaseException as error:
@@ -174,24 +172,24 @@ class RunStateFile:
 
     @contextmanager
     def around_resume(self) -> Iterator[None]:
-        """Say that a run has failed which can't go on from what was saved; else nothing."""
+        """Record a failure of the resume in the body."""
         if self._folder is None or self._rank != 0:
             yield
             return
 
-        def tell(failure: RankFailure, exit_code: int | None = 1) -> None:
+        def record(failure: RankFailure, exit_code: int | None = 1) -> None:
             self._begin()
             self._end("failed", Requests(), exit_code=exit_code, error=RunError.of(failure))
 
         try:
-            with before_hard_end(tell):
+            with before_forced_exit(record):
                 yield
         except BaseException as error:
-            tell(failure_of(error, self._rank), _exit_code(error))
+            record(failure_of(error, self._rank), _exit_code(error))
             raise
 
     def nothing_left(self) -> None:
-        """A run that was resumed at its end is completed, whatever had become of it before."""
+        """Record a run as completed that was resumed at its end."""
         if self._folder is None or self._rank != 0:
             return
         with suppress(OSError, StateError):
@@ -201,7 +199,7 @@ class RunStateFile:
         self._end("completed", Requests(), exit_code=0)
 
     def saved(self, path: str | os.PathLike[str], step: int) -> None:
-        """A checkpoint is on the disk; to be told on every rank, from any thread."""
+        """Record a committed checkpoint. Call on every rank, from any thread."""
         if self._state is None or self._folder is None:
             return
         folder, target = self._folder.absolute(), Path(path).absolute()
@@ -217,18 +215,18 @@ class RunStateFile:
     def _begin(self) -> None:
         assert self._folder is not None
         checkpoint = None
-        with suppress(OSError, StateError):  # there was no run before this one
+        with suppress(OSError, StateError):  # no earlier run
             before = _read(self._path)
             checkpoint = before.checkpoint
-            if before.state == "running" and before.process.is_another_that_runs():
+            if before.state == "running" and before.process.is_another_running():
                 logger.error(
-                    "%s is that of a run that still goes on, by process %d on %s; it is left to "
-                    "that one, and does not tell of this one; give each run a folder of its own",
+                    "%s belongs to a run in progress, of process %d on %s, and is not updated for "
+                    "this run; use a separate run folder for each run",
                     *(self._path, before.process.pid, before.process.host),
                 )
                 return
         now = _now()
-        with self._changing:
+        with self._lock:
             self._state = RunState(
                 state="running",
                 progress=self._counters(),
@@ -242,19 +240,19 @@ class RunStateFile:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 remove_leftovers(self._path)
             except OSError:
-                pass  # which writing will tell
+                pass  # writing reports the error
             self._write(self._state)
 
     def _end(self, outcome: RunOutcome, requests: Requests, **found: Any) -> None:
         stop = requests.stop_request
-        # A run that is completed all the same was not interrupted.
+        # A completed run was not interrupted, in spite of the request.
         if stop is not None and (outcome != "completed" or stop.exit_code is None):
             found |= {"reason": stop.reason, "by": stop.by}
-        if self._state is not None and not self._failed_elsewhere(self._state):
+        if self._state is not None and not self._has_remote_failure(self._state):
             self._update(state=outcome, **found)
 
     def _fail(self, error: BaseException, requests: Requests) -> None:
-        self._failed(requests, exit_code=_exit_code(error), error=self._told(error))
+        self._failed(requests, exit_code=_exit_code(error), error=self._run_error(error))
 
     def _failed(self, requests: Requests, **found: Any) -> None:
         if self._rank == 0:
@@ -265,20 +263,20 @@ class RunStateFile:
             if state.state == "running" and _began_with_this_process(state):
                 self._write(state.model_copy(update={"state": "failed", **found}))
 
-    def _told(self, error: BaseException) -> RunError:
+    def _run_error(self, error: BaseException) -> RunError:
         return RunError.of(failure_of(error, self._rank))
 
-    def _failed_elsewhere(self, own: RunState) -> bool:
-        """Whether another rank has told its failure, of which this rank's end follows."""
+    def _has_remote_failure(self, own: RunState) -> bool:
+        """Return True if another rank already reported the root-cause failure."""
         if self._processes == 1:
             return False
         with suppress(OSError, StateError):
-            told = _read(self._path)
-            return told.state == "failed" and told.process == own.process
+            found = _read(self._path)
+            return found.state == "failed" and found.process == own.process
         return False
 
     def _update(self, **changes: Any) -> None:
-        with self._changing:
+        with self._lock:
             if self._state is None:
                 return
             now = {"progress": self._counters(), "updated_at": _now()}
@@ -294,11 +292,11 @@ class RunStateFile:
         try:
             replace_file(self._path, state.model_dump_json(indent=2).encode() + b"\n")
         except OSError as error:
-            logger.error("can't write %s, which is no longer true: %s", self._path, error)
+            logger.error("can't write %s, which is now out of date: %s", self._path, error)
 
 
 def _began_with_this_process(state: RunState) -> bool:
-    """Whether it is the run of this rank, and not one that has this folder already."""
+    """Return True if the state belongs to the run of this rank, not to an earlier run."""
     return state.started_at.timestamp() > ProcessIdentity.own().started_at - _CLOCKS_APART_S
 
 
@@ -309,11 +307,11 @@ def _read(path: Path) -> RunState:
         problems = "; ".join(
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
         )
-        raise StateError(f"{path} can't be read as the state of a run: {problems}") from error
+        raise StateError(f"expected the state of a run in {path}, found: {problems}") from error
 
 
 def _content(path: Path) -> bytes:
-    """What is in the file itself: nobody waits for a pipe, or reads what has no end."""
+    """Read a bounded regular file, without following links or waiting for pipes."""
     flags = sum(getattr(os, f"O_{name}", 0) for name in ("NOFOLLOW", "NONBLOCK", "BINARY"))
     try:
         descriptor = os.open(path, os.O_RDONLY | flags)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
-from robo_orchard_core.utils.config.errors import nearest_or_all
+from robo_orchard_core.utils.config.errors import suggest_name
 from robo_orchard_lab.pipeline.checkpoint import write_weights
 from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.errors import PipelineStateError
@@ -150,7 +150,7 @@ def _evaluations_to_run(run: PipelineRun, requests: list[EvaluateRequest]) -> li
     for request in requests:
         if not run.evaluations or request.name not in (None, *run.evaluations):
             name = f"evaluation by {request.name!r}" if request.name else "evaluation"
-            hint = nearest_or_all(str(request.name), list(run.evaluations), "hooks that evaluate:")
+            hint = suggest_name(str(request.name), list(run.evaluations), "hooks that evaluate:")
             raise PipelineStateError(
                 f"{request.by} requested an {name} ({request.reason}), which no hook can execute; "
                 + (hint if run.evaluations else "register a ValidationHook")

@@ -17,7 +17,7 @@ from robo_orchard_lab.pipeline.batch_processor import (
     zero_if_unweighted,
 )
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.distributed.sections import meet_others
+from robo_orchard_lab.pipeline.distributed.sections import wait_for_all_ranks
 from robo_orchard_lab.pipeline.errors import BatchProcessorError, StateError
 from robo_orchard_lab.pipeline.trainer.setup import ENGINES
 
@@ -99,7 +99,7 @@ class LossWeights:
             return loss
         if not self._has_met:  # a rank without weights would not take part in the collectives
             self._has_met = True
-            meet_others("loss weights")
+            wait_for_all_ranks("loss weights")
         if self._reference is None:
             self._reference = self._agreed_reference(weight)
         self._total = weight if self._total is None else self._total + weight

@@ -18,8 +18,8 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.data import DataOrder, TrainingData
 from robo_orchard_lab.pipeline.data.loader import explain_no_batch
 from robo_orchard_lab.pipeline.distributed.agreement import Agreement
-from robo_orchard_lab.pipeline.distributed.job_store import Place
-from robo_orchard_lab.pipeline.distributed.sections import end_together
+from robo_orchard_lab.pipeline.distributed.job_store import RankPosition
+from robo_orchard_lab.pipeline.distributed.sections import fail_together
 from robo_orchard_lab.pipeline.distributed.stall_clock import StallClock
 from robo_orchard_lab.pipeline.errors import (
     DataError,
@@ -140,7 +140,7 @@ class HookBasedTrainer:
             set of hooks, or, within an epoch, to a different number of samples per step.
     """
 
-    @end_together()
+    @fail_together()
     def __init__(
         self,
         accelerator: Accelerator,
@@ -191,7 +191,7 @@ class HookBasedTrainer:
         self.hooks += PipelineHooks.from_hooks(hooks)
         self._set_up_run(run_folder, data_order or DataOrder())
         if resume_from is not None:
-            with self._run.state_file.around_resume(), end_together(self._stall_clock):
+            with self._run.state_file.around_resume(), fail_together(self._stall_clock):
                 self._check_hooks_consistent()
                 self._resumed = resume(self._run, self.hooks, self._snapshots, resume_from)
 
@@ -309,7 +309,7 @@ class HookBasedTrainer:
                 "the trainer is in the middle of a step; save after it has returned, or request a "
                 "save with args.requests.save(...) and a SaveCheckpoint hook"
             )
-        with end_together(self._stall_clock):
+        with fail_together(self._stall_clock):
             self._snapshots.save(folder)
 
     def __call__(self) -> None:
@@ -335,14 +335,16 @@ class HookBasedTrainer:
             if self._is_at_limit():
                 self._run.state_file.nothing_left()
             return
-        failing_together = end_together(self._stall_clock, self._rank_position)
+        failing_together = fail_together(self._stall_clock, self._rank_position)
         with self._run.state_file.around_run(self.requests), failing_together:
             self._check_hooks_consistent()
             self._train()
 
-    def _rank_position(self, section: int) -> Place:
+    def _rank_position(self, section: int) -> RankPosition:
         steps = self.progress.steps_done  # first: requests made before it are known
-        return Place(section, steps, *self.requests.joint_commits, self._loss_weights.are_used)
+        return RankPosition(
+            section, steps, *self.requests.joint_commits, self._loss_weights.are_used
+        )
 
     def _check_hooks_consistent(self) -> None:
         if self.accelerator.num_processes > 1:
