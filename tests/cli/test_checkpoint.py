@@ -207,8 +207,8 @@ def test_prune_leaves_a_run_alone_that_goes_on(
         (["prune", "runs/plain"], "no rule says how many checkpoints"),
         (["list", "runs/empty"], "the run in runs/empty has no checkpoints"),
         (["list", "runs/broken"], "runs/broken/config.yaml"),
-        (["prune", "runs/outside"], "checkpoint.folder: expected a path within the run's folder"),
-        (["list", "runs/number"], "checkpoint.folder: expected a path within the run's folder"),
+        (["prune", "runs/outside"], "checkpoint.folder: expected a path within the run folder"),
+        (["list", "runs/number"], "checkpoint.folder: expected a path within the run folder"),
         (["lst", "runs/first"], "there is no command 'lst'; did you mean 'list'?"),
     ],
 )

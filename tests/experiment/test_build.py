@@ -251,7 +251,7 @@ def test_a_path_out_of_the_run_folder_is_refused_when_the_experiment_is_made() -
     ):
         document = experiment().to_dict()
         document["hooks"] = {"log": MetricsLoggerConfig(sinks=sinks).to_dict()}
-        with pytest.raises(ConfigError, match="within the run's folder") as error:
+        with pytest.raises(ConfigError, match="within the run folder") as error:
             ExperimentConfig.from_dict(document, trust=("torch", __name__))
         assert error.value.place == place
 

@@ -135,11 +135,11 @@ HOOKS = {
     "hook_null": ("{class_type: TimeLimit, limit: null}", "hooks.hook.limit: "),
     "best_above": (
         "{class_type: KeepBest, monitor: a, mode: min, path: ../../x.safetensors}",
-        "hooks.hook.path: expected a path within the run's folder",
+        "hooks.hook.path: expected a path within the run folder",
     ),
     "best_absolute": (
         "{class_type: KeepBest, monitor: a, mode: min, path: /tmp/x.safetensors}",
-        "hooks.hook.path: expected a path within the run's folder",
+        "hooks.hook.path: expected a path within the run folder",
     ),
     "model_above": ("{class_type: SaveModel, folder: ../x}", "hooks.hook.folder: expected a path"),
     "traces_absolute": (

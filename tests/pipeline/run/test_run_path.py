@@ -101,7 +101,7 @@ def test_configs_within_are_reached() -> None:
 def test_a_path_out_of_the_run_folder_is_refused(field: str, path: str) -> None:
     """The error names the field, however deep it lies."""
     bad = Several(more={"a": [Dump(), Dump(**{field: path})]})
-    with pytest.raises(ConfigFieldError, match="within the run's folder") as error:
+    with pytest.raises(ConfigFieldError, match="within the run folder") as error:
         check_run_paths(bad)
     assert error.value.place == f"more.a.1.{field}"
     with pytest.raises(ConfigFieldError):

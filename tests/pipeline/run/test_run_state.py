@@ -293,7 +293,7 @@ def test_a_file_that_can_not_be_written_ends_no_run(
     folder = tmp_path / "folder"
     folder.touch()  # which is no folder
     make_trainer(max_step=3, run_folder=folder)()
-    assert "run_state.json, which is no longer true" in caplog.text
+    assert "run_state.json, which is now out of date" in caplog.text
 
 
 def test_another_rank_tells_its_failure(tmp_path: Path) -> None:

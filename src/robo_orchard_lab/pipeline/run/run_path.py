@@ -41,8 +41,8 @@ def check_run_path(path: str | PurePath) -> None:
     path = PurePath(path)
     if path.is_absolute() or ".." in path.parts:
         raise ConfigFieldError(
-            f"expected a path relative to the run folder, found {str(path)!r}; remove a leading "
-            "'/' and any '..'"
+            f"expected a path within the run folder, relative to it, found {str(path)!r}; remove a "
+            "leading '/' and any '..'"
         )
     if not str(path).isprintable():
         raise ConfigFieldError(

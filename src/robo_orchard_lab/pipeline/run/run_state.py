@@ -307,7 +307,7 @@ def _read(path: Path) -> RunState:
         problems = "; ".join(
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
         )
-        raise StateError(f"expected the state of a run in {path}, found: {problems}") from error
+        raise StateError(f"{path} can't be read as the state of a run: {problems}") from error
 
 
 def _content(path: Path) -> bytes:
