@@ -126,7 +126,7 @@ def _total_norm(gradients: list[torch.Tensor], norm_type: float) -> torch.Tensor
 
 
 def _sharded_norm(gradients: list[torch.Tensor], norm_type: float) -> torch.Tensor:
-    """Return the norm of gradients of which some are sharded and others may be replicated."""
+    """Return the norm of sharded gradients, possibly mixed with replicated gradients."""
     groups: dict[Any, list[torch.Tensor]] = {}
     for gradient in gradients:
         mesh = gradient.device_mesh if is_sharded(gradient) else None

@@ -32,7 +32,7 @@ FunctionT = TypeVar("FunctionT", bound=Callable[[PipelineHookArgs], Any])
 
 
 class TriggeredHook(HookContext[PipelineHookArgs]):
-    """Hook that runs when a trigger is due.
+    """Hook with a trigger.
 
     A hook with a ``before`` evaluates the trigger there, once; its ``after`` runs if and only if
     the ``before`` ran. A hook without one evaluates the trigger in its ``after``.
@@ -86,7 +86,7 @@ class TriggeredHook(HookContext[PipelineHookArgs]):
 
 
 class HookDecorator:
-    """Decorator that registers a function as a ``before`` or ``after`` and returns the function.
+    """Decorator to register a function as a ``before`` or ``after``; returns the function.
 
     Use it bare, or with a trigger and a name for errors.
 
@@ -125,7 +125,7 @@ class HookDecorator:
 
 
 class ChannelDecorators:
-    """Decorators of one channel, as an attribute of :class:`PipelineHooks`.
+    """Decorators of a channel, as an attribute of :class:`PipelineHooks`.
 
     >>> from robo_orchard_lab.pipeline import PipelineHooks
     >>> hooks = PipelineHooks("notes")
@@ -146,7 +146,7 @@ class ChannelDecorators:
 
 
 class PipelineHooks:
-    """Named bundle of hooks: subclass it, or decorate functions.
+    """Named bundle of hooks, to subclass or to decorate functions with.
 
     A subclass registers its methods in the constructor. A channel is a stage of the loop:
     ``before`` runs when it starts, ``after`` when it ends.
@@ -219,7 +219,7 @@ class PipelineHooks:
         self._hook_name = name
 
     def get_channel(self, name: ChannelName) -> HookContextChannel[PipelineHookArgs]:
-        """Return the hooks of one channel.
+        """Return the hooks of a channel.
 
         Raises:
             HookRegistrationError: the channel does not exist, or the constructor of the subclass
@@ -244,7 +244,7 @@ class PipelineHooks:
         hook: HookContext[PipelineHookArgs],
         when: Trigger | str | None = None,
     ) -> RemovableHandle:
-        """Add a hook to a channel, nested inside the registered ones.
+        """Add a hook to a channel, nested inside the registered hooks.
 
         Takes effect the next time the channel is entered, also in a running trainer.
 
@@ -270,7 +270,7 @@ class PipelineHooks:
         return registered.register(hook)
 
     def register_at_commit(self, request: HookFunction, when: Trigger | str) -> RemovableHandle:
-        """Call a function before each commit point at which a trigger is due, to make requests.
+        """Call a function before each commit point with a due trigger, to make requests.
 
         The call happens in the ``after`` of the channel that knows exactly: ``on_step`` for steps,
         ``on_optimizer_step`` for committed updates, ``on_epoch`` for epochs and the end of the
@@ -339,7 +339,7 @@ class PipelineHooks:
         return bundle
 
     def begin(self, channel: ChannelName, args: PipelineHookArgs) -> AbstractContextManager[None]:
-        """Return a context manager that runs the hooks of a channel around a body."""
+        """Return a context manager for the hooks of a channel."""
         return self.get_channel(channel).begin(args)
 
     def unregister_all(self) -> None:
@@ -352,13 +352,13 @@ class PipelineHooks:
         self._hook_members = ()
 
     def all_hooks(self) -> Iterator[PipelineHooks]:
-        """Iterate over all bundles inside this one, at any depth, in registration order."""
+        """Iterate over all nested bundles, at any depth, in registration order."""
         for member in self._hook_members:
             yield member
             yield from member.all_hooks()
 
     def named_hooks(self) -> Iterator[PipelineHooks]:
-        """Iterate over this bundle and all bundles inside, without unnamed ``PipelineHooks()``."""
+        """Iterate over this bundle and all nested bundles, except unnamed ``PipelineHooks()``."""
         return (
             bundle
             for bundle in (self, *self.all_hooks())
@@ -426,9 +426,9 @@ class PipelineHooks:
         return [states[min(rank, len(states) - 1)] for rank in range(world_size)]
 
     def rank_consistency_info(self) -> Any:
-        """Return plain values that must be equal on all ranks, in addition to the configuration.
+        """Return plain values to compare between ranks, in addition to the configuration.
 
-        The ranks compare the values when the run starts.
+        The run fails at its start if ranks differ.
         """
         return None
 

@@ -1,4 +1,4 @@
-"""Channels of a run, counters of its progress, and limits that end it.
+"""Channels, progress counters and limits of a run.
 
 One run opens the channels like this; each is a scope that hooks attach to::
 
@@ -38,7 +38,7 @@ CHANNEL_NAMES: tuple[ChannelName, ...] = get_args(ChannelName)
 
 @dataclass(frozen=True, slots=True)
 class PipelineChannel:
-    """Scope of a run that hooks attach to."""
+    """Stage of a run, as a scope for hooks."""
 
     name: ChannelName
     parent: ChannelName | None
@@ -92,7 +92,7 @@ class TrainerProgress:
         return self.global_step_id + self.in_step
 
     def finish_step(self) -> None:
-        """Count a batch that went through forward and backward."""
+        """Count a batch after its forward and backward."""
         self.in_step = False
         self.step_id += 1
         self.global_step_id += 1
@@ -103,7 +103,7 @@ class TrainerProgress:
         self.step_id = 0
 
     def finish_optimizer_step(self, committed: bool) -> None:
-        """Count an update that was due, as committed or skipped."""
+        """Count an update as committed or skipped."""
         if committed:
             self.optimizer_step_id += 1
         else:
@@ -145,7 +145,7 @@ class TrainerProgress:
 
 @dataclass(frozen=True, slots=True)
 class TrainerLimits:
-    """Limits of a run; the first limit that is reached ends the run.
+    """Limits of a run; the first limit reached ends the run.
 
     Raises:
         PipelineConfigError: no limit is given, or one is not an int >= 1.
@@ -183,7 +183,7 @@ class TrainerLimits:
 def remaining_steps(
     limits: TrainerLimits, progress: TrainerProgress, steps_per_epoch: int | None, window: int
 ) -> int | None:
-    """Return the number of steps to the nearest limit, or None if it is unknown.
+    """Return the number of steps to the nearest limit, or None if unknown.
 
     >>> limits = TrainerLimits(max_epoch=2)
     >>> remaining_steps(limits, TrainerProgress(epoch_id=1, step_id=3), 10, window=1)

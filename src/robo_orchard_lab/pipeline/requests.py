@@ -1,4 +1,4 @@
-"""Requests of hooks to the trainer, which decides at the next commit point."""
+"""Requests of hooks to the trainer, decided at the next commit point."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class Requests:
         self._rank_local: list[Request] = []  # made on this rank, unknown to the others yet
 
     def allow_rank_local(self) -> None:
-        """Allow requests with ``rank_local=True``; call it on every rank, in ``on_loop.before``.
+        """Allow requests with ``rank_local=True``; call on every rank, in ``on_loop.before``.
 
         >>> from robo_orchard_lab.pipeline import PipelineHooks
         >>> hooks = PipelineHooks("disk watch")
@@ -149,7 +149,7 @@ class Requests:
         exit_code: int | None = None,
         rank_local: bool = False,
     ) -> None:
-        """Request the end of the run; the first such request is logged.
+        """Request the end of the run; only the first request is logged.
 
         With an ``exit_code`` the run counts as interrupted: after closing everything the trainer
         raises :class:`RunPreempted`, and the process should exit with the code and be restarted.
@@ -217,19 +217,19 @@ class Requests:
         self._add(LogRequest(reason, by or _caller()), rank_local)
 
     def listen(self, callback: Callable[[Request], Any]) -> RemovableHandle:
-        """Call a function with every request when it is made."""
+        """Call a function with every request, immediately."""
         self._listeners.append(callback)
         return RemovableHandle(lambda: self._listeners.remove(callback))
 
     def pop(self, kind: type[RequestT]) -> list[RequestT]:
-        """Remove and return the waiting requests of one kind, in order."""
+        """Remove and return the waiting requests of a kind, in order."""
         popped = [request for request in self._waiting if isinstance(request, kind)]
         self._waiting = [request for request in self._waiting if not isinstance(request, kind)]
         self.pending = bool(self._waiting) or self.stop_request is not None
         return popped
 
     def pop_rank_local(self) -> list[Request]:
-        """Remove and return this rank's requests that the ranks have not exchanged yet."""
+        """Remove and return this rank's requests not exchanged with other ranks yet."""
         popped, self._rank_local = self._rank_local, []
         return popped
 
@@ -284,7 +284,7 @@ class Requests:
 
 
 def _caller() -> str:
-    """Return the function that called the calling method, with its file and line."""
+    """Return the caller of the calling method, with file and line."""
     frame = sys._getframe(2)
     file = os.path.basename(frame.f_code.co_filename)
     return f"{frame.f_code.co_qualname} ({file}:{frame.f_lineno})"

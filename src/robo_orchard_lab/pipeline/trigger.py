@@ -34,11 +34,11 @@ STEP_CHANNELS: tuple[ChannelName, ...] = CHANNEL_NAMES[2:7]
 
 
 class TriggerError(ValueError):
-    """Error for a trigger that can't be parsed, or is never due where it is registered."""
+    """Error for an invalid trigger text, or a trigger never due on its channel."""
 
 
 class Trigger(ABC):
-    """Rule that decides when a hook runs; ``|`` joins triggers.
+    """Rule for when a hook runs; ``|`` joins triggers.
 
     >>> from robo_orchard_lab.pipeline import trigger
     >>> text = "100 steps | 1 epoch"
@@ -109,7 +109,7 @@ class Trigger(ABC):
 
 @dataclass(frozen=True)
 class AnyOf(Trigger):
-    """Trigger that is due when any of several triggers is; the result of ``|``.
+    """Trigger due when any of several triggers is due; the result of ``|``.
 
     Raises:
         TriggerError: there are fewer than two triggers.
@@ -127,7 +127,7 @@ class AnyOf(Trigger):
 
     @property
     def channels(self) -> tuple[ChannelName, ...]:  # type: ignore[override]  # depends on the parts
-        """Channels on which every part can be due."""
+        """Channels common to all parts."""
         first, *others = self.triggers
         return tuple(c for c in first.channels if all(c in other.channels for other in others))
 
@@ -189,7 +189,7 @@ class _EveryN(Trigger):
 
 @dataclass(frozen=True)
 class EverySteps(_EveryN):
-    """Every n-th step (batch) of the run; on ``on_optimizer_step``, only if it ends in an update.
+    """Every n-th step (batch) of the run; on ``on_optimizer_step``, only steps with an update.
 
     Raises:
         TriggerError: n is not an int >= 1.
@@ -324,7 +324,7 @@ class First(Trigger):
 
 @dataclass(frozen=True)
 class Last(Trigger):
-    """Step, or on ``on_epoch`` the epoch, in which the run reaches one of its limits.
+    """Step, or on ``on_epoch`` the epoch, in which the run reaches a limit.
 
     Only the ``after`` of ``on_epoch`` always knows. Earlier channels predict the end from the
     length of the data: without a length, ``max_epoch`` alone has no last step. If a predicted
@@ -362,7 +362,7 @@ def _ends_in_step(args: PipelineHookArgs) -> bool:
 
 
 def _ends_in_epoch(args: PipelineHookArgs) -> bool:
-    """Return True if the epoch that starts or resumes now is predicted to reach a limit."""
+    """Return True if the current epoch is predicted to reach a limit."""
     run, progress, limits = args.run, args.run.progress, args.run.limits
     if _is_last_epoch(args):
         return True

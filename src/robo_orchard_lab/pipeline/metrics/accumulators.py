@@ -1,4 +1,4 @@
-"""Metric values: errors, records of a logging point, and accumulators between two of them.
+"""Metric values: errors, records of a logging point, and accumulators between logging points.
 
 An :class:`Accumulator` collects the values of one metric in constant memory. Numbers accumulate on
 the host and tensors on their device, in double precision, so that publishing never waits for a
@@ -19,11 +19,11 @@ import torch
 
 
 class MetricValueError(TypeError):
-    """Error for a published value that is not a single real number."""
+    """Error for a published value other than a single real number."""
 
 
 class UnknownMetricError(LookupError):
-    """Error for a metric name that no hook published; the message lists the published names."""
+    """Error for an unpublished metric name; the message lists the published names."""
 
     def __init__(self, name: str, published: Iterable[str], who: str = "", hint: str = "") -> None:
         published = sorted(published)
@@ -39,7 +39,7 @@ class UnknownMetricError(LookupError):
 
 @dataclass(frozen=True, slots=True)
 class MetricValue:
-    """Value of one metric, reduced over all ranks, with its step."""
+    """Value of a metric, reduced over all ranks, with its step."""
 
     name: str
     value: float
@@ -97,7 +97,7 @@ RankValues: TypeAlias = tuple[Sequence[float], Sequence[float]]
 
 
 def check_scalar(name: str, value: Any, role: str = "") -> Number:
-    """Return ``value`` if it is a single real number or a tensor of one element.
+    """Return a single real number, or a real tensor with a single element, unchanged.
 
     Raises:
         MetricValueError: with the name of the metric and the type or shape that was found.
@@ -134,7 +134,7 @@ class WeightedSum:
         self.tensor_weight: torch.Tensor | None = None
 
     def add(self, value: Number, weight: Number = 1.0) -> None:
-        """Add a number, or a tensor of one element of any dtype; a graph is detached."""
+        """Add a number, or a single-element tensor of any dtype; a graph is detached."""
         if not isinstance(value, torch.Tensor):
             if isinstance(weight, torch.Tensor):
                 value = _zero(weight.device).fill_(value)
@@ -204,7 +204,7 @@ class WeightedSum:
 
 
 class Accumulator(ABC):
-    """Values of one metric since the last logging point, in constant memory."""
+    """Values of a metric since the last logging point, in constant memory."""
 
     __slots__ = ("is_weighted", "latest", "step")
 
@@ -221,14 +221,14 @@ class Accumulator(ABC):
 
     @abstractmethod
     def add(self, value: Number, weight: Number) -> None:
-        """Accumulate one value."""
+        """Accumulate a value."""
 
     @abstractmethod
     def merge(self, other: Self) -> None:
         """Accumulate the values of the same metric on a later rank."""
 
     def rescale(self, factor: float) -> None:
-        """Adapt to a world size that is ``factor`` times as large; only a mean depends on it."""
+        """Adapt to a world size ``factor`` times as large; relevant only for a mean."""
         del factor
 
     @abstractmethod
@@ -237,12 +237,12 @@ class Accumulator(ABC):
 
     @abstractmethod
     def tensors(self) -> list[torch.Tensor]:
-        """Return the values on the device: 0-dim tensors of one dtype."""
+        """Return the values on the device: 0-dim tensors of equal dtype."""
 
     @classmethod
     @abstractmethod
     def combine(cls, ranks: Sequence[RankValues]) -> float:
-        """Reduce the values of the ranks that have some; NaN if a mean has no weight."""
+        """Reduce the values of the publishing ranks; NaN if a mean has no weight."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -318,7 +318,7 @@ class Mean(_Sum):
 
 
 class _Slot(Accumulator):
-    """Base of accumulators that keep one value of the host and one of the device."""
+    """Base of accumulators with a host value and a device value."""
 
     __slots__ = ("_host", "_tensor")
 
@@ -389,7 +389,7 @@ class _Min(_Max):
 
 
 class _Last(_Slot):
-    """Latest value; over ranks, the value of the first rank that has one."""
+    """Latest value; over ranks, the value of the lowest rank with a value."""
 
     __slots__ = ()
 

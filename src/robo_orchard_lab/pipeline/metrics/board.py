@@ -1,4 +1,4 @@
-"""MetricsBoard: hooks publish named scalars, and read them at logging points."""
+"""MetricsBoard: named scalars, published by hooks and read at logging points."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _NO_LOGGING_POINTS = (
 
 
 class Stateful(Protocol):
-    """Object with a saved state, such as a hook."""
+    """Object with a saved state, for example a hook."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -130,7 +130,7 @@ class MetricsBoard:
             accumulator.latest = total.host / total.host_weight
 
     def defer(self, metrics: DeferredMetrics) -> None:
-        """Publish metrics that are computed from tensors at the next logging point.
+        """Publish metrics to compute from tensors at the next logging point.
 
         If a hook subscribed to one of the metrics, or no hook listens to logging points, the
         metrics are computed at the next commit point with a request, at the latest after the epoch.
@@ -154,7 +154,7 @@ class MetricsBoard:
         return RemovableHandle(lambda: self._subscribers.remove(entry))
 
     def expect(self, name: str, who: str) -> RemovableHandle:
-        """Require that a hook publishes a metric, as :meth:`subscribe` does."""
+        """Require a metric to be published, as :meth:`subscribe` does."""
         entry = (name, who)
         self._expected.append(entry)
         return RemovableHandle(lambda: self._expected.remove(entry))
@@ -214,7 +214,7 @@ class MetricsBoard:
         return bool(self._listeners)
 
     def find_missing(self, at_end: bool = True) -> UnknownMetricError | None:
-        """Return the error for an expected name that no hook published, or None.
+        """Return the error for an expected but unpublished name, or None.
 
         Args:
             at_end: False ignores names that may still be published: names of evaluations, and all
@@ -230,7 +230,7 @@ class MetricsBoard:
         return None
 
     def find_unlogged(self) -> str | None:
-        """Return a warning about a subscribed name that is published but never read, or None."""
+        """Return a warning about a subscribed name, published but never read, or None."""
         for name, _, who in self._subscribers:
             if name in self._accumulators and name not in self._last_values and not self.is_logged:
                 return (
@@ -306,7 +306,7 @@ class MetricsBoard:
         return self._make_record(values, partial=True) if values else None
 
     def read_deferred(self, accelerator: Any = None) -> None:
-        """Read all deferred metrics, so that the state holds numbers; costs as :meth:`flush`."""
+        """Read all deferred metrics before saving a state; costs as :meth:`flush`."""
         values = self._reader.read({}, self._pop_deferred(everything=True), accelerator)
         self._unlogged += values  # also after the run, without listeners
         self._notify(values)
@@ -353,7 +353,7 @@ class MetricsBoard:
     def redistribute_states(
         states: Sequence[Mapping[str, Any]], world_size: int
     ) -> list[dict[str, Any]]:
-        """Return one state per rank of a different world size; each value is in exactly one.
+        """Redistribute the values of all ranks over a different world size.
 
         Unweighted values that every old rank published are rescaled to the new world size.
 
@@ -411,7 +411,7 @@ class MetricsBoard:
         return not groups.isdisjoint(map(_group, metrics.names()))
 
     def _pop_deferred(self, everything: bool) -> list[tuple[DeferredMetrics, int]]:
-        """Remove and return all deferred metrics, or the due ones."""
+        """Remove and return all, or only due, deferred metrics."""
         due: list[tuple[DeferredMetrics, int]] = []
         later: list[tuple[DeferredMetrics, int]] = []
         for metrics, step in self._deferred:
@@ -442,7 +442,7 @@ class MetricsBoard:
         return [*((name, who) for name, _, who in self._subscribers), *self._expected]
 
     def _check_evaluation_names(self, metrics: DeferredMetrics) -> None:
-        """Refuse an expected name that the evaluation, which has all its names, does not have."""
+        """Refuse expected names missing from their evaluation."""
         names = metrics.names()
         groups = {_group(name) for name in names if name.startswith(_EVALUATION_PREFIX)}
         for name, who in self._expected_names():

@@ -1,4 +1,4 @@
-"""Device-to-host copy and all_gather of metrics: one transfer, one collective.
+"""Packed device-to-host copy and all_gather of metrics.
 
 :class:`RankGather` moves numbers and tensors of any shape and dtype. :class:`MetricsReader` uses it
 at a logging point to reduce accumulators and :class:`DeferredMetrics` over the ranks.
@@ -39,7 +39,7 @@ _DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True, slots=True)
 class RankData:
-    """Numbers and tensors of one rank."""
+    """Numbers and tensors of a rank."""
 
     label: str
     """Description of the content for the receiver; sent only when it changes."""
@@ -62,7 +62,7 @@ class RankGather:
         self._received: list[str] = []
 
     def __call__(self, data: RankData, accelerator: Any) -> list[RankData]:
-        """Return the data of all ranks in rank order: one collective, two if the buffer grows.
+        """Return the data of all ranks in rank order: a collective, or two if the buffer grows.
 
         Args:
             data: data of this rank.
@@ -128,7 +128,7 @@ def _copy_to_host(data: RankData) -> RankData:
 
 
 def pack_bytes(tensors: Iterable[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Concatenate the bytes of tensors to one uint8 tensor on ``device``."""
+    """Concatenate the bytes of tensors to a uint8 tensor on ``device``."""
     flat = [t.detach().reshape(-1).contiguous().view(torch.uint8).to(device) for t in tensors]
     return torch.cat(flat) if flat else torch.zeros(0, dtype=torch.uint8, device=device)
 
@@ -167,7 +167,7 @@ StateReduction: TypeAlias = str | Callable[[torch.Tensor], torch.Tensor] | None
 
 
 class DeferredMetrics(Protocol):
-    """Metrics computed on the host from device tensors that are reduced over the ranks.
+    """Metrics computed on the host from device tensors, after their reduction over the ranks.
 
     All ranks must hold metrics of the same kind and names.
     """
@@ -181,12 +181,12 @@ class DeferredMetrics(Protocol):
         ...
 
     def values(self, reduced: Sequence[torch.Tensor]) -> Mapping[str, float]:
-        """Compute the values by name from the reduced tensors, which are on the CPU."""
+        """Compute the values by name from the reduced tensors on the CPU."""
         ...
 
 
 def resolve(deferred: DeferredMetrics, accelerator: Any = None) -> dict[str, float]:
-    """Compute deferred metrics now: one transfer and, with several processes, one collective."""
+    """Compute deferred metrics now: a transfer and, with several processes, a collective."""
     states = deferred.states()
     data = RankData("", (), [tensor for tensor, _ in states])
     ranks = [rank.tensors for rank in RankGather()(data, accelerator)]
@@ -227,7 +227,7 @@ Layout: TypeAlias = tuple[tuple[str, Reduction, int, int], ...]
 
 
 class MetricsReader:
-    """Reader of published metrics: one transfer and, with several ranks, one collective."""
+    """Reader of published metrics: a single transfer, a single collective."""
 
     def __init__(self) -> None:
         self._gather = RankGather()
@@ -306,7 +306,7 @@ def _combine(ranks: Sequence[RankData]) -> Iterator[MetricValue]:
 
 
 def _stack(scalars: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Stack scalars to one 1-dim tensor on one device."""
+    """Stack scalars to a 1-dim tensor on a common device."""
     if not scalars:
         return torch.zeros(0)
     devices = {scalar.device for scalar in scalars}

@@ -40,7 +40,7 @@ _DTYPES = (
 
 @dataclass(frozen=True, slots=True)
 class StateRule:
-    """Reduction of one metric state over parts of the data."""
+    """Reduction of a metric state over parts of the data."""
 
     reduction: StateReduceFx
     is_list: bool
@@ -63,7 +63,7 @@ class StateRule:
         return [torch.cat([torch.atleast_1d(element) for element in elements])]
 
     def restored(self, elements: list[torch.Tensor], parts: int) -> Any:
-        """Return the value of the metric's attribute, as torchmetrics would set it after a sync."""
+        """Return the value of the metric's attribute, equal to torchmetrics' own after a sync."""
         if self.is_list:
             if parts > 1 and callable(self.reduction):
                 return self.reduction(elements)
@@ -82,7 +82,7 @@ Rules: TypeAlias = Mapping[str, StateRule]
 
 @dataclass(slots=True)
 class MetricState:
-    """State of one metric, outside of the metric."""
+    """State of a metric, outside of the metric."""
 
     updates: int
     """Number of updates."""
@@ -98,7 +98,7 @@ class MetricState:
 
 
 def rules_of(metric: Metric) -> Rules:
-    """Return the reduction that a metric declares for each of its states."""
+    """Return the declared reduction of each state."""
     from torchmetrics import utilities
 
     names: Mapping[Any, Any] = {
@@ -117,7 +117,7 @@ def rules_of(metric: Metric) -> Rules:
 
 
 def is_mergeable(metric: Metric) -> bool:
-    """Return True if merged states of two parts of the data equal one state of both.
+    """Return True if merged states of two parts of the data equal the state of both.
 
     This is torchmetrics' own condition for ``merge_state``. Updates of other metrics may depend on
     earlier updates, or on a reduction that runs only once.
@@ -133,7 +133,7 @@ def is_mergeable(metric: Metric) -> bool:
 
 
 def take_state(metric: Metric, rules: Rules) -> MetricState:
-    """Return the state without a copy; reset the metric afterwards, which allocates new tensors.
+    """Return the state without a copy; reset the metric afterwards to allocate new tensors.
 
     Raises:
         MetricValueError: a state holds an object that is not a tensor of numbers.
@@ -153,7 +153,7 @@ def take_state(metric: Metric, rules: Rules) -> MetricState:
 
 
 def put_state(metric: Metric, state: MetricState, rules: Rules, updates: int | None = None) -> None:
-    """Set the state of a metric that has not computed a value since its last reset."""
+    """Set the state of a metric without a cached value."""
     for name, rule in rules.items():
         setattr(metric, name, rule.restored(state.states[name], state.parts))
     metric._update_count = state.updates if updates is None else updates

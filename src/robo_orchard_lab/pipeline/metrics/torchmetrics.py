@@ -116,7 +116,7 @@ def _detach(value: Any) -> Any:
 
 
 class ComputedMetric:
-    """Metric on the CPU that computes values from given states.
+    """Metric on the CPU, to compute values from given states.
 
     Each call computes with a copy, about 1 ms, since some metrics cache computed values.
     """
@@ -195,7 +195,7 @@ class ComputedMetric:
 
 
 def submetrics(metric: MetricLike) -> list[Metric]:
-    """Return a metric and all metrics inside it, in a fixed order."""
+    """Return a metric and all nested metrics, in a fixed order."""
     from torchmetrics import Metric
 
     return [module for module in metric.modules() if isinstance(module, Metric)]
@@ -276,7 +276,7 @@ class TorchMetrics:
         return other
 
     def names(self) -> list[str]:
-        """Return the value names; ``name/*`` for a mapping that was not computed yet."""
+        """Return the value names; ``name/*`` for a mapping before its first value."""
         return [name for computed in self._computed.values() for name in computed.names]
 
     def to(self, device: torch.device) -> None:
@@ -287,7 +287,7 @@ class TorchMetrics:
                 metric.to(device)
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        """Update all metrics; each gets the keyword arguments that its ``update`` declares."""
+        """Update all metrics; each gets the keyword arguments declared by its ``update``."""
         updated = self._updaters if kwargs else self._metrics.values()
         for metric in updated:
             metric.update(*args, **kwargs)
@@ -313,7 +313,7 @@ class TorchMetrics:
         ]
 
     def snapshot(self, states: MetricStates, prefix: str = "", suffix: str = "") -> MetricsSnapshot:
-        """Return deferred metrics that reduce ``states`` over the ranks and compute the values.
+        """Return deferred metrics for ``states``, to reduce over the ranks and compute.
 
         Args:
             states: result of :meth:`pop_states` or :meth:`merge`.
@@ -327,7 +327,7 @@ class TorchMetrics:
     # --- saved states ------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of the states since :meth:`pop_states`; the metrics keep them."""
+        """Return copies of the states since :meth:`pop_states`."""
         states = [take_state(metric, rules) for metric, rules in self._parts]
         return {"version": STATE_VERSION, "metrics": self.encode(states)}
 
@@ -347,7 +347,7 @@ class TorchMetrics:
         return self.decode(state["metrics"])
 
     def merge_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Merge the saved states of several ranks; without states, return a fresh one.
+        """Merge the saved states of several ranks; without states, return a fresh state.
 
         Raises:
             StateError: a state has another version or belongs to other metrics, or a metric with
@@ -421,7 +421,7 @@ class MetricsSnapshot:
         self._names: list[str] | None = None
 
     def names(self) -> Sequence[str]:
-        """Return the value names; ``name/*`` for a mapping that was not computed yet."""
+        """Return the value names; ``name/*`` for a mapping before its first value."""
         if self._names is not None:
             return self._names
         return [self._full_name(name) for c in self._computed.values() for name in c.names]

@@ -1,4 +1,4 @@
-"""Metrics file with one JSON object per line."""
+"""Metrics file with a JSON object per line."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsFileError(ValueError):
-    """Error for a file that is not a metrics file; the file is not changed."""
+    """Error for a file with other contents; the file is not changed."""
 
 
 class JsonLinesSink:
-    """Sink that appends one line of JSON per record, and flushes it.
+    """Sink to a file: appends a line of JSON per record, and flushes.
 
     A line has the counters and the metrics of its step; metrics of earlier steps are listed by
     step. The record of a run that ended between two logging points is marked as partial::
@@ -59,7 +59,7 @@ class JsonLinesSink:
         self._open_files = ExitStack()
 
     def open(self, args: PipelineHookArgs) -> None:
-        """Lock the file, move the records that the run repeats, and open the file to append.
+        """Lock the file, move records after the current step, and open the file to append.
 
         Raises:
             MetricsFileError: the file is not a metrics file, or another process is writing it.
@@ -99,7 +99,7 @@ class JsonLinesSink:
         self._file = self._open_files.enter_context(path.open("ab"))
 
     def write(self, record: MetricsRecord) -> None:
-        """Append a record; raise ``OSError`` if it can't be written."""
+        """Append a record; raise ``OSError`` on failure."""
         assert self._file is not None, "open() comes first"
         self._file.write(to_line(record))
         self._file.flush()
@@ -127,7 +127,7 @@ class JsonLinesSinkConfig(SinkConfig[JsonLinesSink]):
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[MetricsRecord]:
-    """Read the records of a metrics file, also while a run is writing it.
+    """Read the records of a metrics file, also during the run.
 
     Raises:
         MetricsFileError: the file is not a metrics file.
@@ -153,7 +153,7 @@ def _records(path: Path, data: bytes) -> list[tuple[MetricsRecord | None, bytes]
 
 
 def _split(path: Path, data: bytes, progress: TrainerProgress) -> tuple[bytes, bytes]:
-    """Split the lines into those of an uninterrupted run up to ``progress``, and the rest."""
+    """Split the lines into an uninterrupted run's lines up to ``progress``, and the rest."""
     kept, rest = [], []
     for record, line in _records(path, data):
         if record is not None and _is_before(record, progress):
@@ -208,7 +208,7 @@ def to_line(record: MetricsRecord) -> bytes:
 
 
 def from_line(line: bytes) -> MetricsRecord | None:
-    """Parse a line; return None if it is not a record."""
+    """Parse a line; return None if the line is not a record."""
     try:
         document = json.loads(line, parse_constant=_refuse)
         epoch, step, updates = (_count(document.pop(name)) for name in _COUNTERS)

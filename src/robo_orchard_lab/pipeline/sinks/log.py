@@ -1,4 +1,4 @@
-"""Sink that writes metrics to the log."""
+"""Sink to the log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class LogSink:
-    """Sink that logs one line per record at level INFO.
+    """Sink to the log: a line per record at level INFO.
 
     The epoch counts from 1; the step is the number of completed steps. Values of earlier steps are
     marked with their step.

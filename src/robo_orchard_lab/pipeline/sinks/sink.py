@@ -1,4 +1,4 @@
-"""MetricsSink protocol, its configuration, and a group of sinks that can't end a run."""
+"""MetricsSink protocol, its configuration, and a fault-tolerant group of sinks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class MetricsSink(Protocol):
     """
 
     def open(self, args: PipelineHookArgs) -> None:
-        """Open the sink for a run that starts or resumes at ``args.progress``."""
+        """Open the sink; the run starts or resumes at ``args.progress``."""
         ...
 
     def write(self, record: MetricsRecord) -> None:
@@ -46,7 +46,7 @@ class SinkConfig(ClassConfig[SinkT_co], Generic[SinkT_co]):
 
 
 class SinkGroup:
-    """Several sinks as one; a sink that fails during the run is logged once and dropped.
+    """Group of sinks; a failing sink is logged once and dropped.
 
     Args:
         sinks: sinks by name, for error messages.
@@ -59,7 +59,7 @@ class SinkGroup:
         self._open: dict[str, MetricsSink] = {}
 
     def open(self, args: PipelineHookArgs) -> None:
-        """Open all sinks; if one fails, close the others.
+        """Open all sinks; after a failure, close the others.
 
         Raises:
             Exception: the error of the sink, with a note that names the sink.

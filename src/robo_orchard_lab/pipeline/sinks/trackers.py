@@ -1,4 +1,4 @@
-"""Sink that logs metrics to experiment trackers, through Accelerate."""
+"""Sink to experiment trackers, through Accelerate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PACKAGES = {"comet_ml": "comet-ml"}
 
 
 class TrackerSink:
-    """Sink that logs to TensorBoard, W&B, MLflow, Trackio or another tracker of Accelerate.
+    """Sink to TensorBoard, W&B, MLflow, Trackio or another tracker of Accelerate.
 
     Each value is logged at its step, in one call per step. A tracker that fails during the run is
     logged once and dropped.
@@ -105,7 +105,7 @@ class TrackerSink:
             group.close()
 
     def _make(self, name: str, args: PipelineHookArgs) -> GeneralTracker:
-        """Return a tracker that is not started."""
+        """Return a tracker without starting."""
         accelerator, options = args.accelerator, self._options.get(name, {})
         if name == "mlflow" and self._folder is not None:
             mlflow = importlib.import_module("mlflow")  # mypy lacks its types if not installed
@@ -156,7 +156,7 @@ class TrackerSinkConfig(SinkConfig[TrackerSink]):
 
 
 class _OneTracker:
-    """Sink of one tracker; starts and finishes the tracker unless its owner started it."""
+    """Sink to a tracker; starts and finishes the tracker unless started elsewhere."""
 
     def __init__(
         self,
