@@ -17,7 +17,7 @@ from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.hooks import LossTrackerConfig, MetricTrackerConfig, OptimizerHook
 from robo_orchard_lab.pipeline.metrics import MetricsBoard, WeightedSum, resolve
-from robo_orchard_lab.pipeline.metrics.accumulators import ACCUMULATORS
+from robo_orchard_lab.pipeline.metrics.accumulators import combine
 from robo_orchard_lab.pipeline.metrics.torchmetrics import TorchMetrics
 from tiny import make_model
 
@@ -35,8 +35,9 @@ def combined(states: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         for name, accumulator in board._accumulators.items():
             published.setdefault(name, []).append(accumulator)
     return {
-        name: ACCUMULATORS[of_ranks[0].reduce].combine(
-            [(each.numbers(), [float(t) for t in each.tensors()]) for each in of_ranks]
+        name: combine(
+            of_ranks[0].reduce,
+            [(each.numbers(), [float(t) for t in each.tensors()]) for each in of_ranks],
         )
         for name, of_ranks in sorted(published.items())
     }

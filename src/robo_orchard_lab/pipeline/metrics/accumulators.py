@@ -2,17 +2,16 @@
 
 An :class:`Accumulator` collects the values of one metric in constant memory. Numbers accumulate on
 the host and tensors on their device, in double precision, so that publishing never waits for a
-device. ``combine`` then reduces the accumulators of all ranks to one value.
+device. :func:`combine` then reduces the values of all ranks.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -203,14 +202,17 @@ class WeightedSum:
             setattr(self, name, None if value is None else value.to(device=device, copy=True))
 
 
-class Accumulator(ABC):
-    """Values of a metric since the last logging point, in constant memory."""
+class Accumulator:
+    """Values of a metric since the last logging point, in constant memory.
 
-    __slots__ = ("is_weighted", "latest", "step")
+    ``mean`` and ``sum`` accumulate a :class:`WeightedSum`. ``max``, ``min`` and ``last`` keep a
+    number on the host and a 0-dim tensor on the device.
+    """
 
-    reduce: ClassVar[Reduction]
+    __slots__ = ("_host", "_sum", "_tensor", "is_weighted", "latest", "reduce", "step")
 
-    def __init__(self) -> None:
+    def __init__(self, reduce: Reduction) -> None:
+        self.reduce = reduce
         self.step = 0
         """Step of the latest value."""
         self.latest: Number = math.nan
@@ -218,202 +220,104 @@ class Accumulator(ABC):
         self.is_weighted = False
         """True if values have weights, such as numbers of samples. Without weights, each rank
         counts the same."""
+        self._sum = WeightedSum() if reduce in ("mean", "sum") else None
+        self._host: float | None = None
+        self._tensor: torch.Tensor | None = None
 
-    @abstractmethod
-    def add(self, value: Number, weight: Number) -> None:
+    def add(self, value: Number, weight: Number = 1.0) -> None:
         """Accumulate a value."""
-
-    @abstractmethod
-    def merge(self, other: Self) -> None:
-        """Accumulate the values of the same metric on a later rank."""
-
-    def rescale(self, factor: float) -> None:
-        """Adapt to a world size ``factor`` times as large; relevant only for a mean."""
-        del factor
-
-    @abstractmethod
-    def numbers(self) -> list[float]:
-        """Return the values on the host."""
-
-    @abstractmethod
-    def tensors(self) -> list[torch.Tensor]:
-        """Return the values on the device: 0-dim tensors of equal dtype."""
-
-    @classmethod
-    @abstractmethod
-    def combine(cls, ranks: Sequence[RankValues]) -> float:
-        """Reduce the values of the publishing ranks; NaN if a mean has no weight."""
-
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """Return the accumulated values; tensors are copies."""
-
-    @abstractmethod
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None) -> None:
-        """Restore the values, with tensors on ``device``; None keeps the device of each tensor."""
-
-    def copy(self) -> Self:
-        """Return an independent copy."""
-        twin = type(self)()
-        twin.step, twin.latest, twin.is_weighted = self.step, self.latest, self.is_weighted
-        twin.load_state_dict(self.state_dict(), None)
-        return twin
-
-
-class _Sum(Accumulator):
-    __slots__ = ("_sum",)
-
-    reduce: ClassVar[Reduction] = "sum"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._sum = WeightedSum()
-
-    def add(self, value: Number, weight: Number) -> None:
-        self._sum.add(value, weight)
-
-    def merge(self, other: Self) -> None:
-        self._sum.merge(other._sum)
-
-    def numbers(self) -> list[float]:
-        return [self._sum.host, self._sum.host_weight]
-
-    def tensors(self) -> list[torch.Tensor]:
-        parts = (self._sum.tensor, self._sum.tensor_weight)
-        return [part for part in parts if part is not None]
-
-    @classmethod
-    def combine(cls, ranks: Sequence[RankValues]) -> float:
-        return _fsum([n[0] for n, _ in ranks] + [t[0] for _, t in ranks if t])
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._sum.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None) -> None:
-        self._sum.load_state_dict(state, device)
-
-
-class Mean(_Sum):
-    """Weighted mean."""
-
-    __slots__ = ()
-
-    reduce: ClassVar[Reduction] = "mean"
+        if self._sum is not None:
+            self._sum.add(value, weight)
+        elif isinstance(value, torch.Tensor):
+            value = value.detach().reshape(()).to(_zero(value.device), copy=True)
+            if self.reduce == "last":
+                self._host, self._tensor = None, value
+            elif self._tensor is None:
+                self._tensor = value
+            else:
+                pick = torch.maximum if self.reduce == "max" else torch.minimum
+                pick(self._tensor, value, out=self._tensor)
+        elif self.reduce == "last":
+            self._host, self._tensor = float(value), None
+        else:
+            known = [] if self._host is None else [self._host]
+            self._host = _extreme(self.reduce, [*known, float(value)])
 
     def add_sum(self, total: WeightedSum) -> None:
         """Accumulate a weighted sum; the caller must not use the sum afterwards."""
+        assert self._sum is not None, "only for mean and sum"
         if self._sum.is_empty:
             self._sum = total
         else:
             self._sum.merge(total)
 
+    def merge(self, other: Accumulator) -> None:
+        """Accumulate the values of the same metric on a later rank."""
+        if self._sum is not None and other._sum is not None:
+            self._sum.merge(other._sum)
+        elif self.reduce != "last":  # the earlier rank wins
+            for value in (other._host, other._tensor):
+                if value is not None:
+                    self.add(value)
+
     def rescale(self, factor: float) -> None:
-        if not self.is_weighted:
+        """Adapt to a world size ``factor`` times as large; relevant only for unweighted means."""
+        if self._sum is not None and self.reduce == "mean" and not self.is_weighted:
             self._sum.scale(factor)
 
-    @classmethod
-    def combine(cls, ranks: Sequence[RankValues]) -> float:
-        weight = _fsum([n[1] for n, _ in ranks] + [t[1] for _, t in ranks if len(t) == 2])
-        return super().combine(ranks) / weight if weight else math.nan
-
-
-class _Slot(Accumulator):
-    """Base of accumulators with a host value and a device value."""
-
-    __slots__ = ("_host", "_tensor")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._host: float | None = None
-        self._tensor: torch.Tensor | None = None
-
     def numbers(self) -> list[float]:
+        """Return the values on the host."""
+        if self._sum is not None:
+            return [self._sum.host, self._sum.host_weight]
         return [] if self._host is None else [self._host]
 
     def tensors(self) -> list[torch.Tensor]:
-        return [] if self._tensor is None else [self._tensor]
+        """Return the values on the device: 0-dim tensors of equal dtype."""
+        total = self._sum
+        found = [self._tensor] if total is None else [total.tensor, total.tensor_weight]
+        return [tensor for tensor in found if tensor is not None]
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the accumulated values; tensors are copies."""
+        if self._sum is not None:
+            return self._sum.state_dict()
         tensor = self._tensor
         return {"host": self._host, "tensor": None if tensor is None else tensor.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None) -> None:
-        self._host, tensor = state["host"], state["tensor"]
-        self._tensor = None if tensor is None else tensor.to(device=device, copy=True)
-
-
-class _Max(_Slot):
-    """Largest value; NaN if any value is NaN."""
-
-    __slots__ = ()
-
-    reduce: ClassVar[Reduction] = "max"
-    _sign = 1.0
-
-    def add(self, value: Number, weight: Number) -> None:
-        if isinstance(value, torch.Tensor):
-            value = value.detach().reshape(()).to(_zero(value.device))
-            if self._tensor is None:
-                self._tensor = value.clone()
-            else:
-                pick = torch.maximum if self._sign > 0 else torch.minimum
-                pick(self._tensor, value, out=self._tensor)
-        elif self._host is None:
-            self._host = float(value)
+        """Restore the values, with tensors on ``device``; None keeps the device of each tensor."""
+        if self._sum is not None:
+            self._sum.load_state_dict(state, device)
         else:
-            self._host = self._pick([self._host, float(value)])
+            self._host, tensor = state["host"], state["tensor"]
+            self._tensor = None if tensor is None else tensor.to(device=device, copy=True)
 
-    def merge(self, other: Self) -> None:
-        for value in (other._host, other._tensor):
-            if value is not None:
-                self.add(value, 1.0)
-
-    @classmethod
-    def combine(cls, ranks: Sequence[RankValues]) -> float:
-        return cls._pick([x for values in ranks for part in values for x in part])
-
-    @classmethod
-    def _pick(cls, values: Sequence[float]) -> float:
-        if any(math.isnan(value) for value in values):
-            return math.nan
-        return cls._sign * max(cls._sign * value for value in values)
+    def copy(self) -> Accumulator:
+        """Return an independent copy."""
+        twin = Accumulator(self.reduce)
+        twin.step, twin.latest, twin.is_weighted = self.step, self.latest, self.is_weighted
+        twin.load_state_dict(self.state_dict(), None)
+        return twin
 
 
-class _Min(_Max):
-    """Smallest value; NaN if any value is NaN."""
-
-    __slots__ = ()
-
-    reduce: ClassVar[Reduction] = "min"
-    _sign = -1.0
-
-
-class _Last(_Slot):
-    """Latest value; over ranks, the value of the lowest rank with a value."""
-
-    __slots__ = ()
-
-    reduce: ClassVar[Reduction] = "last"
-
-    def add(self, value: Number, weight: Number) -> None:
-        if isinstance(value, torch.Tensor):
-            value = value.detach().reshape(())
-            self._tensor = _zero(value.device).copy_(value)
-            self._host = None
-        else:
-            self._host, self._tensor = float(value), None
-
-    def merge(self, other: Self) -> None:
-        """Keep the own value: an earlier rank wins."""
-
-    @classmethod
-    def combine(cls, ranks: Sequence[RankValues]) -> float:
-        return next(x for values in ranks for part in values for x in part)
+def combine(reduce: str, ranks: Sequence[RankValues]) -> float:
+    """Reduce the values of the publishing ranks, in rank order; NaN for a mean without weight."""
+    if reduce == "last":
+        return next(value for rank in ranks for part in rank for value in part)
+    if reduce in ("max", "min"):
+        return _extreme(reduce, [value for rank in ranks for part in rank for value in part])
+    total = _fsum([n[0] for n, _ in ranks] + [t[0] for _, t in ranks if t])
+    if reduce == "sum":
+        return total
+    weight = _fsum([n[1] for n, _ in ranks] + [t[1] for _, t in ranks if len(t) == 2])
+    return total / weight if weight else math.nan
 
 
-ACCUMULATORS: Mapping[str, type[Accumulator]] = {
-    kind.reduce: kind for kind in (Mean, _Sum, _Max, _Min, _Last)
-}
+def _extreme(reduce: str, values: Sequence[float]) -> float:
+    """Return the largest or smallest value; NaN if any value is NaN."""
+    if any(math.isnan(value) for value in values):
+        return math.nan
+    return max(values) if reduce == "max" else min(values)
 
 
 def _zero(device: torch.device) -> torch.Tensor:

@@ -13,10 +13,8 @@ from robo_orchard_core.utils.hook import RemovableHandle
 from robo_orchard_lab.pipeline.distributed.collectives import join_by_rank
 from robo_orchard_lab.pipeline.errors import check_state_version
 from robo_orchard_lab.pipeline.metrics.accumulators import (
-    ACCUMULATORS,
     REDUCTIONS,
     Accumulator,
-    Mean,
     MetricsRecord,
     MetricValue,
     Number,
@@ -25,7 +23,7 @@ from robo_orchard_lab.pipeline.metrics.accumulators import (
     WeightedSum,
     check_scalar,
 )
-from robo_orchard_lab.pipeline.metrics.exchange import DeferredMetrics, MetricsReader
+from robo_orchard_lab.pipeline.metrics.exchange import DeferredMetrics, RankGather, read_values
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 
 Subscriber: TypeAlias = Callable[[MetricValue], Any]
@@ -77,7 +75,7 @@ class MetricsBoard:
         self._expected: list[tuple[str, str]] = []
         self._listeners: list[Listener] = []
         self._collectors: list[tuple[Callable[[], Any], Stateful | None]] = []
-        self._reader = MetricsReader()
+        self._gather = RankGather()
 
     # --- publish -----------------------------------------------------------------------------
 
@@ -121,7 +119,7 @@ class MetricsBoard:
         The board owns ``total`` afterwards; the caller must start a new sum.
         """
         accumulator = self._accumulators.get(name) or self._open(name, "mean")
-        if not isinstance(accumulator, Mean):
+        if accumulator.reduce != "mean":
             raise ValueError(f"metric {name!r} is published with reduce={accumulator.reduce!r}")
         accumulator.add_sum(total)
         accumulator.is_weighted = True
@@ -268,7 +266,7 @@ class MetricsBoard:
         accumulators: dict[str, Accumulator] = {}
         if log:
             accumulators, self._accumulators = self._accumulators, {}
-        values = self._reader.read(accumulators, due, accelerator) if log or due else []
+        values = read_values(self._gather, accumulators, due, accelerator) if log or due else []
         for metrics, _ in due:
             self._check_evaluation_names(metrics)
         if log or self._listeners:
@@ -297,7 +295,7 @@ class MetricsBoard:
         states = [(owner, owner.state_dict()) for _, owner in self._collectors if owner is not None]
         for collect, _ in tuple(self._collectors):
             collect()
-        values = self._reader.read(self._accumulators, self._deferred, accelerator)
+        values = read_values(self._gather, self._accumulators, self._deferred, accelerator)
         self._accumulators, self._deferred = accumulators, deferred
         for owner, state in states:
             owner.load_state_dict(state)
@@ -307,7 +305,7 @@ class MetricsBoard:
 
     def read_deferred(self, accelerator: Any = None) -> None:
         """Read all deferred metrics before saving a state; costs as :meth:`flush`."""
-        values = self._reader.read({}, self._pop_deferred(everything=True), accelerator)
+        values = read_values(self._gather, {}, self._pop_deferred(everything=True), accelerator)
         self._unlogged += values  # also after the run, without listeners
         self._notify(values)
 
@@ -341,7 +339,7 @@ class MetricsBoard:
         check_state_version(state, STATE_VERSION, "the metrics board")
         self._accumulators = {}
         for name, saved in state["windows"].items():
-            accumulator = self._accumulators[name] = ACCUMULATORS[saved["reduce"]]()
+            accumulator = self._accumulators[name] = Accumulator(saved["reduce"])
             accumulator.step, accumulator.latest = saved["step"], saved["latest"]
             accumulator.is_weighted = saved["weighted"]
             accumulator.load_state_dict(saved["values"], device or torch.device("cpu"))
@@ -401,7 +399,7 @@ class MetricsBoard:
                 f"metric {name!r} was published with reduce={before!r} before, got {reduce!r}; "
                 "publish it under another name"
             )
-        accumulator = self._accumulators[name] = ACCUMULATORS[reduce]()
+        accumulator = self._accumulators[name] = Accumulator(reduce)
         return accumulator
 
     def _is_due(self, metrics: DeferredMetrics) -> bool:

@@ -1,7 +1,7 @@
 """Packed device-to-host copy and all_gather of metrics.
 
-:class:`RankGather` moves numbers and tensors of any shape and dtype. :class:`MetricsReader` uses it
-at a logging point to reduce accumulators and :class:`DeferredMetrics` over the ranks.
+:class:`RankGather` moves numbers and tensors of any shape and dtype; :func:`read_values` reduces
+accumulators and :class:`DeferredMetrics` over the ranks at a logging point.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any, Protocol, TypeAlias
 import torch
 
 from robo_orchard_lab.pipeline.metrics.accumulators import (
-    ACCUMULATORS,
     Accumulator,
     MetricValue,
     RankValues,
     Reduction,
+    combine,
 )
 
 _HEADER = 4  # int64: bytes needed; bytes of label, of numbers, of tensors
@@ -220,56 +220,51 @@ def _reduce_state(tensors: list[torch.Tensor], reduce: StateReduction) -> torch.
     return stacked.amax(0) if reduce == "max" else stacked.amin(0)
 
 
-# --- reader ----------------------------------------------------------------------------------
+# --- read ------------------------------------------------------------------------------------
 
 Layout: TypeAlias = tuple[tuple[str, Reduction, int, int], ...]
 """Name, reduction, number of numbers and number of tensors of each accumulator."""
 
 
-class MetricsReader:
-    """Reader of published metrics: a single transfer, a single collective."""
+def read_values(
+    gather: RankGather,
+    accumulators: Mapping[str, Accumulator],
+    deferred: Sequence[tuple[DeferredMetrics, int]],
+    accelerator: Any,
+) -> list[MetricValue]:
+    """Reduce published metrics over all ranks: a single transfer, a single collective.
 
-    def __init__(self) -> None:
-        self._gather = RankGather()
+    Args:
+        gather: exchange with the other ranks.
+        accumulators: accumulators of this rank by name; names may differ between ranks.
+        deferred: metrics and their step, identical on all ranks.
+        accelerator: defines the ranks; None for one process.
 
-    def read(
-        self,
-        accumulators: Mapping[str, Accumulator],
-        deferred: Sequence[tuple[DeferredMetrics, int]],
-        accelerator: Any,
-    ) -> list[MetricValue]:
-        """Return the values, reduced over all ranks.
+    Raises:
+        ValueError: ranks published one name with different reductions.
+    """
+    layout = []
+    numbers: list[float] = []
+    scalars: list[torch.Tensor] = []
+    for name, accumulator in accumulators.items():
+        own_numbers, own_tensors = accumulator.numbers(), accumulator.tensors()
+        layout.append((name, accumulator.reduce, len(own_numbers), len(own_tensors)))
+        numbers += [accumulator.step, *own_numbers]
+        scalars += own_tensors
+    states = [metrics.states() for metrics, _ in deferred]
+    flat = [tensor for own in states for tensor, _ in own]
+    data = RankData(_encode_layout(tuple(layout)), numbers, [_stack(scalars), *flat])
+    ranks = gather(data, accelerator)
 
-        Args:
-            accumulators: accumulators of this rank by name; names may differ between ranks.
-            deferred: metrics and their step, identical on all ranks.
-            accelerator: defines the ranks; None for one process.
-
-        Raises:
-            ValueError: ranks published one name with different reductions.
-        """
-        layout = []
-        numbers: list[float] = []
-        scalars: list[torch.Tensor] = []
-        for name, accumulator in accumulators.items():
-            own_numbers, own_tensors = accumulator.numbers(), accumulator.tensors()
-            layout.append((name, accumulator.reduce, len(own_numbers), len(own_tensors)))
-            numbers += [accumulator.step, *own_numbers]
-            scalars += own_tensors
-        states = [metrics.states() for metrics, _ in deferred]
-        flat = [tensor for own in states for tensor, _ in own]
-        data = RankData(_encode_layout(tuple(layout)), numbers, [_stack(scalars), *flat])
-        ranks = self._gather(data, accelerator)
-
-        values = [*_combine(ranks)]
-        begin = 1  # after the scalars
-        for (metrics, step), own in zip(deferred, states, strict=True):
-            end = begin + len(own)
-            tensors = [rank.tensors[begin:end] for rank in ranks]
-            reduced = reduce_states(tensors, [reduce for _, reduce in own])
-            values += [MetricValue(n, float(v), step) for n, v in metrics.values(reduced).items()]
-            begin = end
-        return values
+    values = [*_combine(ranks)]
+    begin = 1  # after the scalars
+    for (metrics, step), own in zip(deferred, states, strict=True):
+        end = begin + len(own)
+        tensors = [rank.tensors[begin:end] for rank in ranks]
+        reduced = reduce_states(tensors, [reduce for _, reduce in own])
+        values += [MetricValue(n, float(v), step) for n, v in metrics.values(reduced).items()]
+        begin = end
+    return values
 
 
 # Names rarely change between logging points, and JSON is slow.
@@ -302,7 +297,7 @@ def _combine(ranks: Sequence[RankData]) -> Iterator[MetricValue]:
             of_rank = list(islice(numbers, n_numbers)), list(islice(scalars, n_tensors))
             values.setdefault(name, []).append(of_rank)
     for name, of_ranks in values.items():
-        yield MetricValue(name, ACCUMULATORS[reductions[name]].combine(of_ranks), steps[name])
+        yield MetricValue(name, combine(reductions[name], of_ranks), steps[name])
 
 
 def _stack(scalars: Sequence[torch.Tensor]) -> torch.Tensor:

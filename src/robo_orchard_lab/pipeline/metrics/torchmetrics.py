@@ -152,6 +152,8 @@ class ComputedMetric:
         Raises:
             MetricValueError: the metric computes something other than numbers.
         """
+        from torchmetrics import Metric
+
         try:
             with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(devices=[]):
                 warnings.simplefilter("ignore")
@@ -161,9 +163,8 @@ class ComputedMetric:
         values = list(result.values()) if isinstance(result, Mapping) else [result]
         if result is not None and not any(_size(value) == 0 for value in values):
             return list(self._to_numbers(result))
-        if is_collection(self._metric):
-            keys: Iterable[Any] = self._metric.keys()  # type: ignore[operator]  # a method
-            return [self._value_name(key) for key in keys]
+        if not isinstance(self._metric, Metric):  # a collection
+            return [self._value_name(key) for key in self._metric.keys()]  # noqa: SIM118 - no dict
         return [self._name, f"{self._name}/*"]
 
     def _copy(self) -> MetricLike:
@@ -199,13 +200,6 @@ def submetrics(metric: MetricLike) -> list[Metric]:
     from torchmetrics import Metric
 
     return [module for module in metric.modules() if isinstance(module, Metric)]
-
-
-def is_collection(metric: MetricLike) -> bool:
-    """Return True for a MetricCollection."""
-    from torchmetrics import MetricCollection
-
-    return isinstance(metric, MetricCollection)
 
 
 def _never() -> bool:
@@ -414,9 +408,7 @@ class MetricsSnapshot:
         computed: Mapping[str, ComputedMetric],
         affixes: tuple[str, str],
     ) -> None:
-        self._packed = packed
-        self._rules = rules
-        self._computed = computed
+        self._packed, self._rules, self._computed = packed, rules, computed
         self._prefix, self._suffix = affixes
         self._names: list[str] | None = None
 
@@ -449,21 +441,6 @@ class MetricsSnapshot:
         return f"{self._prefix}{name}{self._suffix}"
 
 
-def require_torchmetrics(owner: str) -> None:
-    """Import torchmetrics.
-
-    Raises:
-        PipelineConfigError: the import fails; the message has the command that installs it.
-    """
-    try:
-        import torchmetrics  # noqa: F401 - costs a second, which plain runs avoid
-    except ImportError as error:
-        raise PipelineConfigError(
-            f"{owner}: metrics need torchmetrics, which can't be imported ({error}); "
-            'pip install "robo-orchard-hooks[metrics]"'
-        ) from error
-
-
 def _reset_copy(metric: MetricLike) -> MetricLike:
     copied: MetricLike = metric.clone()
     copied.reset()
@@ -482,9 +459,13 @@ def _updater(metric: MetricLike) -> MetricLike:
 def _by_name(metrics: Any, owner: str) -> dict[str, MetricLike]:
     if isinstance(metrics, Mapping) and not metrics:
         return {}
-    require_torchmetrics(owner)
-    from torchmetrics import Metric, MetricCollection
-
+    try:
+        from torchmetrics import Metric, MetricCollection  # costs a second; plain runs avoid it
+    except ImportError as error:
+        raise PipelineConfigError(
+            f"{owner}: metrics need torchmetrics, which can't be imported ({error}); "
+            'pip install "robo-orchard-hooks[metrics]"'
+        ) from error
     if isinstance(metrics, MetricCollection):
         return {"": metrics}  # the keys of the collection are the names
     if not isinstance(metrics, Mapping):
