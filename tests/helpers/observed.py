@@ -1,4 +1,4 @@
-"""A training on shuffled, augmented data, and every hook that only looks on."""
+"""A run on shuffled, augmented data with every hook that only observes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tiny import loss_of
 
 
 class Augmented(Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
-    """Samples with noise that is drawn when they are loaded, and their number."""
+    """Dataset with noise added while loading, and the index of each sample."""
 
     def __init__(self, count: int) -> None:
         generator = torch.Generator().manual_seed(count)
@@ -60,7 +60,7 @@ def make_metrics() -> MetricCollection:
 
 
 def observing_hooks(folder: Path, log_every: str, evaluate_every: str) -> list[Any]:
-    """Every hook that only looks."""
+    """Return every hook that only observes."""
     return [
         ProgressBarHookConfig(metrics=["train/mse", "eval/val/mse"]),
         MetricsLoggerConfig(
@@ -86,9 +86,9 @@ def observing_hooks(folder: Path, log_every: str, evaluate_every: str) -> list[A
 def make_observed_trainer(
     hooks: list[Any], max_step: int, seen: list[int] | None = None, buffers: bool = True
 ) -> HookBasedTrainer:
-    """Dropout, momentum, batch normalisation; ``seen`` takes the numbers of the samples.
+    """Build a trainer with dropout, momentum and BatchNorm; ``seen`` collects sample indices.
 
-    Without ``buffers``, which DDP brings from rank to rank by itself, there is no normalisation.
+    With ``buffers=False`` there is no BatchNorm, whose buffers DDP broadcasts.
     """
     torch.manual_seed(5)
     model = torch.nn.Sequential(

@@ -1,4 +1,4 @@
-"""Hooks that publish given values of a metric, one a step, for hooks that wait for some."""
+"""Hooks that publish given values of a metric, one per step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAME = "eval/val/loss"
 
 
 class Logged(PipelineHooks):
-    """Publishes a value in each step, and asks for a logging point; None for neither."""
+    """Hook that publishes a value per step and requests a logging point; None does nothing."""
 
     def __init__(self, values: Sequence[float | None], name: str = NAME) -> None:
         super().__init__(f"publishes {name}")
@@ -29,18 +29,18 @@ class Logged(PipelineHooks):
 
 
 class Evaluated(PipelineHooks):
-    """Asks for an evaluation in each step, which defers a value, as a validation does."""
+    """Hook that requests an evaluation per step, with a deferred value as in a validation."""
 
     def __init__(self, values: Sequence[float | None], name: str = NAME) -> None:
         super().__init__(f"evaluates {name}")
         self.values, self.metric = values, name
         self.on_loop.before(self._begin)
-        self.on_step.after(self._ask)
+        self.on_step.after(self._request)
 
     def _begin(self, args: PipelineHookArgs) -> None:
         args.run.evaluations[self.name] = self._evaluate
 
-    def _ask(self, args: PipelineHookArgs) -> None:
+    def _request(self, args: PipelineHookArgs) -> None:
         if self.values[args.global_step_id] is not None:
             args.requests.evaluate("it is time", by=self.name)
 

@@ -1,4 +1,4 @@
-"""What each process of ``hooks/test_non_finite_guard.py`` runs: train with one bad rank."""
+"""Script of each process in ``hooks/test_non_finite_guard.py``: train with one bad rank."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ BAD_STEP = 3
 
 
 class Processor(SimpleBatchProcessor):
-    """Gives an infinite loss of finite gradients in one step of one rank."""
+    """Batch processor with an infinite loss and finite gradients in one step of one rank."""
 
     def __init__(self, bad_rank: int | None, rank: int) -> None:
         super().__init__()
-        self.bad = bad_rank == rank
+        self.is_bad = bad_rank == rank
         self.step = -1
 
     def forward(self, model: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         self.step += 1
         outputs, loss = loss_of(model, batch)
-        return outputs, loss + math.inf if self.bad and self.step == BAD_STEP else loss
+        return outputs, loss + math.inf if self.is_bad and self.step == BAD_STEP else loss
 
 
 def skip_the_bad_step(accumulate: int) -> PipelineHooks:
-    """What a user writes who knows which window to skip."""
+    """Return a user's hook that skips a known window."""
 
     def skip(args: PipelineHookArgs) -> None:
         if args.global_step_id // accumulate == BAD_STEP // accumulate:
@@ -46,7 +46,7 @@ def skip_the_bad_step(accumulate: int) -> PipelineHooks:
 
 
 def train(accelerator: Accelerator, hooks: Any, bad_rank: int | None) -> dict[str, Any]:
-    """The weights and the counters, and the error's text, if any."""
+    """Train; return the weights, the buffers, the counters and the error's text."""
     model = torch.nn.Sequential(make_model(), torch.nn.BatchNorm1d(2))
     trainer = HookBasedTrainer(
         accelerator,
@@ -76,7 +76,7 @@ def main(folder: Path, accumulate: int) -> None:
     late = NonFiniteGuardConfig(read="one update late")
     logged = NonFiniteGuardConfig(read="at logging points")
     known = skip_the_bad_step(accumulate)
-    train(accelerator, [], None)  # sets up what takes collectives of its own
+    train(accelerator, [], None)  # a first run makes one-time collectives
     with count_collectives() as calls:
         result: dict[str, Any] = {
             "finite": train(accelerator, [], None),

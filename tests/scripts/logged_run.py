@@ -1,6 +1,6 @@
-"""A training that publishes metrics of every kind, for tests of what is logged of it.
+"""A run that publishes metrics of every kind, for tests of logging.
 
-As a script it is what subprocesses and ranks run.
+Subprocesses and ranks run this file as a script.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EVERY = EverySteps(4) | EveryEpochs(1)
 
 
 class WeightSum:
-    """An evaluation whose value follows from a tensor, and is read later."""
+    """Deferred evaluation of a device tensor."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._sum = torch.stack([p.detach().double().sum() for p in model.parameters()])
@@ -44,7 +44,7 @@ class WeightSum:
 
 
 class Publisher(PipelineHooks):
-    """Publishes numbers and tensors, at once and gathered, in steps, updates and epochs."""
+    """Hook that publishes numbers and tensors in steps, updates and epochs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Publisher(PipelineHooks):
 
 
 class StopAfter(PipelineHooks):
-    """Calls a function at the end of a step."""
+    """Hook that calls a function at the end of a step."""
 
     def __init__(self, step: int, call: Any) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class StopAfter(PipelineHooks):
 def logged_trainer(
     path: Path, *hooks: PipelineHooks, accumulate: int = 2, **options: Any
 ) -> HookBasedTrainer:
-    """A trainer of batches of 4, 7 in an epoch, that writes what it publishes to a file."""
+    """Build a trainer with 7 batches of 4 per epoch that logs to a file."""
     sinks = {"file": JsonLinesSinkConfig(path=str(path))}
     logger = MetricsLogger(MetricsLoggerConfig(every=EVERY, sinks=sinks))
     return make_trainer([logger, Publisher(), *hooks], accumulate=accumulate, **options)
@@ -116,7 +116,7 @@ def main(kind: str, folder: Path) -> None:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
         logged_trainer(path, max_epoch=4, resume_from=folder / "saved")()
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)  # other files are written at the exit
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)  # the exit writes other files
     elif kind == "ranks":
         stop = StopAfter(6, lambda args: args.requests.stop("enough"))
         trainer = logged_trainer(path, stop, max_epoch=4)
@@ -125,8 +125,8 @@ def main(kind: str, folder: Path) -> None:
         trainer()
         publisher = next(hook for hook in trainer.hooks.all_hooks() if isinstance(hook, Publisher))
         rank = trainer.accelerator.process_index
-        told = {"losses": publisher.losses, "logged": logged}
-        (folder / f"rank{rank}.json").write_text(json.dumps(told), encoding="utf-8")
+        result = {"losses": publisher.losses, "logged": logged}
+        (folder / f"rank{rank}.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

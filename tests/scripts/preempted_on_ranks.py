@@ -1,7 +1,7 @@
-"""What each process of ``test_preemption_processes.py`` runs: one training after another.
+"""Script of each process in ``test_preemption_processes.py``: a sequence of trainings.
 
-Each is interrupted in another place. There, a rank tells its process by a file, and waits for the
-file that says that the signal was sent.
+Each training is interrupted at another position. There, a rank writes its process id to a file,
+and waits for the file that confirms the signal.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tiny import equal, make_loader, make_model, make_trainer, weights
 
 
 class Waiting(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Samples of which one waits for the signal, where it is loaded."""
+    """Dataset with one sample per rank that waits for the signal while loading."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.folder, self.rank, self.process = folder, rank, os.getpid()
@@ -59,7 +59,7 @@ def wait_for_signal(folder: Path, kind: str, rank: int, process: int) -> None:
 
 
 class Planted(PipelineHooks):
-    """Waits for the signal where it is to come."""
+    """Hook that waits for the signal at a given position."""
 
     def __init__(self, folder: Path, kind: str, rank: int) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Planted(PipelineHooks):
 
 
 def make(folder: Path, kind: str, rank: int, **options: Any) -> HookBasedTrainer:
-    """A training with what the kind needs, in a folder of its own."""
+    """Build the trainer for a kind of interruption."""
     hooks: list[Any] = [PreemptionConfig(), SaveCheckpointConfig(every=None)]
     hooks.append(Planted(folder, kind, rank))
     loader: Any = make_loader(40, batch_size=2, shuffle=True)
@@ -96,16 +96,16 @@ def make(folder: Path, kind: str, rank: int, **options: Any) -> HookBasedTrainer
         hooks.append(ValidationHookConfig(every="at steps 5")(dataloaders={"val": val}))
     elif kind == "data":
         loader = DataLoader(Waiting(folder, rank), batch_size=4, num_workers=2, prefetch_factor=1)
-    elif kind == "time":  # of which only the first rank's counts
+    elif kind == "time":  # only the first rank's limit counts
         age_s = time.time() - psutil.Process().create_time()
-        limit_s = round(age_s) + 12  # alike on both ranks, which were started together
+        limit_s = round(age_s) + 12  # equal on both ranks, started together
         hooks.append(TimeLimitConfig(limit=broadcast_object_list([limit_s])[0], margin=10))
     model = torch.nn.Sequential(make_model(), torch.nn.Dropout(0.5))
     return make_trainer(hooks, loader=loader, model=model, **options)
 
 
 def train(folder: Path, kind: str, rank: int) -> dict[str, Any]:
-    """Until the signal, or the time limit; how it ended, and what was saved."""
+    """Train until the signal or the time limit; return the end and the checkpoints."""
     run_folder = folder / kind
     trainer = make(folder, kind, rank, max_epoch=10_000, run_folder=run_folder)
     code = None
@@ -128,16 +128,18 @@ def train(folder: Path, kind: str, rank: int) -> dict[str, Any]:
 
 
 def resumes_exactly(folder: Path, kind: str, rank: int, stopped_at: int) -> bool:
-    """Whether a run that goes on is that which was never stopped, five steps later."""
+    """Return True if a resumed run equals an uninterrupted run five steps later."""
     if kind == "time":
         return True  # a new limit would stop it
     limit = stopped_at + 5
-    straight = make(folder, kind, rank, max_step=limit, run_folder=folder / "straight" / kind)
-    straight()
+    uninterrupted = make(
+        folder, kind, rank, max_step=limit, run_folder=folder / "uninterrupted" / kind
+    )
+    uninterrupted()
     resumed = make(folder, kind, rank, max_step=limit, run_folder=folder / kind, resume_from="auto")
     assert resumed.progress.global_step_id == stopped_at
     resumed()
-    return equal(weights(resumed.model), weights(straight.model))
+    return equal(weights(resumed.model), weights(uninterrupted.model))
 
 
 def main(folder: Path, kinds: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What each process of ``hooks/test_tracking_on_ranks.py`` runs: train, then save what was told."""
+"""Script of each process in ``hooks/test_tracking_on_ranks.py``: train and save the records."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tiny import make_model
 
 
 class Losses(SimpleBatchProcessor):
-    """The batches are the losses; the second rank's have three times the samples."""
+    """Batch processor with batches as losses; those of rank 1 count three samples."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -45,21 +45,21 @@ def main(folder: Path) -> None:
     rank = accelerator.process_index
     model = make_model()
     records: list[list[Any]] = []
-    asked: list[str] = []
+    requested_by: list[str] = []
     hooks = PipelineHooks("listens")
 
     @hooks.on_loop.before
     def listen(args: PipelineHookArgs) -> None:
         args.metrics.listen(lambda r: records.append([[v.name, v.step, v.value] for v in r.values]))
-        args.requests.listen(lambda request: asked.append(request.by))
+        args.requests.listen(lambda request: requested_by.append(request.by))
 
     hooks.register_at_commit(lambda args: args.requests.log("it is time"), "2 steps")
     file = folder / "best.safetensors"
     keep = KeepBestConfig(monitor="loss/total", mode="min", path=file)()
-    if len(sys.argv) > 2:  # as if resumed: what the first rank finds in its file counts
+    if len(sys.argv) > 2:  # as if resumed: the file of the first rank counts
 
         @hooks.on_loop.before
-        def look_elsewhere(args: PipelineHookArgs) -> None:
+        def use_another_path(args: PipelineHookArgs) -> None:
             keep.cfg.path = file if rank == 0 else folder / "unseen.safetensors"
 
         keep.load_state_dict({"version": 1, "best": {"value": 11.0, "step": 1, "since": 0}})
@@ -91,8 +91,8 @@ def main(folder: Path) -> None:
         "reason": request and request.reason,
         "best": [keep.best_value, keep.best_step],
         "metadata": metadata,
-        "collectives": len(calls) - 1,  # that at the start compares the hooks
-        "saves": asked.count("KeepBest"),
+        "collectives": len(calls) - 1,  # without the comparison of hooks at the start
+        "saves": requested_by.count("KeepBest"),
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(result))
 

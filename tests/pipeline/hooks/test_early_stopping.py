@@ -61,7 +61,7 @@ def build(
     case: str, source: str = "logged", **options: Any
 ) -> tuple[HookBasedTrainer, EarlyStopping]:
     mode, fields, values, *_ = TABLE[case]
-    values = [*values, None]  # so that the run could go on
+    values = [*values, None]  # the run could continue
     stopping = EarlyStoppingConfig(monitor=NAME, mode=mode, **fields)()  # type: ignore[arg-type]  # from a table
     options = {"max_step": len(values), **options}
     return make_trainer([stopping, SOURCES[source](values)], **options), stopping
@@ -94,16 +94,16 @@ def test_run_stops_at_the_expected_step(case: str, source: str) -> None:
 @pytest.mark.parametrize("case", TABLE)
 def test_resumed_run_stops_at_the_same_step(case: str, tmp_path: Path) -> None:
     """A run saved after any step and resumed ends like an uninterrupted run."""
-    straight = build(case)
-    straight[0]()
-    for step in range(1, straight[0].progress.global_step_id + 1):
+    uninterrupted = build(case)
+    uninterrupted[0]()
+    for step in range(1, uninterrupted[0].progress.global_step_id + 1):
         first, _ = build(case, max_step=step)
-        with suppress(UnknownMetricError):  # where there was no value yet
+        with suppress(UnknownMetricError):  # no value yet
             first()
         first.save_checkpoint(tmp_path / str(step))
         resumed = build(case, resume_from=tmp_path / str(step))
         resumed[0]()
-        assert outcome(*resumed) == outcome(*straight)
+        assert outcome(*resumed) == outcome(*uninterrupted)
 
 
 def test_stop_reason_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -111,8 +111,8 @@ def test_stop_reason_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     for case in ("worse for a while", "nothing but NaN", "passed"):
         build(case)[0]()
-    told = [r.getMessage().partition("skipped): ")[2] for r in caplog.records]
-    assert [text for text in told if text] == [
+    reasons = [r.getMessage().partition("skipped): ")[2] for r in caplog.records]
+    assert [text for text in reasons if text] == [
         f"{NAME} did not improve on 2.0000 (step 3) in 2 evaluations, requested by EarlyStopping",
         f"{NAME} had no finite value in 3 evaluations, requested by EarlyStopping",
         f"{NAME} is 0.5000, which reaches stop_on=0.9, requested by EarlyStopping",
@@ -167,7 +167,7 @@ def test_unknown_metric_is_refused(source: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({}, "set patience"),
         ({"patience": 0}, "patience"),
@@ -178,9 +178,9 @@ def test_unknown_metric_is_refused(source: str) -> None:
         ({"patience": 1, "mode": "best"}, "mode"),
     ],
 )
-def test_invalid_fields_are_refused(fields: dict[str, Any], told: str) -> None:
+def test_invalid_fields_are_refused(fields: dict[str, Any], message: str) -> None:
     """Fields out of range, and configs that never stop, are refused."""
-    with pytest.raises(ValidationError, match=told):
+    with pytest.raises(ValidationError, match=message):
         EarlyStoppingConfig(**{"monitor": NAME, "mode": "min", **fields})
 
 

@@ -104,7 +104,7 @@ def test_warm_up_follows_formula() -> None:
     make_trainer([followed, ema], model=model, max_epoch=2)()
     decays = [0.0, 0.0]
     decays += [min(0.6, max(0.1, 1 - (1 + t / 2.0) ** -0.75)) for t in range(STEPS - 2)]
-    assert {0.1, 0.6} < set(decays)  # both bounds are met
+    assert {0.1, 0.6} < set(decays)  # both bounds are reached
     expected = closed_form([start, *followed.seen], decays)
     torch.testing.assert_close(shadows(ema), expected, rtol=1e-12, atol=0)
 
@@ -250,12 +250,12 @@ def test_resume_is_exact(at: int, tmp_path: Path) -> None:
         trainer()
         return trainer, ema
 
-    _, straight = run(100)
+    _, uninterrupted = run(100)
     half, ended = run(at)
     half.save_checkpoint(tmp_path / "half")
     _, resumed = run(100, tmp_path / "half")
     assert equal(list(starts[-1].values()), list(ended.weights().values()))
-    expected, found = straight.state_dict(), resumed.state_dict()
+    expected, found = uninterrupted.state_dict(), resumed.state_dict()
     assert found["updates"] == expected["updates"] == 8
     for part in ("shadows", "copies"):
         assert list(found[part]) == list(expected[part])
@@ -325,7 +325,7 @@ def test_actions_on_the_applied_average_are_refused() -> None:
     assert equal(weights(model), own)
 
     careless = PipelineHooks()
-    scopes: list[AbstractContextManager[None]] = []  # one that nobody keeps is left at once
+    scopes: list[AbstractContextManager[None]] = []  # an unreferenced context exits at once
 
     @careless.on_step.before
     def forget(args: PipelineHookArgs) -> None:
@@ -390,7 +390,7 @@ def test_tied_frozen_and_integer_parameters(tmp_path: Path) -> None:
 def test_thawed_parameter_is_averaged_from_first_update() -> None:
     """The average of a thawed parameter equals one kept from the start."""
     found = []
-    for early in (True, False):  # EMA entered before or after what freezes
+    for early in (True, False):  # EMA entered before or after the freezing hook
         model = make_model()
         start = [w.double() for w in weights(model)]
         followed, ema = Recorder(), EMAConfig(decay=0.7, shadow_dtype="float64")()
@@ -481,7 +481,7 @@ def test_average_is_exported_at_the_end(end: str, tmp_path: Path) -> None:
 
         @stopping.on_loop.before
         def offer(args: PipelineHookArgs) -> None:
-            # As early stopping does, it asks in an evaluation, when every epoch hook has been left.
+            # Like early stopping, request in an evaluation, after every epoch hook.
             args.run.evaluations["stopping"] = lambda args: args.requests.stop("no better")
 
         @stopping.on_epoch.after

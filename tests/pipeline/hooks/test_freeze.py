@@ -84,7 +84,7 @@ def test_resume_is_exact(at: int, accumulate: int, tmp_path: Path) -> None:
     def stop_there(args: PipelineHookArgs) -> None:
         args.requests.stop("enough")
 
-    straight = run(config, max_epoch=2, accumulate=accumulate)
+    uninterrupted = run(config, max_epoch=2, accumulate=accumulate)
     half = run(config, max_epoch=2, accumulate=accumulate, hooks=[stop])
     half.save_checkpoint(tmp_path / "half")
     resumed = run(
@@ -94,7 +94,7 @@ def test_resume_is_exact(at: int, accumulate: int, tmp_path: Path) -> None:
         accumulate=accumulate,
         resume_from=tmp_path / "half",
     )
-    assert equal(weights(resumed.model), weights(straight.model))
+    assert equal(weights(resumed.model), weights(uninterrupted.model))
 
 
 def test_previously_frozen_parameters_stay_frozen() -> None:
@@ -151,7 +151,7 @@ class Backbone(torch.nn.Module):
 def test_frozen_modules_stay_in_evaluation_mode() -> None:
     """With eval_mode, a frozen module keeps its statistics until the thaw."""
     model = Backbone()
-    model.backbone[3].eval()  # not to be put in training mode by the thaw
+    model.backbone[3].eval()  # the thaw must keep evaluation mode
     watcher = PipelineHooks()
     modes: list[list[bool]] = []
     statistics: list[torch.Tensor] = []
@@ -178,7 +178,7 @@ def test_frozen_modules_stay_in_evaluation_mode() -> None:
 def test_partly_trained_modules_stay_in_training_mode() -> None:
     """A module with a trainable parameter stays in training mode, with its submodules."""
     model = Backbone()
-    model.get_parameter("backbone.1.bias").requires_grad_(False)  # and so frozen without a pattern
+    model.get_parameter("backbone.1.bias").requires_grad_(False)  # frozen without a pattern
     watcher = PipelineHooks()
 
     @watcher.on_batch.before

@@ -76,7 +76,7 @@ def test_known_norm_is_reused_for_clipping(asked_first: bool, order: float) -> N
     assert equal(weights(model), plain_weights([("norm", 0.05, order)]))
     if asked_first:
         assert counted.norms == 7
-    else:  # asked for by its order, it is that of the gradients as they are
+    else:  # an explicit order measures the current gradients
         assert all(norm <= 0.05 * 1.001 for norm in norms.found)
 
 

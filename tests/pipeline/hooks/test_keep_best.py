@@ -85,7 +85,7 @@ class Run:
         )
 
     def __call__(self) -> None:
-        with suppress(UnknownMetricError):  # where there was no value yet
+        with suppress(UnknownMetricError):  # no value yet
             self.trainer()
 
     def metadata(self) -> dict[str, str] | None:
@@ -122,28 +122,28 @@ def test_file_has_the_best_weights(case: str, source: str, tmp_path: Path) -> No
     }
 
 
-@pytest.mark.parametrize("later", [False, True], ids=["as saved", "the file came further"])
+@pytest.mark.parametrize("later", [False, True], ids=["as saved", "newer file"])
 @pytest.mark.parametrize("case", TABLE)
 def test_resumed_run_ends_with_the_same_file(case: str, later: bool, tmp_path: Path) -> None:
     """A run saved after any step, and possibly continued beyond, ends with the same file."""
-    straight = Run(case, tmp_path / "straight")
-    straight()
-    for step in range(1, len(straight.values)):
+    uninterrupted = Run(case, tmp_path / "uninterrupted")
+    uninterrupted()
+    for step in range(1, len(uninterrupted.values)):
         folder = tmp_path / str(step)
         first = Run(case, folder, max_step=step)
         first()
         first.trainer.save_checkpoint(folder / "saved")
-        if later and straight.file.exists():
-            shutil.copy(straight.file, folder)
+        if later and uninterrupted.file.exists():
+            shutil.copy(uninterrupted.file, folder)
         resumed = Run(case, folder, resume_from=folder / "saved")
         resumed()
-        assert resumed.metadata() == straight.metadata()
-        assert resumed.keep.best_value == straight.keep.best_value
-        assert resumed.keep.best_step == straight.keep.best_step
+        assert resumed.metadata() == uninterrupted.metadata()
+        assert resumed.keep.best_value == uninterrupted.keep.best_value
+        assert resumed.keep.best_step == uninterrupted.keep.best_step
         if later:
             assert resumed.saves == []
         else:
-            assert first.saves + resumed.saves == straight.saves
+            assert first.saves + resumed.saves == uninterrupted.saves
 
 
 def test_resumed_run_logs_the_state_of_the_file(
@@ -155,28 +155,28 @@ def test_resumed_run_logs_the_state_of_the_file(
     first()
     first.trainer.save_checkpoint(tmp_path / "saved")
 
-    def told() -> list[str]:
+    def logged() -> list[str]:
         caplog.clear()
         Run("rising", tmp_path, resume_from=tmp_path / "saved")()
         return [record.getMessage() for record in caplog.records]
 
-    assert told() == []
+    assert logged() == []
     keep = KeepBestConfig(monitor=NAME, mode="min", path=first.file)
     make_trainer([keep, Logged([0.25])], max_step=1)()
-    assert told() == [
+    assert logged() == [
         f"KeepBest: keeping {first.file} with {NAME} 0.2500 (step 1), better than the resumed "
         "run's best value"
     ]
-    lost = (
+    warning = (
         f"KeepBest: {first.file} lacks the best weights of the resumed run ({NAME} 1.0000); the "
         "next better value overwrites the file"
     )
     first.file.write_bytes(b"something else")
-    assert told() == [lost]
+    assert logged() == [warning]
     first.file.unlink()
-    assert told() == [lost]
+    assert logged() == [warning]
     make_trainer([keep.replace(mode="max"), Logged([9])], max_step=1)()
-    assert told() == [lost]
+    assert logged() == [warning]
 
 
 def test_new_run_overwrites_an_old_file(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_unknown_metric_is_refused(source: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"path": "best.pt"}, r"expected a file name ending in \.safetensors, got 'best.pt'"),
         ({"path": ""}, "ending in"),
@@ -285,9 +285,9 @@ def test_unknown_metric_is_refused(source: str, tmp_path: Path) -> None:
         ({"mode": "least"}, "mode"),
     ],
 )
-def test_invalid_fields_are_refused(fields: dict[str, Any], told: str) -> None:
+def test_invalid_fields_are_refused(fields: dict[str, Any], message: str) -> None:
     """Fields out of range and files with another suffix are refused."""
-    with pytest.raises(ValidationError, match=told):
+    with pytest.raises(ValidationError, match=message):
         KeepBestConfig(**{"monitor": NAME, "mode": "min", "path": FILE, **fields})
 
 
@@ -311,7 +311,7 @@ def test_hook_does_not_affect_training(tmp_path: Path) -> None:
 
     def keep() -> KeepBest:
         path = tmp_path / FILE
-        path.unlink(missing_ok=True)  # what an earlier run has found is not this one's
+        path.unlink(missing_ok=True)  # independent of an earlier run
         return KeepBestConfig(monitor=NAME, mode="min", path=path)()
 
     for source in SOURCES.values():

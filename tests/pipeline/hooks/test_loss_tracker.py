@@ -34,7 +34,7 @@ class Notes(PipelineHooks):
     def __init__(self, log_every: str) -> None:
         super().__init__("notes")
         self.losses: list[tuple[float, int]] = []
-        self.told: dict[str, ByStep] = {}
+        self.logged: dict[str, ByStep] = {}
         self.on_loop.before(lambda args: args.metrics.listen(self._tell))
         self.on_step.after(self._note)
         self.register_at_commit(lambda args: args.requests.log("it is time"), log_every)
@@ -46,7 +46,7 @@ class Notes(PipelineHooks):
     def _tell(self, record: Any) -> None:
         for value in record.values:
             if not record.partial:
-                self.told.setdefault(value.name, {})[value.step] = value.value
+                self.logged.setdefault(value.name, {})[value.step] = value.value
 
 
 def mean(losses: Iterable[tuple[float, int]]) -> float:
@@ -66,16 +66,16 @@ def approx(by_step: ByStep) -> Any:
 def test_means_equal_a_plain_loop(every: int) -> None:
     """Means of windows and epochs are exact for uneven batches, in any alignment."""
     notes = Notes(f"{every} steps")
-    loader = make_loader(batches=4, batch_size=4, rest=1)  # 5 steps an epoch
+    loader = make_loader(batches=4, batch_size=4, rest=1)  # 5 steps per epoch
     make_trainer([notes, LossTrackerConfig()], loader=loader, max_epoch=5)()
     losses = notes.losses
     assert len(losses) == 25
     windows = {end: mean(losses[end - every : end]) for end in range(every, 26, every)}
-    assert notes.told["loss/total"] == approx(windows)
+    assert notes.logged["loss/total"] == approx(windows)
     if every <= 3:  # at most one epoch ends between two logging points
         logged = 25 // every * every
         epochs = {end: mean(losses[end - 5 : end]) for end in range(5, logged + 1, 5)}
-        assert notes.told["loss/total_epoch"] == approx(epochs)
+        assert notes.logged["loss/total_epoch"] == approx(epochs)
 
 
 def test_long_window_is_exact() -> None:
@@ -84,7 +84,7 @@ def test_long_window_is_exact() -> None:
     loader = make_loader(batches=30, batch_size=2, rest=1)
     make_trainer([notes, LossTrackerConfig()], loader=loader, max_step=195)()
     ends = [0, 64, 129, 130, 195]
-    assert notes.told["loss/total"] == approx(
+    assert notes.logged["loss/total"] == approx(
         {end: mean(notes.losses[a:end]) for a, end in pairwise(ends)}
     )
 
@@ -113,15 +113,15 @@ def test_means_are_weighted() -> None:
     assert {weight for _, weight in weighed} == {0, 1, 2, 3}
     ends = [0, 64, 129, 130, 195]
     expected = {end: mean(weighed[a:end]) for a, end in pairwise(ends)}
-    assert notes.told["loss/total"] == approx(expected)
+    assert notes.logged["loss/total"] == approx(expected)
     halves = {end: value / 2 for end, value in expected.items()}
-    assert notes.told["loss/half"] == pytest.approx(halves, rel=1e-6)
+    assert notes.logged["loss/half"] == pytest.approx(halves, rel=1e-6)
 
 
 def test_incomplete_epoch_has_no_mean() -> None:
     """A run that ends in its second epoch publishes only the mean of the first."""
-    told = run_hook(LossTrackerConfig(), steps=6).metrics  # 4 steps an epoch
-    assert list(told["loss/total_epoch"]) == [4]
+    metrics = run_hook(LossTrackerConfig(), steps=6).metrics  # 4 steps per epoch
+    assert list(metrics["loss/total_epoch"]) == [4]
 
 
 def test_nan_loss_makes_its_means_nan() -> None:
@@ -133,9 +133,9 @@ def test_nan_loss_makes_its_means_nan() -> None:
         return None, model(batch[0]).square().mean() * next(factors)
 
     processor = SimpleBatchProcessor.from_callable(forward, need_backward=False)
-    told = run_hook(LossTrackerConfig(), batch_processor=processor, epochs=2).metrics
-    assert [math.isnan(x) for x in told["loss/total"].values()] == [False, True] + [False] * 6
-    assert [math.isnan(x) for x in told["loss/total_epoch"].values()] == [True, False]
+    metrics = run_hook(LossTrackerConfig(), batch_processor=processor, epochs=2).metrics
+    assert [math.isnan(x) for x in metrics["loss/total"].values()] == [False, True] + [False] * 6
+    assert [math.isnan(x) for x in metrics["loss/total_epoch"].values()] == [True, False]
 
 
 def test_no_loss_has_no_mean() -> None:
@@ -147,13 +147,13 @@ def test_no_loss_has_no_mean() -> None:
 class Counting(SimpleBatchProcessor):
     """Batch processor that counts samples, and the calls of its count."""
 
-    asked = 0
+    calls = 0
 
     def forward(self, model: Any, batch: Any) -> tuple[Any, torch.Tensor]:
         return {}, model(batch["x"]).square().mean() * 0 + batch["loss"]
 
     def count_samples(self, batch: Any) -> int:
-        self.asked += 1
+        self.calls += 1
         return int(batch["count"])
 
 
@@ -166,7 +166,7 @@ def test_batch_processor_counts_samples() -> None:
     trackers[1].name = "another"
     run = run_hook(trackers, data=data, batch_processor=processor, steps=2, log_every="2 steps")
     assert run.metrics["loss/total"] == {2: 2.0}
-    assert processor.asked == 2
+    assert processor.calls == 2
 
 
 OUTPUTS: dict[str, tuple[Any, str]] = {
@@ -202,12 +202,12 @@ def test_named_losses_are_found(where: str) -> None:
         epochs=1,
         log_every="1 epoch",
     )
-    told = {name: by_step[4] for name, by_step in run.metrics.items()}
-    total = told["loss/total"]
-    assert told["loss/twice"] == told["loss/twice_epoch"] == pytest.approx(2 * total)
-    assert told["loss/half"] == pytest.approx(total / 2, rel=1e-2)
-    assert told["loss/number"] == told["loss/number_epoch"] == pytest.approx(total + 1)
-    assert told["loss/7"] == 7
+    metrics = {name: by_step[4] for name, by_step in run.metrics.items()}
+    total = metrics["loss/total"]
+    assert metrics["loss/twice"] == metrics["loss/twice_epoch"] == pytest.approx(2 * total)
+    assert metrics["loss/half"] == pytest.approx(total / 2, rel=1e-2)
+    assert metrics["loss/number"] == metrics["loss/number_epoch"] == pytest.approx(total + 1)
+    assert metrics["loss/7"] == 7
     assert list(run.metrics) == [
         *(f"loss/{n}_epoch" for n in ("total", *values)),
         *(f"loss/{n}" for n in ("total", *values)),
@@ -237,12 +237,12 @@ def test_only_listed_losses_are_tracked() -> None:
     """loss_names excludes other outputs of any type."""
     values = {"box": lambda loss: loss, "boxes": lambda loss: torch.zeros(5, 4)}
     cfg = LossTrackerConfig(losses_key="", loss_names=["box"])
-    told = run_hook(cfg, batch_processor=named(lambda x: x, values), steps=2).metrics
-    assert list(told) == ["loss/total", "loss/box"]
+    metrics = run_hook(cfg, batch_processor=named(lambda x: x, values), steps=2).metrics
+    assert list(metrics) == ["loss/total", "loss/box"]
 
 
 @pytest.mark.parametrize(
-    ("cfg", "outputs", "error", "told"),
+    ("cfg", "outputs", "error", "message"),
     [
         (
             {"losses_key": "loses"},
@@ -269,29 +269,29 @@ def test_only_listed_losses_are_tracked() -> None:
     ],
 )
 def test_invalid_outputs_are_refused(
-    cfg: dict[str, Any], outputs: Any, error: type[Exception], told: str
+    cfg: dict[str, Any], outputs: Any, error: type[Exception], message: str
 ) -> None:
     """The error comes in the first step before its update, with hook, field and names."""
     processor = SimpleBatchProcessor.from_callable(
         lambda model, batch: (outputs, model(batch[0]).square().mean())
     )
     trainer = make_trainer(LossTrackerConfig(**cfg), batch_processor=processor, max_step=3)
-    with pytest.raises(error, match=told) as raised:
+    with pytest.raises(error, match=message) as raised:
         trainer()
     assert "LossTracker" in "".join([str(raised.value), *raised.value.__notes__])
     assert trainer.progress.optimizer_step_id == 0
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"loss_names": ["box"]}, "needs losses_key"),
         ({"losses_key": "", "loss_names": []}, "loss_names"),
     ],
 )
-def test_invalid_fields_are_refused(fields: dict[str, Any], told: str) -> None:
+def test_invalid_fields_are_refused(fields: dict[str, Any], message: str) -> None:
     """loss_names needs losses_key and at least one name."""
-    with pytest.raises(ValidationError, match=told):
+    with pytest.raises(ValidationError, match=message):
         LossTrackerConfig(**fields)
 
 
@@ -349,8 +349,8 @@ def test_two_hooks_publish_separately() -> None:
     first, second = LossTrackerConfig()(), LossTrackerConfig(losses_key="")()
     second.name = "named losses"
     processor = named(lambda x: x, {"twice": lambda loss: loss * 2})
-    told = run_hook([first, second], batch_processor=processor, steps=1).metrics
-    assert told["loss/twice"][1] == pytest.approx(2 * told["loss/total"][1])
+    metrics = run_hook([first, second], batch_processor=processor, steps=1).metrics
+    assert metrics["loss/twice"][1] == pytest.approx(2 * metrics["loss/total"][1])
 
 
 def test_failed_step_is_not_tracked() -> None:

@@ -196,16 +196,16 @@ def test_collection_names_its_metrics() -> None:
 
 def test_epoch_values_reach_subscribers() -> None:
     """Epoch values arrive with the logging point after the epoch."""
-    told: list[MetricValue] = []
+    received: list[MetricValue] = []
     hooks = PipelineHooks("waiting")
 
     @hooks.on_loop.before
     def wait(args: PipelineHookArgs) -> None:
-        args.metrics.subscribe("train/accuracy_epoch", told.append, who="waiting")
+        args.metrics.subscribe("train/accuracy_epoch", received.append, who="waiting")
 
     tracker = MetricTrackerConfig()(metrics={"accuracy": MulticlassAccuracy(2)})
     train(tracker, hooks, Notes("2 steps"))
-    assert [value.step for value in told] == [5, 10]
+    assert [value.step for value in received] == [5, 10]
 
 
 class AccuracyConfig(ClassConfig[MulticlassAccuracy]):
@@ -300,13 +300,15 @@ def test_state_of_another_version_is_refused() -> None:
 @pytest.mark.parametrize("logs", [None, "7 steps"])
 def test_subscribers_receive_values_at_epoch_end(logs: str | None) -> None:
     """Values arrive also with rare or no logging points, the last epoch included."""
-    told: list[int] = []
+    received: list[int] = []
     waits = PipelineHooks("waits")
 
     @waits.on_loop.before
     def subscribe(args: PipelineHookArgs) -> None:
-        args.metrics.subscribe("train/squared_error_epoch", lambda v: told.append(v.step), "waits")
+        args.metrics.subscribe(
+            "train/squared_error_epoch", lambda v: received.append(v.step), "waits"
+        )
 
     hooks = [waits, MetricTrackerConfig()(metrics=make_metrics())]
     train(*hooks, *([Notes(logs)] if logs is not None else []), max_step=15)
-    assert told == [5, 10, 15]
+    assert received == [5, 10, 15]

@@ -38,7 +38,7 @@ class ListSink:
 
     def __init__(self, fails_in: str = "", at: int = 0) -> None:
         self.fails_in, self.at = fails_in, at
-        self.told: list[Any] = []
+        self.calls: list[Any] = []
 
     def _fail(self, method: str, step: int | None = None) -> None:
         if self.fails_in == method and (step is None or step >= self.at):
@@ -46,15 +46,15 @@ class ListSink:
 
     def open(self, args: PipelineHookArgs) -> None:
         self._fail("open")
-        self.told.append("open")
+        self.calls.append("open")
 
     def write(self, record: MetricsRecord) -> None:
         self._fail("write", record.global_step_id)
-        self.told.append(record.global_step_id)
+        self.calls.append(record.global_step_id)
 
     def close(self) -> None:
         self._fail("close")
-        self.told.append("close")
+        self.calls.append("close")
 
 
 def logging_to(*sinks: ListSink, every: str = "4 steps") -> MetricsLogger:
@@ -65,14 +65,14 @@ def test_records_follow_the_trigger() -> None:
     """Each due step and epoch has a record, and the end of a run a partial one."""
     sink = ListSink()
     make_trainer([logging_to(sink, every="5 steps | 1 epoch"), Publisher()], max_step=17)()
-    assert sink.told == ["open", 5, 7, 10, 14, 15, 17, "close"]
+    assert sink.calls == ["open", 5, 7, 10, 14, 15, 17, "close"]
 
 
 def test_records_without_metrics_are_empty() -> None:
     """A logging point without metrics writes a record; the end of a run does not."""
     sink = ListSink()
     make_trainer([logging_to(sink)], max_step=6)()
-    assert sink.told == ["open", 4, "close"]
+    assert sink.calls == ["open", 4, "close"]
 
 
 def test_logging_does_not_change_weights(tmp_path: Path) -> None:
@@ -85,17 +85,17 @@ def test_logging_does_not_change_weights(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """Return the file of an uninterrupted run of four epochs."""
-    path = tmp_path_factory.mktemp("straight") / "metrics.jsonl"
+    path = tmp_path_factory.mktemp("uninterrupted") / "metrics.jsonl"
     logged_trainer(path, max_epoch=4)()
     return path.read_bytes()
 
 
-def test_file_has_the_published_values(straight: bytes, tmp_path: Path) -> None:
+def test_file_has_the_published_values(uninterrupted: bytes, tmp_path: Path) -> None:
     """Each record has the metrics of its window, at their steps."""
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(straight)
+    path.write_bytes(uninterrupted)
     records = read_metrics(path)
     assert [r.global_step_id for r in records] == [4, 7, 8, 12, 14, 16, 20, 21, 24, 28]
     assert not any(r.partial for r in records)
@@ -116,7 +116,7 @@ def stopping(step: int) -> StopAfter:
 
 @pytest.mark.parametrize("steps", [(1,), (4,), (5,), (7,), (14,), (3, 6), (8, 9, 10), (27,)])
 def test_resumed_run_writes_the_same_file(
-    steps: tuple[int, ...], straight: bytes, tmp_path: Path
+    steps: tuple[int, ...], uninterrupted: bytes, tmp_path: Path
 ) -> None:
     """The file is byte-identical after stops within a window, at its end or an epoch's end."""
     path, saved = tmp_path / "metrics.jsonl", None
@@ -127,13 +127,13 @@ def test_resumed_run_writes_the_same_file(
         saved = tmp_path / f"saved{step}"
         trainer.save_checkpoint(saved)
     logged_trainer(path, max_epoch=4, resume_from=saved)()
-    assert path.read_bytes() == straight
+    assert path.read_bytes() == uninterrupted
 
 
 def test_extended_run_writes_the_same_file(tmp_path: Path) -> None:
     """The partial record of the first end is replaced when the run continues."""
-    path, straight = tmp_path / "metrics.jsonl", tmp_path / "straight.jsonl"
-    logged_trainer(straight, accumulate=1, max_step=26)()
+    path, uninterrupted = tmp_path / "metrics.jsonl", tmp_path / "uninterrupted.jsonl"
+    logged_trainer(uninterrupted, accumulate=1, max_step=26)()
     saved = None
     for step in (5, 9, 26):
         trainer = logged_trainer(path, accumulate=1, max_step=step, resume_from=saved)
@@ -142,7 +142,7 @@ def test_extended_run_writes_the_same_file(tmp_path: Path) -> None:
         assert (last.global_step_id, last.partial) == (step, True)
         saved = tmp_path / f"saved{step}"
         trainer.save_checkpoint(saved)
-    assert path.read_bytes() == straight.read_bytes()
+    assert path.read_bytes() == uninterrupted.read_bytes()
 
 
 def test_data_without_a_length(tmp_path: Path) -> None:
@@ -152,9 +152,9 @@ def test_data_without_a_length(tmp_path: Path) -> None:
         def __iter__(self) -> Iterator[Any]:
             return iter(make_loader())
 
-    straight, resumed = tmp_path / "straight.jsonl", tmp_path / "resumed.jsonl"
+    uninterrupted, resumed = tmp_path / "uninterrupted.jsonl", tmp_path / "resumed.jsonl"
     order = DataOrder(fast_forward=True)
-    logged_trainer(straight, loader=Unsized(), max_epoch=3)()
+    logged_trainer(uninterrupted, loader=Unsized(), max_epoch=3)()
     trainer = logged_trainer(resumed, stopping(7), loader=Unsized(), max_epoch=3)
     trainer()
     trainer.save_checkpoint(tmp_path / "saved")
@@ -165,7 +165,7 @@ def test_data_without_a_length(tmp_path: Path) -> None:
         resume_from=tmp_path / "saved",
         data_order=order,
     )()
-    assert resumed.read_bytes() == straight.read_bytes()
+    assert resumed.read_bytes() == uninterrupted.read_bytes()
 
 
 @pytest.fixture
@@ -184,24 +184,24 @@ def finish(folder: Path) -> bytes:
     return path.read_bytes()
 
 
-def test_killed_run_writes_the_same_file(begun: Path, straight: bytes) -> None:
+def test_killed_run_writes_the_same_file(begun: Path, uninterrupted: bytes) -> None:
     """A run killed after later records, or within a line, resumes with the same file."""
     killed = launch(SCRIPT, "killed", begun, processes=1, fails=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     path = begun / "metrics.jsonl"
     assert read_metrics(path)[-1].global_step_id == 16
     path.write_bytes(path.read_bytes()[:-5])
-    assert finish(begun) == straight
+    assert finish(begun) == uninterrupted
 
 
-def test_full_disk_does_not_end_the_run(begun: Path, straight: bytes) -> None:
+def test_full_disk_does_not_end_the_run(begun: Path, uninterrupted: bytes) -> None:
     """The file is reported once and dropped; a later run can continue the file."""
     full = launch(SCRIPT, "full", begun, processes=1)
     assert full.stderr.count("MetricsLogger drops 'file', which failed with OSError") == 1
     path = begun / "metrics.jsonl"
     assert path.stat().st_size <= 1000
     assert read_metrics(path)[-1].global_step_id < 28
-    assert finish(begun) == straight
+    assert finish(begun) == uninterrupted
 
 
 def test_two_ranks_write_one_file(tmp_path: Path) -> None:
@@ -227,8 +227,8 @@ def test_failing_sink_is_reported_once(where: str, caplog: pytest.LogCaptureFixt
     trainer = make_trainer([logger, Publisher()], max_step=16)
     trainer()
     assert trainer.progress.global_step_id == 16
-    assert other.told == ["open", 4, 8, 12, 16, "close"]
-    assert failing.told == ["open", *([4, "close"] if where == "write" else [4, 8, 12, 16])]
+    assert other.calls == ["open", 4, 8, 12, 16, "close"]
+    assert failing.calls == ["open", *([4, "close"] if where == "write" else [4, 8, 12, 16])]
     errors = [entry for entry in caplog.records if entry.levelno >= logging.WARNING]
     assert [entry.getMessage() for entry in errors] == [
         "MetricsLogger drops 'disk', which failed with OSError: [Errno 28] No space left on "
@@ -243,7 +243,7 @@ def test_unopenable_sink_is_an_error() -> None:
     with pytest.raises(OSError, match="No space left on device") as caught:
         make_trainer([logger], max_step=3)()
     assert "MetricsLogger could not open 'disk'" in caught.value.__notes__
-    assert other.told == ["open", "close"]
+    assert other.calls == ["open", "close"]
 
 
 def test_foreign_file_is_refused_at_the_start(tmp_path: Path) -> None:
@@ -266,12 +266,12 @@ def test_sinks_are_closed_when_training_fails(tmp_path: Path) -> None:
     sink, path = ListSink(), tmp_path / "metrics.jsonl"
     with pytest.raises(RuntimeError, match="out of luck"):
         make_trainer([logging_to(sink), Publisher(), StopAfter(6, fail)], max_step=9)()
-    assert sink.told == ["open", 4, "close"]
+    assert sink.calls == ["open", 4, "close"]
     with pytest.raises(RuntimeError, match="out of luck"):
         logged_trainer(path, StopAfter(6, fail), max_epoch=1)()
     assert [r.global_step_id for r in read_metrics(path)] == [4]
     reopened = JsonLinesSink(path)
-    reopened.open(PipelineHookArgs())  # not locked any more
+    reopened.open(PipelineHookArgs())  # unlocked again
     reopened.close()
 
 
@@ -331,13 +331,13 @@ def test_invalid_trigger_is_refused() -> None:
 
 def test_log_requests_name_the_hook(caplog: pytest.LogCaptureFixture) -> None:
     """A listener for requests sees the hook's name."""
-    asked: list[str] = []
+    requested_by: list[str] = []
     hooks = PipelineHooks("watch")
     hooks.on_loop.before(
-        lambda args: args.requests.listen(lambda request: asked.append(request.by))
+        lambda args: args.requests.listen(lambda request: requested_by.append(request.by))
     )
     make_trainer([hooks, logging_to(ListSink())], max_step=8)()
-    assert asked == ["MetricsLogger"] * 2
+    assert requested_by == ["MetricsLogger"] * 2
 
 
 def test_invalid_sink_is_refused() -> None:

@@ -46,7 +46,7 @@ class Policy(torch.nn.Module):
 def test_modules_and_total() -> None:
     """Each module counts its parameters once, and buffers only in the size."""
     size = summarize(Policy())
-    buffers = 4 * (16 + 16) + 8  # BatchNorm's statistics, and how often they were moved
+    buffers = 4 * (16 + 16) + 8  # BatchNorm's statistics and counter
     assert size.parts == (
         ModuleSize("(itself)", "Policy", 8, 0, 32),
         ModuleSize("encoder", "Sequential", 32, 144, 4 * 176 + buffers),
@@ -89,9 +89,9 @@ def test_compiled_models_have_plain_names() -> None:
     plain = summarize(make_model(), depth=2)
     part = make_model()
     part.add_module("0", torch.compile(part.get_submodule("0"), backend="eager"))  # type: ignore[arg-type]  # is one
-    whole = torch.compile(make_model(), backend="eager")
+    compiled = torch.compile(make_model(), backend="eager")
     assert summarize(part, depth=2) == plain
-    assert summarize(whole, depth=2) == plain  # type: ignore[arg-type]  # is one
+    assert summarize(compiled, depth=2) == plain  # type: ignore[arg-type]  # is one
 
 
 def test_lazy_parameters_count_as_zero() -> None:

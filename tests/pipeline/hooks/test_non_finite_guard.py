@@ -278,8 +278,8 @@ def test_resume_within_a_window(tmp_path: Path) -> None:
     """A bad loss before the save skips the window after the resume and restores its buffers."""
     batches = batches_with("infinite loss", [3])  # the first of the second window
     guard = NonFiniteGuardConfig(policy="skip")
-    straight = normed_model()
-    train([guard, stop_at(9)], batches, straight, accumulate=3)
+    uninterrupted = normed_model()
+    train([guard, stop_at(9)], batches, uninterrupted, accumulate=3)
     stopped = train([guard, stop_at(3)], batches, normed_model(), accumulate=3)
     stopped.save_checkpoint(tmp_path / "saved")
     resumed = normed_model()
@@ -287,7 +287,7 @@ def test_resume_within_a_window(tmp_path: Path) -> None:
         [guard, stop_at(9)], batches, resumed, accumulate=3, resume_from=tmp_path / "saved"
     )
     assert trainer.progress.skipped_optimizer_steps == 1
-    assert equal(tensors(resumed), tensors(straight))
+    assert equal(tensors(resumed), tensors(uninterrupted))
 
 
 def test_state_of_another_version_is_refused() -> None:
@@ -354,8 +354,8 @@ def test_update_skipped_by_another_hook_is_ignored() -> None:
 def test_skips_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     """Each skip logs one warning with value, counters and number of skips."""
     train(NonFiniteGuardConfig(policy="skip"), batches_with("infinite loss", [2, 3]))
-    told = [record.message for record in caplog.records]
-    assert [text.split(" (global")[0] for text in told] == [
+    warnings = [record.message for record in caplog.records]
+    assert [text.split(" (global")[0] for text in warnings] == [
         "NonFiniteGuard skips the update, 1 in a row: the loss is inf, at epoch 0, step 2",
         "NonFiniteGuard skips the update, 2 in a row: the loss is inf, at epoch 0, step 3",
     ]
@@ -456,7 +456,7 @@ def test_error_follows_the_logging_point(kind: str) -> None:
         batch_processor=SimpleBatchProcessor.from_callable(bad_loss_of),
         max_epoch=1,
     )
-    # A bad gradient has spoilt the weights, and with them the next loss.
+    # A bad gradient spoils the weights, and so the next loss.
     what = "the loss is" if kind == "infinite loss" else "the loss and the gradient norm are"
     with pytest.raises(NonFiniteError, match=rf"{what} not finite in update 4 \(from 0, .*spoilt"):
         trainer()
@@ -672,8 +672,8 @@ def test_ranks_decide_together(accumulate: int, tmp_path: Path) -> None:
     launch(script, tmp_path, accumulate)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     for rank, found in enumerate(ranks):
-        # Each of the trainers has compared what it is made of, told all ranks the seed of its
-        # data, and compared its hooks; nothing more.
+        # Each trainer compared its setup, broadcast its data seed, and compared its hooks;
+        # nothing more.
         at_the_start = ["all_gather_object", "broadcast_object_list", "all_gather_object"]
         assert found["calls"] == at_the_start * 7
         assert torch.equal(found["finite_guarded"]["weights"], found["finite"]["weights"])
@@ -681,7 +681,7 @@ def test_ranks_decide_together(accumulate: int, tmp_path: Path) -> None:
         assert torch.equal(found["guarded"]["weights"], ranks[0]["guarded"]["weights"])
         assert found["guarded"]["progress"] == found["known"]["progress"]
         assert found["guarded"]["progress"]["skipped_optimizer_steps"] == 1
-        # The statistics are those that the window began with; without a guard they have moved.
+        # Statistics are those before the window; without a guard they change.
         counts = [found[kind]["buffers"][2] for kind in ("guarded", "known")]
         assert counts == [7 - accumulate, 7]
         for kind in ("late", "at_the_end", "raised"):
@@ -697,7 +697,7 @@ def test_ranks_decide_together(accumulate: int, tmp_path: Path) -> None:
     for name, finite in ((step, True), (f"{step}_rank1", False)):
         model = torch.nn.Sequential(make_model(1), torch.nn.BatchNorm1d(2))
         replayed = replay(folder / name, model, processor)
-        assert replayed.same == finite  # the processor here makes no loss infinite
+        assert replayed.same == finite  # this process's losses are finite
         assert [loss.isfinite() for loss in replayed.losses] == [True] * accumulate
         assert replayed.window.steps[0].finite == finite
 
@@ -724,7 +724,7 @@ def test_late_read_does_not_sync_a_gpu(read: Any) -> None:
         )
 
     def forbid(args: PipelineHookArgs) -> None:
-        # The first steps set up what they like; at the end it may wait.
+        # The first steps set up; at the end a sync is allowed.
         mode = "error" if 2 <= args.global_step_id < 6 else "default"
         torch.cuda.set_sync_debug_mode(mode)
 

@@ -49,7 +49,7 @@ def send_to_all(number: int = signal.SIGTERM) -> None:
     the next user of shared memory gets a warning.
     """
     for child in psutil.Process().children():
-        with suppress(psutil.NoSuchProcess):  # it has just ended
+        with suppress(psutil.NoSuchProcess):  # just ended
             if not any("resource_tracker" in part for part in child.cmdline()):
                 child.send_signal(number)
     send(number)
@@ -64,11 +64,11 @@ class Saver(PipelineHooks):
         self.on_loop.before(self._open)
 
     def _open(self, args: PipelineHookArgs) -> None:
-        args.run.savers[self.name] = lambda asked: self.save(args, asked)
+        args.run.savers[self.name] = lambda requests: self.save(args, requests)
 
-    def save(self, args: PipelineHookArgs, asked: Any) -> None:
+    def save(self, args: PipelineHookArgs, requests: Any) -> None:
         assert not args.progress.in_step
-        self.saved.append((args.global_step_id, str(asked)))
+        self.saved.append((args.global_step_id, str(requests)))
 
     @property
     def steps(self) -> list[int]:
@@ -157,9 +157,9 @@ def test_without_saving() -> None:
 @pytest.mark.parametrize(
     ("channel", "role", "steps"),
     [
-        ("on_loop", "before", [1]),  # one that is registered after Preemption
+        ("on_loop", "before", [1]),  # registered after Preemption
         ("on_epoch", "before", [1]),
-        ("on_epoch", "after", [8]),  # 7 batches make an epoch
+        ("on_epoch", "after", [8]),  # 7 batches per epoch
         ("on_model_forward", "before", [1]),
         ("on_optimizer_step", "after", [1]),
     ],
@@ -180,7 +180,7 @@ def test_signal_in_the_last_step_of_an_epoch() -> None:
     """The epoch is completed and counted before the save."""
     epochs: list[int] = []
     saver = Saver()
-    saver.save = lambda args, asked: epochs.append(args.epoch_id)  # type: ignore[method-assign]
+    saver.save = lambda args, requests: epochs.append(args.epoch_id)  # type: ignore[method-assign]
     with pytest.raises(RunPreempted):
         make_trainer([PreemptionConfig(), saver, sends_at(7)], max_epoch=3)()
     assert epochs == [1]
@@ -200,12 +200,12 @@ def test_signal_during_a_save() -> None:
     plain = saver.save
     sent: list[int] = []
 
-    def save(args: PipelineHookArgs, asked: Any) -> None:
+    def save(args: PipelineHookArgs, requests: Any) -> None:
         if not sent:
             sent.append(1)
             send()
             time.sleep(0.05)
-        plain(args, asked)
+        plain(args, requests)
 
     saver.save = save  # type: ignore[method-assign]
     asks = PipelineHooks("asks")
@@ -262,13 +262,13 @@ def wait_until(happened: Callable[[], bool]) -> None:
 def signal_when_awaited(
     signalled: Path,
     number: int = signal.SIGTERM,
-    besides: Callable[[], bool] = lambda: True,
+    also: Callable[[], bool] = lambda: True,
 ) -> Iterator[None]:
     """Send a signal to all processes while the sample is awaited, then release the sample."""
 
     def send_it() -> None:
-        wait_until(lambda: signalled.with_suffix(".awaited").exists() and besides())
-        time.sleep(0.05)  # for the main thread to wait, too
+        wait_until(lambda: signalled.with_suffix(".awaited").exists() and also())
+        time.sleep(0.05)  # the main thread waits, too
         send_to_all(number)
         signalled.touch()
 
@@ -305,13 +305,13 @@ def test_signal_while_waiting_for_data(
     )
     saver, done = Saver(), threading.Event()
 
-    def tell(args: PipelineHookArgs) -> None:
-        if args.global_step_id == 2:  # all steps before the batch that is waited for
+    def report(args: PipelineHookArgs) -> None:
+        if args.global_step_id == 2:  # all steps before the awaited batch
             done.set()
 
-    hooks: list[Any] = [planted("on_step", "after", tell), PreemptionConfig(), saver]
+    hooks: list[Any] = [planted("on_step", "after", report), PreemptionConfig(), saver]
     with (
-        signal_when_awaited(signalled, number, besides=done.is_set),
+        signal_when_awaited(signalled, number, also=done.is_set),
         pytest.raises(RunPreempted) as stopped,
     ):
         make_trainer(hooks, loader=loader, max_epoch=3)()
@@ -338,7 +338,7 @@ def test_second_sigterm_ends_a_worker() -> None:
 
 def end_and_wait(worker: psutil.Process) -> None:
     worker.send_signal(signal.SIGTERM)
-    time.sleep(5)  # until the worker's end interrupts it
+    time.sleep(5)  # interrupted by the worker's end
 
 
 SCRIPT_WITH_WORKERS = """
@@ -416,7 +416,7 @@ def test_second_signal_stops_at_once(tmp_path: Path) -> None:
             try:
                 send(signal.SIGINT)
                 time.sleep(60)
-            finally:  # a third one does what it always does
+            finally:  # the third one has its default effect
                 assert signal.getsignal(signal.SIGTERM) is before
 
     begun_at = time.monotonic()
@@ -497,16 +497,16 @@ def test_missing_saver_is_refused_at_the_start() -> None:
 
 
 @pytest.mark.parametrize(
-    ("signals", "told"),
+    ("signals", "message"),
     [
         (("SIGTEM",), "no signal 'SIGTEM'"),
         (("SIGKILL",), "SIGKILL can't be handled"),
         ((), "at least 1"),
     ],
 )
-def test_invalid_signals_are_refused(signals: tuple[str, ...], told: str) -> None:
+def test_invalid_signals_are_refused(signals: tuple[str, ...], message: str) -> None:
     """Unknown and unsupported signals are refused when the config is built."""
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         PreemptionConfig(signals=signals)
 
 
@@ -562,8 +562,8 @@ def test_preempted_run_resumes_exactly(place: str, workers: int, tmp_path: Path)
             **options,
         )
 
-    straight = train("straight", sends=False)
-    straight()
+    uninterrupted = train("uninterrupted", sends=False)
+    uninterrupted()
     stopped = train("stopped", sends=True)
     awaited = place in ("data", "evaluation")
     with (
@@ -575,7 +575,7 @@ def test_preempted_run_resumes_exactly(place: str, workers: int, tmp_path: Path)
     resumed = train("stopped", sends=False, resume_from="auto")
     assert resumed.progress == stopped.progress
     resumed()
-    assert equal(weights(resumed.model), weights(straight.model))
+    assert equal(weights(resumed.model), weights(uninterrupted.model))
 
 
 CHILD = """
@@ -618,14 +618,14 @@ def test_ctrl_c_exit_code(tmp_path: Path) -> None:
         assert child.stdout.readline() == "waiting\n"
         workers = psutil.Process(child.pid).children(recursive=True)
         os.killpg(child.pid, signal.SIGINT)
-        out, told = child.communicate(timeout=30)
+        out, stderr = child.communicate(timeout=30)
     finally:
         child.kill()
         child.wait()
     assert child.returncode == 130
-    assert out == ""  # what follows in the script is not done
-    assert "Preemption: SIGINT: stopping at the next commit point; send again to stop at" in told
-    assert "Traceback" not in told
+    assert out == ""  # the rest of the script does not run
+    assert "Preemption: SIGINT: stopping at the next commit point; send again to stop at" in stderr
+    assert "Traceback" not in stderr
     assert len(workers) == 2
     assert not any(worker.is_running() for worker in workers)
     state = read_run_state(tmp_path)

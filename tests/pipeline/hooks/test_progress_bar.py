@@ -90,7 +90,7 @@ class TestLines:
         make_trainer(ProgressBarHookConfig(refresh_seconds=EVERY_STEP), max_step=3)()
         assert [line.split(",")[1].split(" (")[0] for line in lines_of(log)] == [
             *(" step 1/3", " step 2/3", " step 3/3"),  # the steps
-            *(" step 3/3", " step 3/3"),  # the epoch that was begun, and the end
+            *(" step 3/3", " step 3/3"),  # the started epoch, and the end
         ]
 
     def test_lines_go_to_stderr_without_info_log(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -310,7 +310,7 @@ def test_loss_is_read_only_when_shown() -> None:
         batch_processor=SimpleBatchProcessor.from_callable(forward),
         max_epoch=3,
     )()
-    assert CountingReads.reads == 3 + 1  # each epoch's end, and the run's
+    assert CountingReads.reads == 3 + 1  # each end of an epoch, and of the run
 
 
 def test_bar_reads_nothing_with_logging_points() -> None:
@@ -359,10 +359,10 @@ def test_remaining_steps_are_exact(
     """Before each step, the remaining steps are those of a plain loop."""
     limits = TrainerLimits(max_step, max_optimizer_step, max_epoch)
     progress = TrainerProgress()
-    told = []
+    remaining = []
     while not limits.reached(progress):
         for step in range(steps_per_epoch):
-            told.append(remaining_steps(limits, progress, steps_per_epoch, window))
+            remaining.append(remaining_steps(limits, progress, steps_per_epoch, window))
             progress.finish_step()
             if (step + 1) % window == 0 or step + 1 == steps_per_epoch:
                 progress.finish_optimizer_step(committed=True)
@@ -370,7 +370,7 @@ def test_remaining_steps_are_exact(
                 break
         if progress.step_id == steps_per_epoch:
             progress.finish_epoch()
-    assert told == list(range(len(told), 0, -1))
+    assert remaining == list(range(len(remaining), 0, -1))
     assert remaining_steps(limits, progress, steps_per_epoch, window) == 0
 
 
@@ -484,9 +484,9 @@ def a_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
             patch.setenv(name, value)
         patch.setattr(sys, "stdout", opened)
         patch.setattr(sys, "stderr", opened)
-        rich.reconfigure()  # the process's console looks at its terminal once, when it is made
+        rich.reconfigure()  # a console checks its terminal once, at construction
         yield opened
-        assert sys.stdout is sys.stderr is opened  # given back
+        assert sys.stdout is sys.stderr is opened  # restored
     rich.reconfigure()
 
 
@@ -657,7 +657,7 @@ def test_in_a_real_terminal(tmp_path: Path) -> None:
     while True:
         try:
             part = os.read(here, 4096)
-        except OSError:  # how Linux says that the other end is closed
+        except OSError:  # on Linux, the other end is closed
             break
         if not part:
             break
@@ -674,7 +674,7 @@ def test_only_the_main_process_shows_progress(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")
     finished = launch(script)
-    assert finished.stdout.count("after") == 2  # the two may write into one line
+    assert finished.stdout.count("after") == 2  # both may write into one line
     lines = [line for line in finished.stderr.splitlines() if "samples/s" in line]
     assert len(lines) == 3
     assert all("[rank 0/2]" in line for line in lines)

@@ -78,9 +78,12 @@ def test_saves_follow_the_trigger_and_the_end(
     assert steps_in(tmp_path) == expected
     assert [record.msg for record in caplog.records].count("saved %s: %s") == len(expected)
     assert (tmp_path / "checkpoints" / "last").readlink() == Path(f"step_{expected[-1]:08}")
-    told = read_run_state(tmp_path).checkpoint
-    assert told is not None
-    assert (told.path, told.step) == (f"checkpoints/step_{expected[-1]:08}", expected[-1])
+    checkpoint = read_run_state(tmp_path).checkpoint
+    assert checkpoint is not None
+    assert (checkpoint.path, checkpoint.step) == (
+        f"checkpoints/step_{expected[-1]:08}",
+        expected[-1],
+    )
 
 
 def test_time_trigger_saves_after_a_step(tmp_path: Path) -> None:
@@ -145,17 +148,17 @@ def test_checkpoint_names_the_git_commit(tmp_path: Path, monkeypatch: pytest.Mon
 def test_every_checkpoint_resumes_exactly(background: bool, tmp_path: Path) -> None:
     """Each checkpoint, saved in the background or not, resumes to the same weights."""
     save = SaveCheckpointConfig(every="1 steps", keep_last=None, in_background=background)
-    straight = train(tmp_path, save)
+    uninterrupted = train(tmp_path, save)
     for step in range(1, 6):
         path = tmp_path / "checkpoints" / f"step_{step:08}"
         resumed = train(tmp_path / str(step), save, model=make_model(9), resume_from=path)
-        assert equal(weights(resumed.model), weights(straight.model))
+        assert equal(weights(resumed.model), weights(uninterrupted.model))
         assert steps_in(tmp_path / str(step)) == list(range(step + 1, 7))
 
 
 def test_background_save_is_consistent(tmp_path: Path) -> None:
     """A later update does not change the copy; it equals a foreground save."""
-    for name, background in (("in place", False), ("beside", True)):
+    for name, background in (("in the foreground", False), ("in the background", True)):
         save = SaveCheckpointConfig(every="1 steps", keep_last=None, in_background=background)
         model = torch.nn.Sequential(torch.nn.Linear(4, 20_000), torch.nn.Linear(20_000, 2))
         torch.manual_seed(0)
@@ -166,7 +169,7 @@ def test_background_save_is_consistent(tmp_path: Path) -> None:
     for step in range(1, 7):
         saved, expected = (
             load_checkpoint(tmp_path / name / "checkpoints" / f"step_{step:08}").parts
-            for name in ("beside", "in place")
+            for name in ("in the background", "in the foreground")
         )
         for part in ("model", "optimizer"):
             assert same(saved[part], expected[part]), (step, part)
@@ -217,8 +220,8 @@ def test_auto_starts_resumes_and_ends(tmp_path: Path, caplog: pytest.LogCaptureF
     assert "the run starts from the beginning" in caplog.text
     second = train(tmp_path, save, model=make_model(8), max_epoch=2, resume_from="auto")
     assert "resumed from" in caplog.text
-    straight = train(tmp_path / "straight", save)
-    assert equal(weights(second.model), weights(straight.model))
+    uninterrupted = train(tmp_path / "uninterrupted", save)
+    assert equal(weights(second.model), weights(uninterrupted.model))
     before = (tmp_path / "checkpoints" / "last").stat().st_mtime_ns
     train(tmp_path, save, max_epoch=2, resume_from="auto")
     assert "nothing left to do" in caplog.text
@@ -232,7 +235,7 @@ def test_auto_removes_remains_of_a_killed_run(tmp_path: Path) -> None:
     save = SaveCheckpointConfig(every="1 step", keep_last=2)
     with pytest.raises(StateError):
         train(tmp_path, save, model=torch.nn.Linear(4, 2), resume_from="auto")
-    assert steps_in(tmp_path) == [1, 2, 3, 4, 5, 6]  # of a run that it is not the next start of
+    assert steps_in(tmp_path) == [1, 2, 3, 4, 5, 6]  # of a run that this start does not continue
     train(tmp_path, save, resume_from="auto")
     assert steps_in(tmp_path) == [5, 6]
 
@@ -247,15 +250,15 @@ def damage(checkpoint: Path) -> None:
 def test_auto_falls_back_and_logs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A damaged checkpoint is skipped by name; if all are damaged, that is an error."""
     save = SaveCheckpointConfig(every="2 steps", keep_last=None)
-    straight = train(tmp_path, save)
+    uninterrupted = train(tmp_path, save)
     root = tmp_path / "checkpoints"
     damage(root / "step_00000006")
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):  # a path never falls back
         train(tmp_path, save, resume_from=root / "last")
     second = train(tmp_path, save, model=make_model(8), resume_from="auto")
     assert f"skipped {root / 'step_00000006'}" in caplog.text
-    assert equal(weights(second.model), weights(straight.model))
-    load_checkpoint(root / "step_00000006")  # written anew
+    assert equal(weights(second.model), weights(uninterrupted.model))
+    load_checkpoint(root / "step_00000006")  # saved again
     for path in root.glob("step_*"):
         damage(path)
     with pytest.raises(CheckpointError, match="step_00000002"):
@@ -293,7 +296,7 @@ def test_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 
     train(tmp_path, SaveCheckpointConfig(), at_step(4, start_another))
     assert steps_in(tmp_path) == [3, 6]
-    train(tmp_path, SaveCheckpointConfig(), resume_from="auto")  # free again
+    train(tmp_path, SaveCheckpointConfig(), resume_from="auto")  # unlocked again
 
 
 class Publisher(PipelineHooks):
@@ -350,11 +353,11 @@ class FullDisk(PipelineHooks):
         self.on_loop.after(self.make_room)
 
     def fill(self, args: PipelineHookArgs) -> None:
-        time.sleep(0.2)  # for what is written beside the training to be done
+        time.sleep(0.2)  # until the background save ends
         resource.setrlimit(resource.RLIMIT_FSIZE, (64, self.limits[1]))
 
     def make_room(self, args: PipelineHookArgs) -> None:
-        time.sleep(0.2)  # or to meet the full disk
+        time.sleep(0.2)  # or hits the full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
 
 
@@ -366,9 +369,9 @@ def test_full_disk_does_not_end_the_run(
     save = SaveCheckpointConfig(every="1 steps", keep_last=None, in_background=background)
     train(tmp_path, FullDisk(2, 4), save)
     assert steps_in(tmp_path) == [1, 4, 5, 6]
-    told = [record for record in caplog.records if "a save failed" in record.getMessage()]
-    assert len(told) == 2
-    assert "File too large" in told[0].getMessage()
+    errors = [record for record in caplog.records if "a save failed" in record.getMessage()]
+    assert len(errors) == 2
+    assert "File too large" in errors[0].getMessage()
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -483,7 +486,7 @@ def test_immediate_stop_does_not_wait_for_a_save(tmp_path: Path) -> None:
         assert begun.wait(60)
         raise RunPreempted(143)
 
-    sys.addaudithook(hold_up)  # for good, but it knows this test's folder alone
+    sys.addaudithook(hold_up)  # permanent, but limited to this test's folder
     save = SaveCheckpointConfig(every="1 steps", keep_last=None, in_background=True)
     with pytest.raises(RunPreempted):
         train(tmp_path, save, at_step(3, stop))

@@ -79,7 +79,7 @@ def test_model_is_written_on_trigger(tmp_path: Path) -> None:
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     (folder / "README.md").write_text("mine")
-    (folder / temporary_name("model.safetensors")).touch()  # of a run that was killed
+    (folder / temporary_name("model.safetensors")).touch()  # of a killed run
     kept: list[list[torch.Tensor]] = []
     found: list[list[torch.Tensor]] = []
 

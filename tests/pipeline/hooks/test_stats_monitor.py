@@ -92,12 +92,12 @@ class SleepyCommit(PipelineHooks):
 def naps(*hooks: Any, **setting: Any) -> list[int]:
     """Return the naps per step of the last window: waiting, computing and hooks."""
     setting = {"data": make_loader(2), "epochs": 2, "log_every": "last", **setting}
-    told = run_hook(hooks, **setting).metrics
-    last = max(told["perf/data_s"])
-    seconds = [told[name][last] for name in TIMES]
+    metrics = run_hook(hooks, **setting).metrics
+    last = max(metrics["perf/data_s"])
+    seconds = [metrics[name][last] for name in TIMES]
     for taken in seconds:
-        assert taken % NAP_S < 0.7 * NAP_S  # a nap takes at least its time
-    assert told["perf/steps_per_s"][last] == pytest.approx(1 / sum(seconds))
+        assert taken % NAP_S < 0.7 * NAP_S  # a nap lasts at least its time
+    assert metrics["perf/steps_per_s"][last] == pytest.approx(1 / sum(seconds))
     return [math.floor(taken / NAP_S) for taken in seconds]
 
 
@@ -134,7 +134,7 @@ def test_hooks_are_measured(
 ) -> None:
     """A sleeping hook is attributed by its position: inside or outside of the monitor."""
     hook = napping(channel, role)
-    # With one step to an epoch, each step has an epoch's hooks, too.
+    # With one step per epoch, each step includes the hooks of an epoch.
     data = make_loader(1 if channel == "on_epoch" else 2)
     epochs = 4 if channel == "on_epoch" else 2
     assert naps(MONITOR, hook, data=data, epochs=epochs) == inside
@@ -150,8 +150,8 @@ def test_commit_points_are_excluded(kind: str, tmp_path: Path) -> None:
 
 def test_samples_are_counted() -> None:
     """Samples/s are samples per step times steps/s, for uneven batches."""
-    told = run_hook(MONITOR, data=make_loader(2, rest=1), epochs=1, log_every="1 epoch").metrics
-    rate = told["perf/samples_per_s"][3] / told["perf/steps_per_s"][3]
+    metrics = run_hook(MONITOR, data=make_loader(2, rest=1), epochs=1, log_every="1 epoch").metrics
+    rate = metrics["perf/samples_per_s"][3] / metrics["perf/steps_per_s"][3]
     assert rate == pytest.approx((4 + 4 + 1) / 3)
 
 
@@ -174,11 +174,11 @@ def test_eta_needs_a_known_length() -> None:
 
 def test_memory_is_published() -> None:
     """Memory equals the system's number; a CPU has no device memory."""
-    told = run_hook(MONITOR, steps=1).metrics
-    assert told["perf/memory_mib"][1] == pytest.approx(
+    metrics = run_hook(MONITOR, steps=1).metrics
+    assert metrics["perf/memory_mib"][1] == pytest.approx(
         psutil.Process().memory_info().rss / 2**20, rel=0.2
     )
-    assert "perf/device_memory_mib" not in told
+    assert "perf/device_memory_mib" not in metrics
 
 
 @pytest.mark.gpu
@@ -200,8 +200,8 @@ def test_device_memory_is_published() -> None:
         hooks=[hooks, MONITOR],
         max_epoch=1,
     )()
-    told = {value.name: value.value for value in records[0].values}
-    assert told["perf/device_memory_mib"] == torch.cuda.max_memory_allocated() / 2**20 > 0
+    metrics = {value.name: value.value for value in records[0].values}
+    assert metrics["perf/device_memory_mib"] == torch.cuda.max_memory_allocated() / 2**20 > 0
 
 
 def test_learning_rates_are_published() -> None:
@@ -213,16 +213,16 @@ def test_learning_rates_are_published() -> None:
         return torch.optim.Adam(groups)
 
     schedule = partial(StepLR, step_size=2, gamma=0.5)
-    told = run_hook(MONITOR, optimizer=two_groups, lr_scheduler=schedule, steps=4).metrics
-    assert told["lr/group0"] == {1: 1e-3, 2: 5e-4, 3: 5e-4, 4: 2.5e-4}
-    assert told["lr/group1"] == {1: 0.5, 2: 0.25, 3: 0.25, 4: 0.125}
+    metrics = run_hook(MONITOR, optimizer=two_groups, lr_scheduler=schedule, steps=4).metrics
+    assert metrics["lr/group0"] == {1: 1e-3, 2: 5e-4, 3: 5e-4, 4: 2.5e-4}
+    assert metrics["lr/group1"] == {1: 0.5, 2: 0.25, 3: 0.25, 4: 0.125}
 
 
 def test_no_learning_rate_without_updates() -> None:
     """A run without updates has times, but no learning rates and gradients."""
     processor = SimpleBatchProcessor.from_callable(loss_of, need_backward=False)
-    told = run_hook(MONITOR, batch_processor=processor, steps=1).metrics
-    assert list(told) == [
+    metrics = run_hook(MONITOR, batch_processor=processor, steps=1).metrics
+    assert list(metrics) == [
         *("perf/samples_per_s", "perf/steps_per_s", *TIMES, "perf/eta_s", "perf/memory_mib"),
     ]
 

@@ -35,7 +35,7 @@ class Saver(PipelineHooks):
         self.on_step.before(lambda args: time.sleep(0.02))
 
     def _open(self, args: PipelineHookArgs) -> None:
-        args.run.savers[self.name] = lambda asked: self.saved.append(args.global_step_id)
+        args.run.savers[self.name] = lambda requests: self.saved.append(args.global_step_id)
 
 
 def stopped(config: TimeLimitConfig, **options: Any) -> tuple[Saver, int]:
@@ -49,7 +49,7 @@ def stopped(config: TimeLimitConfig, **options: Any) -> tuple[Saver, int]:
 
 def test_run_stops_with_the_margin_left(tmp_path: Path) -> None:
     """The run is saved at the first commit point within the margin."""
-    make_trainer(max_step=1)()  # whatever takes long for the first time
+    make_trainer(max_step=1)()  # first-time initialization
     end_at = time.time() + 10.6
     saver, code = stopped(TimeLimitConfig(limit=age_s() + 10.6, margin=10), run_folder=tmp_path)
     assert 9.0 < end_at - time.time() <= 10.0
@@ -87,14 +87,14 @@ def test_slurm_end_time_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "steps"), [("0:01", 1), ("UNLIMITED", 2), ("1-02:00:00", 2), ("no", 0)]
+    ("left", "steps"), [("0:01", 1), ("UNLIMITED", 2), ("1-02:00:00", 2), ("no", 0)]
 )
 def test_squeue_is_used_without_end_time(
-    told: str, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    left: str, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the variable, squeue returns the time left; here by a substitute program."""
     squeue = tmp_path / "squeue"
-    squeue.write_text(f'#!/bin/sh\necho "$*" > "{tmp_path}/asked"\necho "{told}"\n')
+    squeue.write_text(f'#!/bin/sh\necho "$*" > "{tmp_path}/requests"\necho "{left}"\n')
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setenv("SLURM_JOB_ID", "42")
@@ -109,7 +109,7 @@ def test_squeue_is_used_without_end_time(
     else:
         trainer()
     assert trainer.progress.global_step_id == steps
-    assert (tmp_path / "asked").read_text() == "--noheader --format=%L --jobs=42\n"
+    assert (tmp_path / "requests").read_text() == "--noheader --format=%L --jobs=42\n"
 
 
 def test_slurm_limit_outside_of_slurm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ def test_missing_saver_is_refused_at_the_start() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"limit": "soon"}, "can't read 'soon' as a length of time"),
         ({"limit": True}, "expected seconds or a text"),
@@ -135,9 +135,9 @@ def test_missing_saver_is_refused_at_the_start() -> None:
         ({"limit": "1h", "margin": -1}, ">= 0"),
     ],
 )
-def test_invalid_fields_are_refused(fields: dict[str, Any], told: str) -> None:
+def test_invalid_fields_are_refused(fields: dict[str, Any], message: str) -> None:
     """Invalid times, and a margin as long as the limit, are refused."""
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         TimeLimitConfig(**fields)
 
 

@@ -45,7 +45,7 @@ def test_steps_are_recorded(warmup: int, tmp_path: Path) -> None:
     (events,) = found.values()
     assert updates(events) == 2
     assert sum(name == "aten::mse_loss" for name in events) == 2
-    counted = min(warmup, 4)  # the profiler counts the steps since its start
+    counted = min(warmup, 4)  # the profiler counts steps since its start
     marks = {name for name in events if name.startswith("ProfilerStep#")}
     assert marks == {f"ProfilerStep#{counted}", f"ProfilerStep#{counted + 1}"}
 
@@ -77,7 +77,7 @@ def test_early_end_writes_the_recorded_steps(how: str, tmp_path: Path) -> None:
     ((name, events),) = traces(tmp_path).items()
     assert name == "rank0/steps3-4.pt.trace.json"
     assert updates(events) == (1 if how == "failure" else 2)
-    with profile():  # which two at once could not
+    with profile():  # impossible with two at once
         pass
 
 

@@ -27,7 +27,7 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
     return run(folder)
 
 
-def told(rank: dict[str, Any]) -> dict[str, dict[int, float]]:
+def values_of(rank: dict[str, Any]) -> dict[str, dict[int, float]]:
     values: dict[str, dict[int, float]] = {}
     for record in rank["records"]:
         for name, step, value in record:
@@ -42,20 +42,20 @@ def test_ranks_have_the_same_values(ranks: list[dict[str, Any]]) -> None:
 
 def test_losses_are_weighted_by_samples(ranks: list[dict[str, Any]]) -> None:
     """The mean is over all samples of the job; a loss of one rank counts alone."""
-    values = told(ranks[0])
-    # One sample of 7, 3, 5, 7 and three that are 10 more.
+    values = values_of(ranks[0])
+    # One sample of 7, 3, 5, 7, and three samples of 10 more.
     assert values["loss/total"] == {2: 14.5, 4: 10.5, 6: 12.5, 8: 14.5}
     assert values["loss/own"] == {2: 17, 4: 13, 6: 15, 8: 17}
 
 
 def test_rates_cover_all_ranks(ranks: list[dict[str, Any]]) -> None:
     """Samples/s are summed over ranks, steps/s are not."""
-    values = told(ranks[0])
+    values = values_of(ranks[0])
     samples_per_step = [
         values["perf/samples_per_s"][step] / rate
         for step, rate in values["perf/steps_per_s"].items()
     ]
-    # 4 where both ranks are equally fast, and never more than 3 if the mean were taken.
+    # 4 if both ranks are equally fast; at most 3 if the mean were used.
     assert max(samples_per_step) > 3
     assert all(2 <= count <= 6 for count in samples_per_step)
 

@@ -108,11 +108,11 @@ def test_only_named_sets_are_evaluated() -> None:
 )
 def test_evaluations_follow_the_trigger(options: dict[str, Any], steps: list[int]) -> None:
     """Evaluations at start, end and in between, once per step, reach subscribers."""
-    told = Recorder() if steps else PipelineHooks("nobody")
-    train(validation(**options), told, max_step=12)()
-    if isinstance(told, Recorder):
-        assert told.steps == steps
-        assert [value.step for value in told.values] == steps
+    recorder = Recorder() if steps else PipelineHooks("no subscriber")
+    train(validation(**options), recorder, max_step=12)()
+    if isinstance(recorder, Recorder):
+        assert recorder.steps == steps
+        assert [value.step for value in recorder.values] == steps
 
 
 def test_evaluations_on_request() -> None:
@@ -128,18 +128,18 @@ def test_evaluations_on_request() -> None:
     one = validation("4 steps", dataloaders={"val": make_evaluation_loader(11)})
     two = validation(None, dataloaders={"second": make_evaluation_loader(11)})
     one.name, two.name = "one", "two"
-    told = Recorder()
-    train(one, two, asking, told, max_step=4)()
-    assert told.evaluated == [("one", 2), ("one", 4), ("two", 4)]
+    recorder = Recorder()
+    train(one, two, asking, recorder, max_step=4)()
+    assert recorder.evaluated == [("one", 2), ("one", 4), ("two", 4)]
 
 
 def test_step_is_evaluated_once() -> None:
     """Data without a length ends an epoch at a step that was evaluated before."""
-    told = Recorder()
+    recorder = Recorder()
     stream = DataLoader(Stream(40), batch_size=8)
-    train(validation("5 steps | 1 epoch"), told, loader=stream, max_epoch=2)()
-    assert told.steps == [5, 10]
-    assert [value.step for value in told.values] == [5, 10]
+    train(validation("5 steps | 1 epoch"), recorder, loader=stream, max_epoch=2)()
+    assert recorder.steps == [5, 10]
+    assert [value.step for value in recorder.values] == [5, 10]
 
 
 def test_values_equal_an_evaluator() -> None:
@@ -210,7 +210,7 @@ def test_hook_contract() -> None:
 
     assert_state_round_trip(make, steps=7)
     assert_weights_unchanged(make, steps=7)
-    # Once in each of 5 evaluations, NumPy's random state, which lies on the host.
+    # In each of 5 evaluations, NumPy's random state, on the host.
     assert_no_device_sync(lambda: make(list(loader)), steps=7, allowed=5)
 
 
@@ -246,18 +246,18 @@ class Zeros(PipelineHooks):
 
 def test_weights_of_another_hook_are_evaluated() -> None:
     """The weights of the named hook are evaluated; training continues with its own."""
-    plain, told, zeros = train(max_epoch=1), Recorder(), Zeros()
+    plain, recorder, zeros = train(max_epoch=1), Recorder(), Zeros()
     plain()
-    trainer = train(validation(weights="Zeros"), zeros, told, max_epoch=1)
+    trainer = train(validation(weights="Zeros"), zeros, recorder, max_epoch=1)
     trainer()
     assert zeros.used == 1
-    assert told.values[0].value == pytest.approx(0.6931472)  # as all classes are alike to it
+    assert recorder.values[0].value == pytest.approx(0.6931472)  # all classes have equal scores
     assert equal([*plain.model.state_dict().values()], [*trainer.model.state_dict().values()])
 
 
 def test_moving_average_is_evaluated() -> None:
     """The values are those of a model with the averaged weights."""
-    ema, told = EMAConfig(decay=0.9)(), Recorder()
+    ema, recorder = EMAConfig(decay=0.9)(), Recorder()
     averaged: dict[str, torch.Tensor] = {}
     after = PipelineHooks("after")
 
@@ -265,11 +265,11 @@ def test_moving_average_is_evaluated() -> None:
     def note(args: PipelineHookArgs) -> None:
         averaged.update({n: v.clone() for n, v in args.run.weight_set("EMA").weights().items()})
 
-    train(ema, validation(weights="EMA"), told, after, max_epoch=1)()
+    train(ema, validation(weights="EMA"), recorder, after, max_epoch=1)()
     model = make_normalised()
     model.load_state_dict(averaged)
     evaluator = Evaluator(model, Classify(), {"val": make_evaluation_loader(11)})
-    assert evaluator.evaluate() == {"val/loss": told.values[0].value}
+    assert evaluator.evaluate() == {"val/loss": recorder.values[0].value}
 
 
 def test_unknown_weights_are_refused() -> None:
@@ -303,11 +303,11 @@ def test_error_restores_weights_and_modes() -> None:
 
 def test_resumed_run_does_not_repeat_an_evaluation(tmp_path: Path) -> None:
     """An evaluation made at the step of the save is not repeated."""
-    first, told = train(validation(), Recorder(), max_epoch=1), Recorder()
+    first, recorder = train(validation(), Recorder(), max_epoch=1), Recorder()
     first()
     first.save_checkpoint(tmp_path / "saved")
     hook = validation(at_start=True, at_end=True)
-    resumed = train(hook, told, max_epoch=2, resume_from=tmp_path / "saved")
+    resumed = train(hook, recorder, max_epoch=2, resume_from=tmp_path / "saved")
     asking = PipelineHooks("asking")
     asking.register_hook(
         "on_loop",
@@ -317,7 +317,7 @@ def test_resumed_run_does_not_repeat_an_evaluation(tmp_path: Path) -> None:
     )
     resumed.hooks += asking
     resumed()
-    assert [value.step for value in told.values] == [10]
+    assert [value.step for value in recorder.values] == [10]
 
 
 def test_hook_unregisters_after_the_run() -> None:
