@@ -50,9 +50,7 @@ class EarlyStopping(PipelineHooks):
         self._latest: float | None = None
         self._requests = Requests()  # until the loop begins
         self._subscription: RemovableHandle | None = None
-        self.register_hook(
-            "on_loop", HookContext.from_callable(before=self._begin, after=self._end)
-        )
+        self.register_hook("on_loop", HookContext.from_callable(self._begin, self._end))
 
     @property
     def best_value(self) -> float | None:

@@ -278,12 +278,9 @@ class EMA(PipelineHooks):
         self._is_running = False
         self._stops: RemovableHandle | None = None
         self._has_exported = False
+        self.register_hook("on_loop", HookContext.from_callable(self._begin, self._end))
         self.register_hook(
-            "on_loop", HookContext.from_callable(before=self._begin, after=self._end)
-        )
-        self.register_hook(
-            "on_optimizer_step",
-            HookContext.from_callable(before=self._before_update, after=self._after_update),
+            "on_optimizer_step", HookContext.from_callable(self._before_update, self._after_update)
         )
         if cfg.export_path is not None:
             self.register_at_commit(self._export, Last())

@@ -65,13 +65,9 @@ class FreezeHook(PipelineHooks):
         self._were_training: list[torch.nn.Module] = []
         self._should_drop = False
         self._is_frozen = False
-        self.register_hook(
-            "on_loop", HookContext.from_callable(before=self._begin, after=self._thaw)
-        )
-        self.register_hook("on_step", HookContext.from_callable(before=self._before_step))
-        self.register_hook(
-            "on_model_backward", HookContext.from_callable(after=self._drop_gradients)
-        )
+        self.register_hook("on_loop", HookContext.from_callable(self._begin, self._thaw))
+        self.on_step.before(self._before_step)
+        self.on_model_backward.after(self._drop_gradients)
 
     def _begin(self, args: PipelineHookArgs) -> None:
         if args.accelerator.distributed_type in _OWN_GRADIENTS:

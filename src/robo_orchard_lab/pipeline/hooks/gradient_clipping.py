@@ -6,7 +6,6 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.gradient_norm import (
     clip_gradient_values,
@@ -31,7 +30,7 @@ class GradientClippingHook(PipelineHooks):
     def __init__(self, cfg: GradientClippingHookConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.register_hook("on_optimizer_step", HookContext.from_callable(before=self._clip))
+        self.on_optimizer_step.before(self._clip)
 
     def _clip(self, args: PipelineHookArgs) -> None:
         cfg = self.cfg

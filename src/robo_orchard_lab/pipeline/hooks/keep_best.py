@@ -65,11 +65,9 @@ class KeepBest(PipelineHooks):
         self._is_resumed = False
         self._requests = Requests()  # until the loop begins
         self._subscription: RemovableHandle | None = None
-        self.register_hook(
-            "on_loop", HookContext.from_callable(before=self._begin, after=self._end)
-        )
-        if cfg.weights is not None:
-            self.register_hook("on_epoch", HookContext.from_callable(before=self._check_weights))
+        self.register_hook("on_loop", HookContext.from_callable(self._begin, self._end))
+        if (weights := cfg.weights) is not None:  # refuses unknown weights before the first step
+            self.on_epoch.before(lambda args: args.run.weight_set(weights))
 
     @property
     def best_value(self) -> float | None:
@@ -106,10 +104,6 @@ class KeepBest(PipelineHooks):
     def _end(self, args: PipelineHookArgs) -> None:
         if self._subscription is not None:
             self._subscription.remove()
-
-    def _check_weights(self, args: PipelineHookArgs) -> None:
-        assert self.cfg.weights is not None  # checked at registration
-        args.run.weight_set(self.cfg.weights)  # raises if no hook keeps these weights
 
     def _judge(self, found: MetricValue) -> None:
         cfg = self.cfg

@@ -232,13 +232,11 @@ class LossTracker(PipelineHooks):
         self._board: MetricsBoard | None = None
         self._before_logging: RemovableHandle | None = None
         self._loaded: Mapping[str, Any] | None = None  # until the device is known
-        self.register_hook(
-            "on_loop", HookContext.from_callable(before=self._begin, after=self._end)
-        )
-        self.register_hook("on_epoch", HookContext.from_callable(after=self._end_epoch))
-        self.register_hook("on_step", HookContext.from_callable(after=self._add_total))
+        self.register_hook("on_loop", HookContext.from_callable(self._begin, self._end))
+        self.on_epoch.after(self._end_epoch)
+        self.on_step.after(self._add_total)
         if cfg.losses_key is not None:
-            self.register_hook("on_step", HookContext.from_callable(after=self._add_named))
+            self.on_step.after(self._add_named)
 
     def _begin(self, args: PipelineHookArgs) -> None:
         self._board = args.metrics

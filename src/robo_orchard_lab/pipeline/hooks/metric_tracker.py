@@ -85,12 +85,10 @@ class MetricTracker(PipelineHooks):
         )
         self._arguments: MetricArguments | None = None
         self._handle: RemovableHandle | None = None
-        self.register_hook(
-            "on_loop", HookContext.from_callable(before=self._open, after=self._close)
-        )
-        self.register_hook("on_batch", HookContext.from_callable(after=self._update))
+        self.register_hook("on_loop", HookContext.from_callable(self._open, self._close))
+        self.on_batch.after(self._update)
         if cfg.each_epoch:
-            self.register_hook("on_epoch", HookContext.from_callable(after=self._end_epoch))
+            self.on_epoch.after(self._end_epoch)
 
     def _open(self, args: PipelineHookArgs) -> None:
         self._arguments = MetricArguments(self._metric_inputs, args.batch_processor, self.name)

@@ -66,9 +66,7 @@ class MetricsLogger(PipelineHooks):
             self._add(name, sink)
         self._group: SinkGroup | None = None
         self._handle: RemovableHandle | None = None
-        self.register_hook(
-            "on_loop", HookContext.from_callable(before=self._open, after=self._close)
-        )
+        self.register_hook("on_loop", HookContext.from_callable(self._open, self._close))
         self.register_at_commit(self._request_log, cfg.every)
 
     def _add(self, name: str | None, sink: SinkLike) -> None:

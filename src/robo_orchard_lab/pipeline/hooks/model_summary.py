@@ -10,7 +10,6 @@ import torch
 from pydantic import Field
 from torch.nn.parameter import is_lazy
 
-from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.job_log import job_logger
@@ -40,7 +39,7 @@ class ModelSummary(PipelineHooks):
     def __init__(self, cfg: ModelSummaryConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.register_hook("on_loop", HookContext.from_callable(before=self._log))
+        self.on_loop.before(self._log)
 
     def _log(self, args: PipelineHookArgs) -> None:
         if logger.isEnabledFor(logging.INFO):

@@ -100,11 +100,9 @@ class Preemption(PipelineHooks):
         self._received_at = 0.0
         self._is_stopping = False  # all ranks agreed to stop
         self._undo = ExitStack()
-        self.register_hook(
-            "on_loop", HookContext.from_callable(before=self._begin, after=self._end)
-        )
+        self.register_hook("on_loop", HookContext.from_callable(self._begin, self._end))
         if cfg.save_checkpoint:
-            self.register_hook("on_epoch", HookContext.from_callable(before=self._require_saver))
+            self.on_epoch.before(lambda args: require_saver(args, self.name))
 
     def _begin(self, args: PipelineHookArgs) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -147,9 +145,6 @@ class Preemption(PipelineHooks):
                 "%s: received %s after the last step; the run is completed",
                 *(self.name, signal.Signals(self._received).name),
             )
-
-    def _require_saver(self, args: PipelineHookArgs) -> None:
-        require_saver(args, self.name)
 
     def _stop(self, args: PipelineHookArgs, received: int) -> None:
         """Request the stop, on all ranks, after a signal on any rank."""

@@ -53,14 +53,11 @@ class ProgressBarHook(PipelineHooks):
         self.cfg = cfg
         self._view: RunView | None = None
         self._expected: list[RemovableHandle] = []
+        self.register_hook("on_loop", HookContext.from_callable(self._open, self._close))
         self.register_hook(
-            "on_loop", HookContext.from_callable(before=self._open, after=self._close)
+            "on_epoch", HookContext.from_callable(self._begin_epoch, self._finish_epoch)
         )
-        self.register_hook(
-            "on_epoch",
-            HookContext.from_callable(before=self._begin_epoch, after=self._finish_epoch),
-        )
-        self.register_hook("on_step", HookContext.from_callable(after=self._finish_step))
+        self.on_step.after(self._finish_step)
 
     def _open(self, args: PipelineHookArgs) -> None:
         # On every rank, so that all ranks fail together if a metric has no publisher.

@@ -132,9 +132,7 @@ class SaveCheckpoint(PipelineHooks):
         self._newest: dict[str, Any] | None = None  # counters at the last started save
         self._best: list[float] = []  # best values so far, the best one first
         self._failure: CheckpointError | None = None  # of the last save
-        self.register_hook(
-            "on_loop", HookContext.from_callable(before=self._begin, after=self._end)
-        )
+        self.register_hook("on_loop", HookContext.from_callable(self._begin, self._end))
         if cfg.every is not None:
             self.register_at_commit(self._request_save, cfg.every)
 

@@ -63,11 +63,9 @@ class SaveModel(PipelineHooks):
         self._config: str | None = None
         self._requested_at: int | None = None  # completed steps at the last request
         self._stops: RemovableHandle | None = None
-        self.register_hook(
-            "on_loop", HookContext.from_callable(before=self._begin, after=self._end)
-        )
-        if cfg.weights is not None:
-            self.register_hook("on_epoch", HookContext.from_callable(before=self._check_weights))
+        self.register_hook("on_loop", HookContext.from_callable(self._begin, self._end))
+        if (weights := cfg.weights) is not None:  # refuses unknown weights before the first step
+            self.on_epoch.before(lambda args: args.run.weight_set(weights))
         if cfg.every is not None:
             self.register_at_commit(
                 lambda args: self._request(args, f"every {cfg.every}"), cfg.every
@@ -96,10 +94,6 @@ class SaveModel(PipelineHooks):
     def _end(self, args: PipelineHookArgs) -> None:
         if self._stops is not None:
             self._stops.remove()
-
-    def _check_weights(self, args: PipelineHookArgs) -> None:
-        if self.cfg.weights is not None:
-            args.run.weight_set(self.cfg.weights)  # raises if no hook keeps these weights
 
     def _request_at_stop(self, args: PipelineHookArgs, request: Request) -> None:
         if isinstance(request, StopRequest) and request.exit_code is None:

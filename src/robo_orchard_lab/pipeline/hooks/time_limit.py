@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, TypeAlias
 import psutil  # type: ignore[import-untyped]  # accelerate brings it
 from pydantic import BeforeValidator, Field, field_validator
 
-from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
@@ -109,9 +108,9 @@ class TimeLimit(PipelineHooks):
         self._margin_s = duration_s(cfg.margin)
         self._end_at = float("inf")  # Unix time
         self._is_stopping = False
-        self.register_hook("on_loop", HookContext.from_callable(before=self._begin))
+        self.on_loop.before(self._begin)
         if cfg.save_checkpoint:
-            self.register_hook("on_epoch", HookContext.from_callable(before=self._require_saver))
+            self.on_epoch.before(lambda args: require_saver(args, self.name))
 
     def _begin(self, args: PipelineHookArgs) -> None:
         self._is_stopping = False
@@ -130,9 +129,6 @@ class TimeLimit(PipelineHooks):
             self._end_at = psutil.Process().create_time() + self._limit_s
         left_s = self._end_at - time.time()
         logger.info("%s: %.0f s left, %g s of these for saving", self.name, left_s, self._margin_s)
-
-    def _require_saver(self, args: PipelineHookArgs) -> None:
-        require_saver(args, self.name)
 
     def _left_s(self) -> float:
         return self._end_at - self._margin_s - time.time()

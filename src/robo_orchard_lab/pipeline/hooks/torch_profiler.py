@@ -12,7 +12,6 @@ import torch
 from pydantic import Field
 from torch.profiler import ProfilerAction, profile
 
-from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.run.run_path import RunPath
@@ -58,8 +57,8 @@ class TorchProfilerHook(PipelineHooks):
         self._first_step = 0
         self._last_step = 0
         self._has_failed = False
-        self.register_hook("on_loop", HookContext.from_callable(after=self._close))
-        self.register_hook("on_step", HookContext.from_callable(before=self._step))
+        self.on_loop.after(self._close)
+        self.on_step.before(self._step)
 
     def _step(self, args: PipelineHookArgs) -> None:
         """Start, continue or end the recording, before each step."""

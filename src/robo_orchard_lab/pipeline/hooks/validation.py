@@ -82,15 +82,14 @@ class ValidationHook(PipelineHooks):
         )
         self._evaluator: Evaluator | None = None
         self._evaluated_at: int | None = None  # completed steps at the last evaluation
-        self.register_hook(
-            "on_loop", HookContext.from_callable(before=self._open, after=self._close)
-        )
-        if cfg.weights is not None:
-            self.register_hook("on_epoch", HookContext.from_callable(before=self._check_weights))
+        self.register_hook("on_loop", HookContext.from_callable(self._open, self._close))
+        if (weights := cfg.weights) is not None:  # refuses unknown weights before the first step
+            self.on_epoch.before(lambda args: args.run.weight_set(weights))
         if cfg.every is not None:
-            self.register_at_commit(self._request_on_trigger, cfg.every)
+            reason = f"every {cfg.every}"
+            self.register_at_commit(lambda args: self._request(args, reason), cfg.every)
         if cfg.at_end:
-            self.register_at_commit(self._request_at_end, Last())
+            self.register_at_commit(lambda args: self._request(args, "at the end"), Last())
 
     def _open(self, args: PipelineHookArgs) -> None:
         self._evaluator = Evaluator(
@@ -120,17 +119,6 @@ class ValidationHook(PipelineHooks):
             if args.run.evaluated_loaders.get(loader) == self.name:
                 del args.run.evaluated_loaders[loader]
         self._evaluator = None
-
-    def _check_weights(self, args: PipelineHookArgs) -> None:
-        """Refuse unknown weights before the first step, when every hook has begun the loop."""
-        if self.cfg.weights is not None:
-            args.run.weight_set(self.cfg.weights)
-
-    def _request_on_trigger(self, args: PipelineHookArgs) -> None:
-        self._request(args, f"every {self.cfg.every}")
-
-    def _request_at_end(self, args: PipelineHookArgs) -> None:
-        self._request(args, "at the end")
 
     def _request(self, args: PipelineHookArgs, reason: str) -> None:
         if args.exception is None and args.progress.steps_done != self._evaluated_at:
