@@ -14,16 +14,21 @@ class ClearCacheHook(PipelineHooks):
     """Emptying of the device's memory cache (CUDA, MPS, XPU, ...) on a trigger.
 
     PyTorch keeps freed memory for later tensors. Emptying the cache returns the memory to the
-    device, for other processes or against fragmentation. Tensors in use are not touched, and the
-    results of training do not change.
+    device. Tensors in use are not touched, and the results of training do not change.
+
+    Use the hook if other processes share the device, or if ``torch.cuda.memory_reserved()`` grows
+    far above ``torch.cuda.memory_allocated()``, for example with batches of varying shapes. An
+    out-of-memory error alone is no reason: PyTorch empties its cache before raising the error.
 
     >>> hooks = PipelineHooks.from_hooks([ClearCacheHookConfig(every="1000 steps | 1 epoch")])
     >>> [channel for channel in ("on_step", "on_epoch") if len(hooks.get_channel(channel))]
     ['on_step', 'on_epoch']
 
     - Ranks: all.
-    - Cost: one device sync each time, and slower allocations afterwards. Choose a rare trigger.
+    - Publishes: nothing.
+    - Requests: nothing.
     - State: none.
+    - Cost: one device sync each time, and slower allocations afterwards. Choose a rare trigger.
     """
 
     keeps_trajectory = True
@@ -46,7 +51,9 @@ class ClearCacheHookConfig(PipelineHooksConfig[ClearCacheHook]):
     """
 
     class_type: type[ClearCacheHook] = ClearCacheHook
-    every: TriggerField = Field(default="1 epoch", description="Trigger, such as '1000 steps'.")
+    every: TriggerField = Field(
+        default="1 epoch", description="Trigger, such as '1000 steps' or '10 min'."
+    )
     collect_garbage: bool = Field(
         default=False,
         description="Run Python's garbage collector first, which frees tensors in reference "
