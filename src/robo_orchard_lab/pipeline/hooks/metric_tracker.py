@@ -169,8 +169,7 @@ class MetricTrackerConfig(PipelineHooksConfig[MetricTracker]):
         description="Publish the metrics of each epoch, too; their states are kept for an epoch.",
     )
     metrics: dict[str, MetricPart] | None = Field(
-        default=None,
-        description="Metrics by name, unless passed to the hook.",
+        default=None, description="Metrics by name, unless passed to the hook."
     )
     metric_inputs: Function | None = Field(
         default=None,

@@ -135,15 +135,10 @@ class MetricsLoggerConfig(PipelineHooksConfig[MetricsLogger]):
     sinks: (
         Mapping[str, ConfigInstanceOf[SinkConfig[MetricsSink]]]
         | Sequence[ConfigInstanceOf[SinkConfig[MetricsSink]]]
-    ) = Field(
-        default=[],
-        description="Sinks to write to; a mapping names the sinks in reports.",
-    )
+    ) = Field(default=[], description="Sinks to write to; a mapping names the sinks in reports.")
 
 
-def _pairs(
-    sinks: Mapping[str, SinkLike] | Iterable[SinkLike],
-) -> list[tuple[str | None, SinkLike]]:
+def _pairs(sinks: Mapping[str, SinkLike] | Iterable[SinkLike]) -> list[tuple[str | None, SinkLike]]:
     """Return pairs of name and sink; None for a sink without a name."""
     if isinstance(sinks, Mapping):
         return [*sinks.items()]

@@ -393,8 +393,7 @@ class NonFiniteGuardConfig(PipelineHooksConfig[NonFiniteGuard]):
         "raises. None for no limit.",
     )
     then: Literal["raise"] = Field(
-        default="raise",
-        description="Action after too many skips; only 'raise' is implemented.",
+        default="raise", description="Action after too many skips; only 'raise' is implemented."
     )
     read: Literal["now", "one update late", "at logging points"] = Field(
         default="now",
@@ -413,9 +412,7 @@ class NonFiniteGuardConfig(PipelineHooksConfig[NonFiniteGuard]):
         "step_<last global step>. None writes nothing.",
     )
     max_quarantined: int = Field(
-        default=3,
-        ge=1,
-        description="Most quarantined updates per rank; the first ones are kept.",
+        default=3, ge=1, description="Most quarantined updates per rank; the first ones are kept."
     )
     sample_ids: str | int | None = Field(
         default=None,

@@ -101,8 +101,7 @@ class ProgressBarHookConfig(PipelineHooksConfig[ProgressBarHook]):
         description="Least time between two updates, in seconds; None for 0.5 (bar) or 10 (lines).",
     )
     plain: bool = Field(
-        default=False,
-        description="Write lines to a terminal, too, for example under a debugger.",
+        default=False, description="Write lines to a terminal, too, for example under a debugger."
     )
 
 
@@ -202,10 +201,7 @@ def _find_console() -> Console | None:
 
     if isinstance(sys.stdout, FileProxy) or isinstance(sys.stderr, FileProxy):
         return None
-    for stream, console in (
-        (sys.stdout, rich.get_console()),
-        (sys.stderr, Console(stderr=True)),
-    ):
+    for stream, console in ((sys.stdout, rich.get_console()), (sys.stderr, Console(stderr=True))):
         # Check the stream, too: FORCE_COLOR makes a console treat any file as a terminal.
         if stream.isatty() and console.is_interactive and not console.is_dumb_terminal:
             return console

@@ -71,7 +71,7 @@ class BackgroundTask(Generic[ResultT]):
         def run() -> None:
             try:
                 future.set_result(work())
-            except Exception as error:
+            except BaseException as error:  # else collect() would wait forever
                 future.set_exception(error)
 
         threading.Thread(target=run, name=self.name, daemon=True).start()
@@ -243,8 +243,7 @@ class SaveCheckpoint(PipelineHooks):
         must_wait = is_last or self.cfg.when_busy == "wait" or run.accelerator.num_processes > 1
         if self._task.is_busy and not must_wait:
             logger.warning(
-                "%s: no save at %s: the previous save is still running",
-                *(self.name, run.progress),
+                "%s: no save at %s: the previous save is still running", *(self.name, run.progress)
             )
             return
         self._collect()

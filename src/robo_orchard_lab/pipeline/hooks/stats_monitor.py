@@ -231,11 +231,7 @@ class StatsMonitor(PipelineHooks):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the pending norms; times are not saved."""
-        return {
-            "version": STATE_VERSION,
-            "norm_due": self._norm_due,
-            "has_norm": self._has_norm,
-        }
+        return {"version": STATE_VERSION, "norm_due": self._norm_due, "has_norm": self._has_norm}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_state_version(state, STATE_VERSION, self.name)

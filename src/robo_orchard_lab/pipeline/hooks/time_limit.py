@@ -160,7 +160,7 @@ class TimeLimitConfig(PipelineHooksConfig[TimeLimit]):
     class_type: type[TimeLimit] = TimeLimit
     limit: Literal["slurm"] | float | str = Field(
         description="Time from the start of the process, in seconds or as text such as "
-        "'3h30min'; 'slurm' for the limit of the SLURM job.",
+        "'3h30min'; 'slurm' for the limit of the SLURM job."
     )
     margin: DurationField = Field(
         default=120.0, description="Time reserved for saving, in seconds or as text."

@@ -159,8 +159,7 @@ class ValidationHookConfig(PipelineHooksConfig[ValidationHook]):
         "of hooks.",
     )
     at_start: bool = Field(
-        default=False,
-        description="Evaluate before the first step, but not when resuming.",
+        default=False, description="Evaluate before the first step, but not when resuming."
     )
     at_end: bool = Field(
         default=False,
@@ -174,17 +173,13 @@ class ValidationHookConfig(PipelineHooksConfig[ValidationHook]):
     )
     seed: int = Field(default=0, ge=0, description="Seed of each evaluation.")
     dataloaders: dict[str, LoaderPart] | None = Field(
-        default=None,
-        description="Loaders by name, unless passed to the hook.",
+        default=None, description="Loaders by name, unless passed to the hook."
     )
     sets: list[str] | None = Field(
-        default=None,
-        min_length=1,
-        description="Names of the loaders to evaluate on; None for all.",
+        default=None, min_length=1, description="Names of the loaders to evaluate on; None for all."
     )
     metrics: dict[str, MetricPart] | None = Field(
-        default=None,
-        description="Metrics by name, unless passed to the hook.",
+        default=None, description="Metrics by name, unless passed to the hook."
     )
     metric_inputs: Function | None = Field(
         default=None,
