@@ -63,18 +63,18 @@ def plain_weights(bounds: list[tuple[str, float, float]], steps: int = 7) -> lis
     return weights(model)
 
 
-@pytest.mark.parametrize("asked_first", [False, True])
+@pytest.mark.parametrize("requested_first", [False, True])
 @pytest.mark.parametrize("order", [2.0, 1.0])
-def test_known_norm_is_reused_for_clipping(asked_first: bool, order: float) -> None:
+def test_known_norm_is_reused_for_clipping(requested_first: bool, order: float) -> None:
     """In any order of hooks, clipping equals torch's bit for bit with one norm computed."""
     clip, norms = GradientClippingHookConfig(max_norm=0.05, norm_type=order), Norms(order)
     model = make_model()
-    hooks: list[HookLike] = [norms, clip] if asked_first else [clip, norms]
+    hooks: list[HookLike] = [norms, clip] if requested_first else [clip, norms]
     trainer = make_trainer(hooks, model=model, max_epoch=1)
     with CountNorms() as counted:
         trainer()
     assert equal(weights(model), plain_weights([("norm", 0.05, order)]))
-    if asked_first:
+    if requested_first:
         assert counted.norms == 7
     else:  # an explicit order measures the current gradients
         assert all(norm <= 0.05 * 1.001 for norm in norms.found)

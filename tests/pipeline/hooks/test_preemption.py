@@ -483,11 +483,11 @@ def test_other_thread_is_refused() -> None:
         except PipelineStateError as error:
             errors.append(error)
 
-    thread = threading.Thread(target=run, name="aside")
+    thread = threading.Thread(target=run, name="worker")
     thread.start()
     thread.join()
-    assert "Preemption: signals are handled in the main thread alone" in str(errors)
-    assert "called in 'aside'" in str(errors)
+    assert "Preemption: signals need the main thread" in str(errors)
+    assert "the trainer runs in 'worker'" in str(errors)
 
 
 def test_missing_saver_is_refused_at_the_start() -> None:
