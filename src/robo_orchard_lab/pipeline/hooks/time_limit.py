@@ -1,4 +1,4 @@
-"""Hook that saves and stops the run before a time limit."""
+"""Hook that saves and stops the run before a time limit; `duration_s` parses durations."""
 
 from __future__ import annotations
 
