@@ -21,7 +21,7 @@ EVENTS = {
     "INFO resumed from ": 1,
     "INFO the model:": 2,
     "froze all parameters of the model": 2,
-    "s left, 120 of them for saving": 2,
+    "s left, 120 s of these for saving": 2,
     "has drop_last=True": 2,
     "step 5: eval/val/loss": 1,
     "best.safetensors: eval/val/loss is": 1,

@@ -424,7 +424,7 @@ def test_second_signal_stops_at_once(tmp_path: Path) -> None:
     assert time.monotonic() - begun_at < 30
     state = read_run_state(tmp_path)
     assert (state.state, state.exit_code) == ("preempted", 130)
-    assert state.reason == "received SIGTERM, and a signal to stop at once"
+    assert state.reason == "received SIGTERM, and a second signal to stop at once"
     assert state.by == "Preemption"
 
 

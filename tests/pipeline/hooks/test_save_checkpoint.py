@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import resource
+import shlex
 import subprocess
 import sys
 import threading
@@ -117,7 +118,7 @@ def test_checkpoint_describes_its_run(tmp_path: Path) -> None:
     assert configuration["limits"] == {"max_step": None, "max_optimizer_step": None, "max_epoch": 2}
     assert configuration["optimizer"]["class"] == "torch.optim.sgd:SGD"
     assert about["versions"]["torch"] == torch.__version__
-    assert "pytest" in about["command"]
+    assert about["command"] == shlex.join(sys.orig_argv)
     json.dumps(about)
 
 
