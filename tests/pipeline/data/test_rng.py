@@ -1,54 +1,109 @@
-"""Python's random stream, copied in memory, is what its own functions read and write."""
+"""RNG isolation restores the process's global RNGs and runs its body on seeded ones."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.random.mtrand import get_bit_generator, set_bit_generator
 
-from robo_orchard_lab.pipeline.data.rng import PythonStream
-
-
-@pytest.fixture(params=["in memory", "by functions"])
-def stream(request: pytest.FixtureRequest) -> PythonStream:
-    stream = PythonStream()
-    assert stream._memory is not None  # as CPython, on which this runs, has it
-    if request.param == "by functions":
-        stream._memory = None
-    return stream
+from loaded_data import same, streams
+from robo_orchard_lab.pipeline.data.rng import PersistentRng, RngIsolation, seed_rng
 
 
-def test_a_stream_goes_on_where_it_was(stream: PythonStream) -> None:
-    """Restored, it gives the same numbers, the second gaussian of a pair included."""
+@pytest.fixture(autouse=True)
+def restored_rng() -> Iterator[None]:
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    yield
+    torch.set_rng_state(before[0])
+    np.random.set_state(before[1])
+    random.setstate(before[2])
+
+
+def draw() -> list[float]:
+    """Draw from all RNGs; an odd number of gaussians."""
+    return [torch.rand(()).item(), np.random.rand(), np.random.randn(), random.random()]
+
+
+def mixed_numbers() -> list[float]:
+    """Draw numbers of different widths, a cached gaussian first."""
+    return [random.gauss(0, 1), random.random(), random.getrandbits(700), np.random.randn()]
+
+
+@pytest.mark.parametrize("draws", [0, 1, 623, 5000])
+def test_isolation_restores_position_and_cached_gaussian(draws: int) -> None:
+    """After several uses, the following numbers are those of an undisturbed process."""
+    isolation = RngIsolation()
     random.seed(3)
-    for draws in (0, 1, 623, 5000):
-        for _ in range(draws):
-            random.random()
+    np.random.seed(3)
+    for _ in range(draws):
+        random.random()
+        np.random.rand()
+    for gaussians in (0, 1, 2, 3):
         random.gauss(0, 1)
-        expected, state = random.getstate(), stream.state()
-        following = [random.gauss(0, 1), random.random(), random.getrandbits(700)]
-        random.seed(9)
-        stream.restore(state)
-        assert random.getstate() == expected
-        assert [random.gauss(0, 1), random.random(), random.getrandbits(700)] == following
+        np.random.randn(gaussians)
+        before = streams()
+        state = random.getstate(), np.random.get_state()
+        following = mixed_numbers()
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        for _ in range(2):
+            with isolation:
+                seed_rng(9)
+                draw()
+            assert same(streams(), before)
+        assert mixed_numbers() == following
 
 
-@given(st.integers(0, 2**32 - 1))
-def test_a_seed_gives_the_numbers_that_numpy_makes_of_it(seed: int) -> None:
-    """Both ways of seeding give one stream, without a gaussian left from before."""
-    before = random.getstate()
-    in_memory, by_functions = PythonStream(), PythonStream()
-    by_functions._memory = None
+def test_isolation_follows_another_bit_generator() -> None:
+    """A process that replaces NumPy's bit generator gets back the one in use on entry."""
+    isolation, before = RngIsolation(), get_bit_generator()
     try:
-        for stream in (in_memory, by_functions):
-            random.gauss(0, 1)
-            stream.seed(seed)
-            expected = np.random.RandomState(seed).random_sample(3).tolist()
-            assert [random.random() for _ in range(3)] == expected
-            stream.seed(seed)
-            assert random.getstate()[2] is None
+        for bit_generator in (before, np.random.MT19937(4), np.random.PCG64(4)):
+            set_bit_generator(bit_generator)
+            np.random.randn()
+            state = str(np.random.get_state(legacy=False))
+            with isolation:
+                seed_rng(1)
+                draw()
+            assert get_bit_generator() is bit_generator
+            assert str(np.random.get_state(legacy=False)) == state
     finally:
-        random.setstate(before)
+        set_bit_generator(before)
+
+
+@given(st.integers(0, 2**64 - 1))
+def test_a_seed_sets_all_rngs_without_a_cached_gaussian(seed: int) -> None:
+    """Equal seeds give equal numbers, whatever was drawn before; the three RNGs differ."""
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        seed_rng(seed)
+        first = draw()
+        random.gauss(0, 1)
+        seed_rng(seed)
+        assert random.getstate()[2] is None
+        assert draw() == first
+        assert len(set(first)) == 4
+    finally:
+        torch.set_rng_state(before[0])
+        np.random.set_state(before[1])
+        random.setstate(before[2])
+
+
+def test_persistent_rng_continues_its_streams() -> None:
+    """Several uses draw what one use draws that drops the cached gaussian in between."""
+    several, one = PersistentRng(5), PersistentRng(5)
+    drawn = []
+    for _ in range(3):
+        draw()
+        with several:
+            drawn.append(draw())
+    with one:
+        for numbers in drawn:
+            assert draw() == numbers
+            one.drop_cached_gaussian()

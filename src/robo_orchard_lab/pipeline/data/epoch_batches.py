@@ -207,7 +207,7 @@ class IteratedBatches:
         if step_id > 0:
             with self._streams:
                 for _ in zip(range(step_id), numbered, strict=False):
-                    self._streams.between()
+                    self._streams.drop_cached_gaussian()
         return self._under_streams(numbered, step_id)
 
     def at_step(self, step_id: int) -> BatchIndices | None:
