@@ -16,7 +16,7 @@ SCRIPT = SCRIPTS / "log_on_ranks.py"
 # What is logged in two runs, of which the second one goes on with the first one, and how often.
 EVENTS = {
     "the optimizer holds none of the model's 4 trainable parameters": 2,
-    "each of the 2 processes trains on all that its own loader gives": 2,
+    "each of the 2 processes trains on all batches of its own loader": 2,
     "the run starts from the beginning": 1,
     "INFO resumed from ": 1,
     "INFO the model:": 2,

@@ -31,27 +31,33 @@ def state_after(steps: int, given: Any = None, order: DataOrder | None = None) -
 
 Change = Callable[[], tuple[DataLoader[Any], DataOrder | None]]
 CHANGES: list[tuple[Change, str]] = [
-    (lambda: (loader(), DataOrder(seed=8)), r"from seed 7 when it was saved, .* has seed=8"),
+    (
+        lambda: (loader(), DataOrder(seed=8)),
+        r"seed was 7 when the run was saved, .* has seed=8; set seed=7",
+    ),
     (
         lambda: (loader(), DataOrder(keyed_by="sample")),
         "keyed by batch when the run was saved, and DataOrder has keyed_by='sample'",
     ),
-    (lambda: (loader(length=27), None), "a dataset of length 26 when it was saved, and has 27"),
+    (
+        lambda: (loader(length=27), None),
+        "a dataset of length 26 when the run was saved, and has 27",
+    ),
     (
         lambda: (loader(shuffle=False), None),
-        "the sampler RandomSampler when it was saved, and has SequentialSampler",
+        "the sampler RandomSampler when the run was saved, and has SequentialSampler",
     ),
     (
         lambda: (loader(shuffle=None, sampler=RandomSampler(range(26), num_samples=20)), None),
-        "a sampler of length 26 when it was saved, and has 20",
+        "a sampler of length 26 when the run was saved, and has 20",
     ),
     (
         lambda: (loader(generator=torch.Generator()), None),
-        r"generators \[\] when it was saved, and has \['loader.generator'\]",
+        r"generators \[\] when the run was saved, and has \['loader.generator'\]",
     ),
     (
         lambda: (loader(batch_size=5), None),
-        r"4 samples of the whole job .* has 5: .*allow_other_batch_size=True",
+        r"4 samples when .* has 5; .*batch_size=4, .*allow_other_batch_size=True",
     ),
 ]
 
@@ -69,7 +75,7 @@ def test_another_order_is_refused(change: Change, message: str) -> None:
 
 def test_an_unknown_version_is_refused() -> None:
     """A state of a later release is named as such."""
-    with pytest.raises(StateError, match="version 99, this one reads 1"):
+    with pytest.raises(StateError, match="version 99, this release reads 1"):
         resumed(loader(), {**state_after(3), "version": 99})
 
 
@@ -84,9 +90,9 @@ def test_another_batch_size_goes_on_with_the_next_sample(
     data = resumed(loader(batch_size=batch_size), state_after(steps, order=order), order)
     rest = list(data.epoch(0, steps))
     done = min(4 * steps, 26)
-    place = "a step of other epochs begins, too" if done % batch_size == 0 else "no step of other"
-    assert f"with {batch_size} samples a step, where it had 4, from sample {done}" in caplog.text
-    assert f"where {place}" in caplog.text
+    place = "the start of a step" if done % batch_size == 0 else "within a step"
+    assert f"with {batch_size} samples a step instead of 4, at sample {done}" in caplog.text
+    assert f"which is {place} of other epochs" in caplog.text
     assert same(torch.cat([batch[1] for batch in rest] or [whole[26:]]), whole[done:])
     assert data.steps_per_epoch == steps + len(rest)
     assert own_sizes(data, steps) == [len(batch[0]) for batch in rest]
@@ -110,7 +116,7 @@ def test_a_sampler_of_ones_own_keeps_its_batch_size_within_an_epoch() -> None:
     def given(batch_size: int) -> DataLoader[Any]:
         return DataLoader(Indices(26), batch_size, sampler=Own(range(26)))
 
-    with pytest.raises(StateError, match="only where the sampler is one of torch's"):
+    with pytest.raises(StateError, match="only with one of torch's samplers"):
         resumed(given(5), state_after(3, given(4)), DataOrder(allow_other_batch_size=True))
 
 
@@ -150,5 +156,7 @@ def test_weights_of_another_length_are_another_sampler() -> None:
         sampler = WeightedRandomSampler([1.0] * 26, samples)
         return DataLoader(Indices(26), batch_sampler=BatchSampler(sampler, 4, False))
 
-    with pytest.raises(StateError, match="a sampler of length 30 when it was saved, and has 31"):
+    with pytest.raises(
+        StateError, match="a sampler of length 30 when the run was saved, and has 31"
+    ):
         resumed(given(31), state_after(3, given(30)))

@@ -1,4 +1,4 @@
-"""Several processes share a step's samples as evenly as can be, and repeat none."""
+"""Several processes shard a step's samples as evenly as can be, and repeat none."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ class OwnBatches(Sampler[list[int]]):
 
 
 def passed_over(
-    loader: DataLoader[Any], share: BatchShard, seed: int = 0
+    loader: DataLoader[Any], shard: BatchShard, seed: int = 0
 ) -> list[tuple[list[int], float]]:
     """Of each step of an epoch: what is this rank's own, and how many samples the job has."""
     progress = TrainerProgress()
-    data = MapData(loader, DataOrder(), BatchShard(1, share.rank), progress)
-    data._share = share  # else the processes would have to be there
+    data = MapData(loader, DataOrder(), BatchShard(1, shard.rank), progress)
+    data._shard = shard  # else the processes would have to be there
     steps = data.steps_per_epoch
     result = []
     batches = data.epoch(seed, 0, 0)
     ahead = data.sizes(0, ahead=True)
-    told = None if share.processes == 1 else data.sizes(0, ahead=False)
+    told = None if shard.processes == 1 else data.sizes(0, ahead=False)
     for batch in batches:
         made_of = data.batch_indices(progress.step_id)
         assert made_of is not None
@@ -160,7 +160,7 @@ def test_another_number_of_processes_sees_the_same_order(
     joined: list[list[int]] = [[] for _ in batches[progress.step_id :]]
     for rank in range(processes):
         data = MapData(loader(8 // processes), DataOrder(), BatchShard(), progress)
-        data._share = BatchShard(processes, rank)
+        data._shard = BatchShard(processes, rank)
         data.check(state, {}, within_epoch=progress.step_id > 0)
         data.load(state, {})
         for step, batch in enumerate(data.epoch(1, 0, progress.step_id)):

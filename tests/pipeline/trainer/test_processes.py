@@ -54,7 +54,7 @@ def test_data_that_is_not_divided_is_warned_about(tmp_path: Path) -> None:
     """Each rank reads an iterable of its own, maybe all of it, which the first one says, once."""
     assert "each of the" not in launch_training(tmp_path / "one", 1, kind="list").stderr
     told = launch_training(tmp_path / "two", 2, kind="list").stderr
-    assert told.count("each of the 2 processes trains on all that its own loader gives") == 1
+    assert told.count("each of the 2 processes trains on all batches of its own loader") == 1
 
 
 def test_steps_on_what_is_known_ahead_take_no_exchange(tmp_path: Path) -> None:

@@ -423,7 +423,7 @@ class OtherModel(torch.nn.Sequential):
         (lambda: {"optimizer": "two groups"}, "parameter group that was not saved"),
         (
             lambda: {"loader": DataLoader(Augmented(), 4, generator=torch.Generator())},
-            r"generators \[\] when it was saved, and has \['loader\.generator'\]",
+            r"generators \[\] when the run was saved, and has \['loader\.generator'\]",
         ),
     ],
 )

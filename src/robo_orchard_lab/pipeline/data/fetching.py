@@ -1,4 +1,9 @@
-"""Loading a batch, in a worker or in the training process, with randomness of its own."""
+"""Loading of one batch with seeded RNGs, and the start of worker processes.
+
+:class:`Fetcher` replaces the user's dataset in the rebuilt loader. :class:`IgnoreSignals` keeps
+workers alive if a signal such as Ctrl-C reaches all processes of a job: a worker that dies makes
+the main process fail or hang within a step, when it could have saved the run.
+"""
 
 from __future__ import annotations
 
@@ -36,26 +41,28 @@ from robo_orchard_lab.pipeline.data.rng import (
 
 
 class Task(NamedTuple):
-    """What a batch is loaded from."""
+    """Request to load one batch."""
 
     epoch_id: int
     batch_id: int
-    """Among those of all processes in the epoch."""
+    """Number of the batch in the epoch, over all processes, from 0."""
     indices: Any
-    """The dataset's: a list of them, or one that the dataset makes a whole batch of."""
+    """List of dataset indices, or one index of a complete batch."""
     seed: int | None
-    """Of what is drawn for the batch, or for collating it; None where nothing is drawn."""
+    """Seed of the batch, or of ``collate_fn`` if samples have their own; None disables seeding."""
     sample_seeds: list[int] | None
-    """Of what is drawn for each sample, where it is keyed by sample."""
+    """Seed of each sample with ``keyed_by="sample"``."""
 
 
 class Fetcher(Dataset[Any]):
-    """From a task to a batch: the items of the user's dataset, put together by their collate_fn.
+    """Dataset that maps a :class:`Task` to a batch.
+
+    In the training process, the RNGs and the dataset's generators are restored afterwards.
 
     Args:
-        dataset: the user's.
-        collate_fn: the user's.
-        batched: whether a task has a list of indices, each of which gives a sample.
+        dataset: the user's dataset.
+        collate_fn: the user's function.
+        batched: a task has a list of indices, one for each sample.
     """
 
     def __init__(self, dataset: Any, collate_fn: Callable[[Any], Any], batched: bool) -> None:
@@ -63,41 +70,37 @@ class Fetcher(Dataset[Any]):
         self.collate_fn = collate_fn
         self.batched = batched
         self.epoch_id: int | None = None
-        """The epoch that the dataset was last told of."""
-        self._aside: RngIsolation | None = None
-        self._found_in: int | None = None
-        """The epoch for which the generators below were looked for."""
-        self._kept: dict[str, RandomGenerator] = {}
-        """The random generators that the dataset and the collate_fn keep."""
+        """Epoch of the dataset's last ``set_epoch``."""
+        self._isolation = RngIsolation()
+        self._searched_epoch: int | None = None
+        self._generators: dict[str, RandomGenerator] = {}
+        """Generators of the dataset and of ``collate_fn``, found at the first task of an epoch."""
 
     def __getitem__(self, task: Task) -> Any:
-        if get_worker_info() is not None:
-            if task.epoch_id != self._found_in:
-                self._begin(task.epoch_id)
+        in_worker = get_worker_info() is not None
+        if not in_worker and task.seed is None:
             return self._load(task)
-        if task.seed is None:
+        if task.epoch_id != self._searched_epoch:
+            self._begin_epoch(task.epoch_id)
+        if in_worker:
             return self._load(task)
-        if task.epoch_id != self._found_in:
-            self._begin(task.epoch_id)
-        if self._aside is None:
-            self._aside = RngIsolation()
-        with self._aside:
-            if not self._kept:
+        with self._isolation:
+            if not self._generators:
                 return self._load(task)
-            states = generator_states(self._kept)
+            states = generator_states(self._generators)
             try:
                 return self._load(task)
             finally:
-                set_generator_states(self._kept, states)
+                set_generator_states(self._generators, states)
 
     def _load(self, task: Task) -> Any:
-        seed, dataset, indices = task.seed, self.dataset, task.indices
+        dataset, indices = self.dataset, task.indices
         try:
             if task.sample_seeds is not None:
-                samples = self._sample_by_sample(task)
-                self._seed(seed)
+                samples = self._load_by_sample(task.sample_seeds, indices)
+                self._seed(task.seed)
             else:
-                self._seed(seed)
+                self._seed(task.seed)
                 if not self.batched:
                     samples = dataset[indices]
                 elif getattr(dataset, "__getitems__", None):
@@ -112,43 +115,38 @@ class Fetcher(Dataset[Any]):
             )
             raise
 
-    def _sample_by_sample(self, task: Task) -> Any:
-        seeds = task.sample_seeds or []
-        if not self.batched:
-            self._seed(seeds[0])
-            return self.dataset[task.indices]
+    def _load_by_sample(self, seeds: list[int], indices: Any) -> Any:
         samples = []
-        for index, seed in zip(task.indices, seeds, strict=True):
+        for index, seed in zip(indices if self.batched else [indices], seeds, strict=True):
             self._seed(seed)
             samples.append(self.dataset[index])
-        return samples
+        return samples if self.batched else samples[0]
 
     def _seed(self, seed: int | None) -> None:
         if seed is not None:
             seed_rng(seed)
-            if self._kept:
-                seed_generators(self._kept, seed)
+            if self._generators:
+                seed_generators(self._generators, seed)
 
-    def _begin(self, epoch_id: int) -> None:
-        """The first batch of an epoch in this process, which may be a worker that outlives one."""
+    def _begin_epoch(self, epoch_id: int) -> None:
         if epoch_id != self.epoch_id:
             self.epoch_id = epoch_id
             if hasattr(self.dataset, "set_epoch"):
                 self.dataset.set_epoch(epoch_id)
-        self._found_in = epoch_id
-        self._kept = dataset_generators("", (self.dataset, self.collate_fn))
+        self._searched_epoch = epoch_id
+        self._generators = dataset_generators("", (self.dataset, self.collate_fn))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_aside": None, "_found_in": None, "_kept": {}}
+        return {**self.__dict__, "_searched_epoch": None, "_generators": {}}
 
 
 def identity(batch: Any) -> Any:
-    """A collate_fn for what is a batch already."""
+    """Return a batch unchanged, as a ``collate_fn``."""
     return batch
 
 
 def is_deterministic(dataset: Any, collate_fn: Any) -> bool:
-    """Whether nothing is drawn while loading for sure, so that seeding can be left out."""
+    """Return True if loading is known to draw no random numbers, so that seeding is skipped."""
     return collate_fn in (default_collate, default_convert) and _holds_its_items(dataset)
 
 
@@ -160,55 +158,48 @@ def _holds_its_items(dataset: Any) -> bool:
     return type(dataset) in (TensorDataset, list, tuple)
 
 
-# --- worker signals --------------------------------------------------------------------------
-# Worker processes of data loaders that leave signals to the process that they work for.
-#
-# A signal that is to end a job often goes to all of its processes: Ctrl-C, a scheduler's SIGTERM. A
-# worker that dies of it has its main process fail in the middle of a step, or wait for data that
-# never comes, when it could have saved the run.
+# --- signals and start of workers ------------------------------------------------------------
 
 
 WorkerInitFn: TypeAlias = Callable[[int], object]
 
-_LAST_WAIT_S = 1.0  # for processes that clean up when they are told to end
+_TERMINATE_TIMEOUT_S = 1.0
 
-_taken: tuple[int, ...] = ()  # of the whole process, as its handlers are
-_started: set[BaseProcess] = set()  # while signals were taken, and not ended with that
+_ignored: tuple[int, ...] = ()  # by workers that start now; signal handlers are global, too
+_started: set[BaseProcess] = set()  # daemons that started while signals were ignored
 
 
 @contextmanager
 def ignore_signals_in_workers(signals: Iterable[int]) -> Iterator[None]:
-    """Have workers that are started meanwhile outlive these signals.
+    """Make workers with :class:`IgnoreSignals` that start meanwhile ignore these signals.
 
-    Only workers with a :class:`IgnoreSignals` do. They ignore them, but for SIGTERM: the second one
-    ends a worker, since that is how a main process ends one that hangs. Workers that are still
-    there when this process ends, such as persistent ones, are ended with it.
+    A second SIGTERM still ends a worker, as a main process does with one that hangs. Workers that
+    remain when this process exits, such as persistent ones, are killed.
     """
-    global _taken
-    before, _taken = _taken, tuple(signals)
+    global _ignored
+    before, _ignored = _ignored, tuple(signals)
     others = multiprocessing.active_children()
     try:
         yield
     finally:
-        _taken = before
-        ours = set(multiprocessing.active_children()).difference(others)
-        _started.update(child for child in ours if child.daemon)
-        atexit.unregister(_end_started)
-        atexit.register(_end_started)
+        _ignored = before
+        new = set(multiprocessing.active_children()).difference(others)
+        _started.update(child for child in new if child.daemon)
+        atexit.unregister(_kill_started)
+        atexit.register(_kill_started)
 
 
 @contextmanager
 def worker_startup() -> Iterator[None]:
-    """Around the start of workers that have a :class:`IgnoreSignals`: hold the taken signals back.
+    """Block the ignored signals while workers start, until :class:`IgnoreSignals` handles them.
 
-    Until a worker has called it, which takes a moment, it would die of them. Those that come are
-    handled at the end, in the worker as in the main process. This is of use in the thread that
-    starts the workers, which is the main thread.
+    Must run in the thread that starts the workers, the main thread. Blocked signals are delivered
+    at the end.
     """
-    if not _taken or sys.platform == "win32":
+    if not _ignored or sys.platform == "win32":
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _taken)  # workers inherit it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ignored)  # workers inherit the mask
     try:
         yield
     finally:
@@ -216,61 +207,54 @@ def worker_startup() -> Iterator[None]:
 
 
 class IgnoreSignals:
-    """A ``worker_init_fn`` that leaves signals to the main process, then does what another does.
+    """``worker_init_fn`` that ignores signals, then calls the user's function.
 
     Args:
-        worker_init_fn: the one to call; None where there is none.
+        worker_init_fn: the user's function, or None.
     """
 
     def __init__(self, worker_init_fn: WorkerInitFn | None = None) -> None:
         self.worker_init_fn = worker_init_fn
-        self._signals: tuple[int, ...] | None = None  # set in a worker that is no fork
+        self._signals: tuple[int, ...] | None = None  # set by unpickling in a spawned worker
 
     def __call__(self, worker_id: int) -> None:
-        taken = _taken if self._signals is None else self._signals
-        for number in taken:
-            outlives = _ignore_once if number == signal.SIGTERM else signal.SIG_IGN
-            signal.signal(number, outlives)
-        if taken and sys.platform != "win32":
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, taken)  # see worker_startup
+        ignored = _ignored if self._signals is None else self._signals
+        for number in ignored:
+            handler = _ignore_once if number == signal.SIGTERM else signal.SIG_IGN
+            signal.signal(number, handler)
+        if ignored and sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)  # see worker_startup
         if self.worker_init_fn is not None:
             self.worker_init_fn(worker_id)
 
     def __reduce__(self) -> tuple[type[IgnoreSignals], tuple[WorkerInitFn | None], object]:
-        return type(self), (self.worker_init_fn,), {"_signals": _taken}  # for another process
+        return type(self), (self.worker_init_fn,), {"_signals": _ignored}
 
 
 def _ignore_once(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)
 
 
-def _end_started() -> None:
-    """At the interpreter's end, ahead of multiprocessing's, which tells each once, and waits."""
-    left = _started.intersection(multiprocessing.active_children())
-    if not left:
+def _kill_started() -> None:
+    """Kill workers at exit, before multiprocessing sends one SIGTERM and waits."""
+    running = _started.intersection(multiprocessing.active_children())
+    if not running:
         return
     if sys.platform != "win32":
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises where a worker is killed
-    for child in left:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises if a worker dies
+    for child in running:
         child.terminate()
-    end_at = time.monotonic() + _LAST_WAIT_S
-    for child in left:
-        child.join(max(0.0, end_at - time.monotonic()))
+    deadline = time.monotonic() + _TERMINATE_TIMEOUT_S
+    for child in running:
+        child.join(max(0.0, deadline - time.monotonic()))
         child.kill()
 
 
-# --- worker start ----------------------------------------------------------------------------
-# What a worker does before it loads.
-
-
 class WorkerInit(IgnoreSignals):
-    """Makes a worker what the user's functions expect: ``get_worker_info().dataset`` is theirs.
-
-    It also leaves to the main process the signals that are for that.
-    """
+    """``worker_init_fn`` of a rebuilt loader: ``get_worker_info().dataset`` is the user's."""
 
     def __call__(self, worker_id: int) -> None:
         info = get_worker_info()
         if info is not None and isinstance(info.dataset, (Fetcher, ReseededDataset)):
-            object.__setattr__(info, "dataset", info.dataset.dataset)  # it is read-only
+            object.__setattr__(info, "dataset", info.dataset.dataset)  # WorkerInfo is read-only
         super().__call__(worker_id)

@@ -1,4 +1,4 @@
-"""The loader that a user made, where Accelerate has made another one of it; and copies of one."""
+"""Copies of the user's loader, without Accelerate's wrappers, and its shard for this process."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from robo_orchard_lab.pipeline.job_log import job_logger
 
 logger = job_logger(__name__)
 
-_DRAWING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+_RANDOM_SAMPLERS = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 def is_map_style(loader: Any) -> bool:
-    """Whether it is a ``DataLoader``, and no class that iterates otherwise, of indexed data."""
+    """Return True for a ``DataLoader`` of a map-style dataset that does not override iteration."""
     return (
         isinstance(loader, DataLoader)
         and type(loader).__iter__ is DataLoader.__iter__
@@ -48,73 +48,35 @@ def is_map_style(loader: Any) -> bool:
     )
 
 
+def batches_of(loader: DataLoader[Any]) -> Any:
+    """Return the batch sampler, or the sampler of a loader without automatic batching."""
+    return loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+
+
 def explain_no_batch(loader: Any) -> str:
-    """What to look at where a pass over the data has had no batch."""
+    """Return the likely cause and remedy of a pass over the data without a batch."""
     loader = getattr(loader, "base_dataloader", loader)
-    if is_map_style(loader):
-        batches = loader if loader.batch_sampler is None else loader.batch_sampler
-        size = getattr(batches, "batch_size", None)
-        if getattr(batches, "drop_last", False):
-            return (
-                f"its {len(loader.dataset)} samples are less than one step of all processes takes, "
-                f"of {size} samples on each, and drop_last=True drops them: give drop_last=False, "
-                "a smaller batch_size or more data"
-            )
-        return "its dataset or its sampler gives no sample"
-    return "an iterator can be read only once: pass an iterable that can be iterated every epoch"
-
-
-def unwrap_loader(loader: Iterable[Any], accelerator: Accelerator) -> Iterable[Any]:
-    """What is to be given an order: one with an index as it was before it was prepared.
-
-    One of torchdata's is taken for a plain one, since its place is known without its state, and
-    what is drawn in its workers is no part of that. Loaders without an index are left as they are,
-    so that each process reads what its own gives, unless Accelerate is asked to divide the batches
-    (``dispatch_batches``) or to save their state (``use_stateful_dataloader``).
-
-    Its seedable sampler takes the place of a ``RandomSampler`` where it is asked for with a
-    ``data_seed``; without one, the order follows from a seed anyway. ``dispatch_batches`` means
-    nothing to data with an index, of which each process loads its own batches.
-
-    Raises:
-        PipelineConfigError: it was made by ``accelerate.skip_first_batches``.
-    """
-    prepared = isinstance(loader, (DataLoaderShard, DataLoaderDispatcher))
-    if isinstance(loader, (DataLoaderShard, DataLoaderDispatcher)) and is_map_style(
-        loader.base_dataloader
-    ):
-        loader = _unprepared(loader.base_dataloader)
-    elif isinstance(loader, DataLoader) and _is_torchdatas_of_an_index(loader):
-        loader = _plain(loader)
-    config = accelerator.dataloader_config
-    if isinstance(loader, DataLoader) and is_map_style(loader):
-        if not loader.in_order:
-            logger.warning(
-                "the data loader has in_order=False, which gives batches as workers finish them; "
-                "they are given in order, so that a resumed run finds them again"
-            )
-        if config.use_seedable_sampler and config.data_seed is not None:
-            return _with_seedable_sampler(loader, config.data_seed)
-        return loader
-    several = accelerator.num_processes > 1
-    divides = several and config.dispatch_batches is not None
-    divisible = isinstance(loader, DataLoader) and loader.batch_sampler is not None
-    if prepared or not divisible or not (divides or config.use_stateful_dataloader):
-        return loader
-    changed: Any
-    if divides or not several:
-        changed = accelerator.prepare(loader)
-    else:
-        changed = prepare_data_loader(
-            loader, num_processes=1, process_index=0, use_stateful_dataloader=True
+    if not is_map_style(loader):
+        return (
+            "an iterator can be read only once: pass an iterable that can be iterated every epoch"
         )
-    inner = changed.base_dataloader  # a copy, which is nobody else's
-    inner.worker_init_fn = IgnoreSignals(inner.worker_init_fn)
-    return changed  # type: ignore[no-any-return]  # an iterable
+    batches = batches_of(loader)
+    if not getattr(batches, "drop_last", False):
+        return "its dataset or its sampler yields no sample"
+    return (
+        f"its {len(loader.dataset)} samples are less than one step of all processes, with "
+        f"{getattr(batches, 'batch_size', None)} samples on each, and drop_last=True drops them: "
+        "pass drop_last=False, a smaller batch_size or more data"
+    )
 
 
 def copy_loader(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
-    """A loader with the same options; ``changes`` has the sampler or batch sampler at least."""
+    """Return a ``DataLoader`` with equal options, except ``changes``.
+
+    Args:
+        loader: the loader to copy.
+        changes: options; must include a sampler, a batch sampler or ``batch_size``.
+    """
     options = {
         "dataset": loader.dataset,
         "num_workers": loader.num_workers,
@@ -126,58 +88,111 @@ def copy_loader(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
         "generator": loader.generator,
         "prefetch_factor": loader.prefetch_factor,
         "persistent_workers": loader.persistent_workers,
-        "in_order": getattr(loader, "in_order", True),  # torchdata's has none
+        "in_order": getattr(loader, "in_order", True),  # missing in torchdata's loader
     }
-    with warnings.catch_warnings(action="ignore"):  # which the first one gave already
+    with warnings.catch_warnings(action="ignore"):  # the original has issued them
         return DataLoader(**{**options, **changes})
 
 
-def _is_torchdatas_of_an_index(loader: DataLoader[Any]) -> bool:
-    torchdatas = type(loader).__module__.startswith("torchdata.")
-    return torchdatas and not isinstance(loader.dataset, IterableDataset)
+def _with_batches(loader: DataLoader[Any], batches: Any) -> DataLoader[Any]:
+    if loader.batch_sampler is None:
+        return copy_loader(loader, batch_size=None, sampler=batches)
+    return copy_loader(loader, batch_sampler=batches)
 
 
-def _plain(loader: DataLoader[Any]) -> DataLoader[Any]:
-    batches: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+# --- Accelerate's wrappers -------------------------------------------------------------------
+
+
+def unwrap_loader(loader: Iterable[Any], accelerator: Accelerator) -> Iterable[Any]:
+    """Return the loader to iterate in an exact order.
+
+    A map-style loader is returned as the user made it, without Accelerate's or torchdata's wrapper:
+    its position is known without their state. ``use_seedable_sampler`` with a ``data_seed`` keeps
+    Accelerate's sampler; ``dispatch_batches`` has no effect.
+
+    Any other loader is returned as is, unless the accelerator's configuration requests
+    ``dispatch_batches`` or ``use_stateful_dataloader``: then Accelerate wraps the loader.
+
+    Raises:
+        PipelineConfigError: the loader was made by ``accelerate.skip_first_batches``.
+    """
+    is_prepared = isinstance(loader, (DataLoaderShard, DataLoaderDispatcher))
+    if is_prepared and is_map_style(loader.base_dataloader):  # type: ignore[attr-defined]  # of both
+        loader = _unprepared(loader.base_dataloader)  # type: ignore[attr-defined]
+    elif isinstance(loader, DataLoader) and _is_torchdata_map_style(loader):
+        loader = _without_torchdata(loader)
+    config = accelerator.dataloader_config
+    if isinstance(loader, DataLoader) and is_map_style(loader):
+        if not loader.in_order:
+            logger.warning(
+                "the data loader has in_order=False; batches are yielded in order nevertheless, so "
+                "that a run can be resumed"
+            )
+        if config.use_seedable_sampler and config.data_seed is not None:
+            return _with_seedable_sampler(loader, config.data_seed)
+        return loader
+    has_ranks = accelerator.num_processes > 1
+    dispatches = has_ranks and config.dispatch_batches is not None
+    can_wrap = isinstance(loader, DataLoader) and loader.batch_sampler is not None
+    if is_prepared or not can_wrap or not (dispatches or config.use_stateful_dataloader):
+        return loader
+    wrapped: Any
+    if dispatches or not has_ranks:
+        wrapped = accelerator.prepare(loader)
+    else:
+        wrapped = prepare_data_loader(
+            loader, num_processes=1, process_index=0, use_stateful_dataloader=True
+        )
+    inner = wrapped.base_dataloader  # a copy of the user's
+    inner.worker_init_fn = IgnoreSignals(inner.worker_init_fn)
+    return wrapped  # type: ignore[no-any-return]  # an iterable
+
+
+def _is_torchdata_map_style(loader: DataLoader[Any]) -> bool:
+    is_torchdata = type(loader).__module__.startswith("torchdata.")
+    return is_torchdata and not isinstance(loader.dataset, IterableDataset)
+
+
+def _without_torchdata(loader: DataLoader[Any]) -> DataLoader[Any]:
+    batches = batches_of(loader)
     if isinstance(batches, BatchSampler):
         batches = BatchSampler(batches.sampler, batches.batch_size, batches.drop_last)
-    return _made_of(loader, batches)
+    return _with_batches(loader, batches)
 
 
 def _unprepared(loader: DataLoader[Any]) -> DataLoader[Any]:
-    batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    batches = batches_of(loader)
     if isinstance(batches, SkipBatchSampler):
         raise PipelineConfigError(
-            "the data loader is one of accelerate.skip_first_batches, which skips the same batches "
-            "in every epoch; give the loader that it was made of: a resumed run goes to its place"
+            "the data loader was made by accelerate.skip_first_batches, which skips the same "
+            "batches in every epoch; pass the original loader: a resumed run seeks its position"
         )
     if isinstance(batches, BatchSamplerShard):
-        batches = _without_accelerates_generator(batches.batch_sampler, loader)
-    return _made_of(loader, batches)
+        batches = _without_accelerate_generator(batches.batch_sampler, loader)
+    return _with_batches(loader, batches)
 
 
-def _without_accelerates_generator(batches: Any, loader: DataLoader[Any]) -> Any:
-    """With the sampler as it was: Accelerate gives each that has no generator one, of many ranks.
+def _without_accelerate_generator(batches: Any, loader: DataLoader[Any]) -> Any:
+    """Remove the generator that Accelerate sets on a sampler for several processes.
 
-    It has a seed of 63 bits, drawn, where a user's has the default or a number of 32 bits.
+    Accelerate seeds it with a random 63-bit number, a user with the default or 32 bits.
     """
     sampler: Any = getattr(batches, "sampler", None)
-    if type(batches) is not BatchSampler or type(sampler) not in _DRAWING:
+    if type(batches) is not BatchSampler or type(sampler) not in _RANDOM_SAMPLERS:
         return batches
-    given: torch.Generator | None = sampler.generator
-    if given is None or loader.generator is not None:
+    generator: torch.Generator | None = sampler.generator
+    if generator is None or loader.generator is not None:
         return batches
-    seed = given.initial_seed()
+    seed = generator.initial_seed()
     if seed == torch.Generator().initial_seed() or seed < 2**32:
         return batches
-    plain: Any = copy.copy(sampler)
-    plain.generator = None
-    return BatchSampler(plain, batches.batch_size, batches.drop_last)
+    original: Any = copy.copy(sampler)
+    original.generator = None
+    return BatchSampler(original, batches.batch_size, batches.drop_last)
 
 
 def _with_seedable_sampler(loader: DataLoader[Any], data_seed: int) -> DataLoader[Any]:
-    """With the sampler that Accelerate puts in place of a ``RandomSampler``."""
-    batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    batches = batches_of(loader)
     sampler = getattr(batches, "sampler", None)
     if type(batches) is not BatchSampler or type(sampler) is not RandomSampler:
         return loader
@@ -188,57 +203,41 @@ def _with_seedable_sampler(loader: DataLoader[Any], data_seed: int) -> DataLoade
         generator=sampler.generator,
         data_seed=data_seed,
     )
-    return _made_of(loader, BatchSampler(seedable, batches.batch_size, batches.drop_last))
+    return _with_batches(loader, BatchSampler(seedable, batches.batch_size, batches.drop_last))
 
 
-def _made_of(loader: DataLoader[Any], batches: Any) -> DataLoader[Any]:
-    if loader.batch_sampler is None:
-        return copy_loader(loader, batch_size=None, sampler=batches)
-    return copy_loader(loader, batch_sampler=batches)
-
-
-# --- sharding ------------------------------------------------------------------------------------
+# --- shard of this process -------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class BatchShard:
-    """One process's part in a job's data."""
+    """One process's share of the batches."""
 
     processes: int = 1
-    """Among which the batches are dealt out."""
+    """Number of processes that load different batches."""
     rank: int = 0
     split: bool = False
-    """Whether each batch is cut into one for each process; else whole ones are dealt out."""
-
-
-def _configured_share(accelerator: Accelerator) -> BatchShard:
-    """This process's, by what Accelerate is told; tensor parallel ones share theirs."""
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    mesh = getattr(accelerator, "torch_device_mesh", None)
-    if mesh is not None and mesh.mesh_dim_names:
-        size = dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))
-        rank //= size.get("tp", 1) * size.get("cp", 1)
-        processes = size.get("dp_shard", 1) * size.get("dp_replicate", 1)
-    config = accelerator.dataloader_config
-    return BatchShard(processes, rank, config.split_batches)
+    """Split each batch among the processes, as Accelerate's ``split_batches``."""
 
 
 def find_batch_shard(loader: Any, accelerator: Accelerator) -> BatchShard:
-    """This process's share in the batches of a loader; all of them where it has no index.
+    """Return this process's shard of a loader; iterable datasets must shard themselves.
 
     Raises:
-        PipelineConfigError: the sampler divides them already, or batches can't be split evenly.
+        PipelineConfigError: the sampler is a ``DistributedSampler``, or ``split_batches`` is set
+            and the batch size is not divisible.
     """
-    share = _configured_share(accelerator)
-    if share.processes == 1:
-        return share
+    shard = _configured_shard(accelerator)
+    if shard.processes == 1:
+        return shard
     if not is_map_style(loader):
-        if _is_divided(loader):
-            return share
+        if isinstance(loader, DataLoaderDispatcher) or isinstance(
+            getattr(loader, "dataset", None), IterableDatasetShard
+        ):
+            return shard
         logger.warning(
-            "each of the %d processes trains on all that its own loader gives: data without an "
-            "index has to divide itself among them, by rank; or have Accelerate do so, by "
-            "DataLoaderConfiguration(dispatch_batches=True)",
+            "each of the %d processes trains on all batches of its own loader: iterable data must "
+            "shard itself by rank; or set DataLoaderConfiguration(dispatch_batches=True)",
             accelerator.num_processes,
         )
         return BatchShard()
@@ -246,40 +245,38 @@ def find_batch_shard(loader: Any, accelerator: Accelerator) -> BatchShard:
         if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
             raise PipelineConfigError(
                 f"the data loader's {name} is a DistributedSampler, which divides the samples "
-                f"among {sampler.num_replicas} processes already; leave it out, and give the "
-                "loader that one process would have: it is divided here"
+                f"among {sampler.num_replicas} processes already; leave it out: the trainer "
+                "divides them"
             )
-    batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    batches = batches_of(loader)
     if loader.batch_sampler is None and not isinstance(batches, BatchSampler):
-        return BatchShard(
-            share.processes, share.rank
-        )  # the dataset makes batches, which can't be cut
+        return BatchShard(shard.processes, shard.rank)  # the dataset makes complete batches
     size = getattr(batches, "batch_size", None)
-    if share.split and (size is None or size % share.processes != 0):
+    if shard.split and (size is None or size % shard.processes != 0):
         raise PipelineConfigError(
-            f"split_batches=True needs a batch size that the {share.processes} processes can "
-            f"divide evenly, got {size}; change it, or leave out split_batches"
+            f"split_batches=True requires a batch size divisible by {shard.processes} processes, "
+            f"got {size}; change the batch size or leave out split_batches"
         )
-    return share
+    return shard
 
 
-def _is_divided(loader: Any) -> bool:
-    """Whether Accelerate gives each process batches of its own."""
-    return isinstance(loader, DataLoaderDispatcher) or isinstance(
-        getattr(loader, "dataset", None), IterableDatasetShard
-    )
-
-
-# --- announcing ------------------------------------------------------------------------------
-# Telling the parts of a loader which epoch begins.
+def _configured_shard(accelerator: Accelerator) -> BatchShard:
+    """Return the shard by Accelerate's configuration; tensor-parallel ranks share one."""
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    mesh = getattr(accelerator, "torch_device_mesh", None)
+    if mesh is not None and mesh.mesh_dim_names:
+        size = dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))
+        rank //= size.get("tp", 1) * size.get("cp", 1)
+        processes = size.get("dp_shard", 1) * size.get("dp_replicate", 1)
+    return BatchShard(processes, rank, accelerator.dataloader_config.split_batches)
 
 
 def set_epoch_of(loader: Any, epoch_id: int) -> None:
-    """Call ``set_epoch`` of a loader, or of its samplers and its dataset where it has none."""
-    told = [loader]
-    if not hasattr(loader, "set_epoch"):  # one that has it tells its own parts
+    """Call ``set_epoch`` of a loader; if it has none, of its samplers and its dataset."""
+    targets = [loader]
+    if not hasattr(loader, "set_epoch"):
         samplers = [sampler for _, sampler in iter_samplers(loader)]
-        told += [*samplers, getattr(loader, "dataset", None)]
-    for part in told:
-        if hasattr(part, "set_epoch"):
-            part.set_epoch(epoch_id)
+        targets += [*samplers, getattr(loader, "dataset", None)]
+    for target in targets:
+        if hasattr(target, "set_epoch"):
+            target.set_epoch(epoch_id)

@@ -1,4 +1,4 @@
-"""How a run's data is ordered, and what its randomness is keyed by."""
+"""Order of samples: its configuration, the indices of an epoch, and their split into steps."""
 
 from __future__ import annotations
 
@@ -17,33 +17,34 @@ from torch.utils.data import (
 
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 
-# --- order -----------------------------------------------------------------------------------
-
-
 KeyedBy: TypeAlias = Literal["batch", "sample", "none"]
 
 
 @dataclass(frozen=True, slots=True)
 class DataOrder:
-    """What the order of samples and the randomness of loading them follow from.
+    """Configuration of the sample order and of random numbers drawn while loading.
+
+    Batches are reproducible if they depend on indices and on random numbers alone: from the global
+    RNGs of torch (CPU), NumPy and Python, and from generators that the dataset or ``collate_fn``
+    holds in attributes, lists, mappings, partials, closures, defaults, or globals of its functions.
+    Generators elsewhere are neither seeded nor saved.
 
     Args:
-        seed: from 0 to 2**64 - 1. None takes ``torch.initial_seed()`` of the first rank when the
-            trainer is built, and the saved one when a run is resumed.
-        keyed_by: what the randomness while loading belongs to. ``"batch"``: to (seed, epoch,
-            batch). ``"sample"``: to (seed, epoch, sample), so that it does not depend on the batch
-            size and the number of processes either; some 5 us a sample. ``"none"``: nothing is
-            drawn, which saves the training process 10 to 25 us a batch; what is drawn all the same
-            comes out of the model's stream, and is another after a resume.
-        fast_forward: have a run that is resumed within an epoch of data without an index read all
-            that was done, and drop it. Without it, the data must have saved its own state, and
-            what that lacks is lost: Hugging Face's leaves out the buffer that a stream is shuffled
-            in, torchdata's what workers draw at random.
-        allow_other_batch_size: whether a run may be resumed within an epoch with another number
-            of samples for each step of the whole job. The position in samples carries over.
+        seed: from 0 to 2**64 - 1. None uses ``torch.initial_seed()`` of the first rank, or the
+            saved seed if a run is resumed.
+        keyed_by: unit by which loading is seeded. ``"batch"``: (seed, epoch, batch).
+            ``"sample"``: (seed, epoch, sample), independent of batch size and world size; costs
+            about 10 us a sample. ``"none"``: no seeding, for data that draws no random numbers;
+            saves the training process 25 to 50 us a batch. Numbers drawn nevertheless come from
+            the model's RNG and differ after a resume.
+        fast_forward: resume an iterable dataset within an epoch by reading and dropping all batches
+            done before. Otherwise the data must save its own state, which may be incomplete:
+            Hugging Face's omits the shuffle buffer, torchdata's the RNG of workers.
+        allow_other_batch_size: allow a resume within an epoch with a different number of samples
+            in a step of all processes. The position in samples is kept.
 
     Raises:
-        PipelineConfigError: a field has no such value.
+        PipelineConfigError: a field has an invalid value.
     """
 
     seed: int | None = None
@@ -68,66 +69,55 @@ class DataOrder:
                 )
 
 
-# --- index order -----------------------------------------------------------------------------
-# The order of an epoch's samples, at once.
+# --- indices of an epoch ---------------------------------------------------------------------
 
 
-_KNOWN = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
-_INDICES = (range, list, tuple)  # which a loader takes for a sampler, too
+_SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+_SEQUENCES = (range, list, tuple)  # also valid as a loader's sampler
 
 
 class IndexOrder:
-    """The dataset's indices in the order of an epoch.
+    """Dataset indices in the order of an epoch, with random access.
 
     Args:
-        places: which of the ``items`` comes when; these are the indices themselves where there
-            are no items.
-        items: what is chosen from.
+        positions: indices in order; positions in ``items`` if given.
+        items: indices to choose from.
     """
 
     def __init__(
-        self, places: range | Sequence[Any] | torch.Tensor, items: Sequence[Any] | None = None
+        self, positions: range | Sequence[Any] | torch.Tensor, items: Sequence[Any] | None = None
     ) -> None:
-        self._places = places
-        self._tensor = isinstance(places, torch.Tensor)
+        self._positions = positions
         self._items = items
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._positions)
 
-    def indices(self, numbers: Sequence[int]) -> list[Any]:
-        """Those at the given places, counted from 0."""
-        if isinstance(numbers, range):
-            return self.indices_between(numbers.start, numbers.stop)
-        if isinstance(self._places, torch.Tensor):
-            return self._of(self._places[list(numbers)].tolist())
-        return self._of([self._places[number] for number in numbers])
-
-    def indices_between(self, begin: int, end: int) -> list[Any]:
-        """Those from one place on to another, exclusive."""
-        part = self._places[begin:end]
-        return self._of(part.tolist() if self._tensor else list(part))  # type: ignore[union-attr]  # a tensor's
-
-    def _of(self, places: list[Any]) -> list[Any]:
+    def indices(self, numbers: range) -> list[Any]:
+        """Return the dataset indices of consecutive samples of the epoch."""
+        chosen = self._positions[numbers.start : numbers.stop]
+        positions = chosen.tolist() if isinstance(chosen, torch.Tensor) else list(chosen)
         items = self._items
-        return places if items is None else [items[place] for place in places]
+        return positions if items is None else [items[position] for position in positions]
 
 
 def is_builtin(sampler: object) -> bool:
-    """Whether :func:`sampler_order` gives a sampler's order; subclasses iterate themselves."""
-    return type(sampler) in _KNOWN + _INDICES
+    """Return True if :func:`sampler_order` supports a sampler; subclasses may iterate otherwise."""
+    return type(sampler) in _SAMPLERS + _SEQUENCES
 
 
-def sampler_order(sampler: Any, keyed: torch.Generator) -> IndexOrder:
-    """What iterating a known sampler to its end would give, drawn from its generator alike.
+def sampler_order(sampler: Any, default_generator: torch.Generator) -> IndexOrder:
+    """Return the order that iterating a sampler yields, advancing its generator equally.
 
-    One without a generator draws from ``keyed``.
+    Args:
+        sampler: one that :func:`is_builtin` accepts.
+        default_generator: replaces a missing generator.
     """
-    if type(sampler) in _INDICES:
+    if type(sampler) in _SEQUENCES:
         return IndexOrder(sampler)
     if type(sampler) is SequentialSampler:
         return IndexOrder(range(len(sampler)))
-    generator = keyed if sampler.generator is None else sampler.generator
+    generator = default_generator if sampler.generator is None else sampler.generator
     if type(sampler) is RandomSampler:
         return IndexOrder(_random_order(sampler, generator))
     if type(sampler) is SubsetRandomSampler:
@@ -141,38 +131,35 @@ def sampler_order(sampler: Any, keyed: torch.Generator) -> IndexOrder:
 
 
 def _random_order(sampler: RandomSampler, generator: torch.Generator) -> torch.Tensor:
-    count, samples = len(sampler.data_source), sampler.num_samples
+    length, samples = len(sampler.data_source), sampler.num_samples
     if sampler.replacement:
-        return torch.randint(count, (samples,), generator=generator)
-    full, rest = divmod(samples, count)
-    # It draws once more at its end, also where nothing is left to give.
-    rounds = [torch.randperm(count, generator=generator) for _ in range(full + 1)]
+        return torch.randint(length, (samples,), generator=generator)
+    full, rest = divmod(samples, length)
+    # RandomSampler draws one more permutation at its end, even if rest is 0.
+    rounds = [torch.randperm(length, generator=generator) for _ in range(full + 1)]
     if full == 1 and rest == 0:
         return rounds[0]
     return torch.cat([*rounds[:-1], rounds[-1][:rest]])
 
 
-# --- division --------------------------------------------------------------------------------
-# Which samples of an epoch's order are a process's, in each step.
+# --- split into steps ------------------------------------------------------------------------
 
 
 class StepSizes(NamedTuple):
-    """How many samples a step has, or another weight of them."""
+    """Numbers of samples in a step, or their weights."""
 
     local: float
-    """Of this process; 0 where it takes part in the step with a filler."""
+    """In this process; 0 in a padding step."""
     total: float
-    """Of all processes together."""
+    """In all processes together."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepPartition:
-    """Steps that follow each other in the order, each cut into one batch for each process.
+    """Split of consecutive samples into steps, and of each step into one batch per process.
 
-    A step has as many samples as one process with a batch that many times as large would take; the
-    first process has the first of them. The last step, where samples are left for no full one, is
-    cut as evenly as can be: nothing is repeated, and a process may have none of it. With
-    ``drop_last`` there is no such step.
+    A full step has ``batch_size * processes`` samples, the first rank's come first. A shorter last
+    step is split evenly, without repeats: a process may have no sample. ``drop_last`` drops it.
     """
 
     batch_size: int
@@ -183,16 +170,16 @@ class StepPartition:
 
     @property
     def samples_per_step(self) -> int:
-        """Of all processes together."""
+        """Number of samples in a full step of all processes."""
         return self.batch_size * self.processes
 
     def steps(self, samples: int) -> int:
-        """How many there are with so many samples; the same for all processes."""
+        """Return the number of steps; equal on all ranks."""
         full, rest = divmod(samples, self.samples_per_step)
         return full + 1 if rest and not self.drop_last else full
 
     def sizes(self, samples: int, step_id: int) -> Iterator[StepSizes]:
-        """How many samples the steps have, from one of them on."""
+        """Return the sizes of the steps from ``step_id`` on."""
         steps = self.steps(samples)
         if step_id >= steps:
             return iter(())
@@ -204,18 +191,18 @@ class StepPartition:
         return chain(repeat(full, steps - 1 - step_id), [last])
 
     def numbers(self, samples: int, start: int) -> range:
-        """Those of this process in the step that begins with sample ``start``."""
+        """Return this process's samples in the step that begins with sample ``start``."""
         in_step = min(samples - start, self.samples_per_step)
-        share = split_evenly(in_step, self.processes, self.rank)
-        return range(start + share.start, start + share.stop)
+        local = split_evenly(in_step, self.processes, self.rank)
+        return range(start + local.start, start + local.stop)
 
 
 def split_evenly(items: int, processes: int, rank: int) -> range:
-    """Which of so many items are one process's, where each has as many as the others or one less.
+    """Return one rank's items; sizes differ by at most 1, as in ``torch.tensor_split``.
 
     >>> [split_evenly(5, 3, rank) for rank in range(3)]
     [range(0, 2), range(2, 4), range(4, 5)]
     """
-    each, more = divmod(items, processes)
-    begin = rank * each + min(rank, more)
-    return range(begin, begin + each + (rank < more))
+    size, larger = divmod(items, processes)
+    start = rank * size + min(rank, larger)
+    return range(start, start + size + (rank < larger))

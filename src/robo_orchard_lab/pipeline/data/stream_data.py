@@ -1,4 +1,4 @@
-"""Batches that can only be read one after another: streams, lists, loaders of one's own."""
+"""Batches without random access: iterable datasets, lists and custom loaders."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ _END = object()
 
 
 class StreamData:
-    """The batches of any iterable; what this process draws while reading them is keyed by batch.
+    """Batches of any iterable; the training process's RNGs are seeded for each batch.
 
-    Several processes each read what their own loader gives, and draw alike while they do, so that
-    they shuffle alike what each then takes its part of. They may have different numbers of batches.
+    Each process reads its own loader, with equal seeds, so that all ranks shuffle equally. Ranks
+    may have different numbers of batches.
 
     Args:
-        loader: any iterable of batches that can be iterated every epoch.
-        order: what the order follows from.
-        share: of this process, where Accelerate divides the batches.
-        progress: what the run has done.
-        processes: of the job.
+        loader: an iterable of batches that can be iterated every epoch.
+        order: seed and keys of random numbers.
+        shard: of this process, if Accelerate divides the batches.
+        progress: counters of the run.
+        processes: world size.
 
     Raises:
-        PipelineConfigError: its randomness can't be keyed by sample.
+        PipelineConfigError: ``keyed_by="sample"``, which needs a map-style dataset.
     """
 
     kind = "an iterable of batches"
@@ -58,84 +58,94 @@ class StreamData:
         self,
         loader: Iterable[Any],
         order: DataOrder,
-        share: BatchShard,
+        shard: BatchShard,
         progress: TrainerProgress,
         processes: int = 1,
     ) -> None:
         if order.keyed_by == "sample":
             raise PipelineConfigError(
-                "DataOrder: keyed_by='sample' needs a DataLoader of a dataset with an index, got "
-                f"{type(loader).__name__}, whose samples can't be told apart; use 'batch'"
+                "DataOrder: keyed_by='sample' needs a DataLoader of a map-style dataset, got "
+                f"{type(loader).__name__}; use keyed_by='batch'"
             )
         self._user = loader
         self._loader = loader
         self._order = order
-        self._share = share
+        self._shard = shard
         self._processes = processes
         self._progress = progress
-        self._sources = loader_generators(loader)
-        self._stateful = _stateful_part(loader)
-        self._listed = type(loader) in (list, tuple)
-        self._quiet = order.keyed_by == "none" or self._listed or _reads_in_workers(loader)
+        self._generators = loader_generators(loader)
+        self._stateful = _find_stateful(loader)
+        self._is_list = type(loader) in (list, tuple)
+        is_plain_loader = (
+            isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
+        )
+        reads_in_workers = is_plain_loader and loader.num_workers > 0  # type: ignore[attr-defined]
+        self._skips_seeding = order.keyed_by == "none" or self._is_list or reads_in_workers
         self._reseeded: ReseededDataset | None = None
-        if isinstance(loader, DataLoader) and loader.persistent_workers and _is_plain(loader):
+        if isinstance(loader, DataLoader) and is_plain_loader and loader.persistent_workers:
             self._reseeded = ReseededDataset(loader.dataset)
-            self._loader = _with_dataset(loader, self._reseeded)
+            self._loader = copy_loader(
+                loader,
+                dataset=self._reseeded,
+                batch_size=loader.batch_size,
+                drop_last=loader.drop_last,
+                worker_init_fn=WorkerInit(loader.worker_init_fn),
+            )
         self._length = self._agreed_length()
         self._sizes: list[StepSizes] | None = None
-        """Of the steps of the epoch, where all ranks have lists of as many batches."""
-        self._aside = RngIsolation()
+        """Sizes of the epoch's steps, for lists of equal length on all ranks."""
+        self._isolation = RngIsolation()
         self._epoch_id: int | None = None
-        self._start: Mapping[str, Any] | None = None
-        self._given: deque[tuple[int, range]] = deque()
-        """The numbers of the samples of batches that were given, by step."""
-        self._begin = 0
-        """The number of the first sample that was, or will be, given."""
+        self._epoch_start: Mapping[str, Any] | None = None
+        """State of the generators when the epoch began."""
+        self._yielded: deque[tuple[int, range]] = deque()
+        """Sample numbers of yielded batches, by step."""
+        self._first_number = 0
+        """Number of the first sample that this process yields in the epoch."""
         self._states: dict[int, Any] = {}
-        """Of the stateful part by step, where batches are read ahead of their steps."""
+        """Rank states by step, while batches are read before their steps."""
         self._ended_at: int | None = None
-        """The step for which there was no batch left."""
+        """Step without a batch."""
         self._loaded: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None
 
     def epoch(self, seed: int, epoch_id: int, step_id: int) -> Iterator[Any]:
-        """The batches of an epoch from a step on."""
+        """Iterate over the batches of an epoch from a step on."""
         state, rank_state = self._loaded or ({}, {})
         self._loaded = None
-        self._start = capture_generators(self._sources)  # first: a dataset may draw when it is told
+        self._epoch_start = capture_generators(self._generators)  # first: set_epoch may draw
         set_epoch_of(self._user, epoch_id)
         self._epoch_id = epoch_id
-        self._begin = state["samples"] if step_id > 0 and state else 0
-        self._given.clear()
+        self._first_number = state["samples"] if step_id > 0 and state else 0
+        self._yielded.clear()
         self._states.clear()
         self._ended_at = None
         self._length = self._agreed_length()
         self._sizes = self._agreed_sizes()
-        if self._listed:
-            return self._noted(islice(iter(self._loader), step_id, None), step_id)
-        goes_on = step_id > 0 and "stateful" in rank_state and not self._order.fast_forward
-        if goes_on:
+        if self._is_list:
+            return self._numbered(islice(iter(self._loader), step_id, None), step_id)
+        has_state = step_id > 0 and "stateful" in rank_state and not self._order.fast_forward
+        if has_state:
             self._stateful.load_state_dict(rank_state["stateful"])
-        first = step_id if goes_on else 0
-        key = epoch_seed(seed, epoch_id, RngStream.LOADING)
+        first = step_id if has_state else 0
         if self._reseeded is not None:
             self._reseeded.seed, self._reseeded.epoch_id = seed, epoch_id
-        with self._aside, worker_startup():
+        with self._isolation, worker_startup():
             seed_rng(epoch_seed(seed, epoch_id, RngStream.ORDER))
-            batches = iter(self._loader)
-        if goes_on:
-            restore_generators(rank_state["random"], self._sources)
-        batches = self._keyed(batches, key, first)
+            iterator = iter(self._loader)
+        if has_state:
+            restore_generators(rank_state["random"], self._generators)
+        batches = self._seeded(iterator, epoch_seed(seed, epoch_id, RngStream.LOADING), first)
         for _ in range(step_id - first):
             next(batches, None)
-        return self._noted(batches, step_id)
+        return self._numbered(batches, step_id)
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Of the job; None where it is not known."""
+        """Number of steps of all processes; None if unknown."""
         return count_batches(self._user) if self._processes == 1 else self._length
 
     def _agreed_length(self) -> int | None:
-        """That of the rank with the most batches, where there are several: a collective."""
+        """Return the largest number of batches of any rank: a collective."""
         if self._processes == 1:
             return None
         own = count_batches(self._user)
@@ -143,8 +153,8 @@ class StreamData:
         return None if min(lengths) < 0 else max(lengths)
 
     def _agreed_sizes(self) -> list[StepSizes] | None:
-        """A collective, where there are several processes and lists."""
-        if self._processes == 1 or not self._listed:
+        """Return the step sizes of lists: a collective."""
+        if self._processes == 1 or not self._is_list:
             return None
         own = [count_samples(batch) for batch in self._user]
         ranks = gather_objects(own)
@@ -153,162 +163,141 @@ class StreamData:
         return list(map(StepSizes, own, map(sum, zip(*ranks, strict=True))))
 
     def sizes(self, step_id: int, ahead: bool) -> Iterator[StepSizes] | None:
-        """Of lists as long on all ranks; else not known, since only loading the batches tells."""
+        """Return the sizes of the steps from ``step_id`` on; None before they are loaded."""
         return None if self._sizes is None else islice(self._sizes, step_id, None)
 
     def batch_indices(self, step_id: int) -> BatchIndices | None:
-        """The numbers of the samples in the batch of the step that the run is in."""
+        """Return the sample numbers of the current step's batch; None with several processes."""
         self._forget_before(step_id)
-        if self._processes > 1 or not self._given or self._given[0][0] != step_id:
+        if self._processes > 1 or not self._yielded or self._yielded[0][0] != step_id:
             return None
-        return BatchIndices(step_id, self._given[0][1], None)
+        return BatchIndices(step_id, self._yielded[0][1], None)
 
     def state(self) -> Mapping[str, Any]:
-        """What the rest of the epoch follows from, beside the seed."""
+        """Return the position of all processes in the epoch; equal on all ranks."""
         if self._loaded is not None:
             return self._loaded[0]
-        begun = self._epoch_id == self._progress.epoch_id
-        start = self._start if begun else None
+        has_begun = self._epoch_id == self._progress.epoch_id
+        start = self._epoch_start if has_begun else None
         return {
-            "loader": _name_of(self._loader),
+            "loader": _type_name(self._loader),
             "processes": self._processes,
-            "samples": self._samples_done() if begun else 0,
-            "random": capture_generators(self._sources) if start is None else start,
+            "samples": self._samples_done() if has_begun else 0,
+            "random": capture_generators(self._generators) if start is None else start,
         }
 
     def rank_state(self) -> Mapping[str, Any]:
-        """Of the part that can save its own, within an epoch."""
+        """Return the state of a stateful loader or dataset; empty between epochs."""
         if self._loaded is not None:
             return self._loaded[1]
         step_id = self._progress.step_id
         if self._stateful is None or step_id == 0:
             return {}
-        ended = self._ended_at  # a state of later might be that of the next epoch
-        ahead = self._states.get(step_id if ended is None else min(step_id, ended))
-        return self._state_now() if ahead is None else ahead
+        ended = self._ended_at  # later states might belong to the next epoch
+        saved = self._states.get(step_id if ended is None else min(step_id, ended))
+        return self._stateful_state() if saved is None else saved
 
     def check(
         self, state: Mapping[str, Any], rank_state: Mapping[str, Any], within_epoch: bool
     ) -> None:
-        """Refuse what :meth:`load` could not go on from; raises ``StateError``."""
-        check_generators(state["random"], self._sources)
-        name = _name_of(self._loader)
+        """Raise ``StateError`` if the data differs from the saved data; changes nothing."""
+        check_generators(state["random"], self._generators)
+        name = _type_name(self._loader)
         if state["loader"] != name:
             raise StateError(
-                f"the data was of type {state['loader']} when it was saved, and is {name}; give "
-                "the same"
+                f"the data was of type {state['loader']} when the run was saved, and is {name}; "
+                f"pass a {state['loader']}"
             )
-        saved = "stateful" in rank_state
         if within_epoch and state["processes"] != self._processes:
             raise StateError(
-                f"the data was read by {state['processes']} processes when it was saved, "
-                f"and is by {self._processes}; within an epoch, data without an index "
-                "needs the same number"
+                f"the data was read by {state['processes']} processes when the run was saved, and "
+                f"is read by {self._processes}; resume iterable data within an epoch with the same "
+                "world size"
             )
-        if not within_epoch or self._listed or self._order.fast_forward:
+        if not within_epoch or self._is_list or self._order.fast_forward:
             return
-        if saved and self._stateful is not None:
-            return
-        if saved:
+        was_saved = "stateful" in rank_state
+        if was_saved and self._stateful is None:
             raise StateError(
-                f"the data's own state was saved, and {name} has no state_dict and "
-                "load_state_dict to take it over; give the same loader"
+                f"the data's own state was saved, but {name} has no state_dict and "
+                "load_state_dict to restore it; pass the saved loader"
             )
-        raise StateError(
-            f"the run was saved within an epoch, after {state['step_id']} steps of it, and {name} "
-            "could not save its state; give data that can (torchdata's StatefulDataLoader; without "
-            "workers, a dataset with state_dict and load_state_dict), or have all that was done "
-            "read and dropped, with DataOrder(fast_forward=True)"
-        )
+        if not was_saved:
+            raise StateError(
+                f"the run was saved within an epoch, after {state['step_id']} steps, and {name} "
+                "could not save its state; use a stateful loader (torchdata's "
+                "StatefulDataLoader; without workers, a dataset with state_dict and "
+                "load_state_dict), or read and drop the steps with DataOrder(fast_forward=True)"
+            )
 
     def load(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> None:
-        """Have the next epoch begin, and go on, as the saved run would have."""
-        restore_generators(state["random"], self._sources)
+        """Make the next epoch resume from a state."""
+        restore_generators(state["random"], self._generators)
         self._loaded = state, rank_state
-        self._epoch_id = self._start = None
+        self._epoch_id = self._epoch_start = None
 
-    def _state_now(self) -> Mapping[str, Any]:
+    def _stateful_state(self) -> Mapping[str, Any]:
         return {
             "stateful": self._stateful.state_dict(),
-            "random": capture_generators(self._sources),
+            "random": capture_generators(self._generators),
         }
 
-    def _keyed(self, batches: Iterator[Any], key: int, step_id: int) -> Iterator[Any]:
-        processes, rank = self._share.processes, self._share.rank
+    def _seeded(self, batches: Iterator[Any], seed: int, step_id: int) -> Iterator[Any]:
+        processes, rank = self._shard.processes, self._shard.rank
         for step in count(step_id):
-            ahead = step > self._progress.step_id or self._processes > 1
-            if self._stateful is not None and ahead:
-                self._states[step] = deepcopy(self._state_now())
-            if self._quiet:
+            is_ahead = step > self._progress.step_id or self._processes > 1
+            if self._stateful is not None and is_ahead:
+                self._states[step] = deepcopy(self._stateful_state())
+            if self._skips_seeding:
                 batch = next(batches, _END)
             else:
-                with self._aside:
-                    seed_rng(indexed_seed(key, step * processes + rank))
+                with self._isolation:
+                    seed_rng(indexed_seed(seed, step * processes + rank))
                     batch = next(batches, _END)
             if batch is _END:
                 self._ended_at = step
                 return
             yield batch
 
-    def _noted(self, batches: Iterator[Any], step_id: int) -> Iterator[Any]:
-        """The same batches, whose samples are numbered on the way."""
-        begin = self._begin
+    def _numbered(self, batches: Iterator[Any], step_id: int) -> Iterator[Any]:
+        """Yield the batches and note the numbers of their samples."""
+        begin = self._first_number
         for step, batch in enumerate(batches, start=step_id):
             self._forget_before(self._progress.step_id)
             end = begin + count_samples(batch)
-            self._given.append((step, range(begin, end)))
+            self._yielded.append((step, range(begin, end)))
             begin = end
             yield batch
 
     def _samples_done(self) -> int:
-        step_id = self._progress.step_id
-        for step, numbers in self._given:
-            if step == step_id:  # read ahead
+        for step, numbers in self._yielded:
+            if step == self._progress.step_id:  # was read ahead
                 return numbers.start
-        return self._given[-1][1].stop if self._given else self._begin
+        return self._yielded[-1][1].stop if self._yielded else self._first_number
 
     def _forget_before(self, step_id: int) -> None:
-        # The last one stays: it tells how many samples are done.
-        while len(self._given) > 1 and self._given[0][0] < step_id:
-            self._given.popleft()
+        # The last entry stays: it has the number of samples done.
+        while len(self._yielded) > 1 and self._yielded[0][0] < step_id:
+            self._yielded.popleft()
         for step in [step for step in self._states if step < step_id and step != self._ended_at]:
             del self._states[step]
 
 
-def _reads_in_workers(loader: Any) -> bool:
-    """Whether only workers read, so that nothing is drawn here after the start of an epoch."""
-    return _is_plain(loader) and loader.num_workers > 0
-
-
-def _is_plain(loader: Any) -> bool:
-    return isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
-
-
-def _with_dataset(loader: DataLoader[Any], dataset: IterableDataset[Any]) -> DataLoader[Any]:
-    return copy_loader(
-        loader,
-        dataset=dataset,
-        batch_size=loader.batch_size,
-        drop_last=loader.drop_last,
-        worker_init_fn=WorkerInit(loader.worker_init_fn),
-    )
-
-
-def _name_of(loader: Any) -> str:
-    """Its class, without what Accelerate has wrapped around it for several processes."""
+def _type_name(loader: Any) -> str:
+    """Return the class name of a loader, without Accelerate's wrapper."""
     return type(getattr(loader, "base_dataloader", loader)).__qualname__
 
 
-def _stateful_part(loader: Any) -> Any:
-    """The loader, or its dataset where that is read in this process, if it can save its state."""
-    parts = [loader]
+def _find_stateful(loader: Any) -> Any:
+    """Return the loader, or its dataset if read in this process, that can save its state."""
+    candidates = [loader]
     in_process = isinstance(loader, DataLoader) and loader.num_workers == 0
     if in_process and isinstance(loader.dataset, IterableDataset):
-        parts.append(loader.dataset)
-    for part in parts:
-        if isinstance(part, (DataLoaderShard, DataLoaderDispatcher)):
-            # Of these, all have the methods, and those of torchdata's loader have a state.
-            return part if part.use_stateful_dataloader else None
-        if hasattr(part, "state_dict") and hasattr(part, "load_state_dict"):
-            return part
+        candidates.append(loader.dataset)
+    for candidate in candidates:
+        if isinstance(candidate, (DataLoaderShard, DataLoaderDispatcher)):
+            # All of them have the methods, but a state only around torchdata's loader.
+            return candidate if candidate.use_stateful_dataloader else None
+        if hasattr(candidate, "state_dict") and hasattr(candidate, "load_state_dict"):
+            return candidate
     return None

@@ -1,4 +1,4 @@
-"""What a trainer iterates: the user's loader, in an order that a resumed run finds again."""
+"""Training data: the user's loader, in an order that a resumed run continues exactly."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
+from robo_orchard_lab.pipeline.data.epoch_batches import BatchIndices
 from robo_orchard_lab.pipeline.data.loader import find_batch_shard, is_map_style, unwrap_loader
 from robo_orchard_lab.pipeline.data.map_data import MapData
 from robo_orchard_lab.pipeline.data.order import DataOrder, StepSizes
@@ -21,39 +22,37 @@ STATE_VERSION = 1
 
 
 class TrainingData:
-    """Batches in an order that follows from (seed, epoch), and can be begun anywhere.
+    """Batches of this process in an order that depends on (seed, epoch).
 
     ::
 
         data = TrainingData(dataloader, DataOrder(seed=7), accelerator, progress)
-        data.load_state_dict(state, rank_state)              # where a run is resumed
+        data.load_state_dict(state, rank_state)              # to resume a run
         for batch in data.epoch(progress.epoch_id, progress.step_id):
             ...
             progress.finish_step()
             state, rank_state = data.state_dict(), data.rank_state_dict()
 
-    A ``DataLoader`` with an index is rebuilt around its own dataset, ``collate_fn``,
-    ``worker_init_fn`` and options. A sampler without a generator draws its order from
-    (seed, epoch); one that has a generator gives the order of a plain torch loop without
-    persistent workers. What is drawn while loading, by torch (CPU), NumPy and Python, is keyed by
-    (seed, epoch, batch), or by sample, the same in workers and in this process; what the process
-    itself draws is as if loading drew nothing.
+    A ``DataLoader`` of a map-style dataset is rebuilt with its dataset, ``collate_fn``,
+    ``worker_init_fn`` and options, also if Accelerate prepared the loader; batches stay on the CPU.
+    A sampler without a generator is seeded by (seed, epoch). A sampler with a generator yields the
+    order of a plain loop. Random numbers drawn while loading (torch on the CPU, NumPy, Python) are
+    seeded as :class:`DataOrder` describes, equally in workers and in this process, and leave this
+    process's RNGs unchanged.
 
-    With several processes, a step of data with an index has the samples that one process with a
-    batch that many times as large would have; each process has the next part of them, as even as
-    can be, and none is repeated, whatever ``even_batches`` says. A process that has no part in the
-    last step is given another's sample: a filler. The batches of a batch sampler of one's own are
-    dealt out whole. A loader of data with an index gives batches on the CPU, also where Accelerate
-    has prepared it.
+    With several processes, a step has the samples of one process with a batch that many times as
+    large, split as evenly as possible and without repeats, whatever ``even_batches`` is. A process
+    without samples in the last step gets another rank's sample: a padding step. Batches of a custom
+    batch sampler are not split.
 
     Args:
-        dataloader: the user's.
-        order: what the order follows from.
-        accelerator: the processes, and how Accelerate is asked to divide batches among them.
-        progress: what the run has done; moved by the trainer, read here.
+        dataloader: the user's loader.
+        order: seed and keys of random numbers.
+        accelerator: processes, and Accelerate's data loader configuration.
+        progress: counters of the run; read only.
 
     Raises:
-        PipelineConfigError: the loader can't be given an order, or be divided.
+        PipelineConfigError: the loader can't be reordered or divided.
     """
 
     def __init__(
@@ -67,28 +66,28 @@ class TrainingData:
         self.order = order
         self._progress = progress
         self.seed = _common_seed(order, accelerator)
-        """What the order follows from: that of ``order``, of torch, or of the run resumed."""
+        """Seed of the order: of ``order``, of torch, or of the resumed run."""
         loader = unwrap_loader(dataloader, accelerator)
-        share = find_batch_shard(loader, accelerator)
+        shard = find_batch_shard(loader, accelerator)
         self._source: MapData | StreamData
         if isinstance(loader, DataLoader) and is_map_style(loader):
-            self.num_processes = share.processes
-            """How many have samples of their own in a step."""
-            self._source = MapData(loader, order, share, progress)
+            self.num_processes = shard.processes
+            """Number of processes with different samples in a step."""
+            self._source = MapData(loader, order, shard, progress)
         else:
             self.num_processes = accelerator.num_processes
-            self._source = StreamData(loader, order, share, progress, self.num_processes)
+            self._source = StreamData(loader, order, shard, progress, self.num_processes)
 
     def epoch(self, epoch_id: int, step_id: int = 0) -> Iterator[Any]:
-        """This process's batches of an epoch, from a step on.
+        """Iterate over this process's batches of an epoch, from a step on.
 
-        Samplers and datasets with a ``set_epoch`` are told the epoch before.
+        Calls ``set_epoch`` of samplers and datasets first.
         """
         return self._source.epoch(self.seed, epoch_id, step_id)
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """How many batches this process has in the epoch that the run is in; None: not known."""
+        """Number of this process's batches in the current epoch; None if unknown."""
         return self._source.steps_per_epoch
 
     def __len__(self) -> int:
@@ -98,43 +97,41 @@ class TrainingData:
         return steps
 
     def step_sizes(self, step_id: int, *, ahead: bool) -> Iterator[StepSizes] | None:
-        """How many samples the steps have, from one of the begun epoch on.
+        """Return the sizes of the current epoch's steps; None if only loading reveals them.
 
         Args:
-            step_id: the first one.
-            ahead: whether that of a step is asked for before its batch was given.
-
-        Returns:
-            None where only looking into the batches tells.
+            step_id: first step.
+            ahead: request each size before the step's batch was yielded.
         """
         return self._source.sizes(step_id, ahead)
 
     @property
     def sample_numbers(self) -> Sequence[int] | None:
-        """Of the samples in the batch of the current step: their places in the epoch's order.
+        """Positions of the current batch's samples in the epoch's order, from 0, over all ranks.
 
-        They count from 0 the samples of the whole job in the epoch. Empty for a filler; None where
-        samples have no numbers.
+        Empty in a padding step; None if samples have no numbers.
         """
-        batch = self._source.batch_indices(self._progress.step_id)
+        batch = self._current_batch()
         if batch is None:
             return None
         return [] if batch.is_padding_step else batch.numbers
 
     @property
     def sample_indices(self) -> Any:
-        """What the batch of the current step was loaded by: a list of the dataset's indices.
+        """Dataset indices of the current batch; one index if the dataset makes complete batches.
 
-        One index where the dataset makes whole batches; empty for a filler; None where there are
-        no indices.
+        Empty in a padding step; None if the data has no indices.
         """
-        batch = self._source.batch_indices(self._progress.step_id)
+        batch = self._current_batch()
         if batch is None:
             return None
         return [] if batch.is_padding_step else batch.indices
 
+    def _current_batch(self) -> BatchIndices | None:
+        return self._source.batch_indices(self._progress.step_id)
+
     def state_dict(self) -> dict[str, Any]:
-        """Where the whole job is in its data; of plain values and tensors, alike on all ranks."""
+        """Return the position of all processes as plain values and tensors; equal on all ranks."""
         return {
             "version": STATE_VERSION,
             "kind": self._source.kind,
@@ -146,47 +143,45 @@ class TrainingData:
         }
 
     def rank_state_dict(self) -> dict[str, Any]:
-        """What is this rank's own: the state of a loader or dataset that can save its own."""
+        """Return this rank's state of a stateful loader or dataset, or an empty dict."""
         return dict(self._source.rank_state())
 
     def check(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> None:
-        """Refuse a state that the data can't go on from; changes nothing.
+        """Raise an error for a state that the data can't resume from; changes nothing.
 
         Raises:
-            StateError: it is of another order; the message says what was saved, what there is
-                and what to change.
+            StateError: the saved order differs; the message names both values and the remedy.
         """
         if state.get("version") != STATE_VERSION:
             raise StateError(
-                f"the data's state has version {state.get('version')!r}, this one reads "
+                f"the data's state has version {state.get('version')!r}, this release reads "
                 f"{STATE_VERSION}; resume with the release that wrote it"
             )
         if state["kind"] != self._source.kind:
             raise StateError(
-                f"the data was {state['kind']} when it was saved, and is {self._source.kind}; "
-                "give the same kind of loader"
+                f"the data was {state['kind']} when the run was saved, and is "
+                f"{self._source.kind}; pass the same kind of loader"
             )
         if self.order.seed is not None and self.order.seed != state["seed"]:
             raise StateError(
-                f"the data's order followed from seed {state['seed']} when it was saved, and "
-                f"DataOrder has seed={self.order.seed}; give the same one, or None to take over "
-                "the saved one"
+                f"the data's seed was {state['seed']} when the run was saved, and DataOrder has "
+                f"seed={self.order.seed}; set seed={state['seed']}, or None to use the saved seed"
             )
         if self.order.keyed_by != state["keyed_by"]:
             raise StateError(
-                f"randomness while loading was keyed by {state['keyed_by']} when the run was "
-                f"saved, and DataOrder has keyed_by={self.order.keyed_by!r}; give the same"
+                f"loading was keyed by {state['keyed_by']} when the run was saved, and DataOrder "
+                f"has keyed_by={self.order.keyed_by!r}; set keyed_by={state['keyed_by']!r}"
             )
         self._source.check(state, rank_state, within_epoch=state["step_id"] > 0)
 
     def load_state_dict(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> None:
-        """Have the epoch that was saved go on, or the next one begin, as they would have."""
+        """Resume the saved epoch, or begin the next one, at the next call of :meth:`epoch`."""
         self.seed = state["seed"]
         self._source.load(state, rank_state)
 
 
 def _common_seed(order: DataOrder, accelerator: Accelerator) -> int:
-    """The first rank's."""
+    """Return the first rank's seed."""
     seed = torch.initial_seed() % 2**64 if order.seed is None else order.seed
     if accelerator.num_processes == 1:
         return seed
