@@ -211,11 +211,11 @@ def test_other_data_is_refused() -> None:
     """Another kind of loader, another type, and one that can't take over a state."""
     _, states, _ = positions(LOADERS["stateful dataset"], DataOrder(seed=7))
     state, rank_state = states[3]
-    with pytest.raises(StateError, match="of type DataLoader when .* saved, and is Batches"):
+    with pytest.raises(StateError, match=r"of type DataLoader when .* saved, and is Batches"):
         resumed(Batches(), state, None, rank_state)
     with pytest.raises(StateError, match="DataLoader has no state_dict and load_state_dict"):
         resumed(DataLoader(Stream(), 4), state, None, rank_state)
-    with pytest.raises(StateError, match="an iterable of batches when .* saved, and is a Data"):
+    with pytest.raises(StateError, match=r"an iterable of batches when .* saved, and is a Data"):
         resumed(DataLoader([1, 2]), state, None, rank_state)  # type: ignore[arg-type]  # a list has an index
 
 
