@@ -62,7 +62,7 @@ def test_the_tensors_of_a_loss_follow_the_outputs() -> None:
 )
 def test_a_batch_that_is_no_pair_is_refused(batch: Any, found: str) -> None:
     """The error says what the batch is, and what to change."""
-    message = re.escape(f"pairs (inputs, targets), got {found}; change what the dataset gives")
+    message = re.escape(f"pairs (inputs, targets), got {found}; change the dataset")
     with pytest.raises(BatchProcessorError, match=message):
         SupervisedProcessor(torch.nn.MSELoss()).forward(make_model(), batch)
 

@@ -1,4 +1,4 @@
-"""What is done with a batch: from the model to its outputs and its loss."""
+"""Batch processors: from a model and a batch to outputs and loss."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from robo_orchard_lab.pipeline.errors import BatchProcessorError
 from robo_orchard_lab.pipeline.sharded_tensors import local_tensor
 
 # --- batch size ------------------------------------------------------------------------------
-# How many samples a batch has, and how many batches there are.
 
 
 def count_samples(batch: Any) -> int:
-    """The length of the first tensor in a batch, or 1 for a batch without one.
+    """Return the length of the first tensor in a batch, or 1 without a tensor.
 
     >>> count_samples({"image": torch.zeros(8, 3), "label": torch.zeros(8)})
     8
@@ -27,14 +26,19 @@ def count_samples(batch: Any) -> int:
     1
     """
     if type(batch) in (tuple, list) and batch and isinstance(batch[0], torch.Tensor):
-        first: torch.Tensor = batch[0]  # as most batches are; half the time of looking around
+        first: torch.Tensor = batch[0]  # the most frequent case, in half the time
         if first.dim() > 0:
             return len(first) or 1
     return first_length(batch) or 1
 
 
+def sample_counter(batch_processor: Any) -> Callable[[Any], int]:
+    """Return the processor's ``count_samples`` method, or :func:`count_samples`."""
+    return getattr(batch_processor, "count_samples", None) or count_samples
+
+
 def count_batches(dataloader: Any) -> int | None:
-    """How many batches one pass over the data has, or None where only passing over it tells.
+    """Return the length of a loader or dataset, or None if unknown.
 
     >>> count_batches([1, 2, 3]), count_batches(iter([1, 2, 3]))
     (3, None)
@@ -46,7 +50,7 @@ def count_batches(dataloader: Any) -> int | None:
 
 
 def first_length(value: Any) -> int | None:
-    """The length of the first tensor in a nested batch, or None where there is none."""
+    """Return the length of the first tensor in a nested batch, or None without a tensor."""
     if isinstance(value, torch.Tensor):
         return value.shape[0] if value.dim() > 0 else None
     if isinstance(value, (list, tuple)):
@@ -55,7 +59,7 @@ def first_length(value: Any) -> int | None:
         parts = value.values()
     else:
         return None
-    for part in parts:  # half the time of a generator, and hooks count every batch
+    for part in parts:  # half the time of a generator, for every batch
         length = first_length(part)
         if length is not None:
             return length
@@ -63,52 +67,51 @@ def first_length(value: Any) -> int | None:
 
 
 # --- weighted loss ---------------------------------------------------------------------------
-# The arithmetic of losses that come with weights, in a run and in the replay of a part of it.
 
 
 @dataclass(frozen=True, slots=True)
 class LossWeighting:
-    """What made the gradients of an accumulation window those of its weighted mean."""
+    """Factors that turn an accumulation window's gradients into those of its weighted mean."""
 
     reference: torch.Tensor
-    """What weights are divided by ahead of the backward pass, so that half precision holds them."""
+    """Divisor of weights before the backward pass, to stay in the range of half precision."""
     gradient_factor: torch.Tensor
-    """What all gradients are multiplied by at the end of the window."""
+    """Factor of all gradients at the end of the window."""
 
 
 def as_loss_weight(weight: Any, loss: torch.Tensor) -> torch.Tensor:
-    """What a batch processor says that a loss weighs, as a tensor of its own on the loss's device.
+    """Return the weight of a loss as a new scalar tensor on the loss's device.
 
-    The value of a tensor is not looked at, which would wait for the device.
+    A tensor's value is not checked, which would sync the device.
 
     Raises:
-        BatchProcessorError: it is no weight.
+        BatchProcessorError: ``weight`` is no finite number >= 0 and no tensor of one element.
     """
     dtype = torch.float32 if loss.device.type == "mps" else torch.float64
     if isinstance(weight, torch.Tensor) and weight.numel() == 1:
-        # A copy: the processor may write its next weight into the same tensor.
+        # A copy: the processor may reuse the tensor.
         return weight.detach().reshape(()).to(device=loss.device, dtype=dtype, copy=True)
-    number = isinstance(weight, Real) and not isinstance(weight, bool)  # NumPy's as well
-    if not number or not 0 <= weight < math.inf:
+    is_number = isinstance(weight, Real) and not isinstance(weight, bool)  # NumPy's as well
+    if not is_number or not 0 <= weight < math.inf:
         raise BatchProcessorError(
-            "the weight of a loss must be a number >= 0 or a tensor of one, such as how many "
-            f"tokens it is the mean of; got {weight!r:.80}"
+            "the weight of a loss must be a number >= 0 or a tensor of one element, such as the "
+            f"number of tokens in its mean; got {weight!r:.80}"
         )
     return torch.full((), float(weight), dtype=dtype, device=loss.device)
 
 
 def zero_if_unweighted(loss: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The loss, or zero where it weighs nothing: the mean over nothing may be NaN."""
+    """Return the loss, or 0 if the weight is 0: a mean over nothing may be NaN."""
     return torch.where(weight > 0, loss, 0.0)
 
 
 def scale_loss(loss: torch.Tensor, weight: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """What to run the backward pass of, in the place of a mean loss of such a weight."""
+    """Return ``loss * weight / reference`` in the loss's dtype."""
     return loss * (weight / reference).to(loss.dtype)
 
 
 def scale_gradients(parameters: Iterable[torch.nn.Parameter], factor: torch.Tensor) -> None:
-    """Multiply the gradients that there are; each process what it has of them."""
+    """Multiply all gradients in place; of sharded gradients the local shard."""
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
@@ -119,47 +122,50 @@ def scale_gradients(parameters: Iterable[torch.nn.Parameter], factor: torch.Tens
             torch._foreach_mul_(gradients, factor.to(device))
 
 
+# --- batch processors ------------------------------------------------------------------------
+
+
 ForwardResult: TypeAlias = (
     tuple[Any, torch.Tensor | None] | tuple[Any, torch.Tensor, float | torch.Tensor]
 )
-"""Outputs and loss, and maybe what the loss weighs."""
+"""Outputs, loss and, optionally, the weight of the loss."""
 
 
 class BatchProcessor(Protocol):
-    """What the trainer asks of a batch processor."""
+    """Interface of a batch processor to the trainer."""
 
     @property
     def need_backward(self) -> bool:
-        """Whether a backward pass and an update follow."""
+        """True if a backward pass and an update follow."""
         ...
 
     def forward(self, model: Any, batch: Any) -> ForwardResult:
-        """The outputs and the loss of a batch, and maybe what that weighs."""
+        """Return outputs, loss and, optionally, the weight of the loss."""
         ...
 
 
 class SimpleBatchProcessor(ABC):
-    """A batch processor of one method.
+    """Batch processor with one method to implement.
 
     >>> class Regression(SimpleBatchProcessor):
     ...     def forward(self, model, batch):
     ...         outputs = model(batch["input"])
     ...         return outputs, torch.nn.functional.mse_loss(outputs, batch["target"])
 
-    With gradient accumulation, batches weigh what they have samples. Where the trainer can't see
-    how many (it looks at the length of the first tensor), define ``count_samples(batch) -> int``.
+    Gradient accumulation weights batches by their number of samples: the length of the first
+    tensor. Define ``count_samples(batch) -> int`` to count otherwise.
 
-    Metrics are updated with what ``metric_inputs(outputs, batch)`` gives, where you define it: a
-    tuple, in the order of ``metric.update``'s parameters, or a mapping by their names. Without it,
-    a batch that is a pair (inputs, targets) gives the outputs and the targets:
+    Metrics are updated with the outputs and targets of a batch (inputs, targets). For other
+    batches, define ``metric_inputs(outputs, batch)``, which returns the arguments of
+    ``metric.update`` as a tuple or a mapping by name:
 
     >>> class Classification(Regression):
     ...     def metric_inputs(self, outputs, batch):
     ...         return outputs.argmax(1), batch["target"]
 
     Args:
-        need_backward: with False, the trainer runs :meth:`forward` without gradients, and neither
-            a backward pass nor an update follows.
+        need_backward: run a backward pass and an update. With False, :meth:`forward` runs without
+            gradients.
     """
 
     need_backward: bool = True
@@ -169,21 +175,21 @@ class SimpleBatchProcessor(ABC):
 
     @abstractmethod
     def forward(self, model: Any, batch: Any) -> ForwardResult:
-        """The outputs and the loss of a batch, and maybe what that weighs.
+        """Return the outputs and the loss of a batch.
 
         Args:
             model: as the trainer prepared it.
-            batch: as the data loader gave it, on the accelerator's device.
+            batch: as loaded, on the accelerator's device.
 
         Returns:
-            The outputs, of any type, which hooks see; and the loss, a scalar tensor: the mean
-            over the samples of the batch. None where :attr:`need_backward` is False.
+            Outputs of any type, for hooks, and a scalar loss: the mean over the batch's samples.
+            The loss may be None if :attr:`need_backward` is False.
 
-            Where it is the mean over something else, such as the tokens of texts that differ in
-            length, return ``(outputs, loss, weight)`` with how many there are: a number >= 0, or a
-            tensor of one element that stays on its device. An update then is that of the mean over
-            all of its micro-batches and processes. A loss that weighs 0 does not count, and may be
-            NaN, as long as its gradient is not. Return a weight in every step, or in none.
+            If the loss is a mean over other items, such as tokens, return
+            ``(outputs, loss, weight)`` with the number of items: a number >= 0, or a tensor of one
+            element, which is not read. An update then uses the mean over all micro-batches and
+            processes. A loss of weight 0 is ignored and may be NaN, unlike its gradient. Return a
+            weight in every step or in none.
         """
 
     @staticmethod
@@ -191,12 +197,12 @@ class SimpleBatchProcessor(ABC):
         forward: Callable[[Any, Any], ForwardResult],
         need_backward: bool = True,
     ) -> SimpleBatchProcessor:
-        """A batch processor whose forward is ``forward(model, batch)``."""
+        """Return a batch processor that calls ``forward(model, batch)``."""
         if not callable(forward):
             raise TypeError(
                 f"forward must be callable as forward(model, batch), got {type(forward).__name__}"
             )
-        # As a class's own method, so that a step has no call more than with a subclass.
+        # A method of a new class, so that a step costs no additional call.
         members = {"forward": staticmethod(forward)}
         cls = type("CallableBatchProcessor", (SimpleBatchProcessor,), members)
         processor: SimpleBatchProcessor = cls(need_backward)
@@ -204,7 +210,7 @@ class SimpleBatchProcessor(ABC):
 
 
 class SupervisedProcessor(SimpleBatchProcessor):
-    """Of batches that are pairs (inputs, targets): ``loss(model(inputs), targets)``.
+    """Batch processor of (inputs, targets) batches: ``loss(model(inputs), targets)``.
 
     >>> processor = SupervisedProcessor(torch.nn.MSELoss())
     >>> model = torch.nn.Identity()
@@ -212,12 +218,12 @@ class SupervisedProcessor(SimpleBatchProcessor):
     >>> loss
     tensor(1.)
 
-    The outputs are the model's. Metrics are updated with these and the targets.
+    Metrics are updated with outputs and targets.
 
     Args:
-        loss: from outputs and targets to the mean over the samples, a scalar tensor; a function or
-            a module of ``torch.nn``. One with tensors of its own, such as weights of classes, is
-            moved to the device of the outputs; it is not trained.
+        loss: function or module that maps outputs and targets to a scalar, the mean over samples.
+            A module with tensors, such as class weights, is moved to the outputs' device; it is
+            not trained.
     """
 
     def __init__(self, loss: Callable[[Any, Any], torch.Tensor]) -> None:
@@ -231,7 +237,7 @@ class SupervisedProcessor(SimpleBatchProcessor):
         self._module: Any = loss if has_tensors else None
 
     def forward(self, model: Any, batch: Any) -> tuple[Any, torch.Tensor]:
-        """The model's outputs, and their loss.
+        """Return the model's outputs and their loss.
 
         Raises:
             BatchProcessorError: the batch is no pair.
@@ -239,9 +245,9 @@ class SupervisedProcessor(SimpleBatchProcessor):
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             length = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
             raise BatchProcessorError(
-                "SupervisedProcessor takes batches that are pairs (inputs, targets), got a "
-                f"{type(batch).__name__}{length}; change what the dataset gives, or write a "
-                "SimpleBatchProcessor of your own"
+                "SupervisedProcessor requires batches that are pairs (inputs, targets), got a "
+                f"{type(batch).__name__}{length}; change the dataset, or subclass "
+                "SimpleBatchProcessor"
             )
         inputs, targets = batch
         outputs = model(inputs)
