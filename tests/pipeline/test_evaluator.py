@@ -418,13 +418,13 @@ def test_a_loader_with_drop_last_is_warned_about(caplog: pytest.LogCaptureFixtur
     [
         ({}, PipelineConfigError, r"dataloaders is empty"),
         ([1], PipelineConfigError, r"must be a mapping from names to loaders, got list; write"),
-        ({"": [1]}, PipelineConfigError, r"names in dataloaders must be texts"),
+        ({"": [1]}, PipelineConfigError, r"names in dataloaders must be non-empty strings"),
         ({"val": 3}, PipelineConfigError, r"dataloaders\['val'\] must be an iterable .* got int"),
         ({"val": []}, DataError, r"Evaluator: the evaluation loader dataloaders\['val'\] gave no"),
         (
             {"val": make_evaluation_loader(7, drop_last=True)},
             DataError,
-            r"if drop_last is set, leave that out",
+            r"leave out drop_last",
         ),
         (
             {"val": DataLoader(Rows(4), sampler=DistributedSampler(Rows(4), 2, 0))},
@@ -448,7 +448,7 @@ def test_what_is_found_empty_is_refused_afterwards() -> None:
     once: Iterator[Any] = iter(list(make_evaluation_loader(3)))
     evaluator = make_evaluator(once)
     evaluator.evaluate()
-    with pytest.raises(DataError, match="An iterator can be read only once"):
+    with pytest.raises(DataError, match="replace an iterator, which can be read only once"):
         evaluator.evaluate()
 
 
