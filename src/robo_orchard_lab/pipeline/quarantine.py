@@ -1,4 +1,7 @@
-"""Windows of batches that gave non-finite values: written, read, and run again."""
+"""Accumulation windows with non-finite values: written, read and replayed.
+
+A window is a folder in the format of a checkpoint, with batches, RNG states, weights and counters.
+"""
 
 from __future__ import annotations
 
@@ -25,20 +28,23 @@ from robo_orchard_lab.pipeline.checkpoint import load_checkpoint, save_checkpoin
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.model import plain_name
 
-# --- batch tree ------------------------------------------------------------------------------
-# Batches as plain values and tensors, as far as they can be, and back.
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
+
+# --- batches as plain values -----------------------------------------------------------------
 
 
-def pack_batch(batch: Any, lost: list[str], place: str = "batch") -> Any:
-    """A batch as what a checkpoint's state can hold.
+def pack_batch(batch: Any, lost: list[str], path: str = "batch") -> Any:
+    """Convert a batch to values that a checkpoint can hold.
 
-    Tensors and NumPy arrays, with their layout in memory, numbers, texts, lists, tuples and
-    mappings come back; of a named tuple or a mapping of another class, what is in it.
+    Supported are tensors and NumPy arrays with their memory layout, numbers, strings, lists, tuples
+    and mappings. Named tuples become tuples, other mappings dicts.
 
     Args:
         batch: any object.
-        lost: takes the places and types of what can't be saved.
-        place: its name in ``lost``.
+        lost: receives paths and types of unsupported values.
+        path: path of ``batch`` in ``lost``.
 
     >>> lost = []
     >>> pack_batch({"x": (1, 2.0), "f": print}, lost)
@@ -55,22 +61,21 @@ def pack_batch(batch: Any, lost: list[str], place: str = "batch") -> Any:
     if isinstance(batch, np.generic) and batch.dtype.kind in "biuf":
         return batch.item()
     if isinstance(batch, (list, tuple)):
-        items = [pack_batch(item, lost, f"{place}[{i}]") for i, item in enumerate(batch)]
+        items = [pack_batch(item, lost, f"{path}[{i}]") for i, item in enumerate(batch)]
         return tuple(items) if isinstance(batch, tuple) else items
     if isinstance(batch, Mapping) and all(isinstance(key, (str, int)) for key in batch):
         return {
-            "map": {key: pack_batch(item, lost, f"{place}[{key!r}]") for key, item in batch.items()}
+            "map": {key: pack_batch(item, lost, f"{path}[{key!r}]") for key, item in batch.items()}
         }
     kind = type(batch).__name__
-    lost.append(f"{place} ({kind})")
+    lost.append(f"{path} ({kind})")
     return {"lost": kind}
 
 
 def unpack_batch(packed: Any) -> Any:
-    """The batch that :func:`pack_batch` packed; None in the place of what was lost.
+    """Return the batch of :func:`pack_batch`; None replaces unsupported values.
 
-    Its tensors are copies: those read from a file lie there at any address, and torch adds up
-    numbers in another order where they are not aligned as in memory of their own.
+    Tensors are copied: a file's may be unaligned, which changes the order of torch's sums.
     """
     if isinstance(packed, torch.Tensor):
         return packed.clone()
@@ -92,8 +97,8 @@ def unpack_batch(packed: Any) -> Any:
 def _pack_tensor(tensor: torch.Tensor) -> Any:
     if tensor.is_contiguous():
         return tensor
-    # Files hold contiguous tensors. Which dimension lies next to which decides about the kernels
-    # that torch picks, and so about the last bit of what they compute.
+    # Files hold contiguous tensors, but strides decide about torch's kernels and so about the last
+    # bit of their results.
     strides = tensor.stride()
     order = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
     return {"tensor": tensor.permute(order), "order": order}
@@ -105,90 +110,76 @@ def _is_dense(tensor: torch.Tensor) -> bool:
         and not tensor.is_quantized
         and not tensor.is_nested
         and tensor.device.type != "meta"
-        and tensor.dtype != torch.complex128  # which safetensors lacks
+        and tensor.dtype != torch.complex128  # unsupported by safetensors
     )
 
 
-# --- window ----------------------------------------------------------------------------------
-# An accumulation window whose update was not finite, as a folder.
-
-
-logger = logging.getLogger(__name__)
-
-FORMAT_VERSION = 2
-_UNSAVED = {"lost": "batch"}
+# --- windows ---------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
 class QuarantinedStep:
-    """One batch of the window, from its forward to its backward pass."""
+    """One micro-batch of the window."""
 
     epoch_id: int
     step_id: int
     global_step_id: int
     batch: Any
-    """None in the place of what could not be saved."""
+    """None replaces values that could not be saved."""
     loss_divisor: float
-    """Of a loss that comes without a weight."""
+    """Divisor of a loss without a weight."""
     loss_weight: torch.Tensor | None
-    """What the batch processor said that the loss weighs; None where it said nothing."""
+    """Weight that the batch processor returned, or None."""
     random: Mapping[str, torch.Tensor]
-    """What :func:`capture_torch_rng` gave ahead of the forward pass."""
+    """State of :func:`capture_torch_rng` before the forward pass."""
     loss: torch.Tensor
-    """This rank's, not divided."""
+    """This rank's loss, not divided."""
     finite: bool = True
-    """Whether the loss is."""
+    """True if the loss is finite."""
     sample_ids: list[int | str] | None = None
-    """Of the batch, where the guard was told where they are."""
+    """Ids of the samples, if the guard has a ``sample_ids`` key."""
 
 
 @dataclass(slots=True)
 class QuarantinedWindow:
-    """All batches that went into one update, and what their replay needs.
-
-    The counters of its steps are those of the batch that was open, from 0.
-    """
+    """All micro-batches of one update, and the state to replay them."""
 
     steps: list[QuarantinedStep]
     reason: str
-    """What was not finite, for people."""
+    """Description of the non-finite values."""
     progress: Mapping[str, int]
-    """The counters of the run at the last step of the window."""
+    """Counters of the run at the window's last step."""
     grad_norm: torch.Tensor | None
-    """Of the gradients of all ranks; None where it was not looked at, as with an fp16 scaler."""
+    """Norm of all ranks' gradients; None if it was not computed, as with an fp16 scaler."""
     grad_norm_order: float
     parameters: list[str]
-    """The names of those whose gradients were not finite, where that was known."""
+    """Names of parameters with non-finite gradients, if known."""
     process_index: int
     num_processes: int
     mixed_precision: str
-    """By the name that Accelerate gives it."""
+    """Accelerate's name of the precision."""
     loss_scale: float | None = None
-    """What the losses were multiplied by for the backward pass, by an fp16 scaler."""
+    """Factor of the losses by an fp16 scaler."""
     weight_reference: torch.Tensor | None = None
-    """What the weights of losses were divided by for the backward pass; None where losses have no
-    weights, and where the window was one batch of one process, which is the whole mean."""
+    """Divisor of loss weights; None without weights, or for one batch in one process."""
     gradient_factor: torch.Tensor | None = None
-    """What the gradients were multiplied by after the last backward pass, of weighted losses."""
+    """Factor of the gradients after the last backward pass with weighted losses."""
     frozen: list[str] = field(default_factory=list)
-    """The parameters that took no gradient."""
+    """Names of parameters without ``requires_grad``."""
     evaluating: list[str] = field(default_factory=list)
-    """The modules that were in evaluation mode."""
+    """Names of modules in evaluation mode."""
     steps_missing: int = 0
-    """How many steps at the window's start are not there, since the run was resumed after them."""
+    """Number of steps at the window's start before the run was resumed; not saved."""
     unsaved: list[str] = field(default_factory=list)
-    """The places in the batches of what could not be saved, with its type."""
+    """Paths and types of batch values that could not be saved."""
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """The parameters and all buffers ahead of the window, by name; empty where they were lost."""
+    """Parameters and all buffers before the window, by name; empty if they were not saved."""
     weights_with_first_rank: bool = False
-    """Whether they are the same as the first rank's, in whose folder they are."""
+    """True if the weights equal the first rank's and are in its folder."""
 
 
 def capture_torch_rng(device: torch.device) -> dict[str, torch.Tensor]:
-    """The states of torch's default random generators, of the CPU and of the current device.
-
-    It takes about a microsecond on the CPU. NumPy's and Python's are not looked at.
-    """
+    """Return the states of torch's default generators for the CPU and ``device``, in about 1 us."""
     states = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
         states[device.type] = getattr(torch, device.type).get_rng_state()
@@ -196,20 +187,23 @@ def capture_torch_rng(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def restore_torch_rng(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Draw from where :func:`capture_torch_rng` was called, on the CPU and on ``device``."""
+    """Restore the states of :func:`capture_torch_rng`."""
     torch.set_rng_state(states["cpu"])
     if device.type != "cpu" and device.type in states:
         getattr(torch, device.type).set_rng_state(states[device.type])
 
 
 def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters and all buffers of a plain model, those that are not saved included."""
+    """Return the parameters and all buffers of a plain model, non-persistent ones included."""
     live = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {plain_name(name): tensor for name, tensor in live.items()}
 
 
 def sample_ids(batch: Any, key: str | int | None) -> list[int | str] | None:
-    """The ids under a key or index of a batch, as plain values; None where there are none."""
+    """Return the ids at a key or index of a batch as ints and strings; None if it has none.
+
+    Syncs the device if the ids are a tensor.
+    """
     try:
         ids = None if key is None else batch[key]
     except (LookupError, TypeError):
@@ -218,39 +212,67 @@ def sample_ids(batch: Any, key: str | int | None) -> list[int | str] | None:
     if ids is None:
         return None
     if hasattr(ids, "tolist"):
-        ids = ids.tolist()  # waits for the device where it is a tensor there
+        ids = ids.tolist()
     ids = ids if isinstance(ids, (list, tuple)) else [ids]
     return [item if type(item) is int else str(item) for item in ids]
 
 
 def write_window(folder: str | os.PathLike[str], window: QuarantinedWindow) -> list[str]:
-    """Write a window, whole or not at all, and give the places in it that could not be saved.
+    """Write a window atomically and return the paths of values that could not be saved.
 
     Raises:
-        FileExistsError: there is something by that name.
+        FileExistsError: ``folder`` exists.
     """
     lost: list[str] = []
+    paths = [f"steps[{index}].batch" for index in range(len(window.steps))]
     try:
-        batches = [pack_batch(s.batch, lost, f"steps[{i}].batch") for i, s in _numbered(window)]
+        batches = [
+            pack_batch(step.batch, lost, path)
+            for step, path in zip(window.steps, paths, strict=True)
+        ]
         _save(folder, window, batches, lost)
     except FileExistsError:
         raise
-    except Exception as error:  # something in a batch that only its own code understands
-        logger.warning("the batches can't be written, what else there is will be: %r", error)
-        lost = [f"steps[{i}].batch" for i, _ in _numbered(window)]
-        _save(folder, window, [_UNSAVED] * len(lost), lost)
+    except Exception as error:  # a batch may hold objects of any class
+        logger.warning("the batches can't be written and are left out: %r", error)
+        lost = paths
+        _save(folder, window, [{"lost": "batch"}] * len(lost), lost)
     return lost
 
 
-def read_window(folder: str | os.PathLike[str]) -> QuarantinedWindow:
-    """The window in a folder, on the CPU.
+def _save(
+    folder: str | os.PathLike[str],
+    window: QuarantinedWindow,
+    batches: Sequence[Any],
+    unsaved: list[str],
+) -> None:
+    state = {
+        "quarantine_version": FORMAT_VERSION,
+        **_fields_of(window, without=("steps", "weights")),
+        "unsaved": unsaved,
+        "steps": [
+            {**_fields_of(step, without=("batch",)), "batch": batch}
+            for step, batch in zip(window.steps, batches, strict=True)
+        ],
+    }
+    step_id = window.progress["global_step_id"]
+    save_checkpoint(folder, step_id, {"model": window.weights, "window": state})
 
-    The weights of ranks that are copies of one another are in the first rank's folder, beside.
+
+def _fields_of(
+    instance: QuarantinedWindow | QuarantinedStep, without: tuple[str, ...]
+) -> dict[str, Any]:
+    names = [f.name for f in fields(instance) if f.name not in without]
+    return {name: getattr(instance, name) for name in names}
+
+
+def read_window(folder: str | os.PathLike[str]) -> QuarantinedWindow:
+    """Return the window in a folder, on the CPU.
 
     Raises:
-        CheckpointError: there is no such folder, or not that of the first rank, or a file is
-            missing or damaged.
-        StateError: it is of another version.
+        CheckpointError: the folder, or the first rank's folder with the weights, is missing or
+            damaged.
+        StateError: the format has another version.
     """
     folder = Path(folder)
     parts = load_checkpoint(folder).parts
@@ -273,7 +295,7 @@ def read_window(folder: str | os.PathLike[str]) -> QuarantinedWindow:
 
 
 def rank_folder(name: str, process_index: int) -> str:
-    """The folder's name of a rank, that of the first being the plain one.
+    """Return a rank's folder name; the first rank's has no suffix.
 
     >>> rank_folder("step_00000007", 1), rank_folder("step_00000007_rank1", 0)
     ('step_00000007_rank1', 'step_00000007')
@@ -282,57 +304,21 @@ def rank_folder(name: str, process_index: int) -> str:
     return f"{plain}_rank{process_index}" if process_index else plain
 
 
-def _save(
-    folder: str | os.PathLike[str],
-    window: QuarantinedWindow,
-    batches: Sequence[Any],
-    unsaved: Sequence[str],
-) -> None:
-    state = _state(window, batches, unsaved)
-    step = window.progress["global_step_id"]
-    save_checkpoint(folder, step, {"model": window.weights, "window": state})
-
-
-def _numbered(window: QuarantinedWindow) -> list[tuple[int, QuarantinedStep]]:
-    return list(enumerate(window.steps))
-
-
-def _state(
-    window: QuarantinedWindow, batches: Sequence[Any], unsaved: Sequence[str]
-) -> dict[str, Any]:
-    names = [f.name for f in fields(window) if f.name not in ("steps", "weights")]
-    return {
-        "quarantine_version": FORMAT_VERSION,
-        **{name: getattr(window, name) for name in names},
-        "unsaved": list(unsaved),
-        "steps": [
-            {**_plain(step), "batch": batch}
-            for step, batch in zip(window.steps, batches, strict=True)
-        ],
-    }
-
-
-def _plain(step: QuarantinedStep) -> dict[str, Any]:
-    return {f.name: getattr(step, f.name) for f in fields(step) if f.name != "batch"}
-
-
 # --- replay ----------------------------------------------------------------------------------
-# Running a quarantined window again.
 
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What came of running a window again."""
+    """Result of :func:`replay`."""
 
     losses: tuple[torch.Tensor, ...]
-    """Of each step, not divided, on the model's device; zero where it weighs nothing."""
+    """Loss of each step, not divided, on the model's device; zero if its weight is zero."""
     grad_norm: torch.Tensor
-    """Of the gradients of this window, before clipping; they are in the model."""
-    same: bool
-    """Whether the losses are those of the run, bit for bit, and the gradient norm as well, where
-    it is that of this window: in a run of one process."""
+    """Norm of the window's gradients before clipping; the model holds the gradients."""
+    is_identical: bool
+    """True if the losses equal the run's bit for bit, and so does the gradient norm of a run in one
+    process."""
     window: QuarantinedWindow
-    """What was read."""
 
 
 def replay(
@@ -343,36 +329,32 @@ def replay(
     accelerator: Accelerator | None = None,
     batches: Sequence[Any] | None = None,
 ) -> Replay:
-    """Run a window that a guard has quarantined once more, as it ran then.
+    """Repeat the forward and backward passes of a quarantined window.
 
-    That is with its weights and buffers, its batches, the state of torch's random generators, the
-    parts that were frozen or in evaluation mode, and its accumulation: ``zero_grad``, then forward
-    and backward of each batch. It gives the same values bit for bit on the same kind of device,
-    as far as the operations there are deterministic. To find the operation that made a NaN, call
-    it in ``with torch.autograd.detect_anomaly():``.
+    Weights, buffers, modes, frozen parameters, batches, torch's RNG and accumulation are restored.
+    Values are equal bit for bit on the same kind of device if its operations are deterministic. To
+    find the operation that made a NaN, call ``replay`` in ``torch.autograd.detect_anomaly()``.
 
     Args:
-        folder: a ``step_...`` that the guard wrote. Those of other ranks end in ``_rank1`` and so
-            on; the weights are in the first rank's, beside.
-        model: of the same architecture, on any device. It is left with the window's weights,
-            modes and gradients, to be looked at.
-        batch_processor: the one of the run.
-        accelerator: prepares the model; needed where the run had mixed precision.
-        batches: in the place of those saved, such as where these have parts that could not be.
+        folder: a ``step_...`` folder of the guard. Other ranks' end in ``_rank1`` and so on; the
+            weights are in the first rank's.
+        model: a model of the same architecture. Keeps the window's weights, modes and gradients.
+        batch_processor: the run's processor.
+        accelerator: prepares the model; required if the run had mixed precision.
+        batches: replace the saved ones, one for each step.
 
     Raises:
-        CheckpointError: there is no such folder, or it is damaged.
-        StateError: it is of another model, or lacks parts of the batches.
-        ValueError: the accelerator has another precision than the run, or there are more or
-            fewer batches than the window has steps.
+        CheckpointError: the folder is missing or damaged.
+        StateError: the window has another model's weights, or lacks values of the batches.
+        ValueError: the precision or the number of batches differs from the window's.
     """
     window = read_window(folder)
-    batches = _batches(window, batches)
+    batches = _choose_batches(window, batches)
     _check_precision(window, accelerator)
     if accelerator is not None:
         model = accelerator.prepare_model(model)
     plain = extract_model_from_parallel(model, keep_torch_compile=False)
-    _set_up(plain, window)
+    _restore_model(plain, window)
     device = next((p.device for p in plain.parameters()), torch.device("cpu"))
     model.zero_grad()
     losses = []
@@ -385,25 +367,29 @@ def replay(
             if step.loss_weight is not None:
                 loss = zero_if_unweighted(loss, step.loss_weight.to(loss.device))
             losses.append(loss.detach())
-            _run_backward(_share_of_window(loss, step, window), window.loss_scale)
+            scaled = _divide_loss(loss, step, window)
+            (scaled if window.loss_scale is None else scaled * window.loss_scale).backward()
         if window.gradient_factor is not None:
             scale_gradients(plain.parameters(), window.gradient_factor)
     finally:
         restore_torch_rng(before, device)
-    norm = _unscaled_norm(plain, window)
-    same = all(map(_equal, losses, [step.loss for step in window.steps]))
+    gradients = [p.grad for p in plain.parameters() if p.grad is not None]
+    if window.loss_scale is not None:
+        torch._foreach_mul_(gradients, 1.0 / window.loss_scale)
+    norm = torch.nn.utils.get_total_norm(gradients, window.grad_norm_order)
+    is_identical = all(map(_equal, losses, [step.loss for step in window.steps]))
     if window.grad_norm is not None and window.num_processes == 1 and not window.steps_missing:
-        same = same and _equal(norm, window.grad_norm)
-    return Replay(tuple(losses), norm, same, window)
+        is_identical = is_identical and _equal(norm, window.grad_norm)
+    return Replay(tuple(losses), norm, is_identical, window)
 
 
-def _batches(window: QuarantinedWindow, batches: Sequence[Any] | None) -> Sequence[Any]:
+def _choose_batches(window: QuarantinedWindow, batches: Sequence[Any] | None) -> Sequence[Any]:
     if batches is None:
         if window.unsaved:
             raise StateError(
-                f"these parts of the batches could not be saved: {', '.join(window.unsaved)}; give "
-                "the batches by batches=[...], as by what read_window(folder) says of each step: "
-                "its counters, and its sample_ids where the guard was told where they are"
+                f"values of the batches could not be saved: {', '.join(window.unsaved)}; load the "
+                "batches of the steps in read_window(folder), by their counters or sample_ids, "
+                "and pass batches=[...]"
             )
         return [step.batch for step in window.steps]
     if len(batches) != len(window.steps):
@@ -412,20 +398,20 @@ def _batches(window: QuarantinedWindow, batches: Sequence[Any] | None) -> Sequen
 
 
 def _check_precision(window: QuarantinedWindow, accelerator: Accelerator | None) -> None:
-    given = accelerator.mixed_precision if accelerator is not None else "no"
-    if given != window.mixed_precision:
+    precision = accelerator.mixed_precision if accelerator is not None else "no"
+    if precision != window.mixed_precision:
         raise ValueError(
-            f"the run had mixed_precision={window.mixed_precision!r}, the replay has {given!r}; "
-            f"give accelerator=Accelerator(mixed_precision={window.mixed_precision!r})"
+            f"the run had mixed_precision={window.mixed_precision!r}, the replay has "
+            f"{precision!r}; pass accelerator=Accelerator(mixed_precision="
+            f"{window.mixed_precision!r})"
         )
 
 
-def _set_up(model: torch.nn.Module, window: QuarantinedWindow) -> None:
-    """Give the model the weights, frozen parameters and modes of the window."""
+def _restore_model(model: torch.nn.Module, window: QuarantinedWindow) -> None:
     if window.weights:
-        _load(model, window.weights)
+        _load_weights(model, window.weights)
     else:
-        logger.warning("the weights of the window were not saved; taking those of the model")
+        logger.warning("the weights of the window were not saved; the model keeps its own")
     frozen, evaluating = set(window.frozen), set(window.evaluating)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(plain_name(name) not in frozen)
@@ -433,7 +419,7 @@ def _set_up(model: torch.nn.Module, window: QuarantinedWindow) -> None:
         module.training = plain_name(name) not in evaluating
 
 
-def _load(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+def _load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     live = named_weights(model)
     problems = [f"missing: {name}" for name in live if name not in weights]
     problems += [f"unexpected: {name}" for name in weights if name not in live]
@@ -443,16 +429,16 @@ def _load(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
         if name in weights and weights[name].shape != tensor.shape
     ]
     if problems:
-        raise StateError("the window is that of another model: " + "; ".join(problems))
+        raise StateError("the window is of another model: " + "; ".join(problems))
     with torch.no_grad():
         for name, tensor in live.items():
             tensor.copy_(weights[name])
 
 
-def _share_of_window(
+def _divide_loss(
     loss: torch.Tensor, step: QuarantinedStep, window: QuarantinedWindow
 ) -> torch.Tensor:
-    """What the backward pass was run of."""
+    """Return the loss's share of the window's mean."""
     if step.loss_weight is None:
         return loss if step.loss_divisor == 1.0 else loss / step.loss_divisor
     if window.weight_reference is None:
@@ -461,36 +447,7 @@ def _share_of_window(
     return scale_loss(loss, weight.to(loss.device), reference.to(loss.device))
 
 
-def _run_backward(loss: torch.Tensor, scale: float | None) -> None:
-    (loss if scale is None else loss * scale).backward()
-
-
-def _unscaled_norm(model: torch.nn.Module, window: QuarantinedWindow) -> torch.Tensor:
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    if window.loss_scale is not None:
-        torch._foreach_mul_(gradients, 1.0 / window.loss_scale)
-    return torch.nn.utils.get_total_norm(gradients, window.grad_norm_order)
-
-
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Bit for bit, but for the kinds of NaN."""
-    b = b.to(a.device)
-    return (
-        a.dtype == b.dtype
-        and a.shape == b.shape
-        and bool(((a == b) | (a.isnan() & b.isnan())).all())
-    )
-
-
-__all__ = [
-    "QuarantinedStep",
-    "QuarantinedWindow",
-    "Replay",
-    "capture_torch_rng",
-    "named_weights",
-    "rank_folder",
-    "read_window",
-    "replay",
-    "sample_ids",
-    "write_window",
-]
+    """Return True if dtypes, shapes and values are equal; NaN equals NaN."""
+    is_comparable = a.dtype == b.dtype and a.shape == b.shape
+    return is_comparable and torch.allclose(a, b.to(a.device), 0.0, 0.0, equal_nan=True)

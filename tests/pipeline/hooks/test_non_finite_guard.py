@@ -697,7 +697,7 @@ def test_ranks_decide_together(accumulate: int, tmp_path: Path) -> None:
     for name, finite in ((step, True), (f"{step}_rank1", False)):
         model = torch.nn.Sequential(make_model(1), torch.nn.BatchNorm1d(2))
         replayed = replay(folder / name, model, processor)
-        assert replayed.same == finite  # this process's losses are finite
+        assert replayed.is_identical == finite  # this process's losses are finite
         assert [loss.isfinite() for loss in replayed.losses] == [True] * accumulate
         assert replayed.window.steps[0].finite == finite
 
