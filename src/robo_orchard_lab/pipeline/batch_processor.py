@@ -71,7 +71,7 @@ def first_length(value: Any) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class LossWeighting:
-    """Factors that turn an accumulation window's gradients into those of its weighted mean."""
+    """Factors for the gradients of an accumulation window's weighted mean."""
 
     reference: torch.Tensor
     """Divisor of weights before the backward pass, to stay in the range of half precision."""

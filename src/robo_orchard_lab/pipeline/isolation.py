@@ -1,4 +1,4 @@
-"""Contexts that leave a model and the process's RNGs as they were."""
+"""Contexts to restore a model's modes and buffers, and the process's RNGs."""
 
 from __future__ import annotations
 

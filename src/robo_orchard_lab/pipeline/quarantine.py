@@ -142,7 +142,7 @@ class QuarantinedStep:
 
 @dataclass(slots=True)
 class QuarantinedWindow:
-    """All micro-batches of one update, and the state to replay them."""
+    """All micro-batches of an update, with the state for a replay."""
 
     steps: list[QuarantinedStep]
     reason: str
@@ -200,7 +200,7 @@ def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def sample_ids(batch: Any, key: str | int | None) -> list[int | str] | None:
-    """Return the ids at a key or index of a batch as ints and strings; None if it has none.
+    """Return the ids at a key or index of a batch as ints and strings, or None.
 
     Syncs the device if the ids are a tensor.
     """

@@ -1,4 +1,4 @@
-"""Loading of one batch with seeded RNGs, and the start of worker processes.
+"""Loading of a batch with seeded RNGs, and start of worker processes.
 
 :class:`Fetcher` replaces the user's dataset in the rebuilt loader. :class:`IgnoreSignals` keeps
 workers alive if a signal such as Ctrl-C reaches all processes of a job: a worker that dies makes
@@ -41,7 +41,7 @@ from robo_orchard_lab.pipeline.data.rng import (
 
 
 class Task(NamedTuple):
-    """Request to load one batch."""
+    """Request to load a batch."""
 
     epoch_id: int
     batch_id: int
@@ -55,7 +55,7 @@ class Task(NamedTuple):
 
 
 class Fetcher(Dataset[Any]):
-    """Dataset that maps a :class:`Task` to a batch.
+    """Dataset of batches, indexed by :class:`Task`.
 
     In the training process, the RNGs and the dataset's generators are restored afterwards.
 
@@ -146,7 +146,7 @@ def identity(batch: Any) -> Any:
 
 
 def is_deterministic(dataset: Any, collate_fn: Any) -> bool:
-    """Return True if loading is known to draw no random numbers, so that seeding is skipped."""
+    """Return True if loading is known to draw no random numbers and needs no seeds."""
     return collate_fn in (default_collate, default_convert) and _holds_its_items(dataset)
 
 
@@ -171,7 +171,7 @@ _started: set[BaseProcess] = set()  # daemons that started while signals were ig
 
 @contextmanager
 def ignore_signals_in_workers(signals: Iterable[int]) -> Iterator[None]:
-    """Make workers with :class:`IgnoreSignals` that start meanwhile ignore these signals.
+    """Ignore signals in workers started in this context, if they have :class:`IgnoreSignals`.
 
     A second SIGTERM still ends a worker, as a main process does with one that hangs. Workers that
     remain when this process exits, such as persistent ones, are killed.
@@ -191,7 +191,7 @@ def ignore_signals_in_workers(signals: Iterable[int]) -> Iterator[None]:
 
 @contextmanager
 def worker_startup() -> Iterator[None]:
-    """Block the ignored signals while workers start, until :class:`IgnoreSignals` handles them.
+    """Block the ignored signals while workers start, until :class:`IgnoreSignals` is called.
 
     Must run in the thread that starts the workers, the main thread. Blocked signals are delivered
     at the end.
@@ -236,7 +236,7 @@ def _ignore_once(number: int, frame: FrameType | None) -> None:
 
 
 def _kill_started() -> None:
-    """Kill workers at exit, before multiprocessing sends one SIGTERM and waits."""
+    """Kill workers at exit; multiprocessing would send a single SIGTERM and wait."""
     running = _started.intersection(multiprocessing.active_children())
     if not running:
         return

@@ -40,7 +40,7 @@ _RANDOM_SAMPLERS = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 def is_map_style(loader: Any) -> bool:
-    """Return True for a ``DataLoader`` of a map-style dataset that does not override iteration."""
+    """Return True for a ``DataLoader`` of a map-style dataset with torch's iteration."""
     return (
         isinstance(loader, DataLoader)
         and type(loader).__iter__ is DataLoader.__iter__
@@ -173,7 +173,7 @@ def _unprepared(loader: DataLoader[Any]) -> DataLoader[Any]:
 
 
 def _without_accelerate_generator(batches: Any, loader: DataLoader[Any]) -> Any:
-    """Remove the generator that Accelerate sets on a sampler for several processes.
+    """Remove a sampler's generator if Accelerate set it, for several processes.
 
     Accelerate seeds it with a random 63-bit number, a user with the default or 32 bits.
     """
@@ -211,7 +211,7 @@ def _with_seedable_sampler(loader: DataLoader[Any], data_seed: int) -> DataLoade
 
 @dataclass(frozen=True, slots=True)
 class BatchShard:
-    """One process's share of the batches."""
+    """Share of the batches of this process."""
 
     processes: int = 1
     """Number of processes that load different batches."""
@@ -261,7 +261,7 @@ def find_batch_shard(loader: Any, accelerator: Accelerator) -> BatchShard:
 
 
 def _configured_shard(accelerator: Accelerator) -> BatchShard:
-    """Return the shard by Accelerate's configuration; tensor-parallel ranks share one."""
+    """Return the shard by Accelerate's configuration; tensor-parallel ranks have equal shards."""
     processes, rank = accelerator.num_processes, accelerator.process_index
     mesh = getattr(accelerator, "torch_device_mesh", None)
     if mesh is not None and mesh.mesh_dim_names:
@@ -272,7 +272,7 @@ def _configured_shard(accelerator: Accelerator) -> BatchShard:
 
 
 def set_epoch_of(loader: Any, epoch_id: int) -> None:
-    """Call ``set_epoch`` of a loader; if it has none, of its samplers and its dataset."""
+    """Call ``set_epoch`` of a loader, or else of its samplers and its dataset."""
     targets = [loader]
     if not hasattr(loader, "set_epoch"):
         samplers = [sampler for _, sampler in iter_samplers(loader)]

@@ -64,7 +64,7 @@ _DESCRIBED = {
 
 
 class MapData:
-    """Batches of a ``DataLoader`` in an order that depends on seed and epoch.
+    """Batches of a ``DataLoader``, in an order determined by seed and epoch.
 
     Args:
         loader: the user's loader.
@@ -164,7 +164,7 @@ class MapData:
         }
 
     def rank_state(self) -> dict[str, Any]:
-        """Return an empty state: the position is that of all processes."""
+        """Return an empty state: all ranks have equal positions."""
         return {}
 
     def check(
@@ -342,7 +342,7 @@ _MAX_NUMBERS = 2_000_000  # of a list or an array, since every checkpoint has a 
 
 
 class SamplerState:
-    """Attributes of custom samplers that change as they are iterated, such as an epoch counter.
+    """Attributes of custom samplers changed by iteration, for example an epoch counter.
 
     Supported are scalars, strings, tensors, arrays, and lists of numbers or of index lists. An
     attribute that keeps its initial value is configuration, which may change before a resume.

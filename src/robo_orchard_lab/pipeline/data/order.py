@@ -107,7 +107,7 @@ def is_builtin(sampler: object) -> bool:
 
 
 def sampler_order(sampler: Any, default_generator: torch.Generator) -> IndexOrder:
-    """Return the order that iterating a sampler yields, advancing its generator equally.
+    """Return the order of iterating a sampler, advancing its generator equally.
 
     Args:
         sampler: one that :func:`is_builtin` accepts.
@@ -156,7 +156,7 @@ class StepSizes(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepPartition:
-    """Split of consecutive samples into steps, and of each step into one batch per process.
+    """Split of consecutive samples into steps, and of each step into a batch per process.
 
     A full step has ``batch_size * processes`` samples, the first rank's come first. A shorter last
     step is split evenly, without repeats: a process may have no sample. ``drop_last`` drops it.
@@ -191,14 +191,14 @@ class StepPartition:
         return chain(repeat(full, steps - 1 - step_id), [last])
 
     def numbers(self, samples: int, start: int) -> range:
-        """Return this process's samples in the step that begins with sample ``start``."""
+        """Return this process's samples in the step beginning with sample ``start``."""
         in_step = min(samples - start, self.samples_per_step)
         local = split_evenly(in_step, self.processes, self.rank)
         return range(start + local.start, start + local.stop)
 
 
 def split_evenly(items: int, processes: int, rank: int) -> range:
-    """Return one rank's items; sizes differ by at most 1, as in ``torch.tensor_split``.
+    """Return a rank's items; sizes differ by at most 1, as in ``torch.tensor_split``.
 
     >>> [split_evenly(5, 3, rank) for rank in range(3)]
     [range(0, 2), range(2, 4), range(4, 5)]

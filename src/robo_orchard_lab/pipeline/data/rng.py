@@ -190,7 +190,7 @@ _LIBRARIES = sys.stdlib_module_names - {"__main__"} | {"numpy", "torch"}
 
 
 def dataset_generators(path: str, root: Any) -> dict[str, RandomGenerator]:
-    """Find the random generators that an object holds, by their paths.
+    """Find the random generators held by an object, by their paths.
 
     The search follows attributes, slots, class attributes, arguments of partials, lists, tuples
     and mappings of at most 64 items, and what functions refer to: closures, defaults, globals

@@ -224,7 +224,7 @@ class StreamData:
             )
         if not was_saved:
             raise StateError(
-                f"the run was saved within an epoch, after {state['step_id']} steps, and {name} "
+                f"the run was saved after {state['step_id']} steps of an epoch, and {name} "
                 "could not save its state; use a stateful loader (torchdata's "
                 "StatefulDataLoader; without workers, a dataset with state_dict and "
                 "load_state_dict), or read and drop the steps with DataOrder(fast_forward=True)"
@@ -289,7 +289,7 @@ def _type_name(loader: Any) -> str:
 
 
 def _find_stateful(loader: Any) -> Any:
-    """Return the loader, or its dataset if read in this process, that can save its state."""
+    """Return the stateful loader, or its stateful dataset if read in this process, or None."""
     candidates = [loader]
     in_process = isinstance(loader, DataLoader) and loader.num_workers == 0
     if in_process and isinstance(loader.dataset, IterableDataset):

@@ -1,4 +1,4 @@
-"""Training data: the user's loader, in an order that a resumed run continues exactly."""
+"""Training data: the user's loader, in an order continued exactly by a resumed run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STATE_VERSION = 1
 
 
 class TrainingData:
-    """Batches of this process in an order that depends on (seed, epoch).
+    """Batches of this process, in an order determined by (seed, epoch).
 
     ::
 
@@ -97,7 +97,7 @@ class TrainingData:
         return steps
 
     def step_sizes(self, step_id: int, *, ahead: bool) -> Iterator[StepSizes] | None:
-        """Return the sizes of the current epoch's steps; None if only loading reveals them.
+        """Return the sizes of the current epoch's steps; None if unknown before loading.
 
         Args:
             step_id: first step.
@@ -147,7 +147,7 @@ class TrainingData:
         return dict(self._source.rank_state())
 
     def check(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> None:
-        """Raise an error for a state that the data can't resume from; changes nothing.
+        """Raise an error if the data can't resume from a state; changes nothing.
 
         Raises:
             StateError: the saved order differs; the message names both values and the remedy.
