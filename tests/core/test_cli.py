@@ -69,21 +69,21 @@ def parse(*args: str, cls: type[Any] = Trainer, parser: Any = None) -> Any:
 TEST = "--dataset.pipeline_test"
 
 
-def test_defaults_hold_where_nothing_is_given() -> None:
-    """The result equals the config that code would build."""
+def test_defaults_apply_without_options() -> None:
+    """The result equals the config built in code."""
     assert parse(TEST) == Trainer(dataset=Dataset(pipeline_test=True))
 
 
-def test_nested_options_reach_nested_fields() -> None:
-    """Every field has an option, with a dot for each level."""
+def test_nested_options_set_nested_fields() -> None:
+    """Every field has an option, with a dot per level."""
     config = parse("--dataset.data_root", "a b", "--batch_size=4", "--hook.every_steps", "3")
     assert config == Trainer(
         dataset=Dataset(data_root="a b"), batch_size=4, hook=HookConfig(every_steps=3)
     )
 
 
-def test_a_nested_option_changes_the_default_and_keeps_its_rest() -> None:
-    """A default config that differs from its class's defaults stays what it is elsewhere."""
+def test_nested_option_keeps_other_fields_of_the_default() -> None:
+    """Other fields of a non-standard default config are kept."""
 
     class Outer(SettingConfig):
         dataset: Dataset = Dataset(pipeline_test=True, sizes=[1])
@@ -112,8 +112,8 @@ VALUES: list[tuple[list[str], str, Any]] = [
 
 
 @pytest.mark.parametrize(("args", "field", "value"), VALUES)
-def test_values_are_read_by_their_declaration(args: list[str], field: str, value: Any) -> None:
-    """Text becomes what the field declares; lists, mappings and configs are JSON."""
+def test_values_are_parsed_by_field_type(args: list[str], field: str, value: Any) -> None:
+    """Text becomes the declared type; lists, mappings and configs are JSON."""
     assert operator.attrgetter(field)(parse(TEST, *args)) == value
 
 
@@ -125,20 +125,20 @@ def test_values_are_read_by_their_declaration(args: list[str], field: str, value
         (["--dataset.sizes", "1", "--dataset.sizes", "[]"], []),
     ],
 )
-def test_a_list_is_given_by_items_or_whole(args: list[str], sizes: list[int]) -> None:
-    """An option that is repeated adds an item; JSON replaces them all."""
+def test_list_is_typed_as_items_or_json(args: list[str], sizes: list[int]) -> None:
+    """A repeated option adds an item; JSON replaces the list."""
     assert parse(TEST, *args).dataset.sizes == sizes
 
 
 @pytest.mark.parametrize(("args", "on"), [([], True), (["true"], True), (["false"], False)])
-def test_a_switch_needs_no_value(args: list[str], on: bool) -> None:
-    """A bool is switched on by its name, or set by a value."""
+def test_boolean_option_needs_no_value(args: list[str], on: bool) -> None:
+    """A bool is set by its name alone or by a value."""
     config = parse("--dataset.data_root", "x", TEST, *args)
     assert config.dataset.pipeline_test is on
 
 
-def test_text_that_looks_like_json_stays_text_where_text_is_declared() -> None:
-    """A directory may be called `[1]` or `null`; only a field that admits None reads null."""
+def test_text_fields_keep_text_that_looks_like_json() -> None:
+    """A directory may be named `[1]` or `null`; null needs a field that admits None."""
 
     class Named(SettingConfig):
         name: str
@@ -164,14 +164,14 @@ class Node(Config):
     below: Optional[Node] = None  # noqa: UP045 - as users write it
 
 
-def test_a_class_that_holds_itself_is_unrolled_once() -> None:
-    """Deeper levels are given as JSON."""
+def test_recursive_class_is_unrolled_once() -> None:
+    """Deeper levels are typed as JSON."""
     config = parse("--size", "2", "--below", '{"below": {"size": 3}}', cls=Node)
     assert config == Node(size=2, below=Node(below=Node(size=3)))
 
 
-def test_the_parsers_own_arguments_stay_usable() -> None:
-    """A script's own arguments and the config's options live side by side."""
+def test_parsers_own_arguments_stay_usable() -> None:
+    """A script's arguments and the config's options coexist."""
     parser = argparse.ArgumentParser()
     parser.add_argument("batch_size")
     parser.add_argument("--resume", default="auto")
@@ -181,14 +181,14 @@ def test_the_parsers_own_arguments_stay_usable() -> None:
     assert (own.batch_size, own.resume) == ("mine", "no")
 
 
-def test_what_was_typed_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without arguments, `sys.argv` counts."""
+def test_sys_argv_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without arguments, `sys.argv` is parsed."""
     monkeypatch.setattr(sys, "argv", ["prog", TEST, "--batch_size", "9"])
     assert pydantic_from_argparse(Trainer, argparse.ArgumentParser()).batch_size == 9
 
 
 def test_help_shows_description_type_and_default(capsys: pytest.CaptureFixture[str]) -> None:
-    """Everything that someone needs to know about a field stands in the help."""
+    """Help shows all facts about a field."""
     parser = argparse.ArgumentParser(
         "prog", formatter_class=lambda prog: argparse.HelpFormatter(prog, width=200)
     )
@@ -218,8 +218,8 @@ def test_help_shows_description_type_and_default(capsys: pytest.CaptureFixture[s
         assert line in text
 
 
-def test_help_shows_defaults_that_no_file_could_hold(capsys: pytest.CaptureFixture[str]) -> None:
-    """A default that is made later, or is odd, doesn't stop the help."""
+def test_help_shows_unserializable_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    """Computed and unserializable defaults don't break the help."""
 
     def fails() -> Dataset:
         return Dataset()
@@ -256,10 +256,10 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("args", "problem"), WRONG)
-def test_a_wrong_option_is_told_in_a_line(
+def test_wrong_option_is_reported_in_one_line(
     args: list[str], problem: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit code 2 and at most two lines, which name the option."""
+    """The exit code is 2, with at most two lines that name the option."""
     with pytest.raises(SystemExit) as caught:
         parse(*args)
     error = capsys.readouterr().err
@@ -268,17 +268,17 @@ def test_a_wrong_option_is_told_in_a_line(
     assert len(error.splitlines()) <= 2
 
 
-def test_a_rule_of_the_whole_is_told_with_its_class(capsys: pytest.CaptureFixture[str]) -> None:
-    """Where no option is to blame, the config's class is named."""
+def test_rule_across_fields_is_reported_with_the_class(capsys: pytest.CaptureFixture[str]) -> None:
+    """If no option is wrong, the config's class is named."""
     with pytest.raises(SystemExit):
         parse(cls=Dataset)
     assert "prog: error: Dataset: data_root must be given" in capsys.readouterr().err
 
 
-def test_the_environment_counts_less_than_the_command_line(
+def test_command_line_overrides_the_environment(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Command line over environment over default, at every level; what is used is logged."""
+    """The order is command line, environment, default; variables in use are logged."""
     monkeypatch.setenv("BATCH_SIZE", "2")
     monkeypatch.setenv("RATE", "0.2")
     monkeypatch.setenv("DATASET__DATA_ROOT", "from environment")
@@ -291,10 +291,10 @@ def test_the_environment_counts_less_than_the_command_line(
     assert whole.dataset == Dataset(pipeline_test=True)
 
 
-def test_a_wrong_variable_is_named(
+def test_wrong_variable_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The error names the variable, and not an option that nobody typed."""
+    """The error names the variable, not an option that nobody typed."""
     monkeypatch.setenv("BATCH_SIZE", "x")
     with pytest.raises(SystemExit) as caught:
         parse(TEST)
@@ -302,10 +302,10 @@ def test_a_wrong_variable_is_named(
     assert "error: environment variable BATCH_SIZE: Input should" in capsys.readouterr().err
 
 
-def test_a_prefix_keeps_other_programs_variables_out(
+def test_prefix_excludes_variables_of_other_programs(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With a prefix only its variables count, and they are expected."""
+    """With a prefix, only its variables are read, without a warning."""
 
     class Mine(SettingConfig):
         model_config = pydantic_settings.SettingsConfigDict(env_prefix="mine_")
@@ -320,8 +320,8 @@ def test_a_prefix_keeps_other_programs_variables_out(
     assert [record.levelno for record in caplog.records] == [logging.INFO]
 
 
-def test_code_and_files_never_look_at_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A variable that happens to be set changes no config that is built or loaded."""
+def test_code_and_files_ignore_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Environment variables don't change configs that are built or loaded."""
     monkeypatch.setenv("DATA_ROOT", "surprise")
     monkeypatch.setenv("DATASET__DATA_ROOT", "surprise")
     monkeypatch.setenv("BATCH_SIZE", "1")
@@ -333,14 +333,14 @@ def test_code_and_files_never_look_at_the_environment(monkeypatch: pytest.Monkey
         Dataset()
 
 
-def test_a_plain_config_reads_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_config_ignores_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a SettingConfig has variables; any config has options."""
     monkeypatch.setenv("EVERY_STEPS", "9")
     assert parse("--class_type", "tests.core.test_cli:Hook", cls=HookConfig) == HookConfig()
 
 
-def test_a_setting_config_is_a_config_and_pydantic_settings() -> None:
-    """Both halves hold, and Config's rules win."""
+def test_setting_config_is_config_and_base_settings() -> None:
+    """Both base classes work, and Config's rules take precedence."""
     assert issubclass(SettingConfig, Config)
     assert issubclass(SettingConfig, pydantic_settings.BaseSettings)
     dataset = Dataset(pipeline_test=True)
@@ -349,7 +349,7 @@ def test_a_setting_config_is_a_config_and_pydantic_settings() -> None:
     assert pydantic_settings.CliApp.run(Dataset, [TEST.replace("dataset.", ""), "true"]) == dataset
 
 
-def test_trust_is_the_callers_to_widen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caller_may_extend_the_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An option may name code that the caller trusts."""
     (tmp_path / "team_hooks.py").write_text(
         f"import {__name__} as base\nclass TeamHook(base.Hook):\n    pass\n"
@@ -381,8 +381,8 @@ print(repr(pydantic_from_argparse(Train, argparse.ArgumentParser())))
 """
 
 
-def test_a_script_is_run_with_options(tmp_path: Path) -> None:
-    """End to end: options and variables in, a config or one line of error out."""
+def test_script_runs_with_options(tmp_path: Path) -> None:
+    """Options and variables result in a config or one line of error."""
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
 
@@ -405,8 +405,8 @@ def test_a_script_is_run_with_options(tmp_path: Path) -> None:
     assert error.startswith("train.py: error: argument --batch_size: ")
 
 
-def test_options_follow_the_default_that_is_there() -> None:
-    """Where a field holds a subclass by default, the subclass's fields are options too."""
+def test_subclass_defaults_have_options() -> None:
+    """Fields of a default of a subclass are options too."""
 
     class Special(HookConfig):
         volume: int = 1
@@ -417,8 +417,8 @@ def test_options_follow_the_default_that_is_there() -> None:
     assert parse("--hook.volume", "3", cls=Outer).hook == Special(volume=3)
 
 
-def test_a_usage_of_the_parsers_own_stays(capsys: pytest.CaptureFixture[str]) -> None:
-    """A script that says how it is used is not corrected."""
+def test_own_usage_of_the_parser_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    """A usage text set by the script is kept."""
     with pytest.raises(SystemExit):
         parse("--nothing", parser=argparse.ArgumentParser(usage="train it"))
     assert capsys.readouterr().err.startswith("usage: train it\n")

@@ -41,8 +41,8 @@ def test_importing_installs_no_handler() -> None:
     assert stderr_of(code) == ""
 
 
-def test_a_single_process_shows_no_rank() -> None:
-    """Time, level, logger and message."""
+def test_single_process_shows_no_rank() -> None:
+    """A line has time, level, logger and message."""
     text = stderr_of("log_basic_config(); log.info('hello'); log.debug('hidden')")
     assert text.endswith(" INFO my.module: hello\n")
     assert "rank" not in text
@@ -50,19 +50,19 @@ def test_a_single_process_shows_no_rank() -> None:
 
 
 @pytest.mark.parametrize("environment", [{"RANK": "0", "WORLD_SIZE": "1"}, {"WORLD_SIZE": "two"}])
-def test_a_world_of_one_shows_no_rank(environment: dict[str, str]) -> None:
-    """A launcher of one process changes nothing, and neither does nonsense."""
+def test_world_size_one_shows_no_rank(environment: dict[str, str]) -> None:
+    """A launcher of one process, or invalid variables, change nothing."""
     assert "rank" not in stderr_of("log_basic_config(); log.info('hello')", **environment)
 
 
-def test_several_processes_show_their_rank() -> None:
-    """Each line begins with the rank and the number of processes."""
+def test_lines_begin_with_rank_and_world_size() -> None:
+    """Each line begins with rank and world size."""
     text = stderr_of("log_basic_config(); log.info('hello')", RANK="0", WORLD_SIZE="4")
     assert text.startswith("[rank 0/4] ")
 
 
-def test_other_ranks_write_warnings_only_unless_asked() -> None:
-    """Four processes don't say everything four times."""
+def test_ranks_above_zero_write_only_warnings_by_default() -> None:
+    """Four processes don't repeat every line four times."""
     code = "log_basic_config(all_ranks={}); log.info('hello'); log.warning('careful')"
     quiet = stderr_of(code.format(False), RANK="3", WORLD_SIZE="4")
     assert "hello" not in quiet
@@ -71,8 +71,8 @@ def test_other_ranks_write_warnings_only_unless_asked() -> None:
     assert "hello" in stderr_of(code.format(True), RANK="3", WORLD_SIZE="4")
 
 
-def test_the_format_is_the_callers_to_choose() -> None:
-    """An own format may use the rank; the level may be a name."""
+def test_format_and_level_can_be_set() -> None:
+    """A custom format may contain the rank; the level may be a name."""
     code = (
         "log_basic_config('DEBUG', '%(rank)d of %(world_size)d %(asctime)s %(message)s', "
         "datefmt='today'); log.debug('hello')"
@@ -80,8 +80,8 @@ def test_the_format_is_the_callers_to_choose() -> None:
     assert stderr_of(code, RANK="0", WORLD_SIZE="2") == "0 of 2 today hello\n"
 
 
-def test_a_second_call_changes_nothing_unless_forced() -> None:
-    """As with `logging.basicConfig`, whoever configured first keeps it."""
+def test_second_call_has_no_effect_without_force() -> None:
+    """The first configuration is kept, as with `logging.basicConfig`."""
     code = """
 log_basic_config(format="first %(message)s")
 log_basic_config(logging.ERROR, "second %(message)s")
@@ -94,8 +94,8 @@ assert len(logging.getLogger().handlers) == 1
     assert stderr_of(code) == "first a\nthird c\n"
 
 
-def test_records_go_to_the_standard_error_of_the_moment() -> None:
-    """A live display that takes over `sys.stderr` gets the lines, and gives it back."""
+def test_records_go_to_the_current_stderr() -> None:
+    """A live display that redirects `sys.stderr` receives the lines meanwhile."""
     code = """
 log_basic_config(format="%(message)s")
 log.info("before")
@@ -108,14 +108,14 @@ assert captured.getvalue() == "during\\n"
     assert stderr_of(code) == "before\nafter\n"
 
 
-def test_a_missing_standard_error_is_no_error() -> None:
-    """A program without a console, whose `sys.stderr` is None, logs into nothing."""
+def test_missing_stderr_is_ignored() -> None:
+    """Without a console `sys.stderr` is None, and nothing is written."""
     code = "log_basic_config(); original = sys.stderr; sys.stderr = None; log.info('x')"
     assert stderr_of(code + "; sys.stderr = original") == ""
 
 
 def test_logging_loads_no_torch() -> None:
-    """The rank comes from the environment, so nothing heavy is imported."""
+    """The rank comes from the environment."""
     assert stderr_of("log_basic_config(); assert 'torch' not in sys.modules") == ""
 
 
@@ -132,10 +132,10 @@ def bare_root() -> Iterator[logging.Logger]:
         root.setLevel(level)
 
 
-def test_the_handler_is_the_root_loggers_only_one(
+def test_root_logger_has_one_handler(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One handler, which the first call installs, at the level that the rank asks for."""
+    """The first call installs one handler with the rank's level."""
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with bare_root() as root:
@@ -149,8 +149,8 @@ def test_the_handler_is_the_root_loggers_only_one(
         assert [handler.level for handler in root.handlers] == [logging.NOTSET]
 
 
-def test_one_process_logs_without_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a launcher the handler takes every record."""
+def test_one_process_logs_all_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a launcher, the handler accepts all records."""
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with bare_root() as root:
@@ -158,8 +158,8 @@ def test_one_process_logs_without_a_rank(monkeypatch: pytest.MonkeyPatch) -> Non
         assert [handler.level for handler in root.handlers] == [logging.NOTSET]
 
 
-def test_a_line_has_nothing_that_a_terminal_obeys() -> None:
-    """Names that came with a file, and errors about them, are written with escapes."""
+def test_control_characters_are_escaped() -> None:
+    """Names from files, and errors about them, are escaped."""
     code = """
 log_basic_config()
 try:

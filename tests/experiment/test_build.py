@@ -192,7 +192,7 @@ def test_what_is_null_has_to_be_given(changes: dict[str, Any], place: str, name:
     """The error says as what."""
     with pytest.raises(ConfigFieldError, match=rf"build\({name}=\.\.\.\)") as error:
         experiment(**changes).build()
-    assert error.value.place == place
+    assert error.value.location == place
 
 
 def test_hooks_come_in_their_order_and_the_checkpoint_last() -> None:
@@ -253,7 +253,7 @@ def test_a_path_out_of_the_run_folder_is_refused_when_the_experiment_is_made() -
         document["hooks"] = {"log": MetricsLoggerConfig(sinks=sinks).to_dict()}
         with pytest.raises(ConfigError, match="within the run folder") as error:
             ExperimentConfig.from_dict(document, trust=("torch", __name__))
-        assert error.value.place == place
+        assert error.value.location == place
 
 
 def test_evaluation_sets_go_to_hooks_without_loaders_of_their_own() -> None:
@@ -287,7 +287,7 @@ def test_without_sets_there_is_nothing_to_evaluate_on() -> None:
     """A ValidationHook with neither is refused at its place."""
     with pytest.raises(ConfigFieldError, match=r"describe sets in data\.evaluation") as error:
         experiment(hooks={"val": ValidationHookConfig()}).build()
-    assert error.value.place == "hooks.val"
+    assert error.value.location == "hooks.val"
 
 
 def test_metrics_may_stand_in_the_experiment() -> None:
@@ -396,7 +396,7 @@ def test_where_it_cant_be_counted_a_number_is_asked_for() -> None:
     endless = DataConfig(train=LoaderConfig(dataset=config_of(Endless)))
     with pytest.raises(ConfigError, match=r"has no length; write a number") as error:
         experiment(lr_scheduler=schedule, data=endless).build()
-    assert error.value.place == "lr_scheduler.total_steps"
+    assert error.value.location == "lr_scheduler.total_steps"
     limited = TrainerConfig(max_step=5)
     built = experiment(lr_scheduler=schedule, data=endless, trainer=limited).build()
     assert built.lr_scheduler is not None
@@ -416,7 +416,7 @@ def test_only_the_outermost_schedule_says_when_it_moves() -> None:
     schedule = config_of(lr_scheduler.ChainedScheduler, schedulers=[step])
     with pytest.raises(ConfigFieldError, match="beside the outermost") as error:
         experiment(lr_scheduler=schedule).build()
-    assert error.value.place == "lr_scheduler.schedulers.0.every"
+    assert error.value.location == "lr_scheduler.schedulers.0.every"
 
 
 def doubled(samples: list[tuple[torch.Tensor, int]], times: int = 1) -> Any:
@@ -512,7 +512,7 @@ def test_parameters_have_the_options_of_their_group() -> None:
     groups["head"] = ParameterGroup(parameters=["layer.2.*"])
     with pytest.raises(ConfigFieldError, match=r"did you mean 'layers\.2\.\*'") as error:
         experiment(optimizer=optimizer.replace(groups=groups)).build()
-    assert error.value.place == "optimizer.groups.head.parameters"
+    assert error.value.location == "optimizer.groups.head.parameters"
 
 
 def test_options_of_groups_have_the_types_of_the_optimizers() -> None:
@@ -585,13 +585,13 @@ def test_errors_of_what_is_built_say_where_it_is_described() -> None:
     missing = DataConfig(train=LoaderConfig(dataset=config_of(Missing)))
     with pytest.raises(ConfigBuildError, match="no such folder: 'images'") as error:
         experiment(data=missing).build()
-    assert error.value.place == "data.train.dataset"
+    assert error.value.location == "data.train.dataset"
     assert isinstance(error.value.__cause__, FileNotFoundError)
     wrong = spirals(sampler=config_of(RandomSampler, num_samples=-1))
     evaluation = DataConfig(train=spirals(), evaluation={"a": wrong})
     with pytest.raises(ConfigBuildError, match="num_samples should be") as error:
         experiment(data=evaluation).build()
-    assert error.value.place == "data.evaluation.a.sampler"
+    assert error.value.location == "data.evaluation.a.sampler"
     with pytest.raises(KeyError) as mistake:
         experiment(hooks={"mine": config_of(Broken)}).build()
     assert mistake.value.__notes__[-1] == "while hooks.mine was built"

@@ -217,7 +217,7 @@ def test_errors_name_the_field(changes: dict[str, Any], place: str, says: str) -
     """And what is expected there."""
     with pytest.raises(ConfigError) as found:
         described(**changes)
-    assert found.value.place == place
+    assert found.value.location == place
     assert says in str(found.value)
 
 
@@ -238,7 +238,7 @@ def test_fields_of_a_loader_that_exclude_each_other_are_told(
     dataset = {"class_type": f"{SAMPLES}:Spirals"}
     with pytest.raises(ConfigFieldError) as found:
         described(data={"train": {"dataset": dataset, **loader}})
-    assert found.value.place == f"data.train.{place}"
+    assert found.value.location == f"data.train.{place}"
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_groups_of_parameters_have_options_of_the_optimizer(
     """Of its types, and no others."""
     with pytest.raises(ConfigFieldError) as found:
         described(optimizer={"class_type": "torch.optim.sgd:SGD", "groups": {"head": group}})
-    assert found.value.place == f"optimizer.groups.head.{place}"
+    assert found.value.location == f"optimizer.groups.head.{place}"
     assert says in str(found.value)
 
 

@@ -140,7 +140,7 @@ def test_a_group_without_parameters_is_refused(
     """The error names the group, and the nearest names."""
     with pytest.raises(ConfigFieldError, match=re.escape(message)) as error:
         parameter_groups(Encoder(), groups)
-    assert error.value.place == place
+    assert error.value.location == place
 
 
 def test_norms_and_biases_have_to_be_there() -> None:

@@ -95,7 +95,7 @@ def config_error_line(error: ConfigError) -> str:
     >>> config_error_line(error)
     '--trainer.max_epoch: must be >= 1'
     """
-    source, field = error.source or "", error.place
+    source, field = error.source or "", error.location
     if source == f"command line: --{field}":
         source, field = "", f"--{field}"
     return ": ".join(filter(None, (source, field, error.problem)))

@@ -53,15 +53,15 @@ def refused(text: str, format_: Format) -> ConfigError:
     return caught.value
 
 
-def test_json_cut_at_every_character_is_refused() -> None:
-    """No beginning of a JSON document is a document."""
+def test_truncated_json_is_refused() -> None:
+    """JSON text truncated at any character is refused."""
     text = RUN.to_str("json")
     for end in range(len(text)):
         assert isinstance(refused(text[:end], "json"), ConfigSyntaxError)
 
 
-def test_a_json_file_cut_at_every_byte_is_refused(tmp_path: Path) -> None:
-    """A file that was cut is refused with its name, also in the middle of a character."""
+def test_truncated_json_file_is_refused(tmp_path: Path) -> None:
+    """A file truncated at any byte is refused by name, even inside a character."""
     path = tmp_path / "run.json"
     RUN.save(path)
     content = path.read_bytes()
@@ -74,8 +74,8 @@ def test_a_json_file_cut_at_every_byte_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format_", ["yaml", "toml"])
-def test_other_formats_cut_anywhere_never_end_in_another_error(format_: Format) -> None:
-    """A cut YAML or TOML text is read as the shorter text that it is, or refused."""
+def test_truncated_yaml_and_toml_raise_only_config_errors(format_: Format) -> None:
+    """Truncated YAML or TOML is read as a shorter document, or refused."""
     text = RUN.to_str(format_)
     for end in range(len(text)):
         with contextlib.suppress(ConfigError):
@@ -95,11 +95,11 @@ REPEATED = [
 
 
 @pytest.mark.parametrize(("format_", "text", "place"), REPEATED)
-def test_a_repeated_key_is_refused(format_: Format, text: str, place: str) -> None:
-    """A key that occurs twice is an error at its place, and not the last of its values."""
+def test_duplicate_key_is_refused(format_: Format, text: str, place: str) -> None:
+    """A duplicate key is an error with its path; the last value does not win."""
     error = refused(text, format_)
     assert isinstance(error, ConfigSyntaxError)
-    assert error.place == place
+    assert error.location == place
     assert re.search("occurs twice|Cannot (overwrite|declare)", str(error))
 
 
@@ -116,16 +116,16 @@ NOT_FINITE = [
 
 
 @pytest.mark.parametrize(("format_", "text"), NOT_FINITE)
-def test_numbers_that_are_not_finite_are_refused(format_: Format, text: str) -> None:
-    """NaN and the infinities are errors, however they are spelled."""
+def test_non_finite_numbers_are_refused(format_: Format, text: str) -> None:
+    """NaN and infinities are errors in any spelling."""
     error = refused(text, format_)
-    assert error.place == "hooks.stats.rate"
+    assert error.location == "hooks.stats.rate"
     assert "expected a finite number" in error.problem
 
 
-def test_a_text_that_says_nan_is_no_number_either() -> None:
-    """Pydantic would read the text "nan" as a number."""
-    assert refused('{"hooks": {"stats": {"rate": "nan"}}}', "json").place == "hooks.stats.rate"
+def test_text_nan_is_not_read_as_a_number() -> None:
+    """pydantic alone would read the text "nan" as a number."""
+    assert refused('{"hooks": {"stats": {"rate": "nan"}}}', "json").location == "hooks.stats.rate"
     with pytest.raises(pydantic.ValidationError, match="finite number"):
         Stats(rate=float("nan"))
 
@@ -147,23 +147,23 @@ DEEP = [
 
 
 @pytest.mark.parametrize(("format_", "text"), DEEP, ids=range(len(DEEP)))
-def test_a_deep_document_is_refused(format_: Format, text: str) -> None:
-    """Depth is bounded, far below the interpreter's recursion limit."""
+def test_deeply_nested_document_is_refused(format_: Format, text: str) -> None:
+    """Depth is limited far below the interpreter's recursion limit."""
     error = refused(text, format_)
     assert isinstance(error, ConfigSyntaxError)
     assert "deep" in error.problem
     assert len(str(error)) < 200
 
 
-def test_dots_in_text_are_no_depth() -> None:
-    """A text of many dotted words is a text, in a file of any format."""
+def test_dots_in_text_do_not_count_as_depth() -> None:
+    """Text with many dots stays text in every format."""
     for text in ("a." * 100, "'\"" + "a." * 100, '"""' + "a." * 100, "# " + "a." * 100):
         run = Run(extra={"x": text, text: "x"})
         assert Run.from_str(run.to_str("toml"), "toml") == run
 
 
-def test_a_large_document_is_refused(tmp_path: Path) -> None:
-    """Size is bounded before anything is parsed."""
+def test_large_document_is_refused_before_parsing(tmp_path: Path) -> None:
+    """Size is checked before anything is parsed."""
     path = tmp_path / "large.json"
     path.write_text('{"extra": "' + "x" * 2**24 + '"}')
     with pytest.raises(ConfigSyntaxError, match="larger than 16777216 bytes"):
@@ -199,26 +199,26 @@ SYNTAX = [
 
 
 @pytest.mark.parametrize(("format_", "text", "place", "problem"), SYNTAX, ids=range(len(SYNTAX)))
-def test_a_text_that_is_no_document_is_refused(
+def test_malformed_document_is_refused_with_its_location(
     format_: Format, text: str, place: str, problem: str
 ) -> None:
-    """What isn't plain data in its format is an error with the place, as far as it is known."""
+    """Anything but plain data is an error with path or position."""
     error = refused(text, format_)
     assert isinstance(error, ConfigSyntaxError)
-    assert error.place == place
+    assert error.location == place
     assert problem in str(error)
     assert "\n" not in str(error)
 
 
-def test_yaml_reads_plain_scalars_as_yaml_1_2() -> None:
-    """`on` is text and 1e-3 a number, whatever YAML 1.1 said."""
+def test_yaml_scalars_follow_yaml_1_2() -> None:
+    """`on` is text and 1e-3 a number, unlike in YAML 1.1."""
     text = "extra: [on, yes, 12:30, 012, 0o17, 0x1f, 1e-3, -.5, ~, NULL, True, 1_000, 2024-01-01]"
     expected = ["on", "yes", "12:30", 12, 15, 31, 0.001, -0.5, None, None, True, "1_000"]
     assert Run.from_str(text, "yaml").extra == [*expected, "2024-01-01"]
 
 
-def test_toml_reads_its_own_dates_as_text() -> None:
-    """A date of TOML's own is what the other formats write: ISO 8601 text."""
+def test_toml_dates_become_iso_8601_text() -> None:
+    """TOML's dates become the text that other formats hold."""
     text = "extra = [2024-01-01, 2024-01-01T01:02:03Z, 01:02:03]"
     expected = ["2024-01-01", "2024-01-01T01:02:03+00:00", "01:02:03"]
     assert Run.from_str(text, "toml").extra == expected
@@ -236,27 +236,29 @@ FIELDS = [
 
 
 @pytest.mark.parametrize(("document", "place", "problem"), FIELDS)
-def test_a_wrong_field_is_named(document: dict[str, Any], place: str, problem: str) -> None:
-    """Unknown fields and wrong values are named by their dotted place, in files and in dicts."""
+def test_wrong_field_is_reported_with_its_path(
+    document: dict[str, Any], place: str, problem: str
+) -> None:
+    """Unknown fields and wrong values are reported by dotted path, in files and dicts."""
     error = refused(json.dumps(document), "json")
     assert isinstance(error, ConfigFieldError)
-    assert error.place == place
+    assert error.location == place
     assert str(error).startswith(f"{place}: ")
     assert problem in error.problem
     with pytest.raises(ConfigFieldError, match=re.escape(place)):
         Run.from_dict(document)
 
 
-def test_all_problems_of_a_document_are_told() -> None:
-    """One error lists what else is wrong."""
+def test_one_error_lists_all_problems() -> None:
+    """One error lists all further problems of the document."""
     error = refused('{"batch_size": "x", "rows": [["y"]]}', "json")
-    assert error.place == "batch_size"
-    assert [other.place for other in error.others] == ["rows.0.0"]
+    assert error.location == "batch_size"
+    assert [other.location for other in error.others] == ["rows.0.0"]
     assert "\nalso rows.0.0: " in str(error)
 
 
-def test_what_is_wrong_within_comes_ahead_of_what_it_is_within() -> None:
-    """Of a union, the kind that fits best says the most; else the order is the document's."""
+def test_inner_problems_precede_outer_problems() -> None:
+    """For a union, the inner problem comes first; else the document's order counts."""
 
     class Either(Config):
         first: list[list[int]]
@@ -264,12 +266,12 @@ def test_what_is_wrong_within_comes_ahead_of_what_it_is_within() -> None:
 
     with pytest.raises(ConfigFieldError) as found:
         Either.from_dict({"first": "x", "sizes": [1, "y"]})
-    places = [problem.place for problem in (found.value, *found.value.others)]
+    places = [problem.location for problem in (found.value, *found.value.others)]
     assert places == ["first", "sizes.1", "sizes"]
 
 
-def test_a_missing_field_is_named() -> None:
-    """A field without a default that is absent is an error at the place where it should be."""
+def test_missing_field_is_reported_with_its_path() -> None:
+    """A missing required field is an error at its path."""
 
     class Needs(Config):
         root: str
@@ -281,8 +283,8 @@ def test_a_missing_field_is_named() -> None:
         Outer.from_dict({"needs": {}})
 
 
-def test_a_wrong_member_of_a_union_is_named_without_pydantics_labels() -> None:
-    """The place is that of the document, whichever member of a union was tried."""
+def test_union_errors_have_no_pydantic_labels() -> None:
+    """Paths of errors in unions contain only keys of the document."""
 
     class Cat(Config):
         kind: Literal["cat"] = "cat"
@@ -297,12 +299,12 @@ def test_a_wrong_member_of_a_union_is_named_without_pydantics_labels() -> None:
 
     with pytest.raises(ConfigFieldError) as caught:
         Zoo.from_dict({"pets": [{"kind": "dog"}, {"kind": "dog", "age": "old"}]})
-    places = {error.place for error in (caught.value, *caught.value.others)}
+    places = {error.location for error in (caught.value, *caught.value.others)}
     assert places == {"pets.1.kind", "pets.1.age"}
 
 
-def test_a_broken_rule_across_fields_names_the_config() -> None:
-    """A ValueError of `__post_init__` is an error at the place of the config."""
+def test_post_init_errors_name_the_config() -> None:
+    """A ValueError of `__post_init__` is reported with the path of the config."""
 
     class Pair(Config):
         low: int = 0
@@ -324,13 +326,13 @@ def test_a_broken_rule_across_fields_names_the_config() -> None:
 
 
 @pytest.mark.parametrize("value", [(1, 2), {1}, b"x", object(), Path("x")])
-def test_a_dict_that_is_no_plain_data_is_refused(value: object) -> None:
-    """`from_dict` takes what a file can hold and nothing else."""
+def test_from_dict_refuses_other_than_plain_data(value: object) -> None:
+    """`from_dict` accepts only data that a file can hold."""
     with pytest.raises(ConfigSyntaxError, match=r"extra\.0: expected plain data, found"):
         Run.from_dict({"extra": [value]})
 
 
-def test_a_dict_with_other_keys_than_text_is_refused() -> None:
+def test_from_dict_refuses_keys_other_than_text() -> None:
     """The keys of a document are text."""
     with pytest.raises(ConfigSyntaxError, match="extra: expected a key of text, found 1"):
         Run.from_dict({"extra": {1: 2}})
@@ -339,13 +341,13 @@ def test_a_dict_with_other_keys_than_text_is_refused() -> None:
 @PATIENT
 @given(text=st.text() | st.text(alphabet='{}[]",:\\ntrue0e-.=&*!#|>\'"?\n '))
 @pytest.mark.parametrize("format_", ["json", "yaml", "toml"])
-def test_no_text_ends_in_another_error(text: str, format_: Format) -> None:
-    """Whatever a text holds, reading it gives a config or a ConfigError."""
+def test_any_text_raises_only_config_errors(text: str, format_: Format) -> None:
+    """Any text results in a config or a ConfigError."""
     with contextlib.suppress(ConfigError):
         Run.from_str(text, format_)
 
 
-def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
+def test_unknown_format_is_refused(tmp_path: Path) -> None:
     """Formats are json, yaml and toml, by name and by suffix."""
     with pytest.raises(ConfigError, match="expected a format out of"):
         Run().to_str("xml")  # type: ignore[arg-type]  # the error is the point
@@ -356,8 +358,8 @@ def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[a]: 1", "{a: 1}: 1", "? [a]\n: 1", "? " * 50_000])
-def test_keys_that_are_collections_are_refused_where_they_begin(text: str) -> None:
-    """Keys within keys are levels as well, and nobody counts them."""
+def test_yaml_collections_as_keys_are_refused(text: str) -> None:
+    """A collection as a key is refused at its start."""
     error = refused(text, "yaml")
     assert isinstance(error, ConfigSyntaxError)
     assert error.problem == "expected a key of text, found a collection"

@@ -62,22 +62,22 @@ class TimerConfig(ClassConfig[Timer]):
     interval_s: float = 0.5
 
 
-def test_a_class_that_takes_a_config_gets_it() -> None:
-    """The config itself arrives, and not a copy."""
+def test_class_that_accepts_a_config_receives_it() -> None:
+    """The class receives the config itself, not a copy."""
     config = HookConfig()
     assert config().cfg is config
 
 
-def test_any_other_class_gets_the_fields() -> None:
-    """Fields are keyword arguments; the call's own arguments go before them."""
+def test_other_classes_receive_fields_as_keywords() -> None:
+    """Fields are keyword arguments; arguments of the call override fields."""
     config = TimerConfig(interval_s=2)
     assert config().given == (2.0, "s", (), 1)
     assert config(scale=3, interval_s=1.0).given == (1.0, "s", (), 3)
     assert config(7.0, "ms", 8).given == (7.0, "ms", (8,), 1)
 
 
-def test_arguments_change_fields_of_a_class_that_takes_a_config() -> None:
-    """A keyword that names a field and no parameter makes another config, which is validated."""
+def test_call_keywords_change_fields_of_the_config() -> None:
+    """A keyword with the name of a field makes another, validated config."""
     config = HookConfig()
     built = config(every_steps="7")
     assert built.cfg == HookConfig(every_steps=7)
@@ -86,8 +86,8 @@ def test_arguments_change_fields_of_a_class_that_takes_a_config() -> None:
         config(every_steps="x")
 
 
-def test_a_config_can_be_given_in_the_place_of_the_own() -> None:
-    """The parameter's name is the caller's to use."""
+def test_call_may_pass_another_config() -> None:
+    """The call may pass another config under the parameter's name."""
     other = HookConfig(every_steps=1)
     assert HookConfig()(cfg=other).cfg is other
 
@@ -148,15 +148,15 @@ CASES: list[tuple[type[Any], tuple[Any, ...], tuple[Any, ...]]] = [
 
 
 @pytest.mark.parametrize(("cls", "args", "rest"), CASES)
-def test_ways_to_take_a_config(
+def test_config_parameter_is_found_by_name_or_type(
     cls: type[Any], args: tuple[Any, ...], rest: tuple[Any, ...]
 ) -> None:
-    """By name, by type, by a type that is only text, or handed on to a base class."""
+    """The parameter is found by name, by type, or in a base class that receives ``**kwargs``."""
     config = BuildConfig(class_type=cls)
     assert config(*args).given == (config, *rest)
 
 
-def test_a_config_that_is_not_the_first_parameter_is_found_by_its_type() -> None:
+def test_config_parameter_may_follow_other_parameters() -> None:
     """Other required parameters come from the call."""
     config = BuildConfig(class_type=Late)
     assert config(model="m").given == config("m").given == (config, "m")
@@ -172,7 +172,7 @@ class OwnConfigConfig(ClassConfig[OwnConfig]):
     config: dict[str, int] = pydantic.Field(default={"a": 1})
 
 
-def test_a_parameter_that_merely_has_the_name_gets_the_field() -> None:
+def test_parameter_named_config_receives_a_field_of_that_name() -> None:
     """`config: dict` with a field of that name is an ordinary parameter."""
     assert OwnConfigConfig()().given == ({"a": 1}, 1)
 
@@ -182,8 +182,8 @@ class Undeclared:
         self.given = (config, size)
 
 
-def test_a_field_goes_before_the_name_of_a_parameter() -> None:
-    """Also without a declaration, a parameter gets the field that is called like it."""
+def test_field_takes_precedence_over_the_name_config() -> None:
+    """An undeclared parameter receives the field of its name."""
 
     class UndeclaredConfig(ClassConfig[Undeclared]):
         class_type: type[Undeclared] = Undeclared
@@ -192,8 +192,8 @@ def test_a_field_goes_before_the_name_of_a_parameter() -> None:
     assert UndeclaredConfig()().given == ("mine", 1)
 
 
-def test_a_parameter_of_another_type_does_not_take_the_config() -> None:
-    """`config: dict` without such a field is missing, and isn't given a config."""
+def test_parameter_of_another_type_does_not_receive_the_config() -> None:
+    """`config: dict` without such a field is a missing argument."""
 
     class Plain(ClassConfig[OwnConfig]):
         class_type: type[OwnConfig] = OwnConfig
@@ -231,8 +231,8 @@ class ModelConfig(ClassConfig[Model]):
     data: Data = Data()
 
 
-def test_nested_configs_are_built_or_passed() -> None:
-    """A nested class config is built, in containers too, unless the parameter asks for a config."""
+def test_nested_configs_are_built_unless_declared_as_configs() -> None:
+    """Nested configs are built, in containers too, unless the parameter is declared as a config."""
     config = ModelConfig()
     built: Any = config()
     assert isinstance(built.timer, Timer)
@@ -250,8 +250,8 @@ class WordsModel:
         self.given = (kept, timer)
 
 
-def test_types_that_are_only_text_decide_by_their_words() -> None:
-    """Where one type isn't there at run time, the names of config classes still count."""
+def test_unresolvable_annotation_leaves_other_parameters_declared() -> None:
+    """A name that is missing at run time affects only its own parameter."""
 
     class WordsConfig(ClassConfig[WordsModel]):
         class_type: type[WordsModel] = WordsModel
@@ -263,8 +263,8 @@ def test_types_that_are_only_text_decide_by_their_words() -> None:
     assert isinstance(timer, Timer)
 
 
-def test_a_class_without_a_signature_gets_the_fields() -> None:
-    """Some classes of C extensions can't say what they take; they get what there is."""
+def test_class_without_a_signature_receives_all_fields() -> None:
+    """Some classes of C extensions have no signature."""
 
     class DictConfig(ClassConfig[Any]):
         class_type: type[Any] = dict
@@ -275,8 +275,8 @@ def test_a_class_without_a_signature_gets_the_fields() -> None:
     assert (built["size"], built["more"], type(built["timer"])) == (1, 2, Timer)
 
 
-def test_what_the_class_does_not_take_is_named() -> None:
-    """Too many or too few fields name the class, the config and the parameter."""
+def test_mismatched_arguments_are_reported_by_name() -> None:
+    """Missing or unexpected arguments are reported with class, config and parameter."""
 
     class TooMany(ClassConfig[Timer]):
         class_type: type[Timer] = Timer
@@ -295,8 +295,8 @@ def test_what_the_class_does_not_take_is_named() -> None:
         HookConfig()(colour="red")
 
 
-def test_an_error_of_the_class_itself_tells_who_built_it() -> None:
-    """What a constructor raises comes through, with a note."""
+def test_constructor_errors_carry_a_note_with_the_config() -> None:
+    """An error of a constructor propagates, with a note."""
 
     class Failing:
         def __init__(self) -> None:
@@ -310,7 +310,7 @@ def test_an_error_of_the_class_itself_tells_who_built_it() -> None:
     assert "FailingConfig built" in caught.value.__notes__[0]
 
 
-def test_the_class_can_only_be_replaced_by_a_subclass() -> None:
+def test_class_type_admits_only_subclasses() -> None:
     """`class_type` stays of the declared kind, in code and in files."""
     assert type(HookConfig(class_type=LoudHook)()) is LoudHook
     with pytest.raises(pydantic.ValidationError, match="subclass of Hook"):
@@ -337,8 +337,8 @@ class Bare(BaseHookConfig):  # type: ignore[type-arg]  # as users may write it
 
 
 @pytest.mark.parametrize("format_", ["json", "yaml", "toml"])
-def test_generic_configs_stand_for_those_of_a_base_class(format_: Any) -> None:
-    """A config of a subclass is kept whole where one of the base class is declared."""
+def test_generic_configs_are_covariant(format_: Any) -> None:
+    """A config of a subclass keeps its fields where the base class is declared."""
     config = Experiment(hooks={"a": LoudConfig(volume=3), "b": HookConfig()}, plain=LoudConfig())
     assert isinstance(config.plain, LoudConfig)
     loaded = Experiment.from_str(config.to_str(format_), format_, trust=__name__)
@@ -350,14 +350,14 @@ class AnyParts(Config):
     parts: dict[str, ConfigInstanceOf[ClassConfig[Any]]]
 
 
-def test_any_class_may_be_built_where_any_is_declared() -> None:
-    """A config of whatever class is kept whole, also through a file."""
+def test_class_config_of_any_admits_all_classes() -> None:
+    """A config of any class keeps its fields, also through a file."""
     config = AnyParts(parts={"hook": LoudConfig(volume=3), "timer": TimerConfig(interval_s=2)})
     assert AnyParts.from_str(config.to_str("json"), "json", trust=__name__) == config
 
 
 def test_configs_of_another_kind_are_refused() -> None:
-    """A config that builds something else is no stand-in."""
+    """A config of an unrelated class is refused."""
     for other in (TimerConfig(), Data(), Bare()):
         with pytest.raises(pydantic.ValidationError, match=r"hooks\.a"):
             Experiment(hooks={"a": other})  # type: ignore[dict-item]  # the error is the point
@@ -375,8 +375,8 @@ class Talk(Config):
     speaker: ConfigInstanceOf[Speaks]
 
 
-def test_a_shared_base_that_is_no_config_can_be_declared() -> None:
-    """`ConfigInstanceOf` admits any class that configs derive from; files name the config."""
+def test_declared_base_need_not_be_a_config() -> None:
+    """`ConfigInstanceOf` admits any base class of configs; files name the config."""
     talk = Talk(speaker=Quiet(words=3))
     assert talk.to_dict()["speaker"]["config_type"] == f"{__name__}:Quiet"
     assert Talk.from_str(talk.to_str(), trust=__name__) == talk
@@ -388,8 +388,8 @@ def test_a_shared_base_that_is_no_config_can_be_declared() -> None:
         Talk.from_dict({"speaker": {"config_type": f"{__name__}:Speaks"}}, trust=__name__)
 
 
-def test_a_field_of_a_base_class_keeps_what_a_subclass_adds() -> None:
-    """Also without `ConfigInstanceOf`, no field of a subclass is lost."""
+def test_fields_of_a_subclass_are_kept_in_a_base_class_field() -> None:
+    """No field of a subclass is lost, even without `ConfigInstanceOf`."""
 
     class Bigger(Data):
         more: int = 2
@@ -414,8 +414,8 @@ class ScaleConfig(CallableConfig[float]):
     factor: float = 3.0
 
 
-def test_a_callable_config_calls_its_function() -> None:
-    """Fields are keyword arguments; the call's own go before them."""
+def test_callable_config_calls_its_function() -> None:
+    """Fields are keyword arguments; arguments of the call override fields."""
     assert ScaleConfig()(2.0) == 6.0
     assert ScaleConfig(func=shifted)(2.0, factor=1.0) == 3.0
     with pytest.raises(
@@ -425,8 +425,8 @@ def test_a_callable_config_calls_its_function() -> None:
 
 
 @pytest.mark.parametrize("format_", ["json", "yaml", "toml"])
-def test_a_callable_config_survives_files(format_: Any) -> None:
-    """The declared function needs no trust; another one does."""
+def test_callable_config_round_trips_through_files(format_: Any) -> None:
+    """The declared function needs no trust; another function does."""
     assert ScaleConfig.from_str(ScaleConfig().to_str(format_), format_) == ScaleConfig()
     other = ScaleConfig(func=shifted)
     with pytest.raises(ConfigReferenceError, match=r"func: .* outside the trusted packages"):
@@ -434,8 +434,8 @@ def test_a_callable_config_survives_files(format_: Any) -> None:
     assert ScaleConfig.from_str(other.to_str(format_), format_, trust=__name__) == other
 
 
-def test_class_type_is_another_spelling_of_type() -> None:
-    """`ClassType[Hook]` admits what `type[Hook]` admits."""
+def test_class_type_alias_equals_type() -> None:
+    """`ClassType[Hook]` admits the classes that `type[Hook]` admits."""
 
     class Spelled(ClassConfig[Hook]):
         class_type: ClassType[Hook] = LoudHook
@@ -443,8 +443,8 @@ def test_class_type_is_another_spelling_of_type() -> None:
     assert Spelled.from_str(Spelled().to_str()) == Spelled()
 
 
-def test_a_class_defined_after_its_config_is_found() -> None:
-    """The hook may name the config and the config the hook, in either order."""
+def test_config_and_class_may_be_defined_in_either_order() -> None:
+    """A hook may name its config and the config its hook, in either order."""
 
     class EarlyConfig(ClassConfig[Any]):
         class_type: type[Any] = Recorder
@@ -453,8 +453,8 @@ def test_a_class_defined_after_its_config_is_found() -> None:
     assert EarlyConfig()(extra=2).given == {"size": 1, "extra": 2}
 
 
-def test_a_field_declared_by_a_type_variable_keeps_to_its_bound() -> None:
-    """A generic config that leaves its class open admits what the bound admits, in files too."""
+def test_type_variable_fields_are_limited_to_the_bound() -> None:
+    """An open generic config admits the classes of the bound, in files too."""
 
     class OpenConfig(BaseHookConfig):  # type: ignore[type-arg]  # open on purpose
         every_steps: int = 1

@@ -44,13 +44,13 @@ class Run(Config):
 
 
 def test_unknown_fields_are_refused() -> None:
-    """A misspelled argument is an error and not ignored."""
+    """A misspelled argument is an error."""
     with pytest.raises(pydantic.ValidationError, match="bach_size"):
         Data(bach_size=4)  # type: ignore[call-arg]  # the error is the point
 
 
 def test_post_init_may_assign_fields() -> None:
-    """`__post_init__` can derive a field; what it assigns is validated."""
+    """`__post_init__` may compute a field; the value is validated."""
 
     class Derived(Config):
         width: int = 2
@@ -65,7 +65,7 @@ def test_post_init_may_assign_fields() -> None:
 
 
 def test_assignment_is_validated() -> None:
-    """A field never holds what its declaration refuses; the old value stays."""
+    """An invalid assignment is refused and keeps the old value."""
     data = Data()
     with pytest.raises(pydantic.ValidationError, match="valid integer"):
         data.batch_size = "many"  # type: ignore[assignment]  # the error is the point
@@ -73,8 +73,8 @@ def test_assignment_is_validated() -> None:
     assert data == Data(batch_size=4)
 
 
-def test_assignment_leaves_rules_across_fields_to_the_end() -> None:
-    """Two fields that depend on each other can be changed one after the other."""
+def test_assignment_skips_rules_across_fields() -> None:
+    """Two dependent fields can be changed one after the other."""
     limits = Limited()
     limits.low = 20
     limits.high = 30
@@ -82,7 +82,7 @@ def test_assignment_leaves_rules_across_fields_to_the_end() -> None:
 
 
 def test_defaults_are_not_shared() -> None:
-    """Two configs don't see each other's changes."""
+    """Two configs don't share mutable defaults."""
     first, second = Run(), Run()
     first.data.batch_size = 1
     first.data.tags.append("b")
@@ -90,7 +90,7 @@ def test_defaults_are_not_shared() -> None:
 
 
 def test_configs_are_equal_by_class_and_content() -> None:
-    """Same class and same values are equal; a subclass with the same values is not."""
+    """Equal class and values make configs equal; a subclass with equal values differs."""
 
     class Other(Data):
         pass
@@ -109,13 +109,13 @@ def test_configs_are_equal_by_class_and_content() -> None:
 
 
 def test_configs_can_be_copied_and_pickled() -> None:
-    """A config travels to the worker processes of a data loader."""
+    """Configs can be sent to the worker processes of a data loader."""
     run = Run(name="x")
     assert pickle.loads(pickle.dumps(run)) == copy.deepcopy(run) == run
 
 
-def test_replace_gives_a_validated_copy() -> None:
-    """The original stays, the copy shares nothing with it, and its rules hold."""
+def test_replace_returns_a_validated_copy() -> None:
+    """The original is unchanged, the copy shares nothing, and rules across fields hold."""
     run = Run()
     other = run.replace(name="x", **{"data.batch_size": 4, "limits.high": 5})
     assert other == Run(name="x", data=Data(batch_size=4), limits=Limited(high=5))
@@ -135,15 +135,15 @@ REPLACEMENTS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "problem"), REPLACEMENTS)
-def test_replace_names_what_is_wrong(changes: dict[str, Any], problem: str) -> None:
-    """A wrong replacement is an error with the dotted place."""
+def test_replace_errors_have_the_path(changes: dict[str, Any], problem: str) -> None:
+    """A wrong replacement is an error with the dotted path."""
     with pytest.raises(ConfigFieldError, match="^" + re.escape(problem)):
         Run().replace(**changes)
 
 
 @pytest.mark.parametrize("suffix", ["json", "yaml", "yml", "toml", "JSON"])
-def test_a_file_brings_back_what_was_saved(tmp_path: Path, suffix: str) -> None:
-    """`load` reads what `save` wrote, in the format that the suffix says."""
+def test_load_restores_a_saved_config(tmp_path: Path, suffix: str) -> None:
+    """`load` reads the file that `save` wrote, in the format of the suffix."""
     path = tmp_path / f"run.{suffix}"
     run = Run(name="ü\r\n", data=Data(tags=["x", "y"]))
     run.save(path)
@@ -151,8 +151,8 @@ def test_a_file_brings_back_what_was_saved(tmp_path: Path, suffix: str) -> None:
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_a_failed_save_loses_nothing(tmp_path: Path) -> None:
-    """What was there stays when the new config can't be written, and no draft is left."""
+def test_failed_save_keeps_the_old_file(tmp_path: Path) -> None:
+    """The old file stays if the new config can't be written, without a draft."""
     path = tmp_path / "run.json"
     Run().save(path)
     broken = Run(name="\ud800")
@@ -162,16 +162,16 @@ def test_a_failed_save_loses_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["run.json"]
 
 
-def test_a_save_that_the_disk_refuses_leaves_no_draft(tmp_path: Path) -> None:
-    """The draft goes when it can't take its place."""
+def test_save_removes_its_draft_on_disk_errors(tmp_path: Path) -> None:
+    """The draft is removed if it can't replace the file."""
     (tmp_path / "run.json").mkdir()
     with pytest.raises(OSError, match=r"run\.json"):
         Run().save(tmp_path / "run.json")
     assert os.listdir(tmp_path) == ["run.json"]
 
 
-def test_saving_keeps_the_mode_and_the_link(tmp_path: Path) -> None:
-    """A file that was made private stays so, and a link still leads to the file."""
+def test_save_keeps_file_mode_and_links(tmp_path: Path) -> None:
+    """A private file stays private, and a link still leads to its file."""
     target, link = tmp_path / "target.yaml", tmp_path / "link.yaml"
     target.touch()
     target.chmod(0o600)
@@ -182,7 +182,7 @@ def test_saving_keeps_the_mode_and_the_link(tmp_path: Path) -> None:
     assert Run.load(target) == Run()
 
 
-def test_a_file_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+def test_file_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
     """The error names the file."""
     path = tmp_path / "run.yaml"
     path.write_bytes(b"name: \xff")
@@ -192,8 +192,8 @@ def test_a_file_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
         Run.load(tmp_path / "missing.yaml")
 
 
-def test_documents_use_the_names_of_fields() -> None:
-    """An alias is for the constructor; either name is read."""
+def test_documents_use_field_names_instead_of_aliases() -> None:
+    """An alias is for the constructor; files are read with either name."""
 
     class Aliased(Config):
         batch_size: int = pydantic.Field(alias="bs")
@@ -203,16 +203,16 @@ def test_documents_use_the_names_of_fields() -> None:
     assert Aliased.from_dict({"batch_size": 4}) == Aliased.from_dict({"bs": 4}) == config
 
 
-def test_a_config_cannot_be_told_to_ignore_unknown_fields() -> None:
-    """The promise of every config is checked where a class is made."""
+def test_configs_can_not_allow_unknown_fields() -> None:
+    """A class that would ignore unknown fields is refused at its definition."""
     with pytest.raises(TypeError, match="a Config refuses unknown fields; drop `extra`"):
 
         class Loose(Config):
             model_config = pydantic.ConfigDict(extra="ignore")
 
 
-def test_the_key_that_names_a_class_is_reserved() -> None:
-    """A field that documents would take for something else is refused where it is declared."""
+def test_config_type_is_a_reserved_name() -> None:
+    """A field named config_type is refused at the class definition."""
     with pytest.raises(TypeError, match="rename the field"):
 
         class Clashes(Config):
@@ -220,15 +220,15 @@ def test_the_key_that_names_a_class_is_reserved() -> None:
 
 
 def test_errors_can_be_pickled() -> None:
-    """An error in a worker process arrives with its place."""
+    """An error of a worker process keeps its path."""
     with pytest.raises(ConfigError) as caught:
         Run.from_dict({"data": {"batch_size": "x"}})
     error = pickle.loads(pickle.dumps(caught.value))
-    assert (str(error), error.place) == (str(caught.value), "data.batch_size")
+    assert (str(error), error.location) == (str(caught.value), "data.batch_size")
 
 
-def test_a_numpy_like_number_is_written_as_a_number() -> None:
-    """A subclass of float or str, as NumPy has, is written as what it is a subclass of."""
+def test_subclasses_of_builtin_types_are_written_as_builtins() -> None:
+    """Subclasses of float or str, such as NumPy's, are written as the builtin type."""
 
     class Float64(float):
         pass

@@ -14,13 +14,13 @@ from robo_orchard_core.utils.config.errors import dotted, parse_path
 @given(
     st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, max_size=5)
 )
-def test_paths_are_read_as_they_are_written(path: list[str]) -> None:
-    """Whatever is in the keys, the dotted path that errors show leads back to them."""
+def test_parse_path_inverts_dotted(path: list[str]) -> None:
+    """The dotted path in an error parses to the same keys."""
     assert parse_path(dotted(path)) == tuple(path)
 
 
 @given(st.text())
-def test_any_text_is_a_path_or_refused(text: str) -> None:
-    """No text ends in another error than ours."""
+def test_parse_path_raises_only_config_errors(text: str) -> None:
+    """Any text is a path or a ConfigError."""
     with contextlib.suppress(ConfigError):
         assert parse_path(text)

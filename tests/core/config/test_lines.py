@@ -38,8 +38,8 @@ c = [1,
 
 
 @pytest.mark.parametrize(("format_", "text"), [("yaml", YAML), ("json", JSON)])
-def test_yaml_and_json_know_the_line_of_each_value(format_: Format, text: str) -> None:
-    """It is that of the key, where there is one."""
+def test_yaml_and_json_report_the_line_of_each_value(format_: Format, text: str) -> None:
+    """A value in a mapping has the line of its key."""
     lines: Lines = {}
     formats.read(text, format_, lines)
     assert lines == {
@@ -52,8 +52,8 @@ def test_yaml_and_json_know_the_line_of_each_value(format_: Format, text: str) -
     }
 
 
-def test_toml_knows_the_lines_of_tables_and_settings() -> None:
-    """What stands in texts of several lines and in comments is none."""
+def test_toml_reports_lines_of_tables_and_settings() -> None:
+    """Multi-line text and comments contain no settings."""
     lines: Lines = {}
     formats.read(TOML, "toml", lines)
     assert lines == {
@@ -70,8 +70,8 @@ def test_toml_knows_the_lines_of_tables_and_settings() -> None:
     }
 
 
-def test_json_that_is_no_yaml_has_no_lines() -> None:
-    """Nothing but the lines is missing."""
+def test_json_that_is_not_yaml_has_no_lines() -> None:
+    """Only the line numbers are missing."""
     lines: Lines = {}
     assert formats.read('{\n\t"a": {"b": 1}}', "json", lines) == {"a": {"b": 1}}
     long = "k" * 2000
@@ -82,8 +82,8 @@ def test_json_that_is_no_yaml_has_no_lines() -> None:
     ("format_", "text"),
     [("yaml", "a: [{}]"), ("json", '{{"a": [{}]}}'), ("toml", "a = [{}]")],
 )
-def test_lines_are_bounded(format_: Format, text: str) -> None:
-    """A large text has no more lines than anyone reads."""
+def test_number_of_lines_is_bounded(format_: Format, text: str) -> None:
+    """The number of recorded lines is limited."""
     lines: Lines = {}
     formats.read(text.format("1," * (MAX_LINES + 9) + "1"), format_, lines)
     assert len(lines) <= MAX_LINES

@@ -207,13 +207,13 @@ def part(of: type | Callable[..., Any], **arguments: Any) -> dict[str, Any]:
     return {key: f"{HERE}:{of.__qualname__}", **arguments}
 
 
-def test_a_class_is_built_with_the_arguments_that_the_document_gives() -> None:
-    """What isn't given stays the class's own default."""
+def test_class_is_built_with_the_arguments_in_the_document() -> None:
+    """Other arguments keep the class's defaults."""
     assert drawing(part(Square, side=2)).shape().given == (2.0, "red", None)
 
 
-def test_types_count_of_which_a_name_is_there_for_type_checkers_alone() -> None:
-    """Those of the standard library are known; a name that isn't leaves the other types alone."""
+def test_annotations_may_name_imports_for_type_checkers() -> None:
+    """Abstract standard types are known; other missing names affect one parameter."""
     lazily = drawing(part(Lazily, sides=[part(Square, side=2)], unknown={"any": 1})).shape()
     assert lazily.given[0][0].given == (2.0, "red", None)
     assert lazily.given[1:] == ({"any": 1}, 1)
@@ -224,21 +224,21 @@ def test_types_count_of_which_a_name_is_there_for_type_checkers_alone() -> None:
     assert error.path == ("shape", "sides", 0, "side")
 
 
-def test_types_count_of_a_class_that_makes_another() -> None:
-    """They are those of its ``__new__``."""
+def test_annotations_of_new_are_used() -> None:
+    """Parameter types may come from ``__new__``."""
     assert drawing(part(Made, colour="blue")).shape().given == (1, "blue", None)
     assert "'red' or 'blue'" in str(refused(part(Made, colour="green")))
 
 
-def test_a_function_that_returns_the_kind_makes_one() -> None:
-    """Its return annotation is what counts."""
+def test_function_with_a_matching_return_annotation_is_a_part() -> None:
+    """The return annotation decides."""
     assert drawing(part(unit_square)).shape().given == (1.0, "red", None)
     assert type(drawing(part(shelf)).shape()) is Box
 
 
 @pytest.mark.parametrize("format_", FORMATS)
-def test_parts_survive_files(format_: Format) -> None:
-    """A document that holds parts comes back as an equal config, and is written the same."""
+def test_parts_round_trip_through_files(format_: Format) -> None:
+    """A document with parts is restored as an equal config with an identical document."""
     mine = drawing(
         part(Group, members=[part(Square, side=1), part(Configured, corners=4)], spaced=2),
         more={"open": part(Open, corners=3, weight=0.5, inner=part(Loud)), "bare": part(Loud)},
@@ -251,14 +251,14 @@ def test_parts_survive_files(format_: Format) -> None:
     assert again.to_str(format_) == mine.to_str(format_)
 
 
-def test_documents_hold_the_arguments_that_were_given_and_no_others() -> None:
-    """So a default that the class changes later counts, as it does in a script."""
+def test_documents_hold_only_arguments_that_were_set() -> None:
+    """A default that the class changes later applies, as in a script."""
     document = drawing(part(Square, side=2)).to_dict()
     assert document["shape"] == {"class_type": f"{HERE}:Square", "side": 2.0}
 
 
-def test_a_config_class_beside_the_class_is_taken() -> None:
-    """Its fields are those of the mapping, and it is written without ``config_type``."""
+def test_declared_config_class_is_used() -> None:
+    """Its fields are keys of the mapping, and ``config_type`` is not needed."""
     config = drawing(part(Configured, corners=5))
     assert config.shape == ConfiguredConfig(corners=5)
     assert config.to_dict()["shape"] == {"class_type": f"{HERE}:Configured", "corners": 5}
@@ -285,8 +285,8 @@ class SmallDotConfig(ClassConfig[Dot]):
     size: int = 0
 
 
-def test_of_several_config_classes_the_one_that_is_named_like_the_class_is_taken() -> None:
-    """The others are written with their names, and come back."""
+def test_config_class_named_after_the_class_is_preferred() -> None:
+    """Other config classes are written with their names and restored."""
     assert drawing(part(Dot)).shape == DotConfig()
     big = Drawing(shape=BigDotConfig(size=8))
     assert big.to_dict()["shape"]["config_type"] == f"{HERE}:BigDotConfig"
@@ -297,8 +297,8 @@ def grown(side: float = 1.0) -> Square:
     return Square(2 * side)
 
 
-def test_a_part_from_code_is_what_its_document_is_read_as() -> None:
-    """Whatever class of configs it was made as."""
+def test_part_from_code_equals_its_loaded_document() -> None:
+    """A part from code has the class that its document would be read as."""
     plain: Any = ClassConfig[Shape]
     for mine in (
         Drawing(shape=plain(class_type=Loud)),
@@ -327,10 +327,10 @@ class Bounded(Shape):
         self.side = side
 
 
-def test_constraints_of_a_parameter_hold() -> None:
-    """What stands in ``Annotated`` beside its type."""
+def test_annotated_constraints_of_parameters_are_checked() -> None:
+    """Constraints in ``Annotated`` apply to fields."""
     assert drawing(part(Bounded, side=1, name="x")).shape().side == 1.0
-    assert refused(part(Bounded, side=0)).place == "shape.side"
+    assert refused(part(Bounded, side=0)).location == "shape.side"
     with pytest.raises(ValidationError, match="greater than 0"):
         config_of(Bounded, side=-1.0)
 
@@ -365,8 +365,8 @@ TAKEN: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("format_", FORMATS)
-def test_a_parameter_may_have_any_name(format_: Format) -> None:
-    """Also one by which configs have something of their own; it is of its type all the same."""
+def test_parameters_may_have_any_name(format_: Format) -> None:
+    """Names that no field can have keep their types."""
     mine = drawing(part(Taken, **TAKEN))
     again = Drawing.from_str(mine.to_str(format_), format_, trust=HERE)
     assert again == mine == pickle.loads(pickle.dumps(mine)) == copy.deepcopy(mine)
@@ -394,25 +394,25 @@ def test_a_parameter_may_have_any_name(format_: Format) -> None:
         ({"plain": "x"}, "shape.plain", "valid integer"),
     ],
 )
-def test_any_name_is_held_to_its_declaration(
+def test_parameters_of_any_name_are_validated(
     changes: dict[str, Any], place: str, says: str
 ) -> None:
-    """A name that no field can have doesn't open the config to others."""
+    """Such names don't open the config to unknown arguments."""
     error = refused(part(Taken, **TAKEN | changes))
-    assert error.place == place
+    assert error.location == place
     assert says in str(error)
-    assert refused(part(Taken)).place == "shape.schema"
+    assert refused(part(Taken)).location == "shape.schema"
 
 
-def test_in_code_config_of_makes_the_same_part() -> None:
-    """A part from code equals the one that a document describes."""
+def test_config_of_equals_the_part_of_a_document() -> None:
+    """A part from code equals the part that a document describes."""
     assert Drawing(shape=config_of(Square, side=2)) == drawing(part(Square, side=2))
     assert Drawing(shape=config_of(Loud)) == drawing(part(Loud))
     assert Drawing(shape=config_of(unit_square)) == drawing(part(unit_square))
 
 
-def test_replace_reaches_arguments_that_were_not_given() -> None:
-    """A copy may have any argument that its class takes, and no other."""
+def test_replace_may_set_any_declared_argument() -> None:
+    """Declared arguments can be set, unknown arguments are refused."""
     square = config_of(Square, side=1.0)
     assert square.replace(colour="blue") == config_of(Square, side=1.0, colour="blue")
     assert config_of(Open, corners=3).replace(anything=1) == config_of(Open, corners=3, anything=1)
@@ -420,8 +420,8 @@ def test_replace_reaches_arguments_that_were_not_given() -> None:
         square.replace(color="blue")
 
 
-def test_derived_configs_are_pickled() -> None:
-    """Their classes are in no module; another process makes them anew."""
+def test_derived_configs_can_be_pickled() -> None:
+    """Another process derives the class again, since no module holds it."""
     made: Any = config_class_of(Square, ClassConfig[Shape])
     of_kind = made(class_type=Square, side=1)
     mine = [config_of(Open, corners=3, more=[of_kind]), config_of(double, times=3), of_kind]
@@ -448,25 +448,25 @@ def placed(a: int, b: int = 2, /, c: int = 3, *more: int, d: int = 4) -> tuple[i
         ({"a": 1, "c": 5, "more": []}, (1, 2, 5, 4)),
     ],
 )
-def test_arguments_go_where_their_parameters_are(
+def test_positional_only_and_var_args_are_passed_by_position(
     arguments: dict[str, Any], result: tuple[int, ...]
 ) -> None:
-    """Also those that can be given by their position alone, and those ahead of ``*args``."""
+    """Positional-only parameters, and all parameters before ``*args``, are passed by position."""
     config = drawing(part(Loud), act=part(placed, **arguments)).act
     assert config is not None
     assert config() == function_of(config)() == result
     assert config(0) == (0, *result[1:])
 
 
-def test_an_argument_that_is_missing_in_its_place_is_told() -> None:
-    """Nothing that stands behind it takes its place."""
+def test_missing_positional_argument_is_reported() -> None:
+    """Later arguments don't fill the missing position."""
     for arguments in ({"b": 1}, {"more": [1, 2]}):
         with pytest.raises(ConfigBuildError, match="missing a required argument: 'a'"):
             config_of(placed, **arguments)()
 
 
-def test_parts_within_parts_are_built_where_they_are_needed() -> None:
-    """In lists and mappings, for undeclared parameters, and behind ``*args``."""
+def test_nested_parts_are_built() -> None:
+    """Parts in lists, mappings, undeclared parameters and ``*args`` are built."""
     group = drawing(part(Group, members=[part(Square, side=1), part(unit_square)])).shape()
     assert [type(member) for member in group.members] == [Square, Square]
     undeclared = drawing(part(Undeclared, inner={"a": [part(Square, side=3)], "b": 1})).shape()
@@ -474,8 +474,8 @@ def test_parts_within_parts_are_built_where_they_are_needed() -> None:
     assert undeclared.inner["b"] == 1
 
 
-def test_what_is_declared_as_callable_takes_names_functions_with_arguments_and_parts() -> None:
-    """A function with arguments is handed on to be called later; a name is the function itself."""
+def test_callable_parameters_accept_names_and_parts() -> None:
+    """A name is the function itself; a part with arguments is called later."""
     named = drawing(part(Mapped, via=f"{HERE}:double", layers=[part(Square, side=1)])).shape()
     assert named.via(4) == 8
     assert type(named.layers[0]) is Square
@@ -484,8 +484,8 @@ def test_what_is_declared_as_callable_takes_names_functions_with_arguments_and_p
     assert tuned.via.func is double  # with nothing to look up in a call
 
 
-def test_what_a_field_of_a_function_holds_is_called_as_it_is_or_with_its_arguments() -> None:
-    """A function by its name or with arguments, and an instance of a class that can be called."""
+def test_function_of_returns_a_callable_for_any_function_field() -> None:
+    """Functions by name, functions with arguments, and instances of callable classes."""
     assert function_of(double) is double
     assert function_of(drawing(part(Loud), act=part(double)).act) is double
     assert function_of(drawing(part(Loud), act=part(double, times=3)).act)(5) == 15
@@ -493,30 +493,30 @@ def test_what_a_field_of_a_function_holds_is_called_as_it_is_or_with_its_argumen
     assert function_of(config_of(total, numbers=[1, 2]))(5) == 8
 
 
-def test_enum_members_and_tuples_come_out_of_documents() -> None:
-    """A parameter's declared type is what it gets."""
+def test_enum_members_and_tuples_are_restored() -> None:
+    """A parameter receives its declared type."""
     sized = drawing(part(Sized, size=2, spots=[3, 4])).shape()
     assert (sized.size, sized.spots) == (Size.LARGE, (3, 4))
 
 
-def test_a_member_that_is_no_plain_value_goes_by_what_its_taker_makes_of_a_name() -> None:
-    """As the weights of torchvision's models do."""
+def test_enum_without_plain_values_is_passed_by_name() -> None:
+    """The weights of torchvision's models are such enums."""
     for format_ in FORMATS:
         text = drawing(part(Carved, wood="WOOD")).to_str(format_)
         assert Drawing.from_str(text, format_, trust=HERE).shape().wood is Material.WOOD
 
 
-def test_what_is_called_later_takes_arguments() -> None:
-    """A function that is called as it is needs no return annotation."""
+def test_part_that_is_called_accepts_arguments() -> None:
+    """A function that is called needs no return annotation."""
     act = drawing(part(Loud), act=part(double, times=3)).act
     assert act is not None
     assert act(5) == 15
 
 
-def test_fields_of_a_named_config_class_stand_in_the_document() -> None:
-    """Their class is fixed, and imported when it is needed."""
+def test_fields_of_admits_fields_of_a_named_config_class() -> None:
+    """The config class is fixed, and imported on demand."""
     assert drawing(part(Loud), settings={"corners": 7}).settings == ConfiguredConfig(corners=7)
-    assert refused(part(Loud), settings={"korners": 7}).place == "settings.korners"
+    assert refused(part(Loud), settings={"korners": 7}).location == "settings.korners"
 
 
 @pytest.mark.parametrize(
@@ -538,10 +538,10 @@ def test_fields_of_a_named_config_class_stand_in_the_document() -> None:
         ("Square", "shape", "a mapping with"),
     ],
 )
-def test_errors_name_the_place_and_what_is_expected(shape: Any, place: str, says: str) -> None:
-    """As those of declared fields do."""
+def test_errors_of_parts_have_path_and_expectation(shape: Any, place: str, says: str) -> None:
+    """Errors of parts are as precise as errors of declared fields."""
     error = refused(shape)
-    assert error.place == place
+    assert error.location == place
     assert says in str(error)
 
 
@@ -550,28 +550,28 @@ class Drawn(Shape, ABC):
     def draw(self) -> None: ...
 
 
-def test_abstract_classes_are_refused_with_what_they_lack() -> None:
-    """Before anyone builds them."""
+def test_abstract_classes_are_refused_with_missing_methods() -> None:
+    """Abstract classes are refused before any instance is built."""
     error = refused(part(Drawn))
-    assert error.place == "shape.class_type"
+    assert error.location == "shape.class_type"
     assert "is abstract, without draw" in str(error)
 
 
 @pytest.mark.parametrize("code", [partial(double, times=3), Box[int], cache(double), Loud().draw])
-def test_what_no_file_can_name_is_refused_at_once(code: Any) -> None:
-    """Not first when the config is saved."""
+def test_config_of_refuses_code_that_no_file_can_name(code: Any) -> None:
+    """The error is raised at once, not when the config is saved."""
     with pytest.raises(ConfigReferenceError, match="a class or function that a file can name"):
         config_of(code)
 
 
-def test_in_code_parts_are_configs() -> None:
-    """What a document would have in their place is no part there."""
+def test_mapping_in_code_is_not_a_part() -> None:
+    """Only documents describe parts as mappings."""
     with pytest.raises(ValidationError, match=r"expected a Shape: a config, as of config_of\(\)"):
         Drawing(shape=part(Square, side=1))
 
 
-def test_another_kind_is_refused_before_anything_is_called() -> None:
-    """A class by its bases, a function by what it says that it returns."""
+def test_wrong_kind_is_refused_before_any_call() -> None:
+    """Classes are checked by bases, functions by return annotation."""
     before = Loud.made
     for other in (part(Rock), part(a_rock), part(undeclared_square), part(double)):
         assert isinstance(refused(other), ConfigReferenceError)
@@ -579,8 +579,8 @@ def test_another_kind_is_refused_before_anything_is_called() -> None:
     assert Loud.made == before
 
 
-def test_what_is_not_trusted_is_not_reached_at_any_depth() -> None:
-    """Neither as the part itself nor within another."""
+def test_untrusted_code_is_refused_at_any_depth() -> None:
+    """Untrusted code is refused as a part and inside other parts."""
     for shape in (
         {"class_type": "antigravity:Shape"},
         {"func": "os:system", "command": "true"},
@@ -591,24 +591,24 @@ def test_what_is_not_trusted_is_not_reached_at_any_depth() -> None:
         assert isinstance(refused(shape), TrustError)
 
 
-def test_arguments_that_are_given_when_it_is_built_stay_out_of_the_document() -> None:
-    """They are neither required nor admitted there."""
+def test_arguments_supplied_by_the_caller_are_refused_in_documents() -> None:
+    """Such arguments are neither required nor admitted in documents."""
     later = drawing(part(Loud), later=part(Stretched, factor=2)).later
     assert later is not None
     assert later(shape=Square(1)).factor == 2
     error = refused(part(Loud), later=part(Stretched, factor=2, shape=part(Loud)))
-    assert error.place == "later.shape"
+    assert error.location == "later.shape"
 
 
-def test_what_a_class_does_not_take_after_all_is_told_when_it_is_built() -> None:
-    """Where a signature admits any keyword, the class itself has the last word."""
+def test_arguments_refused_by_the_class_are_reported_at_the_build() -> None:
+    """A signature with ``**kwargs`` leaves the check to the class."""
     with pytest.raises(TypeError, match="'wide'") as found:
         drawing(part(Passing, wide=1)).shape()
     assert found.value.__notes__ == [f"while PassingConfig built {HERE}:Passing"]
 
 
-def test_lists_of_a_base_config_take_classes_by_their_name_alone() -> None:
-    """Where a config of any subclass is declared, ``class_type`` says enough."""
+def test_class_type_alone_selects_the_config_class() -> None:
+    """For a declared base config, ``class_type`` is sufficient."""
 
     class Album(Config):
         shapes: list[ConfigInstanceOf[ClassConfig[Shape]]]
@@ -638,8 +638,8 @@ class Wall(Config):
     frame: ConfigInstanceOf[FrameConfig[Any]]
 
 
-def test_a_config_from_code_has_what_its_place_declares() -> None:
-    """A config of a class that has none becomes one of those that are declared there."""
+def test_config_from_code_is_converted_to_the_declared_base() -> None:
+    """A derived config receives the fields of the declared base."""
     made: Any = config_of(Square, side=2)
     wall = Wall(frame=made)
     assert wall == Wall.from_dict({"frame": part(Square, side=2)}, trust=HERE)
@@ -648,8 +648,8 @@ def test_a_config_from_code_has_what_its_place_declares() -> None:
     assert wall.frame().given[0] == 2.0
 
 
-def test_code_is_held_to_the_same_rules() -> None:
-    """A config of another kind, or an unknown argument, is refused in code as well."""
+def test_configs_from_code_are_validated_like_documents() -> None:
+    """A wrong kind or an unknown argument is refused in code as well."""
     with pytest.raises(ValidationError, match="expected a Shape"):
         Drawing(shape=config_of(Rock))
     with pytest.raises(ValidationError, match="sid"):
@@ -661,8 +661,8 @@ def test_code_is_held_to_the_same_rules() -> None:
     colour=st.sampled_from(["red", "blue", None]),
     name=st.none() | st.text(st.characters(codec="utf-8"), max_size=8),
 )
-def test_any_arguments_survive(side: float, colour: str | None, name: str | None) -> None:
-    """Whatever is given is what comes back and what the class gets."""
+def test_any_arguments_round_trip(side: float, colour: str | None, name: str | None) -> None:
+    """Any arguments are restored and reach the class."""
     arguments = {"side": side, "name": name} | ({"colour": colour} if colour else {})
     mine = Drawing(shape=config_of(Square, **arguments))
     again = Drawing.from_str(mine.to_str(), trust=HERE)
@@ -681,8 +681,8 @@ class GemConfig(ClassConfig[Gem]):
         raise AssertionError("nobody asked for a gem")
 
 
-def test_configs_of_other_kinds_are_not_even_made() -> None:
-    """What a config class does with its fields is for configs that belong there."""
+def test_configs_of_wrong_kinds_are_never_constructed() -> None:
+    """A config class of the wrong kind runs no validators."""
     error = refused({"config_type": f"{HERE}:GemConfig"})
     assert isinstance(error, ConfigReferenceError)
     assert "expected a Shape, found" in error.problem

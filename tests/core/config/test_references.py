@@ -103,53 +103,51 @@ UNTRUSTED = [
 
 
 @pytest.mark.parametrize(("document", "place"), UNTRUSTED)
-def test_what_is_not_trusted_is_not_imported(
-    team: Path, document: dict[str, Any], place: str
-) -> None:
-    """A reference outside the trust is refused by its name alone."""
+def test_untrusted_code_is_not_imported(team: Path, document: dict[str, Any], place: str) -> None:
+    """A reference outside the trust is refused by name."""
     with pytest.raises(TrustError, match=r"outside the trusted packages .* trust=\('team',\)") as e:
         Run.from_dict(document)
-    assert e.value.place == place
+    assert e.value.location == place
     assert not is_imported(team)
 
 
 @pytest.mark.parametrize("trust", [("teams",), ("tea",), ("team.hook",), ("team.hooks:Team",), ()])
-def test_trust_goes_by_whole_names(team: Path, trust: tuple[str, ...]) -> None:
-    """Trusting one name trusts no other that merely begins or ends like it."""
+def test_trust_compares_complete_names(team: Path, trust: tuple[str, ...]) -> None:
+    """Names with a common prefix or suffix are not trusted."""
     with pytest.raises(TrustError):
         Run.from_dict({"kind": "team.hooks:TeamHook"}, trust=trust)
     assert not is_imported(team)
 
 
 @pytest.mark.parametrize("trust", ["team", ("team",), ["team.hooks"], ("team.hooks:TeamHook",)])
-def test_trust_is_widened_by_name(team: Path, trust: Any) -> None:
-    """A package, a module or a single class can be named as trusted."""
+def test_trust_is_extended_by_name(team: Path, trust: Any) -> None:
+    """A package, a module or a single class can be trusted."""
     loaded = Run.from_dict({"kind": "team.hooks:TeamHook"}, trust=trust)
     assert issubclass(loaded.kind, Hook)
     assert loaded.kind.__qualname__ == "TeamHook"
     assert Run.from_dict(loaded.to_dict(), trust=trust) == loaded
 
 
-def test_trust_in_one_class_covers_no_other(team: Path) -> None:
-    """A class that is trusted by name doesn't open its module."""
+def test_trust_in_one_class_excludes_its_module(team: Path) -> None:
+    """Trust in a class doesn't extend to its module."""
     trust = Trust().widened("team.hooks:TeamHook")
     with pytest.raises(TrustError):
         Run.from_dict({"kind": "team.hooks:TeamHook.Inner"}, trust=trust)
 
 
-def test_a_class_itself_can_be_named_as_trusted() -> None:
-    """In code, the class stands for its name."""
+def test_trust_accepts_a_class() -> None:
+    """In code, a class object replaces its name."""
     assert Trust.of(Hook) == Trust.of([Hook]) == Trust().widened(f"{__name__}:Hook")
 
 
-def test_only_our_own_packages_are_trusted_by_default() -> None:
-    """The default trust is the two packages of this project."""
+def test_default_trust_is_this_projects_packages() -> None:
+    """The default trust has the two packages of this project."""
     assert Trust().packages == {"robo_orchard_core", "robo_orchard_lab"}
 
 
 @pytest.mark.parametrize("name", ["", "a..b", "a b", "a:b:c", ":x", "a:", "a/b"])
-def test_a_name_that_is_none_cannot_be_trusted(name: str) -> None:
-    """A slip in a trusted name is told, and doesn't silently trust nothing."""
+def test_malformed_trusted_name_is_refused(name: str) -> None:
+    """A malformed name is an error, not an empty trust."""
     with pytest.raises(ValueError, match="expected the name of a package to trust"):
         Trust().widened(name)
 
@@ -180,31 +178,29 @@ WRONG = [
 ]
 
 
-def test_a_package_that_is_not_there_is_told_with_what_to_do() -> None:
-    """Which is to install it, or to start elsewhere."""
+def test_missing_package_is_reported_with_a_remedy() -> None:
+    """The remedy is an installation or another working directory."""
     with pytest.raises(ConfigReferenceError, match="'nowhere'; install it, or start where"):
         Run.from_dict({"kind": "nowhere.models:Net"}, trust="nowhere")
 
 
 @pytest.mark.parametrize(("field", "value", "problem"), WRONG)
-def test_what_is_not_the_declared_kind_is_refused(
-    team: Path, field: str, value: Any, problem: str
-) -> None:
-    """Only a class or function of the declared kind, named where it is defined, comes through."""
+def test_code_of_another_kind_is_refused(team: Path, field: str, value: Any, problem: str) -> None:
+    """Only code of the declared kind, named where it is defined, is accepted."""
     with pytest.raises(ValueError, match=problem) as caught:
         Run.from_dict({field: value}, trust="team")
     assert re.match(rf"{field}[.:]", str(caught.value))
 
 
 @pytest.mark.parametrize("text", ["", "x", "a.b", "a:", ":b", "a:b:c", "a b:c", "a:b c", "../a:b"])
-def test_what_is_not_written_as_a_reference_is_refused(text: str) -> None:
+def test_malformed_reference_is_refused(text: str) -> None:
     """A reference is `module:QualName`."""
     with pytest.raises(ConfigReferenceError, match=r"kind: expected a reference like"):
         Run.from_dict({"kind": text})
 
 
-def test_our_own_functions_and_re_exports_are_refused_too() -> None:
-    """Being inside a trusted package is not enough."""
+def test_re_exports_of_trusted_packages_are_refused() -> None:
+    """A trusted package alone is not sufficient."""
     package = "robo_orchard_core.utils.config"
     for reference in (f"{package}.formats:json", f"{package}:Config", f"{package}:errors"):
         with pytest.raises(ConfigReferenceError, match="leads to"):
@@ -212,8 +208,8 @@ def test_our_own_functions_and_re_exports_are_refused_too() -> None:
     assert Run.from_dict({"either": f"{package}.config:Config"}).either is Config
 
 
-def test_a_misspelt_name_gets_the_nearest_that_is_defined_there(team: Path) -> None:
-    """Not what the module has merely imported."""
+def test_misspelled_reference_gets_a_suggestion(team: Path) -> None:
+    """Suggestions are names that the module defines, not its imports."""
     for name, near in {"TeamHok": "TeamHook", "TeamHook.Iner": "Inner", "OrderedDit": None}.items():
         with pytest.raises(ConfigReferenceError, match="names nothing") as found:
             Run.from_dict({"kind": f"team.hooks:{name}"}, trust="team")
@@ -221,7 +217,7 @@ def test_a_misspelt_name_gets_the_nearest_that_is_defined_there(team: Path) -> N
         assert (told and told[1]) == near
 
 
-def test_functions_are_referred_to_like_classes(team: Path) -> None:
+def test_references_to_functions_are_resolved(team: Path) -> None:
     """A callable field holds a function, which is not called."""
     document = {"function": "team.hooks:TeamHook.helper"}
     loaded = Run.from_dict(document, trust="team")
@@ -235,14 +231,14 @@ class Bound(Config):
     maybe: type[Hook] | str = "x"
 
 
-def test_a_text_that_may_be_text_stays_text() -> None:
-    """Where the declaration admits text, nothing is looked up."""
+def test_text_stays_text_if_the_field_admits_text() -> None:
+    """No reference is resolved if the field admits text."""
     document = {"kind": f"{__name__}:Hook", "plain": f"{__name__}:Hook", "maybe": "os:system"}
     assert Bound.from_dict(document, trust=__name__).maybe == "os:system"
 
 
-def test_code_that_a_default_declares_needs_no_trust() -> None:
-    """The classes that a config's fields and defaults hold are found through them."""
+def test_code_in_defaults_needs_no_trust() -> None:
+    """Classes in a config's fields and defaults are known."""
 
     class Local(Hook):
         pass
@@ -261,35 +257,35 @@ def test_code_that_a_default_declares_needs_no_trust() -> None:
     assert loaded.kind is Local
 
 
-def test_a_reference_of_a_script_finds_the_class_in_the_imported_script() -> None:
-    """What a script saved as `__main__` is found by whoever imports that script as a module."""
+def test_reference_to_main_finds_the_imported_script() -> None:
+    """A class saved as `__main__` is found by importers of the script."""
     assert Run.from_dict({"kind": "__main__:Hook"}).kind is Hook
     with pytest.raises(TrustError):
         Run.from_dict({"kind": "__main__:HookTwo"})
 
 
-def test_references_and_config_types_are_for_documents_only() -> None:
-    """Code that builds a config passes classes, and no text that would be looked up."""
+def test_references_are_resolved_in_documents_only() -> None:
+    """Code passes classes; text is not resolved."""
     with pytest.raises(ValueError, match="subclass of Hook"):
         Run(kind=f"{__name__}:Hook")  # type: ignore[arg-type]  # the error is the point
     with pytest.raises(ValueError, match="Extra inputs are not permitted"):
         Run(hook={"config_type": f"{__name__}:HookConfig"})  # type: ignore[arg-type]  # as above
 
 
-def test_declared_code_of_the_wrong_kind_is_told_as_such() -> None:
-    """What the config declares elsewhere is found, and refused for its kind, not for trust."""
+def test_declared_code_of_the_wrong_kind_is_reported_as_wrong_kind() -> None:
+    """Code declared elsewhere is refused for its kind, not for trust."""
     with pytest.raises(ConfigReferenceError, match=r"kind: expected a subclass of .*:Hook,"):
         Run.from_dict({"kind": f"{__name__}:HookConfig"})
 
 
-def test_a_builtin_that_says_nothing_about_its_parameters_is_taken() -> None:
-    """Where a signature can't be read, being a function must do."""
+def test_builtin_without_a_signature_is_accepted() -> None:
+    """Parameters can't be checked without a signature."""
     loaded = Run.from_dict({"function": "builtins:max"}, trust="builtins")
     assert loaded.to_dict()["function"] == "builtins:max"
 
 
-def test_the_classes_of_main_go_before_those_of_the_same_name() -> None:
-    """Trust in `__main__` means its own classes."""
+def test_trusted_main_takes_precedence_over_equal_names() -> None:
+    """Trust in `__main__` refers to its own classes."""
     main = sys.modules["__main__"]
     mine = type("Hook", (Hook,), {"__module__": "__main__"})
     vars(main)["Hook"] = mine

@@ -79,45 +79,43 @@ TOYS = Toys(
         ({"act.far": 7}, TOYS.replace(act=config_of(thrown, far=7))),
     ],
 )
-def test_mappings_and_lists_are_reached_by_keys_and_indexes(
-    changes: dict[str, Any], other: Toys
-) -> None:
-    """As configs are by their fields."""
+def test_replace_reaches_into_mappings_and_lists(changes: dict[str, Any], other: Toys) -> None:
+    """Dotted names contain keys and indexes."""
     assert TOYS.replace(**changes) == other != TOYS
 
 
-def test_a_key_with_a_dot_stands_in_quotes() -> None:
-    """As errors write it; further arguments of open signatures are reached as well."""
+def test_replace_accepts_quoted_keys() -> None:
+    """Quoted keys and extra arguments of open signatures can be replaced."""
     other = TOYS.replace(**{'by_name."b.c".x.y.0': 7, 'by_name."b.c".new': 1})
     assert other.by_name["b.c"]().more == {"x": {"y": [7, 2]}, "new": 1}
     assert TOYS.by_name["b.c"]().more == {"x": {"y": [1, 2]}}
 
 
-def test_what_was_not_set_yet_can_be_replaced() -> None:
-    """A field of a derived config, and what its default holds."""
+def test_replace_may_set_fields_of_derived_configs() -> None:
+    """Fields that were not set, and values in their defaults, can be replaced."""
     other = TOYS.replace(**{"by_name.ball.weight": 2, "in_line.0.spots.1": 5})
     assert other.by_name["ball"]().weight == 2.0
     assert other.in_line[0]().spots == (1, 5)
 
 
-def test_none_removes_an_entry_where_it_can_be_no_value() -> None:
-    """Where it can, it is the value."""
+def test_none_removes_an_entry_unless_none_is_valid() -> None:
+    """If None is a valid value, it is stored."""
     other = TOYS.replace(**{"by_name.ball": None, "labels.red": None})
     assert [*other.by_name] == ["b.c"]
     assert other.labels == {"red": None}
     assert [*TOYS.by_name] == ["ball", "b.c"]
 
 
-def test_all_is_replaced_at_once() -> None:
-    """So rules across fields hold for the result, in whatever order the values are given."""
+def test_replacements_are_validated_together() -> None:
+    """Rules across fields are checked on the result, in any order of values."""
     for changes in ({"limits.low": 20, "limits.high": 30}, {"limits.high": 30, "limits.low": 20}):
         assert TOYS.replace(**changes).limits == Range(low=20, high=30)
     both = {"limits.low": 1, "limits": Range(high=5)}
     assert TOYS.replace(**both).limits == Range(low=1, high=5)
 
 
-def test_a_subclass_takes_the_arguments_of_its_base() -> None:
-    """Another class doesn't."""
+def test_class_may_be_replaced_by_a_subclass() -> None:
+    """Other classes are refused."""
     other = TOYS.replace(**{"by_name.ball.class_type": Football})
     assert type(other.by_name["ball"]()) is Football
 
@@ -143,7 +141,7 @@ def test_a_subclass_takes_the_arguments_of_its_base() -> None:
         ({"by_name..x": 1}, "expected keys with dots between them"),
     ],
 )
-def test_errors_name_the_place(changes: dict[str, Any], problem: str) -> None:
-    """With the nearest name that there is."""
+def test_replace_errors_have_path_and_suggestion(changes: dict[str, Any], problem: str) -> None:
+    """Errors have the path and the most similar name."""
     with pytest.raises(ConfigFieldError, match="^" + re.escape(problem)):
         TOYS.replace(**changes)

@@ -134,8 +134,8 @@ CONFIGS = st.builds(
 @pytest.mark.parametrize("format_", FORMATS)
 @PATIENT
 @given(config=CONFIGS)
-def test_every_config_comes_back_exactly(format_: Format, config: Everything) -> None:
-    """A config read from its own text equals it, prints alike, and writes the same text again."""
+def test_every_config_round_trips_exactly(format_: Format, config: Everything) -> None:
+    """A loaded config is equal, has the same repr, and writes identical text."""
     text = config.to_str(format_)
     loaded = Everything.from_str(text, format_, trust=HERE)
     assert loaded == config
@@ -147,8 +147,8 @@ def test_every_config_comes_back_exactly(format_: Format, config: Everything) ->
 
 
 @pytest.mark.parametrize("format_", FORMATS)
-def test_the_order_of_a_mapping_is_kept(format_: Format) -> None:
-    """Hooks run in the order of their mapping, so no format may sort it or move tables back."""
+def test_mapping_order_is_kept(format_: Format) -> None:
+    """Hooks run in mapping order, so no format may sort or move entries."""
 
     class Holder(Config):
         things: dict[str, Any]
@@ -160,8 +160,8 @@ def test_the_order_of_a_mapping_is_kept(format_: Format) -> None:
 
 
 @pytest.mark.parametrize("format_", FORMATS)
-def test_the_sign_of_a_zero_and_the_type_of_a_number_are_kept(format_: Format) -> None:
-    """-0.0 stays negative and a whole float stays a float."""
+def test_sign_of_zero_and_number_types_are_kept(format_: Format) -> None:
+    """-0.0 stays negative and a float without fraction stays a float."""
 
     class Numbers(Config):
         zero: float = -0.0
@@ -172,8 +172,8 @@ def test_the_sign_of_a_zero_and_the_type_of_a_number_are_kept(format_: Format) -
     assert type(loaded.whole) is float
 
 
-def test_toml_leaves_out_only_what_is_none_by_default() -> None:
-    """None is absent from TOML where absence means None, and explicit elsewhere."""
+def test_toml_omits_only_fields_that_are_none_by_default() -> None:
+    """Other None values are explicit."""
 
     class Optionals(Config):
         default: int | None = None
@@ -185,8 +185,8 @@ def test_toml_leaves_out_only_what_is_none_by_default() -> None:
     assert Optionals.from_str(config.to_str("toml"), "toml") == config
 
 
-def test_toml_puts_nested_configs_into_tables() -> None:
-    """A nested config is a table of its own, whatever the order of declaration."""
+def test_toml_writes_nested_configs_as_tables() -> None:
+    """A nested config is a table, in any order of declaration."""
 
     class Outer(Config):
         inner: Inner = Inner()
@@ -195,8 +195,8 @@ def test_toml_puts_nested_configs_into_tables() -> None:
     assert Outer().to_str("toml") == "rate = 0.5\n\n[inner]\nsize = 1\n"
 
 
-def test_yaml_means_the_same_to_a_yaml_1_1_reader() -> None:
-    """Text that YAML 1.1 takes for booleans or numbers is quoted."""
+def test_yaml_1_1_readers_read_identical_values() -> None:
+    """Text that YAML 1.1 reads as booleans or numbers is quoted."""
     import yaml
 
     class Words(Config):
@@ -208,8 +208,8 @@ def test_yaml_means_the_same_to_a_yaml_1_1_reader() -> None:
     assert yaml.safe_load(Words().to_str("yaml")) == Words().to_dict()
 
 
-def test_a_set_is_written_in_one_order() -> None:
-    """Two runs of a program write the same file, whatever their hash seeds."""
+def test_sets_are_written_in_a_stable_order() -> None:
+    """Hash seeds don't change the file."""
 
     class Tags(Config):
         tags: set[str] = pydantic.Field(default={"d", "a", "c", "b"})
@@ -270,10 +270,10 @@ LOST: list[Any] = [
 
 @pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.parametrize(("annotation", "value", "problem"), LOST)
-def test_what_would_not_come_back_is_refused(
+def test_values_that_would_not_round_trip_are_refused(
     annotation: Any, value: Any, problem: str, format_: Format
 ) -> None:
-    """A value that its declared type or the format would change is not written."""
+    """A value that its type or the format would change is not written."""
     holder = pydantic.create_model("Holder", __base__=Config, value=(annotation, ...))
 
     class Outer(Config):
@@ -282,11 +282,11 @@ def test_what_would_not_come_back_is_refused(
     config = Outer(holders={"a": holder.model_validate({"value": value})})
     with pytest.raises(ConfigSaveError, match=re.escape(problem)) as caught:
         config.to_str(format_)
-    assert caught.value.place.startswith("holders.a.value")
+    assert caught.value.location.startswith("holders.a.value")
 
 
-def test_what_a_document_can_hold_but_toml_cannot_is_refused_there_only() -> None:
-    """The mapping that stands for None in TOML is an ordinary one in the other formats."""
+def test_none_marker_is_refused_in_toml_only() -> None:
+    """The mapping that encodes None in TOML is ordinary in other formats."""
 
     class Holder(Config):
         value: dict[str, Any] = pydantic.Field(default={"x": {"__none__": True}})
@@ -296,16 +296,16 @@ def test_what_a_document_can_hold_but_toml_cannot_is_refused_there_only() -> Non
         Holder().to_str("toml")
 
 
-def test_a_config_that_holds_itself_is_refused() -> None:
-    """A cycle ends in an error and not in a RecursionError."""
+def test_cyclic_config_is_refused() -> None:
+    """A cycle is a ConfigSaveError, not a RecursionError."""
     config = Cyclic()
     config.inners.append(config)
     with pytest.raises(ConfigSaveError, match="nested deeper than 64 levels"):
         config.to_dict()
 
 
-def test_a_class_that_a_file_could_not_name_is_refused() -> None:
-    """A local class is written only where the config's type declares it."""
+def test_local_class_is_written_only_if_declared() -> None:
+    """A local class needs a declaration in the config's type."""
 
     class Local(Inner):
         pass
@@ -321,8 +321,8 @@ def test_a_class_that_a_file_could_not_name_is_refused() -> None:
         Holder(kind=Local).to_str()
 
 
-def test_two_local_classes_of_one_name_are_told_apart_or_refused() -> None:
-    """A reference that would lead to another class of the same name is not written."""
+def test_ambiguous_local_classes_are_refused() -> None:
+    """A reference that leads to another class of equal name is not written."""
 
     def make() -> type[Inner]:
         class Local(Inner):
@@ -340,8 +340,8 @@ def test_two_local_classes_of_one_name_are_told_apart_or_refused() -> None:
         Holder().to_str()
 
 
-def test_saving_runs_no_post_init() -> None:
-    """`__post_init__` may look at the disk; writing a config must not depend on that."""
+def test_save_skips_post_init() -> None:
+    """`__post_init__` may access the disk; saving must not depend on that."""
     calls = []
 
     class Checked(Config):
@@ -353,8 +353,8 @@ def test_saving_runs_no_post_init() -> None:
     assert calls == ["post init"]
 
 
-def test_an_excluded_field_stays_out_of_the_document() -> None:
-    """`Field(exclude=True)` holds for documents; only its default survives that."""
+def test_excluded_field_is_omitted() -> None:
+    """`Field(exclude=True)` applies; a value other than the default is refused."""
 
     class Hidden(Config):
         cache: dict[str, int] = pydantic.Field(default={}, exclude=True)
@@ -375,8 +375,8 @@ class HookConfig(ClassConfig[Hook]):
 
 
 @pytest.mark.parametrize("format_", FORMATS)
-def test_the_declared_class_needs_no_trust(format_: Format) -> None:
-    """`class_type: type[Hook] = Hook` survives every format without a word about trust."""
+def test_declared_class_needs_no_trust(format_: Format) -> None:
+    """`class_type: type[Hook] = Hook` round-trips in every format without trust."""
     config = HookConfig(every_steps=3)
     loaded = HookConfig.from_str(config.to_str(format_), format_)
     assert loaded == config
@@ -402,8 +402,8 @@ AnyPrecision = Annotated[
 ]
 
 
-def test_a_serializer_of_the_users_own_is_used() -> None:
-    """A type becomes one that files can hold by a validator and a serializer beside it."""
+def test_custom_serializers_are_used() -> None:
+    """A validator and a serializer make any type writable."""
 
     class Model(Config):
         model_config = pydantic.ConfigDict(arbitrary_types_allowed=True)
@@ -421,8 +421,8 @@ def test_a_serializer_of_the_users_own_is_used() -> None:
     assert Model.from_dict(document) == Model()
 
 
-def test_what_a_serializer_writes_keeps_the_rules_of_documents() -> None:
-    """A serializer of the user's can't bring in what no reader would take."""
+def test_output_of_custom_serializers_is_checked() -> None:
+    """A custom serializer can't write data that readers refuse."""
 
     class Broken(Config):
         rate: Annotated[float, pydantic.PlainSerializer(lambda rate: rate + 1e999)]
@@ -431,8 +431,8 @@ def test_what_a_serializer_writes_keeps_the_rules_of_documents() -> None:
         Broken(rate=0).to_str()
 
 
-def test_a_validator_that_changes_what_it_validated_is_told() -> None:
-    """A value that would be another one after each reading is not written."""
+def test_validator_that_changes_its_own_output_is_refused() -> None:
+    """A value that changes with each load is not written."""
 
     class Grows(Config):
         sizes: Annotated[list[int], pydantic.AfterValidator(lambda sizes: [*sizes, 0])]
@@ -441,8 +441,8 @@ def test_a_validator_that_changes_what_it_validated_is_told() -> None:
         Grows(sizes=[1]).to_str()
 
 
-def test_a_class_of_a_module_that_is_gone_is_refused() -> None:
-    """A reference must lead somewhere when the file is read."""
+def test_class_of_a_missing_module_is_refused() -> None:
+    """A written reference must be resolvable."""
     gone = type("Gone", (Inner,), {"__module__": "gone"})
 
     class Holder(Config):
@@ -452,8 +452,8 @@ def test_a_class_of_a_module_that_is_gone_is_refused() -> None:
         Holder(kind=gone).to_str()
 
 
-def test_a_document_that_no_reader_would_take_is_not_written() -> None:
-    """The limit on size holds for writers too."""
+def test_document_above_the_size_limit_is_not_written() -> None:
+    """The size limit applies to writers too."""
 
     class Holder(Config):
         text: str
@@ -462,8 +462,8 @@ def test_a_document_that_no_reader_would_take_is_not_written() -> None:
         Holder(text="x" * 2**24).to_str()
 
 
-def test_aliases_of_types_are_looked_through() -> None:
-    """`Annotated` and `type` aliases declare what they stand for."""
+def test_type_aliases_are_resolved() -> None:
+    """`Annotated` and `type` aliases declare their contents."""
     Kinds = TypeAliasType("Kinds", list[Annotated[type[Inner], "note"]])  # noqa: N806 - a type
 
     class Holder(Config):
@@ -473,12 +473,12 @@ def test_aliases_of_types_are_looked_through() -> None:
     assert Holder.from_str(Holder().to_str()) == Holder()
 
 
-def test_the_own_name_of_a_config_is_read() -> None:
+def test_config_type_may_name_the_declared_class() -> None:
     """`config_type` may name the declared class itself."""
     assert Inner.from_dict({"config_type": f"{__name__}:Inner", "size": 2}) == Inner(size=2)
 
 
-def test_differences_are_found_where_they_are() -> None:
+def test_first_difference_returns_the_path() -> None:
     """Documents differ in type, order, length, value, or the sign of a zero."""
     document: Any = {"a": [1, {"b": 0.0}], "c": "x"}
     for other, path in (

@@ -61,31 +61,31 @@ def run(script: Path) -> str:
 
 
 @pytest.mark.parametrize("future", ["", "from __future__ import annotations\n"])
-def test_a_script_reads_back_what_it_wrote(tmp_path: Path, future: str) -> None:
-    """Classes of `__main__` survive every format without being named as trusted."""
+def test_script_reads_its_own_files_without_trust(tmp_path: Path, future: str) -> None:
+    """Classes of `__main__` round-trip in every format without trust."""
     script = tmp_path / "train.py"
     script.write_text(future + DEFINITIONS + ROUND_TRIP)
     assert run(script) == "all came back\n"
 
 
 @pytest.mark.parametrize("future", ["", "from __future__ import annotations\n"])
-def test_a_module_of_the_users_needs_no_trust_either(tmp_path: Path, future: str) -> None:
-    """Classes of an imported module survive every format without being named as trusted."""
+def test_imported_module_reads_its_own_files_without_trust(tmp_path: Path, future: str) -> None:
+    """Classes of an imported module round-trip in every format without trust."""
     (tmp_path / "my_hooks.py").write_text(future + DEFINITIONS)
     script = tmp_path / "train.py"
     script.write_text("from my_hooks import *\n" + ROUND_TRIP)
     assert run(script) == "all came back\n"
 
 
-def test_classes_of_a_function_need_no_trust_either(tmp_path: Path) -> None:
-    """The same holds for classes that are defined inside of a function."""
+def test_local_classes_need_no_trust(tmp_path: Path) -> None:
+    """Classes defined inside a function round-trip without trust."""
     script = tmp_path / "train.py"
     body = textwrap.indent(DEFINITIONS + ROUND_TRIP, "    ")
     script.write_text(f"def main():\n{body}\nmain()\n")
     assert run(script) == "all came back\n"
 
 
-def test_a_script_that_is_imported_later_reads_what_it_wrote_as_main(tmp_path: Path) -> None:
+def test_imported_script_reads_files_written_as_main(tmp_path: Path) -> None:
     """An evaluation script imports the training script and loads its file."""
     (tmp_path / "train.py").write_text(
         DEFINITIONS + "if __name__ == '__main__':\n    Run().save('run.yaml')\n"
@@ -97,8 +97,8 @@ def test_a_script_that_is_imported_later_reads_what_it_wrote_as_main(tmp_path: P
     run(evaluate)
 
 
-def test_importing_the_core_loads_nothing_heavy(tmp_path: Path) -> None:
-    """Neither torch nor accelerate, nor what only some configs need, comes with the import."""
+def test_importing_core_loads_no_heavy_modules(tmp_path: Path) -> None:
+    """The import loads neither torch nor accelerate, nor optional modules."""
     script = tmp_path / "check.py"
     script.write_text(
         textwrap.dedent(

@@ -46,7 +46,7 @@ def nested(names: list[str]) -> Trace:
 
 
 def test_befores_run_in_order_and_afters_in_reverse() -> None:
-    """The first registered hook is the outermost, and the body's value comes back."""
+    """The first hook is the outermost, and the body's result is returned."""
     channel = HookContextChannel[Trace]("on_step")
     for name in "abc":
         channel.register(recording(name))
@@ -55,8 +55,8 @@ def test_befores_run_in_order_and_afters_in_reverse() -> None:
     assert trace == ["before a", "before b", "before c", "after c", "after b", "after a"]
 
 
-def test_an_empty_channel_runs_the_body() -> None:
-    """Without hooks only the body is left."""
+def test_empty_channel_runs_the_body() -> None:
+    """Without hooks, only the body runs."""
     channel = HookContextChannel[Trace]("on_step")
     assert trace_of(channel) == ["body"]
     assert len(channel) == 0
@@ -64,8 +64,8 @@ def test_an_empty_channel_runs_the_body() -> None:
         pass
 
 
-def test_one_sided_hooks_run_their_side() -> None:
-    """A hook may have a before alone or an after alone."""
+def test_hook_may_have_only_before_or_only_after() -> None:
+    """A hook may have a before or an after alone."""
     trace: Trace = []
     channel = HookContextChannel[Trace]("on_step")
     channel.register(HookContext.from_callable(before=lambda t: t.append("in")))
@@ -75,8 +75,8 @@ def test_one_sided_hooks_run_their_side() -> None:
     assert trace == ["in", "body", "out"]
 
 
-def test_a_hook_is_registered_once() -> None:
-    """The same hook twice in a channel is refused; after its removal it may come back."""
+def test_hook_can_be_registered_only_once() -> None:
+    """A second registration is refused until the hook is removed."""
     channel = HookContextChannel[Trace]("on_step")
     hook = recording("a")
     handle = channel.register(hook)
@@ -88,16 +88,16 @@ def test_a_hook_is_registered_once() -> None:
     assert trace_of(channel) == nested(["a"])
 
 
-def test_what_is_no_hook_is_refused() -> None:
-    """A bare function is refused with the way to make a hook of it."""
+def test_registration_refuses_plain_functions() -> None:
+    """The error names HookContext.from_callable."""
     channel = HookContextChannel[Trace]("on_step")
     with pytest.raises(HookRegistrationError, match=r"HookContext\.from_callable\(before"):
         channel.register(print)  # type: ignore[arg-type]  # what is tested
 
 
 @pytest.mark.parametrize("way", ["call", "remove", "with"])
-def test_a_handle_can_be_used_again_and_in_every_way(way: str) -> None:
-    """Used once or often, by call, by remove() or by with, a handle removes its hook once."""
+def test_handles_are_idempotent(way: str) -> None:
+    """A call, remove() or a with block removes the hook once."""
     channel = HookContextChannel[Trace]("on_step")
     handle = channel.register(recording("a"))
     channel.register(recording("b"))
@@ -113,8 +113,8 @@ def test_a_handle_can_be_used_again_and_in_every_way(way: str) -> None:
         assert trace_of(channel) == nested(["b"])
 
 
-def test_a_handle_as_context_removes_on_error_too() -> None:
-    """A hook that is registered for a with block is gone after it, also after an error."""
+def test_handle_as_context_removes_the_hook_on_errors() -> None:
+    """A hook registered for a with block is removed after an error, too."""
     channel = HookContextChannel[Trace]("on_step")
 
     def fail_while_registered() -> None:
@@ -127,13 +127,13 @@ def test_a_handle_as_context_removes_on_error_too() -> None:
     assert trace_of(channel) == ["body"]
 
 
-def test_the_other_spelling_is_the_same_handle() -> None:
+def test_removeable_handle_is_an_alias() -> None:
     """RemoveableHandle is RemovableHandle."""
     assert RemoveableHandle is RemovableHandle
 
 
-def test_unregister_all_voids_handles() -> None:
-    """After unregister_all, an old handle does not touch a hook that was registered anew."""
+def test_unregister_all_invalidates_handles() -> None:
+    """An old handle does not remove a later registration of the hook."""
     channel = HookContextChannel[Trace]("on_step")
     hook = recording("a")
     handle = channel.register(hook)
@@ -145,7 +145,7 @@ def test_unregister_all_voids_handles() -> None:
 
 
 def test_changes_take_effect_at_the_next_entry() -> None:
-    """A hook that is added or removed while the channel is open does so at the next entry."""
+    """Registration and removal in an open channel apply to the next entry."""
     channel = HookContextChannel[Trace]("on_step")
     late = recording("late")
     handles: list[RemovableHandle] = []
@@ -161,8 +161,8 @@ def test_changes_take_effect_at_the_next_entry() -> None:
     assert trace_of(channel) == nested(["late"])
 
 
-def test_a_scope_that_is_open_is_left_as_it_was_entered() -> None:
-    """A with block leaves the hooks it entered, whatever was registered or removed in it."""
+def test_open_scope_exits_the_hooks_it_entered() -> None:
+    """Changes inside a with block don't affect its exit."""
     channel = HookContextChannel[Trace]("on_step")
     handle = channel.register(recording("a"))
     trace: Trace = []
@@ -172,7 +172,7 @@ def test_a_scope_that_is_open_is_left_as_it_was_entered() -> None:
     assert trace == ["before a", "after a"]
 
 
-def test_a_channel_can_be_entered_while_it_is_open() -> None:
+def test_channel_is_reentrant() -> None:
     """Nested entries of one channel keep their own hooks."""
     channel = HookContextChannel[Trace]("on_step")
     channel.register(recording("a"))
@@ -182,8 +182,8 @@ def test_a_channel_can_be_entered_while_it_is_open() -> None:
     assert trace == ["before a", "before a", "after a", "after a"]
 
 
-def test_channels_nest_in_place() -> None:
-    """A channel registered in another runs there, in its place, and follows its changes."""
+def test_nested_channel_runs_at_its_position() -> None:
+    """A nested channel runs at its position and follows changes."""
     inner = HookContextChannel[Trace]("on_step")
     outer = HookContextChannel[Trace]("on_step")
     outer.register(recording("a"))
@@ -202,8 +202,8 @@ def test_channels_nest_in_place() -> None:
     assert trace_of(inner) == nested(["b"])
 
 
-def test_a_channel_cannot_hold_itself() -> None:
-    """A cycle of channels is refused, direct or through others."""
+def test_channel_can_not_contain_itself() -> None:
+    """Direct and indirect cycles are refused."""
     a, b = HookContextChannel[Trace]("on_step"), HookContextChannel[Trace]("on_step")
     with pytest.raises(HookRegistrationError, match="can't be registered in itself"):
         a.register(a)
@@ -231,7 +231,7 @@ class Aliased(HookContext[Trace]):
 
 
 @pytest.mark.parametrize("cls", [Subclass, Aliased])
-def test_both_pairs_of_names_can_be_defined_and_called(cls: type[HookContext[Trace]]) -> None:
+def test_on_enter_and_on_exit_are_aliases(cls: type[HookContext[Trace]]) -> None:
     """before/after and on_enter/on_exit are the same two methods."""
     hook = cls()
     trace: Trace = []
@@ -276,8 +276,8 @@ class Mixed(Mixin, HookContext[Trace]): ...
         (Mixed, ["before"]),
     ],
 )
-def test_the_names_agree_in_subclasses(cls: Any, expected: Trace) -> None:
-    """Whichever name a subclass or a mixin defines, calls and super() reach the same methods."""
+def test_aliases_agree_in_subclasses(cls: Any, expected: Trace) -> None:
+    """Calls and super() reach the same method under either name."""
     hook = cls()
     for call in (hook.before, hook.on_enter):
         trace: Trace = []
@@ -288,8 +288,8 @@ def test_the_names_agree_in_subclasses(cls: Any, expected: Trace) -> None:
     assert trace_of(channel) == [*expected, "body", "after"]
 
 
-def test_a_hook_needs_both_methods() -> None:
-    """A class that leaves one out is abstract."""
+def test_hook_class_needs_both_methods() -> None:
+    """A class without one of the methods is abstract."""
 
     class Half(HookContext[Trace]):
         def before(self, args: Trace) -> None: ...
@@ -298,8 +298,8 @@ def test_a_hook_needs_both_methods() -> None:
         Half()  # type: ignore[abstract]  # what is tested
 
 
-def test_a_hook_from_callables_can_be_called_by_hand() -> None:
-    """Its methods call the callables, and do nothing where there is none."""
+def test_methods_of_a_hook_from_callables_can_be_called() -> None:
+    """Methods call the callables, or do nothing."""
     trace: Trace = []
     only_before: HookContext[Trace] = HookContext.from_callable(before=lambda t: t.append("in"))
     only_before.before(trace)
@@ -333,16 +333,16 @@ async def async_generator(args: Any) -> Any:
         (async_generator, "is a asynchronous generator function"),
     ],
 )
-def test_callables_that_cannot_serve_are_refused(function: Any, message: str) -> None:
-    """A callable that takes another number of arguments, or would never run, is told where."""
+def test_invalid_callables_are_refused(function: Any, message: str) -> None:
+    """Wrong signatures, coroutines and generators are refused with role and reason."""
     with pytest.raises(HookSignatureError, match=f"before.*{message}"):
         HookContext.from_callable(before=function)
     with pytest.raises(HookSignatureError, match=f"after.*{message}"):
         HookContext.from_callable(after=function)
 
 
-def test_a_subclass_with_a_wrong_signature_is_refused() -> None:
-    """The methods of a subclass are checked when it is registered."""
+def test_subclass_with_a_wrong_signature_is_refused() -> None:
+    """Methods of a subclass are checked at registration."""
 
     class Wrong(HookContext[Trace]):
         def before(self) -> None: ...  # type: ignore[override]  # what is tested
@@ -354,15 +354,15 @@ def test_a_subclass_with_a_wrong_signature_is_refused() -> None:
 
 
 @pytest.mark.parametrize("function", [lambda a, b=1: None, lambda *a: None, list.append, print])
-def test_callables_that_take_one_argument_pass(function: Any) -> None:
-    """Defaults, var-args and builtins that tell nothing are no reason to refuse."""
+def test_callables_with_one_argument_are_accepted(function: Any) -> None:
+    """Defaults, ``*args`` and builtins without a signature are accepted."""
     if function is list.append:
         function = [].append
     HookContext.from_callable(before=function)
 
 
-def test_a_hook_of_nothing_is_refused() -> None:
-    """Neither before nor after is a mistake."""
+def test_hook_without_callables_is_refused() -> None:
+    """A hook needs a before or an after."""
     with pytest.raises(HookSignatureError, match="needs a before or an after"):
         HookContext.from_callable()
 
@@ -413,8 +413,8 @@ TestChannelAgainstAList = ChannelMachine.TestCase
 
 
 @given(st.lists(st.booleans(), max_size=6))
-def test_removing_restores(removed: list[bool]) -> None:
-    """Removing any subset leaves the rest in their order."""
+def test_removal_keeps_the_order_of_other_hooks(removed: list[bool]) -> None:
+    """Removing any subset keeps the order of the others."""
     channel = HookContextChannel[Trace]("on_step")
     handles = [channel.register(recording(str(i))) for i in range(len(removed))]
     for handle, remove in zip(handles, removed, strict=True):

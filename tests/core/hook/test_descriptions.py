@@ -80,7 +80,7 @@ HERE = os.path.relpath(__file__)
     ],
 )
 def test_every_kind_of_callable_is_described(described: Any, expected: str) -> None:
-    """Kind, name, file and line are told, as far as Python knows them."""
+    """A description has kind, name, file and line, if known."""
     assert repr(FunctionInfo.of(described)).startswith(f"<FunctionInfo {expected}")
 
 
@@ -100,13 +100,13 @@ class HostileName(functools.partial[None]):
 
 
 @pytest.mark.parametrize("make", [Hostile, lambda: HostileName(print), int])
-def test_describing_never_fails(make: Callable[[], Any]) -> None:
-    """Objects that raise when looked at, and such as can't be called, have a description too."""
+def test_descriptions_never_fail(make: Callable[[], Any]) -> None:
+    """Objects that raise on inspection, and objects that aren't callable, have descriptions."""
     assert repr(FunctionInfo.of(make())).startswith("<FunctionInfo ")
 
 
-def test_a_description_survives_the_loss_of_the_working_directory(tmp_path: Path) -> None:
-    """Where the working directory is gone, the absolute path is printed."""
+def test_description_works_without_a_working_directory(tmp_path: Path) -> None:
+    """Without a working directory, the absolute path is shown."""
     gone = tmp_path / "gone"
     gone.mkdir()
     script = (
@@ -136,16 +136,16 @@ class HostileToInspect:
 
 
 @pytest.mark.parametrize("make", [Falsy, HostileToInspect])
-def test_odd_callables_are_hooks_like_any_other(make: Callable[[], Any]) -> None:
-    """A callable that is empty, or raises when asked, is registered, run and described."""
+def test_unusual_callables_can_be_hooks(make: Callable[[], Any]) -> None:
+    """Empty callables and callables that raise on inspection are registered, run and described."""
     hook: HookContext[Any] = HookContext.from_callable(before=make())
     assert f"before=<FunctionInfo object {make.__name__}(id=" in repr(hook)
     with hook.begin(None):
         pass
 
 
-def test_a_channel_prints_its_hooks_in_order() -> None:
-    """The tree names the channel and shows each hook with its place, before and after."""
+def test_channel_prints_its_hooks_in_order() -> None:
+    """The tree shows the channel and each hook with position, before and after."""
     channel = HookContextChannel[Any]("on_step")
     channel.register(HookContext.from_callable(before=function))
     channel.register(HookContext.from_callable(after=function, name="second"))
@@ -167,7 +167,7 @@ def test_a_channel_prints_its_hooks_in_order() -> None:
 
 
 def test_importing_core_loads_neither_torch_nor_accelerate() -> None:
-    """The core package stands without torch."""
+    """The core package works without torch."""
     script = (
         "import sys, robo_orchard_core, robo_orchard_core.utils.hook; "
         "assert not {'torch', 'accelerate'} & set(sys.modules)"

@@ -148,8 +148,8 @@ def places(hooks: int) -> list[str]:
 
 
 @pytest.mark.parametrize("hooks", range(6))
-def test_every_pair_of_failures_leaves_what_was_entered(hooks: int) -> None:
-    """With up to five hooks, any one or two failures run just what nested contexts would run."""
+def test_any_two_failures_exit_all_entered_hooks(hooks: int) -> None:
+    """One or two failures among five hooks behave like nested contexts."""
     check(hooks, frozenset())
     for count in (1, 2):
         for failing in combinations(places(hooks), count):
@@ -157,15 +157,15 @@ def test_every_pair_of_failures_leaves_what_was_entered(hooks: int) -> None:
 
 
 @given(st.data())
-def test_any_set_of_failures_leaves_what_was_entered(data: st.DataObject) -> None:
-    """However many places fail, the trace and the errors are those of nested contexts."""
+def test_any_set_of_failures_exits_all_entered_hooks(data: st.DataObject) -> None:
+    """Trace and errors equal those of nested contexts for any set of failures."""
     hooks = data.draw(st.integers(0, 5))
     check(hooks, frozenset(data.draw(st.sets(st.sampled_from(places(hooks))))))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), GeneratorExit()])
-def test_interrupts_leave_hooks_too(error: BaseException) -> None:
-    """An interrupt in the body is no exception to the rule: every hook sees it and is left."""
+def test_interrupts_exit_all_hooks(error: BaseException) -> None:
+    """Every hook sees an interrupt of the body and exits."""
 
     def body(args: Args) -> None:
         raise error
@@ -180,8 +180,8 @@ def test_interrupts_leave_hooks_too(error: BaseException) -> None:
     assert args.trace[1][1] == str(error)
 
 
-def test_raising_the_seen_error_again_attaches_nothing() -> None:
-    """An after that raises ``args.exception`` itself does not make it its own successor."""
+def test_reraising_the_same_error_attaches_nothing() -> None:
+    """An after that raises ``args.exception`` adds no later error."""
 
     def reraise(args: Args) -> None:
         assert args.exception is not None
@@ -194,8 +194,8 @@ def test_raising_the_seen_error_again_attaches_nothing() -> None:
     assert later_errors(raised.value) == ()
 
 
-def test_hooks_work_on_arguments_that_cannot_hold_an_exception() -> None:
-    """Arguments without an ``exception`` attribute are passed on as they are."""
+def test_arguments_need_no_exception_attribute() -> None:
+    """Arguments without an ``exception`` attribute are passed unchanged."""
     seen: list[int] = []
     channel = HookContextChannel[int]("on_number")
     channel.register(HookContext.from_callable(after=seen.append))
@@ -204,8 +204,8 @@ def test_hooks_work_on_arguments_that_cannot_hold_an_exception() -> None:
     assert seen == [0]
 
 
-def test_an_error_keeps_the_note_of_the_hook_that_raised_it() -> None:
-    """On its way through an outer hook that opened the inner channel, it is not noted again."""
+def test_error_keeps_the_note_of_its_hook() -> None:
+    """An outer hook that opened the inner channel adds no second note."""
     inner = HookContextChannel[Args]("on_optimizer_step")
     inner.register(Recorder(1, frozenset({"after 1"})))
     outer = HookContextChannel[Args]("on_step")
@@ -218,8 +218,8 @@ def test_an_error_keeps_the_note_of_the_hook_that_raised_it() -> None:
     assert note.startswith("raised in hook 'hook 1' (on_optimizer_step, after)")
 
 
-def test_the_text_of_many_failures_stays_short() -> None:
-    """Each later error is told once: the text grows with their number, and no faster."""
+def test_text_of_many_failures_grows_linearly() -> None:
+    """Each later error is shown once."""
 
     def size(hooks: int) -> int:
         channel = HookContextChannel[Args]("on_step")
@@ -240,8 +240,8 @@ class FrozenError(Exception):
     text: str
 
 
-def test_errors_that_take_no_notes_leave_hooks_too(caplog: pytest.LogCaptureFixture) -> None:
-    """Where an error can't carry the others, it is still the one raised, and the log has them."""
+def test_errors_without_notes_still_exit_all_hooks(caplog: pytest.LogCaptureFixture) -> None:
+    """If an error can't carry notes, it propagates, and the log has the others."""
 
     def fail(text: str) -> Callable[[Args], None]:
         def hook(args: Args) -> None:
@@ -270,8 +270,8 @@ class ReadOnly:
         return None
 
 
-def test_arguments_that_refuse_the_error_leave_hooks_too() -> None:
-    """An ``exception`` that can't be set keeps no hook from being left."""
+def test_read_only_arguments_still_exit_all_hooks() -> None:
+    """A read-only ``exception`` prevents no exit."""
     left: list[ReadOnly] = []
     channel = HookContextChannel[ReadOnly]("on_step")
     channel.register(HookContext.from_callable(after=left.append))
@@ -285,8 +285,8 @@ def test_arguments_that_refuse_the_error_leave_hooks_too() -> None:
     assert left == [args]
 
 
-def test_arguments_forget_the_error_once_the_scope_is_left() -> None:
-    """The next entry with the same arguments starts without the error of the one before."""
+def test_exception_is_reset_after_the_scope() -> None:
+    """The next entry with the same arguments starts without the old error."""
     args = Args()
     channel = HookContextChannel[Args]("on_step")
     channel.register(Recorder(0, frozenset()))
@@ -297,8 +297,8 @@ def test_arguments_forget_the_error_once_the_scope_is_left() -> None:
     assert args.trace == [("before 0", None), ("after 0", None)]
 
 
-def test_an_error_keeps_nothing_alive_that_a_plain_loop_would_let_go() -> None:
-    """Once a caught error is gone, so are the arguments, without the garbage collector."""
+def test_error_keeps_no_arguments_alive() -> None:
+    """Arguments are freed with a caught error, without the garbage collector."""
     channel = HookContextChannel[Args]("on_step")
     channel.register(Recorder(0, frozenset()))
 

@@ -424,5 +424,5 @@ def test_other_kinds_of_parts_are_refused_before_building(field: str, kind: str)
     document = {field: {"it": {"class_type": "fractions:Fraction", "numerator": 1}}}
     with pytest.raises(ConfigReferenceError) as refused:
         ValidationHookConfig.from_dict(document, trust="fractions")
-    assert refused.value.place == f"{field}.it.class_type"
+    assert refused.value.location == f"{field}.it.class_type"
     assert f"expected a subclass of {kind}" in refused.value.problem

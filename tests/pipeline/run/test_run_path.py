@@ -103,7 +103,7 @@ def test_a_path_out_of_the_run_folder_is_refused(field: str, path: str) -> None:
     bad = Several(more={"a": [Dump(), Dump(**{field: path})]})
     with pytest.raises(ConfigFieldError, match="within the run folder") as error:
         check_run_paths(bad)
-    assert error.value.place == f"more.a.1.{field}"
+    assert error.value.location == f"more.a.1.{field}"
     with pytest.raises(ConfigFieldError):
         in_run_folder(bad, RUN)
 
@@ -132,7 +132,7 @@ def test_arguments_beside_fields_are_held_to_the_run_folder() -> None:
     assert made.paths[2]["sinks"]["file"].path == RUN / "m.jsonl"
     with pytest.raises(ConfigFieldError) as found:
         check_run_paths(dumper.replace(**{"sinks.file.path": "/m.jsonl"}))
-    assert found.value.place == "sinks.file.path"
+    assert found.value.location == "sinks.file.path"
 
 
 @pytest.mark.parametrize("path", ["link", "link/dump.txt", "inner/link"])
@@ -144,5 +144,5 @@ def test_a_path_through_a_link_is_refused(path: str, tmp_path: Path) -> None:
     check_run_paths(Dump(path=path))
     with pytest.raises(ConfigFieldError, match="is a link") as error:
         in_run_folder(Several(one=Dump(path=path)), tmp_path)
-    assert error.value.place == "one.path"
+    assert error.value.location == "one.path"
     assert in_run_folder(Dump(path="inner/dump.txt"), tmp_path).path

@@ -85,7 +85,7 @@ class ConfigError(ValueError):
         self.others: tuple[ConfigError, ...] = ()
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Dotted path, as in ``hooks.stats.step_log_freq``; empty for the document itself."""
         return dotted(self.path)
 
@@ -95,7 +95,7 @@ class ConfigError(ValueError):
         return self
 
     def _line(self) -> str:
-        return f"{self.place}: {self.problem}" if self.place else self.problem
+        return f"{self.location}: {self.problem}" if self.location else self.problem
 
     def __str__(self) -> str:
         head = f"{self.source}: {self._line()}" if self.source else self._line()
@@ -114,7 +114,7 @@ class ConfigSyntaxError(ConfigError):
         self.position = position
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Dotted path, else the position in the text."""
         return dotted(self.path) or self.position
 

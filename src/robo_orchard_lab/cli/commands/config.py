@@ -102,7 +102,7 @@ def _errors(experiment: ExperimentArguments, file: Path) -> list[ConfigError | C
 def _plain_error(error: ConfigError | CommandError) -> dict[str, Any]:
     if isinstance(error, CommandError):
         return {"at": None, "field": None, "problem": error.problem}
-    return {"at": error.source, "field": error.place or None, "problem": error.problem}
+    return {"at": error.source, "field": error.location or None, "problem": error.problem}
 
 
 def _print_errors(file: Path, errors: list[ConfigError | CommandError]) -> None:
