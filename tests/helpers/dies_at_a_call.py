@@ -1,6 +1,6 @@
-"""A process that saves into a store and is killed: at a call of the file system, or from outside.
+"""Process that saves to a store and kills itself at a file system call.
 
-It tells each save that was acknowledged on its standard output.
+Standard output lists the acknowledged saves.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, Retention
 CALLS = frozenset(
     f"os.{name}" for name in ("mkdir", "remove", "rename", "rmdir", "symlink", "truncate")
 ) | {"open"}
-"""What Python tells ahead of doing it: opening a file, and changing the names in a folder."""
+"""Audit events of Python before it opens a file or changes the names in a directory."""
 RETENTION = Retention(keep_last=2, keep_best=1, monitor="error", mode="min")
 
 
 class DieAt:
-    """Kills this very process ahead of its n-th call of the file system, counted from 0."""
+    """Hook that kills this process before its n-th file system call, counted from 0."""
 
     def __init__(self, call: int | None) -> None:
         self.made = 0
@@ -37,10 +37,10 @@ class DieAt:
 
 
 def run(order: dict[str, Any]) -> None:
-    """Save each of ``saves``, pairs of a step and what is to tell it from another of that step.
+    """Save each of ``saves``: pairs of a step and a mark that identifies the save.
 
-    Killed ahead of the call number ``die_at`` since the store began to open, if that is given. At
-    the end it tells how many calls were made.
+    Counting starts when the store opens; call ``die_at`` kills the process. Otherwise the last line
+    of output is the number of calls.
     """
     store = CheckpointStore(order["root"], retention=RETENTION)
     death = DieAt(order["die_at"])
@@ -48,16 +48,16 @@ def run(order: dict[str, Any]) -> None:
         for step, mark in order["saves"]:
             parts = contents(step, mark)
             store.save(step, parts, metrics={"error": mark})
-            tell(f"saved {step} {mark}")
-    tell(f"calls {death.made}")
+            report(f"saved {step} {mark}")
+    report(f"calls {death.made}")
 
 
 def contents(step: int, mark: int) -> dict[str, Any]:
-    """Tensors of some size and a tree, all of which tell the step and the mark."""
+    """Return parts whose tensors and tree depend on the step and the mark."""
     weights = torch.full((50, 50), float(step * 1000 + mark))
     return {"model": {"weight": weights}, "trainer": {"step": step, "mark": mark}}
 
 
-def tell(line: str) -> None:
-    """In one write, which is there also after a SIGKILL."""
+def report(line: str) -> None:
+    """Print in one write, which survives a SIGKILL."""
     os.write(1, f"{line}\n".encode())

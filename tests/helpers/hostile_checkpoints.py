@@ -1,7 +1,7 @@
-"""Checkpoints that someone has made to do harm, by the thousand.
+"""Generator of hostile checkpoints.
 
-Each has one thing wrong with it, and all else right: whoever makes one also knows how to write the
-digests. So what is refused is refused for its own sake.
+Each checkpoint has a single defect and valid digests, since an attacker can compute digests. So the
+defect itself must be detected.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ LIMITS = ReadLimits(
     max_tensors=100,
     max_total_bytes=1 << 24,
 )
-"""Small ones, so that what is too much is quickly made."""
+"""Small limits, so that files beyond them are cheap to create."""
 
 
 @dataclass
 class Made:
-    """A checkpoint's contents, to be spoilt."""
+    """Contents of a checkpoint, to be spoilt."""
 
     manifest: dict[str, Any]
     files: dict[str, bytes]
     text: bytes | None = None
-    """In the place of the signed manifest."""
+    """Replacement of the signed manifest."""
     spoil: list[Callable[[Path], None]] = field(default_factory=list)
-    """What is done to the folder at last."""
+    """Changes to the written directory."""
 
     @classmethod
     def read(cls, folder: Path) -> Made:
@@ -48,7 +48,7 @@ class Made:
         return cls(json.loads(files.pop("manifest.json")), files)
 
     def sign(self, name: str) -> None:
-        """Have the manifest know a file as it is now."""
+        """Update a file's size and digest in the manifest."""
         entry = {"size": len(self.files[name]), "digest": digest(self.files[name])}
         self.manifest["files"][name] = entry
 
@@ -89,7 +89,7 @@ def wrong_number(r: random.Random) -> Any:
 
 
 def bad_json(r: random.Random) -> bytes:
-    """A text that no part, no header and no manifest may be."""
+    """Return text that is invalid as a part, a header and a manifest."""
     depth = r.choice([101, 150, 500, 1000, 5000, 100_000])
     return r.choice(
         [
@@ -119,7 +119,7 @@ def bad_json(r: random.Random) -> bytes:
 
 
 def manifest_field(made: Made, r: random.Random) -> None:
-    """A field of the manifest is of a wrong type or out of range."""
+    """Give a field of the manifest a wrong type or range."""
     wrong: dict[str, Callable[[], Any]] = {
         "format": lambda: r.choice([None, "", "other", 1, [], nested(50)]),
         "version": lambda: r.choice([None, 0, 2, 1.5, "1", [], {}, 10**30]),
@@ -137,7 +137,7 @@ def manifest_field(made: Made, r: random.Random) -> None:
 
 
 def manifest_keys(made: Made, r: random.Random) -> None:
-    """A field is missing, or one too many."""
+    """Remove or add a field of the manifest."""
     if r.random() < 0.5:
         del made.manifest[r.choice([key for key in made.manifest if key != "digest"])]
     else:
@@ -145,7 +145,7 @@ def manifest_keys(made: Made, r: random.Random) -> None:
 
 
 def manifest_text(made: Made, r: random.Random) -> None:
-    """The manifest is no JSON, or another text for the same values."""
+    """Replace the manifest by other text, also with the same values."""
     text = signed(made.manifest)
     place = r.randrange(len(text))
     made.text = r.choice(
@@ -165,7 +165,7 @@ def manifest_text(made: Made, r: random.Random) -> None:
 
 
 def file_name(made: Made, r: random.Random) -> None:
-    """The manifest lists a file of a name that none has."""
+    """List a file with an invalid name."""
     made.manifest["files"][
         r.choice(
             [
@@ -185,7 +185,7 @@ def file_name(made: Made, r: random.Random) -> None:
 
 
 def file_entry(made: Made, r: random.Random) -> None:
-    """What the manifest says of a file is not so, or is nothing."""
+    """Falsify the manifest's entry of a file."""
     name = r.choice(sorted(made.files))
     entry = made.manifest["files"][name]
     kind = r.randrange(5)
@@ -207,7 +207,7 @@ def file_entry(made: Made, r: random.Random) -> None:
 
 
 def file_missing(made: Made, r: random.Random) -> None:
-    """A file is listed and not there, or is something else than a file."""
+    """Remove a listed file, or replace it by a link, a directory or a pipe."""
     name = r.choice(sorted(made.files))
 
     def spoil(folder: Path) -> None:
@@ -227,7 +227,7 @@ def file_missing(made: Made, r: random.Random) -> None:
 
 
 def file_huge(made: Made, r: random.Random) -> None:
-    """A file is as large as the manifest says, and larger than memory, on paper."""
+    """Grow a sparse file, and its manifest entry, beyond memory."""
     name = r.choice(sorted(made.files))
     size = 1 << r.randrange(25, 43)
     made.manifest["files"][name]["size"] = size
@@ -235,13 +235,13 @@ def file_huge(made: Made, r: random.Random) -> None:
 
 
 def many_files(made: Made, r: random.Random) -> None:
-    """There are more files than are read."""
+    """List more files than the limit."""
     entry = {"size": 1, "digest": digest(b"1")}
     made.manifest["files"].update({f"part{n}.json": entry for n in range(r.randrange(51, 300))})
 
 
 def json_part(made: Made, r: random.Random) -> None:
-    """A part's JSON is no JSON, or stands for no state."""
+    """Replace a part's JSON by invalid JSON or an invalid state tree."""
     name = r.choice([name for name in made.files if name.endswith(".json")])
     value: Any = r.choice(
         [
@@ -264,13 +264,13 @@ def json_part(made: Made, r: random.Random) -> None:
 
 
 def tensors_missing(made: Made, r: random.Random) -> None:
-    """A part's JSON speaks of tensors, and there is no file of them."""
+    """Remove the tensors that a part's JSON names."""
     name = "optimizer.safetensors"
     del made.files[name], made.manifest["files"][name]
 
 
 def header_text(made: Made, r: random.Random) -> None:
-    """The header of a file of tensors is no JSON object, or its length is not its length."""
+    """Replace a safetensors header by invalid JSON, or falsify its length."""
     name, header, data = _tensor_file(made, r)
     lengths = [0, 1, 2, len(header) - 1, len(header) + 1, 2**32, 2**62, 2**63, 2**64 - 1]
     if r.random() < 0.5:
@@ -282,7 +282,7 @@ def header_text(made: Made, r: random.Random) -> None:
 
 
 def header_duplicate(made: Made, r: random.Random) -> None:
-    """A tensor, or a field of one, is in the header twice."""
+    """Duplicate a tensor, or a field of a tensor, in a header."""
     name, header, data = _tensor_file(made, r)
     entry = b'"x":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},'
     text = r.choice(
@@ -296,7 +296,7 @@ def header_duplicate(made: Made, r: random.Random) -> None:
 
 
 def header_entry(made: Made, r: random.Random) -> None:
-    """What the header says of a tensor is not so, or is nothing."""
+    """Falsify a tensor's entry in a header."""
     name, text, data = _tensor_file(made, r)
     header = json.loads(text)
     tensor = r.choice([key for key in header if key != "__metadata__"])
@@ -342,7 +342,7 @@ def header_entry(made: Made, r: random.Random) -> None:
 
 
 def header_many(made: Made, r: random.Random) -> None:
-    """There are more tensors than are read, or a longer header."""
+    """Exceed the limit of tensors or of the header's length."""
     name, text, data = _tensor_file(made, r)
     header = json.loads(text)
     nothing = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
@@ -354,7 +354,7 @@ def header_many(made: Made, r: random.Random) -> None:
 
 
 def tensor_bytes(made: Made, r: random.Random) -> None:
-    """There are more or fewer bytes than the tensors take, or truth values that are none."""
+    """Add or remove bytes after the tensors, or set a bool to a value above 1."""
     name, header, data = _tensor_file(made, r)
     kind = r.randrange(3)
     if kind == 0:
@@ -371,7 +371,7 @@ def tensor_bytes(made: Made, r: random.Random) -> None:
 
 
 def hidden_bytes(made: Made, r: random.Random) -> None:
-    """Between two tensors there are bytes that belong to none."""
+    """Insert bytes between two tensors."""
     name, text, data = _tensor_file(made, r, "model.safetensors")
     header = json.loads(text)
     places = [header[key]["data_offsets"] for key in header if key != "__metadata__"]
@@ -384,7 +384,7 @@ def hidden_bytes(made: Made, r: random.Random) -> None:
 
 
 def misaligned(made: Made, r: random.Random) -> None:
-    """Numbers lie where none of their kind can."""
+    """Shift tensors to unaligned offsets."""
     name, header, data = _tensor_file(made, r, "model.safetensors")
     _set_header(made, name, header + b" " * r.choice([1, 2, 3, 5, 7]), data, pad=False)
 
@@ -426,7 +426,7 @@ WAYS: list[Callable[[Made, random.Random], None]] = [
 
 
 def make_hostile(good: Made, number: int) -> tuple[str, Made]:
-    """The hostile checkpoint of that number, and what is wrong with it."""
+    """Return the name of the defect, and the hostile checkpoint of a number."""
     r = random.Random(number)
     way = WAYS[number % len(WAYS)]
     made = copy.deepcopy(good)

@@ -1,4 +1,4 @@
-"""Generated state trees, and whether two are the same."""
+"""Generated state trees, and their comparison."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ states = st.recursive(
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal, and of the same type, all the way down."""
+    """Return True if values and types are equal at every level."""
     if type(a) is not type(b):
         return False
     if isinstance(a, torch.Tensor):

@@ -1,7 +1,7 @@
-"""For each line "go ROOT START": a child process that saves again and again until it is killed.
+"""Fork a child for each line "go ROOT START" that saves repeatedly until it is killed.
 
-A child says "saved N" once save N is acknowledged; "pid P" comes ahead, "ended" after its end. The
-children are forked from one process, so that each is there at once.
+Output of a child: "pid P", then "saved N" once save N is acknowledged. "ended" follows its end.
+Forking from one process starts each child at once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, Retention
 
 STEPS = 5
-"""The steps repeat, so that checkpoints are replaced as well as removed."""
+"""Steps repeat, so that checkpoints are replaced as well as removed."""
 
 
 def say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Runs on every rank under torchrun: saves and loads together, and writes down what came of it."""
+"""Script for every rank under torchrun: save and load together, and write the results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from robo_orchard_lab.pipeline.checkpoint import (
 
 
 def error_of(call: Callable[[], Any]) -> list[str]:
-    """The error's type and text; none where there is none."""
+    """Return the type and text of the call's error, or an empty list."""
     try:
         call()
     except Exception as error:
@@ -37,12 +37,12 @@ def own(rank: int) -> dict[str, Any]:
     return {"random": {"stream": torch.full((4,), rank)}, "data": {"rank": rank}}
 
 
-def told(index: int, count: int, of_rank: Mapping[str, Any]) -> list[int]:
+def rank_of(index: int, count: int, of_rank: Mapping[str, Any]) -> list[int]:
     return [index, count, of_rank["data"]["rank"]]
 
 
 def in_the_background(store: CheckpointStore, rank: int) -> float:
-    """The sum that the ranks agree on by other means while a thread saves."""
+    """Return the result of all-reduces that run while a thread saves."""
     pending = store.prepare(2, {"model": {"w": torch.full((1 << 20,), 2.0)}}, own(rank))
     thread = threading.Thread(target=pending.commit)
     thread.start()
@@ -56,7 +56,7 @@ def in_the_background(store: CheckpointStore, rank: int) -> float:
 
 
 def cannot_write(store: CheckpointStore, rank: int) -> list[str]:
-    """As on a full disk of the second rank."""
+    """Fail to save as on a full disk of the second rank."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
@@ -101,7 +101,7 @@ def main(folder: Path) -> None:
     if rank == 0:
         save_checkpoint(folder / "of_one", 5, {"trainer": 1}, own(0))
     dist.barrier()
-    fewer = load_checkpoint(folder / "of_one", ranks=ranks, each_rank=told)
+    fewer = load_checkpoint(folder / "of_one", ranks=ranks, each_rank=rank_of)
     found["fewer"] = {"data": fewer.rank_parts["data"]}
     found["of_ranks"] = list(fewer.rank_results)
     store = CheckpointStore(root, ranks=ranks, retention=Retention(keep_last=1))

@@ -22,7 +22,7 @@ from robo_orchard_lab.pipeline.run import durable
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """The flushes and renames of the system, each with the file's name, as they are made."""
+    """Record flushes and renames with the file's name, in order."""
     made: list[tuple[str, str]] = []
     fsync, rename, replace = os.fsync, os.rename, os.replace
 

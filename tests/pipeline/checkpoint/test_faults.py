@@ -52,8 +52,8 @@ def root(tmp_path: Path) -> Path:
 
 
 def check_is_refused(root: Path, name: str) -> None:
-    """The damaged newest checkpoint is an error that names the file; the older one is the newest
-    that verifies."""
+    """Check that the damaged newest checkpoint is an error that names the file, and that the older
+    one is the newest that verifies."""
     store = CheckpointStore(root)
     for which in (2, "last", root / "step_00000002"):
         with pytest.raises(CheckpointError, match=rf"step_00000002/{name}"):
@@ -70,7 +70,7 @@ def check_is_refused(root: Path, name: str) -> None:
 
 
 def other(path: Path) -> Path:
-    """The same file of the other checkpoint."""
+    """Return the same file of the other checkpoint."""
     return path.parent.parent / "step_00000001" / path.name
 
 
@@ -105,7 +105,7 @@ def link_to_a_neighbour(path: Path) -> None:
     path.symlink_to("other")
 
 
-def folder_instead(path: Path) -> None:
+def directory_instead(path: Path) -> None:
     path.unlink()
     path.mkdir()
 
@@ -122,7 +122,7 @@ FAULTS = [
     grow,
     link_to_a_copy,
     link_to_a_neighbour,
-    folder_instead,
+    directory_instead,
     pipe_instead,
 ]
 

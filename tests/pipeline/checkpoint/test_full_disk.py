@@ -19,7 +19,7 @@ from robo_orchard_lab.pipeline.errors import CheckpointError
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """A write beyond it fails as on a full disk: some of it is written, then there is an error."""
+    """Make larger writes fail as on a full disk: after a part of the data."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

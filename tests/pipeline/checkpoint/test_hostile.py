@@ -18,8 +18,7 @@ from hostile_checkpoints import LIMITS, WAYS, Made, make_hostile
 from robo_orchard_lab.pipeline.checkpoint import load_checkpoint, save_checkpoint
 from robo_orchard_lab.pipeline.errors import CheckpointError
 
-# What reading may take, besides what is there already: the limits' 16 MiB of tensors, and 1 MiB of
-# JSON, of which Python makes 25.
+# Additional memory for reading: the limits' 16 MiB of tensors, and 25 times their 1 MiB of JSON.
 ROOM_BYTES = 256 << 20
 SLOWEST_S = 5.0
 
@@ -45,7 +44,7 @@ def good(tmp_path: Path) -> Made:
 
 @pytest.fixture
 def little_memory() -> Iterator[None]:
-    """Whoever asks for much more than there is now gets a MemoryError."""
+    """Limit additional memory; more is a MemoryError."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     now = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (now + ROOM_BYTES, before[1]))
@@ -54,7 +53,7 @@ def little_memory() -> Iterator[None]:
 
 
 def refusal_of(path: Path) -> str | None:
-    """The error's text; None where the checkpoint is loaded."""
+    """Return the error's text, or None if the checkpoint loads."""
     try:
         load_checkpoint(path, limits=LIMITS)
     except CheckpointError as error:
@@ -63,7 +62,7 @@ def refusal_of(path: Path) -> str | None:
 
 
 def check_all_are_refused(good: Made, folder: Path, numbers: range) -> None:
-    """Each is a CheckpointError that names the checkpoint, soon, and nothing is written."""
+    """Check that each is soon a CheckpointError with the path, and that nothing is written."""
     arena = folder / "arena"
     arena.mkdir()
     (arena / "secret").write_text("12345")
@@ -75,10 +74,10 @@ def check_all_are_refused(good: Made, folder: Path, numbers: range) -> None:
         made.write(path)
         names = sorted(os.listdir(path))
         began_at = monotonic()
-        told = refusal_of(path)
-        assert told is not None, f"number {number} was loaded: {way}"
-        assert str(path) in told, (number, way)
-        assert len(told) < 2000, (number, way)
+        message = refusal_of(path)
+        assert message is not None, f"number {number} was loaded: {way}"
+        assert str(path) in message, (number, way)
+        assert len(message) < 2000, (number, way)
         assert monotonic() - began_at < SLOWEST_S, (number, way)
         assert sorted(os.listdir(path)) == names
         assert sorted(os.listdir(arena)) == ["secret", "step_00000003"]

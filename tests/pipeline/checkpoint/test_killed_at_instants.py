@@ -21,7 +21,7 @@ from robo_orchard_lab.pipeline.checkpoint.manifest import step_from_name
 SCRIPT = SCRIPTS / "save_until_killed.py"
 LONGEST_LIFE_S = 0.12
 KEPT = 3
-"""How many checkpoints the script keeps."""
+"""Number of checkpoints that the script keeps."""
 
 
 @pytest.fixture
@@ -46,9 +46,9 @@ def words(stream: IO[str] | None) -> list[str]:
 def saved_before_kill(
     saver: subprocess.Popen[str], root: Path, start: int, life_s: float, *, from_first: bool
 ) -> int:
-    """The number of the last save that was acknowledged; ``start`` where none was.
+    """Return the number of the last acknowledged save, or ``start`` without one.
 
-    The process has ``life_s`` from its beginning, or from its first save on.
+    The process lives ``life_s`` seconds from its start, or from its first save.
     """
     assert saver.stdin is not None
     saver.stdin.write(f"go {root} {start}\n")
@@ -90,7 +90,7 @@ def check_kills(saver: subprocess.Popen[str], root: Path, kills: int) -> None:
             continue
         newest = found.parts["trainer"]
         assert found.skipped == ()
-        assert newest in (acknowledged, acknowledged + 1)  # the one after was not told of in time
+        assert newest in (acknowledged, acknowledged + 1)  # its successor was not reported in time
         assert found.rank_parts["random"] == [newest]
         assert found.parts["model"]["a"].eq(newest).all()
         assert os.readlink(root / "last") == found.info.path.name

@@ -13,7 +13,7 @@ from tiny import equal, make_loader, make_model, make_trainer, weights
 
 
 def sampled_in_batches(seed: int) -> DataLoader[tuple[torch.Tensor, ...]]:
-    """Shuffled by a sampler within a batch sampler, which draws from a generator of its own."""
+    """Return a loader shuffled by a sampler with its own generator, in a batch sampler."""
     data = make_loader(5).dataset
     assert isinstance(data, TensorDataset)
     sampler = RandomSampler(data, generator=torch.Generator().manual_seed(seed))

@@ -19,7 +19,7 @@ SCRIPT = SCRIPTS / "store_on_ranks.py"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two ranks did and wrote down."""
+    """Directory with the results of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     launch(SCRIPT, folder)
     return folder

@@ -30,7 +30,7 @@ from robo_orchard_lab.pipeline.checkpoint.reader import OpenCheckpoint
 
 
 def save_all(root: Path, retention: Retention, values: list[float | None]) -> list[int]:
-    """The steps that are left of 1, 2, ... with these metrics."""
+    """Save steps 1, 2, ... with these metrics; return the kept steps."""
     with CheckpointStore(root, retention=retention) as store:
         for step, value in enumerate(values, 1):
             store.save(
@@ -164,7 +164,7 @@ def test_best_link_follows_removals(tmp_path: Path) -> None:
 
 
 class Runs(RuleBasedStateMachine):
-    """Runs that save, go back, end and go on, while checkpoints are damaged."""
+    """Runs that save, return to earlier steps and resume, while checkpoints get damaged."""
 
     @initialize(
         keep_last=st.none() | st.integers(1, 3),
@@ -223,7 +223,7 @@ class Runs(RuleBasedStateMachine):
             self.prune(newest)
 
     def prune(self, newest: int) -> None:
-        """The rules, said once more."""
+        """Apply the rules to the model of the root."""
         rules = self.retention
         if rules.keep_last is None:
             return

@@ -1,4 +1,4 @@
-"""Tensors that several processes have saved in parts, as one process reads them."""
+"""Tensors in shards of several processes, as one process reads them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def shard_file(offsets: Any, value: torch.Tensor, shape: Any = (7, 3), name: str
 
 
 def two_shards(folder: Path) -> Made:
-    """What two processes have saved: rows of one tensor, and a bias that is whole."""
+    """Checkpoint of two processes: rows of one tensor, and a complete bias."""
     save_checkpoint(folder, 3, {"model": {"bias": torch.ones(2)}, "trainer": {"step": 3}})
     made = Made.read(folder)
     made.manifest["ranks"] = 2
@@ -51,7 +51,7 @@ def put(made: Made, name: str, data: bytes) -> None:
 
 
 def test_shards_are_joined(tmp_path: Path) -> None:
-    """Beside what is whole, and in an export, which safetensors reads."""
+    """Shards load next to complete tensors, and export to a file that safetensors reads."""
     two_shards(tmp_path / "a").write(tmp_path / "b")
     found = load_checkpoint(tmp_path / "b").parts["model"]
     assert torch.equal(found["w"], WHOLE)
@@ -112,7 +112,7 @@ def as_json(made: Made) -> None:
     put(made, "model.shard00001.json", b"{}")
 
 
-def whole_as_well(made: Made) -> None:
+def complete_as_well(made: Made) -> None:
     put(made, "model.safetensors", safetensors.torch.save({"w": WHOLE}))
 
 
@@ -129,12 +129,12 @@ def second(offsets: Any, value: torch.Tensor, shape: Any = (7, 3)) -> Callable[[
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "message"),
     [
         (without_a_file, r"have 12 elements, expected each of the 21 of \[7, 3\] once"),
         (of_another_rank, "lists a file 'model.shard00002.safetensors'"),
         (as_json, "lists a file 'model.shard00001.json'"),
-        (whole_as_well, "the tensor 'w' is saved complete and in shards"),
+        (complete_as_well, "the tensor 'w' is saved complete and in shards"),
         (without_places, "has no valid DCP_SHARDING_INFO"),
         (places_of_others, "does not list the tensors of the file"),
         (second((3, 0), WHOLE[4:]), r"expected each of the 21 of \[7, 3\] once"),
@@ -151,13 +151,13 @@ def second(offsets: Any, value: torch.Tensor, shape: Any = (7, 3)) -> Callable[[
     ],
 )
 def test_inconsistent_shards_are_refused(
-    spoil: Callable[[Made], None], told: str, tmp_path: Path
+    spoil: Callable[[Made], None], message: str, tmp_path: Path
 ) -> None:
     """Shards that overlap, are missing, exceed the tensor or have invalid offsets are errors."""
     made = two_shards(tmp_path / "a")
     spoil(made)
     made.write(tmp_path / "b")
-    with pytest.raises(CheckpointError, match=told) as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         load_checkpoint(tmp_path / "b")
     assert str(tmp_path / "b") in str(error.value)
 

@@ -71,18 +71,17 @@ class RootListing:
         if path.is_symlink():
             raise CheckpointError(f"{path} is a link, expected a directory")
         with OpenCheckpoint(path, self._limits) as opened:
-            check_step(path, opened)
+            check_step(path, opened.manifest.step)
             info = opened.manifest.info(path)
         if stamp is not None:
             self._known[name] = (stamp, info)
         return info
 
 
-def check_step(path: Path, opened: OpenCheckpoint) -> None:
-    """Refuse a checkpoint whose directory is named for another step."""
-    step = step_from_name(path.name)
-    if step is not None and opened.manifest.step != step:
-        raise CheckpointError(f"{path} is the checkpoint of step {opened.manifest.step}")
+def check_step(path: Path, step: int) -> None:
+    """Refuse a checkpoint of ``step`` whose directory is named for another step."""
+    if step_from_name(path.name) not in (None, step):
+        raise CheckpointError(f"{path} is the checkpoint of step {step}")
 
 
 def _stamp(path: Path) -> _Stamp | None:

@@ -304,8 +304,8 @@ class OpenCheckpoint:
         with self._in_file(name), _closing(self._open_entry(name, entry)) as descriptor:
             begin = os.pread(descriptor, LENGTH_BYTES, 0)
             length = FileLayout.header_length(begin, entry.size, self._limits)
-            header = bytes(buffer_view(_read(descriptor, length)))
-            return FileLayout.parse_header(header, entry.size, self._limits)
+            header = buffer_view(_read(descriptor, length))
+            return FileLayout.parse(header, entry.size, self._limits)
 
     def check_sizes(self) -> None:
         """Compare the sizes of all files with the manifest.
@@ -349,7 +349,7 @@ class OpenCheckpoint:
     def _read_tensors(self, name: str) -> dict[str, torch.Tensor]:
         file = buffer_view(self._read_verified(name, self.manifest.files[name]))
         with self._in_file(name):
-            layout = FileLayout.parse(file, self._limits)
+            layout = FileLayout.parse(file, len(file), self._limits)
             data = file[len(layout.header) :]
             found = {info.name: info.view(data) for info in layout.tensors}
             for key, tensor in found.items():

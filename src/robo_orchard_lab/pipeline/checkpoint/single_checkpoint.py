@@ -55,9 +55,25 @@ def load_checkpoint(
     Raises:
         CheckpointError: the checkpoint does not exist or does not verify.
     """
-    path, ranks = Path(path), ranks or Ranks.alone()
-    limits = limits or ReadLimits()
-    return load_on_ranks(path, limits, ranks, share_of, any_name=True, each_rank=each_rank)
+    ranks = ranks or Ranks.alone()
+    found: list[SavedState] = []
+
+    def read() -> None:
+        with OpenCheckpoint(path, limits or ReadLimits()) as opened:
+            count = opened.manifest.ranks
+            if each_rank is None or count == ranks.count:
+                found.append(opened.load(ranks.index, share_of))
+                return
+            saved = opened.load(None, share_of)
+            results = []
+            for index, state in enumerate(opened.all_rank_parts(share_of)):
+                if index == opened.saved_rank(ranks.index):
+                    saved = replace(saved, rank_parts=state)
+                results.append(each_rank(index, count, state))
+            found.append(replace(saved, rank_results=tuple(results)))
+
+    ranks.run_on_all(f"loading {path}", read)
+    return found[0]
 
 
 def save_checkpoint(
@@ -111,51 +127,11 @@ def save_checkpoint(
     return made[0].commit(folder, lambda: 0, lambda temporary: put_new(temporary, folder), ranks)
 
 
-def load_on_ranks(
-    path: Path,
-    limits: ReadLimits,
-    ranks: Ranks,
-    share_of: ShareOf | None = None,
-    *,
-    any_name: bool = False,
-    each_rank: EachRank | None = None,
-) -> SavedState:
-    """Load each rank's state of a checkpoint. A collective.
-
-    Args:
-        path, limits, ranks, share_of, each_rank: see :func:`load_checkpoint`.
-        any_name: accept a directory that is named for another step.
-
-    Raises:
-        CheckpointError: some rank can't load the checkpoint.
-    """
-    found: list[SavedState] = []
-
-    def read() -> None:
-        with OpenCheckpoint(path, limits) as opened:
-            if not any_name:
-                check_step(path, opened)
-            count = opened.manifest.ranks
-            if each_rank is None or count == ranks.count:
-                found.append(opened.load(ranks.index, share_of))
-                return
-            saved = opened.load(None, share_of)
-            results = []
-            for index, state in enumerate(opened.all_rank_parts(share_of)):
-                if index == opened.saved_rank(ranks.index):
-                    saved = replace(saved, rank_parts=state)
-                results.append(each_rank(index, count, state))
-            found.append(replace(saved, rank_results=tuple(results)))
-
-    ranks.run_on_all(f"loading {path}", read)
-    return found[0]
-
-
 def verify_checkpoint(path: Path, limits: ReadLimits) -> Verification:
     """Compare all files of a checkpoint with their digests."""
     try:
         with OpenCheckpoint(path, limits) as opened:
-            check_step(path, opened)
+            check_step(path, opened.manifest.step)
             opened.verify()
     except CheckpointError as error:
         return Verification(path, str(error))

@@ -19,7 +19,7 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
-from robo_orchard_lab.pipeline.checkpoint.listing import Listing, RootListing
+from robo_orchard_lab.pipeline.checkpoint.listing import Listing, RootListing, check_step
 from robo_orchard_lab.pipeline.checkpoint.manifest import (
     BEST,
     LAST,
@@ -43,7 +43,10 @@ from robo_orchard_lab.pipeline.checkpoint.retention import (
     put_replacing,
 )
 from robo_orchard_lab.pipeline.checkpoint.shards import ShareOf
-from robo_orchard_lab.pipeline.checkpoint.single_checkpoint import load_on_ranks, verify_checkpoint
+from robo_orchard_lab.pipeline.checkpoint.single_checkpoint import (
+    load_checkpoint,
+    verify_checkpoint,
+)
 from robo_orchard_lab.pipeline.checkpoint.tensor_files import StagingPool
 from robo_orchard_lab.pipeline.checkpoint.writer import PendingSave, StagedCheckpoint
 from robo_orchard_lab.pipeline.errors import CheckpointError, StoreLockedError
@@ -231,7 +234,7 @@ class CheckpointStore:
             CheckpointError: the checkpoint does not exist or does not verify.
         """
         path = self.ranks.run_on_first(f"looking for {which!r}", lambda: self._find(which))
-        return load_on_ranks(path, self.limits, self.ranks, share_of)
+        return self._load(path, share_of)
 
     def load_newest(
         self, share_of: ShareOf | None = None, each_rank: EachRank | None = None
@@ -253,9 +256,7 @@ class CheckpointStore:
         skipped: list[tuple[Path, str]] = list(listing.broken)
         for info in reversed(listing.infos):
             try:
-                found = load_on_ranks(
-                    info.path, self.limits, self.ranks, share_of, each_rank=each_rank
-                )
+                found = self._load(info.path, share_of, each_rank)
             except CheckpointError as error:
                 skipped.append((info.path, str(error)))
                 continue
@@ -303,6 +304,15 @@ class CheckpointStore:
                 return self._prune(None, dry_run=dry_run)
 
         return self.ranks.run_on_first(f"pruning {self.root}", decide)
+
+    def _load(
+        self, path: Path, share_of: ShareOf | None, each_rank: EachRank | None = None
+    ) -> SavedState:
+        state = load_checkpoint(
+            path, limits=self.limits, ranks=self.ranks, share_of=share_of, each_rank=each_rank
+        )
+        check_step(path, state.info.step)
+        return state
 
     def _open(self) -> None:
         try:

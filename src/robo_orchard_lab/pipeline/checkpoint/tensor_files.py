@@ -6,8 +6,8 @@ the bytes of the tensors, without gaps.
 Headers are read and written here rather than by the safetensors package, for two reasons. The
 package (0.8.0) accepts duplicate tensor names, misaligned tensors, bool bytes above 1 and any
 number of tensors: 553 of the 1,400 hostile tensor files of the tests. And its writer neither
-computes a digest nor flushes; ``safetensors.serialize`` copies into new memory, 5 times as slow as
-into a kept buffer.
+computes a digest nor flushes; ``safetensors.serialize`` copies into new memory, which takes several
+times as long as a copy into a kept buffer.
 """
 
 from __future__ import annotations
@@ -134,14 +134,29 @@ class FileLayout:
             _check_kind(name, tensor)
 
     @classmethod
-    def parse(cls, file: memoryview, limits: ReadLimits) -> FileLayout:
-        """Parse the header of a file in memory.
+    def parse(cls, begin: memoryview, size: int, limits: ReadLimits) -> FileLayout:
+        """Parse the header of a file of ``size`` bytes; ``begin`` holds at least the header.
 
         Raises:
             CheckpointError: the header is invalid, exceeds ``limits``, or does not fit the file.
         """
-        length = cls.header_length(file[:LENGTH_BYTES], len(file), limits)
-        return cls.parse_header(bytes(file[:length]), len(file), limits)
+        header = bytes(begin[: cls.header_length(begin[:LENGTH_BYTES], size, limits)])
+        try:
+            document = parse_json(header[LENGTH_BYTES:], max_depth=3)
+        except JsonError as error:
+            raise CheckpointError(f"its header can't be read: {error}") from error
+        if not isinstance(document, dict):
+            raise CheckpointError("its header is not a JSON object")
+        metadata = document.pop(RESERVED_NAME, {})
+        if not isinstance(metadata, dict) or not all(type(v) is str for v in metadata.values()):
+            raise CheckpointError("its header's metadata is not a mapping of strings")
+        if len(document) > limits.max_tensors:
+            raise CheckpointError(
+                f"it has {len(document)} tensors; at most {limits.max_tensors} are read"
+            )
+        tensors = [_tensor_info(name, entry) for name, entry in document.items()]
+        _check_ranges(tensors, begin=len(header), end=size)
+        return cls(tensors, header, metadata)
 
     @staticmethod
     def header_length(begin: bytes | memoryview, size: int, limits: ReadLimits) -> int:
@@ -160,30 +175,6 @@ class FileLayout:
         if length > size - LENGTH_BYTES:
             raise CheckpointError(f"its header has {length} bytes, more than the file")
         return LENGTH_BYTES + length
-
-    @classmethod
-    def parse_header(cls, header: bytes, size: int, limits: ReadLimits) -> FileLayout:
-        """Parse the header, with its length, of a file of ``size`` bytes.
-
-        Raises:
-            CheckpointError: see :meth:`parse`.
-        """
-        try:
-            document = parse_json(header[LENGTH_BYTES:], max_depth=3)
-        except JsonError as error:
-            raise CheckpointError(f"its header can't be read: {error}") from error
-        if not isinstance(document, dict):
-            raise CheckpointError("its header is not a JSON object")
-        metadata = document.pop(RESERVED_NAME, {})
-        if not isinstance(metadata, dict) or not all(type(v) is str for v in metadata.values()):
-            raise CheckpointError("its header's metadata is not a mapping of strings")
-        if len(document) > limits.max_tensors:
-            raise CheckpointError(
-                f"it has {len(document)} tensors; at most {limits.max_tensors} are read"
-            )
-        tensors = [_tensor_info(name, entry) for name, entry in document.items()]
-        _check_ranges(tensors, begin=len(header), end=size)
-        return cls(tensors, header, metadata)
 
 
 def _check_kind(name: str, tensor: torch.Tensor) -> None:
