@@ -33,7 +33,7 @@ def begun(tmp_path: Path) -> Path:
 
 
 def save(root: Path, saves: list[tuple[int, int]], die_at: int | None = None) -> list[str]:
-    """What a process lines that saved into a root, until it was killed."""
+    """Save in another process; return its output, up to a kill."""
     output = root.parent / "output"
     order: dict[str, Any] = {"root": str(root), "saves": saves, "die_at": die_at}
     [code] = run_processes(dies_at_a_call.run, [order], [output], timeout_s=60)
@@ -58,14 +58,14 @@ def check_after(root: Path, lines: list[str]) -> None:
     acknowledged = [(int(line.split()[1]), int(line.split()[2])) for line in lines]
     possible = [*BEGUN, *SAVES]
     newest = possible.index((acknowledged or BEGUN)[-1])
-    assert (root / "last").is_symlink(), "a link is there at any time"
-    assert CheckpointStore(root).load_newest() is not None, "so is something to read"
+    assert (root / "last").is_symlink(), "the link always exists"
+    assert CheckpointStore(root).load_newest() is not None, "some checkpoint always loads"
     with CheckpointStore(root, retention=RETENTION) as store:
         found = store.load_newest()
         assert found is not None
         assert found.skipped == ()
         trainer = found.parts["trainer"]
-        # The save after may have come so far as to be there, but was not reported any more.
+        # The next save may be complete without having been reported.
         assert possible.index((trainer["step"], trainer["mark"])) in (newest, newest + 1)
         expected = contents(**trainer)
         assert torch.equal(found.parts["model"]["weight"], expected["model"]["weight"])

@@ -10,7 +10,7 @@ import json
 import re
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -51,14 +51,9 @@ def step_from_name(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def replaced_name(name: str) -> str:
-    """Return a name for ``name`` during its replacement; cleanup restores or removes it."""
-    return f".{name}.{uuid.uuid4().hex}.old"
-
-
-def trash_name(name: str) -> str:
-    """Return a name for ``name`` during the removal of its files."""
-    return f".{name}.{uuid.uuid4().hex}.trash"
+def hidden_name(name: str, kind: Literal["old", "trash"]) -> str:
+    """Return a name for ``name`` during its replacement ("old") or removal ("trash")."""
+    return f".{name}.{uuid.uuid4().hex}.{kind}"
 
 
 def kept_name(name: str) -> str:
@@ -309,17 +304,11 @@ class Manifest:
         document = {
             "format": FORMAT,
             "version": VERSION,
-            "step": self.step,
-            "serial": self.serial,
+            **{field.name: getattr(self, field.name) for field in fields(self)},
             "saved_at": self.saved_at.isoformat(),
-            "ranks": self.ranks,
-            "digest_name": self.digest_name,
             "metrics": _tree("metrics", self.metrics),
             "metadata": _tree("metadata", self.metadata),
-            "files": {
-                name: {"size": entry.size, "digest": entry.digest}
-                for name, entry in self.files.items()
-            },
+            "files": {name: asdict(entry) for name, entry in self.files.items()},
         }
         return _text({**document, "digest": digest_of(self.digest_name, _text(document))})
 

@@ -69,7 +69,18 @@ class CheckpointDir:
         except (OSError, RuntimeError) as error:  # circular links
             raise CheckpointError(f"{path} leads nowhere: {error}") from error
         self._limits = limits
-        self._descriptor = self._open()
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            self._descriptor = os.open(self.path, flags)
+        except FileNotFoundError:
+            raise CheckpointError(f"there is no checkpoint {self.path}") from None
+        except OSError as error:
+            raise CheckpointError(f"{self.path} can't be read: {error.strerror}") from error
+        try:
+            _check_owner(self.path, os.fstat(self._descriptor), limits)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Close the directory."""
@@ -99,21 +110,6 @@ class CheckpointDir:
                 raise CheckpointError(
                     f"{path} has {found.st_size} bytes; at most {max_bytes} are read"
                 )
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return descriptor
-
-    def _open(self) -> int:
-        try:
-            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-            descriptor = os.open(self.path, flags)
-        except FileNotFoundError:
-            raise CheckpointError(f"there is no checkpoint {self.path}") from None
-        except OSError as error:
-            raise CheckpointError(f"{self.path} can't be read: {error.strerror}") from error
-        try:
-            _check_owner(self.path, os.fstat(descriptor), self._limits)
         except BaseException:
             os.close(descriptor)
             raise
@@ -274,7 +270,10 @@ class OpenCheckpoint:
         self, part: str, files: Sequence[str], share_of: ShareOf | None, to: dict[str, torch.Tensor]
     ) -> None:
         if part not in self._sharded:  # once for all ranks
-            found = {name: self._shards_in(name) for name in files}
+            found: dict[str, list[SavedShard]] = {}
+            for name in files:
+                with self._in_file(name):
+                    found[name] = shards_of(self.layout(name))
             with self._in_file(part):
                 assembler = ShardAssembler(chain.from_iterable(found.values()), share_of)
                 largest = max(self.manifest.files[name].size for name in files)
@@ -288,11 +287,6 @@ class OpenCheckpoint:
                 f"{self.path / part}: the tensor {both[0]!r:.80} is saved complete and in shards"
             )
         to.update(self._sharded[part])
-
-    def _shards_in(self, name: str) -> list[SavedShard]:
-        layout = self.layout(name)
-        with self._in_file(name):
-            return shards_of(layout)
 
     def layout(self, name: str) -> FileLayout:
         """Read the header of a safetensors file, without verifying the file.

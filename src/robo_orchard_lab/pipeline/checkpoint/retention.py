@@ -17,10 +17,9 @@ from robo_orchard_lab.pipeline.checkpoint.manifest import (
     CheckpointInfo,
     PruneDecision,
     ReadLimits,
+    hidden_name,
     kept_name,
     leftover_of,
-    replaced_name,
-    trash_name,
 )
 from robo_orchard_lab.pipeline.checkpoint.reader import OpenCheckpoint
 from robo_orchard_lab.pipeline.checkpoint.single_checkpoint import verify_checkpoint
@@ -154,7 +153,7 @@ def _remove_checkpoint(path: Path, limits: ReadLimits) -> str | None:
     with _without_readers(path) as free:
         if not free:
             return "it is being read"
-        trash = path.with_name(trash_name(path.name))
+        trash = path.with_name(hidden_name(path.name, "trash"))
         os.rename(path, trash)
         flush_folder(path.parent)  # else a crash could leave half a checkpoint under its name
         remove_folder(trash)
@@ -176,7 +175,7 @@ def put_replacing(temporary: Path, folder: Path, limits: ReadLimits) -> None:
     if folder.is_symlink() or not folder.is_dir():
         raise FileExistsError(f"{folder} is not a checkpoint's directory; move it away")
     reason = _foreign_reason(folder, limits)
-    name = replaced_name(folder.name) if reason is None else kept_name(folder.name)
+    name = hidden_name(folder.name, "old") if reason is None else kept_name(folder.name)
     aside = folder.with_name(name)
     if reason is not None:
         logger.warning("%s is replaced; its old contents are kept as %s: %s", folder, name, reason)

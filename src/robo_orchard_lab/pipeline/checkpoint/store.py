@@ -233,7 +233,14 @@ class CheckpointStore:
         Raises:
             CheckpointError: the checkpoint does not exist or does not verify.
         """
-        path = self.ranks.run_on_first(f"looking for {which!r}", lambda: self._find(which))
+
+        def find() -> Path:
+            path = self._find(which)
+            if problem := dict(self._listing.read().broken).get(path):
+                raise CheckpointError(problem)
+            return path
+
+        path = self.ranks.run_on_first(f"looking for {which!r}", find)
         return self._load(path, share_of)
 
     def load_newest(
