@@ -93,7 +93,7 @@ def test_list_tells_what_is_not_whole(kept: Path, capsys: pytest.CaptureFixture[
     expected = f"model.safetensors: expected {size + 1} bytes, found {size}"
     assert expected in found["step_00000010"]["problem"]
     assert found["step_00000020"]["problem"] is None
-    assert "not that of a checkpoint" in found["step_00000030"]["problem"]
+    assert "not a manifest: expected the format" in found["step_00000030"]["problem"]
     assert main(["checkpoint", "list", str(root)]) == 0
     assert "damaged: " in capsys.readouterr().out
 
