@@ -1,4 +1,4 @@
-"""What each process of ``test_exchange.py`` runs: publish what it knows, write what it reads.
+"""Script of ``test_exchange.py`` on each rank: publish, read, write the values to a file.
 
 Every call into torch.distributed is counted.
 """
@@ -21,7 +21,7 @@ COLLECTIVES = ("all_gather_into_tensor", "all_gather", "all_reduce", "broadcast"
 
 
 class Counts:
-    """States of every kind, of which this rank has some."""
+    """States with every kind of reduction, different on each rank."""
 
     def __init__(self, rank: int, rows: int) -> None:
         self._states: list[tuple[torch.Tensor, StateReduction]] = [
@@ -53,8 +53,8 @@ def main(folder: Path) -> None:
         setattr(torch.distributed, name, _counted(getattr(torch.distributed, name), calls))
 
     board = MetricsBoard()
-    told: list[float] = []
-    board.subscribe("both", lambda value: told.append(value.value))
+    received: list[float] = []
+    board.subscribe("both", lambda value: received.append(value.value))
     points: list[Any] = []
 
     def logging_point() -> None:
@@ -74,19 +74,19 @@ def main(folder: Path) -> None:
         board.publish("only/second", torch.tensor(0.5, dtype=torch.float16))
     board.defer(Counts(rank, rows=2 + rank))
     logging_point()
-    logging_point()  # nothing was published since
+    logging_point()  # no new values
     for value in range(3):
         board.publish("both", torch.tensor(float(value)))
         if rank == 0:
             board.publish("only/first", value)
     logging_point()
-    for index in range(3000):  # more than the buffer holds at first
+    for index in range(3000):  # exceeds the initial buffer
         board.publish(f"many/{index}", torch.tensor(float(rank)))
     logging_point()
     for index in range(3000):
         board.publish(f"many/{index}", torch.tensor(float(rank)))
     logging_point()
-    (folder / f"rank{rank}.json").write_text(json.dumps({"points": points, "told": told}))
+    (folder / f"rank{rank}.json").write_text(json.dumps({"points": points, "received": received}))
     end_group()
 
 

@@ -1,4 +1,4 @@
-"""The board in one process: windows, reductions, who is told what and when."""
+"""MetricsBoard in one process: accumulation, reductions, subscribers and saved states."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def logged(board: MetricsBoard) -> dict[str, float]:
 
 
 class Evaluated:
-    """An evaluation that was made, and whose sum is to be read."""
+    """Evaluation whose sum is computed when the board reads it."""
 
     def __init__(self, name: str, *parts: float) -> None:
         self._name = name
@@ -54,8 +54,8 @@ class Evaluated:
 
 
 @given(st.lists(st.tuples(NUMBERS, WEIGHTS, st.booleans(), st.booleans()), min_size=1))
-def test_a_mean_weighs_each_value(items: list[tuple[float, int, bool, bool]]) -> None:
-    """Numbers and tensors, with numbers or tensors as weights, give the weighted mean of all."""
+def test_mean_is_weighted(items: list[tuple[float, int, bool, bool]]) -> None:
+    """Numbers and tensors, with number or tensor weights, give the weighted mean."""
     board = MetricsBoard()
     for value, weight, as_tensor, tensor_weight in items:
         board.publish(
@@ -70,10 +70,10 @@ def test_a_mean_weighs_each_value(items: list[tuple[float, int, bool, bool]]) ->
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @given(items=st.lists(st.tuples(NUMBERS, st.booleans()), min_size=1))
-def test_each_reduction_takes_tensors_and_numbers(
+def test_reductions_accept_tensors_and_numbers(
     reduce: Reduction, items: list[tuple[float, bool]]
 ) -> None:
-    """What comes out is the reduction of all, whether they were numbers or tensors."""
+    """The result is the reduction of all values, numbers or tensors."""
     board = MetricsBoard()
     for value, as_tensor in items:
         board.publish("x", torch.tensor(value) if as_tensor else value, reduce)
@@ -101,7 +101,7 @@ def test_each_reduction_takes_tensors_and_numbers(
     ],
 )
 @pytest.mark.parametrize("reduce", REDUCTIONS)
-def test_any_dtype_is_published(dtype: torch.dtype, reduce: Reduction) -> None:
+def test_all_dtypes_are_accepted(dtype: torch.dtype, reduce: Reduction) -> None:
     """Tensors of any real dtype are reduced in double precision."""
     board = MetricsBoard()
     for value in (1, 0, 1, 1):
@@ -110,8 +110,8 @@ def test_any_dtype_is_published(dtype: torch.dtype, reduce: Reduction) -> None:
     assert logged(board)["x"] == expected[reduce]
 
 
-def test_a_published_tensor_may_change_afterwards() -> None:
-    """The board took its value, and holds neither it nor its graph."""
+def test_published_tensor_may_change_later() -> None:
+    """The board copies the value, and keeps neither the tensor nor its graph."""
     board = MetricsBoard()
     weight = torch.ones((), requires_grad=True)
     for reduce in REDUCTIONS:
@@ -124,24 +124,24 @@ def test_a_published_tensor_may_change_afterwards() -> None:
 
 @pytest.mark.parametrize("reduce", ["mean", "sum", "max", "min", "last"])
 @pytest.mark.parametrize("as_tensor", [True, False])
-def test_a_value_that_is_no_number_shows(reduce: Reduction, as_tensor: bool) -> None:
-    """NaN is not hidden by the values after it, but for the last one, which is what it is."""
+def test_nan_is_not_hidden(reduce: Reduction, as_tensor: bool) -> None:
+    """NaN is not hidden by later values, except with reduce='last'."""
     board = MetricsBoard()
     for value in (1.0, math.nan, 2.0):
         board.publish("x", torch.tensor(value) if as_tensor else value, reduce)
     assert logged(board)["x"] == pytest.approx(2.0 if reduce == "last" else math.nan, nan_ok=True)
 
 
-def test_infinities_of_both_signs_are_no_error() -> None:
-    """Adding inf to -inf gives NaN, as everywhere."""
+def test_inf_minus_inf_is_nan() -> None:
+    """Adding inf to -inf gives NaN, not an error."""
     board = MetricsBoard()
     board.publish("x", math.inf)
     board.publish("x", torch.tensor(-math.inf))
     assert math.isnan(logged(board)["x"])
 
 
-def test_a_window_ends_at_a_logging_point() -> None:
-    """What was logged is not logged again; a name without new values is left out."""
+def test_accumulation_restarts_at_logging_point() -> None:
+    """Logged values are not logged again; a name without new values is omitted."""
     board = MetricsBoard()
     board.publish("a", 1.0)
     board.publish("b", 1.0)
@@ -153,7 +153,7 @@ def test_a_window_ends_at_a_logging_point() -> None:
 
 
 def test_values_keep_their_step() -> None:
-    """A value belongs to the step in which it was published last, also when it is logged later."""
+    """A value belongs to the step of its last publication, even if it is logged later."""
     progress = TrainerProgress()
     board = MetricsBoard(progress)
     for _ in range(4):
@@ -186,14 +186,14 @@ def test_values_keep_their_step() -> None:
         (1j, "'x' must be a number, got complex"),
     ],
 )
-def test_what_is_no_number_is_refused(value: Any, message: str) -> None:
-    """The error names the metric and what it got."""
+def test_non_numbers_are_refused(value: Any, message: str) -> None:
+    """The error names the metric and the type that was found."""
     with pytest.raises(MetricValueError, match=message):
         MetricsBoard().publish("x", value)
 
 
-def test_wrong_arguments_are_refused() -> None:
-    """One name has one reduction; a weight is not negative, and goes with a mean."""
+def test_invalid_arguments_are_refused() -> None:
+    """A name has one reduction; a weight is >= 0 and requires a mean."""
     board = MetricsBoard()
     board.publish("x", 1.0)
     with pytest.raises(ValueError, match="'x' was published with reduce='mean' before"):
@@ -209,42 +209,42 @@ def test_wrong_arguments_are_refused() -> None:
         board.publish("z", 1.0, "sum", weight=2)
 
 
-def test_subscribers_are_told_at_logging_points() -> None:
-    """Each value once, in the order of the steps, until the handle is used."""
+def test_subscribers_are_called_at_logging_points() -> None:
+    """Each value is passed once, in step order, until the handle is removed."""
     board = MetricsBoard()
-    told: list[MetricValue] = []
-    handle = board.subscribe("x", told.append)
+    received: list[MetricValue] = []
+    handle = board.subscribe("x", received.append)
     board.publish("x", 1.0)
     board.publish("y", 1.0)
-    assert told == []
+    assert received == []
     board.flush(log=True)
-    assert told == [MetricValue("x", 1.0, 0)]
+    assert received == [MetricValue("x", 1.0, 0)]
     handle.remove()
     board.publish("x", 2.0)
     board.flush(log=True)
-    assert len(told) == 1
+    assert len(received) == 1
 
 
-def test_an_evaluation_is_read_at_once_for_those_who_wait() -> None:
-    """It is told at the commit point, and is in the next record with the step it belongs to."""
+def test_subscribed_evaluation_is_read_at_commit_point() -> None:
+    """Subscribers are called at the commit point; the next record has the value with its step."""
     progress = TrainerProgress(global_step_id=5)
     board = MetricsBoard(progress)
     records: list[MetricsRecord] = []
-    told: list[MetricValue] = []
+    received: list[MetricValue] = []
     board.listen(records.append)
-    board.subscribe("eval/val/accuracy", told.append)
+    board.subscribe("eval/val/accuracy", received.append)
     board.publish("loss", 1.0)
     board.defer(Evaluated("eval/val/accuracy", 0.5))
     board.flush(log=False)
-    assert told == [MetricValue("eval/val/accuracy", 0.5, 5)]
+    assert received == [MetricValue("eval/val/accuracy", 0.5, 5)]
     assert records == []
     progress.global_step_id = 7
     board.flush(log=True)
     assert [value.step for value in records[0].values] == [5, 5]
-    assert len(told) == 1
+    assert len(received) == 1
 
 
-def test_an_evaluation_that_nobody_waits_for_is_read_with_the_log() -> None:
+def test_unsubscribed_evaluation_is_read_at_logging_point() -> None:
     """With a listener it waits for the logging point; without one it is read at once."""
     board = MetricsBoard()
     board.defer(Evaluated("eval/val/accuracy", 0.5))
@@ -258,8 +258,8 @@ def test_an_evaluation_that_nobody_waits_for_is_read_with_the_log() -> None:
     assert board.latest("eval/val/accuracy") == 0.75
 
 
-def test_a_misspelled_name_is_refused_at_the_first_evaluation() -> None:
-    """Who waits for a metric that the evaluation does not have is told which it has."""
+def test_misspelled_evaluation_name_is_refused() -> None:
+    """The error for an unknown metric of an evaluation suggests an existing name."""
     board = MetricsBoard()
     board.subscribe("eval/val/accurac", print, who="EarlyStopping")
     board.defer(Evaluated("eval/val/accuracy", 0.5))
@@ -271,41 +271,42 @@ def test_a_misspelled_name_is_refused_at_the_first_evaluation() -> None:
         board.flush(log=False)
 
 
-def test_other_groups_come_in_parts() -> None:
-    """Only an evaluation has all names of its group at once: others may publish theirs later."""
+def test_other_groups_may_publish_names_later() -> None:
+    """Only an evaluation has all names of its group at once."""
     board = MetricsBoard()
-    told: list[float] = []
-    board.subscribe("train/accuracy_epoch", lambda value: told.append(value.value), who="KeepBest")
+    received: list[float] = []
+    name = "train/accuracy_epoch"
+    board.subscribe(name, lambda value: received.append(value.value), who="KeepBest")
     board.defer(Evaluated("train/accuracy", 0.5))
     board.flush(log=True)
-    board.defer(Evaluated("train/accuracy_epoch", 0.75))
+    board.defer(Evaluated(name, 0.75))
     board.flush(log=False)
-    assert told == [0.75]
+    assert received == [0.75]
 
 
-def test_a_name_that_never_came_is_refused_at_the_end() -> None:
-    """Names that are subscribed to or expected must have been published, by any reduction."""
+def test_missing_names_are_found_at_end() -> None:
+    """Subscribed and expected names must have been published, with any reduction."""
     board = MetricsBoard()
     board.publish("loss/total", 1.0)
-    board.expect("loss/total", "the bar")
+    board.expect("loss/total", "ProgressBar")
     assert board.find_missing() is None
-    board.expect("loss/totl", "the bar")
-    error = "'loss/totl' was published, which the bar waits for; did you mean 'loss/total'"
+    board.expect("loss/totl", "ProgressBar")
+    error = "'loss/totl' was published, which ProgressBar waits for; did you mean 'loss/total'"
     assert error in str(board.find_missing())
 
 
-def test_what_nobody_logs_is_missed_with_a_remedy() -> None:
-    """Where hooks publish at logging points and nobody makes any, the error says so."""
+def test_missing_logging_points_have_a_remedy() -> None:
+    """If hooks publish only at logging points and there are none, the error says so."""
     board = MetricsBoard()
     board.before_logging(lambda: board.publish("perf/eta_s", 1.0))
-    board.expect("perf/eta_s", "the bar")
+    board.expect("perf/eta_s", "ProgressBar")
     assert str(board.find_missing()).endswith("no hook requests one; register a MetricsLogger")
     board.listen(lambda record: None)
     assert str(board.find_missing()).endswith("Published: none")
 
 
-def test_what_is_gathered_is_published_ahead_of_a_logging_point() -> None:
-    """Collectors run at logging points only, until their handle is used."""
+def test_collectors_run_before_logging_points() -> None:
+    """Collectors run only at logging points, until their handle is removed."""
     board = MetricsBoard()
     handle = board.before_logging(lambda: board.publish("x", 1.0))
     board.flush(log=False)
@@ -319,12 +320,12 @@ def test_what_is_gathered_is_published_ahead_of_a_logging_point() -> None:
     before=st.lists(st.tuples(st.sampled_from(REDUCTIONS), NUMBERS, st.booleans())),
     after=st.lists(st.tuples(st.sampled_from(REDUCTIONS), NUMBERS, st.booleans())),
 )
-def test_a_saved_window_goes_on(
+def test_saved_board_resumes_accumulation(
     tmp_path_factory: pytest.TempPathFactory,
     before: list[tuple[Reduction, float, bool]],
     after: list[tuple[Reduction, float, bool]],
 ) -> None:
-    """A board that is saved in the middle of a window, and loaded, finds what it would have."""
+    """A board saved between logging points, and loaded, logs the same values."""
 
     def publish(board: MetricsBoard, items: list[tuple[Reduction, float, bool]]) -> None:
         for reduce, value, as_tensor in items:
@@ -343,111 +344,111 @@ def test_a_saved_window_goes_on(
     assert straight.flush(log=True) == resumed.flush(log=True)
 
 
-def test_a_state_of_another_version_is_refused() -> None:
-    """The error says which was expected and which was found."""
+def test_state_of_other_version_is_refused() -> None:
+    """The error has the expected and the found version."""
     with pytest.raises(StateError, match="board of version 2, found version 7"):
         MetricsBoard().load_state_dict({"version": 7})
 
 
-def test_deferred_metrics_can_be_read_without_a_board() -> None:
-    """``resolve`` gives the values at once."""
+def test_resolve_reads_deferred_metrics() -> None:
+    """``resolve`` returns the values at once."""
     assert resolve(Evaluated("x", 1.0, 2.0)) == {"x": 3.0}
 
 
-class TestTellRest:
-    """What no logging point has had is told when the run ends, and kept for a run that goes on."""
+class TestFlushPartial:
+    """Unlogged values are passed to listeners when the run ends, and kept for a resumed run."""
 
     @given(
         before=st.lists(st.tuples(st.sampled_from(REDUCTIONS), NUMBERS, st.booleans())),
         after=st.lists(st.tuples(st.sampled_from(REDUCTIONS), NUMBERS, st.booleans())),
     )
-    def test_it_is_told_and_kept(
+    def test_values_are_passed_and_kept(
         self,
         before: list[tuple[Reduction, float, bool]],
         after: list[tuple[Reduction, float, bool]],
     ) -> None:
-        """The partial record is that of a logging point, and the next one is as without it."""
-        looked, unlooked = MetricsBoard(), MetricsBoard()
-        told: list[MetricsRecord] = []
-        looked.listen(told.append)
+        """The partial record equals a logging point's, and does not change the next record."""
+        partial, straight = MetricsBoard(), MetricsBoard()
+        received: list[MetricsRecord] = []
+        partial.listen(received.append)
 
         def publish(board: MetricsBoard, items: list[tuple[Reduction, float, bool]]) -> None:
             for reduce, value, as_tensor in items:
                 board.publish(reduce, torch.tensor(value) if as_tensor else value, reduce)
 
-        for board in (looked, unlooked):
+        for board in (partial, straight):
             publish(board, before)
-        expected = logged(_same(looked))
-        looked.flush_partial()
-        assert [record.partial for record in told] == [True] * bool(before)
-        assert {v.name: v.value for record in told for v in record.values} == expected
-        for board in (looked, unlooked):
+        expected = logged(_copy_of(partial))
+        partial.flush_partial()
+        assert [record.partial for record in received] == [True] * bool(before)
+        assert {v.name: v.value for record in received for v in record.values} == expected
+        for board in (partial, straight):
             publish(board, after)
-        assert looked.flush(log=True) == unlooked.flush(log=True)
+        assert partial.flush(log=True) == straight.flush(log=True)
 
-    def test_evaluations_are_kept(self) -> None:
-        """Deferred metrics are told with it, and again at the next logging point."""
+    def test_deferred_metrics_are_kept(self) -> None:
+        """Deferred metrics are in the partial record, and again in the next one."""
         board = MetricsBoard()
-        told: list[MetricsRecord] = []
-        board.listen(told.append)
+        received: list[MetricsRecord] = []
+        board.listen(received.append)
         board.defer(Evaluated("eval", 1.0, 2.0))
         board.flush_partial()
         board.flush(log=True)
         board.flush_partial()
-        assert [record.values for record in told] == [(MetricValue("eval", 3.0, 0),)] * 2
+        assert [record.values for record in received] == [(MetricValue("eval", 3.0, 0),)] * 2
 
-    def test_what_was_gathered_is_given_back(self) -> None:
-        """The owner of what a collector publishes gets its state back."""
+    def test_collector_state_is_restored(self) -> None:
+        """The owner of a collector gets its state back."""
         board = MetricsBoard()
-        told: list[dict[int, dict[str, float]]] = []
-        board.listen(lambda record: told.append(record.by_step()))
+        received: list[dict[int, dict[str, float]]] = []
+        board.listen(lambda record: received.append(record.by_step()))
 
-        class Gatherer:
-            gathered = 3.0
+        class Collector:
+            total = 3.0
 
             def publish(self) -> None:
-                board.publish("x", self.gathered)
-                self.gathered = 0.0
+                board.publish("x", self.total)
+                self.total = 0.0
 
             def state_dict(self) -> dict[str, Any]:
-                return {"gathered": self.gathered}
+                return {"total": self.total}
 
             def load_state_dict(self, state: Mapping[str, Any]) -> None:
-                self.gathered = state["gathered"]
+                self.total = state["total"]
 
-        gatherer = Gatherer()
-        board.before_logging(gatherer.publish, owner=gatherer)
+        collector = Collector()
+        board.before_logging(collector.publish, owner=collector)
         board.flush_partial()
-        gatherer.gathered += 4.0
+        collector.total += 4.0
         board.flush(log=True)
-        assert told == [{0: {"x": 3.0}}, {0: {"x": 7.0}}]
+        assert received == [{0: {"x": 3.0}}, {0: {"x": 7.0}}]
 
-    def test_who_acts_on_values_is_not_told(self) -> None:
-        """A subscriber is told at the next logging point, of the whole window."""
+    def test_subscribers_are_not_called(self) -> None:
+        """Subscribers are called at the next logging point, with the complete mean."""
         board = MetricsBoard()
         board.listen(lambda record: None)
-        told: list[float] = []
-        board.subscribe("x", lambda value: told.append(value.value))
+        received: list[float] = []
+        board.subscribe("x", lambda value: received.append(value.value))
         board.publish("x", 1.0)
         board.flush_partial()
-        assert told == []
+        assert received == []
         assert board.last_value("x") is None
         board.publish("x", 2.0)
         board.flush(log=True)
-        assert told == [1.5]
+        assert received == [1.5]
         assert board.last_value("x") == 1.5
 
-    def test_a_name_that_it_has_was_published(self) -> None:
-        """Who waits for a metric that came too late for a logging point does not wait in vain."""
+    def test_partial_names_count_as_published(self) -> None:
+        """A name in a partial record is not missing."""
         board = MetricsBoard()
         board.listen(lambda record: None)
         board.before_logging(lambda: board.defer(Evaluated("train/accuracy", 1.0)))
-        board.expect("train/accuracy", "the bar")
+        board.expect("train/accuracy", "ProgressBar")
         assert board.find_missing() is not None
         board.flush_partial()
         assert board.find_missing() is None
 
-    def test_nothing_is_read_where_nobody_listens(self) -> None:
+    def test_nothing_is_read_without_listeners(self) -> None:
         """Without a listener there is no record, and collectors are not called."""
         board = MetricsBoard()
         board.before_logging(lambda: pytest.fail("called"))
@@ -455,15 +456,15 @@ class TestTellRest:
         assert board.flush_partial() is None
 
 
-def _same(board: MetricsBoard) -> MetricsBoard:
-    """Another board in the same state."""
+def _copy_of(board: MetricsBoard) -> MetricsBoard:
+    """Return another board in the same state."""
     twin = MetricsBoard()
     twin.load_state_dict(board.state_dict())
     return twin
 
 
-def test_what_is_refused_leaves_no_trace() -> None:
-    """A caller that goes on after the error has no such name, and may publish it rightly."""
+def test_refused_publication_leaves_no_trace() -> None:
+    """After an error the name is unknown, and may be published correctly."""
     board = MetricsBoard()
     for value, options in ((1.0, {"weight": -1}), ("1", {}), (1.0, {"reduce": "median"})):
         with pytest.raises((TypeError, ValueError), match="'x'"):

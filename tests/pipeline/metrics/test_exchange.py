@@ -1,4 +1,4 @@
-"""The board on two real processes."""
+"""MetricsBoard on two real processes."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ SCRIPT = SCRIPTS / "exchange_on_ranks.py"
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """What each of two ranks wrote."""
+    """Return the JSON that each of two ranks wrote."""
     folder = tmp_path_factory.mktemp("exchange")
     launch(SCRIPT, folder)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_all_ranks_find_the_same(ranks: list[Any]) -> None:
-    """Every rank has the values of all ranks, and is told the same."""
+def test_all_ranks_have_equal_values(ranks: list[Any]) -> None:
+    """Every rank has the values of all ranks, and calls its subscribers with them."""
     assert ranks[0]["points"] == ranks[1]["points"]
-    assert ranks[0]["told"] == ranks[1]["told"] == [2.0, 1.0]
+    assert ranks[0]["received"] == ranks[1]["received"] == [2.0, 1.0]
 
 
-def test_each_reduction_spans_the_ranks(ranks: list[Any]) -> None:
-    """Means are weighted by samples; a name that one rank lacks is that of the other."""
+def test_reductions_span_the_ranks(ranks: list[Any]) -> None:
+    """Means are weighted by samples; a name missing on one rank has the other rank's value."""
     (values, _), *_ = ranks[0]["points"]
     assert values == {
         "both": 2.0,
@@ -44,8 +44,8 @@ def test_each_reduction_spans_the_ranks(ranks: list[Any]) -> None:
     assert third == {"both": 1.0, "only/first": 1.0}
 
 
-def test_a_logging_point_is_one_collective(ranks: list[Any]) -> None:
-    """Whatever is published, each logging point gathers once, and once more when it outgrows it."""
+def test_logging_point_costs_one_collective(ranks: list[Any]) -> None:
+    """Each logging point gathers once, and a second time if the buffer grows."""
     collectives = [calls for _, calls in ranks[0]["points"]]
     once = ["all_gather"]
     assert collectives == [once, once, once, once * 2, once]

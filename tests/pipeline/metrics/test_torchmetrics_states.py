@@ -1,4 +1,4 @@
-"""Metrics of torchmetrics, gathered in parts and computed from the states of all of them."""
+"""torchmetrics metrics: states of parts and ranks, merged and computed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from robo_orchard_lab.pipeline.metrics.torchmetrics import (
     TorchMetrics,
 )
 
-# All samples are kept for it, which it says.
+# SpearmanCorrCoef warns that it keeps all samples.
 pytestmark = pytest.mark.filterwarnings("ignore:Metric `SpearmanCorrcoef` will save:UserWarning")
 
 Pairs = tuple[torch.Tensor, torch.Tensor]
@@ -57,7 +57,7 @@ def numbers(size: int = 65) -> Pairs:
 
 
 class Largest(Metric):
-    """Reduced by a function of its own."""
+    """Metric whose state is reduced by a function."""
 
     value: torch.Tensor
 
@@ -73,9 +73,9 @@ class Largest(Metric):
 
 
 class Elements(Metric):
-    """A list of tensors of different shapes, which stay apart, and a mean of the updates.
+    """Metric with a list of tensors of different shapes, a mean, and a stacked state.
 
-    Another state has its shape only with the first update.
+    The stacked state gets its shape with the first update.
     """
 
     kept: list[torch.Tensor]
@@ -127,8 +127,8 @@ def of_numbers() -> MetricsLike:
     )
 
 
-def whole(metrics: MetricsLike, data: Pairs) -> dict[str, float]:
-    """What torchmetrics computes of all data at once."""
+def of_all_data(metrics: MetricsLike, data: Pairs) -> dict[str, float]:
+    """Return the values that torchmetrics computes from all data at once."""
     named: dict[str, Any] = {"": metrics} if isinstance(metrics, MetricCollection) else {**metrics}
     values = {}
     for name, metric in named.items():
@@ -147,7 +147,7 @@ def batches(data: Pairs) -> list[Pairs]:
 
 
 def reduced(snapshots: Sequence[MetricsSnapshot]) -> dict[str, float]:
-    """The values, as each rank finds them of all ranks' states."""
+    """Return the values that each rank computes from the states of all ranks."""
     states = [snapshot.states() for snapshot in snapshots]
     tensors = [[tensor for tensor, _ in own] for own in states]
     reduced = reduce_states(tensors, [reduce for _, reduce in states[0]])
@@ -161,21 +161,21 @@ def reduced(snapshots: Sequence[MetricsSnapshot]) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("make", "data"), [(of_classes, classes), (of_numbers, numbers)], ids=["classes", "numbers"]
 )
-def test_states_of_all_ranks_make_the_values_of_the_whole(
+def test_states_of_all_ranks_give_values_of_all_data(
     make: Callable[[], MetricsLike], data: Callable[[int], Pairs], size: int, ranks: int
 ) -> None:
-    """However states are reduced, also in compute groups and where some ranks have no batch."""
+    """Holds for every reduction, in compute groups, and if some ranks have no batch."""
     sets = [TorchMetrics(make()) for _ in range(ranks)]
     for index, batch in enumerate(batches(data(size))):
         sets[index % ranks].update(*batch)
     found = reduced([metrics.snapshot(metrics.pop_states()) for metrics in sets])
-    assert found == pytest.approx(whole(make(), data(size)), rel=1e-4)
+    assert found == pytest.approx(of_all_data(make(), data(size)), rel=1e-4)
     assert sets[0].names() == list(found)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])  # of three, one has no batch
-def test_elements_stay_apart(ranks: int) -> None:
-    """A list that is not concatenated keeps its elements and shapes; a mean weighs its updates."""
+def test_list_states_are_not_concatenated(ranks: int) -> None:
+    """A list without reduction keeps its elements; a mean is weighted by updates."""
     sets = [TorchMetrics({"x": Elements()}) for _ in range(ranks)]
     data = batches(classes(20))
     for index, batch in enumerate(data):
@@ -189,22 +189,22 @@ def test_elements_stay_apart(ranks: int) -> None:
     assert found["x/sum"] == pytest.approx(expected)
 
 
-def test_what_was_taken_starts_anew() -> None:
-    """A snapshot keeps its values whatever is gathered afterwards, and can be read twice."""
+def test_pop_states_resets_metrics() -> None:
+    """A snapshot keeps its values during later updates, and can be read twice."""
     metrics = TorchMetrics(of_classes())
     first, second = classes(10), classes(30)
     metrics.update(*first)
     snapshot = metrics.snapshot(metrics.pop_states(), "a/", "_b")
     metrics.update(*second)
-    expected = {f"a/{n}_b": v for n, v in whole(of_classes(), first).items()}
+    expected = {f"a/{n}_b": v for n, v in of_all_data(of_classes(), first).items()}
     assert reduced([snapshot]) == reduced([snapshot]) == pytest.approx(expected)
     assert reduced([metrics.snapshot(metrics.pop_states())]) == pytest.approx(
-        whole(of_classes(), second)
+        of_all_data(of_classes(), second)
     )
 
 
-def test_the_given_metrics_stay_as_they_are() -> None:
-    """The same ones may be given twice, and used elsewhere."""
+def test_given_metrics_are_not_changed() -> None:
+    """The same metrics may be given twice and used elsewhere."""
     accuracy = MulticlassAccuracy(3)
     accuracy.update(*classes(10))
     one, two = TorchMetrics({"a": accuracy}), TorchMetrics({"a": accuracy})
@@ -218,8 +218,8 @@ def test_the_given_metrics_stay_as_they_are() -> None:
     assert accuracy.update_count == 1
 
 
-def test_a_shared_state_travels_once() -> None:
-    """Metrics of a collection that torchmetrics has grouped keep one list between them."""
+def test_shared_state_is_packed_once() -> None:
+    """Metrics of a compute group share their states."""
     data = classes(64)
 
     def bytes_of(*metrics: Metric) -> int:
@@ -234,8 +234,8 @@ def test_a_shared_state_travels_once() -> None:
     )
 
 
-def test_parts_are_joined() -> None:
-    """Where torchmetrics can merge states, those of two parts make what both would have been."""
+def test_mergeable_states_are_merged() -> None:
+    """If torchmetrics can merge states, two parts give the value of both."""
     metrics = TorchMetrics(
         {
             "accuracy": MulticlassAccuracy(3),
@@ -244,22 +244,22 @@ def test_parts_are_joined() -> None:
             "sum": MulticlassAccuracy(3) + 1,
         }
     )
-    joinable, others = metrics.select(mergeable=True), metrics.select(mergeable=False)
-    assert (joinable.names(), others.names()) == (
+    mergeable, others = metrics.select(mergeable=True), metrics.select(mergeable=False)
+    assert (mergeable.names(), others.names()) == (
         ["accuracy", "auroc", "auroc/*"],
         ["largest", "sum"],
     )
     data = classes(40)
-    parts = [joinable.pop_states()]  # nothing yet
+    parts = [mergeable.pop_states()]  # no updates
     for batch in batches(data):
-        joinable.update(*batch)
-        parts.append(joinable.pop_states())
-    expected = whole({"accuracy": MulticlassAccuracy(3), "auroc": MulticlassAUROC(3)}, data)
-    assert reduced([joinable.snapshot(joinable.merge(parts))]) == pytest.approx(expected)
+        mergeable.update(*batch)
+        parts.append(mergeable.pop_states())
+    expected = of_all_data({"accuracy": MulticlassAccuracy(3), "auroc": MulticlassAUROC(3)}, data)
+    assert reduced([mergeable.snapshot(mergeable.merge(parts))]) == pytest.approx(expected)
 
 
-def test_a_state_goes_on() -> None:
-    """Metrics that load a state compute what those that were saved would have."""
+def test_resume_restores_metric_states() -> None:
+    """Restored metrics compute the values of uninterrupted ones."""
     data = batches(classes(40))
     straight, resumed = TorchMetrics(of_classes()), TorchMetrics(of_classes())
     for batch in data[:3]:
@@ -272,8 +272,8 @@ def test_a_state_goes_on() -> None:
     assert values[0] == values[1]
 
 
-def test_a_state_of_other_metrics_is_refused() -> None:
-    """The error tells which states there are; an unknown version is named."""
+def test_state_of_other_metrics_is_refused() -> None:
+    """The error lists the states; an unknown version is named."""
     state = TorchMetrics({"a": MulticlassAccuracy(3)}, "MetricTracker").state_dict()
     with pytest.raises(StateError, match="the saved metrics of MetricTracker differ"):
         TorchMetrics({"a": MulticlassAUROC(3)}, "MetricTracker").load_state_dict(state)
@@ -281,8 +281,8 @@ def test_a_state_of_other_metrics_is_refused() -> None:
         TorchMetrics({}).load_state_dict({**state, "version": 9})
 
 
-def test_arguments_by_name_go_where_they_are_declared() -> None:
-    """Metrics of different signatures are updated from one mapping."""
+def test_keyword_arguments_are_filtered() -> None:
+    """Metrics with different signatures are updated from one mapping."""
     metrics = TorchMetrics(
         {"mean": MeanMetric(), "group": MetricCollection([MulticlassAccuracy(3, average="micro")])}
     )
@@ -293,8 +293,8 @@ def test_arguments_by_name_go_where_they_are_declared() -> None:
     }
 
 
-class Drawn(Metric):
-    """Computes a random number."""
+class RandomValue(Metric):
+    """Metric that computes a random number."""
 
     def update(self, preds: torch.Tensor, target: torch.Tensor) -> None: ...
 
@@ -302,21 +302,21 @@ class Drawn(Metric):
         return torch.rand(())
 
 
-def test_what_a_metric_draws_is_the_same_on_all_ranks() -> None:
-    """Computing leaves the random state as it is, and gives every rank the same number."""
+def test_random_metrics_agree_on_all_ranks() -> None:
+    """Computing restores the RNG state, and gives every rank the same number."""
     values = []
     for seed in range(2):
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        metrics = TorchMetrics({"drawn": Drawn()})
+        metrics = TorchMetrics({"random": RandomValue()})
         metrics.update(*classes(3))
         values.append(reduced([metrics.snapshot(metrics.pop_states())]))
         assert torch.equal(torch.get_rng_state(), before)
     assert values[0] == values[1]
 
 
-def test_names_of_a_mapping_are_known_once_it_was_computed() -> None:
-    """Before, a name stands for all of them, so that who waits for one is told in time."""
+def test_mapping_names_are_known_after_first_value() -> None:
+    """Before, ``name/*`` stands for all names, so that subscribers are called in time."""
 
     class Late(Elements):
         def compute(self) -> dict[str, float | torch.Tensor]:
@@ -326,15 +326,15 @@ def test_names_of_a_mapping_are_known_once_it_was_computed() -> None:
 
     metrics = TorchMetrics({"late": Late()})
     board = MetricsBoard()
-    told: list[MetricValue] = []
+    received: list[MetricValue] = []
     board.listen(lambda record: None)
-    board.subscribe("eval/val/late/b", told.append)
+    board.subscribe("eval/val/late/b", received.append)
     metrics.update(*classes(3))
     snapshot = metrics.snapshot(metrics.pop_states(), "eval/val/")
     assert snapshot.names() == ["eval/val/late", "eval/val/late/*"]
     board.defer(snapshot)
     board.flush(log=False)
-    assert [(value.name, value.value) for value in told] == [("eval/val/late/b", 2.0)]
+    assert [(value.name, value.value) for value in received] == [("eval/val/late/b", 2.0)]
     assert metrics.names() == ["late/a", "late/b"]
 
 
@@ -360,24 +360,24 @@ def test_names_of_a_mapping_are_known_once_it_was_computed() -> None:
         ),
     ],
 )
-def test_wrong_metrics_are_refused_at_construction(
+def test_invalid_metrics_are_refused_at_construction(
     metrics: Any, error: type[Exception], message: str
 ) -> None:
-    """Each error names who uses it, the metric and the remedy."""
+    """Each error names the owner, the metric and the remedy."""
     with pytest.raises(error, match=message):
         TorchMetrics(metrics, "Hook")
 
 
-def test_what_needs_data_is_refused_at_its_first_value() -> None:
-    """A metric that tells its shape only with data is an error when it is computed."""
+def test_non_scalar_value_is_refused_when_computed() -> None:
+    """A metric whose shape is unknown before its first update is refused when computed."""
     metrics = TorchMetrics({"all": CatMetric()}, "Hook")
     metrics.update(torch.ones(4))
     with pytest.raises(MetricValueError, match=r"Hook: the metric 'all' .* of shape \(4,\)"):
         reduced([metrics.snapshot(metrics.pop_states())])
 
 
-def test_an_error_of_a_metric_says_whose() -> None:
-    """What a metric raises while it is computed gets a note with its name."""
+def test_error_of_metric_has_note() -> None:
+    """An error during compute gets a note with the name of the metric."""
     metrics = TorchMetrics({"r2": R2Score()}, "Hook")
     metrics.update(torch.ones(1), torch.ones(1))
     with pytest.raises(ValueError, match="at least two samples") as raised:
@@ -385,12 +385,12 @@ def test_an_error_of_a_metric_says_whose() -> None:
     assert raised.value.__notes__ == ["while Hook computed the metric 'r2'"]
 
 
-def test_a_state_that_is_no_tensor_is_refused() -> None:
-    """Texts can't travel with tensors; the error names the state."""
+def test_non_tensor_state_is_refused() -> None:
+    """The error names the state that holds strings."""
 
     class Texts(Elements):
         def update(self, preds: torch.Tensor, target: torch.Tensor) -> None:
-            self.kept.append("text")  # type: ignore[arg-type]  # which is the point
+            self.kept.append("text")  # type: ignore[arg-type]  # the point of the test
 
     metrics = TorchMetrics({"texts": Texts()}, "Hook")
     metrics.update(*classes(1))
@@ -398,8 +398,8 @@ def test_a_state_that_is_no_tensor_is_refused() -> None:
         metrics.pop_states()
 
 
-def test_torchmetrics_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without metrics nothing asks for it; with some, the error says how to install it."""
+def test_torchmetrics_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without metrics nothing imports torchmetrics; the error has the install command."""
     metric = MeanMetric()
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
     assert len(TorchMetrics(None)) == len(TorchMetrics({})) == 0
@@ -407,8 +407,8 @@ def test_torchmetrics_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         TorchMetrics({"mean": metric})
 
 
-def test_a_number_that_is_not_finite_is_a_value() -> None:
-    """NaN is what some metrics say of too little data."""
+def test_nan_is_a_value() -> None:
+    """Some metrics return NaN for too little data."""
     metrics = TorchMetrics({"pearson": PearsonCorrCoef()})
     metrics.update(torch.ones(2), torch.ones(2))
     with pytest.warns(UserWarning, match="close to zero"):

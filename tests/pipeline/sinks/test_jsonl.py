@@ -1,4 +1,4 @@
-"""A file of JSON lines that is that of an uninterrupted run, and never loses a record."""
+"""Metrics file: equal to an uninterrupted run's, and no record is lost."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from robo_orchard_lab.pipeline.sinks import (
 
 
 def at(step: int, epoch: int = 0) -> PipelineHookArgs:
-    """A run that has come this far."""
+    """Return hook arguments of a run at this step and epoch."""
     run = PipelineRun.standalone()
     run.progress.global_step_id = run.progress.step_id = step
     run.progress.epoch_id = epoch
@@ -54,8 +54,8 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "metrics.jsonl"
 
 
-def test_a_record_is_a_line_of_strict_json(path: Path) -> None:
-    """The counters, the metrics of the step, and apart from them those of earlier steps."""
+def test_record_is_line_of_strict_json(path: Path) -> None:
+    """A line has the counters, the metrics of the step, and earlier steps separately."""
     values = (
         MetricValue("grad_norm", math.inf, 48),
         MetricValue("eval/val/accuracy", 0.5, 45),
@@ -87,10 +87,10 @@ def test_a_record_is_a_line_of_strict_json(path: Path) -> None:
     ),
     st.booleans(),
 )
-def test_what_is_written_is_read(
+def test_written_records_are_read(
     tmp_path_factory: pytest.TempPathFactory, values: list[MetricValue], partial: bool
 ) -> None:
-    """Any names and numbers come back, exactly."""
+    """Any names and numbers are read back exactly."""
     path = tmp_path_factory.mktemp("sink") / "metrics.jsonl"
     written = MetricsRecord(3, 100, 50, tuple(values), partial)
     write(path, at(0), written)
@@ -102,8 +102,8 @@ def test_what_is_written_is_read(
     )
 
 
-def test_each_record_is_there_at_once(path: Path) -> None:
-    """Who reads the file while a run writes it sees every record."""
+def test_records_are_flushed(path: Path) -> None:
+    """Every record can be read while the run is writing."""
     sink = JsonLinesSink(path)
     sink.open(at(0))
     for step in (1, 2, 3):
@@ -112,19 +112,19 @@ def test_each_record_is_there_at_once(path: Path) -> None:
     sink.close()
 
 
-def test_a_resumed_run_goes_on_from_its_step(path: Path) -> None:
-    """Records after the step are set aside in a file beside it; no file is ever overwritten."""
+def test_resume_moves_later_records(path: Path) -> None:
+    """Records after the resumed step move to another file; no file is overwritten."""
     write(path, at(0), record(5), record(10), record(15))
     write(path, at(10), record(15), record(20))
     write(path, at(5), record(10))
     assert steps(path) == [5, 10]
-    beside = [path.with_name(f"metrics.aside-{number}.jsonl") for number in (1, 2)]
-    assert [steps(file) for file in beside] == [[15], [10, 15, 20]]
-    assert {*path.parent.iterdir()} == {path, *beside}
+    others = [path.with_name(f"metrics.aside-{number}.jsonl") for number in (1, 2)]
+    assert [steps(file) for file in others] == [[15], [10, 15, 20]]
+    assert {*path.parent.iterdir()} == {path, *others}
 
 
-def test_a_new_run_sets_all_aside(path: Path) -> None:
-    """A run that begins anew begins with an empty file, also ahead of an evaluation at step 0."""
+def test_new_run_moves_all_records(path: Path) -> None:
+    """A new run starts with an empty file, even with a record of step 0."""
     write(path, at(0), MetricsRecord(0, 0, 0, ()), record(5))
     path.with_name(temporary_name(path.name)).touch()  # of a run that was killed while it wrote
     write(path, at(0))
@@ -134,8 +134,8 @@ def test_a_new_run_sets_all_aside(path: Path) -> None:
     assert {*path.parent.iterdir()} == {path, aside}
 
 
-def test_partial_records_are_those_of_runs_that_went_on(path: Path) -> None:
-    """A record that was written because a run ended is set aside, at the step itself as before."""
+def test_resume_moves_partial_records(path: Path) -> None:
+    """Partial records move, at the resumed step as well as before."""
     write(path, at(0), record(5), record(8, partial=True))
     write(path, at(8), record(10))
     assert steps(path) == [5, 10]
@@ -145,29 +145,29 @@ def test_partial_records_are_those_of_runs_that_went_on(path: Path) -> None:
     assert steps(path) == [5, 10, 25]
 
 
-def test_a_record_of_an_epoch_that_has_not_ended_is_set_aside(path: Path) -> None:
-    """Of two records at one step, that of the epoch's end is after a save within the epoch."""
+def test_record_of_unfinished_epoch_is_moved(path: Path) -> None:
+    """Of two records at one step, the end-of-epoch one is later than a save in the epoch."""
     write(path, at(0), record(7, epoch=0), record(7, epoch=1))
     write(path, at(7, epoch=0))
     assert [each.epoch_id for each in read_metrics(path)] == [0]
 
 
 @pytest.mark.parametrize("cut", [1, 5, 20, 60])
-def test_a_torn_last_line_is_set_aside(path: Path, cut: int) -> None:
-    """What a crash left of a line goes to the file beside; the one ahead of it stays."""
+def test_torn_last_line_is_moved(path: Path, cut: int) -> None:
+    """An incomplete last line moves to another file; the line before stays."""
     write(path, at(0), record(5), record(10))
-    whole = path.read_bytes()
-    end = whole.index(b"\n") + 1
-    path.write_bytes(whole[: end + cut])
+    complete = path.read_bytes()
+    end = complete.index(b"\n") + 1
+    path.write_bytes(complete[: end + cut])
     assert steps(path) == [5]
     write(path, at(10), record(15))
     assert steps(path) == [5, 15]
-    beside = path.with_name("metrics.aside-1.jsonl")
-    assert beside.read_bytes() == whole[end : end + cut]
+    others = path.with_name("metrics.aside-1.jsonl")
+    assert others.read_bytes() == complete[end : end + cut]
 
 
-def test_zeros_after_a_crash_are_set_aside(path: Path) -> None:
-    """Some file systems leave zeros where the last line was to be."""
+def test_zeros_after_crash_are_moved(path: Path) -> None:
+    """Some file systems leave zeros in place of the last line."""
     write(path, at(0), record(5))
     with path.open("ab") as file:
         file.write(b"\0" * 20)
@@ -175,8 +175,8 @@ def test_zeros_after_a_crash_are_set_aside(path: Path) -> None:
     assert steps(path) == [5, 10]
 
 
-def test_only_the_line_end_is_missing(path: Path) -> None:
-    """A whole record without its line end stays, and the next one gets a line of its own."""
+def test_missing_newline_is_repaired(path: Path) -> None:
+    """A complete record without a newline stays, and the next one gets its own line."""
     write(path, at(0), record(5))
     path.write_bytes(path.read_bytes().rstrip())
     write(path, at(5), record(10))
@@ -200,8 +200,8 @@ def test_only_the_line_end_is_missing(path: Path) -> None:
     ],
     ids=lambda text: text[:12],
 )
-def test_a_file_of_something_else_is_refused(path: Path, text: str) -> None:
-    """The error names the line and what to do, and the file is left as it is."""
+def test_other_file_is_refused(path: Path, text: str) -> None:
+    """The error has the line and the remedy; the file is not changed."""
     path.write_text(text, encoding="utf-8")
     with pytest.raises(MetricsFileError, match=r"line \d of .*metrics\.jsonl is no record .* move"):
         JsonLinesSink(path).open(at(5))
@@ -223,7 +223,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def another_process(path: Path) -> Iterator[subprocess.Popen[str]]:
-    """One that has the file open until its standard input is closed."""
+    """Process that holds the file open until its standard input is closed."""
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(path)],
         stdin=subprocess.PIPE,
@@ -236,8 +236,8 @@ def another_process(path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def test_two_runs_do_not_share_a_file(path: Path, another_process: subprocess.Popen[str]) -> None:
-    """While a run writes a file, another one is refused; when it was killed, no longer."""
+def test_second_run_is_refused(path: Path, another_process: subprocess.Popen[str]) -> None:
+    """A second run is refused while a run is writing, and accepted after a kill."""
     with pytest.raises(MetricsFileError, match=r"another process is writing .* a path of its own"):
         JsonLinesSink(path).open(at(0))
     another_process.kill()
@@ -246,8 +246,8 @@ def test_two_runs_do_not_share_a_file(path: Path, another_process: subprocess.Po
     assert steps(path) == [5]
 
 
-def test_a_link_stays_a_link(tmp_path: Path, path: Path) -> None:
-    """Where the path is a link, the file that it leads to is written and replaced."""
+def test_symlink_is_kept(tmp_path: Path, path: Path) -> None:
+    """If the path is a link, the target is written and replaced."""
     real = tmp_path / "elsewhere" / "real.jsonl"
     real.parent.mkdir()
     path.symlink_to(real)
@@ -258,8 +258,8 @@ def test_a_link_stays_a_link(tmp_path: Path, path: Path) -> None:
     assert steps(real.with_name("real.aside-1.jsonl")) == [10]
 
 
-def test_folders_are_made(tmp_path: Path) -> None:
-    """The path may lead through folders that are not there yet."""
+def test_missing_folders_are_created(tmp_path: Path) -> None:
+    """The path may contain folders that do not exist yet."""
     path = tmp_path / "runs" / "1" / "metrics.jsonl"
     sink = JsonLinesSinkConfig(path=str(path))()
     sink.open(at(0))

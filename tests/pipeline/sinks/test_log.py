@@ -28,8 +28,8 @@ def line(sink: LogSink, record: MetricsRecord, step_in_epoch: int) -> str:
     return sink.line(record)
 
 
-def test_a_record_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    """Epoch, step and every metric, with the step of those that are older."""
+def test_record_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    """A line has the epoch, the step and every metric; older values have their step."""
     caplog.set_level(logging.INFO)
     sink = LogSink()
     sink.open(PipelineHookArgs())
@@ -41,16 +41,16 @@ def test_a_record_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
-def test_the_epoch_is_the_one_of_the_steps() -> None:
-    """It is counted from 1; at the end of an epoch it is the one that has ended."""
+def test_epoch_counts_from_one() -> None:
+    """At the end of an epoch the line has the completed epoch."""
     sink = LogSink()
     assert line(sink, MetricsRecord(1, 12, 12, VALUES), step_in_epoch=5).startswith("epoch 2,")
     assert line(sink, MetricsRecord(1, 7, 7, VALUES), step_in_epoch=0).startswith("epoch 1,")
     assert line(sink, MetricsRecord(0, 0, 0, VALUES), step_in_epoch=0).startswith("epoch 1,")
 
 
-def test_only_what_was_named_is_written(caplog: pytest.LogCaptureFixture) -> None:
-    """Names and patterns choose the metrics; a record without any of them gets no line."""
+def test_names_select_metrics(caplog: pytest.LogCaptureFixture) -> None:
+    """Names and patterns select metrics; a record without any gets no line."""
     caplog.set_level(logging.INFO)
     sink = LogSinkConfig(names=["loss/*", "eval/val/accuracy"])()
     sink.open(PipelineHookArgs())
@@ -59,7 +59,7 @@ def test_only_what_was_named_is_written(caplog: pytest.LogCaptureFixture) -> Non
     assert caplog.messages == ["epoch 1, step 150: loss/total 0.4231"]
 
 
-def test_a_list_without_names_is_refused() -> None:
-    """It would write nothing at all."""
+def test_empty_list_of_names_is_refused() -> None:
+    """An empty list would log nothing."""
     with pytest.raises(pydantic.ValidationError, match="names"):
         LogSinkConfig(names=[])

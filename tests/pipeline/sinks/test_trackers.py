@@ -1,4 +1,4 @@
-"""Experiment trackers, each with its own package where it is installed."""
+"""Experiment trackers; each needs its package installed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def log(sink: TrackerSink, args: PipelineHookArgs, *records: MetricsRecord) -> N
 
 
 class ListTracker(GeneralTracker):  # type: ignore[misc]  # accelerate ships no type information
-    """Keeps what it is told, and fails at one step."""
+    """Tracker that records its calls, and fails at one step."""
 
     requires_logging_directory = False
 
@@ -50,32 +50,32 @@ class ListTracker(GeneralTracker):  # type: ignore[misc]  # accelerate ships no 
         self.name = name  # type: ignore[misc,unused-ignore]  # untyped without accelerate's types
         super().__init__()
         self.fails_at = fails_at
-        self.told: list[Any] = []
+        self.calls: list[Any] = []
 
     @property
     def tracker(self) -> list[Any]:
-        return self.told
+        return self.calls
 
     def start(self) -> None:
-        self.told.append("start")
+        self.calls.append("start")
 
     def store_init_configuration(self, values: Mapping[str, Any]) -> None:
-        self.told.append(dict(values))
+        self.calls.append(dict(values))
 
     def log(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
         if step == self.fails_at:
             raise OSError(28, "No space left on device")
-        self.told.append((step, dict(values)))
+        self.calls.append((step, dict(values)))
 
     def finish(self) -> None:
-        self.told.append("finish")
+        self.calls.append("finish")
 
 
 def test_each_step_is_one_call() -> None:
-    """Values go to the step that they belong to, between one start and one finish."""
+    """Values are logged at their step, between one start and one finish."""
     tracker = ListTracker()
     log(TrackerSink([tracker], hyperparameters={"rate": 0.1}), at(0), *RECORDS)
-    assert tracker.told == [
+    assert tracker.calls == [
         "start",
         {"rate": 0.1},
         (45, {"eval/val/acc": 0.5}),
@@ -85,13 +85,13 @@ def test_each_step_is_one_call() -> None:
     ]
 
 
-def test_one_that_fails_does_not_take_others_along(caplog: pytest.LogCaptureFixture) -> None:
-    """It is reported once, by its name with the error, and the others get every record."""
+def test_failing_tracker_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    """The error is logged once with the tracker's name; the others get every record."""
     full, other = ListTracker("full", fails_at=50), ListTracker()
     third = MetricsRecord(0, 150, 150, (MetricValue("loss", 0.5, 150),))
     log(TrackerSink([full, other]), at(0), *RECORDS, third)
-    assert full.told == ["start", (45, {"eval/val/acc": 0.5}), "finish"]
-    assert [told[0] for told in other.told[1:-1]] == [45, 50, 100, 150]
+    assert full.calls == ["start", (45, {"eval/val/acc": 0.5}), "finish"]
+    assert [call[0] for call in other.calls[1:-1]] == [45, 50, 100, 150]
     (report,) = caplog.records
     assert report.levelno == logging.ERROR
     assert report.getMessage() == (
@@ -100,8 +100,8 @@ def test_one_that_fails_does_not_take_others_along(caplog: pytest.LogCaptureFixt
     )
 
 
-def test_one_that_can_not_start_is_an_error() -> None:
-    """The error names the tracker, and what was started is finished."""
+def test_start_failure_is_an_error() -> None:
+    """The error names the tracker, and started trackers are finished."""
 
     class Broken(ListTracker):
         def start(self) -> None:
@@ -111,60 +111,60 @@ def test_one_that_can_not_start_is_an_error() -> None:
     with pytest.raises(ConnectionError, match="no network") as caught:
         TrackerSink([tracker, Broken("broken")]).open(at(0))
     assert caught.value.__notes__ == ["TrackerSink could not open 'broken'"]
-    assert tracker.told == ["start", "finish"]
+    assert tracker.calls == ["start", "finish"]
 
 
-def test_the_accelerators_trackers_are_used_when_none_are_named() -> None:
-    """Those that it was made with are started and finished."""
+def test_accelerator_trackers_are_the_default() -> None:
+    """Trackers of the Accelerator are started and finished."""
     tracker = ListTracker()
     log(TrackerSink(), at(0, Accelerator(cpu=True, log_with=tracker)), *RECORDS)
-    assert (tracker.told[0], tracker.told[-1]) == ("start", "finish")
-    assert len(tracker.told) == 5
+    assert (tracker.calls[0], tracker.calls[-1]) == ("start", "finish")
+    assert len(tracker.calls) == 5
 
 
-def test_trackers_that_are_started_stay_their_owners() -> None:
-    """What ``init_trackers`` has started is logged to, and neither started again nor finished."""
+def test_started_trackers_are_only_logged_to() -> None:
+    """Trackers started by ``init_trackers`` are neither started again nor finished."""
     tracker = ListTracker()
     accelerator = Accelerator(cpu=True, log_with=tracker)
     accelerator.init_trackers("mine")
     log(TrackerSink(), at(0, accelerator), *RECORDS)
     accelerator.log({"mine": 1.0}, step=101)
     accelerator.end_training()
-    assert [told if isinstance(told, str) else told[0] for told in tracker.told] == [
+    assert [call if isinstance(call, str) else call[0] for call in tracker.calls] == [
         *("start", 45, 50, 100),
         *(101, "finish"),
     ]
 
 
-def test_without_any_tracker_it_is_an_error() -> None:
-    """The error says where to name some."""
+def test_missing_trackers_are_refused() -> None:
+    """The error says where to name trackers."""
     with pytest.raises(PipelineConfigError, match=r"is empty, .* pass trackers=\['tensorboard'\]"):
         TrackerSink().open(at(0))
 
 
-def test_an_unknown_tracker_is_refused_when_it_is_built() -> None:
-    """The error lists those that there are."""
+def test_unknown_tracker_is_refused() -> None:
+    """The error lists the known trackers."""
     with pytest.raises(PipelineConfigError, match=r"no tracker 'tensorbord'; it has .*tensorboard"):
         TrackerSinkConfig(trackers=["tensorbord"])()
 
 
-def test_a_missing_package_is_named_when_it_is_built() -> None:
-    """The error gives the command that installs it."""
+def test_missing_package_is_refused() -> None:
+    """The error has the install command."""
     assert "clearml" not in sys.modules
     with pytest.raises(PipelineConfigError, match=r"'clearml', whose .*: pip install clearml"):
         TrackerSinkConfig(trackers=["clearml"])()
 
 
-def test_options_for_another_tracker_are_refused() -> None:
-    """A misspelled name among the options is an error when the sink is built."""
+def test_options_of_unlisted_tracker_are_refused() -> None:
+    """A misspelled tracker name among the options is an error at construction."""
     with pytest.raises(
         PipelineConfigError, match=r"options has wandb, which is not in trackers=\['list"
     ):
         TrackerSink([ListTracker()], options={"wandb": {"mode": "offline"}})
 
 
-def test_its_configuration_survives_a_file() -> None:
-    """Numbers, flags and texts keep their types."""
+def test_config_round_trips() -> None:
+    """Numbers, booleans and strings keep their types in all formats."""
     config = TrackerSinkConfig(
         trackers=["wandb"],
         hyperparameters={"rate": 0.1, "layers": 4, "bias": True, "name": "1"},
@@ -175,7 +175,7 @@ def test_its_configuration_survives_a_file() -> None:
 
 
 class TestTensorBoard:
-    """What is in the event files, as TensorBoard reads them."""
+    """Contents of event files, read by TensorBoard."""
 
     @pytest.fixture(autouse=True)
     def installed(self) -> None:
@@ -191,18 +191,18 @@ class TestTensorBoard:
         return {tag: [(e.step, e.value) for e in events] for tag, events in tags.items() if events}
 
     def test_tags_and_steps_are_read_back(self, tmp_path: Path) -> None:
-        """Each tag has the values at the steps that they belong to."""
+        """Each tag has its values at their steps."""
         log(TrackerSink(["tensorboard"], folder=tmp_path), at(0), *RECORDS)
         assert self.points(tmp_path / "training") == POINTS
 
-    def test_what_is_no_number_is_kept(self, tmp_path: Path) -> None:
-        """NaN and infinity arrive as such."""
+    def test_non_finite_values_are_kept(self, tmp_path: Path) -> None:
+        """NaN and inf are logged as such."""
         values = (MetricValue("a", math.nan, 1), MetricValue("b", -math.inf, 1))
         log(TrackerSink(["tensorboard"], folder=tmp_path), at(0), MetricsRecord(0, 1, 1, values))
         assert str(self.points(tmp_path / "training")) == "{'a': [(1, nan)], 'b': [(1, -inf)]}"
 
-    def test_a_resumed_run_hides_what_it_does_again(self, tmp_path: Path) -> None:
-        """Values from after the step that a run goes on from are not shown twice."""
+    def test_resume_hides_later_values(self, tmp_path: Path) -> None:
+        """Values after the resumed step are not shown twice."""
         log(TrackerSink(["tensorboard"], folder=tmp_path), at(0), *RECORDS)
         again = MetricsRecord(0, 100, 100, (MetricValue("loss", 1.5, 100),))
         log(TrackerSink(["tensorboard"], folder=tmp_path), at(50), again)
@@ -211,7 +211,7 @@ class TestTensorBoard:
         assert self.points(tmp_path / "training") == {"loss": [(100, 1.0)]}
 
     def test_hyperparameters_are_stored_once(self, tmp_path: Path) -> None:
-        """They are in a run of their own, as TensorBoard has it, and a resume adds no other."""
+        """TensorBoard keeps them in a separate run; a resume adds no other."""
         sink = TrackerSink(
             ["tensorboard"], "mine", tmp_path, {"rate": 0.1, "bias": True, "name": "x"}
         )
@@ -219,16 +219,16 @@ class TestTensorBoard:
         log(sink, at(50), *RECORDS[1:])
         assert len([*tmp_path.glob("mine/*/hparams.yml")]) == 1
 
-    def test_the_accelerators_folder_is_the_default(self, tmp_path: Path) -> None:
-        """With ``log_with`` and ``project_dir`` alone, files go where Accelerate puts them."""
+    def test_accelerator_folder_is_the_default(self, tmp_path: Path) -> None:
+        """With only ``log_with`` and ``project_dir``, files go where Accelerate puts them."""
         accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
         log(TrackerSink(project="mine"), at(0, accelerator), *RECORDS)
         assert self.points(tmp_path / "mine") == POINTS
 
 
-@pytest.mark.filterwarnings("default")  # its own, and those of what it imports
+@pytest.mark.filterwarnings("default")  # warnings of the package and its imports
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An offline run has the values at their steps in its file."""
+    """The file of an offline run has the values at their steps."""
     pytest.importorskip("wandb")
     messages: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -246,27 +246,27 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def leveldb_log(data: bytes) -> Iterator[bytes]:
-    """The records of the format that W&B's files have, behind 7 bytes of their own."""
+    """Iterate over the records of a W&B file: a LevelDB log after 7 header bytes."""
     record, position = b"", 7
     while position < len(data):
         left = 32768 - position % 32768
         if left < 7:
             position += left
             continue
-        length, kind = struct.unpack_from("<HB", data, position + 4)  # behind a checksum
+        length, kind = struct.unpack_from("<HB", data, position + 4)  # after a checksum
         position += 7
         record += data[position : position + length]
         position += length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # complete, or the last part
             yield record
             record = b""
 
 
-@pytest.mark.filterwarnings("default")  # its own, and those of what it imports
+@pytest.mark.filterwarnings("default")  # warnings of the package and its imports
 def test_mlflow_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run of the experiment has the values at their steps in the folder's database."""
+    """The folder's database has the values at their steps."""
     mlflow: Any = pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # put back afterwards
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # restored afterwards
     log(TrackerSink(["mlflow"], "mine", tmp_path, {"rate": 0.1}), at(0), *RECORDS)
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("mine")
@@ -280,10 +280,10 @@ def test_mlflow_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     mlflow.set_tracking_uri(None)
 
 
-@pytest.mark.filterwarnings("default")  # its own, and those of what it imports
+@pytest.mark.filterwarnings("default")  # warnings of the package and its imports
 def test_trackio_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run of the project has the values at their steps in its database."""
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # looked at when it is imported
+    """The project's database has the values at their steps."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # read at import
     pytest.importorskip("trackio")
     storage: Any = importlib.import_module("trackio.sqlite_storage")
     options = {"trackio": {"name": "first", "auto_log_cpu": False, "auto_log_gpu": False}}
