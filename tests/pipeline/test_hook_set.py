@@ -1,4 +1,4 @@
-"""Bundles of hooks: registration, nesting, names, state, printing."""
+"""PipelineHooks: registration, nesting, names, states and repr."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from robo_orchard_lab.pipeline.hooks.mixin import (
 
 
 class Marking(PipelineHooks):
-    """Appends its mark to a list in the before of every channel."""
+    """Hook that appends its mark to a list in the before of every channel."""
 
     def __init__(self, marks: list[str], mark: str) -> None:
         super().__init__(mark)
@@ -32,7 +32,7 @@ class Marking(PipelineHooks):
 
 
 class Counter(PipelineHooks):
-    """Counts loops, as its state."""
+    """Hook that counts loops in its state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Counter(PipelineHooks):
 
 
 class Plain(PipelineHooks):
-    """Takes its parameters one by one."""
+    """Hook with parameters of its own."""
 
     def __init__(self, size: int = 1) -> None:
         super().__init__()
@@ -79,8 +79,8 @@ def enter(hooks: PipelineHooks, channel: ChannelName = "on_step") -> None:
 
 
 @pytest.mark.parametrize("channel", CHANNEL_NAMES)
-def test_bundles_run_in_the_order_of_registration(channel: ChannelName) -> None:
-    """Bundles and hooks of one's own run in the order in which they were registered."""
+def test_hooks_run_in_registration_order(channel: ChannelName) -> None:
+    """Bundles and single hooks run in the order of their registration."""
     marks: list[str] = []
     hooks = PipelineHooks()
     hooks += Marking(marks, "a")
@@ -90,14 +90,14 @@ def test_bundles_run_in_the_order_of_registration(channel: ChannelName) -> None:
     assert marks == ["a", "own", "b"]
 
 
-def test_configurations_build_their_hooks() -> None:
-    """A configuration is as good as a hook: passed on, or spread over keyword arguments."""
+def test_configs_build_their_hooks() -> None:
+    """A config can replace a hook: passed as ``cfg``, or as keyword arguments."""
     hooks = PipelineHooks.from_hooks([PlainConfig(size=5), TakesConfigConfig(), Counter()])
-    plain, takes, counter = hooks.all_hooks()
+    plain, with_config, counter = hooks.all_hooks()
     assert isinstance(plain, Plain)
     assert plain.size == 5
-    assert isinstance(takes, TakesConfig)
-    assert takes.cfg == TakesConfigConfig(size=4)
+    assert isinstance(with_config, TakesConfig)
+    assert with_config.cfg == TakesConfigConfig(size=4)
     assert isinstance(counter, Counter)
 
 
@@ -111,13 +111,13 @@ def test_configurations_build_their_hooks() -> None:
         ({"one": PlainConfig(), "two": PlainConfig()}, ["one", "two"]),
     ],
 )
-def test_from_hooks_takes_one_many_or_named(given: Any, names: list[str]) -> None:
-    """One hook, an iterable or a mapping that names them; or none."""
+def test_from_hooks_accepts_one_many_or_named(given: Any, names: list[str]) -> None:
+    """One hook, an iterable, a mapping with names, or None."""
     assert [hook.name for hook in PipelineHooks.from_hooks(given).all_hooks()] == names
 
 
-def test_a_removed_bundle_leaves_every_channel() -> None:
-    """The handle of a bundle removes all of its hooks, once, and it can be registered again."""
+def test_handle_removes_bundle_from_every_channel() -> None:
+    """The handle works once, and the bundle can be registered again."""
     marks: list[str] = []
     hooks = PipelineHooks()
     bundle = Marking(marks, "a")
@@ -137,8 +137,8 @@ def test_a_removed_bundle_leaves_every_channel() -> None:
     assert list(hooks.all_hooks()) == []
 
 
-def test_what_a_bundle_registers_later_runs_where_it_is_registered() -> None:
-    """A hook that is added to a bundle afterwards takes its place in the bundle's parents."""
+def test_hook_registered_later_runs_in_bundle_order() -> None:
+    """A hook added to a registered bundle runs in the position of the bundle."""
     marks: list[str] = []
     inner = PipelineHooks()
     hooks = PipelineHooks.from_hooks([inner, Marking(marks, "last")])
@@ -151,8 +151,8 @@ def test_what_a_bundle_registers_later_runs_where_it_is_registered() -> None:
     assert marks == ["late", "last", "last"]
 
 
-def test_two_hooks_of_one_name_are_refused() -> None:
-    """A name is unique in all that is registered together; the remedy is told, and works."""
+def test_duplicate_names_are_refused() -> None:
+    """Names are unique; the error has a remedy that works."""
     with pytest.raises(
         HookRegistrationError, match=r"two hooks have one name: 'Plain'.*hook\.name"
     ):
@@ -166,16 +166,16 @@ def test_two_hooks_of_one_name_are_refused() -> None:
     assert [hook.name for hook in hooks.named_hooks()] == ["Plain", "other"]
 
 
-def test_bundles_without_a_name_have_no_identity() -> None:
-    """Plain bundles only hold others together: any number of them may be registered."""
+def test_unnamed_bundles_may_repeat() -> None:
+    """Any number of plain bundles without a name may be registered."""
     hooks = PipelineHooks.from_hooks([PipelineHooks(), PipelineHooks()])
     assert list(hooks.named_hooks()) == []
     with pytest.raises(HookRegistrationError, match="'a'"):
         PipelineHooks.from_hooks([PipelineHooks("a"), PipelineHooks("a")])
 
 
-def test_the_same_hook_twice_is_refused() -> None:
-    """One object is registered once, and not in itself."""
+def test_same_hook_twice_is_refused() -> None:
+    """An object is registered once, and not in itself."""
     hooks = PipelineHooks()
     inner = PipelineHooks()
     hooks += inner
@@ -210,8 +210,8 @@ def test_the_same_hook_twice_is_refused() -> None:
         ),
     ],
 )
-def test_wrong_use_says_what_to_do(use: Callable[[Any], Any], message: str) -> None:
-    """A wrong channel name or something that is no hook is an error with the remedy."""
+def test_wrong_use_has_remedy(use: Callable[[Any], Any], message: str) -> None:
+    """A wrong channel name or object is an error with the remedy."""
     with pytest.raises(HookRegistrationError, match=message):
         use(PipelineHooks())
 
@@ -219,10 +219,10 @@ def test_wrong_use_says_what_to_do(use: Callable[[Any], Any], message: str) -> N
 def no_argument() -> None: ...
 
 
-def test_a_callable_that_takes_no_argument_is_refused() -> None:
-    """The error comes where the hook is written, and names the callable."""
+def test_function_without_argument_is_refused() -> None:
+    """The error comes at registration, and names the function."""
     with pytest.raises(HookSignatureError, match="one argument"):
-        PipelineHooks().register_hook("on_step", HookContext.from_callable(no_argument))  # type: ignore[arg-type]  # what is tested
+        PipelineHooks().register_hook("on_step", HookContext.from_callable(no_argument))  # type: ignore[arg-type]  # what the test is about
 
 
 class Forgetful(PipelineHooks):
@@ -235,8 +235,8 @@ class TooEarly(PipelineHooks):
         self.register_hook("on_step", HookContext.from_callable(print))
 
 
-def test_a_constructor_that_forgets_super_is_told() -> None:
-    """Whether it registers hooks itself or is registered, it is told to call super().__init__."""
+def test_missing_super_init_is_refused() -> None:
+    """The error comes when the hook registers methods, or is registered."""
     with pytest.raises(HookRegistrationError, match=r"Forgetful\.__init__ must call super\(\)"):
         PipelineHooks.from_hooks([Forgetful()])
     with pytest.raises(HookRegistrationError, match=r"TooEarly\.__init__ must call super\(\)"):
@@ -244,7 +244,7 @@ def test_a_constructor_that_forgets_super_is_told() -> None:
 
 
 def test_states_are_saved_by_name() -> None:
-    """The states of all bundles in a bundle go by their names, however deep they are."""
+    """The states of all nested bundles are stored by name."""
     deep = Counter()
     deep.name = "deep"
     hooks = PipelineHooks.from_hooks([Counter(), PipelineHooks.from_hooks(deep), Plain()])
@@ -260,7 +260,7 @@ def test_states_are_saved_by_name() -> None:
 
 
 def test_states_of_other_hooks_are_refused() -> None:
-    """Missing and unexpected names are listed, and nothing is loaded."""
+    """The error lists missing and unexpected names, and nothing is loaded."""
     counter = Counter()
     hooks = PipelineHooks.from_hooks([counter])
     with pytest.raises(
@@ -273,8 +273,8 @@ def test_states_of_other_hooks_are_refused() -> None:
     assert counter.count == 0
 
 
-def test_a_bundle_prints_the_hook_channels_that_have_hooks() -> None:
-    """The tree has an entry for each such channel, in the order of the timeline."""
+def test_repr_shows_channels_with_hooks() -> None:
+    """The channels are in the order of the loop."""
     hooks = PipelineHooks.from_hooks([Counter()])
     hooks.register_hook("on_epoch", HookContext.from_callable(after=print))
     lines = repr(hooks).splitlines()
@@ -289,8 +289,8 @@ def test_a_bundle_prints_the_hook_channels_that_have_hooks() -> None:
     assert repr(PipelineHooks()).splitlines()[0] == lines[0]
 
 
-def test_everything_a_hook_needs_comes_from_mixin() -> None:
-    """The one module offers what a hook is written with."""
+def test_mixin_exports_everything_for_hooks() -> None:
+    """One module exports everything that a hook author needs."""
     assert {
         "HookContext",
         "PipelineHookArgs",
@@ -303,8 +303,8 @@ def test_everything_a_hook_needs_comes_from_mixin() -> None:
     assert PipelineHooks.__module__ == mixin.__name__
 
 
-def test_configured_hooks_survive_a_round_trip() -> None:
-    """A hook's configuration is the same after JSON, YAML and TOML, without further trust."""
+def test_config_round_trips() -> None:
+    """A config is equal after JSON, YAML and TOML, without further trust."""
     for text_format in ("json", "yaml", "toml"):
         config = TakesConfigConfig(size=9)
         text = config.to_str(format=text_format)

@@ -1,4 +1,4 @@
-"""Schedules as text, as numbers, and as fields of a config."""
+"""Triggers as text, as objects, and as fields of a config."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ triggers = st.one_of(
 
 
 @given(triggers)
-@example(EverySeconds(8.444234073065329e21))  # divided by 3600 it is whole, and not exact
+@example(EverySeconds(8.444234073065329e21))  # divided by 3600 it is an integer, but not exact
 @example(EverySeconds(5e-324))
 @example(EverySeconds(90))
-def test_the_text_of_a_trigger_is_read_back(trigger: Trigger) -> None:
-    """Exactly, whatever it counts and however many are joined."""
+def test_text_round_trips(trigger: Trigger) -> None:
+    """``parse(str(trigger))`` is equal, for every kind and any number of joined triggers."""
     assert Trigger.parse(str(trigger)) == trigger
     assert hash(Trigger.parse(str(trigger))) == hash(trigger)
 
@@ -71,8 +71,8 @@ def test_the_text_of_a_trigger_is_read_back(trigger: Trigger) -> None:
         ("first | last", First() | Last()),
     ],
 )
-def test_texts_that_people_write(text: str, trigger: Trigger) -> None:
-    """Units in the singular and the plural, any case, and with or without a space."""
+def test_parse_accepts_variants(text: str, trigger: Trigger) -> None:
+    """Singular and plural units, any case, with or without a space."""
     assert Trigger.parse(text) == trigger
 
 
@@ -88,8 +88,8 @@ def test_texts_that_people_write(text: str, trigger: Trigger) -> None:
         (AtSteps([3, 1]), "at steps 1, 3"),
     ],
 )
-def test_the_text_is_short(trigger: Trigger, text: str) -> None:
-    """The largest unit that gives a whole number."""
+def test_text_is_short(trigger: Trigger, text: str) -> None:
+    """The text has the largest unit with an integer count."""
     assert str(trigger) == text
 
 
@@ -110,8 +110,8 @@ def test_the_text_is_short(trigger: Trigger, text: str) -> None:
         ("at steps", "can't read 'at steps'"),
     ],
 )
-def test_a_text_that_can_not_be_read_is_told(text: str, message: str) -> None:
-    """The error names the part, and shows what could stand there."""
+def test_invalid_text_is_refused(text: str, message: str) -> None:
+    """The error names the part, and has examples."""
     with pytest.raises(TriggerError, match=message):
         Trigger.parse(text)
 
@@ -135,18 +135,18 @@ def test_a_text_that_can_not_be_read_is_told(text: str, message: str) -> None:
         (lambda: AnyOf((First(),)), "two triggers or more, got 1"),
     ],
 )
-def test_a_number_that_makes_no_sense_is_refused(make: Callable[[], Any], message: str) -> None:
-    """When the trigger is made, by its name."""
+def test_invalid_numbers_are_refused(make: Callable[[], Any], message: str) -> None:
+    """The error comes at construction, and names the trigger."""
     with pytest.raises(TriggerError, match=message):
         make()
 
 
-def test_joined_schedules_are_flat() -> None:
-    """However they were joined, they are one list; what is no trigger can't be joined."""
+def test_joined_triggers_are_flat() -> None:
+    """Nested joins are one list; other objects can't be joined."""
     a, b, c = EverySteps(2), First(), Last()
     assert (a | b) | c == a | (b | c) == AnyOf((a, AnyOf((b, c))))
     with pytest.raises(TypeError):
-        _ = a | "1 epoch"  # type: ignore[operator]  # what is tested
+        _ = a | "1 epoch"  # type: ignore[operator]  # what the test is about
 
 
 class Watching(PipelineHooks):
@@ -164,10 +164,10 @@ class WatchingConfig(PipelineHooksConfig[Watching]):
 
 @given(triggers, st.none() | triggers, st.lists(triggers, max_size=3))
 @settings(max_examples=50)
-def test_a_config_keeps_its_schedules(
+def test_config_round_trips_triggers(
     every: Trigger, other: Trigger | None, more: list[Trigger]
 ) -> None:
-    """Through JSON, YAML and TOML, where a trigger is its text."""
+    """In JSON, YAML and TOML a trigger is its text."""
     config = WatchingConfig(every=every, other=other, more=more)
     for text_format in ("json", "yaml", "toml"):
         text = config.to_str(format=text_format)
@@ -175,7 +175,7 @@ def test_a_config_keeps_its_schedules(
         assert WatchingConfig.from_str(text, format=text_format) == config
 
 
-def test_a_field_takes_a_text() -> None:
+def test_field_accepts_text() -> None:
     """In code, in a file and on the command line."""
     expected = EverySteps(3) | EverySeconds(600)
     assert WatchingConfig(every="3 steps | 10 min").every == expected  # type: ignore[arg-type]  # pydantic's
@@ -196,7 +196,7 @@ def test_a_field_takes_a_text() -> None:
         (2.5, "every: .*expected a trigger or its text, got float"),
     ],
 )
-def test_a_field_that_is_no_trigger_is_told(value: Any, message: str) -> None:
-    """With the field's place in the document."""
+def test_invalid_field_is_refused(value: Any, message: str) -> None:
+    """The error has the path of the field in the document."""
     with pytest.raises(ConfigFieldError, match=message):
         WatchingConfig.from_dict({"every": value})

@@ -1,4 +1,4 @@
-"""The steps and epochs with which a trigger is due, against what plain counting says."""
+"""Steps and epochs at which triggers are due in runs, compared with plain counting."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tiny import make_loader, make_trainer
 
 
 class Step(NamedTuple):
-    """A step of a run as it must go, counted by hand."""
+    """Step of a run, counted by hand."""
 
     number: int
     """From 1."""
@@ -38,16 +38,16 @@ class Step(NamedTuple):
     """From 1."""
     ends_epoch: bool
     boundary: bool
-    """Whether an update is due."""
+    """True if an update is due."""
     updates: int
-    """How many were committed before."""
+    """Number of updates committed before."""
     committed: bool
-    """Whether its own was."""
+    """True if the update of this step is committed."""
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A run, and what happens in it, worked out by plain counting."""
+class RunSetting:
+    """Settings of a run, and its steps by plain counting."""
 
     batches: int = 3
     window: int = 1
@@ -55,9 +55,9 @@ class Setting:
     max_optimizer_step: int | None = None
     max_epoch: int | None = None
     skips: frozenset[int] = frozenset()
-    """Which of the updates that are due are skipped, from 0."""
+    """Skipped updates, counting due updates from 0."""
     sized: bool = True
-    """Whether the data tells its length."""
+    """True if the data has a length."""
 
     def steps(self) -> Iterator[Step]:
         number = updates = due = 0
@@ -77,7 +77,7 @@ class Setting:
                 return
 
     def epochs(self) -> list[tuple[int, bool]]:
-        """Each epoch from 1, and whether the data is known to have been passed over to its end."""
+        """Return each epoch from 1, with True if the trainer knows that it was completed."""
         *_, last = steps = [*self.steps()]
         limited = last.number == self.max_step or (
             last.updates + last.committed == self.max_optimizer_step
@@ -86,7 +86,7 @@ class Setting:
         return [(e, e < last.epoch or last_completed) for e in range(1, steps[-1].epoch + 1)]
 
     def run(self, hooks: Any, **options: Any) -> Any:
-        """The trainer of such a run, after it."""
+        """Run a trainer with these settings and return it."""
         skipping = PipelineHooks()
 
         @skipping.on_optimizer_step.before
@@ -110,7 +110,7 @@ class Setting:
 
 
 class Unsized:
-    """Data that doesn't tell how much it is."""
+    """Data without a length."""
 
     def __init__(self, loader: Any) -> None:
         self.loader = loader
@@ -119,8 +119,8 @@ class Unsized:
         return iter(self.loader)
 
 
-def expected(when: Trigger, channel: ChannelName, role: Role, setting: Setting) -> list[int]:
-    """The numbers of the steps, or on ``on_epoch`` of the epochs, with which it must be due."""
+def expected(when: Trigger, channel: ChannelName, role: Role, setting: RunSetting) -> list[int]:
+    """Return the numbers of the steps, or on ``on_epoch`` of the epochs, that must be due."""
     if isinstance(when, AnyOf):
         parts = [expected(part, channel, role, setting) for part in when.triggers]
         return sorted(set().union(*parts))
@@ -134,7 +134,7 @@ def expected(when: Trigger, channel: ChannelName, role: Role, setting: Setting) 
     updated = channel == "on_optimizer_step" and role == "after"
 
     def is_due(step: Step) -> bool:
-        # The update with which it is due is known once it is committed, and foreseen before.
+        # A due update is predicted before it is committed.
         update = (step.committed if updated else step.boundary) and step.updates + 1
         if isinstance(when, EverySteps):
             return step.number % when.n == 0
@@ -156,8 +156,8 @@ def expected(when: Trigger, channel: ChannelName, role: Role, setting: Setting) 
     return [step.number for step in reached if is_due(step)]
 
 
-def ends_with(epoch: int, role: Role, setting: Setting) -> bool:
-    """Whether an epoch is the last one, as far as it is known ahead or afterwards."""
+def ends_with(epoch: int, role: Role, setting: RunSetting) -> bool:
+    """Return True if an epoch is the last, as far as known before or after the epoch."""
     last = setting.epochs()[-1][0]
     if role == "after" or setting.sized:
         return epoch == last
@@ -182,7 +182,7 @@ def joined(parts: st.SearchStrategy[Trigger]) -> st.SearchStrategy[Trigger]:
 
 
 runs = st.builds(
-    Setting,
+    RunSetting,
     batches=small,
     window=st.integers(1, 4),
     max_step=st.none() | st.integers(1, 12),
@@ -194,7 +194,7 @@ runs = st.builds(
 
 
 class Firing(PipelineHooks):
-    """Writes down the number of the step, or the epoch, with which each of its functions ran."""
+    """Hook that records the step or epoch at which each of its functions ran."""
 
     def __init__(self, triggers: list[Trigger], channels: tuple[ChannelName, ...]) -> None:
         super().__init__()
@@ -219,15 +219,15 @@ class Firing(PipelineHooks):
         self.register_hook(channel, HookContext.from_callable(**functions), when)
 
 
-def check(firing: Firing, setting: Setting) -> None:
+def check(firing: Firing, setting: RunSetting) -> None:
     for (when, channel, kind), fired in firing.fired.items():
-        # A pair is entered by what its before finds, and left whenever it was entered.
+        # A pair runs as decided in its before.
         role: Role = "after" if kind == "after" else "before"
-        foreseen = isinstance(when, Last) or Last() in getattr(when, "triggers", ())
-        if channel == "on_epoch" and role == "before" and setting.skips and foreseen:
-            continue  # an epoch that is foreseen as the last one may not be it
-        told = f"{when} on {channel}, {kind}, in {setting}"
-        assert fired == expected(when, channel, role, setting), told
+        is_predicted = isinstance(when, Last) or Last() in getattr(when, "triggers", ())
+        if channel == "on_epoch" and role == "before" and setting.skips and is_predicted:
+            continue  # the epoch predicted as last may not be the last
+        message = f"{when} on {channel}, {kind}, in {setting}"
+        assert fired == expected(when, channel, role, setting), message
 
 
 @given(
@@ -237,11 +237,11 @@ def check(firing: Firing, setting: Setting) -> None:
     ),
 )
 @settings(max_examples=60, deadline=None)
-@example(Setting(3, 2, max_epoch=2, max_optimizer_step=3, skips=frozenset({1})), [Last()])
-@example(Setting(3, 2, max_step=4, max_epoch=2), [Last(), EveryOptimizerSteps(2)])
-@example(Setting(2, 3, max_epoch=2, sized=False), [Last(), First()])
-def test_steps_are_due_as_counted(setting: Setting, triggers: list[Trigger]) -> None:
-    """On every channel of a step, before and after, in windows that end early and with skips."""
+@example(RunSetting(3, 2, max_epoch=2, max_optimizer_step=3, skips=frozenset({1})), [Last()])
+@example(RunSetting(3, 2, max_step=4, max_epoch=2), [Last(), EveryOptimizerSteps(2)])
+@example(RunSetting(2, 3, max_epoch=2, sized=False), [Last(), First()])
+def test_steps_are_due_as_counted(setting: RunSetting, triggers: list[Trigger]) -> None:
+    """On every step channel, before and after, with short windows and skipped updates."""
     assume(setting.sized or all("epoch" not in str(when) for when in triggers))
     firing = Firing(triggers, STEP_CHANNELS)
     trainer = setting.run([firing])
@@ -252,10 +252,10 @@ def test_steps_are_due_as_counted(setting: Setting, triggers: list[Trigger]) -> 
 
 @given(runs, st.lists(joined(due_on_epochs), min_size=1, max_size=3, unique=True))
 @settings(max_examples=40, deadline=None)
-@example(Setting(3, 2, max_epoch=3, max_optimizer_step=3), [Last()])
-@example(Setting(3, 1, max_epoch=3, max_step=4), [Last() | First()])
-def test_epochs_are_due_as_counted(setting: Setting, triggers: list[Trigger]) -> None:
-    """The after of an epoch that was cut short is not due, but with the end of the run."""
+@example(RunSetting(3, 2, max_epoch=3, max_optimizer_step=3), [Last()])
+@example(RunSetting(3, 1, max_epoch=3, max_step=4), [Last() | First()])
+def test_epochs_are_due_as_counted(setting: RunSetting, triggers: list[Trigger]) -> None:
+    """The after of an incomplete epoch is due only at the end of the run."""
     firing = Firing(triggers, ("on_epoch",))
     setting.run([firing])
     check(firing, setting)
@@ -263,8 +263,8 @@ def test_epochs_are_due_as_counted(setting: Setting, triggers: list[Trigger]) ->
 
 @given(runs.filter(lambda run: run.sized and not run.skips))
 @settings(max_examples=20, deadline=None)
-def test_the_last_step_is_the_last(setting: Setting) -> None:
-    """Where lengths are known and no update is skipped, it is due once: when the run ends."""
+def test_last_is_due_once(setting: RunSetting) -> None:
+    """If lengths are known and no update is skipped, ``last`` is due once, at the end."""
     firing = Firing([Last()], ("on_step",))
     trainer = setting.run([firing])
     assert set(map(tuple, firing.fired.values())) == {(trainer.progress.global_step_id,)}
@@ -272,12 +272,12 @@ def test_the_last_step_is_the_last(setting: Setting) -> None:
 
 @given(runs, joined(due_on_steps | due_on_epochs))
 @settings(max_examples=40, deadline=None)
-def test_requests_are_made_where_a_trigger_is_due(setting: Setting, when: Trigger) -> None:
-    """What is registered at the commit point is asked on the channel that knows."""
-    asked: set[tuple[str, int]] = set()
+def test_register_at_commit_uses_exact_channel(setting: RunSetting, when: Trigger) -> None:
+    """The function is called on the channel that knows exactly, for every part."""
+    called: set[tuple[str, int]] = set()
     hooks = PipelineHooks()
     handle = hooks.register_at_commit(
-        lambda args: asked.add(
+        lambda args: called.add(
             ("step", args.global_step_id + 1)
             if args.progress.in_step
             else ("epoch", args.epoch_id + 1)
@@ -285,7 +285,7 @@ def test_requests_are_made_where_a_trigger_is_due(setting: Setting, when: Trigge
         when,
     )
     setting.run([hooks])
-    wanted: set[tuple[str, int]] = set()
+    due: set[tuple[str, int]] = set()
     for part in when.triggers if isinstance(when, AnyOf) else [when]:
         channel = {
             EveryOptimizerSteps: "on_optimizer_step",
@@ -293,8 +293,8 @@ def test_requests_are_made_where_a_trigger_is_due(setting: Setting, when: Trigge
             Last: "on_epoch",
         }.get(type(part), "on_step")
         kind = "epoch" if channel == "on_epoch" else "step"
-        wanted |= {(kind, number) for number in expected(part, channel, "after", setting)}  # type: ignore[arg-type]  # a channel
-    assert asked == wanted
+        due |= {(kind, number) for number in expected(part, channel, "after", setting)}  # type: ignore[arg-type]  # a channel
+    assert called == due
     handle.remove()
     handle.remove()
     assert all(len(hooks.get_channel(channel)) == 0 for channel in CHANNEL_NAMES)
@@ -314,18 +314,18 @@ EVERYTHING: list[Trigger] = [
 @pytest.mark.parametrize(
     "setting",
     [
-        Setting(batches=3, window=1, max_step=7),
-        Setting(batches=5, window=2, max_epoch=2, skips=frozenset({1})),
-        Setting(batches=4, window=3, max_epoch=5, max_optimizer_step=5),
+        RunSetting(batches=3, window=1, max_step=7),
+        RunSetting(batches=5, window=2, max_epoch=2, skips=frozenset({1})),
+        RunSetting(batches=4, window=3, max_epoch=5, max_optimizer_step=5),
     ],
     ids=str,
 )
-def test_a_resumed_run_fires_where_the_straight_one_does(setting: Setting, tmp_path: Path) -> None:
-    """Whatever step it is stopped at; only an epoch that is entered again is begun again."""
-    straight = Firing(EVERYTHING, STEP_CHANNELS)
+def test_resumed_run_fires_as_uninterrupted_run(setting: RunSetting, tmp_path: Path) -> None:
+    """For every stop; only a ``before`` of an epoch that is entered again runs again."""
+    uninterrupted = Firing(EVERYTHING, STEP_CHANNELS)
     of_epochs = Firing([EveryEpochs(2), First(), Last()], ("on_epoch",))
     of_epochs.name = "epochs"
-    steps = setting.run([straight, of_epochs]).progress.global_step_id
+    steps = setting.run([uninterrupted, of_epochs]).progress.global_step_id
     for stop in range(1, steps):
         parts = []
         for part in ("first", "second"):
@@ -345,7 +345,7 @@ def test_a_resumed_run_fires_where_the_straight_one_does(setting: Setting, tmp_p
                 setting.run([firing, epochs], resume_from=folder)
             parts.append((firing.fired, epochs.fired))
         (first, first_epochs), (second, second_epochs) = parts
-        for key, fired in straight.fired.items():
+        for key, fired in uninterrupted.fired.items():
             assert first[key] + second[key] == fired, f"{key}, stopped after step {stop}"
         for key, fired in of_epochs.fired.items():
             both = first_epochs[key] + second_epochs[key]
@@ -356,7 +356,7 @@ def test_a_resumed_run_fires_where_the_straight_one_does(setting: Setting, tmp_p
 
 
 class Clock:
-    """A clock that a run moves."""
+    """Clock that the test moves."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
@@ -368,13 +368,13 @@ class Clock:
     [
         ("20 s", [4, 7, 10]),
         ("20 s | at steps 5", [4, 5, 7, 10]),
-        ("at steps 4 | 20 s", [4, 7, 10]),  # the clock is looked at in step 4 as well
+        ("at steps 4 | 20 s", [4, 7, 10]),  # the clock is read in step 4 as well
     ],
 )
-def test_seconds_are_counted_from_the_last_time(
+def test_seconds_count_from_last_time(
     when: str, steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the first step that ends when the time is up; a new run begins anew."""
+    """The first step after the period fires; a new run starts a new period."""
     clock = Clock(monkeypatch)
     fired: list[int] = []
     hooks = PipelineHooks()
@@ -387,16 +387,16 @@ def test_seconds_are_counted_from_the_last_time(
     def wait(args: PipelineHookArgs) -> None:
         clock.now += 30 if args.global_step_id == 6 else 8
 
-    Setting(batches=5, max_step=12).run([hooks])
+    RunSetting(batches=5, max_step=12).run([hooks])
     assert fired == steps
     fired.clear()
     clock.now += 1000
-    Setting(batches=5, max_step=12).run([hooks])
+    RunSetting(batches=5, max_step=12).run([hooks])
     assert fired == steps
 
 
-def test_a_failing_step_asks_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is due by the time waits for a step that is whole."""
+def test_failing_step_does_not_fire_clock_trigger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock trigger waits for a step without an error."""
     clock = Clock(monkeypatch)
     fired: list[int] = []
     hooks = PipelineHooks()
@@ -412,13 +412,13 @@ def test_a_failing_step_asks_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
             raise ValueError("planted")
 
     with pytest.raises(ValueError, match="planted"):
-        Setting(max_step=3).run([hooks])
+        RunSetting(max_step=3).run([hooks])
     assert fired == [1]
 
 
 @pytest.mark.parametrize("channel", ["on_step", "on_optimizer_step"])
-def test_epochs_are_counted_on_the_channels_of_a_step(channel: ChannelName) -> None:
-    """There, every n-th epoch is due in its last step, resumed in its middle or not."""
+def test_every_epoch_is_due_in_its_last_step(channel: ChannelName) -> None:
+    """On step channels, every n-th epoch is due in its last step."""
     fired: list[int] = []
     hooks = PipelineHooks("counts")
     hook = HookContext[PipelineHookArgs].from_callable(
@@ -429,8 +429,8 @@ def test_epochs_are_counted_on_the_channels_of_a_step(channel: ChannelName) -> N
     assert fired == [4, 6, 12]
 
 
-def test_the_last_step_of_data_without_a_length_is_unknown() -> None:
-    """A trigger by epochs on a step is refused there, in the first step, with the remedy."""
+def test_epoch_trigger_on_step_requires_length() -> None:
+    """An epoch trigger on a step is refused in the first step, with the remedy."""
     hooks = PipelineHooks("counts")
     hooks.on_step.after(when="1 epoch")(print)
     with pytest.raises(TriggerError, match=r"'1 epoch': no step knows .* register .* on_epoch"):
@@ -438,8 +438,8 @@ def test_the_last_step_of_data_without_a_length_is_unknown() -> None:
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_the_first_update_is_that_of_the_first_window(accumulate: int) -> None:
-    """On ``on_optimizer_step``, ``first`` is the first update, whatever step that is."""
+def test_first_update_is_end_of_first_window(accumulate: int) -> None:
+    """On ``on_optimizer_step``, ``first`` is the first update."""
     fired: list[int] = []
     hooks = PipelineHooks("counts")
     for role in (hooks.on_optimizer_step.before, hooks.on_optimizer_step.after):

@@ -1,4 +1,4 @@
-"""Hooks that have a trigger: pairs, errors, printing, and decorators that register them."""
+"""Hooks with a trigger: pairs, errors, repr, and the decorators."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from robo_orchard_lab.pipeline.trigger import EverySteps, Last, TriggerError
 from tiny import make_trainer
 
 
-def test_a_pair_is_entered_and_left_together() -> None:
-    """What the before found holds for the after, also where that would find otherwise."""
+def test_before_decides_for_after() -> None:
+    """The trigger is evaluated in the before; the after follows, whatever the trigger says then."""
     seen: list[str] = []
 
     def note(role: str) -> Callable[[PipelineHookArgs], None]:
@@ -36,14 +36,14 @@ def test_a_pair_is_entered_and_left_together() -> None:
 
     make_trainer([skipping, hooks], max_step=5)()
     assert seen == [
-        *("before 1 None", "after 1 False"),  # the second update was skipped,
-        *("before 2 None", "alone 2 True", "after 2 True"),  # and came with the third step
+        *("before 1 None", "after 1 False"),  # the second update is skipped,
+        *("before 2 None", "alone 2 True", "after 2 True"),  # and committed in the third step
         *("before 4 None", "alone 4 True", "after 4 True"),
     ]
 
 
-def test_an_entered_pair_is_left_when_the_body_fails() -> None:
-    """As with every hook: the after of one that was entered runs and sees the error."""
+def test_after_of_entered_hook_runs_on_error() -> None:
+    """The after of an entered hook sees the error of the body, as with every hook."""
     seen: list[tuple[int, str]] = []
     hooks = PipelineHooks()
     pair: HookContext[PipelineHookArgs] = HookContext.from_callable(
@@ -82,18 +82,16 @@ def test_an_entered_pair_is_left_when_the_body_fails() -> None:
         ("on_step", 10, "10 of what"),
     ],
 )
-def test_a_trigger_that_is_never_due_is_refused(
-    channel: ChannelName, when: Any, message: str
-) -> None:
-    """When the hook is registered; nothing is registered then."""
+def test_trigger_never_due_is_refused(channel: ChannelName, when: Any, message: str) -> None:
+    """The error comes at registration, and nothing is registered."""
     hooks = PipelineHooks()
     with pytest.raises(TriggerError, match=message):
         hooks.register_hook(channel, HookContext.from_callable(print), when)
     assert len(hooks.get_channel(channel)) == 0
 
 
-def test_only_a_hook_context_is_given_a_trigger() -> None:
-    """A channel with a trigger is refused, not registered without it."""
+def test_trigger_requires_hook_context() -> None:
+    """A channel with a trigger is refused, not registered without the trigger."""
     channel = HookContextChannel[PipelineHookArgs]("mine")
     with pytest.raises(HookRegistrationError, match="HookContext with a trigger, got HookContextC"):
         PipelineHooks().register_hook("on_step", channel, "2 steps")  # type: ignore[arg-type]
@@ -117,7 +115,7 @@ def line_of(function: Any) -> str:
 
 @pytest.mark.parametrize("role", ["before", "after"])
 @pytest.mark.parametrize(
-    ("function", "told", "where"),
+    ("function", "description", "where"),
     [
         (fail, "function fail", line_of(fail)),
         (Stubborn().fail, r"bound method Stubborn\(id=\d+\)\.fail", line_of(Stubborn.fail)),
@@ -127,10 +125,10 @@ def line_of(function: Any) -> str:
     ],
     ids=["function", "bound method", "partial", "partial of a method", "object"],
 )
-def test_an_error_names_the_function_behind_the_trigger(
-    function: Any, told: str, where: str, role: str
+def test_error_names_triggered_function(
+    function: Any, description: str, where: str, role: str
 ) -> None:
-    """With the line where it is defined, not that of the trigger's gate."""
+    """The note has the line of the user's function, not of the wrapper."""
     hooks = PipelineHooks("mine")
     functions = {role: function}
     hooks.register_hook("on_step", HookContext.from_callable(**functions), "2 steps")
@@ -139,11 +137,11 @@ def test_an_error_names_the_function_behind_the_trigger(
     note = raised.value.__notes__[0]
     assert note.startswith(f"raised in hook 'mine' (on_step, {role}): ")
     assert note.endswith(where)
-    assert re.search(told, note)
+    assert re.search(description, note)
 
 
-def test_the_tree_shows_the_trigger() -> None:
-    """After each hook that has one, in its short text."""
+def test_repr_shows_trigger() -> None:
+    """The short text of the trigger follows the hook."""
     hooks = PipelineHooks()
     hooks.register_hook("on_step", HookContext.from_callable(after=fail), "100 steps | first")
     hooks.register_hook("on_step", HookContext.from_callable(after=fail))
@@ -153,7 +151,7 @@ def test_the_tree_shows_the_trigger() -> None:
     assert triggered.startswith("after=<FunctionInfo function fail from")
 
 
-def test_decorators_register_and_return_the_function() -> None:
+def test_decorators_register_and_return_function() -> None:
     """Bare, called without arguments, and with a trigger and a name."""
     seen: list[str] = []
     hooks = PipelineHooks("mine")
@@ -180,8 +178,8 @@ def test_decorators_register_and_return_the_function() -> None:
 
 
 @pytest.mark.parametrize("channel", CHANNEL_NAMES)
-def test_every_channel_has_its_decorators(channel: ChannelName) -> None:
-    """They register where their name says."""
+def test_every_channel_has_decorators(channel: ChannelName) -> None:
+    """The decorators register on the channel of their name."""
     hooks = PipelineHooks()
     getattr(hooks, channel).before(fail)
     getattr(hooks, channel).after(fail)
@@ -190,8 +188,8 @@ def test_every_channel_has_its_decorators(channel: ChannelName) -> None:
     ]
 
 
-def test_wrong_use_of_decorators_is_told() -> None:
-    """A trigger without its keyword, and a decorator of no bundle."""
+def test_wrong_use_of_decorators_is_refused() -> None:
+    """A trigger without ``when=``, and a decorator used on a class."""
     with pytest.raises(HookRegistrationError, match=r"@hooks\.on_step\.after\(when='2 steps'\)"):
         PipelineHooks().on_step.after("2 steps")  # type: ignore[call-overload]
     with pytest.raises(HookRegistrationError, match=r"@hooks\.on_epoch\.before\(when='last'\)"):
@@ -199,5 +197,5 @@ def test_wrong_use_of_decorators_is_told() -> None:
     with pytest.raises(HookRegistrationError, match=r"on_step\.before needs an instance"):
 
         class Wrong(PipelineHooks):
-            @PipelineHooks.on_step.before  # type: ignore[type-var]  # what is tested
+            @PipelineHooks.on_step.before  # type: ignore[type-var]  # what the test is about
             def run(self, args: PipelineHookArgs) -> None: ...

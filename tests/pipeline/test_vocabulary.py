@@ -22,16 +22,16 @@ from robo_orchard_lab.pipeline.metrics import MetricsBoard, UnknownMetricError
 from robo_orchard_lab.pipeline.requests import Requests
 
 
-def test_channels_nest_in_those_before_them() -> None:
-    """Every channel but the outermost has a parent that stands ahead of it."""
+def test_channels_nest_in_earlier_channels() -> None:
+    """Every channel except the outermost has an earlier channel as parent."""
     assert PIPELINE_CHANNELS[0].parent is None
     for index, channel in enumerate(PIPELINE_CHANNELS[1:], start=1):
         assert channel.parent in CHANNEL_NAMES[:index]
 
 
 @given(st.lists(st.sampled_from(["step", "epoch", "committed", "skipped"])))
-def test_counters_count_what_they_name(events: list[str]) -> None:
-    """Each counter is the number of its events; step_id is that since the last epoch."""
+def test_counters_count_their_events(events: list[str]) -> None:
+    """Each counter is the number of its events; step_id restarts with each epoch."""
     progress = TrainerProgress()
     for event in events:
         if event == "step":
@@ -64,8 +64,8 @@ def test_counters_count_what_they_name(events: list[str]) -> None:
         ({"step_id": True}, "progress.step_id must be an int >= 0, found True"),
     ],
 )
-def test_a_wrong_progress_state_is_refused(change: dict[str, Any], message: str) -> None:
-    """Another version, other counters and other values are named, and nothing is loaded."""
+def test_invalid_progress_state_is_refused(change: dict[str, Any], message: str) -> None:
+    """Other versions, counters and values are named, and nothing is loaded."""
     progress = TrainerProgress(1, 2, 3, 4, 5)
     with pytest.raises(StateError, match=message):
         progress.load_state_dict({**TrainerProgress().state_dict(), **change})
@@ -82,8 +82,8 @@ def test_a_wrong_progress_state_is_refused(change: dict[str, Any], message: str)
         ({"max_step": True}, "max_step must be an int >= 1, got True"),
     ],
 )
-def test_wrong_limits_are_refused(given_limits: dict[str, Any], message: str) -> None:
-    """No limit, or one that is no whole number of at least 1, is an error that names it."""
+def test_invalid_limits_are_refused(given_limits: dict[str, Any], message: str) -> None:
+    """A missing limit, or one that is not an int >= 1, is named."""
     with pytest.raises(PipelineConfigError, match=message):
         TrainerLimits(**given_limits)
 
@@ -97,30 +97,28 @@ def test_wrong_limits_are_refused(given_limits: dict[str, Any], message: str) ->
         (TrainerLimits(max_step=10, max_epoch=99), {"global_step_id": 11}),
     ],
 )
-def test_the_first_limit_ends_the_run(limits: TrainerLimits, ends: dict[str, int]) -> None:
-    """A run is over when any of its limits is reached, and not before."""
+def test_first_limit_ends_the_run(limits: TrainerLimits, ends: dict[str, int]) -> None:
+    """A run ends when any of its limits is reached, and not before."""
     assert limits.reached(TrainerProgress(**ends))
     assert not limits.reached(TrainerProgress(**dict.fromkeys(ends, 9)))
 
 
-def test_the_first_request_to_stop_is_the_one_told() -> None:
-    """It carries the reason and, unless named, the function and line that asked."""
+def test_first_stop_request_is_kept() -> None:
+    """The request has the reason and, by default, the calling function and line."""
     requests = Requests()
     requests.stop("enough")
     requests.stop("later", by="someone else")
     request = requests.stop_request
     assert request is not None
     assert request.reason == "enough"
-    assert request.by.startswith(
-        "test_the_first_request_to_stop_is_the_one_told (test_vocabulary.py:"
-    )
+    assert request.by.startswith("test_first_stop_request_is_kept (test_vocabulary.py:")
     named = Requests()
     named.stop("enough", by="me")
     assert named.stop_request is not None
     assert named.stop_request.by == "me"
 
 
-def test_the_board_keeps_the_latest_value() -> None:
+def test_board_keeps_latest_value() -> None:
     """Numbers and tensors are read back as numbers; a tensor keeps no graph."""
     board = MetricsBoard()
     board.publish("loss", 2)
@@ -139,14 +137,14 @@ def test_the_board_keeps_the_latest_value() -> None:
         (None, "metric 'loss' must be a number, got NoneType"),
     ],
 )
-def test_what_is_no_single_number_is_no_metric(value: Any, message: str) -> None:
-    """The error names the metric and what was published."""
+def test_non_scalars_are_refused(value: Any, message: str) -> None:
+    """The error names the metric and the type that was found."""
     with pytest.raises(TypeError, match=message):
         MetricsBoard().publish("loss", value)
 
 
-def test_an_unknown_metric_lists_the_published_ones() -> None:
-    """The error has the nearest spelling and all names, or says that there are none."""
+def test_unknown_metric_error_lists_published_names() -> None:
+    """The error has the nearest name and all names, or says that there are none."""
     board = MetricsBoard()
     with pytest.raises(UnknownMetricError, match=r"no metric 'loss' .*Published: none"):
         board.latest("loss")
@@ -156,8 +154,8 @@ def test_an_unknown_metric_lists_the_published_ones() -> None:
         board.latest("train/los")
 
 
-def test_arguments_read_what_the_run_shares() -> None:
-    """Every shared field is that of the run, and the counters are live."""
+def test_arguments_read_fields_of_the_run() -> None:
+    """Shared fields are the fields of the run, and the counters are live."""
     run = PipelineRun.standalone(limits=TrainerLimits(max_step=3, max_epoch=4), dataloader=[1])
     args = PipelineHookArgs(run)
     run.progress.finish_step()
@@ -178,8 +176,8 @@ def test_arguments_read_what_the_run_shares() -> None:
     assert repr(args).startswith("<PipelineHookArgs at epoch 0, step 1 (global step 1, 1 updates")
 
 
-def test_the_loss_of_the_arguments_is_detached() -> None:
-    """Hooks see the loss without its graph, and None before there is one."""
+def test_loss_of_arguments_is_detached() -> None:
+    """Hooks see the loss without its graph, or None before the forward."""
     args = PipelineHookArgs()
     assert args.loss is None
     loss = PipelineHookArgs(attached_loss=torch.ones((), requires_grad=True) * 2).loss
@@ -188,14 +186,14 @@ def test_the_loss_of_the_arguments_is_detached() -> None:
     assert loss.item() == 2
 
 
-def test_arguments_have_no_other_fields() -> None:
+def test_misspelled_field_is_refused() -> None:
     """A misspelled field is an error, not a new attribute."""
     with pytest.raises(AttributeError):
-        PipelineHookArgs().batches = 3  # type: ignore[attr-defined]  # what is tested
+        PipelineHookArgs().batches = 3  # type: ignore[attr-defined]  # what the test is about
 
 
-def test_fields_know_their_channels() -> None:
-    """Each field says in which channels it has a meaning; an unknown one is an error."""
+def test_fields_have_channels() -> None:
+    """Each field lists the channels where it has a meaning; an unknown field is an error."""
     assert PipelineHookArgs.channels_of("batch") == (
         "on_step",
         "on_batch",

@@ -1,4 +1,4 @@
-"""What each process of ``test_trigger_processes.py`` runs: hooks by unlike clocks."""
+"""Script of ``test_trigger_processes.py`` on each rank: hooks by different clocks."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def main(folder: Path, kind: str) -> None:
     def pair(args: PipelineHookArgs) -> None:
         fired["pair"].append(args.global_step_id + 1)
 
-    if kind == "fails":  # one that asks in every step
+    if kind == "fails":  # a trigger that needs an exchange in every step
         hooks.on_step.after(when="1 s")(lambda args: None)
 
     @hooks.on_batch.before
     def work(args: PipelineHookArgs) -> None:
         nonlocal clock
-        # Half a second on the first rank; the others' clocks run otherwise, and one step is slow.
+        # Half a second a step on rank 0, more on other ranks; one step is slow.
         clock += 0.5 * (1 + 3 * rank) + (10 if args.global_step_id == 250 else 0)
         if kind == "fails" and rank == 1 and args.global_step_id == 30:
             raise ValueError("planted on one rank")
@@ -48,9 +48,9 @@ def main(folder: Path, kind: str) -> None:
     time.monotonic = lambda: 7000.0 * rank + clock
     with count_collectives() as calls:
         trainer()
-    asked = sum(call.places[-1].function == "Agreement.settle" for call in calls)
-    others = len(calls) - asked - 1  # that at the start compares the hooks
-    found = {"fired": fired, "collectives": asked, "others": others}
+    exchanges = sum(call.places[-1].function == "Agreement.settle" for call in calls)
+    others = len(calls) - exchanges - 1  # one collective at the start compares the hooks
+    found = {"fired": fired, "collectives": exchanges, "others": others}
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
 
 

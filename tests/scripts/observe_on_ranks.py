@@ -1,4 +1,4 @@
-"""What each process of ``test_observers.py`` runs: train, unwatched and watched, and count."""
+"""Script of ``test_observers.py`` on each rank: train without and with hooks, count collectives."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def train(hooks: list[Any]) -> Any:
 
 
 def main(folder: Path) -> None:
-    _, unwatched, without = train([])
+    _, bare, without = train([])
     accelerator, weights, collectives = train(observing_hooks(folder, "50 steps", "5 steps"))
     added = Counter(collectives)
-    added.subtract(without)  # Accelerate has the ranks shuffle alike, once an epoch
-    result = {"added": {**+added}, "weights": weights, "unwatched": unwatched}
+    added.subtract(without)  # Accelerate synchronizes the shuffling once per epoch
+    result = {"added": {**+added}, "weights": weights, "bare": bare}
     (folder / f"rank{accelerator.process_index}.json").write_text(json.dumps(result))
 
 

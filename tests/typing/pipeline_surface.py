@@ -1,6 +1,6 @@
-"""How the pipeline is used, as a type checker sees it. Nothing here runs; mypy reads it.
+"""Public types of the pipeline, checked by mypy; nothing here runs.
 
-An ``ignore`` marks what must be an error: mypy warns about one that is not needed.
+An ``ignore`` marks a required error: mypy warns about an unused one.
 """
 
 from typing import Any, assert_type
@@ -65,7 +65,7 @@ class MyHookConfig(PipelineHooksConfig[MyHook]):
     every: int = 5
 
 
-class OnSchedule(PipelineHooks):
+class OnTrigger(PipelineHooks):
     def __init__(self, every: Trigger | str) -> None:
         super().__init__()
         self.register_hook("on_step", HookContext.from_callable(after=self.note), when=every)
@@ -83,13 +83,13 @@ def decorate(hooks: PipelineHooks) -> None:
     @hooks.on_epoch.after()
     def called(args: PipelineHookArgs) -> None: ...
 
-    @hooks.on_step.after(when=EverySteps(100) | EverySeconds(60), name="told")
-    def scheduled(args: PipelineHookArgs) -> str:
+    @hooks.on_step.after(when=EverySteps(100) | EverySeconds(60), name="timed")
+    def triggered(args: PipelineHookArgs) -> str:
         return ""
 
     assert_type(bare(PipelineHookArgs()), int)
     called(PipelineHookArgs())
-    assert_type(scheduled(PipelineHookArgs()), str)
+    assert_type(triggered(PipelineHookArgs()), str)
     hooks.on_step.after(when="100 steps | 1 epoch")(called)
     hooks.on_step.after("100 steps")  # type: ignore[call-overload]
     hooks.on_step.after(when=100)  # type: ignore[call-overload]
@@ -98,7 +98,7 @@ def decorate(hooks: PipelineHooks) -> None:
     def wrong(number: int) -> None: ...
 
 
-def schedules() -> None:
+def triggers() -> None:
     assert_type(Trigger.parse("100 steps"), Trigger)
     assert_type(EverySteps(100) | Last(), Trigger)
     _ = EverySteps(100) | "1 epoch"  # type: ignore[operator]
