@@ -1,4 +1,9 @@
-"""Counting what waits for the device."""
+"""Counts of device syncs and collectives, with the line and the hook of each call.
+
+- `count_host_reads`: reads of tensor values, which wait for the device.
+- `count_collectives`: calls of collectives of ``torch.distributed``.
+- `trace_call`: the call site of either, from the Python stack.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +28,10 @@ from robo_orchard_lab.pipeline.distributed.agreement import Agreement
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 
-# --- call site -------------------------------------------------------------------------------
-# Where a call was made, and for which hook.
-
+# --- call sites ------------------------------------------------------------------------------
 
 _HERE = os.path.dirname(__file__)
-# Who calls through these wants to be shown the own line, not theirs.
+# Call sites leave out lines of these libraries.
 _LIBRARIES = frozenset({"accelerate", "contextlib", "functools", "numpy", "torch", "torchmetrics"})
 _COMMIT_FUNCTIONS = (
     Agreement.settle,
@@ -44,7 +47,7 @@ _AT_COMMIT = frozenset(function.__code__ for function in _COMMIT_FUNCTIONS)
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A line of source."""
+    """Source line."""
 
     file: str
     line: int
@@ -56,18 +59,18 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class TracedCall:
-    """One call that was counted, and who made it."""
+    """Counted call and its caller."""
 
     what: str
     """The operation, such as ``item`` or ``all_reduce``."""
     places: tuple[Place, ...]
-    """The lines that led to it, from the call outwards to the hook's own function; outside of
-    hooks, the line of the call alone. Lines of torch, Accelerate and the like are left out."""
+    """Lines from the call outwards to the function of the hook; outside of hooks, the line of the
+    call alone. Lines of torch, Accelerate and similar libraries are left out."""
     hook: str | None
-    """The name of the hook in whose function it was made, the innermost one; None outside."""
+    """Name of the innermost hook around the call; None outside of hooks."""
     at_commit: bool
-    """Whether the trainer made it at a commit point: to agree with other ranks, to read the metrics
-    of a logging point, or to save."""
+    """True for a call of the trainer at a commit point: agreement of ranks, metrics of a logging
+    point, or a save."""
 
     def __str__(self) -> str:
         by = f"hook {self.hook!r}" if self.hook else "the trainer" if self.at_commit else "no hook"
@@ -75,12 +78,12 @@ class TracedCall:
 
 
 def trace_call(what: str) -> TracedCall:
-    """Describe the call that led here, by the stack outside of this package."""
+    """Describe the current call by the stack outside of this package."""
     frames = [*_frames_outside()]
     for index, frame in enumerate(frames):
-        owner = _owner_of(frame)
+        owner = _self_of(frame)
         if isinstance(owner, PipelineHooks):
-            outermost = index + _outermost_of(owner, frames[index:])
+            outermost = index + _outermost_method(owner, frames[index:])
             return TracedCall(what, _places(frames[: outermost + 1]), owner.name, at_commit=False)
         if isinstance(owner, HookContextChannel):
             found = _hook_function(frames[:index], owner)
@@ -108,16 +111,16 @@ def _places(frames: Iterable[FrameType]) -> tuple[Place, ...]:
     )
 
 
-def _owner_of(frame: FrameType) -> Any:
-    """The object whose method a frame runs, or a function that was made in one."""
+def _self_of(frame: FrameType) -> Any:
+    """Return ``self`` of the method, or of the method around the closure, that a frame runs."""
     return frame.f_locals.get("self")
 
 
-def _outermost_of(hook: PipelineHooks, frames: Sequence[FrameType]) -> int:
-    """The index of the method by which a hook was called."""
+def _outermost_method(hook: PipelineHooks, frames: Sequence[FrameType]) -> int:
+    """Return the index of the method by which a channel called a hook."""
     outermost = 0
     for index, frame in enumerate(frames):
-        owner = _owner_of(frame)
+        owner = _self_of(frame)
         if owner is hook:
             outermost = index
         elif isinstance(owner, HookContextChannel):
@@ -128,23 +131,23 @@ def _outermost_of(hook: PipelineHooks, frames: Sequence[FrameType]) -> int:
 def _hook_function(
     frames: Sequence[FrameType], channel: HookContextChannel[Any]
 ) -> tuple[int, str] | None:
-    """Which of the frames is a hook of the channel, if any is, and the name of the hook.
+    """Return the index of the frame of a hook of the channel, and the name of the hook.
 
-    It is the function's own, or else that of the schedule that is asked about it.
+    The frame of the function itself, or else of the trigger that decides about the function.
     """
-    asked: tuple[int, str] | None = None
+    of_trigger: tuple[int, str] | None = None
     for index in range(len(frames) - 1, -1, -1):
         for entry in channel.entries():
             functions = [f for f in (entry.before, entry.after) if f is not None]
             if any(_code_of(function) is frames[index].f_code for function in functions):
                 return index, entry.label
-            if asked is None and _owner_of(frames[index]) is entry.context:
-                asked = index, entry.label
-    return asked
+            if of_trigger is None and _self_of(frames[index]) is entry.context:
+                of_trigger = index, entry.label
+    return of_trigger
 
 
 def _code_of(function: Callable[..., Any]) -> CodeType | None:
-    """The code of a function, method or partial, also behind a schedule."""
+    """Return the code of a function, method, partial or callable, unwrapped."""
     function = inspect.unwrap(function)
     while isinstance(function, functools.partial):
         function = function.func
@@ -155,8 +158,6 @@ def _code_of(function: Callable[..., Any]) -> CodeType | None:
 
 
 # --- collectives -----------------------------------------------------------------------------
-# Counting what the processes of a job exchange.
-
 
 COLLECTIVES = (
     "all_gather",
@@ -181,63 +182,65 @@ COLLECTIVES = (
     "scatter",
     "scatter_object_list",
 )
-"""The functions of ``torch.distributed`` that are counted, as far as this torch has them."""
+"""Counted functions of ``torch.distributed``, if the installed torch has them."""
 
 
 @contextmanager
 def count_collectives() -> Iterator[list[TracedCall]]:
-    """Record each call of a collective of ``torch.distributed`` that Python code makes.
+    """Record the Python calls of collectives of ``torch.distributed`` in a block.
 
     >>> with count_collectives() as calls:
     ...     pass  # train
     >>> calls
     []
 
-    The functions are replaced while it lasts, under whatever name a loaded module knows them. One
-    that is made of others, such as ``all_gather_object``, counts once. Not seen is what is called
-    in C++, such as the exchange of gradients by DDP, and the functional collectives of DTensor.
+    The functions are replaced in all loaded modules during the block. A collective that calls
+    others, such as ``all_gather_object``, counts once. Not counted are calls from C++, such as the
+    gradient reduction of DDP, and the functional collectives of DTensor.
     """
     calls: list[TracedCall] = []
-    within = False
+    is_nested = False
 
     def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def count(*args: Any, **kwargs: Any) -> Any:
-            nonlocal within
-            if within:
+            nonlocal is_nested
+            if is_nested:
                 return function(*args, **kwargs)
             calls.append(trace_call(name))
-            within = True
+            is_nested = True
             try:
                 return function(*args, **kwargs)
             finally:
-                within = False
+                is_nested = False
 
         return count
 
-    counting = {
+    replacements = {
         id(function): counted(name, function)
         for name in COLLECTIVES
         if (function := getattr(torch.distributed, name, None)) is not None
     }
-    places = [
+    bindings = [
         (namespace, name, value)
         for module in tuple(sys.modules.values())
         for namespace in [getattr(module, "__dict__", {})]
         for name, value in tuple(namespace.items())
-        if id(value) in counting
+        if id(value) in replacements
     ]
-    for namespace, name, value in places:
-        namespace[name] = counting[id(value)]
+    for namespace, name, value in bindings:
+        namespace[name] = replacements[id(value)]
     try:
         yield calls
     finally:
-        for namespace, name, value in places:
-            if namespace.get(name) is counting[id(value)]:
+        for namespace, name, value in bindings:
+            if namespace.get(name) is replacements[id(value)]:
                 namespace[name] = value
 
 
-# On a CPU tensor these reach no operator of torch, so they are seen as calls.
+# --- host reads ------------------------------------------------------------------------------
+
+# Calls that reach no operator of torch for a CPU tensor.
 _READING_CALLS: dict[Any, str] = {
     torch.Tensor.tolist: "tolist",
     torch.Tensor.numpy: "numpy",
@@ -246,7 +249,7 @@ _READING_CALLS: dict[Any, str] = {
     torch.Tensor.__repr__: "repr",
     torch.Tensor.cpu: "cpu",
 }
-# All others are operators, that torch marks where the host has to know a value.
+# Tags of operators whose result depends on values.
 _VALUE_TAGS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
 _INDEXING = frozenset({"aten::index", "aten::index_put", "aten::index_put_"})
 _COPIES = frozenset({"aten::_to_copy", "aten::copy_"})
@@ -255,7 +258,7 @@ _NAMES = {"_local_scalar_dense": "item", **dict.fromkeys(["_to_copy", "copy_"], 
 
 @contextmanager
 def count_host_reads(device: str | torch.device | None = None) -> Iterator[list[TracedCall]]:
-    """Record each time that a value is read from a tensor, which waits for its device.
+    """Record the reads of tensor values in a block; each read waits for the device.
 
     >>> with count_host_reads() as reads:
     ...     loss = torch.tensor(2.0).square()
@@ -264,21 +267,21 @@ def count_host_reads(device: str | torch.device | None = None) -> Iterator[list[
     >>> [read.what for read in reads]
     ['item', 'tolist']
 
-    Seen are ``item``, ``float``, ``int``, ``bool`` and comparisons in conditions, ``tolist``,
-    ``numpy``, ``cpu``, printing, copies from a device to the host, ``torch.tensor`` of tensors,
-    and operators that give a number or a tensor whose size follows from values (``equal``,
-    ``allclose``, ``nonzero``, ``unique``, a mask as an index). What ``cpu`` has given, and what is
-    made of that alone, is on the host, so that to read it counts no more.
+    Counted are ``item``, ``float``, ``int``, ``bool``, conditions, ``tolist``, ``numpy``, ``cpu``,
+    printing, copies from a device to the host, ``torch.tensor`` of tensors, and operators whose
+    result is a number or whose shape depends on values (``equal``, ``allclose``, ``nonzero``,
+    ``unique``, indexing by a mask). A result of ``cpu``, and any tensor computed from such results
+    alone, is on the host: reading it again does not count.
 
-    Not seen are ``torch.cuda.synchronize`` and waiting for events and streams, other threads, and
-    ``.to("cpu")`` of a tensor that lies there.
+    Not counted are ``torch.cuda.synchronize``, waits for events and streams, other threads, and
+    ``.to("cpu")`` of a CPU tensor.
 
     Args:
-        device: count only what is read from tensors there, such as ``"cuda"``. By default all
-            count: without a device, tensors on the CPU stand for those that would be on it.
+        device: count only reads of tensors on this device, such as ``"cuda"``. By default, all
+            reads count: on a machine without a device, CPU tensors stand for device tensors.
     """
     recorder = _Recorder(None if device is None else torch.device(device).type)
-    with _SeeOperators(recorder), _SeeCalls(recorder):
+    with _OperatorMode(recorder), _CallMode(recorder):
         yield recorder.reads
 
 
@@ -287,30 +290,30 @@ class _Recorder:
         self.reads: list[TracedCall] = []
         self._device_type = device_type
         self._on_host: WeakValueDictionary[int, torch.Tensor] = WeakValueDictionary()
-        self._within = False
+        self._is_nested = False
 
     def run(self, what: str, tensor: torch.Tensor, call: Callable[[], Any]) -> Any:
-        """Do a read, and record it unless it is a part of another, or on the host already."""
-        if self._within:
+        """Execute a read; record the read unless it is nested or the tensor is on the host."""
+        if self._is_nested:
             return call()
         if self._device_type in (None, tensor.device.type) and not self._is_on_host(tensor):
             self.reads.append(trace_call(what))
-        self._within = True
+        self._is_nested = True
         try:
             result = call()
         finally:
-            self._within = False
+            self._is_nested = False
         if what == "cpu":
-            if result is tensor:  # on a device it would be another one
+            if result is tensor:  # a device tensor would be copied
                 result = tensor.view_as(tensor)
             self._on_host[id(result)] = result
         return result
 
-    def follow(self, given: Any, result: Any) -> None:
-        """What is made of tensors on the host alone is on the host."""
-        tensors = [*_tensors_in(given)] if self._on_host else []
+    def track(self, arguments: Any, result: Any) -> None:
+        """Mark the results of an operation on host tensors alone as host tensors."""
+        tensors = [*_tensors_in(arguments)] if self._on_host else []
         if tensors and all(map(self._is_on_host, tensors)):
-            self._on_host.update((id(made), made) for made in _tensors_in(result))
+            self._on_host.update((id(each), each) for each in _tensors_in(result))
 
     def _is_on_host(self, tensor: torch.Tensor) -> bool:
         return self._on_host.get(id(tensor)) is tensor
@@ -324,7 +327,7 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors_in(item)
 
 
-class _SeeCalls(TorchFunctionMode):
+class _CallMode(TorchFunctionMode):
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
         self._recorder = recorder
@@ -347,13 +350,13 @@ class _SeeCalls(TorchFunctionMode):
             if inside is not None:
                 return self._recorder.run("torch.tensor of tensors", inside, call)
         result = call()
-        self._recorder.follow([args, [*(kwargs or {}).values()]], result)
+        self._recorder.track([args, [*(kwargs or {}).values()]], result)
         return result
 
 
-class _SeeOperators(TorchDispatchMode):
+class _OperatorMode(TorchDispatchMode):
     def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's carries no annotations
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotations
         self._recorder = recorder
 
     def __torch_dispatch__(
@@ -374,18 +377,18 @@ class _SeeOperators(TorchDispatchMode):
 
 
 def _reads(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the host has to wait for a value, if the tensors are on a device."""
+    """Return True if an operator on device tensors makes the host wait."""
     name = func.name().partition(".")[0]
     if name in _INDEXING:
         masked = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-        # One value is filled in where the mask is set, which needs no indexes.
+        # Filling one value needs no indices.
         return masked and (name == "aten::index" or args[2].numel() > 1)
     if name in _COPIES:
-        return _leaves_the_device(name, args, kwargs)
+        return _copies_to_host(name, args, kwargs)
     return not _VALUE_TAGS.isdisjoint(func.tags)
 
 
-def _leaves_the_device(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def _copies_to_host(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     if name == "aten::copy_":
         source, target = args[1], args[0].device
         non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
