@@ -54,7 +54,7 @@ def damage(run_folder: Path, step: int) -> None:
 
 @pytest.mark.parametrize("name", SUBCOMMANDS)
 def test_each_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A command's help tells how it is used, what it does, and its options."""
+    """Help of a command shows its usage, its purpose and its options."""
     assert main(["checkpoint", name, "--help"]) == 0
     assert capsys.readouterr().out.startswith(f"Usage: robo-orchard-lab checkpoint {name}")
     command = group.commands[name]
@@ -62,15 +62,15 @@ def test_each_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) ->
     assert [*group.list_commands(click.Context(group))] == SUBCOMMANDS
 
 
-def test_help_comes_without_torch() -> None:
-    """Help is printed by a process that has not imported torch."""
+def test_help_does_not_import_torch() -> None:
+    """The process that prints help has not imported torch."""
     done = run("checkpoint", "list", "--help", variables={"PYTHONPROFILEIMPORTTIME": "1"})
     assert done.code == 0
     assert "| torch" not in done.err
 
 
 def test_list_shows_each_checkpoint(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A line for each, with its step, epoch, size, age, state and metrics."""
+    """A row has step, epoch, size, age, state and metrics of a checkpoint."""
     assert main(["checkpoint", "list", str(kept)]) == 0
     headings, *lines = capsys.readouterr().out.splitlines()
     assert headings.split() == ["STEP", "EPOCH", "SIZE", "SAVED", "STATE", "METRICS"]
@@ -81,8 +81,8 @@ def test_list_shows_each_checkpoint(kept: Path, capsys: pytest.CaptureFixture[st
     assert lines[3].endswith("loss 4")
 
 
-def test_list_tells_what_is_not_whole(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A file that lacks bytes, and a manifest that can't be read, show in the list."""
+def test_list_shows_damaged_checkpoints(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The list shows a truncated file and an invalid manifest."""
     root = kept / "checkpoints"
     file = root / "step_00000010" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
@@ -98,8 +98,8 @@ def test_list_tells_what_is_not_whole(kept: Path, capsys: pytest.CaptureFixture[
     assert "damaged: " in capsys.readouterr().out
 
 
-def test_show_tells_what_is_inside(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The newest one's step, command and files, and with --tensors every tensor."""
+def test_show_prints_the_contents(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prints step, command and files of the newest checkpoint; every tensor with --tensors."""
     assert main(["checkpoint", "show", str(kept), "--tensors"]) == 0
     shown = capsys.readouterr().out
     assert "step:        40" in shown
@@ -114,7 +114,7 @@ def test_show_tells_what_is_inside(kept: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_verify_finds_a_changed_byte(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All whole: 0; a changed byte: 1, and which file it is in."""
+    """Exits with 0 if all are intact, and with 1 and the file name for a changed byte."""
     assert main(["checkpoint", "verify", str(kept)]) == 0
     assert capsys.readouterr().out.count(": intact") == 4
     damage(kept, 30)
@@ -127,7 +127,7 @@ def test_verify_finds_a_changed_byte(kept: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_export_writes_plain_safetensors(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The newest whole weights, the best, or those of one checkpoint, for plain safetensors."""
+    """Exports the newest intact, the best, or the named checkpoint as plain safetensors."""
     assert main(["checkpoint", "export", str(kept)]) == 0
     assert "step_00000040 to model.safetensors" in capsys.readouterr().out
     assert load_file("model.safetensors")["weight"].eq(40).all()
@@ -141,8 +141,8 @@ def test_export_writes_plain_safetensors(kept: Path, capsys: pytest.CaptureFixtu
         assert load_file("other.safetensors")["weight"].eq(step).all()
 
 
-def test_export_passes_over_what_is_damaged(kept: Path) -> None:
-    """A damaged newest one is passed over; one that is named is not."""
+def test_export_skips_a_damaged_checkpoint(kept: Path) -> None:
+    """A damaged newest checkpoint is skipped; a damaged named checkpoint is an error."""
     damage(kept, 40)
     assert main(["checkpoint", "export", str(kept)]) == 0
     assert load_file("model.safetensors")["weight"].eq(30).all()
@@ -151,8 +151,10 @@ def test_export_passes_over_what_is_damaged(kept: Path) -> None:
     assert not os.path.exists("other.safetensors")
 
 
-def test_a_checkpoint_stands_for_itself(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is named is looked at, and exported, also where the run's file can't be read."""
+def test_a_checkpoint_does_not_need_the_config_of_its_run(
+    kept: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A named checkpoint is read and exported even if config.yaml of its run is invalid."""
     (kept / "config.yaml").write_text("seed: [")
     named = str(kept / "checkpoints" / "last")
     assert main(["checkpoint", "export", named]) == 0
@@ -160,16 +162,16 @@ def test_a_checkpoint_stands_for_itself(kept: Path, capsys: pytest.CaptureFixtur
     assert main(["checkpoint", "list", str(kept / "checkpoints")]) == 0
 
 
-def test_the_runs_file_says_where_checkpoints_are(kept: Path) -> None:
-    """A folder of another name, in that of the run."""
+def test_the_checkpoint_folder_is_that_of_the_config(kept: Path) -> None:
+    """The checkpoints may be in another folder of the run."""
     (kept / "checkpoints").rename(kept / "saved")
     assert main(["checkpoint", "verify", str(kept)]) == 2
     (kept / "config.yaml").write_text("checkpoint: {folder: saved}")
     assert main(["checkpoint", "verify", str(kept)]) == 0
 
 
-def test_prune_goes_by_the_runs_file(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The run's own rules count, and what is given in their place; a dry run removes nothing."""
+def test_prune_uses_the_rules_of_the_run(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Options override the rules of the run; a dry run removes nothing."""
     assert main(["checkpoint", "prune", str(kept), "--keep-last", "1", "--dry-run", "--json"]) == 0
     found = {Path(d["path"]).name[-2:]: d["removed"] for d in json.loads(capsys.readouterr().out)}
     assert found == {"10": True, "20": False, "30": True, "40": False}
@@ -183,10 +185,8 @@ def test_prune_goes_by_the_runs_file(kept: Path, capsys: pytest.CaptureFixture[s
     ]
 
 
-def test_prune_leaves_a_run_alone_that_goes_on(
-    kept: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """While another one writes there, nothing is removed."""
+def test_prune_refuses_a_running_run(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is removed while another process writes there."""
     with CheckpointStore(kept / "checkpoints"):
         assert main(["checkpoint", "prune", str(kept), "--keep-last", "1"]) == 1
     assert "is locked by process" in capsys.readouterr().err
@@ -212,10 +212,10 @@ def test_prune_leaves_a_run_alone_that_goes_on(
         (["lst", "runs/first"], "there is no command 'lst'; did you mean 'list'?"),
     ],
 )
-def test_wrong_use_is_told(
+def test_wrong_usage_exits_with_2(
     kept: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Wrong use ends with 2 and says what was expected, without output."""
+    """The error says what was expected; standard output stays empty."""
     Path("there.safetensors").write_bytes(b"")
     shutil.copytree(kept, "runs/plain", ignore=shutil.ignore_patterns("best"), symlinks=True)
     Path("runs/plain/config.yaml").write_text("checkpoint: {}\n")
@@ -235,10 +235,10 @@ def test_wrong_use_is_told(
 
 @pytest.mark.parametrize("name", ["list", "verify", "prune"])
 @pytest.mark.parametrize("elsewhere", ["absolute", "above", "link", "inner_link", "number"])
-def test_a_runs_file_leads_to_no_other_run(
+def test_the_config_of_a_run_cannot_name_checkpoints_of_another_run(
     kept: Path, name: str, elsewhere: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A stranger's run can't have the checkpoints of one's own removed in the place of its own."""
+    """A config from a stranger cannot make a command read or remove other checkpoints."""
     stranger = Path("stranger")
     Path(stranger, "starts").mkdir(parents=True)
     folder = {

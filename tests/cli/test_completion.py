@@ -48,14 +48,14 @@ def completed(words: str, path: str, cwd: Path) -> str:
 
 
 def test_bash_completes_commands(path_with_program: str, tmp_path: Path) -> None:
-    """A command and an option are completed in bash, from the script that is printed."""
+    """The printed script completes commands and options in bash."""
     assert completed("robo-orchard-lab doc", path_with_program, tmp_path) == "doctor"
     assert completed("robo-orchard-lab doctor --js", path_with_program, tmp_path) == "--json"
     assert completed("robo-orchard-lab completion z", path_with_program, tmp_path) == "zsh"
 
 
 def test_bash_completes_hooks_fields_and_files(path_with_program: str, tmp_path: Path) -> None:
-    """A hook's name, a field of an experiment and a file's name are completed in bash."""
+    """The printed script completes hook names, fields of experiments and file names in bash."""
     (tmp_path / "digits.yaml").write_text("")
 
     def of(words: str) -> str:
@@ -83,8 +83,8 @@ def test_bash_completes_hooks_fields_and_files(path_with_program: str, tmp_path:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_each_shell_takes_its_script(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The script is about the program; a shell that is there finds no mistake in it."""
+def test_each_shell_accepts_its_script(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The script names the program; an installed shell finds no syntax error in it."""
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out
     assert "robo-orchard-lab" in script

@@ -29,10 +29,10 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-def test_a_starting_file_is_an_experiment(
+def test_init_writes_a_valid_experiment(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What init writes is checked and found right, without any trust, and says what is next."""
+    """The file passes `config check` without trust, and the output names the next command."""
     done = run("config", "init", "first.yaml", cwd=tmp_path)
     assert (done.code, done.err) == (0, "")
     assert done.out == "wrote first.yaml; to train it: robo-orchard-lab train first.yaml\n"
@@ -43,8 +43,8 @@ def test_a_starting_file_is_an_experiment(
     assert shown(capsys, "config", "check", "first.yaml") == "first.yaml: ok\n"
 
 
-def test_a_file_that_is_there_is_left(file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """init replaces nothing, and writes YAML alone."""
+def test_init_keeps_an_existing_file(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """init replaces no file, and writes YAML only."""
     Path(file).write_text("mine")
     capsys.readouterr()
     assert main(["config", "init"]) == 2
@@ -57,18 +57,18 @@ def test_a_file_that_is_there_is_left(file: str, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("format_", ["yaml", "toml", "json"])
-def test_a_file_is_shown_whole_in_each_format(
+def test_show_prints_a_complete_file_in_each_format(
     file: str, format_: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """What show prints, with what is typed, is a file of the same experiment."""
+    """The output, overrides included, is a file of the same experiment."""
     text = shown(capsys, "config", "show", file, "--trainer.max_epoch", "3", "--format", format_)
     (tmp_path / f"all.{format_}").write_text(text)
     same = ExperimentArguments().load(tmp_path / f"all.{format_}")
     assert same == ExperimentArguments().load(Path(file)).replace(**{"trainer.max_epoch": 3})
 
 
-def test_text_is_shown_as_people_write_it(file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """YAML has quotes only where they are needed, by this version and by older ones."""
+def test_yaml_is_shown_with_few_quotes(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Quotes appear only where some YAML version requires them."""
     text = shown(capsys, "config", "show", file)
     assert "    class_type: robo_orchard_lab.experiment.samples:Spirals\n" in text
     assert "    every: 50 steps | 1 epoch\n" in text
@@ -76,7 +76,7 @@ def test_text_is_shown_as_people_write_it(file: str, capsys: pytest.CaptureFixtu
 
 
 def test_quotes_stay_where_they_are_needed() -> None:
-    """Text that would be read as something else without quotes keeps them."""
+    """Text that would mean something else without quotes keeps them."""
     texts = ["12:30", "a: b", "a #b", "- x", "", "x ", "a\nb", "é", "NULL", "x:", "1e3", "*", "1 2"]
     document = {"texts": [*texts, "x y", "m:N", "fc.*", "3 epochs"], "on": {"y": "on"}}
     written = readable_yaml(document)  # type: ignore[arg-type]  # lists aren't covariant
@@ -89,7 +89,7 @@ def test_quotes_stay_where_they_are_needed() -> None:
 def test_each_value_is_shown_with_its_origin(
     file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """--origins tells file and line, base, environment, option or default of each value."""
+    """--origins names file and line, base, environment, option or default of each value."""
     Path("mine.yaml").write_text(f"base: {file}\nname: mine\nhooks:\n  stats: null\n")
     typed = ("--hooks.log.every", "10 steps", "--trainer.max_epoch=2")
     monkeypatch.setenv("ROBO_ORCHARD_LAB__SEED", "7")
@@ -108,8 +108,8 @@ def test_each_value_is_shown_with_its_origin(
     assert not any(field.startswith("hooks.stats") for field in rows)
 
 
-def test_origins_are_plain_data_with_json(file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """--json has field, value, layer and place of each."""
+def test_origins_are_printed_as_json(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each value has field, value, layer and location."""
     told = json.loads(shown(capsys, "config", "show", file, "--origins", "--json", "--seed", "3"))
     seed = next(each for each in told if each["field"] == "seed")
     assert seed == {"field": "seed", "value": 3, "layer": "command line", "from": "--seed"}
@@ -117,14 +117,16 @@ def test_origins_are_plain_data_with_json(file: str, capsys: pytest.CaptureFixtu
     assert whole["seed"] == 3
 
 
-def test_origins_have_no_format(file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A table is no TOML."""
+def test_origins_and_format_exclude_each_other(
+    file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A table is not TOML."""
     assert main(["config", "show", file, "--origins", "--format", "toml"]) == 2
     assert "--origins is a table" in capsys.readouterr().err
 
 
-def test_all_that_is_wrong_is_told(file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """check tells every error of every file with its line and field, and ends with 2."""
+def test_check_prints_all_errors(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every error of every file has its line and field, and the exit code is 2."""
     text = Path(file).read_text()
     Path("wrong.yaml").write_text(
         text.replace("max_epoch: 20", "max_epoch: many").replace("shuffle: true", "shuffle: 3")
@@ -154,10 +156,10 @@ def test_all_that_is_wrong_is_told(file: str, capsys: pytest.CaptureFixture[str]
         (["--run_folder", "runs/x", "--resume", "maybe"], "error: --resume: "),
     ],
 )
-def test_what_is_typed_wrong_is_told_with_the_option(
+def test_an_invalid_option_is_named_in_the_error(
     file: str, typed: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What an option makes wrong is told in a line or two, with the option and the nearest."""
+    """The error has one or two lines, with the option and the nearest name."""
     capsys.readouterr()
     assert main(["config", "show", file, *typed]) == 2
     told = capsys.readouterr()
@@ -166,10 +168,8 @@ def test_what_is_typed_wrong_is_told_with_the_option(
     assert len(told.err.splitlines()) <= 2
 
 
-def test_differences_have_what_they_mean_for_a_run(
-    file: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """diff tells values that differ, and whether a run can go on so."""
+def test_diff_shows_the_effect_on_a_resume(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each difference says whether a run can resume with it."""
     Path("variant.yaml").write_text("base: experiment.yaml\nname: other\nhooks: {bar: null}\n")
     assert shown(capsys, "config", "diff", file, file) == "no difference\n"
     text = shown(capsys, "config", "diff", file, "variant.yaml", "--seed", "4")
@@ -185,8 +185,8 @@ def test_differences_have_what_they_mean_for_a_run(
     }
 
 
-def test_a_table_suits_the_terminal(file: str) -> None:
-    """In a terminal the heading is bold, and nothing is wider than it can be."""
+def test_a_table_fits_the_terminal(file: str) -> None:
+    """In a terminal, headings are bold and no line is wider than the terminal."""
     ended = run_in_terminal("config", "show", file, "--origins", columns=130)
     assert ended.code == 0
     lines = ended.out.splitlines()
@@ -194,10 +194,10 @@ def test_a_table_suits_the_terminal(file: str) -> None:
     assert max(map(len, lines[1:])) <= 130
 
 
-def test_modules_beside_oneself_are_found_if_they_are_trusted(
+def test_trusted_modules_of_the_working_directory_are_found(
     file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A trusted module of the current folder is found, by the program and by python -m alike."""
+    """The program and `python -m` import a trusted module of the working directory."""
     Path("own_parts.py").write_text(
         "import pathlib, torch\n"
         "pathlib.Path('imported').touch()\n"
@@ -218,15 +218,15 @@ def test_modules_beside_oneself_are_found_if_they_are_trusted(
     assert run(*arguments, cwd=tmp_path).out == "own.yaml: ok\n"
 
 
-def test_the_starting_file_learns(file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """As it was written, the file trains a model that tells the arms of its spirals apart."""
+def test_the_example_file_learns(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The written file trains a model that classifies its spirals."""
     out = shown(capsys, "train", file)
     assert out.startswith("runs/spirals: completed after 600 steps\n")
     losses = read_metrics("runs/spirals/metrics.jsonl")[-1].by_step()[600]
     assert losses["eval/val/loss"] < 0.1
 
 
-def test_a_name_that_no_file_can_have_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    """As that of any file that isn't there."""
+def test_a_file_name_that_is_too_long_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    """The error is that of a missing file."""
     assert main(["train", f"{'a' * 5000}.yaml"]) == 2
     assert capsys.readouterr().err.startswith("error: there is no file aaa")

@@ -14,8 +14,8 @@ from robo_orchard_lab.cli.commands.doctor import Requirement, install_command
 from robo_orchard_lab.cli.main import main
 
 
-def test_what_is_there_is_told_as_json() -> None:
-    """Where nothing is missing, it ends with 0, after Python, packages, extras and devices."""
+def test_versions_and_devices_are_printed_as_json() -> None:
+    """Exits with 0 if nothing is missing; the JSON has packages, extras and devices."""
     done = run("doctor", "--json")
     told = json.loads(done.out)
     assert (done.code, told["ok"], told["devices"][0]["device"]) == (0, True, "cpu")
@@ -34,8 +34,8 @@ def test_what_is_there_is_told_as_json() -> None:
         ("import os; os.abort()", "the process that imported it exited with -6"),
     ],
 )
-def test_a_broken_torch_is_told(torch: str, said: str, tmp_path: Path) -> None:
-    """A torch that can't be imported, or ends its process, is told, and the code is 1."""
+def test_a_broken_torch_is_reported(torch: str, said: str, tmp_path: Path) -> None:
+    """The exit code is 1 for a torch that cannot be imported, or that ends its process."""
     (tmp_path / "torch.py").write_text(torch)
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     done = run("doctor", variables={"PYTHONPATH": path})
@@ -44,10 +44,10 @@ def test_a_broken_torch_is_told(torch: str, said: str, tmp_path: Path) -> None:
     assert done.out.count("can't be used") == 1
 
 
-def test_what_is_missing_is_told_with_what_installs_it(
+def test_missing_packages_are_shown_with_an_install_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A requirement that isn't met fails; an extra's is a suggestion."""
+    """A missing requirement is a failure; a missing package of an extra is a suggestion."""
     old, new = Requirement("torch", ">=2.8", "2.5.1"), Requirement("rich", ">=13", None)
     there = Requirement("psutil", "", "7")
     assert (old.is_met, new.is_met, there.is_met) == (False, False, True)

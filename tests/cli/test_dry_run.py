@@ -20,8 +20,8 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_dry_run_tells_what_would_be(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """How long the run is, what its hooks would do and what it takes; nothing is written."""
+def test_a_dry_run_describes_the_run(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Shows length, hooks and memory of the run; writes nothing."""
     before = {*work.rglob("*")}
     assert main(["train", FILE, "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -45,8 +45,8 @@ def test_a_dry_run_tells_what_would_be(work: Path, capsys: pytest.CaptureFixture
     }
 
 
-def test_a_dry_run_tells_where_the_run_would_go_on(capsys: pytest.CaptureFixture[str]) -> None:
-    """Where the folder has a run: at its newest checkpoint, unless that would be refused."""
+def test_a_dry_run_shows_the_step_to_resume_from(capsys: pytest.CaptureFixture[str]) -> None:
+    """For an existing run, the newest checkpoint, unless a resume would be refused."""
     assert main(["train", FILE, "--trainer.max_epoch=1"]) == 0
     capsys.readouterr()
     assert main(["train", FILE, "--dry-run"]) == 0
@@ -60,8 +60,8 @@ def test_a_dry_run_tells_where_the_run_would_go_on(capsys: pytest.CaptureFixture
     assert main(["train", FILE, "--dry-run", "--seed=3", "--resume=never"]) == 0
 
 
-def test_a_fast_run_tells_what_it_did(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two steps with all that is around them, saved and gone on with; nothing is left."""
+def test_a_fast_run_lists_its_stages(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two steps are trained, evaluated, saved and resumed; no file remains."""
     before = {*work.rglob("*")}
     assert main(["train", FILE, "--debug-fast"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -74,10 +74,10 @@ def test_a_fast_run_tells_what_it_did(work: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("option", ["--dry-run", "--debug-fast"])
-def test_what_fails_is_told(
+def test_errors_of_dry_runs_are_printed(
     option: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A part that can't be built, one that fails, and several processes."""
+    """For a component that cannot be built, a component that fails, and several processes."""
     assert main(["train", FILE, option, "--model.hidden=[0]"]) == 2
     assert "model: " in capsys.readouterr().err
     assert main(["train", FILE, option, "--model.inputs=3"]) == 1

@@ -37,8 +37,8 @@ def found(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, floa
     return metrics
 
 
-def test_a_run_is_measured_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
-    """The newest checkpoint, or the one that is named, has the values that the run had there."""
+def test_evaluate_reproduces_the_metrics_of_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """The newest or the named checkpoint has the values that the run logged."""
     infos = CheckpointStore("run/checkpoints").list()
     assert found(capsys, "run") == dict(infos[-1].metrics)
     assert found(capsys, str(infos[0].path)) == dict(infos[0].metrics)
@@ -46,8 +46,8 @@ def test_a_run_is_measured_as_it_was(capsys: pytest.CaptureFixture[str]) -> None
     assert found(capsys, "run", "--best") == {"eval/val/loss": worst}
 
 
-def test_it_is_shown_in_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    """Where the weights are from, and each metric."""
+def test_metrics_are_printed_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """The output has the path of the weights and each metric."""
     assert main(["evaluate", "run", "--set", "val"]) == 0
     first, headings, line = capsys.readouterr().out.splitlines()
     assert first == "run/checkpoints/step_00000030"
@@ -55,8 +55,8 @@ def test_it_is_shown_in_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert line.startswith("eval/val/loss  ")
 
 
-def test_fields_may_be_others(capsys: pytest.CaptureFixture[str]) -> None:
-    """Other sets and batches are given as to any command; the run's file stays as it is."""
+def test_fields_can_be_overridden(capsys: pytest.CaptureFixture[str]) -> None:
+    """Other sets and batch sizes are evaluated; the config of the run stays unchanged."""
     before = Path("run/config.yaml").read_bytes()
     other = "--data.evaluation.more={dataset: {class_type: Spirals, seed: 2}, batch_size: 100}"
     metrics = found(capsys, "run", other, "--data.evaluation.val.batch_size=1")
@@ -80,10 +80,10 @@ def test_fields_may_be_others(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "--run_folder", "x"], 2, "--run_folder names another folder"),
     ],
 )
-def test_wrong_use_is_told(
+def test_wrong_usage_is_an_error(
     arguments: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Wrong use ends with 2, weights that don't fit with 1, and each says what is wrong."""
+    """Wrong usage exits with 2, and weights of another model with 1."""
     capsys.readouterr()
     assert main(["evaluate", *arguments]) == code
     shown = capsys.readouterr()

@@ -48,8 +48,8 @@ def taken(*arguments: str) -> tuple[Path, bool, str | None, ExperimentArguments]
         ["--flag", "--trust=x", "--seed", "3", "--trust", "y", "--hooks.bar=null", "--", "a.yaml"],
     ],
 )
-def test_fields_and_options_stand_in_any_order(arguments: list[str]) -> None:
-    """Fields, with a space or an equals sign, options and the file are told apart anywhere."""
+def test_fields_options_and_file_may_have_any_order(arguments: list[str]) -> None:
+    """Fields, with a space or an equals sign, are recognized anywhere."""
     file, flag, output, experiment = taken(*arguments)
     assert (file, flag, output) == (Path("a.yaml"), True, None)
     assert experiment.trust == ("x", "y")
@@ -72,13 +72,13 @@ def test_fields_and_options_stand_in_any_order(arguments: list[str]) -> None:
     ],
 )
 def test_values_may_look_like_options(typed: list[str], value: Any) -> None:
-    """A value may begin with one dash, and behind an equals sign be anything."""
+    """A value may start with one dash, and after an equals sign with any text."""
     *_, experiment = taken("a.yaml", *typed)
     assert [override.value for override in experiment.overrides] == [value]
 
 
 def test_options_keep_their_values() -> None:
-    """The value of one of the command's own options is no field, whatever it looks like."""
+    """The value of an option of the command is never a field."""
     _, _, output, experiment = taken("a.yaml", "--output", "--seed", "-o", "--seed")
     assert (output, experiment.overrides) == ("--seed", ())
 
@@ -109,17 +109,17 @@ def test_options_keep_their_values() -> None:
         (["--seed=[1"], "error: --seed: "),
     ],
 )
-def test_what_is_misspelt_is_told_with_the_nearest(
+def test_a_misspelled_option_gets_a_suggestion(
     typed: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A misspelt option or field is told with the nearest of both; nothing is done."""
+    """The nearest option or field is suggested; nothing is done."""
     assert main(["a.yaml", *typed]) == 2
     assert said in capsys.readouterr().err
     assert got == []
 
 
 def test_help_lists_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
-    """Help has each field of an experiment with what it is, takes, and is by default."""
+    """Help shows description, type and default of each field."""
     assert main(["--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "Usage: robo-orchard-lab [OPTIONS] [--FIELD VALUE ...] FILE" in shown
@@ -131,8 +131,8 @@ def test_help_lists_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
     assert "(SaveCheckpoint's fields | null; default: {})" in shown
 
 
-def test_a_file_that_is_not_there_is_told_with_the_nearest(tmp_path: Path) -> None:
-    """A misspelt file's name is told with that of one that is there."""
+def test_a_missing_file_gets_a_suggestion(tmp_path: Path) -> None:
+    """The nearest name of an existing file is suggested."""
     (tmp_path / "digits.yaml").write_text("name: x")
     (tmp_path / "digits.txt").write_text("name: x")
     with pytest.raises(CommandError) as caught:
@@ -143,10 +143,10 @@ def test_a_file_that_is_not_there_is_told_with_the_nearest(tmp_path: Path) -> No
     ]
 
 
-def test_what_is_typed_goes_over_the_environment_and_the_file(
+def test_options_override_the_environment_and_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The command line is stronger than the environment, which is stronger than the file."""
+    """The command line overrides the environment, which overrides the file."""
     (tmp_path / "a.yaml").write_text("name: file\nseed: 1\nresume: auto\n")
     monkeypatch.setenv("ROBO_ORCHARD_LAB__SEED", "2")
     monkeypatch.setenv("ROBO_ORCHARD_LAB__NAME", "environment")

@@ -21,7 +21,7 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_all_built_in_hooks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    """Each hook with a configuration is listed, with a line about it."""
+    """Each hook with a config class is listed with a description."""
     lines = shown(capsys, "hooks", "list").splitlines()
     assert lines[0].split() == ["HOOK", "DOES"]
     listed = [line.split()[0] for line in lines[1:]]
@@ -33,7 +33,7 @@ def test_all_built_in_hooks_are_listed(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_hook_is_shown_with_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
-    """show tells what it does, its channels, each field, and an entry for a file."""
+    """show prints description, channels, fields and an entry for a file."""
     text = shown(capsys, "hooks", "show", "KeepBest")
     assert text.startswith(
         "KeepBest  robo_orchard_lab.pipeline.hooks.keep_best:KeepBest\nFile with"
@@ -53,10 +53,10 @@ def test_a_hook_is_shown_with_its_fields(capsys: pytest.CaptureFixture[str]) -> 
     assert (told["channels"], told["fields"][0]["path"]) == (["on_loop"], "monitor")
 
 
-def test_a_hook_of_ones_own_is_shown(
+def test_a_trusted_hook_is_shown(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hook of a package that is trusted is shown as ours are; another one isn't imported."""
+    """A hook of a trusted package is shown; an untrusted package is not imported."""
     (tmp_path / "my_shown_hooks.py").write_text(
         "from robo_orchard_lab.pipeline.hooks.mixin import *\n"
         "print('imported')\n"
@@ -89,16 +89,18 @@ def test_a_hook_of_ones_own_is_shown(
         ("torch.optim:SGD", "error: 'torch.optim:SGD' is no hook, which is a PipelineHooks\n"),
     ],
 )
-def test_what_is_no_hook_is_told(name: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A misspelt name is told with the nearest, what is none as such."""
+def test_an_unknown_hook_is_an_error(
+    name: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A misspelled name gets a suggestion; a class that is no hook is refused."""
     assert main(["hooks", "show", name]) == 2
     assert said in capsys.readouterr().err
 
 
-def test_the_plan_of_a_file_has_each_hook_in_its_place(
+def test_plan_shows_the_hooks_of_a_file_in_order(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """plan tells channels, order, schedules, lines of file and code, and writes nothing."""
+    """plan shows channels, order, triggers and source lines, and writes nothing."""
     monkeypatch.chdir(tmp_path)
     main(["config", "init"])
     typed = ["--hooks.log.every", "7 steps", "--hooks.loss=null"]
@@ -126,10 +128,10 @@ def test_the_plan_of_a_file_has_each_hook_in_its_place(
 
 
 @pytest.mark.parametrize("name", hook_names())
-def test_what_is_shown_for_a_file_is_an_entry(
+def test_the_shown_entry_is_valid_in_a_file(
     name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The entry that show gives for each hook makes an experiment, and its channels are known."""
+    """The entry of each hook makes a valid experiment, and its channels are known."""
     monkeypatch.chdir(tmp_path)
     main(["config", "init", "base.yaml"])
     text = shown(capsys, "hooks", "show", name)

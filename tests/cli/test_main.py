@@ -43,8 +43,8 @@ def raising(error: BaseException) -> Callable[[list[str]], int]:
     return body
 
 
-def test_help_comes_without_torch() -> None:
-    """Help of the program is printed by a process that has not imported torch."""
+def test_help_does_not_import_torch() -> None:
+    """The process that prints help has not imported torch."""
     told = "print(*sys.modules, file=sys.stderr)"
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; from robo_orchard_lab.cli.main import main; "
@@ -64,7 +64,7 @@ def test_help_comes_without_torch() -> None:
 def test_each_command_has_help(
     name: str, reference: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A command's help tells how it is used, what it does, and its options."""
+    """Help of a command shows its usage, its purpose and its options."""
     module, _, attribute = reference.partition(":")
     command = getattr(import_module(module), attribute)
     assert command.name == name
@@ -89,10 +89,10 @@ def test_each_command_has_help(
         (["completion", "bash", "zsh"], "error: got unexpected extra argument (zsh)"),
     ],
 )
-def test_wrong_use_is_told_shortly(
+def test_wrong_usage_exits_with_2(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Wrong use ends with 2, after what is wrong and where help is, and without output."""
+    """The error says what is wrong and names the help; standard output stays empty."""
     assert main(arguments) == ExitCode.USAGE
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -101,15 +101,15 @@ def test_wrong_use_is_told_shortly(
     assert last.endswith("--help` for usage")
 
 
-def test_no_command_is_wrong_use_that_help_answers(capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a command, help goes to standard error, and the code is 2."""
+def test_no_command_prints_help_and_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a command, help goes to standard error."""
     assert main([]) == ExitCode.USAGE
     shown = capsys.readouterr()
     assert (shown.out, shown.err.startswith("Usage: robo-orchard-lab")) == ("", True)
 
 
 def test_version_names_the_distribution(capsys: pytest.CaptureFixture[str]) -> None:
-    """The version is that of the distribution."""
+    """The version is the version of the distribution."""
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("robo-orchard-hooks")
 
@@ -134,15 +134,15 @@ def test_version_names_the_distribution(capsys: pytest.CaptureFixture[str]) -> N
         ),
     ],
 )
-def test_errors_have_their_code_and_their_lines(
+def test_errors_have_an_exit_code_and_two_lines(
     error: BaseException, code: int, lines: list[str]
 ) -> None:
-    """Each kind of error has its exit code, and is told in at most two lines."""
+    """Each kind of error has an exit code and at most two lines."""
     assert (exit_code_of(error), error_lines(error)) == (code, lines)
 
 
-def test_many_errors_of_a_file_are_told_in_two_lines() -> None:
-    """Of many errors in a file, the first is told, and how many more there are."""
+def test_many_errors_of_a_file_fit_into_two_lines() -> None:
+    """The first error is printed, and the number of further errors."""
     error = ConfigFieldError("first", ("a",))
     error.source = "x.yaml"
     error.others = (ConfigFieldError("second", ("b",)),)
@@ -154,10 +154,10 @@ def test_many_errors_of_a_file_are_told_in_two_lines() -> None:
     ]
 
 
-def test_an_error_of_code_is_told_with_its_line(
+def test_an_error_of_user_code_names_its_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """An error of somebody's code is told with its file, line and hook; --debug has all of it."""
+    """The error has file, line and hook; --debug prints the traceback."""
     error = ValueError("shapes differ:\n  one\n  two")
     error.add_note("raised in hook 'stats' (on_step, before): function f from x.py:1")
     monkeypatch.setattr(program, "_run", raising(error))
@@ -174,8 +174,8 @@ def test_an_error_of_code_is_told_with_its_line(
     assert "Traceback (most recent call last)" in capsys.readouterr().err
 
 
-def test_an_error_beneath_a_users_code_is_told_with_the_users_line() -> None:
-    """Where a library raises, the line of the user's that called it is told, too."""
+def test_an_error_in_a_library_names_the_line_of_the_caller() -> None:
+    """If a library raises, the calling line of the user's code is named, too."""
     try:
         json.loads("{")
     except ValueError as error:
@@ -193,8 +193,8 @@ class Broken(Dataset[int]):
         raise error
 
 
-def test_an_error_of_a_loaders_worker_is_told_as_it_was_there() -> None:
-    """With what it said and the line that raised it, both of which torch hands on as text."""
+def test_an_error_of_a_dataloader_worker_names_its_line() -> None:
+    """Message and line are read from the text of torch's error."""
     try:
         next(iter(DataLoader(Broken(), num_workers=1)))
     except KeyError as error:
@@ -203,10 +203,10 @@ def test_an_error_of_a_loaders_worker_is_told_as_it_was_there() -> None:
     assert re.search(r"raised at .*test_main.py:\d+; --debug", place)
 
 
-def test_ranks_say_which_they_are(
+def test_errors_of_a_job_name_the_rank(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a job of several processes, each line of an error says which of them says it."""
+    """In a job, each line of an error has the rank."""
     monkeypatch.setattr(program, "_run", raising(CommandError("no", "yes")))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
@@ -214,8 +214,8 @@ def test_ranks_say_which_they_are(
     assert capsys.readouterr().err == "[rank 1] error: no\n[rank 1]        yes\n"
 
 
-def test_wrong_use_is_told_once_by_the_ranks_of_a_machine() -> None:
-    """What each rank finds in a file the first tells; another waits for its launcher's SIGTERM."""
+def test_one_rank_of_a_machine_prints_a_usage_error() -> None:
+    """The first rank prints the error; other ranks wait for SIGTERM of the launcher."""
     wrong = """
         from robo_orchard_lab.cli.errors import CommandError
         print("begun", flush=True)
@@ -241,10 +241,10 @@ def test_wrong_use_is_told_once_by_the_ranks_of_a_machine() -> None:
     assert ended == {"1": (ExitCode.TERMINATED, ""), "0": (ExitCode.USAGE, "[rank 0] error: no\n")}
 
 
-def test_what_one_rank_alone_finds_wrong_it_tells(
+def test_a_usage_error_of_a_single_rank_is_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where the first rank of the machine does not end, another one tells what it has found."""
+    """Another rank prints its error if the first rank does not end."""
     monkeypatch.setattr(program, "_run", raising(CommandError("no")))
     monkeypatch.setattr(program, "_FIRST_RANK_REPORTS_S", 0.1)
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
@@ -271,8 +271,8 @@ def python(body: str) -> list[str]:
         (signal.SIGINT, ExitCode.INTERRUPTED, "error: interrupted\n"),
     ],
 )
-def test_signals_end_it_in_order(number: int, code: int, said: str) -> None:
-    """SIGTERM and Ctrl-C leave what is open, end with their codes, and print no traceback."""
+def test_signals_close_open_scopes(number: int, code: int, said: str) -> None:
+    """SIGTERM and Ctrl-C run finally blocks, set the exit code and print no traceback."""
     waits = """
         try:
             print("open", flush=True)
@@ -290,8 +290,8 @@ def test_signals_end_it_in_order(number: int, code: int, said: str) -> None:
     assert (started.returncode, out, err) == (code, "closed\n", said)
 
 
-def test_a_second_sigterm_ends_it_at_once() -> None:
-    """Who does not want to wait for what is being closed sends SIGTERM again."""
+def test_a_second_sigterm_ends_the_process_at_once() -> None:
+    """A second SIGTERM interrupts cleanup."""
     waits = """
         try:
             print("open", flush=True)
@@ -310,8 +310,8 @@ def test_a_second_sigterm_ends_it_at_once() -> None:
 
 
 @pytest.mark.parametrize("lines", [1, 10_000])
-def test_nobody_reads_on(lines: int) -> None:
-    """Where the reader is gone, as behind ``| head``, it ends quietly."""
+def test_a_closed_pipe_is_no_error(lines: int) -> None:
+    """If the reader ended, as after ``| head``, the program exits quietly."""
     prints = f"""
         time.sleep(0.3)
         for number in range({lines}):
@@ -329,14 +329,14 @@ def test_nobody_reads_on(lines: int) -> None:
 def test_another_broken_pipe_is_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A pipe of a training that breaks is no matter of standard output, and is told."""
+    """A broken pipe inside a training is printed as an error."""
     monkeypatch.setattr(program, "_run", raising(BrokenPipeError("of a queue")))
     assert main([]) == ExitCode.FAILED
     assert "BrokenPipeError: of a queue" in capsys.readouterr().err
 
 
-def test_in_a_thread_signals_are_left_alone() -> None:
-    """Called in another thread, it works without a handler, which only the main thread can set."""
+def test_a_thread_can_call_main() -> None:
+    """In another thread, no signal handler is set."""
     codes: list[int] = []
     thread = threading.Thread(target=lambda: codes.append(main(["--version"])))
     thread.start()
@@ -344,8 +344,8 @@ def test_in_a_thread_signals_are_left_alone() -> None:
     assert codes == [0]
 
 
-def test_the_folder_one_starts_in_is_not_looked_into(tmp_path: Path) -> None:
-    """``python -m`` takes no module of ours or of others from files beside whoever starts it."""
+def test_python_m_does_not_import_from_the_working_directory(tmp_path: Path) -> None:
+    """``python -m`` imports no module from files in the working directory."""
     for name in ("click", "yaml", "torch", "pydantic", "typing_extensions"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported a stranger')")
     done = subprocess.run(
@@ -360,8 +360,8 @@ def test_the_folder_one_starts_in_is_not_looked_into(tmp_path: Path) -> None:
     assert done.stdout.startswith("Usage: robo-orchard-lab completion")
 
 
-def test_processes_take_no_module_that_lies_beside_oneself(tmp_path: Path) -> None:
-    """One that is started by a run, as data is loaded by, finds Python's own in their place."""
+def test_child_processes_do_not_import_from_the_working_directory(tmp_path: Path) -> None:
+    """A child process, such as a DataLoader worker, imports Python's own modules."""
     folder = tmp_path / "here"
     folder.mkdir()
     for module in ("multiprocessing", "runpy", "torch"):

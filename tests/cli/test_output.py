@@ -18,8 +18,8 @@ from robo_orchard_lab.cli.output import note, say, styled, table_lines
 ROWS = [["a", "x", "one two three four five six seven"], ["long", "", "first\nsecond"]]
 
 
-def test_a_table_in_a_file_has_a_line_for_a_row() -> None:
-    """Columns are aligned, nothing is cut off, and only lines of a text break it."""
+def test_a_plain_table_has_one_line_for_a_row() -> None:
+    """Columns are aligned, nothing is truncated; only line ends of a text break a row."""
     assert table_lines(["name", "is", "about"], ROWS) == [
         "NAME  IS  ABOUT",
         "a     x   one two three four five six seven",
@@ -28,8 +28,8 @@ def test_a_table_in_a_file_has_a_line_for_a_row() -> None:
     ]
 
 
-def test_a_table_in_a_terminal_is_as_wide_as_that() -> None:
-    """The last column is broken between words where the line ends, and the headings are bold."""
+def test_a_table_in_a_terminal_fits_its_width() -> None:
+    """The last column wraps between words, and headings are bold."""
     code = "from robo_orchard_lab.cli.output import print_table\n"
     code += f"print_table(['name', 'is', 'about'], {ROWS!r})"
     ended = run_in_terminal(command=[sys.executable, "-c", code], columns=30)
@@ -44,7 +44,7 @@ def test_a_table_in_a_terminal_is_as_wide_as_that() -> None:
 
 
 def test_a_table_in_a_terminal_does_not_need_rich(tmp_path: Path) -> None:
-    """Without the extra that brings rich, a terminal gets plain rows under bold headings."""
+    """Without rich, a terminal gets plain rows under bold headings."""
     (tmp_path / "rich.py").write_text("raise ImportError('not installed')")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
     code += "from robo_orchard_lab.cli.output import print_table\n"
@@ -57,7 +57,7 @@ def test_a_table_in_a_terminal_does_not_need_rich(tmp_path: Path) -> None:
 
 
 def test_a_table_without_rows_has_its_headings() -> None:
-    """An empty table is still a table."""
+    """An empty table has headings."""
     assert table_lines(["name", "about"], []) == ["NAME  ABOUT"]
 
 
@@ -66,22 +66,22 @@ def test_a_table_without_rows_has_its_headings() -> None:
     [({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True), ({"TERM": "dumb"}, False)],
 )
 def test_styles_are_for_terminals(variables: dict[str, str], has_styles: bool) -> None:
-    """A terminal shows styles, unless NO_COLOR says something or it can't."""
+    """A terminal shows styles, unless NO_COLOR is set or the terminal cannot."""
     ended = run_in_terminal("completion", "csh", variables=variables)
     assert ended.code == 2
     assert ended.out.startswith("\x1b[31merror:\x1b[0m " if has_styles else "error: ")
 
 
 def test_a_file_gets_no_styles() -> None:
-    """What another program reads has no escape sequences."""
+    """Output to another program has no escape sequences."""
     ended = run("completion", "csh")
     assert ended.err.startswith("error: invalid value")
 
 
-def test_what_a_terminal_would_obey_is_shown_as_it_is_written(
+def test_control_characters_are_escaped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Values and errors of a stranger's file have no control characters when they are printed."""
+    """Printed values and errors of a file have no control characters."""
     monkeypatch.chdir(tmp_path)
     main(["config", "init"])
     typed = ["--name", "a\x1b[31mred\u202ex", "--data.evaluation.v\x1b[1m=null"]
@@ -96,10 +96,10 @@ def test_what_a_terminal_would_obey_is_shown_as_it_is_written(
     assert not {"\x1b", "\u202e"} & {*shown.out, *shown.err}
 
 
-def test_json_has_standard_output_for_itself(
+def test_json_is_alone_on_standard_output(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a user's module prints when it is imported does not get between the JSON."""
+    """Output of an imported module goes to standard error."""
     (tmp_path / "prints_much.py").write_text(
         "from robo_orchard_lab.pipeline.hooks.mixin import PipelineHooks\n"
         "print('much')\n"
@@ -116,8 +116,8 @@ def test_json_has_standard_output_for_itself(
     assert capsys.readouterr().out == "as before\n"
 
 
-def test_text_that_the_output_can_not_hold_is_escaped(tmp_path: Path) -> None:
-    """An output of another encoding has escapes, and one that is closed is no error."""
+def test_text_outside_the_output_encoding_is_escaped(tmp_path: Path) -> None:
+    """Another encoding gets escapes, and a closed output is no error."""
     assert run("config", "init", cwd=tmp_path).code == 0
     arguments = ("config", "show", "experiment.yaml", "--name", "é")
     ended = run(*arguments, cwd=tmp_path, variables={"PYTHONIOENCODING": "ascii"})
@@ -132,12 +132,12 @@ def test_text_that_the_output_can_not_hold_is_escaped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("print_line", [say, note])
-def test_a_line_has_no_styles_but_ours(
+def test_style_codes_in_text_are_escaped(
     print_line: Callable[[str], None],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What a stranger's checkpoint says of itself is shown as it is written."""
+    """Only styles of the program itself reach a terminal."""
     print_line("\x1b[31ma\x1b[0m\x1b]0;title\x07")
     shown = "".join(capsys.readouterr())
     assert shown == "\\x1b[31ma\\x1b[0m\\x1b]0;title\\x07\n"

@@ -22,8 +22,8 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_run_goes_on_exactly(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Stopped three times, it is the run that never stopped, with its log; nothing is left."""
+def test_a_run_resumes_exactly(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stopped three times, the run and its log equal an uninterrupted run; no file remains."""
     arguments = ["--stops", "3", "--steps", "13", "--file", "metrics.jsonl"]
     assert main(["prove-resume", FILE, *arguments]) == 0
     shown = capsys.readouterr().out
@@ -31,8 +31,8 @@ def test_a_run_goes_on_exactly(work: Path, capsys: pytest.CaptureFixture[str]) -
     assert not (work / "runs").exists()
 
 
-def test_data_that_is_not_the_same_twice_is_found(capsys: pytest.CaptureFixture[str]) -> None:
-    """It ends with 1 and names the first difference: the batch of the first step."""
+def test_nondeterministic_data_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+    """Exits with 1 and names the first difference: the batch of the first step."""
     noise = ["--data.train.dataset={class_type: 'mine:Noise'}", "--trust", "mine"]
     arguments = ["prove-resume", FILE, *noise, "--steps", "4", "--stops", "1"]
     assert main(arguments) == 1
@@ -43,8 +43,8 @@ def test_data_that_is_not_the_same_twice_is_found(capsys: pytest.CaptureFixture[
     assert (found["differences"][0]["step"], found["differences"][0]["name"]) == (0, "batch[0]")
 
 
-def test_a_run_may_be_shorter(capsys: pytest.CaptureFixture[str]) -> None:
-    """Where a run ends ahead of the stops, that is told."""
+def test_a_short_run_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    """A note says that the run ends before the stops."""
     assert main(["prove-resume", FILE, "--trainer.max_epoch=1", "--stops", "1"]) == 0
     assert "the run ends after 10 steps; --steps 10" in capsys.readouterr().err
 
@@ -61,10 +61,10 @@ def test_a_run_may_be_shorter(capsys: pytest.CaptureFixture[str]) -> None:
     ],
     ids=["small", "as it is"],
 )
-def test_the_digits_example_goes_on_exactly(
+def test_the_digits_example_resumes_exactly(
     work: Path, smaller: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Stopped three times, the example is the run that never stopped."""
+    """Stopped three times, the example equals an uninterrupted run."""
     for name in ("digits.yaml", "digits_parts.py"):
         shutil.copy(DIGITS / name, work)
     arguments = ["digits.yaml", "--trust", "digits_parts", "--stops", "3", *smaller]
@@ -82,9 +82,9 @@ def test_the_digits_example_goes_on_exactly(
         ([FILE, "--model.inputs=3"], 1, "the uninterrupted run"),
     ],
 )
-def test_what_can_not_be_proved_is_told(
+def test_a_proof_that_cannot_run_is_an_error(
     arguments: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Wrong use ends with 2; a run that fails by itself ends with 1, with what it printed."""
+    """Wrong usage exits with 2; a failing run exits with 1 and prints its output."""
     assert main(["prove-resume", *arguments]) == code
     assert said in capsys.readouterr().err

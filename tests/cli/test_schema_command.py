@@ -15,7 +15,7 @@ from robo_orchard_lab.cli.main import main
 def test_the_schema_is_printed_or_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same schema is printed, or written to a file, which is replaced."""
+    """The schema is printed, or written to a file, which is replaced."""
     assert main(["schema"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["$schema"] == "https://json-schema.org/draft/2020-12/schema"
@@ -26,18 +26,18 @@ def test_the_schema_is_printed_or_written(
     assert json.loads(output.read_text()) == printed
 
 
-def test_what_can_not_be_written_is_told(
+def test_a_schema_that_cannot_be_written_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A folder that isn't there, and code that isn't, are wrong use."""
+    """A missing folder and a missing class are wrong usage."""
     assert main(["schema", "--output", str(tmp_path / "no" / "x.json")]) == 2
     assert "can't be written: No such file or directory" in capsys.readouterr().err
     assert main(["schema", "--trust", "json:Nothing"]) == 2
     assert "json:Nothing" in capsys.readouterr().err
 
 
-def test_ones_own_classes_are_in_it_with_their_fields(tmp_path: Path) -> None:
-    """Those that are trusted by name, here or in pyproject.toml, also from the current folder."""
+def test_trusted_classes_are_in_the_schema(tmp_path: Path) -> None:
+    """Classes trusted by name, here or in pyproject.toml, have their fields in the schema."""
     (tmp_path / "schema_parts.py").write_text(
         "import torch\n"
         "class Net(torch.nn.Linear):\n"

@@ -52,8 +52,8 @@ def start(run_folder: Path | str = RUN, number: int = 1) -> dict[str, Any]:
     return found
 
 
-def test_a_file_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
-    """With overrides: the run is in its folder, and the last lines say what to do with it."""
+def test_train_writes_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """The run is in its folder, with overrides; the last lines name the next commands."""
     assert main(["train", FILE, "--trainer.max_epoch", "2", "--optimizer.lr=0.05"]) == 0
     told = capsys.readouterr().out.splitlines()
     assert told == [
@@ -69,7 +69,7 @@ def test_a_file_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_each_format_gives_the_same_run() -> None:
-    """The same file as YAML, TOML and JSON: the same weights, bit for bit."""
+    """YAML, TOML and JSON train the same weights, bit for bit."""
     document = formats.read(Path(FILE).read_text(), "yaml")
     for name in ("toml", "json"):
         Path(f"spirals.{name}").write_text(formats.write(document, formats.check_format(name)))
@@ -79,8 +79,8 @@ def test_each_format_gives_the_same_run() -> None:
     assert equal(weights("yaml"), weights("json"))
 
 
-def test_a_runs_own_file_repeats_it(capsys: pytest.CaptureFixture[str]) -> None:
-    """Into another folder, bit for bit; into its own only if something is left to do."""
+def test_the_config_of_a_run_repeats_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """Repeats the run in another folder bit for bit; in its own folder only to continue."""
     assert main(["train", FILE, "--run_folder", "elsewhere"]) == 0
     own = "elsewhere/config.yaml"
     capsys.readouterr()
@@ -96,8 +96,8 @@ def test_a_runs_own_file_repeats_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert state("elsewhere")["progress"]["epoch_id"] == 4
 
 
-def test_a_run_that_is_over_has_nothing_left_to_do(capsys: pytest.CaptureFixture[str]) -> None:
-    """The same file again, as a job that is started again, ends well and does nothing."""
+def test_starting_a_completed_run_does_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Starting the same file again succeeds and trains nothing."""
     assert main(["train", FILE]) == 0
     before = weights()
     capsys.readouterr()
@@ -106,8 +106,8 @@ def test_a_run_that_is_over_has_nothing_left_to_do(capsys: pytest.CaptureFixture
     assert equal(weights(), before)
 
 
-def test_changes_are_sorted_and_need_a_word(capsys: pytest.CaptureFixture[str]) -> None:
-    """Harmless ones pass, another trajectory has to be allowed, and what can't be is refused."""
+def test_changed_fields_are_sorted_and_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    """Harmless changes pass, others require --allow, impossible changes are refused."""
     assert main(["train", FILE, "--trainer.max_epoch", "1"]) == 0
     capsys.readouterr()
     clip = "--hooks.clip={class_type: GradientClippingHook, max_norm: 1.0}"
@@ -153,10 +153,10 @@ def test_changes_are_sorted_and_need_a_word(capsys: pytest.CaptureFixture[str]) 
         (["resume", ".", "--run_folder", "x"], "not the folder of a run"),
     ],
 )
-def test_wrong_use_is_told(
+def test_wrong_usage_exits_with_2(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Wrong use ends with 2, says what is wrong, and starts no run."""
+    """The error says what is wrong, and no run starts."""
     assert main(arguments) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -164,8 +164,8 @@ def test_wrong_use_is_told(
     assert not Path("runs").exists()
 
 
-def test_a_run_that_fails_ends_with_1(capsys: pytest.CaptureFixture[str]) -> None:
-    """The error is told in two lines with its place, after where the run is and how it goes on."""
+def test_a_failed_run_exits_with_1(capsys: pytest.CaptureFixture[str]) -> None:
+    """The error has two lines, after the state of the run and the command to resume it."""
     slow = ["--trust", "mine", "--hooks.slow={class_type: 'mine:Slow', seconds: 0.0, fail_at: 15}"]
     assert main(["train", FILE, *slow]) == 1
     shown = capsys.readouterr()
@@ -185,8 +185,8 @@ def test_a_run_that_fails_ends_with_1(capsys: pytest.CaptureFixture[str]) -> Non
     assert state()["state"] == "completed"
 
 
-def test_a_run_goes_on_from_a_checkpoint_that_is_named() -> None:
-    """From an older one, what came after it is made anew; the weights are the same."""
+def test_a_run_resumes_from_a_named_checkpoint() -> None:
+    """Later steps are trained again; the weights are the same."""
     assert main(["train", FILE]) == 0
     before = weights()
     assert main(["resume", str(RUN / "checkpoints" / "step_00000010")]) == 0
@@ -194,8 +194,8 @@ def test_a_run_goes_on_from_a_checkpoint_that_is_named() -> None:
     assert state()["progress"]["epoch_id"] == 3
 
 
-def test_out_of_time_is_to_be_started_again(capsys: pytest.CaptureFixture[str]) -> None:
-    """A run that a limit of time has saved and stopped ends with 75, and goes on exactly."""
+def test_a_time_limit_exits_with_75(capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that a time limit saved and stopped resumes exactly."""
     limit = "--hooks.limit={class_type: TimeLimit, limit: 1.0, margin: 0.5}"
     assert main(["train", FILE, limit]) == 75  # this process has taken longer than that already
     shown = capsys.readouterr()
@@ -216,8 +216,8 @@ def began(run_folder: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize("saves", [True, False])
-def test_ctrl_c_ends_a_run_that_then_goes_on(saves: bool) -> None:
-    """It ends with 130: saved there where a Preemption is among the hooks, else without a save."""
+def test_a_run_resumes_exactly_after_ctrl_c(saves: bool) -> None:
+    """The exit code is 130; a Preemption hook saves first."""
     slow = [SLOW, "--trust", "mine", *([] if saves else ["--hooks.preemption=null"])]
     started = subprocess.Popen(
         [*START, "train", FILE, *slow],
@@ -246,8 +246,8 @@ def test_ctrl_c_ends_a_run_that_then_goes_on(saves: bool) -> None:
     assert equal(weights(), weights("straight"))
 
 
-def test_sigterm_ends_it_with_143(capsys: pytest.CaptureFixture[str]) -> None:
-    """As a scheduler has it: saved, and to be started again; until then the folder is its own."""
+def test_sigterm_exits_with_143(capsys: pytest.CaptureFixture[str]) -> None:
+    """The run is saved; until it ends, another start in its folder is refused."""
     started = subprocess.Popen(
         [*START, "train", FILE, SLOW, "--trust", "mine"],
         env=environment(),
@@ -266,8 +266,8 @@ def test_sigterm_ends_it_with_143(capsys: pytest.CaptureFixture[str]) -> None:
     assert "(received SIGTERM)" in err
 
 
-def test_in_a_terminal_a_bar_shows() -> None:
-    """The bar is drawn, and is gone, or whole, when the last lines come."""
+def test_a_terminal_shows_the_progress_bar() -> None:
+    """The progress bar is drawn, and complete or removed before the last lines."""
     bar = "--hooks.bar={class_type: ProgressBarHook}"
     ended = run_in_terminal("train", FILE, bar, SLOW, "--trust", "mine", "--trainer.max_epoch", "1")
     assert ended.code == 0
@@ -289,10 +289,10 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_under_torchrun_ranks_train_together_and_one_speaks(
+def test_ranks_of_torchrun_train_one_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Two processes make one run, which says once where it is, and measure it alike."""
+    """Two ranks train one run, one rank reports, and evaluation agrees with one process."""
     done = torchrun("train", FILE, "--data.train.batch_size", "4", "--accelerator.cpu", "true")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("runs/spirals: completed after 30 steps") == 1
@@ -306,7 +306,7 @@ def test_under_torchrun_ranks_train_together_and_one_speaks(
 
 
 def test_a_file_removes_no_checkpoints_of_another_run(capsys: pytest.CaptureFixture[str]) -> None:
-    """Only who types it begins a run anew that was saved; a file may have its name by chance."""
+    """`resume: never` in a file does not remove checkpoints; on the command line, it does."""
     assert main(["train", FILE]) == 0
     Path("other.yaml").write_text(f"base: {FILE}\nresume: never\ncheckpoint: {{keep_last: 1}}\n")
     before = sorted(os.listdir(Path(RUN, "checkpoints")))
@@ -316,8 +316,8 @@ def test_a_file_removes_no_checkpoints_of_another_run(capsys: pytest.CaptureFixt
     assert main(["train", "other.yaml", "--resume", "never"]) == 0
 
 
-def test_a_run_writes_through_no_link_that_leads_out(capsys: pytest.CaptureFixture[str]) -> None:
-    """What somebody has put into the run's folder has nothing written elsewhere."""
+def test_a_link_out_of_the_run_folder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is written through a link that someone put into the run folder."""
     assert main(["train", FILE]) == 0
     Path(RUN, "metrics.jsonl").unlink(missing_ok=True)
     Path(RUN, "metrics.jsonl").symlink_to(Path("elsewhere").absolute())

@@ -58,15 +58,15 @@ class Counting(PipelineHooks):
             self.worst = state["worst"]
 
 
-def test_a_state_that_is_whole_survives() -> None:
-    """Whatever step the run is stopped at, within an epoch or at its end, or in a window."""
+def test_a_complete_state_passes() -> None:
+    """For a stop within an epoch, at its end, or within an accumulation window."""
     assert_state_round_trip(Counting)
     assert_state_round_trip(Counting, epochs=2, accumulate=3, log_every="3 steps", stop_at=[4, 5])
     assert_state_round_trip([Counting, GradientClippingHookConfig(max_norm=1.0)], stop_at=2)
 
 
 def test_hooks_from_a_generator_are_in_every_run() -> None:
-    """Not only in the first, which would leave nothing to compare."""
+    """A generator of hooks is used for all runs, not only for the first."""
     with pytest.raises(AssertionError, match="the loaded state"):
         assert_state_round_trip(make for make in [partial(Counting, "loads wrongly")])
 
@@ -91,8 +91,8 @@ def test_hooks_from_a_generator_are_in_every_run() -> None:
         ),
     ],
 )
-def test_a_state_that_is_not_whole_is_told(fault: str, message: str) -> None:
-    """With the step at which the run was stopped, and what differs first."""
+def test_an_incomplete_state_is_reported(fault: str, message: str) -> None:
+    """The error has the step of the stop and the first differences."""
     with pytest.raises(AssertionError, match=message):
         assert_state_round_trip(partial(Counting, fault))
 
@@ -112,8 +112,8 @@ class Drifting(PipelineHooks):
                 args.model[0].bias.fill_(0.5)  # type: ignore[index]  # a Sequential
 
 
-def test_weights_that_a_resumed_run_trains_otherwise_are_told() -> None:
-    """With the step after which they first differ."""
+def test_different_weights_after_a_resume_are_reported() -> None:
+    """The error has the first step with different weights."""
     with pytest.raises(
         AssertionError,
         match=r"stopped after step 2 .*\n  weights: after step 3, 0\.bias is .*, expected 0\.",
@@ -135,8 +135,8 @@ class Ending(PipelineHooks):
             args.requests.stop("enough", by="Ending")
 
 
-def test_a_resumed_run_that_ends_elsewhere_is_told() -> None:
-    """With the counters of both ends."""
+def test_a_different_end_after_a_resume_is_reported() -> None:
+    """The error has the counters of both ends."""
     with pytest.raises(
         AssertionError,
         match=r"request: stop at step 6.*\n  the run ended at epoch 1, step 2 .*, expected epoch 1",
@@ -144,8 +144,8 @@ def test_a_resumed_run_that_ends_elsewhere_is_told() -> None:
         assert_state_round_trip(Ending, stop_at=2)
 
 
-def test_what_may_differ_is_ignored_by_pattern() -> None:
-    """Names of metrics, and places in states."""
+def test_differences_are_ignored_by_pattern() -> None:
+    """Patterns match names of metrics and paths in states."""
     with pytest.raises(AssertionError, match="the loaded state"):
         assert_state_round_trip(partial(Counting, "loads wrongly"), ignore=["count"], stop_at=4)
     assert_state_round_trip(
@@ -155,7 +155,7 @@ def test_what_may_differ_is_ignored_by_pattern() -> None:
 
 @pytest.mark.parametrize("stop_at", [0, 6, [2, 9]])
 def test_a_stop_outside_of_the_run_is_refused(stop_at: Any) -> None:
-    """There would be nothing to compare."""
+    """A stop must have a step before and after it."""
     with pytest.raises(ValueError, match="within the run, from 1 to 5, got"):
         assert_state_round_trip(Counting, stop_at=stop_at)
     with pytest.raises(ValueError, match="a run of 1 step can't be interrupted"):
@@ -165,8 +165,8 @@ def test_a_stop_outside_of_the_run_is_refused(stop_at: Any) -> None:
 @pytest.mark.parametrize(
     "check", [assert_state_round_trip, assert_weights_unchanged, assert_no_device_sync]
 )
-def test_a_hook_that_can_run_only_once_is_refused(check: Any) -> None:
-    """The error says to give a function that makes it."""
+def test_a_hook_object_is_refused(check: Any) -> None:
+    """The error asks for a function that returns a new hook."""
     with pytest.raises(TypeError, match=r"'counting' runs several times.*lambda: Counting\("):
         check(Counting())
 
@@ -184,8 +184,8 @@ def scale(args: PipelineHookArgs) -> None:
             args.model[3].weight.mul_(2.0)  # type: ignore[index]  # a Sequential
 
 
-def test_a_hook_that_only_looks_changes_nothing() -> None:
-    """Weights, buffers and counters of both runs are the same, bit for bit."""
+def test_a_passive_hook_changes_no_weights() -> None:
+    """Weights, buffers and counters are equal bit for bit."""
     assert_weights_unchanged(Counting, epochs=2, accumulate=2)
 
 
@@ -211,8 +211,8 @@ def test_a_hook_that_only_looks_changes_nothing() -> None:
         ),
     ],
 )
-def test_a_hook_that_changes_the_weights_is_told(make: Any, message: str) -> None:
-    """With the step after which a weight first differs, and its name."""
+def test_changed_weights_are_reported(make: Any, message: str) -> None:
+    """The error has the first step with a different weight, and its name."""
     with pytest.raises(AssertionError, match=message):
         assert_weights_unchanged(make)
 
@@ -245,8 +245,8 @@ class Reading(PipelineHooks):
             args.metrics.before_logging(lambda: self._deeper(torch.ones(())))
 
 
-def test_publishing_and_asking_wait_for_nothing(tmp_path: Path) -> None:
-    """What is published or asked for is read by the trainer, at the commit point."""
+def test_publishing_and_requests_do_not_sync(tmp_path: Path) -> None:
+    """The trainer reads published and requested values at the commit point."""
     assert_no_device_sync(partial(Reading, "nothing"))
     file = tmp_path / "weights.safetensors"
     assert_no_device_sync(
@@ -256,8 +256,8 @@ def test_publishing_and_asking_wait_for_nothing(tmp_path: Path) -> None:
     assert_no_device_sync(GradientClippingHookConfig(max_norm=1.0), accumulate=2)
 
 
-def test_what_the_optimizer_reads_is_not_the_hooks() -> None:
-    """AdamW reads its step count, which lies on the host, in a run without the hook as well."""
+def test_reads_of_the_optimizer_are_not_counted() -> None:
+    """AdamW reads its step count in a run without the hook as well."""
     optimizer = partial(torch.optim.AdamW, lr=0.1)
     assert_no_device_sync(partial(Reading, "nothing"), optimizer=optimizer)
     with pytest.raises(AssertionError, match="reads from tensors 3 times"):
@@ -285,24 +285,22 @@ def test_what_the_optimizer_reads_is_not_the_hooks() -> None:
         ),
     ],
 )
-def test_a_hook_that_reads_is_told(make: Any, message: str) -> None:
-    """With each line that reads, the way to it from the hook, and how often it did."""
+def test_a_device_sync_is_reported(make: Any, message: str) -> None:
+    """The error has each line that reads, its callers up to the hook, and the count."""
     with pytest.raises(AssertionError, match=message):
         assert_no_device_sync(make)
 
 
-def test_a_hook_may_read_as_often_as_it_says() -> None:
-    """A hook that reads on a schedule is given that many."""
+def test_an_allowed_number_of_reads_passes() -> None:
+    """A hook with a trigger may read that often."""
     assert_no_device_sync(partial(Reading, "item"), allowed=3)
     with pytest.raises(AssertionError, match=r"reads from tensors 4 times .* at most 3"):
         assert_no_device_sync(partial(Reading, "item"), allowed=3, steps=8)
 
 
 @pytest.mark.parametrize(("draw", "whose"), [(random.random, "Python"), (np.random.rand, "NumPy")])
-def test_draws_from_other_global_generators_are_seen(
-    draw: Callable[[], object], whose: str
-) -> None:
-    """Also where the weights of the tiny model do not depend on them."""
+def test_use_of_other_global_generators_is_reported(draw: Callable[[], object], whose: str) -> None:
+    """Also if the weights of the tiny model do not depend on NumPy or Python."""
 
     def drawing() -> PipelineHooks:
         hooks = PipelineHooks("draws")

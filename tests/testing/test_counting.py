@@ -67,7 +67,7 @@ def fill(where: torch.Tensor, values: Any) -> None:
     ],
 )
 def test_a_read_is_counted_once(read: Callable[[], Any], seen: list[str]) -> None:
-    """Whatever it is called, a value that comes to the host is one read."""
+    """A value that is copied to the host is one read, whatever the operation."""
     with count_host_reads() as reads:
         read()
     assert [read.what for read in reads] == seen
@@ -91,14 +91,14 @@ def test_a_read_is_counted_once(read: Callable[[], Any], seen: list[str]) -> Non
     ],
 )
 def test_work_on_the_device_is_not_counted(work: Callable[[], Any]) -> None:
-    """What stays in tensors waits for nothing."""
+    """Operations between tensors do not wait."""
     with count_host_reads() as reads:
         work()
     assert reads == []
 
 
 def test_copies_from_a_device_are_counted() -> None:
-    """Blocking ones to the host, also where only those of one kind of device are asked for."""
+    """Blocking copies to the host count, for all devices or one kind of device."""
     with FakeTensorMode(), count_host_reads() as all_reads, count_host_reads("cuda") as reads:
         there, here = torch.ones(3, device="cuda"), torch.ones(3)
         there.to("cpu")
@@ -116,7 +116,7 @@ def test_copies_from_a_device_are_counted() -> None:
 
 
 def test_counting_ends_with_the_block() -> None:
-    """Also when an error ends it; blocks within blocks all count."""
+    """Also after an error; nested blocks count separately."""
     with pytest.raises(ZeroDivisionError), count_host_reads() as outer:  # noqa: PT012 - a scope
         with count_host_reads() as inner:
             scalar.item()
@@ -158,8 +158,8 @@ def registered(when: str | None, function: Any, role: str = "after") -> Pipeline
     [read_it, lambda args: read_it(args), partial(read_it), Callable_(), Callable_().__call__],
     ids=["function", "lambda", "partial", "object", "bound method"],
 )
-def test_a_read_knows_its_hook(function: Any, when: str | None) -> None:
-    """Also of functions that are no methods of a hook, with a schedule or without one."""
+def test_a_read_is_attributed_to_its_hook(function: Any, when: str | None) -> None:
+    """Also in a function that is no method of a hook, with and without a trigger."""
     with count_host_reads() as reads:
         run_hook(registered(when, function), steps=1)
     (read,) = [read for read in reads if read.hook]
@@ -168,8 +168,8 @@ def test_a_read_knows_its_hook(function: Any, when: str | None) -> None:
     assert all(place.file == __file__ for place in read.places)
 
 
-def test_a_read_knows_the_way_from_its_hook() -> None:
-    """From the line that reads to the method that was registered."""
+def test_a_read_has_the_lines_up_to_its_hook() -> None:
+    """From the line that reads to the registered method."""
     with count_host_reads() as reads:
         run_hook(Reader(), steps=1)
     (read,) = [read for read in reads if read.hook == "reader"]
@@ -177,8 +177,8 @@ def test_a_read_knows_the_way_from_its_hook() -> None:
     assert str(read).startswith("item by hook 'reader' at test_counting.py:")
 
 
-def test_the_trainers_reads_are_its_own() -> None:
-    """Those of logging points are marked; others, such as the model's, have no hook."""
+def test_reads_of_the_trainer_are_marked() -> None:
+    """Reads at logging points are marked; other reads, such as the model's, have no hook."""
 
     class Model(torch.nn.Linear):
         def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name
@@ -201,7 +201,7 @@ def test_the_trainers_reads_are_its_own() -> None:
 
 
 def test_collectives_are_counted_until_the_block_ends() -> None:
-    """Under every name that a module has for them; then they are what they were."""
+    """The functions are replaced under every name in a module, then restored."""
     original = dist.all_reduce
     with pytest.raises(ValueError, match="process group"), count_collectives() as calls:  # noqa: PT012 - a scope
         assert dist.all_reduce is all_reduce is not original
@@ -211,7 +211,7 @@ def test_collectives_are_counted_until_the_block_ends() -> None:
 
 
 def test_collectives_are_counted(tmp_path: Path) -> None:
-    """By whatever name Python code calls them, each once, and not those that DDP makes itself."""
+    """Each call counts once under any name; DDP's own reductions do not count."""
     script = SCRIPTS / "collectives_in_a_group.py"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(script), str(tmp_path / "store")],

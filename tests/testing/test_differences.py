@@ -21,8 +21,8 @@ NAN = math.nan
         {"empty": {}, "none": [], "flag": torch.tensor(True)},
     ],
 )
-def test_a_state_is_as_itself(state: Any) -> None:
-    """Also where it holds NaN."""
+def test_equal_states_have_no_difference(state: Any) -> None:
+    """NaN equals NaN."""
     assert [*differences(state, state)] == []
 
 
@@ -54,6 +54,6 @@ def test_a_state_is_as_itself(state: Any) -> None:
         ({"a": torch.ones(())}, {"a": 1.0}, [("a", "is tensor(1.), expected 1.0")]),
     ],
 )
-def test_a_difference_has_its_place(found: Any, expected: Any, told: list[Any]) -> None:
-    """With what is there, and what should be."""
+def test_a_difference_has_a_path(found: Any, expected: Any, told: list[Any]) -> None:
+    """The text has the found and the expected value."""
     assert [*differences(found, expected)] == told

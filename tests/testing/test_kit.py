@@ -51,7 +51,7 @@ class NoteConfig(PipelineHooksConfig[Note]):
 
 
 def test_a_run_shows_events_metrics_and_requests() -> None:
-    """What a hook published and asked for is there by name, step and reason."""
+    """Published and requested values have name, step and reason."""
     run = run_hook(NoteConfig(enough=2), steps=6)
     assert run.metrics == {"notes": {2: 1.0, 4: 2.0}}
     assert [str(request) for request in run.requests] == [
@@ -90,13 +90,13 @@ def test_a_run_shows_events_metrics_and_requests() -> None:
     ],
     ids=["config", "hook", "makes a config", "makes a hook", "list", "generator"],
 )
-def test_a_hook_is_given_in_any_form(source: Any) -> None:
-    """A hook, its configuration, a function that makes either, or several of these."""
+def test_a_hook_source_may_have_any_form(source: Any) -> None:
+    """A hook, its config, a function that returns either, or several of these."""
     assert run_hook(source, steps=4).metrics["notes"] == {2: 1.0, 4: 2.0}
 
 
-def test_several_hooks_run_as_they_are_given() -> None:
-    """The run has all of them, and no single one."""
+def test_several_hooks_run_in_order() -> None:
+    """The run has all hooks, and no single hook."""
     run = run_hook([NoteConfig(), GradientClippingHookConfig(max_norm=1.0)], steps=2)
     assert [hook.name for hook in run.hooks] == ["Note", "GradientClippingHook"]
     assert set(run.metrics) == {"notes", "grad_norm"}
@@ -112,20 +112,20 @@ def test_several_hooks_run_as_they_are_given() -> None:
         ([HookContext.from_callable(print)], "expected a PipelineHooks"),
     ],
 )
-def test_what_is_no_hook_is_refused(source: Any, message: str) -> None:
-    """The error says what was given."""
+def test_other_objects_are_refused(source: Any, message: str) -> None:
+    """The error shows the object."""
     with pytest.raises(TypeError, match=message):
         run_hook(source)
 
 
 def test_an_unknown_setting_is_refused() -> None:
-    """With the nearest name."""
+    """The error suggests the nearest name."""
     with pytest.raises(TypeError, match="no setting 'step'; did you mean 'steps'"):
         run_hook(NoteConfig(), step=3)  # type: ignore[call-arg]  # what is tested
 
 
-def test_what_a_hook_raises_is_raised() -> None:
-    """With the notes that say which hook it was, and where the run was."""
+def test_an_error_of_a_hook_propagates() -> None:
+    """Its notes name the hook and the position in the run."""
     hooks = PipelineHooks("broken")
 
     @hooks.on_step.after(when="3 steps")
@@ -138,8 +138,8 @@ def test_what_a_hook_raises_is_raised() -> None:
     assert "global step 2" in raised.value.__notes__[-1]
 
 
-def test_the_setting_is_what_runs() -> None:
-    """Model, data, accumulation, optimizer, schedule and limits are those that were given."""
+def test_settings_are_applied() -> None:
+    """Model, data, accumulation, optimizer, LR scheduler and limits are those of the settings."""
     rates: list[float] = []
     hooks = PipelineHooks()
 
@@ -171,8 +171,8 @@ def test_the_setting_is_what_runs() -> None:
     assert run_hook([], optimizer_steps=3, accumulate=2).progress.optimizer_step_id == 3
 
 
-def test_other_hooks_run_beside() -> None:
-    """They publish what the tested hook waits for, and are not among the tested ones."""
+def test_extra_hooks_run_after_the_tested_hooks() -> None:
+    """They may publish for the tested hook, and are not part of the result."""
     told: list[float] = []
 
     class Waiting(PipelineHooks):
@@ -196,15 +196,15 @@ def test_other_hooks_run_beside() -> None:
         (None, {6: 2.0}),
     ],
 )
-def test_logging_points_are_chosen(log_every: str | None, notes: dict[int, float]) -> None:
-    """Values are read at the logging points and at the end; until then they add up to a mean."""
+def test_log_every_sets_the_logging_points(log_every: str | None, notes: dict[int, float]) -> None:
+    """Values are read at the logging points and at the end, reduced to a mean."""
     run = run_hook(NoteConfig(), log_every=log_every)
     assert run.metrics["notes"] == notes
     assert [record.partial for record in run.records][-1] == (log_every != "1 step")
 
 
-def test_runs_of_one_setting_are_the_same() -> None:
-    """Bit for bit, whatever was drawn before; another seed gives another run."""
+def test_runs_with_equal_settings_are_equal() -> None:
+    """Bit for bit, after any use of random numbers; another seed differs."""
 
     def told(run: HookRun) -> tuple[Any, ...]:
         return run.losses, run.trace, [w.tolist() for w in run.weights.values()]
@@ -220,8 +220,8 @@ def random_numbers() -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_process_is_left_as_it_was(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random states, what Accelerate shares, and the environment, also when the run fails."""
+def test_the_state_of_the_process_is_restored(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RNG states, Accelerate's state and the environment, also after an error."""
     torch.manual_seed(5)
     np.random.seed(5)
     random.seed(5)
@@ -257,7 +257,7 @@ def test_the_process_is_left_as_it_was(fails: bool, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_pipeline_does_not_import_the_kit() -> None:
-    """Nor does the kit import pytest."""
+    """The kit does not import pytest either."""
     check = (
         "import sys; import robo_orchard_lab, robo_orchard_lab.pipeline.hooks; "
         "assert not any('testing' in name for name in sys.modules if name.startswith('robo')); "

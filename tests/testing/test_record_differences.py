@@ -81,7 +81,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @given(stops=st.sets(st.integers(1, OVER)))
 def test_stops_are_no_difference(stops: set[int], file: Path) -> None:
-    """Loops and epochs that a stop closes early, and the next process opens again, are left out."""
+    """Loop and epoch events that a stop causes are left out."""
     straight = record(file, [*run()])
     edges = [0, *sorted(stops), OVER]
     parts = [record(file, [*run(start, stop)]) for start, stop in itertools.pairwise(edges)]
@@ -90,7 +90,7 @@ def test_stops_are_no_difference(stops: set[int], file: Path) -> None:
 
 @given(data=st.data())
 def test_kills_are_no_difference(data: st.DataObject, file: Path) -> None:
-    """What was done after the save that the next process goes on from is done again."""
+    """Steps after the last save are repeated by the next process."""
     straight = record(file, [*run()])
     parts, start = [], 0
     for _ in range(data.draw(st.integers(1, 5))):
@@ -102,8 +102,8 @@ def test_kills_are_no_difference(data: st.DataObject, file: Path) -> None:
     assert told(straight, parts) == []
 
 
-def test_killed_between_its_last_save_and_its_end(file: Path) -> None:
-    """A run that is over is gone on with by nothing, and has lost nothing."""
+def test_a_kill_after_the_last_save_is_no_difference(file: Path) -> None:
+    """A completed run is resumed without a step, and nothing is lost."""
     straight = record(file, [*run()])
     lines = [line for line in run() if line[1] != "end" and "after on_loop" not in str(line[2])]
     assert told(straight, [record(file, lines), record(file, [*run(OVER)])]) == []
@@ -132,8 +132,8 @@ def saved(lines: list[Line], step: int) -> bool:
         ((6, "event", "before on_evaluation 2 0 6 5"), "step 6: events"),
     ],
 )
-def test_each_change_is_told(change: Line, difference: str, file: Path) -> None:
-    """One value that is another, missing, or an event that is another, is named with its step."""
+def test_each_change_is_reported(change: Line, difference: str, file: Path) -> None:
+    """A different value, a missing value and a different event are named with the step."""
     straight = record(file, [*run()])
     lines = [*run(2)]
     kind, start = change[1], str(change[2]).split(" ")[0:2]
@@ -149,8 +149,8 @@ def test_each_change_is_told(change: Line, difference: str, file: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", range(1, 20))
-def test_each_event_that_is_left_out_is_told(missing: int, file: Path) -> None:
-    """Where a process leaves out a line, or does it twice, its step is named."""
+def test_each_missing_or_repeated_event_is_reported(missing: int, file: Path) -> None:
+    """The step of the event is named."""
     straight = record(file, [*run()])
     lines = [*run(2)]
     first = record(file, [*run(0, 2)])

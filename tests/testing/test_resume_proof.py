@@ -142,8 +142,8 @@ def prove(
     return prove_resume(trainer, None, stops, kill=kill, **options)
 
 
-def test_an_honest_run_passes(tmp_path: Path) -> None:
-    """Stopped at every commit point and after its end, it is the straight run, which is said."""
+def test_a_correct_run_passes(tmp_path: Path) -> None:
+    """Stopped at every commit point and after the end, the run equals an uninterrupted run."""
     proof = prove(stops=tuple(range(1, 10)), folder=tmp_path / "proof", files=["who.txt"])
     proof.check()
     assert proof.passed
@@ -167,8 +167,8 @@ def test_an_honest_run_passes(tmp_path: Path) -> None:
         ("begins anew", 0, "resume_from", "does build pass its resume_from to the trainer?"),
     ],
 )
-def test_each_fault_is_found_where_it_begins(fault: str, step: int, name: str, told: str) -> None:
-    """The first difference is the first in time, with its name, both values, and what led to it."""
+def test_each_fault_is_found_at_its_first_step(fault: str, step: int, name: str, told: str) -> None:
+    """The first difference in time has its name, both values, and a hint."""
     proof = prove(fault)
     assert not proof.passed
     assert (proof.differences[0].step, proof.differences[0].name) == (step, name)
@@ -180,8 +180,8 @@ def test_each_fault_is_found_where_it_begins(fault: str, step: int, name: str, t
         proof.check()
 
 
-def test_each_of_several_ranks_is_looked_at() -> None:
-    """Two ranks that go on exactly pass; what one of them alone loses is told with its number."""
+def test_each_rank_is_compared() -> None:
+    """Two correct ranks pass; lost state of one rank is reported with the rank."""
     proof = prove(stops=(1, 2, 3), processes=2)
     proof.check()
     assert proof.steps == 4
@@ -190,16 +190,16 @@ def test_each_of_several_ranks_is_looked_at() -> None:
     assert "rank 1: Warmup.seen is 1 before step 3, was 4" in str(lost)
 
 
-def test_a_rank_that_fails_is_told() -> None:
-    """What it printed is in the error."""
+def test_a_failed_rank_is_reported() -> None:
+    """The error has the output of the rank."""
     with pytest.raises(StraightRunError, match="OSError: the data is not there"):
         prove("raises", processes=2)
     with pytest.raises(ValueError, match="processes must be at least 1, got 0"):
         prove(processes=0)
 
 
-def test_a_killed_run_that_is_honest_passes() -> None:
-    """Killed several times in one step as well, which is said; it goes on from what it saved."""
+def test_a_correct_run_passes_with_kills() -> None:
+    """Killed several times, also in one step, the run resumes from its checkpoints."""
     proof = prove(stops=(1, 3, 3, 6), kill=True)
     proof.check()
     assert proof.kills  # fewer than 4, where this process is slow to look
@@ -207,7 +207,7 @@ def test_a_killed_run_that_is_honest_passes() -> None:
 
 
 def test_faults_of_killed_runs_are_found() -> None:
-    """What was not saved, and a checkpoint that was told of and is not there when it is needed."""
+    """State that was not saved, and a listed checkpoint that is missing."""
     proof = prove("unsaved", stops=(4,), kill=True)
     first = proof.differences[0]
     assert first.name == "batch[1]"
@@ -220,7 +220,7 @@ def test_faults_of_killed_runs_are_found() -> None:
 
 
 def test_files_are_compared(tmp_path: Path) -> None:
-    """A file that differs is told with the line and the place where it does, or as missing."""
+    """A different file is reported with line and position, or as missing."""
     runs = ProofRuns({}, tmp_path, None, 1.0)
     runs.create_folders()
     (tmp_path / "straight" / "log").write_text("a\n" + "b" * 90 + "c\n")
@@ -236,15 +236,15 @@ def test_files_are_compared(tmp_path: Path) -> None:
     )
 
 
-def test_what_may_differ_is_left_out() -> None:
-    """Names that are ignored are no difference; the run ends where ``steps`` says."""
+def test_ignored_names_may_differ() -> None:
+    """The run ends after ``steps``."""
     names = ["batch*", "weights *", "optimizer *", "loss", "hook EMA.*", "gradients *"]
     assert prove("noise", ignore=names).passed
     assert prove_resume(build, 5, [5]).steps == 5
 
 
-def test_a_straight_run_that_fails_proves_nothing() -> None:
-    """What it printed is in the error, also where it takes too long."""
+def test_a_failed_uninterrupted_run_is_an_error() -> None:
+    """The error has its output, also after the time limit."""
     with pytest.raises(StraightRunError, match="OSError: the data is not there"):
         prove("raises")
     with pytest.raises(StraightRunError, match=r"(?s)Timeout.*in build"):
@@ -252,7 +252,7 @@ def test_a_straight_run_that_fails_proves_nothing() -> None:
 
 
 def test_ctrl_c_ends_a_proof() -> None:
-    """At once, with the processes that are at work, each in a server of its own."""
+    """Running processes end at once."""
     pressed_at: list[float] = []
 
     def press() -> None:
@@ -277,27 +277,27 @@ def test_ctrl_c_ends_a_proof() -> None:
         ("build", [1], "'module:name'"),
     ],
 )
-def test_what_can_not_be_run_is_refused(source: Any, stops: list[int], message: str) -> None:
-    """Wrong stops, and functions that no other process finds, are named before anything runs."""
+def test_invalid_arguments_are_refused(source: Any, stops: list[int], message: str) -> None:
+    """Invalid stops and functions that another process cannot find, before any run."""
     with pytest.raises((ValueError, TypeError), match=message):
         prove_resume(source, 8, stops)
 
 
-def test_a_function_that_is_not_there_is_told() -> None:
-    """A name that no module has is the straight run's failure."""
+def test_a_missing_function_is_an_error() -> None:
+    """An unknown name is a failure of the uninterrupted run."""
     with pytest.raises(StraightRunError, match="has no function 'nobody'"):
         prove_resume("robo_orchard_lab.testing.fixtures:nobody", 2, [1])
 
 
-def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
-    """Nothing is written over."""
+def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
+    """No file is replaced."""
     (tmp_path / "mine").write_text("keep")
     with pytest.raises(FileExistsError, match="is not empty"):
         prove(folder=tmp_path)
 
 
 def test_functions_of_scripts_and_files_are_found(tmp_path: Path) -> None:
-    """``build`` may be defined in ``__main__``, which is not run again, or in a file by name."""
+    """``build`` may be in ``__main__``, which does not run again, or in a file by name."""
     script = tmp_path / "train.py"
     script.write_text(
         "import json\n"

@@ -43,7 +43,7 @@ def outcome(folder: Path, recorded: bool) -> dict[str, str]:
 
 
 def test_a_recorder_changes_nothing(tmp_path: Path) -> None:
-    """Weights, optimizer, random states, hooks' states and the log are those without it."""
+    """Weights, optimizer, RNG states, hook states and the log are those without a recorder."""
     without, found = outcome(tmp_path / "a", False), outcome(tmp_path / "b", True)
     assert found == without
     logs = [(tmp_path / run / "metrics.jsonl").read_bytes() for run in ("a", "b")]
@@ -61,8 +61,8 @@ def record_of(tmp_path: Path, **order: Any) -> RunRecord:
     return record
 
 
-def test_a_record_has_all_of_a_run(tmp_path: Path) -> None:
-    """Samples, batch, state and loss of each step, the events, and the end."""
+def test_a_record_is_complete(tmp_path: Path) -> None:
+    """It has samples, batch, state and loss of each step, events and end."""
     record = record_of(tmp_path)
     assert (record.start, record.last, sorted(record.steps)) == (0, STEPS, [*range(STEPS + 1)])
     assert record.steps[0][:3] == [
@@ -86,8 +86,8 @@ def test_a_record_has_all_of_a_run(tmp_path: Path) -> None:
     assert "optimizer 0.weight.exp_avg" in record.end
 
 
-def test_a_part_of_a_run_stops_and_saves(tmp_path: Path) -> None:
-    """A process stops after the step that it was told, and another begins there."""
+def test_a_worker_stops_and_saves(tmp_path: Path) -> None:
+    """A worker stops after the given step, and the next worker starts there."""
     first = record_of(tmp_path, stop_after=3, save_to=str(tmp_path / "saved"))
     second = record_of(tmp_path, resume_from=str(tmp_path / "saved"), stop_after=4, seed=1)
     assert (first.last, second.start, second.last) == (3, 3, 4)
@@ -99,15 +99,15 @@ def not_a_trainer(run_folder: Path, resume_from: Any) -> Any:
     return "no trainer"
 
 
-def test_what_builds_no_trainer_is_refused(tmp_path: Path) -> None:
-    """The error says what came of it."""
+def test_a_build_without_a_trainer_is_refused(tmp_path: Path) -> None:
+    """The error shows the returned object."""
     order = RunOrder(describe_function(not_a_trainer), str(tmp_path), str(tmp_path / "record"))
     with isolated(0), pytest.raises(TypeError, match="must return a HookBasedTrainer, got 'no tr"):
         execute_order(order)
 
 
 def test_functions_are_found_by_name_and_by_file(tmp_path: Path) -> None:
-    """Those of this very module too, which no import finds; a file that is none is an error."""
+    """Also in a module that import does not find; a file that is not Python is an error."""
     found = find_function(describe_function(partial(not_a_trainer, resume_from=None)))
     assert found(tmp_path) == "no trainer"
     assert find_function(describe_function("pathlib:Path")) is Path
@@ -143,8 +143,8 @@ TENSORS = [
 ]
 
 
-def test_every_value_has_a_text_of_its_own() -> None:
-    """Tensors of any type, shape and layout, by their bits; equal ones have equal texts."""
+def test_different_values_have_different_texts() -> None:
+    """Tensors differ by type, shape, layout and bits; equal tensors have equal texts."""
     texts = [value_text(tensor) for tensor in TENSORS]
     assert len(set(texts)) == len(TENSORS)
     assert texts == [value_text(tensor.detach().clone()) for tensor in TENSORS]
@@ -153,8 +153,8 @@ def test_every_value_has_a_text_of_its_own() -> None:
     assert value_text(object()) == "<object object>"
 
 
-def test_places_of_leaves_name_the_way() -> None:
-    """A long list of numbers is one leaf, as is what is empty."""
+def test_leaves_have_paths() -> None:
+    """A long list of numbers, and an empty collection, is one leaf."""
     state = {"a": [{"b": 1}, (2,)], "many": [*range(20)], "none": {}, "empty": []}
     assert dict(leaves(state, "hook X")) == {
         "hook X.a[0].b": 1,
@@ -165,8 +165,8 @@ def test_places_of_leaves_name_the_way() -> None:
     }
 
 
-def test_rng_facts_follow_each_stream() -> None:
-    """A draw from one of the three generators changes its fact alone."""
+def test_rng_facts_are_separate() -> None:
+    """Using one of the three generators changes its fact alone."""
     with isolated(0):
         before = dict(rng_facts())
         np.random.rand()
