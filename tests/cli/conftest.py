@@ -1,4 +1,4 @@
-"""Every test starts with Accelerate's process-wide state as a fresh process has it."""
+"""Fresh process-wide state of Accelerate for every test."""
 
 from __future__ import annotations
 

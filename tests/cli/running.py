@@ -1,4 +1,4 @@
-"""The command line as users run it: a process, in a terminal or not, or a call in this process."""
+"""Ways to run the command line: in another process, with or without a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small experiment as a file, and a user's module beside it."""
+"""A small experiment file and a user's module next to it."""
 
 from __future__ import annotations
 

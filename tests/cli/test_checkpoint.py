@@ -1,4 +1,4 @@
-"""``checkpoint``: its commands, on the checkpoints of a run."""
+"""Tests of the commands ``checkpoint list|show|verify|export|prune``."""
 
 from __future__ import annotations
 

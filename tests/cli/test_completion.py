@@ -1,4 +1,4 @@
-"""What ``completion`` prints, a shell loads, and it completes commands and files."""
+"""Tests of the command ``completion``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``config``: files are begun, checked, shown and compared."""
+"""Tests of the commands ``config init|check|show|diff``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``doctor`` tells what there is, also where something is missing or broken."""
+"""Tests of the command ``doctor``, also with missing or broken packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``train --dry-run`` and ``--debug-fast``: nothing is kept of either."""
+"""Tests of ``train --dry-run`` and ``train --debug-fast``."""
 
 from __future__ import annotations
 

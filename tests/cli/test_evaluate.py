@@ -1,4 +1,4 @@
-"""``evaluate``: what a run has saved."""
+"""Tests of the command ``evaluate``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands take that are about an experiment: a file, trust, and fields over what it says."""
+"""Tests of FILE, ``--trust`` and field options."""
 
 from __future__ import annotations
 

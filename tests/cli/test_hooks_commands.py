@@ -1,4 +1,4 @@
-"""``hooks``: what there is, with its fields, and what runs in an experiment."""
+"""Tests of the commands ``hooks list|show|plan``."""
 
 from __future__ import annotations
 

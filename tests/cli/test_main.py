@@ -1,4 +1,4 @@
-"""The program around its commands: help, wrong use, errors, exit codes, signals, the terminal."""
+"""Tests of the program: help, usage errors, exit codes, signals, imports."""
 
 from __future__ import annotations
 

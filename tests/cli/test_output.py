@@ -1,4 +1,4 @@
-"""Tables and styles suit where they go: a terminal, or a file."""
+"""Tests of tables, styles, escapes and JSON, in a terminal and in a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``prove-resume``: that the run of a file goes on exactly."""
+"""Tests of the command ``prove-resume``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``schema`` writes what editors complete and check files by."""
+"""Tests of the command ``schema``."""
 
 from __future__ import annotations
 

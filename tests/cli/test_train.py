@@ -1,4 +1,4 @@
-"""``train`` and ``resume``: runs from files, in folders that may have some."""
+"""Tests of the commands ``train`` and ``resume``."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_changed_fields_are_sorted_and_checked(capsys: pytest.CaptureFixture[str
     assert main([*changed, "--optimizer.lr", "1", "--allow", "trajectory"]) == 2
     shown = capsys.readouterr()
     assert "can't resume with changed optimizer.lr" in shown.err
-    assert "a checkpoint holds it" in shown.err
+    assert "restores this value from the checkpoint" in shown.err
     assert main([*changed, "--optimizer.lr", "1", "--resume", "never"]) == 0
 
 

@@ -1,4 +1,4 @@
-"""What processes do that tests of the fork server start."""
+"""Functions of the processes that test_resume_worker.py starts."""
 
 from __future__ import annotations
 

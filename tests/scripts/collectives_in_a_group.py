@@ -1,4 +1,4 @@
-"""What ``test_counting.py`` runs in a process of its own: collectives in a group of one."""
+"""Script of test_counting.py: collectives in a process group of one rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The assertions of the kit: what they let pass, and what they say of a planted fault."""
+"""Tests of the assertions of the kit with correct hooks and planted faults."""
 
 from __future__ import annotations
 

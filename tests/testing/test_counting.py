@@ -1,4 +1,4 @@
-"""Counting what waits for the device, and what processes exchange."""
+"""Tests of counts of device syncs and collectives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finding where two states differ."""
+"""Tests of the comparison of nested states."""
 
 from __future__ import annotations
 

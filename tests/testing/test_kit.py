@@ -1,4 +1,4 @@
-"""Running hooks on a tiny model, and what a run of them shows."""
+"""Tests of ``run_hook`` and its result."""
 
 from __future__ import annotations
 

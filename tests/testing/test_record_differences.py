@@ -1,4 +1,4 @@
-"""What several processes wrote down of a run, put together and compared with what one did."""
+"""Tests of joining and comparing records of runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The proof that a resumed run is exact finds what is not."""
+"""Tests of ``prove_resume`` with correct trainings and planted faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is written down of a run, and that writing it down changes nothing."""
+"""Tests of the recorder, its records and its workers."""
 
 from __future__ import annotations
 
