@@ -196,8 +196,8 @@ def test_prune_refuses_a_running_run(kept: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["list", "runs/second"], "there is no runs/second; expected the folder of a run"),
-        (["list", "."], "not the folder of a run: it has no config.yaml"),
+        (["list", "runs/second"], "there is no runs/second; expected a run folder"),
+        (["list", "."], "not a run folder: it has no config.yaml"),
         (["show"], "missing argument 'PATH'"),
         (["prune", "runs/first/checkpoints", "--keep-last", "0"], "0 is not in the range x>=1"),
         (["export", "runs/first", "model.bin"], "expected a name that ends in .safetensors"),

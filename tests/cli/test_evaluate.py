@@ -69,7 +69,7 @@ def test_fields_can_be_overridden(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "code", "said"),
     [
         ([], 2, "missing argument"),
-        (["runs"], 2, "there is no runs; expected the folder of a run"),
+        (["runs"], 2, "there is no runs; expected a run folder"),
         (["run", "--set", "vall"], 2, "did you mean 'val'"),
         (["run", "--model.hidden=[9]"], 1, "has the weights of another model"),
         (

@@ -71,7 +71,7 @@ def test_a_trusted_hook_is_shown(
     told = capsys.readouterr()
     assert told.out == ""
     assert told.err == (
-        "error: 'my_shown_hooks:Mine' is code that is not trusted; if you do, say --trust "
+        "error: 'my_shown_hooks:Mine' is not trusted; if you trust its code, pass --trust "
         "my_shown_hooks\n"
     )
     text = shown(capsys, "hooks", "show", "my_shown_hooks:Mine", "--trust", "my_shown_hooks")
@@ -86,7 +86,7 @@ def test_a_trusted_hook_is_shown(
     [
         ("StatMonitor", "error: there is no hook 'StatMonitor'; did you mean 'StatsMonitor'?\n"),
         ("zzz", "error: there is no hook 'zzz'; there are ClearCacheHook, EMA, EarlyStopping, "),
-        ("torch.optim:SGD", "error: 'torch.optim:SGD' is no hook, which is a PipelineHooks\n"),
+        ("torch.optim:SGD", "error: expected a subclass of PipelineHooks, found 'torch."),
     ],
 )
 def test_an_unknown_hook_is_an_error(

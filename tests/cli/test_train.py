@@ -148,9 +148,9 @@ def test_changed_fields_are_sorted_and_checked(capsys: pytest.CaptureFixture[str
             ["train", FILE, "--run_folder", f"{FILE}/x"],
             "spirals.yaml/x can't be the run folder: spirals.yaml",
         ),
-        (["resume", "runs/none"], "there is no runs/none; expected the folder of a run"),
-        (["resume", FILE], "spirals.yaml is a file; expected the folder of a run"),
-        (["resume", ".", "--run_folder", "x"], "not the folder of a run"),
+        (["resume", "runs/none"], "there is no runs/none; expected a run folder"),
+        (["resume", FILE], "spirals.yaml is a file; expected a run folder"),
+        (["resume", ".", "--run_folder", "x"], "not a run folder"),
     ],
 )
 def test_wrong_usage_exits_with_2(

@@ -189,7 +189,7 @@ def test_the_order_of_overrides_does_not_matter_to_classes(folder: Path) -> None
         ("--hooks.log.sinks.2.path=1", "hooks.log.sinks: expected the index of one of 2 items"),
         ("--hooks.log.sinks.x=1", "hooks.log.sinks: expected the index of one of 2 items"),
         ("--hooks.lag=null", "did you mean 'log'?"),
-        ("--base=x.yaml", "base: is said by a file about itself"),
+        ("--base=x.yaml", "base: can't be overridden"),
     ],
 )
 def test_overrides_that_lead_nowhere_are_refused(folder: Path, given: str, problem: str) -> None:
@@ -255,7 +255,7 @@ def test_files_may_build_on_each_other(tmp_path: Path) -> None:
     read = read_experiment(chain(tmp_path, MAX_BASES))
     assert len(read.files) == 1 + MAX_BASES
     assert read.document["v15"] == 15
-    with pytest.raises(ConfigError, match=r"16.yaml:1: base: is one more than the 16"):
+    with pytest.raises(ConfigError, match=r"16.yaml:1: base: exceeds the limit of 16"):
         read_experiment(chain(tmp_path, MAX_BASES + 1))
 
 
@@ -293,9 +293,9 @@ def test_a_base_is_the_plain_name_of_a_file_beside_it(folder: Path, name: Plain)
     [
         ("missing", "can't be read: No such file"),
         ("link", "is a link"),
-        ("folder", "is no regular file"),
-        ("pipe", "is no regular file"),
-        ("large", f"is larger than the {MAX_FILE_BYTES} bytes"),
+        ("folder", "is not a regular file"),
+        ("pipe", "is not a regular file"),
+        ("large", f"exceeds the limit of {MAX_FILE_BYTES} bytes"),
     ],
 )
 def test_what_is_no_regular_file_is_refused(folder: Path, kind: str, problem: str) -> None:

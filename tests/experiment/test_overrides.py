@@ -114,7 +114,7 @@ def test_variables_mean_keys_in_whatever_case() -> None:
 
 @pytest.mark.parametrize(
     ("name", "problem"),
-    [("HOOKS__STATS", "may be any of 'Stats', 'sTATS'"), ("HOOKS____A", "found an empty one")],
+    [("HOOKS__STATS", "matches each of 'Stats', 'sTATS'"), ("HOOKS____A", "found an empty one")],
 )
 def test_variables_that_mean_no_one_key_are_refused(name: str, problem: str) -> None:
     """A variable never chooses between two keys."""

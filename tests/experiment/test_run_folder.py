@@ -241,11 +241,11 @@ def test_a_checkpoint_is_found_with_its_run(run: Path, name: str) -> None:
 
 def test_what_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
     """The message says what was expected at the path."""
-    with pytest.raises(NoRunError, match=r"there is no runs/second; expected the folder of a run"):
+    with pytest.raises(NoRunError, match=r"there is no runs/second; expected a run folder"):
         find_run("runs/second")
-    with pytest.raises(NoRunError, match=r"runs is not the folder of a run: it has no config.yaml"):
+    with pytest.raises(NoRunError, match=r"runs is not a run folder: it has no config.yaml"):
         find_run("runs")
-    with pytest.raises(NoRunError, match=r" is not the folder of a run: it has no starts"):
+    with pytest.raises(NoRunError, match=r" is not a run folder: it has no starts"):
         find_run(tmp_path)
     (tmp_path / "file.txt").write_text("")
     with pytest.raises(NoRunError, match=r"file.txt is a file; expected"):

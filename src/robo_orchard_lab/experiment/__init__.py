@@ -1,4 +1,4 @@
-"""Training runs as values and files: described, checked, built and repeated."""
+"""Experiments: training runs as validated values and files, which can be built and repeated."""
 
 from robo_orchard_core.utils.config import config_of
 from robo_orchard_lab.experiment.config import ExperimentConfig

@@ -1,4 +1,4 @@
-"""An experiment as plain data: its file, those it builds on, and what is said over them."""
+"""Reading of experiment files: base files, limits, and overrides; nothing is imported."""
 
 from __future__ import annotations
 
@@ -25,39 +25,37 @@ from robo_orchard_lab.experiment.overrides import (
     Origin,
     Origins,
     Override,
-    all_from,
     from_environment,
     merge_with_origins,
     origin_of,
     paths,
+    uniform_origins,
 )
 
-# --- reading ---------------------------------------------------------------------------------
-# An experiment's file and those it builds on, read without trusting any of them.
-
-
 MAX_FILE_BYTES = 2**17
-"""Of an experiment's file with all that it builds on; real ones have a few thousand."""
+"""Limit of a file with its base files; a real experiment has a few thousand bytes."""
 
 MAX_VALUES = 20_000
-"""Of a file, lists and mappings included; far above any real one."""
+"""Limit of values in a document, lists and mappings included."""
 
 MAX_KEY = 200
-"""Characters of a key, and of a file's name."""
+"""Limit of a key and of a file name, in characters."""
 
 MAX_BASES = 16
-"""Files that one builds on, one on the other."""
+"""Limit of base files, each based on the next."""
+
+# --- files -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ParsedFile:
-    """What one file says.
+    """Content of one file.
 
     Attributes:
-        path: The file.
-        document: Without ``base`` and ``$schema``, which are about the file.
-        origins: Of each value: the file, with the line where it is known.
-        base: The name of the file beside it that this one builds on, if it does.
+        path: Path of the file.
+        document: Fields, without ``base`` and ``$schema``.
+        origins: Origin of each value: the file, with the line if known.
+        base: Name of the base file in the same folder, or None.
     """
 
     path: Path
@@ -67,65 +65,61 @@ class ParsedFile:
 
 
 def read_with_bases(path: Path) -> list[ParsedFile]:
-    """The file and those it builds on, itself first.
+    """Read a file and its base files, the file first.
 
     Raises:
-        ConfigError: One can't be read, is a link or no regular file, is too large, is no
-            document, or names a base that isn't a file beside it or leads back to it.
+        ConfigError: A file can't be read, is a link or not a regular file, is too large or
+            malformed, or names a base that is missing or leads back to the file.
     """
     files: list[ParsedFile] = []
     size = MAX_FILE_BYTES
     named_in: ParsedFile | None = None
     while True:
         try:
-            content = _content(path, size)
+            content = _read_bytes(path, size)
         except ConfigError as error:
-            raise _of_base(error, path, named_in) from None
+            raise _file_error(error, path, named_in) from None
         size -= len(content)
-        file = _parsed(path, content)
+        file = _parse(path, content)
         files.append(file)
         if file.base is None:
             return files
         known = [known.path.name for known in files]
         if file.base in known:
-            raise _wrong_base(
-                file, f"leads back to {file.base!r}: {' -> '.join([*known, file.base])}"
-            )
+            cycle = " -> ".join([*known, file.base])
+            raise _base_error(file, f"leads back to {file.base!r}: {cycle}")
         if len(files) > MAX_BASES:
-            raise _wrong_base(
-                file, f"is one more than the {MAX_BASES} that may build on each other"
-            )
+            raise _base_error(file, f"exceeds the limit of {MAX_BASES} base files")
         path, named_in = path.with_name(file.base), file
 
 
-def _content(path: Path, size: int) -> bytes:
-    """What is in the file, of at most ``size`` bytes."""
+def _read_bytes(path: Path, size: int) -> bytes:
+    """Read a regular file of at most ``size`` bytes."""
     if os.path.islink(path):
         raise ConfigError("is a link; expected the file itself")
-    # What became a link since then isn't followed, and nobody waits for a pipe's other end.
+    # A link created after the check is not followed, and opening a pipe does not block.
     flags = sum(getattr(os, f"O_{name}", 0) for name in ("NOFOLLOW", "NONBLOCK", "BINARY"))
     try:
         descriptor = os.open(path, os.O_RDONLY | flags)
     except OSError as error:
         raise ConfigError(f"can't be read: {error.strerror or error}") from error
-    except ValueError as error:  # of a name that no file can have
+    except ValueError as error:  # a name that no file can have
         raise ConfigError(f"can't be read: {error}") from error
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ConfigError("is no regular file")
+            raise ConfigError("is not a regular file")
         with open(descriptor, "rb", closefd=False) as file:
             content = file.read(size + 1)
     finally:
         os.close(descriptor)
     if len(content) > size:
         raise ConfigSyntaxError(
-            f"is larger than the {MAX_FILE_BYTES} bytes that an experiment's file may have, with "
-            "those it builds on"
+            f"exceeds the limit of {MAX_FILE_BYTES} bytes for an experiment with its base files"
         )
     return content
 
 
-def _parsed(path: Path, content: bytes) -> ParsedFile:
+def _parse(path: Path, content: bytes) -> ParsedFile:
     lines: Lines = {}
     try:
         document = formats.read(formats.decode_utf8(content), formats.format_of(path), lines)
@@ -135,11 +129,11 @@ def _parsed(path: Path, content: bytes) -> ParsedFile:
         if error.path in lines:
             error.source += f":{lines[error.path]}"
             if isinstance(error, ConfigSyntaxError):
-                error.position = ""  # is in that line
+                error.position = ""  # repeats the line
         raise
-    at_line = {where: Origin("file", f"{path}:{line}") for where, line in lines.items()}
-    at_line.setdefault((), Origin("file", os.fspath(path)))
-    origins = {where: origin_of(where, at_line) for where in paths(document)}
+    by_line = {where: Origin("file", f"{path}:{line}") for where, line in lines.items()}
+    by_line.setdefault((), Origin("file", os.fspath(path)))
+    origins = {where: origin_of(where, by_line) for where in paths(document)}
     document.pop("$schema", None)
     base = document.pop("base", None)
     file = ParsedFile(path, document, origins, base if isinstance(base, str) else None)
@@ -149,15 +143,15 @@ def _parsed(path: Path, content: bytes) -> ParsedFile:
 
 
 def check_bounds(document: Mapping[str, Plain]) -> None:
-    """Refuse a document of more values or longer keys than any experiment has.
+    """Refuse a document with more values or longer keys than any real experiment.
 
     Raises:
-        ConfigSyntaxError: It is one.
+        ConfigSyntaxError: A limit is exceeded.
     """
-    waiting: list[Plain] = [dict(document)]
+    remaining: list[Plain] = [dict(document)]
     seen = 0
-    while waiting:
-        value = waiting.pop()
+    while remaining:
+        value = remaining.pop()
         seen += 1
         if seen > MAX_VALUES:
             raise ConfigSyntaxError(f"the document holds more than {MAX_VALUES} values")
@@ -167,52 +161,51 @@ def check_bounds(document: Mapping[str, Plain]) -> None:
                     raise ConfigSyntaxError(
                         f"expected keys of at most {MAX_KEY} characters, found {key[:40]!r}..."
                     )
-            waiting += value.values()
+            remaining += value.values()
         elif isinstance(value, list):
-            waiting += value
+            remaining += value
 
 
 def _check_base(file: ParsedFile, base: Plain) -> None:
-    if not isinstance(base, str):
-        raise _wrong_base(
-            file, f"expected the name of a file beside this one, found {describe(base)}"
-        )
-    is_plain = base.isprintable() and all(
-        kind(base).name == base for kind in (PurePosixPath, PureWindowsPath)
+    is_plain = (
+        isinstance(base, str)
+        and base.isprintable()
+        and base not in ("", ".", "..")
+        and len(base) <= MAX_KEY
+        and all(kind(base).name == base for kind in (PurePosixPath, PureWindowsPath))
     )
-    if not is_plain or base in ("", ".", "..") or len(base) > MAX_KEY:
-        raise _wrong_base(
-            file,
-            f"expected the name of a file beside this one, without a folder; "
-            f"found {describe(base)}",
-        )
+    if not is_plain:
+        problem = f"expected the name of a file in the same folder, found {describe(base)}"
+        raise _base_error(file, problem)
 
 
-def _wrong_base(file: ParsedFile, problem: str) -> ConfigFieldError:
+def _base_error(file: ParsedFile, problem: str) -> ConfigFieldError:
     error = ConfigFieldError(problem, ("base",))
     error.source = str(origin_of(("base",), file.origins))
     return error
 
 
-def _of_base(error: ConfigError, path: Path, named_in: ParsedFile | None) -> ConfigError:
-    """An error about a file as a whole, at the place that names it."""
+def _file_error(error: ConfigError, path: Path, named_in: ParsedFile | None) -> ConfigError:
+    """Locate the error of a file: in the file that names it as its base, if any."""
     if named_in is None:
         error.source = os.fspath(path)
         return error
-    return _wrong_base(named_in, f"{path.name!r} {error.problem}")
+    return _base_error(named_in, f"{path.name!r} {error.problem}")
+
+
+# --- documents -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ExperimentDocument:
-    """What an experiment says, before anything of it is believed.
+    """Merged plain data of an experiment, not validated yet.
 
     Attributes:
-        document: The merged fields, with public and short names of code replaced by the places
-            where it is defined.
-        origins: Where each value comes from, mappings and lists included. A mapping that several
-            layers contribute to comes from the weakest, which began it.
-        files: The file, the one it builds on, and so on.
-        overrides: What was applied over them, the weakest first.
+        document: Merged fields; names of code are replaced by definitions.
+        origins: Origin of each value, mappings and lists included. A mapping merged from several
+            layers has the origin of the weakest layer.
+        files: The file, its base, and so on.
+        overrides: Applied overrides, the weakest first.
     """
 
     document: dict[str, Plain]
@@ -222,37 +215,31 @@ class ExperimentDocument:
 
     @cached_property
     def leaf_origins(self) -> Origins:
-        """Where each value comes from that is no mapping or list of others.
-
-        `origin_of` finds a field's here; one that nothing has set is a default.
-        """
-        inner = {path[:-1] for path in self.origins}
-        return {path: origin for path, origin in self.origins.items() if path not in inner}
+        """Origin of each value that contains no other values."""
+        parents = {path[:-1] for path in self.origins}
+        return {path: origin for path, origin in self.origins.items() if path not in parents}
 
     def locate(self, error: ConfigError) -> ConfigError:
-        """The error, with the file and line, the option or the variable that it comes from."""
+        """Set the source of an error: file and line, option, or variable."""
         origin = origin_of(error.path, self.origins)
         error.source = str(self.files[0] if origin is DEFAULT else origin)
         return error
 
     def with_text(self, path: FieldPath) -> ExperimentDocument | None:
-        """The same, where the override at ``path`` is the text as it was typed.
+        """Return a copy in which the override nearest to ``path`` is the text as typed.
 
-        ``--name 3`` says the number 3 until it turns out that the field wants text.
-
-        Args:
-            path: Where the value was refused; the override nearest to it counts.
+        ``--name 3`` is parsed as a number, although the field may require text.
 
         Returns:
-            None where no override there was read as anything but text.
+            None if no override at ``path`` was parsed as another type than text.
         """
         found: list[tuple[int, int, FieldPath, str]] = []
         for number, override in enumerate(self.overrides):
             if override.text is None:
                 continue
             try:
-                at = _place(self.document, override.path)
-            except ConfigError:  # what it led into was replaced by a stronger one
+                at = _resolve_path(self.document, override.path)
+            except ConfigError:  # a stronger override replaced the parent
                 continue
             if self.origins.get(at) != override.origin:
                 continue
@@ -279,62 +266,64 @@ def read_experiment(
     overrides: Iterable[Override] = (),
     environ: Mapping[str, str] | None = None,
 ) -> ExperimentDocument:
-    """The document of an experiment's file. Nothing that it names is imported or trusted.
+    """Read an experiment's file with its base files and overrides, without validation.
 
     Args:
-        file: YAML, TOML or JSON, as its suffix says.
-        overrides: Over the file: those of the command line over those of the environment over
-            those from code, and among these the later ones over the earlier ones.
-        environ: Environment variables that may hold overrides; none by default.
+        file: YAML, TOML or JSON, by suffix.
+        overrides: Overrides; the command line takes precedence over the environment, and the
+            environment over code. Within a layer, the last override counts.
+        environ: Environment variables with overrides; none by default.
 
     Raises:
-        ConfigError: With the file and line, the option or the variable that is wrong.
+        ConfigError: The error names file and line, option, or variable.
     """
     files = read_with_bases(Path(file))
     document: dict[str, Plain] = {}
     origins: Origins = {}
     for read in reversed(files):
-        said = {key: with_definitions(value, (key,)) for key, value in read.document.items()}
-        document, origins = merge_with_origins((document, origins), (said, read.origins))
+        fields = {key: with_definitions(value, (key,)) for key, value in read.document.items()}
+        document, origins = merge_with_origins((document, origins), (fields, read.origins))
     given = list(overrides)
     applied: list[Override] = []
     for layer in ("code", "environment", "command line"):
-        ours = [override for override in given if override.origin.layer == layer]
+        of_layer = [override for override in given if override.origin.layer == layer]
         if layer == "environment" and environ is not None:
-            ours += from_environment(environ, document)
-        # Whoever names a class replaces the mapping, so its arguments have to come behind it.
-        for override in sorted(ours, key=lambda o: (not o.names_code, len(o.path) * o.names_code)):
-            document, origins = _overridden(document, origins, override)
+            of_layer += from_environment(environ, document)
+        # A new class replaces the mapping, so overrides of its arguments are applied later.
+        for override in sorted(
+            of_layer, key=lambda o: (not o.names_code, len(o.path) * o.names_code)
+        ):
+            document, origins = _apply(document, origins, override)
             applied.append(override)
     return ExperimentDocument(document, origins, tuple(f.path for f in files), tuple(applied))
 
 
-def _overridden(
+def _apply(
     document: dict[str, Plain], origins: Origins, override: Override
 ) -> tuple[dict[str, Plain], Origins]:
     try:
-        at = _place(document, override.path)
+        at = _resolve_path(document, override.path)
     except ConfigError as error:
         error.source = str(override.origin)
         raise
     value = with_definitions(override.value, at)
-    from_it = all_from(value, override.origin, at)
+    new_origins = uniform_origins(value, override.origin, at)
     for key in reversed(at):
         value = ItemChange(key, value) if isinstance(key, int) else {key: value}
         at = at[:-1]
-        from_it[at] = override.origin
+        new_origins[at] = override.origin
     assert isinstance(value, dict)  # no path is empty
-    return merge_with_origins((document, origins), (value, from_it))
+    return merge_with_origins((document, origins), (value, new_origins))
 
 
-def _place(document: dict[str, Plain], keys: tuple[str, ...]) -> FieldPath:
-    """Where the keys of an override lead: those of lists as numbers.
+def _resolve_path(document: dict[str, Plain], keys: tuple[str, ...]) -> FieldPath:
+    """Convert the keys of an override to a path, with the indexes of lists as integers.
 
     Raises:
-        ConfigFieldError: There is a value in the way, or a list without such an item.
+        ConfigFieldError: A parent is a scalar, or a list without such an item.
     """
     if keys[0] in ("base", "$schema"):
-        raise ConfigFieldError("is said by a file about itself, not over it", keys[:1])
+        raise ConfigFieldError("can't be overridden; write this key in a file", keys[:1])
     path: FieldPath = ()
     inside: Plain = document
     for key in keys:
@@ -354,7 +343,7 @@ def _place(document: dict[str, Plain], keys: tuple[str, ...]) -> FieldPath:
 
 
 def _value_at(document: Plain, path: FieldPath) -> Plain:
-    """The value there; None where there is none."""
+    """Return the value at a path; None if there is none."""
     for key in path:
         if isinstance(document, list) and isinstance(key, int) and key < len(document):
             document = document[key]
@@ -366,11 +355,11 @@ def _value_at(document: Plain, path: FieldPath) -> Plain:
 
 
 def _with_value(document: Plain, path: FieldPath, value: Plain) -> Plain:
-    """The document with another value at a path that it has."""
+    """Return a copy of the document with another value at an existing path."""
     if not path:
         return value
     key, rest = path[0], path[1:]
     if isinstance(document, list):
         return [_with_value(v, rest, value) if i == key else v for i, v in enumerate(document)]
-    assert isinstance(document, dict)  # or it hadn't the path
+    assert isinstance(document, dict)  # the path exists
     return {k: _with_value(v, rest, value) if k == key else v for k, v in document.items()}

@@ -1,4 +1,4 @@
-"""Which hooks there are, with their fields, and which run in an experiment: as data."""
+"""Descriptions for people: the fields of configs, the built-in hooks, and the hooks of a run."""
 
 from __future__ import annotations
 
@@ -26,67 +26,62 @@ from robo_orchard_core.utils.config.references import (
     split_reference,
 )
 from robo_orchard_core.utils.hook import FunctionInfo
+from robo_orchard_lab.builtin_hooks import HOOK_MODULES
 from robo_orchard_lab.experiment.catalogue import (
-    CATALOGUE,
     ExperimentTrust,
     definition_of,
     with_definitions,
 )
-from robo_orchard_lab.experiment.parts import HooksPart
+from robo_orchard_lab.experiment.parts import ExperimentFields, HooksPart
 
 if TYPE_CHECKING:
     from robo_orchard_lab.experiment.config import ExperimentConfig
     from robo_orchard_lab.pipeline import PipelineHooks
 
 
-# --- field help ------------------------------------------------------------------------------
-# The fields of configs for people: what each is, takes, and is by default.
+# --- fields ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class FieldHelp:
-    """One field, by its dotted path."""
+    """Description of one field."""
 
     path: str
+    """Dotted path."""
     description: str
     type: str
     default: str | None
-    """As in a file; None where one has to be given."""
+    """Default as written in a file; None for a required field."""
 
     @property
     def text(self) -> str:
-        """What help says of it."""
+        """Description with type and default, for help texts."""
         default = "required" if self.default is None else f"default: {self.default}"
         return f"{self.description} ({self.type}; {default})".strip()
 
 
 @cache
 def experiment_fields() -> tuple[FieldHelp, ...]:
-    """The fields of every experiment; those of its parts are their classes'."""
-    from robo_orchard_lab.experiment.config import ExperimentConfig
-
-    return tuple(fields_of(ExperimentConfig))
+    """Describe the fields of every experiment; fields of its parts depend on their classes."""
+    return tuple(fields_of(ExperimentFields))
 
 
 def fields_of(config_class: type[BaseModel]) -> list[FieldHelp]:
-    """The fields of a config class, those of the configs that it holds behind their names."""
-    required = getattr(
-        config_class, "required_parameters", ()
-    )  # of one that is made of a signature
+    """Describe the fields of a config class, with the fields of nested configs by dotted path."""
+    required = getattr(config_class, "required_parameters", ())  # of a config made of a signature
     return [
-        _field(option, required)
+        _describe_field(option, required)
         for option in options_of(config_class)
-        if not _only_holds(option) and option.path not in (("class_type",), ("func",))
+        if not _is_nested_config(option) and option.path not in (("class_type",), ("func",))
     ]
 
 
-def _only_holds(option: Option) -> bool:
-    """Whether it is a config's, whose fields are listed themselves."""
+def _is_nested_config(option: Option) -> bool:
     kind = option.field.annotation
     return isinstance(kind, type) and issubclass(kind, Config)
 
 
-def _field(option: Option, required: Iterable[str]) -> FieldHelp:
+def _describe_field(option: Option, required: Iterable[str]) -> FieldHelp:
     has_default = not (option.required or ".".join(option.path) in required)
     names = option.type.split(" | ")
     if "Trigger" in names:  # text such as "50 steps" is a trigger
@@ -98,6 +93,8 @@ def _field(option: Option, required: Iterable[str]) -> FieldHelp:
         default=option.default_text if has_default else None,
     )
 
+
+# --- built-in hooks --------------------------------------------------------------------------
 
 EXAMPLES: Mapping[str, dict[str, Plain]] = {
     "EarlyStopping": {"monitor": "eval/val/loss", "mode": "min", "patience": 3},
@@ -122,61 +119,56 @@ EXAMPLES: Mapping[str, dict[str, Plain]] = {
     "TimeLimit": {"limit": "3h30min"},
     "TorchProfilerHook": {"folder": "traces"},
 }
-"""Fields of built-in hooks that they need, or are seldom seen without."""
+"""Required and common fields of built-in hooks."""
 
-_BUILT_IN = "robo_orchard_lab.pipeline.hooks."
 _ROLE = re.compile(r":\w+:`~?([^`]+)`")  # of reStructuredText, as in :class:`EMA`
 
 _FOR_CODE = (">>>", "Args:", "Raises:")
 
-_GIVEN: Mapping[str, dict[str, Any]] = {"ValidationHook": {"dataloaders": {"val": [None]}}}
-"""What a hook gets from the experiment, beside its own fields."""
+_ARGUMENTS: Mapping[str, dict[str, Any]] = {"ValidationHook": {"dataloaders": {"val": [None]}}}
+"""Arguments that the experiment passes to a hook, in addition to the hook's fields."""
 
 
 @dataclass(frozen=True)
 class HookInfo:
-    """A kind of hook."""
+    """Description of a hook class."""
 
     name: str
-    """As files name it."""
+    """Name in files."""
     reference: str
-    """Where it is defined."""
+    """Definition of the class."""
     summary: str
-    """The first sentence about it."""
+    """First sentence of the docstring."""
     description: str
-    """The rest."""
+    """Remaining docstring."""
     fields: tuple[FieldHelp, ...]
     channels: tuple[str, ...] | None
-    """The channels that it has hooks on with the fields of the example; None where it can't be
-    made here, as without what it needs to be installed."""
+    """Channels of the hooks of the example; None if the example can't be built here, for example
+    without an optional dependency."""
     example: dict[str, Plain]
-    """An entry of it, as in a file."""
+    """Entry for a file."""
 
 
 def hook_names() -> list[str]:
-    """The built-in hooks, by the names that files use. It needs no torch."""
-    return [
-        name
-        for name, at in CATALOGUE.items()
-        if at.startswith(_BUILT_IN) and ":" not in name and f"{name}Config" in CATALOGUE
-    ]
+    """Return the names of the built-in hooks; torch is not imported."""
+    return [*HOOK_MODULES]
 
 
 def hooks() -> list[HookInfo]:
-    """All built-in hooks."""
+    """Describe all built-in hooks."""
     return [hook(name) for name in hook_names()]
 
 
 def hook(name: str, trust: Trust | None = None) -> HookInfo:
-    """What there is to know about a hook.
+    """Describe a hook.
 
     Args:
-        name: of a built-in one, or where any other one is defined, ``my_package.hooks:MyHook``.
-        trust: what may be imported for it; by default what the catalogue has.
+        name: Name of a built-in hook, or a definition such as ``my_package.hooks:MyHook``.
+        trust: Packages that may be imported; by default only the catalogue.
 
     Raises:
-        ConfigReferenceError: it leads to no hook.
-        TrustError: it leads to what is not trusted; nothing was imported.
+        ConfigReferenceError: There is no such hook.
+        TrustError: The hook is not trusted; nothing was imported.
     """
     trust = ExperimentTrust().trust if trust is None else trust
     if ":" not in name and name not in (known := hook_names()):
@@ -186,11 +178,11 @@ def hook(name: str, trust: Trust | None = None) -> HookInfo:
     example: dict[str, Plain] = {"class_type": name, **EXAMPLES.get(name, {})}
     if not trust.covers(*split_reference(reference)):
         package = reference.partition(".")[0].partition(":")[0]
-        raise TrustError(f"{name!r} is code that is not trusted; if you do, say --trust {package}")
+        raise TrustError(f"{name!r} is not trusted; if you trust its code, pass --trust {package}")
     found: Any = resolve(reference, trust)
     if not (isinstance(found, type) and issubclass(found, _hooks_class())):
-        raise ConfigReferenceError(f"{name!r} is no hook, which is a PipelineHooks")
-    summary, description = _told(found)
+        raise ConfigReferenceError(f"expected a subclass of PipelineHooks, found {name!r}")
+    summary, description = _split_docstring(found)
     return HookInfo(
         name=name,
         reference=reference,
@@ -208,12 +200,12 @@ def _hooks_class() -> type:
     return PipelineHooks
 
 
-def _told(code: Any) -> tuple[str, str]:
-    """The first sentence of a docstring, and what comes behind it but for what is about code."""
+def _split_docstring(code: Any) -> tuple[str, str]:
+    """Return the first sentence of a docstring and the rest, without sections about code."""
     text = inspect.getdoc(code) or ""
     first, _, rest = _ROLE.sub(r"`\1`", text).replace("``", "`").partition("\n\n")
-    about = [part for part in rest.split("\n\n") if not part.startswith(_FOR_CODE)]
-    return " ".join(first.split()), "\n\n".join(about).strip()
+    parts = [part for part in rest.split("\n\n") if not part.startswith(_FOR_CODE)]
+    return " ".join(first.split()), "\n\n".join(parts).strip()
 
 
 class _Holder(Config):
@@ -224,33 +216,38 @@ def _channels(name: str, example: dict[str, Plain], trust: Trust) -> tuple[str, 
     from robo_orchard_lab.pipeline import CHANNEL_NAMES
 
     document = with_definitions({"hook": example})
-    assert isinstance(document, dict)  # as what it was given
+    assert isinstance(document, dict)
     try:
-        built: PipelineHooks = _Holder.from_dict(document, trust=trust).hook(**_GIVEN.get(name, {}))
-    except Exception:  # whatever its constructor needs that isn't there
+        config = _Holder.from_dict(document, trust=trust)
+        built: PipelineHooks = config.hook(**_ARGUMENTS.get(name, {}))
+    except Exception:  # the constructor decides which error
         return None
     return tuple(channel for channel in CHANNEL_NAMES if len(built.get_channel(channel)))
 
 
+# --- hooks of a run --------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class PlannedHook:
-    """One hook of a channel, in its place."""
+    """Hook on a channel of a run."""
 
     channel: str
     position: int
-    """From 0, the outermost: its ``before`` is the first, its ``after`` the last."""
+    """Position from 0, the outermost: its ``before`` runs first, its ``after`` last."""
     hook: str
-    """The name of the bundle that it belongs to, as the experiment has it."""
+    """Name in the experiment of the hooks to which it belongs."""
     class_name: str
     when: str
-    """``always``, or the schedule."""
+    """``always``, or the trigger."""
     before: str | None
-    """The file and line of its ``before``; None where it has none."""
+    """File and line of ``before``, or None."""
     after: str | None
+    """File and line of ``after``, or None."""
 
 
 def plan_hooks(hooks: PipelineHooks) -> list[PlannedHook]:
-    """What runs of a run's hooks: channel by channel, each from the outermost."""
+    """List the hooks of a run by channel, each channel from the outermost hook."""
     from robo_orchard_lab.pipeline import CHANNEL_NAMES
 
     return [
@@ -260,28 +257,28 @@ def plan_hooks(hooks: PipelineHooks) -> list[PlannedHook]:
             hook=entry.label if entry.owner is None else entry.owner.name,
             class_name=type(entry.owner or entry.context).__name__,
             when=str(getattr(entry.context, "when", "always")),
-            before=_line(entry.before),
-            after=_line(entry.after),
+            before=_location(entry.before),
+            after=_location(entry.after),
         )
         for channel in CHANNEL_NAMES
         for entry in hooks.get_channel(channel).entries()
     ]
 
 
-def _line(function: Any) -> str | None:
+def _location(function: Any) -> str | None:
     if function is None:
         return None
-    about = FunctionInfo.of(function)
-    return about.location or about.name
+    info = FunctionInfo.of(function)
+    return info.location or info.name
 
 
 def build_hook_set(experiment: ExperimentConfig) -> PipelineHooks:
-    """The hooks that a run of an experiment has, the trainer's own first; to look at, not to run.
+    """Build the hooks of a run for inspection, the trainer's own first; they can't run.
 
-    They are built, and neither the model nor the data.
+    Neither the model nor the data is built.
 
     Raises:
-        ConfigError: a hook can't be built, with its place.
+        ConfigError: A hook can't be built; the error has its path.
     """
     import torch
     from accelerate import Accelerator
@@ -292,8 +289,8 @@ def build_hook_set(experiment: ExperimentConfig) -> PipelineHooks:
 
     hooks = PipelineHooks()
     if experiment.optimizer is not None:
-        stands_in = torch.optim.SGD([torch.zeros(())], lr=0.0)
-        hooks += OptimizerHook(Accelerator(cpu=True), stands_in, None, hooks)
+        placeholder = torch.optim.SGD([torch.zeros(())], lr=0.0)
+        hooks += OptimizerHook(Accelerator(cpu=True), placeholder, None, hooks)
     sets = {name: [None] for name in experiment.data.evaluation}
     hooks += PipelineHooks.from_hooks(build_hooks(experiment, {}, sets, experiment.folder()))
     return hooks

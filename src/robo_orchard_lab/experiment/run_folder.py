@@ -1,12 +1,12 @@
-"""What the folder of a run says of the run: its configuration, and how it was started.
+"""Run folders: find the run of a path, and record the starts of a run.
 
 ::
 
     runs/digits/
-      config.yaml          the experiment, all of it, as it was last started
-      starts/0001.json     the command, versions, host and git state of each start
-      starts/0001.diff     what the repository had beside its commit, for ``git apply``
-      run_state.json       what became of it
+      config.yaml          complete experiment of the last start
+      starts/0001.json     command, versions, host and git state of each start
+      starts/0001.diff     uncommitted changes of the repository, for ``git apply``
+      run_state.json       state of the run
       checkpoints/         see CheckpointStore
 """
 
@@ -35,29 +35,29 @@ _START = re.compile(r"([0-9]{4,9})\.json")
 
 
 class NoRunError(ConfigError):
-    """A path that leads to no run; the message says what was expected there."""
+    """A path without a run; the message states the expected path."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunLocation:
-    """A run, by the path that someone gave of it."""
+    """Run folder of a path, and the checkpoint if the path names one."""
 
     folder: Path
-    """Of the run, with `CONFIG_FILE` and `STARTS` in it."""
+    """Run folder, which holds `CONFIG_FILE` and `STARTS`."""
     checkpoint: Path | None = None
-    """The checkpoint that was meant, if it was one."""
+    """Checkpoint that the path names, or None."""
 
     @property
     def config(self) -> Path:
-        """The file of its configuration."""
+        """Configuration file of the run."""
         return self.folder / CONFIG_FILE
 
 
 def find_run(path: str | os.PathLike[str]) -> RunLocation:
-    """The run that is meant by a folder, the `CONFIG_FILE` in it, or a checkpoint in it.
+    """Find the run of a run folder, of its `CONFIG_FILE`, or of one of its checkpoints.
 
     Raises:
-        NoRunError: it is none of these.
+        NoRunError: The path leads to none of these.
     """
     path = Path(path)
     if not path.exists():
@@ -75,43 +75,43 @@ def find_run(path: str | os.PathLike[str]) -> RunLocation:
             return RunLocation(folder, path if is_checkpoint else None)
     if is_checkpoint:
         raise NoRunError(
-            f"{path} is a checkpoint, and no folder above it is that of a run, with a "
-            f"{CONFIG_FILE} of what made it"
+            f"{path} is a checkpoint, and no folder above it is a run folder with a {CONFIG_FILE}"
         )
-    lacking = STARTS if (path / CONFIG_FILE).is_file() else CONFIG_FILE
-    raise NoRunError(f"{path} is not the folder of a run: it has no {lacking}; {_EXPECTED}")
+    missing = STARTS if (path / CONFIG_FILE).is_file() else CONFIG_FILE
+    raise NoRunError(f"{path} is not a run folder: it has no {missing}; {_EXPECTED}")
 
 
 _EXPECTED = (
-    f"expected the folder of a run, the {CONFIG_FILE} in it, or one of its checkpoints, such as "
+    f"expected a run folder, its {CONFIG_FILE}, or one of its checkpoints, such as "
     "runs/digits/checkpoints/last"
 )
 
 
 def run_config_file(folder: str | os.PathLike[str]) -> Path | None:
-    """The file that says what was run in a folder; None where nothing was."""
+    """Return the configuration file of the run in a folder, or None without a run."""
     path = Path(folder) / CONFIG_FILE
     return path if path.is_file() and path.with_name(STARTS).is_dir() else None
 
 
 def has_only_other_files(folder: str | os.PathLike[str]) -> bool:
-    """Whether there is something in a folder, and none of it says that it is that of a run.
+    """Return True if a folder holds files and no run.
 
-    Hidden files don't count: a job's script leaves some, and a run writes none.
+    Hidden files are ignored: job scripts write some, and a run writes none.
     """
     try:
         names = [name for name in os.listdir(folder) if not name.startswith(".")]
     except FileNotFoundError:
         return False
-    except OSError:  # a file, or one that can't be read
+    except OSError:  # a file, or an unreadable folder
         return True
     return bool(names) and not {STARTS, RUN_STATE}.intersection(names)
 
 
 def find_escaping_link(folder: str | os.PathLike[str]) -> str | None:
-    """A link within a folder that leads out of it, where what a run writes might end up.
+    """Return a link inside a folder that leads out of the folder, or None.
 
-    W&B has some of its own in the folders that it writes; what hooks write there, they check.
+    A run could write through such a link. W&B's own folders contain some and are skipped; hooks
+    that write there check their paths.
     """
     root = os.path.realpath(folder)
     for inside, folders, files in os.walk(folder):
@@ -137,22 +137,21 @@ def record_start(
     processes: int = 1,
     changes: tuple[Mapping[str, Any], ...] = (),
 ) -> Path:
-    """Write down with what a run is started, durably; to be called by one process of the job.
+    """Record the start of a run durably; call it in one process of the job.
 
-    Environment variables are left out, but what stands on the command line and in the
-    configuration is there.
+    The record contains the command line and the configuration, but no environment variables.
 
     Args:
-        folder: of the run; made where it isn't there.
-        config: the whole configuration, as YAML.
-        processes: how many take part.
-        changes: in what the configuration differs from the one before, as plain data.
+        folder: Run folder; created if missing.
+        config: Complete configuration as YAML.
+        processes: World size.
+        changes: Differences from the previous configuration, as plain data.
 
     Returns:
         The file of this start.
 
     Raises:
-        OSError: it can't be written.
+        OSError: The record can't be written.
     """
     from robo_orchard_lab.pipeline.run.durable import flush_folder, make_folder, write_file
     from robo_orchard_lab.pipeline.run.durable import replace_file as replace

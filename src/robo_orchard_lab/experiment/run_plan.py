@@ -1,4 +1,4 @@
-"""How long a run will be, and when its hooks will do something, told ahead of it."""
+"""Length of a run and number of its events, computed before the run."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ from robo_orchard_lab.pipeline.trigger import (
     Trigger,
 )
 
-_MOST_COUNTED = 1_000_000
+_MAX_COUNTED = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class RunLength:
-    """How long a run is that nothing stops ahead of its limits."""
+    """Length of a run that reaches its limits."""
 
     steps: int
-    """Batches of each process."""
+    """Steps of each rank."""
     steps_per_epoch: int
     window: int
-    """Batches of an update."""
+    """Steps per accumulation window."""
 
     @property
     def epochs(self) -> int:
-        """Passes over the data, of which the last may be cut short."""
+        """Number of epochs; the last epoch may be incomplete."""
         return -(-self.steps // self.steps_per_epoch)
 
     @property
     def updates(self) -> int:
-        """Updates of the weights, if none is skipped."""
-        whole, rest = divmod(self.steps, self.steps_per_epoch)
-        return whole * self.updates_per_epoch + -(-rest // self.window)
+        """Number of optimizer steps, including skipped ones."""
+        epochs, rest = divmod(self.steps, self.steps_per_epoch)
+        return epochs * self.updates_per_epoch + -(-rest // self.window)
 
     @property
     def updates_per_epoch(self) -> int:
-        """Updates of a whole epoch."""
+        """Number of optimizer steps in a complete epoch."""
         return -(-self.steps_per_epoch // self.window)
 
     def step_of_update(self, number: int) -> int:
-        """The number of the step that ends in an update, both from 1."""
+        """Return the step that completes an optimizer step; both are counted from 1."""
         epochs, within = divmod(number - 1, self.updates_per_epoch)
         in_epoch = min((within + 1) * self.window, self.steps_per_epoch)
         return min(epochs * self.steps_per_epoch + in_epoch, self.steps)
@@ -63,9 +63,9 @@ class RunLength:
 def run_length(
     dataloader: Iterable[Any], accelerator: Accelerator, limits: TrainerLimits
 ) -> RunLength | None:
-    """How long a run of these is, from its beginning; None where only running it tells.
+    """Return the length of a run, or None if the data has no length.
 
-    Called on all ranks alike; nothing is loaded.
+    Call it on all ranks; no data is loaded.
     """
     progress = TrainerProgress()
     per_epoch = TrainingData(dataloader, DataOrder(), accelerator, progress).steps_per_epoch
@@ -77,7 +77,7 @@ def run_length(
 
 
 def count_due(trigger: Trigger, length: RunLength) -> int | None:
-    """How often a trigger is due in a run; None where that follows from the clock.
+    """Count how often a trigger is due in a run; None for a trigger that depends on time.
 
     >>> length = RunLength(steps=100, steps_per_epoch=30, window=4)
     >>> [count_due(Trigger.parse(text), length) for text in ("10 steps", "1 epoch", "10 min")]
@@ -90,13 +90,13 @@ def count_due(trigger: Trigger, length: RunLength) -> int | None:
     if any(steps is None for steps in found):
         return None
     known = [steps for steps in found if steps is not None]
-    if len(known) == 1 or sum(map(len, known)) > _MOST_COUNTED:
+    if len(known) == 1 or sum(map(len, known)) > _MAX_COUNTED:
         return max(map(len, known))
     return len(set().union(*known))
 
 
 def _steps_due(trigger: Trigger, length: RunLength) -> range | list[int] | None:
-    """After which steps, counted from 1."""
+    """Return the steps, counted from 1, after which a trigger is due."""
     steps = length.steps
     match trigger:
         case EverySteps(n=n):
@@ -106,7 +106,7 @@ def _steps_due(trigger: Trigger, length: RunLength) -> range | list[int] | None:
             return range(every, steps + 1, every)
         case EveryOptimizerSteps(n=n):
             numbers = range(n, length.updates + 1, n)
-            if len(numbers) > _MOST_COUNTED:
+            if len(numbers) > _MAX_COUNTED:
                 return numbers
             return [length.step_of_update(number) for number in numbers]
         case AtSteps(steps=at):
@@ -118,8 +118,7 @@ def _steps_due(trigger: Trigger, length: RunLength) -> range | list[int] | None:
     return None
 
 
-# --- auto steps ------------------------------------------------------------------------------
-# How often a LR scheduler moves in a run, counted ahead of it.
+# --- LR scheduler steps ----------------------------------------------------------------------
 
 
 def count_lr_scheduler_steps(
@@ -128,48 +127,48 @@ def count_lr_scheduler_steps(
     limits: TrainerLimits,
     every: LRSchedulerUnit = "optimizer_step",
 ) -> int:
-    """How often a trainer of these will have moved its LR scheduler when it is at its limit.
+    """Count the steps of the LR scheduler in a run that reaches its limits.
 
-    That is the number of updates, with the processes and the accumulation of ``accelerator``, or
-    of epochs that are passed over to their end. Updates that are skipped, as after an overflow,
-    move no LR scheduler, but count here. Called on all ranks alike; nothing is loaded.
+    The count is the number of optimizer steps, at the world size and accumulation of
+    ``accelerator``, or of completed epochs. Skipped updates, such as after an overflow, are
+    counted although the LR scheduler doesn't step. Call it on all ranks; no data is loaded.
 
     >>> accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     >>> count_lr_scheduler_steps([1, 2, 3], accelerator, TrainerLimits(max_step=7))
     5
 
     Raises:
-        PipelineConfigError: that depends on how many batches the data has, which has no length.
-        DataError: an epoch has no batch.
+        PipelineConfigError: The count depends on the length of an epoch, and the data has none.
+        DataError: An epoch has no batch.
     """
     data = TrainingData(dataloader, DataOrder(), accelerator, TrainerProgress())
     steps = data.steps_per_epoch
     if steps == 0:
-        raise DataError("the data gives no batch; " + explain_no_batch(dataloader))
+        raise DataError("the data yields no batch; " + explain_no_batch(dataloader))
     window = accelerator.gradient_accumulation_steps
-    moves = _known_moves(limits, steps, window, every)
-    if moves is None:
+    count = _known_count(limits, steps, window, every)
+    if count is None:
         raise PipelineConfigError(
-            "how often the LR scheduler moves depends on the number of batches in an epoch, "
+            "the number of LR scheduler steps depends on the number of batches in an epoch, "
             f"and the data ({type(dataloader).__name__}) has no length; write a number"
         )
-    return moves
+    return count
 
 
-def _known_moves(
+def _known_count(
     limits: TrainerLimits, steps_per_epoch: int | None, window: int, every: LRSchedulerUnit
 ) -> int | None:
     if steps_per_epoch is None:
-        return _moves_without_length(limits, window, every)
+        return _count_without_length(limits, window, every)
     steps = remaining_steps(limits, TrainerProgress(), steps_per_epoch, window)
-    assert steps is not None  # with a length, each limit gives one
+    assert steps is not None  # with a length, every limit is known
     if every == "epoch":
         return steps // steps_per_epoch
     return RunLength(steps, steps_per_epoch, window).updates
 
 
-def _moves_without_length(limits: TrainerLimits, window: int, every: LRSchedulerUnit) -> int | None:
-    """Where the end of an epoch, and so the last window of it, may come anywhere."""
+def _count_without_length(limits: TrainerLimits, window: int, every: LRSchedulerUnit) -> int | None:
+    """Count the steps if the length of an epoch, and so its last window, is unknown."""
     if every == "epoch":
         only = limits.max_step is None and limits.max_optimizer_step is None
         return limits.max_epoch if only else None

@@ -1,4 +1,4 @@
-"""A dataset and a model to begin with: they need no download, and learn within seconds."""
+"""Sample dataset and model for a first run: no download, and training takes seconds."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import torch
 from torch.utils.data import Dataset
 
 TURNS = 1.25
-"""How far an arm winds around the centre."""
+"""Turns of an arm around the centre."""
 
 
 class Spirals(Dataset[tuple[torch.Tensor, int]]):
-    """Points in the plane on the arms of a spiral, and on which arm each is.
+    """Points on the arms of a spiral, each labelled with its arm.
 
     >>> points = Spirals(size=6, arms=3)
     >>> len(points), points[4][0].shape, [arm for _, arm in points]
     (6, torch.Size([2]), [0, 1, 2, 0, 1, 2])
 
-    A sample is a float tensor of shape (2,), within about 1 of the centre, and the arm's number,
-    from 0. The same arguments give the same points, in any process.
+    A sample is a float tensor of shape (2,), within about 1 of the centre, and the index of its
+    arm. The points depend only on the arguments, in any process.
 
     Args:
-        size: how many points, >= 1; the arms take turns.
-        arms: how many arms, >= 1.
-        noise: the standard deviation by which points lie off their arm, >= 0. From one of three
-            arms to the next it is 0.27 along a ray.
-        seed: of where the points lie; another one gives points to check with.
+        size: Number of points, >= 1; consecutive points lie on different arms.
+        arms: Number of arms, >= 1.
+        noise: Standard deviation of the distance to the arm, >= 0. Three arms are 0.27 apart along
+            a ray.
+        seed: Seed of the points; use another seed for evaluation.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: An argument is out of range.
     """
 
     def __init__(self, size: int = 3000, arms: int = 3, noise: float = 0.03, seed: int = 0) -> None:
@@ -42,7 +42,7 @@ class Spirals(Dataset[tuple[torch.Tensor, int]]):
             raise ValueError(f"noise must be a number >= 0, got {noise}")
         generator = torch.Generator().manual_seed(seed)
         self.labels = torch.arange(size) % arms
-        along = torch.rand(size, generator=generator).sqrt()  # as dense far out as at the centre
+        along = torch.rand(size, generator=generator).sqrt()  # uniform density
         angle = 2 * math.pi * (self.labels / arms + TURNS * along)
         on_arm = along[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
         self.points = on_arm + noise * torch.randn(size, 2, generator=generator)
@@ -55,18 +55,18 @@ class Spirals(Dataset[tuple[torch.Tensor, int]]):
 
 
 class MLP(torch.nn.Module):
-    """Linear layers with a ReLU between each two.
+    """Linear layers with ReLU in between.
 
     >>> MLP(inputs=2, hidden=[16, 16], outputs=3)(torch.zeros(5, 2)).shape
     torch.Size([5, 3])
 
     Args:
-        inputs: numbers that go in, the size of the last dimension, >= 1.
-        hidden: the widths of the layers between, each >= 1; none makes it linear.
-        outputs: numbers that come out, >= 1.
+        inputs: Size of the last input dimension, >= 1.
+        hidden: Widths of the hidden layers, each >= 1; an empty list makes a linear model.
+        outputs: Size of the last output dimension, >= 1.
 
     Raises:
-        ValueError: a width is below 1.
+        ValueError: A width is below 1.
     """
 
     def __init__(self, inputs: int, hidden: Sequence[int], outputs: int) -> None:
@@ -80,6 +80,6 @@ class MLP(torch.nn.Module):
         self.layers = torch.nn.Sequential(*layers[:-1])
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Of a tensor of shape (..., inputs), one of shape (..., outputs)."""
+        """Map a tensor of shape (..., inputs) to shape (..., outputs)."""
         outputs: torch.Tensor = self.layers(inputs)
         return outputs

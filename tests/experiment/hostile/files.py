@@ -143,7 +143,7 @@ BASES = [
         "A wait for somebody who never writes.",
         base("other.yaml"),
         FIELD,
-        "'other.yaml' is no regular file",
+        "'other.yaml' is not a regular file",
         pipes=("other.yaml",),
     ),
     Hostile(
@@ -151,7 +151,7 @@ BASES = [
         "A folder.",
         base("other.yaml"),
         FIELD,
-        "'other.yaml' is no regular file",
+        "'other.yaml' is not a regular file",
         folders=("other.yaml",),
     ),
     Hostile("base_itself", "A circle.", base("experiment.yaml"), FIELD, "base: leads back to"),
@@ -168,7 +168,7 @@ BASES = [
         "Files without an end.",
         base("0.yaml"),
         FIELD,
-        "base: is one more than",
+        "base: exceeds the limit",
         beside={f"{n}.yaml": base(f"{n + 1}.yaml") for n in range(40)},
     ),
     Hostile(
@@ -176,7 +176,7 @@ BASES = [
         "Data in the place of a description.",
         base("other.yaml"),
         FIELD,
-        "'other.yaml' is larger than",
+        "'other.yaml' exceeds the limit",
         beside={"other.yaml": f"# {'x' * 300_000}"},
     ),
     Hostile(
@@ -184,7 +184,7 @@ BASES = [
         "Many files that are each not too large.",
         base("0.yaml"),
         FIELD,
-        "is larger than the 131072 bytes",
+        "exceeds the limit of 131072 bytes",
         beside={f"{n}.yaml": base(f"{n + 1}.yaml") + f"# {'x' * 30_000}\n" for n in range(9)},
     ),
     Hostile(

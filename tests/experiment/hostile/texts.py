@@ -282,7 +282,7 @@ YAML = [
         "Data in the place of a description.",
         experiment(f"# {'x' * 300_000}\n"),
         SYNTAX,
-        "is larger than the 131072 bytes",
+        "exceeds the limit of 131072 bytes",
     ),
     Hostile(
         "too_many_values",
