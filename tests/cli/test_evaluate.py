@@ -75,7 +75,7 @@ def test_fields_can_be_overridden(capsys: pytest.CaptureFixture[str]) -> None:
         (
             ["run", "--hooks.best=null", "--best"],
             2,
-            "nothing says which weights of run are the best",
+            "the best weights of run are unknown",
         ),
         (["run", "--run_folder", "x"], 2, "--run_folder names another folder"),
     ],

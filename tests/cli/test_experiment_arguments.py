@@ -123,10 +123,10 @@ def test_help_lists_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "Usage: robo-orchard-lab [OPTIONS] [--FIELD VALUE ...] FILE" in shown
-    assert "--seed Of weights, of the order of data, of noise. (int; default: 0)" in shown
-    assert "--model What is trained: any module;" in shown
+    assert "--seed Seed of weights, sample order and noise. (int; default: 0)" in shown
+    assert "--model Module to train;" in shown
     assert "(Module | null; required)" in shown
-    assert "--data.train.batch_size Samples in a batch of one process; null: the dataset" in shown
+    assert "--data.train.batch_size Samples per batch of one process; null: dataset" in shown
     assert "('batch' | 'sample' | 'none'; default: batch)" in shown
     assert "(SaveCheckpoint's fields | null; default: {})" in shown
 

@@ -405,8 +405,8 @@ def test_where_it_cant_be_counted_a_number_is_asked_for() -> None:
     with pytest.raises(DataError, match="2 samples are less than one step") as no_data:
         experiment(lr_scheduler=schedule, data=empty).build()
     assert no_data.value.__notes__ == [
-        "while total_steps was built",
-        "while lr_scheduler was built",
+        "while building total_steps",
+        "while building lr_scheduler",
     ]
 
 
@@ -414,7 +414,7 @@ def test_only_the_outermost_schedule_says_when_it_moves() -> None:
     """One within can't move at another time."""
     step = config_of(lr_scheduler.StepLR, step_size=2, every="epoch")
     schedule = config_of(lr_scheduler.ChainedScheduler, schedulers=[step])
-    with pytest.raises(ConfigFieldError, match="beside the outermost") as error:
+    with pytest.raises(ConfigFieldError, match="outermost LR scheduler") as error:
         experiment(lr_scheduler=schedule).build()
     assert error.value.location == "lr_scheduler.schedulers.0.every"
 
@@ -594,7 +594,7 @@ def test_errors_of_what_is_built_say_where_it_is_described() -> None:
     assert error.value.location == "data.evaluation.a.sampler"
     with pytest.raises(KeyError) as mistake:
         experiment(hooks={"mine": config_of(Broken)}).build()
-    assert mistake.value.__notes__[-1] == "while hooks.mine was built"
+    assert mistake.value.__notes__[-1] == "while building hooks.mine"
 
 
 class Counting(PipelineHooks):

@@ -141,7 +141,7 @@ def test_a_fast_run_does_two_steps_of_everything(
     assert done[0].startswith("trained to epoch 1, step 0 (global step 2, 1 updates committed")
     assert any(line.startswith("found eval/val/loss = ") for line in done)
     assert any("best.safetensors, checkpoints, metrics.jsonl" in line for line in done)
-    assert done[-1] == "saved, and went on from step 2 to 3"
+    assert done[-1] == "saved, and resumed from step 2 to 3"
     assert Watching.seen == ["step"]  # the third one, behind a whole epoch
     assert [*tmp_path.iterdir()] == []
     assert {*Path("/tmp").glob("debug-fast-*")} == before
@@ -159,7 +159,7 @@ def test_a_fast_run_takes_any_data(experiment: ExperimentConfig, part: str) -> N
     changes = {"data": DataConfig(train=loaders[part]), "hooks": {}, "lr_scheduler": None}
     done = fast_run(experiment.replace(**changes))
     assert "step 2" in done[0]
-    assert done[-1] == "saved, and went on from step 2 to 3"
+    assert done[-1] == "saved, and resumed from step 2 to 3"
 
 
 def test_what_fails_fails(experiment: ExperimentConfig, tmp_path: Path) -> None:

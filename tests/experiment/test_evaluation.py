@@ -111,7 +111,7 @@ def test_without_hooks_it_is_the_loss(trained: ExperimentConfig) -> None:
     assert found["eval/val/loss"] == evaluate(trained, saved)["eval/val/loss"]
     assert found["eval/test/loss"] != evaluate(trained, saved)["eval/test/loss"]
     bare = trained.replace(hooks={}, data=DataConfig(train=spirals(8, 0)))
-    with pytest.raises(ConfigFieldError, match="nothing to evaluate on"):
+    with pytest.raises(ConfigFieldError, match="there are no evaluation sets"):
         evaluate(bare, saved)
 
 
@@ -123,7 +123,7 @@ def test_the_best_are_those_that_were_kept(trained: ExperimentConfig) -> None:
     values = [info.metrics["eval/val/loss"] for info in CheckpointStore(place.root).list()]
     assert evaluate(trained, kept)["eval/val/loss"] == max(values)
     without = trained.replace(hooks={})
-    with pytest.raises(NoRunError, match="nothing says which weights"):
+    with pytest.raises(NoRunError, match="the best weights of"):
         best_weights(without, trained.folder(), place)
     monitored = place.__class__(
         place.root, policy={"keep_best": 1, "monitor": "eval/val/loss", "mode": "min"}

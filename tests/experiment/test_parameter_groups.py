@@ -130,7 +130,7 @@ def test_names_are_those_of_the_plain_model() -> None:
         (
             {"a": {"parameters": ["*.bias"]}, "b": {"parameters": ["norm.bias"]}},
             "b.parameters",
-            "in groups ahead of it (a)",
+            "belong to earlier groups (a)",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""From an experiment to the objects of its run, made in the order that a script has them in."""
+"""Build the objects of a run from an experiment, in the order of a training script."""
 
 from __future__ import annotations
 
@@ -60,8 +60,6 @@ from robo_orchard_lab.pipeline.progress import TrainerLimits
 from robo_orchard_lab.pipeline.run.run_path import in_run_folder
 
 # --- parameter groups ------------------------------------------------------------------------
-# Parameters with options of their own, such as no weight decay, as groups for an optimizer.
-
 
 NORMS_AND_BIASES = "norms_and_biases"
 _NORM = re.compile(r"Norm(\dd)?$")
@@ -71,7 +69,7 @@ _BIAS = re.compile(r"(^|\.)(bias_[^.]*|([^.]*_)?bias)$")
 def parameter_groups(
     model: torch.nn.Module, groups: Mapping[str, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The groups that torch's optimizers take, in an order that a resumed run finds again.
+    """Build parameter groups for a torch optimizer, in a reproducible order.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
     >>> groups = parameter_groups(model, {
@@ -80,23 +78,21 @@ def parameter_groups(
     >>> [(len(group.pop("params")), group) for group in groups]
     [(1, {}), (3, {'weight_decay': 0.0})]
 
-    Each parameter is in one group: the first of ``groups`` that it matches. First come those that
-    match none, with the optimizer's own options, if there are any; then the others as they are
-    listed. Parameters that are frozen are among them, as in ``model.parameters()``: without a
-    gradient, an optimizer passes them over.
+    Each parameter belongs to the first group that it matches. Parameters without a match form
+    the first group, with the optimizer's default options. Frozen parameters are included, as in
+    ``model.parameters()``; optimizers skip parameters without a gradient.
 
     Args:
-        model: whose parameters to divide.
-        groups: by name. ``"parameters"`` is a pattern or a list of them: names of parameters, with
-            ``*`` for any text, dots included, ``?`` for one character and ``[ab]`` for one of some.
-            The word ``"norms_and_biases"`` stands for the parameters of normalization layers
-            (modules of a class that is named like ``LayerNorm`` or ``BatchNorm2d``, or has a base
-            that is) and those named ``bias``, ``..._bias`` or ``bias_...``. All else are options
-            of the optimizer.
+        model: Model whose parameters are grouped.
+        groups: Groups by name. ``"parameters"`` is a pattern of parameter names or a list of
+            patterns: ``*`` matches any text, dots included, ``?`` one character, ``[ab]`` one of
+            several. ``"norms_and_biases"`` matches the parameters of normalization layers (classes
+            named like ``LayerNorm`` or ``BatchNorm2d``, and their subclasses) and parameters named
+            ``bias``, ``..._bias`` or ``bias_...``. Other keys are options of the optimizer.
 
     Raises:
-        ConfigFieldError: a pattern matches nothing, or a group gets no parameter since all that it
-            matches are in groups ahead of it. The path begins with the group's name.
+        ConfigFieldError: A pattern matches nothing, or earlier groups contain all parameters of a
+            group. The path begins with the group's name.
     """
     named = all_named_parameters(model)
     group_of: dict[torch.nn.Parameter, str] = {}
@@ -104,10 +100,10 @@ def parameter_groups(
         matched = list(_matched(model, named, name, group["parameters"]))
         free = [parameter for parameter in matched if parameter not in group_of]
         if not free:
-            ahead = ", ".join(dict.fromkeys(group_of[parameter] for parameter in matched))
+            earlier = ", ".join(dict.fromkeys(group_of[parameter] for parameter in matched))
             raise ConfigFieldError(
-                f"all that it matches are in groups ahead of it ({ahead}), so that none is left; "
-                "list it ahead of these, or leave it out",
+                f"all matching parameters belong to earlier groups ({earlier}); move this group "
+                "before them, or remove it",
                 (name, "parameters"),
             )
         group_of |= dict.fromkeys(free, name)
@@ -146,16 +142,15 @@ def _is_norm(cls: type) -> bool:
     return any(_NORM.search(base.__name__) for base in cls.__mro__)
 
 
-# --- build parts -----------------------------------------------------------------------------
-# From each part of an experiment to the object that it describes.
+# --- parts -----------------------------------------------------------------------------------
 
 
 @contextmanager
 def building(*path: str | int) -> Iterator[None]:
-    """Around the making of a part: errors say where in the experiment it is described.
+    """Add the path of a part to errors raised while the part is built.
 
-    What is raised for a wrong argument or a missing file becomes a ``ConfigBuildError``, which it
-    is the cause of. Anything else gets a note.
+    TypeError, ValueError and OSError become the cause of a ``ConfigBuildError``; other errors get
+    a note.
     """
     try:
         yield
@@ -166,12 +161,12 @@ def building(*path: str | int) -> Iterator[None]:
         problem = str(error) if ours else f"{type(error).__name__}: {error}"
         raise ConfigBuildError(problem, path) from error
     except Exception as error:
-        error.add_note(f"while {dotted(path)} was built")
+        error.add_note(f"while building {dotted(path)}")
         raise
 
 
 def make_loader(config: LoaderConfig) -> DataLoader[Any]:
-    """A ``DataLoader`` of a dataset; samplers that take a ``data_source`` get that."""
+    """Build a ``DataLoader``; samplers with a parameter ``data_source`` receive the dataset."""
     with building("dataset"):
         dataset = config.dataset()
     options: dict[str, Any] = {
@@ -204,7 +199,7 @@ def make_loader(config: LoaderConfig) -> DataLoader[Any]:
 
 
 def make_optimizer(config: Any, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """An optimizer of all parameters of the model, in the groups that are described."""
+    """Build an optimizer of all parameters of the model, in the configured groups."""
     described: Mapping[str, Any] = getattr(config, "groups", {})
     groups = {
         name: {"parameters": group.parameters, **group.options()}
@@ -219,7 +214,7 @@ def make_optimizer(config: Any, model: torch.nn.Module) -> torch.optim.Optimizer
 
 
 def lr_scheduler_unit(config: Any) -> LRSchedulerUnit:
-    """When a schedule moves."""
+    """Return the interval at which an LR scheduler steps."""
     plateau = issubclass(getattr(config, "class_type", object), ReduceLROnPlateau)
     every: LRSchedulerUnit | None = getattr(config, "every", None)
     return every or ("epoch" if plateau else "optimizer_step")
@@ -228,13 +223,13 @@ def lr_scheduler_unit(config: Any) -> LRSchedulerUnit:
 def make_lr_scheduler(
     config: Any, optimizer: torch.optim.Optimizer, count_steps: Callable[[], int]
 ) -> LRScheduler:
-    """A schedule, and those in it, of the optimizer; ``count_steps`` is asked for ``auto``."""
+    """Build an LR scheduler with its inner ones; ``count_steps`` computes ``auto``."""
     made: LRScheduler = _made_with(_counted(config, count_steps), optimizer=optimizer)
     return made
 
 
 def make_processor(config: Any) -> BatchProcessor:
-    """A batch processor, or one whose ``forward(model, batch)`` is a function."""
+    """Build a batch processor, or wrap a function ``forward(model, batch)``."""
     function = getattr(config, "func", None)
     if function is not None and not _makes_a(SimpleBatchProcessor, function):
         return SimpleBatchProcessor.from_callable(function_of(config))
@@ -245,20 +240,18 @@ def make_processor(config: Any) -> BatchProcessor:
 def make_hook(
     config: Any, run_folder: Path | None, evaluation: Mapping[str, Iterable[Any]]
 ) -> PipelineHooks:
-    """A bundle of hooks that writes to the run's folder; one that evaluates gets the sets.
+    """Build the hooks of a config.
 
     Args:
-        config: of the hook.
-        run_folder: where the paths in ``config`` begin; None leaves them as they are.
-        evaluation: loaders by name, for a ``ValidationHook`` without any of its own.
+        config: Config of the hooks.
+        run_folder: Base of relative paths in ``config``; None keeps the paths.
+        evaluation: Loaders by name, for a ``ValidationHook`` without own loaders.
     """
     if run_folder is not None:
         config = in_run_folder(config, run_folder)
     if isinstance(config, ValidationHookConfig) and config.dataloaders is None:
         if not evaluation:
-            raise ConfigFieldError(
-                "there is nothing to evaluate on; describe sets in data.evaluation"
-            )
+            raise ConfigFieldError("there are no evaluation sets; add them to data.evaluation")
         return config(dataloaders=evaluation)
     made: PipelineHooks = config()
     return made
@@ -270,16 +263,16 @@ def _makes_a(kind: type, function: Callable[..., Any]) -> bool:
 
 
 def _made_with(config: Any, **given: Any) -> Any:
-    """What a config makes, with these arguments where it takes them, and where those within do.
+    """Build a config with additional arguments, for itself and its inner parts.
 
-    One that takes any keyword arguments hands them on to what does.
+    Code with ``**kwargs`` receives all arguments.
     """
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters_of(code_of(config)))
     return config(**{**(given if takes_any else {}), **_own_and_within(config, given)})
 
 
 def _own_and_within(config: Config, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments for a config's code: those given that it takes, and parts within that take some."""
+    """Return the arguments that a config accepts, and its inner parts that accept some."""
     names = {parameter.name for parameter in parameters_of(code_of(config))}
     arguments = {name: value for name, value in given.items() if name in names}
     if isinstance(config, DerivedConfig):
@@ -291,7 +284,7 @@ def _own_and_within(config: Config, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _given_within(value: Any, given: Mapping[str, Any]) -> Any:
-    """The value with instances in the place of those parts in it that take what is given."""
+    """Replace the parts in a value that accept some of the arguments by their instances."""
     if isinstance(value, DerivedConfig):
         arguments = _own_and_within(value, given)
         return value(**arguments) if arguments else value
@@ -303,11 +296,9 @@ def _given_within(value: Any, given: Mapping[str, Any]) -> Any:
 
 
 def _counted(config: Any, count_steps: Callable[[], int], *, outermost: bool = True) -> Any:
-    """The config of a schedule with numbers in the place of ``auto``, also in those within."""
+    """Replace ``auto`` by the number of steps in an LR scheduler's config and its inner ones."""
     if not outermost and getattr(config, "every", None) is not None:
-        raise ConfigFieldError(
-            "says when the whole schedule moves; write it beside the outermost", ("every",)
-        )
+        raise ConfigFieldError("applies to the outermost LR scheduler; move it there", ("every",))
     changes: dict[str, Any] = {}
     for name, value in field_values(config).items():
         with building(name):
@@ -323,12 +314,15 @@ def _counted(config: Any, count_steps: Callable[[], int], *, outermost: bool = T
 
 def _counted_within(part: Any, count_steps: Callable[[], int], index: int) -> Any:
     with building(index):
-        is_schedule = isinstance(part, LRSchedulerConfig)
-        return _counted(part, count_steps, outermost=False) if is_schedule else part
+        is_lr_scheduler = isinstance(part, LRSchedulerConfig)
+        return _counted(part, count_steps, outermost=False) if is_lr_scheduler else part
+
+
+# --- experiment ------------------------------------------------------------------------------
 
 
 class LiveObjects(TypedDict, total=False):
-    """What a script may give in the place of what is described; see `build_experiment`."""
+    """Objects that replace described parts; see `build_experiment`."""
 
     accelerator: Accelerator | None
     dataloader: Iterable[Any] | None
@@ -344,21 +338,21 @@ class LiveObjects(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class BuiltExperiment:
-    """The objects of a run, as a script would have made them, and the trainer that has them."""
+    """Objects of a run and its trainer."""
 
     config: ExperimentFields
     run_folder: Path
     accelerator: Accelerator
     dataloader: Iterable[Any]
     evaluation: dict[str, Iterable[Any]]
-    """The loaders of the evaluation sets, by name."""
+    """Loaders of the evaluation sets by name."""
     model: torch.nn.Module
-    """As it was made; ``trainer.model`` is the one that is prepared."""
+    """Model as built; ``trainer.model`` is prepared by Accelerate."""
     optimizer: torch.optim.Optimizer | None
     lr_scheduler: LRScheduler | None
     batch_processor: BatchProcessor
     hooks: dict[str, PipelineHooks]
-    """By name, the outermost first; with ``checkpoint``, which is the innermost."""
+    """Hooks by name, the outermost first; ``checkpoint`` is the innermost."""
     trainer: HookBasedTrainer
 
 
@@ -376,9 +370,9 @@ def build_experiment(
     run_folder: str | os.PathLike[str] | None = None,
     resume: str | os.PathLike[str] | None = None,
 ) -> BuiltExperiment:
-    """Make all that an experiment describes, on every rank alike, but for what is given.
+    """Build the objects of a run, except those that are passed; call it on every rank.
 
-    This is done in this order, and a script that does so trains the same weights, bit for bit::
+    A script that builds them in this order trains the same weights, bit for bit::
 
         set_seed(seed)
         accelerator = Accelerator(...)
@@ -388,37 +382,36 @@ def build_experiment(
         optimizer = SGD(model.parameters(), ...)          # or groups of them
         lr_scheduler = OneCycleLR(optimizer, ...)
         batch_processor = ...
-        hooks = {name: hook, ...}                         # those that have no sets get evaluation
+        hooks = {name: hook, ...}                         # without own loaders: evaluation
         trainer = HookBasedTrainer(...)
 
     Args:
-        experiment: what to build.
-        accelerator: in the place of the one that is described; so are the others. Nothing is made
-            of a part that is given.
-        dataloader: of ``data.train``.
-        evaluation: loaders of sets that are described in ``data.evaluation``, and of more; None
-            leaves one out.
-        model: prepared or not.
-        optimizer: of the model's parameters.
-        lr_scheduler: of the optimizer; it moves as ``schedule.every`` says, if that is there.
-        batch_processor: from a batch to outputs and loss.
-        hooks: in the place of those of the same names; others come behind the described ones. None
-            leaves one out. A configuration is built as the described ones are, but with its paths
-            as they are.
-        run_folder: the run's folder; by default that of the experiment.
-        resume: ``"auto"``, ``"never"`` or a checkpoint's folder; by default as the experiment says.
+        experiment: Experiment to build.
+        accelerator: Replaces the described accelerator. Likewise for the objects below: the
+            described part is not built.
+        dataloader: Training data.
+        evaluation: Loaders by name, in place of or in addition to ``data.evaluation``; None
+            removes a set.
+        model: Model, prepared or not.
+        optimizer: Optimizer of the model's parameters.
+        lr_scheduler: LR scheduler of the optimizer; it steps at ``lr_scheduler.every``, if set.
+        batch_processor: Batch processor.
+        hooks: Hooks by name, in place of the described ones or after them; None removes one. A
+            config is built with its paths unchanged.
+        run_folder: Run folder; by default that of the experiment.
+        resume: ``"auto"``, ``"never"`` or a checkpoint's folder; by default as in the experiment.
 
     Raises:
-        ConfigError: a part can't be built, or is neither described nor given; with its place.
-        Exception: what code that is described raises, and what :class:`HookBasedTrainer` does.
+        ConfigError: A part can't be built, or is null and not passed; the error has its path.
+        Exception: Errors of the described code and of :class:`HookBasedTrainer`.
     """
     folder = experiment.folder() if run_folder is None else Path(run_folder)
     set_seed(experiment.seed)
     if accelerator is None:
         accelerator = make_accelerator(experiment.accelerator, folder)
-    schedule, limits = experiment.lr_scheduler, _limits(experiment)
+    scheduler_config, limits = experiment.lr_scheduler, _limits(experiment)
     with fail_together():
-        with accelerator.main_process_first():  # which may write or fetch the data
+        with accelerator.main_process_first():  # downloads and caches happen once
             if dataloader is None:
                 with building("data", "train"):
                     dataloader = make_loader(_described(experiment.data.train, "dataloader"))
@@ -429,12 +422,12 @@ def build_experiment(
         if optimizer is None and experiment.optimizer is not None:
             with building("optimizer"):
                 optimizer = make_optimizer(experiment.optimizer, model)
-        if lr_scheduler is None and schedule is not None:
+        if lr_scheduler is None and scheduler_config is not None:
             with building("lr_scheduler"):
-                assert optimizer is not None  # as the experiment has checked
-                unit = lr_scheduler_unit(schedule)
-                moves = partial(count_lr_scheduler_steps, dataloader, accelerator, limits, unit)
-                lr_scheduler = make_lr_scheduler(schedule, optimizer, moves)
+                assert optimizer is not None  # checked by the experiment
+                unit = lr_scheduler_unit(scheduler_config)
+                count = partial(count_lr_scheduler_steps, dataloader, accelerator, limits, unit)
+                lr_scheduler = make_lr_scheduler(scheduler_config, optimizer, count)
         if batch_processor is None:
             with building("batch_processor"):
                 described = _described(experiment.batch_processor, "batch_processor")
@@ -452,7 +445,7 @@ def build_experiment(
         max_step=limits.max_step,
         max_optimizer_step=limits.max_optimizer_step,
         max_epoch=limits.max_epoch,
-        lr_scheduler_every=getattr(schedule, "every", None),
+        lr_scheduler_every=getattr(scheduler_config, "every", None),
         run_folder=folder,
         resume_from=None if resume == "never" else resume,
         data_order=DataOrder(seed=experiment.seed, **dict(experiment.data.order)),
@@ -475,7 +468,7 @@ def build_experiment(
 
 
 def make_accelerator(config: AcceleratorConfig, run_folder: Path) -> Accelerator:
-    """Accelerate's, whose trackers write to the run's folder."""
+    """Build the Accelerator; its trackers write to the run folder."""
     cpu = not torch.accelerator.is_available() if config.cpu == AUTO else config.cpu
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
     with building("accelerator"):
@@ -491,7 +484,7 @@ def make_accelerator(config: AcceleratorConfig, run_folder: Path) -> Accelerator
 def _make_evaluation(
     experiment: ExperimentFields, given: Mapping[str, Iterable[Any] | None]
 ) -> dict[str, Iterable[Any]]:
-    """The loaders of the evaluation sets by name."""
+    """Build the loaders of the evaluation sets that are not passed."""
     loaders: dict[str, Iterable[Any]] = {}
     for name, described in experiment.data.evaluation.items():
         if name not in given:
@@ -506,16 +499,16 @@ def build_hooks(
     evaluation: Mapping[str, Iterable[Any]],
     folder: Path,
 ) -> dict[str, PipelineHooks]:
-    """The hooks by name, ``checkpoint`` last.
+    """Build the hooks by name, ``checkpoint`` last.
 
     Args:
-        experiment: which describes them.
-        given: in the place of those of the same names, or behind them; None leaves one out.
-        evaluation: loaders by name, for those that evaluate.
-        folder: the run's, where the paths of those that are described begin.
+        experiment: Experiment that describes the hooks.
+        given: Hooks in place of described ones, or after them; None removes one.
+        evaluation: Loaders by name, for hooks that evaluate.
+        folder: Run folder, the base of relative paths.
 
     Raises:
-        ConfigError: one can't be built, with its place.
+        ConfigError: A hook can't be built; the error has its path.
     """
     names = dict.fromkeys([*experiment.hooks, *given])
     names.pop(CHECKPOINT, None)
@@ -548,5 +541,5 @@ def _made_model(part: Any) -> torch.nn.Module:
 
 def _described(part: Any, name: str) -> Any:
     if part is None:
-        raise ConfigFieldError(f"is null, which leaves it to a script: build({name}=...)")
+        raise ConfigFieldError(f"is null and not passed; call build({name}=...)")
     return part

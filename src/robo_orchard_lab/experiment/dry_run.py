@@ -1,4 +1,4 @@
-"""Trying an experiment out: what it would do, and that each part of it works, with nothing kept."""
+"""Trials of an experiment that keep nothing: dry run, fast run, and runs of a resume proof."""
 
 from __future__ import annotations
 
@@ -29,37 +29,37 @@ from robo_orchard_lab.pipeline.hooks import SaveCheckpointConfig
 from robo_orchard_lab.pipeline.trigger import EverySteps, Last, Trigger
 
 STEPS = 2
-"""How many of everything a fast run does."""
+"""Steps of a fast run, and batches of each of its data sets."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedTrigger:
-    """When something of a hook is due in the run."""
+    """Trigger of a hook, with the number of times that it is due in the run."""
 
     hook: str
     field: str
     trigger: str
     times: int | None
-    """None where that can't be told ahead."""
+    """None if unknown before the run."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """What a process takes, in bytes."""
+    """Memory of a process in bytes."""
 
     parameters: int
     gradients: int
     optimizer: int
-    """Its state, as it is after an update."""
+    """State of the optimizer after an update."""
     peak: int
-    """The most that was in use until the first update was made."""
+    """Peak until the first update."""
     peak_on: str
-    """Where that was measured: a device's name, or ``"process"`` for the host's memory of all."""
+    """Device of the peak; ``"process"`` for the host memory of the process."""
 
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """What a run would be, after one batch of it."""
+    """Facts about a run, found with its first batch."""
 
     run_folder: Path
     device: str
@@ -67,24 +67,24 @@ class DryRun:
     parameters: int
     trained_parameters: int
     length: RunLength | None
-    """None where only the run itself tells."""
+    """None if unknown before the run."""
     loss: float | None
-    """Of the first batch."""
+    """Loss of the first batch."""
     evaluated: Mapping[str, float]
-    """The loss of the first batch of each evaluation set."""
+    """Loss of the first batch of each evaluation set."""
     hooks: tuple[PlannedTrigger, ...]
     memory: MemoryUse
 
 
 def dry_run(experiment: ExperimentConfig) -> DryRun:
-    """Build all of an experiment, compute one batch of it, and one of each evaluation set.
+    """Build an experiment, train one batch, and evaluate one batch of each evaluation set.
 
-    The update of that batch is made, with no hook around it. What is written, if anything, goes to
-    a folder that is removed.
+    The batch is trained without hooks, including its update. Files are written to a temporary
+    folder.
 
     Raises:
-        ConfigError: a part can't be built.
-        Exception: what the parts raise.
+        ConfigError: A part can't be built.
+        Exception: Errors of the parts.
     """
     with TemporaryDirectory(prefix="dry-run-") as folder:
         built = experiment.build(run_folder=folder, resume="never")
@@ -118,18 +118,16 @@ def dry_run(experiment: ExperimentConfig) -> DryRun:
 
 
 def fast_run(experiment: ExperimentConfig) -> list[str]:
-    """Run two steps of everything, save and load them, and leave nothing behind.
+    """Run two steps of an experiment, save, resume, and run a third step, in a temporary folder.
 
-    An epoch has two batches, as each evaluation set has, and what hooks do by a trigger they do
-    with every step. Then the run is built anew, goes on from what it has saved, and makes a third
-    step.
+    An epoch and each evaluation set have two batches, and all triggers are due in every step.
 
     Returns:
-        What was done, in a few lines.
+        Lines of a report.
 
     Raises:
-        ConfigError: a part can't be built.
-        Exception: what the parts raise.
+        ConfigError: A part can't be built.
+        Exception: Errors of the parts.
     """
     fast = _fast(experiment)
     done: list[str] = []
@@ -151,18 +149,18 @@ def fast_run(experiment: ExperimentConfig) -> list[str]:
             resumed_at = again.trainer.progress.global_step_id
             again.trainer()
             done.append(
-                f"saved, and went on from step {resumed_at} to "
+                f"saved, and resumed from step {resumed_at} to "
                 f"{again.trainer.progress.global_step_id}"
             )
     return done
 
 
 def _trainer_of_one_step(built: BuiltExperiment, losses: list[float]) -> HookBasedTrainer:
-    """One that makes an update of the first batch, without the hooks of the run."""
+    """Build a trainer of one step without the hooks of the run; its loss is appended."""
     bundle = PipelineHooks("dry_run")
 
     @bundle.on_step.after
-    def tell(args: Any) -> None:
+    def collect_loss(args: Any) -> None:
         if args.loss is not None:
             losses.append(float(args.loss))
 
@@ -211,7 +209,7 @@ def _planned(experiment: ExperimentConfig, length: RunLength | None) -> Iterator
         hooks[CHECKPOINT] = experiment.checkpoint
     for name, config in hooks.items():
         for field, value in _triggers(config):
-            # A run that reaches its end is saved there, whatever the trigger.
+            # A run that reaches its limit is saved there, whatever the trigger.
             due = (value | Last()) if isinstance(config, SaveCheckpointConfig) else value
             times = None if length is None else count_due(due, length)
             yield PlannedTrigger(name, field, str(due), times)
@@ -224,13 +222,13 @@ def _triggers(config: Config) -> Iterator[tuple[str, Trigger]]:
 
 
 def _fast(experiment: ExperimentConfig) -> ExperimentConfig:
-    """The same in a few steps, with hooks that do something in each of them."""
+    """Limit an experiment to a few steps in which all triggers are due."""
     hooks = {name: _in_every_step(config) for name, config in experiment.hooks.items()}
     checkpoint = experiment.checkpoint
     return experiment.replace(
         hooks=hooks,
         checkpoint=None if checkpoint is None else _in_every_step(checkpoint),
-        # Going on within an epoch has to work also with data that the run itself only reads whole.
+        # Resuming within an epoch must also work with data that can't be seeked.
         **{"data.order.fast_forward": True},
         trainer=TrainerConfig(
             max_step=STEPS,
@@ -241,13 +239,13 @@ def _fast(experiment: ExperimentConfig) -> ExperimentConfig:
 
 
 def _short_data(experiment: ExperimentConfig) -> dict[str, Any]:
-    """Loaders of two batches each; of data for training that has no index, all of it."""
+    """Build loaders of two batches each; iterable training data stays complete."""
     evaluation: dict[str, Iterable[Any]] = {}
     for name, config in experiment.data.evaluation.items():
         with building("data", "evaluation", name):
             evaluation[name] = [*islice(make_loader(config), STEPS)]
     train = experiment.data.train
-    if train is None:  # which building it will refuse
+    if train is None:  # refused by build()
         return {"evaluation": evaluation}
     with building("data", "train"):
         dataloader = make_loader(train)
@@ -271,19 +269,19 @@ def _in_every_step(config: Any) -> Any:
     return config.replace(**changes) if changes else config
 
 
-def build(
+def build_for_resume_proof(
     run_folder: Path,
     resume_from: str | os.PathLike[str] | None,
     document: Mapping[str, Any],
     trust: Sequence[str],
 ) -> HookBasedTrainer:
-    """The trainer of an experiment, for `robo_orchard_lab.testing.prove_resume`.
+    """Build the trainer of an experiment, in the processes of `prove_resume`.
 
     Args:
-        run_folder: of this run.
-        resume_from: as `prove_resume` says.
-        document: of the experiment, as plain data.
-        trust: names of packages and classes.
+        run_folder: Folder of this run.
+        resume_from: Checkpoint, as in `prove_resume`.
+        document: Plain data of the experiment.
+        trust: Names of trusted packages and classes.
     """
     trusted = ExperimentTrust.of(trust, pyproject=False)
     trusted.make_local_modules_importable()
@@ -292,7 +290,7 @@ def build(
 
 
 def spread_stops(steps: int, stops: int) -> list[int]:
-    """So many stops, evenly spread within a run of so many steps.
+    """Spread a number of stops evenly over the steps of a run.
 
     >>> spread_stops(20, 3), spread_stops(3, 5)
     ([5, 10, 15], [1, 2])

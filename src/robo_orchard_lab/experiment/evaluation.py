@@ -1,4 +1,4 @@
-"""Measuring what a run has saved, on the evaluation sets of its experiment."""
+"""Evaluation of saved weights on the evaluation sets of an experiment."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ from robo_orchard_lab.pipeline.trainer.rank_state import check_tensors
 
 @dataclass(frozen=True, slots=True)
 class SavedWeights:
-    """The weights of a model, and what hooks kept beside them."""
+    """Weights of a model, with the states of hooks."""
 
     path: Path
-    """Where they are from."""
+    """Checkpoint or file of the weights."""
     weights: Mapping[str, Any]
-    """By the names of the plain model, with what else its state has."""
+    """State dict with the names of the unwrapped model."""
     hooks: Mapping[str, Any] | None = None
-    """The states of hooks by name; None where only the weights were saved."""
+    """States of hooks by name; None if only the weights were saved."""
     step: int | None = None
-    """How many steps were done, where that is known."""
+    """Number of completed steps, if known."""
 
     @classmethod
     def from_checkpoint(cls, path: Path) -> SavedWeights:
-        """Those of a checkpoint that a trainer has saved; the optimizer's state is not read.
+        """Read the weights of a trainer's checkpoint, without the optimizer state.
 
         Raises:
-            CheckpointError: it is no such checkpoint, or not as it was written.
+            CheckpointError: The checkpoint is damaged, or was not saved by a trainer.
         """
         with OpenCheckpoint(path, ReadLimits()) as opened:
             step = opened.manifest.step
@@ -72,18 +72,18 @@ class SavedWeights:
 
     @classmethod
     def from_file(cls, path: Path) -> SavedWeights:
-        """Those of a safetensors file."""
+        """Read the weights of a safetensors file."""
         return cls(path, load_file(path))
 
 
 def best_weights(
     experiment: ExperimentConfig, run_folder: Path, checkpoints: RunCheckpoints
 ) -> SavedWeights:
-    """The best weights of a run: what a `KeepBest` has written, or the best checkpoint.
+    """Read the best weights of a run: the file of a `KeepBest`, or the best checkpoint.
 
     Raises:
-        NoRunError: nothing says which are the best.
-        CheckpointError: the best checkpoint is not as it was written.
+        NoRunError: The run has neither.
+        CheckpointError: The best checkpoint is damaged.
     """
     for config in experiment.hooks.values():
         if isinstance(config, KeepBestConfig):
@@ -94,44 +94,44 @@ def best_weights(
         return SavedWeights.from_checkpoint(checkpoints.pick(best=True))
     except NoRunError:
         raise NoRunError(
-            f"nothing says which weights of {run_folder} are the best: it has no KeepBest that has "
-            "written any, and no checkpoint.monitor"
+            f"the best weights of {run_folder} are unknown: it has no file of a KeepBest and no "
+            "checkpoint.monitor"
         ) from None
 
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """What is measured together: loaders by name, and the hooks that say how."""
+    """Hooks that evaluate, and loaders for the loss."""
 
     hooks: dict[str, PipelineHooks] = field(default_factory=dict)
     loaders: dict[str, Iterable[Any]] = field(default_factory=dict)
-    """What no hook evaluates on, for the loss alone."""
+    """Loaders that no hook evaluates, for the loss only."""
 
 
 def evaluate(
     experiment: ExperimentConfig, saved: SavedWeights, sets: Sequence[str] = ()
 ) -> dict[str, float]:
-    """The losses and metrics of saved weights, as the run's `ValidationHook` measure them.
+    """Evaluate saved weights with the `ValidationHook`s of the run.
 
-    Each evaluates on its sets, with its metrics, and with the weights that it is told to, such as
-    a moving average. Without such a hook, it is the mean loss on each set.
+    Each hook uses its sets, its metrics, and its weights, such as a moving average. Without such
+    a hook, the mean loss on each set is computed.
 
     Args:
-        experiment: of the run.
-        saved: what to measure.
-        sets: names of the evaluation sets to measure on; by default all.
+        experiment: Experiment of the run.
+        saved: Weights to evaluate.
+        sets: Names of evaluation sets; by default all.
 
     Returns:
-        The values by their names, such as ``eval/val/loss``.
+        Values by name, such as ``eval/val/loss``.
 
     Raises:
-        ConfigError: there is no such set, or a part can't be built.
-        StateError: the weights are those of another model.
+        ConfigError: A set doesn't exist, or a part can't be built.
+        StateError: The weights belong to another model.
     """
     for part in ("model", "batch_processor"):
         if getattr(experiment, part) is None:
             raise ConfigFieldError(
-                "is null, so that only the script that has it can measure", (part,)
+                "is null; evaluate in the script that passes it to build()", (part,)
             )
     set_seed(experiment.seed)
     accelerator = make_accelerator(experiment.accelerator, experiment.folder())
@@ -187,9 +187,7 @@ def _measured(experiment: ExperimentConfig, saved: SavedWeights, sets: Sequence[
     found = _Measured()
     if not validations:
         if not loaders:
-            raise ConfigFieldError(
-                "there is nothing to evaluate on; describe sets in data.evaluation"
-            )
+            raise ConfigFieldError("there are no evaluation sets; add them to data.evaluation")
         found.loaders.update(loaders)
     for name, config in validations.items():
         with building("hooks", name):
@@ -206,7 +204,7 @@ def _add_validation(
     experiment: ExperimentConfig,
     saved: SavedWeights,
 ) -> None:
-    """A hook that evaluates, and ahead of it the one whose weights it evaluates with."""
+    """Add a validation hook, and before it the hook that keeps the weights it evaluates."""
     folder = experiment.folder()
     theirs = config.dataloaders if config.dataloaders is not None else loaders
     names = [n for n in theirs if n in wanted and (config.sets is None or n in config.sets)]
@@ -215,7 +213,7 @@ def _add_validation(
     changes: dict[str, Any] = {"sets": names}
     weights = config.weights
     if weights is not None and saved.hooks is None:
-        changes["weights"] = None  # the file has those that were to be kept
+        changes["weights"] = None  # the file has the kept weights
     elif weights is not None and weights not in found.hooks:
         if weights not in experiment.hooks or weights not in (saved.hooks or {}):
             raise ConfigFieldError(

@@ -133,7 +133,9 @@ def _folder_within_run(folder: Any, config: Path) -> Path:
     """
     try:
         if not isinstance(folder, str):
-            raise ConfigFieldError(f"expected a path in the run folder, found {describe(folder)}")
+            raise ConfigFieldError(
+                f"expected a path within the run folder, found {describe(folder)}"
+            )
         check_run_path(folder)
         for part in (PurePath(folder), *PurePath(folder).parents[:-1]):
             if (link := config.parent / part).is_symlink():

@@ -216,13 +216,13 @@ def prove_resume(
             "a run that is killed must save, and checkpoint is null", "remove checkpoint: null"
         )
     from robo_orchard_lab.experiment.catalogue import ExperimentTrust
-    from robo_orchard_lab.experiment.dry_run import build, spread_stops
+    from robo_orchard_lab.experiment.dry_run import build_for_resume_proof, spread_stops
     from robo_orchard_lab.testing import StraightRunError
     from robo_orchard_lab.testing import prove_resume as prove
 
     at = spread_stops(steps, stops)
     trust = [*ExperimentTrust.of(experiment.trust).names]
-    source = partial(build, document=config.to_dict(), trust=trust)
+    source = partial(build_for_resume_proof, document=config.to_dict(), trust=trust)
     try:
         proof = prove(source, steps, at, kill=kill, files=files, processes=processes)
     except StraightRunError as error:
