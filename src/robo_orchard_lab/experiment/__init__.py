@@ -1,4 +1,4 @@
-"""Experiments: training runs as validated values and files, which can be built and repeated."""
+"""Experiments: training runs as validated values and files."""
 
 from robo_orchard_core.utils.config import config_of
 from robo_orchard_lab.experiment.config import ExperimentConfig

@@ -223,7 +223,7 @@ def lr_scheduler_unit(config: Any) -> LRSchedulerUnit:
 def make_lr_scheduler(
     config: Any, optimizer: torch.optim.Optimizer, count_steps: Callable[[], int]
 ) -> LRScheduler:
-    """Build an LR scheduler with its inner ones; ``count_steps`` computes ``auto``."""
+    """Build an LR scheduler; ``count_steps`` computes ``auto``."""
     made: LRScheduler = _made_with(_counted(config, count_steps), optimizer=optimizer)
     return made
 
@@ -272,7 +272,7 @@ def _made_with(config: Any, **given: Any) -> Any:
 
 
 def _own_and_within(config: Config, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that a config accepts, and its inner parts that accept some."""
+    """Return the accepted arguments of a config, with inner parts built from theirs."""
     names = {parameter.name for parameter in parameters_of(code_of(config))}
     arguments = {name: value for name, value in given.items() if name in names}
     if isinstance(config, DerivedConfig):
@@ -284,7 +284,7 @@ def _own_and_within(config: Config, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _given_within(value: Any, given: Mapping[str, Any]) -> Any:
-    """Replace the parts in a value that accept some of the arguments by their instances."""
+    """Build the parts in a value if they accept some of the arguments."""
     if isinstance(value, DerivedConfig):
         arguments = _own_and_within(value, given)
         return value(**arguments) if arguments else value
@@ -296,7 +296,7 @@ def _given_within(value: Any, given: Mapping[str, Any]) -> Any:
 
 
 def _counted(config: Any, count_steps: Callable[[], int], *, outermost: bool = True) -> Any:
-    """Replace ``auto`` by the number of steps in an LR scheduler's config and its inner ones."""
+    """Replace ``auto`` by the number of steps in the config of an LR scheduler."""
     if not outermost and getattr(config, "every", None) is not None:
         raise ConfigFieldError("applies to the outermost LR scheduler; move it there", ("every",))
     changes: dict[str, Any] = {}
@@ -322,7 +322,7 @@ def _counted_within(part: Any, count_steps: Callable[[], int], index: int) -> An
 
 
 class LiveObjects(TypedDict, total=False):
-    """Objects that replace described parts; see `build_experiment`."""
+    """Replacements for described parts; see `build_experiment`."""
 
     accelerator: Accelerator | None
     dataloader: Iterable[Any] | None
@@ -370,7 +370,7 @@ def build_experiment(
     run_folder: str | os.PathLike[str] | None = None,
     resume: str | os.PathLike[str] | None = None,
 ) -> BuiltExperiment:
-    """Build the objects of a run, except those that are passed; call it on every rank.
+    """Build the objects of a run, except passed objects, on every rank.
 
     A script that builds them in this order trains the same weights, bit for bit::
 
@@ -484,7 +484,7 @@ def make_accelerator(config: AcceleratorConfig, run_folder: Path) -> Accelerator
 def _make_evaluation(
     experiment: ExperimentFields, given: Mapping[str, Iterable[Any] | None]
 ) -> dict[str, Iterable[Any]]:
-    """Build the loaders of the evaluation sets that are not passed."""
+    """Build the loaders of the evaluation sets, except passed loaders."""
     loaders: dict[str, Iterable[Any]] = {}
     for name, described in experiment.data.evaluation.items():
         if name not in given:

@@ -98,7 +98,7 @@ _PUBLIC = {name.rpartition(":")[2]: name for name in reversed(CATALOGUE)}
 
 
 def kind_of(definition: str) -> str | None:
-    """Return the kind of object that a catalogued definition builds; None for other code.
+    """Return the kind of a catalogued class or function; None for other code.
 
     >>> kind_of("torch.optim.sgd:SGD"), kind_of("torchvision.models.resnet:resnet18")
     ('optimizer', 'module')
@@ -158,7 +158,7 @@ TABLE = "tool.robo_orchard_lab"
 
 @dataclass(frozen=True)
 class ExperimentTrust:
-    """Code that the user trusts in addition to the catalogue.
+    """The user's trust in addition to the catalogue.
 
     >>> ExperimentTrust(("my_team.models",)).trust.covers("my_team.models.resnet", "ResNet")
     True
@@ -199,7 +199,7 @@ class ExperimentTrust:
             raise ConfigError(str(error)) from None
 
     def make_local_modules_importable(self) -> None:
-        """Append the current folder to ``sys.path`` if a trusted module is only found there.
+        """Append the current folder to ``sys.path`` if only this folder has a trusted module.
 
         At the end of ``sys.path``, local modules can't shadow installed ones.
         """
@@ -220,7 +220,7 @@ def _is_importable(module: str) -> bool:
 
 
 def trusted_by_pyproject(folder: Path | None = None) -> list[str]:
-    """Return the trusted names of the nearest pyproject.toml that has the trust table.
+    """Return the trusted names of the nearest pyproject.toml with a trust table.
 
     Args:
         folder: Where to search, and its parents up to the root of the git repository; outside of

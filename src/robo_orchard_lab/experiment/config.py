@@ -122,7 +122,7 @@ class ExperimentConfig(ExperimentFields):
                 raise document.locate(error) from error.__cause__
 
     def build(self, **live: Unpack[LiveObjects]) -> BuiltExperiment:
-        """Build the trainer and the objects of the run; call it on every rank.
+        """Build the trainer and the objects of the run, on every rank.
 
         Args:
             **live: Objects that replace described parts, see `build_experiment`.

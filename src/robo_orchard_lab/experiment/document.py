@@ -186,7 +186,7 @@ def _base_error(file: ParsedFile, problem: str) -> ConfigFieldError:
 
 
 def _file_error(error: ConfigError, path: Path, named_in: ParsedFile | None) -> ConfigError:
-    """Locate the error of a file: in the file that names it as its base, if any."""
+    """Locate the error of a file: for a base file, in the file above."""
     if named_in is None:
         error.source = os.fspath(path)
         return error
@@ -215,7 +215,7 @@ class ExperimentDocument:
 
     @cached_property
     def leaf_origins(self) -> Origins:
-        """Origin of each value that contains no other values."""
+        """Origin of each scalar, empty list and empty mapping."""
         parents = {path[:-1] for path in self.origins}
         return {path: origin for path, origin in self.origins.items() if path not in parents}
 
@@ -226,7 +226,7 @@ class ExperimentDocument:
         return error
 
     def with_text(self, path: FieldPath) -> ExperimentDocument | None:
-        """Return a copy in which the override nearest to ``path`` is the text as typed.
+        """Return a copy with the override nearest to ``path`` as typed text.
 
         ``--name 3`` is parsed as a number, although the field may require text.
 
@@ -343,7 +343,7 @@ def _resolve_path(document: dict[str, Plain], keys: tuple[str, ...]) -> FieldPat
 
 
 def _value_at(document: Plain, path: FieldPath) -> Plain:
-    """Return the value at a path; None if there is none."""
+    """Return the value at a path, or None."""
     for key in path:
         if isinstance(document, list) and isinstance(key, int) and key < len(document):
             document = document[key]

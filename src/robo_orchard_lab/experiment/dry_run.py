@@ -1,4 +1,4 @@
-"""Trials of an experiment that keep nothing: dry run, fast run, and runs of a resume proof."""
+"""Trials of an experiment in temporary folders: dry run, fast run, resume proof."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STEPS = 2
 
 @dataclass(frozen=True, slots=True)
 class PlannedTrigger:
-    """Trigger of a hook, with the number of times that it is due in the run."""
+    """Trigger of a hook, with the number of due times in the run."""
 
     hook: str
     field: str
@@ -222,7 +222,7 @@ def _triggers(config: Config) -> Iterator[tuple[str, Trigger]]:
 
 
 def _fast(experiment: ExperimentConfig) -> ExperimentConfig:
-    """Limit an experiment to a few steps in which all triggers are due."""
+    """Limit an experiment to a few steps, with all triggers due in every step."""
     hooks = {name: _in_every_step(config) for name, config in experiment.hooks.items()}
     checkpoint = experiment.checkpoint
     return experiment.replace(

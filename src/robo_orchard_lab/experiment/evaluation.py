@@ -101,7 +101,7 @@ def best_weights(
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """Hooks that evaluate, and loaders for the loss."""
+    """Evaluating hooks, and loaders for the loss."""
 
     hooks: dict[str, PipelineHooks] = field(default_factory=dict)
     loaders: dict[str, Iterable[Any]] = field(default_factory=dict)
@@ -204,7 +204,7 @@ def _add_validation(
     experiment: ExperimentConfig,
     saved: SavedWeights,
 ) -> None:
-    """Add a validation hook, and before it the hook that keeps the weights it evaluates."""
+    """Add a validation hook, after the hook with its weights."""
     folder = experiment.folder()
     theirs = config.dataloaders if config.dataloaders is not None else loaders
     names = [n for n in theirs if n in wanted and (config.sets is None or n in config.sets)]

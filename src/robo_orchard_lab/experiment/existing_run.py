@@ -1,4 +1,4 @@
-"""An existing run: its checkpoints, its state, and the checks before it is resumed."""
+"""An existing run: checkpoints, state, and checks before a resume."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ logger = job_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RunCheckpoints:
-    """Checkpoints of a run, and the selected checkpoint if a path selected one."""
+    """Checkpoints of a run, with an optional selected checkpoint."""
 
     root: Path
     """Folder of the checkpoints."""
@@ -150,7 +150,7 @@ def _folder_within_run(folder: Any, config: Path) -> Path:
 
 
 class ChangedRunError(ConfigError):
-    """A configuration with which a run can't resume, or only if the user allows it.
+    """Resume refused: the configuration changed more than the user allows.
 
     Attributes:
         folder: Run folder.
@@ -197,7 +197,7 @@ class ExistingRun:
 
 
 def find_existing_run(folder: str | os.PathLike[str]) -> ExistingRun | None:
-    """Return the state of the run in a folder, or None if no run was started there.
+    """Return the state of the run in a folder, or None without a run.
 
     Raises:
         ConfigError: The run's file can't be read.
@@ -224,7 +224,7 @@ def check_changes(
     *,
     allow: ResumeEffect = "harmless",
 ) -> list[Difference]:
-    """Compare an experiment with the run that it would resume, and log the differences.
+    """Compare an experiment with the run to resume, and log the differences.
 
     Args:
         experiment: Configuration of the resumed run.
@@ -254,7 +254,7 @@ def check_changes(
 def record(
     experiment: ExperimentConfig, *, processes: int, changes: Sequence[Difference] = ()
 ) -> Path:
-    """Record a start in the run folder; call it in one process of the job.
+    """Record a start in the run folder, from one process of the job.
 
     The recorded file omits ``run_folder``, since the file lies there.
 
@@ -269,7 +269,7 @@ def record(
 
 
 def _resolved_document(config: Path, trust: TrustLike) -> dict[str, Any]:
-    """Return the document with the current defaults, or as written if validation refuses it."""
+    """Return the document with current defaults, or unvalidated if validation fails."""
     document = read_experiment(config)
     try:
         return ExperimentConfig.from_document(document, trust).to_dict()

@@ -157,7 +157,7 @@ def _name_list(names: Iterable[str]) -> str:
 
 
 class _Merger:
-    """Merge of two documents that collects the origins of the result."""
+    """Merge of two documents, with the origins of the result."""
 
     def __init__(self, beneath: Origins, above: Origins) -> None:
         self._beneath = beneath
@@ -247,7 +247,7 @@ class Override:
 
 
 def from_arguments(arguments: Sequence[str]) -> tuple[list[Override], list[str]]:
-    """Parse the overrides of a command line; return them and the other arguments.
+    """Split a command line into parsed overrides and other arguments.
 
     >>> overrides, rest = from_arguments(["a.yaml", "--seed", "3", "--hooks.stats=null"])
     >>> [(o.path, o.value) for o in overrides], rest

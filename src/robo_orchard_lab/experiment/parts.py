@@ -450,7 +450,7 @@ class ExperimentFields(Config):
         self._check_run_paths()
 
     def _check_run_paths(self) -> None:
-        """Check that all paths that hooks write to lie in the run folder."""
+        """Check the output paths of hooks: all lie in the run folder."""
         hooks: dict[tuple[str, ...], Any] = {("hooks", n): hook for n, hook in self.hooks.items()}
         if self.checkpoint is not None:
             hooks[CHECKPOINT,] = self.checkpoint

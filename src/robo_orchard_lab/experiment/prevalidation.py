@@ -77,7 +77,7 @@ _TRACKER_SINKS = {
 
 
 def prevalidate(document: ExperimentDocument, trust: Trust) -> None:
-    """Refuse a document that is invalid or untrusted, without importing anything.
+    """Refuse an invalid or untrusted document, without importing anything.
 
     Args:
         document: Result of `read_experiment`.
@@ -128,7 +128,7 @@ write lr_scheduler instead
 
 
 def _check_fields(fields: Mapping[str, Plain]) -> None:
-    """Check the names of the fields, and the mappings among them."""
+    """Check the names of all fields, and the types of mappings."""
     declared = ExperimentFields.model_fields
     for name, value in fields.items():
         if name == "trust":
@@ -269,7 +269,7 @@ def _check_run_folder(document: ExperimentDocument) -> None:
 
 
 def _folder_problem(folder: FilePath) -> str:
-    """Return why a run named by a file can't write to a folder; empty if it can."""
+    """Return why a file can't name a run folder; empty for a usable folder."""
     if any(len(part.encode()) > _MAX_FOLDER_NAME for part in folder.parts):
         return f"expected names of at most {_MAX_FOLDER_NAME} bytes"
     for link in (folder, *folder.parents):

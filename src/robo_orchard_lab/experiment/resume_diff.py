@@ -27,7 +27,7 @@ _CHANGES_TRAJECTORY = OnResume("trajectory")
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One value that differs between two configurations of a run."""
+    """Difference of one value between two configurations of a run."""
 
     path: tuple[str, ...]
     before: Any
@@ -88,7 +88,7 @@ def _changed_values(
 
 
 def _default_argument(part: Mapping[str, Any], argument: str, other: Any) -> Any:
-    """Return ``other`` if it is the default of an argument that a part omits, else `MISSING`."""
+    """Return ``other`` if equal to the default of an omitted argument, else `MISSING`."""
     cls = _class_of(part)
     try:
         default = inspect.signature(cls).parameters[argument].default if cls else MISSING
@@ -110,7 +110,7 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 def _rule(path: tuple[str, ...], old: Any, new: Any, document: Mapping[str, Any]) -> OnResume:
-    """Return the resume rule of a changed value; ``document`` is that of the resumed run."""
+    """Return the resume rule of a changed value; ``document`` belongs to the resumed run."""
     match path:
         case ("hooks", _, *inner):
             return _hook_rule(path[:2], inner, old, new, document)
@@ -127,7 +127,7 @@ def _rule(path: tuple[str, ...], old: Any, new: Any, document: Mapping[str, Any]
 
 
 def _declared_rule(path: tuple[str, ...]) -> OnResume:
-    """Return the rule that the declaration of a field states."""
+    """Return the declared rule of a field."""
     rule = _CHANGES_TRAJECTORY
     config: type[Config] | None = ExperimentFields
     for key in path:
@@ -145,7 +145,7 @@ def _declared_rule(path: tuple[str, ...]) -> OnResume:
 
 
 def _why_workers_matter(document: Mapping[str, Any]) -> str:
-    """Return why another number of workers changes the trajectory; empty if it doesn't."""
+    """Return why another number of workers changes the trajectory; empty if harmless."""
     if _at(document, "data", "order", "keyed_by") == "none":
         return "with data.order.keyed_by none, each worker has its own RNG"
     dataset = _class_of(_at(document, "data", "train", "dataset"))
@@ -157,7 +157,7 @@ def _why_workers_matter(document: Mapping[str, Any]) -> str:
 def _hook_rule(
     path: tuple[str, ...], inner: list[str], old: Any, new: Any, document: Mapping[str, Any]
 ) -> OnResume:
-    """Return the rule of a hook that was added, removed, replaced or changed."""
+    """Return the rule of an added, removed, replaced or changed hook."""
     if not inner or inner[0] in PART_KEYS:
         classes = [_class_of(value) for value in (old, new) if value is not MISSING]
         if any(cls is not None and _has_state(cls) for cls in classes):
@@ -203,7 +203,7 @@ def _has_auto(value: Any) -> bool:
 
 
 def _class_of(part: Any) -> type | None:
-    """Return the class that a part names if it is imported already or a built-in hook."""
+    """Return the class of a part if already imported, or a built-in hook."""
     reference = part.get("class_type") if isinstance(part, Mapping) else part
     if not isinstance(reference, str) or ":" not in reference:
         return None

@@ -40,7 +40,7 @@ class NoRunError(ConfigError):
 
 @dataclass(frozen=True, slots=True)
 class RunLocation:
-    """Run folder of a path, and the checkpoint if the path names one."""
+    """Run folder of a path, with the checkpoint named by the path."""
 
     folder: Path
     """Run folder, which holds `CONFIG_FILE` and `STARTS`."""
@@ -54,7 +54,7 @@ class RunLocation:
 
 
 def find_run(path: str | os.PathLike[str]) -> RunLocation:
-    """Find the run of a run folder, of its `CONFIG_FILE`, or of one of its checkpoints.
+    """Find the run of a run folder, of its `CONFIG_FILE`, or of a checkpoint inside.
 
     Raises:
         NoRunError: The path leads to none of these.
@@ -108,7 +108,7 @@ def has_only_other_files(folder: str | os.PathLike[str]) -> bool:
 
 
 def find_escaping_link(folder: str | os.PathLike[str]) -> str | None:
-    """Return a link inside a folder that leads out of the folder, or None.
+    """Return a link from inside a folder to the outside, or None.
 
     A run could write through such a link. W&B's own folders contain some and are skipped; hooks
     that write there check their paths.
@@ -137,7 +137,7 @@ def record_start(
     processes: int = 1,
     changes: tuple[Mapping[str, Any], ...] = (),
 ) -> Path:
-    """Record the start of a run durably; call it in one process of the job.
+    """Record the start of a run durably, from one process of the job.
 
     The record contains the command line and the configuration, but no environment variables.
 

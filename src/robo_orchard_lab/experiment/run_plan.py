@@ -29,7 +29,7 @@ _MAX_COUNTED = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class RunLength:
-    """Length of a run that reaches its limits."""
+    """Length of a run up to its limits."""
 
     steps: int
     """Steps of each rank."""
@@ -44,7 +44,7 @@ class RunLength:
 
     @property
     def updates(self) -> int:
-        """Number of optimizer steps, including skipped ones."""
+        """Number of optimizer steps, including skipped steps."""
         epochs, rest = divmod(self.steps, self.steps_per_epoch)
         return epochs * self.updates_per_epoch + -(-rest // self.window)
 
@@ -54,7 +54,7 @@ class RunLength:
         return -(-self.steps_per_epoch // self.window)
 
     def step_of_update(self, number: int) -> int:
-        """Return the step that completes an optimizer step; both are counted from 1."""
+        """Return the last step of an optimizer step; both are counted from 1."""
         epochs, within = divmod(number - 1, self.updates_per_epoch)
         in_epoch = min((within + 1) * self.window, self.steps_per_epoch)
         return min(epochs * self.steps_per_epoch + in_epoch, self.steps)
@@ -77,7 +77,7 @@ def run_length(
 
 
 def count_due(trigger: Trigger, length: RunLength) -> int | None:
-    """Count how often a trigger is due in a run; None for a trigger that depends on time.
+    """Count how often a trigger is due in a run; None for a trigger by time.
 
     >>> length = RunLength(steps=100, steps_per_epoch=30, window=4)
     >>> [count_due(Trigger.parse(text), length) for text in ("10 steps", "1 epoch", "10 min")]
@@ -96,7 +96,7 @@ def count_due(trigger: Trigger, length: RunLength) -> int | None:
 
 
 def _steps_due(trigger: Trigger, length: RunLength) -> range | list[int] | None:
-    """Return the steps, counted from 1, after which a trigger is due."""
+    """Return the due steps of a trigger, counted from 1."""
     steps = length.steps
     match trigger:
         case EverySteps(n=n):
@@ -127,7 +127,7 @@ def count_lr_scheduler_steps(
     limits: TrainerLimits,
     every: LRSchedulerUnit = "optimizer_step",
 ) -> int:
-    """Count the steps of the LR scheduler in a run that reaches its limits.
+    """Count the steps of the LR scheduler in a run up to its limits.
 
     The count is the number of optimizer steps, at the world size and accumulation of
     ``accelerator``, or of completed epochs. Skipped updates, such as after an overflow, are

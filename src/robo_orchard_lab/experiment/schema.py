@@ -289,7 +289,7 @@ class _ExperimentSchema(GenerateJsonSchema):
         return schema
 
     def _fields_in_place(self, code: Code, cls: type[BaseModel], part: Part) -> Json:
-        """Return a reference to the fields of code, and the fields that the part requires."""
+        """Return a reference to the fields of code, with the fields required by the part."""
         without = [name for name in part.given if name in cls.model_fields]
         name = "-without-".join([self._shortest_name(code), *without])
         fields = self._fields(cls, code, part.given)
@@ -300,7 +300,7 @@ class _ExperimentSchema(GenerateJsonSchema):
         return reference | ({"required": required} if required else {})
 
     def _candidates(self, part: Part) -> Iterator[tuple[Code, type[BaseModel]]]:
-        """Yield the code that a part accepts, with its config class."""
+        """Yield the accepted code of a part, with its config class."""
         for code in self._code.values():
             try:
                 if isinstance(code, type) and _is_instance_of(code, part):
@@ -383,7 +383,7 @@ def _add_options_of_groups(definitions: Mapping[str, Json]) -> None:
 
 
 def _variants(definitions: Mapping[str, Json]) -> dict[str, Json]:
-    """Return the definitions that differ for a file with a base."""
+    """Return the differing definitions for files with a base."""
     differing: set[str] = set()
     while True:
         variants = {name: _variant(schema, differing) for name, schema in definitions.items()}
