@@ -1,4 +1,4 @@
-"""What a type checker knows about configs; mypy reads this file, nothing runs it."""
+"""Types of the config API: mypy checks this file, and nothing runs it."""
 
 from __future__ import annotations
 
@@ -67,6 +67,6 @@ assert_type(MyHookConfig.load(Path("x.json"), trust=Trust().widened(MyHook)), My
 assert_type(pydantic_from_argparse(Settings, argparse.ArgumentParser()), Settings)
 log_basic_config(level="INFO", format="%(message)s", force=True)
 
-MyHookConfig(log_step_freq="x")  # type: ignore[arg-type]  # a wrong type is told
-MyHookConfig(log_step_frq=1)  # type: ignore[call-arg]  # so is a wrong name
-config.to_str("xml")  # type: ignore[arg-type]  # and a wrong format
+MyHookConfig(log_step_freq="x")  # type: ignore[arg-type]  # a wrong type
+MyHookConfig(log_step_frq=1)  # type: ignore[call-arg]  # a wrong name
+config.to_str("xml")  # type: ignore[arg-type]  # a wrong format

@@ -92,7 +92,7 @@ class Option:
             return repr(self.default)
 
     def add_to(self, group: argparse._ArgumentGroup) -> None:
-        """Declare the option, which may be repeated and is absent from results unless typed."""
+        """Declare the option: repeatable, and absent from results unless typed."""
         is_switch = self.field.annotation is bool
         is_json = any(map(_is_mapping_or_model, union_members(self.field.annotation)))
         group.add_argument(
@@ -211,7 +211,7 @@ def _marker_name(marker: Any) -> str:
 
 
 def _config_class(annotation: Any) -> type[Config] | None:
-    """Return the config class of a field that admits one config class, and maybe None."""
+    """Return the config class of a field with a single config class, or None."""
     kinds = [kind for kind in union_members(annotation) if kind is not type(None)]
     if len(kinds) == 1 and isinstance(kinds[0], type) and issubclass(kinds[0], Config):
         return kinds[0]
@@ -356,7 +356,7 @@ class _Draft:
         self._parser = parser
 
     def put(self, option: Option, texts: list[str], source: str) -> None:
-        """Set one value. A nested config starts from its default."""
+        """Set a value. A nested config starts from its default."""
         self._sources[option.path] = source
         node = self.document
         for depth, name in enumerate(option.path[:-1], start=1):
@@ -371,7 +371,7 @@ class _Draft:
             self.refuse(error.under(option.path))
 
     def refuse(self, error: ConfigError) -> NoReturn:
-        """Exit with 2, after one line that names the wrong option or variable."""
+        """Exit with 2, after a line with the wrong option or variable."""
         for length in range(len(error.path), 0, -1):
             path = error.path[:length]
             if path in self._sources or path in self._options:

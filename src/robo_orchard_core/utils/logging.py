@@ -27,7 +27,7 @@ class StderrHandler(logging.StreamHandler[TextIO]):
 
 
 class VisibleFormatter(logging.Formatter):
-    """Formatter that escapes control characters, except for newlines and tabs."""
+    """Formatter with escaped control characters, except for newlines and tabs."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as text."""

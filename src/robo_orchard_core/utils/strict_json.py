@@ -16,7 +16,7 @@ Path: TypeAlias = tuple[str | int, ...]
 
 
 class JsonError(ValueError):
-    """Data that strict JSON can't hold.
+    """Violation of strict JSON.
 
     Attributes:
         problem: Expectation, finding and remedy, without the path.
@@ -81,11 +81,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_scalar(value: Any) -> Any:
-    """Return `value` unless it is NaN or infinite.
-
-    Raises:
-        JsonError: The number is not finite.
-    """
+    """Return `value` unless it is NaN or infinite."""
     if isinstance(value, float) and not math.isfinite(value):
         raise JsonError(f"expected a finite number, found {value}")
     return value

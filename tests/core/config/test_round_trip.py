@@ -488,5 +488,5 @@ def test_first_difference_returns_the_path() -> None:
         ({"a": [1, {"b": -0.0}], "c": "x"}, ("a", 1, "b")),
         ({"a": [1, {"b": 0.0}], "c": "y"}, ("c",)),
     ):
-        assert first_difference(document, other) == path  # type: ignore[arg-type]  # plain data
+        assert first_difference(document, other) == path
     assert first_difference(document, document) is None

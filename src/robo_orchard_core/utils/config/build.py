@@ -89,11 +89,7 @@ def returned_class(function: Callable[..., Any]) -> type | None:
 
 
 def parameters_of(code: Any) -> list[inspect.Parameter]:
-    """Return the parameters of a function, or of a class's constructor.
-
-    Raises:
-        ConfigReferenceError: The signature is unknown, or has a name reserved by documents.
-    """
+    """Return the parameters of a function, or of a class's constructor."""
     try:
         parameters = [*inspect.signature(code).parameters.values()]
     except (ValueError, TypeError) as error:
@@ -130,7 +126,7 @@ def _positional_names(signature: inspect.Signature | None) -> list[str]:
 
 
 def config_parameter(cls: type, config: Config) -> inspect.Parameter | None:
-    """Return the constructor parameter that accepts the config, or None.
+    """Return the constructor parameter for the config, or None.
 
     The parameter is required or the first, and no field has its name. It is declared as a class of
     the config, or undeclared and named ``cfg`` or ``config``. If the constructor has ``*args`` or
@@ -183,11 +179,7 @@ class Buildable(Protocol):
 
 
 def build(config: Config, cls: type[R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
-    """Return an instance of ``cls``; ``args`` and ``kwargs`` override the config.
-
-    Raises:
-        ConfigBuildError: The arguments don't match the constructor.
-    """
+    """Return an instance of ``cls``; ``args`` and ``kwargs`` override the config."""
     parameter = config_parameter(cls, config)
     if parameter is None:
         fields = field_values(config)
@@ -221,9 +213,6 @@ def call(
     """Call ``code`` with the arguments, and with fields for parameters without an argument.
 
     ``var_args`` are built and passed after all positional arguments.
-
-    Raises:
-        ConfigBuildError: The arguments don't match the signature.
     """
     signature = _signature(code)
     # Fields that an argument overrides are not built: the argument may be there to avoid that.
@@ -256,11 +245,7 @@ def _by_position(
     kwargs: Mapping[str, Any],
     var_args: list[Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Move keyword arguments of positional-only parameters, and of all before ``*args``.
-
-    Raises:
-        TypeError: A required argument is missing.
-    """
+    """Move keyword arguments of positional-only parameters, and of all before ``*args``."""
     positional, keywords = [*args], dict(kwargs)
     remaining = [
         p
@@ -342,7 +327,7 @@ class CallableConfig(Config, Generic[R]):
 
 
 class DerivedConfig(Config):
-    """Base of configs that are derived from a signature; see `config_of`.
+    """Base of configs derived from a signature; see `config_of`.
 
     Only arguments that were set count for equality and in documents.
     """
@@ -353,14 +338,14 @@ class DerivedConfig(Config):
     required_parameters: ClassVar[tuple[str, ...]] = ()
     """Parameters without a default; the caller may supply these arguments as well."""
     is_factory: ClassVar[bool] = False
-    """True for a function whose return annotation names a class: it stands for an instance."""
+    """True for a function with a class as return annotation: the config builds an instance."""
     declared_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields that are no arguments, but belong to the declared base config."""
     made_of: ClassVar[tuple[Any, ...]] = ()
     """Code and base config of this class; used for pickling, since no module holds the class."""
 
     def arguments(self) -> dict[str, Any]:
-        """Return the arguments that were set, by name; nested configs are not built."""
+        """Return explicitly set arguments by name; nested configs are not built."""
         no_arguments = self.declared_fields | {"class_type", "func"}
         return {k: value for k, value in field_values(self).items() if k not in no_arguments}
 
@@ -460,20 +445,12 @@ class FieldsOf:
         return import_class(self.reference)
 
     def validated(self, data: Any) -> ConfigModel:
-        """Return a config of the class.
-
-        Raises:
-            ValidationError: pydantic's, for wrong fields.
-        """
+        """Return a config of the class."""
         return self.config_class.model_validate(data)
 
 
 def import_class(code: type | str) -> type:
-    """Import a class from a reference in this project's own code.
-
-    Raises:
-        ConfigReferenceError: The package is not installed.
-    """
+    """Import a class from a reference in this project's own code."""
     if isinstance(code, type):
         return code
     module, _, name = code.partition(":")

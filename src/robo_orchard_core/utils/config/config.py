@@ -1,4 +1,4 @@
-"""`Config`: validated fields that are saved and loaded as JSON, YAML and TOML."""
+"""`Config`: validated fields, saved and loaded as JSON, YAML and TOML."""
 
 from __future__ import annotations
 
@@ -39,11 +39,7 @@ Keys = tuple[str, ...]
 
 
 def config_with(config: ModelT, changes: Mapping[Keys, Any]) -> ModelT:
-    """Return a validated copy with new values at some paths.
-
-    Raises:
-        ConfigFieldError: A path doesn't exist, or a value is invalid.
-    """
+    """Return a validated copy with new values at some paths."""
     cls = type(config)
     values = copy.deepcopy(field_values(config))
     admits_any = cls.model_config.get("extra") == "allow"
@@ -77,7 +73,7 @@ def _check_code(config: ConfigModel, values: Mapping[str, Any]) -> None:
         if not is_same:
             raise ConfigFieldError(
                 f"the other values are for {describe(old)}, and this is {describe(new)}; "
-                "replace the config whole",
+                "replace the entire config",
                 (name,),
             )
 
@@ -101,7 +97,7 @@ def _changed(value: Any, changes: dict[Keys, Any], annotation: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_items_with(value, _by_first(changes), annotation))
     found = type(value).__qualname__
-    raise ConfigFieldError(f"holds no config, mapping or list but {found}; replace it whole")
+    raise ConfigFieldError(f"holds no config, mapping or list but {found}; replace the value")
 
 
 def _mapping_with(
@@ -170,7 +166,7 @@ did you mean 'batch_size'?
     """
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the document as plain data, which `from_dict` restores exactly.
+        """Return the document as plain data for `from_dict`.
 
         Raises:
             ConfigSaveError: With the path of a value that would not be restored exactly.

@@ -41,9 +41,6 @@ def parse_path(text: str) -> tuple[str, ...]:
 
     >>> parse_path('lr."layer1.weight".0')
     ('lr', 'layer1.weight', '0')
-
-    Raises:
-        ConfigFieldError: The text is not a dotted path.
     """
     path: list[str] = []
     end = 0
@@ -68,7 +65,7 @@ def parse_path(text: str) -> tuple[str, ...]:
 
 
 class ConfigError(ValueError):
-    """Configuration that can't be read, written or built.
+    """Failure to read, write or build a configuration.
 
     Attributes:
         problem: Expectation, finding and remedy, without the path.
@@ -90,7 +87,7 @@ class ConfigError(ValueError):
         return dotted(self.path)
 
     def under(self, path: Path) -> Self:
-        """Prepend the path of the value that contains this document; return the same error."""
+        """Prepend the path of the enclosing value and return this error."""
         self.path = (*path, *self.path)
         return self
 
@@ -136,11 +133,11 @@ class TrustError(ConfigReferenceError):
 
 
 class ConfigSaveError(ConfigError):
-    """Value that a file would not restore exactly."""
+    """Value without an exact representation in a file."""
 
 
 class ConfigBuildError(ConfigError):
-    """Class or function that doesn't accept the arguments in its configuration."""
+    """Mismatch between a configuration and the parameters of its class or function."""
 
 
 # --- pydantic's errors -----------------------------------------------------------------------
@@ -150,7 +147,7 @@ _MAX_LENGTH = 500
 
 
 def config_error(error: ValidationError, document: object) -> ConfigError:
-    """Convert pydantic's error to one error with paths, the most severe problem first."""
+    """Convert pydantic's error to a ConfigError with paths, the most severe problem first."""
     found: list[ConfigError] = []
     for details in error.errors(include_url=False):
         problem = _problem(details, document)
@@ -171,13 +168,10 @@ def config_error(error: ValidationError, document: object) -> ConfigError:
 
 
 def validate_value(name: str, value: object, declaration: Any) -> Any:
-    """Return the value as a field of this name and type would hold it.
+    """Validate a value for a field of this name and type.
 
     >>> validate_value("lr", 1, float)
     1.0
-
-    Raises:
-        ConfigError: The type refuses the value; the path begins with the name.
     """
     values = {name: value}
     try:

@@ -41,11 +41,7 @@ _FORMATS: dict[str, Format] = {".json": "json", ".yaml": "yaml", ".yml": "yaml",
 
 
 def format_of(path: str | os.PathLike[str]) -> Format:
-    """Return the format for a file name's suffix.
-
-    Raises:
-        ConfigError: The suffix belongs to no format.
-    """
+    """Return the format for a file name's suffix."""
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in _FORMATS:
         known = ", ".join(_FORMATS)
@@ -54,11 +50,7 @@ def format_of(path: str | os.PathLike[str]) -> Format:
 
 
 def check_format(name: str) -> Format:
-    """Return the name of a format.
-
-    Raises:
-        ConfigError: The name is unknown.
-    """
+    """Return the name of a format."""
     for known in get_args(Format):
         if name == known:
             return known  # type: ignore[no-any-return]  # get_args lists formats
@@ -108,11 +100,7 @@ def read(
 
 
 def decode_utf8(content: bytes) -> str:
-    """Decode the content of a document's file.
-
-    Raises:
-        ConfigSyntaxError: The content is not UTF-8, or larger than `MAX_BYTES`.
-    """
+    """Decode the content of a document's file."""
     if len(content) > MAX_BYTES:
         raise ConfigSyntaxError(f"the document is larger than {MAX_BYTES} bytes")
     try:
@@ -125,11 +113,7 @@ def decode_utf8(content: bytes) -> str:
 
 
 def check_plain(value: object, path: Path = ()) -> Plain:
-    """Return a copy of plain data, with TOML's dates and times as ISO 8601 text.
-
-    Raises:
-        ConfigSyntaxError: With the path of the first value that no document can hold.
-    """
+    """Return a copy of plain data, with TOML's dates and times as ISO 8601 text."""
     try:
         plain: Plain = check_json(value, MAX_DEPTH, _plain_scalar, len(path))
         return plain
@@ -160,11 +144,7 @@ def _plain_scalar(value: Any) -> Plain:
 
 
 def check_utf8(text: str, path: Path) -> None:
-    """Refuse text with half of a surrogate pair.
-
-    Raises:
-        ConfigSyntaxError: UTF-8 can't encode the text.
-    """
+    """Refuse text with half of a surrogate pair."""
     try:
         _plain_scalar(text)
     except JsonError as error:
@@ -177,21 +157,17 @@ def _syntax_error(error: JsonError, path: Path = ()) -> ConfigSyntaxError:
     return ConfigSyntaxError(error.problem, (*path, *inner), error.position)
 
 
-def first_difference(left: Plain, right: Plain, path: Path = ()) -> Path | None:
+def first_difference(left: Any, right: Any, path: Path = ()) -> Path | None:
     """Return the path of the first difference in type, value, key order or sign of zero."""
     if type(left) is not type(right):
         return path
-    if isinstance(left, dict) and isinstance(right, dict):
-        if list(left) != list(right):
-            return path
-        pairs = [((*path, key), left[key], right[key]) for key in left]
-    elif isinstance(left, list) and isinstance(right, list):
-        if len(left) != len(right):
-            return path
-        pairs = [((*path, i), a, b) for i, (a, b) in enumerate(zip(left, right, strict=True))]
-    else:
-        return None if left == right and repr(left) == repr(right) else path
-    return next((found for p in pairs if (found := first_difference(p[1], p[2], p[0]))), None)
+    if not isinstance(left, dict | list):
+        return None if repr(left) == repr(right) else path  # distinguishes -0.0 from 0.0
+    keys, others = ([*v] if isinstance(v, dict) else [*range(len(v))] for v in (left, right))
+    if keys != others:
+        return path
+    found = (first_difference(left[key], right[key], (*path, key)) for key in keys)
+    return next(filter(None, found), None)
 
 
 # --- JSON ------------------------------------------------------------------------------------
@@ -217,7 +193,7 @@ def read_json(text: str, lines: Lines | None = None) -> Any:
 
 # --- YAML ------------------------------------------------------------------------------------
 # The core schema of YAML 1.2 without tags and aliases: `on`, `yes` and `12:30` are text, 1e-3 is a
-# number. PyYAML is imported in functions, since it takes longer than the rest of the package.
+# number. PyYAML is imported on demand, since its import is slow.
 
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _PREFIXED = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
@@ -232,7 +208,7 @@ _BARE_WORD = re.compile(r"(?!(?i:null|true|false|yes|no|on|off|y|n)\Z)[A-Za-z_][
 
 
 def write_yaml(document: dict[str, Plain]) -> str:
-    """Return block-style YAML that readers of any YAML version understand.
+    """Return block-style YAML for readers of any YAML version.
 
     All text is in double quotes, except for keys that are plain words.
     """
@@ -377,7 +353,7 @@ def _from_node(node: Any, path: Path, lines: Lines | None) -> Plain:
 
 # --- TOML ------------------------------------------------------------------------------------
 # The writer is our own, since the order of keys is a part of a document: hooks run in order. TOML
-# has no null, so the inline table {__none__ = true} stands for None.
+# has no null, so the inline table {__none__ = true} encodes None.
 
 _NONE = {"__none__": True}
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -404,7 +380,7 @@ def write_toml(document: dict[str, Plain]) -> str:
 
 
 def _table(table: dict[str, Plain], path: tuple[str, ...]) -> Iterator[str]:
-    """Yield the lines of one table.
+    """Yield the lines of a table.
 
     TOML can't return to a table's values after a sub-table. So only tables after the last plain
     value get a section; earlier tables are written inline.

@@ -62,11 +62,7 @@ from robo_orchard_core.utils.config.references import (
 
 
 def restore(state: Loading, annotation: Any, value: Any, path: Path) -> Any:
-    """Return the value with code instead of references if the annotation declares code.
-
-    Raises:
-        ConfigReferenceError: A reference names no trusted code of the declared kind.
-    """
+    """Return the value with code instead of references if the annotation declares code."""
     options = union_members(annotation)
     if value is None or str in options or Any in options:
         return value
@@ -151,7 +147,7 @@ class ConfigModel(BaseModel):
 
     @classmethod
     def _class_named_in(cls, state: Loading, document: dict[str, Any]) -> type[BaseModel]:
-        """Return the config class that a document names."""
+        """Return the config class named in a document."""
         if CONFIG_TYPE in document:
             return state.resolve_config_class(document[CONFIG_TYPE], cls, (CONFIG_TYPE,))
         return cls
@@ -223,7 +219,7 @@ class ConfigModel(BaseModel):
         )
 
     def __eq__(self, other: object) -> bool:
-        """Return True for configs of one class with equal field values."""
+        """Return True for configs of equal class and field values."""
         if type(self) is not type(other) or not isinstance(other, ConfigModel):
             return NotImplemented
         return field_values(self) == field_values(other)
@@ -263,11 +259,7 @@ def encode(config: ConfigModel, *, for_toml: bool = False) -> dict[str, Plain]:
 
 
 def encode_value(value: Any, annotation: Any) -> Plain:
-    """Serialize one value of a field, without verification.
-
-    Raises:
-        ConfigSaveError: No document can hold the value.
-    """
+    """Serialize a value of a field, without verification."""
     return _check_writable(_Encoder(for_toml=False).value(value, annotation, ()))
 
 
@@ -446,7 +438,7 @@ def _difference(left: Any, right: Any, path: Path) -> Path | None:
 
 
 def _is_base_value(plain: Any, value: Any) -> bool:
-    """Return True if a subclass such as NumPy's float64 was restored as its builtin type."""
+    """Return True if a subclass, like NumPy's float64, was restored as its builtin type."""
     base = type(plain)
     return (
         base in (int, float, str) and isinstance(value, base) and not isinstance(value, bool | Enum)

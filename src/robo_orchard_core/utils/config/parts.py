@@ -1,4 +1,4 @@
-"""Parts: the classes and functions in a document that a run is built of.
+"""Parts: classes and functions in a document, from which a run is built.
 
 In a document, a part is a mapping with one of three keys:
 
@@ -193,11 +193,7 @@ class Part:
 
     @cached_property
     def classes(self) -> tuple[type, ...]:
-        """Imported kinds.
-
-        Raises:
-            ConfigReferenceError: A package is not installed.
-        """
+        """Imported kinds."""
         kinds = self.kinds if isinstance(self.kinds, tuple) else (self.kinds,)
         try:
             return tuple(map(import_class, kinds))
@@ -210,12 +206,7 @@ class Part:
         return core_schema.no_info_plain_validator_function(self.validated)
 
     def validated(self, data: Any) -> ConfigModel:
-        """Return the config; while a document is loaded, from a mapping.
-
-        Raises:
-            ValueError: The data is no part of these kinds. ConfigReferenceError if the named code
-                is of another kind.
-        """
+        """Return the config; while a document is loaded, from a mapping."""
         state = current()
         if state is not None and isinstance(data, dict):
             data = self._loaded(state, data)
@@ -313,7 +304,7 @@ class Part:
 
 
 def _as_loaded(config: ConfigModel) -> ConfigModel:
-    """Return the config as an instance of the class that its document would be read as."""
+    """Convert the config to the class of its loaded document."""
     cls, values = getattr(config, "class_type", None), field_values(config)
     if cls is None or not (config.is_sparse or [*values] == ["class_type"]):
         return config
@@ -322,7 +313,7 @@ def _as_loaded(config: ConfigModel) -> ConfigModel:
 
 
 class _Anything:
-    """Marker for plain data that may hold parts at any depth."""
+    """Marker for plain data with parts at any depth."""
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
@@ -352,7 +343,7 @@ class _Anything:
 
 
 class _Function(_Anything):
-    """Marker for a function or class by name, or a part that is or makes a callable."""
+    """Marker for a function or class by name, or for a part of a callable."""
 
     def validated(self, data: Any) -> Any:
         state = current()
@@ -414,7 +405,7 @@ def field_annotation(hint: Any) -> Any:
 
 
 def _field_type(hint: Any) -> Any:
-    """Return the field type, or None for a type that no document can hold."""
+    """Return the field type, or None for types without a plain form, such as tensors."""
     hint = strip_annotated(hint)
     origin, args = get_origin(hint), get_args(hint)
     if hint is type(None) or origin is Literal or origin is type:
@@ -504,7 +495,7 @@ def function_config_class(function: Callable[..., Any]) -> type[Config]:
 
 
 def _config_class(code: Any, name: str, base: type[Config], **fields: Any) -> type[Config]:
-    """Return a subclass of ``base`` with the fields, and one field per parameter."""
+    """Return a subclass of ``base`` with the fields, and a field per parameter."""
     declared = frozenset(base.model_fields) - fields.keys()
     var_positional, accepts_any = None, False
     required: list[str] = []

@@ -71,11 +71,7 @@ class Trust:
                 )
 
     def widened(self, *names: str | type) -> Trust:
-        """Return this trust extended by packages and classes.
-
-        Raises:
-            ValueError: A name is neither a dotted name nor ``module:QualName``.
-        """
+        """Return this trust extended by packages and classes."""
         texts = [n if isinstance(n, str) else f"{n.__module__}:{n.__qualname__}" for n in names]
         return Trust(
             packages=self.packages.union(n for n in texts if ":" not in n),
@@ -113,11 +109,7 @@ def reference_to(code: Code) -> str:
 
 
 def split_reference(reference: str) -> tuple[str, str]:
-    """Return module and qualified name.
-
-    Raises:
-        ConfigReferenceError: The text is not ``module:QualName``.
-    """
+    """Return module and qualified name."""
     module, _, qualname = reference.partition(":")
     if not is_dotted_name(module) or not is_dotted_name(qualname):
         raise ConfigReferenceError(
@@ -161,7 +153,7 @@ def _is_of(module: ModuleType, code: object) -> bool:
 
 
 def find_in_module(module: ModuleType, qualname: str, reference: str) -> Code:
-    """Return the code that a module defines under a qualified name, without running code.
+    """Look up a qualified name in a module, without running code.
 
     Raises:
         ConfigReferenceError: The name is absent, or defined elsewhere.
@@ -329,7 +321,7 @@ def find_config_class(cls: type, base: type[BaseModel] = BaseModel) -> type[Base
 
 
 def declared_code(model: type[BaseModel]) -> Iterator[Code]:
-    """Yield all classes and functions that a config class declares, at any depth.
+    """Yield all classes and functions in the declaration of a config class, at any depth.
 
     These are arguments of ``type[...]``, nested config classes, and code in field defaults. The
     import of the config class already imported them.
@@ -373,7 +365,7 @@ CONFIG_TYPE = "config_type"
 
 
 class Loading:
-    """State while one document is loaded.
+    """State while a document is loaded.
 
     Args:
         model: Class of the config; code that the class declares needs no trust.
@@ -406,7 +398,7 @@ class Loading:
         return by_reference
 
     def _candidates(self, reference: str) -> Iterable[Code]:
-        """Return the declared code of that name, else the resolved code."""
+        """Return declared code of the name, else the resolved code."""
         if reference in self._declared:
             return self._declared[reference]
         module, _, qualname = reference.partition(":")
@@ -418,11 +410,7 @@ class Loading:
         return [resolve(reference, self.trust)]
 
     def resolve_class(self, reference: str, kinds: tuple[type, ...], path: Path) -> type:
-        """Return the named class, a subclass of one of ``kinds``.
-
-        Raises:
-            ConfigReferenceError: The class is absent, of another kind, or not trusted.
-        """
+        """Return the named class, a subclass of any of ``kinds``."""
         for kind in kinds:
             if reference == reference_to(kind):
                 return kind
@@ -444,11 +432,7 @@ class Loading:
         return None
 
     def resolve_config_class(self, reference: object, kind: type, path: Path) -> type[BaseModel]:
-        """Return the config class that ``config_type`` names; code it declares is trusted, too.
-
-        Raises:
-            ConfigReferenceError: The class is absent, of another kind, or not trusted.
-        """
+        """Return the config class named by ``config_type``; code in its declaration is trusted."""
         if not isinstance(reference, str):
             raise ConfigReferenceError(f"expected the name of a class, found {reference!r}", path)
         found = self.resolve_class(reference, (kind,), path)
@@ -460,21 +444,13 @@ class Loading:
         return found
 
     def resolve_code(self, reference: str) -> Code:
-        """Return the named function or class.
-
-        Raises:
-            ConfigReferenceError: The code is absent or not trusted.
-        """
+        """Return the named function or class."""
         return next(iter(self._candidates(reference)))
 
     def resolve_function(self, reference: str, annotation: Any, path: Path) -> Code:
-        """Return the named function, checked against a declared ``Callable[...]``.
-
-        Raises:
-            ConfigReferenceError: The function is absent, not trusted, or of other parameters.
-        """
+        """Return the named function, checked against a declared ``Callable[...]``."""
         try:
-            found = next(iter(self._candidates(reference)))
+            found = self.resolve_code(reference)
         except ConfigReferenceError as error:
             raise error.under(path) from error.__cause__
         if not isinstance(found, FunctionType | BuiltinFunctionType):
@@ -495,7 +471,7 @@ _current: ContextVar[Loading | None] = ContextVar("_current", default=None)
 
 
 def current() -> Loading | None:
-    """Return the state of the document that is being loaded, or None."""
+    """Return the state of the current loading, or None."""
     return _current.get()
 
 

@@ -1,4 +1,4 @@
-"""Channels: ordered hooks around one stage, their contexts and their dispatch."""
+"""Channels: ordered hooks around a stage, their contexts and their dispatch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from operator import length_hint
-from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeAlias, TypeVar
 
 from robo_orchard_core.utils.hook.errors import (
@@ -22,7 +21,7 @@ from robo_orchard_core.utils.hook.errors import (
 
 
 class RemovableHandle:
-    """Idempotent handle that removes one registration.
+    """Idempotent handle to remove a registration.
 
     Remove by ``handle()``, ``handle.remove()`` or the end of a ``with`` block. A later registration
     of the same hook has a handle of its own.
@@ -50,12 +49,7 @@ class RemovableHandle:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.remove()
 
 
@@ -109,7 +103,7 @@ class Plan(Generic[ArgsT]):
     def failed_to_enter(
         self, args: ArgsT, error: BaseException, entering: Iterator[HookFunction[ArgsT]]
     ) -> None:
-        """Exit the hooks that were entered before a ``before`` raised ``error``."""
+        """Exit entered hooks after a ``before`` raised ``error``."""
         failed = self.to_enter[len(self.to_enter) - length_hint(entering) - 1]
         self._note_origin(error, failed, "before")
         entered = (entry for entry in self.to_exit if entry.position < failed.position)
@@ -165,7 +159,7 @@ EMPTY: Plan[Any] = Plan("", ())
 
 
 class Scope(AbstractContextManager[None], Generic[ArgsT]):
-    """Context manager that runs a plan around a ``with`` body."""
+    """Context manager for a plan around a ``with`` body."""
 
     __slots__ = ("_args", "_plan")
 
@@ -182,12 +176,7 @@ class Scope(AbstractContextManager[None], Generic[ArgsT]):
             self._plan.failed_to_enter(self._args, error, entering)
             raise
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is not None:
             self._plan.unwind(self._args, error, self._plan.to_exit)
             return
@@ -204,7 +193,7 @@ class Scope(AbstractContextManager[None], Generic[ArgsT]):
 
 
 class HookContext(ABC, Generic[ArgsT]):
-    """Pair of methods that run before and after a body, with a shared argument.
+    """Pair of methods around a body, with a shared argument.
 
     ``after`` runs if, and only if, ``before`` returned. If the body fails, the argument's
     ``exception`` attribute holds the error. Return values are ignored.
@@ -312,11 +301,7 @@ _NEVER_RUN = {
 
 
 def check_signature(function: object, role: str) -> None:
-    """Refuse callables that don't accept one argument, and coroutine or generator functions.
-
-    Raises:
-        HookSignatureError: With a description of the callable and a remedy.
-    """
+    """Refuse callables of a wrong signature, and coroutine or generator functions."""
     if not callable(function):
         raise HookSignatureError(
             f"{role} must be callable with one argument (the hook arguments), "
@@ -338,7 +323,7 @@ def check_signature(function: object, role: str) -> None:
     except TypeError as error:
         raise HookSignatureError(
             f"{described} can't be called with one argument: {error}. Its signature is "
-            f"{signature}; a hook takes exactly one argument, the hook arguments"
+            f"{signature}; a hook accepts exactly one argument, the hook arguments"
         ) from None
 
 
@@ -346,7 +331,7 @@ ResultT = TypeVar("ResultT")
 
 
 class HookContextChannel(Generic[ArgsT]):
-    """Hooks that are entered in the order of registration and exited in reverse.
+    """Hooks, entered in the order of registration and exited in reverse.
 
     ``run`` in short::
 
@@ -445,7 +430,7 @@ class HookContextChannel(Generic[ArgsT]):
         return Scope(self._plan or self._build(), args)
 
     def entries(self) -> tuple[HookEntry[ArgsT], ...]:
-        """Return all hooks in the order of entry, including those of nested channels."""
+        """Return all hooks in the order of entry, including nested channels."""
         return (self._plan or self._build()).entries
 
     def __iter__(self) -> Iterator[HookContext[ArgsT]]:

@@ -27,11 +27,11 @@ class HookRegistrationError(ValueError):
 
 
 class HookSignatureError(TypeError):
-    """Callable that can't be a hook, since it doesn't accept exactly one argument."""
+    """Callable with a wrong signature for a hook, or without a plain body."""
 
 
 def later_errors(error: BaseException) -> tuple[BaseException, ...]:
-    """Return errors of hooks that exited after ``error``, in the order in which they were raised.
+    """Return errors of hooks that exited after ``error``, in order.
 
     Tracebacks of ``error`` show each later error as a note.
     """
@@ -39,7 +39,7 @@ def later_errors(error: BaseException) -> tuple[BaseException, ...]:
 
 
 def attach_later_error(first: BaseException, later: BaseException) -> None:
-    """Attach ``later`` to ``first``, which propagates."""
+    """Attach ``later`` to ``first``; ``first`` propagates."""
     known = later_errors(first)
     if later is first or any(later is error for error in known):
         return  # an after that raises ``args.exception`` again
@@ -53,7 +53,7 @@ def attach_later_error(first: BaseException, later: BaseException) -> None:
 
 
 def add_origin(error: BaseException, origin: str) -> None:
-    """Add a note with the hook that raised ``error``, unless there is one."""
+    """Add a note with the origin of ``error``, unless present."""
     try:
         if origin_of(error) is None:
             error.add_note(_ORIGIN + origin)
