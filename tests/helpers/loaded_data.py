@@ -1,4 +1,4 @@
-"""What tests of the data's order share: datasets that draw, and how their batches compare."""
+"""Helpers of the data tests: datasets that draw random numbers, and comparisons."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from robo_orchard_lab.pipeline.progress import TrainerProgress
 
 
 class Drawing(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Samples of an index and of what torch, NumPy and Python draw while it is loaded."""
+    """Samples of an index and of numbers drawn from torch, NumPy and Python."""
 
     def __init__(self, length: int = 26) -> None:
         self.length = length
@@ -30,7 +30,7 @@ class Drawing(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 class Indices(Dataset[int]):
-    """Samples that are their index, in a dataset that nothing is known of."""
+    """Samples that equal their index, in a custom dataset."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -45,7 +45,7 @@ class Indices(Dataset[int]):
 def data_of(
     loader: Iterable[Any], order: DataOrder | None = None, progress: TrainerProgress | None = None
 ) -> TrainingData:
-    """The data of a trainer; with seed 7 unless an order is given."""
+    """Return the data of a trainer; with seed 7 unless ``order`` is given."""
     return TrainingData(
         loader,
         DataOrder(seed=7) if order is None else order,
@@ -54,8 +54,8 @@ def data_of(
     )
 
 
-def own_sizes(data: TrainingData, step_id: int) -> list[float]:
-    """How many samples this process has in each step from one on, told ahead."""
+def local_sizes(data: TrainingData, step_id: int) -> list[float]:
+    """Return this process's number of samples in each step, before loading."""
     return [sizes.local for sizes in data.step_sizes(step_id, ahead=True) or []]
 
 
@@ -65,7 +65,7 @@ def resumed(
     order: DataOrder | None = None,
     rank_state: Any = None,
 ) -> TrainingData:
-    """The data of a trainer that has loaded a state, at the position of that state."""
+    """Return the data of a trainer that loaded a state, at its position."""
     progress = TrainerProgress(epoch_id=state["epoch_id"], step_id=state["step_id"])
     data = data_of(loader, order, progress)
     data.check(state, rank_state or {})
@@ -74,7 +74,7 @@ def resumed(
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two nested batches are equal, bit for bit."""
+    """Return True if two nested batches are equal, bit for bit."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, (list, tuple)):
@@ -84,17 +84,17 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def streams() -> list[Any]:
-    """Where torch, NumPy and Python are in their streams."""
+def rng_states() -> list[Any]:
+    """Return the states of the global RNGs of torch, NumPy and Python."""
     _, keys, *rest = np.random.get_state(legacy=True)
     return [torch.get_rng_state(), list(keys), rest, random.getstate()]
 
 
 def epochs(data: TrainingData, count: int = 2) -> list[list[Any]]:
-    """The batches of some epochs, as a trainer passes over them."""
+    """Return the batches of some epochs, as a trainer iterates over them."""
     return [list(data.epoch(epoch_id)) for epoch_id in range(count)]
 
 
 def plain_epochs(loader: DataLoader[Any], count: int = 2) -> list[list[Any]]:
-    """The batches of some epochs of a plain loop."""
+    """Return the batches of some epochs of a plain loop."""
     return [list(loader) for _ in range(count)]

@@ -1,4 +1,4 @@
-"""A model's loss and metrics on whole sets, each sample once, with nothing else changed."""
+"""Evaluation counts each sample once and changes nothing else."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def assert_close(found: dict[str, float], expected: dict[str, float]) -> None:
     ("size", "shuffle", "workers"),
     [*((size, shuffle, 0) for size in SIZES for shuffle in (False, True)), (65, True, 2)],
 )
-def test_values_are_those_of_the_whole_set(size: int, shuffle: bool, workers: int) -> None:
-    """Whatever the last batch, loss and metrics are torch's and torchmetrics' own of all rows."""
+def test_values_equal_the_complete_set(size: int, shuffle: bool, workers: int) -> None:
+    """Loss and metrics equal torch's and torchmetrics' of all rows, whatever the last batch."""
     loader = make_evaluation_loader(size, shuffle=shuffle, num_workers=workers)
     model, processor = make_model(), Classify()
     evaluator = make_evaluator(loader, model, processor=processor, metrics=make_metrics())
@@ -73,19 +73,19 @@ def test_values_are_those_of_the_whole_set(size: int, shuffle: bool, workers: in
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What two processes found."""
+    """Return the results of two processes."""
     return run_on_ranks(tmp_path_factory.mktemp("ranks"), "by_size", "with_buffers", "refused")
 
 
 class TestOnTwoRanks:
-    """Two processes divide the batches, and both know the values of all."""
+    """Two processes divide the batches, and both know all values."""
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("size", SIZES)
     def test_each_sample_counts_once(
         self, ranks: list[dict[str, Any]], size: int, kind: str
     ) -> None:
-        """Every kind of loader is evaluated without repeats, also where a rank has no batch."""
+        """Every kind of loader is evaluated without repeats, also if a rank has no batch."""
         first, second = (rank["by_size"][f"{size} {kind}"] for rank in ranks)
         assert sorted(first["seen"] + second["seen"]) == list(range(size))
         assert len(second["seen"]) == sum(
@@ -94,28 +94,26 @@ class TestOnTwoRanks:
         assert_close(first["values"], expected_values(make_model(), size))
         assert str(first["values"]) == str(second["values"])
 
-    def test_everything_travels_at_once(self, ranks: list[dict[str, Any]]) -> None:
-        """An evaluation with four metrics takes one collective."""
+    def test_one_collective_per_evaluation(self, ranks: list[dict[str, Any]]) -> None:
+        """An evaluation with four metrics needs one collective."""
         for rank in ranks:
             for found in rank["by_size"].values():
                 assert found["calls"] == ["all_gather"]
 
     @pytest.mark.parametrize("broadcast", [True, False])
-    def test_batch_statistics_are_those_of_the_first_rank(
+    def test_buffers_of_the_first_rank_are_used(
         self, ranks: list[dict[str, Any]], broadcast: bool
     ) -> None:
-        """Both ranks evaluate with the first one's buffers, sent at once, and have theirs again."""
+        """Both ranks evaluate with its buffers, sent in one broadcast, and restore their own."""
         first, second = (rank["with_buffers"][f"broadcast_buffers={broadcast}"] for rank in ranks)
         assert first["alone"] != second["alone"]
         for rank in (first, second):
             assert rank["values"]["val/loss"] == pytest.approx(first["alone"], rel=1e-5)
             assert rank["calls"] == ["broadcast", "all_gather"]
-            assert rank["untouched"]
+            assert rank["restored"]
 
-    def test_loaders_that_are_divided_already_are_refused(
-        self, ranks: list[dict[str, Any]]
-    ) -> None:
-        """A prepared loader and a DistributedSampler would repeat samples; the error says so."""
+    def test_divided_loaders_are_refused(self, ranks: list[dict[str, Any]]) -> None:
+        """A prepared loader and a DistributedSampler would repeat samples."""
         for rank in ranks:
             errors = rank["refused"]
             assert (
@@ -125,8 +123,8 @@ class TestOnTwoRanks:
             assert "give the plain DataLoader" in errors["prepared"]
             assert "has a DistributedSampler" in errors["sampler"]
 
-    def test_an_empty_stream_is_refused_on_both(self, ranks: list[dict[str, Any]]) -> None:
-        """What has no length is known to be empty when it was read, on every rank alike."""
+    def test_empty_stream_is_refused_on_both_ranks(self, ranks: list[dict[str, Any]]) -> None:
+        """Data without a length is found to be empty after the pass, on every rank."""
         for rank in ranks:
             assert (
                 "DataError: Evaluator: the evaluation loader dataloaders['val'] gave no"
@@ -134,8 +132,8 @@ class TestOnTwoRanks:
             )
 
 
-class Untouched:
-    """The random states, module modes and buffers of a moment."""
+class StateSnapshot:
+    """RNG states, module modes and buffers."""
 
     def __init__(self, model: torch.nn.Module, *generators: torch.Generator) -> None:
         self.modes = {name: module.training for name, module in model.named_modules()}
@@ -144,7 +142,7 @@ class Untouched:
         self.others = (str(np.random.get_state(legacy=True)), random.getstate())
 
     def __eq__(self, other: object) -> bool:
-        assert isinstance(other, Untouched)
+        assert isinstance(other, StateSnapshot)
         return (
             self.modes == other.modes
             and self.others == other.others
@@ -154,7 +152,7 @@ class Untouched:
 
 
 class Augmented(Rows):
-    """Draws from all three sources, and from a generator that it keeps."""
+    """Dataset that draws from all RNGs and from a generator it holds."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
@@ -167,8 +165,8 @@ class Augmented(Rows):
         return row
 
 
-def test_nothing_is_left_changed() -> None:
-    """Random states, those that a loader and its data keep too, buffers and all modes stay."""
+def test_evaluation_restores_all_state() -> None:
+    """RNGs, generators of loader and data, buffers and modes are restored."""
     model = make_normalised()
     model[1].eval()  # type: ignore[index]  # a Sequential; a part that is frozen
     own, nested = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
@@ -184,9 +182,9 @@ def test_nothing_is_left_changed() -> None:
         },
         metrics=make_metrics(),
     )
-    before, kept = Untouched(model, own, nested), str(data.kept.bit_generator.state)
+    before, kept = StateSnapshot(model, own, nested), str(data.kept.bit_generator.state)
     first = evaluator.evaluate()
-    assert Untouched(model, own, nested) == before
+    assert StateSnapshot(model, own, nested) == before
     assert str(data.kept.bit_generator.state) == kept
     assert torch.is_grad_enabled()
 
@@ -201,15 +199,15 @@ def test_nothing_is_left_changed() -> None:
     )
 
 
-def test_nothing_is_left_changed_by_an_error() -> None:
-    """When the processor fails, modes and random states are restored, and the next one is whole."""
+def test_state_is_restored_after_an_error() -> None:
+    """If the processor fails, modes and RNGs are restored, and the next evaluation is complete."""
     model, processor = make_normalised(), Classify()
     model[2].eval()  # type: ignore[index]  # a Sequential
     evaluator = make_evaluator(
         DataLoader(Augmented(20), 8), model, processor=processor, metrics=make_metrics()
     )
-    whole = evaluator.evaluate()
-    before = Untouched(model)
+    complete = evaluator.evaluate()
+    before = StateSnapshot(model)
     forward = processor.forward
 
     def failing(model: Any, batch: Any) -> Any:
@@ -220,13 +218,13 @@ def test_nothing_is_left_changed_by_an_error() -> None:
     processor.forward = failing  # type: ignore[method-assign]  # to fail in the last batch
     with pytest.raises(RuntimeError, match="the last batch"):
         evaluator.evaluate()
-    assert Untouched(model) == before
+    assert StateSnapshot(model) == before
     processor.forward = forward  # type: ignore[method-assign]  # as it was
-    assert evaluator.evaluate() == whole
+    assert evaluator.evaluate() == complete
 
 
 class Merging(torch.nn.Linear):
-    """A layer that changes its weights with its mode, as some adapters do."""
+    """Layer that changes its weights with its mode, as some adapters do."""
 
     def train(self, mode: bool = True) -> Merging:
         if mode != self.training:
@@ -236,8 +234,8 @@ class Merging(torch.nn.Linear):
         return self
 
 
-def test_a_layer_that_acts_on_its_mode_is_told_of_both() -> None:
-    """It is evaluated as it wants to be, and has its training weights afterwards."""
+def test_overridden_train_is_called_for_both_modes() -> None:
+    """The layer is evaluated with its evaluation weights and trained with its training weights."""
     model = torch.nn.Sequential(Merging(4, 4), torch.nn.ModuleList([Merging(4, 2)])[0])
     model[1].eval()
     before = [parameter.clone() for parameter in model.parameters()]
@@ -255,7 +253,7 @@ def test_a_layer_that_acts_on_its_mode_is_told_of_both() -> None:
 
 @pytest.fixture
 def process_group(tmp_path: Path) -> Iterator[None]:
-    """That of this process alone."""
+    """Process group of this process alone."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
     )
@@ -265,22 +263,22 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_model_in_ddp_is_evaluated_without_it(compiled: bool) -> None:
-    """Its forward, which exchanges, is not called; modes and buffers are given back."""
+def test_ddp_forward_is_not_called(compiled: bool) -> None:
+    """Its forward, which communicates, is bypassed; modes and buffers are restored."""
     plain = make_normalised()
     ddp = DistributedDataParallel(plain)
     called: list[Any] = []
     ddp.register_forward_pre_hook(lambda module, args: called.append(args))
     model: Any = torch.compile(ddp, backend="eager") if compiled else ddp
-    before = Untouched(ddp)
+    before = StateSnapshot(ddp)
     evaluator = make_evaluator(make_evaluation_loader(20), model, metrics=make_metrics())
     assert_close(evaluator.evaluate(), expected_values(make_normalised(), 20))
     assert called == []
-    assert Untouched(ddp) == before
+    assert StateSnapshot(ddp) == before
 
 
-def test_a_compiled_model_is_evaluated_in_evaluation_mode() -> None:
-    """The mode reaches the module within, and is given back there."""
+def test_compiled_model_is_in_evaluation_mode() -> None:
+    """The mode reaches the inner module and is restored there."""
     plain = make_normalised()
     compiled = torch.compile(plain, backend="eager")
     evaluator = make_evaluator(make_evaluation_loader(20), compiled)  # type: ignore[arg-type]  # a module
@@ -288,8 +286,8 @@ def test_a_compiled_model_is_evaluated_in_evaluation_mode() -> None:
     assert all(module.training for module in plain.modules())
 
 
-def test_the_order_is_that_of_the_seed_whatever_the_workers() -> None:
-    """A shuffled loader gives the same batches with and without workers, each time."""
+def test_order_is_independent_of_workers() -> None:
+    """A shuffled loader yields equal batches with and without workers, each time."""
     orders = []
     for workers in (0, 2):
         processor = Classify()
@@ -306,8 +304,8 @@ def test_the_order_is_that_of_the_seed_whatever_the_workers() -> None:
     assert orders[0][:30] == orders[0][30:] != sorted(orders[0][:30])
 
 
-def test_what_is_drawn_belongs_to_the_batch() -> None:
-    """Augmentation and a forward with noise draw alike, whatever the number of processes."""
+def test_random_numbers_belong_to_the_batch() -> None:
+    """Augmentation and a noisy forward are equal at any world size."""
 
     def drawn(loader: Any, rank: int, processes: int) -> list[tuple[float, float]]:
         loader = EvaluationLoader("val", loader, rank, processes, "test")
@@ -320,16 +318,16 @@ def test_what_is_drawn_belongs_to_the_batch() -> None:
         assert drawn(loader, 1, 2) == alone[1::2]
 
 
-def test_persistent_workers_draw_alike_each_time() -> None:
-    """An evaluation has workers of its own, so that augmentation in them is the same each time."""
+def test_persistent_workers_are_reproducible() -> None:
+    """An evaluation starts workers of its own, so augmentation is equal each time."""
     loader = DataLoader(Augmented(20), 8, num_workers=1, persistent_workers=True)
     evaluation = EvaluationLoader("val", loader, 0, 1, "test")
     sums = [[float(b["inputs"].sum()) for b, _ in evaluation.batches(0)] for _ in range(2)]
     assert sums[0] == sums[1]
 
 
-def test_a_loader_that_is_being_iterated_is_not_disturbed() -> None:
-    """The loader of the training may be evaluated on in the middle of its epoch."""
+def test_loader_in_use_is_not_disturbed() -> None:
+    """The training loader may be evaluated within its epoch."""
     loader = make_evaluation_loader(40, num_workers=1, persistent_workers=True)
     seen = []
     for step, batch in enumerate(loader):
@@ -339,8 +337,8 @@ def test_a_loader_that_is_being_iterated_is_not_disturbed() -> None:
     assert seen == list(range(40))
 
 
-def test_batches_without_a_loss_count_for_none() -> None:
-    """A processor that returns None has no loss, or that of the batches that have one."""
+def test_batches_without_a_loss_do_not_count() -> None:
+    """The mean has the batches with a loss only, or no value."""
 
     def forward(model: Any, batch: Any) -> Any:
         return model(batch["inputs"]), None
@@ -361,8 +359,8 @@ def test_batches_without_a_loss_count_for_none() -> None:
     assert evaluator.evaluate() == {"val/loss": 3.0}
 
 
-def test_the_processor_may_count_samples() -> None:
-    """A loss weighs what count_samples says, as accumulation windows do."""
+def test_count_samples_of_the_processor_is_used() -> None:
+    """A loss is weighted by count_samples, as in accumulation windows."""
 
     class Counting(Classify):
         def forward(self, model: Any, batch: Any) -> Any:
@@ -375,8 +373,8 @@ def test_the_processor_may_count_samples() -> None:
     assert values == {"val/loss": pytest.approx((1 * 3.5 + 9 * 11.5) / 10)}
 
 
-def test_a_pair_needs_no_metric_inputs() -> None:
-    """Of (inputs, targets), metrics get the outputs and the targets."""
+def test_pairs_need_no_metric_inputs() -> None:
+    """Metrics of (inputs, targets) batches get outputs and targets."""
     batches = [(torch.eye(3), torch.tensor([0, 1, 0]))]
 
     def forward(model: Any, batch: Any) -> Any:
@@ -388,8 +386,8 @@ def test_a_pair_needs_no_metric_inputs() -> None:
     assert values == {"val/accuracy": pytest.approx(2 / 3)}
 
 
-def test_autocast_is_that_of_the_accelerator() -> None:
-    """A model that is not prepared runs in the precision of the accelerator, as one that is."""
+def test_autocast_of_the_accelerator_is_used() -> None:
+    """An unprepared model runs in the accelerator's precision, as a prepared one does."""
     seen = []
 
     def forward(model: Any, batch: Any) -> Any:
@@ -406,8 +404,8 @@ def test_autocast_is_that_of_the_accelerator() -> None:
     assert seen == [torch.bfloat16, torch.float32, torch.float32]
 
 
-def test_a_loader_with_drop_last_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
-    """Samples that it leaves out are not evaluated, which is said."""
+def test_drop_last_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    """Dropped samples are not evaluated."""
     with caplog.at_level(logging.WARNING):
         make_evaluator(make_evaluation_loader(9, drop_last=True))
     assert "dataloaders['val'] has drop_last=True" in caplog.text
@@ -436,13 +434,13 @@ def test_a_loader_with_drop_last_is_warned_about(caplog: pytest.LogCaptureFixtur
 def test_loaders_are_checked_at_construction(
     loaders: Any, error: type[Exception], message: str
 ) -> None:
-    """What can't be evaluated on is refused before anything runs, with the remedy."""
+    """Invalid loaders are refused before anything runs, with the remedy."""
     with pytest.raises(error, match=message):
         Evaluator(make_model(), Classify(), loaders)
 
 
-def test_what_is_found_empty_is_refused_afterwards() -> None:
-    """A stream without data, or an iterator that was read before, is an error after a pass."""
+def test_loader_without_batches_is_refused_afterwards() -> None:
+    """An empty stream, or an exhausted iterator, is an error after the pass."""
     with pytest.raises(DataError, match=r"dataloaders\['val'\] gave no batch"):
         make_evaluator(DataLoader(Stream(0), batch_size=4)).evaluate()
     once: Iterator[Any] = iter(list(make_evaluation_loader(3)))
@@ -465,10 +463,10 @@ def test_what_is_found_empty_is_refused_afterwards() -> None:
         ),
     ],
 )
-def test_wrong_arguments_are_refused(
+def test_invalid_arguments_are_refused(
     options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    """Each names the argument."""
+    """Each error names the argument."""
     with pytest.raises(error, match=message):
         make_evaluator([1], **options)
 
@@ -481,10 +479,8 @@ def test_wrong_arguments_are_refused(
         ((1, 2), lambda outputs, batch: 5, r"metric_inputs must return the arguments .* got int"),
     ],
 )
-def test_metric_inputs_that_are_not_told_are_asked_for(
-    batch: Any, metric_inputs: Any, message: str
-) -> None:
-    """The error says what to define."""
+def test_missing_metric_inputs_are_requested(batch: Any, metric_inputs: Any, message: str) -> None:
+    """The error names what to define."""
     processor = SimpleBatchProcessor.from_callable(lambda model, batch: (None, None))
     evaluator = make_evaluator(
         [batch],
@@ -496,8 +492,8 @@ def test_metric_inputs_that_are_not_told_are_asked_for(
         evaluator.evaluate()
 
 
-def test_metric_inputs_come_without_their_graphs() -> None:
-    """Also within lists and mappings, such as detectors have; what metrics keep holds no graph."""
+def test_metric_inputs_are_detached() -> None:
+    """Also within lists and mappings, as detectors return."""
     outputs = torch.ones(2, requires_grad=True) * 2
 
     def inputs(outputs: Any, batch: Any) -> Any:
@@ -517,14 +513,14 @@ def test_metric_inputs_come_without_their_graphs() -> None:
         ((1, torch.zeros(4)), r"got a loss that is a Tensor of shape \(4,\)"),
     ],
 )
-def test_a_wrong_result_of_the_processor_is_refused(result: Any, found: str) -> None:
-    """It must be a pair, with a scalar or nothing as loss."""
+def test_invalid_processor_result_is_refused(result: Any, found: str) -> None:
+    """The result must be a pair with a scalar loss or None."""
     processor = SimpleBatchProcessor.from_callable(lambda model, batch: result)
     with pytest.raises(BatchProcessorError, match=rf"must return \(outputs, loss\).*{found}"):
         make_evaluator([1], processor=processor).evaluate()
 
 
-def test_a_loss_that_is_not_finite_shows() -> None:
+def test_non_finite_loss_is_reported() -> None:
     """NaN in one batch is NaN in the mean."""
     processor = SimpleBatchProcessor.from_callable(lambda model, batch: (None, batch))
     values = make_evaluator([torch.tensor(1.0), torch.tensor(math.nan)], processor=processor)

@@ -1,4 +1,4 @@
-"""Windows that were not finite, written by a guard and run again."""
+"""Non-finite windows written by the guard, and their replay."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tiny import equal, make_loader
 
 
 class Model(torch.nn.Module):
-    """With dropout, running statistics, a frozen and an evaluating part, and a hidden buffer."""
+    """Model with dropout, running statistics, frozen and evaluating parts, and a hidden buffer."""
 
     hidden: torch.Tensor
 
@@ -63,7 +63,7 @@ def make_batches(bad: Sequence[int]) -> Batches:
 
 
 class Watch(PipelineHooks):
-    """Notes the losses and the gradient norm of each window."""
+    """Hook that records the losses and the gradient norm of each window."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Watch(PipelineHooks):
 
 
 class WeightedProcessor(Processor):
-    """Says what each batch's loss weighs; NaN of one that weighs nothing."""
+    """Processor that returns a loss weight; the loss is NaN if the weight is 0."""
 
     def forward(self, model: Any, batch: Any) -> Any:
         outputs, loss = super().forward(model, batch)
@@ -116,7 +116,7 @@ def train(
 
 
 def other_model() -> Model:
-    """One whose weights, modes and buffers are anything."""
+    """Return a model with different weights, modes and buffers."""
     model = Model()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -128,8 +128,8 @@ def other_model() -> Model:
 
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("bad", [{"bad": [4]}, {"nan": 4}])
-def test_a_replay_gives_what_happened(bad: dict[str, Any], clip: bool, tmp_path: Path) -> None:
-    """With dropout and accumulation, each loss and the gradient norm are those of the run."""
+def test_replay_equals_the_run(bad: dict[str, Any], clip: bool, tmp_path: Path) -> None:
+    """With dropout and accumulation, each loss and the gradient norm equal the run's."""
     batches = make_batches(bad.get("bad", []))
     if "nan" in bad:
         batches[bad["nan"]]["inputs"][0, 0] = math.nan
@@ -163,7 +163,7 @@ def test_a_replay_gives_what_happened(bad: dict[str, Any], clip: bool, tmp_path:
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_losses_are_replayed_with_their_weights(accumulate: int, tmp_path: Path) -> None:
-    """As numbers and tensors, of which some are zero: losses and gradients are those of the run."""
+    """Weights are numbers and tensors, some of them zero."""
     batches = make_batches([4])
     for batch, weight in zip(batches, [1, 1, 1, 7.0, torch.tensor(300), 0, 1], strict=True):
         batch["weight"] = weight
@@ -181,8 +181,8 @@ def test_losses_are_replayed_with_their_weights(accumulate: int, tmp_path: Path)
     assert [weight.item() for weight in given if weight is not None] == expected
 
 
-def test_a_replay_that_differs_says_so(tmp_path: Path) -> None:
-    """With another batch than the saved one, the result is not the same."""
+def test_different_batch_is_not_identical(tmp_path: Path) -> None:
+    """With a different batch, the result is not identical."""
     batches = make_batches([2])
     train(tmp_path / "q", batches)
     folder = tmp_path / "q" / "step_00000002"
@@ -193,8 +193,8 @@ def test_a_replay_that_differs_says_so(tmp_path: Path) -> None:
         replay(folder, Model(), Processor(), batches=batches[:2])
 
 
-def test_a_raise_is_replayed_with_the_weights_of_then(tmp_path: Path) -> None:
-    """The error names the folder and its call; the weights in it are those before the window."""
+def test_raised_window_has_the_weights_before_it(tmp_path: Path) -> None:
+    """The error names the folder and the call to replay it."""
     batches = make_batches([5])
     model = Model()
     with pytest.raises(
@@ -209,10 +209,8 @@ def test_a_raise_is_replayed_with_the_weights_of_then(tmp_path: Path) -> None:
     assert replay(raised.value.folder, Model(), Processor()).is_identical
 
 
-def test_one_update_late_the_weights_are_lost(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The batches and random states are there; the replay takes the weights of the model."""
+def test_late_reading_loses_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Batches and RNG states are saved; the replay uses the model's weights."""
     batches = make_batches([3])
     watch = Watch()
     with pytest.raises(NonFiniteError, match=r"step_00000003'") as raised:
@@ -231,8 +229,8 @@ def test_one_update_late_the_weights_are_lost(
     assert torch.equal(replayed.grad_norm, watch.norms[3])  # type: ignore[arg-type]  # a tensor
 
 
-def test_mixed_precision_is_replayed_in_kind(tmp_path: Path) -> None:
-    """A bf16 run is the same again with a bf16 accelerator, and refused without."""
+def test_replay_requires_the_runs_precision(tmp_path: Path) -> None:
+    """A bf16 run is identical with a bf16 accelerator, and refused without."""
     train(tmp_path / "q", make_batches([1]), precision="bf16")
     folder = tmp_path / "q" / "step_00000001"
     with pytest.raises(ValueError, match=r"mixed_precision='bf16', the replay has 'no'; pass acc"):
@@ -241,8 +239,8 @@ def test_mixed_precision_is_replayed_in_kind(tmp_path: Path) -> None:
     assert replay(folder, other_model(), Processor(), accelerator=bf16).is_identical
 
 
-def test_with_a_scaler_the_gradients_are_scaled(tmp_path: Path) -> None:
-    """The loss scale of an fp16 run is in the window, and the gradients come out unscaled."""
+def test_replay_uses_the_loss_scale(tmp_path: Path) -> None:
+    """The loss scale of an fp16 run is saved, and the gradients are unscaled."""
 
     def scale(args: PipelineHookArgs) -> None:
         args.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
@@ -259,10 +257,8 @@ def test_with_a_scaler_the_gradients_are_scaled(tmp_path: Path) -> None:
     assert replayed.window.grad_norm is None
 
 
-def test_what_can_not_be_saved_is_left_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Training goes on, all else is saved, and a replay asks for the batches."""
+def test_unsupported_values_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Training continues, everything else is saved, and a replay requests the batches."""
     batches = make_batches([2])
     batches[2]["transform"] = make_batches
     batches[2]["path"] = [Path("a")]
@@ -279,7 +275,7 @@ def test_what_can_not_be_saved_is_left_out(
     assert replay(folder, Model(), Processor(), batches=[batches[2]]).is_identical
 
 
-def test_a_batch_that_breaks_saving_is_left_out_whole(
+def test_batch_that_breaks_saving_is_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A tensor that no file can hold loses the batches, not the rest."""
@@ -293,10 +289,10 @@ def test_a_batch_that_breaks_saving_is_left_out_whole(
     assert window.weights
 
 
-def test_a_folder_that_can_not_be_written_ends_no_run(
+def test_unwritable_folder_does_not_end_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The log tells; where the policy is to raise, the error does as well."""
+    """The log has a warning; with policy "raise", so has the error."""
     (tmp_path / "q").write_text("a file")
     trainer = train(tmp_path / "q", make_batches([2]))
     assert trainer.progress.skipped_optimizer_steps == 1
@@ -305,8 +301,8 @@ def test_a_folder_that_can_not_be_written_ends_no_run(
         train(tmp_path / "q", make_batches([2]), policy="raise")
 
 
-def test_only_so_many_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The first windows stay, and later ones are told and not written; a second run adds none."""
+def test_max_quarantined_limits_windows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The first windows stay; later ones are logged and not written, also by a second run."""
     train(tmp_path / "q", make_batches([1, 3, 4]), max_quarantined=2)
     names = ["step_00000001", "step_00000003"]
     assert sorted(path.name for path in (tmp_path / "q").iterdir()) == names
@@ -325,7 +321,7 @@ def test_only_so_many_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 def test_sample_ids(
     key: str | int, expected: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Ids of any kind are ints or texts; a key that is not there is a warning."""
+    """Ids of any kind become ints or strings; a missing key is a warning."""
     batches = make_batches([2])
     for batch in batches:
         batch |= {"names": ("a", None), "one": "x", "none": None}
@@ -334,8 +330,8 @@ def test_sample_ids(
     assert ("there are no sample ids under 3" in caplog.text) == (key == 3)
 
 
-def test_a_window_that_was_resumed_within_lacks_its_start(tmp_path: Path) -> None:
-    """The steps since the resume are there; the number of those before is told."""
+def test_resumed_window_lacks_its_start(tmp_path: Path) -> None:
+    """The steps since the resume are saved, with the number of missing ones."""
     stopping = PipelineHooks("stopping")
     stopping.register_hook(
         "on_step",
@@ -365,8 +361,8 @@ def test_a_window_that_was_resumed_within_lacks_its_start(tmp_path: Path) -> Non
     assert [step.finite for step in replayed.window.steps] == [True, False]
 
 
-def test_what_is_no_window_is_refused(tmp_path: Path) -> None:
-    """Another model, another version and another kind of folder are told apart."""
+def test_other_folders_are_refused(tmp_path: Path) -> None:
+    """Another model, version or kind of folder has an error of its own."""
     train(tmp_path / "q", make_batches([2]))
     folder = tmp_path / "q" / "step_00000002"
     with pytest.raises(
@@ -392,8 +388,8 @@ class Point(NamedTuple):
     y: int
 
 
-def test_batches_come_back() -> None:
-    """Values, tensors and arrays are the same, layouts in memory included."""
+def test_batches_round_trip() -> None:
+    """Values, tensors and arrays are equal, memory layouts included."""
     image = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     batch = OrderedDict(
         image=image,

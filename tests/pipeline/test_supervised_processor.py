@@ -1,4 +1,4 @@
-"""The batch processor of batches that are pairs of inputs and targets."""
+"""SupervisedProcessor of (inputs, targets) batches."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from tiny import equal, loss_of, make_loader, make_model, make_trainer, weights
 
 
 @pytest.mark.parametrize("loss", [torch.nn.MSELoss(), torch.nn.functional.mse_loss])
-def test_it_trains_as_a_function_written_by_hand(loss: Any) -> None:
-    """With a module or a function as loss, the weights are those of the same written out."""
+def test_training_equals_a_handwritten_function(loss: Any) -> None:
+    """With a module or a function as loss, the weights are equal."""
     by_hand, supervised = make_model(), make_model()
     make_trainer(model=by_hand, max_epoch=1)()
     make_trainer(model=supervised, batch_processor=SupervisedProcessor(loss), max_epoch=1)()
     assert equal(weights(supervised), weights(by_hand))
 
 
-def test_metrics_get_its_outputs_and_targets() -> None:
-    """Metrics of training and evaluation are updated without a word about what with."""
+def test_metrics_get_outputs_and_targets() -> None:
+    """Metrics of training and evaluation need no metric_inputs."""
     metrics = {"mse": MeanSquaredError()}
     trainer = make_trainer(
         [
@@ -44,8 +44,8 @@ def test_metrics_get_its_outputs_and_targets() -> None:
     assert latest("eval/val/mse") == pytest.approx(sum(losses) / 2)
 
 
-def test_the_tensors_of_a_loss_follow_the_outputs() -> None:
-    """A loss with weights of classes goes to the device of the outputs."""
+def test_loss_tensors_follow_the_outputs() -> None:
+    """Class weights of a loss move to the device of the outputs."""
     processor = SupervisedProcessor(torch.nn.CrossEntropyLoss(weight=torch.ones(2)))
     model = torch.nn.Linear(4, 2, device="meta")
     batch = torch.ones(3, 4, device="meta"), torch.ones(3, dtype=torch.long, device="meta")
@@ -60,14 +60,14 @@ def test_the_tensors_of_a_loss_follow_the_outputs() -> None:
         (torch.ones(2, 4), "a Tensor"),
     ],
 )
-def test_a_batch_that_is_no_pair_is_refused(batch: Any, found: str) -> None:
-    """The error says what the batch is, and what to change."""
+def test_batch_that_is_no_pair_is_refused(batch: Any, found: str) -> None:
+    """The error names the batch's type and the remedy."""
     message = re.escape(f"pairs (inputs, targets), got {found}; change the dataset")
     with pytest.raises(BatchProcessorError, match=message):
         SupervisedProcessor(torch.nn.MSELoss()).forward(make_model(), batch)
 
 
-def test_a_loss_that_cant_be_called_is_refused() -> None:
-    """It is told when the processor is made."""
+def test_loss_must_be_callable() -> None:
+    """The constructor raises the error."""
     with pytest.raises(TypeError, match=r"callable as loss\(outputs, targets\), got str"):
         SupervisedProcessor("mse")  # type: ignore[arg-type]

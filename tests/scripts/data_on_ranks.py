@@ -1,4 +1,4 @@
-"""What each process of ``test_data_processes.py`` runs: batches, ours and Accelerate's."""
+"""Processes of ``test_data_processes.py``: this library's batches and Accelerate's."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ def main(folder: Path) -> None:
                 dispatch_batches=True if "stream" in kind else None,
             ),
         )
-        for kind in ("whole", "split", "whole stream", "split stream")
+        for kind in ("per_rank", "split", "per_rank stream", "split stream")
     }
-    accelerator = accelerators["whole"]
+    accelerator = accelerators["per_rank"]
     rank = accelerator.process_index
 
-    def data_of(loader: Any, prepare: bool = False, kind: str = "whole") -> TrainingData:
+    def data_of(loader: Any, prepare: bool = False, kind: str = "per_rank") -> TrainingData:
         if prepare:
             loader = accelerators[kind].prepare(loader)
         return TrainingData(loader, DataOrder(seed=7), accelerators[kind], TrainerProgress())
 
     result: dict[str, Any] = {}
-    for kind in ("whole", "split"):
+    for kind in ("per_rank", "split"):
         for name, make in LOADERS.items():
             of_kind = f"{kind} stream" if name == "stream" else kind
             theirs = accelerators[of_kind]
@@ -66,13 +66,13 @@ def main(folder: Path) -> None:
             ours = [data_of(make(), False, of_kind), data_of(make(), True, of_kind)]
             result[f"{kind} {name}"] = [
                 [[batch.tolist() for batch in prepared] for _ in range(2)],
-                *([_own(data, e) for e in range(2)] for data in ours),
+                *([_local_indices(data, e) for e in range(2)] for data in ours),
             ]
 
     order = DataOrder(seed=7, fast_forward=True)
     for name, make in LOADERS.items():
         progress = TrainerProgress()
-        of_kind = accelerators["whole stream" if name == "stream" else "whole"]
+        of_kind = accelerators["per_rank stream" if name == "stream" else "per_rank"]
         data = TrainingData(make(), order, of_kind, progress)
         given = data.epoch(0)
         next(given)
@@ -84,7 +84,7 @@ def main(folder: Path) -> None:
         data.load_state_dict(state, rank_state)
         result[f"resumed {name}"] = [rest, [batch.tolist() for batch in data.epoch(0, 1)]]
 
-    torch.manual_seed(rank)  # ranks that are seeded alike learn nothing from each other
+    torch.manual_seed(rank)  # equal seeds would hide a missing broadcast
     loader = DataLoader(Drawing(26), 4, shuffle=True, num_workers=1)
     data = TrainingData(loader, DataOrder(), accelerator, TrainerProgress())
     result["unseeded"] = data.seed
@@ -107,8 +107,8 @@ def main(folder: Path) -> None:
     end_group()
 
 
-def _own(data: TrainingData, epoch_id: int) -> list[list[int]]:
-    """This rank's indices in each step, and none where it has a filler."""
+def _local_indices(data: TrainingData, epoch_id: int) -> list[list[int]]:
+    """Return this rank's indices in each step; empty in a padding step."""
     progress = data._progress
     progress.epoch_id, progress.step_id = epoch_id, 0
     given = []

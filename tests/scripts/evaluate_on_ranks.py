@@ -1,4 +1,4 @@
-"""Evaluations that tests make in one process, and in each of several under torchrun."""
+"""Evaluations in one process, and in each of several under torchrun."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Batch = dict[str, torch.Tensor]
 
 
 class Rows(Dataset[Batch]):
-    """Samples that know which they are; with ``noise``, they are drawn anew at each reading."""
+    """Samples with an id; with ``noise``, drawn again at each reading."""
 
     def __init__(self, size: int, noise: float = 0.0) -> None:
         generator = torch.Generator().manual_seed(5)
@@ -53,7 +53,7 @@ class Rows(Dataset[Batch]):
 
 
 class Stream(IterableDataset[Batch]):
-    """The same rows, without an index."""
+    """Iterable dataset of the same rows."""
 
     def __init__(self, size: int) -> None:
         self.rows = Rows(size)
@@ -63,7 +63,7 @@ class Stream(IterableDataset[Batch]):
 
 
 class Classify(SimpleBatchProcessor):
-    """Cross entropy, the inputs of the metrics below, and which samples it was given."""
+    """Processor with cross entropy and metric inputs; records the samples it got."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,21 +85,21 @@ class Classify(SimpleBatchProcessor):
 
 
 class SquaredError(MeanSquaredError):
-    """A regression metric, whose states are summed."""
+    """Regression metric with summed states."""
 
     def update(self, score: torch.Tensor, truth: torch.Tensor) -> None:
         super().update(score, truth)
 
 
 class Correlation(PearsonCorrCoef):
-    """A metric that makes one of the ranks' states only when it is computed."""
+    """Metric that merges the ranks' states only when it is computed."""
 
     def update(self, score: torch.Tensor, truth: torch.Tensor) -> None:
         super().update(score, truth)
 
 
 def make_metrics() -> dict[str, Metric]:
-    """Summed states, stacked ones, and AUROC without bins, which keeps every sample."""
+    """Return metrics with summed states, stacked ones, and AUROC, which keeps every sample."""
     return {
         "accuracy": MulticlassAccuracy(2, average="micro"),
         "auroc": MulticlassAUROC(2),
@@ -109,7 +109,7 @@ def make_metrics() -> dict[str, Metric]:
 
 
 def expected_values(model: torch.nn.Module, size: int) -> dict[str, float]:
-    """What torchmetrics and torch say of the whole set at once, in evaluation mode."""
+    """Return torchmetrics' and torch's values of the complete set, in evaluation mode."""
     rows = Rows(size)
     batch = {"id": torch.arange(size), "inputs": rows.inputs, "target": rows.target}
     model.eval()
@@ -131,7 +131,7 @@ def make_evaluation_loader(size: int, **options: Any) -> DataLoader[Batch]:
 
 
 def make_normalised() -> torch.nn.Module:
-    """A model with batch statistics, and with something random while it trains."""
+    """Return a model with batch statistics and dropout."""
     torch.manual_seed(3)
     return torch.nn.Sequential(
         torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 2)
@@ -139,7 +139,7 @@ def make_normalised() -> torch.nn.Module:
 
 
 class Counted(torch.nn.Module):
-    """Counts its passes in a new tensor each."""
+    """Layer that counts its passes, in a new tensor each."""
 
     passes: torch.Tensor
 
@@ -157,7 +157,7 @@ def buffers_of(model: torch.nn.Module) -> list[torch.Tensor]:
 
 
 class CollectiveCounter:
-    """Counts the calls into torch.distributed, which go on."""
+    """Counter of the calls into torch.distributed."""
 
     names = ("all_gather_into_tensor", "all_gather", "all_reduce", "broadcast", "barrier")
 
@@ -179,7 +179,7 @@ class CollectiveCounter:
 
 
 def by_size(accelerator: Accelerator, counter: CollectiveCounter) -> dict[str, Any]:
-    """Values, samples seen and collectives, for sets of each size and kinds of loaders."""
+    """Return values, samples and collectives for each size and kind of loader."""
     found: dict[str, Any] = {}
     model = accelerator.prepare(make_model())
     for size in SIZES:
@@ -210,7 +210,7 @@ def by_size(accelerator: Accelerator, counter: CollectiveCounter) -> dict[str, A
 
 
 def with_buffers(accelerator: Accelerator, counter: CollectiveCounter) -> dict[str, Any]:
-    """A model whose batch statistics differ between the ranks."""
+    """Evaluate a model whose batch statistics differ between the ranks."""
     found: dict[str, Any] = {}
     for broadcast in (True, False):
         plain = torch.nn.Sequential(make_normalised(), Counted())
@@ -225,14 +225,14 @@ def with_buffers(accelerator: Accelerator, counter: CollectiveCounter) -> dict[s
         found[f"broadcast_buffers={broadcast}"] = {
             "values": values,
             "calls": counter.take(),
-            "untouched": all(map(torch.equal, before, buffers_of(plain))),
+            "restored": all(map(torch.equal, before, buffers_of(plain))),
             "alone": expected_values(plain, 65)["loss"],
         }
     return found
 
 
 def refused(accelerator: Accelerator, counter: CollectiveCounter) -> dict[str, Any]:
-    """The errors about loaders that can't be evaluated on."""
+    """Return the errors of unsupported loaders."""
     dataset = Rows(9)
     loaders = {
         "prepared": accelerator.prepare(DataLoader(dataset, batch_size=2)),
@@ -249,7 +249,7 @@ def refused(accelerator: Accelerator, counter: CollectiveCounter) -> dict[str, A
 
 
 def train(accelerator: Accelerator, hooks: list[HookLike], steps: int = 6) -> HookBasedTrainer:
-    """A training with batch statistics, dropout and augmentation."""
+    """Train with batch statistics, dropout and augmentation."""
     torch.manual_seed(8)
     model = make_normalised()
     trainer = HookBasedTrainer(
@@ -267,7 +267,7 @@ def train(accelerator: Accelerator, hooks: list[HookLike], steps: int = 6) -> Ho
 
 
 def while_training(accelerator: Accelerator, counter: CollectiveCounter) -> dict[str, Any]:
-    """The end of a training with evaluations within accumulation windows, and of one without."""
+    """Train with evaluations within accumulation windows, and without."""
     validation = ValidationHookConfig(every=EverySteps(1), at_start=True)(
         dataloaders={
             "small": DataLoader(Rows(3, noise=0.1), batch_size=8, shuffle=True),
@@ -288,7 +288,7 @@ def while_training(accelerator: Accelerator, counter: CollectiveCounter) -> dict
 
 
 def tracked(accelerator: Accelerator, counter: CollectiveCounter) -> dict[str, Any]:
-    """What a tracker publishes, and what it was published of."""
+    """Return the published values of a tracker and their inputs."""
     batches: list[list[Any]] = []
     records: list[dict[int, dict[str, float]]] = []
     hooks = PipelineHooks("notes")
@@ -325,7 +325,7 @@ RUNS: dict[str, Callable[[Accelerator, CollectiveCounter], dict[str, Any]]] = {
 
 
 def run_on_ranks(folder: Path, *runs: str) -> list[dict[str, Any]]:
-    """What each of two ranks found in some of :data:`RUNS`, by their names."""
+    """Return the results of some of :data:`RUNS` on two ranks, by name."""
     launch(__file__, folder, *runs)
     return [json.loads(file.read_text()) for file in sorted(folder.glob("rank*.json"))]
 

@@ -1,4 +1,4 @@
-"""Data in real processes under torchrun."""
+"""Training data in real processes under torchrun."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCRIPT = SCRIPTS / "data_on_ranks.py"
 
 
 def run(folder: Path, processes: int) -> list[dict[str, Any]]:
-    """What each rank found."""
+    """Return the results of each rank."""
     launch(SCRIPT, folder, processes=processes)
     return [torch.load(file, weights_only=True) for file in sorted(folder.glob("rank*.pt"))]
 
@@ -29,14 +29,14 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("loader", ["sequential", "generator", "drop_last"])
-@pytest.mark.parametrize("kind", ["whole", "split"])
-def test_the_steps_of_two_processes_are_those_of_one(
+@pytest.mark.parametrize("kind", ["per_rank", "split"])
+def test_joined_steps_equal_one_process(
     kind: str, loader: str, ranks: list[dict[str, Any]]
 ) -> None:
-    """Of a plain loader, and of one that was prepared, in both epochs; no sample is repeated."""
+    """A plain and a prepared loader yield each sample once, in both epochs."""
     one = LOADERS[loader]()
     batches: Any = one.batch_sampler
-    size = 8 if kind == "whole" else 4
+    size = 8 if kind == "per_rank" else 4
     plain = DataLoader(
         one.dataset,
         batch_sampler=BatchSampler(batches.sampler, size, batches.drop_last),
@@ -51,10 +51,10 @@ def test_the_steps_of_two_processes_are_those_of_one(
         assert joined == expected
 
 
-@pytest.mark.parametrize("kind", ["whole", "split"])
-def test_the_order_is_that_of_the_seed(kind: str, ranks: list[dict[str, Any]]) -> None:
-    """As in one process, also where Accelerate has given the sampler a generator."""
-    size = 8 if kind == "whole" else 4
+@pytest.mark.parametrize("kind", ["per_rank", "split"])
+def test_order_depends_on_the_seed(kind: str, ranks: list[dict[str, Any]]) -> None:
+    """The order equals one process, also if Accelerate gave the sampler a generator."""
+    size = 8 if kind == "per_rank" else 4
     alone = data_of(DataLoader(Indices(27), size, shuffle=True), DataOrder(seed=7))
     expected = [[batch.tolist() for batch in alone.epoch(epoch_id)] for epoch_id in range(2)]
     for ours in (1, 2):
@@ -62,11 +62,9 @@ def test_the_order_is_that_of_the_seed(kind: str, ranks: list[dict[str, Any]]) -
         assert [[a + b for a, b in zip(*epoch, strict=True)] for epoch in epochs] == expected
 
 
-@pytest.mark.parametrize("kind", ["whole", "split"])
-def test_the_batches_of_a_stream_are_those_of_accelerate(
-    kind: str, ranks: list[dict[str, Any]]
-) -> None:
-    """Where it is asked to divide them; of a plain loader and a prepared one, in both epochs."""
+@pytest.mark.parametrize("kind", ["per_rank", "split"])
+def test_stream_batches_equal_accelerates(kind: str, ranks: list[dict[str, Any]]) -> None:
+    """With dispatch_batches, a plain and a prepared loader yield Accelerate's batches."""
     for rank in ranks:
         theirs, ours, of_prepared = rank[f"{kind} stream"]
         assert theirs == ours == of_prepared
@@ -74,25 +72,25 @@ def test_the_batches_of_a_stream_are_those_of_accelerate(
 
 
 @pytest.mark.parametrize("loader", ["sequential", "generator", "drop_last", "stream"])
-def test_two_processes_go_on_from_the_middle(loader: str, ranks: list[dict[str, Any]]) -> None:
-    """By position, and by reading again what the first process reads for all."""
+def test_two_processes_resume_within_an_epoch(loader: str, ranks: list[dict[str, Any]]) -> None:
+    """Map-style data seeks; a dispatched stream is fast-forwarded."""
     for rank in ranks:
         rest, again = rank[f"resumed {loader}"]
         assert rest == again
         assert len(rest) >= 2
 
 
-def test_ranks_share_one_order(ranks: list[dict[str, Any]]) -> None:
-    """That of the first rank's seed and generators, so that every sample is given once."""
+def test_ranks_use_the_first_ranks_order(ranks: list[dict[str, Any]]) -> None:
+    """Seed and generators of the first rank apply to all; each sample is loaded once."""
     assert ranks[0]["unseeded"] == ranks[1]["unseeded"] == 0
     given = [index for rank in ranks for batch in rank["own"] for index in batch]
     assert sorted(given) == list(range(32))
 
 
-def test_augmentation_by_sample_is_that_of_one_process(
+def test_augmentation_by_sample_equals_one_process(
     ranks: list[dict[str, Any]],
 ) -> None:
-    """By sample, each is drawn for as in one process; by batch, no two ranks draw the same."""
+    """Keyed by sample, augmentation equals one process; by batch, it differs by rank."""
     alone = data_of(DataLoader(Drawing(32), 8, shuffle=True), DataOrder(7, "sample"))
     drawn_for = {
         int(index): row
@@ -106,8 +104,8 @@ def test_augmentation_by_sample_is_that_of_one_process(
     assert len(set(drawn)) == len(drawn) == 8
 
 
-def test_a_sampler_that_divides_is_refused(ranks: list[dict[str, Any]]) -> None:
-    """With what to do about it."""
+def test_distributed_sampler_is_refused(ranks: list[dict[str, Any]]) -> None:
+    """The error names the remedy."""
     for rank in ranks:
         assert "is a DistributedSampler, which divides the samples among 2" in rank["refused"]
         assert "leave it out" in rank["refused"]

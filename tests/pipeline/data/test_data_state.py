@@ -1,4 +1,4 @@
-"""A state of another order of samples is refused, with what was saved and what there is."""
+"""A state with another order of samples is refused with both values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, WeightedRandomSampler
 
-from loaded_data import Drawing, Indices, data_of, epochs, own_sizes, resumed, same, streams
+from loaded_data import Drawing, Indices, data_of, epochs, local_sizes, resumed, rng_states, same
 from robo_orchard_lab.pipeline.data import DataOrder
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.progress import TrainerProgress
@@ -63,43 +63,43 @@ CHANGES: list[tuple[Change, str]] = [
 
 
 @pytest.mark.parametrize(("change", "message"), CHANGES, ids=[text for _, text in CHANGES])
-def test_another_order_is_refused(change: Change, message: str) -> None:
-    """What differs is named, with both values, and nothing is changed."""
+def test_different_order_is_refused(change: Change, message: str) -> None:
+    """The error names the difference and both values; nothing changes."""
     given, order = change()
     data = data_of(given, order or DataOrder())
-    before = data.state_dict(), streams()
+    before = data.state_dict(), rng_states()
     with pytest.raises(StateError, match=message):
         data.check(state_after(3), {})
-    assert same([data.state_dict(), streams()], list(before))
+    assert same([data.state_dict(), rng_states()], list(before))
 
 
-def test_an_unknown_version_is_refused() -> None:
-    """A state of a later release is named as such."""
+def test_unknown_version_is_refused() -> None:
+    """The error names both versions."""
     with pytest.raises(StateError, match="version 99, this release reads 1"):
         resumed(loader(), {**state_after(3), "version": 99})
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8, 30])
 @pytest.mark.parametrize("steps", [3, 7])
-def test_another_batch_size_goes_on_with_the_next_sample(
+def test_different_batch_size_resumes_at_the_next_sample(
     steps: int, batch_size: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where it is allowed, every sample of the epoch is still given once."""
+    """If allowed, each remaining sample of the epoch is loaded once."""
     order = DataOrder(seed=7, keyed_by="sample", allow_other_batch_size=True)
-    whole = torch.cat([batch[1] for batch in data_of(loader(), order).epoch(0)])
+    complete = torch.cat([batch[1] for batch in data_of(loader(), order).epoch(0)])
     data = resumed(loader(batch_size=batch_size), state_after(steps, order=order), order)
     rest = list(data.epoch(0, steps))
     done = min(4 * steps, 26)
-    place = "the start of a step" if done % batch_size == 0 else "within a step"
+    where = "the start of a step" if done % batch_size == 0 else "within a step"
     assert f"with {batch_size} samples a step instead of 4, at sample {done}" in caplog.text
-    assert f"which is {place} of other epochs" in caplog.text
-    assert same(torch.cat([batch[1] for batch in rest] or [whole[26:]]), whole[done:])
+    assert f"which is {where} of other epochs" in caplog.text
+    assert same(torch.cat([batch[1] for batch in rest] or [complete[26:]]), complete[done:])
     assert data.steps_per_epoch == steps + len(rest)
-    assert own_sizes(data, steps) == [len(batch[0]) for batch in rest]
+    assert local_sizes(data, steps) == [len(batch[0]) for batch in rest]
 
 
 def test_between_epochs_the_batch_size_may_change() -> None:
-    """There, no position is to be carried over."""
+    """No position needs to be kept."""
     progress = TrainerProgress()
     data = data_of(loader(), progress=progress)
     list(data.epoch(0))
@@ -107,8 +107,8 @@ def test_between_epochs_the_batch_size_may_change() -> None:
     resumed(loader(batch_size=5), data.state_dict())
 
 
-def test_a_sampler_of_ones_own_keeps_its_batch_size_within_an_epoch() -> None:
-    """Its position is counted in batches, so that another size is refused also where allowed."""
+def test_custom_sampler_keeps_its_batch_size_within_an_epoch() -> None:
+    """Its position is counted in batches, so another size is refused even if allowed."""
 
     class Own(RandomSampler):
         pass
@@ -121,8 +121,8 @@ def test_a_sampler_of_ones_own_keeps_its_batch_size_within_an_epoch() -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 3])
-def test_a_state_that_was_loaded_can_be_saved_again(steps: int) -> None:
-    """Ahead of going on, it is the one that was loaded."""
+def test_loaded_state_can_be_saved_again(steps: int) -> None:
+    """Before the next epoch, the saved state equals the loaded one."""
 
     def given() -> DataLoader[Any]:
         return loader(generator=torch.Generator().manual_seed(steps))
@@ -143,14 +143,14 @@ def test_a_state_that_was_loaded_can_be_saved_again(steps: int) -> None:
         ({"fast_forward": 1}, "fast_forward must be True or False, got 1"),
     ],
 )
-def test_an_order_that_means_nothing_is_refused(options: Any, message: str) -> None:
-    """When it is made, with the field and the value."""
+def test_invalid_order_is_refused(options: Any, message: str) -> None:
+    """The constructor's error names field and value."""
     with pytest.raises(PipelineConfigError, match=message):
         DataOrder(**options)
 
 
-def test_weights_of_another_length_are_another_sampler() -> None:
-    """A WeightedRandomSampler's number of samples is its length."""
+def test_weighted_sampler_of_another_length_is_refused() -> None:
+    """The number of samples of a WeightedRandomSampler is its length."""
 
     def given(samples: int) -> DataLoader[Any]:
         sampler = WeightedRandomSampler([1.0] * 26, samples)

@@ -1,4 +1,4 @@
-"""A DataLoader's batches in an exact order: as in a plain loop, and from anywhere on."""
+"""Batches of a map-style dataset equal a plain loop and resume at any step."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from loaded_data import (
     Indices,
     data_of,
     epochs,
-    own_sizes,
+    local_sizes,
     plain_epochs,
     resumed,
+    rng_states,
     same,
-    streams,
 )
 from robo_orchard_lab.pipeline.data import DataOrder
 from robo_orchard_lab.pipeline.progress import TrainerProgress
@@ -43,7 +43,7 @@ def generator(seed: int = 3) -> torch.Generator:
 
 
 class Shuffled(Sampler[int]):
-    """A sampler of one's own, which draws from its generator or from the global streams."""
+    """Custom sampler that draws from its generator or from torch's global RNG."""
 
     def __init__(self, length: int, generator: torch.Generator | None = None) -> None:
         self.length = length
@@ -58,7 +58,7 @@ class Shuffled(Sampler[int]):
 
 
 class Buckets(Sampler[list[int]]):
-    """A batch sampler of one's own: batches of one, two, three samples and so on, drawn twice."""
+    """Custom batch sampler: batches of one, two, three samples and so on, shuffled."""
 
     def __init__(self, length: int, generator: Any = None) -> None:
         self.length = length
@@ -98,10 +98,10 @@ SAMPLERS: Samplers = {
     drop_last=st.booleans(),
     shared=st.booleans(),
 )
-def test_a_sampler_with_a_generator_gives_the_order_of_a_plain_loop(
+def test_sampler_with_generator_equals_a_plain_loop(
     sampler: str, length: int, batch_size: int, drop_last: bool, shared: bool
 ) -> None:
-    """Three epochs are those of a plain torch loop, whether the loader shares the generator."""
+    """Three epochs equal a plain loop, also if the loader shares the generator."""
 
     def loader() -> DataLoader[int]:
         drawn = generator()
@@ -127,10 +127,10 @@ def test_a_sampler_with_a_generator_gives_the_order_of_a_plain_loop(
     own=st.booleans(),
     keyed_by=st.sampled_from(["batch", "sample"]),
 )
-def test_seeking_gives_what_iterating_gives(
+def test_seeking_equals_iterating(
     sampler: str, length: int, batch_size: int, drop_last: bool, own: bool, keyed_by: Any
 ) -> None:
-    """From every step of the second epoch on, the batches of a resumed run are the same."""
+    """From every step of the second epoch, a resumed run loads the same batches."""
     order = DataOrder(seed=5, keyed_by=keyed_by)
 
     def loader() -> DataLoader[Any]:
@@ -151,7 +151,7 @@ def test_seeking_gives_what_iterating_gives(
     for step_id, state in enumerate(states):
         again = resumed(loader(), state, order)
         assert same(list(again.epoch(1, step_id)), batches[step_id:])
-        assert own_sizes(again, step_id) == sizes[step_id:]
+        assert local_sizes(again, step_id) == sizes[step_id:]
         assert again.steps_per_epoch == len(batches)
 
 
@@ -165,7 +165,7 @@ def loaders_that_draw(workers: int, **options: Any) -> dict[str, DataLoader[Any]
         "subset": DataLoader(Subset(data, range(5, 25)), 4, shuffle=True, **options),
         "custom": DataLoader(data, 4, sampler=Shuffled(26), **options),
         "buckets": DataLoader(data, batch_sampler=Buckets(26), **options),
-        "whole batches": DataLoader(
+        "complete batches": DataLoader(
             Subset(data, range(26)), batch_size=None, shuffle=True, **options
         ),
     }
@@ -175,7 +175,7 @@ def loaders_that_draw(workers: int, **options: Any) -> dict[str, DataLoader[Any]
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("kind", ["shuffle", "generator", "subset", "custom", "buckets"])
 def test_workers_change_nothing(kind: str, persistent: bool, keyed_by: Any) -> None:
-    """What is drawn while loading is the same with two workers, persistent or not, as without."""
+    """Random numbers while loading are equal with and without workers, persistent or not."""
     order = DataOrder(seed=7, keyed_by=keyed_by)
     alone = epochs(data_of(loaders_that_draw(0)[kind], order))
     loader = loaders_that_draw(2, persistent_workers=persistent, prefetch_factor=3)[kind]
@@ -185,8 +185,8 @@ def test_workers_change_nothing(kind: str, persistent: bool, keyed_by: Any) -> N
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", sorted(loaders_that_draw(0)))
-def test_a_run_goes_on_as_if_it_had_not_stopped(kind: str, workers: int) -> None:
-    """Stopped after three batches of the second epoch, the rest and the next epoch are the same."""
+def test_resumed_run_equals_an_uninterrupted_run(kind: str, workers: int) -> None:
+    """After three batches of the second epoch, the rest and the next epoch are equal."""
     progress = TrainerProgress()
     data = data_of(loaders_that_draw(workers)[kind], progress=progress)
     list(data.epoch(0))
@@ -205,8 +205,8 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(kind: str, workers: int) -> None
     assert same(list(again.epoch(2)), third)
 
 
-def test_persistent_workers_are_kept_and_go_on() -> None:
-    """An epoch that is left in its middle is followed by a whole one, by the same processes."""
+def test_persistent_workers_serve_the_next_epoch() -> None:
+    """After an epoch that was left early, the same workers load a complete one."""
 
     def loader() -> DataLoader[Any]:
         return DataLoader(Drawing(), 4, num_workers=1, persistent_workers=True, shuffle=True)
@@ -217,8 +217,8 @@ def test_persistent_workers_are_kept_and_go_on() -> None:
 
 
 @pytest.mark.parametrize("seed", [3, None])
-def test_the_order_follows_from_seed_and_epoch(seed: int | None) -> None:
-    """Without a generator, an epoch is the same whatever was drawn and done before it."""
+def test_order_depends_on_seed_and_epoch(seed: int | None) -> None:
+    """Without a generator, an epoch is independent of what happened before."""
 
     def loader() -> DataLoader[Any]:
         return DataLoader(Drawing(), 4, shuffle=True)
@@ -234,8 +234,8 @@ def test_the_order_follows_from_seed_and_epoch(seed: int | None) -> None:
     assert same(other, batches[2]) is (seed is not None)
 
 
-def test_a_run_without_a_seed_takes_over_that_of_the_run_resumed() -> None:
-    """With seed=None, the saved order goes on whatever torch was seeded with."""
+def test_run_without_seed_uses_the_saved_seed() -> None:
+    """With seed=None, the saved order continues, however torch was seeded."""
 
     def loader() -> DataLoader[Any]:
         return DataLoader(Drawing(), 4, shuffle=True)
@@ -250,20 +250,20 @@ def test_a_run_without_a_seed_takes_over_that_of_the_run_resumed() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("odd", [0, 1])
-def test_the_process_draws_as_if_nothing_had_been_loaded(workers: int, odd: int) -> None:
-    """The streams of torch, NumPy and Python, pairs of gaussians included, are left alone."""
+def test_loading_leaves_the_processs_rngs_unchanged(workers: int, odd: int) -> None:
+    """The RNGs of torch, NumPy and Python keep their states, cached gaussians included."""
     loaders = loaders_that_draw(workers)
     torch.manual_seed(1)
     np.random.seed(1)
     random.seed(1)
     np.random.randn(odd)
-    before = streams()
+    before = rng_states()
     drawn = []
     for kind in loaders if workers == 0 else ["shuffle", "custom"]:
         for _ in data_of(loaders[kind]).epoch(0):
-            assert same(streams(), before)
+            assert same(rng_states(), before)
             drawn.append((np.random.randn(), random.gauss(), torch.randn(()).item()))
-            before = streams()
+            before = rng_states()
     torch.manual_seed(1)
     np.random.seed(1)
     random.seed(1)
@@ -272,7 +272,7 @@ def test_the_process_draws_as_if_nothing_had_been_loaded(workers: int, odd: int)
 
 
 class KeepsRandom(Sampler[int]):
-    """A sampler with a random generator of NumPy's or Python's own."""
+    """Sampler that holds a generator of NumPy or Python."""
 
     def __init__(self, draw: Any) -> None:
         self.draw = draw
@@ -289,8 +289,8 @@ class KeepsRandom(Sampler[int]):
 @pytest.mark.parametrize(
     "make", [random.Random, np.random.default_rng, np.random.RandomState], ids=lambda f: f.__name__
 )
-def test_generators_that_samplers_keep_are_part_of_the_state(make: Any) -> None:
-    """A sampler with a generator of NumPy's or Python's goes on where it was, too."""
+def test_sampler_generators_are_part_of_the_state(make: Any) -> None:
+    """A sampler with a generator of NumPy or Python resumes at its position."""
 
     def loader(seed: int) -> DataLoader[Any]:
         return DataLoader(Indices(20), 4, sampler=KeepsRandom(make(seed)))
@@ -308,7 +308,7 @@ def test_generators_that_samplers_keep_are_part_of_the_state(make: Any) -> None:
 
 
 class Keeps(Sampler[Any]):
-    """A sampler that goes on, epoch by epoch, from what it has kept."""
+    """Sampler whose next epoch depends on an attribute it changed."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -339,8 +339,8 @@ class Keeps(Sampler[Any]):
 
 
 @pytest.mark.parametrize("kind", ["count", "indices", "array", "tensor", "batches"])
-def test_what_samplers_keep_is_part_of_the_state(kind: str) -> None:
-    """A sampler's own count of epochs, or its order of the last one, goes on where it was."""
+def test_sampler_attributes_are_part_of_the_state(kind: str) -> None:
+    """An epoch counter or a shuffled order resumes at its saved value."""
 
     def loader() -> DataLoader[Any]:
         if kind == "batches":
@@ -361,8 +361,8 @@ def test_what_samplers_keep_is_part_of_the_state(kind: str) -> None:
     assert same(list(again.epoch(2)), list(data.epoch(2)))
 
 
-def test_what_a_sampler_is_made_with_may_change() -> None:
-    """What it has not changed itself is its configuration, not its state."""
+def test_sampler_configuration_may_change() -> None:
+    """Attributes that never changed are configuration, not state."""
     state = data_of(DataLoader(Indices(20), 4, sampler=Keeps("count"))).state_dict()
     sampler = Keeps("count")
     sampler.indices = [3]
@@ -370,8 +370,8 @@ def test_what_a_sampler_is_made_with_may_change() -> None:
     assert sampler.indices == [3]
 
 
-def test_a_tensor_dataset_is_read_without_seeding() -> None:
-    """Batches of tensors in memory, one by one and whole, are those of a plain loop."""
+def test_tensor_dataset_is_loaded_without_seeding() -> None:
+    """Tensors in memory, by sample and by batch, equal a plain loop."""
     data = TensorDataset(torch.arange(26))
 
     def by_batch() -> DataLoader[Any]:
@@ -385,8 +385,8 @@ def test_a_tensor_dataset_is_read_without_seeding() -> None:
     )
 
 
-def test_nothing_is_seeded_for_data_that_draws_nothing() -> None:
-    """With keyed_by='none' the order is the same, and what is drawn is the process's."""
+def test_nothing_is_seeded_when_keyed_by_none() -> None:
+    """The order is equal, and random numbers come from the process's RNGs."""
     order = DataOrder(seed=3, keyed_by="none")
 
     def indices() -> DataLoader[int]:

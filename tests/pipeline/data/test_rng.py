@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.random.mtrand import get_bit_generator, set_bit_generator
 
-from loaded_data import same, streams
+from loaded_data import rng_states, same
 from robo_orchard_lab.pipeline.data.rng import PersistentRng, RngIsolation, seed_rng
 
 
@@ -47,7 +47,7 @@ def test_isolation_restores_position_and_cached_gaussian(draws: int) -> None:
     for gaussians in (0, 1, 2, 3):
         random.gauss(0, 1)
         np.random.randn(gaussians)
-        before = streams()
+        before = rng_states()
         state = random.getstate(), np.random.get_state()
         following = mixed_numbers()
         random.setstate(state[0])
@@ -56,7 +56,7 @@ def test_isolation_restores_position_and_cached_gaussian(draws: int) -> None:
             with isolation:
                 seed_rng(9)
                 draw()
-            assert same(streams(), before)
+            assert same(rng_states(), before)
         assert mixed_numbers() == following
 
 

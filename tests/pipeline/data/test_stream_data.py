@@ -1,4 +1,4 @@
-"""Iterables of batches: saved where they can save themselves, else read again or refused."""
+"""Iterable data resumes from its own state, by reading again, or is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from loaded_data import data_of, epochs, resumed, same, streams
+from loaded_data import data_of, epochs, resumed, rng_states, same
 from robo_orchard_lab.pipeline.data import DataOrder
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.progress import TrainerProgress
@@ -19,7 +19,7 @@ BATCHES = 7
 
 
 class Stream(IterableDataset[Any]):
-    """Shuffled by torch's stream when it begins; draws from NumPy's for each sample."""
+    """Dataset that shuffles by torch and draws from NumPy for each sample."""
 
     def __iter__(self) -> Iterator[Any]:
         for index in torch.randperm(26).tolist():
@@ -27,7 +27,7 @@ class Stream(IterableDataset[Any]):
 
 
 class StatefulStream(IterableDataset[Any]):
-    """One that knows how many of its samples it has given."""
+    """Dataset that saves how many samples it yielded."""
 
     def __init__(self) -> None:
         self.given = 0
@@ -49,7 +49,7 @@ class StatefulStream(IterableDataset[Any]):
 
 
 class StatefulLoader:
-    """A loader of one's own, with the protocol of torchdata's."""
+    """Custom loader with the protocol of torchdata's."""
 
     def __init__(self) -> None:
         self.stream = StatefulStream()
@@ -65,7 +65,7 @@ class StatefulLoader:
 
 
 class Batches:
-    """An iterable of a class of one's own, without a length."""
+    """Iterable of a custom class, without a length."""
 
     def __iter__(self) -> Iterator[Any]:
         for index in range(BATCHES):
@@ -73,7 +73,7 @@ class Batches:
 
 
 class Repeating(DataLoader[Any]):
-    """A loader that iterates in its own way: what it loads it gives twice, with noise."""
+    """Loader with custom iteration: yields each batch twice, with noise."""
 
     def __iter__(self) -> Any:
         for batch in super().__iter__():
@@ -90,7 +90,7 @@ LOADERS: dict[str, Any] = {
     "stream in persistent workers": lambda: DataLoader(
         Stream(), 4, num_workers=2, persistent_workers=True
     ),
-    "whole batches": lambda: DataLoader(Stream(), batch_size=None),
+    "complete batches": lambda: DataLoader(Stream(), batch_size=None),
     "subclass": lambda: Repeating(torch.arange(12.0), 4, shuffle=True, num_workers=1),  # type: ignore[arg-type]  # has an index
     "iterable": Batches,
 }
@@ -98,14 +98,14 @@ UNABLE = [
     "stream",
     "stream in workers",
     "stream in persistent workers",
-    "whole batches",
+    "complete batches",
     "subclass",
     "iterable",
 ]
 
 
 def positions(make: Any, order: DataOrder) -> tuple[list[Any], list[Any], list[Any]]:
-    """The batches of an epoch, the states between them, and the batches of the next epoch."""
+    """Return the batches of an epoch, the states between them, and the next epoch's batches."""
     progress = TrainerProgress()
     data = data_of(make(), order, progress)
     batches: list[Any] = []
@@ -119,8 +119,8 @@ def positions(make: Any, order: DataOrder) -> tuple[list[Any], list[Any], list[A
 
 
 @pytest.mark.parametrize("kind", LOADERS)
-def test_a_run_goes_on_from_every_step(kind: str) -> None:
-    """From a saved state, or by reading again, the rest and the next epoch are the same."""
+def test_run_resumes_at_every_step(kind: str) -> None:
+    """From a saved state, or by reading again, the rest and the next epoch are equal."""
     order = DataOrder(seed=7, fast_forward=kind in UNABLE)
     batches, states, following = positions(LOADERS[kind], order)
     for step_id, (state, rank_state) in list(enumerate(states))[:9:2]:
@@ -132,8 +132,8 @@ def test_a_run_goes_on_from_every_step(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", UNABLE)
-def test_without_a_state_a_resume_within_an_epoch_is_refused(kind: str) -> None:
-    """Reading all that was done must be asked for; between epochs there is nothing to read."""
+def test_stateless_data_is_refused_within_an_epoch(kind: str) -> None:
+    """Reading again needs fast_forward=True; between epochs, nothing is to be read."""
     order = DataOrder(seed=7)
     _, states, _ = positions(LOADERS[kind], order)
     with pytest.raises(StateError, match=r"after 3 steps .* DataOrder\(fast_forward=True\)"):
@@ -141,8 +141,8 @@ def test_without_a_state_a_resume_within_an_epoch_is_refused(kind: str) -> None:
     resumed(LOADERS[kind](), states[0][0], order, states[0][1])
 
 
-def test_a_saved_stream_is_not_read_again() -> None:
-    """The dataset gives only what is left."""
+def test_stateful_stream_is_not_read_again() -> None:
+    """The dataset yields the remaining samples only."""
     _, states, _ = positions(LOADERS["stateful dataset"], DataOrder(seed=7))
     stream = StatefulStream()
     data = resumed(DataLoader(stream, 4), states[5][0], None, states[5][1])
@@ -151,8 +151,8 @@ def test_a_saved_stream_is_not_read_again() -> None:
 
 
 @pytest.mark.parametrize("kind", ["stateful dataset", "stateful loader"])
-def test_a_state_is_that_of_the_step_where_batches_are_read_ahead(kind: str) -> None:
-    """Read three batches at a time, as accumulation windows are, each step has its own state."""
+def test_prefetched_batches_have_their_steps_state(kind: str) -> None:
+    """With three batches read at a time, as for accumulation windows, each step has its state."""
     batches, states, _ = positions(LOADERS[kind], DataOrder(seed=7))
     progress = TrainerProgress()
     data = data_of(LOADERS[kind](), progress=progress)
@@ -168,15 +168,15 @@ def test_a_state_is_that_of_the_step_where_batches_are_read_ahead(kind: str) -> 
 
 
 @pytest.mark.parametrize("kind", LOADERS)
-def test_the_process_draws_as_if_nothing_had_been_read(kind: str) -> None:
-    """The global streams are left alone by making the iterator and by reading."""
-    before = streams()
+def test_reading_leaves_the_processs_rngs_unchanged(kind: str) -> None:
+    """Neither creating the iterator nor reading changes the global RNGs."""
+    before = rng_states()
     list(data_of(LOADERS[kind]()).epoch(0))
-    assert same(streams(), before)
+    assert same(rng_states(), before)
 
 
 def test_samples_of_streams_are_numbered() -> None:
-    """They count on over the batches, also after a resume."""
+    """Numbers count on over the batches, also after a resume."""
     progress = TrainerProgress()
     data = data_of(LOADERS["stateful dataset"](), progress=progress)
     numbers = []
@@ -192,8 +192,8 @@ def test_samples_of_streams_are_numbered() -> None:
     assert again.sample_numbers == range(12, 16)
 
 
-def test_a_loader_that_iterates_in_its_own_way_keeps_it() -> None:
-    """Also with lasting workers, and where it is said that nothing is drawn."""
+def test_custom_iteration_is_kept() -> None:
+    """Also with persistent workers and keyed_by="none"."""
     numbers: Any = torch.arange(12.0)
     options: dict[str, Any] = {"num_workers": 1, "persistent_workers": True}
     loader = Repeating(numbers, 4, **options)
@@ -202,13 +202,13 @@ def test_a_loader_that_iterates_in_its_own_way_keeps_it() -> None:
 
 
 def test_streams_are_not_keyed_by_sample() -> None:
-    """Which is told when the trainer is built."""
+    """The error is raised when the trainer is built."""
     with pytest.raises(PipelineConfigError, match="keyed_by='sample' needs a DataLoader of"):
         data_of(Batches(), DataOrder(keyed_by="sample"))
 
 
-def test_other_data_is_refused() -> None:
-    """Another kind of loader, another type, and one that can't take over a state."""
+def test_different_data_is_refused() -> None:
+    """Refused are a different kind, a different type, and data without load_state_dict."""
     _, states, _ = positions(LOADERS["stateful dataset"], DataOrder(seed=7))
     state, rank_state = states[3]
     with pytest.raises(StateError, match=r"of type DataLoader when .* saved, and is Batches"):
@@ -219,14 +219,14 @@ def test_other_data_is_refused() -> None:
         resumed(DataLoader([1, 2]), state, None, rank_state)  # type: ignore[arg-type]  # a list has an index
 
 
-def test_an_epoch_of_a_list_is_begun_anywhere() -> None:
-    """Two epochs of a list are twice the list."""
+def test_a_list_is_iterated_every_epoch() -> None:
+    """Two epochs of a list are the list twice."""
     batches = LOADERS["list"]()
     assert same(epochs(data_of(batches)), [batches, batches])
 
 
-def test_fast_forward_reads_again_also_where_a_state_was_saved() -> None:
-    """Since some states lack what reading again brings back."""
+def test_fast_forward_ignores_a_saved_state() -> None:
+    """Some states lack what reading again restores."""
     order = DataOrder(seed=7, fast_forward=True)
     batches, states, _ = positions(LOADERS["stateful dataset"], order)
     stream = StatefulStream()

@@ -1,4 +1,4 @@
-"""torchdata's StatefulDataLoader, where it is installed."""
+"""torchdata's StatefulDataLoader, if installed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ stateful: Any = pytest.importorskip("torchdata.stateful_dataloader")
 
 
 class Count(IterableDataset[int]):
-    """One that knows how many of its samples it has given."""
+    """Dataset that saves how many samples it yielded."""
 
     def __init__(self) -> None:
         self.given = self.skip = 0
@@ -43,8 +43,8 @@ def loader(kind: str, workers: int) -> Any:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["index", "stream"])
-def test_it_goes_on_from_every_step(kind: str, workers: int) -> None:
-    """By its place where it has an index, augmentation included; else by its own state."""
+def test_run_resumes_at_every_step(kind: str, workers: int) -> None:
+    """Map-style data resumes by position, with its augmentation; streams by their state."""
     progress = TrainerProgress()
     data = data_of(loader(kind, workers), progress=progress)
     batches, states = [], []

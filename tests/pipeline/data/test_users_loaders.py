@@ -1,4 +1,4 @@
-"""What users write around a DataLoader, and what an exact order makes of it."""
+"""Datasets, transforms and options of users' loaders stay exact."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Compose:
-    """Transforms in a list, as torchvision has them."""
+    """Transforms in a list, as in torchvision."""
 
     def __init__(self, *transforms: Transform) -> None:
         self.transforms = list(transforms)
@@ -47,7 +47,7 @@ class Compose:
 
 
 class Noise:
-    """A transform with a generator of its own."""
+    """Transform that holds a generator."""
 
     def __init__(self, generator: Any) -> None:
         self.generator = generator
@@ -114,7 +114,7 @@ class Slotted:
 
 class UsesGlobal(Transformed):
     def __init__(self) -> None:
-        """Nothing is kept."""
+        """Hold nothing."""
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return torch.tensor(float(index), dtype=torch.float64) + GLOBAL.random()
@@ -127,7 +127,7 @@ class OfClass(UsesGlobal):
         return torch.tensor(float(index), dtype=torch.float64) + self.generator.random()
 
 
-HIDING_PLACES: dict[str, Callable[[], Dataset[torch.Tensor]]] = {
+LOCATIONS: dict[str, Callable[[], Dataset[torch.Tensor]]] = {
     "a partial": lambda: Transformed(partial(add_from, np.random.default_rng(1))),
     "a keyword of a partial": lambda: Transformed(
         partial(add_from_default, generator=random.Random(1))
@@ -148,7 +148,7 @@ def noisy(kind: str, **options: Any) -> DataLoader[Any]:
 
 
 def check_exact(make: Any, **workers: Any) -> None:
-    """Workers change nothing, and a run goes on from the middle of its second epoch."""
+    """Check that workers change nothing and that a run resumes within its second epoch."""
     order = DataOrder(seed=7)
     progress = TrainerProgress()
     data = data_of(make(), order, progress)
@@ -167,21 +167,21 @@ def check_exact(make: Any, **workers: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", GENERATORS)
-def test_generators_that_a_dataset_keeps_are_keyed_too(kind: str) -> None:
-    """Wherever a transform keeps one; each batch draws from it what no other does."""
+def test_dataset_generators_are_seeded(kind: str) -> None:
+    """Generators in transforms are seeded; each batch draws different numbers."""
     check_exact(lambda **options: noisy(kind, **options), persistent_workers=True)
     drawn = torch.cat(epochs(data_of(noisy(kind)), 1)[0]) % 1
     assert len(drawn.unique()) == 26
 
 
-@pytest.mark.parametrize("place", HIDING_PLACES)
-def test_generators_are_keyed_wherever_code_has_them(place: str) -> None:
-    """Also where no attribute of an object leads to them."""
-    check_exact(lambda **options: DataLoader(HIDING_PLACES[place](), 4, shuffle=True, **options))
+@pytest.mark.parametrize("location", LOCATIONS)
+def test_generators_are_found(location: str) -> None:
+    """Also if no attribute of an object leads to the generator."""
+    check_exact(lambda **options: DataLoader(LOCATIONS[location](), 4, shuffle=True, **options))
 
 
-def test_generators_that_a_dataset_keeps_are_left_where_they_were() -> None:
-    """What the process draws from one itself is as if nothing had been loaded."""
+def test_dataset_generators_keep_their_state() -> None:
+    """In this process, a generator continues as if nothing had been loaded."""
     loader = noisy("numpy")
     dataset: Any = loader.dataset
     kept = dataset.dataset.transform.transforms[0].generator
@@ -195,8 +195,8 @@ def replace_generator(worker_id: int) -> None:
     info.dataset.transform = Noise(np.random.default_rng(info.seed))
 
 
-def test_a_generator_that_a_worker_is_given_is_keyed_too() -> None:
-    """A worker_init_fn finds the user's dataset, and what it puts there is seeded."""
+def test_generators_set_by_worker_init_fn_are_seeded() -> None:
+    """A worker_init_fn sees the user's dataset, and generators it sets are seeded."""
 
     def make(**options: Any) -> DataLoader[Any]:
         data = Transformed(Noise(np.random.default_rng(0)))
@@ -212,8 +212,8 @@ def seed_worker(worker_id: int) -> None:
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers_are_started_as_the_user_says(context: str) -> None:
-    """In another context, with a timeout and a function that seeds, which changes nothing."""
+def test_worker_options_are_kept(context: str) -> None:
+    """Start method, timeout and a seeding worker_init_fn do not change the batches."""
 
     def make(**options: Any) -> DataLoader[Any]:
         if options:
@@ -229,8 +229,8 @@ def noisy_collate(samples: list[Any]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("keyed_by", ["batch", "sample"])
-def test_a_collate_function_may_draw(keyed_by: Any) -> None:
-    """Its draws belong to the batch, also where the samples' belong to them."""
+def test_collate_fn_may_draw(keyed_by: Any) -> None:
+    """Its random numbers are keyed by batch, also if the samples' are keyed by sample."""
 
     def make(**options: Any) -> DataLoader[Any]:
         return DataLoader(Drawing(), 4, shuffle=True, collate_fn=noisy_collate, **options)
@@ -242,15 +242,15 @@ def test_a_collate_function_may_draw(keyed_by: Any) -> None:
 
 
 class SeedsEachSample(Drawing):
-    """Makes a generator for each sample, from the seed of the process, and draws nothing of it."""
+    """Dataset that derives a generator for each sample from torch's initial seed."""
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         draw = np.random.default_rng([torch.initial_seed(), index])
         return torch.tensor(index), torch.tensor(draw.random())
 
 
-def test_a_seed_that_is_read_belongs_to_the_batch() -> None:
-    """torch.initial_seed() is that of the batch, in workers and without."""
+def test_initial_seed_belongs_to_the_batch() -> None:
+    """torch.initial_seed() is the batch's seed, in workers and without."""
     check_exact(lambda **options: DataLoader(SeedsEachSample(), 4, shuffle=True, **options))
     torch.manual_seed(1)
     first = epochs(data_of(DataLoader(SeedsEachSample(), 4)))
@@ -260,15 +260,15 @@ def test_a_seed_that_is_read_belongs_to_the_batch() -> None:
 
 
 class ByBatch(Drawing):
-    """A dataset that makes the samples of a batch at once."""
+    """Dataset that loads the samples of a batch at once."""
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
         noise = torch.rand(())
         return [(torch.tensor(index), noise) for index in indices]
 
 
-def test_a_dataset_may_make_batches_at_once() -> None:
-    """``__getitems__`` is called where randomness is keyed by batch, else each item is read."""
+def test_getitems_is_called() -> None:
+    """``__getitems__`` is called if keyed by batch; else each item is read."""
     check_exact(lambda **options: DataLoader(ByBatch(), 4, shuffle=True, **options))
     (batch, *_) = data_of(DataLoader(ByBatch(), 4)).epoch(0)
     assert len(batch[1].unique()) == 1
@@ -284,8 +284,8 @@ class Failing(Indices):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_while_loading_says_which_batch(workers: int) -> None:
-    """With the indices of its samples; the batches before it are given."""
+def test_loading_error_names_the_batch(workers: int) -> None:
+    """The note has the indices of the samples; earlier batches are yielded."""
     batches = data_of(DataLoader(Failing(20), 4, num_workers=workers)).epoch(1)
     assert [len(next(batches)) for _ in range(2)] == [4, 4]
     with pytest.raises(KeyError, match="no such file") as caught:
@@ -295,7 +295,7 @@ def test_an_error_while_loading_says_which_batch(workers: int) -> None:
 
 
 class Growing(Indices):
-    """A dataset that has more samples from one epoch to the next."""
+    """Dataset that has more samples in each epoch."""
 
     def __init__(self) -> None:
         super().__init__(8)
@@ -308,8 +308,8 @@ class Growing(Indices):
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-def test_a_dataset_may_change_with_the_epoch(persistent: bool) -> None:
-    """It is told of the epoch, also in workers that outlive one, and on a resume."""
+def test_dataset_may_change_with_set_epoch(persistent: bool) -> None:
+    """set_epoch is called in persistent workers and on a resume as well."""
     progress = TrainerProgress(epoch_id=2, step_id=3)
     data = data_of(DataLoader(Growing(), 4, shuffle=True), progress=progress)
     batches = list(data.epoch(2))
@@ -321,8 +321,8 @@ def test_a_dataset_may_change_with_the_epoch(persistent: bool) -> None:
     assert same(epochs(data_of(DataLoader(Growing(), 4, shuffle=True, **options)), 3)[2], batches)
 
 
-def test_a_dataset_may_change_between_epochs() -> None:
-    """Each epoch is as long as the dataset when it begins."""
+def test_dataset_length_may_change_between_epochs() -> None:
+    """Each epoch has the dataset's length at its start."""
     dataset = Indices(8)
     data = data_of(DataLoader(dataset, 4, shuffle=True))
     assert len(list(data.epoch(0))) == len(data) == 2
@@ -330,8 +330,8 @@ def test_a_dataset_may_change_between_epochs() -> None:
     assert len(list(data.epoch(1))) == 5
 
 
-def test_samplers_are_told_the_epoch() -> None:
-    """A DistributedSampler of one process shuffles by the epoch that it is told."""
+def test_set_epoch_of_samplers_is_called() -> None:
+    """A DistributedSampler of one process shuffles by epoch."""
 
     def loader() -> DataLoader[Any]:
         sampler: Any = DistributedSampler(Indices(26), num_replicas=1, rank=0)
@@ -343,7 +343,7 @@ def test_samplers_are_told_the_epoch() -> None:
 
 
 class Forever(Sampler[int]):
-    """An order without an end or a length."""
+    """Infinite sampler without a length."""
 
     def __iter__(self) -> Iterator[int]:
         while True:
@@ -351,7 +351,7 @@ class Forever(Sampler[int]):
 
 
 class ForeverStream(IterableDataset[Any]):
-    """A stream without an end, of which each worker reads its part."""
+    """Infinite stream, sharded by worker."""
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
@@ -363,8 +363,8 @@ class ForeverStream(IterableDataset[Any]):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["sampler", "stream"])
-def test_data_may_have_no_end(kind: str, workers: int) -> None:
-    """Then an epoch has none, and its middle is found as that of any other."""
+def test_infinite_data_resumes(kind: str, workers: int) -> None:
+    """An epoch has no end, and a run resumes within it."""
 
     def loader() -> DataLoader[Any]:
         if kind == "stream":
@@ -388,22 +388,22 @@ def test_data_may_have_no_end(kind: str, workers: int) -> None:
     assert same([next(again) for _ in range(4)], batches[5:])
 
 
-def test_batches_are_given_in_order(caplog: pytest.LogCaptureFixture) -> None:
-    """in_order=False can't be repeated; it is taken back, and said."""
+def test_batches_are_yielded_in_order(caplog: pytest.LogCaptureFixture) -> None:
+    """in_order=False is ignored with a warning, since it can't be reproduced."""
     loader = DataLoader(Drawing(), 4, num_workers=2, in_order=False)
     assert same(epochs(data_of(loader)), epochs(data_of(DataLoader(Drawing(), 4))))
     assert caplog.text.count("in_order=False") == 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_memory_may_be_pinned(workers: int) -> None:
-    """Where there is a device to pin it for; elsewhere it changes nothing."""
+def test_pin_memory_changes_nothing(workers: int) -> None:
+    """Memory is pinned only if there is a device."""
     loader = DataLoader(Drawing(), 4, shuffle=True, pin_memory=True, num_workers=workers)
     assert same(epochs(data_of(loader)), epochs(data_of(DataLoader(Drawing(), 4, shuffle=True))))
 
 
-def test_accelerates_seedable_sampler_is_used_where_it_is_asked_for() -> None:
-    """With a data_seed, the order is that of Accelerate's own loader, and can be gone on with."""
+def test_seedable_sampler_of_accelerate_is_used() -> None:
+    """With a data_seed, the order equals Accelerate's loader and can be resumed."""
     config = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=5)
     accelerator = Accelerator(cpu=True, dataloader_config=config)
 
@@ -418,21 +418,21 @@ def test_accelerates_seedable_sampler_is_used_where_it_is_asked_for() -> None:
     assert same(list(data.epoch(1, 3)), expected[1][3:])
 
 
-def test_a_loader_that_skips_is_refused() -> None:
-    """It would skip in every epoch; a resumed run knows its place."""
+def test_skip_first_batches_is_refused() -> None:
+    """It would skip batches in every epoch; a resumed run seeks its position."""
     prepared = Accelerator(cpu=True).prepare(DataLoader(Indices(26), 4))
     with pytest.raises(PipelineConfigError, match=r"accelerate\.skip_first_batches, which skips"):
         data_of(skip_first_batches(prepared, 2))
 
 
-def test_an_empty_dataset_gives_no_batch() -> None:
-    """Which the trainer refuses."""
+def test_empty_dataset_yields_no_batch() -> None:
+    """The trainer refuses it."""
     data = data_of(DataLoader(Indices(0), 4))
     assert (list(data.epoch(0)), len(data)) == ([], 0)
 
 
-def test_parts_of_datasets_are_read_without_seeding() -> None:
-    """Lists and tensors in memory, joined and cut, are those of a plain loop."""
+def test_subsets_in_memory_are_loaded_without_seeding() -> None:
+    """Joined and cut lists and tensors equal a plain loop."""
     rest: Any = [4, 5, 6]
     joined: Any = ConcatDataset([rest, Subset(rest, [0, 2])])
     assert same(epochs(data_of(DataLoader(joined, 2)), 1), [list(DataLoader(joined, 2))])

@@ -1,4 +1,4 @@
-"""Several processes shard a step's samples as evenly as can be, and repeat none."""
+"""Several processes split a step's samples evenly and repeat none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from robo_orchard_lab.pipeline.progress import TrainerProgress
 
 
 class OwnSampler(SequentialSampler):
-    """Iterated, since it might give anything."""
+    """Custom sampler, which must be iterated."""
 
 
 class OwnBatches(Sampler[list[int]]):
@@ -34,10 +34,10 @@ class OwnBatches(Sampler[list[int]]):
         return iter(self.batches)
 
 
-def passed_over(
+def iterate_rank(
     loader: DataLoader[Any], shard: BatchShard, seed: int = 0
 ) -> list[tuple[list[int], float]]:
-    """Of each step of an epoch: what is this rank's own, and how many samples the job has."""
+    """Return this rank's samples and the total number of samples of each step."""
     progress = TrainerProgress()
     data = MapData(loader, DataOrder(), BatchShard(1, shard.rank), progress)
     data._shard = shard  # else the processes would have to be there
@@ -45,14 +45,14 @@ def passed_over(
     result = []
     batches = data.epoch(seed, 0, 0)
     ahead = data.sizes(0, ahead=True)
-    told = None if shard.processes == 1 else data.sizes(0, ahead=False)
+    own_sizes = None if shard.processes == 1 else data.sizes(0, ahead=False)
     for batch in batches:
         made_of = data.batch_indices(progress.step_id)
         assert made_of is not None
         loaded = [batch] if isinstance(batch, int) else batch.tolist()
-        assert loaded  # also a filler is a batch of samples
+        assert loaded  # a padding batch has samples, too
         own = [] if made_of.is_padding_step else loaded
-        job = len(own) if told is None else next(told).total
+        job = len(own) if own_sizes is None else next(own_sizes).total
         if made_of.sizes is not None:
             assert made_of.sizes == (len(own), job)
         if ahead is not None:
@@ -64,10 +64,10 @@ def passed_over(
     return result
 
 
-def together(loader_of: Any, processes: int, split: bool = False) -> list[list[list[int]]]:
-    """Of each step, what is each rank's own; checked to be alike in number for all."""
+def iterate_ranks(loader_of: Any, processes: int, split: bool = False) -> list[list[list[int]]]:
+    """Return each rank's samples in each step; checks that ranks agree on the totals."""
     ranks = [
-        passed_over(loader_of(), BatchShard(processes, rank, split)) for rank in range(processes)
+        iterate_rank(loader_of(), BatchShard(processes, rank, split)) for rank in range(processes)
     ]
     assert len({len(rank) for rank in ranks}) == 1
     steps = [list(step) for step in zip(*ranks, strict=True)]
@@ -85,18 +85,18 @@ def together(loader_of: Any, processes: int, split: bool = False) -> list[list[l
     split=st.booleans(),
     drop_last=st.booleans(),
 )
-def test_steps_are_those_of_one_process(
+def test_joined_ranks_equal_one_process(
     length: int, batch_size: int, processes: int, sampler: Any, split: bool, drop_last: bool
 ) -> None:
-    """A step's samples, joined, are the batch of one process; each rank has as many or one less."""
+    """Joined, a step's samples are one process's batch; ranks differ by at most one sample."""
     per_step = batch_size * processes
 
     def loader(size: int) -> DataLoader[Any]:
         batches = BatchSampler(sampler(range(length)), size, drop_last)
         return DataLoader(Indices(length), batch_sampler=batches)
 
-    alone = [own for own, _ in passed_over(loader(per_step), BatchShard())]
-    steps = together(lambda: loader(per_step if split else batch_size), processes, split)
+    alone = [own for own, _ in iterate_rank(loader(per_step), BatchShard())]
+    steps = iterate_ranks(lambda: loader(per_step if split else batch_size), processes, split)
     assert [list(chain(*step)) for step in steps] == alone
     for step in steps:
         sizes = [len(own) for own in step]
@@ -110,13 +110,13 @@ def test_steps_are_those_of_one_process(
     processes=st.integers(2, 3),
     split=st.booleans(),
 )
-def test_batches_of_any_size_are_dealt_out(sizes: list[int], processes: int, split: bool) -> None:
-    """Those of a batch sampler of one's own go whole to the ranks in turn, or each is cut."""
+def test_custom_batches_are_distributed(sizes: list[int], processes: int, split: bool) -> None:
+    """Custom batches go to the ranks in turn, or each is split."""
     batches, begin = [], 0
     for size in sizes:
         batches.append(list(range(begin, begin + size)))
         begin += size
-    steps = together(
+    steps = iterate_ranks(
         lambda: DataLoader(Indices(begin), batch_sampler=OwnBatches(batches)), processes, split
     )
     if split:
@@ -128,10 +128,10 @@ def test_batches_of_any_size_are_dealt_out(sizes: list[int], processes: int, spl
 
 @settings(max_examples=50, deadline=None)
 @given(length=st.integers(1, 9), processes=st.integers(2, 4), own=st.booleans())
-def test_whole_batches_of_a_dataset_are_dealt_out(length: int, processes: int, own: bool) -> None:
-    """Where a dataset makes a batch of each index, the ranks take the indices in turn."""
+def test_complete_batches_are_distributed(length: int, processes: int, own: bool) -> None:
+    """If a dataset makes a batch of each index, the ranks take indices in turn."""
     sampler = (OwnSampler if own else SequentialSampler)(range(length))
-    steps = together(
+    steps = iterate_ranks(
         lambda: DataLoader(Indices(length), batch_size=None, sampler=sampler), processes
     )
     assert [index for step in steps for own in step for index in own] == list(range(length))
@@ -144,10 +144,10 @@ def test_whole_batches_of_a_dataset_are_dealt_out(length: int, processes: int, o
     processes=st.sampled_from([1, 2, 4]),
     step_id=st.integers(0, 6),
 )
-def test_another_number_of_processes_sees_the_same_order(
+def test_different_world_size_sees_the_same_order(
     length: int, processes: int, step_id: int
 ) -> None:
-    """Steps of eight samples, by one process or several, and a position in the one's epoch."""
+    """Steps of eight samples resume at any world size from one process's position."""
 
     def loader(batch_size: int) -> DataLoader[Any]:
         return DataLoader(Indices(length), batch_size, sampler=RandomSampler(range(length)))
