@@ -62,7 +62,7 @@ class FreezeHook(PipelineHooks):
         self._until = cfg.until()
         self._parameters: list[torch.nn.Parameter] = []
         self._modules: list[torch.nn.Module] = []
-        self._were_training: list[torch.nn.Module] = []
+        self._training_modules: list[torch.nn.Module] = []
         self._should_drop = False
         self._is_frozen = False
         self.register_hook("on_loop", HookContext.from_callable(self._begin, self._thaw))
@@ -119,7 +119,7 @@ class FreezeHook(PipelineHooks):
 
     def _freeze(self) -> None:
         self._is_frozen = True
-        self._were_training = [
+        self._training_modules = [
             child for module in self._modules for child in module.modules() if child.training
         ]
         for module in self._modules:
@@ -139,7 +139,7 @@ class FreezeHook(PipelineHooks):
             self._is_frozen = False
             for parameter in self._parameters:
                 parameter.requires_grad_(True)
-            for module in self._were_training:
+            for module in self._training_modules:
                 module.training = True
 
 

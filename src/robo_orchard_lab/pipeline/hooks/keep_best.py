@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field, field_validator
 from safetensors import SafetensorError, safe_open
 
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.distributed.collectives import broadcast_object
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_version
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks.best_value import BestValue, Mode
@@ -124,7 +123,7 @@ class KeepBest(PipelineHooks):
     def _compare_with_file(self, args: PipelineHookArgs) -> None:
         found = _read_value(self.cfg) if args.accelerator.is_main_process else None
         if args.accelerator.num_processes > 1:
-            found = _broadcast_value(found, self.cfg.monitor, args.accelerator)
+            found = broadcast_object(found, 0)  # collective; other ranks may not see the file
         if found is None:
             if self._best.value is not None:
                 logger.warning(
@@ -187,13 +186,3 @@ def _read_value(cfg: KeepBestConfig) -> MetricValue | None:
     except (OSError, SafetensorError, KeyError, ValueError):
         pass  # no file, or the file of another program
     return None
-
-
-def _broadcast_value(found: MetricValue | None, name: str, accelerator: Any) -> MetricValue | None:
-    """Return the first rank's value on all ranks; other ranks may not see the file."""
-    from accelerate.utils import broadcast
-
-    value, step = (math.nan, 0) if found is None else (found.value, found.step)
-    sent = torch.tensor([value, step], dtype=torch.float64, device=accelerator.device)
-    value, step = broadcast(sent).tolist()  # collective and device sync, once a run
-    return None if math.isnan(value) else MetricValue(name, value, int(step))
