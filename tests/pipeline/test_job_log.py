@@ -17,7 +17,7 @@ SCRIPT = SCRIPTS / "log_on_ranks.py"
 EVENTS = {
     "the optimizer holds none of the model's 4 trainable parameters": 2,
     "each of the 2 processes trains on all batches of its own loader": 2,
-    "the run starts from the beginning": 1,
+    "starting a fresh run": 1,
     "INFO resumed from ": 1,
     "INFO the model:": 2,
     "froze all parameters of the model": 2,
@@ -31,7 +31,7 @@ EVENTS = {
     ": it is enough, requested by": 2,
     "stopped after": 2,
     "made a request after the last commit point, which is not executed: too late": 2,
-    "asked for something on rank 1 alone, after the last exchange": 2,
+    "made a request on rank 1 alone, after the last exchange": 2,
     "INFO nothing left to do": 2,
 }
 

@@ -105,7 +105,7 @@ def test_requests_of_hooks_are_saved(tmp_path: Path) -> None:
 def test_save_request_without_saver_is_an_error() -> None:
     """A request that no hook can execute is not ignored."""
     asks = at_step(2, lambda args: args.requests.save("to see", by="me"))
-    with pytest.raises(PipelineStateError, match=r"me asked for a checkpoint \(to see\)"):
+    with pytest.raises(PipelineStateError, match=r"me requested a checkpoint \(to see\)"):
         make_trainer([asks], max_step=3)()
 
 
@@ -218,7 +218,7 @@ def test_auto_starts_resumes_and_ends(tmp_path: Path, caplog: pytest.LogCaptureF
     caplog.set_level(logging.INFO)
     save = SaveCheckpointConfig(every="1 epoch")
     train(tmp_path, save, max_epoch=1, resume_from="auto")
-    assert "the run starts from the beginning" in caplog.text
+    assert "starting a fresh run" in caplog.text
     second = train(tmp_path, save, model=make_model(8), max_epoch=2, resume_from="auto")
     assert "resumed from" in caplog.text
     uninterrupted = train(tmp_path / "uninterrupted", save)
@@ -270,13 +270,13 @@ def test_folder_of_checkpoints_is_not_a_checkpoint(tmp_path: Path) -> None:
     """Given the run folder or the folder of checkpoints, the error names the path to use."""
     train(tmp_path, SaveCheckpointConfig())
     for folder in (tmp_path, tmp_path / "checkpoints"):
-        with pytest.raises(CheckpointError, match=r"give one of them, such as .*/last, or resume"):
+        with pytest.raises(CheckpointError, match=r"pass one of them, such as .*/last, or resume"):
             train(tmp_path, SaveCheckpointConfig(), resume_from=folder)
 
 
 def test_auto_needs_a_folder() -> None:
     """Without a saving hook and a run folder, "auto" is an error."""
-    with pytest.raises(PipelineConfigError, match="no folder to look in"):
+    with pytest.raises(PipelineConfigError, match="no directory to search"):
         make_trainer(max_step=1, resume_from="auto")
 
 
