@@ -1,4 +1,4 @@
-"""Models that torch's FSDP2 (``fully_shard``) has sharded.
+"""Models sharded by torch's FSDP2 (``fully_shard``).
 
 The functions visit all modules of a model. Only :func:`set_gradient_sync` is on the step path: it
 runs at the begin and the end of an accumulation window.
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 def is_sharded_model(model: torch.nn.Module) -> bool:
-    """Return True if FSDP2 has sharded a model, also a compiled one, or any of its parameters."""
+    """Return True if a model, compiled or not, is sharded by FSDP2 or has sharded parameters."""
     return next(_sharding_modules(model), None) is not None or has_sharded(model.parameters())
 
 
 def plain_class(module: torch.nn.Module) -> type[torch.nn.Module]:
-    """Return the class of a module without the subclass that ``fully_shard`` creates."""
+    """Return the class of a module, without the subclass of ``fully_shard``."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     kind = type(module)
     if fsdp is not None and kind.__bases__[:1] == (fsdp.FSDPModule,):
@@ -39,7 +39,7 @@ def plain_class(module: torch.nn.Module) -> type[torch.nn.Module]:
 
 
 def set_gradient_sync(model: torch.nn.Module, synchronise: bool) -> None:
-    """Reduce gradients among processes in later backward passes, or only accumulate them.
+    """Reduce gradients among processes in later backward passes, or only accumulate.
 
     Unreduced gradients have the full shape on every process.
     """
@@ -48,7 +48,7 @@ def set_gradient_sync(model: torch.nn.Module, synchronise: bool) -> None:
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Free the gathered parameters, so that the model holds its shards alone. No collective.
+    """Free the gathered parameters of a model, without a collective.
 
     After a forward pass without a backward pass, FSDP2 keeps the root's parameters gathered, and
     would use these copies even after the shards have changed.
@@ -58,7 +58,7 @@ def reshard(model: torch.nn.Module) -> None:
 
 
 def shares_of_model(model: torch.nn.Module) -> ShareOf | None:
-    """Return the function that selects this process's shares of a saved state.
+    """Return a selector of this process's shares of a saved state.
 
     A saved tensor is sharded like a parameter if its name contains the parameter's name, as in
     ``state.<name>.exp_avg``, and the full shapes are equal.
@@ -126,7 +126,7 @@ def unreduced_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def unreduced_gradient_names(model: torch.nn.Module) -> set[str]:
-    """Return the parameter names that :func:`set_unreduced_gradients` accepts."""
+    """Return the valid parameter names of :func:`set_unreduced_gradients`."""
     return {name for name, _, _ in _gradient_holders(model)}
 
 
@@ -142,7 +142,7 @@ def set_unreduced_gradients(model: torch.nn.Module, gradients: Mapping[str, torc
 
 
 def shard_like(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Shard values like a tensor of a model; return them unchanged if either is not to be sharded.
+    """Shard values like a tensor of a model; plain tensors and sharded values stay unchanged.
 
     Args:
         tensor: tensor of a model, sharded or not.
@@ -155,7 +155,7 @@ def shard_like(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 def _shard_maker(parameter: torch.Tensor) -> Any:
-    """Return a function that converts a region's values to a tensor sharded like a parameter."""
+    """Return a converter from a region's values to a tensor sharded like a parameter."""
 
     def make(part: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -176,7 +176,7 @@ def _sharding_modules(model: torch.nn.Module) -> Iterator[FSDPModule]:
 
 
 def _gradient_holders(model: torch.nn.Module) -> Iterator[tuple[str, Any, torch.dtype]]:
-    """Yield each parameter's name, FSDP2's record of it, and the dtype of accumulated gradients.
+    """Yield each parameter's name, FSDP2's record, and the dtype of accumulated gradients.
 
     Torch has no public access to the records.
     """

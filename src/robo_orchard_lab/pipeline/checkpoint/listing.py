@@ -1,4 +1,4 @@
-"""Listing of a store's root, and of the contents of one checkpoint."""
+"""Listing of a store's root, and of a checkpoint's contents."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Listing:
 
 
 class RootListing:
-    """Reader of a root that parses each manifest once."""
+    """Reader of a root; parses each manifest once."""
 
     def __init__(self, root: Path, limits: ReadLimits) -> None:
         self._root = root

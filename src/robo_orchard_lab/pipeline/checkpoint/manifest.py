@@ -57,7 +57,7 @@ def hidden_name(name: str, kind: Literal["old", "trash"]) -> str:
 
 
 def kept_name(name: str) -> str:
-    """Return a new name for ``name`` that cleanup never removes."""
+    """Return a new name for ``name``, safe from cleanup."""
     return f"{name}.kept-{uuid.uuid4().hex[:8]}"
 
 
@@ -129,7 +129,7 @@ MIB = 1024 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadLimits:
-    """Maximum sizes of an untrusted checkpoint; larger ones are refused before reading.
+    """Maximum sizes of an untrusted checkpoint, checked before reading.
 
     Saving applies the limits as well, so that a saved checkpoint can be loaded.
 
@@ -313,7 +313,7 @@ class Manifest:
         return _text({**document, "digest": digest_of(self.digest_name, _text(document))})
 
     def check_writable(self, limits: ReadLimits) -> None:
-        """Refuse a manifest that exceeds the limits with a StateError."""
+        """Raise StateError if the manifest exceeds the limits."""
         document = self.to_bytes()
         try:
             parse_json(document, max_depth=limits.max_json_depth)

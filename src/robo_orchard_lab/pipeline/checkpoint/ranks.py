@@ -1,4 +1,4 @@
-"""Ranks that save and load a checkpoint together."""
+"""Ranks for saving and loading a checkpoint together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading a checkpoint directory, which may be damaged or untrusted.
+"""Reading a checkpoint directory, possibly damaged or untrusted.
 
 :class:`CheckpointDir` opens files without following links; :class:`OpenCheckpoint` verifies and
 decodes the files. Every size is checked before memory is allocated, and every digest before a file
@@ -53,7 +53,7 @@ _READERS = 2
 
 
 class CheckpointDir:
-    """Open directory, so that all files come from one directory even if its path changes.
+    """Open directory; all files come from this directory, even if its path changes.
 
     The path to the directory may contain links; links inside the directory are refused.
     """
@@ -167,7 +167,7 @@ class OpenCheckpoint:
         self.close()
 
     def close(self) -> None:
-        """Close the checkpoint, so that others can remove it."""
+        """Close the checkpoint and allow its removal."""
         if self._manifest is not None:
             os.close(self._manifest)
             self._manifest = None
@@ -196,11 +196,11 @@ class OpenCheckpoint:
         )
 
     def saved_rank(self, rank: int) -> int:
-        """Return the saved rank that ``rank`` resumes: itself, or the last saved one."""
+        """Return the saved rank for ``rank`` to resume: ``rank`` itself, or the last saved rank."""
         return min(rank, self.manifest.ranks - 1)
 
     def all_rank_parts(self, share_of: ShareOf | None = None) -> Iterator[Mapping[str, Any]]:
-        """Load the parts of each saved rank, one rank at a time.
+        """Load the parts of each saved rank, rank by rank.
 
         Args:
             share_of: see :meth:`load`.
@@ -366,7 +366,7 @@ class OpenCheckpoint:
         return descriptor
 
     def _lock_shared(self) -> None:
-        """Keep others from removing the checkpoint, if the file system has such locks."""
+        """Keep others from removing the checkpoint, if the file system supports locks."""
         import fcntl  # not available on Windows
 
         assert self._manifest is not None

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retention:
-    """Rules for keeping checkpoints; a checkpoint stays if any rule keeps it.
+    """Rules for keeping checkpoints; any rule can keep a checkpoint.
 
     Without ``keep_last``, all checkpoints stay.
 
@@ -107,7 +107,7 @@ def prune(
     good: CheckpointInfo | None,
     dry_run: bool,
 ) -> list[PruneDecision]:
-    """Remove checkpoints that no rule keeps; return a decision for each checkpoint.
+    """Remove checkpoints without a reason to stay; return a decision for each checkpoint.
 
     Args:
         listing: checkpoints of the root.
@@ -161,7 +161,7 @@ def _remove_checkpoint(path: Path, limits: ReadLimits) -> str | None:
 
 
 def put_replacing(temporary: Path, folder: Path, limits: ReadLimits) -> None:
-    """Rename a complete temporary directory to a checkpoint, replacing an existing one.
+    """Rename a complete temporary directory to a checkpoint, replacing an existing checkpoint.
 
     The replaced checkpoint is removed once the new one is on the disk. A directory that is not a
     valid checkpoint, or has foreign files, is kept under another name.
@@ -210,7 +210,7 @@ def clean_leftovers(root: Path, limits: ReadLimits) -> None:
 
 
 def _foreign_reason(path: Path, limits: ReadLimits) -> str | None:
-    """Return the reason not to remove a directory, from its manifest; None to remove it."""
+    """Return the reason to keep a directory, from its manifest; None to allow removal."""
     try:
         with OpenCheckpoint(path, limits) as opened:
             own = {MANIFEST_FILE, *opened.manifest.files}

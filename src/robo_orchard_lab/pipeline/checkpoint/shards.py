@@ -76,7 +76,7 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class TensorShare:
-    """Region of a saved tensor that a process loads, and its conversion."""
+    """Region of a saved tensor for a process to load, and its conversion."""
 
     region: Region
     make: Callable[[torch.Tensor], torch.Tensor]
@@ -100,7 +100,7 @@ class SavedShard:
 
 
 def local_regions(tensors: Mapping[str, torch.Tensor]) -> dict[str, Region]:
-    """Return the region of each sharded tensor that this process holds.
+    """Return this process's region of each sharded tensor.
 
     Torch's planner of distributed checkpoints computes the regions.
 
@@ -126,7 +126,7 @@ def local_regions(tensors: Mapping[str, torch.Tensor]) -> dict[str, Region]:
 def shards_to_write(
     tensors: Mapping[str, torch.Tensor], world_size: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return the shards that this process writes, and the metadata of their file.
+    """Return the shards for this process to write, and the metadata of their file.
 
     Of replicated shards, the first process writes. No collective.
 
@@ -183,7 +183,7 @@ def cut(tensor: torch.Tensor, share: TensorShare | None) -> torch.Tensor:
 
 
 class ShardAssembler:
-    """Assembles tensors, or shares of them, from one file of shards at a time.
+    """Assembler of tensors, or of their shares, from files of shards.
 
     Memory: the result and one file.
     """
@@ -221,7 +221,7 @@ class ShardAssembler:
         return any(self._regions[s.info.name].overlap(s.region) for s in shards)
 
     def add(self, shards: Sequence[SavedShard], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copy the needed regions of a file that was read and verified.
+        """Copy the needed regions of a verified file.
 
         Raises:
             CheckpointError: the file's tensors differ from its shards.
@@ -266,7 +266,7 @@ def _check_shards(name: str, shards: Sequence[SavedShard]) -> None:
 
 
 def _should_write(tensor: Any, region: Region) -> bool:
-    """Return True on the first process that holds a non-empty region.
+    """Return True on the first process with a non-empty region.
 
     Of a tensor without elements, the first process writes its empty shard, to record the tensor.
     """

@@ -1,4 +1,4 @@
-"""State that can be saved: state trees, optimizer state by parameter name, and RNG state."""
+"""Savable state: state trees, optimizer state by parameter name, and RNG state."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MARK = "$"
 
 
 def encode_state(state: Any) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Encode a state as a JSON document and the tensors that the document names.
+    """Encode a state as a JSON document and the named tensors of the document.
 
     A state consists of None, bool, int, float, str, tensors, lists, tuples, and mappings with such
     keys; ``collections.Counter`` keeps its type. NumPy scalars become Python numbers.
@@ -250,6 +250,6 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
 
 
 def _plain(state: Any) -> tuple[Any, ...]:
-    """Convert NumPy's RNG state to types that a state tree can hold."""
+    """Convert NumPy's RNG state to types of a state tree."""
     name, keys, *rest = state
     return (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest)

@@ -223,7 +223,7 @@ class CheckpointStore:
     def load(
         self, which: int | str | os.PathLike[str], share_of: ShareOf | None = None
     ) -> SavedState:
-        """Verify one checkpoint and load it to the CPU, without fallback. A collective.
+        """Verify and load a checkpoint to the CPU, without fallback. A collective.
 
         Args:
             which: ``"last"``, ``"best"``, a step, or the path of any checkpoint.
@@ -246,7 +246,7 @@ class CheckpointStore:
     def load_newest(
         self, share_of: ShareOf | None = None, each_rank: EachRank | None = None
     ) -> SavedState | None:
-        """Load the newest checkpoint that verifies. A collective.
+        """Load the newest intact checkpoint. A collective.
 
         Args:
             share_of: see :meth:`load`.
@@ -293,7 +293,7 @@ class CheckpointStore:
         return self.ranks.run_on_first(f"verifying {self.root}", read)
 
     def prune(self, *, dry_run: bool = False) -> Sequence[PruneDecision]:
-        """Remove checkpoints that no retention rule keeps. A collective.
+        """Remove checkpoints beyond the retention. A collective.
 
         The newest checkpoint that verifies is always kept, and is found by reading checkpoints.
 
@@ -401,7 +401,7 @@ class CheckpointStore:
                 logger.warning("the link %s can't be set: %s", link, error)
 
     def _find(self, which: int | str | os.PathLike[str]) -> Path:
-        """Return the path of a checkpoint, also of a damaged one: there is no fallback.
+        """Return the path of a checkpoint, damaged or not, without fallback.
 
         Raises:
             CheckpointError: the root has no such checkpoint.
@@ -419,9 +419,10 @@ class CheckpointStore:
         return Path(which)
 
     def _find_last(self, listing: Listing) -> Path:
-        """Return the newest checkpoint, or a damaged one that the link or the step shows as last.
+        """Return the newest checkpoint, damaged or not, by the link, the serial or the step.
 
-        Without a link, the highest step counts as the newest.
+        A damaged checkpoint has no serial: it is the newest if the link points to it or, without a
+        link, if its step is the highest.
         """
         linked = _linked(self.root / LAST)
         broken = [path for path, _ in listing.broken]
@@ -479,7 +480,7 @@ def _lock_root(root: Path) -> BaseFileLock | None:
 
 
 def _linked(link: Path) -> Path | None:
-    """Return the checkpoint in the same directory that a link points to, or None."""
+    """Return a link's target if the target is a checkpoint in the same directory, or None."""
     with suppress(OSError):
         target = os.readlink(link)
         if step_from_name(target) is not None:

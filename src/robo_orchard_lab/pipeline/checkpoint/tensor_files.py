@@ -99,7 +99,7 @@ class FileLayout:
     def of(
         cls, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
     ) -> FileLayout:
-        """Lay out a file for tensors; wide dtypes come first, which aligns all tensors.
+        """Lay out a file for tensors; wide dtypes come first, for alignment.
 
         Raises:
             StateError: safetensors can't hold a tensor; the message names the tensor.
@@ -129,7 +129,7 @@ class FileLayout:
 
     @staticmethod
     def check_kinds(tensors: Mapping[str, torch.Tensor]) -> None:
-        """Refuse tensors that safetensors can't hold with a StateError."""
+        """Raise StateError if safetensors can't hold a tensor."""
         for name, tensor in tensors.items():
             _check_kind(name, tensor)
 
@@ -160,7 +160,7 @@ class FileLayout:
 
     @staticmethod
     def header_length(begin: bytes | memoryview, size: int, limits: ReadLimits) -> int:
-        """Return the length of a header with its 8 length bytes, which ``begin`` holds.
+        """Return the length of a header, with its 8 length bytes in ``begin``.
 
         Raises:
             CheckpointError: the length exceeds ``limits`` or the ``size`` of the file in bytes.
@@ -220,7 +220,7 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _check_ranges(tensors: list[TensorInfo], begin: int, end: int) -> None:
-    """Refuse tensors that do not cover the bytes from ``begin`` to ``end`` exactly once."""
+    """Raise CheckpointError unless tensors cover the bytes from ``begin`` to ``end`` once."""
     covered = 0
     for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
         if tensor.begin != covered:
@@ -265,7 +265,7 @@ def buffer_view(buffer: torch.Tensor) -> memoryview:
 
 
 class StagingBuffer:
-    """Block of memory that holds the contents of several safetensors files."""
+    """Block of memory for the contents of several safetensors files."""
 
     def __init__(self, size: int, *, pinned: bool = False) -> None:
         """Allocate ``size`` bytes, see :meth:`size_of`; pinned for copies from a CUDA device."""
@@ -285,7 +285,7 @@ class StagingBuffer:
 
     @staticmethod
     def size_of(layouts: Sequence[FileLayout]) -> int:
-        """Return the capacity that files of these layouts require."""
+        """Return the required capacity for files of these layouts."""
         return sum(layout.size + _FILE_ALIGNMENT for layout in layouts)
 
     def fill(

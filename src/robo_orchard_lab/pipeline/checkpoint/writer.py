@@ -100,7 +100,7 @@ class StagedCheckpoint:
     def _add_parts(
         self, parts: Mapping[str, Any], rank: int | None, ranks: Ranks, *, shards_only: bool = False
     ) -> set[str]:
-        """Encode parts of the job or of one rank; return the names of parts with shards.
+        """Encode parts of the job or of a rank; return the names of parts with shards.
 
         Args:
             parts: values by part name.
@@ -179,7 +179,7 @@ class StagedCheckpoint:
     def commit(
         self, folder: Path, serial: Callable[[], int], put: Callable[[Path], None], ranks: Ranks
     ) -> CheckpointInfo:
-        """Write all ranks' files to a temporary directory, then put it in place. A collective.
+        """Write all ranks' files to a temporary directory, then rename the directory. A collective.
 
         Everything is on the disk on return.
 
@@ -220,12 +220,12 @@ class StagedCheckpoint:
 
 
 class PendingSave:
-    """A copied state that is not yet on the disk; leaving the context discards it."""
+    """Copied state before its write to the disk; leaving the context discards the copy."""
 
     def __init__(
         self, staged: StagedCheckpoint, commit: Callable[[StagedCheckpoint], CheckpointInfo]
     ) -> None:
-        """Store a staged checkpoint and the function that writes it."""
+        """Store a staged checkpoint and its commit function."""
         self._commit = commit
         self._staged: StagedCheckpoint | None = staged
         self._step = staged.manifest.step
@@ -266,7 +266,7 @@ class PendingSave:
 
 
 def put_new(temporary: Path, folder: Path) -> None:
-    """Rename a complete temporary directory to a name that is free.
+    """Rename a complete temporary directory to a free name.
 
     Raises:
         FileExistsError: the name is taken; nothing is changed.
