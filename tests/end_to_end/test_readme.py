@@ -1,4 +1,4 @@
-"""What the documents show works."""
+"""Code blocks, links and tables of the documents are correct."""
 
 from __future__ import annotations
 
@@ -9,9 +9,23 @@ from pathlib import Path
 
 import pytest
 
+from robo_orchard_lab.experiment import ExperimentConfig
+
 ROOT = Path(__file__).resolve().parents[2]
-PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs/experiments.md"]
+PAGES = sorted(ROOT.glob("docs/*.md"))
+DOCUMENTS = [*ROOT.glob("*.md"), *PAGES]
+
+
+def _python_blocks(document: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", document.read_text("utf-8"), re.S)
+
+
+BLOCKS = [
+    pytest.param(script, id=f"{document.stem}-{number}")
+    for document in [ROOT / "README.md", *PAGES]
+    if document.stem != "experiments"  # test_experiments_page.py runs its script
+    for number, script in enumerate(_python_blocks(document))
+]
 
 
 def _run(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -21,33 +35,45 @@ def _run(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("script", PYTHON_BLOCKS, ids=lambda script: f"{len(script)} characters")
+@pytest.mark.parametrize("script", BLOCKS)
 def test_each_python_block_runs(script: str, tmp_path: Path) -> None:
-    """Every Python block of the README is a script that runs without an error or a warning."""
+    """Every Python block of the README and of docs/ runs without an error or a warning."""
     finished = _run(script, tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert "Warning" not in finished.stderr
 
 
-def test_the_first_hook_tells_the_mean_loss(tmp_path: Path) -> None:
-    """The README's hook stands in the tree, tells each epoch's mean loss, and the model learns."""
-    output = _run(PYTHON_BLOCKS[0], tmp_path).stdout
-    assert re.search(r"after=<FunctionInfo bound method MeanLossHook\(id=\d+\)\.tell from", output)
+def test_the_first_hook_prints_the_mean_loss(tmp_path: Path) -> None:
+    """The README's hook is in the tree, prints each epoch's mean loss, and the model learns."""
+    output = _run(_python_blocks(ROOT / "README.md")[0], tmp_path).stdout
+    assert re.search(
+        r"after=<FunctionInfo bound method MeanLossHook\(id=\d+\)\.report from", output
+    )
     means = [float(mean) for mean in re.findall(r"^epoch \d: mean loss (\d\.\d{3})$", output, re.M)]
     assert len(means) == 10
     assert means[-1] < 0.1 * means[0]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_links_into_the_repository_lead_somewhere(document: str) -> None:
-    """Every link to a file of the repository names one that is there."""
-    text = (ROOT / document).read_text("utf-8")
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_links_into_the_repository_exist(document: Path) -> None:
+    """Every link to a file of the repository names an existing file."""
+    text = document.read_text("utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
-    assert [link for link in links if not ((ROOT / document).parent / link).exists()] == []
+    assert [link for link in links if not (document.parent / link).exists()] == []
 
 
-def test_the_hooks_that_come_with_it_are_in_the_table() -> None:
-    """The README's table of hooks has every hook that the package exports."""
+def test_the_experiment_in_the_readme_is_valid(tmp_path: Path) -> None:
+    """The README's experiment file loads, with its hooks in order."""
+    section = (ROOT / "README.md").read_text("utf-8").split("## An experiment file")[1]
+    block = re.findall(r"```yaml\n(.*?)```", section, re.S)[0]
+    (tmp_path / "digits.yaml").write_text(block, "utf-8")
+    experiment = ExperimentConfig.load(tmp_path / "digits.yaml")
+    assert [*experiment.hooks] == ["bar", "save", "stop"]
+    assert experiment.trainer.max_epoch == 2
+
+
+def test_the_table_of_hooks_is_complete() -> None:
+    """The table in docs/hooks.md has every hook that the package exports."""
     from robo_orchard_lab.pipeline import PipelineHooks, hooks
 
     exported = {
@@ -55,12 +81,12 @@ def test_the_hooks_that_come_with_it_are_in_the_table() -> None:
         for name in hooks.__all__
         if isinstance(cls := getattr(hooks, name), type) and issubclass(cls, PipelineHooks)
     }
-    section = (ROOT / "README.md").read_text("utf-8").split("## The hooks that come with it")[1]
+    section = (ROOT / "docs/hooks.md").read_text("utf-8").split("## Built-in hooks")[1]
     table = re.findall(r"^\| `(\w+)` \|", section.split("\n## ")[0], re.M)
     assert set(table) == exported
 
 
-def test_what_is_promised_is_shown_by_tests_that_are_there() -> None:
+def test_the_tests_named_in_the_security_page_exist() -> None:
     """Every test that SECURITY.md names exists."""
     text = (ROOT / "SECURITY.md").read_text("utf-8")
     named = re.findall(r"`(tests/[\w/]+\.py)?::(test_\w+)`", text)
