@@ -1,4 +1,4 @@
-"""Configs from the command line and the environment."""
+"""Configs from command line and environment."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Dataset(SettingConfig):
 
 
 class Hook:
-    """Something that a file or an option can name."""
+    """Class named by files and options."""
 
 
 class HookConfig(ClassConfig[Hook]):
@@ -62,7 +62,7 @@ class Trainer(SettingConfig):
 
 
 def parse(*args: str, cls: type[Any] = Trainer, parser: Any = None) -> Any:
-    """The config that the arguments describe."""
+    """Return the config for the arguments."""
     return pydantic_from_argparse(cls, parser or argparse.ArgumentParser("prog"), args)
 
 

@@ -1,4 +1,4 @@
-"""Log lines name the rank; handlers come only when asked for."""
+"""Log lines contain the rank; handlers are installed only on request."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger("my.module")
 
 
 def stderr_of(code: str, **environment: str) -> str:
-    """What a fresh interpreter writes to standard error."""
+    """Return the standard error of a new interpreter."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", SETUP + code],
@@ -121,7 +121,7 @@ def test_logging_loads_no_torch() -> None:
 
 @contextmanager
 def bare_root() -> Iterator[logging.Logger]:
-    """The root logger as a new process has it; pytest's own handlers come back afterwards."""
+    """Reset the root logger as in a new process; restore pytest's handlers afterwards."""
     root = logging.getLogger()
     handlers, level = root.handlers, root.level
     root.handlers = []

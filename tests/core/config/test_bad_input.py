@@ -1,4 +1,4 @@
-"""Bad input ends in a typed error that names the place."""
+"""Bad input raises a typed error with its location."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from robo_orchard_core.utils.config import (
     Format,
 )
 
-# A machine that others use as well is slow at times; that is no finding.
+# Shared machines are slow at times.
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -47,7 +47,7 @@ RUN = Run(hooks=Hooks(more={"a.b": Stats(label="x")}), rows=[[1], [2]])
 
 
 def refused(text: str, format_: Format) -> ConfigError:
-    """The error that reading the text ends in."""
+    """Return the error raised by reading the text."""
     with pytest.raises(ConfigError) as caught:
         Run.from_str(text, format_)
     return caught.value

@@ -1,4 +1,4 @@
-"""A class config builds its class, with itself or with its fields."""
+"""Class configs build their class from the config or from its fields."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class Recorder:
-    """Remembers what it was built with."""
+    """Recorder of constructor arguments."""
 
     def __init__(self, **given: Any) -> None:
         self.given = given
@@ -40,7 +40,7 @@ H = TypeVar("H", bound=Hook, covariant=True)
 
 
 class BaseHookConfig(ClassConfig[H], Generic[H]):
-    """Stands between ClassConfig and the user's, as the pipeline's own does."""
+    """Generic base between ClassConfig and user configs, as in the pipeline."""
 
 
 class HookConfig(BaseHookConfig[Hook]):
@@ -49,7 +49,7 @@ class HookConfig(BaseHookConfig[Hook]):
 
 
 class LoudHook(Hook):
-    """A hook of another kind that takes the same config."""
+    """Other hook class with the same config."""
 
 
 class Timer:
@@ -364,7 +364,7 @@ def test_configs_of_another_kind_are_refused() -> None:
 
 
 class Speaks:
-    """No config: what some configs share."""
+    """Common base of some configs that is not a config."""
 
 
 class Quiet(Config, Speaks):

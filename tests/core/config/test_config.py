@@ -1,4 +1,4 @@
-"""A config holds validated fields and replaces, compares and saves them."""
+"""Configs validate, compare, replace and save fields."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paths as people write them, and as errors show them."""
+"""Dotted paths, as typed and as shown in errors."""
 
 from __future__ import annotations
 

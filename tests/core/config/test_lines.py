@@ -1,4 +1,4 @@
-"""Readers tell in which line of the text a value begins."""
+"""Readers report the line number of each value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts of a document are made of any trusted class or function, as its signature says."""
+"""Parts of a document are built from trusted classes and functions by signature."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 class Shape:
-    """What fields ask for."""
+    """Declared class of the fields."""
 
 
 class Square(Shape):
@@ -69,14 +69,14 @@ class Open(Shape):
 
 
 class Lazily(Shape):
-    """Has names in its types that are there for type checkers alone."""
+    """Class with annotations that name imports for type checkers."""
 
     def __init__(self, sides: Iterable[Shape], unknown: Unknown, size: int = 1) -> None:
         self.given = (sides, unknown, size)
 
 
 class Made(Shape):
-    """What another is made in the place of."""
+    """Class whose constructor returns another class."""
 
     def __new__(cls, colour: Literal["red", "blue"]) -> Any:
         return Square(1, colour=colour)
@@ -119,7 +119,7 @@ class ConfiguredConfig(ClassConfig[Configured]):
 
 
 class Stretched(Shape):
-    """Gets the shape to stretch when it is built."""
+    """Class with an argument supplied by the caller."""
 
     def __init__(self, shape: Shape, factor: float) -> None:
         self.shape, self.factor = shape, factor
@@ -131,14 +131,14 @@ class Size(Enum):
 
 
 class Material(Enum):
-    """Whose members are no plain values."""
+    """Enum without plain values."""
 
     WOOD = (1.0, "brown")
 
 
 class Carved(Shape):
     def __init__(self, wood: Material | None = None) -> None:
-        self.wood = Material[str(wood)]  # which may be a name all the same
+        self.wood = Material[str(wood)]  # accepts a name
 
 
 class Sized(Shape):
@@ -151,7 +151,7 @@ class Box(Shape, Generic[T]):
 
 
 class Rock:
-    """No shape."""
+    """Unrelated class."""
 
 
 class Loud(Shape):
@@ -336,7 +336,7 @@ def test_annotated_constraints_of_parameters_are_checked() -> None:
 
 
 class Taken(Shape):
-    """Has parameters that are named like what configs have, or as no field can be."""
+    """Class with parameters named like config methods, or with an underscore."""
 
     def __init__(
         self,
@@ -481,7 +481,7 @@ def test_callable_parameters_accept_names_and_parts() -> None:
     assert type(named.layers[0]) is Square
     tuned = drawing(part(Mapped, via=part(double, times=5), layers=[])).shape()
     assert tuned.via(4) == 20
-    assert tuned.via.func is double  # with nothing to look up in a call
+    assert tuned.via.func is double  # a plain partial
 
 
 def test_function_of_returns_a_callable_for_any_function_field() -> None:
@@ -629,7 +629,7 @@ def test_class_type_alone_selects_the_config_class() -> None:
 
 
 class FrameConfig(ClassConfig[T]):
-    """What frames have beside their own parameters."""
+    """Base config with a field in addition to parameters."""
 
     width: int = 1
 
@@ -671,7 +671,7 @@ def test_any_arguments_round_trip(side: float, colour: str | None, name: str | N
 
 
 class Gem:
-    """No shape either."""
+    """Another unrelated class."""
 
 
 class GemConfig(ClassConfig[Gem]):

@@ -1,4 +1,4 @@
-"""A file names only code that is trusted, of the declared kind, where it is defined."""
+"""References in files name only trusted code of the declared kind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from robo_orchard_core.utils.config import (
 
 
 class Hook:
-    """What the references of these tests should lead to."""
+    """Target of the references in these tests."""
 
 
 class HookConfig(Config):
@@ -76,7 +76,7 @@ def __getattr__(name):
 
 @pytest.fixture
 def team(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A package of the user's on the import path; its file `imported` appears on import."""
+    """Add a user's package to the import path; its import creates the file `imported`."""
     package = tmp_path / "team"
     package.mkdir()
     for name, text in TEAM.items():
@@ -88,7 +88,7 @@ def team(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def is_imported(team: Path) -> bool:
-    """Whether the package was imported; its own file says so, not only `sys.modules`."""
+    """Return True if the package was imported, by its file or `sys.modules`."""
     return "team" in sys.modules or (team / "imported").exists()
 
 

@@ -1,4 +1,4 @@
-"""Values of a config are replaced by the paths that lead to them."""
+"""Values of a config are replaced by dotted path."""
 
 from __future__ import annotations
 

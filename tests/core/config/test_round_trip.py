@@ -1,4 +1,4 @@
-"""Every config survives every format exactly, or is refused with the place named."""
+"""Every config round-trips exactly through every format, or is refused with the path."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from robo_orchard_core.utils.config import (
 )
 from robo_orchard_core.utils.config.formats import first_difference
 
-# A machine that others use as well is slow at times; that is no finding.
+# Shared machines are slow at times.
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 FORMATS: tuple[Format, ...] = get_args(Format)
 HERE = (__name__,)
@@ -139,7 +139,7 @@ def test_every_config_round_trips_exactly(format_: Format, config: Everything) -
     text = config.to_str(format_)
     loaded = Everything.from_str(text, format_, trust=HERE)
     assert loaded == config
-    # Sets print in any order, and pydantic has a class of its own for the time zone of UTC.
+    # Sets have no stable repr, and pydantic has its own class for UTC.
     plain: dict[str, Any] = {"names": set(), "frozen": (), "when": "2000-01-01T00:00:00"}
     assert repr(loaded.replace(**plain)) == repr(config.replace(**plain))
     assert loaded.to_str(format_) == text
@@ -218,11 +218,11 @@ def test_sets_are_written_in_a_stable_order() -> None:
 
 
 class Odd:
-    """Nothing that a document could hold."""
+    """Value without a form in documents."""
 
 
 class Summer(datetime.tzinfo):
-    """A time zone with rules, as zoneinfo's are."""
+    """Time zone with rules, like those of zoneinfo."""
 
     def utcoffset(self, when: datetime.datetime | None) -> datetime.timedelta | None:
         return None if when is None else datetime.timedelta(hours=1)
@@ -239,7 +239,7 @@ class Cyclic(Config):
 
 
 def scale(value: float) -> float:
-    """Something that a field can refer to."""
+    """Function that a field can refer to."""
     return value
 
 
@@ -384,7 +384,7 @@ def test_declared_class_needs_no_trust(format_: Format) -> None:
 
 
 class Precision:
-    """A type of the user's that pydantic doesn't know, like torch's dtypes."""
+    """User's type unknown to pydantic, like torch's dtypes."""
 
     def __init__(self, name: str) -> None:
         self.name = name

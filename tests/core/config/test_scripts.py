@@ -1,4 +1,4 @@
-"""Configs of a script and of a module of the user's, in processes of their own."""
+"""Configs of a user's script and module, each in a separate process."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ print("all came back")
 
 
 def run(script: Path) -> str:
-    """What the script prints, run with warnings as errors in its own directory."""
+    """Return the output of the script, run in its directory with warnings as errors."""
     done = subprocess.run(
         [sys.executable, "-W", "error", script.name],
         cwd=script.parent,

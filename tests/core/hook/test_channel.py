@@ -1,4 +1,4 @@
-"""Registration, order and removal."""
+"""Registration, order and removal of hooks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def trace_of(channel: HookContextChannel[Trace]) -> Trace:
 
 
 def nested(names: list[str]) -> Trace:
-    """The trace of hooks of these names, outermost first."""
+    """Return the trace of hooks with these names, outermost first."""
     return [
         *(f"before {name}" for name in names),
         "body",
@@ -84,7 +84,7 @@ def test_hook_can_be_registered_only_once() -> None:
         channel.register(hook)
     handle.remove()
     channel.register(hook)
-    handle.remove()  # the old handle has nothing to do with the new registration
+    handle.remove()  # no effect on the new registration
     assert trace_of(channel) == nested(["a"])
 
 
@@ -221,7 +221,7 @@ class Subclass(HookContext[Trace]):
 
 
 class Aliased(HookContext[Trace]):
-    """Written with the other names of the two methods."""
+    """Hook defined with the aliases of the two methods."""
 
     def on_enter(self, args: Trace) -> None:
         args.append("before")
@@ -368,7 +368,7 @@ def test_hook_without_callables_is_refused() -> None:
 
 
 class ChannelMachine(RuleBasedStateMachine):
-    """A channel against a list, under any sequence of registrations and removals."""
+    """Compare a channel with a list under any registrations and removals."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What hooks and channels look like when printed."""
+"""Printed descriptions of hooks and channels."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_every_kind_of_callable_is_described(described: Any, expected: str) -> N
 
 
 class Hostile:
-    """Whatever one asks of it, it raises."""
+    """Object that raises on any inspection."""
 
     def __getattribute__(self, name: str) -> Any:
         raise RuntimeError("don't look at me")

@@ -1,4 +1,4 @@
-"""What hooks do when something fails, held against a model of it."""
+"""Failures of hooks, compared with a model."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from robo_orchard_core.utils.hook import HookContext, HookContextChannel, later_
 
 
 class BoomError(Exception):
-    """Raised on purpose, at a named place."""
+    """Deliberate error at a named point."""
 
 
 class Args:
-    """Hook arguments with the one attribute that channels know of."""
+    """Hook arguments with an exception attribute."""
 
     def __init__(self) -> None:
         self.exception: BaseException | None = None
         self.trace: list[tuple[str, str | None]] = []
 
     def visit(self, place: str, failing: frozenset[str]) -> None:
-        """Record the place and the error that is seen there; fail if asked to."""
+        """Record the point and the current error; fail if requested."""
         self.trace.append((place, str(self.exception) if self.exception else None))
         if place in failing:
             raise BoomError(place)
@@ -48,7 +48,7 @@ class Recorder(HookContext[Args]):
 
 
 def expected(hooks: int, failing: frozenset[str]) -> tuple[list[tuple[str, str | None]], list[str]]:
-    """The model: nested ``try``/``finally``, where the first error wins."""
+    """Return trace and errors of nested ``try``/``finally`` as a model."""
     trace: list[tuple[str, str | None]] = []
     errors: list[str] = []
 
@@ -122,7 +122,7 @@ def check(hooks: int, failing: frozenset[str]) -> None:
 
 
 def check_notes(first: BaseException, errors: list[str]) -> None:
-    """Every error of a hook says which hook raised it; the first shows the later ones."""
+    """Check that each error names its hook, and that the first shows the others."""
     for error in (first, *later_errors(first)):
         place = str(error)
         origin = (
@@ -235,7 +235,7 @@ def test_text_of_many_failures_grows_linearly() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class FrozenError(Exception):
-    """Takes neither a note nor an attribute."""
+    """Exception without notes and attributes."""
 
     text: str
 
@@ -263,7 +263,7 @@ def test_errors_without_notes_still_exit_all_hooks(caplog: pytest.LogCaptureFixt
 
 
 class ReadOnly:
-    """Arguments whose exception can't be set."""
+    """Arguments with a read-only exception."""
 
     @property
     def exception(self) -> None:
