@@ -124,7 +124,7 @@ BatchProcessorPart: TypeAlias = Annotated[
     Any,
     Part(
         "robo_orchard_lab.pipeline.batch_processor:SimpleBatchProcessor",
-        functions="are called",
+        functions="call",
     ),
 ]
 """Batch processor, or a function ``forward(model, batch)``."""

@@ -61,7 +61,7 @@ _KEYS = {
     "func": "The function; the other keys are its arguments.",
     "config_type": "The config class, as configs write themselves.",
 }
-_PART_PREFIX = {"make": [], "are called": ["called"]}
+_PART_PREFIX = {"make": [], "call": ["called"]}
 _FUNCTION = get_args(Function)[1]
 
 
@@ -175,7 +175,7 @@ class _ExperimentSchema(GenerateJsonSchema):
         return {
             "anyOf": [
                 {"type": "string", "description": "A function or class, by its name."},
-                self._reference_to_part(Part(object, functions="are called")),
+                self._reference_to_part(Part(object, functions="call")),
             ]
         }
 
@@ -294,7 +294,7 @@ class _ExperimentSchema(GenerateJsonSchema):
         name = "-without-".join([self._shortest_name(code), *without])
         fields = self._fields(cls, code, part.given)
         required = fields.pop("required", [])
-        if part.functions == "are called" and not isinstance(code, type):
+        if part.functions == "call" and not isinstance(code, type):
             required = []  # the caller passes them
         reference = self._define(name, lambda: fields)
         return reference | ({"required": required} if required else {})
@@ -311,7 +311,7 @@ class _ExperimentSchema(GenerateJsonSchema):
                 continue  # without a signature, or of a package that isn't installed
 
     def _accepts_function(self, function: Code, part: Part) -> bool:
-        if part.functions == "are called":
+        if part.functions == "call":
             # Catalogued functions build models; they are not batch processors.
             return part.classes == (object,) or reference_to(function) in self._single
         result = returned_class(function)
@@ -348,7 +348,7 @@ def _import(reference: str) -> Any:
 def _is_instance_of(cls: type, part: Part) -> bool:
     if issubclass(cls, BaseModel) or inspect.isabstract(cls):
         return False
-    if part.functions == "are called" and part.classes == (object,):
+    if part.functions == "call" and part.classes == (object,):
         return any("__call__" in vars(base) for base in cls.__mro__)  # its instances are callable
     return any(is_assignable(cls, kind) for kind in part.classes)
 

@@ -187,7 +187,7 @@ class Drawing(Config):
     shape: Annotated[Any, Part(Shape)]
     more: dict[str, Annotated[Any, Part(f"{HERE}:Shape")]] = Field(default={})
     later: Annotated[Any, Part(Shape, given=("shape",))] | None = None
-    act: Annotated[Any, Part(Shape, functions="are called")] | None = None
+    act: Annotated[Any, Part(Shape, functions="call")] | None = None
     function: Function | None = None
     settings: Annotated[Any, FieldsOf(f"{HERE}:ConfiguredConfig")] = Field(default={})
 

@@ -182,13 +182,13 @@ class Part:
     Attributes:
         kinds: Admitted classes. A reference (``"torch.nn.modules.module:Module"``) is imported at
             the first validation.
-        functions: Use of functions: to ``make`` an instance, as declared by the return annotation,
-            or to be called directly, with further arguments.
+        functions: Use of functions: ``make`` an instance, as declared by the return annotation, or
+            ``call`` the function itself with further arguments.
         given: Parameters that the caller supplies.
     """
 
     kinds: type | str | tuple[type | str, ...]
-    functions: Literal["make", "are called"] = "make"
+    functions: Literal["make", "call"] = "make"
     given: tuple[str, ...] = ()
 
     @cached_property
@@ -357,7 +357,7 @@ class _Function(_Anything):
         )
 
 
-_ANY_PART = Part(object, functions="are called")
+_ANY_PART = Part(object, functions="call")
 Anything = Annotated[Any, _Anything()]
 Function = Annotated[Any, _Function()]
 
