@@ -9,10 +9,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, count, islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeAlias
 
 from robo_orchard_lab.pipeline.batch_processor import count_batches
-from robo_orchard_lab.pipeline.data.order import IndexOrder, StepPartition, StepSizes, split_evenly
+from robo_orchard_lab.pipeline.data.order import (
+    IndexOrder,
+    StepPartition,
+    StepSizes,
+    slice_order,
+    split_evenly,
+)
 from robo_orchard_lab.pipeline.data.rng import PersistentRng
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 
@@ -33,36 +39,6 @@ class BatchIndices(NamedTuple):
     def is_padding_step(self) -> bool:
         """Return True if the batch repeats another process's samples and must not count."""
         return self.sizes is not None and self.sizes.local == 0
-
-
-class EpochBatches(Protocol):
-    """One pass over the batches of this process."""
-
-    @property
-    def steps(self) -> int | None:
-        """Number of steps; None if unknown before the end."""
-        ...
-
-    def samples_before(self, step_id: int) -> int | None:
-        """Return the number of samples of all processes before a step; None if unknown."""
-        ...
-
-    def sizes(self, step_id: int, ahead: bool) -> Iterator[StepSizes] | None:
-        """Return the sizes of the steps from ``step_id`` on; None if unknown.
-
-        Args:
-            step_id: first step.
-            ahead: request each size before the step's batch was yielded.
-        """
-        ...
-
-    def from_step(self, step_id: int) -> Iterator[BatchIndices]:
-        """Yield the batches from a step on."""
-        ...
-
-    def at_step(self, step_id: int) -> BatchIndices | None:
-        """Return the batch of the current step; None if no batch was yielded for the step."""
-        ...
 
 
 class IndexedBatches:
@@ -95,13 +71,16 @@ class IndexedBatches:
         self.steps = first_step + partition.steps(len(order) - first_sample)
 
     def samples_before(self, step_id: int) -> int:
+        """Return the number of samples of all processes before a step."""
         return min(self._start_of(step_id), len(self._order))
 
     def sizes(self, step_id: int, ahead: bool) -> Iterator[StepSizes]:
+        """Return the sizes of the steps from ``step_id`` on."""
         rest = len(self._order) - self._first_sample
         return self._partition.sizes(rest, step_id - self._first_step)
 
     def from_step(self, step_id: int) -> Iterator[BatchIndices]:
+        """Yield the batches from a step on."""
         # Full batches are inlined: this is on the path of every step.
         partition, order, samples = self._partition, self._order, len(self._order)
         size, stride = partition.batch_size, partition.samples_per_step
@@ -114,12 +93,13 @@ class IndexedBatches:
         ):
             if start <= last_full and self._batched:
                 numbers = range(start, start + size)
-                yield BatchIndices(batch_id, numbers, order.indices(numbers))
+                yield BatchIndices(batch_id, numbers, slice_order(order, numbers))
             else:
                 yield self._batch(batch_id // partition.processes)
             start += stride
 
     def at_step(self, step_id: int) -> BatchIndices | None:
+        """Return the batch of a step; None after the last step."""
         return self._batch(step_id) if step_id < self.steps else None
 
     def _batch(self, step_id: int) -> BatchIndices:
@@ -128,7 +108,7 @@ class IndexedBatches:
         sizes = StepSizes(len(numbers), min(samples - start, partition.samples_per_step))
         if not numbers:
             numbers = range(start, start + 1)  # padding
-        indices = self._order.indices(numbers)
+        indices = slice_order(self._order, numbers)
         batch_id = step_id * partition.processes + partition.rank
         return BatchIndices(batch_id, numbers, indices if self._batched else indices[0], sizes)
 
@@ -189,11 +169,18 @@ class IteratedBatches:
         return full + 1 if rest and not self._drops_last else full
 
     def samples_before(self, step_id: int) -> int | None:
+        """Return the number of samples of all processes before a step; None if unknown."""
         if self._samples is None:
             return None
         return min(step_id * self._partition.samples_per_step, self._samples)
 
     def sizes(self, step_id: int, ahead: bool) -> Iterator[StepSizes] | None:
+        """Return the sizes of the steps from ``step_id`` on; None if unknown.
+
+        Args:
+            step_id: first step.
+            ahead: request each size before the step's batch was yielded.
+        """
         if not ahead and self._partition.processes > 1:
             return map(self._yielded_sizes, count(step_id))
         return None if self._samples is None else self._partition.sizes(self._samples, step_id)
@@ -215,6 +202,7 @@ class IteratedBatches:
         return self._isolated(numbered, step_id)
 
     def at_step(self, step_id: int) -> BatchIndices | None:
+        """Return the batch of the current step; None if no batch was yielded for the step."""
         self._forget_before(self._progress.step_id)
         for step, batch in self._yielded:
             if step == step_id:
@@ -273,3 +261,6 @@ class IteratedBatches:
                 StepSizes(len(local), total),
             )
             start += total
+
+
+EpochBatches: TypeAlias = IndexedBatches | IteratedBatches

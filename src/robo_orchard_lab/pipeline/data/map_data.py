@@ -143,7 +143,7 @@ class MapData:
         return self._iterated_batches(0).steps
 
     def sizes(self, step_id: int, ahead: bool) -> Iterator[StepSizes] | None:
-        """Return the sizes of the current epoch's steps; see :class:`EpochBatches`."""
+        """Return the sizes of the current epoch's steps; see :class:`IteratedBatches`."""
         return None if self._batches is None else self._batches.sizes(step_id, ahead)
 
     def batch_indices(self, step_id: int) -> BatchIndices | None:

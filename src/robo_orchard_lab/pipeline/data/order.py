@@ -76,29 +76,14 @@ _SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRand
 _SEQUENCES = (range, list, tuple)  # also valid as a loader's sampler
 
 
-class IndexOrder:
-    """Dataset indices in the order of an epoch, with random access.
+IndexOrder: TypeAlias = range | Sequence[Any] | torch.Tensor
+"""Dataset indices in the order of an epoch."""
 
-    Args:
-        positions: indices in order; positions in ``items`` if given.
-        items: indices to choose from.
-    """
 
-    def __init__(
-        self, positions: range | Sequence[Any] | torch.Tensor, items: Sequence[Any] | None = None
-    ) -> None:
-        self._positions = positions
-        self._items = items
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def indices(self, numbers: range) -> list[Any]:
-        """Return the dataset indices of consecutive samples of the epoch."""
-        chosen = self._positions[numbers.start : numbers.stop]
-        positions = chosen.tolist() if isinstance(chosen, torch.Tensor) else list(chosen)
-        items = self._items
-        return positions if items is None else [items[position] for position in positions]
+def slice_order(order: IndexOrder, numbers: range) -> list[Any]:
+    """Return the dataset indices of consecutive samples of the epoch."""
+    chosen = order[numbers.start : numbers.stop]
+    return chosen.tolist() if isinstance(chosen, torch.Tensor) else list(chosen)
 
 
 def is_builtin(sampler: object) -> bool:
@@ -114,19 +99,17 @@ def sampler_order(sampler: Any, default_generator: torch.Generator) -> IndexOrde
         default_generator: replaces a missing generator.
     """
     if type(sampler) in _SEQUENCES:
-        return IndexOrder(sampler)
+        return sampler  # type: ignore[no-any-return]  # a sequence
     if type(sampler) is SequentialSampler:
-        return IndexOrder(range(len(sampler)))
+        return range(len(sampler))
     generator = default_generator if sampler.generator is None else sampler.generator
     if type(sampler) is RandomSampler:
-        return IndexOrder(_random_order(sampler, generator))
+        return _random_order(sampler, generator)
     if type(sampler) is SubsetRandomSampler:
-        items = sampler.indices
-        return IndexOrder(torch.randperm(len(items), generator=generator), items)
-    return IndexOrder(
-        torch.multinomial(
-            sampler.weights, sampler.num_samples, sampler.replacement, generator=generator
-        )
+        positions = torch.randperm(len(sampler.indices), generator=generator)
+        return [sampler.indices[position] for position in positions.tolist()]
+    return torch.multinomial(
+        sampler.weights, sampler.num_samples, sampler.replacement, generator=generator
     )
 
 
