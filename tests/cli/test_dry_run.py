@@ -31,7 +31,7 @@ def test_a_dry_run_describes_the_run(work: Path, capsys: pytest.CaptureFixture[s
     assert told["model"] == "51 parameters"
     assert told["epoch"] == "10 steps"
     assert told["run"] == "3 epochs, 30 steps, 30 updates"
-    assert told["memory"].startswith("parameters 204 B, gradients 204 B, optimizer 204 B; at most")
+    assert told["memory"].startswith("parameters 204 B, gradients 204 B, optimizer 204 B; peak ")
     assert [line.split() for line in lines if line.startswith("validation")] == [
         ["validation", "every", "1", "epoch", "3"]
     ]

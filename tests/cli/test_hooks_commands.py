@@ -85,7 +85,7 @@ def test_a_trusted_hook_is_shown(
     ("name", "said"),
     [
         ("StatMonitor", "error: there is no hook 'StatMonitor'; did you mean 'StatsMonitor'?\n"),
-        ("zzz", "error: there is no hook 'zzz'; there are ClearCacheHook, EMA, EarlyStopping, "),
+        ("zzz", "error: there is no hook 'zzz'; there are ClearCacheHook, EarlyStopping, EMA, "),
         ("torch.optim:SGD", "error: expected a subclass of PipelineHooks, found 'torch."),
     ],
 )

@@ -46,7 +46,7 @@ def test_nondeterministic_data_is_found(capsys: pytest.CaptureFixture[str]) -> N
 def test_a_short_run_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
     """A note says that the run ends before the stops."""
     assert main(["prove-resume", FILE, "--trainer.max_epoch=1", "--stops", "1"]) == 0
-    assert "the run ends after 10 steps; --steps 10" in capsys.readouterr().err
+    assert "the run ends after 10 steps; pass --steps 10" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

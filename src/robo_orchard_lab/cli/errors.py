@@ -1,4 +1,4 @@
-"""Errors of commands: one or two lines of text, and the exit code."""
+"""Errors of commands: text of at most two lines, and exit code."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class CommandError(Exception):
 
 
 def exit_code_of(error: BaseException) -> int:
-    """Return the exit code for an error; an error with a code, such as `RunPreempted`, keeps it."""
+    """Return the exit code for an error; `RunPreempted` and similar errors have a code."""
     match error:
         case click.ClickException() | CommandError():
             return int(error.exit_code)
@@ -85,7 +85,7 @@ def error_lines(error: BaseException) -> list[str]:
 
 
 def config_error_line(error: ConfigError) -> str:
-    """Return location, field and problem of a config error in one line.
+    """Return location, field and problem of a config error as a line.
 
     >>> error = ConfigError("must be >= 1", ("trainer", "max_epoch"))
     >>> error.source = "digits.yaml:12"
@@ -134,7 +134,7 @@ def _problem_and_advice(error: BaseException) -> tuple[str, str]:
 
 
 def _location(error: BaseException, worker_frames: list[traceback.FrameSummary]) -> str:
-    """Describe the line that raised an error, the last line of the user's code, and the hook."""
+    """Describe the source line of an error, the last line of the user's code, and the hook."""
     from robo_orchard_core.utils.hook import origin_of
 
     frames = worker_frames or [*traceback.extract_tb(error.__traceback__)]
@@ -191,6 +191,6 @@ def _worker_error(error: BaseException) -> tuple[str, list[traceback.FrameSummar
 
 
 def _is_pipeline_error(error: BaseException, name: str) -> bool:
-    """Return True for an error of a class of the pipeline, which is loaded if it was raised."""
+    """Return True for an error of a class of the pipeline, without importing the pipeline."""
     kind: Any = getattr(sys.modules.get(_PIPELINE_ERRORS), name, None)
     return kind is not None and isinstance(error, kind)

@@ -241,7 +241,7 @@ def _next(waiting: Iterator[str]) -> list[str]:
 
 
 def _with_value(argument: str, waiting: Iterator[str], options: list[str]) -> str:
-    """Return a field and its value as one argument.
+    """Return a field and its value as a single argument.
 
     Raises:
         click.UsageError: the field is unknown, or has no value.

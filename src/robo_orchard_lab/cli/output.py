@@ -63,7 +63,7 @@ def visible(text: str) -> str:
 
 
 def _escaped(text: str, stream: TextIO) -> str:
-    """Escape everything but the style codes that the stream shows."""
+    """Escape everything but the style codes of a stream with styles."""
     if not shows_style(stream):
         return visible(text)
     parts = enumerate(_STYLE_CODES.split(text))
@@ -157,7 +157,7 @@ def _start_json(context: click.Context, parameter: click.Parameter, is_set: bool
 
 @contextmanager
 def _only_json() -> Iterator[None]:
-    """Redirect other output, such as that of an imported module, to standard error."""
+    """Redirect other output, for example of an imported module, to standard error."""
     _json_streams.append(sys.stdout)
     try:
         with redirect_stdout(sys.stderr):

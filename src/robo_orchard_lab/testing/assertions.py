@@ -79,7 +79,7 @@ def assert_state_round_trip(
 
 
 def assert_weights_unchanged(hook: Hooks, **setting: Unpack[RunSetting]) -> None:
-    """Assert that a run with the hook trains the same weights as a run without it.
+    """Assert that a run with the hook trains the same weights as a run without the hook.
 
     The hook must not use the global random generators either, which changes dropout and any other
     random operation of the model and its loss.

@@ -112,7 +112,7 @@ def _places(frames: Iterable[FrameType]) -> tuple[Place, ...]:
 
 
 def _self_of(frame: FrameType) -> Any:
-    """Return ``self`` of the method, or of the method around the closure, that a frame runs."""
+    """Return ``self`` of the method, or of the method around the closure, of a frame."""
     return frame.f_locals.get("self")
 
 
@@ -293,7 +293,7 @@ class _Recorder:
         self._is_nested = False
 
     def run(self, what: str, tensor: torch.Tensor, call: Callable[[], Any]) -> Any:
-        """Execute a read; record the read unless it is nested or the tensor is on the host."""
+        """Execute a read; record the read, except a nested read or a read on the host."""
         if self._is_nested:
             return call()
         if self._device_type in (None, tensor.device.type) and not self._is_on_host(tensor):

@@ -1,4 +1,4 @@
-"""Small training on the CPU that hooks are tested in, isolated from the process."""
+"""Small, isolated training on the CPU for tests of hooks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Proof that a stopped or killed run resumes exactly.
+"""Proof of the exact resume of a stopped or killed run.
 
 `prove_resume` runs a training twice, both times in worker processes: uninterrupted, and with stops
 or kills. `ProofRuns` starts the workers (see `resume_worker`); the records that the workers write
@@ -48,7 +48,7 @@ _MAX_LISTED = 8
 
 
 class StraightRunError(RuntimeError):
-    """Failure of the uninterrupted run: nothing can be compared with it."""
+    """Failure of the uninterrupted run; no comparison is possible."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +72,11 @@ class ResumeProof:
 
     @property
     def passed(self) -> bool:
-        """Return True if there is no difference."""
+        """Return True for equal runs."""
         return not self.differences
 
     def check(self) -> None:
-        """Raise ``AssertionError`` with a report if there is a difference."""
+        """Raise ``AssertionError`` with a report of the differences, if any."""
         if not self.passed:
             raise AssertionError(str(self))
 
@@ -289,7 +289,7 @@ class ProofRuns:
         )
 
     def run_with_kills(self, steps: Sequence[int]) -> None:
-        """Kill the run in each of the steps and resume it from its newest checkpoint."""
+        """Kill the run in each of the steps; resume from the newest checkpoint."""
         straight = self._straight[0]
         step_s = straight.duration_s / max(straight.last, 1)
         acknowledged = 0
@@ -318,7 +318,7 @@ class ProofRuns:
             acknowledged = self._acknowledged_step()
 
     def _acknowledged_step(self) -> int:
-        """Return the step of the newest checkpoint that the run itself lists."""
+        """Return the step of the newest checkpoint in ``run_state.json``."""
         try:
             saved = read_run_state(self._root / "resumed").checkpoint
         except FileNotFoundError:  # killed early, or a trainer without a run folder
@@ -327,7 +327,7 @@ class ProofRuns:
 
     @property
     def kills(self) -> int:
-        """Number of starts that were killed."""
+        """Number of killed starts."""
         return sum(any(p.exit_code == -signal.SIGKILL for p in start) for start in self._starts)
 
     def failed(self) -> list[RecordedProcess]:
@@ -357,7 +357,7 @@ class ProofRuns:
         yield ResumeDifference(failed_at, "the process", "continues", _ending(failed[0]), began_at)
 
     def hints(self) -> list[str]:
-        """Describe hook attributes that differed when a process started."""
+        """Describe hook attributes with different values at the start of a process."""
         return [
             f"{self._rank_prefix(rank)}{hint}"
             for rank, straight in enumerate(self._straight)
@@ -405,7 +405,7 @@ class ProofRuns:
         return found
 
     def file_differences(self, names: Iterable[str]) -> Iterator[ResumeDifference]:
-        """Yield the first difference of each file that differs between both run folders."""
+        """Yield the first difference of each file between both run folders."""
         for name in names:
             expected, found = (
                 _lines(self._root / run_folder / name) for run_folder in ("straight", "resumed")

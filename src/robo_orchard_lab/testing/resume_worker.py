@@ -92,7 +92,7 @@ def describe_function(function: Callable[..., Any] | str) -> dict[str, Any]:
 
 
 def find_function(described: Mapping[str, Any]) -> Callable[..., Any]:
-    """Import the function that `describe_function` located.
+    """Import a function located by `describe_function`.
 
     A script is imported as ``__mp_main__``, as multiprocessing does: code under
     ``if __name__ == "__main__"`` does not run.
@@ -138,7 +138,7 @@ def _import_module(name: str, file: str | None) -> ModuleType:
 
 @dataclass(frozen=True, slots=True)
 class RunOrder:
-    """Task of one worker: which trainer to build, where to start, when to stop."""
+    """Task of a worker: trainer, checkpoint, stop."""
 
     build: dict[str, Any]
     """Location of the function that builds the trainer, from `describe_function`."""
@@ -240,7 +240,7 @@ class RecordedProcess:
 def run_ranks(
     orders: Sequence[RunOrder], should_kill: Callable[[int], bool] | None = None
 ) -> list[RecordedProcess]:
-    """Run all ranks of a job and wait for the last one.
+    """Run all ranks of a job to their end.
 
     Args:
         orders: one order for each rank.
@@ -272,7 +272,7 @@ def run_processes(
     timeout_s: float,
     should_kill: Callable[[int], bool] | None = None,
 ) -> list[int]:
-    """Run ``target(order)`` in one process for each order and return the exit codes.
+    """Run ``target(order)`` in a process for each order and return the exit codes.
 
     multiprocessing's forkserver starts the processes: torch is imported once, and a process
     has no CUDA context, no threads and no random state of its parent. All processes share one

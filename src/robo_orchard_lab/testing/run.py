@@ -233,7 +233,7 @@ def hook_states(hooks: Iterable[PipelineHooks]) -> dict[str, Any]:
 
 
 class Recorder(PipelineHooks):
-    """Hook that records events, requests, metrics, losses and weights without a device sync.
+    """Recording hook for events, requests, metrics, losses and weights, without a device sync.
 
     Args:
         log_every: trigger of the logging points to request, or None.

@@ -48,7 +48,7 @@ Entry = str | Facts
 
 
 def value_text(value: Any) -> str:
-    """Return a short text that differs for different values.
+    """Return a short text; different values have different texts.
 
     A tensor becomes its dtype, its shape and a digest of its bits; a scalar also its value; any
     other floating-point tensor also its L1 norm, which shows how far apart two tensors are.
@@ -109,7 +109,7 @@ def _is_long_list(items: list[Any] | tuple[Any, ...]) -> bool:
 
 
 def state_facts(trainer: HookBasedTrainer) -> Facts:
-    """Return the facts of everything that determines the rest of a run.
+    """Return the facts of the complete state of a run.
 
     Weights, accumulated gradients, optimizer, LR scheduler, gradient scaler, RNG states, hook
     states, and metrics that were published but not logged yet.
@@ -158,7 +158,7 @@ def _bits(value: Any) -> Any:
 
 
 def batch_facts(args: PipelineHookArgs) -> Facts:
-    """Return the facts of a batch, and the indices of its samples if the trainer knows them."""
+    """Return the facts of a batch and, if known, the indices of its samples."""
     facts: Facts = {}
     for name in ("sample_numbers", "sample_indices"):
         known = getattr(args, name, None)
@@ -183,7 +183,7 @@ def attribute_facts(hooks: Iterable[PipelineHooks]) -> Facts:
 
 
 class RunRecorder(PipelineHooks, AbstractContextManager["RunRecorder"]):
-    """Innermost hook of a trainer that writes events and facts to a file.
+    """Innermost hook of a trainer, writing events and facts to a file.
 
     The recorder has no state, draws no random numbers, publishes nothing and adds no logging
     point. Reading all weights before each step is slow but changes nothing.
@@ -254,7 +254,7 @@ class RunRecorder(PipelineHooks, AbstractContextManager["RunRecorder"]):
 
 @dataclass(slots=True)
 class RunRecord:
-    """Record of the part of a run that one process did."""
+    """Record of the steps of a single process in a run."""
 
     start: int
     """Number of completed steps when the process started."""
@@ -274,7 +274,7 @@ class RunRecord:
 
 
 def read_record(path: Path) -> RunRecord | None:
-    """Return the record in a file without a truncated last line, or None if there is no record."""
+    """Return the record in a file without a truncated last line, or None for no record."""
     if not path.exists():
         return None
     complete = (
@@ -442,7 +442,7 @@ def _entry_text(entry: Entry | None) -> str:
 
 
 def attribute_hints(straight: RunRecord, parts: Sequence[RunRecord]) -> list[str]:
-    """Describe attributes of hooks that a resumed process started with and that differ.
+    """Describe hook attributes with a different value at the start of a resumed process.
 
     An attribute that differs is not necessarily a fault: some are times or process ids.
     """

@@ -1,4 +1,4 @@
-"""Commands of the program, and the click classes that all of them use."""
+"""Commands of the program, and their click classes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _debug_option() -> click.Option:
 
 
 class Command(click.Command):
-    """Command with the options that all commands have."""
+    """Command with ``--debug`` and ``-h``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs["context_settings"] = {**SETTINGS, **(kwargs.get("context_settings") or {})}
@@ -57,7 +57,7 @@ class CommandGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the command that the arguments start with.
+        """Return the command at the start of the arguments.
 
         Raises:
             click.UsageError: the name is unknown; with a suggestion.
@@ -78,7 +78,7 @@ class CommandGroup(click.Group):
 
 
 class LazyGroup(CommandGroup):
-    """Group that imports the module of a command when the command is used.
+    """Group with commands in modules that are imported on use.
 
     Args:
         name: name of the group.
@@ -108,7 +108,7 @@ class LazyGroup(CommandGroup):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the list of commands without importing them."""
+        """Write the list of commands without their modules."""
         for heading, section in self._sections.items():
             with formatter.section(heading):
                 formatter.write_dl([(name, line) for name, (line, _) in section.items()])

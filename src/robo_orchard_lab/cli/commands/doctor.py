@@ -195,7 +195,7 @@ def extra_requirements() -> dict[str, list[Requirement]]:
 
 
 def install_command(missing: list[Requirement]) -> str:
-    """Return the pip command that installs packages."""
+    """Return the pip command to install packages."""
     return " ".join(["pip install", *(f'"{each.specifier}"' for each in missing)])
 
 

@@ -171,7 +171,7 @@ def _rows(found: Iterable[PlannedHook], document: ExperimentDocument) -> Iterabl
 
 
 def _source_lines(hook: PlannedHook) -> str:
-    """Return the source lines of before and after; the file once if both are in it."""
+    """Return the source lines of before and after; a common file once."""
     before, after = hook.before or "", hook.after or ""
     file, _, line = after.rpartition(":")
     if before and file and before.startswith(f"{file}:"):
@@ -180,7 +180,7 @@ def _source_lines(hook: PlannedHook) -> str:
 
 
 def _origin(hook: PlannedHook, document: ExperimentDocument) -> str:
-    """Return the place in the experiment that defines a hook."""
+    """Return the origin of a hook in the experiment."""
     from robo_orchard_lab.experiment.overrides import DEFAULT
     from robo_orchard_lab.experiment.parts import CHECKPOINT
 
