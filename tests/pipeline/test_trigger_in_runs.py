@@ -433,7 +433,7 @@ def test_epoch_trigger_on_step_requires_length() -> None:
     """An epoch trigger on a step is refused in the first step, with the remedy."""
     hooks = PipelineHooks("counts")
     hooks.on_step.after(when="1 epoch")(print)
-    with pytest.raises(TriggerError, match=r"'1 epoch': no step knows .* register .* on_epoch"):
+    with pytest.raises(TriggerError, match=r"'1 epoch': no step can be .* register .* on_epoch"):
         make_trainer([hooks], loader=(batch for batch in make_loader(3)), max_epoch=1)()
 
 

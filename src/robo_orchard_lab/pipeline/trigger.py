@@ -52,9 +52,9 @@ class Trigger(ABC):
     trigger or its text, and is text in files.
     """
 
-    channels: ClassVar[tuple[ChannelName, ...]]
+    channels: ClassVar[tuple[ChannelName, ...]] = STEP_CHANNELS
     """Channels on which the trigger can be due."""
-    commit_channel: ClassVar[ChannelName]
+    commit_channel: ClassVar[ChannelName] = "on_step"
     """Channel whose ``after`` knows exactly if the trigger is due at the next commit point."""
 
     @abstractmethod
@@ -178,6 +178,7 @@ def as_trigger(value: Any) -> Trigger:
 @dataclass(frozen=True)
 class _EveryN(Trigger):
     n: int
+    """Period, an int >= 1."""
     _noun: ClassVar[str]
 
     def __post_init__(self) -> None:
@@ -189,14 +190,8 @@ class _EveryN(Trigger):
 
 @dataclass(frozen=True)
 class EverySteps(_EveryN):
-    """Every n-th step (batch) of the run; on ``on_optimizer_step``, only steps with an update.
+    """Every n-th step (batch) of the run; on ``on_optimizer_step``, only steps with an update."""
 
-    Raises:
-        TriggerError: n is not an int >= 1.
-    """
-
-    channels: ClassVar = STEP_CHANNELS
-    commit_channel: ClassVar[ChannelName] = "on_step"
     _noun: ClassVar[str] = "step"
 
     def due_on(self, channel: ChannelName, role: Role) -> Due:
@@ -211,12 +206,8 @@ class EveryOptimizerSteps(_EveryN):
     Before the update, the trigger is due if the update would be the n-th; after the update, on
     ``on_optimizer_step``, only if it was committed. After a skipped update the trigger is due
     again in the next update.
-
-    Raises:
-        TriggerError: n is not an int >= 1.
     """
 
-    channels: ClassVar = STEP_CHANNELS
     commit_channel: ClassVar[ChannelName] = "on_optimizer_step"
     _noun: ClassVar[str] = "optimizer step"
 
@@ -242,7 +233,7 @@ class EveryEpochs(_EveryN):
     length. A run that resumes inside an epoch enters the epoch again.
 
     Raises:
-        TriggerError: n is not an int >= 1; or, in the first step, the data has no length.
+        TriggerError: in the first step, if the data has no length.
     """
 
     channels: ClassVar = ("on_epoch", *STEP_CHANNELS)
@@ -279,8 +270,6 @@ class AtSteps(Trigger):
     """
 
     steps: frozenset[int]
-    channels: ClassVar = STEP_CHANNELS
-    commit_channel: ClassVar[ChannelName] = "on_step"
 
     def __init__(self, steps: Iterable[int]) -> None:
         if not isinstance(steps, Iterable):
@@ -307,7 +296,6 @@ class First(Trigger):
     """
 
     channels: ClassVar = (*STEP_CHANNELS, "on_epoch")
-    commit_channel: ClassVar[ChannelName] = "on_step"
 
     def due_on(self, channel: ChannelName, role: Role) -> Due:
         if channel == "on_epoch":
@@ -410,7 +398,6 @@ class EverySeconds(Trigger):
 
     s: float
     channels: ClassVar = (*STEP_CHANNELS, "on_epoch")
-    commit_channel: ClassVar[ChannelName] = "on_step"
 
     def __post_init__(self) -> None:
         if isinstance(self.s, bool) or not isinstance(self.s, int | float) or not self.s > 0:
