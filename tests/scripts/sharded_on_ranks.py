@@ -1,4 +1,4 @@
-"""What each process of ``test_sharded_processes.py`` runs: trainings of a model in shards."""
+"""Script of each process of ``test_sharded_processes.py``: training runs of a sharded model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SAMPLES_PER_STEP = 6  # of the job, where it has one process, two or three
 
 
 def make_model(norm: type[torch.nn.Module] = torch.nn.BatchNorm1d) -> torch.nn.Module:
-    """Sizes that can't be divided by two or three, and buffers."""
+    """Return a model with buffers, and with sizes not divisible by two or three."""
     torch.manual_seed(0)
     return torch.nn.Sequential(
         torch.nn.Linear(4, 7), torch.nn.Tanh(), norm(7), torch.nn.Linear(7, 2)
@@ -61,8 +61,7 @@ def shard(
 
 
 class OwnValues(PipelineHooks):
-    """Has a whole tensor on each rank that has the name and the shape of a parameter, and is none;
-    each step adds 1 to it."""
+    """Hook with a plain tensor on each rank, named and shaped like a parameter; a step adds 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +83,7 @@ class OwnValues(PipelineHooks):
 
 
 class Training:
-    """One training, of a model in shards or in DDP, and what it came to."""
+    """Training run of a model, sharded or in DDP, and its result."""
 
     def __init__(
         self,
@@ -136,7 +135,7 @@ class Training:
 
     def result(self) -> dict[str, Any]:
         weights = gather_full_tensors(self.model.state_dict(), keep=True)
-        # FSDP2 leaves each rank its buffers, where DDP takes the first rank's.
+        # With FSDP2 each rank keeps its own buffers; DDP broadcasts the first rank's.
         first = self.trainer.accelerator.is_main_process
         return {
             "weights": {name: v for name, v in weights.items() if first or "running" not in name},
@@ -148,7 +147,7 @@ class Training:
 
 
 def saving(folder: Path, **options: Any) -> list[HookLike]:
-    """Hooks that keep something, and those that write."""
+    """Return hooks with state, and hooks that write files."""
     return [
         EMAConfig(decay=0.5, export_path=str(folder / "ema.safetensors")),
         GradientClippingHookConfig(max_norm=0.5),
@@ -182,7 +181,7 @@ def straight_and_resumed(folder: Path) -> dict[str, Any]:
 
 
 def in_any_number(folder: Path, stop_at: int | None, resume_from: Path | None) -> dict[str, Any]:
-    """A training that is the same in any number of processes; of one, it is a plain one."""
+    """Run a training whose result does not depend on the world size; one process does not shard."""
     processes = Accelerator(cpu=True).num_processes
     return Training(
         sharded=processes > 1,
@@ -215,21 +214,21 @@ def other_hooks(folder: Path) -> dict[str, Any]:
 
 
 def evaluations(folder: Path) -> dict[str, Any]:
-    """Of an average and of the model itself, on data that ranks have unequal shares of."""
+    """Evaluate an average and the model on data with unequal numbers of batches per rank."""
     found: dict[str, Any] = {}
     for name, sharded in (("sharded", True), ("ddp", False)):
         values: list[tuple[str, int, float]] = []
 
-        class Told(PipelineHooks):
+        class Recorder(PipelineHooks):
             def __init__(self, *names: str) -> None:
                 super().__init__()
 
                 @self.on_loop.before
                 def subscribe(args: PipelineHookArgs) -> None:
                     for name in names:
-                        args.metrics.subscribe(name, self.note, who="Told")
+                        args.metrics.subscribe(name, self.record, who="Recorder")
 
-            def note(self, value: MetricValue) -> None:
+            def record(self, value: MetricValue) -> None:
                 values.append((value.name, value.step, value.value))  # noqa: B023  # of this turn
 
         loaders: dict[str, Any] = {
@@ -238,7 +237,7 @@ def evaluations(folder: Path) -> dict[str, Any]:
             "stream": list(make_loader(5, 2)),
             "even": make_loader(4, 2),
         }
-        told = Told(*(f"eval/{loader}/loss" for loader in loaders))
+        recorder = Recorder(*(f"eval/{loader}/loss" for loader in loaders))
         config = ValidationHookConfig(every="2 steps", weights="EMA")
         own = ValidationHookConfig(every="3 steps")(dataloaders={"own": make_loader(3, 2)})
         best = KeepBestConfig(
@@ -249,7 +248,7 @@ def evaluations(folder: Path) -> dict[str, Any]:
             sharded=sharded,
             hooks={
                 "EMA": ema,
-                "told": told,
+                "recorder": recorder,
                 "own": own,
                 "averaged": config(dataloaders=loaders),
                 "best": best,
@@ -263,7 +262,7 @@ def evaluations(folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def by_hand(model: torch.nn.Module, ema: EMA) -> list[torch.Tensor]:
-    """What a model gives with its own weights, with the average, and with its own again."""
+    """Return outputs with the model's weights, with the average, and with the model's again."""
     model.eval()
     inputs = torch.ones(1, 4)
     outputs = [model(inputs)]
@@ -278,7 +277,7 @@ def spoil_on_the_second_rank(args: Any) -> None:
 
 
 def exchanges() -> dict[str, Any]:
-    """How often gradients travel in each step of windows of three; the exchanges of updates."""
+    """Count collectives of gradients in accumulation windows of three steps, and of updates."""
     counted: list[int] = []
     modes: list[CommDebugMode] = []
 
@@ -295,11 +294,11 @@ def exchanges() -> dict[str, Any]:
     watch.on_model_backward.before(begin)
     watch.on_model_backward.after(end)
     Training(accumulate=3, hooks=[watch], max_step=7)
-    told: list[bool] = []
+    sync_flags: list[bool] = []
     model: Any = make_model()
 
     def note(synchronise: bool, recurse: bool) -> None:
-        told.append(synchronise)
+        sync_flags.append(synchronise)
         FSDPModule.set_requires_gradient_sync(model, synchronise, recurse=recurse)
 
     model.set_requires_gradient_sync = note
@@ -315,7 +314,7 @@ def exchanges() -> dict[str, Any]:
     watch.on_optimizer_step.after(end_update)
     clip = GradientClippingHookConfig(max_norm=0.1)
     Training(hooks=[watch, NonFiniteGuardConfig(), clip], max_step=3)
-    return {"gradients": counted, "told": told, "updates": updates}
+    return {"gradients": counted, "sync flags": sync_flags, "updates": updates}
 
 
 def refusals() -> dict[str, Any]:
@@ -346,7 +345,7 @@ def refusals() -> dict[str, Any]:
 
 
 def stored(folder: Path) -> None:
-    """What needs no model: sharded tensors, one of them empty, of the job and of each rank."""
+    """Save sharded tensors without a model, one of them empty, of the job and of each rank."""
     mesh = init_device_mesh("cpu", (2,))
     rows, nothing = (
         distribute_tensor(value, mesh, [Shard(0)])

@@ -259,7 +259,7 @@ def test_gradients_travel_once_a_window(found: list[dict[str, Any]]) -> None:
 def test_shards_are_told_once_whether_to_exchange(found: list[dict[str, Any]]) -> None:
     """Where a window begins and where it ends, and at the end of a run that stops within one."""
     for of_rank in found:
-        assert of_rank["exchanges"]["told"] == [False, True, False, True]
+        assert of_rank["exchanges"]["sync flags"] == [False, True, False, True]
 
 
 def test_one_exchange_for_the_norm(found: list[dict[str, Any]]) -> None:

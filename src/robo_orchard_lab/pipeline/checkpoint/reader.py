@@ -367,7 +367,7 @@ class OpenCheckpoint:
 
     def _lock_shared(self) -> None:
         """Keep others from removing the checkpoint, if the file system supports locks."""
-        import fcntl  # not available on Windows
+        import fcntl  # not available on Windows; filelock has no shared locks
 
         assert self._manifest is not None
         try:
