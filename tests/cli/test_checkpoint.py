@@ -203,7 +203,10 @@ def test_prune_refuses_a_running_run(kept: Path, capsys: pytest.CaptureFixture[s
         (["export", "runs/first", "model.bin"], "expected a name that ends in .safetensors"),
         (["export", "runs/first", "nowhere/model.safetensors"], "there is no folder nowhere"),
         (["export", "runs/first", "there.safetensors"], "there.safetensors already exists"),
-        (["export", "runs/plain", "--best"], "no checkpoint in runs/plain is known as the best"),
+        (
+            ["export", "runs/plain", "--best"],
+            "no checkpoint in runs/plain/checkpoints is known as the",
+        ),
         (["prune", "runs/plain"], "no rule says how many checkpoints"),
         (["list", "runs/empty"], "the run in runs/empty has no checkpoints"),
         (["list", "runs/broken"], "runs/broken/config.yaml"),
