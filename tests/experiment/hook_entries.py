@@ -1,6 +1,6 @@
 """Entries of experiment files that between them set every field of every built-in hook.
 
-The values are none of the defaults. What is missing here is told by `test_hooks_in_files.py`.
+The values are none of the defaults. Missing entries are reported by `test_hooks_in_files.py`.
 """
 
 from __future__ import annotations

@@ -72,10 +72,10 @@ def moves_in_a_run(
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 @pytest.mark.parametrize("every", UNITS)
 @pytest.mark.parametrize("loader", LOADERS)
-def test_it_is_how_often_the_schedule_moves(
+def test_count_equals_lr_scheduler_steps_of_a_run(
     loader: str, every: LRSchedulerUnit, accumulate: int
 ) -> None:
-    """For data of any kind and whatever ends the run, where it can be told ahead."""
+    """The count is right for any data and any limit, if known before the run."""
     known = 0
     for limits in LIMITS:
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
@@ -104,7 +104,7 @@ def test_it_is_how_often_the_schedule_moves(
         ({"max_optimizer_step": 4, "max_epoch": 3}, 1, "optimizer_step", None),
     ],
 )
-def test_without_a_length_the_limits_may_tell(
+def test_limits_decide_the_count_for_data_without_length(
     limits: dict[str, Any], accumulate: int, every: LRSchedulerUnit, expected: int | None
 ) -> None:
     """A stream has as many moves as its limits say, or the error asks for a number."""
@@ -127,7 +127,7 @@ def test_data_without_a_batch_is_refused() -> None:
         count_lr_scheduler_steps(loader, Accelerator(cpu=True), TrainerLimits(max_epoch=1))
 
 
-def test_the_model_draws_the_same_as_without_counting() -> None:
+def test_counting_does_not_change_rng() -> None:
     """Counting draws no random numbers, and leaves a loader's generator as it is."""
     generator = torch.Generator().manual_seed(3)
     loader = make_loader(shuffle=True, generator=generator)

@@ -146,7 +146,7 @@ def test_another_seed_trains_other_weights() -> None:
     assert not equal(trained(experiment()), trained(experiment(seed=4)))
 
 
-def test_what_a_script_gives_takes_the_place_of_what_is_described() -> None:
+def test_passed_objects_replace_described_parts() -> None:
     """Every object may be given; its part is not built then, and may be null."""
     model = MLP(2, [4], 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -188,14 +188,14 @@ def test_what_a_script_gives_takes_the_place_of_what_is_described() -> None:
         ({"data": DataConfig(train=None)}, "data.train", "dataloader"),
     ],
 )
-def test_what_is_null_has_to_be_given(changes: dict[str, Any], place: str, name: str) -> None:
+def test_null_part_must_be_passed(changes: dict[str, Any], place: str, name: str) -> None:
     """The error says as what."""
     with pytest.raises(ConfigFieldError, match=rf"build\({name}=\.\.\.\)") as error:
         experiment(**changes).build()
     assert error.value.location == place
 
 
-def test_hooks_come_in_their_order_and_the_checkpoint_last() -> None:
+def test_hooks_keep_their_order_with_checkpoint_last() -> None:
     """Those that a script gives replace those of their names, or come behind; None removes."""
     config = experiment(
         hooks={"a": StatsMonitorConfig(), "b": LossTrackerConfig(), "c": MetricsLoggerConfig()},
@@ -210,7 +210,7 @@ def test_hooks_come_in_their_order_and_the_checkpoint_last() -> None:
     assert "checkpoint" not in config.build(hooks={"checkpoint": None}).hooks
 
 
-def test_a_hook_that_a_script_configures_gets_the_sets_but_no_folder() -> None:
+def test_passed_hook_config_gets_evaluation_sets_but_no_run_folder() -> None:
     """Its paths are those of the script, and what it evaluates on may be the experiment's."""
     best = KeepBestConfig(monitor="eval/val/loss", mode="min", path=Path("best.safetensors"))
     built = experiment(data=DataConfig(train=spirals(), evaluation={"val": spirals(seed=1)})).build(
@@ -220,7 +220,7 @@ def test_a_hook_that_a_script_configures_gets_the_sets_but_no_folder() -> None:
     assert Path("best.safetensors").exists()
 
 
-def test_what_hooks_write_lies_in_the_run_folder(below: Path) -> None:
+def test_hooks_write_to_the_run_folder(below: Path) -> None:
     """Also by sinks within them; checkpoints are there as well."""
     trained(
         experiment(
@@ -243,7 +243,7 @@ def test_what_hooks_write_lies_in_the_run_folder(below: Path) -> None:
     assert {"a/m.jsonl", "best.safetensors", "saves/step_00000016/manifest.json"} <= written
 
 
-def test_a_path_out_of_the_run_folder_is_refused_when_the_experiment_is_made() -> None:
+def test_path_out_of_run_folder_is_refused_at_construction() -> None:
     """Not when it is built; the error names the place."""
     for sinks, place in (
         ([JsonLinesSinkConfig(path="../m")], "hooks.log.sinks.0.path"),
@@ -256,7 +256,7 @@ def test_a_path_out_of_the_run_folder_is_refused_when_the_experiment_is_made() -
         assert error.value.location == place
 
 
-def test_evaluation_sets_go_to_hooks_without_loaders_of_their_own() -> None:
+def test_hooks_without_loaders_get_the_evaluation_sets() -> None:
     """All, or those that are named; a hook with its own keeps those."""
     config = experiment(
         hooks={
@@ -283,14 +283,14 @@ def test_evaluation_sets_go_to_hooks_without_loaders_of_their_own() -> None:
     }
 
 
-def test_without_sets_there_is_nothing_to_evaluate_on() -> None:
+def test_validation_hook_without_sets_is_refused() -> None:
     """A ValidationHook with neither is refused at its place."""
     with pytest.raises(ConfigFieldError, match=r"describe sets in data\.evaluation") as error:
         experiment(hooks={"val": ValidationHookConfig()}).build()
     assert error.value.location == "hooks.val"
 
 
-def test_metrics_may_stand_in_the_experiment() -> None:
+def test_metrics_are_described_in_the_experiment() -> None:
     """Of training and of evaluation; a file holds them."""
     accuracy = {"accuracy": config_of(MulticlassAccuracy, num_classes=3)}
     config = experiment(
@@ -311,7 +311,7 @@ def test_metrics_may_stand_in_the_experiment() -> None:
     assert {"train/accuracy", "eval/val/accuracy", "eval/val/loss"} <= {*names}
 
 
-def test_auto_is_how_often_the_schedule_moves() -> None:
+def test_auto_is_the_number_of_lr_scheduler_steps() -> None:
     """In updates, or in epochs where it moves once in each."""
     one_cycle = config_of(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps="auto")
     cosine = config_of(lr_scheduler.CosineAnnealingLR, T_max="auto", every="epoch")
@@ -328,7 +328,7 @@ def test_auto_is_how_often_the_schedule_moves() -> None:
     assert built.lr_scheduler.last_epoch == 2
 
 
-def test_schedules_within_schedules_get_the_optimizer() -> None:
+def test_inner_lr_schedulers_get_the_optimizer() -> None:
     """One after another, or together; numbers in them may be auto, too."""
     linear = config_of(lr_scheduler.LinearLR, total_iters=4)
     cosine = config_of(lr_scheduler.CosineAnnealingLR, T_max="auto")
@@ -352,7 +352,7 @@ class HandedOn(lr_scheduler.ExponentialLR):
         super().__init__(*args, **more)
 
 
-def test_a_schedule_may_hand_on_what_it_takes() -> None:
+def test_lr_scheduler_with_kwargs_passes_the_optimizer_on() -> None:
     """It gets the optimizer; a text is text, whatever it says."""
     schedule = config_of(HandedOn, gamma=0.5, mode="auto", other="auto")
     built = experiment(lr_scheduler=schedule).build().lr_scheduler
@@ -364,7 +364,7 @@ def halved(move: int) -> float:
     return 0.5
 
 
-def test_a_schedule_takes_functions_by_their_names() -> None:
+def test_lr_scheduler_accepts_functions_by_name() -> None:
     """One for all groups, or a list of one for each."""
     name = f"{__name__}:halved"
     functions: Any
@@ -376,7 +376,7 @@ def test_a_schedule_takes_functions_by_their_names() -> None:
         assert built.lr_scheduler.get_last_lr() == [0.05]
 
 
-def test_a_plateau_is_watched_once_an_epoch() -> None:
+def test_reduce_on_plateau_steps_once_per_epoch() -> None:
     """As its class has it by default; auto counts so as well."""
     config = config_of(lr_scheduler.ReduceLROnPlateau, patience="auto")
     built = experiment(lr_scheduler=config).build()
@@ -390,7 +390,7 @@ class Endless(IterableDataset[tuple[torch.Tensor, int]]):
             yield torch.ones(2), 0
 
 
-def test_where_it_cant_be_counted_a_number_is_asked_for() -> None:
+def test_auto_without_a_known_length_requests_a_number() -> None:
     """Of data without a length; the error names the parameter."""
     schedule = config_of(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps="auto")
     endless = DataConfig(train=LoaderConfig(dataset=config_of(Endless)))
@@ -410,7 +410,7 @@ def test_where_it_cant_be_counted_a_number_is_asked_for() -> None:
     ]
 
 
-def test_only_the_outermost_schedule_says_when_it_moves() -> None:
+def test_only_the_outermost_lr_scheduler_has_an_interval() -> None:
     """One within can't move at another time."""
     step = config_of(lr_scheduler.StepLR, step_size=2, every="epoch")
     schedule = config_of(lr_scheduler.ChainedScheduler, schedulers=[step])
@@ -424,7 +424,7 @@ def doubled(samples: list[tuple[torch.Tensor, int]], times: int = 1) -> Any:
     return torch.stack(inputs), torch.tensor(arms)
 
 
-def test_loaders_take_what_torchs_do() -> None:
+def test_loader_config_has_the_arguments_of_dataloader() -> None:
     """Samplers get the dataset where they take one, also within a batch sampler."""
     drawn = config_of(RandomSampler, num_samples=6)
     sampled = spirals(sampler=drawn, collate_fn=config_of(doubled, times=2)).model_copy()
@@ -455,7 +455,7 @@ IN_PAIRS = config_of(BatchSampler, sampler=config_of(RandomSampler), batch_size=
         ({"persistent_workers": True}, "persistent_workers", "num_workers"),
     ],
 )
-def test_what_a_loader_would_not_heed_is_refused(
+def test_ignored_loader_arguments_are_refused(
     changes: dict[str, Any], place: str, says: str
 ) -> None:
     """Ahead of the first epoch."""
@@ -495,7 +495,7 @@ def test_an_optimizer_may_come_from_a_function() -> None:
     assert equal(made, trained(experiment()))
 
 
-def test_parameters_have_the_options_of_their_group() -> None:
+def test_parameters_get_the_options_of_their_group() -> None:
     """Those that no pattern matches come first, with the optimizer's own."""
     groups = {
         "biases": ParameterGroup(parameters=["*.bias"], weight_decay=0.0),
@@ -515,7 +515,7 @@ def test_parameters_have_the_options_of_their_group() -> None:
     assert error.value.location == "optimizer.groups.head.parameters"
 
 
-def test_options_of_groups_have_the_types_of_the_optimizers() -> None:
+def test_group_options_are_converted_to_the_types_of_the_optimizer() -> None:
     """As its own options have: numbers that are written as texts, and tuples as lists."""
     document = experiment().to_dict()
     document["optimizer"] = {
@@ -530,7 +530,7 @@ def test_options_of_groups_have_the_types_of_the_optimizers() -> None:
     assert ExperimentConfig.from_dict(config.to_dict(), trust=__name__) == config
 
 
-def test_a_run_goes_on_where_it_was_stopped() -> None:
+def test_run_resumes_from_its_checkpoint() -> None:
     """From the newest checkpoint, by default; or from the beginning, or from another one."""
     config = experiment(checkpoint=SaveCheckpointConfig(every="3 steps", keep_last=None))
     stopped = config.replace(**{"trainer.max_epoch": None, "trainer.max_step": 5}).build()
@@ -548,7 +548,7 @@ def test_a_run_goes_on_where_it_was_stopped() -> None:
     assert equal(weights(resumed.model), trained(config, resume="never"))
 
 
-def test_the_trainer_is_told_what_the_experiment_says() -> None:
+def test_trainer_gets_the_options_of_the_experiment() -> None:
     """Limits, the order of data, and precision."""
     config = experiment(
         data=DataConfig(train=spirals(), order=DataOrderConfig(keyed_by="sample")),
@@ -580,7 +580,7 @@ class Broken(PipelineHooks):
         raise KeyError("a mistake in it")
 
 
-def test_errors_of_what_is_built_say_where_it_is_described() -> None:
+def test_build_errors_have_the_path_of_the_part() -> None:
     """A wrong argument or a missing file is an error of the experiment; a mistake gets a note."""
     missing = DataConfig(train=LoaderConfig(dataset=config_of(Missing)))
     with pytest.raises(ConfigBuildError, match="no such folder: 'images'") as error:
@@ -609,7 +609,7 @@ class Counting(PipelineHooks):
         self.seen += args.global_step_id % self.every == 0
 
 
-def test_a_hook_of_ones_own_needs_no_configuration_class() -> None:
+def test_user_hook_needs_no_config_class() -> None:
     """Its constructor's parameters are its fields."""
     built = experiment(hooks={"mine": config_of(Counting, every=4)}).build()
     built.trainer()

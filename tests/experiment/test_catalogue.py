@@ -36,7 +36,7 @@ def may_be_missing(reference: str) -> bool:
 
 
 @pytest.mark.parametrize("package", ["robo_orchard_lab", "torch", "torchvision", "torchmetrics"])
-def test_each_entry_is_defined_where_it_says(package: str) -> None:
+def test_each_entry_is_defined_in_its_module(package: str) -> None:
     """A file that names it gets it, and nothing that only looks like it."""
     trust = Trust(frozenset(), DEFINITIONS)
     entries = [name for name in sorted(DEFINITIONS) if name.split(".")[0] == package]
@@ -66,7 +66,7 @@ KINDS = {
 }
 
 
-def test_each_entry_is_of_the_kind_that_it_is_said_to_be() -> None:
+def test_each_entry_is_of_its_kind() -> None:
     """So that one in a wrong place is refused without looking at it."""
     trust = Trust(frozenset(), DEFINITIONS)
     for reference in DEFINITIONS:
@@ -83,7 +83,7 @@ def test_each_entry_is_of_the_kind_that_it_is_said_to_be() -> None:
     assert kind_of("os:system") is None
 
 
-def test_each_name_leads_to_what_people_import_by_it() -> None:
+def test_each_public_name_imports_its_definition() -> None:
     """The public names are those of the packages."""
     for name, definition in CATALOGUE.items():
         module, _, qualname = name.rpartition(":")
@@ -114,7 +114,7 @@ def test_every_hook_and_sink_is_listed() -> None:
                 assert CATALOGUE[name] == f"{found.__module__}:{name}"
 
 
-def test_nothing_else_of_ours_is_listed() -> None:
+def test_nothing_else_of_this_project_is_listed() -> None:
     """What removes folders, starts processes or reads checkpoints is out of a file's reach."""
     for reference in DEFINITIONS:
         if reference.startswith("robo_orchard"):
@@ -141,12 +141,12 @@ def test_nothing_else_of_ours_is_listed() -> None:
         "robo_orchard_core.utils.config.build:CallableConfig",
     ],
 )
-def test_what_loads_downloads_or_removes_is_not_listed(reference: str) -> None:
+def test_code_that_loads_downloads_or_removes_is_not_listed(reference: str) -> None:
     """A few that would break the rule."""
     assert reference not in DEFINITIONS
 
 
-def test_names_are_replaced_where_they_name_code() -> None:
+def test_names_of_code_are_replaced_by_definitions() -> None:
     """Short names under the keys of parts alone, others wherever they stand as a whole."""
     sgd = "torch.optim.sgd:SGD"
     assert with_definitions(

@@ -79,7 +79,7 @@ def test_code_and_files_describe_equal_experiments() -> None:
     assert in_code(hooks={"stats": StatsMonitorConfig(), "ema": EMAConfig()}) != described()
 
 
-def test_a_file_may_leave_parts_to_a_script(tmp_path: Path) -> None:
+def test_null_parts_of_a_file_are_passed_by_a_script(tmp_path: Path) -> None:
     """They are null then."""
     file = written(tmp_path)
     loaded = ExperimentConfig.load(file, overrides={"model": None, "batch_processor": None})
@@ -87,7 +87,7 @@ def test_a_file_may_leave_parts_to_a_script(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["yaml", "toml", "json"])
-def test_files_of_every_format_bring_it_back(suffix: str, tmp_path: Path) -> None:
+def test_experiment_round_trips_through_every_format(suffix: str, tmp_path: Path) -> None:
     """What is saved is loaded as the same value."""
     path = tmp_path / f"spirals.{suffix}"
     in_code().save(path)
@@ -120,7 +120,7 @@ def test_replace_reaches_named_hooks_and_removes_them() -> None:
         first.replace(**{"optimizer.class_type": torch.optim.Adam})
 
 
-def test_it_travels_to_other_processes() -> None:
+def test_experiment_can_be_pickled() -> None:
     """As what those get that are spawned."""
     assert pickle.loads(pickle.dumps(described())) == described()
 
@@ -141,21 +141,21 @@ def test_data_types_and_devices_are_texts_in_files(format_: Format) -> None:
         mine.replace(**{"model.dtype": "flaot64"})
 
 
-def test_its_repr_shows_what_was_said() -> None:
+def test_repr_shows_the_set_fields() -> None:
     """Classes and the arguments that were given, not all that could be."""
     text = repr(in_code())
     assert "SGDConfig(class_type=<class 'torch.optim.sgd.SGD'>, lr=0.1)" in text
     assert "amsgrad" not in repr(in_code(optimizer=config_of(torch.optim.Adam)))
 
 
-def test_what_is_typed_for_a_text_is_text(tmp_path: Path) -> None:
+def test_override_of_a_text_field_is_text(tmp_path: Path) -> None:
     """``--name 3`` names it "3", while ``--trainer.max_epoch 3`` is a number."""
     overrides, _ = from_arguments(["--name", "3", "--trainer.max_epoch", "3"])
     loaded = ExperimentConfig.load(written(tmp_path), overrides=overrides)
     assert (loaded.name, loaded.trainer.max_epoch) == ("3", 3)
 
 
-def test_what_is_typed_for_a_part_is_told_as_it_is_wrong(tmp_path: Path) -> None:
+def test_wrong_override_of_a_part_is_reported(tmp_path: Path) -> None:
     """Not as the text that it was typed as, which is no part at all."""
     typed = "{class_type: 'torch.optim:Adam', learning_rate: 3}"
     overrides, _ = from_arguments(["--name", "3", "--optimizer", typed])
@@ -164,7 +164,7 @@ def test_what_is_typed_for_a_part_is_told_as_it_is_wrong(tmp_path: Path) -> None
     assert found.value.path == ("optimizer", "learning_rate")
 
 
-def test_overrides_reach_fields_of_whatever_class_is_there(tmp_path: Path) -> None:
+def test_overrides_reach_fields_of_the_configured_class(tmp_path: Path) -> None:
     """Also when the class itself is another by the same overrides, in any order."""
     file = written(tmp_path)
     changed = ExperimentConfig.load(
@@ -231,9 +231,7 @@ def test_errors_name_the_field(changes: dict[str, Any], place: str, says: str) -
         ({"batch_size": 0}, "batch_size"),
     ],
 )  # fmt: skip
-def test_fields_of_a_loader_that_exclude_each_other_are_told(
-    loader: dict[str, Any], place: str
-) -> None:
+def test_exclusive_loader_fields_are_refused(loader: dict[str, Any], place: str) -> None:
     """Before any data is opened."""
     dataset = {"class_type": f"{SAMPLES}:Spirals"}
     with pytest.raises(ConfigFieldError) as found:
@@ -250,7 +248,7 @@ def test_fields_of_a_loader_that_exclude_each_other_are_told(
         ({"parameters": "norms"}, "parameters", "norms_and_biases"),
     ],
 )
-def test_groups_of_parameters_have_options_of_the_optimizer(
+def test_parameter_groups_accept_options_of_the_optimizer(
     group: dict[str, Any], place: str, says: str
 ) -> None:
     """Of its types, and no others."""
@@ -260,7 +258,7 @@ def test_groups_of_parameters_have_options_of_the_optimizer(
     assert says in str(found.value)
 
 
-def test_whole_numbers_of_a_schedule_may_be_auto() -> None:
+def test_integers_of_an_lr_scheduler_may_be_auto() -> None:
     """Also those of schedules within one."""
     lr = "torch.optim.lr_scheduler"
     schedule = described(
@@ -279,7 +277,7 @@ def test_whole_numbers_of_a_schedule_may_be_auto() -> None:
         described(lr_scheduler={"class_type": f"{lr}:ExponentialLR", "gamma": "auto"})
 
 
-def test_code_is_held_to_the_rules_of_files() -> None:
+def test_configs_in_code_follow_the_rules_of_files() -> None:
     """By pydantic's error, as any config."""
     with pytest.raises(ValidationError, match="the run has no limit"):
         in_code(trainer=TrainerConfig())
@@ -293,7 +291,7 @@ def test_the_run_folder_follows_from_the_name() -> None:
     assert in_code(run_folder="elsewhere").folder() == Path("elsewhere")
 
 
-def test_only_the_catalogue_is_trusted_without_more(tmp_path: Path) -> None:
+def test_only_the_catalogue_is_trusted_by_default(tmp_path: Path) -> None:
     """What else is ours, or anybody's, has to be named in the trust."""
     other = {"class_type": f"{__name__}:Net"}
     for reference in ("robo_orchard_lab.pipeline.run.durable:remove_tree", f"{__name__}:Net"):

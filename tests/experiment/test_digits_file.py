@@ -77,7 +77,7 @@ def test_the_file_trains_what_the_script_does(
     assert equal(trained(again, "again"), by_script)
 
 
-def test_the_file_says_what_the_script_has_by_default() -> None:
+def test_file_has_the_defaults_of_the_script() -> None:
     """Every number that the script's configuration has, but those of its random images."""
     from train import TrainerConfig
 
@@ -92,7 +92,7 @@ def test_the_file_says_what_the_script_has_by_default() -> None:
     assert script.max_grad_norm == file.hooks["clip"].max_norm
 
 
-def test_what_the_run_writes_lies_in_its_folder(tmp_path: Path) -> None:
+def test_run_writes_to_its_folder(tmp_path: Path) -> None:
     """Metrics, TensorBoard's files, checkpoints and the best weights; nothing elsewhere."""
     trained(ExperimentConfig.load(FILE, trust=TRUST, overrides=SMALL), "runs/one")
     written = {path.name for path in (tmp_path / "runs" / "one").iterdir()}

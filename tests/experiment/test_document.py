@@ -103,7 +103,7 @@ def test_a_variant_says_only_what_differs(folder: Path) -> None:
     assert read.locate(ConfigError("x", ("model",))).source == str(folder / "variant.yaml")
 
 
-def test_the_three_formats_say_the_same(folder: Path) -> None:
+def test_all_formats_read_equal_documents(folder: Path) -> None:
     """A base may be written in another format than its variant, and lines are known in each."""
     document = formats.read(BASE.replace("$schema: schema.json\n", ""), "yaml")
     for suffix in ("json", "toml"):
@@ -116,7 +116,7 @@ def test_the_three_formats_say_the_same(folder: Path) -> None:
         assert origin(read, "trainer", "max_epoch") == f"base.{suffix}:{line}"
 
 
-def test_the_stronger_layer_counts(folder: Path) -> None:
+def test_stronger_layer_takes_precedence(folder: Path) -> None:
     """Command line over environment over code over file, in whatever order they are given."""
     overrides = [
         *arguments("--a=command line"),
@@ -192,14 +192,14 @@ def test_the_order_of_overrides_does_not_matter_to_classes(folder: Path) -> None
         ("--base=x.yaml", "base: can't be overridden"),
     ],
 )
-def test_overrides_that_lead_nowhere_are_refused(folder: Path, given: str, problem: str) -> None:
+def test_overrides_without_a_target_are_refused(folder: Path, given: str, problem: str) -> None:
     """The option is named, and what is there instead."""
     option = given.partition("=")[0]
     with pytest.raises(ConfigError, match=f"^command line: {option}: .*{re.escape(problem)}"):
         read_experiment(folder / "base.yaml", overrides=arguments(given))
 
 
-def test_an_override_may_turn_out_to_be_text(folder: Path) -> None:
+def test_override_is_reread_as_text(folder: Path) -> None:
     """`--name 3` is a number first, and what was typed where the field wants text."""
     given = arguments("--name=03", "--hooks.log.sinks.0.path=[1, 2]", "--trainer.x=y")
     read = read_experiment(folder / "base.yaml", overrides=given)
@@ -219,7 +219,7 @@ def test_an_override_may_turn_out_to_be_text(folder: Path) -> None:
     assert read.with_text(()) is None
 
 
-def test_only_the_override_in_force_may_turn_into_text(folder: Path) -> None:
+def test_only_the_effective_override_is_reread_as_text(folder: Path) -> None:
     """What a stronger one has replaced does not come back."""
     environ = {"ROBO_ORCHARD_LAB__NAME": "3"}
     read = read_experiment(folder / "base.yaml", overrides=arguments("--name=x"), environ=environ)
@@ -232,7 +232,7 @@ def test_only_the_override_in_force_may_turn_into_text(folder: Path) -> None:
     assert read.with_text(place) is None
 
 
-def test_of_what_turns_into_text_nothing_has_a_place_within(folder: Path) -> None:
+def test_text_override_drops_origins_inside(folder: Path) -> None:
     """There is nothing within a text."""
     read = read_experiment(folder / "base.yaml", overrides=arguments("--fresh={a: 1}"))
     assert ("fresh", "a") in read.origins
@@ -243,14 +243,14 @@ def test_of_what_turns_into_text_nothing_has_a_place_within(folder: Path) -> Non
 
 
 def chain(folder: Path, length: int) -> Path:
-    """The first of so many files that build on each other, beside the last."""
+    """Create a chain of base files and return the first file."""
     for number in range(length):
         (folder / f"{number}.yaml").write_text(f"base: {number + 1}.yaml\nv{number}: {number}\n")
     (folder / f"{length}.yaml").write_text("name: last\n")
     return folder / "0.yaml"
 
 
-def test_files_may_build_on_each_other(tmp_path: Path) -> None:
+def test_base_files_are_merged(tmp_path: Path) -> None:
     """As many as are allowed, and not one more."""
     read = read_experiment(chain(tmp_path, MAX_BASES))
     assert len(read.files) == 1 + MAX_BASES
@@ -278,7 +278,7 @@ def test_files_may_build_on_each_other(tmp_path: Path) -> None:
         "n" * 300 + ".yaml",
     ],
 )
-def test_a_base_is_the_plain_name_of_a_file_beside_it(folder: Path, name: Plain) -> None:
+def test_base_is_a_plain_name_in_the_same_folder(folder: Path, name: Plain) -> None:
     """No name leads out of the folder."""
     (folder / "sub").mkdir()
     (folder / "sub" / "base.yaml").write_text(BASE)
@@ -298,7 +298,7 @@ def test_a_base_is_the_plain_name_of_a_file_beside_it(folder: Path, name: Plain)
         ("large", f"exceeds the limit of {MAX_FILE_BYTES} bytes"),
     ],
 )
-def test_what_is_no_regular_file_is_refused(folder: Path, kind: str, problem: str) -> None:
+def test_irregular_files_are_refused(folder: Path, kind: str, problem: str) -> None:
     """Neither as the file nor as its base, and nobody waits for a pipe to be written to."""
     path = folder / "other.yaml"
     if kind == "link":
@@ -316,7 +316,7 @@ def test_what_is_no_regular_file_is_refused(folder: Path, kind: str, problem: st
         read_experiment(folder / "variant.yaml")
 
 
-def test_a_circle_of_files_is_refused(folder: Path) -> None:
+def test_cycle_of_base_files_is_refused(folder: Path) -> None:
     """The way round is shown."""
     (folder / "base.yaml").write_text("base: variant.yaml\n")
     with pytest.raises(ConfigError, match=r"base.yaml:1: base: .*variant.yaml -> base.yaml -> var"):

@@ -97,7 +97,7 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ExperimentCon
     )
 
 
-def test_a_dry_run_tells_what_would_be(experiment: ExperimentConfig, tmp_path: Path) -> None:
+def test_dry_run_describes_the_run(experiment: ExperimentConfig, tmp_path: Path) -> None:
     """Steps, updates, what hooks would do and what it takes, after a batch; nothing is written."""
     found = dry_run(experiment)
     length = found.length
@@ -132,7 +132,7 @@ def test_a_dry_run_of_a_stream_has_no_length(experiment: ExperimentConfig) -> No
     assert found.loss is not None
 
 
-def test_a_fast_run_does_two_steps_of_everything(
+def test_fast_run_takes_two_steps_and_resumes(
     experiment: ExperimentConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An epoch of two steps, evaluations, a save, and a step after loading it; nothing is left."""
@@ -148,7 +148,7 @@ def test_a_fast_run_does_two_steps_of_everything(
 
 
 @pytest.mark.parametrize("part", ["stream", "sampler"])
-def test_a_fast_run_takes_any_data(experiment: ExperimentConfig, part: str) -> None:
+def test_fast_run_accepts_any_data(experiment: ExperimentConfig, part: str) -> None:
     """Data without an index, or with a sampler of its own, is trained on as it is."""
     from torch.utils.data import SequentialSampler
 
@@ -162,7 +162,7 @@ def test_a_fast_run_takes_any_data(experiment: ExperimentConfig, part: str) -> N
     assert done[-1] == "saved, and resumed from step 2 to 3"
 
 
-def test_what_fails_fails(experiment: ExperimentConfig, tmp_path: Path) -> None:
+def test_errors_of_parts_propagate(experiment: ExperimentConfig, tmp_path: Path) -> None:
     """An error of a part is that error, and what was written is gone all the same."""
     hooks: dict[str, Any] = {"watching": config_of(Watching, fails=True)}
     with pytest.raises(RuntimeError, match="a hook that fails"):

@@ -63,7 +63,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
     return experiment
 
 
-def test_it_finds_what_the_run_has_found(trained: ExperimentConfig) -> None:
+def test_evaluation_repeats_the_metrics_of_the_run(trained: ExperimentConfig) -> None:
     """Of each checkpoint, loss and metrics are those that the run had there, with its averages."""
     place = find_checkpoints(trained.folder())
     for info in CheckpointStore(place.root).list():
@@ -72,8 +72,8 @@ def test_it_finds_what_the_run_has_found(trained: ExperimentConfig) -> None:
         assert {*found} == {"eval/val/loss", "eval/val/accuracy", "eval/test/loss"}
 
 
-def test_some_sets_are_measured_alone(trained: ExperimentConfig) -> None:
-    """Those that are named, with what their hook measures; a name that is none is told."""
+def test_selected_sets_are_evaluated_alone(trained: ExperimentConfig) -> None:
+    """Named sets are evaluated with the metrics of their hook; an unknown name is refused."""
     saved = SavedWeights.from_checkpoint(find_checkpoints(trained.folder()).pick())
     assert {*evaluate(trained, saved, ["test"])} == {"eval/test/loss"}
     with pytest.raises(ConfigFieldError, match=r"data\.evaluation\.tset: .* did you mean 'test'"):
@@ -92,7 +92,7 @@ class Shaken(Spirals):
         return point + torch.rand(2), arm
 
 
-def test_it_is_the_same_each_time(trained: ExperimentConfig) -> None:
+def test_evaluation_is_deterministic(trained: ExperimentConfig) -> None:
     """Also where data draws, and where the run would evaluate at its start."""
     saved = SavedWeights.from_checkpoint(find_checkpoints(trained.folder()).pick())
     shaken = LoaderConfig(dataset=config_of(Shaken, size=12), batch_size=8)
@@ -103,7 +103,7 @@ def test_it_is_the_same_each_time(trained: ExperimentConfig) -> None:
     assert {*first} == {"eval/val/loss", "eval/val/accuracy", "eval/test/loss"}
 
 
-def test_without_hooks_it_is_the_loss(trained: ExperimentConfig) -> None:
+def test_loss_is_evaluated_without_hooks(trained: ExperimentConfig) -> None:
     """Where no hook says how to measure, it is the mean loss of the model's own weights."""
     saved = SavedWeights.from_checkpoint(find_checkpoints(trained.folder()).pick())
     found = evaluate(trained.replace(hooks={}), saved)
@@ -115,7 +115,7 @@ def test_without_hooks_it_is_the_loss(trained: ExperimentConfig) -> None:
         evaluate(bare, saved)
 
 
-def test_the_best_are_those_that_were_kept(trained: ExperimentConfig) -> None:
+def test_best_weights_are_the_kept_weights(trained: ExperimentConfig) -> None:
     """What a KeepBest has written, or else the checkpoint that is best by the run's own rule."""
     place = find_checkpoints(trained.folder())
     kept = best_weights(trained, trained.folder(), place)
@@ -145,7 +145,7 @@ def test_nothing_is_written(trained: ExperimentConfig) -> None:
 
 
 def test_weights_of_another_model_are_refused(trained: ExperimentConfig, tmp_path: Path) -> None:
-    """The names and shapes that differ are told, and what is no trainer's checkpoint is refused."""
+    """The error lists differing names and shapes; other checkpoints are refused."""
     saved = SavedWeights.from_checkpoint(find_checkpoints(trained.folder()).pick())
     other = trained.replace(model=config_of(MLP, inputs=2, hidden=[9], outputs=3))
     with pytest.raises(StateError, match=r"another model: .*saved as float32\[8, 2\]"):

@@ -64,7 +64,7 @@ def begun(experiment: ExperimentConfig) -> ExistingRun:
     return found
 
 
-def test_a_folder_tells_of_its_run(experiment: ExperimentConfig) -> None:
+def test_existing_run_is_found_in_its_folder(experiment: ExperimentConfig) -> None:
     """Nothing before a start; then its file, its newest checkpoint, and what became of it."""
     folder = experiment.folder()
     assert find_existing_run(folder) is None
@@ -83,7 +83,7 @@ def test_the_file_in_the_folder_is_the_experiment(experiment: ExperimentConfig) 
     assert kept == experiment.replace(run_folder=None)
 
 
-def test_a_run_goes_on_unchanged_from_anywhere(
+def test_unchanged_run_resumes_from_any_folder(
     experiment: ExperimentConfig, tmp_path: Path
 ) -> None:
     """Neither the folder's path nor whether to resume is a difference."""
@@ -96,7 +96,7 @@ def test_a_run_goes_on_unchanged_from_anywhere(
     assert before.newest_step == moved.newest_step
 
 
-def test_changes_need_to_be_allowed_by_what_they_do(experiment: ExperimentConfig) -> None:
+def test_changes_are_allowed_by_effect(experiment: ExperimentConfig) -> None:
     """Harmless ones pass and are recorded, a trajectory needs a word, what can't be is refused."""
     before = begun(experiment)
     longer = experiment.replace(**{"trainer.max_epoch": 5})
@@ -122,7 +122,7 @@ def test_changes_need_to_be_allowed_by_what_they_do(experiment: ExperimentConfig
     assert [each.field for each in refused.value.changes] == ["seed", "hooks.clip.max_norm"]
 
 
-def test_a_file_that_can_no_longer_be_loaded_is_compared_as_it_is(
+def test_unloadable_config_is_compared_as_written(
     experiment: ExperimentConfig,
 ) -> None:
     """Where the old file names what is gone, that is a difference, and no other error."""

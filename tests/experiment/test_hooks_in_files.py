@@ -75,10 +75,8 @@ def test_hooks_are_read_from_files(format_: Format, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "entry"), NAMED, ids=[name for name, _ in NAMED])
-def test_fields_are_overridden_by_their_place(
-    name: str, entry: dict[str, Any], tmp_path: Path
-) -> None:
-    """Each field of a hook can be set ahead of the file, by the hook's name and its own."""
+def test_fields_are_overridden_by_path(name: str, entry: dict[str, Any], tmp_path: Path) -> None:
+    """An override sets each field of a hook by the name of the hook and of the field."""
     path = tmp_path / "experiment.json"
     required = {
         field: value

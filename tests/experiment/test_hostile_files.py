@@ -37,7 +37,7 @@ BROKEN = "raise RuntimeError('this was imported')\n"
 # What brings torchmetrics in as well, whose import takes longer than all files together.
 ALL_OF_IT = "{class_type: MetricTracker, metrics: {a: {class_type: torchmetrics:MeanMetric}}}"
 
-Told: TypeAlias = dict[str, dict[str, Any]]
+Reports: TypeAlias = dict[str, dict[str, Any]]
 
 
 def contents(root: Path) -> dict[str, tuple[int, bytes | str]]:
@@ -52,9 +52,9 @@ def contents(root: Path) -> dict[str, tuple[int, bytes | str]]:
     return found
 
 
-def what_became_of(
+def read_all(
     all_of_them: list[Hostile], folder: Path, *, trusted: str, space_mib: int = 0
-) -> Told:
+) -> Reports:
     """What a process of its own tells of each, by name; that nothing else came of them is checked.
 
     Args:
@@ -98,21 +98,21 @@ def what_became_of(
     return {name: tale[str(file)] for name, file in paths.items()}
 
 
-def check_refused(hostile: Hostile, told: dict[str, Any]) -> None:
+def check_refused(hostile: Hostile, report: dict[str, Any]) -> None:
     """That it was refused as it should be, in a line or two that a terminal can show."""
-    assert told["is_typed"], told["text"]
-    assert hostile.says in told["text"]
-    assert told["error"] == hostile.error, told["text"]
-    assert told["text"].startswith("experiment.") or hostile.beside
-    assert told["seconds"] < SECONDS
-    assert all(line.isprintable() for line in told["text"].splitlines())
-    assert len(told["text"].splitlines()[0]) < 600
+    assert report["is_typed"], report["text"]
+    assert hostile.says in report["text"]
+    assert report["error"] == hostile.error, report["text"]
+    assert report["text"].startswith("experiment.") or hostile.siblings
+    assert report["seconds"] < SECONDS
+    assert all(line.isprintable() for line in report["text"].splitlines())
+    assert len(report["text"].splitlines()[0]) < 600
 
 
 @pytest.fixture(scope="module")
-def before_import(tmp_path_factory: pytest.TempPathFactory) -> Told:
-    """What became of those whose names are enough; an import of a trusted package would be told."""
-    return what_became_of(
+def before_import(tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    """Reports of the files that are refused by name; imports of trusted packages are reported."""
+    return read_all(
         [*WARMING_UP, *BEFORE_IMPORT],
         tmp_path_factory.mktemp("before_import"),
         trusted=BROKEN,
@@ -121,22 +121,22 @@ def before_import(tmp_path_factory: pytest.TempPathFactory) -> Told:
 
 
 @pytest.fixture(scope="module")
-def when_validated(tmp_path_factory: pytest.TempPathFactory) -> Told:
+def when_validated(tmp_path_factory: pytest.TempPathFactory) -> Reports:
     """What became of those that are looked at with what they name."""
     harmless = [
         Hostile("harmless", "", with_hook(ALL_OF_IT), "", ""),
         Hostile("harmless_parts", "", model("trusted_parts:Net, width: 1"), "", ""),
     ]
-    told = what_became_of(
+    report = read_all(
         [*harmless, *WHEN_VALIDATED],
         tmp_path_factory.mktemp("when_validated"),
         trusted=TRUSTED.read_text(),
     )
-    assert all(told[each.name]["error"] == "NoneType" for each in harmless), told
-    return told
+    assert all(report[each.name]["error"] == "NoneType" for each in harmless), report
+    return report
 
 
-def test_the_corpus_is_one() -> None:
+def test_corpus_has_unique_names() -> None:
     """There are enough of them, with names of their own."""
     everything = [*BEFORE_IMPORT, *WHEN_VALIDATED]
     assert len(everything) >= 70
@@ -144,18 +144,18 @@ def test_the_corpus_is_one() -> None:
 
 
 @pytest.mark.parametrize("hostile", BEFORE_IMPORT, ids=lambda each: each.name)
-def test_it_is_refused_ahead_of_the_first_import(before_import: Told, hostile: Hostile) -> None:
+def test_hostile_file_is_refused_before_import(before_import: Reports, hostile: Hostile) -> None:
     """With a typed error that says where and what, in under a second and in little memory."""
-    told = before_import[hostile.name]
-    check_refused(hostile, told)
-    assert told["imported"] == []
-    assert not told["has_torch"]
-    assert told["peak_mib"] < MIB  # of the process, with all files ahead of this one
+    report = before_import[hostile.name]
+    check_refused(hostile, report)
+    assert report["imported"] == []
+    assert not report["has_torch"]
+    assert report["peak_mib"] < MIB  # of the process, with all files ahead of this one
 
 
 @pytest.mark.parametrize("hostile", WHEN_VALIDATED, ids=lambda each: each.name)
-def test_it_is_refused_without_a_call(when_validated: Told, hostile: Hostile) -> None:
+def test_hostile_file_is_refused_without_a_call(when_validated: Reports, hostile: Hostile) -> None:
     """What it names is imported and looked at; nothing of it is called or built."""
-    told = when_validated[hostile.name]
-    check_refused(hostile, told)
-    assert told["more_mib"] < MIB
+    report = when_validated[hostile.name]
+    check_refused(hostile, report)
+    assert report["more_mib"] < MIB

@@ -43,7 +43,7 @@ def test_a_document_over_itself_or_nothing_is_itself(document: dict[str, Plain])
 
 
 @given(documents(), documents(), documents())
-def test_it_does_not_matter_which_two_of_three_merge_first(
+def test_merging_is_associative(
     first: dict[str, Plain], second: dict[str, Plain], third: dict[str, Plain]
 ) -> None:
     """A file over its base over the base's base is one thing, where no value becomes a mapping."""
@@ -61,7 +61,7 @@ def shape_changes(beneath: Plain, above: Plain) -> bool:
 
 
 @given(documents(), documents())
-def test_what_is_above_counts_and_neither_changes(
+def test_upper_document_takes_precedence_and_inputs_stay_unchanged(
     beneath: dict[str, Plain], above: dict[str, Plain]
 ) -> None:
     """Each value of the upper document is in the result, and both stay as they were."""
@@ -91,7 +91,7 @@ def test_another_class_replaces_the_mapping(key: str) -> None:
     assert merged(beneath, {"model": {key: "m:B"}}) == {"model": {key: "m:B"}}
 
 
-def test_a_class_may_come_over_arguments_without_one() -> None:
+def test_class_merges_over_arguments_without_a_class() -> None:
     """A base may say an argument and leave the class to its variants."""
     assert merged({"optimizer": {"lr": 1}}, {"optimizer": {"class_type": "m:A"}}) == {
         "optimizer": {"lr": 1, "class_type": "m:A"}

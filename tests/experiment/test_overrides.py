@@ -85,13 +85,13 @@ def test_an_option_without_a_value_is_refused(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("path", ["", ".", "a..b", "a.", ".a", 'a."b', 'a"b', "a." * 70 + "b"])
-def test_what_is_no_path_is_refused(path: str) -> None:
+def test_malformed_path_is_refused(path: str) -> None:
     """Keys are not empty, quotes are closed, and documents have an end."""
     with pytest.raises(ConfigError, match="expected keys with dots between them"):
         from_arguments([f"--{path}=1"])
 
 
-def test_variables_mean_keys_in_whatever_case() -> None:
+def test_variables_match_keys_ignoring_case() -> None:
     """Shells like capitals; the document's keys count, and new ones are in lower case."""
     document: dict[str, Plain] = {
         "hooks": {"Stats": {}, "sinks": [{"a": {"Path": 1}}]},
@@ -116,14 +116,14 @@ def test_variables_mean_keys_in_whatever_case() -> None:
     ("name", "problem"),
     [("HOOKS__STATS", "matches each of 'Stats', 'sTATS'"), ("HOOKS____A", "found an empty one")],
 )
-def test_variables_that_mean_no_one_key_are_refused(name: str, problem: str) -> None:
+def test_ambiguous_variables_are_refused(name: str, problem: str) -> None:
     """A variable never chooses between two keys."""
     variable = f"ROBO_ORCHARD_LAB__{name}"
     with pytest.raises(ConfigError, match=f"^environment: {variable}: hooks.*{re.escape(problem)}"):
         from_environment({variable: "1"}, {"hooks": {"Stats": {}, "sTATS": {}}})
 
 
-def test_code_gives_values() -> None:
+def test_mapping_holds_overrides_from_code() -> None:
     """They are plain data already, also when they look like something else."""
     [one, two] = from_mapping({"trainer.max_epoch": 3, "data": {"name": "3", "a.b": None}})
     assert (one.path, one.value, one.text) == (("trainer", "max_epoch"), 3, None)

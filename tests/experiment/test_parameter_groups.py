@@ -46,7 +46,7 @@ def names_by_group(
     ]
 
 
-def test_without_groups_it_is_as_a_script_has_it() -> None:
+def test_optimizer_without_groups_has_one_group() -> None:
     """One group of all parameters in the model's order, frozen ones included."""
     model = Encoder()
     model.norm.requires_grad_(False)
@@ -68,7 +68,7 @@ def test_the_first_group_that_matches_counts() -> None:
     ]
 
 
-def test_where_nothing_is_left_there_is_no_group_of_the_rest() -> None:
+def test_no_default_group_if_all_parameters_match() -> None:
     """The groups alone are given."""
     model = nn.Linear(2, 2)
     groups: dict[str, dict[str, Any]] = {
@@ -99,7 +99,7 @@ def test_where_nothing_is_left_there_is_no_group_of_the_rest() -> None:
         ),
     ],
 )
-def test_what_norms_and_biases_are(model: nn.Module, expected: set[str]) -> None:
+def test_norms_and_biases_match_their_parameters(model: nn.Module, expected: set[str]) -> None:
     """The own parameters of normalization layers, torch's and others', and every bias."""
     found = names_by_group(model, {"group": {"parameters": "norms_and_biases", "lr": 1.0}})
     [group] = [names for names, options in found if options]
@@ -112,7 +112,7 @@ def test_a_tied_parameter_is_found_by_each_of_its_names() -> None:
     assert found[1] == (["embedding.weight"], {"lr": 1.0})
 
 
-def test_names_are_those_of_the_plain_model() -> None:
+def test_patterns_match_names_of_the_unwrapped_model() -> None:
     """A model that is compiled has the groups that it would have otherwise."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     groups = {"first": {"parameters": ["0.*"]}}
@@ -143,7 +143,7 @@ def test_a_group_without_parameters_is_refused(
     assert error.value.location == place
 
 
-def test_norms_and_biases_have_to_be_there() -> None:
+def test_norms_and_biases_must_match_a_parameter() -> None:
     """In a model without any, the word is refused as a pattern would be."""
     with pytest.raises(ConfigFieldError, match="'norms_and_biases' matches no parameter"):
         parameter_groups(nn.Linear(2, 2, bias=False), {"a": {"parameters": "norms_and_biases"}})

@@ -1,4 +1,4 @@
-"""What is refused of a document ahead of the first import."""
+"""Prevalidation refuses a document before the first import."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_former_field_name_is_refused_with_the_current_name(
         ),
     ],
 )
-def test_what_is_wrong_is_refused_with_its_place(option: str, problem: str) -> None:
+def test_invalid_values_are_refused_with_their_path(option: str, problem: str) -> None:
     """In one line, with the option, the path and what to say instead."""
     error = str(refused(read("", option)))
     assert error.startswith(f"command line: {option.partition('=')[0]}")
@@ -137,7 +137,7 @@ def test_what_is_wrong_is_refused_with_its_place(option: str, problem: str) -> N
         ("--optimizer.groups.norms.parameters=[]", "--optimizer.groups.norm.lr=3", "norms"),
     ],
 )
-def test_a_misspelt_name_of_an_entry_is_told(there: str, option: str, near: str) -> None:
+def test_misspelled_entry_name_has_a_suggestion(there: str, option: str, near: str) -> None:
     """Where what is said is one field of an entry that isn't there."""
     prevalidate(read("", there), TRUST)
     assert f"there is no entry of this name; did you mean {near!r}?" in str(
@@ -159,7 +159,7 @@ OUTSIDE = ["/tmp/x", "..", "../x", "a/../../x", ".", "", "a\0b", "a\nb", "\\x", 
 
 @pytest.mark.parametrize("folder_name", OUTSIDE)
 @pytest.mark.parametrize("field", ["run_folder", "name"])
-def test_a_file_has_its_run_below_the_current_folder(field: str, folder_name: str) -> None:
+def test_run_folder_of_a_file_lies_below_the_current_folder(field: str, folder_name: str) -> None:
     """A run without a folder is in one of its name, so a name is held to the same."""
     if field == "name" and folder_name in (".", ""):
         return  # runs itself
@@ -170,7 +170,7 @@ def test_a_file_has_its_run_below_the_current_folder(field: str, folder_name: st
         prevalidate(read("", **{field: folder_name}), TRUST)  # in code, any may be said
 
 
-def test_a_file_does_not_have_its_run_behind_a_link(folder: Path) -> None:
+def test_run_folder_of_a_file_is_not_behind_a_link(folder: Path) -> None:
     """Whoever made the link may have made the file."""
     (folder / "outside").mkdir()
     (folder / "runs").symlink_to(folder / "outside")
@@ -182,7 +182,7 @@ def test_a_file_does_not_have_its_run_behind_a_link(folder: Path) -> None:
     prevalidate(read("name: a\n", "--run_folder=runs/a"), TRUST)
 
 
-def test_a_file_does_not_have_its_run_among_other_files(folder: Path) -> None:
+def test_run_folder_of_a_file_has_no_other_files(folder: Path) -> None:
     """What is there might be replaced; what a job's script has hidden there can't be."""
     run = folder / "runs/a"
     run.mkdir(parents=True)
@@ -195,7 +195,7 @@ def test_a_file_does_not_have_its_run_among_other_files(folder: Path) -> None:
     prevalidate(read("name: a\n"), TRUST)
 
 
-def test_links_within_a_run_are_its_own(folder: Path) -> None:
+def test_links_inside_a_run_must_not_lead_out(folder: Path) -> None:
     """That to the last checkpoint is none by which a run would write anywhere else."""
     run = folder / "runs/a"
     (run / "checkpoints/step_1").mkdir(parents=True)
@@ -212,7 +212,7 @@ def test_links_within_a_run_are_its_own(folder: Path) -> None:
 @pytest.mark.parametrize(
     "cls", ["TrackerSink", "robo_orchard_lab.pipeline.sinks:TrackerSinkConfig"]
 )
-def test_trackers_that_send_what_they_get_need_trust(cls: str) -> None:
+def test_remote_trackers_require_trust(cls: str) -> None:
     """TensorBoard writes files; the others are packages with accounts."""
     key = "config_type" if cls.endswith("Config") else "class_type"
     text = f"  out: {{class_type: MetricsLogger, sinks: [{{{key}: '{cls}', trackers: [%s]}}]}}\n"
@@ -228,7 +228,7 @@ def test_trackers_that_send_what_they_get_need_trust(cls: str) -> None:
     prevalidate(document("tensorboard, wandb"), ExperimentTrust(("my_parts", "wandb")).trust)
 
 
-def test_what_overrides_add_is_bounded_as_well() -> None:
+def test_overrides_are_bounded_as_well() -> None:
     """A document doesn't grow beyond bounds behind its file."""
     deep: Plain = 0
     for _ in range(60):

@@ -1,4 +1,4 @@
-"""What becomes of a run that goes on by another configuration."""
+"""Effects of changed configurations on a resumed run."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ CHANGES: list[tuple[str, Any, ResumeEffect]] = [
 
 
 @pytest.mark.parametrize(("place", "to", "resume"), CHANGES, ids=[place for place, *_ in CHANGES])
-def test_each_change_is_told_for_what_it_does(place: str, to: Any, resume: ResumeEffect) -> None:
-    """A change of one value is one difference, at its place, of its class."""
+def test_each_change_has_its_effect(place: str, to: Any, resume: ResumeEffect) -> None:
+    """A change of one value is one difference, with its path and effect."""
     before, after = changed(*place.split("."), to=to)
     (found,) = differences(before, after)
     assert (found.field, found.resume) == (place, resume)
@@ -117,7 +117,7 @@ def test_equal_documents_do_not_differ() -> None:
     assert len(differences({"a": 1}, {"a": True})) == 1
 
 
-def test_a_default_that_is_spelled_out_is_no_difference() -> None:
+def test_explicit_default_is_no_difference() -> None:
     """Parts say what was given alone, so one file may leave out what the other says."""
     assert differences(*changed("optimizer", "momentum", to=0.0)) == []
     assert differences(*changed("optimizer", "momentum", to=0.0)[::-1]) == []
@@ -128,7 +128,7 @@ def test_a_default_that_is_spelled_out_is_no_difference() -> None:
     assert [d.field for d in differences(*changed("lr_scheduler", "last_epoch", to=-1))] == []
 
 
-def test_another_length_of_a_run_is_told_to_an_automatic_schedule() -> None:
+def test_changed_limit_matters_to_an_auto_lr_scheduler() -> None:
     """What stands for auto follows from the limits, but stays in the checkpoint what it was."""
     before, after = changed("trainer", "max_epoch", to=10)
     for each in (before, after):
@@ -141,16 +141,16 @@ def test_another_length_of_a_run_is_told_to_an_automatic_schedule() -> None:
     assert "auto" in found.why
 
 
-def test_workers_matter_where_they_draw_for_themselves() -> None:
-    """Without keyed randomness, another number of workers changes what is drawn."""
+def test_num_workers_matters_with_their_own_rng() -> None:
+    """Without keyed randomness, another number of workers changes the samples."""
     before, after = changed("data", "train", "num_workers", to=2)
     for each in (before, after):
         each["data"]["order"]["keyed_by"] = "none"
     assert [found.resume for found in differences(before, after)] == ["trajectory"]
 
 
-def test_workers_matter_to_an_iterable_dataset() -> None:
-    """Each worker has its own part of a stream."""
+def test_num_workers_matters_to_an_iterable_dataset() -> None:
+    """Each worker reads its own shard of a stream."""
     import torch.utils.data
 
     before, after = changed("data", "train", "num_workers", to=2)
@@ -160,7 +160,7 @@ def test_workers_matter_to_an_iterable_dataset() -> None:
     assert [found.resume for found in differences(before, after)] == ["trajectory"]
 
 
-def test_a_schedule_of_another_function_is_another_schedule() -> None:
+def test_another_lr_scheduler_function_is_impossible() -> None:
     """As one of another class is; a function within it is no part of its state."""
     before, after = document(), document()
     for each, name in ((before, "a"), (after, "b")):
@@ -183,7 +183,7 @@ def test_a_hook_that_is_no_longer_there_has_differences() -> None:
     assert [found.resume for found in differences(before, after)] == ["trajectory"]
 
 
-def test_hooks_in_another_order_are_told() -> None:
+def test_reordered_hooks_are_a_difference() -> None:
     """The order of hooks is one difference; of those that leave the trajectory, a harmless one."""
     before, after = document(), document()
     after["hooks"] = {"bar": BAR, "clip": CLIP, "stats": STATS}

@@ -1,4 +1,4 @@
-"""That each kind of change does to a run that goes on what is said of it."""
+"""Each kind of change has the stated effect on a resumed run."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.Te
 @pytest.mark.parametrize(
     ("place", "value", "resume", "outcome"), CHANGES, ids=[f"{c[0]}={c[1]}"[:40] for c in CHANGES]
 )
-def test_each_change_does_what_is_said(
+def test_each_change_has_the_stated_effect_on_a_run(
     saved: tuple[Path, list[torch.Tensor]],
     tmp_path: Path,
     place: str,

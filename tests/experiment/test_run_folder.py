@@ -44,7 +44,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_start_tells_what_is_needed_to_repeat_it(repository: Path) -> None:
+def test_start_record_suffices_to_repeat_the_run(repository: Path) -> None:
     """It has the command, the versions and the git state; the diff applies to the commit."""
     (repository / "train.py").write_text("steps = 2\n")
     (repository / "new.py").write_text("")
@@ -77,20 +77,20 @@ def test_starts_are_numbered(repository: Path) -> None:
     assert not list(run.glob("starts/*.diff"))  # nothing differs from the commit
 
 
-def test_environment_variables_are_not_written_down(
+def test_environment_variables_are_not_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing of the environment gets into the folder, as keys that are in there."""
     monkeypatch.setenv("SOME_API_KEY", "do-not-tell")
     record_start(tmp_path / "run", "seed: 0\n")
-    told = b"".join(file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file())
-    assert b"do-not-tell" not in told
-    assert b"SOME_API_KEY" not in told
+    recorded = b"".join(
+        file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()
+    )
+    assert b"do-not-tell" not in recorded
+    assert b"SOME_API_KEY" not in recorded
 
 
-def test_without_git_a_run_starts_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_starts_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no git, or no repository, the record says so and nothing fails."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
@@ -115,7 +115,7 @@ def test_a_git_that_hangs_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_large_changes_are_left_out(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A diff above the bound, and names above it, are not kept, and that is told."""
+    """A diff above the limit is not kept, nor names above theirs, and the record says so."""
     monkeypatch.setattr(git_module, "MAX_DIFF_BYTES", 20_000)
     (repository / "train.py").write_text("x\n" * 20_000)
     for number in range(MAX_NAMES + 1):
@@ -239,7 +239,7 @@ def test_a_checkpoint_is_found_with_its_run(run: Path, name: str) -> None:
     assert absolute.folder == run.absolute()
 
 
-def test_what_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
+def test_path_without_a_run_is_refused(run: Path, tmp_path: Path) -> None:
     """The message says what was expected at the path."""
     with pytest.raises(NoRunError, match=r"there is no runs/second; expected a run folder"):
         find_run("runs/second")

@@ -23,9 +23,7 @@ SCHEDULES = [
     "limits", [{"max_epoch": 3}, {"max_step": 16}, {"max_step": 17}, {"max_optimizer_step": 5}]
 )
 @pytest.mark.parametrize("window", [1, 3])
-def test_a_run_is_as_long_as_foretold_and_hooks_are_as_often_due(
-    limits: dict[str, Any], window: int
-) -> None:
+def test_run_length_and_due_counts_match_a_real_run(limits: dict[str, Any], window: int) -> None:
     """Steps, epochs, updates and how often each schedule is due are those of the run itself."""
     counted = dict.fromkeys(SCHEDULES, 0)
     bundle = PipelineHooks("counting")
@@ -57,7 +55,7 @@ def test_a_run_is_as_long_as_foretold_and_hooks_are_as_often_due(
     assert {text: count_due(Trigger.parse(text), length) for text in SCHEDULES} == counted
 
 
-def test_what_nobody_can_foretell_is_not() -> None:
+def test_unpredictable_counts_are_none() -> None:
     """Neither the clock, nor the length of a stream."""
     accelerator = Accelerator(cpu=True)
     length = run_length(make_loader(7), accelerator, TrainerLimits(max_epoch=1))

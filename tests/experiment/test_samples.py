@@ -18,14 +18,14 @@ def test_the_same_arguments_give_the_same_points() -> None:
     assert not any(torch.equal(first[i][0], other[i][0]) for i in range(50))
 
 
-def test_no_global_random_state_is_drawn_from() -> None:
+def test_global_rng_is_not_used() -> None:
     """Making and reading one leaves torch's stream where it was."""
     before = torch.get_rng_state()
     _ = Spirals(10)[3]
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_points_lie_on_their_arms_but_for_the_noise() -> None:
+def test_points_lie_on_their_arms_up_to_noise() -> None:
     """Without noise all lie within 1 of the centre, and each arm has its share."""
     spirals = Spirals(300, arms=4, noise=0)
     points = torch.stack([spirals[index][0] for index in range(300)])

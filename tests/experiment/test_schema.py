@@ -67,7 +67,7 @@ def load(document: dict[str, Any]) -> ExperimentConfig:
     return ExperimentConfig.from_dict(document, trust=TRUST)
 
 
-def test_it_is_a_schema_of_a_size_that_editors_load() -> None:
+def test_schema_is_valid_and_below_one_megabyte() -> None:
     """It keeps the rules of its dialect, and has less than a megabyte."""
     Draft202012Validator.check_schema(schema())
     assert schema()["$schema"] == "https://json-schema.org/draft/2020-12/schema"
@@ -109,13 +109,13 @@ def test_entries_of_hooks_pass(name: str, entry: dict[str, Any]) -> None:
     "path",
     ["examples/digits/digits.yaml", "src/robo_orchard_lab/cli/starting_file.yaml"],
 )
-def test_our_own_files_pass(path: str) -> None:
+def test_files_of_this_project_pass(path: str) -> None:
     """The example's file and that which `config init` writes are taken."""
     text = (Path(__file__).parents[2] / path).read_text("utf-8")
     assert refused_at(read(text, "yaml")) is None
 
 
-def test_what_configs_write_passes() -> None:
+def test_written_configs_pass() -> None:
     """The document that an experiment with all hooks writes of itself is taken."""
     document = experiment(
         **{f"{name} {n}": {"class_type": name, **entry} for n, (name, entry) in enumerate(NAMED)}
@@ -130,7 +130,7 @@ ANYTHING: st.SearchStrategy[Any] = st.sampled_from(
 
 @settings(max_examples=120, deadline=None)
 @given(st.data())
-def test_what_the_loader_refuses_by_type_is_refused(data: st.DataObject) -> None:
+def test_types_refused_by_the_loader_are_refused(data: st.DataObject) -> None:
     """Any value of a type that a hook's field doesn't take is refused, at the same place."""
     name, entry = data.draw(st.sampled_from(NAMED))
     fields = data.draw(st.lists(st.sampled_from([*entry]), unique=True))
@@ -155,7 +155,7 @@ def test_what_the_loader_refuses_by_type_is_refused(data: st.DataObject) -> None
 
 @settings(max_examples=50, deadline=None)
 @given(st.data())
-def test_what_the_loader_takes_passes(data: st.DataObject) -> None:
+def test_values_accepted_by_the_loader_pass(data: st.DataObject) -> None:
     """Hooks with any of their fields are refused only where the loader refuses them, too."""
     document = experiment()
     for number, (name, entry) in enumerate(data.draw(st.lists(st.sampled_from(NAMED)))):
@@ -222,13 +222,13 @@ EMBEDDING = {"class_type": "torch.nn:Embedding", "num_embeddings": 3, "embedding
         ("resume", "maybe"),
     ],
 )
-def test_a_fault_is_told_at_its_place(place: str, value: Any) -> None:
-    """A misspelt name, or a value of another type, is told where it stands."""
+def test_errors_have_their_path(place: str, value: Any) -> None:
+    """The error of a misspelled name or a wrong type has its path."""
     assert refused_at(HOOKS) is None
     found = refused_at(changed(HOOKS, place, value))
     parent = place.rpartition(".")[0]
     assert found is not None
-    assert found == parent or found.startswith(place)  # unknown names are told of what has them
+    assert found == parent or found.startswith(place)  # an unknown name is an error of its parent
     with pytest.raises(ConfigError):
         load(changed(HOOKS, place, value))
 
@@ -262,12 +262,12 @@ def test_a_fault_is_told_at_its_place(place: str, value: Any) -> None:
         ("accelerator", {"cpu": "auto", "gradient_accumulation_steps": 4}),
     ],
 )
-def test_what_files_may_say_passes(place: str, value: Any) -> None:
+def test_valid_files_pass(place: str, value: Any) -> None:
     """Other classes, those of users' packages, groups, counts that are auto, and null."""
     assert refused_at(changed(HOOKS, place, value)) is None
 
 
-def test_what_has_no_default_is_given_none() -> None:
+def test_required_fields_have_no_default() -> None:
     """Editors would write it."""
     properties = schema()["$defs"]["torch.nn:Embedding"]["properties"]
     assert "default" not in properties["num_embeddings"]
@@ -307,12 +307,12 @@ def test_null_removes_entries_of_the_base_alone() -> None:
 
 
 @pytest.mark.parametrize("base", ["../other.yaml", "a/b.yaml", "\\other.yaml", 3])
-def test_a_base_lies_beside_the_file(base: Any) -> None:
+def test_base_lies_in_the_same_folder(base: Any) -> None:
     """The name of a base has no folder in it."""
     assert refused_at({"base": base}) == "base"
 
 
-def test_users_classes_have_their_fields_where_they_are_named() -> None:
+def test_named_user_classes_have_their_fields() -> None:
     """A class that is trusted by its name is in the schema with its fields; of a package, any."""
     name = f"{__name__}:Greeter"
     narrow = Draft202012Validator(experiment_schema({}, trust=[name, "my_team"]))

@@ -29,7 +29,7 @@ def test_only_the_catalogue_and_the_named_are_trusted() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a:b:c", "a.", "--x", "a\n", "../a", ":a"])
-def test_a_name_that_is_none_is_refused(name: str) -> None:
+def test_malformed_name_is_refused(name: str) -> None:
     """As an error of ours, which says how one is written."""
     with pytest.raises(ConfigError, match="expected the name of a package to trust"):
         ExperimentTrust.of(name, pyproject=False)
@@ -59,7 +59,7 @@ def test_outside_of_a_repository_only_the_folder_itself_counts(tmp_path: Path) -
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")
-def test_what_another_user_has_put_above_does_not_count(tmp_path: Path) -> None:
+def test_pyproject_of_another_user_is_ignored(tmp_path: Path) -> None:
     """In a folder that all can write to, whoever is first there trusts nobody for others."""
     (tmp_path / ".git").mkdir()
     file = tmp_path / "pyproject.toml"
@@ -129,9 +129,7 @@ print(json.__file__)
         ([], False),
     ],
 )
-def test_local_modules_are_found_behind_everything_else(
-    tmp_path: Path, names: list[str], is_found: bool
-) -> None:
+def test_local_modules_are_imported_last(tmp_path: Path, names: list[str], is_found: bool) -> None:
     """The folder is looked at for a trusted module that isn't installed, and can't hide others."""
     for name in ("my_local_parts", "json", "colorsys"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')\n")

@@ -66,9 +66,7 @@ def check_that_it_was_trained(folder: Path, done: subprocess.CompletedProcess[st
     assert (folder / "runs/furrows/checkpoints/last/model.safetensors").exists()
 
 
-def test_a_file_is_trained_with_the_package_where_that_is_trusted(
-    program: list[str], folder: Path
-) -> None:
+def test_file_with_trusted_package_is_trained(program: list[str], folder: Path) -> None:
     """Its hooks, with a configuration and without, its data, model and function are parts of the
     run; of what it isn't asked for, nothing is imported."""
     done = run(program, folder, "train", "experiment.yaml", "--trust", "field_team")
@@ -80,7 +78,7 @@ def test_a_file_is_trained_with_the_package_where_that_is_trusted(
     assert IMPORTED not in saved.stderr
 
 
-def test_a_pyproject_says_whom_its_user_trusts(program: list[str], folder: Path) -> None:
+def test_pyproject_grants_trust(program: list[str], folder: Path) -> None:
     """Who works in a folder whose pyproject.toml trusts the package need not say so again."""
     (folder / "pyproject.toml").write_text(
         '[tool.robo_orchard_lab]\ntrust = ["field_team"]\n', "utf-8"
@@ -89,9 +87,7 @@ def test_a_pyproject_says_whom_its_user_trusts(program: list[str], folder: Path)
 
 
 @pytest.mark.parametrize("says", ["", "trust: [field_team]\n"])
-def test_nothing_is_imported_of_a_package_that_nobody_trusts(
-    program: list[str], folder: Path, says: str
-) -> None:
+def test_untrusted_package_is_not_imported(program: list[str], folder: Path, says: str) -> None:
     """Without trust, or with what the file itself says of it, the file is refused in a line or two
     that tell what to say, ahead of the first import, and nothing is written."""
     file = folder / "experiment.yaml"
@@ -123,9 +119,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
         ("model.func", "field_team.training:forward", "returns a Module"),
     ],
 )
-def test_fields_of_the_package_are_checked_as_ours_are(
-    place: str, value: object, problem: str
-) -> None:
+def test_fields_of_a_user_package_are_validated(place: str, value: object, problem: str) -> None:
     """A misspelt name, another type and another kind are told with the place, whether a class has
     a configuration or not."""
     with pytest.raises(ConfigError, match=re.escape(problem)) as refused:
@@ -135,7 +129,7 @@ def test_fields_of_the_package_are_checked_as_ours_are(
 
 @pytest.mark.usefixtures("importable")
 @pytest.mark.parametrize("format_", ["yaml", "toml", "json"])
-def test_what_the_package_has_comes_back_from_files(format_: Format) -> None:
+def test_user_package_round_trips_through_files(format_: Format) -> None:
     """An experiment with parts of the package's own is the same in each format."""
     whole = ExperimentConfig.load(FILE, trust="field_team")
     written = whole.to_str(format_)
@@ -143,7 +137,7 @@ def test_what_the_package_has_comes_back_from_files(format_: Format) -> None:
 
 
 @pytest.mark.usefixtures("importable")
-def test_editors_know_the_fields_of_classes_that_are_named() -> None:
+def test_schema_has_the_fields_of_named_user_classes() -> None:
     """The schema takes the package's file, and with its classes named, checks their fields."""
     document: Any = read(FILE.read_text("utf-8"), "yaml")
     ours = {name: CATALOGUE[name] for name in ("ValidationHook", "torch.optim:SGD")}

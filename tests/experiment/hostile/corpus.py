@@ -1,4 +1,4 @@
-"""What a hostile experiment is: a folder with a file and, at times, others beside it."""
+"""Hostile experiment: a file, and optionally other files in its folder."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Hostile:
         error: The class of the error that refuses it.
         says: What is in the message.
         suffix: Of its file.
-        beside: Other files in its folder, by name.
+        siblings: Other files in its folder, by name.
         links: Links in its folder, by name, and where they lead.
         pipes: Named pipes in its folder.
         folders: Folders in its folder.
@@ -58,7 +58,7 @@ class Hostile:
     error: str
     says: str
     suffix: str = "yaml"
-    beside: Mapping[str, str | bytes] = field(default_factory=dict)
+    siblings: Mapping[str, str | bytes] = field(default_factory=dict)
     links: Mapping[str, str] = field(default_factory=dict)
     pipes: tuple[str, ...] = ()
     folders: tuple[str, ...] = ()
@@ -70,7 +70,7 @@ class Hostile:
         for name in self.folders:
             (folder / name).mkdir()
         file = folder / f"experiment.{self.suffix}"
-        for path, content in {file: self.content, **self._beside(folder)}.items():
+        for path, content in {file: self.content, **self._sibling_files(folder)}.items():
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
         for name, target in self.links.items():
             if name == file.name:
@@ -80,8 +80,8 @@ class Hostile:
             os.mkfifo(folder / name)
         return file
 
-    def _beside(self, folder: Path) -> dict[Path, str | bytes]:
-        return {folder / name: content for name, content in self.beside.items()}
+    def _sibling_files(self, folder: Path) -> dict[Path, str | bytes]:
+        return {folder / name: content for name, content in self.siblings.items()}
 
 
 SYNTAX = "ConfigSyntaxError"

@@ -11,7 +11,7 @@ from tests.experiment.hostile.corpus import (
     experiment,
 )
 
-_BESIDE = {"other.yaml": experiment()}
+_SIBLINGS = {"other.yaml": experiment()}
 
 
 def base(name: str) -> str:
@@ -25,12 +25,12 @@ BASES = [
         "Any file, shown in an error.",
         base("../other.yaml"),
         FIELD,
-        "yaml:1: base: expected the name of a file beside",
+        "yaml:1: base: expected the name of a file",
     ),
     Hostile("base_absolute", "The same.", base("/etc/passwd"), FIELD, "base: expected the name"),
     Hostile(
         "base_in_folder",
-        "A file that isn't seen beside it.",
+        "A hidden file in the same folder.",
         base("inner/other.yaml"),
         FIELD,
         "base: expected the name",
@@ -107,11 +107,11 @@ BASES = [
     ),
     Hostile(
         "base_link_here",
-        "A link to a file beside it.",
+        "A link to a file in the same folder.",
         base("link.yaml"),
         FIELD,
         "'link.yaml' is a link",
-        beside=_BESIDE,
+        siblings=_SIBLINGS,
         links={"link.yaml": "other.yaml"},
     ),
     Hostile(
@@ -161,7 +161,7 @@ BASES = [
         base("a.yaml"),
         FIELD,
         "b.yaml:1: base: leads back",
-        beside={"a.yaml": base("b.yaml"), "b.yaml": base("experiment.yaml")},
+        siblings={"a.yaml": base("b.yaml"), "b.yaml": base("experiment.yaml")},
     ),
     Hostile(
         "base_chain",
@@ -169,7 +169,7 @@ BASES = [
         base("0.yaml"),
         FIELD,
         "base: exceeds the limit",
-        beside={f"{n}.yaml": base(f"{n + 1}.yaml") for n in range(40)},
+        siblings={f"{n}.yaml": base(f"{n + 1}.yaml") for n in range(40)},
     ),
     Hostile(
         "base_large",
@@ -177,7 +177,7 @@ BASES = [
         base("other.yaml"),
         FIELD,
         "'other.yaml' exceeds the limit",
-        beside={"other.yaml": f"# {'x' * 300_000}"},
+        siblings={"other.yaml": f"# {'x' * 300_000}"},
     ),
     Hostile(
         "bases_large",
@@ -185,7 +185,7 @@ BASES = [
         base("0.yaml"),
         FIELD,
         "exceeds the limit of 131072 bytes",
-        beside={f"{n}.yaml": base(f"{n + 1}.yaml") + f"# {'x' * 30_000}\n" for n in range(9)},
+        siblings={f"{n}.yaml": base(f"{n + 1}.yaml") + f"# {'x' * 30_000}\n" for n in range(9)},
     ),
     Hostile(
         "base_with_tag",
@@ -193,7 +193,7 @@ BASES = [
         base("other.yaml"),
         SYNTAX,
         "other.yaml:1: name: YAML tags are not read",
-        beside={"other.yaml": "name: !!python/object/apply:os.system [x]\n"},
+        siblings={"other.yaml": "name: !!python/object/apply:os.system [x]\n"},
     ),
     Hostile(
         "base_reference",
@@ -201,7 +201,7 @@ BASES = [
         base("other.yaml"),
         "TrustError",
         "other.yaml:2: model.class_type: 'os:system' is not trusted",
-        beside={"other.yaml": experiment(model="{class_type: os:system}")},
+        siblings={"other.yaml": experiment(model="{class_type: os:system}")},
     ),
     Hostile(
         "base_suffix",
@@ -209,7 +209,7 @@ BASES = [
         base("other.py"),
         ANY,
         "a file name that ends in",
-        beside={"other.py": "import os\n"},
+        siblings={"other.py": "import os\n"},
     ),
     Hostile(
         "base_binary",
@@ -217,7 +217,7 @@ BASES = [
         base("other.yaml"),
         SYNTAX,
         "expected UTF-8",
-        beside={"other.yaml": b"\xff\xfe\x00"},
+        siblings={"other.yaml": b"\xff\xfe\x00"},
     ),
     Hostile(
         "base_removes",
@@ -225,7 +225,7 @@ BASES = [
         base("other.yaml") + "hooks: {stats: null}\n",
         FIELD,
         "null removes an entry",
-        beside=_BESIDE,
+        siblings=_SIBLINGS,
     ),
 ]
 
@@ -367,7 +367,7 @@ FOLDERS = [
         FIELD,
         "run_folder: the folder 'mine' holds other files",
         folders=("mine",),
-        beside={"mine/config.yaml": "seed: 0"},
+        siblings={"mine/config.yaml": "seed: 0"},
     ),
     Hostile(
         "folder_hidden",
@@ -394,7 +394,7 @@ FOLDERS = [
     ),
     Hostile(
         "folder_with_link_above",
-        "A folder beside the run's, through a link further in.",
+        "A folder next to the run's, through a link further in.",
         experiment("run_folder: run\n"),
         FIELD,
         "the link 'run/inner/model' leads out",
@@ -407,7 +407,7 @@ FOLDERS = [
         base("other.yaml"),
         FIELD,
         "other.yaml:7: run_folder: a file's run folder must lie",
-        beside={"other.yaml": experiment("run_folder: /etc\n")},
+        siblings={"other.yaml": experiment("run_folder: /etc\n")},
     ),
     Hostile(
         "name_above",
@@ -454,7 +454,7 @@ FIELDS = [
         base("other.yaml"),
         FIELD,
         "other.yaml:7: trust: a file can't grant trust",
-        beside={"other.yaml": experiment("trust: all\n")},
+        siblings={"other.yaml": experiment("trust: all\n")},
     ),
     Hostile(
         "unknown_field",

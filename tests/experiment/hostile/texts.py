@@ -368,7 +368,7 @@ JSON_AND_TOML = [
         "json",
     ),
     Hostile("json_list", "A list.", "[1]", SYNTAX, "at the top, found list", "json"),
-    Hostile("json_bom", "A mark ahead of it.", b'\xef\xbb\xbf{"name": "x"}', SYNTAX, "BOM", "json"),
+    Hostile("json_bom", "A byte order mark.", b'\xef\xbb\xbf{"name": "x"}', SYNTAX, "BOM", "json"),
     Hostile(
         "json_reference",
         "A shell.",
