@@ -68,7 +68,7 @@ def test_the_experiment_in_the_readme_is_valid(tmp_path: Path) -> None:
     block = re.findall(r"```yaml\n(.*?)```", section, re.S)[0]
     (tmp_path / "digits.yaml").write_text(block, "utf-8")
     experiment = ExperimentConfig.load(tmp_path / "digits.yaml")
-    assert [*experiment.hooks] == ["bar", "save", "stop"]
+    assert [*experiment.hooks] == ["bar", "log", "loss"]
     assert experiment.trainer.max_epoch == 2
 
 
