@@ -178,7 +178,7 @@ class ConfigModel(BaseModel):
     def model_post_init(self, context: Any, /) -> None:
         """Call `__post_init__`, except while `encode` verifies a document."""
         state = current()
-        if state is None or not state.proving:
+        if state is None or not state.verifying:
             self.__post_init__()
 
     @model_validator(mode="wrap")
@@ -387,7 +387,7 @@ def _verify(config: ConfigModel, document: dict[str, Plain], code: dict[Code, Pa
         )
     try:
         with loading(
-            Loading(cls, Trust(frozenset()), known=code.keys() - hidden.keys(), proving=True)
+            Loading(cls, Trust(frozenset()), known=code.keys() - hidden.keys(), verifying=True)
         ):
             loaded = cls.model_validate(document)
     except ValidationError as error:

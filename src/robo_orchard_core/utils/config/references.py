@@ -371,7 +371,7 @@ class Loading:
         model: Class of the config; code that the class declares needs no trust.
         trust: Further code that the document may name.
         known: Code that needs no trust in addition to declared code.
-        proving: Skip ``__post_init__``, which may have side effects: the config exists, and is
+        verifying: Skip ``__post_init__``, which may have side effects: the config exists, and is
             only compared with its document.
     """
 
@@ -381,10 +381,10 @@ class Loading:
         trust: Trust,
         *,
         known: Iterable[Code] = (),
-        proving: bool = False,
+        verifying: bool = False,
     ) -> None:
         self.trust = trust
-        self.proving = proving
+        self.verifying = verifying
         self._models = [model]
         self._known = tuple(known)
 
@@ -415,21 +415,14 @@ class Loading:
             if reference == reference_to(kind):
                 return kind
         try:
-            found = self._first(reference, kinds)
+            candidates = self._candidates(reference)
         except ConfigReferenceError as error:
             raise error.under(path) from error.__cause__
-        if found is None:
-            expected = " or ".join(map(reference_to, kinds))
-            raise ConfigReferenceError(
-                f"expected a subclass of {expected}, found {reference!r}", path
-            )
-        return found
-
-    def _first(self, reference: str, kinds: tuple[type, ...]) -> type | None:
-        for code in self._candidates(reference):
+        for code in candidates:
             if isinstance(code, type) and any(is_assignable(code, kind) for kind in kinds):
                 return code
-        return None
+        expected = " or ".join(map(reference_to, kinds))
+        raise ConfigReferenceError(f"expected a subclass of {expected}, found {reference!r}", path)
 
     def resolve_config_class(self, reference: object, kind: type, path: Path) -> type[BaseModel]:
         """Return the config class named by ``config_type``; code in its declaration is trusted."""
