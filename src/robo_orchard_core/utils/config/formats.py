@@ -259,10 +259,10 @@ def read_yaml(text: str, lines: Lines | None = None) -> Any:
     """Parse YAML without tags and aliases; see `read`."""
     import yaml
 
-    loader = _yaml_loader()(text)
+    loader = _yaml_loader()(text, lines)
     try:
         node = loader.get_single_node()
-        return None if node is None else _from_node(node, (), lines)
+        return None if node is None else _from_node(node, ())
     except yaml.MarkedYAMLError as error:
         problem = " ".join(filter(None, (error.context, error.problem)))
         position = _position(error.problem_mark)
@@ -287,16 +287,20 @@ def _yaml_loader() -> Any:
 
         yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as in the base class
 
-        def __init__(self, stream: str) -> None:
+        def __init__(self, stream: str, lines: Lines | None) -> None:
             parser.__init__(self, stream)
             Composer.__init__(self)
             self.path: Path = ()
+            self.lines = lines
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             event, above = self.peek_event(), self.path
             is_key = isinstance(parent, yaml.MappingNode) and index is None
             if parent is not None and not is_key:
                 self.path = (*above, getattr(index, "value", index))
+                if self.lines is not None and len(self.lines) < MAX_LINES:
+                    mark = getattr(index, "start_mark", event.start_mark)  # of the key, if any
+                    self.lines.setdefault(self.path, mark.line + 1)
             if isinstance(event, yaml.AliasEvent):
                 self._refuse("YAML aliases are not read; write the value out", event)
             if event.tag is not None:
@@ -321,17 +325,10 @@ def _position(mark: Any) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}" if mark else ""
 
 
-def _from_node(node: Any, path: Path, lines: Lines | None) -> Plain:
+def _from_node(node: Any, path: Path) -> Plain:
     """Convert a YAML node to plain data; aliases and tags were refused before."""
-
-    def record(key: str | int, node: Any) -> Path:
-        inner = (*path, key)
-        if lines is not None and len(lines) < MAX_LINES:
-            lines.setdefault(inner, node.start_mark.line + 1)
-        return inner
-
     if node.id == "sequence":
-        return [_from_node(item, record(i, item), lines) for i, item in enumerate(node.value)]
+        return [_from_node(item, (*path, i)) for i, item in enumerate(node.value)]
     if node.id == "scalar":
         try:
             return node.value if node.style else read_yaml_scalar(node.value)
@@ -339,7 +336,7 @@ def _from_node(node: Any, path: Path, lines: Lines | None) -> Plain:
             raise ConfigSyntaxError(str(error), path, _position(node.start_mark)) from error
     mapping: dict[str, Plain] = {}
     for key_node, value_node in node.value:
-        key = _from_node(key_node, path, None)
+        key = _from_node(key_node, path)
         position = _position(key_node.start_mark)
         if not isinstance(key, str):
             problem = f"expected a key of text, found {key!r}; quote it"
@@ -347,7 +344,7 @@ def _from_node(node: Any, path: Path, lines: Lines | None) -> Plain:
         if key in mapping:
             problem = "the key occurs twice in one mapping; keep one of the two"
             raise ConfigSyntaxError(problem, (*path, key), position)
-        mapping[key] = _from_node(value_node, record(key, key_node), lines)
+        mapping[key] = _from_node(value_node, (*path, key))
     return mapping
 
 
