@@ -212,8 +212,8 @@ def test_learning_rates_are_published() -> None:
         groups = [{"params": [first], "lr": 1e-3}, {"params": others, "lr": torch.tensor(0.5)}]
         return torch.optim.Adam(groups)
 
-    schedule = partial(StepLR, step_size=2, gamma=0.5)
-    metrics = run_hook(MONITOR, optimizer=two_groups, lr_scheduler=schedule, steps=4).metrics
+    lr_scheduler = partial(StepLR, step_size=2, gamma=0.5)
+    metrics = run_hook(MONITOR, optimizer=two_groups, lr_scheduler=lr_scheduler, steps=4).metrics
     assert metrics["lr/group0"] == {1: 1e-3, 2: 5e-4, 3: 5e-4, 4: 2.5e-4}
     assert metrics["lr/group1"] == {1: 0.5, 2: 0.25, 3: 0.25, 4: 0.125}
 
@@ -295,8 +295,8 @@ def test_published_norm_is_not_changed(every: bool, first: bool) -> None:
 def test_resumed_run_publishes_the_same_norms(every: bool) -> None:
     """Saved after any step, the run has the norms of the same updates."""
     cfg = StatsMonitorConfig(grad_norm_every_update=every)
-    schedule = partial(StepLR, step_size=2, gamma=0.5)
-    assert_state_round_trip(cfg, steps=7, log_every="3 steps", lr_scheduler=schedule)
+    lr_scheduler = partial(StepLR, step_size=2, gamma=0.5)
+    assert_state_round_trip(cfg, steps=7, log_every="3 steps", lr_scheduler=lr_scheduler)
 
 
 def test_state_of_another_version_is_refused() -> None:

@@ -75,10 +75,10 @@ def train(*hooks: PipelineHooks, **options: Any) -> HookBasedTrainer:
 
 
 def validation(every: str | None = "1 epoch", **options: Any) -> ValidationHook:
-    schedule = None if every is None else Trigger.parse(every)
+    trigger = None if every is None else Trigger.parse(every)
     dataloaders = options.pop("dataloaders", {"val": make_evaluation_loader(11)})
     live = {name: options.pop(name) for name in ("metrics", "metric_inputs") if name in options}
-    return ValidationHookConfig(every=schedule, **options)(dataloaders=dataloaders, **live)
+    return ValidationHookConfig(every=trigger, **options)(dataloaders=dataloaders, **live)
 
 
 def test_only_named_sets_are_evaluated() -> None:

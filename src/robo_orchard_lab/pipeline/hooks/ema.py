@@ -289,7 +289,7 @@ class EMA(PipelineHooks):
         """Return a context manager that puts the average into the model.
 
         On exit, also after an error, the model's own weights and buffers are restored bit for bit,
-        whatever the body did.
+        after any changes by the body.
 
         Raises:
             PipelineStateError: no run has begun yet, or the average is applied already.

@@ -220,7 +220,7 @@ def _stream_handlers() -> list[logging.StreamHandler[Any]]:
 
 
 class _Picture:
-    """Status with a bar; text that does not fit next to the bar goes on lines below."""
+    """Status with a bar; text that does not fit next to the bar follows on lines below."""
 
     def __init__(self, status: RunStatus) -> None:
         self._status = status
