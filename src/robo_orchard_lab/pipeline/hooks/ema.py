@@ -288,8 +288,8 @@ class EMA(PipelineHooks):
     def applied(self) -> AbstractContextManager[None]:
         """Return a context manager that puts the average into the model.
 
-        On exit, also after an error, the model's own weights and buffers are restored bit for bit,
-        after any changes by the body.
+        On exit, also after an error, the model's own weights and buffers are restored bit for bit.
+        Changes by the body are lost.
 
         Raises:
             PipelineStateError: no run has begun yet, or the average is applied already.
