@@ -61,7 +61,7 @@ class AsksAlone(PipelineHooks):
             asks.evaluate("evaluated alone", "First", name="ValidationHook", rank_local=True)
         time.sleep(0.01)
         # Meanwhile the save in the background comes to its end.
-        if self.rank == 1 and done > 11 and any("is over" in what for what in self.done):
+        if self.rank == 1 and done > 11 and any("save ended" in what for what in self.done):
             asks.stop("stopped alone", "Second", rank_local=True)
 
 

@@ -246,10 +246,10 @@ class Requests:
         joint = [r for r in self._waiting if isinstance(r, EvaluateRequest | SaveRequest)]
         stop = [] if self.stop_request is None else [self.stop_request]
         if joint or stop:
-            asked = "; ".join(
+            requested = "; ".join(
                 f"{type(r).__name__}: {r.reason}, requested by {r.by}" for r in [*joint, *stop]
             )
-            self._joint_commits = (self._joint_commits[0] + 1, step, asked)
+            self._joint_commits = (self._joint_commits[0] + 1, step, requested)
 
     def _add(self, request: Request, rank_local: bool) -> None:
         if rank_local and not self._is_rank_local_allowed:
@@ -270,7 +270,7 @@ class Requests:
                 # Other requests are logged when they are executed.
                 if isinstance(request, EvaluateRequest | LogRequest):
                     what = "an evaluation" if isinstance(request, EvaluateRequest) else "a log"
-                    logger.info("%s asked for %s: %s", by, what, request.reason)
+                    logger.info("%s requested %s: %s", by, what, request.reason)
                 self._make(replace(request, by=by))
 
     def _make(self, request: Request) -> None:

@@ -30,7 +30,9 @@ def test_what_one_rank_asks_for_is_done_by_all(found: Any) -> None:
     A save in the background is over where it is on all ranks.
     """
     stopped = found["alone"]["stopped"]
-    [over] = (what for what in found["alone"]["done"] if what.endswith("is over, SaveCheckpoint"))
+    [over] = (
+        what for what in found["alone"]["done"] if what.endswith("save ended, SaveCheckpoint")
+    )
     assert int(over.partition(":")[0]) in range(10, stopped, 5)
     asked_at = {
         over,
@@ -49,7 +51,7 @@ def test_what_one_rank_asks_for_is_done_by_all(found: Any) -> None:
     evaluation, log = found["alone"]["told"]  # once
     assert evaluation == "First on rank 0 requested an evaluation: evaluated alone"
     assert log.startswith("AsksAlone.ask (agree_on_ranks.py:")
-    assert log.endswith(") on rank 1 asked for a log: logged alone")
+    assert log.endswith(") on rank 1 requested a log: logged alone")
 
 
 def is_logging(call: str) -> bool:
@@ -87,4 +89,4 @@ def test_ranks_that_went_apart_are_found(found: Any) -> None:
     assert found["nothing"] == "agreed"
     assert "rank 0: step 7, a clock; rank 1: step 8, a clock" in found["steps"]
     assert "rank 0: step 7, a clock; rank 1: step 7, a clock, a signal" in found["topics"]
-    assert found["steps"].endswith("on every rank, or ask with rank_local=True")
+    assert found["steps"].endswith("or make the request with rank_local=True")
