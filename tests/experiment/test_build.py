@@ -285,7 +285,7 @@ def test_hooks_without_loaders_get_the_evaluation_sets() -> None:
 
 def test_validation_hook_without_sets_is_refused() -> None:
     """A ValidationHook with neither is refused at its place."""
-    with pytest.raises(ConfigFieldError, match=r"describe sets in data\.evaluation") as error:
+    with pytest.raises(ConfigFieldError, match=r"add them to data\.evaluation") as error:
         experiment(hooks={"val": ValidationHookConfig()}).build()
     assert error.value.location == "hooks.val"
 

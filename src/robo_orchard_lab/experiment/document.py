@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -126,10 +127,12 @@ def _parse(path: Path, content: bytes) -> ParsedFile:
         check_bounds(document)
     except ConfigError as error:
         error.source = os.fspath(path)
-        if error.path in lines:
-            error.source += f":{lines[error.path]}"
-            if isinstance(error, ConfigSyntaxError):
-                error.position = ""  # repeats the line
+        line: int | str | None = lines.get(error.path)
+        if isinstance(error, ConfigSyntaxError):
+            if found := re.match(r"line (\d+)", error.position) if error.path else None:
+                line = line or found[1]
+            error.position = "" if line else error.position  # repeats the line
+        error.source += f":{line}" if line else ""
         raise
     by_line = {where: Origin("file", f"{path}:{line}") for where, line in lines.items()}
     by_line.setdefault((), Origin("file", os.fspath(path)))

@@ -294,8 +294,9 @@ class _ExperimentSchema(GenerateJsonSchema):
         name = "-without-".join([self._shortest_name(code), *without])
         fields = self._fields(cls, code, part.given)
         required = fields.pop("required", [])
-        if part.functions == "call" and not isinstance(code, type):
-            required = []  # the caller passes them
+        is_called = part.functions == "call" or reference_to(code) in self._single
+        if is_called and not isinstance(code, type):
+            required = []  # the caller passes them; parts share this choice
         reference = self._define(name, lambda: fields)
         return reference | ({"required": required} if required else {})
 
