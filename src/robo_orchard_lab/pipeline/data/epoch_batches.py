@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate, count, islice
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
+
 from robo_orchard_lab.pipeline.batch_processor import count_batches
 from robo_orchard_lab.pipeline.data.order import (
     IndexOrder,
     StepPartition,
     StepSizes,
-    slice_order,
     split_evenly,
 )
 from robo_orchard_lab.pipeline.data.rng import PersistentRng
@@ -93,7 +94,7 @@ class IndexedBatches:
         ):
             if start <= last_full and self._batched:
                 numbers = range(start, start + size)
-                yield BatchIndices(batch_id, numbers, slice_order(order, numbers))
+                yield BatchIndices(batch_id, numbers, _slice(order, numbers))
             else:
                 yield self._batch(batch_id // partition.processes)
             start += stride
@@ -108,7 +109,7 @@ class IndexedBatches:
         sizes = StepSizes(len(numbers), min(samples - start, partition.samples_per_step))
         if not numbers:
             numbers = range(start, start + 1)  # padding
-        indices = slice_order(self._order, numbers)
+        indices = _slice(self._order, numbers)
         batch_id = step_id * partition.processes + partition.rank
         return BatchIndices(batch_id, numbers, indices if self._batched else indices[0], sizes)
 
@@ -264,3 +265,9 @@ class IteratedBatches:
 
 
 EpochBatches: TypeAlias = IndexedBatches | IteratedBatches
+
+
+def _slice(order: IndexOrder, numbers: range) -> list[Any]:
+    """Return the dataset indices of consecutive samples of the epoch."""
+    chosen = order[numbers.start : numbers.stop]
+    return chosen.tolist() if isinstance(chosen, torch.Tensor) else list(chosen)

@@ -80,12 +80,6 @@ IndexOrder: TypeAlias = range | Sequence[Any] | torch.Tensor
 """Dataset indices in the order of an epoch."""
 
 
-def slice_order(order: IndexOrder, numbers: range) -> list[Any]:
-    """Return the dataset indices of consecutive samples of the epoch."""
-    chosen = order[numbers.start : numbers.stop]
-    return chosen.tolist() if isinstance(chosen, torch.Tensor) else list(chosen)
-
-
 def is_builtin(sampler: object) -> bool:
     """Return True if :func:`sampler_order` supports a sampler; subclasses may iterate otherwise."""
     return type(sampler) in _SAMPLERS + _SEQUENCES
