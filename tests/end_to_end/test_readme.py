@@ -106,9 +106,9 @@ def test_the_bounds_are_those_of_the_code() -> None:
 
     text = " ".join((ROOT / "SECURITY.md").read_text("utf-8").split())
     assert (
-        f"{reading.MAX_FILE_BYTES >> 10} KiB for a file with all that it builds on, "
+        f"{reading.MAX_FILE_BYTES >> 10} KiB for a file with its bases, "
         f"{reading.MAX_BASES} bases, {reading.MAX_VALUES:,} values, {formats.MAX_DEPTH} levels, "
-        f"{reading.MAX_KEY} characters for a key and {screening.MAX_REFERENCE} for a name of code"
+        f"{reading.MAX_KEY} characters for a key and {screening.MAX_REFERENCE} for a code reference"
     ) in text
     assert f"{formats.MAX_BYTES >> 20} MiB and {formats.MAX_DEPTH} levels for other" in text
     limits = ReadLimits()
