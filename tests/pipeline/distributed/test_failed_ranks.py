@@ -215,16 +215,16 @@ def test_an_error_ends_hooks_that_wait_for_all(options: str, tmp_path: Path) -> 
 
 AT_EXIT = """
 import atexit, time
-from robo_orchard_lab.pipeline.distributed import ending
+from robo_orchard_lab.pipeline.distributed import shutdown
 
 def flush(seconds):
     time.sleep(seconds)
     print(f"flushed {seconds}", flush=True)
 
-ending._TAKEN_APART_S, ending.MAX_EXIT_S = 1.0, 4.0  # of 3 and 10
+shutdown._FINALIZE_S, shutdown.MAX_EXIT_S = 1.0, 4.0  # of 3 and 10
 atexit.register(flush, 60.0)
 atexit.register(flush, 2.0)
-ending.destroy_group_at_exit()
+shutdown.destroy_group_at_exit()
 raise ValueError("planted")
 """
 

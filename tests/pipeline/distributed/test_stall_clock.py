@@ -63,23 +63,24 @@ def test_only_a_time_is_taken(timeout_s: object) -> None:
 ON_A_DISK_THAT_HANGS = """
 import logging, sys, time
 from torch.distributed import HashStore
-from robo_orchard_lab.pipeline import run_state
-from robo_orchard_lab.pipeline.distributed import StallClock, ending, watch
+from robo_orchard_lab.pipeline.distributed import failure_watch, shutdown
 from robo_orchard_lab.pipeline.distributed.job_store import JobStore
 from robo_orchard_lab.pipeline.distributed.process_identity import ProcessIdentity
 from robo_orchard_lab.pipeline.progress import TrainerProgress
+from robo_orchard_lab.pipeline.distributed.stall_clock import StallClock
 from robo_orchard_lab.pipeline.requests import Requests
+from robo_orchard_lab.pipeline.run import run_state
 
 class Saves(logging.Handler):
     def emit(self, record):
         state.saved("step_1", 1)
 
-ending._STUCK_S = watch._WAIT_S = watch._LOG_S = 0.5  # of 5, 3 and 1
+shutdown._STUCK_S = failure_watch._WAIT_S = failure_watch._LOG_S = 0.5  # of 5, 3 and 1
 progress, store = TrainerProgress(), HashStore()
 state = run_state.RunStateFile(sys.argv[1], progress)
 for rank in range(2):
     store.set(f"beat/{rank}", "0 0")
-job = watch.Watch(JobStore(store, 0, [ProcessIdentity.own()] * 2), None)
+job = failure_watch.FailureWatch(JobStore(store, 0, [ProcessIdentity.own()] * 2), None)
 with state.around_run(Requests()), job.section(StallClock(1.0, progress), None):
     run_state.replace_file = lambda *to_write: time.sleep(60)
     logging.getLogger().addHandler(Saves())
