@@ -191,7 +191,7 @@ def test_the_devices_random_numbers_go_on(tmp_path: Path) -> None:
     assert equal(straight, run(None, resume_from=tmp_path / "3" / "last"))
 
 
-def test_saves_in_the_background(tmp_path: Path) -> None:
+def test_background_saves_hold_the_state_of_their_step(tmp_path: Path) -> None:
     """They hold what the weights were at their step, though the training has changed them since."""
     kept: dict[int, list[torch.Tensor]] = {}
     watch = PipelineHooks()

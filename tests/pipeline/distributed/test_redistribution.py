@@ -177,7 +177,7 @@ def test_metrics_that_can_be_joined() -> None:
     assert resolve(metrics.snapshot(metrics.pop_states())) == {}
 
 
-def test_metrics_that_can_not_be_joined() -> None:
+def test_unmergeable_metrics_resume_on_more_ranks_only() -> None:
     """They go on where one of the ranks has gathered, and are refused where several have."""
     hook = MetricTrackerConfig()(metrics={"m": PearsonCorrCoef()})
     idle = hook.state_dict()

@@ -1,4 +1,4 @@
-"""What hooks ask for is carried out at commit points, once, and in order."""
+"""Order and effect of hooks' requests at commit points."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tiny import equal, loss_of, make_loader, make_trainer, weights
 
 
 class Watcher(PipelineHooks):
-    """Writes down what happens, and evaluates by publishing a number."""
+    """Records events, and evaluates by publishing a number."""
 
     def __init__(self, name: str = "watcher") -> None:
         super().__init__(name)
@@ -38,8 +38,8 @@ class Watcher(PipelineHooks):
         args.metrics.publish(f"eval/{self.name}", args.global_step_id, reduce="last")
 
 
-def asking(when: str, *kinds: str, name: str | None = None) -> PipelineHooks:
-    """A hook that asks for these things on a schedule."""
+def requesting(when: str, *kinds: str, name: str | None = None) -> PipelineHooks:
+    """Return a hook that makes these requests on a trigger."""
     hooks = PipelineHooks(f"asks for {kinds} {when}")
 
     def ask(args: PipelineHookArgs) -> None:
@@ -61,19 +61,21 @@ def events_of(*hooks: PipelineHooks, **options: Any) -> list[str]:
     return watcher.events
 
 
-def test_an_evaluation_comes_before_the_log() -> None:
-    """At a commit point evaluations run first, so that the record has what they found."""
-    events = events_of(asking("2 steps", "log", "evaluate"), max_step=3)
+def test_evaluations_run_before_the_log() -> None:
+    """At a commit point evaluations run before logging, so the record contains their metrics."""
+    events = events_of(requesting("2 steps", "log", "evaluate"), max_step=3)
     assert events == [
         *("step 1", "step 2"),
         *("begin watcher", "evaluate at 2", "end watcher", "log 2", "step 3", "epoch 0 ends"),
     ]
 
 
-def test_what_meets_at_the_end_of_an_epoch_is_done_once() -> None:
-    """A request by steps and one by epochs make one evaluation and one logging point."""
+def test_requests_at_the_end_of_an_epoch_are_merged() -> None:
+    """A request by steps and a request by epochs make one evaluation and one logging point."""
     events = events_of(
-        asking("4 steps", "log", "evaluate"), asking("1 epoch", "evaluate", "log"), max_epoch=2
+        requesting("4 steps", "log", "evaluate"),
+        requesting("1 epoch", "evaluate", "log"),
+        max_epoch=2,
     )
     commit = ["begin watcher", "evaluate at 4", "end watcher", "log 4"]
     assert events[:9] == ["step 1", "step 2", "step 3", "step 4", "epoch 0 ends", *commit]
@@ -81,28 +83,33 @@ def test_what_meets_at_the_end_of_an_epoch_is_done_once() -> None:
     assert events[-1] == "log 8"
 
 
-def test_a_stop_is_granted_after_what_was_asked_for() -> None:
-    """What is asked for together with the stop is still done, outside the epoch."""
-    events = events_of(asking("2 steps", "stop", "evaluate", "log"), max_epoch=2)
+def test_requests_made_with_a_stop_are_carried_out() -> None:
+    """Requests made together with a stop are carried out, after the epoch scope exits."""
+    events = events_of(requesting("2 steps", "stop", "evaluate", "log"), max_epoch=2)
     assert events[1:] == [
         *("step 2", "epoch 0 ends"),
         *("begin watcher", "evaluate at 2", "end watcher", "log 2"),
     ]
 
 
-def test_an_evaluation_is_asked_for_by_name() -> None:
-    """Only the named hook evaluates; without a name all do, in the order of the hooks."""
+def test_an_evaluation_can_be_requested_by_name() -> None:
+    """Only the named hook evaluates; without a name all hooks evaluate, in order."""
     one, two = Watcher("one"), Watcher("two")
     make_trainer(
-        [one, two, asking("at steps 1", "evaluate", name="two"), asking("at steps 2", "evaluate")],
+        [
+            one,
+            two,
+            requesting("at steps 1", "evaluate", name="two"),
+            requesting("at steps 2", "evaluate"),
+        ],
         max_step=3,
     )()
     begun = [event for event in one.events if event.startswith("begin")]
     assert begun == ["begin two", "begin one", "begin two"]
 
 
-def test_who_is_told_may_ask_for_more() -> None:
-    """A subscriber's request is carried out at the same commit point, and ends."""
+def test_a_metric_subscriber_can_make_requests() -> None:
+    """A subscriber's request is carried out at the same commit point."""
     watcher = Watcher()
     hooks = PipelineHooks("asks when told")
 
@@ -124,22 +131,24 @@ def test_who_is_told_may_ask_for_more() -> None:
     assert watcher.events.count("log 2") == 1
 
 
-def test_an_evaluation_that_no_hook_can_make_is_refused() -> None:
-    """The error names who asked and who can."""
+def test_an_evaluation_without_an_evaluator_is_refused() -> None:
+    """The error names the requesting hook and the hooks able to evaluate."""
     with pytest.raises(PipelineStateError, match=r"ask \(test_commit_point.*register a Validation"):
-        make_trainer([asking("1 steps", "evaluate")], max_step=2)()
+        make_trainer([requesting("1 steps", "evaluate")], max_step=2)()
     with pytest.raises(PipelineStateError, match=r"by 'wacher'.*did you mean 'watcher'"):
-        events_of(asking("1 steps", "evaluate", name="wacher"), max_step=2)
+        events_of(requesting("1 steps", "evaluate", name="wacher"), max_step=2)
 
 
-def test_waiting_for_a_metric_that_never_comes_is_an_error(
+def test_subscribing_to_a_missing_metric_is_an_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is warned of after a logging point and an epoch, and raised where the run can be saved."""
+    """A missing metric is warned about at first, and raised at a later commit point."""
     hooks = PipelineHooks("waits")
     hooks.on_loop.before(lambda args: args.metrics.subscribe("los", print, who="waits"))
     hooks.on_step.after(lambda args: args.metrics.publish("loss", args.loss))
-    trainer = make_trainer([hooks, asking("3 steps", "log")], loader=make_loader(2), max_epoch=3)
+    trainer = make_trainer(
+        [hooks, requesting("3 steps", "log")], loader=make_loader(2), max_epoch=3
+    )
     with pytest.raises(UnknownMetricError, match=r"'los'.*waits waits for; did you mean 'loss'"):
         trainer()
     assert trainer.progress.global_step_id == 6
@@ -151,7 +160,7 @@ def test_waiting_for_a_metric_that_never_comes_is_an_error(
 
 
 class Saver(PipelineHooks):
-    """Asks for the weights at every second step."""
+    """Requests the weights at every second step."""
 
     def __init__(self, path: Path, which: str | None = None) -> None:
         super().__init__()
@@ -164,8 +173,8 @@ class Saver(PipelineHooks):
         )
 
 
-def test_weights_are_saved_when_asked_for(tmp_path: Path) -> None:
-    """The file holds the weights of that commit point by name, with the counters."""
+def test_weights_are_saved_on_request(tmp_path: Path) -> None:
+    """The file holds the weights of the commit point by name, with the counters."""
     kept: list[list[torch.Tensor]] = []
     hooks = PipelineHooks("keeps")
     hooks.on_step.before(lambda args: kept.append(weights(args.model)))
@@ -184,8 +193,8 @@ def test_weights_are_saved_when_asked_for(tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["model.safetensors"]
 
 
-def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
-    """Where the folder can't take the file, the run fails and the old file is whole."""
+def test_a_failed_save_keeps_the_old_file(tmp_path: Path) -> None:
+    """If the folder can't hold the file, the run fails and the old file stays intact."""
     path = tmp_path / "model.safetensors"
     path.mkdir()  # can't be replaced by a file
     (path / "old").touch()
@@ -195,7 +204,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 def test_weights_that_no_hook_keeps_are_refused(tmp_path: Path) -> None:
-    """The error says which hooks keep weights."""
+    """The error lists the hooks able to provide weights."""
     with pytest.raises(PipelineConfigError, match=r"no hook named 'ema' keeps weights; hooks that"):
         make_trainer([Saver(tmp_path / "x.safetensors", "ema")], max_step=3)()
 
@@ -211,8 +220,8 @@ def skipping() -> PipelineHooks:
     return hooks
 
 
-def test_a_skipped_update_leaves_everything_as_it_is(skipping: PipelineHooks) -> None:
-    """Neither weights nor optimizer nor schedule move, and the counters tell."""
+def test_a_skipped_update_changes_nothing(skipping: PipelineHooks) -> None:
+    """A skipped update changes neither weights, optimizer nor LR scheduler, and is counted."""
     committed: list[bool | None] = []
     skipping.on_optimizer_step.after(lambda args: committed.append(args.update_committed))
     gradients: list[Any] = []
@@ -231,15 +240,15 @@ def test_a_skipped_update_leaves_everything_as_it_is(skipping: PipelineHooks) ->
 
 
 @pytest.mark.parametrize("end", ["a limit", "a hook"])
-def test_the_rest_is_told_when_a_run_ends_between_logging_points(end: str) -> None:
-    """What was published since the last logging point is told once more, as a partial record."""
-    told: list[tuple[int, bool, dict[str, float]]] = []
+def test_a_run_that_ends_between_logging_points_logs_a_partial_record(end: str) -> None:
+    """Values published since the last logging point are logged in a partial record."""
+    logged: list[tuple[int, bool, dict[str, float]]] = []
     hooks = PipelineHooks("publishes")
 
     @hooks.on_loop.before
     def listen(args: PipelineHookArgs) -> None:
         args.metrics.listen(
-            lambda record: told.append(
+            lambda record: logged.append(
                 (record.global_step_id, record.partial, {v.name: v.value for v in record.values})
             )
         )
@@ -249,27 +258,27 @@ def test_the_rest_is_told_when_a_run_ends_between_logging_points(end: str) -> No
         args.metrics.publish("step", args.global_step_id + 1)
 
     def train(steps: int) -> None:
-        stop = [asking(f"at steps {steps}", "stop")] if end == "a hook" else []
+        stop = [requesting(f"at steps {steps}", "stop")] if end == "a hook" else []
         max_step = 9 if stop else steps
         make_trainer(
-            [hooks, asking("4 steps", "log"), *stop], loader=make_loader(4), max_step=max_step
+            [hooks, requesting("4 steps", "log"), *stop], loader=make_loader(4), max_step=max_step
         )()
 
     train(6)
-    assert told == [(4, False, {"step": 2.5}), (6, True, {"step": 5.5})]
-    told.clear()
+    assert logged == [(4, False, {"step": 2.5}), (6, True, {"step": 5.5})]
+    logged.clear()
     train(4)
-    assert told == [(4, False, {"step": 2.5})]
+    assert logged == [(4, False, {"step": 2.5})]
 
 
 def _without(loader: Any, *positions: int) -> list[Any]:
     return [batch for position, batch in enumerate(loader) if position not in positions]
 
 
-def test_what_is_asked_for_too_late_is_told(
+def test_a_request_after_the_last_commit_point_is_warned_about(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After the last commit point nothing is done any more, and the log says so."""
+    """A request after the last commit point has no effect, and the log names the hook."""
     hooks = PipelineHooks("late")
     path = tmp_path / "late.safetensors"
     hooks.on_loop.after(lambda args: args.requests.save_weights(path, "too late", by="late"))
@@ -278,24 +287,24 @@ def test_what_is_asked_for_too_late_is_told(
     assert not path.exists()
 
 
-def test_a_stop_ahead_of_the_first_evaluation_is_no_error() -> None:
-    """A run that is asked to stop need not have come to what its hooks wait for."""
+def test_a_stop_before_the_first_evaluation_is_no_error() -> None:
+    """A run stopped by request need not publish the metrics its hooks subscribe to."""
     hooks = PipelineHooks("waits")
     hooks.on_loop.before(lambda args: args.metrics.subscribe("eval/val/loss", print, who="waits"))
-    trainer = make_trainer([hooks, asking("2 steps", "stop")], max_step=5)
+    trainer = make_trainer([hooks, requesting("2 steps", "stop")], max_step=5)
     trainer()
     assert trainer.progress.global_step_id == 2
 
 
-def test_updates_that_never_come_are_no_limit() -> None:
-    """A limit in updates is refused where the batch processor needs no backward pass."""
+def test_max_optimizer_step_without_a_backward_pass_is_refused() -> None:
+    """max_optimizer_step is refused if the batch processor needs no backward pass."""
     processor = SimpleBatchProcessor.from_callable(loss_of, need_backward=False)
     with pytest.raises(PipelineConfigError, match="max_optimizer_step counts optimizer steps"):
         make_trainer(batch_processor=processor, max_optimizer_step=1)
 
 
-def test_a_stop_with_a_logging_point_leaves_nothing_to_tell() -> None:
-    """Where a subscriber stops the run, the record that told it is the last one."""
+def test_a_stop_at_a_logging_point_leaves_no_partial_record() -> None:
+    """If a subscriber stops the run, the record being logged is the last one."""
     watcher = Watcher()
     hooks = PipelineHooks("stops")
     hooks.on_step.after(lambda args: args.metrics.publish("loss", args.loss))
@@ -305,12 +314,14 @@ def test_a_stop_with_a_logging_point_leaves_nothing_to_tell() -> None:
         args.metrics.before_logging(lambda: args.metrics.publish("gathered", 1.0))
         args.metrics.subscribe("loss", lambda value: args.requests.stop("enough"))
 
-    make_trainer([watcher, hooks, asking("2 steps", "log")], loader=make_loader(4), max_step=9)()
+    make_trainer(
+        [watcher, hooks, requesting("2 steps", "log")], loader=make_loader(4), max_step=9
+    )()
     assert watcher.events == ["step 1", "step 2", "log 2", "epoch 0 ends"]
 
 
 def test_a_run_too_short_for_an_evaluation_is_no_error() -> None:
-    """Where a hook evaluates, and none was due, whoever waits for one is told nothing."""
+    """A subscriber to an evaluation metric causes no error if no evaluation was due."""
     hooks = PipelineHooks("waits")
     hooks.on_loop.before(lambda args: args.metrics.subscribe("eval/val/loss", print, who="waits"))
     trainer = make_trainer([Watcher(), hooks], max_step=2)
@@ -318,8 +329,10 @@ def test_a_run_too_short_for_an_evaluation_is_no_error() -> None:
     assert trainer.progress.global_step_id == 2
 
 
-def test_a_metric_that_nobody_reads_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    """Who waits for what is published, in a run without logging points, waits in vain."""
+def test_a_subscription_without_logging_points_is_warned_about(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In a run without logging points, a subscription to a published metric is warned about."""
     hooks = PipelineHooks("waits")
     hooks.on_loop.before(lambda args: args.metrics.subscribe("loss", print, who="waits"))
     hooks.on_step.after(lambda args: args.metrics.publish("loss", args.loss))
@@ -328,10 +341,10 @@ def test_a_metric_that_nobody_reads_is_warned_of(caplog: pytest.LogCaptureFixtur
     assert "register a MetricsLogger" in caplog.text
 
 
-def test_what_a_hook_writes_comes_last_but_one() -> None:
-    """A hook's own files are written after evaluations and the log, ahead of a checkpoint."""
+def test_files_of_hooks_are_written_before_the_checkpoint() -> None:
+    """A hook's own files are written after evaluations and the log, before a checkpoint."""
     watcher = Watcher()
-    hooks = asking("at steps 2", "evaluate", "log")
+    hooks = requesting("at steps 2", "evaluate", "log")
 
     @hooks.on_step.after(when="at steps 2")
     def ask(args: PipelineHookArgs) -> None:

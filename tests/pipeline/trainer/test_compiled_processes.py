@@ -1,4 +1,4 @@
-"""Compiled models, gradient checkpointing and bf16: in two real processes, and in one."""
+"""Compiled models, gradient checkpointing and bf16, on two processes and in one."""
 
 from __future__ import annotations
 
@@ -46,8 +46,10 @@ def assert_close(one: Any, other: Any, within: float = 1e-12) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_compiled_in_either_order(found: list[dict[str, Any]], folder: Path, way: str) -> None:
-    """Losses and weights, by their plain names, are those of the model as it is."""
+def test_compiling_before_or_after_wrapping_changes_nothing(
+    found: list[dict[str, Any]], folder: Path, way: str
+) -> None:
+    """Losses, and weights under their plain names, equal the uncompiled model's."""
     for of_rank in found:
         assert_close(of_rank[way]["losses"], of_rank["plain"]["losses"])
         assert of_rank[way]["compiled"] == ("compiled" in way)
@@ -55,16 +57,16 @@ def test_compiled_in_either_order(found: list[dict[str, Any]], folder: Path, way
     assert_close(weights_of(folder / way), weights_of(folder / "plain"))
 
 
-def test_compiled_in_shards(found: list[dict[str, Any]], folder: Path) -> None:
-    """A sharded model that is compiled trains as the one in DDP."""
+def test_a_compiled_sharded_model_equals_ddp(found: list[dict[str, Any]], folder: Path) -> None:
+    """A compiled sharded model trains as the model in DDP."""
     for of_rank in found:
         assert_close(of_rank["sharded, then compiled"]["losses"], of_rank["plain"]["losses"])
     assert_close(weights_of(folder / "sharded"), weights_of(folder / "plain"))
 
 
 @pytest.mark.parametrize("kind", ["ddp", "sharded"])
-def test_activations_that_are_computed_twice(found: list[dict[str, Any]], kind: str) -> None:
-    """Gradient checkpointing changes nothing, dropout included."""
+def test_gradient_checkpointing_changes_nothing(found: list[dict[str, Any]], kind: str) -> None:
+    """Gradient checkpointing leaves losses and weights equal, dropout included."""
     for of_rank in found:
         once, twice = (of_rank[f"{kind} dropped {twice}"] for twice in (False, True))
         assert torch.equal(once["losses"], twice["losses"])
@@ -72,8 +74,8 @@ def test_activations_that_are_computed_twice(found: list[dict[str, Any]], kind: 
         assert_close(once["losses"], of_rank["ddp dropped False"]["losses"])
 
 
-def test_bf16(found: list[dict[str, Any]]) -> None:
-    """Autocast is on, in DDP and in shards, with the same result up to its precision."""
+def test_bf16_runs_under_autocast(found: list[dict[str, Any]]) -> None:
+    """In DDP and in shards, autocast is on, and losses are equal up to its precision."""
     for of_rank in found:
         in_ddp, sharded = of_rank["ddp bf16"]["losses"], of_rank["sharded bf16"]["losses"]
         assert not torch.allclose(in_ddp, of_rank["single"]["losses"], rtol=0, atol=1e-6)
@@ -82,8 +84,8 @@ def test_bf16(found: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("way", ["in DDP", "in DDP, then compiled"])
-def test_gradients_travel_once_a_window(found: list[dict[str, Any]], way: str) -> None:
-    """Where a window of three ends, and the last one, which is short."""
+def test_gradients_are_reduced_once_per_window(found: list[dict[str, Any]], way: str) -> None:
+    """Gradients are reduced at the end of each accumulation window, also of a short last one."""
     for of_rank in found:
         assert of_rank["reductions"][way] == [2, 5, 6]
 
@@ -91,7 +93,7 @@ def test_gradients_travel_once_a_window(found: list[dict[str, Any]], way: str) -
 @pytest.mark.usefixtures("doubles")
 @pytest.mark.parametrize("way", WITHOUT_DDP)
 def test_compiled_in_one_process(tmp_path: Path, way: str) -> None:
-    """In either order, too."""
+    """In one process, compiling in either order changes nothing."""
     plain = train(tmp_path, "plain", sharded=False)
     compiled = train(tmp_path, way, sharded=False, wrap=WAYS[way])
     assert_close(compiled["losses"], plain["losses"])
@@ -99,8 +101,8 @@ def test_compiled_in_one_process(tmp_path: Path, way: str) -> None:
 
 
 @pytest.mark.usefixtures("doubles")
-def test_activations_are_computed_twice_in_one_process(tmp_path: Path) -> None:
-    """Gradient checkpointing changes nothing."""
+def test_gradient_checkpointing_changes_nothing_in_one_process(tmp_path: Path) -> None:
+    """In one process, gradient checkpointing leaves the losses equal."""
     once, twice = (
         train(tmp_path, str(twice), sharded=False, model=Dropped(twice=twice))
         for twice in (False, True)

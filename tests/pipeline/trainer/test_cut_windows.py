@@ -1,4 +1,4 @@
-"""Accumulation windows that a limit cuts short, in runs that go on from there."""
+"""Accumulation windows cut short by a limit, in runs resumed from there."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SOURCES: dict[str, Iterable[Any]] = {
 def run(
     source: str, max_step: int, resume_from: Path | None = None, stop_after: int | None = None
 ) -> tuple[HookBasedTrainer, list[Step]]:
-    """Train in windows of four batches, on epochs of eight, the last of which is a small one."""
+    """Train in windows of four batches, on epochs of eight with a small last batch."""
     steps: list[Step] = []
     hooks = PipelineHooks("notes")
 
@@ -56,7 +56,7 @@ def run(
 
 
 def ends_of(steps: list[Step]) -> list[int]:
-    """The last steps of windows, in each of which all samples together weigh one."""
+    """Return the last steps of windows, after checking that each window's weights sum to one."""
     ends, weight = [], 0.0
     for step, ends_window, divisor in steps:
         weight += 1 / divisor
@@ -68,13 +68,12 @@ def ends_of(steps: list[Step]) -> list[int]:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_run_goes_on_from_a_window_that_its_limit_cut(source: str, tmp_path: Path) -> None:
-    """It does so to where that would have ended, with a window that weighs what its own batches
-    weigh; and is the same wherever it is stopped and resumed then."""
+def test_a_run_resumes_from_a_window_cut_by_its_limit(source: str, tmp_path: Path) -> None:
+    """The resumed run completes the cut window with its own weights, wherever stopped again."""
     first, steps = run(source, 5)
     assert ends_of(steps) == [3, 4]
     first.save_checkpoint(tmp_path / "cut")
-    straight, expected = run(source, 14, tmp_path / "cut")
+    uninterrupted, expected = run(source, 14, tmp_path / "cut")
     assert ends_of(expected) == [7, 11, 13]
     for last in range(5, 13):
         folder = tmp_path / str(last)
@@ -82,23 +81,23 @@ def test_a_run_goes_on_from_a_window_that_its_limit_cut(source: str, tmp_path: P
         second.save_checkpoint(folder)
         third, rest = run(source, 14, folder)
         assert steps + rest == expected
-        assert third.progress == straight.progress
-        assert equal(weights(third.model), weights(straight.model))
+        assert third.progress == uninterrupted.progress
+        assert equal(weights(third.model), weights(uninterrupted.model))
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_an_open_window_goes_on_as_it_was_planned(source: str, tmp_path: Path) -> None:
-    """Whatever the limit of the run that is resumed within it: its batches weigh one together."""
+def test_an_open_window_resumes_as_planned(source: str, tmp_path: Path) -> None:
+    """The batches of an open window weigh one together, whichever limit the resumed run has."""
     first, steps = run(source, 6, stop_after=4)
     first.save_checkpoint(tmp_path / "to be cut")
     _, rest = run(source, 16, tmp_path / "to be cut")
     assert ends_of(steps + rest) == [3, 5, 7, 11, 15]
 
-    straight, expected = run(source, 16)
+    uninterrupted, expected = run(source, 16)
     first, steps = run(source, 16, stop_after=4)
     first.save_checkpoint(tmp_path / "whole")
     second, middle = run(source, 6, tmp_path / "whole")
     second.save_checkpoint(tmp_path / "still whole")
     third, rest = run(source, 16, tmp_path / "still whole")
     assert steps + middle + rest == expected
-    assert equal(weights(third.model), weights(straight.model))
+    assert equal(weights(third.model), weights(uninterrupted.model))

@@ -1,4 +1,4 @@
-"""Whatever updates the weights and moves the rate, a resumed run is the run that never stopped."""
+"""Exact resume with every optimizer and LR scheduler of torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "AdamW foreach": {"foreach": True, "maximize": True},
     "RMSprop centered": {"centered": True, "momentum": 0.9},
 }
-SCHEDULES: dict[str, Callable[[Any], LRScheduler]] = {
+LR_SCHEDULERS: dict[str, Callable[[Any], LRScheduler]] = {
     "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
     "multiplicative": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.9),
     "sequential": lambda o: lr_scheduler.SequentialLR(
@@ -57,7 +57,7 @@ def build(
         make_loader(5, shuffle=True),
         SimpleBatchProcessor.from_callable(loss_of),
         updates,
-        None if schedule is None else SCHEDULES[schedule](updates),
+        None if schedule is None else LR_SCHEDULERS[schedule](updates),
         max_epoch=2,
         resume_from=resume_from,
     )
@@ -65,26 +65,26 @@ def build(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_optimizer_is_resumed(optimizer: str) -> None:
-    """In and between windows, all that torch's optimizers keep is as it was."""
+def test_every_optimizer_resumes_exactly(optimizer: str) -> None:
+    """Within and between windows, the complete state of each optimizer is restored."""
     prove_resume(partial(build, optimizer=optimizer), None, [1, 2, 4, 5, 7]).check()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_every_schedule_is_resumed(schedule: str) -> None:
-    """So is what their schedules keep, those that are made of others included."""
+@pytest.mark.parametrize("schedule", LR_SCHEDULERS)
+def test_every_lr_scheduler_resumes_exactly(schedule: str) -> None:
+    """The state of each LR scheduler is restored, nested LR schedulers included."""
     prove_resume(partial(build, schedule=schedule), None, [1, 2, 4, 5, 7]).check()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_optimizer_is_resumed_on_two_ranks(optimizer: str) -> None:
-    """So it is where the gradients are those of two ranks."""
+def test_every_optimizer_resumes_exactly_on_two_ranks(optimizer: str) -> None:
+    """On two ranks, the complete state of each optimizer is restored."""
     prove_resume(partial(build, optimizer=optimizer), None, [1, 2, 4, 5], processes=2).check()
 
 
 @pytest.mark.slow
-def test_a_schedule_is_resumed_on_two_ranks() -> None:
-    """It moves once for each update of both."""
+def test_an_lr_scheduler_resumes_exactly_on_two_ranks() -> None:
+    """On two ranks, the LR scheduler steps once per update and resumes exactly."""
     prove_resume(partial(build, schedule="one cycle"), None, [1, 2, 4, 5], processes=2).check()

@@ -1,4 +1,4 @@
-"""A run of several processes that is stopped or killed is, on each, as if nobody touched it."""
+"""Exact resume on every rank after stops and kills."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ def records(folder: Path, name: str, rank: int) -> list[RunRecord]:
     return [record for path in paths if (record := read_record(path)) is not None]
 
 
-def run_straight(folder: Path, **order: Any) -> None:
+def run_uninterrupted(folder: Path, **order: Any) -> None:
     codes = start(folder, "run", **order)
     assert not any(codes), (folder / "run-0.log").read_text()
 
 
-def check_rank_consistency(straight: Path, folder: Path, ranks: int = 2) -> None:
-    """Each rank has done in its processes what it did in one."""
+def check_rank_consistency(uninterrupted: Path, folder: Path, ranks: int = 2) -> None:
+    """Check that each rank's processes together equal one uninterrupted process."""
     for rank in range(ranks):
-        (expected,) = records(straight, "run", rank)
+        (expected,) = records(uninterrupted, "run", rank)
         found = [*record_differences(expected, records(folder, "run*", rank), ())]
         assert [f"{d}: {d.straight} {d.resumed}" for d in found] == [], rank
 
 
 @pytest.mark.parametrize(("ranks", "stops"), [(2, [1, 2, 4, 7, 8]), (3, [1, 4])])
-def test_ranks_are_stopped(ranks: int, stops: list[int], tmp_path: Path) -> None:
-    """In and between windows and epochs, each rank has what it would have, buffers included.
+def test_stopped_ranks_resume_exactly(ranks: int, stops: list[int], tmp_path: Path) -> None:
+    """Within and between windows and epochs, each rank resumes exactly, buffers included.
 
-    Three ranks round the sums of their gradients by the order in which they add them up.
+    Three ranks round the sums of their gradients by the order of addition.
     """
-    run_straight(tmp_path / "straight", ranks=ranks, in_background=False)
+    run_uninterrupted(tmp_path / "straight", ranks=ranks, in_background=False)
     folder = tmp_path / "stopped"
     for number, stop in enumerate([*stops, None]):
         name = f"run{number}"
@@ -63,8 +63,8 @@ def test_ranks_are_stopped(ranks: int, stops: list[int], tmp_path: Path) -> None
 
 
 def kill_again_and_again(tmp_path: Path, kills: int, in_background: bool) -> None:
-    straight, folder = tmp_path / "straight", tmp_path / "killed"
-    run_straight(straight, in_background=in_background)
+    uninterrupted, folder = tmp_path / "straight", tmp_path / "killed"
+    run_uninterrupted(uninterrupted, in_background=in_background)
     acknowledged = 0
     steps = sorted(random.choices(range(1, STEPS), k=kills))
     for number, step in enumerate(steps):
@@ -78,21 +78,21 @@ def kill_again_and_again(tmp_path: Path, kills: int, in_background: bool) -> Non
         acknowledged = saved.step if saved else 0
     codes = start(folder, f"run{kills:03d}", in_background=in_background)
     assert codes == [0, 0], (folder / f"run{kills:03d}-0.log").read_text()
-    check_rank_consistency(straight, folder)
+    check_rank_consistency(uninterrupted, folder)
     names = {path.name for path in (folder / "checkpoints").iterdir()}
     kept = {".lock", "last", f"step_{STEPS - 1:08d}", f"step_{STEPS:08d}"}
-    assert names == kept  # also where kills have kept processes from removing some
+    assert names == kept  # also after kills before the removal of old checkpoints
 
 
 @pytest.mark.parametrize("in_background", [False, True])
-def test_ranks_are_killed(in_background: bool, tmp_path: Path) -> None:
-    """Whichever rank dies first, wherever the other is, the next start of both is exact."""
+def test_killed_ranks_resume_exactly(in_background: bool, tmp_path: Path) -> None:
+    """Whichever rank dies first, the next start of both ranks resumes exactly."""
     kill_again_and_again(tmp_path, 3, in_background)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("in_background", [False, True])
-def test_ranks_are_killed_often(in_background: bool, tmp_path: Path) -> None:
-    """So it is after many kills."""
+def test_ranks_killed_often_resume_exactly(in_background: bool, tmp_path: Path) -> None:
+    """After many kills, both ranks resume exactly."""
     for number in range(3):
         kill_again_and_again(tmp_path / str(number), 8, in_background)

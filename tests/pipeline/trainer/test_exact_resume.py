@@ -1,4 +1,4 @@
-"""Stopped anywhere and gone on with by another process, a run is the run that never stopped."""
+"""Exact resume from every commit point in another process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MORE_VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def prove(stops: Iterable[int], processes: int = 1, **options: Any) -> ResumeProof:
-    # What StatsMonitor measures in seconds is in the log, too.
+    # The log also holds StatsMonitor's times in seconds.
     files = [] if options.get("more_hooks") else ["metrics.jsonl"]
     trainer = partial(build, **options)
     proof = prove_resume(trainer, None, stops, files=files, processes=processes)
@@ -46,57 +46,57 @@ def prove(stops: Iterable[int], processes: int = 1, **options: Any) -> ResumePro
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_stopped_at_every_commit_point(variant: str) -> None:
-    """Fifteen processes, each of which does one step, do what one process does."""
+def test_a_run_stopped_at_every_commit_point_resumes_exactly(variant: str) -> None:
+    """Fifteen processes of one step each equal one uninterrupted process."""
     assert prove(EVERYWHERE, **VARIANTS[variant]).steps == STEPS
 
 
-def test_two_ranks_are_stopped_at_every_commit_point() -> None:
-    """So it is on two ranks, each of which has gradients, buffers and random states of its own."""
+def test_two_ranks_stopped_at_every_commit_point_resume_exactly() -> None:
+    """On two ranks, gradients, buffers and RNG states of each rank resume exactly."""
     assert prove(ON_TWO_RANKS, processes=2).steps == STEPS_OF_TWO
 
 
-def test_two_ranks_with_workers_are_stopped() -> None:
-    """Within and between windows, and between epochs, also where workers load ahead."""
+def test_two_ranks_with_workers_resume_exactly() -> None:
+    """Two ranks with prefetching workers resume exactly within and between windows and epochs."""
     half = STEPS_OF_TWO // 2
     prove([1, 3, half, STEPS_OF_TWO - 1], processes=2, workers=2, persistent=True)
 
 
 @pytest.mark.parametrize("stop", [2, 3, 4, 7, 12, 14])
-def test_stopped_once_at_any_commit_point(stop: int) -> None:
-    """A process that goes on to the end does what it would have done without the stop."""
+def test_a_run_stopped_once_resumes_exactly(stop: int) -> None:
+    """A process resumed after one stop and run to its end equals the uninterrupted run."""
     prove([stop])
 
 
-def test_a_run_that_stops_early_is_over_for_good() -> None:
-    """Stopped by a metric in the middle of an epoch, it does nothing when it is gone on with."""
+def test_a_run_that_stops_early_stays_completed() -> None:
+    """A run stopped by early stopping in the middle of an epoch does nothing when resumed."""
     assert prove([2, 5, 8, 14], patience=3, min_delta=1e6).steps == 9
 
 
-def test_stopped_between_two_epochs() -> None:
-    """Asked for when the epoch is left, a stop is as exact as in its last step."""
+def test_a_stop_between_two_epochs_resumes_exactly() -> None:
+    """A stop requested at the end of an epoch resumes as exactly as a stop in its last step."""
     assert prove([10], stop_between=True).steps == STEPS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", MORE_VARIANTS)
-def test_stopped_at_every_commit_point_in_more_ways(variant: str) -> None:
-    """So it is with every kind of data and of schedule."""
+def test_more_variants_stopped_at_every_commit_point_resume_exactly(variant: str) -> None:
+    """Runs with each kind of data and LR scheduler resume exactly from every commit point."""
     assert prove(EVERYWHERE, **MORE_VARIANTS[variant]).steps >= STEPS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", EVERYWHERE)
 @pytest.mark.parametrize("variant", [*VARIANTS, *MORE_VARIANTS])
-def test_stopped_once_at_any_commit_point_in_every_way(stop: int, variant: str) -> None:
-    """And so it is when the run goes on to its end."""
+def test_every_variant_stopped_once_resumes_exactly(stop: int, variant: str) -> None:
+    """Every variant stopped once and run to its end equals the uninterrupted run."""
     prove([stop], **{**VARIANTS, **MORE_VARIANTS}[variant])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", [*VARIANTS, *MORE_VARIANTS])
-def test_two_ranks_are_stopped_at_every_commit_point_in_every_way(variant: str) -> None:
-    """And so it is on two ranks."""
+def test_every_variant_on_two_ranks_resumes_exactly(variant: str) -> None:
+    """On two ranks, every variant resumes exactly from every commit point."""
     options = {**VARIANTS, **MORE_VARIANTS}[variant]
     assert prove(ON_TWO_RANKS, processes=2, **options).steps >= STEPS_OF_TWO
 
@@ -104,6 +104,6 @@ def test_two_ranks_are_stopped_at_every_commit_point_in_every_way(variant: str) 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", ON_TWO_RANKS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_two_ranks_are_stopped_once(stop: int, variant: str) -> None:
-    """Also where they go on to their end."""
+def test_two_ranks_stopped_once_resume_exactly(stop: int, variant: str) -> None:
+    """Two ranks stopped once and run to their end equal the uninterrupted run."""
     prove([stop], processes=2, **VARIANTS[variant])

@@ -1,7 +1,7 @@
 """The events of a run, compared line by line with the traces in ``golden/``.
 
 A line is ``before|after channel epoch step global_step optimizer_step``, indented by nesting; an
-after that sees an error ends with it. After an intended change, write the files anew with
+after with an error ends with the error. After an intended change, rewrite the files with
 ``UPDATE_GOLDEN=1 pytest tests/pipeline/trainer/test_golden_trace.py`` and read the difference.
 """
 
@@ -21,7 +21,7 @@ TRAINING_CHANNELS = [name for name in CHANNEL_NAMES if name != "on_evaluation"]
 
 
 class Recorder(PipelineHooks):
-    """Writes down every event."""
+    """Records every event as a line."""
 
     def __init__(self, name: str = "recorder") -> None:
         super().__init__(name)
@@ -106,7 +106,7 @@ def test_an_error_in_each_channel(channel: ChannelName, role: str) -> None:
 
 
 def test_hooks_added_and_removed_while_running() -> None:
-    """A hook added in an open channel runs from its next entry; one removed, until it is left."""
+    """An added hook runs from the channel's next entry, and a removed hook until its exit."""
     recorder = Recorder()
     handles: list[RemovableHandle] = []
 

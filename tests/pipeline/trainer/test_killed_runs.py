@@ -1,4 +1,4 @@
-"""A run that saves every step is killed again and again, and is the run that nobody touched."""
+"""Exact resume of runs that save every step and are killed again and again."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ SAVES = ["every step", "in background"]
 def kill_until(
     kills: int, folder: Path, *, dies: bool = False, processes: int = 1, **options: Any
 ) -> None:
-    """Kill runs at random instants, each as often as it has steps, until so many were killed.
+    """Kill runs at random instants, each as often as it has steps, until `kills` were killed.
 
-    With ``dies``, processes kill themselves ahead of some call of the file system.
+    With ``dies``, processes kill themselves before a random file system call.
     """
     steps = STEPS if processes == 1 else STEPS_OF_TWO
     done = rounds = 0
@@ -39,52 +39,54 @@ def kill_until(
             files=["metrics.jsonl"],
             processes=processes,
         )
-        proof.check()  # which no process passes that began ahead of an acknowledged checkpoint
+        proof.check()  # fails if a process began before an acknowledged checkpoint
         assert proof.kills is not None
         done += proof.kills
         run_folder = root / "resumed"
         names = {path.name for path in (run_folder / "checkpoints").iterdir()}
         kept = {".lock", "last", f"step_{steps - 1:08d}", f"step_{steps:08d}"}
-        assert names == kept  # also where kills have kept processes from removing some
+        assert names == kept  # also after kills before the removal of old checkpoints
         assert [path for path in run_folder.rglob("*") if "tmp" in path.name] == []
         assert read_run_state(run_folder).state == "completed"
 
 
 @pytest.mark.parametrize("saves", SAVES)
-def test_killed_at_random_instants(saves: str, tmp_path: Path) -> None:
-    """No acknowledged save is lost, the next start goes on by itself, the end is the same."""
+def test_a_run_killed_at_random_instants_resumes_exactly(saves: str, tmp_path: Path) -> None:
+    """No acknowledged save is lost, and the next start resumes exactly by itself."""
     kill_until(10, tmp_path, saves=saves)
 
 
-def test_killed_at_calls_of_the_file_system(tmp_path: Path) -> None:
-    """Each process kills itself ahead of opening, renaming or removing something."""
+def test_a_run_killed_at_file_system_calls_resumes_exactly(tmp_path: Path) -> None:
+    """A process killed before opening, renaming or removing a file resumes exactly."""
     kill_until(8, tmp_path, saves="in background", dies=True)
 
 
 @pytest.mark.parametrize("dies", [False, True], ids=["at any instant", "at a call"])
-def test_two_ranks_are_killed(dies: bool, tmp_path: Path) -> None:
-    """So it is where one of two ranks is killed, or kills itself, and the other one soon after."""
+def test_two_killed_ranks_resume_exactly(dies: bool, tmp_path: Path) -> None:
+    """Two ranks resume exactly after one rank is killed and the other soon after."""
     kill_until(4, tmp_path, saves="in background", dies=dies, processes=2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dies", [False, True], ids=["at any instant", "at a call"])
 @pytest.mark.parametrize("saves", SAVES)
-def test_two_ranks_are_killed_often(saves: str, dies: bool, tmp_path: Path) -> None:
-    """So it is after many kills of two ranks."""
+def test_two_ranks_killed_often_resume_exactly(saves: str, dies: bool, tmp_path: Path) -> None:
+    """Two ranks resume exactly after many kills."""
     kill_until(24, tmp_path, saves=saves, dies=dies, processes=2, workers=0 if dies else 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("saves", SAVES)
-def test_killed_at_many_random_instants(saves: str, workers: int, tmp_path: Path) -> None:
-    """So it is after hundreds of kills."""
+def test_a_run_killed_at_many_random_instants_resumes_exactly(
+    saves: str, workers: int, tmp_path: Path
+) -> None:
+    """A run resumes exactly after hundreds of kills."""
     kill_until(60, tmp_path, saves=saves, workers=workers)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("saves", SAVES)
-def test_killed_at_many_calls_of_the_file_system(saves: str, tmp_path: Path) -> None:
-    """So it is after many such kills."""
+def test_a_run_killed_at_many_file_system_calls_resumes_exactly(saves: str, tmp_path: Path) -> None:
+    """A run resumes exactly after many kills at file system calls."""
     kill_until(40, tmp_path, saves=saves, dies=True)

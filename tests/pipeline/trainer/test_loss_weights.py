@@ -1,4 +1,4 @@
-"""Losses that come with weights, in one process; ``test_uneven_data.py`` has several."""
+"""Losses with weights, in one process; ``test_uneven_data.py`` has several."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Weights = Sequence[Any]
 
 
 def weighted(given: Weights) -> SimpleBatchProcessor:
-    """A processor that gives one weight after the other, and none for None."""
+    """Return a processor with one weight per loss, or no weight for None."""
     left = list(given)
 
     def forward(model: Any, batch: Any) -> Any:
@@ -31,7 +31,7 @@ def weighted(given: Weights) -> SimpleBatchProcessor:
 
 
 def plain(given: Weights, accumulate: int) -> list[torch.Tensor]:
-    """The weights of the model after a plain loop."""
+    """Return the weights of the model after a plain loop."""
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     batches = list(zip(make_loader(len(given)), given, strict=True))
@@ -46,8 +46,8 @@ def plain(given: Weights, accumulate: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_an_update_is_that_of_the_weighted_mean(accumulate: int) -> None:
-    """Of numbers of any kind and tensors, from 0 to a million; a whole window may weigh nothing."""
+def test_an_update_uses_the_weighted_mean(accumulate: int) -> None:
+    """Weights may be numbers or tensors from 0 to a million, and a window may sum to zero."""
     given = [np.float32(2), 0.0, torch.tensor(1e6), torch.tensor([0.0]), np.int64(0), 0, 7.5]
     model = make_model()
     make_trainer(
@@ -61,8 +61,8 @@ def test_an_update_is_that_of_the_weighted_mean(accumulate: int) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-def test_parameters_beside_the_model_take_the_mean_too() -> None:
-    """One that only the optimizer has, such as of a learned loss, moves by the weighted mean."""
+def test_parameters_outside_the_model_use_the_weighted_mean() -> None:
+    """A parameter known only to the optimizer, as of a learned loss, uses the weighted mean."""
     factor = torch.nn.Parameter(torch.ones(()))
     left = [2.0, 6.0]
 
@@ -81,8 +81,8 @@ def test_parameters_beside_the_model_take_the_mean_too() -> None:
     assert factor.item() == pytest.approx(1 - (2 * losses[0] + 6 * losses[1]) / 8)
 
 
-def test_a_loss_that_weighs_nothing_may_be_no_number() -> None:
-    """It leaves the weights, and the mean loss, as they are."""
+def test_a_loss_of_weight_zero_may_be_nan() -> None:
+    """A NaN loss of weight zero changes neither the weights nor the mean loss."""
     model = make_model()
     before = weights(model)
 
@@ -95,8 +95,8 @@ def test_a_loss_that_weighs_nothing_may_be_no_number() -> None:
     assert equal(weights(model), before)
 
 
-def test_hooks_see_what_a_loss_weighs() -> None:
-    """The processor's weight, or else the samples of the batch."""
+def test_hooks_see_the_weight_of_a_loss() -> None:
+    """Hooks see the processor's weight, or else the number of samples of the batch."""
     seen: list[float] = []
     hooks = PipelineHooks("notes")
 
@@ -109,8 +109,8 @@ def test_hooks_see_what_a_loss_weighs() -> None:
     assert seen == [3, 5, 4]
 
 
-def test_an_evaluation_weighs_by_it() -> None:
-    """The mean loss of a set is that over the weights of its batches."""
+def test_an_evaluation_uses_the_weights() -> None:
+    """The mean loss of an evaluation is weighted by its batches' weights."""
     model, loader = make_model(), make_loader(2)
     losses = [loss_of(model, batch)[1].item() for batch in loader]
     found = Evaluator(model, weighted([1, 3]), {"val": loader}).evaluate()
@@ -118,7 +118,7 @@ def test_an_evaluation_weighs_by_it() -> None:
 
 
 def test_a_processor_may_write_all_weights_into_one_tensor() -> None:
-    """Each loss weighs what the tensor held when it was returned."""
+    """Each loss has the weight held by the tensor when the loss was returned."""
     weight = torch.zeros((), dtype=torch.float64)
     given = [3.0, 5.0, 1.0]
     left = list(given)
@@ -148,8 +148,8 @@ def test_a_processor_may_write_all_weights_into_one_tensor() -> None:
         (True, "got True"),
     ],
 )
-def test_what_is_no_weight_is_refused(given: Any, message: str) -> None:
-    """With what is expected, in training and in an evaluation."""
+def test_an_invalid_weight_is_refused(given: Any, message: str) -> None:
+    """Training and evaluation refuse an invalid weight with the expected type."""
     with pytest.raises(BatchProcessorError, match=message):
         make_trainer(batch_processor=weighted([given]), max_step=1)()
     with pytest.raises(BatchProcessorError, match=message):
@@ -167,6 +167,6 @@ def test_what_is_no_weight_is_refused(given: Any, message: str) -> None:
     ],
 )
 def test_weights_in_some_steps_only_are_refused(given: Weights, message: str) -> None:
-    """With what is expected."""
+    """A processor that returns weights in some steps only is refused."""
     with pytest.raises(BatchProcessorError, match=message):
         make_trainer(batch_processor=weighted(given), max_step=2)()

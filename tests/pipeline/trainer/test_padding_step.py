@@ -1,4 +1,4 @@
-"""What a filler leaves behind."""
+"""Side effects of a padding step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from robo_orchard_lab.pipeline.trainer.accumulation import padding_step
 
 
 class Counting(torch.nn.Module):
-    """Changes a buffer, sets new tensors in the place of others, one of which grows, and draws."""
+    """Model that changes and replaces buffers, one of them growing, and draws random numbers."""
 
     mean: torch.Tensor
     count: torch.Tensor
@@ -32,9 +32,8 @@ class Counting(torch.nn.Module):
         return outputs
 
 
-def test_a_filler_leaves_nothing_behind() -> None:
-    """No buffer has changed, whichever way the forward pass changes it; nothing is drawn; the
-    gradients are what they were, also where the batch gives NaN."""
+def test_a_padding_step_has_no_side_effects() -> None:
+    """A padding step restores buffers, RNG states and gradients, also if the batch gives NaN."""
     model = Counting()
     model(torch.ones(3, 4)).sum().backward()
     random_states = torch.get_rng_state(), random.getstate()

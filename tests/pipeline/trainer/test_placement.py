@@ -1,4 +1,4 @@
-"""Which batches go to a device, and how; what needs one is in test_gpu.py."""
+"""Placement of batches on a device; tests on a GPU are in test_gpu.py."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from robo_orchard_lab.pipeline.trainer.setup import batch_placement, movable_in,
 
 
 class MovesByItself(dict[str, Any]):
-    """A mapping with a method of its own, as tokenizers give."""
+    """A mapping with its own `to` method, as returned by tokenizers."""
 
     def to(self, device: Any) -> MovesByItself:
         return self
 
 
 def test_nothing_is_moved_on_the_cpu() -> None:
-    """Where all is on the host, a step has nothing to place."""
+    """On a CPU, batches need no placement."""
     assert batch_placement(Accelerator(cpu=True), []) is None
 
 
 def test_tensors_are_found_in_nested_batches() -> None:
-    """Lists, tuples and mappings are looked into, and what moves by itself is not."""
+    """Lists, tuples and mappings are searched; objects with a `to` method are moved as one."""
     first, second, third = torch.zeros(1), torch.zeros(2), torch.zeros(3)
     own = MovesByItself(x=third)
     batch = {"a": first, "b": [(second, None), "text", 3, own]}

@@ -21,7 +21,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def start(folder: Path, ranks: int, number: int) -> list[subprocess.Popen[str]]:
-    """All ranks, each the leader of a group of processes."""
+    """Start all ranks, each as the leader of a process group."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     folder.mkdir(exist_ok=True)
     meeting = folder.with_name(f"{folder.name}-{number}.meeting")
@@ -47,19 +47,17 @@ def wait_until_made(processes: list[subprocess.Popen[str]]) -> None:
 
 
 def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
-    """The exit codes of all, and what they have told."""
-    told = [process.communicate(timeout=120)[0] for process in processes]
-    return [(process.returncode, text) for process, text in zip(processes, told, strict=True)]
+    """Return the exit codes and outputs of all processes."""
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    return [(process.returncode, text) for process, text in zip(processes, outputs, strict=True)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_that_is_preempted_again_and_again_is_the_straight_one(
-    ranks: int, tmp_path: Path
-) -> None:
-    """Each time it is saved and ends by the signal's code; in the end the weights are the same.
+def test_a_run_preempted_again_and_again_resumes_exactly(ranks: int, tmp_path: Path) -> None:
+    """Each preempted run saves and exits by the signal's code; the final weights are equal.
 
-    Of two ranks, all processes get the signal, or those of one rank alone.
+    Of two ranks, both get the signal, or one rank alone.
     """
     assert [code for code, _ in ended(start(tmp_path / "straight", ranks, 0))] == [0] * ranks
     folder = tmp_path / "signalled"
@@ -79,7 +77,7 @@ def test_a_run_that_is_preempted_again_and_again_is_the_straight_one(
         if codes == {128 + number}:
             assert read_run_state(folder).state == "preempted"
             preempted += 1
-        elif ranks == 1:  # before the loop, or after it, where a signal does what it always does
+        elif ranks == 1:  # before or after the loop, signals have their default effect
             assert codes <= {0, -number}, found
         if all((folder / f"weights{rank}.pt").exists() for rank in range(ranks)):
             break

@@ -11,7 +11,7 @@ from launching import SCRIPTS, launch
 
 SCRIPT = SCRIPTS / "rank_consistency_on_ranks.py"
 
-# By what differs on rank 1: the part that is named, and lines of the two ranks.
+# By what differs on rank 1: the named part, and lines of the two ranks.
 PARTS = {
     "model": ("model", "", "+3.weight: parameter (2, 2) torch.float32"),
     "frozen": ("model", "-0.bias: parameter (8,)", "+0.bias: frozen parameter (8,)"),
@@ -47,7 +47,7 @@ PLANS = {
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """How each rank was refused, which is the same on all of them; and what was seen at the end."""
+    """Return each rank's refusal, after checking that all are equal, and the output."""
     folder = tmp_path_factory.mktemp("ranks")
     kinds = [*PARTS, *PLANS, "stream"]
     done = launch(SCRIPT, folder, *kinds, processes=request.param, fails=True)
@@ -58,8 +58,8 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("kind", PARTS)
-def test_unlike_parts_are_refused_where_the_trainer_is_made(kind: str, found: Any) -> None:
-    """On every rank, within seconds, with the part's name and what it is on each of them."""
+def test_different_parts_are_refused_by_the_constructor(kind: str, found: Any) -> None:
+    """Every rank names the part that differs and its value on each rank, within seconds."""
     part, first, second = PARTS[kind]
     place, text = found[kind]
     assert place == "made"
@@ -70,8 +70,8 @@ def test_unlike_parts_are_refused_where_the_trainer_is_made(kind: str, found: An
 
 
 @pytest.mark.parametrize("kind", PLANS)
-def test_unlike_hooks_are_refused_when_the_run_begins(kind: str, found: Any) -> None:
-    """With both plans in full, on every rank, and the lines in which they differ."""
+def test_different_hooks_are_refused_when_the_run_starts(kind: str, found: Any) -> None:
+    """Every rank shows both hook plans in full, and the lines that differ."""
     place, text = found[kind]
     assert place == "called"
     assert "differ, but must be equal, in the hooks.\n" in text
@@ -84,12 +84,12 @@ def test_unlike_hooks_are_refused_when_the_run_begins(kind: str, found: Any) -> 
     assert text.endswith("can look at args.accelerator.process_index")
 
 
-def test_both_ranks_end_with_it(found: Any) -> None:
-    """Where nobody catches the error, it is what is seen."""
+def test_both_ranks_show_the_uncaught_error(found: Any) -> None:
+    """An uncaught error is printed by every rank."""
     assert found["seen"].count("PipelineConfigError: the ranks of this job differ") >= 2
 
 
 @pytest.mark.parametrize("kind", ["nothing", "stream"])
-def test_what_is_alike_runs(kind: str, found: Any) -> None:
-    """So do streams of unlike lengths."""
+def test_equal_ranks_and_unequal_streams_run(kind: str, found: Any) -> None:
+    """Equal ranks run, and so do streams of different lengths."""
     assert found[kind] == ["runs", ""]

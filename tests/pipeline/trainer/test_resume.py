@@ -1,4 +1,4 @@
-"""A run that is saved, given up and resumed is the run that was never touched."""
+"""A saved and resumed run equals an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STEPS = 14  # two epochs of seven batches
 
 
 class Augmented(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Draws from torch, NumPy and Python while loading."""
+    """Draws from the RNGs of torch, NumPy and Python while loading."""
 
     def __len__(self) -> int:
         return 26  # the last batch has two samples
@@ -45,7 +45,7 @@ class Augmented(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 class Losses(PipelineHooks):
-    """Writes down every loss, as its state."""
+    """Records every loss in its state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def one_cycle(optimizer: torch.optim.Optimizer) -> LRScheduler:
     return OneCycleLR(optimizer, max_lr=0.05, total_steps=30)
 
 
-SCHEDULES: dict[str, Any] = {
+LR_SCHEDULERS: dict[str, Any] = {
     "one_cycle": one_cycle,
     "plateau": lambda o: ReduceLROnPlateau(o, patience=0, factor=0.5),
     "multi_step": lambda o: MultiStepLR(o, [2, 4], gamma=0.5),
@@ -85,8 +85,8 @@ def build(
     model = torch.nn.Sequential(make_model(), torch.nn.Dropout(0.3))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     losses = Losses()
-    make_scheduler = SCHEDULES[schedule]
-    torch.manual_seed(11)  # where a fresh run begins; a resumed one must not care
+    make_scheduler = LR_SCHEDULERS[schedule]
+    torch.manual_seed(11)  # seeds of a fresh run; a resumed run must ignore its seeds
     if resume_from is not None:
         torch.manual_seed(999)
         np.random.seed(999)
@@ -137,18 +137,20 @@ def outcome(trainer: HookBasedTrainer, losses: Losses) -> dict[str, Any]:
     }
 
 
-def check_same(resumed: dict[str, Any], straight: dict[str, Any]) -> None:
-    for part, expected in straight.items():
+def check_same(resumed: dict[str, Any], uninterrupted: dict[str, Any]) -> None:
+    for part, expected in uninterrupted.items():
         assert equal(resumed[part], expected), part
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stop", range(1, STEPS))
-def test_stopped_at_any_commit_point(stop: int, workers: int, tmp_path: Path) -> None:
-    """In and between windows and epochs, with any number of workers, the resumed run is exact."""
+def test_a_run_stopped_at_any_commit_point_resumes_exactly(
+    stop: int, workers: int, tmp_path: Path
+) -> None:
+    """Within and between windows and epochs, with any number of workers, the resume is exact."""
     trainer, losses = build(STEPS, workers=workers)
     trainer()
-    straight = outcome(trainer, losses)
+    uninterrupted = outcome(trainer, losses)
     progress = trainer.progress
 
     first, _ = build(STEPS, workers=workers)
@@ -158,11 +160,11 @@ def test_stopped_at_any_commit_point(stop: int, workers: int, tmp_path: Path) ->
     assert second.progress == first.progress
     second()
     assert second.progress == progress
-    check_same(outcome(second, losses), straight)
+    check_same(outcome(second, losses), uninterrupted)
 
 
 class AugmentedStream(IterableDataset[Any]):
-    """Seven batches without a length; draws while loading, in this process."""
+    """Seven batches without a length that draw random numbers in this process."""
 
     def __iter__(self) -> Any:
         for index in range(26):
@@ -185,7 +187,7 @@ def build_from_stream(resume_from: Path | None = None) -> HookBasedTrainer:
 
 
 def stop_after(trainer: HookBasedTrainer, step: int) -> None:
-    """Run until so many steps are done, by a request: a limit would shorten the window."""
+    """Run until `step` by a request, since a limit would shorten the window."""
 
     def ask(args: PipelineHookArgs) -> None:
         if args.global_step_id == step - 1:
@@ -200,36 +202,36 @@ def stop_after(trainer: HookBasedTrainer, step: int) -> None:
 
 
 @pytest.mark.parametrize("stop", range(1, STEPS))
-def test_windows_that_are_loaded_ahead(stop: int, tmp_path: Path) -> None:
-    """Where a window is loaded before its first step, a stop in it is as exact as any other."""
-    straight = build_from_stream()
-    straight()
+def test_windows_loaded_in_advance_resume_exactly(stop: int, tmp_path: Path) -> None:
+    """A stop within a window loaded before its first step resumes exactly."""
+    uninterrupted = build_from_stream()
+    uninterrupted()
     first = build_from_stream()
     stop_after(first, stop)
     first.save_checkpoint(tmp_path / "a")
     second = build_from_stream(tmp_path / "a")
     second()
-    assert second.progress == straight.progress
-    assert equal(weights(second.model), weights(straight.model))
+    assert second.progress == uninterrupted.progress
+    assert equal(weights(second.model), weights(uninterrupted.model))
 
 
 @pytest.mark.parametrize("stop", [4, 7, 9])
 def test_a_resumed_run_can_be_saved_again_at_once(stop: int, tmp_path: Path) -> None:
-    """Saved before it went on, it is the run that it was resumed from, open window included."""
+    """Saved again before training, a resumed run keeps its state, open window included."""
     trainer, losses = build(STEPS)
     trainer()
-    straight = outcome(trainer, losses)
+    uninterrupted = outcome(trainer, losses)
     first, _ = build(STEPS)
     stop_after(first, stop)
     first.save_checkpoint(tmp_path / "a")
     build(STEPS, tmp_path / "a")[0].save_checkpoint(tmp_path / "b")
     second, losses = build(STEPS, tmp_path / "b")
     second()
-    check_same(outcome(second, losses), straight)
+    check_same(outcome(second, losses), uninterrupted)
 
 
-def test_another_window_is_refused_where_one_is_open(tmp_path: Path) -> None:
-    """Within a window, the number of accumulation steps can't change; between two, it can."""
+def test_changing_accumulation_within_a_window_is_refused(tmp_path: Path) -> None:
+    """Within a window the number of accumulation steps can't change; between windows, it can."""
     first, _ = build(STEPS, accumulate=3)
     stop_after(first, 4)
     first.save_checkpoint(tmp_path / "open")
@@ -243,24 +245,24 @@ def test_another_window_is_refused_where_one_is_open(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stop", [2, 5])
 def test_persistent_workers_are_exact_too(stop: int, tmp_path: Path) -> None:
-    """What workers draw that outlive an epoch follows from the batch, not from their age."""
+    """Random numbers drawn by persistent workers depend on the batch, not on the worker's age."""
 
     def trainer(resume_from: Path | None = None) -> HookBasedTrainer:
         loader = DataLoader(Augmented(), 8, shuffle=True, num_workers=1, persistent_workers=True)
         torch.manual_seed(3 if resume_from is None else 999)
         return make_trainer(loader=loader, max_step=8, resume_from=resume_from)
 
-    straight, first = trainer(), trainer()
-    straight()
+    uninterrupted, first = trainer(), trainer()
+    uninterrupted()
     stop_after(first, stop)
     first.save_checkpoint(tmp_path / "a")
     second = trainer(tmp_path / "a")
     second()
-    assert equal(weights(second.model), weights(straight.model))
+    assert equal(weights(second.model), weights(uninterrupted.model))
 
 
 class Counting(torch.nn.Module):
-    """Scales by how often it was called, in a buffer that is left out of its state."""
+    """Scales by the number of calls, in a buffer excluded from its state."""
 
     calls: torch.Tensor
     cache: torch.Tensor
@@ -278,31 +280,31 @@ class Counting(torch.nn.Module):
         return outputs / self.calls
 
 
-def test_buffers_that_a_model_leaves_out_go_on(tmp_path: Path) -> None:
-    """What changes in training is restored, where it is alike in kind; a cache may have grown."""
-    straight = make_trainer(model=Counting(), max_step=6)
-    straight()
+def test_non_persistent_buffers_are_restored(tmp_path: Path) -> None:
+    """Non-persistent buffers are restored if their shape is unchanged, and otherwise ignored."""
+    uninterrupted = make_trainer(model=Counting(), max_step=6)
+    uninterrupted()
     first = make_trainer(model=Counting(), max_step=3)
     first()
     first.save_checkpoint(tmp_path / "a")
     second = make_trainer(model=Counting(), max_step=6, resume_from=tmp_path / "a")
     second()
-    assert equal(weights(second.model), weights(straight.model))
+    assert equal(weights(second.model), weights(uninterrupted.model))
     assert "calls" not in load_checkpoint(tmp_path / "a").parts["model"]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_every_schedule_is_resumed(schedule: str, tmp_path: Path) -> None:
-    """Whatever the schedule keeps (infinities, counters, nothing) comes back from the file."""
+@pytest.mark.parametrize("schedule", LR_SCHEDULERS)
+def test_every_lr_scheduler_is_resumed(schedule: str, tmp_path: Path) -> None:
+    """The complete state of each LR scheduler is restored, infinities included."""
     trainer, losses = build(STEPS, schedule=schedule, accumulate=1)
     trainer()
-    straight = outcome(trainer, losses)
+    uninterrupted = outcome(trainer, losses)
     first, _ = build(9, schedule=schedule, accumulate=1)
     first()
     first.save_checkpoint(tmp_path / "checkpoint")
     second, losses = build(STEPS, tmp_path / "checkpoint", schedule=schedule, accumulate=1)
     second()
-    check_same(outcome(second, losses), straight)
+    check_same(outcome(second, losses), uninterrupted)
 
 
 def test_a_finished_run_resumes_to_nothing(tmp_path: Path) -> None:
@@ -320,8 +322,8 @@ def test_a_finished_run_resumes_to_nothing(tmp_path: Path) -> None:
     assert equal(weights(second.model), weights(first.model))
 
 
-def test_an_epoch_that_was_left_open_is_closed(tmp_path: Path) -> None:
-    """A loader without a length: the resumed run finds no batch left and begins the next epoch."""
+def test_an_epoch_saved_open_is_closed(tmp_path: Path) -> None:
+    """A resumed loader without a length finds its epoch exhausted and begins the next epoch."""
 
     class Stream(IterableDataset[Any]):
         def __iter__(self) -> Any:
@@ -341,7 +343,7 @@ def test_an_epoch_that_was_left_open_is_closed(tmp_path: Path) -> None:
 
 
 def test_weights_stand_alone(tmp_path: Path) -> None:
-    """The weights load into a plain model, also those of a compiled one with tied parameters."""
+    """Weights load into a plain model, also those of a compiled model with tied parameters."""
 
     def tied() -> torch.nn.Module:
         inner = torch.nn.Linear(2, 2)
@@ -360,8 +362,8 @@ def test_weights_stand_alone(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["a"]
 
 
-def test_groups_in_another_order_load_right(tmp_path: Path) -> None:
-    """Optimizer state goes by name: groups and parameters may have changed places."""
+def test_parameter_groups_in_another_order_load_correctly(tmp_path: Path) -> None:
+    """Optimizer state is matched by name, so groups and parameters may be reordered."""
 
     def trainer(flipped: bool, resume_from: Path | None = None) -> HookBasedTrainer:
         model = make_model()
@@ -380,9 +382,9 @@ def test_groups_in_another_order_load_right(tmp_path: Path) -> None:
             resume_from=resume_from,
         )
 
-    straight = trainer(flipped=False)
-    straight()
-    straight.save_checkpoint(tmp_path / "a")
+    uninterrupted = trainer(flipped=False)
+    uninterrupted()
+    uninterrupted.save_checkpoint(tmp_path / "a")
     resumed = {flipped: trainer(flipped, tmp_path / "a") for flipped in (False, True)}
     for run in resumed.values():
         run()
@@ -428,7 +430,7 @@ class OtherModel(torch.nn.Sequential):
     ],
 )
 def test_the_state_of_another_run_is_refused(change: Any, message: str, tmp_path: Path) -> None:
-    """What does not fit is named, and neither the model nor the optimizer is touched."""
+    """The error names the mismatch, and neither the model nor the optimizer is changed."""
     save(tmp_path / "a")
     options = change()
     model = options.pop("model", None) or make_model(5)
@@ -452,8 +454,8 @@ def test_the_state_of_another_run_is_refused(change: Any, message: str, tmp_path
     assert not optimizer.state
 
 
-def test_a_saved_group_that_is_gone_is_named(tmp_path: Path) -> None:
-    """An optimizer with fewer groups than were saved is refused with their parameters."""
+def test_a_missing_saved_group_is_named(tmp_path: Path) -> None:
+    """An optimizer with fewer groups than saved is refused with the missing parameters."""
     model = make_model()
     save(
         tmp_path / "a",
@@ -472,7 +474,7 @@ def test_a_saved_group_that_is_gone_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "changed"])
 def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
-    """Any file that is not as it was written is named, and no live object is touched."""
+    """Any changed file is named, and no live object is modified."""
     save(tmp_path / "a")
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert {"manifest.json", "model.safetensors", "optimizer.json", "trainer.json"} < {*names}
@@ -515,7 +517,7 @@ def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
 def test_an_unknown_state_is_refused(
     part: str, change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    """Another version, or parts that are not known, are refused by name."""
+    """Unknown versions and parts are refused by name."""
     save(tmp_path / "a")
     saved = load_checkpoint(tmp_path / "a")
     parts, of_rank = dict(saved.parts), dict(saved.rank_parts)
@@ -526,8 +528,8 @@ def test_an_unknown_state_is_refused(
         make_trainer(max_step=3, resume_from=tmp_path / "b")
 
 
-def test_hooks_get_their_states_back_when_one_refuses(tmp_path: Path) -> None:
-    """A state that a later hook can't take leaves the earlier hooks as they were."""
+def test_hook_states_are_rolled_back_when_one_is_refused(tmp_path: Path) -> None:
+    """If a later hook refuses its state, earlier hooks get their previous states back."""
 
     class Picky(Losses):
         def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -545,8 +547,8 @@ def test_hooks_get_their_states_back_when_one_refuses(tmp_path: Path) -> None:
     assert equal(weights(model), before)
 
 
-def test_a_hook_that_takes_no_state_at_all_is_named(tmp_path: Path) -> None:
-    """The error is the first one, with the hook's name, also where it refuses what it had."""
+def test_a_hook_that_refuses_its_state_is_named(tmp_path: Path) -> None:
+    """The first error propagates with the hook's name, even if the rollback is refused too."""
 
     class Refusing(Losses):
         def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -561,8 +563,8 @@ def test_a_hook_that_takes_no_state_at_all_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["", "checkpoints"])
-def test_the_folder_of_a_run_is_no_checkpoint(folder: str, tmp_path: Path) -> None:
-    """Nor is that of its checkpoints; the error says what is."""
+def test_a_run_folder_is_not_a_checkpoint(folder: str, tmp_path: Path) -> None:
+    """A run folder and its checkpoints folder are refused, and the error names a checkpoint."""
     make_trainer(SaveCheckpointConfig(), max_step=2, run_folder=tmp_path)()
     meant = tmp_path / "checkpoints" / "last"
     with pytest.raises(CheckpointError, match=f"found a directory of checkpoints, .* {meant}"):
@@ -572,13 +574,13 @@ def test_the_folder_of_a_run_is_no_checkpoint(folder: str, tmp_path: Path) -> No
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    """Nothing to resume from is an error, not a fresh start."""
+    """A missing checkpoint is an error, not a fresh start."""
     with pytest.raises(CheckpointError, match=r"there is no checkpoint .*nowhere"):
         make_trainer(max_step=3, resume_from=tmp_path / "nowhere")
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
-    """Saving over something that exists is refused, and leaves it as it was."""
+    """Saving to an existing path is refused and leaves it unchanged."""
     save(tmp_path / "a")
     content = {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()}
     with pytest.raises(FileExistsError, match="name a new directory"):
@@ -587,7 +589,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 
 def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
-    """A state that can't be written names its place, and no file stays behind."""
+    """The error names the path of a value that can't be saved, and no file stays behind."""
 
     class Odd(PipelineHooks):
         def state_dict(self) -> dict[str, Any]:
@@ -599,7 +601,7 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error of the system while writing removes what was written so far."""
+    """An OSError while writing removes the files written so far."""
     trainer = make_trainer(max_step=2)
     trainer()
 
@@ -613,7 +615,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_saving_and_calling_are_refused_within_a_step(tmp_path: Path) -> None:
-    """A hook can neither save nor start the trainer, and one that failed can't go on."""
+    """A hook can neither save nor start the trainer, and a failed trainer can't resume."""
     trainer = make_trainer(max_step=2)
     hooks = PipelineHooks()
     hooks.register_hook(
@@ -633,10 +635,10 @@ def test_saving_and_calling_are_refused_within_a_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("stop", [3, 5, 10, 15])
-def test_a_stop_at_the_end_of_an_epoch_draws_what_the_epoch_would(
+def test_a_stop_at_the_end_of_an_epoch_keeps_the_order(
     stop: int, accumulate: int, tmp_path: Path
 ) -> None:
-    """Wherever a hook stops it, a loader with a generator of its own goes on in the same order."""
+    """A loader with its own generator resumes in the same order, wherever a hook stops the run."""
 
     def run(
         resume_from: Path | None = None, stop_at: int | None = None, max_step: int | None = None
@@ -662,17 +664,17 @@ def test_a_stop_at_the_end_of_an_epoch_draws_what_the_epoch_would(
         trainer()
         return trainer, seen
 
-    _, straight = run()
+    _, uninterrupted = run()
     for name in ("stop_at", "max_step"):
         trainer, first = run(**{name: stop})  # type: ignore[arg-type]  # both are numbers
         assert len(first) == stop
         trainer.save_checkpoint(tmp_path / name)
         _, rest = run(resume_from=tmp_path / name)
-        assert first + rest == straight
+        assert first + rest == uninterrupted
 
 
 class LearnedLoss(SimpleBatchProcessor):
-    """Weighs its loss by a parameter of its own, which no model has."""
+    """Weights its loss by a parameter of its own, outside the model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -698,10 +700,10 @@ def learned(resume_from: Path | None = None, **options: Any) -> tuple[HookBasedT
 
 
 @pytest.mark.parametrize("stop", [3, 4])
-def test_parameters_beside_the_model_are_resumed(stop: int, tmp_path: Path) -> None:
-    """A loss that is learned goes on with what it has learned, within a window as between two."""
-    straight, expected = learned(max_step=8)
-    straight()
+def test_parameters_outside_the_model_are_resumed(stop: int, tmp_path: Path) -> None:
+    """A learned loss resumes with its parameters, within a window and between windows."""
+    uninterrupted, expected = learned(max_step=8)
+    uninterrupted()
     first, _ = learned(max_step=8)
     stop_after(first, stop)
     first.save_checkpoint(tmp_path / "a")
@@ -709,7 +711,7 @@ def test_parameters_beside_the_model_are_resumed(stop: int, tmp_path: Path) -> N
     second()
     assert equal([found.weight], [expected.weight])
     assert found.weight != 1.0
-    assert equal(weights(second.model), weights(straight.model))
+    assert equal(weights(second.model), weights(uninterrupted.model))
     with pytest.raises(StateError, match=r"parameter groups, with group1\.param0"):
         make_trainer(
             optimizer=torch.optim.AdamW((model := make_model()).parameters()),

@@ -1,4 +1,4 @@
-"""A run of two processes that is stopped and resumed is the run that was never touched."""
+"""A stopped and resumed run of two processes equals an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from robo_orchard_lab.pipeline.checkpoint import load_checkpoint
 
 
 def train(folder: Path, *stops: int, background: bool = False) -> list[dict[str, Any]]:
-    """What each of two ranks has come to."""
+    """Return the results of each of two ranks."""
     folder.mkdir()
     kind = "background" if background else "in place"
     launch(SCRIPTS / "resume_on_ranks.py", folder, kind, *stops)
@@ -21,32 +21,32 @@ def train(folder: Path, *stops: int, background: bool = False) -> list[dict[str,
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return train(tmp_path_factory.mktemp("ranks") / "straight")
 
 
-def test_what_one_rank_can_not_load_stops_all(straight: list[dict[str, Any]]) -> None:
-    """All ranks have the same kind of error, and none waits for those that are gone."""
-    assert [rank["refused"] for rank in straight] == [
+def test_a_load_failure_on_one_rank_stops_all(uninterrupted: list[dict[str, Any]]) -> None:
+    """All ranks raise the same kind of error, and no rank hangs."""
+    assert [rank["refused"] for rank in uninterrupted] == [
         "resuming failed on rank 1: StateError: not this one",
         "not this one",
     ]
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_stopped_and_resumed_on_two_ranks(
-    background: bool, straight: list[dict[str, Any]], tmp_path: Path
+def test_two_ranks_resume_exactly(
+    background: bool, uninterrupted: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Within windows and epochs, each rank goes on with its own data, dropout and gradients."""
+    """Within windows and epochs, each rank resumes its own data, dropout and gradients."""
     stopped = train(tmp_path / "stopped", 2, 4, 7, background=background)
     for rank in (0, 1):
-        assert stopped[rank]["steps"] == straight[rank]["steps"] == 8
+        assert stopped[rank]["steps"] == uninterrupted[rank]["steps"] == 8
         for part in ("losses", "weights", "random"):
-            assert len(stopped[rank][part]) == len(straight[rank][part])
-            for found, expected in zip(stopped[rank][part], straight[rank][part], strict=True):
+            assert len(stopped[rank][part]) == len(uninterrupted[rank][part])
+            for found, expected in zip(stopped[rank][part], uninterrupted[rank][part], strict=True):
                 assert torch.equal(found, expected), (rank, part)
         opened = stopped[rank]["open"]
         assert max(opened) == opened[0], "a run leaves no connections between the ranks behind"
-    assert not torch.equal(straight[0]["losses"][0], straight[1]["losses"][0])
+    assert not torch.equal(uninterrupted[0]["losses"][0], uninterrupted[1]["losses"][0])
     saved = load_checkpoint(tmp_path / "stopped" / "checkpoints" / "last", ranks=None)
     assert saved.info.ranks == 2

@@ -1,4 +1,4 @@
-"""The trainer's weights, bit for bit those of a plain torch loop."""
+"""The trainer's weights equal a plain torch loop's, bit for bit."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def plain_loop(
     clip: dict[str, float] | None = None,
     model: torch.nn.Module | None = None,
 ) -> tuple[list[torch.Tensor], float]:
-    """What one writes without a trainer; gives the weights and the last learning rate."""
+    """Train in a plain loop and return the weights and the last learning rate."""
     model = make_model() if model is None else model
     optimizer = make_optimizer(model.parameters())
     scheduler = make_scheduler(optimizer) if make_scheduler else None
@@ -70,10 +70,10 @@ def plain_loop(
 @pytest.mark.parametrize("clip", [None, {"max_norm": 0.05}, {"max_value": 0.01}])
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_bit_identical(
+def test_weights_are_bit_identical(
     optimizer: str, accumulate: int, clip: dict[str, float] | None, schedule: str | None
 ) -> None:
-    """Seven shuffled batches, three epochs: the same weights and the same learning rate."""
+    """After seven shuffled batches and three epochs, weights and learning rate are equal."""
     make_optimizer = OPTIMIZERS[optimizer]
     make_scheduler = SCHEDULERS[schedule] if schedule else None
 
@@ -103,7 +103,7 @@ def test_bit_identical(
 
 
 class Noisy(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Draws from torch's random state while loading, as augmentation does."""
+    """Draws from torch's RNG while loading, as augmentation does."""
 
     def __len__(self) -> int:
         return 28
@@ -114,8 +114,8 @@ class Noisy(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_dropout_draws_as_if_loading_drew_nothing(workers: int, accumulate: int) -> None:
-    """With random augmentation, the weights are those of a plain loop over the same batches."""
+def test_loading_does_not_change_dropout(workers: int, accumulate: int) -> None:
+    """With random augmentation, the weights equal a plain loop's over the same batches."""
 
     def model_with_dropout() -> torch.nn.Module:
         return torch.nn.Sequential(make_model(), torch.nn.Dropout(0.5))
@@ -144,7 +144,7 @@ def test_dropout_draws_as_if_loading_drew_nothing(workers: int, accumulate: int)
 
 @pytest.mark.parametrize("clip", [{"max_norm": 0.05}, {"max_value": 0.01}])
 def test_clipping_publishes_the_norm_before_clipping(clip: dict[str, float]) -> None:
-    """grad_norm on the board is the joint norm of the unclipped gradients of the last update."""
+    """The logged grad_norm is the joint norm of the unclipped gradients of the last update."""
     loader = make_loader(1)
     model = make_model()
     config = GradientClippingHookConfig(**clip)  # type: ignore[arg-type]  # floats
@@ -159,7 +159,7 @@ def test_clipping_publishes_the_norm_before_clipping(clip: dict[str, float]) -> 
 
 
 def test_clipping_needs_exactly_one_bound() -> None:
-    """No bound or two bounds are refused, and so is a bound that is not positive."""
+    """Zero or two bounds are refused, and so is a bound of zero."""
     with pytest.raises(ValueError, match="exactly one of max_norm and max_value"):
         GradientClippingHookConfig()
     with pytest.raises(ValueError, match="exactly one of max_norm and max_value"):
@@ -176,7 +176,7 @@ def test_clipping_needs_exactly_one_bound() -> None:
     sized=st.booleans(),
 )
 def test_micro_batches_equal_one_batch(sizes: list[int], accumulate: int, sized: bool) -> None:
-    """N micro-batches of any sizes move the weights as the one batch that joins them would."""
+    """N micro-batches of any sizes update the weights as one joined batch."""
     if sized:  # a DataLoader's batches: equal but for the last
         sizes = [4] * len(sizes) + ([sizes[-1]] if sizes[-1] < 4 else [])
     inputs, targets = torch.randn(sum(sizes), 4).double(), torch.randn(sum(sizes), 2).double()
@@ -198,7 +198,7 @@ def test_micro_batches_equal_one_batch(sizes: list[int], accumulate: int, sized:
 
 
 def test_a_window_that_max_step_cuts_short_is_committed() -> None:
-    """Five steps in windows of three: the second window's update weighs two batches."""
+    """With five steps in windows of three, the second window's update averages two batches."""
     loader = make_loader()
     model = make_model()
     trainer = make_trainer(model=model, loader=loader, accumulate=3, max_step=5)
@@ -216,8 +216,8 @@ def test_a_window_that_max_step_cuts_short_is_committed() -> None:
     assert equal(weights(model), weights(reference))
 
 
-def test_one_cycle_stays_at_its_end() -> None:
-    """More updates than the schedule has steps are no error; the rate stays where it ended."""
+def test_one_cycle_stays_at_its_last_rate() -> None:
+    """More updates than OneCycleLR has steps are no error, and the learning rate stays."""
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = OneCycleLR(optimizer, max_lr=0.2, total_steps=5)
@@ -229,8 +229,8 @@ def test_one_cycle_stays_at_its_end() -> None:
     assert scheduler.last_epoch == 5
 
 
-def test_the_schedule_may_move_once_an_epoch() -> None:
-    """With lr_scheduler_every="epoch" it moves after each completed epoch."""
+def test_the_lr_scheduler_may_step_once_an_epoch() -> None:
+    """With lr_scheduler_every="epoch" the LR scheduler steps after each completed epoch."""
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = StepLR(optimizer, step_size=1, gamma=0.5)
@@ -248,7 +248,7 @@ def test_the_schedule_may_move_once_an_epoch() -> None:
 
 @pytest.mark.parametrize("unit", [None, "epoch", "optimizer_step"])
 def test_plateau_gets_the_mean_loss(unit: Any) -> None:
-    """ReduceLROnPlateau sees the mean loss since it last moved, by default once an epoch."""
+    """ReduceLROnPlateau sees the mean loss since its last step, by default once an epoch."""
     loader = make_loader(6)
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -297,14 +297,14 @@ def test_plateau_gets_the_mean_loss(unit: Any) -> None:
     assert equal(weights(model), weights(reference))
 
 
-def test_another_word_for_the_schedule_is_refused() -> None:
-    """A word that is not known is an error with those that are, not a schedule at rest."""
+def test_an_unknown_lr_scheduler_unit_is_refused() -> None:
+    """An unknown lr_scheduler_every is refused with the valid values."""
     with pytest.raises(PipelineConfigError, match="one of 'optimizer_step', 'epoch', got 'step'"):
         make_trainer(lr_scheduler_every="step", max_step=1)
 
 
 class Sample:
-    """A batch that says nothing about its size."""
+    """A batch without a size."""
 
     def __init__(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         self.inputs, self.targets = inputs, targets
@@ -319,7 +319,7 @@ class CountingProcessor(SimpleBatchProcessor):
 
 
 def test_a_processor_can_count_the_samples(caplog: pytest.LogCaptureFixture) -> None:
-    """What count_samples says is what a batch weighs; without it, batches weigh the same."""
+    """count_samples weighs batches; without a count, batches have equal weights."""
     inputs, targets = torch.randn(5, 4), torch.randn(5, 2)
     batches = [Sample(inputs[:4], targets[:4]), Sample(inputs[4:], targets[4:])]
 
@@ -356,10 +356,10 @@ class LyingSampler(torch.utils.data.Sampler[int]):
 
 @pytest.mark.parametrize("limit", [{"max_epoch": 1}, {"max_step": 20}])
 @pytest.mark.parametrize(("says", "yields", "compared"), [(28, 20, "fewer"), (12, 28, "more")])
-def test_a_sampler_of_another_length_is_told(
+def test_a_sampler_of_another_length_is_an_error(
     says: int, yields: int, compared: str, limit: dict[str, Any]
 ) -> None:
-    """Windows are planned by the sampler's length; one that is wrong loses no batch in silence."""
+    """A wrong sampler length is an error, so no batch is lost silently."""
     trainer = make_trainer(
         loader=make_loader(sampler=LyingSampler(says, yields)), accumulate=3, **limit
     )
@@ -380,8 +380,8 @@ class KeepingByDefault(torch.optim.SGD):
 
 
 @pytest.mark.parametrize("cls", [WithoutSetToNone, KeepingByDefault])
-def test_gradients_are_freed_whatever_zero_grad_takes(cls: type[torch.optim.SGD]) -> None:
-    """An optimizer without set_to_none works, and one that keeps by default is told to free."""
+def test_gradients_are_freed_by_any_zero_grad(cls: type[torch.optim.SGD]) -> None:
+    """An optimizer without set_to_none works, and a default of set_to_none=False is overridden."""
     model = make_model()
     make_trainer(model=model, optimizer=cls(model.parameters(), lr=0.1), max_epoch=1)()
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -390,7 +390,7 @@ def test_gradients_are_freed_whatever_zero_grad_takes(cls: type[torch.optim.SGD]
 
 
 def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
-    """LBFGS evaluates the model within its step, which is told when the trainer is built."""
+    """LBFGS evaluates the model within its step, which is refused by the constructor."""
     model = make_model()
     optimizer = torch.optim.LBFGS(model.parameters())
     with pytest.raises(PipelineConfigError, match=r"LBFGS\.step needs a closure"):
@@ -398,7 +398,7 @@ def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
 
 
 def test_old_gradients_do_not_enter_the_first_update() -> None:
-    """What was in the gradients before the run is dropped."""
+    """Gradients from before the run are dropped."""
     model = make_model()
     loss_of(model, next(iter(make_loader())))[1].backward()
     make_trainer(model=model, max_epoch=1)()
@@ -407,7 +407,7 @@ def test_old_gradients_do_not_enter_the_first_update() -> None:
 
 
 def test_a_compiled_model_trains_the_same() -> None:
-    """torch.compile around the model changes nothing but the speed."""
+    """torch.compile around the model leaves the weights equal."""
     model = make_model()
     compiled: Any = torch.compile(model, backend="eager")
     make_trainer(model=compiled, max_epoch=2)()
@@ -415,7 +415,7 @@ def test_a_compiled_model_trains_the_same() -> None:
     assert equal(weights(model), expected)
 
 
-def test_bf16_is_what_autocast_gives() -> None:
+def test_bf16_equals_autocast() -> None:
     """With mixed_precision="bf16" the model runs under autocast, and its outputs are fp32."""
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -438,10 +438,10 @@ def test_bf16_is_what_autocast_gives() -> None:
     assert equal(weights(model), weights(reference))
 
 
-def test_an_overflow_skips_the_update_and_the_schedule() -> None:
-    """With a gradient scaler, infinite gradients commit nothing; the counters tell."""
+def test_an_overflow_skips_the_update_and_the_lr_scheduler() -> None:
+    """With a gradient scaler, infinite gradients skip the update and are counted."""
     accelerator = Accelerator(cpu=True)
-    # On a CPU, Accelerate makes no scaler by itself; torch's works there as on a GPU.
+    # On a CPU, Accelerate makes no scaler; torch's works as on a GPU.
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=100)
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

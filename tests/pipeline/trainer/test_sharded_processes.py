@@ -1,4 +1,4 @@
-"""Two real processes that train a model in shards (FSDP2), against the same in DDP."""
+"""FSDP2 training on two processes, compared with DDP."""
 
 from __future__ import annotations
 
@@ -58,29 +58,29 @@ def end_of(one: dict[str, Any], steps: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_it_trains_as_ddp_does(found: list[dict[str, Any]], accumulate: int) -> None:
-    """Losses, weights and counters are those of DDP, also with accumulation and a short window."""
+def test_sharded_training_equals_ddp(found: list[dict[str, Any]], accumulate: int) -> None:
+    """Losses, weights and counters equal DDP's, also with accumulation and a short window."""
     for of_rank in found:
         assert_close(of_rank[f"sharded{accumulate}"], of_rank[f"ddp{accumulate}"])
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_it_resumes_exactly(found: list[dict[str, Any]], accumulate: int) -> None:
-    """A run that is stopped and goes on ends bit for bit the same, also within a window."""
+def test_a_sharded_run_resumes_exactly(found: list[dict[str, Any]], accumulate: int) -> None:
+    """A stopped and resumed run ends bit-identical, also if stopped within a window."""
     for of_rank in found:
-        straight = of_rank[f"sharded{accumulate}"]
-        assert_same(of_rank[f"sharded{accumulate} resumed"], end_of(straight, steps=5))
+        uninterrupted = of_rank[f"sharded{accumulate}"]
+        assert_same(of_rank[f"sharded{accumulate} resumed"], end_of(uninterrupted, steps=5))
 
 
-def test_a_checkpoint_crosses(found: list[dict[str, Any]]) -> None:
-    """One of shards goes on in DDP, and the other way round."""
+def test_checkpoints_load_across_ddp_and_fsdp(found: list[dict[str, Any]]) -> None:
+    """A sharded checkpoint resumes in DDP, and a DDP checkpoint in shards."""
     for of_rank in found:
         for name in ("sharded to ddp", "ddp to sharded"):
             assert_close(of_rank[name], end_of(of_rank["sharded1"], steps=5))
 
 
-def test_what_a_hook_has_whole_stays_so(folder: Path, found: list[dict[str, Any]]) -> None:
-    """Each rank gets back its own tensor, though it has a parameter's name and shape."""
+def test_full_tensors_of_hooks_stay_full(folder: Path, found: list[dict[str, Any]]) -> None:
+    """Each rank gets back its own tensor, even with a parameter's name and shape."""
     for rank, of_rank in enumerate(found):
         expected = OwnValues.first_of(rank).double() + 9
         resumed = ("sharded1 resumed", "sharded3 resumed", "sharded to ddp", "ddp to sharded")
@@ -91,38 +91,40 @@ def test_what_a_hook_has_whole_stays_so(folder: Path, found: list[dict[str, Any]
         torch.testing.assert_close(of_rank["any"]["own values"], expected, rtol=0, atol=0)
 
 
-def test_it_resumes_on_three(folder: Path, found: list[dict[str, Any]]) -> None:
-    """What two have saved, three go on with, each with other shards."""
-    assert_goes_on([of_rank["any"] for of_rank in found], [r["any"] for r in results(folder, of=3)])
+def test_a_sharded_run_resumes_on_three_ranks(folder: Path, found: list[dict[str, Any]]) -> None:
+    """A run saved by two ranks resumes on three with different shards."""
+    assert_resumes([of_rank["any"] for of_rank in found], [r["any"] for r in results(folder, of=3)])
     one, three = (load_file(folder / name / "ema.safetensors") for name in ("any", "of three"))
     torch.testing.assert_close(one, three, rtol=0, atol=1e-9)
 
 
-def test_it_resumes_on_one(folder: Path, found: list[dict[str, Any]], tmp_path: Path) -> None:
-    """What two have saved, one goes on with, with a plain model."""
+def test_a_sharded_run_resumes_on_one_rank(
+    folder: Path, found: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """A run saved by two ranks resumes on one rank with a plain model."""
     torch.set_default_dtype(torch.float64)
     try:
         alone = in_any_number(tmp_path, None, folder / "of two" / "checkpoints" / "last")
     finally:
         torch.set_default_dtype(torch.float32)
-    assert_goes_on([of_rank["any"] for of_rank in found], [alone])
+    assert_resumes([of_rank["any"] for of_rank in found], [alone])
 
 
-def assert_goes_on(straight: list[dict[str, Any]], resumed: list[dict[str, Any]]) -> None:
-    assert resumed[0]["progress"] == straight[0]["progress"]
+def assert_resumes(uninterrupted: list[dict[str, Any]], resumed: list[dict[str, Any]]) -> None:
+    assert resumed[0]["progress"] == uninterrupted[0]["progress"]
     for step in range(5):
         samples = [
             sorted(index for of_rank in ranks for index in of_rank["samples"][step - 5])
-            for ranks in (straight, resumed)
+            for ranks in (uninterrupted, resumed)
         ]
         assert samples[0] == samples[1]
     for of_rank in resumed:
-        weights = straight[0]["weights"]
+        weights = uninterrupted[0]["weights"]
         torch.testing.assert_close(of_rank["weights"], weights, rtol=0, atol=1e-9)
 
 
 def test_each_process_writes_its_shards(folder: Path) -> None:
-    """Each file has a part of every tensor that can be divided, and the rest is there once."""
+    """Each file has a slice of every divisible tensor, and other tensors are saved once."""
     checkpoint = folder / "sharded1" / "checkpoints" / "last"
     first, second = (
         load_file(checkpoint / f"model.shard{rank:05d}.safetensors") for rank in (0, 1)
@@ -138,7 +140,7 @@ def test_each_process_writes_its_shards(folder: Path) -> None:
 
 
 def test_replicas_of_shards_are_written_once(folder: Path, found: list[dict[str, Any]]) -> None:
-    """Where two processes have the same shards, it trains the same, and the first one saves."""
+    """With replicated shards, training is equal and only the first replica saves."""
     for of_rank in found:
         assert_close(of_rank["replicas"], of_rank["sharded1"])
     checkpoint = folder / "replicas" / "checkpoints" / "last"
@@ -150,8 +152,10 @@ def test_replicas_of_shards_are_written_once(folder: Path, found: list[dict[str,
     torch.testing.assert_close(exported, found[0]["replicas"]["weights"], rtol=0, atol=0)
 
 
-def test_a_full_export(folder: Path, found: list[dict[str, Any]], tmp_path: Path) -> None:
-    """One process makes one file of it, with the weights that the run ended with."""
+def test_a_full_export_holds_the_final_weights(
+    folder: Path, found: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """One process exports the final weights to one file."""
     weights = found[0]["sharded1"]["weights"]
     export_weights(folder / "sharded1" / "checkpoints" / "last", tmp_path / "model.safetensors")
     for path in (
@@ -163,8 +167,8 @@ def test_a_full_export(folder: Path, found: list[dict[str, Any]], tmp_path: Path
         assert all(torch.equal(exported[name], weights[name]) for name in weights)
 
 
-def test_what_ranks_have_in_shards_stays_theirs(folder: Path) -> None:
-    """A part of nothing but sharded tensors is the job's if the job saved it, and else a rank's."""
+def test_rank_local_shards_stay_rank_local(folder: Path) -> None:
+    """A part with only sharded tensors is global if the job saved it, else local to a rank."""
     for rank in (0, 1):
         with OpenCheckpoint(folder / "stored", ReadLimits()) as opened:
             saved = opened.load(rank)
@@ -174,14 +178,14 @@ def test_what_ranks_have_in_shards_stays_theirs(folder: Path) -> None:
 
 
 def test_a_sharded_tensor_may_be_empty(folder: Path) -> None:
-    """One without elements is saved and loaded with its shape, as any other."""
+    """An empty tensor is saved and loaded with its shape."""
     found = load_checkpoint(folder / "stored").parts["model"]
     assert found["rows"].tolist() == [0, 1, 2]
     assert found["nothing"].shape == (0, 2)
 
 
 def test_torch_reads_the_shards(folder: Path, found: list[dict[str, Any]]) -> None:
-    """They are files of torch's distributed checkpoint."""
+    """The shards are readable by torch's distributed checkpoint."""
     weights = found[0]["sharded1"]["weights"]
     loaded = {name: torch.zeros_like(value) for name, value in weights.items()}
     reader = HuggingFaceStorageReader(str(folder / "sharded1" / "checkpoints" / "last"))
@@ -190,8 +194,8 @@ def test_torch_reads_the_shards(folder: Path, found: list[dict[str, Any]]) -> No
     assert all(torch.equal(loaded[name], weights[name]) for name in weights)
 
 
-def test_the_average_is_that_of_ddp(folder: Path) -> None:
-    """Each process averages its shards of what DDP averages, and each resumes the other."""
+def test_the_average_equals_ddp(folder: Path) -> None:
+    """Each process averages its shards as DDP does, and each format resumes the other."""
     sharded, resumed, *others = (
         load_file(folder / name / "ema.safetensors")
         for name in ("sharded1", "sharded1/resumed", "ddp1", "to_sharded", "to_ddp")
@@ -201,22 +205,24 @@ def test_the_average_is_that_of_ddp(folder: Path) -> None:
     torch.testing.assert_close(sharded, resumed, rtol=0, atol=0)
 
 
-def test_saves_in_the_background(folder: Path, found: list[dict[str, Any]]) -> None:
-    """They hold what the run had at their step, though it has gone on meanwhile."""
+def test_background_saves_hold_the_state_of_their_step(
+    folder: Path, found: list[dict[str, Any]]
+) -> None:
+    """Background saves hold the state of their step while training continues."""
     store = CheckpointStore(folder / "background" / "checkpoints")
     assert [info.step for info in store.list()] == [2, 4, 6, 8, 9]
     assert all(found.problem is None for found in store.verify())
-    here, straight = (
+    here, uninterrupted = (
         load_checkpoint(folder / name / "checkpoints" / step).parts["model"]
         for name, step in (("background", "step_00000004"), ("sharded1/stopped", "last"))
     )
-    torch.testing.assert_close(here, straight, rtol=0, atol=0)
+    torch.testing.assert_close(here, uninterrupted, rtol=0, atol=0)
     assert_same(found[0]["background"], found[0]["sharded1"])
 
 
 @pytest.mark.parametrize("what", ["frozen", "by value", "by another norm", "skipped"])
-def test_hooks_do_as_with_ddp(found: list[dict[str, Any]], what: str) -> None:
-    """Freezing, clipping, and skipping an update for one rank's NaN."""
+def test_hooks_behave_as_with_ddp(found: list[dict[str, Any]], what: str) -> None:
+    """Freezing, clipping, and skipping an update for one rank's NaN equal DDP."""
     for of_rank in found:
         one, other = of_rank[f"sharded {what}"], of_rank[f"ddp {what}"]
         torch.testing.assert_close(one["weights"], other["weights"], rtol=0, atol=1e-9)
@@ -224,8 +230,8 @@ def test_hooks_do_as_with_ddp(found: list[dict[str, Any]], what: str) -> None:
     assert one["progress"]["skipped_optimizer_steps"] == (what == "skipped")
 
 
-def test_evaluations_are_those_of_ddp(folder: Path, found: list[dict[str, Any]]) -> None:
-    """Of an average, of unequal shares, and between updates, which go on as without them."""
+def test_evaluations_equal_ddp(folder: Path, found: list[dict[str, Any]]) -> None:
+    """Evaluations with averages and unequal shards equal DDP, and leave training unchanged."""
     for of_rank in found:
         assert [v[:2] for v in of_rank["sharded values"]] == [v[:2] for v in of_rank["ddp values"]]
         for one, other in zip(of_rank["sharded values"], of_rank["ddp values"], strict=True):
@@ -236,44 +242,44 @@ def test_evaluations_are_those_of_ddp(folder: Path, found: list[dict[str, Any]])
     torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
 
 
-def test_the_average_is_what_the_model_computes_with(found: list[dict[str, Any]]) -> None:
-    """Also where a forward pass before it has left the model with whole weights."""
+def test_the_model_computes_with_the_average(found: list[dict[str, Any]]) -> None:
+    """The averaged weights are used, even after a forward pass has unsharded the model."""
     for one, other, again in (of_rank["sharded by hand"] for of_rank in found):
         assert torch.equal(one, again)
         assert not torch.allclose(one, other)
     torch.testing.assert_close(found[0]["sharded by hand"], found[0]["ddp by hand"])
 
 
-def test_who_is_not_finite(found: list[dict[str, Any]]) -> None:
-    """Every rank names the parameters, of whoever's shards."""
+def test_non_finite_parameters_are_named(found: list[dict[str, Any]]) -> None:
+    """Every rank names the non-finite parameters, of any rank's shards."""
     for of_rank in found:
         assert "by the gradients of 0.weight, 0.bias, 2.weight and 3 more" in of_rank["not finite"]
 
 
-def test_gradients_travel_once_a_window(found: list[dict[str, Any]]) -> None:
-    """One reduction for each group of parameters where a window ends, also a short one."""
+def test_gradients_are_reduced_once_per_window(found: list[dict[str, Any]]) -> None:
+    """Each group of parameters is reduced once at the end of a window, also of a short one."""
     for of_rank in found:
         assert of_rank["exchanges"]["gradients"] == [0, 0, 3, 0, 0, 3, 3]
 
 
-def test_shards_are_told_once_whether_to_exchange(found: list[dict[str, Any]]) -> None:
-    """Where a window begins and where it ends, and at the end of a run that stops within one."""
+def test_sync_flags_are_set_once_per_change(found: list[dict[str, Any]]) -> None:
+    """Gradient sync is switched where a window begins and ends, and at the end of a run."""
     for of_rank in found:
         assert of_rank["exchanges"]["sync flags"] == [False, True, False, True]
 
 
 def test_one_exchange_for_the_norm(found: list[dict[str, Any]]) -> None:
-    """The guard and clipping share one."""
+    """The non-finite guard and clipping share one exchange."""
     for of_rank in found:
         assert of_rank["exchanges"]["updates"] == [1, 1, 1]
 
 
-def test_what_is_refused(found: list[dict[str, Any]]) -> None:
-    """Silent DDP in the place of FSDP, an optimizer of the parameters before, and half a model."""
+def test_invalid_sharding_is_refused(found: list[dict[str, Any]]) -> None:
+    """Silent DDP instead of FSDP, a stale optimizer, and a half-sharded model are refused."""
     for of_rank in found:
         refused = of_rank["refusals"]
         assert "configured for FSDP, and runs with MULTI_CPU" in refused["not sharded"]
         assert "make the optimizer of model.parameters() after it" in refused["stale optimizer"]
-        told = "2.weight, 2.bias, 3.weight, ... (4 trainable parameters) are in no sharded part"
-        assert told in refused["in part"]
+        message = "2.weight, 2.bias, 3.weight, ... (4 trainable parameters) are in no sharded part"
+        assert message in refused["in part"]
         assert "total   Sequential          65       0" in refused["summary"]

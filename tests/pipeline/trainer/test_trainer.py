@@ -1,4 +1,4 @@
-"""What the trainer takes, refuses, and does beyond the weights."""
+"""Arguments, refusals, limits and scopes of the trainer."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Counting(IterableDataset[torch.Tensor]):
 
 
 class Batches:
-    """An iterable of batches that is no DataLoader, without a length."""
+    """An iterable of batches without a length, other than a DataLoader."""
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter(torch.arange(28.0).reshape(7, 1, 4))
@@ -106,7 +106,7 @@ def test_any_source_of_batches(source: str, accumulate: int) -> None:
 
 
 def test_drop_last_is_known_to_the_windows() -> None:
-    """With a dropped rest, the last window is of full batches and ends with an update."""
+    """With drop_last, the last window has full batches and ends with an update."""
     trainer = make_trainer(loader=make_loader(7, rest=2, drop_last=True), accumulate=3, max_epoch=1)
     trainer()
     assert trainer.progress == TrainerProgress(1, 0, 7, 3, 0)
@@ -131,7 +131,7 @@ def test_limits_count_what_they_name(limit: dict[str, Any], expected: TrainerPro
 
 
 def test_no_batch_is_loaded_beyond_the_limit() -> None:
-    """A run of three steps takes three batches, also where it looks ahead."""
+    """A run of three steps loads three batches, also with accumulation."""
     for accumulate in (1, 2):
         taken: list[int] = []
 
@@ -145,15 +145,15 @@ def test_no_batch_is_loaded_beyond_the_limit() -> None:
 
 
 @pytest.mark.parametrize("channel", ["on_loop", "on_epoch"])
-def test_a_request_ahead_of_the_first_step_is_granted_there(channel: ChannelName) -> None:
-    """Asked for before any batch was taken, no batch is."""
+def test_a_stop_before_the_first_step_is_granted(channel: ChannelName) -> None:
+    """A stop requested before the first batch leaves the counters at zero."""
     trainer = make_trainer(on(channel, lambda args: args.requests.stop("not today")), max_epoch=2)
     trainer()
     assert trainer.progress == TrainerProgress()
 
 
 def test_hooks_are_added_not_replaced() -> None:
-    """Assigning other hooks, which would never run, is refused; += adds to those that do."""
+    """Assigning other hooks is refused with the remedy; += adds hooks."""
     trainer = make_trainer(max_step=1)
     with pytest.raises(PipelineConfigError, match=r"trainer\.hooks \+= hook"):
         trainer.hooks = PipelineHooks()
@@ -164,26 +164,26 @@ def test_hooks_are_added_not_replaced() -> None:
 
 
 @pytest.mark.parametrize("processor", [loss_of, SimpleBatchProcessor, 3])
-def test_what_is_no_processor_is_told(processor: Any) -> None:
-    """A function, a class or anything else is an error that says what to pass."""
+def test_an_invalid_processor_is_refused(processor: Any) -> None:
+    """A function, a class or another object is refused with the remedy."""
     with pytest.raises(PipelineConfigError, match=r"wrap a function with .*from_callable"):
         make_trainer(batch_processor=processor, max_step=1)
 
 
 def test_only_a_callable_makes_a_processor() -> None:
-    """from_callable refuses what can't be called."""
+    """from_callable refuses an object that can't be called."""
     with pytest.raises(TypeError, match=r"forward\(model, batch\), got int"):
         SimpleBatchProcessor.from_callable(3)  # type: ignore[arg-type]  # what is tested
 
 
 def test_an_optimizer_of_another_model_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
-    """It would train for hours and leave the model as it is."""
+    """An optimizer without parameters of the model is warned about."""
     make_trainer(optimizer=torch.optim.SGD(make_model(5).parameters(), lr=0.1), max_step=1)
     assert "holds none of the model's 4 trainable parameters" in caplog.text
 
 
 def test_a_caught_error_keeps_neither_workers_nor_outputs() -> None:
-    """Once a caught error is gone, so is what its step held, without the garbage collector."""
+    """After a caught error, outputs and workers are freed without the garbage collector."""
     outputs: list[weakref.ref[torch.Tensor]] = []
 
     def fail(args: PipelineHookArgs) -> None:
@@ -205,7 +205,7 @@ def test_a_caught_error_keeps_neither_workers_nor_outputs() -> None:
 
 
 def test_a_finished_run_does_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    """Called again after its end, the trainer opens no scope and moves no counter."""
+    """Called again after its end, the trainer opens no scope and changes no counter."""
     opened: list[int] = []
     trainer = make_trainer(on("on_loop", lambda args: opened.append(1)), max_epoch=1)
     trainer()
@@ -218,7 +218,7 @@ def test_a_finished_run_does_nothing(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_request_to_stop_is_granted_at_the_commit_point(caplog: pytest.LogCaptureFixture) -> None:
-    """The step in which it is made is finished; the log tells who asked, and why."""
+    """The current step is finished, and the log says which hook stopped the run, and why."""
 
     def ask(args: PipelineHookArgs) -> None:
         if args.global_step_id == 4:
@@ -233,7 +233,7 @@ def test_a_request_to_stop_is_granted_at_the_commit_point(caplog: pytest.LogCapt
 
 
 def test_a_request_after_the_epoch_is_granted_there() -> None:
-    """A request from the end of an epoch stops the run after that epoch has been counted."""
+    """A stop requested at the end of an epoch ends the run after the epoch has been counted."""
     trainer = make_trainer(
         on("on_epoch", after=lambda args: args.requests.stop("one is enough")), max_epoch=9
     )
@@ -241,8 +241,8 @@ def test_a_request_after_the_epoch_is_granted_there() -> None:
     assert trainer.progress == TrainerProgress(1, 0, 7, 7)
 
 
-def test_an_epoch_knows_whether_it_was_completed() -> None:
-    """Its after-hooks see True after the last batch, and False where a limit cut it short."""
+def test_an_epoch_reports_its_completion() -> None:
+    """epoch_completed is True after the last batch, and False after a limit within an epoch."""
     seen: list[bool] = []
     hooks = on("on_epoch", after=lambda args: seen.append(args.epoch_completed))
     make_trainer(hooks, max_step=16)()
@@ -250,7 +250,7 @@ def test_an_epoch_knows_whether_it_was_completed() -> None:
 
 
 def test_a_loader_without_length_leaves_its_last_epoch_open() -> None:
-    """Without a length, a run that ends with the last batch can't know that it was the last."""
+    """Without a length, a run that ends with the last batch can't detect the end of the epoch."""
     trainer = make_trainer(
         loader=Batches(),
         batch_processor=SimpleBatchProcessor.from_callable(outputs_only),
@@ -262,38 +262,38 @@ def test_a_loader_without_length_leaves_its_last_epoch_open() -> None:
 
 @pytest.mark.parametrize("loader", [[], iter([])])
 def test_no_batch_is_an_error(loader: Any) -> None:
-    """An epoch without a batch would never end by itself, so it is refused."""
+    """An epoch without a batch is refused, since the run would never end."""
     with pytest.raises(DataError, match="gave no batch in epoch 0"):
         make_trainer(loader=loader, max_step=3)()
 
 
-def test_less_than_a_step_is_dropped() -> None:
-    """Where drop_last is why an epoch has no batch, the error says so."""
+def test_data_smaller_than_a_step_is_refused() -> None:
+    """If drop_last removes the only batch of an epoch, the error names drop_last."""
     data = TensorDataset(torch.zeros(3, 4), torch.zeros(3, 2))
     with pytest.raises(DataError, match=r"its 3 samples are less than one step .* drop_last=False"):
         make_trainer(loader=DataLoader(data, batch_size=4, drop_last=True), max_step=3)()
 
 
 def test_an_iterator_lasts_one_epoch() -> None:
-    """A generator is read once; the error in the second epoch says what to pass instead."""
+    """An exhausted iterator is an error in the second epoch, with the remedy."""
     with pytest.raises(DataError, match="epoch 1; an iterator can be read only once"):
         make_trainer(loader=iter(list(make_loader())), max_epoch=2)()
 
 
-def test_samplers_are_told_the_epoch() -> None:
-    """Whatever has set_epoch hears of each epoch: the loader, or else its parts."""
-    told: list[tuple[str, int]] = []
+def test_set_epoch_is_called() -> None:
+    """set_epoch is called in each epoch on the loader, or else on its sampler."""
+    calls: list[tuple[str, int]] = []
 
     class Sampler(SequentialSampler):
         def set_epoch(self, epoch: int) -> None:
-            told.append(("sampler", epoch))
+            calls.append(("sampler", epoch))
 
     class Loader:
         def __iter__(self) -> Iterator[Any]:
             return iter(make_loader(1))
 
         def set_epoch(self, epoch: int) -> None:
-            told.append(("loader", epoch))
+            calls.append(("loader", epoch))
 
     dataset = make_loader().dataset
     make_trainer(
@@ -301,11 +301,11 @@ def test_samplers_are_told_the_epoch() -> None:
         max_epoch=2,
     )()
     make_trainer(loader=Loader(), max_epoch=1)()
-    assert told == [("sampler", 0), ("sampler", 1), ("loader", 0)]
+    assert calls == [("sampler", 0), ("sampler", 1), ("loader", 0)]
 
 
 def test_forward_only() -> None:
-    """Without backward there are no gradients, no updates and no channels for them."""
+    """Without a backward pass there are no gradients, no updates and no channels for either."""
     opened: list[str] = []
     hooks = PipelineHooks()
 
@@ -366,15 +366,15 @@ def test_backward_needs_an_optimizer() -> None:
         ((torch.ones(2), None), "got a loss of type NoneType"),
     ],
 )
-def test_a_wrong_result_of_the_processor_is_told(result: Any, found: str) -> None:
-    """Whatever is not (outputs, loss) is an error that says what was returned."""
+def test_a_wrong_result_of_the_processor_is_refused(result: Any, found: str) -> None:
+    """A result other than (outputs, loss) is refused with the type found."""
     processor = SimpleBatchProcessor.from_callable(lambda model, batch: result)
     with pytest.raises(BatchProcessorError, match=rf"must return \(outputs, loss\).*{found}"):
         make_trainer(batch_processor=processor, max_step=1)()
 
 
 def test_hooks_see_gradients_then_weights() -> None:
-    """on_step's afters see the window's gradients; on_optimizer_step's, the new weights."""
+    """The after of on_step sees the gradients; the after of on_optimizer_step, the new weights."""
     model = make_model()
     start = weights(model)
     seen: list[tuple[str, bool, bool]] = []
@@ -395,7 +395,7 @@ def test_hooks_see_gradients_then_weights() -> None:
 
 
 def test_hooks_share_one_object_in_a_step() -> None:
-    """All channels of a step get one argument object; the next step and the epoch have others."""
+    """All channels of a step get one argument object; the next step and the epoch get others."""
     objects: dict[str, list[Any]] = {}
 
     def keep(name: str, args: PipelineHookArgs) -> None:
@@ -424,7 +424,7 @@ def test_hooks_share_one_object_in_a_step() -> None:
 
 
 def test_modes_of_submodules_are_kept() -> None:
-    """A model in evaluation mode is put in training mode; else its parts stay as they are."""
+    """A model in evaluation mode is set to training mode; submodule modes are kept."""
     model = make_model()
     model.eval()
     make_trainer(model=model, max_step=1)()
@@ -435,8 +435,8 @@ def test_modes_of_submodules_are_kept() -> None:
     assert model.training
 
 
-def test_hooks_of_one_name_are_refused() -> None:
-    """Two hooks of one name are an error when the trainer is built, and when it is started."""
+def test_hooks_with_equal_names_are_refused() -> None:
+    """Two hooks with equal names are refused by the constructor and when the run starts."""
     with pytest.raises(HookRegistrationError, match="two hooks have one name: 'a'"):
         make_trainer([PipelineHooks("a"), PipelineHooks("a")], max_step=1)
     late = PipelineHooks("b")
@@ -446,10 +446,10 @@ def test_hooks_of_one_name_are_refused() -> None:
         trainer()
 
 
-def test_processes_that_do_not_know_of_each_other_are_refused(
+def test_an_accelerator_without_the_launchers_processes_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Under a launcher of two processes, an accelerator of one is an error with the remedy."""
+    """Under a launcher of two processes, an accelerator of one is refused with the remedy."""
     accelerator = Accelerator(cpu=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(PipelineConfigError, match=r"started 2 processes.*Accelerator\(cpu=True\)"):
@@ -462,8 +462,8 @@ def test_processes_that_do_not_know_of_each_other_are_refused(
         )
 
 
-def test_prepared_objects_are_taken_as_they_are() -> None:
-    """What the user has prepared with the accelerator trains as what the trainer prepares."""
+def test_prepared_objects_are_accepted() -> None:
+    """Objects prepared by the user train as objects prepared by the trainer."""
     model = make_model()
     accelerator = Accelerator(cpu=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -494,7 +494,7 @@ def test_prepared_objects_are_taken_as_they_are() -> None:
 
 
 def test_accelerate_knows_whether_gradients_are_complete() -> None:
-    """accelerator.sync_gradients is True just where an update is due."""
+    """accelerator.sync_gradients is True exactly in steps with an update."""
     seen: list[tuple[bool, bool]] = []
     trainer = make_trainer(
         on(
@@ -510,8 +510,8 @@ def test_accelerate_knows_whether_gradients_are_complete() -> None:
     assert seen == [(boundary, boundary) for boundary in [False, False, True] * 2 + [True]]
 
 
-def test_a_loader_that_accelerate_is_to_change_goes_through_it() -> None:
-    """With a seedable sampler asked for, the order follows from its seed alone."""
+def test_accelerates_data_loader_options_are_honored() -> None:
+    """With a seedable sampler, the order depends on its seed alone."""
     options = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=5)
 
     def order(seed: int) -> list[torch.Tensor]:
@@ -535,8 +535,8 @@ def test_a_loader_that_accelerate_is_to_change_goes_through_it() -> None:
     assert equal(order(1), order(2))
 
 
-def test_a_batch_norm_that_is_left_one_sample() -> None:
-    """Torch's error, and what to do about it."""
+def test_batch_norm_with_one_sample_names_the_remedy() -> None:
+    """Torch's error gets a note with the remedy."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.BatchNorm1d(2))
     trainer = make_trainer(model=model, loader=make_loader(2, rest=1), max_epoch=1)
     with pytest.raises(ValueError, match="more than 1 value per channel") as failed:

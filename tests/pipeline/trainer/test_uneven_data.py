@@ -1,4 +1,4 @@
-"""Several processes train like one, also on data that does not divide evenly among them."""
+"""Training on unevenly divisible data, on one, two and three processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Results = dict[int, list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What each rank found, by the number of processes."""
+    """Return the results of each rank by world size."""
     found: Results = {}
     for processes in (1, 2, 3):
         folder = tmp_path_factory.mktemp(f"{processes}_processes")
@@ -30,7 +30,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 @pytest.mark.parametrize("name", TRAININGS)
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_train_like_one(processes: int, name: str, results: Results) -> None:
-    """The same samples in each step, none twice; the same counters, weights and mean losses."""
+    """Each step has equal samples, none twice, and equal counters, weights and mean losses."""
     (alone,) = (rank[name][0] for rank in results[1])
     ranks = [rank[name][0] for rank in results[processes]]
     for rank in ranks:
@@ -47,16 +47,16 @@ def test_several_processes_train_like_one(processes: int, name: str, results: Re
 
 
 @pytest.mark.parametrize("name", TRAININGS)
-def test_two_runs_are_alike_bit_for_bit(name: str, results: Results) -> None:
-    """On every rank, and the ranks among themselves; also where they were stopped on the way."""
+def test_two_runs_are_bit_identical(name: str, results: Results) -> None:
+    """Two runs are bit-identical on every rank and across ranks, also after stops."""
     for ranks in results.values():
         first = ranks[0][name][0]["weights"]
         for rank in ranks:
             assert all(torch.equal(run["weights"], first) for run in rank[name])
 
 
-def test_a_rank_without_data_has_a_filler(results: Results) -> None:
-    """Only there, and it has no samples."""
+def test_a_rank_without_data_has_a_padding_step(results: Results) -> None:
+    """Only a rank without samples runs a padding step."""
     steps = [rank["fewer samples than ranks"][0]["steps"][0] for rank in results[3]]
     assert [step["filler"] for step in steps] == [False, True, True]
     assert [step["numbers"] for step in steps] == [[0], [], []]
@@ -65,7 +65,7 @@ def test_a_rank_without_data_has_a_filler(results: Results) -> None:
 
 
 def test_ranks_with_five_and_seven_batches_make_seven_steps(results: Results) -> None:
-    """The one that has none left, or none at all, takes part in the others with fillers."""
+    """A rank with fewer batches, or none, takes part in the remaining steps with padding."""
     for name in ("stream", "stateful stream", "list"):
         for processes in (2, 3):
             first, second, *others = (rank[name][0]["steps"] for rank in results[processes])
@@ -76,18 +76,17 @@ def test_ranks_with_five_and_seven_batches_make_seven_steps(results: Results) ->
 
 @pytest.mark.parametrize("name", ["list, cut", "weighted stream, cut"])
 @pytest.mark.parametrize("processes", [2, 3])
-def test_ranks_go_on_from_a_window_that_a_limit_cut(
+def test_ranks_resume_from_a_window_cut_by_a_limit(
     processes: int, name: str, results: Results
 ) -> None:
-    """To where it would have ended, with what its own samples weigh; and the same, bit for bit,
-    wherever they are stopped then."""
+    """Ranks complete the cut window with its own weights, bit-identically after any later stop."""
     ranks = [rank[name] for rank in results[processes]]
-    for straight, *stopped in ranks:
-        assert [step["ends"] for step in straight["steps"]] == [
+    for uninterrupted, *stopped in ranks:
+        assert [step["ends"] for step in uninterrupted["steps"]] == [
             *(False, True, True),  # steps 4 to 6 of seven, in windows of three
             *(False, False, True, False, False, True, True),
         ]
         for run in stopped:
-            assert torch.equal(run["weights"], straight["weights"])
+            assert torch.equal(run["weights"], uninterrupted["weights"])
     weight = sum(1 / step["divisor"] for rank in ranks for step in rank[0]["steps"][:2])
     assert weight / processes == pytest.approx(1.0)

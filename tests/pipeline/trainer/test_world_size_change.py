@@ -1,4 +1,4 @@
-"""A run goes on in another number of processes as the run of one process that never stopped."""
+"""A run resumed with a different world size equals an uninterrupted run of one process."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def run_in_parts(
     sharded: Sequence[int] = (),
     **order: Any,
 ) -> None:
-    """Each part in as many ranks as said, up to a stop, the last to the end; some in shards."""
+    """Run each part with its world size up to its stop, the last part to the end, some sharded."""
     for part, (count, stop) in enumerate(zip(ranks, [*stops, None], strict=True)):
         order |= {"stop_after": stop, "seed": 5 + part, "sharded": part in sharded}
         assert start(folder, count, **order) == ""
 
 
 def lines(folder: Path, kind: str) -> Iterator[tuple[int, int, int, Any]]:
-    """What was written down: the part, the rank, the step, and it."""
+    """Yield the records of a kind: part, rank, step and value."""
     for path in sorted(folder.glob("part*-*.jsonl")):
         part, rank = path.stem.removeprefix("part").split("-")
         for found, step, value in map(json.loads, path.read_text().splitlines()):
@@ -51,17 +51,17 @@ def lines(folder: Path, kind: str) -> Iterator[tuple[int, int, int, Any]]:
 
 
 def samples(folder: Path) -> dict[int, list[Any]]:
-    """Index and content of the samples of each step, rank after rank."""
+    """Return index and content of the samples of each step, rank after rank."""
     steps: dict[int, list[Any]] = {}
     for _, _, step, value in lines(folder, "samples"):
         steps.setdefault(step, []).extend(value)
     return dict(sorted(steps.items()))
 
 
-def check_like(straight: Path, folder: Path) -> None:
-    """The run in one folder has done what that in the other has."""
-    assert samples(folder) == samples(straight)
-    expected, found = (read_metrics(path / "metrics.jsonl") for path in (straight, folder))
+def check_equal(uninterrupted: Path, folder: Path) -> None:
+    """Check that two folders' runs have equal samples, metrics, counters and weights."""
+    assert samples(folder) == samples(uninterrupted)
+    expected, found = (read_metrics(path / "metrics.jsonl") for path in (uninterrupted, folder))
     assert [
         (r.epoch_id, r.global_step_id, r.optimizer_step_id, [(v.name, v.step) for v in r.values])
         for r in found
@@ -72,7 +72,7 @@ def check_like(straight: Path, folder: Path) -> None:
     for one, other in zip(found, expected, strict=True):
         for value, due in zip(one.values, other.values, strict=True):
             assert value.value == pytest.approx(due.value, rel=1e-6, abs=1e-6), (due, value)
-    (first,) = straight.glob("part*-0.pt")
+    (first,) = uninterrupted.glob("part*-0.pt")
     last = max(folder.glob("part*-0.pt"))
     before, after = (torch.load(path, weights_only=True) for path in (first, last))
     assert after["progress"] == before["progress"]
@@ -81,7 +81,7 @@ def check_like(straight: Path, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("other_processes") / "straight"
     run_in_parts(folder, [1], [])
     return folder
@@ -97,15 +97,15 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
     ],
 )
-def test_goes_on_in_other_numbers_of_processes(
+def test_a_run_resumes_with_other_world_sizes(
     ranks: list[int],
     stops: list[int],
-    straight: Path,
+    uninterrupted: Path,
     tmp_path: Path,
 ) -> None:
-    """Samples, augmentation, counters, weights and lines of metrics are those of one process."""
+    """Samples, augmentation, counters, weights and logged metrics equal one process's."""
     run_in_parts(tmp_path / "parts", ranks, stops)
-    check_like(straight, tmp_path / "parts")
+    check_equal(uninterrupted, tmp_path / "parts")
 
 
 @pytest.mark.parametrize(
@@ -116,24 +116,23 @@ def test_goes_on_in_other_numbers_of_processes(
         pytest.param([2, 1, 1], [4, 7], [1], id="2 -> 1 in shards -> 1"),
     ],
 )
-def test_goes_on_with_a_model_in_shards(
+def test_a_sharded_run_resumes_with_other_world_sizes(
     ranks: list[int],
     stops: list[int],
     sharded: list[int],
-    straight: Path,
+    uninterrupted: Path,
     tmp_path: Path,
 ) -> None:
-    """Within a window, what was added up of it goes on from shards to whole weights and back."""
+    """Gradients accumulated within a window resume from shards to full weights and back."""
     run_in_parts(tmp_path / "parts", ranks, stops, sharded)
-    check_like(straight, tmp_path / "parts")
+    check_equal(uninterrupted, tmp_path / "parts")
 
 
-def test_two_processes_are_one(straight: Path, tmp_path: Path) -> None:
-    """With accumulation, clipping, a schedule, an average, evaluations and metrics: the same
-    events on both ranks, the same samples, counters and lines of metrics, the same weights."""
+def test_two_processes_equal_one(uninterrupted: Path, tmp_path: Path) -> None:
+    """Two ranks have the same events, samples, counters, logged metrics and weights as one."""
     run_in_parts(tmp_path / "two", [2], [])
-    check_like(straight, tmp_path / "two")
-    expected = [event for _, _, _, event in lines(straight, "event")]
+    check_equal(uninterrupted, tmp_path / "two")
+    expected = [event for _, _, _, event in lines(uninterrupted, "event")]
     for rank in range(2):
         assert [e for _, r, _, e in lines(tmp_path / "two", "event") if r == rank] == expected
 
@@ -143,46 +142,45 @@ def test_two_processes_are_one(straight: Path, tmp_path: Path) -> None:
     [{"workers": 2}, {"plateau": True}, {"accumulate": 1}, {"counted": True}],
     ids=["workers", "plateau", "no accumulation", "counted"],
 )
-def test_other_numbers_of_processes_in_other_ways(options: dict[str, Any], tmp_path: Path) -> None:
-    """So it is with workers, with a schedule that follows the loss, without accumulation, and with
-    windows that are loaded ahead."""
+def test_variants_resume_with_other_world_sizes(options: dict[str, Any], tmp_path: Path) -> None:
+    """Runs with workers, a plateau, no accumulation or windows loaded in advance resume equally."""
     run_in_parts(tmp_path / "straight", [1], [], **options)
     run_in_parts(tmp_path / "parts", [2, 1, 2], [4, 8], **options)
-    check_like(tmp_path / "straight", tmp_path / "parts")
+    check_equal(tmp_path / "straight", tmp_path / "parts")
 
 
-def test_what_is_drawn_for_a_batch_is_another(straight: Path, tmp_path: Path) -> None:
-    """Keyed by batch, the samples are the same, and so is their order, but not what is drawn."""
+def test_random_numbers_keyed_by_batch_change(uninterrupted: Path, tmp_path: Path) -> None:
+    """Keyed by batch, the samples and their order are equal, but not their random numbers."""
     run_in_parts(tmp_path / "parts", [1, 2], [3], keyed_by="batch")
-    found, expected = samples(tmp_path / "parts"), samples(straight)
+    found, expected = samples(tmp_path / "parts"), samples(uninterrupted)
     for step, due in expected.items():
         assert [index for index, _ in found[step]] == [index for index, _ in due]
     assert found[0] != expected[0]
 
 
-def test_a_new_rank_draws_from_streams_of_its_own(straight: Path, tmp_path: Path) -> None:
-    """The first goes on as it would have; the others draw as neither it nor one another."""
+def test_a_new_rank_has_its_own_rng(uninterrupted: Path, tmp_path: Path) -> None:
+    """The first rank continues its RNG, and new ranks draw different numbers."""
     folder = tmp_path / "parts"
     run_in_parts(folder, [1, 3], [4])
     (first, *of_new) = (
         [value for part, r, _, value in lines(folder, "drawn") if part == 1 and r == rank]
         for rank in range(3)
     )
-    assert first == [value for _, _, step, value in lines(straight, "drawn") if step >= 4]
+    assert first == [value for _, _, step, value in lines(uninterrupted, "drawn") if step >= 4]
     drawn = [number for rank in (first, *of_new) for step in rank for number in step]
     assert len({*drawn}) == len(drawn)
 
 
 def ended(folder: Path, part: int) -> list[dict[str, Any]]:
-    """The states of hooks with which the ranks of a part have ended."""
+    """Return the final hook states of the ranks of a part."""
     return [
         torch.load(path, weights_only=True)["hooks"]
         for path in sorted(folder.glob(f"part{part}-*.pt"))
     ]
 
 
-def test_states_of_hooks(tmp_path: Path) -> None:
-    """A hook's own rule holds; else each rank takes over that of its number, or the last one."""
+def test_hook_states_are_redistributed(tmp_path: Path) -> None:
+    """A hook may redistribute states; by default a rank gets its own or the last saved state."""
     folder = tmp_path / "parts"
     run_in_parts(folder, [2, 3, 1], [3, 8])
     for part, total in enumerate([18, 26 + 18, 52]):
@@ -191,8 +189,8 @@ def test_states_of_hooks(tmp_path: Path) -> None:
         assert [state["Numbered"]["begun_as"] for state in states] == [[0, 1], [0, 1, 1], [0]][part]
 
 
-def test_a_hook_can_refuse(tmp_path: Path) -> None:
-    """Its error is that of all ranks, with its name."""
+def test_a_hook_can_refuse_redistribution(tmp_path: Path) -> None:
+    """The hook's error is raised on all ranks, with its name."""
     (tmp_path / "a").mkdir()
     assert start(tmp_path / "a", 1, stop_after=1) == ""
     empty = tmp_path / "a" / "checkpoints" / "step_00000001"
@@ -200,32 +198,32 @@ def test_a_hook_can_refuse(tmp_path: Path) -> None:
     state = saved.rank_parts["state"]
     hooks = {**state["hooks"], "Counted": {"samples": 0}}
     save_checkpoint(tmp_path / "b", 1, saved.parts, {"state": {**state, "hooks": hooks}})
-    told = start(tmp_path / "c", 2, resume_from=str(tmp_path / "b"))
-    assert "StateError: there is nothing to share" in told
-    assert "raised in hook 'Counted' (redistribute_states)" in told
+    output = start(tmp_path / "c", 2, resume_from=str(tmp_path / "b"))
+    assert "StateError: there is nothing to share" in output
+    assert "raised in hook 'Counted' (redistribute_states)" in output
 
 
 def test_no_gradient_is_dropped(tmp_path: Path) -> None:
-    """One that was added up for a parameter which this run has not is refused, by its name."""
+    """A saved gradient without a parameter in this run is refused by name."""
     assert start(tmp_path / "a", 1, stop_after=1) == ""
     saved = load_checkpoint(checkpoint(tmp_path / "a", 1))
     state = saved.rank_parts["state"]
     state["own_gradients"]["gone.weight"] = torch.ones(2)
     save_checkpoint(tmp_path / "b", 1, saved.parts, {"state": state})
-    told = start(tmp_path / "c", 1, resume_from=str(tmp_path / "b"))
-    assert "StateError: the run was saved within an accumulation window" in told
-    assert "no parameters for the gradients of gone.weight" in told
+    output = start(tmp_path / "c", 1, resume_from=str(tmp_path / "b"))
+    assert "StateError: the run was saved within an accumulation window" in output
+    assert "no parameters for the gradients of gone.weight" in output
 
 
-def test_another_number_of_samples_a_step(tmp_path: Path) -> None:
-    """Within an epoch it is refused with both remedies, or allowed; no sample is lost then."""
+def test_a_different_number_of_samples_per_step(tmp_path: Path) -> None:
+    """Within an epoch the change is refused with both remedies, or allowed and loses no sample."""
     folder = tmp_path / "parts"
     run_in_parts(folder, [1], [])
     at_two = str(folder / "checkpoints" / "step_00000002")
-    told = start(tmp_path / "refused", 2, resume_from=at_two, batch_size=4)
-    assert "had 6 samples when the run was saved, and has 8" in told
-    assert "give the loader batch_size=3" in told
-    assert "or set DataOrder(allow_other_batch_size=True)" in told
+    output = start(tmp_path / "refused", 2, resume_from=at_two, batch_size=4)
+    assert "had 6 samples when the run was saved, and has 8" in output
+    assert "give the loader batch_size=3" in output
+    assert "or set DataOrder(allow_other_batch_size=True)" in output
     other = tmp_path / "allowed"
     assert start(other, 2, resume_from=at_two, batch_size=4, allow=True) == ""
     first = [index for step in (0, 1) for index, _ in samples(folder)[step]]
@@ -236,10 +234,10 @@ def test_another_number_of_samples_a_step(tmp_path: Path) -> None:
     assert start(tmp_path / "between", 3, resume_from=between, batch_size=4) == ""
 
 
-def test_metrics_that_can_not_be_joined(tmp_path: Path) -> None:
-    """They go on among more ranks; among fewer where they hold nothing of several, else refused."""
-    straight, folder = tmp_path / "straight", tmp_path / "parts"
-    run_in_parts(straight, [1], [], unjoinable=True)
+def test_unmergeable_metrics_resume_on_more_ranks_only(tmp_path: Path) -> None:
+    """Unmergeable metrics resume on more ranks, and on fewer only if one rank has updates."""
+    uninterrupted, folder = tmp_path / "straight", tmp_path / "parts"
+    run_in_parts(uninterrupted, [1], [], unjoinable=True)
     run_in_parts(folder, [1, 2], [2], unjoinable=True)
     one, other = (
         [
@@ -248,11 +246,11 @@ def test_metrics_that_can_not_be_joined(tmp_path: Path) -> None:
             for value in record.values
             if value.name == "train/correlation_epoch"
         ]
-        for path in (straight, folder)
+        for path in (uninterrupted, folder)
     )
     assert other[0] == pytest.approx(one[0], rel=1e-4)  # which adds up in single precision
-    told = start(folder / "a", 1, resume_from=checkpoint(folder, 7), unjoinable=True)
-    assert "PearsonCorrCoef has updates on 2 ranks and can't merge" in told
+    output = start(folder / "a", 1, resume_from=checkpoint(folder, 7), unjoinable=True)
+    assert "PearsonCorrCoef has updates on 2 ranks and can't merge" in output
     ended = start(folder / "b", 1, resume_from=checkpoint(folder, 10), unjoinable=True)
     assert ended == ""
 
@@ -261,20 +259,20 @@ def checkpoint(folder: Path, step: int) -> str:
     return str(folder / "checkpoints" / f"step_{step:08d}")
 
 
-def test_streams_go_on_between_epochs(tmp_path: Path) -> None:
-    """Within an epoch, data without an index needs the number of processes that it had."""
+def test_streams_resume_between_epochs(tmp_path: Path) -> None:
+    """Within an epoch, iterable data requires the saved world size."""
     folder = tmp_path / "parts"
     options: dict[str, Any] = {"streams": True, "keyed_by": "batch", "batch_size": 3}
     run_in_parts(folder, [2], [], **options)
     steps = 1 + max(step for _, _, step, _ in lines(folder, "drawn"))
     between, within = (checkpoint(folder, step) for step in (steps // 2, steps // 2 + 1))
-    told = start(tmp_path / "within", 1, resume_from=within, **options)
-    assert "was read by 2 processes when the run was saved, and is read by 1" in told
+    output = start(tmp_path / "within", 1, resume_from=within, **options)
+    assert "was read by 2 processes when the run was saved, and is read by 1" in output
     assert start(tmp_path / "between", 1, resume_from=between, **options) == ""
 
 
-def test_what_a_rank_had_that_is_no_more_is_verified(tmp_path: Path) -> None:
-    """A file of a rank that is no more is damaged: the checkpoint before it is taken, and said."""
+def test_files_of_removed_ranks_are_verified(tmp_path: Path) -> None:
+    """If a removed rank's file is damaged, the previous checkpoint is loaded with a warning."""
     folder = tmp_path / "parts"
     run_in_parts(folder, [3], [])
     newest = sorted((folder / "checkpoints").glob("step_*"))[-1]
