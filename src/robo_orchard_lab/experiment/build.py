@@ -45,7 +45,7 @@ from robo_orchard_lab.experiment.run_plan import count_lr_scheduler_steps
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
 from robo_orchard_lab.pipeline.data import DataOrder
-from robo_orchard_lab.pipeline.distributed.sections import fail_together
+from robo_orchard_lab.pipeline.distributed.failure_watch import fail_together
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import HookLike
 from robo_orchard_lab.pipeline.hooks import ValidationHookConfig

@@ -20,7 +20,7 @@ from robo_orchard_lab.pipeline.batch_processor import (
     count_samples,
 )
 from robo_orchard_lab.pipeline.distributed.agreement import Agreement
-from robo_orchard_lab.pipeline.distributed.sections import report_failure
+from robo_orchard_lab.pipeline.distributed.failure_watch import report_failure
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, PipelineStateError
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.progress import (

@@ -11,8 +11,8 @@ import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # documented
 
 from robo_orchard_lab.pipeline.distributed.failure_watch import LostRankDetector
+from robo_orchard_lab.pipeline.distributed.failures import ProcessIdentity
 from robo_orchard_lab.pipeline.distributed.job_store import JobStore
-from robo_orchard_lab.pipeline.distributed.process_identity import ProcessIdentity
 
 MANY_LOOKS = 100  # more than half a minute of them
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # documented
 
 from robo_orchard_lab.pipeline.distributed.collectives import gather_objects
-from robo_orchard_lab.pipeline.distributed.process_identity import ProcessIdentity
+from robo_orchard_lab.pipeline.distributed.failures import ProcessIdentity
 from robo_orchard_lab.pipeline.errors import RankFailure
 
 

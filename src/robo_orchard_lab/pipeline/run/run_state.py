@@ -16,8 +16,12 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from robo_orchard_lab.pipeline.distributed.failures import failure_of, killed_failure, plain_text
-from robo_orchard_lab.pipeline.distributed.process_identity import ProcessIdentity
+from robo_orchard_lab.pipeline.distributed.failures import (
+    ProcessIdentity,
+    failure_of,
+    killed_failure,
+    plain_text,
+)
 from robo_orchard_lab.pipeline.distributed.shutdown import before_forced_exit
 from robo_orchard_lab.pipeline.errors import RankFailure, RunPreempted, StateError
 from robo_orchard_lab.pipeline.progress import TrainerProgress

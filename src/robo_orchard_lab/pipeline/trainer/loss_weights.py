@@ -17,7 +17,7 @@ from robo_orchard_lab.pipeline.batch_processor import (
     zero_if_unweighted,
 )
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.distributed.sections import wait_for_all_ranks
+from robo_orchard_lab.pipeline.distributed.failure_watch import wait_for_all_ranks
 from robo_orchard_lab.pipeline.errors import BatchProcessorError, StateError
 from robo_orchard_lab.pipeline.trainer.setup import ENGINES
 

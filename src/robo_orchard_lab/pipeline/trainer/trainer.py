@@ -18,8 +18,8 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.data import DataOrder, TrainingData
 from robo_orchard_lab.pipeline.data.loader import explain_no_batch
 from robo_orchard_lab.pipeline.distributed.agreement import Agreement
+from robo_orchard_lab.pipeline.distributed.failure_watch import fail_together
 from robo_orchard_lab.pipeline.distributed.job_store import RankPosition
-from robo_orchard_lab.pipeline.distributed.sections import fail_together
 from robo_orchard_lab.pipeline.distributed.stall_clock import StallClock
 from robo_orchard_lab.pipeline.errors import (
     DataError,
