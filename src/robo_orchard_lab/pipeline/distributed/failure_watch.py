@@ -1,7 +1,7 @@
 """Failures of a job: :func:`fail_together` ends a call on all ranks if it fails on one rank.
 
-:class:`FailureWatch` is the thread behind it, which ends this process if another rank fails, dies or
-stalls.
+:class:`FailureWatch` is the thread behind it, which ends this process if another rank fails, dies
+or stalls.
 """
 
 from __future__ import annotations

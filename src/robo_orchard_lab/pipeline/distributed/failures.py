@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict
 from robo_orchard_core.utils.hook import origin_of
 from robo_orchard_lab.pipeline.errors import RankFailed, RankFailure
 
-
 _SAME_START_S = 10.0  # tolerance for a change of the system clock
 
 
