@@ -241,14 +241,26 @@ class Requests:
         """
         return self._joint_commits
 
-    def begin_commit(self, step: int) -> None:
-        """Record a commit point after ``step`` steps in :attr:`joint_commits`."""
+    def require_commit(self) -> None:
+        """Make the trainer execute the next commit point, also without a request."""
+        self.pending = True
+
+    def begin_commit(self, step: int, due: str = "") -> None:
+        """Record a commit point after ``step`` steps in :attr:`joint_commits`.
+
+        Args:
+            step: number of steps done.
+            due: metrics to read; part of the logging point where one is requested.
+        """
         joint = [r for r in self._waiting if isinstance(r, EvaluateRequest | SaveRequest)]
         stop = [] if self.stop_request is None else [self.stop_request]
-        if joint or stop:
-            requested = "; ".join(
+        if any(isinstance(request, LogRequest) for request in self._waiting):
+            due = ""  # ranks may have different metrics at a logging point
+        if joint or stop or due:
+            named = (
                 f"{type(r).__name__}: {r.reason}, requested by {r.by}" for r in [*joint, *stop]
             )
+            requested = "; ".join([*named, due] if due else named)
             self._joint_commits = (self._joint_commits[0] + 1, step, requested)
 
     def _add(self, request: Request, rank_local: bool) -> None:

@@ -42,7 +42,8 @@ TABLE: dict[str, tuple[str, float, list[float | None], list[int]]] = {
     "NaN": ("min", 0, [NAN, 3, NAN, 2, NAN], [2, 4]),
     "nothing but NaN": ("max", 0, [NAN, NAN], []),
     "inf is the worst": ("min", 0, [INF, 5, INF, 4], [2, 4]),
-    "inf is the best": ("max", 0.1, [-INF, 1, INF, INF, 2], [2, 3]),
+    "inf is never the best": ("max", 0.1, [-INF, 1, INF, INF, 2], [2, 5]),
+    "-inf is never the best": ("min", 0, [-INF, 2, -INF, 1], [2, 4]),
     "now and then": ("max", 0, [None, 1, None, 0, None, 2], [2, 6]),
 }
 SOURCES = {"logged": Logged, "evaluated": Evaluated}
@@ -192,8 +193,8 @@ def test_new_run_overwrites_an_old_file(tmp_path: Path) -> None:
     assert (metadata["value"], metadata["global_step_id"]) == ("1.0", "1")
 
 
-def test_late_value_keeps_its_step(tmp_path: Path) -> None:
-    """The weights are of the logging point, and the file has both steps."""
+def test_weights_are_of_the_publishing_step(tmp_path: Path) -> None:
+    """The value is judged before the logging point, while its weights are there."""
     hooks = PipelineHooks("publishes")
     publish = hooks.on_step.after(when="at steps 2")
     publish(lambda args: args.metrics.publish(NAME, 1.0))
@@ -202,7 +203,7 @@ def test_late_value_keeps_its_step(tmp_path: Path) -> None:
     make_trainer([cfg, hooks], max_step=7)()
     with safe_open(tmp_path / FILE, framework="pt") as file:
         metadata = file.metadata()
-    assert (metadata["value_step"], metadata["global_step_id"]) == ("2", "5")
+    assert (metadata["value_step"], metadata["global_step_id"]) == ("2", "2")
 
 
 class OtherWeights(PipelineHooks):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, PipelineStateError
-from robo_orchard_lab.pipeline.metrics import UnknownMetricError
+from robo_orchard_lab.pipeline.metrics import MetricValue, UnknownMetricError
 from tiny import equal, loss_of, make_loader, make_trainer, weights
 
 
@@ -307,7 +307,8 @@ def test_a_stop_at_a_logging_point_leaves_no_partial_record() -> None:
     """If a subscriber stops the run, the record being logged is the last one."""
     watcher = Watcher()
     hooks = PipelineHooks("stops")
-    hooks.on_step.after(lambda args: args.metrics.publish("loss", args.loss))
+    publish = hooks.on_step.after(when="2 steps")
+    publish(lambda args: args.metrics.publish("loss", args.loss))
 
     @hooks.on_loop.before
     def subscribe(args: PipelineHookArgs) -> None:
@@ -329,16 +330,15 @@ def test_a_run_too_short_for_an_evaluation_is_no_error() -> None:
     assert trainer.progress.global_step_id == 2
 
 
-def test_a_subscription_without_logging_points_is_warned_about(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """In a run without logging points, a subscription to a published metric is warned about."""
+def test_a_subscribed_metric_needs_no_logging_point() -> None:
+    """The subscriber is called at the commit point of each step that published the metric."""
+    found: list[MetricValue] = []
     hooks = PipelineHooks("waits")
-    hooks.on_loop.before(lambda args: args.metrics.subscribe("loss", print, who="waits"))
-    hooks.on_step.after(lambda args: args.metrics.publish("loss", args.loss))
-    make_trainer([hooks], loader=make_loader(2), max_epoch=3)()
-    assert caplog.text.count("waits waits for 'loss'") == 1
-    assert "register a MetricsLogger" in caplog.text
+    hooks.on_loop.before(lambda args: args.metrics.subscribe("loss", found.append, who="waits"))
+    publish = hooks.on_step.after(when="2 steps")
+    publish(lambda args: args.metrics.publish("loss", args.global_step_id))
+    make_trainer([hooks], loader=make_loader(3), max_epoch=2)()
+    assert [(value.step, value.value) for value in found] == [(2, 1), (4, 3), (6, 5)]
 
 
 def test_files_of_hooks_are_written_before_the_checkpoint() -> None:

@@ -67,13 +67,13 @@ class Retention:
             raise PipelineConfigError("Retention.keep_best requires a metric; name it as monitor")
 
     def best(self, infos: Sequence[CheckpointInfo]) -> list[CheckpointInfo]:
-        """Return the checkpoints with a value of ``monitor`` other than NaN, best first."""
+        """Return the checkpoints with a finite value of ``monitor``, best first."""
         if self.monitor is None:
             return []
         sign = 1 if self.mode == "min" else -1
         values = [(info.metrics.get(self.monitor, math.nan), info) for info in infos]
         ranked = [
-            (sign * value, info.serial, info) for value, info in values if not math.isnan(value)
+            (sign * value, info.serial, info) for value, info in values if math.isfinite(value)
         ]
         return [info for *_, info in sorted(ranked, key=lambda found: found[:2])]
 

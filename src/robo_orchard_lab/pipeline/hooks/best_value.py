@@ -21,7 +21,7 @@ class BestValue:
     >>> best.value, best.since
     (0.5, 1)
 
-    NaN and the worst infinity never count as an improvement, not even as the first value.
+    NaN and infinities never count as an improvement, not even as the first value.
 
     Args:
         mode: direction of improvement.
@@ -40,7 +40,7 @@ class BestValue:
     def update(self, found: MetricValue) -> bool:
         """Compare the next value; return True if it is the new best."""
         best = math.inf if self.value is None else self._sign * self.value
-        is_better = self._sign * found.value < best - self._min_delta
+        is_better = math.isfinite(found.value) and self._sign * found.value < best - self._min_delta
         if is_better:
             self.value, self.step, self.since = found.value, found.step, 0
         else:
@@ -49,14 +49,15 @@ class BestValue:
 
     def adopt(self, found: MetricValue) -> bool:
         """Take a value from another source if it is better; return True if it was taken."""
-        is_better = self.value is None or self._sign * found.value < self._sign * self.value
+        best = math.inf if self.value is None else self._sign * self.value
+        is_better = math.isfinite(found.value) and self._sign * found.value < best
         if is_better:
             self.value, self.step, self.since = found.value, found.step, 0
         return is_better
 
     def reaches(self, value: float, threshold: float) -> bool:
-        """Return True if a value is at least as good as a threshold; NaN never is."""
-        return self._sign * value <= self._sign * threshold
+        """Return True if a value is at least as good as a threshold; NaN and inf never are."""
+        return math.isfinite(value) and self._sign * value <= self._sign * threshold
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value, its step and the count since."""

@@ -22,13 +22,13 @@ class EarlyStopping(PipelineHooks):
     """Early stop of the run when a metric stops improving.
 
     The hook judges each new value of the metric: ``eval/...`` after each evaluation, other metrics
-    at each logging point. NaN is never an improvement. A run stopped this way stops again at once
-    when resumed, unless ``patience`` was raised.
+    after each step that publishes them. NaN and infinities are never an improvement. A run stopped
+    this way stops again at once when resumed, unless ``patience`` was raised.
 
     - Ranks: all; every rank sees the same reduced values.
     - Requests: a stop.
     - State: the best value, its step, the number of values since, and the latest value.
-    - Cost: none for a step.
+    - Cost: for a step that publishes the metric, see :meth:`MetricsBoard.subscribe`; else none.
 
     >>> from robo_orchard_lab.pipeline.context import PipelineRun
     >>> run = PipelineRun.standalone()

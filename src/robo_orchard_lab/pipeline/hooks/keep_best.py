@@ -31,9 +31,9 @@ _SUFFIX = ".safetensors"
 class KeepBest(PipelineHooks):
     """File with the weights of the best value of a metric.
 
-    At each new best value, the weights of the current commit point are saved: for ``eval/...`` the
-    evaluated weights, for other metrics those of the logging point. The file's metadata holds the
-    metric, its value and step, and the counters of the run.
+    At each new best value, the weights of the current commit point are saved: that of the
+    evaluation, or of the step that published the metric. NaN and infinities are never the best. The
+    file's metadata holds the metric, its value and step, and the counters of the run.
 
     A new run overwrites the file of an earlier one. A resumed run reads the file first: weights
     saved after the resumed checkpoint stay if their value is better.
@@ -41,7 +41,7 @@ class KeepBest(PipelineHooks):
     - Ranks: all; the main process writes.
     - Requests: writing the weights.
     - State: the best value, its step, and the number of values since.
-    - Cost: none for a step.
+    - Cost: for a step that publishes the metric, see :meth:`MetricsBoard.subscribe`; else none.
 
     >>> from accelerate import Accelerator
     >>> from robo_orchard_lab.pipeline.context import PipelineRun

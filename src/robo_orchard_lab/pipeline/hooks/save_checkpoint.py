@@ -99,7 +99,8 @@ class SaveCheckpoint(PipelineHooks):
     A checkpoint is a folder ``step_00001234`` of safetensors and JSON files, renamed into place
     when complete on disk; ``last`` and ``best`` link to the newest and the best one. Then older
     ones are pruned, except for those to keep. Remains of a killed run are removed after a resume by
-    ``"auto"``. With ``monitor``, each value among the ``keep_best`` best causes a save, too.
+    ``"auto"``. With ``monitor``, each value among the ``keep_best`` best causes a save, too, at the
+    commit point of the evaluation or of the step that published the value.
 
     With ``in_background``, a step waits only for a copy of the tensors to host memory, about the
     size of a checkpoint. Errors are reported at the next commit point; with several processes,

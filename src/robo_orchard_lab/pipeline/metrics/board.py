@@ -51,7 +51,8 @@ class MetricsBoard:
     Published values accumulate on the host or on their device. Nothing is read before a *logging
     point*: then all values travel in one device-to-host copy and, with several ranks, one
     all_gather, and every rank has the values of all ranks. The trainer makes a logging point at the
-    commit point where a hook requested one (``args.requests.log``).
+    commit point where a hook requested one (``args.requests.log``). Only metrics with a subscriber
+    are read before: at the commit point of the step that published them.
 
     >>> board = MetricsBoard()
     >>> board.publish("loss", 1.0, weight=8)
@@ -61,10 +62,18 @@ class MetricsBoard:
 
     Args:
         progress: counters of the run; define the step of each value.
+        when_due: called when a hook publishes a metric that has a subscriber, to request the
+            commit point that reads the metric.
     """
 
-    def __init__(self, progress: TrainerProgress | None = None) -> None:
+    def __init__(
+        self,
+        progress: TrainerProgress | None = None,
+        when_due: Callable[[], Any] = lambda: None,
+    ) -> None:
         self._progress = TrainerProgress() if progress is None else progress
+        self._when_due = when_due
+        self._due: set[str] = set()  # published names with a subscriber
         self._accumulators: dict[str, Accumulator] = {}
         self._reductions: dict[str, Reduction] = {}  # of every name published so far
         self._last_values: dict[str, MetricValue] = {}
@@ -84,11 +93,14 @@ class MetricsBoard:
     ) -> None:
         """Accumulate a value of a metric until the next logging point; no device sync.
 
+        A metric with a subscriber is read at the commit point of this step already.
+
         Args:
             name: by convention ``loss/<name>``, ``lr/group<i>``, ``perf/*`` or ``eval/*``.
             value: a number, or a tensor of one element of any dtype and device. The tensor may be
                 changed afterwards.
-            reduce: reduction over the steps and ranks. ``last`` uses the first rank with a value.
+            reduce: reduction over the ranks, and over the steps since the metric was last read.
+                ``last`` uses the first rank with a value.
             weight: weight of the value in a mean, >= 0, such as the number of samples; default 1.
 
         Raises:
@@ -130,17 +142,28 @@ class MetricsBoard:
     def defer(self, metrics: DeferredMetrics) -> None:
         """Publish metrics to compute from tensors at the next logging point.
 
-        If a hook subscribed to one of the metrics, or no hook listens to logging points, the
-        metrics are computed at the next commit point with a request, at the latest after the epoch.
+        If a hook subscribed to one of the metrics, they are computed at the commit point of this
+        step; if no hook listens to logging points, at the next commit point with a request, at the
+        latest after the epoch.
         """
         self._deferred.append((metrics, self._progress.steps_done))
+        if self._has_subscriber(metrics):
+            self._when_due()
 
     # --- subscribe ---------------------------------------------------------------------------
 
     def subscribe(self, name: str, callback: Subscriber, who: str = "") -> RemovableHandle:
         """Call a function with every new value of a metric; subscribe on every rank.
 
-        Values are known at logging points, and values of an evaluation at its commit point.
+        The metric is read, and the function called, at the commit point of the step that publishes
+        the metric: the current weights are those of the value. ``mean``, ``sum``, ``max`` and
+        ``min`` cover the values of this step on all ranks, and ``last`` is the last value of the
+        first rank with a value. The next record has the value of each such step.
+
+        Each publishing step costs a device-to-host copy and, with several ranks, a collective.
+        To subscribe to a mean over many steps, publish the mean, or accumulate the values and
+        publish them from :meth:`before_logging`. Every rank must publish the metric at the same
+        steps; ranks without a value pass ``weight=0``.
 
         Args:
             name: name of the metric.
@@ -227,24 +250,24 @@ class MetricsBoard:
                 return UnknownMetricError(name, known, who, hint)
         return None
 
-    def find_unlogged(self) -> str | None:
-        """Return a warning about a subscribed name, published but never read, or None."""
-        for name, _, who in self._subscribers:
-            if name in self._accumulators and name not in self._last_values and not self.is_logged:
-                return (
-                    f"{who} waits for {name!r}, which is published but never read, since no hook "
-                    "requests logging points; register a MetricsLogger"
-                )
-        return None
-
     # --- flush -------------------------------------------------------------------------------
 
     def has_due_metrics(self) -> bool:
-        """Return True if the next commit point must read deferred metrics; identical on all ranks.
+        """Return True if the next commit point must read metrics; identical on all ranks.
 
-        Deferred metrics otherwise wait for the logging point.
+        Metrics without a subscriber otherwise wait for the logging point.
         """
-        return any(self._is_due(metrics) for metrics, _ in self._deferred)
+        return bool(self._due) or any(self._is_due(metrics) for metrics, _ in self._deferred)
+
+    def describe_due(self) -> str:
+        """Describe the metrics that the next commit point reads for subscribers, or return ""."""
+        if not self._due:
+            return ""
+        whose = [f"{name} for {who}" for name, _, who in self._subscribers if name in self._due]
+        return (
+            f"read {', '.join(whose)}. Publish a metric that a hook monitors on every rank, with "
+            "weight=0 where there is no value"
+        )
 
     def flush(self, log: bool, accelerator: Any = None) -> MetricsRecord | None:
         """Read pending values, call subscribers and return the record of a logging point.
@@ -253,7 +276,7 @@ class MetricsBoard:
         collective; nothing if there is nothing to read.
 
         Args:
-            log: True for a logging point; False reads only due deferred metrics.
+            log: True for a logging point; False reads only due metrics.
             accelerator: defines the ranks; None for one process.
 
         Raises:
@@ -263,10 +286,11 @@ class MetricsBoard:
             for collect, _ in tuple(self._collectors):
                 collect()
         due = self._pop_deferred(everything=log or not self._listeners)
-        accumulators: dict[str, Accumulator] = {}
-        if log:
-            accumulators, self._accumulators = self._accumulators, {}
-        values = read_values(self._gather, accumulators, due, accelerator) if log or due else []
+        read = self._accumulators.keys() if log else self._due
+        accumulators = {name: self._accumulators.pop(name) for name in tuple(read)}
+        must_read = log or bool(due or self._due)
+        self._due = set()
+        values = read_values(self._gather, accumulators, due, accelerator) if must_read else []
         for metrics, _ in due:
             self._check_evaluation_names(metrics)
         if log or self._listeners:
@@ -289,14 +313,14 @@ class MetricsBoard:
         """
         if not self._listeners:
             return None
-        accumulators, deferred = self._accumulators, self._deferred
+        accumulators, deferred, due = self._accumulators, self._deferred, {*self._due}
         self._accumulators = {name: each.copy() for name, each in accumulators.items()}
         self._deferred = [*deferred]
         states = [(owner, owner.state_dict()) for _, owner in self._collectors if owner is not None]
         for collect, _ in tuple(self._collectors):
             collect()
         values = read_values(self._gather, self._accumulators, self._deferred, accelerator)
-        self._accumulators, self._deferred = accumulators, deferred
+        self._accumulators, self._deferred, self._due = accumulators, deferred, due
         for owner, state in states:
             owner.load_state_dict(state)
         values = [*self._unlogged, *values]
@@ -400,11 +424,15 @@ class MetricsBoard:
                 "publish it under another name"
             )
         accumulator = self._accumulators[name] = Accumulator(reduce)
+        if any(name == subscribed for subscribed, _, _ in self._subscribers):
+            self._due.add(name)
+            self._when_due()
         return accumulator
 
     def _is_due(self, metrics: DeferredMetrics) -> bool:
-        if not self._listeners:
-            return True
+        return not self._listeners or self._has_subscriber(metrics)
+
+    def _has_subscriber(self, metrics: DeferredMetrics) -> bool:
         groups = {_group(name) for name, _, _ in self._subscribers}
         return not groups.isdisjoint(map(_group, metrics.names()))
 

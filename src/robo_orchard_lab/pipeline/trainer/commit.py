@@ -60,14 +60,12 @@ class CommitPoint:
         )
 
     def warn_of_metrics(self) -> None:
-        """Warn after an epoch of metrics that hooks wait for or that no hook writes."""
+        """Warn after an epoch of metrics that hooks wait for."""
         metrics = self._run.metrics
         if self._unmet is None:
             self._unmet = metrics.find_missing(at_end=False)
-            is_first_epoch = self._run.progress.epoch_id == 1
-            problem = self._unmet or (metrics.find_unlogged() if is_first_epoch else None)
-            if problem is not None:
-                logger.warning("after a whole epoch, %s", problem)
+            if self._unmet is not None:
+                logger.warning("after a whole epoch, %s", self._unmet)
 
     def finish(self) -> None:
         """Log the remaining metrics at the end of the loop, and report a granted stop."""
@@ -119,7 +117,7 @@ class CommitPoint:
             return False
         began_at = perf_counter()
         if run.agreement.several:
-            requests.begin_commit(run.progress.global_step_id)
+            requests.begin_commit(run.progress.global_step_id, run.metrics.describe_due())
         evaluated: set[str] = set()
         logged = all_logged = False
         while True:

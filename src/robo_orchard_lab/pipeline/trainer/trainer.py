@@ -167,10 +167,10 @@ class HookBasedTrainer:
         self.dataloader = dataloader
         self.batch_processor = batch_processor
         self.progress = TrainerProgress()
-        self.metrics = MetricsBoard(self.progress)
         rank, world_size = accelerator.process_index, accelerator.num_processes
         self._agreement = Agreement(rank, world_size, agree_every)
         self.requests = Requests(self._agreement)
+        self.metrics = MetricsBoard(self.progress, self.requests.require_commit)
         self._hooks = PipelineHooks()
         self._stall_clock: StallClock | None = None
         if stall_timeout_s is not None:
