@@ -38,7 +38,7 @@ from tiny import equal, loss_of, make_loader, make_model
 
 KINDS = ("plain", "shuffled", "stream", "list", "unbatched")
 
-# AUROC and the correlation of a single sample mean nothing, which they say.
+# AUROC and the correlation of a single sample are undefined, and warn.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:No positive samples:UserWarning"),
     pytest.mark.filterwarnings("ignore:No negative samples:UserWarning"),
@@ -62,7 +62,7 @@ def assert_close(found: dict[str, float], expected: dict[str, float]) -> None:
     [*((size, shuffle, 0) for size in SIZES for shuffle in (False, True)), (65, True, 2)],
 )
 def test_values_equal_the_complete_set(size: int, shuffle: bool, workers: int) -> None:
-    """Loss and metrics equal torch's and torchmetrics' of all rows, whatever the last batch."""
+    """Loss and metrics equal torch's and torchmetrics' of all rows for any last batch."""
     loader = make_evaluation_loader(size, shuffle=shuffle, num_workers=workers)
     model, processor = make_model(), Classify()
     evaluator = make_evaluator(loader, model, processor=processor, metrics=make_metrics())
@@ -190,7 +190,7 @@ def test_evaluation_restores_all_state() -> None:
 
     torch.rand(3)
     own.manual_seed(5)
-    assert evaluator.evaluate() == first  # what is random in it is that of its seed
+    assert evaluator.evaluate() == first  # random values follow the seed
     assert (
         Evaluator(model, Classify(), {"own": DataLoader(data, 8, shuffle=True)}, seed=1).evaluate()[
             "own/loss"

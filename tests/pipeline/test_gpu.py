@@ -1,4 +1,4 @@
-"""Training on a GPU; skipped where there is none."""
+"""Training on a GPU; skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def train(model: torch.nn.Module, hooks: Any = None, **accelerator: Any) -> Hook
     return trainer
 
 
-def test_bit_identical_on_a_gpu() -> None:
-    """The batches are moved there, and the weights are those of a plain loop there."""
+def test_weights_are_bit_identical_on_a_gpu() -> None:
+    """Batches are moved to the GPU, and weights equal a plain loop's on the GPU."""
     model = make_model()
     train(model)
     reference = make_model().cuda()
@@ -63,7 +63,7 @@ def test_bit_identical_on_a_gpu() -> None:
 
 
 def test_fp16_skips_an_overflow() -> None:
-    """With the scaler, the first huge gradients are skipped, and the counters tell."""
+    """With the gradient scaler, updates with overflowing gradients are skipped and counted."""
     model = make_model()
     spoil = PipelineHooks()
     spoil.register_hook(
@@ -82,11 +82,11 @@ def test_fp16_skips_an_overflow() -> None:
 
 
 def test_the_step_path_never_waits_for_the_device() -> None:
-    """Between logging points nothing reads from the device, clipping included."""
+    """Between logging points nothing synchronizes with the device, clipping included."""
     checked = PipelineHooks()
 
     def forbid(args: Any) -> None:
-        if args.global_step_id == 1:  # the first step may set up what it likes
+        if args.global_step_id == 1:  # the first step may synchronize for its setup
             torch.cuda.set_sync_debug_mode("error")
 
     checked.register_hook("on_step", HookContext.from_callable(before=forbid))
@@ -96,24 +96,24 @@ def test_the_step_path_never_waits_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_copies_run_beside_the_steps() -> None:
+def test_copies_overlap_with_steps() -> None:
     """A batch from pinned memory is copied while the device is busy with earlier steps."""
     place = CopyStream(torch.device("cuda", torch.cuda.current_device()))
     host = torch.ones(2**20).pin_memory()
-    place([host])  # sets up what it needs
+    place([host])  # does its one-time setup
     torch.cuda.synchronize()
     copied = torch.cuda.Event()
-    torch.cuda._sleep(10**9)  # some half a second of the stream of the steps
+    torch.cuda._sleep(10**9)  # about half a second on the compute stream
     placed = place({"inputs": host})["inputs"]
     copied.record(place.stream)
     copied.synchronize()
-    assert not torch.cuda.current_stream().query()  # which is still asleep
+    assert not torch.cuda.current_stream().query()  # still asleep
     assert float(placed.sum()) == 2**20
     torch.cuda.synchronize()
 
 
 def test_memory_of_a_batch_stays_until_its_step_is_over() -> None:
-    """A batch that is dropped while its step waits on the device is not overwritten by the next."""
+    """The memory of a released batch is not overwritten while its step waits on the device."""
     place = CopyStream(torch.device("cuda", torch.cuda.current_device()))
     totals = []
     for value in range(20):
@@ -125,7 +125,7 @@ def test_memory_of_a_batch_stays_until_its_step_is_over() -> None:
 
 
 def test_batches_are_placed() -> None:
-    """Every tensor of a batch is on the device when a step begins, with the values it was given."""
+    """At the start of a step, every tensor of a batch is on the device with equal values."""
     placed: list[Any] = []
     watch = PipelineHooks()
     watch.on_step.before(lambda args: placed.append(args.batch))
@@ -136,12 +136,12 @@ def test_batches_are_placed() -> None:
         assert equal([tensor.cpu() for tensor in batch], list(given))
 
 
-def test_nothing_waits_between_logging_points() -> None:
-    """With the hooks that look on and those that act on weights, and gradient accumulation."""
+def test_nothing_synchronizes_between_logging_points() -> None:
+    """Observing hooks, weight hooks and accumulation do not synchronize between logging points."""
     watch = PipelineHooks()
 
     @watch.on_step.before(when="at steps 4")
-    def forbid(args: Any) -> None:  # the first update may set up what it likes
+    def forbid(args: Any) -> None:  # the first update may synchronize for its setup
         torch.cuda.set_sync_debug_mode("error")
 
     @watch.on_epoch.after
@@ -163,8 +163,8 @@ def test_nothing_waits_between_logging_points() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_the_devices_random_numbers_go_on(tmp_path: Path) -> None:
-    """A run with dropout on the GPU that is stopped and goes on is as the straight one."""
+def test_the_devices_rng_is_resumed(tmp_path: Path) -> None:
+    """A stopped and resumed run with dropout on the GPU equals an uninterrupted run."""
 
     def run(stop_at: int | None, **options: Any) -> list[torch.Tensor]:
         torch.manual_seed(3)
@@ -185,14 +185,14 @@ def test_the_devices_random_numbers_go_on(tmp_path: Path) -> None:
         )()
         return weights(model)
 
-    straight = run(None)
+    uninterrupted = run(None)
     run(3)
     torch.rand(5, device="cuda")
-    assert equal(straight, run(None, resume_from=tmp_path / "3" / "last"))
+    assert equal(uninterrupted, run(None, resume_from=tmp_path / "3" / "last"))
 
 
 def test_background_saves_hold_the_state_of_their_step(tmp_path: Path) -> None:
-    """They hold what the weights were at their step, though the training has changed them since."""
+    """Background saves hold the weights of their step while training changes the weights."""
     kept: dict[int, list[torch.Tensor]] = {}
     watch = PipelineHooks()
 
@@ -213,7 +213,7 @@ def test_background_saves_hold_the_state_of_their_step(tmp_path: Path) -> None:
 
 
 def test_copies_for_the_background_are_pinned() -> None:
-    """Memory that a device copies into at full speed, and which is used again."""
+    """Staging memory is pinned and reused."""
     pool = StagingPool(pinned=True)
     tensors = {"w": torch.arange(5.0, device="cuda")}
     layout = pool.layout("model.safetensors", tensors)
@@ -227,13 +227,13 @@ def test_copies_for_the_background_are_pinned() -> None:
 
 @pytest.mark.parametrize("kind", ["ddp", "sharded", "plugin"])
 def test_a_group_of_one_with_nccl(kind: str, tmp_path: Path) -> None:
-    """DDP, FSDP2, and FSDP2 by Accelerate train, save and resume, and nothing waits in a step."""
+    """DDP, FSDP2 and Accelerate's FSDP2 train, save and resume without synchronizing in a step."""
     launch(SCRIPTS / "gpu_group.py", kind, tmp_path, processes=1, timeout_s=400)
     found = torch.load(tmp_path / "found.pt")
-    straight, resumed = found["straight"], found["resumed"]
-    assert equal(list(straight["weights"].values()), list(resumed["weights"].values()))
-    assert torch.equal(straight["losses"][-4:], resumed["losses"])
+    uninterrupted, resumed = found["straight"], found["resumed"]
+    assert equal(list(uninterrupted["weights"].values()), list(resumed["weights"].values()))
+    assert torch.equal(uninterrupted["losses"][-4:], resumed["losses"])
     export_weights(tmp_path / "straight" / "last", tmp_path / "model.safetensors")
     exported = load_file(tmp_path / "model.safetensors")
-    assert exported.keys() == straight["weights"].keys()
-    assert all(torch.equal(exported[name], straight["weights"][name]) for name in exported)
+    assert exported.keys() == uninterrupted["weights"].keys()
+    assert all(torch.equal(exported[name], uninterrupted["weights"][name]) for name in exported)

@@ -112,7 +112,7 @@ def test_configs_build_their_hooks() -> None:
     ],
 )
 def test_from_hooks_accepts_one_many_or_named(given: Any, names: list[str]) -> None:
-    """One hook, an iterable, a mapping with names, or None."""
+    """from_hooks accepts one hook, an iterable, a mapping with names, or None."""
     assert [hook.name for hook in PipelineHooks.from_hooks(given).all_hooks()] == names
 
 
@@ -152,7 +152,7 @@ def test_hook_registered_later_runs_in_bundle_order() -> None:
 
 
 def test_duplicate_names_are_refused() -> None:
-    """Names are unique; the error has a remedy that works."""
+    """Duplicate names are refused with a remedy."""
     with pytest.raises(
         HookRegistrationError, match=r"two hooks have one name: 'Plain'.*hook\.name"
     ):

@@ -1,4 +1,4 @@
-"""What the ranks of a job do together is logged once, whatever handlers there are."""
+"""Job-wide events are logged once, on rank 0."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from robo_orchard_lab.pipeline.job_log import job_logger
 
 SCRIPT = SCRIPTS / "log_on_ranks.py"
 
-# What is logged in two runs, of which the second one goes on with the first one, and how often.
+# Events of two runs, the second resumed from the first, and their counts.
 EVENTS = {
     "the optimizer holds none of the model's 4 trainable parameters": 2,
     "each of the 2 processes trains on all batches of its own loader": 2,
@@ -36,10 +36,10 @@ EVENTS = {
 }
 
 
-def test_an_event_is_one_line(tmp_path: Path) -> None:
-    """In a run with evaluations and saves that is stopped, and in one that goes on with it."""
-    told = launch(SCRIPT, tmp_path).stderr
-    lines = [line for line in told.splitlines() if line.startswith("robo_orchard_lab")]
+def test_an_event_is_logged_once(tmp_path: Path) -> None:
+    """Each event is logged once per run, in a stopped run and in a resumed run."""
+    stderr = launch(SCRIPT, tmp_path).stderr
+    lines = [line for line in stderr.splitlines() if line.startswith("robo_orchard_lab")]
     assert {event: sum(event in line for line in lines) for event in EVENTS} == EVENTS
     assert max(Counter(lines).values()) == 2  # one in each run
 
@@ -47,14 +47,14 @@ def test_an_event_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rank", "processes", "writes"), [("0", "2", True), ("1", "2", False), ("1", "1", True)]
 )
-def test_before_the_processes_are_connected(
+def test_launcher_variables_decide_before_the_group_exists(
     rank: str,
     processes: str,
     writes: bool,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The launcher's word counts."""
+    """Before the process group exists, RANK and WORLD_SIZE decide."""
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", processes)
     with caplog.at_level(logging.INFO):

@@ -1,4 +1,4 @@
-"""A signal to some of the processes of a job stops all of them, at one commit point."""
+"""A signal to some ranks of a job stops all ranks at one commit point."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TERMINATED = 128 + signal.SIGTERM
 
 @contextmanager
 def launched(folder: Path, *kinds: str) -> Iterator[subprocess.Popen[str]]:
-    """Two ranks that train in turn for each of the kinds."""
+    """Start two ranks that train once for each kind."""
     job = subprocess.Popen(
         command(SCRIPTS / "preempted_on_ranks.py", folder, *kinds),
         env=environment(),
@@ -38,7 +38,7 @@ def launched(folder: Path, *kinds: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def processes_at(folder: Path, kind: str, job: subprocess.Popen[str]) -> list[int]:
-    """Those of both ranks, when both wait for the signal."""
+    """Return the processes of both ranks once both wait for the signal."""
     files = [folder / f"{kind}.rank{rank}" for rank in range(2)]
     end_at = time.monotonic() + 60
     while not all(file.exists() for file in files):
@@ -49,12 +49,12 @@ def processes_at(folder: Path, kind: str, job: subprocess.Popen[str]) -> list[in
 
 
 def test_a_signal_anywhere_stops_all_ranks_at_one_step(tmp_path: Path) -> None:
-    """They save together, go on bit for bit when resumed, and end by its code inside 25 s."""
+    """All ranks save together, exit by the signal's code in 25 s, and resume bit-identically."""
     kinds = ["one rank", "step", "save", "evaluation", "data"]
     with launched(tmp_path, *kinds, "time", "launcher") as job:
         for kind in kinds:
             ranks = processes_at(tmp_path, kind, job)
-            # Those of workers, too, as a scheduler may do it; but in one case a single rank alone.
+            # Workers get the signal too, as from a scheduler; in one case a single rank gets it.
             signalled = [psutil.Process(rank) for rank in ranks]
             signalled += [child for rank in signalled[:] for child in rank.children()]
             for process in signalled[1:2] if kind == "one rank" else signalled:
@@ -65,19 +65,19 @@ def test_a_signal_anywhere_stops_all_ranks_at_one_step(tmp_path: Path) -> None:
         job.terminate()
         sent_at = time.monotonic()
         (tmp_path / "launcher.sent").touch()
-        told = job.communicate(timeout=60)[0]
+        output = job.communicate(timeout=60)[0]
         assert time.monotonic() - sent_at < 25
-        assert job.returncode == 1, told  # which is torchrun's own, whatever its ranks end with
+        assert job.returncode == 1, output  # torchrun's own code, for any exit codes of its ranks
         assert len(started) >= 2
         assert not any(process.is_running() for process in started)
     first, second = (json.loads((tmp_path / f"found{r}.json").read_text()) for r in range(2))
-    assert first == second, told
+    assert first == second, output
     assert list(first) == [*kinds, "time", "launcher"]
     for kind, found in first.items():
         assert found["code"] == (75 if kind == "time" else TERMINATED), kind
         assert found["checkpoints"] == ([5] if kind == "save" else []) + [found["stopped"]], kind
         assert found["resumes"], kind
-        state = read_run_state(tmp_path / "told" / kind)
+        state = read_run_state(tmp_path / "states" / kind)
         assert (state.state, state.exit_code) == ("preempted", found["code"]), kind
         assert state.progress["global_step_id"] == found["stopped"], kind
         assert state.checkpoint is not None, kind

@@ -163,7 +163,7 @@ def test_replay_equals_the_run(bad: dict[str, Any], clip: bool, tmp_path: Path) 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_losses_are_replayed_with_their_weights(accumulate: int, tmp_path: Path) -> None:
-    """Weights are numbers and tensors, some of them zero."""
+    """Weights may be numbers or tensors, some of them zero."""
     batches = make_batches([4])
     for batch, weight in zip(batches, [1, 1, 1, 7.0, torch.tensor(300), 0, 1], strict=True):
         batch["weight"] = weight
@@ -182,7 +182,7 @@ def test_losses_are_replayed_with_their_weights(accumulate: int, tmp_path: Path)
 
 
 def test_different_batch_is_not_identical(tmp_path: Path) -> None:
-    """With a different batch, the result is not identical."""
+    """A replay with a different batch is not identical."""
     batches = make_batches([2])
     train(tmp_path / "q", batches)
     folder = tmp_path / "q" / "step_00000002"
@@ -292,7 +292,7 @@ def test_batch_that_breaks_saving_is_left_out(
 def test_unwritable_folder_does_not_end_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The log has a warning; with policy "raise", so has the error."""
+    """An unwritable folder is logged, and named in the error of policy "raise"."""
     (tmp_path / "q").write_text("a file")
     trainer = train(tmp_path / "q", make_batches([2]))
     assert trainer.progress.skipped_optimizer_steps == 1

@@ -72,7 +72,7 @@ def test_text_round_trips(trigger: Trigger) -> None:
     ],
 )
 def test_parse_accepts_variants(text: str, trigger: Trigger) -> None:
-    """Singular and plural units, any case, with or without a space."""
+    """Singular and plural units parse, in any case, with or without a space."""
     assert Trigger.parse(text) == trigger
 
 
@@ -167,7 +167,7 @@ class WatchingConfig(PipelineHooksConfig[Watching]):
 def test_config_round_trips_triggers(
     every: Trigger, other: Trigger | None, more: list[Trigger]
 ) -> None:
-    """In JSON, YAML and TOML a trigger is its text."""
+    """JSON, YAML and TOML hold a trigger as its text."""
     config = WatchingConfig(every=every, other=other, more=more)
     for text_format in ("json", "yaml", "toml"):
         text = config.to_str(format=text_format)
@@ -176,7 +176,7 @@ def test_config_round_trips_triggers(
 
 
 def test_field_accepts_text() -> None:
-    """In code, in a file and on the command line."""
+    """A field accepts text in code, in a file and on the command line."""
     expected = EverySteps(3) | EverySeconds(600)
     assert WatchingConfig(every="3 steps | 10 min").every == expected  # type: ignore[arg-type]  # pydantic's
     parser = argparse.ArgumentParser()

@@ -241,7 +241,7 @@ def check(firing: Firing, setting: RunSetting) -> None:
 @example(RunSetting(3, 2, max_step=4, max_epoch=2), [Last(), EveryOptimizerSteps(2)])
 @example(RunSetting(2, 3, max_epoch=2, sized=False), [Last(), First()])
 def test_steps_are_due_as_counted(setting: RunSetting, triggers: list[Trigger]) -> None:
-    """On every step channel, before and after, with short windows and skipped updates."""
+    """Steps are due as counted on every step channel, with short windows and skipped updates."""
     assume(setting.sized or all("epoch" not in str(when) for when in triggers))
     firing = Firing(triggers, STEP_CHANNELS)
     trainer = setting.run([firing])
@@ -273,7 +273,7 @@ def test_last_is_due_once(setting: RunSetting) -> None:
 @given(runs, joined(due_on_steps | due_on_epochs))
 @settings(max_examples=40, deadline=None)
 def test_register_at_commit_uses_exact_channel(setting: RunSetting, when: Trigger) -> None:
-    """The function is called on the channel that knows exactly, for every part."""
+    """Each part of a trigger calls the function on its exact channel."""
     called: set[tuple[str, int]] = set()
     hooks = PipelineHooks()
     handle = hooks.register_at_commit(
@@ -321,7 +321,7 @@ EVERYTHING: list[Trigger] = [
     ids=str,
 )
 def test_resumed_run_fires_as_uninterrupted_run(setting: RunSetting, tmp_path: Path) -> None:
-    """For every stop; only a ``before`` of an epoch that is entered again runs again."""
+    """After every stop, a resumed run fires equally, except a ``before`` of a reentered epoch."""
     uninterrupted = Firing(EVERYTHING, STEP_CHANNELS)
     of_epochs = Firing([EveryEpochs(2), First(), Last()], ("on_epoch",))
     of_epochs.name = "epochs"

@@ -12,7 +12,7 @@ SCRIPT = SCRIPTS / "clock_on_ranks.py"
 
 
 def test_all_ranks_fire_at_the_same_steps(tmp_path: Path) -> None:
-    """By the clock of rank 0, within 1 % of the period, after few exchanges."""
+    """Hooks fire by the clock of rank 0, within 1 % of the period, after few exchanges."""
     launch(SCRIPT, tmp_path, "runs")
     first, second = (json.loads(file.read_text()) for file in sorted(tmp_path.glob("rank*.json")))
     assert first == second

@@ -17,7 +17,7 @@ from tiny import make_trainer
 
 
 def test_before_decides_for_after() -> None:
-    """The trigger is evaluated in the before; the after follows, whatever the trigger says then."""
+    """The trigger is evaluated in the before, and the after follows that decision."""
     seen: list[str] = []
 
     def note(role: str) -> Callable[[PipelineHookArgs], None]:
@@ -152,7 +152,7 @@ def test_repr_shows_trigger() -> None:
 
 
 def test_decorators_register_and_return_function() -> None:
-    """Bare, called without arguments, and with a trigger and a name."""
+    """Decorators work bare, called without arguments, and with a trigger and a name."""
     seen: list[str] = []
     hooks = PipelineHooks("mine")
 
@@ -189,7 +189,7 @@ def test_every_channel_has_decorators(channel: ChannelName) -> None:
 
 
 def test_wrong_use_of_decorators_is_refused() -> None:
-    """A trigger without ``when=``, and a decorator used on a class."""
+    """A trigger without ``when=`` and a decorator used on a class are refused."""
     with pytest.raises(HookRegistrationError, match=r"@hooks\.on_step\.after\(when='2 steps'\)"):
         PipelineHooks().on_step.after("2 steps")  # type: ignore[call-overload]
     with pytest.raises(HookRegistrationError, match=r"@hooks\.on_epoch\.before\(when='last'\)"):

@@ -1,4 +1,4 @@
-"""What each process of ``test_agreement_processes.py`` runs: one training after another."""
+"""Script of ``test_agreement_processes.py`` on each rank: a sequence of trainings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STEPS = 48
 
 
 class AsksAlone(PipelineHooks):
-    """On its own rank, at steps of its own, for everything that there is."""
+    """Makes every kind of request on one rank, each at a step of its own."""
 
     def __init__(self, rank: int, folder: Path) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class AsksAlone(PipelineHooks):
         if (self.rank, done) == (0, 4):
             asks.evaluate("evaluated alone", "First", name="ValidationHook", rank_local=True)
         time.sleep(0.01)
-        # Meanwhile the save in the background comes to its end.
+        # Meanwhile the background save ends.
         if self.rank == 1 and done > 11 and any("save ended" in what for what in self.done):
             asks.stop("stopped alone", "Second", rank_local=True)
 
@@ -73,9 +73,9 @@ def alone(folder: Path, rank: int) -> dict[str, Any]:
         ValidationHookConfig(every="at steps 1000")(dataloaders={"val": make_loader(2)}),
     ]
     trainer = make_trainer(hooks, max_epoch=900, run_folder=folder / "alone", agree_every=5)
-    told: list[str] = []
+    logged: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
     requests_log = logging.getLogger("robo_orchard_lab.pipeline.requests")
     requests_log.setLevel(logging.INFO)
     requests_log.addHandler(handler)
@@ -84,7 +84,7 @@ def alone(folder: Path, rank: int) -> dict[str, Any]:
     saved = CheckpointStore(folder / "alone" / "checkpoints").list()
     return {
         "done": asks.done,
-        "told": [line for of_rank in gather_objects(told) for line in of_rank],
+        "logged": [line for of_rank in gather_objects(logged) for line in of_rank],
         "stopped": trainer.progress.global_step_id,
         "checkpoints": [info.step for info in saved],
         "weights": (folder / "w.safetensors").exists(),
@@ -92,7 +92,7 @@ def alone(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def everything(folder: Path, rank: int, agree_every: int | None) -> dict[str, Any]:
-    """All that has to agree, beside what observes."""
+    """Train with every topic that needs agreement, and with observers."""
     hooks = PipelineHooks("by the clock")
     fired: list[int] = []
     hooks.on_step.after(when="1 h")(lambda args: fired.append(args.global_step_id))
@@ -134,8 +134,8 @@ def everything(folder: Path, rank: int, agree_every: int | None) -> dict[str, An
     }
 
 
-def told(rank: int, processes: int) -> list[int]:
-    """What is agreed on where each rank has found another number."""
+def agree(rank: int, processes: int) -> list[int]:
+    """Return the numbers agreed on if each rank has a different one."""
     agreement = Agreement(rank, processes)
     agreed: list[int] = []
     for whose in ("first", "any", "all"):
@@ -145,8 +145,8 @@ def told(rank: int, processes: int) -> list[int]:
     return agreed
 
 
-def unlike(rank: int, processes: int, kind: str) -> str:
-    """What is said where the ranks come to an exchange at unlike steps, or about unlike topics."""
+def diverged(rank: int, processes: int, kind: str) -> str:
+    """Return the error of an exchange at different steps, or about different topics."""
     agreement = Agreement(rank, processes)
     agreement.topic("a clock", find=lambda: 0, tell=print)
     if kind == "topics" and rank == 1:
@@ -162,10 +162,10 @@ def main(folder: Path) -> None:
     state = PartialState(cpu=True)
     rank = state.process_index
     found: dict[str, Any] = {
-        kind: unlike(rank, state.num_processes, kind) for kind in ("nothing", "steps", "topics")
+        kind: diverged(rank, state.num_processes, kind) for kind in ("nothing", "steps", "topics")
     }
     found |= {
-        "told": told(rank, state.num_processes),
+        "agreed": agree(rank, state.num_processes),
         "alone": alone(folder, rank),
         "declared": everything(folder, rank, 8),
         "automatic": everything(folder, rank, None),

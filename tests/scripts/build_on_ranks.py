@@ -1,4 +1,4 @@
-"""What each process of ``test_build_processes.py`` runs: an experiment, and the script of it."""
+"""Script of ``test_build_processes.py`` on each rank: an experiment, and its equivalent script."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tiny import equal, weights
 
 
 class Fetched(Spirals):
-    """Data that the first process fetches, which takes a while, and the other one then has."""
+    """Data that only the first process downloads, before the other process reads."""
 
     def __init__(self, folder: str, size: int) -> None:
         fetched = Path(folder, "fetched")
@@ -51,7 +51,7 @@ class Fetched(Spirals):
 
 
 class MissingOnTheFirst(Spirals):
-    """Data that the first process, which would fetch it, does not find."""
+    """Data missing on the first process, which would download the data."""
 
     def __init__(self) -> None:
         if PartialState().is_main_process:

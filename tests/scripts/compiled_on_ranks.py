@@ -1,4 +1,4 @@
-"""What each process of ``test_compiled_processes.py`` runs: models made faster or smaller."""
+"""Script of ``test_compiled_processes.py`` on each rank: compiled and checkpointed models."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ WITHOUT_DDP = ("compiled", "compiled ahead of time", "prepared, then compiled")
 
 
 class Dropped(torch.nn.Module):
-    """Two layers with dropout between, which may compute their activations twice."""
+    """Two layers with dropout in between, optionally with gradient checkpointing."""
 
     def __init__(self, *, twice: bool) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Dropped(torch.nn.Module):
 
 
 class Reductions(PipelineHooks):
-    """Counts in which steps DDP adds up gradients."""
+    """Records the steps in which DDP reduces gradients."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""A plain script that trains on each rank, and goes wrong on rank 1 in one place.
+"""A plain user script that trains on each rank and fails on rank 1 at one position.
 
-What it does is what a user's does: nothing is ended, destroyed or waited for.
+The script does no cleanup: the group is neither destroyed nor waited for.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from tiny import loss_of, make_loader, make_model, make_trainer
 FAILS_AT = 3  # the step
 
 
-def note_when() -> None:
-    """Which is what the end of all ranks is measured from."""
+def record_failure_time() -> None:
+    """Write the time of the failure, from which the end of all ranks is measured."""
     if "FAILED_AT" in os.environ:
         Path(os.environ["FAILED_AT"]).write_text(str(time.monotonic()))
 
 
 def go_wrong(place: str) -> None:
-    """Note when, and do it."""
-    note_when()
+    """Record the time and fail."""
+    record_failure_time()
     if place == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if place in ("stalled", "sleeps"):
@@ -47,12 +47,12 @@ def go_wrong(place: str) -> None:
 
 
 class Planted(PipelineHooks):
-    """Goes wrong in one place of one channel, when it is saved, or when it is loaded."""
+    """Hook that fails at one position of a channel, when saved, or when loaded."""
 
     def __init__(self, place: str, here: bool, slowly: bool) -> None:
         super().__init__("Planted")
         self.place = place
-        self.here = here  # hooks are alike on all ranks
+        self.here = here  # hooks are equal on all ranks
         for channel in CHANNEL_NAMES:
             decorators: Any = getattr(self, channel)
             for role in ("before", "after"):
@@ -97,7 +97,7 @@ class Samples(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 class WaitsAfterwards(PipelineHooks):
-    """An ``after`` of a user's that exchanges, whatever has happened."""
+    """A user's ``after`` that runs a collective even after an error."""
 
     def __init__(self) -> None:
         super().__init__("WaitsAfterwards")
@@ -120,14 +120,14 @@ def forward_of(place: str) -> Any:
 
 
 def flush() -> None:
-    """What a tracker does that sends the last values."""
+    """Simulate a tracker that sends its last values at exit."""
     time.sleep(5.0)
     print("flushed", flush=True)
 
 
 def main(folder: Path, place: str, options: str) -> None:
     if "late" in options and os.environ["RANK"] == "1":
-        atexit.register(flush)  # which comes behind the end of the process group
+        atexit.register(flush)  # runs after the end of the process group
     if place == "resume":
         train(folder, "nowhere", options, max_step=2)
     train(folder, place, options, max_step=8)
@@ -147,7 +147,7 @@ def train(folder: Path, place: str, options: str, max_step: int) -> None:
         ValidationHookConfig(every="at steps 4")(dataloaders={"val": make_loader(2)}),
     ]
     if mine == "constructor":
-        note_when()
+        record_failure_time()
     trainer = make_trainer(
         hooks,
         model=torch.nn.Sequential(make_model(), torch.nn.Dropout(0.3)),

@@ -1,4 +1,4 @@
-"""What a process of ``test_gpu.py`` runs: a job of one rank, with NCCL on one GPU."""
+"""Script of ``test_gpu.py``: a job of one rank, with NCCL on one GPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tiny import loss_of, make_loader, make_model
 
 
 def start_group() -> None:
-    """As torchrun would, without a port that others may have taken."""
+    """Start the process group as torchrun would, without a network port."""
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     store = torch._C._distributed_c10d.HashStore()
     torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
@@ -49,7 +49,7 @@ def train(kind: str, folder: Path, stop_at: int | None, resume_from: Path | None
     watch.on_step.after(lambda args: losses.append(args.loss))
 
     @watch.on_step.before(when="at steps 2")
-    def forbid(args: Any) -> None:  # the first steps may set up what they like
+    def forbid(args: Any) -> None:  # the first steps may synchronize for their setup
         torch.cuda.set_sync_debug_mode("error")
 
     @watch.on_epoch.after

@@ -1,4 +1,4 @@
-"""What each rank of ``test_exact_ranks.py`` does: a training that saves every step."""
+"""Script of ``test_exact_ranks.py`` on each rank: a training that saves every step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS = 8
 
 
 def run(order: dict[str, Any]) -> None:
-    """One start of one rank, which writes down what it does."""
+    """Run one start of one rank and record its steps."""
     join_job(order["rank"], order["ranks"], order["meeting"])
     torch.set_num_threads(1)
     for seed in (torch.manual_seed, np.random.seed, random.seed):
@@ -52,7 +52,7 @@ def run(order: dict[str, Any]) -> None:
 
 
 class Disordered(torch.nn.Module):
-    """Has its layers in another order than it uses them in, and enough weights for two buckets."""
+    """Module with layers in another order than their use, and weights for two DDP buckets."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What each process of ``test_job_log.py`` runs: a run that stops and goes on, and logs."""
+"""Script of ``test_job_log.py`` on each rank: a run that stops, resumes and logs."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def make(folder: Path, rank: int, stop_at: int) -> HookBasedTrainer:
         hooks,
         model=model,
         loader=list(make_loader(20)),
-        # Of other parameters than the model's.
+        # Parameters outside the model.
         optimizer=torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1),
         max_epoch=3,
         run_folder=folder / "run",

@@ -1,4 +1,4 @@
-"""What each process of ``test_auto_steps.py`` runs: trainings whose schedules are counted ahead."""
+"""Script of ``test_auto_steps.py`` on each rank: trainings with predicted LR scheduler steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tiny import make_loader, make_model
 
 
 def seven_and_five() -> Any:
-    """Batches of each rank's own, not as many on both."""
+    """Return different numbers of batches on the two ranks."""
     return list(make_loader(7 - 2 * PartialState().process_index))
 
 
@@ -41,7 +41,7 @@ def main(folder: Path) -> None:
             for limits in LIMITS:
                 loader, model = make(), make_model()
                 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-                schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+                lr_scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
                 counted = count_lr_scheduler_steps(loader, accelerator, TrainerLimits(**limits))
                 HookBasedTrainer(
                     accelerator,
@@ -49,10 +49,10 @@ def main(folder: Path) -> None:
                     loader,
                     SupervisedProcessor(torch.nn.MSELoss()),
                     optimizer,
-                    schedule,
+                    lr_scheduler,
                     **limits,
                 )()
-                found[f"{name}, {limits}, {accumulate}"] = counted, schedule.last_epoch
+                found[f"{name}, {limits}, {accumulate}"] = counted, lr_scheduler.last_epoch
     rank = PartialState().process_index
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     end_group()

@@ -1,7 +1,7 @@
-"""Launches pairs of ranks as torchrun does, each forked from one process that has imported all.
+"""Launch pairs of ranks as torchrun does, each forked from one process with all imports done.
 
-``python pairs.py FOLDER CASE...`` runs ``fails_on_ranks.py`` for each case, which is a place and,
-behind a ``+``, options; ``FOLDER/CASE.json`` then says how its ranks ended.
+``python pairs.py FOLDER CASE...`` runs ``fails_on_ranks.py`` for each case: a position and, after a
+``+``, options. ``FOLDER/CASE.json`` then describes the end of the ranks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LONGEST_S = 90.0
 
 
 def run_pair(folder: Path, case: str) -> dict[str, Any]:
-    """Both ranks until they have ended; the second one is told to when the first one has."""
+    """Run both ranks to their end, and terminate the second after the first has failed."""
     place, _, options = case.partition("+")
     keeper, port = keep_store()
     failed_at = folder / f"{case}.failed_at"
@@ -78,19 +78,19 @@ def run_pair(folder: Path, case: str) -> dict[str, Any]:
         "codes": [codes[rank] for rank in range(2)],
         "seconds": took_s,
         "orphans": [process.pid for process in left],
-        "told": [(folder / f"{case}.{rank}.txt").read_text() for rank in range(2)],
+        "outputs": [(folder / f"{case}.{rank}.txt").read_text() for rank in range(2)],
     }
 
 
 def has_ended(process: psutil.Process) -> bool:
-    """Also where nobody asks for its exit code, as for an orphan's in a container."""
+    """Return True if a process has ended, also as a zombie without a parent."""
     with suppress(psutil.NoSuchProcess):
         return bool(process.status() == psutil.STATUS_ZOMBIE)
     return True
 
 
 def keep_store() -> tuple[int, int]:
-    """A process that keeps a store, as the launcher does, and its port."""
+    """Start a process that keeps a store, as the launcher does; return its id and port."""
     reads, writes = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -105,7 +105,7 @@ def keep_store() -> tuple[int, int]:
 
 
 def fork(do: Any, output: Path, **environment: object) -> int:
-    """A process that does it and comes to an end as any other, its interpreter with it."""
+    """Fork a process that calls `do` and exits with its interpreter."""
     pid = os.fork()
     if pid:
         return pid

@@ -115,8 +115,8 @@ def train(folder: Path, kind: str, rank: int) -> dict[str, Any]:
         except RunPreempted as stopped:
             code = stopped.code
     if rank == 0:
-        (folder / "told" / kind).mkdir(parents=True)
-        shutil.copy(run_folder / "run_state.json", folder / "told" / kind)
+        (folder / "states" / kind).mkdir(parents=True)
+        shutil.copy(run_folder / "run_state.json", folder / "states" / kind)
     stopped_at = trainer.progress.global_step_id
     return {
         "code": code,

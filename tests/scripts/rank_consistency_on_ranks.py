@@ -1,4 +1,4 @@
-"""What each process of ``test_rank_consistency.py`` runs: trainers that are unlike on rank 1."""
+"""Script of ``test_rank_consistency.py`` on each rank: trainers that differ on rank 1."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def other_loss(model: Any, batch: Any) -> Any:
 
 
 class Numbers(IterableDataset[Any]):
-    """A stream of so many samples."""
+    """A stream of `count` samples."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -39,7 +39,7 @@ class Numbers(IterableDataset[Any]):
 
 
 def make(kind: str, other: bool, folder: Path) -> HookBasedTrainer:
-    """A trainer, which is another one on the other rank as far as the kind says."""
+    """Return a trainer that differs on the other rank in the setting named by `kind`."""
     differs = kind if other else ""
     model = make_model()
     if differs == "model":
@@ -91,7 +91,7 @@ def make(kind: str, other: bool, folder: Path) -> HookBasedTrainer:
 
 
 def outcome(kind: str, other: bool, folder: Path) -> list[str]:
-    """Where it was refused, and how."""
+    """Return the place and the text of the refusal."""
     place = "made"
     try:
         trainer = make(kind, other, folder)

@@ -1,7 +1,7 @@
-"""A process that is sent files by a stranger, and tells what it refused each with.
+"""Load untrusted files in one process and write each file's error.
 
-Called with where the tale goes, how much address space it may have (MiB; 0: any), and, in JSON on
-its input, the files. Those that come first bring in what reading, or validating, imports.
+Arguments: the output path and the address space limit in MiB (0: none); the input is a JSON list of
+files. The first files trigger the imports of reading and validating.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from robo_orchard_lab.experiment import ExperimentConfig
 TRUST = ("trusted_parts", "trusted_broken")
 
 
-def told(file: Path) -> dict[str, Any]:
-    """What becomes of a file."""
+def load(file: Path) -> dict[str, Any]:
+    """Load a file and return its error, time, memory and imports."""
     os.chdir(file.parent)
     modules, began, peak = set(sys.modules), time.perf_counter(), peak_mib()
     error: BaseException | None = None
@@ -42,20 +42,20 @@ def told(file: Path) -> dict[str, Any]:
 
 
 def peak_mib() -> float:
-    """The most memory that this process has had."""
-    # getrusage would tell that of the process which has started this one, if that was more.
+    """Return the peak memory of this process."""
+    # getrusage would include the peak of the parent process.
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def main() -> None:
-    """Read the files of the input, one after the other."""
+    """Read the files of the input in order."""
     if space := int(sys.argv[2]) * 2**20:
-        # What a file makes us ask for beyond this fails, and so is no typed error.
+        # Exceeding this limit raises an untyped error.
         resource.setrlimit(resource.RLIMIT_AS, (space, space))
     files = [Path(file) for file in json.load(sys.stdin)]
-    tale = {str(file): told(file) for file in files}
-    Path(sys.argv[1]).write_text(json.dumps(tale))
+    results = {str(file): load(file) for file in files}
+    Path(sys.argv[1]).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

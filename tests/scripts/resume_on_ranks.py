@@ -1,4 +1,4 @@
-"""What each process of ``test_resume_processes.py`` runs: a training with stops."""
+"""Script of ``test_resume_processes.py`` on each rank: a training with stops."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEPS = 8  # two epochs of four steps on each of two ranks
 
 
 class Augmented(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Draws from torch, NumPy and Python while loading."""
+    """Draws from the RNGs of torch, NumPy and Python while loading."""
 
     def __len__(self) -> int:
         return 32
@@ -34,7 +34,7 @@ class Augmented(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 class Scaled(torch.nn.Module):
-    """Has a buffer that no saved model has."""
+    """Module with a non-persistent buffer."""
 
     scale: torch.Tensor
 
@@ -47,7 +47,7 @@ class Scaled(torch.nn.Module):
 
 
 class Centred(torch.nn.Module):
-    """Takes off a running mean, so that a forward pass depends on the buffers of its rank."""
+    """Subtracts a running mean, so a forward pass depends on the buffers of its rank."""
 
     mean: torch.Tensor
 
@@ -63,7 +63,7 @@ class Centred(torch.nn.Module):
 
 
 class Choosy(PipelineHooks):
-    """On one rank alone, it may not take the state that it has saved."""
+    """Hook that refuses its saved state on one rank."""
 
     def __init__(self, refuses: bool) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Choosy(PipelineHooks):
 def train(
     folder: Path, seed: int, stop_at: int | None, background: bool, refuses: bool = False
 ) -> dict[str, Any]:
-    """One start of the training; what it has come to."""
+    """Run one start of the training and return its results."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
     model = torch.nn.Sequential(
         make_model(), Centred(), torch.nn.BatchNorm1d(2), Scaled(), torch.nn.Dropout(0.3), Centred()

@@ -156,7 +156,7 @@ def saving(folder: Path, **options: Any) -> list[HookLike]:
     ]
 
 
-def straight_and_resumed(folder: Path) -> dict[str, Any]:
+def uninterrupted_and_resumed(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, sharded in (("sharded", True), ("ddp", False)):
         for accumulate in (1, 3):
@@ -363,7 +363,7 @@ def main(folder: Path) -> None:
     if accelerator.num_processes == 2:
         stored(folder)
         found = {
-            **straight_and_resumed(folder),
+            **uninterrupted_and_resumed(folder),
             **other_hooks(folder),
             **evaluations(folder),
             "exchanges": exchanges(),

@@ -1,4 +1,4 @@
-"""A run that the test signals at random instants, and starts again until it is completed."""
+"""A run signalled at random instants and restarted until completed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tiny import make_loader, make_model, make_trainer, weights
 
 
 def make(folder: Path, ranks: int = 1, **options: Any) -> HookBasedTrainer:
-    """With workers, evaluations, and saves in the background."""
+    """Return a trainer with workers, evaluations, and background saves."""
     slow = PipelineHooks("slow")
     slow.on_step.before(lambda args: time.sleep(0.01))
     validation = ValidationHookConfig(every="7 steps")

@@ -1,6 +1,6 @@
-"""A script of a user's that does something on one rank only.
+"""Script of ``test_strays.py``: a user's script with an action on one rank only.
 
-Its hook asks for something, and not alone; or a batch processor weighs its losses.
+The hook makes a request without rank_local=True, or a batch processor returns weights.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from tiny import make_model
 
 
 class Losses(SimpleBatchProcessor):
-    """Batch processor with batches as losses; those of rank 1 count three samples."""
+    """Batch processor with batches as losses; a batch of rank 1 counts three samples."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()

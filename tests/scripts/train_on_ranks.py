@@ -1,4 +1,4 @@
-"""What each process of ``test_processes.py`` runs: train, then save what came of it."""
+"""Script of ``test_processes.py`` on each rank: train and save the results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each process of ``test_uneven_data.py`` runs: trainings on uneven data."""
+"""Script of ``test_uneven_data.py`` on each rank: trainings on uneven data."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
 
 
 class SixOf(Sampler[list[int]]):
-    """A batch sampler of one's own: six samples in batches that one or more ranks take in turn."""
+    """A user's batch sampler: six samples per step in batches for one or more ranks."""
 
     def __init__(self, dataset: Any) -> None:
         self.samples = len(dataset)
@@ -51,11 +51,11 @@ class SixOf(Sampler[list[int]]):
 
 @dataclass
 class Training:
-    """One that is compared with itself on another number of processes."""
+    """A training compared with itself at another world size."""
 
     samples: int
     batch_size: int = 6
-    """Of the whole job."""
+    """Global batch size."""
     accumulate: int = 1
     optimizer: str = "sgd"
     make_loader: Callable[[Any, int], Any] = lambda dataset, batch_size: DataLoader(
@@ -63,11 +63,11 @@ class Training:
     )
     processor: Callable[[], Any] = lambda: SimpleBatchProcessor.from_callable(loss_of)
     resumes: bool = False
-    """Whether it is also stopped and gone on with, after each number of steps."""
+    """True if the training is also stopped and resumed."""
 
 
 def shared_out(dataset: Any, batch_size: int) -> Any:
-    """Whole batches of the job's data, of which each rank reads its own by itself."""
+    """Return this rank's batches of the job's data, divided by hand."""
     rank, ranks = PartialState().process_index, PartialState().num_processes
     return [
         default_collate([dataset[n] for n in range(begin, min(begin + size, len(dataset)))])
@@ -76,7 +76,7 @@ def shared_out(dataset: Any, batch_size: int) -> Any:
 
 
 def parts_of(samples: int, rank: int, ranks: int) -> list[tuple[int, int]]:
-    """Of steps of six samples: where this rank's begin, and how many it has; the first has most."""
+    """Return begin and size of this rank's part of each step of six samples."""
     parts = []
     for step in range(0, samples, 6):
         size = 6 if ranks == 1 else (3, 2, 1)[rank] if ranks == 3 else (4, 2)[rank]
@@ -87,7 +87,7 @@ def parts_of(samples: int, rank: int, ranks: int) -> list[tuple[int, int]]:
 
 
 class Shard(IterableDataset[Any]):
-    """Ten samples for the first rank, fourteen for the second, none for others; keeps its place."""
+    """Iterable dataset with 10 samples on rank 0, 14 on rank 1, none on others, and a position."""
 
     def __init__(self, dataset: Any, stateful: bool) -> None:
         rank = PartialState().process_index
@@ -105,7 +105,7 @@ class Shard(IterableDataset[Any]):
 
 
 def five_and_seven(kind: str) -> Callable[[Any, int], Any]:
-    """Five batches of two for the first rank, and seven for the second."""
+    """Return a loader with five batches of two on rank 0, and seven on rank 1."""
 
     def make(dataset: Any, batch_size: int) -> Any:
         if PartialState().num_processes == 1:
@@ -121,7 +121,7 @@ def five_and_seven(kind: str) -> Callable[[Any, int], Any]:
 
 
 class Shuffled(IterableDataset[Any]):
-    """Samples in an order that is drawn, of which each rank takes its part by itself."""
+    """Iterable dataset in random order, of which each rank reads its own part."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -141,7 +141,7 @@ class Counting(SimpleBatchProcessor):
 
 
 class Weighted(SimpleBatchProcessor):
-    """Samples weigh very differently, and batches what theirs add up to."""
+    """Batch processor with very different sample weights, summed per batch."""
 
     def forward(self, model: Any, batch: Any) -> Any:
         inputs, targets = batch
@@ -153,7 +153,7 @@ class Weighted(SimpleBatchProcessor):
 
 
 class Masked(SimpleBatchProcessor):
-    """Few samples count at all; the mean over none is no number. The weight is a plain one."""
+    """Batch processor with few counted samples; the mean over none is NaN."""
 
     def forward(self, model: Any, batch: Any) -> Any:
         inputs, _ = batch
@@ -172,7 +172,7 @@ TRAININGS = {
     "masked": Training(38, processor=Masked),
     "masked, accumulated": Training(38, accumulate=2, processor=Masked, optimizer="adamw"),
     "even": Training(24),
-    # Seven batches, the last of which has two samples: one rank of three has none of them.
+    # Seven batches, the last with two samples: one of three ranks gets none.
     "short last batch": Training(38, accumulate=3),
     "short last batch, adamw": Training(38, accumulate=3, optimizer="adamw"),
     "one step of two": Training(37, accumulate=1, optimizer="adamw"),
@@ -205,7 +205,7 @@ def train(
     resume_from: Path | None = None,
     max_step: int | None = None,
 ) -> dict[str, Any]:
-    """What came of it on this rank; saved, where it is stopped or has such a limit."""
+    """Train on this rank and return the results; save if stopped or limited by max_step."""
     torch.manual_seed(3)  # the seed of the order
     loader = make_loader(1, training.samples)
     model = make_model()
@@ -226,7 +226,7 @@ def train(
             }
         )
         if args.global_step_id + 1 == stop:
-            args.requests.stop("to be gone on with", by="test")
+            args.requests.stop("to be resumed", by="test")
 
     losses: list[Any] = []
     hooks = PipelineHooks("notes")
@@ -269,20 +269,22 @@ def train(
     }
 
 
-def go_on(training: Training, accelerator: Accelerator, folder: Path, stop: int) -> dict[str, Any]:
-    """The same, stopped after some steps on the way."""
+def stop_and_resume(
+    training: Training, accelerator: Accelerator, folder: Path, stop: int
+) -> dict[str, Any]:
+    """Train with a stop and a resume, and return the results."""
     train(training, accelerator, folder, stop)
     return train(training, accelerator, folder, resume_from=folder)
 
 
-def go_on_from_a_cut(
+def resume_from_a_cut(
     training: Training, accelerator: Accelerator, folder: Path
 ) -> list[dict[str, Any]]:
-    """From where a limit has cut a window, straight on and stopped after some more steps."""
+    """Resume from a window cut by a limit, without and with further stops."""
     cut = folder / "cut"
     train(training, accelerator, cut, max_step=4)
     runs = [train(training, accelerator, folder, resume_from=cut)]
-    for stop in (5, 8):  # within what is left of the window, and in the next epoch
+    for stop in (5, 8):  # within the cut window, and in the next epoch
         at = folder / f"cut {stop}"
         train(training, accelerator, at, stop, resume_from=cut)
         runs.append(train(training, accelerator, folder, resume_from=at))
@@ -301,9 +303,9 @@ def main(folder: Path) -> None:
             if training.resumes:
                 for stop in (3, 4, 6):
                     at = folder / f"{name} {stop}"
-                    results[name].append(go_on(training, accelerator, at, stop))
+                    results[name].append(stop_and_resume(training, accelerator, at, stop))
         for name in ("list", "weighted stream"):  # in windows of three
-            results[f"{name}, cut"] = go_on_from_a_cut(TRAININGS[name], accelerator, folder / name)
+            results[f"{name}, cut"] = resume_from_a_cut(TRAININGS[name], accelerator, folder / name)
     torch.save(results, folder / f"rank{accelerator.process_index}.pt")
 
 

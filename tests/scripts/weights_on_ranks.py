@@ -1,4 +1,4 @@
-"""Two real processes that train with hooks that work on weights; also the script that they run."""
+"""Trainings on two ranks with hooks that modify weights; also the script that the ranks run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tiny import loss_of, make_loader, make_model
 
 
 def train_on(processes: int, folder: Path, kind: str) -> list[dict[str, torch.Tensor]]:
-    """What each rank saved; together they see batches of four."""
+    """Train with global batches of four and return the results of each rank."""
     folder.mkdir()
     launch(__file__, folder, 4 // processes, kind, processes=processes)
     return [torch.load(file, weights_only=True) for file in sorted(folder.glob("rank*.pt"))]
@@ -29,7 +29,7 @@ def main(folder: Path, batch_size: int, kind: str) -> None:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = make_model()
     ema: EMA = EMAConfig(power=1.0, export_path=str(folder / "ema.safetensors"))()
-    # Clipping comes ahead of freezing: its norm must not count what is frozen.
+    # Clipping precedes freezing: the norm must exclude frozen gradients.
     hooks: list[PipelineHooks] = [GradientClippingHookConfig(max_norm=0.5)()]
     if kind == "freeze":
         hooks.append(FreezeHookConfig(patterns=["0.*"], until_optimizer_step=5)())

@@ -1,4 +1,4 @@
-"""How often ranks exchange what they agree on; here by one rank, which goes the same way."""
+"""Intervals, topics and requests of agreements, on one rank."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tiny import make_trainer
 
 @pytest.fixture(params=["gloo"])
 def job(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A job of one process, which takes part in collectives."""
+    """A job of one process with a process group."""
     meet = f"file://{tmp_path / 'meet'}"
     torch.distributed.init_process_group(request.param, meet, rank=0, world_size=1)
     yield request.param
@@ -28,12 +28,12 @@ def job(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 def agreement_of_many(**options: int) -> Agreement:
-    """What a rank of a job has."""
+    """Return the agreement of a rank of two."""
     return Agreement(processes=2, **options)
 
 
 class Clock:
-    """Goes on when it is looked at, so that an exchange takes half a millisecond."""
+    """Clock that advances at each reading, so an exchange costs half a millisecond."""
 
     now_s = 0.0
 
@@ -44,7 +44,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """In place of the machine's, which may be busy."""
+    """Replaces the machine's clock, which varies with load."""
     clock = Clock()
     monkeypatch.setattr(time, "monotonic", clock)
     return clock
@@ -57,7 +57,7 @@ def exchanged_at(
     step_s: float = 0.0,
     wait_s: Callable[[], float] | None = None,
 ) -> list[int]:
-    """The steps with an exchange, where each takes so long."""
+    """Return the steps with an exchange, given the duration of a step."""
     found: list[int] = []
     current = 0
     agreement.topic("step", find=lambda: current + 1, tell=found.append, wait_s=wait_s)
@@ -70,36 +70,36 @@ def exchanged_at(
 
 
 @pytest.mark.parametrize("job", ["gloo", "cuda:gloo"], indirect=True)
-def test_the_numbers_go_through_the_hosts_memory(job: str) -> None:
-    """Where the job's own group only has the device, one more is made, once."""
+def test_exchanges_use_host_memory(job: str) -> None:
+    """If the job's process group is GPU-only, a second group is made once."""
     with count_collectives() as calls:
         exchanged_at(agreement_of_many(every=1), range(1, 3))
     assert [call.what for call in calls] == ["all_gather", "all_gather"]
 
 
 def test_all_topics_share_an_exchange(job: str) -> None:
-    """However many there are, in the order in which they came; 0 is not told."""
+    """Any number of topics share one exchange, in registration order; 0 is not passed on."""
     agreement = agreement_of_many(every=1)
-    told: list[tuple[int, int]] = []
+    agreed_numbers: list[tuple[int, int]] = []
     for number in range(40):
         agreement.topic(
             f"topic {number}",
             find=lambda number=number: number % 3,  # type: ignore[misc]  # bound to the number
-            tell=lambda agreed, number=number: told.append((number, agreed)),  # type: ignore[misc]
+            tell=lambda agreed, number=number: agreed_numbers.append((number, agreed)),  # type: ignore[misc]
         )
     with count_collectives() as calls:
         agreement.settle(1)
     assert [call.what for call in calls] == ["all_gather"]
-    assert told == [(number, number % 3) for number in range(40) if number % 3]
+    assert agreed_numbers == [(number, number % 3) for number in range(40) if number % 3]
 
 
 def test_slow_steps_have_an_exchange_each(job: str, clock: Clock) -> None:
-    """Where an exchange takes less than a hundredth of a step, nobody has to wait for the next."""
+    """If an exchange costs under 1 % of a step, every step has an exchange."""
     assert exchanged_at(agreement_of_many(), range(3, 50), clock, 0.06) == [*range(3, 50)]
 
 
-def test_exchanges_take_a_hundredth_of_the_time(job: str, clock: Clock) -> None:
-    """The first three learn what a step and an exchange take; then they are rare."""
+def test_exchanges_cost_one_percent_of_the_time(job: str, clock: Clock) -> None:
+    """The first three exchanges measure the cost; later exchanges are rare."""
     first, second, third, *others = exchanged_at(agreement_of_many(), range(1000), clock, 0.0005)
     assert [first, second, third] == [0, 1, 2]
     gaps = [after - before for before, after in itertools.pairwise(others)]
@@ -107,8 +107,8 @@ def test_exchanges_take_a_hundredth_of_the_time(job: str, clock: Clock) -> None:
     assert all(90 <= gap <= 100 for gap in gaps)
 
 
-def test_a_time_to_ask_again_is_kept(job: str, clock: Clock) -> None:
-    """It is told in steps, at the pace that they had; but exchanges are never too many."""
+def test_a_requested_wait_is_kept(job: str, clock: Clock) -> None:
+    """A wait in seconds is converted to steps, and exchanges stay rare."""
     waits = agreement_of_many()
     found = exchanged_at(waits, range(200), clock, 0.01, wait_s=lambda: 0.5)
     assert found[:2] == [0, 1]
@@ -119,14 +119,14 @@ def test_a_time_to_ask_again_is_kept(job: str, clock: Clock) -> None:
 
 
 def test_an_interval_may_be_declared(job: str) -> None:
-    """It is counted from the run's first step, also where the run goes on from another."""
+    """A declared interval counts from the run's first step, also in a resumed run."""
     assert exchanged_at(agreement_of_many(every=5), range(7, 23)) == [10, 15, 20]
     with pytest.raises(PipelineConfigError, match=r"agree_every must be an int >= 1.* got 0"):
         make_trainer(max_step=1, agree_every=0)
 
 
-def test_an_error_says_what_it_was_about(job: str) -> None:
-    """Of those that have something to find, or do something about what was found."""
+def test_an_error_names_the_topic(job: str) -> None:
+    """An error of a topic has a note with the topic's name."""
     for agreement in (Agreement(), agreement_of_many()):
         agreement.topic("luck", find=lambda: 1 // 0, tell=print)
         with pytest.raises(ZeroDivisionError) as error:
@@ -134,8 +134,8 @@ def test_an_error_says_what_it_was_about(job: str) -> None:
         assert error.value.__notes__ == ["while the ranks agreed on 'luck'"]
 
 
-def test_one_process_has_its_answer_with_each_step() -> None:
-    """There is nothing to exchange."""
+def test_one_process_agrees_after_each_step() -> None:
+    """One process needs no exchange."""
     steps: list[int] = []
     hooks = PipelineHooks()
 
@@ -147,8 +147,8 @@ def test_one_process_has_its_answer_with_each_step() -> None:
     assert steps == [1, 2, 3]
 
 
-def test_one_process_asks_alone_as_it_does_otherwise() -> None:
-    """The request is made at once; but it has to be declared, as several processes need it."""
+def test_rank_local_requests_in_one_process_must_be_declared() -> None:
+    """Declared rank-local requests of one process take effect at once; others are refused."""
     requests = Requests()
     for ask in (requests.stop, requests.save, requests.evaluate, requests.log):
         with pytest.raises(
@@ -161,8 +161,8 @@ def test_one_process_asks_alone_as_it_does_otherwise() -> None:
     assert requests.stop_request == StopRequest("why not", "me")
 
 
-def test_what_is_asked_alone_waits_for_the_exchange(job: str) -> None:
-    """Then all ranks are asked, once, with who asked on which rank."""
+def test_rank_local_requests_wait_for_the_exchange(job: str) -> None:
+    """After the exchange all ranks have the request, once, with the requesting rank."""
     agreement = agreement_of_many(every=3)
     requests = Requests(agreement)
     requests.allow_rank_local()
@@ -174,4 +174,4 @@ def test_what_is_asked_alone_waits_for_the_exchange(job: str) -> None:
     assert requests.stop_request == StopRequest("the disk is full", "Watch on rank 0")
     assert requests.pop_rank_local() == [
         StopRequest("the disk is full", "Watch")
-    ]  # asked for again
+    ]  # requested again

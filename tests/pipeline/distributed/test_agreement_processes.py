@@ -1,4 +1,4 @@
-"""What ranks agree on, in real processes."""
+"""Agreements of ranks in real processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCRIPT = SCRIPTS / "agree_on_ranks.py"
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What each rank has found, which is the same on all of them."""
+    """Return the results of one rank, after checking that all ranks' are equal."""
     folder = tmp_path_factory.mktemp("ranks")
     launch(SCRIPT, folder, processes=request.param)
     first, *others = (json.loads(file.read_text()) for file in sorted(folder.glob("rank*.json")))
@@ -24,10 +24,10 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return first
 
 
-def test_what_one_rank_asks_for_is_done_by_all(found: Any) -> None:
-    """At one commit point, with who has asked and on which rank; here with every fifth step.
+def test_a_request_of_one_rank_is_carried_out_by_all(found: Any) -> None:
+    """All ranks carry out a rank-local request at one commit point, here every fifth step.
 
-    A save in the background is over where it is on all ranks.
+    A background save ends when the save has ended on all ranks.
     """
     stopped = found["alone"]["stopped"]
     [over] = (
@@ -48,22 +48,22 @@ def test_what_one_rank_asks_for_is_done_by_all(found: Any) -> None:
     assert stopped % 5 == 0
     assert found["alone"]["checkpoints"] == [5, stopped]
     assert found["alone"]["weights"]
-    evaluation, log = found["alone"]["told"]  # once
+    evaluation, log = found["alone"]["logged"]  # once
     assert evaluation == "First on rank 0 requested an evaluation: evaluated alone"
     assert log.startswith("AsksAlone.ask (agree_on_ranks.py:")
     assert log.endswith(") on rank 1 requested a log: logged alone")
 
 
 def is_logging(call: str) -> bool:
-    """Whether something was done for a logging point, or for the record at the end."""
+    """Return True if a collective belongs to a logging point or the final record."""
     return call.endswith(("MetricsBoard.flush", "MetricsBoard.flush_partial"))
 
 
 @pytest.mark.parametrize("kind", ["declared", "automatic"])
-def test_all_that_has_to_agree_shares_one_exchange(kind: str, found: Any) -> None:
-    """Signals, the time limit, clocks and requests alone: with the declared steps, and no others.
+def test_all_topics_share_one_exchange(kind: str, found: Any) -> None:
+    """Signals, time limit, clocks and rank-local requests share the exchanges.
 
-    A logging point has one of its own; nothing waits for a device beside it.
+    A logging point has its own exchange, and nothing else waits for a device.
     """
     run = found[kind]
     exchanges = [call for call in run["collectives"] if call.endswith("Agreement.settle")]
@@ -72,20 +72,20 @@ def test_all_that_has_to_agree_shares_one_exchange(kind: str, found: Any) -> Non
     if kind == "declared":  # every 8 steps; the signal came in step 33
         assert (run["stopped"], len(exchanges), len(logged)) == (40, 5, 2)
         assert run["code"] == 128 + signal.SIGTERM
-    else:  # how far they are apart, test_agreement.py holds
+    else:  # the interval is covered by test_agreement.py
         assert len(exchanges) >= 3
     assert run["fired"] == []
     assert len(run["reads"]) == len(logged)
     assert all(map(is_logging, run["reads"]))
 
 
-def test_it_is_said_whose_number_counts(found: Any) -> None:
-    """The first rank's, the highest, or the lowest, which is not told where it is 0."""
-    assert found["told"] == [2, 2, 1]
+def test_the_agreed_number_follows_the_rule(found: Any) -> None:
+    """The first rank's, highest or lowest number is agreed on; a lowest of 0 is not passed on."""
+    assert found["agreed"] == [2, 2, 1]
 
 
-def test_ranks_that_went_apart_are_found(found: Any) -> None:
-    """An exchange of unlike things is no agreement; all ranks say what each has come with."""
+def test_diverged_ranks_are_detected(found: Any) -> None:
+    """If ranks exchange at different steps or topics, the error lists each rank's."""
     assert found["nothing"] == "agreed"
     assert "rank 0: step 7, a clock; rank 1: step 8, a clock" in found["steps"]
     assert "rank 0: step 7, a clock; rank 1: step 7, a clock, a signal" in found["topics"]

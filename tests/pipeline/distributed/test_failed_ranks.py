@@ -1,4 +1,4 @@
-"""What goes wrong on one rank ends all of them, within seconds, and is told first and last."""
+"""A failure on one rank ends all ranks within seconds and is reported first and last."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ IN_CHANNELS = [f"{role} {channel}" for channel in CHANNEL_NAMES for role in ("be
 
 
 class Ended(NamedTuple):
-    """How both ranks of a pair ended."""
+    """End of both ranks of a pair."""
 
     codes: list[int]
     seconds: float
     """From what went wrong on; infinite where that noted no time."""
     orphans: list[int]
-    told: list[str]
+    outputs: list[str]
     folder: Path
 
     @property
@@ -38,7 +38,7 @@ class Ended(NamedTuple):
 
 
 def run_pairs(folder: Path, *cases: str) -> list[Ended]:
-    """A pair of ranks for each case; a case is a place and, behind a ``+``, options."""
+    """Run a pair of ranks for each case: a position and, after a ``+``, options."""
     done = subprocess.run(
         [sys.executable, str(SCRIPTS / "pairs.py"), str(folder), *cases],
         env=environment(),
@@ -55,18 +55,18 @@ def run_pairs(folder: Path, *cases: str) -> list[Ended]:
 
 
 def check_ended(ended: Ended, error: str, hook: str | None = None) -> None:
-    """Both ranks are gone, nothing is left, and rank 1's error is what they tell."""
-    told = "\n".join(ended.told)
-    assert ended.codes[1] != 0, told
-    assert ended.seconds < LONGEST_S, told
-    assert not ended.orphans, told
-    lines = ended.told[1].lstrip().splitlines()
+    """Check that both ranks ended without orphans and report rank 1's error."""
+    output = "\n".join(ended.outputs)
+    assert ended.codes[1] != 0, output
+    assert ended.seconds < LONGEST_S, output
+    assert not ended.orphans, output
+    lines = ended.outputs[1].lstrip().splitlines()
     first = next(line for line in lines if not line.startswith("[Gloo]"))  # torch 2.8 greets
-    assert first.startswith(f"rank 1 failed first: {error}"), told
+    assert first.startswith(f"rank 1 failed first: {error}"), output
     if hook is not None:
-        assert f"raised in hook {hook}" in first, told
+        assert f"raised in hook {hook}" in first, output
     store = CheckpointStore(ended.folder / "checkpoints")
-    assert all(found.problem is None for found in store.verify()), told
+    assert all(found.problem is None for found in store.verify()), output
 
 
 def check_place(ended: Ended, place: str) -> None:
@@ -82,16 +82,16 @@ def check_place(ended: Ended, place: str) -> None:
 
 
 def check_last_word(ended: Ended) -> None:
-    """Where rank 0 had the time to say something, it says what was first."""
-    told = ended.told[0]
-    if told.strip() and ended.codes[0] == 1:
+    """Check that rank 0, if not terminated before, reports the first failure."""
+    output = ended.outputs[0]
+    if output.strip() and ended.codes[0] == 1:
         words = ("RankFailed: rank 1 failed first: ", "exiting: rank 1 failed first: ")
-        assert any(word in told for word in words), told
+        assert any(word in output for word in words), output
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
-    """What is not slow, launched together."""
+    """Run all pairs of the quick tests together."""
     cases = [
         "nowhere",
         "before on_step",
@@ -106,19 +106,19 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
 
 
 def test_a_plain_script_ends_well(pairs: dict[str, Ended]) -> None:
-    """Which ends nothing, destroys nothing and waits for nothing after its training."""
+    """A plain script exits with 0, without cleanup after its training."""
     ended = pairs["nowhere"]
-    assert ended.codes == [0, 0], ended.told
-    assert ended.told == ["ended\n"] * 2
+    assert ended.codes == [0, 0], ended.outputs
+    assert ended.outputs == ["ended\n"] * 2
 
 
 @pytest.mark.parametrize(
     "case", ["before on_step", "after on_model_backward+preemption", "after on_loop"]
 )
 def test_an_error_on_one_rank_ends_all(case: str, pairs: dict[str, Ended]) -> None:
-    """In a hook, with and without a handler of the launcher's signal; the state file says which.
+    """An error in a hook ends both ranks, and the state file names the hook.
 
-    Also in one that comes last, when the other rank is done.
+    The case includes an error in the last hook, when the other rank is done.
     """
     check_place(pairs[case], case.partition("+")[0])
     check_last_word(pairs[case])
@@ -127,13 +127,15 @@ def test_an_error_on_one_rank_ends_all(case: str, pairs: dict[str, Ended]) -> No
 @pytest.mark.parametrize(
     ("place", "function"), [("save", "state_dict"), ("resume", "load_state_dict")]
 )
-def test_an_error_with_states_ends_all(place: str, function: str, pairs: dict[str, Ended]) -> None:
-    """Of a hook that is saved or resumed: it is the first on either rank, and in the state file."""
+def test_an_error_in_a_hook_state_ends_all(
+    place: str, function: str, pairs: dict[str, Ended]
+) -> None:
+    """An error while a hook is saved or resumed ends both ranks and is in the state file."""
     ended = pairs[place]
     check_ended(ended, "ValueError: planted", f"'Planted' ({function})")
     if ended.codes[0] == 1:
-        assert "rank 1 failed first: ValueError: planted" in ended.told[0].splitlines()[-1]
-    assert "rank 0 failed first" not in "".join(ended.told)
+        assert "rank 1 failed first: ValueError: planted" in ended.outputs[0].splitlines()[-1]
+    assert "rank 0 failed first" not in "".join(ended.outputs)
     state = ended.state
     assert state.state == "failed"
     assert state.error is not None
@@ -141,25 +143,25 @@ def test_an_error_with_states_ends_all(place: str, function: str, pairs: dict[st
 
 
 def test_a_killed_rank_ends_all(pairs: dict[str, Ended]) -> None:
-    """Where the launcher's signal does not end a rank at once, it says that the other is gone."""
+    """A rank not ended at once by the launcher's signal reports that the other rank died."""
     ended = pairs["killed+preemption"]
     assert ended.codes[1] == KILLED
-    assert ended.codes[0] == 1, ended.told[0]
+    assert ended.codes[0] == 1, ended.outputs[0]
     assert ended.seconds < LONGEST_S
     assert not ended.orphans
-    assert "rank 1 failed first: Killed: process" in ended.told[0].strip().splitlines()[-1]
+    assert "rank 1 failed first: Killed: process" in ended.outputs[0].strip().splitlines()[-1]
     state = ended.state
     assert state.state == "failed"
     assert state.error is not None
     assert (state.error.rank, state.error.type) == (1, "Killed")
 
 
-def test_a_run_without_progress_tells_where_it_stands(pairs: dict[str, Ended]) -> None:
-    """Every rank writes its threads' stacks, also those that only wait, and the run has failed."""
+def test_a_stalled_run_writes_its_stacks(pairs: dict[str, Ended]) -> None:
+    """Every rank writes its threads' stacks, and the run's state is failed."""
     ended = pairs["stalled"]
-    # The launcher ends the second rank when it sees that the first one has ended.
-    assert 1 in ended.codes, ended.told
-    assert {1, -signal.SIGTERM} >= set(ended.codes), ended.told
+    # The launcher terminates the second rank after the end of the first.
+    assert 1 in ended.codes, ended.outputs
+    assert {1, -signal.SIGTERM} >= set(ended.codes), ended.outputs
     assert ended.seconds < LONGEST_S
     assert not ended.orphans
     first, second = (
@@ -178,7 +180,7 @@ def test_a_run_without_progress_tells_where_it_stands(pairs: dict[str, Ended]) -
 @pytest.mark.slow
 @pytest.mark.parametrize("options", ["", "+preemption"])
 def test_errors_in_every_channel(options: str, tmp_path: Path) -> None:
-    """Before and after each stage."""
+    """An error in any channel, before or after, ends both ranks."""
     cases = [place + options for place in IN_CHANNELS]
     for place, ended in zip(IN_CHANNELS, run_pairs(tmp_path, *cases), strict=True):
         check_place(ended, place)
@@ -197,7 +199,7 @@ def test_errors_in_every_channel(options: str, tmp_path: Path) -> None:
     ],
 )
 def test_errors_elsewhere(place: str, error: str, options: str, tmp_path: Path) -> None:
-    """In the model, the data, an evaluation and the making of a trainer."""
+    """An error in the model, the data, an evaluation or the constructor ends both ranks."""
     (ended,) = run_pairs(tmp_path, place + options)
     check_ended(ended, error)
     assert ended.codes[0] != 0
@@ -206,8 +208,8 @@ def test_errors_elsewhere(place: str, error: str, options: str, tmp_path: Path) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", ["", "+preemption"])
-def test_an_error_ends_hooks_that_wait_for_all(options: str, tmp_path: Path) -> None:
-    """An ``after`` that exchanges with ranks that never come there keeps nobody."""
+def test_an_error_ends_hooks_that_wait_in_a_collective(options: str, tmp_path: Path) -> None:
+    """A collective in an ``after`` does not keep a failed rank alive."""
     (ended,) = run_pairs(tmp_path, f"step+waits{options}")
     check_ended(ended, "ValueError: planted", "'Planted' (on_step, before)")
     assert ended.codes[0] != 0
@@ -229,8 +231,8 @@ raise ValueError("planted")
 """
 
 
-def test_functions_at_exit_have_their_time() -> None:
-    """Longer than the interpreter has to be taken apart, and not for ever; who takes it is told."""
+def test_atexit_functions_have_time() -> None:
+    """Functions at exit may outlast the interpreter's shutdown, up to a reported limit."""
     done = subprocess.run(
         [sys.executable, "-c", AT_EXIT],
         env=environment(),
@@ -246,10 +248,10 @@ def test_functions_at_exit_have_their_time() -> None:
 
 
 @pytest.mark.slow
-def test_torchrun_ends_with_the_first_error(tmp_path: Path) -> None:
-    """Also what it prints itself: rank 1 is what it calls the root cause, however late it ends.
+def test_torchrun_reports_the_first_error(tmp_path: Path) -> None:
+    """torchrun names rank 1 as the root cause, however late the rank exits.
 
-    It has the time for what others have registered to be done at its exit.
+    Registered exit functions of the rank are run.
     """
     done = launch(SCRIPTS / "fails_on_ranks.py", tmp_path / "run", "step", "late", fails=True)
     assert "flushed" in done.stdout

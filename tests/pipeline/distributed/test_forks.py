@@ -1,4 +1,4 @@
-"""A process is forked when its other threads are out of the interpreter."""
+"""Forks wait until other threads are outside the interpreter."""
 
 from __future__ import annotations
 
@@ -29,10 +29,8 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="forks of newer ones are safe")
 @pytest.mark.parametrize(("how", "passed"), [("waits", "1"), ("does not", "0")])
-def test_a_thread_that_waits_for_the_interpreter_passes_ahead_of_a_fork(
-    how: str, passed: str
-) -> None:
-    """One that was woken before has done its work in the child; without the pause it has not."""
+def test_a_waiting_thread_runs_before_a_fork(how: str, passed: str) -> None:
+    """A woken thread runs before the fork with the pause, and not without."""
     command = [sys.executable, "-c", SCRIPT, how]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout.split() == [passed]

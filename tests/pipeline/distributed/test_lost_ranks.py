@@ -1,4 +1,4 @@
-"""Processes that are gone without a word are found, and others are not taken for such."""
+"""Detection of ranks that vanished without a message."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
-def looking(other: ProcessIdentity) -> LostRankDetector:
-    """Rank 0's, where rank 1 never says a word."""
+def detector(other: ProcessIdentity) -> LostRankDetector:
+    """Return rank 0's detector for a silent rank 1."""
     store = HashStore()
     for rank in range(2):
         store.set(f"beat/{rank}", "0 0")
@@ -37,11 +37,11 @@ def identity(process: subprocess.Popen[bytes]) -> ProcessIdentity:
     return ProcessIdentity.own().model_copy(update={"pid": process.pid, "started_at": began_at})
 
 
-def test_a_silent_process_of_this_machine_is_there_while_it_runs(
+def test_a_silent_local_process_is_lost_only_when_dead(
     child: subprocess.Popen[bytes],
 ) -> None:
-    """One that is busy is not lost; one that is killed is, at the next look."""
-    lost = looking(identity(child))
+    """A busy process on this machine is not lost; a killed process is, at the next check."""
+    lost = detector(identity(child))
     assert all(lost.look(section=1) is None for _ in range(MANY_LOOKS))
     child.kill()
     child.wait()
@@ -50,19 +50,19 @@ def test_a_silent_process_of_this_machine_is_there_while_it_runs(
     assert (found.rank, found.type) == (1, "Killed")
 
 
-def test_a_silent_process_of_another_machine_is_lost(child: subprocess.Popen[bytes]) -> None:
-    """There its silence is all that tells."""
-    lost = looking(identity(child).model_copy(update={"host": "elsewhere"}))
+def test_a_silent_remote_process_is_lost(child: subprocess.Popen[bytes]) -> None:
+    """A process of another machine is lost after a period of silence."""
+    lost = detector(identity(child).model_copy(update={"host": "elsewhere"}))
     looks = [lost.look(section=1) for _ in range(MANY_LOOKS)]
     assert looks[0] is None
     assert looks[-1] is not None
 
 
-def test_setting_the_clock_loses_nobody(
+def test_setting_the_clock_loses_no_rank(
     child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By which all processes then began an hour later; one that is killed is found as before."""
-    lost = looking(identity(child))
+    """After the system clock jumps an hour, living ranks stay and killed ranks are detected."""
+    lost = detector(identity(child))
     boot_at = psutil.boot_time()
     monkeypatch.setattr("psutil._pslinux.boot_time", lambda: boot_at + 3600.0)
     assert lost.look(section=1) is None

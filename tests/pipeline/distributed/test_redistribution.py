@@ -1,4 +1,4 @@
-"""What ranks have parts of is whole, and there once, in whatever number of ranks."""
+"""Redistribution of states over a different number of ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NUMBERS = [(1, 2), (2, 1), (3, 2), (2, 3), (4, 1)]
 
 
 def combined(states: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What a logging point of all ranks finds."""
+    """Return the values of a logging point of all ranks."""
     boards = []
     for state in states:
         boards.append(MetricsBoard())
@@ -56,7 +56,7 @@ def publish(board: MetricsBoard, rank: int, on_device: bool) -> None:
 @pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize(("saved", "now"), NUMBERS)
 def test_published_values(saved: int, now: int, on_device: bool) -> None:
-    """A logging point finds the same; what all publish on goes on as if they always had."""
+    """A logging point has equal values, and further publishing continues the mean."""
     boards = [MetricsBoard() for _ in range(saved)]
     for rank, board in enumerate(boards):
         publish(board, rank, on_device)
@@ -74,7 +74,7 @@ def test_published_values(saved: int, now: int, on_device: bool) -> None:
     assert found["plain"] == pytest.approx((mean + 10.0) / 2)
 
 
-def take_in(hook: PipelineHooks, losses: Sequence[float], run: PipelineRun) -> None:
+def train_on(hook: PipelineHooks, losses: Sequence[float], run: PipelineRun) -> None:
     with hook.begin("on_loop", PipelineHookArgs(run)):
         for loss in losses:
             args = PipelineHookArgs(run, torch.ones(int(loss), 1), attached_loss=torch.tensor(loss))
@@ -84,11 +84,11 @@ def take_in(hook: PipelineHooks, losses: Sequence[float], run: PipelineRun) -> N
 
 @pytest.mark.parametrize(("saved", "now"), NUMBERS)
 def test_mean_losses(saved: int, now: int) -> None:
-    """Each sample counts once in the mean, in slots or added up, whichever rank has seen it."""
+    """Each sample counts once in the mean, whichever rank saw the sample."""
     states = []
     for rank in range(saved):
         tracker = LossTrackerConfig()()
-        take_in(tracker, [rank + 1.0, rank + 2.0], PipelineRun.standalone())
+        train_on(tracker, [rank + 1.0, rank + 2.0], PipelineRun.standalone())
         states.append(tracker.state_dict())
     found = LossTrackerConfig()().redistribute_states(states, now)
     boards = []
@@ -107,56 +107,56 @@ def test_mean_losses(saved: int, now: int) -> None:
 
 
 @pytest.mark.parametrize(("saved", "now"), NUMBERS)
-def test_the_loss_that_a_schedule_follows(saved: int, now: int) -> None:
-    """Sums and counts are those of all ranks."""
+def test_the_plateau_loss_keeps_its_totals(saved: int, now: int) -> None:
+    """Sums and counts equal the totals of all ranks."""
     optimizer = torch.optim.SGD(make_model().parameters(), lr=0.1)
     hook = OptimizerHook(
         Accelerator(cpu=True), optimizer, ReduceLROnPlateau(optimizer), PipelineHooks()
     )
     states: list[Any] = []
     for rank in range(saved):
-        taken = WeightedSum()
+        losses = WeightedSum()
         if rank:  # the first had no data
-            taken.add(torch.tensor(rank + 1.0), rank)
-        states.append({"mean_loss": taken.state_dict()})
+            losses.add(torch.tensor(rank + 1.0), rank)
+        states.append({"mean_loss": losses.state_dict()})
     found = hook.redistribute_states(states, now)
     assert len(found) == now
     totals = torch.zeros(2, dtype=torch.float64)
     for state in found:
-        taken = WeightedSum()
-        taken.load_state_dict(state["mean_loss"], None)
-        totals += taken.to_tensor(torch.device("cpu"))
+        losses = WeightedSum()
+        losses.load_state_dict(state["mean_loss"], None)
+        totals += losses.to_tensor(torch.device("cpu"))
     ranks = range(saved)
     assert totals.tolist() == [sum(rank * (rank + 1) for rank in ranks), sum(ranks)]
 
 
-def test_the_loss_that_a_schedule_follows_goes_on_on_the_device(
+def test_the_plateau_loss_is_restored_on_the_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A loaded sum lies where the ranks exchange it, also ahead of the first loss."""
+    """A loaded sum is on the device of the exchange, also before the first loss."""
     optimizer = torch.optim.SGD(make_model().parameters(), lr=0.1)
-    taken = WeightedSum()
-    taken.add(torch.tensor(3.0), torch.tensor(2.0))
+    losses = WeightedSum()
+    losses.add(torch.tensor(3.0), torch.tensor(2.0))
     device = torch.device("meta")
     monkeypatch.setattr(Accelerator, "device", device)
     hook = OptimizerHook(
         Accelerator(cpu=True), optimizer, ReduceLROnPlateau(optimizer), PipelineHooks()
     )
-    hook.load_state_dict({"mean_loss": taken.state_dict()})
+    hook.load_state_dict({"mean_loss": losses.state_dict()})
     kept = hook.state_dict()["mean_loss"]
     assert {kept["tensor"].device, kept["tensor_weight"].device} == {device}
 
 
 def gathered(metric: Any, *parts: int) -> TorchMetrics:
-    """A metric that has seen some parts of the data."""
+    """Return metrics updated with some parts of the data."""
     metrics = TorchMetrics({"m": metric})
     for part in parts:
         metrics.update(torch.arange(4.0) ** (part + 1), torch.tensor([1.0, 2.0, 0.0, 1.0]))
     return metrics
 
 
-def test_metrics_that_can_be_joined() -> None:
-    """They go on as one that has seen all; a rank that was not there begins with nothing."""
+def test_mergeable_metrics_are_merged() -> None:
+    """One rank gets the merged metrics of all ranks, and a new rank begins with empty metrics."""
     hook = MetricTrackerConfig()(metrics={"m": MeanSquaredError()})
     empty = hook.state_dict()
     states = [
@@ -169,8 +169,8 @@ def test_metrics_that_can_be_joined() -> None:
     (one,) = hook.redistribute_states(states, 1)
     metrics = TorchMetrics({"m": MeanSquaredError()})
     metrics.load_state_dict(one["merged"]["live"])
-    whole = gathered(MeanSquaredError(), 0, 1)
-    found, due = (resolve(m.snapshot(m.pop_states())) for m in (metrics, whole))
+    complete = gathered(MeanSquaredError(), 0, 1)
+    found, due = (resolve(m.snapshot(m.pop_states())) for m in (metrics, complete))
     assert found == pytest.approx(due)
     *_, new = hook.redistribute_states(states, 3)
     metrics.load_state_dict(new["merged"]["live"])
@@ -178,7 +178,7 @@ def test_metrics_that_can_be_joined() -> None:
 
 
 def test_unmergeable_metrics_resume_on_more_ranks_only() -> None:
-    """They go on where one of the ranks has gathered, and are refused where several have."""
+    """Unmergeable metrics with updates on one rank are kept; on several ranks they are refused."""
     hook = MetricTrackerConfig()(metrics={"m": PearsonCorrCoef()})
     idle = hook.state_dict()
     first, second = (

@@ -1,4 +1,4 @@
-"""A job whose launcher restarts it ends with the weights of one that nothing has happened to."""
+"""A job restarted by its launcher ends with the weights of an uninterrupted job."""
 
 from __future__ import annotations
 
@@ -28,36 +28,36 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def check_as_straight(folder: Path, job: subprocess.Popen[str]) -> None:
-    told = job.communicate(timeout=240)[0]
-    assert job.returncode == 0, told
-    straight, found = (
+def check_equals_uninterrupted(folder: Path, job: subprocess.Popen[str]) -> None:
+    output = job.communicate(timeout=240)[0]
+    assert job.returncode == 0, output
+    uninterrupted, found = (
         torch.load(folder / name / "end.pt", weights_only=True) for name in ("straight", "run")
     )
-    assert straight.keys() == found.keys()
-    assert all(torch.equal(straight[name], found[name]) for name in straight), told
+    assert uninterrupted.keys() == found.keys()
+    assert all(torch.equal(uninterrupted[name], found[name]) for name in uninterrupted), output
     state = read_run_state(folder / "run")
     assert (state.state, state.progress["global_step_id"]) == ("completed", 8)
-    assert "start 1" in told
+    assert "start 1" in output
 
 
 def test_ranks_are_restarted_after_a_kill(tmp_path: Path) -> None:
-    """Of rank 1, in the middle of a step: the same weights, bit for bit."""
-    check_as_straight(tmp_path, start(tmp_path, "killed", "preemption"))
+    """After rank 1 is killed in a step, the restarted job's weights are bit-identical."""
+    check_equals_uninterrupted(tmp_path, start(tmp_path, "killed", "preemption"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", ["preemption", "", "first"])
 @pytest.mark.parametrize("place", ["killed", "step", "save", "evaluation"])
 def test_ranks_are_restarted(place: str, options: str, tmp_path: Path) -> None:
-    """After a kill and after errors, on either rank."""
-    check_as_straight(tmp_path, start(tmp_path, place, options))
+    """After a kill or an error on either rank, the restarted job's weights are bit-identical."""
+    check_equals_uninterrupted(tmp_path, start(tmp_path, place, options))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(6))
 def test_ranks_are_restarted_after_a_kill_at_a_random_instant(number: int, tmp_path: Path) -> None:
-    """Of either rank, within a second and a half of the time at which the run began."""
+    """After a kill at a random instant, the restarted job's weights are bit-identical."""
     rank = number % 2
     job = start(tmp_path, "nowhere", "slowly")
     while not (tmp_path / "run" / "run_state.json").exists():
@@ -71,4 +71,4 @@ def test_ranks_are_restarted_after_a_kill_at_a_random_instant(number: int, tmp_p
     ]
     assert len(ranks) == 1
     os.kill(ranks[0].pid, 9)
-    check_as_straight(tmp_path, job)
+    check_equals_uninterrupted(tmp_path, job)

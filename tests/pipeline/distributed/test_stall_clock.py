@@ -1,4 +1,4 @@
-"""When a run counts as stalled, and what is then written; whole runs: ``test_failed_ranks.py``."""
+"""Stall detection and stack files; complete runs are in ``test_failed_ranks.py``."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 
 
-def test_only_looks_without_progress_count() -> None:
-    """A step, or a sign of life, begins the time anew."""
+def test_progress_resets_the_stall_clock() -> None:
+    """A step or a heartbeat restarts the stall clock."""
     progress = TrainerProgress()
     clock = StallClock(2.0, progress)
     clock.start()
@@ -32,30 +32,30 @@ def test_only_looks_without_progress_count() -> None:
 
 
 def test_stacks_are_written_to_the_folder_of_the_run(tmp_path: Path) -> None:
-    """Of every thread, under the number of the rank, with the place in the run."""
+    """The file has every thread's stack, the rank and the position in the run."""
     clock = StallClock(2.0, TrainerProgress(), tmp_path, rank=3)
     clock.write_stacks()
-    told = (tmp_path / "stalled" / "rank00003.txt").read_text()
-    assert told.startswith("rank 3, process ")
-    assert "test_stacks_are_written_to_the_folder_of_the_run" in told
+    text = (tmp_path / "stalled" / "rank00003.txt").read_text()
+    assert text.startswith("rank 3, process ")
+    assert "test_stacks_are_written_to_the_folder_of_the_run" in text
     assert clock.reason().startswith("no progress for 2 s at epoch 0")
     assert str(tmp_path / "stalled") in clock.reason()
 
 
-def test_stacks_without_a_place_go_to_stderr(
+def test_stacks_without_a_folder_go_to_stderr(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Where the run has no folder, or none can be made."""
+    """Without a usable run folder, stacks go to standard error."""
     (tmp_path / "stalled").write_text("a file is in the way")
     for folder in (None, tmp_path):
         StallClock(2.0, TrainerProgress(), folder).write_stacks()
-        assert "test_stacks_without_a_place_go_to_stderr" in capfd.readouterr().err
+        assert "test_stacks_without_a_folder_go_to_stderr" in capfd.readouterr().err
     assert "standard error" in StallClock(2.0, TrainerProgress()).reason()
 
 
 @pytest.mark.parametrize("timeout_s", [0, -1.0, "1 min"])
-def test_only_a_time_is_taken(timeout_s: object) -> None:
-    """In seconds, more than none."""
+def test_only_a_positive_timeout_is_accepted(timeout_s: object) -> None:
+    """A timeout is a number of seconds above zero."""
     with pytest.raises(PipelineConfigError, match="stall_timeout_s must be > 0 seconds"):
         StallClock(timeout_s, TrainerProgress())  # type: ignore[arg-type]  # that is the point
 
@@ -88,8 +88,8 @@ with state.around_run(Requests()), job.section(StallClock(1.0, progress), None):
 """
 
 
-def test_a_run_that_waits_for_a_disk_is_ended(tmp_path: Path) -> None:
-    """Though the file of the run's state and the log are locked by the thread that waits."""
+def test_a_run_blocked_by_a_disk_is_ended(tmp_path: Path) -> None:
+    """A stalled run ends even if the blocked thread holds the locks of log and state file."""
     done = subprocess.run(
         [sys.executable, "-c", ON_A_DISK_THAT_HANGS, str(tmp_path)],
         env=environment(),
@@ -100,5 +100,5 @@ def test_a_run_that_waits_for_a_disk_is_ended(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert done.stderr.startswith("rank 0: exiting: the run has stalled, detected by rank 0: no ")
-    assert "Timeout (0:00:01)!" in done.stderr  # of the guard of the end itself
+    assert "Timeout (0:00:01)!" in done.stderr  # from the guard of the exit
     assert "in saved" in done.stderr.partition("Timeout")[2]

@@ -1,4 +1,4 @@
-"""What one rank does by itself and all have to do together is found, and ends the job."""
+"""Detection of rank-local actions that all ranks must do together."""
 
 from __future__ import annotations
 
@@ -22,23 +22,25 @@ SCRIPT = SCRIPTS / "strays_on_ranks.py"
     ],
 )
 def test_a_request_on_some_ranks_only_ends_the_job(kind: str, rank: int, tmp_path: Path) -> None:
-    """Within seconds, with who asked for what and where, in place of a hang."""
-    told = launch(SCRIPT, tmp_path, kind, rank, fails=True, timeout_s=90).stderr
-    assert f"rank {rank} failed first: PipelineStateError: after step 3 it had a request" in told
-    assert f"rank {1 - rank} continued to step 4 without" in told
-    assert "it seemed right here, requested by main.<locals>.ask (strays_on_ranks.py:" in told
+    """The job fails within seconds, with the requesting hook and rank, instead of hanging."""
+    stderr = launch(SCRIPT, tmp_path, kind, rank, fails=True, timeout_s=90).stderr
+    assert f"rank {rank} failed first: PipelineStateError: after step 3 it had a request" in stderr
+    assert f"rank {1 - rank} continued to step 4 without" in stderr
+    assert "it seemed right here, requested by main.<locals>.ask (strays_on_ranks.py:" in stderr
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_weights_on_some_ranks_only_end_the_job(rank: int, tmp_path: Path) -> None:
-    """In the first step, ahead of the exchange to which a rank without weights does not come."""
-    told = launch(SCRIPT, tmp_path, "weight", rank, fails=True, timeout_s=90).stderr
-    assert f"rank {rank} failed first: PipelineStateError: its batch processor returns a" in told
-    assert f"that of rank {1 - rank} without; return (outputs, loss, weight) on every rank" in told
+    """The first step fails before the exchange that a rank without weights would skip."""
+    stderr = launch(SCRIPT, tmp_path, "weight", rank, fails=True, timeout_s=90).stderr
+    assert f"rank {rank} failed first: PipelineStateError: its batch processor returns a" in stderr
+    assert (
+        f"that of rank {1 - rank} without; return (outputs, loss, weight) on every rank" in stderr
+    )
 
 
-def test_ranks_that_go_together_are_no_strays() -> None:
-    """Some are slower: they are at an earlier step, or at the same commit point."""
+def test_slow_ranks_have_not_diverged() -> None:
+    """Slower ranks, at an earlier step or the same commit point, have not diverged."""
     ahead = RankPosition(2, 10, 3, 10, "SaveRequest: it is time")
     assert (
         find_diverged_rank({0: ahead, 1: RankPosition(2, 10, 2, 5), 2: RankPosition(2, 4, 1, 2)}, 2)

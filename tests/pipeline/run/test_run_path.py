@@ -1,4 +1,4 @@
-"""Paths that lie in the run's folder."""
+"""Paths within the run folder."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ class Several(Config):
         (TrackerSinkConfig(folder="."), {"folder": "runs/one", "project": "training"}),
     ],
 )
-def test_what_hooks_and_sinks_write_lies_in_the_run_folder(
+def test_paths_of_hooks_and_sinks_are_in_the_run_folder(
     config: Config, expected: dict[str, Any]
 ) -> None:
-    """Every path of a built-in hook or sink is put there, in its own type."""
+    """Every path of a built-in hook or sink is moved into the run folder with its type kept."""
     inside = in_run_folder(config, RUN)
     assert {name: getattr(inside, name) for name in expected} == expected
 
@@ -69,8 +69,8 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_no_path_is_forgotten(config: type[Config]) -> None:
-    """Whatever a hook or sink has a path for is marked as one that it writes."""
+def test_every_path_field_is_marked(config: type[Config]) -> None:
+    """Every path field of a hook or sink has a RunPath mark."""
     for name, field in config.model_fields.items():
         is_path = "Path" in str(field.annotation) or {"path", "folder"} & {*name.split("_")}
         marked = any(isinstance(mark, RunPath) for mark in field.metadata)
@@ -78,13 +78,13 @@ def test_no_path_is_forgotten(config: type[Config]) -> None:
 
 
 @pytest.mark.parametrize("config", [SaveCheckpointConfig(), SaveModelConfig(), LogSinkConfig()])
-def test_what_has_no_path_stays_as_it_is(config: Config) -> None:
-    """Fields that are None stay None, and the config is the same object."""
+def test_a_config_without_paths_is_unchanged(config: Config) -> None:
+    """Fields of None stay None, and the config is the same object."""
     assert in_run_folder(config, RUN) is config
 
 
-def test_configs_within_are_reached() -> None:
-    """In lists, tuples and mappings; the given config is not changed."""
+def test_nested_configs_are_reached() -> None:
+    """Paths in lists, tuples and mappings are moved, and the given config is unchanged."""
     given = Several(more={"a": [Dump(path="x"), Dump()]}, pair=(Dump(), Dump(path="y")))
     inside = in_run_folder(given, RUN)
     assert [dump.path for dump in inside.more["a"]] == ["runs/one/x", "runs/one/dump.txt"]
@@ -99,7 +99,7 @@ def test_configs_within_are_reached() -> None:
 @pytest.mark.parametrize("path", ["/etc/passwd", "../other", "a/../../b", "..", "a\0b", "a\x1b[2J"])
 @pytest.mark.parametrize("field", ["path", "name"])
 def test_a_path_out_of_the_run_folder_is_refused(field: str, path: str) -> None:
-    """The error names the field, however deep it lies."""
+    """The error names the field at any depth."""
     bad = Several(more={"a": [Dump(), Dump(**{field: path})]})
     with pytest.raises(ConfigFieldError, match="within the run folder") as error:
         check_run_paths(bad)
@@ -109,7 +109,7 @@ def test_a_path_out_of_the_run_folder_is_refused(field: str, path: str) -> None:
 
 
 class Dumper:
-    """Says in its constructor what it writes, and hands on what it doesn't know."""
+    """Declares its path in the constructor, and accepts unknown arguments."""
 
     def __init__(
         self, path: Annotated[str, RunPath()] = "dump.txt", source: str = "/data", **more: Any
@@ -117,16 +117,16 @@ class Dumper:
         self.paths = (path, source, more)
 
 
-def test_a_constructor_may_say_what_is_written() -> None:
-    """Then its default lies in the run's folder as well."""
+def test_a_constructor_parameter_may_be_a_run_path() -> None:
+    """The default of a RunPath parameter is moved into the run folder."""
     assert in_run_folder(config_of(Dumper), RUN)().paths == ("runs/one/dump.txt", "/data", {})
     assert in_run_folder(config_of(Dumper, path="a"), RUN)().paths[0] == "runs/one/a"
     with pytest.raises(ConfigFieldError, match="path"):
         check_run_paths(config_of(Dumper, path="/a"))
 
 
-def test_arguments_beside_fields_are_held_to_the_run_folder() -> None:
-    """What an open constructor takes may hold configs that write."""
+def test_configs_in_open_arguments_are_restricted() -> None:
+    """Configs passed through ``**kwargs`` are restricted to the run folder."""
     dumper = config_of(Dumper, sinks={"file": JsonLinesSinkConfig(path="m.jsonl")})
     made = in_run_folder(dumper, RUN)()
     assert made.paths[2]["sinks"]["file"].path == RUN / "m.jsonl"
@@ -137,7 +137,7 @@ def test_arguments_beside_fields_are_held_to_the_run_folder() -> None:
 
 @pytest.mark.parametrize("path", ["link", "link/dump.txt", "inner/link"])
 def test_a_path_through_a_link_is_refused(path: str, tmp_path: Path) -> None:
-    """What somebody has put into the folder leads nowhere else."""
+    """A path through a symbolic link in the run folder is refused."""
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner/link").symlink_to("/tmp")
     (tmp_path / "link").symlink_to(tmp_path)

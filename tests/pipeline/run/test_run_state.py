@@ -1,4 +1,4 @@
-"""``run_state.json`` tells what became of a run, whatever became of it."""
+"""Contents of ``run_state.json`` for every outcome of a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tiny import make_trainer
 
 
 def at_step(step: int, do: Callable[[PipelineHookArgs], Any]) -> PipelineHooks:
-    """A hook that does something in one step, counted from 1."""
+    """Return a hook that calls a function in one step, counted from 1."""
     hooks = PipelineHooks("planted")
 
     @hooks.on_step.after(when=f"at steps {step}")
@@ -35,7 +35,7 @@ def at_step(step: int, do: Callable[[PipelineHookArgs], Any]) -> PipelineHooks:
 
 
 def test_a_run_is_running_then_completed(tmp_path: Path) -> None:
-    """While it runs the file says so; in the end it has the last counters."""
+    """The state is running during the run; at the end, the file has the last counters."""
     folder = tmp_path / "new" / "run"
     seen: list[RunState] = []
     make_trainer(
@@ -52,7 +52,7 @@ def test_a_run_is_running_then_completed(tmp_path: Path) -> None:
 def test_a_run_without_a_folder_keeps_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is written where nobody has said where."""
+    """Without a run folder, no file is written."""
     monkeypatch.chdir(tmp_path)
     make_trainer(max_step=3)()
     assert not list(tmp_path.iterdir())
@@ -61,7 +61,7 @@ def test_a_run_without_a_folder_keeps_no_file(
 
 
 def test_an_early_end_has_its_reason(tmp_path: Path) -> None:
-    """A run that a hook has stopped is completed, and says who stopped it and why."""
+    """A run stopped by a hook is completed, with the reason and the hook."""
     hook = at_step(2, lambda args: args.requests.stop("good enough", by="EarlyStopping"))
     make_trainer(hook, max_step=9, run_folder=tmp_path)()
     state = read_run_state(tmp_path)
@@ -70,7 +70,7 @@ def test_an_early_end_has_its_reason(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_is_preempted(tmp_path: Path) -> None:
-    """With an exit code for the process the run is to be started again."""
+    """A preempted run records the exit code for a restart."""
     hook = at_step(2, lambda args: args.requests.stop("SIGTERM", by="Preemption", exit_code=143))
     with pytest.raises(RunPreempted):
         make_trainer(hook, max_step=9, run_folder=tmp_path)()
@@ -78,8 +78,8 @@ def test_an_interrupted_run_is_preempted(tmp_path: Path) -> None:
     assert (state.state, state.reason, state.exit_code) == ("preempted", "SIGTERM", 143)
 
 
-def test_a_preempted_run_tells_what_went_wrong(tmp_path: Path) -> None:
-    """Such as its last save, without which it goes on from an older one."""
+def test_a_preempted_run_records_its_error(tmp_path: Path) -> None:
+    """A preempted run records an error such as of its last save."""
 
     def stop() -> None:
         with RunStateFile(tmp_path).around_run(Requests()):
@@ -93,11 +93,11 @@ def test_a_preempted_run_tells_what_went_wrong(tmp_path: Path) -> None:
     assert (state.error.type, state.error.message) == ("OSError", "no space left")
 
 
-def test_a_failure_is_told_with_what_and_where(tmp_path: Path) -> None:
-    """The file names the error, the hook with its channel and line, and the line that raised."""
+def test_a_failure_records_the_error_and_its_location(tmp_path: Path) -> None:
+    """The file names the error, the hook with channel and line, and the raising line."""
 
     def fail(args: PipelineHookArgs) -> None:
-        raise ValueError("planted \udce9")  # a text that is not all of it valid Unicode
+        raise ValueError("planted \udce9")  # not entirely valid Unicode
 
     with pytest.raises(ValueError, match="planted"):
         make_trainer(at_step(2, fail), max_step=3, run_folder=tmp_path)()
@@ -116,10 +116,8 @@ def test_a_failure_is_told_with_what_and_where(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "code"), [(KeyboardInterrupt(), 130), (SystemExit(7), 7), (SystemExit("no"), 1)]
 )
-def test_an_exit_that_nobody_asked_for_is_a_failure(
-    error: BaseException, code: int, tmp_path: Path
-) -> None:
-    """Ctrl-C and ``sys.exit`` in the middle of a step leave a run that failed, with their code."""
+def test_an_unrequested_exit_is_a_failure(error: BaseException, code: int, tmp_path: Path) -> None:
+    """Ctrl-C and ``sys.exit`` within a step leave a failed run with their exit code."""
 
     def leave(args: PipelineHookArgs) -> None:
         raise error
@@ -130,8 +128,8 @@ def test_an_exit_that_nobody_asked_for_is_a_failure(
     assert (state.state, state.exit_code) == ("failed", code)
 
 
-def test_an_error_that_can_not_be_told_is_still_a_failure(tmp_path: Path) -> None:
-    """Also of an error whose text raises."""
+def test_an_error_without_text_is_a_failure(tmp_path: Path) -> None:
+    """An error whose ``__str__`` raises is recorded as a failure."""
 
     class MuteError(Exception):
         def __str__(self) -> str:
@@ -165,8 +163,8 @@ make_trainer(hooks, max_step=3, run_folder=sys.argv[1])()
 """
 
 
-def test_a_killed_run_is_told_as_failed(tmp_path: Path) -> None:
-    """The file of a process that lives says running; when it is killed, the reader finds it out."""
+def test_a_killed_run_is_read_as_failed(tmp_path: Path) -> None:
+    """A living process's state is running; after a kill, the reader returns failed."""
     here = str(HELPERS)
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(tmp_path), here], stdout=subprocess.PIPE, text=True
@@ -178,7 +176,7 @@ def test_a_killed_run_is_told_as_failed(tmp_path: Path) -> None:
             assert read_run_state(tmp_path).state == "running"
         finally:
             child.send_signal(signal.SIGKILL)
-        # Until someone waits for it, it is a zombie, which runs no more either.
+        # Until waited for, the child is a zombie, which counts as ended.
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         assert read_run_state(tmp_path).state == "failed"
     state = read_run_state(tmp_path)
@@ -190,10 +188,10 @@ def test_a_killed_run_is_told_as_failed(tmp_path: Path) -> None:
     assert read_run_state(tmp_path).state == "completed"
 
 
-def test_the_file_of_a_run_that_is_running_is_left_to_it(
+def test_the_file_of_a_running_run_is_kept(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A second run in its folder writes none, whether it ends or fails."""
+    """A second run in the same folder writes no state, whether the run ends or fails."""
     here = str(HELPERS)
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(tmp_path), here], stdout=subprocess.PIPE, text=True
@@ -216,8 +214,8 @@ def _raise(*args: Any) -> None:
     raise ValueError("planted")
 
 
-def test_a_rank_does_not_tell_its_failure_for_another_run(tmp_path: Path) -> None:
-    """One that began before this process was there is not its own."""
+def test_a_rank_does_not_overwrite_another_runs_state(tmp_path: Path) -> None:
+    """A file started before this process belongs to another run."""
     with RunStateFile(tmp_path).around_run(Requests()):
         file = tmp_path / "run_state.json"
         document = json.loads(file.read_text())
@@ -230,23 +228,23 @@ def test_a_rank_does_not_tell_its_failure_for_another_run(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "state"),
     [({"host": "elsewhere"}, "running"), ({"started_at": 0.0}, "failed"), ({}, "running")],
 )
-def test_a_process_is_known_by_more_than_its_number(
-    change: dict[str, Any], told: str, tmp_path: Path
+def test_a_process_is_identified_by_more_than_its_id(
+    change: dict[str, Any], state: str, tmp_path: Path
 ) -> None:
-    """A number that was given anew is another process; another machine's can't be looked at."""
+    """A reused process id is another process; a process of another machine counts as running."""
     with RunStateFile(tmp_path).around_run(Requests()):
         file = tmp_path / "run_state.json"
         document = json.loads(file.read_text())
         document["process"] |= change
         file.write_text(json.dumps(document))
-        assert read_run_state(tmp_path).state == told
+        assert read_run_state(tmp_path).state == state
 
 
-def test_the_last_checkpoint_is_told(tmp_path: Path) -> None:
-    """By its path from the run's folder where it is in there, also after a start anew."""
+def test_the_last_checkpoint_is_recorded(tmp_path: Path) -> None:
+    """The checkpoint's path is relative to the run folder if possible, also after a restart."""
     file = RunStateFile(tmp_path)
     with file.around_run(Requests()):
         file.saved(tmp_path / "checkpoints" / "step_00000002", 2)
@@ -264,7 +262,7 @@ def test_the_last_checkpoint_is_told(tmp_path: Path) -> None:
 
 
 def test_a_run_resumed_at_its_end_is_completed(tmp_path: Path) -> None:
-    """Where nothing is left to do, a file that was left saying otherwise is put right, once."""
+    """A run resumed at its end rewrites an outdated state file once."""
     progress = TrainerProgress(global_step_id=3)
     with pytest.raises(ValueError, match="killed"), RunStateFile(tmp_path).around_run(Requests()):
         raise ValueError("killed after the last checkpoint")
@@ -275,8 +273,8 @@ def test_a_run_resumed_at_its_end_is_completed(tmp_path: Path) -> None:
     assert read_run_state(tmp_path) == state
 
 
-def test_a_trainer_called_after_its_end_leaves_the_file(tmp_path: Path) -> None:
-    """Nothing is done, so nothing is told anew; a preempted run stays one."""
+def test_a_trainer_called_after_its_end_keeps_the_file(tmp_path: Path) -> None:
+    """A second call does nothing, and a preempted run stays preempted."""
     hook = at_step(2, lambda args: args.requests.stop("SIGTERM", exit_code=143))
     trainer = make_trainer(hook, max_step=9, run_folder=tmp_path)
     with pytest.raises(RunPreempted):
@@ -286,18 +284,16 @@ def test_a_trainer_called_after_its_end_leaves_the_file(tmp_path: Path) -> None:
     assert read_run_state(tmp_path) == state
 
 
-def test_a_file_that_can_not_be_written_ends_no_run(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The log says that the file is not true."""
+def test_an_unwritable_file_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The log warns that the file is out of date."""
     folder = tmp_path / "folder"
-    folder.touch()  # which is no folder
+    folder.touch()  # not a folder
     make_trainer(max_step=3, run_folder=folder)()
     assert "run_state.json, which is now out of date" in caplog.text
 
 
-def test_another_rank_tells_its_failure(tmp_path: Path) -> None:
-    """The rank that failed first is named; what follows of it on the first rank changes nothing."""
+def test_another_rank_records_its_failure(tmp_path: Path) -> None:
+    """The first failed rank is recorded, and resulting errors on rank 0 change nothing."""
     first = RunStateFile(tmp_path, rank=0, processes=2)
     second = RunStateFile(tmp_path, rank=1, processes=2)
 
@@ -325,7 +321,7 @@ def test_another_rank_tells_its_failure(tmp_path: Path) -> None:
 
 
 def test_a_rank_on_another_machine_writes_no_file_of_its_own(tmp_path: Path) -> None:
-    """Where the folder does not have the first rank's file, a failing rank leaves none."""
+    """Without rank 0's file in the folder, a failing rank writes none."""
     with (
         pytest.raises(ValueError, match="planted"),
         RunStateFile(tmp_path, rank=1, processes=2).around_run(Requests()),
@@ -334,9 +330,9 @@ def test_a_rank_on_another_machine_writes_no_file_of_its_own(tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
-def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
-    """While it is replaced again and again, each reading finds a whole one; no leftovers stay."""
-    (tmp_path / temporary_name("run_state.json")).touch()  # of a run that was killed while it wrote
+def test_readers_never_see_a_partial_file(tmp_path: Path) -> None:
+    """While the file is replaced repeatedly, each read is complete, and no leftovers stay."""
+    (tmp_path / temporary_name("run_state.json")).touch()  # of a run killed while writing
     file = RunStateFile(tmp_path)
     over = threading.Event()
     steps: list[int] = []
@@ -358,7 +354,7 @@ def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (lambda text: text[: len(text) // 2], "Invalid JSON"),
         (lambda text: text.replace('"version": 1', '"version": 2'), "version: "),
@@ -367,13 +363,15 @@ def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
     ],
     ids=["cut", "version", "state", "empty"],
 )
-def test_a_damaged_file_is_refused(damage: Callable[[str], str], told: str, tmp_path: Path) -> None:
-    """The error names the file and what is wrong with it; the next run replaces it."""
+def test_a_damaged_file_is_refused(
+    damage: Callable[[str], str], message: str, tmp_path: Path
+) -> None:
+    """The error names the file and the damage; the next run replaces the file."""
     file = tmp_path / "run_state.json"
     with RunStateFile(tmp_path).around_run(Requests()):
         text = file.read_text()
     file.write_text(damage(text))
-    with pytest.raises(StateError, match=rf"run_state\.json can't be read.*{told}"):
+    with pytest.raises(StateError, match=rf"run_state\.json can't be read.*{message}"):
         read_run_state(tmp_path)
     with RunStateFile(tmp_path).around_run(Requests()):
         assert read_run_state(tmp_path).state == "running"
@@ -381,8 +379,8 @@ def test_a_damaged_file_is_refused(damage: Callable[[str], str], told: str, tmp_
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no pipes by name")
 @pytest.mark.parametrize("kind", ["pipe", "link", "device", "large"])
-def test_what_is_no_file_of_a_state_is_refused_at_once(kind: str, tmp_path: Path) -> None:
-    """A stranger's run has nobody wait for a pipe, or read without an end."""
+def test_an_irregular_state_file_is_refused(kind: str, tmp_path: Path) -> None:
+    """A pipe, link, device or large file is refused without blocking."""
     path = tmp_path / "run_state.json"
     if kind == "pipe":
         os.mkfifo(path)

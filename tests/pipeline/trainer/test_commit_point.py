@@ -111,13 +111,13 @@ def test_an_evaluation_can_be_requested_by_name() -> None:
 def test_a_metric_subscriber_can_make_requests() -> None:
     """A subscriber's request is carried out at the same commit point."""
     watcher = Watcher()
-    hooks = PipelineHooks("asks when told")
+    hooks = PipelineHooks("requests when notified")
 
     @hooks.on_loop.before
     def subscribe(args: PipelineHookArgs) -> None:
         def ask(value: object) -> None:
-            args.requests.evaluate("told of it")
-            args.requests.log("told of it")
+            args.requests.evaluate("notified")
+            args.requests.log("notified")
 
         args.metrics.subscribe("seen", ask)
 
