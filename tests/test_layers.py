@@ -1,4 +1,4 @@
-"""Imports point one way, and nobody reaches into another package."""
+"""Imports follow the layers, and private names stay within their package."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 
 SRC = Path(__file__).parent.parent / "src"
 
-# Each may import those before it, and itself. The trainer is the last of the pipeline's packages:
-# nothing in the pipeline but its own __init__ imports it.
+# Each layer may import itself and earlier layers. The trainer is the last package of the pipeline:
+# within the pipeline, only its own __init__ imports the trainer.
 LAYERS = [
     "robo_orchard_core.utils.strict_json",
     "robo_orchard_core.utils.hook",
@@ -28,7 +28,7 @@ LAYERS = [
 ]
 EXPORTS_THE_TRAINER = "robo_orchard_lab.pipeline"
 
-# What its makers document under an underscored name, and under no other.
+# Public API despite an underscored module name.
 DOCUMENTED = {"torch.utils._python_dispatch.TorchDispatchMode"}
 
 FILES = sorted(SRC.rglob("*.py"))
@@ -43,7 +43,7 @@ MODULES = {module_of(file) for file in FILES}
 
 
 def imports_of(file: Path) -> Iterator[str]:
-    """The full name of everything that a file imports, wherever in it."""
+    """Yield the full names of all imports in a file, at any level."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -87,20 +87,20 @@ def strongly_connected(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def layer_of(name: str) -> int | None:
-    """The layer that a module or a name in one belongs to; None for other distributions."""
+    """Return the layer of a module or a name in a module; None for other distributions."""
     within = [layer for layer in LAYERS if name == layer or name.startswith(layer + ".")]
     return LAYERS.index(max(within, key=len)) if within else None
 
 
 def package_of(module: str) -> str:
-    """The package that a module belongs to; a package belongs to itself."""
+    """Return the package of a module; a package is its own."""
     is_package = any(other.startswith(module + ".") for other in MODULES)
     return module if is_package else module.rpartition(".")[0]
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_of)
-def test_imports_point_up_the_list(file: Path) -> None:
-    """A module imports only from its own layer and those ahead of it."""
+def test_imports_follow_the_layers(file: Path) -> None:
+    """A module imports only from its own layer and earlier layers."""
     own = layer_of(module_of(file))
     assert own is not None, f"{module_of(file)} has no layer; give it its place in LAYERS"
     for name in imports_of(file):
@@ -111,15 +111,15 @@ def test_imports_point_up_the_list(file: Path) -> None:
 
 
 def test_no_modules_import_each_other() -> None:
-    """The graph of imports, those inside functions included, has no cycle."""
+    """The graph of imports, including function-level imports, has no cycle."""
     graph = {module_of(file): set(modules_imported_by(file)) - {module_of(file)} for file in FILES}
     cycles = [set(found) for found in strongly_connected(graph) if len(found) > 1]
     assert cycles == []
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_of)
-def test_nobody_imports_anothers_underscored_names(file: Path) -> None:
-    """What starts with an underscore is imported only within its own package."""
+def test_private_names_are_imported_only_within_their_package(file: Path) -> None:
+    """Names with a leading underscore are imported only within their own package."""
     for name in set(imports_of(file)) - DOCUMENTED:
         parts = name.split(".")
         for depth, part in enumerate(parts):

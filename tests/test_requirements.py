@@ -24,7 +24,7 @@ def pins(file: str) -> dict[str, Version]:
 
 
 def declared(extras: set[str]) -> list[Requirement]:
-    """Return the requirements in pyproject.toml, those of the extras included."""
+    """Return the requirements in pyproject.toml, including the extras."""
     optional = PROJECT["optional-dependencies"]
     lines = PROJECT["dependencies"] + [line for extra in extras for line in optional[extra]]
     return [Requirement(line) for line in lines]
@@ -36,7 +36,7 @@ def required(requirement: Requirement) -> list[Requirement]:
         return declared(requirement.extras)
     try:
         lines = requires(requirement.name) or []
-    except PackageNotFoundError:  # of another build of torch
+    except PackageNotFoundError:  # another build of torch
         return []
     environments = [{"extra": extra} for extra in requirement.extras or {""}]
     found = [Requirement(line) for line in lines]
@@ -48,7 +48,7 @@ def required(requirement: Requirement) -> list[Requirement]:
 
 
 def closure(requirement: Requirement) -> set[str]:
-    """Return the names of all distributions that installing a requirement brings in."""
+    """Return the names of all distributions installed with a requirement."""
     seen: set[tuple[str, frozenset[str]]] = set()
     waiting = [requirement]
     while waiting:
@@ -74,8 +74,8 @@ def test_each_declared_requirement_accepts_its_pin(file: str) -> None:
 
 
 @pytest.mark.parametrize("file", ["locked.txt", "oldest.txt"])
-def test_everything_that_is_installed_has_a_pin(file: str) -> None:
-    """A file of versions names each distribution that `[vision,dev]` brings in."""
+def test_every_installed_distribution_has_a_pin(file: str) -> None:
+    """A file of pins names each distribution installed by `[vision,dev]`."""
     pinned = pins(file)
     if pinned["torch"] != Version(Version(version("torch")).public):
         pytest.skip(f"this environment is not of {file}")

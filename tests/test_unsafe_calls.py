@@ -1,4 +1,4 @@
-"""No call in our code runs what it reads: what a linter does not see of that is looked for here.
+"""No call in our code executes its input, by a search beyond the linter's.
 
 Ruff's rules (flake8-bandit's) find eval, exec, pickle, marshal, yaml.load and shells.
 """
@@ -24,7 +24,7 @@ UNPICKLERS = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "clou
 
 
 def unsafe(code: str) -> Iterator[str]:
-    """The calls of a module that may run what they read, as ``line: name``."""
+    """Yield the calls of a module that may execute their input, as ``line: name``."""
     nodes = [*ast.walk(ast.parse(code))]
     names = dict(name for node in nodes for name in imported(node))
     for node in nodes:
@@ -39,7 +39,7 @@ def unsafe(code: str) -> Iterator[str]:
 
 
 def imported(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """The names that an import binds, and what each stands for."""
+    """Yield the names bound by an import, with their targets."""
     if isinstance(node, ast.Import):
         for alias in node.names:
             top = alias.name.split(".")[0]
@@ -50,14 +50,14 @@ def imported(node: ast.AST) -> Iterator[tuple[str, str]]:
 
 
 def dotted(node: ast.expr, names: dict[str, str]) -> str:
-    """What an expression names, by the module that it was imported from."""
+    """Return the full name of an expression, resolved by the module's imports."""
     if isinstance(node, ast.Attribute):
         return f"{dotted(node.value, names)}.{node.attr}"
     return names.get(node.id, node.id) if isinstance(node, ast.Name) else ""
 
 
-def test_nothing_that_is_read_is_run() -> None:
-    """No module evaluates a text, unpickles, or loads YAML or torch's files by what may call."""
+def test_no_input_is_executed() -> None:
+    """No module evaluates text, unpickles, or loads YAML or torch files unsafely."""
     sources = sorted(SRC.rglob("*.py"))
     assert len(sources) > 100
     found = [f"{path.name}:{call}" for path in sources for call in unsafe(path.read_text("utf-8"))]
@@ -80,13 +80,13 @@ def test_nothing_that_is_read_is_run() -> None:
         "import os.path; os.system('x')",
     ],
 )
-def test_what_runs_what_it_reads_is_found(code: str) -> None:
-    """By whatever name it was imported."""
+def test_unsafe_calls_are_found(code: str) -> None:
+    """Unsafe calls are found under any imported name."""
     assert [*unsafe(code)]
 
 
-def test_what_reads_data_is_not_found() -> None:
-    """The same libraries are fine where they read data."""
+def test_safe_calls_are_not_reported() -> None:
+    """Safe uses of the same libraries are not reported."""
     assert not [
         *unsafe(
             "import torch, yaml, re, json\n"
@@ -108,8 +108,8 @@ PLANTED = {
 }
 
 
-def test_the_linter_finds_the_rest() -> None:
-    """With the settings of this project, in a file that lies among our code."""
+def test_the_linter_finds_the_other_unsafe_calls() -> None:
+    """Ruff reports each planted call with the project's settings."""
     for rule, code in PLANTED.items():
         done = subprocess.run(
             [sys.executable, "-m", "ruff", "check", "--stdin-filename", SRC / "planted.py", "-"],

@@ -1,4 +1,4 @@
-"""The benchmarks work as a user runs them, and what they say of speed still holds."""
+"""Benchmarks run from the command line, and stored ratios hold."""
 
 import json
 import subprocess
@@ -34,13 +34,13 @@ def quick_reports() -> dict[str, Any]:
 
 
 def test_every_listed_benchmark_reports(quick_reports: dict[str, Any]) -> None:
-    """A run without names covers every benchmark that the list shows."""
+    """A run without names covers every benchmark in the list."""
     listed = [line.split()[0] for line in run_benchmarks("--list").stdout.splitlines()]
     assert listed == list(quick_reports)
 
 
-def test_no_speed_was_lost() -> None:
-    """A few ratios are at most 25 % above the stored ones, also on a machine that is busy."""
+def test_speed_has_not_regressed() -> None:
+    """A few ratios are at most 25 % above the stored ones, even on a busy machine."""
     finished = subprocess.run(
         [sys.executable, "-m", "benchmarks.regression"],
         cwd=ROOT,
@@ -53,8 +53,8 @@ def test_no_speed_was_lost() -> None:
     assert finished.stdout == "as fast as stored\n"
 
 
-def test_lost_speed_is_told_when_it_is_found_twice() -> None:
-    """What is more than a quarter above its stored ratio is told, unless it was so by chance."""
+def test_a_regression_is_reported_when_measured_twice() -> None:
+    """A ratio over 25 % above its stored value is reported if a second measurement confirms."""
     once = iter([2.0, 1.0])
     measured = {"slow": lambda: 1.3, "slow once": lambda: next(once), "fine": lambda: 1.2}
     stored = dict.fromkeys(measured, 1.0)
@@ -62,13 +62,13 @@ def test_lost_speed_is_told_when_it_is_found_twice() -> None:
 
 
 def test_each_ratio_of_the_subset_is_stored() -> None:
-    """The subset for CI and the file that it is held against name the same."""
+    """The CI subset and the stored file name the same benchmarks."""
     assert set(json.loads(STORED.read_text(encoding="utf-8"))) == set(MEASURED)
 
 
 @pytest.mark.parametrize("benchmark", ["overhead", "accumulation", "bf16"])
-def test_all_contenders_train_alike(quick_reports: dict[str, Any], benchmark: str) -> None:
-    """Every contender ends with the weights of the bare loop, bit for bit."""
+def test_all_contenders_train_equally(quick_reports: dict[str, Any], benchmark: str) -> None:
+    """Every contender ends with the bare loop's weights, bit for bit."""
     report = quick_reports[benchmark]
     assert report["faults"] == []
     notes = report["tables"][0]["notes"]
@@ -76,14 +76,14 @@ def test_all_contenders_train_alike(quick_reports: dict[str, Any], benchmark: st
 
 
 def test_an_unknown_name_is_refused() -> None:
-    """A name that is no benchmark's is refused with the names that there are."""
+    """An unknown benchmark is refused with the list of names."""
     finished = run_benchmarks("no_such_benchmark")
     assert finished.returncode == 2
     assert "no benchmark named no_such_benchmark; there are dispatch, overhead" in finished.stderr
 
 
 def test_tables_are_plain_markdown_outside_a_terminal() -> None:
-    """What is not a terminal gets Markdown tables with the bar and whether it is met."""
+    """Outside a terminal, tables are Markdown with each limit and its result."""
     finished = run_benchmarks("dispatch", "--quick")
     assert finished.returncode == 0, finished.stderr
     assert "| bare calls " in finished.stdout
@@ -91,8 +91,8 @@ def test_tables_are_plain_markdown_outside_a_terminal() -> None:
     assert "\x1b[" not in finished.stdout
 
 
-def test_the_page_says_of_every_bar_whether_it_is_met() -> None:
-    """RESULTS.md lists each bar, and of a missed one by how much and why."""
+def test_the_page_states_whether_each_bar_is_met() -> None:
+    """RESULTS.md lists each limit, and each miss with its size and reason."""
     rows = [
         Row("reference", Spread.of([10.0])),
         Row("met", Spread.of([10.5]), Spread.of([1.05]), bar=1.1),

@@ -1,4 +1,4 @@
-"""The example learns to read handwritten digits, from images on disk to saved weights."""
+"""The digits example trains from images on disk to saved weights."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def _accuracy(output: str) -> float:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """The folder of a run with the configuration as it stands, and the accuracy it printed."""
+    """Return the folder of a run with the default configuration, and the printed accuracy."""
     folder = tmp_path_factory.mktemp("digits")
     finished = _train(folder)
     assert finished.returncode == 0, finished.stderr
     return folder, _accuracy(finished.stdout)
 
 
-def test_it_reads_most_unseen_digits(trained: tuple[Path, float]) -> None:
-    """After 5 epochs, at least 95 of 100 digits that it has not learned from are read right."""
+def test_most_unseen_digits_are_classified(trained: tuple[Path, float]) -> None:
+    """After 5 epochs, at least 95 of 100 unseen digits are classified correctly."""
     assert trained[1] >= 0.95
 
 
 def test_images_are_written_as_an_image_folder(trained: tuple[Path, float]) -> None:
-    """All 1797 digits lie there as RGB images of 32x32 pixels, a fifth of each digit for checks."""
+    """All 1797 digits are RGB images of 32x32 pixels, with a fifth of each digit for validation."""
     root = trained[0] / "workspace" / "digits" / "images"
     train, val = ImageFolder(str(root / "train")), ImageFolder(str(root / "val"))
     assert (len(train), len(val)) == (1437, 360)
@@ -55,8 +55,8 @@ def test_images_are_written_as_an_image_folder(trained: tuple[Path, float]) -> N
     assert (image.size, image.mode) == ((32, 32), "RGB")
 
 
-def test_the_saved_weights_are_those_that_were_measured(trained: tuple[Path, float]) -> None:
-    """The model that is loaded from the file has the accuracy that was printed."""
+def test_saved_weights_have_the_printed_accuracy(trained: tuple[Path, float]) -> None:
+    """The model loaded from the file has the printed accuracy."""
     folder = trained[0] / "workspace" / "digits"
     model = models.resnet18(num_classes=10)
     load_model(model, folder / "model.safetensors")
@@ -68,8 +68,8 @@ def test_the_saved_weights_are_those_that_were_measured(trained: tuple[Path, flo
     assert right.item() == pytest.approx(trained[1], abs=0.003)  # one image of 360
 
 
-def test_random_images_show_whether_everything_runs(tmp_path: Path) -> None:
-    """With random images and other options it runs in seconds, and keeps the options."""
+def test_random_images_run_in_seconds(tmp_path: Path) -> None:
+    """With random images and other options, the example runs in seconds and saves the options."""
     finished = _train(
         tmp_path,
         *("--dataset.pipeline_test", "true", "--dataset.dummy_train_imgs", "16"),
@@ -83,7 +83,7 @@ def test_random_images_show_whether_everything_runs(tmp_path: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
-    """Two runs of one configuration save the same bytes, one of another seed does not."""
+    """Two runs of one configuration save equal bytes, and a run with another seed does not."""
     weights = []
     for name, seed in (("first", "3"), ("second", "3"), ("third", "4")):
         finished = _train(
@@ -100,7 +100,7 @@ def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_it_runs_on_two_processes(tmp_path: Path) -> None:
-    """Under torchrun, where the first process alone writes the images, the weights and the end."""
+    """Under torchrun, only rank 0 writes the images, the weights and the accuracy."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     finished = subprocess.run(
         [sys.executable, *torchrun, TRAIN, "--max_epoch", "1", "--batch_size", "32"],

@@ -1,4 +1,4 @@
-"""What docs/experiments.md shows works."""
+"""Files, commands and scripts of docs/experiments.md."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_files_are_experiments() -> None:
-    """The file and its variant are read, and the variant says what the page says of it."""
+    """The file and its variant load, with the differences described on the page."""
     digits, wide = (ExperimentConfig.load(name) for name in FILES)
     assert [*wide.hooks] == [*(name for name in digits.hooks if name != "stats"), "clip"]
     assert wide.to_dict()["model"] == digits.to_dict()["model"] | {"zero_init_residual": True}
@@ -41,7 +41,7 @@ def test_the_files_are_experiments() -> None:
 
 
 def test_the_files_are_built() -> None:
-    """Their models, data, groups and schedules fit each other."""
+    """Models, data, parameter groups and LR schedulers of the files fit together."""
     ExperimentConfig.load("wide.yaml").build()
     run = ExperimentConfig.load("digits.yaml").build()
     assert run.optimizer is not None
@@ -52,10 +52,10 @@ def test_the_files_are_built() -> None:
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_the_commands_do_what_they_say(
+def test_the_commands_succeed(
     line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each ends with 0, and prints something."""
+    """Each command exits with 0 and prints output."""
     words = shlex.split(line)
     while "=" in words[0]:
         name, _, value = words.pop(0).partition("=")
@@ -65,8 +65,8 @@ def test_the_commands_do_what_they_say(
     assert len(capsys.readouterr().out.splitlines()) > 5
 
 
-def test_trust_is_written_as_it_is_read() -> None:
-    """The table for pyproject.toml is one."""
+def test_the_trust_table_is_valid() -> None:
+    """The page's table for pyproject.toml parses to the trust setting."""
     (block,) = re.findall(r"```toml\n(.*?)```", PAGE, re.S)
     assert tomllib.loads(block) == {"tool": {"robo_orchard_lab": {"trust": ["my_team"]}}}
 

@@ -1,4 +1,4 @@
-"""Long runs, with all hooks at once, take no more memory and time in the end than early on."""
+"""Memory and step time of long runs with all hooks stay constant."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def endure_in_a_process(steps: int) -> Endured:
-    """In a new process, since this one's memory has what other tests left."""
+    """Run in a new process, whose memory is free of other tests' leftovers."""
     done = subprocess.run(
         [sys.executable, "-m", "test_long_runs", str(steps)],
         cwd=ROOT,
@@ -38,13 +38,13 @@ def endure_in_a_process(steps: int) -> Endured:
 def check_flat(steps: int) -> None:
     endured = endure_in_a_process(steps)
     assert endured.growth <= 1.01
-    if endured.slowdown > 1.25:  # others on the machine may be busier in the end
+    if endured.slowdown > 1.25:  # other processes may be busier at the end
         endured = endure_in_a_process(steps)
     assert endured.slowdown <= 1.25
 
 
-def test_every_built_in_hook_is_on(tmp_path: Path) -> None:
-    """The training of these tests has each of the hooks that come with the system."""
+def test_every_built_in_hook_is_used(tmp_path: Path) -> None:
+    """The training of these tests has every built-in hook."""
     trainer = trainer_with_every_hook(tmp_path, 2, lambda step: None)
     on = {type(hook).__name__ for hook in trainer.hooks.all_hooks()}
     built_in = {name for name in hooks.__all__ if f"{name}Config" in hooks.__all__}
@@ -52,13 +52,13 @@ def test_every_built_in_hook_is_on(tmp_path: Path) -> None:
 
 
 def test_ten_thousand_steps_are_flat() -> None:
-    """Memory grows by 1 % at most from step 1,000 to 10,000, and a step takes as long."""
+    """Memory grows by at most 1 % from step 1,000 to 10,000, and the step time stays."""
     check_flat(10_000)
 
 
 @pytest.mark.slow
 def test_a_hundred_thousand_steps_are_flat() -> None:
-    """Memory grows by 1 % at most from step 1,000 to 100,000, and a step takes as long."""
+    """Memory grows by at most 1 % from step 1,000 to 100,000, and the step time stays."""
     check_flat(100_000)
 
 

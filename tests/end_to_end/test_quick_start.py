@@ -1,4 +1,4 @@
-"""The README's quick start works, as it stands there."""
+"""The README's quick start works as printed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LONGEST_S = 240
 
 
 def commands(block: str) -> list[str]:
-    """The lines of a block of commands, with those that a backslash goes on with."""
+    """Return the command lines of a block, with backslash continuations joined."""
     lines = block.replace("\\\n", "").splitlines()
     return [line for line in lines if line]
 
@@ -38,7 +38,7 @@ def block(language: str) -> str:
 
 @pytest.fixture
 def variables(tmp_path: Path) -> dict[str, str]:
-    """An environment in which the program is installed, as pip does it."""
+    """Return an environment with the program installed, as by pip."""
     scripts = tmp_path / "bin"
     scripts.mkdir()
     program = scripts / "robo-orchard-lab"
@@ -46,19 +46,22 @@ def variables(tmp_path: Path) -> dict[str, str]:
     program.write_text(f'#!/bin/sh\nexec {python} -c {shlex.quote(PROGRAM)} "$@"\n', "utf-8")
     program.chmod(0o755)
     path = [str(scripts), str(Path(sys.executable).parent), os.environ["PATH"]]
-    # Threads that wait for one another spin, which is slow where tests share the cores.
+    # Threads that wait for each other spin, which is slow on shared cores.
     return environment({"PATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"})
 
 
 def test_pip_installs_the_program() -> None:
-    """The name in the README is that of the entry point, and leads to the command line."""
+    """The README's program name is the entry point of the command line."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     assert project["scripts"] == {"robo-orchard-lab": "robo_orchard_lab.cli.main:main"}
 
 
 def test_the_quick_start_works(tmp_path: Path, variables: dict[str, str]) -> None:
-    """Its commands, one after the other in an empty folder, with a Ctrl-C where it says so: begin,
-    train with overrides, stop, go on, measure, export, and read with plain safetensors."""
+    """The quick start's commands work in order in an empty folder, with one Ctrl-C.
+
+    They create, train with overrides, stop, resume, evaluate, export, and read with plain
+    safetensors.
+    """
     folder = tmp_path / "empty"
     folder.mkdir()
     lines = commands(block("bash"))
@@ -79,8 +82,8 @@ def test_the_quick_start_works(tmp_path: Path, variables: dict[str, str]) -> Non
             if following.startswith(INTERRUPTED):
                 wait_for_text(folder / "runs/spirals/metrics.jsonl", process)
                 os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of it
-            printed, told = process.communicate(timeout=LONGEST_S)
-        assert process.returncode == (130 if following.startswith(INTERRUPTED) else 0), told
+            printed, stderr = process.communicate(timeout=LONGEST_S)
+        assert process.returncode == (130 if following.startswith(INTERRUPTED) else 0), stderr
         if following.startswith(INTERRUPTED):
             assert read_run_state(folder / "runs/spirals").state == "preempted"
     assert sorted(printed.split()) == [
@@ -107,7 +110,7 @@ def test_the_quick_start_works(tmp_path: Path, variables: dict[str, str]) -> Non
 
 
 def wait_for_text(path: Path, process: subprocess.Popen[str]) -> None:
-    """Until something is in a file that a process writes."""
+    """Wait until a file written by a process has content."""
     ends_at = time.monotonic() + LONGEST_S
     while not (path.exists() and path.stat().st_size):
         assert process.poll() is None, process.communicate()

@@ -93,12 +93,12 @@ def test_the_tests_named_in_the_security_page_exist() -> None:
     assert len(named) > 20
     file = ""
     for in_file, test in named:
-        file = in_file or file  # or that of the test before
+        file = in_file or file  # or the file of the previous test
         assert f"def {test}(" in (ROOT / file).read_text("utf-8"), f"{file}::{test}"
 
 
-def test_the_bounds_are_those_of_the_code() -> None:
-    """SECURITY.md tells the numbers by which files and checkpoints are bounded."""
+def test_the_documented_limits_equal_the_code() -> None:
+    """SECURITY.md states the limits of files and checkpoints in the code."""
     from robo_orchard_core.utils.config import formats
     from robo_orchard_lab.experiment import document as reading
     from robo_orchard_lab.experiment import prevalidation as screening

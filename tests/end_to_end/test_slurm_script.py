@@ -1,4 +1,4 @@
-"""The SLURM script has a job run again until its training is over, and only then."""
+"""The SLURM script requeues a job until its training is completed, and only then."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRAINING = ROOT / "tests" / "pipeline" / "fails_on_ranks.py"
 
 
 class Job:
-    """A job of two nodes with a process each, which its stand-ins start here."""
+    """A job of two nodes with one process each, simulated on this machine."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -35,11 +35,11 @@ class Job:
         self.requeued.touch()
 
     def start(self, place: str, options: str, starts: int = 0) -> subprocess.Popen[str]:
-        """A start of the job, the first or one that the queue has made."""
+        """Start the job for the first time, or as restarted by the queue."""
         return self.start_of(TRAINING, self.folder / "run", place, options, starts=starts)
 
     def start_of(self, *training: str | Path, starts: int = 0) -> subprocess.Popen[str]:
-        """The same of any training in this run folder."""
+        """Start any training in this run folder."""
         return subprocess.Popen(
             ["bash", str(SCRIPT), *map(str, (self.folder / "run", *training))],
             env={
@@ -61,13 +61,13 @@ class Job:
         )
 
     def preempt(self, starts: int = 0, number: int = signal.SIGUSR1) -> tuple[int, str]:
-        """Start it, and send the script a signal when the training goes on."""
+        """Start the job and signal the script during the training."""
         return self.interrupt(self.start("nowhere", "preemption,slowly", starts), number)
 
     def interrupt(
         self, script: subprocess.Popen[str], number: int = signal.SIGUSR1
     ) -> tuple[int, str]:
-        """Send the script a signal when the training goes on."""
+        """Send the script a signal during the training."""
         state = self.folder / "run" / "run_state.json"
         before = state.stat().st_mtime_ns if state.exists() else 0
         while not state.exists() or state.stat().st_mtime_ns == before:
@@ -78,11 +78,11 @@ class Job:
         return self.end(script)
 
     def end(self, script: subprocess.Popen[str]) -> tuple[int, str]:
-        """The script's exit code, and what it has printed."""
+        """Return the script's exit code and output."""
         started = psutil.Process(script.pid).children(recursive=True)
-        told = script.communicate(timeout=120)[0]
-        assert not any(process.is_running() for process in started), told
-        return script.returncode, told
+        output = script.communicate(timeout=120)[0]
+        assert not any(process.is_running() for process in started), output
+        return script.returncode, output
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -91,37 +91,37 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_job_is_requeued_until_it_is_completed(tmp_path: Path) -> None:
-    """It ends with the weights of a job that nobody has interrupted."""
+    """The job ends with the weights of an uninterrupted job."""
     job = Job(tmp_path / "preempted")
-    code, told = job.preempt()
-    assert (code, job.requeued.read_text()) == (0, f"{job.number}\n"), told
+    code, output = job.preempt()
+    assert (code, job.requeued.read_text()) == (0, f"{job.number}\n"), output
     state = read_run_state(job.folder / "run")
     assert (state.state, state.exit_code) == ("preempted", 128 + signal.SIGUSR1)
     assert 0 < state.progress["global_step_id"] < 8
-    code, told = job.end(job.start("nowhere", "preemption,slowly", starts=1))
-    assert (code, job.requeued.read_text()) == (0, f"{job.number}\n"), told
-    assert "start 1: the run is completed" in told
-    straight = Job(tmp_path / "straight")
-    code, told = straight.end(straight.start("nowhere", "preemption"))
-    assert (code, straight.requeued.read_text()) == (0, ""), told
-    expected, found = weights(straight.folder), weights(job.folder)
+    code, output = job.end(job.start("nowhere", "preemption,slowly", starts=1))
+    assert (code, job.requeued.read_text()) == (0, f"{job.number}\n"), output
+    assert "start 1: the run is completed" in output
+    uninterrupted = Job(tmp_path / "straight")
+    code, output = uninterrupted.end(uninterrupted.start("nowhere", "preemption"))
+    assert (code, uninterrupted.requeued.read_text()) == (0, ""), output
+    expected, found = weights(uninterrupted.folder), weights(job.folder)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 @pytest.mark.slow
 def test_a_job_trains_a_file_until_it_is_completed(tmp_path: Path) -> None:
-    """As it does with a script: preempted, in the queue again, and gone on with."""
+    """An experiment file is preempted, requeued and resumed as a script is."""
     job = Job(tmp_path / "job")
     assert main(["config", "init", str(tmp_path / "spirals.yaml")]) == 0
     training: list[str | Path] = [
         *("-m", "robo_orchard_lab", "train", tmp_path / "spirals.yaml"),
         *("--run_folder", job.folder / "run", "--trainer.max_epoch", "60"),
     ]
-    code, told = job.interrupt(job.start_of(*training))
-    assert (code, job.requeued.read_text()) == (0, f"{job.number}\n"), told
+    code, output = job.interrupt(job.start_of(*training))
+    assert (code, job.requeued.read_text()) == (0, f"{job.number}\n"), output
     done = read_run_state(job.folder / "run").progress["global_step_id"]
-    code, told = job.end(job.start_of(*training, starts=1))
-    assert (code, job.requeued.read_text()) == (0, f"{job.number}\n"), told
+    code, output = job.end(job.start_of(*training, starts=1))
+    assert (code, job.requeued.read_text()) == (0, f"{job.number}\n"), output
     state = read_run_state(job.folder / "run")
     assert 0 < done < state.progress["global_step_id"] == 60 * 15  # of 30 batches, half each
     assert state.state == "completed"
@@ -129,26 +129,26 @@ def test_a_job_trains_a_file_until_it_is_completed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_job_that_fails_is_not_requeued(tmp_path: Path) -> None:
-    """Nor is one that fails ahead of the training, after a start that was preempted."""
+    """A failed job is not requeued, also if it fails before the training of a restart."""
     job = Job(tmp_path / "failed")
-    code, told = job.end(job.start("step", "preemption"))
-    assert (code != 0, job.requeued.read_text()) == (True, ""), told
-    assert "the run is failed" in told
+    code, output = job.end(job.start("step", "preemption"))
+    assert (code != 0, job.requeued.read_text()) == (True, ""), output
+    assert "the run is failed" in output
     other = Job(tmp_path / "other")
     assert other.preempt()[0] == 0
     other.requeued.write_text("")
-    code, told = other.end(other.start("constructor", "preemption", starts=1))
-    assert (code != 0, other.requeued.read_text()) == (True, ""), told
-    assert "the run is unknown" in told
+    code, output = other.end(other.start("constructor", "preemption", starts=1))
+    assert (code != 0, other.requeued.read_text()) == (True, ""), output
+    assert "the run is unknown" in output
 
 
 @pytest.mark.slow
-def test_a_job_is_not_requeued_for_ever(tmp_path: Path) -> None:
-    """Nor where somebody has cancelled it."""
+def test_a_job_is_not_requeued_forever(tmp_path: Path) -> None:
+    """A job is not requeued after MAX_REQUEUES starts, nor after a cancellation."""
     job = Job(tmp_path / "often")
-    code, told = job.preempt(starts=2)
-    assert (code, job.requeued.read_text()) == (1, ""), told
+    code, output = job.preempt(starts=2)
+    assert (code, job.requeued.read_text()) == (1, ""), output
     job = Job(tmp_path / "cancelled")
-    code, told = job.preempt(number=signal.SIGTERM)
-    assert (code, job.requeued.read_text()) == (0, ""), told
-    assert "the job was cancelled" in told
+    code, output = job.preempt(number=signal.SIGTERM)
+    assert (code, job.requeued.read_text()) == (0, ""), output
+    assert "the job was cancelled" in output

@@ -1,4 +1,4 @@
-"""The tutorial that the project is measured by runs as it is printed, but for its sizes."""
+"""The reference tutorial runs as printed, at a small size."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS_PER_EPOCH, EPOCHS, LOGGED_EVERY = 48 // 4, 2, 5  # of `tutorial_script.py 
 
 
 class Run(NamedTuple):
-    """What the script left behind."""
+    """Results of the script."""
 
     folder: Path
     output: str
@@ -33,7 +33,7 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The script, run in an empty folder by a process of its own."""
+    """Run the script in an empty folder in its own process."""
     folder = tmp_path_factory.mktemp("tutorial")
     script = subprocess.run(
         [sys.executable, PRINT_SCRIPT, "--small"], capture_output=True, text=True, check=True
@@ -47,7 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_hooks_of_loop_epoch_and_step_are_called_in_order(run: Run) -> None:
-    """The log has each begin and end once, nested, from the loop's to every fifth step's."""
+    """The log has each begin and end once, nested, from the loop to every fifth step."""
     expected = [f"{BEGINNING} loop"]
     for epoch in range(EPOCHS):
         expected.append(f"{BEGINNING} {epoch}-th epoch")
@@ -59,26 +59,26 @@ def test_hooks_of_loop_epoch_and_step_are_called_in_order(run: Run) -> None:
 
 
 def test_nothing_is_warned_about(run: Run) -> None:
-    """The log has no warning, neither Python's nor a logger's."""
+    """The log has no warnings, neither Python's nor a logger's."""
     assert "warning" not in run.log.lower()
 
 
 def test_the_hooks_are_printed_as_on_the_page(run: Run) -> None:
-    """The tree has the page's classes, nesting and white space, with this run's ids and files."""
+    """The printed tree equals the page's, except for ids and files."""
     printed = _page_output()
-    assert printed.count("\n") > 20  # the page is read as it should be
-    assert _without_places(run.output).rstrip("\n") == _without_places(printed)
+    assert printed.count("\n") > 20  # the page was parsed
+    assert _without_locations(run.output).rstrip("\n") == _without_locations(printed)
 
 
 def test_the_optimizer_hook_is_the_outermost_on_step(run: Run) -> None:
-    """The first hook of on_step is the one that updates the weights."""
+    """The first hook of on_step updates the weights."""
     on_step = run.output[run.output.index("on_step: ") :]
     first = on_step[on_step.index("0: <") : on_step.index("1: <")]
     assert "OptimizerHook" in first
 
 
 def test_each_function_is_where_the_tree_says(run: Run) -> None:
-    """Every file and line of the tree, opened, has the definition of the function."""
+    """Every file and line in the tree leads to the function's definition."""
     functions = re.findall(r"\.(\w+) from (.+):(\d+)>", run.output)
     assert len(functions) == 7  # three pairs of the script's and the optimizer's
     for name, file, line in functions:
@@ -87,7 +87,7 @@ def test_each_function_is_where_the_tree_says(run: Run) -> None:
 
 
 def _page_output() -> str:
-    """What the page shows as the script's output, without the page's indentation."""
+    """Return the script's output as shown on the page, without indentation."""
     page = PAGE.read_text(encoding="utf-8")
     block = page[page.index("sphx-glr-script-out") :]
     indent = " " * 4
@@ -96,6 +96,6 @@ def _page_output() -> str:
     return "\n".join(line.removeprefix(indent) for line in body)
 
 
-def _without_places(tree: str) -> str:
-    """The tree without what differs from run to run: ids, files and line numbers."""
+def _without_locations(tree: str) -> str:
+    """Return the tree without ids, files and line numbers."""
     return re.sub(r" from .+:\d+>", " from FILE:LINE>", re.sub(r"id=\d+", "id=ID", tree))

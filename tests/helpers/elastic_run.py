@@ -1,7 +1,6 @@
 """Script of each rank in ``test_world_size_change.py``: a part of a training at any world size.
 
-A step has six samples of the whole job, so that the samples, the updates and what is logged are
-those of one process.
+A global step has six samples, so samples, updates and logs equal one process's.
 """
 
 from __future__ import annotations
@@ -50,14 +49,14 @@ EPOCHS = 2
 
 
 class CountedLosses(NamedLosses):
-    """Those of a training whose batches are counted, so that windows are loaded ahead."""
+    """Batch processor that counts its samples, so windows are loaded in advance."""
 
     def count_samples(self, batch: Any) -> int:
         return len(batch[0])
 
 
 class Counted(PipelineHooks):
-    """Has a state on each rank: how many samples it has seen, which a new rank begins anew."""
+    """Hook with a per-rank count of samples, which redistribution sums on rank 0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,14 +75,14 @@ class Counted(PipelineHooks):
     def redistribute_states(
         self, states: Sequence[Mapping[str, Any]], processes: int
     ) -> Sequence[Mapping[str, Any]]:
-        whole = sum(state["samples"] for state in states)
-        if whole == 0:
+        total = sum(state["samples"] for state in states)
+        if total == 0:
             raise StateError("there is nothing to share")
-        return [{"samples": whole if rank == 0 else 0} for rank in range(processes)]
+        return [{"samples": total if rank == 0 else 0} for rank in range(processes)]
 
 
 class Numbered(PipelineHooks):
-    """Has a state on each rank that is taken over as it is."""
+    """Hook with a per-rank state without redistribution."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -97,30 +96,30 @@ class Numbered(PipelineHooks):
 
 
 class Stream(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
-    """The samples one after the other, all of them on every rank."""
+    """All samples in order, on every rank."""
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return map(SAMPLES.__getitem__, range(len(SAMPLES)))
 
 
 class Watcher(PipelineHooks):
-    """Writes down all events, the samples of each step and what this rank draws; may stop."""
+    """Records all events, the samples of each step and random numbers of this rank; may stop."""
 
     def __init__(self, path: Path, stop_after: int | None) -> None:
         super().__init__()
         self._file = path.open("w")
         self._stop_after = stop_after
         for channel in CHANNEL_NAMES:
-            self.register_hook(channel, self._telling(channel))
+            self.register_hook(channel, self._recording(channel))
         self.on_step.after(self.end_step)
 
-    def _telling(self, channel: ChannelName) -> HookContext[PipelineHookArgs]:
-        def tell(role: str, args: PipelineHookArgs) -> None:
+    def _recording(self, channel: ChannelName) -> HookContext[PipelineHookArgs]:
+        def record(role: str, args: PipelineHookArgs) -> None:
             counters = [args.epoch_id, args.step_id, args.global_step_id, args.optimizer_step_id]
             self.write("event", args.global_step_id, [role, channel, *counters, args.evaluation])
 
         return HookContext.from_callable(
-            lambda args: tell("before", args), lambda args: tell("after", args)
+            lambda args: record("before", args), lambda args: record("after", args)
         )
 
     def end_step(self, args: PipelineHookArgs) -> None:
@@ -138,7 +137,7 @@ class Watcher(PipelineHooks):
 
 
 def build(order: dict[str, Any]) -> HookBasedTrainer:
-    """A training that logs losses, metrics and evaluations of an average, with a schedule."""
+    """Build a training with losses, metrics, averaged evaluations and an LR scheduler."""
     folder, ranks = Path(order["folder"]), order["ranks"]
     torch.manual_seed(3)  # of the weights
     model = torch.nn.Sequential(
@@ -149,7 +148,7 @@ def build(order: dict[str, Any]) -> HookBasedTrainer:
         for part in (model[0], model[3], model):
             fully_shard(part, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    schedule: LRScheduler = (
+    lr_scheduler: LRScheduler = (
         ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
         if order.get("plateau")
         else OneCycleLR(optimizer, max_lr=0.05, total_steps=20)
@@ -174,7 +173,7 @@ def build(order: dict[str, Any]) -> HookBasedTrainer:
         loader,
         CountedLosses() if order.get("counted") else NamedLosses(),
         optimizer,
-        schedule,
+        lr_scheduler,
         [
             MetricsLoggerConfig(
                 every="3 steps | 1 epoch",
@@ -205,7 +204,7 @@ def build(order: dict[str, Any]) -> HookBasedTrainer:
 
 
 def run(order: dict[str, Any]) -> None:
-    """One start of one rank; what it has come to lies in the folder afterwards."""
+    """Run one start of one rank and save the results to the folder."""
     rank, ranks = order["rank"], order["ranks"]
     torch.set_num_threads(1)
     if ranks > 1 or order.get("sharded"):

@@ -1,4 +1,4 @@
-"""Functions of the processes that test_resume_worker.py starts."""
+"""Functions run in the processes of test_resume_worker.py."""
 
 from __future__ import annotations
 

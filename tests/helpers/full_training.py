@@ -1,4 +1,4 @@
-"""A training with all in it that has a state, on the CPU, for tests that stop it anywhere."""
+"""A CPU training with every stateful component, for tests that stop anywhere."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ DataKind: TypeAlias = Literal[
 STEPS = 14
 """Two epochs of seven batches, the last one of which is short."""
 STEPS_OF_TWO = 8
-"""The same in two processes."""
+"""Steps of the same training on two processes."""
 
 
 class AugmentedSamples(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Draws from torch, NumPy and Python while loading."""
+    """Draws from the RNGs of torch, NumPy and Python while loading."""
 
     def __init__(self, length: int = 26, dtype: torch.dtype = torch.float32) -> None:
         self.length = length
@@ -78,7 +78,7 @@ class AugmentedSamples(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 class NamedLosses(SimpleBatchProcessor):
-    """The loss, also as a named one; no number for a batch with two targets of 0, if it fails."""
+    """Returns the loss, also by name; NaN for a batch with two targets of 0 if `fails`."""
 
     def __init__(self, fails: bool = False) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class NamedLosses(SimpleBatchProcessor):
 
 
 class StopBetweenEpochs(PipelineHooks):
-    """Asks to stop when the first epoch is left, not in its last step."""
+    """Requests a stop at the end of the first epoch, after its last step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,18 +126,21 @@ def build(
     dies: int = 0,
     stop_between: bool = False,
 ) -> HookBasedTrainer:
-    """Dropout, batch norm, augmentation, AdamW, a schedule, clipping, accumulation over 3, a moving
-    average, two kinds of metrics, evaluations, early stopping and a log."""
+    """Build a trainer with dropout, batch norm, augmentation, AdamW and an LR scheduler.
+
+    Clipping, accumulation over 3, an EMA, metrics, evaluations, early stopping and a log are
+    included.
+    """
     if dies and run_folder.name == "resumed":
         starts = run_folder / "starts"
         with starts.open("a") as file:
             file.write(".")
         if starts.stat().st_size <= dies:
-            DieAt(random.Random().randrange(250))  # of the file system; a save makes some 25
+            DieAt(random.Random().randrange(250))  # a save makes about 25 file system calls
     if resume_from is not None and resumed_workers is not None:
         workers = resumed_workers
     several = in_several_processes()
-    torch.set_num_threads(1)  # of a tiny model, more only wait for each other
+    torch.set_num_threads(1)  # more threads slow a tiny model down
     model = torch.nn.Sequential(
         torch.nn.Linear(4, 8),
         torch.nn.BatchNorm1d(8),
@@ -146,7 +149,7 @@ def build(
         torch.nn.Linear(8, 1),
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    schedule: LRScheduler = (
+    lr_scheduler: LRScheduler = (
         ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
         if plateau
         else OneCycleLR(optimizer, max_lr=0.05, total_steps=12)
@@ -161,7 +164,7 @@ def build(
         make_loader(data, num_workers=workers, persistent_workers=persistent),
         NamedLosses(fails=more_hooks),
         optimizer,
-        schedule,
+        lr_scheduler,
         [
             MetricsLoggerConfig(
                 every="4 steps | 1 epoch",
@@ -187,7 +190,7 @@ def build(
         max_epoch=2,
         run_folder=run_folder,
         resume_from=resume_from,
-        # Accelerate divides a stream by a loader that leaves out the state of the dataset.
+        # Accelerate shards a stream by a loader that ignores the state of the dataset.
         data_order=DataOrder(keyed_by=keyed_by, fast_forward=data == "stream" and several),
     )
 
@@ -197,7 +200,7 @@ def in_several_processes() -> bool:
 
 
 def other_hooks(run_folder: Path) -> list[PipelineHooksConfig[Any]]:
-    """The hooks that keep something, or only look on, beside those that every run here has."""
+    """Return further stateful or observing hooks."""
     return [
         NonFiniteGuardConfig(policy="skip"),
         FreezeHookConfig(patterns=["0.*"], until_step=9),
@@ -213,9 +216,9 @@ def other_hooks(run_folder: Path) -> list[PipelineHooksConfig[Any]]:
 
 
 def make_loader(kind: DataKind, **options: Any) -> Iterable[Any]:
-    """Seven batches of data of one kind; eight where all are full.
+    """Return seven batches of data of one kind, or eight if all are full.
 
-    Of two ranks, each has two samples in the last step, which batch normalisation needs.
+    With two ranks, each has two samples in the last step, as batch normalisation requires.
     """
     length = 28 if in_several_processes() else 26
     samples = AugmentedSamples(length)
@@ -239,7 +242,7 @@ def make_loader(kind: DataKind, **options: Any) -> Iterable[Any]:
 
 
 class PairsOfBatches(Sampler[list[int]]):
-    """Batches of 3 and 5 in turn, of samples that NumPy shuffles."""
+    """Alternating batches of 3 and 5 samples, shuffled by NumPy."""
 
     def __len__(self) -> int:
         return 7
@@ -252,20 +255,20 @@ class PairsOfBatches(Sampler[list[int]]):
 
 
 class Stream(IterableDataset[Any]):
-    """Augmented samples in an order of its own, which can be begun anywhere."""
+    """Augmented samples in a fixed order that resumes at any position."""
 
     def __init__(self, length: int) -> None:
         self.samples = AugmentedSamples(length)
         self.epoch = self.position = 0
-        self.goes_on = False
+        self.is_resumed = False
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Any]:
-        if not self.goes_on:
+        if not self.is_resumed:
             self.position = 0
-        self.goes_on = False
+        self.is_resumed = False
         length = len(self.samples)
         while self.position < length:
             self.position += 1
@@ -275,4 +278,4 @@ class Stream(IterableDataset[Any]):
         return {"position": self.position}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self.position, self.goes_on = state["position"], True
+        self.position, self.is_resumed = state["position"], True

@@ -1,4 +1,4 @@
-"""Scripts in processes of their own, such as the ranks of a job."""
+"""Scripts in separate processes, such as the ranks of a job."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def command(
     restarts: int = 0,
     measured: bool = False,
 ) -> list[str]:
-    """What runs a script: on so many ranks by torchrun, or one process by itself.
+    """Return the command of a script, run by torchrun if `processes` > 1.
 
-    ``measured``, it counts for the coverage of the tests, where that is measured.
+    With ``measured``, the script counts for test coverage if coverage is being measured.
     """
     ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     ranks += [f"--max-restarts={restarts}"] if restarts else []
@@ -39,7 +39,7 @@ def command(
 
 
 def _measuring() -> list[str]:
-    """What runs a script behind it so that its lines are counted with those of this process."""
+    """Return the interpreter options that measure a script's coverage with this process's."""
     current = coverage.Coverage.current()
     if current is None:
         return []
@@ -49,7 +49,7 @@ def _measuring() -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """In which a script imports what the test does, and takes one thread for each process."""
+    """Return an environment with this process's import path and one thread per process."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 
 
@@ -60,7 +60,7 @@ def launch(
     timeout_s: float = 180,
     fails: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script to its end, which must be a good one unless it ``fails``."""
+    """Run a script and check its exit code: zero unless ``fails``."""
     done = subprocess.run(
         command(script, *arguments, processes=processes, measured=True),
         env=environment(),
@@ -74,7 +74,7 @@ def launch(
 
 
 def end_group() -> None:
-    """End the process group of a script in which no trainer runs, which would see to it.
+    """Destroy the process group of a script without a trainer.
 
     A process that exits within half a second of gloo's first exchange may be aborted.
     """

@@ -1,4 +1,4 @@
-"""A tiny training that tests share: a linear model on random data, on the CPU."""
+"""A tiny training shared by tests: a linear model on random data, on the CPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make_model(seed: int = 0) -> torch.nn.Module:
 def make_loader(
     batches: int = 7, batch_size: int = 4, rest: int = 0, **options: Any
 ) -> DataLoader[tuple[torch.Tensor, ...]]:
-    """``batches`` full batches and, with ``rest``, one more of that many samples."""
+    """Return a loader of ``batches`` full batches and, with ``rest``, a smaller last batch."""
     generator = torch.Generator().manual_seed(1)
     count = batches * batch_size + rest
     data = torch.randn(count, 4, generator=generator), torch.randn(count, 2, generator=generator)
@@ -62,5 +62,5 @@ def weights(model: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    """Bit for bit."""
+    """Return True if all tensors are bit-identical."""
     return len(a) == len(b) and all(map(torch.equal, a, b))

@@ -1,4 +1,4 @@
-"""Runs a command once for each node of a job, all of them here, and passes signals on to all."""
+"""Run a command once per node of a job, all on this machine, and forward signals."""
 
 import os
 import signal
@@ -14,11 +14,11 @@ nodes = [
 ]
 
 
-def pass_on(number: int, frame: object) -> None:
+def forward_signal(number: int, frame: object) -> None:
     for node in nodes:
         node.send_signal(number)
 
 
 for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, pass_on)
+    signal.signal(number, forward_signal)
 sys.exit(max(abs(node.wait()) for node in nodes))
