@@ -11,7 +11,7 @@ import click
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.cli.running import run
+from tests.cli.running import run, run_in_terminal
 
 from robo_orchard_lab.cli.commands.checkpoint import checkpoint as group
 from robo_orchard_lab.cli.main import main
@@ -183,6 +183,56 @@ def test_prune_uses_the_rules_of_the_run(kept: Path, capsys: pytest.CaptureFixtu
     assert sorted(path.name[-2:] for path in (kept / "checkpoints").glob("step_*")) == [
         *("20", "30", "40")
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "problem", "advice"),
+    [
+        ("--keep-best 1 --monitor los", "has the metric 'los'", "did you mean 'loss'?"),
+        ("--keep-best 1 --monitor speed", "has the metric 'speed'", "checkpoints: accuracy, loss"),
+        ("--keep-best 1 --monitor accuracy", "or the largest accuracy is the best", "--mode max"),
+    ],
+)
+def test_prune_refuses_an_unclear_best(
+    kept: Path, options: str, problem: str, advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The metric must be in a checkpoint, and its mode be given; nothing is removed."""
+    with CheckpointStore(kept / "checkpoints") as store:
+        weights = {"model": {"weight": torch.zeros(2)}}
+        store.save(50, weights, metrics={"accuracy": 0.5, "loss": 5.0})
+    arguments = ["checkpoint", "prune", str(kept), "--keep-last", "1", "--yes", *options.split()]
+    before = sorted(os.listdir(kept / "checkpoints"))
+    assert main(arguments) == 2
+    shown = capsys.readouterr().err
+    assert problem in shown
+    assert advice in shown
+    assert sorted(os.listdir(kept / "checkpoints")) == before
+    assert main([*arguments, "--monitor", "accuracy", "--mode", "max"]) == 0
+
+
+def test_prune_uses_the_mode_of_the_run(kept: Path) -> None:
+    """The run's file says which loss is best; without the file, --mode is needed."""
+    arguments = ["checkpoint", "prune", str(kept), *["--keep-last", "1", "--keep-best", "1"]]
+    arguments += ["--monitor", "loss"]
+    (kept / "config.yaml").rename(kept / "aside.yaml")
+    root = ["checkpoint", "prune", str(kept / "checkpoints"), *arguments[3:]]
+    assert main(root) == 2
+    (kept / "aside.yaml").rename(kept / "config.yaml")
+    assert main(arguments) == 0
+    left = sorted(path.name[-2:] for path in (kept / "checkpoints").glob("step_*"))
+    assert left == ["20", "40"]
+
+
+def test_prune_needs_a_yes_in_a_terminal(kept: Path) -> None:
+    """A person sees the list first; scripts need no answer."""
+    arguments = ("checkpoint", "prune", str(kept), "--keep-last", "1")
+    shown = run_in_terminal(*arguments)
+    assert shown.code == 0
+    assert "would be removed" in shown.out
+    assert "nothing was removed; pass --yes to remove these checkpoints" in shown.out
+    assert len([*(kept / "checkpoints").glob("step_*")]) == 4
+    assert run_in_terminal(*arguments, "--yes").code == 0
+    assert len([*(kept / "checkpoints").glob("step_*")]) == 2
 
 
 def test_prune_refuses_a_running_run(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +19,7 @@ from robo_orchard_lab.cli.output import (
     bytes_text,
     count_text,
     json_option,
+    note,
     print_json,
     print_table,
     say,
@@ -26,6 +28,7 @@ from robo_orchard_lab.cli.output import (
 )
 
 if TYPE_CHECKING:
+    from robo_orchard_lab.experiment.existing_run import RunCheckpoints
     from robo_orchard_lab.pipeline.checkpoint.listing import Contents
 
 _COUNT = click.IntRange(min=1)
@@ -282,27 +285,36 @@ def export(path: str, file: str, best: bool, force: bool, as_json: bool) -> None
 @click.option("--monitor", help="Metric for --keep-best, such as eval/val/loss.")
 @click.option("--mode", type=click.Choice(["min", "max"]), help="Best value of --monitor.")
 @click.option("--dry-run", is_flag=True, help="List the checkpoints to remove; remove nothing.")
+@click.option("--yes", is_flag=True, help="Remove the checkpoints, also in a terminal.")
 @json_option
-def prune(path: str, dry_run: bool, as_json: bool, **rules: Any) -> None:
+def prune(path: str, dry_run: bool, yes: bool, as_json: bool, **rules: Any) -> None:
     """Remove the checkpoints that no rule keeps, but never the newest intact one.
 
     \b
-      robo-orchard-lab checkpoint prune runs/spirals --keep-last 2 --dry-run
+      robo-orchard-lab checkpoint prune runs/spirals --keep-last 2
+      robo-orchard-lab checkpoint prune runs/spirals --keep-last 2 --yes
+
+    In a terminal, the command lists the checkpoints and removes them only with --yes. With its
+    output in a file or a pipe, as in a script, it removes them without --yes.
 
     PATH is the folder of a run, or of its checkpoints. A rule without an option is that of
-    `checkpoint` in the run's file. Refused while the run is running.
+    `checkpoint` in the run's file; so is --mode, for the same metric. Refused while the run is
+    running.
     """
     from robo_orchard_lab.experiment.existing_run import find_checkpoints
     from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
 
     checkpoints = find_checkpoints(path)
     options = {name: value for name, value in rules.items() if value is not None}
+    _check_metric(options, checkpoints)
     retention = checkpoints.retention(**options)
     if retention.keep_last is None:
         raise CommandError(
             f"no rule says how many checkpoints in {checkpoints.root} to keep", "pass --keep-last N"
         )
     store = CheckpointStore(checkpoints.root, retention=retention)
+    is_preview = not (yes or dry_run) and sys.stdout.isatty()
+    dry_run = dry_run or is_preview
     if dry_run:
         decisions = store.prune(dry_run=True)
     else:
@@ -310,7 +322,45 @@ def prune(path: str, dry_run: bool, as_json: bool, **rules: Any) -> None:
             decisions = store.prune()
     if as_json:
         print_json([{"path": str(d.path), "removed": d.removed, "why": d.why} for d in decisions])
-        return
-    removed = "would be removed" if dry_run else "removed"
-    rows = [[d.path.name, removed if d.removed else "kept", d.why] for d in decisions]
-    print_table(["checkpoint", "", "why"], rows)
+    else:
+        removed = "would be removed" if dry_run else "removed"
+        rows = [[d.path.name, removed if d.removed else "kept", d.why] for d in decisions]
+        print_table(["checkpoint", "", "why"], rows)
+    if is_preview and any(decision.removed for decision in decisions):
+        note("nothing was removed; pass --yes to remove these checkpoints")
+
+
+def _check_metric(options: dict[str, Any], checkpoints: RunCheckpoints) -> None:
+    """Refuse options for the best checkpoints that would keep other ones.
+
+    Raises:
+        CommandError: no checkpoint has the metric, or nothing says which value is best.
+    """
+    from robo_orchard_core.utils.config.errors import suggest_name
+    from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
+
+    if options.keys().isdisjoint({"keep_best", "monitor", "mode"}):
+        return  # the rules of the run, which it validated
+    policy = checkpoints.policy
+    monitor = options.get("monitor", policy.get("monitor"))
+    infos = CheckpointStore(checkpoints.root).list()
+    names = sorted({name for info in infos for name in info.metrics})
+    if monitor is None:
+        known = ", ".join(names) or "none"
+        raise CommandError(
+            "--keep-best and --mode need a metric",
+            f"pass --monitor NAME; metrics of the checkpoints: {known}",
+        )
+    if not (options.get("keep_best") or policy.get("keep_best")):
+        raise CommandError("--monitor and --mode only decide what --keep-best keeps; pass both")
+    if monitor not in names:
+        raise CommandError(
+            f"no checkpoint in {checkpoints.root} has the metric {monitor!r}",
+            suggest_name(str(monitor), names, "metrics of the checkpoints:"),
+        )
+    saved = policy.get("mode") if monitor == policy.get("monitor") else None
+    if options.get("mode", saved) is None:
+        raise CommandError(
+            f"nothing says if the smallest or the largest {monitor} is the best",
+            "pass --mode min or --mode max",
+        )
