@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,8 @@ def test_errors_of_dry_runs_are_printed(
     assert main(["train", FILE, option, "--model.hidden=[0]"]) == 2
     assert "model: " in capsys.readouterr().err
     assert main(["train", FILE, option, "--model.inputs=3"]) == 1
-    assert "RuntimeError: mat1 and mat2 shapes" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert re.search("RuntimeError: (addmm: )?mat1 and mat2 shapes", printed)  # torch 2.15: addmm
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["train", FILE, option]) == 2
     assert f"{option} is for one process" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,13 +18,15 @@ from robo_orchard_lab.testing import count_collectives, run_hook
 def main(file: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
     tensor = torch.ones(2)
+    no_tensor: Any = "no tensor"
+    gathered: list[Any] = [None]
     original = dist.all_reduce
     with count_collectives() as calls:
         dist.all_reduce(tensor)
         known_by_another_name(tensor)
         dist.all_gather([torch.empty(2)], tensor)
         dist.all_gather_into_tensor(torch.empty(2), tensor)
-        dist.all_gather_object([None], {"a": 1})
+        dist.all_gather_object(gathered, {"a": 1})
         dist.broadcast(tensor, src=0)
         dist.broadcast_object_list([1], src=0)
         dist.reduce(tensor, dst=0)
@@ -32,7 +35,7 @@ def main(file: str) -> None:
         dist.barrier()
         dist.get_world_size()
         with suppress(TypeError):
-            dist.all_reduce("no tensor")  # fails, and is counted
+            dist.all_reduce(no_tensor)  # fails, and is counted
         dist.distributed_c10d.all_reduce(tensor)
     for call in calls:
         print(call.what, call.places[0].function)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -163,7 +164,8 @@ def uninterrupted_and_resumed(folder: Path) -> dict[str, Any]:
             part = folder / f"{name}{accumulate}"
             options: dict[str, Any] = {"sharded": sharded, "accumulate": accumulate}
             found[f"{name}{accumulate}"] = Training(hooks=saving(part), **options).result()
-            Training(hooks=saving(part / "stopped"), stop_at=4, **options)  # within a window of 3
+            Training(hooks=saving(part / "stopped"), stop_at=4, **options)  # within a window of 3,
+            # which a sharded model completes before it stops
             last = part / "stopped" / "checkpoints" / "last"
             hooks = saving(part / "resumed")
             resumed = Training(hooks=hooks, resume_from=last, **options)
@@ -174,10 +176,34 @@ def uninterrupted_and_resumed(folder: Path) -> dict[str, Any]:
     last = folder / "ddp1" / "stopped" / "checkpoints" / "last"
     crossed = Training(hooks=saving(folder / "to_sharded"), resume_from=last)
     found["ddp to sharded"] = crossed.result()
+    last = folder / "ddp3" / "stopped" / "checkpoints" / "last"  # within a window
+    crossed = Training(hooks=saving(folder / "to_sharded3"), accumulate=3, resume_from=last)
+    found["ddp to sharded within a window"] = crossed.result()
     found["replicas"] = Training(mesh=(2, 1), hooks=saving(folder / "replicas")).result()
     hooks = saving(folder / "background", every="2 steps", in_background=True)
     found["background"] = Training(hooks=hooks).result()
     return found
+
+
+def saves_within_windows(folder: Path) -> dict[str, Any]:
+    """Request a save after each step of three windows, and judge values within windows."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("robo_orchard_lab")
+    logger.addHandler(handler)
+    values = ValidationHookConfig(every="2 steps")(dataloaders={"val": make_loader(3, 2)})
+    saves = SaveCheckpointConfig(
+        folder=folder / "every_step",
+        every="1 step",
+        keep_last=None,
+        keep_best=1,
+        monitor="eval/val/loss",
+        mode="min",
+    )
+    Training(accumulate=3, hooks=[values, saves])
+    logger.removeHandler(handler)
+    return {"not kept": [line for line in lines if "no checkpoint is kept" in line]}
 
 
 def in_any_number(folder: Path, stop_at: int | None, resume_from: Path | None) -> dict[str, Any]:
@@ -364,6 +390,7 @@ def main(folder: Path) -> None:
         stored(folder)
         found = {
             **uninterrupted_and_resumed(folder),
+            **saves_within_windows(folder),
             **other_hooks(folder),
             **evaluations(folder),
             "exchanges": exchanges(),

@@ -127,6 +127,9 @@ class PipelineRun:
 
     take_snapshot: Callable[[], Snapshot] = _no_snapshot
     """Function that collects the state for a checkpoint. All ranks call it at a commit point."""
+    should_defer_saves: Callable[[], bool] = lambda: False
+    """Function that returns True within an accumulation window of a sharded model, until whose end
+    saves and stops wait."""
     count_samples: Callable[[Any], int] = count_samples
     """Function that counts the samples of a batch; the batch processor's method where defined."""
     commit_seconds: float = 0.0

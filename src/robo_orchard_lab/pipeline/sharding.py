@@ -7,7 +7,7 @@ runs at the begin and the end of an accumulation window.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,6 @@ import torch
 from robo_orchard_lab.pipeline.checkpoint import ShareOf, TensorShare
 from robo_orchard_lab.pipeline.checkpoint.shards import cut, local_regions
 from robo_orchard_lab.pipeline.context import PipelineRun, WeightSet
-from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.model import plain_name, plain_weights
 from robo_orchard_lab.pipeline.sharded_tensors import gather_full_tensors, has_sharded, is_sharded
 
@@ -41,7 +40,7 @@ def plain_class(module: torch.nn.Module) -> type[torch.nn.Module]:
 def set_gradient_sync(model: torch.nn.Module, synchronise: bool) -> None:
     """Reduce gradients among processes in later backward passes, or only accumulate.
 
-    Unreduced gradients have the full shape on every process.
+    Unreduced gradients have the full shape on every process, and are not in ``parameter.grad``.
     """
     for module in _sharding_modules(model):
         module.set_requires_gradient_sync(synchronise, recurse=False)
@@ -109,38 +108,6 @@ def gather_weights(run: PipelineRun, kept: WeightSet | None) -> dict[str, torch.
     return full if first else None
 
 
-def unreduced_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the unreduced gradients of an open accumulation window, by parameter name.
-
-    Raises:
-        StateError: this version of torch stores them elsewhere.
-    """
-    found = {}
-    for name, holder, _ in _gradient_holders(model):
-        gradient = holder.unsharded_accumulated_grad
-        if gradient is None and hasattr(holder, "_unsharded_param"):
-            gradient = holder._unsharded_param.grad
-        if gradient is not None:
-            found[name] = gradient
-    return found
-
-
-def unreduced_gradient_names(model: torch.nn.Module) -> set[str]:
-    """Return the valid parameter names of :func:`set_unreduced_gradients`."""
-    return {name for name, _, _ in _gradient_holders(model)}
-
-
-def set_unreduced_gradients(model: torch.nn.Module, gradients: Mapping[str, torch.Tensor]) -> None:
-    """Set the gradients of :func:`unreduced_gradients`, for later backward passes to add to."""
-    for name, holder, dtype in _gradient_holders(model):
-        if hasattr(holder, "_unsharded_param"):
-            holder._unsharded_param.grad = None
-        gradient = gradients.get(name)
-        holder.unsharded_accumulated_grad = (
-            None if gradient is None else gradient.to(holder.device, dtype)
-        )
-
-
 def shard_like(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Shard values like a tensor of a model; plain tensors and sharded values stay unchanged.
 
@@ -173,31 +140,3 @@ def _sharding_modules(model: torch.nn.Module) -> Iterator[FSDPModule]:
         for module in model.modules():
             if isinstance(module, fsdp.FSDPModule):
                 yield module
-
-
-def _gradient_holders(model: torch.nn.Module) -> Iterator[tuple[str, Any, torch.dtype]]:
-    """Yield each parameter's name, FSDP2's record, and the dtype of accumulated gradients.
-
-    Torch has no public access to the records.
-    """
-    names = {id(p): plain_name(name) for name, p in model.named_parameters()}
-    try:
-        for module in _sharding_modules(model):
-            for group in _parameter_groups(module):
-                policy = group.mp_policy
-                for holder in group.fsdp_params:
-                    own = holder.sharded_param
-                    dtype = policy.reduce_dtype or policy.param_dtype or own.dtype
-                    yield names[id(own)], holder, dtype
-    except (AttributeError, KeyError) as error:
-        raise StateError(
-            "the gradients of an open accumulation window can't be found in a sharded model with "
-            f"torch {torch.__version__}; save between accumulation windows"
-        ) from error
-
-
-def _parameter_groups(module: Any) -> list[Any]:
-    state = module._get_fsdp_state()
-    if hasattr(state, "_fsdp_param_groups"):
-        return list(state._fsdp_param_groups)
-    return [state._fsdp_param_group] if state._fsdp_param_group else []  # as in torch 2.8

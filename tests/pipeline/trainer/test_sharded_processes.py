@@ -66,10 +66,31 @@ def test_sharded_training_equals_ddp(found: list[dict[str, Any]], accumulate: in
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_a_sharded_run_resumes_exactly(found: list[dict[str, Any]], accumulate: int) -> None:
-    """A stopped and resumed run ends bit-identical, also if stopped within a window."""
+    """A stopped and resumed run ends bit-identical; a stop completes its window first."""
+    left = {1: 5, 3: 3}[accumulate]  # of 9 steps, when 4 are done or the window of step 4
     for of_rank in found:
         uninterrupted = of_rank[f"sharded{accumulate}"]
-        assert_same(of_rank[f"sharded{accumulate} resumed"], end_of(uninterrupted, steps=5))
+        assert len(of_rank[f"sharded{accumulate} resumed"]["losses"]) == left
+        assert_same(of_rank[f"sharded{accumulate} resumed"], end_of(uninterrupted, left))
+
+
+def test_a_window_of_ddp_continues_in_shards(found: list[dict[str, Any]]) -> None:
+    """Gradients that DDP accumulated before a stop within a window are reduced to the shards."""
+    for of_rank in found:
+        resumed = of_rank["ddp to sharded within a window"]
+        assert_close(resumed, end_of(of_rank["sharded3"], steps=5))
+
+
+def test_saves_wait_for_the_end_of_a_window(folder: Path, found: list[dict[str, Any]]) -> None:
+    """With windows of three steps, each checkpoint lies between two windows.
+
+    A value that is measured within a window keeps no checkpoint, and a warning says so.
+    """
+    store = CheckpointStore(folder / "every_step")
+    assert [info.step for info in store.list()] == [3, 6, 9]
+    assert "for step 2, where eval/val/loss is" in found[0]["not kept"][0]
+    assert "every='100 optimizer steps'" in found[0]["not kept"][0]
+    assert (folder / "every_step" / "best").resolve().name == "step_00000006"
 
 
 def test_checkpoints_load_across_ddp_and_fsdp(found: list[dict[str, Any]]) -> None:
@@ -278,8 +299,10 @@ def test_invalid_sharding_is_refused(found: list[dict[str, Any]]) -> None:
     """Silent DDP instead of FSDP, a stale optimizer, and a half-sharded model are refused."""
     for of_rank in found:
         refused = of_rank["refusals"]
-        assert "configured for FSDP, and runs with MULTI_CPU" in refused["not sharded"]
-        assert "make the optimizer of model.parameters() after it" in refused["stale optimizer"]
-        message = "2.weight, 2.bias, 3.weight, ... (4 trainable parameters) are in no sharded part"
+        assert "configured for FSDP but runs with MULTI_CPU" in refused["not sharded"]
+        assert "create the optimizer from model.parameters() after it" in refused["stale optimizer"]
+        message = (
+            "2.weight, 2.bias, 3.weight, ... (4 trainable parameters) are in no sharded module"
+        )
         assert message in refused["in part"]
         assert "total   Sequential          65       0" in refused["summary"]

@@ -123,7 +123,10 @@ def test_a_sharded_run_resumes_with_other_world_sizes(
     uninterrupted: Path,
     tmp_path: Path,
 ) -> None:
-    """Gradients accumulated within a window resume from shards to full weights and back."""
+    """Accumulated gradients resume from full weights in shards and back.
+
+    Several processes with a sharded model complete their window before the stop.
+    """
     run_in_parts(tmp_path / "parts", ranks, stops, sharded)
     check_equal(uninterrupted, tmp_path / "parts")
 

@@ -61,21 +61,22 @@ class Preemption(PipelineHooks):
     """Checkpoint and stop on a signal such as SIGTERM or Ctrl-C.
 
     The first signal on any rank stops all ranks at one commit point: after the open step or the
-    next one. A checkpoint is saved, and the trainer raises :class:`RunPreempted`, which exits the
-    process with ``exit_code``; by default 128 + the signal's number (SIGTERM 143, Ctrl-C 130,
-    SIGUSR1 138). Start the script again to resume. A signal after the last step changes nothing:
-    the run is completed.
+    next one; with a sharded model, after the open accumulation window. A checkpoint is saved, and
+    the trainer raises :class:`RunPreempted`, which exits the process with ``exit_code``; by default
+    128 + the signal's number (SIGTERM 143, Ctrl-C 130, SIGUSR1 138). Start the script again to
+    resume. A signal after the last step changes nothing: the run is completed.
 
     A second signal raises :class:`RunPreempted` at once, without saving; a third one has its
     original effect. Signals within 0.25 s of the first are the same request; within 2 s if torchrun
     or SLURM launched the process, since launchers forward signals.
 
-    The time until a job is killed must cover the rest of a step, the wait for a batch, other work
-    at the commit point (such as an evaluation) and the save. torchrun and SLURM allow 30 s by
-    default. For more time, send the signal earlier (``#SBATCH --signal=SIGUSR1@120``) and start
-    torchrun with ``--shutdown-timeout`` and ``--signals-to-handle=SIGTERM,SIGINT,SIGUSR1``, since
-    SIGUSR1 would end torchrun itself. See ``examples/slurm/train.sbatch``. torchrun always exits
-    with 1; the exit code of the run is in ``run_state.json``.
+    The time until a job is killed must cover the rest of a step (with a sharded model, of an
+    accumulation window), the wait for a batch, other work at the commit point (such as an
+    evaluation) and the save. torchrun and SLURM allow 30 s by default. For more time, send the
+    signal earlier (``#SBATCH --signal=SIGUSR1@120``) and start torchrun with ``--shutdown-timeout``
+    and ``--signals-to-handle=SIGTERM,SIGINT,SIGUSR1``, since SIGUSR1 would end torchrun itself. See
+    ``examples/slurm/train.sbatch``. torchrun always exits with 1; the exit code of the run is in
+    ``run_state.json``.
 
     Signal handlers are installed for the loop and restored at its end. An ignored Ctrl-C, as in a
     shell's background job, stays ignored. Workers of data loaders ignore the signals.

@@ -107,6 +107,9 @@ class SaveCheckpoint(PipelineHooks):
     after the next exchange (:class:`Agreement`). The end of the run and a preemption wait for the
     save; a second signal does not.
 
+    With several processes and a sharded model, a save that is requested within an accumulation
+    window waits for the end of the window.
+
     - Ranks: all; each writes its own state, the first rank the rest and the commit. If any rank
       fails, there is no new checkpoint, and older ones are untouched.
     - Requests: saves.
@@ -224,10 +227,17 @@ class SaveCheckpoint(PipelineHooks):
             return
         ranked = sorted([*self._best, found.value], reverse=self.cfg.mode == "max")
         kept = ranked[: self.cfg.keep_best]
-        if kept != self._best:
+        assert self._run is not None  # values arrive only within a run
+        reason = f"{found.name} is {number_text(found.value)}, one of the best so far"
+        if kept != self._best and self._run.should_defer_saves():
+            logger.warning(
+                "%s: no checkpoint is kept for step %d, where %s: a sharded model is saved between "
+                "accumulation windows only; measure every few optimizer steps, such as "
+                "every='100 optimizer steps'",
+                *(self.name, found.step, reason),
+            )
+        elif kept != self._best:
             self._best = kept
-            assert self._run is not None  # values arrive only within a run
-            reason = f"{found.name} is {number_text(found.value)}, one of the best so far"
             self._run.requests.save(reason, by=self.name, name=self.name)
 
     def _save(self, requests: Sequence[Request]) -> None:

@@ -83,8 +83,8 @@ class TimeLimit(PipelineHooks):
     (``EX_TEMPFAIL``, "try again"). Start the script again to resume. torchrun always exits with 1;
     the exit code of the run is in ``run_state.json``.
 
-    The margin must cover a step, the wait for its batch, other work at the commit point (such as an
-    evaluation) and the save.
+    The margin must cover a step (with a sharded model, an accumulation window), the wait for its
+    batch, other work at the commit point (such as an evaluation) and the save.
 
     The limit counts from the start of the process, loading included. ``limit="slurm"`` uses the end
     of the SLURM job: ``SLURM_JOB_END_TIME`` if set, otherwise the time left according to ``squeue``

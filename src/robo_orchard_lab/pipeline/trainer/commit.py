@@ -137,7 +137,7 @@ class CommitPoint:
         for write in requests.pop(WriteRequest):
             write.write()
             logger.debug("written: %s, requested by %s", write.reason, write.by)
-        if saves := requests.pop(SaveRequest):
+        if not run.should_defer_saves() and (saves := requests.pop(SaveRequest)):
             _save(run, saves)
         run.commit_seconds += perf_counter() - began_at
         return all_logged

@@ -18,16 +18,12 @@ from robo_orchard_lab.pipeline.checkpoint import (
 )
 from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.data import TrainingData
+from robo_orchard_lab.pipeline.distributed.collectives import gather_objects
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.model import ddp_of, plain_model, plain_name, plain_state
 from robo_orchard_lab.pipeline.sharded_tensors import is_sharded, local_tensor
-from robo_orchard_lab.pipeline.sharding import (
-    set_unreduced_gradients,
-    shard_like,
-    unreduced_gradient_names,
-    unreduced_gradients,
-)
+from robo_orchard_lab.pipeline.sharding import shard_like
 from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows
 
 # --- Trained parameters ------------------------------------------------------------------------
@@ -127,16 +123,15 @@ def kind_of(tensor: torch.Tensor) -> str:
 
 
 def own_gradients(run: PipelineRun) -> dict[str, torch.Tensor]:
-    """Return the unreduced gradients of this rank, unsharded, by parameter name.
+    """Return the unreduced gradients of this rank, by parameter name.
 
-    The gradients of the job are their mean over the ranks, for plain and for sharded models.
+    The gradients of the job are their mean over the ranks.
     """
-    found = {
+    return {
         name: local_tensor(parameter.grad)
         for parameter, name in trained_names(run).items()
         if parameter.grad is not None and not _is_divided(parameter.grad)
     }
-    return found | unreduced_gradients(plain_model(run))
 
 
 def reduced_gradients(run: PipelineRun) -> dict[str, torch.Tensor]:
@@ -151,22 +146,16 @@ def reduced_gradients(run: PipelineRun) -> dict[str, torch.Tensor]:
 def check_open_gradients(
     run: PipelineRun, own: Mapping[str, torch.Tensor], reduced: Mapping[str, torch.Tensor]
 ) -> None:
-    """Check that :func:`set_open_gradients` can restore the gradients.
+    """Check that this run has parameters for the gradients.
 
     Raises:
         StateError: gradients of parameters that this run lacks; the message lists them.
     """
     live = {name: parameter for parameter, name in trained_names(run).items()}
-    unreduced = unreduced_gradient_names(plain_model(run)) if own else set()
-
-    def fits(name: str, gradient: torch.Tensor) -> bool:
-        return name in live and live[name].shape == gradient.shape
-
-    lost = [name for name, gradient in reduced.items() if not fits(name, gradient)]
-    lost += [
+    lost = [
         name
-        for name, gradient in own.items()
-        if not fits(name, gradient) or (_is_divided(live[name]) and name not in unreduced)
+        for name, gradient in chain(reduced.items(), own.items())
+        if name not in live or live[name].shape != gradient.shape
     ]
     if lost:
         raise StateError(
@@ -179,17 +168,16 @@ def check_open_gradients(
 def set_open_gradients(
     run: PipelineRun, own: Mapping[str, torch.Tensor], reduced: Mapping[str, torch.Tensor]
 ) -> None:
-    """Restore accumulated gradients, to which the next backward passes add."""
-    unreduced: dict[str, torch.Tensor] = {}
+    """Restore accumulated gradients, to which the next backward passes add.
+
+    Unreduced gradients of sharded parameters are left to :meth:`RankStates.reduce_gradients`.
+    """
     for parameter, name in trained_names(run).items():
         gradient, of_rank = reduced.get(name), own.get(name)
-        if of_rank is not None and _is_divided(parameter):
-            unreduced[name] = of_rank
-        elif of_rank is not None:
+        if of_rank is not None and not _is_divided(parameter):
             of_rank = shard_like(parameter, of_rank)
             gradient = of_rank if gradient is None else gradient + of_rank
         parameter.grad = None if gradient is None else gradient.to(parameter)
-    set_unreduced_gradients(plain_model(run), unreduced)
 
 
 def _is_divided(tensor: torch.Tensor) -> bool:
@@ -231,6 +219,7 @@ class RankStates:
         self._data = data
         self._windows = windows
         self._random: Mapping[str, Any] | None = None  # loaded RNG states, until restored
+        self._loaded_gradients: Mapping[str, torch.Tensor] = {}  # of this rank, until reduced
 
     def take(self) -> dict[str, Any]:
         """Return the state of this rank; tensors are references.
@@ -298,11 +287,29 @@ class RankStates:
             for parameter, name in extra_names(run).items():
                 parameter.copy_(state["beside"][name])
         set_open_gradients(run, state["own_gradients"], state["reduced_gradients"])
+        self._loaded_gradients = state["own_gradients"]
         ddp = ddp_of(run.model)
         if ddp is not None and state["window"]["within"]:
             # After a pass without reduction, DDP does not broadcast buffers in the next one.
             ddp.require_forward_param_sync = False
         self._random = state["random"]
+
+    def reduce_gradients(self) -> None:
+        """Add the mean of all ranks' loaded gradients to sharded parameters. A collective."""
+        own, self._loaded_gradients = self._loaded_gradients, {}
+        named = trained_names(self._run).items()
+        divided = {name: parameter for parameter, name in named if _is_divided(parameter)}
+        if not divided:
+            return
+        names = set[str]().union(*gather_objects([name for name in own if name in divided]))
+        for name in sorted(names):  # a rank may have no gradient of some parameters
+            parameter = divided[name]
+            mean = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            if name in own:
+                mean += own[name].to(mean)
+            torch.distributed.all_reduce(mean)
+            share = shard_like(parameter, mean.div_(self._run.accelerator.num_processes))
+            parameter.grad = share if parameter.grad is None else parameter.grad + share
 
     def restore_rng(self) -> None:
         """Restore the loaded RNG states, once; does nothing in a fresh run."""

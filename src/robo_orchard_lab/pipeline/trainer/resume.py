@@ -61,6 +61,7 @@ def resume(
         if saved is None:
             return False
         ranks.run_on_all("resuming", partial(snapshots.load, saved))
+        snapshots.reduce_gradients()
         if os.fspath(resume_from) == AUTO:
             _prune(hooks, run.folder, ranks)
     logger.info("resumed from %s at %s", saved.info.path, run.progress)

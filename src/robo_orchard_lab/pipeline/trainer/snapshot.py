@@ -277,6 +277,10 @@ class RunSnapshots:
             run.accelerator.scaler.load_state_dict(trainer["scaler"])
         self._of_rank.load(own, trainer["data"])
 
+    def reduce_gradients(self) -> None:
+        """Reduce the loaded gradients of a sharded model after :meth:`load`; a collective."""
+        self._of_rank.reduce_gradients()
+
     def restore_rng(self) -> None:
         """Restore the loaded RNG states, once; does nothing in a fresh run."""
         self._of_rank.restore_rng()

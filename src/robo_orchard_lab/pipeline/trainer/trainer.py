@@ -92,6 +92,8 @@ class HookBasedTrainer:
     each batch by its samples in the accumulation window of up to n batches. The last window of an
     epoch may be shorter, and so may the window in which ``max_step`` is reached; a run that resumes
     from there completes that window first. With several processes, a window spans all processes.
+    With several processes and a sharded model, a save or a stop that is requested within a window
+    waits for the end of the window.
     If the processor returns ``(outputs, loss, weight)``, the optimizer step uses the mean over
     these weights instead.
 
@@ -261,6 +263,7 @@ class HookBasedTrainer:
         )
         self._snapshots = RunSnapshots(self._run, self.hooks, self._data, self._windows)
         self._run.take_snapshot = self._snapshots.take
+        self._run.should_defer_saves = self._has_unreduced_gradients
         self._resumed = False
         self._is_open = False
         self._last_loss: torch.Tensor | None = None
@@ -512,9 +515,17 @@ class HookBasedTrainer:
         # nodes live on into the next forward pass, which saves 1 us of a small model's step.
         self._last_loss = loss
 
+    def _has_unreduced_gradients(self) -> bool:
+        """Return True within a window of a sharded model, whose gradients can't be saved.
+
+        FSDP2 keeps these gradients outside of ``parameter.grad``, in a place of its own.
+        """
+        return self._set_sharded_sync is not None and not self._synchronising
+
     def _is_over(self) -> bool:
         """Return True if the run ends at this commit point."""
-        return self.requests.stop_request is not None or self._is_at_limit()
+        is_ending = self.requests.stop_request is not None or self._is_at_limit()
+        return is_ending and not self._has_unreduced_gradients()
 
     def _preemption_exit_code(self) -> int | None:
         """Return the exit code of a run that is to be started again; None if it is complete."""
