@@ -21,7 +21,7 @@ from robo_orchard_lab.pipeline.run.run_state import read_run_state
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SCRIPT = ROOT / "examples" / "slurm" / "train.sbatch"
-TRAINING = ROOT / "tests" / "pipeline" / "fails_on_ranks.py"
+TRAINING = ROOT / "tests" / "scripts" / "fails_on_ranks.py"
 
 
 class Job:
