@@ -1,4 +1,4 @@
-"""Every test starts with Accelerate's process-wide state as a fresh process has it."""
+"""Fixture that resets Accelerate's process-wide state after each test."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Entries of experiment files that between them set every field of every built-in hook.
+"""Entries of experiment files that set every field of every built-in hook.
 
-The values are none of the defaults. Missing entries are reported by `test_hooks_in_files.py`.
+The values differ from the defaults. Missing entries are reported by `test_hooks_in_files.py`.
 """
 
 from __future__ import annotations
@@ -149,12 +149,12 @@ NAMED = [(name, entry) for name, entries in ENTRIES.items() for entry in entries
 
 
 def of_pairs(outputs: Any, batch: Any) -> tuple[Any, Any]:
-    """What metrics are updated with, of batches that are pairs (inputs, targets)."""
+    """Return metric inputs for batches of (inputs, targets)."""
     return outputs, batch[1]
 
 
 def experiment(**hooks: dict[str, Any]) -> dict[str, Any]:
-    """A small experiment with these hooks, as a file holds it."""
+    """Return a small experiment with these hooks, as a file's document."""
     return {
         "model": {"class_type": "MLP", "inputs": 2, "hidden": [8], "outputs": 3},
         "data": {

@@ -1,4 +1,4 @@
-"""How often a schedule moves, counted ahead and in the run."""
+"""Predicted number of LR scheduler steps, compared with runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCRIPT = SCRIPTS / "moves_on_ranks.py"
 
 
 class Stream(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Five samples, and no word about how many."""
+    """Five samples without a length."""
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return iter([(torch.ones(4), torch.ones(2))] * 5)
@@ -50,23 +50,23 @@ LIMITS: list[dict[str, Any]] = [
 UNITS: list[LRSchedulerUnit] = ["optimizer_step", "epoch"]
 
 
-def moves_in_a_run(
+def steps_in_a_run(
     loader: Any, limits: dict[str, Any], accumulate: int, every: LRSchedulerUnit
 ) -> int:
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    lr_scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
     trainer = make_trainer(
         model=model,
         loader=loader,
         optimizer=optimizer,
-        lr_scheduler=schedule,
+        lr_scheduler=lr_scheduler,
         accumulate=accumulate,
         lr_scheduler_every=every,
         **limits,
     )
     trainer()
-    return schedule.last_epoch
+    return lr_scheduler.last_epoch
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
@@ -86,7 +86,7 @@ def test_count_equals_lr_scheduler_steps_of_a_run(
             assert "loader of batches" in loader, "the others have a length"
             continue
         known += 1
-        assert counted == moves_in_a_run(LOADERS[loader](), limits, accumulate, every), limits
+        assert counted == steps_in_a_run(LOADERS[loader](), limits, accumulate, every), limits
     assert known == len(LIMITS) or "loader of batches" in loader
     assert known > 0
 
@@ -107,7 +107,7 @@ def test_count_equals_lr_scheduler_steps_of_a_run(
 def test_limits_decide_the_count_for_data_without_length(
     limits: dict[str, Any], accumulate: int, every: LRSchedulerUnit, expected: int | None
 ) -> None:
-    """A stream has as many moves as its limits say, or the error asks for a number."""
+    """For a stream, the limits give the number of steps, or the error requests a number."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
     loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
     if expected is not None:
@@ -121,7 +121,7 @@ def test_limits_decide_the_count_for_data_without_length(
 
 
 def test_data_without_a_batch_is_refused() -> None:
-    """The error says what to look at, as that of the run would."""
+    """The error names the data, as the error of the run does."""
     loader = make_loader(0, rest=2, drop_last=True)
     with pytest.raises(DataError, match="2 samples are less than one step"):
         count_lr_scheduler_steps(loader, Accelerator(cpu=True), TrainerLimits(max_epoch=1))
@@ -137,8 +137,8 @@ def test_counting_does_not_change_rng() -> None:
     assert all(map(torch.equal, before, after))
 
 
-def test_ranks_count_together(tmp_path: Path) -> None:
-    """On two ranks, with data that is divided, dealt out, or as each rank has it."""
+def test_ranks_predict_the_same_count(tmp_path: Path) -> None:
+    """On two ranks, the count holds for sharded, truncated and per-rank data."""
     launch(SCRIPT, tmp_path)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0] == ranks[1]

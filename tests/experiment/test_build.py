@@ -1,4 +1,4 @@
-"""An experiment builds what a script would have made by hand, and takes what a script gives it."""
+"""Building experiments from configs, and passing objects from scripts."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ from tiny import equal, weights
 
 @pytest.fixture(autouse=True)
 def below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Each test starts in a folder of its own, where runs are."""
+    """Start each test in its own folder, which gets the runs."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 class Noisy(MLP):
-    """With dropout, so that the model draws, too."""
+    """Model with dropout, so training draws random numbers."""
 
     def __init__(self) -> None:
         super().__init__(2, [8], 3)
@@ -73,7 +73,7 @@ def spirals(size: int = 30, batch_size: int = 4, seed: int = 0, **options: Any) 
 
 
 def experiment(**changes: Any) -> ExperimentConfig:
-    """Eight steps an epoch, for two epochs, without checkpoints."""
+    """Return an experiment of two epochs of eight steps, without checkpoints."""
     return ExperimentConfig(
         **{
             "seed": 3,
@@ -97,8 +97,8 @@ def trained(config: ExperimentConfig, **live: Any) -> list[torch.Tensor]:
     return weights(built.model)
 
 
-def test_it_trains_what_a_script_does() -> None:
-    """Made in the documented order with the same seed, the weights are the same bits."""
+def test_an_experiment_trains_as_its_script() -> None:
+    """Built in the documented order with equal seeds, the weights are bit-identical."""
     described = trained(
         experiment(
             optimizer=config_of(
@@ -141,13 +141,13 @@ def test_it_trains_what_a_script_does() -> None:
 
 
 def test_another_seed_trains_other_weights() -> None:
-    """The seed is that of weights, order and noise."""
+    """The seed determines weights, order and noise."""
     assert equal(trained(experiment()), trained(experiment()))
     assert not equal(trained(experiment()), trained(experiment(seed=4)))
 
 
 def test_passed_objects_replace_described_parts() -> None:
-    """Every object may be given; its part is not built then, and may be null."""
+    """A passed object replaces its part, which is not built and may be null."""
     model = MLP(2, [4], 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     given: dict[str, Any] = {
@@ -189,14 +189,14 @@ def test_passed_objects_replace_described_parts() -> None:
     ],
 )
 def test_null_part_must_be_passed(changes: dict[str, Any], place: str, name: str) -> None:
-    """The error says as what."""
+    """The error names the argument of build."""
     with pytest.raises(ConfigFieldError, match=rf"build\({name}=\.\.\.\)") as error:
         experiment(**changes).build()
     assert error.value.location == place
 
 
 def test_hooks_keep_their_order_with_checkpoint_last() -> None:
-    """Those that a script gives replace those of their names, or come behind; None removes."""
+    """Passed hooks replace hooks of equal names or are appended; None removes a hook."""
     config = experiment(
         hooks={"a": StatsMonitorConfig(), "b": LossTrackerConfig(), "c": MetricsLoggerConfig()},
         checkpoint=SaveCheckpointConfig(),
@@ -211,7 +211,7 @@ def test_hooks_keep_their_order_with_checkpoint_last() -> None:
 
 
 def test_passed_hook_config_gets_evaluation_sets_but_no_run_folder() -> None:
-    """Its paths are those of the script, and what it evaluates on may be the experiment's."""
+    """A passed config keeps its own paths and may use the experiment's evaluation sets."""
     best = KeepBestConfig(monitor="eval/val/loss", mode="min", path=Path("best.safetensors"))
     built = experiment(data=DataConfig(train=spirals(), evaluation={"val": spirals(seed=1)})).build(
         hooks={"val": ValidationHookConfig(), "best": best}
@@ -221,7 +221,7 @@ def test_passed_hook_config_gets_evaluation_sets_but_no_run_folder() -> None:
 
 
 def test_hooks_write_to_the_run_folder(below: Path) -> None:
-    """Also by sinks within them; checkpoints are there as well."""
+    """Hooks, their sinks and checkpoints write to the run folder."""
     trained(
         experiment(
             name="spiral",
@@ -244,7 +244,7 @@ def test_hooks_write_to_the_run_folder(below: Path) -> None:
 
 
 def test_path_out_of_run_folder_is_refused_at_construction() -> None:
-    """Not when it is built; the error names the place."""
+    """An escaping path is refused at construction with its path in the document."""
     for sinks, place in (
         ([JsonLinesSinkConfig(path="../m")], "hooks.log.sinks.0.path"),
         ({"x": JsonLinesSinkConfig(path="/m")}, "hooks.log.sinks.x.path"),
@@ -257,7 +257,7 @@ def test_path_out_of_run_folder_is_refused_at_construction() -> None:
 
 
 def test_hooks_without_loaders_get_the_evaluation_sets() -> None:
-    """All, or those that are named; a hook with its own keeps those."""
+    """Hooks evaluate on all sets or on named sets, unless a hook has its own loaders."""
     config = experiment(
         hooks={
             "all": ValidationHookConfig(sets=["near"]),
@@ -284,14 +284,14 @@ def test_hooks_without_loaders_get_the_evaluation_sets() -> None:
 
 
 def test_validation_hook_without_sets_is_refused() -> None:
-    """A ValidationHook with neither is refused at its place."""
+    """A ValidationHook without any evaluation set is refused with its path."""
     with pytest.raises(ConfigFieldError, match=r"add them to data\.evaluation") as error:
         experiment(hooks={"val": ValidationHookConfig()}).build()
     assert error.value.location == "hooks.val"
 
 
 def test_metrics_are_described_in_the_experiment() -> None:
-    """Of training and of evaluation; a file holds them."""
+    """Files hold the metrics of training and evaluation."""
     accuracy = {"accuracy": config_of(MulticlassAccuracy, num_classes=3)}
     config = experiment(
         hooks={
@@ -312,7 +312,7 @@ def test_metrics_are_described_in_the_experiment() -> None:
 
 
 def test_auto_is_the_number_of_lr_scheduler_steps() -> None:
-    """In updates, or in epochs where it moves once in each."""
+    """ "auto" counts updates, or epochs for an LR scheduler stepped per epoch."""
     one_cycle = config_of(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps="auto")
     cosine = config_of(lr_scheduler.CosineAnnealingLR, T_max="auto", every="epoch")
     accumulating = AcceleratorConfig(cpu=True, gradient_accumulation_steps=3)
@@ -329,7 +329,7 @@ def test_auto_is_the_number_of_lr_scheduler_steps() -> None:
 
 
 def test_inner_lr_schedulers_get_the_optimizer() -> None:
-    """One after another, or together; numbers in them may be auto, too."""
+    """Chained and sequential LR schedulers get the optimizer, and inner counts may be auto."""
     linear = config_of(lr_scheduler.LinearLR, total_iters=4)
     cosine = config_of(lr_scheduler.CosineAnnealingLR, T_max="auto")
     sequence = config_of(lr_scheduler.SequentialLR, schedulers=[linear, cosine], milestones=[4])
@@ -344,8 +344,8 @@ def test_inner_lr_schedulers_get_the_optimizer() -> None:
     assert first.optimizer is second.optimizer is built.optimizer
 
 
-class HandedOn(lr_scheduler.ExponentialLR):
-    """Doesn't say what it takes."""
+class WithKwargs(lr_scheduler.ExponentialLR):
+    """LR scheduler that accepts arbitrary arguments."""
 
     def __init__(self, *args: Any, mode: str = "", **more: Any) -> None:
         self.mode = (mode, more.pop("other", None))
@@ -353,10 +353,10 @@ class HandedOn(lr_scheduler.ExponentialLR):
 
 
 def test_lr_scheduler_with_kwargs_passes_the_optimizer_on() -> None:
-    """It gets the optimizer; a text is text, whatever it says."""
-    schedule = config_of(HandedOn, gamma=0.5, mode="auto", other="auto")
-    built = experiment(lr_scheduler=schedule).build().lr_scheduler
-    assert isinstance(built, HandedOn)
+    """The optimizer is passed, and text arguments stay text, including "auto"."""
+    scheduler_config = config_of(WithKwargs, gamma=0.5, mode="auto", other="auto")
+    built = experiment(lr_scheduler=scheduler_config).build().lr_scheduler
+    assert isinstance(built, WithKwargs)
     assert built.mode == ("auto", "auto")
 
 
@@ -365,19 +365,22 @@ def halved(move: int) -> float:
 
 
 def test_lr_scheduler_accepts_functions_by_name() -> None:
-    """One for all groups, or a list of one for each."""
+    """A function may apply to all groups, or a list to each group."""
     name = f"{__name__}:halved"
     functions: Any
     for functions in (name, [name]):
-        schedule = {"class_type": "torch.optim.lr_scheduler:LambdaLR", "lr_lambda": functions}
-        described = experiment().to_dict() | {"lr_scheduler": schedule}
+        scheduler_config = {
+            "class_type": "torch.optim.lr_scheduler:LambdaLR",
+            "lr_lambda": functions,
+        }
+        described = experiment().to_dict() | {"lr_scheduler": scheduler_config}
         built = ExperimentConfig.from_dict(described, trust=__name__).build()
         assert built.lr_scheduler is not None
         assert built.lr_scheduler.get_last_lr() == [0.05]
 
 
 def test_reduce_on_plateau_steps_once_per_epoch() -> None:
-    """As its class has it by default; auto counts so as well."""
+    """The default interval is an epoch, and auto counts epochs."""
     config = config_of(lr_scheduler.ReduceLROnPlateau, patience="auto")
     built = experiment(lr_scheduler=config).build()
     assert isinstance(built.lr_scheduler, lr_scheduler.ReduceLROnPlateau)
@@ -391,19 +394,19 @@ class Endless(IterableDataset[tuple[torch.Tensor, int]]):
 
 
 def test_auto_without_a_known_length_requests_a_number() -> None:
-    """Of data without a length; the error names the parameter."""
-    schedule = config_of(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps="auto")
+    """For data without a length, the error names the parameter."""
+    scheduler_config = config_of(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps="auto")
     endless = DataConfig(train=LoaderConfig(dataset=config_of(Endless)))
     with pytest.raises(ConfigError, match=r"has no length; write a number") as error:
-        experiment(lr_scheduler=schedule, data=endless).build()
+        experiment(lr_scheduler=scheduler_config, data=endless).build()
     assert error.value.location == "lr_scheduler.total_steps"
     limited = TrainerConfig(max_step=5)
-    built = experiment(lr_scheduler=schedule, data=endless, trainer=limited).build()
+    built = experiment(lr_scheduler=scheduler_config, data=endless, trainer=limited).build()
     assert built.lr_scheduler is not None
     assert built.lr_scheduler.total_steps == 5  # type: ignore[attr-defined]
     empty = DataConfig(train=spirals(2, drop_last=True))
     with pytest.raises(DataError, match="2 samples are less than one step") as no_data:
-        experiment(lr_scheduler=schedule, data=empty).build()
+        experiment(lr_scheduler=scheduler_config, data=empty).build()
     assert no_data.value.__notes__ == [
         "while building total_steps",
         "while building lr_scheduler",
@@ -411,11 +414,11 @@ def test_auto_without_a_known_length_requests_a_number() -> None:
 
 
 def test_only_the_outermost_lr_scheduler_has_an_interval() -> None:
-    """One within can't move at another time."""
+    """An inner LR scheduler with an interval is refused."""
     step = config_of(lr_scheduler.StepLR, step_size=2, every="epoch")
-    schedule = config_of(lr_scheduler.ChainedScheduler, schedulers=[step])
+    scheduler_config = config_of(lr_scheduler.ChainedScheduler, schedulers=[step])
     with pytest.raises(ConfigFieldError, match="outermost LR scheduler") as error:
-        experiment(lr_scheduler=schedule).build()
+        experiment(lr_scheduler=scheduler_config).build()
     assert error.value.location == "lr_scheduler.schedulers.0.every"
 
 
@@ -425,7 +428,7 @@ def doubled(samples: list[tuple[torch.Tensor, int]], times: int = 1) -> Any:
 
 
 def test_loader_config_has_the_arguments_of_dataloader() -> None:
-    """Samplers get the dataset where they take one, also within a batch sampler."""
+    """Samplers get the dataset if they accept one, also within a batch sampler."""
     drawn = config_of(RandomSampler, num_samples=6)
     sampled = spirals(sampler=drawn, collate_fn=config_of(doubled, times=2)).model_copy()
     built = experiment(data=DataConfig(train=sampled)).build()
@@ -458,7 +461,7 @@ IN_PAIRS = config_of(BatchSampler, sampler=config_of(RandomSampler), batch_size=
 def test_ignored_loader_arguments_are_refused(
     changes: dict[str, Any], place: str, says: str
 ) -> None:
-    """Ahead of the first epoch."""
+    """Ignored loader arguments are refused at construction."""
     loader = LoaderConfig(dataset=config_of(Spirals))
     with pytest.raises(ConfigFieldError, match=f"^{place}: .*{says}"):
         loader.replace(**changes)
@@ -475,7 +478,7 @@ def make_processor(scale: float) -> SimpleBatchProcessor:
 
 
 def test_a_batch_processor_may_be_a_function() -> None:
-    """Of a model and a batch, with further arguments; or one that makes a batch processor."""
+    """A function may process a batch, or return a batch processor."""
     expected = trained(experiment())
     assert equal(trained(experiment(batch_processor=config_of(forward))), expected)
     assert equal(trained(experiment(batch_processor=config_of(make_processor, scale=1))), expected)
@@ -490,13 +493,13 @@ def make_sgd(params: Any, lr: float) -> torch.optim.Optimizer:
 
 
 def test_an_optimizer_may_come_from_a_function() -> None:
-    """It gets the model's parameters."""
+    """The function gets the model's parameters."""
     made = trained(experiment(optimizer=config_of(make_sgd, lr=0.1)))
     assert equal(made, trained(experiment()))
 
 
 def test_parameters_get_the_options_of_their_group() -> None:
-    """Those that no pattern matches come first, with the optimizer's own."""
+    """Unmatched parameters come first, with the optimizer's own options."""
     groups = {
         "biases": ParameterGroup(parameters=["*.bias"], weight_decay=0.0),
         "head": ParameterGroup(parameters=["layers.2.*"], lr=0.5),
@@ -516,7 +519,7 @@ def test_parameters_get_the_options_of_their_group() -> None:
 
 
 def test_group_options_are_converted_to_the_types_of_the_optimizer() -> None:
-    """As its own options have: numbers that are written as texts, and tuples as lists."""
+    """Group options are converted as the optimizer's own: texts to numbers, lists to tuples."""
     document = experiment().to_dict()
     document["optimizer"] = {
         "class_type": "torch.optim:AdamW",
@@ -531,7 +534,7 @@ def test_group_options_are_converted_to_the_types_of_the_optimizer() -> None:
 
 
 def test_run_resumes_from_its_checkpoint() -> None:
-    """From the newest checkpoint, by default; or from the beginning, or from another one."""
+    """A run resumes from its newest checkpoint, from the beginning, or from a given checkpoint."""
     config = experiment(checkpoint=SaveCheckpointConfig(every="3 steps", keep_last=None))
     stopped = config.replace(**{"trainer.max_epoch": None, "trainer.max_step": 5}).build()
     stopped.trainer()
@@ -549,7 +552,7 @@ def test_run_resumes_from_its_checkpoint() -> None:
 
 
 def test_trainer_gets_the_options_of_the_experiment() -> None:
-    """Limits, the order of data, and precision."""
+    """The trainer gets limits, data order and precision."""
     config = experiment(
         data=DataConfig(train=spirals(), order=DataOrderConfig(keyed_by="sample")),
         trainer=TrainerConfig(max_optimizer_step=3),
@@ -581,7 +584,7 @@ class Broken(PipelineHooks):
 
 
 def test_build_errors_have_the_path_of_the_part() -> None:
-    """A wrong argument or a missing file is an error of the experiment; a mistake gets a note."""
+    """Wrong arguments and missing files are errors with a path; other errors get a note."""
     missing = DataConfig(train=LoaderConfig(dataset=config_of(Missing)))
     with pytest.raises(ConfigBuildError, match="no such folder: 'images'") as error:
         experiment(data=missing).build()
@@ -598,7 +601,7 @@ def test_build_errors_have_the_path_of_the_part() -> None:
 
 
 class Counting(PipelineHooks):
-    """A hook of a user's own, without a configuration class."""
+    """A user's hook without a config class."""
 
     def __init__(self, every: int = 1) -> None:
         super().__init__()
@@ -610,7 +613,7 @@ class Counting(PipelineHooks):
 
 
 def test_user_hook_needs_no_config_class() -> None:
-    """Its constructor's parameters are its fields."""
+    """The constructor's parameters are the hook's fields."""
     built = experiment(hooks={"mine": config_of(Counting, every=4)}).build()
     built.trainer()
     mine = built.hooks["mine"]

@@ -1,4 +1,4 @@
-"""An experiment that several processes build."""
+"""Building an experiment on two ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SCRIPT = SCRIPTS / "build_on_ranks.py"
 
 
 def test_ranks_build_one_run_and_fail_together(tmp_path: Path) -> None:
-    """Two ranks train what the script does on two; one that can't be built ends both at once."""
+    """Two ranks train as the script does, and a build error on one rank ends both."""
     done = launch(SCRIPT, tmp_path, fails=True, timeout_s=120)
     first, second = (
         json.loads((tmp_path / f"rank{rank}.json").read_text("utf-8")) for rank in range(2)

@@ -1,4 +1,4 @@
-"""What a file may name without further trust is there, where it is said to be."""
+"""Definitions and public names of the catalogue."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from robo_orchard_lab.experiment.catalogue import CATALOGUE, DEFINITIONS, kind_o
 from robo_orchard_lab.pipeline import PipelineHooks, PipelineHooksConfig, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.sinks import JsonLinesSink, LogSink, SinkConfig, TrackerSink
 
-# Made by the trainer, of live objects that no file can hold.
+# Built by the trainer from live objects.
 NOT_FROM_FILES = {"OptimizerHook"}
 
-# What newer versions have than the oldest that we support.
+# Missing in the oldest supported versions.
 NEWER = {
     "torch.optim:Muon",
     "torchmetrics.classification.eer:",
@@ -31,13 +31,13 @@ NEWER = {
 
 
 def may_be_missing(reference: str) -> bool:
-    """Whether the oldest versions that we support don't have it."""
+    """Return True if the oldest supported versions lack a name."""
     return any(reference.startswith(newer) for newer in NEWER)
 
 
 @pytest.mark.parametrize("package", ["robo_orchard_lab", "torch", "torchvision", "torchmetrics"])
 def test_each_entry_is_defined_in_its_module(package: str) -> None:
-    """A file that names it gets it, and nothing that only looks like it."""
+    """Each reference resolves to its definition, not to a re-export."""
     trust = Trust(frozenset(), DEFINITIONS)
     entries = [name for name in sorted(DEFINITIONS) if name.split(".")[0] == package]
     assert entries
@@ -67,7 +67,7 @@ KINDS = {
 
 
 def test_each_entry_is_of_its_kind() -> None:
-    """So that one in a wrong place is refused without looking at it."""
+    """The kind of each entry is known without an import, so a misplaced entry is refused early."""
     trust = Trust(frozenset(), DEFINITIONS)
     for reference in DEFINITIONS:
         kind = kind_of(reference)
@@ -84,7 +84,7 @@ def test_each_entry_is_of_its_kind() -> None:
 
 
 def test_each_public_name_imports_its_definition() -> None:
-    """The public names are those of the packages."""
+    """Each public name is importable from its package."""
     for name, definition in CATALOGUE.items():
         module, _, qualname = name.rpartition(":")
         if not module or name == definition:
@@ -102,7 +102,7 @@ def test_each_public_name_imports_its_definition() -> None:
 
 
 def test_every_hook_and_sink_is_listed() -> None:
-    """A new one can't be forgotten, nor its configuration."""
+    """Every exported hook and sink, and its config, is in the catalogue."""
     for module in (robo_orchard_lab.pipeline.hooks, robo_orchard_lab.pipeline.sinks):
         for name in set(module.__all__) - NOT_FROM_FILES:
             found = getattr(module, name)
@@ -114,8 +114,8 @@ def test_every_hook_and_sink_is_listed() -> None:
                 assert CATALOGUE[name] == f"{found.__module__}:{name}"
 
 
-def test_nothing_else_of_this_project_is_listed() -> None:
-    """What removes folders, starts processes or reads checkpoints is out of a file's reach."""
+def test_only_parts_of_this_project_are_listed() -> None:
+    """Functions that remove folders, start processes or read checkpoints are not listed."""
     for reference in DEFINITIONS:
         if reference.startswith("robo_orchard"):
             cls = resolve(reference, Trust(frozenset(), DEFINITIONS))
@@ -142,12 +142,12 @@ def test_nothing_else_of_this_project_is_listed() -> None:
     ],
 )
 def test_code_that_loads_downloads_or_removes_is_not_listed(reference: str) -> None:
-    """A few that would break the rule."""
+    """Code that loads files, downloads or removes files is not listed."""
     assert reference not in DEFINITIONS
 
 
 def test_names_of_code_are_replaced_by_definitions() -> None:
-    """Short names under the keys of parts alone, others wherever they stand as a whole."""
+    """Short names are replaced under the keys of parts only, full references anywhere."""
     sgd = "torch.optim.sgd:SGD"
     assert with_definitions(
         {

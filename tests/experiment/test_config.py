@@ -1,4 +1,4 @@
-"""An experiment is a value: it is checked, compared, changed, written and read."""
+"""Experiment configs are validated, compared, changed and serialized."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROCESSORS = "robo_orchard_lab.pipeline.batch_processor"
 
 
 def document(**changes: Any) -> dict[str, Any]:
-    """Of an experiment that could be run."""
+    """Return the document of a runnable experiment."""
     return {
         "name": "spirals",
         "model": {"class_type": f"{SAMPLES}:MLP", "inputs": 2, "hidden": [8], "outputs": 3},
@@ -50,7 +50,7 @@ def described(**changes: Any) -> ExperimentConfig:
 
 
 def in_code(**changes: Any) -> ExperimentConfig:
-    """The same as `document` describes."""
+    """Return the experiment of `document`, built in code."""
     return ExperimentConfig(
         **{
             "name": "spirals",
@@ -73,14 +73,14 @@ def written(folder: Path, name: str = "spirals.yaml", **changes: Any) -> Path:
 
 
 def test_code_and_files_describe_equal_experiments() -> None:
-    """A value from code equals the one from a document, and differs once a field does."""
+    """A config from code equals the config from a document, and differs after a change."""
     assert in_code() == described()
     assert in_code(seed=1) != described()
     assert in_code(hooks={"stats": StatsMonitorConfig(), "ema": EMAConfig()}) != described()
 
 
-def test_null_parts_of_a_file_are_passed_by_a_script(tmp_path: Path) -> None:
-    """They are null then."""
+def test_null_parts_load_as_none(tmp_path: Path) -> None:
+    """Null parts of a file load as None."""
     file = written(tmp_path)
     loaded = ExperimentConfig.load(file, overrides={"model": None, "batch_processor": None})
     assert (loaded.model, loaded.batch_processor) == (None, None)
@@ -88,14 +88,14 @@ def test_null_parts_of_a_file_are_passed_by_a_script(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["yaml", "toml", "json"])
 def test_experiment_round_trips_through_every_format(suffix: str, tmp_path: Path) -> None:
-    """What is saved is loaded as the same value."""
+    """A saved experiment loads as an equal value."""
     path = tmp_path / f"spirals.{suffix}"
     in_code().save(path)
     assert ExperimentConfig.load(path) == in_code()
 
 
 def test_replace_reaches_into_parts() -> None:
-    """Dotted names change a copy, the original stays."""
+    """Dotted names change a copy, and the original stays unchanged."""
     first = in_code()
     second = first.replace(**{"optimizer.lr": 0.5, "trainer.max_epoch": 7})
     assert second == in_code(
@@ -105,7 +105,7 @@ def test_replace_reaches_into_parts() -> None:
 
 
 def test_replace_reaches_named_hooks_and_removes_them() -> None:
-    """As overrides of a file do; what was a default until then as well."""
+    """Changes reach named hooks and fields with defaults, as overrides of a file do."""
     first = in_code()
     changes = {"hooks.stats.grad_norm": True, "hooks.ema": EMAConfig(), "optimizer.momentum": 0.9}
     second = first.replace(**changes)
@@ -121,13 +121,13 @@ def test_replace_reaches_named_hooks_and_removes_them() -> None:
 
 
 def test_experiment_can_be_pickled() -> None:
-    """As what those get that are spawned."""
+    """An experiment can be pickled for spawned processes."""
     assert pickle.loads(pickle.dumps(described())) == described()
 
 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_data_types_and_devices_are_texts_in_files(format_: Format) -> None:
-    """Also those of torch's layers, which don't say of which type they are."""
+    """Dtypes and devices are texts, also for untyped parameters of torch's layers."""
     options: dict[str, Any] = {"dtype": torch.float64, "device": torch.device("cpu")}
     mine = in_code(model=config_of(torch.nn.Linear, in_features=2, out_features=3, **options))
     text = mine.to_str(format_)
@@ -142,21 +142,21 @@ def test_data_types_and_devices_are_texts_in_files(format_: Format) -> None:
 
 
 def test_repr_shows_the_set_fields() -> None:
-    """Classes and the arguments that were given, not all that could be."""
+    """The repr shows classes and given arguments only."""
     text = repr(in_code())
     assert "SGDConfig(class_type=<class 'torch.optim.sgd.SGD'>, lr=0.1)" in text
     assert "amsgrad" not in repr(in_code(optimizer=config_of(torch.optim.Adam)))
 
 
 def test_override_of_a_text_field_is_text(tmp_path: Path) -> None:
-    """``--name 3`` names it "3", while ``--trainer.max_epoch 3`` is a number."""
+    """``--name 3`` gives the text "3", while ``--trainer.max_epoch 3`` gives a number."""
     overrides, _ = from_arguments(["--name", "3", "--trainer.max_epoch", "3"])
     loaded = ExperimentConfig.load(written(tmp_path), overrides=overrides)
     assert (loaded.name, loaded.trainer.max_epoch) == ("3", 3)
 
 
 def test_wrong_override_of_a_part_is_reported(tmp_path: Path) -> None:
-    """Not as the text that it was typed as, which is no part at all."""
+    """An invalid override of a part is reported with its field."""
     typed = "{class_type: 'torch.optim:Adam', learning_rate: 3}"
     overrides, _ = from_arguments(["--name", "3", "--optimizer", typed])
     with pytest.raises(ConfigFieldError, match="AdamConfig has no such field") as found:
@@ -165,7 +165,7 @@ def test_wrong_override_of_a_part_is_reported(tmp_path: Path) -> None:
 
 
 def test_overrides_reach_fields_of_the_configured_class(tmp_path: Path) -> None:
-    """Also when the class itself is another by the same overrides, in any order."""
+    """Overrides reach the fields of a class set by other overrides, in any order."""
     file = written(tmp_path)
     changed = ExperimentConfig.load(
         file, overrides={"hooks.stats.grad_norm": True, "optimizer.momentum": 0.9}
@@ -180,7 +180,7 @@ def test_overrides_reach_fields_of_the_configured_class(tmp_path: Path) -> None:
 
 
 def test_null_removes_a_hook(tmp_path: Path) -> None:
-    """As `hooks.stats=null` on the command line."""
+    """`hooks.stats=null` on the command line removes the hook."""
     loaded = ExperimentConfig.load(
         written(tmp_path), overrides=from_arguments(["--hooks.stats=null"])[0]
     )
@@ -214,7 +214,7 @@ def test_null_removes_a_hook(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_errors_name_the_field(changes: dict[str, Any], place: str, says: str) -> None:
-    """And what is expected there."""
+    """Each error has the path of the field and the expected value."""
     with pytest.raises(ConfigError) as found:
         described(**changes)
     assert found.value.location == place
@@ -232,7 +232,7 @@ def test_errors_name_the_field(changes: dict[str, Any], place: str, says: str) -
     ],
 )  # fmt: skip
 def test_exclusive_loader_fields_are_refused(loader: dict[str, Any], place: str) -> None:
-    """Before any data is opened."""
+    """Exclusive loader fields are refused before any data is opened."""
     dataset = {"class_type": f"{SAMPLES}:Spirals"}
     with pytest.raises(ConfigFieldError) as found:
         described(data={"train": {"dataset": dataset, **loader}})
@@ -251,7 +251,7 @@ def test_exclusive_loader_fields_are_refused(loader: dict[str, Any], place: str)
 def test_parameter_groups_accept_options_of_the_optimizer(
     group: dict[str, Any], place: str, says: str
 ) -> None:
-    """Of its types, and no others."""
+    """Group options are the optimizer's, with its types."""
     with pytest.raises(ConfigFieldError) as found:
         described(optimizer={"class_type": "torch.optim.sgd:SGD", "groups": {"head": group}})
     assert found.value.location == f"optimizer.groups.head.{place}"
@@ -259,9 +259,9 @@ def test_parameter_groups_accept_options_of_the_optimizer(
 
 
 def test_integers_of_an_lr_scheduler_may_be_auto() -> None:
-    """Also those of schedules within one."""
+    """Integers of nested LR schedulers may be auto too."""
     lr = "torch.optim.lr_scheduler"
-    schedule = described(
+    scheduler_config = described(
         lr_scheduler={
             "class_type": f"{lr}:SequentialLR",
             "schedulers": [
@@ -271,14 +271,14 @@ def test_integers_of_an_lr_scheduler_may_be_auto() -> None:
             "milestones": [5],
         }
     ).lr_scheduler
-    assert schedule is not None
-    assert schedule.schedulers[1].T_max == "auto"
+    assert scheduler_config is not None
+    assert scheduler_config.schedulers[1].T_max == "auto"
     with pytest.raises(ConfigFieldError):
         described(lr_scheduler={"class_type": f"{lr}:ExponentialLR", "gamma": "auto"})
 
 
 def test_configs_in_code_follow_the_rules_of_files() -> None:
-    """By pydantic's error, as any config."""
+    """Invalid configs in code raise pydantic's error."""
     with pytest.raises(ValidationError, match="the run has no limit"):
         in_code(trainer=TrainerConfig())
     with pytest.raises(ValidationError, match="expected a Optimizer"):
@@ -286,13 +286,13 @@ def test_configs_in_code_follow_the_rules_of_files() -> None:
 
 
 def test_the_run_folder_follows_from_the_name() -> None:
-    """Unless it is said."""
+    """The default run folder is runs/NAME."""
     assert in_code().folder() == Path("runs/spirals")
     assert in_code(run_folder="elsewhere").folder() == Path("elsewhere")
 
 
 def test_only_the_catalogue_is_trusted_by_default(tmp_path: Path) -> None:
-    """What else is ours, or anybody's, has to be named in the trust."""
+    """Other code of this project, or of users, must be trusted by name."""
     other = {"class_type": f"{__name__}:Net"}
     for reference in ("robo_orchard_lab.pipeline.run.durable:remove_tree", f"{__name__}:Net"):
         with pytest.raises(TrustError):
@@ -302,4 +302,4 @@ def test_only_the_catalogue_is_trusted_by_default(tmp_path: Path) -> None:
 
 
 class Net(torch.nn.Module):
-    """A model of the user's."""
+    """A user's model."""

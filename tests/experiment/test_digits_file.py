@@ -1,4 +1,4 @@
-"""The digits example as a script and as a file: the same training, bit for bit."""
+"""The digits example as a script and as a file trains bit-identical weights."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ SMALL = {
 
 
 @pytest.fixture(autouse=True)
-def beside_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the example consists of can be imported; what it writes goes to a folder of the test."""
+def example_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the example's modules importable, and run in a folder of the test."""
     monkeypatch.syspath_prepend(EXAMPLE)
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def by_script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[torch.Tensor]]:
-    """The weights that the script trains with these options."""
+    """Return the weights trained by the script with these options."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLE)
         patch.chdir(tmp_path_factory.mktemp("script"))
@@ -54,7 +54,7 @@ def trained(experiment: ExperimentConfig, folder: str) -> list[torch.Tensor]:
 
 
 def in_format(format_: Any, folder: Path) -> Path:
-    """The same file in another format."""
+    """Write the file in another format."""
     document = yaml.safe_load(FILE.read_text("utf-8"))
     text = json.dumps(document) if format_ == "json" else formats.write(document, format_)
     path = folder / f"digits.{format_}"
@@ -63,10 +63,10 @@ def in_format(format_: Any, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("format_", ["yaml", "toml", "json"])
-def test_the_file_trains_what_the_script_does(
+def test_the_file_trains_as_the_script(
     format_: str, by_script: list[torch.Tensor], tmp_path: Path
 ) -> None:
-    """In each format, and so does the resolved file that is saved of it."""
+    """The file in each format, and its saved copy, trains the script's weights."""
     path = FILE if format_ == "yaml" else in_format(format_, tmp_path)
     experiment = ExperimentConfig.load(path, trust=TRUST, overrides=SMALL)
     assert equal(trained(experiment, "first"), by_script)
@@ -78,7 +78,7 @@ def test_the_file_trains_what_the_script_does(
 
 
 def test_file_has_the_defaults_of_the_script() -> None:
-    """Every number that the script's configuration has, but those of its random images."""
+    """The file's values equal the defaults of the script's configuration."""
     from train import TrainerConfig
 
     script = TrainerConfig()
@@ -93,7 +93,7 @@ def test_file_has_the_defaults_of_the_script() -> None:
 
 
 def test_run_writes_to_its_folder(tmp_path: Path) -> None:
-    """Metrics, TensorBoard's files, checkpoints and the best weights; nothing elsewhere."""
+    """Metrics, TensorBoard files, checkpoints and the best weights are in the run folder only."""
     trained(ExperimentConfig.load(FILE, trust=TRUST, overrides=SMALL), "runs/one")
     written = {path.name for path in (tmp_path / "runs" / "one").iterdir()}
     assert written >= {"metrics.jsonl", "tensorboard", "best.safetensors", "checkpoints"}

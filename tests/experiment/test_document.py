@@ -1,4 +1,4 @@
-"""What an experiment's file says, with those it builds on and what is said over them."""
+"""Reading experiment files with base files and overrides."""
 
 from __future__ import annotations
 
@@ -49,24 +49,24 @@ hooks:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with a file and a variant of it."""
+    """A folder with a file and a variant of the file."""
     (tmp_path / "base.yaml").write_text(BASE)
     (tmp_path / "variant.yaml").write_text(VARIANT)
     return tmp_path
 
 
 def arguments(*given: str) -> list[Override]:
-    """Overrides of a command line."""
+    """Return the overrides of a command line."""
     return from_arguments(given)[0]
 
 
 def origin(document: ExperimentDocument, *path: str | int) -> str:
-    """Where a value comes from, without the folder of a file."""
+    """Return the origin of a value, without the folder of a file."""
     return os.path.basename(str(origin_of(path, document.origins)))
 
 
 def first_sink(document: ExperimentDocument) -> Plain:
-    """The first of the sinks that the base's hook `log` has."""
+    """Return the first sink of the base's hook `log`."""
     value: Any = document.document
     for key in ("hooks", "log", "sinks", 0):
         value = value[key]
@@ -74,8 +74,8 @@ def first_sink(document: ExperimentDocument) -> Plain:
     return sink
 
 
-def test_a_variant_says_only_what_differs(folder: Path) -> None:
-    """The rest is its base's, and every value knows its file and line."""
+def test_a_variant_is_merged_over_its_base(folder: Path) -> None:
+    """Other values come from the base, and every value has its file and line."""
     read = read_experiment(folder / "variant.yaml")
     assert read.files == (folder / "variant.yaml", folder / "base.yaml")
     assert read.document == {
@@ -104,7 +104,7 @@ def test_a_variant_says_only_what_differs(folder: Path) -> None:
 
 
 def test_all_formats_read_equal_documents(folder: Path) -> None:
-    """A base may be written in another format than its variant, and lines are known in each."""
+    """A base may have another format than its variant, and lines are known in each format."""
     document = formats.read(BASE.replace("$schema: schema.json\n", ""), "yaml")
     for suffix in ("json", "toml"):
         text = formats.write(document, suffix)
@@ -117,7 +117,7 @@ def test_all_formats_read_equal_documents(folder: Path) -> None:
 
 
 def test_stronger_layer_takes_precedence(folder: Path) -> None:
-    """Command line over environment over code over file, in whatever order they are given."""
+    """The command line overrides the environment, then code, then the file, in any order."""
     overrides = [
         *arguments("--a=command line"),
         *from_mapping({"a": "code", "b": "code", "c": "code", "name": "code"}),
@@ -136,7 +136,7 @@ def test_stronger_layer_takes_precedence(folder: Path) -> None:
 
 
 def test_overrides_reach_anywhere(folder: Path) -> None:
-    """Items of lists by their index, maps that aren't there, entries to be removed."""
+    """Overrides reach list items by index, create mappings and remove entries."""
     given = arguments(
         "--hooks.log.sinks.0.path=b",
         "--hooks.bar=null",
@@ -163,8 +163,8 @@ def test_overrides_reach_anywhere(folder: Path) -> None:
     assert origin(read, "data", "train") == "command line: --data.train.batch_size"
 
 
-def test_the_order_of_overrides_does_not_matter_to_classes(folder: Path) -> None:
-    """Whoever names another class drops the old one's arguments, and not the new one's."""
+def test_the_order_of_overrides_does_not_affect_classes(folder: Path) -> None:
+    """Another class drops the old class's arguments, and keeps the new class's."""
     given = ["--hooks.log.sinks.0.path=b", "--hooks.log.sinks.0.class_type=m:Third"]
     for order in (given, given[::-1]):
         read = read_experiment(folder / "base.yaml", overrides=arguments(*order))
@@ -193,14 +193,14 @@ def test_the_order_of_overrides_does_not_matter_to_classes(folder: Path) -> None
     ],
 )
 def test_overrides_without_a_target_are_refused(folder: Path, given: str, problem: str) -> None:
-    """The option is named, and what is there instead."""
+    """The error names the option and the value found."""
     option = given.partition("=")[0]
     with pytest.raises(ConfigError, match=f"^command line: {option}: .*{re.escape(problem)}"):
         read_experiment(folder / "base.yaml", overrides=arguments(given))
 
 
 def test_override_is_reread_as_text(folder: Path) -> None:
-    """`--name 3` is a number first, and what was typed where the field wants text."""
+    """`--name 3` is first read as a number, and reread as text for a text field."""
     given = arguments("--name=03", "--hooks.log.sinks.0.path=[1, 2]", "--trainer.x=y")
     read = read_experiment(folder / "base.yaml", overrides=given)
     assert read.document["name"] == 3
@@ -220,7 +220,7 @@ def test_override_is_reread_as_text(folder: Path) -> None:
 
 
 def test_only_the_effective_override_is_reread_as_text(folder: Path) -> None:
-    """What a stronger one has replaced does not come back."""
+    """A replaced override is not restored."""
     environ = {"ROBO_ORCHARD_LAB__NAME": "3"}
     read = read_experiment(folder / "base.yaml", overrides=arguments("--name=x"), environ=environ)
     assert read.with_text(("name",)) is None
@@ -233,7 +233,7 @@ def test_only_the_effective_override_is_reread_as_text(folder: Path) -> None:
 
 
 def test_text_override_drops_origins_inside(folder: Path) -> None:
-    """There is nothing within a text."""
+    """A text has no inner origins."""
     read = read_experiment(folder / "base.yaml", overrides=arguments("--fresh={a: 1}"))
     assert ("fresh", "a") in read.origins
     text = read.with_text(("fresh",))
@@ -251,7 +251,7 @@ def chain(folder: Path, length: int) -> Path:
 
 
 def test_base_files_are_merged(tmp_path: Path) -> None:
-    """As many as are allowed, and not one more."""
+    """The maximum number of base files is merged, and one more is refused."""
     read = read_experiment(chain(tmp_path, MAX_BASES))
     assert len(read.files) == 1 + MAX_BASES
     assert read.document["v15"] == 15
@@ -279,7 +279,7 @@ def test_base_files_are_merged(tmp_path: Path) -> None:
     ],
 )
 def test_base_is_a_plain_name_in_the_same_folder(folder: Path, name: Plain) -> None:
-    """No name leads out of the folder."""
+    """No base name leads out of the folder."""
     (folder / "sub").mkdir()
     (folder / "sub" / "base.yaml").write_text(BASE)
     formats_text = formats.write({"name": "x", "base": name}, "json")
@@ -299,7 +299,7 @@ def test_base_is_a_plain_name_in_the_same_folder(folder: Path, name: Plain) -> N
     ],
 )
 def test_irregular_files_are_refused(folder: Path, kind: str, problem: str) -> None:
-    """Neither as the file nor as its base, and nobody waits for a pipe to be written to."""
+    """Irregular files are refused as the file and as its base, without blocking on a pipe."""
     path = folder / "other.yaml"
     if kind == "link":
         path.symlink_to(folder / "base.yaml")
@@ -317,7 +317,7 @@ def test_irregular_files_are_refused(folder: Path, kind: str, problem: str) -> N
 
 
 def test_cycle_of_base_files_is_refused(folder: Path) -> None:
-    """The way round is shown."""
+    """The error shows the cycle."""
     (folder / "base.yaml").write_text("base: variant.yaml\n")
     with pytest.raises(ConfigError, match=r"base.yaml:1: base: .*variant.yaml -> base.yaml -> var"):
         read_experiment(folder / "variant.yaml")
@@ -332,14 +332,14 @@ def test_cycle_of_base_files_is_refused(folder: Path) -> None:
     ],
 )
 def test_documents_are_bounded(tmp_path: Path, text: str) -> None:
-    """In how many values and how long keys they hold."""
+    """The number of values and the length of keys are limited."""
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"a.yaml: (the document holds more|expected keys of at)"):
         read_experiment(tmp_path / "a.yaml")
 
 
 def test_errors_of_a_base_name_the_base(folder: Path) -> None:
-    """Broken text is shown in the file where it is."""
+    """An error of a base names the base's file and line."""
     (folder / "base.yaml").write_text("a: 1\nb: [1, 2\n")
     with pytest.raises(ConfigError, match=r"base.yaml: line 3, column 1: broken YAML"):
         read_experiment(folder / "variant.yaml")

@@ -1,4 +1,4 @@
-"""Trying an experiment out, with nothing kept."""
+"""Dry runs and fast runs of an experiment."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from robo_orchard_lab.pipeline.trigger import EveryEpochs
 
 
 class Watching(PipelineHooks):
-    """Tells what happens around it."""
+    """Records the steps and epochs of a run."""
 
     seen: list[str]  # of the last one that was made
 
@@ -98,7 +98,7 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ExperimentCon
 
 
 def test_dry_run_describes_the_run(experiment: ExperimentConfig, tmp_path: Path) -> None:
-    """Steps, updates, what hooks would do and what it takes, after a batch; nothing is written."""
+    """The report has steps, updates, hooks, loss and memory, and no file is written."""
     found = dry_run(experiment)
     length = found.length
     assert length is not None
@@ -113,18 +113,18 @@ def test_dry_run_describes_the_run(experiment: ExperimentConfig, tmp_path: Path)
     assert (memory.parameters, memory.gradients) == (51 * 4, 51 * 4)
     assert memory.optimizer == 2 * 51 * 4 + 4 * 4  # two moments, and a count of each tensor's
     assert memory.peak > 2**20
-    assert Watching.seen == []  # no hook of the run sees anything of it
+    assert Watching.seen == []  # no hook of the run is called
     assert [*tmp_path.iterdir()] == []
 
 
 def test_a_dry_run_counts_the_save_at_the_end(experiment: ExperimentConfig) -> None:
-    """Of five epochs, two are due, and the run is saved at its end as well."""
+    """Of five epochs, two saves are due, plus the save at the end."""
     found = dry_run(experiment.replace(checkpoint={"every": "2 epochs"}, hooks={}))
     assert [(hook.hook, hook.times) for hook in found.hooks] == [("checkpoint", 3)]
 
 
 def test_a_dry_run_of_a_stream_has_no_length(experiment: ExperimentConfig) -> None:
-    """What only the run itself tells is left open."""
+    """Without a length, counts are unknown."""
     stream = LoaderConfig(dataset=config_of(Stream), batch_size=4)
     found = dry_run(experiment.replace(data=DataConfig(train=stream), hooks={}, lr_scheduler=None))
     assert found.length is None
@@ -132,24 +132,24 @@ def test_a_dry_run_of_a_stream_has_no_length(experiment: ExperimentConfig) -> No
     assert found.loss is not None
 
 
-def test_fast_run_takes_two_steps_and_resumes(
+def test_fast_run_makes_two_steps_and_resumes(
     experiment: ExperimentConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An epoch of two steps, evaluations, a save, and a step after loading it; nothing is left."""
+    """A fast run trains an epoch of two steps, evaluates, saves, resumes and cleans up."""
     before = {*Path("/tmp").glob("debug-fast-*")}
     done = fast_run(experiment)
     assert done[0].startswith("trained to epoch 1, step 0 (global step 2, 1 updates committed")
     assert any(line.startswith("found eval/val/loss = ") for line in done)
     assert any("best.safetensors, checkpoints, metrics.jsonl" in line for line in done)
     assert done[-1] == "saved, and resumed from step 2 to 3"
-    assert Watching.seen == ["step"]  # the third one, behind a whole epoch
+    assert Watching.seen == ["step"]  # the third step, after a complete epoch
     assert [*tmp_path.iterdir()] == []
     assert {*Path("/tmp").glob("debug-fast-*")} == before
 
 
 @pytest.mark.parametrize("part", ["stream", "sampler"])
 def test_fast_run_accepts_any_data(experiment: ExperimentConfig, part: str) -> None:
-    """Data without an index, or with a sampler of its own, is trained on as it is."""
+    """Data without an index, or with its own sampler, is used unchanged."""
     from torch.utils.data import SequentialSampler
 
     loaders: dict[str, Any] = {
@@ -163,7 +163,7 @@ def test_fast_run_accepts_any_data(experiment: ExperimentConfig, part: str) -> N
 
 
 def test_errors_of_parts_propagate(experiment: ExperimentConfig, tmp_path: Path) -> None:
-    """An error of a part is that error, and what was written is gone all the same."""
+    """The part's error propagates, and written files are removed."""
     hooks: dict[str, Any] = {"watching": config_of(Watching, fails=True)}
     with pytest.raises(RuntimeError, match="a hook that fails"):
         fast_run(experiment.replace(hooks=hooks))

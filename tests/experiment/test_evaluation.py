@@ -1,4 +1,4 @@
-"""Measuring what a run has saved."""
+"""Evaluating the saved weights of a run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ACCURACY = {"accuracy": config_of(MulticlassAccuracy, num_classes=3)}
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
-    """A run with an average of its weights, which one of two evaluations is made with."""
+    """A run with averaged weights, used in one of two evaluations."""
     experiment = ExperimentConfig(
         run_folder=str(tmp_path_factory.mktemp("runs") / "first"),
         model=config_of(MLP, inputs=2, hidden=[8], outputs=3),
@@ -64,7 +64,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
 
 
 def test_evaluation_repeats_the_metrics_of_the_run(trained: ExperimentConfig) -> None:
-    """Of each checkpoint, loss and metrics are those that the run had there, with its averages."""
+    """For each checkpoint, loss and metrics equal the run's, including averaged weights."""
     place = find_checkpoints(trained.folder())
     for info in CheckpointStore(place.root).list():
         found = evaluate(trained, SavedWeights.from_checkpoint(info.path))
@@ -81,7 +81,7 @@ def test_selected_sets_are_evaluated_alone(trained: ExperimentConfig) -> None:
 
 
 class Shaken(Spirals):
-    """Points that are moved, each as it is loaded, and all of them when they are made."""
+    """Points with noise at construction and at each loading."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
@@ -93,7 +93,7 @@ class Shaken(Spirals):
 
 
 def test_evaluation_is_deterministic(trained: ExperimentConfig) -> None:
-    """Also where data draws, and where the run would evaluate at its start."""
+    """Evaluation is repeatable with random data, and for a run that evaluates at its start."""
     saved = SavedWeights.from_checkpoint(find_checkpoints(trained.folder()).pick())
     shaken = LoaderConfig(dataset=config_of(Shaken, size=12), batch_size=8)
     changes: dict[str, Any] = {"hooks.own.at_start": True, "data.evaluation.val": shaken}
@@ -104,7 +104,7 @@ def test_evaluation_is_deterministic(trained: ExperimentConfig) -> None:
 
 
 def test_loss_is_evaluated_without_hooks(trained: ExperimentConfig) -> None:
-    """Where no hook says how to measure, it is the mean loss of the model's own weights."""
+    """Without hooks, the mean loss of the model's own weights is evaluated."""
     saved = SavedWeights.from_checkpoint(find_checkpoints(trained.folder()).pick())
     found = evaluate(trained.replace(hooks={}), saved)
     assert {*found} == {"eval/val/loss", "eval/test/loss"}
@@ -116,7 +116,7 @@ def test_loss_is_evaluated_without_hooks(trained: ExperimentConfig) -> None:
 
 
 def test_best_weights_are_the_kept_weights(trained: ExperimentConfig) -> None:
-    """What a KeepBest has written, or else the checkpoint that is best by the run's own rule."""
+    """The best weights are KeepBest's file, or the best checkpoint by the retention rule."""
     place = find_checkpoints(trained.folder())
     kept = best_weights(trained, trained.folder(), place)
     assert kept.path == trained.folder() / "best.safetensors"
@@ -132,8 +132,8 @@ def test_best_weights_are_the_kept_weights(trained: ExperimentConfig) -> None:
     assert evaluate(trained, best)["eval/val/loss"] == min(values)
 
 
-def test_nothing_is_written(trained: ExperimentConfig) -> None:
-    """The run's folder is as it was."""
+def test_evaluation_writes_no_files(trained: ExperimentConfig) -> None:
+    """Evaluation leaves the run folder unchanged."""
 
     def look() -> dict[str, Any]:
         files = [path for path in trained.folder().rglob("*") if path.is_file()]
@@ -156,8 +156,8 @@ def test_weights_of_another_model_are_refused(trained: ExperimentConfig, tmp_pat
         SavedWeights.from_checkpoint(info.path)
 
 
-def test_the_file_of_the_run_is_enough(trained: ExperimentConfig) -> None:
-    """What is measured by the configuration in the folder is what is measured by that in code."""
+def test_the_saved_config_evaluates_equally(trained: ExperimentConfig) -> None:
+    """The config in the run folder evaluates as the config in code."""
     own = ExperimentConfig.load(trained.folder() / "config.yaml").replace(
         run_folder=str(trained.folder())
     )

@@ -1,4 +1,4 @@
-"""Starting a run in a folder that may have one."""
+"""Starting a run in a folder with an existing run."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def experiment(tmp_path: Path) -> ExperimentConfig:
     )
 
 
-def begun(experiment: ExperimentConfig) -> ExistingRun:
-    """What is found of a run that was started by this, and has saved once."""
+def start_and_save(experiment: ExperimentConfig) -> ExistingRun:
+    """Start a run, save one checkpoint, and return the found run."""
     record(experiment, processes=1)
     with CheckpointStore(experiment.folder() / "checkpoints") as store:
         store.save(3, {"trainer": {}})
@@ -65,7 +65,7 @@ def begun(experiment: ExperimentConfig) -> ExistingRun:
 
 
 def test_existing_run_is_found_in_its_folder(experiment: ExperimentConfig) -> None:
-    """Nothing before a start; then its file, its newest checkpoint, and what became of it."""
+    """A folder has no run before a start, then its config, newest checkpoint and state."""
     folder = experiment.folder()
     assert find_existing_run(folder) is None
     record(experiment, processes=1)
@@ -73,11 +73,11 @@ def test_existing_run_is_found_in_its_folder(experiment: ExperimentConfig) -> No
     assert found is not None
     assert (found.config, found.newest_step) == (folder / "config.yaml", None)
     assert found.state is None
-    assert begun(experiment).newest_step == 3
+    assert start_and_save(experiment).newest_step == 3
 
 
-def test_the_file_in_the_folder_is_the_experiment(experiment: ExperimentConfig) -> None:
-    """What is written is the whole experiment, but for the folder, which is where it lies."""
+def test_the_saved_config_equals_the_experiment(experiment: ExperimentConfig) -> None:
+    """The saved config equals the experiment, except for the run folder."""
     record(experiment, processes=1)
     kept = ExperimentConfig.load(experiment.folder() / "config.yaml", trust=TRUST)
     assert kept == experiment.replace(run_folder=None)
@@ -86,8 +86,8 @@ def test_the_file_in_the_folder_is_the_experiment(experiment: ExperimentConfig) 
 def test_unchanged_run_resumes_from_any_folder(
     experiment: ExperimentConfig, tmp_path: Path
 ) -> None:
-    """Neither the folder's path nor whether to resume is a difference."""
-    before = begun(experiment)
+    """Neither the folder's path nor the resume option is a difference."""
+    before = start_and_save(experiment)
     (tmp_path / "run").rename(tmp_path / "moved")
     moved = find_existing_run(tmp_path / "moved")
     assert moved is not None
@@ -97,8 +97,8 @@ def test_unchanged_run_resumes_from_any_folder(
 
 
 def test_changes_are_allowed_by_effect(experiment: ExperimentConfig) -> None:
-    """Harmless ones pass and are recorded, a trajectory needs a word, what can't be is refused."""
-    before = begun(experiment)
+    """Harmless changes are recorded, trajectory changes need permission, others are refused."""
+    before = start_and_save(experiment)
     longer = experiment.replace(**{"trainer.max_epoch": 5})
     harmless = check_changes(longer, before, TRUST)
     assert [(each.field, each.before, each.after) for each in harmless] == [
@@ -125,8 +125,8 @@ def test_changes_are_allowed_by_effect(experiment: ExperimentConfig) -> None:
 def test_unloadable_config_is_compared_as_written(
     experiment: ExperimentConfig,
 ) -> None:
-    """Where the old file names what is gone, that is a difference, and no other error."""
-    before = begun(experiment)
+    """A missing class in the old config is a difference, not an error."""
+    before = start_and_save(experiment)
     text = before.config.read_text()
     before.config.write_text(text.replace("samples:MLP", "samples:GoneMLP"))
     with pytest.raises(ChangedRunError, match=r"with changed model\.class_type"):

@@ -1,4 +1,4 @@
-"""Whatever a file holds, it is an experiment or is refused with an error of ours."""
+"""Any file loads as an experiment or is refused with a ConfigError."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def is_admitted(content: bytes, suffix: str) -> bool:
-    """Whether a file passes; anything but an error of ours is one of the test."""
+    """Return True if a file passes, after checking that any error is a ConfigError."""
     file = Path(f"experiment.{suffix}")
     file.write_bytes(content)
     try:
@@ -112,27 +112,27 @@ def is_admitted(content: bytes, suffix: str) -> bool:
 
 
 @given(st.binary(max_size=300), st.sampled_from(["yaml", "json", "toml"]))
-def test_any_bytes(content: bytes, suffix: str) -> None:
-    """Bytes that mean nothing are refused."""
+def test_random_bytes_are_refused(content: bytes, suffix: str) -> None:
+    """Random bytes are refused."""
     assert not is_admitted(content, suffix)
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=12), st.sampled_from(["yaml", "json", "toml"]))
-def test_any_pieces_of_hostile_files(pieces: list[bytes], suffix: str) -> None:
-    """What chokes a parser or is obeyed by one, in any order."""
+def test_pieces_of_hostile_files_are_handled(pieces: list[bytes], suffix: str) -> None:
+    """Hostile pieces in any order pass or are refused."""
     is_admitted(b"".join(pieces), suffix)
 
 
 @given(st.integers(0, len(experiment())), st.integers(0, 40), st.sampled_from(PIECES))
-def test_a_harmless_file_with_something_in_the_middle(start: int, cut: int, piece: bytes) -> None:
-    """A file that was damaged, or into which something was put."""
+def test_a_damaged_harmless_file_is_handled(start: int, cut: int, piece: bytes) -> None:
+    """A harmless file with a damaged or inserted part passes or is refused."""
     text = experiment().encode()
     is_admitted(text[:start] + piece + text[start + cut :], "yaml")
 
 
 @given(st.dictionaries(KEYS, VALUES, max_size=6))
-def test_any_fields(changes: dict[str, Plain]) -> None:
-    """Any values of any fields; what passes names nothing that isn't trusted."""
+def test_fields_with_any_values_are_handled(changes: dict[str, Plain]) -> None:
+    """Any values of any fields pass or are refused, and passing files name only trusted code."""
     document = {**HARMLESS, **changes}
     text = json.dumps(document)
     if is_admitted(text.encode(), "json"):
@@ -141,7 +141,7 @@ def test_any_fields(changes: dict[str, Plain]) -> None:
 
 
 def _named(value: Plain) -> set[str]:
-    """What is named as code anywhere."""
+    """Return all names of code in a value."""
     found: set[str] = set()
     if isinstance(value, dict):
         found.update(str(name) for key, name in value.items() if key in PART_KEYS)
@@ -150,8 +150,8 @@ def _named(value: Plain) -> set[str]:
 
 
 @given(st.lists(st.text(max_size=30) | KEYS, max_size=4), st.text(max_size=30))
-def test_any_overrides(keys: list[str], text: str) -> None:
-    """On the command line and in the environment, too."""
+def test_any_overrides_are_handled(keys: list[str], text: str) -> None:
+    """Overrides from the command line and the environment pass or are refused."""
     Path("experiment.yaml").write_text(experiment())
     with contextlib.suppress(ConfigError):
         found, _ = from_arguments([f"--{'.'.join(keys)}={text}"])
@@ -193,7 +193,7 @@ resume: never
 
 
 def _changed(value: Plain, draw: st.DrawFn) -> Plain:
-    """The value, with another one somewhere in it."""
+    """Return the value with one random change."""
     if isinstance(value, dict) and value and draw(st.integers(0, 9)):
         key = draw(st.sampled_from(sorted(value)))
         renamed = draw(KEYS) if draw(st.integers(0, 9)) == 0 else key
@@ -209,31 +209,31 @@ def _changed(value: Plain, draw: st.DrawFn) -> Plain:
 
 @st.composite
 def changed_experiments(draw: st.DrawFn) -> Plain:
-    """A rich experiment in which a few values or names are others."""
+    """Return a rich experiment with a few changed values or names."""
     document: Plain = formats.read(RICH, "yaml")
     for _ in range(draw(st.integers(1, 3))):
         document = _changed(document, draw)
     return document
 
 
-def test_a_rich_experiment_comes_back() -> None:
-    """It is one, before anything in it is changed."""
+def test_a_rich_experiment_round_trips() -> None:
+    """The unchanged rich experiment loads and round-trips."""
     Path("rich.yaml").write_text(RICH)
-    check_comes_back(ExperimentConfig.load("rich.yaml"))
+    check_round_trip(ExperimentConfig.load("rich.yaml"))
 
 
 @given(changed_experiments())
 def test_any_fields_are_validated_or_refused(document: Plain) -> None:
-    """Also where the names are trusted, and the values are looked at."""
+    """Any changed fields are validated or refused, also with trusted names."""
     Path("experiment.json").write_text(json.dumps(document))
     try:
         experiment = ExperimentConfig.load("experiment.json")
     except ConfigError:
         return
-    check_comes_back(experiment)
+    check_round_trip(experiment)
 
 
-def check_comes_back(experiment: ExperimentConfig) -> None:
-    """That what it is written as is read as the same, and trusted as well."""
+def check_round_trip(experiment: ExperimentConfig) -> None:
+    """Check that a saved experiment loads as an equal value with the same trust."""
     experiment.save("again.json")
     assert ExperimentConfig.load("again.json") == experiment

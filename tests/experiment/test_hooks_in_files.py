@@ -1,4 +1,4 @@
-"""Every built-in hook is reached from an experiment's file, with every one of its fields."""
+"""Every field of every built-in hook can be set in an experiment file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from robo_orchard_lab.pipeline import PipelineHooks, PipelineHooksConfig, hooks
 
 FORMATS: tuple[Format, ...] = ("yaml", "toml", "json")
 NOT_IN_FILES = {"OptimizerHook"}
-"""That of an experiment is made of its optimizer, its schedule and its accelerator."""
+"""Built from the experiment's optimizer, LR scheduler and accelerator."""
 
 
 def classes(kind: type) -> list[type]:
@@ -29,15 +29,15 @@ def config_of(name: str) -> type[PipelineHooksConfig[Any]]:
     return found
 
 
-def test_no_hook_is_forgotten() -> None:
-    """The table has an entry for each hook that the package exports and has a configuration for."""
+def test_every_hook_has_an_entry() -> None:
+    """The table has an entry for each exported hook with a config."""
     assert {cls.__name__ for cls in classes(PipelineHooks)} - NOT_IN_FILES == ENTRIES.keys()
     assert {cls.__name__ for cls in classes(PipelineHooksConfig)} == {f"{n}Config" for n in ENTRIES}
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_no_field_is_forgotten(name: str) -> None:
-    """The entries of a hook set each of its fields to something else than its default."""
+def test_every_field_is_set(name: str) -> None:
+    """The entries of a hook set each field to a value other than the default."""
     fields = config_of(name).model_fields
     loaded = [loaded_entry(name, entry) for entry in ENTRIES[name]]
     for field, declared in fields.items():
@@ -60,23 +60,22 @@ def loaded_entry(name: str, entry: dict[str, Any]) -> PipelineHooksConfig[Any]:
 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_hooks_are_read_from_files(format_: Format, tmp_path: Path) -> None:
-    """A file with all hooks and fields gives the same experiment in each format, and what that
-    writes of itself is read as the same again."""
+    """A file with all hooks and fields loads equally in each format, and round-trips."""
     document = experiment(
         **{f"{name} {n}": {"class_type": name, **entry} for n, (name, entry) in enumerate(NAMED)}
     )
-    whole = ExperimentConfig.from_dict(document, trust=TRUST)
-    assert [*whole.hooks] == [*document["hooks"]]
+    complete = ExperimentConfig.from_dict(document, trust=TRUST)
+    assert [*complete.hooks] == [*document["hooks"]]
     path = tmp_path / f"experiment.{format_}"
     path.write_text(write(document, format_), encoding="utf-8")
     loaded = ExperimentConfig.load(path, trust=TRUST)
-    assert loaded == whole
-    assert ExperimentConfig.from_str(loaded.to_str(format_), format_, trust=TRUST) == whole
+    assert loaded == complete
+    assert ExperimentConfig.from_str(loaded.to_str(format_), format_, trust=TRUST) == complete
 
 
 @pytest.mark.parametrize(("name", "entry"), NAMED, ids=[name for name, _ in NAMED])
 def test_fields_are_overridden_by_path(name: str, entry: dict[str, Any], tmp_path: Path) -> None:
-    """An override sets each field of a hook by the name of the hook and of the field."""
+    """An override sets each field of a hook by the hook's and the field's name."""
     path = tmp_path / "experiment.json"
     required = {
         field: value

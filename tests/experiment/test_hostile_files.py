@@ -1,4 +1,4 @@
-"""A stranger's file is refused for what it is, at once, and nothing comes of it."""
+"""Hostile files are refused at once, without side effects."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ WARMING_UP = [
 
 BROKEN = "raise RuntimeError('this was imported')\n"
 
-# What brings torchmetrics in as well, whose import takes longer than all files together.
+# Imports torchmetrics as well, which is slower than all files together.
 ALL_OF_IT = "{class_type: MetricTracker, metrics: {a: {class_type: torchmetrics:MeanMetric}}}"
 
 Reports: TypeAlias = dict[str, dict[str, Any]]
 
 
 def contents(root: Path) -> dict[str, tuple[int, bytes | str]]:
-    """Every file, folder, link and pipe below a folder."""
+    """Return every file, folder, link and pipe below a folder."""
     found: dict[str, tuple[int, bytes | str]] = {}
     for path in sorted(root.rglob("*")):
         mode = path.lstat().st_mode
@@ -55,13 +55,13 @@ def contents(root: Path) -> dict[str, tuple[int, bytes | str]]:
 def read_all(
     all_of_them: list[Hostile], folder: Path, *, trusted: str, space_mib: int = 0
 ) -> Reports:
-    """What a process of its own tells of each, by name; that nothing else came of them is checked.
+    """Load files in a separate process, check for side effects, and return the reports by name.
 
     Args:
-        all_of_them: In this order.
-        folder: An empty one.
-        trusted: The text of the package that is trusted.
-        space_mib: The memory that the process may have.
+        all_of_them: Files in order.
+        folder: Empty folder.
+        trusted: Source of the trusted package.
+        space_mib: Limit of the address space in MiB; 0 is unlimited.
     """
     files, packages = folder / "files", folder / "packages"
     for each in (files, packages):
@@ -75,7 +75,7 @@ def read_all(
         [
             sys.executable,
             SCRIPTS / "refuse_files.py",
-            folder / "tale",
+            folder / "results",
             str(space_mib),
         ],
         input=json.dumps([str(file) for file in paths.values()]),
@@ -94,12 +94,12 @@ def read_all(
     assert not done.stdout
     assert contents(files) == before, "something was written"
     assert not (folder / "trace").exists(), f"called: {(folder / 'trace').read_text()}"
-    tale = json.loads((folder / "tale").read_text())
-    return {name: tale[str(file)] for name, file in paths.items()}
+    results = json.loads((folder / "results").read_text())
+    return {name: results[str(file)] for name, file in paths.items()}
 
 
 def check_refused(hostile: Hostile, report: dict[str, Any]) -> None:
-    """That it was refused as it should be, in a line or two that a terminal can show."""
+    """Check that the refusal is typed, quick and at most a few printable lines."""
     assert report["is_typed"], report["text"]
     assert hostile.says in report["text"]
     assert report["error"] == hostile.error, report["text"]
@@ -111,7 +111,7 @@ def check_refused(hostile: Hostile, report: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def before_import(tmp_path_factory: pytest.TempPathFactory) -> Reports:
-    """Reports of the files that are refused by name; imports of trusted packages are reported."""
+    """Reports of files refused by name; any import of a trusted package fails."""
     return read_all(
         [*WARMING_UP, *BEFORE_IMPORT],
         tmp_path_factory.mktemp("before_import"),
@@ -122,7 +122,7 @@ def before_import(tmp_path_factory: pytest.TempPathFactory) -> Reports:
 
 @pytest.fixture(scope="module")
 def when_validated(tmp_path_factory: pytest.TempPathFactory) -> Reports:
-    """What became of those that are looked at with what they name."""
+    """Reports of files validated against their trusted parts."""
     harmless = [
         Hostile("harmless", "", with_hook(ALL_OF_IT), "", ""),
         Hostile("harmless_parts", "", model("trusted_parts:Net, width: 1"), "", ""),
@@ -137,7 +137,7 @@ def when_validated(tmp_path_factory: pytest.TempPathFactory) -> Reports:
 
 
 def test_corpus_has_unique_names() -> None:
-    """There are enough of them, with names of their own."""
+    """The corpus is large enough and its names are unique."""
     everything = [*BEFORE_IMPORT, *WHEN_VALIDATED]
     assert len(everything) >= 70
     assert Counter(each.name for each in everything).most_common(1)[0][1] == 1
@@ -145,17 +145,17 @@ def test_corpus_has_unique_names() -> None:
 
 @pytest.mark.parametrize("hostile", BEFORE_IMPORT, ids=lambda each: each.name)
 def test_hostile_file_is_refused_before_import(before_import: Reports, hostile: Hostile) -> None:
-    """With a typed error that says where and what, in under a second and in little memory."""
+    """A typed error names place and problem in under a second and with little memory."""
     report = before_import[hostile.name]
     check_refused(hostile, report)
     assert report["imported"] == []
     assert not report["has_torch"]
-    assert report["peak_mib"] < MIB  # of the process, with all files ahead of this one
+    assert report["peak_mib"] < MIB  # peak of the process, over this file and all earlier files
 
 
 @pytest.mark.parametrize("hostile", WHEN_VALIDATED, ids=lambda each: each.name)
 def test_hostile_file_is_refused_without_a_call(when_validated: Reports, hostile: Hostile) -> None:
-    """What it names is imported and looked at; nothing of it is called or built."""
+    """Trusted names are imported and inspected, but neither called nor built."""
     report = when_validated[hostile.name]
     check_refused(hostile, report)
     assert report["more_mib"] < MIB

@@ -1,4 +1,4 @@
-"""One document over another."""
+"""Merging documents."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ LEAVES = st.none() | st.booleans() | st.integers(0, 3) | st.sampled_from(["x", "
 
 
 def without_nulls(value: Plain) -> Plain:
-    """The value with 0 in the place of None, which means removal in some places."""
+    """Return the value with None, which may mean removal, replaced by 0."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items()}
     return 0 if value is None else value
 
 
 def documents(keys: st.SearchStrategy[str] = KEYS) -> st.SearchStrategy[dict[str, Plain]]:
-    """Small documents whose keys often meet."""
+    """Return small documents with frequent common keys."""
     values = st.recursive(
         LEAVES,
         lambda inner: st.lists(inner, max_size=2) | st.dictionaries(keys, inner, max_size=3),
@@ -36,7 +36,7 @@ def documents(keys: st.SearchStrategy[str] = KEYS) -> st.SearchStrategy[dict[str
 
 @given(documents())
 def test_a_document_over_itself_or_nothing_is_itself(document: dict[str, Plain]) -> None:
-    """Merging says nothing of its own."""
+    """Merging a document with itself or an empty document changes nothing."""
     assert merged(document, document) == document
     assert merged({}, document) == document
     assert merged(document, {}) == document
@@ -46,7 +46,7 @@ def test_a_document_over_itself_or_nothing_is_itself(document: dict[str, Plain])
 def test_merging_is_associative(
     first: dict[str, Plain], second: dict[str, Plain], third: dict[str, Plain]
 ) -> None:
-    """A file over its base over the base's base is one thing, where no value becomes a mapping."""
+    """Merging is associative unless a value becomes a mapping."""
     if shape_changes(first, second) or shape_changes(second, third):
         return  # a mapping over a list drops the list, whatever lay beneath
     one, other = merged(merged(first, second), third), merged(first, merged(second, third))
@@ -54,7 +54,7 @@ def test_merging_is_associative(
 
 
 def shape_changes(beneath: Plain, above: Plain) -> bool:
-    """Whether a mapping lies over or beneath anything else."""
+    """Return True if a mapping replaces another type, or the reverse."""
     if isinstance(beneath, dict) and isinstance(above, dict):
         return any(shape_changes(beneath[key], above[key]) for key in above if key in beneath)
     return isinstance(beneath, dict) != isinstance(above, dict)
@@ -64,7 +64,7 @@ def shape_changes(beneath: Plain, above: Plain) -> bool:
 def test_upper_document_takes_precedence_and_inputs_stay_unchanged(
     beneath: dict[str, Plain], above: dict[str, Plain]
 ) -> None:
-    """Each value of the upper document is in the result, and both stay as they were."""
+    """Each value of the upper document is in the result, and both inputs are unchanged."""
     copies = repr((beneath, above))
     result = merged(beneath, above)
     assert repr((beneath, above)) == copies
@@ -72,7 +72,7 @@ def test_upper_document_takes_precedence_and_inputs_stay_unchanged(
 
 
 def test_mappings_merge_in_the_order_of_the_lower_one() -> None:
-    """The order of hooks is part of a document, and what a variant changes keeps its place."""
+    """The order of hooks is kept, and a changed hook keeps its position."""
     beneath: dict[str, Plain] = {"hooks": {"a": {"x": 1}, "b": {"x": 1}}}
     above: dict[str, Plain] = {"hooks": {"c": {}, "b": {"y": [1]}, "a": {"x": 2}}}
     result = merged(beneath, above)
@@ -83,7 +83,7 @@ def test_mappings_merge_in_the_order_of_the_lower_one() -> None:
 
 @pytest.mark.parametrize("key", PART_KEYS)
 def test_another_class_replaces_the_mapping(key: str) -> None:
-    """The arguments of one class are not handed to another."""
+    """The arguments of one class are not passed to another."""
     beneath: dict[str, Plain] = {"model": {"class_type": "m:A", "x": 1}}
     assert merged(beneath, {"model": {"class_type": "m:A", "y": 2}}) == {
         "model": {"class_type": "m:A", "x": 1, "y": 2}
@@ -92,7 +92,7 @@ def test_another_class_replaces_the_mapping(key: str) -> None:
 
 
 def test_class_merges_over_arguments_without_a_class() -> None:
-    """A base may say an argument and leave the class to its variants."""
+    """A base may set an argument and leave the class to its variants."""
     assert merged({"optimizer": {"lr": 1}}, {"optimizer": {"class_type": "m:A"}}) == {
         "optimizer": {"lr": 1, "class_type": "m:A"}
     }
@@ -100,7 +100,7 @@ def test_class_merges_over_arguments_without_a_class() -> None:
 
 @pytest.mark.parametrize("path", [("hooks",), ("data", "evaluation"), ("optimizer", "groups")])
 def test_null_removes_a_named_entry(path: tuple[str, ...]) -> None:
-    """A hook, an evaluation set and a parameter group are taken out by null."""
+    """Null removes a hook, an evaluation set or a parameter group."""
 
     def at_path(value: Plain) -> dict[str, Plain]:
         for key in reversed(path):
@@ -117,7 +117,7 @@ def test_null_removes_a_named_entry(path: tuple[str, ...]) -> None:
 
 
 def test_null_is_a_value_elsewhere() -> None:
-    """Fields that may be None are set to it."""
+    """Other fields are set to None."""
     assert merged({"checkpoint": {"x": 1}, "a": {"hooks": {"b": 1}}}, {"checkpoint": None}) == {
         "checkpoint": None,
         "a": {"hooks": {"b": 1}},

@@ -1,4 +1,4 @@
-"""Values that are said on the command line, in the environment and in code."""
+"""Overrides from the command line, the environment and code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from robo_orchard_lab.experiment.overrides import (
 
 @given(st.text())
 def test_any_text_is_a_value_or_refused(text: str) -> None:
-    """No text ends in another error than ours."""
+    """Any text is a value or raises a ConfigError."""
     with contextlib.suppress(ConfigError):
         parse_value(text)
 
@@ -51,7 +51,7 @@ def test_any_text_is_a_value_or_refused(text: str) -> None:
     ],
 )
 def test_values_are_scalars_or_collections_of_yaml(text: str, value: object) -> None:
-    """What a field would hold in a file is typed as there; the rest is text."""
+    """Scalars and collections are typed as in a file, and other values are text."""
     found = parse_value(text)
     assert (type(found), found) == (type(value), value)
 
@@ -60,13 +60,13 @@ def test_values_are_scalars_or_collections_of_yaml(text: str, value: object) -> 
     "text", ["[1, 2", "{a: *b}", "{a: !x 1}", "{a: 1, a: 2}", "[.nan]", "'x", "[" * 70, "[" * 70000]
 )
 def test_broken_collections_are_refused_with_the_option(text: str) -> None:
-    """What begins as a collection has to be one."""
+    """A value that begins as a collection must be one."""
     with pytest.raises(ConfigError, match=r"^command line: --hooks\.a: hooks\.a"):
         from_arguments([f"--hooks.a={text}"])
 
 
 def test_arguments_are_overrides_or_stay() -> None:
-    """Both forms of an option are read, and what is no option is handed back."""
+    """Both forms of an option are read, and other arguments are returned."""
     overrides, rest = from_arguments(
         ["a.yaml", "--seed", "-3", '--data."a=b".x=c=d', "b", "--", "--x", "y"]
     )
@@ -79,20 +79,20 @@ def test_arguments_are_overrides_or_stay() -> None:
 
 @pytest.mark.parametrize("arguments", [["--seed"], ["--seed", "--name", "x"]])
 def test_an_option_without_a_value_is_refused(arguments: list[str]) -> None:
-    """A value is never taken from the next option."""
+    """The next option is never used as a value."""
     with pytest.raises(ConfigError, match="--seed: expected a value, as in --seed=VALUE"):
         from_arguments(arguments)
 
 
 @pytest.mark.parametrize("path", ["", ".", "a..b", "a.", ".a", 'a."b', 'a"b', "a." * 70 + "b"])
 def test_malformed_path_is_refused(path: str) -> None:
-    """Keys are not empty, quotes are closed, and documents have an end."""
+    """Keys must not be empty, quotes must be closed, and the depth is limited."""
     with pytest.raises(ConfigError, match="expected keys with dots between them"):
         from_arguments([f"--{path}=1"])
 
 
 def test_variables_match_keys_ignoring_case() -> None:
-    """Shells like capitals; the document's keys count, and new ones are in lower case."""
+    """Keys match in any case, and new keys are lower case."""
     document: dict[str, Plain] = {
         "hooks": {"Stats": {}, "sinks": [{"a": {"Path": 1}}]},
         "trainer": None,
@@ -117,14 +117,14 @@ def test_variables_match_keys_ignoring_case() -> None:
     [("HOOKS__STATS", "matches each of 'Stats', 'sTATS'"), ("HOOKS____A", "found an empty one")],
 )
 def test_ambiguous_variables_are_refused(name: str, problem: str) -> None:
-    """A variable never chooses between two keys."""
+    """A variable that matches two keys is refused."""
     variable = f"ROBO_ORCHARD_LAB__{name}"
     with pytest.raises(ConfigError, match=f"^environment: {variable}: hooks.*{re.escape(problem)}"):
         from_environment({variable: "1"}, {"hooks": {"Stats": {}, "sTATS": {}}})
 
 
 def test_mapping_holds_overrides_from_code() -> None:
-    """They are plain data already, also when they look like something else."""
+    """Overrides from code stay plain data, even if they resemble YAML."""
     [one, two] = from_mapping({"trainer.max_epoch": 3, "data": {"name": "3", "a.b": None}})
     assert (one.path, one.value, one.text) == (("trainer", "max_epoch"), 3, None)
     assert (two.path, two.value) == (("data",), {"name": "3", "a.b": None})

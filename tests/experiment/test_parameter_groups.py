@@ -1,4 +1,4 @@
-"""Dividing a model's parameters into groups for an optimizer."""
+"""Parameter groups for an optimizer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Encoder(nn.Module):
 
 
 class OwnRMSNorm(nn.Module):
-    """Normalization as language models have it, which is none of torch's classes."""
+    """A user's normalization layer, as in language models."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,15 +47,15 @@ def names_by_group(
 
 
 def test_optimizer_without_groups_has_one_group() -> None:
-    """One group of all parameters in the model's order, frozen ones included."""
+    """All parameters are in one group in the model's order, frozen parameters included."""
     model = Encoder()
     model.norm.requires_grad_(False)
     [group] = parameter_groups(model, {})
     assert group == {"params": list(model.parameters())}
 
 
-def test_the_first_group_that_matches_counts() -> None:
-    """The rest comes first, then the groups in their order, each with its options."""
+def test_the_first_matching_group_gets_a_parameter() -> None:
+    """Unmatched parameters come first, then each group in order with its options."""
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
     groups: dict[str, dict[str, Any]] = {
         "no_decay": {"parameters": "norms_and_biases", "weight_decay": 0.0},
@@ -69,7 +69,7 @@ def test_the_first_group_that_matches_counts() -> None:
 
 
 def test_no_default_group_if_all_parameters_match() -> None:
-    """The groups alone are given."""
+    """If all parameters match, no default group is added."""
     model = nn.Linear(2, 2)
     groups: dict[str, dict[str, Any]] = {
         "weights": {"parameters": "weight"},
@@ -100,20 +100,20 @@ def test_no_default_group_if_all_parameters_match() -> None:
     ],
 )
 def test_norms_and_biases_match_their_parameters(model: nn.Module, expected: set[str]) -> None:
-    """The own parameters of normalization layers, torch's and others', and every bias."""
+    """The parameters of any normalization layer and every bias match."""
     found = names_by_group(model, {"group": {"parameters": "norms_and_biases", "lr": 1.0}})
     [group] = [names for names, options in found if options]
     assert set(group) == expected
 
 
 def test_a_tied_parameter_is_found_by_each_of_its_names() -> None:
-    """The second name of a weight matches as the first one does."""
+    """A tied parameter matches by each of its names."""
     found = names_by_group(Encoder(), {"head": {"parameters": ["head.weight"], "lr": 1.0}})
     assert found[1] == (["embedding.weight"], {"lr": 1.0})
 
 
 def test_patterns_match_names_of_the_unwrapped_model() -> None:
-    """A model that is compiled has the groups that it would have otherwise."""
+    """A compiled model has the groups of the original model."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     groups = {"first": {"parameters": ["0.*"]}}
     plain = parameter_groups(model, groups)
@@ -137,14 +137,14 @@ def test_patterns_match_names_of_the_unwrapped_model() -> None:
 def test_a_group_without_parameters_is_refused(
     groups: Mapping[str, Mapping[str, Any]], place: str, message: str
 ) -> None:
-    """The error names the group, and the nearest names."""
+    """The error names the group and the nearest names."""
     with pytest.raises(ConfigFieldError, match=re.escape(message)) as error:
         parameter_groups(Encoder(), groups)
     assert error.value.location == place
 
 
 def test_norms_and_biases_must_match_a_parameter() -> None:
-    """In a model without any, the word is refused as a pattern would be."""
+    """In a model without norms and biases, the keyword is refused."""
     with pytest.raises(ConfigFieldError, match="'norms_and_biases' matches no parameter"):
         parameter_groups(nn.Linear(2, 2, bias=False), {"a": {"parameters": "norms_and_biases"}})
 
@@ -158,7 +158,7 @@ CHOICES = st.lists(
 
 @given(CHOICES, st.sets(st.sampled_from(NAMES)))
 def test_each_parameter_is_in_one_group(choices: list[Any], frozen: set[str]) -> None:
-    """Whatever the patterns, all parameters are there, once, those of a group as it says."""
+    """For any patterns, each parameter is in exactly one group."""
     model = Encoder()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)

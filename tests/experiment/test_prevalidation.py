@@ -39,21 +39,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def read(text: str = "", *options: str, **changes: Any) -> ExperimentDocument:
-    """The plain document with more lines, options of a command line and values from code."""
+    """Return the plain document with more lines, command line options and values from code."""
     Path("a.yaml").write_text(PLAIN + text)
     overrides = from_arguments(options)[0] + from_mapping(changes)
     return read_experiment("a.yaml", overrides=overrides)
 
 
 def refused(document: ExperimentDocument, trust: Trust = TRUST) -> ConfigError:
-    """The error that screening it ends in."""
+    """Return the error of prevalidating the document."""
     with pytest.raises(ConfigError) as caught:
         prevalidate(document, trust)
     return caught.value
 
 
 def test_an_experiment_passes() -> None:
-    """The catalogue and the user's package are all that it names."""
+    """A document with names of the catalogue and of trusted packages passes."""
     prevalidate(read(), TRUST)
     error = refused(read(), ExperimentTrust().trust)
     assert isinstance(error, TrustError)
@@ -65,7 +65,7 @@ def test_an_experiment_passes() -> None:
 
 @pytest.mark.parametrize("field", [*ExperimentConfig.model_fields])
 def test_every_field_that_holds_a_mapping_refuses_a_number(field: str) -> None:
-    """Scalar fields are left to validation; null is accepted where the declaration has None."""
+    """Only scalar fields accept a number, and only nullable fields accept null."""
     scalars = {"name", "seed", "run_folder", "resume"}
     nullable = {"model", "batch_processor", "optimizer", "lr_scheduler", "checkpoint"}
     if field in scalars:
@@ -82,7 +82,7 @@ def test_every_field_that_holds_a_mapping_refuses_a_number(field: str) -> None:
 def test_former_field_name_is_refused_with_the_current_name(
     path: tuple[str, ...], new_name: str
 ) -> None:
-    """A renamed field has an error that names the current field, from a file and from code."""
+    """A renamed field has an error with the current name, from a file and from code."""
     option = ".".join(path)
     problem = f"{option}: this field was renamed; write {new_name} instead"
     assert str(refused(read("", f"--{option}=x"))) == f"command line: --{option}: {problem}"
@@ -123,7 +123,7 @@ def test_former_field_name_is_refused_with_the_current_name(
     ],
 )
 def test_invalid_values_are_refused_with_their_path(option: str, problem: str) -> None:
-    """In one line, with the option, the path and what to say instead."""
+    """The one-line error has the option, the path and the remedy."""
     error = str(refused(read("", option)))
     assert error.startswith(f"command line: {option.partition('=')[0]}")
     assert problem in error
@@ -138,7 +138,7 @@ def test_invalid_values_are_refused_with_their_path(option: str, problem: str) -
     ],
 )
 def test_misspelled_entry_name_has_a_suggestion(there: str, option: str, near: str) -> None:
-    """Where what is said is one field of an entry that isn't there."""
+    """A field of a misspelled entry name gives a suggestion."""
     prevalidate(read("", there), TRUST)
     assert f"there is no entry of this name; did you mean {near!r}?" in str(
         refused(read("", there, option))
@@ -146,8 +146,8 @@ def test_misspelled_entry_name_has_a_suggestion(there: str, option: str, near: s
 
 
 @pytest.mark.parametrize("name", ["model", "data", "batch_processor", "trainer"])
-def test_what_is_required_has_to_be_there(name: str) -> None:
-    """A file that lacks it is named."""
+def test_required_fields_must_be_present(name: str) -> None:
+    """A missing required field is named."""
     text = re.sub(rf"(?m)^{name}:.*\n( .*\n)*", "", PLAIN)
     Path("a.yaml").write_text(text)
     error = refused(read_experiment("a.yaml"))
@@ -160,18 +160,18 @@ OUTSIDE = ["/tmp/x", "..", "../x", "a/../../x", ".", "", "a\0b", "a\nb", "\\x", 
 @pytest.mark.parametrize("folder_name", OUTSIDE)
 @pytest.mark.parametrize("field", ["run_folder", "name"])
 def test_run_folder_of_a_file_lies_below_the_current_folder(field: str, folder_name: str) -> None:
-    """A run without a folder is in one of its name, so a name is held to the same."""
+    """A run folder derived from the name has the same restrictions."""
     if field == "name" and folder_name in (".", ""):
         return  # runs itself
     quoted = folder_name.encode("unicode_escape").decode()
     error = refused(read(f'{field}: "{quoted}"\n'))
     assert str(error).startswith(f"a.yaml:11: {field}: a file's run folder must lie below")
     if folder_name != "a\0b":
-        prevalidate(read("", **{field: folder_name}), TRUST)  # in code, any may be said
+        prevalidate(read("", **{field: folder_name}), TRUST)  # code may use any folder
 
 
 def test_run_folder_of_a_file_is_not_behind_a_link(folder: Path) -> None:
-    """Whoever made the link may have made the file."""
+    """A run folder behind a link is refused, since the file's author may have made the link."""
     (folder / "outside").mkdir()
     (folder / "runs").symlink_to(folder / "outside")
     (folder / "mine").mkdir()
@@ -183,7 +183,7 @@ def test_run_folder_of_a_file_is_not_behind_a_link(folder: Path) -> None:
 
 
 def test_run_folder_of_a_file_has_no_other_files(folder: Path) -> None:
-    """What is there might be replaced; what a job's script has hidden there can't be."""
+    """A folder with other files is refused, except for hidden files of a job script."""
     run = folder / "runs/a"
     run.mkdir(parents=True)
     (run / ".began").touch()
@@ -196,7 +196,7 @@ def test_run_folder_of_a_file_has_no_other_files(folder: Path) -> None:
 
 
 def test_links_inside_a_run_must_not_lead_out(folder: Path) -> None:
-    """That to the last checkpoint is none by which a run would write anywhere else."""
+    """A link out of the run folder is refused; the link to the last checkpoint is allowed."""
     run = folder / "runs/a"
     (run / "checkpoints/step_1").mkdir(parents=True)
     (run / "starts").mkdir()
@@ -213,7 +213,7 @@ def test_links_inside_a_run_must_not_lead_out(folder: Path) -> None:
     "cls", ["TrackerSink", "robo_orchard_lab.pipeline.sinks:TrackerSinkConfig"]
 )
 def test_remote_trackers_require_trust(cls: str) -> None:
-    """TensorBoard writes files; the others are packages with accounts."""
+    """TensorBoard needs no trust, while remote trackers do."""
     key = "config_type" if cls.endswith("Config") else "class_type"
     text = f"  out: {{class_type: MetricsLogger, sinks: [{{{key}: '{cls}', trackers: [%s]}}]}}\n"
 
@@ -229,7 +229,7 @@ def test_remote_trackers_require_trust(cls: str) -> None:
 
 
 def test_overrides_are_bounded_as_well() -> None:
-    """A document doesn't grow beyond bounds behind its file."""
+    """Overrides are limited in depth, number of values and key length."""
     deep: Plain = 0
     for _ in range(60):
         deep = [deep]

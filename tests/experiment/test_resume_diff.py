@@ -49,7 +49,7 @@ def document() -> dict[str, Any]:
 
 
 def changed(*keys: str, to: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The document, and the same with another value; `MISSING` removes it."""
+    """Return the document and a changed copy; `MISSING` removes the value."""
     after = copy.deepcopy(document())
     *above, last = keys
     at = after
@@ -118,7 +118,7 @@ def test_equal_documents_do_not_differ() -> None:
 
 
 def test_explicit_default_is_no_difference() -> None:
-    """Parts say what was given alone, so one file may leave out what the other says."""
+    """Writing a default explicitly is no difference."""
     assert differences(*changed("optimizer", "momentum", to=0.0)) == []
     assert differences(*changed("optimizer", "momentum", to=0.0)[::-1]) == []
     assert differences(*changed("optimizer", "nesterov", to=False)) == []
@@ -129,7 +129,7 @@ def test_explicit_default_is_no_difference() -> None:
 
 
 def test_changed_limit_matters_to_an_auto_lr_scheduler() -> None:
-    """What stands for auto follows from the limits, but stays in the checkpoint what it was."""
+    """The value of auto depends on the limits, but a checkpoint keeps the old value."""
     before, after = changed("trainer", "max_epoch", to=10)
     for each in (before, after):
         each["lr_scheduler"] = {
@@ -142,7 +142,7 @@ def test_changed_limit_matters_to_an_auto_lr_scheduler() -> None:
 
 
 def test_num_workers_matters_with_their_own_rng() -> None:
-    """Without keyed randomness, another number of workers changes the samples."""
+    """Without keyed random numbers, a different number of workers changes the samples."""
     before, after = changed("data", "train", "num_workers", to=2)
     for each in (before, after):
         each["data"]["order"]["keyed_by"] = "none"
@@ -161,7 +161,7 @@ def test_num_workers_matters_to_an_iterable_dataset() -> None:
 
 
 def test_another_lr_scheduler_function_is_impossible() -> None:
-    """As one of another class is; a function within it is no part of its state."""
+    """Another function or class is impossible, while a function argument changes the trajectory."""
     before, after = document(), document()
     for each, name in ((before, "a"), (after, "b")):
         each["lr_scheduler"] = {"func": f"my_team.schedules:{name}"}
@@ -174,8 +174,8 @@ def test_another_lr_scheduler_function_is_impossible() -> None:
     assert [found.resume for found in differences(before, after)] == ["trajectory"]
 
 
-def test_a_hook_that_is_no_longer_there_has_differences() -> None:
-    """As a run of another version has it: nothing is known of it."""
+def test_a_removed_hook_class_has_differences() -> None:
+    """Changes of a hook class unknown to this version are trajectory changes."""
     gone = {"class_type": f"{HOOKS}.gone_with_version_1:Gone", "every": 3}
     before, after = changed("hooks", "clip", to=gone)
     assert [found.field for found in differences(before, after)] == ["hooks.clip.class_type"]
@@ -184,7 +184,7 @@ def test_a_hook_that_is_no_longer_there_has_differences() -> None:
 
 
 def test_reordered_hooks_are_a_difference() -> None:
-    """The order of hooks is one difference; of those that leave the trajectory, a harmless one."""
+    """Reordered hooks are one difference, harmless if the hooks do not affect training."""
     before, after = document(), document()
     after["hooks"] = {"bar": BAR, "clip": CLIP, "stats": STATS}
     (found,) = differences(before, after)
@@ -193,8 +193,8 @@ def test_reordered_hooks_are_a_difference() -> None:
     assert [found.resume for found in differences(before, after)] == ["harmless"]
 
 
-def test_the_worst_comes_first() -> None:
-    """Differences are sorted by what they do to the run."""
+def test_differences_are_sorted_by_effect() -> None:
+    """The most severe differences come first."""
     before, after = changed("name", to="other")
     after["seed"], after["hooks"]["clip"]["max_norm"] = 3, 5.0
     found = [difference.resume for difference in differences(before, after)]

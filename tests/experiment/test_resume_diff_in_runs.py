@@ -79,7 +79,7 @@ CHANGES: list[tuple[str, Any, ResumeEffect, Outcome]] = [
 
 
 def changed(document: dict[str, Any], place: str, value: Any) -> ExperimentConfig:
-    """With another value; a hook that is None is left out."""
+    """Return the experiment with a changed value; None removes a hook."""
     keys = place.split(".")
 
     def with_it(inside: Any, keys: list[str]) -> Any:
@@ -100,12 +100,12 @@ def changed(document: dict[str, Any], place: str, value: Any) -> ExperimentConfi
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.Tensor]]:
-    """The folder of a run of three steps, and the weights of one of six."""
+    """Return the folder of a run of three steps, and the weights of a run of six."""
     folder = tmp_path_factory.mktemp("runs")
     ExperimentConfig.from_dict(DOCUMENT).build(run_folder=folder / "first").trainer()
-    straight = changed(DOCUMENT, "trainer.max_step", 6).build(run_folder=folder / "straight")
-    straight.trainer()
-    return folder / "first", weights(straight.trainer.model)
+    uninterrupted = changed(DOCUMENT, "trainer.max_step", 6).build(run_folder=folder / "straight")
+    uninterrupted.trainer()
+    return folder / "first", weights(uninterrupted.trainer.model)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,9 @@ def test_each_change_has_the_stated_effect_on_a_run(
     resume: ResumeEffect,
     outcome: Outcome,
 ) -> None:
-    """A harmless one gives the weights of the straight run; an impossible one never others."""
+    """Harmless changes keep the uninterrupted run's weights, and impossible changes never alter
+    them.
+    """
     before = ExperimentConfig.from_dict(DOCUMENT)
     after = changed(DOCUMENT, place, value)
     (found,) = differences(before.to_dict(), after.to_dict())[:1]

@@ -1,4 +1,4 @@
-"""What a run's folder says of it, and by which paths it is found."""
+"""Contents of a run folder, and finding runs by path."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """One with a commit, in which the test runs."""
+    """A git repository with a commit, as current folder."""
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     folder = tmp_path / "repository"
     folder.mkdir()
@@ -45,11 +45,11 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_start_record_suffices_to_repeat_the_run(repository: Path) -> None:
-    """It has the command, the versions and the git state; the diff applies to the commit."""
+    """The record has command, versions and git state, and its diff applies to the commit."""
     (repository / "train.py").write_text("steps = 2\n")
     (repository / "new.py").write_text("")
     (repository / "sub").mkdir()
-    os.chdir(repository / "sub")  # the diff is that of the whole repository all the same
+    os.chdir(repository / "sub")  # the diff covers the complete repository
     run = repository.parent / "runs" / "first"
     path = record_start(run, "seed: 0\n", processes=2, changes=({"path": "seed"},))
     record = json.loads(path.read_text())
@@ -69,7 +69,7 @@ def test_start_record_suffices_to_repeat_the_run(repository: Path) -> None:
 
 
 def test_starts_are_numbered(repository: Path) -> None:
-    """Each start has a file of its own, and the configuration is that of the last."""
+    """Each start has its own file, and the config is the last start's."""
     run = repository / "run"
     assert [record_start(run, f"seed: {n}\n").name for n in range(2)] == ["0001.json", "0002.json"]
     assert run_config_file(run) == run / "config.yaml"
@@ -80,7 +80,7 @@ def test_starts_are_numbered(repository: Path) -> None:
 def test_environment_variables_are_not_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing of the environment gets into the folder, as keys that are in there."""
+    """No environment variable is recorded, since variables may hold keys."""
     monkeypatch.setenv("SOME_API_KEY", "do-not-tell")
     record_start(tmp_path / "run", "seed: 0\n")
     recorded = b"".join(
@@ -91,7 +91,7 @@ def test_environment_variables_are_not_recorded(
 
 
 def test_run_starts_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no git, or no repository, the record says so and nothing fails."""
+    """Without git or a repository, the record has no git state."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert git_state(tmp_path) is None
@@ -99,8 +99,8 @@ def test_run_starts_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert json.loads(record_start(tmp_path / "run", "").read_text())["git"] is None
 
 
-def test_a_git_that_hangs_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A git that does not answer costs the time it is given, and no process stays behind."""
+def test_a_hanging_git_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hanging git is killed after its timeout, without leftover processes."""
     script = tmp_path / "git"
     script.write_text('#!/bin/sh\nsleep 60 &\necho $! > "$0.pid"\nwait\n')
     script.chmod(0o755)
@@ -109,13 +109,13 @@ def test_a_git_that_hangs_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monk
     assert git_state(tmp_path, timeout_s=0.5) is None
     assert time.monotonic() - began_at < 5
     left = Path("/proc") / (tmp_path / "git.pid").read_text().strip() / "cmdline"
-    while left.exists() and left.read_bytes():  # one that nobody has waited for has none
+    while left.exists() and left.read_bytes():  # an unreaped process has no command line
         assert time.monotonic() - began_at < 10
         time.sleep(0.01)
 
 
 def test_large_changes_are_left_out(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A diff above the limit is not kept, nor names above theirs, and the record says so."""
+    """A diff or a list of names above its limit is left out and noted."""
     monkeypatch.setattr(git_module, "MAX_DIFF_BYTES", 20_000)
     (repository / "train.py").write_text("x\n" * 20_000)
     for number in range(MAX_NAMES + 1):
@@ -130,7 +130,7 @@ def test_large_changes_are_left_out(repository: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_repository_without_a_commit_has_a_state(tmp_path: Path) -> None:
-    """Nothing to differ from, and no branch that exists: still no error."""
+    """A repository without a commit has a state without commit and diff."""
     git(tmp_path, "init", "-q", "-b", "work")
     (tmp_path / "train.py").write_text("")
     state = git_state(tmp_path)
@@ -138,8 +138,8 @@ def test_a_repository_without_a_commit_has_a_state(tmp_path: Path) -> None:
     assert (state.commit, state.branch, state.diff) == (None, "work", None)
 
 
-def test_a_repositorys_settings_run_nothing(repository: Path) -> None:
-    """Programs that a repository names for its diffs and its watching are not started."""
+def test_git_settings_run_no_programs(repository: Path) -> None:
+    """Diff and monitor programs of a repository's settings are not started."""
     (repository / "tool").write_text(f"#!/bin/sh\ntouch {repository.parent}/ran\n")
     (repository / "tool").chmod(0o755)
     for setting in ("diff.external", "core.fsmonitor", "diff.py.textconv"):
@@ -154,8 +154,8 @@ def test_a_repositorys_settings_run_nothing(repository: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["own", "o=wn", "lfs.own"])
-def test_a_repositorys_filters_see_no_file(repository: Path, name: str) -> None:
-    """What a repository has files pass through is not started, nor is that of a submodule."""
+def test_git_filters_are_not_run(repository: Path, name: str) -> None:
+    """Filter programs of a repository and its submodules are not started."""
     ran = repository.parent / "ran"
     git(repository, "init", "-q", "part")
     git(repository / "part", "commit", "-q", "--allow-empty", "-m", "Begin")
@@ -176,8 +176,8 @@ def test_a_repositorys_filters_see_no_file(repository: Path, name: str) -> None:
         assert b"+steps = 3" in (state.diff or b"")
 
 
-def test_a_repository_that_lacks_a_part_fetches_nothing(repository: Path) -> None:
-    """No program is started that is to bring what is missing."""
+def test_missing_git_objects_are_not_fetched(repository: Path) -> None:
+    """A partial clone starts no program to fetch missing objects."""
     ran = repository.parent / "ran"
     blob = git(repository, "rev-parse", "HEAD:train.py")
     (repository / ".git" / "objects" / blob[:2] / blob[2:]).unlink()
@@ -197,8 +197,8 @@ def test_a_repository_that_lacks_a_part_fetches_nothing(repository: Path) -> Non
     assert not ran.exists()
 
 
-def test_links_of_a_tracker_are_its_own(tmp_path: Path) -> None:
-    """W&B's logs lie elsewhere, with links to them in the folder of a run, which can go on."""
+def test_links_of_a_tracker_are_allowed(tmp_path: Path) -> None:
+    """W&B's links to its logs outside the run folder do not prevent a resume."""
     run, logs = tmp_path / "run", tmp_path / "run/wandb/run-1/logs"
     logs.mkdir(parents=True)
     (logs / "debug-core.log").symlink_to("/tmp/core.log")
@@ -223,7 +223,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("inside", ["", "config.yaml", "checkpoints"])
 def test_a_run_is_found_by_its_folder(run: Path, inside: str) -> None:
-    """The folder, the file in it and the folder of its checkpoints all mean the run."""
+    """The run folder, its config and its checkpoints folder all lead to the run."""
     found = find_run(run / inside)
     assert (found.folder, found.checkpoint) == (run, None)
     assert found.config == run / "config.yaml"
@@ -231,7 +231,7 @@ def test_a_run_is_found_by_its_folder(run: Path, inside: str) -> None:
 
 @pytest.mark.parametrize("name", ["step_00000004", "last", "step_00000004/manifest.json"])
 def test_a_checkpoint_is_found_with_its_run(run: Path, name: str) -> None:
-    """A checkpoint means itself, and the run that it lies in."""
+    """A path of a checkpoint leads to the checkpoint and its run."""
     found = find_run(run / "checkpoints" / name)
     assert found.folder == run
     assert found.checkpoint == run / "checkpoints" / name.split("/")[0]
@@ -240,7 +240,7 @@ def test_a_checkpoint_is_found_with_its_run(run: Path, name: str) -> None:
 
 
 def test_path_without_a_run_is_refused(run: Path, tmp_path: Path) -> None:
-    """The message says what was expected at the path."""
+    """The error names the expected path."""
     with pytest.raises(NoRunError, match=r"there is no runs/second; expected a run folder"):
         find_run("runs/second")
     with pytest.raises(NoRunError, match=r"runs is not a run folder: it has no config.yaml"):

@@ -1,4 +1,4 @@
-"""The dataset and the model that a first experiment is made of."""
+"""The sample dataset and model of a first experiment."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from robo_orchard_lab.pipeline import HookBasedTrainer, SupervisedProcessor
 
 
 def test_the_same_arguments_give_the_same_points() -> None:
-    """Two spirals of one seed are equal, point by point; those of another seed are not."""
+    """Equal seeds give equal points, and other seeds give other points."""
     first, again, other = Spirals(50), Spirals(50), Spirals(50, seed=1)
     assert all(torch.equal(first[i][0], again[i][0]) for i in range(50))
     assert not any(torch.equal(first[i][0], other[i][0]) for i in range(50))
 
 
 def test_global_rng_is_not_used() -> None:
-    """Making and reading one leaves torch's stream where it was."""
+    """Creating and reading the dataset does not change torch's RNG."""
     before = torch.get_rng_state()
     _ = Spirals(10)[3]
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_points_lie_on_their_arms_up_to_noise() -> None:
-    """Without noise all lie within 1 of the centre, and each arm has its share."""
+    """Without noise all points are within 1 of the centre, with equal arms."""
     spirals = Spirals(300, arms=4, noise=0)
     points = torch.stack([spirals[index][0] for index in range(300)])
     assert points.norm(dim=1).max() <= 1
@@ -51,15 +51,15 @@ def test_arguments_out_of_range_are_refused(arguments: dict[str, float], message
 
 
 def test_the_model_has_a_relu_between_each_two_layers() -> None:
-    """Without hidden layers it is one linear layer; a width below 1 is refused."""
+    """Without hidden layers the model is one linear layer, and a width below 1 is refused."""
     assert [type(layer).__name__ for layer in MLP(2, [5], 3).layers] == ["Linear", "ReLU", "Linear"]
     assert [type(layer).__name__ for layer in MLP(2, [], 3).layers] == ["Linear"]
     with pytest.raises(ValueError, match=r"must be >= 1, got \[2, 0, 3\]"):
         MLP(2, [0], 3)
 
 
-def test_it_learns_within_seconds() -> None:
-    """Ten epochs tell the arms apart of 19 in 20 points that it has not learned from."""
+def test_the_model_learns_within_seconds() -> None:
+    """After ten epochs, 19 of 20 unseen points are classified correctly."""
     torch.manual_seed(0)
     model = MLP(2, [64, 64], 3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)

@@ -1,4 +1,4 @@
-"""The JSON Schema of experiment files says what the loader says."""
+"""The JSON Schema of experiment files agrees with the loader."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def validator() -> Draft202012Validator:
 
 @cache
 def quick_validator() -> Draft202012Validator:
-    """Of what the entries of hooks name alone, which makes it ten times as fast."""
+    """Return a ten times faster validator of the hook entries' names only."""
     needed = ("MulticlassAccuracy", "CrossEntropyLoss", "DataLoader", "SGD")
     names = {
         name: place
@@ -48,7 +48,7 @@ def quick_validator() -> Draft202012Validator:
 
 
 def refused_at(document: Any, by: Draft202012Validator | None = None) -> str | None:
-    """The place that the schema finds at fault; None where it finds none."""
+    """Return the path of the schema error, or None."""
     error = best_match((by or validator()).iter_errors(document))
     return None if error is None else ".".join(map(str, error.absolute_path))
 
@@ -68,7 +68,7 @@ def load(document: dict[str, Any]) -> ExperimentConfig:
 
 
 def test_schema_is_valid_and_below_one_megabyte() -> None:
-    """It keeps the rules of its dialect, and has less than a megabyte."""
+    """The schema is valid in its dialect and smaller than a megabyte."""
     Draft202012Validator.check_schema(schema())
     assert schema()["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert len(json.dumps(schema())) < 2**20
@@ -82,9 +82,8 @@ def builtin_hooks() -> Iterator[tuple[str, type[Config]]]:
 
 
 @pytest.mark.parametrize(("name", "config"), [*builtin_hooks()])
-def test_every_field_of_every_hook_is_in_it(name: str, config: type[Config]) -> None:
-    """Each built-in hook can be named in each way, with all of its fields and their
-    descriptions."""
+def test_every_field_of_every_hook_is_in_the_schema(name: str, config: type[Config]) -> None:
+    """Each built-in hook has each form of its name, its fields and their descriptions."""
     definitions = schema()["$defs"]
     names = definitions["class_type.PipelineHooks"]["anyOf"][0]["enum"]
     assert {key for key, place in CATALOGUE.items() if place == CATALOGUE[name]} <= {*names}
@@ -97,7 +96,7 @@ def test_every_field_of_every_hook_is_in_it(name: str, config: type[Config]) -> 
 
 @pytest.mark.parametrize(("name", "entry"), NAMED, ids=[name for name, _ in NAMED])
 def test_entries_of_hooks_pass(name: str, entry: dict[str, Any]) -> None:
-    """What sets every field of a hook is taken by the schema, in each form of its name."""
+    """Entries that set every field of a hook pass, with each form of the name."""
     spellings = [key for key, place in CATALOGUE.items() if place == CATALOGUE[name]]
     assert len(spellings) == 3
     for spelling in spellings:
@@ -110,13 +109,13 @@ def test_entries_of_hooks_pass(name: str, entry: dict[str, Any]) -> None:
     ["examples/digits/digits.yaml", "src/robo_orchard_lab/cli/starting_file.yaml"],
 )
 def test_files_of_this_project_pass(path: str) -> None:
-    """The example's file and that which `config init` writes are taken."""
+    """The digits example and the file written by `config init` pass."""
     text = (Path(__file__).parents[2] / path).read_text("utf-8")
     assert refused_at(read(text, "yaml")) is None
 
 
 def test_written_configs_pass() -> None:
-    """The document that an experiment with all hooks writes of itself is taken."""
+    """The serialized config of an experiment with all hooks passes."""
     document = experiment(
         **{f"{name} {n}": {"class_type": name, **entry} for n, (name, entry) in enumerate(NAMED)}
     )
@@ -131,7 +130,7 @@ ANYTHING: st.SearchStrategy[Any] = st.sampled_from(
 @settings(max_examples=120, deadline=None)
 @given(st.data())
 def test_types_refused_by_the_loader_are_refused(data: st.DataObject) -> None:
-    """Any value of a type that a hook's field doesn't take is refused, at the same place."""
+    """A value of a type refused by the loader is refused at the same path."""
     name, entry = data.draw(st.sampled_from(NAMED))
     fields = data.draw(st.lists(st.sampled_from([*entry]), unique=True))
     document = experiment(it={"class_type": name, **{key: entry[key] for key in fields}})
@@ -148,7 +147,7 @@ def test_types_refused_by_the_loader_are_refused(data: st.DataObject) -> None:
         if own:
             assert refused_at(document, quick_validator()) is not None
     else:
-        # Texts of numbers, and numbers as truth values, are read; the schema wants them as such.
+        # The loader converts texts to numbers and numbers to bools; the schema requires the type.
         lax = document["hooks"]["it"][field]
         assert isinstance(lax, bool | int | str) or refused_at(document, quick_validator()) is None
 
@@ -156,7 +155,7 @@ def test_types_refused_by_the_loader_are_refused(data: st.DataObject) -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_values_accepted_by_the_loader_pass(data: st.DataObject) -> None:
-    """Hooks with any of their fields are refused only where the loader refuses them, too."""
+    """Hooks with any of their fields are refused only if the loader refuses them."""
     document = experiment()
     for number, (name, entry) in enumerate(data.draw(st.lists(st.sampled_from(NAMED)))):
         fields = data.draw(st.lists(st.sampled_from([*entry]), unique=True))
@@ -223,7 +222,7 @@ EMBEDDING = {"class_type": "torch.nn:Embedding", "num_embeddings": 3, "embedding
     ],
 )
 def test_errors_have_their_path(place: str, value: Any) -> None:
-    """The error of a misspelled name or a wrong type has its path."""
+    """A misspelled name or a wrong type has an error with its path."""
     assert refused_at(HOOKS) is None
     found = refused_at(changed(HOOKS, place, value))
     parent = place.rpartition(".")[0]
@@ -263,20 +262,20 @@ def test_errors_have_their_path(place: str, value: Any) -> None:
     ],
 )
 def test_valid_files_pass(place: str, value: Any) -> None:
-    """Other classes, those of users' packages, groups, counts that are auto, and null."""
+    """User classes, groups, auto counts and null pass."""
     assert refused_at(changed(HOOKS, place, value)) is None
 
 
 def test_required_fields_have_no_default() -> None:
-    """Editors would write it."""
+    """Required fields have no default, since editors would write the default."""
     properties = schema()["$defs"]["torch.nn:Embedding"]["properties"]
     assert "default" not in properties["num_embeddings"]
     assert properties["norm_type"]["default"] == 2.0
 
 
 @pytest.mark.parametrize("missing", ["model", "data", "batch_processor", "trainer"])
-def test_what_is_required_has_to_be_there(missing: str) -> None:
-    """A file without a base has everything that has no default."""
+def test_required_fields_must_be_present(missing: str) -> None:
+    """A file without a base must have every required field."""
     document = {key: value for key, value in HOOKS.items() if key != missing}
     assert refused_at(document) == ""
     assert refused_at({**document, "base": "other.yaml"}) is None
@@ -293,14 +292,14 @@ def test_what_is_required_has_to_be_there(missing: str) -> None:
         ("optimizer", GROUPS | {"groups": {"norms": {"lr": 3}}}),
     ],
 )
-def test_a_variant_says_only_what_differs(place: str, value: Any) -> None:
-    """What a file with a base leaves out is in its base; without one it is missing."""
+def test_a_variant_may_omit_fields_of_its_base(place: str, value: Any) -> None:
+    """With a base, required fields may be omitted; without, they are missing."""
     assert refused_at(changed({"base": "other.yaml"}, place, value)) is None
     assert refused_at(changed(HOOKS, place, value)) is not None
 
 
 def test_null_removes_entries_of_the_base_alone() -> None:
-    """A hook, an evaluation set and a parameter group may be null where there is a base."""
+    """Named entries may be null only in a file with a base."""
     for place in ("hooks.stats", "data.evaluation.val", "optimizer.groups.norms"):
         assert refused_at(changed({"base": "other.yaml"}, place, None)) is None
         assert refused_at(changed(HOOKS, place, None)) is not None
@@ -308,12 +307,12 @@ def test_null_removes_entries_of_the_base_alone() -> None:
 
 @pytest.mark.parametrize("base", ["../other.yaml", "a/b.yaml", "\\other.yaml", 3])
 def test_base_lies_in_the_same_folder(base: Any) -> None:
-    """The name of a base has no folder in it."""
+    """The name of a base has no folder."""
     assert refused_at({"base": base}) == "base"
 
 
 def test_named_user_classes_have_their_fields() -> None:
-    """A class that is trusted by its name is in the schema with its fields; of a package, any."""
+    """A class trusted by name has its fields in the schema; a trusted package accepts any."""
     name = f"{__name__}:Greeter"
     narrow = Draft202012Validator(experiment_schema({}, trust=[name, "my_team"]))
 
@@ -331,7 +330,7 @@ def test_named_user_classes_have_their_fields() -> None:
 
 
 class Greeter(PipelineHooks):
-    """Says something."""
+    """A user's hook with a text."""
 
     def __init__(self, text: str = "hi") -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Whose code an experiment's file may name."""
+"""Trust in code named by experiment files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TABLE = '[tool.robo_orchard_lab]\ntrust = ["my_team.models", "other:Net"]\n'
 
 
 def test_only_the_catalogue_and_the_named_are_trusted() -> None:
-    """Nothing else of ours is, nor of torch."""
+    """Other code of this project or of torch is not trusted."""
     trust = ExperimentTrust.of(["my_team", "other:Net", Path], pyproject=False).trust
     assert trust.covers("my_team.models", "Net")
     assert trust.covers("other", "Net")
@@ -30,13 +30,13 @@ def test_only_the_catalogue_and_the_named_are_trusted() -> None:
 
 @pytest.mark.parametrize("name", ["", "a b", "a:b:c", "a.", "--x", "a\n", "../a", ":a"])
 def test_malformed_name_is_refused(name: str) -> None:
-    """As an error of ours, which says how one is written."""
+    """The error has the expected form of a name."""
     with pytest.raises(ConfigError, match="expected the name of a package to trust"):
         ExperimentTrust.of(name, pyproject=False)
 
 
-def test_the_nearest_pyproject_with_our_table_counts(tmp_path: Path) -> None:
-    """From the folder up to the root of the repository, and no further."""
+def test_the_nearest_pyproject_with_the_table_is_used(tmp_path: Path) -> None:
+    """The search goes from the folder up to the repository's root."""
     (tmp_path / "pyproject.toml").write_text(TABLE.replace("other:Net", "outside"))
     inner = tmp_path / "repository" / "package" / "scripts"
     inner.mkdir(parents=True)
@@ -50,8 +50,8 @@ def test_the_nearest_pyproject_with_our_table_counts(tmp_path: Path) -> None:
     assert trusted_by_pyproject(inner) == []
 
 
-def test_outside_of_a_repository_only_the_folder_itself_counts(tmp_path: Path) -> None:
-    """A pyproject.toml somewhere above may be anybody's."""
+def test_outside_a_repository_only_the_folder_is_searched(tmp_path: Path) -> None:
+    """Outside a repository, a pyproject.toml in a parent folder is ignored."""
     (tmp_path / "pyproject.toml").write_text(TABLE)
     (tmp_path / "inner").mkdir()
     assert trusted_by_pyproject(tmp_path) == ["my_team.models", "other:Net"]
@@ -60,7 +60,7 @@ def test_outside_of_a_repository_only_the_folder_itself_counts(tmp_path: Path) -
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")
 def test_pyproject_of_another_user_is_ignored(tmp_path: Path) -> None:
-    """In a folder that all can write to, whoever is first there trusts nobody for others."""
+    """A pyproject.toml of another user in a shared folder grants no trust."""
     (tmp_path / ".git").mkdir()
     file = tmp_path / "pyproject.toml"
     file.write_text("[tool.robo_orchard_lab]\ntrust = ['os']\n")
@@ -74,7 +74,7 @@ def test_pyproject_of_another_user_is_ignored(tmp_path: Path) -> None:
 def test_the_pyproject_of_the_current_folder_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unless it isn't wanted; what is named counts as well."""
+    """The current folder's pyproject.toml adds to the given names, unless disabled."""
     (tmp_path / "pyproject.toml").write_text(TABLE)
     monkeypatch.chdir(tmp_path)
     assert ExperimentTrust.of("mine").names == ("mine", "my_team.models", "other:Net")
@@ -96,7 +96,7 @@ def test_the_pyproject_of_the_current_folder_is_read(
 def test_a_broken_pyproject_is_refused_with_its_name(
     tmp_path: Path, text: str, problem: str
 ) -> None:
-    """Whoever misspelt their trust wants to know."""
+    """The error names the file and the problem."""
     path = tmp_path / "pyproject.toml"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ConfigError) as caught:
@@ -130,7 +130,7 @@ print(json.__file__)
     ],
 )
 def test_local_modules_are_imported_last(tmp_path: Path, names: list[str], is_found: bool) -> None:
-    """The folder is looked at for a trusted module that isn't installed, and can't hide others."""
+    """The current folder is added last, for trusted modules that are not installed."""
     for name in ("my_local_parts", "json", "colorsys"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')\n")
     done = subprocess.run(

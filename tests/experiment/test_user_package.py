@@ -1,4 +1,4 @@
-"""A package of a user's own, installed in an environment of its own, in experiments' files."""
+"""A user's installed package in experiment files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ IMPORTED = "field_team is imported"
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The command line in an environment that has the package, and what this one has."""
+    """Return the command line of an environment with the package installed."""
     environment = tmp_path_factory.mktemp("environment")
     venv.create(environment, symlinks=True)
     python = environment / ("Scripts" if os.name == "nt" else "bin") / "python"
@@ -59,7 +59,7 @@ def run(program: list[str], folder: Path, *arguments: str) -> subprocess.Complet
     )
 
 
-def check_that_it_was_trained(folder: Path, done: subprocess.CompletedProcess[str]) -> None:
+def check_trained(folder: Path, done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, done.stderr
     assert (folder / "diary.txt").read_text("utf-8").split("\n") == ["1 sun", "3 sun", "5 sun", ""]
     assert re.search(r"\bdong\b", done.stdout)
@@ -67,10 +67,9 @@ def check_that_it_was_trained(folder: Path, done: subprocess.CompletedProcess[st
 
 
 def test_file_with_trusted_package_is_trained(program: list[str], folder: Path) -> None:
-    """Its hooks, with a configuration and without, its data, model and function are parts of the
-    run; of what it isn't asked for, nothing is imported."""
+    """Trusted hooks, data, models and functions are parts of the run; nothing else is imported."""
     done = run(program, folder, "train", "experiment.yaml", "--trust", "field_team")
-    check_that_it_was_trained(folder, done)
+    check_trained(folder, done)
     assert done.stderr.count(IMPORTED) == 1
 
     saved = run(program, folder, "config", "check", "runs/furrows/config.yaml")
@@ -79,17 +78,16 @@ def test_file_with_trusted_package_is_trained(program: list[str], folder: Path) 
 
 
 def test_pyproject_grants_trust(program: list[str], folder: Path) -> None:
-    """Who works in a folder whose pyproject.toml trusts the package need not say so again."""
+    """A pyproject.toml that trusts the package replaces the option."""
     (folder / "pyproject.toml").write_text(
         '[tool.robo_orchard_lab]\ntrust = ["field_team"]\n', "utf-8"
     )
-    check_that_it_was_trained(folder, run(program, folder, "train", "experiment.yaml"))
+    check_trained(folder, run(program, folder, "train", "experiment.yaml"))
 
 
 @pytest.mark.parametrize("says", ["", "trust: [field_team]\n"])
 def test_untrusted_package_is_not_imported(program: list[str], folder: Path, says: str) -> None:
-    """Without trust, or with what the file itself says of it, the file is refused in a line or two
-    that tell what to say, ahead of the first import, and nothing is written."""
+    """Without trust from outside the file, the error has the remedy, and nothing is imported."""
     file = folder / "experiment.yaml"
     file.write_text(file.read_text("utf-8") + says, "utf-8")
     done = run(program, folder, "train", "experiment.yaml")
@@ -102,7 +100,7 @@ def test_untrusted_package_is_not_imported(program: list[str], folder: Path, say
 
 @pytest.fixture
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package, in this process."""
+    """Make the package importable in this process."""
     monkeypatch.syspath_prepend(PACKAGE / "src")
 
 
@@ -120,8 +118,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_fields_of_a_user_package_are_validated(place: str, value: object, problem: str) -> None:
-    """A misspelt name, another type and another kind are told with the place, whether a class has
-    a configuration or not."""
+    """A wrong name, type or kind is reported with its path, with or without a config class."""
     with pytest.raises(ConfigError, match=re.escape(problem)) as refused:
         ExperimentConfig.load(FILE, trust="field_team", overrides={place: value})
     assert place in str(refused.value)
@@ -130,7 +127,7 @@ def test_fields_of_a_user_package_are_validated(place: str, value: object, probl
 @pytest.mark.usefixtures("importable")
 @pytest.mark.parametrize("format_", ["yaml", "toml", "json"])
 def test_user_package_round_trips_through_files(format_: Format) -> None:
-    """An experiment with parts of the package's own is the same in each format."""
+    """An experiment with parts of the package is equal in each format."""
     whole = ExperimentConfig.load(FILE, trust="field_team")
     written = whole.to_str(format_)
     assert ExperimentConfig.from_str(written, format_, trust="field_team") == whole
@@ -138,7 +135,7 @@ def test_user_package_round_trips_through_files(format_: Format) -> None:
 
 @pytest.mark.usefixtures("importable")
 def test_schema_has_the_fields_of_named_user_classes() -> None:
-    """The schema takes the package's file, and with its classes named, checks their fields."""
+    """The schema accepts the package's file, and checks fields of classes trusted by name."""
     document: Any = read(FILE.read_text("utf-8"), "yaml")
     ours = {name: CATALOGUE[name] for name in ("ValidationHook", "torch.optim:SGD")}
     assert Draft202012Validator(experiment_schema(ours)).is_valid(document)

@@ -1,4 +1,4 @@
-"""Hostile experiment: a file, and optionally other files in its folder."""
+"""Hostile experiment files, optionally with other files in the folder."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ PARTS = {
 
 
 def experiment(extra: str = "", **changes: str | None) -> str:
-    """A harmless experiment in YAML, with other values of some fields, and further lines."""
+    """Return a harmless YAML experiment with changed fields and further lines."""
     fields = {name: text for name, text in (PARTS | changes).items() if text is not None}
     return "".join(f"{name}: {text}\n" for name, text in fields.items()) + extra
 
 
 def model(reference: str, key: str = "class_type") -> str:
-    """An experiment that names something as its model."""
+    """Return an experiment with a given reference as its model."""
     return experiment(model=f"{{{key}: {reference}}}")
 
 
 def with_hook(text: str) -> str:
-    """An experiment with one hook."""
+    """Return an experiment with one hook."""
     return experiment(hooks=f"{{hook: {text}}}")
 
 
 @dataclass(frozen=True)
 class Hostile:
-    """One of them.
+    """Hostile experiment file with its expected error.
 
     Attributes:
-        name: What it is called, also the name of its folder.
-        tries: What would happen if it were believed.
-        content: Of its file.
-        error: The class of the error that refuses it.
-        says: What is in the message.
-        suffix: Of its file.
-        siblings: Other files in its folder, by name.
-        links: Links in its folder, by name, and where they lead.
-        pipes: Named pipes in its folder.
-        folders: Folders in its folder.
+        name: Name of the case and its folder.
+        tries: Effect of the file if trusted.
+        content: Content of the file.
+        error: Class of the expected error.
+        says: Expected part of the message.
+        suffix: Suffix of the file.
+        siblings: Other files in the folder, by name.
+        links: Targets of links in the folder, by name.
+        pipes: Named pipes in the folder.
+        folders: Subfolders of the folder.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Hostile:
     folders: tuple[str, ...] = ()
 
     def write(self, root: Path) -> Path:
-        """Its file, in a folder of its own."""
+        """Write the file to its own folder."""
         folder = root / self.name
         folder.mkdir()
         for name in self.folders:

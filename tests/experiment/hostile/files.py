@@ -1,4 +1,4 @@
-"""Files that lead to others, fields that lead out, and values in wrong places."""
+"""Files with hostile bases, escaping paths, and values in wrong places."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SIBLINGS = {"other.yaml": experiment()}
 
 
 def base(name: str) -> str:
-    """An experiment that builds on a file."""
+    """Return an experiment with a base file."""
     return f"base: {name}\nname: variant\n"
 
 

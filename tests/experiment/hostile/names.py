@@ -1,4 +1,4 @@
-"""Names of code that nobody trusts, and names that only look as if somebody did."""
+"""Untrusted names of code, and names that resemble trusted names."""
 
 from __future__ import annotations
 

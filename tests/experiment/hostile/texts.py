@@ -1,4 +1,4 @@
-"""Hostile texts: what parsers obey, choke on, or read in two ways."""
+"""Hostile texts that exploit, overload or confuse parsers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.experiment.hostile.corpus import (
 
 
 def levels(depth: int) -> str:
-    """Mappings within each other, in block style."""
+    """Return nested mappings in block style."""
     return "".join(f"{'  ' * level}a:\n" for level in range(depth))
 
 

@@ -1,4 +1,4 @@
-"""A package that the user trusts; a file has something done with it that it isn't there for."""
+"""A trusted package whose parts hostile files misuse."""
 
 import os
 from os import system as system
@@ -11,7 +11,7 @@ from robo_orchard_core.utils.config import ClassConfig, Config
 
 
 def called(*args: object, **kwargs: object) -> None:
-    """Leave a trace of having been called."""
+    """Record a call in the trace file."""
     Path(os.environ["TRACE"]).write_text(f"{args} {kwargs}")
 
 

@@ -1,6 +1,6 @@
-"""What names only trusted code, and has done with it what it isn't there for; or says nonsense.
+"""Files that misuse trusted code, or have invalid values.
 
-`trusted_parts` is trusted, and leaves a trace when anything in it is called.
+`trusted_parts` is trusted and writes a trace when any of its functions is called.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ SGD = "class_type: torch.optim:SGD, lr: 0.1"
 
 
 def _error(says: str) -> str:
-    """Of what is wrong with a name, or with a value."""
+    """Return the error class for a name or a value."""
     return REFERENCE if "class_type: " in says or "names nothing" in says else FIELD
 
 

@@ -1,4 +1,4 @@
-"""A team's own package, which knows robo_orchard_lab and which that doesn't know."""
+"""A team's package that uses robo_orchard_lab."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Data of the team's own."""
+"""The team's data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 
 
 class Furrows(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Points on a line, nearly."""
+    """Noisy points on a line."""
 
     def __init__(self, rows: int, noise: float = 0.0, start: int = 0) -> None:
         generator = torch.Generator().manual_seed(start)

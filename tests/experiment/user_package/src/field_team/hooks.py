@@ -1,4 +1,4 @@
-"""Hooks of the team's own: one with a configuration, one whose constructor says enough."""
+"""The team's hooks: one with a config, and one with constructor parameters only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from robo_orchard_lab.pipeline.trigger import TriggerField
 
 
 class Diary(PipelineHooks):
-    """Writes a word now and then into ``diary.txt``."""
+    """Writes words into ``diary.txt``."""
 
     def __init__(self, cfg: DiaryConfig) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Diary(PipelineHooks):
 
 
 class DiaryConfig(PipelineHooksConfig[Diary]):
-    """When to write, and what."""
+    """Interval and text of the diary."""
 
     class_type: type[Diary] = Diary
     every: TriggerField = Field(default="1 epoch", description="When to write.")
@@ -38,7 +38,7 @@ class DiaryConfig(PipelineHooksConfig[Diary]):
 
 
 class Bell(PipelineHooks):
-    """Rings at the end."""
+    """Rings at the end of the run."""
 
     def __init__(self, sound: str, *, times: int = 1) -> None:
         super().__init__()

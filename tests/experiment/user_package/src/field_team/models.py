@@ -1,4 +1,4 @@
-"""A model of the team's own."""
+"""The team's model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 class Straight(torch.nn.Module):
-    """Two layers without anything between them."""
+    """Two linear layers without an activation in between."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is done with a batch."""
+"""The team's batch function."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def forward(model: Any, batch: Any, power: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs, and the mean of a power of the error."""
+    """Return outputs, and the mean of a power of the error."""
     x, y = batch
     outputs = model(x)
     return outputs, (outputs - y).abs().pow(power).mean()
