@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from robo_orchard_lab.pipeline.batch_processor import LossWeighting
     from robo_orchard_lab.pipeline.data import TrainingData
 
+ArgsT = TypeVar("ArgsT")
+
 _STEP_CHANNELS: tuple[ChannelName, ...] = (
     "on_step",
     "on_batch",
@@ -49,16 +52,45 @@ _UPDATE_CHANNELS: tuple[ChannelName, ...] = ("on_optimizer_step", "on_step")
 _BACKING_FIELD = {
     "loss": "attached_loss",
     "batch_size": "batch",
-    "is_padding_step": "loss_divisor",
-    "loss_weight": "given_loss_weight",
+    "is_padding_step": "_loss_divisor",
+    "loss_weight": "_given_loss_weight",
     "sample_numbers": "batch",
     "sample_indices": "batch",
 }
-"""Field behind each property that is valid in some channels only."""
+"""Field behind each property that is valid in some channels only, where the names differ."""
+_REMEDIES = {
+    "loss": "it is detached; to train on another loss, assign args.attached_loss in a before of "
+    "on_model_backward",
+    "at_accumulation_boundary": "set Accelerator(gradient_accumulation_steps=...); to skip an "
+    "update, assign args.skip_reason in a before of on_optimizer_step",
+    "loss_divisor": "to scale a loss, assign args.attached_loss in a before of on_model_backward",
+    "loss_weight": "return (outputs, loss, weight) from the batch processor",
+    "given_loss_weight": "return (outputs, loss, weight) from the batch processor",
+    "batch_size": "define count_samples(batch) on the batch processor",
+    "update_committed": "to skip an update, assign args.skip_reason in a before of "
+    "on_optimizer_step",
+    "epoch_completed": "to end the run, call args.requests.stop(...)",
+    "exception": "to fail with another error, raise it",
+}
+"""Advice for an assignment to a read-only property."""
 
 
 def _valid_in(channels: tuple[ChannelName, ...]) -> dict[str, tuple[ChannelName, ...]]:
     return {"channels": channels}
+
+
+def _refuse_assignments(cls: type[ArgsT]) -> type[ArgsT]:
+    """Make an assignment to a property of ``cls`` raise an AttributeError with advice."""
+    assignable = ", ".join(name for name in cls.__slots__ if not name.startswith("_"))  # type: ignore[attr-defined]  # of a dataclass with slots
+
+    def refuse(args: object, value: object, name: str) -> NoReturn:
+        advice = _REMEDIES.get(name, f"hooks may assign {assignable}")
+        raise AttributeError(f"args.{name} is read-only for hooks; {advice}")
+
+    for name, member in list(vars(cls).items()):
+        if isinstance(member, property):
+            setattr(cls, name, member.setter(partial(refuse, name=name)))
+    return cls
 
 
 class WeightSet(Protocol):
@@ -196,54 +228,128 @@ _FORWARD_ONLY = SimpleBatchProcessor.from_callable(
 )
 
 
-@dataclass(slots=True, eq=False, repr=False)
+@_refuse_assignments
+@dataclass(slots=True, eq=False, repr=False, init=False)
 class PipelineHookArgs:
     """Argument of every hook: one object for each scope of work.
 
     All channels of a step share one object; the loop, each epoch and each evaluation have their
-    own. Hooks read the fields, and may change the contents of the batch and the model's weights.
-    Counters show the value at the time of reading. A field that is valid in some channels only
-    has its default in the others; see :meth:`channels_of`.
+    own. Counters show the value at the time of reading. A field that is valid in some channels
+    only has its default in the others; see :meth:`channels_of`.
+
+    Hooks may assign the public fields, and change the contents of the batch and the model's
+    weights. Everything else is read-only, see :meth:`is_assignable`: the engine alone assigns the
+    fields with an underscore, and reads them, which saves the call of a property.
     """
 
-    run: PipelineRun = field(default_factory=PipelineRun.standalone)
-    """Objects that all scopes share; the properties below read them."""
-    batch: Any = field(default=None, metadata=_valid_in(_STEP_CHANNELS))
-    """Batch, on the accelerator's device."""
-    at_accumulation_boundary: bool = field(default=False, metadata=_valid_in(_STEP_CHANNELS))
-    """True if this step ends an accumulation window, so that an optimizer step is due."""
-    loss_divisor: float = field(default=1.0, metadata=_valid_in(_STEP_CHANNELS))
-    """Divisor of the loss in the backward pass: the samples of the accumulation window, averaged
-    over the ranks, divided by the samples of this batch. Infinite in a padding step."""
-    model_outputs: Any = field(default=None, metadata=_valid_in(_STEP_CHANNELS))
-    """Outputs of the batch processor; None until the forward pass is done."""
-    attached_loss: torch.Tensor | None = field(default=None, metadata=_valid_in(_STEP_CHANNELS))
-    """Loss with its autograd graph, for the backward pass; hooks read :attr:`loss`."""
-    given_loss_weight: torch.Tensor | None = field(default=None, metadata=_valid_in(_STEP_CHANNELS))
-    """Weight that the batch processor returned with the loss, on the device; hooks read
-    :attr:`loss_weight`."""
-    loss_weighting: LossWeighting | None = field(default=None, metadata=_valid_in(_UPDATE_CHANNELS))
-    """Scaling of the window's gradients for losses with weights; None without weights, and for a
-    window of one batch on one rank."""
-    grad_norm: torch.Tensor | None = field(default=None, metadata=_valid_in(_UPDATE_CHANNELS))
+    batch: Any = field(metadata=_valid_in(_STEP_CHANNELS))
+    """Batch, on the accelerator's device. A batch assigned in a ``before`` of ``on_step``,
+    ``on_batch`` or ``on_model_forward`` is the forward pass's; :attr:`batch_size` stays."""
+    model_outputs: Any = field(metadata=_valid_in(_STEP_CHANNELS))
+    """Outputs of the batch processor; None until the forward pass is done. Outputs assigned in
+    an ``after`` of ``on_model_forward`` are those of all later hooks, such as metrics."""
+    attached_loss: torch.Tensor | None = field(metadata=_valid_in(_STEP_CHANNELS))
+    """Loss with its autograd graph; hooks read :attr:`loss`. A loss assigned in an ``after`` of
+    ``on_model_forward`` or a ``before`` of ``on_model_backward`` is the backward pass's."""
+    grad_norm: torch.Tensor | None = field(metadata=_valid_in(_UPDATE_CHANNELS))
     """Norm of all gradients before clipping, on their device; None until a hook computes it."""
-    grad_norm_order: float | None = field(default=None, metadata=_valid_in(_UPDATE_CHANNELS))
+    grad_norm_order: float | None = field(metadata=_valid_in(_UPDATE_CHANNELS))
     """Order of :attr:`grad_norm`, such as 2."""
-    gradients_changed: bool = field(default=False, metadata=_valid_in(_UPDATE_CHANNELS))
+    gradients_changed: bool = field(metadata=_valid_in(_UPDATE_CHANNELS))
     """True if a ``before`` of ``on_optimizer_step`` changed the gradients after :attr:`grad_norm`
     was computed, as clipping does. The hook that changes them sets this."""
-    skip_reason: str | None = field(default=None, metadata=_valid_in(_UPDATE_CHANNELS))
+    skip_reason: str | None = field(metadata=_valid_in(_UPDATE_CHANNELS))
     """Reason to skip the optimizer step, set by a ``before`` of ``on_optimizer_step`` on every
     rank. Weights, optimizer and LR scheduler keep their state, and the gradients are dropped."""
-    update_committed: bool | None = field(default=None, metadata=_valid_in(_UPDATE_CHANNELS))
-    """True if the optimizer step changed the weights, False if it was skipped, None before it."""
-    epoch_completed: bool = field(default=False, metadata=_valid_in(("on_epoch",)))
-    """In ``after``: True if the epoch reached the end of its data."""
-    evaluation: str | None = field(default=None, metadata=_valid_in(("on_evaluation",)))
-    """Name of the evaluating hook."""
-    exception: BaseException | None = None
-    """In ``after``: the error that leaves the scope, or None."""
-    _batch_size: int | None = field(default=None, init=False)
+    _run: PipelineRun
+    _at_accumulation_boundary: bool = field(metadata=_valid_in(_STEP_CHANNELS))
+    _loss_divisor: float = field(metadata=_valid_in(_STEP_CHANNELS))
+    _given_loss_weight: torch.Tensor | None = field(metadata=_valid_in(_STEP_CHANNELS))
+    _loss_weighting: LossWeighting | None = field(metadata=_valid_in(_UPDATE_CHANNELS))
+    _update_committed: bool | None = field(metadata=_valid_in(_UPDATE_CHANNELS))
+    _epoch_completed: bool = field(metadata=_valid_in(("on_epoch",)))
+    _evaluation: str | None = field(metadata=_valid_in(("on_evaluation",)))
+    _exception: BaseException | None
+    _batch_size: int | None
+
+    def __init__(
+        self,
+        run: PipelineRun | None = None,
+        batch: Any = None,
+        at_accumulation_boundary: bool = False,
+        loss_divisor: float = 1.0,
+        model_outputs: Any = None,
+        attached_loss: torch.Tensor | None = None,
+        update_committed: bool | None = None,
+        epoch_completed: bool = False,
+        evaluation: str | None = None,
+        exception: BaseException | None = None,
+    ) -> None:
+        self._run = PipelineRun.standalone() if run is None else run
+        self.batch = batch
+        self.model_outputs = model_outputs
+        self.attached_loss = attached_loss
+        self.grad_norm = self.grad_norm_order = self.skip_reason = None
+        self.gradients_changed = False
+        self._at_accumulation_boundary = at_accumulation_boundary
+        self._loss_divisor = loss_divisor
+        self._given_loss_weight = self._loss_weighting = self._batch_size = None
+        self._update_committed = update_committed
+        self._epoch_completed = epoch_completed
+        self._evaluation = evaluation
+        self._exception = exception
+
+    @property
+    def run(self) -> PipelineRun:
+        """Objects that all scopes share; the properties below read them."""
+        return self._run
+
+    @property
+    def at_accumulation_boundary(self) -> bool:
+        """True if this step ends an accumulation window, so that an optimizer step is due."""
+        return self._at_accumulation_boundary
+
+    @property
+    def loss_divisor(self) -> float:
+        """Divisor of the loss in the backward pass; infinite in a padding step.
+
+        The samples of the accumulation window, averaged over the ranks, divided by the samples of
+        this batch.
+        """
+        return self._loss_divisor
+
+    @property
+    def given_loss_weight(self) -> torch.Tensor | None:
+        """Weight that the batch processor returned with the loss, on the device, or None."""
+        return self._given_loss_weight
+
+    @property
+    def loss_weighting(self) -> LossWeighting | None:
+        """Scaling of the window's gradients for losses with weights.
+
+        None without weights, and for a window of one batch on one rank.
+        """
+        return self._loss_weighting
+
+    @property
+    def update_committed(self) -> bool | None:
+        """True if the optimizer step changed the weights, False if skipped, None before."""
+        return self._update_committed
+
+    @property
+    def epoch_completed(self) -> bool:
+        """In ``after``: True if the epoch reached the end of its data."""
+        return self._epoch_completed
+
+    @property
+    def evaluation(self) -> str | None:
+        """Name of the evaluating hook."""
+        return self._evaluation
+
+    @property
+    def exception(self) -> BaseException | None:
+        """In ``after``: the error that leaves the scope, or None."""
+        return self._exception
 
     @property
     def is_padding_step(self) -> bool:
@@ -253,7 +359,7 @@ class PipelineHookArgs:
         empty, gradients are zero, and buffers and RNG states are restored. Metrics should ignore
         ``model_outputs`` and ``loss``.
         """
-        return self.loss_divisor == math.inf
+        return self._loss_divisor == math.inf
 
     @property
     def is_filler(self) -> NoReturn:
@@ -268,7 +374,7 @@ class PipelineHookArgs:
         else as the length of the first tensor, or 1 without a tensor.
         """
         if self._batch_size is None:
-            self._batch_size = 0 if self.is_padding_step else self.run.count_samples(self.batch)
+            self._batch_size = 0 if self.is_padding_step else self._run.count_samples(self.batch)
         return self._batch_size
 
     @property
@@ -277,7 +383,7 @@ class PipelineHookArgs:
 
         The weight that the batch processor returned, or else the number of samples.
         """
-        weight = self.given_loss_weight
+        weight = self._given_loss_weight
         return self.batch_size if weight is None else weight
 
     @property
@@ -293,77 +399,77 @@ class PipelineHookArgs:
     @property
     def progress(self) -> TrainerProgress:
         """All counters."""
-        return self.run.progress
+        return self._run.progress
 
     @property
     def epoch_id(self) -> int:
         """Epoch, from 0."""
-        return self.run.progress.epoch_id
+        return self._run.progress.epoch_id
 
     @property
     def step_id(self) -> int:
         """Step within the epoch, from 0."""
-        return self.run.progress.step_id
+        return self._run.progress.step_id
 
     @property
     def global_step_id(self) -> int:
         """Step within the run, from 0."""
-        return self.run.progress.global_step_id
+        return self._run.progress.global_step_id
 
     @property
     def optimizer_step_id(self) -> int:
         """Number of committed optimizer steps."""
-        return self.run.progress.optimizer_step_id
+        return self._run.progress.optimizer_step_id
 
     @property
     def batch_processor(self) -> BatchProcessor:
         """Batch processor: computes outputs and loss of a batch."""
-        return self.run.batch_processor
+        return self._run.batch_processor
 
     @property
     def limits(self) -> TrainerLimits:
         """Limits of the run."""
-        return self.run.limits
+        return self._run.limits
 
     @property
     def max_step(self) -> int | None:
         """Limit in steps, or None."""
-        return self.run.limits.max_step
+        return self._run.limits.max_step
 
     @property
     def max_optimizer_step(self) -> int | None:
         """Limit in optimizer steps, or None."""
-        return self.run.limits.max_optimizer_step
+        return self._run.limits.max_optimizer_step
 
     @property
     def max_epoch(self) -> int | None:
         """Limit in epochs, or None."""
-        return self.run.limits.max_epoch
+        return self._run.limits.max_epoch
 
     @property
     def accelerator(self) -> Accelerator:
         """Devices, processes and precision."""
-        return self.run.accelerator
+        return self._run.accelerator
 
     @property
     def model(self) -> torch.nn.Module:
         """Model as prepared: on its device, wrapped in DDP for several processes."""
-        return self.run.model
+        return self._run.model
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
         """Optimizer that is stepped; None without a backward pass."""
-        return self.run.optimizer
+        return self._run.optimizer
 
     @property
     def lr_scheduler(self) -> LRScheduler | None:
         """LR scheduler, or None."""
-        return self.run.lr_scheduler
+        return self._run.lr_scheduler
 
     @property
     def dataloader(self) -> Any:
         """Data loader that was passed to the trainer."""
-        return self.run.dataloader
+        return self._run.dataloader
 
     @property
     def sample_numbers(self) -> Sequence[int] | None:
@@ -373,7 +479,7 @@ class PipelineHookArgs:
         """
         if self.is_padding_step:
             return []
-        return None if self.run.data is None else self.run.data.sample_numbers
+        return None if self._run.data is None else self._run.data.sample_numbers
 
     @property
     def sample_indices(self) -> Any:
@@ -383,21 +489,27 @@ class PipelineHookArgs:
         """
         if self.is_padding_step:
             return []
-        return None if self.run.data is None else self.run.data.sample_indices
+        return None if self._run.data is None else self._run.data.sample_indices
 
     @property
     def metrics(self) -> MetricsBoard:
         """Metrics board, to publish named scalars."""
-        return self.run.metrics
+        return self._run.metrics
 
     @property
     def requests(self) -> Requests:
         """Requests to the trainer: save, evaluate, log, stop."""
-        return self.run.requests
+        return self._run.requests
 
-    def failing(self, error: BaseException) -> None:
-        """Report an error to the other ranks; channels call this before any ``after``."""
-        report_failure(error)
+    def failing(self, error: BaseException | None) -> None:
+        """Set :attr:`exception`, and report an error to the other ranks.
+
+        Channels call this before the first ``after`` of a failure, and with the value before,
+        mostly None, behind the last.
+        """
+        self._exception = error
+        if error is not None:
+            report_failure(error)
 
     @classmethod
     def channels_of(cls, name: str) -> tuple[ChannelName, ...]:
@@ -406,14 +518,24 @@ class PipelineHookArgs:
         >>> PipelineHookArgs.channels_of("epoch_completed")
         ('on_epoch',)
         """
-        name = _BACKING_FIELD.get(name, name)
+        names = {name, _BACKING_FIELD.get(name, f"_{name}")}
         for declared in fields(cls):
-            if declared.name == name:
+            if declared.name in names:
                 channels: tuple[ChannelName, ...] = declared.metadata.get("channels", CHANNEL_NAMES)
                 return channels
         if isinstance(getattr(cls, name, None), property):
             return CHANNEL_NAMES
         raise AttributeError(f"{cls.__name__} has no field {name!r}")
+
+    @classmethod
+    def is_assignable(cls, name: str) -> bool:
+        """Return True if hooks may assign a field.
+
+        >>> PipelineHookArgs.is_assignable("batch"), PipelineHookArgs.is_assignable("loss")
+        (True, False)
+        """
+        cls.channels_of(name)  # raises for an unknown field
+        return not name.startswith("_") and name in {declared.name for declared in fields(cls)}
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} at {self.progress}>"

@@ -196,7 +196,7 @@ class EverySteps(_EveryN):
 
     def due_on(self, channel: ChannelName, role: Role) -> Due:
         n = self.n
-        return lambda args: (args.run.progress.global_step_id + 1) % n == 0
+        return lambda args: (args._run.progress.global_step_id + 1) % n == 0
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ class AtSteps(Trigger):
 
     def due_on(self, channel: ChannelName, role: Role) -> Due:
         steps = self.steps
-        return lambda args: args.run.progress.global_step_id + 1 in steps
+        return lambda args: args._run.progress.global_step_id + 1 in steps
 
     def __str__(self) -> str:
         return f"at steps {', '.join(map(str, sorted(self.steps)))}"
@@ -304,7 +304,7 @@ class First(Trigger):
             return lambda args: args.epoch_completed and args.run.progress.epoch_id == 0
         if channel == "on_optimizer_step":
             return _is_first_update
-        return lambda args: args.run.progress.global_step_id == 0
+        return lambda args: args._run.progress.global_step_id == 0
 
     def __str__(self) -> str:
         return "first"

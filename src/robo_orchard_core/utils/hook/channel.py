@@ -122,13 +122,11 @@ class Plan(Generic[ArgsT]):
     ) -> None:
         """Run all afters of ``to_exit`` with ``args.exception`` set; attach errors they raise.
 
-        ``args.failing(error)`` is called first, if present: the afters may take long.
+        Arguments with a method ``failing(error)`` set ``exception`` by it, and may report the
+        error before the afters, which may take long.
         """
         before = getattr(args, "exception", None)
         _set_exception(args, error)
-        if (report := getattr(args, "failing", None)) is not None:
-            with suppress(Exception):  # hooks must exit even if the report fails
-                report(error)
         for entry in to_exit:
             assert entry.after is not None
             try:
@@ -150,8 +148,10 @@ class Plan(Generic[ArgsT]):
 
 
 def _set_exception(args: Any, error: BaseException | None) -> None:
-    if hasattr(args, "exception"):
-        with suppress(Exception):  # read-only; hooks must exit without it
+    with suppress(Exception):  # read-only, or the report fails; hooks must exit nevertheless
+        if (failing := getattr(args, "failing", None)) is not None:
+            failing(error)
+        elif hasattr(args, "exception"):
             args.exception = error
 
 

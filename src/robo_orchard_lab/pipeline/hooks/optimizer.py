@@ -112,7 +112,7 @@ class OptimizerHook(PipelineHooks):
         self._zero_grad()
 
     def _optimizer_step(self, args: PipelineHookArgs) -> None:
-        if args.at_accumulation_boundary and args.exception is None:
+        if args._at_accumulation_boundary and args._exception is None:
             self._channel.run(args, self._update)
 
     def _update(self, args: PipelineHookArgs) -> None:
@@ -124,8 +124,8 @@ class OptimizerHook(PipelineHooks):
         if committed and self._after_update is not None:
             self._after_update()
         self._zero_grad()
-        args.run.progress.finish_optimizer_step(committed)
-        args.update_committed = committed
+        args._run.progress.finish_optimizer_step(committed)
+        args._update_committed = committed
 
     def _skip(self, args: PipelineHookArgs) -> None:
         scaler = args.accelerator.scaler
@@ -133,8 +133,8 @@ class OptimizerHook(PipelineHooks):
             unscale_gradients(args.accelerator)  # scaler.update() needs an unscale before
             scaler.update()
         self._zero_grad()
-        args.run.progress.finish_optimizer_step(committed=False)
-        args.update_committed = False
+        args._run.progress.finish_optimizer_step(committed=False)
+        args._update_committed = False
 
     def _end_epoch(self, args: PipelineHookArgs) -> None:
         if args.epoch_completed and args.exception is None and self._after_epoch is not None:

@@ -77,7 +77,7 @@ class LossWeights:
             )
         weight = as_loss_weight(0.0 if args.is_padding_step else weight, loss)
         args.attached_loss = zero_if_unweighted(loss, weight)
-        args.given_loss_weight = weight
+        args._given_loss_weight = weight
 
     def decide(self, args: PipelineHookArgs, weighted: bool | None = None) -> None:
         """Record in the first step whether losses have weights.
@@ -85,7 +85,7 @@ class LossWeights:
         Raises:
             BatchProcessorError: earlier steps differ from this step.
         """
-        weighted = args.given_loss_weight is not None if weighted is None else weighted
+        weighted = args._given_loss_weight is not None if weighted is None else weighted
         if self.are_used is None:
             self.are_used = weighted
         elif weighted:

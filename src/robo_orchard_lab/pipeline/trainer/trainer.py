@@ -390,10 +390,10 @@ class HookBasedTrainer:
         while not self._is_over():
             args = PipelineHookArgs(self._run)
             self._on_epoch(args, self._epoch)
-            if args.epoch_completed:
+            if args._epoch_completed:
                 self.progress.finish_epoch()
-            commit_point.execute_after_epoch(args.epoch_completed)
-            if args.epoch_completed and not self._is_over():
+            commit_point.execute_after_epoch(args._epoch_completed)
+            if args._epoch_completed and not self._is_over():
                 commit_point.warn_of_metrics()
         if self._run.savers and self._preemption_exit_code() is None:
             self.requests.save("the run ends", by=type(self).__name__)
@@ -445,13 +445,13 @@ class HookBasedTrainer:
                 f"the dataloader gave no batch in epoch {progress.epoch_id}; "
                 + explain_no_batch(self.dataloader)
             )
-        args.epoch_completed = True
+        args._epoch_completed = True
 
     def _on_step_in_window(
         self, args: PipelineHookArgs, body: Callable[[PipelineHookArgs], None]
     ) -> None:
         """Run ``on_step``, and reduce gradients between ranks only where a window ends."""
-        boundary = args.at_accumulation_boundary
+        boundary = args._at_accumulation_boundary
         if boundary is not self._synchronising:
             self._synchronise(boundary)
         if boundary or self._no_sync is None:
@@ -496,21 +496,21 @@ class HookBasedTrainer:
         loss = args.attached_loss
         if not isinstance(loss, torch.Tensor):
             raise wrong_result(args, f"a loss of type {type(loss).__name__}")
-        weight = args.given_loss_weight
+        weight = args._given_loss_weight
         if (weight is not None) is not self._loss_weights.are_used:  # the first step, or an error
             self._loss_weights.decide(args)
         if weight is not None:
             scaled = self._loss_weights.scale(loss, weight)
-        elif args.loss_divisor == 1.0 or self._engine_divides:
+        elif args._loss_divisor == 1.0 or self._engine_divides:
             scaled = loss
         else:
-            scaled = loss / args.loss_divisor
+            scaled = loss / args._loss_divisor
         if self._engine_backward is None:
             scaled.backward()
         else:
             self._engine_backward(scaled)
-        if weight is not None and args.at_accumulation_boundary:
-            args.loss_weighting = self._loss_weights.end_window()
+        if weight is not None and args._at_accumulation_boundary:
+            args._loss_weighting = self._loss_weights.end_window()
         # Kept until the next backward pass, as a plain loop's variable is: the parameters' graph
         # nodes live on into the next forward pass, which saves 1 us of a small model's step.
         self._last_loss = loss
