@@ -4,37 +4,58 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from numbers import Real
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 import torch
 
 from robo_orchard_lab.pipeline.errors import BatchProcessorError
+from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.sharded_tensors import local_tensor
+
+logger = job_logger(__name__)
 
 # --- batch size ------------------------------------------------------------------------------
 
 
+_reported: set[str] = set()
+"""Structures of batches whose number of samples is a guess, already reported."""
+
+
 def count_samples(batch: Any) -> int:
-    """Return the length of the first tensor in a batch, or 1 without a tensor.
+    """Return the number of samples of a batch without dataset indices, by its structure.
+
+    This is the first dimension that all tensors share, or the length that all lists of similar
+    samples share, or 1 without both. If they disagree, the number is a guess: a warning describes
+    the structure once.
 
     >>> count_samples({"image": torch.zeros(8, 3), "label": torch.zeros(8)})
     8
-    >>> count_samples("text")
-    1
+    >>> count_samples(([torch.zeros(3, 5, 5)] * 2, [{"box": torch.zeros(n, 4)} for n in (1, 4)]))
+    2
+    >>> count_samples(["a text", "another text"])
+    2
     """
-    if type(batch) in (tuple, list) and batch and isinstance(batch[0], torch.Tensor):
-        first: torch.Tensor = batch[0]  # the most frequent case, in half the time
-        if first.dim() > 0:
-            return len(first) or 1
-    return first_length(batch) or 1
-
-
-def sample_counter(batch_processor: Any) -> Callable[[Any], int]:
-    """Return the processor's ``count_samples`` method, or :func:`count_samples`."""
-    return getattr(batch_processor, "count_samples", None) or count_samples
+    kind = type(batch)
+    if kind in (tuple, list, dict):  # the most frequent batches, in a tenth of the time
+        length = _common_length(batch.values() if kind is dict else batch)
+        is_unsure = kind is list and len(batch) > 1 and len({_kind(part) for part in batch}) == 1
+        if length is not None and not is_unsure:
+            return length or 1
+    # Readings of a list of similar items: of tensors or lists, these are samples in the first
+    # reading only, else also in the second. The third takes all items for fields.
+    readings: list[dict[int, None]] = [{}, {}, {}]  # ordered sets of lengths
+    has_fields = kind is tuple and not _holds_scalars(batch)
+    for part in batch if has_fields else (batch,):
+        _add_lengths(part, readings)
+    counts = [next(iter(readings[i])) for i in (1, 0, 2) if len(readings[i]) == 1]
+    count = counts[0] if counts else next(iter(readings[2]), 1)
+    if len(set(counts)) != 1 and batch is not None:
+        _report_guess(batch, count, has_lengths=bool(readings[2]))
+    return count or 1
 
 
 def count_batches(dataloader: Any) -> int | None:
@@ -49,21 +70,93 @@ def count_batches(dataloader: Any) -> int | None:
         return None
 
 
-def first_length(value: Any) -> int | None:
-    """Return the length of the first tensor in a nested batch, or None without a tensor."""
-    if isinstance(value, torch.Tensor):
-        return value.shape[0] if value.dim() > 0 else None
+def _common_length(parts: Iterable[Any]) -> int | None:
+    """Return the first dimension of all parts; None if a part has none or another one."""
+    length = None
+    for part in parts:
+        if not isinstance(part, torch.Tensor) or part.dim() == 0:
+            return None
+        if length is None:
+            length = len(part)
+        elif len(part) != length:
+            return None
+    return length
+
+
+def _values(value: Any) -> Iterable[Any]:
+    """Return the fields of a mapping, sequence or dataclass; nothing of other values."""
     if isinstance(value, (list, tuple)):
-        parts: Iterable[Any] = value
-    elif isinstance(value, Mapping):
-        parts = value.values()
-    else:
-        return None
-    for part in parts:  # half the time of a generator, for every batch
-        length = first_length(part)
-        if length is not None:
-            return length
-    return None
+        return value
+    if isinstance(value, Mapping):
+        return value.values()
+    if is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name) for field in fields(value)]
+    return ()
+
+
+def _add_lengths(value: Any, readings: Sequence[dict[int, None]]) -> None:
+    """Add the first dimensions of tensors, and the lengths of lists of samples, to readings."""
+    inner = readings
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        if value.ndim > 0:
+            for lengths in readings:
+                lengths[len(value)] = None
+        return
+    # A tuple without names may be a list of samples, too: torchvision's zip(*samples).
+    if isinstance(value, (list, tuple)) and value and not hasattr(value, "_fields"):
+        if _holds_scalars(value):
+            inner = ()
+        elif len({_kind(item) for item in value}) == 1:
+            is_unsure = isinstance(value[0], (torch.Tensor, np.ndarray, list))
+            inner = readings[-2:] if is_unsure else readings[-1:]
+        for lengths in readings[: len(readings) - len(inner)]:
+            lengths[len(value)] = None
+    if inner:
+        for part in _values(value):
+            _add_lengths(part, inner)
+
+
+def _holds_scalars(value: Sequence[Any]) -> bool:
+    """Return True for strings, and for a list of numbers: a tuple may be an image's size."""
+    kinds = (str, int, float) if isinstance(value, list) else str
+    return bool(value) and all(isinstance(item, kinds) for item in value)
+
+
+def _kind(value: Any) -> object:
+    """Return a key that is equal for similar samples."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        # Images differ in height and width, sequences in length.
+        return value.ndim if value.ndim > 2 else tuple(value.shape[1:])
+    names = tuple(value) if isinstance(value, Mapping) else ()
+    return type(value), names, tuple(_kind(part) for part in _values(value))
+
+
+def _describe_structure(value: Any, depth: int = 3) -> str:
+    parts = list(_values(value)) if depth else []
+    kinds = [_describe_structure(part, depth - 1) for part in parts]
+    if not kinds:
+        return type(value).__qualname__
+    if isinstance(value, Mapping):
+        kinds = [f"{name}: {kind}" for name, kind in zip(value, kinds, strict=True)]
+    elif isinstance(value, list) and len(set(kinds)) == 1:
+        kinds = kinds[:1]  # its length differs between batches
+    return f"{type(value).__qualname__}({', '.join(kinds)})"
+
+
+def _report_guess(batch: Any, count: int, has_lengths: bool) -> None:
+    structure = _describe_structure(batch)
+    if structure in _reported:
+        return
+    _reported.add(structure)
+    logger.warning(
+        "a batch of type %s %s; it counts as %d. Define count_samples(batch) on the batch "
+        "processor: means of losses, accumulation windows and samples per second use the number",
+        structure,
+        "has tensors and lists of different lengths, so that its number of samples is a guess"
+        if has_lengths
+        else "has no tensor to count its samples by",
+        count,
+    )
 
 
 # --- weighted loss ---------------------------------------------------------------------------
@@ -152,8 +245,9 @@ class SimpleBatchProcessor(ABC):
     ...         outputs = model(batch["input"])
     ...         return outputs, torch.nn.functional.mse_loss(outputs, batch["target"])
 
-    Gradient accumulation weights batches by their number of samples: the length of the first
-    tensor. Define ``count_samples(batch) -> int`` to count otherwise.
+    Means of losses and gradient accumulation weight batches by their number of samples: the
+    number of dataset indices, or :func:`count_samples` for data without indices. Define
+    ``count_samples(batch) -> int`` to count otherwise.
 
     Metrics are updated with the outputs and targets of a batch (inputs, targets). For other
     batches, define ``metric_inputs(outputs, batch)``, which returns the arguments of

@@ -163,12 +163,14 @@ class PipelineRun:
     """Function that returns True within an accumulation window of a sharded model, until whose end
     saves and stops wait."""
     count_samples: Callable[[Any], int] = count_samples
-    """Function that counts the samples of a batch; the batch processor's method where defined."""
+    """Function that counts the samples of a step's batch: the batch processor's method where
+    defined, else the number of dataset indices, else by the batch's structure."""
     commit_seconds: float = 0.0
     """Total time in evaluations, logging points and saves, in seconds."""
 
     def __post_init__(self) -> None:
-        self.count_samples = getattr(self.batch_processor, "count_samples", self.count_samples)
+        counts: object = self.batch_processor if self.data is None else self.data
+        self.count_samples = getattr(counts, "count_samples", self.count_samples)
 
     @classmethod
     def standalone(
@@ -371,7 +373,7 @@ class PipelineHookArgs:
         """Number of samples of the batch on this rank; 0 in a padding step.
 
         Counted on first access, by the batch processor's ``count_samples(batch)`` where defined,
-        else as the length of the first tensor, or 1 without a tensor.
+        else by dataset indices, else by the structure of the batch.
         """
         if self._batch_size is None:
             self._batch_size = 0 if self.is_padding_step else self._run.count_samples(self.batch)

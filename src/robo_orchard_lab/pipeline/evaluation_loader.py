@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 from robo_orchard_lab.pipeline.batch_processor import count_batches
 from robo_orchard_lab.pipeline.data.fetching import IgnoreSignals, worker_startup
@@ -97,17 +97,22 @@ class EvaluationLoader:
         """Random generators of the loader, its samplers and its dataset, by path."""
         self._dataset_generators = dataset_generators("dataset", getattr(loader, "dataset", None))
         self._order: Iterable[Any] | None = None
+        self._has_sample_indices = False
         self._own_batches: list[Any] = []
         self._loader = loader
         _check_undivided(name, loader, processes, who)
         if type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset):
             self._order = batches_of(loader)
+            self._has_sample_indices = (
+                loader.batch_sampler is not None or type(self._order) is BatchSampler
+            )
             key = "sampler" if loader.batch_sampler is None else "batch_sampler"
             options = {key: self._own_batches}
             self._loader = copy_loader(
                 loader,
                 **(options if key == "batch_sampler" else {"batch_size": None, **options}),
                 worker_init_fn=IgnoreSignals(loader.worker_init_fn),
+                in_order=True,
                 persistent_workers=False,  # their RNGs would outlive an evaluation
             )
         if getattr(getattr(loader, "batch_sampler", None), "drop_last", False):
@@ -118,15 +123,15 @@ class EvaluationLoader:
                 name,
             )
 
-    def batches(self, seed: int, *, even: bool = False) -> Iterator[tuple[Any, bool]]:
-        """Yield this rank's batches, each with True if the batch counts.
+    def batches(self, seed: int, *, even: bool = False) -> Iterator[tuple[Any, int | None]]:
+        """Yield this rank's batches, each with its number of samples; None if unknown.
 
         Advances the global RNGs and :attr:`generators`; the caller restores them.
 
         Args:
             seed: seed of all random numbers.
             even: yield equally many batches on all ranks; a rank with fewer repeats another
-                rank's batch, which does not count.
+                rank's batch, with 0 samples.
 
         Raises:
             DataError: at the end, on all ranks: no rank had a batch.
@@ -152,9 +157,11 @@ class EvaluationLoader:
             if batch is _END:
                 break
             if self._order is not None:
-                yield batch, index < len(order)
+                indices = self._own_batches[index // self._processes]
+                known = len(indices) if self._has_sample_indices else None
+                yield batch, known if index < len(order) else 0
             elif index % self._processes == self._rank:
-                yield batch, True
+                yield batch, None
             elif even:
                 other = batch
             index += stride
@@ -162,7 +169,7 @@ class EvaluationLoader:
         if count == 0:
             raise _no_batch(self._name, self._who)
         if even and self._order is None and self._lacks_one(count):
-            yield other, False
+            yield other, 0
 
     def _lacks_one(self, batches: int) -> bool:
         """Return True if another rank has one batch more than this rank."""

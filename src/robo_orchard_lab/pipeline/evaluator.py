@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType, send_to_device
 from robo_orchard_lab.pipeline.batch_processor import (
     BatchProcessor,
     as_loss_weight,
-    sample_counter,
+    count_samples,
     zero_if_unweighted,
 )
 from robo_orchard_lab.pipeline.distributed.stall_clock import record_heartbeat
@@ -112,7 +112,7 @@ class Evaluator:
             metrics = TorchMetrics(metrics, who)
         self._metrics = metrics
         self._metric_arguments = MetricArguments(metric_inputs, batch_processor, who)
-        self._count_samples = sample_counter(batch_processor)
+        self._counter = getattr(batch_processor, "count_samples", None)
         self._loaders = {
             name: EvaluationLoader(name, loader, rank, processes, who)
             for name, loader in check_dataloaders(dataloaders, who).items()
@@ -166,15 +166,15 @@ class Evaluator:
         metrics.reset()
         loss_sum = WeightedSum()
         autocast = self._autocast(model)
-        for batch, counts in loader.batches(self.seed, even=self._is_sharded):
+        for batch, samples in loader.batches(self.seed, even=self._is_sharded):
             if places and device.type != "cpu":
                 batch = send_to_device(batch, device, non_blocking=non_blocking)
             with autocast():
                 outputs, loss, weight = self._forward(model, batch)
-            if not counts:  # only joined the collectives of a sharded model
+            if samples == 0:  # only joined the collectives of a sharded model
                 continue
             if loss is not None:
-                loss_sum.add(loss, self._count_samples(batch) if weight is None else weight)
+                loss_sum.add(loss, self._count(batch, samples) if weight is None else weight)
             if len(metrics):
                 args, kwargs = self._metric_arguments(outputs, batch)
                 metrics.update(*args, **kwargs)
@@ -183,6 +183,11 @@ class Evaluator:
         if len(metrics):
             parts.append(metrics.snapshot(metrics.pop_states(), prefix))
         return parts
+
+    def _count(self, batch: Any, by_indices: int | None) -> int:
+        if self._counter is None and by_indices is not None:
+            return by_indices
+        return (self._counter or count_samples)(batch)
 
     def _autocast(self, model: torch.nn.Module) -> Callable[[], AbstractContextManager[Any]]:
         """Return a context factory; a prepared model has autocast in its forward already."""

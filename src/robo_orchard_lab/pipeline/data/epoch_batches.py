@@ -34,7 +34,7 @@ class BatchIndices(NamedTuple):
     indices: Any
     """Dataset indices of the samples."""
     sizes: StepSizes | None = None
-    """Sizes of the step, if they are known with the batch only."""
+    """Sizes of the step; None for a full batch of known order."""
 
     @property
     def is_padding_step(self) -> bool:
@@ -102,6 +102,13 @@ class IndexedBatches:
     def at_step(self, step_id: int) -> BatchIndices | None:
         """Return the batch of a step; None after the last step."""
         return self._batch(step_id) if step_id < self.steps else None
+
+    def local_size(self, step_id: int) -> int | None:
+        """Return the number of samples of this process in a step; None after the last step."""
+        start, samples = self._start_of(step_id), len(self._order)
+        if samples - start >= self._partition.samples_per_step:
+            return self._partition.batch_size
+        return len(self._partition.numbers(samples, start)) if step_id < self.steps else None
 
     def _batch(self, step_id: int) -> BatchIndices:
         partition, samples, start = self._partition, len(self._order), self._start_of(step_id)
@@ -182,7 +189,7 @@ class IteratedBatches:
             step_id: first step.
             ahead: request each size before the step's batch was yielded.
         """
-        if not ahead and self._partition.processes > 1:
+        if not ahead:
             return map(self._yielded_sizes, count(step_id))
         return None if self._samples is None else self._partition.sizes(self._samples, step_id)
 
@@ -210,6 +217,11 @@ class IteratedBatches:
                 return batch
         return None
 
+    def local_size(self, step_id: int) -> int | None:
+        """Return the number of samples of this process in the current step; None without batch."""
+        batch = self.at_step(step_id)
+        return None if batch is None or batch.sizes is None else int(batch.sizes.local)
+
     def _forget_before(self, step_id: int) -> None:
         while self._yielded and self._yielded[0][0] < step_id:
             self._yielded.popleft()
@@ -231,7 +243,7 @@ class IteratedBatches:
         start = 0
         for step, batch in enumerate(self._batches):
             size = len(batch) if self._batched else 1
-            yield BatchIndices(step, range(start, start + size), batch)
+            yield BatchIndices(step, range(start, start + size), batch, StepSizes(size, size))
             start += size
 
     def _local_batches(self) -> Iterator[BatchIndices]:

@@ -89,6 +89,9 @@ class MapData:
         self._batch_source = batches_of(loader)
         self._has_torch_batches = type(self._batch_source) is BatchSampler
         self._batched = loader.batch_sampler is not None
+        self._has_custom_batches = self._batched and not self._has_torch_batches
+        self.has_sample_indices = self._batched or self._has_torch_batches
+        """True if a batch has an index for each sample; False for one index of a complete batch."""
         self._sampler = self._batch_source.sampler if self._has_torch_batches else None
         """Sampler of single samples; None if a custom batch sampler makes the batches."""
         self._generators = loader_generators(loader)
@@ -149,6 +152,10 @@ class MapData:
     def batch_indices(self, step_id: int) -> BatchIndices | None:
         """Return the indices of a step's batch; None before the batch was yielded."""
         return None if self._batches is None else self._batches.at_step(step_id)
+
+    def sample_count(self, step_id: int) -> int | None:
+        """Return the number of samples of this process in a step; None if unknown."""
+        return None if self._batches is None else self._batches.local_size(step_id)
 
     def state(self) -> Mapping[str, Any]:
         """Return the position of all processes in the epoch; equal on all ranks."""
@@ -228,13 +235,14 @@ class MapData:
 
     def _description(self) -> dict[str, Any]:
         sampler = self._batch_source if self._sampler is None else self._sampler
-        has_custom_batches = self._batched and not self._has_torch_batches
         return {
             "sampler": type(sampler).__qualname__,
             "dataset_length": count_batches(self._user.dataset),
             "sampler_length": count_batches(sampler),
-            "samples_per_step": None if has_custom_batches else self._partition().samples_per_step,
-            "batches_per_step": self._shard.processes if has_custom_batches else 1,
+            "samples_per_step": None
+            if self._has_custom_batches
+            else self._partition().samples_per_step,
+            "batches_per_step": self._shard.processes if self._has_custom_batches else 1,
         }
 
     def _count_samples(self) -> int | None:
@@ -258,7 +266,7 @@ class MapData:
             torch.empty((), dtype=torch.int64).random_(generator=self._user.generator)
         sampler = self._batch_source if self._sampler is None else self._sampler
         partition = self._partition()
-        if not is_builtin(sampler):
+        if self._has_custom_batches or not is_builtin(sampler):
             return self._iterated_batches(epoch_seed(seed, epoch_id, RngStream.ORDER))
         order = sampler_order(sampler, epoch_generator(seed, epoch_id, RngStream.ORDER))
         first_step = first_sample = 0
@@ -281,7 +289,7 @@ class MapData:
             None if self._sampler is None else count_batches(self._sampler),
             PersistentRng(seed),
             self._progress,
-            batched=self._batched or self._has_torch_batches,
+            batched=self.has_sample_indices,
             merge=self._has_torch_batches,
             split=self._shard.split,
         )

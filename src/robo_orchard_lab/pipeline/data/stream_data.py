@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from itertools import count, islice
 from typing import Any
@@ -47,6 +47,7 @@ class StreamData:
         shard: of this process, if Accelerate divides the batches.
         progress: counters of the run.
         processes: world size.
+        counter: counts the samples of a batch.
 
     Raises:
         PipelineConfigError: ``keyed_by="sample"``, which needs a map-style dataset.
@@ -61,6 +62,7 @@ class StreamData:
         shard: BatchShard,
         progress: TrainerProgress,
         processes: int = 1,
+        counter: Callable[[Any], int] = count_samples,
     ) -> None:
         if order.keyed_by == "sample":
             raise PipelineConfigError(
@@ -73,6 +75,7 @@ class StreamData:
         self._shard = shard
         self._processes = processes
         self._progress = progress
+        self._counter = counter
         self._generators = loader_generators(loader)
         self._stateful = _find_stateful(loader)
         self._is_list = type(loader) in (list, tuple)
@@ -156,7 +159,7 @@ class StreamData:
         """Return the step sizes of lists: a collective."""
         if self._processes == 1 or not self._is_list:
             return None
-        own = [count_samples(batch) for batch in self._user]
+        own = [self._counter(batch) for batch in self._user]
         ranks = gather_objects(own)
         if any(len(sizes) != len(own) for sizes in ranks):
             return None
@@ -168,10 +171,19 @@ class StreamData:
 
     def batch_indices(self, step_id: int) -> BatchIndices | None:
         """Return the sample numbers of the current step's batch; None with several processes."""
+        numbers = None if self._processes > 1 else self._numbers(step_id)
+        return None if numbers is None else BatchIndices(step_id, numbers, None)
+
+    def sample_count(self, step_id: int) -> int | None:
+        """Return the number of samples of the current step's batch; None without a batch."""
+        numbers = self._numbers(step_id)
+        return None if numbers is None else len(numbers)
+
+    def _numbers(self, step_id: int) -> range | None:
         self._forget_before(step_id)
-        if self._processes > 1 or not self._yielded or self._yielded[0][0] != step_id:
+        if not self._yielded or self._yielded[0][0] != step_id:
             return None
-        return BatchIndices(step_id, self._yielded[0][1], None)
+        return self._yielded[0][1]
 
     def state(self) -> Mapping[str, Any]:
         """Return the position of all processes in the epoch; equal on all ranks."""
@@ -264,7 +276,7 @@ class StreamData:
         begin = self._first_number
         for step, batch in enumerate(batches, start=step_id):
             self._forget_before(self._progress.step_id)
-            end = begin + count_samples(batch)
+            end = begin + self._counter(batch)
             self._yielded.append((step, range(begin, end)))
             begin = end
             yield batch

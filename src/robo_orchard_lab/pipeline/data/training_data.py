@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
+from robo_orchard_lab.pipeline.batch_processor import count_samples
 from robo_orchard_lab.pipeline.data.epoch_batches import BatchIndices
 from robo_orchard_lab.pipeline.data.loader import find_batch_shard, is_map_style, unwrap_loader
 from robo_orchard_lab.pipeline.data.map_data import MapData
@@ -50,6 +51,7 @@ class TrainingData:
         order: seed and keys of random numbers.
         accelerator: processes, and Accelerate's data loader configuration.
         progress: counters of the run; read only.
+        counter: the batch processor's ``count_samples``, or None.
 
     Raises:
         PipelineConfigError: the loader can't be reordered or divided.
@@ -61,6 +63,7 @@ class TrainingData:
         order: DataOrder,
         accelerator: Accelerator,
         progress: TrainerProgress,
+        counter: Callable[[Any], int] | None = None,
     ) -> None:
         self.dataloader = dataloader
         self.order = order
@@ -70,13 +73,19 @@ class TrainingData:
         loader = unwrap_loader(dataloader, accelerator)
         shard = find_batch_shard(loader, accelerator)
         self._source: MapData | StreamData
+        self.counter = counter
+        """Function that counts the samples of a loaded batch; None if the data knows its sizes."""
         if isinstance(loader, DataLoader) and is_map_style(loader):
             self.num_processes = shard.processes
             """Number of processes with different samples in a step."""
             self._source = MapData(loader, order, shard, progress)
+            if not self._source.has_sample_indices:
+                self.counter = counter or count_samples
         else:
             self.num_processes = accelerator.num_processes
-            self._source = StreamData(loader, order, shard, progress, self.num_processes)
+            self._source = StreamData(
+                loader, order, shard, progress, self.num_processes, counter or count_samples
+            )
 
     def epoch(self, epoch_id: int, step_id: int = 0) -> Iterator[Any]:
         """Iterate over this process's batches of an epoch, from a step on.
@@ -126,6 +135,17 @@ class TrainingData:
         if batch is None:
             return None
         return [] if batch.is_padding_step else batch.indices
+
+    def count_samples(self, batch: Any) -> int:
+        """Return the number of samples of the current step's batch on this rank.
+
+        Counted by the batch processor's method, else by indices, else by the batch's structure.
+        """
+        if self.counter is None or isinstance(self._source, StreamData):
+            count = self._source.sample_count(self._progress.step_id)
+            if count is not None:
+                return count
+        return (self.counter or count_samples)(batch)
 
     def _current_batch(self) -> BatchIndices | None:
         return self._source.batch_indices(self._progress.step_id)

@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from itertools import islice, repeat
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 
-from robo_orchard_lab.pipeline.batch_processor import first_length
+from robo_orchard_lab.pipeline.batch_processor import count_samples
 from robo_orchard_lab.pipeline.data import StepSizes
 from robo_orchard_lab.pipeline.errors import DataError, StateError
 from robo_orchard_lab.pipeline.isolation import isolated_rng
-from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.model import BufferSnapshot
 from robo_orchard_lab.pipeline.trainer.loss_weights import LossWeights
 from robo_orchard_lab.pipeline.trainer.uneven_ranks import JointWindows
@@ -54,8 +52,6 @@ The divisor is infinite for a batch of weight 0, as in a padding step."""
 
 _END = object()
 
-logger = job_logger(__name__)
-
 
 class SizesOfSteps(Protocol):
     """Function that iterates over the sample counts of an epoch's steps from ``step_id`` on."""
@@ -78,7 +74,8 @@ class AccumulationWindows:
 
     Args:
         length: batches in a full window, >= 1, counted from the first batch of the epoch.
-        count_samples: counts the samples of a batch; None uses the first tensor's length.
+        count_samples: counts the samples of a batch; None uses the data's sizes, or else the
+            structure of batches.
         processes: number of ranks with different samples in a step.
         ranks: world size.
         weights: weights of losses.
@@ -126,7 +123,8 @@ class AccumulationWindows:
         begun = done - within  # first batch of the open window, or of the next
         counted = self._count_samples is not None
         known = None if counted else sizes(begun, ahead=True)
-        given = sizes(done, ahead=False) if self._processes > 1 else None
+        is_given = self._processes > 1 or (self.length > 1 and not counted)
+        given = sizes(done, ahead=False) if is_given else None
         joint = self._ranks > 1 and (counted or (known is None and given is None))
         if self.length == 1 and not joint:  # in C, since most runs take this path in every step
             divisors = repeat(1.0) if given is None else map(self._divisor, given)
@@ -245,7 +243,7 @@ class AccumulationWindows:
             yield batch, ends, divisors[taken - 1]
 
     def _count(self, batch: Any) -> int:
-        return (self._count_samples or _count)(batch)
+        return (self._count_samples or count_samples)(batch)
 
     def _own_size(self, batch: Any, sizes: StepSizes | None) -> int:
         is_padding = sizes is not None and sizes.local == 0
@@ -269,23 +267,6 @@ def _chunks(items: Iterator[ItemT], lengths: Iterator[int]) -> Iterator[list[Ite
         if not chunk:
             return
         yield chunk
-
-
-def _count(batch: Any) -> int:
-    length = first_length(batch)
-    if length is None:
-        _warn_uncounted(type(batch).__qualname__)
-    return length or 1
-
-
-@cache
-def _warn_uncounted(kind: str) -> None:
-    logger.warning(
-        "a batch of type %s has no tensor to count its samples by, so its weight in the "
-        "accumulation window is 1; define count_samples(batch) on the batch processor if batches "
-        "differ in size",
-        kind,
-    )
 
 
 def _wrong_length(compared: str) -> DataError:

@@ -232,7 +232,13 @@ class HookBasedTrainer:
     def _set_up_run(self, run_folder: str | os.PathLike[str] | None, data_order: DataOrder) -> None:
         """Create the data order, the run that hooks see, and the accumulation windows."""
         accelerator, world_size = self.accelerator, self.accelerator.num_processes
-        self._data = TrainingData(self.dataloader, data_order, accelerator, self.progress)
+        self._data = TrainingData(
+            self.dataloader,
+            data_order,
+            accelerator,
+            self.progress,
+            getattr(self.batch_processor, "count_samples", None),
+        )
         self._run = PipelineRun(
             accelerator=accelerator,
             model=self.model,
@@ -256,7 +262,7 @@ class HookBasedTrainer:
         self._loss_weights = LossWeights(accelerator, window, parameters)
         self._windows = AccumulationWindows(
             window,
-            getattr(self.batch_processor, "count_samples", None),
+            self._data.counter,
             self._data.num_processes,
             world_size,
             self._loss_weights,
