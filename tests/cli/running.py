@@ -23,7 +23,7 @@ _LEFT_OUT = ("NO_COLOR", "COLUMNS", "TERM", "WORLD_SIZE", "RANK")
 
 @dataclass(frozen=True)
 class Ended:
-    """What came of a command."""
+    """Result of a command."""
 
     code: int
     out: str

@@ -186,7 +186,7 @@ def test_diff_shows_the_effect_on_a_resume(file: str, capsys: pytest.CaptureFixt
 
 
 def test_a_table_fits_the_terminal(file: str) -> None:
-    """In a terminal, headings are bold and no line is wider than the terminal."""
+    """Headings are bold, and no line is wider than the terminal."""
     ended = run_in_terminal("config", "show", file, "--origins", columns=130)
     assert ended.code == 0
     lines = ended.out.splitlines()

@@ -47,7 +47,7 @@ def test_a_dry_run_describes_the_run(work: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_dry_run_shows_the_step_to_resume_from(capsys: pytest.CaptureFixture[str]) -> None:
-    """For an existing run, the newest checkpoint, unless a resume would be refused."""
+    """The newest checkpoint of an existing run is shown, unless a resume would be refused."""
     assert main(["train", FILE, "--trainer.max_epoch=1"]) == 0
     capsys.readouterr()
     assert main(["train", FILE, "--dry-run"]) == 0
@@ -78,7 +78,7 @@ def test_a_fast_run_lists_its_stages(work: Path, capsys: pytest.CaptureFixture[s
 def test_errors_of_dry_runs_are_printed(
     option: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For a component that cannot be built, a component that fails, and several processes."""
+    """A broken component, a failing component and several processes end with an error."""
     assert main(["train", FILE, option, "--model.hidden=[0]"]) == 2
     assert "model: " in capsys.readouterr().err
     assert main(["train", FILE, option, "--model.inputs=3"]) == 1

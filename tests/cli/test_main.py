@@ -175,7 +175,7 @@ def test_an_error_of_user_code_names_its_line(
 
 
 def test_an_error_in_a_library_names_the_line_of_the_caller() -> None:
-    """If a library raises, the calling line of the user's code is named, too."""
+    """The error also names the calling line of the user's code if a library raises."""
     try:
         json.loads("{")
     except ValueError as error:
@@ -206,7 +206,7 @@ def test_an_error_of_a_dataloader_worker_names_its_line() -> None:
 def test_errors_of_a_job_name_the_rank(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a job, each line of an error has the rank."""
+    """Each line of an error has the rank if the process is part of a job."""
     monkeypatch.setattr(program, "_run", raising(CommandError("no", "yes")))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
@@ -311,7 +311,7 @@ def test_a_second_sigterm_ends_the_process_at_once() -> None:
 
 @pytest.mark.parametrize("lines", [1, 10_000])
 def test_a_closed_pipe_is_no_error(lines: int) -> None:
-    """If the reader ended, as after ``| head``, the program exits quietly."""
+    """The program exits quietly if the reader ended, as after ``| head``."""
     prints = f"""
         time.sleep(0.3)
         for number in range({lines}):
@@ -336,7 +336,7 @@ def test_another_broken_pipe_is_an_error(
 
 
 def test_a_thread_can_call_main() -> None:
-    """In another thread, no signal handler is set."""
+    """No signal handler is set outside the main thread."""
     codes: list[int] = []
     thread = threading.Thread(target=lambda: codes.append(main(["--version"])))
     thread.start()

@@ -269,7 +269,7 @@ def test_wrong_option_is_reported_in_one_line(
 
 
 def test_rule_across_fields_is_reported_with_the_class(capsys: pytest.CaptureFixture[str]) -> None:
-    """If no option is wrong, the config's class is named."""
+    """The config's class is named if no option is wrong."""
     with pytest.raises(SystemExit):
         parse(cls=Dataset)
     assert "prog: error: Dataset: data_root must be given" in capsys.readouterr().err
@@ -294,7 +294,7 @@ def test_command_line_overrides_the_environment(
 def test_wrong_variable_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The error names the variable, not an option that nobody typed."""
+    """The error names the variable instead of an option."""
     monkeypatch.setenv("BATCH_SIZE", "x")
     with pytest.raises(SystemExit) as caught:
         parse(TEST)
@@ -305,7 +305,7 @@ def test_wrong_variable_is_named(
 def test_prefix_excludes_variables_of_other_programs(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With a prefix, only its variables are read, without a warning."""
+    """Only variables with the prefix are read, without a warning."""
 
     class Mine(SettingConfig):
         model_config = pydantic_settings.SettingsConfigDict(env_prefix="mine_")

@@ -69,7 +69,7 @@ def test_saved_weights_have_the_printed_accuracy(trained: tuple[Path, float]) ->
 
 
 def test_random_images_run_in_seconds(tmp_path: Path) -> None:
-    """With random images and other options, the example runs in seconds and saves the options."""
+    """The example runs in seconds and saves the options with random images and other options."""
     finished = _train(
         tmp_path,
         *("--dataset.pipeline_test", "true", "--dataset.dummy_train_imgs", "16"),

@@ -107,7 +107,7 @@ def test_count_equals_lr_scheduler_steps_of_a_run(
 def test_limits_decide_the_count_for_data_without_length(
     limits: dict[str, Any], accumulate: int, every: LRSchedulerUnit, expected: int | None
 ) -> None:
-    """For a stream, the limits give the number of steps, or the error requests a number."""
+    """The limits give the number of steps of a stream, or the error requests a number."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
     loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
     if expected is not None:
@@ -138,7 +138,7 @@ def test_counting_does_not_change_rng() -> None:
 
 
 def test_ranks_predict_the_same_count(tmp_path: Path) -> None:
-    """On two ranks, the count holds for sharded, truncated and per-rank data."""
+    """Two ranks predict correctly for sharded, truncated and per-rank data."""
     launch(SCRIPT, tmp_path)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0] == ranks[1]

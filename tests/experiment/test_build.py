@@ -394,7 +394,7 @@ class Endless(IterableDataset[tuple[torch.Tensor, int]]):
 
 
 def test_auto_without_a_known_length_requests_a_number() -> None:
-    """For data without a length, the error names the parameter."""
+    """The error names the parameter for data without a length."""
     scheduler_config = config_of(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps="auto")
     endless = DataConfig(train=LoaderConfig(dataset=config_of(Endless)))
     with pytest.raises(ConfigError, match=r"has no length; write a number") as error:

@@ -118,7 +118,7 @@ def test_dry_run_describes_the_run(experiment: ExperimentConfig, tmp_path: Path)
 
 
 def test_a_dry_run_counts_the_save_at_the_end(experiment: ExperimentConfig) -> None:
-    """Of five epochs, two saves are due, plus the save at the end."""
+    """Two saves are due in five epochs, plus the save at the end."""
     found = dry_run(experiment.replace(checkpoint={"every": "2 epochs"}, hooks={}))
     assert [(hook.hook, hook.times) for hook in found.hooks] == [("checkpoint", 3)]
 

@@ -64,7 +64,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
 
 
 def test_evaluation_repeats_the_metrics_of_the_run(trained: ExperimentConfig) -> None:
-    """For each checkpoint, loss and metrics equal the run's, including averaged weights."""
+    """Loss and metrics of each checkpoint equal the run's, including averaged weights."""
     place = find_checkpoints(trained.folder())
     for info in CheckpointStore(place.root).list():
         found = evaluate(trained, SavedWeights.from_checkpoint(info.path))

@@ -69,7 +69,7 @@ def test_the_first_matching_group_gets_a_parameter() -> None:
 
 
 def test_no_default_group_if_all_parameters_match() -> None:
-    """If all parameters match, no default group is added."""
+    """No default group is added if all parameters match."""
     model = nn.Linear(2, 2)
     groups: dict[str, dict[str, Any]] = {
         "weights": {"parameters": "weight"},
@@ -144,7 +144,7 @@ def test_a_group_without_parameters_is_refused(
 
 
 def test_norms_and_biases_must_match_a_parameter() -> None:
-    """In a model without norms and biases, the keyword is refused."""
+    """The keyword is refused in a model without norms and biases."""
     with pytest.raises(ConfigFieldError, match="'norms_and_biases' matches no parameter"):
         parameter_groups(nn.Linear(2, 2, bias=False), {"a": {"parameters": "norms_and_biases"}})
 
@@ -158,7 +158,7 @@ CHOICES = st.lists(
 
 @given(CHOICES, st.sets(st.sampled_from(NAMES)))
 def test_each_parameter_is_in_one_group(choices: list[Any], frozen: set[str]) -> None:
-    """For any patterns, each parameter is in exactly one group."""
+    """Each parameter is in exactly one group for any patterns."""
     model = Encoder()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)

@@ -293,7 +293,7 @@ def test_required_fields_must_be_present(missing: str) -> None:
     ],
 )
 def test_a_variant_may_omit_fields_of_its_base(place: str, value: Any) -> None:
-    """With a base, required fields may be omitted; without, they are missing."""
+    """Required fields may be omitted with a base only."""
     assert refused_at(changed({"base": "other.yaml"}, place, value)) is None
     assert refused_at(changed(HOOKS, place, value)) is not None
 

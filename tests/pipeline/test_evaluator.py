@@ -200,7 +200,7 @@ def test_evaluation_restores_all_state() -> None:
 
 
 def test_state_is_restored_after_an_error() -> None:
-    """If the processor fails, modes and RNGs are restored, and the next evaluation is complete."""
+    """Modes and RNGs are restored if the processor fails, and the next evaluation is complete."""
     model, processor = make_normalised(), Classify()
     model[2].eval()  # type: ignore[index]  # a Sequential
     evaluator = make_evaluator(

@@ -63,7 +63,7 @@ def test_weights_are_bit_identical_on_a_gpu() -> None:
 
 
 def test_fp16_skips_an_overflow() -> None:
-    """With the gradient scaler, updates with overflowing gradients are skipped and counted."""
+    """Updates with overflowing gradients are skipped and counted with the gradient scaler."""
     model = make_model()
     spoil = PipelineHooks()
     spoil.register_hook(

@@ -15,7 +15,7 @@ from robo_orchard_lab.testing import TracedCall, count_host_reads
 
 
 def test_observing_hooks_change_nothing(tmp_path: Path) -> None:
-    """With all observing hooks, weights, buffers, samples and RNG states are equal."""
+    """Observing hooks leave weights, buffers, samples and RNG states equal."""
     outcomes = []
     for hooks in ([], observing_hooks(tmp_path, "8 steps", "5 steps")):
         seen: list[int] = []
@@ -78,7 +78,7 @@ def test_planted_read_is_detected(tmp_path: Path) -> None:
 
 
 def test_only_logging_points_communicate(tmp_path: Path) -> None:
-    """On two ranks, 4 logging points add 4 collectives to a run without hooks."""
+    """Four logging points add four collectives to a run without hooks on two ranks."""
     launch(SCRIPTS / "observe_on_ranks.py", tmp_path)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert [rank["added"] for rank in ranks] == [{"all_gather": 4}] * 2

@@ -129,7 +129,7 @@ def other_model() -> Model:
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("bad", [{"bad": [4]}, {"nan": 4}])
 def test_replay_equals_the_run(bad: dict[str, Any], clip: bool, tmp_path: Path) -> None:
-    """With dropout and accumulation, each loss and the gradient norm equal the run's."""
+    """Each loss and the gradient norm equal the run's, with dropout and accumulation."""
     batches = make_batches(bad.get("bad", []))
     if "nan" in bad:
         batches[bad["nan"]]["inputs"][0, 0] = math.nan

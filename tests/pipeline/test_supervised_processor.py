@@ -17,7 +17,7 @@ from tiny import equal, loss_of, make_loader, make_model, make_trainer, weights
 
 @pytest.mark.parametrize("loss", [torch.nn.MSELoss(), torch.nn.functional.mse_loss])
 def test_training_equals_a_handwritten_function(loss: Any) -> None:
-    """With a module or a function as loss, the weights equal a handwritten function's."""
+    """The weights equal a handwritten function's with a module or a function as loss."""
     by_hand, supervised = make_model(), make_model()
     make_trainer(model=by_hand, max_epoch=1)()
     make_trainer(model=supervised, batch_processor=SupervisedProcessor(loss), max_epoch=1)()

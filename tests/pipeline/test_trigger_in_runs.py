@@ -157,7 +157,7 @@ def expected(when: Trigger, channel: ChannelName, role: Role, setting: RunSettin
 
 
 def ends_with(epoch: int, role: Role, setting: RunSetting) -> bool:
-    """Return True if an epoch is the last, as far as known before or after the epoch."""
+    """Return True if an epoch is the last, judged before or after the epoch."""
     last = setting.epochs()[-1][0]
     if role == "after" or setting.sized:
         return epoch == last
@@ -264,7 +264,7 @@ def test_epochs_are_due_as_counted(setting: RunSetting, triggers: list[Trigger])
 @given(runs.filter(lambda run: run.sized and not run.skips))
 @settings(max_examples=20, deadline=None)
 def test_last_is_due_once(setting: RunSetting) -> None:
-    """If lengths are known and no update is skipped, ``last`` is due once, at the end."""
+    """``last`` is due once, at the end, if lengths are known and no update is skipped."""
     firing = Firing([Last()], ("on_step",))
     trainer = setting.run([firing])
     assert set(map(tuple, firing.fired.values())) == {(trainer.progress.global_step_id,)}
@@ -418,7 +418,7 @@ def test_failing_step_does_not_fire_clock_trigger(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("channel", ["on_step", "on_optimizer_step"])
 def test_every_epoch_is_due_in_its_last_step(channel: ChannelName) -> None:
-    """On step channels, every n-th epoch is due in its last step."""
+    """Every n-th epoch is due in its last step on step channels."""
     fired: list[int] = []
     hooks = PipelineHooks("counts")
     hook = HookContext[PipelineHookArgs].from_callable(
@@ -439,7 +439,7 @@ def test_epoch_trigger_on_step_requires_length() -> None:
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_first_update_is_end_of_first_window(accumulate: int) -> None:
-    """On ``on_optimizer_step``, ``first`` is the first update."""
+    """``first`` is the first update on ``on_optimizer_step``."""
     fired: list[int] = []
     hooks = PipelineHooks("counts")
     for role in (hooks.on_optimizer_step.before, hooks.on_optimizer_step.after):

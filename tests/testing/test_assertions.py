@@ -59,7 +59,7 @@ class Counting(PipelineHooks):
 
 
 def test_a_complete_state_passes() -> None:
-    """For a stop within an epoch, at its end, or within an accumulation window."""
+    """A complete state passes for a stop within an epoch, at its end, or within a window."""
     assert_state_round_trip(Counting)
     assert_state_round_trip(Counting, epochs=2, accumulate=3, log_every="3 steps", stop_at=[4, 5])
     assert_state_round_trip([Counting, GradientClippingHookConfig(max_norm=1.0)], stop_at=2)

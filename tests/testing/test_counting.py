@@ -67,7 +67,7 @@ def fill(where: torch.Tensor, values: Any) -> None:
     ],
 )
 def test_a_read_is_counted_once(read: Callable[[], Any], seen: list[str]) -> None:
-    """A value that is copied to the host is one read, whatever the operation."""
+    """A value copied to the host is one read for any operation."""
     with count_host_reads() as reads:
         read()
     assert [read.what for read in reads] == seen
@@ -169,7 +169,7 @@ def test_a_read_is_attributed_to_its_hook(function: Any, when: str | None) -> No
 
 
 def test_a_read_has_the_lines_up_to_its_hook() -> None:
-    """From the line that reads to the registered method."""
+    """Calls are listed from the reading line to the registered method."""
     with count_host_reads() as reads:
         run_hook(Reader(), steps=1)
     (read,) = [read for read in reads if read.hook == "reader"]

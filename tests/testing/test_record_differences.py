@@ -81,7 +81,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @given(stops=st.sets(st.integers(1, OVER)))
 def test_stops_are_no_difference(stops: set[int], file: Path) -> None:
-    """Loop and epoch events that a stop causes are left out."""
+    """Loop and epoch events caused by a stop are left out."""
     straight = record(file, [*run()])
     edges = [0, *sorted(stops), OVER]
     parts = [record(file, [*run(start, stop)]) for start, stop in itertools.pairwise(edges)]
@@ -111,7 +111,7 @@ def test_a_kill_after_the_last_save_is_no_difference(file: Path) -> None:
 
 
 def saved(lines: list[Line], step: int) -> bool:
-    """Whether a process came so far as to save after so many steps."""
+    """Return True if a process saved after that many steps."""
     texts = [line[2] for line in lines if line[0] == step and line[1] == "event"]
     if step == lines[0][2]:
         return True

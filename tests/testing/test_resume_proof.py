@@ -37,7 +37,7 @@ _SEEN = 0
 
 
 class Samples(Dataset[Any]):
-    """Samples with noise from torch's generator, or from new ones that nobody seeds."""
+    """Samples with noise from torch's generator, or from new unseeded generators."""
 
     def __init__(self, unseeded: bool) -> None:
         self.unseeded = unseeded
@@ -53,7 +53,7 @@ class Samples(Dataset[Any]):
 
 
 class Warmup(PipelineHooks):
-    """Lowers the loss's weight with the steps that it has counted; saves them if it is told to."""
+    """Lowers the loss weight with each counted step, and saves the count if requested."""
 
     def __init__(self, saves: bool) -> None:
         super().__init__("Warmup")

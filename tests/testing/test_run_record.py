@@ -51,7 +51,7 @@ def test_a_recorder_changes_nothing(tmp_path: Path) -> None:
 
 
 def record_of(tmp_path: Path, **order: Any) -> RunRecord:
-    """What a process does, done in this one."""
+    """Run the function of a recorded process in this process."""
     source = describe_function(partial(build, workers=0))
     path = tmp_path / "record.jsonl"
     with isolated(0):

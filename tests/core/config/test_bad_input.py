@@ -258,7 +258,7 @@ def test_one_error_lists_all_problems() -> None:
 
 
 def test_inner_problems_precede_outer_problems() -> None:
-    """For a union, the inner problem comes first; else the document's order counts."""
+    """The inner problem of a union comes first; else the document's order counts."""
 
     class Either(Config):
         first: list[list[int]]

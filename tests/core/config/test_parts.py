@@ -397,7 +397,7 @@ def test_parameters_may_have_any_name(format_: Format) -> None:
 def test_parameters_of_any_name_are_validated(
     changes: dict[str, Any], place: str, says: str
 ) -> None:
-    """Such names don't open the config to unknown arguments."""
+    """Parameters of any name don't open the config to unknown arguments."""
     error = refused(part(Taken, **TAKEN | changes))
     assert error.location == place
     assert says in str(error)
@@ -592,7 +592,7 @@ def test_untrusted_code_is_refused_at_any_depth() -> None:
 
 
 def test_arguments_supplied_by_the_caller_are_refused_in_documents() -> None:
-    """Such arguments are neither required nor admitted in documents."""
+    """Arguments passed by the caller are neither required nor admitted in documents."""
     later = drawing(part(Loud), later=part(Stretched, factor=2)).later
     assert later is not None
     assert later(shape=Square(1)).factor == 2
@@ -608,7 +608,7 @@ def test_arguments_refused_by_the_class_are_reported_at_the_build() -> None:
 
 
 def test_class_type_alone_selects_the_config_class() -> None:
-    """For a declared base config, ``class_type`` is sufficient."""
+    """``class_type`` is sufficient for a declared base config."""
 
     class Album(Config):
         shapes: list[ConfigInstanceOf[ClassConfig[Shape]]]

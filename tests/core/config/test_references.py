@@ -136,7 +136,7 @@ def test_trust_in_one_class_excludes_its_module(team: Path) -> None:
 
 
 def test_trust_accepts_a_class() -> None:
-    """In code, a class object replaces its name."""
+    """A class object replaces its name in code."""
     assert Trust.of(Hook) == Trust.of([Hook]) == Trust().widened(f"{__name__}:Hook")
 
 

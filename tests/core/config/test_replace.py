@@ -99,7 +99,7 @@ def test_replace_may_set_fields_of_derived_configs() -> None:
 
 
 def test_none_removes_an_entry_unless_none_is_valid() -> None:
-    """If None is a valid value, it is stored."""
+    """None is stored if None is a valid value."""
     other = TOYS.replace(**{"by_name.ball": None, "labels.red": None})
     assert [*other.by_name] == ["b.c"]
     assert other.labels == {"red": None}

@@ -241,7 +241,7 @@ class FrozenError(Exception):
 
 
 def test_errors_without_notes_still_exit_all_hooks(caplog: pytest.LogCaptureFixture) -> None:
-    """If an error can't carry notes, it propagates, and the log has the others."""
+    """An error that can't carry notes propagates, and the log has the other errors."""
 
     def fail(text: str) -> Callable[[Args], None]:
         def hook(args: Args) -> None:

@@ -91,7 +91,7 @@ print("recovered")
 
 
 def test_full_file_system(tmp_path: Path) -> None:
-    """On a tmpfs of 1 MiB, where mounting is allowed, saving fails by name, and recovers."""
+    """Saving to a full tmpfs of 1 MiB fails with the file's name, and recovers."""
     command = (
         f"mount -t tmpfs -o size=1m none {tmp_path} && exec {sys.executable} -c '{FILL}' {tmp_path}"
     )

@@ -89,7 +89,7 @@ def check_all_are_refused(good: Made, folder: Path, numbers: range) -> None:
 
 
 def test_hostile_checkpoints_are_refused(good: Made, tmp_path: Path, little_memory: None) -> None:
-    """Of 1,700 with one defect each, none loads, crashes, is slow or needs much memory."""
+    """None of 1,700 defective checkpoints loads, crashes, is slow or needs much memory."""
     check_all_are_refused(good, tmp_path, range(1_700))
 
 

@@ -86,7 +86,7 @@ def test_dry_run_returns_decisions_and_reasons(tmp_path: Path) -> None:
 
 
 def test_newest_intact_checkpoint_is_never_removed(tmp_path: Path) -> None:
-    """If newer ones are damaged, the newest that verifies stays, whatever the rules."""
+    """The newest checkpoint that verifies stays if newer ones are damaged, under any rules."""
     save_all(tmp_path, Retention(), [None] * 4)
     for step in (3, 4):
         damage(tmp_path / f"step_{step:08d}")
@@ -146,7 +146,7 @@ def test_checkpoint_stays_while_it_is_read(tmp_path: Path) -> None:
 
 
 def test_replaced_checkpoint_stays_readable(tmp_path: Path) -> None:
-    """The old checkpoint is renamed, and removed once nobody reads it."""
+    """The old checkpoint is renamed, and removed after the last reader closes."""
     with CheckpointStore(tmp_path) as store:
         store.save(1, {"trainer": "old"})
         with OpenCheckpoint(tmp_path / "step_00000001", ReadLimits()) as opened:
@@ -158,7 +158,7 @@ def test_replaced_checkpoint_stays_readable(tmp_path: Path) -> None:
 
 
 def test_best_link_follows_removals(tmp_path: Path) -> None:
-    """If the best checkpoint is removed, the link points to the best of the rest."""
+    """The link points to the best of the rest if the best checkpoint is removed."""
     save_all(tmp_path, Retention(keep_last=1, monitor="loss"), [1.0, 2.0])
     assert os.readlink(tmp_path / "best") == "step_00000002"
 

@@ -220,7 +220,7 @@ def test_saving_a_step_again_replaces_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_serials_continue_after_reopening(tmp_path: Path) -> None:
-    """A resumed run continues from the highest serial, whatever its step."""
+    """A resumed run continues from the highest serial at any step."""
     with CheckpointStore(tmp_path) as store:
         store.save(5, parts())
         store.save(3, parts())

@@ -64,7 +64,7 @@ def test_order_depends_on_the_seed(kind: str, ranks: list[dict[str, Any]]) -> No
 
 @pytest.mark.parametrize("kind", ["per_rank", "split"])
 def test_stream_batches_equal_accelerates(kind: str, ranks: list[dict[str, Any]]) -> None:
-    """With dispatch_batches, a plain and a prepared loader yield Accelerate's batches."""
+    """A plain and a prepared loader yield Accelerate's batches with dispatch_batches."""
     for rank in ranks:
         theirs, ours, of_prepared = rank[f"{kind} stream"]
         assert theirs == ours == of_prepared

@@ -84,7 +84,7 @@ def test_unknown_version_is_refused() -> None:
 def test_different_batch_size_resumes_at_the_next_sample(
     steps: int, batch_size: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """If allowed, each remaining sample of the epoch is loaded once."""
+    """Each remaining sample of the epoch is loaded once if allowed."""
     order = DataOrder(seed=7, keyed_by="sample", allow_other_batch_size=True)
     complete = torch.cat([batch[1] for batch in data_of(loader(), order).epoch(0)])
     data = resumed(loader(batch_size=batch_size), state_after(steps, order=order), order)

@@ -130,7 +130,7 @@ def test_sampler_with_generator_equals_a_plain_loop(
 def test_seeking_equals_iterating(
     sampler: str, length: int, batch_size: int, drop_last: bool, own: bool, keyed_by: Any
 ) -> None:
-    """From every step of the second epoch, a resumed run loads the same batches."""
+    """A run resumed from any step of the second epoch loads the same batches."""
     order = DataOrder(seed=5, keyed_by=keyed_by)
 
     def loader() -> DataLoader[Any]:
@@ -235,7 +235,7 @@ def test_order_depends_on_seed_and_epoch(seed: int | None) -> None:
 
 
 def test_run_without_seed_uses_the_saved_seed() -> None:
-    """With seed=None, the saved order continues, however torch was seeded."""
+    """The saved order continues with seed=None for any seed of torch."""
 
     def loader() -> DataLoader[Any]:
         return DataLoader(Drawing(), 4, shuffle=True)

@@ -79,7 +79,7 @@ def test_isolation_follows_another_bit_generator() -> None:
 
 @given(st.integers(0, 2**64 - 1))
 def test_a_seed_sets_all_rngs_without_a_cached_gaussian(seed: int) -> None:
-    """Equal seeds give equal numbers, whatever was drawn before; the three RNGs differ."""
+    """Equal seeds give equal numbers after any earlier draws; the three RNGs differ."""
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
         seed_rng(seed)

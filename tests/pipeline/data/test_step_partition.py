@@ -129,7 +129,7 @@ def test_custom_batches_are_distributed(sizes: list[int], processes: int, split:
 @settings(max_examples=50, deadline=None)
 @given(length=st.integers(1, 9), processes=st.integers(2, 4), own=st.booleans())
 def test_complete_batches_are_distributed(length: int, processes: int, own: bool) -> None:
-    """If a dataset makes a batch of each index, the ranks take indices in turn."""
+    """The ranks take indices in turn if a dataset makes a batch of each index."""
     sampler = (OwnSampler if own else SequentialSampler)(range(length))
     steps = iterate_ranks(
         lambda: DataLoader(Indices(length), batch_size=None, sampler=sampler), processes

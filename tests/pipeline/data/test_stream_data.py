@@ -120,7 +120,7 @@ def positions(make: Any, order: DataOrder) -> tuple[list[Any], list[Any], list[A
 
 @pytest.mark.parametrize("kind", LOADERS)
 def test_run_resumes_at_every_step(kind: str) -> None:
-    """From a saved state, or by reading again, the rest and the next epoch are equal."""
+    """The rest and the next epoch are equal, from a saved state or by reading again."""
     order = DataOrder(seed=7, fast_forward=kind in UNABLE)
     batches, states, following = positions(LOADERS[kind], order)
     for step_id, (state, rank_state) in list(enumerate(states))[:9:2]:
@@ -152,7 +152,7 @@ def test_stateful_stream_is_not_read_again() -> None:
 
 @pytest.mark.parametrize("kind", ["stateful dataset", "stateful loader"])
 def test_prefetched_batches_have_their_steps_state(kind: str) -> None:
-    """With three batches read at a time, as for accumulation windows, each step has its state."""
+    """Each step has its state if three batches are read at a time for accumulation windows."""
     batches, states, _ = positions(LOADERS[kind], DataOrder(seed=7))
     progress = TrainerProgress()
     data = data_of(LOADERS[kind](), progress=progress)

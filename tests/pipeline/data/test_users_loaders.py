@@ -181,7 +181,7 @@ def test_generators_are_found(location: str) -> None:
 
 
 def test_dataset_generators_keep_their_state() -> None:
-    """In this process, a generator continues as if nothing had been loaded."""
+    """A generator in this process continues as if nothing had been loaded."""
     loader = noisy("numpy")
     dataset: Any = loader.dataset
     kept = dataset.dataset.transform.transforms[0].generator
@@ -403,7 +403,7 @@ def test_pin_memory_changes_nothing(workers: int) -> None:
 
 
 def test_seedable_sampler_of_accelerate_is_used() -> None:
-    """With a data_seed, the order equals Accelerate's loader and can be resumed."""
+    """The order equals Accelerate's loader and can be resumed with a data_seed."""
     config = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=5)
     accelerator = Accelerator(cpu=True, dataloader_config=config)
 

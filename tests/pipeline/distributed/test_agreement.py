@@ -71,7 +71,7 @@ def exchanged_at(
 
 @pytest.mark.parametrize("job", ["gloo", "cuda:gloo"], indirect=True)
 def test_exchanges_use_host_memory(job: str) -> None:
-    """If the job's process group is GPU-only, a second group is made once."""
+    """A second group is made once if the job's process group is GPU-only."""
     with count_collectives() as calls:
         exchanged_at(agreement_of_many(every=1), range(1, 3))
     assert [call.what for call in calls] == ["all_gather", "all_gather"]
@@ -94,7 +94,7 @@ def test_all_topics_share_an_exchange(job: str) -> None:
 
 
 def test_slow_steps_have_an_exchange_each(job: str, clock: Clock) -> None:
-    """If an exchange costs under 1 % of a step, every step has an exchange."""
+    """Every step has an exchange if an exchange costs under 1 % of a step."""
     assert exchanged_at(agreement_of_many(), range(3, 50), clock, 0.06) == [*range(3, 50)]
 
 

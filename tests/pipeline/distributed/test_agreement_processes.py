@@ -85,7 +85,7 @@ def test_the_agreed_number_follows_the_rule(found: Any) -> None:
 
 
 def test_diverged_ranks_are_detected(found: Any) -> None:
-    """If ranks exchange at different steps or topics, the error lists each rank's."""
+    """The error lists the steps and topics of each rank if ranks exchange different ones."""
     assert found["nothing"] == "agreed"
     assert "rank 0: step 7, a clock; rank 1: step 8, a clock" in found["steps"]
     assert "rank 0: step 7, a clock; rank 1: step 7, a clock, a signal" in found["topics"]

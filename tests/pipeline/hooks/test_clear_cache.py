@@ -55,7 +55,7 @@ def no_automatic_collection() -> Iterator[None]:
     ],
 )
 def test_garbage_is_collected_on_trigger(every: str, alive: list[int]) -> None:
-    """With collect_garbage, unused objects are freed on each triggered step and epoch."""
+    """Unused objects are freed on each triggered step and epoch with collect_garbage."""
     litter = Litter()
     config = ClearCacheHookConfig(every=every, collect_garbage=True)
     make_trainer([config, litter], max_epoch=2)()
@@ -64,7 +64,7 @@ def test_garbage_is_collected_on_trigger(every: str, alive: list[int]) -> None:
 
 @pytest.mark.usefixtures("no_automatic_collection")
 def test_garbage_is_kept_by_default() -> None:
-    """By default only the device cache is emptied."""
+    """Only the device cache is emptied by default."""
     litter = Litter()
     make_trainer([ClearCacheHookConfig(every=EverySteps(1)), litter], max_epoch=1)()
     assert litter.alive == list(range(7))

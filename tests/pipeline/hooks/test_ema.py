@@ -110,7 +110,7 @@ def test_warm_up_follows_formula() -> None:
 
 
 def test_warm_up_of_power_one_is_the_mean() -> None:
-    """With inv_gamma and power 1, the average is the mean of the weights."""
+    """The average with inv_gamma and power 1 is the mean of the weights."""
     followed = Recorder()
     ema = EMAConfig(power=1.0, max_decay=1.0, shadow_dtype="float64")()
     make_trainer([followed, ema], max_epoch=2)()
@@ -186,7 +186,7 @@ def test_buffers_are_copied_with_updates() -> None:
 
 
 def test_replaced_buffers_are_tracked() -> None:
-    """If a module replaces a buffer, the new tensor is averaged and restored."""
+    """The new tensor is averaged and restored if a module replaces a buffer."""
 
     class Counting(torch.nn.Module):
         calls: torch.Tensor

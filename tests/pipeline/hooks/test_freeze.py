@@ -149,7 +149,7 @@ class Backbone(torch.nn.Module):
 
 
 def test_frozen_modules_stay_in_evaluation_mode() -> None:
-    """With eval_mode, a frozen module keeps its statistics until the thaw."""
+    """A frozen module with eval_mode keeps its statistics until the thaw."""
     model = Backbone()
     model.backbone[3].eval()  # the thaw must keep evaluation mode
     watcher = PipelineHooks()
@@ -246,7 +246,7 @@ def test_freezing_everything_is_logged(caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_parameters_freeze_again_after_rollback() -> None:
-    """If the counters go back before the thaw, parameters are frozen again."""
+    """Parameters are frozen again if the counters go back before the thaw."""
     model = make_model()
     frozen: list[bool] = []
     back = PipelineHooks()

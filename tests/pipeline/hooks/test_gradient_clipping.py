@@ -66,7 +66,7 @@ def plain_weights(bounds: list[tuple[str, float, float]], steps: int = 7) -> lis
 @pytest.mark.parametrize("requested_first", [False, True])
 @pytest.mark.parametrize("order", [2.0, 1.0])
 def test_known_norm_is_reused_for_clipping(requested_first: bool, order: float) -> None:
-    """In any order of hooks, clipping equals torch's bit for bit with one norm computed."""
+    """Clipping in any order of hooks equals torch's bit for bit, with one norm computed."""
     clip, norms = GradientClippingHookConfig(max_norm=0.05, norm_type=order), Norms(order)
     model = make_model()
     hooks: list[HookLike] = [norms, clip] if requested_first else [clip, norms]
@@ -196,7 +196,7 @@ def test_other_unscaling_errors_propagate() -> None:
 
 
 def test_accelerate_clips_sharded_gradients() -> None:
-    """With sharded gradients Accelerate clips: once for the norm, once to clip."""
+    """Accelerate clips sharded gradients: once for the norm, once to clip."""
 
     class Sharding(Accelerator):  # type: ignore[misc]  # which has no types
         calls: list[tuple[float, float]]

@@ -158,7 +158,7 @@ class Counting(SimpleBatchProcessor):
 
 
 def test_batch_processor_counts_samples() -> None:
-    """With count_samples, its results are the weights, called once per step."""
+    """The results of count_samples are the weights, with one call per step."""
     x = torch.ones(2, 4)
     data = [{"x": x, "loss": 1.0, "count": 3}, {"x": x, "loss": 5.0, "count": 1}]
     processor = Counting()

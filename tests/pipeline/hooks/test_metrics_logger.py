@@ -146,7 +146,7 @@ def test_extended_run_writes_the_same_file(tmp_path: Path) -> None:
 
 
 def test_data_without_a_length(tmp_path: Path) -> None:
-    """If the end of an epoch is detected late, a resumed run writes the same file."""
+    """A resumed run writes the same file if the end of an epoch is detected late."""
 
     class Unsized:
         def __iter__(self) -> Iterator[Any]:

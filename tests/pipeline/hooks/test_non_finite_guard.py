@@ -182,7 +182,7 @@ def test_skipped_update_leaves_no_trace(
 
 
 def test_finite_run_is_unchanged() -> None:
-    """With each kind of guard, a finite run is bit-identical to one without."""
+    """A finite run with any kind of guard is bit-identical to a run without a guard."""
 
     def run(*hooks: Any) -> list[torch.Tensor]:
         torch.manual_seed(3)
@@ -216,7 +216,7 @@ def test_error_leaves_weights_unchanged() -> None:
 
 
 def test_error_names_the_batch_of_the_window() -> None:
-    """With accumulation, the error names the batch with the bad loss."""
+    """The error names the batch with the bad loss within an accumulation window."""
     with pytest.raises(NonFiniteError, match=r"the loss is inf in batch 2 of the window's 3, at"):
         train(NonFiniteGuardConfig(), batches_with("infinite loss", [4]), accumulate=3)
 
@@ -298,7 +298,7 @@ def test_state_of_another_version_is_refused() -> None:
 
 
 def test_buffers_are_kept_with_restore_buffers_false() -> None:
-    """With restore_buffers=False, statistics of a skipped window are kept."""
+    """Statistics of a skipped window are kept with restore_buffers=False."""
     batches = batches_with("infinite loss", [1])
     restored, moved = normed_model(), normed_model()
     train(NonFiniteGuardConfig(policy="skip"), batches, restored, max_step=2)
@@ -338,7 +338,7 @@ def test_replaced_buffers_are_restored() -> None:
 
 
 def test_update_skipped_by_another_hook_is_ignored() -> None:
-    """Such an update is neither an error nor counted."""
+    """An update skipped by a user's hook is neither an error nor counted."""
 
     def skip(args: PipelineHookArgs) -> None:
         args.skip_reason = "the test" if args.global_step_id == 2 else None
@@ -520,7 +520,7 @@ def fp16_trainer(
 
 
 def test_bad_loss_does_not_change_the_scaler() -> None:
-    """With fp16, scale and growth equal a run that drops the update."""
+    """Scale and growth with fp16 equal a run that drops the update."""
     guard = NonFiniteGuardConfig(policy="skip")
     clip = GradientClippingHookConfig(max_norm=0.05)
     batches = batches_with("nan in the data", [2])
@@ -593,7 +593,7 @@ def test_bad_loss_with_finite_gradients_is_not_skipped(
 
 
 def test_sharded_weights_are_not_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """With a sharded model, the quarantined window lacks the weights."""
+    """The quarantined window of a sharded model lacks the weights."""
     with pytest.raises(NonFiniteError, match="on rank 0 of 2") as raised:
         check_update(DistributedType.FSDP, math.nan, quarantine=tmp_path)
     assert raised.value.folder is not None
@@ -604,7 +604,7 @@ def test_sharded_weights_are_not_written(tmp_path: Path, caplog: pytest.LogCaptu
 
 
 def test_engine_without_norm() -> None:
-    """With DeepSpeed only losses are checked."""
+    """Only losses are checked with DeepSpeed."""
     assert check_update(DistributedType.DEEPSPEED, 1.0).grad_norm is None
     for read in ("now", "at logging points"):
         check_update(DistributedType.DEEPSPEED, 1.0, read=read)
@@ -706,7 +706,7 @@ def test_ranks_decide_together(accumulate: int, tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 @pytest.mark.parametrize("read", ["one update late", "at logging points"])
 def test_late_read_does_not_sync_a_gpu(read: Any) -> None:
-    """In a finite run no step waits for the device, and non-finite values are still found."""
+    """No step of a finite run waits for the device, and non-finite values are still found."""
 
     def on_device(kind: str, bad: list[int]) -> list[Batch]:
         return [(inputs.cuda(), targets.cuda()) for inputs, targets in batches_with(kind, bad)]

@@ -147,7 +147,7 @@ def test_an_ignored_interrupt_stays_ignored() -> None:
 
 
 def test_without_saving() -> None:
-    """With save_checkpoint=False the run just stops."""
+    """The run just stops with save_checkpoint=False."""
     trainer = make_trainer([PreemptionConfig(save_checkpoint=False), sends_at(3)], max_step=9)
     with pytest.raises(RunPreempted):
         trainer()
@@ -216,7 +216,7 @@ def test_signal_during_a_save() -> None:
 
 
 def test_signal_in_the_last_step_completes_the_run(tmp_path: Path) -> None:
-    """In the last step the signal changes nothing, with or without a save at the end."""
+    """A signal in the last step changes nothing, with or without a save at the end."""
     preemption, save = PreemptionConfig(save_checkpoint=False), SaveCheckpointConfig(every=None)
     make_trainer([preemption, save, sends_at(3)], max_step=3, run_folder=tmp_path)()
     state = read_run_state(tmp_path)

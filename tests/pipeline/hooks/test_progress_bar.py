@@ -86,7 +86,7 @@ class TestLines:
         ]
 
     def test_lines_follow_the_interval(self, log: pytest.LogCaptureFixture) -> None:
-        """With an interval shorter than a step, each step has a line, counted from 1."""
+        """Each step has a line, counted from 1, if the interval is shorter than a step."""
         make_trainer(ProgressBarHookConfig(refresh_seconds=EVERY_STEP), max_step=3)()
         assert [line.split(",")[1].split(" (")[0] for line in lines_of(log)] == [
             *(" step 1/3", " step 2/3", " step 3/3"),  # the steps
@@ -103,7 +103,7 @@ class TestLines:
         ] * 2
 
     def test_epoch_without_length_has_no_total_yet(self, log: pytest.LogCaptureFixture) -> None:
-        """For data without a length, the total is unknown in the first epoch only."""
+        """The total of data without a length is unknown in the first epoch only."""
 
         class Unsized:
             def __iter__(self) -> Iterator[Any]:
@@ -174,7 +174,7 @@ class TestLines:
         assert lines_of(log)[-1].startswith("epoch 1, step 2/2 (100 %)")
 
     def test_force_color_does_not_make_a_file_a_terminal(self, tmp_path: Path) -> None:
-        """With FORCE_COLOR, as on build servers, a file gets lines without control codes."""
+        """A file gets lines without control codes with FORCE_COLOR, as on build servers."""
         script = tmp_path / "script.py"
         script.write_text(SCRIPT, encoding="utf-8")
         finished = subprocess.run(
@@ -314,7 +314,7 @@ def test_loss_is_read_only_when_shown() -> None:
 
 
 def test_bar_reads_nothing_with_logging_points() -> None:
-    """With a logging point and an update in every step, the bar reads no tensor."""
+    """The bar reads no tensor with a logging point and an update in every step."""
 
     def forward(model: Any, batch: Any) -> tuple[Any, torch.Tensor]:
         outputs, loss = loss_of(model, batch)
@@ -503,7 +503,7 @@ class TestBar:
             )
 
     def test_bar_is_redrawn_at_its_interval(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """With an interval shorter than a step, each step is drawn; otherwise only few."""
+        """Each step is drawn if the interval is shorter than a step; otherwise only few."""
         with a_terminal(monkeypatch) as terminal:
             make_trainer(ProgressBarHookConfig(refresh_seconds=EVERY_STEP), max_epoch=2)()
             drawn = re.findall(r"step +(\d+)/14", terminal.getvalue())
@@ -565,7 +565,7 @@ class TestBar:
             assert terminal.screen()[0] == "no line's end"
 
     def test_terminal_may_disappear(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """If the terminal closes during the run, the run finishes."""
+        """The run finishes if the terminal closes during the run."""
         with a_terminal(monkeypatch) as terminal:
 
             def go(args: PipelineHookArgs) -> None:
@@ -580,7 +580,7 @@ class TestBar:
     def test_another_live_display_keeps_the_terminal(
         self, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
     ) -> None:
-        """If rich draws another display already, there are lines instead of a second bar."""
+        """There are lines instead of a second bar if rich draws another display already."""
         with a_terminal(monkeypatch) as terminal:
             with Live("mine", auto_refresh=False):
                 make_trainer(ProgressBarHookConfig(), max_epoch=1)()
@@ -590,7 +590,7 @@ class TestBar:
     def test_plain_shows_lines(
         self, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
     ) -> None:
-        """With plain=True, a terminal gets lines, and nothing is redirected."""
+        """A terminal gets lines with plain=True, and nothing is redirected."""
         with a_terminal(monkeypatch) as terminal:
             seen: list[object] = []
             look = AtStep(2, lambda args: seen.append(sys.stdout))
@@ -609,7 +609,7 @@ class TestBar:
         assert lines_of(log)[-1].startswith("epoch 1/1, step 7/7")
 
     def test_only_a_terminal_is_redirected(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """With standard output in a file, the bar is drawn on standard error."""
+        """The bar is drawn on standard error if standard output is a file."""
         with a_terminal(monkeypatch) as terminal:
             file = io.StringIO()
             talk = AtStep(3, lambda args: print("a result"))
@@ -644,7 +644,7 @@ print("after")
 
 
 def test_in_a_real_terminal(tmp_path: Path) -> None:
-    """In a pseudo-terminal, a process leaves its final status, with later output below."""
+    """A process in a pseudo-terminal leaves its final status, with later output below."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")
     here, there = pty.openpty()
@@ -670,7 +670,7 @@ def test_in_a_real_terminal(tmp_path: Path) -> None:
 
 
 def test_only_the_main_process_shows_progress(tmp_path: Path) -> None:
-    """Of two processes, one writes the lines, with the samples/s of both."""
+    """One of two processes writes the lines, with the samples/s of both."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")
     finished = launch(script)

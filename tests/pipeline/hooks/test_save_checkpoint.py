@@ -201,7 +201,7 @@ class Heavy(PipelineHooks):
 
 
 def test_busy_background_may_skip_saves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """With when_busy='skip' no step waits for a save, but the last save is made."""
+    """No step waits for a save with when_busy='skip', but the last save is made."""
     save = SaveCheckpointConfig(
         every="1 steps", keep_last=None, in_background=True, when_busy="skip"
     )
@@ -377,7 +377,7 @@ def test_full_disk_does_not_end_the_run(
 
 @pytest.mark.parametrize("background", [False, True])
 def test_full_disk_stops_the_run_on_request(background: bool, tmp_path: Path) -> None:
-    """With on_failure='stop' the error names the file, and the older checkpoint is intact."""
+    """The error with on_failure='stop' names the file, and the older checkpoint is intact."""
     save = SaveCheckpointConfig(every="1 steps", on_failure="stop", in_background=background)
     with pytest.raises(CheckpointError, match="step_00000002"):
         train(tmp_path, FullDisk(2, 6), save)

@@ -165,7 +165,7 @@ def test_eta_is_published() -> None:
 
 
 def test_eta_needs_a_known_length() -> None:
-    """For data without a length, the ETA starts after the first epoch."""
+    """The ETA of data without a length starts after the first epoch."""
     eta = run_hook(MONITOR, data=SleepyLoader(), epochs=2).metrics["perf/eta_s"]
     assert list(eta) == [2, 3, 4]
     assert NAP_S <= eta[3] < 2 * NAP_S
@@ -243,14 +243,14 @@ class Norms(PipelineHooks):
 
 
 def test_gradient_norm_is_sampled() -> None:
-    """By default the norm is of the first update after each logging point."""
+    """The default norm is of the first update after each logging point."""
     norms = Norms()
     run = run_hook([MONITOR, norms], steps=14, accumulate=2, log_every="6 steps")
     assert run.metrics["grad_norm"] == {step: norms.of_step[step] for step in (2, 8, 14)}
 
 
 def test_gradient_norm_of_every_update() -> None:
-    """On request the norm is the mean over all updates."""
+    """The norm on request is the mean over all updates."""
     norms = Norms()
     cfg = StatsMonitorConfig(grad_norm_every_update=True)
     run = run_hook([cfg, norms], steps=6, log_every="3 steps")
@@ -259,7 +259,7 @@ def test_gradient_norm_of_every_update() -> None:
 
 
 def test_gradient_norm_can_be_disabled() -> None:
-    """With grad_norm=False it is neither computed nor published."""
+    """The norm is neither computed nor published with grad_norm=False."""
     hooks = PipelineHooks("looks")
     found = []
     hooks.on_optimizer_step.after(lambda args: found.append(args.grad_norm))
@@ -281,7 +281,7 @@ def test_computed_norm_is_reused() -> None:
 @pytest.mark.parametrize("every", [False, True])
 @pytest.mark.parametrize("first", [False, True])
 def test_published_norm_is_not_changed(every: bool, first: bool) -> None:
-    """With the clipping hook, in either order, grad_norm is as without the monitor."""
+    """The clipping hook, in either order, leaves grad_norm as without the monitor."""
     clipping, monitor = (
         GradientClippingHookConfig(max_norm=0.1),
         [StatsMonitorConfig(grad_norm_every_update=every)],
@@ -306,7 +306,7 @@ def test_state_of_another_version_is_refused() -> None:
 
 
 def test_hook_can_request_logging_points() -> None:
-    """With a trigger, the monitor needs no other hook for logging points."""
+    """A monitor with a trigger needs no other hook for logging points."""
     seen: list[int] = []
     notes = PipelineHooks("notes")
 

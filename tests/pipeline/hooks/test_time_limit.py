@@ -70,7 +70,7 @@ def test_past_limit_stops_after_one_step() -> None:
 
 
 def test_run_without_exit_code_is_completed(tmp_path: Path) -> None:
-    """With exit_code=None the limit completes the training."""
+    """The limit completes the training with exit_code=None."""
     config = TimeLimitConfig(limit=0.001, margin=0, exit_code=None, save_checkpoint=False)
     make_trainer(config, max_step=9, run_folder=tmp_path)()
     assert read_run_state(tmp_path).state == "completed"

@@ -120,7 +120,7 @@ def test_unwritable_folder_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFi
 def test_running_profiler_is_not_disturbed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """If a profiler runs already, the hook logs an error and does nothing."""
+    """The hook logs an error and does nothing if a profiler runs already."""
     with caplog.at_level(logging.ERROR), profile() as outer:
         trainer = make_trainer([config(tmp_path, start_step=1, steps=1)], max_step=4)
         trainer()

@@ -291,7 +291,7 @@ class Failing(Classify):
 
 
 def test_error_restores_weights_and_modes() -> None:
-    """If an evaluation with other weights fails, the trained model is restored."""
+    """The trained model is restored if an evaluation with other weights fails."""
     plain = train(max_step=5)
     plain()
     trainer = train(validation(weights="Zeros"), Zeros(), max_epoch=1, batch_processor=Failing())

@@ -245,7 +245,7 @@ def test_subscribed_evaluation_is_read_at_commit_point() -> None:
 
 
 def test_unsubscribed_evaluation_is_read_at_logging_point() -> None:
-    """With a listener it waits for the logging point; without one it is read at once."""
+    """A value waits for the logging point with a listener, and is read at once without one."""
     board = MetricsBoard()
     board.defer(Evaluated("eval/val/accuracy", 0.5))
     board.flush(log=False)
@@ -296,7 +296,7 @@ def test_missing_names_are_found_at_end() -> None:
 
 
 def test_missing_logging_points_have_a_remedy() -> None:
-    """If hooks publish only at logging points and there are none, the error says so."""
+    """Hooks that publish at logging points are named in the error if there are none."""
     board = MetricsBoard()
     board.before_logging(lambda: board.publish("perf/eta_s", 1.0))
     board.expect("perf/eta_s", "ProgressBar")

@@ -204,7 +204,7 @@ def test_pop_states_resets_metrics() -> None:
 
 
 def test_given_metrics_are_not_changed() -> None:
-    """The same metrics may be given twice and used elsewhere."""
+    """A metric may be given twice and used elsewhere."""
     accuracy = MulticlassAccuracy(3)
     accuracy.update(*classes(10))
     one, two = TorchMetrics({"a": accuracy}), TorchMetrics({"a": accuracy})
@@ -235,7 +235,7 @@ def test_shared_state_is_packed_once() -> None:
 
 
 def test_mergeable_states_are_merged() -> None:
-    """If torchmetrics can merge states, two parts give the value of both."""
+    """Two parts give the value of both if torchmetrics can merge states."""
     metrics = TorchMetrics(
         {
             "accuracy": MulticlassAccuracy(3),

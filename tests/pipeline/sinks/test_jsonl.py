@@ -146,7 +146,7 @@ def test_resume_moves_partial_records(path: Path) -> None:
 
 
 def test_record_of_unfinished_epoch_is_moved(path: Path) -> None:
-    """Of two records at one step, the end-of-epoch one is later than a save in the epoch."""
+    """The end-of-epoch record at a step is later than a save in the epoch."""
     write(path, at(0), record(7, epoch=0), record(7, epoch=1))
     write(path, at(7, epoch=0))
     assert [each.epoch_id for each in read_metrics(path)] == [0]
@@ -247,7 +247,7 @@ def test_second_run_is_refused(path: Path, another_process: subprocess.Popen[str
 
 
 def test_symlink_is_kept(tmp_path: Path, path: Path) -> None:
-    """If the path is a link, the target is written and replaced."""
+    """The target is written and replaced if the path is a link."""
     real = tmp_path / "elsewhere" / "real.jsonl"
     real.parent.mkdir()
     path.symlink_to(real)

@@ -220,7 +220,7 @@ class TestTensorBoard:
         assert len([*tmp_path.glob("mine/*/hparams.yml")]) == 1
 
     def test_accelerator_folder_is_the_default(self, tmp_path: Path) -> None:
-        """With only ``log_with`` and ``project_dir``, files go where Accelerate puts them."""
+        """Files go to Accelerate's folder if only ``log_with`` and ``project_dir`` are set."""
         accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
         log(TrackerSink(project="mine"), at(0, accelerator), *RECORDS)
         assert self.points(tmp_path / "mine") == POINTS

@@ -194,7 +194,7 @@ def test_weights_are_saved_on_request(tmp_path: Path) -> None:
 
 
 def test_a_failed_save_keeps_the_old_file(tmp_path: Path) -> None:
-    """If the folder can't hold the file, the run fails and the old file stays intact."""
+    """The run fails and the old file stays intact if the folder can't hold the file."""
     path = tmp_path / "model.safetensors"
     path.mkdir()  # can't be replaced by a file
     (path / "old").touch()
@@ -304,7 +304,7 @@ def test_max_optimizer_step_without_a_backward_pass_is_refused() -> None:
 
 
 def test_a_stop_at_a_logging_point_leaves_no_partial_record() -> None:
-    """If a subscriber stops the run, the record being logged is the last one."""
+    """The record being logged is the last one if a subscriber stops the run."""
     watcher = Watcher()
     hooks = PipelineHooks("stops")
     publish = hooks.on_step.after(when="2 steps")

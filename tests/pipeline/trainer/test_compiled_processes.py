@@ -75,7 +75,7 @@ def test_gradient_checkpointing_changes_nothing(found: list[dict[str, Any]], kin
 
 
 def test_bf16_runs_under_autocast(found: list[dict[str, Any]]) -> None:
-    """In DDP and in shards, autocast is on, and losses are equal up to its precision."""
+    """Autocast is on in DDP and in shards, and losses are equal up to its precision."""
     for of_rank in found:
         in_ddp, sharded = of_rank["ddp bf16"]["losses"], of_rank["sharded bf16"]["losses"]
         assert not torch.allclose(in_ddp, of_rank["single"]["losses"], rtol=0, atol=1e-6)
@@ -93,7 +93,7 @@ def test_gradients_are_reduced_once_per_window(found: list[dict[str, Any]], way:
 @pytest.mark.usefixtures("doubles")
 @pytest.mark.parametrize("way", WITHOUT_DDP)
 def test_compiled_in_one_process(tmp_path: Path, way: str) -> None:
-    """In one process, compiling in either order changes nothing."""
+    """Compiling in either order changes nothing in one process."""
     plain = train(tmp_path, "plain", sharded=False)
     compiled = train(tmp_path, way, sharded=False, wrap=WAYS[way])
     assert_close(compiled["losses"], plain["losses"])
@@ -102,7 +102,7 @@ def test_compiled_in_one_process(tmp_path: Path, way: str) -> None:
 
 @pytest.mark.usefixtures("doubles")
 def test_gradient_checkpointing_changes_nothing_in_one_process(tmp_path: Path) -> None:
-    """In one process, gradient checkpointing leaves the losses equal."""
+    """Gradient checkpointing leaves the losses equal in one process."""
     once, twice = (
         train(tmp_path, str(twice), sharded=False, model=Dropped(twice=twice))
         for twice in (False, True)

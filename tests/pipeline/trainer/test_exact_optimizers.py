@@ -80,11 +80,11 @@ def test_every_lr_scheduler_resumes_exactly(schedule: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_resumes_exactly_on_two_ranks(optimizer: str) -> None:
-    """On two ranks, the complete state of each optimizer is restored."""
+    """The complete state of each optimizer is restored on two ranks."""
     prove_resume(partial(build, optimizer=optimizer), None, [1, 2, 4, 5], processes=2).check()
 
 
 @pytest.mark.slow
 def test_an_lr_scheduler_resumes_exactly_on_two_ranks() -> None:
-    """On two ranks, the LR scheduler steps once per update and resumes exactly."""
+    """The LR scheduler steps once per update and resumes exactly on two ranks."""
     prove_resume(partial(build, schedule="one cycle"), None, [1, 2, 4, 5], processes=2).check()

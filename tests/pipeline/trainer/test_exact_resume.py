@@ -52,7 +52,7 @@ def test_a_run_stopped_at_every_commit_point_resumes_exactly(variant: str) -> No
 
 
 def test_two_ranks_stopped_at_every_commit_point_resume_exactly() -> None:
-    """On two ranks, gradients, buffers and RNG states of each rank resume exactly."""
+    """Gradients, buffers and RNG states of two ranks resume exactly."""
     assert prove(ON_TWO_RANKS, processes=2).steps == STEPS_OF_TWO
 
 
@@ -96,7 +96,7 @@ def test_every_variant_stopped_once_resumes_exactly(stop: int, variant: str) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", [*VARIANTS, *MORE_VARIANTS])
 def test_every_variant_on_two_ranks_resumes_exactly(variant: str) -> None:
-    """On two ranks, every variant resumes exactly from every commit point."""
+    """Every variant resumes exactly from every commit point on two ranks."""
     options = {**VARIANTS, **MORE_VARIANTS}[variant]
     assert prove(ON_TWO_RANKS, processes=2, **options).steps >= STEPS_OF_TWO
 

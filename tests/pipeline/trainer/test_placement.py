@@ -18,7 +18,7 @@ class MovesByItself(dict[str, Any]):
 
 
 def test_nothing_is_moved_on_the_cpu() -> None:
-    """On a CPU, batches need no placement."""
+    """Batches need no placement on a CPU."""
     assert batch_placement(Accelerator(cpu=True), []) is None
 
 

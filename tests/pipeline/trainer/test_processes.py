@@ -30,7 +30,7 @@ def train(
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_two_processes_train_like_one(accumulate: int, tmp_path: Path) -> None:
-    """The same global batches give the same weights, and the LR scheduler steps once per update."""
+    """Equal global batches give equal weights, and the LR scheduler steps once per update."""
     (alone,) = train(tmp_path / "one", 1, accumulate)
     ranks = train(tmp_path / "two", 2, accumulate)
     assert len(ranks) == 2

@@ -529,7 +529,7 @@ def test_an_unknown_state_is_refused(
 
 
 def test_hook_states_are_rolled_back_when_one_is_refused(tmp_path: Path) -> None:
-    """If a later hook refuses its state, earlier hooks get their previous states back."""
+    """Earlier hooks get their previous states back if a later hook refuses its state."""
 
     class Picky(Losses):
         def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -115,7 +115,7 @@ class Noisy(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loading_does_not_change_dropout(workers: int, accumulate: int) -> None:
-    """With random augmentation, the weights equal a plain loop's over the same batches."""
+    """Weights with random augmentation equal a plain loop's over the same batches."""
 
     def model_with_dropout() -> torch.nn.Module:
         return torch.nn.Sequential(make_model(), torch.nn.Dropout(0.5))
@@ -198,7 +198,7 @@ def test_micro_batches_equal_one_batch(sizes: list[int], accumulate: int, sized:
 
 
 def test_a_window_that_max_step_cuts_short_is_committed() -> None:
-    """With five steps in windows of three, the second window's update averages two batches."""
+    """Five steps in windows of three average two batches in the second update."""
     loader = make_loader()
     model = make_model()
     trainer = make_trainer(model=model, loader=loader, accumulate=3, max_step=5)
@@ -230,7 +230,7 @@ def test_one_cycle_stays_at_its_last_rate() -> None:
 
 
 def test_the_lr_scheduler_may_step_once_an_epoch() -> None:
-    """With lr_scheduler_every="epoch" the LR scheduler steps after each completed epoch."""
+    """The LR scheduler steps after each completed epoch with lr_scheduler_every="epoch"."""
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = StepLR(optimizer, step_size=1, gamma=0.5)
@@ -416,7 +416,7 @@ def test_a_compiled_model_trains_the_same() -> None:
 
 
 def test_bf16_equals_autocast() -> None:
-    """With mixed_precision="bf16" the model runs under autocast, and its outputs are fp32."""
+    """The model runs under autocast with mixed_precision="bf16", and its outputs are fp32."""
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     HookBasedTrainer(
@@ -439,7 +439,7 @@ def test_bf16_equals_autocast() -> None:
 
 
 def test_an_overflow_skips_the_update_and_the_lr_scheduler() -> None:
-    """With a gradient scaler, infinite gradients skip the update and are counted."""
+    """Infinite gradients skip the update and are counted with a gradient scaler."""
     accelerator = Accelerator(cpu=True)
     # On a CPU, Accelerate makes no scaler; torch's works as on a GPU.
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=100)

@@ -161,7 +161,7 @@ def test_each_process_writes_its_shards(folder: Path) -> None:
 
 
 def test_replicas_of_shards_are_written_once(folder: Path, found: list[dict[str, Any]]) -> None:
-    """With replicated shards, training is equal and only the first replica saves."""
+    """Training is equal and only the first replica saves with replicated shards."""
     for of_rank in found:
         assert_close(of_rank["replicas"], of_rank["sharded1"])
     checkpoint = folder / "replicas" / "checkpoints" / "last"

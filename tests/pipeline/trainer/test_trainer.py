@@ -106,7 +106,7 @@ def test_any_source_of_batches(source: str, accumulate: int) -> None:
 
 
 def test_drop_last_is_known_to_the_windows() -> None:
-    """With drop_last, the last window has full batches and ends with an update."""
+    """The last window of a loader with drop_last has full batches and ends with an update."""
     trainer = make_trainer(loader=make_loader(7, rest=2, drop_last=True), accumulate=3, max_epoch=1)
     trainer()
     assert trainer.progress == TrainerProgress(1, 0, 7, 3, 0)
@@ -268,7 +268,7 @@ def test_no_batch_is_an_error(loader: Any) -> None:
 
 
 def test_data_smaller_than_a_step_is_refused() -> None:
-    """If drop_last removes the only batch of an epoch, the error names drop_last."""
+    """The error names drop_last if drop_last removes the only batch of an epoch."""
     data = TensorDataset(torch.zeros(3, 4), torch.zeros(3, 2))
     with pytest.raises(DataError, match=r"its 3 samples are less than one step .* drop_last=False"):
         make_trainer(loader=DataLoader(data, batch_size=4, drop_last=True), max_step=3)()
@@ -511,7 +511,7 @@ def test_accelerate_knows_whether_gradients_are_complete() -> None:
 
 
 def test_accelerates_data_loader_options_are_honored() -> None:
-    """With a seedable sampler, the order depends on its seed alone."""
+    """The order of a seedable sampler depends on its seed alone."""
     options = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=5)
 
     def order(seed: int) -> list[torch.Tensor]:

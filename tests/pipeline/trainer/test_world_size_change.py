@@ -275,7 +275,7 @@ def test_streams_resume_between_epochs(tmp_path: Path) -> None:
 
 
 def test_files_of_removed_ranks_are_verified(tmp_path: Path) -> None:
-    """If a removed rank's file is damaged, the previous checkpoint is loaded with a warning."""
+    """The previous checkpoint is loaded with a warning if a removed rank's file is damaged."""
     folder = tmp_path / "parts"
     run_in_parts(folder, [3], [])
     newest = sorted((folder / "checkpoints").glob("step_*"))[-1]
