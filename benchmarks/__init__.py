@@ -1,1 +1,1 @@
-"""Benchmarks of the project beside its peers: `python -m benchmarks`, explained in README.md."""
+"""Benchmarks of the project and its peers: `python -m benchmarks`, explained in README.md."""

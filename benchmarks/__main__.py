@@ -1,7 +1,7 @@
-"""Runs benchmarks, each in a process of its own, and prints their tables.
+"""Run benchmarks, each in its own process, and print their tables.
 
-Exits with 1 where a benchmark breaks or declares its own figures void. A bar that is missed is
-printed, and is no failure: timings on a busy machine prove nothing.
+Exits with 1 if a benchmark fails or its figures are void. A missed bar is printed and is not a
+failure, since timings on a busy machine prove nothing.
 """
 
 import argparse
@@ -53,14 +53,16 @@ def main() -> int:
         if not arguments.json:
             print_report(report)
         if arguments.write:
-            keep([report])  # one by one: what was measured stays if the next is interrupted
+            keep(
+                [report]
+            )  # Write results one by one, so that an interruption keeps earlier results.
     if arguments.json:
         print(json.dumps({"reports": [report.to_dict() for report in reports]}, indent=2))
     return 1 if broken else 0
 
 
 def _run_in_child(benchmark: Benchmark, *, quick: bool) -> Report | None:
-    """The benchmark's report, or None where its process failed."""
+    """Return the benchmark's report, or None if its process failed."""
     where = "own" if quick or python_of(benchmark.where) is None else benchmark.where
     python = python_of(where)
     assert python is not None  # this process has one

@@ -1,4 +1,4 @@
-"""The overhead of one micro-step where gradients accumulate over 4 batches."""
+"""Overhead of one micro-step with gradient accumulation over 4 batches."""
 
 from benchmarks.overhead import HOOKS, OWN, measure
 from benchmarks.report import Report

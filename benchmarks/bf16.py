@@ -1,4 +1,4 @@
-"""The overhead of one step under bf16 autocast, with the loss in float32."""
+"""Overhead of one step under bf16 autocast, with the loss in float32."""
 
 from benchmarks.overhead import HOOKS, OWN, measure
 from benchmarks.report import Report

@@ -1,9 +1,8 @@
-"""Saving and loading ResNet-50 with AdamW: 307 MB, durable and verified, beside others.
+"""Saving and loading ResNet-50 with AdamW: 307 MB, durable and verified, compared with peers.
 
-Two steps of training make the optimizer's state. A contender saves into a new file or folder each
-time; removing it, and waiting until the disk is idle, is not in the figures. Whoever flushes has
-everything on the disk when it returns. A save in the background is compared with the steps that are
-trained meanwhile.
+Two training steps create the optimizer's state. Each save uses a new file or folder; removing the
+file and waiting for an idle disk are not timed. Contenders that flush have all data on the disk
+when they return. A background save is compared with the steps trained meanwhile.
 """
 
 import os
@@ -35,7 +34,7 @@ def run(*, quick: bool) -> Report:
         rounds = 1 if quick else 15
         tables = [
             _saving(bench, rounds),
-            # The first ones take memory that is new to the machine.
+            # The first rounds use memory that is new to the process.
             _loading(bench, rounds if quick else max(rounds, 6)),
             _holding(bench, rounds),
             _training_meanwhile(bench, 1 if quick else 15),
@@ -46,7 +45,7 @@ def run(*, quick: bool) -> Report:
 
 
 class _Bench:
-    """A model and its optimizer after two steps, and each way to save and load them."""
+    """A model and its optimizer after two steps, with each way to save and load them."""
 
     def __init__(self, folder: Path, *, small: bool) -> None:
         from torchvision.models import resnet18, resnet50
@@ -104,8 +103,8 @@ class _Bench:
     def store_load(self, digest: str) -> float:
         return _seconds(lambda: self.stores[digest].load(0))
 
-    def speed_beside_saves(self, train_step: Callable[[], object], *, saves: int) -> float:
-        """Seconds of a step while a thread saves; without any ``saves``, alone."""
+    def seconds_during_saves(self, train_step: Callable[[], object], *, saves: int) -> float:
+        """Return the seconds of a step while a thread saves, or alone if ``saves`` is 0."""
         steps, seconds = 0, 0.0
         store = self.stores["xxh3_128"]
         for _ in range(max(saves, 1)):
@@ -125,7 +124,7 @@ class _Bench:
         return seconds / steps
 
     def faults(self) -> list[str]:
-        """What was loaded is what was saved, bit for bit, or the figures are void."""
+        """Return the contenders whose loaded state differs from the saved state."""
         found = []
         for name, store in self.stores.items():
             loaded = store.load(0).parts["model"]
@@ -194,8 +193,8 @@ def _training_meanwhile(bench: _Bench, rounds: int) -> Table:
         train_step = _training(width)
         alone, beside = f"{name}, alone", f"{name}, beside a save"
         contenders: dict[str, Callable[[], float]] = {
-            alone: partial(bench.speed_beside_saves, train_step, saves=0),
-            beside: partial(bench.speed_beside_saves, train_step, saves=saves),
+            alone: partial(bench.seconds_during_saves, train_step, saves=0),
+            beside: partial(bench.seconds_during_saves, train_step, saves=saves),
         }
         samples = interleave(contenders, reference=alone, rounds=rounds)
         rows += _table("", samples, {beside: round(1 / SPEED_BAR, 3)}, scale=1e6).rows
@@ -208,7 +207,7 @@ def _training_meanwhile(bench: _Bench, rounds: int) -> Table:
 
 
 def _training(width: int) -> Callable[[], object]:
-    """A step of a small model, of which Python takes a large or a small part."""
+    """Return a step of a small model, dominated by Python or by computation."""
     layers = (torch.nn.Linear(width, width), torch.nn.ReLU(), torch.nn.Linear(width, 10))
     model = torch.nn.Sequential(*layers)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -245,7 +244,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def _flush(path: Path) -> None:
-    """A file or folder and what is in it, as one has to who saves by other means."""
+    """Flush a file, or a folder and its files, as other ways to save require."""
     for part in [*path.rglob("*"), path, path.parent]:
         descriptor = os.open(part, os.O_RDONLY)
         os.fsync(descriptor)

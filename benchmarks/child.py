@@ -1,7 +1,8 @@
-"""One benchmark in a process of its own: `python -m benchmarks.child NAME RESULT_FILE [--quick]`.
+"""One benchmark in its own process:
 
-The parent starts it so that no benchmark inherits another's imports, garbage or process-wide state
-(Accelerate, for one, keeps some), and so that what a framework prints stays out of the result.
+`python -m benchmarks.child NAME RESULT_FILE [--quick]`. A separate process keeps imports, garbage
+and process-wide state (Accelerate's, for example) of other benchmarks out of the measurement, and
+printed output out of the result.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""How long one waits for help of the command line, the interpreter's own start included.
+"""Time of the command line's help, including the start of the interpreter.
 
-Each sample is a process of its own; the reference is an interpreter that does nothing.
+Each sample is a separate process; the reference is an interpreter that does nothing.
 """
 
 import subprocess

@@ -1,9 +1,8 @@
-"""What a channel costs over a plain loop that calls the same bound methods.
+"""Overhead of a channel over a plain loop that calls the same bound methods.
 
-N hooks, each with a before and an after that do nothing, around a body that does nothing. The
-reference makes the same 2N + 1 calls from two lists; anything above it is bookkeeping. For a
-channel without hooks, the time of the body alone is taken away, and beside it stands the same
-function over two empty lists.
+N hooks, each with an empty before and after, surround an empty body. The reference makes the same
+2N + 1 calls from two lists, so any difference is bookkeeping. For a channel without hooks, the time
+of the body is subtracted, and the reference is the same function over two empty lists.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from robo_orchard_core.utils.hook import HookContext, HookContextChannel
 
 BAR_RATIO = 1.3
 BAR_EMPTY_NS = 50.0
-# BARS holds the ratio for ten hooks; the other sizes show how it grows.
+# BARS has the ratio for ten hooks; the other sizes show the growth.
 HOOK_COUNTS = (1, 10, 100, 1000)
 BAR_AT = 10
 
@@ -25,7 +24,7 @@ Method = Callable[[Args], None]
 
 
 class NoopHook:
-    """The least a hook can be: two methods of an object."""
+    """Smallest possible hook: two methods of an object."""
 
     def before(self, args: Args) -> None:
         pass
@@ -36,7 +35,7 @@ class NoopHook:
 
 def run(*, quick: bool) -> Report:
     rounds = 8 if quick else 75
-    hook_calls = 2_000  # some 0.1 ms a block
+    hook_calls = 2_000  # about 0.1 ms per block
     tables = [
         _with_hooks(count, rounds=rounds, calls=max(hook_calls // count, 2))
         for count in HOOK_COUNTS
@@ -73,7 +72,7 @@ def _with_hooks(count: int, *, rounds: int, calls: int) -> Table:
 
 
 def bare_and_channel(count: int) -> tuple[Callable[[], object], Callable[[], object]]:
-    """One entry of so many hooks: by bare calls, and by a channel."""
+    """Return two functions that enter `count` hooks once: by plain calls and by a channel."""
     hooks = [NoopHook() for _ in range(count)]
     args: Args = {}
     bare = _bare_calls([hook.before for hook in hooks], [hook.after for hook in hooks])
@@ -113,7 +112,7 @@ def _body(args: Args) -> None:
 def _bare_calls(
     entering: Sequence[Method], afters: Sequence[Method]
 ) -> Callable[[Args, Method], None]:
-    """What one would write without channels; the afters run in reverse, as in a channel."""
+    """Call the hooks as one would without channels; the afters run in reverse."""
     leaving = list(reversed(afters))
 
     def enter(args: Args, body: Method) -> None:

@@ -1,8 +1,8 @@
-"""Whether memory and the time of a step stay what they are over a long run with every hook on.
+"""Memory and step time of a long run with every hook on.
 
-A run with every built-in hook, in this process; memory is what the system has given to it, looked
-at after 1,000 steps and at the end. A step's time is the lower quartile of blocks of 50 steps, of
-500 steps each time, so that saves, evaluations and ends of epochs are not in it.
+Memory is the process's resident memory after 1,000 steps and at the end. A step's time is the lower
+quartile of blocks of 50 steps, over 500 steps, which excludes saves, evaluations and ends of
+epochs.
 """
 
 import gc
@@ -28,7 +28,7 @@ BLOCK_STEPS = 50
 
 @dataclass(frozen=True, slots=True)
 class Endured:
-    """What a run has taken, early and at its end."""
+    """Memory and step time of a run, early and at its end."""
 
     early_mib: float
     late_mib: float
@@ -38,17 +38,17 @@ class Endured:
 
     @property
     def growth(self) -> float:
-        """Of the memory, as a ratio."""
+        """Growth of the memory, as a ratio."""
         return self.late_mib / self.early_mib
 
     @property
     def slowdown(self) -> float:
-        """Of a step, as a ratio."""
+        """Slowdown of a step, as a ratio."""
         return self.late_us / self.early_us
 
 
 def endure(steps: int) -> Endured:
-    """Train with every hook on; at least 2,000 steps, in whole epochs of 500."""
+    """Train with every hook on for at least 2,000 steps, in complete epochs of 500."""
     torch.set_num_threads(1)
     process = psutil.Process()
     memory: dict[int, float] = {}
@@ -79,7 +79,7 @@ def endure(steps: int) -> Endured:
 
 
 def _us_per_step(marks: dict[int, float], first: int) -> float:
-    """In the epoch that begins at a step."""
+    """Return the microseconds per step of the epoch that begins at a step."""
     begins = range(first + 1, first + EPOCH_STEPS - BLOCK_STEPS, BLOCK_STEPS)
     blocks = [(marks[begin + BLOCK_STEPS] - marks[begin]) / BLOCK_STEPS for begin in begins]
     return quantiles(blocks, n=4, method="inclusive")[0] * 1e6

@@ -1,4 +1,4 @@
-"""The machine and the versions that a measurement belongs to."""
+"""Machine and versions of a measurement."""
 
 import os
 import platform
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def describe(distributions: Sequence[str]) -> dict[str, str]:
-    """The machine, Python, and the versions of those of the distributions that are installed."""
+    """Return the machine, Python, and the versions of the distributions if installed."""
     found = {
         "CPU": f"{_cpu_model()} ({os.cpu_count()} cores)",
         "Python": platform.python_version(),

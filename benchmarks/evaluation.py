@@ -1,7 +1,7 @@
-"""What a pass over an evaluation set costs, with the mean loss and the accuracy, beside a loop.
+"""Cost of an evaluation pass with mean loss and accuracy, compared with a plain loop.
 
-All compute the accuracy by the same metric of torchmetrics, on the same model and batches, and must
-find what the plain loop finds. A pass takes 500 batches of 16; its start and end are in the figure.
+All contenders compute the accuracy with the same torchmetrics metric, model and batches, and must
+agree with the plain loop. A pass has 500 batches of 16; its start and end are included.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def run(*, quick: bool) -> Report:
         try:
             measure = prepare(job)
             measure()
-        except Exception as error:  # whatever a framework that does not fit this machine raises
+        except Exception as error:  # any error of a framework that does not fit this machine
             absent.append(Row(name, note=f"not measured: {str(error).partition(chr(10))[0]}"))
         else:
             passes[name] = measure

@@ -1,4 +1,4 @@
-"""A training with every built-in hook on, for tests and benchmarks of long runs."""
+"""Training with every built-in hook on, for tests and benchmarks of long runs."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -39,7 +39,7 @@ EPOCH_STEPS = 500
 
 
 class AtEachStep(PipelineHooks):
-    """Calls something when a step has begun, with how many were done before."""
+    """Calls a function at the start of each step with the number of completed steps."""
 
     def __init__(self, call: Callable[[int], None]) -> None:
         super().__init__()
@@ -53,11 +53,11 @@ class AtEachStep(PipelineHooks):
 def trainer_with_every_hook(
     folder: Path, steps: int, at_each_step: Callable[[int], None]
 ) -> HookBasedTrainer:
-    """A trainer of the tiny model, ready to be called, that saves and evaluates each epoch."""
+    """Return a trainer of the tiny model that saves and evaluates each epoch."""
     job, unseen = Job(Settings(steps=EPOCH_STEPS)), Job(Settings(steps=10))
 
     def begin_step(step: int) -> None:
-        job.model.forward_began_ns.clear()  # the marks of other benchmarks, which would add up
+        job.model.forward_began_ns.clear()  # remove marks of other benchmarks
         at_each_step(step)
 
     def forward(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

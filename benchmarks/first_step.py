@@ -1,6 +1,7 @@
-"""One training to the end of its first step: `python -m benchmarks.first_step MODULE BEGAN_NS`.
+"""Training to the end of its first step:
 
-Prints the seconds from BEGAN_NS, the machine's clock when the process was started.
+`python -m benchmarks.first_step MODULE BEGAN_NS`. Prints the seconds since BEGAN_NS, the machine's
+clock at the start of the process.
 """
 
 import importlib
@@ -14,7 +15,7 @@ def main() -> None:
     train = importlib.import_module(f"benchmarks.contenders.{module}").train
     job = Job(Settings(steps=2))
     train(job, 0)
-    # The second step's forward pass begins when all of the first is done.
+    # The second forward pass begins after the end of the first step.
     sys.stdout.write(f"\nseconds {(job.model.forward_began_ns[1] - began_ns) / 1e9}\n")
 
 

@@ -1,6 +1,6 @@
-"""What an installation brings besides torch and what torch brings: distributions and bytes.
+"""Size of an installation besides torch and its requirements: distributions and bytes.
 
-It is read off the environments as they are, from what each distribution says it needs.
+The figures come from the requirements of the distributions in existing environments.
 """
 
 import json

@@ -1,7 +1,8 @@
-"""What installing a distribution brings: `python -m benchmarks.installed NAME...`, as JSON.
+"""Size of a distribution's installation:
 
-It is read off the environment that this runs in, from what the distributions say they need there.
-`NAME[EXTRA]` has what the extra needs, too. Torch and what torch brings are left out.
+`python -m benchmarks.installed NAME...`, as JSON. The requirements are read from the current
+environment. `NAME[EXTRA]` includes the extra's requirements. Torch and its requirements are
+excluded.
 """
 
 import json
@@ -30,10 +31,10 @@ def main() -> None:
 
 
 def needed_by(requirement: Requirement) -> set[str]:
-    """The names of what is installed for it, its own included.
+    """Return the names of the distributions that a requirement installs, its own included.
 
     Raises:
-        PackageNotFoundError: it is not installed, or something that it needs is not.
+        PackageNotFoundError: The distribution or one of its requirements is not installed.
     """
     found: set[tuple[str, str]] = set()
     open_ones = list(_named(requirement))
@@ -57,7 +58,9 @@ def _named(requirement: Requirement) -> Iterator[tuple[str, str]]:
 
 
 def size_of(found: Distribution) -> int:
-    """The bytes of its files without compiled modules; of an editable one, those of its source."""
+    """Return the bytes of a distribution's files without compiled modules; of its source if
+    editable.
+    """
     files: list[Any] = [Path(str(file.locate())) for file in found.files or ()]
     files = [file for file in files if file.suffix != ".pyc"]
     at_top = [file for file in found.files or () if len(file.parts) == 1]

@@ -1,9 +1,8 @@
-"""What an exact data order costs over the plain DataLoader, and what a resume costs over a start.
+"""Cost of the exact data order over the plain DataLoader, and of a resume over a start.
 
-Both read the same dataset, in a shuffled order, from the same options. A loader's figure is the
-time of 512 samples after the first batch, when workers have started; the lower quartile of these
-blocks of an epoch.
-A resume's is the time from nothing to the first batch, the shortest of three.
+Both read the same dataset in shuffled order with equal options. A loader's figure is the time of
+512 samples after the first batch, when workers have started, as the lower quartile of an epoch's
+blocks. A resume's figure is the time to the first batch, the shortest of three.
 """
 
 import random
@@ -28,7 +27,7 @@ PLAIN = "plain DataLoader"
 OURS = "exact order"
 TOLD = "exact order, nothing drawn"
 PREPARED = "Accelerate's loader (order not exact)"
-# A bar of 0.97 of the throughput is one of 1 / 0.97 of the time.
+# A bar of 0.97 of the throughput is a bar of 1 / 0.97 of the time.
 BAR_IMAGES = round(1 / 0.97, 3)
 BAR_TENSORS = round(1 / 0.93, 3)
 BAR_RESUME = 1.1
@@ -39,7 +38,7 @@ BLOCK = 512
 
 
 class Images(Dataset[tuple[torch.Tensor, int]]):
-    """Pictures of 256 x 256 in memory, cropped, flipped and scaled at random: 0.5 ms each."""
+    """Images of 256 x 256 in memory, randomly cropped, flipped and scaled: 0.5 ms each."""
 
     def __init__(self, length: int) -> None:
         self._picture = torch.randint(0, 256, (3, 256, 256), dtype=torch.uint8)
@@ -57,7 +56,7 @@ class Images(Dataset[tuple[torch.Tensor, int]]):
 
 
 class Rows(Dataset[tuple[torch.Tensor, ...]]):
-    """Rows of tensors in a dataset of one's own, of which nothing is known."""
+    """Rows of tensors in a custom dataset of unknown kind."""
 
     def __init__(self, *columns: torch.Tensor) -> None:
         self._columns = columns
@@ -70,7 +69,7 @@ class Rows(Dataset[tuple[torch.Tensor, ...]]):
 
 
 class Numbers(Dataset[int]):
-    """An indexable dataset that takes no memory."""
+    """Indexable dataset without memory."""
 
     def __init__(self, length: int) -> None:
         self._length = length
@@ -169,7 +168,7 @@ def _seconds_per_sample(batches: Iterable[Any]) -> float:
             now = perf_counter()
             blocks.append((now - begin) / count)
             begin, count = now, 0
-    # Others on the machine only ever add time.
+    # Other processes only ever add time.
     return quantiles(blocks, n=4, method="inclusive")[0]
 
 

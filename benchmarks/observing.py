@@ -1,8 +1,8 @@
-"""What the default logging adds to the step of a tiny model, beside that of two peers.
+"""Overhead of the default logging on the step of a tiny model, compared with two peers.
 
-Ours: the loss, the figures of the run, progress as lines in a file, and a JSON line every 50 steps.
-Lightning: its loggers and progress bar as they are by default, with the loss logged. Transformers:
-its log and progress bar as they are by default, every 50 steps. What is shown goes to a file.
+Ours: loss, run statistics, progress as lines in a file, and a JSON line every 50 steps. Lightning:
+default loggers and progress bar, with the loss logged. Transformers: default log and progress bar,
+every 50 steps. Progress is written to a file.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from benchmarks.report import Report, Row, Table
 from benchmarks.timing import Samples, Spread, differences, ratios
 from benchmarks.workload import Settings
 
-LOG_EVERY_STEPS = 50  # so each block that is timed has one logging point
+LOG_EVERY_STEPS = 50  # so each timed block has one logging point
 BAR = 0.10  # of the bare loop's step
 LOGGING = "with default logging"
 
@@ -51,7 +51,7 @@ def run(*, quick: bool) -> Report:
             "What default logging adds to a step",
             "us per step; the ratio is to the bare loop's step",
             added,
-            _beside_peers(added),
+            _compared_with_peers(added),
         ),
     ]
     return Report("observing", tables, timed.faults(), describe(DISTRIBUTIONS))
@@ -68,7 +68,7 @@ def _added(name: str, samples: Samples) -> Row:
     )
 
 
-def _beside_peers(added: Sequence[Row]) -> list[str]:
+def _compared_with_peers(added: Sequence[Row]) -> list[str]:
     costs = {row.name: row.value.median for row in added if row.value is not None}
     peers = [name for name in costs if name != OURS]
     cheaper = [name for name in peers if costs[name] <= costs[OURS]]

@@ -1,7 +1,7 @@
-"""What a trainer adds to the step of a tiny model, beside its peers, with and without hooks.
+"""Overhead of a trainer on the step of a tiny model, with and without hooks, compared with peers.
 
-Every contender trains the same job in the same process, in turns, and must end with the weights
-of the bare loop; what its step takes comes from marks made by the model (workload.py).
+All contenders train the same job in the same process, in turns, and must end with the weights of
+the bare loop. The step time comes from marks of the model (workload.py).
 """
 
 import importlib
@@ -17,7 +17,7 @@ from benchmarks.timing import Samples, differences, interleave
 from benchmarks.workload import Job, Settings
 
 HOOKS = 10
-MANY_HOOKS = 1000  # for ours, whose ten hooks take less than what two runs differ by
+MANY_HOOKS = 1000  # for ours, whose ten hooks cost less than the noise between two runs
 BARS = {0: 1.08, HOOKS: 1.12}  # of the bare loop's step, by the number of hooks
 BAR_PER_HOOK_NS = 250.0
 
@@ -35,7 +35,7 @@ class Contender:
     """Another framework, which may not run here."""
 
     def label(self, hook_count: int) -> str:
-        """The name of one of its rows."""
+        """Return the name of a contender's row."""
         return self.name if len(self.hook_counts) == 1 else f"{self.name}, {hook_count} hooks"
 
 
@@ -82,7 +82,7 @@ def measure(
     bars: Mapping[int, float],
     rounds: int,
 ) -> Report:
-    """Times the step of each contender; the bars, by the number of hooks, are for ours."""
+    """Time the step of each contender; the bars, by number of hooks, apply to ours."""
     timed = time_steps(settings, contenders, rounds=rounds)
     samples = timed.samples
     steps = step_rows(contenders, samples, bars)
@@ -91,7 +91,7 @@ def measure(
             f"One step{_kind(settings)}",
             "us per step",
             [*steps, *timed.absent],
-            [timed.weights_note(), *_beside_peers(steps)],
+            [timed.weights_note(), *_compared_with_peers(steps)],
         ),
         Table(
             "One hook's before and after, within a step",
@@ -104,7 +104,7 @@ def measure(
 
 @dataclass(frozen=True, slots=True)
 class TimedSteps:
-    """What contenders that took turns have given."""
+    """Results of contenders that took turns."""
 
     samples: Samples
     weights: Mapping[str, torch.Tensor]
@@ -113,7 +113,7 @@ class TimedSteps:
     """Peers that don't run here, and why."""
 
     def faults(self) -> list[str]:
-        """Those whose weights are further from the bare loop's than rounding explains."""
+        """Return the contenders whose weights differ from the bare loop's beyond rounding."""
         return [
             f"{name} ends with other weights than the bare loop, by up to {distance:.3g}"
             for name, distance in self._distances().items()
@@ -121,7 +121,7 @@ class TimedSteps:
         ]
 
     def weights_note(self) -> str:
-        """Whose weights are the bare loop's, bit for bit."""
+        """Describe which contenders have the bare loop's weights, bit for bit."""
         inexact = {name: distance for name, distance in self._distances().items() if distance > 0}
         if not inexact:
             return "All end with the weights of the bare loop, bit for bit."
@@ -136,7 +136,7 @@ class TimedSteps:
 
 
 def time_steps(settings: Settings, contenders: Sequence[Contender], *, rounds: int) -> TimedSteps:
-    """Runs them in turns; peers that break are told of, our own must not."""
+    """Run the contenders in turns; failing peers are reported, and ours must not fail."""
     torch.set_num_threads(1)
     weights: dict[str, torch.Tensor] = {}
     trains: dict[str, Callable[[], float]] = {}
@@ -144,7 +144,7 @@ def time_steps(settings: Settings, contenders: Sequence[Contender], *, rounds: i
     for contender in contenders:
         try:
             timed = _timed_runs(contender, settings, weights)
-        except Exception as error:  # whatever a framework that does not fit this machine raises
+        except Exception as error:  # any error of a framework that does not fit this machine
             if not contender.peer:
                 raise
             first_line = str(error).partition("\n")[0]
@@ -157,9 +157,9 @@ def time_steps(settings: Settings, contenders: Sequence[Contender], *, rounds: i
 def _timed_runs(
     contender: Contender, settings: Settings, weights: dict[str, torch.Tensor]
 ) -> dict[str, Callable[[], float]]:
-    """A timed run for each number of hooks, which keeps the weights it ends with in `weights`.
+    """Return a timed run for each number of hooks, which stores its final weights in `weights`.
 
-    Each is tried on a few steps before, so that what can't run here raises now.
+    Each contender runs a few steps first, so an unsupported contender raises here.
     """
     module = importlib.import_module(f"benchmarks.contenders.{contender.module}")
     train: Callable[[Job, int], None] = module.train
@@ -183,7 +183,7 @@ def step_rows(
     samples: Samples,
     bars: Mapping[int, float],
 ) -> list[Row]:
-    """The step of each contender, and its ratio to the bare loop's."""
+    """Return a row with each contender's step and its ratio to the bare loop's."""
     return [
         Row.of(
             label,
@@ -199,7 +199,7 @@ def step_rows(
 
 
 def _hook_rows(contenders: Sequence[Contender], samples: Samples) -> list[Row]:
-    """The step with the most hooks less the one without, divided by their number."""
+    """Return rows with the cost of one hook: most hooks minus no hooks, per hook."""
     return [
         Row.of(
             f"{contender.name}, from {most} hooks",
@@ -220,8 +220,8 @@ def _kind(settings: Settings) -> str:
     return f", {' and '.join(kinds)}" if kinds else ""
 
 
-def _beside_peers(rows: Sequence[Row]) -> list[str]:
-    """Says which peers are as cheap as ours, or cheaper; nothing where none was measured."""
+def _compared_with_peers(rows: Sequence[Row]) -> list[str]:
+    """List the peers that are as cheap as ours or cheaper; empty without peers."""
     ratios = {row.name: row.ratio.median for row in rows if row.ratio is not None}
     notes = []
     for hook_count in (0, HOOKS):

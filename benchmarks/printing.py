@@ -1,4 +1,4 @@
-"""Reports as tables: drawn by rich in a terminal, as Markdown everywhere else."""
+"""Reports as tables: by rich in a terminal, as Markdown elsewhere."""
 
 import sys
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from benchmarks.timing import Spread
 
 
 def print_report(report: Report) -> None:
-    """Writes one report to standard output."""
+    """Write one report to standard output."""
     console = Console()
     environment = ", ".join(f"{name} {value}" for name, value in report.environment.items())
     if not console.is_terminal:
@@ -40,7 +40,7 @@ def print_report(report: Report) -> None:
 
 
 def markdown(table: Table) -> str:
-    """The table as Markdown, its columns padded so that it reads as plain text too."""
+    """Return the table as Markdown, with columns padded for reading as plain text."""
     lines = _cells(table)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     padded = [

@@ -1,4 +1,4 @@
-"""The environments that benchmarks run in; `peers.sh` builds those beside the project's own."""
+"""Environments of benchmarks; `peers.sh` builds the environments besides the project's own."""
 
 import os
 import sys
@@ -10,12 +10,12 @@ Where: TypeAlias = Literal["own", "peers", "robo_orchard_lab"]
 HERE = Path(__file__).resolve().parent
 _FOLDERS = {"peers": ".venv-peers", "robo_orchard_lab": ".venv-robo-orchard-lab"}
 
-# Eight tiny matrix products a step: more threads only add noise.
+# Eight tiny matrix products per step: more threads only add noise.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 def python_of(where: Where) -> str | None:
-    """The interpreter of an environment; None where it has not been built."""
+    """Return the interpreter of an environment, or None if not built."""
     if where == "own":
         return sys.executable
     built_in = Path(os.environ.get("BENCHMARKS_ENVIRONMENTS", HERE))
@@ -24,9 +24,9 @@ def python_of(where: Where) -> str | None:
 
 
 def variables(where: Where) -> dict[str, str]:
-    """The environment variables of a process there: one thread, compiled modules kept."""
+    """Return the environment variables of a process: one thread, compiled modules kept."""
     kept = {**os.environ, **_ONE_THREAD}
-    kept.pop("PYTHONDONTWRITEBYTECODE", None)  # else every start compiles what is not installed
+    kept.pop("PYTHONDONTWRITEBYTECODE", None)  # else each start compiles uninstalled modules
     if where == "robo_orchard_lab":
-        kept.pop("PYTHONPATH", None)  # its import names are ours
+        kept.pop("PYTHONPATH", None)  # its import names equal ours
     return kept

@@ -1,4 +1,4 @@
-"""The benchmarks by name. One line here and one module make a new one."""
+"""Benchmarks by name. A new benchmark is one line here and one module."""
 
 import importlib
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Benchmark:
     """The environment that its process belongs in, where that is built and it is not quick."""
 
     def run(self, *, quick: bool) -> Report:
-        """Measures in this process; `quick` trades precision for seconds."""
+        """Measure in this process; `quick` trades precision for seconds."""
         module: ModuleType = importlib.import_module(f"benchmarks.{self.name}")
         report: Report = module.run(quick=quick)
         return report

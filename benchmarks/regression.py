@@ -1,10 +1,10 @@
-"""A short subset for CI: `python -m benchmarks.regression` fails where speed was lost.
+"""Short subset for CI:
 
-It compares a few ratios with those in stored_ratios.json, which `--store` writes anew, and exits
-with 1 where one is more than 25 % above. A ratio is taken between the fastest of many short blocks
-of each contender, which took turns, by what they took of the processor, not by the clock on the
-wall, except for `dispatch`, which takes that: whatever else runs on the machine only ever adds to
-either, and seldom to all blocks. What seems lost is measured once more before it counts.
+`python -m benchmarks.regression` fails if speed was lost. A few ratios are compared with
+stored_ratios.json, which `--store` rewrites; the exit status is 1 if a ratio is more than 25 %
+higher. A ratio uses the fastest of many short blocks of each contender, in turns, by processor time
+(`dispatch`: wall time), since other processes only ever add time. A loss is measured twice before
+it counts.
 """
 
 import argparse
@@ -36,8 +36,8 @@ def main() -> int:
     parser.add_argument("--store", action="store_true", help=f"write benchmarks/{STORED.name}")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    with suppress(AttributeError, PermissionError):  # only some systems have it, or allow it
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))  # ahead of what else runs
+    with suppress(AttributeError, PermissionError):  # not on every system
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))  # before other processes
     if arguments.store:
         found = {name: round(measure(), 3) for name, measure in MEASURED.items()}
         STORED.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def compare(measured: Mapping[str, Callable[[], float]], stored: Mapping[str, float]) -> list[str]:
-    """What has become slower by more than is allowed, in words; it is measured twice then."""
+    """Return a line per ratio that is slower than allowed in two measurements."""
     lost = []
     for name, measure in measured.items():
         most = stored[name] * ALLOWED
@@ -63,7 +63,7 @@ def compare(measured: Mapping[str, Callable[[], float]], stored: Mapping[str, fl
 
 
 def dispatch() -> float:
-    """Of ten hooks on a channel, to the same calls in a loop."""
+    """Return the ratio of ten hooks on a channel to the same calls in a loop."""
     plain, channel = bare_and_channel(10)
     pairs = [
         (ns_per_call(plain, calls=200), ns_per_call(channel, calls=200)) for _ in range(ROUNDS)
@@ -72,7 +72,7 @@ def dispatch() -> float:
 
 
 def step(train: Callable[[Job], None]) -> float:
-    """Of one step, to the bare loop's."""
+    """Return the ratio of one step to the bare loop's."""
     settings = Settings(steps=300, block_steps=50)
 
     def fastest(contender: Callable[[Job], None]) -> float:
@@ -81,20 +81,20 @@ def step(train: Callable[[Job], None]) -> float:
         contender(job)
         return job.ns_per_step(quantile=0.05)
 
-    fastest(train)  # pays for imports and the like
+    fastest(train)  # pays for one-time imports
     pairs = [(fastest(partial(bare.train, hook_count=0)), fastest(train)) for _ in range(ROUNDS)]
     return _fastest(pairs)
 
 
 def importing() -> float:
-    """Of the processor's time that the import of the trainer takes, to that of Accelerate's."""
+    """Return the ratio of the trainer's import to Accelerate's, by processor time."""
     names = ("accelerate", "robo_orchard_lab.pipeline")
     pairs = [(_import_seconds(names[0]), _import_seconds(names[1])) for _ in range(2)]
     return _fastest(pairs)
 
 
 def _fastest(pairs: Sequence[tuple[float, float]]) -> float:
-    """The least of what was measured second, to the least of what was measured first."""
+    """Return the ratio of the second contender's minimum to the first's."""
     return min(second for _, second in pairs) / min(first for first, _ in pairs)
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark hands back: tables of values and ratios, as plain data that is also JSON."""
+"""Result of a benchmark: tables of values and ratios, as plain data and JSON."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,7 +9,7 @@ from benchmarks.timing import Spread, ratios
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One contender's figures. A row without a value says in its note why there is none."""
+    """Figures of one contender. A row without a value has the reason in its note."""
 
     name: str
     value: Spread | None = None
@@ -22,7 +22,7 @@ class Row:
 
     @property
     def bar_met(self) -> bool | None:
-        """Whether the median keeps to the bar; None where there is no bar or nothing to compare."""
+        """Return True if the median meets the bar; None without a bar or a ratio."""
         measured = self.ratio or self.value
         return None if self.bar is None or measured is None else measured.median <= self.bar
 
@@ -37,7 +37,7 @@ class Row:
         note: str = "",
         scale: float = 1.0,
     ) -> "Row":
-        """The figures of `samples` times `scale` (which brings them to the table's unit)."""
+        """Return the spread of `samples` times `scale`, a factor to the table's unit."""
         return cls(
             name=name,
             value=Spread.of([sample * scale for sample in samples]),
@@ -58,7 +58,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything that one benchmark found in one run."""
+    """Results of one benchmark in one run."""
 
     benchmark: str
     tables: Sequence[Table]
@@ -68,7 +68,7 @@ class Report:
     """The machine and the versions that the figures belong to."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; every row says also whether it keeps to its bar."""
+        """Return plain data, including for each row whether the bar is met."""
         plain = asdict(self)
         for table, plain_table in zip(self.tables, plain["tables"], strict=True):
             for row, plain_row in zip(table.rows, plain_table["rows"], strict=True):

@@ -1,7 +1,7 @@
-"""What was measured last, kept in results.json, and RESULTS.md, which is written from it.
+"""Latest measurements in results.json, and RESULTS.md generated from them.
 
-So a benchmark can be run again by itself, and the page still shows all. What is said of a missed
-bar stands in remarks.toml, by benchmark and row.
+A single benchmark can be repeated, and the page still shows all benchmarks. Remarks on missed bars
+are in remarks.toml, by benchmark and row.
 """
 
 import json
@@ -25,7 +25,7 @@ REMARKS = HERE / "remarks.toml"
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A report, and when it was made of what."""
+    """A report with its date and commit."""
 
     report: Report
     on: str
@@ -33,7 +33,7 @@ class Measured:
 
 
 def keep(reports: Sequence[Report]) -> None:
-    """Put these in place of the older ones of the same benchmarks, and write the page anew."""
+    """Replace older reports of the same benchmarks, and rewrite the page."""
     kept: dict[str, Any] = {}
     if KEPT.exists():
         kept = json.loads(KEPT.read_text(encoding="utf-8"))
@@ -49,7 +49,7 @@ def keep(reports: Sequence[Report]) -> None:
 
 
 def page(measured: Mapping[str, Measured], remarks: Mapping[str, Mapping[str, str]]) -> str:
-    """All results as Markdown: the bars, what is missed and why, then every table."""
+    """Return all results as Markdown: bars, misses with reasons, then every table."""
     missing = [name for name in BENCHMARKS if name not in measured]
     parts = [
         "# Results",

@@ -1,7 +1,7 @@
-"""The step of RoboOrchardLab, whose training system this project implements anew.
+"""Step time of RoboOrchardLab, whose training system this project reimplements.
 
-It has an environment of its own, since the import names are the same; so it is compared there with
-the bare loop and Accelerate's, as this trainer is in `overhead`.
+RoboOrchardLab has its own environment, since the import names are equal. There, its step is
+compared with the bare loop's and Accelerate's, as this trainer's is in `overhead`.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -31,7 +31,7 @@ def run(*, quick: bool) -> Report:
 
 
 def _is_installed() -> bool:
-    """Elsewhere the names that its contender imports are this project's."""
+    """Return True if the import names are RoboOrchardLab's; elsewhere they are this project's."""
     try:
         version("robo-orchard-lab")
     except PackageNotFoundError:

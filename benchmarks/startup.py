@@ -1,7 +1,7 @@
-"""How long one waits for an import, and for the end of a training's first step.
+"""Time of an import, and of a training's first step.
 
-Each sample is a process of its own; the contenders take turns. An import is timed within its
-process, the first step from when the process is started, the interpreter's own start included.
+Each sample is a separate process, and contenders take turns. An import is timed within its process,
+the first step from the start of the process, including the interpreter.
 """
 
 import subprocess
@@ -20,7 +20,7 @@ LONGEST_S = 120
 CORE, PIPELINE, REFERENCE = "robo_orchard_core", "robo_orchard_lab.pipeline", "accelerate"
 CORE_CONFIG = "robo_orchard_core.utils.config"  # most of what is in it
 
-# What is imported, and where. Each is the module that one trains with.
+# Module and environment of each import; each is the module used for training.
 IMPORTS: Mapping[str, tuple[str, Where]] = {
     REFERENCE: ("import accelerate", "own"),
     CORE: ("import robo_orchard_core", "own"),
@@ -106,13 +106,13 @@ def _table(
 
 
 def _row(name: str, samples: Samples, bars: Mapping[str, float]) -> Row:
-    """The core's bar is one of seconds, not of a ratio."""
+    """Return a row; the core's bar is in seconds, not a ratio."""
     reference = None if name in (CORE, CORE_CONFIG) else samples.references.get(name)
     return Row.of(name, samples.values[name], reference=reference, bar=bars.get(name), scale=1e3)
 
 
 def _why_not(measure: Callable[[str, Where], float], what: str, where: Where) -> str | None:
-    """Why something can't be measured here, in one line; tried where it is another's."""
+    """Return why a contender can't be measured here, in one line."""
     if where == "own":
         return None
     if python_of(where) is None:
@@ -149,7 +149,7 @@ def _loads_torch() -> bool:
 
 def _output(where: Where, *arguments: str) -> str:
     python = python_of(where)
-    assert python is not None  # what can't run was left out
+    assert python is not None  # unsupported contenders were left out
     return subprocess.run(
         [python, *arguments],
         cwd=HERE.parent,

@@ -1,9 +1,9 @@
 """Interleaved timing: contenders take turns, and each is compared with its neighbour in time.
 
-A shared machine drifts: its clock, its caches and its neighbours change over seconds. So the
-reference runs just before each of the others (A B, A C, A D, then the next round), a ratio is
-taken only between two such neighbours, and what is reported is the median of those ratios with
-the middle half of them as its spread.
+A shared machine drifts: its clock, caches and other processes change over seconds. So the reference
+runs just before each contender (A B, A C, A D, then the next round), and a ratio is taken only
+between two neighbours. The report has the median of these ratios with their middle half as the
+spread.
 """
 
 import gc
@@ -16,7 +16,7 @@ from time import perf_counter, perf_counter_ns
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """The median of some samples, and the range that holds the middle half of them."""
+    """Median of samples, with the range of their middle half."""
 
     median: float
     low: float
@@ -32,7 +32,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """What interleaved runs gave, by contender: one sample a round."""
+    """Samples of interleaved runs by contender, one per round."""
 
     values: Mapping[str, Sequence[float]]
     """Of the reference, the samples of all its runs."""
@@ -40,7 +40,7 @@ class Samples:
     """What the reference gave just before each sample; the reference has none of its own."""
 
     def overheads(self, name: str) -> list[float]:
-        """What each sample costs more than the reference just before it."""
+        """Return the difference of each sample to the reference just before."""
         return differences(self.values[name], self.references[name])
 
 
@@ -55,17 +55,17 @@ def interleave(
     at_most_s: float = 120.0,
     warm_up: bool = True,
 ) -> Samples:
-    """Runs every contender once a round, in the order given, each just after the reference.
+    """Run every contender once per round, in order, each just after the reference.
 
-    One more round is run before and thrown away, unless `warm_up` is False: it pays for imports,
-    caches and lazy set-up. On a slow machine it stops early, after the round in which it has taken
-    `at_most_s` seconds, but not before the third.
+    One more round is run before and discarded, unless `warm_up` is False: it covers imports, caches
+    and lazy set-up. A slow machine stops after the round that exceeds `at_most_s` seconds, but not
+    before the third.
     """
     stop_at = perf_counter() + at_most_s
     values: dict[str, list[float]] = {name: [] for name in contenders}
     references: dict[str, list[float]] = {name: [] for name in contenders if name != reference}
     gc.collect()
-    gc.freeze()  # else every collection below walks all that was imported: 0.1-0.3 s a run
+    gc.freeze()  # else each later collection walks all imports: 0.1-0.3 s per run
     for round_id in range(0 if warm_up else 1, rounds + 1):
         for name in references:
             before = _one_sample(contenders[reference])
@@ -81,25 +81,25 @@ def interleave(
 
 
 def _one_sample(measure: Callable[[], float]) -> float:
-    gc.collect()  # so that nobody pays for the garbage of the one before
+    gc.collect()  # so that no contender pays for another's garbage
     return measure()
 
 
 def ratios(samples: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """Each sample divided by the reference's that belongs to it."""
+    """Return each sample divided by its reference's sample."""
     return [ours / theirs for ours, theirs in zip(samples, reference, strict=True)]
 
 
 def differences(samples: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """Each sample less the reference's that belongs to it."""
+    """Return each sample minus its reference's sample."""
     return [ours - theirs for ours, theirs in zip(samples, reference, strict=True)]
 
 
 def ns_per_call(call: Callable[[], object], *, calls: int, blocks: int = 20) -> float:
-    """The time of one call, the bare `for` around it (some 10 ns) included.
+    """Return the time of one call, including the bare `for` loop (about 10 ns).
 
-    The lower quartile over `blocks` blocks of `calls` calls: a process that takes the core for its
-    turn only ever adds time.
+    The figure is the lower quartile over `blocks` blocks of `calls` calls: other processes on the
+    core only ever add time.
     """
     means = []
     for _ in range(blocks):

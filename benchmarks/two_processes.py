@@ -1,9 +1,9 @@
-"""What a trainer adds to the step of a tiny model in two processes, which exchange gradients.
+"""Overhead of a trainer on the step of a tiny model in two processes with gradient exchange.
 
-Two processes over gloo, started here, train the same job by each contender in turns: DDP around the
-model and a loop, Accelerate's loop, and this trainer. All batches are alike, so that all end with
-the same weights. A step's figures are the first process's: its time, of which most is waiting for
-the other, and what its threads took of the processors.
+Two processes over gloo train the same job by each contender in turns: DDP in a loop, Accelerate's
+loop, and this trainer. All batches are equal, so all contenders end with the same weights. The
+figures are the first process's: step time, mostly waiting for the other process, and processor time
+of all threads.
 """
 
 import json
@@ -34,7 +34,7 @@ from benchmarks.workload import (
     Job,
     Settings,
     TinyModel,
-    as_it_is,
+    identity_collate,
 )
 
 PROCESSES = 2
@@ -50,7 +50,7 @@ LONGEST_S = 300
 
 
 class ClockedModel(TinyModel):
-    """A note of the processors' time, too, at the beginning of each forward pass."""
+    """Model that also records the processor time at the start of each forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class ClockedModel(TinyModel):
 
 
 class RankJob(Job):
-    """A job of which each of the processes does `settings.steps` steps."""
+    """Job with `settings.steps` steps in each process."""
 
     model: ClockedModel
 
@@ -72,14 +72,14 @@ class RankJob(Job):
         self.loader = DataLoader(
             self.dataset,
             batch_size=BATCH_SIZE,
-            collate_fn=as_it_is,  # type: ignore[arg-type]  # __getitems__ gives no list
+            collate_fn=identity_collate,  # type: ignore[arg-type]  # __getitems__ gives no list
         )
 
     def make_model(self) -> ClockedModel:
         return ClockedModel()
 
     def cpu_ns_per_step(self) -> float:
-        """Of all threads of this process, in the mean after the warm-up."""
+        """Return the processor time of all threads per step, averaged after the warm-up."""
         marks = self.model.cpu_ns[WARM_UP_STEPS:]
         return (marks[-1] - marks[0]) / (len(marks) - 1)
 
@@ -89,7 +89,7 @@ def _plain_loop(job: RankJob) -> None:
         job.dataset,
         batch_size=BATCH_SIZE,
         sampler=DistributedSampler(job.dataset, shuffle=False),
-        collate_fn=as_it_is,  # type: ignore[arg-type]  # as above
+        collate_fn=identity_collate,  # type: ignore[arg-type]  # as above
     )
     model, optimizer, scheduler = (
         DistributedDataParallel(job.model),
@@ -141,7 +141,7 @@ def _measure(steps: int, rounds: int) -> tuple[dict[str, Any], list[str]]:
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(PROCESSES),
                 "LOCAL_WORLD_SIZE": str(PROCESSES),
-                "MASTER_ADDR": "localhost",  # Accelerate asks for it; they meet by a file
+                "MASTER_ADDR": "localhost",  # required by Accelerate, and unused
                 "MASTER_PORT": "0",
             }
             command = [sys.executable, "-m", "benchmarks.two_processes"]
@@ -165,7 +165,7 @@ def _measure(steps: int, rounds: int) -> tuple[dict[str, Any], list[str]]:
 
 
 def _rank(store: str, result: str, steps: int, rounds: int) -> None:
-    """What each of the processes does; the first writes the result."""
+    """Run one rank; the first rank writes the result."""
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES)
@@ -183,7 +183,7 @@ def _rank(store: str, result: str, steps: int, rounds: int) -> None:
     samples: dict[str, dict[str, dict[str, list[float]]]] = {
         kind: {name: {"own": [], "reference": []} for name in CONTENDERS} for kind in kinds
     }
-    for round_id in range(rounds + 1):  # the first is thrown away
+    for round_id in range(rounds + 1):  # the first is discarded
         for name in list(CONTENDERS)[1:]:
             before, own = timed(PLAIN), timed(name)
             for kind, reference, sample in zip(kinds, before, own, strict=True):
@@ -200,7 +200,7 @@ def _rank(store: str, result: str, steps: int, rounds: int) -> None:
         document = {"samples": samples, "faults": faults}
         Path(result).write_text(json.dumps(document), encoding="utf-8")
     dist.barrier()
-    sleep(1.0)  # a process that ends while the other still exchanges aborts it
+    sleep(1.0)  # a process that exits during the other's exchange aborts the other
     dist.destroy_process_group()
 
 

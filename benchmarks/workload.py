@@ -1,8 +1,8 @@
-"""The training run that every contender performs: Linear 32-32-10, SGD, StepLR, data in memory.
+"""Training run of every contender:
 
-What is timed is a framework's bookkeeping, so everything else is as small as it gets and the same
-for all: weights, batches, optimizer, schedule, one torch thread. Batches are cut beforehand, and
-the data loader fetches each with one call.
+Linear 32-32-10, SGD, StepLR, data in memory. The benchmark times a framework's bookkeeping, so
+everything else is minimal and equal for all contenders: weights, batches, optimizer, LR scheduler,
+one torch thread. Batches are cut in advance, and the data loader fetches each with one call.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ Batch: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 
 class TinyModel(torch.nn.Sequential):
-    """Two layers, and a note of when each forward pass began."""
+    """Two layers that record the start of each forward pass."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -43,10 +43,10 @@ class TinyModel(torch.nn.Sequential):
 
 
 class BatchesInMemory(Dataset[Batch]):
-    """`steps` times `BATCH_SIZE` samples, of which a loader gets whole batches at a time.
+    """Dataset of `steps` times `BATCH_SIZE` samples, fetched in complete batches.
 
-    A pool of batches is passed over again and again: enough of them that learning goes on, and
-    few enough that they stay in the cache.
+    The same pool of batches is repeated: large enough for continued learning, small enough for the
+    cache.
     """
 
     def __init__(self, steps: int, pool: int = 256) -> None:
@@ -64,18 +64,18 @@ class BatchesInMemory(Dataset[Batch]):
         return self.samples
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        """The batch that begins at the first index; a sequential sampler asks for whole ones."""
+        """Return the batch at the first index; a sequential sampler requests complete batches."""
         return self.batches[indices[0] // BATCH_SIZE % len(self.batches)]
 
 
-def as_it_is(batch: Batch) -> Batch:
-    """The collate function: the dataset hands out finished batches."""
+def identity_collate(batch: Batch) -> Batch:
+    """Collate function that returns the dataset's finished batches."""
     return batch
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What kind of run it is."""
+    """Kind of a run."""
 
     steps: int
     """Steps in the run, in one epoch; each is one batch."""
@@ -86,7 +86,7 @@ class Settings:
 
 
 class Job:
-    """One run to be trained from the start: everything but the loop."""
+    """Job to be trained from the start: everything except the loop."""
 
     def __init__(self, settings: Settings) -> None:
         torch.manual_seed(0)
@@ -100,32 +100,31 @@ class Job:
         self.loader: DataLoader[Batch] = DataLoader(
             self.dataset,
             batch_size=BATCH_SIZE,
-            collate_fn=as_it_is,  # type: ignore[arg-type]  # __getitems__ gives no list
+            collate_fn=identity_collate,  # type: ignore[arg-type]  # __getitems__ gives no list
         )
 
     def make_model(self) -> TinyModel:
-        """The model, with the weights that every run begins with."""
+        """Return the model with the initial weights of every run."""
         return TinyModel()
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """Another optimizer like the job's."""
+        """Return a new optimizer equal to the job's."""
         return torch.optim.SGD(self.model.parameters(), lr=0.1)
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The mean cross entropy of float32 logits."""
+        """Return the mean cross entropy of float32 logits."""
         return cross_entropy(logits, labels)
 
     def weights(self) -> torch.Tensor:
-        """All weights of the model in one copied row."""
+        """Return all weights of the model in one copied row."""
         return torch.cat([weight.detach().flatten() for weight in self.model.parameters()])
 
     def ns_per_step(self, quantile: float = 0.25) -> float:
-        """What a step took: the lower quartile over blocks of steps, after some to warm up.
+        """Return the time of a step: the lower quartile over blocks of steps after a warm-up.
 
-        From one forward pass to the one a block later: a whole number of steps, whatever a
-        framework does between two forward passes, without its start and its end. A block lasts
-        some 2 ms. Where another process takes the core for its turn, it spoils the blocks that it
-        interrupts, and up to three quarters of them may be spoilt.
+        A block spans from one forward pass to another, so it includes everything a framework does
+        in between, and excludes the run's start and end. A block lasts about 2 ms. Another process
+        on the core spoils only the interrupted blocks, of which up to three quarters may be spoilt.
         """
         began = self.model.forward_began_ns
         if len(began) != self.settings.steps:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains a ResNet-18 on handwritten digits, from nothing: makes the environment first. Arguments go
-# on to the example, for instance --max_epoch 1 or --help.
+# Create the environment and train a ResNet-18 on handwritten digits. Arguments are passed to the
+# example, for instance --max_epoch 1 or --help.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_environment

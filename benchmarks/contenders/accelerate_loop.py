@@ -1,4 +1,4 @@
-"""A loop as Accelerate's documentation writes it, `accumulate` included."""
+"""Loop as in Accelerate's documentation, with `accumulate`."""
 
 from accelerate import Accelerator
 
@@ -23,7 +23,7 @@ def train(job: Job, hook_count: int) -> None:
 
 
 def make_accelerator(job: Job) -> Accelerator:
-    """One process on the CPU, in the job's precision."""
+    """Return an accelerator of one process on the CPU, in the job's precision."""
     return Accelerator(
         cpu=True,
         mixed_precision="bf16" if job.settings.bf16 else "no",

@@ -1,4 +1,4 @@
-"""The loop one writes by hand: the reference."""
+"""Handwritten loop: the reference."""
 
 import torch
 

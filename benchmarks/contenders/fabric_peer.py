@@ -1,4 +1,4 @@
-"""A loop on Lightning Fabric, with its callbacks as hooks."""
+"""Loop on Lightning Fabric, with its callbacks as hooks."""
 
 from lightning.fabric import Fabric  # type: ignore[import-not-found]  # not in the dev extra
 

@@ -1,4 +1,4 @@
-"""Lightning's Trainer with its logger and progress bar as they are by default."""
+"""Lightning's Trainer with its default logger and progress bar."""
 
 import contextlib
 import logging

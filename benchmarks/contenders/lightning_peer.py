@@ -1,4 +1,4 @@
-"""Lightning's Trainer in its own mode for measuring overhead, with callbacks as hooks."""
+"""Lightning's Trainer in its mode for measuring overhead, with callbacks as hooks."""
 
 # mypy: disallow-subclassing-any=False
 # (Lightning is not in the dev extra, so its base classes have no type there.)

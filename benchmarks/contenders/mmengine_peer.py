@@ -37,14 +37,14 @@ class NoopHook(Hook):
 
 
 def train(job: Job, hook_count: int) -> None:
-    # MMEngine brings its own StepLR. It can't wrap an optimizer that the job's already wraps.
+    # MMEngine has its own StepLR, which can't wrap an optimizer with another LR scheduler.
     optimizer = job.make_optimizer()
     schedule = StepLR(optimizer, step_size=SCHEDULE_STEP_SIZE, gamma=SCHEDULE_GAMMA, by_epoch=False)
     with tempfile.TemporaryDirectory() as folder:
         runner = Runner(
             model=Model(job),
             work_dir=folder,
-            experiment_name=uuid4().hex,  # one process may not use a name twice
+            experiment_name=uuid4().hex,  # a process must not reuse a name
             train_dataloader=job.loader,
             train_cfg={"by_epoch": True, "max_epochs": 1},
             optim_wrapper=OptimWrapper(optimizer),

@@ -30,7 +30,7 @@ def train(job: Job, hook_count: int) -> None:
 
 
 def make_trainer(job: Job, hook_count: int, keyed_by: KeyedBy = "none") -> HookBasedTrainer:
-    """A trainer that is ready to be called, and knows that loading draws no random numbers."""
+    """Return a trainer configured for loading without random numbers."""
 
     def forward(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, labels = batch

@@ -1,4 +1,4 @@
-"""This project's trainer, which seeds for every batch, since its dataset may draw."""
+"""This project's trainer with keyed random numbers, which seed each batch."""
 
 from benchmarks.contenders.ours import make_trainer
 from benchmarks.workload import Job

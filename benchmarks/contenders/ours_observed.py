@@ -1,4 +1,4 @@
-"""This project's trainer with the hooks that watch a run, as they are by default."""
+"""This project's trainer with its observing hooks at their defaults."""
 
 import logging
 import tempfile

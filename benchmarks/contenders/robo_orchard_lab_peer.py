@@ -1,6 +1,6 @@
-"""RoboOrchardLab's trainer, written as its tutorial on custom hooks writes it.
+"""RoboOrchardLab's trainer, as in its tutorial on custom hooks.
 
-It runs in an environment of its own, where the import names are RoboOrchardLab's.
+The contender runs in its own environment with RoboOrchardLab's import names.
 """
 
 from typing import Any

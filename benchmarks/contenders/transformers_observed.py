@@ -1,4 +1,4 @@
-"""Transformers' Trainer with its log and progress bar as they are by default, every 50 steps."""
+"""Transformers' Trainer with its default log and progress bar, every 50 steps."""
 
 import contextlib
 import tempfile

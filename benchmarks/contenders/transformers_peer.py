@@ -19,7 +19,7 @@ from benchmarks.workload import BATCH_SIZE, Batch, Job
 
 
 class JobTrainer(Trainer):
-    """The job's loss in place of a language model's."""
+    """Transformers' Trainer with the job's loss instead of a language model's."""
 
     job: Job
 
@@ -53,7 +53,7 @@ def train(job: Job, hook_count: int) -> None:
 
 
 def make_trainer(job: Job, folder: str, **options: Any) -> JobTrainer:
-    """A trainer that is ready, with these training arguments beside those that all have."""
+    """Return a trainer with these training arguments and the common ones."""
     trainer = JobTrainer(
         model=job.model,
         args=TrainingArguments(
@@ -62,7 +62,7 @@ def make_trainer(job: Job, folder: str, **options: Any) -> JobTrainer:
             num_train_epochs=1,
             per_device_train_batch_size=BATCH_SIZE,
             train_sampling_strategy="sequential",
-            max_grad_norm=0.0,  # no clipping, as nobody else clips
+            max_grad_norm=0.0,  # no clipping, as in all contenders
             save_strategy="no",
             report_to="none",
             remove_unused_columns=False,
@@ -77,6 +77,6 @@ def make_trainer(job: Job, folder: str, **options: Any) -> JobTrainer:
 
 
 def _as_dict(batch: Batch) -> dict[str, torch.Tensor]:
-    # Transformers takes batches as dicts only.
+    # Transformers accepts batches as dicts only.
     inputs, classes = batch
     return {"inputs": inputs, "classes": classes}

@@ -1,7 +1,4 @@
-"""What the training of the example is made of: images of handwritten digits.
-
-``train.py`` and ``digits.yaml`` both take it from here.
-"""
+"""Data of the digits example: images of handwritten digits."""
 
 from __future__ import annotations
 
@@ -16,17 +13,17 @@ from torch.utils.data import Dataset
 from torchvision.datasets import FakeData, ImageFolder
 from torchvision.transforms import v2
 
-DIGITS, SIZE = 10, 32  # how many there are; height and width of an image in pixels
+DIGITS, SIZE = 10, 32  # number of digits; height and width of an image in pixels
 
 
 class Digits(Dataset[tuple[torch.Tensor, int]]):
-    """Images of digits as float tensors of shape (3, 32, 32) around 0, and which digit each shows.
+    """Digit images as float tensors of shape (3, 32, 32) centred at 0, with their digits.
 
     Args:
-        folder: of the images; if missing, scikit-learn's 1797 digits are written there.
-        train: whether to give those to learn from, turned and moved a little at random; else those
-            to check with.
-        random_images: give so many random images instead, to see whether everything runs.
+        folder: Folder of the images; if missing, scikit-learn's 1797 digits are written there.
+        train: True for training images, randomly rotated and shifted; False for validation
+            images.
+        random_images: Number of random images to return instead, for a test run.
     """
 
     def __init__(
@@ -70,4 +67,4 @@ def write_digits(folder: Path) -> None:
                 pixels = (digits.images[index] * (255 / 16)).round().astype("uint8")
                 image = PILImage.fromarray(pixels).convert("RGB")
                 image.resize((SIZE, SIZE), PILImage.Resampling.BILINEAR).save(file)
-        Path(draft, "images").rename(folder)  # now it is whole
+        Path(draft, "images").rename(folder)  # complete from here on

@@ -1,12 +1,12 @@
-"""Train a ResNet-18 to read handwritten digits, from images on disk to saved weights.
+"""Train a ResNet-18 to classify handwritten digits, from images on disk to saved weights.
 
     bash scripts/demo.sh                                       # about a minute on two CPU cores
     python examples/digits/train.py --max_epoch 10 --batch_size 128
     torchrun --standalone --nproc-per-node=2 examples/digits/train.py --batch_size 32
     python examples/digits/train.py --dataset.pipeline_test true --max_epoch 1   # random images
 
-Every field below that is described is an option of the command line; ``--help`` lists them.
-``digits.yaml`` is the same training as a file.
+Every field with a description is a command line option; ``--help`` lists all options.
+``digits.yaml`` describes the same training as a file.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from robo_orchard_lab.pipeline.hooks import (
 from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig, TrackerSinkConfig
 from robo_orchard_lab.utils import log_basic_config
 
-VALIDATION = "eval/val/accuracy"  # the share of unseen images that are read right
+VALIDATION = "eval/val/accuracy"  # fraction of unseen images classified correctly
 
 
-# What an experiment consists of, as fields that are checked, saved and set from the command line.
+# Configuration of the experiment, with checked fields that are saved and set by options.
 
 
 class DatasetConfig(SettingConfig):
-    """The images to learn from and those to check with."""
+    """Training and validation images."""
 
     data_root: str = Field(
         default="workspace/digits/images",
@@ -60,7 +60,7 @@ class DatasetConfig(SettingConfig):
     dummy_val_imgs: int = Field(default=64, ge=1, description="Random images to check with.")
 
     def open(self) -> tuple[Digits, Digits]:
-        """The images to learn from and those to check with."""
+        """Return the training and validation images."""
         train, val = self.dummy_train_imgs, self.dummy_val_imgs
         return (
             Digits(self.data_root, train=True, random_images=train if self.pipeline_test else None),
@@ -69,7 +69,7 @@ class DatasetConfig(SettingConfig):
 
 
 class TrainerConfig(SettingConfig):
-    """The training of one model."""
+    """Training of one model."""
 
     dataset: DatasetConfig = Field(default=DatasetConfig(), description="The images.")
     batch_size: int = Field(default=64, ge=2, description="Images in a batch, of each process.")
@@ -87,7 +87,7 @@ def train(cfg: TrainerConfig) -> HookBasedTrainer:
     """Train a model as configured."""
     set_seed(cfg.seed)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    with accelerator.main_process_first():  # which writes the images
+    with accelerator.main_process_first():  # rank 0 writes the images
         images, unseen = cfg.dataset.open()
     batches = DataLoader(
         images, batch_size=cfg.batch_size, shuffle=True, drop_last=True, num_workers=cfg.num_workers
