@@ -29,7 +29,7 @@ OURS = "this trainer"
 class Contender:
     name: str
     module: str
-    """In benchmarks.contenders; what it imports decides whether the contender can be measured."""
+    """Module of benchmarks.contenders; its imports decide whether the contender is measured."""
     hook_counts: Sequence[int] = (0, HOOKS)
     peer: bool = False
     """Another framework, which may not run here."""
@@ -108,7 +108,7 @@ class TimedSteps:
 
     samples: Samples
     weights: Mapping[str, torch.Tensor]
-    """What each ended with."""
+    """Final weights of each contender."""
     absent: Sequence[Row]
     """Peers that don't run here, and why."""
 

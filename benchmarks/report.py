@@ -51,7 +51,7 @@ class Row:
 class Table:
     title: str
     unit: str
-    """What a value counts, such as "us per step"."""
+    """Unit of the values, such as "us per step"."""
     rows: Sequence[Row]
     notes: Sequence[str] = ()
 
@@ -63,7 +63,7 @@ class Report:
     benchmark: str
     tables: Sequence[Table]
     faults: Sequence[str] = ()
-    """What makes the figures void, such as weights that differ; the run then fails."""
+    """Reasons for void figures, such as differing weights; the run then fails."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """The machine and the versions that the figures belong to."""
 

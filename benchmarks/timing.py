@@ -37,7 +37,7 @@ class Samples:
     values: Mapping[str, Sequence[float]]
     """Of the reference, the samples of all its runs."""
     references: Mapping[str, Sequence[float]]
-    """What the reference gave just before each sample; the reference has none of its own."""
+    """Reference samples just before each sample; empty for the reference itself."""
 
     def overheads(self, name: str) -> list[float]:
         """Return the difference of each sample to the reference just before."""

@@ -34,7 +34,7 @@ class TinyModel(torch.nn.Sequential):
         )
         self.forward_began_ns: list[int] = []
         self.clock = perf_counter_ns
-        """What it is noted by."""
+        """Clock that times the forward passes."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # the base class's name
         self.forward_began_ns.append(self.clock())
@@ -82,7 +82,7 @@ class Settings:
     accumulate: int = 1
     bf16: bool = False
     block_steps: int = BLOCK_STEPS
-    """What is timed together: a multiple of whatever recurs, such as logging every 50 steps."""
+    """Steps per timed block: a multiple of recurring events, such as logging every 50 steps."""
 
 
 class Job:

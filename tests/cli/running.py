@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROGRAM = "import sys; from robo_orchard_lab.cli.main import main; sys.exit(main())"
-"""What the installed ``robo-orchard-lab`` does."""
+"""Code of the installed ``robo-orchard-lab``."""
 
 START = [sys.executable, "-P", "-c", PROGRAM]  # -P: scripts have their own folder ahead, not this
 LONGEST_S = 120
@@ -31,7 +31,7 @@ class Ended:
 
 
 def environment(variables: Variables = EMPTY) -> dict[str, str]:
-    """This process's, with these variables, and none that changes what is printed."""
+    """Return this process's environment with these variables, without variables for output."""
     kept = {name: value for name, value in os.environ.items() if name not in _LEFT_OUT}
     return {**kept, **variables}
 
@@ -42,7 +42,7 @@ def run_module(*arguments: str, cwd: Path) -> Ended:
 
 
 def run(*arguments: str, cwd: Path | None = None, variables: Variables = EMPTY) -> Ended:
-    """The program in a process of its own, whose output is read by another program."""
+    """Start the program in a separate process with piped output."""
     return _ended([*START, *arguments], cwd, variables)
 
 

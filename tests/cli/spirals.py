@@ -30,7 +30,7 @@ trainer: {max_epoch: 3}
 """Ten steps an epoch."""
 
 MODULE = '''\
-"""What a user has beside the file."""
+"""Parts of an experiment in a module of the user."""
 
 import os
 import time

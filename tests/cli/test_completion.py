@@ -64,7 +64,7 @@ def test_bash_completes_hooks_fields_and_files(path_with_program: str, tmp_path:
     assert of("hooks show Stat") == "StatsMonitor"
     assert of("config show --trainer.max_s") == "--trainer.max_step"
     assert of("config show --trust x --origins --hook") == "--hooks"
-    # bash completes files itself, which it is told to by an empty answer of this kind.
+    # An empty answer of this kind makes bash complete files itself.
     answer = subprocess.run(
         ["robo-orchard-lab"],
         env=environment(

@@ -110,8 +110,10 @@ def test_each_value_is_shown_with_its_origin(
 
 def test_origins_are_printed_as_json(file: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Each value has field, value, layer and location."""
-    told = json.loads(shown(capsys, "config", "show", file, "--origins", "--json", "--seed", "3"))
-    seed = next(each for each in told if each["field"] == "seed")
+    printed = json.loads(
+        shown(capsys, "config", "show", file, "--origins", "--json", "--seed", "3")
+    )
+    seed = next(each for each in printed if each["field"] == "seed")
     assert seed == {"field": "seed", "value": 3, "layer": "command line", "from": "--seed"}
     whole = json.loads(shown(capsys, "config", "show", file, "--json", "--seed", "3"))
     assert whole["seed"] == 3
@@ -141,9 +143,9 @@ def test_check_prints_all_errors(file: str, capsys: pytest.CaptureFixture[str]) 
     assert any(line.startswith("error: broken.yaml") and "broken YAML" in line for line in out)
     assert out[-1] == "gone.yaml: error: there is no file gone.yaml"
     assert main(["config", "check", file, "wrong.yaml", "--json"]) == 2
-    told = json.loads(capsys.readouterr().out)
-    assert [each["ok"] for each in told] == [True, False]
-    assert {each["field"] for each in told[1]["errors"]} >= {"data.train.shuffle"}
+    printed = json.loads(capsys.readouterr().out)
+    assert [each["ok"] for each in printed] == [True, False]
+    assert {each["field"] for each in printed[1]["errors"]} >= {"data.train.shuffle"}
 
 
 @pytest.mark.parametrize(
@@ -162,10 +164,10 @@ def test_an_invalid_option_is_named_in_the_error(
     """The error has one or two lines, with the option and the nearest name."""
     capsys.readouterr()
     assert main(["config", "show", file, *typed]) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert said in told.err
-    assert len(told.err.splitlines()) <= 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert said in printed.err
+    assert len(printed.err.splitlines()) <= 2
 
 
 def test_diff_shows_the_effect_on_a_resume(file: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,8 +180,8 @@ def test_diff_shows_the_effect_on_a_resume(file: str, capsys: pytest.CaptureFixt
     assert rows[1][:4] == ["seed", "0", "4", "impossible"]
     assert ["name", "spirals", "other", "harmless"] in rows
     assert "ProgressBarHook ..." in text
-    told = json.loads(shown(capsys, "config", "diff", file, "variant.yaml", "--json"))
-    assert {each["field"]: each["resume"] for each in told} == {
+    printed = json.loads(shown(capsys, "config", "diff", file, "variant.yaml", "--json"))
+    assert {each["field"]: each["resume"] for each in printed} == {
         "name": "harmless",
         "hooks.bar": "harmless",
     }

@@ -17,11 +17,11 @@ from robo_orchard_lab.cli.main import main
 def test_versions_and_devices_are_printed_as_json() -> None:
     """Exits with 0 if nothing is missing; the JSON has packages, extras and devices."""
     done = run("doctor", "--json")
-    told = json.loads(done.out)
-    assert (done.code, told["ok"], told["devices"][0]["device"]) == (0, True, "cpu")
-    assert "torch" in {one["name"] for one in told["packages"] if one["ok"]}
-    assert {"metrics", "terminal", "trackers", "vision"} <= set(told["extras"])
-    assert "gloo" in told["distributed"]
+    report = json.loads(done.out)
+    assert (done.code, report["ok"], report["devices"][0]["device"]) == (0, True, "cpu")
+    assert "torch" in {one["name"] for one in report["packages"] if one["ok"]}
+    assert {"metrics", "terminal", "trackers", "vision"} <= set(report["extras"])
+    assert "gloo" in report["distributed"]
 
 
 @pytest.mark.parametrize(

@@ -26,13 +26,13 @@ def test_a_dry_run_describes_the_run(work: Path, capsys: pytest.CaptureFixture[s
     before = {*work.rglob("*")}
     assert main(["train", FILE, "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    told = {line[:12].strip(): line[13:] for line in lines}
-    assert told["run folder"] == "runs/spirals"
-    assert told["start"] == "new run"
-    assert told["model"] == "51 parameters"
-    assert told["epoch"] == "10 steps"
-    assert told["run"] == "3 epochs, 30 steps, 30 updates"
-    assert told["memory"].startswith("parameters 204 B, gradients 204 B, optimizer 204 B; peak ")
+    printed = {line[:12].strip(): line[13:] for line in lines}
+    assert printed["run folder"] == "runs/spirals"
+    assert printed["start"] == "new run"
+    assert printed["model"] == "51 parameters"
+    assert printed["epoch"] == "10 steps"
+    assert printed["run"] == "3 epochs, 30 steps, 30 updates"
+    assert printed["memory"].startswith("parameters 204 B, gradients 204 B, optimizer 204 B; peak ")
     assert [line.split() for line in lines if line.startswith("validation")] == [
         ["validation", "every", "1", "epoch", "3"]
     ]
@@ -51,8 +51,8 @@ def test_a_dry_run_shows_the_step_to_resume_from(capsys: pytest.CaptureFixture[s
     assert main(["train", FILE, "--trainer.max_epoch=1"]) == 0
     capsys.readouterr()
     assert main(["train", FILE, "--dry-run"]) == 0
-    told = capsys.readouterr().out.splitlines()[1].split(maxsplit=1)
-    assert told == [
+    printed = capsys.readouterr().out.splitlines()[1].split(maxsplit=1)
+    assert printed == [
         "start",
         "resumes the run in this folder at step 10, with changed trainer.max_epoch",
     ]

@@ -28,8 +28,8 @@ def test_all_built_in_hooks_are_listed(capsys: pytest.CaptureFixture[str]) -> No
     configured = {name.removesuffix("Config") for name in built_in.__all__ if "Config" in name}
     assert set(listed) == configured
     assert all(len(line.split()) > 3 for line in lines[1:])
-    told = json.loads(shown(capsys, "hooks", "list", "--json"))
-    assert [each["name"] for each in told] == listed
+    printed = json.loads(shown(capsys, "hooks", "list", "--json"))
+    assert [each["name"] for each in printed] == listed
 
 
 def test_a_hook_is_shown_with_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,8 +49,8 @@ def test_a_hook_is_shown_with_its_fields(capsys: pytest.CaptureFixture[str]) -> 
     assert "min_delta float 0.0 Least improvement; a smaller one does not count." in rows
     entry = yaml.safe_load(text[text.index("  hooks:\n") :])
     assert entry["hooks"]["keep_best"]["class_type"] == "KeepBest"
-    told = json.loads(shown(capsys, "hooks", "show", "KeepBest", "--json"))
-    assert (told["channels"], told["fields"][0]["path"]) == (["on_loop"], "monitor")
+    printed = json.loads(shown(capsys, "hooks", "show", "KeepBest", "--json"))
+    assert (printed["channels"], printed["fields"][0]["path"]) == (["on_loop"], "monitor")
 
 
 def test_a_trusted_hook_is_shown(
@@ -68,9 +68,9 @@ def test_a_trusted_hook_is_shown(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert main(["hooks", "show", "my_shown_hooks:Mine"]) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err == (
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == (
         "error: 'my_shown_hooks:Mine' is not trusted; if you trust its code, pass --trust "
         "my_shown_hooks\n"
     )
@@ -104,8 +104,8 @@ def test_plan_shows_the_hooks_of_a_file_in_order(
     monkeypatch.chdir(tmp_path)
     main(["config", "init"])
     typed = ["--hooks.log.every", "7 steps", "--hooks.loss=null"]
-    told = json.loads(shown(capsys, "hooks", "plan", "experiment.yaml", "--json", *typed))
-    on_step = [each for each in told if each["channel"] == "on_step"]
+    printed = json.loads(shown(capsys, "hooks", "plan", "experiment.yaml", "--json", *typed))
+    on_step = [each for each in printed if each["channel"] == "on_step"]
     assert [each["hook"] for each in on_step] == ["OptimizerHook", "bar", "log", "stats"]
     assert [each["position"] for each in on_step] == [0, 1, 2, 3]
     assert on_step[0]["defined_in"] == "the trainer"
@@ -113,13 +113,13 @@ def test_plan_shows_the_hooks_of_a_file_in_order(
     assert (log["when"], log["class_name"], log["before"]) == ("7 steps", "MetricsLogger", None)
     assert log["defined_in"].startswith("experiment.yaml:")
     assert "metrics_logger.py:" in log["after"]
-    innermost = [each for each in told if each["channel"] == "on_loop"][-1]
+    innermost = [each for each in printed if each["channel"] == "on_loop"][-1]
     assert (innermost["hook"], innermost["class_name"]) == ("checkpoint", "SaveCheckpoint")
     assert innermost["defined_in"].startswith("experiment.yaml:")
     text = Path("experiment.yaml").read_text()
     Path("experiment.yaml").write_text(text.replace("checkpoint: {every", "# checkpoint: {every"))
-    told = json.loads(shown(capsys, "hooks", "plan", "experiment.yaml", "--json"))
-    assert {each["defined_in"] for each in told if each["hook"] == "checkpoint"} == {"default"}
+    printed = json.loads(shown(capsys, "hooks", "plan", "experiment.yaml", "--json"))
+    assert {each["defined_in"] for each in printed if each["hook"] == "checkpoint"} == {"default"}
     text = shown(capsys, "hooks", "plan", "experiment.yaml")
     assert text.splitlines()[0].split() == [
         "CHANNEL", "HOOK", "CLASS", "WHEN", "CALLS", "DEFINED", "IN", "CODE"

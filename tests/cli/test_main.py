@@ -45,10 +45,10 @@ def raising(error: BaseException) -> Callable[[list[str]], int]:
 
 def test_help_does_not_import_torch() -> None:
     """The process that prints help has not imported torch."""
-    told = "print(*sys.modules, file=sys.stderr)"
+    listing = "print(*sys.modules, file=sys.stderr)"
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; from robo_orchard_lab.cli.main import main; "
-         f"main(['--help']); {told}"],
+         f"main(['--help']); {listing}"],
         capture_output=True,
         text=True,
         env=environment(),
@@ -254,7 +254,7 @@ def test_a_usage_error_of_a_single_rank_is_printed(
 
 
 def python(body: str) -> list[str]:
-    """A program whose command is this body, in the place of what arguments say."""
+    """Return a program that runs this body instead of a command."""
     return [
         sys.executable,
         "-c",

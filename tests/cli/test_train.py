@@ -55,8 +55,8 @@ def start(run_folder: Path | str = RUN, number: int = 1) -> dict[str, Any]:
 def test_train_writes_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     """The run is in its folder, with overrides; the last lines name the next commands."""
     assert main(["train", FILE, "--trainer.max_epoch", "2", "--optimizer.lr=0.05"]) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert told == [
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [
         "runs/spirals: completed after 20 steps",
         "  newest checkpoint  runs/spirals/checkpoints/step_00000020",
         "  evaluate           robo-orchard-lab evaluate runs/spirals",

@@ -13,7 +13,7 @@ _ACCURACY = {
 }
 
 TRUST = (f"{__name__}:of_pairs",)
-"""What of these is not in the catalogue."""
+"""Names outside the catalogue."""
 
 ENTRIES: dict[str, list[dict[str, Any]]] = {
     "ClearCacheHook": [{"every": "50 steps", "collect_garbage": True}],

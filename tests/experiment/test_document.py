@@ -23,7 +23,7 @@ from robo_orchard_lab.experiment.document import (
 from robo_orchard_lab.experiment.overrides import Override, from_arguments, from_mapping, origin_of
 
 BASE = """\
-# what the variants share
+# shared by the variants
 $schema: schema.json
 name: base
 trainer:
@@ -215,7 +215,7 @@ def test_override_is_reread_as_text(folder: Path) -> None:
         assert first_sink(listed) == {"class_type": "m:Sink", "path": "[1, 2]"}
         assert origin(listed, *place) == "command line: --hooks.log.sinks.0.path"
     assert read.with_text(("trainer", "x")) is None  # it was text all along
-    assert read.with_text(("trainer", "max_epoch")) is None  # the file says it
+    assert read.with_text(("trainer", "max_epoch")) is None  # set by the file
     assert read.with_text(()) is None
 
 

@@ -73,7 +73,7 @@ def test_file_with_trusted_package_is_trained(program: list[str], folder: Path) 
     assert done.stderr.count(IMPORTED) == 1
 
     saved = run(program, folder, "config", "check", "runs/furrows/config.yaml")
-    assert saved.returncode == 2  # the run's own file says no more about trust than its source
+    assert saved.returncode == 2  # the run's own file grants no trust
     assert IMPORTED not in saved.stderr
 
 

@@ -116,7 +116,7 @@ def everything(folder: Path, rank: int, agree_every: int | None) -> dict[str, An
     code = None
 
     @hooks.on_loop.before
-    def forget(args: PipelineHookArgs) -> None:  # what compares the ranks at the start
+    def forget(args: PipelineHookArgs) -> None:  # exclude the comparison of ranks at the start
         calls.clear()
         reads.clear()
 

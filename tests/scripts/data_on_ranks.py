@@ -93,7 +93,7 @@ def main(folder: Path) -> None:
         loader = DataLoader(Drawing(32), 4, shuffle=True)
         data = TrainingData(loader, DataOrder(7, keyed_by), accelerator, TrainerProgress())
         result[f"by {keyed_by}"] = [torch.stack(list(b), 1) for b in map(_columns, data.epoch(0))]
-    # An order that is drawn from a generator which every rank has seeded its own way.
+    # An order drawn from a generator with a different seed on each rank.
     own = torch.Generator().manual_seed(rank)
     indices = DataLoader(Indices(32), 4, shuffle=True, generator=own)
     data = TrainingData(indices, DataOrder(), accelerator, TrainerProgress())

@@ -69,7 +69,7 @@ def run_pair(folder: Path, case: str) -> dict[str, Any]:
     took_s = time.monotonic() - float(failed_at.read_text()) if failed_at.exists() else math.inf
     os.kill(keeper, signal.SIGKILL)
     os.waitpid(keeper, 0)
-    left_at = time.monotonic() + 8  # a worker sees after 5 s that it is alone
+    left_at = time.monotonic() + 8  # a worker detects its dead parent after 5 s
     while (
         left := [each for each in started if not has_ended(each)]
     ) and time.monotonic() < left_at:

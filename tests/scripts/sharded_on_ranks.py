@@ -349,7 +349,7 @@ def refusals() -> dict[str, Any]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     processor = SimpleBatchProcessor.from_callable(loss_of)
     found = {"summary": str(summarize(shard(make_model(), init_device_mesh("cpu", (2,)))))}
-    os.environ["ACCELERATE_USE_FSDP"] = "true"  # as Accelerate does where it is given a plugin
+    os.environ["ACCELERATE_USE_FSDP"] = "true"  # as Accelerate does for a plugin
     try:
         HookBasedTrainer(accelerator, model, make_loader(), processor, optimizer, max_step=1)
     except PipelineConfigError as error:

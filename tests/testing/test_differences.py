@@ -27,7 +27,7 @@ def test_equal_states_have_no_difference(state: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "expected", "told"),
+    ("found", "expected", "reported"),
     [
         ({"a": 1}, {"a": 2}, [("a", "is 1, expected 2")]),
         ({"a": {"b": [1, 2]}}, {"a": {"b": [1, 3]}}, [("a.b[1]", "is 2, expected 3")]),
@@ -54,6 +54,6 @@ def test_equal_states_have_no_difference(state: Any) -> None:
         ({"a": torch.ones(())}, {"a": 1.0}, [("a", "is tensor(1.), expected 1.0")]),
     ],
 )
-def test_a_difference_has_a_path(found: Any, expected: Any, told: list[Any]) -> None:
+def test_a_difference_has_a_path(found: Any, expected: Any, reported: list[Any]) -> None:
     """The text has the found and the expected value."""
-    assert [*differences(found, expected)] == told
+    assert [*differences(found, expected)] == reported

@@ -173,7 +173,7 @@ def test_settings_are_applied() -> None:
 
 def test_extra_hooks_run_after_the_tested_hooks() -> None:
     """They may publish for the tested hook, and are not part of the result."""
-    told: list[float] = []
+    received: list[float] = []
 
     class Waiting(PipelineHooks):
         def __init__(self) -> None:
@@ -181,10 +181,10 @@ def test_extra_hooks_run_after_the_tested_hooks() -> None:
             self.register_hook("on_loop", HookContext.from_callable(before=self._subscribe))
 
         def _subscribe(self, args: PipelineHookArgs) -> None:
-            args.metrics.subscribe("notes", lambda value: told.append(value.value))
+            args.metrics.subscribe("notes", lambda value: received.append(value.value))
 
     run = run_hook(Waiting, steps=4, extra_hooks=[NoteConfig()])
-    assert told == [1.0, 2.0]
+    assert received == [1.0, 2.0]
     assert [hook.name for hook in run.hooks] == ["Waiting"]
 
 
@@ -206,13 +206,13 @@ def test_log_every_sets_the_logging_points(log_every: str | None, notes: dict[in
 def test_runs_with_equal_settings_are_equal() -> None:
     """Bit for bit, after any use of random numbers; another seed differs."""
 
-    def told(run: HookRun) -> tuple[Any, ...]:
+    def summary(run: HookRun) -> tuple[Any, ...]:
         return run.losses, run.trace, [w.tolist() for w in run.weights.values()]
 
     first = run_hook([], epochs=2)
     torch.rand(3)
-    assert told(run_hook([], epochs=2)) == told(first)
-    assert told(run_hook([], epochs=2, seed=1)) != told(first)
+    assert summary(run_hook([], epochs=2)) == summary(first)
+    assert summary(run_hook([], epochs=2, seed=1)) != summary(first)
 
 
 def random_numbers() -> tuple[Any, ...]:

@@ -46,7 +46,7 @@ def run(start: int = 0, stop: int = OVER) -> Iterator[Line]:
             yield from evaluation(done)
         yield done, "event", counted("after on_loop", done)
     end = facts(max(start, stop))
-    # One that is over goes on with whatever random state it has.
+    # A completed process continues with any RNG state.
     yield max(start, stop), "end", end if start < OVER else {**end, "random torch": "fresh"}
 
 
@@ -70,8 +70,8 @@ def record(path: Path, lines: list[Line], torn: str = "") -> RunRecord:
     return found
 
 
-def told(straight: RunRecord, parts: list[RunRecord]) -> list[str]:
-    return [str(difference) for difference in record_differences(straight, parts, ())]
+def described(uninterrupted: RunRecord, parts: list[RunRecord]) -> list[str]:
+    return [str(difference) for difference in record_differences(uninterrupted, parts, ())]
 
 
 @pytest.fixture(scope="module")
@@ -82,16 +82,16 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(stops=st.sets(st.integers(1, OVER)))
 def test_stops_are_no_difference(stops: set[int], file: Path) -> None:
     """Loop and epoch events caused by a stop are left out."""
-    straight = record(file, [*run()])
+    uninterrupted = record(file, [*run()])
     edges = [0, *sorted(stops), OVER]
     parts = [record(file, [*run(start, stop)]) for start, stop in itertools.pairwise(edges)]
-    assert told(straight, parts) == []
+    assert described(uninterrupted, parts) == []
 
 
 @given(data=st.data())
 def test_kills_are_no_difference(data: st.DataObject, file: Path) -> None:
     """Steps after the last save are repeated by the next process."""
-    straight = record(file, [*run()])
+    uninterrupted = record(file, [*run()])
     parts, start = [], 0
     for _ in range(data.draw(st.integers(1, 5))):
         lines = [*run(start)]
@@ -99,15 +99,15 @@ def test_kills_are_no_difference(data: st.DataObject, file: Path) -> None:
         parts.append(record(file, lines, torn='[3, "event", "befo'))
         start = data.draw(st.sampled_from([s for s in range(start, OVER + 1) if saved(lines, s)]))
     parts.append(record(file, [*run(start)]))
-    assert told(straight, parts) == []
+    assert described(uninterrupted, parts) == []
 
 
 def test_a_kill_after_the_last_save_is_no_difference(file: Path) -> None:
     """A completed run is resumed without a step, and nothing is lost."""
-    straight = record(file, [*run()])
+    uninterrupted = record(file, [*run()])
     lines = [line for line in run() if line[1] != "end" and "after on_loop" not in str(line[2])]
-    assert told(straight, [record(file, lines), record(file, [*run(OVER)])]) == []
-    assert told(straight, [record(file, lines[:-1]), record(file, [*run(OVER)])]) != []
+    assert described(uninterrupted, [record(file, lines), record(file, [*run(OVER)])]) == []
+    assert described(uninterrupted, [record(file, lines[:-1]), record(file, [*run(OVER)])]) != []
 
 
 def saved(lines: list[Line], step: int) -> bool:
@@ -134,7 +134,7 @@ def saved(lines: list[Line], step: int) -> bool:
 )
 def test_each_change_is_reported(change: Line, difference: str, file: Path) -> None:
     """A different value, a missing value and a different event are named with the step."""
-    straight = record(file, [*run()])
+    uninterrupted = record(file, [*run()])
     lines = [*run(2)]
     kind, start = change[1], str(change[2]).split(" ")[0:2]
     for index, line in enumerate(lines):
@@ -145,13 +145,13 @@ def test_each_change_is_reported(change: Line, difference: str, file: Path) -> N
     else:
         raise AssertionError("nothing is changed")
     parts = [record(file, [*run(0, 2)]), record(file, lines)]
-    assert told(straight, parts) == [difference]
+    assert described(uninterrupted, parts) == [difference]
 
 
 @pytest.mark.parametrize("missing", range(1, 20))
 def test_each_missing_or_repeated_event_is_reported(missing: int, file: Path) -> None:
     """The step of the event is named."""
-    straight = record(file, [*run()])
+    uninterrupted = record(file, [*run()])
     lines = [*run(2)]
     first = record(file, [*run(0, 2)])
     line = lines[missing + 2]  # those ahead are the reopened loop and epoch
@@ -159,4 +159,6 @@ def test_each_missing_or_repeated_event_is_reported(missing: int, file: Path) ->
     twice = [*lines[: missing + 3], *lines[missing + 2 :]]
     for changed in (fewer, twice):
         if line[1] != "end":
-            assert f"step {line[0]}: events" in told(straight, [first, record(file, changed)])
+            assert f"step {line[0]}: events" in described(
+                uninterrupted, [first, record(file, changed)]
+            )

@@ -33,7 +33,7 @@ from robo_orchard_lab.testing.resume_proof import ProofRuns
 from robo_orchard_lab.testing.resume_worker import find_function
 
 _SEEN = 0
-"""What a batch processor counts outside of the run's state."""
+"""Count of a batch processor outside the run's state."""
 
 
 class Samples(Dataset[Any]):
@@ -156,7 +156,7 @@ def test_a_correct_run_passes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "step", "name", "told"),
+    ("fault", "step", "name", "message"),
     [
         ("unsaved", 3, "batch[1]", "Warmup.seen is 1 before step 3, was 4"),
         ("noise", 0, "batch[0]", "float32 (4, 3) of size"),
@@ -167,12 +167,14 @@ def test_a_correct_run_passes(tmp_path: Path) -> None:
         ("begins anew", 0, "resume_from", "does build pass its resume_from to the trainer?"),
     ],
 )
-def test_each_fault_is_found_at_its_first_step(fault: str, step: int, name: str, told: str) -> None:
+def test_each_fault_is_found_at_its_first_step(
+    fault: str, step: int, name: str, message: str
+) -> None:
     """The first difference in time has its name, both values, and a hint."""
     proof = prove(fault)
     assert not proof.passed
     assert (proof.differences[0].step, proof.differences[0].name) == (step, name)
-    assert told in str(proof)
+    assert message in str(proof)
     assert f"first difference: step {step}: {name}" in str(proof)
     steps = [difference.step for difference in proof.differences]
     assert steps == sorted(steps)
@@ -310,6 +312,6 @@ def test_functions_of_scripts_and_files_are_found(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     run = [sys.executable, str(script)]
-    told = subprocess.run(run, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert find_function(json.loads(told)).__module__ == "__mp_main__"
+    output = subprocess.run(run, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert find_function(json.loads(output)).__module__ == "__mp_main__"
     assert prove_resume(f"{script}:build", 3, [1]).passed

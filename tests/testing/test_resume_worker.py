@@ -37,7 +37,7 @@ def pid_of(text: str) -> int:
 def test_a_process_has_the_directory_and_environment_of_its_caller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The caller's current ones, not those of the forkserver; each run is a new process."""
+    """Folder and environment are the caller's, not the forkserver's; each run is a new process."""
     _, before = run(tmp_path / "out", "tell")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FORKED", "yes")

@@ -38,8 +38,8 @@ def test_generators_are_found(loader: object, found: set[str]) -> None:
 def test_resume_restores_a_custom_batch_sampler(tmp_path: Path) -> None:
     """A resumed run continues the order of the sampler within a custom batch sampler."""
     torch.manual_seed(0)
-    straight = make_trainer(loader=sampled_in_batches(3), max_step=8)
-    straight()
+    uninterrupted = make_trainer(loader=sampled_in_batches(3), max_step=8)
+    uninterrupted()
     torch.manual_seed(0)
     first = make_trainer(loader=sampled_in_batches(3), max_step=3)
     first()
@@ -51,4 +51,4 @@ def test_resume_restores_a_custom_batch_sampler(tmp_path: Path) -> None:
         resume_from=tmp_path / "saved",
     )
     resumed()
-    assert equal(weights(resumed.model), weights(straight.model))
+    assert equal(weights(resumed.model), weights(uninterrupted.model))

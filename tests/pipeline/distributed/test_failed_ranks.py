@@ -27,7 +27,7 @@ class Ended(NamedTuple):
 
     codes: list[int]
     seconds: float
-    """From what went wrong on; infinite where that noted no time."""
+    """Time since the failure; infinite if no failure time was recorded."""
     orphans: list[int]
     outputs: list[str]
     folder: Path

@@ -43,8 +43,8 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
 }
 INFINITE_LOSS, BAD_GRADIENT = 1e6, 1e7
-"""What a batch has as its first target to give an infinite loss of finite gradients, or a finite
-loss of which one gradient is NaN."""
+"""First target of a batch with an infinite loss and finite gradients, or with a finite loss and
+one NaN gradient."""
 
 
 def bad_loss_of(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -681,7 +681,7 @@ def test_ranks_decide_together(accumulate: int, tmp_path: Path) -> None:
         assert torch.equal(found["guarded"]["weights"], ranks[0]["guarded"]["weights"])
         assert found["guarded"]["progress"] == found["known"]["progress"]
         assert found["guarded"]["progress"]["skipped_optimizer_steps"] == 1
-        # Statistics are those before the window; without a guard they change.
+        # The guard restores the statistics from before the window; without a guard they change.
         counts = [found[kind]["buffers"][2] for kind in ("guarded", "known")]
         assert counts == [7 - accumulate, 7]
         for kind in ("late", "at_the_end", "raised"):

@@ -331,17 +331,17 @@ def test_saved_board_resumes_accumulation(
         for reduce, value, as_tensor in items:
             board.publish(reduce, torch.tensor(value) if as_tensor else value, reduce)
 
-    straight, resumed = MetricsBoard(), MetricsBoard()
-    publish(straight, before)
-    straight.defer(Evaluated("eval", 1.0))
-    straight.read_deferred()
+    uninterrupted, resumed = MetricsBoard(), MetricsBoard()
+    publish(uninterrupted, before)
+    uninterrupted.defer(Evaluated("eval", 1.0))
+    uninterrupted.read_deferred()
     folder = tmp_path_factory.mktemp("board") / "state"
-    save_checkpoint(folder, 0, {"metrics": straight.state_dict()})
+    save_checkpoint(folder, 0, {"metrics": uninterrupted.state_dict()})
     resumed.load_state_dict(load_checkpoint(folder).parts["metrics"])
-    assert resumed.names() == straight.names()
-    publish(straight, after)
+    assert resumed.names() == uninterrupted.names()
+    publish(uninterrupted, after)
     publish(resumed, after)
-    assert straight.flush(log=True) == resumed.flush(log=True)
+    assert uninterrupted.flush(log=True) == resumed.flush(log=True)
 
 
 def test_state_of_other_version_is_refused() -> None:
@@ -368,7 +368,7 @@ class TestFlushPartial:
         after: list[tuple[Reduction, float, bool]],
     ) -> None:
         """The partial record equals a logging point's, and does not change the next record."""
-        partial, straight = MetricsBoard(), MetricsBoard()
+        partial, uninterrupted = MetricsBoard(), MetricsBoard()
         received: list[MetricsRecord] = []
         partial.listen(received.append)
 
@@ -376,15 +376,15 @@ class TestFlushPartial:
             for reduce, value, as_tensor in items:
                 board.publish(reduce, torch.tensor(value) if as_tensor else value, reduce)
 
-        for board in (partial, straight):
+        for board in (partial, uninterrupted):
             publish(board, before)
         expected = logged(_copy_of(partial))
         partial.flush_partial()
         assert [record.partial for record in received] == [True] * bool(before)
         assert {v.name: v.value for record in received for v in record.values} == expected
-        for board in (partial, straight):
+        for board in (partial, uninterrupted):
             publish(board, after)
-        assert partial.flush(log=True) == straight.flush(log=True)
+        assert partial.flush(log=True) == uninterrupted.flush(log=True)
 
     def test_deferred_metrics_are_kept(self) -> None:
         """Deferred metrics are in the partial record, and again in the next one."""

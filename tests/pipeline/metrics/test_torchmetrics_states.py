@@ -261,14 +261,16 @@ def test_mergeable_states_are_merged() -> None:
 def test_resume_restores_metric_states() -> None:
     """Restored metrics compute the values of uninterrupted ones."""
     data = batches(classes(40))
-    straight, resumed = TorchMetrics(of_classes()), TorchMetrics(of_classes())
+    uninterrupted, resumed = TorchMetrics(of_classes()), TorchMetrics(of_classes())
     for batch in data[:3]:
-        straight.update(*batch)
-    resumed.load_state_dict(straight.state_dict())
+        uninterrupted.update(*batch)
+    resumed.load_state_dict(uninterrupted.state_dict())
     for batch in data[3:]:
-        straight.update(*batch)
+        uninterrupted.update(*batch)
         resumed.update(*batch)
-    values = [reduced([metrics.snapshot(metrics.pop_states())]) for metrics in (straight, resumed)]
+    values = [
+        reduced([metrics.snapshot(metrics.pop_states())]) for metrics in (uninterrupted, resumed)
+    ]
     assert values[0] == values[1]
 
 

@@ -299,7 +299,7 @@ def test_another_rank_records_its_failure(tmp_path: Path) -> None:
 
     def fail_on_second() -> None:
         with second.around_run(Requests()):
-            second.saved(tmp_path / "step_00000001", 1)  # which the first rank writes
+            second.saved(tmp_path / "step_00000001", 1)  # recorded by rank 0
             assert read_run_state(tmp_path).checkpoint is None
             raise ValueError("planted")
 

@@ -182,7 +182,7 @@ def test_weights_are_saved_on_request(tmp_path: Path) -> None:
     saved = load_file(tmp_path / "new" / "model.safetensors")
     assert sorted(saved) == ["0.bias", "0.weight", "2.bias", "2.weight"]
     first, second = saved["0.weight"], saved["0.bias"]
-    assert equal([first, second], kept[2][:2])  # what the third step began with
+    assert equal([first, second], kept[2][:2])  # initial weights of the third step
     with safe_open(tmp_path / "new" / "model.safetensors", "pt") as file:
         assert file.metadata() == {
             "epoch_id": "0",
@@ -356,4 +356,4 @@ def test_files_of_hooks_are_written_before_the_checkpoint() -> None:
     assert watcher.events[2:-3] == [
         *("begin watcher", "evaluate at 2", "end watcher", "log 2", "write", "save")
     ]
-    assert watcher.events[-3:] == ["step 3", "epoch 0 ends", "save"]  # what it ends with
+    assert watcher.events[-3:] == ["step 3", "epoch 0 ends", "save"]  # events of the end

@@ -13,7 +13,7 @@ from robo_orchard_lab.pipeline.data import DataOrder
 from tiny import equal, make_loader, make_trainer, weights
 
 Step = tuple[int, bool, float]
-"""Its number, whether an update follows, and what its loss is divided by."""
+"""Number, True if an update follows, and loss divisor."""
 
 
 class Stream:

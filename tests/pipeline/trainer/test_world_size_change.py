@@ -251,7 +251,7 @@ def test_unmergeable_metrics_resume_on_more_ranks_only(tmp_path: Path) -> None:
         ]
         for path in (uninterrupted, folder)
     )
-    assert other[0] == pytest.approx(one[0], rel=1e-4)  # which adds up in single precision
+    assert other[0] == pytest.approx(one[0], rel=1e-4)  # accumulated in single precision
     output = start(folder / "a", 1, resume_from=checkpoint(folder, 7), unjoinable=True)
     assert "PearsonCorrCoef has updates on 2 ranks and can't merge" in output
     ended = start(folder / "b", 1, resume_from=checkpoint(folder, 10), unjoinable=True)
