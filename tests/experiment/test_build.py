@@ -328,8 +328,12 @@ def test_auto_is_the_number_of_lr_scheduler_steps() -> None:
     assert built.lr_scheduler.last_epoch == 2
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
 def test_inner_lr_schedulers_get_the_optimizer() -> None:
-    """Chained and sequential LR schedulers get the optimizer, and inner counts may be auto."""
+    """Chained and sequential LR schedulers get the optimizer, and inner counts may be auto.
+
+    SequentialLR of torch 2.8 passes the deprecated argument `epoch` itself, and warns of it.
+    """
     linear = config_of(lr_scheduler.LinearLR, total_iters=4)
     cosine = config_of(lr_scheduler.CosineAnnealingLR, T_max="auto")
     sequence = config_of(lr_scheduler.SequentialLR, schedulers=[linear, cosine], milestones=[4])

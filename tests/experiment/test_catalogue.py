@@ -23,7 +23,8 @@ NOT_FROM_FILES = {"OptimizerHook"}
 
 # Missing in the oldest supported versions.
 NEWER = {
-    "torch.optim:Muon",
+    "torch.optim:Muon",  # of torch 2.9
+    "torchvision.transforms.v2._misc:SanitizeKeyPoints",  # of torchvision 0.24
     "torchmetrics.classification.eer:",
     "torchmetrics.classification.logauc:",
     "torchmetrics.clustering.cluster_accuracy:",

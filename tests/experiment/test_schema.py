@@ -329,6 +329,16 @@ def test_named_user_classes_have_their_fields() -> None:
         experiment_schema({}, trust=["nobody:Has"])
 
 
+def test_names_of_other_releases_are_skipped() -> None:
+    """Only code that the installed packages define can be named; other code of them is refused."""
+    names = {"torch.optim:SGD": "torch.optim.sgd:SGD", "torch.optim:Newer": "torch.optim:Newer"}
+    names["nobody:Net"] = "nobody.nets:Net"
+    found = experiment_schema(names)["$defs"]["class_type.Optimizer"]
+    assert found["anyOf"][0]["enum"] == ["torch.optim.sgd:SGD", "torch.optim:SGD"]
+    with pytest.raises(ConfigReferenceError, match=r"in torch 2.*; install a release"):
+        experiment_schema({}, trust=["torch.optim:Newer"])
+
+
 class Greeter(PipelineHooks):
     """A user's hook with a text."""
 

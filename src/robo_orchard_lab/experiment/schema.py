@@ -9,7 +9,6 @@ A part names its class, which decides its fields: for each class that a part acc
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import re
@@ -31,11 +30,11 @@ from robo_orchard_core.utils.config.parts import (
 )
 from robo_orchard_core.utils.config.references import (
     Code,
+    Trust,
     admitted_classes,
-    find_in_module,
     is_assignable,
     reference_to,
-    split_reference,
+    resolve,
 )
 from robo_orchard_lab.experiment.catalogue import CATALOGUE
 from robo_orchard_lab.experiment.config import ExperimentConfig
@@ -76,7 +75,8 @@ def experiment_schema(
     'boolean'
 
     Args:
-        names: Definition of each name that files may use without further trust.
+        names: Definition of each name that files may use without further trust; names that the
+            installed packages don't define are skipped.
         trust: Trusted packages, whose code is accepted by name with any fields, and single
             classes or functions (``my_team.hooks:Mine``), which are imported and have their fields
             in the schema. By default, all packages without an entry in ``names``.
@@ -124,11 +124,15 @@ class _ExperimentSchema(GenerateJsonSchema):
         self._spellings: dict[str, list[str]] = {}
         for name, definition in {**names, **self._single}.items():
             self._spellings.setdefault(definition, [definition]).append(name)
-        code = {reference: _import(reference) for reference in self._spellings}
-        for reference in self._single:
-            if code[reference] is None:
-                raise ConfigReferenceError(f"the module of {reference!r} can't be imported")
-        self._code = {reference: item for reference, item in code.items() if item is not None}
+        self._code: dict[str, Code] = {}
+        admitted = Trust(classes=frozenset(self._spellings))
+        for reference in self._spellings:
+            try:
+                self._code[reference] = resolve(reference, admitted)
+            except ConfigReferenceError:
+                if reference in self._single:
+                    raise
+                # The package isn't installed, or its installed release lacks the code.
 
     def complete(self) -> dict[str, Json]:
         """Return all definitions by name."""
@@ -334,16 +338,6 @@ class _ExperimentSchema(GenerateJsonSchema):
             "description": "package.module:Name, of a trusted package.",
         }
         return {"anyOf": [*([_one_of(names)] if names else []), users]}
-
-
-def _import(reference: str) -> Any:
-    """Return the code of a reference; None if its package isn't installed."""
-    name, qualname = split_reference(reference)
-    try:
-        module = importlib.import_module(name)
-    except ImportError:
-        return None
-    return find_in_module(module, qualname, reference)
 
 
 def _is_instance_of(cls: type, part: Part) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import pytest
 
 from robo_orchard_core.utils.config import (
@@ -182,6 +183,17 @@ def test_missing_package_is_reported_with_a_remedy() -> None:
     """The remedy is an installation or another working directory."""
     with pytest.raises(ConfigReferenceError, match="'nowhere'; install it, or start where"):
         Run.from_dict({"kind": "nowhere.models:Net"}, trust="nowhere")
+
+
+def test_code_of_another_release_is_reported_with_the_installed_one() -> None:
+    """The code may exist in a newer or older release of the package."""
+    release = re.escape(f"in pydantic {pydantic.VERSION}")
+    for reference, problem in {
+        "pydantic.main:Absent": f"no 'Absent' is defined there {release}; install a release that",
+        "pydantic.absent:Model": f"No module named 'pydantic.absent' {release}$",
+    }.items():
+        with pytest.raises(ConfigReferenceError, match=problem):
+            Run.from_dict({"kind": reference}, trust="pydantic")
 
 
 @pytest.mark.parametrize(("field", "value", "problem"), WRONG)

@@ -7,7 +7,7 @@ to be defined in that module under that name.
 from __future__ import annotations
 
 import collections.abc
-import importlib
+import importlib.metadata
 import inspect
 import sys
 import types
@@ -142,14 +142,27 @@ def resolve(reference: str, trust: Trust) -> Code:
         module = importlib.import_module(module_name)
     except Exception as error:
         problem = f"the module of {reference!r} can't be imported: {error}"
-        if isinstance(error, ModuleNotFoundError) and error.name == module_name.partition(".")[0]:
-            problem += "; install it, or start where Python finds it"
+        package = module_name.partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and error.name is not None:
+            if error.name == package:
+                problem += "; install it, or start where Python finds it"
+            elif error.name.startswith(f"{package}."):
+                problem += _installed_release(package)
         raise ConfigReferenceError(problem) from error
     return find_in_module(module, qualname, reference)
 
 
 def _is_of(module: ModuleType, code: object) -> bool:
     return isinstance(code, Code) and code.__module__ == module.__name__
+
+
+def _installed_release(module_name: str) -> str:
+    """Describe the installed release of a module's package; empty if it has none."""
+    package = module_name.partition(".")[0]
+    try:
+        return f" in {package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def find_in_module(module: ModuleType, qualname: str, reference: str) -> Code:
@@ -164,9 +177,10 @@ def find_in_module(module: ModuleType, qualname: str, reference: str) -> Code:
         # searched, so that no name leads through an imported module.
         space = vars(found) if found is module or isinstance(found, type) else {}
         if part not in space:
-            problem = f"{reference!r} names nothing: no {part!r} is defined there"
+            release = _installed_release(module.__name__)
+            problem = f"{reference!r} names nothing: no {part!r} is defined there{release}"
             here = [name for name, code in space.items() if _is_of(module, code)]
-            if advice := did_you_mean(part, here):
+            if advice := did_you_mean(part, here) or (release and "install a release that has it"):
                 problem += f"; {advice}"
             raise ConfigReferenceError(problem)
         found = space[part]
