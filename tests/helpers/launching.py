@@ -73,6 +73,12 @@ def launch(
     return done
 
 
+def without_greetings(output: str) -> str:
+    """Drop the lines that gloo in torch 2.8 prints for each process group."""
+    lines = output.splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith("[Gloo] Rank "))
+
+
 def end_group() -> None:
     """Destroy the process group of a script without a trainer.
 
