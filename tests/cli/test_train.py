@@ -325,3 +325,31 @@ def test_a_link_out_of_the_run_folder_is_refused(capsys: pytest.CaptureFixture[s
         assert main(command) == 2
         assert "metrics.jsonl" in capsys.readouterr().err
     assert not Path("elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "done"), [("max_epoch", 2, 3), ("max_step", 7, 30), ("max_epoch", 3, None)]
+)
+def test_a_limit_that_is_passed_is_refused(
+    limit: str, value: int, done: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A completed run stays as it is; a checkpoint before the limit resumes."""
+    every = "--checkpoint={every: 1 epoch, keep_last: 3}"
+    assert main(["train", FILE, every]) == 0
+    before = Path(RUN, "config.yaml").read_bytes()
+    capsys.readouterr()
+    changed = ["resume", str(RUN), f"--trainer.{limit}", str(value)]
+    if done is None:
+        assert main(changed) == 0  # the limit that is reached
+        return
+    for command in (changed, ["train", FILE, every, *changed[2:]]):
+        assert main(command) == 2
+        shown = capsys.readouterr().err
+        assert f"trainer.{limit} is {value}, but" in shown
+        assert f"has completed {done}: nothing is left to train" in shown
+        assert f"pass --trainer.{limit} {done + 1} or more" in shown
+        assert Path(RUN, "config.yaml").read_bytes() == before
+        assert not Path(RUN, "starts", "0002.json").exists()
+    earlier = str(RUN / "checkpoints" / "step_00000010")
+    assert main(["resume", earlier, "--trainer.max_epoch", "2"]) == 0
+    assert state()["progress"]["epoch_id"] == 2

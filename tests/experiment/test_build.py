@@ -34,7 +34,7 @@ from robo_orchard_lab.pipeline import (
     SupervisedProcessor,
 )
 from robo_orchard_lab.pipeline.data import DataOrder
-from robo_orchard_lab.pipeline.errors import DataError
+from robo_orchard_lab.pipeline.errors import DataError, PipelineConfigError
 from robo_orchard_lab.pipeline.hooks import (
     KeepBestConfig,
     LossTrackerConfig,
@@ -46,6 +46,7 @@ from robo_orchard_lab.pipeline.hooks import (
     ValidationHookConfig,
 )
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext
+from robo_orchard_lab.pipeline.metrics import UnknownMetricError
 from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig
 from tiny import equal, weights
 
@@ -389,6 +390,17 @@ def test_reduce_on_plateau_steps_once_per_epoch() -> None:
     built = experiment(lr_scheduler=config).build()
     assert isinstance(built.lr_scheduler, lr_scheduler.ReduceLROnPlateau)
     assert built.lr_scheduler.patience == 2
+
+
+def test_reduce_on_plateau_may_follow_a_metric() -> None:
+    """With monitor, the LR scheduler steps with each value of the metric."""
+    config = config_of(lr_scheduler.ReduceLROnPlateau, monitor="eval/val/loss")
+    assert experiment(lr_scheduler=config).to_dict()["lr_scheduler"]["monitor"] == "eval/val/loss"
+    trainer = experiment(lr_scheduler=config).build().trainer
+    with pytest.raises(UnknownMetricError, match=r"'eval/val/loss'.*which lr_scheduler waits for"):
+        trainer()
+    with pytest.raises(PipelineConfigError, match="for ReduceLROnPlateau, found StepLR"):
+        experiment(lr_scheduler=config_of(lr_scheduler.StepLR, step_size=1, monitor="x")).build()
 
 
 class Endless(IterableDataset[tuple[torch.Tensor, int]]):

@@ -83,6 +83,7 @@ CHANGES: list[tuple[str, Any, ResumeEffect]] = [
     ("lr_scheduler", None, "impossible"),
     ("lr_scheduler.step_size", 4, "impossible"),
     ("lr_scheduler.every", "epoch", "trajectory"),
+    ("lr_scheduler.monitor", "eval/val/loss", "trajectory"),
     ("lr_scheduler.lr_lambda", "mine:decay", "trajectory"),
     ("hooks.stats.every", "10 steps", "harmless"),
     ("hooks.stats", MISSING, "impossible"),
@@ -137,6 +138,12 @@ def test_changed_limit_matters_to_an_auto_lr_scheduler() -> None:
             "total_steps": "auto",
         }
     (found,) = differences(before, after)
+    assert "counted for max_epoch 5: its curve ends there; start a new run for 10" in found.why
+    for each in (before, after):
+        each["lr_scheduler"]["total_steps"] = 120
+    (harmless,) = differences(before, after)
+    assert harmless.resume == "harmless"
+    assert "still ends after 120 steps; start a new run to change it" in harmless.why
     assert found.resume == "trajectory"
     assert "auto" in found.why
 

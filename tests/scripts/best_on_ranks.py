@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.batch_processor import SimpleBatchProcessor
@@ -78,12 +79,15 @@ def main(folder: Path, reduce: str) -> None:
     hooks.register_at_commit(lambda args: args.requests.log("it is time"), "10 steps")
     file, root = folder / "best.safetensors", folder / "checkpoints"
     keep_best = KeepBestConfig(monitor=NAME, mode="max", path=file)()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer = HookBasedTrainer(
         accelerator,
         model,
         make_loader(40),
         SimpleBatchProcessor.from_callable(loss_of),
-        torch.optim.SGD(model.parameters(), lr=0.1),
+        optimizer,
+        ReduceLROnPlateau(optimizer, mode="max", factor=0.5, patience=0),
+        lr_scheduler_monitor=NAME,
         hooks=[
             hooks,
             LossTrackerConfig(),
@@ -109,6 +113,7 @@ def main(folder: Path, reduce: str) -> None:
         "checkpoint": step_of(root / "best" / "model.safetensors"),
         "checkpoints": sorted(path.name for path in root.glob("step_*")),
         "stopped": [trainer.progress.global_step_id, stop and stop.reason],
+        "lr": optimizer.param_groups[0]["lr"],
         "records": records,
         "gathers": sum("all_gather" in str(call) for call in calls),
     }

@@ -54,6 +54,7 @@ def check_start(
     *,
     allow: str | None,
     is_own_file: bool = False,
+    checkpoint: Path | None = None,
 ) -> RunStart:
     """Check that a run may start in its run folder, and return its start.
 
@@ -62,9 +63,11 @@ def check_start(
         arguments: arguments of the command.
         allow: "trajectory" to allow changes that change the trained weights.
         is_own_file: the file is the config.yaml in the run folder.
+        checkpoint: checkpoint to resume from instead of the newest.
 
     Raises:
-        CommandError: the existing run differs too much, is completed, or is running.
+        CommandError: the existing run differs too much, has passed a changed limit, is completed,
+            or is running.
     """
     from robo_orchard_lab.experiment.existing_run import find_existing_run
     from robo_orchard_lab.experiment.run_folder import find_escaping_link
@@ -97,6 +100,7 @@ def check_start(
     if experiment.resume != "auto":
         return RunStart()
     changes = _check_changes(experiment, existing, arguments, allow)
+    _check_limits(changes, folder if checkpoint is None else checkpoint)
     if is_own_file and existing.is_completed and not changes:
         raise CommandError(
             f"the run in {existing.folder} is completed",
@@ -138,6 +142,37 @@ def _check_changes(
         if error.worst != "impossible":
             advice = f"--allow trajectory resumes it with the changes; {advice}"
         raise CommandError("\n       ".join([error.problem, *table]), advice) from None
+
+
+def _check_limits(changes: Sequence[Difference], path: Path) -> None:
+    """Refuse a changed limit that the checkpoint has passed: nothing would be trained."""
+    from robo_orchard_lab.experiment.existing_run import find_checkpoints
+    from robo_orchard_lab.pipeline.checkpoint.listing import read_contents
+
+    counters = {
+        "trainer.max_epoch": "epoch_id",
+        "trainer.max_step": "global_step_id",
+        "trainer.max_optimizer_step": "optimizer_step_id",
+    }
+    lowered = [
+        change
+        for change in changes
+        if change.field in counters
+        and change.after is not None
+        and (change.before is None or change.after < change.before)
+    ]
+    if not lowered:
+        return
+    found = find_checkpoints(path).pick()
+    progress = read_contents(found, tensors=False).progress
+    for change in lowered:
+        counter = counters[change.field]
+        if (done := progress.get(counter, 0)) > change.after:
+            raise CommandError(
+                f"{change.field} is {change.after}, but {found} has completed {done}: nothing is "
+                "left to train, and the run is unchanged",
+                f"pass --{change.field} {done + 1} or more, or resume an earlier checkpoint",
+            )
 
 
 def _shortened_values(change: Difference) -> list[str]:

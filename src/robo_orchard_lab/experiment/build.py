@@ -297,8 +297,9 @@ def _given_within(value: Any, given: Mapping[str, Any]) -> Any:
 
 def _counted(config: Any, count_steps: Callable[[], int], *, outermost: bool = True) -> Any:
     """Replace ``auto`` by the number of steps in the config of an LR scheduler."""
-    if not outermost and getattr(config, "every", None) is not None:
-        raise ConfigFieldError("applies to the outermost LR scheduler; move it there", ("every",))
+    for name in () if outermost else ("every", "monitor"):
+        if getattr(config, name, None) is not None:
+            raise ConfigFieldError("applies to the outermost LR scheduler; move it there", (name,))
     changes: dict[str, Any] = {}
     for name, value in field_values(config).items():
         with building(name):
@@ -446,6 +447,7 @@ def build_experiment(
         max_optimizer_step=limits.max_optimizer_step,
         max_epoch=limits.max_epoch,
         lr_scheduler_every=getattr(scheduler_config, "every", None),
+        lr_scheduler_monitor=getattr(scheduler_config, "monitor", None),
         run_folder=folder,
         resume_from=None if resume == "never" else resume,
         data_order=DataOrder(seed=experiment.seed, **dict(experiment.data.order)),

@@ -56,6 +56,7 @@ class OnResume:
 HARMLESS = OnResume("harmless")
 _ORDER = OnResume("impossible", "the order of samples depends on this field")
 _SAVED = OnResume("impossible", "a resumed run restores this value from the checkpoint")
+_LR_SCHEDULER_STEPS = dict.fromkeys(("every", "monitor"), OnResume("trajectory"))
 _OTHER_CODE = "the checkpoint belongs to another class"
 
 # --- tensor values ---------------------------------------------------------------------------
@@ -315,6 +316,11 @@ class LRSchedulerConfig(ClassConfig[Any]):
         description="Interval of the LR scheduler; null: its class's default, mostly "
         "optimizer_step.",
     )
+    monitor: str | None = Field(
+        default=None,
+        description="Metric that ReduceLROnPlateau follows, such as 'eval/val/loss'; null: the "
+        "mean training loss.",
+    )
 
     @classmethod
     def adapt_parameter(cls, declaration: Any) -> Any:
@@ -410,7 +416,7 @@ class ExperimentFields(Config):
     )
     lr_scheduler: Annotated[
         LRSchedulerPart | None,
-        OnResume("impossible", _OTHER_CODE, {"every": OnResume("trajectory"), "*": _SAVED}),
+        OnResume("impossible", _OTHER_CODE, {**_LR_SCHEDULER_STEPS, "*": _SAVED}),
     ] = Field(default=None, description="LR scheduler; its integers may be auto.")
     hooks: dict[str, HooksPart] = Field(
         default={}, description="Hooks by name; the first is the outermost."

@@ -114,10 +114,18 @@ def _rule(path: tuple[str, ...], old: Any, new: Any, document: Mapping[str, Any]
     match path:
         case ("hooks", _, *inner):
             return _hook_rule(path[:2], inner, old, new, document)
-        case ("trainer", limit) if limit.startswith("max_") and _has_auto(
-            document.get("lr_scheduler")
-        ):
-            return OnResume("trajectory", "auto in lr_scheduler keeps the checkpoint's number")
+        case ("trainer", limit) if limit.startswith("max_"):
+            scheduler = document.get("lr_scheduler")
+            if _has_auto(scheduler):
+                why = (
+                    f"auto in lr_scheduler keeps the checkpoint's number, counted for {limit} "
+                    f"{old}: its curve ends there; start a new run for {new}"
+                )
+                return OnResume("trajectory", why)
+            total = _at(scheduler, "total_steps") or _at(scheduler, "total_iters")
+            if isinstance(total, int):
+                why = f"lr_scheduler still ends after {total} steps; start a new run to change it"
+                return OnResume(_declared_rule(path).effect, why)
         case ("data", "train", "num_workers") if why := _why_workers_matter(document):
             return OnResume("trajectory", why)
         case ("lr_scheduler", _, *_) if _is_code(old) or _is_code(new):

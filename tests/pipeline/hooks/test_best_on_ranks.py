@@ -28,6 +28,7 @@ def test_the_best_step_is_kept(reduce: str, processes: int, tmp_path: Path) -> N
         assert (rank["kept"], rank["checkpoint"]) == ([8], [8])
         assert rank["checkpoints"] == ["step_00000008", "step_00000020"]
         steps, reason = rank["stopped"]
+        assert rank["lr"] == 0.1 / 2**3  # at steps 12, 16 and 20
         assert (steps, "did not improve on 0.9000 (step 8) in 3" in reason) == (20, True)
         judged = [step for name, step, _ in rank["records"] if name == "rollout/success"]
         assert judged == [4, 8, 12, 16, 20]

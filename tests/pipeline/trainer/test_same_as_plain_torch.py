@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
+from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.errors import DataError, PipelineConfigError
 from robo_orchard_lab.pipeline.hooks import GradientClippingHookConfig
 from robo_orchard_lab.pipeline.hooks.gradient_clipping import GradientClippingHook
@@ -477,3 +479,96 @@ def test_an_overflow_skips_the_update_and_the_lr_scheduler() -> None:
     )
     for ours, theirs in zip(weights(model), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_plateau_follows_a_monitored_metric(tmp_path: Path) -> None:
+    """It steps with each value, in the step that published the value, also after a resume."""
+    values = {3: 1.0, 6: 0.5, 9: math.inf, 12: math.nan, 15: 0.4, 18: 0.6}
+
+    def trained(*, resume_from: Path | None = None, max_step: int) -> tuple[Any, Any]:
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+        hooks = PipelineHooks("publishes")
+        rates: dict[int, float] = {}
+
+        @hooks.on_step.before
+        def note(args: PipelineHookArgs) -> None:
+            rates[args.progress.steps_done] = optimizer.param_groups[0]["lr"]
+
+        @hooks.on_step.after(when="3 steps")
+        def publish(args: PipelineHookArgs) -> None:
+            args.metrics.publish("rollout/loss", values[args.progress.steps_done])
+
+        trainer = make_trainer(
+            [hooks],
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            lr_scheduler_monitor="rollout/loss",
+            max_step=max_step,
+            resume_from=resume_from,
+        )
+        trainer()
+        if resume_from is None:
+            trainer.save_checkpoint(tmp_path / f"at_{max_step}")
+        return rates, scheduler.state_dict()
+
+    straight, state = trained(max_step=18)
+    changes = [step - 1 for step in straight if step > 1 and straight[step] != straight[step - 1]]
+    assert changes == [9, 12]
+    assert (state["best"], state["num_bad_epochs"]) == (0.4, 0)  # reset by the last reduction
+    assert state["last_epoch"] == 6
+    trained(max_step=10)
+    rates, resumed = trained(resume_from=tmp_path / "at_10", max_step=18)
+    assert resumed == state
+    assert rates == {step: rate for step, rate in straight.items() if step > 10}
+
+
+def test_a_monitor_needs_a_plateau() -> None:
+    """Another LR scheduler, or an interval as well, is refused."""
+    optimizer = torch.optim.SGD(make_model().parameters(), lr=0.1)
+    for scheduler, every, found in (
+        (StepLR(optimizer, 1), None, "for ReduceLROnPlateau, found StepLR; omit it"),
+        (ReduceLROnPlateau(optimizer), "epoch", "found also lr_scheduler_every='epoch'"),
+    ):
+        with pytest.raises(PipelineConfigError, match=found):
+            make_trainer(
+                optimizer=optimizer,
+                lr_scheduler=scheduler,
+                lr_scheduler_every=every,
+                lr_scheduler_monitor="x",
+                max_step=1,
+            )
+
+
+@pytest.mark.parametrize(("max_step", "warned"), [(10, False), (14, True)])
+def test_a_longer_run_warns_of_its_lr_scheduler(
+    max_step: int, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A resume past the end of OneCycleLR says where the learning rate stays, and what to do."""
+
+    def trainer(limit: int, resume_from: Path | None = None) -> Any:
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scheduler = OneCycleLR(optimizer, max_lr=0.2, total_steps=5)
+        return make_trainer(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            loader=make_loader(10),
+            accumulate=2,
+            max_step=limit,
+            resume_from=resume_from,
+        )
+
+    first = trainer(4)
+    first()
+    first.save_checkpoint(tmp_path / "saved")
+    trainer(max_step, tmp_path / "saved")
+    message = (
+        "OneCycleLR ends after 5 steps (total_steps, saved in the checkpoint), the run after 7: "
+        "it is at step 2"
+    )
+    assert (message in caplog.text) is warned
+    assert ("start a new run" in caplog.text) is warned

@@ -98,7 +98,7 @@ def resume(run: str, experiment: ExperimentArguments, allow: str | None, as_json
     existing = find_existing_run(found.folder)
     if existing is not None and existing.newest_step is None and training.is_first_rank():
         note(f"{found.folder}: no checkpoint yet; the run starts from the beginning")
-    start = training.check_start(config, experiment, allow=allow)
+    start = training.check_start(config, experiment, allow=allow, checkpoint=found.checkpoint)
     training.train(config, experiment, start, resume_from=found.checkpoint, as_json=as_json)
 
 

@@ -15,13 +15,13 @@ from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedType
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
-from robo_orchard_core.utils.hook import HookContext
+from robo_orchard_core.utils.hook import HookContext, RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.distributed.collectives import join_by_rank
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.gradient_norm import unscale_gradients
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
-from robo_orchard_lab.pipeline.metrics import WeightedSum
+from robo_orchard_lab.pipeline.metrics import MetricValue, WeightedSum
 
 LRSchedulerUnit: TypeAlias = Literal["optimizer_step", "epoch"]
 """When the LR scheduler steps: once per committed optimizer step, or once per epoch."""
@@ -60,10 +60,14 @@ class OptimizerHook(PipelineHooks):
         lr_scheduler_every: when the LR scheduler steps. Defaults to once per committed optimizer
             step, at any world size, and for ``ReduceLROnPlateau`` to once per epoch, with the mean
             loss over all ranks' steps since its last step: one collective and one device sync.
+        lr_scheduler_monitor: metric that ``ReduceLROnPlateau`` follows instead of the mean loss,
+            such as ``"eval/val/loss"``. The LR scheduler steps with each new value, at the commit
+            point that reads the value, on all ranks; NaN and infinities count as no improvement.
 
     Raises:
-        PipelineConfigError: ``lr_scheduler_every`` is unknown, or the optimizer needs a closure,
-            as LBFGS does.
+        PipelineConfigError: ``lr_scheduler_every`` is unknown, ``lr_scheduler_monitor`` is for
+            another LR scheduler or given with ``lr_scheduler_every``, or the optimizer needs a
+            closure, as LBFGS does.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class OptimizerHook(PipelineHooks):
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None,
         hooks: PipelineHooks,
         lr_scheduler_every: LRSchedulerUnit | None = None,
+        lr_scheduler_monitor: str | None = None,
     ) -> None:
         super().__init__()
         self.optimizer = _unwrap_optimizer(accelerator, optimizer)
@@ -96,7 +101,13 @@ class OptimizerHook(PipelineHooks):
                 "lr_scheduler_every must be one of "
                 f"{', '.join(map(repr, get_args(LRSchedulerUnit)))}, got {lr_scheduler_every!r}"
             )
-        self._mean_loss = _MeanLoss(accelerator) if plateau else None
+        self._monitor = lr_scheduler_monitor
+        if lr_scheduler_monitor is not None:
+            _check_monitor(lr_scheduler_monitor, self.lr_scheduler, lr_scheduler_every)
+            self.register_hook("on_loop", HookContext.from_callable(self._begin, self._end))
+        self._subscription: RemovableHandle | None = None
+        follows_loss = plateau and lr_scheduler_monitor is None
+        self._mean_loss = _MeanLoss(accelerator) if follows_loss else None
         step = _step_function(self.lr_scheduler, self._mean_loss)
         self._after_update = step if self.lr_scheduler_every == "optimizer_step" else None
         self._after_epoch = step if self.lr_scheduler_every == "epoch" else None
@@ -106,6 +117,19 @@ class OptimizerHook(PipelineHooks):
             self.register_hook("on_batch", HookContext.from_callable(after=self._mean_loss.add))
         if self._after_epoch is not None:
             self.register_hook("on_epoch", HookContext.from_callable(after=self._end_epoch))
+
+    def _begin(self, args: PipelineHookArgs) -> None:
+        assert self._monitor is not None  # else not registered
+        self._subscription = args.metrics.subscribe(self._monitor, self._follow, "lr_scheduler")
+
+    def _end(self, args: PipelineHookArgs) -> None:
+        if self._subscription is not None:
+            self._subscription.remove()
+
+    def _follow(self, found: MetricValue) -> None:
+        """Step ReduceLROnPlateau with a value of the monitored metric."""
+        assert isinstance(self.lr_scheduler, ReduceLROnPlateau)
+        self.lr_scheduler.step(found.value if math.isfinite(found.value) else math.nan)
 
     def zero_grad(self) -> None:
         """Set all gradients to None."""
@@ -145,7 +169,7 @@ class OptimizerHook(PipelineHooks):
         return {"mean_loss": mean_loss.state_dict()} if mean_loss else {}
 
     def load_state_dict(self, state: Any) -> None:
-        if self._mean_loss:
+        if self._mean_loss and "mean_loss" in state:  # a run with a monitor saves no mean
             self._mean_loss.load_state_dict(state["mean_loss"])
 
     def redistribute_states(
@@ -155,7 +179,7 @@ class OptimizerHook(PipelineHooks):
         return join_by_rank(states, processes, self._joined)
 
     def _joined(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        if self._mean_loss is None:
+        if self._mean_loss is None or "mean_loss" not in states[0]:
             return {}
         return {"mean_loss": self._mean_loss.joined([state["mean_loss"] for state in states])}
 
@@ -221,12 +245,27 @@ def _refuse_closures(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
+def _check_monitor(monitor: str, scheduler: Any, every: LRSchedulerUnit | None) -> None:
+    """Refuse a monitor of an LR scheduler that has none, or one with an interval."""
+    if not isinstance(scheduler, ReduceLROnPlateau):
+        raise PipelineConfigError(
+            f"lr_scheduler_monitor={monitor!r} is for ReduceLROnPlateau, found "
+            f"{'no LR scheduler' if scheduler is None else type(scheduler).__name__}; omit it"
+        )
+    if every is not None:
+        raise PipelineConfigError(
+            f"lr_scheduler_monitor={monitor!r} steps the LR scheduler with each value, found also "
+            f"lr_scheduler_every={every!r}; omit one of them"
+        )
+
+
 def _step_function(
     scheduler: torch.optim.lr_scheduler.LRScheduler | None, mean_loss: _MeanLoss | None
 ) -> Callable[[], Any] | None:
     """Return the function that steps the LR scheduler, or None."""
     if isinstance(scheduler, ReduceLROnPlateau):
-        assert mean_loss is not None
+        if mean_loss is None:
+            return None  # steps with the monitored metric
         return lambda: scheduler.step(mean_loss.take())  # waits for the device
     if isinstance(scheduler, OneCycleLR):
 

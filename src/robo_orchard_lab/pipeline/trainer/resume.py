@@ -6,6 +6,8 @@ import os
 from functools import partial
 from pathlib import Path
 
+from torch.optim.lr_scheduler import OneCycleLR, PolynomialLR
+
 from robo_orchard_lab.pipeline.checkpoint import (
     CheckpointStore,
     EachRank,
@@ -18,9 +20,11 @@ from robo_orchard_lab.pipeline.checkpoint.manifest import LAST, MANIFEST_FILE
 from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.errors import CheckpointError, PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
+from robo_orchard_lab.pipeline.hooks.optimizer import OptimizerHook
 from robo_orchard_lab.pipeline.hooks.save_checkpoint import CHECKPOINTS_FOLDER, SaveCheckpoint
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.model import plain_model
+from robo_orchard_lab.pipeline.progress import remaining_steps
 from robo_orchard_lab.pipeline.sharding import shares_of_model
 from robo_orchard_lab.pipeline.trainer.snapshot import RunSnapshots, ranks_of
 
@@ -68,6 +72,7 @@ def resume(
     before, now = saved.info.ranks, run.accelerator.num_processes
     if before != now:
         logger.info("the world size changed from %d to %d", before, now)
+    _warn_of_short_lr_scheduler(run, hooks)
     return True
 
 
@@ -123,6 +128,32 @@ def _prune(hooks: PipelineHooks, run_folder: Path | None, ranks: Ranks) -> None:
                     store.prune()
             except CheckpointError as error:
                 logger.warning("resumed; could not remove older checkpoints: %s", error)
+
+
+def _warn_of_short_lr_scheduler(run: PipelineRun, hooks: PipelineHooks) -> None:
+    """Warn if the LR scheduler of the checkpoint ends before the run."""
+    scheduler, progress, per_epoch = run.lr_scheduler, run.progress, run.steps_per_epoch
+    total = {OneCycleLR: "total_steps", PolynomialLR: "total_iters"}.get(type(scheduler), "")
+    window = run.accelerator.gradient_accumulation_steps
+    left = remaining_steps(run.limits, progress, per_epoch, window)
+    if scheduler is None or not total or not left or not per_epoch:
+        return
+    of_optimizer = (hook for hook in hooks.all_hooks() if isinstance(hook, OptimizerHook))
+    epochs, rest = divmod(progress.step_id + left, per_epoch)
+    if next(of_optimizer).lr_scheduler_every == "optimizer_step":
+        epochs *= -(-per_epoch // window)
+        epochs += -(-rest // window) - progress.step_id // window
+    end, length = scheduler.last_epoch + epochs, getattr(scheduler, total)
+    if end > length:
+        group = scheduler.optimizer.param_groups[0]
+        logger.warning(
+            "%s ends after %d steps (%s, saved in the checkpoint), the run after %d: it is at step "
+            "%d, where the learning rate is %.3g, of at most %.3g, and stays at its last value "
+            "after the end. For a longer curve, start a new run (--resume never, or another "
+            "run_folder); to fine-tune, start one from these weights with its own LR scheduler",
+            *(type(scheduler).__name__, length, total, end, scheduler.last_epoch, group["lr"]),
+            group.get("max_lr", group.get("initial_lr", group["lr"])),
+        )
 
 
 def _check_is_checkpoint(path: Path) -> None:

@@ -116,6 +116,7 @@ class HookBasedTrainer:
         max_optimizer_step: stop after this many committed optimizer steps.
         max_epoch: stop after this many epochs.
         lr_scheduler_every: when the LR scheduler steps, see :class:`OptimizerHook`.
+        lr_scheduler_monitor: metric that ``ReduceLROnPlateau`` follows instead of the mean loss.
         run_folder: directory for the files of hooks without a path of their own; created on
             demand.
         resume_from: directory of a checkpoint, or ``"auto"`` for the newest intact checkpoint of
@@ -157,6 +158,7 @@ class HookBasedTrainer:
         max_optimizer_step: int | None = None,
         max_epoch: int | None = None,
         lr_scheduler_every: LRSchedulerUnit | None = None,
+        lr_scheduler_monitor: str | None = None,
         run_folder: str | os.PathLike[str] | None = None,
         resume_from: str | os.PathLike[str] | None = None,
         data_order: DataOrder | None = None,
@@ -183,13 +185,14 @@ class HookBasedTrainer:
                     *(accelerator, model, optimizer, lr_scheduler, dataloader, batch_processor),
                     limits=self.limits,
                     lr_scheduler_every=lr_scheduler_every,
+                    lr_scheduler_monitor=lr_scheduler_monitor,
                     run_folder=run_folder,
                     resume_from=resume_from,
                     data_order=data_order,
                     agree_every=agree_every,
                 )
             )
-        self._prepare(model, optimizer, lr_scheduler, lr_scheduler_every)
+        self._prepare(model, optimizer, lr_scheduler, lr_scheduler_every, lr_scheduler_monitor)
         self.hooks += PipelineHooks.from_hooks(hooks)
         self._set_up_run(run_folder, data_order or DataOrder())
         if resume_from is not None:
@@ -203,6 +206,7 @@ class HookBasedTrainer:
         optimizer: torch.optim.Optimizer | None,
         lr_scheduler: LRScheduler | None,
         lr_scheduler_every: LRSchedulerUnit | None,
+        lr_scheduler_monitor: str | None,
     ) -> None:
         """Prepare model, optimizer and LR scheduler with Accelerate; add the OptimizerHook."""
         accelerator = self.accelerator
@@ -224,6 +228,7 @@ class HookBasedTrainer:
                 prepared.lr_scheduler,
                 self.hooks,
                 lr_scheduler_every,
+                lr_scheduler_monitor,
             )
             self._optimizer_hook = hook
             self.optimizer, self.lr_scheduler = hook.optimizer, hook.lr_scheduler
