@@ -27,7 +27,7 @@ from robo_orchard_lab.pipeline.hooks import (
     ValidationHookConfig,
 )
 from robo_orchard_lab.testing import count_collectives, count_host_reads
-from tiny import make_loader, make_trainer
+from tiny import make_loader, make_trainer, without_checks
 
 STEPS = 48
 
@@ -129,8 +129,8 @@ def everything(folder: Path, rank: int, agree_every: int | None) -> dict[str, An
         "code": code,
         "stopped": trainer.progress.global_step_id,
         "fired": fired,
-        "collectives": [str(call) for call in calls],
-        "reads": [str(read) for read in reads],
+        "collectives": [str(call) for call in without_checks(calls)],
+        "reads": [str(read) for read in without_checks(reads)],
     }
 
 

@@ -14,7 +14,7 @@ from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, SimpleBat
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext, PipelineHookArgs
 from robo_orchard_lab.pipeline.hooks.non_finite_guard import NonFiniteError, NonFiniteGuardConfig
 from robo_orchard_lab.testing import count_collectives
-from tiny import loss_of, make_loader, make_model
+from tiny import loss_of, make_loader, make_model, without_checks
 
 BAD_STEP = 3
 
@@ -87,7 +87,7 @@ def main(folder: Path, accumulate: int) -> None:
             "at_the_end": train(accelerator, [logged], 1),
             "raised": train(accelerator, [NonFiniteGuardConfig()], 1),
         }
-    result["calls"] = [call.what for call in calls]
+    result["calls"] = [call.what for call in without_checks(calls)]
     torch.save(result, folder / f"rank{accelerator.process_index}.pt")
 
 

@@ -22,7 +22,7 @@ from robo_orchard_lab.pipeline.hooks.keep_best import KeepBestConfig
 from robo_orchard_lab.pipeline.hooks.loss_tracker import LossTrackerConfig
 from robo_orchard_lab.pipeline.hooks.stats_monitor import StatsMonitorConfig
 from robo_orchard_lab.testing import count_collectives
-from tiny import make_model
+from tiny import make_model, without_checks
 
 
 class Losses(SimpleBatchProcessor):
@@ -91,7 +91,8 @@ def main(folder: Path) -> None:
         "reason": request and request.reason,
         "best": [keep.best_value, keep.best_step],
         "metadata": metadata,
-        "collectives": len(calls) - 1,  # without the comparison of hooks at the start
+        "collectives": len(without_checks(calls))
+        - 1,  # without the comparison of hooks at the start
         "saves": requested_by.count("KeepBest"),
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(result))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -29,7 +28,7 @@ from robo_orchard_lab.pipeline.metrics.torchmetrics import (
     MetricsLike,
     TorchMetrics,
 )
-from robo_orchard_lab.pipeline.model import ddp_of
+from robo_orchard_lab.pipeline.model import ModuleOfDDP, autocast_context, ddp_of
 from robo_orchard_lab.pipeline.sharding import is_sharded_model
 
 _UNSUPPORTED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -146,18 +145,19 @@ class Evaluator:
         ddp = ddp_of(self.model)
         unwrapped = self.model if ddp is None else ddp.module
         shared = unwrapped if ddp is not None or self._is_sharded else None
+        # Without DDP's communication: ranks may have different numbers of batches.
+        model = unwrapped if ddp is None else ModuleOfDDP(ddp, runs_hooks=False)
         parts: list[DeferredMetrics] = []
         with evaluation_isolation(self.model, shared, generators):
             for name, loader in self._loaders.items():
                 parts += self._evaluate_loader(
-                    unwrapped, loader, f"{prefix}{name}/", non_blocking=name in self._pinned
+                    model, loader, f"{prefix}{name}/", non_blocking=name in self._pinned
                 )
         return _JoinedMetrics(parts)
 
     def _evaluate_loader(
-        self, model: torch.nn.Module, loader: EvaluationLoader, prefix: str, non_blocking: bool
+        self, model: Any, loader: EvaluationLoader, prefix: str, non_blocking: bool
     ) -> Sequence[DeferredMetrics]:
-        # Without DDP, whose forward communicates: ranks may have different numbers of batches.
         first = next(chain(model.parameters(), model.buffers()), None)
         device = torch.device("cpu") if first is None else first.device
         places = self._accelerator is None or self._accelerator.device_placement
@@ -165,7 +165,7 @@ class Evaluator:
         metrics.to(device)
         metrics.reset()
         loss_sum = WeightedSum()
-        autocast = self._autocast(model)
+        autocast = autocast_context(self._accelerator)
         for batch, samples in loader.batches(self.seed, even=self._is_sharded):
             if places and device.type != "cpu":
                 batch = send_to_device(batch, device, non_blocking=non_blocking)
@@ -189,15 +189,7 @@ class Evaluator:
             return by_indices
         return (self._counter or count_samples)(batch)
 
-    def _autocast(self, model: torch.nn.Module) -> Callable[[], AbstractContextManager[Any]]:
-        """Return a context factory; a prepared model has autocast in its forward already."""
-        accelerator = self._accelerator
-        if accelerator is None or hasattr(model, "_original_forward"):
-            return nullcontext
-        # Accelerate's context costs 3 us even without mixed precision.
-        return accelerator.autocast if accelerator.native_amp else nullcontext
-
-    def _forward(self, model: torch.nn.Module, batch: Any) -> tuple[Any, Any, Any]:
+    def _forward(self, model: Any, batch: Any) -> tuple[Any, Any, Any]:
         """Return outputs, loss, and the loss's weight or None."""
         result = self.batch_processor.forward(model, batch)
         # The type is checked since a tensor of two rows would unpack as well.

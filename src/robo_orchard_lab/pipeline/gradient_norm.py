@@ -1,4 +1,8 @@
-"""Total norm of the gradients, computed once per update, and gradient clipping."""
+"""Total norm of the gradients, computed once per update, and gradient clipping.
+
+Gradients are those of the optimizer's parameters, in the model or outside, such as of a learned
+loss. Parameters that the optimizer lacks count nowhere.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +41,7 @@ def gradient_norm(args: PipelineHookArgs, norm_type: float | None = None) -> tor
     known = args.grad_norm
     if known is not None and (norm_type is None or _is_current(args, norm_type)):
         return known
-    return _measure(args, norm_type or 2.0, list(args.model.parameters()))
+    return _measure(args, norm_type or 2.0, updated_parameters(args))
 
 
 def clip_gradients(
@@ -48,7 +52,7 @@ def clip_gradients(
     Bitwise equal to ``torch.nn.utils.clip_grad_norm_``. Reuses the norm of this update, except with
     FSDP1. Returns None if DeepSpeed clips without reporting the norm.
     """
-    parameters = list(args.model.parameters())
+    parameters = updated_parameters(args)
     gradients = _gradients(parameters)
     if _are_supported(args.accelerator, gradients):
         known = _is_current(args, norm_type)
@@ -60,7 +64,7 @@ def clip_gradients(
         else:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     else:
-        norm = _clip_by_engine(args.accelerator, parameters, max_norm, norm_type)
+        norm = _clip_by_engine(args, max_norm, norm_type)
         if args.grad_norm is None:
             args.grad_norm, args.grad_norm_order = norm, norm_type
     args.gradients_changed = True
@@ -70,7 +74,7 @@ def clip_gradients(
 def clip_gradient_values(args: PipelineHookArgs, max_value: float) -> None:
     """Clamp every element of this rank's gradients to [-max_value, max_value]."""
     unscale_gradients(args.accelerator)
-    parameters = list(args.model.parameters())
+    parameters = updated_parameters(args)
     gradients = _gradients(parameters)
     if has_sharded(gradients):
         for gradient in map(local_tensor, gradients):
@@ -78,6 +82,18 @@ def clip_gradient_values(args: PipelineHookArgs, max_value: float) -> None:
     else:
         torch.nn.utils.clip_grad_value_(parameters, max_value)
     args.gradients_changed = True
+
+
+def updated_parameters(args: PipelineHookArgs) -> list[torch.nn.Parameter]:
+    """Return the optimizer's parameters: the model's, in its order, then others.
+
+    All parameters of the model in a run without an optimizer.
+    """
+    parameters = args.model.parameters()
+    if args.optimizer is None:
+        return list(parameters)
+    held = {id(p): p for group in args.optimizer.param_groups for p in group["params"]}
+    return [p for p in parameters if held.pop(id(p), None) is not None] + list(held.values())
 
 
 def unscale_gradients(accelerator: Accelerator) -> None:
@@ -109,7 +125,7 @@ def _measure(
             norm = _total_norm(dense, norm_type)
     elif accelerator.scaler is None:  # with a scaler, clipping would unscale twice and fail
         # An infinite bound leaves the gradients unchanged.
-        norm = _clip_by_engine(accelerator, parameters, float("inf"), norm_type)
+        norm = _clip_by_engine(args, float("inf"), norm_type)
     if args.grad_norm is None and norm is not None:
         args.grad_norm, args.grad_norm_order = norm, norm_type
     return norm
@@ -150,12 +166,11 @@ def _are_supported(accelerator: Accelerator, gradients: Sequence[torch.Tensor]) 
 
 
 def _clip_by_engine(
-    accelerator: Accelerator,
-    parameters: list[torch.nn.Parameter],
-    max_norm: float,
-    norm_type: float,
+    args: PipelineHookArgs, max_norm: float, norm_type: float
 ) -> torch.Tensor | None:
-    norm = accelerator.clip_grad_norm_(parameters, max_norm, norm_type=norm_type)
+    # All parameters: Accelerate compares the list with that of an FSDP1 model.
+    parameters = list(args.model.parameters())
+    norm = args.accelerator.clip_grad_norm_(parameters, max_norm, norm_type=norm_type)
     if hasattr(norm, "full_tensor"):  # a sharded norm
         norm = norm.full_tensor()  # a collective
     return norm if norm is None else torch.as_tensor(norm)

@@ -1,16 +1,21 @@
-"""Model helpers: unwrapping, parameter names and patterns, and snapshots of buffers."""
+"""Model helpers: unwrapping, DDP and autocast around batch processors, names, buffers."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatchcase
+from functools import cache, partial
 from operator import is_
 from typing import Any, TypeAlias
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs, get_mixed_precision_context_manager
 from torch.nn.parallel import DistributedDataParallel
 
+from robo_orchard_lab.pipeline.batch_processor import BatchProcessor, ForwardResult
 from robo_orchard_lab.pipeline.context import PipelineRun
 
 NamedParameters: TypeAlias = Sequence[tuple[str, torch.nn.Parameter]]
@@ -29,6 +34,188 @@ def ddp_of(model: torch.nn.Module) -> DistributedDataParallel | None:
     """Return the DDP wrapper of a model, also inside ``torch.compile``, or None."""
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, DistributedDataParallel) else None
+
+
+# --- Batch processors in mixed precision and in DDP ---------------------------------------------
+
+
+def autocast_context(accelerator: Accelerator | None) -> Callable[[], AbstractContextManager[Any]]:
+    """Return a function that returns the accelerator's autocast context, or a null context.
+
+    The context is around all that a batch processor computes, not only calls of the model.
+    """
+    if accelerator is None or not accelerator.native_amp:
+        return nullcontext  # Accelerate's context costs 3 us even without mixed precision
+    if not _is_autocast_cache_safe():
+        return partial(_autocast_without_cache, accelerator)
+    handler = accelerator.autocast_handler
+    context = get_mixed_precision_context_manager(accelerator.native_amp, handler)
+    return lambda: context  # one object, since a new one costs 5 us more
+
+
+@cache
+def _is_autocast_cache_safe() -> bool:
+    """Return True if autocast does not reuse weights that were cast without gradients.
+
+    torch 2.8 does: after a call under ``no_grad``, later calls of a model give no gradients.
+    """
+    weight = torch.zeros(1, 1, dtype=torch.float32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            torch.mm(weight, weight)
+        return torch.mm(weight, weight).requires_grad
+
+
+@contextmanager
+def _autocast_without_cache(accelerator: Accelerator) -> Iterator[None]:
+    given = accelerator.autocast_handler
+    handler = AutocastKwargs(enabled=given is None or given.enabled, cache_enabled=False)
+    with accelerator.autocast(handler):
+        torch.autocast_decrement_nesting()  # so that each call of a prepared model ends its cache
+        try:
+            yield
+        finally:
+            torch.autocast_increment_nesting()
+
+
+class _DDPWithoutSync(DistributedDataParallel):
+    """DDP model whose calls only call the module; shares all state of another DDP model."""
+
+    def __init__(self, ddp: DistributedDataParallel) -> None:
+        object.__setattr__(self, "__dict__", ddp.__dict__)
+
+    @property  # precedes an instance's forward, such as Accelerate's
+    def forward(self) -> Any:  # type: ignore[override]
+        return self.module
+
+
+class ModuleOfDDP:
+    """Module of a DDP model as batch processors see it: the same as in one process.
+
+    Attributes and items are those of the module, so ``model.compute_loss(batch)`` works at any
+    world size. Code for DDP works as well: ``model.module`` is the module. Nothing communicates;
+    :class:`ForwardInDDP` does.
+
+    Args:
+        ddp: DDP model.
+        runs_hooks: True if a call runs the forward hooks of the DDP model as well.
+    """
+
+    __slots__ = ("_call", "_ddp")
+
+    def __init__(self, ddp: DistributedDataParallel, *, runs_hooks: bool) -> None:
+        object.__setattr__(self, "_ddp", ddp)
+        object.__setattr__(self, "_call", _DDPWithoutSync(ddp) if runs_hooks else ddp.module)
+
+    @property  # type: ignore[misc]  # for isinstance()
+    def __class__(self) -> type[Any]:
+        return type(self._ddp.module)
+
+    def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
+        return self._call(*inputs, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        ddp = self._ddp
+        is_of_ddp = name == "module" or (name == "no_sync" and not hasattr(ddp.module, name))
+        return getattr(ddp if is_of_ddp else ddp.module, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._ddp.module, name, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._ddp.module[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._ddp.module)
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._ddp.module
+
+    def __len__(self) -> int:
+        return len(self._ddp.module)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return repr(self._ddp.module)
+
+
+class _Call(torch.nn.Module):
+    """Module that calls a function, with the parameters and buffers of another module."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self._modules_of = module.named_modules  # parameters and buffers come from there as well
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        return self._modules_of(*args, **kwargs)
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+class ForwardInDDP:
+    """Batch processor that runs another one inside the forward pass of a DDP model.
+
+    DDP then reduces the gradients however the processor uses the model: by a call, a method, a
+    submodule, or a reference of its own. DDP prepares the reduction, and broadcasts buffers, once
+    for each batch.
+    """
+
+    def __init__(self, processor: BatchProcessor, ddp: DistributedDataParallel) -> None:
+        self._processor = processor
+        self._ddp = ddp
+        self._call = _Call(ddp.module)
+
+    def forward(self, model: Any, batch: Any) -> ForwardResult:
+        ddp, module = self._ddp, self._ddp.module
+
+        def call_processor() -> ForwardResult:
+            ddp.module = module
+            return self._processor.forward(model, batch)
+
+        # DDP calls this instead of the module, whose forward hooks run when the processor calls it.
+        ddp.module = self._call
+        try:
+            result: ForwardResult = ddp.forward(call_processor)
+        finally:
+            ddp.module = module
+        return result
+
+
+class ForwardInAutocast:
+    """Batch processor that runs another one in the contexts of :func:`autocast_context`."""
+
+    def __init__(self, processor: Any, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._processor = processor
+        self._autocast = autocast
+
+    def forward(self, model: Any, batch: Any) -> ForwardResult:
+        with self._autocast():
+            result: ForwardResult = self._processor.forward(model, batch)
+        return result
+
+
+def forward_in_context(
+    processor: BatchProcessor, model: torch.nn.Module, accelerator: Accelerator | None
+) -> tuple[Any, Any]:
+    """Return the processor in DDP's forward and in autocast where needed, and its model.
+
+    DDP models that are compiled, have a mixed precision of their own, or were wrapped before
+    Accelerate added mixed precision are passed as they are; call them.
+    """
+    runner: Any = processor
+    given: Any = model
+    if isinstance(model, DistributedDataParallel) and not (
+        getattr(model, "mixed_precision", None) or "forward" in vars(model)
+    ):
+        runner, given = ForwardInDDP(processor, model), ModuleOfDDP(model, runs_hooks=True)
+    autocast = autocast_context(accelerator)
+    return (runner if autocast is nullcontext else ForwardInAutocast(runner, autocast)), given
+
+
+# --- Names -------------------------------------------------------------------------------------
 
 
 def plain_name(name: str) -> str:

@@ -26,7 +26,7 @@ from robo_orchard_lab.pipeline.batch_processor import (
 )
 from robo_orchard_lab.pipeline.checkpoint import load_checkpoint, save_checkpoint
 from robo_orchard_lab.pipeline.errors import StateError
-from robo_orchard_lab.pipeline.model import plain_name
+from robo_orchard_lab.pipeline.model import forward_in_context, plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ class QuarantinedWindow:
     gradient_factor: torch.Tensor | None = None
     """Factor of the gradients after the last backward pass with weighted losses."""
     frozen: list[str] = field(default_factory=list)
-    """Names of parameters without ``requires_grad``."""
+    """Names of parameters without ``requires_grad``, and of those that the optimizer lacks."""
     evaluating: list[str] = field(default_factory=list)
     """Names of modules in evaluation mode."""
     steps_missing: int = 0
@@ -357,12 +357,13 @@ def replay(
     _restore_model(plain, window)
     device = next((p.device for p in plain.parameters()), torch.device("cpu"))
     model.zero_grad()
+    processor, given = forward_in_context(batch_processor, model, accelerator)
     losses = []
     before = capture_torch_rng(device)
     try:
         for step, batch in zip(window.steps, batches, strict=True):
             restore_torch_rng(step.random, device)
-            _, loss, *_ = batch_processor.forward(model, send_to_device(batch, device))
+            _, loss, *_ = processor.forward(given, send_to_device(batch, device))
             assert loss is not None  # the run had one
             if step.loss_weight is not None:
                 loss = zero_if_unweighted(loss, step.loss_weight.to(loss.device))

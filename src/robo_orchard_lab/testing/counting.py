@@ -27,6 +27,7 @@ from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, save_checkpoin
 from robo_orchard_lab.pipeline.distributed.agreement import Agreement
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
+from robo_orchard_lab.pipeline.trainer.rank_consistency import ReplicaCheck
 
 # --- call sites ------------------------------------------------------------------------------
 
@@ -39,6 +40,8 @@ _COMMIT_FUNCTIONS = (
     MetricsBoard.flush_partial,
     MetricsBoard.read_deferred,
     CheckpointStore.prepare,
+    ReplicaCheck.check_gradients,
+    ReplicaCheck.check_weights,
     save_checkpoint,
     write_weights,
 )

@@ -138,6 +138,67 @@ def test_norm_of_sparse_gradients() -> None:
     assert torch.equal(norm(sparse=True), norm(sparse=False))
 
 
+class Partial(torch.nn.Module):
+    """Model with a layer that the optimizer lacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained = make_model()
+        self.other = torch.nn.Linear(2, 2)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.other(self.trained(inputs))
+        return outputs
+
+
+@pytest.mark.parametrize("clip", [{"max_norm": 0.05}, {"max_value": 0.01}])
+def test_only_gradients_of_the_update_count(clip: dict[str, float]) -> None:
+    """Norm and clipping are of the optimizer's parameters, in the model or not; others' drop."""
+    torch.manual_seed(0)
+    model, reference = Partial(), Partial()
+    reference.load_state_dict(model.state_dict())
+    scales = [torch.nn.Parameter(torch.full((2,), 3.0)) for _ in range(2)]
+    norms, seen = Norms(), PipelineHooks("seen")
+    others: list[Any] = []
+
+    def scaled_loss(model: Any, batch: Any, scale: torch.Tensor) -> Any:
+        inputs, targets = batch
+        outputs = model(inputs) * scale
+        return outputs, torch.nn.functional.mse_loss(outputs, targets)
+
+    @seen.on_optimizer_step.after
+    def keep(args: PipelineHookArgs) -> None:
+        gradient = model.other.weight.grad
+        assert gradient is not None
+        others.append(gradient.clone())
+
+    HookBasedTrainer(
+        Accelerator(cpu=True),
+        model,
+        make_loader(3),
+        SimpleBatchProcessor.from_callable(lambda m, batch: scaled_loss(m, batch, scales[0])),
+        torch.optim.SGD([*model.trained.parameters(), scales[0]], lr=0.1),
+        hooks=[norms, seen, GradientClippingHookConfig(**clip)],  # type: ignore[arg-type]  # floats
+        max_epoch=1,
+    )()
+    updated = [*reference.trained.parameters(), scales[1]]
+    optimizer = torch.optim.SGD(updated, lr=0.1)
+    for batch, norm, other in zip(make_loader(3), norms.found, others, strict=True):
+        scaled_loss(reference, batch, scales[1])[1].backward()
+        assert torch.equal(norm, torch.nn.utils.get_total_norm([p.grad for p in updated]))  # type: ignore[misc]  # all have one
+        assert torch.equal(other, reference.other.weight.grad)  # type: ignore[arg-type]  # as above
+        if "max_norm" in clip:
+            torch.nn.utils.clip_grad_norm_(updated, clip["max_norm"])
+        else:
+            torch.nn.utils.clip_grad_value_(updated, clip["max_value"])
+        optimizer.step()
+        optimizer.zero_grad()
+        reference.other.zero_grad()
+    assert equal(weights(model), weights(reference))
+    assert torch.equal(*scales)
+    assert model.other.weight.grad is None
+
+
 def fp16_trainer(hooks: Any, model: torch.nn.Module, scale: float = 1024.0) -> HookBasedTrainer:
     """Build a trainer with a real gradient scaler, which Accelerate creates only for a GPU."""
     accelerator = Accelerator(cpu=True)

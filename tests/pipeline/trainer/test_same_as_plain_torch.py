@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.errors import DataError, PipelineConfigError
+from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.hooks import GradientClippingHookConfig
 from robo_orchard_lab.pipeline.hooks.gradient_clipping import GradientClippingHook
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext, PipelineHooks
@@ -438,6 +439,72 @@ def test_bf16_equals_autocast() -> None:
         updates.step()
         updates.zero_grad()
     assert equal(weights(model), weights(reference))
+
+
+class WithMethod(torch.nn.Module):
+    """Model whose loss comes from a method, as in Lightning modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = make_model()
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.layers(inputs)
+        return outputs
+
+    def compute_loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.mse_loss(self.layers(inputs).float(), targets)
+
+
+def test_bf16_covers_methods_of_the_model() -> None:
+    """Autocast is around all of the batch processor, in training and in evaluation."""
+    model = WithMethod()
+    processor = SimpleBatchProcessor.from_callable(
+        lambda model, batch: (None, model.compute_loss(*batch))
+    )
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    HookBasedTrainer(accelerator, model, make_loader(), processor, optimizer, max_epoch=1)()
+    reference = WithMethod()
+    updates = torch.optim.SGD(reference.parameters(), lr=0.1)
+    for batch in make_loader():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = reference.compute_loss(*batch)
+        loss.backward()
+        updates.step()
+        updates.zero_grad()
+    assert equal(weights(model), weights(reference))
+    batch = next(iter(make_loader(1)))
+    values = Evaluator(model, processor, {"val": [batch]}, accelerator=accelerator).evaluate()
+    with torch.no_grad():
+        exact = reference.compute_loss(*batch).item()
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = reference.compute_loss(*batch).item()
+    assert values == {"val/loss": rounded}
+    assert rounded != exact
+
+
+def test_bf16_keeps_gradients_after_a_call_without_gradients() -> None:
+    """A call under ``no_grad`` before, as for a target, does not end the gradients of a call."""
+    model = make_model()
+    before = weights(model)
+
+    def forward(model: Any, batch: Any) -> Any:
+        inputs, _ = batch
+        with torch.no_grad():
+            targets = model(inputs) + 1
+        outputs = model(inputs)
+        return outputs, torch.nn.functional.mse_loss(outputs, targets)
+
+    HookBasedTrainer(
+        Accelerator(cpu=True, mixed_precision="bf16"),
+        model,
+        make_loader(),
+        SimpleBatchProcessor.from_callable(forward),
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        max_step=1,
+    )()
+    assert all(not torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
 
 
 def test_an_overflow_skips_the_update_and_the_lr_scheduler() -> None:

@@ -20,7 +20,7 @@ import torch
 from robo_orchard_core.utils.hook import RemovableHandle
 from robo_orchard_lab.pipeline.batch_processor import LossWeighting
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.gradient_norm import REPLICATED_TYPES
+from robo_orchard_lab.pipeline.gradient_norm import REPLICATED_TYPES, updated_parameters
 from robo_orchard_lab.pipeline.metrics import MetricValue
 from robo_orchard_lab.pipeline.model import plain_model, plain_name
 from robo_orchard_lab.pipeline.progress import TrainerProgress
@@ -320,6 +320,7 @@ def _describe(
 ) -> QuarantinedWindow:
     accelerator, model = args.accelerator, plain_model(args.run)
     scaler, weighting = accelerator.scaler, update.weighting
+    updated = set(map(id, updated_parameters(args)))
     return QuarantinedWindow(
         steps=update.steps,
         reason=str(finding),
@@ -333,7 +334,11 @@ def _describe(
         loss_scale=None if scaler is None else scaler.get_scale(),
         weight_reference=None if weighting is None else weighting.reference,
         gradient_factor=None if weighting is None else weighting.gradient_factor,
-        frozen=[plain_name(n) for n, p in model.named_parameters() if not p.requires_grad],
+        frozen=[
+            plain_name(name)
+            for name, parameter in model.named_parameters()
+            if not parameter.requires_grad or id(parameter) not in updated
+        ],
         evaluating=[plain_name(n) for n, module in model.named_modules() if not module.training],
     )
 

@@ -16,7 +16,7 @@ from pydantic import Field
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_version
-from robo_orchard_lab.pipeline.gradient_norm import gradient_norm
+from robo_orchard_lab.pipeline.gradient_norm import gradient_norm, updated_parameters
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks.finite_checks import (
     DelayedRead,
@@ -63,8 +63,12 @@ def bad_gradients(args: PipelineHookArgs) -> list[str] | None:
     """
     if args.gradients_changed:
         return None
-    parameters = plain_model(args.run).named_parameters()
-    named = [(plain_name(name), p.grad) for name, p in parameters if p.grad is not None]
+    names = {id(p): plain_name(name) for name, p in plain_model(args.run).named_parameters()}
+    named = [
+        (names.get(id(p), "a parameter outside the model"), p.grad)
+        for p in updated_parameters(args)
+        if p.grad is not None
+    ]
     flags = [
         (local.coalesce().values() if local.is_sparse else local).isfinite().all()
         for local in (local_tensor(gradient) for _, gradient in named)

@@ -48,6 +48,9 @@ class OptimizerHook(PipelineHooks):
         optimizer.zero_grad()
         progress.finish_optimizer_step(committed)
 
+    The update, its gradient norm and its clipping are those of the optimizer's parameters.
+    Gradients of the model's other parameters are dropped after ``on_optimizer_step``.
+
     ``after``-hooks of ``on_step`` see the gradients; those of ``on_optimizer_step`` see the new
     weights and ``args.update_committed``. A failed step makes no optimizer step.
 
@@ -91,6 +94,9 @@ class OptimizerHook(PipelineHooks):
         # With a gradient scaler, Accelerate's wrapper knows if it has stepped.
         self._wrapper = self.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else None
         self._zero_grad = _zero_grad_of(self.optimizer)
+        self._body = self._update
+        self._check_gradients: Callable[[], None] | None = None
+        self._outside: list[torch.nn.Parameter] = []
 
         plateau = isinstance(self.lr_scheduler, ReduceLROnPlateau)
         self.lr_scheduler_every: LRSchedulerUnit = lr_scheduler_every or (
@@ -134,10 +140,30 @@ class OptimizerHook(PipelineHooks):
     def zero_grad(self) -> None:
         """Set all gradients to None."""
         self._zero_grad()
+        for parameter in self._outside:
+            parameter.grad = None
+
+    def drop_gradients_outside(self, model: torch.nn.Module) -> None:
+        """Also drop the gradients of a model's parameters that the optimizer lacks, if any."""
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        self._outside = [parameter for parameter in model.parameters() if id(parameter) not in held]
+
+    def before_first_update(self, check: Callable[[], None]) -> None:
+        """Call a function before the first optimizer step that is not skipped."""
+        self._check_gradients = check
+        self._body = self._check_and_update
 
     def _optimizer_step(self, args: PipelineHookArgs) -> None:
         if args._at_accumulation_boundary and args._exception is None:
-            self._channel.run(args, self._update)
+            self._channel.run(args, self._body)
+            for parameter in self._outside:  # here, since hooks may use them until now
+                parameter.grad = None
+
+    def _check_and_update(self, args: PipelineHookArgs) -> None:
+        if args.skip_reason is None and self._check_gradients is not None:
+            self._check_gradients()
+            self._body = self._update
+        self._update(args)
 
     def _update(self, args: PipelineHookArgs) -> None:
         if args.skip_reason is not None:

@@ -1,4 +1,4 @@
-"""Rank consistency: settings that must be equal on all ranks, compared before collectives."""
+"""Rank consistency: settings, gradients and weights that must be equal on all ranks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,12 +19,16 @@ from torch.utils.data import RandomSampler, WeightedRandomSampler
 from robo_orchard_core.utils.config import Config, ConfigSaveError
 from robo_orchard_core.utils.hook import FunctionInfo
 from robo_orchard_lab.pipeline.batch_processor import count_batches
+from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.data.loader import is_map_style
-from robo_orchard_lab.pipeline.distributed.collectives import gather_objects
-from robo_orchard_lab.pipeline.errors import PipelineConfigError
+from robo_orchard_lab.pipeline.distributed.collectives import gather_numbers, gather_objects
+from robo_orchard_lab.pipeline.errors import PipelineConfigError, PipelineStateError
+from robo_orchard_lab.pipeline.gradient_norm import REPLICATED_TYPES
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, TriggeredHook
+from robo_orchard_lab.pipeline.model import ddp_of
 from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES
 from robo_orchard_lab.pipeline.run.run_info import versions
+from robo_orchard_lab.pipeline.sharding import is_sharded_model
 
 _ADDRESS = re.compile(r"\(id=\d+\)| at 0x[0-9a-f]+")
 _SAME_VERSIONS = ("torch", "accelerate", "robo-orchard-hooks")
@@ -75,6 +80,121 @@ def _difference(name: str, texts: list[str]) -> str:
             expected.splitlines(), text.splitlines(), first, who, n=1, lineterm=""
         )
     return "\n".join([*lines, _HINT.get(name, f"Give every rank the same {name}")])
+
+
+# --- Gradients and weights ---------------------------------------------------------------------
+
+_COLUMNS = 1021  # prime, so that no common shape aligns with it
+
+
+class ReplicaCheck:
+    """Comparison of gradients and weights between the ranks of a replicated model, as in DDP.
+
+    Ranks compare one number over host memory: the digest of the bits of all parameters, of the
+    model and of the optimizer. Each comparison reads the parameters once and syncs the device. The
+    trainer compares the gradients before its first update, and the weights after each epoch, with
+    each checkpoint, and at the end of the run. Does nothing in one process and for sharded models.
+
+    Args:
+        run: objects of the run.
+        names: returns the names of all parameters.
+    """
+
+    def __init__(
+        self, run: PipelineRun, names: Callable[[], Mapping[torch.nn.Parameter, str]]
+    ) -> None:
+        self._run = run
+        self._names = names
+        kind = run.accelerator.distributed_type
+        replicated = kind in REPLICATED_TYPES and not is_sharded_model(run.model)
+        self._is_needed = (
+            run.accelerator.num_processes > 1 and replicated and run.optimizer is not None
+        )
+        self._checked: dict[str, int] = {}
+
+    def check_gradients(self) -> None:
+        """Raise if gradients differ between ranks; a collective.
+
+        Raises:
+            PipelineStateError: on every rank; the message names the first different parameter.
+        """
+        self._check("gradient", lambda parameter: parameter.grad)
+
+    def check_weights(self) -> None:
+        """Raise if weights differ between ranks; a collective, at most once after each step.
+
+        Raises:
+            PipelineStateError: on every rank; the message names the first different parameter.
+        """
+        steps = self._run.progress.global_step_id
+        if self._checked.get("weights") != steps:
+            self._check("weights", lambda parameter: parameter)
+            self._checked["weights"] = steps
+
+    def _check(self, what: str, tensor_of: Callable[[torch.nn.Parameter], Any]) -> None:
+        if not self._is_needed:
+            return
+        ddp = ddp_of(self._run.model)
+        ignored = getattr(ddp, "parameters_to_ignore", ())
+        named = {n: tensor_of(p) for p, n in self._names().items() if n not in ignored}
+        digests = _digests({n: tensor for n, tensor in named.items() if tensor is not None})
+        packed = json.dumps(digests).encode()
+        digest = int.from_bytes(hashlib.blake2b(packed, digest_size=7).digest())
+        if len({row[0] for row in gather_numbers([digest])}) == 1:  # a collective
+            return
+        of_ranks = gather_objects(digests)
+        different = [n for n in named if len({of_rank.get(n) for of_rank in of_ranks}) > 1]
+        raise PipelineStateError(
+            f"the {what} of {different[0]!r} differ{'s' * (what == 'gradient')} between ranks at "
+            f"{self._run.progress}, as for {len(different)} of {len(named)} parameters; expected "
+            "equal values, which DDP keeps by reducing the gradients of its model. Compute the "
+            "loss with the model that the batch processor receives, not by .module of a compiled "
+            "model; put all trained parameters, such as those of a loss, into the model; and "
+            "change weights and gradients in hooks on every rank in the same way"
+        )
+
+
+def _digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Return a digest of the bits of each tensor; a device sync."""
+    if not tensors:
+        return {}
+    with torch.no_grad():
+        digests = [_digest(tensor.detach()) for tensor in tensors.values()]
+        packed = torch.stack([digest.to(digests[0].device) for digest in digests])
+    return dict(zip(tensors, packed.tolist(), strict=True))  # device sync
+
+
+def _digest(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a 64-bit number that depends on the values and their positions."""
+    if tensor.is_sparse:
+        tensor = tensor.coalesce()
+        return _digest(tensor.values()) + 3 * _digest(tensor.indices())
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    bits = tensor.reshape(-1).view(torch.uint8)
+    if bits.storage_offset() % 8:
+        bits = bits.clone()
+    count = len(bits) // 8 * 8
+    digest = _folded(bits[:count].view(torch.int64))
+    return digest if count == len(bits) else digest + 3 * _folded(bits[count:].long())
+
+
+def _folded(words: torch.Tensor) -> torch.Tensor:
+    factors = _factors(words.device)
+    rows = len(words) // _COLUMNS
+    folded = rows * _COLUMNS
+    digest = (words[folded:] * factors[: len(words) - folded]).sum()  # wraps around
+    if rows:
+        digest += (words[:folded].view(rows, _COLUMNS).sum(0) * factors).sum()
+    return digest
+
+
+@cache
+def _factors(device: torch.device) -> torch.Tensor:
+    return torch.arange(_COLUMNS, device=device) * 0x1E3779B97F4A7C15 + 1
+
+
+# --- Settings ----------------------------------------------------------------------------------
 
 
 def describe_setup(

@@ -7,7 +7,7 @@ optimizer state are parts of their own, with tensors by name.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -162,6 +162,7 @@ class RunSnapshots:
         hooks: all hooks of the run.
         data: training data.
         windows: accumulation windows.
+        check_weights: raises if the weights differ between ranks.
     """
 
     def __init__(
@@ -170,8 +171,10 @@ class RunSnapshots:
         hooks: PipelineHooks,
         data: TrainingData,
         windows: AccumulationWindows,
+        check_weights: Callable[[], None],
     ) -> None:
         self._run = run
+        self._check_weights = check_weights
         self._hooks = hooks
         self._data = data
         self._windows = windows
@@ -184,8 +187,9 @@ class RunSnapshots:
     def take(self) -> Snapshot:
         """Capture the run at a commit point; tensors are references. All ranks call it.
 
-        A collective if metrics are pending.
+        A collective if metrics are pending, and to compare the weights of DDP's ranks.
         """
+        self._check_weights()
         reshard(plain_model(self._run))
         return Snapshot(
             parts=self._parts(),

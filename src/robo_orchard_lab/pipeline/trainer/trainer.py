@@ -31,6 +31,7 @@ from robo_orchard_lab.pipeline.hook_set import HookLike, PipelineHooks, check_un
 from robo_orchard_lab.pipeline.hooks.optimizer import LRSchedulerUnit, OptimizerHook
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
+from robo_orchard_lab.pipeline.model import forward_in_context
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
 from robo_orchard_lab.pipeline.run.run_state import RunStateFile
@@ -38,11 +39,12 @@ from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows, 
 from robo_orchard_lab.pipeline.trainer.commit import CommitPoint
 from robo_orchard_lab.pipeline.trainer.loss_weights import LossWeights, wrong_result
 from robo_orchard_lab.pipeline.trainer.rank_consistency import (
+    ReplicaCheck,
     check_rank_consistency,
     describe_hooks,
     describe_setup,
 )
-from robo_orchard_lab.pipeline.trainer.rank_state import trained_parameters
+from robo_orchard_lab.pipeline.trainer.rank_state import trained_names, trained_parameters
 from robo_orchard_lab.pipeline.trainer.resume import resume
 from robo_orchard_lab.pipeline.trainer.setup import (
     ENGINES,
@@ -212,6 +214,9 @@ class HookBasedTrainer:
         accelerator = self.accelerator
         prepared = prepare_objects(accelerator, model, optimizer, lr_scheduler)
         self.model = prepared.model
+        self._processor, self._processed_model = forward_in_context(
+            self.batch_processor, self.model, accelerator
+        )
         self._place = batch_placement(accelerator, self.dataloader)
         self._no_sync = no_sync_context(accelerator, self.model)
         self._set_sharded_sync = gradient_sync_switch(accelerator, self.model)
@@ -272,7 +277,12 @@ class HookBasedTrainer:
             world_size,
             self._loss_weights,
         )
-        self._snapshots = RunSnapshots(self._run, self.hooks, self._data, self._windows)
+        self._replicas = ReplicaCheck(self._run, partial(trained_names, self._run))
+        self._snapshots = RunSnapshots(
+            self._run, self.hooks, self._data, self._windows, self._replicas.check_weights
+        )
+        if self._optimizer_hook is not None:
+            self._optimizer_hook.before_first_update(self._replicas.check_gradients)
         self._run.take_snapshot = self._snapshots.take
         self._run.should_defer_saves = self._has_unreduced_gradients
         self._resumed = False
@@ -368,11 +378,14 @@ class HookBasedTrainer:
         check_unique_names(self.hooks.named_hooks())
         if not self.model.training:
             self.model.train()
-        if self._optimizer_hook is not None and not self._resumed:
-            self._optimizer_hook.zero_grad()  # a resumed run may be within a window
+        if self._optimizer_hook is not None:
+            self._optimizer_hook.drop_gradients_outside(self.model)
+            if not self._resumed:
+                self._optimizer_hook.zero_grad()  # a resumed run may be within a window
         self._is_open = True
         try:
             self._on_loop(PipelineHookArgs(self._run), self._loop)
+            self._replicas.check_weights()  # a collective, unless just made
         except BaseException as error:
             with suppress(Exception):  # some errors refuse notes
                 error.add_note(f"the run was at {self.progress}")
@@ -403,6 +416,7 @@ class HookBasedTrainer:
             self._on_epoch(args, self._epoch)
             if args._epoch_completed:
                 self.progress.finish_epoch()
+                self._replicas.check_weights()  # a collective, with DDP
             commit_point.execute_after_epoch(args._epoch_completed)
             if args._epoch_completed and not self._is_over():
                 commit_point.warn_of_metrics()
@@ -496,7 +510,7 @@ class HookBasedTrainer:
                 self._on_model_forward(args, self._forward)
 
     def _forward(self, args: PipelineHookArgs) -> None:
-        result = self.batch_processor.forward(self.model, args.batch)
+        result = self._processor.forward(self._processed_model, args.batch)
         # A tensor of two rows would unpack as well, hence the check of the type.
         if not isinstance(result, (tuple, list)) or len(result) != 2:
             self._loss_weights.take(args, result)
