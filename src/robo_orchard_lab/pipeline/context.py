@@ -165,6 +165,10 @@ class PipelineRun:
     count_samples: Callable[[Any], int] = count_samples
     """Function that counts the samples of a step's batch: the batch processor's method where
     defined, else the number of dataset indices, else by the batch's structure."""
+    updated_parameters: tuple[list[int], list[torch.nn.Parameter]] = field(
+        default_factory=lambda: ([], [])
+    )
+    """Ids of the optimizer's parameters, and the parameters in the order of the model; a cache."""
     commit_seconds: float = 0.0
     """Total time in evaluations, logging points and saves, in seconds."""
 

@@ -89,11 +89,16 @@ def updated_parameters(args: PipelineHookArgs) -> list[torch.nn.Parameter]:
 
     All parameters of the model in a run without an optimizer.
     """
-    parameters = args.model.parameters()
-    if args.optimizer is None:
-        return list(parameters)
-    held = {id(p): p for group in args.optimizer.param_groups for p in group["params"]}
-    return [p for p in parameters if held.pop(id(p), None) is not None] + list(held.values())
+    run = args.run
+    if run.optimizer is None:
+        return list(run.model.parameters())
+    held = [p for group in run.optimizer.param_groups for p in group["params"]]
+    ids = list(map(id, held))
+    if run.updated_parameters[0] != ids:  # else saves a walk through the model's modules
+        others = dict(zip(ids, held, strict=True))
+        of_model = [p for p in run.model.parameters() if others.pop(id(p), None) is not None]
+        run.updated_parameters = ids, [*of_model, *others.values()]
+    return run.updated_parameters[1]
 
 
 def unscale_gradients(accelerator: Accelerator) -> None:

@@ -155,32 +155,35 @@ class _Call(torch.nn.Module):
         return function()
 
 
+class _DDPOfCall(DistributedDataParallel):
+    """DDP model that calls a function instead of its module; shares all state of another one."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, ddp: DistributedDataParallel) -> None:
+        object.__setattr__(self, "__dict__", ddp.__dict__)
+        object.__setattr__(self, "_call", _Call(ddp.module))
+
+    @property
+    def module(self) -> Any:
+        return self._call
+
+
 class ForwardInDDP:
     """Batch processor that runs another one inside the forward pass of a DDP model.
 
     DDP then reduces the gradients however the processor uses the model: by a call, a method, a
     submodule, or a reference of its own. DDP prepares the reduction, and broadcasts buffers, once
-    for each batch.
+    for each batch. The module's forward hooks run when the processor calls the module.
     """
 
     def __init__(self, processor: BatchProcessor, ddp: DistributedDataParallel) -> None:
         self._processor = processor
-        self._ddp = ddp
-        self._call = _Call(ddp.module)
+        self._ddp = _DDPOfCall(ddp)
 
     def forward(self, model: Any, batch: Any) -> ForwardResult:
-        ddp, module = self._ddp, self._ddp.module
-
-        def call_processor() -> ForwardResult:
-            ddp.module = module
-            return self._processor.forward(model, batch)
-
-        # DDP calls this instead of the module, whose forward hooks run when the processor calls it.
-        ddp.module = self._call
-        try:
-            result: ForwardResult = ddp.forward(call_processor)
-        finally:
-            ddp.module = module
+        call = partial(self._processor.forward, model, batch)  # DDP copies no arguments of a call
+        result: ForwardResult = self._ddp.forward(call)  # type: ignore[no-untyped-call]
         return result
 
 
