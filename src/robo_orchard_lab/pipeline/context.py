@@ -250,13 +250,13 @@ class PipelineHookArgs:
 
     batch: Any = field(metadata=_valid_in(_STEP_CHANNELS))
     """Batch, on the accelerator's device. A batch assigned in a ``before`` of ``on_step``,
-    ``on_batch`` or ``on_model_forward`` is the forward pass's; :attr:`batch_size` stays."""
+    ``on_batch`` or ``on_model_forward`` replaces it; :attr:`batch_size` stays."""
     model_outputs: Any = field(metadata=_valid_in(_STEP_CHANNELS))
     """Outputs of the batch processor; None until the forward pass is done. Outputs assigned in
     an ``after`` of ``on_model_forward`` are those of all later hooks, such as metrics."""
     attached_loss: torch.Tensor | None = field(metadata=_valid_in(_STEP_CHANNELS))
     """Loss with its autograd graph; hooks read :attr:`loss`. A loss assigned in an ``after`` of
-    ``on_model_forward`` or a ``before`` of ``on_model_backward`` is the backward pass's."""
+    ``on_model_forward`` or a ``before`` of ``on_model_backward`` replaces it."""
     grad_norm: torch.Tensor | None = field(metadata=_valid_in(_UPDATE_CHANNELS))
     """Norm of all gradients before clipping, on their device; None until a hook computes it."""
     grad_norm_order: float | None = field(metadata=_valid_in(_UPDATE_CHANNELS))
@@ -510,8 +510,8 @@ class PipelineHookArgs:
     def failing(self, error: BaseException | None) -> None:
         """Set :attr:`exception`, and report an error to the other ranks.
 
-        Channels call this before the first ``after`` of a failure, and with the value before,
-        mostly None, behind the last.
+        Channels call this before the first ``after`` of a failure, and restore the earlier value
+        after the last.
         """
         self._exception = error
         if error is not None:
