@@ -421,3 +421,19 @@ def test_removal_keeps_the_order_of_other_hooks(removed: list[bool]) -> None:
         if remove:
             handle()
     assert trace_of(channel) == nested([str(i) for i, gone in enumerate(removed) if not gone])
+
+
+def test_a_callable_in_the_position_of_the_name_is_refused() -> None:
+    """from_callable(None, before, after) would run ``before`` as the after."""
+    with pytest.raises(
+        HookSignatureError, match=r"name must be a string.*before=\.\.\. and after="
+    ):
+        HookContext.from_callable(None, print, print)  # type: ignore[arg-type]  # what is tested
+
+
+def test_a_channel_of_another_name_is_refused() -> None:
+    """Hooks of on_step must not run around another stage."""
+    epoch, step = HookContextChannel[Trace]("on_epoch"), HookContextChannel[Trace]("on_step")
+    with pytest.raises(HookRegistrationError, match=r"on_epoch requires .* the channel on_step"):
+        epoch.register(step)
+    assert len(epoch) == 0

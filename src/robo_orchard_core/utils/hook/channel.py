@@ -248,7 +248,8 @@ class HookContext(ABC, Generic[ArgsT]):
         """Make a hook from one or two callables.
 
         Raises:
-            HookSignatureError: Both are None, or a callable doesn't accept one argument.
+            HookSignatureError: Both are None, a callable doesn't accept one argument, or the
+                name is not a string.
         """
         return HookContextFromCallable(before=before, after=after, name=name)
 
@@ -274,6 +275,11 @@ class HookContextFromCallable(HookContext[ArgsT]):
     ) -> None:
         if before is None and after is None:
             raise HookSignatureError("a hook needs a before or an after callable, got neither")
+        if not isinstance(name, str | None):
+            raise HookSignatureError(
+                f"name must be a string, got {FunctionInfo.of(name)}; the order of arguments is "
+                "(before, after, name), so pass before=... and after=... by name"
+            )
         for role, function in (("before", before), ("after", after)):
             if function is not None:
                 check_signature(function, role)
@@ -344,8 +350,8 @@ class HookContextChannel(Generic[ArgsT]):
     ``args.exception`` set to the error. The first error propagates, with a note that names the
     hook; later errors are attached (:func:`later_errors`).
 
-    A channel can be registered in another channel, and its hooks then run at that position.
-    Registration and removal while a channel is open take effect at the next entry.
+    A channel can be registered in another channel of its name, and its hooks then run at that
+    position. Registration and removal while a channel is open take effect at the next entry.
     """
 
     __module__ = "robo_orchard_core.utils.hook"  # the public name, shown by print
@@ -363,12 +369,18 @@ class HookContextChannel(Generic[ArgsT]):
         """Add a hook, or another channel's hooks, as the innermost.
 
         Raises:
-            HookRegistrationError: The hook is registered already, or the channels form a cycle.
+            HookRegistrationError: The hook is registered already, the channels form a cycle, or
+                have different names.
             HookSignatureError: A before or after doesn't accept one argument.
         """
         if isinstance(hook, HookContextChannel):
             if hook._holds(self):
                 raise HookRegistrationError(f"channel {self.name} can't be registered in itself")
+            if hook.name != self.name:
+                raise HookRegistrationError(
+                    f"{self.name} requires hooks of {self.name}, got the channel {hook.name}, "
+                    f"whose hooks run elsewhere; register a channel named {self.name!r}"
+                )
         elif isinstance(hook, HookContext):
             for role, function in zip(("before", "after"), hook.functions(), strict=True):
                 if function is not None:
