@@ -171,3 +171,13 @@ except ValueError:
     assert "found \\x1b[31mred\\u202e\nand\tmore\n" in text
     assert "ValueError: \\x1b[2J\n" in text
     assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("wrong", ["%rank %(message)s", "%(message)s %", "50% %(message)s"])
+def test_a_format_with_a_stray_percent_sign_is_refused(wrong: str) -> None:
+    """Such a format would print the dict of all fields, or fail at every record."""
+    with bare_root() as root:
+        with pytest.raises(ValueError, match=r"expected fields such as %\(rank\)d, found '%"):
+            log_basic_config(format=wrong)
+        assert not root.handlers
+        log_basic_config(format="%(rank)-4d 100%% %(msecs)03.1f %(message)s")

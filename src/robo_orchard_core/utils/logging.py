@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from typing import TextIO
 
 DEFAULT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_FIELD = re.compile(r"%(%|\(\w+\)[-#0+ ]*[\d.*]*[a-zA-Z])")
 
 
 class StderrHandler(logging.StreamHandler[TextIO]):
@@ -58,12 +60,21 @@ def log_basic_config(
         datefmt: Date format, as in `logging.basicConfig`.
         all_ranks: Write all records on all ranks; else ranks above 0 write warnings and errors.
         force: Remove and close existing handlers of the root logger.
+
+    Raises:
+        ValueError: ``format`` has a ``%`` that begins no field.
     """
     rank, world_size = _environment_number("RANK", 0), _environment_number("WORLD_SIZE", 1)
     if format is None:
         format = DEFAULT_FORMAT  # noqa: A001 - as in logging.basicConfig
         if world_size > 1:
             format = f"[rank {rank}/{world_size}] {format}"  # noqa: A001 - as above
+    elif "%" in (rest := _FIELD.sub("", format)):  # would print all fields of the record
+        found = rest[rest.index("%") :][:20]
+        raise ValueError(
+            f"format: expected fields such as %(rank)d, found {found!r}; write %(name)s with the "
+            "name of the field, or %% for a percent sign"
+        )
     handler = StderrHandler()
     if rank > 0 and not all_ranks:
         handler.setLevel(logging.WARNING)
