@@ -12,7 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    model_validator,
+)
 
 from robo_orchard_core.utils.config import (
     ClassConfig,
@@ -393,7 +400,11 @@ class ExperimentFields(Config):
             "impossible", "the order of samples and the RNG states in checkpoints depend on it"
         ),
     ] = Field(default=0, ge=0, lt=2**32, description="Seed of weights, sample order and noise.")
-    run_folder: Annotated[str | None, HARMLESS] = Field(
+    run_folder: Annotated[
+        str | None,
+        BeforeValidator(lambda path: str(path) if isinstance(path, Path) else path),
+        HARMLESS,
+    ] = Field(
         default=None,
         description="Folder of everything that the run writes; null: runs/NAME. A file's folder "
         "lies below the current one.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -146,3 +147,19 @@ def test_a_path_through_a_link_is_refused(path: str, tmp_path: Path) -> None:
         in_run_folder(Several(one=Dump(path=path)), tmp_path)
     assert error.value.location == "one.path"
     assert in_run_folder(Dump(path="inner/dump.txt"), tmp_path).path
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (TorchProfilerHookConfig, "folder"),
+        (EMAConfig, "export_path"),
+        (JsonLinesSinkConfig, "path"),
+        (partial(TrackerSinkConfig, trackers=["tensorboard"]), "folder"),
+    ],
+)
+def test_configs_accept_a_path_object(make: Any, field: str) -> None:
+    """The field holds the text of the path, as in a file."""
+    config = make(**{field: Path("out/a.safetensors")})
+    assert getattr(config, field) == "out/a.safetensors"
+    assert type(config).from_str(config.to_str("json"), "json") == config

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
+
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
 
 from robo_orchard_core.utils.config import Config, ConfigFieldError
 
@@ -17,7 +21,8 @@ class RunPath:
     """Annotation of a config field that names a file or directory to write.
 
     In a script, such a path is relative to the working directory. In an experiment file, it is
-    relative to the run folder and can't leave the run folder.
+    relative to the run folder and can't leave the run folder. A field of type ``str`` accepts a
+    `pathlib.Path`, too.
 
     >>> from typing import Annotated
     >>> class Dump(Config):
@@ -30,6 +35,16 @@ class RunPath:
     """
 
     joined: bool = True
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """Return the schema of the field, which accepts any `os.PathLike`."""
+        return core_schema.no_info_before_validator_function(path_text, handler(source))
+
+
+def path_text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def check_run_path(path: str | PurePath) -> None:
