@@ -232,3 +232,38 @@ def test_a_file_name_that_is_too_long_is_an_error(capsys: pytest.CaptureFixture[
     """The error is that of a missing file."""
     assert main(["train", f"{'a' * 5000}.yaml"]) == 2
     assert capsys.readouterr().err.startswith("error: there is no file aaa")
+
+
+def test_check_shows_all_errors_of_a_file(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Unknown fields at the top and inside hide neither each other nor wrong values."""
+    text = Path(file).read_text()
+    for right, wrong in (
+        ("seed: 0\n", "seed: -4\nsede: 2\n"),
+        ("lr: 0.005\n  weight", "lr: fast\n  weight"),
+        ("max_epoch: 20", "max_epoch: -1\n  " + "\n  ".join(f"typo_{i}: 1" for i in range(12))),
+        ("resume: auto", "resume: maybe\nlr_schedule: 3"),
+    ):
+        assert text.count(right) == 1
+        text = text.replace(right, wrong)
+    Path(file).write_text(text)
+    capsys.readouterr()
+    assert main(["config", "check", file, "--json"]) == 2
+    [found] = json.loads(capsys.readouterr().out)
+    typos = [f"trainer.typo_{i}" for i in range(12)]
+    others = ["sede", "lr_schedule", "seed", "optimizer.lr", "resume", "trainer.max_epoch"]
+    assert sorted(error["field"] for error in found["errors"]) == sorted([*others, *typos])
+
+
+def test_check_imports_nothing_of_a_file_with_untrusted_code(
+    file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The errors that need imports are not searched for then."""
+    Path("own.yaml").write_text(
+        f"base: {file}\nsede: 1\nmodel: {{class_type: own:Net}}\nseed: -1\n"
+    )
+    capsys.readouterr()
+    assert main(["config", "check", "own.yaml"]) == 2
+    out = capsys.readouterr().out
+    assert "'own:Net' is not trusted" in out
+    assert "sede: an experiment has no such field" in out
+    assert "seed: Input" not in out

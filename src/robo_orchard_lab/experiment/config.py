@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from robo_orchard_core.utils.config import ConfigError, ConfigFieldError, Trust, TrustLike
+from robo_orchard_core.utils.config.errors import Path
 from robo_orchard_core.utils.config.formats import check_plain
 from robo_orchard_lab.experiment.catalogue import ExperimentTrust, with_definitions
 from robo_orchard_lab.experiment.document import ExperimentDocument, read_experiment
-from robo_orchard_lab.experiment.overrides import Override, from_mapping
+from robo_orchard_lab.experiment.overrides import NAMED_ENTRIES, Override, from_mapping
 from robo_orchard_lab.experiment.parts import ExperimentFields
 from robo_orchard_lab.experiment.prevalidation import check_renamed_fields, prevalidate
 
@@ -99,13 +102,50 @@ class ExperimentConfig(ExperimentFields):
         An override such as ``--name 3`` is read as text if the field requires text.
 
         Raises:
-            ConfigError: The document is invalid; the error has file, line and path.
+            ConfigError: The document is invalid; the error has file, line and path, and the further
+                errors of the document.
         """
         if not isinstance(trust, Trust):
             trusted = ExperimentTrust.of(trust)
             trusted.make_local_modules_importable()
             trust = trusted.trust
-        prevalidate(document, trust)
+        try:
+            prevalidate(document, trust)
+        except ConfigFieldError as error:
+            found = (error, *error.others)
+            # Nothing of a document is imported that names untrusted code.
+            if all(isinstance(each, ConfigFieldError) for each in found):
+                error.others += cls._errors_elsewhere(document, trust, [e.path for e in found])
+            raise
+        return cls._validated(document, trust)
+
+    @classmethod
+    def _errors_elsewhere(
+        cls, document: ExperimentDocument, trust: Trust, refused: Sequence[Path]
+    ) -> tuple[ConfigError, ...]:
+        """Return the errors of a document without its refused fields and named entries."""
+        fields = deepcopy(document.document)
+        for path in refused:
+            entry = next((named for named in NAMED_ENTRIES if path[: len(named)] == named), ())
+            *above, last = path[: len(entry) + 1]
+            holder: Any = fields
+            for key in above:
+                holder = holder.get(key) if isinstance(holder, dict) else None
+            if isinstance(holder, dict):
+                holder.pop(last, None)
+        try:
+            cls._validated(replace(document, document=fields), trust)
+        except ConfigError as error:
+            return tuple(
+                each
+                for each in (error, *error.others)
+                # Rules across fields, without a path, may depend on a refused field.
+                if each.path and all(p[: len(each.path)] != each.path for p in refused)
+            )
+        return ()
+
+    @classmethod
+    def _validated(cls, document: ExperimentDocument, trust: Trust) -> Self:
         refused: list[ConfigFieldError] = []
         while True:
             try:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path as FilePath
 from pathlib import PurePosixPath, PureWindowsPath
@@ -18,6 +19,7 @@ from typing import Literal, get_origin
 
 from robo_orchard_core.utils.config import Trust
 from robo_orchard_core.utils.config.errors import (
+    MAX_PROBLEMS,
     ConfigError,
     ConfigFieldError,
     ConfigReferenceError,
@@ -84,28 +86,52 @@ def prevalidate(document: ExperimentDocument, trust: Trust) -> None:
         trust: Code that the document may name; `ExperimentTrust` makes it.
 
     Raises:
-        ConfigError: The error has the path and the file and line, option or variable.
+        ConfigError: The error has the path and the file and line, option or variable, and the
+            further errors of the document.
     """
     fields = document.document
     try:
         check_plain(fields)
         check_bounds(fields)
-        check_renamed_fields(fields)
-        _check_fields(fields)
-        for path, value in walk(fields):
-            if path and not str(path[-1]).isprintable():
-                # Names of hooks, sets and metrics are printed in logs.
-                raise ConfigFieldError("expected a printable key", path)
-            if path in NAMED_ENTRIES:
-                _check_named_entries(path, value)
-            if _is_reference(path, value):
-                _check_reference(path, value, trust)
-            if isinstance(value, dict):
-                _check_kind(path, value)
-                _check_trackers(path, value, trust)
-        _check_run_folder(document)
     except ConfigError as error:
         raise document.locate(error) from None
+    found: dict[Path, ConfigError] = {}
+    for check in _checks(document, trust):
+        try:
+            check()
+        except ConfigError as error:
+            found.setdefault(error.path, document.locate(error))
+            if len(found) == MAX_PROBLEMS:
+                break
+    if found:
+        first, *others = found.values()
+        first.others = tuple(others)
+        raise first from None
+
+
+def _checks(document: ExperimentDocument, trust: Trust) -> Iterator[Callable[[], None]]:
+    """Yield checks of a document, each of which raises a `ConfigError`."""
+    fields = document.document
+    yield partial(check_renamed_fields, fields)
+    declared = ExperimentFields.model_fields
+    for name in dict.fromkeys([*fields, *declared]):
+        yield partial(_check_field, name, fields)
+    for path, value in walk(fields):
+        if path and not str(path[-1]).isprintable():
+            yield partial(_refuse_key, path)
+        if path in NAMED_ENTRIES:
+            yield partial(_check_named_entries, path, value)
+        if _is_reference(path, value):
+            yield partial(_check_reference, path, value, trust)
+        if isinstance(value, dict):
+            yield partial(_check_kind, path, value)
+            yield partial(_check_trackers, path, value, trust)
+    yield partial(_check_run_folder, document)
+
+
+def _refuse_key(path: Path) -> None:
+    # Names of hooks, sets and metrics are printed in logs.
+    raise ConfigFieldError("expected a printable key", path)
 
 
 def check_renamed_fields(fields: Mapping[str, Plain]) -> None:
@@ -127,26 +153,27 @@ write lr_scheduler instead
             raise ConfigFieldError(f"this field was renamed; write {new_name} instead", path)
 
 
-def _check_fields(fields: Mapping[str, Plain]) -> None:
-    """Check the names of all fields, and the types of mappings."""
+def _check_field(name: str, fields: Mapping[str, Plain]) -> None:
+    """Check the name of a field, and the type of a mapping."""
     declared = ExperimentFields.model_fields
-    for name, value in fields.items():
-        if name == "trust":
-            raise ConfigFieldError(
-                "a file can't grant trust; pass --trust PACKAGE, or set trust in your own "
-                "pyproject.toml",
-                (name,),
-            )
-        if name not in declared:
-            raise unknown_field(name, declared, "an experiment")
-        kinds = union_members(declared[name].annotation)
-        is_scalar = all(k in (str, int, NoneType) or get_origin(k) is Literal for k in kinds)
-        is_null = value is None and NoneType in kinds
-        if not (is_scalar or is_null or isinstance(value, dict)):
-            raise ConfigFieldError(f"expected a mapping, found {describe(value)}", (name,))
-    for name, field in declared.items():
-        if field.is_required() and name not in fields:
+    if name == "trust":
+        raise ConfigFieldError(
+            "a file can't grant trust; pass --trust PACKAGE, or set trust in your own "
+            "pyproject.toml",
+            (name,),
+        )
+    if name not in declared:
+        raise unknown_field(name, declared, "an experiment")
+    if name not in fields:
+        if declared[name].is_required():
             raise ConfigFieldError("a value is required here and none is given", (name,))
+        return
+    value = fields[name]
+    kinds = union_members(declared[name].annotation)
+    is_scalar = all(k in (str, int, NoneType) or get_origin(k) is Literal for k in kinds)
+    is_null = value is None and NoneType in kinds
+    if not (is_scalar or is_null or isinstance(value, dict)):
+        raise ConfigFieldError(f"expected a mapping, found {describe(value)}", (name,))
 
 
 def _check_named_entries(path: Path, value: Plain) -> None:

@@ -13,6 +13,8 @@ from pydantic_core import ErrorDetails
 
 from robo_orchard_core.utils.strict_json import Path as Path
 
+_MAX_SHOWN = 9  # further problems in the text of an error
+
 # --- paths -----------------------------------------------------------------------------------
 
 _BARE = re.compile(r"[^\s.\"]+")
@@ -96,7 +98,9 @@ class ConfigError(ValueError):
 
     def __str__(self) -> str:
         head = f"{self.source}: {self._line()}" if self.source else self._line()
-        return "\n".join([head, *(f"also {other._line()}" for other in self.others)])
+        shown = [f"also {other._line()}" for other in self.others[:_MAX_SHOWN]]
+        more = len(self.others) - len(shown)
+        return "\n".join([head, *shown, *([f"and {more} more"] if more else [])])
 
 
 class ConfigSyntaxError(ConfigError):
@@ -142,15 +146,19 @@ class ConfigBuildError(ConfigError):
 
 # --- pydantic's errors -----------------------------------------------------------------------
 
-_MAX_PROBLEMS = 10
+MAX_PROBLEMS = 100
+"""Maximum number of problems reported for a document."""
+
 _MAX_LENGTH = 500
 
 
 def config_error(error: ValidationError, document: object) -> ConfigError:
     """Convert pydantic's error to a ConfigError with paths, the most severe problem first."""
     found: list[ConfigError] = []
+    nested: list[ConfigError] = []
     for details in error.errors(include_url=False):
         problem = _problem(details, document)
+        nested += problem.others
         if not problem.path:  # a rule across fields: name the class
             problem.problem = f"{error.title}: {problem.problem}"
         # A problem inside a value precedes one of the value: in a union, it says the most.
@@ -161,9 +169,9 @@ def config_error(error: ValidationError, document: object) -> ConfigError:
             if len(other.path) < len(path) and path[: len(other.path)] == other.path
         )
         found.insert(next(outer, len(found)), problem)
-    found.sort(key=_severity)
+    found = sorted([*found, *nested], key=_severity)
     first, *others = found
-    first.others = tuple(others[: _MAX_PROBLEMS - 1])
+    first.others = tuple(others[: MAX_PROBLEMS - 1])
     return first
 
 
@@ -190,8 +198,10 @@ def _problem(details: ErrorDetails, document: object) -> ConfigError:
     path = _locate(details["loc"], document, missing=details["type"] == "missing")
     raised = details.get("ctx", {}).get("error")
     if isinstance(raised, ConfigError):
-        raised.problem = _shorten(raised.problem)
-        return raised.under(path)
+        for each in (raised, *raised.others):
+            each.problem = _shorten(each.problem)
+            each.under(path)
+        return raised
     if raised is not None:
         return ConfigFieldError(_shorten(str(raised)), path)
     if details["type"] == "missing":

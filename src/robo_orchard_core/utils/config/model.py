@@ -29,6 +29,8 @@ from pydantic import (
 from pydantic_core import to_jsonable_python
 
 from robo_orchard_core.utils.config.errors import (
+    MAX_PROBLEMS,
+    ConfigError,
     ConfigReferenceError,
     ConfigSaveError,
     ConfigSyntaxError,
@@ -206,17 +208,28 @@ class ConfigModel(BaseModel):
             return target.model_validate(data)  # type: ignore[return-value]  # as above
         names = {field.alias or name: name for name, field in cls.model_fields.items()}
         names |= {name: name for name in cls.model_fields}
-        for key in data if cls.model_config.get("extra") == "forbid" else ():
-            if key not in names:
-                raise unknown_field(key, cls.model_fields, cls.__qualname__)
-        return handler(
-            {
-                key: restore(state, cls.model_fields[names[key]].annotation, value, (key,))
-                if key in names
-                else value
-                for key, value in data.items()
-            }
-        )
+        is_strict = cls.model_config.get("extra") == "forbid"
+        unknown = [key for key in data if key not in names] if is_strict else []
+        known = {
+            key: restore(state, cls.model_fields[names[key]].annotation, value, (key,))
+            if key in names
+            else value
+            for key, value in data.items()
+            if key not in unknown
+        }
+        if not unknown:
+            return handler(known)
+        others: list[ConfigError] = [
+            unknown_field(key, cls.model_fields, cls.__qualname__) for key in unknown[:MAX_PROBLEMS]
+        ]
+        try:
+            handler(known)
+        except ValidationError as error:
+            found = config_error(error, known)
+            others += [each for each in (found, *found.others) if each.path]
+        first = others.pop(0)
+        first.others = tuple(others)
+        raise first
 
     def __eq__(self, other: object) -> bool:
         """Return True for configs of equal class and field values."""
