@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import click
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.cli.running import run, run_in_terminal
+from tests.cli.running import START, run, run_in_terminal
 
 from robo_orchard_lab.cli.commands.checkpoint import checkpoint as group
 from robo_orchard_lab.cli.main import main
@@ -309,3 +310,32 @@ def test_the_config_of_a_run_cannot_name_checkpoints_of_another_run(
     assert main(["checkpoint", name, str(stranger)]) == 2
     assert "checkpoint.folder" in capsys.readouterr().err
     assert sorted(os.listdir(kept / "checkpoints")) == before
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="without it, root reads everything")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["checkpoint", "list", "runs/first"],
+        ["checkpoint", "export", "runs/first", "w.safetensors"],
+        ["resume", "runs/first"],
+        ["train", "experiment.yaml", "--run_folder", "runs/first"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_a_folder_without_permission_is_an_error_of_one_line(
+    arguments: list[str], kept: Path
+) -> None:
+    """The error names the path and a command that shows the permissions."""
+    main(["config", "init"])
+    kept.parent.chmod(0)
+    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    command = [*(drop if os.geteuid() == 0 else []), *START, *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    finally:
+        kept.parent.chmod(0o700)
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: no permission to read or write runs/first")
+    assert "`namei -l runs/first" in line

@@ -124,6 +124,9 @@ def _problem_and_advice(error: BaseException) -> tuple[str, str]:
             return config_error_line(error), more
         case _ if any(_is_pipeline_error(error, name) for name in _COMPLETE_MESSAGES):
             return _first_line(error), ""
+        case PermissionError(filename=str(file)) if not _own_frames(error):
+            advice = f"`namei -l {file}` lists the permissions of the path"
+            return f"no permission to read or write {file}; {advice}", ""
     worker = _worker_error(error)
     message = _first_line(error) if worker is None else f"{worker[0]}, in a DataLoader worker"
     location = _location(error, [] if worker is None else worker[1])
@@ -138,7 +141,7 @@ def _location(error: BaseException, worker_frames: list[traceback.FrameSummary])
     from robo_orchard_core.utils.hook import origin_of
 
     frames = worker_frames or [*traceback.extract_tb(error.__traceback__)]
-    own = [frame for frame in frames if not _is_library_code(frame.filename)]
+    own = _own_frames(error, frames)
     hook = origin_of(error)
     parts = [f"raised at {_line(frames[-1])}"] if frames else []
     if own and own[-1] is not frames[-1]:
@@ -146,6 +149,14 @@ def _location(error: BaseException, worker_frames: list[traceback.FrameSummary])
     if hook:
         parts.append(f"in hook {hook}")
     return ", ".join(parts)
+
+
+def _own_frames(
+    error: BaseException, frames: list[traceback.FrameSummary] | None = None
+) -> list[traceback.FrameSummary]:
+    """Return the frames in the user's code."""
+    frames = [*traceback.extract_tb(error.__traceback__)] if frames is None else frames
+    return [frame for frame in frames if not _is_library_code(frame.filename)]
 
 
 def _line(frame: traceback.FrameSummary) -> str:
