@@ -154,6 +154,8 @@ class PipelineRun:
     """Alternative weights to evaluate and to save, by hook name."""
     savers: dict[str, Callable[[Sequence[Request]], None]] = field(default_factory=dict)
     """Function that writes a checkpoint for a list of requests, by hook name."""
+    checkpoint_folders: dict[Path, str] = field(default_factory=dict)
+    """Name of the hook that saves checkpoints in a folder."""
     failures: list[Exception] = field(default_factory=list)
     """Errors of background work; the trainer raises the first error at the end of the run."""
 

@@ -501,3 +501,17 @@ def test_immediate_stop_does_not_wait_for_a_save(tmp_path: Path) -> None:
             assert [info.step for info in store.list()] == [1, 2]
             break
         time.sleep(0.01)
+
+
+def test_two_hooks_on_one_folder_are_refused(tmp_path: Path) -> None:
+    """The error names both hooks and the remedy, not a lock of this process."""
+    first, second = (
+        SaveCheckpointConfig()(),
+        SaveCheckpointConfig(folder=tmp_path / "checkpoints")(),
+    )
+    first.name, second.name = "mine", "checkpoint"
+    with pytest.raises(
+        PipelineConfigError, match=r"mine and checkpoint both save .*/checkpoints; remove one"
+    ):
+        train(tmp_path, first, second)
+    train(tmp_path, first)  # the folder is free again

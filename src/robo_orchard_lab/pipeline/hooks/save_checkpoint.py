@@ -116,8 +116,8 @@ class SaveCheckpoint(PipelineHooks):
     - State: the best values of ``monitor``.
 
     Raises:
-        PipelineConfigError: neither ``folder`` nor the trainer's ``run_folder`` is set, when the
-            run begins.
+        PipelineConfigError: neither ``folder`` nor the trainer's ``run_folder`` is set, or another
+            hook saves in the same folder, when the run begins.
         StoreLockedError: another run saves into the same folder, when the run begins.
         CheckpointError: a save failed: at once with ``on_failure="stop"``, otherwise at the end of
             the run if the last save failed.
@@ -179,6 +179,14 @@ class SaveCheckpoint(PipelineHooks):
         cfg, run = self.cfg, args.run
         several = args.accelerator.num_processes > 1
         ranks = Ranks.of_job(in_background=cfg.in_background) if several else Ranks.alone()
+        folder = self.root(run.folder).resolve()
+        other = run.checkpoint_folders.setdefault(folder, self.name)
+        if other != self.name:
+            raise PipelineConfigError(
+                f"{other} and {self.name} both save checkpoints in {folder}; remove one of the two "
+                "hooks (in an experiment file: checkpoint: null, or the hook in hooks), or set "
+                f"{self.name}.folder to another folder"
+            )
         self._store = self.store(run.folder, ranks)
         self._store.open()
         self._run = run
@@ -197,6 +205,7 @@ class SaveCheckpoint(PipelineHooks):
 
     def _end(self, args: PipelineHookArgs) -> None:
         args.run.savers.pop(self.name, None)
+        args.run.checkpoint_folders.pop(self.root(args.run.folder).resolve(), None)
         if self._subscription is not None:
             self._subscription.remove()
             self._subscription = None
