@@ -53,7 +53,7 @@ def make_trainer(
         make_loader() if loader is None else loader,
         options.pop("batch_processor", SimpleBatchProcessor.from_callable(loss_of)),
         optimizer or torch.optim.SGD(model.parameters(), lr=0.1),
-        hooks=hooks,
+        hooks=[] if hooks is None else hooks,
         **options,
     )
 

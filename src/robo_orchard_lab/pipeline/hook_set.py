@@ -334,7 +334,9 @@ class PipelineHooks:
                 named.name = name
                 bundle += named
             return bundle
-        for hook in [hooks] if isinstance(hooks, PipelineHooks | PipelineHooksConfig) else hooks:
+        if isinstance(hooks, PipelineHooks | PipelineHooksConfig | type):
+            hooks = [hooks]
+        for hook in hooks:
             bundle += hook
         return bundle
 
@@ -474,10 +476,13 @@ def check_unique_names(bundles: Iterable[PipelineHooks]) -> None:
 
 
 def _build(hooks: HookLike) -> PipelineHooks:
-    bundle = hooks() if isinstance(hooks, PipelineHooksConfig) else hooks
+    bundle: Any = hooks() if isinstance(hooks, PipelineHooksConfig) else hooks
     if not isinstance(bundle, PipelineHooks):
+        found = type(bundle).__name__
+        remedy = "register a HookContext by register_hook(channel, hook)"
+        if isinstance(bundle, type):
+            found, remedy = f"type {bundle.__name__}", f"pass an instance, {bundle.__name__}(...)"
         raise HookRegistrationError(
-            f"expected a PipelineHooks or a PipelineHooksConfig, got {type(bundle).__name__}; "
-            "register a HookContext by register_hook(channel, hook)"
+            f"hooks: expected a PipelineHooks or a PipelineHooksConfig, got {found}; {remedy}"
         )
     return bundle

@@ -156,6 +156,7 @@ def build_example(run_folder: Path, resume_from: Any) -> HookBasedTrainer:
     seed_all(0)
     return HookBasedTrainer(
         *build_training(with_defaults({})),
+        hooks=[],
         max_epoch=2,
         run_folder=run_folder,
         resume_from=resume_from,

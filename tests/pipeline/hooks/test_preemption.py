@@ -27,6 +27,8 @@ from robo_orchard_lab.pipeline.errors import (
     RunPreempted,
 )
 from robo_orchard_lab.pipeline.hooks import (
+    LossTrackerConfig,
+    MetricsLoggerConfig,
     PreemptionConfig,
     SaveCheckpointConfig,
     ValidationHookConfig,
@@ -630,3 +632,36 @@ def test_ctrl_c_exit_code(tmp_path: Path) -> None:
     assert not any(worker.is_running() for worker in workers)
     state = read_run_state(tmp_path)
     assert (state.state, state.progress["global_step_id"]) == ("preempted", 2)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_before_the_first_value_of_a_metric_preempts(
+    tmp_path: Path, number: int, code: int
+) -> None:
+    """A monitored metric without a value yet does not turn the preemption into a failure."""
+    hooks = PipelineHooks("early")
+
+    @hooks.on_step.after(when="at steps 3")
+    def stop(args: PipelineHookArgs) -> None:
+        send(number)
+
+    @hooks.on_loop.before
+    def monitor(args: PipelineHookArgs) -> None:
+        args.metrics.subscribe("rollout/success", print, who="KeepBest")
+
+    trainer = make_trainer(
+        [
+            hooks,
+            LossTrackerConfig(),
+            MetricsLoggerConfig(every="1 steps"),
+            PreemptionConfig(),
+            SaveCheckpointConfig(),
+        ],
+        max_epoch=1,
+        run_folder=tmp_path,
+    )
+    with pytest.raises(RunPreempted) as stopped:
+        trainer()
+    assert stopped.value.code == code
+    state = read_run_state(tmp_path)
+    assert (state.state, state.exit_code, state.error) == ("preempted", code, None)

@@ -31,6 +31,12 @@ from robo_orchard_lab.pipeline import (
     TrainerProgress,
 )
 from robo_orchard_lab.pipeline.errors import BatchProcessorError, DataError, PipelineConfigError
+from robo_orchard_lab.pipeline.hooks import (
+    LossTrackerConfig,
+    MetricsLoggerConfig,
+    StatsMonitorConfig,
+    ValidationHookConfig,
+)
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext
 from robo_orchard_lab.pipeline.progress import ChannelName
 from tiny import equal, loss_of, make_loader, make_model, make_trainer, weights
@@ -542,3 +548,113 @@ def test_batch_norm_with_one_sample_names_the_remedy() -> None:
     with pytest.raises(ValueError, match="more than 1 value per channel") as failed:
         trainer()
     assert "drop_last=True to the data loader" in failed.value.__notes__[-1]
+
+
+class Silent(PipelineHooks):
+    pass
+
+
+def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def step_lr() -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.StepLR(sgd(make_model()), 1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"model": torch.nn.Linear}, "model: expected a torch.nn.Module, found the class Linear"),
+        ({"model": "resnet18"}, r"model: .* found 'resnet18' \(str\); pass MyModel\(\)"),
+        ({"accelerator": Accelerator}, "accelerator: .* found the class Accelerator; pass"),
+        ({"dataloader": DataLoader}, "dataloader: .* found the class DataLoader; pass DataLoader"),
+        ({"dataloader": "data/train"}, r"dataloader: .* found 'data/train' \(str\)"),
+        ({"dataloader": None}, "dataloader: .* found None"),
+        ({"optimizer": [sgd(make_model())]}, r"optimizer: .* \(list\); pass one with parameter gr"),
+        ({"optimizer": torch.optim.SGD}, "optimizer: .* found the class SGD"),
+        ({"lr_scheduler": [Silent()]}, r"lr_scheduler: .* \(list\)"),
+        ({"lr_scheduler": torch.optim.lr_scheduler.StepLR}, "lr_scheduler: .* the class StepLR"),
+        ({"lr_scheduler": sgd(make_model())}, "lr_scheduler: .*SGD"),
+        ({"lr_scheduler": step_lr()}, r"StepLR of another SGD; .* StepLR\(optimizer, \.\.\.\)"),
+        ({"lr_scheduler_every": "epoch"}, "expected an LR scheduler, found none; pass lr_sched"),
+    ],
+)
+def test_an_argument_of_the_wrong_type_is_refused(wrong: Any, message: str) -> None:
+    """The error names the argument, what was expected and found, and the remedy."""
+    model = make_model()
+    right = {
+        "accelerator": Accelerator(cpu=True),
+        "model": model,
+        "dataloader": make_loader(),
+        "batch_processor": SimpleBatchProcessor.from_callable(loss_of),
+        "optimizer": sgd(model),
+    }
+    with pytest.raises(PipelineConfigError, match=message):
+        HookBasedTrainer(**{**right, **wrong}, hooks=[], max_step=1)
+
+
+@pytest.mark.parametrize("hooks", [Silent, [Silent]])
+def test_a_hook_class_instead_of_a_hook_is_refused(hooks: Any) -> None:
+    with pytest.raises(
+        HookRegistrationError, match=r"got type Silent; pass an .* Silent\(\.\.\.\)"
+    ):
+        make_trainer(hooks, max_step=1)
+
+
+def test_a_loss_that_is_no_scalar_is_refused() -> None:
+    """The error has the shape and the remedy instead of torch's message about gradients."""
+
+    def losses(model: torch.nn.Module, batch: Any) -> tuple[Any, torch.Tensor]:
+        return None, model(batch[0]).square()
+
+    processor = SimpleBatchProcessor.from_callable(losses)
+    with pytest.raises(BatchProcessorError, match=r"a loss of shape \(4, 2\); .* loss\.mean\(\)"):
+        make_trainer(batch_processor=processor, max_step=1)()
+
+
+def test_a_trainer_without_hooks_logs_its_losses(caplog: pytest.LogCaptureFixture) -> None:
+    """None means the default hooks; an empty list or default_hooks=False means none."""
+
+    def run(**options: Any) -> list[str]:
+        model = make_model()
+        trainer = HookBasedTrainer(
+            Accelerator(cpu=True),
+            model,
+            make_loader(),
+            SimpleBatchProcessor.from_callable(loss_of),
+            sgd(model),
+            max_step=3,
+            **options,
+        )
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            trainer()
+        assert "no hook writes" not in caplog.text
+        return [hook.name for hook in trainer.hooks.named_hooks()]
+
+    names = ["OptimizerHook", "ProgressBarHook", "LossTracker", "MetricsLogger"]
+    assert run() == names
+    assert "epoch 1, step 3: loss/total " in caplog.text
+    assert run(hooks=None) == names
+    assert run(hooks=[]) == run(default_hooks=False) == ["OptimizerHook"]
+    assert "loss/total" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("hooks", "names"),
+    [
+        ([LossTrackerConfig(), StatsMonitorConfig()], "LossTracker, StatsMonitor"),
+        ([ValidationHookConfig()(dataloaders={"val": make_loader()})], "ValidationHook"),
+        ([LossTrackerConfig(), MetricsLoggerConfig()], None),
+    ],
+)
+def test_published_metrics_that_no_hook_writes_are_reported_at_the_start(
+    hooks: Any, names: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The warning comes before the first step, and has the line to add."""
+    seen: list[str] = []
+    look = on("on_epoch", lambda args: seen.append(caplog.text))
+    make_trainer([*hooks, look], max_step=1)()
+    expected = f"no hook writes the metrics that {names} will publish; add MetricsLoggerConfig("
+    assert (expected in seen[0]) is (names is not None)

@@ -13,6 +13,7 @@ _MODULE_OF = {
     **{f"{hook}Config": module for hook, module in HOOK_MODULES.items()},
     "NonFiniteError": "non_finite_guard",
     "OptimizerHook": "optimizer",
+    "default_hooks": "metrics_logger",
     "summarize": "model_summary",
 }
 
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from robo_orchard_lab.pipeline.hooks.metrics_logger import (
         MetricsLoggerConfig as MetricsLoggerConfig,
     )
+    from robo_orchard_lab.pipeline.hooks.metrics_logger import default_hooks as default_hooks
     from robo_orchard_lab.pipeline.hooks.model_summary import ModelSummary as ModelSummary
     from robo_orchard_lab.pipeline.hooks.model_summary import (
         ModelSummaryConfig as ModelSummaryConfig,

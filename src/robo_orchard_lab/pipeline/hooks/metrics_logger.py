@@ -12,9 +12,11 @@ from robo_orchard_core.utils.config import ConfigInstanceOf
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
-from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
+from robo_orchard_lab.pipeline.hook_set import HookLike, PipelineHooks, PipelineHooksConfig
+from robo_orchard_lab.pipeline.hooks.loss_tracker import LossTrackerConfig
+from robo_orchard_lab.pipeline.hooks.progress_bar import ProgressBarHookConfig
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
-from robo_orchard_lab.pipeline.sinks import MetricsSink, SinkConfig, SinkGroup
+from robo_orchard_lab.pipeline.sinks import LogSinkConfig, MetricsSink, SinkConfig, SinkGroup
 from robo_orchard_lab.pipeline.trigger import TriggerField
 
 SinkLike: TypeAlias = MetricsSink | SinkConfig[MetricsSink]
@@ -136,6 +138,18 @@ class MetricsLoggerConfig(PipelineHooksConfig[MetricsLogger]):
         Mapping[str, ConfigInstanceOf[SinkConfig[MetricsSink]]]
         | Sequence[ConfigInstanceOf[SinkConfig[MetricsSink]]]
     ) = Field(default=[], description="Sinks to write to; a mapping names the sinks in reports.")
+
+
+def default_hooks() -> list[HookLike]:
+    """Return the hooks of a trainer without hooks: progress, mean losses, and their log lines.
+
+    Pass the list with more hooks: ``hooks=[*default_hooks(), MyHook()]``.
+
+    >>> [hook().name for hook in default_hooks()]
+    ['ProgressBarHook', 'LossTracker', 'MetricsLogger']
+    """
+    logger = MetricsLoggerConfig(sinks=[LogSinkConfig()])
+    return [ProgressBarHookConfig(), LossTrackerConfig(), logger]
 
 
 def _pairs(sinks: Mapping[str, SinkLike] | Iterable[SinkLike]) -> list[tuple[str | None, SinkLike]]:

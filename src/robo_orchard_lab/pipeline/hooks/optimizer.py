@@ -68,8 +68,8 @@ class OptimizerHook(PipelineHooks):
             point that reads the value, on all ranks; NaN and infinities count as no improvement.
 
     Raises:
-        PipelineConfigError: ``lr_scheduler_every`` is unknown, ``lr_scheduler_monitor`` is for
-            another LR scheduler or given with ``lr_scheduler_every``, or the optimizer needs a
+        PipelineConfigError: ``lr_scheduler_every`` is unknown or has no LR scheduler,
+            ``lr_scheduler_monitor`` is for another LR scheduler or given with ``lr_scheduler_every``, or the optimizer needs a
             closure, as LBFGS does.
     """
 
@@ -106,6 +106,11 @@ class OptimizerHook(PipelineHooks):
             raise PipelineConfigError(
                 "lr_scheduler_every must be one of "
                 f"{', '.join(map(repr, get_args(LRSchedulerUnit)))}, got {lr_scheduler_every!r}"
+            )
+        if lr_scheduler_every is not None and lr_scheduler is None:
+            raise PipelineConfigError(
+                f"lr_scheduler_every={lr_scheduler_every!r}: expected an LR scheduler, found none; "
+                "pass lr_scheduler=..., or omit lr_scheduler_every"
             )
         self._monitor = lr_scheduler_monitor
         if lr_scheduler_monitor is not None:

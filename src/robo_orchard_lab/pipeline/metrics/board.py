@@ -250,6 +250,24 @@ class MetricsBoard:
                 return UnknownMetricError(name, known, who, hint)
         return None
 
+    def find_unwritten(self, evaluations: Iterable[str]) -> str | None:
+        """Return a warning about hooks that publish metrics in a run that writes none, or None.
+
+        Args:
+            evaluations: names of hooks that evaluate. Their values reach subscribers without
+                logging points, so the hooks count only if no hook subscribes.
+        """
+        names = [getattr(owner, "name", "") for _, owner in self._collectors]
+        if not self._expected_names():
+            names += evaluations
+        who = ", ".join(dict.fromkeys(filter(None, names)))
+        if self.is_logged or not who:
+            return None
+        return (
+            f"no hook writes the metrics that {who} will publish; add "
+            "MetricsLoggerConfig(every='50 steps | 1 epoch', sinks=[LogSinkConfig()]) to the hooks"
+        )
+
     # --- flush -------------------------------------------------------------------------------
 
     def has_due_metrics(self) -> bool:

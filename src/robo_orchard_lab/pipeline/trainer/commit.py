@@ -59,6 +59,12 @@ class CommitPoint:
             self._logged_at == self._run.progress.global_step_id and not completed
         )
 
+    def warn_of_unwritten(self) -> None:
+        """Warn at the start of the loop of hooks that publish what no hook writes."""
+        problem = self._run.metrics.find_unwritten(self._run.evaluations)
+        if problem is not None:
+            logger.warning("%s", problem)
+
     def warn_of_metrics(self) -> None:
         """Warn after an epoch of metrics that hooks wait for."""
         metrics = self._run.metrics
@@ -75,7 +81,13 @@ class CommitPoint:
         # A stopped run, or a short one, may end before its first evaluation.
         has_evaluated = any(name.startswith("eval/") for name in metrics.names())
         ended_early = stop is not None or (bool(run.evaluations) and not has_evaluated)
-        self._unmet = metrics.find_missing(at_end=not ended_early)
+        is_preempted = (
+            stop is not None
+            and stop.exit_code is not None
+            and not (run.limits.reached(run.progress))
+        )
+        # A preempted run resumes; a missing metric must not change its exit code.
+        self._unmet = None if is_preempted else metrics.find_missing(at_end=not ended_early)
         if stop is not None:
             logger.info("stopped at %s: %s, requested by %s", run.progress, stop.reason, stop.by)
 

@@ -162,6 +162,6 @@ def wrong_result(args: PipelineHookArgs, found: str) -> BatchProcessorError:
     """Return the error for a batch processor's result of the wrong type."""
     return BatchProcessorError(
         f"{type(args.batch_processor).__name__}.forward must return (outputs, loss), with a "
-        "loss if need_backward is True, or (outputs, loss, weight), the same in every step; "
+        "scalar loss if need_backward is True, or (outputs, loss, weight), the same in every step; "
         f"got {found}"
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedType, send_to_device
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
@@ -37,15 +38,37 @@ class PreparedObjects:
     lr_scheduler: LRScheduler | None
 
 
-def check_processor(
-    batch_processor: Any, optimizer: torch.optim.Optimizer | None, limits: TrainerLimits
+def check_objects(
+    accelerator: Any,
+    model: Any,
+    dataloader: Any,
+    batch_processor: Any,
+    optimizer: Any,
+    lr_scheduler: Any,
+    limits: TrainerLimits,
 ) -> None:
-    """Check that batch processor, optimizer and limits fit each other.
+    """Check the types of a trainer's objects, and that the objects fit each other.
 
     Raises:
-        PipelineConfigError: the batch processor is not one, needs an optimizer that is missing, or
-            makes no optimizer steps while ``max_optimizer_step`` counts them.
+        PipelineConfigError: an argument has the wrong type, the LR scheduler belongs to another
+            optimizer, the batch processor needs an optimizer that is missing, or makes no optimizer
+            steps while ``max_optimizer_step`` counts them.
     """
+    if not isinstance(accelerator, Accelerator):
+        raise _wrong_type("accelerator", "an Accelerator", accelerator, "accelerate.Accelerator()")
+    if not isinstance(model, torch.nn.Module):
+        raise _wrong_type("model", "a torch.nn.Module", model, "MyModel()")
+    is_iterable = hasattr(dataloader, "__iter__") or hasattr(dataloader, "__getitem__")
+    if isinstance(dataloader, type | str) or not is_iterable:
+        expected = "a DataLoader or another iterable of batches"
+        raise _wrong_type("dataloader", expected, dataloader, "DataLoader(dataset, batch_size=32)")
+    if not isinstance(optimizer, torch.optim.Optimizer | None):
+        remedy = "torch.optim.AdamW(model.parameters())"
+        if isinstance(optimizer, list | tuple | dict):
+            remedy = "one with parameter groups: torch.optim.AdamW([{'params': ...}, ...])"
+        raise _wrong_type("optimizer", "a torch.optim.Optimizer", optimizer, remedy)
+    if lr_scheduler is not None:
+        _check_lr_scheduler(lr_scheduler, optimizer)
     fits = all(hasattr(batch_processor, name) for name in ("forward", "need_backward"))
     if not fits or isinstance(batch_processor, type):
         raise PipelineConfigError(
@@ -63,6 +86,32 @@ def check_processor(
             "max_optimizer_step counts optimizer steps, and a batch processor with "
             "need_backward=False makes none; pass max_step or max_epoch"
         )
+
+
+def _check_lr_scheduler(lr_scheduler: Any, optimizer: torch.optim.Optimizer | None) -> None:
+    is_scheduler = all(callable(getattr(lr_scheduler, name, None)) for name in ("step", "get_lr"))
+    is_scheduler |= isinstance(lr_scheduler, LRScheduler | AcceleratedScheduler)
+    if isinstance(lr_scheduler, type) or not is_scheduler:
+        expected = "a torch.optim.lr_scheduler.LRScheduler"
+        remedy = "torch.optim.lr_scheduler.StepLR(optimizer, 1000)"
+        raise _wrong_type("lr_scheduler", expected, lr_scheduler, remedy)
+    inner = getattr(lr_scheduler, "scheduler", lr_scheduler)  # of Accelerate's wrapper
+    owner = getattr(inner, "optimizer", None)
+    if owner is None or optimizer is None:
+        return
+    if getattr(owner, "optimizer", owner) is not getattr(optimizer, "optimizer", optimizer):
+        raise PipelineConfigError(
+            f"lr_scheduler: expected an LR scheduler of the trainer's optimizer, found "
+            f"{type(inner).__name__} of another {type(owner).__name__}; create it with the "
+            f"optimizer that the trainer receives, {type(inner).__name__}(optimizer, ...)"
+        )
+
+
+def _wrong_type(argument: str, expected: str, found: Any, remedy: str) -> PipelineConfigError:
+    kind = " ".join(f"{found!r:.60}".split()) + f" ({type(found).__name__})"
+    if isinstance(found, type):
+        kind = f"the class {found.__qualname__}"
+    return PipelineConfigError(f"{argument}: expected {expected}, found {kind}; pass {remedy}")
 
 
 def prepare_objects(

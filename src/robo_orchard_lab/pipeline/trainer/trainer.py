@@ -49,7 +49,7 @@ from robo_orchard_lab.pipeline.trainer.resume import resume
 from robo_orchard_lab.pipeline.trainer.setup import (
     ENGINES,
     batch_placement,
-    check_processor,
+    check_objects,
     engine_backward,
     gradient_sync_switch,
     no_sync_context,
@@ -113,7 +113,8 @@ class HookBasedTrainer:
             for an optimizer step, also for a sharded model.
         lr_scheduler: steps once per committed optimizer step, at any world size.
         hooks: bundles of hooks and configurations of bundles, in any mixture, or a mapping that
-            names them; the first is the outermost.
+            names them; the first is the outermost. None uses ``hooks.default_hooks()``, which show
+            the progress and log the losses; ``[]`` uses no hook.
         max_step: stop after this many steps.
         max_optimizer_step: stop after this many committed optimizer steps.
         max_epoch: stop after this many epochs.
@@ -133,10 +134,13 @@ class HookBasedTrainer:
             error) and exits with code 1. Steps, optimizer steps, batches of an evaluation and
             files of a checkpoint count as progress. Allow for a first step that compiles the
             model, for a hook's long work at a commit point, and for a debugger.
+        default_hooks: False uses no hook if ``hooks`` is None.
 
     Raises:
-        PipelineConfigError: no limit, a missing optimizer, several launched processes without a
-            process group, or ranks with different settings; the message shows the difference.
+        PipelineConfigError: no limit, an argument of the wrong type, a missing optimizer, an LR
+            scheduler of another optimizer, ``lr_scheduler_every`` without an LR scheduler, several
+            launched processes without a process group, or ranks with different settings; the
+            message shows the difference.
         HookRegistrationError: two hooks with one name, or an object that is not a hook.
         CheckpointError: ``resume_from`` can't be read or is damaged; with ``"auto"``, all
             checkpoints are damaged.
@@ -166,9 +170,11 @@ class HookBasedTrainer:
         data_order: DataOrder | None = None,
         agree_every: int | None = None,
         stall_timeout_s: float | None = None,
+        default_hooks: bool = True,
     ) -> None:
         self.limits = TrainerLimits(max_step, max_optimizer_step, max_epoch)
-        check_processor(batch_processor, optimizer, self.limits)
+        objects = accelerator, model, dataloader, batch_processor, optimizer, lr_scheduler
+        check_objects(*objects, self.limits)
         self.accelerator = accelerator
         self.dataloader = dataloader
         self.batch_processor = batch_processor
@@ -195,6 +201,10 @@ class HookBasedTrainer:
                 )
             )
         self._prepare(model, optimizer, lr_scheduler, lr_scheduler_every, lr_scheduler_monitor)
+        if hooks is None and default_hooks:
+            from robo_orchard_lab.pipeline import hooks as built_in  # imports three more modules
+
+            hooks = built_in.default_hooks()
         self.hooks += PipelineHooks.from_hooks(hooks)
         self._set_up_run(run_folder, data_order or DataOrder())
         if resume_from is not None:
@@ -408,6 +418,7 @@ class HookBasedTrainer:
 
     def _loop(self, loop_args: PipelineHookArgs) -> None:
         commit_point = self._commit_point
+        commit_point.warn_of_unwritten()
         if self.progress.step_id == 0:
             self._snapshots.restore_rng()
             commit_point.execute()  # requests made at the start of the loop
@@ -530,10 +541,17 @@ class HookBasedTrainer:
             scaled = loss
         else:
             scaled = loss / args._loss_divisor
-        if self._engine_backward is None:
-            scaled.backward()
-        else:
-            self._engine_backward(scaled)
+        try:
+            if self._engine_backward is None:
+                scaled.backward()
+            else:
+                self._engine_backward(scaled)
+        except RuntimeError as error:
+            if loss.numel() == 1:
+                raise
+            raise wrong_result(
+                args, f"a loss of shape {tuple(loss.shape)}; reduce it, such as by loss.mean()"
+            ) from error
         if weight is not None and args._at_accumulation_boundary:
             args._loss_weighting = self._loss_weights.end_window()
         # Kept until the next backward pass, as a plain loop's variable is: the parameters' graph
