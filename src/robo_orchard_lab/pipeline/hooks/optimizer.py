@@ -69,8 +69,8 @@ class OptimizerHook(PipelineHooks):
 
     Raises:
         PipelineConfigError: ``lr_scheduler_every`` is unknown or has no LR scheduler,
-            ``lr_scheduler_monitor`` is for another LR scheduler or given with ``lr_scheduler_every``, or the optimizer needs a
-            closure, as LBFGS does.
+            ``lr_scheduler_monitor`` is for another LR scheduler or given with
+            ``lr_scheduler_every``, or the optimizer needs a closure, as LBFGS does.
     """
 
     def __init__(
