@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tests.cli.running import START, environment, run_in_terminal
 from tests.cli.spirals import SLOW, write_experiment
 
+from launching import without_greetings
 from robo_orchard_core.utils.config import formats
 from robo_orchard_lab.cli.main import main
 
@@ -300,7 +301,7 @@ def test_ranks_of_torchrun_train_one_run(
     measured = torchrun("evaluate", str(RUN), "--json")
     assert measured.returncode == 0, measured.stderr
     assert main(["evaluate", str(RUN), "--json"]) == 0
-    metrics = json.loads(measured.stdout)["metrics"]
+    metrics = json.loads(without_greetings(measured.stdout))["metrics"]
     alone = json.loads(capsys.readouterr().out)["metrics"]
     assert metrics == pytest.approx(alone, rel=1e-5)
 
