@@ -19,7 +19,7 @@ PARTS = {
     "rate": ("optimizer", '"lr": 0.1', '"lr": 0.2'),
     "optimizer": ("optimizer", "-torch.optim.sgd.SGD", "+torch.optim.adam.Adam"),
     "order of parameters": ("optimizer", "-  2.bias", "+  2.bias"),
-    "schedule": ("schedule", '"step_size": 1', '"step_size": 2'),
+    "schedule": ("LR scheduler", '"step_size": 1', '"step_size": 2'),
     "length": ("data", "-8 batches of 4 samples", "+6 batches of 4 samples"),
     "weights": (
         "data",
@@ -81,7 +81,7 @@ def test_different_hooks_are_refused_when_the_run_starts(kind: str, found: Any) 
         assert "watch, after make.<locals>.<lambda> (rank_consistency_on_ranks.py:" in plan
         assert "when 3 steps" in plan
     assert all(line in text for line in PLANS[kind])
-    assert text.endswith("can look at args.accelerator.process_index")
+    assert text.endswith("can read args.accelerator.process_index")
 
 
 def test_both_ranks_show_the_uncaught_error(found: Any) -> None:

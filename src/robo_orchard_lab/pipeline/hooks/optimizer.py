@@ -210,7 +210,7 @@ class OptimizerHook(PipelineHooks):
         return join_by_rank(states, processes, self._joined)
 
     def _joined(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        if self._mean_loss is None or "mean_loss" not in states[0]:
+        if self._mean_loss is None or any("mean_loss" not in state for state in states):
             return {}
         return {"mean_loss": self._mean_loss.joined([state["mean_loss"] for state in states])}
 
