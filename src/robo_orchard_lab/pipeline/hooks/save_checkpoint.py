@@ -28,7 +28,7 @@ from robo_orchard_lab.pipeline.errors import (
     check_state_version,
 )
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.hooks.best_value import Mode
+from robo_orchard_lab.pipeline.hooks.keep_best import Mode
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricValue, number_text
 from robo_orchard_lab.pipeline.requests import Request

@@ -15,8 +15,7 @@ from robo_orchard_lab.pipeline.batch_processor import count_batches
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.data.loader import is_map_style
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_version
-from robo_orchard_lab.pipeline.evaluation_loader import check_dataloaders
-from robo_orchard_lab.pipeline.evaluator import Evaluator
+from robo_orchard_lab.pipeline.evaluator import Evaluator, check_dataloaders
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.metrics.torchmetrics import MetricInputs, MetricsLike, TorchMetrics
 from robo_orchard_lab.pipeline.trigger import Last, TriggerField

@@ -6,8 +6,13 @@ from robo_orchard_lab.pipeline.sinks.jsonl import (
     MetricsFileError,
     read_metrics,
 )
-from robo_orchard_lab.pipeline.sinks.log import LogSink, LogSinkConfig
-from robo_orchard_lab.pipeline.sinks.sink import MetricsSink, SinkConfig, SinkGroup
+from robo_orchard_lab.pipeline.sinks.sink import (
+    LogSink,
+    LogSinkConfig,
+    MetricsSink,
+    SinkConfig,
+    SinkGroup,
+)
 from robo_orchard_lab.pipeline.sinks.trackers import TrackerSink, TrackerSinkConfig
 
 __all__ = [
