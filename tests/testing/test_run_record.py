@@ -116,7 +116,7 @@ def test_functions_are_found_by_name_and_by_file(tmp_path: Path) -> None:
     assert find_function(describe_function(f"{script}:build"))(None, None) == 3
     with pytest.raises(ImportError, match="has no function 'nothing'"):
         find_function(describe_function(f"{script}:nothing"))
-    with pytest.raises(ImportError, match="is no Python file"):
+    with pytest.raises(ImportError, match="is not a Python file"):
         find_function({"file": str(tmp_path / "text.txt"), "module": "text", "name": "build"})
 
 

@@ -76,16 +76,18 @@ class ExperimentArguments:
             raise CommandError(f"there is no file {file}", _nearest_file(file))
         return read_experiment(file, overrides=self.overrides, environ=os.environ)
 
-    def load(self, file: Path) -> ExperimentConfig:
-        """Read and validate a file.
+    def load(self, file: Path, *, all_errors: bool = False) -> ExperimentConfig:
+        """Read and validate a file; ``all_errors`` is as in `ExperimentConfig.from_document`.
 
         Raises:
             CommandError: the file does not exist.
             ConfigError: the experiment is invalid or not trusted.
         """
-        return self.validated(self.read(file))
+        return self.validated(self.read(file), all_errors=all_errors)
 
-    def validated(self, document: ExperimentDocument) -> ExperimentConfig:
+    def validated(
+        self, document: ExperimentDocument, *, all_errors: bool = False
+    ) -> ExperimentConfig:
         """Validate a document.
 
         Raises:
@@ -94,7 +96,7 @@ class ExperimentArguments:
         from robo_orchard_lab.experiment.config import ExperimentConfig
 
         try:
-            return ExperimentConfig.from_document(document, self.trust)
+            return ExperimentConfig.from_document(document, self.trust, all_errors=all_errors)
         except ConfigError as error:
             for other in error.others:
                 document.locate(other)

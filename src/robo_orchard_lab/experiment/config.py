@@ -96,8 +96,13 @@ class ExperimentConfig(ExperimentFields):
         return cls.from_document(read_experiment(path, overrides=given, environ=environ), trust)
 
     @classmethod
-    def from_document(cls, document: ExperimentDocument, trust: TrustLike = ()) -> Self:
+    def from_document(
+        cls, document: ExperimentDocument, trust: TrustLike = (), *, all_errors: bool = False
+    ) -> Self:
         """Build an experiment from the result of `read_experiment`; ``trust`` is as in `load`.
+
+        With ``all_errors``, fields that can be refused without an import do not keep the other
+        fields from being validated, which imports the trusted code that they name.
 
         An override such as ``--name 3`` is read as text if the field requires text.
 
@@ -114,7 +119,7 @@ class ExperimentConfig(ExperimentFields):
         except ConfigFieldError as error:
             found = (error, *error.others)
             # Nothing of a document is imported that names untrusted code.
-            if all(isinstance(each, ConfigFieldError) for each in found):
+            if all_errors and all(isinstance(each, ConfigFieldError) for each in found):
                 error.others += cls._errors_elsewhere(document, trust, [e.path for e in found])
             raise
         return cls._validated(document, trust)

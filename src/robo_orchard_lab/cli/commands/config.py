@@ -91,7 +91,7 @@ def check(files: tuple[Path, ...], as_json: bool, experiment: ExperimentArgument
 
 def _errors(experiment: ExperimentArguments, file: Path) -> list[ConfigError | CommandError]:
     try:
-        experiment.load(file)
+        experiment.load(file, all_errors=True)
     except CommandError as error:
         return [error]
     except ConfigError as error:
