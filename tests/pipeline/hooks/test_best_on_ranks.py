@@ -40,5 +40,5 @@ def test_the_best_step_is_kept(reduce: str, processes: int, tmp_path: Path) -> N
 def test_a_metric_of_one_rank_is_refused(tmp_path: Path) -> None:
     """The error names the metric, its hook and the remedy, within seconds."""
     done = launch(SCRIPT, tmp_path, "only rank 0", fails=True)
-    assert "read rollout/success for SaveCheckpoint" in done.stderr
+    assert "rollout/success for SaveCheckpoint" in done.stderr
     assert "on every rank, with weight=0 where there is no value" in done.stderr

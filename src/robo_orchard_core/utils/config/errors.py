@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from robo_orchard_core.utils.strict_json import Path as Path
 
-_MAX_SHOWN = 9  # further problems in the text of an error
+_MAX_SHOWN = 4  # further problems in the text of an error
 
 # --- paths -----------------------------------------------------------------------------------
 
