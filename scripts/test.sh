@@ -48,7 +48,7 @@ if [ "$versions" = locked ]; then
     check "tests" "$python" -m pytest tests "${parallel[@]}" --ignore "$alone" -m "$selection" \
         --cov --cov-append --cov-report=
     check "tests of speed, and coverage" "$python" -m pytest "$alone" -m "$selection" \
-        --cov --cov-append --cov-fail-under=90
+        --cov --cov-append --cov-fail-under=95
 else
     "$python" -m pip list --disable-pip-version-check
     check "doctests" "$python" -m pytest src --doctest-modules --quiet
