@@ -76,7 +76,7 @@ def type_hints(code: Any) -> dict[str, Any]:
             holder = types.SimpleNamespace(__annotations__={name: annotation})
             try:
                 hints |= typing.get_type_hints(holder, names, include_extras=True)
-            except Exception:
+            except Exception:  # as above: this annotation alone stays absent
                 continue
         return hints
 
