@@ -200,11 +200,11 @@ def _factors(device: torch.device) -> torch.Tensor:
 def describe_setup(
     accelerator: Accelerator,
     model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    lr_scheduler: LRScheduler | None,
     dataloader: Any,
     batch_processor: Any,
-    **options: Any,
+    optimizer: torch.optim.Optimizer | None,
+    lr_scheduler: LRScheduler | None,
+    options: Mapping[str, Any],
 ) -> dict[str, str]:
     """Describe the arguments of a trainer for :func:`check_rank_consistency`.
 

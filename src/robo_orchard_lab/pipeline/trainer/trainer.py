@@ -176,8 +176,11 @@ class HookBasedTrainer:
         objects = accelerator, model, dataloader, batch_processor, optimizer, lr_scheduler
         check_objects(*objects, self.limits)
         self.accelerator = accelerator
+        self.model = model
         self.dataloader = dataloader
         self.batch_processor = batch_processor
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
         self.progress = TrainerProgress()
         rank, world_size = accelerator.process_index, accelerator.num_processes
         self._agreement = Agreement(rank, world_size, agree_every)
@@ -187,43 +190,38 @@ class HookBasedTrainer:
         self._stall_clock: StallClock | None = None
         if stall_timeout_s is not None:
             self._stall_clock = StallClock(stall_timeout_s, self.progress, run_folder, rank)
-        if world_size > 1:  # before the first collective that relies on equal settings
-            check_rank_consistency(
-                describe_setup(
-                    *(accelerator, model, optimizer, lr_scheduler, dataloader, batch_processor),
-                    limits=self.limits,
-                    lr_scheduler_every=lr_scheduler_every,
-                    lr_scheduler_monitor=lr_scheduler_monitor,
-                    run_folder=run_folder,
-                    resume_from=resume_from,
-                    data_order=data_order,
-                    agree_every=agree_every,
-                )
-            )
-        self._prepare(model, optimizer, lr_scheduler, lr_scheduler_every, lr_scheduler_monitor)
-        if hooks is None and default_hooks:
-            from robo_orchard_lab.pipeline import hooks as built_in  # imports three more modules
+        self._optimizer_hook: OptimizerHook | None = None
+        self._last_loss: torch.Tensor | None = None
+        self._is_open = self._resumed = False
+        options = {
+            "limits": self.limits,
+            "lr_scheduler_every": lr_scheduler_every,
+            "lr_scheduler_monitor": lr_scheduler_monitor,
+            "run_folder": run_folder,
+            "resume_from": resume_from,
+            "data_order": data_order,
+            "agree_every": agree_every,
+        }
+        self._set_up(hooks, default_hooks, options)
 
-            hooks = built_in.default_hooks()
-        self.hooks += PipelineHooks.from_hooks(hooks)
-        self._set_up_run(run_folder, data_order or DataOrder())
-        if resume_from is not None:
-            with self._run.state_file.around_resume(), fail_together(self._stall_clock):
-                self._check_hooks_consistent()
-                self._resumed = resume(self._run, self.hooks, self._snapshots, resume_from)
-
-    def _prepare(
+    def _set_up(
         self,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer | None,
-        lr_scheduler: LRScheduler | None,
-        lr_scheduler_every: LRSchedulerUnit | None,
-        lr_scheduler_monitor: str | None,
+        hooks: HookLike | Iterable[HookLike] | Mapping[str, HookLike] | None,
+        default_hooks: bool,
+        options: Mapping[str, Any],
     ) -> None:
-        """Prepare model, optimizer and LR scheduler with Accelerate; add the OptimizerHook."""
-        accelerator = self.accelerator
-        prepared = prepare_objects(accelerator, model, optimizer, lr_scheduler)
-        self.model = prepared.model
+        """Prepare the objects with Accelerate, connect hooks, data and run, and resume.
+
+        Collectives in a job of several ranks.
+        """
+        accelerator, world_size = self.accelerator, self.accelerator.num_processes
+        if world_size > 1:  # before the first collective that relies on equal settings
+            objects = self.model, self.dataloader, self.batch_processor
+            updates = self.optimizer, self.lr_scheduler
+            check_rank_consistency(describe_setup(accelerator, *objects, *updates, options))
+
+        prepared = prepare_objects(accelerator, self.model, self.optimizer, self.lr_scheduler)
+        self.model, self.optimizer, self.lr_scheduler = prepared.model, None, None
         self._processor, self._processed_model = forward_in_context(
             self.batch_processor, self.model, accelerator
         )
@@ -233,28 +231,29 @@ class HookBasedTrainer:
         self._engine_backward = engine_backward(accelerator)
         self._engine_divides = accelerator.distributed_type in ENGINES
         self._synchronising = accelerator.sync_gradients = True
-        self._optimizer_hook: OptimizerHook | None = None
-        self.optimizer: torch.optim.Optimizer | None = None
-        self.lr_scheduler: LRScheduler | None = None
+
         if self.batch_processor.need_backward and prepared.optimizer is not None:
-            hook = OptimizerHook(
+            self._optimizer_hook = OptimizerHook(
                 accelerator,
                 prepared.optimizer,
                 prepared.lr_scheduler,
                 self.hooks,
-                lr_scheduler_every,
-                lr_scheduler_monitor,
+                options["lr_scheduler_every"],
+                options["lr_scheduler_monitor"],
             )
-            self._optimizer_hook = hook
-            self.optimizer, self.lr_scheduler = hook.optimizer, hook.lr_scheduler
-            self.hooks += hook
+            self.optimizer = self._optimizer_hook.optimizer
+            self.lr_scheduler = self._optimizer_hook.lr_scheduler
+            self.hooks += self._optimizer_hook
+        if hooks is None and default_hooks:
+            from robo_orchard_lab.pipeline import hooks as built_in  # imports three more modules
 
-    def _set_up_run(self, run_folder: str | os.PathLike[str] | None, data_order: DataOrder) -> None:
-        """Create the data order, the run that hooks see, and the accumulation windows."""
-        accelerator, world_size = self.accelerator, self.accelerator.num_processes
+            hooks = built_in.default_hooks()
+        self.hooks += PipelineHooks.from_hooks(hooks)
+
+        run_folder = options["run_folder"]
         self._data = TrainingData(
             self.dataloader,
-            data_order,
+            options["data_order"] or DataOrder(),
             accelerator,
             self.progress,
             getattr(self.batch_processor, "count_samples", None),
@@ -278,14 +277,11 @@ class HookBasedTrainer:
             ),
         )
         window = accelerator.gradient_accumulation_steps
-        parameters = partial(trained_parameters, self._run)
-        self._loss_weights = LossWeights(accelerator, window, parameters)
+        self._loss_weights = LossWeights(
+            accelerator, window, partial(trained_parameters, self._run)
+        )
         self._windows = AccumulationWindows(
-            window,
-            self._data.counter,
-            self._data.num_processes,
-            world_size,
-            self._loss_weights,
+            window, self._data.counter, self._data.num_processes, world_size, self._loss_weights
         )
         self._replicas = ReplicaCheck(self._run, partial(trained_names, self._run))
         self._snapshots = RunSnapshots(
@@ -295,9 +291,6 @@ class HookBasedTrainer:
             self._optimizer_hook.before_first_update(self._replicas.check_gradients)
         self._run.take_snapshot = self._snapshots.take
         self._run.should_defer_saves = self._has_unreduced_gradients
-        self._resumed = False
-        self._is_open = False
-        self._last_loss: torch.Tensor | None = None
 
         channel = self.hooks.get_channel  # looked up once: the step path calls these
         self._on_loop = channel("on_loop").run
@@ -308,6 +301,12 @@ class HookBasedTrainer:
         self._on_model_backward = channel("on_model_backward").run
         self._step_body = self._step if world_size == 1 else self._step_or_padding_step
         self._commit_point = CommitPoint(self._run, channel("on_evaluation").run)
+
+        resume_from = options["resume_from"]
+        if resume_from is not None:
+            with self._run.state_file.around_resume(), fail_together(self._stall_clock):
+                self._check_hooks_consistent()
+                self._resumed = resume(self._run, self.hooks, self._snapshots, resume_from)
 
     @property
     def hooks(self) -> PipelineHooks:
