@@ -155,7 +155,7 @@ class _Call(torch.nn.Module):
         return function()
 
 
-class _DDPOfCall(DistributedDataParallel):
+class DDPOfCall(DistributedDataParallel):
     """DDP model that calls a function instead of its module; shares all state of another one."""
 
     __slots__ = ("_call",)
@@ -179,7 +179,7 @@ class ForwardInDDP:
 
     def __init__(self, processor: BatchProcessor, ddp: DistributedDataParallel) -> None:
         self._processor = processor
-        self._ddp = _DDPOfCall(ddp)
+        self._ddp = DDPOfCall(ddp)
 
     def forward(self, model: Any, batch: Any) -> ForwardResult:
         call = partial(self._processor.forward, model, batch)  # DDP copies no arguments of a call

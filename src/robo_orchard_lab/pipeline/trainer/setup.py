@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.job_log import job_logger
-from robo_orchard_lab.pipeline.model import ddp_of
+from robo_orchard_lab.pipeline.model import DDPOfCall, ddp_of
 from robo_orchard_lab.pipeline.progress import TrainerLimits
 from robo_orchard_lab.pipeline.sharded_tensors import is_sharded
 from robo_orchard_lab.pipeline.sharding import is_sharded_model, reshard, set_gradient_sync
@@ -326,26 +326,29 @@ def settle_buckets(ddp: DistributedDataParallel) -> None:
     or more, the position in a bucket decides the order of summation and so the rounding; settled
     buckets make a resumed run round as an uninterrupted run.
 
-    Runs one backward pass of zeros with its all-reduce: a collective. Gradients are None
-    afterwards. Does nothing where DDP never rebuilds buckets (``find_unused_parameters``), with a
-    communication hook, sparse gradients or delayed reduction.
+    Runs one backward pass of zeros with its all-reduce, a collective, in which a communication hook
+    takes part. Gradients are None afterwards. Does nothing where DDP never rebuilds buckets
+    (``find_unused_parameters``), with DDP's own mixed precision, and with sparse gradients.
     """
-    parameters = [p for p in ddp.module.parameters() if p.requires_grad]
+    ignored = getattr(ddp, "parameters_to_ignore", ())
+    named = ddp.module.named_parameters()
+    parameters = [p for name, p in named if p.requires_grad and name not in ignored]
     is_unsupported = (
         ddp.find_unused_parameters
         or ddp.static_graph
-        or getattr(ddp, "_comm_hooks", None)
-        or getattr(ddp, "_delay_all_reduce_params", None)
-        or getattr(ddp, "_use_python_reducer", False)
+        or getattr(ddp, "mixed_precision", None)
         or any(getattr(module, "sparse", False) for module in ddp.module.modules())
     )
     if is_unsupported or not parameters:
         return
     device = parameters[0].device
-    with torch.enable_grad():
-        ddp.reducer.prepare_for_backward([])
+
+    def zero() -> torch.Tensor:
         # Autograd differentiates the last node first, so gradients arrive in reverse order.
         pieces = [p.reshape(-1)[:1].abs().sum().to(device, torch.float32) for p in parameters]
-        (torch.stack(pieces).sum() * 0).backward()
+        return torch.stack(pieces).sum() * 0
+
+    with torch.enable_grad():
+        DDPOfCall(ddp).forward(zero).backward()  # type: ignore[no-untyped-call]  # torch has none
     for parameter in parameters:
         parameter.grad = None
