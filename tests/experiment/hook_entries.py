@@ -29,6 +29,10 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
     "EMA": [
         {
             "update_after_step": 10,
+            "update_every": 2,
+            "copy_first": True,
+            "use_buffers": True,
+            "copy_batch_norm": True,
             "inv_gamma": 2.0,
             "power": 0.5,
             "min_decay": 0.125,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.optim.swa_utils import AveragedModel
 
 from robo_orchard_lab.pipeline import (
     HookBasedTrainer,
@@ -214,8 +217,17 @@ def test_replaced_buffers_are_tracked() -> None:
     assert own == 7
 
 
+RECIPE: dict[str, Any] = {
+    "update_every": 3,
+    "copy_first": True,
+    "use_buffers": True,
+    "copy_batch_norm": True,
+}
+
+
+@pytest.mark.parametrize("fields", [{}, RECIPE], ids=["default", "recipe"])
 @pytest.mark.parametrize("at", [4, 5])
-def test_resume_is_exact(at: int, tmp_path: Path) -> None:
+def test_resume_is_exact(at: int, fields: dict[str, Any], tmp_path: Path) -> None:
     """A resume, also within an accumulation window, restores the average bit for bit.
 
     At step 5 a window is open, so buffers differ from those of the last update.
@@ -224,7 +236,7 @@ def test_resume_is_exact(at: int, tmp_path: Path) -> None:
     starts: list[dict[str, torch.Tensor]] = []
 
     def run(max_step: int, resume_from: Path | None = None) -> tuple[HookBasedTrainer, EMA]:
-        ema = EMAConfig(update_after_step=1)()
+        ema = EMAConfig(update_after_step=1, **fields)()
         torch.manual_seed(7)
         stop = PipelineHooks("stop")
 
@@ -257,6 +269,7 @@ def test_resume_is_exact(at: int, tmp_path: Path) -> None:
     assert equal(list(starts[-1].values()), list(ended.weights().values()))
     expected, found = uninterrupted.state_dict(), resumed.state_dict()
     assert found["updates"] == expected["updates"] == 8
+    assert found["averagings"] == expected["averagings"] == (3 if fields else 7)
     for part in ("shadows", "copies"):
         assert list(found[part]) == list(expected[part])
         assert equal(list(found[part].values()), list(expected[part].values()))
@@ -654,6 +667,7 @@ def test_hook_contract() -> None:
     assert_state_round_trip(config, model=with_batch_norm, accumulate=3)
     assert_no_device_sync(config, model=with_batch_norm)
     assert_weights_unchanged(config, model=with_batch_norm)
+    assert_state_round_trip(EMAConfig(**RECIPE), model=with_batch_norm, accumulate=2)
 
 
 def test_averages_are_equal_on_all_ranks(tmp_path: Path) -> None:
@@ -673,6 +687,121 @@ def test_decays_match_the_reference() -> None:
     assert EMAConfig(power=2 / 3).decay_of(31_600) == pytest.approx(0.999, abs=1e-6)
     assert EMAConfig(power=0.75).decay_of(215_400) == pytest.approx(0.9999, abs=1e-7)
     assert EMAConfig(power=0.75).decay_of(10**7) == 0.9999
+
+
+class Original(PipelineHooks):
+    """Average of an original recipe, updated next to the hook's, and all their differences."""
+
+    def __init__(self, ema: EMA, average: torch.nn.Module, update: Callable[..., None]) -> None:
+        super().__init__()
+        self.copied: list[bool] = []
+        """True for each update whose average is the model, bit for bit."""
+
+        @self.on_optimizer_step.after
+        def compare(args: PipelineHookArgs) -> None:
+            update(args)
+            expected = {name: value.clone() for name, value in average.state_dict().items()}
+            found = ema.weights()
+            torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-15)
+            own = args.model.state_dict()
+            self.copied.append(all(torch.equal(found[name], own[name]) for name in own))
+
+
+class Doubles(torch.nn.Sequential):
+    """Model in float64, with a constant table of indices that must not change."""
+
+    def __init__(self) -> None:
+        super().__init__(*with_batch_norm())
+        self.register_buffer("table", torch.tensor([49, 7, 1]))
+        self.register_buffer("scale", torch.tensor(3.0))
+        self.double()
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(inputs.double()).float()  # type: ignore[no-any-return, no-untyped-call]
+
+
+def from_file(fields: str) -> EMA:
+    """Build the hook of an entry of an experiment file."""
+    return EMAConfig.from_str(
+        f"class_type: robo_orchard_lab.pipeline.hooks.ema:EMA\n{fields}", "yaml"
+    )()
+
+
+@pytest.mark.parametrize("lr_warmup_epochs", [0, 1])
+def test_torchvision_recipe_has_the_numbers_of_the_original(lr_warmup_epochs: int) -> None:
+    """Averages, also of buffers, are those of torchvision's references/classification."""
+    every, epochs, batch_size, model_ema_decay = 3, 3, 4, 0.95
+    # utils.py and train.py of github.com/pytorch/vision, references/classification, v0.23.0
+    adjust = 1 * batch_size * every / epochs
+    alpha = min(1.0, (1.0 - model_ema_decay) * adjust)
+    decay = 1.0 - alpha
+
+    def ema_avg(avg_model_param: Any, model_param: Any, num_averaged: Any) -> Any:
+        return decay * avg_model_param + (1 - decay) * model_param
+
+    model = Doubles()
+    average = AveragedModel(model, torch.device("cpu"), ema_avg, use_buffers=True)
+
+    def train_one_epoch(args: PipelineHookArgs) -> None:
+        if args.step_id % every == 0:
+            average.update_parameters(model)
+            for name, buffer in average.module.named_buffers():
+                if not buffer.is_floating_point():  # copied here, truncated there
+                    buffer.copy_(model.get_buffer(name))
+            if args.epoch_id < lr_warmup_epochs:
+                average.n_averaged.fill_(0)
+
+    ema = from_file(
+        f"decay: {decay!r}\nupdate_every: {every}\nuse_buffers: true\ncopy_first: true\n"
+        f"update_after_step: {7 * lr_warmup_epochs}\n",
+    )
+    original = Original(ema, average.module, train_one_epoch)
+    make_trainer([original, ema], model=model, max_epoch=epochs)()
+    copies = [update for update, copied in enumerate(original.copied) if copied]
+    assert copies == ([0, 3, 6, 7] if lr_warmup_epochs else [0])
+
+
+@pytest.mark.parametrize("min_value", [0.0, 0.4])
+def test_diffusion_policy_recipe_has_the_numbers_of_the_original(min_value: float) -> None:
+    """Averages are those of EMAModel in diffusion_policy; running statistics are copied."""
+    after, inv_gamma, power, max_value = 2, 1.0, 0.75, 0.8
+    model = Doubles()
+    average = copy.deepcopy(model)
+
+    # diffusion_policy/model/diffusion/ema_model.py of github.com/real-stanford/diffusion_policy
+    def get_decay(optimization_step: int) -> float:
+        step = max(0, optimization_step - after - 1)
+        value = 1 - (1 + step / inv_gamma) ** -power
+        return 0.0 if step <= 0 else max(min_value, min(value, max_value))
+
+    @torch.no_grad()
+    def step(args: PipelineHookArgs) -> None:
+        decay = get_decay(args.optimizer_step_id - 1)
+        for module, ema_module in zip(model.modules(), average.modules(), strict=True):
+            pairs = zip(module.parameters(False), ema_module.parameters(False), strict=True)
+            for param, ema_param in pairs:
+                if isinstance(module, torch.nn.BatchNorm1d) or not param.requires_grad:
+                    ema_param.copy_(param)
+                else:
+                    ema_param.mul_(decay).add_(param, alpha=1 - decay)
+        for name, buffer in average.named_buffers():
+            buffer.copy_(model.get_buffer(name))
+
+    ema = from_file(
+        f"update_after_step: {after + 1}\ncopy_first: true\ncopy_batch_norm: true\n"
+        f"power: {power}\nmin_decay: {min_value}\nmax_decay: {max_value}\n",
+    )
+    original = Original(ema, average, step)
+    make_trainer([original, ema], model=model, max_epoch=2)()
+    assert original.copied == [True] * 4 + [False] * 10
+
+
+def test_first_averaging_is_copied_wherever_it_falls() -> None:
+    """With copy_first, the first averaging after update_after_step copies, not an earlier one."""
+    recorder = Recorder()
+    ema = EMAConfig(decay=0.5, update_after_step=2, update_every=4, copy_first=True)()
+    make_trainer([recorder, ema], max_epoch=1)()
+    assert equal(shadows(ema), recorder.seen[4])
 
 
 def test_average_without_updates_is_the_model() -> None:

@@ -36,6 +36,12 @@ _Group: TypeAlias = tuple[list[torch.Tensor], list[torch.Tensor]]
 """Shadows and their parameters."""
 
 _HALF = (torch.float16, torch.bfloat16)
+_BATCH_NORMS = (
+    torch.nn.BatchNorm1d,
+    torch.nn.BatchNorm2d,
+    torch.nn.BatchNorm3d,
+    torch.nn.SyncBatchNorm,
+)
 
 
 class AveragedWeights:
@@ -44,22 +50,35 @@ class AveragedWeights:
     - A floating-point parameter is averaged from its first update on, starting from its value
       before this update. A frozen parameter has no shadow: its average is its value. A tied
       parameter is averaged once.
-    - Persistent buffers and non-floating-point parameters are copied.
+    - Persistent buffers and non-floating-point parameters are copied, unless configured otherwise.
     - Of a sharded model, each process averages its shards; shadows are sharded like the parameters.
 
     Args:
         model: the plain model; its ``state_dict`` names the tensors.
         dtype: of the shadows; by default the dtype of each parameter, and float32 for half
             precision, which would lose small updates. Shadows stay on the parameters' devices.
+        use_buffers: average floating-point buffers, too, in their own dtypes. Integers are copied:
+            a truncated average would change constants, such as index tables.
+        copy_batch_norm: copy the parameters of batch normalization instead of averaging them.
     """
 
-    def __init__(self, model: torch.nn.Module, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        dtype: torch.dtype | None = None,
+        *,
+        use_buffers: bool = False,
+        copy_batch_norm: bool = False,
+    ) -> None:
         self.model = model
         self._dtype = dtype
+        norms = [m for m in model.modules() if copy_batch_norm and isinstance(m, _BATCH_NORMS)]
+        copied = {id(parameter) for norm in norms for parameter in norm.parameters()}
         self._parameters = {
             plain_name(name): parameter
             for name, parameter in model.named_parameters()
-            if parameter.is_floating_point() or parameter.is_complex()
+            if id(parameter) not in copied
+            and (parameter.is_floating_point() or parameter.is_complex())
         }
         self._frozen = dict(self._parameters)
         self._shadows: dict[str, torch.Tensor] = {}
@@ -67,7 +86,12 @@ class AveragedWeights:
         averaged = {id(parameter) for parameter in self._parameters.values()}
         self._copied = dict(_copied_tensors(model, averaged))
         self._copies = [tensor.detach().clone() for tensor in self._originals()]
-        self._is_sharded = has_sharded(self._parameters.values())
+        self._averaged_buffers = {
+            plain_name(name)
+            for name, buffer in model.named_buffers()
+            if use_buffers and (buffer.is_floating_point() or buffer.is_complex())
+        }
+        self._is_sharded = has_sharded(model.parameters())
         self._is_applied = False
 
     def add_trainable(self) -> None:
@@ -104,7 +128,17 @@ class AveragedWeights:
             # of a constant would be off by a factor of 2e-4.
             torch._foreach_lerp_(shadows, parameters, 1.0 - decay)
         if self._copies:
-            torch._foreach_copy_(self._copies, self._originals())
+            copies, originals = self._copies, self._originals()
+            if self._averaged_buffers and decay != 0.0:
+                originals = [
+                    torch.lerp(copy, tensor.to(copy), 1.0 - decay)
+                    if name in self._averaged_buffers
+                    else tensor
+                    for name, copy, tensor in zip(self._copied, copies, originals, strict=True)
+                ]
+            if self._is_sharded:
+                copies, originals = [*map(local_tensor, copies)], [*map(local_tensor, originals)]
+            torch._foreach_copy_(copies, originals)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -252,9 +286,9 @@ class EMA(PipelineHooks):
     >>> model.weight.item()
     -2.0
 
-    Trainable parameters are averaged; persistent buffers and integers are copied after each
-    committed update; frozen parameters keep their values. A skipped update changes nothing.
-    Training is bit for bit the same without the hook.
+    Trainable parameters are averaged; persistent buffers and integers are copied at the same
+    updates; frozen parameters keep their values. A skipped update changes nothing. Training is bit
+    for bit the same without the hook.
 
     Other hooks evaluate or save the average by the hook's name, from ``args.run.weight_sets``.
     After the run, :meth:`applied` and :meth:`weights` still work.
@@ -263,8 +297,8 @@ class EMA(PipelineHooks):
       rank, and the main process writes its own. Of a sharded model (FSDP2), each rank averages its
       shards.
     - Requests: with ``export_path``, writing the average at the end of the run.
-    - State: the number of updates, the averages and the copied tensors.
-    - Cost: one pass over the weights per update, without a device sync. Device memory for the
+    - State: the numbers of updates, the averages and the copied tensors.
+    - Cost: one pass over the weights per averaging, without a device sync. Device memory for the
       trainable parameters, twice as much while applied.
     """
 
@@ -273,6 +307,8 @@ class EMA(PipelineHooks):
         self.cfg = cfg
         self._dtype: torch.dtype | None = cfg.shadow_dtype and getattr(torch, cfg.shadow_dtype)
         self._updates = 0
+        self._updates_in_epoch = 0
+        self._averagings = 0  # after update_after_step
         self._average: AveragedWeights | None = None
         self._loaded: Mapping[str, Any] | None = None  # until the run begins with a model
         self._is_running = False
@@ -282,6 +318,7 @@ class EMA(PipelineHooks):
         self.register_hook(
             "on_optimizer_step", HookContext.from_callable(self._before_update, self._after_update)
         )
+        self.on_epoch.after(self._end_epoch)
         if cfg.export_path is not None:
             self.register_at_commit(self._export, Last())
 
@@ -312,8 +349,9 @@ class EMA(PipelineHooks):
         if self._average is None or self._average.model is not model:
             _refuse_fsdp1(self.name, args)
             if self._average is not None:
-                self._updates = 0  # the average was of another trainer's model
-            self._average = AveragedWeights(model, self._dtype)
+                # The average was of another trainer's model.
+                self._updates = self._updates_in_epoch = self._averagings = 0
+            self._average = self._make_average(model)
         if self._loaded is not None:
             self._average.load_state_dict(self._loaded)
             self._loaded = None
@@ -331,6 +369,14 @@ class EMA(PipelineHooks):
         if self._stops is not None:
             self._stops.remove()
 
+    def _make_average(self, model: torch.nn.Module) -> AveragedWeights:
+        return AveragedWeights(
+            model,
+            self._dtype,
+            use_buffers=self.cfg.use_buffers,
+            copy_batch_norm=self.cfg.copy_batch_norm,
+        )
+
     def _before_update(self, args: PipelineHookArgs) -> None:
         assert self._average is not None  # set when on_loop began
         self._average.add_trainable()
@@ -338,8 +384,17 @@ class EMA(PipelineHooks):
     def _after_update(self, args: PipelineHookArgs) -> None:
         if args.update_committed:
             assert self._average is not None
-            self._average.update(self.cfg.decay_of(self._updates + 1))
+            cfg = self.cfg
             self._updates += 1
+            if self._updates_in_epoch % cfg.update_every == 0:
+                is_copied = cfg.copy_first and self._averagings == 0
+                self._average.update(0.0 if is_copied else cfg.decay_of(self._updates))
+                self._averagings += self._updates > cfg.update_after_step
+            self._updates_in_epoch += 1
+
+    def _end_epoch(self, args: PipelineHookArgs) -> None:
+        if args.epoch_completed:
+            self._updates_in_epoch = 0
 
     def _export(self, args: PipelineHookArgs) -> None:
         assert self.cfg.export_path is not None
@@ -366,7 +421,11 @@ class EMA(PipelineHooks):
             average = self._loaded
         else:
             average = self._average.state_dict() if self._average else {}
-        return {"version": STATE_VERSION, "updates": self._updates, **average}
+        state = {"version": STATE_VERSION, "updates": self._updates, **average}
+        if self._updates:
+            state["updates_in_epoch"] = self._updates_in_epoch
+            state["averagings"] = self._averagings
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state: at once during a run, otherwise when the next run begins.
@@ -381,8 +440,10 @@ class EMA(PipelineHooks):
         elif average:
             self._require_average().load_state_dict(average)
         else:  # saved before its first run
-            self._average = AveragedWeights(self._require_average().model, self._dtype)
+            self._average = self._make_average(self._require_average().model)
         self._updates = state["updates"]
+        self._updates_in_epoch = state.get("updates_in_epoch", 0)
+        self._averagings = state.get("averagings", 0)
 
 
 class EMAConfig(PipelineHooksConfig[EMA]):
@@ -393,10 +454,19 @@ class EMAConfig(PipelineHooksConfig[EMA]):
 
         decay = clamp(1 - (1 + t / inv_gamma) ** -power, min_decay, max_decay)
 
-    Source: K. Crowson's EMAWarmup (github.com/crowsonkb/k-diffusion), as in Hugging Face's
-    diffusers and LeRobot. The EMAModel of github.com/real-stanford/diffusion_policy lags by one
-    update: its t does not count the first of these either. With ``inv_gamma`` and ``power`` 1 the
-    average is the plain mean of the weights after each update.
+    Source: K. Crowson's EMAWarmup (github.com/crowsonkb/k-diffusion). With ``inv_gamma`` and
+    ``power`` 1 the average is the plain mean of the weights after each update.
+
+    Other recipes, where ``after`` and ``lr_warmup_epochs`` are their own arguments:
+
+    - EMAModel of Hugging Face's diffusers, and LeRobot: ``copy_first=True``.
+    - EMAModel of github.com/real-stanford/diffusion_policy: ``copy_first=True``,
+      ``copy_batch_norm=True``, ``update_after_step=after + 1``. Running statistics are copied here;
+      the original keeps those of the start.
+    - ``references/classification`` of torchvision, and ``torch.optim.swa_utils.AveragedModel`` with
+      buffers: ``use_buffers=True``, ``copy_first=True``, ``update_every=model_ema_steps``,
+      ``update_after_step=lr_warmup_epochs * updates_per_epoch``, and ``decay=1 - min(1,
+      (1 - model_ema_decay) * world_size * batch_size * model_ema_steps / epochs)``.
 
     >>> [round(EMAConfig(power=0.75).decay_of(update), 4) for update in (1, 2, 10_000)]
     [0.0, 0.4054, 0.999]
@@ -415,8 +485,27 @@ class EMAConfig(PipelineHooksConfig[EMA]):
     update_after_step: int = Field(
         default=0,
         ge=0,
-        description="Committed updates before averaging starts; until then the average equals "
+        description="Committed updates before averaging starts; until then each averaging copies "
         "the weights.",
+    )
+    update_every: int = Field(
+        default=1,
+        ge=1,
+        description="Committed updates between two averagings, from the first update of each "
+        "epoch on: 32 averages after the updates 1, 33, 65 of an epoch.",
+    )
+    copy_first: bool = Field(
+        default=False,
+        description="Copy the weights at the first averaging after update_after_step, too.",
+    )
+    use_buffers: bool = Field(
+        default=False,
+        description="Average floating-point buffers, too, such as the running statistics of "
+        "batch normalization; otherwise copy them.",
+    )
+    copy_batch_norm: bool = Field(
+        default=False,
+        description="Copy the parameters of batch normalization instead of averaging them.",
     )
     inv_gamma: float = Field(
         default=1.0,
