@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from robo_orchard_lab.pipeline.checkpoint import (
     capture_random_state,
@@ -56,6 +57,45 @@ def _extra_names(
     run: PipelineRun, names: dict[torch.nn.Parameter, str]
 ) -> dict[torch.nn.Parameter, str]:
     return {} if run.optimizer is None else parameters_beside(run.optimizer, names)
+
+
+def adopt_replaced_parameters(run: PipelineRun, before: Mapping[str, torch.nn.Parameter]) -> None:
+    """Put parameters that loading a state has replaced into the optimizer's groups.
+
+    Args:
+        run: objects of the run.
+        before: the plain model's parameters before loading, by name.
+
+    Raises:
+        StateError: the new parameters differ in names, shape or dtype, or belong to a DDP model,
+            which would not reduce their gradients; the message names the module.
+    """
+    model = plain_model(run)
+    after = dict(model.named_parameters())
+    replaced = {name: new for name, new in after.items() if new is not before.get(name)}
+    for name in dict.fromkeys([*before, *after]):
+        was, now = (kind_of(p[name]) if name in p else "no parameter" for p in (before, after))
+        problem = ""
+        if was != now:
+            problem = f"{name} was {was}, and is {now} afterwards"
+        elif name in replaced and ddp_of(run.model) is not None:
+            problem = f"DDP would not reduce the gradients of the new {name}"
+        if problem:
+            modules = dict(model.named_modules())
+            owner = name.rpartition(".")[0]
+            while owner not in modules:
+                owner = owner.rpartition(".")[0]
+            raise StateError(
+                f"load_state_dict of the module {type(modules[owner]).__qualname__} "
+                f"({owner or 'the model itself'}) replaced parameters: {problem}; expected the "
+                "same parameters with new values: copy the values in place, without assign=True"
+            )
+    for name, new in replaced.items():
+        new.data = new.data.to(before[name].device)
+        new.requires_grad_(before[name].requires_grad)
+    current = {before[name]: new for name, new in replaced.items()}
+    for group in run.optimizer.param_groups if run.optimizer is not None else ():
+        group["params"] = [current.get(parameter, parameter) for parameter in group["params"]]
 
 
 # --- Compatibility of a saved run --------------------------------------------------------------
@@ -108,6 +148,7 @@ def check_tensors(what: str, live: Mapping[str, Any], saved: Mapping[str, Any]) 
         for name, value in live.items()
         if isinstance(value, torch.Tensor)
         and isinstance(saved.get(name), torch.Tensor)
+        and not is_lazy(value)
         and (saved[name].shape, saved[name].dtype) != (value.shape, value.dtype)
     ]
     if problems:

@@ -35,6 +35,7 @@ from robo_orchard_lab.pipeline.sharding import reshard
 from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows
 from robo_orchard_lab.pipeline.trainer.rank_state import (
     RankStates,
+    adopt_replaced_parameters,
     check_keys,
     check_tensors,
     check_types,
@@ -272,7 +273,9 @@ class RunSnapshots:
         self._of_rank.load_hooks(own)
         run.progress.load_state_dict(trainer["progress"])
         found |= {name: value for name, value in own["buffers"].items() if name in entries}
+        before = dict(model.named_parameters())
         model.load_state_dict({entries[name]: value for name, value in found.items()})
+        adopt_replaced_parameters(run, before)
         if run.optimizer is not None:
             run.optimizer.load_state_dict(optimizer_state)  # type: ignore[arg-type]  # one has both
         if run.lr_scheduler is not None:
