@@ -269,6 +269,19 @@ class PipelineHooks:
             hook = TriggeredHook(hook, as_trigger(when), channel)
         return registered.register(hook)
 
+    def register_for_loop(self, begin: Callable[[PipelineHookArgs], RemovableHandle]) -> None:
+        """Call a function when the loop begins, and remove its handle when the loop ends."""
+        handles: list[RemovableHandle] = []
+
+        @functools.wraps(begin)  # errors show the name and line of the function
+        def before(args: PipelineHookArgs) -> None:
+            handles.append(begin(args))
+
+        def after(args: PipelineHookArgs) -> None:
+            handles.pop().remove()
+
+        self.register_hook("on_loop", HookContext.from_callable(before, after))
+
     def register_at_commit(self, request: HookFunction, when: Trigger | str) -> RemovableHandle:
         """Call a function before each commit point with a due trigger, to make requests.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field
 
-from robo_orchard_core.utils.hook import HookContext, RemovableHandle
+from robo_orchard_core.utils.hook import RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import check_state_version
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
@@ -49,8 +49,7 @@ class EarlyStopping(PipelineHooks):
         self._best = BestValue(cfg.mode, cfg.min_delta)
         self._latest: float | None = None
         self._requests = Requests()  # until the loop begins
-        self._subscription: RemovableHandle | None = None
-        self.register_hook("on_loop", HookContext.from_callable(self._begin, self._end))
+        self.register_for_loop(self._begin)
 
     @property
     def best_value(self) -> float | None:
@@ -62,14 +61,10 @@ class EarlyStopping(PipelineHooks):
         """Number of completed steps when the best value was measured."""
         return self._best.step
 
-    def _begin(self, args: PipelineHookArgs) -> None:
+    def _begin(self, args: PipelineHookArgs) -> RemovableHandle:
         self._requests = args.requests
-        self._subscription = args.metrics.subscribe(self.cfg.monitor, self._judge, who=self.name)
         self._stop_if_due()  # a resumed run may have stopped before
-
-    def _end(self, args: PipelineHookArgs) -> None:
-        if self._subscription is not None:
-            self._subscription.remove()
+        return args.metrics.subscribe(self.cfg.monitor, self._judge, who=self.name)
 
     def _judge(self, found: MetricValue) -> None:
         self._best.update(found)

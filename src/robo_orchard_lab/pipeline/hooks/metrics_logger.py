@@ -9,13 +9,12 @@ from typing import TypeAlias
 from pydantic import Field
 
 from robo_orchard_core.utils.config import ConfigInstanceOf
-from robo_orchard_core.utils.hook import HookContext, RemovableHandle
+from robo_orchard_core.utils.hook import RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import HookLike, PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks.loss_tracker import LossTrackerConfig
 from robo_orchard_lab.pipeline.hooks.progress_bar import ProgressBarHookConfig
-from robo_orchard_lab.pipeline.metrics import MetricsRecord
 from robo_orchard_lab.pipeline.sinks import LogSinkConfig, MetricsSink, SinkConfig, SinkGroup
 from robo_orchard_lab.pipeline.trigger import TriggerField
 
@@ -64,22 +63,29 @@ class MetricsLogger(PipelineHooks):
         self.cfg = cfg
         self.sinks: dict[str, MetricsSink] = {}
         """Sinks by the names used in reports."""
-        for name, sink in (*_pairs(cfg.sinks), *_pairs(sinks or ())):
-            self._add(name, sink)
-        self._group: SinkGroup | None = None
-        self._handle: RemovableHandle | None = None
-        self.register_hook("on_loop", HookContext.from_callable(self._open, self._close))
+        for given in (cfg.sinks, sinks or ()):
+            if isinstance(given, Mapping):
+                for name, sink in given.items():
+                    self._add(name, sink)
+            else:
+                for sink in given:
+                    self._add(None, sink)
+        self.register_for_loop(self._open)
         self.register_at_commit(self._request_log, cfg.every)
 
     def _add(self, name: str | None, sink: SinkLike) -> None:
-        built = self._built(name, sink) if isinstance(sink, SinkConfig) else sink
+        try:
+            built = sink() if isinstance(sink, SinkConfig) else sink
+        except PipelineConfigError as error:
+            where = "" if name is None else f"[{name!r}]"
+            raise PipelineConfigError(f"{self.name}.sinks{where}: {error}") from error
+        kind = type(built).__name__
         if not all(callable(getattr(built, part, None)) for part in ("open", "write", "close")):
             raise PipelineConfigError(
                 f"{self.name}.sinks: expected an object with open(args), write(record) and "
-                f"close(), got {type(built).__name__}"
+                f"close(), got {kind}"
             )
         if name is None:
-            kind = type(built).__name__
             names = (kind if number == 1 else f"{kind} {number}" for number in count(1))
             name = next(free for free in names if free not in self.sinks)
         elif name in self.sinks:
@@ -88,35 +94,20 @@ class MetricsLogger(PipelineHooks):
             )
         self.sinks[name] = built
 
-    def _built(self, name: str | None, config: SinkConfig[MetricsSink]) -> MetricsSink:
-        try:
-            return config()
-        except PipelineConfigError as error:
-            where = "" if name is None else f"[{name!r}]"
-            raise PipelineConfigError(f"{self.name}.sinks{where}: {error}") from error
-
-    def _open(self, args: PipelineHookArgs) -> None:
-        if args.accelerator.is_main_process:
-            group = SinkGroup(self.sinks, self.name)
-            group.open(args)
-            self._group = group
+    def _open(self, args: PipelineHookArgs) -> RemovableHandle:
+        group = SinkGroup(self.sinks if args.accelerator.is_main_process else {}, self.name)
+        group.open(args)
         # On every rank: all ranks must know that there are logging points.
-        self._handle = args.metrics.listen(self._write)
+        listening = args.metrics.listen(group.write)
+
+        def close() -> None:
+            listening.remove()
+            group.close()
+
+        return RemovableHandle(close)
 
     def _request_log(self, args: PipelineHookArgs) -> None:
         args.requests.log(f"every {self.cfg.every}", by=self.name)
-
-    def _write(self, record: MetricsRecord) -> None:
-        if self._group is not None:
-            self._group.write(record)
-
-    def _close(self, args: PipelineHookArgs) -> None:
-        handle, self._handle = self._handle, None
-        group, self._group = self._group, None
-        if handle is not None:
-            handle.remove()
-        if group is not None:
-            group.close()
 
 
 class MetricsLoggerConfig(PipelineHooksConfig[MetricsLogger]):
@@ -150,10 +141,3 @@ def default_hooks() -> list[HookLike]:
     """
     logger = MetricsLoggerConfig(sinks=[LogSinkConfig()])
     return [ProgressBarHookConfig(), LossTrackerConfig(), logger]
-
-
-def _pairs(sinks: Mapping[str, SinkLike] | Iterable[SinkLike]) -> list[tuple[str | None, SinkLike]]:
-    """Return pairs of name and sink; None for a sink without a name."""
-    if isinstance(sinks, Mapping):
-        return [*sinks.items()]
-    return [(None, sink) for sink in sinks]
