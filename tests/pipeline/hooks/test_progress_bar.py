@@ -30,8 +30,7 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.hooks import ProgressBarHookConfig
 from robo_orchard_lab.pipeline.hooks.metrics_logger import MetricsLoggerConfig
-from robo_orchard_lab.pipeline.hooks.progress_bar import _Picture
-from robo_orchard_lab.pipeline.hooks.run_view import RunStatus
+from robo_orchard_lab.pipeline.hooks.progress_bar import RunStatus, _Picture
 from robo_orchard_lab.pipeline.metrics import UnknownMetricError
 from robo_orchard_lab.pipeline.progress import remaining_steps
 from robo_orchard_lab.pipeline.trigger import EverySteps

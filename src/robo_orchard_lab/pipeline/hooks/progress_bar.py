@@ -8,15 +8,20 @@ from __future__ import annotations
 import logging
 import random
 import sys
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+import time
+from collections import deque
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import torch
 from pydantic import Field
 
-from robo_orchard_core.utils.hook import HookContext, RemovableHandle
+from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.hooks.run_view import Display, RunStatus, RunView
+from robo_orchard_lab.pipeline.metrics import MetricsRecord, number_text
+from robo_orchard_lab.pipeline.progress import TrainerProgress, remaining_steps
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -24,6 +29,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Outcome: TypeAlias = Literal["running", "finished", "stopped"]
+
+_LOSS = "loss/total"
+_RATE_WINDOW_S = 10.0
 _MIN_BAR_WIDTH, _MAX_BAR_WIDTH = 8, 40
 _GAP = "  "
 
@@ -51,39 +60,166 @@ class ProgressBarHook(PipelineHooks):
     def __init__(self, cfg: ProgressBarHookConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self._view: RunView | None = None
-        self._expected: list[RemovableHandle] = []
-        self.register_hook("on_loop", HookContext.from_callable(self._open, self._close))
-        self.register_hook(
-            "on_epoch", HookContext.from_callable(self._begin_epoch, self._finish_epoch)
-        )
+        self._display: _LogLines | _TerminalBar | None = None  # of the main process, in a loop
+        self._handles = ExitStack()  # until the loop ends
+        hook = HookContext.from_callable
+        self.register_hook("on_loop", hook(self._open, self._close))
+        self.register_hook("on_epoch", hook(self._begin_epoch, self._finish_epoch))
         self.on_step.after(self._finish_step)
 
     def _open(self, args: PipelineHookArgs) -> None:
         # On every rank, so that all ranks fail together if a metric has no publisher.
-        self._expected = [args.metrics.expect(name, self.name) for name in self.cfg.metrics]
-        if args.accelerator.is_main_process:
-            display = _choose_display(self.cfg.plain)
-            self._view = RunView(self.cfg.metrics, self.cfg.refresh_seconds, args, display)
+        for name in self.cfg.metrics:
+            self._handles.enter_context(args.metrics.expect(name, self.name))
+        if not args.accelerator.is_main_process:
+            return
+        self._run = args.run
+        self._labels = {_LOSS: "loss"} | {name: name for name in self.cfg.metrics if name != _LOSS}
+        self._loss: torch.Tensor | None = None
+        self._values: dict[str, float] = {}
+        self._is_logged = False
+        self._held: RunStatus | None = None  # of the end of an epoch, until its values are logged
+        self._steps_per_epoch = args.run.steps_per_epoch
+        self._first_step = args.global_step_id
+        self._samples = 0
+        self._started_at = self._shown_at = now = time.perf_counter()
+        self._marks = deque([(now, 0)])  # pairs (time, samples until then)
+        display = _choose_display(self.cfg.plain)
+        self._refresh_s = self.cfg.refresh_seconds or display.refresh_seconds
+        self._next_at = now + self._refresh_s
+        display.open(self._status(args.progress, now))
+        self._display = display
 
     def _begin_epoch(self, args: PipelineHookArgs) -> None:
-        if self._view is not None:
-            self._view.begin_epoch()
+        """Listen to logging points; by now every hook has begun the loop."""
+        if self._display is None:
+            return
+        if args.metrics.is_logged and not self._is_logged:
+            self._is_logged = True
+            self._handles.enter_context(args.metrics.listen(self._receive))
+            for name in self._labels:
+                self._note(name, args.metrics.last_value(name))
+        self._show_held()
 
     def _finish_step(self, args: PipelineHookArgs) -> None:
-        if self._view is not None and args.exception is None:
-            self._view.finish_step(args)
+        """Count samples and check the clock; on the step path."""
+        if self._display is None or args.exception is not None:
+            return
+        self._samples += args.batch_size
+        if not self._is_logged and not args.is_padding_step:
+            self._loss = args.loss
+        now = time.perf_counter()
+        if now >= self._next_at:
+            progress = replace(args.progress)  # the counters after this step
+            progress.finish_step()
+            if args.at_accumulation_boundary:
+                progress.finish_optimizer_step(committed=True)
+            self._read_values()
+            self._show(self._status(progress, now))
 
     def _finish_epoch(self, args: PipelineHookArgs) -> None:
-        if self._view is not None and args.exception is None:
-            self._view.finish_epoch(args)
+        """Show the end of the epoch, after its logging point if there is one."""
+        if self._display is None or args.exception is not None:
+            return
+        if args.epoch_completed:
+            self._steps_per_epoch = args.step_id  # exact, also for data without a length
+        now = time.perf_counter()
+        if now >= self._shown_at + self._display.quick_refresh_seconds:
+            self._read_values()
+            status = self._status(args.progress, now)
+            if self._is_logged:
+                self._held = status
+            if self._display.redraws or not self._is_logged:
+                self._show(status)
 
     def _close(self, args: PipelineHookArgs) -> None:
-        for handle in self._expected:
-            handle.remove()
-        view, self._view = self._view, None
-        if view is not None:
-            view.close(args)
+        self._handles.close()
+        if self._display is None:
+            return
+        status = None
+        try:
+            if args.exception is None:  # else the device may have failed
+                self._show_held()
+                self._read_values()
+            finished = args.exception is None and args.limits.reached(args.progress)
+            outcome: Outcome = "finished" if finished else "stopped"
+            status = self._status(args.progress, time.perf_counter(), outcome)
+        finally:
+            display, self._display = self._display, None
+            display.close(status)
+
+    def _receive(self, record: MetricsRecord) -> None:
+        """Store the values of a logging point, and show them."""
+        for value in record.values:
+            self._note(value.name, value.value)
+        now, display = time.perf_counter(), self._display
+        assert display is not None  # in a loop
+        if self._held is not None:
+            self._show_held()
+        elif display.redraws and now >= self._shown_at + display.quick_refresh_seconds:
+            self._show(self._status(self._run.progress, now))
+
+    def _note(self, name: str, value: float | None) -> None:
+        label = self._labels.get(name)
+        if label is not None and value is not None:
+            self._values[label] = value
+
+    def _show_held(self) -> None:
+        status, self._held = self._held, None
+        if status is not None:
+            self._show(replace(status, values=self._ordered_values()))
+
+    def _show(self, status: RunStatus) -> None:
+        assert self._display is not None  # in a loop
+        self._display.show(status)
+        self._shown_at = time.perf_counter()
+        self._next_at = self._shown_at + self._refresh_s
+
+    def _read_values(self) -> None:
+        """Read loss and metrics unless a hook logs; a device sync."""
+        if not self._is_logged:
+            metrics = self._run.metrics
+            self._values = {} if self._loss is None else {"loss": float(self._loss)}
+            for name in metrics.names():
+                if name != _LOSS and name in self._labels:
+                    self._values[name] = metrics.latest(name)
+
+    def _ordered_values(self) -> dict[str, float]:
+        known = self._values
+        return {label: known[label] for label in self._labels.values() if label in known}
+
+    def _status(
+        self, progress: TrainerProgress, now: float, outcome: Outcome = "running"
+    ) -> RunStatus:
+        run, accelerator = self._run, self._run.accelerator
+        window = accelerator.gradient_accumulation_steps
+        left = remaining_steps(run.limits, progress, self._steps_per_epoch, window)
+        taken = now - self._started_at
+        done = progress.global_step_id - self._first_step
+        # After the last epoch, the counter is at an epoch that never begins.
+        is_over = outcome == "finished" and progress.step_id == 0 and progress.epoch_id > 0
+        rate = self._samples / taken if outcome != "running" and done else self._rate(now)
+        return RunStatus(
+            epoch=progress.epoch_id + (0 if is_over else 1),
+            max_epoch=run.limits.max_epoch,
+            steps=progress.global_step_id,
+            total_steps=None if left is None else progress.global_step_id + left,
+            values=self._ordered_values(),
+            samples_per_s=None if rate is None else rate * accelerator.num_processes,
+            seconds_taken=taken,
+            # By the mean over the complete loop, since work between epochs recurs.
+            seconds_left=left * taken / done if left is not None and done else None,
+            outcome=outcome,
+        )
+
+    def _rate(self, now: float) -> float | None:
+        """Return this rank's samples/s over the last 10 s; None before the first sample."""
+        marks = self._marks
+        marks.append((now, self._samples))
+        while len(marks) > 2 and marks[1][0] <= now - _RATE_WINDOW_S:
+            marks.popleft()
+        begin, samples_before = marks[0]
+        return (self._samples - samples_before) / (now - begin) if self._samples else None
 
 
 class ProgressBarHookConfig(PipelineHooksConfig[ProgressBarHook]):
@@ -103,6 +239,69 @@ class ProgressBarHookConfig(PipelineHooksConfig[ProgressBarHook]):
     plain: bool = Field(
         default=False, description="Write lines to a terminal, too, for example under a debugger."
     )
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """Snapshot of a run's progress.
+
+    >>> status = RunStatus(2, 5, 34, 115, {"loss": 0.4231}, 512.3, 12.0, seconds_left=41.4)
+    >>> print(status)
+    epoch 2/5, step  34/115 (29 %), loss 0.4231, 512 samples/s, ETA 0:00:41
+    """
+
+    epoch: int
+    """Epoch, from 1."""
+    max_epoch: int | None
+    steps: int
+    """Completed steps of the run."""
+    total_steps: int | None
+    """Steps of the complete run; None if unknown."""
+    values: dict[str, float] = field(default_factory=dict)
+    """Loss and metrics by label."""
+    samples_per_s: float | None = None
+    seconds_taken: float = 0.0
+    seconds_left: float | None = None
+    outcome: Outcome = "running"
+
+    @property
+    def position(self) -> tuple[str, str]:
+        """Epoch and step as text of constant width."""
+        epoch = f"epoch {self.epoch}" + (f"/{self.max_epoch}" if self.max_epoch else "")
+        if self.total_steps is None:
+            return epoch, f"step {self.steps}"
+        return epoch, f"step {self.steps:>{len(str(self.total_steps))}}/{self.total_steps}"
+
+    @property
+    def measurements(self) -> list[str]:
+        """Names with values."""
+        return [f"{name} {number_text(value)}" for name, value in self.values.items()]
+
+    @property
+    def pace(self) -> list[str]:
+        """Samples per second, and time left or taken, if known."""
+        texts = []
+        if self.samples_per_s is not None:
+            digits = 0 if self.samples_per_s >= 10 else 2
+            texts.append(f"{self.samples_per_s:,.{digits}f} samples/s")
+        if self.outcome != "running":
+            word = "took" if self.outcome == "finished" else "stopped after"
+            texts.append(f"{word} {_duration(self.seconds_taken)}")
+        elif self.seconds_left is not None:
+            texts.append(f"ETA {_duration(self.seconds_left)}")
+        return texts
+
+    def __str__(self) -> str:
+        epoch, step = self.position
+        if self.total_steps:
+            step += f" ({self.steps * 100 // self.total_steps} %)"
+        return ", ".join([epoch, step, *self.measurements, *self.pace])
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}"
 
 
 class _LogLines:
@@ -176,7 +375,7 @@ class _TerminalBar:
                 self._live.stop()
 
 
-def _choose_display(plain: bool) -> Display:
+def _choose_display(plain: bool) -> _LogLines | _TerminalBar:
     if plain or not (sys.stdout.isatty() or sys.stderr.isatty()):
         return _LogLines()
     rng_state = random.getstate()  # importing rich consumes a random number
