@@ -99,7 +99,7 @@ def test_mean_losses(saved: int, now: int) -> None:
         )
         tracker.load_state_dict(state)
         with tracker.begin("on_loop", PipelineHookArgs(run)):
-            tracker._publish_windows()
+            tracker._publish(run.metrics, "window")
         boards.append(run.metrics.state_dict())
     losses = [rank + more for rank in range(saved) for more in (1.0, 2.0)]
     expected = math.fsum(x * x for x in losses) / math.fsum(losses)

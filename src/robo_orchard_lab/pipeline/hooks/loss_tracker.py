@@ -7,14 +7,15 @@ component losses in the outputs of a batch processor; `LossTracker` is the hook.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
 from robo_orchard_core.utils.config.errors import suggest_name
-from robo_orchard_core.utils.hook import HookContext, RemovableHandle
+from robo_orchard_core.utils.hook import RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.distributed.collectives import join_by_rank
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_version
@@ -23,6 +24,7 @@ from robo_orchard_lab.pipeline.metrics import MetricsBoard, WeightedSum
 from robo_orchard_lab.pipeline.metrics.accumulators import Number, check_scalar
 
 _SLOTS = 64
+_SUFFIX = {"window": "", "epoch": "_epoch"}  # of the names of the means
 
 
 class LossMean:
@@ -35,8 +37,7 @@ class LossMean:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._window = WeightedSum()
-        self._epoch = WeightedSum()
+        self._sums = {span: WeightedSum() for span in _SUFFIX}
         self._rows: torch.Tensor | None = None  # storage of the slots: losses, weights
         self._slots: list[torch.Tensor] = []  # of losses
         self._weight_slots: list[torch.Tensor] = []  # of tensor weights
@@ -54,8 +55,10 @@ class LossMean:
             return
         used = len(self._weights)
         if used == len(self._slots):  # full, or not allocated yet
-            self._empty_slots(loss.device)
+            self._sum_slots()
             used = 0
+            if not self._slots:
+                self._make_slots(loss.device)
         if loss.dim():
             loss = torch.as_tensor(check_scalar(self._name, loss)).reshape(())
         self._slots[used].copy_(loss)
@@ -65,35 +68,27 @@ class LossMean:
         else:
             self._weights.append(weight)
 
-    def publish_window(self, board: MetricsBoard) -> None:
-        """Publish the mean since the last call, and reset it."""
+    def publish(self, board: MetricsBoard, span: Literal["window", "epoch"]) -> None:
+        """Publish the mean since the last logging point or of the epoch, and reset it."""
         self._sum_slots()
-        window, self._window = self._window, WeightedSum()
-        if not window.is_empty:
-            board.publish_total(self._name, window)
-
-    def publish_epoch(self, board: MetricsBoard) -> None:
-        """Publish the mean of the epoch, and reset it."""
-        self._sum_slots()
-        epoch, self._epoch = self._epoch, WeightedSum()
-        if not epoch.is_empty:
-            board.publish_total(f"{self._name}_epoch", epoch)
+        total, self._sums[span] = self._sums[span], WeightedSum()
+        if not total.is_empty:
+            board.publish_total(self._name + _SUFFIX[span], total)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums and the filled slots."""
         # The slots are not summed first: saving must not change the rounding of later sums.
         used = len(self._weights)
         return {
-            "window": self._window.state_dict(),
-            "epoch": self._epoch.state_dict(),
+            **{span: total.state_dict() for span, total in self._sums.items()},
             "rows": self._rows[:, :used].clone() if self._rows is not None and used else None,
             "weights": list(self._weights),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Restore a state, with tensors on ``device``."""
-        self._window.load_state_dict(state["window"], device)
-        self._epoch.load_state_dict(state["epoch"], device)
+        for span, total in self._sums.items():
+            total.load_state_dict(state[span], device)
         self._weights = list(state["weights"])
         if self._weights:
             self._make_slots(device)[:, : len(self._weights)].copy_(state["rows"])
@@ -102,13 +97,8 @@ class LossMean:
         """Add the losses of another mean, from a later rank."""
         for mean in (self, other):
             mean._sum_slots()
-        self._window.merge(other._window)
-        self._epoch.merge(other._epoch)
-
-    def _empty_slots(self, device: torch.device) -> None:
-        self._sum_slots()
-        if not self._slots:
-            self._make_slots(device)
+        for span, total in self._sums.items():
+            total.merge(other._sums[span])
 
     def _make_slots(self, device: torch.device) -> torch.Tensor:
         dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -119,35 +109,25 @@ class LossMean:
     def _sum_slots(self) -> None:
         """Add the filled slots to the sums, runs of equal weights together."""
         begin = 0
-        for weight, count in _runs(self._weights):
-            end = begin + count
+        for weight, run in groupby(self._weights):
+            count = len(list(run))
             assert self._rows is not None  # a slot is filled
-            losses, weights = self._rows[:, begin:end]
-            if weight is None:
-                # The mean loss of an empty batch may be NaN.
-                products = torch.where(weights > 0, losses * weights, 0.0)
-                self._merge(products.sum(), weights.sum())
-            else:
+            losses, weights = self._rows[:, begin : begin + count]
+            begin += count
+            if weight is not None:
                 self._add_to_sums(losses.mean(), weight * count)
-            begin = end
+                continue
+            part = WeightedSum()
+            # The mean loss of an empty batch may be NaN.
+            part.tensor = torch.where(weights > 0, losses * weights, 0.0).sum()
+            part.tensor_weight = weights.sum()
+            for total in self._sums.values():
+                total.merge(part)
         self._weights = []
 
     def _add_to_sums(self, mean: Number, weight: Number) -> None:
-        self._window.add(mean, weight)
-        self._epoch.add(mean, weight)
-
-    def _merge(self, total: torch.Tensor, weight: torch.Tensor) -> None:
-        added = WeightedSum()
-        added.tensor, added.tensor_weight = total, weight
-        self._window.merge(added)
-        self._epoch.merge(added)
-
-
-def _runs(weights: list[float | None]) -> list[tuple[float | None, int]]:
-    """Return runs of equal weights as pairs (weight, count)."""
-    if weights and weights.count(weights[0]) == len(weights):  # the usual case, in C
-        return [(weights[0], len(weights))]
-    return [(weight, len(list(run))) for weight, run in groupby(weights)]
+        for total in self._sums.values():
+            total.add(mean, weight)
 
 
 def named_losses(outputs: Any, key: str, names: Sequence[str] | None) -> Iterable[tuple[str, Any]]:
@@ -170,7 +150,13 @@ def named_losses(outputs: Any, key: str, names: Sequence[str] | None) -> Iterabl
         is_mapping = isinstance(outputs, Mapping)
         losses = outputs.get(key) if is_mapping else getattr(outputs, key, None)
     if not isinstance(losses, Mapping):
-        raise _no_mapping(outputs, key, losses)
+        known = outputs if isinstance(outputs, Mapping) else getattr(outputs, "__dict__", {})
+        raise PipelineConfigError(
+            f"losses_key={key!r}: expected a mapping from names to losses, found "
+            f"{type(losses).__name__}; the batch processor's outputs are a "
+            f"{type(outputs).__name__} with: {', '.join(map(str, known)) or 'no names'}; set "
+            "losses_key to the name of the mapping, or to '' if the outputs are the mapping"
+        )
     if names is None:
         return losses.items()
     try:
@@ -181,16 +167,6 @@ def named_losses(outputs: Any, key: str, names: Sequence[str] | None) -> Iterabl
             f"loss_names has {name!r}, expected names among: {', '.join(known) or 'none'}; "
             f"{suggest_name(name, known, 'use one of')}"
         ) from None
-
-
-def _no_mapping(outputs: Any, key: str, found: Any) -> PipelineConfigError:
-    names = outputs if isinstance(outputs, Mapping) else getattr(outputs, "__dict__", {})
-    return PipelineConfigError(
-        f"losses_key={key!r}: expected a mapping from names to losses, found "
-        f"{type(found).__name__}; the batch processor's outputs are a {type(outputs).__name__} "
-        f"with: {', '.join(map(str, names)) or 'no names'}; set losses_key to the name of the "
-        "mapping, or to '' if the outputs are the mapping"
-    )
 
 
 STATE_VERSION = 2
@@ -229,25 +205,19 @@ class LossTracker(PipelineHooks):
         self.cfg = cfg
         self._total = LossMean(f"loss/{_TOTAL}")
         self._named: dict[str, LossMean] = {}
-        self._board: MetricsBoard | None = None
-        self._before_logging: RemovableHandle | None = None
         self._loaded: Mapping[str, Any] | None = None  # until the device is known
-        self.register_hook("on_loop", HookContext.from_callable(self._begin, self._end))
+        self.register_for_loop(self._begin)
         self.on_epoch.after(self._end_epoch)
         self.on_step.after(self._add_total)
         if cfg.losses_key is not None:
             self.on_step.after(self._add_named)
 
-    def _begin(self, args: PipelineHookArgs) -> None:
-        self._board = args.metrics
-        self._before_logging = args.metrics.before_logging(self._publish_windows, self)
+    def _begin(self, args: PipelineHookArgs) -> RemovableHandle:
         if self._loaded is not None:
             self._restore(self._loaded, args.accelerator.device)
             self._loaded = None
-
-    def _end(self, args: PipelineHookArgs) -> None:
-        if self._before_logging is not None:
-            self._before_logging.remove()
+        publish = partial(self._publish, args.metrics, "window")
+        return args.metrics.before_logging(publish, self)
 
     def _add_total(self, args: PipelineHookArgs) -> None:
         """Add the batch processor's loss; on the step path."""
@@ -262,9 +232,7 @@ class LossTracker(PipelineHooks):
         cfg, weight = self.cfg, args.loss_weight
         assert cfg.losses_key is not None  # checked at registration
         for name, loss in named_losses(args.model_outputs, cfg.losses_key, cfg.loss_names):
-            mean = self._named.get(name)
-            if mean is None:
-                mean = self._add_name(name)
+            mean = self._named.get(name) or self._add_name(name)
             mean.add(loss.detach() if isinstance(loss, torch.Tensor) else loss, weight)
 
     def _add_name(self, name: str) -> LossMean:
@@ -276,15 +244,13 @@ class LossTracker(PipelineHooks):
         mean = self._named[name] = LossMean(f"loss/{name}")
         return mean
 
-    def _publish_windows(self) -> None:
-        assert self._board is not None  # set when the loop began
-        for mean in (self._total, *self._named.values()):
-            mean.publish_window(self._board)
-
     def _end_epoch(self, args: PipelineHookArgs) -> None:
         if args.epoch_completed and args.exception is None:
-            for mean in (self._total, *self._named.values()):
-                mean.publish_epoch(args.metrics)
+            self._publish(args.metrics, "epoch")
+
+    def _publish(self, board: MetricsBoard, span: Literal["window", "epoch"]) -> None:
+        for mean in (self._total, *self._named.values()):
+            mean.publish(board, span)
 
     def state_dict(self) -> dict[str, Any]:
         if self._loaded is not None:
@@ -308,16 +274,13 @@ class LossTracker(PipelineHooks):
     def _merged(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         merged = LossTracker(self.cfg)
         for state in states:
-            merged._merge(state)
+            other = LossTracker(self.cfg)
+            other.load_state_dict(state)
+            other._restore(state, torch.device("cpu"))
+            merged._total.merge(other._total)
+            for name, mean in other._named.items():
+                (merged._named.get(name) or merged._add_name(name)).merge(mean)
         return merged.state_dict()
-
-    def _merge(self, state: Mapping[str, Any]) -> None:
-        other = LossTracker(self.cfg)
-        other.load_state_dict(state)
-        other._restore(state, torch.device("cpu"))
-        self._total.merge(other._total)
-        for name, mean in other._named.items():
-            (self._named.get(name) or self._add_name(name)).merge(mean)
 
     def _restore(self, state: Mapping[str, Any], device: torch.device) -> None:
         self._total.load_state_dict(state["total"], device)
