@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from robo_orchard_core.utils.config import Function
-from robo_orchard_core.utils.hook import HookContext, RemovableHandle
+from robo_orchard_core.utils.hook import RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.distributed.collectives import join_by_rank
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_version
@@ -80,26 +80,25 @@ class MetricTracker(PipelineHooks):
         self._merged = _MergeableMetrics(all_metrics.select(mergeable=True), cfg.each_epoch)
         self._window = all_metrics.select(mergeable=False)
         self._epoch = all_metrics.select(mergeable=False) if cfg.each_epoch else TorchMetrics(None)
+        self._sets: dict[str, _MergeableMetrics | TorchMetrics] = {
+            "merged": self._merged,
+            "window": self._window,
+            "epoch": self._epoch,
+        }
         self._metric_inputs: MetricInputs | None = given_or_built(
             metric_inputs, cfg.metric_inputs, "metric_inputs", self.name
         )
         self._arguments: MetricArguments | None = None
-        self._handle: RemovableHandle | None = None
-        self.register_hook("on_loop", HookContext.from_callable(self._open, self._close))
+        self.register_for_loop(self._open)
         self.on_batch.after(self._update)
         if cfg.each_epoch:
             self.on_epoch.after(self._end_epoch)
 
-    def _open(self, args: PipelineHookArgs) -> None:
+    def _open(self, args: PipelineHookArgs) -> RemovableHandle:
         self._arguments = MetricArguments(self._metric_inputs, args.batch_processor, self.name)
-        for metrics in (self._merged, self._window, self._epoch):
+        for metrics in self._sets.values():
             metrics.to(args.accelerator.device)
-        self._handle = args.metrics.before_logging(partial(self._end_window, args.metrics), self)
-
-    def _close(self, args: PipelineHookArgs) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        return args.metrics.before_logging(partial(self._end_window, args.metrics), self)
 
     def _update(self, args: PipelineHookArgs) -> None:
         if args.exception is None and self._arguments is not None and not args.is_padding_step:
@@ -116,30 +115,23 @@ class MetricTracker(PipelineHooks):
 
     def _end_epoch(self, args: PipelineHookArgs) -> None:
         if args.epoch_completed and args.exception is None:
+            board, epoch = args.metrics, self._epoch
             if len(self._merged.live):
-                args.metrics.defer(self._merged.end_epoch(_PREFIX, "_epoch"))
-            if len(self._epoch):
-                args.metrics.defer(
-                    self._epoch.snapshot(self._epoch.pop_states(), _PREFIX, "_epoch")
-                )
-            if not args.metrics.is_logged:  # else the window would grow with the run
+                board.defer(self._merged.end_epoch(_PREFIX, "_epoch"))
+            if len(epoch):
+                board.defer(epoch.snapshot(epoch.pop_states(), _PREFIX, "_epoch"))
+            if not board.is_logged:  # else the window would grow with the run
                 self._merged.forget_window()
-                if len(self._window):
-                    self._window.pop_states()
+                self._window.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "version": STATE_VERSION,
-            "merged": self._merged.state_dict(),
-            "window": self._window.state_dict(),
-            "epoch": self._epoch.state_dict(),
-        }
+        states = {name: metrics.state_dict() for name, metrics in self._sets.items()}
+        return {"version": STATE_VERSION, **states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_state_version(state, STATE_VERSION, self.name)
-        self._merged.load_state_dict(state["merged"])
-        self._window.load_state_dict(state["window"])
-        self._epoch.load_state_dict(state["epoch"])
+        for name, metrics in self._sets.items():
+            metrics.load_state_dict(state[name])
 
     def redistribute_states(
         self, states: Sequence[Mapping[str, Any]], processes: int
@@ -148,12 +140,11 @@ class MetricTracker(PipelineHooks):
         return join_by_rank(states, processes, self._merge_states)
 
     def _merge_states(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return {
-            "version": STATE_VERSION,
-            "merged": self._merged.merge_state_dicts([state["merged"] for state in states]),
-            "window": self._window.merge_state_dicts([state["window"] for state in states]),
-            "epoch": self._epoch.merge_state_dicts([state["epoch"] for state in states]),
+        merged = {
+            name: metrics.merge_state_dicts([state[name] for state in states])
+            for name, metrics in self._sets.items()
         }
+        return {"version": STATE_VERSION, **merged}
 
 
 class MetricTrackerConfig(PipelineHooksConfig[MetricTracker]):
