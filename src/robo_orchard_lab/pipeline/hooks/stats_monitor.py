@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]  # accelerate brings it
 import torch
@@ -22,80 +22,6 @@ from robo_orchard_lab.pipeline.trigger import TriggerField
 STATE_VERSION = 1
 _MIB = 2**20
 _MEMORY_EVERY_S = 1.0  # querying the system costs 50 us
-
-
-class StepTimes(NamedTuple):
-    """Total host times of some steps, in seconds."""
-
-    steps: int
-    samples: int
-    data_s: float
-    """Between two steps, without commit points: the wait for batches."""
-    compute_s: float
-    """Forward and backward passes, and updates."""
-    hooks_s: float
-    """The rest of steps and updates."""
-
-    @property
-    def total_s(self) -> float:
-        """Sum of the three."""
-        return self.data_s + self.compute_s + self.hooks_s
-
-
-class StepClock:
-    """Stopwatch over the stages of steps; its methods are hooks.
-
-    Each hook adds the time since the previous one to a stage. Reading the clock costs 0.05 us, six
-    times a step.
-    """
-
-    def __init__(self) -> None:
-        self._run: PipelineRun  # set when the loop begins
-        self._committed_s = self._marked_at = 0.0
-        self._reset()
-
-    def take(self) -> StepTimes:
-        """Return the sums and reset them."""
-        times = StepTimes(self._steps, self._samples, self._data_s, self._compute_s, self._hooks_s)
-        self._reset()
-        return times
-
-    def _reset(self) -> None:
-        self._steps = self._samples = 0
-        self._data_s = self._compute_s = self._hooks_s = 0.0
-
-    def begin_epoch(self, args: PipelineHookArgs) -> None:
-        """Start the wait for the first batch; earlier time is not counted."""
-        self._run = args.run
-        self._committed_s = args.run.commit_seconds
-        self._marked_at = perf_counter()
-
-    def begin_step(self, args: PipelineHookArgs) -> None:
-        """End the wait for a batch."""
-        now, committed_s = perf_counter(), self._run.commit_seconds
-        self._data_s += now - self._marked_at - (committed_s - self._committed_s)
-        self._committed_s = committed_s
-        self._marked_at = now
-
-    def begin_compute(self, args: PipelineHookArgs) -> None:
-        """End a stretch of hooks, before a forward pass or an update."""
-        now = perf_counter()
-        self._hooks_s += now - self._marked_at
-        self._marked_at = now
-
-    def end_compute(self, args: PipelineHookArgs) -> None:
-        """End a stretch of computation."""
-        now = perf_counter()
-        self._compute_s += now - self._marked_at
-        self._marked_at = now
-
-    def end_step(self, args: PipelineHookArgs) -> None:
-        """End a step, except for its update."""
-        self._steps += 1
-        self._samples += args.batch_size
-        now = perf_counter()
-        self._hooks_s += now - self._marked_at
-        self._marked_at = now
 
 
 class StatsMonitor(PipelineHooks):
@@ -141,39 +67,71 @@ class StatsMonitor(PipelineHooks):
     def __init__(self, cfg: StatsMonitorConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self._clock = StepClock()
         self._norm_due = cfg.grad_norm  # publish the norm of the next update
         self._has_norm = False  # this hook is the publisher of grad_norm
         self._run: PipelineRun  # set when the loop begins
         self._begun_at = 0.0
         self._first_step = 0
         self._steps_per_epoch: int | None = None
-        self._before_logging: RemovableHandle | None = None
         self._process = psutil.Process()
         self._memory, self._memory_at = 0.0, -_MEMORY_EVERY_S
-        clock = self._clock
+        self._committed_s = self._marked_at = 0.0
+        self._reset_times()
         hook = HookContext.from_callable
-        self.register_hook("on_loop", hook(self._begin_loop, self._end_loop))
-        self.register_hook("on_epoch", hook(clock.begin_epoch, self._end_epoch))
-        self.register_hook("on_step", hook(clock.begin_step, clock.end_step))
-        self.register_hook("on_batch", hook(clock.begin_compute, clock.end_compute))
+        self.register_for_loop(self._begin_loop)
+        self.register_hook("on_epoch", hook(self._begin_epoch, self._end_epoch))
+        self.register_hook("on_step", hook(self._begin_step, self._end_step))
+        self.register_hook("on_batch", hook(self._begin_compute, self._end_compute))
         self.register_hook("on_optimizer_step", hook(self._begin_update, self._end_update))
         if cfg.every is not None:
             self.register_at_commit(self._request_log, cfg.every)
 
-    def _begin_loop(self, args: PipelineHookArgs) -> None:
+    def _reset_times(self) -> None:
+        """Reset the host times, in seconds, since the last logging point."""
+        self._steps = self._samples = 0
+        self._data_s = 0.0  # between two steps, without commit points: the wait for batches
+        self._compute_s = 0.0  # forward and backward passes, and updates
+        self._hooks_s = 0.0  # the rest of steps and updates
+
+    def _begin_loop(self, args: PipelineHookArgs) -> RemovableHandle:
         self._run = args.run
         self._first_step = args.global_step_id
         self._steps_per_epoch = args.run.steps_per_epoch
-        self._before_logging = args.metrics.before_logging(self._publish, self)
         self._begun_at = perf_counter()
+        return args.metrics.before_logging(self._publish, self)
 
     def _request_log(self, args: PipelineHookArgs) -> None:
         args.requests.log(f"every {self.cfg.every}", by=self.name)
 
-    def _end_loop(self, args: PipelineHookArgs) -> None:
-        if self._before_logging is not None:
-            self._before_logging.remove()
+    # Each hook on the step path adds the time since the previous one to a stage. Reading the clock
+    # costs 0.05 us, six times a step.
+
+    def _begin_epoch(self, args: PipelineHookArgs) -> None:
+        self._committed_s = args.run.commit_seconds
+        self._marked_at = perf_counter()
+
+    def _begin_step(self, args: PipelineHookArgs) -> None:
+        now, committed_s = perf_counter(), self._run.commit_seconds
+        self._data_s += now - self._marked_at - (committed_s - self._committed_s)
+        self._committed_s = committed_s
+        self._marked_at = now
+
+    def _begin_compute(self, args: PipelineHookArgs) -> None:
+        now = perf_counter()
+        self._hooks_s += now - self._marked_at
+        self._marked_at = now
+
+    def _end_compute(self, args: PipelineHookArgs) -> None:
+        now = perf_counter()
+        self._compute_s += now - self._marked_at
+        self._marked_at = now
+
+    def _end_step(self, args: PipelineHookArgs) -> None:
+        self._steps += 1
+        self._samples += args.batch_size
+        now = perf_counter()
+        self._hooks_s += now - self._marked_at
+        self._marked_at = now
 
     def _end_epoch(self, args: PipelineHookArgs) -> None:
         if args.epoch_completed:
@@ -182,28 +140,31 @@ class StatsMonitor(PipelineHooks):
     def _begin_update(self, args: PipelineHookArgs) -> None:
         if self._norm_due:
             gradient_norm(args)  # stored in args.grad_norm
-        self._clock.begin_compute(args)
+        self._begin_compute(args)
 
     def _end_update(self, args: PipelineHookArgs) -> None:
-        self._clock.end_compute(args)
+        self._end_compute(args)
         if self._norm_due:
             self._norm_due = self.cfg.grad_norm_every_update
-            self._publish_norm(args)
-
-    def _publish_norm(self, args: PipelineHookArgs) -> None:
-        """Publish the norm, unless another hook publishes its mean over all updates."""
-        self._has_norm = self._has_norm or "grad_norm" not in args.metrics.names()
-        if self._has_norm and args.grad_norm is not None:
-            args.metrics.publish("grad_norm", args.grad_norm)
+            # Another hook may publish the mean over all updates.
+            self._has_norm = self._has_norm or "grad_norm" not in args.metrics.names()
+            if self._has_norm and args.grad_norm is not None:
+                args.metrics.publish("grad_norm", args.grad_norm)
 
     def _publish(self) -> None:
-        board, times = self._run.metrics, self._clock.take()
-        if times.steps:
-            board.publish("perf/samples_per_s", times.samples / times.total_s, "sum")
-            board.publish("perf/steps_per_s", times.steps / times.total_s)
-            for name in ("data_s", "compute_s", "hooks_s"):
-                seconds = getattr(times, name) / times.steps
-                board.publish(f"perf/{name}", seconds, weight=times.steps)
+        board, steps = self._run.metrics, self._steps
+        if steps:
+            stages = {
+                "data_s": self._data_s,
+                "compute_s": self._compute_s,
+                "hooks_s": self._hooks_s,
+            }
+            total_s = sum(stages.values())
+            board.publish("perf/samples_per_s", self._samples / total_s, "sum")
+            board.publish("perf/steps_per_s", steps / total_s)
+            for name, seconds in stages.items():
+                board.publish(f"perf/{name}", seconds / steps, weight=steps)
+        self._reset_times()
         self._publish_eta(board)
         self._publish_memory(board)
         groups = self._run.optimizer.param_groups if self._run.optimizer is not None else []
