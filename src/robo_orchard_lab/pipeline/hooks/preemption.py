@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
 from types import FrameType
@@ -116,13 +116,17 @@ class Preemption(PipelineHooks):
         self._is_stopping = False
         accelerator = args.accelerator
         is_reporting = accelerator is None or accelerator.is_local_main_process
-        handle = self._handler(os.getpid(), is_reporting)
+        before = {number: signal.getsignal(number) for number in self._signals}
+        handle = self._handler(before, is_reporting)
         self._undo = ExitStack()
-        handled = [number for number in self._signals if not _is_ignored(number)]
+        # A shell's background job ignores Ctrl-C, and keeps ignoring it.
+        handled = [
+            n for n in self._signals if n != signal.SIGINT or before[n] is not signal.SIG_IGN
+        ]
         self._undo.enter_context(ignore_signals_in_workers(handled))
         self._protect_workers(args.dataloader)
         for number in handled:
-            self._undo.callback(_restore, number, signal.getsignal(number))
+            self._undo.callback(_restore, number, before[number])
             signal.signal(number, handle)
         args.run.agreement.topic(
             self.name, find=lambda: self._received, tell=partial(self._stop, args)
@@ -136,41 +140,38 @@ class Preemption(PipelineHooks):
 
     def _end(self, args: PipelineHookArgs) -> None:
         self._undo.close()
-        if isinstance(args.exception, RunPreempted) and self._received and not self._is_stopping:
+        if not self._received or self._is_stopping:
+            return
+        first = signal.Signals(self._received).name
+        if isinstance(args.exception, RunPreempted):
             # The run ends anyway; the request records the reason.
-            first = signal.Signals(self._received).name
             reason = f"received {first}, and a second signal to stop at once"
             args.requests.stop(reason, by=self.name, exit_code=self._exit_code(self._received))
-        if self._received and not self._is_stopping and args.exception is None:
+        elif args.exception is None:
             logger.warning(
-                "%s: received %s after the last step; the run is completed",
-                *(self.name, signal.Signals(self._received).name),
+                "%s: received %s after the last step; the run is completed", self.name, first
             )
 
     def _stop(self, args: PipelineHookArgs, received: int) -> None:
         """Request the stop, on all ranks, after a signal on any rank."""
         if not self._is_stopping:
             self._is_stopping = True
-            request_stop(
-                args,
-                f"received {signal.Signals(received).name}",
-                self.name,
-                exit_code=self._exit_code(received),
-                save=self.cfg.save_checkpoint,
-            )
+            reason, code = f"received {signal.Signals(received).name}", self._exit_code(received)
+            request_stop(args, reason, self.name, exit_code=code, save=self.cfg.save_checkpoint)
 
     def _exit_code(self, number: int) -> int:
         return 128 + number if self.cfg.exit_code is None else self.cfg.exit_code
 
-    def _handler(self, main_process: int, is_reporting: bool) -> _Handler:
-        before = {number: signal.getsignal(number) for number in self._signals}
+    def _handler(self, before: Mapping[signal.Signals, Any], is_reporting: bool) -> _Handler:
+        """Return the handler of the signals; ``before`` has the replaced handlers."""
+        main_process = os.getpid()
         launched = "WORLD_SIZE" in os.environ or "SLURM_JOB_ID" in os.environ
         same_request_s = _SAME_LAUNCHED_REQUEST_S if launched else _SAME_REQUEST_S
 
         def handle(number: int, frame: FrameType | None) -> None:
             # Runs between any two instructions of the main thread: no locks, so no logging.
             if os.getpid() != main_process:  # in a forked process
-                _restore(signal.Signals(number), before[signal.Signals(number)])
+                _restore(number, before[signal.Signals(number)])
                 os.kill(os.getpid(), number)
                 return
             if has_any_rank_failed():  # the launcher's signal: this process ends already
@@ -185,7 +186,7 @@ class Preemption(PipelineHooks):
                     )
             elif now - self._received_at > same_request_s:
                 for each in self._signals:
-                    signal.signal(each, before[each] or signal.SIG_DFL)
+                    _restore(each, before[each])
                 raise RunPreempted(self._exit_code(number))
 
         return handle
@@ -226,12 +227,7 @@ class PreemptionConfig(PipelineHooksConfig[Preemption]):
         return tuple(dict.fromkeys(signals))
 
 
-def _is_ignored(number: signal.Signals) -> bool:
-    """Return True for a Ctrl-C ignored by the parent, as in a shell's background job."""
-    return number == signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN
-
-
-def _restore(number: signal.Signals, handler: Any) -> None:
+def _restore(number: int, handler: Any) -> None:
     # None means a handler not installed by Python, which can't be restored.
     signal.signal(number, signal.SIG_DFL if handler is None else handler)
 

@@ -25,8 +25,6 @@ _EARLY_S = 0.5  # several ranks may stop this early, which saves exchanges near 
 _LONGEST_WAIT_S = 30.0  # between exchanges; steps may become slower
 
 
-# --- durations -------------------------------------------------------------------------------
-
 _SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 _UNITS = re.compile(
     r"(?:(?P<d>[\d.]+)\s*(?:d|days?))?\s*(?:(?P<h>[\d.]+)\s*(?:h|hours?))?\s*"
@@ -48,9 +46,12 @@ def duration_s(value: Any) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"expected seconds or a text such as '3h30min', got {value!r:.60}")
+    text = str(value).strip().lower()
+    found = _CLOCK.fullmatch(text) or _UNITS.fullmatch(text)
+    parts = found.groupdict(default="0") if found and any(found.groups()) else {"s": text}
     try:
-        seconds = _parse_duration(value.strip().lower()) if isinstance(value, str) else float(value)
-    except (ValueError, OverflowError):
+        seconds = sum(float(count) * _SECONDS[unit] for unit, count in parts.items())
+    except ValueError:
         raise ValueError(
             f"can't read {value!r:.60} as a length of time; write '3h30min', '90 s', '1:30:00' or "
             "a number of seconds"
@@ -60,19 +61,8 @@ def duration_s(value: Any) -> float:
     return seconds
 
 
-def _parse_duration(text: str) -> float:
-    found = _CLOCK.fullmatch(text) or _UNITS.fullmatch(text)
-    parts = {} if found is None else {k: v for k, v in found.groupdict().items() if v is not None}
-    if not parts:
-        return float(text)
-    return float(sum(float(count) * _SECONDS[unit] for unit, count in parts.items()))
-
-
 DurationField: TypeAlias = Annotated[float | str, BeforeValidator(duration_s)]
 """Annotation of a config field that accepts seconds or a text, and holds seconds."""
-
-
-# --- hook ------------------------------------------------------------------------------------
 
 
 class TimeLimit(PipelineHooks):
@@ -142,10 +132,8 @@ class TimeLimit(PipelineHooks):
         """Request the stop, on all ranks, when the first rank's clock is due."""
         if not self._is_stopping:
             self._is_stopping = True
-            cfg = self.cfg
-            limit = (
-                "SLURM's limit" if self._limit_s is None else f"the limit of {self._limit_s:g} s"
-            )
+            cfg, limit_s = self.cfg, self._limit_s
+            limit = "SLURM's limit" if limit_s is None else f"the limit of {limit_s:g} s"
             reason = f"{limit} is near, with {self._margin_s:g} s reserved for saving"
             request_stop(args, reason, self.name, exit_code=cfg.exit_code, save=cfg.save_checkpoint)
 
