@@ -15,7 +15,7 @@ from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedType
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
-from robo_orchard_core.utils.hook import HookContext, RemovableHandle
+from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.distributed.collectives import join_by_rank
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
@@ -90,56 +90,41 @@ class OptimizerHook(PipelineHooks):
             if isinstance(lr_scheduler, AcceleratedScheduler)
             else lr_scheduler
         )
+        self._device = accelerator.device
         self._channel = hooks.get_channel("on_optimizer_step")
         # With a gradient scaler, Accelerate's wrapper knows if it has stepped.
         self._wrapper = self.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else None
         self._zero_grad = _zero_grad_of(self.optimizer)
         self._body = self._update
-        self._check_gradients: Callable[[], None] | None = None
         self._outside: list[torch.nn.Parameter] = []
 
-        plateau = isinstance(self.lr_scheduler, ReduceLROnPlateau)
+        _check_lr_scheduler(self.lr_scheduler, lr_scheduler_every, lr_scheduler_monitor)
+        is_plateau = isinstance(self.lr_scheduler, ReduceLROnPlateau)
         self.lr_scheduler_every: LRSchedulerUnit = lr_scheduler_every or (
-            "epoch" if plateau else "optimizer_step"
+            "epoch" if is_plateau else "optimizer_step"
         )
-        if self.lr_scheduler_every not in get_args(LRSchedulerUnit):
-            raise PipelineConfigError(
-                "lr_scheduler_every must be one of "
-                f"{', '.join(map(repr, get_args(LRSchedulerUnit)))}, got {lr_scheduler_every!r}"
-            )
-        if lr_scheduler_every is not None and lr_scheduler is None:
-            raise PipelineConfigError(
-                f"lr_scheduler_every={lr_scheduler_every!r}: expected an LR scheduler, found none; "
-                "pass lr_scheduler=..., or omit lr_scheduler_every"
-            )
-        self._monitor = lr_scheduler_monitor
+        self._mean_loss: WeightedSum | None = None  # of the steps since ReduceLROnPlateau stepped
+        self._step_lr: Callable[[], Any] | None = getattr(self.lr_scheduler, "step", None)
+        if isinstance(self.lr_scheduler, OneCycleLR):
+            self._step_lr = partial(_step_to_the_end, self.lr_scheduler)
         if lr_scheduler_monitor is not None:
-            _check_monitor(lr_scheduler_monitor, self.lr_scheduler, lr_scheduler_every)
-            self.register_hook("on_loop", HookContext.from_callable(self._begin, self._end))
-        self._subscription: RemovableHandle | None = None
-        follows_loss = plateau and lr_scheduler_monitor is None
-        self._mean_loss = _MeanLoss(accelerator) if follows_loss else None
-        step = _step_function(self.lr_scheduler, self._mean_loss)
-        self._after_update = step if self.lr_scheduler_every == "optimizer_step" else None
-        self._after_epoch = step if self.lr_scheduler_every == "epoch" else None
+            subscribed = (lr_scheduler_monitor, self._follow, "lr_scheduler")
+            self.register_for_loop(lambda args: args.metrics.subscribe(*subscribed))
+            self._step_lr = None
+        elif is_plateau:
+            self._mean_loss = WeightedSum()
+            self._step_lr = partial(self._step_with_mean_loss, accelerator)
+        self._after_update = self._step_lr if self.lr_scheduler_every == "optimizer_step" else None
 
         self.register_hook("on_step", HookContext.from_callable(after=self._optimizer_step))
         if self._mean_loss is not None:
-            self.register_hook("on_batch", HookContext.from_callable(after=self._mean_loss.add))
-        if self._after_epoch is not None:
+            self.register_hook("on_batch", HookContext.from_callable(after=self._add_loss))
+        if self._step_lr is not None and self.lr_scheduler_every == "epoch":
             self.register_hook("on_epoch", HookContext.from_callable(after=self._end_epoch))
-
-    def _begin(self, args: PipelineHookArgs) -> None:
-        assert self._monitor is not None  # else not registered
-        self._subscription = args.metrics.subscribe(self._monitor, self._follow, "lr_scheduler")
-
-    def _end(self, args: PipelineHookArgs) -> None:
-        if self._subscription is not None:
-            self._subscription.remove()
 
     def _follow(self, found: MetricValue) -> None:
         """Step ReduceLROnPlateau with a value of the monitored metric."""
-        assert isinstance(self.lr_scheduler, ReduceLROnPlateau)
+        assert isinstance(self.lr_scheduler, ReduceLROnPlateau)  # checked in the constructor
         self.lr_scheduler.step(found.value if math.isfinite(found.value) else math.nan)
 
     def zero_grad(self) -> None:
@@ -155,20 +140,20 @@ class OptimizerHook(PipelineHooks):
 
     def before_first_update(self, check: Callable[[], None]) -> None:
         """Call a function before the first optimizer step that is not skipped."""
-        self._check_gradients = check
-        self._body = self._check_and_update
+
+        def check_and_update(args: PipelineHookArgs) -> None:
+            if args.skip_reason is None:
+                check()
+                self._body = self._update
+            self._update(args)
+
+        self._body = check_and_update
 
     def _optimizer_step(self, args: PipelineHookArgs) -> None:
         if args._at_accumulation_boundary and args._exception is None:
             self._channel.run(args, self._body)
             for parameter in self._outside:  # here, since hooks may use them until now
                 parameter.grad = None
-
-    def _check_and_update(self, args: PipelineHookArgs) -> None:
-        if args.skip_reason is None and self._check_gradients is not None:
-            self._check_gradients()
-            self._body = self._update
-        self._update(args)
 
     def _update(self, args: PipelineHookArgs) -> None:
         if args.skip_reason is not None:
@@ -192,16 +177,30 @@ class OptimizerHook(PipelineHooks):
         args._update_committed = False
 
     def _end_epoch(self, args: PipelineHookArgs) -> None:
-        if args.epoch_completed and args.exception is None and self._after_epoch is not None:
-            self._after_epoch()
+        if args.epoch_completed and args.exception is None and self._step_lr is not None:
+            self._step_lr()
+
+    def _add_loss(self, args: PipelineHookArgs) -> None:
+        if self._mean_loss and args.loss is not None and not args.is_padding_step:
+            self._mean_loss.add(args.loss, args.loss_weight)
+
+    def _step_with_mean_loss(self, accelerator: Accelerator) -> None:
+        """Step ReduceLROnPlateau with the mean loss of all ranks since its last step."""
+        assert isinstance(self.lr_scheduler, ReduceLROnPlateau)
+        assert self._mean_loss is not None
+        total = self._mean_loss.to_tensor(accelerator.device)
+        self._mean_loss = WeightedSum()
+        if accelerator.num_processes > 1:
+            total = accelerator.reduce(total, "sum")  # a collective
+        loss, weight = total.tolist()  # waits for the device
+        self.lr_scheduler.step(loss / weight if weight else math.nan)
 
     def state_dict(self) -> dict[str, Any]:
-        mean_loss = self._mean_loss
-        return {"mean_loss": mean_loss.state_dict()} if mean_loss else {}
+        return {"mean_loss": self._mean_loss.state_dict()} if self._mean_loss else {}
 
     def load_state_dict(self, state: Any) -> None:
         if self._mean_loss and "mean_loss" in state:  # a run with a monitor saves no mean
-            self._mean_loss.load_state_dict(state["mean_loss"])
+            self._mean_loss.load_state_dict(state["mean_loss"], self._device)
 
     def redistribute_states(
         self, states: Sequence[Mapping[str, Any]], processes: int
@@ -212,44 +211,12 @@ class OptimizerHook(PipelineHooks):
     def _joined(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if self._mean_loss is None or any("mean_loss" not in state for state in states):
             return {}
-        return {"mean_loss": self._mean_loss.joined([state["mean_loss"] for state in states])}
-
-
-class _MeanLoss:
-    """Weighted mean of the losses of all ranks since the last read, kept on the device."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
-        self._sum = WeightedSum()
-
-    def add(self, args: PipelineHookArgs) -> None:
-        if args.loss is not None and not args.is_padding_step:
-            self._sum.add(args.loss, args.loss_weight)
-
-    def take(self) -> float:
-        accelerator = self._accelerator
-        total = self._sum.to_tensor(accelerator.device)
-        self._sum = WeightedSum()
-        if accelerator.num_processes > 1:
-            total = accelerator.reduce(total, "sum")  # a collective
-        loss, weight = total.tolist()  # waits for the device
-        return loss / weight if weight else math.nan
-
-    @staticmethod
-    def joined(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Merge the states of several ranks."""
-        total = WeightedSum()
+        joined = WeightedSum()
         for state in states:
             part = WeightedSum()
-            part.load_state_dict(state, None)
-            total.merge(part)
-        return total.state_dict()
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._sum.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._sum.load_state_dict(state, self._accelerator.device)
+            part.load_state_dict(state["mean_loss"], None)
+            joined.merge(part)
+        return {"mean_loss": joined.state_dict()}
 
 
 def _unwrap_optimizer(
@@ -276,37 +243,34 @@ def _refuse_closures(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def _check_monitor(monitor: str, scheduler: Any, every: LRSchedulerUnit | None) -> None:
-    """Refuse a monitor of an LR scheduler that has none, or one with an interval."""
-    if not isinstance(scheduler, ReduceLROnPlateau):
+def _check_lr_scheduler(scheduler: Any, every: LRSchedulerUnit | None, monitor: str | None) -> None:
+    """Refuse options that contradict each other or the LR scheduler."""
+    units = get_args(LRSchedulerUnit)
+    if every is not None and every not in units:
+        raise PipelineConfigError(
+            f"lr_scheduler_every must be one of {', '.join(map(repr, units))}, got {every!r}"
+        )
+    if every is not None and scheduler is None:
+        raise PipelineConfigError(
+            f"lr_scheduler_every={every!r}: expected an LR scheduler, found none; "
+            "pass lr_scheduler=..., or omit lr_scheduler_every"
+        )
+    if monitor is not None and not isinstance(scheduler, ReduceLROnPlateau):
         raise PipelineConfigError(
             f"lr_scheduler_monitor={monitor!r} is for ReduceLROnPlateau, found "
             f"{'no LR scheduler' if scheduler is None else type(scheduler).__name__}; omit it"
         )
-    if every is not None:
+    if monitor is not None and every is not None:
         raise PipelineConfigError(
             f"lr_scheduler_monitor={monitor!r} steps the LR scheduler with each value, found also "
             f"lr_scheduler_every={every!r}; omit one of them"
         )
 
 
-def _step_function(
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None, mean_loss: _MeanLoss | None
-) -> Callable[[], Any] | None:
-    """Return the function that steps the LR scheduler, or None."""
-    if isinstance(scheduler, ReduceLROnPlateau):
-        if mean_loss is None:
-            return None  # steps with the monitored metric
-        return lambda: scheduler.step(mean_loss.take())  # waits for the device
-    if isinstance(scheduler, OneCycleLR):
-
-        def step_to_the_end() -> None:
-            # OneCycleLR raises when stepped past its end.
-            if scheduler.last_epoch < scheduler.total_steps:
-                scheduler.step()
-
-        return step_to_the_end
-    return None if scheduler is None else scheduler.step
+def _step_to_the_end(scheduler: OneCycleLR) -> None:
+    """Step OneCycleLR, which raises when stepped past its end."""
+    if scheduler.last_epoch < scheduler.total_steps:
+        scheduler.step()
 
 
 def _zero_grad_of(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
