@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 
@@ -69,25 +70,24 @@ class ModuleSize:
     """Path, as in the names of its parameters."""
     kind: str
     """Class name."""
-    trainable: int = 0
+    trainable: int
     """Elements of parameters with ``requires_grad``."""
-    frozen: int = 0
+    frozen: int
     """Elements of the other parameters."""
-    size_bytes: int = 0
+    size_bytes: int
     """Of parameters and buffers."""
 
-    def plus(self, tensor: torch.Tensor) -> ModuleSize:
-        """Return the sums with one more parameter or buffer."""
-        if is_lazy(tensor):
-            return self
-        count = tensor.numel()
-        parameter = isinstance(tensor, torch.nn.Parameter)
-        return ModuleSize(
-            self.name,
-            self.kind,
-            self.trainable + (count if parameter and tensor.requires_grad else 0),
-            self.frozen + (count if parameter and not tensor.requires_grad else 0),
-            self.size_bytes + count * tensor.element_size(),
+    @classmethod
+    def of(cls, name: str, module: torch.nn.Module, tensors: Iterable[torch.Tensor]) -> ModuleSize:
+        """Add up parameters and buffers of a module; lazy parameters count as 0."""
+        known = [tensor for tensor in tensors if not is_lazy(tensor)]
+        parameters = [tensor for tensor in known if isinstance(tensor, torch.nn.Parameter)]
+        return cls(
+            name,
+            plain_class(getattr(module, "_orig_mod", module)).__name__,
+            sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+            sum(parameter.numel() for parameter in parameters if not parameter.requires_grad),
+            sum(tensor.numel() * tensor.element_size() for tensor in known),
         )
 
 
@@ -139,15 +139,10 @@ def summarize(model: torch.nn.Module, depth: int = 1) -> ModelSize:
     non-persistent ones, count only in the size. Of a sharded model, full tensors count, not shards.
     """
     model = getattr(model, "_orig_mod", model)
-    parts: dict[str, ModuleSize] = {}
-    total = ModuleSize("total", plain_class(model).__name__)
+    tensors: dict[str, list[torch.Tensor]] = {}
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         path = plain_name(name).split(".")[:-1][:depth]
-        part = ".".join(path)
-        if part not in parts:
-            module = model.get_submodule(part)
-            kind = plain_class(getattr(module, "_orig_mod", module)).__name__
-            parts[part] = ModuleSize(part or _ROOT, kind)
-        parts[part] = parts[part].plus(tensor)
-        total = total.plus(tensor)
-    return ModelSize(tuple(parts.values()) if depth else (), total)
+        tensors.setdefault(".".join(path), []).append(tensor)
+    parts = [ModuleSize.of(p or _ROOT, model.get_submodule(p), own) for p, own in tensors.items()]
+    total = ModuleSize.of("total", model, chain.from_iterable(tensors.values()))
+    return ModelSize(tuple(parts) if depth else (), total)

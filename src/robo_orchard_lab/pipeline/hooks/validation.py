@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import Field
@@ -79,7 +80,6 @@ class ValidationHook(PipelineHooks):
         self._metric_inputs: MetricInputs | None = given_or_built(
             metric_inputs, cfg.metric_inputs, "metric_inputs", who
         )
-        self._evaluator: Evaluator | None = None
         self._evaluated_at: int | None = None  # completed steps at the last evaluation
         self.register_hook("on_loop", HookContext.from_callable(self._open, self._close))
         if (weights := cfg.weights) is not None:  # refuses unknown weights before the first step
@@ -91,7 +91,7 @@ class ValidationHook(PipelineHooks):
             self.register_at_commit(lambda args: self._request(args, "at the end"), Last())
 
     def _open(self, args: PipelineHookArgs) -> None:
-        self._evaluator = Evaluator(
+        evaluator = Evaluator(
             args.model,
             args.batch_processor,
             self._dataloaders,
@@ -108,7 +108,7 @@ class ValidationHook(PipelineHooks):
                     f"{self.name}: dataloaders[{loader!r}] and a loader of {other} would both "
                     f"publish eval/{loader}/...; rename one of the loaders"
                 )
-        args.run.evaluations[self.name] = self._evaluate
+        args.run.evaluations[self.name] = partial(self._evaluate, evaluator)
         if self.cfg.at_start and args.global_step_id == 0:
             self._request(args, "at the start")
 
@@ -117,19 +117,18 @@ class ValidationHook(PipelineHooks):
         for loader in self._dataloaders:
             if args.run.evaluated_loaders.get(loader) == self.name:
                 del args.run.evaluated_loaders[loader]
-        self._evaluator = None
 
     def _request(self, args: PipelineHookArgs, reason: str) -> None:
         if args.exception is None and args.progress.steps_done != self._evaluated_at:
             args.requests.evaluate(reason, by=self.name, name=self.name)
 
-    def _evaluate(self, args: PipelineHookArgs) -> None:
+    def _evaluate(self, evaluator: Evaluator, args: PipelineHookArgs) -> None:
         step = args.progress.steps_done
-        if self._evaluator is None or step == self._evaluated_at:
+        if step == self._evaluated_at:
             return
         weights = self.cfg.weights
         with args.run.weight_set(weights).applied() if weights is not None else nullcontext():
-            args.metrics.defer(self._evaluator.run(prefix="eval/"))
+            args.metrics.defer(evaluator.run(prefix="eval/"))
         self._evaluated_at = step
 
     def rank_consistency_info(self) -> dict[str, dict[str, str]]:
