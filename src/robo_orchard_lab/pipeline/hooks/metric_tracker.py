@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from pydantic import Field
@@ -21,13 +21,14 @@ from robo_orchard_lab.pipeline.metrics.torchmetrics import (
     MetricArguments,
     MetricInputs,
     MetricsLike,
-    MetricsSnapshot,
     MetricStates,
     TorchMetrics,
 )
 
 STATE_VERSION = 1
 _PREFIX = "train/"
+_SUFFIX = {"window": "", "epoch": "_epoch"}  # of the values over each span
+_Span: TypeAlias = Literal["window", "epoch"]
 
 
 class MetricTracker(PipelineHooks):
@@ -77,7 +78,8 @@ class MetricTracker(PipelineHooks):
             raise PipelineConfigError(
                 f"{self.name}: metrics is empty; write metrics={{'accuracy': ...}}"
             )
-        self._merged = _MergeableMetrics(all_metrics.select(mergeable=True), cfg.each_epoch)
+        mergeable = all_metrics.select(mergeable=True)
+        self._merged = _MergeableMetrics(mergeable, _SUFFIX if cfg.each_epoch else ["window"])
         self._window = all_metrics.select(mergeable=False)
         self._epoch = all_metrics.select(mergeable=False) if cfg.each_epoch else TorchMetrics(None)
         self._sets: dict[str, _MergeableMetrics | TorchMetrics] = {
@@ -98,7 +100,7 @@ class MetricTracker(PipelineHooks):
         self._arguments = MetricArguments(self._metric_inputs, args.batch_processor, self.name)
         for metrics in self._sets.values():
             metrics.to(args.accelerator.device)
-        return args.metrics.before_logging(partial(self._end_window, args.metrics), self)
+        return args.metrics.before_logging(partial(self._publish, args.metrics, "window"), self)
 
     def _update(self, args: PipelineHookArgs) -> None:
         if args.exception is None and self._arguments is not None and not args.is_padding_step:
@@ -107,21 +109,20 @@ class MetricTracker(PipelineHooks):
             self._window.update(*inputs, **named)
             self._epoch.update(*inputs, **named)
 
-    def _end_window(self, board: MetricsBoard) -> None:
+    def _publish(self, board: MetricsBoard, span: _Span) -> None:
+        """Publish the metrics over a span, and begin the next one."""
+        affixes = _PREFIX, _SUFFIX[span]
         if len(self._merged.live):
-            board.defer(self._merged.end_window(_PREFIX))
-        if len(self._window):
-            board.defer(self._window.snapshot(self._window.pop_states(), _PREFIX))
+            board.defer(self._merged.live.snapshot(self._merged.pop(span), *affixes))
+        separate = self._window if span == "window" else self._epoch
+        if len(separate):
+            board.defer(separate.snapshot(separate.pop_states(), *affixes))
 
     def _end_epoch(self, args: PipelineHookArgs) -> None:
         if args.epoch_completed and args.exception is None:
-            board, epoch = args.metrics, self._epoch
-            if len(self._merged.live):
-                board.defer(self._merged.end_epoch(_PREFIX, "_epoch"))
-            if len(epoch):
-                board.defer(epoch.snapshot(epoch.pop_states(), _PREFIX, "_epoch"))
-            if not board.is_logged:  # else the window would grow with the run
-                self._merged.forget_window()
+            self._publish(args.metrics, "epoch")
+            if not args.metrics.is_logged:  # else the window would grow with the run
+                self._merged.ended["window"] = None
                 self._window.reset()
 
     def state_dict(self) -> dict[str, Any]:
@@ -170,63 +171,45 @@ class MetricTrackerConfig(PipelineHooksConfig[MetricTracker]):
 
 
 class _MergeableMetrics:
-    """Metrics with one update per step, merged into a window and an epoch.
+    """Metrics with one update per step, merged into the states of each span.
 
-    Each logging point and each end of an epoch ends a segment, merged into both.
+    The end of a span ends a segment, merged into all spans.
     """
 
-    def __init__(self, live: TorchMetrics, each_epoch: bool) -> None:
+    def __init__(self, live: TorchMetrics, spans: Iterable[str]) -> None:
         self.live = live
-        self._each_epoch = each_epoch
-        self._window: MetricStates | None = None
-        self._epoch: MetricStates | None = None
+        self.ended: dict[str, MetricStates | None] = dict.fromkeys(spans)  # ended segments
 
     def to(self, device: torch.device) -> None:
         self.live.to(device)
-        self._window = self._window and self.live.to_device(self._window)
-        self._epoch = self._epoch and self.live.to_device(self._epoch)
+        for span, states in self.ended.items():
+            self.ended[span] = states and self.live.to_device(states)
 
-    def forget_window(self) -> None:
-        """Drop the window's states, for runs without logging points."""
-        self._window = None
-
-    def end_window(self, prefix: str) -> MetricsSnapshot:
-        window, epoch = self._end_segment()
-        self._window, self._epoch = None, epoch if self._each_epoch else None
-        return self.live.snapshot(window, prefix)
-
-    def end_epoch(self, prefix: str, suffix: str) -> MetricsSnapshot:
-        window, epoch = self._end_segment()
-        self._window, self._epoch = window, None
-        return self.live.snapshot(epoch, prefix, suffix)
+    def pop(self, span: _Span) -> MetricStates:
+        """Return the states of a span, and begin the next one."""
+        segment = self.live.pop_states()
+        merged = {
+            name: segment if ended is None else self.live.merge([ended, segment])
+            for name, ended in self.ended.items()
+        }
+        self.ended = {**merged, span: None}
+        return merged[span]
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "live": self.live.state_dict(),
-            "window": self.live.encode(self._window),
-            "epoch": self.live.encode(self._epoch),
-        }
+        ended = {span: self.live.encode(self.ended.get(span)) for span in _SUFFIX}
+        return {"live": self.live.state_dict(), **ended}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.live.load_state_dict(state["live"])
-        window, epoch = state["window"], state["epoch"]
-        self._window = None if window is None else self.live.decode(window)
-        self._epoch = None if epoch is None else self.live.decode(epoch)
+        for span in self.ended:
+            self.ended[span] = None if state[span] is None else self.live.decode(state[span])
 
     def merge_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Merge the states of several ranks."""
-        live = self.live.merge_state_dicts([state["live"] for state in states])
-        ended: dict[str, Any] = {}
-        for name in ("window", "epoch"):
-            loaded = [self.live.decode(s[name]) for s in states if s[name] is not None]
-            ended[name] = self.live.encode(self.live.merge(loaded)) if loaded else None
-        return {"live": live, **ended}
-
-    def _end_segment(self) -> tuple[MetricStates, MetricStates]:
-        """End the current segment; return window and epoch including the segment."""
-        segment = self.live.pop_states()
-        window, epoch = (
-            segment if before is None else self.live.merge([before, segment])
-            for before in (self._window, self._epoch)
-        )
-        return window, epoch
+        merged: dict[str, Any] = {
+            "live": self.live.merge_state_dicts([state["live"] for state in states])
+        }
+        for span in _SUFFIX:
+            loaded = [self.live.decode(s[span]) for s in states if s[span] is not None]
+            merged[span] = self.live.encode(self.live.merge(loaded)) if loaded else None
+        return merged
