@@ -15,7 +15,6 @@ from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedType
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
-from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.distributed.collectives import join_by_rank
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
@@ -90,7 +89,7 @@ class OptimizerHook(PipelineHooks):
             if isinstance(lr_scheduler, AcceleratedScheduler)
             else lr_scheduler
         )
-        self._device = accelerator.device
+        self._accelerator = accelerator
         self._channel = hooks.get_channel("on_optimizer_step")
         # With a gradient scaler, Accelerate's wrapper knows if it has stepped.
         self._wrapper = self.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else None
@@ -113,14 +112,14 @@ class OptimizerHook(PipelineHooks):
             self._step_lr = None
         elif is_plateau:
             self._mean_loss = WeightedSum()
-            self._step_lr = partial(self._step_with_mean_loss, accelerator)
+            self._step_lr = self._step_with_mean_loss
         self._after_update = self._step_lr if self.lr_scheduler_every == "optimizer_step" else None
 
-        self.register_hook("on_step", HookContext.from_callable(after=self._optimizer_step))
+        self.on_step.after(self._optimizer_step)
         if self._mean_loss is not None:
-            self.register_hook("on_batch", HookContext.from_callable(after=self._add_loss))
+            self.on_batch.after(self._add_loss)
         if self._step_lr is not None and self.lr_scheduler_every == "epoch":
-            self.register_hook("on_epoch", HookContext.from_callable(after=self._end_epoch))
+            self.on_epoch.after(self._end_epoch)
 
     def _follow(self, found: MetricValue) -> None:
         """Step ReduceLROnPlateau with a value of the monitored metric."""
@@ -184,10 +183,11 @@ class OptimizerHook(PipelineHooks):
         if self._mean_loss and args.loss is not None and not args.is_padding_step:
             self._mean_loss.add(args.loss, args.loss_weight)
 
-    def _step_with_mean_loss(self, accelerator: Accelerator) -> None:
+    def _step_with_mean_loss(self) -> None:
         """Step ReduceLROnPlateau with the mean loss of all ranks since its last step."""
         assert isinstance(self.lr_scheduler, ReduceLROnPlateau)
         assert self._mean_loss is not None
+        accelerator = self._accelerator
         total = self._mean_loss.to_tensor(accelerator.device)
         self._mean_loss = WeightedSum()
         if accelerator.num_processes > 1:
@@ -200,7 +200,7 @@ class OptimizerHook(PipelineHooks):
 
     def load_state_dict(self, state: Any) -> None:
         if self._mean_loss and "mean_loss" in state:  # a run with a monitor saves no mean
-            self._mean_loss.load_state_dict(state["mean_loss"], self._device)
+            self._mean_loss.load_state_dict(state["mean_loss"], self._accelerator.device)
 
     def redistribute_states(
         self, states: Sequence[Mapping[str, Any]], processes: int
