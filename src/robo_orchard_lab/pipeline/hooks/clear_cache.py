@@ -25,8 +25,6 @@ class ClearCacheHook(PipelineHooks):
     ['on_step', 'on_epoch']
 
     - Ranks: all.
-    - Publishes: nothing.
-    - Requests: nothing.
     - State: none.
     - Cost: one device sync each time, and slower allocations afterwards. Choose a rare trigger.
     """

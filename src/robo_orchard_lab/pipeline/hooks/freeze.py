@@ -59,7 +59,8 @@ class FreezeHook(PipelineHooks):
     def __init__(self, cfg: FreezeHookConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self._until = cfg.until()
+        limits = (cfg.until_step, cfg.until_optimizer_step, cfg.until_epoch)
+        self._until = TrainerLimits(*limits) if any(limits) else None
         self._parameters: list[torch.nn.Parameter] = []
         self._modules: list[torch.nn.Module] = []
         self._training_modules: list[torch.nn.Module] = []
@@ -168,11 +169,6 @@ class FreezeHookConfig(PipelineHooksConfig[FreezeHook]):
         description="Keep modules without trainable parameters in evaluation mode, so that "
         "dropout is off and BatchNorm keeps its statistics.",
     )
-
-    def until(self) -> TrainerLimits | None:
-        """Return the limits of the freeze, the first reached counts; None for no thaw."""
-        limits = (self.until_step, self.until_optimizer_step, self.until_epoch)
-        return None if limits == (None, None, None) else TrainerLimits(*limits)
 
 
 def _frozen_modules(

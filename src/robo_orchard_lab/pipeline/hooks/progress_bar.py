@@ -10,6 +10,7 @@ import random
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -20,7 +21,7 @@ from pydantic import Field
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.metrics import MetricsRecord, number_text
+from robo_orchard_lab.pipeline.metrics import MetricsRecord, MetricValue, number_text
 from robo_orchard_lab.pipeline.progress import TrainerProgress, remaining_steps
 
 if TYPE_CHECKING:
@@ -97,8 +98,7 @@ class ProgressBarHook(PipelineHooks):
         if args.metrics.is_logged and not self._is_logged:
             self._is_logged = True
             self._handles.enter_context(args.metrics.listen(self._receive))
-            for name in self._labels:
-                self._note(name, args.metrics.last_value(name))
+            self._store(args.metrics.last_values())
         self._show_held()
 
     def _finish_step(self, args: PipelineHookArgs) -> None:
@@ -150,8 +150,7 @@ class ProgressBarHook(PipelineHooks):
 
     def _receive(self, record: MetricsRecord) -> None:
         """Store the values of a logging point, and show them."""
-        for value in record.values:
-            self._note(value.name, value.value)
+        self._store(record.values)
         now, display = time.perf_counter(), self._display
         assert display is not None  # in a loop
         if self._held is not None:
@@ -159,15 +158,13 @@ class ProgressBarHook(PipelineHooks):
         elif display.redraws and now >= self._shown_at + display.quick_refresh_seconds:
             self._show(self._status(self._run.progress, now))
 
-    def _note(self, name: str, value: float | None) -> None:
-        label = self._labels.get(name)
-        if label is not None and value is not None:
-            self._values[label] = value
+    def _store(self, values: Iterable[MetricValue]) -> None:
+        self._values |= {value.name: value.value for value in values}
 
     def _show_held(self) -> None:
         status, self._held = self._held, None
         if status is not None:
-            self._show(replace(status, values=self._ordered_values()))
+            self._show(replace(status, values=self._labelled_values()))
 
     def _show(self, status: RunStatus) -> None:
         assert self._display is not None  # in a loop
@@ -179,14 +176,14 @@ class ProgressBarHook(PipelineHooks):
         """Read loss and metrics unless a hook logs; a device sync."""
         if not self._is_logged:
             metrics = self._run.metrics
-            self._values = {} if self._loss is None else {"loss": float(self._loss)}
+            self._values = {} if self._loss is None else {_LOSS: float(self._loss)}
             for name in metrics.names():
                 if name != _LOSS and name in self._labels:
                     self._values[name] = metrics.latest(name)
 
-    def _ordered_values(self) -> dict[str, float]:
+    def _labelled_values(self) -> dict[str, float]:
         known = self._values
-        return {label: known[label] for label in self._labels.values() if label in known}
+        return {label: known[name] for name, label in self._labels.items() if name in known}
 
     def _status(
         self, progress: TrainerProgress, now: float, outcome: Outcome = "running"
@@ -204,7 +201,7 @@ class ProgressBarHook(PipelineHooks):
             max_epoch=run.limits.max_epoch,
             steps=progress.global_step_id,
             total_steps=None if left is None else progress.global_step_id + left,
-            values=self._ordered_values(),
+            values=self._labelled_values(),
             samples_per_s=None if rate is None else rate * accelerator.num_processes,
             seconds_taken=taken,
             # By the mean over the complete loop, since work between epochs recurs.
