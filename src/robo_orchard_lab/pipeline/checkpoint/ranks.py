@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -54,14 +54,11 @@ class Ranks:
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return cls.alone()
 
-        def with_group() -> Ranks:
-            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-            return cls(dist.get_rank(), dist.get_world_size(), group)
-
-        ranks = with_group()
-        if in_background:
-            ranks.background = with_group()
-        return ranks
+        timeout = timedelta(seconds=timeout_s)
+        groups = [dist.new_group(backend="gloo", timeout=timeout) for _ in range(1 + in_background)]
+        ranks = [cls(dist.get_rank(), dist.get_world_size(), group) for group in groups]
+        ranks[0].background = ranks[-1]
+        return ranks[0]
 
     def close(self) -> None:
         """Destroy the groups, on every process after all exchanges; a second call does nothing."""
@@ -111,8 +108,10 @@ class Ranks:
             failure = error
         report = None if failure is None else (type(failure).__name__, str(failure))
         reports = self.gather((result, report))
+        if isinstance(failure, OSError) and not isinstance(failure, FileExistsError):
+            raise CheckpointError(f"{what} failed: {failure}") from failure
         if failure is not None:
-            _raise(what, failure)
+            raise failure
         for index, (_, problem) in enumerate(reports):
             if problem is not None:
                 kind, text = problem
@@ -126,9 +125,3 @@ class Ranks:
         """Run a function on the first rank; return its result or raise on all. A collective."""
         result: Any = self.run_on_all(what, lambda: work() if self.index == 0 else None)[0]
         return result  # type: ignore[no-any-return]  # the first rank did the work
-
-
-def _raise(what: str, error: Exception) -> NoReturn:
-    if isinstance(error, OSError) and not isinstance(error, FileExistsError):
-        raise CheckpointError(f"{what} failed: {error}") from error
-    raise error
