@@ -70,16 +70,9 @@ class Preemption(PipelineHooks):
     original effect. Signals within 0.25 s of the first are the same request; within 2 s if torchrun
     or SLURM launched the process, since launchers forward signals.
 
-    The time until a job is killed must cover the rest of a step (with a sharded model, of an
-    accumulation window), the wait for a batch, other work at the commit point (such as an
-    evaluation) and the save. torchrun and SLURM allow 30 s by default. For more time, send the
-    signal earlier (``#SBATCH --signal=SIGUSR1@120``) and start torchrun with ``--shutdown-timeout``
-    and ``--signals-to-handle=SIGTERM,SIGINT,SIGUSR1``, since SIGUSR1 would end torchrun itself. See
-    ``examples/slurm/train.sbatch``. torchrun always exits with 1; the exit code of the run is in
-    ``run_state.json``.
-
-    Signal handlers are installed for the loop and restored at its end. An ignored Ctrl-C, as in a
-    shell's background job, stays ignored. Workers of data loaders ignore the signals.
+    docs/resume.md describes torchrun and SLURM: time to save, and exit codes. Signal handlers are
+    installed for the loop. An ignored Ctrl-C, as in a shell's background job, stays ignored.
+    Workers of data loaders ignore the signals.
 
     - Ranks: all; ranks agree on the commit point (:class:`Agreement`).
     - Requests: a checkpoint and a stop.
