@@ -72,24 +72,21 @@ class EarlyStopping(PipelineHooks):
         self._stop_if_due()
 
     def _stop_if_due(self) -> None:
-        reason = self._reason()
-        if reason is not None:
-            self._requests.stop(reason, by=self.name)
-
-    def _reason(self) -> str | None:
         cfg, best, latest = self.cfg, self._best, self._latest
         if latest is None:
-            return None
+            return
         if cfg.stop_on is not None and best.reaches(latest, cfg.stop_on):
-            return f"{cfg.monitor} is {number_text(latest)}, which reaches stop_on={cfg.stop_on}"
-        if cfg.patience is None or best.since < cfg.patience:
-            return None
-        if best.value is None:
-            return f"{cfg.monitor} had no finite value in {best.since} evaluations"
-        return (
-            f"{cfg.monitor} did not improve on {number_text(best.value)} (step {best.step}) "
-            f"in {best.since} evaluations"
-        )
+            reason = f"{cfg.monitor} is {number_text(latest)}, which reaches stop_on={cfg.stop_on}"
+        elif cfg.patience is None or best.since < cfg.patience:
+            return
+        elif best.value is None:
+            reason = f"{cfg.monitor} had no finite value in {best.since} evaluations"
+        else:
+            reason = (
+                f"{cfg.monitor} did not improve on {number_text(best.value)} (step {best.step}) "
+                f"in {best.since} evaluations"
+            )
+        self._requests.stop(reason, by=self.name)
 
     def state_dict(self) -> dict[str, Any]:
         return {"version": STATE_VERSION, "best": self._best.state_dict(), "latest": self._latest}

@@ -29,7 +29,6 @@ _OWN_GRADIENTS = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 class FreezeHook(PipelineHooks):
     """Frozen parameters, selected by name patterns, from the start of the run.
 
-    >>> import torch
     >>> from accelerate import Accelerator
     >>> from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
     >>> model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))

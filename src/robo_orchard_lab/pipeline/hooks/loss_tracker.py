@@ -1,8 +1,4 @@
-"""Hook that publishes mean losses.
-
-`LossMean` accumulates one loss at the cost of one small copy per step; `named_losses` finds the
-component losses in the outputs of a batch processor; `LossTracker` is the hook.
-"""
+"""Hook that publishes mean losses; `LossMean` accumulates one loss by one small copy per step."""
 
 from __future__ import annotations
 
@@ -44,12 +40,7 @@ class LossMean:
         self._weights: list[float | None] = []  # of the filled slots; None for a tensor
 
     def add(self, loss: Number, weight: Number) -> None:
-        """Add a number or a detached one-element tensor on any device; on the step path.
-
-        Args:
-            loss: loss of one batch.
-            weight: a number, or a tensor without dimensions.
-        """
+        """Add the loss of a batch, a number or a detached one-element tensor; on the step path."""
         if not isinstance(loss, torch.Tensor):
             self._add_to_sums(check_scalar(self._name, loss), weight)
             return
@@ -130,21 +121,8 @@ class LossMean:
             total.add(mean, weight)
 
 
-def named_losses(outputs: Any, key: str, names: Sequence[str] | None) -> Iterable[tuple[str, Any]]:
-    """Return pairs of name and loss from the outputs of a batch processor.
-
-    >>> outputs = {"boxes": [], "losses": {"box": 0.5, "class": 2.0}}
-    >>> list(named_losses(outputs, "losses", None))
-    [('box', 0.5), ('class', 2.0)]
-
-    Args:
-        outputs: a mapping or an object that holds the mapping of losses.
-        key: key or attribute of the mapping; '' if the outputs are the mapping.
-        names: losses to return; None for all.
-
-    Raises:
-        PipelineConfigError: no mapping under this key, or no loss of this name.
-    """
+def _named_losses(outputs: Any, key: str, names: Sequence[str] | None) -> Iterable[tuple[str, Any]]:
+    """Return pairs of name and loss from the outputs of a batch processor; see the config."""
     losses: Any = outputs
     if key:
         is_mapping = isinstance(outputs, Mapping)
@@ -231,7 +209,7 @@ class LossTracker(PipelineHooks):
             return
         cfg, weight = self.cfg, args.loss_weight
         assert cfg.losses_key is not None  # checked at registration
-        for name, loss in named_losses(args.model_outputs, cfg.losses_key, cfg.loss_names):
+        for name, loss in _named_losses(args.model_outputs, cfg.losses_key, cfg.loss_names):
             mean = self._named.get(name) or self._add_name(name)
             mean.add(loss.detach() if isinstance(loss, torch.Tensor) else loss, weight)
 

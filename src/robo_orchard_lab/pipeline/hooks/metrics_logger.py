@@ -71,7 +71,8 @@ class MetricsLogger(PipelineHooks):
                 for sink in given:
                     self._add(None, sink)
         self.register_for_loop(self._open)
-        self.register_at_commit(self._request_log, cfg.every)
+        reason = f"every {cfg.every}"
+        self.register_at_commit(lambda args: args.requests.log(reason, self.name), cfg.every)
 
     def _add(self, name: str | None, sink: SinkLike) -> None:
         try:
@@ -105,9 +106,6 @@ class MetricsLogger(PipelineHooks):
             group.close()
 
         return RemovableHandle(close)
-
-    def _request_log(self, args: PipelineHookArgs) -> None:
-        args.requests.log(f"every {self.cfg.every}", by=self.name)
 
 
 class MetricsLoggerConfig(PipelineHooksConfig[MetricsLogger]):

@@ -32,8 +32,7 @@ class StatsMonitor(PipelineHooks):
 
       - ``perf/samples_per_s`` of all ranks, and ``perf/steps_per_s``
       - ``perf/data_s``, ``perf/compute_s``, ``perf/hooks_s``: mean seconds per step of the wait for
-        the batch; of ``on_batch`` (forward and backward) and ``on_optimizer_step``; of the rest of
-        ``on_step``
+        the batch; of ``on_batch`` and ``on_optimizer_step``; of the rest of ``on_step``
       - ``perf/eta_s``: seconds to the nearest limit, by the mean time of a step, all included
       - ``perf/memory_mib``: memory of the process, read at most once a second
       - ``perf/device_memory_mib``: peak of tensors on the device; the largest over ranks
@@ -44,15 +43,11 @@ class StatsMonitor(PipelineHooks):
     - Cost: 2.3 us a step on a CPU, and one gradient norm per logging interval; no device sync.
 
     Except for the ETA, evaluations, logging points, saves and the ends of epochs are not counted.
-    Register the hook before the hooks to time. Outer hooks count as waiting on ``on_step``, and as
-    hooks on inner channels; a ``before`` of ``on_epoch`` of inner hooks counts as waiting. Times
+    Register the hook before the hooks to time: outer hooks count as waiting on ``on_step``. Times
     are the host's: a GPU's time shows where the host next waits for the device, such as in copying
     a batch or in the update.
 
-    >>> from accelerate import Accelerator
-    >>> from robo_orchard_lab.pipeline import TrainerLimits
-    >>> run = PipelineRun.standalone(limits=TrainerLimits(max_step=9))
-    >>> monitor = StatsMonitorConfig()()
+    >>> run, monitor = PipelineRun.standalone(), StatsMonitorConfig()()
     >>> args = PipelineHookArgs(run, batch=torch.zeros(8, 3))
     >>> with monitor.begin("on_loop", args):
     ...     with monitor.begin("on_epoch", args), monitor.begin("on_step", args):
@@ -84,7 +79,8 @@ class StatsMonitor(PipelineHooks):
         self.register_hook("on_batch", hook(self._begin_compute, self._end_compute))
         self.register_hook("on_optimizer_step", hook(self._begin_update, self._end_update))
         if cfg.every is not None:
-            self.register_at_commit(self._request_log, cfg.every)
+            reason = f"every {cfg.every}"
+            self.register_at_commit(lambda args: args.requests.log(reason, self.name), cfg.every)
 
     def _reset_times(self) -> None:
         """Reset the host times, in seconds, since the last logging point."""
@@ -99,9 +95,6 @@ class StatsMonitor(PipelineHooks):
         self._steps_per_epoch = args.run.steps_per_epoch
         self._begun_at = perf_counter()
         return args.metrics.before_logging(self._publish, self)
-
-    def _request_log(self, args: PipelineHookArgs) -> None:
-        args.requests.log(f"every {self.cfg.every}", by=self.name)
 
     # Each hook on the step path adds the time since the previous one to a stage. Reading the clock
     # costs 0.05 us, six times a step.

@@ -85,10 +85,9 @@ class ValidationHook(PipelineHooks):
         if (weights := cfg.weights) is not None:  # refuses unknown weights before the first step
             self.on_epoch.before(lambda args: args.run.weight_set(weights))
         if cfg.every is not None:
-            reason = f"every {cfg.every}"
-            self.register_at_commit(lambda args: self._request(args, reason), cfg.every)
+            self.register_at_commit(partial(self._request, f"every {cfg.every}"), cfg.every)
         if cfg.at_end:
-            self.register_at_commit(lambda args: self._request(args, "at the end"), Last())
+            self.register_at_commit(partial(self._request, "at the end"), Last())
 
     def _open(self, args: PipelineHookArgs) -> None:
         evaluator = Evaluator(
@@ -110,7 +109,7 @@ class ValidationHook(PipelineHooks):
                 )
         args.run.evaluations[self.name] = partial(self._evaluate, evaluator)
         if self.cfg.at_start and args.global_step_id == 0:
-            self._request(args, "at the start")
+            self._request("at the start", args)
 
     def _close(self, args: PipelineHookArgs) -> None:
         args.run.evaluations.pop(self.name, None)
@@ -118,7 +117,7 @@ class ValidationHook(PipelineHooks):
             if args.run.evaluated_loaders.get(loader) == self.name:
                 del args.run.evaluated_loaders[loader]
 
-    def _request(self, args: PipelineHookArgs, reason: str) -> None:
+    def _request(self, reason: str, args: PipelineHookArgs) -> None:
         if args.exception is None and args.progress.steps_done != self._evaluated_at:
             args.requests.evaluate(reason, by=self.name, name=self.name)
 
