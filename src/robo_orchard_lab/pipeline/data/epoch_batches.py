@@ -8,18 +8,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, count, islice
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from robo_orchard_lab.pipeline.batch_processor import count_batches
-from robo_orchard_lab.pipeline.data.order import (
-    IndexOrder,
-    StepPartition,
-    StepSizes,
-    split_evenly,
-)
+from robo_orchard_lab.pipeline.data.order import IndexOrder, StepPartition, StepSizes, split_evenly
 from robo_orchard_lab.pipeline.data.rng import PersistentRng
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 
@@ -42,48 +38,39 @@ class BatchIndices(NamedTuple):
         return self.sizes is not None and self.sizes.local == 0
 
 
+@dataclass(eq=False)
 class IndexedBatches:
     """Batches of a known order, with random access.
 
-    ``first_step`` and ``first_sample`` are 0 unless the run was resumed with a different batch size
-    within the epoch.
-
-    Args:
-        order: dataset indices of the epoch.
-        partition: split of the samples into steps and processes.
-        batched: a batch has a list of indices; False for a single index.
-        first_step: first step that ``partition`` applies to.
-        first_sample: position of the first sample of ``first_step``.
+    ``partition`` applies from ``first_step`` on, which begins with ``first_sample``: both are 0
+    unless the run was resumed with a different batch size within the epoch. A batch has a single
+    index if not ``batched``.
     """
 
-    def __init__(
-        self,
-        order: IndexOrder,
-        partition: StepPartition,
-        batched: bool = True,
-        first_step: int = 0,
-        first_sample: int = 0,
-    ) -> None:
-        self._order = order
-        self._partition = partition
-        self._batched = batched
-        self._first_step = first_step
-        self._first_sample = first_sample
-        self.steps = first_step + partition.steps(len(order) - first_sample)
+    order: IndexOrder
+    """Dataset indices of the epoch."""
+    partition: StepPartition
+    batched: bool = True
+    first_step: int = 0
+    first_sample: int = 0
+
+    def __post_init__(self) -> None:
+        rest = len(self.order) - self.first_sample
+        self.steps = self.first_step + self.partition.steps(rest)
 
     def samples_before(self, step_id: int) -> int:
         """Return the number of samples of all processes before a step."""
-        return min(self._start_of(step_id), len(self._order))
+        return min(self._start_of(step_id), len(self.order))
 
     def sizes(self, step_id: int, ahead: bool) -> Iterator[StepSizes]:
         """Return the sizes of the steps from ``step_id`` on."""
-        rest = len(self._order) - self._first_sample
-        return self._partition.sizes(rest, step_id - self._first_step)
+        rest = len(self.order) - self.first_sample
+        return self.partition.sizes(rest, step_id - self.first_step)
 
     def from_step(self, step_id: int) -> Iterator[BatchIndices]:
         """Yield the batches from a step on."""
         # Full batches are inlined: this is on the path of every step.
-        partition, order, samples = self._partition, self._order, len(self._order)
+        partition, order, samples = self.partition, self.order, len(self.order)
         size, stride = partition.batch_size, partition.samples_per_step
         start = self._start_of(step_id) + partition.rank * size
         last_full = samples - stride + partition.rank * size
@@ -92,7 +79,7 @@ class IndexedBatches:
             self.steps * partition.processes,
             partition.processes,
         ):
-            if start <= last_full and self._batched:
+            if start <= last_full and self.batched:
                 numbers = range(start, start + size)
                 yield BatchIndices(batch_id, numbers, _slice(order, numbers))
             else:
@@ -105,72 +92,60 @@ class IndexedBatches:
 
     def local_size(self, step_id: int) -> int | None:
         """Return the number of samples of this process in a step; None after the last step."""
-        start, samples = self._start_of(step_id), len(self._order)
-        if samples - start >= self._partition.samples_per_step:
-            return self._partition.batch_size
-        return len(self._partition.numbers(samples, start)) if step_id < self.steps else None
+        start, samples = self._start_of(step_id), len(self.order)
+        if samples - start >= self.partition.samples_per_step:
+            return self.partition.batch_size
+        return len(self.partition.numbers(samples, start)) if step_id < self.steps else None
 
     def _batch(self, step_id: int) -> BatchIndices:
-        partition, samples, start = self._partition, len(self._order), self._start_of(step_id)
+        partition, samples, start = self.partition, len(self.order), self._start_of(step_id)
         numbers = partition.numbers(samples, start)
         sizes = StepSizes(len(numbers), min(samples - start, partition.samples_per_step))
         if not numbers:
             numbers = range(start, start + 1)  # padding
-        indices = _slice(self._order, numbers)
+        indices = _slice(self.order, numbers)
         batch_id = step_id * partition.processes + partition.rank
-        return BatchIndices(batch_id, numbers, indices if self._batched else indices[0], sizes)
+        return BatchIndices(batch_id, numbers, indices if self.batched else indices[0], sizes)
 
     def _start_of(self, step_id: int) -> int:
-        steps = step_id - self._first_step
-        return self._first_sample + steps * self._partition.samples_per_step
+        steps = step_id - self.first_step
+        return self.first_sample + steps * self.partition.samples_per_step
 
 
+@dataclass(eq=False)
 class IteratedBatches:
     """Batches of a sampler that must be iterated, with RNG streams of its own.
 
     With several processes, a step consists of one sampler batch per process. ``merge`` splits their
     samples evenly; otherwise each process gets one sampler batch. ``split`` makes a step of a
     single sampler batch, split evenly. A process without samples in the last step gets padding.
-
-    Args:
-        batches: a batch sampler, or a sampler whose items each load a complete batch.
-        partition: processes, and the batch size if known.
-        samples: number of samples in the epoch, split as ``partition`` defines; None if unknown.
-        rng: random streams of the sampler.
-        progress: counters of the run.
-        batched: a batch has a list of indices; False for a single index.
-        merge: split the samples of each step evenly.
-        split: split each sampler batch evenly.
     """
 
-    def __init__(
-        self,
-        batches: Any,
-        partition: StepPartition,
-        samples: int | None,
-        rng: PersistentRng,
-        progress: TrainerProgress,
-        *,
-        batched: bool = True,
-        merge: bool = False,
-        split: bool = False,
-    ) -> None:
-        self._batches = batches
-        self._partition = partition
-        self._samples = samples
-        self._rng = rng
-        self._progress = progress
-        self._batched = batched
-        self._merge = merge or split
-        self._drops_last = partition.drop_last and merge and not split
-        self._batches_per_step = 1 if split else partition.processes
+    batches: Any
+    """Batch sampler, or a sampler whose items each load a complete batch."""
+    partition: StepPartition
+    """Processes, and the batch size if known."""
+    samples: int | None
+    """Samples in the epoch, split as ``partition`` defines; None if unknown."""
+    seed: int
+    """Seed of the sampler's random streams."""
+    progress: TrainerProgress
+    batched: bool = True
+    """True if a batch has a list of indices; False for a single index."""
+    merge: bool = False
+    split: bool = False
+
+    def __post_init__(self) -> None:
+        self._rng = PersistentRng(self.seed)
+        self._drops_last = self.partition.drop_last and self.merge and not self.split
+        self._batches_per_step = 1 if self.split else self.partition.processes
         self._yielded: deque[tuple[int, BatchIndices]] = deque()
         self.steps = self._count_steps()
 
     def _count_steps(self) -> int | None:
-        if self._samples is not None:
-            return self._partition.steps(self._samples)
-        batches = count_batches(self._batches)
+        if self.samples is not None:
+            return self.partition.steps(self.samples)
+        batches = count_batches(self.batches)
         if batches is None:
             return None
         full, rest = divmod(batches, self._batches_per_step)
@@ -178,20 +153,18 @@ class IteratedBatches:
 
     def samples_before(self, step_id: int) -> int | None:
         """Return the number of samples of all processes before a step; None if unknown."""
-        if self._samples is None:
+        if self.samples is None:
             return None
-        return min(step_id * self._partition.samples_per_step, self._samples)
+        return min(step_id * self.partition.samples_per_step, self.samples)
 
     def sizes(self, step_id: int, ahead: bool) -> Iterator[StepSizes] | None:
         """Return the sizes of the steps from ``step_id`` on; None if unknown.
 
-        Args:
-            step_id: first step.
-            ahead: request each size before the step's batch was yielded.
+        ``ahead`` requests each size before the step's batch was yielded.
         """
         if not ahead:
             return map(self._yielded_sizes, count(step_id))
-        return None if self._samples is None else self._partition.sizes(self._samples, step_id)
+        return None if self.samples is None else self.partition.sizes(self.samples, step_id)
 
     def _yielded_sizes(self, step_id: int) -> StepSizes:
         batch = self.at_step(step_id)
@@ -211,7 +184,7 @@ class IteratedBatches:
 
     def at_step(self, step_id: int) -> BatchIndices | None:
         """Return the batch of the current step; None if no batch was yielded for the step."""
-        self._forget_before(self._progress.step_id)
+        self._forget_before(self.progress.step_id)
         for step, batch in self._yielded:
             if step == step_id:
                 return batch
@@ -232,34 +205,34 @@ class IteratedBatches:
                 batch = next(numbered, None)
             if batch is None:
                 return
-            self._forget_before(self._progress.step_id)
+            self._forget_before(self.progress.step_id)
             self._yielded.append((step, batch))
             yield batch
 
     def _numbered(self) -> Iterator[BatchIndices]:
-        if self._partition.processes > 1:
+        if self.partition.processes > 1:
             yield from self._local_batches()
             return
         start = 0
-        for step, batch in enumerate(self._batches):
-            size = len(batch) if self._batched else 1
+        for step, batch in enumerate(self.batches):
+            size = len(batch) if self.batched else 1
             yield BatchIndices(step, range(start, start + size), batch, StepSizes(size, size))
             start += size
 
     def _local_batches(self) -> Iterator[BatchIndices]:
         """Yield this process's batch of each step of several processes."""
-        processes, rank = self._partition.processes, self._partition.rank
-        batches, start = iter(self._batches), 0
+        processes, rank = self.partition.processes, self.partition.rank
+        batches, start = iter(self.batches), 0
         for step in count():
             in_step = [
-                list(batch) if self._batched else [batch]
+                list(batch) if self.batched else [batch]
                 for batch in islice(batches, self._batches_per_step)
             ]
             indices = [index for batch in in_step for index in batch]
             total = len(indices)
-            if not in_step or (self._drops_last and total < self._partition.samples_per_step):
+            if not in_step or (self._drops_last and total < self.partition.samples_per_step):
                 return
-            if self._merge:
+            if self.merge or self.split:
                 local, padding = split_evenly(total, processes, rank), range(1)
             else:
                 ends = [0, *accumulate(map(len, in_step))]
@@ -270,7 +243,7 @@ class IteratedBatches:
             yield BatchIndices(
                 step * processes + rank,
                 range(start + loaded.start, start + loaded.stop),
-                chosen if self._batched else chosen[0],
+                chosen if self.batched else chosen[0],
                 StepSizes(len(local), total),
             )
             start += total

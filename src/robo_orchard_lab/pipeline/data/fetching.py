@@ -55,14 +55,10 @@ class Task(NamedTuple):
 
 
 class Fetcher(Dataset[Any]):
-    """Dataset of batches, indexed by :class:`Task`.
+    """Dataset of batches, indexed by :class:`Task`, from the user's dataset and ``collate_fn``.
 
-    In the training process, the RNGs and the dataset's generators are restored afterwards.
-
-    Args:
-        dataset: the user's dataset.
-        collate_fn: the user's function.
-        batched: a task has a list of indices, one for each sample.
+    In the training process, the RNGs and the dataset's generators are restored afterwards. A task
+    has a list of indices, one for each sample, if ``batched``.
     """
 
     def __init__(self, dataset: Any, collate_fn: Callable[[Any], Any], batched: bool) -> None:
@@ -97,7 +93,13 @@ class Fetcher(Dataset[Any]):
         dataset, indices = self.dataset, task.indices
         try:
             if task.sample_seeds is not None:
-                samples = self._load_by_sample(task.sample_seeds, indices)
+                samples = []
+                for index, seed in zip(
+                    indices if self.batched else [indices], task.sample_seeds, strict=True
+                ):
+                    self._seed(seed)
+                    samples.append(dataset[index])
+                samples = samples if self.batched else samples[0]
                 self._seed(task.seed)
             else:
                 self._seed(task.seed)
@@ -114,13 +116,6 @@ class Fetcher(Dataset[Any]):
                 f"of the dataset's indices {indices!r:.200}"
             )
             raise
-
-    def _load_by_sample(self, seeds: list[int], indices: Any) -> Any:
-        samples = []
-        for index, seed in zip(indices if self.batched else [indices], seeds, strict=True):
-            self._seed(seed)
-            samples.append(self.dataset[index])
-        return samples if self.batched else samples[0]
 
     def _seed(self, seed: int | None) -> None:
         if seed is not None:
@@ -156,9 +151,6 @@ def _holds_its_items(dataset: Any) -> bool:
     if type(dataset) is ConcatDataset:
         return all(_holds_its_items(part) for part in dataset.datasets)
     return type(dataset) in (TensorDataset, list, tuple)
-
-
-# --- signals and start of workers ------------------------------------------------------------
 
 
 WorkerInitFn: TypeAlias = Callable[[int], object]

@@ -100,9 +100,6 @@ def _with_batches(loader: DataLoader[Any], batches: Any) -> DataLoader[Any]:
     return copy_loader(loader, batch_sampler=batches)
 
 
-# --- Accelerate's wrappers -------------------------------------------------------------------
-
-
 def unwrap_loader(loader: Iterable[Any], accelerator: Accelerator) -> Iterable[Any]:
     """Return the loader to iterate in an exact order.
 
@@ -117,10 +114,10 @@ def unwrap_loader(loader: Iterable[Any], accelerator: Accelerator) -> Iterable[A
         PipelineConfigError: the loader was made by ``accelerate.skip_first_batches``.
     """
     is_prepared = isinstance(loader, (DataLoaderShard, DataLoaderDispatcher))
-    if is_prepared and is_map_style(loader.base_dataloader):  # type: ignore[attr-defined]  # of both
-        loader = _unprepared(loader.base_dataloader)  # type: ignore[attr-defined]
-    elif isinstance(loader, DataLoader) and _is_torchdata_map_style(loader):
-        loader = _without_torchdata(loader)
+    base: Any = loader.base_dataloader if is_prepared else loader  # type: ignore[attr-defined]  # of both
+    has_index = isinstance(base, DataLoader) and not isinstance(base.dataset, IterableDataset)
+    if has_index and (_is_torchdata(base) or (is_prepared and is_map_style(base))):
+        loader = _original(base)
     config = accelerator.dataloader_config
     if isinstance(loader, DataLoader) and is_map_style(loader):
         if not loader.in_order:
@@ -148,19 +145,12 @@ def unwrap_loader(loader: Iterable[Any], accelerator: Accelerator) -> Iterable[A
     return wrapped  # type: ignore[no-any-return]  # an iterable
 
 
-def _is_torchdata_map_style(loader: DataLoader[Any]) -> bool:
-    is_torchdata = type(loader).__module__.startswith("torchdata.")
-    return is_torchdata and not isinstance(loader.dataset, IterableDataset)
+def _is_torchdata(loader: DataLoader[Any]) -> bool:
+    return type(loader).__module__.startswith("torchdata.")
 
 
-def _without_torchdata(loader: DataLoader[Any]) -> DataLoader[Any]:
-    batches = batches_of(loader)
-    if isinstance(batches, BatchSampler):
-        batches = BatchSampler(batches.sampler, batches.batch_size, batches.drop_last)
-    return _with_batches(loader, batches)
-
-
-def _unprepared(loader: DataLoader[Any]) -> DataLoader[Any]:
+def _original(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Return a map-style loader without the batch samplers of Accelerate or torchdata."""
     batches = batches_of(loader)
     if isinstance(batches, SkipBatchSampler):
         raise PipelineConfigError(
@@ -169,6 +159,8 @@ def _unprepared(loader: DataLoader[Any]) -> DataLoader[Any]:
         )
     if isinstance(batches, BatchSamplerShard):
         batches = _without_accelerate_generator(batches.batch_sampler, loader)
+    elif _is_torchdata(loader) and isinstance(batches, BatchSampler):
+        batches = BatchSampler(batches.sampler, batches.batch_size, batches.drop_last)
     return _with_batches(loader, batches)
 
 
@@ -180,11 +172,9 @@ def _without_accelerate_generator(batches: Any, loader: DataLoader[Any]) -> Any:
     sampler: Any = getattr(batches, "sampler", None)
     if type(batches) is not BatchSampler or type(sampler) not in _RANDOM_SAMPLERS:
         return batches
-    generator: torch.Generator | None = sampler.generator
-    if generator is None or loader.generator is not None:
-        return batches
-    seed = generator.initial_seed()
-    if seed == torch.Generator().initial_seed() or seed < 2**32:
+    seed = None if sampler.generator is None else sampler.generator.initial_seed()
+    is_users = seed is None or seed == torch.Generator().initial_seed() or seed < 2**32
+    if is_users or loader.generator is not None:
         return batches
     original: Any = copy.copy(sampler)
     original.generator = None
@@ -204,9 +194,6 @@ def _with_seedable_sampler(loader: DataLoader[Any], data_seed: int) -> DataLoade
         data_seed=data_seed,
     )
     return _with_batches(loader, BatchSampler(seedable, batches.batch_size, batches.drop_last))
-
-
-# --- shard of this process -------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

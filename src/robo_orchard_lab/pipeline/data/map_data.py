@@ -24,12 +24,7 @@ from robo_orchard_lab.pipeline.data.fetching import (
     is_deterministic,
     worker_startup,
 )
-from robo_orchard_lab.pipeline.data.loader import (
-    BatchShard,
-    batches_of,
-    copy_loader,
-    set_epoch_of,
-)
+from robo_orchard_lab.pipeline.data.loader import BatchShard, batches_of, copy_loader, set_epoch_of
 from robo_orchard_lab.pipeline.data.order import (
     DataOrder,
     StepPartition,
@@ -38,11 +33,9 @@ from robo_orchard_lab.pipeline.data.order import (
     sampler_order,
 )
 from robo_orchard_lab.pipeline.data.rng import (
-    PersistentRng,
     RngStream,
     capture_generators,
     check_generators,
-    epoch_generator,
     epoch_seed,
     indexed_seed,
     iter_samplers,
@@ -61,17 +54,12 @@ _DESCRIBED = {
     "dataset_length": "a dataset of length",
     "sampler_length": "a sampler of length",
 }
+_SCALARS = (bool, int, float, str, type(None))
+_MAX_NUMBERS = 2_000_000  # of a list or an array, since every checkpoint has a copy
 
 
 class MapData:
-    """Batches of a ``DataLoader``, in an order determined by seed and epoch.
-
-    Args:
-        loader: the user's loader.
-        order: seed and keys of random numbers.
-        shard: of this process.
-        progress: counters of the run.
-    """
+    """Batches of the user's ``DataLoader``, in an order determined by seed and epoch."""
 
     kind = "a DataLoader of a map-style dataset"
 
@@ -105,8 +93,18 @@ class MapData:
         self._fetcher = Fetcher(loader.dataset, loader.collate_fn, self._batched)
         self._tasks = _TaskSampler()
         self._worker_generator = torch.Generator()
-        in_process = loader.num_workers == 0 and not loader.pin_memory
-        self._loader = None if in_process else self._task_loader()
+        self._loader: DataLoader[Any] | None = None  # with tasks in place of indices
+        if loader.num_workers > 0 or loader.pin_memory:
+            self._loader = copy_loader(
+                loader,
+                dataset=self._fetcher,
+                batch_size=None,
+                sampler=self._tasks,
+                collate_fn=identity,
+                worker_init_fn=WorkerInit(loader.worker_init_fn),
+                generator=self._worker_generator,
+                in_order=True,
+            )
         self._batches: EpochBatches | None = None
         self._epoch_id: int | None = None
         self._epoch_start: Mapping[str, Any] | None = None
@@ -146,15 +144,12 @@ class MapData:
         return self._iterated_batches(0).steps
 
     def sizes(self, step_id: int, ahead: bool) -> Iterator[StepSizes] | None:
-        """Return the sizes of the current epoch's steps; see :class:`IteratedBatches`."""
         return None if self._batches is None else self._batches.sizes(step_id, ahead)
 
     def batch_indices(self, step_id: int) -> BatchIndices | None:
-        """Return the indices of a step's batch; None before the batch was yielded."""
         return None if self._batches is None else self._batches.at_step(step_id)
 
     def sample_count(self, step_id: int) -> int | None:
-        """Return the number of samples of this process in a step; None if unknown."""
         return None if self._batches is None else self._batches.local_size(step_id)
 
     def state(self) -> Mapping[str, Any]:
@@ -195,21 +190,18 @@ class MapData:
             return
         changed = f"a step had {saved} samples when the run was saved, and has {now}; "
         if not self._order.allow_other_batch_size:
+            processes = 1 if self._shard.split else self._shard.processes
+            advice = f"use a world size that divides {saved} samples, not {processes}"
+            if saved is not None and saved % processes == 0:
+                advice = f"give the loader batch_size={saved // processes}"
             raise StateError(
-                f"{changed}within an epoch, {self._batch_size_advice(saved)}, or set "
-                "DataOrder(allow_other_batch_size=True)"
+                f"{changed}within an epoch, {advice}, or set DataOrder(allow_other_batch_size=True)"
             )
         if saved is None or now is None or self._sampler is None or not is_builtin(self._sampler):
             raise StateError(
                 f"{changed}within an epoch, the batch size can change only with one of torch's "
                 "samplers"
             )
-
-    def _batch_size_advice(self, saved: int | None) -> str:
-        processes = 1 if self._shard.split else self._shard.processes
-        if saved is None or saved % processes:
-            return f"use a world size that divides {saved} samples, not {processes}"
-        return f"give the loader batch_size={saved // processes}"
 
     def load(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> None:
         """Make the next epoch resume from a state."""
@@ -268,7 +260,8 @@ class MapData:
         partition = self._partition()
         if self._has_custom_batches or not is_builtin(sampler):
             return self._iterated_batches(epoch_seed(seed, epoch_id, RngStream.ORDER))
-        order = sampler_order(sampler, epoch_generator(seed, epoch_id, RngStream.ORDER))
+        order_seed = epoch_seed(seed, epoch_id, RngStream.ORDER)
+        order = sampler_order(sampler, torch.Generator().manual_seed(order_seed))
         first_step = first_sample = 0
         if loaded is not None:
             first_step, first_sample = self._progress.step_id, loaded["samples"]
@@ -287,7 +280,7 @@ class MapData:
             self._batch_source,
             self._partition(),
             None if self._sampler is None else count_batches(self._sampler),
-            PersistentRng(seed),
+            seed,
             self._progress,
             batched=self.has_sample_indices,
             merge=self._has_torch_batches,
@@ -318,19 +311,6 @@ class MapData:
             for batch_id, numbers, indices, _ in following
         )
 
-    def _task_loader(self) -> DataLoader[Any]:
-        """Return the user's loader with tasks in place of indices."""
-        return copy_loader(
-            self._user,
-            dataset=self._fetcher,
-            batch_size=None,
-            sampler=self._tasks,
-            collate_fn=identity,
-            worker_init_fn=WorkerInit(self._user.worker_init_fn),
-            generator=self._worker_generator,
-            in_order=True,
-        )
-
 
 class _TaskSampler:
     """Sampler of one epoch's tasks."""
@@ -342,21 +322,11 @@ class _TaskSampler:
         return self.current
 
 
-# --- state of custom samplers ----------------------------------------------------------------
-
-
-_SCALARS = (bool, int, float, str, type(None))
-_MAX_NUMBERS = 2_000_000  # of a list or an array, since every checkpoint has a copy
-
-
 class SamplerState:
     """Attributes of custom samplers changed by iteration, for example an epoch counter.
 
     Supported are scalars, strings, tensors, arrays, and lists of numbers or of index lists. An
     attribute that keeps its initial value is configuration, which may change before a resume.
-
-    Args:
-        dataloader: a loader that was not iterated yet.
     """
 
     def __init__(self, dataloader: Any) -> None:
@@ -386,34 +356,28 @@ class SamplerState:
     def _attributes(self) -> Iterator[tuple[str, Any]]:
         for path, sampler in self._samplers.items():
             for attribute, value in list(getattr(sampler, "__dict__", {}).items()):
-                plain = _plain_copy(value)
-                if plain is not None:
-                    yield f"{path}.{attribute}", plain[0]
+                for plain in _plain_copy(value):
+                    yield f"{path}.{attribute}", plain
 
 
-def _plain_copy(value: Any) -> tuple[Any] | None:
-    """Return a copy that a checkpoint can hold, or None for unsupported values."""
+def _plain_copy(value: Any) -> tuple[Any, ...]:
+    """Return a copy that a checkpoint can hold, in a tuple; an empty one for other values."""
     if type(value) in _SCALARS:
         return (value,)
     if isinstance(value, torch.Tensor):
-        return (value.detach().clone(),) if value.numel() <= _MAX_NUMBERS else None
-    if isinstance(value, np.ndarray) and value.dtype.kind in "bif":
-        return (torch.from_numpy(value.copy()),) if value.size <= _MAX_NUMBERS else None
+        return (value.detach().clone(),) if value.numel() <= _MAX_NUMBERS else ()
+    if type(value) is list and value and set(map(type, value)) == {list}:
+        flat = [index for batch in value for index in batch]
+        if len(flat) > _MAX_NUMBERS or not all(type(index) is int for index in flat):
+            return ()
+        lengths = torch.tensor(list(map(len, value)))
+        return ({"flat": torch.tensor(flat, dtype=torch.int64), "lengths": lengths},)
     if type(value) is list and value and len(value) <= _MAX_NUMBERS:
-        kind = type(value[0])
-        if kind in (int, float) and all(type(item) is kind for item in value):
-            return (torch.tensor(value, dtype=torch.int64 if kind is int else torch.float64),)
-        if kind is list and sum(map(len, value)) <= _MAX_NUMBERS:
-            return _plain_batches(value)
-    return None
-
-
-def _plain_batches(batches: list[Any]) -> tuple[Any] | None:
-    flat = [index for batch in batches if type(batch) is list for index in batch]
-    if len(flat) != sum(map(len, batches)) or not all(type(index) is int for index in flat):
-        return None
-    lengths = torch.tensor([len(batch) for batch in batches])
-    return ({"flat": torch.tensor(flat, dtype=torch.int64), "lengths": lengths},)
+        kinds = set(map(type, value))
+        value = np.array(value) if kinds in ({int}, {float}) else value
+    if isinstance(value, np.ndarray) and value.dtype.kind in "bif" and value.size <= _MAX_NUMBERS:
+        return (torch.from_numpy(value.copy()),)
+    return ()
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -69,9 +69,6 @@ class DataOrder:
                 )
 
 
-# --- indices of an epoch ---------------------------------------------------------------------
-
-
 _SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 _SEQUENCES = (range, list, tuple)  # also valid as a loader's sampler
 
@@ -117,9 +114,6 @@ def _random_order(sampler: RandomSampler, generator: torch.Generator) -> torch.T
     if full == 1 and rest == 0:
         return rounds[0]
     return torch.cat([*rounds[:-1], rounds[-1][:rest]])
-
-
-# --- split into steps ------------------------------------------------------------------------
 
 
 class StepSizes(NamedTuple):

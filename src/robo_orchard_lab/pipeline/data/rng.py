@@ -1,6 +1,6 @@
 """Random number generation while data is loaded.
 
-- :func:`epoch_seed`, :func:`indexed_seed`, :func:`seed_rng`: seeds of epochs, batches and samples
+- :func:`epoch_seed`, :func:`indexed_seed`, :func:`seed_rng`: seeds
 - :class:`RngIsolation`, :class:`PersistentRng`: contexts that restore the process's global RNGs
 - :func:`dataset_generators`, :func:`loader_generators`: generators that a dataset or loader holds
 - :class:`ReseededDataset`: an iterable dataset whose persistent workers are reseeded every epoch
@@ -27,8 +27,6 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from robo_orchard_lab.pipeline.errors import StateError
 
-# --- seeds -----------------------------------------------------------------------------------
-
 
 class RngStream(IntEnum):
     """Independent random streams of an epoch."""
@@ -53,11 +51,6 @@ def indexed_seed(seed: int, index: int) -> int:
     return (seed + index * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
 
 
-def epoch_generator(seed: int, epoch_id: int, stream: RngStream) -> torch.Generator:
-    """Return a new CPU generator seeded by :func:`epoch_seed`."""
-    return torch.Generator().manual_seed(epoch_seed(seed, epoch_id, stream))
-
-
 def seed_rng(seed: int, *, cuda: bool = False) -> None:
     """Seed the global RNGs of torch, NumPy and Python, each differently.
 
@@ -72,36 +65,55 @@ def seed_rng(seed: int, *, cuda: bool = False) -> None:
     random.seed(seed ^ 0xC2B2AE35)
 
 
-# --- isolation -------------------------------------------------------------------------------
-
-
 class RngIsolation:
     """Reusable context that restores the global RNGs of torch (CPU), NumPy and Python on exit.
 
     The body starts in an undefined state and should call :func:`seed_rng` first. Not reentrant.
+
+    The bit generator beneath NumPy's RNG is swapped in 0.4 us; reading its state costs 55 us. But a
+    swap drops the second gaussian of a pair, which NumPy caches elsewhere. Caching one advances the
+    generator, so the state is read only if the generator advanced, or if a gaussian was cached
+    before. The position is read at NumPy's documented ``BitGenerator.ctypes.state_address``.
     """
 
     def __init__(self) -> None:
         self._torch: torch.Tensor | None = None
         self._python: tuple[Any, ...] = ()
-        self._numpy = _NumpyIsolation()
+        self._inner = np.random.MT19937(0)
+        self._outer: Any = None
+        self._words: Any = None
+        self._position: tuple[int, int, int] | None = None
+        self._with_gaussian: Any = None  # complete state of NumPy's RNG, if a gaussian is cached
 
     def __enter__(self) -> None:
         self._torch = torch.get_rng_state()
         self._python = random.getstate()
-        self._numpy.enter()
+        outer = get_bit_generator()
+        if outer is not self._outer:
+            self._outer, self._position, self._words = outer, None, None
+            if type(outer) is np.random.MT19937:  # 624 words, then the count of used words
+                self._words = (c_uint32 * 625).from_address(outer.ctypes.state_address)
+        words = self._words
+        position = None if words is None else (words[624], words[0], words[623])
+        if position is None or position != self._position or self._with_gaussian is not None:
+            state = np.random.get_state(legacy=False)
+            self._with_gaussian = state if state["has_gauss"] else None
+            self._position = position
+        set_bit_generator(self._inner)
 
     def __exit__(self, *error: object) -> None:
         assert self._torch is not None  # set on entry
         torch.set_rng_state(self._torch)
         random.setstate(self._python)
-        self._numpy.exit()
+        set_bit_generator(self._outer)
+        if self._with_gaussian is not None:
+            np.random.set_state(self._with_gaussian)
 
     def __reduce__(self) -> tuple[type[RngIsolation], tuple[()]]:
         return RngIsolation, ()  # has no state between two uses
 
 
-class PersistentRng:
+class PersistentRng(RngIsolation):
     """Reusable context whose body continues random streams of its own, seeded once.
 
     Args:
@@ -109,73 +121,26 @@ class PersistentRng:
     """
 
     def __init__(self, seed: int) -> None:
-        self._isolation = RngIsolation()
-        self._seed: int | None = seed
-        self._torch: torch.Tensor | None = None
-        self._python: tuple[Any, ...] = ()
+        super().__init__()
+        self._seed = seed
+        self._own: tuple[torch.Tensor, tuple[Any, ...]] | None = None
 
     def __enter__(self) -> None:
-        self._isolation.__enter__()
-        if self._seed is not None:
+        super().__enter__()
+        if self._own is None:
             seed_rng(self._seed)
-            self._seed = None
-        elif self._torch is not None:
-            torch.set_rng_state(self._torch)
-            random.setstate(self._python)
+        else:
+            torch.set_rng_state(self._own[0])
+            random.setstate(self._own[1])
 
     def __exit__(self, *error: object) -> None:
-        self._torch = torch.get_rng_state()
-        self._python = random.getstate()
-        self._isolation.__exit__(*error)
+        self._own = torch.get_rng_state(), random.getstate()
+        super().__exit__(*error)
 
     @staticmethod
     def drop_cached_gaussian() -> None:
         """Forget NumPy's cached gaussian, as leaving and reentering the context does."""
         set_bit_generator(get_bit_generator())
-
-
-class _NumpyIsolation:
-    """Swap of the bit generator beneath NumPy's global RNG.
-
-    A swap costs 0.4 us, reading the state 55 us. But a swap drops the second gaussian of a pair,
-    which NumPy caches outside of the bit generator. Caching one advances the generator, so the
-    state is read only if the generator advanced, or if a gaussian was cached before. The position
-    is read at the address that NumPy documents as ``BitGenerator.ctypes.state_address``.
-    """
-
-    def __init__(self) -> None:
-        self._inner = np.random.MT19937(0)
-        self._outer: Any = None
-        self._words: Any = None
-        self._position: tuple[int, int, int] | None = None
-        self._cached: Any = None
-        """Complete state, if a gaussian is cached."""
-
-    def enter(self) -> None:
-        outer = get_bit_generator()
-        if outer is not self._outer:
-            self._outer, self._position = outer, None
-            is_known = type(outer) is np.random.MT19937  # 624 words, then the count of used words
-            self._words = _words_at(outer.ctypes.state_address) if is_known else None
-        words = self._words
-        position = None if words is None else (words[624], words[0], words[623])
-        if position is None or position != self._position or self._cached is not None:
-            state = np.random.get_state(legacy=False)
-            self._cached = state if state["has_gauss"] else None
-            self._position = position
-        set_bit_generator(self._inner)
-
-    def exit(self) -> None:
-        set_bit_generator(self._outer)
-        if self._cached is not None:
-            np.random.set_state(self._cached)
-
-
-def _words_at(address: int) -> Any:
-    return (c_uint32 * 625).from_address(address)
-
-
-# --- generators of a dataset or loader -------------------------------------------------------
 
 
 RandomGenerator: TypeAlias = Any
@@ -195,10 +160,6 @@ def dataset_generators(path: str, root: Any) -> dict[str, RandomGenerator]:
     The search follows attributes, slots, class attributes, arguments of partials, lists, tuples
     and mappings of at most 64 items, and what functions refer to: closures, defaults, globals
     (``inspect.getclosurevars``). It stops after 2,000 objects.
-
-    Args:
-        path: name of ``root``.
-        root: the dataset, or a tuple of objects.
     """
     shared: Any = (random.random, np.random.rand)  # methods of the global RNGs, seeded separately
     seen = {id(root), *(id(method.__self__) for method in shared)}
@@ -369,9 +330,6 @@ def _from_plain(value: Any) -> Any:
             return value["array"].numpy().astype(value["dtype"])
         return {key: _from_plain(item) for key, item in value.items()}
     return value
-
-
-# --- persistent workers ----------------------------------------------------------------------
 
 
 class ReseededDataset(IterableDataset[Any]):

@@ -39,15 +39,7 @@ class StreamData:
     """Batches of any iterable; the training process's RNGs are seeded for each batch.
 
     Each process reads its own loader, with equal seeds, so that all ranks shuffle equally. Ranks
-    may have different numbers of batches.
-
-    Args:
-        loader: an iterable of batches that can be iterated every epoch.
-        order: seed and keys of random numbers.
-        shard: of this process, if Accelerate divides the batches.
-        progress: counters of the run.
-        processes: world size.
-        counter: counts the samples of a batch.
+    may have different numbers of batches. ``shard`` applies if Accelerate divides the batches.
 
     Raises:
         PipelineConfigError: ``keyed_by="sample"``, which needs a map-style dataset.

@@ -68,8 +68,9 @@ class TrainingData:
         self.dataloader = dataloader
         self.order = order
         self._progress = progress
-        self.seed = _common_seed(order, accelerator)
-        """Seed of the order: of ``order``, of torch, or of the resumed run."""
+        seed = torch.initial_seed() % 2**64 if order.seed is None else order.seed
+        self.seed: int = seed if accelerator.num_processes == 1 else broadcast_object(seed, 0)
+        """Seed of the order, equal on all ranks: of ``order``, of torch, or of the resumed run."""
         loader = unwrap_loader(dataloader, accelerator)
         shard = find_batch_shard(loader, accelerator)
         self._source: MapData | StreamData
@@ -105,7 +106,7 @@ class TrainingData:
             raise TypeError("the training data has no length: its sampler or dataset has none")
         return steps
 
-    def step_sizes(self, step_id: int, *, ahead: bool) -> Iterator[StepSizes] | None:
+    def step_sizes(self, step_id: int, ahead: bool) -> Iterator[StepSizes] | None:
         """Return the sizes of the current epoch's steps; None if unknown before loading.
 
         Args:
@@ -137,10 +138,7 @@ class TrainingData:
         return [] if batch.is_padding_step else batch.indices
 
     def count_samples(self, batch: Any) -> int:
-        """Return the number of samples of the current step's batch on this rank.
-
-        Counted by the batch processor's method, else by indices, else by the batch's structure.
-        """
+        """Return the number of samples of the current step's batch on this rank."""
         if self.counter is None or isinstance(self._source, StreamData):
             count = self._source.sample_count(self._progress.step_id)
             if count is not None:
@@ -198,11 +196,3 @@ class TrainingData:
         """Resume the saved epoch, or begin the next one, at the next call of :meth:`epoch`."""
         self.seed = state["seed"]
         self._source.load(state, rank_state)
-
-
-def _common_seed(order: DataOrder, accelerator: Accelerator) -> int:
-    """Return the first rank's seed."""
-    seed = torch.initial_seed() % 2**64 if order.seed is None else order.seed
-    if accelerator.num_processes == 1:
-        return seed
-    return int(broadcast_object(seed, 0))  # a collective
