@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice, repeat
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed
@@ -22,28 +22,22 @@ from robo_orchard_lab.pipeline.isolation import isolated_rng
 from robo_orchard_lab.pipeline.model import BufferSnapshot
 from robo_orchard_lab.pipeline.trainer.loss_weights import LossWeights
 
-# --- Ranks with uneven data exchange batch sizes -------------------------------------------------
-
-
-_NONE = -1
-"""Size of a missing batch."""
-
 logger = logging.getLogger(__name__)
+
+_NONE = -1  # size of a missing batch
 
 
 @dataclass(slots=True)
 class JointWindow:
-    """Batches of this rank for one window, and the sample counts of its steps."""
+    """Batches of this rank for one window, and the exchange of their sizes between ranks."""
 
     batches: list[Any]
     own: list[int]
     """Samples of each step on this rank; negative without a batch."""
     gathered: GatheredNumbers
-    """Exchange of the sizes between ranks."""
-    sizes: list[StepSizes] = field(default_factory=list)
-    """Sizes of the steps that any rank has a batch for, after the exchange."""
 
 
+@dataclass(eq=False)
 class JointWindows:
     """Aligns ranks with different batches, and different numbers of batches, within an epoch.
 
@@ -51,103 +45,83 @@ class JointWindows:
     during the step before, so its batch is loaded one step in advance. A longer window is exchanged
     when all its batches are loaded. The epoch ends when no rank has a batch. A rank without a batch
     runs a padding step with its last batch, or with a batch from another rank if it had none.
-
-    Args:
-        length: steps in a full window.
-        count: counts the samples of a batch, given the step's sizes where the data knows them.
     """
 
-    def __init__(self, length: int, count: Callable[[Any, StepSizes | None], int]) -> None:
-        self._length = length
-        self._count = count
-        self._padding: list[Any] = []  # batch for padding steps, if any
+    length: int
+    """Steps in a full window."""
+    count: Callable[[Any, StepSizes | None], int]
+    """Function that counts the samples of a batch, given the step's sizes where known."""
+    batches: Iterator[Any]
+    """Remaining batches of this rank."""
+    given: Iterator[StepSizes] | None
+    """Sizes of these batches, where the data knows them."""
+    lengths: Iterator[int]
+    """Maximum number of steps in each window, the open one included."""
+    _padding: list[Any] = field(default_factory=list, init=False)
+    """Batch for padding steps, if any."""
 
     def windows(
-        self,
-        batches: Iterator[Any],
-        given: Iterator[StepSizes] | None,
-        lengths: Iterator[int],
-        begun: Sequence[StepSizes],
-        within: int,
-        from_start: bool,
+        self, begun: Sequence[StepSizes], within: int, from_start: bool
     ) -> Iterator[tuple[list[Any], list[StepSizes]]]:
         """Yield the remaining batches of each window, and all its sizes.
 
-        Args:
-            batches: remaining batches of this rank.
-            given: sizes of these batches, where the data knows them.
-            lengths: maximum number of steps in each window, the open one included.
-            begun: sizes of the open window, if any.
-            within: steps of the open window that are done.
-            from_start: True at the start of the epoch.
+        The first ``within`` steps of an open window of the sizes ``begun`` are done.
         """
-        self._padding = []
-        windows = self._loaded(batches, given, lengths, begun, within)
-        window = next(windows, None)
+        window: JointWindow | None
+        if within:
+            next(self.lengths)
+            rest = sum(sizes.local != _NONE for sizes in begun[within:])
+            window = self._load(rest, skipped=within)
+        else:
+            window = self._next()
         while window is not None:
-            self._agree(window, within, from_start)
-            if not window.sizes:
+            sizes = self._agree(window, begun if within else (), within, from_start)
+            if not sizes:
                 return
             padding = self._padding
-            ahead = next(windows, None) if self._length == 1 else None
-            missing = len(window.sizes) - within - len(window.batches)
-            yield window.batches + padding * missing, window.sizes
+            ahead = self._next() if self.length == 1 else None
+            yield window.batches + padding * (len(sizes) - within - len(window.batches)), sizes
             within = 0
-            window = ahead or next(windows, None)
+            window = ahead or self._next()
 
-    def _loaded(
-        self,
-        batches: Iterator[Any],
-        given: Iterator[StepSizes] | None,
-        lengths: Iterator[int],
-        begun: Sequence[StepSizes],
-        within: int,
-    ) -> Iterator[JointWindow]:
-        """Load and exchange this rank's windows on demand."""
-        if within:
-            next(lengths)
-            rest = sum(sizes.local != _NONE for sizes in begun[within:])
-            window = self._load(batches, given, rest, skipped=within)
-            window.sizes = list(begun)
-            yield window
-        for length in lengths:
-            yield self._load(batches, given, length)
+    def _next(self) -> JointWindow | None:
+        length = next(self.lengths, None)
+        return None if length is None else self._load(length)
 
-    def _load(
-        self,
-        batches: Iterator[Any],
-        given: Iterator[StepSizes] | None,
-        count: int,
-        skipped: int = 0,
-    ) -> JointWindow:
-        loaded, own = [], [_NONE] * self._length
-        for step, batch in enumerate(islice(batches, count), start=skipped):
+    def _load(self, count: int, skipped: int = 0) -> JointWindow:
+        loaded, own = [], [_NONE] * self.length
+        for step, batch in enumerate(islice(self.batches, count), start=skipped):
             loaded.append(batch)
-            own[step] = self._count(batch, None if given is None else next(given))
+            own[step] = self.count(batch, None if self.given is None else next(self.given))
         if loaded:
             self._padding = [loaded[-1]]
         return JointWindow(loaded, own, GatheredNumbers([*own, len(self._padding)]))
 
-    def _agree(self, window: JointWindow, within: int, from_start: bool) -> None:
+    def _agree(
+        self, window: JointWindow, begun: Sequence[StepSizes], within: int, from_start: bool
+    ) -> list[StepSizes]:
+        """Return the sizes of the steps that any rank has a batch for."""
         rows = window.gathered.wait()
         steps = list(zip(*(row[:-1] for row in rows), strict=True))
-        if window.sizes:  # as exchanged when the window began
-            in_job = [sizes.total for sizes in window.sizes]
-            window.sizes = list(map(StepSizes, window.own, in_job))
+        if begun:  # the totals were exchanged when the window began
+            sizes = [
+                StepSizes(own, size.total) for own, size in zip(window.own, begun, strict=False)
+            ]
         else:
-            window.sizes = [
+            sizes = [
                 StepSizes(own, sum(size for size in step if size != _NONE))
                 for own, step in zip(window.own, steps, strict=True)
                 if max(step) != _NONE
             ]
         lacking = [not row[-1] for row in rows]
-        if any(lacking) and window.sizes:
+        if any(lacking) and sizes:
             source = next(rank for rank, size in enumerate(steps[within]) if size != _NONE)
             batch = broadcast_object(window.batches[0] if window.batches else None, source)
             if not self._padding:
                 self._padding = [batch]
                 if from_start:
                     _warn_without_data()
+        return sizes
 
 
 @cache
@@ -183,8 +157,6 @@ def padding_step(model: torch.nn.Module) -> Iterator[None]:
         buffers.restore()
 
 
-ItemT = TypeVar("ItemT")
-
 MicroBatch: TypeAlias = tuple[Any, bool, float]
 """Batch, True if it ends its window, and the divisor of its mean loss. With these divisors, the
 accumulated gradients, averaged over ranks, are those of the mean over all samples of the window.
@@ -193,14 +165,7 @@ The divisor is infinite for a batch of weight 0, as in a padding step."""
 _END = object()
 
 
-class SizesOfSteps(Protocol):
-    """Function that iterates over the sample counts of an epoch's steps from ``step_id`` on."""
-
-    def __call__(self, step_id: int, *, ahead: bool) -> Iterator[StepSizes] | None:
-        """Return the counts, or None if unknown before (``ahead``) or with the batch."""
-        ...
-
-
+@dataclass(eq=False)
 class AccumulationWindows:
     """Splits the batches of an epoch into accumulation windows; the last window may be short.
 
@@ -211,44 +176,38 @@ class AccumulationWindows:
     If batch sizes are not known in advance, or ``count_samples`` is given, all batches of a window
     are loaded before its first step. If the batch sizes of other ranks are unknown, as for streams
     and with ``count_samples``, ranks exchange them, see :class:`JointWindows`.
-
-    Args:
-        length: batches in a full window, >= 1, counted from the first batch of the epoch.
-        count_samples: counts the samples of a batch; None uses the data's sizes, or else the
-            structure of batches.
-        processes: number of ranks with different samples in a step.
-        ranks: world size.
-        weights: weights of losses.
     """
 
-    def __init__(
-        self,
-        length: int,
-        count_samples: Callable[[Any], int] | None,
-        processes: int,
-        ranks: int,
-        weights: LossWeights,
-    ) -> None:
-        self._weights = weights
-        self.length = length
-        self._count_samples = count_samples
-        self._processes = processes
-        self._ranks = ranks
-        self._within = 0
-        """Batches of the open window that were yielded; 0 between two windows."""
-        self._planned = 0
-        """Batches in the open window."""
-        self._loaded: list[StepSizes] = []
-        """Sizes of the open window, if its batches were loaded in advance."""
+    length: int
+    """Batches in a full window, >= 1, counted from the first batch of the epoch."""
+    count_samples: Callable[[Any], int] | None
+    """Function that counts the samples of a batch; None uses the data's sizes, or else the
+    structure of batches."""
+    processes: int
+    """Number of ranks with different samples in a step."""
+    ranks: int
+    """World size."""
+    weights: LossWeights
+    _within: int = field(default=0, init=False)
+    """Batches of the open window that were yielded; 0 between two windows."""
+    _planned: int = field(default=0, init=False)
+    """Batches in the open window."""
+    _loaded: list[StepSizes] = field(default_factory=list, init=False)
+    """Sizes of the open window, if its batches were loaded in advance."""
 
     def micro_batches(
-        self, batches: Iterator[Any], sizes: SizesOfSteps, done: int, limit: int | None
+        self,
+        batches: Iterator[Any],
+        sizes: Callable[[int, bool], Iterator[StepSizes] | None],
+        done: int,
+        limit: int | None,
     ) -> Iterator[MicroBatch]:
         """Iterate over the remaining micro-batches of an epoch.
 
         Args:
             batches: remaining batches.
-            sizes: sample counts of the epoch's steps.
+            sizes: returns the sample counts of the epoch's steps from a step on; None if unknown
+                before the batch (``ahead=True``), or with the batch.
             done: batches of the epoch that are done, maybe within a window.
             limit: maximum number of batches in the epoch; an open window is completed in any case.
                 None for no limit.
@@ -261,13 +220,13 @@ class AccumulationWindows:
             self._within, self._loaded = 0, []
         within = self._within
         begun = done - within  # first batch of the open window, or of the next
-        counted = self._count_samples is not None
-        known = None if counted else sizes(begun, ahead=True)
-        is_given = self._processes > 1 or (self.length > 1 and not counted)
-        given = sizes(done, ahead=False) if is_given else None
-        joint = self._ranks > 1 and (counted or (known is None and given is None))
+        counted = self.count_samples is not None
+        known = None if counted else sizes(begun, True)
+        is_given = self.processes > 1 or (self.length > 1 and not counted)
+        given = sizes(done, False) if is_given else None
+        joint = self.ranks > 1 and (counted or (known is None and given is None))
         if self.length == 1 and not joint:  # in C, since most runs take this path in every step
-            divisors = repeat(1.0) if given is None else map(self._divisor, given)
+            divisors = repeat(1.0) if given is None else map(self._own_divisor, given)
             return zip(batches, repeat(True), divisors)
         lengths = self._lengths(begun, limit)
         if known is not None:
@@ -279,7 +238,8 @@ class AccumulationWindows:
                 "the same kind of data loader and batch processor"
             )
         if joint:
-            return self._joint_windows(batches, given, lengths, from_start=done == 0)
+            windows = JointWindows(self.length, self._own_size, batches, given, lengths)
+            return self._joint_windows(windows, from_start=done == 0)
         return self._loaded_ahead(batches, given, lengths)
 
     def state_dict(self) -> dict[str, Any]:
@@ -289,22 +249,22 @@ class AccumulationWindows:
             "planned": self._planned,
             "loaded_sizes": [sizes.local for sizes in self._loaded],
             "job_sizes": [sizes.total for sizes in self._loaded],
-            "loss_weights": self._weights.state_dict(),
+            "loss_weights": self.weights.state_dict(),
         }
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Raise a ``StateError`` if :meth:`load_state_dict` can't load the state."""
-        self._weights.check(state["loss_weights"])
+        self.weights.check(state["loss_weights"])
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Restore the open window."""
-        self._weights.load_state_dict(state["loss_weights"], device)
+        self.weights.load_state_dict(state["loss_weights"], device)
         self._within, self._planned = state["within"], state["planned"]
         self._loaded = list(map(StepSizes, state["loaded_sizes"], state["job_sizes"]))
 
-    def _divisor(self, sizes: StepSizes) -> float:
+    def _own_divisor(self, sizes: StepSizes) -> float:
         """Return the divisor of a batch that is a window by itself."""
-        return _divisor(sizes.local, sizes.total, self._processes)
+        return _divisor(sizes.local, sizes.total, self.processes)
 
     def _lengths(self, begun: int, limit: int | None) -> Iterator[int]:
         """Yield the lengths of the windows from batch ``begun`` on, up to the limit if any.
@@ -329,9 +289,13 @@ class AccumulationWindows:
         limit: int | None,
     ) -> Iterator[MicroBatch]:
         """Yield windows whose sizes are known in advance."""
-        for window in _chunks(sizes, lengths):
-            rest = islice(batches, len(window) - self._within)
-            yield from self._window(rest, self._within, window, self._processes)
+        for length in lengths:
+            window = list(islice(sizes, length))
+            if not window:
+                break
+            yield from self._window(
+                islice(batches, len(window) - self._within), window, self.processes
+            )
             if self._within:
                 raise _wrong_length("fewer")
             begun += len(window)
@@ -343,38 +307,29 @@ class AccumulationWindows:
     ) -> Iterator[MicroBatch]:
         """Yield windows whose sizes are known when all batches are loaded."""
         for length in lengths:
-            within, done = self._within, self._loaded[: self._within]
-            loaded = list(islice(batches, length - within))
+            loaded = list(islice(batches, length - self._within))
             if not loaded:
                 return
             if given is None:
                 sizes = [StepSizes(size, size) for size in map(self._count, loaded)]
             else:
                 sizes = list(islice(given, len(loaded)))
-            self._loaded = [*done, *sizes]
-            yield from self._window(loaded, within, self._loaded, self._processes)
+            self._loaded = [*self._loaded[: self._within], *sizes]
+            yield from self._window(loaded, self._loaded, self.processes)
 
-    def _joint_windows(
-        self,
-        batches: Iterator[Any],
-        given: Iterator[StepSizes] | None,
-        lengths: Iterator[int],
-        from_start: bool,
-    ) -> Iterator[MicroBatch]:
-        """Yield windows whose sizes the ranks exchange."""
-        joint = JointWindows(self.length, self._own_size)
-        begun, within = self._loaded, self._within
-        for loaded, sizes in joint.windows(batches, given, lengths, begun, within, from_start):
+    def _joint_windows(self, windows: JointWindows, from_start: bool) -> Iterator[MicroBatch]:
+        for loaded, sizes in windows.windows(self._loaded, self._within, from_start):
             self._loaded = sizes
-            yield from self._window(loaded, self._within, sizes, self._ranks)
+            yield from self._window(loaded, sizes, self.ranks)
 
     def _window(
-        self, batches: Iterable[Any], within: int, sizes: Sequence[StepSizes], processes: int
+        self, batches: Iterable[Any], sizes: Sequence[StepSizes], processes: int
     ) -> Iterator[MicroBatch]:
-        """Yield the batches of one window, the first ``within`` of which are done."""
-        divisors = _divisors(sizes, processes)
+        """Yield the remaining batches of one window of ``sizes``."""
+        total = sum(size.total for size in sizes)
+        divisors = [_divisor(size.local, total, processes) for size in sizes]
         self._planned = len(divisors)
-        for taken, batch in enumerate(batches, start=within + 1):
+        for taken, batch in enumerate(batches, start=self._within + 1):
             ends = taken == len(divisors)
             if ends:
                 self._within, self._loaded = 0, []
@@ -383,7 +338,7 @@ class AccumulationWindows:
             yield batch, ends, divisors[taken - 1]
 
     def _count(self, batch: Any) -> int:
-        return (self._count_samples or count_samples)(batch)
+        return (self.count_samples or count_samples)(batch)
 
     def _own_size(self, batch: Any, sizes: StepSizes | None) -> int:
         is_padding = sizes is not None and sizes.local == 0
@@ -393,20 +348,6 @@ class AccumulationWindows:
 def _divisor(own: float, total: float, processes: int) -> float:
     """Return the divisor of a mean loss over ``own`` of ``total`` samples."""
     return total / (own * processes) if own > 0 else math.inf
-
-
-def _divisors(window: Sequence[StepSizes], processes: int) -> list[float]:
-    total = sum(sizes.total for sizes in window)
-    return [_divisor(sizes.local, total, processes) for sizes in window]
-
-
-def _chunks(items: Iterator[ItemT], lengths: Iterator[int]) -> Iterator[list[ItemT]]:
-    """Yield lists of the given lengths; the last may be shorter."""
-    for length in lengths:
-        chunk = list(islice(items, length))
-        if not chunk:
-            return
-        yield chunk
 
 
 def _wrong_length(compared: str) -> DataError:

@@ -25,21 +25,19 @@ from robo_orchard_lab.pipeline.sharding import gather_weights
 
 logger = job_logger(__name__)
 
-OpenScope = Callable[[PipelineHookArgs, Callable[[PipelineHookArgs], Any]], Any]
-"""Function that runs a body inside the hooks of a channel."""
-
 
 class CommitPoint:
     """Executes the requests of hooks, and keeps account of what is logged.
 
-    All scopes are closed and the state is consistent when the trainer calls it.
-
-    Args:
-        run: objects of the run.
-        on_evaluation: opens ``on_evaluation`` around an evaluation.
+    All scopes are closed and the state is consistent when the trainer calls it. ``on_evaluation``
+    opens the channel around an evaluation.
     """
 
-    def __init__(self, run: PipelineRun, on_evaluation: OpenScope) -> None:
+    def __init__(
+        self,
+        run: PipelineRun,
+        on_evaluation: Callable[[PipelineHookArgs, Callable[[PipelineHookArgs], Any]], Any],
+    ) -> None:
         self._run = run
         self._on_evaluation = on_evaluation
         self._logged_at: int | None = None
@@ -67,11 +65,9 @@ class CommitPoint:
 
     def warn_of_metrics(self) -> None:
         """Warn after an epoch of metrics that hooks wait for."""
-        metrics = self._run.metrics
-        if self._unmet is None:
-            self._unmet = metrics.find_missing(at_end=False)
-            if self._unmet is not None:
-                logger.warning("after a whole epoch, %s", self._unmet)
+        if self._unmet is None and (missing := self._run.metrics.find_missing(at_end=False)):
+            self._unmet = missing
+            logger.warning("after a whole epoch, %s", missing)
 
     def finish(self) -> None:
         """Log the remaining metrics at the end of the loop, and report a granted stop."""
@@ -81,11 +77,8 @@ class CommitPoint:
         # A stopped run, or a short one, may end before its first evaluation.
         has_evaluated = any(name.startswith("eval/") for name in metrics.names())
         ended_early = stop is not None or (bool(run.evaluations) and not has_evaluated)
-        is_preempted = (
-            stop is not None
-            and stop.exit_code is not None
-            and not (run.limits.reached(run.progress))
-        )
+        exit_code = None if stop is None else stop.exit_code
+        is_preempted = exit_code is not None and not run.limits.reached(run.progress)
         # A preempted run resumes; a missing metric must not change its exit code.
         self._unmet = None if is_preempted else metrics.find_missing(at_end=not ended_early)
         if stop is not None:
@@ -113,13 +106,10 @@ class CommitPoint:
             raise self._unmet
 
     def _carry_out(self) -> bool:
-        """Evaluate, then log, then save, where requested; the trainer itself grants a stop.
+        """Evaluate, then log, then save, where requested; return True if all metrics are logged.
 
         A subscriber to a value may make further requests, which are executed as well. Each
-        evaluation runs once, and there is one logging point.
-
-        Returns:
-            True if all published metrics are logged.
+        evaluation runs once, and there is one logging point. The trainer itself grants a stop.
 
         Raises:
             PipelineStateError: no hook can execute a requested evaluation or save.

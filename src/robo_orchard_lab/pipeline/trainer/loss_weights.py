@@ -32,11 +32,6 @@ class LossWeights:
 
     Losses are multiplied by ``weight / reference``, where the reference is a power of two near the
     first weights, so that half precision neither overflows nor rounds.
-
-    Args:
-        accelerator: ranks, and the engine that steps the optimizer.
-        window: micro-batches per accumulation window.
-        parameters: returns the parameters whose gradients to divide.
     """
 
     def __init__(
@@ -108,8 +103,7 @@ class LossWeights:
     def end_window(self) -> LossWeighting | None:
         """Divide the gradients by the total weight of the window; zero them if that is 0.
 
-        Returns:
-            The scaling, or None for a window of one micro-batch on one rank.
+        Returns the scaling, or None for a window of one micro-batch on one rank.
         """
         if self._is_whole_mean:
             return None
@@ -128,11 +122,7 @@ class LossWeights:
         return {"total": self._total, "reference": self._reference, "ranks": self._ranks}
 
     def check(self, state: Mapping[str, Any]) -> None:
-        """Check that :meth:`load_state_dict` can load a state.
-
-        Raises:
-            StateError: the state is that of an open window at a different world size.
-        """
+        """Raise a ``StateError`` for an open window of a different world size."""
         if state["total"] is not None and state["ranks"] != self._ranks:
             raise StateError(
                 "the run was saved within an accumulation window of weighted losses at world size "

@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import RandomSampler, WeightedRandomSampler
 
-from robo_orchard_core.utils.config import Config, ConfigSaveError
 from robo_orchard_core.utils.hook import FunctionInfo
 from robo_orchard_lab.pipeline.batch_processor import count_batches
 from robo_orchard_lab.pipeline.context import PipelineRun
@@ -27,7 +26,7 @@ from robo_orchard_lab.pipeline.gradient_norm import REPLICATED_TYPES
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, TriggeredHook
 from robo_orchard_lab.pipeline.model import ddp_of
 from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES
-from robo_orchard_lab.pipeline.run.run_info import versions
+from robo_orchard_lab.pipeline.run.run_info import hook_configuration, versions
 from robo_orchard_lab.pipeline.sharding import is_sharded_model
 
 _ADDRESS = re.compile(r"\(id=\d+\)| at 0x[0-9a-f]+")
@@ -41,10 +40,7 @@ _HINT = {
 def check_rank_consistency(parts: Mapping[str, str]) -> None:
     """Compare descriptions between all ranks; a collective over host memory.
 
-    Ranks exchange digests, and the texts only if digests differ.
-
-    Args:
-        parts: description by name, such as ``{"model": "..."}``.
+    Ranks exchange digests of the named descriptions, and the texts only if digests differ.
 
     Raises:
         PipelineConfigError: on every rank, if ranks differ; the message shows the differences.
@@ -82,8 +78,6 @@ def _difference(name: str, texts: list[str]) -> str:
     return "\n".join([*lines, _HINT.get(name, f"Give every rank the same {name}")])
 
 
-# --- Gradients and weights ---------------------------------------------------------------------
-
 _COLUMNS = 1021  # prime, so that no common shape aligns with it
 
 
@@ -94,10 +88,6 @@ class ReplicaCheck:
     model and of the optimizer. Each comparison reads the parameters once and syncs the device. The
     trainer compares the gradients before its first update, and the weights after each epoch, with
     each checkpoint, and at the end of the run. Does nothing in one process and for sharded models.
-
-    Args:
-        run: objects of the run.
-        names: returns the names of all parameters.
     """
 
     def __init__(
@@ -194,9 +184,6 @@ def _factors(device: torch.device) -> torch.Tensor:
     return torch.arange(_COLUMNS, device=device) * 0x1E3779B97F4A7C15 + 1
 
 
-# --- Settings ----------------------------------------------------------------------------------
-
-
 def describe_setup(
     accelerator: Accelerator,
     model: torch.nn.Module,
@@ -210,6 +197,7 @@ def describe_setup(
 
     Omits the length of data without an index, which may differ between ranks.
     """
+    scheduler: Any = getattr(lr_scheduler, "scheduler", lr_scheduler)  # of Accelerate's wrapper
     settings = {
         **options,
         "batch_processor": f"{_processor(batch_processor)}, need_backward="
@@ -222,8 +210,10 @@ def describe_setup(
         "versions": _lines({n: v for n, v in versions().items() if n in _SAME_VERSIONS}),
         "settings": _lines(settings),
         "model": "\n".join([_kind(model), *_tensors_of(model)]),
-        "optimizer": "\n".join(_optimizer(optimizer, model)),
-        "LR scheduler": "none" if lr_scheduler is None else _lr_scheduler(lr_scheduler),
+        "optimizer": "none" if optimizer is None else "\n".join(_optimizer(optimizer, model)),
+        "LR scheduler": f"{_kind(scheduler)}\n{_plain(scheduler.state_dict())}"
+        if lr_scheduler
+        else "none",
         "data": "\n".join(_data(dataloader)),
     }
 
@@ -250,18 +240,8 @@ def _function(function: Callable[..., Any]) -> str:
 
 def _description(hook: PipelineHooks) -> str:
     info = hook.rank_consistency_info()
-    text = _configuration(hook)
+    text = json.dumps(hook_configuration(hook), sort_keys=True, default=repr)
     return text if info is None else f"{text}, {json.dumps(info, default=repr)}"
-
-
-def _configuration(hook: PipelineHooks) -> str:
-    configuration = getattr(hook, "cfg", None)
-    if isinstance(configuration, Config):
-        try:
-            return json.dumps(configuration.to_dict(), sort_keys=True, default=repr)
-        except ConfigSaveError:  # for example a class defined in a function
-            return _kind(configuration)
-    return _kind(hook)
 
 
 def _tensors_of(model: torch.nn.Module) -> Iterator[str]:
@@ -280,9 +260,6 @@ def _layout(tensor: torch.Tensor) -> str:
 
 
 def _optimizer(optimizer: Any, model: torch.nn.Module) -> Iterator[str]:
-    if optimizer is None:
-        yield "none"
-        return
     optimizer = getattr(optimizer, "optimizer", optimizer)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     yield _kind(optimizer)
@@ -290,11 +267,6 @@ def _optimizer(optimizer: Any, model: torch.nn.Module) -> Iterator[str]:
         yield f"group {index}: {_plain(group)}"
         for parameter in group["params"]:
             yield f"  {names.get(id(parameter), f'not in the model, {_layout(parameter)}')}"
-
-
-def _lr_scheduler(lr_scheduler: Any) -> str:
-    lr_scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)
-    return f"{_kind(lr_scheduler)}\n{_plain(lr_scheduler.state_dict())}"
 
 
 def _data(dataloader: Any) -> Iterator[str]:

@@ -8,14 +8,7 @@ from pathlib import Path
 
 from torch.optim.lr_scheduler import OneCycleLR, PolynomialLR
 
-from robo_orchard_lab.pipeline.checkpoint import (
-    CheckpointStore,
-    EachRank,
-    Ranks,
-    SavedState,
-    ShareOf,
-    load_checkpoint,
-)
+from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, Ranks, load_checkpoint
 from robo_orchard_lab.pipeline.checkpoint.manifest import LAST, MANIFEST_FILE
 from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.errors import CheckpointError, PipelineConfigError
@@ -39,34 +32,32 @@ def resume(
     snapshots: RunSnapshots,
     resume_from: str | os.PathLike[str],
 ) -> bool:
-    """Restore the run from a checkpoint. All ranks call it.
+    """Restore the run from a directory, or from the newest checkpoint with ``"auto"``.
 
-    Args:
-        run: objects of the run.
-        hooks: all hooks of the run.
-        snapshots: snapshots of the run, which load the checkpoint.
-        resume_from: directory of a checkpoint, or ``"auto"``.
-
-    Returns:
-        False if there is no checkpoint yet, with ``"auto"``.
-
-    Raises:
-        CheckpointError, StateError, StoreLockedError: see :class:`HookBasedTrainer`.
+    All ranks call it. Returns False if there is no checkpoint yet. Errors are those of
+    :class:`HookBasedTrainer`.
     """
     with ranks_of(run) as ranks:
-        saved = _load_saved(
-            resume_from,
-            hooks,
-            run.folder,
-            ranks,
-            snapshots.part_of_rank,
-            shares_of_model(plain_model(run)),
-        )
-        if saved is None:
-            return False
+        share_of = shares_of_model(plain_model(run))
+        each_rank = snapshots.rank_states.part_of
+        is_auto = os.fspath(resume_from) == AUTO
+        if is_auto:
+            root = _root(hooks, run.folder)
+            with CheckpointStore(root, ranks=ranks) as store:  # also cleans up after a crash
+                newest = store.load_newest(share_of, each_rank)
+            if newest is None:
+                logger.info("no checkpoint in %s; starting a fresh run", root)
+                return False
+            saved = newest
+            for skipped, why in saved.skipped:
+                logger.warning("resuming: skipped %s: %s", skipped, why)
+        else:
+            path = Path(resume_from)
+            ranks.run_on_first(f"looking for {path}", lambda: _check_is_checkpoint(path))
+            saved = load_checkpoint(path, ranks=ranks, share_of=share_of, each_rank=each_rank)
         ranks.run_on_all("resuming", partial(snapshots.load, saved))
-        snapshots.reduce_gradients()
-        if os.fspath(resume_from) == AUTO:
+        snapshots.rank_states.reduce_gradients()
+        if is_auto:
             _prune(hooks, run.folder, ranks)
     logger.info("resumed from %s at %s", saved.info.path, run.progress)
     before, now = saved.info.ranks, run.accelerator.num_processes
@@ -74,49 +65,6 @@ def resume(
         logger.info("the world size changed from %d to %d", before, now)
     _warn_of_short_lr_scheduler(run, hooks)
     return True
-
-
-def _load_saved(
-    resume_from: str | os.PathLike[str],
-    hooks: PipelineHooks,
-    run_folder: Path | None,
-    ranks: Ranks,
-    each_rank: EachRank,
-    share_of: ShareOf | None,
-) -> SavedState | None:
-    """Load and verify a checkpoint into CPU memory. All ranks call it.
-
-    Args:
-        resume_from: directory of a checkpoint; or ``"auto"`` for the newest intact checkpoint of
-            the first :class:`SaveCheckpoint`.
-        hooks: all hooks of the run.
-        run_folder: default parent of the checkpoints' directory.
-        ranks: ranks of the job.
-        each_rank: selects the part to keep of each rank's state after a change of world size.
-        share_of: shard of each tensor that this rank needs; None for complete tensors.
-
-    Returns:
-        None with ``"auto"`` and no checkpoint yet.
-
-    Raises:
-        PipelineConfigError: with ``"auto"``, there is no directory to search.
-        StoreLockedError: with ``"auto"``, another run saves there.
-        CheckpointError: the checkpoint can't be read or is damaged; with ``"auto"``, all
-            checkpoints are damaged.
-    """
-    if os.fspath(resume_from) != AUTO:
-        path = Path(resume_from)
-        ranks.run_on_first(f"looking for {path}", lambda: _check_is_checkpoint(path))
-        return load_checkpoint(path, ranks=ranks, share_of=share_of, each_rank=each_rank)
-    root = _root(hooks, run_folder)
-    with CheckpointStore(root, ranks=ranks) as store:  # also cleans up after a crash
-        saved = store.load_newest(share_of, each_rank)
-    if saved is None:
-        logger.info("no checkpoint in %s; starting a fresh run", root)
-        return None
-    for path, why in saved.skipped:
-        logger.warning("resuming: skipped %s: %s", path, why)
-    return saved
 
 
 def _prune(hooks: PipelineHooks, run_folder: Path | None, ranks: Ranks) -> None:

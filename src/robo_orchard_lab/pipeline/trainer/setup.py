@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,15 +26,6 @@ logger = job_logger(__name__)
 
 ENGINES = frozenset({DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM})
 """Engines that count micro-batches, divide losses and step the optimizer by themselves."""
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedObjects:
-    """Objects that Accelerate prepared."""
-
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer | None
-    lr_scheduler: LRScheduler | None
 
 
 def check_objects(
@@ -119,8 +109,8 @@ def prepare_objects(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer | None,
     lr_scheduler: LRScheduler | None,
-) -> PreparedObjects:
-    """Prepare the objects with Accelerate, unless they are prepared already.
+) -> tuple[torch.nn.Module, torch.optim.Optimizer | None, LRScheduler | None]:
+    """Prepare and return the objects with Accelerate, unless they are prepared already.
 
     The data loader is not prepared here: :class:`TrainingData` splits it among the ranks. A model
     that is sharded or in DDP already gets mixed precision only.
@@ -145,27 +135,19 @@ def prepare_objects(
         if lr_scheduler is not None:
             lr_scheduler = accelerator.prepare_scheduler(lr_scheduler)
     else:
-        given = [part for part in (model, optimizer, lr_scheduler) if part is not None]
-        prepared = iter(
-            accelerator.prepare(*given) if len(given) > 1 else [accelerator.prepare(model)]
-        )
-        model = next(prepared)
-        optimizer = next(prepared) if optimizer is not None else None
-        lr_scheduler = next(prepared) if lr_scheduler is not None else None
+        # In one call, in which Accelerate connects the objects; None stays None.
+        model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
     ddp = ddp_of(model)
     if ddp is not None and accelerator.num_processes > 2:  # a sum of two rounds the same anyway
         settle_buckets(ddp)
-    return PreparedObjects(model, optimizer, lr_scheduler)
+    return model, optimizer, lr_scheduler
 
 
 def engine_backward(accelerator: Accelerator) -> Callable[[torch.Tensor], Any] | None:
-    """Return the function that runs a backward pass, or None where ``loss.backward()`` is right.
-
-    ``accelerator.backward`` itself divides every loss by the number of accumulation steps, also
-    in a shorter last window.
-    """
+    """Return the function that runs a backward pass, or None where ``loss.backward()`` is right."""
     if accelerator.distributed_type in ENGINES:
         return lambda loss: accelerator.backward(loss)
+    # Not accelerator.backward, which divides by the accumulation steps, also in a short window.
     scaler = accelerator.scaler
     return None if scaler is None else lambda loss: scaler.scale(loss).backward()
 
@@ -243,9 +225,6 @@ def _check_world_size(accelerator: Accelerator) -> None:
         )
 
 
-# --- Device placement --------------------------------------------------------------------------
-
-
 def batch_placement(
     accelerator: Accelerator, dataloader: Iterable[Any]
 ) -> Callable[[Any], Any] | None:
@@ -276,7 +255,10 @@ class CopyStream:
 
     def __call__(self, batch: Any) -> Any:
         """Return the batch on the device, for use in the current stream."""
-        if not _has_only_host_tensors(batch):
+        if not all(
+            isinstance(p, torch.Tensor) and p.device.type == "cpu" for p in movable_in(batch)
+        ):
+            # Other parts may depend on work in a stream.
             return send_to_device(batch, self._device, non_blocking=True)
         with torch.cuda.stream(self.stream):
             placed = send_to_device(batch, self._device, non_blocking=True)
@@ -286,13 +268,6 @@ class CopyStream:
             # Otherwise the allocator could reuse the memory while the step still reads it.
             tensor.record_stream(current)
         return placed
-
-
-def _has_only_host_tensors(batch: Any) -> bool:
-    """Return True if all movable parts are CPU tensors, which depend on no stream."""
-    return all(
-        isinstance(part, torch.Tensor) and part.device.type == "cpu" for part in movable_in(batch)
-    )
 
 
 def tensors_in(batch: Any) -> list[torch.Tensor]:
@@ -313,9 +288,6 @@ def movable_in(batch: Any) -> list[Any]:
     if isinstance(batch, (list, tuple)):
         return [part for value in batch for part in movable_in(value)]
     return []
-
-
-# --- Gradient buckets --------------------------------------------------------------------------
 
 
 def settle_buckets(ddp: DistributedDataParallel) -> None:

@@ -220,8 +220,10 @@ class HookBasedTrainer:
             updates = self.optimizer, self.lr_scheduler
             check_rank_consistency(describe_setup(accelerator, *objects, *updates, options))
 
-        prepared = prepare_objects(accelerator, self.model, self.optimizer, self.lr_scheduler)
-        self.model, self.optimizer, self.lr_scheduler = prepared.model, None, None
+        self.model, optimizer, lr_scheduler = prepare_objects(
+            accelerator, self.model, self.optimizer, self.lr_scheduler
+        )
+        self.optimizer = self.lr_scheduler = None
         self._processor, self._processed_model = forward_in_context(
             self.batch_processor, self.model, accelerator
         )
@@ -232,11 +234,11 @@ class HookBasedTrainer:
         self._engine_divides = accelerator.distributed_type in ENGINES
         self._synchronising = accelerator.sync_gradients = True
 
-        if self.batch_processor.need_backward and prepared.optimizer is not None:
+        if self.batch_processor.need_backward and optimizer is not None:
             self._optimizer_hook = OptimizerHook(
                 accelerator,
-                prepared.optimizer,
-                prepared.lr_scheduler,
+                optimizer,
+                lr_scheduler,
                 self.hooks,
                 options["lr_scheduler_every"],
                 options["lr_scheduler_monitor"],
@@ -419,7 +421,7 @@ class HookBasedTrainer:
         commit_point = self._commit_point
         commit_point.warn_of_unwritten()
         if self.progress.step_id == 0:
-            self._snapshots.restore_rng()
+            self._snapshots.rank_states.restore_rng()
             commit_point.execute()  # requests made at the start of the loop
         while not self._is_over():
             args = PipelineHookArgs(self._run)
@@ -445,7 +447,7 @@ class HookBasedTrainer:
         length = self._run.steps_per_epoch
         limit = None if max_step is None else max_step - progress.global_step_id + done
         over = False
-        self._snapshots.restore_rng()
+        self._snapshots.rank_states.restore_rng()
         # No variable keeps the iterator: an error would keep the loader's workers with it.
         for batch, ends_window, divisor in self._windows.micro_batches(
             self._data.epoch(progress.epoch_id, done),
