@@ -7,7 +7,6 @@ device. :func:`combine` then reduces the values of all ranks.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
+
+from robo_orchard_core.utils.config.errors import did_you_mean
 
 
 class MetricValueError(TypeError):
@@ -26,11 +27,11 @@ class UnknownMetricError(LookupError):
 
     def __init__(self, name: str, published: Iterable[str], who: str = "", hint: str = "") -> None:
         published = sorted(published)
-        near = difflib.get_close_matches(name, published, n=1)
+        near = did_you_mean(name, published)
         super().__init__(
             f"no metric {name!r} was published"
             + (f", which {who} waits for" if who else "")
-            + (f"; did you mean {near[0]!r}?" if near else ".")
+            + (f"; {near}" if near else ".")
             + f" Published: {', '.join(published) or 'none'}"
             + (f". {hint}" if hint else "")
         )
@@ -284,20 +285,13 @@ class Accumulator:
         tensor = self._tensor
         return {"host": self._host, "tensor": None if tensor is None else tensor.clone()}
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None) -> None:
-        """Restore the values, with tensors on ``device``; None keeps the device of each tensor."""
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Restore the values, with tensors on ``device``."""
         if self._sum is not None:
             self._sum.load_state_dict(state, device)
         else:
             self._host, tensor = state["host"], state["tensor"]
             self._tensor = None if tensor is None else tensor.to(device=device, copy=True)
-
-    def copy(self) -> Accumulator:
-        """Return an independent copy."""
-        twin = Accumulator(self.reduce)
-        twin.step, twin.latest, twin.is_weighted = self.step, self.latest, self.is_weighted
-        twin.load_state_dict(self.state_dict(), None)
-        return twin
 
 
 def combine(reduce: str, ranks: Sequence[RankValues]) -> float:

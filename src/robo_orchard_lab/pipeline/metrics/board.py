@@ -67,9 +67,7 @@ class MetricsBoard:
     """
 
     def __init__(
-        self,
-        progress: TrainerProgress | None = None,
-        when_due: Callable[[], Any] = lambda: None,
+        self, progress: TrainerProgress | None = None, when_due: Callable[[], Any] = lambda: None
     ) -> None:
         self._progress = TrainerProgress() if progress is None else progress
         self._when_due = when_due
@@ -331,14 +329,14 @@ class MetricsBoard:
         """
         if not self._listeners:
             return None
-        accumulators, deferred, due = self._accumulators, self._deferred, {*self._due}
-        self._accumulators = {name: each.copy() for name, each in accumulators.items()}
-        self._deferred = [*deferred]
+        own, deferred, due = self.state_dict(), [*self._deferred], {*self._due}
         states = [(owner, owner.state_dict()) for _, owner in self._collectors if owner is not None]
         for collect, _ in tuple(self._collectors):
             collect()
         values = read_values(self._gather, self._accumulators, self._deferred, accelerator)
-        self._accumulators, self._deferred, self._due = accumulators, deferred, due
+        reductions = self._reductions
+        self.load_state_dict(own, None if accelerator is None else accelerator.device)
+        self._reductions, self._deferred, self._due = reductions, deferred, due
         for owner, state in states:
             owner.load_state_dict(state)
         values = [*self._unlogged, *values]
@@ -393,13 +391,9 @@ class MetricsBoard:
     def redistribute_states(
         states: Sequence[Mapping[str, Any]], world_size: int
     ) -> list[dict[str, Any]]:
-        """Redistribute the values of all ranks over a different world size.
+        """Return the states of all ranks, in rank order, for a different world size.
 
         Unweighted values that every old rank published are rescaled to the new world size.
-
-        Args:
-            states: states of the ranks that saved, in rank order.
-            world_size: number of states to return.
         """
         publishing = Counter(name for state in states for name in state["windows"])
 

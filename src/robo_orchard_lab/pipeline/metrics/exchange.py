@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 from typing import Any, Protocol, TypeAlias
 
@@ -19,22 +18,11 @@ from robo_orchard_lab.pipeline.metrics.accumulators import (
     Accumulator,
     MetricValue,
     RankValues,
-    Reduction,
     combine,
 )
 
-_HEADER = 4  # int64: bytes needed; bytes of label, of numbers, of tensors
+_HEADER = 3  # int64: bytes of the message, of its description, of its numbers
 _MIN_CAPACITY = 1 << 14
-_DTYPES: dict[str, torch.dtype] = {
-    str(dtype): dtype
-    for dtype in (
-        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
-        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-    )
-}
-
-
-# --- all_gather ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +30,7 @@ class RankData:
     """Numbers and tensors of a rank."""
 
     label: str
-    """Description of the content for the receiver; sent only when it changes."""
+    """Description of the content for the receiver."""
     numbers: Sequence[float]
     tensors: Sequence[torch.Tensor]
     """Tensors of any shape and device; received tensors are on the CPU."""
@@ -58,63 +46,54 @@ class RankGather:
 
     def __init__(self) -> None:
         self._capacity = _MIN_CAPACITY
-        self._sent = ""
-        self._received: list[str] = []
 
     def __call__(self, data: RankData, accelerator: Any) -> list[RankData]:
         """Return the data of all ranks in rank order: a collective, or two if the buffer grows.
 
-        Args:
-            data: data of this rank.
-            accelerator: defines the ranks and the device to send from; None for one process.
+        ``accelerator`` defines the ranks and the device to send from; None for one process.
         """
         if accelerator is None or accelerator.num_processes == 1:
             return [_copy_to_host(data)]
         device: torch.device = accelerator.device
-        label = f"{_shape_texts(data.tensors)}\n{data.label}"
+        shapes = [[str(tensor.dtype), *tensor.shape] for tensor in data.tensors]
+        text = json.dumps([data.label, shapes]).encode()
+        numbers = torch.tensor(data.numbers, dtype=torch.float64)
+        packed = pack_bytes(data.tensors, device)
+        size = 8 * _HEADER + len(text) + 8 * len(numbers) + len(packed)
+        header = torch.tensor([size, len(text), 8 * len(numbers)])
+        host = pack_bytes(
+            [header, torch.frombuffer(bytearray(text), dtype=torch.uint8), numbers],
+            torch.device("cpu"),
+        )
         while True:
-            message = self._message(label, data, device)
-            gathered = _all_gather(message, accelerator.num_processes)
-            needs = [int(row[:8].view(torch.int64)) for row in gathered]  # on the CPU by now
-            if max(needs) <= self._capacity:
-                break
-            self._capacity = 1 << (max(needs) - 1).bit_length()
-        self._received = self._received or [""] * len(gathered)
-        self._sent = label
-        return [self._parse(rank, row) for rank, row in enumerate(gathered)]
-
-    def _message(self, label: str, data: RankData, device: torch.device) -> torch.Tensor:
-        text = b"" if label == self._sent else label.encode()
-        tensor_bytes = sum(tensor.numel() * tensor.element_size() for tensor in data.tensors)
-        lengths = [len(text), 8 * len(data.numbers), tensor_bytes]
-        need = 8 * _HEADER + sum(lengths)
-        message = torch.zeros(self._capacity, dtype=torch.uint8, device=device)
-        pieces = [torch.tensor([need, *lengths]).view(torch.uint8)]
-        if need <= self._capacity:
-            if text:
-                pieces.append(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-            pieces.append(torch.tensor(data.numbers, dtype=torch.float64).view(torch.uint8))
-        host = torch.cat(pieces)
-        message[: len(host)].copy_(host)
-        if need <= self._capacity and tensor_bytes:
-            message[need - tensor_bytes : need].copy_(pack_bytes(data.tensors, device))
-        return message
-
-    def _parse(self, rank: int, row: torch.Tensor) -> RankData:
-        need, text, numbers, _ = row[: 8 * _HEADER].view(torch.int64).tolist()
-        begin = 8 * _HEADER
-        if text:
-            self._received[rank] = bytes(row[begin : begin + text].tolist()).decode()
-            begin += text
-        shapes, _, label = self._received[rank].partition("\n")
-        values = row[begin : begin + numbers].clone().view(torch.float64).tolist()
-        return RankData(label, values, unpack_bytes(row[begin + numbers : need], _specs(shapes)))
+            message = torch.zeros(self._capacity, dtype=torch.uint8, device=device)
+            if size <= self._capacity:
+                message[: len(host)].copy_(host)
+                message[len(host) : size].copy_(packed)
+            else:
+                message[: 8 * _HEADER].copy_(host[: 8 * _HEADER])
+            rows = torch.empty(
+                accelerator.num_processes, self._capacity, dtype=torch.uint8, device=device
+            )
+            torch.distributed.all_gather(list(rows.unbind()), message)  # a collective
+            received = rows.cpu()  # a device sync
+            largest = max(int(row[:8].view(torch.int64)) for row in received)
+            if largest <= self._capacity:
+                return [_parse(row) for row in received]
+            self._capacity = 1 << (largest - 1).bit_length()
 
 
-def _all_gather(message: torch.Tensor, world_size: int) -> list[torch.Tensor]:
-    rows = torch.empty(world_size, len(message), dtype=torch.uint8, device=message.device)
-    torch.distributed.all_gather(list(rows.unbind()), message)  # a collective
-    return list(rows.cpu().unbind())  # a device sync
+def _parse(row: torch.Tensor) -> RankData:
+    """Return the data in the message of a rank."""
+    size, n_text, n_numbers = row[: 8 * _HEADER].view(torch.int64).tolist()
+    text, numbers, packed = row[8 * _HEADER : size].split(
+        [n_text, n_numbers, size - 8 * _HEADER - n_text - n_numbers]
+    )
+    label, shapes = json.loads(text.numpy().tobytes())
+    specs = [(getattr(torch, name.split(".")[1]), torch.Size(sizes)) for name, *sizes in shapes]
+    return RankData(
+        label, numbers.clone().view(torch.float64).tolist(), unpack_bytes(packed, specs)
+    )
 
 
 def _copy_to_host(data: RankData) -> RankData:
@@ -145,21 +124,6 @@ def unpack_bytes(
         begin = end
     return tensors
 
-
-def _shape_texts(tensors: Sequence[torch.Tensor]) -> str:
-    for tensor in tensors:
-        if str(tensor.dtype) not in _DTYPES:
-            raise TypeError(f"can't exchange a tensor of {tensor.dtype}")
-    return ";".join(f"{tensor.dtype} {' '.join(map(str, tensor.shape))}" for tensor in tensors)
-
-
-def _specs(shape_texts: str) -> Iterator[tuple[torch.dtype, torch.Size]]:
-    for text in shape_texts.split(";") if shape_texts else []:
-        name, *sizes = text.split()
-        yield _DTYPES[name], torch.Size(map(int, sizes))
-
-
-# --- deferred metrics ------------------------------------------------------------------------
 
 StateReduction: TypeAlias = str | Callable[[torch.Tensor], torch.Tensor] | None
 """Reduction of a state over the ranks: ``sum``, ``mean``, ``max`` and ``min`` are elementwise,
@@ -220,12 +184,6 @@ def _reduce_state(tensors: list[torch.Tensor], reduce: StateReduction) -> torch.
     return stacked.amax(0) if reduce == "max" else stacked.amin(0)
 
 
-# --- read ------------------------------------------------------------------------------------
-
-Layout: TypeAlias = tuple[tuple[str, Reduction, int, int], ...]
-"""Name, reduction, number of numbers and number of tensors of each accumulator."""
-
-
 def read_values(
     gather: RankGather,
     accumulators: Mapping[str, Accumulator],
@@ -234,16 +192,13 @@ def read_values(
 ) -> list[MetricValue]:
     """Reduce published metrics over all ranks: a single transfer, a single collective.
 
-    Args:
-        gather: exchange with the other ranks.
-        accumulators: accumulators of this rank by name; names may differ between ranks.
-        deferred: metrics and their step, identical on all ranks.
-        accelerator: defines the ranks; None for one process.
+    Names of ``accumulators`` may differ between ranks; ``deferred`` metrics and their steps are
+    identical.
 
     Raises:
         ValueError: ranks published one name with different reductions.
     """
-    layout = []
+    layout = []  # name, reduction, number of numbers and of tensors of each accumulator
     numbers: list[float] = []
     scalars: list[torch.Tensor] = []
     for name, accumulator in accumulators.items():
@@ -253,7 +208,7 @@ def read_values(
         scalars += own_tensors
     states = [metrics.states() for metrics, _ in deferred]
     flat = [tensor for own in states for tensor, _ in own]
-    data = RankData(_encode_layout(tuple(layout)), numbers, [_stack(scalars), *flat])
+    data = RankData(json.dumps(layout), numbers, [_stack(scalars), *flat])
     ranks = gather(data, accelerator)
 
     values = [*_combine(ranks)]
@@ -267,19 +222,6 @@ def read_values(
     return values
 
 
-# Names rarely change between logging points, and JSON is slow.
-
-
-@lru_cache(maxsize=16)
-def _encode_layout(layout: Layout) -> str:
-    return json.dumps(layout)
-
-
-@lru_cache(maxsize=64)
-def _decode_layout(label: str) -> Layout:
-    return tuple(tuple(entry) for entry in json.loads(label))
-
-
 def _combine(ranks: Sequence[RankData]) -> Iterator[MetricValue]:
     """Reduce the accumulators of all ranks."""
     reductions: dict[str, str] = {}
@@ -287,7 +229,7 @@ def _combine(ranks: Sequence[RankData]) -> Iterator[MetricValue]:
     values: dict[str, list[RankValues]] = {}
     for rank in ranks:
         numbers, scalars = iter(rank.numbers), iter(rank.tensors[0].tolist())
-        for name, reduce, n_numbers, n_tensors in _decode_layout(rank.label):
+        for name, reduce, n_numbers, n_tensors in json.loads(rank.label):
             if reductions.setdefault(name, reduce) != reduce:
                 raise ValueError(
                     f"metric {name!r} is published with reduce={reductions[name]!r} on one rank "

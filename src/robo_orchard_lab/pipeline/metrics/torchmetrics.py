@@ -1,9 +1,5 @@
 """Metrics of torchmetrics: updated on the device, reduced with all metrics, computed on the CPU.
 
-- :class:`MetricArguments`: arguments of ``metric.update`` for a batch
-- :class:`TorchMetrics`: named metrics, their states and names
-- :class:`MetricsSnapshot`: states on their way to values, a :class:`DeferredMetrics`
-
 torchmetrics' own synchronization is off. :mod:`.metric_states` lists the private attributes used.
 """
 
@@ -12,6 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -52,13 +49,10 @@ _INPUTS_REMEDY = (
 
 
 class MetricArguments:
-    """Arguments of ``metric.update`` for each batch.
+    """Arguments of ``metric.update`` for each batch, from ``metric_inputs(outputs, batch)``.
 
-    Args:
-        metric_inputs: computes the arguments. None uses ``batch_processor.metric_inputs``, or, for
-            a batch that is a pair (inputs, targets), the outputs and the targets.
-        batch_processor: batch processor of the run.
-        owner: name of the hook or evaluator, for errors.
+    None uses ``batch_processor.metric_inputs``, or, for a batch that is a pair (inputs, targets),
+    the outputs and the targets.
 
     Raises:
         PipelineConfigError: ``metric_inputs`` is not callable.
@@ -307,16 +301,10 @@ class TorchMetrics:
         ]
 
     def snapshot(self, states: MetricStates, prefix: str = "", suffix: str = "") -> MetricsSnapshot:
-        """Return deferred metrics for ``states``, to reduce over the ranks and compute.
-
-        Args:
-            states: result of :meth:`pop_states` or :meth:`merge`.
-            prefix: prefix of the value names.
-            suffix: suffix of the value names.
-        """
+        """Return deferred metrics for the states of :meth:`pop_states` or :meth:`merge`."""
         device = self._device or torch.device("cpu")
         tensors = pack(states, self._rules, device)
-        return MetricsSnapshot(tensors, self._rules, self._computed, (prefix, suffix))
+        return MetricsSnapshot(tensors, self._rules, self._computed, prefix, suffix)
 
     # --- saved states ------------------------------------------------------------------------
 
@@ -331,14 +319,11 @@ class TorchMetrics:
         Raises:
             StateError: the state has another version or belongs to other metrics.
         """
-        states = self._decode_state(state)
+        check_state_version(state, STATE_VERSION, f"{self._owner}'s metrics")
+        states = self.decode(state["metrics"])
         self.reset()
         for (metric, rules), of_metric in zip(self._parts, states, strict=True):
             put_state(metric, of_metric, rules)
-
-    def _decode_state(self, state: Mapping[str, Any]) -> MetricStates:
-        check_state_version(state, STATE_VERSION, f"{self._owner}'s metrics")
-        return self.decode(state["metrics"])
 
     def merge_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Merge the saved states of several ranks; without states, return a fresh state.
@@ -349,7 +334,9 @@ class TorchMetrics:
         """
         if not states:
             return self._copy_of(self._metrics).state_dict()
-        parts = [self._decode_state(state) for state in states]
+        for state in states:
+            check_state_version(state, STATE_VERSION, f"{self._owner}'s metrics")
+        parts = [self.decode(state["metrics"]) for state in states]
         for number, (metric, _) in enumerate(self._parts):
             updated = sum(part[number].updates > 0 for part in parts)
             if updated > 1 and not is_mergeable(metric):
@@ -398,38 +385,35 @@ class TorchMetrics:
         return [state.to(device, copy) for state in states]
 
 
+@dataclass(eq=False)
 class MetricsSnapshot:
     """States of a set of metrics, to reduce over the ranks and compute; a `DeferredMetrics`."""
 
-    def __init__(
-        self,
-        packed: Sequence[torch.Tensor],
-        rules: Sequence[Rules],
-        computed: Mapping[str, ComputedMetric],
-        affixes: tuple[str, str],
-    ) -> None:
-        self._packed, self._rules, self._computed = packed, rules, computed
-        self._prefix, self._suffix = affixes
-        self._names: list[str] | None = None
+    packed: Sequence[torch.Tensor]
+    rules: Sequence[Rules]
+    computed: Mapping[str, ComputedMetric]
+    prefix: str
+    suffix: str
+    _names: list[str] | None = field(default=None, init=False)
 
     def names(self) -> Sequence[str]:
         """Return the value names; ``name/*`` for a mapping before its first value."""
         if self._names is not None:
             return self._names
-        return [self._full_name(name) for c in self._computed.values() for name in c.names]
+        return [self._full_name(name) for c in self.computed.values() for name in c.names]
 
     def states(self) -> Sequence[tuple[torch.Tensor, StateReduction]]:
-        return [(tensor, "cat") for tensor in self._packed]
+        return [(tensor, "cat") for tensor in self.packed]
 
     def values(self, reduced: Sequence[torch.Tensor]) -> Mapping[str, float]:
         header, packed = reduced
-        ranks = unpack(header, packed, self._rules)
+        ranks = unpack(header, packed, self.rules)
         states = [
             merge_states(of_ranks, rules)
-            for *of_ranks, rules in zip(*ranks, self._rules, strict=True)
+            for *of_ranks, rules in zip(*ranks, self.rules, strict=True)
         ]
         found: dict[str, float] = {}
-        for computed in self._computed.values():
+        for computed in self.computed.values():
             own, states = states[: len(computed.rules)], states[len(computed.rules) :]
             if any(state.updates for state in own):
                 found.update(computed(own))
@@ -438,7 +422,7 @@ class MetricsSnapshot:
         return values
 
     def _full_name(self, name: str) -> str:
-        return f"{self._prefix}{name}{self._suffix}"
+        return f"{self.prefix}{name}{self.suffix}"
 
 
 def _reset_copy(metric: MetricLike) -> MetricLike:
