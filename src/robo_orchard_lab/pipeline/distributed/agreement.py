@@ -106,24 +106,19 @@ class Agreement:
         self.due_at = 0
 
     def settle(self, step: int) -> None:
-        """Exchange the topics if due at this step, and pass on the agreed numbers; a collective.
+        """Exchange the topics if due after ``step`` steps, and pass on the agreed numbers.
 
-        Args:
-            step: steps of the run that are done.
-
-        Raises:
-            PipelineStateError: steps or topics differ between ranks.
+        A collective. Raises a ``PipelineStateError`` if steps or topics differ between ranks.
         """
         topics = tuple(self._topics)
         if not topics:
             self.due_at = _MANY_STEPS
         elif not self.several:
             _tell(topics, _find(topics))
-        elif self._every is None:
-            self._settle(topics, step)
         else:
-            self.due_at = (step // self._every + 1) * self._every
-            if step % self._every == 0:
+            if self._every is not None:
+                self.due_at = (step // self._every + 1) * self._every
+            if self._every is None or step % self._every == 0:
                 self._settle(topics, step)
 
     def _settle(self, topics: tuple[_Topic, ...], step: int) -> None:

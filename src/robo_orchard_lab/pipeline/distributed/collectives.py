@@ -78,13 +78,9 @@ WholeT = TypeVar("WholeT")
 def join_by_rank(
     parts: Sequence[PartT], processes: int, join: Callable[[Sequence[PartT]], WholeT]
 ) -> list[WholeT]:
-    """Redistribute the states of saved ranks to a new world size.
+    """Redistribute the states of saved ranks, in rank order, to a new world size.
 
-    Args:
-        parts: states of the saved ranks, in rank order.
-        processes: new world size.
-        join: merges the states for one rank, see :func:`parts_for_rank`; the sequence is empty for
-            a new rank.
+    ``join`` merges the states of :func:`parts_for_rank` for one rank.
 
     >>> join_by_rank(["a", "b", "c"], 2, "".join), join_by_rank(["a"], 2, "".join)
     (['a', 'bc'], ['a', ''])

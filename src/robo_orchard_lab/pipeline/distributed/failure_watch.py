@@ -45,7 +45,19 @@ from robo_orchard_lab.pipeline.errors import (
     RunPreempted,
 )
 
+logger = logging.getLogger(__name__)
+
+STALLED = "Stalled"
+
+_LOOK_S = 0.5
 _SILENT_LOOKS = 60  # half a minute, for a network outage or a busy process
+_WAIT_S = 3.0  # for other ranks to report or to acknowledge a failure
+_GRACE_S = 3.0  # for the main thread to raise by itself after a failure of another rank
+_OWN_GRACE_S = 8.0  # after a failure of this rank, while the afters of its hooks run
+_LOG_S = 1.0  # to write a log record
+_NO_ANSWER_S = 3.0  # without an answer from the store
+_FOLLOW_S = MAX_EXIT_S + 1.0  # for the rank that failed first to exit
+_SEEN_S = 0.5  # for a launcher to notice the exit
 
 
 class LostRankDetector:
@@ -84,47 +96,24 @@ class LostRankDetector:
             silent = rank not in self._here and self._silent_for[rank] >= _SILENT_LOOKS
             if left < section and (silent or (gone and rank == self._next)):
                 # It may have reported the cause in a later section.
-                return self._store.failure(left + 1) or self._as_failure(rank)
+                process = self._store.processes[rank]
+                killed = killed_failure(rank, process, "ended outside of the trainer")
+                return self._store.failure(left + 1) or killed
         return None
 
-    def have_left(self, section: int) -> bool:
-        """Return True if all ranks whose heartbeats this rank reads left the section."""
-        return all(left >= section for _, left in self._store.beats(self.ranks))
-
-    def all_left(self, section: int) -> bool:
-        """Return True if all ranks left the section or died."""
+    def all_left(self, section: int, *, or_died: bool) -> bool:
+        """Return True if all ranks whose heartbeats this rank reads left the section, or died."""
         beats = self._store.beats(self.ranks)
         return all(
-            left >= section or self._store.processes[rank].is_gone()
+            left >= section or (or_died and self._store.processes[rank].is_gone())
             for rank, (_, left) in zip(self.ranks, beats, strict=True)
         )
-
-    def _as_failure(self, rank: int) -> RankFailure:
-        return killed_failure(rank, self._store.processes[rank], "ended outside of the trainer")
-
-
-logger = logging.getLogger(__name__)
-
-STALLED = "Stalled"
-
-_LOOK_S = 0.5
-_WAIT_S = 3.0  # for other ranks to report or to acknowledge a failure
-_GRACE_S = 3.0  # for the main thread to raise by itself after a failure of another rank
-_OWN_GRACE_S = 8.0  # after a failure of this rank, while the afters of its hooks run
-_LOG_S = 1.0  # to write a log record
-_NO_ANSWER_S = 3.0  # without an answer from the store
-_FOLLOW_S = MAX_EXIT_S + 1.0  # for the rank that failed first to exit
-_SEEN_S = 0.5  # for a launcher to notice the exit
 
 
 class FailureWatch:
     """Checks the other ranks and the progress of the run twice a second.
 
-    Between two sections it only writes heartbeats.
-
-    Args:
-        store: store of the job; None for one process.
-        world: process group that the watch belongs to.
+    Between two sections it only writes heartbeats. ``store`` is None for one process.
     """
 
     def __init__(self, store: JobStore | None, world: Any) -> None:
@@ -157,7 +146,7 @@ class FailureWatch:
             lost = self._lost
             assert lost is not None
             with suppress(Exception):  # the store may be closed
-                self._wait_until(lambda: lost.all_left(self._section), 30.0)
+                self._wait_until(lambda: lost.all_left(self._section, or_died=True), 30.0)
         self._stop.set()
         self._thread.join(10.0)
 
@@ -208,7 +197,9 @@ class FailureWatch:
         self._leave()
         failed: RankFailure | None = None
         with suppress(Exception):  # the store may be closed by a process that is done
-            self._wait_until(lambda: self.failure is not None or lost.have_left(section), _WAIT_S)
+            self._wait_until(
+                lambda: self.failure is not None or lost.all_left(section, or_died=False), _WAIT_S
+            )
             failed = self.failure or store.failure(section)
         return None if failed is None or failed.rank == store.rank else failed
 
@@ -240,18 +231,13 @@ class FailureWatch:
         self._claim(self._section, failure_of(error, store.rank))
 
     def _raise_first(self, error: BaseException) -> NoReturn:
-        if (first := self._first_of(error)) is not None:
-            raise RankFailed(first) from error
-        raise error
-
-    def _first_of(self, error: BaseException) -> RankFailure | None:
-        """Return the failure of another rank that caused this error, or None.
+        """Raise the failure of another rank that caused this error, or the error.
 
         Waits until the other ranks have acknowledged the failure, or for a timeout.
         """
         store = self._store
         if store is None or (isinstance(error, RunPreempted) and not self._has_reported):
-            return None  # all ranks are preempted together
+            raise error  # all ranks are preempted together
         follows = not self._has_reported and is_broken_collective(error)
         if follows:
             self._wait_until(lambda: self.failure is not None, _WAIT_S)
@@ -262,13 +248,13 @@ class FailureWatch:
         if first is None or first.rank == store.rank:
             with suppress(Exception):  # the store may be closed
                 self._wait_until(lambda: store.all_acknowledged(self._section), _WAIT_S)
-            return None
+            raise error
         if follows and not is_remote_failure(error):
-            return first
+            raise RankFailed(first) from error
         own = failure_of(error, store.rank)
         if (own.type, own.message) != (first.type, first.message):
             attach_root_cause(error, first)
-        return None
+        raise error
 
     def _claim(self, section: int, failure: RankFailure) -> None:
         """Report a failure, and read which failure was the first."""
@@ -295,7 +281,12 @@ class FailureWatch:
             except Exception as error:  # stores raise errors of different types
                 self._no_answer_s += _LOOK_S
                 if self._open and self._no_answer_s >= _NO_ANSWER_S and self.failure is None:
-                    self.failure = _store_gone(error)
+                    self.failure = RankFailure(
+                        rank=0,
+                        type=KILLED,
+                        message="the store of the process group is gone, as after a kill of the "
+                        f"launcher or of the first rank ({type(error).__name__})",
+                    )
             self._exit_if_due()
 
     def _look(self) -> None:
@@ -314,9 +305,8 @@ class FailureWatch:
                 self._claim(section, lost)
             elif self._position is not None:
                 self._publish_position(store)
-                if (
-                    diverged := find_diverged_rank(store.positions(self._lost.ranks), section)
-                ) is not None:
+                diverged = find_diverged_rank(store.positions(self._lost.ranks), section)
+                if diverged is not None:
                     self._claim(section, diverged)
         if self.failure is None and self._clock is not None and self._clock.look(_LOOK_S):
             rank = 0 if store is None else store.rank
@@ -385,25 +375,12 @@ def _log(failure: RankFailure) -> None:
     thread.join(_LOG_S)
 
 
-def _store_gone(error: Exception) -> RankFailure:
-    return RankFailure(
-        rank=0,
-        type=KILLED,
-        message="the store of the process group is gone, as after a kill of the launcher or of "
-        f"the first rank ({type(error).__name__})",
-    )
-
-
-# --- Sections: calls that all ranks make, and that fail together --------------------------------
-
-
 _watch: FailureWatch | None = None  # of this process
 
 
 @contextmanager
 def fail_together(
-    clock: StallClock | None = None,
-    position: Callable[[int], RankPosition] | None = None,
+    clock: StallClock | None = None, position: Callable[[int], RankPosition] | None = None
 ) -> Iterator[None]:
     """End a call on all ranks within seconds if it fails on one rank.
 
@@ -437,10 +414,7 @@ def wait_for_all_ranks(where: str) -> None:
     """Wait for all ranks without a collective, within :func:`fail_together`.
 
     Call it before a collective that another rank may not reach: the wait ends if a rank fails or
-    diverges.
-
-    Args:
-        where: name of this point; a rank reaches the point once in a section.
+    diverges. A rank reaches the point ``where`` once in a section.
 
     Raises:
         PipelineStateError: this rank diverged.

@@ -17,6 +17,8 @@ from robo_orchard_lab.pipeline.distributed.collectives import gather_objects
 from robo_orchard_lab.pipeline.distributed.failures import ProcessIdentity
 from robo_orchard_lab.pipeline.errors import RankFailure
 
+_TIMEOUT_S = 5.0  # of one store request; none waits for another rank
+
 
 class RankPosition(NamedTuple):
     """Position of a rank within a section."""
@@ -62,11 +64,8 @@ def find_diverged_rank(positions: Mapping[int, RankPosition], section: int) -> R
     return None
 
 
-_TIMEOUT_S = 5.0  # of one store request; none waits for another rank
-
-
 class JobStore:
-    """Heartbeats, positions and failures of all ranks, in the process group's store.
+    """Connection of a rank to the job's heartbeats, positions and failures.
 
     All store requests are short and wait for no other rank; any thread may make them. Failures
     belong to a *section*: a call that all ranks make, by its number.
@@ -86,8 +85,11 @@ class JobStore:
     def of_job(cls) -> JobStore:
         """Create the store of this job; a collective."""
         rank, count = dist.get_rank(), dist.get_world_size()
+        store_of_job: Any = getattr(dist.group.WORLD, "get_group_store", None)
+        if store_of_job is None:  # torch 2.8
+            store_of_job = dist.distributed_c10d._get_default_store
         # A separate connection, since a wait for a key blocks other requests.
-        store = _store_of_job().clone()
+        store = store_of_job().clone()
         store.set_timeout(timedelta(seconds=_TIMEOUT_S))
         # The store may still hold the keys of an earlier start of the job.
         prefix = uuid.uuid4().hex
@@ -167,13 +169,6 @@ class JobStore:
         """Return True if all ranks know the failure of a section or have left the section."""
         with self._lock:
             return bool(self._store.add(f"known/{section}", 0) >= len(self.processes))
-
-
-def _store_of_job() -> Any:
-    world: Any = dist.group.WORLD
-    if hasattr(world, "get_group_store"):
-        return world.get_group_store()
-    return dist.distributed_c10d._get_default_store()  # as of torch 2.8
 
 
 def _read(text: bytes) -> RankFailure:

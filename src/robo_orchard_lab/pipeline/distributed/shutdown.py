@@ -46,20 +46,12 @@ def notify_forced_exit(failure: RankFailure) -> None:
 
 
 def force_exit(
-    failure: RankFailure,
-    rank: int,
-    first: Callable[[], object] | None = None,
-    first_s: float = 0.0,
+    failure: RankFailure, rank: int, first: Callable[[], object] | None = None, first_s: float = 0.0
 ) -> None:
     """Exit with code 1 at once, without cleanup, even if other threads are stuck.
 
-    Kills child processes and flushes the output streams first.
-
-    Args:
-        failure: reason of the exit.
-        rank: rank of this process.
-        first: function to call before the exit.
-        first_s: maximum time that ``first`` may wait for other ranks, in seconds.
+    Calls ``first``, which may wait ``first_s`` seconds for other ranks, kills child processes and
+    flushes the output streams.
     """
     # Exits also if a call below waits for a disk, or for a lock of a stuck thread.
     faulthandler.dump_traceback_later(_STUCK_S + first_s, exit=True)
@@ -127,9 +119,6 @@ def pause_before_forks() -> None:
     if not _registered and sys.version_info < (3, 12) and hasattr(os, "register_at_fork"):
         _registered = True
         os.register_at_fork(before=lambda: time.sleep(_PAUSE_S))
-
-
-# --- Restart by torchrun -----------------------------------------------------------------------
 
 
 def init_process_group_after_restart(backend: str | None = None) -> bool:

@@ -33,13 +33,8 @@ class StallClock:
     """Measures the time without progress of a run.
 
     Steps, optimizer steps, batches of evaluations, and files of checkpoints are progress. The clock
-    counts checks without progress, so a suspended process has not stalled when it continues.
-
-    Args:
-        timeout_s: time without progress after which the run has stalled, in seconds, > 0.
-        progress: counters of the run.
-        folder: run folder, for the files with stacks; None for standard error.
-        rank: rank of this process.
+    counts checks without progress, so a suspended process has not stalled when it continues. Stacks
+    are written to the run folder ``folder``, else to standard error.
 
     Raises:
         PipelineConfigError: ``timeout_s`` is not a number > 0.

@@ -138,7 +138,7 @@ def replace_link(path: Path, target: str) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a directory tree ; ignores errors."""
+    """Remove a directory tree; ignores errors."""
     shutil.rmtree(path, ignore_errors=True)
 
 

@@ -154,7 +154,9 @@ class _Git:
             except OSError:
                 return None
             try:
-                while (code := process.poll()) is None and self._is_within_limits(printed.fileno()):
+                while (code := process.poll()) is None and time.monotonic() < self.ends_at:
+                    if os.fstat(printed.fileno()).st_size > MAX_DIFF_BYTES:
+                        break
                     time.sleep(_POLL_S)
             finally:
                 with suppress(ProcessLookupError, PermissionError):
@@ -166,9 +168,6 @@ class _Git:
             printed.seek(0)
             return printed.read()
 
-    def _is_within_limits(self, printed: int) -> bool:
-        return time.monotonic() < self.ends_at and os.fstat(printed).st_size <= MAX_DIFF_BYTES
-
 
 _PACKAGES = ("robo-orchard-hooks", "accelerate", "numpy", "safetensors")
 
@@ -176,13 +175,10 @@ _PACKAGES = ("robo-orchard-hooks", "accelerate", "numpy", "safetensors")
 def describe_run(run: PipelineRun, hooks: PipelineHooks) -> dict[str, Any]:
     """Describe configuration, command, versions and git state, as JSON-compatible values."""
     accelerator = run.accelerator
+    script = Path(sys.argv[0]) if sys.argv and sys.argv[0] else Path()
     return {
         "configuration": {
-            "limits": {
-                "max_step": run.limits.max_step,
-                "max_optimizer_step": run.limits.max_optimizer_step,
-                "max_epoch": run.limits.max_epoch,
-            },
+            "limits": asdict(run.limits),
             "processes": accelerator.num_processes,
             "mixed_precision": accelerator.mixed_precision,
             "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
@@ -192,11 +188,11 @@ def describe_run(run: PipelineRun, hooks: PipelineHooks) -> dict[str, Any]:
             "model": _kind(plain_model(run)),
             "optimizer": _optimizer(run),
             "lr_scheduler": None if run.lr_scheduler is None else _kind(run.lr_scheduler),
-            "hooks": {hook.name: _configuration(hook) for hook in hooks.named_hooks()},
+            "hooks": {hook.name: hook_configuration(hook) for hook in hooks.named_hooks()},
         },
         "command": shlex.join(sys.orig_argv),
         "versions": versions(),
-        "git": _git_state(_script_folder()),
+        "git": _git_state(script.resolve().parent if script.is_file() else Path.cwd()),
     }
 
 
@@ -212,8 +208,8 @@ def _optimizer(run: PipelineRun) -> dict[str, Any] | None:
     return {"class": _kind(inner), "param_groups": groups}
 
 
-def _configuration(hook: PipelineHooks) -> Any:
-    """Return a hook's configuration, or its class."""
+def hook_configuration(hook: PipelineHooks) -> Any:
+    """Return a hook's configuration as plain values, or its class."""
     configuration = getattr(hook, "cfg", None)
     if isinstance(configuration, Config):
         try:
@@ -237,11 +233,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:  # run from a source tree
             continue
     return found
-
-
-def _script_folder() -> Path:
-    script = Path(sys.argv[0]) if sys.argv and sys.argv[0] else Path()
-    return script.resolve().parent if script.is_file() else Path.cwd()
 
 
 @cache

@@ -71,8 +71,7 @@ def check_run_paths(config: Config) -> None:
     Raises:
         ConfigFieldError: a path leaves the run folder; the error has its location.
     """
-    for _ in _walked(config, Path()):
-        pass
+    _within(config, Path())
 
 
 def in_run_folder(config: ConfigT, folder: Path) -> ConfigT:
@@ -81,45 +80,39 @@ def in_run_folder(config: ConfigT, folder: Path) -> ConfigT:
     Raises:
         ConfigFieldError: a path leaves the folder or passes a link; the error has its location.
     """
-    changes = dict(_walked(config, folder))
-    return config.model_copy(update=changes) if changes else config
-
-
-def _walked(config: Config, folder: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the fields whose values change in the folder."""
-    fields = type(config).model_fields
-    # Extra values of a config may hold configs with run paths, too.
-    for name in (*fields, *(config.model_extra or ())):
-        value = getattr(config, name) if name in fields else (config.model_extra or {})[name]
-        metadata = fields[name].metadata if name in fields else []
-        marks = [mark for mark in metadata if isinstance(mark, RunPath)]
-        try:
-            inside = _placed(value, folder, marks[0]) if marks else _within(value, folder)
-        except ConfigFieldError as error:
-            raise error.under((name,)) from error.__cause__
-        if inside is not value:
-            yield name, inside
+    return _within(config, folder)  # type: ignore[no-any-return]  # of the same type
 
 
 def _within(value: Any, folder: Path) -> Any:
-    """Return a value with nested configs placed in the folder; the same object if unchanged."""
-    if isinstance(value, Config):
-        return in_run_folder(value, folder)
-    if isinstance(value, dict):
-        parts: list[tuple[Any, Any]] = list(value.items())
-    elif isinstance(value, (list, tuple)):
-        parts = list(enumerate(value))
-    else:
-        return value
-    inside = {}
-    for key, part in parts:
+    """Return a value with all its run paths in the folder; the same object if unchanged."""
+    changes: dict[Any, Any] = {}
+    for key, part, mark in _parts_of(value):
         try:
-            inside[key] = _within(part, folder)
+            inside = _within(part, folder) if mark is None else _placed(part, folder, mark)
         except ConfigFieldError as error:
             raise error.under((key,)) from error.__cause__
-    if all(inside[key] is part for key, part in parts):
+        if inside is not part:
+            changes[key] = inside
+    if not changes:
         return value
-    return inside if isinstance(value, dict) else type(value)(inside.values())
+    if isinstance(value, Config):
+        return value.model_copy(update=changes)
+    if isinstance(value, dict):
+        return {**value, **changes}
+    return type(value)(changes.get(index, part) for index, part in enumerate(value))
+
+
+def _parts_of(value: Any) -> Iterator[tuple[Any, Any, RunPath | None]]:
+    """Yield key, value and mark of each field of a config, or item of a dict, list or tuple."""
+    if isinstance(value, Config):
+        for name, field in type(value).model_fields.items():
+            marks = (mark for mark in field.metadata if isinstance(mark, RunPath))
+            yield name, getattr(value, name), next(marks, None)
+        value = value.model_extra or {}  # may hold configs with run paths, too
+    if isinstance(value, dict):
+        yield from ((key, part, None) for key, part in value.items())
+    elif isinstance(value, (list, tuple)):
+        yield from ((index, part, None) for index, part in enumerate(value))
 
 
 def _placed(value: Any, folder: Path, mark: RunPath) -> Any:

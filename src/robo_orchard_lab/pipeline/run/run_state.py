@@ -125,13 +125,7 @@ class RunStateFile:
     The file is replaced atomically and flushed at the start of a run, after each checkpoint, and at
     the end of the run or of a failed resume. The first rank writes the file; other ranks write
     after their own failure only. An error of writing, or a file of another running process, is
-    logged and does not end the run.
-
-    Args:
-        folder: run folder; None writes nothing.
-        progress: counters of the run.
-        rank: rank of this process.
-        processes: world size.
+    logged and does not end the run. Without a ``folder``, nothing is written.
     """
 
     def __init__(
@@ -158,19 +152,19 @@ class RunStateFile:
         if self._rank == 0:
             self._begin()
 
-        def record(failure: RankFailure) -> None:
-            self._failed(requests, exit_code=1, error=RunError.of(failure))
+        def record(failure: RankFailure, exit_code: int | None = 1) -> None:
+            self._failed(requests, exit_code=exit_code, error=RunError.of(failure))
 
         try:
             with before_forced_exit(record):
                 yield
         except RunPreempted as stopped:
             cause = stopped.__cause__  # such as a failed last save
-            error = None if cause is None else self._run_error(cause)
+            error = None if cause is None else RunError.of(failure_of(cause, self._rank))
             self._end("preempted", requests, exit_code=_exit_code(stopped), error=error)
             raise
         except BaseException as error:
-            self._fail(error, requests)
+            record(failure_of(error, self._rank), _exit_code(error))
             raise
         self._end("completed", requests, exit_code=0)
 
@@ -255,20 +249,16 @@ class RunStateFile:
         if self._state is not None and not self._has_remote_failure(self._state):
             self._update(state=outcome, **found)
 
-    def _fail(self, error: BaseException, requests: Requests) -> None:
-        self._failed(requests, exit_code=_exit_code(error), error=self._run_error(error))
-
     def _failed(self, requests: Requests, **found: Any) -> None:
         if self._rank == 0:
             self._end("failed", requests, **found)
             return
         with suppress(OSError, StateError):  # no such file: the folder is another machine's
             state = _read(self._path)
-            if state.state == "running" and _began_with_this_process(state):
+            started_at = state.started_at.timestamp()
+            is_of_this_run = started_at > ProcessIdentity.own().started_at - _CLOCKS_APART_S
+            if state.state == "running" and is_of_this_run:
                 self._write(state.model_copy(update={"state": "failed", **found}))
-
-    def _run_error(self, error: BaseException) -> RunError:
-        return RunError.of(failure_of(error, self._rank))
 
     def _has_remote_failure(self, own: RunState) -> bool:
         """Return True if another rank already reported the root-cause failure."""
@@ -297,11 +287,6 @@ class RunStateFile:
             replace_file(self._path, state.model_dump_json(indent=2).encode() + b"\n")
         except OSError as error:
             logger.error("can't write %s, which is now out of date: %s", self._path, error)
-
-
-def _began_with_this_process(state: RunState) -> bool:
-    """Return True if the state belongs to the run of this rank, not to an earlier run."""
-    return state.started_at.timestamp() > ProcessIdentity.own().started_at - _CLOCKS_APART_S
 
 
 def _read(path: Path) -> RunState:
