@@ -18,8 +18,6 @@ from robo_orchard_lab.pipeline.sharded_tensors import local_tensor
 
 logger = job_logger(__name__)
 
-# --- batch size ------------------------------------------------------------------------------
-
 
 _reported: set[str] = set()
 """Structures of batches whose number of samples is a guess, already reported."""
@@ -159,9 +157,6 @@ def _report_guess(batch: Any, count: int, has_lengths: bool) -> None:
     )
 
 
-# --- weighted loss ---------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class LossWeighting:
     """Factors for the gradients of an accumulation window's weighted mean."""
@@ -213,9 +208,6 @@ def scale_gradients(parameters: Iterable[torch.nn.Parameter], factor: torch.Tens
     with torch.no_grad():
         for device, gradients in by_device.items():
             torch._foreach_mul_(gradients, factor.to(device))
-
-
-# --- batch processors ------------------------------------------------------------------------
 
 
 ForwardResult: TypeAlias = (
@@ -288,8 +280,7 @@ class SimpleBatchProcessor(ABC):
 
     @staticmethod
     def from_callable(
-        forward: Callable[[Any, Any], ForwardResult],
-        need_backward: bool = True,
+        forward: Callable[[Any, Any], ForwardResult], need_backward: bool = True
     ) -> SimpleBatchProcessor:
         """Return a batch processor that calls ``forward(model, batch)``."""
         if not callable(forward):

@@ -190,12 +190,8 @@ class PipelineRun:
     ) -> PipelineRun:
         """Create a run without a trainer, to call hooks in tests, examples and evaluations.
 
-        Args:
-            accelerator: defaults to ``Accelerator()``.
-            model: defaults to ``torch.nn.Identity()``.
-            batch_processor: defaults to a processor that returns the model's outputs, no loss.
-            limits: defaults to one epoch.
-            dataloader: batches; empty by default.
+        Defaults: ``Accelerator()``, ``torch.nn.Identity()``, a processor that returns the model's
+        outputs and no loss, one epoch, no batches.
         """
         progress, agreement = TrainerProgress(), Agreement()
         return cls(

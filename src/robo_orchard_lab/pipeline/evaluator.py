@@ -44,12 +44,10 @@ from robo_orchard_lab.pipeline.metrics.torchmetrics import (
 from robo_orchard_lab.pipeline.model import ModuleOfDDP, autocast_context, ddp_of
 from robo_orchard_lab.pipeline.sharding import is_sharded_model
 
-# --- Loaders of evaluation sets ------------------------------------------------------------------
-
-
 logger = job_logger(__name__)
 
 _END = object()
+_UNSUPPORTED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 def check_dataloaders(dataloaders: Any, who: str) -> dict[str, Iterable[Any]]:
@@ -100,13 +98,6 @@ class EvaluationLoader:
     process while batch i is loaded and used, at any world size. Numbers drawn in workers are
     reproducible at one world size.
 
-    Args:
-        name: name of the loader.
-        loader: an iterable of batches that can be iterated for every evaluation.
-        rank: rank of this process.
-        processes: world size.
-        who: prefix of error messages.
-
     Raises:
         PipelineConfigError: the loader is divided among the processes already.
     """
@@ -151,12 +142,9 @@ class EvaluationLoader:
     def batches(self, seed: int, *, even: bool = False) -> Iterator[tuple[Any, int | None]]:
         """Yield this rank's batches, each with its number of samples; None if unknown.
 
-        Advances the global RNGs and :attr:`generators`; the caller restores them.
-
-        Args:
-            seed: seed of all random numbers.
-            even: yield equally many batches on all ranks; a rank with fewer repeats another
-                rank's batch, with 0 samples.
+        Advances the global RNGs and :attr:`generators`; the caller restores them. ``even`` yields
+        equally many batches on all ranks: a rank with fewer repeats another rank's batch, with 0
+        samples.
 
         Raises:
             DataError: at the end, on all ranks: no rank had a batch.
@@ -213,9 +201,6 @@ def _check_undivided(name: str, loader: Any, processes: int, who: str) -> None:
                 f"{who}: dataloaders[{name!r}] has a DistributedSampler, which repeats samples to "
                 "divide them evenly; give a DataLoader without a DistributedSampler"
             )
-
-
-_UNSUPPORTED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 class Evaluator:
@@ -342,8 +327,8 @@ class Evaluator:
     def _evaluate_loader(
         self, model: Any, loader: EvaluationLoader, prefix: str, non_blocking: bool
     ) -> Sequence[DeferredMetrics]:
-        first = next(chain(model.parameters(), model.buffers()), None)
-        device = torch.device("cpu") if first is None else first.device
+        tensors = chain(model.parameters(), model.buffers())
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         places = self._accelerator is None or self._accelerator.device_placement
         metrics = self._metrics
         metrics.to(device)
@@ -358,7 +343,11 @@ class Evaluator:
             if samples == 0:  # only joined the collectives of a sharded model
                 continue
             if loss is not None:
-                loss_sum.add(loss, self._count(batch, samples) if weight is None else weight)
+                if weight is None and self._counter is None:
+                    weight = samples  # known from the indices
+                loss_sum.add(
+                    loss, (self._counter or count_samples)(batch) if weight is None else weight
+                )
             if len(metrics):
                 args, kwargs = self._metric_arguments(outputs, batch)
                 metrics.update(*args, **kwargs)
@@ -368,11 +357,6 @@ class Evaluator:
             parts.append(metrics.snapshot(metrics.pop_states(), prefix))
         return parts
 
-    def _count(self, batch: Any, by_indices: int | None) -> int:
-        if self._counter is None and by_indices is not None:
-            return by_indices
-        return (self._counter or count_samples)(batch)
-
     def _forward(self, model: Any, batch: Any) -> tuple[Any, Any, Any]:
         """Return outputs, loss, and the loss's weight or None."""
         result = self.batch_processor.forward(model, batch)
@@ -380,10 +364,12 @@ class Evaluator:
         if not isinstance(result, (tuple, list)) or len(result) not in (2, 3):
             raise self._wrong_result(type(result).__name__)
         outputs, loss, weight = (*result, None)[:3]
-        if loss is not None and not (isinstance(loss, torch.Tensor) and loss.numel() == 1):
+        if loss is None:
+            return outputs, None, None
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else ""
             raise self._wrong_result(f"a loss that is a {type(loss).__name__}{shape}")
-        if loss is not None and weight is not None:
+        if weight is not None:
             weight = as_loss_weight(weight, loss)
             loss = zero_if_unweighted(loss, weight)
         return outputs, loss, weight
@@ -391,12 +377,8 @@ class Evaluator:
     def _wrong_result(self, found: str) -> BatchProcessorError:
         return BatchProcessorError(
             f"{self._who}: {type(self.batch_processor).__name__}.forward must return (outputs, "
-            "loss), with a scalar tensor or None as loss, or (outputs, loss, weight); got "
-            f"{found}"
+            f"loss), with a scalar tensor or None as loss, or (outputs, loss, weight); got {found}"
         )
-
-
-# --- deferred values -------------------------------------------------------------------------
 
 
 class _MeanLoss:
@@ -438,6 +420,3 @@ class _JoinedMetrics:
         for part in self._parts:
             values.update(part.values([next(remaining) for _ in part.states()]))
         return values
-
-
-__all__ = ["Evaluator", "check_dataloaders"]

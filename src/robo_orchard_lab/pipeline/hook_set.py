@@ -6,7 +6,6 @@ Also here: :class:`TriggeredHook`, which runs a hook when its trigger is due, an
 
 from __future__ import annotations
 
-import difflib
 import functools
 import textwrap
 from collections import Counter
@@ -15,6 +14,7 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar, overload
 
 from robo_orchard_core.utils.config import ClassConfig
+from robo_orchard_core.utils.config.errors import did_you_mean
 from robo_orchard_core.utils.hook import (
     HookContext,
     HookContextChannel,
@@ -230,11 +230,10 @@ class PipelineHooks:
                 f"{type(self).__qualname__}.__init__ must call super().__init__() first"
             )
         if name not in self._hook_channels:
-            near = difflib.get_close_matches(str(name), CHANNEL_NAMES, n=1)
+            near = did_you_mean(str(name), CHANNEL_NAMES)
             raise HookRegistrationError(
-                f"no channel {name!r}"
-                + (f"; did you mean {near[0]!r}?" if near else ".")
-                + f" Channels: {', '.join(CHANNEL_NAMES)}"
+                f"no channel {name!r}{f'; {near}' if near else '.'} "
+                f"Channels: {', '.join(CHANNEL_NAMES)}"
             )
         return self._hook_channels[name]
 

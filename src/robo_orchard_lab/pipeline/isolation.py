@@ -13,6 +13,7 @@ from robo_orchard_lab.pipeline.data.rng import (
     generator_states,
     set_generator_states,
 )
+from robo_orchard_lab.pipeline.metrics.exchange import pack_bytes, unpack_bytes
 from robo_orchard_lab.pipeline.model import BufferSnapshot
 from robo_orchard_lab.pipeline.sharding import reshard
 
@@ -25,11 +26,8 @@ def evaluation_isolation(
 ) -> Iterator[None]:
     """Run the body in evaluation mode without gradients; restore modes, buffers and RNGs.
 
-    Args:
-        model: the model to evaluate.
-        shared_model: model that all ranks evaluate with the first rank's buffers, or None: one
-            collective if there are buffers.
-        generators: random generators to restore in addition to the global RNGs.
+    All ranks evaluate ``shared_model`` with the first rank's buffers: one collective if there are
+    buffers. ``generators`` are restored in addition to the global RNGs.
     """
     with isolated_rng(generators), _first_rank_buffers(shared_model), _evaluation_mode(model):
         try:
@@ -89,10 +87,8 @@ def _first_rank_buffers(model: torch.nn.Module | None) -> Iterator[None]:
 
 def _broadcast(tensors: list[torch.Tensor]) -> None:
     """Overwrite tensors of any dtypes with the first rank's: one collective."""
-    device = tensors[0].device
-    flat = [tensor.reshape(-1).contiguous().view(torch.uint8).to(device) for tensor in tensors]
-    packed = torch.cat(flat)
+    packed = pack_bytes(tensors, tensors[0].device)
     torch.distributed.broadcast(packed, src=0)  # a collective
-    for tensor, values in zip(tensors, packed.split([len(part) for part in flat]), strict=True):
-        aligned = values.clone()  # a view of another dtype requires alignment
-        tensor.copy_(aligned.view(tensor.dtype).reshape(tensor.shape))
+    received = unpack_bytes(packed, [(tensor.dtype, tensor.shape) for tensor in tensors])
+    for tensor, values in zip(tensors, received, strict=True):
+        tensor.copy_(values)

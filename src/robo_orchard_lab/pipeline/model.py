@@ -36,9 +36,6 @@ def ddp_of(model: torch.nn.Module) -> DistributedDataParallel | None:
     return inner if isinstance(inner, DistributedDataParallel) else None
 
 
-# --- Batch processors in mixed precision and in DDP ---------------------------------------------
-
-
 def autocast_context(accelerator: Accelerator | None) -> Callable[[], AbstractContextManager[Any]]:
     """Return a function that returns the accelerator's autocast context, or a null context.
 
@@ -216,9 +213,6 @@ def forward_in_context(
         runner, given = ForwardInDDP(processor, model), ModuleOfDDP(model, runs_hooks=True)
     autocast = autocast_context(accelerator)
     return (runner if autocast is nullcontext else ForwardInAutocast(runner, autocast)), given
-
-
-# --- Names -------------------------------------------------------------------------------------
 
 
 def plain_name(name: str) -> str:

@@ -189,11 +189,8 @@ def remaining_steps(
     >>> remaining_steps(limits, TrainerProgress(epoch_id=1, step_id=3), 10, window=1)
     7
 
-    Args:
-        limits: limits of the run.
-        progress: counters between two steps.
-        steps_per_epoch: None for data without a length.
-        window: steps in a full accumulation window.
+    ``steps_per_epoch`` is None for data without a length, ``window`` the number of steps in a full
+    accumulation window.
     """
     found = []
     if limits.max_step is not None:

@@ -32,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 
-# --- batches as plain values -----------------------------------------------------------------
-
 
 def pack_batch(batch: Any, lost: list[str], path: str = "batch") -> Any:
     """Convert a batch to values that a checkpoint can hold.
@@ -55,7 +53,14 @@ def pack_batch(batch: Any, lost: list[str], path: str = "batch") -> Any:
     if batch is None or type(batch) in (bool, int, float, str):
         return batch
     if isinstance(batch, torch.Tensor) and _is_dense(batch):
-        return _pack_tensor(batch.detach())
+        tensor = batch.detach()
+        if tensor.is_contiguous():
+            return tensor
+        # Files hold contiguous tensors, but strides decide about torch's kernels and so about the
+        # last bit of their results.
+        strides = tensor.stride()
+        order = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
+        return {"tensor": tensor.permute(order), "order": order}
     if isinstance(batch, np.ndarray) and batch.dtype.kind in "biuf":
         return {"numpy": torch.from_numpy(np.ascontiguousarray(batch))}
     if isinstance(batch, np.generic) and batch.dtype.kind in "biuf":
@@ -94,16 +99,6 @@ def unpack_batch(packed: Any) -> Any:
     return None
 
 
-def _pack_tensor(tensor: torch.Tensor) -> Any:
-    if tensor.is_contiguous():
-        return tensor
-    # Files hold contiguous tensors, but strides decide about torch's kernels and so about the last
-    # bit of their results.
-    strides = tensor.stride()
-    order = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
-    return {"tensor": tensor.permute(order), "order": order}
-
-
 def _is_dense(tensor: torch.Tensor) -> bool:
     return (
         tensor.layout == torch.strided
@@ -112,9 +107,6 @@ def _is_dense(tensor: torch.Tensor) -> bool:
         and tensor.device.type != "meta"
         and tensor.dtype != torch.complex128  # unsupported by safetensors
     )
-
-
-# --- windows ---------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -246,24 +238,17 @@ def _save(
     batches: Sequence[Any],
     unsaved: list[str],
 ) -> None:
-    state = {
-        "quarantine_version": FORMAT_VERSION,
-        **_fields_of(window, without=("steps", "weights")),
-        "unsaved": unsaved,
-        "steps": [
-            {**_fields_of(step, without=("batch",)), "batch": batch}
-            for step, batch in zip(window.steps, batches, strict=True)
-        ],
-    }
+    saved = {field.name: getattr(window, field.name) for field in fields(window)}
+    weights = saved.pop("weights")
+    names = [field.name for field in fields(QuarantinedStep)]
+    steps = [
+        {**{name: getattr(step, name) for name in names}, "batch": batch}
+        for step, batch in zip(window.steps, batches, strict=True)
+    ]
+    version = {"quarantine_version": FORMAT_VERSION}
+    state = {**version, **saved, "unsaved": unsaved, "steps": steps}
     step_id = window.progress["global_step_id"]
-    save_checkpoint(folder, step_id, {"model": window.weights, "window": state})
-
-
-def _fields_of(
-    instance: QuarantinedWindow | QuarantinedStep, without: tuple[str, ...]
-) -> dict[str, Any]:
-    names = [f.name for f in fields(instance) if f.name not in without]
-    return {name: getattr(instance, name) for name in names}
+    save_checkpoint(folder, step_id, {"model": weights, "window": state})
 
 
 def read_window(folder: str | os.PathLike[str]) -> QuarantinedWindow:
@@ -302,9 +287,6 @@ def rank_folder(name: str, process_index: int) -> str:
     """
     plain = re.sub(r"_rank\d+$", "", name)
     return f"{plain}_rank{process_index}" if process_index else plain
-
-
-# --- replay ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,10 +99,10 @@ class Requests:
     __slots__ = (
         "_agreement",
         "_is_rank_local_allowed",
-        "_joint_commits",
         "_listeners",
         "_rank_local",
         "_waiting",
+        "joint_commits",
         "pending",
         "stop_request",
     )
@@ -116,7 +116,9 @@ class Requests:
         self._listeners: list[Callable[[Request], Any]] = []
         self._agreement = Agreement() if agreement is None else agreement
         self._is_rank_local_allowed = False
-        self._joint_commits = (0, 0, "")
+        self.joint_commits = (0, 0, "")
+        """Number of commit points with joint work of the ranks (evaluate, save, stop), the step of
+        the last one, and its requests; to compare ranks."""
         self._rank_local: list[Request] = []  # made on this rank, unknown to the others yet
 
     def allow_rank_local(self) -> None:
@@ -233,14 +235,6 @@ class Requests:
         popped, self._rank_local = self._rank_local, []
         return popped
 
-    @property
-    def joint_commits(self) -> tuple[int, int, str]:
-        """Commit points with joint work of the ranks (evaluate, save, stop), to compare ranks.
-
-        Returns their number, the step of the last one, and its requests.
-        """
-        return self._joint_commits
-
     def require_commit(self) -> None:
         """Make the trainer execute the next commit point, also without a request."""
         self.pending = True
@@ -248,9 +242,7 @@ class Requests:
     def begin_commit(self, step: int, due: str = "") -> None:
         """Record a commit point after ``step`` steps in :attr:`joint_commits`.
 
-        Args:
-            step: number of steps done.
-            due: metrics to read; part of the logging point where one is requested.
+        ``due`` metrics are part of the logging point where one is requested.
         """
         joint = [r for r in self._waiting if isinstance(r, EvaluateRequest | SaveRequest)]
         stop = [] if self.stop_request is None else [self.stop_request]
@@ -261,7 +253,7 @@ class Requests:
                 f"{type(r).__name__}: {r.reason}, requested by {r.by}" for r in [*joint, *stop]
             )
             requested = "; ".join([*named, due] if due else named)
-            self._joint_commits = (self._joint_commits[0] + 1, step, requested)
+            self.joint_commits = (self.joint_commits[0] + 1, step, requested)
 
     def _add(self, request: Request, rank_local: bool) -> None:
         if rank_local and not self._is_rank_local_allowed:

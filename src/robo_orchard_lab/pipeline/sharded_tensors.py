@@ -36,11 +36,7 @@ def gather_full_tensors(
     """Copy complete tensors to the CPU, one at a time. A collective if any tensor is sharded.
 
     All processes pass the same tensors in the same order. A device holds one complete tensor at a
-    time.
-
-    Args:
-        tensors: sharded and plain tensors by name.
-        keep: return the copies; False only takes part in the collectives and returns nothing.
+    time. Without ``keep``, the process only takes part in the collectives.
     """
     full: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():

@@ -92,11 +92,7 @@ def gather_weights(run: PipelineRun, kept: WeightSet | None) -> dict[str, torch.
     """Return complete weights by plain names on the first rank, and None on others. A collective.
 
     Sharded weights are gathered one at a time to the CPU of the first rank. Plain ones are not
-    copied.
-
-    Args:
-        run: run of the model.
-        kept: weights of a hook, instead of the model's own.
+    copied. ``kept`` are weights of a hook, instead of the model's own.
     """
     first = run.accelerator.is_main_process
     if not is_sharded_model(run.model):
@@ -109,11 +105,9 @@ def gather_weights(run: PipelineRun, kept: WeightSet | None) -> dict[str, torch.
 
 
 def shard_like(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Shard values like a tensor of a model; plain tensors and sharded values stay unchanged.
+    """Shard complete values, equal on all processes, like a tensor of a model.
 
-    Args:
-        tensor: tensor of a model, sharded or not.
-        values: complete values, equal on all processes, or sharded values.
+    Values for a plain tensor and values that are sharded stay unchanged.
     """
     if not is_sharded(tensor) or is_sharded(values):
         return values

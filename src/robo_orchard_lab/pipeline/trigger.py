@@ -3,8 +3,6 @@
 A trigger depends only on the counters of the run, so a resumed run fires at the same steps as an
 uninterrupted run. The exception is :class:`EverySeconds`, which follows the clock of rank 0.
 Registering a hook with a trigger binds the trigger to a channel.
-
-The file holds the base class, counter triggers, the clock trigger and the text format.
 """
 
 from __future__ import annotations
@@ -61,13 +59,21 @@ class Trigger(ABC):
     def due_on(self, channel: ChannelName, role: Role) -> Due:
         """Return the function to evaluate on one of :attr:`channels`."""
 
+    def parts(self) -> tuple[Trigger, ...]:
+        """Return the triggers joined by ``|``, or this trigger."""
+        return (self,)
+
     def by_commit_channel(self) -> dict[ChannelName, Trigger]:
         """Split the trigger by :attr:`commit_channel`.
 
         >>> Trigger.parse("100 steps | 1 epoch").by_commit_channel()
         {'on_step': EverySteps(n=100), 'on_epoch': EveryEpochs(n=1)}
         """
-        return {self.commit_channel: self}
+        found: dict[ChannelName, Trigger] = {}
+        for part in self.parts():
+            known = found.get(part.commit_channel)
+            found[part.commit_channel] = part if known is None else known | part
+        return found
 
     def bind(self, channel: ChannelName, role: Role) -> Due:
         """Return the function to evaluate on a channel.
@@ -75,11 +81,18 @@ class Trigger(ABC):
         Raises:
             TriggerError: the trigger is never due there; the message lists its channels.
         """
-        if channel not in self.channels:
-            raise TriggerError(
-                f"{self} can never be due on {channel}; "
-                f"register the hook on {' or '.join(self.channels)}"
-            )
+        for part in self.parts():
+            if channel not in part.channels:
+                channels = " or ".join(part.channels)
+                if part is self:
+                    raise TriggerError(
+                        f"{self} can never be due on {channel}; register the hook on {channels}"
+                    )
+                raise TriggerError(
+                    f"{str(part)!r} in {str(self)!r} can never be due on {channel}, only on "
+                    f"{channels}; register the hook once per part, or with register_at_commit if "
+                    "it makes requests"
+                )
         return self.due_on(channel, role)
 
     @staticmethod
@@ -118,35 +131,19 @@ class AnyOf(Trigger):
     triggers: tuple[Trigger, ...]
 
     def __post_init__(self) -> None:
-        flat: list[Trigger] = []
-        for part in self.triggers:
-            flat += part.triggers if isinstance(part, AnyOf) else (part,)
+        flat = tuple(part for trigger in self.triggers for part in trigger.parts())
         if len(flat) < 2:
             raise TriggerError(f"AnyOf needs two triggers or more, got {len(flat)}")
-        object.__setattr__(self, "triggers", tuple(flat))
+        object.__setattr__(self, "triggers", flat)
+
+    def parts(self) -> tuple[Trigger, ...]:
+        return self.triggers
 
     @property
     def channels(self) -> tuple[ChannelName, ...]:  # type: ignore[override]  # depends on the parts
         """Channels common to all parts."""
         first, *others = self.triggers
         return tuple(c for c in first.channels if all(c in other.channels for other in others))
-
-    def bind(self, channel: ChannelName, role: Role) -> Due:
-        for part in self.triggers:
-            if channel not in part.channels:
-                raise TriggerError(
-                    f"{str(part)!r} in {str(self)!r} can never be due on {channel}, only on "
-                    f"{' or '.join(part.channels)}; register the hook once per part, or with "
-                    "register_at_commit if it makes requests"
-                )
-        return self.due_on(channel, role)
-
-    def by_commit_channel(self) -> dict[ChannelName, Trigger]:
-        parts: dict[ChannelName, Trigger] = {}
-        for part in self.triggers:
-            known = parts.get(part.commit_channel)
-            parts[part.commit_channel] = part if known is None else known | part
-        return parts
 
     def due_on(self, channel: ChannelName, role: Role) -> Due:
         dues = [part.due_on(channel, role) for part in self.triggers]
@@ -170,9 +167,6 @@ def as_trigger(value: Any) -> Trigger:
     if isinstance(value, int) and not isinstance(value, bool):
         raise TriggerError(f"{value} of what? write '{value} steps' or '{value} epochs'")
     raise TriggerError(f"expected a trigger or its text, got {type(value).__name__}")
-
-
-# --- counter triggers ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -380,9 +374,6 @@ def _check_count(name: str, n: object) -> None:
         raise TriggerError(f"{name} needs an int >= 1, got {n!r}")
 
 
-# --- clock trigger ---------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class EverySeconds(Trigger):
     """First step at least s seconds after the previous time, by the clock of rank 0.
@@ -466,8 +457,6 @@ class _RankZeroClock:
     def _remaining_s(self) -> float:
         return self._period_s - (time.monotonic() - self._started_at)
 
-
-# --- text format -----------------------------------------------------------------------------
 
 _PATTERNS: tuple[tuple[str, Callable[[str], Trigger]], ...] = (
     (r"(\d+)\s*steps?", lambda n: EverySteps(int(n))),
