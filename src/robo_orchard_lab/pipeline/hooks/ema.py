@@ -290,8 +290,8 @@ class EMA(PipelineHooks):
     updates; frozen parameters keep their values. A skipped update changes nothing. Training is bit
     for bit the same without the hook.
 
-    Other hooks evaluate or save the average by the hook's name, from ``args.run.weight_sets``.
-    After the run, :meth:`applied` and :meth:`weights` still work.
+    Other hooks evaluate or save the average by the hook's name. :meth:`applied` and :meth:`weights`
+    also work after the run.
 
     - Ranks: all, without a collective. Averages are equal on all ranks; buffers are those of each
       rank, and the main process writes its own. Of a sharded model (FSDP2), each rank averages its
@@ -305,7 +305,6 @@ class EMA(PipelineHooks):
     def __init__(self, cfg: EMAConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self._dtype: torch.dtype | None = cfg.shadow_dtype and getattr(torch, cfg.shadow_dtype)
         self._updates = 0
         self._updates_in_epoch = 0
         self._averagings = 0  # after update_after_step
@@ -323,10 +322,7 @@ class EMA(PipelineHooks):
             self.register_at_commit(self._export, Last())
 
     def applied(self) -> AbstractContextManager[None]:
-        """Return a context manager that puts the average into the model.
-
-        On exit, also after an error, the model's own weights and buffers are restored bit for bit.
-        Changes by the body are lost.
+        """Put the average into the model for the body, see :meth:`AveragedWeights.applied`.
 
         Raises:
             PipelineStateError: no run has begun yet, or the average is applied already.
@@ -334,10 +330,9 @@ class EMA(PipelineHooks):
         return self._require_average().applied()
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Return the average by the names of the plain model's ``state_dict``: CPU copies.
+        """Return the average with the model's names and dtypes: CPU copies, after a device sync.
 
-        The copies have the model's dtypes, as evaluated under :meth:`applied`. Waits for the
-        device; a collective if the model is sharded.
+        A collective if the model is sharded.
 
         Raises:
             PipelineStateError: no run has begun yet.
@@ -347,7 +342,12 @@ class EMA(PipelineHooks):
     def _begin(self, args: PipelineHookArgs) -> None:
         model = plain_model(args.run)
         if self._average is None or self._average.model is not model:
-            _refuse_fsdp1(self.name, args)
+            accelerator = args.accelerator
+            if accelerator.distributed_type is DistributedType.FSDP and not accelerator.is_fsdp2:
+                raise PipelineConfigError(
+                    f"{self.name} averages parameters by name, but FSDP1 flattens parameters; use "
+                    "FullyShardedDataParallelPlugin(fsdp_version=2)"
+                )
             if self._average is not None:
                 # The average was of another trainer's model.
                 self._updates = self._updates_in_epoch = self._averagings = 0
@@ -370,11 +370,12 @@ class EMA(PipelineHooks):
             self._stops.remove()
 
     def _make_average(self, model: torch.nn.Module) -> AveragedWeights:
+        cfg = self.cfg
         return AveragedWeights(
             model,
-            self._dtype,
-            use_buffers=self.cfg.use_buffers,
-            copy_batch_norm=self.cfg.copy_batch_norm,
+            cfg.shadow_dtype and getattr(torch, cfg.shadow_dtype),
+            use_buffers=cfg.use_buffers,
+            copy_batch_norm=cfg.copy_batch_norm,
         )
 
     def _before_update(self, args: PipelineHookArgs) -> None:
@@ -412,15 +413,8 @@ class EMA(PipelineHooks):
         return self._average
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of updates and the tensors, not cloned.
-
-        Raises:
-            PipelineStateError: the average is applied to the model and would be saved as the model.
-        """
-        if self._loaded is not None:
-            average = self._loaded
-        else:
-            average = self._average.state_dict() if self._average else {}
+        """Return the numbers of updates and the tensors, not cloned."""
+        average = self._loaded or (self._average.state_dict() if self._average else {})
         state = {"version": STATE_VERSION, "updates": self._updates, **average}
         if self._updates:
             state["updates_in_epoch"] = self._updates_in_epoch
@@ -457,16 +451,7 @@ class EMAConfig(PipelineHooksConfig[EMA]):
     Source: K. Crowson's EMAWarmup (github.com/crowsonkb/k-diffusion). With ``inv_gamma`` and
     ``power`` 1 the average is the plain mean of the weights after each update.
 
-    Other recipes, where ``after`` and ``lr_warmup_epochs`` are their own arguments:
-
-    - EMAModel of Hugging Face's diffusers, and LeRobot: ``copy_first=True``.
-    - EMAModel of github.com/real-stanford/diffusion_policy: ``copy_first=True``,
-      ``copy_batch_norm=True``, ``update_after_step=after + 1``. Running statistics are copied here;
-      the original keeps those of the start.
-    - ``references/classification`` of torchvision, and ``torch.optim.swa_utils.AveragedModel`` with
-      buffers: ``use_buffers=True``, ``copy_first=True``, ``update_every=model_ema_steps``,
-      ``update_after_step=lr_warmup_epochs * updates_per_epoch``, and ``decay=1 - min(1,
-      (1 - model_ema_decay) * world_size * batch_size * model_ema_steps / epochs)``.
+    docs/hooks.md has the settings of other projects' averages.
 
     >>> [round(EMAConfig(power=0.75).decay_of(update), 4) for update in (1, 2, 10_000)]
     [0.0, 0.4054, 0.999]
@@ -557,12 +542,3 @@ class EMAConfig(PipelineHooksConfig[EMA]):
             return self.decay
         warmed_up: float = 1.0 - (1.0 + before / self.inv_gamma) ** -self.power
         return min(max(warmed_up, self.min_decay), self.max_decay)
-
-
-def _refuse_fsdp1(name: str, args: PipelineHookArgs) -> None:
-    accelerator = args.accelerator
-    if accelerator.distributed_type is DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise PipelineConfigError(
-            f"{name} averages parameters by name, but FSDP1 flattens parameters; use "
-            "FullyShardedDataParallelPlugin(fsdp_version=2)"
-        )
