@@ -1,9 +1,8 @@
 """Shards of tensors: saving a process's shards, and assembling tensors or shares from files.
 
-Files of shards have the safetensors layout of torch's distributed checkpoint, where the header
-states the offsets of each shard. ``torch.distributed.checkpoint.load`` with a
-``HuggingFaceStorageReader`` reads such files, and ``consolidate_safetensors_files`` joins them. The
-writer is our own, because torch's copies the shards once more and computes no digest.
+Files of shards have the safetensors layout of torch's distributed checkpoint, whose
+``HuggingFaceStorageReader`` reads them and ``consolidate_safetensors_files`` joins them. Torch's
+writer would copy the shards once more, and computes no digest.
 
 A *share* is the region of a saved tensor that one process loads.
 """
