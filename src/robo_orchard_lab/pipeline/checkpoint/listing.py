@@ -40,11 +40,7 @@ class RootListing:
         self._known: dict[str, tuple[_Stamp, CheckpointInfo]] = {}
 
     def read(self) -> Listing:
-        """List the root; a missing root is empty.
-
-        Raises:
-            CheckpointError: the root can't be read.
-        """
+        """List the root, empty if missing; raise CheckpointError if unreadable."""
         found = Listing()
         try:
             names = sorted(os.listdir(self._root))
@@ -130,12 +126,7 @@ class Contents:
 def read_contents(
     path: str | os.PathLike[str], limits: ReadLimits | None = None, *, tensors: bool = True
 ) -> Contents:
-    """Describe a checkpoint without a model; check sizes, but read no tensors.
-
-    Args:
-        path: directory of the checkpoint.
-        limits: sizes that are refused before reading.
-        tensors: list the tensors of each file.
+    """Describe a checkpoint and optionally its tensors, without reading or verifying these.
 
     Raises:
         CheckpointError: the checkpoint does not exist, or a file is missing or has another size.

@@ -24,7 +24,7 @@ class Ranks:
     """Process index and world size, with gloo groups to exchange results and errors.
 
     One group serves blocking calls, another one :meth:`PendingSave.commit`, so that a thread can
-    save while training communicates. Leaving the context calls :meth:`close`.
+    save while training communicates.
 
     >>> Ranks.alone()
     Ranks(index=0, count=1)

@@ -99,12 +99,7 @@ class SavedShard:
 
 
 def local_regions(tensors: Mapping[str, torch.Tensor]) -> dict[str, Region]:
-    """Return this process's region of each sharded tensor.
-
-    Torch's planner of distributed checkpoints computes the regions.
-
-    Args:
-        tensors: ``DTensor`` by name. A tensor without elements on this process is omitted.
+    """Return this process's region of each ``DTensor``, if not empty, by torch's own planner.
 
     Raises:
         StateError: this process holds a tensor in several pieces.
@@ -125,13 +120,9 @@ def local_regions(tensors: Mapping[str, torch.Tensor]) -> dict[str, Region]:
 def shards_to_write(
     tensors: Mapping[str, torch.Tensor], world_size: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return the shards for this process to write, and the metadata of their file.
+    """Return the shards of ``DTensor``s for this process to write, and their file's metadata.
 
     Of replicated shards, the first process writes. No collective.
-
-    Args:
-        tensors: ``DTensor`` by name.
-        world_size: number of processes that save together.
 
     Raises:
         StateError: a tensor has an unsupported placement, or is sharded over more processes.
@@ -159,11 +150,7 @@ def shards_to_write(
 
 
 def shards_of(layout: FileLayout) -> list[SavedShard]:
-    """Return the shards in a file of this layout.
-
-    Raises:
-        CheckpointError: the header lacks the shards' offsets, or has invalid ones.
-    """
+    """Return the shards in a file, or raise CheckpointError for an invalid header."""
     try:
         found = parse_json(layout.metadata.get(_INFO, "").encode(), max_depth=4)
     except JsonError as error:
@@ -182,17 +169,10 @@ def cut(tensor: torch.Tensor, share: TensorShare | None) -> torch.Tensor:
 
 
 class ShardAssembler:
-    """Assembler of tensors, or of their shares, from files of shards.
-
-    Memory: the result and one file.
-    """
+    """Assembler of tensors, or of their shares, from files of shards, one file at a time."""
 
     def __init__(self, shards: Iterable[SavedShard], share_of: ShareOf | None) -> None:
-        """Check the shards of all files' headers, without allocating the result.
-
-        Raises:
-            CheckpointError: the shards of a tensor do not cover it exactly once.
-        """
+        """Raise CheckpointError unless shards cover each tensor once; allocate nothing yet."""
         of_tensor: dict[str, list[SavedShard]] = {}
         for shard in shards:
             of_tensor.setdefault(shard.info.name, []).append(shard)
@@ -220,11 +200,7 @@ class ShardAssembler:
         return any(self._regions[s.info.name].overlap(s.region) for s in shards)
 
     def add(self, shards: Sequence[SavedShard], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copy the needed regions of a verified file.
-
-        Raises:
-            CheckpointError: the file's tensors differ from its shards.
-        """
+        """Copy the needed regions of a verified file."""
         expected = {s.info.name: (s.info.dtype, s.info.shape) for s in shards}
         if {name: (v.dtype, tuple(v.shape)) for name, v in tensors.items()} != expected:
             raise CheckpointError("a file of shards was changed while it was read")
@@ -265,12 +241,9 @@ def _check_shards(name: str, shards: Sequence[SavedShard]) -> None:
 
 
 def _should_write(tensor: Any, region: Region) -> bool:
-    """Return True on the first process with a non-empty region.
-
-    Of a tensor without elements, the first process writes its empty shard, to record the tensor.
-    """
+    """Return True on the first process with a non-empty region."""
     coordinate = tensor.device_mesh.get_coordinate()
-    if not tensor.numel():
+    if not tensor.numel():  # an empty shard records the tensor
         return not any(coordinate)
     return bool(region.numel) and not any(
         index and placement.is_replicate()

@@ -63,11 +63,7 @@ class StagedCheckpoint:
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        """Encode and copy the rank's own parts and shards, and on the first rank the job's parts.
-
-        Raises:
-            StateError: a value can't be saved; the message names the value.
-        """
+        """Encode and copy the rank's parts and shards; on the first rank also the job's parts."""
         if type(step) is not int or not 0 <= step < _MAX_STEP:
             raise StateError(f"step must be an integer >= 0, got {step!r}")
         self.files: dict[str, bytes | memoryview] = {}
@@ -100,13 +96,9 @@ class StagedCheckpoint:
     def _add_parts(
         self, parts: Mapping[str, Any], rank: int | None, ranks: Ranks, *, shards_only: bool = False
     ) -> set[str]:
-        """Encode parts of the job or of a rank; return the names of parts with shards.
+        """Encode parts of a rank, or None for the job; return the names of parts with shards.
 
-        Args:
-            parts: values by part name.
-            rank: rank that owns the parts; None for parts of the job.
-            ranks: processes that save.
-            shards_only: add only shards, since another process writes the rest.
+        With ``shards_only``, another process writes the rest.
         """
         with_shards = set()
         for part, value in parts.items():
@@ -225,7 +217,6 @@ class PendingSave:
     def __init__(
         self, staged: StagedCheckpoint, commit: Callable[[StagedCheckpoint], CheckpointInfo]
     ) -> None:
-        """Store a staged checkpoint and its commit function."""
         self._commit = commit
         self._staged: StagedCheckpoint | None = staged
         self._step = staged.manifest.step
@@ -266,11 +257,7 @@ class PendingSave:
 
 
 def put_new(temporary: Path, folder: Path) -> None:
-    """Rename a complete temporary directory to a free name.
-
-    Raises:
-        FileExistsError: the name is taken; nothing is changed.
-    """
+    """Rename a complete temporary directory to a free name, or raise FileExistsError."""
     if os.path.lexists(folder):
         raise FileExistsError(f"{folder} exists already; name a new directory")
     os.rename(temporary, folder)
@@ -280,12 +267,9 @@ def put_new(temporary: Path, folder: Path) -> None:
 def _encode_part(
     part: str, value: Any, limits: ReadLimits, *, of_rank: bool
 ) -> tuple[bytes | None, dict[str, torch.Tensor]]:
-    """Return a part's JSON and tensors.
-
-    A flat mapping of tensors needs no JSON. A rank's part with sharded tensors does: the reader
-    tells by the JSON that the shards belong to ranks.
-    """
+    """Return a part's JSON, or None for a flat mapping of tensors, and its tensors."""
     check_part_name(part)
+    # The reader detects by the JSON of a rank's part that shards belong to ranks.
     flat = isinstance(value, Mapping) and value and _is_flat(value)
     if flat and not (of_rank and has_sharded(value.values())):
         return None, {name: tensor.detach() for name, tensor in value.items()}
