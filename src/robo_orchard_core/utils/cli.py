@@ -38,6 +38,7 @@ from robo_orchard_core.utils.config.references import (
     field_default,
     is_collection,
     is_mapping,
+    parametrization,
     union_members,
 )
 
@@ -91,11 +92,11 @@ class Option:
         except ConfigError:
             return repr(self.default)
 
-    def add_to(self, group: argparse._ArgumentGroup) -> None:
+    def add_to(self, add_argument: Callable[..., Any]) -> None:
         """Declare the option: repeatable, and absent from results unless typed."""
         is_switch = self.field.annotation is bool
         is_json = any(map(_is_mapping_or_model, union_members(self.field.annotation)))
-        group.add_argument(
+        add_argument(
             self.flag,
             dest=self.dest,
             action="append",
@@ -193,8 +194,8 @@ def type_name(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         return re.sub(r"(\w+\.|<locals>\.)+", "", str(annotation))
     if issubclass(annotation, Enum):
         return " | ".join(repr(member.value) for member in annotation)
-    if issubclass(annotation, ClassConfig) and annotation.__pydantic_generic_metadata__["args"]:
-        (built,) = annotation.__pydantic_generic_metadata__["args"]
+    if issubclass(annotation, ClassConfig) and parametrization(annotation)[1]:
+        (built,) = parametrization(annotation)[1]
         return built.__name__ if isinstance(built, type) and built is not Any else "part"
     return annotation.__name__
 
@@ -338,11 +339,12 @@ def _add_options(parser: argparse.ArgumentParser, options: list[Option], title: 
         # argparse would list every option: a screenful for the smallest mistake.
         own = parser.format_usage().partition(":")[2].split()
         parser.usage = " ".join([*own, "[--FIELD VALUE ...]"]).replace("%", "%%")
-    groups: dict[tuple[str, ...], argparse._ArgumentGroup] = {}
+    groups: dict[tuple[str, ...], Callable[..., Any]] = {}
     for option in options:
         holder = option.path[:-1]
         if holder not in groups:
-            groups[holder] = parser.add_argument_group(".".join(holder) or title)
+            group = parser.add_argument_group(".".join(holder) or title)
+            groups[holder] = group.add_argument
         option.add_to(groups[holder])
 
 

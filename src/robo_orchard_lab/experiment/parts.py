@@ -275,7 +275,7 @@ class ParameterGroup(Config):
 
     def options(self) -> dict[str, Any]:
         """Return the optimizer options of this group."""
-        return dict(self.__pydantic_extra__ or {})
+        return dict(self.model_extra or {})
 
 
 class OptimizerConfig(ClassConfig[Any]):

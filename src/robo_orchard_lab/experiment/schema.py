@@ -235,7 +235,7 @@ class _ExperimentSchema(GenerateJsonSchema):
             given: Fields that files can't set, since the builder passes them.
         """
         self._expanded = cls
-        schema = self.generate_inner(cls.__pydantic_core_schema__)
+        schema = self.generate_inner(TypeAdapter(cls).core_schema)
         schema.pop("title", None)
         properties = {k: v for k, v in schema.get("properties", {}).items() if k not in given}
         without_default = getattr(cls, "required_parameters", ())

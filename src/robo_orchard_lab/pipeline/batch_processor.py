@@ -15,6 +15,7 @@ import torch
 from robo_orchard_lab.pipeline.errors import BatchProcessorError
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.sharded_tensors import local_tensor
+from robo_orchard_lab.pipeline.tensor_lists import multiply_all
 
 logger = job_logger(__name__)
 
@@ -207,7 +208,7 @@ def scale_gradients(parameters: Iterable[torch.nn.Parameter], factor: torch.Tens
             by_device.setdefault(gradient.device, []).append(gradient)
     with torch.no_grad():
         for device, gradients in by_device.items():
-            torch._foreach_mul_(gradients, factor.to(device))
+            multiply_all(gradients, factor.to(device))
 
 
 ForwardResult: TypeAlias = (

@@ -17,8 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor, ForwardResult
 from robo_orchard_lab.pipeline.context import PipelineRun
+from robo_orchard_lab.pipeline.tensor_lists import copy_all
 
 NamedParameters: TypeAlias = Sequence[tuple[str, torch.nn.Parameter]]
+
+_COMPILED = "_orig_mod"
+"""Submodule of a compiled module, also in the names of its ``state_dict``."""
 
 
 def plain_model(run: PipelineRun) -> torch.nn.Module:
@@ -30,9 +34,14 @@ def plain_model(run: PipelineRun) -> torch.nn.Module:
     return model
 
 
+def uncompiled(module: torch.nn.Module) -> torch.nn.Module:
+    """Return the module in the wrapper of ``torch.compile``, or the module itself."""
+    return dict(module.named_children()).get(_COMPILED, module)
+
+
 def ddp_of(model: torch.nn.Module) -> DistributedDataParallel | None:
     """Return the DDP wrapper of a model, also inside ``torch.compile``, or None."""
-    inner = getattr(model, "_orig_mod", model)
+    inner = uncompiled(model)
     return inner if isinstance(inner, DistributedDataParallel) else None
 
 
@@ -221,7 +230,7 @@ def plain_name(name: str) -> str:
     >>> plain_name("encoder._orig_mod.weight")
     'encoder.weight'
     """
-    return name.replace("_orig_mod.", "")
+    return name.replace(f"{_COMPILED}.", "")
 
 
 def plain_state(run: PipelineRun) -> dict[str, Any]:
@@ -297,7 +306,7 @@ class BufferSnapshot:
         live = self._current()
         if self._copies is not None and all(map(is_, live, self._live)):
             if live:
-                torch._foreach_copy_(self._copies, live)
+                copy_all(self._copies, live)
         else:  # the first time, or after a forward pass replaced a buffer
             self._live, self._copies = live, [buffer.clone() for buffer in live]
 

@@ -358,7 +358,8 @@ def replay(
         restore_torch_rng(before, device)
     gradients = [p.grad for p in plain.parameters() if p.grad is not None]
     if window.loss_scale is not None:
-        torch._foreach_mul_(gradients, 1.0 / window.loss_scale)
+        for gradient in gradients:
+            gradient.mul_(1.0 / window.loss_scale)
     norm = torch.nn.utils.get_total_norm(gradients, window.grad_norm_order)
     is_identical = all(map(_equal, losses, [step.loss for step in window.steps]))
     if window.grad_norm is not None and window.num_processes == 1 and not window.steps_missing:

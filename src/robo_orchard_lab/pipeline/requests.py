@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -289,6 +289,10 @@ class Requests:
 
 def _caller() -> str:
     """Return the caller of the calling method, with file and line."""
-    frame = sys._getframe(2)
+    frame = inspect.currentframe()
+    for _ in range(2):
+        frame = frame and frame.f_back
+    if frame is None:  # an interpreter without access to its stack
+        return "unknown"
     file = os.path.basename(frame.f_code.co_filename)
     return f"{frame.f_code.co_qualname} ({file}:{frame.f_lineno})"

@@ -12,7 +12,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
@@ -20,7 +20,6 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from robo_orchard_core.utils.hook import HookContextChannel
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, save_checkpoint, write_weights
@@ -99,7 +98,7 @@ def trace_call(what: str) -> TracedCall:
 
 
 def _frames_outside() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(1)
+    frame = inspect.currentframe()
     while frame is not None:
         if os.path.dirname(frame.f_code.co_filename) != _HERE:
             yield frame
@@ -284,7 +283,7 @@ def count_host_reads(device: str | torch.device | None = None) -> Iterator[list[
             reads count: on a machine without a device, CPU tensors stand for device tensors.
     """
     recorder = _Recorder(None if device is None else torch.device(device).type)
-    with _OperatorMode(recorder), _CallMode(recorder):
+    with _operator_mode(recorder), _CallMode(recorder):
         yield recorder.reads
 
 
@@ -357,26 +356,35 @@ class _CallMode(TorchFunctionMode):
         return result
 
 
-class _OperatorMode(TorchDispatchMode):
-    def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotations
-        self._recorder = recorder
+def _operator_mode(recorder: _Recorder) -> AbstractContextManager[Any]:
+    try:
+        # torch's documentation names this module; another release may lack it.
+        from torch.utils._python_dispatch import TorchDispatchMode
+    except ImportError as error:
+        raise RuntimeError(
+            "counting host reads needs torch.utils._python_dispatch.TorchDispatchMode, which torch "
+            f"{torch.__version__} lacks; install torch 2.8 to 2.15"
+        ) from error
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if not _reads(func, args, kwargs):
-            return func(*args, **kwargs)
-        name = func.name().partition("::")[2].partition(".")[0]
-        source = args[1] if name == "copy_" else args[0]
-        return self._recorder.run(
-            _NAMES.get(name, name.strip("_")), source, lambda: func(*args, **kwargs)
-        )
+    class OperatorMode(TorchDispatchMode):
+        def __torch_dispatch__(
+            self,
+            func: Any,
+            types: Iterable[type],
+            args: tuple[Any, ...] = (),
+            kwargs: Mapping[str, Any] | None = None,
+        ) -> Any:
+            kwargs = kwargs or {}
+            if not _reads(func, args, kwargs):
+                return func(*args, **kwargs)
+            name = func.name().partition("::")[2].partition(".")[0]
+            source = args[1] if name == "copy_" else args[0]
+            return recorder.run(
+                _NAMES.get(name, name.strip("_")), source, lambda: func(*args, **kwargs)
+            )
+
+    mode: AbstractContextManager[Any] = OperatorMode()  # type: ignore[no-untyped-call]  # of torch
+    return mode
 
 
 def _reads(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypedDict
 
+import accelerate
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -211,9 +212,13 @@ def isolated(seed: int) -> Iterator[None]:
     """
     random_state = capture_random_state()
     environment = dict(os.environ)
-    shared: list[dict[str, Any]] = [
-        kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)
-    ]
+    kinds = (PartialState, AcceleratorState, GradientState)
+    shared: list[Any] = [getattr(kind, "_shared_state", None) for kind in kinds]
+    if None in shared:
+        raise RuntimeError(
+            "a separate run needs the _shared_state of Accelerate's states, which accelerate "
+            f"{accelerate.__version__} lacks; install accelerate 1.13 to 1.15"
+        )
     saved = [dict(state) for state in shared]
     try:
         # In place: objects of the caller may hold these dicts.

@@ -246,7 +246,7 @@ def field_values(model: BaseModel) -> dict[str, Any]:
     values = {name: getattr(model, name) for name in type(model).model_fields}
     if isinstance(model, ConfigModel) and model.is_sparse:
         values = {name: v for name, v in values.items() if name in model.model_fields_set}
-        values |= model.__pydantic_extra__ or {}
+        values |= model.model_extra or {}
     return values
 
 
@@ -368,8 +368,9 @@ def _requires_class_type(kind: Any) -> bool:
 
 def _has_serializer(cls: type[BaseModel], name: str) -> bool:
     """Return True if the user declared a serializer for the field or for a type within."""
-    decorated = cls.__pydantic_decorators__.field_serializers.values()
-    if any({name, "*"}.intersection(decorator.info.fields) for decorator in decorated):
+    decorators = getattr(cls, "__pydantic_decorators__", None)
+    declared = getattr(decorators, "field_serializers", {}).values()
+    if any({name, "*"}.intersection(decorator.info.fields) for decorator in declared):
         return True
     field = cls.model_fields[name]
     remaining: list[Any] = [field.annotation, *field.metadata]

@@ -78,6 +78,7 @@ from robo_orchard_core.utils.config.references import (
     is_assignable,
     is_collection,
     is_mapping,
+    parametrization,
     reference_to,
     strip_annotated,
     union_members,
@@ -453,7 +454,7 @@ class OpenDerivedConfig(DerivedConfig):
 
     @model_validator(mode="after")
     def _check_extra(self) -> Self:
-        extra = self.__pydantic_extra__ or {}
+        extra = self.model_extra or {}
         for name, value in extra.items():
             if (field_type := self.extra_parameters.get(name)) is not None:
                 if (state := current()) is not None:
@@ -538,8 +539,8 @@ def _config_class(code: Any, name: str, base: type[Config], **fields: Any) -> ty
     if is_open:
         config_class.extra_parameters = extra_parameters
         config_class.accepts_any = accepts_any
-    generic = base.__pydantic_generic_metadata__
-    config_class.made_of = (code, generic["origin"] or base, generic["args"])
+    origin, args, _ = parametrization(base)
+    config_class.made_of = (code, origin or base, args)
     config_class.__reduce__ = _reduce
     return cast("type[Config]", config_class)
 

@@ -283,27 +283,27 @@ def is_assignable(cls: type, kind: type) -> bool:
     """
     if issubclass(cls, kind):
         return True
-    origin, wanted = _parametrization(kind)
+    origin, wanted, _ = parametrization(kind)
     if origin is None or not issubclass(cls, origin):
         return False
     arguments: dict[Any, Any] = {}
     for base in cls.__mro__:
-        base_origin, args = _parametrization(base)
+        base_origin, args, _ = parametrization(base)
         if base_origin is not None:
-            for parameter, arg in zip(_parameters(base_origin), args, strict=True):
+            for parameter, arg in zip(parametrization(base_origin)[2], args, strict=True):
                 arguments.setdefault(parameter, arguments.get(arg, arg))
-    given = [arguments.get(parameter) for parameter in _parameters(origin)]
+    given = [arguments.get(parameter) for parameter in parametrization(origin)[2]]
     return all(map(_is_argument, given, wanted))
 
 
-def _parametrization(cls: type) -> tuple[type | None, tuple[Any, ...]]:
+def parametrization(cls: type) -> tuple[type | None, tuple[Any, ...], tuple[Any, ...]]:
+    """Return the origin, arguments and type parameters of a generic config class."""
+    names = ("origin", "args", "parameters")
     metadata = getattr(cls, "__pydantic_generic_metadata__", None)
-    return (metadata["origin"], metadata["args"]) if metadata else (None, ())
-
-
-def _parameters(origin: type) -> tuple[Any, ...]:
-    parameters: tuple[Any, ...] = origin.__pydantic_generic_metadata__["parameters"]  # type: ignore[attr-defined]  # of pydantic's generic models
-    return parameters
+    if metadata is None:  # pydantic may use the attributes of `typing` in a later release
+        metadata = {name: getattr(cls, f"__{name}__", None) for name in names}
+    origin, args, parameters = (metadata[name] for name in names)
+    return origin, args or (), parameters or ()
 
 
 def _is_argument(given: Any, wanted: Any) -> bool:
@@ -320,7 +320,7 @@ def find_config_class(cls: type, base: type[BaseModel] = BaseModel) -> type[Base
 
     Of several, the config named after the class is preferred.
     """
-    origin, _ = _parametrization(base)
+    origin = parametrization(base)[0]
     found = [
         config
         for config in vars(sys.modules.get(cls.__module__, object)).values()

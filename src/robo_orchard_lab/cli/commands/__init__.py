@@ -35,6 +35,14 @@ class Command(click.Command):
         self.params.append(_debug_option())
 
 
+@click.pass_context
+def _help_without_command(ctx: click.Context) -> None:
+    """Print help to standard error and exit with 2 if the arguments name no command."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help(), err=True)
+        ctx.exit(2)
+
+
 class CommandGroup(click.Group):
     """Group of commands in the order of definition, with suggestions for a wrong name."""
 
@@ -46,7 +54,7 @@ class CommandGroup(click.Group):
             invoke_without_command=True,
             subcommand_metavar="COMMAND ...",
             context_settings=dict(SETTINGS),
-            **kwargs,
+            **{**kwargs, "callback": _help_without_command},
         )
         self.params.append(_debug_option())
 
@@ -67,14 +75,6 @@ class CommandGroup(click.Group):
             advice = suggest_name(args[0], names, "expected")
             raise click.UsageError(f"there is no command {args[0]!r}; {advice}", ctx)
         return super().resolve_command(ctx, args)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; without a command, print help to standard error and exit with 2."""
-        names = vars(ctx).get("_protected_args", vars(ctx).get("protected_args"))  # click 8.1
-        if not (names or ctx.args):
-            click.echo(ctx.get_help(), err=True)
-            ctx.exit(2)
-        return super().invoke(ctx)
 
 
 class LazyGroup(CommandGroup):

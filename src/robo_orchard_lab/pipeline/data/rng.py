@@ -73,7 +73,8 @@ class RngIsolation:
     The bit generator beneath NumPy's RNG is swapped in 0.4 us; reading its state costs 55 us. But a
     swap drops the second gaussian of a pair, which NumPy caches elsewhere. Caching one advances the
     generator, so the state is read only if the generator advanced, or if a gaussian was cached
-    before. The position is read at NumPy's documented ``BitGenerator.ctypes.state_address``.
+    before. The position is read at NumPy's documented ``BitGenerator.ctypes.state_address``, unless
+    the memory there differs from the public state.
     """
 
     def __init__(self) -> None:
@@ -90,9 +91,7 @@ class RngIsolation:
         self._python = random.getstate()
         outer = get_bit_generator()
         if outer is not self._outer:
-            self._outer, self._position, self._words = outer, None, None
-            if type(outer) is np.random.MT19937:  # 624 words, then the count of used words
-                self._words = (c_uint32 * 625).from_address(outer.ctypes.state_address)
+            self._outer, self._position, self._words = outer, None, _words_of(outer)
         words = self._words
         position = None if words is None else (words[624], words[0], words[623])
         if position is None or position != self._position or self._with_gaussian is not None:
@@ -111,6 +110,15 @@ class RngIsolation:
 
     def __reduce__(self) -> tuple[type[RngIsolation], tuple[()]]:
         return RngIsolation, ()  # has no state between two uses
+
+
+def _words_of(generator: Any) -> Any:
+    """Return the memory of an MT19937: 624 words and the position; None for another layout."""
+    if type(generator) is not np.random.MT19937:
+        return None
+    words = (c_uint32 * 625).from_address(generator.ctypes.state_address)
+    state = generator.state["state"]
+    return words if [*words] == [*state["key"], state["pos"]] else None
 
 
 class PersistentRng(RngIsolation):

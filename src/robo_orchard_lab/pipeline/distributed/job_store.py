@@ -10,12 +10,13 @@ from dataclasses import asdict
 from datetime import timedelta
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # documented
 
 from robo_orchard_lab.pipeline.distributed.collectives import gather_objects
 from robo_orchard_lab.pipeline.distributed.failures import ProcessIdentity
-from robo_orchard_lab.pipeline.errors import RankFailure
+from robo_orchard_lab.pipeline.errors import PipelineStateError, RankFailure
 
 _TIMEOUT_S = 5.0  # of one store request; none waits for another rank
 
@@ -87,7 +88,12 @@ class JobStore:
         rank, count = dist.get_rank(), dist.get_world_size()
         store_of_job: Any = getattr(dist.group.WORLD, "get_group_store", None)
         if store_of_job is None:  # torch 2.8
-            store_of_job = dist.distributed_c10d._get_default_store
+            store_of_job = getattr(dist.distributed_c10d, "_get_default_store", None)
+        if store_of_job is None:
+            raise PipelineStateError(
+                "several processes need the store of the process group, by its get_group_store(); "
+                f"torch {torch.__version__} has no such method: install torch 2.8 to 2.15"
+            )
         # A separate connection, since a wait for a key blocks other requests.
         store = store_of_job().clone()
         store.set_timeout(timedelta(seconds=_TIMEOUT_S))

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import torch
 from accelerate.utils import DistributedType
 from pydantic import Field
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
@@ -28,6 +29,7 @@ from robo_orchard_lab.pipeline.requests import StopRequest
 from robo_orchard_lab.pipeline.run.run_path import RunPath
 from robo_orchard_lab.pipeline.sharded_tensors import gather_full_tensors, has_sharded, local_tensor
 from robo_orchard_lab.pipeline.sharding import reshard, shard_like
+from robo_orchard_lab.pipeline.tensor_lists import copy_all
 from robo_orchard_lab.pipeline.trigger import Last
 
 STATE_VERSION = 1
@@ -118,15 +120,15 @@ class AveragedWeights:
                     [*map(local_tensor, parameters)],
                 )
             if decay == 0.0:  # a copy also removes non-finite values from the average
-                torch._foreach_copy_(shadows, parameters)
+                copy_all(shadows, parameters)
                 continue
             if shadows[0].dtype != parameters[0].dtype:
                 converted = [torch.empty_like(shadow) for shadow in shadows]
-                torch._foreach_copy_(converted, parameters)
+                copy_all(converted, parameters)
                 parameters = converted
-            # Not mul and add: in float32, 0.9999 and 1 - 0.9999 don't add up to 1, and the average
-            # of a constant would be off by a factor of 2e-4.
-            torch._foreach_lerp_(shadows, parameters, 1.0 - decay)
+            # Interpolates: in float32, 0.9999 and 1 - 0.9999 don't add up to 1, so with mul and add
+            # the average of a constant would be off by a factor of 2e-4.
+            get_ema_multi_avg_fn(decay)(shadows, parameters, None)
         if self._copies:
             copies, originals = self._copies, self._originals()
             if self._averaged_buffers and decay != 0.0:
@@ -138,7 +140,7 @@ class AveragedWeights:
                 ]
             if self._is_sharded:
                 copies, originals = [*map(local_tensor, copies)], [*map(local_tensor, originals)]
-            torch._foreach_copy_(copies, originals)
+            copy_all(copies, originals)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -162,7 +164,7 @@ class AveragedWeights:
         finally:
             reshard(self.model)
             for (owner, key), tensor in zip(self._copied.values(), originals, strict=True):
-                owner[key] = tensor  # the body may have replaced the tensor
+                setattr(owner, key, tensor)  # the body may have replaced the tensor
             _copy(tensors, own)
             self._is_applied = False
 
@@ -223,7 +225,7 @@ class AveragedWeights:
 
     def _originals(self) -> list[torch.Tensor]:
         """Look up the copied tensors again: modules may have replaced a buffer."""
-        return [owner[key] for owner, key in self._copied.values()]
+        return [getattr(owner, key) for owner, key in self._copied.values()]
 
     def _make_shadow(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:
         dtype = parameter.dtype
@@ -248,16 +250,16 @@ class AveragedWeights:
 
 def _copied_tensors(
     model: torch.nn.Module, averaged: set[int]
-) -> Iterator[tuple[str, tuple[dict[str, Any], str]]]:
+) -> Iterator[tuple[str, tuple[torch.nn.Module, str]]]:
     """Yield the name and location of each saved, not averaged tensor; tied tensors once."""
     saved = {id(value) for value in model.state_dict(keep_vars=True).values()}
     seen = set(averaged)
     for path, module in model.named_modules():
-        for owner in (module._parameters, module._buffers):
-            for key, tensor in owner.items():
-                if tensor is not None and id(tensor) in saved and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    yield plain_name(f"{path}.{key}" if path else key), (owner, key)
+        own = (module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+        for key, tensor in chain(*own):
+            if id(tensor) in saved and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield plain_name(f"{path}.{key}" if path else key), (module, key)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.job_log import job_logger
-from robo_orchard_lab.pipeline.model import plain_model, plain_name
+from robo_orchard_lab.pipeline.model import plain_model, plain_name, uncompiled
 from robo_orchard_lab.pipeline.sharding import plain_class
 
 logger = job_logger(__name__)
@@ -84,7 +84,7 @@ class ModuleSize:
         parameters = [tensor for tensor in known if isinstance(tensor, torch.nn.Parameter)]
         return cls(
             name,
-            plain_class(getattr(module, "_orig_mod", module)).__name__,
+            plain_class(uncompiled(module)).__name__,
             sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
             sum(parameter.numel() for parameter in parameters if not parameter.requires_grad),
             sum(tensor.numel() * tensor.element_size() for tensor in known),
@@ -138,7 +138,7 @@ def summarize(model: torch.nn.Module, depth: int = 1) -> ModelSize:
     A shared tensor counts once, in the first module. A lazy parameter counts as 0. Buffers, also
     non-persistent ones, count only in the size. Of a sharded model, full tensors count, not shards.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     tensors: dict[str, list[torch.Tensor]] = {}
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         path = plain_name(name).split(".")[:-1][:depth]

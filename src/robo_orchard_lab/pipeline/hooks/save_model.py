@@ -158,6 +158,13 @@ def config_json(model: torch.nn.Module, who: str) -> str | None:
     # Hugging Face's ModelHubMixin keeps the constructor's arguments in _hub_mixin_config.
     config = getattr(model, "config", None) or getattr(model, "_hub_mixin_config", None)
     if config is None:
+        is_mixin = any(kind.__name__ == "ModelHubMixin" for kind in type(model).__mro__)
+        if is_mixin and not hasattr(model, "_hub_mixin_config"):
+            logger.warning(
+                "%s: expected the arguments of the model's constructor in _hub_mixin_config, as of "
+                "huggingface_hub 2.4, found no such attribute; not writing %s: set model.config",
+                *(who, CONFIG_FILE),
+            )
         return None
     fields: Any
     if callable(getattr(config, "to_dict", None)):

@@ -62,7 +62,8 @@ class TorchProfilerHook(PipelineHooks):
             self._guarded(self._profiler.step)
 
     def _start(self, args: PipelineHookArgs) -> None:
-        if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]  # no public name
+        is_running = getattr(torch.autograd, "_profiler_enabled", None)  # no public name
+        if is_running is not None and is_running():
             raise RuntimeError("another profiler is running, and would be stopped by this one")
         cfg, step = self.cfg, args.global_step_id
         warmup = max(0, cfg.start_step - step)

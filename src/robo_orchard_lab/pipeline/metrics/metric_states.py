@@ -2,9 +2,9 @@
 
 Private attributes of torchmetrics used here, for want of a public way:
 
-- ``Metric._reductions``: the ``dist_reduce_fx`` of each state.
-- ``Metric._update_count``: ``compute()`` warns while the count is 0; the public ``update_count`` is
-  read-only.
+- ``Metric._reductions``: the ``dist_reduce_fx`` of each state. Without, merging is an error.
+- ``Metric._update_count``: some metrics read the count; the public ``update_count`` is read-only.
+  Without, the updates before a resume are counted here.
 """
 
 from __future__ import annotations
@@ -108,12 +108,21 @@ def rules_of(metric: Metric) -> Rules:
         utilities.dim_zero_min: "min",
         utilities.dim_zero_cat: "cat",
     }
+    declared = getattr(metric, "_reductions", {})
+    reductions = {name: declared.get(name, _unknown_reduction) for name in metric.metric_state}
     return {
-        name: StateRule(
-            names.get(metric._reductions[name], metric._reductions[name]), isinstance(value, list)
-        )
+        name: StateRule(names.get(reductions[name], reductions[name]), isinstance(value, list))
         for name, value in metric.metric_state.items()
     }
+
+
+def _unknown_reduction(parts: Any) -> Any:
+    import torchmetrics
+
+    raise MetricValueError(
+        "merging the metrics of several ranks or parts needs Metric._reductions, which "
+        f"torchmetrics {torchmetrics.__version__} lacks; install torchmetrics 1.8 or 1.9"
+    )
 
 
 def is_mergeable(metric: Metric) -> bool:
@@ -132,8 +141,13 @@ def is_mergeable(metric: Metric) -> bool:
     )
 
 
-def take_state(metric: Metric, rules: Rules) -> MetricState:
+def take_state(metric: Metric, rules: Rules, earlier: int = 0) -> MetricState:
     """Return the state without a copy; reset the metric afterwards to allocate new tensors.
+
+    Args:
+        metric: the metric.
+        rules: its :func:`rules_of`.
+        earlier: updates that the metric does not count, from :func:`put_state`.
 
     Raises:
         MetricValueError: a state holds an object that is not a tensor of numbers.
@@ -149,14 +163,15 @@ def take_state(metric: Metric, rules: Rules) -> MetricState:
                     f"the state {name!r} of {type(metric).__name__} holds a {kind}; expected "
                     "tensors of numbers"
                 )
-    return MetricState(metric.update_count, states)
+    return MetricState(metric.update_count + earlier, states)
 
 
-def put_state(metric: Metric, state: MetricState, rules: Rules, updates: int | None = None) -> None:
-    """Set the state of a metric without a cached value."""
+def put_state(metric: Metric, state: MetricState, rules: Rules, updates: int | None = None) -> int:
+    """Set the state of a metric without a cached value; return the updates left uncounted."""
     for name, rule in rules.items():
         setattr(metric, name, rule.restored(state.states[name], state.parts))
-    metric._update_count = state.updates if updates is None else updates
+    count = metric._update_count = state.updates if updates is None else updates
+    return count - metric.update_count
 
 
 def merge_states(parts: Sequence[MetricState], rules: Rules) -> MetricState:

@@ -130,7 +130,9 @@ class ComputedMetric:
         for part, state, rules in zip(submetrics(metric), states, self.rules, strict=True):
             put_state(part, state, rules, updates=max(1, state.updates))
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+                # Only if put_state() can't set the count.
+                warnings.filterwarnings("ignore", "The ``compute`` method of metric")
                 torch.default_generator.manual_seed(0)
                 result = metric.compute()
         except Exception as error:
@@ -243,6 +245,7 @@ class TorchMetrics:
         self._parts = [(p, rules_of(p)) for m in metrics.values() for p in submetrics(m)]
         self._rules = [rules for _, rules in self._parts]
         self._updaters = [_updater(metric) for metric in metrics.values()]
+        self._earlier = [0] * len(self._parts)
         self._device: torch.device | None = None
 
     def __len__(self) -> int:
@@ -284,15 +287,22 @@ class TorchMetrics:
         """Reset all metrics."""
         for metric in self._metrics.values():
             metric.reset()
+        self._earlier = [0] * len(self._parts)
 
     def pop_states(self) -> MetricStates:
         """Return the states since the last call, and reset the metrics."""
         try:
-            return [take_state(metric, rules) for metric, rules in self._parts]
+            return self._take_states()
         except MetricValueError as error:
             raise MetricValueError(f"{self._owner}: {error}") from None
         finally:
             self.reset()
+
+    def _take_states(self) -> MetricStates:
+        return [
+            take_state(metric, rules, earlier)
+            for (metric, rules), earlier in zip(self._parts, self._earlier, strict=True)
+        ]
 
     def merge(self, parts: Sequence[MetricStates]) -> MetricStates:
         """Merge states of several parts of the data."""
@@ -310,8 +320,7 @@ class TorchMetrics:
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the states since :meth:`pop_states`."""
-        states = [take_state(metric, rules) for metric, rules in self._parts]
-        return {"version": STATE_VERSION, "metrics": self.encode(states)}
+        return {"version": STATE_VERSION, "metrics": self.encode(self._take_states())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the metrics.
@@ -322,8 +331,10 @@ class TorchMetrics:
         check_state_version(state, STATE_VERSION, f"{self._owner}'s metrics")
         states = self.decode(state["metrics"])
         self.reset()
-        for (metric, rules), of_metric in zip(self._parts, states, strict=True):
+        self._earlier = [
             put_state(metric, of_metric, rules)
+            for (metric, rules), of_metric in zip(self._parts, states, strict=True)
+        ]
 
     def merge_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Merge the saved states of several ranks; without states, return a fresh state.
