@@ -200,12 +200,15 @@ def train(
         RunPreempted: the run was saved and stopped.
     """
     from robo_orchard_lab.experiment.existing_run import record
+    from robo_orchard_lab.experiment.run_folder import CONFIG_FILE
 
     folder = experiment.folder()
     resume: dict[str, Any] = {} if resume_from is None else {"resume": resume_from}
     built = experiment.build(**resume)
     if is_first_rank():
-        record(experiment, processes=built.accelerator.num_processes, changes=start.changes)
+        processes = built.accelerator.num_processes
+        recorded = record(experiment, processes=processes, changes=start.changes)
+        built.trainer.keep_files(folder / CONFIG_FILE, recorded)
     try:
         built.trainer()
     except BaseException:

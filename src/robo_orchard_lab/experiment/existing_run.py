@@ -22,7 +22,7 @@ from robo_orchard_lab.experiment.run_folder import (
 )
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, Retention
 from robo_orchard_lab.pipeline.checkpoint.manifest import BEST, LAST, MANIFEST_FILE, step_from_name
-from robo_orchard_lab.pipeline.errors import CheckpointError
+from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
 from robo_orchard_lab.pipeline.hooks.save_checkpoint import CHECKPOINTS_FOLDER
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.run.run_path import check_run_path
@@ -177,7 +177,7 @@ class ExistingRun:
     newest_step: int | None
     """Step of the newest checkpoint with an intact manifest; None without checkpoints."""
     state: RunState | None
-    """Content of ``run_state.json``; None if the run ended before writing the file."""
+    """Content of ``run_state.json``; None without the file, or with a damaged file."""
 
     @property
     def pid(self) -> int | None:
@@ -201,7 +201,6 @@ def find_existing_run(folder: str | os.PathLike[str]) -> ExistingRun | None:
 
     Raises:
         ConfigError: The run's file can't be read.
-        StateError: Its `run_state.json` can't be read.
     """
     config = run_config_file(folder)
     if config is None:
@@ -212,7 +211,7 @@ def find_existing_run(folder: str | os.PathLike[str]) -> ExistingRun | None:
         infos = []
     try:
         state = read_run_state(folder)
-    except FileNotFoundError:
+    except (FileNotFoundError, StateError):  # the run reports a damaged file, and moves it
         state = None
     return ExistingRun(Path(folder), config, infos[-1].step if infos else None, state)
 

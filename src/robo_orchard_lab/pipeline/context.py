@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
@@ -31,6 +32,7 @@ from robo_orchard_lab.pipeline.progress import (
     TrainerProgress,
 )
 from robo_orchard_lab.pipeline.requests import Request, Requests
+from robo_orchard_lab.pipeline.run.retried_write import OutputFile
 from robo_orchard_lab.pipeline.run.run_state import RunStateFile
 
 if TYPE_CHECKING:
@@ -156,8 +158,10 @@ class PipelineRun:
     """Function that writes a checkpoint for a list of requests, by hook name."""
     checkpoint_folders: dict[Path, str] = field(default_factory=dict)
     """Name of the hook that saves checkpoints in a folder."""
+    outputs: dict[Path, OutputFile] = field(default_factory=dict)
+    """Files of hooks, by path; the trainer writes again what could not be written."""
     failures: list[Exception] = field(default_factory=list)
-    """Errors of background work; the trainer raises the first error at the end of the run."""
+    """Errors of lost outputs; the trainer raises the first error at the end of the run."""
 
     take_snapshot: Callable[[], Snapshot] = _no_snapshot
     """Function that collects the state for a checkpoint. All ranks call it at a commit point."""
@@ -210,6 +214,34 @@ class PipelineRun:
     def steps_per_epoch(self) -> int | None:
         """Number of steps in an epoch on this rank; None for data without a length."""
         return count_batches(self.dataloader) if self.data is None else self.data.steps_per_epoch
+
+    def write_file(
+        self,
+        path: str | os.PathLike[str],
+        data: bytes | memoryview,
+        by: str,
+        *,
+        is_required: bool = True,
+    ) -> bool:
+        """Replace a file atomically; return True if the contents are on the disk.
+
+        If they are not, as on a full disk, the run continues: the contents stay in host memory, and
+        are written at a later commit point, or at the end of the run, which fails without them.
+
+        Args:
+            path: path of the file; missing folders are created.
+            data: contents, which must not change afterwards.
+            by: name of the hook, for reports.
+            is_required: a run that ends without the file fails.
+        """
+        key, new = Path(os.path.abspath(path)), OutputFile(path, by, is_required=is_required)
+        return self.outputs.setdefault(key, new).write(data)
+
+    def retry_writes(self) -> None:
+        """Write again what could not be written before; on the ranks that tried."""
+        self.state_file.retry()
+        for output in self.outputs.values():
+            output.retry()
 
     def weight_set(self, name: str) -> WeightSet:
         """Return the weights that a hook keeps.

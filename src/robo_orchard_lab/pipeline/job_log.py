@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from contextlib import suppress
 
 import torch.distributed
 
@@ -23,6 +25,18 @@ def job_logger(name: str) -> JobLogger:
     >>> logger.info("saved %s", "step_00000100")
     """
     return JobLogger(logging.getLogger(name), {})
+
+
+def announce(logger: logging.Logger | JobLogger, text: str) -> None:
+    """Log a line at level INFO, or print the line to standard error if the log drops the level.
+
+    So a script without logging shows the line. On a full disk the line is lost.
+    """
+    if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
+        logger.info("%s", text)
+    else:
+        with suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
 
 def is_first_rank() -> bool:

@@ -22,7 +22,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from robo_orchard_core.utils.hook import HookContextChannel
-from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, save_checkpoint, write_weights
+from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, pack_weights, save_checkpoint
 from robo_orchard_lab.pipeline.distributed.agreement import Agreement
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
@@ -41,8 +41,8 @@ _COMMIT_FUNCTIONS = (
     CheckpointStore.prepare,
     ReplicaCheck.check_gradients,
     ReplicaCheck.check_weights,
+    pack_weights,
     save_checkpoint,
-    write_weights,
 )
 _AT_COMMIT = frozenset(function.__code__ for function in _COMMIT_FUNCTIONS)
 

@@ -195,10 +195,11 @@ def test_killed_run_writes_the_same_file(begun: Path, uninterrupted: bytes) -> N
 
 
 def test_full_disk_does_not_end_the_run(begun: Path, uninterrupted: bytes) -> None:
-    """The file is reported once and dropped; a later run can continue the file."""
+    """The file and the lost records are reported once; a later run can continue the file."""
     full = launch(SCRIPT, "full", begun, processes=1)
-    assert full.stderr.count("MetricsLogger drops 'file', which failed with OSError") == 1
     path = begun / "metrics.jsonl"
+    assert full.stderr.count(f"MetricsLogger: writing 'file' to {path} failed; the run con") == 1
+    assert full.stderr.count("records of steps 12 to 28 were not written: 'file'") == 1
     assert path.stat().st_size <= 1000
     assert read_metrics(path)[-1].global_step_id < 28
     assert finish(begun) == uninterrupted
@@ -221,7 +222,7 @@ def test_two_ranks_write_one_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["write", "close"])
 def test_failing_sink_is_reported_once(where: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A failing sink is dropped; the others and the training continue."""
+    """A failing sink is reported with the lost records; the others and the training continue."""
     failing, other = ListSink(where, at=8), ListSink()
     logger = MetricsLoggerConfig(every=EverySteps(4))(sinks={"disk": failing, "other": other})
     trainer = make_trainer([logger, Publisher()], max_step=16)
@@ -230,10 +231,17 @@ def test_failing_sink_is_reported_once(where: str, caplog: pytest.LogCaptureFixt
     assert other.calls == ["open", 4, 8, 12, 16, "close"]
     assert failing.calls == ["open", *([4, "close"] if where == "write" else [4, 8, 12, 16])]
     errors = [entry for entry in caplog.records if entry.levelno >= logging.WARNING]
-    assert [entry.getMessage() for entry in errors] == [
-        "MetricsLogger drops 'disk', which failed with OSError: [Errno 28] No space left on "
-        "device; training continues without it"
+    expected = [
+        "MetricsLogger: writing 'disk' failed; the run continues, and writes the records later: "
+        "OSError: [Errno 28] No space left on device",
+        "MetricsLogger: 3 records of steps 8 to 16 were not written: 'disk'",
     ]
+    if where == "close":
+        expected = [
+            "MetricsLogger drops 'disk', which failed with OSError: [Errno 28] No space left on "
+            "device; training continues without it"
+        ]
+    assert [entry.getMessage() for entry in errors] == expected
 
 
 def test_unopenable_sink_is_an_error() -> None:

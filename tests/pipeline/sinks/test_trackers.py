@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import logging
 import math
+import resource
+import shutil
 import struct
 import sys
 from collections.abc import Iterator, Mapping
@@ -85,19 +87,50 @@ def test_each_step_is_one_call() -> None:
     ]
 
 
-def test_failing_tracker_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
-    """The error is logged once with the tracker's name; the others get every record."""
+def test_failing_tracker_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    """The error is logged once with the tracker's name, the lost records at the end; the others
+    get every record."""
     full, other = ListTracker("full", fails_at=50), ListTracker()
     third = MetricsRecord(0, 150, 150, (MetricValue("loss", 0.5, 150),))
     log(TrackerSink([full, other]), at(0), *RECORDS, third)
     assert full.calls == ["start", (45, {"eval/val/acc": 0.5}), "finish"]
     assert [call[0] for call in other.calls[1:-1]] == [45, 50, 100, 150]
-    (report,) = caplog.records
-    assert report.levelno == logging.ERROR
-    assert report.getMessage() == (
-        "TrackerSink drops 'full', which failed with OSError: [Errno 28] No space left on device; "
-        "training continues without it"
-    )
+    assert {report.levelno for report in caplog.records} == {logging.ERROR}
+    assert [report.getMessage() for report in caplog.records] == [
+        "TrackerSink: writing 'full' failed; the run continues, and writes the records later: "
+        "OSError: [Errno 28] No space left on device",
+        "TrackerSink: 3 records of steps 50 to 150 were not written: 'full'",
+    ]
+
+
+def test_tracker_is_complete_when_there_is_room(caplog: pytest.LogCaptureFixture) -> None:
+    """Each step is logged once, in order, when a tracker works again."""
+    tracker = ListTracker("full", fails_at=50)
+    sink = TrackerSink([tracker])
+    sink.open(at(0))
+    for record in RECORDS:
+        sink.write(record)
+    tracker.fails_at = None
+    sink.write(MetricsRecord(0, 150, 150, (MetricValue("loss", 0.5, 150),)))
+    sink.close()
+    assert [call[0] for call in tracker.calls[1:-1]] == [45, 50, 100, 150]
+    assert "TrackerSink: 'full' is written, after 2 failed attempts" in caplog.text
+
+
+def test_tracker_with_another_error_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    """A tracker that fails for another reason than writing gets no more records."""
+
+    class Broken(ListTracker):
+        def log(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
+            raise TypeError("no numbers")
+
+    tracker = Broken("broken")
+    log(TrackerSink([tracker]), at(0), *RECORDS)
+    assert tracker.calls == ["start", "finish"]
+    assert [report.getMessage() for report in caplog.records] == [
+        "TrackerSink drops 'broken', which failed with TypeError: no numbers; training continues "
+        "without it"
+    ]
 
 
 def test_start_failure_is_an_error() -> None:
@@ -194,6 +227,25 @@ class TestTensorBoard:
         """Each tag has its values at their steps."""
         log(TrackerSink(["tensorboard"], folder=tmp_path), at(0), *RECORDS)
         assert self.points(tmp_path / "training") == POINTS
+
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+    def test_file_is_complete_when_there_is_room(self, tmp_path: Path) -> None:
+        """Values of a full disk, and of a removed folder, are written when there is room."""
+        sink = TrackerSink(["tensorboard"], folder=tmp_path)
+        sink.open(at(0))
+        points = [(step, float(step)) for step in range(10, 70, 10)]
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        for step, value in points:
+            if step == 30:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+            elif step == 60:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            sink.write(MetricsRecord(0, step, step, (MetricValue("loss", value, step),)))
+        assert self.points(tmp_path / "training") == {"loss": points}
+        shutil.rmtree(tmp_path / "training")
+        sink.write(MetricsRecord(0, 70, 70, (MetricValue("loss", 70.0, 70),)))
+        sink.close()
+        assert self.points(tmp_path / "training") == {"loss": [(70, 70.0)]}
 
     def test_non_finite_values_are_kept(self, tmp_path: Path) -> None:
         """NaN and inf are logged as such."""

@@ -22,6 +22,7 @@ from robo_orchard_lab.pipeline.checkpoint.shards import Region, ShareOf, TensorS
 from robo_orchard_lab.pipeline.checkpoint.single_checkpoint import (
     export_weights,
     load_checkpoint,
+    pack_weights,
     save_checkpoint,
     write_weights,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "load_checkpoint",
     "load_named_optimizer_state",
     "named_optimizer_state",
+    "pack_weights",
     "parameters_beside",
     "restore_random_state",
     "save_checkpoint",

@@ -148,11 +148,23 @@ def write_weights(
         OSError: the file can't be written; an existing file is unchanged.
     """
     path = Path(path)
+    file = pack_weights(weights, metadata)
+    make_folder(path.parent)
+    replace_file(path, file)
+
+
+def pack_weights(
+    weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> bytes | memoryview:
+    """Return the contents of a safetensors file, copied to host memory.
+
+    Raises:
+        StateError: safetensors can't hold a tensor; the message names the tensor.
+    """
     tensors = {name: tensor.detach() for name, tensor in weights.items()}
     layout = FileLayout.of(tensors, metadata)
     (file,) = StagingBuffer(StagingBuffer.size_of([layout])).fill([(layout, tensors)])
-    make_folder(path.parent)
-    replace_file(path, file)
+    return file
 
 
 def export_weights(

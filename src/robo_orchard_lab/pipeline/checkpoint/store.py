@@ -324,7 +324,7 @@ class CheckpointStore:
     def _open(self) -> None:
         try:
             make_folder(self.root)
-        except FileExistsError as error:
+        except NotADirectoryError as error:
             raise CheckpointError(f"opening {self.root} failed: not a directory") from error
         self._lock = _lock_root(self.root)
         try:
@@ -367,6 +367,11 @@ class CheckpointStore:
             return info
 
     def _next_serial(self) -> int:
+        is_unlocked = self._lock is not None and not (self.root / LOCK).exists()
+        if is_unlocked or not self.root.is_dir():  # the folder was removed during the run
+            make_folder(self.root)
+            self._unlock()
+            self._lock = _lock_root(self.root)
         self._serial += 1
         return self._serial
 

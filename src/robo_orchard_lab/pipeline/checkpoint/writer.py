@@ -177,7 +177,8 @@ class StagedCheckpoint:
 
         Args:
             folder: final directory of the checkpoint.
-            serial: returns the checkpoint's serial; called on the first rank.
+            serial: makes the folder's parent if it is missing, and returns the checkpoint's
+                serial; called on the first rank.
             put: renames the temporary directory to ``folder``; called on the first rank.
             ranks: processes that write.
 
@@ -186,15 +187,17 @@ class StagedCheckpoint:
         """
         what = f"saving {folder}"
         made: list[Path] = []
+        serials: list[int] = []
 
         def make() -> str:
+            serials.append(serial())
             made.append(folder.parent / temporary_name(folder.name))
             made[0].mkdir()
             return made[0].name
 
         def finish(files: list[dict[str, FileEntry]]) -> CheckpointInfo:
             all_files = {name: entry for of_one in files for name, entry in of_one.items()}
-            manifest = self.manifest.with_files(serial(), all_files)
+            manifest = self.manifest.with_files(serials[0], all_files)
             manifest.check_writable(self._limits)
             write_file(temporary / MANIFEST_FILE, manifest.to_bytes())
             flush_folder(temporary)

@@ -95,6 +95,9 @@ class KeepBest(PipelineHooks):
     evaluation, or of the step that published the metric. NaN and infinities are never the best. The
     file's metadata holds the metric, its value and step, and the counters of the run.
 
+    Weights that can't be written, as on a full disk, stay in host memory until there is room, or
+    until a better value; the run ends with an error if there is no room at its end.
+
     A new run overwrites the file of an earlier one. A resumed run reads the file first: weights
     saved after the resumed checkpoint stay if their value is better.
 
@@ -184,17 +187,17 @@ class KeepBest(PipelineHooks):
         found = _read_value(self.cfg) if args.accelerator.is_main_process else None
         if args.accelerator.num_processes > 1:
             found = broadcast_object(found, 0)  # collective; other ranks may not see the file
-        if found is None:
-            if self._best.value is not None:
-                logger.warning(
-                    "%s: %s lacks the best weights of the resumed run (%s %s); the next better "
-                    "value overwrites the file",
-                    *(self.name, self.cfg.path, self.cfg.monitor, number_text(self._best.value)),
-                )
-        elif self._best.adopt(found):
+        best = self._best.value
+        if found is not None and self._best.adopt(found):
             logger.info(
                 "%s: keeping %s with %s %s (step %d), better than the resumed run's best value",
                 *(self.name, self.cfg.path, found.name, number_text(found.value), found.step),
+            )
+        elif best is not None and (found is None or found.value != best):
+            logger.warning(
+                "%s: %s lacks the best weights of the resumed run (%s %s); the next better "
+                "value overwrites the file",
+                *(self.name, self.cfg.path, self.cfg.monitor, number_text(best)),
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import torch
 from pydantic import Field
 
 from robo_orchard_core.utils.config import ConfigInstanceOf
@@ -15,8 +16,21 @@ from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import HookLike, PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks.loss_tracker import LossTrackerConfig
 from robo_orchard_lab.pipeline.hooks.progress_bar import ProgressBarHookConfig
-from robo_orchard_lab.pipeline.sinks import LogSinkConfig, MetricsSink, SinkConfig, SinkGroup
+from robo_orchard_lab.pipeline.job_log import job_logger
+from robo_orchard_lab.pipeline.metrics import MetricsRecord
+from robo_orchard_lab.pipeline.run.durable import set_aside
+from robo_orchard_lab.pipeline.sinks import (
+    LogSinkConfig,
+    MetricsFileError,
+    MetricsSink,
+    SinkConfig,
+    SinkGroup,
+)
+from robo_orchard_lab.pipeline.sinks.jsonl import from_line, to_line
+from robo_orchard_lab.pipeline.sinks.sink import counters_of
 from robo_orchard_lab.pipeline.trigger import TriggerField
+
+logger = job_logger(__name__)
 
 SinkLike: TypeAlias = MetricsSink | SinkConfig[MetricsSink]
 """A sink, or the config of a sink."""
@@ -29,12 +43,13 @@ class MetricsLogger(PipelineHooks):
     record, except after an error. They stay in the run's state, too: the next record of a resumed
     run contains them, and the file of a ``JsonLinesSink`` equals that of an uninterrupted run.
 
-    A sink that can't be opened is an error at the start of the run. A sink that fails later is
-    reported once and dropped.
+    A sink that can't be opened is an error at the start of the run. A sink that can't write later,
+    as on a full disk, is reported once; its records are kept, also in checkpoints, and written when
+    there is room. A sink with another error is reported once and dropped.
 
     - Ranks: all take part in a logging point; the main process opens the sinks and writes.
     - Requests: logging points.
-    - State: none; the metrics board holds unwritten values.
+    - State: in that of the metrics board: unwritten values and records, and the last record's step.
     - Cost: per logging point, one packed transfer from the device and, with several processes, one
       packed collective.
 
@@ -63,6 +78,8 @@ class MetricsLogger(PipelineHooks):
         self.cfg = cfg
         self.sinks: dict[str, MetricsSink] = {}
         """Sinks by the names used in reports."""
+        self._newest: tuple[int, int] | None = None  # epoch and step of the last record
+        self._unwritten: dict[str, list[MetricsRecord]] = {}  # by sink, while none is open
         for given in (cfg.sinks, sinks or ()):
             if isinstance(given, Mapping):
                 for name, sink in given.items():
@@ -97,13 +114,43 @@ class MetricsLogger(PipelineHooks):
 
     def _open(self, args: PipelineHookArgs) -> RemovableHandle:
         group = SinkGroup(self.sinks if args.accelerator.is_main_process else {}, self.name)
-        group.open(args)
+
+        def state() -> dict[str, Any]:
+            """Flush the sinks, and return the records that they could not write."""
+            unwritten = {**self._unwritten, **group.flush()}
+            lines = {name: bytearray().join(map(to_line, unwritten[name])) for name in unwritten}
+            return {
+                "newest": self._newest and [*self._newest],
+                "unwritten": {n: torch.frombuffer(lines[n], dtype=torch.uint8) for n in lines},
+            }
+
+        saved = args.metrics.add_writer(self.name, state)
+        if saved:
+            self._newest = saved["newest"] and tuple(saved["newest"])
+            for name, lines in saved["unwritten"].items():
+                found = map(from_line, lines.numpy().tobytes().splitlines())
+                self._unwritten[name] = [record for record in found if record is not None]
+        try:
+            group.open(args)
+        except MetricsFileError as error:
+            if not saved or error.path is None:
+                raise
+            logger.warning("%s; the run moves the file to %s", error, set_aside(error.path))
+            group.open(args)
+        for name, sink in group.open_sinks():
+            sink.restore(self._unwritten.pop(name, []), self._newest)
+
+        def write(record: MetricsRecord) -> None:
+            if not record.partial:
+                self._newest = counters_of(record)
+            group.write(record)
+
         # On every rank: all ranks must know that there are logging points.
-        listening = args.metrics.listen(group.write)
+        listening = args.metrics.listen(write)
 
         def close() -> None:
             listening.remove()
-            group.close()
+            self._unwritten = group.close()
 
         return RemovableHandle(close)
 

@@ -21,6 +21,7 @@ from pydantic import Field
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
+from robo_orchard_lab.pipeline.job_log import announce
 from robo_orchard_lab.pipeline.metrics import MetricsRecord, MetricValue, number_text
 from robo_orchard_lab.pipeline.progress import TrainerProgress, remaining_steps
 
@@ -312,10 +313,7 @@ class _LogLines:
         """Show nothing yet."""
 
     def show(self, status: RunStatus) -> None:
-        if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
-            logger.info("%s", status)
-        else:
-            print(status, file=sys.stderr, flush=True)
+        announce(logger, str(status))
 
     def close(self, status: RunStatus | None) -> None:
         if status is not None:

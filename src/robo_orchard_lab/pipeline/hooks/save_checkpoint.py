@@ -32,6 +32,7 @@ from robo_orchard_lab.pipeline.hooks.keep_best import Mode
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricValue, number_text
 from robo_orchard_lab.pipeline.requests import Request
+from robo_orchard_lab.pipeline.run.retried_write import RetriedWrite
 from robo_orchard_lab.pipeline.run.run_path import RunPath
 from robo_orchard_lab.pipeline.trigger import TriggerField
 
@@ -135,7 +136,7 @@ class SaveCheckpoint(PipelineHooks):
         self._task = BackgroundTask[CheckpointInfo]("save-checkpoint")
         self._newest: dict[str, Any] | None = None  # counters at the last started save
         self._best: list[float] = []  # best values so far, the best one first
-        self._failure: CheckpointError | None = None  # of the last save
+        self._writes = RetriedWrite(self.name, logger)
         self.register_hook("on_loop", HookContext.from_callable(self._begin, self._end))
         if cfg.every is not None:
             self.register_at_commit(self._request_save, cfg.every)
@@ -187,6 +188,7 @@ class SaveCheckpoint(PipelineHooks):
                 "hooks (in an experiment file: checkpoint: null, or the hook in hooks), or set "
                 f"{self.name}.folder to another folder"
             )
+        self._writes.by = self.name
         self._store = self.store(run.folder, ranks)
         self._store.open()
         self._run = run
@@ -223,9 +225,9 @@ class SaveCheckpoint(PipelineHooks):
         finally:
             store.close()
             store.ranks.close()
-        if self._failure is not None:
-            args.run.failures.append(self._failure)
-            self._failure = None
+        if self._writes.failure is not None:
+            args.run.failures.append(self._writes.failure)
+            self._writes.failure = None
 
     def _request_save(self, args: PipelineHookArgs) -> None:
         args.requests.save(f"every {self.cfg.every}", by=self.name, name=self.name)
@@ -258,7 +260,7 @@ class SaveCheckpoint(PipelineHooks):
         if is_last:
             self._collect()  # a save of this step may have failed
         counters = run.progress.state_dict()
-        if counters == self._newest and self._failure is None:
+        if counters == self._newest and self._writes.failure is None:
             return  # just saved
         must_wait = is_last or self.cfg.when_busy == "wait" or run.accelerator.num_processes > 1
         if self._task.is_busy and not must_wait:
@@ -301,26 +303,21 @@ class SaveCheckpoint(PipelineHooks):
     def _report(self, info: CheckpointInfo | None) -> None:
         if info is None or self._run is None:
             return
+        self._writes.succeeded(info.path)
         logger.info("saved %s: %s", info.path, info.metadata.get("reason", ""))
         self._run.state_file.saved(info.path, info.step)
 
     def _attempt(self, save: Callable[[], Any], is_final: bool = False) -> Any:
         """Return the result of a save; None if the save failed and the run continues."""
         try:
-            result = save()
+            return save()
         except CheckpointError as error:
             self._newest = None
             if self.cfg.on_failure == "stop" and not is_final:
                 raise
-            self._failure = error
-            logger.error(
-                "%s: a save failed; older checkpoints are untouched%s: %s",
-                *(self.name, "" if is_final else ", and the run continues", error),
-            )
+            then = "" if is_final else ", and the run continues"
+            self._writes.failed("a save", error, f"older checkpoints are untouched{then}")
             return None
-        if result is not None:
-            self._failure = None
-        return result
 
     def state_dict(self) -> dict[str, Any]:
         return {"version": STATE_VERSION, "best": list(self._best)}

@@ -13,14 +13,14 @@ import torch
 from pydantic import Field
 
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
-from robo_orchard_lab.pipeline.checkpoint import write_weights
+from robo_orchard_lab.pipeline.checkpoint import pack_weights
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.model import plain_model
 from robo_orchard_lab.pipeline.requests import Request, StopRequest
-from robo_orchard_lab.pipeline.run.durable import remove_leftovers, replace_file
+from robo_orchard_lab.pipeline.run.durable import remove_leftovers
 from robo_orchard_lab.pipeline.run.run_path import RunPath
 from robo_orchard_lab.pipeline.sharding import gather_weights
 from robo_orchard_lab.pipeline.trigger import Last, TriggerField
@@ -42,7 +42,8 @@ class SaveModel(PipelineHooks):
 
     The model is written on the trigger ``every``, and at the end: at a limit or a hook's stop, but
     not at an interruption. Each file is replaced atomically, the weights last; other files in the
-    folder stay.
+    folder stay. A model that can't be written, as on a full disk, stays in host memory until there
+    is room; the run ends with an error if there is no room at its end.
 
     - Ranks: all; the main process writes. Of a sharded model, it gathers the weights one by one.
     - Requests: writing the model.
@@ -111,15 +112,15 @@ class SaveModel(PipelineHooks):
         weights = gather_weights(run, kept)
         if weights is None:  # written by another rank
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
         if self._config is not None:
-            replace_file(self._folder / CONFIG_FILE, self._config.encode())
+            run.write_file(self._folder / CONFIG_FILE, self._config.encode(), self.name)
         metadata = {
             "format": "pt",  # required by transformers
             "global_step_id": str(run.progress.global_step_id),
         }
-        write_weights(self._folder / WEIGHTS_FILE, weights, metadata)
-        logger.info("%s: wrote %s at %s", self.name, self._folder, run.progress)
+        file = pack_weights(weights, metadata)
+        if run.write_file(self._folder / WEIGHTS_FILE, file, self.name):
+            logger.info("%s: wrote %s at %s", self.name, self._folder, run.progress)
 
 
 class SaveModelConfig(PipelineHooksConfig[SaveModel]):

@@ -6,13 +6,14 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch.profiler import ProfilerAction, profile
 
-from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.run.run_path import RunPath
 
@@ -68,12 +69,13 @@ class TorchProfilerHook(PipelineHooks):
         cfg, step = self.cfg, args.global_step_id
         warmup = max(0, cfg.start_step - step)
         self._first_step, self._last_step = step + warmup, step
+        run = args.run
         rank = Path(cfg.folder) / f"rank{args.accelerator.process_index}"
         self._profiler = profile(
             schedule=lambda count: (
                 ProfilerAction.WARMUP if count < warmup else ProfilerAction.RECORD
             ),
-            on_trace_ready=lambda profiler: self._write(profiler, rank),
+            on_trace_ready=lambda profiler: self._write(profiler, rank, run),
             record_shapes=cfg.record_shapes,
             profile_memory=cfg.profile_memory,
             with_stack=cfg.with_stack,
@@ -85,16 +87,19 @@ class TorchProfilerHook(PipelineHooks):
         if profiler is not None:
             self._guarded(profiler.stop)  # device sync; writes the trace
 
-    def _write(self, profiler: Any, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def _write(self, profiler: Any, folder: Path, run: PipelineRun) -> None:
         path = folder / f"steps{self._first_step}-{self._last_step}.pt.trace.json"
-        temporary = folder / f".{path.name}.tmp"
-        try:
-            profiler.export_chrome_trace(os.fspath(temporary))
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        logger.info("%s wrote %s", self.name, path)
+        with TemporaryDirectory() as elsewhere:
+            temporary = Path(elsewhere, path.name)
+            profiler.export_chrome_trace(os.fspath(temporary))  # once; hides errors of writing
+            trace = temporary.read_bytes() if temporary.exists() else b""
+        if not trace.rstrip().endswith(b"}"):
+            raise OSError(
+                f"torch could not write the complete trace to {temporary}; make room there, or set "
+                "TMPDIR to a folder with room"
+            )
+        if run.write_file(path, trace, self.name, is_required=False):
+            logger.info("%s wrote %s", self.name, path)
 
     def _guarded(self, function: Callable[..., Any], *args: Any) -> None:
         """Call a function; log an error and stop profiling."""

@@ -83,6 +83,8 @@ class MetricsBoard:
         self._listeners: list[Listener] = []
         self._collectors: list[tuple[Callable[[], Any], Stateful | None]] = []
         self._gather = RankGather()
+        self._writers: dict[str, Callable[[], dict[str, Any]]] = {}
+        self._writer_states: dict[str, dict[str, Any]] = {}  # of the resumed run
 
     # --- publish -----------------------------------------------------------------------------
 
@@ -182,6 +184,21 @@ class MetricsBoard:
         """Call a function with the record of every logging point; listen on every rank."""
         self._listeners.append(callback)
         return RemovableHandle(lambda: self._listeners.remove(callback))
+
+    def add_writer(self, name: str, state: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Save the state of a hook that writes records with the board's own.
+
+        A hook's own state would refuse to resume a run after the hook was added or removed.
+
+        Args:
+            name: name of the hook.
+            state: returns the state, as :meth:`PipelineHooks.state_dict` does.
+
+        Returns:
+            The state in the resumed checkpoint; empty otherwise.
+        """
+        self._writers[name] = state
+        return self._writer_states.pop(name, {})
 
     def before_logging(
         self, callback: Callable[[], Any], owner: Stateful | None = None
@@ -368,6 +385,10 @@ class MetricsBoard:
             "reductions": dict(self._reductions),
             "found": [astuple(value) for value in self._last_values.values()],
             "unlogged": [astuple(value) for value in self._unlogged],
+            "writers": {
+                **self._writer_states,
+                **{name: state() for name, state in self._writers.items()},
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None = None) -> None:
@@ -386,6 +407,7 @@ class MetricsBoard:
         self._reductions = dict(state["reductions"])
         self._last_values = {name: MetricValue(name, *rest) for name, *rest in state["found"]}
         self._unlogged = [MetricValue(*value) for value in state["unlogged"]]
+        self._writer_states = dict(state.get("writers", {}))  # older releases have none
 
     @staticmethod
     def redistribute_states(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import itertools
 import os
 import shutil
 import sys
@@ -115,6 +116,8 @@ def make_folder(path: Path) -> None:
     """Create a directory and missing parents, and flush them."""
     if path.is_dir():
         return
+    if path.exists():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(path))
     make_folder(path.parent)
     path.mkdir(exist_ok=True)
     flush_folder(path.parent)
@@ -135,6 +138,26 @@ def replace_link(path: Path, target: str) -> None:
     except OSError:
         temporary.unlink()
         raise
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file that can't be read to the first free name, and return the name.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for text in ("first", "second"):
+    ...     _ = (folder / "state.json").write_text(text)
+    ...     print(set_aside(folder / "state.json").name)
+    state.json.unreadable-1
+    state.json.unreadable-2
+
+    Raises:
+        OSError: the file can't be renamed.
+    """
+    names = (path.with_name(f"{path.name}.unreadable-{number}") for number in itertools.count(1))
+    aside = next(name for name in names if not os.path.lexists(name))
+    os.rename(path, aside)
+    return aside
 
 
 def remove_folder(path: Path) -> None:

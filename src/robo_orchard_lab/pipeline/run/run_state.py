@@ -26,7 +26,13 @@ from robo_orchard_lab.pipeline.distributed.shutdown import before_forced_exit
 from robo_orchard_lab.pipeline.errors import RankFailure, RunPreempted, StateError
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
-from robo_orchard_lab.pipeline.run.durable import remove_leftovers, replace_file
+from robo_orchard_lab.pipeline.run.durable import (
+    make_folder,
+    remove_leftovers,
+    replace_file,
+    set_aside,
+)
+from robo_orchard_lab.pipeline.run.retried_write import RetriedWrite
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +148,7 @@ class RunStateFile:
         self._processes = processes
         self._state: RunState | None = None  # last state written by this process
         self._lock = threading.Lock()  # checkpoints may be committed in another thread
+        self._writes = RetriedWrite("the trainer")
 
     @contextmanager
     def around_run(self, requests: Requests) -> Iterator[None]:
@@ -205,6 +212,11 @@ class RunStateFile:
         shown = target.relative_to(folder) if inside else target
         self._update(checkpoint=SavedCheckpoint(path=plain_text(shown), step=step))
 
+    def retry(self) -> None:
+        """Write the state again if the last write failed, or if the file disappeared."""
+        if self._state is not None and (self._writes.failure or not self._path.exists()):
+            self._update()
+
     @property
     def _path(self) -> Path:
         assert self._folder is not None
@@ -213,8 +225,14 @@ class RunStateFile:
     def _begin(self) -> None:
         assert self._folder is not None
         checkpoint = None
-        with suppress(OSError, StateError):  # no earlier run
+        try:
             before = _read(self._path)
+        except StateError as error:
+            with suppress(OSError):  # writing reports the error
+                logger.warning("%s; the run moves the file to %s", error, set_aside(self._path))
+        except OSError:
+            pass  # no earlier run
+        else:
             checkpoint = before.checkpoint
             if before.state == "running" and before.process.is_another_running():
                 logger.error(
@@ -234,11 +252,8 @@ class RunStateFile:
                 updated_at=now,
                 checkpoint=checkpoint,
             )
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):  # writing reports the error
                 remove_leftovers(self._path)
-            except OSError:
-                pass  # writing reports the error
             self._write(self._state)
 
     def _end(self, outcome: RunOutcome, requests: Requests, **found: Any) -> None:
@@ -284,9 +299,13 @@ class RunStateFile:
 
     def _write(self, state: RunState) -> None:
         try:
+            make_folder(self._path.parent)
             replace_file(self._path, state.model_dump_json(indent=2).encode() + b"\n")
         except OSError as error:
-            logger.error("can't write %s, which is now out of date: %s", self._path, error)
+            what = f"writing {self._path}, which is now out of date,"
+            self._writes.failed(what, error, "the run continues, and tries again")
+        else:
+            self._writes.succeeded(self._path)
 
 
 def _read(path: Path) -> RunState:

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Annotated, Any, TypeAlias
 
@@ -17,7 +17,9 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.metrics import MetricsRecord, MetricValue
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.run.durable import (
+    flush_folder,
     lock_file,
+    make_folder,
     remove_leftovers,
     replace_file,
     write_file,
@@ -31,9 +33,12 @@ logger = logging.getLogger(__name__)
 class MetricsFileError(ValueError):
     """Error for a file with other contents; the file is not changed."""
 
+    path: Path | None = None
+    """The file; None if another process is writing it."""
+
 
 class JsonLinesSink:
-    """Sink to a file: appends a line of JSON per record, and flushes.
+    """Sink to a file: appends a line of JSON per record. A checkpoint makes the lines durable.
 
     A line has the counters and the metrics of its step; metrics of earlier steps are listed by
     step. The record of a run that ended between two logging points is marked as partial::
@@ -47,7 +52,8 @@ class JsonLinesSink:
 
     The file of a resumed run equals the file of an uninterrupted run. When the file is opened,
     records after the resumed step, partial records and a torn last line move to another file, such
-    as ``metrics.aside-1.jsonl``. A new run moves all records.
+    as ``metrics.aside-1.jsonl``. A new run moves all records. Damaged lines move, too, with a
+    warning. If the file is removed during the run, it is made again, with all its lines.
 
     Args:
         path: path of the file; missing folders are created.
@@ -55,7 +61,11 @@ class JsonLinesSink:
 
     def __init__(self, path: str | os.PathLike[str] = "metrics.jsonl") -> None:
         self.path = Path(path)
+        self.newest_record: MetricsRecord | None = None
+        """Last record of the file when it was opened."""
         self._file: IO[bytes] | None = None
+        self._target = self.path  # through links
+        self._end: int | None = None  # of the last complete line, if an incomplete one follows
         self._open_files = ExitStack()
 
     def open(self, args: PipelineHookArgs) -> None:
@@ -65,7 +75,7 @@ class JsonLinesSink:
             MetricsFileError: the file is not a metrics file, or another process is writing it.
             OSError: the file can't be read or written.
         """
-        path = Path(os.path.realpath(self.path))  # a link stays a link
+        path = self._target = Path(os.path.realpath(self.path))  # a link stays a link
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
             raise MetricsFileError(f"{path} is not a regular file; write to another path")
@@ -73,7 +83,7 @@ class JsonLinesSink:
         try:
             remove_leftovers(path)
             data = path.read_bytes()
-            kept, rest = _split(path, data, args.progress)
+            self.newest_record, kept, rest = _split(path, data, args.progress)
             if kept != data:
                 # Write the rest first: a crash between the two loses nothing.
                 if rest:
@@ -86,7 +96,7 @@ class JsonLinesSink:
             self.close()
             raise
 
-    def _lock_and_open(self, path: Path) -> None:
+    def _lock_and_open(self, path: Path) -> IO[bytes]:
         try:
             lock = lock_file(path)  # None where the file system has no locks
         except BlockingIOError:
@@ -96,13 +106,37 @@ class JsonLinesSink:
             ) from None
         if lock is not None:
             self._open_files.callback(lock.release)
-        self._file = self._open_files.enter_context(path.open("ab"))
+        self._file = self._open_files.enter_context(path.open("a+b", buffering=0))
+        flush_folder(path.parent)
+        return self._file
 
     def write(self, record: MetricsRecord) -> None:
-        """Append a record; raise ``OSError`` on failure."""
-        assert self._file is not None, "open() comes first"
-        self._file.write(to_line(record))
-        self._file.flush()
+        """Append a record; after an ``OSError`` the file ends with the record before."""
+        descriptor, rest = self._reopened().fileno(), to_line(record)
+        if self._end is not None:
+            os.ftruncate(descriptor, self._end)
+        self._end = os.fstat(descriptor).st_size
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        self._end = None
+
+    def _reopened(self) -> IO[bytes]:
+        """Return the open file, made again if it was removed or replaced during the run."""
+        if self._file is not None:
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(self._target), os.fstat(self._file.fileno())):
+                    return self._file
+            if not self._target.exists():
+                self._file.seek(0)
+                make_folder(self._target.parent)
+                replace_file(self._target, self._file.read())
+            self.close()
+        return self._lock_and_open(self._target)
+
+    def flush(self) -> None:
+        """Make all written records durable."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close and unlock the file."""
@@ -134,33 +168,53 @@ def read_metrics(path: str | os.PathLike[str]) -> list[MetricsRecord]:
         OSError: the file can't be read.
     """
     path = Path(path)
-    return [record for record, _ in _records(path, path.read_bytes()) if record is not None]
+    found, damage = _records(path, path.read_bytes())
+    if damage is not None:
+        raise MetricsFileError(f"{damage}; move the file away, or write to another path")
+    return [record for record, _ in found if record is not None]
 
 
-def _records(path: Path, data: bytes) -> list[tuple[MetricsRecord | None, bytes]]:
-    """Return the records with their lines; None for a torn last line."""
-    found: list[tuple[MetricsRecord | None, bytes]] = []
+def _records(
+    path: Path, data: bytes
+) -> tuple[list[tuple[MetricsRecord | None, bytes]], str | None]:
+    """Return the records with their lines, and a description of the first damaged line.
+
+    The record of a damaged line, and of a torn last line, is None.
+    """
     lines = data.splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        record = from_line(line)
+    found = [(from_line(line), line) for line in lines]
+    for number, (record, line) in enumerate(found, start=1):
         if record is None and not (number == len(lines) and _is_torn(line)):
-            raise MetricsFileError(
-                f"line {number} of {path} is no record of metrics: {line[:60]!r}; move the file "
-                "away, or write to another path"
-            )
-        found.append((record, line))
-    return found
+            return found, f"line {number} of {path} is no record of metrics: {line[:60]!r}"
+    return found, None
 
 
-def _split(path: Path, data: bytes, progress: TrainerProgress) -> tuple[bytes, bytes]:
-    """Split the lines into an uninterrupted run's lines up to ``progress``, and the rest."""
-    kept, rest = [], []
-    for record, line in _records(path, data):
+def _split(
+    path: Path, data: bytes, progress: TrainerProgress
+) -> tuple[MetricsRecord | None, bytes, bytes]:
+    """Split the lines into an uninterrupted run's lines up to ``progress``, and the rest.
+
+    Returns:
+        The last record of the first part, and both parts.
+
+    Raises:
+        MetricsFileError: no line is a record: the file belongs to another program.
+    """
+    kept, rest, newest = [], [], None
+    found, damage = _records(path, data)
+    if damage is not None:
+        if all(record is None for record, _ in found):
+            error = MetricsFileError(f"{damage}; move the file away, or write to another path")
+            error.path = path
+            raise error
+        logger.warning("%s; the file is damaged, and such lines move to another file", damage)
+    for record, line in found:
         if record is not None and _is_before(record, progress):
             kept.append(line if line.endswith(b"\n") else line + b"\n")
+            newest = record
         else:
             rest.append(line)
-    return b"".join(kept), b"".join(rest)
+    return newest, b"".join(kept), b"".join(rest)
 
 
 def _is_before(record: MetricsRecord, progress: TrainerProgress) -> bool:
@@ -222,7 +276,7 @@ def from_line(line: bytes) -> MetricsRecord | None:
             for name, value in entry["metrics"].items()
         )
         return MetricsRecord(epoch, step, updates, values, partial)
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+    except (ValueError, OverflowError, RecursionError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -14,6 +15,7 @@ from pydantic import Field
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
+from robo_orchard_lab.pipeline.run.durable import temporary_name, write_file
 from robo_orchard_lab.pipeline.run.run_path import RunPath
 from robo_orchard_lab.pipeline.sinks.sink import MetricsSink, SinkConfig, SinkGroup
 
@@ -22,13 +24,14 @@ TrackerLike: TypeAlias = str | GeneralTracker
 
 _PACKAGES = {"comet_ml": "comet-ml"}
 """Package names of trackers whose package has another name."""
+_ROOM_BYTES = 1 << 16
 
 
 class TrackerSink:
     """Sink to TensorBoard, W&B, MLflow, Trackio or another tracker of Accelerate.
 
     Each value is logged at its step, in one call per step. A tracker that fails during the run is
-    logged once and dropped.
+    logged once, and handled as a failing sink, see :class:`MetricsSink`.
 
     Files of the trackers:
 
@@ -68,7 +71,10 @@ class TrackerSink:
         self._folder = None if folder is None else Path(folder)
         self._hyperparameters = dict(hyperparameters or {})
         self._options = {name: dict(given) for name, given in (options or {}).items()}
-        self._group: SinkGroup | None = None
+        self.group: SinkGroup | None = None
+        """Open trackers."""
+        self.reports_as = type(self).__name__
+        """Name in reports."""
         for tracker in self._trackers:
             if isinstance(tracker, str):
                 _check_installed(tracker)
@@ -91,16 +97,16 @@ class TrackerSink:
             live = self._make(tracker, args) if isinstance(tracker, str) else tracker
             is_started = any(live is known for known in args.accelerator.trackers)
             sinks[_name(tracker)] = _OneTracker(live, is_started, self._hyperparameters)
-        self._group = SinkGroup(sinks, type(self).__name__)
-        self._group.open(args)
+        self.group = SinkGroup(sinks, self.reports_as)
+        self.group.open(args)
 
     def write(self, record: MetricsRecord) -> None:
-        assert self._group is not None, "open() comes first"
-        self._group.write(record)
+        assert self.group is not None, "open() comes first"
+        self.group.write(record)
 
     def close(self) -> None:
         """Finish the trackers started by this sink."""
-        group, self._group = self._group, None
+        group, self.group = self.group, None
         if group is not None:
             group.close()
 
@@ -167,6 +173,9 @@ class _OneTracker:
         self._tracker = tracker
         self._is_started = is_started
         self._hyperparameters = dict(hyperparameters)
+        self._record: MetricsRecord | None = None
+        self._steps: list[tuple[int, dict[str, float]]] = []  # of the record, not logged yet
+        self._has_failed = False
 
     def open(self, args: PipelineHookArgs) -> None:
         if not self._is_started:
@@ -177,8 +186,35 @@ class _OneTracker:
             self._tracker.store_init_configuration(self._hyperparameters)
 
     def write(self, record: MetricsRecord) -> None:
-        for step, values in record.by_step().items():
+        if record is not self._record:
+            self._record, self._steps = record, [*record.by_step().items()]
+        if self._tracker.name == "tensorboard" and self._steps:
+            self._restart_writer(self._steps[0][0])
+        self._has_failed = True  # until the end
+        while self._steps:
+            step, values = self._steps[0]
             self._tracker.log(values, step=step)
+            del self._steps[0]
+        self._has_failed = False
+
+    def _restart_writer(self, step: int) -> None:
+        """Replace TensorBoard's writer, which a full disk has ended, or whose folder is removed.
+
+        TensorBoard hides the values of the old writer from ``step`` on.
+        """
+        tracker, folder = self._tracker, Path(self._tracker.logging_dir)
+        if folder.is_dir() and not self._has_failed:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / temporary_name("room")
+        try:
+            write_file(probe, bytes(_ROOM_BYTES))  # a writer that can't start leaves a thread
+        finally:
+            probe.unlink(missing_ok=True)
+        with suppress(OSError):
+            tracker.finish()
+        tracker.init_kwargs["purge_step"] = step
+        tracker.start()
 
     def close(self) -> None:
         if not self._is_started:

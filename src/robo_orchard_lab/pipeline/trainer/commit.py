@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import Any
 
 from robo_orchard_core.utils.config.errors import suggest_name
-from robo_orchard_lab.pipeline.checkpoint import write_weights
+from robo_orchard_lab.pipeline.checkpoint import pack_weights
 from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.errors import PipelineStateError
 from robo_orchard_lab.pipeline.job_log import job_logger
@@ -74,6 +74,8 @@ class CommitPoint:
         run, metrics, stop = self._run, self._run.metrics, self._run.requests.stop_request
         if not self._all_logged:
             metrics.flush_partial(run.accelerator)
+        run.retry_writes()
+        run.failures += filter(None, (output.error() for output in run.outputs.values()))
         # A stopped run, or a short one, may end before its first evaluation.
         has_evaluated = any(name.startswith("eval/") for name in metrics.names())
         ended_early = stop is not None or (bool(run.evaluations) and not has_evaluated)
@@ -134,9 +136,12 @@ class CommitPoint:
                 break
             logged, all_logged = logged or log, log
             run.metrics.flush(log, run.accelerator)
-        for request in requests.pop(SaveWeightsRequest):
+        weights, writes = requests.pop(SaveWeightsRequest), requests.pop(WriteRequest)
+        if evaluated or weights or writes or requests.pending:  # of a save or a stop
+            run.retry_writes()
+        for request in weights:
             _save_weights(run, request)
-        for write in requests.pop(WriteRequest):
+        for write in writes:
             write.write()
             logger.debug("written: %s, requested by %s", write.reason, write.by)
         if not run.should_defer_saves() and (saves := requests.pop(SaveRequest)):
@@ -182,5 +187,5 @@ def _save_weights(run: PipelineRun, request: SaveWeightsRequest) -> None:
             "optimizer_step_id": str(progress.optimizer_step_id),
             **request.metadata,
         }
-        write_weights(request.path, weights, metadata)
-        logger.info("saved %s: %s, requested by %s", request.path, request.reason, request.by)
+        if run.write_file(request.path, pack_weights(weights, metadata), request.by):
+            logger.info("saved %s: %s, requested by %s", request.path, request.reason, request.by)

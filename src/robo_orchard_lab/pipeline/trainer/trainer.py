@@ -34,6 +34,7 @@ from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.model import forward_in_context
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
+from robo_orchard_lab.pipeline.run.retried_write import OutputFile
 from robo_orchard_lab.pipeline.run.run_state import RunStateFile
 from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows, padding_step
 from robo_orchard_lab.pipeline.trainer.commit import CommitPoint
@@ -321,6 +322,13 @@ class HookBasedTrainer:
             raise PipelineConfigError(
                 "a trainer's hooks can't be replaced; add to them by trainer.hooks += hook"
             )
+
+    def keep_files(self, *paths: str | os.PathLike[str]) -> None:
+        """Write small files again during the run if they disappear, as with the run folder."""
+        for path in paths:
+            output = OutputFile(path, type(self).__name__, is_required=False, restore=True)
+            output.write(Path(path).read_bytes())
+            self._run.outputs[Path(os.path.abspath(path))] = output
 
     def save_checkpoint(self, folder: str | os.PathLike[str]) -> None:
         """Write a checkpoint of the run, for ``resume_from``. All ranks call it.
