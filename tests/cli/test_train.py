@@ -354,3 +354,39 @@ def test_a_limit_that_is_passed_is_refused(
     earlier = str(RUN / "checkpoints" / "step_00000010")
     assert main(["resume", earlier, "--trainer.max_epoch", "2"]) == 0
     assert state()["progress"]["epoch_id"] == 2
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (
+            "hooks:\n",
+            "hooks:\n  stop:\n    class_type: EarlyStopping\n    monitor: eval/val/los\n"
+            "    mode: min\n    patience: 1\n",
+            "spirals.yaml:17: hooks.stop.monitor: no hook is known to publish 'eval/val/los', "
+            "which stop waits for; did you mean 'eval/val/loss'? ",
+        ),
+        (
+            "trainer:",
+            "checkpoint:\n  keep_best: 1\n  mode: min\n  monitor: eval/val/los\ntrainer:",
+            "spirals.yaml:24: checkpoint.monitor: no hook is known to publish 'eval/val/los', ",
+        ),
+        (
+            "trainer:",
+            'lr_scheduler:\n  class_type: "torch.optim.lr_scheduler:ReduceLROnPlateau"\n'
+            "  monitor: loss/total\ntrainer:",
+            "spirals.yaml:23: lr_scheduler.monitor: no hook is known to publish 'loss/total', ",
+        ),
+    ],
+    ids=["hook", "checkpoint", "lr_scheduler"],
+)
+def test_problems_are_found_before_the_first_step(
+    before: str, after: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The error names file, line and field, and nothing is trained."""
+    text = Path(FILE).read_text()
+    assert text.count(before) == 1
+    Path(FILE).write_text(text.replace(before, after))
+    assert main(["train", FILE]) != 0
+    assert f"\nerror: {message}" in capsys.readouterr().err
+    assert state()["progress"].get("global_step_id", 0) == 0

@@ -17,7 +17,7 @@ from robo_orchard_core.utils.config.errors import ConfigError
 
 _INDENT = "       "  # as wide as "error: "
 _PIPELINE_ERRORS = "robo_orchard_lab.pipeline.errors"  # imports torch
-_COMPLETE_MESSAGES = ("PipelineConfigError", "RankFailed", "StateError")
+_COMPLETE_MESSAGES = ("PipelineConfigError", "RankFailed", "StateError", "UnknownMetricError")
 _DEBUG_HINT = "--debug shows the traceback"
 
 

@@ -44,6 +44,7 @@ from robo_orchard_lab.experiment.parts import (
 from robo_orchard_lab.experiment.run_plan import count_lr_scheduler_steps
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
+from robo_orchard_lab.pipeline.context import Locate, dotted_setting
 from robo_orchard_lab.pipeline.data import DataOrder
 from robo_orchard_lab.pipeline.distributed.failure_watch import fail_together
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
@@ -359,6 +360,7 @@ class BuiltExperiment:
 
 def build_experiment(
     experiment: ExperimentFields,
+    locate: Locate = dotted_setting,
     *,
     accelerator: Accelerator | None = None,
     dataloader: Iterable[Any] | None = None,
@@ -388,6 +390,7 @@ def build_experiment(
 
     Args:
         experiment: Experiment to build.
+        locate: Returns the place of a setting, for messages.
         accelerator: Replaces the described accelerator. Likewise for the objects below: the
             described part is not built.
         dataloader: Training data.
@@ -453,6 +456,7 @@ def build_experiment(
         data_order=DataOrder(seed=experiment.seed, **dict(experiment.data.order)),
         agree_every=experiment.trainer.agree_every,
         stall_timeout_s=experiment.trainer.stall_timeout_s,
+        locate=locate,
     )
     return BuiltExperiment(
         experiment,

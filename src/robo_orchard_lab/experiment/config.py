@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from robo_orchard_core.utils.config import ConfigError, ConfigFieldError, Trust, TrustLike
@@ -14,11 +15,14 @@ from robo_orchard_core.utils.config.formats import check_plain
 from robo_orchard_lab.experiment.catalogue import ExperimentTrust, with_definitions
 from robo_orchard_lab.experiment.document import ExperimentDocument, read_experiment
 from robo_orchard_lab.experiment.overrides import NAMED_ENTRIES, Override, from_mapping
-from robo_orchard_lab.experiment.parts import ExperimentFields
+from robo_orchard_lab.experiment.parts import CHECKPOINT, ExperimentFields
 from robo_orchard_lab.experiment.prevalidation import check_renamed_fields, prevalidate
 
 if TYPE_CHECKING:  # with torch
     from robo_orchard_lab.experiment.build import BuiltExperiment, LiveObjects
+
+
+_TRAIN = ("data", "train")
 
 
 class ExperimentConfig(ExperimentFields):
@@ -154,7 +158,9 @@ class ExperimentConfig(ExperimentFields):
         refused: list[ConfigFieldError] = []
         while True:
             try:
-                return super().from_dict(document.document, trust=trust)
+                experiment = super().from_dict(document.document, trust=trust)
+                vars(experiment)["document"] = document  # frozen, and not a field
+                return experiment
             except ConfigFieldError as error:
                 for before in refused:  # text doesn't fit either: report the first error
                     if before.path[: len(error.path)] == error.path:
@@ -166,6 +172,23 @@ class ExperimentConfig(ExperimentFields):
             except ConfigError as error:
                 raise document.locate(error) from error.__cause__
 
+    @cached_property
+    def document(self) -> ExperimentDocument | None:
+        """Document that the experiment was loaded from, with the origin of each value, or None."""
+        return None
+
+    def locate(self, owner: str, *setting: str | int) -> str:
+        """Return the place of a setting of a hook, ``lr_scheduler`` or ``data``, for messages.
+
+        File and line, option or variable, and the dotted path.
+        """
+        parts = {CHECKPOINT: (CHECKPOINT,), "lr_scheduler": ("lr_scheduler",), "data": _TRAIN}
+        path = (*parts.get(owner, ("hooks", owner)), *setting)
+        error = ConfigError("", path)
+        if self.document is not None:
+            self.document.locate(error)
+        return f"{error.source}: {error.location}" if error.source else error.location
+
     def build(self, **live: Unpack[LiveObjects]) -> BuiltExperiment:
         """Build the trainer and the objects of the run, on every rank.
 
@@ -173,9 +196,14 @@ class ExperimentConfig(ExperimentFields):
             **live: Objects that replace described parts, see `build_experiment`.
 
         Raises:
-            ConfigError: A part can't be built; the error has its path.
+            ConfigError: A part can't be built; the error has its path, and file and line.
             Exception: Errors of the described code and of the trainer.
         """
         from robo_orchard_lab.experiment.build import build_experiment
 
-        return build_experiment(self, **live)
+        try:
+            return build_experiment(self, self.locate, **live)
+        except ConfigError as error:
+            if self.document is None or error.source is not None:
+                raise
+            raise self.document.locate(error) from error.__cause__

@@ -118,6 +118,28 @@ class Snapshot(NamedTuple):
     """Metadata for people: counters, configuration, command, versions."""
 
 
+class Locate(Protocol):
+    """Function that returns the place of a setting, for messages."""
+
+    def __call__(self, owner: str, *setting: str | int) -> str:
+        """Return file, line and path in an experiment's file, else owner and setting with dots.
+
+        Args:
+            owner: name of a hook, or ``lr_scheduler`` or ``data``.
+            setting: keys of the setting; none for the owner itself.
+        """
+        ...
+
+
+def dotted_setting(owner: str, *setting: str | int) -> str:
+    """Return owner and setting with dots, the place of a setting in a script.
+
+    >>> dotted_setting("EarlyStopping", "monitor")
+    'EarlyStopping.monitor'
+    """
+    return ".".join(map(str, (owner, *setting)))
+
+
 def _no_snapshot() -> Snapshot:
     raise PipelineStateError("a run without a trainer has no snapshot; create a HookBasedTrainer")
 
@@ -163,6 +185,10 @@ class PipelineRun:
     failures: list[Exception] = field(default_factory=list)
     """Errors of lost outputs; the trainer raises the first error at the end of the run."""
 
+    start_checks: list[Callable[[], Any]] = field(default_factory=list)
+    """Checks to make before the first step, when the loop has begun for all hooks."""
+    locate: Locate = dotted_setting
+    """Function that returns the place of a hook's or a part's setting, for messages."""
     take_snapshot: Callable[[], Snapshot] = _no_snapshot
     """Function that collects the state for a checkpoint. All ranks call it at a commit point."""
     should_defer_saves: Callable[[], bool] = lambda: False

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from robo_orchard_core.utils.config.errors import did_you_mean
 
 
 class PipelineConfigError(ValueError):
@@ -17,6 +19,37 @@ class BatchProcessorError(TypeError):
 
 class DataError(RuntimeError):
     """Data loader without a batch, or with an unexpected number of batches."""
+
+
+class UnknownMetricError(LookupError):
+    """Error for an unpublished metric name; the message lists the published names.
+
+    Args:
+        name: the unknown name.
+        published: known names, or before the first step also patterns of names.
+        who: name of the hook that waits for the metric.
+        hint: further remedy.
+        place: before the first step, the place of the setting that has the name.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        published: Iterable[str],
+        who: str = "",
+        hint: str = "",
+        place: str = "",
+    ) -> None:
+        published = sorted(published)
+        near = self.similar = did_you_mean(name, published)
+        super().__init__(
+            (f"{place}: no hook is known to publish {name!r}" if place else "")
+            + ("" if place else f"no metric {name!r} was published")
+            + (f", which {who} waits for" if who else "")
+            + (f"; {near}" if near else ".")
+            + f" Published: {', '.join(published) or 'none'}"
+            + (f". {hint}" if hint else "")
+        )
 
 
 class StateError(ValueError):

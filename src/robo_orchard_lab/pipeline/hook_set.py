@@ -198,6 +198,11 @@ class PipelineHooks:
     """True if no setting of the hook changes the weights after any step. A run may then resume with
     other settings. The hook may still end the run."""
 
+    published_metrics: Sequence[str] | None = None
+    """Names of the metrics that the hook publishes, or patterns such as ``"rollout/*"``; None if
+    unknown. If all hooks declare theirs, an unknown name of a metric to monitor or to show is an
+    error before the first step. A subclass declares its own."""
+
     _hook_channels: dict[ChannelName, HookContextChannel[PipelineHookArgs]] | None = None
     _hook_name: str | None = None
     _hook_members: tuple[PipelineHooks, ...] = ()
@@ -419,6 +424,23 @@ class PipelineHooks:
             except Exception as error:
                 add_origin(error, f"{name!r} (load_state_dict)")
                 raise
+
+    def undeclared_publishers(self) -> list[str]:
+        """Return the names of hooks inside that may publish metrics that no hook declares.
+
+        These are the hooks of other packages without :attr:`published_metrics` of their own.
+        """
+        found = dict[str, None]()
+        for channel in CHANNEL_NAMES:
+            for entry in self.get_channel(channel).entries():
+                owner, functions = entry.owner, (entry.before, entry.after)
+                code = [type(owner), *(getattr(f, "func", f) for f in functions if f is not None)]
+                modules = [str(getattr(part, "__module__", "")) for part in code]
+                is_ours = all(module.startswith("robo_orchard_lab.") for module in modules)
+                names = [vars(part).get("published_metrics") for part in (owner, type(owner))]
+                if not is_ours and names == [None, None]:
+                    found[entry.label] = None
+        return list(found)
 
     def redistribute_states(
         self, states: Sequence[Mapping[str, Any]], world_size: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 
+from robo_orchard_lab.pipeline.checkpoint import load_checkpoint, save_checkpoint
 from robo_orchard_lab.pipeline.checkpoint.state import decode_state, encode_state
 from robo_orchard_lab.pipeline.errors import StateError
 from state_trees import same, states
@@ -42,11 +44,37 @@ def test_numpy_scalars_become_python_numbers(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(6, dtype=np.float16).reshape(2, 3).T,
+        np.arange(4, dtype=np.uint16)[::-1],
+        np.array(2.5),
+        np.zeros((0, 3), dtype=bool),
+        np.broadcast_to(np.int64(3), (2,)),
+        np.array([1 + 2j], dtype=np.complex64),
+    ],
+    ids=lambda array: f"{array.dtype}{array.shape}",
+)
+def test_numpy_arrays_keep_type_shape_and_values(array: Any, tmp_path: Path) -> None:
+    """An array is the same array after a save and a load."""
+    state = {"seen": [array], "mean": torch.zeros(1)}
+    save_checkpoint(tmp_path / "saved", 1, {"hook": state})
+    loaded = load_checkpoint(tmp_path / "saved").parts["hook"]
+    (found,) = loaded["seen"]
+    assert type(found) is np.ndarray
+    assert (found.dtype, found.shape) == (array.dtype, array.shape)
+    np.testing.assert_array_equal(found, array)
+    found[...] = 0  # may be changed
+
+
+@pytest.mark.parametrize(
     ("state", "message"),
     [
         ({"a": [1, object()]}, r"a\.1 can't be saved: .* found object"),
         ({1, 2}, "the state can't be saved: .* found set"),
         ({(1, object()): 2}, r"can't be saved: .* found object"),
+        ({"names": np.array(["a"])}, "names can't be saved: .* NumPy array of numbers"),
+        ({"any": np.array([{}])}, "any can't be saved: .* found ndarray"),
     ],
 )
 def test_unsupported_value_is_refused_with_its_path(state: Any, message: str) -> None:
@@ -60,6 +88,7 @@ def test_unsupported_value_is_refused_with_its_path(state: Any, message: str) ->
     [
         {"$float": "1"},
         {"$tensor": "nowhere"},
+        {"$numpy": "nowhere"},
         {"$other": []},
         {"$dict": [[1]]},
         {"$dict": 3},

@@ -6,6 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from hashlib import blake2b
 from typing import Any
 
@@ -26,8 +27,9 @@ _MARK = "$"
 def encode_state(state: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     """Encode a state as a JSON document and the named tensors of the document.
 
-    A state consists of None, bool, int, float, str, tensors, lists, tuples, and mappings with such
-    keys; ``collections.Counter`` keeps its type. NumPy scalars become Python numbers.
+    A state consists of None, bool, int, float, str, tensors, NumPy arrays of numbers, lists,
+    tuples, and mappings with such keys; ``collections.Counter`` keeps its type. NumPy scalars
+    become Python numbers.
 
     Raises:
         StateError: the state has another type of value; the message names its path.
@@ -44,6 +46,12 @@ def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
         return value
     if type(value) is float:
         return value if math.isfinite(value) else {"$float": repr(value)}
+    if type(value) is np.ndarray:
+        if not value.flags.writeable:
+            value = value.copy()  # torch warns otherwise
+        with suppress(TypeError, ValueError):  # of an array of strings or objects; refused below
+            tensor = torch.from_numpy(np.asarray(value, order="C"))
+            return {"$numpy": _encode(tensor, path, tensors)["$tensor"]}
     if isinstance(value, torch.Tensor):
         name, count = path, 1
         # Keys with dots in them, or the keys 1 and "1", lead to the same path.
@@ -72,7 +80,7 @@ def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
         return {"$counter" if type(value) is Counter else "$dict": pairs}
     raise StateError(
         f"{path or 'the state'} can't be saved: expected None, bool, int, float, str, a tensor, "
-        f"list, tuple or mapping, found {type(value).__name__}"
+        f"NumPy array of numbers, list, tuple or mapping, found {type(value).__name__}"
     )
 
 
@@ -95,6 +103,8 @@ def decode_state(document: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
             return {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[content]
         if mark == "$tensor":
             return tensors[content]
+        if mark == "$numpy":
+            return tensors[content].numpy()
         decoded = [decode_state(item, tensors) for item in content]
         if mark == "$tuple":
             return tuple(decoded)

@@ -27,6 +27,8 @@ class GradientClippingHook(PipelineHooks):
     - Cost: one norm per update, no device sync.
     """
 
+    published_metrics = ("grad_norm",)
+
     def __init__(self, cfg: GradientClippingHookConfig) -> None:
         super().__init__()
         self.cfg = cfg

@@ -190,6 +190,11 @@ class LossTracker(PipelineHooks):
         if cfg.losses_key is not None:
             self.on_step.after(self._add_named)
 
+    @property
+    def published_metrics(self) -> Sequence[str]:  # type: ignore[override]  # read-only here
+        named = self.cfg.loss_names or ["*"] * (self.cfg.losses_key is not None)
+        return [f"loss/{name}{suffix}" for name in (_TOTAL, *named) for suffix in ("", "_epoch")]
+
     def _begin(self, args: PipelineHookArgs) -> RemovableHandle:
         if self._loaded is not None:
             self._restore(self._loaded, args.accelerator.device)

@@ -96,6 +96,12 @@ class MetricTracker(PipelineHooks):
         if cfg.each_epoch:
             self.on_epoch.after(self._end_epoch)
 
+    @property
+    def published_metrics(self) -> Sequence[str]:  # type: ignore[override]  # read-only here
+        names = [*self._merged.live.names(), *self._window.names()]
+        suffixes = ("", "_epoch") if self.cfg.each_epoch else ("",)
+        return [f"{_PREFIX}{name}{suffix}" for name in names for suffix in suffixes]
+
     def _open(self, args: PipelineHookArgs) -> RemovableHandle:
         self._arguments = MetricArguments(self._metric_inputs, args.batch_processor, self.name)
         for metrics in self._sets.values():

@@ -19,6 +19,7 @@ from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_ve
 from robo_orchard_lab.pipeline.gradient_norm import gradient_norm, updated_parameters
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks.finite_checks import (
+    FLAG,
     DelayedRead,
     Finding,
     LoggingPointCheck,
@@ -164,6 +165,8 @@ class NonFiniteGuard(PipelineHooks):
             in the backward pass (DeepSpeed, Megatron-LM), or with fp16 on several processes,
             where a NaN of another rank looks like an overflow.
     """
+
+    published_metrics = ("guard/skipped", FLAG)
 
     def __init__(self, cfg: NonFiniteGuardConfig) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -20,6 +20,10 @@ from robo_orchard_lab.pipeline.progress import remaining_steps
 from robo_orchard_lab.pipeline.trigger import TriggerField
 
 STATE_VERSION = 1
+_PERF = (
+    *("samples_per_s", "steps_per_s", "data_s", "compute_s", "hooks_s", "eta_s"),
+    *("memory_mib", "device_memory_mib"),
+)
 _MIB = 2**20
 _MEMORY_EVERY_S = 1.0  # querying the system costs 50 us
 
@@ -81,6 +85,11 @@ class StatsMonitor(PipelineHooks):
         if cfg.every is not None:
             reason = f"every {cfg.every}"
             self.register_at_commit(lambda args: args.requests.log(reason, self.name), cfg.every)
+
+    @property
+    def published_metrics(self) -> Sequence[str]:  # type: ignore[override]  # read-only here
+        times = [f"perf/{name}" for name in _PERF]
+        return [*times, "lr/group*", *(["grad_norm"] if self.cfg.grad_norm else [])]
 
     def _reset_times(self) -> None:
         """Reset the host times, in seconds, since the last logging point."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Annotated, Any, TypeAlias
@@ -88,6 +88,11 @@ class ValidationHook(PipelineHooks):
             self.register_at_commit(partial(self._request, f"every {cfg.every}"), cfg.every)
         if cfg.at_end:
             self.register_at_commit(partial(self._request, "at the end"), Last())
+
+    @property
+    def published_metrics(self) -> Sequence[str]:  # type: ignore[override]  # read-only here
+        names = ["loss", *self._metrics.names()]
+        return [f"eval/{loader}/{name}" for loader in self._dataloaders for name in names]
 
     def _open(self, args: PipelineHookArgs) -> None:
         evaluator = Evaluator(

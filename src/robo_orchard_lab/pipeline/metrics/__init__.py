@@ -6,12 +6,12 @@
 - ``torchmetrics``, ``metric_states``: metrics of torchmetrics, reduced with all others
 """
 
+from robo_orchard_lab.pipeline.errors import UnknownMetricError
 from robo_orchard_lab.pipeline.metrics.accumulators import (
     MetricsRecord,
     MetricValue,
     MetricValueError,
     Reduction,
-    UnknownMetricError,
     WeightedSum,
     number_text,
 )

@@ -8,33 +8,16 @@ device. :func:`combine` then reduces the values of all ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
 
-from robo_orchard_core.utils.config.errors import did_you_mean
-
 
 class MetricValueError(TypeError):
     """Error for a published value other than a single real number."""
-
-
-class UnknownMetricError(LookupError):
-    """Error for an unpublished metric name; the message lists the published names."""
-
-    def __init__(self, name: str, published: Iterable[str], who: str = "", hint: str = "") -> None:
-        published = sorted(published)
-        near = did_you_mean(name, published)
-        super().__init__(
-            f"no metric {name!r} was published"
-            + (f", which {who} waits for" if who else "")
-            + (f"; {near}" if near else ".")
-            + f" Published: {', '.join(published) or 'none'}"
-            + (f". {hint}" if hint else "")
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 
 from robo_orchard_core.utils.hook import RemovableHandle
 from robo_orchard_lab.pipeline.distributed.collectives import join_by_rank
-from robo_orchard_lab.pipeline.errors import check_state_version
+from robo_orchard_lab.pipeline.errors import UnknownMetricError, check_state_version
 from robo_orchard_lab.pipeline.metrics.accumulators import (
     REDUCTIONS,
     Accumulator,
@@ -19,7 +19,6 @@ from robo_orchard_lab.pipeline.metrics.accumulators import (
     MetricValue,
     Number,
     Reduction,
-    UnknownMetricError,
     WeightedSum,
     check_scalar,
 )
@@ -249,6 +248,10 @@ class MetricsBoard:
         """Return True if a hook listens to logging points."""
         return bool(self._listeners)
 
+    def expected_names(self) -> list[tuple[str, str]]:
+        """Return each name that a hook subscribed to or expects, and the name of the hook."""
+        return [*((name, who) for name, _, who in self._subscribers), *self._expected]
+
     def find_missing(self, at_end: bool = True) -> UnknownMetricError | None:
         """Return the error for an expected but unpublished name, or None.
 
@@ -257,7 +260,7 @@ class MetricsBoard:
                 names before the first logging point.
         """
         known = {*self.names(), *self._partial_names}
-        for name, who in self._expected_names():
+        for name, who in self.expected_names():
             if name not in known and (
                 at_end or (self._last_values and not name.startswith(_EVALUATION_PREFIX))
             ):
@@ -273,7 +276,7 @@ class MetricsBoard:
                 logging points, so the hooks count only if no hook subscribes.
         """
         names = [getattr(owner, "name", "") for _, owner in self._collectors]
-        if not self._expected_names():
+        if not self.expected_names():
             names += evaluations
         who = ", ".join(dict.fromkeys(filter(None, names)))
         if self.is_logged or not who:
@@ -498,14 +501,11 @@ class MetricsBoard:
             listener(record)
         return record
 
-    def _expected_names(self) -> list[tuple[str, str]]:
-        return [*((name, who) for name, _, who in self._subscribers), *self._expected]
-
     def _check_evaluation_names(self, metrics: DeferredMetrics) -> None:
         """Refuse expected names missing from their evaluation."""
         names = metrics.names()
         groups = {_group(name) for name in names if name.startswith(_EVALUATION_PREFIX)}
-        for name, who in self._expected_names():
+        for name, who in self.expected_names():
             if _group(name) in groups and name not in names and name not in self._last_values:
                 raise UnknownMetricError(name, {*self.names(), *names}, who)
 

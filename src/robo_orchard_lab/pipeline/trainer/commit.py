@@ -10,9 +10,8 @@ from typing import Any
 from robo_orchard_core.utils.config.errors import suggest_name
 from robo_orchard_lab.pipeline.checkpoint import pack_weights
 from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
-from robo_orchard_lab.pipeline.errors import PipelineStateError
+from robo_orchard_lab.pipeline.errors import PipelineStateError, UnknownMetricError
 from robo_orchard_lab.pipeline.job_log import job_logger
-from robo_orchard_lab.pipeline.metrics import UnknownMetricError
 from robo_orchard_lab.pipeline.requests import (
     EvaluateRequest,
     LogRequest,

@@ -14,7 +14,12 @@ from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
 
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
-from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
+from robo_orchard_lab.pipeline.context import (
+    Locate,
+    PipelineHookArgs,
+    PipelineRun,
+    dotted_setting,
+)
 from robo_orchard_lab.pipeline.data import DataOrder, TrainingData
 from robo_orchard_lab.pipeline.data.loader import explain_no_batch
 from robo_orchard_lab.pipeline.distributed.agreement import Agreement
@@ -57,6 +62,7 @@ from robo_orchard_lab.pipeline.trainer.setup import (
     prepare_objects,
 )
 from robo_orchard_lab.pipeline.trainer.snapshot import RunSnapshots
+from robo_orchard_lab.pipeline.trainer.start_checks import check_metric_names
 
 logger = job_logger(__name__)
 
@@ -136,6 +142,7 @@ class HookBasedTrainer:
             files of a checkpoint count as progress. Allow for a first step that compiles the
             model, for a hook's long work at a commit point, and for a debugger.
         default_hooks: False uses no hook if ``hooks`` is None.
+        locate: returns the place of a setting in an experiment's file, for messages.
 
     Raises:
         PipelineConfigError: no limit, an argument of the wrong type, a missing optimizer, an LR
@@ -172,6 +179,7 @@ class HookBasedTrainer:
         agree_every: int | None = None,
         stall_timeout_s: float | None = None,
         default_hooks: bool = True,
+        locate: Locate = dotted_setting,
     ) -> None:
         self.limits = TrainerLimits(max_step, max_optimizer_step, max_epoch)
         objects = accelerator, model, dataloader, batch_processor, optimizer, lr_scheduler
@@ -204,6 +212,7 @@ class HookBasedTrainer:
             "agree_every": agree_every,
         }
         self._set_up(hooks, default_hooks, options)
+        self._run.locate = locate
 
     def _set_up(
         self,
@@ -364,8 +373,11 @@ class HookBasedTrainer:
         Raises:
             PipelineStateError: the trainer failed before, or one of its hooks calls it.
             PipelineConfigError: ranks have different hooks; the message shows those of each rank.
-            UnknownMetricError: at the end, a hook waited for a metric that was never published;
-                the trainer can still be saved.
+            UnknownMetricError: before the first step, a hook waits for a metric that no hook
+                publishes, see ``PipelineHooks.published_metrics``; or at the end, for a metric
+                that was never published, and the trainer can still be saved.
+            StateError: before the first step, a ``SaveCheckpoint`` can't save a state.
+            CheckpointError: before the first step, there is no room for a checkpoint.
             RunPreempted: at the end, if the request to stop had an exit code.
         """
         if self._is_open:
@@ -428,6 +440,10 @@ class HookBasedTrainer:
     def _loop(self, loop_args: PipelineHookArgs) -> None:
         commit_point = self._commit_point
         commit_point.warn_of_unwritten()
+        check_metric_names(self._run, self.hooks)
+        for check in self._run.start_checks:
+            check()
+        self._run.start_checks.clear()
         if self.progress.step_id == 0:
             self._snapshots.rank_states.restore_rng()
             commit_point.execute()  # requests made at the start of the loop
