@@ -27,9 +27,8 @@ _reported: set[str] = set()
 def count_samples(batch: Any) -> int:
     """Return the number of samples of a batch without dataset indices, by its structure.
 
-    This is the first dimension that all tensors share, or the length that all lists of similar
-    samples share, or 1 without both. If they disagree, the number is a guess: a warning describes
-    the structure once.
+    The first dimension that all tensors share, or the length that all lists of similar samples
+    share, else 1. If they disagree, a warning describes the guess once.
 
     >>> count_samples({"image": torch.zeros(8, 3), "label": torch.zeros(8)})
     8
@@ -171,10 +170,8 @@ class LossWeighting:
 def as_loss_weight(weight: Any, loss: torch.Tensor) -> torch.Tensor:
     """Return the weight of a loss as a new scalar tensor on the loss's device.
 
-    A tensor's value is not checked, which would sync the device.
-
-    Raises:
-        BatchProcessorError: ``weight`` is no finite number >= 0 and no tensor of one element.
+    Raises a ``BatchProcessorError`` unless ``weight`` is a finite number >= 0 or a tensor of one
+    element, whose value is not checked: that would sync the device.
     """
     dtype = torch.float32 if loss.device.type == "mps" else torch.float64
     if isinstance(weight, torch.Tensor) and weight.numel() == 1:
@@ -238,13 +235,12 @@ class SimpleBatchProcessor(ABC):
     ...         outputs = model(batch["input"])
     ...         return outputs, torch.nn.functional.mse_loss(outputs, batch["target"])
 
-    Means of losses and gradient accumulation weight batches by their number of samples: the
-    number of dataset indices, or :func:`count_samples` for data without indices. Define
-    ``count_samples(batch) -> int`` to count otherwise.
+    Losses and gradients are weighted by the number of samples: of dataset indices, or else
+    :func:`count_samples`. Define ``count_samples(batch) -> int`` to count otherwise.
 
     Metrics are updated with the outputs and targets of a batch (inputs, targets). For other
-    batches, define ``metric_inputs(outputs, batch)``, which returns the arguments of
-    ``metric.update`` as a tuple or a mapping by name:
+    batches, define ``metric_inputs``, which returns the arguments of ``metric.update`` as a tuple
+    or a mapping by name:
 
     >>> class Classification(Regression):
     ...     def metric_inputs(self, outputs, batch):
@@ -269,14 +265,13 @@ class SimpleBatchProcessor(ABC):
             batch: as loaded, on the accelerator's device.
 
         Returns:
-            Outputs of any type, for hooks, and a scalar loss: the mean over the batch's samples.
-            The loss may be None if :attr:`need_backward` is False.
+            Outputs of any type, for hooks, and a scalar loss, the mean over the batch's samples;
+            None is allowed without a backward pass.
 
-            If the loss is a mean over other items, such as tokens, return
-            ``(outputs, loss, weight)`` with the number of items: a number >= 0, or a tensor of one
-            element, which is not read. An update then uses the mean over all micro-batches and
-            processes. A loss of weight 0 is ignored and may be NaN, unlike its gradient. Return a
-            weight in every step or in none.
+            For a mean over other items, such as tokens, return ``(outputs, loss, weight)`` with
+            their number >= 0, or a tensor of one element, which is not read; in every step or in
+            none. An update then uses the mean over all micro-batches and processes. A loss of
+            weight 0 is ignored and may be NaN, unlike its gradient.
         """
 
     @staticmethod
@@ -304,11 +299,9 @@ class SupervisedProcessor(SimpleBatchProcessor):
     >>> loss
     tensor(1.)
 
-    Metrics are updated with outputs and targets.
-
     Args:
         loss: function or module that maps outputs and targets to a scalar, the mean over samples.
-            A module with tensors, such as class weights, is moved to the outputs' device; it is
+            A module's tensors, such as class weights, are moved to the outputs' device, and are
             not trained.
     """
 

@@ -222,10 +222,9 @@ class Evaluator:
     of its modules, its buffers and all RNGs are restored. Random numbers depend on ``seed``.
 
     With several processes, each rank evaluates a share of the batches, without padding or repeats,
-    and gets the values of all ranks. Results stay on the device until the end, then travel in one
-    transfer and one collective. DDP and FSDP2 models with buffers need one collective more: all
-    ranks use the first rank's buffers. FSDP2 needs equally many forward passes on all ranks, so a
-    rank may repeat another rank's batch, which does not count.
+    and gets the values of all ranks: one transfer and one collective at the end. DDP and FSDP2
+    models with buffers need one collective more: all ranks use the first rank's buffers. With
+    FSDP2, a rank may repeat another rank's batch, which does not count.
 
     Args:
         model: prepared by ``accelerator`` or not; stays on its device.
@@ -233,9 +232,7 @@ class Evaluator:
             or by the weight that the processor returns; batches without a loss do not count.
         dataloaders: loaders by name, divided as :class:`EvaluationLoader` describes.
         metrics: torchmetrics by name, or a collection; copied.
-        metric_inputs: ``metric_inputs(outputs, batch)`` returns the arguments of
-            ``metric.update``, as a tuple or a mapping by name. The default is the processor's
-            method of that name, or outputs and targets of a batch (inputs, targets).
+        metric_inputs: see :class:`MetricArguments`.
         accelerator: processes and precision; None for a single process.
         seed: seed of all random numbers, >= 0.
         who: prefix of error messages.
@@ -298,9 +295,8 @@ class Evaluator:
 
         Raises:
             DataError: a loader had no batch.
-            BatchProcessorError: the processor returned something else than outputs and loss, and
-                optionally a weight.
-            MetricValueError: a metric computed something else than numbers.
+            BatchProcessorError, MetricValueError: a result of the processor or of a metric has the
+                wrong type.
         """
         return resolve(self.run(), self._accelerator)  # a device sync; a collective
 

@@ -28,16 +28,9 @@ def gradient_norm(args: PipelineHookArgs, norm_type: float | None = None) -> tor
     """Return the total norm of the accumulated, unscaled gradients, on their device.
 
     Call it in a ``before`` of ``on_optimizer_step``, on every rank. The first call of an update
-    computes the norm and stores it in ``args.grad_norm``. No device sync; sharded gradients (FSDP2)
-    cost one collective.
-
-    Args:
-        args: arguments of the hook.
-        norm_type: order of the norm. None returns the stored norm, or computes order 2. Another
-            order than the stored one is computed in addition.
-
-    Returns:
-        The norm; None if only clipping computes it: with DeepSpeed, or FSDP1 in fp16.
+    computes the norm and stores it in ``args.grad_norm``; ``norm_type=None`` returns the stored
+    norm, or computes order 2. No device sync; sharded gradients (FSDP2) cost one collective.
+    Returns None if only clipping computes the norm: with DeepSpeed, or FSDP1 in fp16.
     """
     known = args.grad_norm
     if known is not None and (norm_type is None or _is_current(args, norm_type)):

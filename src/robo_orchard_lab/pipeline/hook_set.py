@@ -36,9 +36,6 @@ class TriggeredHook(HookContext[PipelineHookArgs]):
 
     A hook with a ``before`` evaluates the trigger there, once; its ``after`` runs if and only if
     the ``before`` ran. A hook without one evaluates the trigger in its ``after``.
-
-    Raises:
-        TriggerError: the trigger can never be due on this channel.
     """
 
     def __init__(
@@ -291,8 +288,7 @@ class PipelineHooks:
 
         The call happens in the ``after`` of the channel that knows exactly: ``on_step`` for steps,
         ``on_optimizer_step`` for committed updates, ``on_epoch`` for epochs and the end of the
-        run. If several parts of the trigger are due, it is called for each; identical requests are
-        executed once.
+        run; once for each due part of the trigger.
 
         Raises:
             TriggerError: the text can't be parsed.
@@ -447,10 +443,10 @@ class PipelineHooks:
     ) -> Sequence[Mapping[str, Any]]:
         """Return one state per rank of a different world size.
 
-        By default each rank gets the state of its index, and additional ranks get the last one;
+        By default each rank gets the state of its index, and additional ranks get the last one:
         correct for a state that is equal on all ranks. Override it for a state of which each rank
-        has a share, such as a sum: the shares must add up to the same total. Called on every rank
-        before :meth:`load_state_dict`; ``states`` must not be changed.
+        has a share, such as a sum. Called on every rank before :meth:`load_state_dict`; ``states``
+        must not be changed.
 
         Args:
             states: states of the ranks that saved, in rank order.

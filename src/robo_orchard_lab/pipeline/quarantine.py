@@ -37,12 +37,8 @@ def pack_batch(batch: Any, lost: list[str], path: str = "batch") -> Any:
     """Convert a batch to values that a checkpoint can hold.
 
     Supported are tensors and NumPy arrays with their memory layout, numbers, strings, lists, tuples
-    and mappings. Named tuples become tuples, other mappings dicts.
-
-    Args:
-        batch: any object.
-        lost: receives paths and types of unsupported values.
-        path: path of ``batch`` in ``lost``.
+    and mappings. Named tuples become tuples, other mappings dicts. ``lost`` receives the paths and
+    types of unsupported values.
 
     >>> lost = []
     >>> pack_batch({"x": (1, 2.0), "f": print}, lost)

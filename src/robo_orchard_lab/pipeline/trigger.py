@@ -45,9 +45,8 @@ class Trigger(ABC):
     >>> print(trigger.EveryOptimizerSteps(50) | trigger.EverySeconds(600))
     50 optimizer steps | 10 min
 
-    ``EverySteps(100)`` is due in the step that brings the number of steps to 100, 200 and so on,
-    in its ``before`` and its ``after``. A config field declared as :data:`TriggerField` accepts a
-    trigger or its text, and is text in files.
+    ``EverySteps(100)`` is due in the step that brings the number of steps to 100, 200 and so on.
+    A config field declared as :data:`TriggerField` accepts a trigger or its text.
     """
 
     channels: ClassVar[tuple[ChannelName, ...]] = STEP_CHANNELS
@@ -197,9 +196,8 @@ class EverySteps(_EveryN):
 class EveryOptimizerSteps(_EveryN):
     """Every n-th committed weight update.
 
-    Before the update, the trigger is due if the update would be the n-th; after the update, on
-    ``on_optimizer_step``, only if it was committed. After a skipped update the trigger is due
-    again in the next update.
+    Before the update, the trigger is due if the update would be the n-th; after it, only if it was
+    committed. After a skipped update the trigger is due again in the next one.
     """
 
     commit_channel: ClassVar[ChannelName] = "on_optimizer_step"
@@ -308,9 +306,9 @@ class First(Trigger):
 class Last(Trigger):
     """Step, or on ``on_epoch`` the epoch, in which the run reaches a limit.
 
-    Only the ``after`` of ``on_epoch`` always knows. Earlier channels predict the end from the
-    length of the data: without a length, ``max_epoch`` alone has no last step. If a predicted
-    update is skipped, the trigger is due again later. A run that a hook stops has no last step.
+    Only the ``after`` of ``on_epoch`` always knows. Others predict the end from the length of the
+    data, and are due again if a predicted update is skipped. Without a length, ``max_epoch`` alone
+    has no last step; neither has a run that a hook stops.
     """
 
     channels: ClassVar = (*STEP_CHANNELS, "on_epoch")
@@ -380,8 +378,7 @@ class EverySeconds(Trigger):
 
     The clock starts at the first evaluation, also in a resumed run. Other ranks learn of the time
     in the exchanges of :class:`Agreement`, about ten per period. The trigger may be early by 1 % of
-    s and late by one or two steps; later if steps become slower, or exchanges are configured to be
-    rare.
+    s and late by two steps, or more with rare exchanges.
 
     Raises:
         TriggerError: s is not a finite number > 0.

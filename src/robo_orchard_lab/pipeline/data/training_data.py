@@ -34,17 +34,15 @@ class TrainingData:
             progress.finish_step()
             state, rank_state = data.state_dict(), data.rank_state_dict()
 
-    A ``DataLoader`` of a map-style dataset is rebuilt with its dataset, ``collate_fn``,
-    ``worker_init_fn`` and options, also if Accelerate prepared the loader; batches stay on the CPU.
-    A sampler without a generator is seeded by (seed, epoch). A sampler with a generator yields the
-    order of a plain loop. Random numbers drawn while loading (torch on the CPU, NumPy, Python) are
-    seeded as :class:`DataOrder` describes, equally in workers and in this process, and leave this
-    process's RNGs unchanged.
+    A ``DataLoader`` of a map-style dataset is rebuilt with its dataset, functions and options, also
+    if Accelerate prepared the loader; batches stay on the CPU. A sampler without a generator is
+    seeded by (seed, epoch), a sampler with one yields the order of a plain loop. Random numbers in
+    loading are seeded as :class:`DataOrder` describes, equally in workers and in this process, and
+    leave this process's RNGs unchanged.
 
     With several processes, a step has the samples of one process with a batch that many times as
-    large, split as evenly as possible and without repeats, whatever ``even_batches`` is. A process
-    without samples in the last step gets another rank's sample: a padding step. Batches of a custom
-    batch sampler are not split.
+    large, split evenly and without repeats. A process without samples in the last step gets another
+    rank's sample: a padding step. Batches of a custom batch sampler are not split.
 
     Args:
         dataloader: the user's loader.

@@ -38,12 +38,10 @@ class Agreement:
     """Agrees on rank-local numbers at intervals: the answer of a clock, a received signal.
 
     A hook adds a topic on every rank. After a step and before its commit point, the trainer
-    exchanges all topics in one small collective; without topics there is none. All ranks know at
-    which steps: at every ``every``-th step, or, by default, each exchange decides the step of the
-    next. Exchanges then cost 1 % of the time, and are at most about five seconds apart, or as far
-    as the topics allow. They use host memory, so nothing waits for the device.
-
-    In one process, topics are evaluated after every step, without a collective.
+    exchanges all topics in one small collective over host memory: at every ``every``-th step, or,
+    by default, at the step that the last exchange decided. Exchanges then cost 1 % of the time, and
+    are at most about five seconds apart, or as far as the topics allow. In one process, topics are
+    evaluated after every step, without a collective.
 
     >>> agreement = Agreement()
     >>> agreement.topic("luck", find=lambda: 7, tell=print)

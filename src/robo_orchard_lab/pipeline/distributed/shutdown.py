@@ -125,19 +125,14 @@ def init_process_group_after_restart(backend: str | None = None) -> bool:
     """Initialize the process group of a job that torchrun has restarted on one machine.
 
     torchrun keeps its store over restarts (torch 2.13), so restarted processes read the addresses
-    of dead processes, and fail or hang when they connect. This function initializes the group in
-    the same store under a new prefix. Call it before the Accelerator is created, in a script that
-    is started with ``torchrun --max-restarts``; the command line calls it.
+    of dead processes, and fail or hang when they connect. This function initializes the group under
+    a new prefix in the store, with torch's default ``backend`` if None. Call it before the
+    Accelerator is created, in a script that is started with ``torchrun --max-restarts``; the
+    command line calls it.
 
-    Does nothing in the first start, without torchrun, with an initialized group, and on several
-    machines, which count restarts separately. There, set
+    Does nothing, and returns False, in the first start, without torchrun, with an initialized
+    group, and on several machines, which count restarts separately. There, set
     ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` for torchrun.
-
-    Args:
-        backend: backend of the group; None for torch's default for the available devices.
-
-    Returns:
-        True if the function has initialized the group.
     """
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)

@@ -21,11 +21,6 @@ def record_heartbeat() -> None:
     _heartbeats += 1  # two threads at once may count as one, which is harmless
 
 
-def heartbeat_count() -> int:
-    """Return the number of heartbeats in this process."""
-    return _heartbeats
-
-
 STACKS_FOLDER = "stalled"
 
 
@@ -97,4 +92,4 @@ class StallClock:
 
     def _counts(self) -> tuple[int, ...]:
         progress = self._progress
-        return (progress.steps_done, progress.optimizer_step_id, heartbeat_count())
+        return (progress.steps_done, progress.optimizer_step_id, _heartbeats)

@@ -74,10 +74,7 @@ def _write_past_cache(descriptor: int, data: memoryview) -> int:
     """Write complete pages with O_DIRECT, past the page cache, where supported.
 
     Data that is flushed at once does not profit from the cache: 307 MB cost 100 ms instead of
-    160 ms, and hardly any CPU time, which leaves the CPU to the training.
-
-    Returns:
-        Number of bytes written, may be 0.
+    160 ms, and hardly any CPU time. Returns the number of bytes written, may be 0.
     """
     if sys.platform != "linux" or data.nbytes < _PAST_CACHE_FROM:
         return 0
@@ -168,14 +165,8 @@ def remove_folder(path: Path) -> None:
 def lock_file(path: Path, holder: str = "") -> BaseFileLock | None:
     """Lock a file, without waiting, until ``release()``, the last reference or the process ends.
 
-    The file is created if missing and stays afterwards. Forked processes do not hold the lock.
-
-    Args:
-        path: of the file, which may be the data file itself.
-        holder: replaces the contents of the file, to tell others who holds the lock.
-
-    Returns:
-        The lock; None if the file system has no locks.
+    The file is created if missing and stays afterwards; ``holder`` replaces its contents. Forked
+    processes do not hold the lock. Returns None if the file system has no locks.
 
     Raises:
         BlockingIOError: another holder, in this process or another one, has the lock.

@@ -69,12 +69,7 @@ class GitState:
 def git_state(folder: str | os.PathLike[str], timeout_s: float = TIMEOUT_S) -> GitState | None:
     """Return the state of the repository that contains a folder.
 
-    Args:
-        folder: any folder.
-        timeout_s: time limit of all git commands together, in seconds.
-
-    Returns:
-        None without git, without a repository, or after the time limit.
+    None without git, without a repository, or after the time limit of all git commands together.
     """
     git = _Git(Path(folder), time.monotonic() + timeout_s)
     top = git.line("rev-parse", "--show-toplevel")
@@ -107,11 +102,7 @@ def git_state(folder: str | os.PathLike[str], timeout_s: float = TIMEOUT_S) -> G
 
 
 def _without_filters(git: _Git) -> list[str] | None:
-    """Return git options that disable filter programs of the repository's own settings.
-
-    Returns:
-        None if a filter can't be disabled.
-    """
+    """Return git options that disable the repository's filter programs; None if impossible."""
     settings = git("config", "--show-scope", "-z", "--name-only", "--list")
     if settings is None:
         return None
