@@ -140,16 +140,11 @@ class IteratedBatches:
         self._drops_last = self.partition.drop_last and self.merge and not self.split
         self._batches_per_step = 1 if self.split else self.partition.processes
         self._yielded: deque[tuple[int, BatchIndices]] = deque()
-        self.steps = self._count_steps()
-
-    def _count_steps(self) -> int | None:
-        if self.samples is not None:
-            return self.partition.steps(self.samples)
-        batches = count_batches(self.batches)
-        if batches is None:
-            return None
-        full, rest = divmod(batches, self._batches_per_step)
-        return full + 1 if rest and not self._drops_last else full
+        steps_of, length = self.partition, self.samples
+        if length is None:  # counted in batches of the sampler
+            steps_of = StepPartition(self._batches_per_step, self._drops_last)
+            length = count_batches(self.batches)
+        self.steps = None if length is None else steps_of.steps(length)
 
     def samples_before(self, step_id: int) -> int | None:
         """Return the number of samples of all processes before a step; None if unknown."""

@@ -199,10 +199,9 @@ def worker_startup() -> Iterator[None]:
 
 
 class IgnoreSignals:
-    """``worker_init_fn`` that ignores signals, then calls the user's function.
+    """``worker_init_fn`` that ignores signals, then calls the user's function, if any.
 
-    Args:
-        worker_init_fn: the user's function, or None.
+    For the function, ``get_worker_info().dataset`` is the user's dataset.
     """
 
     def __init__(self, worker_init_fn: WorkerInitFn | None = None) -> None:
@@ -216,6 +215,9 @@ class IgnoreSignals:
             signal.signal(number, handler)
         if ignored and sys.platform != "win32":
             signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)  # see worker_startup
+        info = get_worker_info()
+        if info is not None and isinstance(info.dataset, (Fetcher, ReseededDataset)):
+            object.__setattr__(info, "dataset", info.dataset.dataset)  # WorkerInfo is read-only
         if self.worker_init_fn is not None:
             self.worker_init_fn(worker_id)
 
@@ -240,13 +242,3 @@ def _kill_started() -> None:
     for child in running:
         child.join(max(0.0, deadline - time.monotonic()))
         child.kill()
-
-
-class WorkerInit(IgnoreSignals):
-    """``worker_init_fn`` of a rebuilt loader: ``get_worker_info().dataset`` is the user's."""
-
-    def __call__(self, worker_id: int) -> None:
-        info = get_worker_info()
-        if info is not None and isinstance(info.dataset, (Fetcher, ReseededDataset)):
-            object.__setattr__(info, "dataset", info.dataset.dataset)  # WorkerInfo is read-only
-        super().__call__(worker_id)

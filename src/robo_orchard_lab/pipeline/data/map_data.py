@@ -18,8 +18,8 @@ from robo_orchard_lab.pipeline.data.epoch_batches import (
 )
 from robo_orchard_lab.pipeline.data.fetching import (
     Fetcher,
+    IgnoreSignals,
     Task,
-    WorkerInit,
     identity,
     is_deterministic,
     worker_startup,
@@ -101,7 +101,7 @@ class MapData:
                 batch_size=None,
                 sampler=self._tasks,
                 collate_fn=identity,
-                worker_init_fn=WorkerInit(loader.worker_init_fn),
+                worker_init_fn=IgnoreSignals(loader.worker_init_fn),
                 generator=self._worker_generator,
                 in_order=True,
             )

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from robo_orchard_lab.pipeline.batch_processor import count_batches, count_samples
 from robo_orchard_lab.pipeline.data.epoch_batches import BatchIndices
-from robo_orchard_lab.pipeline.data.fetching import WorkerInit, worker_startup
+from robo_orchard_lab.pipeline.data.fetching import IgnoreSignals, worker_startup
 from robo_orchard_lab.pipeline.data.loader import BatchShard, copy_loader, set_epoch_of
 from robo_orchard_lab.pipeline.data.order import DataOrder, StepSizes
 from robo_orchard_lab.pipeline.data.rng import (
@@ -84,7 +84,7 @@ class StreamData:
                 dataset=self._reseeded,
                 batch_size=loader.batch_size,
                 drop_last=loader.drop_last,
-                worker_init_fn=WorkerInit(loader.worker_init_fn),
+                worker_init_fn=IgnoreSignals(loader.worker_init_fn),
             )
         self._length = self._agreed_length()
         self._sizes: list[StepSizes] | None = None
