@@ -13,14 +13,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import ceil
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BeforeValidator, GetCoreSchemaHandler, WithJsonSchema
 from pydantic_core import CoreSchema, core_schema
 
 from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
-from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES, ChannelName, TrainerProgress
+from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES, ChannelName, remaining_steps
 
 Due: TypeAlias = Callable[[PipelineHookArgs], bool]
 """Function that returns True if a hook runs now; called once per entry or exit of its channel."""
@@ -343,18 +342,12 @@ def _ends_in_step(args: PipelineHookArgs) -> bool:
 
 def _ends_in_epoch(args: PipelineHookArgs) -> bool:
     """Return True if the current epoch is predicted to reach a limit."""
-    run, progress, limits = args.run, args.run.progress, args.run.limits
-    if _is_last_epoch(args):
-        return True
-    batches = run.steps_per_epoch
-    if batches is None:
-        return False
-    done, window = progress.step_id, run.accelerator.gradient_accumulation_steps
-    at_end = TrainerProgress(
-        global_step_id=progress.global_step_id + batches - done,
-        optimizer_step_id=progress.optimizer_step_id + ceil(batches / window) - done // window,
-    )
-    return limits.reached(at_end)
+    run, batches = args.run, args.run.steps_per_epoch
+    if _is_last_epoch(args) or batches is None:
+        return _is_last_epoch(args)
+    window = run.accelerator.gradient_accumulation_steps
+    left = remaining_steps(run.limits, run.progress, batches, window)
+    return left is not None and left <= batches - run.progress.step_id
 
 
 def _ended_in_epoch(args: PipelineHookArgs) -> bool:
