@@ -235,6 +235,8 @@ def _report_result(folder: Path, arguments: ExperimentArguments, as_json: bool) 
     say(f"{folder}: {state.state} after {steps} steps{reason}")
     if state.checkpoint is not None:
         say(f"  newest checkpoint  {Path(folder, state.checkpoint.path)}")
+        if state.checkpoint.non_finite:
+            say(f"  not finite         {', '.join(state.checkpoint.non_finite)}")
         say(f"  evaluate           {_command('evaluate', folder, arguments)}")
         say(f"  export weights     {PROGRAM} checkpoint export {shlex.quote(str(folder))}")
 

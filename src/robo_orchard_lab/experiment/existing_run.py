@@ -20,7 +20,8 @@ from robo_orchard_lab.experiment.run_folder import (
     record_start,
     run_config_file,
 )
-from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, Retention
+from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, ReadLimits, Retention
+from robo_orchard_lab.pipeline.checkpoint.listing import Listing, RootListing
 from robo_orchard_lab.pipeline.checkpoint.manifest import BEST, LAST, MANIFEST_FILE, step_from_name
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
 from robo_orchard_lab.pipeline.hooks.save_checkpoint import CHECKPOINTS_FOLDER
@@ -55,9 +56,10 @@ class RunCheckpoints:
         return Retention(**{**own, **changes})
 
     def pick(self, *, best: bool = False) -> Path:
-        """Return the selected, the best, or the newest intact checkpoint.
+        """Return the selected, the best, or the newest intact and healthy checkpoint.
 
-        A damaged checkpoint is skipped with a warning.
+        A damaged or non-finite checkpoint is skipped with a warning. If all intact ones are
+        non-finite, the newest is returned with a warning.
 
         Raises:
             NoRunError: The run has no monitor that decides on the best checkpoint.
@@ -76,9 +78,14 @@ class RunCheckpoints:
             if found.problem is not None:
                 raise CheckpointError(found.problem)
             return self.root / found.path.name
-        for info in reversed(store.list()):
+        listing = _listing(self.root)
+        for info in listing.to_resume:
             [found] = store.verify(info.path)
             if found.problem is None:
+                for newer in listing.infos[listing.infos.index(info) :]:
+                    if newer.poison:
+                        used = "using" if newer is info else "skipped"
+                        logger.warning("%s %s: it %s", used, newer.path, newer.poison)
                 return self.root / info.path.name
             logger.warning("skipped %s: %s", info.path, found.problem)
         raise CheckpointError(f"there is no intact checkpoint in {self.root}")
@@ -106,6 +113,10 @@ def find_checkpoints(path: str | os.PathLike[str]) -> RunCheckpoints:
     if not root.is_dir():
         raise NoRunError(f"the run in {run.folder} has no checkpoints: there is no {root}")
     return RunCheckpoints(root, run.checkpoint, policy)
+
+
+def _listing(root: Path) -> Listing:
+    return RootListing(root, ReadLimits()).read()
 
 
 def _has_checkpoints(folder: Path) -> bool:
@@ -175,7 +186,8 @@ class ExistingRun:
     config: Path
     """The file of the last start."""
     newest_step: int | None
-    """Step of the newest checkpoint with an intact manifest; None without checkpoints."""
+    """Step of the newest healthy checkpoint with an intact manifest, or else of the newest; None
+    without checkpoints."""
     state: RunState | None
     """Content of ``run_state.json``; None without the file, or with a damaged file."""
 
@@ -206,14 +218,14 @@ def find_existing_run(folder: str | os.PathLike[str]) -> ExistingRun | None:
     if config is None:
         return None
     try:
-        infos = CheckpointStore(find_checkpoints(config).root).list()
+        infos = _listing(find_checkpoints(config).root).to_resume
     except NoRunError:
         infos = []
     try:
         state = read_run_state(folder)
     except (FileNotFoundError, StateError):  # the run reports a damaged file, and moves it
         state = None
-    return ExistingRun(Path(folder), config, infos[-1].step if infos else None, state)
+    return ExistingRun(Path(folder), config, infos[0].step if infos else None, state)
 
 
 def check_changes(

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
     from robo_orchard_lab.pipeline.batch_processor import LossWeighting
+    from robo_orchard_lab.pipeline.checkpoint import FiniteCheck
     from robo_orchard_lab.pipeline.data import TrainingData
 
 ArgsT = TypeVar("ArgsT")
@@ -116,6 +117,8 @@ class Snapshot(NamedTuple):
     """State of this rank."""
     about: Mapping[str, Any]
     """Metadata for people: counters, configuration, command, versions."""
+    finite: FiniteCheck
+    """Weights and optimizer state, which should be finite."""
 
 
 class Locate(Protocol):
@@ -182,6 +185,14 @@ class PipelineRun:
     """Name of the hook that saves checkpoints in a folder."""
     outputs: dict[Path, OutputFile] = field(default_factory=dict)
     """Files of hooks, by path; the trainer writes again what could not be written."""
+    constants: frozenset[str] = frozenset()
+    """Names of buffers that were non-finite before the run, such as masks."""
+    loss_checks: dict[str, Callable[[], bool]] = field(default_factory=dict)
+    """Function that returns True if all losses since its last call are finite, by hook name; called
+    for each checkpoint."""
+    before_saves: dict[str, Callable[[], None]] = field(default_factory=dict)
+    """Function to call before weights or a checkpoint are written, by hook name; a failure keeps
+    them from being written."""
     failures: list[Exception] = field(default_factory=list)
     """Errors of lost outputs; the trainer raises the first error at the end of the run."""
 

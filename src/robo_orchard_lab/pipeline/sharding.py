@@ -9,15 +9,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from robo_orchard_lab.pipeline.checkpoint import ShareOf, TensorShare
+from robo_orchard_lab.pipeline.checkpoint import ShareOf, TensorShare, non_finite_names
 from robo_orchard_lab.pipeline.checkpoint.shards import cut, local_regions
 from robo_orchard_lab.pipeline.context import PipelineRun, WeightSet
+from robo_orchard_lab.pipeline.distributed.collectives import gather_objects
 from robo_orchard_lab.pipeline.model import plain_name, plain_weights
-from robo_orchard_lab.pipeline.sharded_tensors import gather_full_tensors, has_sharded, is_sharded
+from robo_orchard_lab.pipeline.sharded_tensors import (
+    gather_full_tensors,
+    has_sharded,
+    is_sharded,
+    local_tensor,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -102,6 +109,27 @@ def gather_weights(run: PipelineRun, kept: WeightSet | None) -> dict[str, torch.
     with nullcontext() if kept is None else kept.applied():
         full = gather_full_tensors(plain_weights(run), keep=first)
     return full if first else None
+
+
+def non_finite_weights(run: PipelineRun, kept: WeightSet | None) -> list[str]:
+    """Return the names of weights that are non-finite on any rank.
+
+    A device sync, and a collective with several ranks.
+
+    Args:
+        run: run of the model.
+        kept: weights of a hook, instead of the model's own.
+    """
+    if kept is None or is_sharded_model(run.model):
+        with nullcontext() if kept is None else kept.applied():
+            weights = {name: local_tensor(t) for name, t in plain_weights(run).items()}
+            names = non_finite_names(weights)
+    else:
+        names = non_finite_names(kept.weights())
+    names = [name for name in names if name not in run.constants]
+    if run.accelerator.num_processes == 1:
+        return names
+    return list(dict.fromkeys(chain.from_iterable(gather_objects(names))))
 
 
 def shard_like(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, pack_weights, 
 from robo_orchard_lab.pipeline.distributed.agreement import Agreement
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
+from robo_orchard_lab.pipeline.sharding import non_finite_weights
 from robo_orchard_lab.pipeline.trainer.rank_consistency import ReplicaCheck
 
 # --- call sites ------------------------------------------------------------------------------
@@ -41,6 +42,7 @@ _COMMIT_FUNCTIONS = (
     CheckpointStore.prepare,
     ReplicaCheck.check_gradients,
     ReplicaCheck.check_weights,
+    non_finite_weights,
     pack_weights,
     save_checkpoint,
 )

@@ -29,6 +29,7 @@ from robo_orchard_lab.cli.output import (
 
 if TYPE_CHECKING:
     from robo_orchard_lab.experiment.existing_run import RunCheckpoints
+    from robo_orchard_lab.pipeline.checkpoint import CheckpointInfo
     from robo_orchard_lab.pipeline.checkpoint.listing import Contents
 
 _COUNT = click.IntRange(min=1)
@@ -59,7 +60,8 @@ def list_(path: str, as_json: bool) -> None:
     """List the checkpoints of a run, oldest first.
 
     PATH is the folder of a run, or of its checkpoints. A checkpoint is "complete" if all files
-    exist with the right sizes; `checkpoint verify` also compares their digests.
+    exist with the right sizes; `checkpoint verify` also compares their digests. "not finite" names
+    the first weight or optimizer state with a NaN or infinity, or the losses since the last save.
     """
     found = _list(path)
     if as_json:
@@ -98,6 +100,7 @@ def _list(path: str) -> list[dict[str, Any]]:
                 "size_bytes": info.size_bytes,
                 "saved_at": info.saved_at.isoformat(timespec="seconds"),
                 "link": links.get(info.path.name),
+                "non_finite": _non_finite(info),
                 "metrics": dict(info.metrics),
                 "problem": problem,
             }
@@ -107,17 +110,22 @@ def _list(path: str) -> list[dict[str, Any]]:
     return found
 
 
+def _non_finite(info: CheckpointInfo) -> list[str] | None:
+    return None if info.non_finite is None else [*info.non_finite]
+
+
 def _row(found: dict[str, Any]) -> list[str]:
     state = "complete" if found["problem"] is None else f"damaged: {found['problem']}"
     if found["step"] is None:
         return ["?", "", "", "", state, ""]
     saved_at = datetime.fromisoformat(found["saved_at"])
+    names = (found["non_finite"] or [])[:1]
     return [
         str(found["step"]),
         "" if found["epoch"] is None else str(found["epoch"]),
         bytes_text(found["size_bytes"]),
         age_text((datetime.now(UTC) - saved_at).total_seconds()),
-        state + (f", {found['link']}" if found["link"] else ""),
+        ", ".join(filter(None, [state, *map("not finite: {}".format, names), found["link"]])),
         ", ".join(
             f"{name} {value:g}"
             for name, value in found["metrics"].items()
@@ -171,6 +179,10 @@ def _lines(contents: Contents) -> Iterator[tuple[str, str]]:
     yield "by", "1 process" if info.ranks == 1 else f"{info.ranks} processes"
     if reason := metadata.get("reason"):
         yield "reason", str(reason)
+    if info.non_finite is None:
+        yield "finite", "unknown: it was not checked"
+    else:
+        yield "finite", f"not {', '.join(info.non_finite)}" if info.non_finite else "yes"
     for name, value in info.metrics.items():
         yield name, f"{value:g}"
     if command := metadata.get("command"):
@@ -199,6 +211,7 @@ def _plain(contents: Contents) -> dict[str, Any]:
         "ranks": info.ranks,
         "digest": info.digest,
         "size_bytes": info.size_bytes,
+        "non_finite": _non_finite(info),
         "metrics": dict(info.metrics),
         "metadata": info.metadata,
         "files": [
@@ -288,7 +301,7 @@ def export(path: str, file: str, best: bool, force: bool, as_json: bool) -> None
 @click.option("--yes", is_flag=True, help="Remove the checkpoints, also in a terminal.")
 @json_option
 def prune(path: str, dry_run: bool, yes: bool, as_json: bool, **rules: Any) -> None:
-    """Remove the checkpoints that no rule keeps, but never the newest intact one.
+    """Remove the checkpoints that no rule keeps, but never the newest intact and healthy one.
 
     \b
       robo-orchard-lab checkpoint prune runs/spirals --keep-last 2

@@ -36,13 +36,15 @@ from robo_orchard_lab.pipeline.checkpoint.state import (
     restore_random_state,
 )
 from robo_orchard_lab.pipeline.checkpoint.store import CheckpointStore
-from robo_orchard_lab.pipeline.checkpoint.writer import PendingSave
+from robo_orchard_lab.pipeline.checkpoint.tensor_files import non_finite_names
+from robo_orchard_lab.pipeline.checkpoint.writer import FiniteCheck, PendingSave
 
 __all__ = [
     "CheckpointInfo",
     "CheckpointStore",
     "DigestName",
     "EachRank",
+    "FiniteCheck",
     "PendingSave",
     "PruneDecision",
     "Ranks",
@@ -60,6 +62,7 @@ __all__ = [
     "load_checkpoint",
     "load_named_optimizer_state",
     "named_optimizer_state",
+    "non_finite_names",
     "pack_weights",
     "parameters_beside",
     "restore_random_state",

@@ -30,6 +30,11 @@ class Listing:
     broken: list[tuple[Path, str]] = field(default_factory=list)
     """Paths with a checkpoint's name and no valid manifest, by name, with the reasons."""
 
+    @property
+    def to_resume(self) -> list[CheckpointInfo]:
+        """Valid checkpoints, the newest healthy one first, and non-finite ones last."""
+        return sorted(self.infos, key=lambda i: (not i.poison, i.serial, i.step), reverse=True)
+
 
 class RootListing:
     """Reader of a root; parses each manifest once."""

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -182,6 +182,18 @@ class CheckpointInfo:
     """Name of the digest."""
     metrics: Mapping[str, float]
     metadata: Mapping[str, Any]
+    non_finite: tuple[str, ...] | None
+    """First names of non-finite states of any rank, such as ``model/fc.weight``, and ``losses`` for
+    a loss since the checkpoint before; empty if all are finite; None if not checked."""
+
+    @property
+    def poison(self) -> str:
+        """Reason not to resume, such as "has non-finite values in model/fc.weight", or "".
+
+        A checkpoint that was not checked, and non-finite losses alone, count as healthy.
+        """
+        names = ", ".join(name for name in self.non_finite or () if name != LOSSES)
+        return f"has non-finite values in {names}" if names else ""
 
 
 EachRank: TypeAlias = Callable[[int, int, Mapping[str, Any]], Any]
@@ -257,6 +269,8 @@ def digest_of(name: str, data: bytes | bytearray | memoryview) -> str:
 
 FORMAT = "robo_orchard_lab.checkpoint"
 VERSION = 1
+LOSSES = "losses"
+_MAX_NON_FINITE = 5  # names in a manifest
 _MAX_NUMBER = 2**63 - 1
 
 
@@ -280,6 +294,7 @@ class Manifest:
     metrics: Mapping[str, float]
     metadata: Mapping[str, Any]
     files: Mapping[str, FileEntry]
+    non_finite: tuple[str, ...] | None = None
 
     def info(self, path: Path) -> CheckpointInfo:
         """Describe the checkpoint at ``path``."""
@@ -293,6 +308,7 @@ class Manifest:
             digest=self.digest_name,
             metrics=self.metrics,
             metadata=self.metadata,
+            non_finite=self.non_finite,
         )
 
     def to_bytes(self) -> bytes:
@@ -325,10 +341,19 @@ class Manifest:
                 f"most {limits.max_manifest_bytes} and {limits.max_files} would be read again"
             )
 
-    def with_files(self, serial: int, files: Mapping[str, FileEntry]) -> Manifest:
-        """Return a copy with these files and this serial, saved now."""
-        now = datetime.now(UTC)
-        return replace(self, serial=serial, saved_at=now, files=dict(sorted(files.items())))
+    def with_files(
+        self, serial: int, files: Mapping[str, FileEntry], non_finite: Sequence[str]
+    ) -> Manifest:
+        """Return a copy with these files, non-finite names and this serial, saved now."""
+        return replace(
+            self,
+            serial=serial,
+            saved_at=datetime.now(UTC),
+            files=dict(sorted(files.items())),
+            non_finite=None
+            if self.non_finite is None
+            else tuple(map(_shown, non_finite[:_MAX_NON_FINITE])),
+        )
 
 
 def parse_manifest(text: bytes, limits: ReadLimits) -> Manifest:
@@ -361,7 +386,7 @@ def parse_manifest(text: bytes, limits: ReadLimits) -> Manifest:
 
 def _manifest(digest_name: str, document: dict[str, Any], limits: ReadLimits) -> Manifest:
     expected = {"format", "version", *(field.name for field in fields(Manifest))}
-    if set(document) != expected:
+    if set(document) | {"non_finite"} != expected:  # absent in older ones
         wrong = ", ".join(sorted(set(document) ^ expected))
         raise CheckpointError(f"missing or unknown entries in the manifest: {wrong:.200}")
     files = document["files"]
@@ -375,6 +400,12 @@ def _manifest(digest_name: str, document: dict[str, Any], limits: ReadLimits) ->
         raise CheckpointError("metrics or metadata is not a mapping")
     if not all(type(value) in (int, float) for value in metrics.values()):
         raise CheckpointError("a metric is not a number")
+    non_finite = document.get("non_finite")
+    if non_finite is not None:
+        is_list = isinstance(non_finite, list) and len(non_finite) <= _MAX_NON_FINITE
+        if not is_list or any(type(n) is not str or n != _shown(n) for n in non_finite):
+            raise CheckpointError(f"non_finite is {non_finite!r:.80}, expected a list of names")
+        non_finite = tuple(non_finite)
     saved_at = datetime.fromisoformat(document["saved_at"])
     if saved_at.tzinfo != UTC:
         raise CheckpointError(f"saved_at is {document['saved_at']!r:.40}, expected a time in UTC")
@@ -387,6 +418,7 @@ def _manifest(digest_name: str, document: dict[str, Any], limits: ReadLimits) ->
         metrics=metrics,
         metadata=metadata,
         files={name: _entry(name, entry, digest_name, ranks) for name, entry in files.items()},
+        non_finite=non_finite,
     )
 
 
@@ -406,6 +438,11 @@ def _number(what: str, value: Any, *, least: int = 0) -> int:
     if type(value) is not int or not least <= value <= _MAX_NUMBER:
         raise CheckpointError(f"{what} is {value!r:.40}, expected a number >= {least}")
     return value
+
+
+def _shown(name: str) -> str:
+    """Return a tensor's name as a short printable text."""
+    return (name if name.isprintable() else ascii(name))[:200]
 
 
 def _tree(what: str, value: Mapping[str, Any]) -> Any:

@@ -67,13 +67,15 @@ class Retention:
             raise PipelineConfigError("Retention.keep_best requires a metric; name it as monitor")
 
     def best(self, infos: Sequence[CheckpointInfo]) -> list[CheckpointInfo]:
-        """Return the checkpoints with a finite value of ``monitor``, best first."""
+        """Return the healthy checkpoints with a finite value of ``monitor``, best first."""
         if self.monitor is None:
             return []
         sign = 1 if self.mode == "min" else -1
         values = [(info.metrics.get(self.monitor, math.nan), info) for info in infos]
         ranked = [
-            (sign * value, info.serial, info) for value, info in values if math.isfinite(value)
+            (sign * value, info.serial, info)
+            for value, info in values
+            if math.isfinite(value) and not info.poison
         ]
         return [info for *_, info in sorted(ranked, key=lambda found: found[:2])]
 
@@ -109,22 +111,24 @@ def prune(
 ) -> list[PruneDecision]:
     """Remove checkpoints without a reason to stay; return a decision for each checkpoint.
 
+    The newest healthy checkpoint that verifies stays, or without one the newest that verifies.
+
     Args:
         listing: checkpoints of the root.
         retention: rules.
         limits: sizes that are refused before reading.
-        good: newest checkpoint that is known to verify; None finds it by reading.
+        good: newest healthy checkpoint, if it is known to verify; None finds it by reading.
         dry_run: decide without removing.
     """
-    kept = retention.reasons(listing.infos)
+    kept, to_resume = retention.reasons(listing.infos), listing.to_resume
     leaving = [info for info in listing.infos if info.serial not in kept]
     if leaving and good is None:
-        intact = (
-            i for i in reversed(listing.infos) if not verify_checkpoint(i.path, limits).problem
-        )
+        intact = (i for i in to_resume if not verify_checkpoint(i.path, limits).problem)
         good = next(intact, None)
     if good is not None:
-        kept.setdefault(good.serial, "the newest one that verifies")
+        is_followed = any(i.poison for i in listing.infos if i.serial > good.serial)
+        what = "healthy one: newer ones are not finite" if is_followed else "one that verifies"
+        kept.setdefault(good.serial, f"the newest {what}")
     decisions = [
         PruneDecision(path, False, f"not a valid checkpoint: {why}") for path, why in listing.broken
     ]

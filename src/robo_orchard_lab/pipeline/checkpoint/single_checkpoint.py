@@ -28,7 +28,7 @@ from robo_orchard_lab.pipeline.checkpoint.tensor_files import (
     StagingBuffer,
     StagingPool,
 )
-from robo_orchard_lab.pipeline.checkpoint.writer import StagedCheckpoint, put_new
+from robo_orchard_lab.pipeline.checkpoint.writer import FiniteCheck, StagedCheckpoint, put_new
 from robo_orchard_lab.pipeline.errors import CheckpointError
 from robo_orchard_lab.pipeline.run.durable import make_folder, replace_file
 
@@ -86,12 +86,13 @@ def save_checkpoint(
     metadata: Mapping[str, Any] | None = None,
     digest: DigestName = "xxh3_128",
     ranks: Ranks | None = None,
+    finite: FiniteCheck | None = None,
 ) -> CheckpointInfo:
     """Save one checkpoint durably to a new directory. A collective of ``ranks``.
 
     Args:
         folder: new directory at any path; missing parents are created.
-        step, parts, rank_parts, metrics, metadata: see :meth:`CheckpointStore.save`.
+        step, parts, rank_parts, metrics, metadata, finite: see :meth:`CheckpointStore.save`.
         digest: digest that a load verifies.
         ranks: processes that save together; by default this process alone.
 
@@ -118,6 +119,7 @@ def save_checkpoint(
             limits=ReadLimits(),
             metrics=metrics,
             metadata=metadata,
+            finite=finite,
         )
         made.append(staged)
         if ranks.index == 0:

@@ -48,7 +48,7 @@ from robo_orchard_lab.pipeline.checkpoint.single_checkpoint import (
     verify_checkpoint,
 )
 from robo_orchard_lab.pipeline.checkpoint.tensor_files import StagingPool
-from robo_orchard_lab.pipeline.checkpoint.writer import PendingSave, StagedCheckpoint
+from robo_orchard_lab.pipeline.checkpoint.writer import FiniteCheck, PendingSave, StagedCheckpoint
 from robo_orchard_lab.pipeline.errors import CheckpointError, StoreLockedError
 from robo_orchard_lab.pipeline.run.durable import lock_file, make_folder, replace_link
 
@@ -117,6 +117,7 @@ class CheckpointStore:
         self._is_open = False
         self._lock: BaseFileLock | None = None
         self._serial = 0
+        self._healthy: CheckpointInfo | None = None  # the newest that this store has saved
 
     def open(self) -> CheckpointStore:
         """Create and lock the root, and clean up after a crash. A collective.
@@ -152,6 +153,7 @@ class CheckpointStore:
         *,
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        finite: FiniteCheck | None = None,
     ) -> CheckpointInfo:
         """Save a checkpoint durably, then apply the retention. A collective.
 
@@ -168,12 +170,15 @@ class CheckpointStore:
             rank_parts: state of this rank, by part.
             metrics: values by name; :attr:`Retention.monitor` may name one.
             metadata: plain values for the manifest.
+            finite: tensors that should be finite, for :attr:`CheckpointInfo.non_finite`.
 
         Raises:
             StateError: a value can't be saved; the message names the value.
             CheckpointError: some rank can't write; the previous checkpoint is unchanged.
         """
-        with self.prepare(step, parts, rank_parts, metrics=metrics, metadata=metadata) as pending:
+        with self.prepare(
+            step, parts, rank_parts, metrics=metrics, metadata=metadata, finite=finite
+        ) as pending:
             return pending.commit()
 
     def prepare(
@@ -184,13 +189,14 @@ class CheckpointStore:
         *,
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        finite: FiniteCheck | None = None,
     ) -> PendingSave:
         """Copy the state into staging buffers, to be written later. A collective.
 
         The caller may change the state as soon as this returns. Later saves reuse the buffers.
 
         Args:
-            step, parts, rank_parts, metrics, metadata: see :meth:`save`.
+            step, parts, rank_parts, metrics, metadata, finite: see :meth:`save`.
 
         Raises:
             StateError: a value can't be saved; the message names the value.
@@ -209,6 +215,7 @@ class CheckpointStore:
                 limits=self.limits,
                 metrics=metrics,
                 metadata=metadata,
+                finite=finite,
             )
             made.append(staged)
 
@@ -246,22 +253,25 @@ class CheckpointStore:
     def load_newest(
         self, share_of: ShareOf | None = None, each_rank: EachRank | None = None
     ) -> SavedState | None:
-        """Load the newest intact checkpoint. A collective.
+        """Load the newest intact and healthy checkpoint. A collective.
 
         Args:
             share_of: see :meth:`load`.
             each_rank: see :func:`load_checkpoint`.
 
         Returns:
-            The state, with the failed newer checkpoints in :attr:`SavedState.skipped`; None if the
-            root has no checkpoint.
+            The state, with the damaged and the non-finite newer checkpoints in
+            :attr:`SavedState.skipped`; None if the root has no checkpoint.
 
         Raises:
-            CheckpointError: the root has checkpoints, but none verifies.
+            CheckpointError: the root has checkpoints, but none that verifies is healthy.
         """
         listing = self.ranks.run_on_first(f"reading {self.root}", self._listing.read)
         skipped: list[tuple[Path, str]] = list(listing.broken)
         for info in reversed(listing.infos):
+            if info.poison:
+                skipped.append((info.path, f"{info.path} {info.poison}"))
+                continue
             try:
                 found = self._load(info.path, share_of, each_rank)
             except CheckpointError as error:
@@ -272,8 +282,9 @@ class CheckpointStore:
             return None
         reasons = "\n".join(f"  {reason}" for _, reason in skipped)
         raise CheckpointError(
-            f"none of the checkpoints in {self.root} verifies; repair one, or move all of them to "
-            f"another directory to start from scratch:\n{reasons}"
+            f"none of the checkpoints in {self.root} is intact and has finite weights and "
+            "optimizer state; repair one, resume from the path of a non-finite one, or move all of "
+            f"them to another directory to start from scratch:\n{reasons}"
         )
 
     def list(self) -> list[CheckpointInfo]:
@@ -295,7 +306,8 @@ class CheckpointStore:
     def prune(self, *, dry_run: bool = False) -> Sequence[PruneDecision]:
         """Remove checkpoints beyond the retention. A collective.
 
-        The newest checkpoint that verifies is always kept, and is found by reading checkpoints.
+        The newest healthy checkpoint that verifies is always kept. If this store has not saved it,
+        it is found by reading checkpoints.
 
         Args:
             dry_run: return the decisions without removing; the store need not be open.
@@ -308,7 +320,7 @@ class CheckpointStore:
 
         def decide() -> Sequence[PruneDecision]:
             with self._writing:
-                return self._prune(None, dry_run=dry_run)
+                return self._prune(dry_run=dry_run)
 
         return self.ranks.run_on_first(f"pruning {self.root}", decide)
 
@@ -362,8 +374,10 @@ class CheckpointStore:
                 lambda temporary: put_replacing(temporary, path, self.limits),
                 self.ranks.background,
             )
+            if not info.poison:
+                self._healthy = info
             if self.ranks.index == 0:
-                self._tidy(info)
+                self._tidy(info.path)
             return info
 
     def _next_serial(self) -> int:
@@ -375,17 +389,19 @@ class CheckpointStore:
         self._serial += 1
         return self._serial
 
-    def _tidy(self, new: CheckpointInfo) -> None:
+    def _tidy(self, new: Path) -> None:
         """Set links, prune and clean up after a save; a failure does not fail the save."""
         try:
             self._set_links()
-            self._prune(new, dry_run=False)
+            self._prune(dry_run=False)
             self._clean()
         except (OSError, CheckpointError) as error:
-            logger.warning("%s is saved, but tidying up failed: %s", new.path, error)
+            logger.warning("%s is saved, but tidying up failed: %s", new, error)
 
-    def _prune(self, good: CheckpointInfo | None, *, dry_run: bool) -> Sequence[PruneDecision]:
+    def _prune(self, *, dry_run: bool) -> Sequence[PruneDecision]:
         listing = self._listing.read()
+        saved = self._healthy
+        good = next((i for i in listing.infos if saved and i.serial == saved.serial), None)
         decisions = prune(listing, self.retention, self.limits, good=good, dry_run=dry_run)
         if not dry_run and any(decision.removed for decision in decisions):
             self._set_links()  # the best may be gone

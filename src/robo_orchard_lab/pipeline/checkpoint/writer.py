@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,6 +31,7 @@ from robo_orchard_lab.pipeline.checkpoint.tensor_files import (
     FileLayout,
     StagingBuffer,
     StagingPool,
+    non_finite_names,
 )
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
 from robo_orchard_lab.pipeline.run.durable import (
@@ -42,6 +43,15 @@ from robo_orchard_lab.pipeline.run.durable import (
 from robo_orchard_lab.pipeline.sharded_tensors import has_sharded, is_sharded
 
 _MAX_STEP = 10**18
+
+
+class FiniteCheck(NamedTuple):
+    """Tensors of a checkpoint that should be finite."""
+
+    covers: Callable[[str], bool]
+    """Function of a tensor's part and name, such as ``model/fc.weight``."""
+    non_finite: Sequence[str] = ()
+    """Names of states outside the checkpoint that are known to be non-finite."""
 
 
 class StagedCheckpoint:
@@ -62,6 +72,7 @@ class StagedCheckpoint:
         limits: ReadLimits,
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        finite: FiniteCheck | None = None,
     ) -> None:
         """Encode and copy the rank's parts and shards; on the first rank also the job's parts."""
         if type(step) is not int or not 0 <= step < _MAX_STEP:
@@ -71,6 +82,8 @@ class StagedCheckpoint:
         self._pool = pool
         self._buffer: StagingBuffer | None = None
         self._limits = limits
+        self._finite = finite
+        self._layouts: dict[str, FileLayout] = {}  # by file
         self.manifest = Manifest(
             step=step,
             serial=0,
@@ -80,6 +93,7 @@ class StagedCheckpoint:
             metrics={name: _number(name, value) for name, value in (metrics or {}).items()},
             metadata=dict(metadata or {}),
             files={},
+            non_finite=None if finite is None else (),
         )
         rank_parts = rank_parts or {}
         first = ranks.index == 0
@@ -149,6 +163,7 @@ class StagedCheckpoint:
         except BaseException:
             self.release()
             raise
+        self._layouts = {file: layout for file, (layout, _) in self._tensors.items()}
         self._tensors.clear()  # the caller's tensors
 
     def release(self) -> None:
@@ -158,15 +173,31 @@ class StagedCheckpoint:
             self._pool.release(self._buffer)
             self._buffer = None
 
-    def write(self, folder: Path) -> dict[str, FileEntry]:
-        """Write and flush this rank's files; return their sizes and digests."""
-        written = {}
-        with ThreadPoolExecutor(1) as pool:  # hides the digest behind the slower write
+    def write(self, folder: Path) -> tuple[dict[str, FileEntry], list[str]]:
+        """Write and flush this rank's files.
+
+        Returns:
+            Sizes and digests of the files, and the names of non-finite tensors.
+        """
+        written: dict[str, FileEntry] = {}
+        non_finite = [] if self._finite is None else list(self._finite.non_finite)
+        with ThreadPoolExecutor(1) as pool:  # hides digest and check behind the slower write
             for name, data in self.files.items():
                 digest = pool.submit(digest_of, self.manifest.digest_name, data)
+                found = pool.submit(self._non_finite, name, data)
                 write_file(folder / name, data)
                 written[name] = FileEntry(len(data), digest.result())
-        return written
+                non_finite += found.result()
+        return written, non_finite
+
+    def _non_finite(self, file: str, data: bytes | memoryview) -> list[str]:
+        """Return the names of non-finite tensors in a file, such as ``model/fc.weight``."""
+        layout, parsed = self._layouts.get(file), FileName.parse(file)
+        if layout is None or parsed is None or self._finite is None:
+            return []
+        content = memoryview(data)[len(layout.header) :]
+        tensors = {f"{parsed.part}/{info.name}": info.view(content) for info in layout.tensors}
+        return non_finite_names({n: t for n, t in tensors.items() if self._finite.covers(n)})
 
     def commit(
         self, folder: Path, serial: Callable[[], int], put: Callable[[Path], None], ranks: Ranks
@@ -195,9 +226,10 @@ class StagedCheckpoint:
             made[0].mkdir()
             return made[0].name
 
-        def finish(files: list[dict[str, FileEntry]]) -> CheckpointInfo:
-            all_files = {name: entry for of_one in files for name, entry in of_one.items()}
-            manifest = self.manifest.with_files(serials[0], all_files)
+        def finish(of_ranks: list[tuple[dict[str, FileEntry], list[str]]]) -> CheckpointInfo:
+            files = {name: entry for of_one, _ in of_ranks for name, entry in of_one.items()}
+            non_finite = list(dict.fromkeys(name for _, names in of_ranks for name in names))
+            manifest = self.manifest.with_files(serials[0], files, non_finite)
             manifest.check_writable(self._limits)
             write_file(temporary / MANIFEST_FILE, manifest.to_bytes())
             flush_folder(temporary)

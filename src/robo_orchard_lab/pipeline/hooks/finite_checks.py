@@ -201,10 +201,14 @@ class LoggingPointCheck:
         for handle in self._handles:
             handle.remove()
         if args.exception is None:
-            self.raise_if_flagged()
-            found = self._tally.read() if self._tally is not None else None
-            if found is not None:
-                self._fail(*found)
+            self.check()
+
+    def check(self) -> None:
+        """Check all updates so far; a device sync."""
+        self.raise_if_flagged()
+        found = self._tally.read() if self._tally is not None else None
+        if found is not None:
+            self._fail(*found)
 
 
 @dataclass(slots=True)

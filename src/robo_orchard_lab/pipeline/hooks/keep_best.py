@@ -12,15 +12,15 @@ from pydantic import Field, field_validator
 from safetensors import SafetensorError, safe_open
 
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
-from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.distributed.collectives import broadcast_object
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_version
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricValue, number_text
-from robo_orchard_lab.pipeline.requests import Requests
 from robo_orchard_lab.pipeline.run.durable import remove_leftovers
 from robo_orchard_lab.pipeline.run.run_path import RunPath
+from robo_orchard_lab.pipeline.sharding import non_finite_weights
 
 Mode: TypeAlias = Literal["min", "max"]
 """Direction of improvement: the smallest or the largest value is best."""
@@ -53,18 +53,21 @@ class BestValue:
 
     def update(self, found: MetricValue) -> bool:
         """Compare the next value; return True if it is the new best."""
-        best = math.inf if self.value is None else self._sign * self.value
-        is_better = math.isfinite(found.value) and self._sign * found.value < best - self._min_delta
+        is_better = self.is_better(found.value, self._min_delta)
         if is_better:
             self.value, self.step, self.since = found.value, found.step, 0
         else:
             self.since += 1
         return is_better
 
+    def is_better(self, value: float, min_delta: float = 0.0) -> bool:
+        """Return True if a value is finite and better than the best one."""
+        best = math.inf if self.value is None else self._sign * self.value
+        return math.isfinite(value) and self._sign * value < best - min_delta
+
     def adopt(self, found: MetricValue) -> bool:
         """Take a value from another source if it is better; return True if it was taken."""
-        best = math.inf if self.value is None else self._sign * self.value
-        is_better = math.isfinite(found.value) and self._sign * found.value < best
+        is_better = self.is_better(found.value)
         if is_better:
             self.value, self.step, self.since = found.value, found.step, 0
         return is_better
@@ -92,8 +95,9 @@ class KeepBest(PipelineHooks):
     """File with the weights of the best value of a metric.
 
     At each new best value, the weights of the current commit point are saved: that of the
-    evaluation, or of the step that published the metric. NaN and infinities are never the best. The
-    file's metadata holds the metric, its value and step, and the counters of the run.
+    evaluation, or of the step that published the metric. NaN and infinities are never the best, nor
+    are values of weights that are not finite. The file's metadata holds the metric, its value and
+    step, and the counters of the run.
 
     Weights that can't be written, as on a full disk, stay in host memory until there is room, or
     until a better value; the run ends with an error if there is no room at its end.
@@ -104,7 +108,8 @@ class KeepBest(PipelineHooks):
     - Ranks: all; the main process writes.
     - Requests: writing the weights.
     - State: the best value, its step, and the number of values since.
-    - Cost: for a step that publishes the metric, see :meth:`MetricsBoard.subscribe`; else none.
+    - Cost: for a step that publishes the metric, see :meth:`MetricsBoard.subscribe`; for a new best
+      value, a read of all weights; else none.
 
     >>> from accelerate import Accelerator
     >>> from robo_orchard_lab.pipeline.context import PipelineRun
@@ -125,7 +130,7 @@ class KeepBest(PipelineHooks):
         self.cfg = cfg
         self._best = BestValue(cfg.mode, cfg.min_delta)
         self._is_resumed = False
-        self._requests = Requests()  # until the loop begins
+        self._run: PipelineRun | None = None
         self._subscription: RemovableHandle | None = None
         self.register_hook("on_loop", HookContext.from_callable(self._begin, self._end))
         if (weights := cfg.weights) is not None:  # refuses unknown weights before the first step
@@ -142,7 +147,7 @@ class KeepBest(PipelineHooks):
         return self._best.step
 
     def _begin(self, args: PipelineHookArgs) -> None:
-        self._requests = args.requests
+        self._run = args.run
         self._subscription = args.metrics.subscribe(self.cfg.monitor, self._judge, who=self.name)
         if args.accelerator.is_main_process:
             self._check_folder()
@@ -168,9 +173,19 @@ class KeepBest(PipelineHooks):
             self._subscription.remove()
 
     def _judge(self, found: MetricValue) -> None:
-        cfg = self.cfg
+        cfg, run = self.cfg, self._run
+        assert run is not None  # values arrive only within a run
+        if self._best.is_better(found.value, cfg.min_delta):
+            kept = run.weight_set(cfg.weights) if cfg.weights else None
+            if names := non_finite_weights(run, kept):  # a collective
+                logger.warning(
+                    "%s: %s is %s at step %d, the best so far, but %s of the weights is not "
+                    "finite; the weights are not kept",
+                    *(self.name, cfg.monitor, number_text(found.value), found.step, names[0]),
+                )
+                found = MetricValue(found.name, math.nan, found.step)
         if self._best.update(found):
-            self._requests.save_weights(
+            run.requests.save_weights(
                 cfg.path,
                 f"{cfg.monitor} is {number_text(found.value)}, the best so far",
                 by=self.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
@@ -38,11 +39,15 @@ class LossMean:
         self._slots: list[torch.Tensor] = []  # of losses
         self._weight_slots: list[torch.Tensor] = []  # of tensor weights
         self._weights: list[float | None] = []  # of the filled slots; None for a tensor
+        self._checked = 0  # slots that are in the sum below
+        self._since_check: Number = 0.0  # non-finite if a loss since the last check is
 
     def add(self, loss: Number, weight: Number) -> None:
         """Add the loss of a batch, a number or a detached one-element tensor; on the step path."""
         if not isinstance(loss, torch.Tensor):
-            self._add_to_sums(check_scalar(self._name, loss), weight)
+            loss = check_scalar(self._name, loss)
+            self._since_check = self._since_check + loss
+            self._add_to_sums(loss, weight)
             return
         used = len(self._weights)
         if used == len(self._slots):  # full, or not allocated yet
@@ -58,6 +63,12 @@ class LossMean:
             self._weights.append(None)
         else:
             self._weights.append(weight)
+
+    def check_finite(self) -> bool:
+        """Return True if all losses since the last call are finite; a device sync."""
+        self._sum_unchecked()
+        total, self._since_check = self._since_check, 0.0
+        return math.isfinite(total)
 
     def publish(self, board: MetricsBoard, span: Literal["window", "epoch"]) -> None:
         """Publish the mean since the last logging point or of the epoch, and reset it."""
@@ -81,6 +92,7 @@ class LossMean:
         for span, total in self._sums.items():
             total.load_state_dict(state[span], device)
         self._weights = list(state["weights"])
+        self._since_check, self._checked = 0.0, len(self._weights)  # a checkpoint was checked
         if self._weights:
             self._make_slots(device)[:, : len(self._weights)].copy_(state["rows"])
 
@@ -99,6 +111,8 @@ class LossMean:
 
     def _sum_slots(self) -> None:
         """Add the filled slots to the sums, runs of equal weights together."""
+        self._sum_unchecked()
+        self._checked = 0
         begin = 0
         for weight, run in groupby(self._weights):
             count = len(list(run))
@@ -115,6 +129,15 @@ class LossMean:
             for total in self._sums.values():
                 total.merge(part)
         self._weights = []
+
+    def _sum_unchecked(self) -> None:
+        used = len(self._weights)
+        if self._rows is not None and used > self._checked:
+            losses, weights = self._rows[:, self._checked : used]
+            if self._weights[-1] is None:  # the mean loss of an empty batch may be NaN
+                losses = torch.where(weights > 0, losses, 0.0)
+            self._since_check = self._since_check + losses.sum()
+            self._checked = used
 
     def _add_to_sums(self, mean: Number, weight: Number) -> None:
         for total in self._sums.values():
@@ -162,6 +185,7 @@ class LossTracker(PipelineHooks):
     - Publishes: ``loss/total`` and ``loss/<name>`` at logging points, ``loss/total_epoch`` and
       ``loss/<name>_epoch`` at the end of a completed epoch.
     - State: sums and recent losses, merged over ranks when the world size changes.
+    - Checkpoints: records if the losses since the checkpoint before are finite.
     - Cost: 3 us a step on a CPU, and 2.2 us for each named loss; 0.6 us more for each loss if the
       processor returns weights. No device sync.
 
@@ -199,6 +223,7 @@ class LossTracker(PipelineHooks):
         if self._loaded is not None:
             self._restore(self._loaded, args.accelerator.device)
             self._loaded = None
+        args.run.loss_checks[self.name] = self._total.check_finite
         publish = partial(self._publish, args.metrics, "window")
         return args.metrics.before_logging(publish, self)
 

@@ -34,6 +34,7 @@ from robo_orchard_lab.pipeline.metrics import MetricValue, number_text
 from robo_orchard_lab.pipeline.requests import Request
 from robo_orchard_lab.pipeline.run.retried_write import RetriedWrite
 from robo_orchard_lab.pipeline.run.run_path import RunPath
+from robo_orchard_lab.pipeline.sharding import non_finite_weights
 from robo_orchard_lab.pipeline.trigger import TriggerField
 
 ResultT = TypeVar("ResultT")
@@ -108,6 +109,10 @@ class SaveCheckpoint(PipelineHooks):
     after the next exchange (:class:`Agreement`). The end of the run and a preemption wait for the
     save; a second signal does not.
 
+    Each checkpoint records if weights, optimizer state and losses are finite. A checkpoint with
+    non-finite weights or optimizer state is never the best one, and pruning keeps the newest
+    healthy one in addition.
+
     With several processes and a sharded model, a save that is requested within an accumulation
     window waits for the end of the window.
 
@@ -133,6 +138,7 @@ class SaveCheckpoint(PipelineHooks):
         self._store: CheckpointStore | None = None
         self._run: PipelineRun | None = None
         self._subscription: RemovableHandle | None = None
+        self._topic: RemovableHandle | None = None  # of background saves
         self._task = BackgroundTask[CheckpointInfo]("save-checkpoint")
         self._newest: dict[str, Any] | None = None  # counters at the last started save
         self._best: list[float] = []  # best values so far, the best one first
@@ -191,10 +197,10 @@ class SaveCheckpoint(PipelineHooks):
         self._writes.by = self.name
         self._store = self.store(run.folder, ranks)
         self._store.open()
-        self._run = run
+        self._run, self._newest = run, None
         run.savers[self.name] = self._save
         if cfg.in_background:  # reports the result of a save, or its error
-            run.agreement.topic(
+            self._topic = run.agreement.topic(
                 self.name,
                 find=lambda: self._task.is_done,
                 tell=lambda done: run.requests.write(
@@ -208,9 +214,10 @@ class SaveCheckpoint(PipelineHooks):
     def _end(self, args: PipelineHookArgs) -> None:
         args.run.savers.pop(self.name, None)
         args.run.checkpoint_folders.pop(self.root(args.run.folder).resolve(), None)
-        if self._subscription is not None:
-            self._subscription.remove()
-            self._subscription = None
+        for handle in (self._subscription, self._topic):
+            if handle is not None:
+                handle.remove()
+        self._subscription = self._topic = None
         store, self._store = self._store, None
         if store is None:
             return
@@ -248,6 +255,13 @@ class SaveCheckpoint(PipelineHooks):
                 *(self.name, found.step, reason),
             )
         elif kept != self._best:
+            if names := non_finite_weights(self._run, None):  # a collective
+                logger.warning(
+                    "%s: no checkpoint is kept for step %d, where %s: %s of the weights is not "
+                    "finite",
+                    *(self.name, found.step, reason, names[0]),
+                )
+                return
             self._best = kept
             self._run.requests.save(reason, by=self.name, name=self.name)
 
@@ -280,6 +294,7 @@ class SaveCheckpoint(PipelineHooks):
                 snapshot.of_rank,
                 metrics=self._metrics(run),
                 metadata={**snapshot.about, "reason": reasons},
+                finite=snapshot.finite,
             )
         )
         if pending is not None and self.cfg.in_background:
@@ -305,7 +320,13 @@ class SaveCheckpoint(PipelineHooks):
             return
         self._writes.succeeded(info.path)
         logger.info("saved %s: %s", info.path, info.metadata.get("reason", ""))
-        self._run.state_file.saved(info.path, info.step)
+        if info.poison:
+            logger.warning(
+                "%s: %s %s; a resume by 'auto' will skip it. Add a NonFiniteGuard to the hooks, or "
+                "resume from a healthy checkpoint",
+                *(self.name, info.path, info.poison),
+            )
+        self._run.state_file.saved(info.path, info.step, info.non_finite)
 
     def _attempt(self, save: Callable[[], Any], is_final: bool = False) -> Any:
         """Return the result of a save; None if the save failed and the run continues."""

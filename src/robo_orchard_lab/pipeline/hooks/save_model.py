@@ -22,7 +22,7 @@ from robo_orchard_lab.pipeline.model import plain_model
 from robo_orchard_lab.pipeline.requests import Request, StopRequest
 from robo_orchard_lab.pipeline.run.durable import remove_leftovers
 from robo_orchard_lab.pipeline.run.run_path import RunPath
-from robo_orchard_lab.pipeline.sharding import gather_weights
+from robo_orchard_lab.pipeline.sharding import gather_weights, non_finite_weights
 from robo_orchard_lab.pipeline.trigger import Last, TriggerField
 
 logger = job_logger(__name__)
@@ -42,8 +42,9 @@ class SaveModel(PipelineHooks):
 
     The model is written on the trigger ``every``, and at the end: at a limit or a hook's stop, but
     not at an interruption. Each file is replaced atomically, the weights last; other files in the
-    folder stay. A model that can't be written, as on a full disk, stays in host memory until there
-    is room; the run ends with an error if there is no room at its end.
+    folder stay. Non-finite weights are not written: an error is logged, and the folder stays. A
+    model that can't be written, as on a full disk, stays in host memory until there is room; the
+    run ends with an error if there is no room at its end.
 
     - Ranks: all; the main process writes. Of a sharded model, it gathers the weights one by one.
     - Requests: writing the model.
@@ -109,6 +110,12 @@ class SaveModel(PipelineHooks):
     def _write(self, args: PipelineHookArgs) -> None:
         run, name = args.run, self.cfg.weights
         kept = None if name is None else run.weight_set(name)
+        if names := non_finite_weights(run, kept):  # a collective
+            logger.error(
+                "%s: %s of the weights is not finite at %s; %s is not written",
+                *(self.name, names[0], run.progress, self._folder),
+            )
+            return
         weights = gather_weights(run, kept)
         if weights is None:  # written by another rank
             return

@@ -7,7 +7,7 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -74,6 +74,18 @@ class SavedCheckpoint(_Record):
     """Path, relative to the run folder if inside it."""
     step: int
     """Steps done."""
+    non_finite: list[str] | None = None
+    """First names of non-finite states, see :attr:`CheckpointInfo.non_finite`."""
+
+
+class Rollback(_Record):
+    """Return of the run to an earlier checkpoint."""
+
+    from_step: int
+    """Steps done before."""
+    to_step: int
+    """Steps of the checkpoint."""
+    reason: str
 
 
 class RunState(_Record):
@@ -93,6 +105,8 @@ class RunState(_Record):
     updated_at: datetime
     checkpoint: SavedCheckpoint | None = None
     """Last checkpoint of the run folder."""
+    rollbacks: list[Rollback] = []
+    """Rollbacks of the run, also by processes before; the last 20."""
     reason: str | None = None
     """Reason of the stop."""
     by: str | None = None
@@ -203,14 +217,26 @@ class RunStateFile:
         self._begin()
         self._end("completed", Requests(), exit_code=0)
 
-    def saved(self, path: str | os.PathLike[str], step: int) -> None:
+    def saved(
+        self, path: str | os.PathLike[str], step: int, non_finite: Sequence[str] | None = None
+    ) -> None:
         """Record a committed checkpoint. Call on every rank, from any thread."""
         if self._state is None or self._folder is None:
             return
         folder, target = self._folder.absolute(), Path(path).absolute()
         inside = target.is_relative_to(folder)
         shown = target.relative_to(folder) if inside else target
-        self._update(checkpoint=SavedCheckpoint(path=plain_text(shown), step=step))
+        names = None if non_finite is None else [*non_finite]
+        self._update(
+            checkpoint=SavedCheckpoint(path=plain_text(shown), step=step, non_finite=names)
+        )
+
+    def rolled_back(self, from_step: int, reason: str) -> None:
+        """Record the return from ``from_step`` to the current step. Call on every rank."""
+        if self._state is not None:
+            to_step = self._progress.global_step_id
+            found = Rollback(from_step=from_step, to_step=to_step, reason=plain_text(reason))
+            self._update(rollbacks=[*self._state.rollbacks, found][-20:])
 
     def retry(self) -> None:
         """Write the state again if the last write failed, or if the file disappeared."""
@@ -224,7 +250,7 @@ class RunStateFile:
 
     def _begin(self) -> None:
         assert self._folder is not None
-        checkpoint = None
+        kept: dict[str, Any] = {}
         try:
             before = _read(self._path)
         except StateError as error:
@@ -233,7 +259,7 @@ class RunStateFile:
         except OSError:
             pass  # no earlier run
         else:
-            checkpoint = before.checkpoint
+            kept = {"checkpoint": before.checkpoint, "rollbacks": before.rollbacks}
             if before.state == "running" and before.process.is_another_running():
                 logger.error(
                     "%s belongs to a run in progress, of process %d on %s, and is not updated for "
@@ -250,7 +276,7 @@ class RunStateFile:
                 process=ProcessIdentity.own(),
                 started_at=now,
                 updated_at=now,
-                checkpoint=checkpoint,
+                **kept,
             )
             with suppress(OSError):  # writing reports the error
                 remove_leftovers(self._path)

@@ -138,6 +138,11 @@ class CommitPoint:
         weights, writes = requests.pop(SaveWeightsRequest), requests.pop(WriteRequest)
         if evaluated or weights or writes or requests.pending:  # of a save or a stop
             run.retry_writes()
+        if (weights or writes or requests.pending) and not run.should_defer_saves():
+            for check in tuple(run.before_saves.values()):
+                check()
+            if requests.rollback_request is not None:
+                return all_logged
         for request in weights:
             _save_weights(run, request)
         for write in writes:

@@ -55,6 +55,8 @@ def resume(
             path = Path(resume_from)
             ranks.run_on_first(f"looking for {path}", lambda: _check_is_checkpoint(path))
             saved = load_checkpoint(path, ranks=ranks, share_of=share_of, each_rank=each_rank)
+            if saved.info.poison:
+                logger.warning("resuming from %s, which %s", saved.info.path, saved.info.poison)
         ranks.run_on_all("resuming", partial(snapshots.load, saved))
         snapshots.rank_states.reduce_gradients()
         if is_auto:

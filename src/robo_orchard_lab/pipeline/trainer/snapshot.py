@@ -12,12 +12,15 @@ from functools import cached_property
 from typing import Any
 
 from robo_orchard_lab.pipeline.checkpoint import (
+    FiniteCheck,
     Ranks,
     SavedState,
     load_named_optimizer_state,
     named_optimizer_state,
+    non_finite_names,
     save_checkpoint,
 )
+from robo_orchard_lab.pipeline.checkpoint.manifest import LOSSES
 from robo_orchard_lab.pipeline.context import PipelineRun, Snapshot
 from robo_orchard_lab.pipeline.data import TrainingData
 from robo_orchard_lab.pipeline.errors import StateError
@@ -50,6 +53,9 @@ _KEYS = {
 }
 
 
+_GRADIENTS = "own_gradients.", "reduced_gradients."
+
+
 class RunSnapshots:
     """Captures a run, and restores a run from a snapshot.
 
@@ -71,6 +77,12 @@ class RunSnapshots:
         self._window = windows.length
         self.rank_states = RankStates(run, hooks, data, windows)
         """State of this rank; after :meth:`load`, restore its RNG and reduce its gradients."""
+        buffers = {
+            plain_name(name): buffer
+            for name, buffer in plain_model(run).named_buffers()
+            if not buffer.is_meta
+        }
+        run.constants = frozenset(non_finite_names(buffers))  # a device sync
 
     def take(self) -> Snapshot:
         """Capture the run at a commit point; tensors are references. All ranks call it.
@@ -80,8 +92,26 @@ class RunSnapshots:
         self._check_weights()
         reshard(plain_model(self._run))
         return Snapshot(
-            parts=self._parts(), of_rank={"state": self.rank_states.take()}, about=self._about
+            parts=self._parts(),
+            of_rank={"state": self.rank_states.take()},
+            about=self._about,
+            finite=self._finite_check(),
         )
+
+    def _finite_check(self) -> FiniteCheck:
+        """Return the check of weights, optimizer state and losses; syncs the device for losses."""
+        are_finite = [check() for check in self._run.loss_checks.values()]  # resets all of them
+        return FiniteCheck(self._should_be_finite, [] if all(are_finite) else [LOSSES])
+
+    def _should_be_finite(self, name: str) -> bool:
+        # Of a rank's state, parameters outside the model and gradients of an open window. An fp16
+        # scaler expects overflowing gradients. Buffers come from the first rank.
+        part, _, tensor = name.partition("/")
+        if part == "state":
+            has_scaler = self._run.accelerator.scaler is not None
+            kinds = ("beside.",) if has_scaler else ("beside.", *_GRADIENTS)
+            return tensor.startswith(kinds)
+        return part == "optimizer" or (part == "model" and tensor not in self._run.constants)
 
     @cached_property
     def _about(self) -> dict[str, Any]:
@@ -99,6 +129,7 @@ class RunSnapshots:
                 snapshot.of_rank,
                 metadata=snapshot.about,
                 ranks=ranks,
+                finite=snapshot.finite,
             )
 
     def load(self, saved: SavedState) -> None:
