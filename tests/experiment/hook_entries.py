@@ -84,7 +84,9 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
         {
             "policy": "skip",
             "max_skips_in_a_row": 3,
-            "then": "raise",
+            "then": "rollback",
+            "max_rollbacks": 2,
+            "skip_batch": True,
             "restore_buffers": False,
             "quarantine": "bad",
             "max_quarantined": 1,

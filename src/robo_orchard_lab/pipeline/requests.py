@@ -37,6 +37,11 @@ class StopRequest(Request):
 
 
 @dataclass(frozen=True, slots=True)
+class RollbackRequest(Request):
+    """Request to continue from the newest healthy checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
 class LogRequest(Request):
     """Request for a logging point: read, reduce and log the published metrics."""
 
@@ -104,6 +109,7 @@ class Requests:
         "_waiting",
         "joint_commits",
         "pending",
+        "rollback_request",
         "stop_request",
     )
 
@@ -112,6 +118,8 @@ class Requests:
         """True if a request waits for the commit point; read after every step."""
         self.stop_request: StopRequest | None = None
         """First request to stop, or None."""
+        self.rollback_request: RollbackRequest | None = None
+        """First request to roll back, or None."""
         self._waiting: list[Request] = []
         self._listeners: list[Callable[[Request], Any]] = []
         self._agreement = Agreement() if agreement is None else agreement
@@ -160,6 +168,15 @@ class Requests:
             PipelineStateError: ``rank_local`` without :meth:`allow_rank_local`.
         """
         self._add(StopRequest(reason, by or _caller(), exit_code), rank_local)
+
+    def rollback(self, reason: str, by: str | None = None) -> None:
+        """Request to continue from the newest healthy checkpoint; needs a ``SaveCheckpoint``.
+
+        Make the request on every rank. At the next commit point the trainer executes no other
+        request, leaves ``on_loop``, loads the checkpoint as a resumed run does, and enters
+        ``on_loop`` again.
+        """
+        self._make(RollbackRequest(reason, by or _caller()))
 
     def evaluate(
         self,
@@ -227,8 +244,19 @@ class Requests:
         """Remove and return the waiting requests of a kind, in order."""
         popped = [request for request in self._waiting if isinstance(request, kind)]
         self._waiting = [request for request in self._waiting if not isinstance(request, kind)]
-        self.pending = bool(self._waiting) or self.stop_request is not None
+        self.pending = bool(self._waiting or self.stop_request or self.rollback_request)
         return popped
+
+    def pop_rollback(self) -> RollbackRequest | None:
+        """Remove and return the request to roll back, and drop other requests.
+
+        A request to interrupt the run, such as on a signal, stays.
+        """
+        request, self.rollback_request = self.rollback_request, None
+        if self.stop_request is not None and self.stop_request.exit_code is None:
+            self.stop_request = None
+        self.pop(Request)
+        return request
 
     def pop_rank_local(self) -> list[Request]:
         """Remove and return this rank's requests not exchanged with other ranks yet."""
@@ -278,10 +306,12 @@ class Requests:
                 self._make(replace(request, by=by))
 
     def _make(self, request: Request) -> None:
-        if not isinstance(request, StopRequest):
+        if isinstance(request, StopRequest):
+            self.stop_request = self.stop_request or request
+        elif isinstance(request, RollbackRequest):
+            self.rollback_request = self.rollback_request or request
+        else:
             self._waiting.append(request)
-        elif self.stop_request is None:
-            self.stop_request = request
         self.pending = True
         for listener in self._listeners:
             listener(request)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Literal, TypeAlias
 
+from robo_orchard_core.utils.hook import RemovableHandle
 from robo_orchard_lab.pipeline.distributed.collectives import gather_numbers, gather_objects
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, PipelineStateError
 
@@ -44,7 +45,7 @@ class Agreement:
     evaluated after every step, without a collective.
 
     >>> agreement = Agreement()
-    >>> agreement.topic("luck", find=lambda: 7, tell=print)
+    >>> handle = agreement.topic("luck", find=lambda: 7, tell=print)
     >>> agreement.settle(step=1)
     7
 
@@ -84,8 +85,10 @@ class Agreement:
         tell: Callable[[int], object],
         whose: Whose = "any",
         wait_s: Callable[[], float] | None = None,
-    ) -> None:
+    ) -> RemovableHandle:
         """Add a number to agree on in each exchange; call it on every rank.
+
+        Remove it by the returned handle, also on every rank.
 
         In one process, a topic takes effect with the next epoch; add it in a ``before`` of
         ``on_loop``.
@@ -100,8 +103,10 @@ class Agreement:
             wait_s: returns the time until the next exchange, in seconds; the minimum over topics
                 and ranks counts, with ``"first"`` that of rank 0. None for an adaptive interval.
         """
-        self._topics.append(_Topic(name, find, tell, whose, wait_s))
+        topic = _Topic(name, find, tell, whose, wait_s)
+        self._topics.append(topic)
         self.due_at = 0
+        return RemovableHandle(lambda: self._topics.remove(topic))
 
     def settle(self, step: int) -> None:
         """Exchange the topics if due after ``step`` steps, and pass on the agreed numbers.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -31,6 +32,7 @@ from robo_orchard_lab.pipeline.hooks.finite_checks import (
 from robo_orchard_lab.pipeline.model import BufferSnapshot, plain_model, plain_name
 from robo_orchard_lab.pipeline.run.run_path import RunPath
 from robo_orchard_lab.pipeline.sharded_tensors import has_sharded, local_tensor
+from robo_orchard_lab.pipeline.sharding import non_finite_weights
 
 __all__ = ["NonFiniteError", "NonFiniteGuard", "NonFiniteGuardConfig"]
 
@@ -118,7 +120,7 @@ def _shortened(names: Sequence[str]) -> str:
 
 
 class NonFiniteGuard(PipelineHooks):
-    """Guard against non-finite losses and gradient norms: end the run or skip the update.
+    """Guard against non-finite losses and gradient norms: end the run, skip the update or go back.
 
     Before each update, the guard checks the losses of the accumulation window and the norm of all
     gradients. One bad batch spoils its window.
@@ -142,6 +144,13 @@ class NonFiniteGuard(PipelineHooks):
     A skipped update restores weights, buffers, optimizer, LR scheduler and fp16 loss scale to their
     state before the window. Consumed steps and random numbers stay consumed.
 
+    With ``then="rollback"``, the run continues from the newest healthy checkpoint instead of
+    ending, as a resumed run does. With ``skip_batch``, the updates that led to the rollback are
+    skipped when the run reaches them again: the bad ones, or, if a committed update had made the
+    weights non-finite, that one. Random numbers and steps are consumed as before.
+
+    Before weights or a checkpoint are written, the guard reads the last update.
+
     All ranks decide the same without an additional collective: with several processes, each loss
     is multiplied by 1 or NaN before its backward pass, so a non-finite loss spoils the gradients of
     all ranks. Then only the reduced gradients decide about skipping. If a clamp in the loss blocks
@@ -154,16 +163,18 @@ class NonFiniteGuard(PipelineHooks):
     - Ranks: all.
     - Publishes: ``guard/skipped``, the number of skipped updates, after each skip;
       ``guard/non_finite`` with ``read="at logging points"``.
-    - Requests: none. Sets ``args.skip_reason``.
-    - State: the number of consecutive skips; within a window, its losses and the buffers before.
+    - Requests: with ``then="rollback"``, a rollback. Sets ``args.skip_reason``.
+    - State: the numbers of consecutive skips and of rollbacks, and the updates to leave out; within
+      a window, its losses and the buffers before.
     - Cost per update: the norm, shared with clipping; with ``read="now"`` one device sync; a copy
       of the buffers if restored or quarantined; with ``quarantine``, memory for the batches.
 
     Raises:
         NonFiniteError: non-finite values with ``policy="raise"``, or too many consecutive skips.
-        PipelineConfigError: ``policy="skip"`` at the start of a run with an engine that updates
-            in the backward pass (DeepSpeed, Megatron-LM), or with fp16 on several processes,
-            where a NaN of another rank looks like an overflow.
+        PipelineConfigError: ``policy="skip"`` or ``then="rollback"`` at the start of a run with an
+            engine that updates in the backward pass (DeepSpeed, Megatron-LM), or with fp16 on
+            several processes, where a NaN of another rank looks like an overflow; a rollback
+            without a hook that saves checkpoints.
     """
 
     published_metrics = ("guard/skipped", FLAG)
@@ -173,12 +184,18 @@ class NonFiniteGuard(PipelineHooks):
         self.cfg = cfg
         self.skips_in_a_row = 0
         """Number of skipped updates since the last committed one."""
+        self.rollbacks = 0
+        """Number of rollbacks of the run."""
+        self._left_out: set[int] = set()  # last global steps of the windows to leave out
+        self._bad_windows: list[int] = []  # last global steps of the skips in a row
+        self._last_committed: int | None = None  # last global step of a window
         self._losses: list[torch.Tensor] = []  # of the open accumulation window
         self._scaler_state: dict[str, Any] | None = None
         self._recorder: WindowRecorder | None = None
         if cfg.quarantine is not None:
             self._recorder = WindowRecorder(cfg.quarantine, cfg.max_quarantined, cfg.sample_ids)
-        self._should_restore = cfg.policy == "skip" and cfg.restore_buffers
+        is_skipping = cfg.policy == "skip" or cfg.skip_batch
+        self._should_restore = is_skipping and cfg.restore_buffers
         keeps_buffers = self._should_restore or (self._recorder is not None and cfg.read == "now")
         self._buffers = BufferSnapshot() if keeps_buffers else None
         self._delayed_read = DelayedRead()
@@ -198,35 +215,51 @@ class NonFiniteGuard(PipelineHooks):
             self.register_hook("on_model_forward", on(before=self._before_forward))
         self.register_hook("on_model_backward", on(before=self._before_backward))
         self.register_hook("on_optimizer_step", on(before=check, after=self._after_update))
+        if cfg.then == "rollback":  # when all savers have begun the loop
+            self.on_epoch.before(self._require_saver)
 
     def _start(self, args: PipelineHookArgs) -> None:
-        if self.cfg.policy == "skip":
+        if self.cfg.policy == "skip" or self.cfg.then == "rollback":
             self._refuse_unsupported_skip(args)
         if self._buffers is not None:
             self._buffers.attach(plain_model(args.run))
+        args.run.before_saves[self.name] = partial(self._check_previous, args)
         if self.cfg.read == "at logging points":
             self._logging_check.start(args, self.name)
+            args.run.before_saves[self.name] = self._logging_check.check
 
     def _end(self, args: PipelineHookArgs) -> None:
+        args.run.before_saves.pop(self.name, None)
         if self.cfg.read == "at logging points":
             self._logging_check.end(args)
-        if args.exception is None:
+        if args.exception is None and args.requests.rollback_request is None:
             self._check_previous(args)
         self._unread = None
+
+    def _require_saver(self, args: PipelineHookArgs) -> None:
+        if not args.run.savers:
+            raise PipelineConfigError(
+                f"{self.name}: then='rollback' goes back to a checkpoint, and no hook saves one; "
+                "register a SaveCheckpoint, or set then='raise'"
+            )
 
     def _refuse_unsupported_skip(self, args: PipelineHookArgs) -> None:
         accelerator = args.accelerator
         if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
             raise PipelineConfigError(
-                f"{self.name}: policy='skip' is not supported with {accelerator.distributed_type}, "
-                "which updates the weights in the backward pass; use policy='raise'"
+                f"{self.name}: {self._handling()} is not supported with "
+                f"{accelerator.distributed_type}, which updates the weights in the backward pass; "
+                "use policy='raise' and then='raise'"
             )
         if accelerator.scaler is not None and accelerator.num_processes > 1:
             raise PipelineConfigError(
-                f"{self.name}: policy='skip' is not supported with fp16 on several processes, "
-                "where a NaN of another rank looks like an overflow to the scaler; use "
-                "policy='raise' or mixed_precision='bf16'"
+                f"{self.name}: {self._handling()} is not supported with fp16 on several "
+                "processes, where a NaN of another rank looks like an overflow to the scaler; use "
+                "policy='raise' and then='raise', or mixed_precision='bf16'"
             )
+
+    def _handling(self) -> str:
+        return "policy='skip'" if self.cfg.policy == "skip" else "then='rollback'"
 
     def _before_forward(self, args: PipelineHookArgs) -> None:
         if self._buffers is not None and not self._losses:  # start of the accumulation window
@@ -258,6 +291,7 @@ class NonFiniteGuard(PipelineHooks):
         )
 
     def _check_now(self, args: PipelineHookArgs) -> None:
+        self._leave_out(args)
         update = self._observe(args)
         if update is None or not (update.losses or update.norm is not None):
             return
@@ -266,7 +300,8 @@ class NonFiniteGuard(PipelineHooks):
         if finding.is_finite:
             return
         cfg = self.cfg
-        if cfg.policy == "skip" and args.accelerator.num_processes > 1 and not finding.is_bad_norm:
+        several = args.accelerator.num_processes > 1
+        if (cfg.policy, cfg.then) != ("raise", "raise") and several and not finding.is_bad_norm:
             logger.warning(
                 "%s: %s on rank %d at %s, but all gradients are finite; the update is made, as on "
                 "all other ranks",
@@ -284,18 +319,16 @@ class NonFiniteGuard(PipelineHooks):
             outcome = "The update was not made: the weights are unchanged."
             if cfg.policy == "skip":
                 outcome += f" The {skips} before it were skipped (max_skips_in_a_row={limit})."
-            raise self._error(problem, outcome, folder, parameters or [])
+            self._raise_or_roll_back(args, update, problem, outcome, folder, parameters or [])
+            return
+        self._bad_windows.append(args.global_step_id)
         self._skip(args, problem, folder, has_bad_loss=bool(finding.bad_losses))
 
     def _skip(
         self, args: PipelineHookArgs, problem: str, folder: Path | None, has_bad_loss: bool
     ) -> None:
         self.skips_in_a_row += 1
-        args.skip_reason = problem
-        if self._should_restore and self._buffers is not None:
-            self._buffers.restore()
-        if args.accelerator.scaler is not None:
-            self._scaler_state = args.accelerator.scaler.state_dict()
+        self._set_skipped(args, problem)
         skipped = args.progress.skipped_optimizer_steps + 1
         args.metrics.publish("guard/skipped", skipped, reduce="max")
         if has_bad_loss or args.accelerator.is_main_process:
@@ -305,15 +338,67 @@ class NonFiniteGuard(PipelineHooks):
                 *(self.name, self.skips_in_a_row, problem, where),
             )
 
+    def _set_skipped(self, args: PipelineHookArgs, reason: str) -> None:
+        args.skip_reason = reason
+        if self._should_restore and self._buffers is not None:
+            self._buffers.restore()
+        if args.accelerator.scaler is not None:
+            self._scaler_state = args.accelerator.scaler.state_dict()
+
+    def _leave_out(self, args: PipelineHookArgs) -> None:
+        """Skip the update of a window that led to a rollback."""
+        if args.global_step_id in self._left_out and args.skip_reason is None:
+            self._set_skipped(args, "left out after a rollback")
+            if args.accelerator.is_main_process:
+                logger.warning("%s leaves out the update at %s", self.name, args.progress)
+
+    def _raise_or_roll_back(
+        self,
+        args: PipelineHookArgs,
+        update: ObservedUpdate,
+        problem: str,
+        outcome: str,
+        folder: Path | None,
+        bad_gradients: Sequence[str] = (),
+    ) -> None:
+        """Raise an error, or request a rollback instead.
+
+        Raises:
+            NonFiniteError: with ``then="raise"``, or after the last rollback.
+        """
+        cfg = self.cfg
+        if cfg.then == "raise" or self.rollbacks >= cfg.max_rollbacks:
+            if cfg.then == "rollback":
+                outcome += (
+                    f" The run was rolled back {self.rollbacks} times before "
+                    f"(max_rollbacks={cfg.max_rollbacks})."
+                )
+            raise self._error(problem, outcome, folder, bad_gradients)
+        self.rollbacks += 1
+        if cfg.skip_batch:
+            windows = [*self._bad_windows, update.progress.global_step_id]
+            parameters = {plain_name(n) for n, _ in plain_model(args.run).named_parameters()}
+            spoilt = parameters.intersection(non_finite_weights(args.run, None))  # a collective
+            if spoilt and cfg.read == "now" and self._last_committed is not None:
+                # The last committed update spoilt the weights, with finite loss and gradients.
+                windows = [self._last_committed]
+            self._left_out.update(windows)
+        args.skip_reason = problem
+        count = f"rollback {self.rollbacks} of at most {cfg.max_rollbacks}"
+        args.requests.rollback(f"{problem}; {count}", by=self.name)
+
     def _after_update(self, args: PipelineHookArgs) -> None:
         if args.update_committed:
             self.skips_in_a_row = 0
+            self._bad_windows.clear()
+            self._last_committed = args.global_step_id
         if self._scaler_state is not None:  # a NaN loss must not change the loss scale
             args.accelerator.scaler.load_state_dict(self._scaler_state)
             self._scaler_state = None
 
     def _check_late(self, args: PipelineHookArgs) -> None:
         self._check_previous(args)
+        self._leave_out(args)
         update = self._observe(args)
         if update is not None and (update.losses or update.norm is not None):
             self._delayed_read.start(pack(update.losses, update.norm))
@@ -321,18 +406,21 @@ class NonFiniteGuard(PipelineHooks):
             self._unread = update
 
     def _check_previous(self, args: PipelineHookArgs) -> None:
-        """Raise if the previous update was non-finite."""
+        """Raise or roll back if the previous update was non-finite."""
         update, self._unread = self._unread, None
         if update is None:
             return
         finding = unpack(self._delayed_read.read(), update.norm is not None)
-        if finding.is_finite:
+        several = args.accelerator.num_processes > 1
+        is_joint = finding.is_bad_norm or not several  # a rollback needs all ranks
+        if finding.is_finite or (self.cfg.then == "rollback" and not is_joint):
             return
         folder = None
         if self._recorder is not None:
             folder = self._recorder.write(args, update, finding, [], None)
         problem = describe_problem(args, finding, update, None)
-        raise self._error(problem, _ALREADY_APPLIED.format(self.cfg.read), folder, [])
+        outcome = _ALREADY_APPLIED.format(self.cfg.read)
+        self._raise_or_roll_back(args, update, problem, outcome, folder)
 
     def _raise_if_flagged(self, args: PipelineHookArgs) -> None:
         self._logging_check.raise_if_flagged()
@@ -369,6 +457,8 @@ class NonFiniteGuard(PipelineHooks):
         return {
             "version": STATE_VERSION,
             "skips_in_a_row": self.skips_in_a_row,
+            "rollbacks": self.rollbacks,
+            "left_out": sorted(self._left_out),
             # of the open accumulation window:
             "losses": list(self._losses),
             "buffers": kept and {name: buffer.clone() for name, buffer in kept.items()},
@@ -377,6 +467,12 @@ class NonFiniteGuard(PipelineHooks):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_state_version(state, STATE_VERSION, self.name)
         self.skips_in_a_row = state["skips_in_a_row"]
+        # Of this process after a rollback, of the checkpoint after a resume.
+        self.rollbacks = max(self.rollbacks, state["rollbacks"])
+        self._left_out |= set(state["left_out"])
+        self._bad_windows, self._last_committed, self._unread = [], None, None
+        if self._recorder is not None:
+            self._recorder.take()
         self._losses = list(state["losses"])
         if self._buffers is not None and state["buffers"] is not None:
             self._buffers.load(state["buffers"])
@@ -399,8 +495,18 @@ class NonFiniteGuardConfig(PipelineHooksConfig[NonFiniteGuard]):
         description="With policy='skip': most consecutive skipped updates; the next bad update "
         "raises. None for no limit.",
     )
-    then: Literal["raise"] = Field(
-        default="raise", description="Action after too many skips; only 'raise' is implemented."
+    then: Literal["raise", "rollback"] = Field(
+        default="raise",
+        description="With policy='raise', or after too many skips: end the run ('raise'), or "
+        "continue from the newest healthy checkpoint ('rollback').",
+    )
+    max_rollbacks: int = Field(
+        default=3, ge=1, description="With then='rollback': most rollbacks of the run."
+    )
+    skip_batch: bool = Field(
+        default=False,
+        description="With then='rollback': skip the updates that led to the rollback when the run "
+        "reaches them again.",
     )
     read: Literal["now", "one update late", "at logging points"] = Field(
         default="now",
@@ -433,6 +539,13 @@ class NonFiniteGuardConfig(PipelineHooksConfig[NonFiniteGuard]):
                 f"policy='skip' needs read='now', got read={self.read!r}: an update can be skipped "
                 "only before the update is made"
             )
+        if self.then == "rollback" and self.read == "at logging points":
+            raise ValueError(
+                "then='rollback' needs read='now' or read='one update late', got read='at logging "
+                "points': the update is unknown by then"
+            )
+        if self.skip_batch and self.then != "rollback":
+            raise ValueError("skip_batch=True needs then='rollback', got then='raise'")
         if self.quarantine is not None and self.read == "at logging points":
             raise ValueError(
                 "quarantine needs read='now' or read='one update late', got read='at logging "

@@ -105,7 +105,6 @@ class Preemption(PipelineHooks):
                 f"{threading.current_thread().name!r}; run the trainer in the main thread, or "
                 "remove the hook"
             )
-        self._received = 0
         self._is_stopping = False
         accelerator = args.accelerator
         is_reporting = accelerator is None or accelerator.is_local_main_process
@@ -121,9 +120,10 @@ class Preemption(PipelineHooks):
         for number in handled:
             self._undo.callback(_restore, number, before[number])
             signal.signal(number, handle)
-        args.run.agreement.topic(
+        topic = args.run.agreement.topic(
             self.name, find=lambda: self._received, tell=partial(self._stop, args)
         )
+        self._undo.callback(topic.remove)
 
     def _protect_workers(self, loader: Any) -> None:
         loader = getattr(loader, "base_dataloader", loader)  # Accelerate's wrapper
@@ -133,13 +133,16 @@ class Preemption(PipelineHooks):
 
     def _end(self, args: PipelineHookArgs) -> None:
         self._undo.close()
-        if not self._received or self._is_stopping:
+        if args.requests.rollback_request is not None:
+            return  # the run continues, and obeys the signal
+        received, self._received = self._received, 0
+        if not received or self._is_stopping:
             return
-        first = signal.Signals(self._received).name
+        first = signal.Signals(received).name
         if isinstance(args.exception, RunPreempted):
             # The run ends anyway; the request records the reason.
             reason = f"received {first}, and a second signal to stop at once"
-            args.requests.stop(reason, by=self.name, exit_code=self._exit_code(self._received))
+            args.requests.stop(reason, by=self.name, exit_code=self._exit_code(received))
         elif args.exception is None:
             logger.warning(
                 "%s: received %s after the last step; the run is completed", self.name, first

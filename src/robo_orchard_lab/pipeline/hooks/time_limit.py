@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import psutil  # type: ignore[import-untyped]  # accelerate brings it
 from pydantic import BeforeValidator, Field, field_validator
 
+from robo_orchard_core.utils.hook import RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
@@ -95,13 +96,13 @@ class TimeLimit(PipelineHooks):
         self._margin_s = duration_s(cfg.margin)
         self._end_at = float("inf")  # Unix time
         self._is_stopping = False
-        self.on_loop.before(self._begin)
+        self.register_for_loop(self._begin)
         if cfg.save_checkpoint:
             self.on_epoch.before(lambda args: require_saver(args, self.name))
 
-    def _begin(self, args: PipelineHookArgs) -> None:
+    def _begin(self, args: PipelineHookArgs) -> RemovableHandle:
         self._is_stopping = False
-        args.run.agreement.topic(
+        topic = args.run.agreement.topic(
             self.name,
             find=lambda: self._left_s() <= (_EARLY_S if args.run.agreement.several else 0.0),
             tell=partial(self._stop, args),
@@ -109,13 +110,14 @@ class TimeLimit(PipelineHooks):
             wait_s=self._wait_s,
         )
         if args.accelerator is not None and not args.accelerator.is_main_process:
-            return  # the first rank's clock counts
+            return topic  # the first rank's clock counts
         if self._limit_s is None:
             self._end_at = slurm_job_end(self.name)
         else:
             self._end_at = psutil.Process().create_time() + self._limit_s
         left_s = self._end_at - time.time()
         logger.info("%s: %.0f s left, %g s of these for saving", self.name, left_s, self._margin_s)
+        return topic
 
     def _left_s(self) -> float:
         return self._end_at - self._margin_s - time.time()

@@ -401,7 +401,7 @@ class MetricsBoard:
             StateError: the state has another version.
         """
         check_state_version(state, STATE_VERSION, "the metrics board")
-        self._accumulators = {}
+        self._accumulators, self._deferred, self._due = {}, [], set()
         for name, saved in state["windows"].items():
             accumulator = self._accumulators[name] = Accumulator(saved["reduce"])
             accumulator.step, accumulator.latest = saved["step"], saved["latest"]

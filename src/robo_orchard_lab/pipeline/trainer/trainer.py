@@ -27,6 +27,7 @@ from robo_orchard_lab.pipeline.distributed.failure_watch import fail_together
 from robo_orchard_lab.pipeline.distributed.job_store import RankPosition
 from robo_orchard_lab.pipeline.distributed.stall_clock import StallClock
 from robo_orchard_lab.pipeline.errors import (
+    CheckpointError,
     DataError,
     PipelineConfigError,
     PipelineStateError,
@@ -51,7 +52,7 @@ from robo_orchard_lab.pipeline.trainer.rank_consistency import (
     describe_setup,
 )
 from robo_orchard_lab.pipeline.trainer.rank_state import trained_names, trained_parameters
-from robo_orchard_lab.pipeline.trainer.resume import resume
+from robo_orchard_lab.pipeline.trainer.resume import AUTO, resume
 from robo_orchard_lab.pipeline.trainer.setup import (
     ENGINES,
     batch_placement,
@@ -130,8 +131,8 @@ class HookBasedTrainer:
         run_folder: directory for the files of hooks without a path of their own; created on
             demand.
         resume_from: directory of a checkpoint, or ``"auto"`` for the newest intact checkpoint of
-            the first ``SaveCheckpoint`` hook, else of ``run_folder/checkpoints``. With ``"auto"``
-            and no checkpoint, the run starts fresh.
+            the first ``SaveCheckpoint`` hook, else of ``run_folder/checkpoints``, whose weights and
+            optimizer state are finite. With ``"auto"`` and no checkpoint, the run starts fresh.
         data_order: source of the sample order and of the RNG in data loading.
         agree_every: number of steps between exchanges of rank-local requests, such as signals, see
             :class:`Agreement`; None adapts the interval to cost 1 % of the time. Ranks exchange
@@ -151,7 +152,7 @@ class HookBasedTrainer:
             message shows the difference.
         HookRegistrationError: two hooks with one name, or an object that is not a hook.
         CheckpointError: ``resume_from`` can't be read or is damaged; with ``"auto"``, all
-            checkpoints are damaged.
+            checkpoints are damaged or non-finite.
         StoreLockedError: with ``"auto"``, another run saves in the same directory.
         StateError: ``resume_from`` belongs to a different model, optimizer, LR scheduler, data or
             set of hooks, or, within an epoch, to a different number of samples per step.
@@ -416,6 +417,9 @@ class HookBasedTrainer:
         self._is_open = True
         try:
             self._on_loop(PipelineHookArgs(self._run), self._loop)
+            while self._is_rolling_back():
+                self._roll_back()
+                self._on_loop(PipelineHookArgs(self._run), self._loop)
             self._replicas.check_weights()  # a collective, unless just made
         except BaseException as error:
             with suppress(Exception):  # some errors refuse notes
@@ -450,16 +454,52 @@ class HookBasedTrainer:
         while not self._is_over():
             args = PipelineHookArgs(self._run)
             self._on_epoch(args, self._epoch)
+            if self._is_rolling_back():
+                return
             if args._epoch_completed:
                 self.progress.finish_epoch()
                 self._replicas.check_weights()  # a collective, with DDP
             commit_point.execute_after_epoch(args._epoch_completed)
+            if self._is_rolling_back():
+                return
             if args._epoch_completed and not self._is_over():
                 commit_point.warn_of_metrics()
         if self._run.savers and self._preemption_exit_code() is None:
             self.requests.save("the run ends", by=type(self).__name__)
             commit_point.execute()
+            if self._is_rolling_back():
+                return
         commit_point.finish()
+
+    def _is_rolling_back(self) -> bool:
+        return self.requests.rollback_request is not None
+
+    def _roll_back(self) -> None:
+        """Load the newest healthy checkpoint on request, as a resumed run does; a collective.
+
+        Raises:
+            CheckpointError: there is no healthy checkpoint.
+        """
+        run, request = self._run, self.requests.pop_rollback()
+        assert request is not None  # checked by the caller
+        step = self.progress.global_step_id
+        problem = "there is no checkpoint yet; save earlier, such as every='1 epoch | at steps 1'"
+        cause = None
+        try:
+            self._resumed = resume(run, self.hooks, self._snapshots, AUTO)
+        except CheckpointError as error:
+            self._resumed, problem, cause = False, str(error), error
+        if not self._resumed:
+            raise CheckpointError(
+                f"{request.by} requested a rollback at step {step} ({request.reason}), which "
+                f"failed: {problem}"
+            ) from cause
+        self._commit_point = CommitPoint(run, self.hooks.get_channel("on_evaluation").run)
+        logger.warning(
+            "rolled back from step %d to step %d: %s, requested by %s",
+            *(step, self.progress.global_step_id, request.reason, request.by),
+        )
+        run.state_file.rolled_back(step, request.reason)
 
     def _epoch(self, args: PipelineHookArgs) -> None:
         if self._is_over():  # requested by a hook around the epoch
@@ -490,6 +530,8 @@ class HookBasedTrainer:
                 agreement.settle(progress.global_step_id)  # a collective
             # The commit point. Inlined, since a call costs 0.5 us here.
             if requests.pending or reached(progress):
+                if self._is_rolling_back():
+                    return
                 over = self._is_over()
                 if progress.step_id == length:
                     # Requests wait for the commit point after the epoch, which follows at once.
@@ -497,7 +539,7 @@ class HookBasedTrainer:
                     continue
                 if not over:
                     commit_point.execute()
-                if self._is_over():
+                if self._is_over() or self._is_rolling_back():
                     # Without a length, only the next batch shows whether this was the last one;
                     # the epoch then counts as open.
                     return
