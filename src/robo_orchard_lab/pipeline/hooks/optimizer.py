@@ -56,8 +56,7 @@ class OptimizerHook(PipelineHooks):
     Args:
         accelerator: decides whether the optimizer can be called without Accelerate's wrapper,
             which costs more than a small model's step (benchmarks/README.md).
-        optimizer: optimizer, prepared by the accelerator or not.
-        lr_scheduler: LR scheduler, prepared by the accelerator or not; None for a constant rate.
+        optimizer, lr_scheduler: prepared by the accelerator or not.
         hooks: hooks whose ``on_optimizer_step`` is opened.
         lr_scheduler_every: when the LR scheduler steps. Defaults to once per committed optimizer
             step, at any world size, and for ``ReduceLROnPlateau`` to once per epoch, with the mean
@@ -67,9 +66,8 @@ class OptimizerHook(PipelineHooks):
             point that reads the value, on all ranks; NaN and infinities count as no improvement.
 
     Raises:
-        PipelineConfigError: ``lr_scheduler_every`` is unknown or has no LR scheduler,
-            ``lr_scheduler_monitor`` is for another LR scheduler or given with
-            ``lr_scheduler_every``, or the optimizer needs a closure, as LBFGS does.
+        PipelineConfigError: options contradict each other or the LR scheduler, or the optimizer
+            needs a closure, as LBFGS does.
     """
 
     def __init__(

@@ -46,11 +46,8 @@ class ProgressBarHook(PipelineHooks):
     bar needs rich (``pip install "robo-orchard-hooks[terminal]"``); without rich there are lines.
 
     With a hook that logs metrics (``MetricsLogger``), loss (``loss/total``) and metrics are those
-    of the last logging point, without a device sync. Otherwise the loss is this rank's latest one,
-    and loss and metrics are read when shown: every ``refresh_seconds``, at the end of an epoch and
-    at the end; each is a device sync.
-
-    Samples/s are of all ranks, over the last 10 s; at the end, over the complete loop.
+    of the last logging point. Otherwise the loss is this rank's latest one, and each update is a
+    device sync. Samples/s are of all ranks, over the last 10 s; at the end, over the complete loop.
 
     - Ranks: the main process shows the progress. On all ranks, a metric in ``metrics`` without a
       publisher is an error at the end of the run.
@@ -385,16 +382,14 @@ def _choose_display(plain: bool) -> _LogLines | _TerminalBar:
 
 
 def _find_console() -> Console | None:
-    """Return the console to draw on; None without a terminal or with another live display.
-
-    Standard output first, shared with rich's log handler, then standard error.
-    """
+    """Return the console to draw on; None without a terminal or with another live display."""
     import rich
     from rich.console import Console
     from rich.file_proxy import FileProxy
 
     if isinstance(sys.stdout, FileProxy) or isinstance(sys.stderr, FileProxy):
         return None
+    # Standard output first, which is shared with rich's log handler.
     for stream, console in ((sys.stdout, rich.get_console()), (sys.stderr, Console(stderr=True))):
         # Check the stream, too: FORCE_COLOR makes a console treat any file as a terminal.
         if stream.isatty() and console.is_interactive and not console.is_dumb_terminal:

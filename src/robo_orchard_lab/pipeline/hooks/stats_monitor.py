@@ -193,7 +193,6 @@ class StatsMonitor(PipelineHooks):
             board.publish("perf/device_memory_mib", peak(device) / _MIB, "max")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the pending norms; times are not saved."""
         return {"version": STATE_VERSION, "norm_due": self._norm_due, "has_norm": self._has_norm}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
