@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ import pydantic
 import torch
 from pydantic import Field
 
-from robo_orchard_core.utils.hook import HookContext, RemovableHandle
+from robo_orchard_core.utils.hook import RemovableHandle
 from robo_orchard_lab.pipeline.checkpoint import pack_weights
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
@@ -64,18 +65,15 @@ class SaveModel(PipelineHooks):
         self._folder = Path(MODEL_FOLDER)
         self._config: str | None = None
         self._requested_at: int | None = None  # completed steps at the last request
-        self._stops: RemovableHandle | None = None
-        self.register_hook("on_loop", HookContext.from_callable(self._begin, self._end))
+        self.register_for_loop(self._begin)
         if (weights := cfg.weights) is not None:  # refuses unknown weights before the first step
             self.on_epoch.before(lambda args: args.run.weight_set(weights))
         if cfg.every is not None:
-            self.register_at_commit(
-                lambda args: self._request(args, f"every {cfg.every}"), cfg.every
-            )
+            self.register_at_commit(partial(self._request, f"every {cfg.every}"), cfg.every)
         if cfg.at_end:
-            self.register_at_commit(lambda args: self._request(args, "at the end"), Last())
+            self.register_at_commit(partial(self._request, "at the end"), Last())
 
-    def _begin(self, args: PipelineHookArgs) -> None:
+    def _begin(self, args: PipelineHookArgs) -> RemovableHandle:
         self._requested_at = None
         if self.cfg.folder is not None:
             self._folder = self.cfg.folder
@@ -90,18 +88,15 @@ class SaveModel(PipelineHooks):
         if args.accelerator.is_main_process:
             for name in (WEIGHTS_FILE, CONFIG_FILE):
                 remove_leftovers(self._folder / name)
-        if self.cfg.at_end:
-            self._stops = args.requests.listen(lambda request: self._request_at_stop(args, request))
 
-    def _end(self, args: PipelineHookArgs) -> None:
-        if self._stops is not None:
-            self._stops.remove()
+        def request_at_stop(request: Request) -> None:
+            is_stop = isinstance(request, StopRequest) and request.exit_code is None
+            if is_stop and self.cfg.at_end:
+                self._request("at the end", args)
 
-    def _request_at_stop(self, args: PipelineHookArgs, request: Request) -> None:
-        if isinstance(request, StopRequest) and request.exit_code is None:
-            self._request(args, "at the end")
+        return args.requests.listen(request_at_stop)
 
-    def _request(self, args: PipelineHookArgs, reason: str) -> None:
+    def _request(self, reason: str, args: PipelineHookArgs) -> None:
         step = args.progress.steps_done
         if args.exception is None and step != self._requested_at:
             self._requested_at = step
