@@ -101,6 +101,23 @@ def train(kind: str, precision: str = "no") -> dict[str, Any]:
     return {"weights": weights, "seen": seen, "values": values}
 
 
+class OwnUpdates:
+    """Batch processor that trains a model of its own, on the data of this rank."""
+
+    need_backward = False
+
+    def __init__(self) -> None:
+        self.critic = Net()
+        self.optimizer = torch.optim.SGD(self.critic.parameters(), lr=0.1)
+
+    def forward(self, model: Any, batch: Any) -> Any:
+        with torch.enable_grad():
+            self.critic.training_step(batch).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return None, None
+
+
 def drift(kind: str) -> None:
     """Train with gradients or weights that differ between ranks."""
     accelerator = Accelerator(cpu=True)
@@ -110,9 +127,9 @@ def drift(kind: str) -> None:
     scale = torch.nn.Parameter(torch.ones(()))
     hooks = PipelineHooks("drift")
 
-    @hooks.on_optimizer_step.after(when="at steps 5")
+    @(hooks.on_loop.after if kind == "closed" else hooks.on_optimizer_step.after(when="at steps 5"))
     def change_weights(args: Any) -> None:
-        if kind != "outside" and rank == 1:
+        if kind not in ("outside", "processor") and rank == 1:
             with torch.no_grad():
                 [*net.layers.parameters()][-1][1] += 1e-6
 
@@ -124,10 +141,10 @@ def drift(kind: str) -> None:
         accelerator,
         net,
         make_loader(40, 2),
-        SimpleBatchProcessor.from_callable(forward),
-        torch.optim.SGD([*net.parameters(), scale], lr=0.1),
+        OwnUpdates() if kind == "processor" else SimpleBatchProcessor.from_callable(forward),
+        None if kind == "processor" else torch.optim.SGD([*net.parameters(), scale], lr=0.1),
         hooks=[hooks, *([SaveCheckpointConfig(every="6 steps")] if kind == "saved" else [])],
-        max_step=None if kind == "epoch" else 12,
+        max_step=None if kind in ("epoch", "closed") else 12,
         max_epoch=2,
         run_folder=sys.argv[1],
     )

@@ -54,10 +54,15 @@ def test_forward_hooks_run_once_per_call(ranks: list[dict[str, Any]]) -> None:
         ("saved", "the weights of 'layers.2.bias' differ between ranks at epoch 0, step 6"),
         ("ended", "the weights of 'layers.2.bias' differ between ranks at epoch 0, step 12"),
         ("epoch", "the weights of 'layers.2.bias' differ between ranks at epoch 1, step 0"),
+        ("closed", "the weights of 'layers.2.bias' differ between ranks at epoch 2, step 0"),
+        ("processor", "the weights of 'batch_processor.critic.layers.0.weight' differ between"),
     ],
 )
 def test_ranks_that_differ_end_the_run(kind: str, message: str, tmp_path: Path) -> None:
-    """The error names the first different parameter, and no checkpoint is written."""
+    """The error names the first different parameter, and no checkpoint is written.
+
+    Ranks that drift by the last hook, or in a model of the batch processor, are found as well.
+    """
     failed = launch(SCRIPT, tmp_path, "drift", kind, fails=True)
     assert message in failed.stderr
     assert not [*tmp_path.glob("checkpoints/*/manifest.json")]

@@ -27,6 +27,7 @@ from robo_orchard_lab.pipeline.hook_set import PipelineHooks, TriggeredHook
 from robo_orchard_lab.pipeline.model import ddp_of
 from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES
 from robo_orchard_lab.pipeline.run.run_info import hook_configuration, versions
+from robo_orchard_lab.pipeline.sharded_tensors import is_sharded
 from robo_orchard_lab.pipeline.sharding import is_sharded_model
 
 _ADDRESS = re.compile(r"\(id=\d+\)| at 0x[0-9a-f]+")
@@ -85,9 +86,10 @@ class ReplicaCheck:
     """Comparison of gradients and weights between the ranks of a replicated model, as in DDP.
 
     Ranks compare one number over host memory: the digest of the bits of all parameters, of the
-    model and of the optimizer. Each comparison reads the parameters once and syncs the device. The
-    trainer compares the gradients before its first update, and the weights after each epoch, with
-    each checkpoint, and at the end of the run. Does nothing in one process and for sharded models.
+    model and of the optimizer; with the weights also those of modules that the batch processor has
+    as attributes. Each comparison reads the parameters once and syncs the device. The trainer
+    compares the gradients before its first update, and the weights after each epoch, with each
+    checkpoint, and after the last hook. Does nothing in one process and for sharded models.
     """
 
     def __init__(
@@ -97,10 +99,8 @@ class ReplicaCheck:
         self._names = names
         kind = run.accelerator.distributed_type
         replicated = kind in REPLICATED_TYPES and not is_sharded_model(run.model)
-        self._is_needed = (
-            run.accelerator.num_processes > 1 and replicated and run.optimizer is not None
-        )
-        self._checked: dict[str, int] = {}
+        self._is_needed = run.accelerator.num_processes > 1 and replicated
+        self._checked_step: int | None = None
 
     def check_gradients(self) -> None:
         """Raise if gradients differ between ranks; a collective.
@@ -108,35 +108,43 @@ class ReplicaCheck:
         Raises:
             PipelineStateError: on every rank; the message names the first different parameter.
         """
-        self._check("gradient", lambda parameter: parameter.grad)
+        if self._is_needed:
+            self._check("gradient", {n: p.grad for p, n in self._names().items()})
 
-    def check_weights(self) -> None:
-        """Raise if weights differ between ranks; a collective, at most once after each step.
+    def check_weights(self, *, again: bool = False) -> None:
+        """Raise if weights differ between ranks; a collective.
+
+        Args:
+            again: compare also if this step's weights were compared: hooks may have changed them.
 
         Raises:
             PipelineStateError: on every rank; the message names the first different parameter.
         """
-        steps = self._run.progress.global_step_id
-        if self._checked.get("weights") != steps:
-            self._check("weights", lambda parameter: parameter)
-            self._checked["weights"] = steps
+        step = self._run.progress.global_step_id
+        if self._is_needed and (again or self._checked_step != step):
+            names = dict(self._names())
+            held = getattr(self._run.batch_processor, "__dict__", {})
+            for name, module in held.items():
+                if isinstance(module, torch.nn.Module):
+                    for path, p in module.named_parameters(f"batch_processor.{name}"):
+                        if not (is_sharded(p) or torch.nn.parameter.is_lazy(p)):
+                            names.setdefault(p, path)
+            self._check("weights", {n: p for p, n in names.items()})
+            self._checked_step = step
 
-    def _check(self, what: str, tensor_of: Callable[[torch.nn.Parameter], Any]) -> None:
-        if not self._is_needed:
-            return
-        ddp = ddp_of(self._run.model)
-        ignored = getattr(ddp, "parameters_to_ignore", ())
-        named = {n: tensor_of(p) for p, n in self._names().items() if n not in ignored}
-        digests = _digests({n: tensor for n, tensor in named.items() if tensor is not None})
+    def _check(self, what: str, named: Mapping[str, torch.Tensor | None]) -> None:
+        ignored = getattr(ddp_of(self._run.model), "parameters_to_ignore", ())
+        digests = _digests({n: t for n, t in named.items() if t is not None and n not in ignored})
         packed = json.dumps(digests).encode()
         digest = int.from_bytes(hashlib.blake2b(packed, digest_size=7).digest())
         if len({row[0] for row in gather_numbers([digest])}) == 1:  # a collective
             return
         of_ranks = gather_objects(digests)
-        different = [n for n in named if len({of_rank.get(n) for of_rank in of_ranks}) > 1]
+        names = dict.fromkeys(name for of_rank in of_ranks for name in of_rank)
+        different = [n for n in names if len({of_rank.get(n) for of_rank in of_ranks}) > 1]
         raise PipelineStateError(
             f"the {what} of {different[0]!r} differ{'s' * (what == 'gradient')} between ranks at "
-            f"{self._run.progress}, as for {len(different)} of {len(named)} parameters; expected "
+            f"{self._run.progress}, as for {len(different)} of {len(names)} parameters; expected "
             "equal values, which DDP keeps by reducing the gradients of its model. Compute the "
             "loss with the model that the batch processor receives, not by .module of a compiled "
             "model; put all trained parameters, such as those of a loss, into the model; and "

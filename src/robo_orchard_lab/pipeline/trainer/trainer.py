@@ -420,7 +420,7 @@ class HookBasedTrainer:
             while self._is_rolling_back():
                 self._roll_back()
                 self._on_loop(PipelineHookArgs(self._run), self._loop)
-            self._replicas.check_weights()  # a collective, unless just made
+            self._replicas.check_weights(again=True)  # a collective
         except BaseException as error:
             with suppress(Exception):  # some errors refuse notes
                 error.add_note(f"the run was at {self.progress}")
