@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from robo_orchard_lab.experiment.config import ExperimentConfig
+from robo_orchard_lab.experiment.document import read_experiment
 from robo_orchard_lab.experiment.existing_run import (
     ChangedRunError,
     ExistingRun,
@@ -131,3 +132,27 @@ def test_unloadable_config_is_compared_as_written(
     before.config.write_text(text.replace("samples:MLP", "samples:GoneMLP"))
     with pytest.raises(ChangedRunError, match=r"with changed model\.class_type"):
         check_changes(experiment, before, TRUST)
+
+
+def test_damaged_files_stop_no_resume(
+    experiment: ExperimentConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run whose state and config are damaged resumes from its checkpoint, with warnings."""
+    record(experiment, processes=1)
+    experiment.build().trainer()
+    folder = experiment.folder()
+    files = [folder / "config.yaml", folder / "run_state.json"]
+    for file in files:
+        file.write_bytes(file.read_bytes().replace(b":", b"\xff", 1))
+    found = find_existing_run(folder)
+    assert found is not None
+    assert found.newest_step is not None
+    assert found.state is None
+    assert check_changes(experiment, found, TRUST) == []
+    assert "the experiment can't be compared with the run to resume" in caplog.text
+    built = experiment.replace(**{"trainer.max_epoch": 3}).build()
+    record(experiment, processes=1)
+    built.trainer()
+    assert built.trainer.progress.epoch_id == 3
+    assert read_experiment(folder / "config.yaml")
+    assert all(file.with_name(f"{file.name}.unreadable-1").exists() for file in files)

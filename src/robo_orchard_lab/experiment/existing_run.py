@@ -26,6 +26,7 @@ from robo_orchard_lab.pipeline.checkpoint.manifest import BEST, LAST, MANIFEST_F
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
 from robo_orchard_lab.pipeline.hooks.save_checkpoint import CHECKPOINTS_FOLDER
 from robo_orchard_lab.pipeline.job_log import job_logger
+from robo_orchard_lab.pipeline.run.durable import set_aside
 from robo_orchard_lab.pipeline.run.run_path import check_run_path
 from robo_orchard_lab.pipeline.run.run_state import RunState, read_run_state
 
@@ -211,8 +212,8 @@ class ExistingRun:
 def find_existing_run(folder: str | os.PathLike[str]) -> ExistingRun | None:
     """Return the state of the run in a folder, or None without a run.
 
-    Raises:
-        ConfigError: The run's file can't be read.
+    Damaged files next to the checkpoints do not stop a resume: the start of the run reports them,
+    and moves them.
     """
     config = run_config_file(folder)
     if config is None:
@@ -221,9 +222,11 @@ def find_existing_run(folder: str | os.PathLike[str]) -> ExistingRun | None:
         infos = _listing(find_checkpoints(config).root).to_resume
     except NoRunError:
         infos = []
+    except ConfigError:
+        infos = CheckpointStore(Path(folder) / CHECKPOINTS_FOLDER).list()
     try:
         state = read_run_state(folder)
-    except (FileNotFoundError, StateError):  # the run reports a damaged file, and moves it
+    except (FileNotFoundError, StateError):
         state = None
     return ExistingRun(Path(folder), config, infos[0].step if infos else None, state)
 
@@ -237,6 +240,8 @@ def check_changes(
 ) -> list[Difference]:
     """Compare an experiment with the run to resume, and log the differences.
 
+    A warning says if the run's file is damaged, so that they can't be compared.
+
     Args:
         experiment: Configuration of the resumed run.
         before: Run to resume, with checkpoints.
@@ -246,7 +251,11 @@ def check_changes(
     Raises:
         ChangedRunError: A difference has a worse effect.
     """
-    old = _resolved_document(before.config, trust)
+    try:
+        old = _resolved_document(before.config, trust)
+    except ConfigError as error:
+        logger.warning("the experiment can't be compared with the run to resume: %s", error)
+        return []
     found = differences(
         {**old, "run_folder": None, "resume": None},
         {**experiment.to_dict(), "run_folder": None, "resume": None},
@@ -267,12 +276,18 @@ def record(
 ) -> Path:
     """Record a start in the run folder, from one process of the job.
 
-    The recorded file omits ``run_folder``, since the file lies there.
+    The recorded file omits ``run_folder``, since the file lies there. It replaces that of the
+    start before; a damaged one is moved.
 
     Raises:
         OSError: The record can't be written.
     """
     text = experiment.replace(run_folder=None).to_str("yaml")
+    if (config := run_config_file(experiment.folder())) is not None:
+        try:
+            read_experiment(config)
+        except ConfigError as error:
+            logger.warning("%s; the file is moved to %s", error, set_aside(config))
     plain: tuple[dict[str, Any], ...] = tuple(
         {"path": c.field, "before": c.before, "after": c.after, "resume": c.resume} for c in changes
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from logged_run import Publisher, StopAfter, logged_trainer
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.data import DataOrder
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
+from robo_orchard_lab.pipeline.hooks import SaveCheckpointConfig
 from robo_orchard_lab.pipeline.hooks.metrics_logger import MetricsLogger, MetricsLoggerConfig
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
 from robo_orchard_lab.pipeline.sinks import (
@@ -352,3 +354,70 @@ def test_invalid_sink_is_refused() -> None:
     """The error lists the methods of a sink."""
     with pytest.raises(PipelineConfigError, match=r"MetricsLogger\.sinks: expected an object with"):
         MetricsLoggerConfig()(sinks=[object()])
+
+
+def damaged(path: Path, damage: str) -> bytes:
+    """Damage the second of three lines, or the file; return its good lines."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    good = lines[0] + lines[2]
+    if damage == "byte":
+        lines[1] = lines[1].replace(b":", b"\xff", 1)
+    elif damage == "type":
+        lines[1] = lines[1].replace(b'"metrics": ', b'"metrics": 5, "more": ', 1)
+    elif damage == "torn":
+        lines[1] = lines[1][:20] + b"\n"
+    elif damage == "newline":
+        lines[1] = b"\n" + lines[1][1:]
+    else:
+        lines, good = [bytes(range(256)) * 4], b""
+    path.write_bytes(b"".join(lines))
+    return good
+
+
+@pytest.mark.parametrize("damage", ["byte", "type", "torn", "newline", "everything"])
+def test_damaged_file_stops_no_resume(
+    damage: str, begun: Path, uninterrupted: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Damaged lines are moved with a warning, and the other records stay and continue."""
+    path = begun / "metrics.jsonl"
+    path.write_bytes(b"".join(uninterrupted.splitlines(keepends=True)[:3]))
+    good = damaged(path, damage)
+    before = path.read_bytes()
+    written = finish(begun)
+    assert written.startswith(good)
+    assert uninterrupted.endswith(written.removeprefix(good))
+    assert "is no record of metrics" in caplog.text
+    moved = "metrics.jsonl.unreadable-1" if damage == "everything" else "metrics.aside-1.jsonl"
+    assert set((begun / moved).read_bytes().splitlines()) >= (
+        set(before.splitlines()) - set(good.splitlines())
+    )
+
+
+def test_lost_records_are_reported(begun: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A resume warns if the file ends before the last record of the checkpoint."""
+    path = begun / "metrics.jsonl"
+    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+    finish(begun)
+    assert (
+        f"MetricsLogger: 'file' to {path} ends at step 4, but the resumed run had a record of step "
+        "8: the records after step 4 are lost" in caplog.text
+    )
+
+
+def test_records_are_durable_before_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is flushed to the disk between its last record and the first file of a save."""
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def seen(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    trainer = logged_trainer(
+        tmp_path / "metrics.jsonl", SaveCheckpointConfig()(), max_epoch=1, run_folder=tmp_path
+    )
+    monkeypatch.setattr(os, "fsync", seen)
+    trainer()
+    assert flushed.index("metrics.jsonl") < flushed.index("manifest.json")

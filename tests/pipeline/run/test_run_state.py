@@ -17,6 +17,7 @@ import pytest
 from launching import HELPERS
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks, TrainerProgress
 from robo_orchard_lab.pipeline.errors import RunPreempted, StateError
+from robo_orchard_lab.pipeline.hooks import SaveCheckpointConfig
 from robo_orchard_lab.pipeline.requests import Requests
 from robo_orchard_lab.pipeline.run.durable import temporary_name
 from robo_orchard_lab.pipeline.run.run_state import RunState, RunStateFile, read_run_state
@@ -375,6 +376,36 @@ def test_a_damaged_file_is_refused(
         read_run_state(tmp_path)
     with RunStateFile(tmp_path).around_run(Requests()):
         assert read_run_state(tmp_path).state == "running"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data.replace(b"completed", b"complete\xff"),
+        lambda data: data.replace(b":", b"\0", 1),
+        lambda data: data[:-20],
+        lambda data: b"",
+        lambda data: b'{"state": 5}',
+    ],
+    ids=["byte", "zero", "cut", "empty", "type"],
+)
+def test_a_damaged_file_stops_no_resume(
+    damage: Callable[[bytes], bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The file is moved with a warning, and the run resumes to its end."""
+    save = SaveCheckpointConfig(every="2 steps")
+    make_trainer(save, run_folder=tmp_path, max_step=2)()
+    file = tmp_path / "run_state.json"
+    damaged = damage(file.read_bytes())
+    file.write_bytes(damaged)
+    with pytest.raises(StateError, match="can't be read"):
+        read_run_state(tmp_path)
+    trainer = make_trainer(save, run_folder=tmp_path, max_step=3, resume_from="auto")
+    trainer()
+    assert (tmp_path / "run_state.json.unreadable-1").read_bytes() == damaged
+    assert "moves the file to" in caplog.text
+    state = read_run_state(tmp_path)
+    assert (state.state, state.progress["global_step_id"]) == ("completed", 3)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no pipes by name")
