@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, get_args, get_origin
@@ -32,7 +32,7 @@ from robo_orchard_core.utils.config import (
     TrustLike,
     formats,
 )
-from robo_orchard_core.utils.config.errors import dotted
+from robo_orchard_core.utils.config.errors import at_path, dotted
 from robo_orchard_core.utils.config.model import encode_value
 from robo_orchard_core.utils.config.references import (
     field_default,
@@ -41,8 +41,6 @@ from robo_orchard_core.utils.config.references import (
     parametrization,
     union_members,
 )
-
-# --- fields as options -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +93,11 @@ class Option:
     def add_to(self, add_argument: Callable[..., Any]) -> None:
         """Declare the option: repeatable, and absent from results unless typed."""
         is_switch = self.field.annotation is bool
-        is_json = any(map(_is_mapping_or_model, union_members(self.field.annotation)))
+        kinds = [get_origin(kind) or kind for kind in union_members(self.field.annotation)]
+        is_json = any(
+            is_mapping(kind) or (isinstance(kind, type) and issubclass(kind, BaseModel))
+            for kind in kinds
+        )
         add_argument(
             self.flag,
             dest=self.dest,
@@ -121,10 +123,12 @@ class Option:
         Raises:
             ConfigSyntaxError: A text begins like JSON, but is malformed.
         """
-        item = _item_annotation(self.field.annotation)
-        if item is None or texts[-1][:1] == "[" or texts[-1] == "null":
-            return _parse(texts[-1], self.field.annotation)
-        return [_parse(text, item) for text in texts]
+        for kind in union_members(self.field.annotation):
+            is_list = (get_origin(kind) or kind) in (list, tuple, set, frozenset)
+            if is_list and texts[-1][:1] != "[" and texts[-1] != "null":
+                item = (get_args(kind) or (Any,))[0]
+                return [_parse(text, item) for text in texts]
+        return _parse(texts[-1], self.field.annotation)
 
 
 def options_of(
@@ -150,11 +154,12 @@ def options_of(
         default = field_default(field) if holder is None else getattr(holder, name)
         required = holder is None and field.is_required()
         yield Option(here, field, default, required, variable_of(here))
-        inner = _config_class(field.annotation)
-        if inner is not None and inner not in (cls, *parents):
-            held = default if isinstance(default, inner) else None
+        kinds = [kind for kind in union_members(field.annotation) if kind is not type(None)]
+        is_config = len(kinds) == 1 and isinstance(kinds[0], type) and issubclass(kinds[0], Config)
+        if is_config and kinds[0] not in (cls, *parents):
+            held = default if isinstance(default, kinds[0]) else None
             # A default of a subclass has options of its own.
-            kind = inner if held is None else type(held)
+            kind = kinds[0] if held is None else type(held)
             yield from options_of(kind, variable_of, here, held, (cls, *parents))
 
 
@@ -211,36 +216,12 @@ def _marker_name(marker: Any) -> str:
     return "function" if marker in get_args(Function)[1:] else ""
 
 
-def _config_class(annotation: Any) -> type[Config] | None:
-    """Return the config class of a field with a single config class, or None."""
-    kinds = [kind for kind in union_members(annotation) if kind is not type(None)]
-    if len(kinds) == 1 and isinstance(kinds[0], type) and issubclass(kinds[0], Config):
-        return kinds[0]
-    return None
-
-
-def _is_mapping_or_model(kind: Any) -> bool:
-    origin = get_origin(kind) or kind
-    return is_mapping(origin) or (isinstance(origin, type) and issubclass(origin, BaseModel))
-
-
-def _item_annotation(annotation: Any) -> Any:
-    """Return the item type of a list, set or tuple; None for other types."""
-    for kind in union_members(annotation):
-        if (get_origin(kind) or kind) in (list, tuple, set, frozenset):
-            return (get_args(kind) or (Any,))[0]
-    return None
-
-
 def _parse(text: str, annotation: Any) -> Any:
     kinds = union_members(annotation)
     if text == "null" and type(None) in kinds:
         return None
     # pydantic converts other text to numbers, booleans, dates and paths.
     return formats.read_json(text) if text[:1] in ("[", "{") and str not in kinds else text
-
-
-# --- settings and arguments ------------------------------------------------------------------
 
 
 # Config is the last base, since pydantic lets the last base decide on options that both set.
@@ -305,85 +286,82 @@ def pydantic_from_argparse(
     Raises:
         SystemExit: With 2, after a line that names the option; with 0, after ``--help``.
     """
-    options = list(options_of(cls, lambda path: _variable(cls, path)))
-    _add_options(parser, options, cls.__qualname__)
-    typed = vars(parser.parse_args(args))
-    draft = _Draft(options, parser)
-    # The environment comes first: an option for a nested config replaces all of its fields.
-    for option in options:
-        if option.variable in os.environ:
-            source = f"environment variable {option.variable}"
-            draft.put(option, [os.environ[option.variable]], source)
-            # Without a prefix, the variable may be meant for another program.
-            level = logging.INFO if cls.model_config.get("env_prefix") else logging.WARNING
-            _log.log(level, "%s is set by the %s", option.flag, source)
-    for option in options:
-        if option.dest in typed:
-            draft.put(option, typed[option.dest], f"argument {option.flag}")
-    try:
-        return cls.from_dict(draft.document, trust=trust)
-    except ConfigError as error:
-        draft.refuse(error)
-
-
-def _variable(cls: type[Config], path: tuple[str, ...]) -> str:
-    if not issubclass(cls, SettingConfig):
-        return ""
-    settings = cls.model_config
+    settings: Any = cls.model_config if issubclass(cls, SettingConfig) else {}
     prefix, delimiter = settings.get("env_prefix") or "", settings.get("env_nested_delimiter")
-    return (prefix + (delimiter or "__").join(path)).upper()
 
+    def variable_of(path: tuple[str, ...]) -> str:
+        return (prefix + (delimiter or "__").join(path)).upper()
 
-def _add_options(parser: argparse.ArgumentParser, options: list[Option], title: str) -> None:
+    options = {
+        option.path: option
+        for option in (options_of(cls, variable_of) if settings else options_of(cls))
+    }
     if parser.usage is None:
         # argparse would list every option: a screenful for the smallest mistake.
         own = parser.format_usage().partition(":")[2].split()
         parser.usage = " ".join([*own, "[--FIELD VALUE ...]"]).replace("%", "%%")
     groups: dict[tuple[str, ...], Callable[..., Any]] = {}
-    for option in options:
+    for option in options.values():
         holder = option.path[:-1]
         if holder not in groups:
-            group = parser.add_argument_group(".".join(holder) or title)
+            group = parser.add_argument_group(".".join(holder) or cls.__qualname__)
             groups[holder] = group.add_argument
         option.add_to(groups[holder])
+    typed = vars(parser.parse_args(args))
+    # The environment comes first: an option for a nested config replaces all of its fields.
+    given: list[tuple[Option, list[str], str]] = []
+    for option in options.values():
+        if option.variable in os.environ:
+            source = f"environment variable {option.variable}"
+            given.append((option, [os.environ[option.variable]], source))
+            # Without a prefix, the variable may be meant for another program.
+            level = logging.INFO if prefix else logging.WARNING
+            _log.log(level, "%s is set by the %s", option.flag, source)
+    given += [
+        (option, typed[option.dest], f"argument {option.flag}")
+        for option in options.values()
+        if option.dest in typed
+    ]
+    document: dict[str, Any] = {}
+    try:
+        for option, texts, _ in given:
+            _put(document, option, texts, options)
+        return cls.from_dict(document, trust=trust)
+    except ConfigError as error:
+        sources = {option.path: source for option, _, source in given}
+        _refuse(
+            parser, error, {path: f"argument {o.flag}" for path, o in options.items()} | sources
+        )
 
 
-class _Draft:
-    """Document under construction, with the source of each value."""
+def _put(
+    document: dict[str, Any],
+    option: Option,
+    texts: list[str],
+    options: Mapping[tuple[str, ...], Option],
+) -> None:
+    """Set a value in a document. A nested config starts from its default."""
+    for depth, name in enumerate(option.path[:-1], start=1):
+        if not isinstance(document.get(name), dict):
+            held = options[option.path[:depth]]
+            is_config = isinstance(held.default, Config)
+            document[name] = encode_value(held.default, held.field.annotation) if is_config else {}
+        document = document[name]
+    with at_path(*option.path):
+        document[option.path[-1]] = option.parse(texts)
 
-    def __init__(self, options: list[Option], parser: argparse.ArgumentParser) -> None:
-        self.document: dict[str, Any] = {}
-        self._options = {option.path: option for option in options}
-        self._sources: dict[tuple[str | int, ...], str] = {}
-        self._parser = parser
 
-    def put(self, option: Option, texts: list[str], source: str) -> None:
-        """Set a value. A nested config starts from its default."""
-        self._sources[option.path] = source
-        node = self.document
-        for depth, name in enumerate(option.path[:-1], start=1):
-            if not isinstance(node.get(name), dict):
-                held = self._options[option.path[:depth]]
-                is_config = isinstance(held.default, Config)
-                node[name] = encode_value(held.default, held.field.annotation) if is_config else {}
-            node = node[name]
-        try:
-            node[option.path[-1]] = option.parse(texts)
-        except ConfigError as error:
-            self.refuse(error.under(option.path))
-
-    def refuse(self, error: ConfigError) -> NoReturn:
-        """Exit with 2, after a line with the wrong option or variable."""
-        for length in range(len(error.path), 0, -1):
-            path = error.path[:length]
-            if path in self._sources or path in self._options:
-                source = self._sources.get(path, "argument --" + dotted(path))
-                inner = dotted(error.path[length:])
-                message = f"{source}: {inner + ': ' if inner else ''}{error.problem}"
-                break
-        else:
-            message = error.problem
-        self._parser.exit(2, f"{self._parser.prog}: error: {message} (see --help)\n")
+def _refuse(
+    parser: argparse.ArgumentParser, error: ConfigError, sources: Mapping[Any, str]
+) -> NoReturn:
+    """Exit with 2, after a line with the source of the wrong value."""
+    message = error.problem
+    for length in range(len(error.path), 0, -1):
+        if (source := sources.get(error.path[:length])) is not None:
+            inner = dotted(error.path[length:])
+            message = f"{source}: {inner + ': ' if inner else ''}{message}"
+            break
+    parser.exit(2, f"{parser.prog}: error: {message} (see --help)\n")
 
 
 __all__ = ["SettingConfig", "pydantic_from_argparse"]

@@ -28,15 +28,23 @@ class StderrHandler(logging.StreamHandler[TextIO]):
         return sys.stderr
 
 
+def visible(text: str, kept: str = "\n") -> str:
+    r"""Return text with control and invisible characters escaped, except ``kept`` ones.
+
+    >>> visible("\x1b[31mred\nnext")
+    '\\x1b[31mred\nnext'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
+
+
 class VisibleFormatter(logging.Formatter):
     """Formatter with escaped control characters, except for newlines and tabs."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as text."""
-        text = super().format(record)
-        if text.isprintable():
-            return text
-        return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+        return visible(super().format(record), "\n\t")
 
 
 def log_basic_config(

@@ -11,8 +11,8 @@ under ``TYPE_CHECKING``, the parameter counts as undeclared.
 from __future__ import annotations
 
 import collections.abc
-import importlib
 import inspect
+import pkgutil
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -24,12 +24,10 @@ from typing import (
     Any,
     ClassVar,
     Generic,
-    Protocol,
     TypeAlias,
     TypeVar,
     cast,
     get_origin,
-    runtime_checkable,
 )
 
 from pydantic import GetCoreSchemaHandler
@@ -52,7 +50,6 @@ from robo_orchard_core.utils.config.references import (
 R = TypeVar("R")
 T = TypeVar("T")
 
-_CONFIG_NAMES = ("cfg", "config")
 _RESERVED = frozenset({CONFIG_TYPE, "class_type", "func"})
 
 # --- signatures ------------------------------------------------------------------------------
@@ -101,6 +98,10 @@ def parameters_of(code: Any) -> list[inspect.Parameter]:
     return parameters
 
 
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_NAMED = (*_POSITIONAL, inspect.Parameter.KEYWORD_ONLY)
+
+
 def _signature(code: Callable[..., Any]) -> inspect.Signature | None:
     try:
         return inspect.signature(code)
@@ -108,21 +109,10 @@ def _signature(code: Callable[..., Any]) -> inspect.Signature | None:
         return None
 
 
-def _parameter_names(code: Callable[..., Any]) -> list[str]:
-    signature = _signature(code)
-    return [
-        p.name
-        for p in (signature.parameters.values() if signature else ())
-        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-
-
-def _positional_names(signature: inspect.Signature | None) -> list[str]:
-    return [
-        p.name
-        for p in (signature.parameters.values() if signature else ())
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+def _names(signature: inspect.Signature | None, kinds: tuple[Any, ...] = _NAMED) -> list[str]:
+    """Return the names of the parameters of some kinds."""
+    parameters = signature.parameters.values() if signature else ()
+    return [parameter.name for parameter in parameters if parameter.kind in kinds]
 
 
 def config_parameter(cls: type, config: Config) -> inspect.Parameter | None:
@@ -132,27 +122,22 @@ def config_parameter(cls: type, config: Config) -> inspect.Parameter | None:
     the config, or undeclared and named ``cfg`` or ``config``. If the constructor has ``*args`` or
     ``**kwargs``, the base class's constructor is searched as well.
     """
+    fields = type(config).model_fields
     for constructor in (vars(base).get("__init__") for base in cls.__mro__[:-1]):
         if constructor is None:
             continue
-        signature = _signature(constructor)
+        signature, hints = _signature(constructor), type_hints(constructor)
         parameters = [] if signature is None else [*signature.parameters.values()][1:]
-        hints = type_hints(constructor)
         for index, parameter in enumerate(parameters):
+            name, hint = parameter.name, hints.get(parameter.name, Any)
             is_candidate = index == 0 or parameter.default is parameter.empty
-            if is_candidate and _accepts(parameter, hints.get(parameter.name, Any), config):
+            if not is_candidate or parameter.kind not in _NAMED or name in fields:
+                continue
+            if _admits(hint, config) or (hint is Any and name in ("cfg", "config")):
                 return parameter
-        if all(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        if all(parameter.kind in _NAMED for parameter in parameters):
             return None
     return None
-
-
-def _accepts(parameter: inspect.Parameter, hint: Any, config: Config) -> bool:
-    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-        return False
-    if parameter.name in type(config).model_fields:
-        return False
-    return _admits(hint, config) or (hint is Any and parameter.name in _CONFIG_NAMES)
 
 
 def _admits(hint: Any, config: ConfigModel) -> bool:
@@ -168,16 +153,6 @@ def _admits(hint: Any, config: ConfigModel) -> bool:
 # --- calls -----------------------------------------------------------------------------------
 
 
-@runtime_checkable
-class Buildable(Protocol):
-    """Config of an instance."""
-
-    class_type: type
-
-    def __call__(self) -> Any:
-        """Return a new instance."""
-
-
 def build(config: Config, cls: type[R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
     """Return an instance of ``cls``; ``args`` and ``kwargs`` override the config."""
     parameter = config_parameter(cls, config)
@@ -187,7 +162,8 @@ def build(config: Config, cls: type[R], args: tuple[Any, ...], kwargs: dict[str,
         return call(cls, config, fields, args, kwargs)
     if parameter.name in kwargs:
         return call(cls, config, {}, args, kwargs)
-    explicit = _parameter_names(cls)
+    signature = _signature(cls)
+    explicit = _names(signature)
     changes = {
         name: kwargs.pop(name)
         for name in [*kwargs]
@@ -196,7 +172,7 @@ def build(config: Config, cls: type[R], args: tuple[Any, ...], kwargs: dict[str,
     if changes:
         config = config.replace(**changes)
     # A constructor that passes *args on is taken to accept the config first, too.
-    is_first = _positional_names(_signature(cls))[:1] in ([], [parameter.name])
+    is_first = _names(signature, _POSITIONAL)[:1] in ([], [parameter.name])
     if parameter.kind is parameter.POSITIONAL_ONLY or (args and is_first):
         return call(cls, config, {}, (config, *args), kwargs)
     return call(cls, config, {}, args, {parameter.name: config, **kwargs})
@@ -214,9 +190,9 @@ def call(
 
     ``var_args`` are built and passed after all positional arguments.
     """
-    signature = _signature(code)
+    signature, name = _signature(code), reference_to(code)  # type: ignore[arg-type]  # a class or function
     # Fields that an argument overrides are not built: the argument may be there to avoid that.
-    overridden = {*kwargs, *_positional_names(signature)[: len(args)]}
+    overridden = {*kwargs, *_names(signature, _POSITIONAL)[: len(args)]}
     built = build_arguments(code, {n: v for n, v in fields.items() if n not in overridden})
     kwargs = {**built, **kwargs}
     var_args = [_built(value, Any) for value in var_args]
@@ -227,15 +203,14 @@ def call(
             args, kwargs = _by_position(signature, args, kwargs, var_args)
             signature.bind(*args, **kwargs)
         except TypeError as error:
-            names = ", ".join(_parameter_names(code)) or "none"
             raise ConfigBuildError(
-                f"{_name(code)} doesn't accept the arguments of {type(config).__qualname__}: "
-                f"{error}; its parameters are {names}"
+                f"{name} doesn't accept the arguments of {type(config).__qualname__}: "
+                f"{error}; its parameters are {', '.join(_names(signature)) or 'none'}"
             ) from error
     try:
         return code(*args, **kwargs)
     except Exception as error:
-        error.add_note(f"while {type(config).__qualname__} built {_name(code)}")
+        error.add_note(f"while {type(config).__qualname__} built {name}")
         raise
 
 
@@ -269,11 +244,15 @@ def build_arguments(code: Callable[..., Any], fields: Mapping[str, Any]) -> dict
 
 def _built(value: Any, hint: Any) -> Any:
     if isinstance(value, ConfigModel):
+        made: Any = value
         if _admits(hint, value):
             return value
-        made: Any = value
-        is_factory = getattr(value, "is_factory", False) and not _is_callable(hint)
-        if isinstance(value, Buildable) or is_factory:
+        takes_function = any(
+            collections.abc.Callable in (member, get_origin(member))
+            for member in union_members(hint)
+        )
+        is_factory = getattr(value, "is_factory", False) and not takes_function
+        if (hasattr(value, "class_type") and callable(value)) or is_factory:
             return made()
         return made.bound() if value.is_sparse and hasattr(value, "func") else value
     if type(value) in (list, tuple):
@@ -282,16 +261,6 @@ def _built(value: Any, hint: Any) -> Any:
         inner = mapping_value_type(hint)
         return {key: _built(item, inner) for key, item in value.items()}
     return value
-
-
-def _is_callable(hint: Any) -> bool:
-    return any(
-        collections.abc.Callable in (member, get_origin(member)) for member in union_members(hint)
-    )
-
-
-def _name(code: Callable[..., Any]) -> str:
-    return reference_to(code)  # type: ignore[arg-type]  # a class or function
 
 
 # --- configs of functions --------------------------------------------------------------------
@@ -316,11 +285,7 @@ class CallableConfig(Config, Generic[R]):
     func: Callable[..., R]
 
     def __call__(self, *args: Any, **kwargs: Any) -> R:
-        """Call the function with the arguments, and with fields for the other parameters.
-
-        Raises:
-            ConfigBuildError: The arguments don't match the signature.
-        """
+        """Call the function with the arguments, and with fields for the other parameters."""
         fields = field_values(self)
         del fields["func"]
         return call(self.func, self, fields, args, kwargs)
@@ -330,19 +295,23 @@ class DerivedConfig(Config):
     """Base of configs derived from a signature; see `config_of`.
 
     Only arguments that were set count for equality and in documents.
+
+    Attributes:
+        var_positional: Name of the ``*args`` parameter.
+        required_parameters: Parameters without a default; the caller may supply these as well.
+        is_factory: True for a function with a class as return annotation: the config builds an
+            instance.
+        declared_fields: Fields that are no arguments, but belong to the declared base config.
+        made_of: Code and base config of this class; used for pickling, since no module holds the
+            class.
     """
 
     is_sparse: ClassVar[bool] = True
     var_positional: ClassVar[str | None] = None
-    """Name of the ``*args`` parameter."""
     required_parameters: ClassVar[tuple[str, ...]] = ()
-    """Parameters without a default; the caller may supply these arguments as well."""
     is_factory: ClassVar[bool] = False
-    """True for a function with a class as return annotation: the config builds an instance."""
     declared_fields: ClassVar[frozenset[str]] = frozenset()
-    """Fields that are no arguments, but belong to the declared base config."""
     made_of: ClassVar[tuple[Any, ...]] = ()
-    """Code and base config of this class; used for pickling, since no module holds the class."""
 
     def arguments(self) -> dict[str, Any]:
         """Return explicitly set arguments by name; nested configs are not built."""
@@ -350,11 +319,7 @@ class DerivedConfig(Config):
         return {k: value for k, value in field_values(self).items() if k not in no_arguments}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the class or function; ``args`` and ``kwargs`` override the config.
-
-        Raises:
-            ConfigBuildError: The arguments don't match the signature.
-        """
+        """Call the class or function; ``args`` and ``kwargs`` override the config."""
         given = self.arguments()
         var_args = given.pop(self.var_positional, ()) if self.var_positional else ()
         return call(code_of(self), self, given, args, kwargs, var_args)
@@ -362,9 +327,8 @@ class DerivedConfig(Config):
     def bound(self) -> Callable[..., Any]:
         """Return the function with its arguments built once, for repeated calls."""
         code, given = code_of(self), self.arguments()
-        var_args = given.pop(self.var_positional, ()) if self.var_positional else ()
-        positional_only = {p.name for p in parameters_of(code) if p.kind is p.POSITIONAL_ONLY}
-        if var_args or positional_only & given.keys():
+        by_position = {p.name for p in parameters_of(code) if p.kind is p.POSITIONAL_ONLY}
+        if self.var_positional in given or by_position & given.keys():
             return self
         arguments = build_arguments(code, given)
         return partial(code, **arguments) if arguments else cast("Callable[..., Any]", code)
@@ -451,12 +415,9 @@ class FieldsOf:
 
 def import_class(code: type | str) -> type:
     """Import a class from a reference in this project's own code."""
-    if isinstance(code, type):
-        return code
-    module, _, name = code.partition(":")
     try:
-        found: type = getattr(importlib.import_module(module), name)
+        found: type = pkgutil.resolve_name(code) if isinstance(code, str) else code
     except ModuleNotFoundError as error:
-        package = (error.name or module).partition(".")[0]
+        package = (error.name or str(code)).partition(".")[0]
         raise ConfigReferenceError(f"this needs the package {package!r}; install it") from error
     return found

@@ -15,6 +15,7 @@ from robo_orchard_core.utils.config import formats
 from robo_orchard_core.utils.config.errors import (
     ConfigError,
     ConfigFieldError,
+    at_path,
     config_error,
     describe,
     parse_path,
@@ -32,8 +33,6 @@ from robo_orchard_core.utils.config.references import (
     mapping_value_type,
 )
 
-# --- replacement of values -------------------------------------------------------------------
-
 ModelT = TypeVar("ModelT", bound=ConfigModel)
 Keys = tuple[str, ...]
 
@@ -43,18 +42,14 @@ def config_with(config: ModelT, changes: Mapping[Keys, Any]) -> ModelT:
     cls = type(config)
     values = copy.deepcopy(field_values(config))
     admits_any = cls.model_config.get("extra") == "allow"
-    for name, inner in _by_first(changes).items():
+    for name, inner in _grouped(changes):
         field = cls.model_fields.get(name)
         if field is None and name not in values and not admits_any:
             raise unknown_field(name, cls.model_fields, cls.__qualname__)
-        if name in values:
-            value = values[name]
-        else:  # a sparse config, or an extra argument
-            value = None if field is None else copy.deepcopy(getattr(config, name))
-        try:
-            values[name] = _changed(value, inner, Any if field is None else field.annotation)
-        except ConfigError as error:
-            raise error.under((name,)) from error.__cause__
+        old = values.get(name)
+        if name not in values and field is not None:  # a sparse config
+            old = copy.deepcopy(getattr(config, name))
+        values[name] = _changed(old, inner, Any if field is None else field.annotation, name)
     if cls.is_sparse:
         _check_code(config, values)
     try:
@@ -78,34 +73,43 @@ def _check_code(config: ConfigModel, values: Mapping[str, Any]) -> None:
             )
 
 
-def _by_first(changes: Mapping[Keys, Any]) -> dict[str, dict[Keys, Any]]:
+def _grouped(changes: Mapping[Keys, Any]) -> Iterable[tuple[str, dict[Keys, Any]]]:
+    """Group changes by their first keys."""
     found: dict[str, dict[Keys, Any]] = {}
     for (first, *rest), value in changes.items():
         found.setdefault(first, {})[tuple(rest)] = value
-    return found
+    return found.items()
 
 
-def _changed(value: Any, changes: dict[Keys, Any], annotation: Any) -> Any:
-    """Return the new or old value, with changes inside applied."""
+def _changed(value: Any, changes: dict[Keys, Any], annotation: Any, key: str | int) -> Any:
+    """Return the new or old value of a key, with changes inside applied."""
     value = changes.pop((), value)
     if not changes:
         return value
-    if isinstance(value, ConfigModel):
-        return config_with(value, changes)
-    if isinstance(value, dict):
-        return _mapping_with(value, _by_first(changes), mapping_value_type(annotation))
-    if type(value) in (list, tuple):
-        return type(value)(_items_with(value, _by_first(changes), annotation))
-    found = type(value).__qualname__
-    raise ConfigFieldError(f"holds no config, mapping or list but {found}; replace the value")
+    with at_path(key):
+        if isinstance(value, ConfigModel):
+            return config_with(value, changes)
+        if isinstance(value, dict):
+            return _mapping_with(value, changes, mapping_value_type(annotation))
+        if type(value) in (list, tuple):
+            items = [*value]
+            for name, inner in _grouped(changes):
+                if not name.isdecimal() or int(name) >= len(items):
+                    problem = f"expected the index of one of {len(items)} items"
+                    raise ConfigFieldError(problem, (name,))
+                index = int(name)
+                items[index] = _changed(items[index], inner, item_type(annotation, index), index)
+            return type(value)(items)
+        found = type(value).__qualname__
+        raise ConfigFieldError(f"holds no config, mapping or list but {found}; replace the value")
 
 
 def _mapping_with(
-    value: Mapping[Any, Any], changes: Mapping[str, dict[Keys, Any]], annotation: Any
+    value: Mapping[Any, Any], changes: dict[Keys, Any], annotation: Any
 ) -> dict[Any, Any]:
     result = dict(value)
     keys = {str(key): key for key in value}
-    for name, inner in changes.items():
+    for name, inner in _grouped(changes):
         key = keys.get(name, name)
         removes = inner == {(): None} and not _admits_none(annotation)
         if name not in keys and (removes or () not in inner):
@@ -113,27 +117,9 @@ def _mapping_with(
             raise ConfigFieldError(f"no entry has this name; {advice}", (name,))
         if removes:
             del result[key]
-            continue
-        try:
-            result[key] = _changed(value.get(key), inner, annotation)
-        except ConfigError as error:
-            raise error.under((name,)) from error.__cause__
+        else:
+            result[key] = _changed(value.get(key), inner, annotation, name)
     return result
-
-
-def _items_with(
-    value: Iterable[Any], changes: Mapping[str, dict[Keys, Any]], annotation: Any
-) -> list[Any]:
-    items = [*value]
-    for name, inner in changes.items():
-        if not name.isdecimal() or int(name) >= len(items):
-            raise ConfigFieldError(f"expected the index of one of {len(items)} items", (name,))
-        index = int(name)
-        try:
-            items[index] = _changed(items[index], inner, item_type(annotation, index))
-        except ConfigError as error:
-            raise error.under((index,)) from error.__cause__
-    return items
 
 
 def _admits_none(annotation: Any) -> bool:
@@ -193,11 +179,7 @@ did you mean 'batch_size'?
             raise config_error(error, plain) from error
 
     def to_str(self, format: Format = "json") -> str:  # noqa: A002 - the public word
-        """Return the document as text.
-
-        Raises:
-            ConfigSaveError: With the path of a value that would not be restored exactly.
-        """
+        """Return the document as text; see `to_dict`."""
         return formats.write(encode(self, for_toml=format == "toml"), format)
 
     @classmethod
@@ -208,11 +190,7 @@ did you mean 'batch_size'?
         *,
         trust: TrustLike = (),
     ) -> Self:
-        """Load a config from text; for ``trust``, see `from_dict`.
-
-        Raises:
-            ConfigError: With the path or position of the problem.
-        """
+        """Load a config from text; see `from_dict`."""
         return cls.from_dict(formats.read(text, format), trust=trust)
 
     def save(self, path: str | os.PathLike[str]) -> None:

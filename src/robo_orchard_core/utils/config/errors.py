@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any, Self
 
 from pydantic import TypeAdapter, ValidationError
@@ -15,7 +17,6 @@ from robo_orchard_core.utils.strict_json import Path as Path
 
 _MAX_SHOWN = 4  # further problems in the text of an error
 
-# --- paths -----------------------------------------------------------------------------------
 
 _BARE = re.compile(r"[^\s.\"]+")
 _KEY = re.compile(r'"(?:[^"\\]|\\.)*"|[^."]+')
@@ -63,9 +64,6 @@ def parse_path(text: str) -> tuple[str, ...]:
     )
 
 
-# --- errors ----------------------------------------------------------------------------------
-
-
 class ConfigError(ValueError):
     """Failure to read, write or build a configuration.
 
@@ -88,6 +86,11 @@ class ConfigError(ValueError):
         """Dotted path, as in ``hooks.stats.step_log_freq``; empty for the document itself."""
         return dotted(self.path)
 
+    def is_related_to(self, path: Path) -> bool:
+        """Return True if the value is at this path, inside or around."""
+        length = min(len(path), len(self.path))
+        return path[:length] == self.path[:length]
+
     def under(self, path: Path) -> Self:
         """Prepend the path of the enclosing value and return this error."""
         self.path = (*path, *self.path)
@@ -101,6 +104,16 @@ class ConfigError(ValueError):
         shown = [f"also {other._line()}" for other in self.others[:_MAX_SHOWN]]
         more = len(self.others) - len(shown)
         return "\n".join([head, *shown, *([f"and {more} more"] if more else [])])
+
+
+@contextmanager
+def at_path(*path: str | int) -> Iterator[None]:
+    """Prepend the path of an enclosing value to config errors raised in a block."""
+    try:
+        yield
+    except ConfigError as error:
+        error.under(path)
+        raise
 
 
 class ConfigSyntaxError(ConfigError):
@@ -144,8 +157,6 @@ class ConfigBuildError(ConfigError):
     """Mismatch between a configuration and the parameters of its class or function."""
 
 
-# --- pydantic's errors -----------------------------------------------------------------------
-
 MAX_PROBLEMS = 100
 """Maximum number of problems reported for a document."""
 
@@ -169,8 +180,10 @@ def config_error(error: ValidationError, document: object) -> ConfigError:
             if len(other.path) < len(path) and path[: len(other.path)] == other.path
         )
         found.insert(next(outer, len(found)), problem)
-    found = sorted([*found, *nested], key=_severity)
-    first, *others = found
+    severe = (TrustError, ConfigReferenceError, ConfigError)
+    first, *others = sorted(
+        [*found, *nested], key=lambda each: [isinstance(each, kind) for kind in severe].index(True)
+    )
     first.others = tuple(others[: MAX_PROBLEMS - 1])
     return first
 
@@ -188,55 +201,41 @@ def validate_value(name: str, value: object, declaration: Any) -> Any:
         raise config_error(error, values) from error
 
 
-def _severity(error: ConfigError) -> int:
-    if isinstance(error, TrustError):
-        return 0
-    return 1 if isinstance(error, ConfigReferenceError) else 2
-
-
 def _problem(details: ErrorDetails, document: object) -> ConfigError:
-    path = _locate(details["loc"], document, missing=details["type"] == "missing")
+    is_missing = details["type"] == "missing"
+    path = _locate(details["loc"], document, is_missing=is_missing)
     raised = details.get("ctx", {}).get("error")
     if isinstance(raised, ConfigError):
         for each in (raised, *raised.others):
-            each.problem = _shorten(each.problem)
+            each.problem = shorten(each.problem)
             each.under(path)
         return raised
     if raised is not None:
-        return ConfigFieldError(_shorten(str(raised)), path)
-    if details["type"] == "missing":
+        return ConfigFieldError(shorten(str(raised)), path)
+    if is_missing:
         return ConfigFieldError("a value is required here and none is given", path)
     return ConfigFieldError(f"{details['msg']}, found {describe(details['input'])}", path)
 
 
-def _locate(loc: Path, document: object, *, missing: bool) -> Path:
+def _locate(loc: Path, document: Any, *, is_missing: bool) -> Path:
     """Return pydantic's location without its labels for unions and wrappers."""
     path: list[str | int] = []
     for number, key in enumerate(loc):
-        inner = _inner(document, key)
-        if inner is not _ABSENT:
-            document = inner
-        elif not (missing and number == len(loc) - 1):
+        is_index = isinstance(document, list) and isinstance(key, int) and key < len(document)
+        if is_index or (isinstance(document, Mapping) and key in document):
+            document = document[key]
+        elif not (is_missing and number == len(loc) - 1):
             continue
         path.append(key)
     return tuple(path)
 
 
-_ABSENT = object()
+def shorten(text: str, length: int = _MAX_LENGTH) -> str:
+    """Return text of at most ``length`` characters.
 
-
-def _inner(document: object, key: str | int) -> object:
-    if isinstance(document, Mapping):
-        return document.get(key, _ABSENT)
-    if isinstance(document, list) and isinstance(key, int) and key < len(document):
-        return document[key]
-    return _ABSENT
-
-
-# --- texts of messages -----------------------------------------------------------------------
-
-
-def _shorten(text: str, length: int = _MAX_LENGTH) -> str:
+    >>> shorten("robo_orchard_lab", 10)
+    'robo_or...'
+    """
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
@@ -246,7 +245,7 @@ def describe(value: object) -> str:
     >>> describe("abc")
     "'abc' (str)"
     """
-    return f"{_shorten(repr(value), 60)} ({type(value).__qualname__})"
+    return f"{shorten(repr(value), 60)} ({type(value).__qualname__})"
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
@@ -265,14 +264,15 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 def suggest_name(name: str, known: Collection[str], lead: str) -> str:
-    """Return the most similar known name, or all known names after ``lead``.
+    """Return the most similar known name, or the known names after ``lead``, at most 50.
 
     >>> suggest_name("lrr", ["lr", "momentum"], "there is")
     "did you mean 'lr'?"
     >>> suggest_name("speed", ["lr", "momentum"], "there is")
     'there is lr, momentum'
     """
-    return did_you_mean(name, known) or f"{lead} {', '.join(known) or 'none'}"
+    names = [*islice(known, 50), *["..."] * (len(known) > 50)]
+    return did_you_mean(name, known) or f"{lead} {', '.join(names) or 'none'}"
 
 
 def unknown_field(name: str, known: Iterable[str], owner: str, path: Path = ()) -> ConfigFieldError:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from itertools import islice
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 from robo_orchard_core.utils.config.errors import (
     ConfigError,
@@ -51,10 +51,9 @@ def format_of(path: str | os.PathLike[str]) -> Format:
 
 def check_format(name: str) -> Format:
     """Return the name of a format."""
-    for known in get_args(Format):
-        if name == known:
-            return known  # type: ignore[no-any-return]  # get_args lists formats
-    raise ConfigError(f"expected a format out of {get_args(Format)}, found {name!r}")
+    if name not in (known := get_args(Format)):
+        raise ConfigError(f"expected a format out of {known}, found {name!r}")
+    return cast("Format", name)
 
 
 def write(document: dict[str, Plain], format: Format) -> str:  # noqa: A002 - the public word
@@ -207,10 +206,13 @@ _WORDS: dict[str, bool | None] = {
 _BARE_WORD = re.compile(r"(?!(?i:null|true|false|yes|no|on|off|y|n)\Z)[A-Za-z_][A-Za-z0-9_]*")
 
 
-def write_yaml(document: dict[str, Plain]) -> str:
+def write_yaml(
+    document: dict[str, Plain], *, is_plain: Callable[[str], object] = lambda text: False
+) -> str:
     """Return block-style YAML for readers of any YAML version.
 
-    All text is in double quotes, except for keys that are plain words.
+    All text is in double quotes, except for keys that are plain words, and text for which
+    ``is_plain`` is true.
     """
     import yaml
 
@@ -219,7 +221,8 @@ def write_yaml(document: dict[str, Plain]) -> str:
             return True
 
     def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"')
+        style = None if is_plain(value) else '"'
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
     def mapping(dumper: yaml.SafeDumper, value: dict[str, Plain]) -> yaml.MappingNode:
         node = dumper.represent_mapping("tag:yaml.org,2002:map", value, flow_style=not value)
@@ -368,7 +371,6 @@ _TOML_LINE = re.compile(
     rf"[ \t]*(?:(?P<brackets>\[\[?)[ \t]*(?P<table>{_DOTTED})[ \t]*\]"
     rf"|(?P<setting>{_DOTTED})[ \t]*=)"
 )
-_TOML_POSITION = re.compile(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", re.DOTALL)
 
 
 def write_toml(document: dict[str, Plain]) -> str:
@@ -404,24 +406,18 @@ def _is_section(value: Plain) -> bool:
 
 
 def _toml_key(key: str) -> str:
-    return key if _BARE_KEY.fullmatch(key) else _toml_text(key)
-
-
-def _toml_text(text: str) -> str:
-    # A JSON string is a TOML basic string, except for DEL, which TOML requires escaped.
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007F")
+    return key if _BARE_KEY.fullmatch(key) else _inline(key)
 
 
 def _inline(value: Plain) -> str:
     match value:
         case None:
             return _inline(dict(_NONE))
-        case bool():
-            return "true" if value else "false"
+        case bool() | str():
+            # A JSON string is a TOML basic string, except for DEL, which TOML requires escaped.
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
         case int() | float():
             return repr(value)
-        case str():
-            return _toml_text(value)
         case list():
             return f"[{', '.join(map(_inline, value))}]"
         case _:
@@ -437,29 +433,22 @@ def read_toml(text: str, lines: Lines | None = None) -> Any:
     try:
         value = _restore_none(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
-        problem, path, position = _describe_toml_error(str(error), text)
-        raise ConfigSyntaxError(f"broken TOML: {problem}", path, position) from error
+        # The message ends with "(at line 3, column 5)", or "(at end of document)".
+        problem, _, at = str(error).removesuffix(")").rpartition(" (at ")
+        number = int(at.split()[1].rstrip(",")) if "line" in at else len(text.splitlines())
+        path: Path = ()
+        with suppress(tomllib.TOMLDecodeError):
+            path = next((path for line, path in _toml_settings(text) if line == number), ())
+        keys = tuple(key for key in path if isinstance(key, str))
+        raise ConfigSyntaxError(f"broken TOML: {problem}", keys, at) from error
     except RecursionError:
         raise ConfigSyntaxError(f"nested deeper than {MAX_DEPTH} levels") from None
     except ValueError as error:  # an integer of more digits than Python converts
         raise ConfigSyntaxError(f"broken TOML: {error}") from error
     if lines is not None:
-        for number, path in islice(_toml_settings(text), MAX_LINES):
-            lines.setdefault(path, number)
+        for line, path in islice(_toml_settings(text), MAX_LINES):
+            lines.setdefault(path, line)
     return value
-
-
-def _describe_toml_error(message: str, text: str) -> tuple[str, Path, str]:
-    """Return problem, path and position of an error of tomllib."""
-    found = _TOML_POSITION.fullmatch(message)
-    if found is None:
-        return message, (), ""
-    number = int(found[2]) if found[2] else len(text.splitlines())
-    path: Path = ()
-    with suppress(tomllib.TOMLDecodeError):
-        path = next((path for line, path in _toml_settings(text) if line == number), ())
-    position = message[len(found[1]) + 5 : -1]
-    return found[1], tuple(key for key in path if isinstance(key, str)), position
 
 
 def _toml_settings(text: str) -> Iterator[tuple[int, Path]]:

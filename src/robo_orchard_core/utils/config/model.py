@@ -11,6 +11,7 @@ import datetime
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import Enum
 from pathlib import PurePath
 from types import BuiltinFunctionType, FunctionType
@@ -358,12 +359,13 @@ def _is_named_by_class(config: ConfigModel, admitted: list[Any]) -> bool:
     cls = getattr(config, "class_type", None)
     if cls is None or find_config_class(cls) is not type(config):
         return False
-    return any(kind is Any or _requires_class_type(kind) for kind in admitted)
 
+    def requires_class(kind: Any) -> bool:
+        is_model = isinstance(kind, type) and issubclass(kind, BaseModel)
+        field = kind.model_fields.get("class_type") if is_model else None
+        return field is not None and field.is_required()
 
-def _requires_class_type(kind: Any) -> bool:
-    fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
-    return "class_type" in fields and fields["class_type"].is_required()
+    return any(kind is Any or requires_class(kind) for kind in admitted)
 
 
 def _has_serializer(cls: type[BaseModel], name: str) -> bool:
@@ -392,7 +394,14 @@ def _check_writable(document: Plain) -> Plain:
 def _verify(config: ConfigModel, document: dict[str, Plain], code: dict[Code, Path]) -> None:
     """Load the document, without trust or imports, and compare the configs."""
     cls = type(config)
-    hidden = {item: path for item, path in code.items() if not _is_reachable(item)}
+
+    def is_reachable(item: Code) -> bool:
+        with suppress(ConfigReferenceError, KeyError):
+            module = sys.modules[item.__module__]
+            return find_in_module(module, item.__qualname__, reference_to(item)) is item
+        return False
+
+    hidden = {item: path for item, path in code.items() if not is_reachable(item)}
     for item in hidden.keys() - set(declared_code(cls) if hidden else ()):
         raise ConfigSaveError(
             f"{reference_to(item)!r} can't be found by its name; define it at the top of "
@@ -415,55 +424,31 @@ def _verify(config: ConfigModel, document: dict[str, Plain], code: dict[Code, Pa
         )
 
 
-def _is_reachable(code: Code) -> bool:
-    module = sys.modules.get(code.__module__)
-    if module is None:
-        return False
-    try:
-        return find_in_module(module, code.__qualname__, reference_to(code)) is code
-    except ConfigReferenceError:
-        return False
-
-
 def _difference(left: Any, right: Any, path: Path) -> Path | None:
     """Return the path of the first difference in type or content, or None."""
-    if type(left) is not type(right) and not _is_base_value(right, left):
+    is_base = type(right) in (int, float, str) and not isinstance(left, bool | Enum)
+    # A subclass, like NumPy's float64, is restored as its builtin type.
+    if type(left) is not type(right) and not (is_base and isinstance(left, type(right))):
         return path
-    pairs: list[tuple[str | int, Any, Any]]
     if isinstance(left, BaseModel):
-        values, others = field_values(left), field_values(right)
-        if [*values] != [*others]:
-            return path
-        pairs = [(name, values[name], others[name]) for name in values]
-    elif isinstance(left, Mapping):
+        left, right = field_values(left), field_values(right)
+    elif isinstance(left, list | tuple):
+        left, right = dict(enumerate(left)), dict(enumerate(right))
+    if isinstance(left, Mapping):
         if [(type(k), k) for k in left] != [(type(k), k) for k in right]:
             return path
-        pairs = [(str(key), left[key], right[key]) for key in left]
-    elif isinstance(left, list | tuple):
-        if len(left) != len(right):
-            return path
-        pairs = [(i, a, b) for i, (a, b) in enumerate(zip(left, right, strict=True))]
-    elif isinstance(left, set | frozenset):
-        return None if {(type(i), i) for i in left} == {(type(i), i) for i in right} else path
-    else:
-        return None if _is_same(left, right) else path
-    found = (_difference(a, b, (*path, key)) for key, a, b in pairs)
-    return next((difference for difference in found if difference is not None), None)
-
-
-def _is_base_value(plain: Any, value: Any) -> bool:
-    """Return True if a subclass, like NumPy's float64, was restored as its builtin type."""
-    base = type(plain)
-    return (
-        base in (int, float, str) and isinstance(value, base) and not isinstance(value, bool | Enum)
-    )
-
-
-def _is_same(left: Any, right: Any) -> bool:
+        for key, value in left.items():
+            name = key if isinstance(key, int) else str(key)
+            if (found := _difference(value, right[key], (*path, name))) is not None:
+                return found
+        return None
+    is_same = bool(left == right)
     if isinstance(left, float):
-        return float.hex(left) == float.hex(right)  # distinguishes -0.0 from 0.0
-    if isinstance(left, datetime.datetime | datetime.time):
+        is_same = float.hex(left) == float.hex(right)  # distinguishes -0.0 from 0.0
+    elif isinstance(left, set | frozenset):
+        is_same = {(type(i), i) for i in left} == {(type(i), i) for i in right}
+    elif isinstance(left, datetime.datetime | datetime.time):
         # A ZoneInfo has no offset without a date, and a file holds no rules of time zones.
         zones = [zone and zone.utcoffset(None) for zone in (left.tzinfo, right.tzinfo)]
-        return bool(left == right) and zones[0] == zones[1]
-    return bool(left == right)
+        is_same = is_same and zones[0] == zones[1]
+    return None if is_same else path

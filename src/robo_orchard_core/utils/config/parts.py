@@ -62,6 +62,7 @@ from robo_orchard_core.utils.config.errors import (
     ConfigError,
     ConfigFieldError,
     ConfigReferenceError,
+    at_path,
     config_error,
     describe,
     unknown_field,
@@ -196,10 +197,7 @@ class Part:
     def classes(self) -> tuple[type, ...]:
         """Imported kinds."""
         kinds = self.kinds if isinstance(self.kinds, tuple) else (self.kinds,)
-        try:
-            return tuple(map(import_class, kinds))
-        except ImportError as error:
-            raise ConfigReferenceError(f"needs a package that isn't installed: {error}") from error
+        return tuple(map(import_class, kinds))
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
@@ -225,8 +223,9 @@ class Part:
         named = [key for key in PART_KEYS if key in data]
         if not named:
             raise ValueError(f"expected {self._wanted()}, found the keys {', '.join(data)!r}")
+        target: Any
         if CONFIG_TYPE in named:
-            target: Any = state.resolve_config_class(data[CONFIG_TYPE], ConfigModel, (CONFIG_TYPE,))
+            target = state.resolve_config_class(data[CONFIG_TYPE], ConfigModel, (CONFIG_TYPE,))
             self._check_config_class(state, target, data)
         elif len(named) == 2:
             raise ValueError("expected one of 'class_type' and 'func', found both")
@@ -236,8 +235,9 @@ class Part:
                 (named[0],),
             )
         elif named == ["class_type"]:
-            found = state.resolve_class(data["class_type"], self.classes, ("class_type",))
-            target = config_class_of(found)
+            target = config_class_of(
+                state.resolve_class(data["class_type"], self.classes, ("class_type",))
+            )
         else:
             function = state.resolve_function(data["func"], Callable, ("func",))
             target = function_config_class(function)
@@ -265,7 +265,14 @@ class Part:
         elif (function := getattr(config, "func", None)) is None:
             raise ValueError(f"expected {self._wanted()}, found a {type(config).__qualname__}")
         elif self.functions == "make" and self.classes != (object,):
-            self._check_result(function)
+            result = returned_class(function)
+            if result is None or not any(is_assignable(result, kind) for kind in self.classes):
+                found = "none" if result is None else repr(reference_to(result))
+                raise ConfigReferenceError(
+                    f"expected a function that returns {self._kind()} by its return annotation; "
+                    f"that of {reference_to(function)!r} names {found}",
+                    ("func",),
+                )
 
     def _check_class(self, cls: type) -> None:
         if not any(is_assignable(cls, kind) for kind in self.classes):
@@ -275,16 +282,6 @@ class Part:
             missing = ", ".join(sorted(vars(cls)["__abstractmethods__"]))
             problem = f"{reference_to(cls)!r} is abstract, without {missing}; name a subclass"
             raise ConfigReferenceError(problem, ("class_type",))
-
-    def _check_result(self, function: Any) -> None:
-        result = returned_class(function)
-        if result is None or not any(is_assignable(result, kind) for kind in self.classes):
-            found = "none" if result is None else repr(reference_to(result))
-            raise ConfigReferenceError(
-                f"expected a function that returns {self._kind()} by its return annotation; "
-                f"that of {reference_to(function)!r} names {found}",
-                ("func",),
-            )
 
     def _check_arguments(self, config: ConfigModel) -> None:
         values = field_values(config)
@@ -333,14 +330,15 @@ class _Anything:
         return data
 
     def _validated_at(self, key: str | int, value: Any) -> Any:
-        try:
-            return self.validated(value)
-        except ValidationError as error:
-            raise config_error(error, value).under((key,)) from error
-        except ConfigError as error:
-            raise error.under((key,)) from error.__cause__
-        except ValueError as error:
-            raise ConfigFieldError(str(error), (key,)) from error
+        with at_path(key):
+            try:
+                return self.validated(value)
+            except ValidationError as error:
+                raise config_error(error, value) from error
+            except ConfigError:
+                raise
+            except ValueError as error:
+                raise ConfigFieldError(str(error)) from error
 
 
 class _Function(_Anything):
@@ -414,7 +412,7 @@ def _field_type(hint: Any) -> Any:
     if len(options := union_members(hint)) > 1:
         admitted = [c for c in map(_field_type, options) if c is not None]
         return Union[tuple(admitted)] if admitted else None  # noqa: UP007 - made at run time
-    if hint is collections.abc.Callable or origin is collections.abc.Callable:
+    if collections.abc.Callable in (hint, origin):
         return Function
     kind = origin or hint
     if not isinstance(kind, type) or kind in (Any, object, inspect.Parameter.empty):
@@ -426,15 +424,15 @@ def _field_type(hint: Any) -> Any:
     if issubclass(kind, _PLAIN):
         return kind
     if kind is tuple and args and args[-1] is not Ellipsis:
-        return tuple.__class_getitem__(tuple(_item_field_type(arg) for arg in args))
+        return tuple.__class_getitem__(tuple(map(_item_field_type, args)))
     if is_mapping(kind):
         inner = _item_field_type(args[1] if len(args) == 2 else Any)
         return dict[str, inner]  # type: ignore[valid-type]
+    item = _item_field_type(args[0] if args else Any)
     if kind is tuple:
-        return tuple.__class_getitem__((_item_field_type(args[0] if args else Any), ...))
+        return tuple.__class_getitem__((item, ...))
     if is_collection(kind) and kind.__module__ in ("builtins", "collections.abc"):
-        inner = _item_field_type(args[0] if args else Any)
-        return list[inner]  # type: ignore[valid-type]
+        return list[item]  # type: ignore[valid-type]
     return Annotated[Any, Part(kind)]
 
 
@@ -501,13 +499,11 @@ def _config_class(code: Any, name: str, base: type[Config], **fields: Any) -> ty
     var_positional, accepts_any = None, False
     required: list[str] = []
     extra_parameters: dict[str, Any] = {}
-    hints = type_hints(code)
+    hints, package = type_hints(code), code.__module__.partition(".")[0]
     for parameter in parameters_of(code):
         name_, default = parameter.name, parameter.default
-        hint = hints.get(name_, parameter.empty)
-        annotation = field_annotation(hint)
-        if hint is parameter.empty:
-            package = code.__module__.partition(".")[0]
+        annotation = field_annotation(hints.get(name_, parameter.empty))
+        if name_ not in hints:
             annotation = UNTYPED_PARAMETERS.get((package, name_), annotation)
         annotation = base.adapt_parameter(annotation)
         if parameter.kind is parameter.VAR_KEYWORD:
@@ -541,12 +537,8 @@ def _config_class(code: Any, name: str, base: type[Config], **fields: Any) -> ty
         config_class.accepts_any = accepts_any
     origin, args, _ = parametrization(base)
     config_class.made_of = (code, origin or base, args)
-    config_class.__reduce__ = _reduce
+    config_class.__reduce__ = lambda self: (_blank, type(self).made_of, self.__getstate__())
     return cast("type[Config]", config_class)
-
-
-def _reduce(config: Any) -> Any:
-    return _blank, type(config).made_of, config.__getstate__()
 
 
 def _blank(code: Any, base: type[Config], arguments: tuple[Any, ...]) -> Config:

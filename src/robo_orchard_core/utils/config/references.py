@@ -29,6 +29,7 @@ from robo_orchard_core.utils.config.errors import (
     ConfigReferenceError,
     Path,
     TrustError,
+    at_path,
     did_you_mean,
 )
 
@@ -127,8 +128,8 @@ def resolve(reference: str, trust: Trust) -> Code:
             or function is defined there.
     """
     module_name, qualname = split_reference(reference)
+    package = module_name.partition(".")[0]
     if not trust.covers(module_name, qualname):
-        package = module_name.partition(".")[0]
         packages = f" ({', '.join(sorted(trust.packages))})" if trust.packages else ""
         raise TrustError(
             f"the reference {reference!r} lies outside the trusted packages{packages}; "
@@ -142,23 +143,17 @@ def resolve(reference: str, trust: Trust) -> Code:
         module = importlib.import_module(module_name)
     except Exception as error:
         problem = f"the module of {reference!r} can't be imported: {error}"
-        package = module_name.partition(".")[0]
-        if isinstance(error, ModuleNotFoundError) and error.name is not None:
-            if error.name == package:
-                problem += "; install it, or start where Python finds it"
-            elif error.name.startswith(f"{package}."):
-                problem += _installed_release(package)
+        missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
+        if missing == package:
+            problem += "; install it, or start where Python finds it"
+        elif missing is not None and missing.startswith(f"{package}."):
+            problem += _installed_release(package)
         raise ConfigReferenceError(problem) from error
     return find_in_module(module, qualname, reference)
 
 
-def _is_of(module: ModuleType, code: object) -> bool:
-    return isinstance(code, Code) and code.__module__ == module.__name__
-
-
-def _installed_release(module_name: str) -> str:
-    """Describe the installed release of a module's package; empty if it has none."""
-    package = module_name.partition(".")[0]
+def _installed_release(package: str) -> str:
+    """Describe the installed release of a package; empty if it has none."""
     try:
         return f" in {package} {importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError:
@@ -177,12 +172,12 @@ def find_in_module(module: ModuleType, qualname: str, reference: str) -> Code:
         # searched, so that no name leads through an imported module.
         space = vars(found) if found is module or isinstance(found, type) else {}
         if part not in space:
-            release = _installed_release(module.__name__)
+            release = _installed_release(module.__name__.partition(".")[0])
+            own = (isinstance(c, Code) and c.__module__ == module.__name__ for c in space.values())
+            here = [name for name, is_own in zip(space, own, strict=True) if is_own]
+            advice = did_you_mean(part, here) or (release and "install a release that has it")
             problem = f"{reference!r} names nothing: no {part!r} is defined there{release}"
-            here = [name for name, code in space.items() if _is_of(module, code)]
-            if advice := did_you_mean(part, here) or (release and "install a release that has it"):
-                problem += f"; {advice}"
-            raise ConfigReferenceError(problem)
+            raise ConfigReferenceError(f"{problem}; {advice}" if advice else problem)
         found = space[part]
         if isinstance(found, staticmethod):
             found = found.__func__
@@ -411,7 +406,7 @@ class Loading:
             by_reference[reference_to(code)].append(code)
         return by_reference
 
-    def _candidates(self, reference: str) -> Iterable[Code]:
+    def _candidates(self, reference: str, path: Path = ()) -> Iterable[Code]:
         """Return declared code of the name, else the resolved code."""
         if reference in self._declared:
             return self._declared[reference]
@@ -421,18 +416,15 @@ class Loading:
             declared = chain.from_iterable(self._declared.values())
             if same := [code for code in declared if code.__qualname__ == qualname]:
                 return same
-        return [resolve(reference, self.trust)]
+        with at_path(*path):
+            return [resolve(reference, self.trust)]
 
     def resolve_class(self, reference: str, kinds: tuple[type, ...], path: Path) -> type:
         """Return the named class, a subclass of any of ``kinds``."""
         for kind in kinds:
             if reference == reference_to(kind):
                 return kind
-        try:
-            candidates = self._candidates(reference)
-        except ConfigReferenceError as error:
-            raise error.under(path) from error.__cause__
-        for code in candidates:
+        for code in self._candidates(reference, path):
             if isinstance(code, type) and any(is_assignable(code, kind) for kind in kinds):
                 return code
         expected = " or ".join(map(reference_to, kinds))
@@ -450,16 +442,13 @@ class Loading:
             self.__dict__.pop("_declared", None)
         return found
 
-    def resolve_code(self, reference: str) -> Code:
+    def resolve_code(self, reference: str, path: Path = ()) -> Code:
         """Return the named function or class."""
-        return next(iter(self._candidates(reference)))
+        return next(iter(self._candidates(reference, path)))
 
     def resolve_function(self, reference: str, annotation: Any, path: Path) -> Code:
         """Return the named function, checked against a declared ``Callable[...]``."""
-        try:
-            found = self.resolve_code(reference)
-        except ConfigReferenceError as error:
-            raise error.under(path) from error.__cause__
+        found = self.resolve_code(reference, path)
         if not isinstance(found, FunctionType | BuiltinFunctionType):
             raise ConfigReferenceError(f"expected a function, found the class {reference!r}", path)
         args = get_args(annotation)
@@ -470,7 +459,7 @@ class Loading:
                 problem = f"{reference!r} can't be called with {len(args[0])} arguments: {error}"
                 raise ConfigReferenceError(problem, path) from error
             except ValueError:  # some builtins have no signature
-                return found
+                pass
         return found
 
 

@@ -70,10 +70,9 @@ class HookOwner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HookEntry(Generic[ArgsT]):
-    """Hook in a channel's order of execution."""
+    """Hook in a channel's order of execution; position 0 is the outermost."""
 
     position: int
-    """Index from 0, the outermost hook."""
     context: HookContext[ArgsT]
     before: HookFunction[ArgsT] | None
     after: HookFunction[ArgsT] | None
@@ -158,34 +157,32 @@ def _set_exception(args: Any, error: BaseException | None) -> None:
 EMPTY: Plan[Any] = Plan("", ())
 
 
+@dataclass(slots=True, eq=False)
 class Scope(AbstractContextManager[None], Generic[ArgsT]):
     """Context manager for a plan around a ``with`` body."""
 
-    __slots__ = ("_args", "_plan")
-
-    def __init__(self, plan: Plan[ArgsT], args: ArgsT) -> None:
-        self._plan = plan
-        self._args = args
+    plan: Plan[ArgsT]
+    args: ArgsT
 
     def __enter__(self) -> None:
-        entering = iter(self._plan.befores)
+        entering = iter(self.plan.befores)
         try:
             for before in entering:
-                before(self._args)
+                before(self.args)
         except BaseException as error:
-            self._plan.failed_to_enter(self._args, error, entering)
+            self.plan.failed_to_enter(self.args, error, entering)
             raise
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is not None:
-            self._plan.unwind(self._args, error, self._plan.to_exit)
+            self.plan.unwind(self.args, error, self.plan.to_exit)
             return
-        exiting = iter(self._plan.afters)
+        exiting = iter(self.plan.afters)
         try:
             for after in exiting:
-                after(self._args)
+                after(self.args)
         except BaseException as failure:
-            self._plan.failed_to_exit(self._args, failure, exiting)
+            self.plan.failed_to_exit(self.args, failure, exiting)
             raise
 
 
