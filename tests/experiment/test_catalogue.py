@@ -55,15 +55,15 @@ def test_each_entry_is_defined_in_its_module(package: str) -> None:
 
 
 KINDS = {
-    "hook": (PipelineHooks, PipelineHooksConfig),
-    "sink": (JsonLinesSink, LogSink, TrackerSink, SinkConfig),
-    "batch processor": (SimpleBatchProcessor,),
-    "optimizer": (torch.optim.Optimizer,),
-    "LR scheduler": (torch.optim.lr_scheduler.LRScheduler,),
-    "module": (torch.nn.Module,),
-    "dataset": (torch.utils.data.Dataset,),
-    "sampler": (torch.utils.data.Sampler,),
-    "loader": (torch.utils.data.DataLoader,),
+    "a hook": (PipelineHooks, PipelineHooksConfig),
+    "a sink": (JsonLinesSink, LogSink, TrackerSink, SinkConfig),
+    "a batch processor": (SimpleBatchProcessor,),
+    "an optimizer": (torch.optim.Optimizer,),
+    "an LR scheduler": (torch.optim.lr_scheduler.LRScheduler,),
+    "a module": (torch.nn.Module,),
+    "a dataset": (torch.utils.data.Dataset,),
+    "a sampler": (torch.utils.data.Sampler,),
+    "a loader": (torch.utils.data.DataLoader,),
 }
 
 

@@ -18,7 +18,6 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from robo_orchard_core.utils.config import (
-    Config,
     ConfigBuildError,
     ConfigError,
     ConfigFieldError,
@@ -30,7 +29,7 @@ from robo_orchard_core.utils.config.build import (
     parameters_of,
     returned_class,
 )
-from robo_orchard_core.utils.config.errors import dotted
+from robo_orchard_core.utils.config.errors import at_path, dotted
 from robo_orchard_core.utils.config.model import field_values
 from robo_orchard_core.utils.config.references import union_members
 from robo_orchard_lab.experiment.parts import (
@@ -59,8 +58,6 @@ from robo_orchard_lab.pipeline.model import (
 )
 from robo_orchard_lab.pipeline.progress import TrainerLimits
 from robo_orchard_lab.pipeline.run.run_path import in_run_folder
-
-# --- parameter groups ------------------------------------------------------------------------
 
 NORMS_AND_BIASES = "norms_and_biases"
 _NORM = re.compile(r"Norm(\dd)?$")
@@ -98,15 +95,15 @@ def parameter_groups(
     named = all_named_parameters(model)
     group_of: dict[torch.nn.Parameter, str] = {}
     for name, group in groups.items():
-        matched = list(_matched(model, named, name, group["parameters"]))
-        free = [parameter for parameter in matched if parameter not in group_of]
-        if not free:
-            earlier = ", ".join(dict.fromkeys(group_of[parameter] for parameter in matched))
-            raise ConfigFieldError(
-                f"all matching parameters belong to earlier groups ({earlier}); move this group "
-                "before them, or remove it",
-                (name, "parameters"),
-            )
+        with building(name, "parameters"):
+            matched = [*_matched(model, named, group["parameters"])]
+            free = [parameter for parameter in matched if parameter not in group_of]
+            if not free:
+                earlier = ", ".join(dict.fromkeys(group_of[parameter] for parameter in matched))
+                raise ConfigFieldError(
+                    f"all matching parameters belong to earlier groups ({earlier}); move this "
+                    "group before them, or remove it"
+                )
         group_of |= dict.fromkeys(free, name)
     members: dict[str | None, list[torch.nn.Parameter]] = {name: [] for name in (None, *groups)}
     for parameter in model.parameters():
@@ -120,30 +117,20 @@ def parameter_groups(
 
 
 def _matched(
-    model: torch.nn.Module, named: NamedParameters, group: str, patterns: str | Sequence[str]
+    model: torch.nn.Module, named: NamedParameters, patterns: str | Sequence[str]
 ) -> Iterator[torch.nn.Parameter]:
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        norms_and_biases = pattern == NORMS_AND_BIASES
-        found = _norms_and_biases(model) if norms_and_biases else match_parameters(pattern, named)
+        advice = ""
+        if pattern == NORMS_AND_BIASES:
+            found = [parameter for name, parameter in named if _BIAS.search(name)]
+            for module in model.modules():
+                if any(_NORM.search(base.__name__) for base in type(module).__mro__):
+                    found += module.parameters(recurse=False)
+        elif not (found := match_parameters(pattern, named)):
+            advice = f"; {suggest_pattern(pattern, named)}"
         if not found:
-            advice = "" if norms_and_biases else f"; {suggest_pattern(pattern, named)}"
-            raise ConfigFieldError(
-                f"{pattern!r} matches no parameter of the model{advice}", (group, "parameters")
-            )
+            raise ConfigFieldError(f"{pattern!r} matches no parameter of the model{advice}")
         yield from found
-
-
-def _norms_and_biases(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    biases = [parameter for name, parameter in all_named_parameters(model) if _BIAS.search(name)]
-    norms = [module for module in model.modules() if _is_norm(type(module))]
-    return biases + [p for norm in norms for p in norm.parameters(recurse=False)]
-
-
-def _is_norm(cls: type) -> bool:
-    return any(_NORM.search(base.__name__) for base in cls.__mro__)
-
-
-# --- parts -----------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -154,9 +141,10 @@ def building(*path: str | int) -> Iterator[None]:
     a note.
     """
     try:
-        yield
-    except ConfigError as error:
-        raise error.under(path) from error.__cause__
+        with at_path(*path):
+            yield
+    except ConfigError:
+        raise
     except (TypeError, ValueError, OSError) as error:
         ours = isinstance(error, PipelineConfigError)
         problem = str(error) if ours else f"{type(error).__name__}: {error}"
@@ -170,46 +158,33 @@ def make_loader(config: LoaderConfig) -> DataLoader[Any]:
     """Build a ``DataLoader``; samplers with a parameter ``data_source`` receive the dataset."""
     with building("dataset"):
         dataset = config.dataset()
-    options: dict[str, Any] = {
-        name: getattr(config, name)
-        for name in (
-            "num_workers",
-            "pin_memory",
-            "timeout",
-            "prefetch_factor",
-            "persistent_workers",
-        )
-    }
+    given = {"data_source": dataset}
+    names = ["num_workers", "pin_memory", "timeout", "prefetch_factor", "persistent_workers"]
+    if config.batch_sampler is None:
+        names += ["batch_size", "shuffle", "drop_last"]
+    options: dict[str, Any] = {name: getattr(config, name) for name in names}
     if config.collate_fn is not None:
         with building("collate_fn"):
             options["collate_fn"] = function_of(config.collate_fn)
-    if config.batch_sampler is not None:
-        with building("batch_sampler"):
-            options["batch_sampler"] = _made_with(config.batch_sampler, data_source=dataset)
-        return DataLoader(dataset, **options)
-    if config.sampler is not None:
-        with building("sampler"):
-            options["sampler"] = _made_with(config.sampler, data_source=dataset)
-    return DataLoader(
-        dataset,
-        batch_size=config.batch_size,
-        shuffle=config.shuffle,
-        drop_last=config.drop_last,
-        **options,
-    )
+    for name in ("sampler", "batch_sampler"):
+        if (sampler := getattr(config, name)) is not None:
+            with building(name):
+                options[name] = _made_with(sampler, given)
+    return DataLoader(dataset, **options)
 
 
 def make_optimizer(config: Any, model: torch.nn.Module) -> torch.optim.Optimizer:
     """Build an optimizer of all parameters of the model, in the configured groups."""
-    described: Mapping[str, Any] = getattr(config, "groups", {})
-    groups = {
-        name: {"parameters": group.parameters, **group.options()}
-        for name, group in described.items()
-    }
     parameters: Iterable[Any] = model.parameters()
-    if groups:
+    if groups := getattr(config, "groups", {}):
         with building("groups"):
-            parameters = parameter_groups(model, groups)
+            parameters = parameter_groups(
+                model,
+                {
+                    name: {"parameters": group.parameters, **group.options()}
+                    for name, group in groups.items()
+                },
+            )
     made: torch.optim.Optimizer = config(parameters)
     return made
 
@@ -225,15 +200,16 @@ def make_lr_scheduler(
     config: Any, optimizer: torch.optim.Optimizer, count_steps: Callable[[], int]
 ) -> LRScheduler:
     """Build an LR scheduler; ``count_steps`` computes ``auto``."""
-    made: LRScheduler = _made_with(_counted(config, count_steps), optimizer=optimizer)
+    made: LRScheduler = _made_with(_counted(config, count_steps), {"optimizer": optimizer})
     return made
 
 
 def make_processor(config: Any) -> BatchProcessor:
     """Build a batch processor, or wrap a function ``forward(model, batch)``."""
-    function = getattr(config, "func", None)
-    if function is not None and not _makes_a(SimpleBatchProcessor, function):
-        return SimpleBatchProcessor.from_callable(function_of(config))
+    if (function := getattr(config, "func", None)) is not None:
+        result = returned_class(function)
+        if result is None or not issubclass(result, SimpleBatchProcessor):
+            return SimpleBatchProcessor.from_callable(function_of(config))
     made: BatchProcessor = config()
     return made
 
@@ -258,46 +234,39 @@ def make_hook(
     return made
 
 
-def _makes_a(kind: type, function: Callable[..., Any]) -> bool:
-    result = returned_class(function)
-    return result is not None and issubclass(result, kind)
+def _made_with(config: Any, given: Mapping[str, Any], *, is_inner: bool = False) -> Any:
+    """Build a config with those arguments that it and its inner parts accept.
 
-
-def _made_with(config: Any, **given: Any) -> Any:
-    """Build a config with additional arguments, for itself and its inner parts.
-
-    Code with ``**kwargs`` receives all arguments.
+    Code with ``**kwargs`` accepts all. An inner part that accepts none is returned as given.
     """
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters_of(code_of(config)))
-    return config(**{**(given if takes_any else {}), **_own_and_within(config, given)})
-
-
-def _own_and_within(config: Config, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the accepted arguments of a config, with inner parts built from theirs."""
-    names = {parameter.name for parameter in parameters_of(code_of(config))}
-    arguments = {name: value for name, value in given.items() if name in names}
+    if isinstance(config, list | tuple):
+        made = [_made_with(part, given, is_inner=True) for part in config]
+        is_same = all(part is before for part, before in zip(made, config, strict=True))
+        return config if is_same else type(config)(made)
+    if is_inner and not isinstance(config, DerivedConfig):
+        return config
+    parameters = parameters_of(code_of(config))
+    names = {parameter.name for parameter in parameters}
+    takes_any = not is_inner and any(p.kind is p.VAR_KEYWORD for p in parameters)
+    arguments = {name: value for name, value in given.items() if takes_any or name in names}
     if isinstance(config, DerivedConfig):
         for name, value in config.arguments().items():
-            made = _given_within(value, given)
-            if made is not value:
-                arguments[name] = made
-    return arguments
-
-
-def _given_within(value: Any, given: Mapping[str, Any]) -> Any:
-    """Build the parts in a value if they accept some of the arguments."""
-    if isinstance(value, DerivedConfig):
-        arguments = _own_and_within(value, given)
-        return value(**arguments) if arguments else value
-    if isinstance(value, (list, tuple)):
-        parts = [_given_within(part, given) for part in value]
-        same = all(part is before for part, before in zip(parts, value, strict=True))
-        return value if same else type(value)(parts)
-    return value
+            inner = _made_with(value, given, is_inner=True)
+            if inner is not value:
+                arguments[name] = inner
+    return config(**arguments) if arguments or not is_inner else config
 
 
 def _counted(config: Any, count_steps: Callable[[], int], *, outermost: bool = True) -> Any:
     """Replace ``auto`` by the number of steps in the config of an LR scheduler."""
+    if isinstance(config, list):
+        parts = []
+        for index, part in enumerate(config):
+            with building(index):
+                parts.append(_counted(part, count_steps, outermost=False))
+        return parts
+    if not (outermost or isinstance(config, LRSchedulerConfig)):
+        return config
     for name in () if outermost else ("every", "monitor"):
         if getattr(config, name, None) is not None:
             raise ConfigFieldError("applies to the outermost LR scheduler; move it there", (name,))
@@ -308,19 +277,8 @@ def _counted(config: Any, count_steps: Callable[[], int], *, outermost: bool = T
             if value == AUTO and field is not None and int in union_members(field.annotation):
                 changes[name] = count_steps()
             elif isinstance(value, list):
-                changes[name] = [
-                    _counted_within(part, count_steps, index) for index, part in enumerate(value)
-                ]
+                changes[name] = _counted(value, count_steps)
     return config.model_copy(update=changes) if changes else config
-
-
-def _counted_within(part: Any, count_steps: Callable[[], int], index: int) -> Any:
-    with building(index):
-        is_lr_scheduler = isinstance(part, LRSchedulerConfig)
-        return _counted(part, count_steps, outermost=False) if is_lr_scheduler else part
-
-
-# --- experiment ------------------------------------------------------------------------------
 
 
 class LiveObjects(TypedDict, total=False):
@@ -413,7 +371,8 @@ def build_experiment(
     set_seed(experiment.seed)
     if accelerator is None:
         accelerator = make_accelerator(experiment.accelerator, folder)
-    scheduler_config, limits = experiment.lr_scheduler, _limits(experiment)
+    scheduler_config, options = experiment.lr_scheduler, experiment.trainer
+    limits = TrainerLimits(options.max_step, options.max_optimizer_step, options.max_epoch)
     with fail_together():
         with accelerator.main_process_first():  # downloads and caches happen once
             if dataloader is None:
@@ -422,7 +381,7 @@ def build_experiment(
             loaders = _make_evaluation(experiment, evaluation or {})
         if model is None:
             with building("model"):
-                model = _made_model(_described(experiment.model, "model"))
+                model = _described(experiment.model, "model")()
         if optimizer is None and experiment.optimizer is not None:
             with building("optimizer"):
                 optimizer = make_optimizer(experiment.optimizer, model)
@@ -454,8 +413,8 @@ def build_experiment(
         run_folder=folder,
         resume_from=None if resume == "never" else resume,
         data_order=DataOrder(seed=experiment.seed, **dict(experiment.data.order)),
-        agree_every=experiment.trainer.agree_every,
-        stall_timeout_s=experiment.trainer.stall_timeout_s,
+        agree_every=options.agree_every,
+        stall_timeout_s=options.stall_timeout_s,
         locate=locate,
     )
     return BuiltExperiment(
@@ -512,37 +471,21 @@ def build_hooks(
         given: Hooks in place of described ones, or after them; None removes one.
         evaluation: Loaders by name, for hooks that evaluate.
         folder: Run folder, the base of relative paths.
-
-    Raises:
-        ConfigError: A hook can't be built; the error has its path.
     """
+    described = {**experiment.hooks, CHECKPOINT: experiment.checkpoint}
     names = dict.fromkeys([*experiment.hooks, *given])
     names.pop(CHECKPOINT, None)
     built: dict[str, PipelineHooks] = {}
     for name in [*names, CHECKPOINT]:
-        is_checkpoint = name == CHECKPOINT
-        if name in given:
-            hook = given[name]
-            if isinstance(hook, PipelineHooks):
-                built[name] = hook
-            elif hook is not None:
-                built[name] = make_hook(hook, None, evaluation)
-            continue
-        part = experiment.checkpoint if is_checkpoint else experiment.hooks[name]
-        if part is not None:
-            with building(*([CHECKPOINT] if is_checkpoint else ["hooks", name])):
-                built[name] = make_hook(part, folder, evaluation)
+        hook = given[name] if name in given else described[name]
+        if isinstance(hook, PipelineHooks):
+            built[name] = hook
+        elif hook is not None and name in given:
+            built[name] = make_hook(hook, None, evaluation)
+        elif hook is not None:
+            with building(*([name] if name == CHECKPOINT else ["hooks", name])):
+                built[name] = make_hook(hook, folder, evaluation)
     return built
-
-
-def _limits(experiment: ExperimentFields) -> TrainerLimits:
-    trainer = experiment.trainer
-    return TrainerLimits(trainer.max_step, trainer.max_optimizer_step, trainer.max_epoch)
-
-
-def _made_model(part: Any) -> torch.nn.Module:
-    model: torch.nn.Module = part()
-    return model
 
 
 def _described(part: Any, name: str) -> Any:

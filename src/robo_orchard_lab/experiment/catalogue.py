@@ -32,21 +32,21 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from robo_orchard_core.utils.config import Trust
 from robo_orchard_core.utils.config.errors import (
     ConfigError,
     ConfigFieldError,
     ConfigSyntaxError,
+    at_path,
     describe,
     unknown_field,
 )
 from robo_orchard_core.utils.config.formats import Plain
 from robo_orchard_core.utils.config.parts import PART_KEYS
+from robo_orchard_core.utils.config.references import reference_to
 from robo_orchard_lab.builtin_hooks import HOOK_MODULES
-
-# --- catalogue -------------------------------------------------------------------------------
 
 
 def _read_catalogue() -> dict[str, str]:
@@ -77,21 +77,21 @@ DEFINITIONS = frozenset(CATALOGUE.values())
 """Definitions of all catalogued classes and functions."""
 
 _KINDS = {
-    "robo_orchard_lab.pipeline.hooks": "hook",
-    "robo_orchard_lab.pipeline.sinks": "sink",
-    "robo_orchard_lab.pipeline": "batch processor",
-    "robo_orchard_lab.experiment.samples:MLP": "module",
-    "robo_orchard_lab.experiment.samples:Spirals": "dataset",
-    "torch.optim": "optimizer",
-    "torch.optim.lr_scheduler": "LR scheduler",
-    "torch.optim.swa_utils": "LR scheduler",
-    "torch.nn": "module",
-    "torch.utils.data.dataloader": "loader",
-    "torch.utils.data.dataset": "dataset",
-    "torch.utils.data.sampler": "sampler",
-    "torchvision": "module",
-    "torchvision.datasets": "dataset",
-    "torchmetrics": "module",  # a metric is a module
+    "robo_orchard_lab.pipeline.hooks": "a hook",
+    "robo_orchard_lab.pipeline.sinks": "a sink",
+    "robo_orchard_lab.pipeline": "a batch processor",
+    "robo_orchard_lab.experiment.samples:MLP": "a module",
+    "robo_orchard_lab.experiment.samples:Spirals": "a dataset",
+    "torch.optim": "an optimizer",
+    "torch.optim.lr_scheduler": "an LR scheduler",
+    "torch.optim.swa_utils": "an LR scheduler",
+    "torch.nn": "a module",
+    "torch.utils.data.dataloader": "a loader",
+    "torch.utils.data.dataset": "a dataset",
+    "torch.utils.data.sampler": "a sampler",
+    "torchvision": "a module",
+    "torchvision.datasets": "a dataset",
+    "torchmetrics": "a module",  # a metric is a module
 }
 
 _PUBLIC = {name.rpartition(":")[2]: name for name in reversed(CATALOGUE)}
@@ -101,7 +101,7 @@ def kind_of(definition: str) -> str | None:
     """Return the kind of a catalogued class or function; None for other code.
 
     >>> kind_of("torch.optim.sgd:SGD"), kind_of("torchvision.models.resnet:resnet18")
-    ('optimizer', 'module')
+    ('an optimizer', 'a module')
     """
     if definition not in DEFINITIONS:
         return None
@@ -137,10 +137,7 @@ def suggest(reference: str) -> str | None:
 def with_definitions(value: Plain, path: tuple[str | int, ...] = ()) -> Plain:
     """Replace short and public names of code in a document by definitions.
 
-    Args:
-        value: Value of a document.
-        path: Path of the value; short names are replaced only at ``class_type``, ``func`` and
-            ``config_type``.
+    Short names are replaced only at ``class_type``, ``func`` and ``config_type``.
     """
     if isinstance(value, dict):
         return {key: with_definitions(item, (*path, key)) for key, item in value.items()}
@@ -150,8 +147,6 @@ def with_definitions(value: Plain, path: tuple[str | int, ...] = ()) -> Plain:
         return definition_of(value)
     return value
 
-
-# --- the user's trust ------------------------------------------------------------------------
 
 TABLE = "tool.robo_orchard_lab"
 
@@ -165,10 +160,7 @@ class ExperimentTrust:
 
     Attributes:
         names: Packages, modules (``my_team.models``), and single classes or functions
-            (``my_team.models:Net``).
-
-    Raises:
-        ConfigError: A name is malformed.
+            (``my_team.models:Net``). A malformed name raises ConfigError.
     """
 
     names: tuple[str, ...] = ()
@@ -178,16 +170,9 @@ class ExperimentTrust:
 
     @classmethod
     def of(cls, names: str | type | Iterable[str | type] = (), *, pyproject: bool = True) -> Self:
-        """Combine names with the trust table of the user's pyproject.toml.
-
-        Raises:
-            ConfigError: A name, or the pyproject.toml named in the error, is malformed.
-        """
+        """Combine names with the trust table of the user's pyproject.toml."""
         given = [names] if isinstance(names, str | type) else names
-        texts = [
-            name if isinstance(name, str) else f"{name.__module__}:{name.__qualname__}"
-            for name in given
-        ]
+        texts = [name if isinstance(name, str) else reference_to(name) for name in given]
         return cls(tuple(dict.fromkeys([*texts, *(trusted_by_pyproject() if pyproject else ())])))
 
     @cached_property
@@ -232,13 +217,33 @@ def trusted_by_pyproject(folder: Path | None = None) -> list[str]:
     """
     for path in _pyprojects(Path.cwd() if folder is None else folder.absolute()):
         try:
-            table = _read_table(path)
+            table: Any = tomllib.loads(path.read_text(encoding="utf-8"))
+            for key in TABLE.split("."):
+                table = table.get(key) if isinstance(table, dict) else None
             if table is not None:
                 return _trusted_names(table)
         except ConfigError as error:
             error.source = str(path)
-            raise
+            raise error.under(tuple(TABLE.split("."))) from error.__cause__
+        except OSError as error:
+            raise ConfigError(f"{path}: can't be read: {error.strerror or error}") from error
+        except ValueError as error:  # of UTF-8 or of TOML
+            raise ConfigSyntaxError(f"{path}: broken TOML: {error}") from error
     return []
+
+
+def _trusted_names(table: Any) -> list[str]:
+    if not isinstance(table, dict):
+        raise ConfigFieldError(f"expected a table, found {describe(table)}")
+    for key in table:
+        if key != "trust":
+            raise unknown_field(key, ["trust"], TABLE)
+    names: list[str] = table.get("trust", [])
+    with at_path("trust"):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ConfigFieldError(f"expected a list of names, found {describe(names)}")
+        ExperimentTrust(tuple(names))
+    return names
 
 
 def _pyprojects(folder: Path) -> Iterator[Path]:
@@ -246,40 +251,9 @@ def _pyprojects(folder: Path) -> Iterator[Path]:
     root = next((number for number, f in enumerate(folders) if (f / ".git").exists()), 0)
     for parent in folders[: root + 1]:
         file = parent / "pyproject.toml"
-        if file.is_file() and (parent is folder or _is_own(file)):
+        if not file.is_file():
+            continue
+        # A parent folder may be world-writable: only the user's and the system's files count.
+        is_posix = sys.platform != "win32"
+        if parent is folder or not is_posix or file.stat().st_uid in (os.geteuid(), 0):
             yield file
-
-
-def _is_own(file: Path) -> bool:
-    """Return True if the user or the system owns a file; a parent folder may be world-writable."""
-    return sys.platform == "win32" or file.stat().st_uid in (os.geteuid(), 0)
-
-
-def _read_table(path: Path) -> object:
-    try:
-        table: object = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"can't be read: {error.strerror or error}") from error
-    except ValueError as error:  # of UTF-8 or of TOML
-        raise ConfigSyntaxError(f"broken TOML: {error}") from error
-    for key in TABLE.split("."):
-        table = table.get(key) if isinstance(table, dict) else None
-    return table
-
-
-def _trusted_names(table: object) -> list[str]:
-    path = tuple(TABLE.split("."))
-    if not isinstance(table, dict):
-        raise ConfigFieldError(f"expected a table, found {describe(table)}", path)
-    for key in table:
-        if key != "trust":
-            raise unknown_field(key, ["trust"], TABLE, path)
-    names = table.get("trust", [])
-    path = (*path, "trust")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigFieldError(f"expected a list of names, found {describe(names)}", path)
-    try:
-        ExperimentTrust(tuple(names))
-    except ConfigError as error:
-        raise error.under(path) from None
-    return names

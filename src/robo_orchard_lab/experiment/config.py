@@ -133,10 +133,11 @@ class ExperimentConfig(ExperimentFields):
         cls, document: ExperimentDocument, trust: Trust, refused: Sequence[Path]
     ) -> tuple[ConfigError, ...]:
         """Return the errors of a document without its refused fields and named entries."""
-        fields = deepcopy(document.document)
+        fields, removed = deepcopy(document.document), []
         for path in refused:
             entry = next((named for named in NAMED_ENTRIES if path[: len(named)] == named), ())
-            *above, last = path[: len(entry) + 1]
+            removed.append(path[: len(entry) + 1])
+            *above, last = removed[-1]
             holder: Any = fields
             for key in above:
                 holder = holder.get(key) if isinstance(holder, dict) else None
@@ -149,7 +150,7 @@ class ExperimentConfig(ExperimentFields):
                 each
                 for each in (error, *error.others)
                 # Rules across fields, without a path, may depend on a refused field.
-                if each.path and all(p[: len(each.path)] != each.path for p in refused)
+                if each.path and not any(map(each.is_related_to, removed))
             )
         return ()
 

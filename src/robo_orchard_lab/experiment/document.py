@@ -29,8 +29,7 @@ from robo_orchard_lab.experiment.overrides import (
     from_environment,
     merge_with_origins,
     origin_of,
-    paths,
-    uniform_origins,
+    walk,
 )
 
 MAX_FILE_BYTES = 2**17
@@ -44,8 +43,6 @@ MAX_KEY = 200
 
 MAX_BASES = 16
 """Limit of base files, each based on the next."""
-
-# --- files -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -64,6 +61,12 @@ class ParsedFile:
     origins: Origins
     base: str | None
 
+    def base_error(self, problem: str) -> ConfigFieldError:
+        """Return an error of the field ``base``."""
+        error = ConfigFieldError(problem, ("base",))
+        error.source = str(origin_of(("base",), self.origins))
+        return error
+
 
 def read_with_bases(path: Path) -> list[ParsedFile]:
     """Read a file and its base files, the file first.
@@ -74,12 +77,14 @@ def read_with_bases(path: Path) -> list[ParsedFile]:
     """
     files: list[ParsedFile] = []
     size = MAX_FILE_BYTES
-    named_in: ParsedFile | None = None
     while True:
         try:
             content = _read_bytes(path, size)
         except ConfigError as error:
-            raise _file_error(error, path, named_in) from None
+            if files:
+                raise files[-1].base_error(f"{path.name!r} {error.problem}") from None
+            error.source = os.fspath(path)
+            raise
         size -= len(content)
         file = _parse(path, content)
         files.append(file)
@@ -88,10 +93,10 @@ def read_with_bases(path: Path) -> list[ParsedFile]:
         known = [known.path.name for known in files]
         if file.base in known:
             cycle = " -> ".join([*known, file.base])
-            raise _base_error(file, f"leads back to {file.base!r}: {cycle}")
+            raise file.base_error(f"leads back to {file.base!r}: {cycle}")
         if len(files) > MAX_BASES:
-            raise _base_error(file, f"exceeds the limit of {MAX_BASES} base files")
-        path, named_in = path.with_name(file.base), file
+            raise file.base_error(f"exceeds the limit of {MAX_BASES} base files")
+        path = path.with_name(file.base)
 
 
 def _read_bytes(path: Path, size: int) -> bytes:
@@ -101,18 +106,15 @@ def _read_bytes(path: Path, size: int) -> bytes:
     # A link created after the check is not followed, and opening a pipe does not block.
     flags = sum(getattr(os, f"O_{name}", 0) for name in ("NOFOLLOW", "NONBLOCK", "BINARY"))
     try:
-        descriptor = os.open(path, os.O_RDONLY | flags)
-    except OSError as error:
-        raise ConfigError(f"can't be read: {error.strerror or error}") from error
-    except ValueError as error:  # a name that no file can have
-        raise ConfigError(f"can't be read: {error}") from error
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ConfigError("is not a regular file")
-        with open(descriptor, "rb", closefd=False) as file:
-            content = file.read(size + 1)
-    finally:
-        os.close(descriptor)
+        with open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as file:
+            is_regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            content = file.read(size + 1) if is_regular else b""
+    except IsADirectoryError:
+        is_regular, content = False, b""
+    except (OSError, ValueError) as error:  # also a name that no file can have
+        raise ConfigError(f"can't be read: {getattr(error, 'strerror', error)}") from error
+    if not is_regular:
+        raise ConfigError("is not a regular file")
     if len(content) > size:
         raise ConfigSyntaxError(
             f"exceeds the limit of {MAX_FILE_BYTES} bytes for an experiment with its base files"
@@ -136,7 +138,7 @@ def _parse(path: Path, content: bytes) -> ParsedFile:
         raise
     by_line = {where: Origin("file", f"{path}:{line}") for where, line in lines.items()}
     by_line.setdefault((), Origin("file", os.fspath(path)))
-    origins = {where: origin_of(where, by_line) for where in paths(document)}
+    origins = {where: origin_of(where, by_line) for where, _ in walk(document)}
     document.pop("$schema", None)
     base = document.pop("base", None)
     file = ParsedFile(path, document, origins, base if isinstance(base, str) else None)
@@ -146,11 +148,7 @@ def _parse(path: Path, content: bytes) -> ParsedFile:
 
 
 def check_bounds(document: Mapping[str, Plain]) -> None:
-    """Refuse a document with more values or longer keys than any real experiment.
-
-    Raises:
-        ConfigSyntaxError: A limit is exceeded.
-    """
+    """Refuse a document with more values or longer keys than any real experiment."""
     remaining: list[Plain] = [dict(document)]
     seen = 0
     while remaining:
@@ -178,25 +176,8 @@ def _check_base(file: ParsedFile, base: Plain) -> None:
         and all(kind(base).name == base for kind in (PurePosixPath, PureWindowsPath))
     )
     if not is_plain:
-        problem = f"expected the name of a file in the same folder, found {describe(base)}"
-        raise _base_error(file, problem)
-
-
-def _base_error(file: ParsedFile, problem: str) -> ConfigFieldError:
-    error = ConfigFieldError(problem, ("base",))
-    error.source = str(origin_of(("base",), file.origins))
-    return error
-
-
-def _file_error(error: ConfigError, path: Path, named_in: ParsedFile | None) -> ConfigError:
-    """Locate the error of a file: for a base file, in the file above."""
-    if named_in is None:
-        error.source = os.fspath(path)
-        return error
-    return _base_error(named_in, f"{path.name!r} {error.problem}")
-
-
-# --- documents -------------------------------------------------------------------------------
+        found = describe(base)
+        raise file.base_error(f"expected the name of a file in the same folder, found {found}")
 
 
 @dataclass(frozen=True)
@@ -209,12 +190,14 @@ class ExperimentDocument:
             layers has the origin of the weakest layer.
         files: The file, its base, and so on.
         overrides: Applied overrides, the weakest first.
+        without_overrides: Fields and origins of the files alone.
     """
 
     document: dict[str, Plain]
     origins: Origins
     files: tuple[Path, ...]
-    overrides: tuple[Override, ...] = ()
+    overrides: tuple[Override, ...]
+    without_overrides: tuple[dict[str, Plain], Origins]
 
     @cached_property
     def leaf_origins(self) -> Origins:
@@ -229,38 +212,31 @@ class ExperimentDocument:
         return error
 
     def with_text(self, path: FieldPath) -> ExperimentDocument | None:
-        """Return a copy with the override nearest to ``path`` as typed text.
+        """Return a copy with the effective override nearest to ``path`` as typed text, or None.
 
         ``--name 3`` is parsed as a number, although the field may require text.
-
-        Returns:
-            None if no override at ``path`` was parsed as another type than text.
         """
-        found: list[tuple[int, int, FieldPath, str]] = []
+        keys = tuple(map(str, path))
+        effective = {tuple(map(str, where)): origin for where, origin in self.origins.items()}
+        found: list[tuple[int, int, str]] = []
         for number, override in enumerate(self.overrides):
-            if override.text is None:
-                continue
-            try:
-                at = _resolve_path(self.document, override.path)
-            except ConfigError:  # a stronger override replaced the parent
-                continue
-            if self.origins.get(at) != override.origin:
-                continue
-            if isinstance(_value_at(self.document, at), str):
-                continue
-            if path[: len(at)] == at or (path and at[: len(path)] == path):
-                found.append((abs(len(path) - len(at)), -number, at, override.text))
+            at, text = override.path, override.text
+            is_near = keys[: len(at)] == at or (keys and at[: len(keys)] == keys)
+            is_typed = text is not None and not isinstance(override.value, str)
+            if is_near and is_typed and effective.get(at) == override.origin:
+                found.append((abs(len(keys) - len(at)), -number, text or ""))
         if not found:
             return None
-        *_, at, text = min(found)
-        origins = {
-            where: origin
-            for where, origin in self.origins.items()
-            if where == at or where[: len(at)] != at
-        }
-        document = _with_value(self.document, at, text)
-        assert isinstance(document, dict)  # no path of an override is empty
-        return replace(self, document=document, origins=origins)
+        _, negative, text = min(found)
+        overrides = [*self.overrides]
+        overrides[-negative] = replace(overrides[-negative], value=text)
+        document, origins = self.without_overrides
+        try:
+            for override in overrides:
+                document, origins = _apply(document, origins, override)
+        except ConfigError:  # another override changes a part of the value
+            return None
+        return replace(self, document=document, origins=origins, overrides=tuple(overrides))
 
 
 def read_experiment(
@@ -281,11 +257,11 @@ def read_experiment(
         ConfigError: The error names file and line, option, or variable.
     """
     files = read_with_bases(Path(file))
-    document: dict[str, Plain] = {}
-    origins: Origins = {}
+    of_files: tuple[dict[str, Plain], Origins] = {}, {}
     for read in reversed(files):
         fields = {key: with_definitions(value, (key,)) for key, value in read.document.items()}
-        document, origins = merge_with_origins((document, origins), (fields, read.origins))
+        of_files = merge_with_origins(of_files, (fields, read.origins))
+    document, origins = of_files
     given = list(overrides)
     applied: list[Override] = []
     for layer in ("code", "environment", "command line"):
@@ -298,7 +274,8 @@ def read_experiment(
         ):
             document, origins = _apply(document, origins, override)
             applied.append(override)
-    return ExperimentDocument(document, origins, tuple(f.path for f in files), tuple(applied))
+    paths = tuple(file.path for file in files)
+    return ExperimentDocument(document, origins, paths, tuple(applied), of_files)
 
 
 def _apply(
@@ -310,7 +287,7 @@ def _apply(
         error.source = str(override.origin)
         raise
     value = with_definitions(override.value, at)
-    new_origins = uniform_origins(value, override.origin, at)
+    new_origins = {inner: override.origin for inner, _ in walk(value, at)}
     for key in reversed(at):
         value = ItemChange(key, value) if isinstance(key, int) else {key: value}
         at = at[:-1]
@@ -320,11 +297,7 @@ def _apply(
 
 
 def _resolve_path(document: dict[str, Plain], keys: tuple[str, ...]) -> FieldPath:
-    """Convert the keys of an override to a path, with the indexes of lists as integers.
-
-    Raises:
-        ConfigFieldError: A parent is a scalar, or a list without such an item.
-    """
+    """Convert the keys of an override to a path, with the indexes of lists as integers."""
     if keys[0] in ("base", "$schema"):
         raise ConfigFieldError("can't be overridden; write this key in a file", keys[:1])
     path: FieldPath = ()
@@ -343,26 +316,3 @@ def _resolve_path(document: dict[str, Plain], keys: tuple[str, ...]) -> FieldPat
         else:
             raise ConfigFieldError(f"holds {describe(inside)}, which has no {key!r}", path)
     return path
-
-
-def _value_at(document: Plain, path: FieldPath) -> Plain:
-    """Return the value at a path, or None."""
-    for key in path:
-        if isinstance(document, list) and isinstance(key, int) and key < len(document):
-            document = document[key]
-        elif isinstance(document, dict) and isinstance(key, str):
-            document = document.get(key)
-        else:
-            return None
-    return document
-
-
-def _with_value(document: Plain, path: FieldPath, value: Plain) -> Plain:
-    """Return a copy of the document with another value at an existing path."""
-    if not path:
-        return value
-    key, rest = path[0], path[1:]
-    if isinstance(document, list):
-        return [_with_value(v, rest, value) if i == key else v for i, v in enumerate(document)]
-    assert isinstance(document, dict)  # the path exists
-    return {k: _with_value(v, rest, value) if k == key else v for k, v in document.items()}

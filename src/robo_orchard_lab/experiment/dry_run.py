@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch.utils.data import RandomSampler, SequentialSampler, Subset
 
 from robo_orchard_core.utils.config import Config
 from robo_orchard_core.utils.config.model import field_values
-from robo_orchard_lab.experiment.build import BuiltExperiment, building, make_loader
+from robo_orchard_lab.experiment.build import building, make_loader
 from robo_orchard_lab.experiment.catalogue import ExperimentTrust
 from robo_orchard_lab.experiment.config import ExperimentConfig
 from robo_orchard_lab.experiment.parts import CHECKPOINT, TrainerConfig
@@ -34,32 +34,64 @@ STEPS = 2
 
 @dataclass(frozen=True, slots=True)
 class PlannedTrigger:
-    """Trigger of a hook, with the number of due times in the run."""
+    """Trigger of a hook, with the number of due times in the run; None if unknown before."""
 
     hook: str
     field: str
     trigger: str
     times: int | None
-    """None if unknown before the run."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """Memory of a process in bytes."""
+    """Memory of a process in bytes.
+
+    Attributes:
+        optimizer: State of the optimizer after an update.
+        peak: Peak until the first update.
+        peak_on: Device of the peak; ``"process"`` for the host memory of the process.
+    """
 
     parameters: int
     gradients: int
     optimizer: int
-    """State of the optimizer after an update."""
     peak: int
-    """Peak until the first update."""
     peak_on: str
-    """Device of the peak; ``"process"`` for the host memory of the process."""
+
+    @classmethod
+    def of(cls, trainer: HookBasedTrainer) -> MemoryUse:
+        """Measure the memory of a trainer after an update."""
+
+        def size(tensors: Iterable[Any]) -> int:
+            return sum(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))
+
+        parameters = [*trainer.model.parameters()]
+        states = [] if trainer.optimizer is None else [*trainer.optimizer.state.values()]
+        device = trainer.accelerator.device
+        if device.type == "cuda":
+            peak, peak_on = torch.cuda.max_memory_allocated(device), str(device)
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            peak_on = "process"
+        return cls(
+            size(parameters),
+            size(p for p in parameters if p.requires_grad),
+            size(value for state in states for value in state.values()),
+            peak,
+            peak_on,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """Facts about a run, found with its first batch."""
+    """Facts about a run, found with its first batch.
+
+    Attributes:
+        length: None if unknown before the run.
+        loss: Loss of the first batch.
+        evaluated: Loss of the first batch of each evaluation set.
+    """
 
     run_folder: Path
     device: str
@@ -67,11 +99,8 @@ class DryRun:
     parameters: int
     trained_parameters: int
     length: RunLength | None
-    """None if unknown before the run."""
     loss: float | None
-    """Loss of the first batch."""
-    evaluated: Mapping[str, float]
-    """Loss of the first batch of each evaluation set."""
+    evaluated: dict[str, float]
     hooks: tuple[PlannedTrigger, ...]
     memory: MemoryUse
 
@@ -80,21 +109,32 @@ def dry_run(experiment: ExperimentConfig) -> DryRun:
     """Build an experiment, train one batch, and evaluate one batch of each evaluation set.
 
     The batch is trained without hooks, including its update. Files are written to a temporary
-    folder.
-
-    Raises:
-        ConfigError: A part can't be built.
-        Exception: Errors of the parts.
+    folder. Errors are those of `ExperimentConfig.build` and of the parts.
     """
+    losses: list[float] = []
+    bundle = PipelineHooks("dry_run")
+
+    @bundle.on_step.after
+    def collect_loss(args: Any) -> None:
+        if args.loss is not None:
+            losses.append(float(args.loss))
+
     with TemporaryDirectory(prefix="dry-run-") as folder:
         built = experiment.build(run_folder=folder, resume="never")
         length = run_length(built.dataloader, built.accelerator, built.trainer.limits)
-        losses: list[float] = []
-        trainer = _trainer_of_one_step(built, losses)
+        trainer = HookBasedTrainer(
+            built.accelerator,
+            built.trainer.model,
+            built.dataloader,
+            built.batch_processor,
+            built.trainer.optimizer,
+            hooks=[bundle],
+            max_step=1,
+        )
         if built.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(built.accelerator.device)
         trainer()
-        memory = _memory(trainer)
+        memory = MemoryUse.of(trainer)
         first = {name: list(islice(iter(loader), 1)) for name, loader in built.evaluation.items()}
         evaluated: dict[str, float] = {}
         if first:
@@ -102,6 +142,13 @@ def dry_run(experiment: ExperimentConfig) -> DryRun:
                 trainer.model, built.batch_processor, first, accelerator=built.accelerator
             )
             evaluated = {k.removesuffix("/loss"): v for k, v in evaluator.evaluate().items()}
+    planned = []
+    for name, config in {**experiment.hooks, CHECKPOINT: experiment.checkpoint}.items():
+        for field, trigger in _triggers(config).items():
+            # A run that reaches its limit is saved there, whatever the trigger.
+            due = (trigger | Last()) if isinstance(config, SaveCheckpointConfig) else trigger
+            times = None if length is None else count_due(due, length)
+            planned.append(PlannedTrigger(name, field, str(due), times))
     parameters = [*built.model.parameters()]
     return DryRun(
         experiment.folder(),
@@ -112,7 +159,7 @@ def dry_run(experiment: ExperimentConfig) -> DryRun:
         length,
         losses[0] if losses else None,
         evaluated,
-        tuple(_planned(experiment, length)),
+        tuple(planned),
         memory,
     )
 
@@ -121,113 +168,48 @@ def fast_run(experiment: ExperimentConfig) -> list[str]:
     """Run two steps of an experiment, save, resume, and run a third step, in a temporary folder.
 
     An epoch and each evaluation set have two batches, and all triggers are due in every step.
+    Errors are those of `ExperimentConfig.build` and of the parts.
 
     Returns:
         Lines of a report.
-
-    Raises:
-        ConfigError: A part can't be built.
-        Exception: Errors of the parts.
     """
     fast = _fast(experiment)
-    done: list[str] = []
     with TemporaryDirectory(prefix="debug-fast-") as folder:
         run_folder = Path(folder)
         first = fast.build(run_folder=run_folder, resume="never", **_short_data(fast))
         first.trainer()
-        done.append(f"trained to {first.trainer.progress}")
+        done = [f"trained to {first.trainer.progress}"]
         found = {value.name: value.value for value in first.trainer.metrics.last_values()}
         done += [f"found {name} = {value:.6g}" for name, value in sorted(found.items())]
-        written = sorted(
-            str(path.relative_to(run_folder)) for path in run_folder.rglob("*") if path.is_file()
-        )
-        tops = sorted({Path(path).parts[0] for path in written})
+        written = [path.relative_to(run_folder) for path in run_folder.rglob("*") if path.is_file()]
+        tops = sorted({path.parts[0] for path in written})
         done.append(f"wrote {len(written)} files: {', '.join(tops)}")
         if fast.checkpoint is not None:
-            longer = fast.replace(trainer=fast.trainer.replace(max_step=STEPS + 1))
-            again = longer.build(run_folder=run_folder, resume="auto", **_short_data(fast))
-            resumed_at = again.trainer.progress.global_step_id
-            again.trainer()
-            done.append(
-                f"saved, and resumed from step {resumed_at} to "
-                f"{again.trainer.progress.global_step_id}"
-            )
+            longer = fast.replace(**{"trainer.max_step": STEPS + 1})
+            again = longer.build(run_folder=run_folder, resume="auto", **_short_data(fast)).trainer
+            resumed_at = again.progress.global_step_id
+            again()
+            reached = again.progress.global_step_id
+            done.append(f"saved, and resumed from step {resumed_at} to {reached}")
     return done
 
 
-def _trainer_of_one_step(built: BuiltExperiment, losses: list[float]) -> HookBasedTrainer:
-    """Build a trainer of one step without the hooks of the run; its loss is appended."""
-    bundle = PipelineHooks("dry_run")
-
-    @bundle.on_step.after
-    def collect_loss(args: Any) -> None:
-        if args.loss is not None:
-            losses.append(float(args.loss))
-
-    return HookBasedTrainer(
-        built.accelerator,
-        built.trainer.model,
-        built.dataloader,
-        built.batch_processor,
-        built.trainer.optimizer,
-        hooks=[bundle],
-        max_step=1,
-    )
-
-
-def _memory(trainer: HookBasedTrainer) -> MemoryUse:
-    parameters = [*trainer.model.parameters()]
-    state = [] if trainer.optimizer is None else [*trainer.optimizer.state.values()]
-    device = trainer.accelerator.device
-    peak_on = "process"
-    if device.type == "cuda":
-        peak, peak_on = torch.cuda.max_memory_allocated(device), str(device)
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return MemoryUse(
-        sum(map(_bytes, parameters)),
-        sum(_bytes(p) for p in parameters if p.requires_grad),
-        sum(
-            _bytes(value)
-            for of_parameter in state
-            for value in of_parameter.values()
-            if isinstance(value, torch.Tensor)
-        ),
-        peak,
-        peak_on,
-    )
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _planned(experiment: ExperimentConfig, length: RunLength | None) -> Iterator[PlannedTrigger]:
-    hooks = dict(experiment.hooks)
-    if experiment.checkpoint is not None:
-        hooks[CHECKPOINT] = experiment.checkpoint
-    for name, config in hooks.items():
-        for field, value in _triggers(config):
-            # A run that reaches its limit is saved there, whatever the trigger.
-            due = (value | Last()) if isinstance(config, SaveCheckpointConfig) else value
-            times = None if length is None else count_due(due, length)
-            yield PlannedTrigger(name, field, str(due), times)
-
-
-def _triggers(config: Config) -> Iterator[tuple[str, Trigger]]:
-    for name, value in field_values(config).items():
-        if isinstance(value, Trigger):
-            yield name, value
+def _triggers(config: Config | None) -> dict[str, Trigger]:
+    """Return the triggers of a hook by the names of their fields."""
+    fields = {} if config is None else field_values(config)
+    return {name: value for name, value in fields.items() if isinstance(value, Trigger)}
 
 
 def _fast(experiment: ExperimentConfig) -> ExperimentConfig:
     """Limit an experiment to a few steps, with all triggers due in every step."""
-    hooks = {name: _in_every_step(config) for name, config in experiment.hooks.items()}
-    checkpoint = experiment.checkpoint
+
+    def in_every_step(config: Any) -> Any:
+        changes = dict.fromkeys(_triggers(config), EverySteps(1))
+        return config.replace(**changes) if changes else config
+
     return experiment.replace(
-        hooks=hooks,
-        checkpoint=None if checkpoint is None else _in_every_step(checkpoint),
+        hooks={name: in_every_step(config) for name, config in experiment.hooks.items()},
+        checkpoint=in_every_step(experiment.checkpoint),
         # Resuming within an epoch must also work with data that can't be seeked.
         **{"data.order.fast_forward": True},
         trainer=TrainerConfig(
@@ -264,11 +246,6 @@ def _short_data(experiment: ExperimentConfig) -> dict[str, Any]:
     return {"dataloader": dataloader, "evaluation": evaluation}
 
 
-def _in_every_step(config: Any) -> Any:
-    changes = {name: EverySteps(1) for name, _ in _triggers(config)}
-    return config.replace(**changes) if changes else config
-
-
 def build_for_resume_proof(
     run_folder: Path,
     resume_from: str | os.PathLike[str] | None,
@@ -277,11 +254,8 @@ def build_for_resume_proof(
 ) -> HookBasedTrainer:
     """Build the trainer of an experiment, in the processes of `prove_resume`.
 
-    Args:
-        run_folder: Folder of this run.
-        resume_from: Checkpoint, as in `prove_resume`.
-        document: Plain data of the experiment.
-        trust: Names of trusted packages and classes.
+    ``document`` is the plain data of the experiment, ``trust`` the names of trusted packages and
+    classes; the other arguments are as in `prove_resume`.
     """
     trusted = ExperimentTrust.of(trust, pyproject=False)
     trusted.make_local_modules_importable()

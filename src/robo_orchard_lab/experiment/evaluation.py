@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +39,19 @@ from robo_orchard_lab.pipeline.trainer.rank_state import check_tensors
 
 @dataclass(frozen=True, slots=True)
 class SavedWeights:
-    """Weights of a model, with the states of hooks."""
+    """Weights of a model, with the states of hooks.
+
+    Attributes:
+        path: Checkpoint or file of the weights.
+        weights: State dict with the names of the unwrapped model.
+        hooks: States of hooks by name; None if only the weights were saved.
+        step: Number of completed steps, if known.
+    """
 
     path: Path
-    """Checkpoint or file of the weights."""
     weights: Mapping[str, Any]
-    """State dict with the names of the unwrapped model."""
     hooks: Mapping[str, Any] | None = None
-    """States of hooks by name; None if only the weights were saved."""
     step: int | None = None
-    """Number of completed steps, if known."""
 
     @classmethod
     def from_checkpoint(cls, path: Path) -> SavedWeights:
@@ -75,6 +78,14 @@ class SavedWeights:
         """Read the weights of a safetensors file."""
         return cls(path, load_file(path))
 
+    def load_into(self, model: torch.nn.Module) -> None:
+        """Load the weights into a model of any wrapping."""
+        live = model.state_dict()
+        entries = {plain_name(name): name for name in live}
+        state = {entries.get(name, name): value for name, value in self.weights.items()}
+        check_tensors(f"{self.path} has the weights of another model", live, state)
+        model.load_state_dict(state)
+
 
 def best_weights(
     experiment: ExperimentConfig, run_folder: Path, checkpoints: RunCheckpoints
@@ -97,15 +108,6 @@ def best_weights(
             f"the best weights of {run_folder} are unknown: it has no file of a KeepBest and no "
             "checkpoint.monitor"
         ) from None
-
-
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """Evaluating hooks, and loaders for the loss."""
-
-    hooks: dict[str, PipelineHooks] = field(default_factory=dict)
-    loaders: dict[str, Iterable[Any]] = field(default_factory=dict)
-    """Loaders that no hook evaluates, for the loss only."""
 
 
 def evaluate(
@@ -145,89 +147,69 @@ def _evaluate(
     sets: Sequence[str],
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    measured = _measured(experiment, saved, sets)
-    with building("model"):
-        assert experiment.model is not None
-        model = experiment.model()
-    _load(model, saved)
-    with building("batch_processor"):
-        processor = make_processor(experiment.batch_processor)
-    model = accelerator.prepare_model(model, evaluation_mode=True)
-    found: dict[str, float] = {}
-    if measured.loaders:
-        evaluator = Evaluator(model, processor, measured.loaders, accelerator=accelerator)
-        found |= {f"eval/{name}": value for name, value in evaluator.evaluate().items()}
-    run = PipelineRun.standalone(batch_processor=processor, accelerator=accelerator, model=model)
-    args = PipelineHookArgs(run)
-    with PipelineHooks.from_hooks(measured.hooks).begin("on_loop", args):
-        for measure in run.evaluations.values():
-            measure(args)
-        run.metrics.flush(log=True, accelerator=accelerator)
-        found |= {value.name: value.value for value in run.metrics.last_values()}
-    return found
-
-
-def _measured(experiment: ExperimentConfig, saved: SavedWeights, sets: Sequence[str]) -> _Measured:
-    described = experiment.data.evaluation
     validations = {
         name: config
         for name, config in experiment.hooks.items()
         if isinstance(config, ValidationHookConfig)
     }
-    own = {name for config in validations.values() for name in config.dataloaders or ()}
+    loaders = _loaders(experiment, validations.values(), sets)
+    if not (loaders or validations):
+        raise ConfigFieldError("there are no evaluation sets; add them to data.evaluation")
+    hooks: dict[str, PipelineHooks] = {}
+    for name, config in validations.items():
+        theirs = config.dataloaders if config.dataloaders is not None else loaders
+        own = theirs if config.sets is None else config.sets
+        names = [each for each in theirs if each in own and each in (sets or theirs)]
+        if names:
+            with building("hooks", name):
+                weights = config.weights if saved.hooks is not None else None  # a file has them
+                if weights is not None and weights not in hooks:
+                    hooks[weights] = _keeper(weights, experiment, saved)
+                config = config.replace(sets=names, weights=weights)
+                hooks[name] = make_hook(config, experiment.folder(), loaders)
+    with building("model"):
+        assert experiment.model is not None
+        model = experiment.model()
+    saved.load_into(model)
+    with building("batch_processor"):
+        processor = make_processor(experiment.batch_processor)
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    if not validations:
+        evaluator = Evaluator(model, processor, loaders, accelerator=accelerator)
+        return {f"eval/{name}": value for name, value in evaluator.evaluate().items()}
+    run = PipelineRun.standalone(batch_processor=processor, accelerator=accelerator, model=model)
+    args = PipelineHookArgs(run)
+    with PipelineHooks.from_hooks(hooks).begin("on_loop", args):
+        for measure in run.evaluations.values():
+            measure(args)
+        run.metrics.flush(log=True, accelerator=accelerator)
+        return {value.name: value.value for value in run.metrics.last_values()}
+
+
+def _loaders(
+    experiment: ExperimentConfig,
+    validations: Iterable[ValidationHookConfig],
+    sets: Sequence[str],
+) -> dict[str, Iterable[Any]]:
+    """Build the wanted loaders of the experiment; hooks may have others."""
+    described = experiment.data.evaluation
+    known = {*described, *(name for config in validations for name in config.dataloaders or ())}
     for name in sets:
-        if name not in {*described, *own}:
-            raise unknown_field(name, {*described, *own}, "the experiment", ("data", "evaluation"))
-    wanted = {*(sets or {*described, *own})}
+        if name not in known:
+            raise unknown_field(name, known, "the experiment", ("data", "evaluation"))
     loaders: dict[str, Iterable[Any]] = {}
     for name, loader in described.items():
-        if name in wanted:
+        if name in (sets or described):
             with building("data", "evaluation", name):
                 loaders[name] = make_loader(loader)
-    found = _Measured()
-    if not validations:
-        if not loaders:
-            raise ConfigFieldError("there are no evaluation sets; add them to data.evaluation")
-        found.loaders.update(loaders)
-    for name, config in validations.items():
-        with building("hooks", name):
-            _add_validation(found, name, config, loaders, wanted, experiment, saved)
-    return found
+    return loaders
 
 
-def _add_validation(
-    found: _Measured,
-    name: str,
-    config: ValidationHookConfig,
-    loaders: Mapping[str, Iterable[Any]],
-    wanted: set[str],
-    experiment: ExperimentConfig,
-    saved: SavedWeights,
-) -> None:
-    """Add a validation hook, after the hook with its weights."""
-    folder = experiment.folder()
-    theirs = config.dataloaders if config.dataloaders is not None else loaders
-    names = [n for n in theirs if n in wanted and (config.sets is None or n in config.sets)]
-    if not names:
-        return
-    changes: dict[str, Any] = {"sets": names}
-    weights = config.weights
-    if weights is not None and saved.hooks is None:
-        changes["weights"] = None  # the file has the kept weights
-    elif weights is not None and weights not in found.hooks:
-        if weights not in experiment.hooks or weights not in (saved.hooks or {}):
-            raise ConfigFieldError(
-                f"{saved.path} has no weights of a hook {weights!r}", ("weights",)
-            )
-        keeper = make_hook(experiment.hooks[weights], folder, {})
-        keeper.load_state_dict((saved.hooks or {})[weights])
-        found.hooks[weights] = keeper
-    found.hooks[name] = make_hook(config.replace(**changes), folder, loaders)
-
-
-def _load(model: torch.nn.Module, saved: SavedWeights) -> None:
-    live = model.state_dict()
-    entries = {plain_name(name): name for name in live}
-    state = {entries.get(name, name): value for name, value in saved.weights.items()}
-    check_tensors(f"{saved.path} has the weights of another model", live, state)
-    model.load_state_dict(state)
+def _keeper(name: str, experiment: ExperimentConfig, saved: SavedWeights) -> PipelineHooks:
+    """Build the hook that keeps weights, with its saved state."""
+    states = saved.hooks or {}
+    if name not in experiment.hooks or name not in states:
+        raise ConfigFieldError(f"{saved.path} has no weights of a hook {name!r}", ("weights",))
+    keeper = make_hook(experiment.hooks[name], experiment.folder(), {})
+    keeper.load_state_dict(states[name])
+    return keeper

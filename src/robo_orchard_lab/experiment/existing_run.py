@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -32,26 +33,23 @@ from robo_orchard_lab.pipeline.run.run_state import RunState, read_run_state
 
 logger = job_logger(__name__)
 
-# --- checkpoints -----------------------------------------------------------------------------
-
 
 @dataclass(frozen=True, slots=True)
 class RunCheckpoints:
-    """Checkpoints of a run, with an optional selected checkpoint."""
+    """Checkpoints of a run, with an optional selected checkpoint.
+
+    Attributes:
+        root: Folder of the checkpoints.
+        chosen: Selected checkpoint; None for all checkpoints of the run.
+        policy: Fields of ``SaveCheckpoint`` from the run's file.
+    """
 
     root: Path
-    """Folder of the checkpoints."""
     chosen: Path | None = None
-    """Selected checkpoint; None for all checkpoints of the run."""
     policy: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of ``SaveCheckpoint`` from the run's file."""
 
     def retention(self, **changes: Any) -> Retention:
-        """Return the retention policy of the run, with changes.
-
-        Raises:
-            PipelineConfigError: The options contradict each other.
-        """
+        """Return the retention policy of the run, with changes."""
         names = ("keep_last", "keep_every", "keep_best", "monitor", "mode")
         own = {name: self.policy[name] for name in names if self.policy.get(name) is not None}
         return Retention(**{**own, **changes})
@@ -100,13 +98,20 @@ def find_checkpoints(path: str | os.PathLike[str]) -> RunCheckpoints:
         ConfigError: The run's file can't be read.
     """
     path = Path(path)
-    if path.is_dir() and not (path / MANIFEST_FILE).is_file() and _has_checkpoints(path):
-        return RunCheckpoints(path, policy=_policy_of_root(path))
-    if (path / MANIFEST_FILE).is_file():
-        root = path.resolve().parent if path.is_symlink() else path.parent
-        return RunCheckpoints(root, path, _policy_of_root(root))
+
+    def policy_of(config: Path) -> Mapping[str, Any]:
+        policy = read_with_bases(config)[0].document.get("checkpoint")  # plain: needs no trust
+        return policy if isinstance(policy, dict) else {}
+
+    is_checkpoint = (path / MANIFEST_FILE).is_file()
+    if is_checkpoint or (path.is_dir() and any(map(_is_of_checkpoint, os.listdir(path)))):
+        root = path if not is_checkpoint else (path.resolve() if path.is_symlink() else path).parent
+        policy: Mapping[str, Any] = {}
+        with suppress(ConfigError):
+            policy = policy_of(find_run(root.absolute().parent).config)
+        return RunCheckpoints(root, path if is_checkpoint else None, policy)
     run = find_run(path)
-    policy = _read_policy(run.config)
+    policy = policy_of(run.config)
     folder = policy.get("folder")
     root = run.folder / _folder_within_run(
         CHECKPOINTS_FOLDER if folder is None else folder, run.config
@@ -120,29 +125,12 @@ def _listing(root: Path) -> Listing:
     return RootListing(root, ReadLimits()).read()
 
 
-def _has_checkpoints(folder: Path) -> bool:
-    return any(step_from_name(name) is not None or name == LAST for name in os.listdir(folder))
-
-
-def _read_policy(config: Path) -> Mapping[str, Any]:
-    """Return ``checkpoint`` of a run's file as plain data; no trust is needed."""
-    policy = read_with_bases(config)[0].document.get("checkpoint")
-    return policy if isinstance(policy, dict) else {}
-
-
-def _policy_of_root(root: Path) -> Mapping[str, Any]:
-    try:
-        return _read_policy(find_run(root.absolute().parent).config)
-    except ConfigError:
-        return {}
+def _is_of_checkpoint(name: str) -> bool:
+    return step_from_name(name) is not None or name == LAST
 
 
 def _folder_within_run(folder: Any, config: Path) -> Path:
-    """Return the checkpoint folder of a run's file, relative to the run folder.
-
-    Raises:
-        ConfigFieldError: The path leads out of the run folder or through a link.
-    """
+    """Return the checkpoint folder of a run's file: no path out of the run, or through a link."""
     try:
         if not isinstance(folder, str):
             raise ConfigFieldError(
@@ -158,20 +146,15 @@ def _folder_within_run(folder: Any, config: Path) -> Path:
     return Path(folder)
 
 
-# --- state and changes -----------------------------------------------------------------------
-
-
 class ChangedRunError(ConfigError):
     """Resume refused: the configuration changed more than the user allows.
 
     Attributes:
-        folder: Run folder.
         changes: All differences, the worst first.
         worst: The worst effect among the differences.
     """
 
     def __init__(self, folder: Path, changes: Sequence[Difference]) -> None:
-        self.folder = folder
         self.changes = tuple(changes)
         self.worst: ResumeEffect = self.changes[0].resume
         fields = ", ".join(each.field for each in self.changes if each.resume == self.worst)
@@ -181,16 +164,19 @@ class ChangedRunError(ConfigError):
 
 @dataclass(frozen=True, slots=True)
 class ExistingRun:
-    """State of the run in a folder."""
+    """State of the run in a folder.
+
+    Attributes:
+        config: The file of the last start.
+        newest_step: Step of the newest healthy checkpoint with an intact manifest, or else of the
+            newest; None without checkpoints.
+        state: Content of ``run_state.json``; None without the file, or with a damaged file.
+    """
 
     folder: Path
     config: Path
-    """The file of the last start."""
     newest_step: int | None
-    """Step of the newest healthy checkpoint with an intact manifest, or else of the newest; None
-    without checkpoints."""
     state: RunState | None
-    """Content of ``run_state.json``; None without the file, or with a damaged file."""
 
     @property
     def pid(self) -> int | None:
@@ -215,20 +201,20 @@ def find_existing_run(folder: str | os.PathLike[str]) -> ExistingRun | None:
     Damaged files next to the checkpoints do not stop a resume: the start of the run reports them,
     and moves them.
     """
-    config = run_config_file(folder)
-    if config is None:
+    if (config := run_config_file(folder)) is None:
         return None
+    step, state = None, None
     try:
-        infos = _listing(find_checkpoints(config).root).to_resume
+        root = find_checkpoints(config).root
     except NoRunError:
-        infos = []
+        root = None
     except ConfigError:
-        infos = CheckpointStore(Path(folder) / CHECKPOINTS_FOLDER).list()
-    try:
+        root = Path(folder) / CHECKPOINTS_FOLDER
+    if root is not None and (infos := _listing(root).to_resume):
+        step = infos[0].step
+    with suppress(FileNotFoundError, StateError):
         state = read_run_state(folder)
-    except (FileNotFoundError, StateError):
-        state = None
-    return ExistingRun(Path(folder), config, infos[0].step if infos else None, state)
+    return ExistingRun(Path(folder), config, step, state)
 
 
 def check_changes(
@@ -252,10 +238,13 @@ def check_changes(
         ChangedRunError: A difference has a worse effect.
     """
     try:
-        old = _resolved_document(before.config, trust)
+        document = read_experiment(before.config)
     except ConfigError as error:
         logger.warning("the experiment can't be compared with the run to resume: %s", error)
         return []
+    old: Mapping[str, Any] = document.document
+    with suppress(ConfigError):  # such as a class that was removed
+        old = ExperimentConfig.from_document(document, trust).to_dict()  # with current defaults
     found = differences(
         {**old, "run_folder": None, "resume": None},
         {**experiment.to_dict(), "run_folder": None, "resume": None},
@@ -278,9 +267,6 @@ def record(
 
     The recorded file omits ``run_folder``, since the file lies there. It replaces that of the
     start before; a damaged one is moved.
-
-    Raises:
-        OSError: The record can't be written.
     """
     text = experiment.replace(run_folder=None).to_str("yaml")
     if (config := run_config_file(experiment.folder())) is not None:
@@ -292,12 +278,3 @@ def record(
         {"path": c.field, "before": c.before, "after": c.after, "resume": c.resume} for c in changes
     )
     return record_start(experiment.folder(), text, processes=processes, changes=plain)
-
-
-def _resolved_document(config: Path, trust: TrustLike) -> dict[str, Any]:
-    """Return the document with current defaults, or unvalidated if validation fails."""
-    document = read_experiment(config)
-    try:
-        return ExperimentConfig.from_document(document, trust).to_dict()
-    except ConfigError:
-        return dict(document.document)  # such as a class that was removed

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from robo_orchard_core.utils.cli import Option, options_of
+from robo_orchard_core.utils.cli import options_of
 from robo_orchard_core.utils.config import (
     Config,
     ConfigReferenceError,
@@ -39,19 +40,19 @@ if TYPE_CHECKING:
     from robo_orchard_lab.pipeline import PipelineHooks
 
 
-# --- fields ----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class FieldHelp:
-    """Description of one field."""
+    """Description of one field.
+
+    Attributes:
+        path: Dotted path.
+        default: Default as written in a file; None for a required field.
+    """
 
     path: str
-    """Dotted path."""
     description: str
     type: str
     default: str | None
-    """Default as written in a file; None for a required field."""
 
     @property
     def text(self) -> str:
@@ -69,32 +70,19 @@ def experiment_fields() -> tuple[FieldHelp, ...]:
 def fields_of(config_class: type[BaseModel]) -> list[FieldHelp]:
     """Describe the fields of a config class, with the fields of nested configs by dotted path."""
     required = getattr(config_class, "required_parameters", ())  # of a config made of a signature
-    return [
-        _describe_field(option, required)
-        for option in options_of(config_class)
-        if not _is_nested_config(option) and option.path not in (("class_type",), ("func",))
-    ]
+    found = []
+    for option in options_of(config_class):
+        kind, path = option.field.annotation, ".".join(option.path)
+        if (isinstance(kind, type) and issubclass(kind, Config)) or path in ("class_type", "func"):
+            continue  # the fields of a nested config follow
+        names = option.type.split(" | ")
+        if "Trigger" in names:  # text such as "50 steps" is a trigger
+            names = [name for name in names if name != "str"]
+        default = None if option.required or path in required else option.default_text
+        description = option.field.description or ""
+        found.append(FieldHelp(path, description, " | ".join(names), default))
+    return found
 
-
-def _is_nested_config(option: Option) -> bool:
-    kind = option.field.annotation
-    return isinstance(kind, type) and issubclass(kind, Config)
-
-
-def _describe_field(option: Option, required: Iterable[str]) -> FieldHelp:
-    has_default = not (option.required or ".".join(option.path) in required)
-    names = option.type.split(" | ")
-    if "Trigger" in names:  # text such as "50 steps" is a trigger
-        names = [name for name in names if name != "str"]
-    return FieldHelp(
-        path=".".join(option.path),
-        description=option.field.description or "",
-        type=" | ".join(names),
-        default=option.default_text if has_default else None,
-    )
-
-
-# --- built-in hooks --------------------------------------------------------------------------
 
 EXAMPLES: Mapping[str, dict[str, Plain]] = {
     "EarlyStopping": {"monitor": "eval/val/loss", "mode": "min", "patience": 3},
@@ -131,32 +119,30 @@ _ARGUMENTS: Mapping[str, dict[str, Any]] = {"ValidationHook": {"dataloaders": {"
 
 @dataclass(frozen=True)
 class HookInfo:
-    """Description of a hook class."""
+    """Description of a hook class.
+
+    Attributes:
+        name: Name in files.
+        reference: Definition of the class.
+        summary: First sentence of the docstring.
+        description: Remaining docstring.
+        channels: Channels of the hooks of the example; None if the example can't be built here,
+            for example without an optional dependency.
+        example: Entry for a file.
+    """
 
     name: str
-    """Name in files."""
     reference: str
-    """Definition of the class."""
     summary: str
-    """First sentence of the docstring."""
     description: str
-    """Remaining docstring."""
     fields: tuple[FieldHelp, ...]
     channels: tuple[str, ...] | None
-    """Channels of the hooks of the example; None if the example can't be built here, for example
-    without an optional dependency."""
     example: dict[str, Plain]
-    """Entry for a file."""
 
 
 def hook_names() -> list[str]:
     """Return the names of the built-in hooks; torch is not imported."""
     return [*HOOK_MODULES]
-
-
-def hooks() -> list[HookInfo]:
-    """Describe all built-in hooks."""
-    return [hook(name) for name in hook_names()]
 
 
 def hook(name: str, trust: Trust | None = None) -> HookInfo:
@@ -175,80 +161,66 @@ def hook(name: str, trust: Trust | None = None) -> HookInfo:
         advice = suggest_name(name, known, "there are")
         raise ConfigReferenceError(f"there is no hook {name!r}; {advice}")
     reference = definition_of(name)
-    example: dict[str, Plain] = {"class_type": name, **EXAMPLES.get(name, {})}
     if not trust.covers(*split_reference(reference)):
         package = reference.partition(".")[0].partition(":")[0]
         raise TrustError(f"{name!r} is not trusted; if you trust its code, pass --trust {package}")
+    from robo_orchard_lab.pipeline import CHANNEL_NAMES, PipelineHooks
+
     found: Any = resolve(reference, trust)
-    if not (isinstance(found, type) and issubclass(found, _hooks_class())):
+    if not (isinstance(found, type) and issubclass(found, PipelineHooks)):
         raise ConfigReferenceError(f"expected a subclass of PipelineHooks, found {name!r}")
-    summary, description = _split_docstring(found)
+    text = _ROLE.sub(r"`\1`", inspect.getdoc(found) or "").replace("``", "`")
+    first, *parts = text.split("\n\n")
+    example: dict[str, Plain] = {"class_type": name, **EXAMPLES.get(name, {})}
+    channels = None
+    with suppress(Exception):  # the constructor decides which error
+        holder = _Holder.from_dict({"hook": with_definitions(example)}, trust=trust)
+        built: PipelineHooks = holder.hook(**_ARGUMENTS.get(name, {}))
+        channels = tuple(each for each in CHANNEL_NAMES if len(built.get_channel(each)))
     return HookInfo(
-        name=name,
-        reference=reference,
-        summary=summary,
-        description=description,
+        name,
+        reference,
+        summary=" ".join(first.split()),
+        description="\n\n".join(p for p in parts if not p.startswith(_FOR_CODE)).strip(),
         fields=tuple(fields_of(config_class_of(found))),
-        channels=_channels(name, example, trust),
+        channels=channels,
         example=example,
     )
-
-
-def _hooks_class() -> type:
-    from robo_orchard_lab.pipeline import PipelineHooks
-
-    return PipelineHooks
-
-
-def _split_docstring(code: Any) -> tuple[str, str]:
-    """Return the first sentence of a docstring and the rest, without sections about code."""
-    text = inspect.getdoc(code) or ""
-    first, _, rest = _ROLE.sub(r"`\1`", text).replace("``", "`").partition("\n\n")
-    parts = [part for part in rest.split("\n\n") if not part.startswith(_FOR_CODE)]
-    return " ".join(first.split()), "\n\n".join(parts).strip()
 
 
 class _Holder(Config):
     hook: HooksPart
 
 
-def _channels(name: str, example: dict[str, Plain], trust: Trust) -> tuple[str, ...] | None:
-    from robo_orchard_lab.pipeline import CHANNEL_NAMES
-
-    document = with_definitions({"hook": example})
-    assert isinstance(document, dict)
-    try:
-        config = _Holder.from_dict(document, trust=trust)
-        built: PipelineHooks = config.hook(**_ARGUMENTS.get(name, {}))
-    except Exception:  # the constructor decides which error
-        return None
-    return tuple(channel for channel in CHANNEL_NAMES if len(built.get_channel(channel)))
-
-
-# --- hooks of a run --------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class PlannedHook:
-    """Hook on a channel of a run."""
+    """Hook on a channel of a run.
+
+    Attributes:
+        position: Position from 0, the outermost: its ``before`` runs first, its ``after`` last.
+        hook: Name in the experiment of the hooks to which it belongs.
+        when: ``always``, or the trigger.
+        before: File and line of ``before``, or None; likewise ``after``.
+    """
 
     channel: str
     position: int
-    """Position from 0, the outermost: its ``before`` runs first, its ``after`` last."""
     hook: str
-    """Name in the experiment of the hooks to which it belongs."""
     class_name: str
     when: str
-    """``always``, or the trigger."""
     before: str | None
-    """File and line of ``before``, or None."""
     after: str | None
-    """File and line of ``after``, or None."""
 
 
 def plan_hooks(hooks: PipelineHooks) -> list[PlannedHook]:
     """List the hooks of a run by channel, each channel from the outermost hook."""
     from robo_orchard_lab.pipeline import CHANNEL_NAMES
+
+    def location(function: Any) -> str | None:
+        if function is None:
+            return None
+        info = FunctionInfo.of(function)
+        return info.location or info.name
 
     return [
         PlannedHook(
@@ -257,28 +229,18 @@ def plan_hooks(hooks: PipelineHooks) -> list[PlannedHook]:
             hook=entry.label if entry.owner is None else entry.owner.name,
             class_name=type(entry.owner or entry.context).__name__,
             when=str(getattr(entry.context, "when", "always")),
-            before=_location(entry.before),
-            after=_location(entry.after),
+            before=location(entry.before),
+            after=location(entry.after),
         )
         for channel in CHANNEL_NAMES
         for entry in hooks.get_channel(channel).entries()
     ]
 
 
-def _location(function: Any) -> str | None:
-    if function is None:
-        return None
-    info = FunctionInfo.of(function)
-    return info.location or info.name
-
-
 def build_hook_set(experiment: ExperimentConfig) -> PipelineHooks:
     """Build the hooks of a run for inspection, the trainer's own first; they can't run.
 
     Neither the model nor the data is built.
-
-    Raises:
-        ConfigError: A hook can't be built; the error has its path.
     """
     import torch
     from accelerate import Accelerator

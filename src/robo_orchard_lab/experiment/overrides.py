@@ -8,10 +8,10 @@ parameter group.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
@@ -23,11 +23,10 @@ from robo_orchard_core.utils.config.errors import (
     ConfigSyntaxError,
     Path,
     parse_path,
+    suggest_name,
 )
 from robo_orchard_core.utils.config.formats import Plain, check_plain, check_utf8
 from robo_orchard_core.utils.config.parts import PART_KEYS
-
-# --- provenance ------------------------------------------------------------------------------
 
 Layer = Literal["command line", "environment", "code", "file", "default"]
 """Sources of a value, the strongest first."""
@@ -53,6 +52,15 @@ class Origin:
             return self.where
         return f"{self.layer}: {self.where}" if self.where else self.layer
 
+    @contextmanager
+    def as_source(self) -> Iterator[None]:
+        """Set this origin as the source of an error in a block."""
+        try:
+            yield
+        except ConfigError as error:
+            error.source = str(self)
+            raise
+
 
 Origins = dict[Path, Origin]
 """Origins of values by path."""
@@ -75,16 +83,6 @@ def origin_of(path: Path, origins: Mapping[Path, Origin]) -> Origin:
     return DEFAULT
 
 
-def uniform_origins(value: Plain, origin: Origin, path: Path = ()) -> Origins:
-    """Return the same origin for a value and all values inside."""
-    return dict.fromkeys(paths(value, path), origin)
-
-
-def paths(value: Plain, path: Path = ()) -> Iterator[Path]:
-    """Yield the paths of a value and of all values inside."""
-    return (inner for inner, _ in walk(value, path))
-
-
 def walk(value: Plain, path: Path = ()) -> Iterator[tuple[Path, Plain]]:
     """Yield a value and all values inside, each with its path."""
     yield path, value
@@ -95,8 +93,6 @@ def walk(value: Plain, path: Path = ()) -> Iterator[tuple[Path, Plain]]:
         for index, item in enumerate(value):
             yield from walk(item, (*path, index))
 
-
-# --- merging ---------------------------------------------------------------------------------
 
 NAMED_ENTRIES: frozenset[Path] = frozenset(
     {("hooks",), ("data", "evaluation"), ("optimizer", "groups")}
@@ -146,16 +142,6 @@ def names_other_code(beneath: dict[str, Plain], above: dict[str, Plain]) -> bool
     return bool(old) and any(old.get(key) != name for key, name in new.items())
 
 
-def _name_list(names: Iterable[str]) -> str:
-    """Format the first names of a document for a message.
-
-    >>> _name_list(["a", "b"]), _name_list([])
-    ("'a', 'b'", 'none')
-    """
-    first = [repr(name) for name in islice(names, 11)]
-    return ", ".join([*first[:10], *["..."] * (len(first) > 10)]) or "none"
-
-
 class _Merger:
     """Merge of two documents, with the origins of the result."""
 
@@ -165,22 +151,22 @@ class _Merger:
         self.origins: Origins = {}
 
     def mapping(self, beneath: Plain, above: dict[str, Plain], path: Path) -> dict[str, Plain]:
-        below: dict[str, Plain] = {}
-        if isinstance(beneath, dict) and not names_other_code(beneath, above):
-            below = beneath
-            self._copy_origin(self._beneath, path)
-        else:
-            self._copy_origin(self._above, path)
+        is_merged = isinstance(beneath, dict) and not names_other_code(beneath, above)
+        below: dict[str, Plain] = beneath if is_merged else {}  # type: ignore[assignment]  # a dict
+        self._copy_origin(self._beneath if is_merged else self._above, path)
         result: dict[str, Plain] = {}
         for key in (*below, *(key for key in above if key not in below)):
             inner = (*path, key)
             if key not in above:
                 result[key] = self._unmerged(below[key], inner, self._beneath)
-            elif above[key] is None and path in NAMED_ENTRIES:
-                if key not in below:
-                    raise self._nothing_to_remove(key, below, inner)
-            else:
+            elif above[key] is not None or path not in NAMED_ENTRIES:
                 result[key] = self._value(below.get(key), above[key], inner)
+            elif key not in below:
+                advice = suggest_name(key, [*islice(below, _MAX_COMPARED)], "there is")
+                problem = f"null removes an entry, and none has this name; {advice}"
+                error = ConfigFieldError(problem, inner)
+                error.source = str(self._above[inner]) if inner in self._above else None
+                raise error
         return result
 
     def _value(self, beneath: Plain, above: Plain, path: Path) -> Plain:
@@ -197,7 +183,7 @@ class _Merger:
         return self._unmerged(above, path, self._above)
 
     def _unmerged(self, value: Plain, path: Path, origins: Origins) -> Plain:
-        for inner in paths(value, path) if origins else ():
+        for inner, _ in walk(value, path) if origins else ():
             self._copy_origin(origins, inner)
         return value
 
@@ -205,18 +191,6 @@ class _Merger:
         if path in origins:
             self.origins[path] = origins[path]
 
-    def _nothing_to_remove(
-        self, name: str, beneath: dict[str, Plain], path: Path
-    ) -> ConfigFieldError:
-        near = difflib.get_close_matches(name, [*islice(beneath, _MAX_COMPARED)], n=1)
-        known = f"did you mean {near[0]!r}?" if near else f"there is {_name_list(beneath)}"
-        error = ConfigFieldError(f"null removes an entry, and none has this name; {known}", path)
-        if path in self._above:
-            error.source = str(self._above[path])
-        return error
-
-
-# --- overrides -------------------------------------------------------------------------------
 
 ENVIRONMENT_PREFIX = "ROBO_ORCHARD_LAB__"
 
@@ -243,7 +217,7 @@ class Override:
     @property
     def names_code(self) -> bool:
         """Return True if the override names a class or function."""
-        return any(key in PART_KEYS for *_, key in paths(self.value, self.path))
+        return any(path[-1] in PART_KEYS for path, _ in walk(self.value, self.path))
 
 
 def from_arguments(arguments: Sequence[str]) -> tuple[list[Override], list[str]]:
@@ -261,37 +235,24 @@ def from_arguments(arguments: Sequence[str]) -> tuple[list[Override], list[str]]
     """
     overrides: list[Override] = []
     rest: list[str] = []
-    remaining = list(reversed(arguments))
-    while remaining:
-        argument = remaining.pop()
+    waiting = iter(arguments)
+    for argument in waiting:
         if argument == "--":
-            rest += reversed(remaining)
-            break
-        if not argument.startswith("--"):
+            rest += waiting
+        elif not argument.startswith("--"):
             rest.append(argument)
-            continue
-        option, has_value, text = _split_option(argument)
-        origin = Origin("command line", option)
-        if not has_value:
-            if not remaining or remaining[-1].startswith("--"):
-                raise _at(origin, ConfigFieldError(f"expected a value, as in {option}=VALUE"))
-            text = remaining.pop()
-        try:
-            path = parse_path(option.removeprefix("--"))
-        except ConfigError as error:
-            raise _at(origin, error) from None
-        overrides.append(_override(path, text, origin))
+        else:
+            # An equals sign within a quoted key belongs to the key.
+            match = _OPTION.match(argument)
+            option = match[0] if match else argument.partition("=")[0]
+            text = argument[len(option) + 1 :]
+            origin = Origin("command line", option)
+            with origin.as_source():
+                if option == argument and ((text := next(waiting, "--")).startswith("--")):
+                    raise ConfigFieldError(f"expected a value, as in {option}=VALUE")
+                path = parse_path(option.removeprefix("--"))
+                overrides.append(_override(path, text, origin))
     return overrides, rest
-
-
-def _split_option(argument: str) -> tuple[str, bool, str]:
-    """Split ``--path=value`` into option, presence of a value, and value."""
-    # An equals sign within a quoted key belongs to the key.
-    match = _OPTION.match(argument)
-    end = match.end() if match else argument.find("=")
-    if argument[end : end + 1] != "=":
-        return argument, False, ""
-    return argument[:end], True, argument[end + 1 :]
 
 
 def from_environment(environ: Mapping[str, str], document: Mapping[str, Plain]) -> list[Override]:
@@ -313,15 +274,13 @@ def from_environment(environ: Mapping[str, str], document: Mapping[str, Plain]) 
     for name in sorted(environ):
         if name.startswith(ENVIRONMENT_PREFIX):
             origin = Origin("environment", name)
-            try:
+            with origin.as_source():
                 path = _path_of_variable(name.removeprefix(ENVIRONMENT_PREFIX), document)
-            except ConfigError as error:
-                raise _at(origin, error) from None
-            overrides.append(_override(path, environ[name], origin))
+                overrides.append(_override(path, environ[name], origin))
     return overrides
 
 
-def _path_of_variable(levels: str, document: Plain | Mapping[str, Plain]) -> tuple[str, ...]:
+def _path_of_variable(levels: str, document: Mapping[str, Plain]) -> tuple[str, ...]:
     path: tuple[str, ...] = ()
     inside: object = document
     for level in levels.split("__"):
@@ -331,24 +290,19 @@ def _path_of_variable(levels: str, document: Plain | Mapping[str, Plain]) -> tup
                 "TRAINER__MAX_EPOCH; found an empty one",
                 path,
             )
-        keys = [*inside] if isinstance(inside, Mapping) else []
-        same = [key for key in keys if key.lower() == level.lower()]
+        if isinstance(inside, list):
+            inside = {str(index): item for index, item in enumerate(inside)}
+        known: Mapping[str, object] = inside if isinstance(inside, Mapping) else {}
+        same = [key for key in known if key.lower() == level.lower()]
         if len(same) > 1 and level not in same:
+            names = ", ".join(map(repr, same))
             raise ConfigFieldError(
-                f"{level!r} matches each of {_name_list(same)}; pass an option instead", path
+                f"{level!r} matches each of {names:.200}; pass an option instead", path
             )
         key = level if level in same else same[0] if same else level.lower()
         path = (*path, key)
-        inside = _child(inside, key)
+        inside = known.get(key)
     return path
-
-
-def _child(value: object, key: str) -> object:
-    if isinstance(value, Mapping):
-        return value.get(key)
-    if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
-        return value[int(key)]
-    return None
 
 
 def from_mapping(values: Mapping[str, object]) -> list[Override]:
@@ -362,12 +316,10 @@ def from_mapping(values: Mapping[str, object]) -> list[Override]:
     """
     origin = Origin("code", "overrides=")
     overrides = []
-    for key, value in values.items():
-        try:
+    with origin.as_source():
+        for key, value in values.items():
             path = parse_path(key)
             overrides.append(Override(path, check_plain(value, path), None, origin))
-        except ConfigError as error:
-            raise _at(origin, error) from error.__cause__
     return overrides
 
 
@@ -405,10 +357,5 @@ def _override(path: tuple[str, ...], text: str, origin: Origin) -> Override:
         error.path = (*path, *error.path[1:]) if error.path[:1] == ("value",) else path
         if isinstance(error, ConfigSyntaxError):
             error.position = ""  # refers to the text that parse_value makes
-        raise _at(origin, error) from error.__cause__
+        raise
     return Override(path, value, text, origin)
-
-
-def _at(origin: Origin, error: ConfigError) -> ConfigError:
-    error.source = str(origin)
-    return error

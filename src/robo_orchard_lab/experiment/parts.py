@@ -7,7 +7,7 @@ is validated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
@@ -24,17 +24,14 @@ from pydantic import (
 from robo_orchard_core.utils.config import (
     ClassConfig,
     Config,
-    ConfigError,
     ConfigFieldError,
     FieldsOf,
     Function,
     Part,
 )
-from robo_orchard_core.utils.config.errors import describe, unknown_field, validate_value
+from robo_orchard_core.utils.config.errors import at_path, describe, unknown_field, validate_value
 from robo_orchard_core.utils.config.parts import CONFIG_BASES, FIELD_TYPES, UNTYPED_PARAMETERS
 from robo_orchard_core.utils.config.references import union_members
-
-# --- resume rules ----------------------------------------------------------------------------
 
 ResumeEffect: TypeAlias = Literal["harmless", "trajectory", "impossible"]
 """Effect of a changed value on a resumed run.
@@ -66,8 +63,6 @@ _SAVED = OnResume("impossible", "a resumed run restores this value from the chec
 _LR_SCHEDULER_STEPS = dict.fromkeys(("every", "monitor"), OnResume("trajectory"))
 _OTHER_CODE = "the checkpoint belongs to another class"
 
-# --- tensor values ---------------------------------------------------------------------------
-
 
 def _data_type(value: Any) -> Any:
     """Return the ``torch.dtype`` of a text such as ``"float32"``."""
@@ -94,13 +89,13 @@ def _as_text(value: Any) -> str:
     return str(value).removeprefix("torch.")
 
 
-DataType = Annotated[
-    Any, PlainValidator(_data_type, json_schema_input_type=str), PlainSerializer(_as_text)
-]
-Device = Annotated[
-    Any, PlainValidator(_device, json_schema_input_type=str), PlainSerializer(_as_text)
-]
+def _from_text(validate: Callable[[Any], Any]) -> Any:
+    validator = PlainValidator(validate, json_schema_input_type=str)
+    return Annotated[Any, validator, PlainSerializer(_as_text)]
 
+
+DataType: Any = _from_text(_data_type)
+Device: Any = _from_text(_device)
 FIELD_TYPES["torch:dtype"] = DataType
 FIELD_TYPES["torch:device"] = Device
 UNTYPED_PARAMETERS["torch", "dtype"] = DataType | None  # torch's layers leave these two unannotated
@@ -108,7 +103,6 @@ UNTYPED_PARAMETERS["torch", "device"] = Device | None
 FIELD_TYPES["torch:Tensor"] = None
 FIELD_TYPES["torch._C:Generator"] = None
 
-# --- kinds of parts --------------------------------------------------------------------------
 
 AUTO = "auto"
 Auto: TypeAlias = Literal["auto"]
@@ -156,8 +150,6 @@ CheckpointPart: TypeAlias = Annotated[
     Any, FieldsOf("robo_orchard_lab.pipeline.hooks.save_checkpoint:SaveCheckpointConfig")
 ]
 """Fields of ``SaveCheckpoint``."""
-
-# --- data ------------------------------------------------------------------------------------
 
 
 class LoaderConfig(Config):
@@ -248,9 +240,6 @@ class DataConfig(Config):
     )
 
 
-# --- optimization ----------------------------------------------------------------------------
-
-
 class ParameterGroup(Config):
     """Group of parameters with its own optimizer options.
 
@@ -291,25 +280,19 @@ class OptimizerConfig(ClassConfig[Any]):
         cls = type(self)
         if cls.model_config.get("extra") == "allow":
             return self
+        known = cls.model_fields.keys() - OptimizerConfig.model_fields.keys() - {"params"}
         converted = {}
         for group_name, group in self.groups.items():
             options = group.options()
             for name, value in options.items():
-                options[name] = self._as_declared(name, value, ("groups", group_name))
+                with at_path("groups", group_name):
+                    if name not in known:
+                        raise unknown_field(name, known, cls.__name__.removesuffix("Config"))
+                    options[name] = validate_value(name, value, cls.model_fields[name].annotation)
             converted[group_name] = ParameterGroup(parameters=group.parameters, **options)
         if converted != self.groups:
             self.groups = converted
         return self
-
-    @classmethod
-    def _as_declared(cls, name: str, value: Any, path: tuple[str, ...]) -> Any:
-        known = cls.model_fields.keys() - OptimizerConfig.model_fields.keys() - {"params"}
-        if name not in known:
-            raise unknown_field(name, known, cls.__name__.removesuffix("Config"), path)
-        try:
-            return validate_value(name, value, cls.model_fields[name].annotation)
-        except ConfigError as error:
-            raise error.under(path) from error.__cause__
 
 
 class LRSchedulerConfig(ClassConfig[Any]):
@@ -337,8 +320,6 @@ class LRSchedulerConfig(ClassConfig[Any]):
 
 CONFIG_BASES["torch.optim.optimizer:Optimizer"] = OptimizerConfig
 CONFIG_BASES["torch.optim.lr_scheduler:LRScheduler"] = LRSchedulerConfig
-
-# --- trainer ---------------------------------------------------------------------------------
 
 
 class TrainerConfig(Config):
@@ -381,8 +362,6 @@ class AcceleratorConfig(Config):
         description="For several processes and models that skip some parameters in some steps.",
     )
 
-
-# --- experiment ------------------------------------------------------------------------------
 
 CHECKPOINT = "checkpoint"
 """Name of the hook that the field of this name describes."""
@@ -464,20 +443,14 @@ class ExperimentFields(Config):
             )
         if self.lr_scheduler is not None and self.optimizer is None:
             raise ConfigFieldError("requires an optimizer; set optimizer", ("lr_scheduler",))
-        self._check_run_paths()
-
-    def _check_run_paths(self) -> None:
-        """Check the output paths of hooks: all lie in the run folder."""
         hooks: dict[tuple[str, ...], Any] = {("hooks", n): hook for n, hook in self.hooks.items()}
         if self.checkpoint is not None:
             hooks[CHECKPOINT,] = self.checkpoint
         if hooks:
             from robo_orchard_lab.pipeline.run.run_path import check_run_paths
         for path, hook in hooks.items():
-            try:
+            with at_path(*path):
                 check_run_paths(hook)
-            except ConfigFieldError as error:
-                raise error.under(path) from error.__cause__
 
     def folder(self) -> Path:
         """Return the run folder."""

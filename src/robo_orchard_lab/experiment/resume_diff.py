@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -14,7 +14,7 @@ from robo_orchard_core.utils.config import Config
 from robo_orchard_core.utils.config.errors import dotted
 from robo_orchard_core.utils.config.parts import PART_KEYS
 from robo_orchard_core.utils.config.references import union_members
-from robo_orchard_lab.experiment.parts import ExperimentFields, OnResume, ResumeEffect
+from robo_orchard_lab.experiment.parts import HARMLESS, ExperimentFields, OnResume, ResumeEffect
 
 EFFECTS: tuple[ResumeEffect, ...] = get_args(ResumeEffect)[::-1]
 """The effects of changes, the worst first."""
@@ -27,15 +27,18 @@ _CHANGES_TRAJECTORY = OnResume("trajectory")
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Difference of one value between two configurations of a run."""
+    """Difference of one value between two configurations of a run, as plain data.
+
+    Attributes:
+        before: Plain data, or `MISSING`; likewise ``after``.
+        why: Reason of the effect; empty where the reason is obvious.
+    """
 
     path: tuple[str, ...]
     before: Any
-    """Plain data, or `MISSING`."""
     after: Any
     resume: ResumeEffect
     why: str = ""
-    """Reason of the effect; empty where the reason is obvious."""
 
     @property
     def field(self) -> str:
@@ -59,7 +62,14 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Dif
     for path, old, new in _changed_values(before, after, ()):
         rule = _rule(path, old, new, after)
         found.append(Difference(path, old, new, rule.effect, rule.why))
-    found += _hook_order(before, after)
+    old_hooks, hooks = _at(before, "hooks") or {}, _at(after, "hooks") or {}
+    common = [name for name in old_hooks if name in hooks]
+    moved = [name for name in hooks if name in old_hooks]
+    if common != moved:
+        effect = _effect_of(_class_of(hooks[name]) for name in moved).effect
+        found.append(
+            Difference(("hooks",), common, moved, effect, "hooks are nested in this order")
+        )
     return sorted(found, key=lambda difference: EFFECTS.index(difference.resume))
 
 
@@ -126,12 +136,24 @@ def _rule(path: tuple[str, ...], old: Any, new: Any, document: Mapping[str, Any]
             if isinstance(total, int):
                 why = f"lr_scheduler still ends after {total} steps; start a new run to change it"
                 return OnResume(_declared_rule(path).effect, why)
-        case ("data", "train", "num_workers") if why := _why_workers_matter(document):
-            return OnResume("trajectory", why)
-        case ("lr_scheduler", _, *_) if _is_code(old) or _is_code(new):
-            if path[1] not in PART_KEYS:
+        case ("data", "train", "num_workers"):
+            if _at(document, "data", "order", "keyed_by") == "none":
+                why = "with data.order.keyed_by none, each worker has its own RNG"
+                return OnResume("trajectory", why)
+            dataset = _class_of(_at(document, "data", "train", "dataset"))
+            if dataset is not None and _is_iterable_only(dataset):
+                why = "each worker reads its shard of an iterable dataset"
+                return OnResume("trajectory", why)
+        case ("lr_scheduler", key, *_) if key not in PART_KEYS:
+            if any(isinstance(v, Mapping) or (isinstance(v, str) and ":" in v) for v in (old, new)):
                 return _CHANGES_TRAJECTORY  # such as a lr_lambda, which no checkpoint holds
     return _declared_rule(path)
+
+
+def _is_iterable_only(dataset: type) -> bool:
+    from torch.utils.data import IterableDataset
+
+    return issubclass(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
 
 
 def _declared_rule(path: tuple[str, ...]) -> OnResume:
@@ -152,56 +174,25 @@ def _declared_rule(path: tuple[str, ...]) -> OnResume:
     return rule
 
 
-def _why_workers_matter(document: Mapping[str, Any]) -> str:
-    """Return why another number of workers changes the trajectory; empty if harmless."""
-    if _at(document, "data", "order", "keyed_by") == "none":
-        return "with data.order.keyed_by none, each worker has its own RNG"
-    dataset = _class_of(_at(document, "data", "train", "dataset"))
-    if dataset is not None and _is_iterable_only(dataset):
-        return "each worker reads its shard of an iterable dataset"
-    return ""
-
-
 def _hook_rule(
     path: tuple[str, ...], inner: list[str], old: Any, new: Any, document: Mapping[str, Any]
 ) -> OnResume:
     """Return the rule of an added, removed, replaced or changed hook."""
-    if not inner or inner[0] in PART_KEYS:
-        classes = [_class_of(value) for value in (old, new) if value is not MISSING]
-        if any(cls is not None and _has_state(cls) for cls in classes):
-            return OnResume("impossible", "the checkpoint holds the state of each hook by name")
-    else:
-        classes = [_class_of(_at(document, *path))]
-    keeps = all(getattr(cls, "keeps_trajectory", False) for cls in classes)
-    return OnResume("harmless") if keeps else _CHANGES_TRAJECTORY
-
-
-def _hook_order(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Difference]:
-    """Yield a difference if the common hooks are nested in another order."""
-    old, new = _at(before, "hooks") or {}, _at(after, "hooks") or {}
-    common = [name for name in old if name in new]
-    moved = [name for name in new if name in old]
-    if common != moved:
-        keeps = all(getattr(_class_of(new[name]), "keeps_trajectory", False) for name in moved)
-        effect: ResumeEffect = "harmless" if keeps else "trajectory"
-        yield Difference(("hooks",), common, moved, effect, "hooks are nested in this order")
-
-
-def _has_state(cls: type) -> bool:
+    if inner and inner[0] not in PART_KEYS:
+        return _effect_of([_class_of(_at(document, *path))])
     from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 
-    own = PipelineHooks.state_dict
-    return getattr(cls, "state_dict", own) is not own
+    classes = [_class_of(value) for value in (old, new) if value is not MISSING]
+    without_state = PipelineHooks.state_dict
+    if any(getattr(cls, "state_dict", without_state) is not without_state for cls in classes):
+        return OnResume("impossible", "the checkpoint holds the state of each hook by name")
+    return _effect_of(classes)
 
 
-def _is_iterable_only(dataset: type) -> bool:
-    from torch.utils.data import IterableDataset
-
-    return issubclass(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
-
-
-def _is_code(value: Any) -> bool:
-    return isinstance(value, Mapping) or (isinstance(value, str) and ":" in value)
+def _effect_of(classes: Iterable[type | None]) -> OnResume:
+    """Return the rule of changes of hooks, from the promise of their classes."""
+    keeps = all(getattr(cls, "keeps_trajectory", False) for cls in classes)
+    return HARMLESS if keeps else _CHANGES_TRAJECTORY
 
 
 def _has_auto(value: Any) -> bool:

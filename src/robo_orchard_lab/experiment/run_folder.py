@@ -40,12 +40,10 @@ class NoRunError(ConfigError):
 
 @dataclass(frozen=True, slots=True)
 class RunLocation:
-    """Run folder of a path, with the checkpoint named by the path."""
+    """Run folder of a path, with the checkpoint that the path names, or None."""
 
     folder: Path
-    """Run folder, which holds `CONFIG_FILE` and `STARTS`."""
     checkpoint: Path | None = None
-    """Checkpoint that the path names, or None."""
 
     @property
     def config(self) -> Path:
@@ -60,31 +58,29 @@ def find_run(path: str | os.PathLike[str]) -> RunLocation:
         NoRunError: The path leads to none of these.
     """
     path = Path(path)
-    if not path.exists():
-        raise NoRunError(f"there is no {path}; {_EXPECTED}")
-    if path.is_file():
-        if path.name in (CONFIG_FILE, _MANIFEST):
-            return find_run(path.parent if path.parent.parts else Path())
-        raise NoRunError(f"{path} is a file; {_EXPECTED}")
+    if path.is_file() and path.name in (CONFIG_FILE, _MANIFEST):
+        path = path.parent
+    is_checkpoint = (path / _MANIFEST).is_file()
     if run_config_file(path) is not None:
         return RunLocation(path)
-    is_checkpoint = (path / _MANIFEST).is_file()
-    for above in [*path.absolute().parents][:_LEVELS]:
+    for above in [*path.absolute().parents][:_LEVELS] if path.is_dir() else ():
         if run_config_file(above) is not None:
             folder = Path(os.path.relpath(above)) if not path.is_absolute() else above
             return RunLocation(folder, path if is_checkpoint else None)
+    expected = (
+        f"expected a run folder, its {CONFIG_FILE}, or one of its checkpoints, such as "
+        "runs/digits/checkpoints/last"
+    )
+    if not path.exists():
+        raise NoRunError(f"there is no {path}; {expected}")
+    if path.is_file():
+        raise NoRunError(f"{path} is a file; {expected}")
     if is_checkpoint:
         raise NoRunError(
             f"{path} is a checkpoint, and no folder above it is a run folder with a {CONFIG_FILE}"
         )
     missing = STARTS if (path / CONFIG_FILE).is_file() else CONFIG_FILE
-    raise NoRunError(f"{path} is not a run folder: it has no {missing}; {_EXPECTED}")
-
-
-_EXPECTED = (
-    f"expected a run folder, its {CONFIG_FILE}, or one of its checkpoints, such as "
-    "runs/digits/checkpoints/last"
-)
+    raise NoRunError(f"{path} is not a run folder: it has no {missing}; {expected}")
 
 
 def run_config_file(folder: str | os.PathLike[str]) -> Path | None:
@@ -117,17 +113,10 @@ def find_escaping_link(folder: str | os.PathLike[str]) -> str | None:
     for inside, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = os.path.join(inside, name)
-            if os.path.islink(path) and not _lies_in(os.path.realpath(path), root):
+            if os.path.islink(path) and not Path(os.path.realpath(path)).is_relative_to(root):
                 return path
         folders[:] = [name for name in folders if name != "wandb"]
     return None
-
-
-def _lies_in(path: str, root: str) -> bool:
-    try:
-        return os.path.commonpath([root, path]) == root
-    except ValueError:  # on another drive
-        return False
 
 
 def record_start(
@@ -137,7 +126,7 @@ def record_start(
     processes: int = 1,
     changes: tuple[Mapping[str, Any], ...] = (),
 ) -> Path:
-    """Record the start of a run durably, from one process of the job.
+    """Record the start of a run durably, from one process of the job; return the file.
 
     The record contains the command line and the configuration, but no environment variables.
 
@@ -146,9 +135,6 @@ def record_start(
         config: Complete configuration as YAML.
         processes: World size.
         changes: Differences from the previous configuration, as plain data.
-
-    Returns:
-        The file of this start.
 
     Raises:
         OSError: The record can't be written.
@@ -160,7 +146,9 @@ def record_start(
     folder = Path(folder)
     make_folder(folder / STARTS)
     state = git_state(Path.cwd())
-    path = _next_start(folder / STARTS)
+    names = os.listdir(folder / STARTS)
+    numbers = [int(found[1]) for name in names if (found := _START.fullmatch(name))]
+    path = folder / STARTS / f"{max(numbers, default=0) + 1:04d}.json"
     record: dict[str, Any] = {
         "version": 1,
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -187,8 +175,3 @@ def record_start(
     flush_folder(path.parent)
     replace(folder / CONFIG_FILE, config.encode())
     return path
-
-
-def _next_start(starts: Path) -> Path:
-    numbers = [int(found[1]) for name in os.listdir(starts) if (found := _START.fullmatch(name))]
-    return starts / f"{max(numbers, default=0) + 1:04d}.json"

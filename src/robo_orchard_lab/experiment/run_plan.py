@@ -29,13 +29,16 @@ _MAX_COUNTED = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class RunLength:
-    """Length of a run up to its limits."""
+    """Length of a run up to its limits.
+
+    Attributes:
+        steps: Steps of each rank.
+        window: Steps per accumulation window.
+    """
 
     steps: int
-    """Steps of each rank."""
     steps_per_epoch: int
     window: int
-    """Steps per accumulation window."""
 
     @property
     def epochs(self) -> int:
@@ -118,9 +121,6 @@ def _steps_due(trigger: Trigger, length: RunLength) -> range | list[int] | None:
     return None
 
 
-# --- LR scheduler steps ----------------------------------------------------------------------
-
-
 def count_lr_scheduler_steps(
     dataloader: Iterable[Any],
     accelerator: Accelerator,
@@ -142,37 +142,21 @@ def count_lr_scheduler_steps(
         DataError: An epoch has no batch.
     """
     data = TrainingData(dataloader, DataOrder(), accelerator, TrainerProgress())
-    steps = data.steps_per_epoch
-    if steps == 0:
+    window, steps_per_epoch = accelerator.gradient_accumulation_steps, data.steps_per_epoch
+    if steps_per_epoch == 0:
         raise DataError("the data yields no batch; " + explain_no_batch(dataloader))
-    window = accelerator.gradient_accumulation_steps
-    count = _known_count(limits, steps, window, every)
-    if count is None:
-        raise PipelineConfigError(
-            "the number of LR scheduler steps depends on the number of batches in an epoch, "
-            f"and the data ({type(dataloader).__name__}) has no length; write a number"
-        )
-    return count
-
-
-def _known_count(
-    limits: TrainerLimits, steps_per_epoch: int | None, window: int, every: LRSchedulerUnit
-) -> int | None:
-    if steps_per_epoch is None:
-        return _count_without_length(limits, window, every)
-    steps = remaining_steps(limits, TrainerProgress(), steps_per_epoch, window)
-    assert steps is not None  # with a length, every limit is known
-    if every == "epoch":
-        return steps // steps_per_epoch
-    return RunLength(steps, steps_per_epoch, window).updates
-
-
-def _count_without_length(limits: TrainerLimits, window: int, every: LRSchedulerUnit) -> int | None:
-    """Count the steps if the length of an epoch, and so its last window, is unknown."""
-    if every == "epoch":
-        only = limits.max_step is None and limits.max_optimizer_step is None
-        return limits.max_epoch if only else None
-    if limits.max_epoch is not None or (limits.max_step is not None and window > 1):
-        return None
-    given = [each for each in (limits.max_step, limits.max_optimizer_step) if each is not None]
-    return min(given)
+    if steps_per_epoch is not None:
+        steps = remaining_steps(limits, TrainerProgress(), steps_per_epoch, window)
+        assert steps is not None  # with a length, every limit is known
+        length = RunLength(steps, steps_per_epoch, window)
+        return steps // steps_per_epoch if every == "epoch" else length.updates
+    step, update, epoch = limits.max_step, limits.max_optimizer_step, limits.max_epoch
+    if every == "epoch" and epoch is not None and step is None and update is None:
+        return epoch
+    # The last window of an epoch without a length is unknown.
+    if every == "optimizer_step" and epoch is None and (step is None or window == 1):
+        return min(limit for limit in (step, update) if limit is not None)
+    raise PipelineConfigError(
+        "the number of LR scheduler steps depends on the number of batches in an epoch, "
+        f"and the data ({type(dataloader).__name__}) has no length; write a number"
+    )

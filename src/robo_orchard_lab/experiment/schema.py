@@ -60,7 +60,6 @@ _KEYS = {
     "func": "The function; the other keys are its arguments.",
     "config_type": "The config class, as configs write themselves.",
 }
-_PART_PREFIX = {"make": [], "call": ["called"]}
 _FUNCTION = get_args(Function)[1]
 
 
@@ -102,15 +101,7 @@ def experiment_schema(
 
 
 class _ExperimentSchema(GenerateJsonSchema):
-    """Generator with one definition for each config class and each kind of part.
-
-    Args:
-        names: Definition of each name that files may use.
-        trust: Trusted packages, classes and functions.
-
-    Raises:
-        ConfigReferenceError: A class or function of ``trust`` doesn't exist.
-    """
+    """Generator with one definition for each config class and each kind of part."""
 
     ignored_warning_kinds: set[Any] = {"skipped-choice", "non-serializable-default"}  # noqa: RUF012 - as pydantic declares it
 
@@ -184,14 +175,11 @@ class _ExperimentSchema(GenerateJsonSchema):
         }
 
     def is_subclass_schema(self, schema: Any) -> Json:
-        kind = schema["cls"]
-        known = [
-            name
-            for reference, code in self._code.items()
-            if isinstance(code, type) and is_assignable(code, kind)
-            for name in self._spellings[reference]
-        ]
-        return self._one_of_or_users([reference_to(kind), *known])
+        names = [reference_to(schema["cls"])]
+        for reference, code in self._code.items():
+            if isinstance(code, type) and is_assignable(code, schema["cls"]):
+                names += self._spellings[reference]
+        return self._one_of_or_users(names)
 
     def handle_invalid_for_json_schema(self, schema: Any, error_info: str) -> Json:
         return {}  # only the loader can check such a value
@@ -246,7 +234,9 @@ class _ExperimentSchema(GenerateJsonSchema):
             for name, declaration in cls.extra_parameters.items():
                 properties[name] = self.generate_inner(TypeAdapter(declaration).core_schema)
             schema["additionalProperties"] = cls.accepts_any
-        schema["description"] = _first_paragraph(cls if code is None else code)
+        described = cls if code is None else code
+        text = inspect.cleandoc(described.__doc__ or reference_to(described)).split("\n\n")[0]
+        schema["description"] = " ".join(text.split())[:300]
         if issubclass(cls, DerivedConfig):
             properties["class_type" if isinstance(code, type) else "func"] = {"type": "string"}
         elif code is not None:
@@ -259,8 +249,9 @@ class _ExperimentSchema(GenerateJsonSchema):
     def _reference_to_part(self, part: Part) -> Json:
         kinds = part.kinds if isinstance(part.kinds, tuple) else (part.kinds,)
         texts = [kind if isinstance(kind, str) else reference_to(kind) for kind in kinds]
-        names = [text.rpartition(":")[2] for text in texts]
-        name = ".".join([*_PART_PREFIX[part.functions], *names])
+        name = ".".join(text.rpartition(":")[2] for text in texts)
+        if part.functions == "call":
+            name = f"called.{name}"
         return self._define(f"part.{name}", lambda: self._part(part, name))
 
     def _part(self, part: Part, name: str) -> Json:
@@ -308,19 +299,26 @@ class _ExperimentSchema(GenerateJsonSchema):
         """Yield the accepted code of a part, with its config class."""
         for code in self._code.values():
             try:
-                if isinstance(code, type) and _is_instance_of(code, part):
-                    yield code, config_class_of(code)
-                elif not isinstance(code, type) and self._accepts_function(code, part):
-                    yield code, function_config_class(code)
+                if self._accepts(part, code):
+                    is_class = isinstance(code, type)
+                    yield code, config_class_of(code) if is_class else function_config_class(code)  # type: ignore[arg-type]  # see is_class
             except (ConfigReferenceError, ImportError):
                 continue  # without a signature, or of a package that isn't installed
 
-    def _accepts_function(self, function: Code, part: Part) -> bool:
-        if part.functions == "call":
+    def _accepts(self, part: Part, code: Code) -> bool:
+        is_called, is_any = part.functions == "call", part.classes == (object,)
+        if isinstance(code, type):
+            if issubclass(code, BaseModel) or inspect.isabstract(code):
+                return False
+            if is_called and is_any:  # instances of the class are callable
+                return any("__call__" in vars(base) for base in code.__mro__)
+            made: type | None = code
+        elif is_called:
             # Catalogued functions build models; they are not batch processors.
-            return part.classes == (object,) or reference_to(function) in self._single
-        result = returned_class(function)
-        return result is not None and any(is_assignable(result, kind) for kind in part.classes)
+            return is_any or reference_to(code) in self._single
+        else:
+            made = returned_class(code)
+        return made is not None and any(is_assignable(made, kind) for kind in part.classes)
 
     def _shortest_name(self, code: Code) -> str:
         return min(self._spellings.get(reference_to(code), [reference_to(code)]), key=len)
@@ -340,21 +338,8 @@ class _ExperimentSchema(GenerateJsonSchema):
         return {"anyOf": [*([_one_of(names)] if names else []), users]}
 
 
-def _is_instance_of(cls: type, part: Part) -> bool:
-    if issubclass(cls, BaseModel) or inspect.isabstract(cls):
-        return False
-    if part.functions == "call" and part.classes == (object,):
-        return any("__call__" in vars(base) for base in cls.__mro__)  # its instances are callable
-    return any(is_assignable(cls, kind) for kind in part.classes)
-
-
 def _one_of(names: list[str]) -> Json:
     return {"enum": sorted(set(names), key=lambda name: (":" in name, name))}
-
-
-def _first_paragraph(code: Code) -> str:
-    text = inspect.cleandoc(code.__doc__ or reference_to(code)).split("\n\n")[0]
-    return " ".join(text.split())[:300]
 
 
 def _add_options_of_groups(definitions: Mapping[str, Json]) -> None:
@@ -372,9 +357,6 @@ def _add_options_of_groups(definitions: Mapping[str, Json]) -> None:
                 "properties": group["properties"] | options,
                 "additionalProperties": False,
             }
-
-
-# --- files with a base -----------------------------------------------------------------------
 
 
 def _variants(definitions: Mapping[str, Json]) -> dict[str, Json]:
@@ -400,23 +382,20 @@ def _variant(schema: Any, differing: set[str]) -> Any:
         return schema
     variant: Json = {}
     for key, value in schema.items():
+        if key == "required" and isinstance(value, list):  # a field may have this name
+            continue
+        if key == "anyOf" and all([*choice] == ["required"] for choice in value):
+            continue
         if key == "$ref" and (name := value.removeprefix(_DEFS)) in differing:
             variant[key] = _DEFS + _VARIANT + name
         elif key in ("items", "prefixItems", "if", "default", "enum"):
             variant[key] = value
-        elif (
-            key == "additionalProperties"
-            and isinstance(value, dict)
-            and {"$ref", "type"} & {*value}
-        ):
-            variant[key] = {"anyOf": [_variant(value, differing), {"type": "null"}]}
-        elif not _is_requirement(key, value):
+        else:
             variant[key] = _variant(value, differing)
+            if (
+                key == "additionalProperties"
+                and isinstance(value, dict)
+                and {"$ref", "type"} & {*value}
+            ):
+                variant[key] = {"anyOf": [variant[key], {"type": "null"}]}
     return variant
-
-
-def _is_requirement(key: str, value: Any) -> bool:
-    """Return True if a keyword requires fields; a field may have the same name."""
-    if key == "anyOf":
-        return isinstance(value, list) and all([*choice] == ["required"] for choice in value)
-    return key == "required" and isinstance(value, list)
