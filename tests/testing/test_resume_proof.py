@@ -29,7 +29,7 @@ from robo_orchard_lab.pipeline import (
 )
 from robo_orchard_lab.pipeline.hooks import EMAConfig, SaveCheckpointConfig
 from robo_orchard_lab.testing import ResumeProof, StraightRunError, prove_resume
-from robo_orchard_lab.testing.resume_proof import ProofRuns
+from robo_orchard_lab.testing.resume_proof import file_differences
 from robo_orchard_lab.testing.resume_worker import find_function
 
 _SEEN = 0
@@ -223,12 +223,13 @@ def test_faults_of_killed_runs_are_found() -> None:
 
 def test_files_are_compared(tmp_path: Path) -> None:
     """A different file is reported with line and position, or as missing."""
-    runs = ProofRuns({}, tmp_path, None, 1.0)
-    runs.create_folders()
-    (tmp_path / "straight" / "log").write_text("a\n" + "b" * 90 + "c\n")
-    (tmp_path / "resumed" / "log").write_text("a\n" + "b" * 90 + "d\n")
-    (tmp_path / "straight" / "one").write_text("a\n")
-    found = [*runs.file_differences(["log", "one", "none"])]
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    straight.mkdir()
+    resumed.mkdir()
+    (straight / "log").write_text("a\n" + "b" * 90 + "c\n")
+    (resumed / "log").write_text("a\n" + "b" * 90 + "d\n")
+    (straight / "one").write_text("a\n")
+    found = [*file_differences(straight, resumed, ["log", "one", "none"], 0)]
     assert [str(difference) for difference in found] == ["step 0: file log", "step 0: file one"]
     assert found[0].straight == f"line 2 has at 60: b'{'b' * 30}c\\n'"
     assert found[0].resumed == f"line 2 has at 60: b'{'b' * 30}d\\n'"

@@ -97,27 +97,19 @@ def assert_weights_unchanged(hook: Hooks, **setting: Unpack[RunSetting]) -> None
     hooks, full = as_sources(hook), with_defaults(setting)
     without = train([], full, has_more_runs=True)
     run = train(hooks, full, has_more_runs=True)
-    for step, (expected, found) in enumerate(
-        zip(without.weights_by_step, run.weights_by_step, strict=False)
-    ):
-        for name, problem in differences(found, expected):
-            when = f"after step {step}" if step else "before the first step"
-            raise AssertionError(
-                f"{_names(run)} changes the weights: {when}, {name} {problem}. Random numbers from "
-                "the global generator of torch, NumPy or Python change the weights, too"
-            )
+    for step, name, problem in _weight_differences(run.weights_by_step, without.weights_by_step):
+        when = f"after step {step}" if step else "before the first step"
+        raise AssertionError(
+            f"{_names(run)} changes the weights: {when}, {name} {problem}. Random numbers from "
+            "the global generator of torch, NumPy or Python change the weights, too"
+        )
     if run.progress != without.progress:
         raise AssertionError(
             f"{_names(run)} changes the run: it ended at {run.progress}, "
             f"without the hook at {without.progress}"
         )
-    for library, expected_number, number in zip(
-        ("torch", "NumPy", "Python"),
-        without.next_random_numbers,
-        run.next_random_numbers,
-        strict=True,
-    ):
-        if number != expected_number:
+    for library, number in run.next_random_numbers.items():
+        if number != without.next_random_numbers[library]:
             raise AssertionError(
                 f"{_names(run)} uses {library}'s global random generator, which changes the random "
                 "numbers of the model; use a generator of the hook's own"
@@ -164,9 +156,6 @@ def _names(run: HookRun) -> str:
     return f"hook {names}" if len(run.hooks) == 1 else f"hooks {names}"
 
 
-# --- differences -----------------------------------------------------------------------------
-
-
 def differences(found: Any, expected: Any, path: str = "") -> Iterator[tuple[str, str]]:
     """Yield the path and a description of each difference between two nested states.
 
@@ -176,7 +165,8 @@ def differences(found: Any, expected: Any, path: str = "") -> Iterator[tuple[str
     [('MyHook.count', 'is 2, expected 3')]
     """
     if isinstance(found, torch.Tensor) and isinstance(expected, torch.Tensor):
-        yield from ((path, problem) for problem in _tensor_differences(found, expected))
+        if problem := _tensor_difference(found, expected):
+            yield path, problem
     elif isinstance(found, Mapping) and isinstance(expected, Mapping):
         for key in {**expected, **found}:
             inner = f"{path}.{key}" if path else str(key)
@@ -201,20 +191,18 @@ def _is_equal(found: Any, expected: Any) -> bool:
     return bool(found == expected or (found != found and expected != expected))  # NaN
 
 
-def _tensor_differences(found: torch.Tensor, expected: torch.Tensor) -> Iterator[str]:
+def _tensor_difference(found: torch.Tensor, expected: torch.Tensor) -> str | None:
     if found.shape != expected.shape or found.dtype != expected.dtype:
-        yield (
-            f"is a tensor of {found.dtype} {tuple(found.shape)}, "
-            f"expected {expected.dtype} {tuple(expected.shape)}"
-        )
-        return
+        kinds = (f"a tensor of {each.dtype} {tuple(each.shape)}" for each in (found, expected))
+        return "is {}, expected {}".format(*kinds).replace("expected a tensor of", "expected")
     differing = (found != expected) & ~((found != found) & (expected != expected))
-    if differing.any():
-        index = tuple(differing.nonzero()[0].tolist())
-        yield (
-            f"is {found[index].item()!r}, expected {expected[index].item()!r}, at {list(index)} "
-            f"({int(differing.sum())} of {found.numel()} elements differ)"
-        )
+    if not differing.any():
+        return None
+    index = tuple(differing.nonzero()[0].tolist())
+    return (
+        f"is {found[index].item()!r}, expected {expected[index].item()!r}, at {list(index)} "
+        f"({int(differing.sum())} of {found.numel()} elements differ)"
+    )
 
 
 def _resume_differences(
@@ -232,20 +220,25 @@ def _resume_differences(
     yield from _first(differences(loaded, saved), ignored, "the loaded state")
     yield from _first(_metric_differences(straight, first, second), ignored, "metric")
     requests = zip_longest([*first.requests, *second.requests], straight.requests)
-    for found, expected in requests:
-        if found != expected:
-            yield f"request: {found or 'none'}, expected {expected or 'none'}"
-            break
+    if pair := next((pair for pair in requests if pair[0] != pair[1]), None):
+        yield f"request: {pair[0] or 'none'}, expected {pair[1] or 'none'}"
     weights = [*first.weights_by_step[:-1], *second.weights_by_step]
-    by_step = enumerate(zip(weights, straight.weights_by_step, strict=False))
-    of_weights = ((step, each) for step, pair in by_step for each in differences(*pair))
-    for step, (name, problem) in of_weights:
+    for step, name, problem in _weight_differences(weights, straight.weights_by_step):
         yield f"weights: after step {step}, {name} {problem}"
         break
     end = differences(hook_states(second.hooks), hook_states(straight.hooks))
     yield from _first(end, ignored, "at the end")
     if second.progress != straight.progress:
         yield f"the run ended at {second.progress}, expected {straight.progress}"
+
+
+def _weight_differences(
+    found: Iterable[Any], expected: Iterable[Any]
+) -> Iterator[tuple[int, str, str]]:
+    """Yield step, name and description of each difference between weights by step."""
+    for step, pair in enumerate(zip(found, expected, strict=False)):
+        for name, problem in differences(*pair):
+            yield step, name, problem
 
 
 def _first(found: Iterable[tuple[str, str]], ignored: Sequence[str], kind: str) -> Iterator[str]:

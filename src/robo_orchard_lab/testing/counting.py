@@ -1,8 +1,7 @@
 """Counts of device syncs and collectives, with the line and the hook of each call.
 
-- `count_host_reads`: reads of tensor values, which wait for the device.
-- `count_collectives`: calls of collectives of ``torch.distributed``.
-- `trace_call`: the call site of either, from the Python stack.
+`count_host_reads` counts reads of tensor values, which wait for the device; `count_collectives`
+counts calls of ``torch.distributed``.
 """
 
 from __future__ import annotations
@@ -28,8 +27,6 @@ from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.sharding import non_finite_weights
 from robo_orchard_lab.pipeline.trainer.rank_consistency import ReplicaCheck
-
-# --- call sites ------------------------------------------------------------------------------
 
 _HERE = os.path.dirname(__file__)
 # Call sites leave out lines of these libraries.
@@ -63,18 +60,21 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class TracedCall:
-    """Counted call and its caller."""
+    """Counted call and its caller.
+
+    Attributes:
+        what: The operation, such as ``item`` or ``all_reduce``.
+        places: Lines from the call outwards to the function of the hook; outside of hooks, the
+            line of the call alone. Lines of torch, Accelerate and similar libraries are left out.
+        hook: Name of the innermost hook around the call; None outside of hooks.
+        at_commit: True for a call of the trainer at a commit point: agreement of ranks, metrics of
+            a logging point, or a save.
+    """
 
     what: str
-    """The operation, such as ``item`` or ``all_reduce``."""
     places: tuple[Place, ...]
-    """Lines from the call outwards to the function of the hook; outside of hooks, the line of the
-    call alone. Lines of torch, Accelerate and similar libraries are left out."""
     hook: str | None
-    """Name of the innermost hook around the call; None outside of hooks."""
     at_commit: bool
-    """True for a call of the trainer at a commit point: agreement of ranks, metrics of a logging
-    point, or a save."""
 
     def __str__(self) -> str:
         by = f"hook {self.hook!r}" if self.hook else "the trainer" if self.at_commit else "no hook"
@@ -83,11 +83,22 @@ class TracedCall:
 
 def trace_call(what: str) -> TracedCall:
     """Describe the current call by the stack outside of this package."""
-    frames = [*_frames_outside()]
-    for index, frame in enumerate(frames):
-        owner = _self_of(frame)
+    frames: list[FrameType] = []
+    frame = inspect.currentframe()
+    while frame is not None:
+        if os.path.dirname(frame.f_code.co_filename) != _HERE:
+            frames.append(frame)
+        frame = frame.f_back
+    # `self` of the method, or of the method around the closure, of each frame
+    owners = [frame.f_locals.get("self") for frame in frames]
+    for index, (frame, owner) in enumerate(zip(frames, owners, strict=True)):
         if isinstance(owner, PipelineHooks):
-            outermost = index + _outermost_method(owner, frames[index:])
+            # The outermost method of the hook, by which a channel called the hook.
+            channels = (
+                i for i, o in enumerate(owners) if i > index and isinstance(o, HookContextChannel)
+            )
+            end = next(channels, len(frames))
+            outermost = max(i for i in range(index, end) if owners[i] is owner)
             return TracedCall(what, _places(frames[: outermost + 1]), owner.name, at_commit=False)
         if isinstance(owner, HookContextChannel):
             found = _hook_function(frames[:index], owner)
@@ -99,37 +110,12 @@ def trace_call(what: str) -> TracedCall:
     return TracedCall(what, _places(frames)[:1], None, at_commit=False)
 
 
-def _frames_outside() -> Iterator[FrameType]:
-    frame = inspect.currentframe()
-    while frame is not None:
-        if os.path.dirname(frame.f_code.co_filename) != _HERE:
-            yield frame
-        frame = frame.f_back
-
-
 def _places(frames: Iterable[FrameType]) -> tuple[Place, ...]:
     return tuple(
         Place(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname)
         for frame in frames
         if str(frame.f_globals.get("__name__")).partition(".")[0] not in _LIBRARIES
     )
-
-
-def _self_of(frame: FrameType) -> Any:
-    """Return ``self`` of the method, or of the method around the closure, of a frame."""
-    return frame.f_locals.get("self")
-
-
-def _outermost_method(hook: PipelineHooks, frames: Sequence[FrameType]) -> int:
-    """Return the index of the method by which a channel called a hook."""
-    outermost = 0
-    for index, frame in enumerate(frames):
-        owner = _self_of(frame)
-        if owner is hook:
-            outermost = index
-        elif isinstance(owner, HookContextChannel):
-            break
-    return outermost
 
 
 def _hook_function(
@@ -145,7 +131,7 @@ def _hook_function(
             functions = [f for f in (entry.before, entry.after) if f is not None]
             if any(_code_of(function) is frames[index].f_code for function in functions):
                 return index, entry.label
-            if of_trigger is None and _self_of(frames[index]) is entry.context:
+            if of_trigger is None and frames[index].f_locals.get("self") is entry.context:
                 of_trigger = index, entry.label
     return of_trigger
 
@@ -160,8 +146,6 @@ def _code_of(function: Callable[..., Any]) -> CodeType | None:
     code = getattr(function, "__code__", None)
     return code if isinstance(code, CodeType) else None
 
-
-# --- collectives -----------------------------------------------------------------------------
 
 COLLECTIVES = (
     "all_gather",
@@ -241,8 +225,6 @@ def count_collectives() -> Iterator[list[TracedCall]]:
             if namespace.get(name) is replacements[id(value)]:
                 namespace[name] = value
 
-
-# --- host reads ------------------------------------------------------------------------------
 
 # Calls that reach no operator of torch for a CPU tensor.
 _READING_CALLS: dict[Any, str] = {
@@ -343,9 +325,7 @@ class _CallMode(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        def call() -> Any:
-            return func(*args, **(kwargs or {}))
-
+        call = functools.partial(func, *args, **(kwargs or {}))
         what = _READING_CALLS.get(func)
         if what is not None:
             return self._recorder.run(what, args[0], call)
@@ -377,13 +357,12 @@ def _operator_mode(recorder: _Recorder) -> AbstractContextManager[Any]:
             kwargs: Mapping[str, Any] | None = None,
         ) -> Any:
             kwargs = kwargs or {}
+            call = functools.partial(func, *args, **kwargs)
             if not _reads(func, args, kwargs):
-                return func(*args, **kwargs)
+                return call()
             name = func.name().partition("::")[2].partition(".")[0]
             source = args[1] if name == "copy_" else args[0]
-            return recorder.run(
-                _NAMES.get(name, name.strip("_")), source, lambda: func(*args, **kwargs)
-            )
+            return recorder.run(_NAMES.get(name, name.strip("_")), source, call)
 
     mode: AbstractContextManager[Any] = OperatorMode()  # type: ignore[no-untyped-call]  # of torch
     return mode
@@ -396,16 +375,11 @@ def _reads(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         masked = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
         # Filling one value needs no indices.
         return masked and (name == "aten::index" or args[2].numel() > 1)
-    if name in _COPIES:
-        return _copies_to_host(name, args, kwargs)
-    return not _VALUE_TAGS.isdisjoint(func.tags)
-
-
-def _copies_to_host(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    if name not in _COPIES:
+        return not _VALUE_TAGS.isdisjoint(func.tags)
+    source, target = args[0], kwargs.get("device") or args[0].device
+    non_blocking = kwargs.get("non_blocking", False)
     if name == "aten::copy_":
         source, target = args[1], args[0].device
-        non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
-    else:
-        source, target = args[0], kwargs.get("device") or args[0].device
-        non_blocking = kwargs.get("non_blocking", False)
+        non_blocking = args[2] if len(args) > 2 else non_blocking
     return target.type == "cpu" and source.device.type != "cpu" and not non_blocking

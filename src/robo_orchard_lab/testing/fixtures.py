@@ -133,20 +133,15 @@ def with_defaults(setting: RunSetting) -> RunSetting:
 
 def build_training(setting: RunSetting) -> Training:
     """Build accelerator, model, data and optimizer from complete settings."""
-    model_source, data_source = setting["model"], setting["data"]
-    if isinstance(model_source, torch.nn.Module):
-        model = copy.deepcopy(model_source)
-    else:
-        model = model_source()
-    optimizer = None
-    if setting["batch_processor"].need_backward:
-        optimizer = setting["optimizer"](model.parameters())
+    model, data, processor = setting["model"], setting["data"], setting["batch_processor"]
+    model = copy.deepcopy(model) if isinstance(model, torch.nn.Module) else model()
+    optimizer = setting["optimizer"](model.parameters()) if processor.need_backward else None
     make_lr_scheduler = setting["lr_scheduler"]
     return Training(
         Accelerator(cpu=True, gradient_accumulation_steps=setting["accumulate"]),
         model,
-        data_source() if callable(data_source) else data_source,
-        setting["batch_processor"],
+        data() if callable(data) else data,
+        processor,
         optimizer,
         None if make_lr_scheduler is None or optimizer is None else make_lr_scheduler(optimizer),
     )
@@ -166,49 +161,42 @@ def build_example(run_folder: Path, resume_from: Any) -> HookBasedTrainer:
 
 def as_sources(hooks: HookSource | Iterable[HookSource]) -> tuple[HookSource, ...]:
     """Return a tuple of one or several hook sources."""
-    is_single = isinstance(hooks, PipelineHooks | PipelineHooksConfig) or callable(hooks)
-    return (hooks,) if is_single else tuple(hooks)  # type: ignore[return-value, arg-type]  # narrowed by is_single
+    if isinstance(hooks, PipelineHooks | PipelineHooksConfig) or callable(hooks):
+        return (hooks,)
+    return tuple(hooks)
 
 
 def build_hooks(sources: Iterable[HookSource], must_be_new: bool) -> tuple[PipelineHooks, ...]:
-    """Build the hooks of one run.
-
-    Args:
-        sources: hooks, configs or functions.
-        must_be_new: refuse a hook object, which only one run can use.
-
-    Raises:
-        TypeError: a source is no hook source, or a hook object although new hooks are required.
-    """
-    return tuple(_build(source, must_be_new) for source in sources)
-
-
-def _build(source: Any, must_be_new: bool) -> PipelineHooks:
-    if isinstance(source, PipelineHooks):
-        if must_be_new:
-            name = type(source).__name__
+    """Build the hooks of one run; refuse hook objects, which only one run can use, if required."""
+    built: list[PipelineHooks] = []
+    for source in sources:
+        if isinstance(source, PipelineHooks) and must_be_new:
+            function = f"lambda: {type(source).__name__}(...)"
             raise TypeError(
                 f"hook {source.name!r} runs several times, each time as a new object: expected its "
-                f"config or a function that returns it, such as lambda: {name}(...)"
+                f"config or a function that returns it, such as {function}"
             )
-        return source
-    built = source() if callable(source) else source
-    if isinstance(built, PipelineHooksConfig):
-        built = built()
-    if not isinstance(built, PipelineHooks):
-        raise TypeError(
-            "expected a PipelineHooks, a PipelineHooksConfig or a function that returns one, got "
-            + (f"a function that returns {built!r:.60}" if callable(source) else f"{source!r:.60}")
-        )
-    return built
+        is_hook = isinstance(source, PipelineHooks)
+        made: Any = source() if callable(source) and not is_hook else source
+        if isinstance(made, PipelineHooksConfig):
+            made = made()
+        if not isinstance(made, PipelineHooks):
+            found = (
+                f"a function that returns {made!r:.60}" if callable(source) else f"{source!r:.60}"
+            )
+            raise TypeError(
+                "expected a PipelineHooks, a PipelineHooksConfig or a function that returns one, "
+                f"got {found}"
+            )
+        built.append(made)
+    return tuple(built)
 
 
 @contextmanager
 def isolated(seed: int) -> Iterator[None]:
     """Seed all generators and reset Accelerate in a block; restore the caller's state afterwards.
 
-    Restored are the RNG states of torch, NumPy and Python, Accelerate's process-wide state and the
-    environment variables, also after an error.
+    Restored are the RNG states, Accelerate's process-wide state and the environment variables.
     """
     random_state = capture_random_state()
     environment = dict(os.environ)

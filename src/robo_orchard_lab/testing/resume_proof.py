@@ -1,8 +1,7 @@
 """Proof of the exact resume of a stopped or killed run.
 
-`prove_resume` runs a training twice, both times in worker processes: uninterrupted, and with stops
-or kills. `ProofRuns` starts the workers (see `resume_worker`); the records that the workers write
-(see `run_record`) are then compared.
+`prove_resume` runs a training twice in worker processes (see `resume_worker`), uninterrupted and
+with stops or kills, and compares the records that the workers write (see `run_record`).
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -53,22 +52,26 @@ class StraightRunError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class ResumeProof:
-    """Result of :func:`prove_resume`."""
+    """Result of :func:`prove_resume`.
+
+    Attributes:
+        differences: Differences from the uninterrupted run in order of time; each name once.
+        stops: Numbers of completed steps at which the run was stopped.
+        steps: Number of steps of the uninterrupted run.
+        values: Number of compared values and events.
+        kills: Number of starts that were killed; None if processes were stopped.
+        hints: Hook attributes that differed when a process started; often the state that was not
+            saved.
+        failure: Last output of a resumed process that failed; empty if none failed.
+    """
 
     differences: tuple[ResumeDifference, ...]
-    """Differences from the uninterrupted run in order of time; each name once."""
     stops: tuple[int, ...]
-    """Numbers of completed steps at which the run was stopped."""
     steps: int
-    """Number of steps of the uninterrupted run."""
     values: int
-    """Number of compared values and events."""
     kills: int | None = None
-    """Number of starts that were killed; None if processes were stopped."""
     hints: tuple[str, ...] = ()
-    """Hook attributes that differed when a process started; often the state that was not saved."""
     failure: str = field(default="", repr=False)
-    """Last output of a resumed process that failed; empty if none failed."""
 
     @property
     def passed(self) -> bool:
@@ -98,14 +101,17 @@ class ResumeProof:
             f"    (in the process that started with {first.began_at} steps done)",
         ]
         if others:
-            listed = [*map(str, others[:_MAX_LISTED])]
-            rest = len(others) - len(listed)
-            lines.append("then: " + "; ".join(listed) + (f"; and {rest} more" if rest else ""))
+            rest = len(others) - _MAX_LISTED
+            more = [f"and {rest} more"] if rest > 0 else []
+            lines.append("then: " + "; ".join([*map(str, others[:_MAX_LISTED]), *more]))
         if self.hints:
             lines.append("hook attributes that differ from the uninterrupted run:")
             lines += [f"    {hint}" for hint in self.hints[:_MAX_LISTED]]
         if self.failure:
-            lines += ["the process printed:", *(f"    {x}" for x in self.failure.splitlines())]
+            lines += [
+                "the process printed:",
+                *(f"    {each}" for each in self.failure.splitlines()),
+            ]
         return "\n".join(lines)
 
 
@@ -178,20 +184,17 @@ def prove_resume(
     if processes < 1:
         raise ValueError(f"processes must be at least 1, got {processes}")
     with nullcontext(folder) if folder is not None else TemporaryDirectory() as chosen:
-        runs = ProofRuns(source, Path(chosen).resolve(), steps, timeout_s, processes)
-        runs.create_folders()
+        root = Path(chosen).resolve()
+        if root.exists() and any(root.iterdir()):
+            raise FileExistsError(f"{root} is not empty; name an empty or a new folder")
+        for name in ("straight", "resumed", "records"):
+            (root / name).mkdir(parents=True)
+        runs = ProofRuns(source, root, steps, timeout_s, processes)
         straight = runs.run_straight(requires_saves=kill)
-        runs.run_with_kills(at) if kill else runs.run_with_stops(at)
-        differences = [*runs.differences(tuple(ignore), files)]
-        return ResumeProof(
-            tuple(differences),
-            tuple(at),
-            straight[0].last,
-            sum(map(compared_values, straight)),
-            kills=runs.kills if kill else None,
-            hints=tuple(runs.hints()) if differences else (),
-            failure=_output(runs.failed()),
-        )
+        kills = runs.run_with_kills(at) if kill else None
+        if not kill:
+            runs.run_with_stops(at)
+        return runs.compared(straight, tuple(at), kills, tuple(ignore), files)
 
 
 class ProofRuns:
@@ -211,29 +214,17 @@ class ProofRuns:
         root: Path,
         steps: int | None,
         timeout_s: float,
-        world_size: int = 1,
+        world_size: int,
     ) -> None:
         self._build = build
         self._root = root
         self._steps = steps
         self._timeout_s = timeout_s
         self._world_size = world_size
-        self._straight = [RunRecord(start=0)] * world_size
+        self._step_s = 0.0
         self._starts: list[list[RecordedProcess]] = []
         """All ranks of each start of the resumed run, in order of time."""
         self._lost: list[ResumeDifference] = []
-
-    def create_folders(self) -> None:
-        """Create the folders of both runs and their records.
-
-        Raises:
-            FileExistsError: the root is not empty.
-        """
-        root = self._root
-        if root.exists() and any(root.iterdir()):
-            raise FileExistsError(f"{root} is not empty; name an empty or a new folder")
-        for folder in ("straight", "resumed", "records"):
-            (root / folder).mkdir(parents=True)
 
     def run_straight(self, *, requires_saves: bool) -> list[RunRecord]:
         """Run all ranks uninterrupted and return their records.
@@ -247,10 +238,11 @@ class ProofRuns:
         records = [process.record for process in found if process.record is not None]
         failed = [process for process in found if process.exit_code or process.record is None]
         if failed:
+            output = "\n".join(process.output for process in failed)
             raise StraightRunError(
-                f"the uninterrupted run {_ending(failed[0])}; it printed:\n{_output(failed)}"
+                f"the uninterrupted run {_ending(failed[0])}; it printed:\n{output}"
             )
-        self._straight = records
+        self._step_s = records[0].duration_s / max(records[0].last, 1)
         return records
 
     def run_with_stops(self, stops: Sequence[int]) -> None:
@@ -258,6 +250,7 @@ class ProofRuns:
         checkpoint: str | None = None
         for number, stop in enumerate([*stops, self._steps]):
             save_to = str(self._root / "checkpoints" / f"stop-{number}")
+            before = self._parts(0)
             start = self._run(
                 f"resumed-{number}",
                 "resumed",
@@ -266,37 +259,31 @@ class ProofRuns:
                 seed=number,
                 save_to=save_to if number < len(stops) else None,
             )
-            self._check_resumed(start[0].record)
+            record = start[0].record
+            if before and record is not None and record.start != before[-1].last:
+                # A process that starts from the beginning repeats equal steps.
+                self._lost.append(
+                    ResumeDifference(
+                        min(record.start, before[-1].last),  # before every difference that follows
+                        "resume_from",
+                        f"the previous process saved a run with {before[-1].last} steps done",
+                        f"it started with {record.start} steps done; does build pass its "
+                        "resume_from to the trainer?",
+                        record.start,
+                    )
+                )
             self._starts.append(start)
             if any(process.exit_code for process in start):
                 break
             checkpoint = save_to
 
-    def _check_resumed(self, record: RunRecord | None) -> None:
-        """Report a process that started from the beginning: its steps are equal, but repeated."""
-        before = self._parts(0)
-        if record is None or not before or record.start == before[-1].last:
-            return
-        self._lost.append(
-            ResumeDifference(
-                min(record.start, before[-1].last),  # before every difference that follows
-                "resume_from",
-                f"the previous process saved a run with {before[-1].last} steps done",
-                f"it started with {record.start} steps done; does build pass its resume_from to "
-                "the trainer?",
-                record.start,
-            )
-        )
-
-    def run_with_kills(self, steps: Sequence[int]) -> None:
-        """Kill the run in each of the steps; resume from the newest checkpoint."""
-        straight = self._straight[0]
-        step_s = straight.duration_s / max(straight.last, 1)
-        acknowledged = 0
+    def run_with_kills(self, steps: Sequence[int]) -> int:
+        """Kill the run in each of the steps; resume from the newest checkpoint; count kills."""
+        acknowledged, kills = 0, 0
         for number, step in enumerate([*steps, None]):
             name = f"resumed-{number}"
             records = [self._record(name, rank) for rank in range(self._world_size)]
-            should_kill = None if step is None else RandomKill(records, step, step_s)
+            should_kill = None if step is None else RandomKill(records, step, self._step_s)
             start = self._run(
                 name, "resumed", should_kill, resume_from="auto", stop_after=self._steps
             )
@@ -315,57 +302,52 @@ class ProofRuns:
             # Ranks of a killed rank may also end by themselves.
             if all(process.exit_code != -signal.SIGKILL for process in start):
                 break
-            acknowledged = self._acknowledged_step()
+            kills += 1
+            # No file: killed early, or a trainer without a run folder.
+            with suppress(FileNotFoundError):
+                saved = read_run_state(self._root / "resumed").checkpoint
+                acknowledged = 0 if saved is None else saved.step
+        return kills
 
-    def _acknowledged_step(self) -> int:
-        """Return the step of the newest checkpoint in ``run_state.json``."""
-        try:
-            saved = read_run_state(self._root / "resumed").checkpoint
-        except FileNotFoundError:  # killed early, or a trainer without a run folder
-            return 0
-        return 0 if saved is None else saved.step
-
-    @property
-    def kills(self) -> int:
-        """Number of killed starts."""
-        return sum(any(p.exit_code == -signal.SIGKILL for p in start) for start in self._starts)
-
-    def failed(self) -> list[RecordedProcess]:
-        """Return the failed processes of the last start."""
-        return [process for process in self._starts[-1] if process.exit_code]
-
-    def differences(
-        self, ignore: Sequence[str], files: Iterable[str]
-    ) -> Iterator[ResumeDifference]:
-        """Yield all differences from the uninterrupted run in order of time."""
-        found = [*self._lost]
-        for rank, straight in enumerate(self._straight):
+    def compared(
+        self,
+        straight: Sequence[RunRecord],
+        stops: tuple[int, ...],
+        kills: int | None,
+        ignore: Sequence[str],
+        files: Iterable[str],
+    ) -> ResumeProof:
+        """Compare the resumed run with the records of the uninterrupted run."""
+        found, hints = [*self._lost], []
+        for rank, record in enumerate(straight):
+            prefix = "" if self._world_size == 1 else f"rank {rank}: "
+            parts = self._parts(rank)
             found += [
-                replace(difference, name=f"{self._rank_prefix(rank)}{difference.name}")
-                for difference in record_differences(straight, self._parts(rank), ignore)
+                replace(difference, name=f"{prefix}{difference.name}")
+                for difference in record_differences(record, parts, ignore)
             ]
+            hints += [f"{prefix}{hint}" for hint in attribute_hints(record, parts)]
         found.sort(key=lambda difference: difference.step)
-        failed = self.failed()
-        if not failed:
-            yield from found
-            yield from self.file_differences(files)
-            return
-        parts = self._parts(0)
-        failed_at = parts[-1].last if parts else 0
-        began_at = parts[-1].start if failed[0].record is not None else failed_at
-        yield from (difference for difference in found if difference.step < failed_at)
-        yield ResumeDifference(failed_at, "the process", "continues", _ending(failed[0]), began_at)
-
-    def hints(self) -> list[str]:
-        """Describe hook attributes with different values at the start of a process."""
-        return [
-            f"{self._rank_prefix(rank)}{hint}"
-            for rank, straight in enumerate(self._straight)
-            for hint in attribute_hints(straight, self._parts(rank))
-        ]
-
-    def _rank_prefix(self, rank: int) -> str:
-        return "" if self._world_size == 1 else f"rank {rank}: "
+        failed = [process for process in self._starts[-1] if process.exit_code]
+        last, folders = straight[0].last, (self._root / "straight", self._root / "resumed")
+        if failed:
+            parts = self._parts(0)
+            failed_at = parts[-1].last if parts else 0
+            began_at = parts[-1].start if failed[0].record is not None else failed_at
+            found = [difference for difference in found if difference.step < failed_at]
+            ending = _ending(failed[0])
+            found.append(ResumeDifference(failed_at, "the process", "continues", ending, began_at))
+        else:
+            found += file_differences(*folders, files, last)
+        return ResumeProof(
+            tuple(found),
+            stops,
+            last,
+            sum(map(compared_values, straight)),
+            kills=kills,
+            hints=tuple(hints) if found else (),
+            failure="\n".join(process.output for process in failed),
+        )
 
     def _parts(self, rank: int) -> list[RunRecord]:
         found = (start[rank].record for start in self._starts)
@@ -404,18 +386,31 @@ class ProofRuns:
             logger.info("%s: %s", name, _ending(process))
         return found
 
-    def file_differences(self, names: Iterable[str]) -> Iterator[ResumeDifference]:
-        """Yield the first difference of each file between both run folders."""
-        for name in names:
-            expected, found = (
-                _lines(self._root / run_folder / name) for run_folder in ("straight", "resumed")
-            )
-            for number, pair in enumerate(zip_longest(expected, found), start=1):
-                if pair[0] != pair[1]:
-                    texts = [f"line {number} {text}" for text in _excerpts(*pair)]
-                    last = self._straight[0].last
-                    yield ResumeDifference(last, f"file {name}", texts[0], texts[1], 0)
-                    break
+
+def file_differences(
+    straight: Path, resumed: Path, names: Iterable[str], step: int
+) -> Iterator[ResumeDifference]:
+    """Yield the first difference of each file between both run folders."""
+    for name in names:
+        pairs = zip_longest(_lines(straight / name), _lines(resumed / name))
+        for number, (line, other) in enumerate(pairs, start=1):
+            if line != other:
+                byte_pairs = enumerate(zip_longest(line or b"", other or b""))
+                start = max(0, next((at for at, (a, b) in byte_pairs if a != b), 0) - 30)
+                texts = [
+                    "is missing"
+                    if text is None
+                    else f"has at {start}: {text[start : start + 80]!r}"
+                    for text in (line, other)
+                ]
+                texts = [f"line {number} {text}" for text in texts]
+                yield ResumeDifference(step, f"file {name}", texts[0], texts[1], 0)
+                break
+
+
+def _lines(path: Path) -> list[bytes | None]:
+    """Return the lines of a file; ``[None]`` for a missing file."""
+    return [*path.read_bytes().splitlines(keepends=True)] if path.is_file() else [None]
 
 
 def _ending(process: RecordedProcess) -> str:
@@ -425,20 +420,3 @@ def _ending(process: RecordedProcess) -> str:
     else:
         text = f"started with {process.record.start} steps done and ended at {process.record.last}"
     return f"{text}, with exit code {process.exit_code}" if process.exit_code else text
-
-
-def _output(processes: Sequence[RecordedProcess]) -> str:
-    return "\n".join(process.output for process in processes)
-
-
-def _lines(path: Path) -> list[bytes | None]:
-    """Return the lines of a file; ``[None]`` for a missing file."""
-    return [*path.read_bytes().splitlines(keepends=True)] if path.is_file() else [None]
-
-
-def _excerpts(line: bytes | None, other: bytes | None) -> Iterator[str]:
-    """Yield an excerpt of each line around the first difference."""
-    pairs = enumerate(zip_longest(line or b"", other or b""))
-    start = max(0, next((at for at, (a, b) in pairs if a != b), 0) - 30)
-    for text in (line, other):
-        yield "is missing" if text is None else f"has at {start}: {text[start : start + 80]!r}"

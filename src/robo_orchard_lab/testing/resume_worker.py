@@ -1,9 +1,7 @@
-"""Worker processes of the resume proof.
+"""Worker processes of the resume proof, started from multiprocessing's forkserver.
 
-- `describe_function`, `find_function`: pass a `build` function to another process.
-- `RunOrder`, `execute_order`: build a trainer in a worker, run it, record the run.
-- `run_ranks`, `run_processes`: start workers from multiprocessing's forkserver and wait.
-- `RandomKill`: decide when to kill a worker.
+`describe_function` and `find_function` pass a `build` function to a worker, `execute_order` runs
+in the worker, `run_ranks` starts workers and waits, and `RandomKill` decides when to kill one.
 """
 
 from __future__ import annotations
@@ -39,54 +37,37 @@ from robo_orchard_lab.testing.run_record import RunRecord, RunRecorder, read_rec
 
 _LOG_LINES = 25
 
-# --- functions by name -----------------------------------------------------------------------
-
 
 def describe_function(function: Callable[..., Any] | str) -> dict[str, Any]:
-    """Return the location of a function as plain values.
-
-    Args:
-        function: a function at the top level of a module or script; a ``functools.partial`` of
-            such a function with JSON-serializable arguments; ``"module:name"``; or
-            ``"path/to/file.py:name"``. The module may be unknown to ``import``, as the test
-            modules of pytest are.
+    """Return the location of a function of a module's top level, or of a partial of one.
 
     Raises:
-        TypeError: another process cannot find the function.
+        TypeError: another process cannot find the function, or receive the arguments.
     """
     if isinstance(function, str):
         source, _, name = function.rpartition(":")
         if not source or not name.isidentifier():
             raise TypeError(f"expected 'module:name' or 'file.py:name', got {function!r}")
-        if source.endswith(".py"):
-            return {"file": str(Path(source).resolve()), "module": Path(source).stem, "name": name}
+        path = Path(source)
+        if path.suffix == ".py":
+            return {"file": str(path.resolve()), "module": path.stem, "name": name}
         return {"file": None, "module": source, "name": name}
     if isinstance(function, functools.partial):
-        described = describe_function(function.func)
-        arguments = {"args": list(function.args), "kwargs": dict(function.keywords)}
-        try:
-            is_plain = json.loads(json.dumps(arguments)) == arguments
-        except (TypeError, ValueError):
-            is_plain = False
-        if not is_plain or "args" in described:
-            raise TypeError(
-                f"another process can't receive {function!r:.120}: expected a partial of a plain "
-                "function, with arguments that JSON can write; build other objects in the function"
-            )
-        return {**described, **arguments}
+        arguments = {"args": [*function.args], "kwargs": function.keywords}
+        with suppress(TypeError, ValueError):
+            if json.loads(json.dumps(arguments)) == arguments:
+                return {**describe_function(function.func), **arguments}
+        raise TypeError(
+            f"another process can't receive {function!r:.120}: expected a partial of a plain "
+            "function, with arguments that JSON can write; build other objects in the function"
+        )
     name, module = getattr(function, "__qualname__", ""), getattr(function, "__module__", "")
-    if not inspect.isfunction(function) or not name.isidentifier():
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if not inspect.isfunction(function) or not name.isidentifier() or file is None:
         raise TypeError(
             f"another process can't find {function!r:.120}: expected a function at the top level "
-            "of a module (not a lambda, a method or a nested function), or its name as "
+            "of a module in a file (not a lambda, a method or a nested function), or its name as "
             "'module:name'"
-        )
-    code_file = inspect.getsourcefile(inspect.unwrap(function))
-    file = getattr(sys.modules.get(module), "__file__", None) or code_file
-    if file is None or not Path(file).is_file():
-        raise TypeError(
-            f"another process can't find {name} of {module}: the module has no file; "
-            "define the function in a file"
         )
     return {"file": str(Path(file).resolve()), "module": module, "name": name}
 
@@ -94,70 +75,61 @@ def describe_function(function: Callable[..., Any] | str) -> dict[str, Any]:
 def find_function(described: Mapping[str, Any]) -> Callable[..., Any]:
     """Import a function located by `describe_function`.
 
-    A script is imported as ``__mp_main__``, as multiprocessing does: code under
-    ``if __name__ == "__main__"`` does not run.
+    The module of a file need not be importable by name, as the test modules of pytest. A script is
+    imported as ``__mp_main__``, as multiprocessing does: its ``__main__`` block does not run.
 
     Raises:
         ImportError: the module or the function does not exist.
     """
-    module = _import_module(described["module"], described["file"])
+    name, file = described["module"].replace("__main__", "__mp_main__"), described["file"]
+    module = ModuleType(name)
+    try:
+        module = importlib.import_module(name)
+    except ImportError:
+        if file is None:
+            raise
+    if file is not None and os.path.realpath(getattr(module, "__file__", None) or "") != file:
+        spec = importlib.util.spec_from_file_location(name, file)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{file} is not a Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # pickle looks up classes by module name
+        spec.loader.exec_module(module)
     function = getattr(module, described["name"], None)
     if not callable(function):
-        raise ImportError(
-            f"{module.__name__} ({module.__file__}) has no function {described['name']!r}"
-        )
+        raise ImportError(f"{name} ({module.__file__}) has no function {described['name']!r}")
     if "args" in described:
         return functools.partial(function, *described["args"], **described["kwargs"])
     return function  # type: ignore[no-any-return]  # a callable
 
 
-def _import_module(name: str, file: str | None) -> ModuleType:
-    if file is None:
-        return importlib.import_module(name)
-    if name == "__main__":
-        name = "__mp_main__"
-    else:
-        try:
-            found = importlib.import_module(name)
-        except ImportError:
-            sys.modules.pop(name, None)
-        else:
-            if found.__file__ is not None and Path(found.__file__).resolve() == Path(file):
-                return found
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{file} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # pickle looks up classes by module name
-    spec.loader.exec_module(module)
-    return module
-
-
-# --- worker ----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class RunOrder:
-    """Task of a worker: trainer, checkpoint, stop."""
+    """Task of a worker.
+
+    Attributes:
+        build: Location of the function that builds the trainer, from `describe_function`.
+        run_folder: First argument of the function.
+        record: File for the record of the run.
+        resume_from: Second argument of the function: a checkpoint, ``"auto"`` or None.
+        stop_after: Number of steps of the run after which to stop.
+        seed: Seed of torch, NumPy and Python before the trainer is built.
+        requires_saves: Refuse a trainer without a `SaveCheckpoint` hook.
+        save_to: Path of a checkpoint to save after the trainer returned.
+        rendezvous: File for the rendezvous of several ranks; must not exist.
+    """
 
     build: dict[str, Any]
-    """Location of the function that builds the trainer, from `describe_function`."""
     run_folder: str
     record: str
-    """File for the record of the run."""
     resume_from: str | None = None
     stop_after: int | None = None
-    """Number of steps of the run after which to stop."""
     seed: int = 0
-    """Seed of torch, NumPy and Python before the trainer is built."""
     requires_saves: bool = False
-    """Refuse a trainer without a `SaveCheckpoint` hook."""
     save_to: str | None = None
-    """Path of a checkpoint to save after the trainer returned."""
     rank: int = 0
     world_size: int = 1
     rendezvous: str = ""
-    """File for the rendezvous of several ranks; must not exist."""
     timeout_s: float = 600.0
 
 
@@ -205,13 +177,8 @@ def join_job(rank: int, world_size: int, rendezvous: str) -> None:
     """Join the process group as one rank, as under torchrun; do nothing for a single rank."""
     if world_size == 1:
         return
-    variables = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": world_size,
-        "LOCAL_WORLD_SIZE": world_size,
-    }
-    os.environ.update({name: str(value) for name, value in variables.items()})
+    for prefix in ("", "LOCAL_"):
+        os.environ[f"{prefix}RANK"], os.environ[f"{prefix}WORLD_SIZE"] = str(rank), str(world_size)
     on_devices = torch.cuda.device_count() >= world_size
     # By a file: a free port may be taken before the first rank binds it.
     torch.distributed.init_process_group(
@@ -222,43 +189,35 @@ def join_job(rank: int, world_size: int, rendezvous: str) -> None:
     )
 
 
-# --- launch ----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class RecordedProcess:
-    """Result of one worker."""
+    """Result of one worker.
+
+    Attributes:
+        record: Record of the run; None if the worker ended before the trainer was built.
+        exit_code: Exit code; negative for a signal.
+        output: Last lines of the output.
+    """
 
     record: RunRecord | None
-    """Record of the run; None if the worker ended before the trainer was built."""
     exit_code: int
-    """Exit code; negative for a signal."""
     output: str
-    """Last lines of the output."""
 
 
 def run_ranks(
     orders: Sequence[RunOrder], should_kill: Callable[[int], bool] | None = None
 ) -> list[RecordedProcess]:
-    """Run all ranks of a job to their end.
-
-    Args:
-        orders: one order for each rank.
-        should_kill: returns True if a rank has to be killed (SIGKILL); polled every 2 ms.
-    """
+    """Run all ranks of a job, one order for each, to their end; see `run_processes`."""
     records = [Path(order.record) for order in orders]
     logs = [record.with_suffix(".log") for record in records]
     timeout_s = max(order.timeout_s for order in orders) + 10
     codes = run_processes(execute_order, orders, logs, timeout_s, should_kill)
-    return [
-        RecordedProcess(read_record(record), code, _last_lines(log))
-        for record, code, log in zip(records, codes, logs, strict=True)
-    ]
-
-
-def _last_lines(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join(lines[-_LOG_LINES:])
+    found = []
+    for record, code, log in zip(records, codes, logs, strict=True):
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        output = "\n".join(lines[-_LOG_LINES:])
+        found.append(RecordedProcess(read_record(record), code, output))
+    return found
 
 
 _Order = TypeVar("_Order")
@@ -274,10 +233,9 @@ def run_processes(
 ) -> list[int]:
     """Run ``target(order)`` in a process for each order and return the exit codes.
 
-    multiprocessing's forkserver starts the processes: torch is imported once, and a process
-    has no CUDA context, no threads and no random state of its parent. All processes share one
-    hash seed, and so the order of sets. A script that calls this function, directly or through
-    `prove_resume`, needs ``if __name__ == "__main__":``, as multiprocessing requires.
+    multiprocessing's forkserver starts the processes: torch is imported once, and a process has no
+    CUDA context, no threads and no random state of its parent. All processes share one hash seed,
+    and so the order of sets.
 
     Each process gets the working directory and the environment of the caller, and leads its own
     process group: no descendant survives, even if the caller is interrupted.
@@ -294,8 +252,8 @@ def run_processes(
     # Accelerate imports torch._dynamo; torchmetrics, torchvision and pytest cost a second each.
     used = [name for name in ("torchmetrics", "torchvision", "pytest") if name in sys.modules]
     context.set_forkserver_preload(["torch._dynamo", __name__, *used])
+    function, environment = (target.__module__, target.__qualname__), dict(os.environ)
     with _ONE_JOB_AT_A_TIME, ExitStack() as go_ahead:
-        process: BaseProcess
         running: dict[int, BaseProcess] = {}
         senders: list[Connection] = []
         codes = [0] * len(orders)
@@ -304,14 +262,7 @@ def run_processes(
                 output.write_bytes(b"")  # for a process that is killed before it opens the file
                 receiver, sender = context.Pipe(duplex=False)
                 senders.append(go_ahead.enter_context(sender))
-                arguments = (
-                    receiver,
-                    target.__module__,
-                    target.__qualname__,
-                    order,
-                    output,
-                    dict(os.environ),
-                )
+                arguments = (receiver, function, order, output, environment)
                 process = context.Process(target=_run_target, args=arguments)
                 with receiver:
                     process.start()
@@ -320,31 +271,25 @@ def run_processes(
                 with suppress(BrokenPipeError):  # the process failed already
                     sender.send(True)
             deadline = time.monotonic() + timeout_s
+            poll_s = 0.002 if should_kill else 0.1
             while running:
-                wait(
-                    [process.sentinel for process in running.values()],
-                    0.002 if should_kill else 0.1,
-                )
+                wait([process.sentinel for process in running.values()], poll_s)
                 is_late = time.monotonic() > deadline
-                for index, process in [*running.items()]:
+                for index in [*running]:
                     if is_late or (should_kill is not None and should_kill(index)):
-                        process.kill()
-                        process.join()
-                    if process.exitcode is not None:
-                        codes[index] = process.exitcode
-                        _kill_group(running.pop(index))
+                        _kill(running[index])
+                    if (code := running[index].exitcode) is not None:
+                        codes[index] = code
+                        _kill(running.pop(index))
         finally:  # of an interrupted call
-            for process in running.values():
-                process.kill()
-                process.join()
-                _kill_group(process)
+            for remaining in running.values():
+                _kill(remaining)
     return codes
 
 
 def _run_target(
     go_ahead: Connection,
-    module: str,
-    name: str,
+    function: tuple[str, str],
     order: Any,
     output: Path,
     environment: Mapping[str, str],
@@ -359,16 +304,18 @@ def _run_target(
         go_ahead.recv()
     except EOFError:  # the caller was interrupted before it knew this process
         return
+    module, name = function
     getattr(importlib.import_module(module), name)(order)  # here, so that an error is in the output
 
 
-def _kill_group(process: BaseProcess) -> None:
+def _kill(process: BaseProcess) -> None:
+    """Kill a process, if it is still running, and its process group."""
+    process.kill()
+    process.join()
     assert process.pid is not None
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
 
-
-# --- kills -----------------------------------------------------------------------------------
 
 _KILL_SPREAD_S = 0.3
 """Longest time between the first kill of a rank and that of another rank."""

@@ -38,7 +38,12 @@ RECORDER = "hook test kit"
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Entry or exit of a channel, outside all hooks but the optimizer's."""
+    """Entry or exit of a channel, outside all hooks but the optimizer's.
+
+    Attributes:
+        depth: Number of enclosing open channels.
+        error: The error that propagates through the scope, or None.
+    """
 
     channel: ChannelName
     role: Role
@@ -47,9 +52,7 @@ class Event:
     global_step_id: int
     optimizer_step_id: int
     depth: int
-    """Number of enclosing open channels."""
     error: str | None
-    """The error that propagates through the scope, or None."""
 
     def __str__(self) -> str:
         counters = self.epoch_id, self.step_id, self.global_step_id, self.optimizer_step_id
@@ -87,30 +90,33 @@ class MadeRequest:
 
 @dataclass(frozen=True, slots=True)
 class HookRun:
-    """Result of a test run."""
+    """Result of a test run.
+
+    Attributes:
+        hooks: The tested hooks in their final state.
+        progress: The final counters.
+        events: Entries and exits of all channels.
+        requests: Requests of hooks in order of time.
+        records: Metrics of each logging point, and of the end of the run.
+        losses: The loss of each step.
+        model: The trained model.
+        weights_by_step: Parameters and buffers by name, before each step and at the end.
+        next_random_numbers: Next number of the global generators after the run, by library.
+        host_reads: Reads of tensor values, if they were counted.
+        states_at_start: States of the hooks after loading a checkpoint; None without one.
+    """
 
     hooks: tuple[PipelineHooks, ...]
-    """The tested hooks in their final state."""
     progress: TrainerProgress
-    """The final counters."""
     events: tuple[Event, ...]
-    """Entries and exits of all channels."""
     requests: tuple[MadeRequest, ...]
-    """Requests of hooks in order of time."""
     records: tuple[MetricsRecord, ...]
-    """Metrics of each logging point, and of the end of the run."""
     losses: tuple[float, ...]
-    """The loss of each step."""
     model: torch.nn.Module
-    """The trained model."""
     weights_by_step: tuple[dict[str, torch.Tensor], ...]
-    """Parameters and buffers by name, before each step and at the end."""
-    next_random_numbers: tuple[float, ...] = ()
-    """Next number of the global generators of torch, NumPy and Python after the run."""
-    host_reads: tuple[TracedCall, ...] | None = None
-    """Reads of tensor values, if they were counted."""
-    states_at_start: dict[str, Any] | None = None
-    """States of the hooks after loading a checkpoint; None for a run from the start."""
+    next_random_numbers: dict[str, float]
+    host_reads: tuple[TracedCall, ...] | None
+    states_at_start: dict[str, Any] | None
 
     @property
     def hook(self) -> PipelineHooks:
@@ -210,7 +216,11 @@ def train(
         if save_to is not None:
             trainer.save_checkpoint(save_to)
         weights = [*recorder.weights, _copy_of_state(trainer.model)]
-        random_numbers = (torch.rand(()).item(), float(np.random.rand()), random.random())
+        random_numbers = {
+            "torch": torch.rand(()).item(),
+            "NumPy": float(np.random.rand()),
+            "Python": random.random(),
+        }
     return HookRun(
         tested,
         trainer.progress,

@@ -1,10 +1,8 @@
 """Record of a run, step by step, and its comparison with another record.
 
-- Fingerprints: `state_facts`, `batch_facts`, `attribute_facts` describe a run as short texts.
-- `RunRecorder`: hook that writes events and facts to a file; `read_record` reads the file.
-- `record_differences`: compares an uninterrupted run with a run in several processes.
-
 A fact is a value as text; its name says what the value is, as ``optimizer fc.weight.exp_avg``.
+`RunRecorder` is the hook that writes events and facts to a file; `record_differences` compares an
+uninterrupted run with a run in several processes.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from hashlib import blake2b
 from itertools import zip_longest
 from pathlib import Path
@@ -43,8 +42,6 @@ _MAX_TEXT = 60
 Facts = dict[str, str]
 Entry = str | Facts
 """An event as text, or the facts at one moment."""
-
-# --- facts -----------------------------------------------------------------------------------
 
 
 def value_text(value: Any) -> str:
@@ -94,18 +91,17 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     >>> list(leaves({"best": [1, 2], "seen": {}}, "hook MyHook"))
     [('hook MyHook.best[0]', 1), ('hook MyHook.best[1]', 2), ('hook MyHook.seen', {})]
     """
+    plain = int | float | str
     if isinstance(value, Mapping) and value:
         for key, item in value.items():
             yield from leaves(item, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list | tuple) and value and not _is_long_list(value):
+    elif isinstance(value, list | tuple) and (
+        0 < len(value) <= 8 or not all(isinstance(item, plain) for item in value)
+    ):
         for index, item in enumerate(value):
             yield from leaves(item, f"{path}[{index}]")
     else:
         yield path, value
-
-
-def _is_long_list(items: list[Any] | tuple[Any, ...]) -> bool:
-    return len(items) > 8 and all(isinstance(item, int | float | str) for item in items)
 
 
 def state_facts(trainer: HookBasedTrainer) -> Facts:
@@ -145,16 +141,16 @@ def state_facts(trainer: HookBasedTrainer) -> Facts:
 
 def rng_facts() -> Facts:
     """Return digests of the RNG states of torch, CUDA, NumPy and Python."""
+
+    def bits(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.cpu().numpy().tobytes()
+        return [*map(bits, value)] if isinstance(value, list | tuple) else value
+
     state = capture_random_state()
     kinds = {name: state[name] for name in ("torch", "numpy", "python")}
     kinds |= {f"cuda:{index}": value for index, value in enumerate(state["cuda"])}
-    return {f"random {name}": _digest(repr(_bits(value)).encode()) for name, value in kinds.items()}
-
-
-def _bits(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.cpu().numpy().tobytes()
-    return [_bits(item) for item in value] if isinstance(value, list | tuple) else value
+    return {f"random {name}": _digest(repr(bits(value)).encode()) for name, value in kinds.items()}
 
 
 def batch_facts(args: PipelineHookArgs) -> Facts:
@@ -177,9 +173,6 @@ def attribute_facts(hooks: Iterable[PipelineHooks]) -> Facts:
         if not name.startswith("_hook_")
         and (value is None or isinstance(value, bool | int | float | str | torch.Tensor))
     }
-
-
-# --- record ----------------------------------------------------------------------------------
 
 
 class RunRecorder(PipelineHooks, AbstractContextManager["RunRecorder"]):
@@ -220,24 +213,18 @@ class RunRecorder(PipelineHooks, AbstractContextManager["RunRecorder"]):
         self._file.flush()  # survives SIGKILL
 
     def _event_writer(self, channel: ChannelName) -> HookContext[PipelineHookArgs]:
-        def before(args: PipelineHookArgs) -> None:
-            self._write_event("before", channel, args)
+        def write(role: str, args: PipelineHookArgs) -> None:
+            counters = args.epoch_id, args.step_id, args.global_step_id, args.optimizer_step_id
+            words = [role, channel, *map(str, counters)]
+            if args.evaluation is not None:
+                words.append(args.evaluation)
+            if role == "after" and args.epoch_completed:
+                words.append(COMPLETED)
+            if args.exception is not None:
+                words.append(repr(args.exception))
+            self._write("event", " ".join(words))
 
-        def after(args: PipelineHookArgs) -> None:
-            self._write_event("after", channel, args)
-
-        return HookContext.from_callable(before, after)
-
-    def _write_event(self, role: str, channel: ChannelName, args: PipelineHookArgs) -> None:
-        counters = args.epoch_id, args.step_id, args.global_step_id, args.optimizer_step_id
-        words = [role, channel, *map(str, counters)]
-        if args.evaluation is not None:
-            words.append(args.evaluation)
-        if role == "after" and args.epoch_completed:
-            words.append(COMPLETED)
-        if args.exception is not None:
-            words.append(repr(args.exception))
-        self._write("event", " ".join(words))
+        return HookContext.from_callable(partial(write, "before"), partial(write, "after"))
 
     def _before_step(self, args: PipelineHookArgs) -> None:
         self._write("facts", {**batch_facts(args), **state_facts(self._trainer)})
@@ -254,18 +241,21 @@ class RunRecorder(PipelineHooks, AbstractContextManager["RunRecorder"]):
 
 @dataclass(slots=True)
 class RunRecord:
-    """Record of the steps of a single process in a run."""
+    """Record of the steps of a single process in a run.
+
+    Attributes:
+        start: Number of completed steps when the process started.
+        steps: Entries in order of time, by the current or next step.
+        attributes: Plain attributes of hooks before each step.
+        end: Facts after the trainer returned; None if the trainer did not return.
+        duration_s: Duration of the trainer's call; 0 if the trainer did not return.
+    """
 
     start: int
-    """Number of completed steps when the process started."""
     steps: dict[int, list[Entry]] = field(default_factory=dict)
-    """Entries in order of time, by the current or next step."""
     attributes: dict[int, Facts] = field(default_factory=dict)
-    """Plain attributes of hooks before each step."""
     end: Facts | None = None
-    """Facts after the trainer returned; None if the trainer did not return."""
     duration_s: float = 0.0
-    """Duration of the trainer's call; 0 if the trainer did not return."""
 
     @property
     def last(self) -> int:
@@ -277,16 +267,14 @@ def read_record(path: Path) -> RunRecord | None:
     """Return the record in a file without a truncated last line, or None for no record."""
     if not path.exists():
         return None
-    complete = (
-        line
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
-        if line[-1] == "\n"
-    )
-    lines: list[tuple[int, str, Any]] = [json.loads(line) for line in complete]
-    if not lines:
-        return None
-    record = RunRecord(start=lines[0][0])
-    for step, kind, value in lines:
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    record: RunRecord | None = None
+    for line in lines:
+        if not line.endswith("\n"):
+            break
+        step, kind, value = json.loads(line)
+        if record is None:
+            record = RunRecord(start=step)
         if kind in ("event", "facts"):
             record.steps.setdefault(step, []).append(value)
         elif kind == "attributes":
@@ -305,23 +293,23 @@ def compared_values(record: RunRecord) -> int:
     return len(record.end or ()) + sum(1 if isinstance(e, str) else len(e) for e in entries)
 
 
-# --- comparison ------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class ResumeDifference:
-    """Difference between a resumed run and the uninterrupted run."""
+    """Difference between a resumed run and the uninterrupted run.
+
+    Attributes:
+        step: The ``global_step_id`` of the step in which, or before which, the runs differ.
+        name: Name of the fact that differs, such as ``optimizer layer1.weight.exp_avg``.
+        straight: Text of the value in the uninterrupted run.
+        resumed: Text of the value in the resumed run.
+        began_at: Number of completed steps when the process that shows the difference started.
+    """
 
     step: int
-    """The ``global_step_id`` of the step in which, or before which, the runs differ."""
     name: str
-    """Name of the fact that differs, such as ``optimizer layer1.weight.exp_avg``."""
     straight: str
-    """Text of the value in the uninterrupted run."""
     resumed: str
-    """Text of the value in the resumed run."""
     began_at: int
-    """Number of completed steps when the process that shows the difference started."""
 
     def __str__(self) -> str:
         return f"step {self.step}: {self.name}"
@@ -343,9 +331,8 @@ def record_differences(
         entries, expected = joined.steps.get(step, []), straight.steps.get(step, [])
         # The run was completed and saved, then killed before the last scopes exited.
         if not any(parts[-1].steps.values()):
-            closing = ("after on_epoch", "after on_loop")
             missing = expected[len(entries) :]
-            if all(any(_is_event(entry, event) for event in closing) for entry in missing):
+            if all(_is_event(entry, "after on_epoch", "after on_loop") for entry in missing):
                 expected = expected[: len(entries)]
         found = list(_entry_differences(entries, expected))
         if step == straight.last and straight.end is not None and joined.end is not None:
@@ -404,7 +391,7 @@ def _join_at_stop(before: list[Entry], after: list[Entry]) -> list[Entry]:
         ends.append("after on_epoch")
     else:
         ends.append("before on_epoch")
-    cuts = (i for i, e in enumerate(before) if any(_is_event(e, end) for end in ends))
+    cuts = (index for index, entry in enumerate(before) if _is_event(entry, *ends))
     return before[: next(cuts, len(before))] + after
 
 
@@ -412,19 +399,21 @@ def _is_random(name: str) -> bool:
     return name.startswith("random ")
 
 
-def _is_event(entry: Entry, event: str) -> bool:
-    return isinstance(entry, str) and entry.startswith(event + " ")
+def _is_event(entry: Entry, *events: str) -> bool:
+    return isinstance(entry, str) and entry.startswith(tuple(f"{event} " for event in events))
 
 
 def _entry_differences(
     found: Sequence[Entry], expected: Sequence[Entry]
 ) -> Iterator[tuple[str, str, str]]:
     """Yield name and both values of each difference in a step, up to a different event."""
-    for entry, other in zip_longest(found, expected):
+    for pair in zip_longest(found, expected, fillvalue="no further event in this step"):
+        entry, other = pair
         if isinstance(entry, dict) and isinstance(other, dict):
             yield from _fact_differences(entry, other)
         elif entry != other:
-            yield "events", _entry_text(entry), _entry_text(other)
+            texts = [each if isinstance(each, str) else "the facts of a step" for each in pair]
+            yield "events", texts[0], texts[1]
             return
 
 
@@ -433,12 +422,6 @@ def _fact_differences(found: Facts, expected: Facts) -> Iterator[tuple[str, str,
         value, other = found.get(name, "missing"), expected.get(name, "missing")
         if value != other:
             yield name, value, other
-
-
-def _entry_text(entry: Entry | None) -> str:
-    if entry is None:
-        return "no further event in this step"
-    return entry if isinstance(entry, str) else "the facts of a step"
 
 
 def attribute_hints(straight: RunRecord, parts: Sequence[RunRecord]) -> list[str]:
