@@ -53,12 +53,12 @@ def test_missing_packages_are_shown_with_an_install_command(
     assert (old.is_met, new.is_met, there.is_met) == (False, False, True)
     assert install_command([old, new]) == 'pip install "torch>=2.8" "rich>=13"'
     monkeypatch.setattr(doctor, "_probe", dict)
-    monkeypatch.setattr(doctor, "requirements", lambda: [there])
-    monkeypatch.setattr(doctor, "extra_requirements", lambda: {"terminal": [new], "other": [there]})
+    extras = {"terminal": [new], "other": [there]}
+    monkeypatch.setattr(doctor, "requirements", lambda: ([there], extras))
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert "INCOMPLETE EXTRA  INSTALL COMMAND" in shown
     assert 'terminal          pip install "rich>=13"\n' in shown
-    monkeypatch.setattr(doctor, "requirements", lambda: [old, there])
+    monkeypatch.setattr(doctor, "requirements", lambda: ([old, there], extras))
     assert main(["doctor"]) == 1
     assert 'missing or incompatible: pip install "torch>=2.8"' in capsys.readouterr().out

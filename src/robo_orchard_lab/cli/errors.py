@@ -7,9 +7,9 @@ import re
 import sys
 import sysconfig
 import traceback
+from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -38,13 +38,7 @@ class ExitCode(IntEnum):
 
 
 class CommandError(Exception):
-    """Refusal of a command.
-
-    Args:
-        problem: expected and found, in one line.
-        advice: the remedy, in another line.
-        exit_code: exit code of the program.
-    """
+    """Refusal of a command: expected and found in one line, the remedy in another."""
 
     def __init__(
         self, problem: str, advice: str = "", exit_code: ExitCode = ExitCode.USAGE
@@ -60,17 +54,20 @@ def exit_code_of(error: BaseException) -> int:
     match error:
         case click.ClickException() | CommandError():
             return int(error.exit_code)
-        case ConfigError():
-            return ExitCode.USAGE
         case KeyboardInterrupt() | click.Abort():
             return ExitCode.INTERRUPTED
         case SystemExit(code=None):
             return ExitCode.DONE
         case SystemExit(code=int(code)):
             return code
-        case _ if _is_pipeline_error(error, "PipelineConfigError"):
-            return ExitCode.USAGE
-    return ExitCode.FAILED
+    is_usage = isinstance(error, ConfigError) or _is_of_pipeline(error, "PipelineConfigError")
+    return ExitCode.USAGE if is_usage else ExitCode.FAILED
+
+
+def _is_of_pipeline(error: BaseException, *names: str) -> bool:
+    """Return True for an error of these classes of the pipeline, without an import."""
+    module = sys.modules.get(_PIPELINE_ERRORS)
+    return isinstance(error, tuple(getattr(module, name) for name in names if module is not None))
 
 
 def error_lines(error: BaseException) -> list[str]:
@@ -122,49 +119,43 @@ def _problem_and_advice(error: BaseException) -> tuple[str, str]:
         case ConfigError():
             more = f"and {len(error.others)} more; `robo-orchard-lab config check` lists all errors"
             return config_error_line(error), more
-        case _ if any(_is_pipeline_error(error, name) for name in _COMPLETE_MESSAGES):
-            return _first_line(error), ""
-        case PermissionError(filename=str(file)) if not _own_frames(error):
-            advice = f"`namei -l {file}` lists the permissions of the path"
-            return f"no permission to read or write {file}; {advice}", ""
-    worker = _worker_error(error)
-    message = _first_line(error) if worker is None else f"{worker[0]}, in a DataLoader worker"
-    location = _location(error, [] if worker is None else worker[1])
+    if _is_of_pipeline(error, *_COMPLETE_MESSAGES):
+        return _first_line(error), ""
+    message, frames = _first_line(error), [*traceback.extract_tb(error.__traceback__)]
+    if worker := _worker_error(error):
+        message, frames = f"{worker[0]}, in a DataLoader worker", worker[1] or frames
+    own = [frame for frame in frames if not _is_library_code(frame.filename)]
+    if isinstance(error, PermissionError) and isinstance(error.filename, str) and not own:
+        advice = f"`namei -l {error.filename}` lists the permissions of the path"
+        return f"no permission to read or write {error.filename}; {advice}", ""
+    location = _location(error, frames, own)
     return (
         f"{type(error).__qualname__}: {message}".removesuffix(": "),
         f"{location}; {_DEBUG_HINT}" if location else _DEBUG_HINT,
     )
 
 
-def _location(error: BaseException, worker_frames: list[traceback.FrameSummary]) -> str:
+def _location(
+    error: BaseException,
+    frames: Sequence[traceback.FrameSummary],
+    own: Sequence[traceback.FrameSummary],
+) -> str:
     """Describe the source line of an error, the last line of the user's code, and the hook."""
     from robo_orchard_core.utils.hook import origin_of
 
-    frames = worker_frames or [*traceback.extract_tb(error.__traceback__)]
-    own = _own_frames(error, frames)
-    hook = origin_of(error)
-    parts = [f"raised at {_line(frames[-1])}"] if frames else []
+    def line(frame: traceback.FrameSummary) -> str:
+        try:
+            file = os.path.relpath(frame.filename)
+        except (OSError, ValueError):  # the working directory was removed, or is on another drive
+            file = os.pardir
+        return f"{frame.filename if file.startswith(os.pardir) else file}:{frame.lineno}"
+
+    parts = [f"raised at {line(frames[-1])}"] if frames else []
     if own and own[-1] is not frames[-1]:
-        parts.append(f"called from {_line(own[-1])}")
-    if hook:
+        parts.append(f"called from {line(own[-1])}")
+    if hook := origin_of(error):
         parts.append(f"in hook {hook}")
     return ", ".join(parts)
-
-
-def _own_frames(
-    error: BaseException, frames: list[traceback.FrameSummary] | None = None
-) -> list[traceback.FrameSummary]:
-    """Return the frames in the user's code."""
-    frames = [*traceback.extract_tb(error.__traceback__)] if frames is None else frames
-    return [frame for frame in frames if not _is_library_code(frame.filename)]
-
-
-def _line(frame: traceback.FrameSummary) -> str:
-    try:
-        file = os.path.relpath(frame.filename)
-    except (OSError, ValueError):  # the working directory was removed, or is on another drive
-        file = os.pardir
-    return f"{frame.filename if file.startswith(os.pardir) else file}:{frame.lineno}"
 
 
 def _is_library_code(file: str) -> bool:
@@ -199,9 +190,3 @@ def _worker_error(error: BaseException) -> tuple[str, list[traceback.FrameSummar
     rest = text[found[-1].end() if found else 0 :].splitlines()
     message = next((line for line in rest if line and not line[0].isspace()), text)
     return message.removeprefix(f"{type(error).__qualname__}: "), frames
-
-
-def _is_pipeline_error(error: BaseException, name: str) -> bool:
-    """Return True for an error of a class of the pipeline, without importing the pipeline."""
-    kind: Any = getattr(sys.modules.get(_PIPELINE_ERRORS), name, None)
-    return kind is not None and isinstance(error, kind)

@@ -12,6 +12,7 @@ import difflib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,12 +65,7 @@ class ExperimentArguments:
     overrides: tuple[Override, ...] = ()
 
     def read(self, file: Path) -> ExperimentDocument:
-        """Read a file and apply the environment variables and the overrides.
-
-        Raises:
-            CommandError: the file does not exist.
-            ConfigError: the file, a variable or an override is invalid.
-        """
+        """Read a file and apply the environment variables and the overrides."""
         from robo_orchard_lab.experiment.document import read_experiment
 
         if not os.path.lexists(file):
@@ -77,22 +73,13 @@ class ExperimentArguments:
         return read_experiment(file, overrides=self.overrides, environ=os.environ)
 
     def load(self, file: Path, *, all_errors: bool = False) -> ExperimentConfig:
-        """Read and validate a file; ``all_errors`` is as in `ExperimentConfig.from_document`.
-
-        Raises:
-            CommandError: the file does not exist.
-            ConfigError: the experiment is invalid or not trusted.
-        """
+        """Read and validate a file; ``all_errors`` is as in `ExperimentConfig.from_document`."""
         return self.validated(self.read(file), all_errors=all_errors)
 
     def validated(
         self, document: ExperimentDocument, *, all_errors: bool = False
     ) -> ExperimentConfig:
-        """Validate a document.
-
-        Raises:
-            ConfigError: the experiment is invalid or not trusted; each error has its location.
-        """
+        """Validate a document; each error has its location."""
         from robo_orchard_lab.experiment.config import ExperimentConfig
 
         try:
@@ -102,27 +89,15 @@ class ExperimentArguments:
                 document.locate(other)
             raise
 
-    @property
-    def sets_run_folder(self) -> bool:
-        """Return True if the command line or the environment sets ``run_folder``."""
-        return any(override.path[0] == RUN_FOLDER for override in self._all_overrides())
-
-    @property
-    def sets_resume(self) -> bool:
-        """Return True if the command line or the environment sets ``resume``."""
-        return any(override.path == ("resume",) for override in self._all_overrides())
-
-    def _all_overrides(self) -> list[Override]:
+    def sets(self, field: str) -> bool:
+        """Return True if the command line or the environment sets a field of the top."""
         from robo_orchard_lab.experiment.overrides import from_environment
 
-        return [*self.overrides, *from_environment(os.environ, {})]
+        overrides = [*self.overrides, *from_environment(os.environ, {})]
+        return any(override.path[0] == field for override in overrides)
 
     def within(self, folder: Path, **fields: str) -> ExperimentArguments:
-        """Return these arguments for the run in a folder, with further fields.
-
-        Raises:
-            CommandError: ``--run_folder`` is set, too.
-        """
+        """Return these arguments for the run in a folder, with further fields."""
         from robo_orchard_lab.experiment.overrides import Origin, Override
 
         if any(override.path[0] == RUN_FOLDER for override in self.overrides):
@@ -131,10 +106,8 @@ class ExperimentArguments:
                 f"`{PROGRAM} train {folder / CONFIG_FILE} --{RUN_FOLDER} FOLDER` repeats it there",
             )
         origin = Origin("command line", str(folder))
-        added = [
-            Override((name,), value, None, origin)
-            for name, value in {RUN_FOLDER: str(folder), **fields}.items()
-        ]
+        fields = {RUN_FOLDER: str(folder), **fields}
+        added = [Override((name,), value, None, origin) for name, value in fields.items()]
         return replace(self, overrides=(*added, *self.overrides))
 
 
@@ -152,12 +125,7 @@ class ExperimentCommand(Command):
         self.params.insert(-1, click.Option(["--trust"], **_TRUST))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse field options; click parses the rest.
-
-        Raises:
-            click.UsageError: an option is unknown, or a field has no value.
-            ConfigError: the path or the value of a field is invalid.
-        """
+        """Parse field options; click parses the rest."""
         own, fields = self._split(ctx, args)
         rest = super().parse_args(ctx, own)
         trust = ctx.params.pop("trust")
@@ -180,14 +148,12 @@ class ExperimentCommand(Command):
             if argument == "--":
                 own += [argument, *waiting]
             elif argument in requires_value:
-                own.append(argument)
-                if requires_value[argument]:
-                    own += _next(waiting)
+                own += [argument, *islice(waiting, requires_value[argument])]
             elif not argument.startswith("--") or argument.partition("=")[0] in requires_value:
                 own.append(argument)
             elif ctx.resilient_parsing:  # shell completion of a later argument
                 if "=" not in argument:
-                    _next(waiting)
+                    next(waiting, None)
             else:
                 fields.append(_with_value(argument, waiting, [*requires_value]))
         return own, fields
@@ -227,30 +193,32 @@ class ExperimentCommand(Command):
 
 def _with_allow_value(args: list[str]) -> list[str]:
     """Add the only value to ``--allow`` without a value: click would use the next argument."""
+
+    def is_value(argument: str) -> bool:
+        path = Path(argument)
+        return not (argument[:1] in ("", "-") or path.suffix in _SUFFIXES or path.exists())
+
+    following = [*args[1:], ""]
     return [
-        f"--allow={ALLOWED}" if arg == "--allow" and _is_not_a_value(following) else arg
-        for arg, following in zip(args, [*args, ""][1:], strict=False)
+        f"--allow={ALLOWED}" if arg == "--allow" and not is_value(after) else arg
+        for arg, after in zip(args, following, strict=False)
     ]
 
 
-def _is_not_a_value(argument: str) -> bool:
-    path = Path(argument)
-    return argument[:1] in ("", "-") or path.suffix in _SUFFIXES or path.exists()
-
-
-def _next(waiting: Iterator[str]) -> list[str]:
-    return [argument for argument in [next(waiting, None)] if argument is not None]
-
-
 def _with_value(argument: str, waiting: Iterator[str], options: list[str]) -> str:
-    """Return a field and its value as a single argument.
-
-    Raises:
-        click.UsageError: the field is unknown, or has no value.
-    """
+    """Return a field and its value, the next argument, as a single argument."""
     name, has_value, _ = argument.partition("=")
-    if name.removeprefix("--").partition(".")[0] not in _top_fields():
-        raise click.UsageError(f"there is no option or field {name}; {_suggestion(name, options)}")
+    word = name.removeprefix("--")
+    top, _, rest = word.partition(".")
+    paths = [field.path for field in experiment_fields()]
+    tops = {path.partition(".")[0] for path in paths}
+    if top not in tops:
+        known = [*(option.removeprefix("--") for option in options), *paths]
+        near = difflib.get_close_matches(word, known, n=1)
+        if not near and rest:  # a field of a configured class: only the first key is known
+            near = [f"{each}.{rest}" for each in difflib.get_close_matches(top, tops, n=1)]
+        advice = f"did you mean --{near[0]}?" if near else "see --help"
+        raise click.UsageError(f"there is no option or field {name}; {advice}")
     if has_value:
         return argument
     value = next(waiting, None)
@@ -259,27 +227,12 @@ def _with_value(argument: str, waiting: Iterator[str], options: list[str]) -> st
     return f"{argument}={value}"
 
 
-def _top_fields() -> set[str]:
-    return {field.path.partition(".")[0] for field in experiment_fields()}
-
-
-def _suggestion(name: str, options: list[str]) -> str:
-    word = name.removeprefix("--")
-    known = [option.removeprefix("--") for option in options]
-    near = difflib.get_close_matches(word, [*known, *(f.path for f in experiment_fields())], n=1)
-    if not near and "." in word:  # a field of a configured class: only the first key is known
-        first, _, rest = word.partition(".")
-        near = [f"{top}.{rest}" for top in difflib.get_close_matches(first, _top_fields(), n=1)]
-    return f"did you mean --{near[0]}?" if near else "see --help"
-
-
 def _overrides(fields: list[str]) -> tuple[Override, ...]:
-    if not fields:
+    if not fields:  # without an import
         return ()
     from robo_orchard_lab.experiment.overrides import from_arguments
 
-    found, _ = from_arguments(fields)
-    return tuple(found)
+    return tuple(from_arguments(fields)[0])
 
 
 def _nearest_file(file: Path) -> str:

@@ -10,14 +10,13 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
 from typing import NoReturn
 
 import click
 from click.shell_completion import shell_complete
 
-from robo_orchard_core.utils.logging import log_basic_config
+from robo_orchard_core.utils.logging import log_basic_config, visible
 from robo_orchard_lab.cli.commands import LazyGroup
 from robo_orchard_lab.cli.errors import ExitCode, error_lines, exit_code_of
 from robo_orchard_lab.cli.output import (
@@ -28,7 +27,6 @@ from robo_orchard_lab.cli.output import (
     is_reader_gone,
     note,
     styled,
-    visible,
 )
 
 _FIRST_RANK_REPORTS_S = 10.0
@@ -135,26 +133,8 @@ def _run(arguments: list[str]) -> int:
 def _program() -> click.Command:
     group = LazyGroup(PROGRAM, COMMANDS, _HELP)
     group.epilog = _EXIT_CODES
-    group.params.append(
-        click.Option(
-            ["--version"],
-            is_flag=True,
-            is_eager=True,
-            expose_value=False,
-            callback=_print_version,
-            help="Show the version and exit.",
-        )
-    )
-    return group
-
-
-def _print_version(context: click.Context, parameter: click.Parameter, is_set: bool) -> None:
-    if is_set and not context.resilient_parsing:
-        try:
-            click.echo(f"{DISTRIBUTION} {version(DISTRIBUTION)}")
-        except PackageNotFoundError:
-            click.echo(f"{DISTRIBUTION} (not installed: run from source)")
-        context.exit()
+    message = f"{DISTRIBUTION} %(version)s"
+    return click.version_option(package_name=DISTRIBUTION, message=message)(group)
 
 
 def _print_error(error: BaseException, debug: bool) -> None:

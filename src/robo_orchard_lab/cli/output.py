@@ -12,30 +12,38 @@ import re
 import select
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
+from itertools import zip_longest
 from typing import Any, TextIO
 
 import click
 
-from robo_orchard_core.utils.config.formats import Plain, read_yaml, write_yaml
+from robo_orchard_core.utils.config.formats import Plain, write_yaml
+from robo_orchard_core.utils.logging import visible
 
 PROGRAM = "robo-orchard-lab"
 DISTRIBUTION = "robo-orchard-hooks"
 COMPLETE_VARIABLE = "_ROBO_ORCHARD_LAB_COMPLETE"
 
-# --- text ------------------------------------------------------------------------------------
 
 _STYLE_CODES = re.compile(r"(\x1b\[(?:0|1|31|32)m)")  # of `styled`
 
 
 def say(text: str = "") -> None:
     """Print a line of the result to standard output."""
-    print(_escaped(text, sys.stdout))
+    _print(text, sys.stdout)
 
 
 def note(text: str) -> None:
     """Print a line to standard error."""
-    print(_escaped(text, sys.stderr), file=sys.stderr, flush=True)
+    _print(text, sys.stderr)
+
+
+def _print(text: str, stream: TextIO) -> None:
+    """Print a line, escaped except for the style codes of a stream with styles."""
+    parts = _STYLE_CODES.split(text) if shows_style(stream) else [text]
+    shown = (part if number % 2 else visible(part) for number, part in enumerate(parts))
+    print("".join(shown), file=stream, flush=stream is sys.stderr)
 
 
 def styled(text: str, style: str, stream: TextIO | None = None) -> str:
@@ -49,25 +57,6 @@ def shows_style(stream: TextIO) -> bool:
     """Return True for a terminal with colors (https://no-color.org)."""
     is_plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
     return stream.isatty() and not is_plain
-
-
-def visible(text: str) -> str:
-    r"""Return text with control and invisible characters escaped, except line ends.
-
-    >>> visible("\x1b[31mred\nnext")
-    '\\x1b[31mred\nnext'
-    """
-    if all(part.isprintable() for part in text.split("\n")):
-        return text
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-
-
-def _escaped(text: str, stream: TextIO) -> str:
-    """Escape everything but the style codes of a stream with styles."""
-    if not shows_style(stream):
-        return visible(text)
-    parts = enumerate(_STYLE_CODES.split(text))
-    return "".join(part if number % 2 else visible(part) for number, part in parts)
 
 
 def is_reader_gone() -> bool:
@@ -97,10 +86,8 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     program gets each row as one line.
     """
     if sys.stdout.isatty():
-        try:
+        with suppress(ImportError):  # rich is in the extra `terminal`
             return _print_rich_table(headings, rows)
-        except ImportError:  # of the extra `terminal`
-            pass
     first, *others = table_lines(headings, rows)
     print(styled(first, "bold"), *others, sep="\n")
     return None
@@ -128,19 +115,12 @@ def table_lines(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[
     EMA         averages
     FreezeHook
     """
-    cells = [[[heading.upper()] for heading in headings]]
-    cells += [[visible(cell).splitlines() for cell in row] for row in rows]
-    widths = [
-        max(len(line) for cell in column for line in cell or [""])
-        for column in zip(*cells, strict=True)
-    ]
-    lines = []
-    for row in cells:
-        for number in range(max(1, *map(len, row))):
-            parts = [cell[number] if number < len(cell) else "" for cell in row]
-            aligned = (f"{part:{width}}" for part, width in zip(parts, widths, strict=True))
-            lines.append("  ".join(aligned).rstrip())
-    return lines
+    lines: list[Sequence[str]] = [[heading.upper() for heading in headings]]
+    for row in rows:
+        lines += zip_longest(*(visible(cell).splitlines() or [""] for cell in row), fillvalue="")
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = (map(str.ljust, line, widths) for line in lines)
+    return ["  ".join(line).rstrip() for line in aligned]
 
 
 # --- JSON ------------------------------------------------------------------------------------
@@ -184,9 +164,7 @@ def print_json(data: Any) -> None:
     print(text, file=_json_streams[-1] if _json_streams else sys.stdout)
 
 
-# --- amounts ---------------------------------------------------------------------------------
-
-_BYTES = ("B", "KiB", "MiB", "GiB", "TiB")
+_BYTES = ("KiB", "MiB", "GiB", "TiB")
 _SECONDS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
@@ -196,11 +174,13 @@ def bytes_text(count: float) -> str:
     >>> bytes_text(512), bytes_text(1536), bytes_text(5 * 2**30)
     ('512 B', '1.5 KiB', '5.0 GiB')
     """
-    unit = 0
-    while count >= 1024 and unit < len(_BYTES) - 1:
+    text = f"{count:.0f} B"
+    for unit in _BYTES:
+        if count < 1024:
+            break
         count /= 1024
-        unit += 1
-    return f"{count:.1f} {_BYTES[unit]}" if unit else f"{count:.0f} B"
+        text = f"{count:.1f} {unit}"
+    return text
 
 
 def age_text(seconds: float) -> str:
@@ -224,51 +204,27 @@ def count_text(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def shortened(text: str, length: int) -> str:
-    """Return text of at most ``length`` characters.
-
-    >>> shortened("robo_orchard_lab", 10)
-    'robo_or...'
-    """
-    return text if len(text) <= length else f"{text[: length - 3]}..."
-
-
-# --- YAML ------------------------------------------------------------------------------------
-
 _PLAIN = re.compile(
-    r"""
-    ((?:\s|-\s)*(?:\w+:\s)?)                                        # an item, or a key
-    "((?:[A-Za-z_]|\d+\x20(?=[a-z]))                               # no number, and no sign
-    (?:[\w./|+*-]|:(?=\w)|\x20(?=[\w|]))*)"(?=\n)
-    """,
-    re.ASCII | re.VERBOSE,
+    r"(?!(?i:null|true|false|yes|no|on|off|y|n)\Z)"  # no word of YAML 1.1 and 1.2
+    r"(?:[A-Za-z_]|\d+\x20(?=[a-z]))"  # no number, and no sign
+    r"(?:[\w./|+*-]|:(?=\w)|\x20(?=[\w|]))*",
+    re.ASCII,
 )
-_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}  # in YAML 1.1 and 1.2
 
 
 def readable_yaml(document: dict[str, Plain]) -> str:
     """Return a document as block YAML with quotes only where they are needed.
 
-    The text is parsed again to verify that it means the same.
-
     >>> print(readable_yaml({"every": "50 steps | 1 epoch", "mixed_precision": "no"}), end="")
     every: 50 steps | 1 epoch
     mixed_precision: "no"
     """
-    exact = write_yaml(document)
-    readable = with_escapes("".join(_unquoted(line) for line in exact.splitlines(keepends=True)))
-    return readable if read_yaml(readable) == document else exact
+    return with_escapes(write_yaml(document, is_plain=_PLAIN.fullmatch))
 
 
 def with_escapes(text: str) -> str:
     """Return YAML or TOML with escapes for control characters in its quoted strings."""
-    return "".join(c if c.isprintable() or c == "\n" else _escape(ord(c)) for c in text)
-
-
-def _escape(code: int) -> str:
-    return f"\\u{code:04x}" if code < 2**16 else f"\\U{code:08x}"
-
-
-def _unquoted(line: str) -> str:
-    found = _PLAIN.match(line)
-    return line if found is None or found[2].lower() in _WORDS else f"{found[1]}{found[2]}\n"
+    return "".join(
+        c if c.isprintable() or c == "\n" else f"\\u{n:04x}" if n < 2**16 else f"\\U{n:08x}"
+        for c, n in zip(text, map(ord, text), strict=True)
+    )

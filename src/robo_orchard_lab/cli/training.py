@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from robo_orchard_core.utils.config.errors import shorten
 from robo_orchard_lab.cli.errors import CommandError, ExitCode
 from robo_orchard_lab.cli.output import (
     PROGRAM,
@@ -18,14 +19,12 @@ from robo_orchard_lab.cli.output import (
     print_json,
     print_table,
     say,
-    shortened,
     table_lines,
 )
 
 if TYPE_CHECKING:
     from robo_orchard_lab.cli.experiment_arguments import ExperimentArguments
     from robo_orchard_lab.experiment.config import ExperimentConfig
-    from robo_orchard_lab.experiment.dry_run import DryRun
     from robo_orchard_lab.experiment.existing_run import ExistingRun
     from robo_orchard_lab.experiment.parts import ResumeEffect
     from robo_orchard_lab.experiment.resume_diff import Difference
@@ -35,12 +34,15 @@ _VALUE_LENGTH = 60  # characters of a value in a table
 
 @dataclass(frozen=True, slots=True)
 class RunStart:
-    """Start of a run: from the beginning, or from a checkpoint."""
+    """Start of a run.
+
+    Attributes:
+        step: Step of the checkpoint to resume from; None for a new run.
+        changes: Fields that differ from the previous start.
+    """
 
     step: int | None = None
-    """Step of the checkpoint to resume from; None for a new run."""
     changes: Sequence[Difference] = ()
-    """Fields that differ from the previous start."""
 
 
 def is_first_rank() -> bool:
@@ -56,7 +58,7 @@ def check_start(
     is_own_file: bool = False,
     checkpoint: Path | None = None,
 ) -> RunStart:
-    """Check that a run may start in its run folder, and return its start.
+    """Return the start of a run, or refuse it because of the existing run or the run folder.
 
     Args:
         experiment: the experiment to train.
@@ -64,33 +66,33 @@ def check_start(
         allow: "trajectory" to allow changes that change the trained weights.
         is_own_file: the file is the config.yaml in the run folder.
         checkpoint: checkpoint to resume from instead of the newest.
-
-    Raises:
-        CommandError: the existing run differs too much, has passed a changed limit, is completed,
-            or is running.
     """
     from robo_orchard_lab.experiment.existing_run import find_existing_run
     from robo_orchard_lab.experiment.run_folder import find_escaping_link
 
     folder = experiment.folder()
+    other_folder = "choose another folder: --run_folder FOLDER"
     if (link := find_escaping_link(folder)) is not None:
         raise CommandError(
             f"the link {link} leads out of the run folder: files would be written there",
-            "remove the link, or choose another folder: --run_folder FOLDER",
+            f"remove the link, or {other_folder}",
         )
-    _check_writable(folder)
+    ancestor = next(each for each in (folder, *folder.parents) if each.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
+        problem = "is not a folder" if not ancestor.is_dir() else "is not writable"
+        raise CommandError(f"{folder} can't be the run folder: {ancestor} {problem}", other_folder)
     existing = find_existing_run(folder)
     if existing is None:
         return RunStart()
     if existing.is_running:
         raise CommandError(
             f"the run in {existing.folder} is still running, as process {existing.pid}",
-            "stop it, or choose another folder: --run_folder FOLDER",
+            f"stop it, or {other_folder}",
             ExitCode.FAILED,
         )
     if existing.newest_step is None:
         return RunStart()
-    if experiment.resume == "never" and not arguments.sets_resume:
+    if experiment.resume == "never" and not arguments.sets("resume"):
         # The file may belong to another experiment with the same run folder.
         raise CommandError(
             f"the run in {existing.folder} has checkpoints, and the file has resume: never, which "
@@ -99,7 +101,7 @@ def check_start(
         )
     if experiment.resume != "auto":
         return RunStart()
-    changes = _check_changes(experiment, existing, arguments, allow)
+    changes = _changes(experiment, existing, arguments, allow)
     _check_limits(changes, folder if checkpoint is None else checkpoint)
     if is_own_file and existing.is_completed and not changes:
         raise CommandError(
@@ -110,32 +112,23 @@ def check_start(
     return RunStart(existing.newest_step, changes)
 
 
-def _check_writable(folder: Path) -> None:
-    ancestor = next(each for each in (folder, *folder.parents) if each.exists())
-    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
-        problem = "is not a folder" if not ancestor.is_dir() else "is not writable"
-        raise CommandError(
-            f"{folder} can't be the run folder: {ancestor} {problem}",
-            "choose another folder: --run_folder FOLDER",
-        )
-
-
-def _check_changes(
+def _changes(
     experiment: ExperimentConfig,
     existing: ExistingRun,
     arguments: ExperimentArguments,
     allow: str | None,
 ) -> list[Difference]:
+    """Return the changes since the last start, or refuse them with a table."""
     from robo_orchard_lab.experiment.existing_run import ChangedRunError, check_changes
 
     worst: ResumeEffect = "trajectory" if allow == "trajectory" else "harmless"
     try:
         return check_changes(experiment, existing, arguments.trust, allow=worst)
     except ChangedRunError as error:
-        rows = [
-            [change.resume, change.field, *_shortened_values(change), change.why]
-            for change in error.changes
-        ]
+        rows = []
+        for change in error.changes:
+            values = (shorten(str(v), _VALUE_LENGTH) for v in (change.before, change.after))
+            rows.append([change.resume, change.field, *values, change.why])
         table = table_lines(["", "field", "was", "is", ""], rows)
         resume = _command("resume", existing.folder, arguments)
         advice = f"`{resume}` resumes it unchanged; --run_folder FOLDER starts another run"
@@ -154,29 +147,19 @@ def _check_limits(changes: Sequence[Difference], path: Path) -> None:
         "trainer.max_step": "global_step_id",
         "trainer.max_optimizer_step": "optimizer_step_id",
     }
-    lowered = [
-        change
-        for change in changes
-        if change.field in counters
-        and change.after is not None
-        and (change.before is None or change.after < change.before)
-    ]
-    if not lowered:
-        return
-    found = find_checkpoints(path).pick()
-    progress = read_contents(found, tensors=False).progress
-    for change in lowered:
-        counter = counters[change.field]
-        if (done := progress.get(counter, 0)) > change.after:
+    for change in changes:
+        if change.field not in counters or change.after is None:
+            continue
+        if change.before is not None and change.after >= change.before:
+            continue
+        found = find_checkpoints(path).pick()
+        done = read_contents(found, tensors=False).progress.get(counters[change.field], 0)
+        if done > change.after:
             raise CommandError(
                 f"{change.field} is {change.after}, but {found} has completed {done}: nothing is "
                 "left to train, and the run is unchanged",
                 f"pass --{change.field} {done + 1} or more, or resume an earlier checkpoint",
             )
-
-
-def _shortened_values(change: Difference) -> list[str]:
-    return [shortened(str(value), _VALUE_LENGTH) for value in (change.before, change.after)]
 
 
 def train(
@@ -195,9 +178,6 @@ def train(
         start: result of :func:`check_start`.
         resume_from: checkpoint to resume from instead of the newest.
         as_json: report the result as JSON.
-
-    Raises:
-        RunPreempted: the run was saved and stopped.
     """
     from robo_orchard_lab.experiment.existing_run import record
     from robo_orchard_lab.experiment.run_folder import CONFIG_FILE
@@ -267,24 +247,49 @@ def _command(name: str, folder: Path, arguments: ExperimentArguments) -> str:
     return shlex.join([PROGRAM, name, str(folder), *trust])
 
 
-# --- dry runs --------------------------------------------------------------------------------
-
-
 def print_dry_run(experiment: ExperimentConfig, start: RunStart, *, as_json: bool) -> None:
-    """Compute one batch of an experiment without writing, and describe the run.
-
-    Raises:
-        CommandError: there are several processes.
-    """
+    """Compute one batch of an experiment without writing, and describe the run."""
     from robo_orchard_lab.experiment.dry_run import dry_run
 
     _check_single_process("--dry-run")
     found = dry_run(experiment)
+    length = found.length
     if as_json:
-        print_json({**_plain(found), "start_step": start.step})
+        names = ("epochs", "steps", "updates", "steps_per_epoch")
+        counts = None if length is None else {name: getattr(length, name) for name in names}
+        plain = {**asdict(found), "run_folder": str(found.run_folder), "length": counts}
+        print_json({**plain, "start_step": start.step})
         return
-    for name, text in _lines(start, found):
+
+    def line(name: str, text: str) -> None:
         say(f"{name:<12} {text}")
+
+    line("run folder", str(found.run_folder))
+    changes = ", ".join(change.field for change in start.changes)
+    step = f"resumes the run in this folder at step {start.step}"
+    step = "new run" if start.step is None else step
+    line("start", step + (f", with changed {changes}" if changes else ""))
+    line("device", found.device)
+    frozen = found.parameters - found.trained_parameters
+    trained = f", {frozen:,} of them frozen" if frozen else ""
+    line("model", count_text(found.parameters, "parameter") + trained)
+    if length is None:
+        line("run", "unknown length: the data has no length")
+    else:
+        line("epoch", count_text(length.steps_per_epoch, "step"))
+        parts = [(length.epochs, "epoch"), (length.steps, "step"), (length.updates, "update")]
+        line("run", ", ".join(count_text(number, noun) for number, noun in parts))
+    if found.loss is not None:
+        line("loss", f"{found.loss:.6g} on the first batch")
+    for name, loss in found.evaluated.items():
+        line(f"  {name}", f"{loss:.6g} on its first batch")
+    memory = found.memory
+    on = "of this process" if memory.peak_on == "process" else f"on {memory.peak_on}"
+    line(
+        "memory",
+        f"parameters {bytes_text(memory.parameters)}, gradients {bytes_text(memory.gradients)}, "
+        f"optimizer {bytes_text(memory.optimizer)}; peak {bytes_text(memory.peak)} {on}",
+    )
     if found.hooks:
         say()
         rows = [
@@ -292,16 +297,11 @@ def print_dry_run(experiment: ExperimentConfig, start: RunStart, *, as_json: boo
             for hook in found.hooks
         ]
         print_table(["hook", "field", "trigger", "times"], rows)
-    say()
-    say("nothing was written")
+    say("\nnothing was written")
 
 
 def print_fast_run(experiment: ExperimentConfig, *, as_json: bool) -> None:
-    """Run two steps of each stage in a temporary folder, and list the stages.
-
-    Raises:
-        CommandError: there are several processes.
-    """
+    """Run two steps of each stage in a temporary folder, and list the stages."""
     from robo_orchard_lab.experiment.dry_run import fast_run
 
     _check_single_process("--debug-fast")
@@ -317,45 +317,3 @@ def print_fast_run(experiment: ExperimentConfig, *, as_json: bool) -> None:
 def _check_single_process(option: str) -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise CommandError(f"{option} is for one process; run it without torchrun")
-
-
-def _lines(start: RunStart, found: DryRun) -> Iterator[tuple[str, str]]:
-    yield "run folder", str(found.run_folder)
-    changes = ", ".join(change.field for change in start.changes)
-    step = (
-        "new run" if start.step is None else f"resumes the run in this folder at step {start.step}"
-    )
-    yield "start", step + (f", with changed {changes}" if changes else "")
-    yield "device", found.device
-    frozen = found.parameters - found.trained_parameters
-    trained = f", {frozen:,} of them frozen" if frozen else ""
-    yield "model", count_text(found.parameters, "parameter") + trained
-    length = found.length
-    if length is None:
-        yield "run", "unknown length: the data has no length"
-    else:
-        yield "epoch", count_text(length.steps_per_epoch, "step")
-        parts = [(length.epochs, "epoch"), (length.steps, "step"), (length.updates, "update")]
-        yield "run", ", ".join(count_text(number, noun) for number, noun in parts)
-    if found.loss is not None:
-        yield "loss", f"{found.loss:.6g} on the first batch"
-    for name, loss in found.evaluated.items():
-        yield f"  {name}", f"{loss:.6g} on its first batch"
-    memory = found.memory
-    yield (
-        "memory",
-        f"parameters {bytes_text(memory.parameters)}, gradients {bytes_text(memory.gradients)}, "
-        f"optimizer {bytes_text(memory.optimizer)}; peak {bytes_text(memory.peak)} "
-        + ("of this process" if memory.peak_on == "process" else f"on {memory.peak_on}"),
-    )
-
-
-def _plain(found: DryRun) -> dict[str, Any]:
-    length = found.length
-    names = ("epochs", "steps", "updates", "steps_per_epoch")
-    return {
-        **asdict(found),
-        "run_folder": str(found.run_folder),
-        "evaluated": dict(found.evaluated),
-        "length": None if length is None else {name: getattr(length, name) for name in names},
-    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 import click
@@ -18,12 +18,8 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 def _debug_option() -> click.Option:
     # `main` looks for the flag itself: an error may precede parsing.
-    return click.Option(
-        ["--debug"],
-        is_flag=True,
-        expose_value=False,
-        help="Show the traceback of an error.",
-    )
+    text = "Show the traceback of an error."
+    return click.Option(["--debug"], is_flag=True, expose_value=False, help=text)
 
 
 class Command(click.Command):
@@ -65,11 +61,7 @@ class CommandGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the command at the start of the arguments.
-
-        Raises:
-            click.UsageError: the name is unknown; with a suggestion.
-        """
+        """Return the command at the start of the arguments; an unknown one gets a suggestion."""
         names = self.list_commands(ctx)
         if args[0] not in names:
             advice = suggest_name(args[0], names, "expected")
@@ -78,13 +70,7 @@ class CommandGroup(click.Group):
 
 
 class LazyGroup(CommandGroup):
-    """Group with commands in modules that are imported on use.
-
-    Args:
-        name: name of the group.
-        sections: the commands under their headings.
-        help: text above the commands.
-    """
+    """Group with commands in modules that are imported on use; ``sections`` lists them."""
 
     def __init__(self, name: str, sections: Sections, help: str) -> None:  # noqa: A002 - click's name
         super().__init__(name, help=help)
@@ -103,8 +89,7 @@ class LazyGroup(CommandGroup):
         """Import and return a command, or None for an unknown name."""
         if cmd_name not in self._references:
             return None
-        module, _, attribute = self._references[cmd_name].partition(":")
-        command: click.Command = getattr(import_module(module), attribute)
+        command: click.Command = resolve_name(self._references[cmd_name])
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -6,12 +6,14 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from robo_orchard_core.utils.logging import visible
 from robo_orchard_lab.cli.commands import CommandGroup
 from robo_orchard_lab.cli.errors import CommandError, ExitCode
 from robo_orchard_lab.cli.output import (
@@ -24,7 +26,6 @@ from robo_orchard_lab.cli.output import (
     print_table,
     say,
     styled,
-    visible,
 )
 
 if TYPE_CHECKING:
@@ -63,16 +64,6 @@ def list_(path: str, as_json: bool) -> None:
     exist with the right sizes; `checkpoint verify` also compares their digests. "not finite" names
     the first weight or optimizer state with a NaN or infinity, or the losses since the last save.
     """
-    found = _list(path)
-    if as_json:
-        print_json(found)
-    elif not found:
-        say(f"there are no checkpoints in {path}")
-    else:
-        print_table(["step", "epoch", "size", "saved", "state", "metrics"], map(_row, found))
-
-
-def _list(path: str) -> list[dict[str, Any]]:
     from robo_orchard_lab.experiment.existing_run import find_checkpoints
     from robo_orchard_lab.pipeline.checkpoint import ReadLimits
     from robo_orchard_lab.pipeline.checkpoint.listing import RootListing, read_contents
@@ -86,52 +77,53 @@ def _list(path: str) -> list[dict[str, Any]]:
     }
     listing = RootListing(root, ReadLimits()).read()
     found: list[dict[str, Any]] = []
+    rows: list[list[str]] = []
     for info in listing.infos:
-        problem, progress = None, {}
+        problem, epoch, link = None, None, links.get(info.path.name)
+        non_finite = None if info.non_finite is None else [*info.non_finite]
         try:
-            progress = dict(read_contents(info.path, tensors=False).progress)
+            epoch = read_contents(info.path, tensors=False).progress.get("epoch_id")
         except CheckpointError as error:
             problem = str(error)
         found.append(
             {
                 "path": str(info.path),
                 "step": info.step,
-                "epoch": progress.get("epoch_id"),
+                "epoch": epoch,
                 "size_bytes": info.size_bytes,
                 "saved_at": info.saved_at.isoformat(timespec="seconds"),
-                "link": links.get(info.path.name),
-                "non_finite": _non_finite(info),
+                "link": link,
+                "non_finite": non_finite,
                 "metrics": dict(info.metrics),
                 "problem": problem,
             }
         )
+        states = ["complete" if problem is None else f"damaged: {problem}"]
+        states += [f"not finite: {name}" for name in (non_finite or [])[:1]]
+        metrics = (
+            f"{name} {value:g}"
+            for name, value in info.metrics.items()
+            if not name.startswith(("perf/", "lr/"))  # --json has them
+        )
+        rows.append(
+            [
+                str(info.step),
+                "" if epoch is None else str(epoch),
+                bytes_text(info.size_bytes),
+                age_text((datetime.now(UTC) - info.saved_at).total_seconds()),
+                ", ".join([*states, *([link] if link else [])]),
+                ", ".join(metrics),
+            ]
+        )
     for broken, problem in listing.broken:
         found.append({"path": str(broken), "step": None, "epoch": None, "problem": problem})
-    return found
-
-
-def _non_finite(info: CheckpointInfo) -> list[str] | None:
-    return None if info.non_finite is None else [*info.non_finite]
-
-
-def _row(found: dict[str, Any]) -> list[str]:
-    state = "complete" if found["problem"] is None else f"damaged: {found['problem']}"
-    if found["step"] is None:
-        return ["?", "", "", "", state, ""]
-    saved_at = datetime.fromisoformat(found["saved_at"])
-    names = (found["non_finite"] or [])[:1]
-    return [
-        str(found["step"]),
-        "" if found["epoch"] is None else str(found["epoch"]),
-        bytes_text(found["size_bytes"]),
-        age_text((datetime.now(UTC) - saved_at).total_seconds()),
-        ", ".join(filter(None, [state, *map("not finite: {}".format, names), found["link"]])),
-        ", ".join(
-            f"{name} {value:g}"
-            for name, value in found["metrics"].items()
-            if not name.startswith(("perf/", "lr/"))  # --json has them
-        ),
-    ]
+        rows.append(["?", "", "", "", f"damaged: {problem}", ""])
+    if as_json:
+        print_json(found)
+    elif not rows:
+        say(f"there are no checkpoints in {path}")
+    else:
+        print_table(["step", "epoch", "size", "saved", "state", "metrics"], rows)
 
 
 @checkpoint.command("show")
@@ -149,23 +141,31 @@ def show(path: str, best: bool, tensors: bool, as_json: bool) -> None:
 
     contents = read_contents(find_checkpoints(path).pick(best=best))
     if as_json:
-        print_json(_plain(contents))
+        info = contents.info
+        texts = {"path": str(info.path), "saved_at": info.saved_at.isoformat(timespec="seconds")}
+        progress, files = dict(contents.progress), [asdict(file) for file in contents.files]
+        print_json({**asdict(info), **texts, "progress": progress, "files": files})
         return
     for name, text in _lines(contents):
         say(visible(f"{name + ':':<12} {text}"))
+    rows = []
+    for file in contents.files:
+        summary = ""
+        if file.tensors is not None:
+            elements = sum(math.prod(tensor.shape) for tensor in file.tensors)
+            summary = (
+                f"{count_text(len(file.tensors), 'tensor')}, {count_text(elements, 'element')}"
+            )
+        rows.append([file.name, bytes_text(file.size_bytes), summary])
     say()
-    rows = [
-        [file.name, bytes_text(file.size_bytes), _tensors_text(file.tensors)]
-        for file in contents.files
-    ]
     print_table(["file", "size", "tensors"], rows)
     if tensors:
         say()
-        all_tensors = [
+        all_tensors = (
             [file.name, tensor.name, tensor.dtype, str([*tensor.shape])]
             for file in contents.files
             for tensor in file.tensors or ()
-        ]
+        )
         print_table(["file", "tensor", "type", "shape"], all_tensors)
 
 
@@ -192,43 +192,6 @@ def _lines(contents: Contents) -> Iterator[tuple[str, str]]:
     if isinstance(git := metadata.get("git"), dict):
         yield "git", f"{git.get('commit')}{', with changes' if git.get('changed') else ''}"
     yield "size", bytes_text(info.size_bytes)
-
-
-def _tensors_text(tensors: Any) -> str:
-    if tensors is None:
-        return ""
-    elements = sum(math.prod(tensor.shape) for tensor in tensors)
-    return f"{count_text(len(tensors), 'tensor')}, {count_text(elements, 'element')}"
-
-
-def _plain(contents: Contents) -> dict[str, Any]:
-    info = contents.info
-    return {
-        "path": str(info.path),
-        "step": info.step,
-        "progress": dict(contents.progress),
-        "saved_at": info.saved_at.isoformat(timespec="seconds"),
-        "ranks": info.ranks,
-        "digest": info.digest,
-        "size_bytes": info.size_bytes,
-        "non_finite": _non_finite(info),
-        "metrics": dict(info.metrics),
-        "metadata": info.metadata,
-        "files": [
-            {
-                "name": file.name,
-                "size_bytes": file.size_bytes,
-                "part": file.part,
-                "rank": file.rank,
-                "tensors": None
-                if file.tensors is None
-                else [
-                    {"name": t.name, "dtype": t.dtype, "shape": [*t.shape]} for t in file.tensors
-                ],
-            }
-            for file in contents.files
-        ],
-    }
 
 
 @checkpoint.command("verify")
@@ -344,11 +307,7 @@ def prune(path: str, dry_run: bool, yes: bool, as_json: bool, **rules: Any) -> N
 
 
 def _check_metric(options: dict[str, Any], checkpoints: RunCheckpoints) -> None:
-    """Refuse options for the best checkpoints that would keep other ones.
-
-    Raises:
-        CommandError: no checkpoint has the metric, or nothing says which value is best.
-    """
+    """Refuse options for the best checkpoints that would keep other ones."""
     from robo_orchard_core.utils.config.errors import suggest_name
     from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
 

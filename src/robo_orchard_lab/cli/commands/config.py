@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from robo_orchard_core.utils.config import ConfigError
-from robo_orchard_core.utils.config.errors import dotted
+from robo_orchard_core.utils.config.errors import dotted, shorten
 from robo_orchard_core.utils.config.parts import PART_KEYS
 from robo_orchard_lab.cli.commands import Command, CommandGroup
 from robo_orchard_lab.cli.errors import CommandError, ExitCode, config_error_line
@@ -30,7 +30,6 @@ from robo_orchard_lab.cli.output import (
     print_table,
     readable_yaml,
     say,
-    shortened,
     styled,
     with_escapes,
 )
@@ -75,45 +74,29 @@ def check(files: tuple[Path, ...], as_json: bool, experiment: ExperimentArgument
 
     Exits with 2 if a file has errors. Trusted code that a file names is imported; nothing is built.
     """
-    checked = [(file, _errors(experiment, file)) for file in files]
-    if as_json:
-        print_json(
-            [
-                {"file": str(file), "ok": not errors, "errors": [*map(_plain_error, errors)]}
-                for file, errors in checked
-            ]
-        )
-    else:
-        for file, errors in checked:
-            _print_errors(file, errors)
-    return ExitCode.USAGE if any(errors for _, errors in checked) else ExitCode.DONE
-
-
-def _errors(experiment: ExperimentArguments, file: Path) -> list[ConfigError | CommandError]:
-    try:
-        experiment.load(file, all_errors=True)
-    except CommandError as error:
-        return [error]
-    except ConfigError as error:
-        return [error, *error.others]
-    return []
-
-
-def _plain_error(error: ConfigError | CommandError) -> dict[str, Any]:
-    if isinstance(error, CommandError):
-        return {"at": None, "field": None, "problem": error.problem}
-    return {"at": error.source, "field": error.location or None, "problem": error.problem}
-
-
-def _print_errors(file: Path, errors: list[ConfigError | CommandError]) -> None:
-    if not errors:
-        say(f"{file}: {styled('ok', 'green')}")
-    for error in errors:
-        if isinstance(error, CommandError):
-            say(f"{file}: {styled('error:', 'red')} {error.problem}")
+    report: list[dict[str, Any]] = []
+    lines: list[str] = []
+    for file in files:
+        errors: list[dict[str, Any]] = []
+        try:
+            experiment.load(file, all_errors=True)
+        except CommandError as error:
+            errors = [{"at": None, "field": None, "problem": error.problem}]
+            lines.append(f"{file}: {styled('error:', 'red')} {error.problem}")
+        except ConfigError as error:
+            for each in (error, *error.others):
+                field = each.location or None
+                errors.append({"at": each.source, "field": field, "problem": each.problem})
+                at = "" if (each.source or "").startswith(str(file)) else f"{file}: "
+                lines.append(f"{at}{styled('error:', 'red')} {config_error_line(each)}")
         else:
-            at = "" if (error.source or "").startswith(str(file)) else f"{file}: "
-            say(f"{at}{styled('error:', 'red')} {config_error_line(error)}")
+            lines.append(f"{file}: {styled('ok', 'green')}")
+        report.append({"file": str(file), "ok": not errors, "errors": errors})
+    if as_json:
+        print_json(report)
+    else:
+        say("\n".join(lines))
+    return ExitCode.DONE if all(each["ok"] for each in report) else ExitCode.USAGE
 
 
 @config.command("show", cls=ExperimentCommand)
@@ -156,7 +139,7 @@ def show(
                 ]
             )
         else:
-            rows = [(field, _value_text(value), str(origin)) for field, value, origin in found]
+            rows = [(field, _text(value), str(origin)) for field, value, origin in found]
             print_table(["field", "value", "from"], rows)
     elif as_json or format_ == "json":
         print_json(complete.to_dict())
@@ -174,19 +157,15 @@ def leaves(
     >>> list(leaves({"seed": 0, "hidden": [8, 8], "sinks": [{"path": "a"}]}))
     [(('seed',), 0), (('hidden',), [8, 8]), (('sinks', 0, 'path'), 'a')]
     """
-    inner: Iterator[tuple[str | int, Any]] | None = None
-    if isinstance(value, dict):
-        inner = iter(value.items())
-    elif isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
-        inner = iter(enumerate(value))
-    if inner is None or not value:
+    is_list = isinstance(value, list) and any(isinstance(item, dict | list) for item in value)
+    if not value or not (isinstance(value, dict) or is_list):
         yield path, value
         return
-    for key, item in inner:
+    for key, item in enumerate(value) if is_list else value.items():
         yield from leaves(item, (*path, key))
 
 
-def _value_text(value: Any) -> str:
+def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -220,11 +199,10 @@ def diff(before: Path, after: Path, as_json: bool, experiment: ExperimentArgumen
 
 def _part_text(value: Any) -> str:
     """Return a short text for a value; for a configured class, its name."""
-    if isinstance(value, dict):
-        for key in PART_KEYS:
-            if isinstance(value.get(key), str):
-                return f"{value[key].rpartition(':')[2]} ..."
-    return shortened(_value_text(value), _VALUE_LENGTH)
+    for key in PART_KEYS if isinstance(value, dict) else ():
+        if isinstance(name := value.get(key), str):
+            return f"{name.rpartition(':')[2]} ..."
+    return shorten(_text(value), _VALUE_LENGTH)
 
 
 @click.command("schema", cls=Command)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from time import perf_counter
 from typing import Any
 
@@ -35,8 +35,6 @@ from robo_orchard_lab.cli.output import (
 
 _TIMEOUT_S = 120
 
-# --- doctor ----------------------------------------------------------------------------------
-
 
 @click.command("doctor", cls=Command)
 @json_option
@@ -46,8 +44,8 @@ def doctor(as_json: bool) -> int:
     Exits with 1 if a required package is missing or broken. Works also if torch can't be imported.
     """
     try:
-        needed, extras = requirements(), extra_requirements()
-    except PackageNotFoundError:
+        needed, extras = requirements()
+    except (PackageNotFoundError, ImportError):  # packaging comes with accelerate
         needed, extras = [], {}
     found = _probe()
     broken = [each for each in needed if not each.is_met]
@@ -56,29 +54,61 @@ def doctor(as_json: bool) -> int:
         for name, result in found.items()
         if isinstance(result, dict) and "error" in result
     }
+    is_complete = not (broken or errors)
     if as_json:
-        print_json(
-            {
-                "python": platform.python_version(),
-                "platform": platform.platform(),
-                DISTRIBUTION: version_of(DISTRIBUTION),
-                "packages": [{**asdict(each), "ok": each.is_met} for each in needed],
-                "extras": {name: _missing(packages) for name, packages in extras.items()},
-                **found,
-                "ok": not (broken or errors),
-            }
+        report = {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            DISTRIBUTION: version_of(DISTRIBUTION),
+            "packages": [{**asdict(each), "ok": each.is_met} for each in needed],
+            "extras": {name: _missing(packages) for name, packages in extras.items()},
+            **found,
+            "ok": is_complete,
+        }
+        print_json(report)
+        return 0 if is_complete else 1
+    say(f"{DISTRIBUTION} {version_of(DISTRIBUTION) or '(not installed: run from source)'}")
+    say(f"Python {platform.python_version()} on {platform.platform()}")
+    users = {each: ["all"] for each in needed}
+    for name, packages in extras.items():
+        for each in packages:
+            users.setdefault(each, []).append(name)
+    _print_rows(
+        ["package", "found", "needed", "for"],
+        [(each.name, each.state, each.needed or "any", ", ".join(users[each])) for each in users],
+    )
+    installs = {name: _missing(packages)["install"] for name, packages in extras.items()}
+    _print_rows(
+        ["incomplete extra", "install command"],
+        [(name, command) for name, command in installs.items() if command],
+    )
+    if "version" in (torch := found.get("torch", {})):
+        build = f"CUDA {torch['cuda']}" if torch["cuda"] else f"ROCm {torch['hip']}"
+        build = build if torch["cuda"] or torch["hip"] else "CPU only"
+        say(
+            f"\ntorch {torch['version']} ({build}), imported in {torch['import_s']} s; "
+            f"{torch['threads']} threads, {torch['cpu_capability']}"
         )
-        return 1 if broken or errors else 0
-    _print_packages(needed, extras)
-    _print_torch(found)
+        say(f"distributed backends: {', '.join(found.get('distributed', [])) or 'none'}")
+    if isinstance(devices := found.get("devices", []), list):
+        _print_rows(
+            ["device", "is", "GiB"],
+            [(each["device"], each["name"], str(each.get("memory_gib", ""))) for each in devices],
+        )
     say()
     for name, error in errors.items():
         say(styled(f"{name} can't be used: {error}", "red"))
     if broken:
         say(styled(f"missing or incompatible: {install_command(broken)}", "red"))
-    if not (broken or errors):
+    if is_complete:
         say(styled("Everything that a training requires is installed.", "green"))
-    return 1 if broken or errors else 0
+    return 0 if is_complete else 1
+
+
+def _print_rows(headings: list[str], rows: list[tuple[str, ...]]) -> None:
+    if rows:
+        say()
+        print_table(headings, rows)
 
 
 def _missing(packages: list[Requirement]) -> dict[str, Any]:
@@ -89,82 +119,33 @@ def _missing(packages: list[Requirement]) -> dict[str, Any]:
     }
 
 
-def _print_packages(needed: list[Requirement], extras: dict[str, list[Requirement]]) -> None:
-    say(f"{DISTRIBUTION} {version_of(DISTRIBUTION) or '(not installed: run from source)'}")
-    say(f"Python {platform.python_version()} on {platform.platform()}")
-    if needed:
-        users = {each: ["all"] for each in needed}
-        for name, packages in extras.items():
-            for each in packages:
-                users.setdefault(each, []).append(name)
-        rows = [
-            (
-                each.name,
-                (each.found or "missing") + ("" if each.is_met or each.found is None else " (!)"),
-                each.needed or "any",
-                ", ".join(names),
-            )
-            for each, names in users.items()
-        ]
-        say()
-        print_table(["package", "found", "needed", "for"], rows)
-    incomplete = {name: _missing(packages)["install"] for name, packages in extras.items()}
-    commands = [(name, command) for name, command in incomplete.items() if command]
-    if commands:
-        say()
-        print_table(["incomplete extra", "install command"], commands)
-
-
-def _print_torch(found: dict[str, Any]) -> None:
-    torch, devices = found.get("torch", {}), found.get("devices", [])
-    say()
-    if "version" in torch:
-        build = f"CUDA {torch['cuda']}" if torch["cuda"] else f"ROCm {torch['hip']}"
-        build = build if torch["cuda"] or torch["hip"] else "CPU only"
-        say(
-            f"torch {torch['version']} ({build}), imported in {torch['import_s']} s; "
-            f"{torch['threads']} threads, {torch['cpu_capability']}"
-        )
-        say(f"distributed backends: {', '.join(found.get('distributed', [])) or 'none'}")
-    if isinstance(devices, list) and devices:
-        rows = [
-            (
-                device["device"],
-                device["name"],
-                f"{device['memory_gib']} GiB" if "memory_gib" in device else "",
-            )
-            for device in devices
-        ]
-        say()
-        print_table(["device", "is", "memory"], rows)
-
-
-# --- installed packages ----------------------------------------------------------------------
-
-_REQUIREMENT = re.compile(r"([\w.-]+)\s*(?:\[[^]]*\])?\s*([^;]*?)\s*(?:;(.*))?")
-_EXTRA = re.compile(r"extra\s*==\s*['\"]([\w-]+)['\"]")
-
-
 @dataclass(frozen=True)
 class Requirement:
-    """Required distribution and its installed version."""
+    """Required distribution and its installed version.
+
+    Attributes:
+        name: Name of the distribution.
+        needed: Version specifier, such as ``>=2.8``; empty for any version.
+        found: Installed version; None if not installed.
+    """
 
     name: str
     needed: str
-    """Version specifier, such as ``>=2.8``; empty for any version."""
     found: str | None
-    """Installed version; None if not installed."""
 
     @property
     def is_met(self) -> bool:
         """Return True if an installed version satisfies the specifier."""
-        if self.found is None:
-            return False
-        try:
-            from packaging.specifiers import SpecifierSet
-        except ImportError:  # a dependency of accelerate, which may be missing, too
-            return True
-        return SpecifierSet(self.needed).contains(self.found, prereleases=True)
+        from packaging.specifiers import SpecifierSet
+
+        return self.found is not None and SpecifierSet(self.needed).contains(
+            self.found, prereleases=True
+        )
+
+    @property
+    def state(self) -> str:
+        """Installed version, marked if it is the wrong one."""
+        return "missing" if self.found is None else self.found + ("" if self.is_met else " (!)")
 
     @property
     def specifier(self) -> str:
@@ -172,50 +153,31 @@ class Requirement:
         return self.name + self.needed
 
 
-def requirements() -> list[Requirement]:
-    """Return the required packages of this distribution.
+def requirements() -> tuple[list[Requirement], dict[str, list[Requirement]]]:
+    """Return the required packages of this distribution, and those of each extra except ``dev``.
 
     Raises:
         PackageNotFoundError: the distribution is not installed.
     """
-    return [requirement for requirement, extra in _all_requirements() if extra is None]
+    from packaging.requirements import Requirement as Parsed
 
-
-def extra_requirements() -> dict[str, list[Requirement]]:
-    """Return the packages of each extra, except ``dev``.
-
-    Raises:
-        PackageNotFoundError: the distribution is not installed.
-    """
-    found: dict[str, list[Requirement]] = {}
-    for requirement, extra in _all_requirements():
-        if extra not in (None, "dev"):
-            found.setdefault(str(extra), []).append(requirement)
-    return found
+    needed: list[Requirement] = []
+    extras: dict[str, list[Requirement]] = {}
+    names = metadata(DISTRIBUTION).get_all("Provides-Extra") or []
+    for parsed in map(Parsed, requires(DISTRIBUTION) or ()):
+        each = Requirement(parsed.name, str(parsed.specifier), version_of(parsed.name))
+        if parsed.marker is None:
+            needed.append(each)
+            continue
+        for name in names:
+            if name != "dev" and parsed.marker.evaluate({"extra": name}):
+                extras.setdefault(name, []).append(each)
+    return needed, extras
 
 
 def install_command(missing: list[Requirement]) -> str:
     """Return the pip command to install packages."""
     return " ".join(["pip install", *(f'"{each.specifier}"' for each in missing)])
-
-
-def _all_requirements() -> Iterator[tuple[Requirement, str | None]]:
-    for line in requires(DISTRIBUTION) or ():
-        name, needed, marker = _parse(line)
-        extra = _EXTRA.search(marker)
-        yield Requirement(name, needed, version_of(name)), extra and extra[1]
-
-
-def _parse(line: str) -> tuple[str, str, str]:
-    """Return name, specifier and marker of a requirement, without `packaging`.
-
-    >>> _parse("torchmetrics<2,>=1.5; extra == 'metrics'")
-    ('torchmetrics', '>=1.5,<2', " extra == 'metrics'")
-    """
-    found = _REQUIREMENT.fullmatch(line)
-    assert found is not None  # metadata of an installed distribution
-    needed = ",".join(sorted(found[2].split(","), reverse=True))  # lower bound first
-    return found[1], needed, found[3] or ""
 
 
 def version_of(name: str) -> str | None:
@@ -224,9 +186,6 @@ def version_of(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-# --- torch, in another process ---------------------------------------------------------------
 
 
 def _probe() -> dict[str, Any]:
@@ -310,20 +269,12 @@ def _probe_distributed() -> list[str]:
     return [name for name, is_available in checks.items() if is_available()]
 
 
-def _probe_accelerate() -> str:
-    import accelerate
-
-    return str(accelerate.__version__)
-
-
 _PROBES: dict[str, Callable[[], Any]] = {
     "torch": _probe_torch,
     "devices": _probe_devices,
     "distributed": _probe_distributed,
-    "accelerate": _probe_accelerate,
+    "accelerate": lambda: import_module("accelerate").__version__,
 }
-
-# --- completion ------------------------------------------------------------------------------
 
 
 @click.command("completion", cls=Command)

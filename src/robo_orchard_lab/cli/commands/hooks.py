@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,9 +29,7 @@ from robo_orchard_lab.cli.output import (
 
 if TYPE_CHECKING:
     from robo_orchard_lab.experiment.document import ExperimentDocument
-    from robo_orchard_lab.experiment.inspection import HookInfo, PlannedHook
-
-_TRAINER = "the trainer"
+    from robo_orchard_lab.experiment.inspection import PlannedHook
 
 
 @click.group("hooks", cls=CommandGroup)
@@ -44,9 +41,10 @@ def hooks() -> None:
 @json_option
 def list_(as_json: bool) -> None:
     """List the built-in hooks with a description."""
-    from robo_orchard_lab.experiment.inspection import hooks as built_in
+    from robo_orchard_lab.experiment.inspection import hook as describe
+    from robo_orchard_lab.experiment.inspection import hook_names
 
-    found = built_in()
+    found = [describe(name) for name in hook_names()]
     if as_json:
         print_json(
             [
@@ -64,16 +62,8 @@ def list_(as_json: bool) -> None:
     print_table(["hook", "does"], [(hook.name, hook.summary) for hook in found])
 
 
-def _complete_name(
-    context: click.Context, parameter: click.Parameter, incomplete: str
-) -> list[CompletionItem]:
-    from robo_orchard_lab.experiment.inspection import hook_names
-
-    return [CompletionItem(name) for name in hook_names() if name.startswith(incomplete)]
-
-
 @hooks.command("show")
-@click.argument("name", shell_complete=_complete_name)
+@click.argument("name", shell_complete=lambda context, parameter, text: _complete(text))
 @trust_option
 @json_option
 def show(name: str, trust: tuple[str, ...], as_json: bool) -> None:
@@ -86,42 +76,42 @@ def show(name: str, trust: tuple[str, ...], as_json: bool) -> None:
     NAME is a built-in hook (see `robo-orchard-lab hooks list`) or a class of a trusted package.
     """
     from robo_orchard_lab.experiment.catalogue import ExperimentTrust
-    from robo_orchard_lab.experiment.inspection import hook
+    from robo_orchard_lab.experiment.inspection import hook as describe
 
     trusted = ExperimentTrust.of(trust)
     trusted.make_local_modules_importable()
-    found = hook(name, trusted.trust)
+    hook = describe(name, trusted.trust)
     if as_json:
-        print_json({"class": found.reference, **asdict(found)})
-    else:
-        _print_hook(found)
-
-
-def _print_hook(hook: HookInfo) -> None:
+        print_json({"class": hook.reference, **asdict(hook)})
+        return
     say(styled(hook.name, "bold") + f"  {hook.reference}")
     say(hook.summary)
     if hook.description:
-        say()
-        say(hook.description)
+        say(f"\n{hook.description}")
     if hook.channels is not None:
-        say()
-        say(f"Runs on {', '.join(hook.channels)}.")
+        say(f"\nRuns on {', '.join(hook.channels)}.")
     if hook.fields:
         say()
         rows = [
             (
-                field.path,
-                field.type,
-                "required" if field.default is None else field.default,
-                field.description,
+                each.path,
+                each.type,
+                "required" if each.default is None else each.default,
+                each.description,
             )
-            for field in hook.fields
+            for each in hook.fields
         ]
         print_table(["field", "type", "default", "is"], rows)
     say()
     say(styled("In a file:", "bold"))
     entry = readable_yaml({"hooks": {_entry_name(hook.name): hook.example}})
     say(textwrap.indent(entry, "  ").rstrip())
+
+
+def _complete(text: str) -> list[CompletionItem]:
+    from robo_orchard_lab.experiment.inspection import hook_names
+
+    return [CompletionItem(name) for name in hook_names() if name.startswith(text)]
 
 
 def _entry_name(name: str) -> str:
@@ -149,34 +139,23 @@ def plan(file: Path, as_json: bool, experiment: ExperimentArguments) -> None:
     found = plan_hooks(build_hook_set(experiment.validated(document)))
     if as_json:
         print_json([{**asdict(hook), "defined_in": _origin(hook, document)} for hook in found])
-    else:
-        headings = ["channel", "hook", "class", "when", "calls", "defined in", "code"]
-        print_table(headings, _rows(found, document))
-
-
-def _rows(found: Iterable[PlannedHook], document: ExperimentDocument) -> Iterable[list[str]]:
+        return
+    rows: list[list[str]] = []
     last = ""
     for hook in found:
         calls = [name for name in ("before", "after") if getattr(hook, name) is not None]
-        yield [
-            "" if hook.channel == last else hook.channel,
-            hook.hook,
-            hook.class_name,
-            hook.when,
-            ", ".join(calls),
-            _origin(hook, document),
-            _source_lines(hook),
-        ]
+        before, after = hook.before or "", hook.after or ""
+        file_, _, line = after.rpartition(":")
+        if file_ and before.startswith(f"{file_}:"):
+            after = line  # a common file is printed once
+        code = ", ".join(filter(None, (before, after)))
+        channel = "" if hook.channel == last else hook.channel
+        origin = _origin(hook, document)
+        rows.append(
+            [channel, hook.hook, hook.class_name, hook.when, ", ".join(calls), origin, code]
+        )
         last = hook.channel
-
-
-def _source_lines(hook: PlannedHook) -> str:
-    """Return the source lines of before and after; a common file once."""
-    before, after = hook.before or "", hook.after or ""
-    file, _, line = after.rpartition(":")
-    if before and file and before.startswith(f"{file}:"):
-        return f"{before}, {line}"
-    return ", ".join(filter(None, (before, after)))
+    print_table(["channel", "hook", "class", "when", "calls", "defined in", "code"], rows)
 
 
 def _origin(hook: PlannedHook, document: ExperimentDocument) -> str:
@@ -184,9 +163,6 @@ def _origin(hook: PlannedHook, document: ExperimentDocument) -> str:
     from robo_orchard_lab.experiment.overrides import DEFAULT
     from robo_orchard_lab.experiment.parts import CHECKPOINT
 
-    named = document.document.get("hooks")
     if hook.hook == CHECKPOINT:
         return str(document.origins.get((CHECKPOINT,), DEFAULT))
-    if isinstance(named, dict) and hook.hook in named:
-        return str(document.origins["hooks", hook.hook])
-    return _TRAINER
+    return str(document.origins.get(("hooks", hook.hook), "the trainer"))

@@ -56,7 +56,7 @@ def train(
     if dry_run and debug_fast:
         raise CommandError("expected one of --dry-run and --debug-fast, found both")
     own_folder = _run_folder_of(file)
-    if own_folder is not None and not experiment.sets_run_folder:
+    if own_folder is not None and not experiment.sets("run_folder"):
         experiment = experiment.within(own_folder)
     config = experiment.load(file)
     if debug_fast:
