@@ -208,9 +208,7 @@ def type_name(annotation: Any, metadata: Iterable[Any] = ()) -> str:
 def _marker_name(marker: Any) -> str:
     """Return the name of a field type of the config package, or an empty text."""
     if isinstance(marker, Part):
-        kinds = marker.kinds if isinstance(marker.kinds, tuple) else (marker.kinds,)
-        names = [kind if isinstance(kind, str) else kind.__qualname__ for kind in kinds]
-        return " | ".join(name.rpartition(":")[2] for name in names)
+        return " | ".join(marker.names)
     if isinstance(marker, FieldsOf):
         return marker.reference.rpartition(":")[2].removesuffix("Config") + "'s fields"
     return "function" if marker in get_args(Function)[1:] else ""

@@ -247,11 +247,7 @@ class _ExperimentSchema(GenerateJsonSchema):
         return schema
 
     def _reference_to_part(self, part: Part) -> Json:
-        kinds = part.kinds if isinstance(part.kinds, tuple) else (part.kinds,)
-        texts = [kind if isinstance(kind, str) else reference_to(kind) for kind in kinds]
-        name = ".".join(text.rpartition(":")[2] for text in texts)
-        if part.functions == "call":
-            name = f"called.{name}"
+        name = ".".join([*(["called"] if part.functions == "call" else []), *part.names])
         return self._define(f"part.{name}", lambda: self._part(part, name))
 
     def _part(self, part: Part, name: str) -> Json:

@@ -8,13 +8,14 @@ import re
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
 import torch
 
-from robo_orchard_core.utils.hook import HookContext, RemovableHandle
+from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
@@ -258,17 +259,22 @@ class Recorder(PipelineHooks):
         self.losses: list[torch.Tensor] = []
         self.weights: list[dict[str, torch.Tensor]] = []
         self._depth = 0
-        self._handles: list[RemovableHandle] = []
-        self.register_hook("on_loop", HookContext.from_callable(self._listen, self._stop_listening))
+        make = HookContext.from_callable
+        self.register_hook("on_loop", make(before=self._listen))
         for channel in CHANNEL_NAMES:
             self.register_hook(channel, self._event_recorder(channel))
         self.register_hook(
-            "on_step", HookContext.from_callable(self._keep_weights, self._keep_loss)
+            "on_step",
+            make(lambda args: self.weights.append(_copy_of_state(args.model)), self._keep_loss),
         )
         if log_every is not None:
-            self.register_at_commit(self._log, log_every)
+            reason = "the test reads the metrics"
+            self.register_at_commit(lambda args: args.requests.log(reason, by=RECORDER), log_every)
         if stop_after is not None:
-            stop = HookContext.from_callable(after=self._stop)
+            why = "the test interrupts the run"
+            stop: HookContext[PipelineHookArgs] = make(
+                after=lambda args: args.requests.stop(why, by=RECORDER)
+            )
             self.register_hook("on_step", stop, AtSteps({stop_after}))
 
     def _listen(self, args: PipelineHookArgs) -> None:
@@ -276,40 +282,22 @@ class Recorder(PipelineHooks):
             if request.by != RECORDER:
                 self.requests.append(MadeRequest(args.progress.steps_done, request))
 
-        self._handles = [args.requests.listen(keep), args.metrics.listen(self.records.append)]
-
-    def _stop_listening(self, args: PipelineHookArgs) -> None:
-        for handle in self._handles:
-            handle.remove()
+        args.requests.listen(keep)
+        args.metrics.listen(self.records.append)
 
     def _event_recorder(self, channel: ChannelName) -> HookContext[PipelineHookArgs]:
-        def before(args: PipelineHookArgs) -> None:
-            self._record("before", channel, args)
-            self._depth += 1
+        def record(role: Role, args: PipelineHookArgs) -> None:
+            self._depth -= role == "after"
+            counters = args.epoch_id, args.step_id, args.global_step_id, args.optimizer_step_id
+            error = None if args.exception is None else repr(args.exception)
+            self.events.append(Event(channel, role, *counters, self._depth, error))
+            self._depth += role == "before"
 
-        def after(args: PipelineHookArgs) -> None:
-            self._depth -= 1
-            self._record("after", channel, args)
-
-        return HookContext.from_callable(before, after)
-
-    def _record(self, role: Role, channel: ChannelName, args: PipelineHookArgs) -> None:
-        counters = args.epoch_id, args.step_id, args.global_step_id, args.optimizer_step_id
-        error = None if args.exception is None else repr(args.exception)
-        self.events.append(Event(channel, role, *counters, self._depth, error))
-
-    def _keep_weights(self, args: PipelineHookArgs) -> None:
-        self.weights.append(_copy_of_state(args.model))
+        return HookContext.from_callable(partial(record, "before"), partial(record, "after"))
 
     def _keep_loss(self, args: PipelineHookArgs) -> None:
         if args.loss is not None:
             self.losses.append(args.loss)
-
-    def _log(self, args: PipelineHookArgs) -> None:
-        args.requests.log("the test reads the metrics", by=RECORDER)
-
-    def _stop(self, args: PipelineHookArgs) -> None:
-        args.requests.stop("the test interrupts the run", by=RECORDER)
 
 
 def _copy_of_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -266,13 +266,12 @@ def read_yaml(text: str, lines: Lines | None = None) -> Any:
     try:
         node = loader.get_single_node()
         return None if node is None else _from_node(node, ())
-    except yaml.MarkedYAMLError as error:
-        problem = " ".join(filter(None, (error.context, error.problem)))
-        position = _position(error.problem_mark)
-        raise ConfigSyntaxError(f"broken YAML: {problem}", position=position) from error
     except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise ConfigSyntaxError(f"broken YAML: {problem}") from error
+        problem, position = " ".join(str(error).split()), ""
+        if isinstance(error, yaml.MarkedYAMLError):
+            problem = " ".join(filter(None, (error.context, error.problem)))
+            position = _position(error.problem_mark)
+        raise ConfigSyntaxError(f"broken YAML: {problem}", position=position) from error
     finally:
         loader.dispose()
 

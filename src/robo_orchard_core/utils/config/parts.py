@@ -193,6 +193,13 @@ class Part:
     functions: Literal["make", "call"] = "make"
     given: tuple[str, ...] = ()
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the kinds, without an import."""
+        kinds = self.kinds if isinstance(self.kinds, tuple) else (self.kinds,)
+        names = (kind if isinstance(kind, str) else kind.__qualname__ for kind in kinds)
+        return [name.rpartition(":")[2] for name in names]
+
     @cached_property
     def classes(self) -> tuple[type, ...]:
         """Imported kinds."""
@@ -295,7 +302,7 @@ class Part:
     def _kind(self) -> str:
         if self.classes == (object,):
             return "something"
-        return " or ".join(f"a {kind.__qualname__}" for kind in self.classes)
+        return " or ".join(f"a {name}" for name in self.names)
 
     def _wanted(self) -> str:
         return f"{self._kind()}: a mapping with 'class_type' or 'func'"

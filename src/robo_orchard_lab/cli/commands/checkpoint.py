@@ -30,7 +30,6 @@ from robo_orchard_lab.cli.output import (
 
 if TYPE_CHECKING:
     from robo_orchard_lab.experiment.existing_run import RunCheckpoints
-    from robo_orchard_lab.pipeline.checkpoint import CheckpointInfo
     from robo_orchard_lab.pipeline.checkpoint.listing import Contents
 
 _COUNT = click.IntRange(min=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -232,19 +233,7 @@ def prove_resume(
             f"the run ends after {proof.steps} steps; pass --steps {proof.steps} to stop it earlier"
         )
     if as_json:
-        print_json(
-            {
-                "passed": proof.passed,
-                "steps": proof.steps,
-                "stops": [*proof.stops],
-                "kills": proof.kills,
-                "values": proof.values,
-                "differences": [
-                    {"step": d.step, "name": d.name, "straight": d.straight, "resumed": d.resumed}
-                    for d in proof.differences
-                ],
-            }
-        )
+        print_json({"passed": proof.passed, **asdict(proof)})
     else:
         say(str(proof))
     return ExitCode.DONE if proof.passed else ExitCode.FAILED
