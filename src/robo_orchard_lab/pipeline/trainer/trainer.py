@@ -494,6 +494,7 @@ class HookBasedTrainer:
                 f"{request.by} requested a rollback at step {step} ({request.reason}), which "
                 f"failed: {problem}"
             ) from cause
+        self._replicas.check_weights(again=True)  # a collective; the step was compared before
         self._commit_point = CommitPoint(run, self.hooks.get_channel("on_evaluation").run)
         logger.warning(
             "rolled back from step %d to step %d: %s, requested by %s",
