@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from pydantic import Field
@@ -48,7 +49,6 @@ class EarlyStopping(PipelineHooks):
         self.cfg = cfg
         self._best = BestValue(cfg.mode, cfg.min_delta)
         self._latest: float | None = None
-        self._requests = Requests()  # until the loop begins
         self.register_for_loop(self._begin)
 
     @property
@@ -62,16 +62,16 @@ class EarlyStopping(PipelineHooks):
         return self._best.step
 
     def _begin(self, args: PipelineHookArgs) -> RemovableHandle:
-        self._requests = args.requests
-        self._stop_if_due()  # a resumed run may have stopped before
-        return args.metrics.subscribe(self.cfg.monitor, self._judge, who=self.name)
+        self._stop_if_due(args.requests)  # a resumed run may have stopped before
+        judge = partial(self._judge, args.requests)
+        return args.metrics.subscribe(self.cfg.monitor, judge, who=self.name)
 
-    def _judge(self, found: MetricValue) -> None:
+    def _judge(self, requests: Requests, found: MetricValue) -> None:
         self._best.update(found)
         self._latest = found.value
-        self._stop_if_due()
+        self._stop_if_due(requests)
 
-    def _stop_if_due(self) -> None:
+    def _stop_if_due(self, requests: Requests) -> None:
         cfg, best, latest = self.cfg, self._best, self._latest
         if latest is None:
             return
@@ -86,7 +86,7 @@ class EarlyStopping(PipelineHooks):
                 f"{cfg.monitor} did not improve on {number_text(best.value)} (step {best.step}) "
                 f"in {best.since} evaluations"
             )
-        self._requests.stop(reason, by=self.name)
+        requests.stop(reason, by=self.name)
 
     def state_dict(self) -> dict[str, Any]:
         return {"version": STATE_VERSION, "best": self._best.state_dict(), "latest": self._latest}

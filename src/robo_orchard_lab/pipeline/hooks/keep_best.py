@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, field_validator
 from safetensors import SafetensorError, safe_open
 
-from robo_orchard_core.utils.hook import HookContext, RemovableHandle
+from robo_orchard_core.utils.hook import RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.distributed.collectives import broadcast_object
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_version
@@ -130,9 +131,7 @@ class KeepBest(PipelineHooks):
         self.cfg = cfg
         self._best = BestValue(cfg.mode, cfg.min_delta)
         self._is_resumed = False
-        self._run: PipelineRun | None = None
-        self._subscription: RemovableHandle | None = None
-        self.register_hook("on_loop", HookContext.from_callable(self._begin, self._end))
+        self.register_for_loop(self._begin)
         if (weights := cfg.weights) is not None:  # refuses unknown weights before the first step
             self.on_epoch.before(lambda args: args.run.weight_set(weights))
 
@@ -146,15 +145,15 @@ class KeepBest(PipelineHooks):
         """Number of completed steps when the best value was measured."""
         return self._best.step
 
-    def _begin(self, args: PipelineHookArgs) -> None:
-        self._run = args.run
-        self._subscription = args.metrics.subscribe(self.cfg.monitor, self._judge, who=self.name)
+    def _begin(self, args: PipelineHookArgs) -> RemovableHandle:
         if args.accelerator.is_main_process:
             self._check_folder()
             remove_leftovers(self.cfg.path)
         if self._is_resumed:
             self._is_resumed = False
             self._compare_with_file(args)
+        judge = partial(self._judge, args.run)
+        return args.metrics.subscribe(self.cfg.monitor, judge, who=self.name)
 
     def _check_folder(self) -> None:
         """Fail at the start of the run, not at the first save."""
@@ -168,13 +167,8 @@ class KeepBest(PipelineHooks):
         if not os.access(folder, os.W_OK):
             raise PipelineConfigError(f"{self.name}.path: the folder {folder} is not writable")
 
-    def _end(self, args: PipelineHookArgs) -> None:
-        if self._subscription is not None:
-            self._subscription.remove()
-
-    def _judge(self, found: MetricValue) -> None:
-        cfg, run = self.cfg, self._run
-        assert run is not None  # values arrive only within a run
+    def _judge(self, run: PipelineRun, found: MetricValue) -> None:
+        cfg = self.cfg
         if self._best.is_better(found.value, cfg.min_delta):
             kept = run.weight_set(cfg.weights) if cfg.weights else None
             if names := non_finite_weights(run, kept):  # a collective

@@ -6,13 +6,14 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from robo_orchard_core.utils.hook import HookContext, RemovableHandle
+from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.checkpoint import (
     CheckpointInfo,
     CheckpointStore,
@@ -136,16 +137,18 @@ class SaveCheckpoint(PipelineHooks):
         super().__init__()
         self.cfg = cfg
         self._store: CheckpointStore | None = None
-        self._run: PipelineRun | None = None
-        self._subscription: RemovableHandle | None = None
-        self._topic: RemovableHandle | None = None  # of background saves
+        self._run: PipelineRun  # set when the loop begins
+        self._handles = ExitStack()  # until the loop ends
         self._task = BackgroundTask[CheckpointInfo]("save-checkpoint")
         self._newest: dict[str, Any] | None = None  # counters at the last started save
         self._best: list[float] = []  # best values so far, the best one first
         self._writes = RetriedWrite(self.name, logger)
         self.register_hook("on_loop", HookContext.from_callable(self._begin, self._end))
         if cfg.every is not None:
-            self.register_at_commit(self._request_save, cfg.every)
+            reason = f"every {cfg.every}"
+            self.register_at_commit(
+                lambda args: args.requests.save(reason, self.name, name=self.name), cfg.every
+            )
 
     def root(self, run_folder: Path | None) -> Path:
         """Return the folder of checkpoints for a run folder.
@@ -198,9 +201,9 @@ class SaveCheckpoint(PipelineHooks):
         self._store = self.store(run.folder, ranks)
         self._store.open()
         self._run, self._newest = run, None
-        run.savers[self.name] = self._save
+        run.savers[self.name] = partial(self._save, self._store)
         if cfg.in_background:  # reports the result of a save, or its error
-            self._topic = run.agreement.topic(
+            topic = run.agreement.topic(
                 self.name,
                 find=lambda: self._task.is_done,
                 tell=lambda done: run.requests.write(
@@ -208,16 +211,15 @@ class SaveCheckpoint(PipelineHooks):
                 ),
                 whose="all",
             )
+            self._handles.enter_context(topic)
         if cfg.monitor is not None:
-            self._subscription = args.metrics.subscribe(cfg.monitor, self._judge, who=self.name)
+            subscription = args.metrics.subscribe(cfg.monitor, self._judge, who=self.name)
+            self._handles.enter_context(subscription)
 
     def _end(self, args: PipelineHookArgs) -> None:
         args.run.savers.pop(self.name, None)
         args.run.checkpoint_folders.pop(self.root(args.run.folder).resolve(), None)
-        for handle in (self._subscription, self._topic):
-            if handle is not None:
-                handle.remove()
-        self._subscription = self._topic = None
+        self._handles.close()
         store, self._store = self._store, None
         if store is None:
             return
@@ -236,16 +238,12 @@ class SaveCheckpoint(PipelineHooks):
             args.run.failures.append(self._writes.failure)
             self._writes.failure = None
 
-    def _request_save(self, args: PipelineHookArgs) -> None:
-        args.requests.save(f"every {self.cfg.every}", by=self.name, name=self.name)
-
     def _judge(self, found: MetricValue) -> None:
         """Request a save if the value is among the best so far."""
         if not math.isfinite(found.value):
             return
         ranked = sorted([*self._best, found.value], reverse=self.cfg.mode == "max")
         kept = ranked[: self.cfg.keep_best]
-        assert self._run is not None  # values arrive only within a run
         reason = f"{found.name} is {number_text(found.value)}, one of the best so far"
         if kept != self._best and self._run.should_defer_saves():
             logger.warning(
@@ -265,11 +263,9 @@ class SaveCheckpoint(PipelineHooks):
             self._best = kept
             self._run.requests.save(reason, by=self.name, name=self.name)
 
-    def _save(self, requests: Sequence[Request]) -> None:
+    def _save(self, store: CheckpointStore, requests: Sequence[Request]) -> None:
         """Save at a commit point, on all ranks."""
-        run, store = self._run, self._store
-        assert run is not None  # both are set while registered in run.savers
-        assert store is not None
+        run = self._run
         is_last = run.requests.stop_request is not None or run.limits.reached(run.progress)
         if is_last:
             self._collect()  # a save of this step may have failed
@@ -316,7 +312,7 @@ class SaveCheckpoint(PipelineHooks):
         self._report(self._attempt(self._task.collect, is_final))
 
     def _report(self, info: CheckpointInfo | None) -> None:
-        if info is None or self._run is None:
+        if info is None:
             return
         self._writes.succeeded(info.path)
         logger.info("saved %s: %s", info.path, info.metadata.get("reason", ""))
