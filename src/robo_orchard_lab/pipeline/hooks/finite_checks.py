@@ -17,7 +17,6 @@ from typing import NoReturn
 
 import torch
 
-from robo_orchard_core.utils.hook import RemovableHandle
 from robo_orchard_lab.pipeline.batch_processor import LossWeighting
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.gradient_norm import REPLICATED_TYPES, updated_parameters
@@ -122,38 +121,8 @@ class DelayedRead:
         return values
 
 
-class _FiniteTally:
-    """Device-side record of non-finite losses and norms; four small operations per update."""
-
-    def __init__(self, first_update: int, device: torch.device) -> None:
-        self._first_update = first_update
-        self._loss, self._norm = torch.zeros(2, device=device)
-        self._finite_updates = torch.zeros((), dtype=torch.int32, device=device)
-
-    def add(self, losses: Sequence[torch.Tensor], norm: torch.Tensor | None) -> None:
-        for loss in losses:
-            self._loss.add_(loss.reshape(()), alpha=0)  # 0 * inf is NaN, and NaN stays
-        if norm is not None:
-            self._norm.add_(norm, alpha=0)
-        self._finite_updates.add_(self._loss == self._norm)  # 0 == 0; NaN equals nothing
-
-    @property
-    def flag(self) -> torch.Tensor:
-        return torch.isnan(self._loss + self._norm)
-
-    def read(self) -> tuple[str, int] | None:
-        """Return the problem and the update's index, or None; a device sync."""
-        loss, norm = torch.stack([self._loss, self._norm]).tolist()
-        named = {"loss": loss, "gradient norm": norm}
-        bad = [f"the {name}" for name, value in named.items() if math.isnan(value)]
-        if not bad:
-            return None
-        text = f"{' and '.join(bad)} {'are' if len(bad) > 1 else 'is'} not finite"
-        return text, self._first_update + int(self._finite_updates)
-
-
 class LoggingPointCheck:
-    """Check of updates at logging points, over all ranks.
+    """Check of updates at logging points, over all ranks; four small operations per update.
 
     A failure is raised before the next step, after sinks received the record.
 
@@ -163,38 +132,40 @@ class LoggingPointCheck:
 
     def __init__(self, fail: Callable[[str, int | None], NoReturn]) -> None:
         self._fail = fail
-        self._tally: _FiniteTally | None = None
-        self._is_flagged = False
-        self._handles: list[RemovableHandle] = []
+        self._reset(0, torch.device("cpu"))
+
+    def _reset(self, first_update: int, device: torch.device) -> None:
+        self._first_update, self._is_flagged = first_update, False
+        self._finite_updates = torch.zeros((), dtype=torch.int32, device=device)
+        self._loss, self._norm = torch.zeros(2, device=device)  # NaN after a non-finite value
 
     def start(self, args: PipelineHookArgs, who: str) -> None:
         """Publish the flag at logging points; ``who`` names the subscriber in errors."""
-        progress = args.progress
+        board, progress = args.metrics, args.progress
         updates = progress.optimizer_step_id + progress.skipped_optimizer_steps
-        tally = _FiniteTally(updates, args.accelerator.device)
+        self._reset(updates, args.accelerator.device)
 
         def publish() -> None:
-            args.metrics.publish(FLAG, tally.flag, reduce="max")
+            board.publish(FLAG, torch.isnan(self._loss + self._norm), reduce="max")
 
         def receive(value: MetricValue) -> None:
             self._is_flagged = value.value > 0
 
-        self._tally = tally
-        args.metrics.publish(FLAG, 0.0, reduce="max")  # makes the name known in any case
-        self._handles = [
-            args.metrics.before_logging(publish),
-            args.metrics.subscribe(FLAG, receive, who),
-        ]
+        board.publish(FLAG, 0.0, reduce="max")  # makes the name known in any case
+        self._handles = [board.before_logging(publish), board.subscribe(FLAG, receive, who)]
 
     def add(self, losses: Sequence[torch.Tensor], norm: torch.Tensor | None) -> None:
         """Add the values of one update."""
-        if self._tally is not None:
-            self._tally.add(losses, norm)
+        for loss in losses:
+            self._loss.add_(loss.reshape(()), alpha=0)  # 0 * inf is NaN, and NaN stays
+        if norm is not None:
+            self._norm.add_(norm, alpha=0)
+        self._finite_updates.add_(self._loss == self._norm)  # 0 == 0; NaN equals nothing
 
     def raise_if_flagged(self) -> None:
         """Fail if the last logging point found a non-finite update on any rank."""
-        if self._is_flagged and self._tally is not None:
-            self._fail(*(self._tally.read() or ("another rank found non-finite values", None)))
+        if self._is_flagged:
+            self._fail(*(self._read() or ("another rank found non-finite values", None)))
 
     def end(self, args: PipelineHookArgs) -> None:
         """Check the last updates at the end of the run."""
@@ -206,9 +177,18 @@ class LoggingPointCheck:
     def check(self) -> None:
         """Check all updates so far; a device sync."""
         self.raise_if_flagged()
-        found = self._tally.read() if self._tally is not None else None
-        if found is not None:
+        if found := self._read():
             self._fail(*found)
+
+    def _read(self) -> tuple[str, int] | None:
+        """Return the problem and the update's index, or None; a device sync."""
+        loss, norm = torch.stack([self._loss, self._norm]).tolist()
+        named = {"loss": loss, "gradient norm": norm}
+        bad = [f"the {name}" for name, value in named.items() if math.isnan(value)]
+        if not bad:
+            return None
+        text = f"{' and '.join(bad)} {'are' if len(bad) > 1 else 'is'} not finite"
+        return text, self._first_update + int(self._finite_updates)
 
 
 @dataclass(slots=True)

@@ -29,6 +29,7 @@ from robo_orchard_lab.pipeline.hooks.finite_checks import (
     pack,
     unpack,
 )
+from robo_orchard_lab.pipeline.hooks.preemption import require_saver
 from robo_orchard_lab.pipeline.model import BufferSnapshot, plain_model, plain_name
 from robo_orchard_lab.pipeline.run.run_path import RunPath
 from robo_orchard_lab.pipeline.sharded_tensors import has_sharded, local_tensor
@@ -210,13 +211,13 @@ class NonFiniteGuard(PipelineHooks):
         on = HookContext.from_callable
         self.register_hook("on_loop", on(before=self._start, after=self._end))
         if cfg.read == "at logging points":
-            self.register_hook("on_step", on(before=self._raise_if_flagged))
+            self.on_step.before(lambda args: self._logging_check.raise_if_flagged())
         if self._recorder is not None or self._buffers is not None:
-            self.register_hook("on_model_forward", on(before=self._before_forward))
-        self.register_hook("on_model_backward", on(before=self._before_backward))
+            self.on_model_forward.before(self._before_forward)
+        self.on_model_backward.before(self._before_backward)
         self.register_hook("on_optimizer_step", on(before=check, after=self._after_update))
         if cfg.then == "rollback":  # when all savers have begun the loop
-            self.on_epoch.before(self._require_saver)
+            self.on_epoch.before(lambda args: require_saver(args, self.name, "then='raise'"))
 
     def _start(self, args: PipelineHookArgs) -> None:
         if self.cfg.policy == "skip" or self.cfg.then == "rollback":
@@ -235,13 +236,6 @@ class NonFiniteGuard(PipelineHooks):
         if args.exception is None and args.requests.rollback_request is None:
             self._check_previous(args)
         self._unread = None
-
-    def _require_saver(self, args: PipelineHookArgs) -> None:
-        if not args.run.savers:
-            raise PipelineConfigError(
-                f"{self.name}: then='rollback' goes back to a checkpoint, and no hook saves one; "
-                "register a SaveCheckpoint, or set then='raise'"
-            )
 
     def _refuse_unsupported_skip(self, args: PipelineHookArgs) -> None:
         accelerator = args.accelerator
@@ -279,12 +273,14 @@ class NonFiniteGuard(PipelineHooks):
             args.attached_loss = loss * (detached * 0 + 1)  # times 1 or NaN
 
     def _observe(self, args: PipelineHookArgs) -> ObservedUpdate | None:
-        """Return the due update; None if another hook skips the update."""
+        """Return the due update; None if another hook skips it, or without any value to check."""
         losses, self._losses = self._losses, []
         steps = self._recorder.take() if self._recorder is not None else []
         if args.skip_reason is not None:
             return None
         norm = None if args.accelerator.scaler is not None else gradient_norm(args)
+        if not losses and norm is None:
+            return None
         order = args.grad_norm_order or 2.0
         return ObservedUpdate(
             losses, norm, order, args.gradients_changed, steps, args.progress, args.loss_weighting
@@ -293,7 +289,7 @@ class NonFiniteGuard(PipelineHooks):
     def _check_now(self, args: PipelineHookArgs) -> None:
         self._leave_out(args)
         update = self._observe(args)
-        if update is None or not (update.losses or update.norm is not None):
+        if update is None:
             return
         values = pack(update.losses, update.norm).tolist()  # device sync, once an update
         finding = unpack(values, update.norm is not None)
@@ -400,7 +396,7 @@ class NonFiniteGuard(PipelineHooks):
         self._check_previous(args)
         self._leave_out(args)
         update = self._observe(args)
-        if update is not None and (update.losses or update.norm is not None):
+        if update is not None:
             self._delayed_read.start(pack(update.losses, update.norm))
             update.progress = copy.copy(update.progress)
             self._unread = update
@@ -422,14 +418,10 @@ class NonFiniteGuard(PipelineHooks):
         outcome = _ALREADY_APPLIED.format(self.cfg.read)
         self._raise_or_roll_back(args, update, problem, outcome, folder)
 
-    def _raise_if_flagged(self, args: PipelineHookArgs) -> None:
-        self._logging_check.raise_if_flagged()
-
     def _check_at_logging_points(self, args: PipelineHookArgs) -> None:
         update = self._observe(args)
-        self._logging_check.add(
-            *((update.losses, update.norm) if update is not None else ((), None))
-        )
+        losses, norm = (update.losses, update.norm) if update is not None else ((), None)
+        self._logging_check.add(losses, norm)
 
     def _fail_at_logging_point(self, problem: str, update_id: int | None) -> NoReturn:
         when = "" if update_id is None else f" in update {update_id} (from 0, skipped ones counted)"

@@ -1,6 +1,6 @@
 """Hook that saves and stops the run on a signal.
 
-`require_saver` and `request_stop` are shared with `TimeLimit`.
+Other hooks share `require_saver` and `request_stop`.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ _SAME_LAUNCHED_REQUEST_S = 2.0
 _UNSUPPORTED = {"SIGKILL", "SIGSTOP", "SIGCHLD", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL"}
 
 
-def require_saver(args: PipelineHookArgs, who: str) -> None:
+def require_saver(args: PipelineHookArgs, who: str, instead: str = "save_checkpoint=False") -> None:
     """Raise if no hook saves checkpoints; call when all hooks have begun the loop.
 
     Raises:
-        PipelineConfigError: no hook saves checkpoints.
+        PipelineConfigError: no hook saves; the message names the setting ``instead``.
     """
     if not args.run.savers:
         raise PipelineConfigError(
-            f"{who}: no hook saves a checkpoint when the run is interrupted; register a "
-            "SaveCheckpoint, or set save_checkpoint=False"
+            f"{who}: expected a hook that saves checkpoints, found none; register a "
+            f"SaveCheckpoint, or set {instead}"
         )
 
 
