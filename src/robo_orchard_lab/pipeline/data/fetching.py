@@ -28,16 +28,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from robo_orchard_lab.pipeline.data.rng import (
-    RandomGenerator,
-    ReseededDataset,
-    RngIsolation,
-    dataset_generators,
-    generator_states,
-    seed_generators,
-    seed_rng,
-    set_generator_states,
-)
+from robo_orchard_lab.pipeline.data import rng
 
 
 class Task(NamedTuple):
@@ -67,9 +58,9 @@ class Fetcher(Dataset[Any]):
         self.batched = batched
         self.epoch_id: int | None = None
         """Epoch of the dataset's last ``set_epoch``."""
-        self._isolation = RngIsolation()
+        self._isolation = rng.RngIsolation()
         self._searched_epoch: int | None = None
-        self._generators: dict[str, RandomGenerator] = {}
+        self._generators: dict[str, rng.RandomGenerator] = {}
         """Generators of the dataset and of ``collate_fn``, found at the first task of an epoch."""
 
     def __getitem__(self, task: Task) -> Any:
@@ -83,11 +74,11 @@ class Fetcher(Dataset[Any]):
         with self._isolation:
             if not self._generators:
                 return self._load(task)
-            states = generator_states(self._generators)
+            states = rng.generator_states(self._generators)
             try:
                 return self._load(task)
             finally:
-                set_generator_states(self._generators, states)
+                rng.set_generator_states(self._generators, states)
 
     def _load(self, task: Task) -> Any:
         dataset, indices = self.dataset, task.indices
@@ -119,9 +110,9 @@ class Fetcher(Dataset[Any]):
 
     def _seed(self, seed: int | None) -> None:
         if seed is not None:
-            seed_rng(seed)
+            rng.seed_rng(seed)
             if self._generators:
-                seed_generators(self._generators, seed)
+                rng.seed_generators(self._generators, seed)
 
     def _begin_epoch(self, epoch_id: int) -> None:
         if epoch_id != self.epoch_id:
@@ -129,7 +120,7 @@ class Fetcher(Dataset[Any]):
             if hasattr(self.dataset, "set_epoch"):
                 self.dataset.set_epoch(epoch_id)
         self._searched_epoch = epoch_id
-        self._generators = dataset_generators("", (self.dataset, self.collate_fn))
+        self._generators = rng.dataset_generators("", (self.dataset, self.collate_fn))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_searched_epoch": None, "_generators": {}}
@@ -216,7 +207,7 @@ class IgnoreSignals:
         if ignored and sys.platform != "win32":
             signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)  # see worker_startup
         info = get_worker_info()
-        if info is not None and isinstance(info.dataset, (Fetcher, ReseededDataset)):
+        if info is not None and isinstance(info.dataset, (Fetcher, rng.ReseededDataset)):
             object.__setattr__(info, "dataset", info.dataset.dataset)  # WorkerInfo is read-only
         if self.worker_init_fn is not None:
             self.worker_init_fn(worker_id)

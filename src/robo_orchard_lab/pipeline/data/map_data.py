@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 from robo_orchard_lab.pipeline.batch_processor import count_batches
+from robo_orchard_lab.pipeline.data import rng
 from robo_orchard_lab.pipeline.data.epoch_batches import (
     BatchIndices,
     EpochBatches,
@@ -31,16 +32,6 @@ from robo_orchard_lab.pipeline.data.order import (
     StepSizes,
     is_builtin,
     sampler_order,
-)
-from robo_orchard_lab.pipeline.data.rng import (
-    RngStream,
-    capture_generators,
-    check_generators,
-    epoch_seed,
-    indexed_seed,
-    iter_samplers,
-    loader_generators,
-    restore_generators,
 )
 from robo_orchard_lab.pipeline.distributed.collectives import broadcast_object
 from robo_orchard_lab.pipeline.errors import StateError
@@ -82,11 +73,11 @@ class MapData:
         """True if a batch has an index for each sample; False for one index of a complete batch."""
         self._sampler = self._batch_source.sampler if self._has_torch_batches else None
         """Sampler of single samples; None if a custom batch sampler makes the batches."""
-        self._generators = loader_generators(loader)
+        self._generators = rng.loader_generators(loader)
         self._sampler_state = SamplerState(loader)
         if shard.processes > 1 and self._generators:
-            first = broadcast_object(capture_generators(self._generators), 0)  # a collective
-            restore_generators(first, self._generators)  # now equal on all ranks
+            first = broadcast_object(rng.capture_generators(self._generators), 0)  # a collective
+            rng.restore_generators(first, self._generators)  # now equal on all ranks
         self._skips_seeding = order.keyed_by == "none" or is_deterministic(
             loader.dataset, loader.collate_fn
         )
@@ -126,7 +117,7 @@ class MapData:
             return map(self._fetcher.__getitem__, tasks)
         self._tasks.current = tasks
         self._fetcher.epoch_id = epoch_id  # workers get a dataset whose epoch is set
-        self._worker_generator.manual_seed(epoch_seed(seed, epoch_id, RngStream.WORKERS))
+        self._worker_generator.manual_seed(rng.epoch_seed(seed, epoch_id, rng.RngStream.WORKERS))
         with worker_startup():
             return iter(self._loader)
 
@@ -173,7 +164,7 @@ class MapData:
         self, state: Mapping[str, Any], rank_state: Mapping[str, Any], within_epoch: bool
     ) -> None:
         """Raise ``StateError`` if the data differs from the saved data; changes nothing."""
-        check_generators(state["random"], self._generators)
+        rng.check_generators(state["random"], self._generators)
         has_set_epoch = hasattr(self._user.dataset, "set_epoch")  # which may change its length
         self._check_description(state, ["sampler"] if has_set_epoch else list(_DESCRIBED))
         if not within_epoch:
@@ -205,14 +196,14 @@ class MapData:
 
     def load(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> None:
         """Make the next epoch resume from a state."""
-        restore_generators(state["random"], self._generators)
+        rng.restore_generators(state["random"], self._generators)
         self._sampler_state.restore(state.get("samplers", {}))
         self._loaded = state
         self._batches = self._epoch_start = self._epoch_id = None
 
     def _source_state(self) -> dict[str, Any]:
         return {
-            "random": capture_generators(self._generators),
+            "random": rng.capture_generators(self._generators),
             "samplers": self._sampler_state.capture(),
         }
 
@@ -259,8 +250,8 @@ class MapData:
         sampler = self._batch_source if self._sampler is None else self._sampler
         partition = self._partition()
         if self._has_custom_batches or not is_builtin(sampler):
-            return self._iterated_batches(epoch_seed(seed, epoch_id, RngStream.ORDER))
-        order_seed = epoch_seed(seed, epoch_id, RngStream.ORDER)
+            return self._iterated_batches(rng.epoch_seed(seed, epoch_id, rng.RngStream.ORDER))
+        order_seed = rng.epoch_seed(seed, epoch_id, rng.RngStream.ORDER)
         order = sampler_order(sampler, torch.Generator().manual_seed(order_seed))
         first_step = first_sample = 0
         if loaded is not None:
@@ -293,20 +284,20 @@ class MapData:
         following = batches.from_step(step_id)
         if self._skips_seeding:
             return (Task(epoch_id, batch[0], batch[2], None, None) for batch in following)
-        key = epoch_seed(seed, epoch_id, RngStream.LOADING)
+        key = rng.epoch_seed(seed, epoch_id, rng.RngStream.LOADING)
         if self._order.keyed_by == "batch":
             return (
-                Task(epoch_id, batch_id, indices, indexed_seed(key, batch_id), None)
+                Task(epoch_id, batch_id, indices, rng.indexed_seed(key, batch_id), None)
                 for batch_id, _, indices, _ in following
             )
-        collating = epoch_seed(seed, epoch_id, RngStream.COLLATING)
+        collating = rng.epoch_seed(seed, epoch_id, rng.RngStream.COLLATING)
         return (
             Task(
                 epoch_id,
                 batch_id,
                 indices,
-                indexed_seed(collating, numbers[0]),
-                [indexed_seed(key, number) for number in numbers],
+                rng.indexed_seed(collating, numbers[0]),
+                [rng.indexed_seed(key, number) for number in numbers],
             )
             for batch_id, numbers, indices, _ in following
         )
@@ -332,7 +323,7 @@ class SamplerState:
     def __init__(self, dataloader: Any) -> None:
         self._samplers = {
             path: sampler
-            for path, sampler in iter_samplers(dataloader)
+            for path, sampler in rng.iter_samplers(dataloader)
             if type(sampler) is not BatchSampler and not is_builtin(sampler)
         }
         self._initial = dict(self._attributes())

@@ -12,22 +12,11 @@ from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch.utils.data import DataLoader, IterableDataset
 
 from robo_orchard_lab.pipeline.batch_processor import count_batches, count_samples
+from robo_orchard_lab.pipeline.data import rng
 from robo_orchard_lab.pipeline.data.epoch_batches import BatchIndices
 from robo_orchard_lab.pipeline.data.fetching import IgnoreSignals, worker_startup
 from robo_orchard_lab.pipeline.data.loader import BatchShard, copy_loader, set_epoch_of
 from robo_orchard_lab.pipeline.data.order import DataOrder, StepSizes
-from robo_orchard_lab.pipeline.data.rng import (
-    ReseededDataset,
-    RngIsolation,
-    RngStream,
-    capture_generators,
-    check_generators,
-    epoch_seed,
-    indexed_seed,
-    loader_generators,
-    restore_generators,
-    seed_rng,
-)
 from robo_orchard_lab.pipeline.distributed.collectives import gather_numbers, gather_objects
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.progress import TrainerProgress
@@ -68,7 +57,7 @@ class StreamData:
         self._processes = processes
         self._progress = progress
         self._counter = counter
-        self._generators = loader_generators(loader)
+        self._generators = rng.loader_generators(loader)
         self._stateful = _find_stateful(loader)
         self._is_list = type(loader) in (list, tuple)
         is_plain_loader = (
@@ -76,9 +65,9 @@ class StreamData:
         )
         reads_in_workers = is_plain_loader and loader.num_workers > 0  # type: ignore[attr-defined]
         self._skips_seeding = order.keyed_by == "none" or self._is_list or reads_in_workers
-        self._reseeded: ReseededDataset | None = None
+        self._reseeded: rng.ReseededDataset | None = None
         if isinstance(loader, DataLoader) and is_plain_loader and loader.persistent_workers:
-            self._reseeded = ReseededDataset(loader.dataset)
+            self._reseeded = rng.ReseededDataset(loader.dataset)
             self._loader = copy_loader(
                 loader,
                 dataset=self._reseeded,
@@ -89,7 +78,7 @@ class StreamData:
         self._length = self._agreed_length()
         self._sizes: list[StepSizes] | None = None
         """Sizes of the epoch's steps, for lists of equal length on all ranks."""
-        self._isolation = RngIsolation()
+        self._isolation = rng.RngIsolation()
         self._epoch_id: int | None = None
         self._epoch_start: Mapping[str, Any] | None = None
         """State of the generators when the epoch began."""
@@ -107,7 +96,7 @@ class StreamData:
         """Iterate over the batches of an epoch from a step on."""
         state, rank_state = self._loaded or ({}, {})
         self._loaded = None
-        self._epoch_start = capture_generators(self._generators)  # first: set_epoch may draw
+        self._epoch_start = rng.capture_generators(self._generators)  # first: set_epoch may draw
         set_epoch_of(self._user, epoch_id)
         self._epoch_id = epoch_id
         self._first_number = state["samples"] if step_id > 0 and state else 0
@@ -125,11 +114,13 @@ class StreamData:
         if self._reseeded is not None:
             self._reseeded.seed, self._reseeded.epoch_id = seed, epoch_id
         with self._isolation, worker_startup():
-            seed_rng(epoch_seed(seed, epoch_id, RngStream.ORDER))
+            rng.seed_rng(rng.epoch_seed(seed, epoch_id, rng.RngStream.ORDER))
             iterator = iter(self._loader)
         if has_state:
-            restore_generators(rank_state["random"], self._generators)
-        batches = self._seeded(iterator, epoch_seed(seed, epoch_id, RngStream.LOADING), first)
+            rng.restore_generators(rank_state["random"], self._generators)
+        batches = self._seeded(
+            iterator, rng.epoch_seed(seed, epoch_id, rng.RngStream.LOADING), first
+        )
         for _ in range(step_id - first):
             next(batches, None)
         return self._numbered(batches, step_id)
@@ -187,7 +178,7 @@ class StreamData:
             "loader": _type_name(self._loader),
             "processes": self._processes,
             "samples": self._samples_done() if has_begun else 0,
-            "random": capture_generators(self._generators) if start is None else start,
+            "random": rng.capture_generators(self._generators) if start is None else start,
         }
 
     def rank_state(self) -> Mapping[str, Any]:
@@ -205,7 +196,7 @@ class StreamData:
         self, state: Mapping[str, Any], rank_state: Mapping[str, Any], within_epoch: bool
     ) -> None:
         """Raise ``StateError`` if the data differs from the saved data; changes nothing."""
-        check_generators(state["random"], self._generators)
+        rng.check_generators(state["random"], self._generators)
         name = _type_name(self._loader)
         if state["loader"] != name:
             raise StateError(
@@ -236,14 +227,14 @@ class StreamData:
 
     def load(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> None:
         """Make the next epoch resume from a state."""
-        restore_generators(state["random"], self._generators)
+        rng.restore_generators(state["random"], self._generators)
         self._loaded = state, rank_state
         self._epoch_id = self._epoch_start = None
 
     def _stateful_state(self) -> Mapping[str, Any]:
         return {
             "stateful": self._stateful.state_dict(),
-            "random": capture_generators(self._generators),
+            "random": rng.capture_generators(self._generators),
         }
 
     def _seeded(self, batches: Iterator[Any], seed: int, step_id: int) -> Iterator[Any]:
@@ -256,7 +247,7 @@ class StreamData:
                 batch = next(batches, _END)
             else:
                 with self._isolation:
-                    seed_rng(indexed_seed(seed, step * processes + rank))
+                    rng.seed_rng(rng.indexed_seed(seed, step * processes + rank))
                     batch = next(batches, _END)
             if batch is _END:
                 self._ended_at = step

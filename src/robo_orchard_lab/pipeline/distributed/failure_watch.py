@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from robo_orchard_lab.pipeline.distributed import shutdown
 from robo_orchard_lab.pipeline.distributed.failures import (
     KILLED,
     attach_root_cause,
@@ -29,13 +30,6 @@ from robo_orchard_lab.pipeline.distributed.job_store import (
     JobStore,
     RankPosition,
     find_diverged_rank,
-)
-from robo_orchard_lab.pipeline.distributed.shutdown import (
-    MAX_EXIT_S,
-    destroy_group_at_exit,
-    force_exit,
-    notify_forced_exit,
-    pause_before_forks,
 )
 from robo_orchard_lab.pipeline.distributed.stall_clock import StallClock
 from robo_orchard_lab.pipeline.errors import (
@@ -56,7 +50,7 @@ _GRACE_S = 3.0  # for the main thread to raise by itself after a failure of anot
 _OWN_GRACE_S = 8.0  # after a failure of this rank, while the afters of its hooks run
 _LOG_S = 1.0  # to write a log record
 _NO_ANSWER_S = 3.0  # without an answer from the store
-_FOLLOW_S = MAX_EXIT_S + 1.0  # for the rank that failed first to exit
+_FOLLOW_S = shutdown.MAX_EXIT_S + 1.0  # for the rank that failed first to exit
 _SEEN_S = 0.5  # for a launcher to notice the exit
 
 
@@ -326,14 +320,14 @@ class FailureWatch:
             return
         rank = 0 if store is None else store.rank
         if failure.type == STALLED:
-            force_exit(failure, rank, lambda: self._write_stall(failure), _WAIT_S)
+            shutdown.force_exit(failure, rank, lambda: self._write_stall(failure), _WAIT_S)
         self._failed_for_s += _LOOK_S
         if self._failed_for_s >= (_OWN_GRACE_S if failure.rank == rank else _GRACE_S):
             self._wait_for_first_exit(
                 failure, lambda: not self._open or not self._has_left(failure.rank)
             )
             if self._open:
-                force_exit(failure, rank)
+                shutdown.force_exit(failure, rank)
 
     def _write_stall(self, failure: RankFailure) -> None:
         """Write stacks, and wait until the other ranks have written theirs.
@@ -342,7 +336,7 @@ class FailureWatch:
         """
         if self._clock is not None:
             self._clock.write_stacks()
-        notify_forced_exit(failure)
+        shutdown.notify_forced_exit(failure)
         if (store := self._store) is not None:
             store.acknowledge(self._section)
             self._wait_until(lambda: store.all_acknowledged(self._section), _WAIT_S)
@@ -438,8 +432,8 @@ def _watch_of_job(clock: StallClock | None) -> FailureWatch | None:
     if _watch is None:
         store = None
         if world is not None and dist.get_world_size() > 1:
-            destroy_group_at_exit()
-            pause_before_forks()
+            shutdown.destroy_group_at_exit()
+            shutdown.pause_before_forks()
             store = JobStore.of_job()
         if store is not None or clock is not None:
             _watch = FailureWatch(store, world)

@@ -42,6 +42,7 @@ from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
 from robo_orchard_lab.pipeline.run.retried_write import OutputFile
 from robo_orchard_lab.pipeline.run.run_state import RunStateFile
+from robo_orchard_lab.pipeline.trainer import setup
 from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows, padding_step
 from robo_orchard_lab.pipeline.trainer.commit import CommitPoint
 from robo_orchard_lab.pipeline.trainer.loss_weights import LossWeights, wrong_result
@@ -53,15 +54,6 @@ from robo_orchard_lab.pipeline.trainer.rank_consistency import (
 )
 from robo_orchard_lab.pipeline.trainer.rank_state import trained_names, trained_parameters
 from robo_orchard_lab.pipeline.trainer.resume import AUTO, resume
-from robo_orchard_lab.pipeline.trainer.setup import (
-    ENGINES,
-    batch_placement,
-    check_objects,
-    engine_backward,
-    gradient_sync_switch,
-    no_sync_context,
-    prepare_objects,
-)
 from robo_orchard_lab.pipeline.trainer.snapshot import RunSnapshots
 from robo_orchard_lab.pipeline.trainer.start_checks import check_metric_names
 
@@ -184,7 +176,7 @@ class HookBasedTrainer:
     ) -> None:
         self.limits = TrainerLimits(max_step, max_optimizer_step, max_epoch)
         objects = accelerator, model, dataloader, batch_processor, optimizer, lr_scheduler
-        check_objects(*objects, self.limits)
+        setup.check_objects(*objects, self.limits)
         self.accelerator = accelerator
         self.model = model
         self.dataloader = dataloader
@@ -231,18 +223,18 @@ class HookBasedTrainer:
             updates = self.optimizer, self.lr_scheduler
             check_rank_consistency(describe_setup(accelerator, *objects, *updates, options))
 
-        self.model, optimizer, lr_scheduler = prepare_objects(
+        self.model, optimizer, lr_scheduler = setup.prepare_objects(
             accelerator, self.model, self.optimizer, self.lr_scheduler
         )
         self.optimizer = self.lr_scheduler = None
         self._processor, self._processed_model = forward_in_context(
             self.batch_processor, self.model, accelerator
         )
-        self._place = batch_placement(accelerator, self.dataloader)
-        self._no_sync = no_sync_context(accelerator, self.model)
-        self._set_sharded_sync = gradient_sync_switch(accelerator, self.model)
-        self._engine_backward = engine_backward(accelerator)
-        self._engine_divides = accelerator.distributed_type in ENGINES
+        self._place = setup.batch_placement(accelerator, self.dataloader)
+        self._no_sync = setup.no_sync_context(accelerator, self.model)
+        self._set_sharded_sync = setup.gradient_sync_switch(accelerator, self.model)
+        self._engine_backward = setup.engine_backward(accelerator)
+        self._engine_divides = accelerator.distributed_type in setup.ENGINES
         self._synchronising = accelerator.sync_gradients = True
 
         if self.batch_processor.need_backward and optimizer is not None:
