@@ -17,6 +17,8 @@ from tests.cli.running import START, run, run_in_terminal
 from robo_orchard_lab.cli.commands.checkpoint import checkpoint as group
 from robo_orchard_lab.cli.main import main
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, Retention
+from robo_orchard_lab.pipeline.hooks import SaveCheckpointConfig
+from tiny import make_trainer
 
 SUBCOMMANDS = ["list", "show", "verify", "export", "prune"]
 
@@ -169,6 +171,52 @@ def test_the_checkpoint_folder_is_that_of_the_config(kept: Path) -> None:
     assert main(["checkpoint", "verify", str(kept)]) == 2
     (kept / "config.yaml").write_text("checkpoint: {folder: saved}")
     assert main(["checkpoint", "verify", str(kept)]) == 0
+
+
+@pytest.fixture
+def script_run(kept: Path) -> Path:
+    """The run folder of a script: without a configuration file, with a quarantine."""
+    (kept / "config.yaml").unlink()
+    (kept / "starts").rmdir()
+    shutil.copytree(kept / "checkpoints" / "step_00000010", kept / "quarantine" / "step_00000007")
+    return kept
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "saved"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_run_of_a_script_is_accepted(
+    inside: bool, name: str, script_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each command takes the folder of a script's run, and the folder of checkpoints inside."""
+    (script_run / "checkpoints").rename(script_run / name)
+    path = str(script_run / name if inside else script_run)
+    assert main(["checkpoint", "list", path, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [each["path"] for each in found] == [
+        str(script_run / name / f"step_{step:08d}") for step in (10, 20, 30, 40)
+    ]
+    assert main(["checkpoint", "show", path]) == 0
+    assert main(["checkpoint", "verify", path]) == 0
+    assert main(["checkpoint", "export", path, "weights.safetensors"]) == 0
+    assert load_file("weights.safetensors")["weight"][0, 0] == 40
+    assert main(["checkpoint", "prune", path, "--keep-last", "2", "--yes"]) == 0
+    assert len([*(script_run / name).glob("step_*")]) == 2
+
+
+def test_the_run_of_a_script_without_checkpoints_is_reported(
+    script_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The error names the folder with the checkpoints, or says that there are none."""
+    make_trainer([], max_step=1, run_folder="runs/new")()
+    assert main(["checkpoint", "list", "runs/new"]) == 2
+    assert "found a run without: there are none in runs/new" in capsys.readouterr().err
+    save = SaveCheckpointConfig(folder=Path("elsewhere"))
+    make_trainer([save], max_step=1, run_folder="runs/apart")()
+    assert main(["checkpoint", "list", "runs/apart"]) == 2
+    assert f"they are in {Path('elsewhere').absolute()}; name that" in capsys.readouterr().err
+    shutil.copytree(script_run / "checkpoints", script_run / "more", symlinks=True)
+    assert main(["checkpoint", "prune", str(script_run), "--keep-last", "1"]) == 2
+    assert "expected one folder of checkpoints" in capsys.readouterr().err
 
 
 def test_prune_uses_the_rules_of_the_run(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,13 @@ from robo_orchard_lab.experiment.run_folder import (
 )
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, ReadLimits, Retention
 from robo_orchard_lab.pipeline.checkpoint.listing import Listing, RootListing
-from robo_orchard_lab.pipeline.checkpoint.manifest import BEST, LAST, MANIFEST_FILE, step_from_name
+from robo_orchard_lab.pipeline.checkpoint.manifest import (
+    BEST,
+    LAST,
+    LOCK,
+    MANIFEST_FILE,
+    step_from_name,
+)
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
 from robo_orchard_lab.pipeline.hooks.save_checkpoint import CHECKPOINTS_FOLDER
 from robo_orchard_lab.pipeline.job_log import job_logger
@@ -93,6 +99,8 @@ class RunCheckpoints:
 def find_checkpoints(path: str | os.PathLike[str]) -> RunCheckpoints:
     """Find the checkpoints of a run folder, of a folder of checkpoints, or of a checkpoint.
 
+    The run folder of a script has no configuration file, but a folder of checkpoints.
+
     Raises:
         NoRunError: The path leads to none of these.
         ConfigError: The run's file can't be read.
@@ -110,6 +118,8 @@ def find_checkpoints(path: str | os.PathLike[str]) -> RunCheckpoints:
         with suppress(ConfigError):
             policy = policy_of(find_run(root.absolute().parent).config)
         return RunCheckpoints(root, path if is_checkpoint else None, policy)
+    if path.is_dir() and run_config_file(path) is None and (found := _root_of_script(path)):
+        return RunCheckpoints(found)
     run = find_run(path)
     policy = policy_of(run.config)
     folder = policy.get("folder")
@@ -126,7 +136,30 @@ def _listing(root: Path) -> Listing:
 
 
 def _is_of_checkpoint(name: str) -> bool:
-    return step_from_name(name) is not None or name == LAST
+    return step_from_name(name) is not None or name in (LAST, LOCK)
+
+
+def _root_of_script(folder: Path) -> Path | None:
+    """Return the folder of checkpoints in the run folder of a script, or None.
+
+    Raises:
+        NoRunError: There are several, or the run saves its checkpoints elsewhere.
+    """
+    # A quarantine has folders of steps, but neither links nor locks.
+    inside = [each for each in sorted(folder.iterdir()) if each.is_dir() and not each.is_symlink()]
+    roots = [each for each in inside if os.path.lexists(each / LAST) or (each / LOCK).exists()]
+    if len(roots) == 1:
+        return roots[0]
+    if roots:
+        names = ", ".join(map(str, roots))
+        raise NoRunError(f"expected one folder of checkpoints in {folder}, found {names}; name one")
+    with suppress(FileNotFoundError, StateError):
+        saved = read_run_state(folder).checkpoint
+        where = f"there are none in {folder}"
+        if saved is not None and os.path.lexists(folder / saved.path):
+            where = f"they are in {(folder / saved.path).parent}; name that folder"
+        raise NoRunError(f"expected a folder with checkpoints, found a run without: {where}")
+    return None
 
 
 def _folder_within_run(folder: Any, config: Path) -> Path:

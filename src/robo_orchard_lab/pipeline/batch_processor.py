@@ -20,6 +20,8 @@ from robo_orchard_lab.pipeline.tensor_lists import multiply_all
 logger = job_logger(__name__)
 
 
+_MAX_DESCRIBED = 16
+"""Most parts of a mapping or sequence in a description."""
 _reported: set[str] = set()
 """Structures of batches whose number of samples is a guess, already reported."""
 
@@ -129,20 +131,40 @@ def _kind(value: Any) -> object:
     return type(value), names, tuple(_kind(part) for part in _values(value))
 
 
-def _describe_structure(value: Any, depth: int = 3) -> str:
+def describe_batch(value: Any, *, shapes: bool, depth: int = 3) -> str:
+    """Return the types in a batch, with the shapes of tensors on request.
+
+    >>> describe_batch({"x": torch.zeros(2, 3), "names": ["a", "b"]}, shapes=False)
+    'dict(x: Tensor, names: list(str))'
+    >>> describe_batch({"x": torch.zeros(2, 3), "names": ["a", "b"]}, shapes=True)
+    'dict(x: float32[2, 3], names: list(2 x str))'
+    """
+    if shapes and isinstance(value, (torch.Tensor, np.ndarray)):
+        return f"{str(value.dtype).removeprefix('torch.')}{[*value.shape]}"
     parts = list(_values(value)) if depth else []
-    kinds = [_describe_structure(part, depth - 1) for part in parts]
+    count = len(parts)
+    kinds = [describe_batch(p, shapes=shapes, depth=depth - 1) for p in parts[:_MAX_DESCRIBED]]
     if not kinds:
         return type(value).__qualname__
     if isinstance(value, Mapping):
-        kinds = [f"{name}: {kind}" for name, kind in zip(value, kinds, strict=True)]
+        kinds = [f"{name}: {kind}" for name, kind in zip(value, kinds, strict=False)]
     elif isinstance(value, list) and len(set(kinds)) == 1:
-        kinds = kinds[:1]  # its length differs between batches
+        # The length differs between batches, so it is no part of their structure.
+        return f"{type(value).__qualname__}({f'{count} x ' if shapes else ''}{kinds[0]})"
+    if count > len(kinds):
+        kinds.append(f"and {count - len(kinds)} more" if shapes else "...")
     return f"{type(value).__qualname__}({', '.join(kinds)})"
 
 
+def count_elements(value: Any) -> int:
+    """Return the number of elements of all tensors and arrays in a batch."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return math.prod(value.shape)
+    return sum(map(count_elements, _values(value)))
+
+
 def _report_guess(batch: Any, count: int, has_lengths: bool) -> None:
-    structure = _describe_structure(batch)
+    structure = describe_batch(batch, shapes=False)
     if structure in _reported:
         return
     _reported.add(structure)

@@ -35,6 +35,7 @@ from robo_orchard_lab.pipeline.metrics.torchmetrics import (
     TorchMetrics,
 )
 from robo_orchard_lab.pipeline.model import ModuleOfDDP, autocast_context, ddp_of
+from robo_orchard_lab.pipeline.out_of_memory import explain_evaluation
 from robo_orchard_lab.pipeline.sharding import is_sharded_model
 
 logger = job_logger(__name__)
@@ -98,7 +99,7 @@ class EvaluationLoader:
     def __init__(
         self, name: str, loader: Iterable[Any], rank: int, processes: int, who: str
     ) -> None:
-        self._name = name
+        self.name = name
         self._who = who
         self._rank = rank
         self._processes = processes
@@ -175,7 +176,7 @@ class EvaluationLoader:
             index += stride
         count = index if self._order is None else len(order)
         if count == 0:
-            raise _no_batch(self._name, self._who)
+            raise _no_batch(self.name, self._who)
         if even and self._order is None and self._lacks_one(count):
             yield other, 0
 
@@ -326,23 +327,28 @@ class Evaluator:
         metrics.reset()
         loss_sum = WeightedSum()
         autocast = autocast_context(self._accelerator)
-        for batch, samples in loader.batches(self.seed, even=self._is_sharded):
-            if places and device.type != "cpu":
-                batch = send_to_device(batch, device, non_blocking=non_blocking)
-            with autocast():
-                outputs, loss, weight = self._forward(model, batch)
-            if samples == 0:  # only joined the collectives of a sharded model
-                continue
-            if loss is not None:
-                if weight is None and self._counter is None:
-                    weight = samples  # known from the indices
-                loss_sum.add(
-                    loss, (self._counter or count_samples)(batch) if weight is None else weight
-                )
-            if len(metrics):
-                args, kwargs = self._metric_arguments(outputs, batch)
-                metrics.update(*args, **kwargs)
-            record_heartbeat()
+        batches = loader.batches(self.seed, even=self._is_sharded)
+        for count, (batch, samples) in enumerate(batches):
+            try:
+                if places and device.type != "cpu":
+                    batch = send_to_device(batch, device, non_blocking=non_blocking)
+                with autocast():
+                    outputs, loss, weight = self._forward(model, batch)
+                if samples == 0:  # only joined the collectives of a sharded model
+                    continue
+                if loss is not None:
+                    if weight is None and self._counter is None:
+                        weight = samples  # known from the indices
+                    loss_sum.add(
+                        loss, (self._counter or count_samples)(batch) if weight is None else weight
+                    )
+                if len(metrics):
+                    args, kwargs = self._metric_arguments(outputs, batch)
+                    metrics.update(*args, **kwargs)
+                record_heartbeat()
+            except Exception as error:
+                explain_evaluation(error, batch, loader.name, count)
+                raise
         parts: list[DeferredMetrics] = [_MeanLoss(f"{prefix}loss", loss_sum, device)]
         if len(metrics):
             parts.append(metrics.snapshot(metrics.pop_states(), prefix))

@@ -34,7 +34,7 @@ def announce(logger: logging.Logger | JobLogger, text: str) -> None:
     """
     if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
         logger.info("%s", text)
-    else:
+    elif is_first_rank() or not isinstance(logger, JobLogger):
         with suppress(OSError):
             print(text, file=sys.stderr, flush=True)
 

@@ -213,6 +213,18 @@ def test_busy_background_may_skip_saves(tmp_path: Path, caplog: pytest.LogCaptur
     assert "no save at epoch 0, step 2" in caplog.text
 
 
+def test_script_without_logging_shows_the_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Standard error shows whether a run is fresh or resumed, and from which checkpoint."""
+    save = SaveCheckpointConfig(every="1 epoch")
+    train(tmp_path, save, max_epoch=1, resume_from="auto")
+    root = tmp_path / "checkpoints"
+    assert capsys.readouterr().err == f"no checkpoint in {root}; starting a fresh run\n"
+    train(tmp_path, save, max_epoch=2, resume_from="auto")
+    assert capsys.readouterr().err.startswith(f"resumed from {root / 'step_00000003'} at epoch 1")
+
+
 def test_auto_starts_resumes_and_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """One command serves a new run, a resumed one and a completed one."""
     caplog.set_level(logging.INFO)

@@ -48,8 +48,8 @@ def checkpoint() -> None:
       robo-orchard-lab checkpoint list runs/spirals
       robo-orchard-lab checkpoint export runs/spirals weights.safetensors --best
 
-    PATH is the folder of a run, the folder of its checkpoints, or a checkpoint. Checkpoints of a
-    stranger are safe to read: no code that they name is imported.
+    PATH is the folder of a run, also of a script's run, the folder of its checkpoints, or a
+    checkpoint. Checkpoints of a stranger are safe to read: no code that they name is imported.
     """
 
 

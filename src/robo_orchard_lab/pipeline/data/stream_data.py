@@ -78,6 +78,8 @@ class StreamData:
         self._length = self._agreed_length()
         self._sizes: list[StepSizes] | None = None
         """Sizes of the epoch's steps, for lists of equal length on all ranks."""
+        self.most_samples = 0
+        """Samples of the largest batch so far, without the current one."""
         self._isolation = rng.RngIsolation()
         self._epoch_id: int | None = None
         self._epoch_start: Mapping[str, Any] | None = None
@@ -256,12 +258,14 @@ class StreamData:
 
     def _numbered(self, batches: Iterator[Any], step_id: int) -> Iterator[Any]:
         """Yield the batches and note the numbers of their samples."""
-        begin = self._first_number
+        begin, size = self._first_number, 0
         for step, batch in enumerate(batches, start=step_id):
             self._forget_before(self._progress.step_id)
-            end = begin + self._counter(batch)
-            self._yielded.append((step, range(begin, end)))
-            begin = end
+            if size > self.most_samples:
+                self.most_samples = size
+            size = self._counter(batch)
+            self._yielded.append((step, range(begin, begin + size)))
+            begin += size
             yield batch
 
     def _samples_done(self) -> int:

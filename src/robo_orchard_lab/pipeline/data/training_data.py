@@ -104,6 +104,11 @@ class TrainingData:
             raise TypeError("the training data has no length: its sampler or dataset has none")
         return steps
 
+    @property
+    def most_samples(self) -> int:
+        """Samples of the largest batch so far, for data without indices; else 0."""
+        return getattr(self._source, "most_samples", 0)
+
     def step_sizes(self, step_id: int, ahead: bool) -> Iterator[StepSizes] | None:
         """Return the sizes of the current epoch's steps; None if unknown before loading.
 

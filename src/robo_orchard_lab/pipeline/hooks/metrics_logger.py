@@ -127,9 +127,10 @@ class MetricsLogger(PipelineHooks):
         saved = args.metrics.add_writer(self.name, state)
         if saved:
             self._newest = saved["newest"] and tuple(saved["newest"])
-            for name, lines in saved["unwritten"].items():
-                found = map(from_line, lines.numpy().tobytes().splitlines())
-                self._unwritten[name] = [record for record in found if record is not None]
+            self._unwritten = {
+                name: [*filter(None, map(from_line, lines.numpy().tobytes().splitlines()))]
+                for name, lines in saved["unwritten"].items()
+            }
         try:
             group.open(args)
         except MetricsFileError as error:

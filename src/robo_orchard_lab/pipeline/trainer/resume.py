@@ -15,7 +15,7 @@ from robo_orchard_lab.pipeline.errors import CheckpointError, PipelineConfigErro
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.hooks.optimizer import OptimizerHook
 from robo_orchard_lab.pipeline.hooks.save_checkpoint import CHECKPOINTS_FOLDER, SaveCheckpoint
-from robo_orchard_lab.pipeline.job_log import job_logger
+from robo_orchard_lab.pipeline.job_log import announce, job_logger
 from robo_orchard_lab.pipeline.model import plain_model
 from robo_orchard_lab.pipeline.progress import remaining_steps
 from robo_orchard_lab.pipeline.sharding import shares_of_model
@@ -46,7 +46,7 @@ def resume(
             with CheckpointStore(root, ranks=ranks) as store:  # also cleans up after a crash
                 newest = store.load_newest(share_of, each_rank)
             if newest is None:
-                logger.info("no checkpoint in %s; starting a fresh run", root)
+                announce(logger, f"no checkpoint in {root}; starting a fresh run")
                 return False
             saved = newest
             for skipped, why in saved.skipped:
@@ -61,10 +61,10 @@ def resume(
         snapshots.rank_states.reduce_gradients()
         if is_auto:
             _prune(hooks, run.folder, ranks)
-    logger.info("resumed from %s at %s", saved.info.path, run.progress)
+    announce(logger, f"resumed from {saved.info.path} at {run.progress}")
     before, now = saved.info.ranks, run.accelerator.num_processes
     if before != now:
-        logger.info("the world size changed from %d to %d", before, now)
+        announce(logger, f"the world size changed from {before} to {now}")
     _warn_of_short_lr_scheduler(run, hooks)
     return True
 

@@ -38,6 +38,7 @@ from robo_orchard_lab.pipeline.hooks.optimizer import LRSchedulerUnit, Optimizer
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.model import forward_in_context
+from robo_orchard_lab.pipeline.out_of_memory import FittingBatch, is_out_of_memory
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
 from robo_orchard_lab.pipeline.run.retried_write import OutputFile
@@ -194,6 +195,7 @@ class HookBasedTrainer:
             self._stall_clock = StallClock(stall_timeout_s, self.progress, run_folder, rank)
         self._optimizer_hook: OptimizerHook | None = None
         self._last_loss: torch.Tensor | None = None
+        self._fitting = FittingBatch()
         self._is_open = self._resumed = False
         options = {
             "limits": self.limits,
@@ -443,6 +445,7 @@ class HookBasedTrainer:
         if self.progress.step_id == 0:
             self._snapshots.rank_states.restore_rng()
             commit_point.execute()  # requests made at the start of the loop
+        self.requests.require_commit()  # after the first step, to record the sizes of its batch
         while not self._is_over():
             args = PipelineHookArgs(self._run)
             self._on_epoch(args, self._epoch)
@@ -514,15 +517,21 @@ class HookBasedTrainer:
         ):
             if over:  # and there are more batches than the loader's length
                 break
-            if self._place is not None:
-                batch = self._place(batch)
-            progress.in_step = True
-            on_step(PipelineHookArgs(self._run, batch, ends_window, divisor), self._step_body)
+            try:
+                if self._place is not None:
+                    batch = self._place(batch)
+                progress.in_step = True
+                on_step(PipelineHookArgs(self._run, batch, ends_window, divisor), self._step_body)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    self._fitting.explain(error, batch, self._run)
+                raise
             progress.finish_step()
             if agreement is not None and progress.global_step_id >= agreement.due_at:
                 agreement.settle(progress.global_step_id)  # a collective
             # The commit point. Inlined, since a call costs 0.5 us here.
             if requests.pending or reached(progress):
+                self._fitting.record(batch, progress.global_step_id)
                 if self._is_rolling_back():
                     return
                 over = self._is_over()
