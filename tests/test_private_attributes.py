@@ -26,6 +26,7 @@ from torchmetrics import MeanSquaredError
 
 from robo_orchard_core.utils.config import Config
 from robo_orchard_core.utils.config.references import parametrization
+from robo_orchard_lab.pipeline.batch_processor import multiply_all
 from robo_orchard_lab.pipeline.data import rng
 from robo_orchard_lab.pipeline.distributed.job_store import JobStore
 from robo_orchard_lab.pipeline.errors import PipelineStateError
@@ -34,8 +35,7 @@ from robo_orchard_lab.pipeline.hooks.save_model import config_json
 from robo_orchard_lab.pipeline.metrics import resolve
 from robo_orchard_lab.pipeline.metrics.accumulators import MetricValueError
 from robo_orchard_lab.pipeline.metrics.torchmetrics import TorchMetrics
-from robo_orchard_lab.pipeline.model import uncompiled
-from robo_orchard_lab.pipeline.tensor_lists import copy_all, multiply_all
+from robo_orchard_lab.pipeline.model import copy_all, uncompiled
 from robo_orchard_lab.testing import count_host_reads, run_hook
 from robo_orchard_lab.testing.fixtures import isolated
 

@@ -15,7 +15,6 @@ import torch
 from robo_orchard_lab.pipeline.errors import BatchProcessorError
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.sharded_tensors import local_tensor
-from robo_orchard_lab.pipeline.tensor_lists import multiply_all
 
 logger = job_logger(__name__)
 
@@ -216,6 +215,18 @@ def zero_if_unweighted(loss: torch.Tensor, weight: torch.Tensor) -> torch.Tensor
 def scale_loss(loss: torch.Tensor, weight: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Return ``loss * weight / reference`` in the loss's dtype."""
     return loss * (weight / reference).to(loss.dtype)
+
+
+def multiply_all(tensors: list[torch.Tensor], factor: torch.Tensor) -> None:
+    """Multiply tensors by a tensor of one element, all on one device.
+
+    torch has no public name for its fused kernels; without them, one kernel per tensor runs.
+    """
+    if hasattr(torch, "_foreach_mul_"):
+        torch._foreach_mul_(tensors, factor)
+    else:
+        for tensor in tensors:
+            tensor.mul_(factor)
 
 
 def scale_gradients(parameters: Iterable[torch.nn.Parameter], factor: torch.Tensor) -> None:

@@ -13,9 +13,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from robo_orchard_lab.pipeline.batch_processor import multiply_all
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.sharded_tensors import has_sharded, is_sharded, local_tensor
-from robo_orchard_lab.pipeline.tensor_lists import multiply_all
 
 REPLICATED_TYPES = frozenset(
     {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}

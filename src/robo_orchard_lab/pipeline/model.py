@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor, ForwardResult
 from robo_orchard_lab.pipeline.context import PipelineRun
-from robo_orchard_lab.pipeline.tensor_lists import copy_all
 
 NamedParameters: TypeAlias = Sequence[tuple[str, torch.nn.Parameter]]
 
@@ -270,6 +269,15 @@ def suggest_pattern(pattern: str, named: NamedParameters) -> str:
     if near:
         return f"did you mean {' or '.join(map(repr, near))}?"
     return f"the parameters are {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
+
+
+def copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy each source into its target, in one kernel where possible; dtypes may differ."""
+    if hasattr(torch, "_foreach_copy_"):
+        torch._foreach_copy_(targets, sources)
+    else:
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
 
 
 class BufferSnapshot:

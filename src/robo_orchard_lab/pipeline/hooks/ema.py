@@ -24,12 +24,11 @@ from robo_orchard_lab.pipeline.errors import (
     check_state_version,
 )
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.model import plain_model, plain_name
+from robo_orchard_lab.pipeline.model import copy_all, plain_model, plain_name
 from robo_orchard_lab.pipeline.requests import StopRequest
 from robo_orchard_lab.pipeline.run.run_path import RunPath
 from robo_orchard_lab.pipeline.sharded_tensors import gather_full_tensors, has_sharded, local_tensor
 from robo_orchard_lab.pipeline.sharding import reshard, shard_like
-from robo_orchard_lab.pipeline.tensor_lists import copy_all
 from robo_orchard_lab.pipeline.trigger import Last
 
 STATE_VERSION = 1

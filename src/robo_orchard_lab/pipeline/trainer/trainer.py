@@ -45,7 +45,7 @@ from robo_orchard_lab.pipeline.run.retried_write import OutputFile
 from robo_orchard_lab.pipeline.run.run_state import RunStateFile
 from robo_orchard_lab.pipeline.trainer import setup
 from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows, padding_step
-from robo_orchard_lab.pipeline.trainer.commit import CommitPoint
+from robo_orchard_lab.pipeline.trainer.commit import CommitPoint, check_metric_names
 from robo_orchard_lab.pipeline.trainer.loss_weights import LossWeights, wrong_result
 from robo_orchard_lab.pipeline.trainer.rank_consistency import (
     ReplicaCheck,
@@ -56,7 +56,6 @@ from robo_orchard_lab.pipeline.trainer.rank_consistency import (
 from robo_orchard_lab.pipeline.trainer.rank_state import trained_names, trained_parameters
 from robo_orchard_lab.pipeline.trainer.resume import AUTO, resume
 from robo_orchard_lab.pipeline.trainer.snapshot import RunSnapshots
-from robo_orchard_lab.pipeline.trainer.start_checks import check_metric_names
 
 logger = job_logger(__name__)
 
