@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import torch
 from accelerate.utils import DistributedType
 from pydantic import Field
+from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
@@ -37,12 +38,7 @@ _Group: TypeAlias = tuple[list[torch.Tensor], list[torch.Tensor]]
 """Shadows and their parameters."""
 
 _HALF = (torch.float16, torch.bfloat16)
-_BATCH_NORMS = (
-    torch.nn.BatchNorm1d,
-    torch.nn.BatchNorm2d,
-    torch.nn.BatchNorm3d,
-    torch.nn.SyncBatchNorm,
-)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class AveragedWeights:
@@ -57,15 +53,14 @@ class AveragedWeights:
     Args:
         model: the plain model; its ``state_dict`` names the tensors.
         dtype: of the shadows; by default the dtype of each parameter, and float32 for half
-            precision, which would lose small updates. Shadows stay on the parameters' devices.
-        use_buffers: average floating-point buffers, too, in their own dtypes. Integers are copied:
-            a truncated average would change constants, such as index tables.
+            precision, which would lose small updates.
+        use_buffers: average floating-point buffers, too, in their own dtypes.
         copy_batch_norm: copy the parameters of batch normalization instead of averaging them.
     """
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: nn.Module,
         dtype: torch.dtype | None = None,
         *,
         use_buffers: bool = False,
@@ -114,10 +109,8 @@ class AveragedWeights:
         self._refuse_if_applied("an update of the weights")
         for shadows, parameters in self._groups:
             if self._is_sharded:
-                shadows, parameters = (
-                    [*map(local_tensor, shadows)],
-                    [*map(local_tensor, parameters)],
-                )
+                shadows = [*map(local_tensor, shadows)]
+                parameters = [*map(local_tensor, parameters)]
             if decay == 0.0:  # a copy also removes non-finite values from the average
                 copy_all(shadows, parameters)
                 continue
@@ -145,12 +138,12 @@ class AveragedWeights:
     def applied(self) -> Iterator[None]:
         """Put the average into the model for the body; restore its own tensors bit for bit.
 
-        The tensors are copied and written in place, because graphs and wrappers refer to them.
         Changes made by the body are lost.
 
         Raises:
             PipelineStateError: the average is applied already.
         """
+        # Tensors are copied and written in place, because graphs and wrappers refer to them.
         self._refuse_if_applied("applying it again")
         reshard(self.model)
         originals = self._originals()
@@ -197,11 +190,11 @@ class AveragedWeights:
         problems = [f"unexpected: {name}" for name in shadows if name not in self._parameters]
         problems += [f"unexpected: {name}" for name in copies if name not in originals]
         problems += [f"missing: {name}" for name in originals if name not in copies]
+        live = {name: tuple(t.shape) for name, t in (*self._parameters.items(), *originals.items())}
         problems += [
-            f"{name}: saved as {tuple(saved.shape)}, here {tuple(live.shape)}"
+            f"{name}: saved as {tuple(saved.shape)}, here {live[name]}"
             for name, saved in chain(shadows.items(), copies.items())
-            if (live := self._parameters.get(name, originals.get(name))) is not None
-            and live.shape != saved.shape
+            if live.get(name, tuple(saved.shape)) != tuple(saved.shape)
         ]
         if problems:
             raise StateError("the saved average belongs to another model: " + "; ".join(problems))
@@ -226,7 +219,7 @@ class AveragedWeights:
         """Look up the copied tensors again: modules may have replaced a buffer."""
         return [getattr(owner, key) for owner, key in self._copied.values()]
 
-    def _make_shadow(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    def _make_shadow(self, parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
         dtype = parameter.dtype
         if self._dtype is not None and not parameter.is_complex():
             dtype = self._dtype
@@ -248,8 +241,8 @@ class AveragedWeights:
 
 
 def _copied_tensors(
-    model: torch.nn.Module, averaged: set[int]
-) -> Iterator[tuple[str, tuple[torch.nn.Module, str]]]:
+    model: nn.Module, averaged: set[int]
+) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
     """Yield the name and location of each saved, not averaged tensor; tied tensors once."""
     saved = {id(value) for value in model.state_dict(keep_vars=True).values()}
     seen = set(averaged)
@@ -289,14 +282,10 @@ class EMA(PipelineHooks):
 
     Trainable parameters are averaged; persistent buffers and integers are copied at the same
     updates; frozen parameters keep their values. A skipped update changes nothing. Training is bit
-    for bit the same without the hook.
+    for bit the same without the hook. Other hooks evaluate or save the average by the hook's name.
 
-    Other hooks evaluate or save the average by the hook's name. :meth:`applied` and :meth:`weights`
-    also work after the run.
-
-    - Ranks: all, without a collective. Averages are equal on all ranks; buffers are those of each
-      rank, and the main process writes its own. Of a sharded model (FSDP2), each rank averages its
-      shards.
+    - Ranks: all, without a collective. Buffers are those of each rank, and the main process writes
+      its own. Of a sharded model (FSDP2), each rank averages its shards.
     - Requests: with ``export_path``, writing the average at the end of the run.
     - State: the numbers of updates, the averages and the copied tensors.
     - Cost: one pass over the weights per averaging, without a device sync. Device memory for the
@@ -315,9 +304,8 @@ class EMA(PipelineHooks):
         self._stops: RemovableHandle | None = None
         self._has_exported = False
         self.register_hook("on_loop", HookContext.from_callable(self._begin, self._end))
-        self.register_hook(
-            "on_optimizer_step", HookContext.from_callable(self._before_update, self._after_update)
-        )
+        self.on_optimizer_step.before(self._before_update)
+        self.on_optimizer_step.after(self._after_update)
         self.on_epoch.after(self._end_epoch)
         if cfg.export_path is not None:
             self.register_at_commit(self._export, Last())
@@ -370,7 +358,7 @@ class EMA(PipelineHooks):
         if self._stops is not None:
             self._stops.remove()
 
-    def _make_average(self, model: torch.nn.Module) -> AveragedWeights:
+    def _make_average(self, model: nn.Module) -> AveragedWeights:
         cfg = self.cfg
         return AveragedWeights(
             model,
