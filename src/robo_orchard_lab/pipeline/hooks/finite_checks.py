@@ -3,6 +3,7 @@
 - `Finding`: the losses and the gradient norm of one update on the host, by `pack` and `unpack`.
 - `DelayedRead`: a transfer to the host while training continues.
 - `LoggingPointCheck`: a flag on the device, read with the values of logging points.
+- `bad_gradients`, `describe_problem`: the message about an update.
 - `ObservedUpdate`, `WindowRecorder`: the batches of an accumulation window, for the quarantine.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+import torch.distributed
 
 from robo_orchard_lab.pipeline.batch_processor import LossWeighting
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
@@ -32,8 +34,11 @@ from robo_orchard_lab.pipeline.quarantine import (
     sample_ids,
     write_window,
 )
+from robo_orchard_lab.pipeline.sharded_tensors import has_sharded, local_tensor
 
 logger = logging.getLogger(__name__)
+
+_MAX_NAMES = 3  # of the names and ids in a message
 
 FLAG = "guard/non_finite"
 """Metric published by `LoggingPointCheck`: 1 after a non-finite update, else 0."""
@@ -208,6 +213,63 @@ class ObservedUpdate:
     """Counters at the last step of the window."""
     weighting: LossWeighting | None
     """Weighting of the losses, if they have weights."""
+
+
+def bad_gradients(args: PipelineHookArgs) -> list[str] | None:
+    """Return the names of parameters with non-finite gradients; a device sync.
+
+    Returns None after clipping, which spreads a NaN norm to all gradients. A collective if the
+    gradients are sharded.
+    """
+    if args.gradients_changed:
+        return None
+    names = {id(p): plain_name(name) for name, p in plain_model(args.run).named_parameters()}
+    named = [
+        (names.get(id(p), "a parameter outside the model"), p.grad)
+        for p in updated_parameters(args)
+        if p.grad is not None
+    ]
+    flags = [
+        (local.coalesce().values() if local.is_sparse else local).isfinite().all()
+        for local in (local_tensor(gradient) for _, gradient in named)
+    ]
+    packed = torch.stack(flags).int() if flags else torch.ones(0)
+    if has_sharded(gradient for _, gradient in named):
+        torch.distributed.all_reduce(packed, torch.distributed.ReduceOp.MIN)  # collective
+    finite = packed.tolist()  # device sync
+    return [name for (name, _), is_finite in zip(named, finite, strict=True) if not is_finite]
+
+
+def describe_problem(
+    args: PipelineHookArgs,
+    finding: Finding,
+    update: ObservedUpdate,
+    parameters: Sequence[str] | None,
+) -> str:
+    """Describe a non-finite update: values, rank, counters, parameters and samples.
+
+    ``parameters`` are those with non-finite gradients; None if unknown.
+    """
+    text = str(finding)
+    if args.accelerator.num_processes > 1:
+        text += f" on rank {args.accelerator.process_index} of {args.accelerator.num_processes}"
+        if not finding.bad_losses:
+            text += ", where the loss is finite"
+    text += f", at {update.progress}"
+    if finding.is_bad_norm and parameters:
+        text += f", by the gradients of {_shortened(parameters)}"
+    elif finding.is_bad_norm and parameters is not None:
+        text += ", though each gradient is finite"
+    elif finding.is_bad_norm and update.is_clipped:
+        text += ", clipped before the gradient could be identified"
+    bad = [step for step in update.steps if not step.finite] or update.steps
+    ids = [str(sample) for step in bad for sample in step.sample_ids or ()]
+    return text + (f", samples {_shortened(ids)}" if ids else "")
+
+
+def _shortened(names: Sequence[str]) -> str:
+    more = len(names) - _MAX_NAMES
+    return ", ".join(names[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 class WindowRecorder:

@@ -17,28 +17,27 @@ from pydantic import Field
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_version
-from robo_orchard_lab.pipeline.gradient_norm import gradient_norm, updated_parameters
+from robo_orchard_lab.pipeline.gradient_norm import gradient_norm
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks.finite_checks import (
     FLAG,
     DelayedRead,
-    Finding,
     LoggingPointCheck,
     ObservedUpdate,
     WindowRecorder,
+    bad_gradients,
+    describe_problem,
     pack,
     unpack,
 )
 from robo_orchard_lab.pipeline.hooks.preemption import require_saver
 from robo_orchard_lab.pipeline.model import BufferSnapshot, plain_model, plain_name
 from robo_orchard_lab.pipeline.run.run_path import RunPath
-from robo_orchard_lab.pipeline.sharded_tensors import has_sharded, local_tensor
 from robo_orchard_lab.pipeline.sharding import non_finite_weights
 
 __all__ = ["NonFiniteError", "NonFiniteGuard", "NonFiniteGuardConfig"]
 
 STATE_VERSION = 1
-_MAX_NAMES = 3  # of the names and ids in a message
 _ALREADY_APPLIED = (
     "The update was made before the values were read (read={!r}), so the weights are spoilt."
 )
@@ -57,67 +56,6 @@ class NonFiniteError(FloatingPointError):
         """Folder of the written batches, for ``replay``; None if not written."""
         self.parameters = tuple(parameters)
         """Names of the parameters with non-finite gradients, if known."""
-
-
-def bad_gradients(args: PipelineHookArgs) -> list[str] | None:
-    """Return the names of parameters with non-finite gradients; a device sync.
-
-    Returns None after clipping, which spreads a NaN norm to all gradients. A collective if the
-    gradients are sharded.
-    """
-    if args.gradients_changed:
-        return None
-    names = {id(p): plain_name(name) for name, p in plain_model(args.run).named_parameters()}
-    named = [
-        (names.get(id(p), "a parameter outside the model"), p.grad)
-        for p in updated_parameters(args)
-        if p.grad is not None
-    ]
-    flags = [
-        (local.coalesce().values() if local.is_sparse else local).isfinite().all()
-        for local in (local_tensor(gradient) for _, gradient in named)
-    ]
-    packed = torch.stack(flags).int() if flags else torch.ones(0)
-    if has_sharded(gradient for _, gradient in named):
-        torch.distributed.all_reduce(packed, torch.distributed.ReduceOp.MIN)  # collective
-    finite = packed.tolist()  # device sync
-    return [name for (name, _), is_finite in zip(named, finite, strict=True) if not is_finite]
-
-
-def describe_problem(
-    args: PipelineHookArgs,
-    finding: Finding,
-    update: ObservedUpdate,
-    parameters: Sequence[str] | None,
-) -> str:
-    """Describe a non-finite update: values, rank, counters, parameters and samples.
-
-    Args:
-        args: of the open update.
-        finding: its values.
-        update: the non-finite update.
-        parameters: parameters with non-finite gradients; None if unknown.
-    """
-    text = str(finding)
-    if args.accelerator.num_processes > 1:
-        text += f" on rank {args.accelerator.process_index} of {args.accelerator.num_processes}"
-        if not finding.bad_losses:
-            text += ", where the loss is finite"
-    text += f", at {update.progress}"
-    if finding.is_bad_norm and parameters:
-        text += f", by the gradients of {_shortened(parameters)}"
-    elif finding.is_bad_norm and parameters is not None:
-        text += ", though each gradient is finite"
-    elif finding.is_bad_norm and update.is_clipped:
-        text += ", clipped before the gradient could be identified"
-    bad = [step for step in update.steps if not step.finite] or update.steps
-    ids = [str(sample) for step in bad for sample in step.sample_ids or ()]
-    return text + (f", samples {_shortened(ids)}" if ids else "")
-
-
-def _shortened(names: Sequence[str]) -> str:
-    more = len(names) - _MAX_NAMES
-    return ", ".join(names[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 class NonFiniteGuard(PipelineHooks):
