@@ -17,7 +17,7 @@ LAYERS = [
     "robo_orchard_core.utils.hook",
     "robo_orchard_core.utils.config",
     "robo_orchard_core",
-    "robo_orchard_lab.builtin_hooks",
+    "robo_orchard_lab.HOOK_MODULES",
     "robo_orchard_lab.pipeline",
     "robo_orchard_lab.pipeline.trainer",
     "robo_orchard_lab.utils",

@@ -46,7 +46,7 @@ from robo_orchard_core.utils.config.errors import (
 from robo_orchard_core.utils.config.formats import Plain
 from robo_orchard_core.utils.config.parts import PART_KEYS
 from robo_orchard_core.utils.config.references import reference_to
-from robo_orchard_lab.builtin_hooks import HOOK_MODULES
+from robo_orchard_lab import HOOK_MODULES
 
 
 def _read_catalogue() -> dict[str, str]:

@@ -27,7 +27,7 @@ from robo_orchard_core.utils.config.references import (
     split_reference,
 )
 from robo_orchard_core.utils.hook import FunctionInfo
-from robo_orchard_lab.builtin_hooks import HOOK_MODULES
+from robo_orchard_lab import HOOK_MODULES
 from robo_orchard_lab.experiment.catalogue import (
     ExperimentTrust,
     definition_of,

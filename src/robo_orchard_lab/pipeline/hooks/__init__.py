@@ -1,12 +1,12 @@
 """Built-in hooks: one module each, imported on first use.
 
-`builtin_hooks.HOOK_MODULES` lists the hooks; the imports below repeat the names for type checkers.
+`robo_orchard_lab.HOOK_MODULES` lists the hooks; the imports below repeat them for type checkers.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from robo_orchard_lab.builtin_hooks import HOOK_MODULES
+from robo_orchard_lab import HOOK_MODULES
 
 _MODULE_OF = {
     **HOOK_MODULES,
