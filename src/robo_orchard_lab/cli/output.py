@@ -76,9 +76,6 @@ def discard_output() -> None:
     os.close(null)
 
 
-# --- tables ----------------------------------------------------------------------------------
-
-
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print rows in columns under their headings.
 
@@ -122,8 +119,6 @@ def table_lines(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[
     aligned = (map(str.ljust, line, widths) for line in lines)
     return ["  ".join(line).rstrip() for line in aligned]
 
-
-# --- JSON ------------------------------------------------------------------------------------
 
 _json_streams: list[TextIO] = []
 """Standard output of commands with ``--json``; meanwhile `sys.stdout` is standard error."""

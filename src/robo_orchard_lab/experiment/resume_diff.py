@@ -12,9 +12,17 @@ from typing import Any, get_args
 
 from robo_orchard_core.utils.config import Config
 from robo_orchard_core.utils.config.errors import dotted
+from robo_orchard_core.utils.config.formats import first_difference
 from robo_orchard_core.utils.config.parts import PART_KEYS
 from robo_orchard_core.utils.config.references import union_members
-from robo_orchard_lab.experiment.parts import HARMLESS, ExperimentFields, OnResume, ResumeEffect
+from robo_orchard_lab.experiment.overrides import walk
+from robo_orchard_lab.experiment.parts import (
+    AUTO,
+    HARMLESS,
+    ExperimentFields,
+    OnResume,
+    ResumeEffect,
+)
 
 EFFECTS: tuple[ResumeEffect, ...] = get_args(ResumeEffect)[::-1]
 """The effects of changes, the worst first."""
@@ -77,12 +85,12 @@ def _changed_values(
     before: Any, after: Any, path: tuple[str, ...]
 ) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
     if not isinstance(before, Mapping) or not isinstance(after, Mapping):
-        if not _is_same(before, after):
+        if first_difference(before, after) is not None:
             yield path, before, after
         return
     for key in PART_KEYS:
         old, new = before.get(key, MISSING), after.get(key, MISSING)
-        if not _is_same(old, new):
+        if first_difference(old, new) is not None:
             if MISSING in (old, new):
                 yield path, before, after
             else:
@@ -110,15 +118,6 @@ def _default_argument(part: Mapping[str, Any], argument: str, other: Any) -> Any
     return other if is_default else MISSING
 
 
-def _is_same(one: Any, other: Any) -> bool:
-    """Return True if two values are written identically; 1, True and 1.0 all differ."""
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(_is_same, one, other))
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return [*one] == [*other] and all(_is_same(one[key], other[key]) for key in one)
-    return type(one) is type(other) and bool(one == other)
-
-
 def _rule(path: tuple[str, ...], old: Any, new: Any, document: Mapping[str, Any]) -> OnResume:
     """Return the resume rule of a changed value; ``document`` belongs to the resumed run."""
     match path:
@@ -126,7 +125,7 @@ def _rule(path: tuple[str, ...], old: Any, new: Any, document: Mapping[str, Any]
             return _hook_rule(path[:2], inner, old, new, document)
         case ("trainer", limit) if limit.startswith("max_"):
             scheduler = document.get("lr_scheduler")
-            if _has_auto(scheduler):
+            if any(value == AUTO for _, value in walk(scheduler)):
                 why = (
                     f"auto in lr_scheduler keeps the checkpoint's number, counted for {limit} "
                     f"{old}: its curve ends there; start a new run for {new}"
@@ -193,12 +192,6 @@ def _effect_of(classes: Iterable[type | None]) -> OnResume:
     """Return the rule of changes of hooks, from the promise of their classes."""
     keeps = all(getattr(cls, "keeps_trajectory", False) for cls in classes)
     return HARMLESS if keeps else _CHANGES_TRAJECTORY
-
-
-def _has_auto(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(map(_has_auto, value.values()))
-    return any(map(_has_auto, value)) if isinstance(value, list) else value == "auto"
 
 
 def _class_of(part: Any) -> type | None:

@@ -52,8 +52,6 @@ T = TypeVar("T")
 
 _RESERVED = frozenset({CONFIG_TYPE, "class_type", "func"})
 
-# --- signatures ------------------------------------------------------------------------------
-
 
 def type_hints(code: Any) -> dict[str, Any]:
     """Return the evaluated annotations of a function or of a class's constructor.
@@ -148,9 +146,6 @@ def _admits(hint: Any, config: ConfigModel) -> bool:
         and is_assignable(type(config), member)
         for member in union_members(hint)
     )
-
-
-# --- calls -----------------------------------------------------------------------------------
 
 
 def build(config: Config, cls: type[R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
@@ -263,9 +258,6 @@ def _built(value: Any, hint: Any) -> Any:
     return value
 
 
-# --- configs of functions --------------------------------------------------------------------
-
-
 class CallableConfig(Config, Generic[R]):
     """Config of a function and its keyword arguments, as a serializable ``functools.partial``.
 
@@ -341,8 +333,6 @@ def code_of(config: Config) -> Any:
     """Return the class or function of a config."""
     return getattr(config, "class_type", None) or getattr(config, "func", None)
 
-
-# --- field types -----------------------------------------------------------------------------
 
 ClassType: TypeAlias = type[T]
 """Class: ``ClassType[Hook]`` admits Hook and its subclasses, and is ``module:QualName`` in files.

@@ -108,9 +108,6 @@ def decode_utf8(content: bytes) -> str:
         raise ConfigSyntaxError(f"expected UTF-8: {error}") from error
 
 
-# --- plain data ------------------------------------------------------------------------------
-
-
 def check_plain(value: object, path: Path = ()) -> Plain:
     """Return a copy of plain data, with TOML's dates and times as ISO 8601 text."""
     try:
@@ -169,9 +166,6 @@ def first_difference(left: Any, right: Any, path: Path = ()) -> Path | None:
     return next(filter(None, found), None)
 
 
-# --- JSON ------------------------------------------------------------------------------------
-
-
 def write_json(document: dict[str, Plain]) -> str:
     """Return indented JSON without a final newline, so that a truncated file is malformed."""
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
@@ -190,7 +184,6 @@ def read_json(text: str, lines: Lines | None = None) -> Any:
     return value
 
 
-# --- YAML ------------------------------------------------------------------------------------
 # The core schema of YAML 1.2 without tags and aliases: `on`, `yes` and `12:30` are text, 1e-3 is a
 # number. PyYAML is imported on demand, since its import is slow.
 
@@ -350,7 +343,6 @@ def _from_node(node: Any, path: Path) -> Plain:
     return mapping
 
 
-# --- TOML ------------------------------------------------------------------------------------
 # The writer is our own, since the order of keys is a part of a document: hooks run in order. TOML
 # has no null, so the inline table {__none__ = true} encodes None.
 

@@ -61,8 +61,6 @@ from robo_orchard_core.utils.config.references import (
     union_members,
 )
 
-# --- validation ------------------------------------------------------------------------------
-
 
 def restore(state: Loading, annotation: Any, value: Any, path: Path) -> Any:
     """Return the value with code instead of references if the annotation declares code."""
@@ -249,9 +247,6 @@ def field_values(model: BaseModel) -> dict[str, Any]:
         values = {name: v for name, v in values.items() if name in model.model_fields_set}
         values |= model.model_extra or {}
     return values
-
-
-# --- serialization ---------------------------------------------------------------------------
 
 
 def encode(config: ConfigModel, *, for_toml: bool = False) -> dict[str, Plain]:

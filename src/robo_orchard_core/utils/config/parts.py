@@ -59,10 +59,8 @@ from robo_orchard_core.utils.config.build import (
 )
 from robo_orchard_core.utils.config.config import Config
 from robo_orchard_core.utils.config.errors import (
-    ConfigError,
     ConfigFieldError,
     ConfigReferenceError,
-    at_path,
     config_error,
     describe,
     unknown_field,
@@ -158,9 +156,6 @@ class ClassConfig(Config, Generic[T_co]):
             ConfigBuildError: The arguments don't match the constructor.
         """
         return build(self, self.class_type, args, kwargs)
-
-
-# --- field types -----------------------------------------------------------------------------
 
 
 def is_part(data: object) -> bool:
@@ -330,22 +325,12 @@ class _Anything:
             return data
         if is_part(data):
             return _ANY_PART.validated(data)
-        if isinstance(data, dict):
-            return {key: self._validated_at(key, value) for key, value in data.items()}
-        if isinstance(data, list):
-            return [self._validated_at(index, item) for index, item in enumerate(data)]
-        return data
-
-    def _validated_at(self, key: str | int, value: Any) -> Any:
-        with at_path(key):
-            try:
-                return self.validated(value)
-            except ValidationError as error:
-                raise config_error(error, value) from error
-            except ConfigError:
-                raise
-            except ValueError as error:
-                raise ConfigFieldError(str(error)) from error
+        if (adapter := _CONTAINERS.get(type(data))) is None:
+            return data
+        try:
+            return adapter.validate_python(data)
+        except ValidationError as error:
+            raise config_error(error, data) from error
 
 
 class _Function(_Anything):
@@ -366,8 +351,10 @@ class _Function(_Anything):
 _ANY_PART = Part(object, functions="call")
 Anything = Annotated[Any, _Anything()]
 Function = Annotated[Any, _Function()]
-
-# --- derived configs -------------------------------------------------------------------------
+_CONTAINERS: dict[type, TypeAdapter[Any]] = {
+    dict: TypeAdapter(dict[str, Anything]),
+    list: TypeAdapter(list[Anything]),
+}
 
 FIELD_TYPES: dict[str, Any] = {
     "numbers:Number": int | float,

@@ -33,8 +33,6 @@ from robo_orchard_core.utils.config.errors import (
     did_you_mean,
 )
 
-# --- trust -----------------------------------------------------------------------------------
-
 TrustLike: TypeAlias = "Trust | str | type | Iterable[str | type]"
 
 
@@ -91,9 +89,6 @@ class Trust:
         parts = module.split(".")
         prefixes = {".".join(parts[: n + 1]) for n in range(len(parts))}
         return not prefixes.isdisjoint(self.packages) or f"{module}:{qualname}" in self.classes
-
-
-# --- references ------------------------------------------------------------------------------
 
 
 Code = type | FunctionType | BuiltinFunctionType
@@ -191,9 +186,6 @@ def find_in_module(module: ModuleType, qualname: str, reference: str) -> Code:
             f"name it where it is defined, {reference_to(found)!r}"
         )
     return found
-
-
-# --- declared types --------------------------------------------------------------------------
 
 
 def strip_annotated(annotation: Any) -> Any:
@@ -365,7 +357,6 @@ def field_default(field: FieldInfo) -> Any:
         return PydanticUndefined
 
 
-# --- loading ---------------------------------------------------------------------------------
 # The state of loading travels in a context variable: pydantic loses its own context in classes that
 # define __init__, as settings classes do. Outside of loading, configs accept no references.
 

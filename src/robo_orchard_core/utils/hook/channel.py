@@ -55,8 +55,6 @@ class RemovableHandle:
 
 RemoveableHandle = RemovableHandle  # the spelling of RoboOrchard's tutorial
 
-# --- plan ------------------------------------------------------------------------------------
-
 ArgsT = TypeVar("ArgsT")
 HookFunction: TypeAlias = Callable[[ArgsT], Any]
 
@@ -184,9 +182,6 @@ class Scope(AbstractContextManager[None], Generic[ArgsT]):
         except BaseException as failure:
             self.plan.failed_to_exit(self.args, failure, exiting)
             raise
-
-
-# --- context ---------------------------------------------------------------------------------
 
 
 class HookContext(ABC, Generic[ArgsT]):
