@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
+from launching import launch
 from robo_orchard_lab.cli.main import main
 from robo_orchard_lab.experiment import ExperimentConfig
 
@@ -75,8 +74,4 @@ def test_the_script_runs(folder: Path) -> None:
     """The page's script trains for three epochs of ten steps."""
     (script,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     (folder / "script.py").write_text(script, "utf-8")
-    done = subprocess.run(
-        [sys.executable, "script.py"], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "30 MLP stats checkpoint\n"
+    assert launch(folder / "script.py", processes=1).stdout == "30 MLP stats checkpoint\n"

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import coverage
 import torch.distributed
+
+from fork_server import run_job
 
 HELPERS = Path(__file__).parent
 """Folder of the modules that tests and their scripts import."""
@@ -19,33 +22,24 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
 def command(
-    script: Path | str,
-    *arguments: object,
-    processes: int = 2,
-    restarts: int = 0,
-    measured: bool = False,
+    script: Path | str, *arguments: object, processes: int = 2, restarts: int = 0
 ) -> list[str]:
-    """Return the command of a script, run by torchrun if `processes` > 1.
-
-    With ``measured``, the script counts for test coverage if coverage is being measured.
-    """
+    """Return the command of a script, run by torchrun if `processes` > 1."""
     ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     ranks += [f"--max-restarts={restarts}"] if restarts else []
     return [
         *(sys.executable, *(ranks if processes > 1 else [])),
-        *(_measuring() if measured else []),
         *(str(script), *map(str, arguments)),
     ]
 
 
-def _measuring() -> list[str]:
-    """Return the interpreter options that measure a script's coverage with this process's."""
+def _measuring() -> dict[str, str] | None:
+    """Return the settings that measure a script's coverage with this process's."""
     current = coverage.Coverage.current()
     if current is None:
-        return []
+        return None
     data_file = os.path.abspath(current.config.data_file)
-    settings = [f"--rcfile={current.config.config_file}", f"--data-file={data_file}"]
-    return ["-m", "coverage", "run", "--parallel-mode", *settings]
+    return {"config_file": str(current.config.config_file), "data_file": data_file}
 
 
 def environment() -> dict[str, str]:
@@ -59,18 +53,32 @@ def launch(
     processes: int = 2,
     timeout_s: float = 180,
     fails: bool = False,
+    folder: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script and check its exit code: zero unless ``fails``."""
-    done = subprocess.run(
-        command(script, *arguments, processes=processes, measured=True),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
-    assert (done.returncode != 0) == fails, done.stderr
-    return done
+    """Run a script and check its exit code: zero unless ``fails``.
+
+    The processes are forks of a server that has imported torch, in the environment of torchrun;
+    see `fork_server`. Tests of torchrun itself use `command`. They run in `folder`, by default
+    the current one.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        output = Path(name)
+        codes = run_job(
+            Path(script),
+            [str(each) for each in arguments],
+            environment(),
+            processes,
+            timeout_s,
+            output,
+            folder or Path.cwd(),
+            _measuring(),
+        )
+        stdout, stderr = (
+            (output / each).read_text(encoding="utf-8", errors="replace")
+            for each in ("stdout", "stderr")
+        )
+    assert any(codes) == fails, stderr
+    return subprocess.CompletedProcess([str(script)], max(codes, key=abs), stdout, stderr)
 
 
 def without_greetings(output: str) -> str:

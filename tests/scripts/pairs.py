@@ -1,4 +1,4 @@
-"""Launch pairs of ranks as torchrun does, each forked from one process with all imports done.
+"""Launch pairs of ranks as torchrun does, each a fork of this process.
 
 ``python pairs.py FOLDER CASE...`` runs ``fails_on_ranks.py`` for each case: a position and, after a
 ``+``, options. ``FOLDER/CASE.json`` then describes the end of the ranks.
@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -18,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]  # accelerate brings it
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented
 
 import fails_on_ranks
+from fork_server import keep_store
 
 LONGEST_S = 90.0
 
@@ -89,21 +88,6 @@ def has_ended(process: psutil.Process) -> bool:
     return True
 
 
-def keep_store() -> tuple[int, int]:
-    """Start a process that keeps a store, as the launcher does; return its id and port."""
-    reads, writes = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        os.write(writes, str(store.port).encode())
-        time.sleep(2 * LONGEST_S)
-        os._exit(0)
-    port = int(os.read(reads, 10))
-    os.close(reads)
-    os.close(writes)
-    return pid, port
-
-
 def fork(do: Any, output: Path, **environment: object) -> int:
     """Fork a process that calls `do` and exits with its interpreter."""
     pid = os.fork()
@@ -118,8 +102,6 @@ def fork(do: Any, output: Path, **environment: object) -> int:
 
 
 if __name__ == "__main__":
-    for name in ("torch._dynamo", "torch.distributed.fsdp"):  # else each rank imports them
-        importlib.import_module(name)
     to = Path(sys.argv[1])
     for each in sys.argv[2:]:
         (to / f"{each}.json").write_text(json.dumps(run_pair(to, each)))

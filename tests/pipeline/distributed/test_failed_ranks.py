@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from fails_on_ranks import FAILS_AT
-from launching import SCRIPTS, environment, launch, without_greetings
+from launching import SCRIPTS, command, environment, launch, without_greetings
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
 from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES
 from robo_orchard_lab.pipeline.run.run_state import RunState, read_run_state
@@ -39,15 +39,7 @@ class Ended(NamedTuple):
 
 def run_pairs(folder: Path, *cases: str) -> list[Ended]:
     """Run a pair of ranks for each case: a position and, after a ``+``, options."""
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "pairs.py"), str(folder), *cases],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=30 + 100 * len(cases),
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    launch(SCRIPTS / "pairs.py", folder, *cases, processes=1, timeout_s=30 + 100 * len(cases))
     return [
         Ended(**json.loads((folder / f"{case}.json").read_text()), folder=folder / case)
         for case in cases
@@ -259,7 +251,11 @@ def test_torchrun_reports_the_first_error(tmp_path: Path) -> None:
 
     Registered exit functions of the rank are run.
     """
-    done = launch(SCRIPTS / "fails_on_ranks.py", tmp_path / "run", "step", "late", fails=True)
+    script = command(SCRIPTS / "fails_on_ranks.py", tmp_path / "run", "step", "late")
+    done = subprocess.run(
+        script, env=environment(), capture_output=True, text=True, timeout=180, check=False
+    )
+    assert done.returncode == 1
     assert "flushed" in done.stdout
     assert "rank 1 failed first: ValueError: planted" in done.stderr
     assert done.stderr.rindex("rank      : 1") > done.stderr.index("Root Cause")
