@@ -11,10 +11,15 @@ from hypothesis import strategies as st
 from robo_orchard_core.utils.config import ConfigFieldError
 from robo_orchard_core.utils.config.formats import Plain
 from robo_orchard_core.utils.config.parts import PART_KEYS
-from robo_orchard_lab.experiment.overrides import merged
+from robo_orchard_lab.experiment.overrides import merge
 
 KEYS = st.sampled_from(["a", "b", "hooks", "data", "evaluation", "optimizer", "groups"])
 LEAVES = st.none() | st.booleans() | st.integers(0, 3) | st.sampled_from(["x", "y"])
+
+
+def merged(beneath: dict[str, Plain], above: dict[str, Plain]) -> dict[str, Plain]:
+    """Merge documents without origins."""
+    return merge((beneath, {}), (above, {}))[0]
 
 
 def without_nulls(value: Plain) -> Plain:

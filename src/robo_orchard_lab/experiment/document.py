@@ -23,11 +23,12 @@ from robo_orchard_lab.experiment.catalogue import with_definitions
 from robo_orchard_lab.experiment.overrides import (
     DEFAULT,
     ItemChange,
+    Located,
     Origin,
     Origins,
     Override,
     from_environment,
-    merge_with_origins,
+    merge,
     origin_of,
     walk,
 )
@@ -188,7 +189,7 @@ class ExperimentDocument:
     origins: Origins
     files: tuple[Path, ...]
     overrides: tuple[Override, ...]
-    without_overrides: tuple[dict[str, Plain], Origins]
+    without_overrides: Located
 
     @cached_property
     def leaf_origins(self) -> Origins:
@@ -221,12 +222,13 @@ class ExperimentDocument:
         _, negative, text = min(found)
         overrides = [*self.overrides]
         overrides[-negative] = replace(overrides[-negative], value=text)
-        document, origins = self.without_overrides
+        located = self.without_overrides
         try:
             for override in overrides:
-                document, origins = _apply(document, origins, override)
+                located = _apply(located, override)
         except ConfigError:  # another override changes a part of the value
             return None
+        document, origins = located
         return replace(self, document=document, origins=origins, overrides=tuple(overrides))
 
 
@@ -248,35 +250,29 @@ def read_experiment(
         ConfigError: The error names file and line, option, or variable.
     """
     files = read_with_bases(Path(file))
-    of_files: tuple[dict[str, Plain], Origins] = {}, {}
+    of_files: Located = {}, {}
     for read in reversed(files):
         fields = {key: with_definitions(value, (key,)) for key, value in read.document.items()}
-        of_files = merge_with_origins(of_files, (fields, read.origins))
-    document, origins = of_files
-    given = list(overrides)
+        of_files = merge(of_files, (fields, read.origins))
+    located, given = of_files, list(overrides)
     applied: list[Override] = []
     for layer in ("code", "environment", "command line"):
         of_layer = [override for override in given if override.origin.layer == layer]
         if layer == "environment" and environ is not None:
-            of_layer += from_environment(environ, document)
+            of_layer += from_environment(environ, located[0])
         # A new class replaces the mapping, so overrides of its arguments are applied later.
         for override in sorted(
             of_layer, key=lambda o: (not o.names_code, len(o.path) * o.names_code)
         ):
-            document, origins = _apply(document, origins, override)
+            located = _apply(located, override)
             applied.append(override)
     paths = tuple(file.path for file in files)
-    return ExperimentDocument(document, origins, paths, tuple(applied), of_files)
+    return ExperimentDocument(*located, paths, tuple(applied), of_files)
 
 
-def _apply(
-    document: dict[str, Plain], origins: Origins, override: Override
-) -> tuple[dict[str, Plain], Origins]:
-    try:
-        at = _resolve_path(document, override.path)
-    except ConfigError as error:
-        error.source = str(override.origin)
-        raise
+def _apply(located: Located, override: Override) -> Located:
+    with override.origin.as_source():
+        at = _resolve_path(located[0], override.path)
     value = with_definitions(override.value, at)
     new_origins = {inner: override.origin for inner, _ in walk(value, at)}
     for key in reversed(at):
@@ -284,7 +280,7 @@ def _apply(
         at = at[:-1]
         new_origins[at] = override.origin
     assert isinstance(value, dict)  # no path is empty
-    return merge_with_origins((document, origins), (value, new_origins))
+    return merge(located, (value, new_origins))
 
 
 def _resolve_path(document: dict[str, Plain], keys: tuple[str, ...]) -> FieldPath:

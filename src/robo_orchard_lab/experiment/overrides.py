@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from robo_orchard_core.utils.config import formats
 from robo_orchard_core.utils.config.errors import (
@@ -111,24 +111,21 @@ class ItemChange(dict[str, Plain]):
         self.value = value
 
 
-def merged(beneath: dict[str, Plain], above: dict[str, Plain]) -> dict[str, Plain]:
+Located: TypeAlias = tuple[dict[str, Plain], Origins]
+"""Document with the origins of its values."""
+
+
+def merge(beneath: Located, above: Located) -> Located:
     """Merge ``above`` over ``beneath``; both stay unchanged.
 
-    >>> merged({"hooks": {"a": {"x": 1}, "b": {}}}, {"hooks": {"b": None, "a": {"y": 2}}})
-    {'hooks': {'a': {'x': 1, 'y': 2}}}
-    >>> merged({"model": {"func": "m:f", "x": 1}}, {"model": {"func": "m:g"}})
+    >>> merge(({"hooks": {"a": {"x": 1}}}, {}), ({"hooks": {"a": {"y": 2}, "b": {}}}, {}))[0]
+    {'hooks': {'a': {'x': 1, 'y': 2}, 'b': {}}}
+    >>> merge(({"model": {"func": "m:f", "x": 1}}, {}), ({"model": {"func": "m:g"}}, {}))[0]
     {'model': {'func': 'm:g'}}
 
     Raises:
         ConfigFieldError: ``above`` removes an entry that doesn't exist.
     """
-    return merge_with_origins((beneath, {}), (above, {}))[0]
-
-
-def merge_with_origins(
-    beneath: tuple[dict[str, Plain], Origins], above: tuple[dict[str, Plain], Origins]
-) -> tuple[dict[str, Plain], Origins]:
-    """Merge two documents as `merged` does, together with the origins of their values."""
     merger = _Merger(beneath[1], above[1])
     return merger.mapping(beneath[0], above[0], ()), merger.origins
 

@@ -1,11 +1,9 @@
 """Build instances from configs: match fields to parameters, build nested configs, call.
 
-A class that accepts a config receives the config itself. Any other class or function receives the
-fields as keyword arguments. A nested config of an instance is built first, unless its parameter is
-declared as a config.
-
-A parameter's annotation is evaluated at run time. If one of its names is missing, as for imports
-under ``TYPE_CHECKING``, the parameter counts as undeclared.
+A class that accepts a config receives the config itself; any other class or function receives the
+fields as keyword arguments, with nested configs built, unless a parameter is declared as a config.
+An annotation with a name that is missing at run time, as for imports under ``TYPE_CHECKING``,
+counts as undeclared.
 """
 
 from __future__ import annotations

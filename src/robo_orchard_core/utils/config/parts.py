@@ -1,12 +1,7 @@
 """Parts: classes and functions in a document, from which a run is built.
 
-In a document, a part is a mapping with one of three keys:
-
-- ``class_type``: a class; the other keys are constructor parameters, or fields of the class's
-  declared config
-- ``func``: a function; the other keys are its arguments
-- ``config_type``: a config class; the other keys are its fields
-
+A part is a mapping with one of three keys: ``class_type`` or ``func``, whose other keys are the
+arguments, or the fields of a declared config; or ``config_type``, whose other keys are the fields.
 A class or function without a declared config class gets one derived from its signature, so that
 unknown names and wrong types are refused for torch's SGD as for the project's own classes.
 """
