@@ -7,7 +7,6 @@ import io
 import logging
 import resource
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +28,11 @@ from robo_orchard_lab.pipeline.hooks import (
     SaveModelConfig,
     TorchProfilerHookConfig,
 )
-from robo_orchard_lab.pipeline.run.run_state import SavedCheckpoint, read_run_state
+from robo_orchard_lab.pipeline.run.run_state import read_run_state
 from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig, read_metrics
 from tiny import make_loader, make_trainer
 
 LIMITS = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-
-@pytest.fixture(autouse=True)
-def room() -> Iterator[None]:
-    """Leave room for the files of the next test."""
-    yield
-    fill(LIMITS[0])
 
 
 def fill(largest_file: int = 64) -> None:
@@ -49,8 +41,9 @@ def fill(largest_file: int = 64) -> None:
 
 
 def during(steps: dict[int, Any]) -> PipelineHooks:
-    """Return hooks that call a function at the end of a step."""
+    """Return hooks that call a function at the end of a step, and make room after the loop."""
     hooks = PipelineHooks("during")
+    hooks.on_loop.after(lambda args: fill(LIMITS[0]))
 
     @hooks.on_step.after
     def call(args: PipelineHookArgs) -> None:
@@ -199,20 +192,6 @@ def test_kept_files_are_made_again(tmp_path: Path) -> None:
     trainer.keep_files(config)
     trainer()
     assert config.read_text() == "seed: 3\n"
-
-
-def test_run_state_is_up_to_date_when_there_is_room(tmp_path: Path) -> None:
-    """A state that could not be written is written at the next commit point that writes."""
-    states: list[object] = []
-    disk = during(
-        {
-            1: fill,
-            4: lambda: fill(LIMITS[0]),
-            5: lambda: states.append(read_run_state(tmp_path).checkpoint),
-        }
-    )
-    run(tmp_path, SaveCheckpointConfig(every="2 steps"), disk)
-    assert states == [SavedCheckpoint(path="checkpoints/step_00000004", step=4)]
 
 
 def test_progress_of_a_full_disk_is_dropped() -> None:

@@ -235,12 +235,13 @@ class TestTensorBoard:
         sink.open(at(0))
         points = [(step, float(step)) for step in range(10, 70, 10)]
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        for step, value in points:
-            if step == 30:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-            elif step == 60:
-                resource.setrlimit(resource.RLIMIT_FSIZE, before)
-            sink.write(MetricsRecord(0, step, step, (MetricValue("loss", value, step),)))
+        try:
+            for step, value in points:
+                largest_file = 100 if 30 <= step < 60 else before[0]
+                resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, before[1]))
+                sink.write(MetricsRecord(0, step, step, (MetricValue("loss", value, step),)))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert self.points(tmp_path / "training") == {"loss": points}
         shutil.rmtree(tmp_path / "training")
         sink.write(MetricsRecord(0, 70, 70, (MetricValue("loss", 70.0, 70),)))

@@ -350,7 +350,7 @@ class WindowRecorder:
                 _add_weights(args, window, buffers, is_alone=not finding.is_bad_norm)
             unsaved = write_window(folder, window)
         except Exception:  # a full disk must not end a run that could continue
-            logger.warning("could not write %s", folder, exc_info=True)
+            logger.warning("NonFiniteGuard: could not write %s", folder, exc_info=True)
             return None
         if unsaved:
             logger.warning("%s lacks values that can't be saved: %s", folder, ", ".join(unsaved))

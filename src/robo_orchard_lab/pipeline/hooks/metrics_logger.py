@@ -117,20 +117,11 @@ class MetricsLogger(PipelineHooks):
 
         def state() -> dict[str, Any]:
             """Flush the sinks, and return the records that they could not write."""
-            unwritten = {**self._unwritten, **group.flush()}
-            lines = {name: bytearray().join(map(to_line, unwritten[name])) for name in unwritten}
-            return {
-                "newest": self._newest and [*self._newest],
-                "unwritten": {n: torch.frombuffer(lines[n], dtype=torch.uint8) for n in lines},
-            }
+            return _encoded(self._newest, {**self._unwritten, **group.flush()})
 
         saved = args.metrics.add_writer(self.name, state)
         if saved:
-            self._newest = saved["newest"] and tuple(saved["newest"])
-            self._unwritten = {
-                name: [*filter(None, map(from_line, lines.numpy().tobytes().splitlines()))]
-                for name, lines in saved["unwritten"].items()
-            }
+            self._newest, self._unwritten = _decoded(saved)
         try:
             group.open(args)
         except MetricsFileError as error:
@@ -154,6 +145,34 @@ class MetricsLogger(PipelineHooks):
             self._unwritten = group.close()
 
         return RemovableHandle(close)
+
+
+def _encoded(
+    newest: tuple[int, int] | None, unwritten: Mapping[str, Sequence[MetricsRecord]]
+) -> dict[str, Any]:
+    """Return a state for a checkpoint; lines of records as tensors, since JSON is bounded."""
+    lines = {name: bytearray().join(map(to_line, records)) for name, records in unwritten.items()}
+    return {
+        "newest": newest,
+        "unwritten": {n: torch.frombuffer(lines[n], dtype=torch.uint8) for n in lines if lines[n]},
+    }
+
+
+def _decoded(
+    state: Mapping[str, Any],
+) -> tuple[tuple[int, int] | None, dict[str, list[MetricsRecord]]]:
+    """Return epoch and step of the newest record, and the unwritten records; ignore the rest."""
+    newest, unwritten = None, {}
+    match state.get("newest"):
+        case (int(epoch), int(step)):
+            newest = epoch, step
+    match state.get("unwritten"):
+        case dict(files):
+            for name, lines in files.items():
+                if isinstance(lines, torch.Tensor) and lines.dtype == torch.uint8:
+                    found = map(from_line, lines.numpy().tobytes().splitlines())
+                    unwritten[name] = [*filter(None, found)]
+    return newest, unwritten
 
 
 class MetricsLoggerConfig(PipelineHooksConfig[MetricsLogger]):

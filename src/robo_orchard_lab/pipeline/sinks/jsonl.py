@@ -129,8 +129,9 @@ class JsonLinesSink:
             if not self._target.exists():
                 self._file.seek(0)
                 make_folder(self._target.parent)
-                replace_file(self._target, self._file.read())
+                replace_file(self._target, self._file.read(-1 if self._end is None else self._end))
             self.close()
+            self._end = None
         return self._lock_and_open(self._target)
 
     def flush(self) -> None:

@@ -165,10 +165,10 @@ class SinkGroup:
                 raise
             self._open[name] = OpenSink(name, sink, self._owner)
 
-    def write(self, *records: MetricsRecord) -> None:
-        """Write records to all open sinks."""
+    def write(self, record: MetricsRecord) -> None:
+        """Write a record to all open sinks, after the records that a sink could not write."""
         for name, each in [*self._open.items()]:
-            each.unwritten += records
+            each.unwritten.append(record)
             if not self._succeeds(name, each.write):
                 del self._open[name]
                 self._succeeds(name, each.sink.close, report=False)

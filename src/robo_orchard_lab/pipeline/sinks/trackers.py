@@ -9,7 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from accelerate.tracking import (
+    LOGGER_TYPE_TO_CLASS,
+    GeneralTracker,
+    TensorBoardTracker,
+    get_available_trackers,
+)
 from pydantic import Field
 
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
@@ -188,7 +193,7 @@ class _OneTracker:
     def write(self, record: MetricsRecord) -> None:
         if record is not self._record:
             self._record, self._steps = record, [*record.by_step().items()]
-        if self._tracker.name == "tensorboard" and self._steps:
+        if isinstance(self._tracker, TensorBoardTracker) and self._steps:
             self._restart_writer(self._steps[0][0])
         self._has_failed = True  # until the end
         while self._steps:
