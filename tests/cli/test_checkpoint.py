@@ -16,7 +16,7 @@ from tests.cli.running import START, run, run_in_terminal
 
 from robo_orchard_lab.cli.commands.checkpoint import checkpoint as group
 from robo_orchard_lab.cli.main import main
-from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, Retention
+from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, FiniteCheck, Retention
 from robo_orchard_lab.pipeline.hooks import SaveCheckpointConfig
 from tiny import make_trainer
 
@@ -142,6 +142,32 @@ def test_export_writes_plain_safetensors(kept: Path, capsys: pytest.CaptureFixtu
             main(["checkpoint", "export", str(path), "other.safetensors", "--force", *options]) == 0
         )
         assert load_file("other.safetensors")["weight"].eq(step).all()
+
+
+def test_poisoned_checkpoints_are_named_and_skipped(
+    kept: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Commands name non-finite weights, export the newest healthy ones, and never prune them."""
+    finite = FiniteCheck(lambda name: name.startswith("model/"))
+    with CheckpointStore(kept / "checkpoints") as store:
+        for step, value in ((50, 5.0), (60, float("nan")), (70, float("nan"))):
+            parts = {"model": {"weight": torch.full((2,), value)}}
+            store.save(step, parts, metrics={"loss": 0.1}, finite=finite)
+    assert main(["checkpoint", "list", str(kept)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert ["not finite: model/weight" in line for line in lines[1:]] == [False] * 5 + [True] * 2
+    assert main(["checkpoint", "list", str(kept), "--json"]) == 0
+    found = {each["step"]: each["non_finite"] for each in json.loads(capsys.readouterr().out)}
+    assert (found[40], found[50], found[60]) == (None, [], ["model/weight"])
+    for step, text in ((40, "unknown: it was not checked"), (50, "yes"), (60, "not model/weight")):
+        assert main(["checkpoint", "show", str(kept / f"checkpoints/step_{step:08d}")]) == 0
+        assert f"finite:      {text}" in capsys.readouterr().out
+    assert main(["checkpoint", "export", str(kept)]) == 0
+    assert load_file("model.safetensors")["weight"].eq(5).all()
+    assert "step_00000070: it has non-finite values in model/weight" in caplog.text
+    assert main(["checkpoint", "prune", str(kept), "--keep-last", "1"]) == 0
+    left = [info.step for info in CheckpointStore(kept / "checkpoints").list()]
+    assert left == [50, 70]  # 50 also is the best
 
 
 def test_export_skips_a_damaged_checkpoint(kept: Path) -> None:

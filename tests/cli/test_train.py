@@ -20,6 +20,7 @@ from tests.cli.spirals import SLOW, write_experiment
 from launching import without_greetings
 from robo_orchard_core.utils.config import formats
 from robo_orchard_lab.cli.main import main
+from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, FiniteCheck, load_checkpoint
 
 FILE = "spirals.yaml"
 RUN = Path("runs/spirals")
@@ -67,6 +68,21 @@ def test_train_writes_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert start()["changes"] == []
     assert "lr: 0.05" in (RUN / "config.yaml").read_text()
     assert len((RUN / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_resume_skips_a_poisoned_checkpoint(caplog: pytest.LogCaptureFixture) -> None:
+    """``resume`` continues from the newest healthy checkpoint, also of a completed run."""
+    assert main(["train", FILE, "--trainer.max_epoch", "2"]) == 0
+    expected = weights()
+    saved = load_checkpoint(RUN / "checkpoints" / "last")
+    for tensor in saved.parts["model"].values():
+        tensor.fill_(float("nan"))
+    with CheckpointStore(RUN / "checkpoints") as store:
+        finite = FiniteCheck(lambda name: name.startswith("model/"))
+        store.save(20, saved.parts, saved.rank_parts, metadata=saved.info.metadata, finite=finite)
+    assert main(["resume", str(RUN)]) == 0
+    assert "step_00000020 has non-finite values in model/" in caplog.text
+    assert equal(weights(), expected)
 
 
 def test_each_format_gives_the_same_run() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
@@ -19,6 +21,7 @@ from robo_orchard_lab.pipeline.hooks import (
     SaveCheckpointConfig,
 )
 from robo_orchard_lab.pipeline.hooks.non_finite_guard import NonFiniteError
+from robo_orchard_lab.pipeline.sharded_tensors import local_tensor
 from tiny import loss_of, make_loader, make_model
 
 
@@ -48,14 +51,14 @@ def hook_without_updates(step: int) -> PipelineHooks:
     return hooks
 
 
-def hook_with_poison(step: int) -> PipelineHooks:
-    """Return a hook that spoils the weights, on both ranks, after a step."""
+def hook_with_poison(step: int, *ranks: int) -> PipelineHooks:
+    """Return a hook that spoils the weights, or the shards of these ranks, after a step."""
     hooks = PipelineHooks("poison")
 
     @hooks.on_optimizer_step.after
     def spoil(args: PipelineHookArgs) -> None:
-        if args.progress.steps_done == step:
-            next(args.model.parameters()).data.view(-1)[0] = math.nan
+        if args.progress.steps_done == step and args.accelerator.process_index in ranks:
+            local_tensor(next(args.model.parameters()).detach()).view(-1)[0] = math.nan
 
     return hooks
 
@@ -67,8 +70,12 @@ class Job:
         self.accelerator = Accelerator(cpu=True)
         self.root = root
 
-    def trainer(self, name: str, hooks: list[Any], *calls: int, **options: Any) -> HookBasedTrainer:
+    def trainer(
+        self, name: str, hooks: list[Any], *calls: int, shard: bool = False, **options: Any
+    ) -> HookBasedTrainer:
         model = make_model()
+        if shard:
+            fully_shard(model, mesh=init_device_mesh("cpu", (self.accelerator.num_processes,)))
         saver = SaveCheckpointConfig(every="2 steps", keep_last=None, in_background=True)
         return HookBasedTrainer(
             self.accelerator,
@@ -108,12 +115,14 @@ def main(root: Path) -> None:
     found["skip_batch"]["skipped"] = {"optimizer_step_id": 6, "skipped_optimizer_steps": 1}
 
     guard = NonFiniteGuardConfig(policy="skip")
-    job.run("poisoned", [guard, hook_with_poison(6)], 3)
+    job.run("poisoned", [guard, hook_with_poison(6, 0, 1)], 3)
     resumed = job.trainer("poisoned", [guard, PipelineHooks("poison")], resume_from="auto")
     found["poisoned"] = {
         "saved": {step: names for step, names in job.saved("poisoned").items() if step < 7},
         "resumed_at": resumed.progress.global_step_id,
     }
+    job.trainer("sharded", [hook_with_poison(4, 1)], shard=True)()
+    found["sharded"] = job.saved("sharded")[2], job.saved("sharded")[4]
     try:
         once = NonFiniteGuardConfig(then="rollback", max_rollbacks=1)
         job.trainer("bound", [once], 6, 8)()

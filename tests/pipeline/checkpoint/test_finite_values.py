@@ -56,6 +56,25 @@ def test_opposite_infinities_and_large_values_are_told_apart() -> None:
     assert non_finite_names(found) == ["cancelling", "complex"]
 
 
+def test_saved_values_of_all_dtypes_are_found(tmp_path: Path) -> None:
+    """Next to integers that look like NaN as floats, a file names exactly its poisoned tensors."""
+    healthy: dict[str, torch.Tensor] = {
+        "int": torch.full((5,), -1, dtype=torch.int32),
+        "complex": torch.ones(3, dtype=torch.complex64),
+        **{str(dtype): torch.full((70_000,), 2.0).to(dtype) for dtype in DTYPES},
+        "scalar": torch.tensor(3.0),
+        "empty": torch.empty(0),
+    }
+    poisoned = {str(dtype): healthy[str(dtype)].clone() for dtype in DTYPES[:4]}
+    for tensor in poisoned.values():
+        tensor[-1] = -math.inf
+    with CheckpointStore(tmp_path) as store:
+        store.save(1, {"model": healthy}, finite=CHECK)
+        store.save(2, {"model": {**healthy, **poisoned}}, finite=CHECK)
+        found = [info.non_finite for info in store.list()]
+    assert found == [(), tuple(f"model/{name}" for name in poisoned)]
+
+
 def test_manifest_names_the_first_non_finite_states(tmp_path: Path) -> None:
     """Weights and optimizer state are named, at most five; other parts are not checked."""
     nan = torch.tensor([math.nan])

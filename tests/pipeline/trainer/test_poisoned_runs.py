@@ -511,6 +511,7 @@ def test_two_ranks_roll_back_together(tmp_path: Path) -> None:
         assert torch.equal(rank["skip_batch"]["weights"], rank["without"]["weights"])
         assert rank["poisoned"]["saved"] == {2: [], 4: ["losses"], 6: ["model/0.weight"]}
         assert rank["poisoned"]["resumed_at"] == 4
+        assert rank["sharded"] == ([], ["model/0.weight"])  # in the shard of the second rank
         assert rank["bound"].startswith("NonFiniteGuard: ")
         assert "rolled back 1 times before" in rank["bound"]
     assert rolled_back(tmp_path / "glitch") == [(6, 4)]

@@ -250,10 +250,28 @@ def non_finite_names(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     return [name for name in suspects if not floating[name].isfinite().all()]  # sums may overflow
 
 
+def has_non_finite(layout: FileLayout, data: memoryview) -> bool:
+    """Return False if all floating values of a file are finite; reads the file once.
+
+    May return True for finite values. ``data`` holds the bytes after the header.
+    """
+    ranges: dict[torch.dtype, tuple[int, int]] = {}
+    for info in layout.tensors:
+        if info.dtype.is_floating_point or info.dtype.is_complex:
+            begin, end = ranges.get(info.dtype, (info.begin, info.end))
+            ranges[info.dtype] = min(begin, info.begin), max(end, info.end)
+    # A range may include tensors of another dtype of equal width, and then other numbers.
+    blocks = [
+        TensorInfo("", dtype, ((end - begin) // dtype.itemsize,), begin, end).view(data)
+        for dtype, (begin, end) in ranges.items()
+    ]
+    return not all(math.isfinite(_float_sum(block)) for block in blocks)
+
+
 def _float_sum(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
-    return (tensor.float() if tensor.itemsize == 1 else tensor).sum().float()
+    return tensor.sum(dtype=None if tensor.itemsize >= 4 else torch.float32).float()
 
 
 # --- staging buffers -------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from robo_orchard_lab.pipeline.checkpoint.tensor_files import (
     FileLayout,
     StagingBuffer,
     StagingPool,
+    has_non_finite,
     non_finite_names,
 )
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
@@ -196,6 +197,8 @@ class StagedCheckpoint:
         if layout is None or parsed is None or self._finite is None:
             return []
         content = memoryview(data)[len(layout.header) :]
+        if not has_non_finite(layout, content):
+            return []
         tensors = {f"{parsed.part}/{info.name}": info.view(content) for info in layout.tensors}
         return non_finite_names({n: t for n, t in tensors.items() if self._finite.covers(n)})
 
