@@ -79,7 +79,6 @@ def list_(path: str, as_json: bool) -> None:
     rows: list[list[str]] = []
     for info in listing.infos:
         problem, epoch, link = None, None, links.get(info.path.name)
-        non_finite = None if info.non_finite is None else [*info.non_finite]
         try:
             epoch = read_contents(info.path, tensors=False).progress.get("epoch_id")
         except CheckpointError as error:
@@ -92,13 +91,13 @@ def list_(path: str, as_json: bool) -> None:
                 "size_bytes": info.size_bytes,
                 "saved_at": info.saved_at.isoformat(timespec="seconds"),
                 "link": link,
-                "non_finite": non_finite,
+                "non_finite": info.non_finite,
                 "metrics": dict(info.metrics),
                 "problem": problem,
             }
         )
         states = ["complete" if problem is None else f"damaged: {problem}"]
-        states += [f"not finite: {name}" for name in (non_finite or [])[:1]]
+        states += [f"not finite: {name}" for name in (info.non_finite or ())[:1]]
         metrics = (
             f"{name} {value:g}"
             for name, value in info.metrics.items()

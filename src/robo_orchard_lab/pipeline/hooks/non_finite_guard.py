@@ -22,6 +22,7 @@ from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfi
 from robo_orchard_lab.pipeline.hooks.finite_checks import (
     FLAG,
     DelayedRead,
+    Finding,
     LoggingPointCheck,
     ObservedUpdate,
     WindowRecorder,
@@ -92,9 +93,9 @@ class NonFiniteGuard(PipelineHooks):
 
     All ranks decide the same without an additional collective: with several processes, each loss
     is multiplied by 1 or NaN before its backward pass, so a non-finite loss spoils the gradients of
-    all ranks. Then only the reduced gradients decide about skipping. If a clamp in the loss blocks
-    all gradients, the gradients stay finite and the update is made. With an fp16 scaler, only
-    losses are checked; the scaler handles overflowing gradients.
+    all ranks. Then only the reduced gradients decide about skips and rollbacks. If a clamp in the
+    loss blocks all gradients, the gradients stay finite and the update is made. With an fp16
+    scaler, only losses are checked; the scaler handles overflowing gradients.
 
     Register the guard before clipping, which spreads a NaN to all gradients, and after hooks that
     consume random numbers before a forward pass, so that a replay is exact.
@@ -179,19 +180,16 @@ class NonFiniteGuard(PipelineHooks):
         accelerator = args.accelerator
         if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
             raise PipelineConfigError(
-                f"{self.name}: {self._handling()} is not supported with "
+                f"{self.name}: a skip or rollback is not supported with "
                 f"{accelerator.distributed_type}, which updates the weights in the backward pass; "
                 "use policy='raise' and then='raise'"
             )
         if accelerator.scaler is not None and accelerator.num_processes > 1:
             raise PipelineConfigError(
-                f"{self.name}: {self._handling()} is not supported with fp16 on several "
+                f"{self.name}: a skip or rollback is not supported with fp16 on several "
                 "processes, where a NaN of another rank looks like an overflow to the scaler; use "
                 "policy='raise' and then='raise', or mixed_precision='bf16'"
             )
-
-    def _handling(self) -> str:
-        return "policy='skip'" if self.cfg.policy == "skip" else "then='rollback'"
 
     def _before_forward(self, args: PipelineHookArgs) -> None:
         if self._buffers is not None and not self._losses:  # start of the accumulation window
@@ -231,17 +229,9 @@ class NonFiniteGuard(PipelineHooks):
             return
         values = pack(update.losses, update.norm).tolist()  # device sync, once an update
         finding = unpack(values, update.norm is not None)
-        if finding.is_finite:
+        if finding.is_finite or self._is_rank_local(args, finding):
             return
         cfg = self.cfg
-        several = args.accelerator.num_processes > 1
-        if (cfg.policy, cfg.then) != ("raise", "raise") and several and not finding.is_bad_norm:
-            logger.warning(
-                "%s: %s on rank %d at %s, but all gradients are finite; the update is made, as on "
-                "all other ranks",
-                *(self.name, finding, args.accelerator.process_index, args.progress),
-            )
-            return
         parameters = bad_gradients(args) if finding.is_bad_norm else []
         folder = None
         if self._recorder is not None:
@@ -257,6 +247,19 @@ class NonFiniteGuard(PipelineHooks):
             return
         self._bad_windows.append(args.global_step_id)
         self._skip(args, problem, folder, has_bad_loss=bool(finding.bad_losses))
+
+    def _is_rank_local(self, args: PipelineHookArgs, finding: Finding) -> bool:
+        """Return True, with a warning, if other ranks can't take part in a skip or a rollback."""
+        if (self.cfg.policy, self.cfg.then) == ("raise", "raise"):
+            return False
+        if args.accelerator.num_processes == 1 or finding.is_bad_norm:
+            return False
+        logger.warning(
+            "%s: %s on rank %d at %s, but all gradients are finite; the update is made, as on "
+            "all other ranks",
+            *(self.name, finding, args.accelerator.process_index, args.progress),
+        )
+        return True
 
     def _skip(
         self, args: PipelineHookArgs, problem: str, folder: Path | None, has_bad_loss: bool
@@ -293,7 +296,7 @@ class NonFiniteGuard(PipelineHooks):
         problem: str,
         outcome: str,
         folder: Path | None,
-        bad_gradients: Sequence[str] = (),
+        names: Sequence[str] = (),
     ) -> None:
         """Raise an error, or request a rollback instead.
 
@@ -307,7 +310,7 @@ class NonFiniteGuard(PipelineHooks):
                     f" The run was rolled back {self.rollbacks} times before "
                     f"(max_rollbacks={cfg.max_rollbacks})."
                 )
-            raise self._error(problem, outcome, folder, bad_gradients)
+            raise self._error(problem, outcome, folder, names)
         self.rollbacks += 1
         if cfg.skip_batch:
             windows = [*self._bad_windows, update.progress.global_step_id]
@@ -345,9 +348,7 @@ class NonFiniteGuard(PipelineHooks):
         if update is None:
             return
         finding = unpack(self._delayed_read.read(), update.norm is not None)
-        several = args.accelerator.num_processes > 1
-        is_joint = finding.is_bad_norm or not several  # a rollback needs all ranks
-        if finding.is_finite or (self.cfg.then == "rollback" and not is_joint):
+        if finding.is_finite or self._is_rank_local(args, finding):
             return
         folder = None
         if self._recorder is not None:

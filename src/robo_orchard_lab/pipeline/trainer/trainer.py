@@ -477,17 +477,17 @@ class HookBasedTrainer:
         run, request = self._run, self.requests.pop_rollback()
         assert request is not None  # checked by the caller
         step = self.progress.global_step_id
-        problem = "there is no checkpoint yet; save earlier, such as every='1 epoch | at steps 1'"
-        cause = None
+        failed = (
+            f"{request.by} requested a rollback at step {step} ({request.reason}), which failed"
+        )
         try:
             self._resumed = resume(run, self.hooks, self._snapshots, AUTO)
         except CheckpointError as error:
-            self._resumed, problem, cause = False, str(error), error
+            raise CheckpointError(f"{failed}: {error}") from error
         if not self._resumed:
             raise CheckpointError(
-                f"{request.by} requested a rollback at step {step} ({request.reason}), which "
-                f"failed: {problem}"
-            ) from cause
+                f"{failed}: there is no checkpoint yet; save earlier, as by every='first | 1 epoch'"
+            )
         self._replicas.check_weights(again=True)  # a collective; the step was compared before
         self._commit_point = CommitPoint(run, self.hooks.get_channel("on_evaluation").run)
         logger.warning(
