@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from itertools import accumulate, count, islice
 from typing import Any, NamedTuple, TypeAlias
 
-import torch
-
 from robo_orchard_lab.pipeline.batch_processor import count_batches
 from robo_orchard_lab.pipeline.data.order import IndexOrder, StepPartition, StepSizes, split_evenly
 from robo_orchard_lab.pipeline.data.rng import PersistentRng
@@ -81,7 +79,7 @@ class IndexedBatches:
         ):
             if start <= last_full and self.batched:
                 numbers = range(start, start + size)
-                yield BatchIndices(batch_id, numbers, _slice(order, numbers))
+                yield BatchIndices(batch_id, numbers, list(order[start : start + size]))
             else:
                 yield self._batch(batch_id // partition.processes)
             start += stride
@@ -103,7 +101,7 @@ class IndexedBatches:
         sizes = StepSizes(len(numbers), min(samples - start, partition.samples_per_step))
         if not numbers:
             numbers = range(start, start + 1)  # padding
-        indices = _slice(self.order, numbers)
+        indices = list(self.order[numbers.start : numbers.stop])
         batch_id = step_id * partition.processes + partition.rank
         return BatchIndices(batch_id, numbers, indices if self.batched else indices[0], sizes)
 
@@ -245,9 +243,3 @@ class IteratedBatches:
 
 
 EpochBatches: TypeAlias = IndexedBatches | IteratedBatches
-
-
-def _slice(order: IndexOrder, numbers: range) -> list[Any]:
-    """Return the dataset indices of consecutive samples of the epoch."""
-    chosen = order[numbers.start : numbers.stop]
-    return chosen.tolist() if isinstance(chosen, torch.Tensor) else list(chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
@@ -72,7 +73,7 @@ _SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRand
 _SEQUENCES = (range, list, tuple)  # also valid as a loader's sampler
 
 
-IndexOrder: TypeAlias = range | Sequence[Any] | torch.Tensor
+IndexOrder: TypeAlias = Sequence[Any]
 """Dataset indices in the order of an epoch."""
 
 
@@ -82,7 +83,7 @@ def is_builtin(sampler: object) -> bool:
 
 
 def sampler_order(sampler: Any, default_generator: torch.Generator) -> IndexOrder:
-    """Return the order of iterating a sampler, advancing its generator equally.
+    """Return the order of iterating a sampler, which advances its generator.
 
     Args:
         sampler: one that :func:`is_builtin` accepts.
@@ -92,27 +93,10 @@ def sampler_order(sampler: Any, default_generator: torch.Generator) -> IndexOrde
         return sampler  # type: ignore[no-any-return]  # a sequence
     if type(sampler) is SequentialSampler:
         return range(len(sampler))
-    generator = default_generator if sampler.generator is None else sampler.generator
-    if type(sampler) is RandomSampler:
-        return _random_order(sampler, generator)
-    if type(sampler) is SubsetRandomSampler:
-        positions = torch.randperm(len(sampler.indices), generator=generator)
-        return [sampler.indices[position] for position in positions.tolist()]
-    return torch.multinomial(
-        sampler.weights, sampler.num_samples, sampler.replacement, generator=generator
-    )
-
-
-def _random_order(sampler: RandomSampler, generator: torch.Generator) -> torch.Tensor:
-    length, samples = len(sampler.data_source), sampler.num_samples
-    if sampler.replacement:
-        return torch.randint(length, (samples,), generator=generator)
-    full, rest = divmod(samples, length)
-    # RandomSampler draws one more permutation at its end, even if rest is 0.
-    rounds = [torch.randperm(length, generator=generator) for _ in range(full + 1)]
-    if full == 1 and rest == 0:
-        return rounds[0]
-    return torch.cat([*rounds[:-1], rounds[-1][:rest]])
+    if sampler.generator is None:
+        sampler = copy.copy(sampler)
+        sampler.generator = default_generator
+    return list(sampler)
 
 
 class StepSizes(NamedTuple):
