@@ -247,8 +247,9 @@ def _function(function: Callable[..., Any]) -> str:
 
 
 def _description(hook: PipelineHooks) -> str:
-    info = hook.rank_consistency_info()
-    text = json.dumps(hook_configuration(hook), sort_keys=True, default=repr)
+    info, text = hook.rank_consistency_info(), hook_configuration(hook)
+    if not isinstance(text, str):
+        text = json.dumps(text, sort_keys=True, default=repr)
     return text if info is None else f"{text}, {json.dumps(info, default=repr)}"
 
 
