@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -84,20 +85,16 @@ class Retention:
         ordered = sorted(infos, key=lambda info: info.serial, reverse=True)
         if self.keep_last is None:
             return {info.serial: "all are kept" for info in ordered}
-        found: dict[int, list[str]] = {}
-
-        def keep(info: CheckpointInfo, why: str) -> None:
-            found.setdefault(info.serial, []).append(why)
-
+        found: dict[int, list[str]] = defaultdict(list)
         for info in ordered[: self.keep_last]:
-            keep(info, f"one of the last {self.keep_last}")
+            found[info.serial].append(f"one of the last {self.keep_last}")
         for info in ordered:
             if self.keep_every is not None and info.step % self.keep_every == 0:
-                keep(info, f"its step is a multiple of {self.keep_every}")
+                found[info.serial].append(f"its step is a multiple of {self.keep_every}")
         for number, info in enumerate(self.best(ordered)[: self.keep_best], 1):
             assert self.monitor is not None  # else nothing is best
             value = info.metrics[self.monitor]
-            keep(info, f"number {number} by {self.monitor}, with {value:g}")
+            found[info.serial].append(f"number {number} by {self.monitor}, with {value:g}")
         return {serial: "; ".join(reasons) for serial, reasons in found.items()}
 
 
@@ -146,22 +143,11 @@ def prune(
 
 
 def _remove_checkpoint(path: Path, limits: ReadLimits) -> str | None:
-    """Remove a checkpoint, renamed before; return the reason if the checkpoint stays.
-
-    Raises:
-        OSError: the checkpoint can't be renamed.
-    """
+    """Remove a checkpoint, renamed before; return the reason if the checkpoint stays."""
     reason = _foreign_reason(path, limits)
-    if reason is not None:
-        return reason
-    with _without_readers(path) as free:
-        if not free:
-            return "it is being read"
-        trash = path.with_name(hidden_name(path.name, "trash"))
-        os.rename(path, trash)
-        flush_folder(path.parent)  # else a crash could leave half a checkpoint under its name
-        remove_folder(trash)
-    return None
+    if reason is None and not _remove_unread(path, hide=True):
+        reason = "it is being read"
+    return reason
 
 
 def put_replacing(temporary: Path, folder: Path, limits: ReadLimits) -> None:
@@ -191,7 +177,7 @@ def put_replacing(temporary: Path, folder: Path, limits: ReadLimits) -> None:
         raise
     flush_folder(folder.parent)
     if reason is None:
-        _remove_without_readers(aside)
+        _remove_unread(aside)
 
 
 def clean_leftovers(root: Path, limits: ReadLimits) -> None:
@@ -208,7 +194,7 @@ def clean_leftovers(root: Path, limits: ReadLimits) -> None:
             os.rename(path, root / of)
             logger.warning("restored %s, whose replacement was interrupted", root / of)
         else:
-            _remove_without_readers(path)
+            _remove_unread(path)
     if leftovers:
         flush_folder(root)
 
@@ -232,32 +218,34 @@ def _has_manifest(path: Path, limits: ReadLimits) -> bool:
     return True
 
 
-def _remove_without_readers(path: Path) -> None:
-    """Remove a directory unless a process reads it; a later cleanup tries again."""
-    with _without_readers(path) as free:
-        if free:
-            remove_folder(path)
+def _remove_unread(path: Path, *, hide: bool = False) -> bool:
+    """Remove a checkpoint unless a process reads it, and keep new readers out meanwhile.
 
-
-@contextmanager
-def _without_readers(path: Path) -> Iterator[bool]:
-    """Yield True if no process reads a checkpoint, and keep new readers out meanwhile."""
+    Returns:
+        True if removed; otherwise a later cleanup tries again. With ``hide``, the directory is
+        renamed first, since a crash could leave half a checkpoint under its name.
+    """
     import fcntl  # not available on Windows
 
+    descriptor = None
     try:
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        descriptor = os.open(path / MANIFEST_FILE, flags)
-    except OSError:
-        yield True  # a reader could not open the manifest, either
-        return
-    try:
+        with suppress(OSError):  # a reader could not open the manifest, either
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            descriptor = os.open(path / MANIFEST_FILE, flags)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = True
+            if descriptor is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            free = False
+            return False
         except OSError:  # the file system has no such locks
-            free = True
-        yield free
+            pass
+        if hide:
+            trash = path.with_name(hidden_name(path.name, "trash"))
+            os.rename(path, trash)
+            flush_folder(path.parent)
+            path = trash
+        remove_folder(path)
+        return True
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
