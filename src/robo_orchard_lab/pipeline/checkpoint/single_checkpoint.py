@@ -149,20 +149,15 @@ def write_weights(
         StateError: safetensors can't hold a tensor; the message names the tensor.
         OSError: the file can't be written; an existing file is unchanged.
     """
-    path = Path(path)
     file = pack_weights(weights, metadata)
-    make_folder(path.parent)
-    replace_file(path, file)
+    make_folder(Path(path).parent)
+    replace_file(Path(path), file)
 
 
 def pack_weights(
     weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> bytes | memoryview:
-    """Return the contents of a safetensors file, copied to host memory.
-
-    Raises:
-        StateError: safetensors can't hold a tensor; the message names the tensor.
-    """
+    """Return the contents of a safetensors file, copied to host memory; see `write_weights`."""
     tensors = {name: tensor.detach() for name, tensor in weights.items()}
     layout = FileLayout.of(tensors, metadata)
     (file,) = StagingBuffer(StagingBuffer.size_of([layout])).fill([(layout, tensors)])
@@ -203,9 +198,8 @@ def export_weights(
     """
     with OpenCheckpoint(checkpoint, limits or ReadLimits()) as opened:
         saved = opened.load(0, only=part)
-    weights = saved.parts.get(part)
-    if not isinstance(weights, Mapping) or not all(
-        isinstance(value, torch.Tensor) for value in weights.values()
-    ):
+    weights: Any = saved.parts.get(part)
+    values = weights.values() if isinstance(weights, Mapping) else [None]
+    if not all(isinstance(value, torch.Tensor) for value in values):
         raise CheckpointError(f"{saved.info.path} has no part {part!r} of tensors by name")
     write_weights(path, weights, {"format": "pt", "global_step_id": str(saved.info.step)})
