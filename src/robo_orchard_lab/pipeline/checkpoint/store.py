@@ -191,12 +191,9 @@ class CheckpointStore:
         metadata: Mapping[str, Any] | None = None,
         finite: FiniteCheck | None = None,
     ) -> PendingSave:
-        """Copy the state into staging buffers, to be written later. A collective.
+        """Copy the state into staging buffers, to be written later; see :meth:`save`. A collective.
 
         The caller may change the state as soon as this returns. Later saves reuse the buffers.
-
-        Args:
-            step, parts, rank_parts, metrics, metadata, finite: see :meth:`save`.
 
         Raises:
             StateError: a value can't be saved; the message names the value.
@@ -255,9 +252,7 @@ class CheckpointStore:
     ) -> SavedState | None:
         """Load the newest intact and healthy checkpoint. A collective.
 
-        Args:
-            share_of: see :meth:`load`.
-            each_rank: see :func:`load_checkpoint`.
+        ``share_of`` and ``each_rank`` are those of :func:`load_checkpoint`.
 
         Returns:
             The state, with the damaged and the non-finite newer checkpoints in
@@ -307,10 +302,7 @@ class CheckpointStore:
         """Remove checkpoints beyond the retention. A collective.
 
         The newest healthy checkpoint that verifies is always kept. If this store has not saved it,
-        it is found by reading checkpoints.
-
-        Args:
-            dry_run: return the decisions without removing; the store need not be open.
+        it is found by reading checkpoints. A dry run only decides, also without an open store.
 
         Raises:
             CheckpointError: the store is not open.

@@ -151,11 +151,7 @@ class SaveCheckpoint(PipelineHooks):
             )
 
     def root(self, run_folder: Path | None) -> Path:
-        """Return the folder of checkpoints for a run folder.
-
-        Raises:
-            PipelineConfigError: neither ``folder`` nor ``run_folder`` is set.
-        """
+        """Return the folder of checkpoints; raise PipelineConfigError if none is configured."""
         if self.cfg.folder is not None:
             return self.cfg.folder
         if run_folder is not None:
@@ -166,11 +162,7 @@ class SaveCheckpoint(PipelineHooks):
         )
 
     def store(self, run_folder: Path | None, ranks: Ranks) -> CheckpointStore:
-        """Return the checkpoint store of a run folder, with this hook's retention.
-
-        Raises:
-            PipelineConfigError: neither ``folder`` nor ``run_folder`` is set.
-        """
+        """Return the checkpoint store of a run folder, with this hook's retention."""
         cfg = self.cfg
         return CheckpointStore(
             self.root(run_folder),
