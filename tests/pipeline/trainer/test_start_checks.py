@@ -150,7 +150,7 @@ def test_every_published_metric_is_declared() -> None:
 
 def test_names_that_any_hook_may_publish_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     """With a hook that may publish any metric, a likely misspelling is a warning."""
-    caplog.set_level(logging.INFO, "robo_orchard_lab.pipeline.trainer.start_checks")
+    caplog.set_level(logging.INFO, "robo_orchard_lab.pipeline.trainer.commit")
     make_trainer([stop_on("rollout/success"), Rollouts(), LossTrackerConfig()], max_step=2)()
     stop = stop_on("loss/totl")
     with pytest.raises(UnknownMetricError, match="was published, which EarlyStopping waits for"):
@@ -181,7 +181,7 @@ def test_declared_metrics_are_known(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_subclass_of_a_built_in_hook_is_undeclared(caplog: pytest.LogCaptureFixture) -> None:
     """A user's subclass may publish more than its base class declares."""
-    caplog.set_level(logging.INFO, "robo_orchard_lab.pipeline.trainer.start_checks")
+    caplog.set_level(logging.INFO, "robo_orchard_lab.pipeline.trainer.commit")
 
     class Tracked(type(LossTrackerConfig()())):  # type: ignore[misc]
         def _end_epoch(self, args: PipelineHookArgs) -> None:
