@@ -53,6 +53,13 @@ class Slow(PipelineHooks):
         self.on_step.before(wait)
 
 
+class Unsaved(PipelineHooks):
+    """A hook whose state can't be saved."""
+
+    def state_dict(self) -> dict:
+        return {"seen": [{1, 2}]}
+
+
 class Noise(Dataset):
     """Other points each time."""
 

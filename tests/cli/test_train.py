@@ -393,8 +393,19 @@ def test_a_limit_that_is_passed_is_refused(
             "  monitor: loss/total\ntrainer:",
             "spirals.yaml:23: lr_scheduler.monitor: no hook is known to publish 'loss/total', ",
         ),
+        (
+            "hooks:\n",
+            'hooks:\n  mine:\n    class_type: "mine:Unsaved"\n',
+            "spirals.yaml:15: hooks.mine: hooks.mine.seen.0 can't be saved: expected ",
+        ),
+        (
+            "path: metrics.jsonl}]",
+            "path: metrics.jsonl}, {class_type: TrackerSink, trackers: [clearml]}]",
+            "spirals.yaml:16: hooks.log: MetricsLogger.sinks: TrackerSink.trackers names "
+            "'clearml', whose package is not installed: pip install clearml",
+        ),
     ],
-    ids=["hook", "checkpoint", "lr_scheduler"],
+    ids=["hook", "checkpoint", "lr_scheduler", "state", "tracker"],
 )
 def test_problems_are_found_before_the_first_step(
     before: str, after: str, message: str, capsys: pytest.CaptureFixture[str]
@@ -403,6 +414,6 @@ def test_problems_are_found_before_the_first_step(
     text = Path(FILE).read_text()
     assert text.count(before) == 1
     Path(FILE).write_text(text.replace(before, after))
-    assert main(["train", FILE]) != 0
-    assert f"\nerror: {message}" in capsys.readouterr().err
-    assert state()["progress"].get("global_step_id", 0) == 0
+    assert main(["train", FILE, "--trust", "mine", "--trust", "clearml"]) != 0
+    assert f"error: {message}" in capsys.readouterr().err
+    assert not RUN.exists() or state()["progress"].get("global_step_id", 0) == 0

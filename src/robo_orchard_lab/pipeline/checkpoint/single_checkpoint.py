@@ -122,6 +122,7 @@ def save_checkpoint(
             finite=finite,
         )
         made.append(staged)
+        staged.copy()
         if ranks.index == 0:
             make_folder(folder.parent)
 

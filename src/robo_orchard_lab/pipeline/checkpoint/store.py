@@ -202,19 +202,11 @@ class CheckpointStore:
         made: list[StagedCheckpoint] = []
 
         def copy() -> None:
-            staged = StagedCheckpoint(
-                step,
-                parts,
-                rank_parts,
-                ranks=self.ranks,
-                digest=self.digest,
-                pool=self._pool,
-                limits=self.limits,
-                metrics=metrics,
-                metadata=metadata,
-                finite=finite,
+            staged = self._stage(
+                step, parts, rank_parts, metrics=metrics, metadata=metadata, finite=finite
             )
             made.append(staged)
+            staged.copy()
 
         try:
             self.ranks.run_on_all(f"saving step {step}", copy)
@@ -223,6 +215,36 @@ class CheckpointStore:
                 staged.release()
             raise
         return PendingSave(made[0], self._commit)
+
+    def measure(
+        self, step: int, parts: Mapping[str, Any], rank_parts: Mapping[str, Any] | None = None
+    ) -> int:
+        """Encode a state as :meth:`save` does; return the size of this rank's files in bytes.
+
+        Nothing is copied or written.
+
+        Raises:
+            StateError: a value can't be saved; the message names the value.
+        """
+        return self._stage(step, parts, rank_parts).size
+
+    def _stage(
+        self,
+        step: int,
+        parts: Mapping[str, Any],
+        rank_parts: Mapping[str, Any] | None,
+        **described: Any,
+    ) -> StagedCheckpoint:
+        return StagedCheckpoint(
+            step,
+            parts,
+            rank_parts,
+            ranks=self.ranks,
+            digest=self.digest,
+            pool=self._pool,
+            limits=self.limits,
+            **described,
+        )
 
     def load(
         self, which: int | str | os.PathLike[str], share_of: ShareOf | None = None

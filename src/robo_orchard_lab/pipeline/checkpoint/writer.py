@@ -75,7 +75,7 @@ class StagedCheckpoint:
         metadata: Mapping[str, Any] | None = None,
         finite: FiniteCheck | None = None,
     ) -> None:
-        """Encode and copy the rank's parts and shards; on the first rank also the job's parts."""
+        """Encode the rank's parts and shards; on the first rank also the job's parts."""
         if type(step) is not int or not 0 <= step < _MAX_STEP:
             raise StateError(f"step must be an integer >= 0, got {step!r}")
         self.files: dict[str, bytes | memoryview] = {}
@@ -106,7 +106,12 @@ class StagedCheckpoint:
             raise StateError(
                 f"parts and rank_parts both have {both[0]!r} with sharded tensors; rename one"
             )
-        self._copy()
+
+    @property
+    def size(self) -> int:
+        """Size of this rank's files in bytes."""
+        layouts = [layout for layout, _ in self._tensors.values()]
+        return sum(layout.size for layout in layouts) + sum(map(len, self.files.values()))
 
     def _add_parts(
         self, parts: Mapping[str, Any], rank: int | None, ranks: Ranks, *, shards_only: bool = False
@@ -154,7 +159,8 @@ class StagedCheckpoint:
             )
         self._tensors[file] = (layout, tensors)
 
-    def _copy(self) -> None:
+    def copy(self) -> None:
+        """Copy the tensors; the caller may change them afterwards."""
         files = list(self._tensors.values())
         if not files:
             return

@@ -22,6 +22,11 @@ from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 
 _END = object()
+_CURES = (
+    "use a stateful loader (torchdata's StatefulDataLoader; without workers, a dataset with "
+    "state_dict and load_state_dict), or a map-style dataset, whose random numbers are keyed by "
+    "epoch and batch, or read and drop the steps with DataOrder(fast_forward=True)"
+)
 
 
 class StreamData:
@@ -60,6 +65,8 @@ class StreamData:
         self._generators = rng.loader_generators(loader)
         self._stateful = _find_stateful(loader)
         self._is_list = type(loader) in (list, tuple)
+        self.check_state: Callable[[Any], Any] | None = None
+        """Function to call with the data's own state, once the next batch is loaded."""
         is_plain_loader = (
             isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
         )
@@ -131,6 +138,19 @@ class StreamData:
     def steps_per_epoch(self) -> int | None:
         """Number of steps of all processes; None if unknown."""
         return count_batches(self._user) if self._processes == 1 else self._length
+
+    @property
+    def resume_problem(self) -> str | None:
+        """Reason why a checkpoint from within an epoch can't be resumed, with remedies, or None."""
+        if self._stateful is not None or self._is_list or self._order.fast_forward:
+            return None
+        is_loader = isinstance(self._user, DataLoader)
+        of = f" of {type(self._user.dataset).__qualname__}" if is_loader else ""  # type: ignore[attr-defined]
+        end = ", and an endless stream has no other" if self.steps_per_epoch is None else ""
+        return (
+            f"checkpoints from within an epoch can't be resumed{end}: {_type_name(self._user)}{of} "
+            f"has no state to save, and an iterable can't seek; {_CURES}"
+        )
 
     def _agreed_length(self) -> int | None:
         """Return the largest number of batches of any rank: a collective."""
@@ -222,9 +242,7 @@ class StreamData:
         if not was_saved:
             raise StateError(
                 f"the run was saved after {state['step_id']} steps of an epoch, and {name} "
-                "could not save its state; use a stateful loader (torchdata's "
-                "StatefulDataLoader; without workers, a dataset with state_dict and "
-                "load_state_dict), or read and drop the steps with DataOrder(fast_forward=True)"
+                f"could not save its state; {_CURES}"
             )
 
     def load(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> None:
@@ -260,6 +278,10 @@ class StreamData:
         """Yield the batches and note the numbers of their samples."""
         begin, size = self._first_number, 0
         for step, batch in enumerate(batches, start=step_id):
+            if self.check_state is not None:
+                if self._stateful is not None:
+                    self.check_state(self._stateful.state_dict())
+                self.check_state = None
             self._forget_before(self._progress.step_id)
             if size > self.most_samples:
                 self.most_samples = size

@@ -151,6 +151,16 @@ class TrainingData:
     def _current_batch(self) -> BatchIndices | None:
         return self._source.batch_indices(self._progress.step_id)
 
+    @property
+    def resume_problem(self) -> str | None:
+        """Reason why a checkpoint from within an epoch can't be resumed, with remedies, or None."""
+        return self._source.resume_problem if isinstance(self._source, StreamData) else None
+
+    def check_first_state(self, check: Callable[[Any], Any]) -> None:
+        """Pass the own state of a loader or dataset to a function, before the next first step."""
+        if isinstance(self._source, StreamData):
+            self._source.check_state = check
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position of all processes as plain values and tensors; equal on all ranks."""
         return {

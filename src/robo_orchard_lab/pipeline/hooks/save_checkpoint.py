@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
+from torch.nn.parameter import is_lazy
 
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.checkpoint import (
@@ -21,20 +24,24 @@ from robo_orchard_lab.pipeline.checkpoint import (
     Ranks,
     Retention,
 )
+from robo_orchard_lab.pipeline.checkpoint.state import encode_state
 from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.errors import (
     CheckpointError,
     PipelineConfigError,
     RunPreempted,
+    StateError,
     check_state_version,
 )
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks.keep_best import Mode
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricValue, number_text
+from robo_orchard_lab.pipeline.model import plain_model
 from robo_orchard_lab.pipeline.requests import Request
 from robo_orchard_lab.pipeline.run.retried_write import RetriedWrite
 from robo_orchard_lab.pipeline.run.run_path import RunPath
+from robo_orchard_lab.pipeline.sharded_tensors import is_sharded, local_tensor
 from robo_orchard_lab.pipeline.sharding import non_finite_weights
 from robo_orchard_lab.pipeline.trigger import TriggerField
 
@@ -126,9 +133,11 @@ class SaveCheckpoint(PipelineHooks):
         PipelineConfigError: neither ``folder`` nor the trainer's ``run_folder`` is set, or another
             hook saves in the same folder, when the run begins.
         StoreLockedError: another run saves into the same folder, when the run begins.
-        CheckpointError: a save failed: at once with ``on_failure="stop"``, otherwise at the end of
-            the run if the last save failed.
-        StateError: a state contains a value that can't be saved; the message has its path.
+        CheckpointError: before the first step, the disk has no room for a checkpoint; later, a save
+            failed: at once with ``on_failure="stop"``, otherwise at the end of the run if the last
+            save failed.
+        StateError: a state contains a value that can't be saved; the message has its path. States
+            are checked before the first step.
     """
 
     keeps_trajectory = True
@@ -194,6 +203,7 @@ class SaveCheckpoint(PipelineHooks):
         self._store.open()
         self._run, self._newest = run, None
         run.savers[self.name] = partial(self._save, self._store)
+        run.start_checks.append(partial(self._check_start, run, self._store))
         if cfg.in_background:  # reports the result of a save, or its error
             topic = run.agreement.topic(
                 self.name,
@@ -207,6 +217,37 @@ class SaveCheckpoint(PipelineHooks):
         if cfg.monitor is not None:
             subscription = args.metrics.subscribe(cfg.monitor, self._judge, who=self.name)
             self._handles.enter_context(subscription)
+
+    def _check_start(self, run: PipelineRun, store: CheckpointStore) -> None:
+        """Check before the first step that the state can be saved and resumed, and has room."""
+        if run.data is not None:
+            run.data.check_first_state(lambda state: _check_state(run, "data", {"data": state}))
+            if problem := run.data.resume_problem:
+                is_endless = run.steps_per_epoch is None
+                level = logging.WARNING if is_endless else logging.INFO
+                logger.log(level, "%s: %s", run.locate("data"), problem)
+        if any(map(is_lazy, plain_model(run).parameters())) or run.should_defer_saves():
+            return  # there is no state to save yet
+        snapshot = run.take_snapshot()
+        parts, of_rank = snapshot.parts, snapshot.of_rank
+        for part in ("data", "lr_scheduler"):
+            _check_state(run, part, {part: parts["trainer"][part]})
+        for name, state in of_rank["state"]["hooks"].items():
+            _check_state(run, name, {"hooks": {name: state}})
+        size = store.measure(run.progress.global_step_id, parts, of_rank)
+        size += _missing_optimizer_bytes(run.optimizer, is_first=store.ranks.index == 0)
+        free = shutil.disk_usage(store.root).free
+        if free < size:
+            raise CheckpointError(
+                f"{run.locate(self.name, 'folder')}: {store.root} has no room for a checkpoint: "
+                f"about {size:,} bytes needed, {free:,} free; free space, or set another folder"
+            )
+        if free < 2 * size and not store.list():
+            logger.warning(
+                "%s: %s has room for one checkpoint only, and each is written next to the one "
+                "before: about %s bytes needed, %s free; free space, or set another folder",
+                *(run.locate(self.name, "folder"), store.root, f"{2 * size:,}", f"{free:,}"),
+            )
 
     def _end(self, args: PipelineHookArgs) -> None:
         args.run.savers.pop(self.name, None)
@@ -334,6 +375,36 @@ class SaveCheckpoint(PipelineHooks):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_state_version(state, STATE_VERSION, self.name)
         self._best = list(state["best"])
+
+
+def _check_state(run: PipelineRun, owner: str, state: Any) -> None:
+    """Raise StateError if a state can't be saved; ``owner`` is as in ``run.locate``."""
+    try:
+        encode_state(state)
+    except StateError as error:
+        raise StateError(f"{run.locate(owner)}: {error}") from None
+
+
+_TWO_MOMENTS = {"Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adadelta"}
+
+
+def _missing_optimizer_bytes(optimizer: Any, *, is_first: bool) -> int:
+    """Estimate the state that the first updates will add, in bytes of this rank's files.
+
+    Zero for an optimizer of another package.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
+    if optimizer is None:
+        return 0
+    is_adam = not _TWO_MOMENTS.isdisjoint(cls.__name__ for cls in type(optimizer).__mro__)
+    return sum(
+        local_tensor(parameter).nbytes * (2 if is_adam else bool(group.get("momentum")))
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.requires_grad
+        and parameter not in optimizer.state
+        and (is_first or is_sharded(parameter))
+    )
 
 
 class SaveCheckpointConfig(PipelineHooksConfig[SaveCheckpoint]):

@@ -25,6 +25,7 @@ from robo_orchard_lab.pipeline.requests import (
 from robo_orchard_lab.pipeline.sharding import gather_weights
 
 logger = job_logger(__name__)
+metrics_logger = job_logger("robo_orchard_lab.pipeline.metrics")
 
 _PUBLISHERS = {
     "eval": "ValidationHook",
@@ -227,7 +228,7 @@ def check_metric_names(run: PipelineRun, hooks: PipelineHooks) -> None:
         error = UnknownMetricError(name, known, who, _publisher_hint(name, known), place)
         if not others:
             raise error
-        logger.log(
+        metrics_logger.log(
             logging.WARNING if error.similar else logging.INFO,
             "%s. Hooks may publish undeclared metrics (%s): set published_metrics = [%r] on the "
             "class of such a hook, so that misspelled names are errors before the first step",
