@@ -417,3 +417,18 @@ def test_problems_are_found_before_the_first_step(
     assert main(["train", FILE, "--trust", "mine", "--trust", "clearml"]) != 0
     assert f"error: {message}" in capsys.readouterr().err
     assert not RUN.exists() or state()["progress"].get("global_step_id", 0) == 0
+
+
+def test_error_of_a_hook_has_its_place_in_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    """An error that a hook raises, and a file that a hook can't write, name file and line."""
+    text = Path(FILE).read_text()
+    hook = 'hooks:\n  slow: {class_type: "mine:Slow", seconds: 0, fail_at: 12}\n'
+    Path(FILE).write_text(text.replace("hooks:\n", hook))
+    assert main(["train", FILE, "--trust", "mine"]) == 1
+    assert ", configured at spirals.yaml:15: hooks.slow; --debug" in capsys.readouterr().err
+    hook = "hooks:\n  best:\n    class_type: KeepBest\n    monitor: eval/val/loss\n    mode: min\n"
+    hook += "    path: metrics.jsonl/best.safetensors\n"
+    Path(FILE).write_text(text.replace("hooks:\n", hook))
+    assert main(["train", FILE, "--resume=never"]) == 2
+    expected = "error: spirals.yaml:19: hooks.best.path: can't create the folder "
+    assert expected in capsys.readouterr().err

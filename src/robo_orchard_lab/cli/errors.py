@@ -141,7 +141,7 @@ def _location(
     own: Sequence[traceback.FrameSummary],
 ) -> str:
     """Describe the source line of an error, the last line of the user's code, and the hook."""
-    from robo_orchard_core.utils.hook import origin_of
+    from robo_orchard_core.utils.hook.errors import CONFIGURED_AT, origin_of
 
     def line(frame: traceback.FrameSummary) -> str:
         try:
@@ -155,6 +155,7 @@ def _location(
         parts.append(f"called from {line(own[-1])}")
     if hook := origin_of(error):
         parts.append(f"in hook {hook}")
+    parts += [n for n in getattr(error, "__notes__", ()) if str(n).startswith(CONFIGURED_AT)]
     return ", ".join(parts)
 
 

@@ -43,7 +43,7 @@ from robo_orchard_lab.experiment.parts import (
 from robo_orchard_lab.experiment.run_plan import count_lr_scheduler_steps
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
-from robo_orchard_lab.pipeline.context import Locate, dotted_setting
+from robo_orchard_lab.pipeline.context import Locate
 from robo_orchard_lab.pipeline.data import DataOrder
 from robo_orchard_lab.pipeline.distributed.failure_watch import fail_together
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
@@ -318,7 +318,7 @@ class BuiltExperiment:
 
 def build_experiment(
     experiment: ExperimentFields,
-    locate: Locate = dotted_setting,
+    locate: Locate | None = None,
     *,
     accelerator: Accelerator | None = None,
     dataloader: Iterable[Any] | None = None,

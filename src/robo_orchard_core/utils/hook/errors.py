@@ -19,6 +19,8 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "__later_hook_errors__"
+CONFIGURED_AT = "configured at "
+"""Begin of the note that names the place of a hook's configuration."""
 _ORIGIN = "raised in hook "
 
 

@@ -147,7 +147,7 @@ class KeepBest(PipelineHooks):
 
     def _begin(self, args: PipelineHookArgs) -> RemovableHandle:
         if args.accelerator.is_main_process:
-            self._check_folder()
+            self._check_folder(args.run.locate(self.name, "path"))
             remove_leftovers(self.cfg.path)
         if self._is_resumed:
             self._is_resumed = False
@@ -155,17 +155,17 @@ class KeepBest(PipelineHooks):
         judge = partial(self._judge, args.run)
         return args.metrics.subscribe(self.cfg.monitor, judge, who=self.name)
 
-    def _check_folder(self) -> None:
+    def _check_folder(self, place: str) -> None:
         """Fail at the start of the run, not at the first save."""
         folder = self.cfg.path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise PipelineConfigError(
-                f"{self.name}.path: can't create the folder {folder}: {error}"
+                f"{place}: can't create the folder {folder}: {error}"
             ) from error
         if not os.access(folder, os.W_OK):
-            raise PipelineConfigError(f"{self.name}.path: the folder {folder} is not writable")
+            raise PipelineConfigError(f"{place}: the folder {folder} is not writable")
 
     def _judge(self, run: PipelineRun, found: MetricValue) -> None:
         cfg = self.cfg

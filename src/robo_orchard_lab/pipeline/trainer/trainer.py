@@ -13,13 +13,9 @@ import torch
 from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
 
+from robo_orchard_core.utils.hook.errors import CONFIGURED_AT, origin_of
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
-from robo_orchard_lab.pipeline.context import (
-    Locate,
-    PipelineHookArgs,
-    PipelineRun,
-    dotted_setting,
-)
+from robo_orchard_lab.pipeline.context import Locate, PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.data import DataOrder, TrainingData
 from robo_orchard_lab.pipeline.data.loader import explain_no_batch
 from robo_orchard_lab.pipeline.distributed.agreement import Agreement
@@ -172,7 +168,7 @@ class HookBasedTrainer:
         agree_every: int | None = None,
         stall_timeout_s: float | None = None,
         default_hooks: bool = True,
-        locate: Locate = dotted_setting,
+        locate: Locate | None = None,
     ) -> None:
         self.limits = TrainerLimits(max_step, max_optimizer_step, max_epoch)
         objects = accelerator, model, dataloader, batch_processor, optimizer, lr_scheduler
@@ -206,7 +202,9 @@ class HookBasedTrainer:
             "agree_every": agree_every,
         }
         self._set_up(hooks, default_hooks, options)
-        self._run.locate = locate
+        self._locate = locate
+        if locate is not None:
+            self._run.locate = locate
 
     def _set_up(
         self,
@@ -417,6 +415,10 @@ class HookBasedTrainer:
         except BaseException as error:
             with suppress(Exception):  # some errors refuse notes
                 error.add_note(f"the run was at {self.progress}")
+                origin = origin_of(error) or ""
+                for hook in self.hooks.all_hooks():
+                    if self._locate is not None and origin.startswith(repr(hook.name)):
+                        error.add_note(f"{CONFIGURED_AT}{self._locate(hook.name)}")
                 if "Expected more than 1 value per channel when training" in str(error):
                     error.add_note(_ONE_SAMPLE)
             raise
