@@ -150,13 +150,20 @@ def _parse(path: Path, content: bytes) -> ParsedFile:
 
 def check_bounds(document: Mapping[str, Plain]) -> None:
     """Refuse a document with more values or longer keys than any real experiment."""
-    for seen, (path, _) in enumerate(walk(dict(document)), start=1):
+    remaining: list[Plain] = [dict(document)]
+    seen = 0
+    while remaining:  # faster than a walk with paths
+        value = remaining.pop()
+        seen += 1
         if seen > MAX_VALUES:
             raise ConfigSyntaxError(f"the document holds more than {MAX_VALUES} values")
-        if path and len(key := str(path[-1])) > MAX_KEY:
-            raise ConfigSyntaxError(
-                f"expected keys of at most {MAX_KEY} characters, found {key[:40]!r}..."
-            )
+        if isinstance(value, dict):
+            if long := next((key for key in value if len(key) > MAX_KEY), None):
+                problem = f"expected keys of at most {MAX_KEY} characters, found {long[:40]!r}..."
+                raise ConfigSyntaxError(problem)
+            remaining += value.values()
+        elif isinstance(value, list):
+            remaining += value
 
 
 def _check_base(file: ParsedFile, base: Plain) -> None:
