@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
@@ -96,7 +97,9 @@ def sampler_order(sampler: Any, default_generator: torch.Generator) -> IndexOrde
     if sampler.generator is None:
         sampler = copy.copy(sampler)
         sampler.generator = default_generator
-    return list(sampler)
+    if type(sampler) is SubsetRandomSampler:
+        return list(sampler)  # of any indices
+    return array("q", sampler)  # a quarter of a list's memory
 
 
 class StepSizes(NamedTuple):
