@@ -24,6 +24,25 @@ class Sums(SimpleBatchProcessor):
         return scratch, model(batch["x"]).mean()
 
 
+class Nested(SimpleBatchProcessor):
+    """Processor without samples to count, which runs out of memory in the second step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def count_samples(self, batch: Any) -> int:
+        if self.steps > 1:
+            raise ValueError("no samples")
+        return 1
+
+    def forward(self, model: Any, batch: Any) -> Any:
+        self.steps += 1
+        if self.steps > 1:
+            raise MemoryError("scratch")
+        return None, model(torch.ones(1, 4)).mean()
+
+
 def batch(samples: int, scratch: int = 1) -> dict[str, torch.Tensor]:
     return {"x": torch.ones(samples, 4), "scratch": torch.full((samples,), scratch)}
 
@@ -85,6 +104,16 @@ def test_evaluation_is_noted() -> None:
         "out of memory in the evaluation of dataloaders['val'] with the batch dict(x: float32[3, "
         "4], scratch: int64[3]). 1 batches fitted before. Try a smaller batch_size"
     )
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_batch_of_unknown_parts_changes_no_error() -> None:
+    """A batch that can't be described, or counted, ends no run and hides no error."""
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])  # has no shape
+    trainer = make_trainer([], loader=[[nested]] * 2, batch_processor=Nested(), max_epoch=1)
+    with pytest.raises(MemoryError, match="scratch"):
+        trainer()
+    assert trainer.progress.global_step_id == 1
 
 
 def test_other_errors_get_no_note() -> None:

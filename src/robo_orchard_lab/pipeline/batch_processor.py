@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from itertools import islice
 from numbers import Real
 from typing import Any, Protocol, TypeAlias
 
@@ -21,6 +22,8 @@ logger = job_logger(__name__)
 
 _MAX_DESCRIBED = 16
 """Most parts of a mapping or sequence in a description."""
+_MAX_COUNTED = 1000
+"""Most parts of a mapping or sequence to count elements of, which costs 0.2 us each."""
 _reported: set[str] = set()
 """Structures of batches whose number of samples is a guess, already reported."""
 
@@ -156,10 +159,10 @@ def describe_batch(value: Any, *, shapes: bool, depth: int = 3) -> str:
 
 
 def count_elements(value: Any) -> int:
-    """Return the number of elements of all tensors and arrays in a batch."""
+    """Return the number of elements of the tensors and arrays in a batch, of long lists in part."""
     if isinstance(value, (torch.Tensor, np.ndarray)):
         return math.prod(value.shape)
-    return sum(map(count_elements, _values(value)))
+    return sum(map(count_elements, islice(_values(value), _MAX_COUNTED)))
 
 
 def _report_guess(batch: Any, count: int, has_lengths: bool) -> None:

@@ -35,13 +35,19 @@ class FittingBatch:
 
     def record(self, batch: Any, step: int) -> None:
         """Record a batch that fitted, with the number of completed steps."""
-        elements = count_elements(batch)
-        if elements > self._elements:
-            self._elements = elements
-            self._text = f"{describe_batch(batch, shapes=True)} at step {step}"
+        with suppress(Exception):  # a batch may hold objects of any class
+            elements = count_elements(batch)
+            if elements > self._elements:
+                self._elements = elements
+                self._text = f"{describe_batch(batch, shapes=True)} at step {step}"
 
     def explain(self, error: BaseException, batch: Any, run: PipelineRun) -> None:
-        """Add a note to the out-of-memory error of a training step."""
+        """Add a note to an out-of-memory error of a training step; never raises."""
+        if is_out_of_memory(error):
+            with suppress(Exception):  # as above, and some errors refuse notes
+                error.add_note(self._note(batch, run))
+
+    def _note(self, batch: Any, run: PipelineRun) -> str:
         samples, steps, data = run.count_samples(batch), run.progress.global_step_id, run.data
         before = f"{steps} steps fitted before" if steps else "no step fitted before"
         if data is not None and data.most_samples:
@@ -60,15 +66,14 @@ class FittingBatch:
         if run.accelerator.mixed_precision == "no":
             remedies.append("Accelerator(mixed_precision='bf16')")
         remedies.append("torch.utils.checkpoint in the model")
-        _add_note(
-            error,
+        return (
             f"out of memory with a batch of {samples} samples: "
-            f"{describe_batch(batch, shapes=True)}. {before}. Try {', or '.join(remedies)}",
+            f"{describe_batch(batch, shapes=True)}. {before}. Try {', or '.join(remedies)}"
         )
 
 
 def explain_evaluation(error: BaseException, batch: Any, name: str, batches: int) -> None:
-    """Add a note to an out-of-memory error of an evaluation.
+    """Add a note to an out-of-memory error of an evaluation; never raises.
 
     Args:
         error: any error; others are unchanged.
@@ -77,14 +82,9 @@ def explain_evaluation(error: BaseException, batch: Any, name: str, batches: int
         batches: number of batches evaluated before.
     """
     if is_out_of_memory(error):
-        _add_note(
-            error,
-            f"out of memory in the evaluation of dataloaders[{name!r}] with the batch "
-            f"{describe_batch(batch, shapes=True)}. {batches} batches fitted before. Try a smaller "
-            "batch_size of this loader, which does not change the results",
-        )
-
-
-def _add_note(error: BaseException, note: str) -> None:
-    with suppress(Exception):  # some errors refuse notes
-        error.add_note(note)
+        with suppress(Exception):  # some errors refuse notes
+            error.add_note(
+                f"out of memory in the evaluation of dataloaders[{name!r}] with the batch "
+                f"{describe_batch(batch, shapes=True)}. {batches} batches fitted before. Try a "
+                "smaller batch_size of this loader, which does not change the results"
+            )

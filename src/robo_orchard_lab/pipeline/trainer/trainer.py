@@ -34,7 +34,7 @@ from robo_orchard_lab.pipeline.hooks.optimizer import LRSchedulerUnit, Optimizer
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.model import forward_in_context
-from robo_orchard_lab.pipeline.out_of_memory import FittingBatch, is_out_of_memory
+from robo_orchard_lab.pipeline.out_of_memory import FittingBatch
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
 from robo_orchard_lab.pipeline.run.retried_write import OutputFile
@@ -524,8 +524,7 @@ class HookBasedTrainer:
                 progress.in_step = True
                 on_step(PipelineHookArgs(self._run, batch, ends_window, divisor), self._step_body)
             except Exception as error:
-                if is_out_of_memory(error):
-                    self._fitting.explain(error, batch, self._run)
+                self._fitting.explain(error, batch, self._run)
                 raise
             progress.finish_step()
             if agreement is not None and progress.global_step_id >= agreement.due_at:
