@@ -517,3 +517,14 @@ def test_two_ranks_roll_back_together(tmp_path: Path) -> None:
     assert rolled_back(tmp_path / "glitch") == [(6, 4)]
     assert rolled_back(tmp_path / "late") == [(6, 4)]
     assert rolled_back(tmp_path / "skip_batch") == [(6, 4)]
+
+
+def test_save_without_a_hook_has_the_record(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``trainer.save_checkpoint`` records and reports non-finite weights as well."""
+    run = make_run(tmp_path, Poison(2), max_step=2)
+    run()
+    run.save_checkpoint(tmp_path / "mine")
+    assert load_checkpoint(tmp_path / "mine").info.non_finite == ("model/0.weight",)
+    assert "mine has non-finite values in model/0.weight;" in caplog.text

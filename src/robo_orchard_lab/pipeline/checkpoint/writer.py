@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,8 @@ from robo_orchard_lab.pipeline.run.durable import (
     write_file,
 )
 from robo_orchard_lab.pipeline.sharded_tensors import has_sharded, is_sharded
+
+logger = logging.getLogger(__name__)
 
 _MAX_STEP = 10**18
 
@@ -243,7 +246,10 @@ class StagedCheckpoint:
             write_file(temporary / MANIFEST_FILE, manifest.to_bytes())
             flush_folder(temporary)
             put(temporary)
-            return manifest.info(folder)
+            info = manifest.info(folder)
+            if info.poison:
+                logger.warning("%s %s; a resume by 'auto' skips it", folder, info.poison)
+            return info
 
         try:
             temporary = folder.parent / ranks.run_on_first(what, make)

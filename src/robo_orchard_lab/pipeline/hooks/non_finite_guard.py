@@ -283,8 +283,9 @@ class NonFiniteGuard(PipelineHooks):
             self._scaler_state = args.accelerator.scaler.state_dict()
 
     def _leave_out(self, args: PipelineHookArgs) -> None:
-        """Skip the update of a window that led to a rollback."""
-        if args.global_step_id in self._left_out and args.skip_reason is None:
+        """Skip the update of a window that led to a rollback; on the step path."""
+        left_out = self._left_out
+        if left_out and args.global_step_id in left_out and args.skip_reason is None:
             self._set_skipped(args, "left out after a rollback")
             if args.accelerator.is_main_process:
                 logger.warning("%s leaves out the update at %s", self.name, args.progress)
@@ -326,8 +327,9 @@ class NonFiniteGuard(PipelineHooks):
 
     def _after_update(self, args: PipelineHookArgs) -> None:
         if args.update_committed:
-            self.skips_in_a_row = 0
-            self._bad_windows.clear()
+            if self.skips_in_a_row:
+                self.skips_in_a_row = 0
+                self._bad_windows.clear()
             self._last_committed = args.global_step_id
         if self._scaler_state is not None:  # a NaN loss must not change the loss scale
             args.accelerator.scaler.load_state_dict(self._scaler_state)

@@ -349,12 +349,6 @@ class SaveCheckpoint(PipelineHooks):
             return
         self._writes.succeeded(info.path)
         logger.info("saved %s: %s", info.path, info.metadata.get("reason", ""))
-        if info.poison:
-            logger.warning(
-                "%s: %s %s; a resume by 'auto' will skip it. Add a NonFiniteGuard to the hooks, or "
-                "resume from a healthy checkpoint",
-                *(self.name, info.path, info.poison),
-            )
         self._run.state_file.saved(info.path, info.step, info.non_finite)
 
     def _attempt(self, save: Callable[[], Any], is_final: bool = False) -> Any:
