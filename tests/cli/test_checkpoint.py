@@ -413,3 +413,24 @@ def test_a_folder_without_permission_is_an_error_of_one_line(
     [line] = done.stderr.splitlines()
     assert line.startswith("error: no permission to read or write runs/first")
     assert "`namei -l runs/first" in line
+
+
+def test_text_of_a_checkpoint_forges_no_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Line ends and terminal codes in names, counters and metadata stay within their line."""
+    forged = "x\nstep: 999\r\x1b[2J\u2028step: 999"
+    weights = {forged: torch.zeros(2)}
+    trainer = {"progress": {"epoch_id": forged, "global_step_id": 1}}
+    about = {"reason": forged, "command": forged, "versions": {forged: forged}}
+    with CheckpointStore(tmp_path) as store:
+        store.save(1, {"model": weights, "trainer": trainer}, metrics={forged: 1.0}, metadata=about)
+    (tmp_path / "step_00000002").mkdir()
+    (tmp_path / "step_00000002" / "manifest.json").write_text(json.dumps({forged: 1}))
+    for command in (["list"], ["show", "--tensors"], ["verify"]):
+        assert main(["checkpoint", *command, str(tmp_path)]) in (0, 1)
+        shown = "".join(capsys.readouterr())
+        assert shown.count("step:") > 0 or command == ["verify"]
+        for line in shown.splitlines():
+            assert line.isprintable()
+            assert not line.lstrip().startswith("step: 999")

@@ -173,6 +173,21 @@ except ValueError:
     assert "\x1b" not in text
 
 
+def test_arguments_forge_no_lines() -> None:
+    """Line ends in strings are escaped, and lines of other arguments are indented."""
+    code = """
+log_basic_config(format="%(levelname)s %(message)s")
+forged = "loss\\nINFO all is well\\r\\u2028x"
+log.warning("metric %s is %d, %r", forged, 3, forged)
+log.warning("failed: %s", ValueError(forged))
+log.warning("%(name)s", {"name": forged})
+"""
+    lines = stderr_of(code).splitlines()
+    assert lines[0].startswith(r"WARNING metric loss\nINFO all is well\r\u2028x is 3, 'loss")
+    assert lines[1:3] == ["WARNING failed: loss", r"    INFO all is well\r\u2028x"]
+    assert not any(line.startswith("INFO") for line in lines)
+
+
 @pytest.mark.parametrize("wrong", ["%rank %(message)s", "%(message)s %", "50% %(message)s"])
 def test_a_format_with_a_stray_percent_sign_is_refused(wrong: str) -> None:
     """Such a format would print the dict of all fields, or fail at every record."""

@@ -6,6 +6,8 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Mapping
+from copy import copy
 from typing import TextIO
 
 DEFAULT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -39,12 +41,38 @@ def visible(text: str, kept: str = "\n") -> str:
     return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
 
 
+def one_line(text: object) -> str:
+    r"""Return text on one line, with line ends escaped, too.
+
+    >>> one_line("loss\n2026-01-01 INFO all is well")
+    'loss\\n2026-01-01 INFO all is well'
+    """
+    return visible(str(text), "")
+
+
 class VisibleFormatter(logging.Formatter):
-    """Formatter with escaped control characters, except for newlines and tabs."""
+    """Formatter with escaped control characters, except for newlines and tabs of messages.
+
+    Line ends in arguments, such as names of metrics, can't make a line that looks like a record:
+    they are escaped in strings, and the lines of other arguments are indented.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as text."""
+        record, args = copy(record), record.args
+        if isinstance(args, Mapping):
+            record.args = {name: _argument(value) for name, value in args.items()}
+        elif args:
+            record.args = tuple(map(_argument, args))
         return visible(super().format(record), "\n\t")
+
+
+def _argument(value: object) -> object:
+    if isinstance(value, str):
+        return one_line(value)
+    if isinstance(value, (int, float)) or "\n" not in str(value):
+        return value
+    return str(value).replace("\n", "\n    ")
 
 
 def log_basic_config(

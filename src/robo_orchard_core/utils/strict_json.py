@@ -43,8 +43,13 @@ class _DuplicateKey(dict[str, Any]):
         self.key = key
 
 
-def parse_json(text: str | bytes, *, max_depth: int) -> Any:
+def parse_json(text: str | bytes, *, max_depth: int, max_values: int | None = None) -> Any:
     """Parse JSON text, as bytes in UTF-8.
+
+    Args:
+        text: The document.
+        max_depth: Number of containers that may be nested in one another.
+        max_values: Largest :func:`json_values` of the text, checked before parsing.
 
     >>> parse_json(b'{"a": [1, {"b": 2, "b": 3}]}', max_depth=5)
     Traceback (most recent call last):
@@ -55,6 +60,8 @@ keep one of the two (at a.1.b)
         JsonError: The text is not JSON, or `check_json` refuses the value.
     """
     try:
+        if max_values is not None and (found := json_values(text)) > max_values:
+            raise JsonError(f"it has about {found} values; at most {max_values} are read")
         decoded = text.decode() if isinstance(text, bytes) else text
         value = json.loads(decoded, object_pairs_hook=_object)
         return check_json(value, max_depth)
@@ -67,6 +74,17 @@ keep one of the two (at a.1.b)
         raise JsonError(f"nested deeper than {max_depth} levels") from None
     except ValueError as error:  # invalid UTF-8, or an integer of too many digits
         raise JsonError(f"broken JSON: {error}") from error
+
+
+def json_values(text: str | bytes) -> int:
+    """Return an upper bound of the values and keys in JSON text, without parsing.
+
+    >>> json_values('{"a": [1, 2]}')
+    5
+    """
+    if isinstance(text, str):
+        return 1 + sum(map(text.count, ",:[{"))
+    return 1 + sum(map(text.count, (b",", b":", b"[", b"{")))
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

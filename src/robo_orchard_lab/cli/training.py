@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from robo_orchard_core.utils.config.errors import shorten
+from robo_orchard_core.utils.logging import one_line
 from robo_orchard_lab.cli.errors import CommandError, ExitCode
 from robo_orchard_lab.cli.output import (
     PROGRAM,
@@ -212,7 +213,7 @@ def _report_result(folder: Path, arguments: ExperimentArguments, as_json: bool) 
         return
     steps = state.progress.get("global_step_id", 0)
     reason = "" if state.reason is None else f", stopped by {state.by}: {state.reason}"
-    say(f"{folder}: {state.state} after {steps} steps{reason}")
+    say(f"{folder}: {state.state} after {steps} steps{one_line(reason)}")
     if state.checkpoint is not None:
         say(f"  newest checkpoint  {Path(folder, state.checkpoint.path)}")
         if state.checkpoint.non_finite:
@@ -236,7 +237,7 @@ def _report_interruption(folder: Path, arguments: ExperimentArguments) -> None:
     reason = "" if state.reason is None else f" ({state.reason})"
     is_saved = found.newest_step == steps
     ending = "ended" if state.state != "preempted" else f"{'saved and ' * is_saved}stopped"
-    note(f"{folder}: {ending} after {steps} steps{reason}")
+    note(f"{folder}: {ending} after {steps} steps{one_line(reason)}")
     if found.newest_step is not None:
         step = "" if is_saved else f" from step {found.newest_step}"
         note(f"  resume{step}:  {_command('resume', folder, arguments)}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from robo_orchard_core.utils.config import (
+    Config,
     ConfigBuildError,
     ConfigError,
     ConfigFieldError,
@@ -137,15 +139,15 @@ def _matched(
 def building(*path: str | int) -> Iterator[None]:
     """Add the path of a part to errors raised while the part is built.
 
-    TypeError, ValueError and OSError become the cause of a ``ConfigBuildError``; other errors get
-    a note.
+    TypeError, ValueError, OSError and LookupError become the cause of a ``ConfigBuildError``; other
+    errors get a note.
     """
     try:
         with at_path(*path):
             yield
     except ConfigError:
         raise
-    except (TypeError, ValueError, OSError) as error:
+    except (TypeError, ValueError, OSError, LookupError) as error:
         ours = isinstance(error, PipelineConfigError)
         problem = str(error) if ours else f"{type(error).__name__}: {error}"
         raise ConfigBuildError(problem, path) from error
@@ -154,9 +156,47 @@ def building(*path: str | int) -> Iterator[None]:
         raise
 
 
+_MAX_VISITS = 16
+
+
+def check_dataset_roots(part: Any) -> None:
+    """Refuse roots of image folders in a part whose links form a loop; torchvision follows links.
+
+    Costs a listing of each folder.
+    """
+    if isinstance(part, Config):
+        values: Any = field_values(part)
+        if hasattr(getattr(part, "class_type", None), "find_classes"):
+            with building("root"):
+                _check_link_loops(str(values.get("root")))
+        part = list(values.values())
+    if isinstance(part, Mapping):
+        part = list(part.values())
+    for inner in part if isinstance(part, (list, tuple)) else ():
+        check_dataset_roots(inner)
+
+
+def _check_link_loops(root: str) -> None:
+    visits: Counter[tuple[int, int]] = Counter()
+    folders = [root]
+    while folders:
+        folder = folders.pop()
+        with suppress(OSError):  # torchvision reports a missing root
+            found = os.stat(folder)
+            visits[found.st_dev, found.st_ino] += 1
+            if visits[found.st_dev, found.st_ino] > _MAX_VISITS:
+                raise ConfigFieldError(
+                    f"expected a folder without loops of links; {folder} is reached on more than "
+                    f"{_MAX_VISITS} ways; remove a link"
+                )
+            with os.scandir(folder) as entries:
+                folders += [entry.path for entry in entries if entry.is_dir()]
+
+
 def make_loader(config: LoaderConfig) -> DataLoader[Any]:
     """Build a ``DataLoader``; samplers with a parameter ``data_source`` receive the dataset."""
     with building("dataset"):
+        check_dataset_roots(config.dataset)
         dataset = config.dataset()
     given = {"data_source": dataset}
     names = ["num_workers", "pin_memory", "timeout", "prefetch_factor", "persistent_workers"]
@@ -224,6 +264,7 @@ def make_hook(
         run_folder: Base of relative paths in ``config``; None keeps the paths.
         evaluation: Loaders by name, for a ``ValidationHook`` without own loaders.
     """
+    check_dataset_roots(config)
     if run_folder is not None:
         config = in_run_folder(config, run_folder)
     if isinstance(config, ValidationHookConfig) and config.dataloaders is None:

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path as FilePath
-from pathlib import PurePosixPath, PureWindowsPath
 from types import NoneType
 from typing import Literal, get_origin
 
@@ -30,6 +29,7 @@ from robo_orchard_core.utils.config.errors import (
 from robo_orchard_core.utils.config.formats import Plain, check_plain
 from robo_orchard_core.utils.config.parts import PART_KEYS
 from robo_orchard_core.utils.config.references import split_reference, union_members
+from robo_orchard_core.utils.untrusted_text import MAX_NAME_BYTES, path_problem
 from robo_orchard_lab.experiment.catalogue import DEFINITIONS, kind_of, suggest
 from robo_orchard_lab.experiment.document import ExperimentDocument, check_bounds
 from robo_orchard_lab.experiment.overrides import NAMED_ENTRIES, origin_of, walk
@@ -44,8 +44,6 @@ RENAMED_FIELDS: dict[Path, str] = {
     ("trainer", "schedule_every"): "lr_scheduler.every",
 }
 """Current names of fields by their former paths."""
-
-_MAX_FOLDER_NAME = 255  # bytes of one name, in common file systems
 
 _FUNCTION_KEYS = ("collate_fn", "worker_init_fn")  # of loaders; elsewhere such a key may hold text
 
@@ -121,6 +119,7 @@ def _problems(document: ExperimentDocument, trust: Trust) -> Iterator[ConfigErro
         if isinstance(value, dict):
             yield from _kind_problems(path, value)
             yield from _tracker_problems(path, value, trust)
+            yield from _weights_problems(path, value)
     yield from _run_folder_problems(document)
 
 
@@ -243,21 +242,48 @@ def _tracker_problems(path: Path, sink: dict[str, Plain], trust: Trust) -> Itera
             yield TrustError(problem, (*path, "trackers", index))
 
 
+def _weights_problems(path: Path, part: dict[str, Plain]) -> Iterator[ConfigError]:
+    """Refuse weights without a name: torchvision downloads weights for any other true value."""
+    if not str(part.get("func")).startswith("torchvision.models."):
+        return
+    for key, value in part.items():
+        if key.startswith("pretrained"):
+            yield ConfigFieldError("this is outdated; write weights: DEFAULT", (*path, key))
+        if key.startswith("weights") and not (value is None or isinstance(value, str)):
+            problem = "expected the name of published weights, such as DEFAULT, or null"
+            yield ConfigFieldError(f"{problem}, found {describe(value)}", (*path, key))
+
+
 def _run_folder_problems(document: ExperimentDocument) -> Iterator[ConfigError]:
     """Refuse a run folder, named by a file, outside of the current folder."""
     field = "name" if document.document.get("run_folder") is None else "run_folder"
     value = document.document.get(field)
-    if not isinstance(value, str) or origin_of((field,), document.leaf_origins).layer != "file":
+    if not isinstance(value, str):
+        return
+    if value.startswith("~") or "$" in value:
+        yield ConfigFieldError(
+            f"expected a folder, found {describe(value)}; write it in full: only a shell replaces "
+            "~ and $",
+            (field,),
+        )
+        return
+    if origin_of((field,), document.leaf_origins).layer != "file":
         return
     folder = FilePath("runs", value) if field == "name" else FilePath(value)
-    spellings = [kind(folder) for kind in (PurePosixPath, PureWindowsPath)]
-    leads_out = any(path.drive or path.root or not path.parts for path in spellings)
-    # Programs read hidden folders (and .. is one).
-    is_hidden = any(part.startswith(".") for path in spellings for part in path.parts)
-    if leads_out or is_hidden or not value.isprintable():
+    if any(len(part.encode()) > MAX_NAME_BYTES for part in folder.parts):
+        problem = f"expected names of at most {MAX_NAME_BYTES} bytes"
+    elif (
+        (leads_out := path_problem(value))
+        or not FilePath(value).parts
+        or any(
+            part.startswith(".")
+            for part in folder.parts  # programs read hidden folders
+        )
+    ):
         problem = (
             "a file's run folder must lie below the current folder, without names that begin "
-            f"with a dot; found {describe(value)}; for any other, pass --run_folder"
+            f"with a dot; found {describe(value)}{f', which {leads_out}' if leads_out else ''}; "
+            "for any other, pass --run_folder"
         )
     else:
         problem = _folder_problem(folder)
@@ -267,8 +293,6 @@ def _run_folder_problems(document: ExperimentDocument) -> Iterator[ConfigError]:
 
 def _folder_problem(folder: FilePath) -> str:
     """Return why a file can't name a run folder; empty for a usable folder."""
-    if any(len(part.encode()) > _MAX_FOLDER_NAME for part in folder.parts):
-        return f"expected names of at most {_MAX_FOLDER_NAME} bytes"
     for link in (folder, *folder.parents):
         if os.path.islink(link):
             return (

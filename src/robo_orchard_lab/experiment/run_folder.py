@@ -148,7 +148,9 @@ def record_start(
     state = git_state(Path.cwd())
     names = os.listdir(folder / STARTS)
     numbers = [int(found[1]) for name in names if (found := _START.fullmatch(name))]
-    path = folder / STARTS / f"{max(numbers, default=0) + 1:04d}.json"
+    number = max(numbers, default=0) + 1
+    while (path := folder / STARTS / f"{number:04d}.json").exists():  # a name of too many digits
+        number += 1
     record: dict[str, Any] = {
         "version": 1,
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -64,9 +64,9 @@ def check_state_version(state: Mapping[str, Any], expected: int, owner: str) -> 
     robo_orchard_lab.pipeline.errors.StateError: expected a state of EMA of version 1, found ...
     """
     found = state.get("version")
-    if found != expected:
+    if type(found) is not int or found != expected:
         raise StateError(
-            f"expected a state of {owner} of version {expected}, found version {found!r}"
+            f"expected a state of {owner} of version {expected}, found version {found!r:.60}"
         )
 
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar, overload
 
+import torch
+
 from robo_orchard_core.utils.config import ClassConfig
 from robo_orchard_core.utils.config.errors import did_you_mean
 from robo_orchard_core.utils.hook import (
@@ -398,6 +400,29 @@ class PipelineHooks:
                 raise
         return state
 
+    def check_state(self, state: Any, model: torch.nn.Module) -> None:
+        """Raise a ``StateError`` if :meth:`load_state_dict` can't load the state of this bundle.
+
+        A subclass overrides it for checks beyond its :attr:`state_schema`; nothing may change.
+        """
+        # The schema belongs to the state of its class, not to that of a subclass.
+        cls = next(cls for cls in type(self).__mro__ if "state_dict" in vars(cls))
+        if (schema := vars(cls).get("state_schema")) is not None:
+            schema.check(state, self.name)
+
+    def check_states(self, state: Mapping[str, Any], model: torch.nn.Module) -> None:
+        """Check the states of all bundles inside before any of them is loaded.
+
+        Args:
+            state: result of :meth:`state_dict`.
+            model: plain model of the run.
+
+        Raises:
+            StateError: a state does not fit, or bundles differ from the saved ones.
+        """
+        for name, bundle in self._bundles_of(state).items():
+            bundle.check_state(state[name], model)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the result of :meth:`state_dict`.
 
@@ -405,6 +430,14 @@ class PipelineHooks:
             StateError: the names in ``state`` are not the names of the registered bundles with
                 state; nothing is loaded then.
         """
+        for name, bundle in self._bundles_of(state).items():
+            try:
+                bundle.load_state_dict(state[name])
+            except Exception as error:
+                add_origin(error, f"{name!r} (load_state_dict)")
+                raise
+
+    def _bundles_of(self, state: Mapping[str, Any]) -> dict[str, PipelineHooks]:
         bundles = {bundle.name: bundle for bundle in self._stateful()}
         missing = sorted(set(bundles) - set(state))
         unexpected = sorted(set(state) - set(bundles))
@@ -414,12 +447,7 @@ class PipelineHooks:
                 f"registered but not saved: {', '.join(missing) or 'none'}; "
                 f"saved but not registered: {', '.join(unexpected) or 'none'}"
             )
-        for name, bundle in bundles.items():
-            try:
-                bundle.load_state_dict(state[name])
-            except Exception as error:
-                add_origin(error, f"{name!r} (load_state_dict)")
-                raise
+        return bundles
 
     def undeclared_publishers(self) -> list[str]:
         """Return the names of hooks inside that may publish metrics that no hook declares.

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError, check_state_version
+from robo_orchard_lab.pipeline.state_schema import MAX_COUNT
 
 ChannelName: TypeAlias = Literal[
     "on_loop",
@@ -137,8 +138,8 @@ class TrainerProgress:
                 f"progress, found {', '.join(counters) or 'none'}"
             )
         for name, value in counters.items():
-            if type(value) is not int or value < 0:
-                raise StateError(f"progress.{name} must be an int >= 0, found {value!r}")
+            if type(value) is not int or not 0 <= value <= MAX_COUNT:
+                raise StateError(f"progress.{name} must be an int >= 0, found {value!r:.60}")
         for name, value in counters.items():
             setattr(self, name, value)
 

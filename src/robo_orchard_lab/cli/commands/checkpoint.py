@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from robo_orchard_core.utils.logging import visible
+from robo_orchard_core.utils.logging import one_line
 from robo_orchard_lab.cli.commands import CommandGroup
 from robo_orchard_lab.cli.errors import CommandError, ExitCode
 from robo_orchard_lab.cli.output import (
@@ -96,17 +96,17 @@ def list_(path: str, as_json: bool) -> None:
                 "problem": problem,
             }
         )
-        states = ["complete" if problem is None else f"damaged: {problem}"]
-        states += [f"not finite: {name}" for name in (info.non_finite or ())[:1]]
+        states = ["complete" if problem is None else f"damaged: {one_line(problem)}"]
+        states += [f"not finite: {one_line(name)}" for name in (info.non_finite or ())[:1]]
         metrics = (
-            f"{name} {value:g}"
+            one_line(f"{name} {value:g}")
             for name, value in info.metrics.items()
             if not name.startswith(("perf/", "lr/"))  # --json has them
         )
         rows.append(
             [
                 str(info.step),
-                "" if epoch is None else str(epoch),
+                "" if epoch is None else one_line(epoch),
                 bytes_text(info.size_bytes),
                 age_text((datetime.now(UTC) - info.saved_at).total_seconds()),
                 ", ".join([*states, *([link] if link else [])]),
@@ -115,7 +115,7 @@ def list_(path: str, as_json: bool) -> None:
         )
     for broken, problem in listing.broken:
         found.append({"path": str(broken), "step": None, "epoch": None, "problem": problem})
-        rows.append(["?", "", "", "", f"damaged: {problem}", ""])
+        rows.append(["?", "", "", "", f"damaged: {one_line(problem)}", ""])
     if as_json:
         print_json(found)
     elif not rows:
@@ -145,7 +145,7 @@ def show(path: str, best: bool, tensors: bool, as_json: bool) -> None:
         print_json({**asdict(info), **texts, "progress": progress, "files": files})
         return
     for name, text in _lines(contents):
-        say(visible(f"{name + ':':<12} {text}"))
+        say(one_line(f"{name + ':':<12} {text}"))
     rows = []
     for file in contents.files:
         summary = ""
@@ -160,7 +160,7 @@ def show(path: str, best: bool, tensors: bool, as_json: bool) -> None:
     if tensors:
         say()
         all_tensors = (
-            [file.name, tensor.name, tensor.dtype, str([*tensor.shape])]
+            [file.name, one_line(tensor.name), tensor.dtype, str([*tensor.shape])]
             for file in contents.files
             for tensor in file.tensors or ()
         )
@@ -212,8 +212,8 @@ def verify(path: str, as_json: bool) -> int:
         for each in found:
             is_intact = each.problem is None
             state = styled("intact", "green") if is_intact else styled("damaged", "red")
-            problem = "" if each.problem is None else f": {visible(each.problem)}"
-            say(f"{visible(str(each.path))}: {state}{problem}")
+            problem = "" if each.problem is None else f": {one_line(each.problem)}"
+            say(f"{one_line(each.path)}: {state}{problem}")
         if not found:
             say(f"there are no checkpoints in {checkpoints.root}")
     are_intact = found and all(each.problem is None for each in found)
@@ -298,7 +298,7 @@ def prune(path: str, dry_run: bool, yes: bool, as_json: bool, **rules: Any) -> N
         print_json([{"path": str(d.path), "removed": d.removed, "why": d.why} for d in decisions])
     else:
         removed = "would be removed" if dry_run else "removed"
-        rows = [[d.path.name, removed if d.removed else "kept", d.why] for d in decisions]
+        rows = [[d.path.name, removed if d.removed else "kept", one_line(d.why)] for d in decisions]
         print_table(["checkpoint", "", "why"], rows)
     if is_preview and any(decision.removed for decision in decisions):
         note("nothing was removed; pass --yes to remove these checkpoints")

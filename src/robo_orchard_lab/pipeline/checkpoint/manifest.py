@@ -20,6 +20,7 @@ import xxhash
 from robo_orchard_core.utils.strict_json import JsonError, parse_json
 from robo_orchard_lab.pipeline.checkpoint.state import decode_state, encode_state
 from robo_orchard_lab.pipeline.errors import CheckpointError, PipelineConfigError, StateError
+from robo_orchard_lab.pipeline.state_schema import MAX_COUNT
 
 # --- names in a store's root -----------------------------------------------------------------
 
@@ -27,7 +28,7 @@ LOCK = ".lock"
 LAST = "last"
 BEST = "best"
 
-_STEP = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,18})")
+_STEP = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,15})")
 # durable.temporary_name makes the names that end in .tmp.
 _LEFTOVER = re.compile(r"\.(step_[0-9]{8,19}|last|best)\.[0-9a-f]{32}\.(tmp|old|trash)")
 
@@ -48,7 +49,7 @@ def step_from_name(name: str) -> int | None:
     (1234, None, None)
     """
     found = _STEP.fullmatch(name)
-    return int(found[1]) if found else None
+    return int(found[1]) if found and int(found[1]) <= MAX_COUNT else None
 
 
 def hidden_name(name: str, kind: Literal["old", "trash"]) -> str:
@@ -129,9 +130,11 @@ MIB = 1024 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadLimits:
-    """Maximum sizes of an untrusted checkpoint, checked before reading.
+    """Maximum sizes of an untrusted checkpoint, checked before reading and parsing.
 
-    Saving applies the limits as well, so that a saved checkpoint can be loaded.
+    Saving applies the limits as well, so that a saved checkpoint can be loaded. The defaults leave
+    room for a model of 65,536 parameter tensors with Adam's state. Refusing a checkpoint needs up
+    to 300 MiB of memory in addition to its tensors.
 
     Raises:
         PipelineConfigError: a limit is below 1.
@@ -141,16 +144,21 @@ class ReadLimits:
     """
 
     max_files: int = 65_536
-    """Files of all ranks, without the manifest."""
+    """Files of all ranks, without the manifest; also the number of ranks."""
     max_manifest_bytes: int = 16 * MIB
-    max_json_bytes: int = 64 * MIB
-    """Size of one part's JSON; parsing needs up to 25 times as much memory."""
+    max_json_bytes: int = 32 * MIB
+    """JSON of the job, in sum, and of each rank, in sum. An optimizer needs about 500 bytes per
+    parameter tensor."""
+    max_json_values: int = 2_097_152
+    """Values and keys in that JSON; about 20 per parameter tensor."""
     max_json_depth: int = 100
     """Nesting depth of lists and mappings."""
-    max_header_bytes: int = 100_000_000
-    """Size of one file's safetensors header; the default is safetensors' own limit."""
-    max_tensors: int = 1_000_000
-    """Tensors in one file."""
+    max_header_bytes: int = 64 * MIB
+    """Safetensors headers of the job, in sum, and of each rank, in sum, and of a file of shards."""
+    max_tensors: int = 262_144
+    """Tensors in these headers."""
+    max_shards: int = 4_194_304
+    """Shards of one part's tensors, in sum: 2,048 ranks with 2,048 tensors."""
     max_total_bytes: int | None = None
     """Bytes that one rank reads in total; None: the available memory."""
     any_owner: bool = False
@@ -161,6 +169,15 @@ class ReadLimits:
             value = getattr(self, field.name)
             if type(value) is int and value < 1:
                 raise PipelineConfigError(f"ReadLimits.{field.name} must be >= 1, got {value}")
+
+
+def check_sums(error: type[StateError], limits: ReadLimits, **found: int) -> None:
+    """Raise ``error`` if a sum, by the name of its limit, exceeds the limit."""
+    for name, count in found.items():
+        if count > (most := getattr(limits, name)):
+            what = name.removeprefix("max_").replace("_", " ")
+            verb = "are read" if error is CheckpointError else "would be read again"
+            raise error(f"it has {count} {what}; at most {most} {verb} (ReadLimits.{name})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,7 +288,7 @@ FORMAT = "robo_orchard_lab.checkpoint"
 VERSION = 1
 LOSSES = "losses"
 _MAX_NON_FINITE = 5  # names in a manifest
-_MAX_NUMBER = 2**63 - 1
+_MAX_BYTES = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,15 +348,15 @@ class Manifest:
     def check_writable(self, limits: ReadLimits) -> None:
         """Raise StateError if the manifest exceeds the limits."""
         document = self.to_bytes()
-        try:
-            parse_json(document, max_depth=limits.max_json_depth)
-        except JsonError as error:
-            raise StateError(f"the metadata can't be saved: {error}") from None
-        if len(document) > limits.max_manifest_bytes or len(self.files) > limits.max_files:
+        if len(document) > limits.max_manifest_bytes:
             raise StateError(
-                f"the manifest would have {len(document)} bytes and {len(self.files)} files; at "
-                f"most {limits.max_manifest_bytes} and {limits.max_files} would be read again"
+                f"the manifest would have {len(document)} bytes; at most "
+                f"{limits.max_manifest_bytes} would be read again"
             )
+        try:
+            parse_manifest(document, limits)
+        except CheckpointError as error:
+            raise StateError(f"the manifest would not be read again: {error}") from None
 
     def with_files(
         self, serial: int, files: Mapping[str, FileEntry], non_finite: Sequence[str]
@@ -363,7 +380,9 @@ def parse_manifest(text: bytes, limits: ReadLimits) -> Manifest:
         CheckpointError: the manifest was changed, has another version, or exceeds the limits.
     """
     try:
-        document = parse_json(text, max_depth=limits.max_json_depth)
+        document = parse_json(
+            text, max_depth=limits.max_json_depth, max_values=limits.max_json_values
+        )
     except JsonError as error:
         raise CheckpointError(f"not a manifest: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
@@ -394,7 +413,7 @@ def _manifest(digest_name: str, document: dict[str, Any], limits: ReadLimits) ->
         raise CheckpointError("files is not a mapping")
     if len(files) > limits.max_files:
         raise CheckpointError(f"it lists {len(files)} files; at most {limits.max_files} are read")
-    ranks = _number("ranks", document["ranks"], least=1)
+    ranks = _number("ranks", document["ranks"], least=1, most=limits.max_files)
     metrics, metadata = (decode_state(document[key], {}) for key in ("metrics", "metadata"))
     if not isinstance(metrics, dict) or not isinstance(metadata, dict):
         raise CheckpointError("metrics or metadata is not a mapping")
@@ -431,12 +450,14 @@ def _entry(name: str, entry: Any, digest_name: str, ranks: int) -> FileEntry:
     digest = entry["digest"]
     if not isinstance(digest, str) or len(digest) != _HEX_DIGITS[digest_name]:
         raise CheckpointError(f"the digest of {name} is not a {digest_name}")
-    return FileEntry(_number(f"the size of {name}", entry["size"]), digest)
+    return FileEntry(_number(f"the size of {name}", entry["size"], most=_MAX_BYTES), digest)
 
 
-def _number(what: str, value: Any, *, least: int = 0) -> int:
-    if type(value) is not int or not least <= value <= _MAX_NUMBER:
-        raise CheckpointError(f"{what} is {value!r:.40}, expected a number >= {least}")
+def _number(what: str, value: Any, *, least: int = 0, most: int = MAX_COUNT) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise CheckpointError(
+            f"{what} is {value!r:.40}, expected a whole number from {least} to {most}"
+        )
     return value
 
 

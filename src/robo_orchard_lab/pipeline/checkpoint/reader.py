@@ -2,7 +2,7 @@
 
 :class:`CheckpointDir` opens files without following links; :class:`OpenCheckpoint` verifies and
 decodes the files. Every size is checked before memory is allocated, and every digest before a file
-is decoded.
+is decoded. Verifying runs the same code, without keeping the tensors.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from robo_orchard_core.utils.strict_json import JsonError, parse_json
+from robo_orchard_core.utils.strict_json import JsonError, json_values, parse_json
 from robo_orchard_lab.pipeline.checkpoint.manifest import (
     MANIFEST_FILE,
     FileEntry,
@@ -27,6 +27,7 @@ from robo_orchard_lab.pipeline.checkpoint.manifest import (
     Manifest,
     ReadLimits,
     SavedState,
+    check_sums,
     digest_of,
     new_digest,
     parse_manifest,
@@ -44,12 +45,16 @@ from robo_orchard_lab.pipeline.checkpoint.tensor_files import (
     FileLayout,
     allocate_buffer,
     buffer_view,
+    max_tensor_count,
 )
 from robo_orchard_lab.pipeline.distributed.stall_clock import record_heartbeat
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
 
 _PIECE_BYTES = 1 << 26
 _READERS = 2
+_JSON_MEMORY = 12  # bytes of memory for a byte of JSON, at most
+_MAX_HOLE_BYTES = 1 << 26
+_MAX_HOLE_RATIO = 64  # beyond any compression of real tensors
 
 
 class CheckpointDir:
@@ -149,13 +154,27 @@ class OpenCheckpoint:
         self._limits = limits
         self._manifest: int | None = None
         self._sharded: dict[str, dict[str, torch.Tensor]] = {}  # assembled tensors by part
+        self._files: dict[int | None, dict[str, FileName]] = {}  # by rank; None for the job
+        self._shard_files: dict[str, list[str]] = {}  # by part
+        self._parts_of_ranks: set[str] = set()
+        self._headers: dict[str, tuple[int, int]] = {}  # size and tensors by file
         self._read_bytes = 0
+        self._hole_bytes = self._data_bytes = 0
         try:
             self._manifest = self._dir.open_file(MANIFEST_FILE, limits.max_manifest_bytes)
             self._lock_shared()
             text = bytes(buffer_view(_read(self._manifest, os.fstat(self._manifest).st_size)))
             with self._in_file(MANIFEST_FILE):
                 self.manifest: Manifest = parse_manifest(text, limits)
+            for name in self.manifest.files:
+                parsed = FileName.parse(name)
+                assert parsed is not None  # the manifest was checked
+                if parsed.is_shards:
+                    self._shard_files.setdefault(parsed.part, []).append(name)
+                    continue
+                self._files.setdefault(parsed.rank, {})[name] = parsed
+                if parsed.rank is not None:
+                    self._parts_of_ranks.add(parsed.part)
         except BaseException:
             self.close()
             raise
@@ -208,10 +227,8 @@ class OpenCheckpoint:
         Raises:
             CheckpointError: a file was changed, or a rank has no files.
         """
-        parsed = map(FileName.parse, self.manifest.files)
-        present = {name.rank for name in parsed if name is not None}
         for rank in range(self.manifest.ranks):
-            if rank not in present:
+            if rank not in self._files:
                 raise CheckpointError(
                     f"{self.path} has no files of rank {rank}; it was saved by "
                     f"{self.manifest.ranks} ranks"
@@ -220,68 +237,97 @@ class OpenCheckpoint:
             yield {part: value for (part, _), value in found.items()}
 
     def _parts_of(
-        self, *ranks: int | None, share_of: ShareOf | None, only: str | None = None
+        self,
+        *ranks: int | None,
+        share_of: ShareOf | None = None,
+        only: str | None = None,
+        values: bool = True,
     ) -> dict[tuple[str, int | None], Any]:
-        """Load parts by name and rank; rank None stands for the job."""
+        """Load parts by name and rank; rank None stands for the job.
+
+        Without ``values``, verify the files in pieces of memory, and return meta tensors.
+        """
         wanted: dict[str, FileName] = {}
-        shard_files: dict[str, list[str]] = {}  # by part
-        parts_of_ranks: set[str] = set()
-        for name in self.manifest.files:
-            parsed = FileName.parse(name)
-            if parsed is None or only not in (None, parsed.part):
-                continue
-            if parsed.is_shards:
-                shard_files.setdefault(parsed.part, []).append(name)
-                continue
-            if parsed.rank is not None:
-                parts_of_ranks.add(parsed.part)
-            if parsed.rank in ranks:
-                wanted[name] = parsed
-        self._check_memory(sum(self.manifest.files[name].size for name in wanted))
+        for rank in ranks:
+            of_one = {
+                name: parsed
+                for name, parsed in self._files.get(rank, {}).items()
+                if only in (None, parsed.part)
+            }
+            self._check_sums(of_one)
+            wanted |= of_one
+        if values:
+            self._check_memory(wanted)
         documents: dict[tuple[str, int | None], bytes] = {}
         tensors: dict[tuple[str, int | None], dict[str, torch.Tensor]] = {}
 
         def read(name: str, parsed: FileName) -> None:
             key = (parsed.part, parsed.rank)
             if parsed.is_json:
-                documents[key] = self._read_json(name)
+                documents[key] = bytes(buffer_view(self._read_verified(name)))
+                return
+            if not values:
+                tensors[key] = self._verify_tensors(name)
                 return
             found = self._read_tensors(name)
             if share_of is not None and parsed.rank is None:
                 found = {n: cut(t, share_of(n, tuple(t.shape))) for n, t in found.items()}
             tensors[key] = found
 
-        with ThreadPoolExecutor(_READERS) as pool:  # one thread reads while one computes digests
+        # One thread reads while one computes digests.
+        with ThreadPoolExecutor(_READERS if values else 1) as pool:
             list(pool.map(read, wanted.keys(), wanted.values()))
-        for part, files in shard_files.items():
-            if part in parts_of_ranks:
+        for rank in ranks:
+            texts = [text for (_, of), text in documents.items() if of == rank]
+            with self._in_file(""):
+                check_sums(
+                    CheckpointError, self._limits, max_json_values=sum(map(json_values, texts))
+                )
+        for part, files in self._shard_files.items():
+            if only not in (None, part):
+                continue
+            if part in self._parts_of_ranks:
                 keys = [key for key in documents if key[0] == part and key[1] is not None]
             else:
                 keys = [(part, None)] if None in ranks else []
             for key in keys:
-                self._add_shards(part, files, share_of, tensors.setdefault(key, {}))
+                self._add_shards(part, files, share_of, tensors.setdefault(key, {}), values)
         found: dict[tuple[str, int | None], Any] = {}
         for key in sorted(documents.keys() | tensors.keys(), key=lambda key: key[0]):
-            with self._in_file(key[0]):
-                found[key] = _decode_part(documents.get(key), tensors.get(key), self._limits)
+            with self._in_file(str(FileName(*key, is_json=True))):
+                found[key] = _decode_part(documents.pop(key, None), tensors.get(key), self._limits)
         return found
 
     def _add_shards(
-        self, part: str, files: Sequence[str], share_of: ShareOf | None, to: dict[str, torch.Tensor]
+        self,
+        part: str,
+        files: Sequence[str],
+        share_of: ShareOf | None,
+        to: dict[str, torch.Tensor],
+        values: bool,
     ) -> None:
         if part not in self._sharded:  # once for all ranks
             found: dict[str, list[SavedShard]] = {}
+            count = sum(self._header(name)[1] for name in files) // 2  # also in _INFO of the header
+            if count > self._limits.max_shards:
+                raise CheckpointError(
+                    f"{self.path / part} has {count} shards; at most {self._limits.max_shards} "
+                    "are read"
+                )
             for name in files:
                 with self._in_file(name):
                     found[name] = shards_of(self.layout(name))
             with self._in_file(part):
                 assembler = ShardAssembler(chain.from_iterable(found.values()), share_of)
-                largest = max(self.manifest.files[name].size for name in files)
-                self._check_memory(assembler.size, largest)
+                if values or self._limits.max_total_bytes is not None:
+                    largest = max(self.manifest.files[name].size for name in files)
+                    self._check_memory((), assembler.size, largest)
                 for name, shards in found.items():
-                    if assembler.needs(shards):
+                    if not values:
+                        self._verify_tensors(name)
+                    elif assembler.needs(shards):
                         assembler.add(shards, self._read_tensors(name))
-                self._sharded[part] = assembler.tensors()
+                self._sharded[part] = assembler.tensors(values)
         if both := sorted(to.keys() & self._sharded[part].keys()):
             raise CheckpointError(
                 f"{self.path / part}: the tensor {both[0]!r:.80} is saved complete and in shards"
@@ -295,11 +341,36 @@ class OpenCheckpoint:
             CheckpointError: the size differs from the manifest, or the header is invalid.
         """
         entry = self.manifest.files[name]
+        with self._in_file(name):
+            return FileLayout.parse(self._read_header(name), entry.size, self._limits)
+
+    def _read_header(self, name: str) -> memoryview:
+        entry = self.manifest.files[name]
         with self._in_file(name), _closing(self._open_entry(name, entry)) as descriptor:
             begin = os.pread(descriptor, LENGTH_BYTES, 0)
             length = FileLayout.header_length(begin, entry.size, self._limits)
-            header = buffer_view(_read(descriptor, length))
-            return FileLayout.parse(header, entry.size, self._limits)
+            return buffer_view(_read(descriptor, length))
+
+    def _header(self, name: str) -> tuple[int, int]:
+        """Return the size of a file's header and an upper bound of its tensors, unparsed."""
+        if name not in self._headers:
+            header = self._read_header(name)
+            with self._in_file(name):
+                self._headers[name] = len(header), max_tensor_count(header, self._limits)
+        return self._headers[name]
+
+    def _check_sums(self, names: Mapping[str, FileName]) -> None:
+        """Refuse the files of one rank, or of the job, before reading them if the sum is large."""
+        sums = dict.fromkeys(("max_json_bytes", "max_header_bytes", "max_tensors"), 0)
+        for name, file in names.items():
+            if file.is_json:
+                sums["max_json_bytes"] += self.manifest.files[name].size
+            else:
+                size, count = self._header(name)
+                sums["max_header_bytes"] += size
+                sums["max_tensors"] += count
+            with self._in_file(name):
+                check_sums(CheckpointError, self._limits, **sums)
 
     def check_sizes(self) -> None:
         """Compare the sizes of all files with the manifest.
@@ -312,46 +383,57 @@ class OpenCheckpoint:
                 os.close(self._open_entry(name, entry))
 
     def verify(self) -> None:
-        """Compare all files of all ranks with their digests.
+        """Run all checks of a load, for all ranks, in pieces of memory.
 
         Raises:
-            CheckpointError: a file was changed.
+            CheckpointError: a file was changed, or can't be loaded.
         """
-        largest = max((entry.size for entry in self.manifest.files.values()), default=0)
-        buffer = memoryview(bytearray(min(largest, _PIECE_BYTES)))
-        for name, entry in self.manifest.files.items():
-            with self._in_file(name), _closing(self._open_entry(name, entry)) as descriptor:
-                digest = new_digest(self.manifest.digest_name)
-                rest = entry.size
-                while rest:
-                    count = os.readv(descriptor, [buffer[: min(rest, _PIECE_BYTES)]])
-                    if not count:
-                        raise CheckpointError("it was truncated while it was read")
-                    digest.update(buffer[:count])
-                    rest -= count
-                _compare(str(digest.hexdigest()), entry)
-
-    def _read_json(self, name: str) -> bytes:
-        entry = self.manifest.files[name]
-        if entry.size > self._limits.max_json_bytes:
-            raise CheckpointError(
-                f"{self.path / name} has {entry.size} bytes; at most "
-                f"{self._limits.max_json_bytes} are read (ReadLimits.max_json_bytes)"
-            )
-        return bytes(buffer_view(self._read_verified(name, entry)))
+        for rank in {None: 0, **self._files}:
+            if self._limits.max_total_bytes is not None:
+                self._read_bytes = 0  # a load reads the job's files and those of one rank
+                self._check_memory({**self._files.get(None, {}), **self._files.get(rank, {})})
+            self._parts_of(rank, values=False)
 
     def _read_tensors(self, name: str) -> dict[str, torch.Tensor]:
-        file = buffer_view(self._read_verified(name, self.manifest.files[name]))
+        file = buffer_view(self._read_verified(name))
         with self._in_file(name):
             layout = FileLayout.parse(file, len(file), self._limits)
             data = file[len(layout.header) :]
             found = {info.name: info.view(data) for info in layout.tensors}
             for key, tensor in found.items():
-                if tensor.dtype is torch.bool and (tensor.view(torch.uint8) > 1).any():
-                    raise CheckpointError(f"the bool tensor {key!r:.80} has bytes above 1")
+                if tensor.dtype is torch.bool:
+                    _check_bools(key, tensor.view(torch.uint8))
             return found
 
-    def _read_verified(self, name: str, entry: FileEntry) -> torch.Tensor:
+    def _verify_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """Compare a file with its digest, in pieces; return its tensors without values."""
+        entry, layout = self.manifest.files[name], self.layout(name)
+        buffer = allocate_buffer(min(entry.size, _PIECE_BYTES))
+        with self._in_file(name), _closing(self._open_entry(name, entry)) as descriptor:
+            digest = new_digest(self.manifest.digest_name)
+            bools = sorted(
+                (t.begin, t.end, t.name) for t in layout.tensors if t.dtype is torch.bool
+            )
+            begin = -len(layout.header)
+            while begin + len(layout.header) < entry.size:
+                piece = buffer_view(buffer)[: entry.size - len(layout.header) - begin]
+                count = os.readv(descriptor, [piece])
+                if not count:
+                    raise CheckpointError("it was truncated while it was read")
+                digest.update(piece[:count])
+                while bools and bools[0][0] < begin + count:
+                    first, end, key = bools[0]
+                    _check_bools(key, buffer[max(first - begin, 0) : min(end - begin, count)])
+                    if end > begin + count:
+                        break
+                    bools.pop(0)
+                begin += count
+                record_heartbeat()
+            _compare(str(digest.hexdigest()), entry)
+        return {t.name: torch.empty(t.shape, dtype=t.dtype, device="meta") for t in layout.tensors}
+
+    def _read_verified(self, name: str) -> torch.Tensor:
+        entry = self.manifest.files[name]
         with self._in_file(name), _closing(self._open_entry(name, entry)) as descriptor:
             buffer = _read(descriptor, entry.size)
             _compare(digest_of(self.manifest.digest_name, buffer_view(buffer)), entry)
@@ -359,11 +441,41 @@ class OpenCheckpoint:
 
     def _open_entry(self, name: str, entry: FileEntry) -> int:
         descriptor = self._dir.open_file(name)
-        size = os.fstat(descriptor).st_size
-        if size != entry.size:
+        try:
+            size = os.fstat(descriptor).st_size
+            if size != entry.size:
+                raise CheckpointError(f"expected {entry.size} bytes, found {size}")
+            self._check_holes(descriptor, size)
+        except BaseException:
             os.close(descriptor)
-            raise CheckpointError(f"expected {entry.size} bytes, found {size}")
+            raise
         return descriptor
+
+    def _check_holes(self, descriptor: int, size: int) -> None:
+        """Refuse sparse files that have far fewer bytes on the disk than they claim."""
+        begin = 0
+        try:
+            while (hole := os.lseek(descriptor, begin, os.SEEK_HOLE)) < size:
+                self._data_bytes += hole - begin
+                try:
+                    begin = os.lseek(descriptor, hole, os.SEEK_DATA)
+                except OSError as error:
+                    if error.errno != errno.ENXIO:
+                        raise
+                    begin = size
+                self._hole_bytes += begin - hole
+                if self._hole_bytes > _MAX_HOLE_BYTES + _MAX_HOLE_RATIO * self._data_bytes:
+                    raise CheckpointError(
+                        f"of its {size} bytes, few are on the disk: it is a sparse file; if you "
+                        "trust it, copy the checkpoint with cp -r --sparse=never"
+                    )
+                if begin == size:
+                    return
+            self._data_bytes += size - begin
+        except OSError:
+            return  # the file system can't tell
+        finally:
+            os.lseek(descriptor, 0, os.SEEK_SET)
 
     def _lock_shared(self) -> None:
         """Keep others from removing the checkpoint, if the file system supports locks."""
@@ -377,13 +489,16 @@ class OpenCheckpoint:
         except OSError:
             pass
 
-    def _check_memory(self, kept: int, temporary: int = 0) -> None:
+    def _check_memory(self, names: Iterable[str], kept: int = 0, temporary: int = 0) -> None:
         """Refuse to read more bytes than allowed, counting earlier reads.
 
         Args:
-            kept: size of the result in bytes.
+            names: files to read.
+            kept: size of other results in bytes.
             temporary: additional bytes while reading.
         """
+        sizes = {name: self.manifest.files[name].size for name in names}
+        kept += sum(sizes.values())
         needed, most = kept + temporary, self._limits.max_total_bytes
         if most is not None:
             needed += self._read_bytes
@@ -391,6 +506,8 @@ class OpenCheckpoint:
         else:  # earlier reads have reduced the available memory
             import psutil  # type: ignore[import-untyped]  # here, since it costs 6 ms
 
+            of_json = sum(size for name, size in sizes.items() if name.endswith(".json"))
+            needed += of_json * (_JSON_MEMORY - 1)
             most = psutil.virtual_memory().available
         if needed > most:
             raise CheckpointError(
@@ -436,6 +553,11 @@ def _read(descriptor: int, size: int) -> torch.Tensor:
         rest = rest[count:]
         record_heartbeat()
     return buffer
+
+
+def _check_bools(name: str, content: torch.Tensor) -> None:
+    if (content > 1).any():
+        raise CheckpointError(f"the bool tensor {name!r:.80} has bytes above 1")
 
 
 def _compare(digest: str, entry: FileEntry) -> None:

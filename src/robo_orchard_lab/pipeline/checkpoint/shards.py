@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -212,10 +212,14 @@ class ShardAssembler:
                 part = tensors[name][shard.region.slices_of(both)]
                 self._value(name)[region.slices_of(both)] = part
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the assembled tensors by name."""
+    def tensors(self, values: bool = True) -> dict[str, torch.Tensor]:
+        """Return the assembled tensors by name; meta tensors without ``values``."""
         found = {}
         for name, share in self._shares.items():
+            if not values:
+                region, dtype = self._regions[name], self._dtypes[name]
+                found[name] = torch.empty(region.sizes, dtype=dtype, device="meta")
+                continue
             value = self._value(name)
             found[name] = value if share is None else share.make(value)
         return found
@@ -268,13 +272,12 @@ def _saved_shard(info: TensorInfo, entry: Any) -> SavedShard:
 
 
 def _are_disjoint(regions: Sequence[Region]) -> bool:
-    ordered = sorted(regions, key=lambda region: region.offsets)
-    dimensions = range(len(ordered[0].offsets))
-    divided = [d for d in dimensions if len({r.offsets[d] for r in ordered}) > 1]
-    if len(divided) == 1:  # the usual case: shards in a row
-        at = divided[0]
-        return all(
-            before.offsets[at] + before.sizes[at] <= after.offsets[at]
-            for before, after in pairwise(ordered)
-        )
-    return all(one.overlap(other) is None for one, other in combinations(ordered, 2))
+    """Return True for regions that are cells of a grid, as of every ``DTensor``, each once."""
+    filled = [region for region in regions if region.numel]
+    offsets = {region.offsets for region in filled}
+    steps = [dict(pairwise(sorted({*of_one}))) for of_one in zip(*offsets, strict=True)]
+    return len(offsets) == len(filled) and all(
+        next_offsets.get(offset, offset + size) >= offset + size
+        for region in filled
+        for next_offsets, offset, size in zip(steps, region.offsets, region.sizes, strict=True)
+    )

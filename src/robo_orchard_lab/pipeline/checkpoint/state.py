@@ -8,12 +8,22 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from hashlib import blake2b
-from typing import Any
+from types import NoneType
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import AfterValidator
+from torch.nn.parameter import is_lazy
 
 from robo_orchard_lab.pipeline.errors import StateError
+from robo_orchard_lab.pipeline.state_schema import (
+    MAX_COUNT,
+    StateSchema,
+    Text,
+    check_similar,
+    errors_of,
+)
 
 # --- state trees -----------------------------------------------------------------------------
 
@@ -140,6 +150,13 @@ def named_optimizer_state(
     }
 
 
+def _named_group(group: dict[str, Any]) -> dict[str, Any]:
+    names = group.get("params")
+    if not isinstance(names, list) or not all(type(name) is str for name in names):
+        raise ValueError("expected a group with the names of its params")
+    return group
+
+
 def load_named_optimizer_state(
     optimizer: torch.optim.Optimizer,
     names: Mapping[torch.nn.Parameter, str],
@@ -154,8 +171,10 @@ def load_named_optimizer_state(
     """
     by_index = _names_by_index(optimizer, names)
     live = optimizer.state_dict()["param_groups"]
+    _OPTIMIZER.check(state, "optimizer")
+    is_of_torch = type(optimizer).__module__.startswith("torch.optim")
     saved = {frozenset(group["params"]): group for group in state["param_groups"]}
-    groups = []
+    groups: list[dict[str, Any]] = []
     for group in live:
         members = frozenset(by_index[index] for index in group["params"])
         if members not in saved:
@@ -165,17 +184,64 @@ def load_named_optimizer_state(
                 f"not saved: {', '.join(sorted(members - known)) or 'none'}; "
                 f"saved in other groups: {', '.join(sorted(members & known)) or 'none'}"
             )
-        groups.append({**saved.pop(members), "params": group["params"]})
+        found = saved.pop(members)
+        where = f"optimizer.param_groups.{len(groups)}"
+        # A newer torch may have added options, which are off by default.
+        if lost := sorted(name for name in group if group[name] and name not in found):
+            raise StateError(f"{where}.{lost[0]}: expected a value, found none")
+        for name, value in group.items():
+            if name in found and name != "params":
+                check_similar(value, found[name], f"{where}.{name}", strict=is_of_torch)
+                if value is None and is_of_torch and not isinstance(found[name], (bool, NoneType)):
+                    raise StateError(f"{where}.{name}: expected None, found {found[name]!r:.60}")
+        groups.append({**found, "params": group["params"]})
     if saved:
         rest = sorted(name for names_of_group in saved for name in names_of_group)
         raise StateError(
             f"the optimizer lacks saved parameter groups, with {', '.join(rest) or 'no parameters'}"
         )
     indices = {name: index for index, name in by_index.items()}
+    parameters = dict(zip(indices, _parameters_of(optimizer), strict=True))
+    for name, of_one in state["state"].items():
+        if name not in indices:
+            raise StateError(f"optimizer.state.{name:.80}: the optimizer has no such parameter")
+        _check_parameter_state(optimizer, parameters[name], of_one, f"optimizer.state.{name}")
     return {
         "state": {indices[name]: value for name, value in state["state"].items()},
         "param_groups": groups,
     }
+
+
+_OPTIMIZER = StateSchema(
+    state=dict[Text, dict[Text, Any]],
+    param_groups=list[Annotated[dict[Text, Any], AfterValidator(_named_group)]],
+)
+_NUMBERS = {"step", "eta", "mu", "mu_product"}
+"""Entries of torch's optimizers that are single numbers, or tensors of one."""
+
+
+def _check_parameter_state(
+    optimizer: torch.optim.Optimizer, parameter: torch.Tensor, state: Mapping[str, Any], where: str
+) -> None:
+    """Check the state of a parameter, for the optimizers of torch that keep it elementwise."""
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return
+    if type(optimizer).__name__ in ("Adafactor", "LBFGS") or is_lazy(parameter):
+        return
+    for name, value in state.items():
+        if name in _NUMBERS:
+            number = value.numel() == 1 if isinstance(value, torch.Tensor) else value
+            if isinstance(number, (bool, int, float)) and 0 <= number <= MAX_COUNT:
+                continue
+            raise StateError(f"{where}.{name}: expected a number, found {value!r:.60}")
+        if value is None:  # an empty momentum buffer
+            continue
+        if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+            found = list(value.shape) if isinstance(value, torch.Tensor) else repr(value)
+            raise StateError(
+                f"{where}.{name}: expected a tensor of shape {list(parameter.shape)}, found "
+                f"{found!s:.60}"
+            )
 
 
 def parameters_beside(
@@ -199,11 +265,17 @@ def _names_by_index(
     optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str]
 ) -> dict[int, str]:
     known = {**parameters_beside(optimizer, names), **names}
-    ordered = [known[p] for group in optimizer.param_groups for p in group["params"]]
-    return dict(enumerate(ordered))
+    return dict(enumerate(known[p] for p in _parameters_of(optimizer)))
+
+
+def _parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 # --- RNG state -------------------------------------------------------------------------------
+
+
+_RANDOM = StateSchema(torch=torch.Tensor, cuda=list[torch.Tensor], numpy=tuple, python=tuple)
 
 
 def capture_random_state() -> dict[str, Any]:
@@ -236,17 +308,33 @@ def keyed_random_state(key: str) -> dict[str, Any]:
 
 
 def check_random_state(state: Mapping[str, Any]) -> None:
-    """Refuse an RNG state of another kind of device.
+    """Refuse an RNG state that :func:`restore_random_state` can't set; changes nothing.
 
     Raises:
-        StateError: CUDA is available now and was not when saving, or the reverse.
+        StateError: CUDA is available now and was not when saving, or the reverse; or the state is
+            invalid.
     """
+    _RANDOM.check(state, "random")
     if bool(state["cuda"]) != torch.cuda.is_available():
         saved, here = ("with", "without") if state["cuda"] else ("without", "with")
         raise StateError(
             f"the run was saved {saved} a CUDA device and is resumed {here} one, so its random "
             "numbers would differ; resume it on the same kind of device"
         )
+
+    with errors_of("random.torch"):
+        torch.Generator().set_state(state["torch"])
+    with errors_of("random.cuda"):
+        for of_device in state["cuda"]:
+            torch.Generator("cuda").set_state(of_device)
+    with errors_of("random.numpy"):
+        name, keys, position, *rest = state["numpy"]
+        if keys.dtype != torch.int64 or type(position) is not int or not 0 <= position <= 624:
+            raise StateError("random.numpy: expected keys and a position from 0 to 624")
+        native = (name, keys.numpy().astype(np.uint32), position, *rest)
+        np.random.RandomState().set_state(native)
+    with errors_of("random.python"):
+        random.Random().setstate(state["python"])
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:

@@ -51,6 +51,7 @@ from robo_orchard_lab.pipeline.checkpoint.tensor_files import StagingPool
 from robo_orchard_lab.pipeline.checkpoint.writer import FiniteCheck, PendingSave, StagedCheckpoint
 from robo_orchard_lab.pipeline.errors import CheckpointError, StoreLockedError
 from robo_orchard_lab.pipeline.run.durable import lock_file, make_folder, replace_link
+from robo_orchard_lab.pipeline.state_schema import MAX_COUNT
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAX_HOLDER_BYTES = 4096
+_SPARE_SERIALS = 2**40  # of an opened root; more than a run can save
 
 
 class CheckpointStore:
@@ -356,7 +358,12 @@ class CheckpointStore:
         try:
             self._clean()
             infos = self.list()
-            self._serial = max((info.serial for info in infos), default=0)
+            if infos and infos[-1].serial > MAX_COUNT - _SPARE_SERIALS:
+                raise CheckpointError(
+                    f"{infos[-1].path} claims to be save {infos[-1].serial} of its run, which "
+                    "leaves no number for later saves; move it to another directory"
+                )
+            self._serial = infos[-1].serial if infos else 0
             self._set_links()
         except BaseException:
             self._unlock()

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from robo_orchard_core.utils.strict_json import JsonError, parse_json
+from robo_orchard_core.utils.strict_json import JsonError, json_values, parse_json
 from robo_orchard_lab.pipeline.checkpoint.manifest import ReadLimits
 from robo_orchard_lab.pipeline.checkpoint.state import RESERVED_NAME
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
@@ -53,6 +53,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LENGTH_BYTES = 8
 _ALIGNMENT = 64  # of the first tensor, in the file and so in memory
 _MAX_DIMENSIONS = 64
+_MAX_HEADER_VALUES = 32  # per tensor: names, offsets and up to 8 dimensions, with room
 _MAX_SIZE = 2**63 - 1
 
 
@@ -137,6 +138,7 @@ class FileLayout:
             CheckpointError: the header is invalid, exceeds ``limits``, or does not fit the file.
         """
         header = bytes(begin[: cls.header_length(begin[:LENGTH_BYTES], size, limits)])
+        max_tensor_count(header, limits)
         try:
             document = parse_json(header[LENGTH_BYTES:], max_depth=3)
         except JsonError as error:
@@ -171,6 +173,21 @@ class FileLayout:
         if length > size - LENGTH_BYTES:
             raise CheckpointError(f"its header has {length} bytes, more than the file")
         return LENGTH_BYTES + length
+
+
+def max_tensor_count(header: bytes | memoryview, limits: ReadLimits) -> int:
+    """Return an upper bound of the tensors in a header, without parsing.
+
+    Raises:
+        CheckpointError: the bound exceeds ``limits``.
+    """
+    text = bytes(header)
+    count = text.count(b"{") - 1 - text.count(b'"__metadata__":{')
+    values = json_values(text)
+    # A file of shards lists each tensor twice.
+    if count > 2 * limits.max_tensors or values > _MAX_HEADER_VALUES * (limits.max_tensors + 1):
+        raise CheckpointError(f"it has {count} tensors; at most {limits.max_tensors} are read")
+    return max(count, 0)
 
 
 def _check_kind(name: str, tensor: torch.Tensor) -> None:

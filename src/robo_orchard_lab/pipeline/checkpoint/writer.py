@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from robo_orchard_core.utils.strict_json import JsonError, check_json
+from robo_orchard_core.utils.strict_json import JsonError, check_json, json_values
 from robo_orchard_lab.pipeline.checkpoint.manifest import (
     MANIFEST_FILE,
     CheckpointInfo,
@@ -23,6 +23,7 @@ from robo_orchard_lab.pipeline.checkpoint.manifest import (
     Manifest,
     ReadLimits,
     check_part_name,
+    check_sums,
     digest_of,
 )
 from robo_orchard_lab.pipeline.checkpoint.ranks import Ranks
@@ -33,6 +34,7 @@ from robo_orchard_lab.pipeline.checkpoint.tensor_files import (
     StagingBuffer,
     StagingPool,
     has_non_finite,
+    max_tensor_count,
     non_finite_names,
 )
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
@@ -43,10 +45,9 @@ from robo_orchard_lab.pipeline.run.durable import (
     write_file,
 )
 from robo_orchard_lab.pipeline.sharded_tensors import has_sharded, is_sharded
+from robo_orchard_lab.pipeline.state_schema import MAX_COUNT
 
 logger = logging.getLogger(__name__)
-
-_MAX_STEP = 10**18
 
 
 class FiniteCheck(NamedTuple):
@@ -79,8 +80,10 @@ class StagedCheckpoint:
         finite: FiniteCheck | None = None,
     ) -> None:
         """Encode the rank's parts and shards; on the first rank also the job's parts."""
-        if type(step) is not int or not 0 <= step < _MAX_STEP:
-            raise StateError(f"step must be an integer >= 0, got {step!r}")
+        if type(step) is not int or not 0 <= step <= MAX_COUNT:
+            raise StateError(
+                f"step must be an integer >= 0, got {step!r}; the largest is {MAX_COUNT}"
+            )
         self.files: dict[str, bytes | memoryview] = {}
         self._tensors: dict[str, tuple[FileLayout, dict[str, torch.Tensor]]] = {}  # by file
         self._pool = pool
@@ -124,6 +127,8 @@ class StagedCheckpoint:
         With ``shards_only``, another process writes the rest.
         """
         with_shards = set()
+        documents: list[bytes] = []
+        headers: list[FileLayout] = []
         for part, value in parts.items():
             if shards_only:
                 document, tensors = None, encode_state(value)[1]
@@ -141,26 +146,36 @@ class StagedCheckpoint:
                 if shards_only:
                     continue
                 plain = {name: t for name, t in tensors.items() if name not in sharded}
-                self._add_tensors(str(FileName(part, rank, is_json=False)), plain)
+                headers += self._add_tensors(str(FileName(part, rank, is_json=False)), plain)
             except StateError as error:
                 raise StateError(f"the part {part!r}: {error}") from error
             if document is not None:
                 self.files[str(FileName(part, rank, is_json=True))] = document
+                documents.append(document)
+        check_sums(
+            StateError,
+            self._limits,
+            max_json_bytes=sum(map(len, documents)),
+            max_json_values=sum(map(json_values, documents)),
+            max_header_bytes=sum(len(layout.header) for layout in headers),
+            max_tensors=sum(max_tensor_count(layout.header, self._limits) for layout in headers),
+        )
         return with_shards
 
     def _add_tensors(
         self, file: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
-    ) -> None:
+    ) -> list[FileLayout]:
         if not tensors:
-            return
+            return []
         layout = self._pool.layout(file, tensors, metadata)
-        limits, count, size = self._limits, len(layout.tensors), len(layout.header)
-        if size > limits.max_header_bytes or count > limits.max_tensors:
-            raise StateError(
-                f"its {count} tensors have a header of {size} bytes; at most {limits.max_tensors} "
-                f"and {limits.max_header_bytes} would be read again"
-            )
+        check_sums(
+            StateError,
+            self._limits,
+            max_header_bytes=len(layout.header),
+            max_tensors=len(layout.tensors),
+        )
         self._tensors[file] = (layout, tensors)
+        return [layout]
 
     def copy(self) -> None:
         """Copy the tensors; the caller may change them afterwards."""
@@ -333,12 +348,17 @@ def _encode_part(
         ) from None
     except ValueError as error:  # a StateError, or an int with too many digits
         raise StateError(f"the part {part!r}: {error}") from error
-    if len(document) > limits.max_json_bytes:
-        raise StateError(
-            f"the part {part!r} has {len(document)} bytes of JSON; at most {limits.max_json_bytes} "
-            "would be read again. Save long lists of numbers as tensors, or raise "
-            "ReadLimits.max_json_bytes"
+    try:
+        check_sums(
+            StateError,
+            limits,
+            max_json_bytes=len(document),
+            max_json_values=json_values(document),
         )
+    except StateError as error:
+        raise StateError(
+            f"the part {part!r}: {error}. Save long lists of numbers as tensors"
+        ) from None
     return document, tensors
 
 

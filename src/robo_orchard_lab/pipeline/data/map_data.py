@@ -37,6 +37,7 @@ from robo_orchard_lab.pipeline.distributed.collectives import broadcast_object
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.progress import TrainerProgress
+from robo_orchard_lab.pipeline.state_schema import Count, StateSchema, Text
 
 logger = job_logger(__name__)
 
@@ -160,11 +161,26 @@ class MapData:
         """Return an empty state: all ranks have equal positions."""
         return {}
 
+    schema = StateSchema(
+        sampler=Text,
+        dataset_length=Count | None,
+        sampler_length=Count | None,
+        samples_per_step=Count | None,
+        batches_per_step=Count,
+        samples=Count,
+        random=dict[str, Any],
+        samplers=dict[str, Any],
+    )
+
     def check(
         self, state: Mapping[str, Any], rank_state: Mapping[str, Any], within_epoch: bool
     ) -> None:
         """Raise ``StateError`` if the data differs from the saved data; changes nothing."""
         rng.check_generators(state["random"], self._generators)
+        self._sampler_state.check(state["samplers"])
+        length, per_step = state["sampler_length"], state["samples_per_step"]
+        if length is not None and per_step is not None and state["samples"] > length:
+            raise StateError(f"data.samples: expected at most {length}, found {state['samples']}")
         has_set_epoch = hasattr(self._user.dataset, "set_epoch")  # which may change its length
         self._check_description(state, ["sampler"] if has_set_epoch else list(_DESCRIBED))
         if not within_epoch:
@@ -313,6 +329,16 @@ class _TaskSampler:
         return self.current
 
 
+def _check_batches(state: Mapping[str, Any]) -> None:
+    flat, lengths = state["flat"], state["lengths"]
+    is_valid = flat.dim() == lengths.dim() == 1 and flat.dtype == lengths.dtype == torch.int64
+    if not is_valid or (lengths < 0).any() or lengths.sum() != len(flat):
+        raise ValueError("expected indices, and their numbers in each batch")
+
+
+_BATCHES = StateSchema(then=_check_batches, flat=torch.Tensor, lengths=torch.Tensor)
+
+
 class SamplerState:
     """Attributes of custom samplers changed by iteration, for example an epoch counter.
 
@@ -335,6 +361,17 @@ class SamplerState:
             for path, value in self._attributes()
             if path not in self._initial or not _equal(value, self._initial[path])
         }
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raise a ``StateError`` if :meth:`restore` would add attributes or change their types."""
+        live = dict(self._attributes())
+        for path, value in state.items():
+            if path.rpartition(".")[0] in self._samplers and path not in live:
+                raise StateError(f"data.samplers: the sampler has no attribute {path!r:.80}")
+            if isinstance(value, dict):
+                _BATCHES.check(value, f"data.samplers.{path}")
+            elif not isinstance(value, (*_SCALARS, torch.Tensor)):
+                raise StateError(f"data.samplers.{path}: expected plain data, found {value!r:.60}")
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Set the attributes of a captured state."""

@@ -12,7 +12,7 @@ import inspect
 import random
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from ctypes import c_uint32
 from enum import IntEnum
 from functools import partial
@@ -26,6 +26,7 @@ from numpy.random.mtrand import get_bit_generator, set_bit_generator
 from torch.utils.data import IterableDataset, get_worker_info
 
 from robo_orchard_lab.pipeline.errors import StateError
+from robo_orchard_lab.pipeline.state_schema import errors_of
 
 
 class RngStream(IntEnum):
@@ -309,13 +310,37 @@ def capture_generators(generators: Mapping[str, RandomGenerator]) -> dict[str, A
     return dict(zip(generators, map(_to_plain, generator_states(generators)), strict=True))
 
 
-def check_generators(state: Mapping[str, Any], generators: Iterable[str]) -> None:
-    """Raise ``StateError`` if a state of :func:`capture_generators` has other paths."""
+def check_generators(state: Mapping[str, Any], generators: Mapping[str, RandomGenerator]) -> None:
+    """Raise ``StateError`` if a state of :func:`capture_generators` does not fit."""
     if set(state) != set(generators):
         raise StateError(
             f"the data loader had the random generators {sorted(state)} when the run was saved, "
             f"and has {sorted(generators)}; restore the saved ones"
         )
+    for path, generator in generators.items():
+        with errors_of(f"data.random.{path}"):
+            check_positions(state[path])
+            set_generator_states({path: _new_like(generator)}, [_from_plain(state[path])])
+
+
+def check_positions(state: Any) -> None:
+    """Refuse positions beyond NumPy's buffers: NumPy reads there without a check."""
+    if isinstance(state, Mapping):
+        for name, size in (("pos", 624), ("buffer_pos", 4)):
+            if name in state and not (type(state[name]) is int and 0 <= state[name] <= size):
+                raise StateError(f"expected {name} from 0 to {size}, found {state[name]!r:.40}")
+        for value in state.values():
+            check_positions(value)
+
+
+def _new_like(generator: RandomGenerator) -> RandomGenerator:
+    if isinstance(generator, torch.Generator):
+        return torch.Generator(generator.device)
+    if isinstance(generator, np.random.Generator):
+        return np.random.Generator(type(generator.bit_generator)())
+    return (
+        np.random.RandomState() if isinstance(generator, np.random.RandomState) else random.Random()
+    )
 
 
 def restore_generators(state: Mapping[str, Any], generators: Mapping[str, RandomGenerator]) -> None:

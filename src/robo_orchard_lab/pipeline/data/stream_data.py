@@ -20,12 +20,20 @@ from robo_orchard_lab.pipeline.data.order import DataOrder, StepSizes
 from robo_orchard_lab.pipeline.distributed.collectives import gather_numbers, gather_objects
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.progress import TrainerProgress
+from robo_orchard_lab.pipeline.state_schema import Count, StateSchema, Text, errors_of
 
 _END = object()
 _CURES = (
     "use a stateful loader (torchdata's StatefulDataLoader; without workers, a dataset with "
     "state_dict and load_state_dict), or a map-style dataset, whose random numbers are keyed by "
     "epoch and batch, or read and drop the steps with DataOrder(fast_forward=True)"
+)
+
+
+_OF_RANK = StateSchema(
+    optional=["stateful", "random"],
+    stateful=Any,
+    random=dict[str, Any],
 )
 
 
@@ -118,7 +126,8 @@ class StreamData:
             return self._numbered(islice(iter(self._loader), step_id, None), step_id)
         has_state = step_id > 0 and "stateful" in rank_state and not self._order.fast_forward
         if has_state:
-            self._stateful.load_state_dict(rank_state["stateful"])
+            with errors_of(f"the data's {type(self._stateful).__qualname__}"):
+                self._stateful.load_state_dict(rank_state["stateful"])
         first = step_id if has_state else 0
         if self._reseeded is not None:
             self._reseeded.seed, self._reseeded.epoch_id = seed, epoch_id
@@ -214,11 +223,16 @@ class StreamData:
         saved = self._states.get(step_id if ended is None else min(step_id, ended))
         return self._stateful_state() if saved is None else saved
 
+    schema = StateSchema(loader=Text, processes=Count, samples=Count, random=dict[str, Any])
+
     def check(
         self, state: Mapping[str, Any], rank_state: Mapping[str, Any], within_epoch: bool
     ) -> None:
         """Raise ``StateError`` if the data differs from the saved data; changes nothing."""
         rng.check_generators(state["random"], self._generators)
+        _OF_RANK.check(rank_state, "data of the rank")
+        if "random" in rank_state:
+            rng.check_generators(rank_state["random"], self._generators)
         name = _type_name(self._loader)
         if state["loader"] != name:
             raise StateError(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
+from pydantic import Field
 from torch.utils.data import DataLoader
 
 from robo_orchard_lab.pipeline.batch_processor import count_samples
@@ -18,8 +19,17 @@ from robo_orchard_lab.pipeline.data.stream_data import StreamData
 from robo_orchard_lab.pipeline.distributed.collectives import broadcast_object
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.progress import TrainerProgress
+from robo_orchard_lab.pipeline.state_schema import Count, StateSchema, Text
 
 STATE_VERSION = 1
+_SCHEMA = StateSchema(
+    STATE_VERSION,
+    kind=Text,
+    seed=Annotated[int, Field(strict=True, ge=0, lt=2**64)],
+    keyed_by=Text,
+    epoch_id=Count,
+    step_id=Count,
+)
 
 
 class TrainingData:
@@ -188,6 +198,8 @@ class TrainingData:
                 f"the data's state has version {state.get('version')!r}, this release reads "
                 f"{STATE_VERSION}; resume with the release that wrote it"
             )
+        names = [*_SCHEMA.names, "kind"]
+        _SCHEMA.check({name: state[name] for name in names if name in state}, "data")
         if state["kind"] != self._source.kind:
             raise StateError(
                 f"the data was {state['kind']} when the run was saved, and is "
@@ -203,6 +215,7 @@ class TrainingData:
                 f"loading was keyed by {state['keyed_by']} when the run was saved, and DataOrder "
                 f"has keyed_by={self.order.keyed_by!r}; set keyed_by={state['keyed_by']!r}"
             )
+        self._source.schema.check({n: v for n, v in state.items() if n not in names}, "data")
         self._source.check(state, rank_state, within_epoch=state["step_id"] > 0)
 
     def load_state_dict(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfi
 from robo_orchard_lab.pipeline.hooks.keep_best import BestValue, Mode
 from robo_orchard_lab.pipeline.metrics import MetricValue, number_text
 from robo_orchard_lab.pipeline.requests import Requests
+from robo_orchard_lab.pipeline.state_schema import Real, StateSchema
 
 STATE_VERSION = 1
 
@@ -87,6 +88,8 @@ class EarlyStopping(PipelineHooks):
                 f"in {best.since} evaluations"
             )
         requests.stop(reason, by=self.name)
+
+    state_schema = StateSchema(STATE_VERSION, best=BestValue.schema.type, latest=Real | None)
 
     def state_dict(self) -> dict[str, Any]:
         return {"version": STATE_VERSION, "best": self._best.state_dict(), "latest": self._latest}

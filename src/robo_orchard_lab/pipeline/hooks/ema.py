@@ -30,6 +30,7 @@ from robo_orchard_lab.pipeline.requests import StopRequest
 from robo_orchard_lab.pipeline.run.run_path import RunPath
 from robo_orchard_lab.pipeline.sharded_tensors import gather_full_tensors, has_sharded, local_tensor
 from robo_orchard_lab.pipeline.sharding import reshard, shard_like
+from robo_orchard_lab.pipeline.state_schema import Count, StateSchema, Tensors
 from robo_orchard_lab.pipeline.trigger import Last
 
 STATE_VERSION = 1
@@ -185,19 +186,9 @@ class AveragedWeights:
         Raises:
             StateError: the state belongs to another model; nothing is changed then.
         """
+        self.check(state)
         shadows, copies = state["shadows"], state["copies"]
         originals = dict(zip(self._copied, self._originals(), strict=True))
-        problems = [f"unexpected: {name}" for name in shadows if name not in self._parameters]
-        problems += [f"unexpected: {name}" for name in copies if name not in originals]
-        problems += [f"missing: {name}" for name in originals if name not in copies]
-        live = {name: tuple(t.shape) for name, t in (*self._parameters.items(), *originals.items())}
-        problems += [
-            f"{name}: saved as {tuple(saved.shape)}, here {live[name]}"
-            for name, saved in chain(shadows.items(), copies.items())
-            if live.get(name, tuple(saved.shape)) != tuple(saved.shape)
-        ]
-        if problems:
-            raise StateError("the saved average belongs to another model: " + "; ".join(problems))
         self._shadows = {
             name: self._make_shadow(self._parameters[name], value)
             for name, value in shadows.items()
@@ -207,6 +198,22 @@ class AveragedWeights:
             torch.empty_like(t).copy_(shard_like(t, copies[n])) for n, t in originals.items()
         ]
         self._group()
+
+    def check(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Raise a ``StateError`` if the state belongs to another model."""
+        shadows, copies = state.get("shadows", {}), state.get("copies", {})
+        originals = dict(zip(self._copied, self._originals(), strict=True))
+        problems = [f"unexpected: {name}" for name in shadows if name not in self._parameters]
+        problems += [f"unexpected: {name}" for name in copies if name not in originals]
+        problems += [f"missing: {name}" for name in originals if name not in copies]
+        problems += [
+            f"{name}: saved as {tuple(saved.shape)}, here {tuple(live.shape)}"
+            for name, saved in chain(shadows.items(), copies.items())
+            if (live := self._parameters.get(name, originals.get(name))) is not None
+            and (live.shape, live.is_complex()) != (saved.shape, saved.is_complex())
+        ]
+        if problems:
+            raise StateError("the saved average belongs to another model: " + "; ".join(problems))
 
     def _refuse_if_applied(self, action: str) -> None:
         if self._is_applied:
@@ -400,6 +407,21 @@ class EMA(PipelineHooks):
                 f"{self.name} has no average yet: register the hook in a trainer and run it first"
             )
         return self._average
+
+    state_schema = StateSchema(
+        STATE_VERSION,
+        optional=["shadows", "copies", "updates_in_epoch", "averagings"],
+        updates=Count,
+        shadows=Tensors,
+        copies=Tensors,
+        updates_in_epoch=Count,
+        averagings=Count,
+    )
+
+    def check_state(self, state: Any, model: torch.nn.Module) -> None:
+        super().check_state(state, model)
+        if {"shadows", "copies"} & state.keys():
+            self._make_average(model).check(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the numbers of updates and the tensors, not cloned."""

@@ -22,6 +22,7 @@ from robo_orchard_lab.pipeline.metrics import MetricValue, number_text
 from robo_orchard_lab.pipeline.run.durable import remove_leftovers
 from robo_orchard_lab.pipeline.run.run_path import RunPath
 from robo_orchard_lab.pipeline.sharding import non_finite_weights
+from robo_orchard_lab.pipeline.state_schema import Count, Real, StateSchema
 
 Mode: TypeAlias = Literal["min", "max"]
 """Direction of improvement: the smallest or the largest value is best."""
@@ -76,6 +77,8 @@ class BestValue:
     def reaches(self, value: float, threshold: float) -> bool:
         """Return True if a value is at least as good as a threshold; NaN and inf never are."""
         return math.isfinite(value) and self._sign * value <= self._sign * threshold
+
+    schema = StateSchema(value=Real | None, step=Count | None, since=Count)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value, its step and the count since."""
@@ -208,6 +211,8 @@ class KeepBest(PipelineHooks):
                 "value overwrites the file",
                 *(self.name, self.cfg.path, self.cfg.monitor, number_text(best)),
             )
+
+    state_schema = StateSchema(STATE_VERSION, best=BestValue.schema.type)
 
     def state_dict(self) -> dict[str, Any]:
         return {"version": STATE_VERSION, "best": self._best.state_dict()}

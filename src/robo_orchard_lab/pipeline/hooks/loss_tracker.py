@@ -19,9 +19,17 @@ from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_ve
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.metrics import MetricsBoard, WeightedSum
 from robo_orchard_lab.pipeline.metrics.accumulators import Number, check_scalar
+from robo_orchard_lab.pipeline.state_schema import Real, StateSchema, mapping_of
 
 _SLOTS = 64
 _SUFFIX = {"window": "", "epoch": "_epoch"}  # of the names of the means
+
+
+def _check_rows(state: Mapping[str, Any]) -> None:
+    rows, used = state["rows"], len(state["weights"])
+    is_valid = rows is not None and rows.shape == (2, used) and rows.is_floating_point()
+    if used > _SLOTS or (used and not is_valid):
+        raise ValueError(f"expected two rows with {used} of at most {_SLOTS} losses")
 
 
 class LossMean:
@@ -76,6 +84,14 @@ class LossMean:
         total, self._sums[span] = self._sums[span], WeightedSum()
         if not total.is_empty:
             board.publish_total(self._name + _SUFFIX[span], total)
+
+    schema = StateSchema(
+        then=_check_rows,
+        window=WeightedSum.schema.type,
+        epoch=WeightedSum.schema.type,
+        rows=torch.Tensor | None,
+        weights=list[Real | None],
+    )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums and the filled slots."""
@@ -259,6 +275,12 @@ class LossTracker(PipelineHooks):
     def _publish(self, board: MetricsBoard, span: Literal["window", "epoch"]) -> None:
         for mean in (self._total, *self._named.values()):
             mean.publish(board, span)
+
+    state_schema = StateSchema(
+        STATE_VERSION,
+        total=LossMean.schema.type,
+        named=mapping_of(LossMean.schema),
+    )
 
     def state_dict(self) -> dict[str, Any]:
         if self._loaded is not None:

@@ -24,6 +24,7 @@ from robo_orchard_lab.pipeline.metrics.torchmetrics import (
     MetricStates,
     TorchMetrics,
 )
+from robo_orchard_lab.pipeline.state_schema import StateSchema
 
 STATE_VERSION = 1
 _PREFIX = "train/"
@@ -131,6 +132,13 @@ class MetricTracker(PipelineHooks):
                 self._merged.ended["window"] = None
                 self._window.reset()
 
+    state_schema = StateSchema(STATE_VERSION, merged=Any, window=Any, epoch=Any)
+
+    def check_state(self, state: Any, model: torch.nn.Module) -> None:
+        super().check_state(state, model)
+        for name, metrics in self._sets.items():
+            metrics.check(state[name])
+
     def state_dict(self) -> dict[str, Any]:
         states = {name: metrics.state_dict() for name, metrics in self._sets.items()}
         return {"version": STATE_VERSION, **states}
@@ -204,6 +212,13 @@ class _MergeableMetrics:
     def state_dict(self) -> dict[str, Any]:
         ended = {span: self.live.encode(self.ended.get(span)) for span in _SUFFIX}
         return {"live": self.live.state_dict(), **ended}
+
+    def check(self, state: Any) -> None:
+        StateSchema(live=Any, window=Any, epoch=Any).check(state, "merged")
+        self.live.check(state["live"])
+        for span in _SUFFIX:
+            if state[span] is not None:
+                self.live.decode(state[span])
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.live.load_state_dict(state["live"])

@@ -28,6 +28,7 @@ from robo_orchard_lab.pipeline.sinks import (
 )
 from robo_orchard_lab.pipeline.sinks.jsonl import from_line, to_line
 from robo_orchard_lab.pipeline.sinks.sink import counters_of
+from robo_orchard_lab.pipeline.state_schema import errors_of
 from robo_orchard_lab.pipeline.trigger import TriggerField
 
 logger = job_logger(__name__)
@@ -121,7 +122,8 @@ class MetricsLogger(PipelineHooks):
 
         saved = args.metrics.add_writer(self.name, state)
         if saved:
-            self._newest, self._unwritten = _decoded(saved)
+            with errors_of(f"the saved state of {self.name}"):
+                self._newest, self._unwritten = _decoded(saved)
         try:
             group.open(args)
         except MetricsFileError as error:

@@ -35,6 +35,7 @@ from robo_orchard_lab.pipeline.hooks.preemption import require_saver
 from robo_orchard_lab.pipeline.model import BufferSnapshot, plain_model, plain_name
 from robo_orchard_lab.pipeline.run.run_path import RunPath
 from robo_orchard_lab.pipeline.sharding import non_finite_weights
+from robo_orchard_lab.pipeline.state_schema import Count, StateSchema, Tensors
 
 __all__ = ["NonFiniteError", "NonFiniteGuard", "NonFiniteGuardConfig"]
 
@@ -384,6 +385,15 @@ class NonFiniteGuard(PipelineHooks):
         elif self._recorder is not None:
             where = "The batches were not written; the log says why"
         return NonFiniteError(f"{self.name}: {problem}. {outcome} {where}", folder, parameters)
+
+    state_schema = StateSchema(
+        STATE_VERSION,
+        skips_in_a_row=Count,
+        rollbacks=Count,
+        left_out=list[Count],
+        losses=list[torch.Tensor],
+        buffers=Tensors | None,
+    )
 
     def state_dict(self) -> dict[str, Any]:
         kept = self._buffers.named() if self._losses and self._buffers is not None else None

@@ -21,6 +21,7 @@ from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.gradient_norm import unscale_gradients
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.metrics import MetricValue, WeightedSum
+from robo_orchard_lab.pipeline.state_schema import StateSchema
 
 LRSchedulerUnit: TypeAlias = Literal["optimizer_step", "epoch"]
 """When the LR scheduler steps: once per committed optimizer step, or once per epoch."""
@@ -192,6 +193,8 @@ class OptimizerHook(PipelineHooks):
             total = accelerator.reduce(total, "sum")  # a collective
         loss, weight = total.tolist()  # waits for the device
         self.lr_scheduler.step(loss / weight if weight else math.nan)
+
+    state_schema = StateSchema(optional=["mean_loss"], mean_loss=WeightedSum.schema.type)
 
     def state_dict(self) -> dict[str, Any]:
         return {"mean_loss": self._mean_loss.state_dict()} if self._mean_loss else {}

@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 
 from robo_orchard_core.utils.hook import HookContext
+from robo_orchard_core.utils.logging import one_line
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.job_log import announce
@@ -270,7 +271,7 @@ class RunStatus:
     @property
     def measurements(self) -> list[str]:
         """Names with values."""
-        return [f"{name} {number_text(value)}" for name, value in self.values.items()]
+        return [f"{one_line(name)} {number_text(value)}" for name, value in self.values.items()]
 
     @property
     def pace(self) -> list[str]:

@@ -43,6 +43,7 @@ from robo_orchard_lab.pipeline.run.retried_write import RetriedWrite
 from robo_orchard_lab.pipeline.run.run_path import RunPath
 from robo_orchard_lab.pipeline.sharded_tensors import is_sharded, local_tensor
 from robo_orchard_lab.pipeline.sharding import non_finite_weights
+from robo_orchard_lab.pipeline.state_schema import Real, StateSchema
 from robo_orchard_lab.pipeline.trigger import TriggerField
 
 ResultT = TypeVar("ResultT")
@@ -362,6 +363,8 @@ class SaveCheckpoint(PipelineHooks):
             then = "" if is_final else ", and the run continues"
             self._writes.failed("a save", error, f"older checkpoints are untouched{then}")
             return None
+
+    state_schema = StateSchema(STATE_VERSION, best=list[Real])
 
     def state_dict(self) -> dict[str, Any]:
         return {"version": STATE_VERSION, "best": list(self._best)}

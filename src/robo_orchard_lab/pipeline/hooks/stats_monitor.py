@@ -17,6 +17,7 @@ from robo_orchard_lab.pipeline.gradient_norm import gradient_norm
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.progress import remaining_steps
+from robo_orchard_lab.pipeline.state_schema import Flag, StateSchema
 from robo_orchard_lab.pipeline.trigger import TriggerField
 
 STATE_VERSION = 1
@@ -191,6 +192,8 @@ class StatsMonitor(PipelineHooks):
         peak = getattr(getattr(torch, device.type, None), "max_memory_allocated", None)
         if peak is not None:  # not on a CPU
             board.publish("perf/device_memory_mib", peak(device) / _MIB, "max")
+
+    state_schema = StateSchema(STATE_VERSION, norm_due=Flag, has_norm=Flag)
 
     def state_dict(self) -> dict[str, Any]:
         return {"version": STATE_VERSION, "norm_due": self._norm_due, "has_norm": self._has_norm}

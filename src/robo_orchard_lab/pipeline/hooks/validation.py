@@ -19,6 +19,7 @@ from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_ve
 from robo_orchard_lab.pipeline.evaluator import Evaluator, check_dataloaders
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.metrics.torchmetrics import MetricInputs, MetricsLike, TorchMetrics
+from robo_orchard_lab.pipeline.state_schema import Count, StateSchema
 from robo_orchard_lab.pipeline.trigger import Last, TriggerField
 
 STATE_VERSION = 1
@@ -138,6 +139,8 @@ class ValidationHook(PipelineHooks):
     def rank_consistency_info(self) -> dict[str, dict[str, str]]:
         """Return a description of each loader, to be equal on all ranks."""
         return {"dataloaders": {n: _describe(loader) for n, loader in self._dataloaders.items()}}
+
+    state_schema = StateSchema(STATE_VERSION, evaluated_at=Count | None)
 
     def state_dict(self) -> dict[str, Any]:
         return {"version": STATE_VERSION, "evaluated_at": self._evaluated_at}

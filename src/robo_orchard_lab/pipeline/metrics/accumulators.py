@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 import torch
 
+from robo_orchard_lab.pipeline.state_schema import Real, Scalar, StateSchema
+
 
 class MetricValueError(TypeError):
     """Error for a published value other than a single real number."""
@@ -168,6 +170,10 @@ class WeightedSum:
         parts = (self.tensor, self.host), (self.tensor_weight, self.host_weight)
         zero = _zero(device)
         return torch.stack([(zero if t is None else t.to(zero)) + number for t, number in parts])
+
+    schema = StateSchema(
+        host=Real, host_weight=Real, tensor=Scalar | None, tensor_weight=Scalar | None
+    )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums; tensors are copies."""

@@ -11,7 +11,7 @@ import torch
 
 from robo_orchard_core.utils.hook import RemovableHandle
 from robo_orchard_lab.pipeline.distributed.collectives import join_by_rank
-from robo_orchard_lab.pipeline.errors import UnknownMetricError, check_state_version
+from robo_orchard_lab.pipeline.errors import UnknownMetricError
 from robo_orchard_lab.pipeline.metrics.accumulators import (
     REDUCTIONS,
     Accumulator,
@@ -24,6 +24,15 @@ from robo_orchard_lab.pipeline.metrics.accumulators import (
 )
 from robo_orchard_lab.pipeline.metrics.exchange import DeferredMetrics, RankGather, read_values
 from robo_orchard_lab.pipeline.progress import TrainerProgress
+from robo_orchard_lab.pipeline.state_schema import (
+    Count,
+    Flag,
+    Real,
+    Scalar,
+    StateSchema,
+    Text,
+    mapping_of,
+)
 
 Subscriber: TypeAlias = Callable[[MetricValue], Any]
 Listener: TypeAlias = Callable[[MetricsRecord], Any]
@@ -33,6 +42,32 @@ _EVALUATION_PREFIX = "eval/"
 _NUMBER_TYPES = (float, int)
 _NO_LOGGING_POINTS = (
     "Some hooks publish only at logging points, and no hook requests one; register a MetricsLogger"
+)
+
+
+def _check_values(window: Mapping[str, Any]) -> None:
+    schema = WeightedSum.schema if window["reduce"] in ("mean", "sum") else _EXTREME
+    schema.check(window["values"], "values")
+
+
+_EXTREME = StateSchema(host=Real | None, tensor=Scalar | None)
+_WINDOW = StateSchema(
+    then=_check_values,
+    reduce=Reduction,
+    step=Count,
+    latest=Real | torch.Tensor,
+    weighted=Flag,
+    values=dict[str, Any],
+)
+_VALUE = tuple[Text, Real, Count]
+_SCHEMA = StateSchema(
+    STATE_VERSION,
+    optional=["writers"],  # older releases have none
+    windows=mapping_of(_WINDOW),
+    reductions=dict[str, Reduction],
+    found=list[_VALUE],
+    unlogged=list[_VALUE],
+    writers=dict[str, dict[str, Any]],
 )
 
 
@@ -394,13 +429,18 @@ class MetricsBoard:
             },
         }
 
+    @staticmethod
+    def check(state: Any) -> None:
+        """Raise a ``StateError`` if a state can't be loaded; changes nothing."""
+        _SCHEMA.check(state, "the metrics board")
+
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None = None) -> None:
         """Restore a state, with tensors on ``device`` or the CPU.
 
         Raises:
             StateError: the state has another version.
         """
-        check_state_version(state, STATE_VERSION, "the metrics board")
+        self.check(state)
         self._accumulators, self._deferred, self._due = {}, [], set()
         for name, saved in state["windows"].items():
             accumulator = self._accumulators[name] = Accumulator(saved["reduce"])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError, check_state_version
+from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.metrics.accumulators import MetricValueError
 from robo_orchard_lab.pipeline.metrics.exchange import StateReduction
 from robo_orchard_lab.pipeline.metrics.metric_states import (
@@ -28,6 +28,7 @@ from robo_orchard_lab.pipeline.metrics.metric_states import (
     take_state,
     unpack,
 )
+from robo_orchard_lab.pipeline.state_schema import Count, StateSchema, list_of
 
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
@@ -208,6 +209,25 @@ def _size(value: Any) -> int:
     return len(value) if isinstance(value, (list, tuple)) else 1
 
 
+_STATE = StateSchema(updates=Count, parts=Count, states=dict[str, list[torch.Tensor]])
+_SAVED = StateSchema(STATE_VERSION, metrics=Any)
+_STATES = StateSchema(metrics=list_of(_STATE))
+
+
+def _check_elements(name: str, live: Any, saved: list[torch.Tensor], parts: int) -> None:
+    """Compare the saved tensors of a metric's state with the live one."""
+    is_one = len(saved) == 1 or (saved and parts > 1)
+    if not is_one or not isinstance(live, torch.Tensor):
+        raise StateError(f"the metric's state {name!r}: expected a tensor, found {len(saved)}")
+    for tensor in saved:
+        fits = tensor.shape == live.shape if live.dim() else tensor.numel() > 0 or not live.numel()
+        if not fits or tensor.is_complex() != live.is_complex():
+            raise StateError(
+                f"the metric's state {name!r}: expected a tensor like {live.dtype} "
+                f"{list(live.shape)}, found {tensor.dtype} {list(tensor.shape)}"
+            )
+
+
 class TorchMetrics:
     """Named metrics, updated on a device and computed on the CPU from the states of all ranks.
 
@@ -328,13 +348,17 @@ class TorchMetrics:
         Raises:
             StateError: the state has another version or belongs to other metrics.
         """
-        check_state_version(state, STATE_VERSION, f"{self._owner}'s metrics")
-        states = self.decode(state["metrics"])
+        states = self.check(state)
         self.reset()
         self._earlier = [
             put_state(metric, of_metric, rules)
             for (metric, rules), of_metric in zip(self._parts, states, strict=True)
         ]
+
+    def check(self, state: Any) -> MetricStates:
+        """Return the decoded states, or raise a ``StateError``."""
+        _SAVED.check(state, f"{self._owner}'s metrics")
+        return self.decode(state["metrics"])
 
     def merge_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Merge the saved states of several ranks; without states, return a fresh state.
@@ -345,9 +369,7 @@ class TorchMetrics:
         """
         if not states:
             return self._copy_of(self._metrics).state_dict()
-        for state in states:
-            check_state_version(state, STATE_VERSION, f"{self._owner}'s metrics")
-        parts = [self.decode(state["metrics"]) for state in states]
+        parts = [self.check(state) for state in states]
         for number, (metric, _) in enumerate(self._parts):
             updated = sum(part[number].updates > 0 for part in parts)
             if updated > 1 and not is_mergeable(metric):
@@ -380,6 +402,7 @@ class TorchMetrics:
         Raises:
             StateError: the states belong to other metrics.
         """
+        _STATES.check({"metrics": saved}, self._owner)
         found = [list(state["states"]) for state in saved]
         expected = [list(rules) for rules in self._rules]
         if found != expected:
@@ -387,6 +410,12 @@ class TorchMetrics:
                 f"the saved metrics of {self._owner} differ: expected states {expected}, "
                 f"found {found}"
             )
+        for state, (metric, rules) in zip(saved, self._parts, strict=True):
+            for name, rule in rules.items():
+                if not rule.is_list:
+                    _check_elements(
+                        name, getattr(metric, name), state["states"][name], state["parts"]
+                    )
         states = [MetricState(state["updates"], state["states"], state["parts"]) for state in saved]
         return self.to_device(states, copy=True)
 

@@ -12,6 +12,8 @@ from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from robo_orchard_core.utils.config import Config, ConfigFieldError
+from robo_orchard_core.utils.config.errors import describe
+from robo_orchard_core.utils.untrusted_text import path_problem
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -51,17 +53,12 @@ def check_run_path(path: str | PurePath) -> None:
     """Check that a path relative to the run folder stays inside.
 
     Raises:
-        ConfigFieldError: the path is absolute, contains ``..`` or unprintable characters.
+        ConfigFieldError: the path may lead out, see :func:`path_problem`.
     """
-    path = PurePath(path)
-    if path.is_absolute() or ".." in path.parts:
+    if problem := path_problem(path):
         raise ConfigFieldError(
-            f"expected a path within the run folder, relative to it, found {str(path)!r}; remove a "
-            "leading '/' and any '..'"
-        )
-    if not str(path).isprintable():
-        raise ConfigFieldError(
-            f"expected a printable path within the run folder, found {str(path)!r}"
+            "expected a path within the run folder, relative to it, such as 'out/a'; found "
+            f"{describe(str(path))}, which {problem}"
         )
 
 

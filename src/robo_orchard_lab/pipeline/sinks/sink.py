@@ -10,6 +10,7 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 from pydantic import Field
 
 from robo_orchard_core.utils.config import ClassConfig
+from robo_orchard_core.utils.logging import one_line
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.metrics import MetricsRecord, MetricValue, number_text
 from robo_orchard_lab.pipeline.progress import TrainerProgress
@@ -259,7 +260,7 @@ class LogSink:
         # At the end of an epoch the counter has advanced; at the start, no epoch is done.
         epoch = max(1, record.epoch_id + (self._progress.step_id > 0))
         parts = [
-            f"{value.name} {number_text(value.value)}"
+            f"{one_line(value.name)} {number_text(value.value)}"
             + (f" (step {value.step})" if value.step != record.global_step_id else "")
             for value in shown
         ]

@@ -15,8 +15,10 @@ from accelerate.tracking import (
     TensorBoardTracker,
     get_available_trackers,
 )
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from robo_orchard_core.utils.config.errors import describe
+from robo_orchard_core.utils.untrusted_text import path_problem
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
@@ -27,6 +29,7 @@ from robo_orchard_lab.pipeline.sinks.sink import MetricsSink, SinkConfig, SinkGr
 Hyperparameter: TypeAlias = bool | int | float | str
 TrackerLike: TypeAlias = str | GeneralTracker
 
+_TENSORBOARD_OPTIONS = ("filename_suffix", "flush_secs", "max_queue", "purge_step")
 _PACKAGES = {"comet_ml": "comet-ml"}
 """Package names of trackers whose package has another name."""
 _ROOM_BYTES = 1 << 16
@@ -164,6 +167,23 @@ class TrackerSinkConfig(SinkConfig[TrackerSink]):
     options: dict[str, dict[str, Any]] = Field(
         default={}, description="Further constructor arguments by tracker name."
     )
+
+    @field_validator("options")
+    @classmethod
+    def _stay_in_the_folder(cls, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Refuse options by which TensorBoard, which needs no trust, writes somewhere else."""
+        for name, value in options.get("tensorboard", {}).items():
+            if name not in _TENSORBOARD_OPTIONS:
+                known = ", ".join(_TENSORBOARD_OPTIONS)
+                raise ValueError(f"tensorboard.{name} is not an option; expected {known}")
+            if name != "filename_suffix":
+                continue
+            if not isinstance(value, str) or "/" in value or path_problem(value or "a"):
+                raise ValueError(
+                    f"tensorboard.{name}: expected the end of a file's name, such as '.a', found "
+                    f"{describe(value)}"
+                )
+        return options
 
 
 class _OneTracker:

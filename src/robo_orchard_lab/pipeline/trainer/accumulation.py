@@ -20,6 +20,7 @@ from robo_orchard_lab.pipeline.distributed.collectives import GatheredNumbers, b
 from robo_orchard_lab.pipeline.errors import DataError, StateError
 from robo_orchard_lab.pipeline.isolation import isolated_rng
 from robo_orchard_lab.pipeline.model import BufferSnapshot
+from robo_orchard_lab.pipeline.state_schema import Count, Real, StateSchema
 from robo_orchard_lab.pipeline.trainer.loss_weights import LossWeights
 
 logger = logging.getLogger(__name__)
@@ -165,6 +166,24 @@ The divisor is infinite for a batch of weight 0, as in a padding step."""
 _END = object()
 
 
+def _check_plan(state: Mapping[str, Any]) -> None:
+    local, total = state["loaded_sizes"], state["job_sizes"]
+    if state["within"] > state["planned"] or len(local) != len(total):
+        raise ValueError("expected no more batches than planned, with their sizes")
+    if any(size < 0 or size != size for size in (*local, *total)):
+        raise ValueError("expected sizes >= 0")
+
+
+WINDOW_SCHEMA = StateSchema(
+    then=_check_plan,
+    within=Count,
+    planned=Count,
+    loaded_sizes=list[Real],
+    job_sizes=list[Real],
+    loss_weights=LossWeights.schema.type,
+)
+
+
 @dataclass(eq=False)
 class AccumulationWindows:
     """Splits the batches of an epoch into accumulation windows; the last window may be short.
@@ -254,6 +273,7 @@ class AccumulationWindows:
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Raise a ``StateError`` if :meth:`load_state_dict` can't load the state."""
+        WINDOW_SCHEMA.check(state, "window")
         self.weights.check(state["loss_weights"])
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:

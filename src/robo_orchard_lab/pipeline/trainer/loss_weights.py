@@ -19,6 +19,7 @@ from robo_orchard_lab.pipeline.batch_processor import (
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.distributed.failure_watch import wait_for_all_ranks
 from robo_orchard_lab.pipeline.errors import BatchProcessorError, StateError
+from robo_orchard_lab.pipeline.state_schema import Count, Scalar, StateSchema
 from robo_orchard_lab.pipeline.trainer.setup import ENGINES
 
 
@@ -116,6 +117,8 @@ class LossWeights:
         factor = torch.where(total > 0, self._reference * self._ranks / total, 0.0)
         scale_gradients(self._parameters(), factor)
         return LossWeighting(self._reference, factor)
+
+    schema = StateSchema(total=Scalar | None, reference=Scalar | None, ranks=Count)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the open window."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -29,7 +29,8 @@ from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.model import ddp_of, plain_model, plain_name, plain_state
 from robo_orchard_lab.pipeline.sharded_tensors import is_sharded, local_tensor
 from robo_orchard_lab.pipeline.sharding import shard_like
-from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows
+from robo_orchard_lab.pipeline.state_schema import StateSchema, Tensors
+from robo_orchard_lab.pipeline.trainer.accumulation import WINDOW_SCHEMA, AccumulationWindows
 
 
 def trained_parameters(run: PipelineRun) -> Iterable[torch.nn.Parameter]:
@@ -103,8 +104,8 @@ def check_tensors(what: str, live: Mapping[str, Any], saved: Mapping[str, Any]) 
     problems += [
         f"{name}: saved as {_kind(saved[name])}, here {_kind(value)}"
         for name, value in live.items()
-        if isinstance(value, torch.Tensor)
-        and isinstance(saved.get(name), torch.Tensor)
+        if name in saved
+        and (isinstance(value, torch.Tensor) or isinstance(saved[name], torch.Tensor))
         and not is_lazy(value)
         and _kind(saved[name]) != _kind(value)
     ]
@@ -112,8 +113,10 @@ def check_tensors(what: str, live: Mapping[str, Any], saved: Mapping[str, Any]) 
         raise StateError(f"{what}: " + "; ".join(problems))
 
 
-def _kind(tensor: torch.Tensor) -> str:
-    """Return dtype and shape, such as ``float32[2, 3]``."""
+def _kind(tensor: Any) -> str:
+    """Return dtype and shape, such as ``float32[2, 3]``, or the type of another object."""
+    if not isinstance(tensor, torch.Tensor):
+        return type(tensor).__name__
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
@@ -121,17 +124,17 @@ def _is_divided(tensor: torch.Tensor) -> bool:
     return is_sharded(tensor) and tensor.device_mesh.size() > 1
 
 
-_KEYS = {
-    "beside",
-    "buffers",
-    "data",
-    "hooks",
-    "metrics",
-    "own_gradients",
-    "random",
-    "reduced_gradients",
-    "window",
-}
+_SCHEMA = StateSchema(
+    beside=Tensors,
+    buffers=Tensors,
+    data=dict[str, Any],
+    hooks=dict[str, Any],
+    metrics=dict[str, Any],
+    own_gradients=Tensors,
+    random=dict[str, Any],
+    reduced_gradients=Tensors,
+    window=WINDOW_SCHEMA.type,
+)
 
 
 @dataclass(eq=False)
@@ -179,6 +182,8 @@ class RankStates:
 
     def check(self, state: Mapping[str, Any], of_data: Mapping[str, Any]) -> None:
         """Raise a ``StateError`` if :meth:`load` can't load a state; ``of_data`` is the job's."""
+        self.hooks.check_states(state["hooks"], plain_model(self.run))
+        MetricsBoard.check(state["metrics"])
         self.data.check(of_data, state["data"])
         check_random_state(state["random"])
         self.windows.check(state["window"])
@@ -187,7 +192,9 @@ class RankStates:
             name
             for key in ("reduced_gradients", "own_gradients")
             for name, gradient in state[key].items()
-            if name not in live or live[name].shape != gradient.shape
+            if name not in live
+            or live[name].shape != gradient.shape
+            or live[name].is_complex() != gradient.is_complex()
         ]
         if lost:
             raise StateError(
@@ -201,17 +208,16 @@ class RankStates:
             state["beside"],
         )
 
-    def load_hooks(self, state: Mapping[str, Any]) -> None:
-        """Load the states of all hooks; if a hook raises, restore the states of all hooks."""
-        before = copy.deepcopy(self.hooks.state_dict())
-        try:
-            self.hooks.load_state_dict(state["hooks"])  # compares names before it loads
-        except Exception:  # any error of a user's hook; raised again below
-            for hook in self.hooks.named_hooks():
-                if hook.name in before:
-                    with suppress(Exception):  # the failed hook may fail again
-                        hook.load_state_dict(before[hook.name])
-            raise
+    def load_hooks(self, state: Mapping[str, Any], undo: ExitStack) -> None:
+        """Load the states of all hooks; ``undo`` restores the states of all hooks."""
+        undo.callback(self._restore_hooks, copy.deepcopy(self.hooks.state_dict()))
+        self.hooks.load_state_dict(state["hooks"])  # compares names before it loads
+
+    def _restore_hooks(self, before: Mapping[str, Any]) -> None:
+        for hook in self.hooks.named_hooks():
+            if hook.name in before:
+                with suppress(Exception):  # the failed hook may fail again
+                    hook.load_state_dict(before[hook.name])
 
     def load(self, state: Mapping[str, Any], of_data: Mapping[str, Any]) -> None:
         """Load a checked state, except those of hooks. Call after the model has loaded."""
@@ -274,6 +280,8 @@ class RankStates:
     def part_of(self, index: int, count: int, of_rank: Mapping[str, Any]) -> dict[str, Any]:
         """Return the part of one saved rank's state that :meth:`redistribute` needs."""
         state, accelerator = checked_rank_state(of_rank), self.run.accelerator
+        MetricsBoard.check(state["metrics"])
+        self.hooks.check_states(state["hooks"], plain_model(self.run))
         mine = parts_for_rank(range(count), accelerator.process_index, accelerator.num_processes)
         return {
             "own_gradients": state["own_gradients"] if index in mine else {},
@@ -336,5 +344,6 @@ def checked_rank_state(of_rank: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     state = of_rank.get("state")
     state = state if isinstance(state, dict) else {}
-    check_keys("the state of a rank", state, _KEYS)
+    check_keys("the state of a rank", state, {*_SCHEMA.names})
+    _SCHEMA.check(state, "state")
     return state

@@ -6,10 +6,15 @@ optimizer state are parts of their own, with tensors by name.
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from typing import Any
+
+import torch
+from torch.nn.parameter import is_lazy
 
 from robo_orchard_lab.pipeline.checkpoint import (
     FiniteCheck,
@@ -20,15 +25,16 @@ from robo_orchard_lab.pipeline.checkpoint import (
     non_finite_names,
     save_checkpoint,
 )
-from robo_orchard_lab.pipeline.checkpoint.manifest import LOSSES
+from robo_orchard_lab.pipeline.checkpoint.manifest import LOSSES, FileName
 from robo_orchard_lab.pipeline.context import PipelineRun, Snapshot
 from robo_orchard_lab.pipeline.data import TrainingData
-from robo_orchard_lab.pipeline.errors import StateError
+from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.model import plain_model, plain_name, plain_state, plain_weights
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.run.run_info import describe_run
 from robo_orchard_lab.pipeline.sharding import reshard
+from robo_orchard_lab.pipeline.state_schema import Count, StateSchema, Text, check_similar
 from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows
 from robo_orchard_lab.pipeline.trainer.rank_state import (
     RankStates,
@@ -40,17 +46,17 @@ from robo_orchard_lab.pipeline.trainer.rank_state import (
 )
 
 STATE_VERSION = 4
-_KEYS = {
-    "data",
-    "lr_scheduler",
-    "model_extra",
-    "processes",
-    "progress",
-    "scaler",
-    "types",
-    "version",
-    "window",
-}
+_SCHEMA = StateSchema(
+    STATE_VERSION,
+    data=dict[Text, Any],
+    lr_scheduler=dict[Text, Any] | None,
+    model_extra=dict[Text, Any],
+    processes=Count,
+    progress=dict[Text, Any],
+    scaler=dict[Text, Any] | None,
+    types=dict[Text, Text | None],
+    window=Count,
+)
 
 
 _GRADIENTS = "own_gradients.", "reduced_gradients."
@@ -135,62 +141,78 @@ class RunSnapshots:
     def load(self, saved: SavedState) -> None:
         """Restore the run from a snapshot, up to the RNG and the gradients of sharded parameters.
 
-        All comparisons come before the first change of a live object. If a hook refuses its state,
-        all hooks get their previous states back. The checkpoint is read with
-        :meth:`RankStates.part_of`.
+        All checks come before the first change of a live object. If an object's own
+        ``load_state_dict`` fails nevertheless, all objects get their previous states back. The
+        checkpoint is read with :meth:`RankStates.part_of`.
 
         Raises:
-            StateError: the snapshot belongs to a different model, optimizer, LR scheduler or set
-                of hooks, to an open accumulation window of a different length, or can't be
-                restored at this world size.
+            CheckpointError: the snapshot belongs to a different model, optimizer, LR scheduler or
+                set of hooks, to an open accumulation window of a different length, or can't be
+                restored at this world size; the message has the file and the path of the value.
         """
         run, parts = self._run, saved.parts
-        trainer = _checked_trainer_state(parts)
-        own = checked_rank_state(saved.rank_parts)
-        self._check_compatible(saved, trainer)
-        if saved.rank_results:
-            key = f"{trainer['data']['seed']}/{saved.info.step}"
-            own = self.rank_states.redistribute(own, saved.rank_results, key)
-        if own["window"]["within"] and trainer["window"] != self._window:
+        model = plain_model(run)
+        entries = {plain_name(name): name for name in model.state_dict()}
+        rank = min(run.accelerator.process_index, saved.info.ranks - 1)
+        of_rank = FileName("state", rank, is_json=True)
+        with _in_file(saved, "trainer.json"):
+            trainer = _checked_trainer_state(parts)
+            self._check_compatible(saved, trainer)
+            _check_similar_states(run, trainer)
+        with _in_file(saved, str(of_rank)):
+            own = checked_rank_state(saved.rank_parts)
+            if saved.rank_results:
+                key = f"{trainer['data']['seed']}/{saved.info.step}"
+                own = self.rank_states.redistribute(own, saved.rank_results, key)
+            self._check_window(own, trainer)
+        with _in_file(saved, "model.safetensors"):
+            found = {**parts["model"], **trainer["model_extra"]}
+            found |= {name: value for name, value in own["buffers"].items() if name in entries}
+            check_tensors(
+                "the saved model is different",
+                model.state_dict(),
+                {entries.get(n, n): value for n, value in found.items()},
+            )
+        with _in_file(saved, "optimizer.json"):
+            optimizer_state = (
+                load_named_optimizer_state(run.optimizer, trained_names(run), parts["optimizer"])
+                if run.optimizer
+                else None
+            )
+        with _in_file(saved, str(of_rank)):
+            self.rank_states.check(own, trainer["data"])
+
+        with ExitStack() as undo:
+            self.rank_states.load_hooks(own, undo)
+            _load_into(run.progress, "progress", trainer["progress"], undo)
+            before = dict(model.named_parameters())
+            weights = {entries[name]: value for name, value in found.items()}
+            _load_into(model, "model", weights, undo)
+            adopt_replaced_parameters(run, before)
+            for live, name, state in (
+                (run.optimizer, "optimizer", optimizer_state),
+                (run.lr_scheduler, "lr_scheduler", trainer["lr_scheduler"]),
+                (run.accelerator.scaler, "scaler", trainer["scaler"]),
+            ):
+                if live is not None:
+                    _load_into(live, name, state, undo)
+            self.rank_states.load(own, trainer["data"])
+            undo.pop_all()
+
+    def _check_window(self, own: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
+        if own["window"].get("within") and trainer["window"] != self._window:
             raise StateError(
                 f"the run was saved within an accumulation window of {trainer['window']} batches, "
                 f"which can't continue with {self._window}; resume with "
                 f"gradient_accumulation_steps={trainer['window']}"
             )
-        model = plain_model(run)
-        entries = {plain_name(name): name for name in model.state_dict()}
-        found = {**parts["model"], **trainer["model_extra"]}
-        check_tensors(
-            "the saved model is different",
-            model.state_dict(),
-            {entries.get(n, n): value for n, value in found.items()},
-        )
-        TrainerProgress().load_state_dict(trainer["progress"])
-        optimizer_state = (
-            load_named_optimizer_state(run.optimizer, trained_names(run), parts["optimizer"])
-            if run.optimizer
-            else None
-        )
-        self.rank_states.check(own, trainer["data"])
-
-        self.rank_states.load_hooks(own)
-        run.progress.load_state_dict(trainer["progress"])
-        found |= {name: value for name, value in own["buffers"].items() if name in entries}
-        before = dict(model.named_parameters())
-        model.load_state_dict({entries[name]: value for name, value in found.items()})
-        adopt_replaced_parameters(run, before)
-        if run.optimizer is not None:
-            run.optimizer.load_state_dict(optimizer_state)  # type: ignore[arg-type]  # one has both
-        if run.lr_scheduler is not None:
-            run.lr_scheduler.load_state_dict(trainer["lr_scheduler"])
-        if run.accelerator.scaler is not None:
-            run.accelerator.scaler.load_state_dict(trainer["scaler"])
-        self.rank_states.load(own, trainer["data"])
 
     def _check_compatible(self, saved: SavedState, trainer: Mapping[str, Any]) -> None:
         """Check parts, ranks, and the classes of optimizer, LR scheduler and scaler."""
         run, parts = self._run, saved.parts
-        if "model" not in parts or ("optimizer" in parts) != (run.optimizer is not None):
+        if not isinstance(parts.get("model"), Mapping) or ("optimizer" in parts) != (
+            run.optimizer is not None
+        ):
             optimizer = "an" if run.optimizer else "no"
             raise StateError(
                 f"the saved parts are {', '.join(sorted(parts))}; this run has a model and "
@@ -256,5 +278,66 @@ def _checked_trainer_state(parts: Mapping[str, Any]) -> Mapping[str, Any]:
             f"expected a trainer state of version {STATE_VERSION}, found {found_version!r}; resume "
             "with the release that wrote the checkpoint"
         )
-    check_keys("the trainer's state", trainer, _KEYS)
+    check_keys("the trainer's state", trainer, {*_SCHEMA.names})
+    _SCHEMA.check(trainer, "trainer")
+    TrainerProgress().load_state_dict(trainer["progress"])
     return trainer
+
+
+@contextmanager
+def _in_file(saved: SavedState, name: str) -> Iterator[None]:
+    """Raise errors of a saved state with its file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except StateError as error:
+        raise CheckpointError(f"{saved.info.path / name}: {error}") from error
+
+
+def _check_similar_states(run: PipelineRun, trainer: Mapping[str, Any]) -> None:
+    """Compare the saved states of LR scheduler and scaler with the live ones."""
+    for name, live in (("lr_scheduler", run.lr_scheduler), ("scaler", run.accelerator.scaler)):
+        saved = trainer[name]
+        if (live is None) != (saved is None):
+            raise StateError(f"{name}: expected {'no state' if live is None else 'a state'}")
+        if live is None:
+            continue
+        own = live.state_dict()
+        is_of_torch = type(live).__module__.startswith("torch.")
+        check_similar(own, saved, name, strict=is_of_torch)
+        # Releases of torch differ in private entries.
+        if lost := sorted(key for key in own if key not in saved and not key.startswith("_")):
+            raise StateError(f"{name}.{lost[0]}: expected a value, found none")
+        for key in saved:
+            if key == "optimizer" or (key not in own and callable(getattr(live, key, None))):
+                raise StateError(f"{name}.{key}: expected no such entry")
+        groups = 0 if run.optimizer is None else len(run.optimizer.param_groups)
+        for key in ("base_lrs", "_last_lr"):
+            if key in own and len(own[key]) == groups != len(saved.get(key, own[key])):
+                raise StateError(f"{name}.{key}: expected {groups} values")
+
+
+def _load_into(live: Any, name: str, state: Any, undo: ExitStack) -> None:
+    """Load a state; ``undo`` restores the previous one, from a copy until the end of the load.
+
+    A copy of the weights needs less memory than the gradients, which do not exist yet.
+    """
+    previous = {
+        key: value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+        for key, value in live.state_dict().items()
+        if not is_lazy(value)
+    }
+
+    def restore() -> None:
+        with suppress(Exception):  # the error of the load is raised
+            live.load_state_dict(previous)
+
+    undo.callback(restore)
+    try:
+        live.load_state_dict(state)
+    except Exception as error:
+        raise CheckpointError(
+            f"load_state_dict of the {name}, a {type(live).__qualname__}, failed: "
+            f"{type(error).__name__}: {error}"
+        ) from error
