@@ -110,12 +110,7 @@ def prune(
 
     The newest healthy checkpoint that verifies stays, or without one the newest that verifies.
 
-    Args:
-        listing: checkpoints of the root.
-        retention: rules.
-        limits: sizes that are refused before reading.
-        good: newest healthy checkpoint, if it is known to verify; None finds it by reading.
-        dry_run: decide without removing.
+    ``good`` is that checkpoint if known; None finds it by reading. A dry run only decides.
     """
     kept, to_resume = retention.reasons(listing.infos), listing.to_resume
     leaving = [info for info in listing.infos if info.serial not in kept]

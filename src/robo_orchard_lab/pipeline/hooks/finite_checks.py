@@ -320,12 +320,8 @@ class WindowRecorder:
     ) -> Path | None:
         """Write a window; return its folder, or None after logging why writing failed.
 
-        Args:
-            args: of the open update.
-            update: the update to write: the open one or the one before.
-            finding: its problem.
-            parameters: parameters with non-finite gradients.
-            buffers: the model's buffers before the window; None if its weights have changed.
+        ``update`` is the open update or the one before; ``buffers`` are the model's before the
+        window, None if its weights have changed.
         """
         accelerator, steps = args.accelerator, update.steps
         name = f"step_{update.progress.global_step_id:08d}"
@@ -395,11 +391,7 @@ def _add_weights(
     buffers: Mapping[str, torch.Tensor],
     is_alone: bool,
 ) -> None:
-    """Add the weights, once for replicated ranks.
-
-    With non-finite gradients all ranks write a window; with only a non-finite loss, this rank
-    alone does.
-    """
+    """Add the weights, once for replicated ranks; ``is_alone`` if only this rank writes."""
     if args.accelerator.distributed_type not in REPLICATED_TYPES:
         logger.warning("the weights are sharded over ranks, and are not written")
     elif window.process_index > 0 and not is_alone:

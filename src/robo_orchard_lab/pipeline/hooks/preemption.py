@@ -36,11 +36,7 @@ _UNSUPPORTED = {"SIGKILL", "SIGSTOP", "SIGCHLD", "SIGSEGV", "SIGBUS", "SIGFPE", 
 
 
 def require_saver(args: PipelineHookArgs, who: str, instead: str = "save_checkpoint=False") -> None:
-    """Raise if no hook saves checkpoints; call when all hooks have begun the loop.
-
-    Raises:
-        PipelineConfigError: no hook saves; the message names the setting ``instead``.
-    """
+    """Raise PipelineConfigError if no hook saves, once all hooks have begun the loop."""
     if not args.run.savers:
         raise PipelineConfigError(
             f"{who}: expected a hook that saves checkpoints, found none; register a "
@@ -106,10 +102,8 @@ class Preemption(PipelineHooks):
                 "remove the hook"
             )
         self._is_stopping = False
-        accelerator = args.accelerator
-        is_reporting = accelerator is None or accelerator.is_local_main_process
         before = {number: signal.getsignal(number) for number in self._signals}
-        handle = self._handler(before, is_reporting)
+        handle = self._handler(before, args.accelerator.is_local_main_process)
         self._undo = ExitStack()
         # A shell's background job ignores Ctrl-C, and keeps ignoring it.
         handled = [

@@ -109,7 +109,7 @@ class TimeLimit(PipelineHooks):
             whose="first",
             wait_s=self._wait_s,
         )
-        if args.accelerator is not None and not args.accelerator.is_main_process:
+        if not args.accelerator.is_main_process:
             return topic  # the first rank's clock counts
         if self._limit_s is None:
             self._end_at = slurm_job_end(self.name)
@@ -176,11 +176,7 @@ class TimeLimitConfig(PipelineHooksConfig[TimeLimit]):
 
 
 def slurm_job_end(who: str) -> float:
-    """Return the Unix time at which this SLURM job ends; infinity without a limit.
-
-    Raises:
-        PipelineConfigError: not a SLURM job, or its end is unknown.
-    """
+    """Return the Unix time at which this SLURM job ends; infinity without a limit."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         raise PipelineConfigError(
