@@ -181,8 +181,11 @@ def test_wrong_usage_exits_with_2(
     assert not Path("runs").exists()
 
 
-def test_a_failed_run_exits_with_1(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_run_exits_with_1(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     """The error has two lines, after the state of the run and the command to resume it."""
+    caplog.set_level("INFO")  # the fresh run is announced in the log, as for a user
     slow = ["--trust", "mine", "--hooks.slow={class_type: 'mine:Slow', seconds: 0.0, fail_at: 15}"]
     assert main(["train", FILE, *slow]) == 1
     shown = capsys.readouterr()
