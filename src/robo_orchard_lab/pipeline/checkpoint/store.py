@@ -301,8 +301,8 @@ class CheckpointStore:
             return None
         reasons = "\n".join(f"  {reason}" for _, reason in skipped)
         raise CheckpointError(
-            f"none of the checkpoints in {self.root} is intact and has finite weights and "
-            "optimizer state; repair one, resume from the path of a non-finite one, or move all of "
+            f"none of the checkpoints in {self.root} verifies with finite weights and optimizer "
+            "state; repair one, resume from the path of a non-finite one, or move all of "
             f"them to another directory to start from scratch:\n{reasons}"
         )
 
