@@ -86,6 +86,7 @@ def _server() -> Any:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        start_new_session=True,  # tests send signals to their own process group
     )
     atexit.register(server.wait)
     atexit.register(server.stdin.close)  # type: ignore[union-attr]
