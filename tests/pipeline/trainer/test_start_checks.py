@@ -361,5 +361,6 @@ def test_streams_that_cannot_resume_are_a_warning(
         "stateful loader"
     )
     assert "a dataset with state_dict and load_state_dict), or a map-style dataset" in warning
+    save = SaveCheckpointConfig(folder=tmp_path)
     with pytest.raises(StateError, match="could not save its state; use a stateful loader"):
-        make_trainer(loader=loader, max_step=4, resume_from=tmp_path / "last")
+        make_trainer(save, loader=loader, max_step=4, resume_from="auto")
