@@ -167,7 +167,7 @@ class MapData:
         sampler_length=Count | None,
         samples_per_step=Count | None,
         batches_per_step=Count,
-        samples=Count,
+        samples=Count | None,
         random=dict[str, Any],
         samplers=dict[str, Any],
     )
