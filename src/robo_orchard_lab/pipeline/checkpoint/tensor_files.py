@@ -101,7 +101,7 @@ class FileLayout:
         Raises:
             StateError: safetensors can't hold a tensor; the message names the tensor.
         """
-        cls.check_kinds(tensors)
+        _check_kinds(tensors)
         ranges: dict[str, tuple[int, int]] = {}
         offset = 0
         for name in sorted(tensors, key=lambda name: -tensors[name].element_size()):
@@ -123,12 +123,6 @@ class FileLayout:
         header = json.dumps({RESERVED_NAME: metadata, **entries}, separators=(",", ":")).encode()
         header += b" " * (-(LENGTH_BYTES + len(header)) % _ALIGNMENT)
         return cls(infos, len(header).to_bytes(LENGTH_BYTES, "little") + header, metadata)
-
-    @staticmethod
-    def check_kinds(tensors: Mapping[str, torch.Tensor]) -> None:
-        """Raise StateError if safetensors can't hold a tensor."""
-        for name, tensor in tensors.items():
-            _check_kind(name, tensor)
 
     @classmethod
     def parse(cls, begin: memoryview, size: int, limits: ReadLimits) -> FileLayout:
@@ -190,19 +184,21 @@ def max_tensor_count(header: bytes | memoryview, limits: ReadLimits) -> int:
     return max(count, 0)
 
 
-def _check_kind(name: str, tensor: torch.Tensor) -> None:
-    problem = None
-    if name == RESERVED_NAME:
-        problem = "safetensors reserves the name"
-    elif tensor.is_meta:
-        problem = "it is a meta tensor, without values"
-    elif tensor.layout is not torch.strided or tensor.is_nested:
-        problem = f"its layout is {tensor.layout}, expected a dense one; try .to_dense()"
-    elif type(tensor) is not torch.Tensor:
-        problem = f"it is a {type(tensor).__qualname__}, expected a plain tensor"
-    elif tensor.dtype not in _NAMES:
-        problem = f"its dtype is {tensor.dtype}, which safetensors does not have"
-    if problem:
+def _check_kinds(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise StateError if safetensors can't hold a tensor."""
+    for name, tensor in tensors.items():
+        if name == RESERVED_NAME:
+            problem = "safetensors reserves the name"
+        elif tensor.is_meta:
+            problem = "it is a meta tensor, without values"
+        elif tensor.layout is not torch.strided or tensor.is_nested:
+            problem = f"its layout is {tensor.layout}, expected a dense one; try .to_dense()"
+        elif type(tensor) is not torch.Tensor:
+            problem = f"it is a {type(tensor).__qualname__}, expected a plain tensor"
+        elif tensor.dtype not in _NAMES:
+            problem = f"its dtype is {tensor.dtype}, which safetensors does not have"
+        else:
+            continue
         raise StateError(f"{name!r} can't be saved: {problem}")
 
 
@@ -396,7 +392,7 @@ class StagingPool:
         signature = (metadata, kinds)
         known = self._layouts.get(name)
         if known is not None and known[0] == signature:
-            FileLayout.check_kinds(tensors)
+            _check_kinds(tensors)
             return known[1]
         layout = FileLayout.of(tensors, metadata)
         self._layouts[name] = (signature, layout)
