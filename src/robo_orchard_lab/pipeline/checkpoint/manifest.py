@@ -356,7 +356,9 @@ class Manifest:
         try:
             parse_manifest(document, limits)
         except CheckpointError as error:
-            raise StateError(f"the metadata can't be saved: {error.__cause__ or error}") from None
+            if isinstance(error.__cause__, JsonError):
+                raise StateError(f"the metadata can't be saved: {error.__cause__}") from None
+            raise StateError(f"the manifest would not be read again: {error}") from None
 
     def with_files(
         self, serial: int, files: Mapping[str, FileEntry], non_finite: Sequence[str]
