@@ -190,6 +190,8 @@ class TestLines:
 class Publisher(PipelineHooks):
     """Hook that publishes a loss in every step and evaluates after every epoch."""
 
+    published_metrics = ("loss/total", "eval/accuracy")
+
     def __init__(self) -> None:
         super().__init__()
         self.on_loop.before(self.open)
