@@ -178,9 +178,10 @@ class MapData:
         """Raise ``StateError`` if the data differs from the saved data; changes nothing."""
         rng.check_generators(state["random"], self._generators)
         self._sampler_state.check(state["samplers"])
-        length, per_step = state["sampler_length"], state["samples_per_step"]
-        if length is not None and per_step is not None and state["samples"] > length:
-            raise StateError(f"data.samples: expected at most {length}, found {state['samples']}")
+        length, samples = state["sampler_length"], state["samples"]
+        is_known = None not in (length, samples, state["samples_per_step"])
+        if is_known and samples > length:
+            raise StateError(f"data.samples: expected at most {length}, found {samples}")
         has_set_epoch = hasattr(self._user.dataset, "set_epoch")  # which may change its length
         self._check_description(state, ["sampler"] if has_set_epoch else list(_DESCRIBED))
         if not within_epoch:
