@@ -121,13 +121,26 @@ def _measure(
         else:
             # coalesce() of a sparse gradient is a device sync.
             dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-            norm = torch.nn.utils.get_total_norm(dense, norm_type)
+            norm = total_norm(dense, norm_type)
     elif accelerator.scaler is None:  # with a scaler, clipping would unscale twice and fail
         # An infinite bound leaves the gradients unchanged.
         norm = _clip_by_engine(args, float("inf"), norm_type)
     if args.grad_norm is None and norm is not None:
         args.grad_norm, args.grad_norm_order = norm, norm_type
     return norm
+
+
+def total_norm(gradients: list[torch.Tensor], norm_type: float) -> torch.Tensor:
+    """Return a result bitwise equal to ``torch.nn.utils.get_total_norm``.
+
+    That function groups gradients by device and dtype and moves each norm; here, gradients of one
+    device and dtype skip this.
+    """
+    if len({(g.device, g.dtype) for g in gradients}) == 1 and hasattr(torch, "_foreach_norm"):
+        norms = torch.stack(list(torch._foreach_norm(gradients, norm_type)))
+        total: torch.Tensor = torch.linalg.vector_norm(norms, norm_type)
+        return total
+    return torch.nn.utils.get_total_norm(gradients, norm_type)
 
 
 def _sharded_norm(gradients: list[torch.Tensor], norm_type: float) -> torch.Tensor:
