@@ -97,22 +97,13 @@ def test_manifest_names_the_first_non_finite_states(tmp_path: Path) -> None:
     assert (unchecked.non_finite, unchecked.poison) == (None, "")
 
 
-def test_checkpoint_of_an_earlier_version_counts_as_healthy(tmp_path: Path) -> None:
-    """A manifest without the record still loads, and is the newest healthy checkpoint."""
+def test_unchecked_checkpoint_counts_as_healthy(tmp_path: Path) -> None:
+    """A checkpoint saved without the check is the newest healthy one."""
     save_all(tmp_path, "..")
-    file = tmp_path / "step_00000002" / "manifest.json"
-    document = json.loads(file.read_text())
-    del document["non_finite"], document["digest"]
-
-    def text(content: dict[str, object]) -> bytes:
-        return json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
-
-    document["digest"] = digest_of("xxh3_128", text(document))
-    file.write_bytes(text(document))
-    assert load_checkpoint(file.parent).info.non_finite is None
+    CheckpointStore(tmp_path).open().save(3, {})
     saved = CheckpointStore(tmp_path).load_newest()
     assert saved is not None
-    assert (saved.info.step, saved.skipped) == (2, ())
+    assert (saved.info.step, saved.info.non_finite, saved.skipped) == (3, None, ())
 
 
 @pytest.mark.parametrize("names", ["no list", [1], ["a\nb"], ["w"] * 6, ["w" * 201]])

@@ -407,7 +407,7 @@ def parse_manifest(text: bytes, limits: ReadLimits) -> Manifest:
 
 def _manifest(digest_name: str, document: dict[str, Any], limits: ReadLimits) -> Manifest:
     expected = {"format", "version", *(field.name for field in fields(Manifest))}
-    if set(document) | {"non_finite"} != expected:  # absent in older ones
+    if set(document) != expected:
         wrong = ", ".join(sorted(set(document) ^ expected))
         raise CheckpointError(f"missing or unknown entries in the manifest: {wrong:.200}")
     files = document["files"]
@@ -421,7 +421,7 @@ def _manifest(digest_name: str, document: dict[str, Any], limits: ReadLimits) ->
         raise CheckpointError("metrics or metadata is not a mapping")
     if not all(type(value) in (int, float) for value in metrics.values()):
         raise CheckpointError("a metric is not a number")
-    non_finite = document.get("non_finite")
+    non_finite = document["non_finite"]
     if non_finite is not None:
         is_list = isinstance(non_finite, list) and len(non_finite) <= _MAX_NON_FINITE
         if not is_list or any(type(n) is not str or n != _shown(n) for n in non_finite):
