@@ -68,9 +68,12 @@ def test_ranks_stop_together(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_logging_point_costs_one_collective(ranks: list[dict[str, Any]]) -> None:
-    """These hooks add no collective to the logging point and to the steps before."""
-    at_the_start, steps, logging_points = 2, 8, 4
-    expected = at_the_start + (steps + 1) + logging_points
+    """These hooks add no collective to the logging point and to the steps before.
+
+    A new best value costs one: the ranks agree whether its weights are finite.
+    """
+    at_the_start, steps, logging_points, new_bests = 2, 8, 4, 2
+    expected = at_the_start + (steps + 1) + logging_points + new_bests
     assert [rank["collectives"] for rank in ranks] == [expected, expected]
 
 

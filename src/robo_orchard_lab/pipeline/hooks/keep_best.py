@@ -113,7 +113,7 @@ class KeepBest(PipelineHooks):
     - Requests: writing the weights.
     - State: the best value, its step, and the number of values since.
     - Cost: for a step that publishes the metric, see :meth:`MetricsBoard.subscribe`; for a new best
-      value, a read of all weights; else none.
+      value, a read of all weights and, with several ranks, a collective; else none.
 
     >>> from accelerate import Accelerator
     >>> from robo_orchard_lab.pipeline.context import PipelineRun
