@@ -2,7 +2,7 @@
 # Check everything. Make the environment first. CI runs the same.
 #
 #     bash scripts/test.sh              style, types, spelling, tests with coverage
-#     bash scripts/test.sh --all        also the tests that take minutes
+#     bash scripts/test.sh --all        also the tests that take minutes; torchrun starts all ranks
 #     bash scripts/test.sh --newest     only the tests, on the newest releases of all packages
 #     bash scripts/test.sh --oldest     only the tests, on the lowest releases that pyproject.toml accepts
 #
@@ -15,7 +15,7 @@ selection="not slow"
 versions=locked
 case "$*" in
     "") ;;
-    --all) selection="" ;;
+    --all) selection="" TEST_LAUNCHER=torchrun ;;
     --newest | --oldest) versions=${1#--} ;;
     *) stop "expected no argument, --all, --newest or --oldest; got: $*" ;;
 esac
@@ -33,6 +33,7 @@ check() {
 }
 
 export PYTEST_XDIST_AUTO_NUM_WORKERS=${PYTEST_XDIST_AUTO_NUM_WORKERS:-$(nproc)}
+export TEST_LAUNCHER=${TEST_LAUNCHER:-fork}
 export OMP_NUM_THREADS=1 # a core for each worker
 parallel=(-n auto --dist worksteal)
 

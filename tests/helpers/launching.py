@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import coverage
@@ -57,27 +58,50 @@ def launch(
 ) -> subprocess.CompletedProcess[str]:
     """Run a script and check its exit code: zero unless ``fails``.
 
-    The processes are forks of a server that has imported torch, in the environment of torchrun;
-    see `fork_server`. Tests of torchrun itself use `command`. They run in `folder`, by default
-    the current one.
+    By default, the processes are forks of a server that has imported torch, in the environment of
+    torchrun; see `fork_server`. With ``TEST_LAUNCHER=torchrun``, torchrun starts them; so do tests
+    of torchrun itself, by `command`. The processes run in `folder`, by default the current one.
     """
+    folder = folder or Path.cwd()
+    if os.environ.get("TEST_LAUNCHER") == "torchrun":
+        done = subprocess.run(
+            command(script, *arguments, processes=processes),
+            env=environment(),
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+    else:
+        done = _launch_forks(script, arguments, processes, timeout_s, folder)
+    assert (done.returncode != 0) == fails, done.stderr
+    return done
+
+
+def _launch_forks(
+    script: Path | str,
+    arguments: Sequence[object],
+    processes: int,
+    timeout_s: float,
+    folder: Path,
+) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as name:
         output = Path(name)
         codes = run_job(
             Path(script),
-            [str(each) for each in arguments],
+            [*map(str, arguments)],
             environment(),
             processes,
             timeout_s,
             output,
-            folder or Path.cwd(),
+            folder,
             _measuring(),
         )
         stdout, stderr = (
             (output / each).read_text(encoding="utf-8", errors="replace")
             for each in ("stdout", "stderr")
         )
-    assert any(codes) == fails, stderr
     return subprocess.CompletedProcess([str(script)], max(codes, key=abs), stdout, stderr)
 
 
