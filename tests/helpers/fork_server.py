@@ -86,7 +86,6 @@ def _server() -> Any:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-        start_new_session=True,  # tests send signals to their own process group
     )
     atexit.register(server.wait)
     atexit.register(server.stdin.close)  # type: ignore[union-attr]
@@ -135,6 +134,8 @@ def keep_store() -> tuple[int, int]:
 def _enter(job: dict[str, Any], rank: int, port: int | None) -> None:
     """Make a fork look like a new process that runs the script."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.chdir(job["folder"])
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for descriptor, name in (1, "stdout"), (2, "stderr"):
@@ -195,6 +196,8 @@ def _send(number: int, processes: Iterable[int]) -> None:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # tests send signals to all their processes
+        signal.signal(number, signal.SIG_IGN)
     for module in PRELOADED:
         importlib.import_module(module)
     if (own_job := serve(sys.stdin.buffer, sys.stdout.buffer)) is not None:

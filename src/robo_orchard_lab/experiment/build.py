@@ -139,15 +139,15 @@ def _matched(
 def building(*path: str | int) -> Iterator[None]:
     """Add the path of a part to errors raised while the part is built.
 
-    TypeError, ValueError, OSError and LookupError become the cause of a ``ConfigBuildError``; other
-    errors get a note.
+    TypeError, ValueError and OSError become the cause of a ``ConfigBuildError``; other errors get
+    a note.
     """
     try:
         with at_path(*path):
             yield
     except ConfigError:
         raise
-    except (TypeError, ValueError, OSError, LookupError) as error:
+    except (TypeError, ValueError, OSError) as error:
         ours = isinstance(error, PipelineConfigError)
         problem = str(error) if ours else f"{type(error).__name__}: {error}"
         raise ConfigBuildError(problem, path) from error
@@ -422,7 +422,7 @@ def build_experiment(
             loaders = _make_evaluation(experiment, evaluation or {})
         if model is None:
             with building("model"):
-                model = _described(experiment.model, "model")()
+                model = _make_model(_described(experiment.model, "model"))
         if optimizer is None and experiment.optimizer is not None:
             with building("optimizer"):
                 optimizer = make_optimizer(experiment.optimizer, model)
@@ -527,6 +527,16 @@ def build_hooks(
             with building(*([name] if name == CHECKPOINT else ["hooks", name])):
                 built[name] = make_hook(hook, folder, evaluation)
     return built
+
+
+def _make_model(part: Any) -> torch.nn.Module:
+    try:
+        model: torch.nn.Module = part()
+    except KeyError as error:
+        if not getattr(getattr(part, "func", None), "__module__", "").startswith("torchvision."):
+            raise
+        raise ValueError(f"torchvision has no weights named {error}") from error
+    return model
 
 
 def _described(part: Any, name: str) -> Any:

@@ -253,6 +253,7 @@ def run_processes(
     used = [name for name in ("torchmetrics", "torchvision", "pytest") if name in sys.modules]
     context.set_forkserver_preload(["torch._dynamo", __name__, *used])
     function, environment = (target.__module__, target.__qualname__), dict(os.environ)
+    method = multiprocessing.get_start_method(allow_none=True)
     with _ONE_JOB_AT_A_TIME, ExitStack() as go_ahead:
         running: dict[int, BaseProcess] = {}
         senders: list[Connection] = []
@@ -262,7 +263,7 @@ def run_processes(
                 output.write_bytes(b"")  # for a process that is killed before it opens the file
                 receiver, sender = context.Pipe(duplex=False)
                 senders.append(go_ahead.enter_context(sender))
-                arguments = (receiver, function, order, output, environment)
+                arguments = (receiver, function, order, output, environment, method)
                 process = context.Process(target=_run_target, args=arguments)
                 with receiver:
                     process.start()
@@ -293,8 +294,11 @@ def _run_target(
     order: Any,
     output: Path,
     environment: Mapping[str, str],
+    start_method: str | None,
 ) -> None:
     os.setsid()
+    # Of data loading workers, as in the caller: a forkserver would import torch for each of them.
+    multiprocessing.set_start_method(start_method, force=True)
     with output.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -170,7 +170,7 @@ def _check_plan(state: Mapping[str, Any]) -> None:
     local, total = state["loaded_sizes"], state["job_sizes"]
     if state["within"] > state["planned"] or len(local) != len(total):
         raise ValueError("expected no more batches than planned, with their sizes")
-    if any(size < 0 or size != size for size in (*local, *total)):
+    if not all(size >= 0 for size in total) or not all(s >= 0 or s == _NONE for s in local):
         raise ValueError("expected sizes >= 0")
 
 
