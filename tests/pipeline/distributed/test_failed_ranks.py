@@ -99,13 +99,14 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
 def test_a_plain_script_ends_well(pairs: dict[str, Ended]) -> None:
     """A plain script exits with 0, without cleanup after its training.
 
-    The first rank warns that no hook writes the metrics of its hooks.
+    The first rank reports the fresh start, and warns that no hook writes the metrics of its hooks.
     """
     ended = pairs["nowhere"]
     assert ended.codes == [0, 0], ended.outputs
     first, second = map(without_greetings, ended.outputs)
     assert second == "ended\n"
-    warning, last = first.splitlines()
+    start, warning, last = first.splitlines()
+    assert start.endswith("starting a fresh run")
     assert warning.startswith("no hook writes the metrics that LossTracker, ValidationHook")
     assert last == "ended"
 
