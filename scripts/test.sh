@@ -6,7 +6,7 @@
 #     bash scripts/test.sh --newest     only the tests, on the newest releases of all packages
 #     bash scripts/test.sh --oldest     only the tests, on the lowest releases that pyproject.toml accepts
 #
-# The tests run on all cores; PYTEST_XDIST_AUTO_NUM_WORKERS sets another number of workers. Each
+# The tests run on all cores; PYTEST_XDIST_AUTO_NUM_WORKERS sets the number of workers. Each
 # check runs, also after another has failed. Exits with 0 if all passed.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -32,7 +32,8 @@ check() {
     printf '== %s: %d s\n' "$name" $((SECONDS - began))
 }
 
-export PYTEST_XDIST_AUTO_NUM_WORKERS=${PYTEST_XDIST_AUTO_NUM_WORKERS:-$(nproc)}
+# Three workers for two cores: many tests wait for processes.
+export PYTEST_XDIST_AUTO_NUM_WORKERS=${PYTEST_XDIST_AUTO_NUM_WORKERS:-$((($(nproc) * 3 + 1) / 2))}
 export TEST_LAUNCHER=${TEST_LAUNCHER:-fork}
 export OMP_NUM_THREADS=1 # a core for each worker
 parallel=(-n auto --dist worksteal)
