@@ -31,6 +31,8 @@ PRELOADED = [
     "robo_orchard_lab.experiment",
     "robo_orchard_lab.testing",
 ]
+IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that the server ignores: tests send them to all processes they have started."""
 GRACE_S = 30.0
 """Time between SIGTERM, sent when another rank has failed, and SIGKILL; as torchrun."""
 
@@ -134,8 +136,9 @@ def keep_store() -> tuple[int, int]:
 def _enter(job: dict[str, Any], rank: int, port: int | None) -> None:
     """Make a fork look like a new process that runs the script."""
     os.setsid()
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.chdir(job["folder"])
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for descriptor, name in (1, "stdout"), (2, "stderr"):
@@ -196,8 +199,8 @@ def _send(number: int, processes: Iterable[int]) -> None:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # tests send signals to all their processes
-        signal.signal(number, signal.SIG_IGN)
+    for ignored in IGNORED:
+        signal.signal(ignored, signal.SIG_IGN)
     for module in PRELOADED:
         importlib.import_module(module)
     if (own_job := serve(sys.stdin.buffer, sys.stdout.buffer)) is not None:
