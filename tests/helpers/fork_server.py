@@ -165,6 +165,8 @@ def _enter(job: dict[str, Any], rank: int, port: int | None) -> None:
         from coverage import Coverage
 
         measured = Coverage(**job["coverage"], data_suffix=True)
+        # The server has imported the modules, and a script may run no line of them.
+        measured.set_option("run:disable_warnings", ["module-not-measured", "no-data-collected"])
         measured.start()
         atexit.register(measured.save)
         atexit.register(measured.stop)
