@@ -14,7 +14,7 @@ import psutil  # type: ignore[import-untyped]  # accelerate brings it
 import pytest
 import torch
 
-from launching import environment
+from launching import environment, has_ended
 from robo_orchard_lab.cli.main import main
 from robo_orchard_lab.pipeline.run.run_state import read_run_state
 
@@ -81,7 +81,7 @@ class Job:
         """Return the script's exit code and output."""
         started = psutil.Process(script.pid).children(recursive=True)
         output = script.communicate(timeout=120)[0]
-        assert not any(process.is_running() for process in started), output
+        assert all(has_ended(process) for process in started), output
         return script.returncode, output
 
 

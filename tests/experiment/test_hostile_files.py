@@ -101,7 +101,7 @@ def read_all(
 def check_refused(hostile: Hostile, report: dict[str, Any]) -> None:
     """Check that the refusal is typed, quick and at most a few printable lines."""
     assert report["is_typed"], report["text"]
-    assert hostile.says in report["text"]
+    assert any(text in report["text"] for text in hostile.says.split("|"))
     assert report["error"] == hostile.error, report["text"]
     assert report["text"].startswith("experiment.") or hostile.siblings
     assert report["seconds"] < SECONDS

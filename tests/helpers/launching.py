@@ -8,9 +8,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import coverage
+import psutil  # type: ignore[import-untyped]  # accelerate brings it
 import torch.distributed
 
 from fork_server import run_job
@@ -103,6 +105,13 @@ def _launch_forks(
             for each in ("stdout", "stderr")
         )
     return subprocess.CompletedProcess([str(script)], max(codes, key=abs), stdout, stderr)
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Return True if a process has ended, also as a zombie without a parent."""
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    return True
 
 
 def without_greetings(output: str) -> str:

@@ -20,6 +20,7 @@ import psutil  # type: ignore[import-untyped]  # accelerate brings it
 
 import fails_on_ranks
 from fork_server import keep_store
+from launching import has_ended
 
 LONGEST_S = 90.0
 
@@ -79,13 +80,6 @@ def run_pair(folder: Path, case: str) -> dict[str, Any]:
         "orphans": [process.pid for process in left],
         "outputs": [(folder / f"{case}.{rank}.txt").read_text() for rank in range(2)],
     }
-
-
-def has_ended(process: psutil.Process) -> bool:
-    """Return True if a process has ended, also as a zombie without a parent."""
-    with suppress(psutil.NoSuchProcess):
-        return bool(process.status() == psutil.STATUS_ZOMBIE)
-    return True
 
 
 def fork(do: Any, output: Path, **environment: object) -> int:
