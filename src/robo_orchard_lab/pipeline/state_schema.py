@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeAlias
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic_core import ErrorDetails
 
 from robo_orchard_lab.pipeline.errors import StateError, check_state_version
 
@@ -85,22 +86,24 @@ equal to 0, found -1
             check_state_version(state, self._version, owner)
         try:
             self._whole.model_validate({"state": dict(state)})
-        except (ValidationError, OverflowError) as error:
-            if not isinstance(error, ValidationError):
-                raise StateError(f"{owner}: a number is too large: {error}") from None
+        except OverflowError as error:
+            raise StateError(f"{owner}: a number is too large: {error}") from None
+        except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
             path = ".".join([owner, *(f"{key:.80}" for key in map(str, first["loc"][1:9]))])
-            kind = first["type"]
-            problem = (
-                first["msg"].replace("Value error, ", "").replace("Input should be", "expected")
-            )
-            if kind == "missing":
-                problem = "expected a value"
-            elif kind == "extra_forbidden":
-                problem = "expected no such entry"
-            problem = problem.removeprefix("Value error, ")
-            found = "none" if kind == "missing" else _found(first["input"])
-            raise StateError(f"{path}: {problem}, found {found}") from None
+            raise StateError(f"{path}: {_problem(first)}") from None
+
+
+def _problem(error: ErrorDetails) -> str:
+    match error["type"]:
+        case "missing":
+            return "expected a value, found none"
+        case "extra_forbidden":
+            expected = "expected no such entry"
+        case _:
+            expected = error["msg"].removeprefix("Value error, ")
+            expected = expected.replace("Input should be", "expected")
+    return f"{expected}, found {_found(error['input'])}"
 
 
 def mapping_of(schema: StateSchema) -> Any:

@@ -94,7 +94,7 @@ class OutputFile(RetriedWrite):
         return self._attempt()
 
     def retry(self) -> bool:
-        """Write what could not be written; return True if nothing is left."""
+        """Write the contents that failed before; return True if the file is complete."""
         is_missing = self._restore and not self.path.exists()
         return self._attempt() if self.failure is not None or is_missing else True
 
