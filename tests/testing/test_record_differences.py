@@ -110,6 +110,16 @@ def test_a_kill_after_the_last_save_is_no_difference(file: Path) -> None:
     assert described(uninterrupted, [record(file, lines[:-1]), record(file, [*run(OVER)])]) != []
 
 
+def test_a_survivor_of_a_killed_rank_is_no_difference(file: Path) -> None:
+    """A rank that fails at the end of the loop, since another rank was killed, has lost nothing."""
+    uninterrupted = record(file, [*run()])
+    lines = [line for line in run() if line[1] != "end"]
+    step, kind, event = lines[-1]
+    lines[-1] = step, kind, f"{event} RuntimeError('connection closed by peer')"
+    assert described(uninterrupted, [record(file, lines), record(file, [*run(OVER)])]) == []
+    assert described(uninterrupted, [record(file, lines)]) != []
+
+
 def saved(lines: list[Line], step: int) -> bool:
     """Return True if a process saved after that many steps."""
     texts = [line[2] for line in lines if line[0] == step and line[1] == "event"]

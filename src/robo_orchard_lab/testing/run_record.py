@@ -378,8 +378,8 @@ def join_records(parts: Sequence[RunRecord]) -> tuple[RunRecord, dict[int, int]]
 
 def _join_at_stop(before: list[Entry], after: list[Entry]) -> list[Entry]:
     """Join the entries of two processes at the step at which the first process was saved."""
-    if not after:  # the run was completed
-        return before
+    if not after:  # the run was completed and saved, before another rank was killed
+        return [entry for entry in before if not _has_failed(entry)]
     after = after[1:]  # before on_loop
     ends = ["before on_step", "after on_loop"]
     if after and _is_event(after[0], "before on_epoch") and int(str(after[0]).split()[3]) > 0:
@@ -401,6 +401,13 @@ def _is_random(name: str) -> bool:
 
 def _is_event(entry: Entry, *events: str) -> bool:
     return isinstance(entry, str) and entry.startswith(tuple(f"{event} " for event in events))
+
+
+def _has_failed(entry: Entry) -> bool:
+    """Return True for the end of an epoch or of the loop by an exception, the seventh word."""
+    if not _is_event(entry, "after on_epoch", "after on_loop"):
+        return False
+    return str(entry).split()[6:7] not in ([], [COMPLETED])
 
 
 def _entry_differences(
