@@ -19,7 +19,8 @@ from robo_orchard_lab.experiment import (
     config_of,
 )
 from robo_orchard_lab.experiment.evaluation import SavedWeights, best_weights, evaluate
-from robo_orchard_lab.experiment.existing_run import find_checkpoints, record
+from robo_orchard_lab.experiment.existing_run import record
+from robo_orchard_lab.experiment.run_checkpoints import find_checkpoints
 from robo_orchard_lab.experiment.run_folder import NoRunError
 from robo_orchard_lab.experiment.samples import MLP, Spirals
 from robo_orchard_lab.pipeline import SupervisedProcessor

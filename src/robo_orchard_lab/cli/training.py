@@ -140,7 +140,7 @@ def _changes(
 
 def _check_limits(changes: Sequence[Difference], path: Path) -> None:
     """Refuse a changed limit that the checkpoint has passed: nothing would be trained."""
-    from robo_orchard_lab.experiment.existing_run import find_checkpoints
+    from robo_orchard_lab.experiment.run_checkpoints import find_checkpoints
     from robo_orchard_lab.pipeline.checkpoint.listing import read_contents
 
     counters = {

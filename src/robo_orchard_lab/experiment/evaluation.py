@@ -22,7 +22,7 @@ from robo_orchard_lab.experiment.build import (
     make_processor,
 )
 from robo_orchard_lab.experiment.config import ExperimentConfig
-from robo_orchard_lab.experiment.existing_run import RunCheckpoints
+from robo_orchard_lab.experiment.run_checkpoints import RunCheckpoints
 from robo_orchard_lab.experiment.run_folder import NoRunError
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.checkpoint import ReadLimits

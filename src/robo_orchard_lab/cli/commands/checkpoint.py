@@ -29,7 +29,7 @@ from robo_orchard_lab.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from robo_orchard_lab.experiment.existing_run import RunCheckpoints
+    from robo_orchard_lab.experiment.run_checkpoints import RunCheckpoints
     from robo_orchard_lab.pipeline.checkpoint.listing import Contents
 
 _COUNT = click.IntRange(min=1)
@@ -63,7 +63,7 @@ def list_(path: str, as_json: bool) -> None:
     exist with the right sizes; `checkpoint verify` also compares their digests. "not finite" names
     the first weight or optimizer state with a NaN or infinity, or the losses since the last save.
     """
-    from robo_orchard_lab.experiment.existing_run import find_checkpoints
+    from robo_orchard_lab.experiment.run_checkpoints import find_checkpoints
     from robo_orchard_lab.pipeline.checkpoint import ReadLimits
     from robo_orchard_lab.pipeline.checkpoint.listing import RootListing, read_contents
     from robo_orchard_lab.pipeline.errors import CheckpointError
@@ -134,7 +134,7 @@ def show(path: str, best: bool, tensors: bool, as_json: bool) -> None:
 
     PATH is a checkpoint, or the folder of a run, for its newest intact checkpoint.
     """
-    from robo_orchard_lab.experiment.existing_run import find_checkpoints
+    from robo_orchard_lab.experiment.run_checkpoints import find_checkpoints
     from robo_orchard_lab.pipeline.checkpoint.listing import read_contents
 
     contents = read_contents(find_checkpoints(path).pick(best=best))
@@ -201,7 +201,7 @@ def verify(path: str, as_json: bool) -> int:
     PATH is the folder of a run, of its checkpoints, or a checkpoint. Exits with 1 if a checkpoint
     is damaged, or if there is none.
     """
-    from robo_orchard_lab.experiment.existing_run import find_checkpoints
+    from robo_orchard_lab.experiment.run_checkpoints import find_checkpoints
     from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
 
     checkpoints = find_checkpoints(path)
@@ -233,7 +233,7 @@ def export(path: str, file: str, best: bool, force: bool, as_json: bool) -> None
     model.safetensors by default; `safetensors.torch.load_file` reads it, with the parameter names
     of the plain model. Sharded weights are merged.
     """
-    from robo_orchard_lab.experiment.existing_run import find_checkpoints
+    from robo_orchard_lab.experiment.run_checkpoints import find_checkpoints
     from robo_orchard_lab.pipeline.checkpoint import export_weights
 
     target = Path(file)
@@ -275,7 +275,7 @@ def prune(path: str, dry_run: bool, yes: bool, as_json: bool, **rules: Any) -> N
     `checkpoint` in the run's file; so is --mode, for the same metric. Refused while the run is
     running.
     """
-    from robo_orchard_lab.experiment.existing_run import find_checkpoints
+    from robo_orchard_lab.experiment.run_checkpoints import find_checkpoints
     from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
 
     checkpoints = find_checkpoints(path)

@@ -137,7 +137,7 @@ def evaluate(
     is written.
     """
     from robo_orchard_lab.experiment import evaluation
-    from robo_orchard_lab.experiment.existing_run import find_checkpoints
+    from robo_orchard_lab.experiment.run_checkpoints import find_checkpoints
     from robo_orchard_lab.experiment.run_folder import find_run
 
     found = find_run(run_or_checkpoint)
