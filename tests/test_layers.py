@@ -18,6 +18,7 @@ LAYERS = [
     "robo_orchard_core.utils.config",
     "robo_orchard_core",
     "robo_orchard_lab.HOOK_MODULES",
+    "robo_orchard_lab.foreign_fields",
     "robo_orchard_lab.pipeline",
     "robo_orchard_lab.pipeline.trainer",
     "robo_orchard_lab.utils",

@@ -29,10 +29,11 @@ from robo_orchard_lab.pipeline.trigger import (
 )
 
 counts = st.integers(1, 10**15)
+starts = st.none() | st.integers(0, 10**15)
 counted = st.one_of(
-    st.builds(EverySteps, counts),
-    st.builds(EveryOptimizerSteps, counts),
-    st.builds(EveryEpochs, counts),
+    st.builds(EverySteps, counts, starts),
+    st.builds(EveryOptimizerSteps, counts, starts),
+    st.builds(EveryEpochs, counts, starts),
     st.builds(AtSteps, st.sets(counts, min_size=1)),
     st.just(First()),
     st.just(Last()),
@@ -62,6 +63,9 @@ def test_text_round_trips(trigger: Trigger) -> None:
         ("50 Optimizer Steps", EveryOptimizerSteps(50)),
         ("1 optimizer_step", EveryOptimizerSteps(1)),
         ("2 epochs", EveryEpochs(2)),
+        ("100 steps from 0", EverySteps(100, start=0)),
+        ("1 epoch FROM 3", EveryEpochs(1, 3)),
+        ("5 optimizer steps  from 10|last", EveryOptimizerSteps(5, 10) | Last()),
         ("30 s", EverySeconds(30)),
         ("1.5 min", EverySeconds(90)),
         ("0.5h", EverySeconds(1800)),
@@ -101,6 +105,10 @@ def test_text_is_short(trigger: Trigger, text: str) -> None:
         ("100 steps |", r"can't read '' in '100 steps \|' as a trigger"),
         ("1 epoch | often", r"can't read 'often' in '1 epoch \| often'"),
         ("1.5 steps", "can't read '1.5 steps'"),
+        ("5 steps from", "can't read '5 steps from'"),
+        ("5 steps from -1", "can't read '5 steps from -1'"),
+        ("10 min from 0", "can't read '10 min from 0'"),
+        ("0 steps from 0", "'0 steps from 0': EverySteps needs an int >= 1, got 0"),
         ("-3 steps", "can't read '-3 steps'"),
         ("1.2.3 s", "can't read '1.2.3 s'"),
         ("0 steps", "'0 steps': EverySteps needs an int >= 1, got 0"),

@@ -119,6 +119,11 @@ class Unsized:
         return iter(self.loader)
 
 
+def is_nth(when: EverySteps | EveryOptimizerSteps | EveryEpochs, number: int) -> bool:
+    """Count on from the start; ``number`` counts from 1, and the start of a trigger from 0."""
+    return number - 1 in range(when.n - 1 if when.start is None else when.start, number, when.n)
+
+
 def expected(when: Trigger, channel: ChannelName, role: Role, setting: RunSetting) -> list[int]:
     """Return the numbers of the steps, or on ``on_epoch`` of the epochs, that must be due."""
     if isinstance(when, AnyOf):
@@ -128,20 +133,22 @@ def expected(when: Trigger, channel: ChannelName, role: Role, setting: RunSettin
         ended = [(e, c or role == "before") for e, c in setting.epochs()]
         if isinstance(when, Last):
             return [epoch for epoch, _ in ended if ends_with(epoch, role, setting)]
-        n = when.n if isinstance(when, EveryEpochs) else 0
-        assert n or isinstance(when, First)
-        return [e for e, completed in ended if completed and (e % n == 0 if n else e == 1)]
+        return [
+            e
+            for e, completed in ended
+            if completed and (is_nth(when, e) if isinstance(when, EveryEpochs) else e == 1)
+        ]
     updated = channel == "on_optimizer_step" and role == "after"
 
     def is_due(step: Step) -> bool:
         # A due update is predicted before it is committed.
         update = (step.committed if updated else step.boundary) and step.updates + 1
         if isinstance(when, EverySteps):
-            return step.number % when.n == 0
+            return is_nth(when, step.number)
         if isinstance(when, EveryOptimizerSteps):
-            return bool(update) and update % when.n == 0
+            return bool(update) and is_nth(when, update)
         if isinstance(when, EveryEpochs):
-            return step.ends_epoch and step.epoch % when.n == 0
+            return step.ends_epoch and is_nth(when, step.epoch)
         if isinstance(when, AtSteps):
             return step.number in when.steps
         if isinstance(when, First):
@@ -167,14 +174,15 @@ def ends_with(epoch: int, role: Role, setting: RunSetting) -> bool:
 STEP_CHANNELS: tuple[ChannelName, ...] = CHANNEL_NAMES[2:7]
 ROLES: tuple[Role, ...] = ("before", "after")
 small = st.integers(1, 5)
+starts = st.none() | st.integers(0, 7)
 due_on_steps = st.one_of(
-    st.builds(EverySteps, small),
-    st.builds(EveryOptimizerSteps, small),
+    st.builds(EverySteps, small, starts),
+    st.builds(EveryOptimizerSteps, small, starts),
     st.builds(AtSteps, st.sets(st.integers(1, 12), min_size=1, max_size=4)),
     st.just(First()),
     st.just(Last()),
 )
-due_on_epochs = st.one_of(st.builds(EveryEpochs, small), st.just(First()), st.just(Last()))
+due_on_epochs = st.one_of(st.builds(EveryEpochs, small, starts), st.just(First()), st.just(Last()))
 
 
 def joined(parts: st.SearchStrategy[Trigger]) -> st.SearchStrategy[Trigger]:
@@ -233,7 +241,10 @@ def check(firing: Firing, setting: RunSetting) -> None:
 @given(
     runs,
     st.lists(
-        joined(due_on_steps | st.builds(EveryEpochs, small)), min_size=1, max_size=3, unique=True
+        joined(due_on_steps | st.builds(EveryEpochs, small, starts)),
+        min_size=1,
+        max_size=3,
+        unique=True,
     ),
 )
 @settings(max_examples=60, deadline=None)
@@ -304,7 +315,8 @@ EVERYTHING: list[Trigger] = [
     EverySteps(2),
     EverySteps(3) | AtSteps({5}),
     EveryOptimizerSteps(1),
-    EveryOptimizerSteps(2),
+    EveryOptimizerSteps(2, start=0),
+    EverySteps(4, start=0),
     AtSteps({1, 4}),
     First(),
     Last(),

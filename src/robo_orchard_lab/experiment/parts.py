@@ -32,6 +32,7 @@ from robo_orchard_core.utils.config import (
 from robo_orchard_core.utils.config.errors import at_path, describe, unknown_field, validate_value
 from robo_orchard_core.utils.config.parts import CONFIG_BASES, FIELD_TYPES, UNTYPED_PARAMETERS
 from robo_orchard_core.utils.config.references import union_members
+from robo_orchard_lab.foreign_fields import Form, foreign_remedy
 
 ResumeEffect: TypeAlias = Literal["harmless", "trajectory", "impossible"]
 """Effect of a changed value on a resumed run.
@@ -322,7 +323,13 @@ CONFIG_BASES["torch.optim.optimizer:Optimizer"] = OptimizerConfig
 CONFIG_BASES["torch.optim.lr_scheduler:LRScheduler"] = LRSchedulerConfig
 
 
-class TrainerConfig(Config):
+class _Settings(Config):
+    @classmethod
+    def remedy_for(cls, name: str, value: Any, form: Form) -> str:
+        return foreign_remedy("trainer", name, value, form)
+
+
+class TrainerConfig(_Settings):
     """Limits of a run and options of its trainer; see ``HookBasedTrainer``."""
 
     max_epoch: Annotated[int | None, HARMLESS] = Field(
@@ -344,7 +351,7 @@ class TrainerConfig(Config):
     )
 
 
-class AcceleratorConfig(Config):
+class AcceleratorConfig(_Settings):
     """Devices, precision and accumulation; see Accelerate's ``Accelerator``."""
 
     mixed_precision: Annotated[

@@ -35,6 +35,7 @@ from robo_orchard_lab.experiment.document import ExperimentDocument, check_bound
 from robo_orchard_lab.experiment.overrides import NAMED_ENTRIES, origin_of, walk
 from robo_orchard_lab.experiment.parts import ExperimentFields
 from robo_orchard_lab.experiment.run_folder import find_escaping_link, has_only_other_files
+from robo_orchard_lab.foreign_fields import foreign_remedy
 
 MAX_REFERENCE = 300
 """Maximum length of a reference to code, in characters."""
@@ -149,7 +150,8 @@ def _field_problems(name: str, fields: Mapping[str, Plain]) -> Iterator[ConfigEr
         )
         yield ConfigFieldError(problem, (name,))
     elif name not in declared:
-        yield unknown_field(name, declared, "an experiment")
+        remedy = foreign_remedy("trainer", name, fields[name], "file")
+        yield unknown_field(name, declared, "an experiment", remedy=remedy)
     elif name in fields:
         value, kinds = fields[name], union_members(declared[name].annotation)
         is_scalar = all(k in (str, int, NoneType) or get_origin(k) is Literal for k in kinds)

@@ -102,13 +102,13 @@ def _steps_due(trigger: Trigger, length: RunLength) -> range | list[int] | None:
     """Return the due steps of a trigger, counted from 1."""
     steps = length.steps
     match trigger:
-        case EverySteps(n=n):
-            return range(n, steps + 1, n)
-        case EveryEpochs(n=n):
-            every = n * length.steps_per_epoch
-            return range(every, steps + 1, every)
-        case EveryOptimizerSteps(n=n):
-            numbers = range(n, length.updates + 1, n)
+        case EverySteps(n=n, first=first):
+            return range(first + 1, steps + 1, n)
+        case EveryEpochs(n=n, first=first):
+            per_epoch = length.steps_per_epoch
+            return range((first + 1) * per_epoch, steps + 1, n * per_epoch)
+        case EveryOptimizerSteps(n=n, first=first):
+            numbers = range(first + 1, length.updates + 1, n)
             if len(numbers) > _MAX_COUNTED:
                 return numbers
             return [length.step_of_update(number) for number in numbers]

@@ -16,7 +16,7 @@ from robo_orchard_lab.pipeline.progress import (
     TrainerProgress,
 )
 from robo_orchard_lab.pipeline.run.run_path import RunPath
-from robo_orchard_lab.pipeline.trainer import HookBasedTrainer
+from robo_orchard_lab.pipeline.trainer import HookBasedTrainer, SimpleTrainer
 from robo_orchard_lab.pipeline.trigger import (
     AtSteps,
     EveryEpochs,
@@ -51,6 +51,7 @@ __all__ = [
     "Schedule",
     "ScheduleField",
     "SimpleBatchProcessor",
+    "SimpleTrainer",
     "SupervisedProcessor",
     "TrainerLimits",
     "TrainerProgress",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from robo_orchard_core.utils.config.errors import did_you_mean
+from robo_orchard_core.utils.config.errors import did_you_mean, suggest_name
 
 
 class PipelineConfigError(ValueError):
@@ -50,6 +50,16 @@ class UnknownMetricError(LookupError):
             + f" Published: {', '.join(published) or 'none'}"
             + (f". {hint}" if hint else "")
         )
+
+
+class UnknownHookError(KeyError):
+    """Error for a name that no hook has; the message has the similar name, or all names."""
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        super().__init__(f"no hook is named {name!r}; {suggest_name(name, [*known], 'there is')}")
+
+    def __str__(self) -> str:  # without the quotes of a KeyError
+        return str(self.args[0])
 
 
 class StateError(ValueError):

@@ -24,8 +24,9 @@ from robo_orchard_core.utils.hook import (
     RemovableHandle,
     add_origin,
 )
+from robo_orchard_lab.foreign_fields import Form, foreign_remedy
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.errors import StateError
+from robo_orchard_lab.pipeline.errors import StateError, UnknownHookError
 from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES, ChannelName
 from robo_orchard_lab.pipeline.trigger import Role, Trigger, as_trigger
 
@@ -355,8 +356,10 @@ class PipelineHooks:
             bundle += hook
         return bundle
 
-    def begin(self, channel: ChannelName, args: PipelineHookArgs) -> AbstractContextManager[None]:
-        """Return a context manager for the hooks of a channel."""
+    def begin(
+        self, channel: ChannelName, args: PipelineHookArgs
+    ) -> AbstractContextManager[PipelineHookArgs]:
+        """Return a context manager for the hooks of a channel; yields ``args``."""
         return self.get_channel(channel).begin(args)
 
     def unregister_all(self) -> None:
@@ -367,6 +370,26 @@ class PipelineHooks:
         for name in CHANNEL_NAMES:
             self.get_channel(name).unregister_all()
         self._hook_members = ()
+
+    def __getitem__(self, name: str) -> PipelineHooks:
+        """Return the nested bundle of this name, at any depth; ``name in hooks`` tests for it.
+
+        Raises:
+            UnknownHookError: no bundle has the name; the message has the similar one, or all.
+            TypeError: the name is not a string.
+        """
+        if not isinstance(name, str):
+            raise TypeError(
+                f"hooks are found by name, such as hooks['EMA']; got {name!r:.60}. To iterate, use "
+                "hooks.named_hooks()"
+            )
+        known = {bundle.name: bundle for bundle in self.named_hooks() if bundle is not self}
+        if name not in known:
+            raise UnknownHookError(name, known)
+        return known[name]
+
+    def __contains__(self, name: object) -> bool:
+        return any(b.name == name for b in self.named_hooks() if b is not self)
 
     def all_hooks(self) -> Iterator[PipelineHooks]:
         """Iterate over all nested bundles, at any depth, in registration order."""
@@ -517,6 +540,10 @@ class PipelineHooksConfig(ClassConfig[HooksT_co], Generic[HooksT_co]):
 
     ``class_type`` names the class, ``PipelineHooksConfig[MyHook]`` declares its type.
     """
+
+    @classmethod
+    def remedy_for(cls, name: str, value: Any, form: Form) -> str:
+        return foreign_remedy("hook", name, value, form)
 
 
 HookLike: TypeAlias = "PipelineHooks | PipelineHooksConfig[PipelineHooks]"

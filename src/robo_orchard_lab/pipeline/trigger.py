@@ -45,7 +45,9 @@ class Trigger(ABC):
     50 optimizer steps | 10 min
 
     ``EverySteps(100)`` is due in the step that brings the number of steps to 100, 200 and so on.
-    A config field declared as :data:`TriggerField` accepts a trigger or its text.
+    ``EverySteps(100, start=0)``, or "100 steps from 0", is due in the steps whose
+    ``args.global_step_id`` is 0, 100, 200 and so on. A config field declared as
+    :data:`TriggerField` accepts a trigger or its text.
     """
 
     channels: ClassVar[tuple[ChannelName, ...]] = STEP_CHANNELS
@@ -97,8 +99,8 @@ class Trigger(ABC):
     def parse(text: str) -> Trigger:
         """Parse a text; ``str(trigger)`` returns its short form.
 
-        ``100 steps``, ``50 optimizer steps``, ``1 epoch``, ``30 s``, ``10 min``, ``2 h``,
-        ``at steps 10, 20``, ``first``, ``last``; several joined by ``|``.
+        ``100 steps``, ``100 steps from 0``, ``50 optimizer steps``, ``1 epoch``, ``30 s``,
+        ``10 min``, ``2 h``, ``at steps 10, 20``, ``first``, ``last``; several joined by ``|``.
 
         Raises:
             TriggerError: with the part that can't be parsed, and examples.
@@ -167,31 +169,61 @@ def as_trigger(value: Any) -> Trigger:
     raise TriggerError(f"expected a trigger or its text, got {type(value).__name__}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _EveryN(Trigger):
     n: int
     """Period, an int >= 1."""
+    start: int | None = None
+    """First id that the trigger is due at, an int >= 0; None for n - 1, the n-th from the start."""
     _noun: ClassVar[str]
 
     def __post_init__(self) -> None:
         _check_count(type(self).__name__, self.n)
+        if self.start is not None and (type(self.start) is not int or self.start < 0):
+            raise TriggerError(
+                f"{type(self).__name__} needs an int >= 0 to start from, got {self.start!r}"
+            )
+
+    @property
+    def first(self) -> int:
+        """Id of the first step, update or epoch that the trigger is due at, from 0."""
+        return self.n - 1 if self.start is None else self.start
+
+    def _is_due(self, number: int) -> bool:
+        return number >= self.first and (number - self.first) % self.n == 0
 
     def __str__(self) -> str:
-        return f"{self.n} {self._noun}{'' if self.n == 1 else 's'}"
+        text = f"{self.n} {self._noun}{'' if self.n == 1 else 's'}"
+        return text if self.start is None else f"{text} from {self.start}"
+
+    def __repr__(self) -> str:
+        start = "" if self.start is None else f", start={self.start}"
+        return f"{type(self).__name__}(n={self.n}{start})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EverySteps(_EveryN):
-    """Every n-th step (batch) of the run; on ``on_optimizer_step``, only steps with an update."""
+    """Every n-th step (batch) of the run; on ``on_optimizer_step``, only steps with an update.
+
+    >>> [step for step in range(250) if EverySteps(100, start=0)._is_due(step)]
+    [0, 100, 200]
+    """
 
     _noun: ClassVar[str] = "step"
 
     def due_on(self, channel: ChannelName, role: Role) -> Due:
-        n = self.n
-        return lambda args: (args._run.progress.global_step_id + 1) % n == 0
+        n, first = self.n, self.first
+        if self.start is None:
+            return lambda args: (args._run.progress.global_step_id + 1) % n == 0
+
+        def due(args: PipelineHookArgs) -> bool:
+            step = args._run.progress.global_step_id
+            return step >= first and (step - first) % n == 0
+
+        return due
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EveryOptimizerSteps(_EveryN):
     """Every n-th committed weight update.
 
@@ -203,20 +235,18 @@ class EveryOptimizerSteps(_EveryN):
     _noun: ClassVar[str] = "optimizer step"
 
     def due_on(self, channel: ChannelName, role: Role) -> Due:
-        n = self.n
-
         def due(args: PipelineHookArgs) -> bool:
             done = args.run.progress.optimizer_step_id
             if args.run.optimizer is None:
                 return False
             if args.update_committed is None:
-                return args.at_accumulation_boundary and (done + 1) % n == 0
-            return args.update_committed and done % n == 0
+                return args.at_accumulation_boundary and self._is_due(done)
+            return args.update_committed and self._is_due(done - 1)
 
         return due
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EveryEpochs(_EveryN):
     """Every n-th epoch; in its ``after``, only if the epoch was completed.
 
@@ -232,12 +262,11 @@ class EveryEpochs(_EveryN):
     _noun: ClassVar[str] = "epoch"
 
     def due_on(self, channel: ChannelName, role: Role) -> Due:
-        n = self.n
         if channel != "on_epoch":
             return self._is_last_step
         if role == "before":
-            return lambda args: (args.run.progress.epoch_id + 1) % n == 0
-        return lambda args: args.epoch_completed and (args.run.progress.epoch_id + 1) % n == 0
+            return lambda args: self._is_due(args.run.progress.epoch_id)
+        return lambda args: args.epoch_completed and self._is_due(args.run.progress.epoch_id)
 
     def _is_last_step(self, args: PipelineHookArgs) -> bool:
         progress, length = args.run.progress, args.run.steps_per_epoch
@@ -246,7 +275,7 @@ class EveryEpochs(_EveryN):
                 f"{str(self)!r}: no step can be the last of an epoch of unknown length; "
                 "register the hook on on_epoch"
             )
-        return progress.step_id + 1 == length and (progress.epoch_id + 1) % self.n == 0
+        return progress.step_id + 1 == length and self._is_due(progress.epoch_id)
 
 
 @dataclass(frozen=True)
@@ -448,10 +477,17 @@ class _RankZeroClock:
         return self._period_s - (time.monotonic() - self._started_at)
 
 
-_PATTERNS: tuple[tuple[str, Callable[[str], Trigger]], ...] = (
-    (r"(\d+)\s*steps?", lambda n: EverySteps(int(n))),
-    (r"(\d+)\s*optimizer[ _]steps?", lambda n: EveryOptimizerSteps(int(n))),
-    (r"(\d+)\s*epochs?", lambda n: EveryEpochs(int(n))),
+_FROM = r"(?:\s+from\s+(\d+))?"
+
+
+def _every(cls: type[_EveryN]) -> Callable[..., Trigger]:
+    return lambda n, start: cls(int(n), None if start is None else int(start))
+
+
+_PATTERNS: tuple[tuple[str, Callable[..., Trigger]], ...] = (
+    (rf"(\d+)\s*steps?{_FROM}", _every(EverySteps)),
+    (rf"(\d+)\s*optimizer[ _]steps?{_FROM}", _every(EveryOptimizerSteps)),
+    (rf"(\d+)\s*epochs?{_FROM}", _every(EveryEpochs)),
     (r"([\d.e+-]+)\s*(?:s|sec|seconds?)", lambda s: EverySeconds(float(s))),
     (r"([\d.e+-]+)\s*(?:min|minutes?)", lambda s: EverySeconds(float(s) * 60)),
     (r"([\d.e+-]+)\s*(?:h|hours?)", lambda s: EverySeconds(float(s) * 3600)),
@@ -461,8 +497,8 @@ _PATTERNS: tuple[tuple[str, Callable[[str], Trigger]], ...] = (
 )
 _ANY_PART = rf"\s*(?:{'|'.join(pattern for pattern, _ in _PATTERNS)})\s*"
 _EXAMPLES = (
-    "'100 steps', '50 optimizer steps', '1 epoch', '30 s', '10 min', '2 h', 'at steps 10, 20', "
-    "'first' or 'last', several joined by '|'"
+    "'100 steps', '100 steps from 0', '50 optimizer steps', '1 epoch', '30 s', '10 min', '2 h', "
+    "'at steps 10, 20', 'first' or 'last', several joined by '|'"
 )
 _JSON_SCHEMA = {
     "type": "string",
@@ -477,7 +513,7 @@ def _parse_part(part: str, text: str) -> Trigger:
         found = re.fullmatch(pattern, part, re.IGNORECASE)
         if found:
             try:
-                return make(found[1])
+                return make(*found.groups())
             except TriggerError as error:
                 raise TriggerError(f"{part!r}: {error}") from None
             except ValueError:  # not a number, such as 1.2.3

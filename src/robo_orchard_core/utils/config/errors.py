@@ -259,7 +259,12 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
         known: Names to search.
         cutoff: Similarity from 0 to 1 that a suggestion needs, as in `difflib`.
     """
-    near = difflib.get_close_matches(name, [*known], n=1, cutoff=cutoff)
+    names = [*known]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+    if not near:  # for example, ema for EMA
+        in_lower_case = {each.casefold(): each for each in names}
+        found = difflib.get_close_matches(name.casefold(), in_lower_case, n=1, cutoff=cutoff)
+        near = [in_lower_case[each] for each in found]
     return f"did you mean {near[0]!r}?" if near else ""
 
 
@@ -275,7 +280,12 @@ def suggest_name(name: str, known: Collection[str], lead: str) -> str:
     return did_you_mean(name, known) or f"{lead} {', '.join(names) or 'none'}"
 
 
-def unknown_field(name: str, known: Iterable[str], owner: str, path: Path = ()) -> ConfigFieldError:
-    """Return the error for an unknown field of ``owner``, with the most similar known field."""
-    advice = suggest_name(name, sorted(known), "it has")
+def unknown_field(
+    name: str, known: Iterable[str], owner: str, path: Path = (), remedy: str = ""
+) -> ConfigFieldError:
+    """Return the error for an unknown field of ``owner``.
+
+    The advice is the remedy if any, else the most similar known field.
+    """
+    advice = remedy or suggest_name(name, sorted(known), "it has")
     return ConfigFieldError(f"{owner} has no such field; {advice}", (*path, name))

@@ -147,6 +147,11 @@ class ConfigModel(BaseModel):
         return declaration
 
     @classmethod
+    def remedy_for(cls, name: str, value: Any, form: Literal["python", "file"]) -> str:
+        """Return what to write instead of an unknown field, or "" to suggest a similar field."""
+        return ""
+
+    @classmethod
     def _class_named_in(cls, state: Loading, document: dict[str, Any]) -> type[BaseModel]:
         """Return the config class named in a document."""
         if CONFIG_TYPE in document:
@@ -200,6 +205,8 @@ class ConfigModel(BaseModel):
             raise ValueError(f"expected {cls.__qualname__}, found {type(data).__qualname__}")
         state = current()
         if state is None or not isinstance(data, dict):
+            if isinstance(data, dict) and not data.keys() <= cls.model_fields.keys():
+                cls._refuse_with_remedy(data)
             return handler(data)
         target = cls._class_named_in(state, data)
         data = {key: value for key, value in data.items() if key != CONFIG_TYPE}
@@ -219,7 +226,8 @@ class ConfigModel(BaseModel):
         if not unknown:
             return handler(known)
         others: list[ConfigError] = [
-            unknown_field(key, cls.model_fields, cls.__qualname__) for key in unknown[:MAX_PROBLEMS]
+            cls._unknown_field(key, cls.remedy_for(key, data[key], "file"))
+            for key in unknown[:MAX_PROBLEMS]
         ]
         try:
             handler(known)
@@ -229,6 +237,22 @@ class ConfigModel(BaseModel):
         first = others.pop(0)
         first.others = tuple(others)
         raise first
+
+    @classmethod
+    def _unknown_field(cls, name: str, remedy: str) -> ConfigError:
+        return unknown_field(name, cls.model_fields, cls.__qualname__, remedy=remedy)
+
+    @classmethod
+    def _refuse_with_remedy(cls, data: dict[str, Any]) -> None:
+        remedies = {
+            name: cls.remedy_for(name, value, "python")
+            for name, value in data.items()
+            if name not in cls.model_fields
+        }
+        found = [cls._unknown_field(name, text) for name, text in remedies.items() if text]
+        if found:
+            found[0].others = tuple(found[1:])
+            raise found[0]
 
     def __eq__(self, other: object) -> bool:
         """Return True for configs of equal class and field values."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from operator import length_hint
+from types import GenericAlias
 from typing import Any, Generic, Protocol, Self, TypeAlias, TypeVar
 
 from robo_orchard_core.utils.hook.errors import (
@@ -24,10 +25,11 @@ class RemovableHandle:
     """Idempotent handle to remove a registration.
 
     Remove by ``handle()``, ``handle.remove()`` or the end of a ``with`` block. A later registration
-    of the same hook has a handle of its own.
+    of the same hook has a handle of its own. ``RemovableHandle[...]`` is allowed in annotations.
     """
 
     __slots__ = ("_remove",)
+    __class_getitem__ = classmethod(GenericAlias)  # type: ignore[var-annotated]
 
     def __init__(self, remove: Callable[[], None]) -> None:
         self._remove: Callable[[], None] | None = remove
@@ -156,13 +158,13 @@ EMPTY: Plan[Any] = Plan("", ())
 
 
 @dataclass(slots=True, eq=False)
-class Scope(AbstractContextManager[None], Generic[ArgsT]):
+class Scope(AbstractContextManager[ArgsT], Generic[ArgsT]):
     """Context manager for a plan around a ``with`` body."""
 
     plan: Plan[ArgsT]
     args: ArgsT
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> ArgsT:
         entering = iter(self.plan.befores)
         try:
             for before in entering:
@@ -170,6 +172,7 @@ class Scope(AbstractContextManager[None], Generic[ArgsT]):
         except BaseException as error:
             self.plan.failed_to_enter(self.args, error, entering)
             raise
+        return self.args
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is not None:
@@ -227,8 +230,8 @@ class HookContext(ABC, Generic[ArgsT]):
         """Return before and after as a channel calls them; None for no operation."""
         return self.before, self.after
 
-    def begin(self, args: ArgsT) -> AbstractContextManager[None]:
-        """Run this hook around the body of a ``with`` statement."""
+    def begin(self, args: ArgsT) -> AbstractContextManager[ArgsT]:
+        """Run this hook around the body of ``with``, which gets ``args``."""
         return Scope(Plan("begin", (HookEntry(0, self, *self.functions(), None),)), args)
 
     @staticmethod
@@ -429,8 +432,8 @@ class HookContextChannel(Generic[ArgsT]):
             raise
         return result
 
-    def begin(self, args: ArgsT) -> AbstractContextManager[None]:
-        """Run all hooks around the body of a ``with`` statement, as :meth:`run` does."""
+    def begin(self, args: ArgsT) -> AbstractContextManager[ArgsT]:
+        """Run all hooks around the body of ``with``, as :meth:`run` does; yields ``args``."""
         return Scope(self._plan or self._build(), args)
 
     def entries(self) -> tuple[HookEntry[ArgsT], ...]:

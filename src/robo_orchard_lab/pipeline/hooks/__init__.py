@@ -1,4 +1,4 @@
-"""Built-in hooks: one module each, imported on first use.
+"""Built-in hooks: one module each, imported on first use; and the names for writing hooks.
 
 `robo_orchard_lab.HOOK_MODULES` lists the hooks; the imports below repeat them for type checkers.
 """
@@ -6,7 +6,13 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from robo_orchard_core.utils.hook import HookContext as HookContext
+from robo_orchard_core.utils.hook import RemovableHandle as RemovableHandle
+from robo_orchard_core.utils.hook import RemoveableHandle as RemoveableHandle
 from robo_orchard_lab import HOOK_MODULES
+from robo_orchard_lab.pipeline.context import PipelineHookArgs as PipelineHookArgs
+from robo_orchard_lab.pipeline.hook_set import PipelineHooks as PipelineHooks
+from robo_orchard_lab.pipeline.hook_set import PipelineHooksConfig as PipelineHooksConfig
 
 _MODULE_OF = {
     **HOOK_MODULES,

@@ -2,4 +2,5 @@
 
 from robo_orchard_lab.pipeline.trainer.trainer import HookBasedTrainer
 
-__all__ = ["HookBasedTrainer"]
+SimpleTrainer = HookBasedTrainer  # the name in scripts for RoboOrchardLab
+__all__ = ["HookBasedTrainer", "SimpleTrainer"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +16,7 @@ from accelerate.utils import DistributedType, send_to_device
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
+from robo_orchard_lab.foreign_fields import foreign_remedy
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.model import DDPOfCall, ddp_of
@@ -26,6 +28,23 @@ logger = job_logger(__name__)
 
 ENGINES = frozenset({DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM})
 """Engines that count micro-batches, divide losses and step the optimizer by themselves."""
+
+
+InitT = TypeVar("InitT", bound=Callable[..., None])
+
+
+def refuse_foreign_arguments(init: InitT) -> InitT:
+    """Make a constructor's error for an argument of another framework name what to pass instead."""
+    known = inspect.signature(init).parameters
+
+    @wraps(init)
+    def checked(*args: Any, **given: Any) -> None:
+        for name in given.keys() - known.keys():
+            if remedy := foreign_remedy("trainer", name, given[name], "python"):
+                raise TypeError(f"HookBasedTrainer has no argument {name!r}; {remedy}")
+        init(*args, **given)
+
+    return checked  # type: ignore[return-value]  # the same signature
 
 
 def check_objects(

@@ -146,6 +146,7 @@ class HookBasedTrainer:
             set of hooks, or, within an epoch, to a different number of samples per step.
     """
 
+    @setup.refuse_foreign_arguments
     @fail_together()
     def __init__(
         self,
