@@ -10,7 +10,8 @@ A port is a module of this folder with three sections, each after a comment line
 
 Both call ``torch.manual_seed`` first. ``train_plainly`` and ``state_of`` return the final state as
 a tree: weights, buffers, optimizer state, averages. Values below the key ``"metrics"`` are compared
-up to rounding, everything else bit for bit. Lines of imports are not counted.
+up to rounding, everything else bit for bit. Lines are counted without imports and without what only
+the comparison needs: ``state_of`` and the last statement of ``train_plainly``, its return.
 """
 
 from __future__ import annotations
@@ -75,6 +76,24 @@ def train(port: Port, folder: Path, stops: Iterable[int] = ()) -> HookBasedTrain
     return trainer
 
 
+def check_port(port: Port, folder: Path) -> None:
+    """Compare the plain loop, the trainer, and the trainer stopped twice, on each rank of a job.
+
+    The stops are after odd numbers of steps, within accumulation windows of even length. The plain
+    loop has to restore its state from its checkpoint.
+    """
+    plain = folder / "plain"
+    plain.mkdir(exist_ok=True)
+    expected = port.train_plainly(plain)
+    trainer = train(port, folder / "straight")
+    assert_same(port.state_of(trainer, folder / "straight"), expected)
+
+    steps = trainer.progress.global_step_id
+    resumed = train(port, folder / "resumed", (steps // 3 | 1, 2 * steps // 3 | 1))
+    assert_same(port.state_of(resumed, folder / "resumed"), expected)
+    assert_same(port.train_plainly(plain), expected)
+
+
 class StopAfter(PipelineHooks):
     def __init__(self, steps: int | None) -> None:
         super().__init__("stop of a test")
@@ -125,14 +144,20 @@ def code_lines(port: Port) -> dict[str, int]:
 
 
 def _lines_with_code(text: str) -> set[int]:
-    documented = set()
+    left_out: set[int] = set()
     for node in ast.walk(ast.parse(text)):
         match node:
-            case ast.Expr(value=ast.Constant(value=str())):
-                documented |= set(range(node.lineno, (node.end_lineno or 0) + 1))
+            case ast.Expr(value=ast.Constant(value=str())) | ast.FunctionDef(name="state_of"):
+                left_out |= _lines_of(node)
+            case ast.FunctionDef(name="train_plainly"):
+                left_out |= _lines_of(node.body[-1])
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     rows = (range(t.start[0], t.end[0] + 1) for t in tokens if t.type not in _LAYOUT)
-    return {row for span in rows for row in span} - documented
+    return {row for span in rows for row in span} - left_out
+
+
+def _lines_of(node: ast.stmt) -> set[int]:
+    return set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
 
 
 def logged(path: Path, name: str) -> dict[int, float]:

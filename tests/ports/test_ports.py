@@ -6,10 +6,25 @@ from pathlib import Path
 
 import pytest
 
+import act_policy
+import byol
+import classification
+import diffusion_policy
+import dqn
 import gpt
-from porting import SECTIONS, Port, assert_same, code_lines, train
+import token_weighted_lm
+from launching import SCRIPTS, launch
+from porting import SECTIONS, Port, check_port, code_lines
 
-PORTS: list[Port] = [gpt]
+PORTS: list[Port] = [
+    gpt,
+    diffusion_policy,
+    act_policy,
+    classification,
+    token_weighted_lm,
+    byol,
+    dqn,
+]
 
 every_port = pytest.mark.parametrize("port", PORTS, ids=lambda port: port.__name__)
 
@@ -18,20 +33,14 @@ every_port = pytest.mark.parametrize("port", PORTS, ids=lambda port: port.__name
 def test_equals_the_plain_loop(port: Port, tmp_path: Path) -> None:
     """Weights, optimizer states, averages and buffers equal the plain loop's, bit for bit.
 
-    Stopped twice and resumed with new objects, also within an accumulation window, they are equal
-    again. The plain loop's checkpoint restores its state.
+    Stopped twice, also within an accumulation window, and resumed with new objects, they do again.
     """
-    plain = tmp_path / "plain"
-    plain.mkdir()
-    expected = port.train_plainly(plain)
-    trainer = train(port, tmp_path / "straight")
-    assert_same(port.state_of(trainer, tmp_path / "straight"), expected)
+    check_port(port, tmp_path)
 
-    steps = trainer.progress.global_step_id
-    stops = (steps // 3 | 1, 2 * steps // 3 | 1)
-    resumed = train(port, tmp_path / "resumed", stops)
-    assert_same(port.state_of(resumed, tmp_path / "resumed"), expected)
-    assert_same(port.train_plainly(plain), expected)
+
+def test_token_weighted_lm_equals_the_plain_loop_on_two_ranks(tmp_path: Path) -> None:
+    """The mean over the tokens of all ranks equals that of a loop with DDP, also resumed."""
+    launch(SCRIPTS / "port_on_ranks.py", "token_weighted_lm", tmp_path)
 
 
 @every_port
