@@ -14,13 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
-from porting import State, logged
-from robo_orchard_lab.pipeline import (
-    HookBasedTrainer,
-    PipelineHookArgs,
-    PipelineHooks,
-    SupervisedProcessor,
-)
+from porting import EpochOrder, State, logged
+from robo_orchard_lab.pipeline import HookBasedTrainer, SupervisedProcessor
 from robo_orchard_lab.pipeline.hook_set import HookLike
 from robo_orchard_lab.pipeline.hooks import (
     EMAConfig,
@@ -76,10 +71,15 @@ def make_mix() -> nn.Module:
 
 
 def loaders() -> tuple[DataLoader[Batch], DataLoader[Batch]]:
-    generator = torch.Generator().manual_seed(5)
     train, unseen = Quadrants(images=44, seed=1), Quadrants(images=20, seed=2)
     return (
-        DataLoader(train, batch_size=BATCH, shuffle=True, drop_last=True, generator=generator),
+        DataLoader(
+            train,
+            batch_size=BATCH,
+            sampler=EpochOrder(train),
+            drop_last=True,
+            generator=torch.Generator(),
+        ),
         DataLoader(unseen, batch_size=BATCH, generator=torch.Generator()),
     )
 
@@ -137,6 +137,7 @@ def train_plainly(folder: Path) -> State:
         scheduler.load_state_dict(saved["scheduler"])
         first_epoch, values = saved["epoch"] + 1, saved["values"]
     for epoch in range(first_epoch, EPOCHS):
+        train.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
         losses = []
         for index, (images, labels) in enumerate(train):
             images, labels = mix(images, labels)
@@ -180,24 +181,26 @@ def train_plainly(folder: Path) -> State:
 # With the trainer
 
 
+class MixingProcessor(SupervisedProcessor):
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__(loss)
+        self.mix = make_mix()
+
+    def forward(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().forward(model, self.mix(*batch) if model.training else batch)
+
+
 def build(run_folder: Path, resume_from: Any = None) -> HookBasedTrainer:
     torch.manual_seed(0)
-    model, mix = ConvNet(), make_mix()
+    model = ConvNet()
     optimizer = make_optimizer(model)
     train, unseen = loaders()
-    mixing = PipelineHooks("mixing")
-
-    @mixing.on_batch.before
-    def mix_batch(args: PipelineHookArgs) -> None:
-        args.batch = mix(*args.batch)
-
     log = JsonLinesSinkConfig(path=str(run_folder / "log.jsonl"))
     accuracy = {"accuracy": MulticlassAccuracy(CLASSES, average="micro")}
     hooks: dict[str, HookLike] = {
         "bar": ProgressBarHookConfig(),
         "loss": LossTrackerConfig(),
         "log": MetricsLoggerConfig(every="1 epoch", sinks=[log]),
-        "mixing": mixing,
         "clipping": GradientClippingHookConfig(max_norm=1.0),
         "ema": EMAConfig(
             decay=EMA_DECAY,
@@ -216,7 +219,7 @@ def build(run_folder: Path, resume_from: Any = None) -> HookBasedTrainer:
         Accelerator(cpu=True),
         model,
         train,
-        SupervisedProcessor(nn.CrossEntropyLoss(label_smoothing=0.1)),
+        MixingProcessor(nn.CrossEntropyLoss(label_smoothing=0.1)),
         optimizer,
         make_scheduler(optimizer),
         hooks=hooks,

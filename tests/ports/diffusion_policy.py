@@ -15,7 +15,7 @@ from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
-from porting import State, logged
+from porting import EpochOrder, State, logged
 from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.hooks import (
     EMAConfig,
@@ -128,10 +128,9 @@ def fitted_policy(episodes: int = 3, seed: int = 1) -> DiffusionPolicy:
 
 
 def loaders() -> tuple[DataLoader[Batch], DataLoader[Batch]]:
-    generator = torch.Generator().manual_seed(2)
     train, unseen = Demonstrations(episodes=3, seed=1), Demonstrations(episodes=2, seed=3)
     return (
-        DataLoader(train, batch_size=BATCH, shuffle=True, generator=generator),
+        DataLoader(train, batch_size=BATCH, sampler=EpochOrder(train), generator=torch.Generator()),
         DataLoader(unseen, batch_size=BATCH, generator=torch.Generator()),
     )
 
@@ -193,6 +192,7 @@ def train_plainly(folder: Path) -> State:
         scheduler.load_state_dict(saved["scheduler"])
         first_epoch, errors = saved["epoch"] + 1, saved["errors"]
     for epoch in range(first_epoch, EPOCHS):
+        train.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
         losses = []
         for batch in train:
             loss = policy(batch)

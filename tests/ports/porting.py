@@ -19,12 +19,13 @@ from __future__ import annotations
 import ast
 import io
 import tokenize
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import pytest
 import torch
+from torch.utils.data import Sampler
 
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.sinks import read_metrics
@@ -52,6 +53,23 @@ class Port(Protocol):
 
     def state_of(self, trainer: HookBasedTrainer, run_folder: Path, /) -> State:
         """Return the final state of the trainer."""
+
+
+class EpochOrder(Sampler[int]):
+    """Permutation that depends on the epoch only, as that of ``DistributedSampler``."""
+
+    def __init__(self, data_source: Sized) -> None:
+        self._samples, self._epoch = len(data_source), 0
+
+    def __len__(self) -> int:
+        return self._samples
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._epoch)
+        return iter(torch.randperm(self._samples, generator=generator).tolist())
 
 
 def train(port: Port, folder: Path, stops: Iterable[int] = ()) -> HookBasedTrainer:

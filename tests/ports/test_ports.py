@@ -14,7 +14,9 @@ import dqn
 import gpt
 import token_weighted_lm
 from launching import SCRIPTS, launch
-from porting import SECTIONS, Port, check_port, code_lines
+from porting import SECTIONS, Port, StopAfter, assert_same, check_port, code_lines
+from robo_orchard_lab.experiment import ExperimentConfig
+from robo_orchard_lab.testing import prove_resume
 
 PORTS: list[Port] = [
     gpt,
@@ -26,9 +28,13 @@ PORTS: list[Port] = [
     dqn,
 ]
 
+SEQUENTIAL_LR = "ignore:The epoch parameter in `scheduler.step:UserWarning"
+"""Warning of torch 2.8's own SequentialLR, which passes the deprecated argument."""
+
 every_port = pytest.mark.parametrize("port", PORTS, ids=lambda port: port.__name__)
 
 
+@pytest.mark.filterwarnings(SEQUENTIAL_LR)
 @every_port
 def test_equals_the_plain_loop(port: Port, tmp_path: Path) -> None:
     """Weights, optimizer states, averages and buffers equal the plain loop's, bit for bit.
@@ -41,6 +47,33 @@ def test_equals_the_plain_loop(port: Port, tmp_path: Path) -> None:
 def test_token_weighted_lm_equals_the_plain_loop_on_two_ranks(tmp_path: Path) -> None:
     """The mean over the tokens of all ranks equals that of a loop with DDP, also resumed."""
     launch(SCRIPTS / "port_on_ranks.py", "token_weighted_lm", tmp_path)
+
+
+@pytest.mark.filterwarnings(SEQUENTIAL_LR)
+@pytest.mark.parametrize("port", [classification, diffusion_policy], ids=lambda p: p.__name__)
+def test_experiment_file_trains_the_same(port: Port, tmp_path: Path) -> None:
+    """The port's experiment file, stopped and resumed, ends in the plain loop's state."""
+    expected = port.train_plainly(tmp_path)
+    run_folder = tmp_path / "run"
+    experiment = ExperimentConfig.load(
+        Path(str(port.__file__)).with_suffix(".yaml"),
+        overrides={"run_folder": str(run_folder)},
+        trust=[port.__name__, "porting"],
+    )
+    first = experiment.build().trainer
+    first.hooks += StopAfter(7)
+    first()
+    resumed = experiment.build().trainer
+    assert resumed.progress.global_step_id == 7
+    resumed()
+    assert_same(port.state_of(resumed, run_folder), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("port", "stops"), [(gpt, [6, 19]), (dqn, [5, 24])])
+def test_resume_is_proven(port: Port, stops: list[int]) -> None:
+    """Every step of the resumed training equals the uninterrupted one, in separate processes."""
+    prove_resume(port.build, None, stops).check()
 
 
 @every_port
