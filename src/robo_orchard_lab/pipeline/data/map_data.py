@@ -37,7 +37,7 @@ from robo_orchard_lab.pipeline.distributed.collectives import broadcast_object
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.progress import TrainerProgress
-from robo_orchard_lab.pipeline.state_schema import Count, StateSchema, Text
+from robo_orchard_lab.pipeline.state_schema import Count, StateSchema, Text, errors_of
 
 logger = job_logger(__name__)
 
@@ -76,6 +76,8 @@ class MapData:
         """Sampler of single samples; None if a custom batch sampler makes the batches."""
         self._generators = rng.loader_generators(loader)
         self._sampler_state = SamplerState(loader)
+        methods = hasattr(loader.dataset, "state_dict"), hasattr(loader.dataset, "load_state_dict")
+        self._stateful: Any = loader.dataset if all(methods) else None
         if shard.processes > 1 and self._generators:
             first = broadcast_object(rng.capture_generators(self._generators), 0)  # a collective
             rng.restore_generators(first, self._generators)  # now equal on all ranks
@@ -101,6 +103,8 @@ class MapData:
         self._epoch_id: int | None = None
         self._epoch_start: Mapping[str, Any] | None = None
         """State of generators and samplers when the epoch began."""
+        self._epoch_description: Mapping[str, Any] = {}
+        """Lengths when the epoch began, by which its order was made."""
         self._loaded: Mapping[str, Any] | None = None
         """State that the next epoch resumes from."""
 
@@ -112,6 +116,7 @@ class MapData:
         if loaded is not None and step_id > 0:
             self._check_description(loaded, _DESCRIBED)
         self._epoch_id = epoch_id
+        self._epoch_description = self._description()
         self._batches = self._epoch_batches(seed, epoch_id, loaded if step_id > 0 else None)
         tasks = self._epoch_tasks(self._batches, seed, epoch_id, step_id)
         if self._loader is None:
@@ -146,13 +151,15 @@ class MapData:
 
     def state(self) -> Mapping[str, Any]:
         """Return the position of all processes in the epoch; equal on all ranks."""
+        own = {} if self._stateful is None else {"dataset": self._stateful.state_dict()}
         if self._loaded is not None:
-            return self._loaded
+            return {**self._loaded, **own}
         has_begun = self._epoch_id == self._progress.epoch_id
         batches = self._batches if has_begun else None
         start = self._epoch_start if batches is not None else None
         return {
-            **self._description(),
+            **own,
+            **(self._description() if batches is None else self._epoch_description),
             "samples": 0 if batches is None else batches.samples_before(self._progress.step_id),
             **(self._source_state() if start is None else start),
         }
@@ -162,6 +169,8 @@ class MapData:
         return {}
 
     schema = StateSchema(
+        optional=["dataset"],
+        dataset=Any,
         sampler=Text,
         dataset_length=Count | None,
         sampler_length=Count | None,
@@ -182,8 +191,14 @@ class MapData:
         is_known = None not in (length, samples, state["samples_per_step"])
         if is_known and samples > length:
             raise StateError(f"data.samples: expected at most {length}, found {samples}")
-        has_set_epoch = hasattr(self._user.dataset, "set_epoch")  # which may change its length
-        self._check_description(state, ["sampler"] if has_set_epoch else list(_DESCRIBED))
+        if "dataset" in state and self._stateful is None:
+            raise StateError(
+                f"the dataset's own state was saved, but {type(self._user.dataset).__qualname__} "
+                "has no state_dict and load_state_dict to restore it; pass the saved dataset"
+            )
+        # Both may change the length of the dataset.
+        is_known_later = "dataset" in state or hasattr(self._user.dataset, "set_epoch")
+        self._check_description(state, ["sampler"] if is_known_later else list(_DESCRIBED))
         if not within_epoch:
             return
         here = self._description()
@@ -215,6 +230,9 @@ class MapData:
         """Make the next epoch resume from a state."""
         rng.restore_generators(state["random"], self._generators)
         self._sampler_state.restore(state.get("samplers", {}))
+        if "dataset" in state:
+            with errors_of(f"the dataset's {type(self._stateful).__qualname__}"):
+                self._stateful.load_state_dict(state["dataset"])
         self._loaded = state
         self._batches = self._epoch_start = self._epoch_id = None
 
@@ -230,7 +248,8 @@ class MapData:
             if state[name] != here[name]:
                 raise StateError(
                     f"the data had {_DESCRIBED[name]} {state[name]} when the run was saved, and "
-                    f"has {here[name]}, which changes the order of samples; restore the saved one"
+                    f"has {here[name]}, which changes the order of samples; restore the saved one, "
+                    "or grow a dataset between epochs only, with state_dict and load_state_dict"
                 )
 
     def _description(self) -> dict[str, Any]:
